@@ -1,0 +1,45 @@
+"""The tokenizers: a VQ on SigLIP's patch features and a small KL autoencoder.
+
+  python -m vpe_jax.main --config=configs/codec.py:tiny,stage=visual_prompt
+  python -m vpe_jax.main --config=configs/codec.py:tiny,stage=image
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The config of a preset, with `stage=visual_prompt|image|both`."""
+  preset, options = common.parse_arg(arg, ('tiny', 'debug'), stage='both')
+  stages = {'both': ('visual_prompt', 'image')}.get(options['stage'], (options['stage'],))
+  config = ConfigDict({'name': 'codec', 'preset': preset, 'system': 'codec', 'seed': 0})
+  config.stages = stages
+  config.model = ConfigDict()
+  {'tiny': _tiny, 'debug': _debug}[preset](config)
+  numbers = {'visual_prompt': 0, 'image': 1}
+  for field in ('steps', 'batch_size'):
+    both = config[field]
+    config[field] = tuple(both[numbers[s]] for s in stages if s in numbers)
+  return config
+
+
+def _tiny(config: ConfigDict) -> None:
+  config.steps = (600, 900)
+  config.batch_size = (128, 32)
+  config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 32}
+  config.optim = {'lr': 1e-3, 'warmup': 50, 'b2': 0.99, 'ema': 0.98}
+  config.log = {'samples': 0, 'evaluate': 100}
+
+
+def _debug(config: ConfigDict) -> None:
+  config.steps = (4, 4)
+  config.batch_size = (8, 8)
+  config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 32, 'examples': 64}
+  config.model.visual_prompt = {'decoder': {'width': 32, 'layers': 1, 'heads': 2, 'mlp': 64}}
+  config.model.image = {'encoder': (16, 16), 'decoder': (16, 16)}
+  config.optim = {'lr': 1e-3, 'warmup': 2, 'ema': 0.9}
+  config.log = {'every': 2, 'samples': 0, 'evaluate': 4}
+  config.checkpoint = {'every': 2}

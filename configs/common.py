@@ -1,0 +1,35 @@
+"""What config files share: the argument behind the colon, as in `configs/t2i.py:tiny,arch=single`."""
+
+from __future__ import annotations
+
+import difflib
+
+
+def parse_arg(arg: str | None, presets: tuple[str, ...], **known: str) -> tuple[str, dict[str, str]]:
+  """The preset and the options of a config argument.
+
+  Args:
+    arg: `preset`, `preset,key=value,...` or `key=value,...`; None or '' for the default.
+    presets: what the config file offers; the first one is the default.
+    **known: option names and their defaults.
+
+  Raises:
+    ValueError: an unknown preset or option; one line that names the nearest.
+  """
+  preset, options = presets[0], dict(known)
+  for i, part in enumerate(filter(None, (arg or '').split(','))):
+    key, equals, value = part.partition('=')
+    if not equals and i == 0:
+      if part not in presets:
+        raise ValueError(f"unknown preset '{part}'{_nearest(part, presets)}")
+      preset = part
+    elif key not in known:
+      raise ValueError(f"unknown config argument '{part}'{_nearest(key, known)}")
+    else:
+      options[key] = value
+  return preset, options
+
+
+def _nearest(word: str, known: tuple[str, ...] | dict[str, str]) -> str:
+  close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+  return f"; did you mean '{close[0]}'?" if close else f'; known: {", ".join(known) or "none"}'

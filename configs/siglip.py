@@ -1,0 +1,46 @@
+"""SigLIP on pictures and captions; `judge` is a second one that only scores pictures.
+
+  python -m vpe_jax.main --config=configs/siglip.py
+  python -m vpe_jax.main --config=configs/siglip.py:judge
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The config of a preset."""
+  preset, _ = common.parse_arg(arg, ('tiny', 'judge', 'debug'))
+  config = ConfigDict({'name': 'siglip', 'preset': preset, 'system': 'siglip', 'seed': 0})
+  config.stages = ('align',)
+  config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 32}
+  {'tiny': _tiny, 'judge': _judge, 'debug': _debug}[preset](config)
+  return config
+
+
+def _tiny(config: ConfigDict) -> None:
+  config.steps = (400,)
+  config.batch_size = (256,)
+  config.model = {'siglip': {'image_size': 48, 'patch': 8}}
+  config.optim = {'lr': 1.5e-3, 'warmup': 50, 'b2': 0.95, 'weight_decay': 1e-4, 'ema': 0.98}
+  config.log = {'samples': 0, 'evaluate': 100}
+
+
+def _judge(config: ConfigDict) -> None:
+  _tiny(config)
+  config.seed = 1234
+  config.model = {'siglip': {'image_size': 64, 'patch': 16}}
+
+
+def _debug(config: ConfigDict) -> None:
+  config.steps = (4,)
+  config.batch_size = (8,)
+  config.data.examples = 64
+  tower = {'width': 32, 'layers': 1, 'heads': 2, 'mlp': 64}
+  config.model = {'siglip': {'vision': dict(tower), 'text': dict(tower)}}
+  config.optim = {'lr': 1e-3, 'warmup': 2, 'ema': 0.9}
+  config.log = {'every': 2, 'samples': 0, 'evaluate': 4}
+  config.checkpoint = {'every': 2}

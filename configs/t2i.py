@@ -1,0 +1,125 @@
+"""Text to image with visual prompts: Internal+VPE in two stages (arXiv 2606.04457).
+
+  python -m vpe_jax.main --config=configs/t2i.py            (tiny, any machine)
+  python -m vpe_jax.main --config=configs/t2i.py:debug      (seconds)
+  python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=single
+
+Presets build one module tree and differ in numbers. `paper` is what the paper ran: 512x512, 576
+codes, 1,024 image tokens, 4.17B parameters.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The config of a preset, with `arch=internal|single`."""
+  preset, options = common.parse_arg(arg, ('tiny', 'debug', 'paper'), arch='internal')
+  config = ConfigDict({'name': 't2i', 'preset': preset, 'system': 't2i', 'seed': 0})
+  config.stages = ('plan', 'joint')
+  {'tiny': _tiny, 'debug': _debug, 'paper': _paper}[preset](config)
+  config.model.arch = options['arch']
+  if options['arch'] == 'single':
+    config.model.dit = config.model.ar.copy_and_resolve_references()
+  return config
+
+
+def _expert(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict:
+  head_width = width // heads
+  return {
+    'width': width,
+    'mlp': mlp,
+    'layers': layers,
+    'heads': heads,
+    'kv_heads': kv_heads,
+    'head_width': head_width,
+  }
+
+
+def _embedded(config: ConfigDict) -> None:
+  """What `tiny` and `debug` share: 64x64 pictures, the shipped codecs, and their grids."""
+  config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 24, 'encode': 'cached'}
+  config.model = {
+    'text_vocab': 1024,
+    'codes': 512,
+    'bos': 2,
+    'boi': 5,
+    'latent_size': 16,
+    'latent_channels': 4,
+    'patch': 2,
+    'layout': 'patch',
+    'multiple': 1,
+    'time_shift': 1.0,
+  }
+
+
+def _tiny(config: ConfigDict) -> None:
+  _embedded(config)
+  config.steps = (150, 450)
+  config.batch_size = (64, 64)
+  config.data.examples = 16384
+  config.model.ar = _expert(192, 512, 6, 6, 2) | {'rope_theta': 1e4}
+  config.model.dit = _expert(192, 512, 6, 6, 2) | {'rope_theta': 1e4}
+  config.model.dual_path = {
+    'table': 8,
+    'encoder': {'width': 128, 'layers': 2, 'heads': 4, 'mlp': 256},
+  }
+  config.model.head = _expert(160, 448, 2, 5, 1) | {'rope_theta': 1e4}
+  config.optim = {'lr': 1e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.99}
+
+
+def _debug(config: ConfigDict) -> None:
+  _embedded(config)
+  config.steps = (8, 12)
+  config.batch_size = (8, 8)
+  config.data.examples = 256
+  config.model.ar = _expert(32, 64, 2, 2, 1)
+  config.model.dit = _expert(32, 64, 2, 2, 1)
+  config.model.dual_path = {
+    'table': 8,
+    'encoder': {'width': 32, 'layers': 2, 'heads': 2, 'mlp': 64},
+  }
+  config.model.head = _expert(48, 96, 2, 3, 1)
+  config.optim = {'lr': 1e-3, 'warmup': 4, 'ema': 0.9}
+  config.log = {'every': 4, 'samples': 10, 'evaluate': 10}
+  config.checkpoint = {'every': 5}
+  config.sample = {'steps': 4}
+
+
+def _paper(config: ConfigDict) -> None:
+  """Table 9 of the paper: stage 1 at 480 = 30 x 16 examples, stage 2 at 192 = 8 x 24."""
+  config.steps = (325_000, 406_000)
+  config.batch_size = (480, 192)
+  config.dtype = 'bfloat16'
+  config.remat = 'full'
+  config.data = {'source': 'mixture', 'image_size': 512, 'text_length': 249, 'encode': 'online'}
+  siglip = {
+    'image_size': 384,
+    'patch': 16,
+    'vision': {'width': 1536, 'layers': 40, 'heads': 16, 'mlp': 6144},
+  }
+  expert = _expert(1536, 8960, 28, 12, 2)
+  config.model = {
+    'text_vocab': 151_669,
+    'codes': 16_384,
+    'bos': 151_644,
+    'boi': 151_652,
+    'latent_size': 64,
+    'latent_channels': 16,
+    'patch': 2,
+    'layout': 'raster',
+    'multiple': 16,
+    'logits_chunk': 0,
+    'ar': expert,
+    'dit': dict(expert),
+    'dual_path': {'table': 27, 'encoder': {'width': 1152, 'layers': 26, 'heads': 16, 'mlp': 4304}},
+    'head': _expert(2048, 8192, 10, 32, 8),
+    'visual_prompt': {'codes': 16_384, 'code_width': 2048, 'siglip': siglip},
+    'image': {'channels': 16},
+  }
+  config.optim = {'lr': 1e-4, 'warmup': 2000, 'ema': 0.9995}
+  config.sample = {'steps': 49, 'shift': 3.0, 'guidance': 7.5}
+  config.checkpoint = {'every': 1000, 'keep': 3}

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Sets up this clone and checks it: style, the whole test suite, and on Python 3.12, where there is
+# one, the imports and a short training run. Can be run again: nothing is installed twice.
+#
+#   bash launch/test.sh [arguments for pytest, such as tests/data or -m "not slow"]
+#
+# The `test` extra has torch, the reference that parity tests compare with. Where pip's index gives
+# a CUDA build of it (Linux on PyPI), that is a large download; a CPU build does as well:
+#   pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/environment.sh
+
+imports='
+import importlib, pkgutil, vpe_jax
+names = [module.name for module in pkgutil.walk_packages(vpe_jax.__path__, "vpe_jax.")]
+for name in names:
+  importlib.import_module(name)
+print(f"imported {len(names)} modules")
+'
+
+short_run() {
+  local python=$1 folder
+  folder=$(mktemp -d)
+  "$python" -c "$imports"
+  "$python" -m vpe_jax.main --config=configs/t2i.py:debug --workdir="$folder/run"
+  "$python" -m vpe_jax.sample --workdir="$folder/run" --prompt='a red circle' \
+    --out="$folder/sample.png"
+  rm -r "$folder"
+}
+
+python=$(find_python)
+device=$(accelerator)
+
+phase 'set-up' install .venv "$python" "test${device:+,$device}"
+phase 'style' .venv/bin/python -m ruff check .
+phase 'tests' .venv/bin/python -m pytest -q --durations=20 "$@"
+
+if newer=$(python_of_minor 12); then
+  phase 'set-up for Python 3.12' install .venv312 "$newer" "$device"
+  phase 'imports and a short run on Python 3.12' short_run .venv312/bin/python
+else
+  echo 'no Python 3.12 here: imports and the short run are checked on 3.11 only'
+fi
+echo "== all passed in $SECONDS s"

@@ -1,0 +1,420 @@
+"""Tests of checkpoints: round trips, what is kept, damage, kills, other meshes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vpe_jax import sharding
+from vpe_jax.checkpoints import store as store_lib
+from vpe_jax.checkpoints.store import Store
+from vpe_jax.config import CheckpointConfig, MeshConfig
+from vpe_jax.contracts import UserError
+
+TABLE = ((r'.*kernel', ('embed', 'mlp')), (r'.*scale', ('embed',)))
+CONFIG = {'name': 't2i', 'steps': [3, 4], 'optim': {'lr': 1e-3}}
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+
+
+def _mesh(devices: int = 8) -> jax.sharding.Mesh:
+  return sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
+
+
+def _state(step: int, mesh: jax.sharding.Mesh, width: int = 64) -> dict[str, Any]:
+  """A state with an optax state that is no plain dict; every step has values of its own."""
+
+  def make(key):
+    kernel, other = (jax.random.normal(k, (width, 48)) for k in jax.random.split(key))
+    params = {'ar': {'q': {'kernel': kernel}, 'scale': kernel[:, 0]}, 'dit': {'kernel': other}}
+    return {
+      'params': params,
+      'opt_state': OPTIMIZER.init(params),
+      'ema': {'ar': jax.tree.map(lambda x: x * 0.5, params['ar'])},
+    }
+
+  shapes = jax.eval_shape(make, jax.random.key(0))
+  places = sharding.param_shardings(shapes, TABLE, mesh, 'fsdp')
+  made = jax.jit(make, out_shardings=places)(jax.random.key(step))
+  return {'stage': 1, 'step': step, 'stage_step': step - 1, 'examples_seen': 8 * step, **made}
+
+
+def _abstract(mesh: jax.sharding.Mesh, width: int = 64):
+  def abstract_of(meta):
+    state = _state(1, mesh, width)
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+      if isinstance(x, jax.Array) else x,
+      state,
+    )  # fmt: skip
+
+  return abstract_of
+
+
+def _equal(ours: Any, theirs: Any) -> None:
+  assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def _save(directory: Path, *steps: int, **config: int) -> None:
+  store = Store(str(directory), CheckpointConfig(**{'every': 1, 'keep': 9, **config}))
+  store.restore(_abstract(_mesh()))
+  for step in steps:
+    assert store.save(_state(step, _mesh()), CONFIG)
+  store.close()
+
+
+def _restore(directory: Path, mesh: jax.sharding.Mesh | None = None) -> Any:
+  store = Store(str(directory), CheckpointConfig())
+  try:
+    return store.restore(_abstract(mesh or _mesh()))
+  finally:
+    store.close()
+
+
+def _largest(folder: Path) -> Path:
+  return max((f for f in folder.rglob('*') if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def _flip(file: Path, place: int, bit: int = 3) -> None:
+  data = bytearray(file.read_bytes())
+  data[place] ^= 1 << bit
+  file.write_bytes(data)
+
+
+class TestRoundTrip:
+  def test_bit_exact_with_record(self, tmp_path):
+    state = _state(3, _mesh())
+    store = Store(str(tmp_path / 'a' / 'b'), CheckpointConfig(every=3))
+    assert store.restore(_abstract(_mesh())) is None
+    assert store.latest_meta() is None
+    assert store.save(state, CONFIG)
+    assert not store.save(state, CONFIG, force=True)  # just saved
+    store.wait()
+    seen = []
+    fresh = Store(str(tmp_path / 'a' / 'b'), CheckpointConfig(every=3))
+    restored = fresh.restore(lambda meta: seen.append(meta) or _abstract(_mesh())(meta))
+    _equal(restored, state)
+    assert restored['params']['dit']['kernel'].sharding == state['params']['dit']['kernel'].sharding
+    assert seen[0]['config'] == CONFIG
+    counters = {name: seen[0][name] for name in store_lib.COUNTERS}
+    assert counters == {'stage': 1, 'step': 3, 'stage_step': 2, 'examples_seen': 24}
+    assert fresh.latest_meta() == seen[0]
+    assert not fresh.save(restored, CONFIG, force=True)  # just restored
+    store.close()
+    fresh.close()
+
+  def test_counters_may_be_arrays(self, tmp_path):
+    state = _state(2, _mesh())
+    state |= {name: jnp.int32(state[name]) for name in store_lib.COUNTERS}
+    store = Store(str(tmp_path), CheckpointConfig(every=2))
+    store.save(state, CONFIG)
+    store.wait()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+    restored = store.restore(lambda meta: abstract)
+    store.close()
+    _equal(restored, state)
+    assert store.latest_meta()['examples_seen'] == 16
+
+  def test_saved_arrays_may_be_donated(self, tmp_path):
+    state = _state(1, _mesh())
+    copy = jax.device_get(state['params'])
+    store = Store(str(tmp_path), CheckpointConfig(every=1))
+    store.save(state, CONFIG)
+    shift = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    jax.block_until_ready(shift(state['params']))
+    store.close()
+    _equal(jax.device_get(_restore(tmp_path)['params']), copy)
+
+  @pytest.mark.parametrize(('saved', 'restored'), [(8, 4), (4, 8), (8, 1)])
+  def test_other_numbers_of_devices(self, tmp_path, saved, restored, caplog):
+    state = _state(1, _mesh(saved))
+    store = Store(str(tmp_path), CheckpointConfig(every=1))
+    with jax.set_mesh(_mesh(saved)):
+      store.save(state, CONFIG)
+      store.close()
+    mesh = _mesh(restored)
+    with jax.set_mesh(mesh):
+      other = _restore(tmp_path, mesh)
+    _equal(jax.device_get(other), jax.device_get(state))
+    assert len(other['params']['dit']['kernel'].sharding.device_set) == restored
+
+  def test_another_machine_is_reported(self, tmp_path, caplog, monkeypatch):
+    _save(tmp_path, 1)
+    monkeypatch.setattr(store_lib, '_machine', lambda: {'cpu_threads': 999, 'devices': '8 x cpu'})
+    with caplog.at_level(logging.WARNING):
+      assert _restore(tmp_path)['step'] == 1
+    lines = [r.message for r in caplog.records if 'cpu_threads' in r.message]
+    assert len(lines) == 1
+    assert 'this process has 999' in lines[0]
+
+
+class TestPolicy:
+  def test_newest_and_multiples_are_kept(self, tmp_path):
+    _save(tmp_path, *range(1, 8), keep=2, keep_every=3)
+    store = Store(str(tmp_path), CheckpointConfig())
+    assert store.steps() == [3, 6, 7]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ['3', '6', '7']
+    store.close()
+
+  def test_due(self, tmp_path):
+    store = Store(str(tmp_path), CheckpointConfig(every=5))
+    assert [step for step in range(12) if store.due(step)] == [5, 10]
+    assert not store.save(_state(4, _mesh()), CONFIG)
+    assert store.save(_state(4, _mesh()), CONFIG, force=True)
+    store.close()
+    assert store.steps() == [4]
+
+  def test_two_runs_are_not_mixed(self, tmp_path):
+    _save(tmp_path, 5)
+    store = Store(str(tmp_path), CheckpointConfig(every=1))
+    with pytest.raises(UserError, match='already holds a checkpoint of step 5'):
+      store.save(_state(3, _mesh()), CONFIG)
+    store.close()
+
+  def test_settings(self, tmp_path):
+    with pytest.raises(UserError, match='at least 1'):
+      Store(str(tmp_path), CheckpointConfig(keep=0))
+
+  def test_another_model_is_named(self, tmp_path):
+    _save(tmp_path, 5)
+    store = Store(str(tmp_path), CheckpointConfig())
+    with pytest.raises(UserError, match=r"of another model: 'ema/ar/q/kernel' is \(\[64, 48\]"):
+      store.restore(_abstract(_mesh(), width=32))
+    store.close()
+    assert store.steps() == [5]
+
+
+def _truncate(folder: Path) -> None:
+  file = _largest(folder)
+  file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _flip_largest(folder: Path) -> None:
+  file = _largest(folder)
+  _flip(file, file.stat().st_size // 2)
+
+
+def _edit_record(folder: Path) -> None:
+  file = folder / '_CHECKPOINT_METADATA'
+  text = file.read_text()
+  file.write_text(text.replace('"examples_seen": 16', '"examples_seen": 17'))
+  assert file.read_text() != text
+
+
+DAMAGE = {
+  'flipped bit': (_flip_largest, 'wrong checksum of '),
+  'truncated': (_truncate, 'can not be read'),
+  'removed file': (lambda folder: _largest(folder).unlink(), 'can not be read'),
+  'emptied file': (lambda folder: _largest(folder).write_bytes(b''), 'can not be read'),
+  'removed marker': (lambda folder: (folder / 'commit_success.txt').unlink(), 'marker'),
+  'edited record': (_edit_record, 'record was changed'),
+  'removed record': (lambda folder: (folder / '_CHECKPOINT_METADATA').unlink(), 'record'),
+}
+
+
+class TestDamage:
+  @pytest.mark.parametrize('kind', DAMAGE)
+  def test_is_named_and_the_one_before_is_used(self, tmp_path, caplog, kind):
+    harm, message = DAMAGE[kind]
+    _save(tmp_path, 1, 2)
+    harm(tmp_path / '2')
+    store = Store(str(tmp_path), CheckpointConfig(every=1, keep=2))
+    with caplog.at_level(logging.WARNING):
+      restored = store.restore(_abstract(_mesh()))
+    _equal(restored, _state(1, _mesh()))
+    (line,) = [r.message for r in caplog.records if 'damaged' in r.message]
+    assert 'checkpoint 2' in line
+    assert message in line
+    assert '\n' not in line
+    # The run comes to step 2 again: the damaged folder is out of the way, not in the count.
+    assert store.save(_state(2, _mesh()), CONFIG)
+    store.close()
+    assert store.steps() == [1, 2]
+    _equal(_restore(tmp_path), _state(2, _mesh()))
+    aside = {item.name for item in tmp_path.iterdir()} - {'1', '2'}
+    assert aside == (set() if kind == 'removed marker' else {'damaged-2'})
+
+  def test_none_left(self, tmp_path):
+    _save(tmp_path, 1, 2)
+    _truncate(tmp_path / '1')
+    _flip_largest(tmp_path / '2')
+    with pytest.raises(UserError, match='step 2: wrong checksum .*; step 1: it can not be read'):
+      _restore(tmp_path)
+
+  def test_a_bit_anywhere_is_noticed_or_harmless(self, tmp_path):
+    """Flips one bit in each file in turn: the values never come back changed."""
+    _save(tmp_path, 1)
+    state = _state(1, _mesh())
+    draw = random.Random(0)
+    files = [file for file in (tmp_path / '1').rglob('*') if file.is_file()]
+    noticed = 0
+    for file in (file for file in files if file.stat().st_size):
+      intact = file.read_bytes()
+      _flip(file, draw.randrange(len(intact)), draw.randrange(8))
+      try:
+        _equal(_restore(tmp_path), state)
+      except UserError:
+        noticed += 1
+      file.write_bytes(intact)
+    assert noticed >= 3
+    _equal(_restore(tmp_path), state)
+
+  def test_object_store_without_a_finished_save_is_a_new_run(self, tmp_path, monkeypatch):
+    _save(tmp_path, 1)
+    (tmp_path / '1' / 'commit_success.txt').unlink()
+    with pytest.raises(UserError, match='marker'):
+      _restore(tmp_path)
+    store = Store(str(tmp_path), CheckpointConfig(every=1))
+    monkeypatch.setattr(store_lib, '_writes_in_place', lambda directory: True)
+    assert store.restore(_abstract(_mesh())) is None
+    assert store.save(_state(1, _mesh()), CONFIG)
+    store.close()
+    _equal(_restore(tmp_path), _state(1, _mesh()))
+
+
+# Saves a state of 50 MB at steps 1, 2, ... until it is killed; says before each save which.
+ENDLESS = """
+  import sys, time
+  import jax, jax.numpy as jnp
+  from vpe_jax.checkpoints.store import Store
+  from vpe_jax.config import CheckpointConfig
+  store = Store(sys.argv[1], CheckpointConfig(every=1, keep=2))
+  big = {f'w{i}': jnp.zeros((1024, 1024)) for i in range(12)}
+  grow = jax.jit(lambda tree, step: jax.tree.map(lambda x: jnp.full_like(x, step), tree))
+  step = store.restore(lambda meta: {
+    **{n: 0 for n in ('stage', 'step', 'stage_step', 'examples_seen')},
+    'params': jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), big)})
+  start = step['step'] if step else 0
+  assert not step or all(bool((leaf == start).all()) for leaf in step['params'].values())
+  print('from', start, flush=True)
+  for step in range(start + 1, 1000):
+    state = {n: step for n in ('stage', 'step', 'stage_step', 'examples_seen')}
+    store.save({**state, 'params': grow(big, step)}, {})
+    print('saving', step, flush=True)
+"""
+
+
+def _endless(directory: Path) -> subprocess.Popen:
+  return subprocess.Popen(
+    [sys.executable, '-c', textwrap.dedent(ENDLESS), str(directory)], text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
+
+
+def test_killed_while_saving(tmp_path):
+  done, unfinished = 0, 0
+  for kill_at in (3, 2, 1):
+    process = _endless(tmp_path)
+    first = process.stdout.readline()
+    assert first, process.stderr.read()
+    # All that was saved to its end is there; the save that was cut off is not.
+    assert int(first.split()[1]) in (done, done + 1), first
+    done = int(first.split()[1])
+    for _ in range(kill_at):
+      process.stdout.readline()
+    # `saving n` is printed while n is being written, in the background.
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    done += kill_at - 1
+    unfinished += any('orbax-checkpoint-tmp' in item.name for item in tmp_path.iterdir())
+  assert unfinished, 'no kill came in the middle of a save'
+  store = Store(str(tmp_path), CheckpointConfig(every=1, keep=2))
+  arrays, meta = store.read(lambda path: True)
+  store.close()
+  assert meta['step'] >= done
+  assert all((leaf == meta['step']).all() for leaf in arrays.values())
+
+
+# Two processes of four devices each: save, restore, damage, restore.
+TWO = """
+  import pathlib, sys
+  import jax, jax.numpy as jnp, numpy as np
+  from absl import logging
+  from vpe_jax import sharding
+  from vpe_jax.checkpoints.store import Store
+  from vpe_jax.config import CheckpointConfig, MeshConfig
+  sharding.initialize_distributed()
+  index, folder = jax.process_index(), pathlib.Path(sys.argv[1])
+  mesh = sharding.make_mesh(MeshConfig())
+  assert mesh.size == 8
+  rows = sharding.host_rows(16, mesh)
+  assert rows == slice(8 * index, 8 * index + 8)
+  batch = sharding.put_batch(np.arange(16.0)[rows], mesh)
+  assert float(jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))(batch)) == 120
+  names = ('stage', 'step', 'stage_step', 'examples_seen')
+  place = {'w': jax.NamedSharding(mesh, jax.P('fsdp')), 'b': sharding.replicated(mesh)}
+  make = jax.jit(lambda key: {'w': jax.random.normal(key, (64, 32)), 'b': jnp.ones(3)},
+                 out_shardings=place)
+
+  def state(step):
+    return {**{name: step for name in names}, 'params': make(jax.random.key(step))}
+
+  def abstract_of(meta):
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+      if isinstance(x, jax.Array) else x, state(1))
+
+  def same(ours, theirs):
+    equal = jax.jit(lambda a, b: jnp.all(a == b), out_shardings=sharding.replicated(mesh))
+    return all(map(bool, jax.tree.leaves(jax.tree.map(equal, ours, theirs))))
+
+  store = Store(str(folder), CheckpointConfig(every=1, keep=2))
+  assert store.restore(abstract_of) is None
+  for step in (1, 2, 3):
+    assert store.save(state(step), {'seed': 0})
+  store.close()
+  store = Store(str(folder), CheckpointConfig(every=1, keep=2))
+  restored = store.restore(abstract_of)
+  assert restored['step'] == 3 and same(restored['params'], state(3)['params'])
+  # Damage that only the second process reads: both must agree to go back.
+  if index == 0:
+    files = [f for f in (folder / '3').rglob('ocdbt.process_1/d/*') if f.is_file()]
+    largest = max(files, key=lambda f: f.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-500])
+  jax.experimental.multihost_utils.sync_global_devices('damaged')
+  store = Store(str(folder), CheckpointConfig(every=1, keep=2))
+  restored = store.restore(abstract_of)
+  assert restored['step'] == 2 and same(restored['params'], state(2)['params'])
+  assert store.save(state(3), {'seed': 0})
+  store.close()
+  assert store.steps() == [2, 3], store.steps()
+  print('fine')
+"""
+
+
+def test_two_processes(tmp_path):
+  with sharding.socket.socket() as listener:
+    listener.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{listener.getsockname()[1]}'
+  processes = []
+  for index in range(2):
+    environment = {
+      **os.environ,
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+      'JAX_COORDINATOR_ADDRESS': address,
+      'JAX_NUM_PROCESSES': '2',
+      'JAX_PROCESS_ID': str(index),
+    }
+    code = [sys.executable, '-c', textwrap.dedent(TWO), str(tmp_path)]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    processes.append(subprocess.Popen(code, env=environment, **pipes))
+  try:
+    for process in processes:
+      out, err = process.communicate(timeout=120)
+      assert (process.returncode, out) == (0, 'fine\n'), err[-3000:]
+  finally:
+    for process in processes:
+      process.kill()

@@ -1,0 +1,134 @@
+"""Tests of weight files and of reading weights out of runs."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpe_jax.checkpoints import weights
+from vpe_jax.checkpoints.store import Store
+from vpe_jax.config import CheckpointConfig
+from vpe_jax.contracts import UserError
+
+
+def _tree() -> dict:
+  rng = np.random.default_rng(0)
+  return {
+    'ar': {'q': {'kernel': rng.normal(size=(6, 4)).astype(np.float32).T}, 'scale': jnp.ones(3)},
+    'count': np.arange(3, dtype=np.int32),
+    'alone': np.float32(1.5).reshape(()),
+  }
+
+
+def _run(workdir, ema: bool = True) -> dict:
+  params = {'a': {'w': jnp.arange(8.0), 'frozen': jnp.ones(3)}, 'b': jnp.zeros((2, 2))}
+  average = {'a': {'w': jnp.arange(8.0) + 0.5}} if ema else {}
+  state = {'stage': 1, 'step': 4, 'stage_step': 2, 'examples_seen': 32, 'params': params}
+  state |= {'opt_state': {'mu': params, 'count': jnp.int32(4)}, 'ema': average}
+  store = Store(str(workdir / 'checkpoints'), CheckpointConfig())
+  store.save(state, {'name': 't2i', 'steps': [3, 4]}, force=True)
+  store.close()
+  return params
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_file_round_trip(tmp_path, dtype):
+  path = str(tmp_path / 'new' / 'w.safetensors')
+  weights.save(path, _tree(), {'config': '{"a": 1}'}, dtype)
+  tree, metadata = weights.load(path)
+  expected = jax.tree.map(
+    lambda x: np.asarray(jnp.asarray(x, dtype if x.dtype == np.float32 else x.dtype)), _tree()
+  )
+  jax.tree.map(np.testing.assert_array_equal, tree, jax.tree.map(np.asarray, expected))
+  assert tree['ar']['q']['kernel'].dtype == np.float32
+  assert tree['count'].dtype == np.int32
+  assert tree['alone'].shape == ()
+  assert metadata['config'] == '{"a": 1}'
+  assert metadata['dtype'] == dtype
+  assert metadata['version']
+  assert metadata['fingerprint'] == weights.fingerprint(tree)
+  assert [item.name for item in (tmp_path / 'new').iterdir()] == ['w.safetensors']
+
+
+def test_nothing_is_overwritten_unasked(tmp_path):
+  path = str(tmp_path / 'w.safetensors')
+  weights.save(path, {'a': np.ones(2, np.float32)}, {})
+  with pytest.raises(UserError, match='exists'):
+    weights.save(path, {'a': np.zeros(2, np.float32)}, {})
+  np.testing.assert_array_equal(weights.load(path)[0]['a'], np.ones(2))
+  weights.save(path, {'a': np.zeros(2, np.float32)}, {}, overwrite=True)
+  np.testing.assert_array_equal(weights.load(path)[0]['a'], np.zeros(2))
+  with pytest.raises(UserError, match='dtypes are'):
+    weights.save(path, {}, {}, dtype='int4', overwrite=True)
+  with pytest.raises(UserError, match='files end in'):
+    weights.save(str(tmp_path / 'w.npz'), {}, {})
+
+
+def test_fingerprint_knows_paths_shapes_and_bits():
+  base = {'a': np.ones((2, 3), np.float32)}
+  same = {'a': jnp.ones((2, 3))}
+  others = [{'b': base['a']}, {'a': base['a'].reshape(3, 2)}, {'a': -base['a']}]
+  assert weights.fingerprint(base) == weights.fingerprint(same)
+  assert len({weights.fingerprint(tree) for tree in [base, *others]}) == 4
+  assert weights.fingerprint(base) == '387ea2a83b51'
+
+
+def test_run_ema_over_raw(tmp_path):
+  params = _run(tmp_path)
+  raw, metadata = weights.load_run(str(tmp_path), 'raw')
+  jax.tree.map(np.testing.assert_array_equal, raw, params)
+  assert metadata['weights'] == 'raw'
+  tree, metadata = weights.load(str(tmp_path))
+  np.testing.assert_array_equal(tree['a']['w'], np.arange(8) + 0.5)
+  np.testing.assert_array_equal(tree['a']['frozen'], np.ones(3))
+  assert isinstance(tree['a']['w'], np.ndarray)
+  assert json.loads(metadata['config']) == {'name': 't2i', 'steps': [3, 4]}
+  assert (metadata['weights'], metadata['step'], metadata['stage']) == ('ema', '4', '1')
+
+
+def test_run_without_an_average_says_so(tmp_path):
+  params = _run(tmp_path, ema=False)
+  tree, metadata = weights.load_run(str(tmp_path), 'ema')
+  jax.tree.map(np.testing.assert_array_equal, tree, params)
+  assert metadata['weights'] == 'raw'
+
+
+@pytest.mark.parametrize(
+  ('source', 'message'),
+  [
+    ('assets:tinny', "did you mean 'tiny'"),
+    ('{tmp}/none.safetensors', 'no file'),
+    ('{tmp}/none', 'neither assets:NAME'),
+    ('{tmp}', 'has no checkpoint yet: python -m vpe_jax.main'),
+  ],
+)
+def test_missing_weights_name_the_cure(tmp_path, source, message):
+  with pytest.raises(UserError, match=message) as error:
+    weights.load(source.format(tmp=tmp_path))
+  assert '\n' not in str(error.value)
+
+
+def test_asset_that_is_not_there(tmp_path, monkeypatch):
+  monkeypatch.setattr(weights.importlib.resources, 'files', lambda _: tmp_path)
+  with pytest.raises(UserError, match='--config=configs/siglip.py:judge'):
+    weights.load('assets:judge')
+  weights.save(str(tmp_path / 'assets' / 'judge.safetensors'), {'a': np.ones(2)}, {'config': '{}'})
+  tree, metadata = weights.load('assets:judge')
+  assert (tree['a'].dtype, metadata['config']) == (np.float32, '{}')
+
+
+def test_broken_file(tmp_path):
+  path = tmp_path / 'w.safetensors'
+  weights.save(str(path), _tree(), {})
+  path.write_bytes(path.read_bytes()[:-1])
+  with pytest.raises(UserError, match='no whole safetensors file'):
+    weights.load(str(path))
+
+
+def test_wrong_word(tmp_path):
+  with pytest.raises(UserError, match="neither 'ema' nor 'raw'"):
+    weights.load_run(str(tmp_path), 'best')

@@ -1,0 +1,87 @@
+"""Views of pictures: geometry, ranges, and randomness by example."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from vpe_jax import rng
+from vpe_jax.codecs import pixels
+
+
+def _pictures(count=3, side=64):
+  """Smooth colours with a sharp dark square on white."""
+  y, x = np.mgrid[:side, :side] / side
+  images = np.full((count, side, side, 3), 255, np.uint8)
+  for i in range(count):
+    images[i, 8 + i : 30, 20:50] = np.stack([x, y, x * y], -1)[8 + i : 30, 20:50] * 200
+  return images
+
+
+def test_uint8_and_float_pictures_mean_the_same():
+  images = _pictures()
+  np.testing.assert_allclose(
+    pixels.to_unit(jnp.asarray(images)), pixels.to_unit(jnp.asarray(images / 255.0)), atol=1e-6
+  )
+  signed = pixels.to_signed(pixels.to_unit(jnp.asarray(images)))
+  assert signed.max() == 1.0 and signed.min() >= -1.0
+
+
+def test_view_resizes_as_pillow_does():
+  images = _pictures()
+  got = np.asarray(pixels.view(jnp.asarray(images), 48)) * 255
+  for picture, mine in zip(images, got):
+    wanted = np.asarray(Image.fromarray(picture).resize((48, 48), Image.Resampling.BICUBIC))
+    # Pillow rounds weights and both passes to whole levels.
+    assert np.abs(mine - wanted).max() < 2.0
+    assert np.abs(mine - wanted).mean() < 0.5
+
+
+def test_view_of_the_same_size_is_the_picture():
+  images = jnp.asarray(_pictures())
+  np.testing.assert_array_equal(pixels.view(images, 64), pixels.to_unit(images))
+
+
+def test_no_jitter_is_the_plain_view():
+  images, key = jnp.asarray(_pictures()), rng.run_key(0)
+  still = pixels.Jitter(shift=0.0, zoom=0.0)
+  got = pixels.jittered_view(images, 48, still, key, jnp.arange(3))
+  np.testing.assert_allclose(got, pixels.view(images, 48), atol=1e-5)
+
+
+def test_jitter_moves_on_white_and_follows_the_example():
+  images, key = jnp.asarray(_pictures()), rng.run_key(0)
+  jitter = pixels.Jitter(shift=0.2, zoom=0.2)
+  view = jax.jit(lambda i, e: pixels.jittered_view(i, 48, jitter, key, e))
+  first = view(images, jnp.array([5, 6, 7]))
+  assert float(jnp.abs(first - pixels.view(images, 48)).max()) > 0.2
+  np.testing.assert_allclose(first[:, [0, -1]], 1.0, atol=5e-3)
+  again = view(images[::-1], jnp.array([7, 6, 5]))
+  np.testing.assert_allclose(first, again[::-1], atol=1e-6)
+
+
+def test_a_shift_moves_by_its_share_of_the_side():
+  """Of many draws, the mass centre strays at most by shift * size, and comes close to it."""
+  image = np.full((1, 64, 64, 3), 255, np.uint8)
+  image[0, 28:36, 28:36] = 0
+  count = 256
+  images = jnp.repeat(jnp.asarray(image), count, 0)
+  jitter = pixels.Jitter(shift=0.1, zoom=0.0)
+  views = pixels.jittered_view(images, 48, jitter, rng.run_key(3), jnp.arange(count))
+  dark = 1.0 - np.asarray(views).mean(-1)
+  places = np.arange(48) + 0.5
+  across = (dark.sum(1) * places).sum(-1) / dark.sum((1, 2)) - 24.0
+  assert 0.9 * 4.8 < np.abs(across).max() < 1.02 * 4.8
+  assert abs(across.mean()) < 0.6
+
+
+def test_crops_are_squares_of_the_picture_at_the_example_s_place():
+  images = jnp.arange(2 * 16 * 16 * 3, dtype=jnp.float32).reshape(2, 16, 16, 3)
+  crops = pixels.random_crops(images, 8, rng.run_key(0), jnp.array([3, 4]))
+  again = pixels.random_crops(images[::-1], 8, rng.run_key(0), jnp.array([4, 3]))
+  np.testing.assert_array_equal(crops, again[::-1])
+  for picture, crop in zip(images, crops):
+    windows = np.lib.stride_tricks.sliding_window_view(picture, (8, 8, 3)).reshape(-1, 8, 8, 3)
+    assert (windows == crop).all((1, 2, 3)).sum() == 1
+  whole = pixels.random_crops(images, 16, rng.run_key(0), jnp.array([3, 4]))
+  np.testing.assert_array_equal(whole, images)

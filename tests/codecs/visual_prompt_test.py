@@ -1,0 +1,145 @@
+"""The visual-prompt tokenizer: nearest codes, gradients, and codes that stay in use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vpe_jax.codecs import visual_prompt
+from vpe_jax.models.siglip import SiglipConfig
+from vpe_jax.models.vit import EncoderConfig
+from vpe_jax.objectives import autoencoding
+
+CONFIG = visual_prompt.VisualPromptConfig(
+  codes=32,
+  code_width=8,
+  decoder=EncoderConfig(width=16, layers=1, heads=2, mlp=32),
+  siglip=SiglipConfig(
+    image_size=24,
+    vision=EncoderConfig(width=24, layers=2, heads=2, mlp=32),
+    text=EncoderConfig(width=16, layers=1, heads=2, mlp=16),
+  ),
+)
+
+
+@pytest.fixture(scope='module')
+def codec():
+  return visual_prompt.VisualPromptCodec(CONFIG)
+
+
+@pytest.fixture(scope='module')
+def params(codec):
+  images, text = jnp.zeros((1, 24, 24, 3)), jnp.zeros((1, 32), jnp.int32)
+  siglip = codec.siglip.init(jax.random.key(0), images, text, jnp.ones((1,), jnp.int32))
+  quantiser = codec.quantiser.init(jax.random.key(1), jnp.zeros((1, 9, 24)))
+  return {'siglip': siglip['params'], 'visual_prompt': quantiser['params'], 'image': {}}
+
+
+def _images(count=4, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), np.uint8))
+
+
+def test_codes_are_in_raster_order_and_of_the_stated_kind(codec, params):
+  codes = codec.encode(params, _images())
+  assert codes.shape == (4, 9) and codes.dtype == jnp.int32
+  assert codec.grid == 3 and codec.codes == 32
+  assert int(codes.min()) >= 0 and int(codes.max()) < 32
+
+
+def test_codes_are_the_nearest_rows_by_cosine(codec, params):
+  features = codec.features(params, _images())
+  variables = {'params': params['visual_prompt']}
+  out = codec.quantiser.apply(variables, features, method='quantise')
+  rows = np.asarray(params['visual_prompt']['codebook'], np.float64)
+  rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+  distance = ((np.asarray(out.inputs)[..., None, :] - rows) ** 2).sum(-1)
+  np.testing.assert_array_equal(out.codes, distance.argmin(-1))
+  np.testing.assert_allclose(out.chosen, rows[np.asarray(out.codes)], atol=1e-6)
+  np.testing.assert_array_equal(out.codes, codec.encode(params, _images()))
+
+
+def test_float_and_uint8_pictures_give_the_same_codes(codec, params):
+  images = _images()
+  np.testing.assert_array_equal(
+    codec.encode(params, images), codec.encode(params, images.astype(jnp.float32) / 255.0)
+  )
+
+
+def test_a_picture_s_codes_do_not_depend_on_its_neighbours(codec, params):
+  encode = jax.jit(codec.encode)
+  images = _images(8)
+  np.testing.assert_array_equal(encode(params, images)[::-1], encode(params, images[::-1]))
+
+
+def test_depth_chooses_the_features(codec, params):
+  """Raw features of the last layer differ from the normed ones by exactly the closing norm."""
+  raw = visual_prompt.VisualPromptCodec(
+    visual_prompt.VisualPromptConfig(**{**vars(CONFIG), 'depth': 2})
+  ).features(params, _images())
+  centred = raw - raw.mean(-1, keepdims=True)
+  norm = params['siglip']['vision']['encoder']['norm']
+  wanted = centred / jnp.sqrt(centred.var(-1, keepdims=True) + 1e-6) * norm['scale']
+  np.testing.assert_allclose(
+    codec.features(params, _images()), wanted + norm['bias'], atol=2e-5
+  )
+
+
+def test_straight_through_passes_the_decoder_s_gradient(codec, params):
+  """The projection gets the gradient as if decoding started from the chosen rows."""
+  features = codec.features(params, _images())
+  variables = {'params': params['visual_prompt']}
+  quantised, rebuilt = codec.quantiser.apply(variables, features)
+  from_codes = codec.decode(params, quantised.codes)
+  np.testing.assert_allclose(rebuilt, from_codes, atol=1e-5)
+
+  def loss(p):
+    return jnp.sum(jnp.square(codec.quantiser.apply({'params': p}, features)[1] - features))
+
+  gradient = jax.grad(loss)(params['visual_prompt'])
+  assert float(jnp.abs(gradient['project']['kernel']).max()) > 0
+  np.testing.assert_array_equal(gradient['codebook'], 0)
+
+
+def test_dead_codes_come_back(codec, params):
+  """With all codes but one far from the data, the entropy bonus spreads them over it."""
+  features = jax.random.normal(jax.random.key(3), (64, 9, 24))
+  start = dict(params['visual_prompt'])
+  inputs = codec.quantiser.apply({'params': start}, features, method='quantise').inputs
+  away = -jnp.mean(inputs, (0, 1))
+  start['codebook'] = away + 0.05 * jax.random.normal(jax.random.key(4), (32, 8))
+  start['codebook'] = start['codebook'].at[0].set(inputs[0, 0])
+  used = lambda p: float(
+    autoencoding.perplexity(
+      codec.quantiser.apply({'params': p}, features, method='quantise').codes, 32
+    )
+  )
+  assert used(start) < 5
+
+  def loss(p):
+    out, rebuilt = codec.quantiser.apply({'params': p}, features)
+    sure, spread = autoencoding.code_entropies(out.probabilities)
+    commitment = jnp.mean(autoencoding.commitment(out.inputs, out.chosen))
+    return jnp.mean(jnp.square(rebuilt - features)) + commitment + 0.1 * (sure - spread)
+
+  optimizer = optax.adam(1e-2)
+
+  @jax.jit
+  def step(p, state):
+    updates, state = optimizer.update(jax.grad(loss)(p), state)
+    return optax.apply_updates(p, updates), state
+
+  trained, state = start, optimizer.init(start)
+  for _ in range(150):
+    trained, state = step(trained, state)
+  assert used(trained) > 16
+
+
+def test_flops_match_the_compiled_program(codec):
+  config = visual_prompt.VisualPromptConfig()
+  network = visual_prompt.VisualPromptCodec(config).quantiser
+  features = jax.ShapeDtypeStruct((1, 36, 160), jnp.float32)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  weights = jax.eval_shape(network.init, key, features)
+  counted = jax.jit(network.apply).lower(weights, features).cost_analysis()['flops']
+  assert 0.8 < visual_prompt.flops(config) / counted <= 1.0

@@ -1,0 +1,88 @@
+"""The cache of codes and latents: whole, verified, or refused."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+
+from vpe_jax.data import cache
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch, tmp_path):
+  monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path))
+
+
+def _arrays(count=23):
+  draw = np.random.default_rng(0)
+  return draw.integers(0, 99, (count, 6), np.int32), draw.normal(size=(count, 2, 2, 4))
+
+
+def _write(fingerprint='one'):
+  codes, latents = _arrays()
+  pieces = [(codes[i : i + 5], latents[i : i + 5]) for i in range(0, len(codes), 5)]
+  return cache.write_cache(fingerprint, pieces, shard=8)
+
+
+def test_what_was_written_is_read():
+  codes, latents = _arrays()
+  _write()
+  opened = cache.open_cache('one')
+  assert len(opened) == 23
+  for index in (0, 7, 8, 22):
+    found = opened[index]
+    np.testing.assert_array_equal(found[0], codes[index])
+    np.testing.assert_array_equal(found[1], latents[index].astype(np.float32))
+    assert found[0].dtype == np.int32 and found[1].dtype == np.float32
+  with pytest.raises(IndexError):
+    opened[23]
+  assert len(pickle.dumps(opened)) < 1000
+
+
+def test_absent_cache_is_none():
+  assert cache.open_cache('one') is None
+  _write('other')
+  assert cache.open_cache('one') is None
+
+
+def _flip(path):
+  content = bytearray(path.read_bytes())
+  content[-3] ^= 4
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize('name', ['codes-00001.npy', 'latents-00002.npy', 'manifest.json'])
+@pytest.mark.parametrize('harm', ['flip', 'truncate', 'remove'])
+def test_damage_is_named_and_a_new_cache_cures_it(name, harm):
+  path = _write().folder / name
+  if harm == 'flip' and name == 'manifest.json':
+    path.write_text(path.read_text().replace('"count"', '"cound"'))
+  elif harm == 'flip':
+    _flip(path)
+  elif harm == 'truncate':
+    path.write_bytes(path.read_bytes()[:-10])
+  else:
+    path.unlink()
+  with pytest.raises(cache.DamagedCacheError, match=name):
+    cache.open_cache('one')
+  _write()
+  np.testing.assert_array_equal(cache.open_cache('one')[9][0], _arrays()[0][9])
+
+
+def test_other_fingerprint_in_its_place_is_refused():
+  _write('other').folder.rename(cache.location('one'))
+  with pytest.raises(cache.DamagedCacheError, match='another fingerprint'):
+    cache.open_cache('one')
+
+
+def test_interrupted_writing_leaves_nothing(tmp_path):
+  def pieces():
+    yield _arrays()
+    raise RuntimeError('the encoder failed')
+
+  with pytest.raises(RuntimeError):
+    cache.write_cache('one', pieces(), shard=8)
+  assert cache.open_cache('one') is None
+  assert list((tmp_path / 'encoded').iterdir()) == []

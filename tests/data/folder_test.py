@@ -1,0 +1,75 @@
+"""A user's own pictures."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpe_jax.contracts import UserError
+from vpe_jax.data.folder import open_folder
+from vpe_jax.data.records import render
+
+
+def _image(path, colour='red', size=(20, 10)):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.new('RGB', size, colour).save(path)
+
+
+def test_texts_beside_images(tmp_path):
+  for name in ('b.png', 'a.jpg', 'deep/c.PNG'):
+    _image(tmp_path / name)
+    (tmp_path / name).with_suffix('.txt').write_text(f'the\n {name} ')
+  source = open_folder(str(tmp_path))
+  assert [source[i].caption for i in range(len(source))] == ['the a.jpg', 'the b.png', 'the deep/c.PNG']
+  assert len(open_folder(str(tmp_path), 2)) == 2
+
+
+def test_captions_file(tmp_path):
+  _image(tmp_path / 'x.png')
+  _image(tmp_path / 'y.png')
+  lines = [{'image': 'y.png', 'text': 'a y'}, {'file': 'x.png', 'caption': 'an x'}]
+  (tmp_path / 'captions.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n\n')
+  source = open_folder(str(tmp_path))
+  assert [(r.id, r.caption) for r in source] == [('folder/x.png', 'an x'), ('folder/y.png', 'a y')]
+  picture = render(source[0], 16)
+  assert picture.shape == (16, 16, 3)
+  assert (picture[:4] == 255).all() and (picture[4:12] == (255, 0, 0)).all()
+  assert picture.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+  'line, message',
+  [
+    ('{"file": "x.png"}', 'x.png has no caption'),
+    ('{"caption": "an x"}', 'names no image'),
+    ('{"file": "z.png", "caption": "a z"}', 'z.png does not exist'),
+    ('{"file": ', 'line 1 is not JSON'),
+    ('["x.png"]', 'names no image'),
+  ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+  _image(tmp_path / 'x.png')
+  (tmp_path / 'captions.jsonl').write_text(line)
+  with pytest.raises(UserError, match=message):
+    open_folder(str(tmp_path))
+
+
+def test_missing_folder_empty_folder_missing_caption(tmp_path):
+  with pytest.raises(UserError, match='does not exist'):
+    open_folder(str(tmp_path / 'nowhere'))
+  with pytest.raises(UserError, match='no images'):
+    open_folder(str(tmp_path))
+  _image(tmp_path / 'x.png')
+  with pytest.raises(UserError, match='x.png has no caption'):
+    open_folder(str(tmp_path))
+
+
+def test_unreadable_image_is_named_when_drawn(tmp_path):
+  (tmp_path / 'x.png').write_bytes(b'nothing')
+  (tmp_path / 'x.txt').write_text('an x')
+  source = open_folder(str(tmp_path))
+  with pytest.raises(UserError, match='unreadable image .*x.png'):
+    render(source[0], 8)

@@ -1,0 +1,94 @@
+"""Rows of tokens: masks as drawn, positions without gaps, drops, targets."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpe_jax.contracts import concatenate, visible
+from vpe_jax.data import sequence
+
+VOCABULARY = sequence.Vocabulary(text=10, codes=4, bos=1, boi=2)
+SPANS = sequence.text_to_image(text=3, codes=2, latents=2)
+
+
+def _build(lengths: list[int], keep: list[bool], multiple: int = 1):
+  B = len(lengths)
+  text = jnp.broadcast_to(jnp.array([5, 6, 7]), (B, 3))
+  codes = jnp.broadcast_to(jnp.array([0, 3]), (B, 2))
+  return sequence.build(
+    SPANS, VOCABULARY, text, jnp.array(lengths), codes, jnp.array(keep), multiple
+  )
+
+
+def _mask(regions) -> np.ndarray:
+  row = concatenate([region.visibility for region in regions.values()])
+  return np.asarray(visible(row, row)).astype(int)
+
+
+def test_mask_as_drawn():
+  """bos, 2 of 3 text tokens, bot, 2 codes, eot, boi | time, 2 latents: causal, then full."""
+  drawn = """
+    1 0 0 0 0 0 0 0 0 0 0 0
+    1 1 0 0 0 0 0 0 0 0 0 0
+    1 1 1 0 0 0 0 0 0 0 0 0
+    0 0 0 0 0 0 0 0 0 0 0 0
+    1 1 1 0 1 0 0 0 0 0 0 0
+    1 1 1 0 1 1 0 0 0 0 0 0
+    1 1 1 0 1 1 1 0 0 0 0 0
+    1 1 1 0 1 1 1 1 0 0 0 0
+    1 1 1 0 1 1 1 1 1 0 0 0
+    1 1 1 0 1 1 1 1 1 1 1 1
+    1 1 1 0 1 1 1 1 1 1 1 1
+    1 1 1 0 1 1 1 1 1 1 1 1
+  """
+  wanted = np.array([[int(x) for x in line.split()] for line in drawn.strip().splitlines()])
+  np.testing.assert_array_equal(_mask(_build([2], [True]))[0], wanted)
+
+
+def test_ids_targets_and_weights():
+  region = _build([2], [True])['ar']
+  np.testing.assert_array_equal(region.ids[0], [1, 5, 6, 7, 14, 10, 13, 15, 2])
+  np.testing.assert_array_equal(region.weights[0], [0, 0, 0, 0, 1, 1, 1, 0, 0])
+  # [bot] predicts the first code, the last code predicts [eot].
+  np.testing.assert_array_equal(region.targets[0, 4:7], [10, 13, 15])
+
+
+def test_positions_count_present_tokens():
+  regions = _build([2, 3, 0], [True, True, True])
+  np.testing.assert_array_equal(regions['ar'].positions[0], [0, 1, 2, 0, 3, 4, 5, 6, 7])
+  np.testing.assert_array_equal(regions['ar'].positions[1], [0, 1, 2, 3, 4, 5, 6, 7, 8])
+  np.testing.assert_array_equal(regions['dit'].positions[:, 0], [8, 9, 6])
+
+
+def test_dropped_condition_leaves_bos_and_boi():
+  regions = _build([3], [False])
+  present = np.asarray(regions['ar'].visibility.until[0] > 0)
+  np.testing.assert_array_equal(present, [1, 0, 0, 0, 0, 0, 0, 0, 1])
+  np.testing.assert_array_equal(regions['dit'].positions[0], [2, 3, 4])
+  assert float(regions['ar'].weights.sum()) == 0
+  mask = _mask(regions)[0]
+  np.testing.assert_array_equal(mask[9:].sum(1), [5, 5, 5])
+  assert mask[1:8].sum() == 0 and mask[:, 1:8].sum() == 0
+
+
+@pytest.mark.parametrize('multiple', [4, 16])
+def test_padding_changes_nothing(multiple):
+  plain, padded = _build([2, 1], [True, False]), _build([2, 1], [True, False], multiple)
+  for expert, region in plain.items():
+    length = region.ids.shape[1]
+    assert padded[expert].ids.shape[1] % multiple == 0
+    same = jax.tree.map(lambda a, b: bool((a == b[:, :length]).all()), region, padded[expert])
+    assert all(jax.tree.leaves(same))
+    rest = jax.tree.map(lambda leaf: int(jnp.abs(leaf[:, length:]).sum()), padded[expert])
+    assert not any(jax.tree.leaves(rest))
+
+
+def test_places():
+  assert sequence.place(SPANS, 'codes') == (5, 7)
+  assert sequence.place(SPANS, 'latents') == (1, 3)
+  assert sequence.region_length(SPANS, 'ar', 16) == 16
+  with pytest.raises(KeyError):
+    sequence.place(SPANS, 'video')

@@ -1,0 +1,49 @@
+"""Sources from configs."""
+
+from __future__ import annotations
+
+import pytest
+
+from vpe_jax.config import DataConfig
+from vpe_jax.contracts import UserError
+from vpe_jax.data.records import SPLITS
+from vpe_jax.data.sources import ENDLESS, open_source
+
+
+@pytest.mark.parametrize('split', SPLITS)
+@pytest.mark.parametrize('share', [0.0, 0.3, 0.75, 1.0])
+def test_mixture_has_its_shares_all_along(split, share):
+  source = open_source(DataConfig(scenes_share=share, examples=100), split)
+  assert len(source) == 100
+  scenes = [source[i].group == 'scene' for i in range(100)]
+  assert sum(scenes) == round(100 * share)
+  assert abs(sum(scenes[:20]) - 20 * share) <= 1
+  assert len({source[i].id for i in range(100)}) == 100
+
+
+def test_lengths():
+  assert len(open_source(DataConfig())) == ENDLESS
+  assert len(open_source(DataConfig(source='scenes', examples=10**7))) == 10**7
+  assert 3000 < len(open_source(DataConfig(source='openmoji'))) < 4500
+  assert len(open_source(DataConfig(source='synthetic', examples=5))) == 5
+
+
+def test_mixture_ends():
+  with pytest.raises(IndexError):
+    open_source(DataConfig(examples=10))[10]
+
+
+@pytest.mark.parametrize(
+  'config, split, message',
+  [
+    (DataConfig(source='scene'), 'train', "did you mean 'scenes'"),
+    (DataConfig(examples=-1), 'train', 'must be 0'),
+    (DataConfig(scenes_share=1.5), 'train', 'between 0 and 1'),
+    (DataConfig(source='synthetic'), 'concept', 'no held-out split'),
+    (DataConfig(source='folder:/nowhere'), 'train', 'does not exist'),
+    (DataConfig(source='folder:/nowhere'), 'concept', 'no held-out split'),
+  ],
+)
+def test_mistakes(config, split, message):
+  with pytest.raises(UserError, match=message):
+    open_source(config, split)

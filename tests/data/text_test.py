@@ -1,0 +1,72 @@
+"""The tokenizer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vpe_jax.contracts import UserError
+from vpe_jax.data import splits, text
+
+
+@pytest.fixture(scope='module')
+def captions():
+  return text.training_captions()
+
+
+def test_shipped_file_equals_a_fresh_training(captions):
+  fresh = text.train_bpe(captions).to_str(pretty=True) + '\n'
+  assert text.SHIPPED.read_text(encoding='utf-8') == fresh, 'run python -m vpe_jax.data.text'
+
+
+def test_training_captions_are_known_and_short(captions):
+  tokenizer = text.shipped()
+  assert tokenizer.vocabulary == text.VOCABULARY
+  for caption in captions:
+    tokens = tokenizer.encode(caption)
+    assert text.UNK not in tokens and len(tokens) <= 32, caption
+    assert min(tokens) >= len(text.SPECIALS)
+
+
+def test_nothing_held_out_is_read(captions):
+  assert not any(splits.mentions(c, splits.held_out_concepts()) for c in captions)
+
+
+@pytest.mark.parametrize(
+  'caption', ['a red fox', "two dogs, one cat's hat!", '[eos] is [pad] 12', 'zyzzyva & co.']
+)
+def test_decode_gives_the_text_back(caption):
+  tokenizer = text.shipped()
+  assert tokenizer.decode(tokenizer.encode(caption)) == caption
+
+
+def test_letters_case_and_accents():
+  tokenizer = text.shipped()
+  assert tokenizer.encode('A Red CAFÉ') == tokenizer.encode('a red cafe')
+  assert tokenizer.encode('a “dog’s” – hat') == tokenizer.encode('a "dog\'s" - hat')
+
+
+def test_special_tokens_cannot_be_typed():
+  assert min(text.shipped().encode('[eos][pad][unk]')) >= len(text.SPECIALS)
+
+
+def test_encode_batch_pads():
+  ids, lengths = text.shipped().encode_batch(['a dog', 'a big red circle'], 8)
+  assert ids.dtype == lengths.dtype == np.int32 and ids.shape == (2, 8)
+  for row, length in zip(ids, lengths, strict=True):
+    assert (row[length:] == text.PAD).all() and (row[:length] != text.PAD).all()
+  assert text.shipped().decode(ids[0]) == 'a dog'
+
+
+def test_long_prompt_names_tokens_and_limit():
+  with pytest.raises(UserError, match=r'prompt has 5 tokens and the limit is 4'):
+    text.shipped().encode_batch(['dog dog dog dog dog'], 4)
+
+
+def test_missing_or_foreign_file(tmp_path):
+  with pytest.raises(UserError, match='no tokenizer at'):
+    text.Tokenizer(tmp_path / 'bpe.json')
+  foreign = text.tokenizers.Tokenizer(text.models.BPE())
+  foreign.save(str(tmp_path / 'bpe.json'))
+  with pytest.raises(UserError, match='lacks the special tokens'):
+    text.Tokenizer(tmp_path / 'bpe.json')

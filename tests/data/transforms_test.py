@@ -1,0 +1,70 @@
+"""Reading, padding, resizing, ranges."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpe_jax.contracts import UserError
+from vpe_jax.data import transforms
+
+
+def test_pad_to_square_centres_with_the_odd_pixel_at_the_end():
+  image = np.zeros((4, 8, 3), np.uint8)
+  square = transforms.pad_to_square(image, 10)
+  assert square.shape == (10, 10, 3)
+  dark = (square < 128).all(-1)
+  assert dark.any(1).tolist() == [False] * 2 + [True] * 5 + [False] * 3
+  assert dark.any(0).all()
+  tall = transforms.pad_to_square(image.transpose(1, 0, 2), 10)
+  np.testing.assert_array_equal(tall, square.transpose(1, 0, 2))
+
+
+def test_pad_to_square_scales_like_pil():
+  image = np.random.default_rng(0).integers(0, 256, (30, 20, 3), np.uint8)
+  square = transforms.pad_to_square(image, 15)
+  expected = np.array(Image.fromarray(image).resize((10, 15), Image.Resampling.BICUBIC))
+  np.testing.assert_array_equal(square[:, 2:12], expected)
+  assert (square[:, :2] == 255).all() and (square[:, 12:] == 255).all()
+
+
+def test_view_keeps_the_picture():
+  image = np.full((64, 64, 3), 255, np.uint8)
+  image[:32] = 0
+  small = transforms.view(image, 48)
+  assert small.shape == (48, 48, 3)
+  assert (small[:20] == 0).all() and (small[28:] == 255).all()
+  assert transforms.view(image, 64) is image
+
+
+def test_ranges_map_back_and_forth():
+  every = np.arange(256, dtype=np.uint8)
+  floats = transforms.to_float(every)
+  assert floats.dtype == np.float32 and floats[0] == -1 and floats[-1] == 1
+  np.testing.assert_array_equal(transforms.to_uint8(floats), every)
+  np.testing.assert_array_equal(transforms.to_uint8(np.array([-3.0, 3.0])), [0, 255])
+
+
+def test_transparency_is_white(tmp_path):
+  Image.new('RGBA', (5, 4), (255, 0, 0, 0)).save(tmp_path / 'clear.png')
+  image = transforms.read_image(tmp_path / 'clear.png')
+  assert image.shape == (4, 5, 3) and (image == 255).all()
+
+
+@pytest.mark.parametrize('content', [b'', b'not a picture', None])
+def test_unreadable_image_is_named(tmp_path, content):
+  path = tmp_path / 'fox.png'
+  if content is not None:
+    path.write_bytes(content)
+  with pytest.raises(UserError, match='unreadable image .*fox.png'):
+    transforms.read_image(path)
+
+
+def test_truncated_image_is_named(tmp_path):
+  path = tmp_path / 'cut.png'
+  noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+  Image.fromarray(noise).save(path)
+  path.write_bytes(path.read_bytes()[:3000])
+  with pytest.raises(UserError, match='unreadable image .*cut.png'):
+    transforms.read_image(path)

@@ -1,0 +1,100 @@
+"""The runner: reports, tables and what is written."""
+
+import dataclasses
+import json
+import pathlib
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpe_jax.contracts import UserError
+from vpe_jax.data.records import render
+from vpe_jax.evaluation import retrieval, runner
+from vpe_jax.evaluation.judge import Judge
+
+_OPTIONS = runner.Options(captions=12, splits=('combination',), seed=1)
+
+
+class _Knowing:
+  """A judge that recognises the true pictures and none else."""
+
+  fingerprint = 'knowing'
+
+  def __init__(self):
+    trials, records = retrieval.make_trials(12, 'combination', 1)
+    self._known = {render(r, 16).tobytes(): t.caption for r, t in zip(records, trials)}
+
+  def captions(self, captions):
+    seeds = [np.random.default_rng(zlib.crc32(c.encode())) for c in captions]
+    vectors = np.stack([seed.normal(size=256) for seed in seeds])
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+  def images(self, images):
+    return self.captions([self._known.get(image.tobytes(), 'unknown') for image in images])
+
+
+@pytest.fixture
+def subject(monkeypatch):
+  monkeypatch.setattr(Judge, 'load', lambda source: _Knowing())
+  gray = lambda captions: np.full((len(captions), 16, 16, 3), 128, np.uint8)
+  return runner.Subject(gray, 16, {'checkpoint': 'abc'})
+
+
+def test_report_tells_true_generated_and_permuted_apart(subject):
+  report = runner.run(['retrieval'], subject, _OPTIONS)['retrieval']
+  found = report.protocol['results']['combination']
+  assert list(found['rows']) == [
+    'true images',
+    'true images, captions permuted',
+    'generated',
+    'generated, captions permuted',
+  ]
+  assert found['rows']['true images']['accuracy'] == 1
+  assert found['rows']['generated']['accuracy'] < 0.3
+  assert found['rows']['true images, captions permuted']['accuracy'] < 0.3
+  assert found['generated_over_true'] == found['rows']['generated']['accuracy']
+  assert len(found['captions']) == 12 and found['captions'][0]['true'] == 1
+  assert len(report.lines) == 7 and '100.0%' in report.lines[2]
+
+
+def test_protocol_says_how_it_was_measured(subject):
+  protocol = runner.run(['retrieval'], subject, _OPTIONS)['retrieval'].protocol
+  assert protocol['candidates'] == 32 and protocol['hard_distractors'] == 16
+  assert protocol['captions'] == 12 and protocol['seed'] == 1
+  assert protocol['judge_checkpoint'] == 'knowing'
+  assert protocol['subject'] == {'checkpoint': 'abc'}
+
+
+def test_saves_json_and_a_sheet_for_each_split(subject, tmp_path):
+  reports = runner.run(['retrieval'], subject, _OPTIONS)
+  (path,) = runner.save(reports, str(tmp_path / 'evaluation'), 'abc')
+  assert path == str(tmp_path / 'evaluation' / 'retrieval-abc.json')
+  assert json.loads(pathlib.Path(path).read_text()) == json.loads(
+    json.dumps(reports['retrieval'].protocol)
+  )
+  sheet = Image.open(tmp_path / 'evaluation' / 'retrieval-abc-combination.png')
+  assert sheet.width > 8 * 16
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='cannot write'):
+    runner.save(reports, str(tmp_path / 'file'), 'abc')
+
+
+@pytest.mark.parametrize(
+  'names, change, message',
+  [
+    (['retrival'], {}, "did you mean 'retrieval'"),
+    (['retrieval'], {'splits': ('combinations',)}, "did you mean 'combination'"),
+    (['retrieval'], {'captions': 1}, 'at least 2'),
+  ],
+)
+def test_mistakes_are_named(subject, names, change, message):
+  with pytest.raises(UserError, match=message):
+    runner.run(names, subject, dataclasses.replace(_OPTIONS, **change))
+
+
+def test_nothing_to_compare_with_is_no_number():
+  zero = retrieval.Result(np.zeros(3), np.zeros(3), {}, None, 3)
+  found = {'true images': zero, 'generated': zero}
+  assert 'reach - of' in runner.table('combination', found)[-1]

@@ -1,0 +1,148 @@
+"""Generator: batching, reproducibility, what pictures say about themselves."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import vpe_jax
+from vpe_jax import generator as generator_lib
+from vpe_jax import rng as rng_lib
+from vpe_jax.config import SampleConfig
+from vpe_jax.contracts import Drawing, UserError
+from vpe_jax.data import text
+from vpe_jax.generator import Generator
+
+
+class _Dice:
+  """A system whose codes are drawn per row, and whose picture shows codes and prompt."""
+
+  def __init__(self):
+    data = types.SimpleNamespace(text_length=16, image_size=4)
+    self.config = types.SimpleNamespace(data=data, sample=SampleConfig(steps=7))
+    self.batches = []  # rows of each trace
+
+  def generate(self, params, frozen, request, rng, settings):
+    self.batches.append(request.example.shape[0])
+    codes = request.codes
+    if codes is None:
+      draw = lambda key: jax.random.randint(key, (4,), 0, 200)
+      codes = rng_lib.per_example(draw, rng, 'codes', request.example)
+    shade = (codes + params['shift'] + request.text[:, :4] % 50) / 255
+    image = jnp.broadcast_to(shade[:, :, None, None], (*shade.shape, 4, 3))
+    return Drawing(image, codes, image * settings.guidance)
+
+
+def _dice(rows=4):
+  said = {'checkpoint': 'abc', 'weights': 'dice (ema)'}
+  return Generator(_Dice(), {'shift': np.float32(1)}, {}, text.shipped(), said, rows)
+
+
+def _same(a, b):
+  np.testing.assert_array_equal(a.codes, b.codes)
+  np.testing.assert_array_equal(a.image, b.image)
+  assert a.metadata == b.metadata and (a.prompt, a.index) == (b.prompt, b.index)
+
+
+def test_a_picture_is_the_same_alone_among_others_and_reordered():
+  draws = _dice()
+  prompts = ['a red fox', 'two green pears', 'a blue circle']
+  together = draws(prompts, n=4, seed=3)
+  assert [(p.prompt, p.index) for p in together] == [(p, i) for p in prompts for i in range(4)]
+  _same(draws('two green pears', seed=3)[0], together[4])
+  for ours, theirs in zip(draws('two green pears', n=3, seed=3), together[4:7]):
+    _same(ours, theirs)
+  reordered = draws(prompts[::-1], n=4, seed=3)
+  for ours, theirs in zip(reordered, together[8:] + together[4:8] + together[:4]):
+    _same(ours, theirs)
+
+
+def test_seed_prompt_and_place_each_change_the_picture():
+  draws = _dice()
+  first, second = draws('a red fox', n=2, seed=0)
+  others = [second, draws('a red fox', seed=1)[0], draws('a red wolf', seed=0)[0]]
+  assert all((other.codes != first.codes).any() for other in others)
+
+
+def test_every_batch_has_the_same_rows_and_one_program_serves_all():
+  draws, calls = _dice(rows=5), []
+  assert len(draws(['a', 'b', 'c'], n=4, progress=lambda *at: calls.append(at))) == 12
+  assert calls == [(5, 12), (10, 12), (12, 12)]
+  draws('d')
+  assert draws.system.batches == [5]  # traced once
+
+
+def test_given_codes_are_rendered():
+  draws = _dice()
+  codes = np.arange(8).reshape(2, 4)
+  own = draws(['a', 'b'], codes=codes)
+  np.testing.assert_array_equal([p.codes for p in own], codes)
+  shared = draws(['a', 'b'], n=2, codes=codes[0])
+  np.testing.assert_array_equal([p.codes for p in shared], np.tile(codes[0], (4, 1)))
+  with pytest.raises(UserError, match='2 pictures'):
+    draws(['a', 'b'], codes=np.zeros((3, 4)))
+
+
+def test_settings_start_from_the_runs_own():
+  draws = _dice()
+  assert draws.settings() == SampleConfig(steps=7)
+  assert draws.settings(guidance=2.0, top_k=None) == SampleConfig(steps=7, guidance=2.0)
+  with pytest.raises(UserError, match="did you mean 'guidance'"):
+    draws.settings(guidence=2.0)
+
+
+def test_pictures_say_how_they_were_made(tmp_path):
+  draws = _dice()
+  picture = draws('a red fox', n=2, seed=9, settings=draws.settings(top_k=5))[1]
+  picture.save(tmp_path / 'x.png')
+  said = Image.open(tmp_path / 'x.png').text
+  assert json.loads(said.pop('settings')) == dataclasses.asdict(SampleConfig(steps=7, top_k=5))
+  assert said == {
+    'prompt': 'a red fox',
+    'seed': '9',
+    'index': '1',
+    'checkpoint': 'abc',
+    'weights': 'dice (ema)',
+    'version': f'vpe_jax {vpe_jax.__version__}',
+    'generated': 'true',
+  }
+
+
+def test_sheet_joins_what_its_pictures_say():
+  drawn = _dice()(['a red fox', 'two pears'], n=2, seed=9)
+  image, said = generator_lib.sheet(drawn)
+  assert said['prompt'] == 'a red fox\ntwo pears' and said['index'] == '0\n1'
+  assert said['seed'] == '9' and said['generated'] == 'true'
+  columns, _ = generator_lib.sheet(drawn[::2])
+  single, _ = generator_lib.sheet(drawn[:1])
+  assert image.height > columns.height and columns.width > single.width
+
+
+@pytest.mark.parametrize(
+  'prompts, n, message', [([], 1, 'nothing to draw'), ('a', 0, 'nothing to draw')]
+)
+def test_nothing_to_draw_is_an_error(prompts, n, message):
+  with pytest.raises(UserError, match=message):
+    _dice()(prompts, n)
+
+
+def test_over_long_prompt_is_an_error():
+  with pytest.raises(UserError, match='shorten it'):
+    _dice()('a red fox and a dog ' * 20)
+
+
+def test_small_batches_are_refused():
+  with pytest.raises(UserError, match='at least 4'):
+    _dice(rows=2)
+
+
+def test_load_refuses_unknown_weights():
+  with pytest.raises(UserError, match="'ema'"):
+    Generator.load('runs/x', weights='best')
+  with pytest.raises(UserError, match='averaged weights only'):
+    Generator.load('assets:tiny', weights='raw')

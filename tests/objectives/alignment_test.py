@@ -1,0 +1,71 @@
+"""Alignment losses against brute force."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpe_jax.objectives import alignment
+
+
+def test_same_caption_finds_exactly_the_repeats():
+  rng = np.random.default_rng(0)
+  text = rng.integers(0, 1024, (200, 32)).astype(np.int32)
+  text[50:80] = text[:30]
+  text[100] = text[0]
+  text[101] = text[0][::-1]  # the same tokens in another order
+  text[102, :] = text[0]
+  text[102, -1] += 1
+  wanted = (text[:, None] == text[None]).all(-1)
+  np.testing.assert_array_equal(alignment.same_caption(jnp.asarray(text)), wanted)
+
+
+def test_same_caption_tells_captions_apart_by_one_token():
+  base = np.zeros((1, 32), np.int32)
+  rows = [base]
+  for place in range(32):
+    for token in range(1, 60):
+      row = base.copy()
+      row[0, place] = token
+      rows.append(row)
+  same = alignment.same_caption(jnp.asarray(np.concatenate(rows)))
+  np.testing.assert_array_equal(same, np.eye(len(rows), dtype=bool))
+
+
+def test_sigmoid_loss_is_the_sum_over_signed_pairs():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(4, 4)).astype(np.float32) * 3
+  positive = np.eye(4, dtype=bool)
+  positive[0, 2] = positive[2, 0] = True
+  sign = np.where(positive, 1.0, -1.0)
+  wanted = np.log1p(np.exp(-sign * logits.astype(np.float64))).sum(-1)
+  got = alignment.sigmoid_loss(jnp.asarray(logits), jnp.asarray(positive))
+  np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+def test_repeated_captions_are_no_negatives():
+  """A picture isn't pushed away from a caption that is its own, word by word."""
+  text = jnp.array([[1, 2], [1, 2], [3, 4]])
+  positive = alignment.same_caption(text)
+  gradient = jax.grad(lambda x: jnp.sum(alignment.sigmoid_loss(x, positive)))(jnp.zeros((3, 3)))
+  np.testing.assert_array_equal(np.sign(gradient), [[-1, -1, 1], [-1, -1, 1], [1, 1, -1]])
+
+
+def test_large_logits_stay_finite():
+  logits = jnp.array([[200.0, -200.0], [-200.0, 200.0]])
+  loss = alignment.sigmoid_loss(logits, ~jnp.eye(2, dtype=bool))
+  np.testing.assert_allclose(loss, [400.0, 400.0])
+
+
+def test_retrieval_looks_within_groups_and_accepts_repeats():
+  logits = jnp.array(
+    [
+      [1.0, 2.0, 9.0, 0.0],  # best in its group: caption 1, equal to its own
+      [0.0, 1.0, 9.0, 0.0],  # its own
+      [9.0, 9.0, 0.0, 1.0],  # caption 3: wrong
+      [9.0, 9.0, 0.0, 1.0],  # its own
+    ]
+  )
+  positive = jnp.eye(4, dtype=bool).at[0, 1].set(True).at[1, 0].set(True)
+  hits = alignment.retrieval_hits(logits, positive, group=2)
+  np.testing.assert_array_equal(hits, [1, 1, 0, 1])
+  np.testing.assert_array_equal(alignment.retrieval_hits(logits, positive, group=4), [0, 0, 0, 0])

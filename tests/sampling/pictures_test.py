@@ -1,0 +1,98 @@
+"""Pictures, grids and PNG metadata."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpe_jax.contracts import UserError
+from vpe_jax.sampling import pictures
+
+
+def _noise(seed, side=8):
+  return np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+
+
+def test_levels_round_to_the_nearest_and_clip():
+  given = np.asarray([-0.1, 0.0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.0, 1.2])
+  assert pictures.to_uint8(given).tolist() == [0, 0, 0, 1, 255, 255, 255]
+  levels = np.arange(256, dtype=np.uint8)
+  np.testing.assert_array_equal(pictures.to_uint8(levels / np.float32(255)), levels)
+
+
+def test_nan_is_no_picture():
+  with pytest.raises(ValueError, match='NaN'):
+    pictures.to_uint8(np.asarray([0.5, np.nan]))
+
+
+def test_png_keeps_pixels_and_metadata(tmp_path):
+  path = tmp_path / 'new' / 'x.png'
+  metadata = {'prompt': 'a fox – 狐 & "quotes"', 'seed': '3', 'generated': 'true'}
+  pictures.save_png(_noise(0), path, metadata)
+  with Image.open(path) as stored:
+    assert stored.text == metadata
+    np.testing.assert_array_equal(np.asarray(stored), _noise(0))
+  assert [p.name for p in path.parent.iterdir()] == ['x.png']
+
+
+def test_existing_file_is_kept_unless_told(tmp_path):
+  path = tmp_path / 'x.png'
+  pictures.save_png(_noise(0), path)
+  with pytest.raises(UserError, match='--overwrite'):
+    pictures.save_png(_noise(1), path)
+  np.testing.assert_array_equal(np.asarray(Image.open(path)), _noise(0))
+  pictures.save_png(_noise(1), path, overwrite=True)
+  np.testing.assert_array_equal(np.asarray(Image.open(path)), _noise(1))
+
+
+def test_files_are_planned_before_the_work(tmp_path):
+  folder = f'{tmp_path}/new/'
+  assert pictures.plan_files(folder, 2) == [folder + '000.png', folder + '001.png']
+  assert pictures.plan_files(f'{tmp_path}/x.png', 2) == [f'{tmp_path}/x.png']
+  pictures.save_png(_noise(0), folder + '001.png')
+  with pytest.raises(UserError, match='001.png exists'):
+    pictures.plan_files(folder, 2)
+  assert len(pictures.plan_files(folder, 2, overwrite=True)) == 2
+
+
+def test_unwritable_place_is_one_clear_line(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='cannot write'):
+    pictures.save_png(_noise(0), tmp_path / 'file' / 'x.png')
+
+
+def test_grid_enlarges_by_a_whole_factor_without_smoothing():
+  rows = [[_noise(0), _noise(1)], [_noise(2)]]
+  sheet = np.asarray(pictures.grid(rows, side=32))
+  enlarged = np.kron(_noise(1), np.ones((4, 4, 1), np.uint8))
+  found = [
+    (y, x)
+    for y in range(sheet.shape[0] - 31)
+    for x in range(sheet.shape[1] - 31)
+    if (sheet[y, x] == enlarged[0, 0]).all() and (sheet[y : y + 32, x : x + 32] == enlarged).all()
+  ]
+  assert len(found) == 1
+
+
+def test_captions_and_labels_take_only_the_space_they_need():
+  rows = [[_noise(0), _noise(1)]]
+  bare = pictures.grid(rows)
+  empty = pictures.grid(rows, [['', '']], [''])
+  short = pictures.grid(rows, [['a fox', '']])
+  long = pictures.grid(rows, [['a fox ' * 12, 'incomprehensibilities' * 4]])
+  labelled = pictures.grid(rows, row_labels=['ground truth'])
+  assert bare.size == empty.size
+  assert bare.height < short.height < long.height and bare.width == long.width
+  assert labelled.width > bare.width
+
+
+def test_wrapped_text_fits_and_loses_nothing():
+  font = pictures.ImageFont.load_default(14)
+  text = 'two red foxes left of a ' + 'w' * 60 + ' on pale ground'
+  lines = pictures._wrap(text, font, 120)
+  assert all(font.getlength(line) <= 120 for line in lines)
+  assert ''.join(lines).replace(' ', '') == text.replace(' ', '')
+
+
+def test_grid_refuses_pictures_of_two_sizes():
+  with pytest.raises(ValueError, match='one size'):
+    pictures.grid([[_noise(0), _noise(1, side=9)]])

@@ -1,0 +1,319 @@
+"""Packaging, launch scripts, licences and the README: what they promise is there."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vpe_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ['.ci/run', *sorted(f'launch/{p.name}' for p in (ROOT / 'launch').glob('*.sh'))]
+
+# A python3.11 that writes down how it is called; `-m venv` copies it, as a real one would.
+FAKE_PYTHON = """#!/bin/bash
+echo "$*" >> "$CALLS"
+case "$*" in
+  "-m venv"*) mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
+  "-m pip install"*) [ ! -e "$CALLS.offline" ] ;;
+  *-m\\ vpe_jax.main*) [ ! -e "$CALLS.bad_config" ] || exit 2 ;;
+esac
+"""
+
+
+def _script(path: Path, text: str) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text)
+  path.chmod(0o755)
+
+
+def _shell(text: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    ['/bin/bash', '-c', text],
+    cwd=cwd,
+    env=os.environ | environment,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+
+
+def _environment(text: str, **environment: str) -> subprocess.CompletedProcess:
+  return _shell(f'set -euo pipefail; . launch/environment.sh; {text}', **environment)
+
+
+def test_version_and_extras() -> None:
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / 'setup.cfg')
+  assert setup['metadata']['version'] == 'attr: vpe_jax.__version__'
+  assert re.fullmatch(r'\d+\.\d+\.\d+', vpe_jax.__version__)
+  assert {'tpu', 'cuda', 'test', 'tensorboard', 'wandb'} <= set(setup['options.extras_require'])
+  assert not re.search(r'^(torch|tensorflow)\b(?!-)', setup['options']['install_requires'], re.M)
+
+
+def test_data_libraries_work_without_tensorflow() -> None:
+  code = (
+    'import sys; sys.modules["tensorflow"] = None\n'
+    'import tensorflow_datasets, clu.metrics, clu.parameter_overview\n'
+    'print(tensorflow_datasets.data_source.__name__)'
+  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+  assert (done.returncode, done.stdout) == (0, 'data_source\n'), done.stderr
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_scripts_parse_and_can_be_started(script: str) -> None:
+  assert _shell(f'bash -n {script}').returncode == 0
+  executable = os.access(ROOT / script, os.X_OK)
+  assert executable == (script != 'launch/environment.sh')
+
+
+@pytest.mark.parametrize(
+  ('files', 'expected'),
+  [
+    ({}, ''),
+    ({'dev/accel0': ''}, 'tpu'),
+    ({'dev/accel/accel0': ''}, ''),  # a laptop's neural processor
+    ({'dev/nvidia0': ''}, 'cuda'),
+    ({'dev/vfio/0': '', 'sys/bus/pci/devices/0/vendor': '0x10de'}, ''),
+    (
+      {
+        'dev/vfio/0': '',
+        'sys/bus/pci/devices/0/vendor': '0x1ae0',
+        'sys/bus/pci/devices/0/class': '0x088000',
+      },
+      'tpu',
+    ),
+    (
+      {  # a virtual machine of Google's with a network card of theirs, and no TPU
+        'dev/vfio/0': '',
+        'sys/bus/pci/devices/0/vendor': '0x1ae0',
+        'sys/bus/pci/devices/0/class': '0x020000',
+      },
+      '',
+    ),
+  ],
+)
+def test_accelerator(tmp_path: Path, files: dict[str, str], expected: str) -> None:
+  for name, text in files.items():
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text(text)
+  assert _environment(f'accelerator {tmp_path}').stdout.strip() == expected
+
+
+def test_find_python_prefers_3_11_and_says_what_is_missing(tmp_path: Path) -> None:
+  _script(tmp_path / 'old' / 'python3', '#!/bin/bash\n[ "$1" = --version ] && echo Python 3.9.2\n')
+  only_old = {'PATH': str(tmp_path / 'old'), 'HOME': str(tmp_path), 'PYENV_ROOT': str(tmp_path)}
+  done = _environment('find_python', **only_old)
+  assert done.returncode == 2
+  assert done.stderr.startswith('error: no Python from 3.11 to 3.13 found (python3 is Python 3.9')
+  assert done.stderr.count('\n') == 1
+
+  _script(tmp_path / 'new' / 'python3', '#!/bin/bash\nexit 0\n')
+  newer = only_old | {'PATH': str(tmp_path / 'new')}
+  assert _environment('find_python', **newer).stdout == f'{tmp_path}/new/python3\n'
+  _script(tmp_path / 'versions/3.11.9/bin/python3.11', '#!/bin/bash\nexit 0\n')
+  assert _environment('find_python', **newer).stdout.endswith('3.11.9/bin/python3.11\n')
+
+
+def _clone(folder: Path) -> dict[str, str]:
+  """A clone without the library, and an environment in which Python only writes down its calls."""
+  for name in ('launch/environment.sh', 'launch/quickstart.sh', 'launch/test.sh', '.ci/run'):
+    _script(folder / name, (ROOT / name).read_text())
+  for name in ('setup.cfg', 'pyproject.toml'):
+    (folder / name).write_text((ROOT / name).read_text())
+  _script(folder / 'bin' / 'python3.11', FAKE_PYTHON)
+  _script(folder / 'bin' / 'python3.12', FAKE_PYTHON)
+  return {'PATH': f'{folder}/bin:{os.environ["PATH"]}', 'CALLS': str(folder / 'calls')}
+
+
+def _calls(folder: Path) -> list[str]:
+  """Calls of the fake Python that do something, since the last time."""
+  lines = (folder / 'calls').read_text().splitlines()
+  (folder / 'calls').write_text('')
+  return [line for line in lines if line.startswith('-m') and line != '-m pip --version']
+
+
+def test_quickstart_installs_once_trains_and_samples(tmp_path: Path) -> None:
+  environment = _clone(tmp_path)
+  done = _shell('bash launch/quickstart.sh --config.seed=3', tmp_path, **environment)
+  assert done.returncode == 0, done.stderr
+  venv, pip, train, sample = _calls(tmp_path)
+  assert venv == '-m venv --clear .venv'
+  assert pip.startswith('-m pip install') and re.search(r'\.(\[(tpu|cuda)\])?$', pip)
+  assert train == (
+    '-m vpe_jax.main --config=configs/t2i.py --workdir=runs/quickstart --config.seed=3'
+  )
+  assert sample.startswith('-m vpe_jax.sample --workdir=runs/quickstart --prompt=')
+  assert '--out=runs/quickstart/sample.png' in sample
+  assert re.search(r'== training took \d+ s', done.stdout)
+
+  again = _shell('bash launch/quickstart.sh', tmp_path, **environment)
+  assert '.venv is up to date' in again.stdout
+  assert [call.split()[1] for call in _calls(tmp_path)] == ['vpe_jax.main', 'vpe_jax.sample']
+
+  with (tmp_path / 'setup.cfg').open('a') as file:
+    file.write('# another version\n')
+  assert _shell('bash launch/quickstart.sh', tmp_path, **environment).returncode == 0
+  assert [call.split()[1] for call in _calls(tmp_path)][0] == 'pip'
+
+
+def test_a_failed_phase_ends_the_script_and_is_not_remembered(tmp_path: Path) -> None:
+  environment = _clone(tmp_path)
+  (tmp_path / 'calls.offline').touch()
+  assert _shell('bash launch/quickstart.sh', tmp_path, **environment).returncode == 1
+  assert not any('vpe_jax' in call for call in _calls(tmp_path))
+  (tmp_path / 'calls.offline').unlink()
+  (tmp_path / 'calls.bad_config').touch()
+  failed = _shell('bash launch/quickstart.sh', tmp_path, **environment)
+  assert failed.returncode == 2 and 'Look at' not in failed.stdout
+  assert [call.split()[1] for call in _calls(tmp_path)] == ['pip', 'vpe_jax.main']
+
+
+def test_test_script_checks_style_tests_and_the_newer_python(tmp_path: Path) -> None:
+  environment = _clone(tmp_path)
+  done = _shell('bash .ci/run', tmp_path, **environment)
+  assert done.returncode == 0, done.stderr
+  calls = _calls(tmp_path)
+  assert [call.split()[1] for call in calls] == [
+    *('venv', 'pip', 'ruff', 'pytest'),
+    *('venv', 'pip', 'vpe_jax.main', 'vpe_jax.sample'),
+  ]
+  assert '.[test' in calls[1] and 'test' not in calls[5]
+  assert calls[4] == '-m venv --clear .venv312'
+  assert '--config=configs/t2i.py:debug' in calls[6]
+
+
+TPU = 'bash launch/tpu_pod.sh --name=vpe --zone=us-east5-b --type=v6e-16 --workdir=gs://b/run'
+
+
+def test_tpu_pod_dry_run_prints_every_command() -> None:
+  done = _shell(f'{TPU} --dry_run --spot --delete --project=p -- "--config.data.source=it\'s"')
+  assert done.returncode == 0, done.stderr
+  commands = [shlex.split(line.replace("$'", "'").replace(r'\n', '\n').replace(r"\'", ''))
+              for line in done.stdout.splitlines()[:-1]]
+  place = ['--zone=us-east5-b', '--project=p']
+  assert commands[0] == [
+    *'gcloud compute tpus tpu-vm create vpe'.split(), *place,
+    '--accelerator-type=v6e-16', '--version=v2-alpha-tpuv6e', '--spot',
+  ]
+  assert [command[:5] for command in commands[1:]] == [
+    'git archive --format=tar.gz --prefix=vpe_jax/'.split() + [commands[1][4]],
+    *[f'gcloud compute tpus tpu-vm {verb}'.split() for verb in ('scp',)],
+    ['rm', commands[1][4].removeprefix('--output=')],
+    *[f'gcloud compute tpus tpu-vm {verb}'.split() for verb in ('ssh', 'ssh', 'ssh')],
+    ['mkdir', '-p', 'runs/pod-vpe'],
+    *[f'gcloud compute tpus tpu-vm {verb}'.split() for verb in ('ssh', 'delete')],
+  ]
+  set_up, start, follow = commands[4:7]
+  assert '--worker=all' in set_up and 'install .venv' in set_up[-1]
+  assert '--worker=all' in start and '-m vpe_jax.main --config=configs/t2i.py' in start[-1]
+  assert '--workdir=gs://b/run' in start[-1]
+  assert '--worker=0' in follow and 'tail' in follow[-1]
+
+
+def test_tpu_pod_worker_commands_are_shell() -> None:
+  done = _shell(f'{TPU} --dry_run --queued --repo=https://example.org/r.git -- "--config.x=it\'s"')
+  remote = re.findall(r"(?<= )\$'--command=.*?(?<!\\)'(?= ?$)", done.stdout, re.M)
+  assert len(remote) == 2 and 'git clone' in remote[0]
+  for word in remote:
+    assert _shell(f'text={word}; bash -n <<< "${{text#--command=}}"').returncode == 0
+  assert "--config.x=it" in remote[1]
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    ('--zone=z --type=v6e-16 --workdir=gs://b/run', 'say --name=NAME'),
+    ('--name=n --zone=z --type=v6e-16 --workdir=runs/x', 'say --workdir=gs://'),
+    ('--name=n --zone=z --type=h100 --workdir=gs://b/run', 'no image known for --type=h100'),
+    ('--nane=n', "unknown option '--nane=n'"),
+  ],
+)
+def test_tpu_pod_mistakes(arguments: str, message: str) -> None:
+  done = _shell(f'bash launch/tpu_pod.sh --dry_run {arguments}')
+  assert done.returncode == 2 and done.stdout == ''
+  assert done.stderr.startswith('error: ' + message) and done.stderr.count('\n') == 1
+
+
+FAKE_GCLOUD = """#!/bin/bash
+# Plays a slice: takes the next line of a file for each question about it.
+next() { head -n 1 "$PLAY/$1"; sed -i 1d "$PLAY/$1"; }
+echo "$*" | tr '\\n' ' ' | cut -c 1-400 >> "$PLAY/calls"
+case "$*" in
+  *" describe "*) answer=$(next states); [ "$answer" != ABSENT ] && echo "$answer" ;;
+  *"--command=tail -n +1"*) exit "$(next ends)" ;;
+  *"--command=tail -n 5"*) next lasts ;;
+esac
+"""
+
+
+def _play(folder: Path, states: list[str], ends: list[int], lasts: list[str]) -> tuple:
+  _script(folder / 'bin' / 'gcloud', FAKE_GCLOUD)
+  for name, lines in {'states': states, 'ends': ends, 'lasts': lasts}.items():
+    (folder / name).write_text(''.join(f'{line}\n' for line in lines))
+  done = _shell(
+    f'{TPU} --poll=0 --repo=https://example.org/r.git --logs={folder}/logs',
+    PATH=f'{folder}/bin:{os.environ["PATH"]}',
+    PLAY=str(folder),
+  )
+  verbs = [line.split()[3] for line in (folder / 'calls').read_text().splitlines()]
+  return done, [verb for verb in verbs if verb != 'describe']
+
+
+def test_tpu_pod_resumes_after_preemption(tmp_path: Path) -> None:
+  states = ['ABSENT', 'CREATING', 'READY', 'PREEMPTED', 'PREEMPTED', 'ABSENT', 'READY']
+  done, verbs = _play(tmp_path, states, [255, 0], ['done: gs://b/run'])
+  assert done.returncode == 0, done.stderr
+  once = ['ssh', 'ssh', 'ssh']  # set up, start, follow
+  assert verbs == ['create', *once, 'delete', 'create', *once, 'ssh', 'ssh']
+  assert 'complete: results in gs://b/run' in done.stdout
+
+
+def test_tpu_pod_tells_a_saved_run_from_a_complete_one(tmp_path: Path) -> None:
+  saved = 'preempted: saved step 40; the same command continues from there'
+  states = ['READY', 'TERMINATED', 'TERMINATED', 'ABSENT', 'READY']
+  done, verbs = _play(tmp_path, states, [0, 0], [saved, 'done: gs://b/run'])
+  assert done.returncode == 0, done.stderr
+  assert verbs.count('create') == 1 and verbs.count('delete') == 1
+
+
+def test_tpu_pod_stops_when_the_run_itself_fails(tmp_path: Path) -> None:
+  done, verbs = _play(tmp_path, ['READY', 'READY'], [2], [])
+  assert done.returncode == 2
+  assert 'the run ended with status 2' in done.stderr
+  assert 'create' not in verbs and 'delete' not in verbs
+
+
+def test_third_parties_have_licence_and_provenance() -> None:
+  table = (ROOT / 'third_party' / 'README.md').read_text()
+  folders = sorted(p for p in (ROOT / 'third_party').iterdir() if p.is_dir())
+  assert folders
+  for folder in folders:
+    assert f'[{folder.name}]({folder.name})' in table
+    assert len((folder / 'LICENSE').read_text()) > 1000
+    provenance = (folder / 'PROVENANCE').read_text()
+    assert 'Licence:' in provenance and 'Source:' in provenance
+    for path in re.findall(r'\b(?:vpe_jax|tests)/[\w/.]*\w', provenance):
+      assert (ROOT / path).exists(), f'{folder.name}/PROVENANCE names {path}'
+  for path in (ROOT / 'vpe_jax').rglob('*.py'):
+    for name in re.findall(r'third_party/(\w+)', path.read_text()):
+      assert (ROOT / 'third_party' / name).is_dir(), f'{path} names third_party/{name}'
+  assert 'All emojis designed by' in table and 'CC BY-SA 4.0' in table
+
+
+def test_readme_names_only_what_exists() -> None:
+  text = (ROOT / 'README.md').read_text()
+  for module in set(re.findall(r'-m vpe_jax\.([\w.]+)', text)):
+    assert (ROOT / 'vpe_jax' / f'{module.replace(".", "/")}.py').exists(), f'vpe_jax.{module}'
+  for path in set(re.findall(r'\b((?:launch|configs|tests|vpe_jax)/[\w./]*\w)', text)):
+    assert (ROOT / path).exists(), path
+  for link in re.findall(r'\]\((?!https?:)([^)#]+)\)', text):
+    assert (ROOT / link).exists(), link

@@ -1,0 +1,250 @@
+"""Tests of the mesh, of which dimension is spread over which axis, and of batches on the mesh."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from vpe_jax import sharding
+from vpe_jax.config import MeshConfig
+from vpe_jax.contracts import UserError
+
+TABLE = (
+  (r'layers/(q|k|v)/kernel', ('layers', 'embed', 'heads', 'head')),
+  (r'layers/norm', ('layers', 'embed')),
+  (r'mlp/kernel', ('embed', 'mlp')),
+  (r'vocabulary', ('vocab', 'embed')),
+  (r'scale', (None,)),
+)
+
+
+def _mesh(**sizes) -> jax.sharding.Mesh:
+  return sharding.make_mesh(MeshConfig(**sizes))
+
+
+def _shape(*sizes: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def _spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh, strategy: str = 'fsdp') -> P:
+  (place,) = sharding.param_shardings({path: _shape(*shape)}, TABLE, mesh, strategy).values()
+  return place.spec
+
+
+class TestMakeMesh:
+  def test_minus_one_takes_what_is_left(self):
+    mesh = _mesh(data=2, fsdp=-1)
+    assert dict(mesh.shape) == {'data': 2, 'fsdp': 4, 'tensor': 1}
+    assert set(mesh.axis_types) == {AxisType.Auto}
+
+  def test_some_devices(self):
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:2])
+    assert mesh.shape['fsdp'] == 2
+
+  @pytest.mark.parametrize(
+    'sizes', [{'data': 3}, {'data': 3, 'fsdp': 1}, {'data': 16}, {'data': 1, 'fsdp': 4}]
+  )
+  def test_sizes_must_multiply_to_the_devices(self, sizes):
+    with pytest.raises(UserError, match='does not fit 8 devices'):
+      _mesh(**sizes)
+
+  def test_only_one_size_is_left_open(self):
+    with pytest.raises(UserError, match='at most one is -1'):
+      _mesh(data=-1, fsdp=-1)
+    with pytest.raises(UserError, match='positive'):
+      _mesh(data=0)
+
+  def test_strategies(self):
+    with pytest.raises(UserError, match="did you mean 'fsdp'"):
+      _mesh(strategy='fspd')
+    with pytest.raises(UserError, match='strategy=fsdp_tensor'):
+      _mesh(tensor=2)
+
+
+class TestParamShardings:
+  def test_width_is_spread_first(self):
+    mesh = _mesh()
+    assert _spec('ar/layers/q/kernel', (4, 64, 8, 16), mesh) == P(None, 'fsdp')
+    assert _spec('ar/mlp/kernel', (16, 4096), mesh) == P('fsdp')
+
+  def test_largest_dimension_that_divides_is_the_fallback(self):
+    mesh = _mesh()
+    assert _spec('ar/mlp/kernel', (12, 40), mesh) == P(None, 'fsdp')
+    assert _spec('vocabulary', (160, 12), mesh) == P('fsdp')
+    assert _spec('vocabulary', (13, 12), mesh) == P()
+
+  def test_stacked_layers_are_never_split(self):
+    assert _spec('ar/layers/norm', (8, 12), _mesh()) == P()
+
+  def test_two_axes_split_what_one_can_not(self):
+    # 12 and 20 don't divide by 8, as 1152 and 4304 don't by 256, but by 4 and 2.
+    assert _spec('mlp/kernel', (12, 20), _mesh()) == P()
+    spec = _spec('mlp/kernel', (12, 20), _mesh(data=2, fsdp=4))
+    assert spec == P('fsdp', 'data')
+    assert _spec('mlp/kernel', (16, 20), _mesh(data=2, fsdp=4)) == P(('data', 'fsdp'))
+
+  def test_tensor_axis(self):
+    mesh = _mesh(fsdp=4, tensor=2, strategy='fsdp_tensor')
+    q = _spec('ar/layers/q/kernel', (3, 64, 4, 16), mesh, 'fsdp_tensor')
+    assert q == P(None, 'fsdp', 'tensor')
+    # Three heads don't divide by two: heads stay whole, storage is still spread.
+    q = _spec('ar/layers/q/kernel', (3, 64, 3, 16), mesh, 'fsdp_tensor')
+    assert q == P(None, ('fsdp', 'tensor'))
+    assert _spec('vocabulary', (128, 64), mesh, 'fsdp_tensor') == P('tensor', 'fsdp')
+
+  def test_state_uses_the_same_table(self):
+    params = {'ar': {'layers': {'q': {'kernel': _shape(4, 64, 8, 16)}}, 'scale': _shape(64)}}
+    state = {
+      'params': params,
+      'opt_state': ({'mu': params, 'count': _shape()}, (), [params]),
+      'ema': params,
+    }
+    places = sharding.by_path(sharding.param_shardings(state, TABLE, _mesh(), 'fsdp'))
+    assert places['opt_state/0/mu/ar/layers/q/kernel'].spec == P(None, 'fsdp')
+    assert places['opt_state/2/0/ar/scale'].spec == P('fsdp')
+    assert places['opt_state/0/count'].spec == P()
+    assert places['ema/ar/layers/q/kernel'] == places['params/ar/layers/q/kernel']
+
+  def test_a_pattern_matches_whole_parts_of_a_path(self):
+    with pytest.raises(UserError, match="no row of logical_axes matches 'a/postscale'"):
+      _spec('a/postscale', (8,), _mesh())
+
+  def test_rows_that_do_not_fit(self):
+    tree = {'scale': _shape(4, 4)}
+    with pytest.raises(UserError, match=r"'scale' has shape \(4, 4\)"):
+      sharding.param_shardings(tree, TABLE, _mesh(), 'fsdp')
+    with pytest.raises(UserError, match="did you mean 'embed'"):
+      sharding.param_shardings(tree, (('scale', ('embd', None)),), _mesh(), 'fsdp')
+
+  def test_dimensions_without_names_are_spread_too(self):
+    for table in ((), (('.*', ()),)):
+      places = sharding.param_shardings({'a': _shape(3, 16)}, table, _mesh(), 'fsdp')
+      assert places['a'].spec == P(None, 'fsdp')
+
+  def test_every_leaf_lands_where_it_was_said(self):
+    mesh = _mesh(data=2, fsdp=4)
+    place = sharding.param_shardings({'mlp/kernel': _shape(16, 20)}, TABLE, mesh, 'fsdp')
+    leaf = jax.device_put(np.arange(320.0).reshape(16, 20), place['mlp/kernel'])
+    assert {shard.data.shape for shard in leaf.addressable_shards} == {(2, 20)}
+
+
+class TestCheckSharded:
+  def test_a_replicated_leaf_is_named(self):
+    tree = {'mlp/kernel': _shape(64, 64), 'vocabulary': _shape(13, 77)}
+    places = sharding.param_shardings(tree, TABLE, _mesh(), 'fsdp')
+    with pytest.raises(UserError, match=r'least sharded: vocabulary \(13, 77\)'):
+      sharding.check_sharded_enough(tree, places)
+
+  def test_small_replicated_leaves_are_tolerated(self):
+    tree = {'mlp/kernel': _shape(64, 64), 'scale': _shape(13)}
+    places = sharding.param_shardings(tree, TABLE, _mesh(), 'fsdp')
+    sharding.check_sharded_enough(tree, places)
+    with pytest.raises(UserError, match='scale'):
+      sharding.check_sharded_enough(tree, places, tolerance=0.001)
+
+  def test_one_device_and_no_leaves(self):
+    tree = {'scale': _shape(13)}
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    sharding.check_sharded_enough(tree, sharding.param_shardings(tree, TABLE, mesh, 'fsdp'))
+    sharding.check_sharded_enough({}, {})
+
+
+class TestBatch:
+  def test_rows_go_over_data_and_fsdp(self):
+    mesh = _mesh(data=2, fsdp=2, tensor=2, strategy='fsdp_tensor')
+    rows = np.arange(24.0).reshape(8, 3)
+    batch = sharding.put_batch({'x': rows, 'none': None}, mesh)
+    assert batch['none'] is None
+    np.testing.assert_array_equal(batch['x'], rows)
+    assert {shard.data.shape for shard in batch['x'].addressable_shards} == {(2, 3)}
+    assert sharding.host_rows(8, mesh) == slice(0, 8)
+
+  def test_divides(self):
+    mesh = _mesh()
+    sharding.check_divides(16, mesh, accumulate=2)
+    with pytest.raises(UserError, match='batch_size 12 does not divide over 8 devices: use a mul'):
+      sharding.check_divides(12, mesh)
+    with pytest.raises(UserError, match='x 2 microbatches: use a multiple of 16'):
+      sharding.check_divides(8, mesh, accumulate=2)
+
+
+class TestConstrain:
+  def test_without_a_mesh_nothing_happens(self):
+    x = jnp.ones((8, 4))
+    assert sharding.constrain(x, ('batch', None)) is x
+
+  def test_rows_are_pinned(self):
+    mesh = _mesh(data=2, fsdp=4)
+    with jax.set_mesh(mesh):
+      x = jax.jit(lambda x: sharding.constrain(x * 2, ('batch', None)))(jnp.ones((16, 4)))
+    assert x.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
+
+  def test_axes_that_do_not_divide_are_left_out(self):
+    mesh = _mesh(data=2, fsdp=4)
+    for rows, parts in ((4, 4), (2, 2), (3, 1)):
+      with jax.set_mesh(mesh):
+        x = jax.jit(lambda x: sharding.constrain(x * 2, ('batch', None)))(jnp.ones((rows, 4)))
+      assert len({str(s.index) for s in x.addressable_shards}) == parts
+
+  def test_heads_take_the_tensor_axis(self):
+    mesh = _mesh(tensor=2, strategy='fsdp_tensor')
+    with jax.set_mesh(mesh):
+      x = jax.jit(lambda x: sharding.constrain(x, ('batch', None, 'heads')))(jnp.ones((4, 3, 6)))
+    assert x.addressable_shards[0].data.shape == (1, 3, 3)
+
+  def test_inside_shard_map_nothing_happens(self):
+    mesh = _mesh()
+
+    def body(x):
+      return sharding.constrain(x, ('batch', None)) * 2
+
+    with jax.set_mesh(mesh):
+      mapped = jax.shard_map(body, in_specs=P('fsdp'), out_specs=P('fsdp'))
+      np.testing.assert_array_equal(jax.jit(mapped)(jnp.ones((8, 2))), 2 * np.ones((8, 2)))
+
+
+def _start(code: str, **variables: str) -> subprocess.Popen:
+  environment = {key: value for key, value in os.environ.items() if not key.startswith('JAX_NUM')}
+  return subprocess.Popen(
+    [sys.executable, '-c', textwrap.dedent(code)], env={**environment, **variables}, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+  )  # fmt: skip
+
+
+class TestDistributed:
+  def test_one_process_hears_of_sigterm(self):
+    process = _start("""
+      import time
+      import jax
+      from vpe_jax import sharding
+      sharding.initialize_distributed()
+      sharding.initialize_distributed()
+      print('ready', jax.process_count(), flush=True)
+      step = 0
+      while not sharding.preempted(step):
+        step += 1
+        time.sleep(0.01)
+      print('stops')
+    """)
+    assert process.stdout.readline() == 'ready 1\n'
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, 'stops\n'), err
+
+  def test_half_of_the_variables_is_an_error(self, monkeypatch):
+    monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
+    with pytest.raises(UserError, match='JAX_COORDINATOR_ADDRESS'):
+      sharding.initialize_distributed()
+    monkeypatch.setenv('JAX_NUM_PROCESSES', 'two')
+    with pytest.raises(UserError, match='whole numbers'):
+      sharding.initialize_distributed()

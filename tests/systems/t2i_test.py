@@ -1,0 +1,259 @@
+"""Internal+VPE: the module tree of all presets, losses, freezing, and cached drawing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import t2i as config_file
+from vpe_jax import rng, systems
+from vpe_jax.config import SampleConfig
+from vpe_jax.contracts import Examples, Stage, UserError
+from vpe_jax.models import mot
+from vpe_jax.systems import rendering
+
+KEY = rng.run_key(0)
+
+
+def _system(arg: str = 'debug', **model):
+  config = config_file.get_config(arg)
+  config.data.source = 'synthetic'
+  config.model.update(model)
+  return systems.build(config.to_dict())
+
+
+@pytest.fixture(scope='module')
+def system():
+  return _system()
+
+
+@pytest.fixture(scope='module')
+def params(system):
+  """Fresh parameters, but with the zero-started maps redrawn so that nothing is the identity."""
+  fresh = system.init(KEY)
+  leaves, tree = jax.tree.flatten(fresh)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  drawn = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+  return jax.tree.unflatten(tree, drawn)
+
+
+def _batch(system, B: int = 4) -> Examples:
+  draw = np.random.default_rng(0)
+  c, data = system.config.model, system.config.data
+  grid = (B, c.latent_size, c.latent_size, c.latent_channels)
+  return Examples(
+    example=jnp.arange(B, dtype=jnp.int32),
+    text=jnp.asarray(draw.integers(8, 1024, (B, data.text_length)), jnp.int32),
+    text_length=jnp.asarray(draw.integers(1, data.text_length + 1, B), jnp.int32),
+    codes=jnp.asarray(draw.integers(0, c.codes, (B, c.plan_tokens)), jnp.int32),
+    latents=jnp.asarray(draw.standard_normal(grid), jnp.float32),
+  )
+
+
+def _paths(tree) -> set[str]:
+  return {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _abstract(arg: str):
+  return jax.eval_shape(_system(arg).init, KEY)
+
+
+def test_presets_build_one_module_tree():
+  assert _paths(_abstract('debug')) == _paths(_abstract('tiny')) == _paths(_abstract('paper'))
+
+
+def test_paper_total_is_the_papers():
+  """reference: two Qwen2.5-1.5B bodies, one text table, one dual path, one head: 4,166.3M."""
+  total = sum(leaf.size for leaf in jax.tree.leaves(_abstract('paper')))
+  assert abs(total - 4_166.3e6) < 0.2e6
+
+
+def test_single_arch_has_one_body():
+  tree = _abstract('debug,arch=single')
+  assert set(tree['dit']) == {'dual_path', 'head'}
+  assert _paths(tree['ar']) == _paths(_abstract('debug')['ar'])
+
+
+@pytest.mark.parametrize('arg', ['debug', 'debug,arch=single'])
+def test_losses_and_counts(arg):
+  system = _system(arg)
+  params, batch = system.init(KEY), _batch(system)
+  for stage in system.stages:
+    terms = jax.jit(lambda p, b, s=stage: system.losses(p, {}, b, KEY, 0, s))(params, batch)
+    counts = system.counts(batch, KEY, stage)
+    assert {name: float(t.count) for name, t in terms.items()} == {
+      name: float(count) for name, count in counts.items()
+    }
+    # A fresh model is close to uniform over the joint vocabulary and predicts velocity 0.
+    nats = float(terms['next_token'].sum / terms['next_token'].count)
+    assert abs(nats - np.log(1024 + 512 + 2)) < 0.1
+    if 'flow' in terms:
+      assert 1.5 < float(terms['flow'].sum / terms['flow'].count) < 2.5
+
+
+def test_stage_plan_neither_reads_nor_moves_the_picture_expert(system, params):
+  batch, stage = _batch(system), system.stages[0]
+
+  def total(p):
+    term = system.losses(p, {}, batch, KEY, 0, stage)['next_token']
+    return term.sum / term.count
+
+  gradient = jax.jit(jax.grad(total))(params)
+  assert all(float(jnp.abs(leaf).max()) == 0 for leaf in jax.tree.leaves(gradient['dit']))
+  assert float(jnp.abs(gradient['ar']['layers']['q']['kernel']).max()) > 0
+
+
+def test_plan_is_independent_of_noise_and_flow_reaches_tokens(system, params):
+  """The prefix sees no picture (its loss is the same at any noise); flow loss reaches its keys."""
+  batch = _batch(system)
+  joint = dataclasses.replace(system.stages[1])
+  loss = jax.jit(lambda key: system.losses(params, {}, batch, key, 0, joint)['next_token'].sum)
+  plain = system.config.model.drop
+  assert plain == 0.1
+  everything = Stage('joint', ('.*',), ('next_token', 'flow'), True, '')
+  kept = np.asarray(system._keep(batch, KEY, everything))
+  other = next(k for k in map(rng.run_key, range(1, 50)) if (system._keep(batch, k, joint) == kept).all())
+  np.testing.assert_allclose(loss(KEY), loss(other), rtol=1e-6)
+  flow = lambda p: system.losses(p, {}, batch, KEY, 0, joint)['flow'].sum
+  gradient = jax.jit(jax.grad(flow))(params)
+  assert float(jnp.abs(gradient['ar']['layers']['v']['kernel']).max()) > 0
+
+
+def _job(system, **settings):
+  return rendering.Job(
+    system.model, system.spans, system.vocabulary, SampleConfig(steps=3, **settings)
+  )
+
+
+@pytest.mark.parametrize('prepared', [False, True])
+def test_cached_flow_step_equals_whole_sequence(system, params, prepared):
+  batch = _batch(system)
+  job, regions = _job(system), system._regions(batch, batch.codes, jnp.ones(4, bool))
+  clock = jnp.full((4,), 0.3)
+  _, whole = jax.jit(system.model)(params, regions, batch.latents, clock)
+  weights = system.prepare(params) if prepared else params
+
+  @jax.jit
+  def cached(weights):
+    _, prefix = rendering.plan(job, weights, batch, KEY)
+    stream, condition = system.model.picture_stream(weights, batch.latents, clock, prefix.picture)
+    at = regions['ar'].ids.shape[1]
+    hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.body, at)
+    stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
+    rows, _ = system.model.head(weights, {'dit': stream}, prefix.head, at)
+    return system.model.velocity(weights, rows['dit'], condition)
+
+  error = jnp.max(jnp.abs(cached(weights) - whole)) / jnp.max(jnp.abs(whole))
+  assert float(error) < 1e-5
+
+
+def test_greedy_decoding_equals_whole_sequence(system, params):
+  """Each code is the argmax of the uncached model given the codes before it."""
+  batch, job = _batch(system), _job(system, temperature=0.0)
+  request = dataclasses.replace(batch, codes=None, latents=None)
+  codes, prefix = jax.jit(lambda p: rendering.plan(job, p, request, KEY))(params)
+  regions = system._regions(batch, codes, jnp.ones(4, bool))
+  stream = system.model.token_stream(params, regions['ar'])
+  hidden = jax.jit(system.model.backbone)(params, {'ar': stream})[0]['ar']
+  first = job.slot('bot')
+  logits = system.model.code_logits(params, hidden[:, first : first + codes.shape[1]])
+  picked = jnp.take_along_axis(logits, codes[..., None], -1)[..., 0]
+  np.testing.assert_allclose(picked, logits.max(-1), rtol=1e-5, atol=1e-5)
+  # The caches hold the whole prefix, plan included.
+  given = dataclasses.replace(request, codes=codes)
+  _, again = jax.jit(lambda p: rendering.plan(job, p, given, KEY))(params)
+  for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(again), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('prepared', [False, True])
+def test_null_prefix_equals_dropped_row(system, params, prepared):
+  """The two-token null prefix renders what a full row with everything dropped renders."""
+  batch, job = _batch(system), _job(system, guidance=0.0)
+  weights = system.prepare(params) if prepared else params
+
+  @jax.jit
+  def null(weights):
+    branches = {'null': rendering.null_prefix(job, weights, batch)}
+    return rendering.render(job, weights, branches, batch.latents)
+
+  regions = system._regions(batch, batch.codes, jnp.zeros(4, bool))
+
+  @jax.jit
+  def dropped(params):
+    x = batch.latents
+    from vpe_jax.sampling import solver
+
+    def velocity(x, time):
+      return -system.model(params, regions, x, jnp.full((4,), 1.0 - time))[1]
+
+    return solver.euler(velocity, x, solver.time_grid(3, job.settings.shift))
+
+  np.testing.assert_allclose(null(weights), dropped(params), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_one_is_conditional_and_zero_is_null(system, params):
+  batch = _batch(system)
+  draw = lambda scale: jax.jit(lambda p: rendering.draw(_job(system, guidance=scale), p, batch, KEY))(params)[1]
+  one, null, two = draw(1.0), draw(0.0), draw(2.0)
+  assert float(jnp.abs(one - null).max()) > 1e-3
+  near = draw(1.0 + 1e-6)  # both branches run
+  np.testing.assert_allclose(near, one, rtol=1e-3, atol=1e-4)
+  assert float(jnp.abs(two - one).max()) > 1e-3
+
+
+def test_rows_do_not_depend_on_neighbours(system, params):
+  batch, job = _batch(system), _job(system, guidance=2.0)
+  request = dataclasses.replace(batch, codes=None, latents=None)
+  run = jax.jit(lambda r: rendering.draw(job, params, r, KEY))
+  codes, latents = run(request)
+  turned = jax.tree.map(lambda leaf: leaf[::-1], request)
+  again, other = run(turned)
+  np.testing.assert_array_equal(codes, again[::-1])
+  np.testing.assert_allclose(latents, other[::-1], rtol=1e-5, atol=1e-5)
+
+
+def test_remat_changes_no_gradient(system, params):
+  batch, joint = _batch(system), system.stages[1]
+  gradients = []
+  for remat in mot.REMAT:
+    system.model = dataclasses.replace(system.model, remat=remat)
+    flow = lambda p: system.losses(p, {}, batch, KEY, 0, joint)['flow'].sum
+    gradients.append(jax.jit(jax.grad(flow))(params)['ar']['layers']['v']['kernel'])
+  system.model = dataclasses.replace(system.model, remat='none')
+  for other in gradients[1:]:
+    np.testing.assert_allclose(gradients[0], other, rtol=1e-4, atol=1e-5)
+
+
+def test_schedule_weighs_the_plan(system):
+  """Eq. 3 at s/S = 0, 1/2 and 1."""
+  weight = lambda step: float(system._token_weight(step, system.stages[1]))
+  total = system.config.steps[1]
+  assert [round(weight(s), 5) for s in (0, total / 2, total)] == [0.03047, 0.065, 0.09953]
+  assert system._token_weight(0, system.stages[0]) == 1.0
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'codes': 100}, 'codes'),
+    ({'arch': 'doubel'}, 'arch'),
+    ({'layout': 'x'}, 'layout'),
+    ({'image': {'channels': 3}}, 'latent_channels'),
+  ],
+)
+def test_mistakes_are_named(change, message):
+  with pytest.raises(UserError, match=message):
+    _system(**change)
+
+
+def test_unknown_stage_names_the_nearest():
+  config = config_file.get_config('debug')
+  config.stages = ('plann',)
+  config.steps, config.batch_size = (1,), (8,)
+  with pytest.raises(UserError, match="'plan'"):
+    systems.build(config.to_dict())

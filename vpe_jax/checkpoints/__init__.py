@@ -1,0 +1,1 @@
+"""Checkpoints of runs (`store`) and files of weights (`weights`)."""

@@ -1,0 +1,216 @@
+"""Files of weights: safetensors with flat paths, read and written without running any code."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+import vpe_jax
+from vpe_jax.checkpoints.store import FOLDER, Store
+from vpe_jax.config import CheckpointConfig, nearest
+from vpe_jax.contracts import Params, UserError
+from vpe_jax.sharding import by_path
+
+ASSETS = 'assets:'
+ENDING = '.safetensors'
+# What makes each file in vpe_jax/assets: a run of this config, whose weights `save` then writes.
+MADE_BY = {
+  'siglip': 'configs/siglip.py',
+  'judge': 'configs/siglip.py:judge',
+  'visual_prompt': 'configs/codec.py:tiny,stage=visual_prompt',
+  'image': 'configs/codec.py:tiny,stage=image',
+  'tiny': 'configs/t2i.py',
+}
+# Names of dtypes in a file's header; safetensors' own numpy reader doesn't know bfloat16.
+_STORED = {
+  'BOOL': np.bool_, 'U8': np.uint8, 'I8': np.int8, 'U16': np.uint16, 'I16': np.int16,
+  'U32': np.uint32, 'I32': np.int32, 'U64': np.uint64, 'I64': np.int64,
+  'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'F32': np.float32, 'F64': np.float64,
+}  # fmt: skip
+_DTYPES = {'bfloat16': ml_dtypes.bfloat16, 'float16': np.float16, 'float32': np.float32}
+
+
+def load(source: str) -> tuple[Params, dict[str, str]]:
+  """Reads weights from wherever they are.
+
+  Args:
+    source: `assets:NAME` (shipped with the library), a path ending in `.safetensors`, or the
+      workdir of a run (its newest checkpoint, averaged weights before raw ones).
+
+  Returns:
+    (nested dict of numpy arrays, floats as float32; metadata). The metadata of a run has `config`
+    (JSON), `version`, `step`, `stage`, `weights` (ema or raw) and `source`.
+
+  Raises:
+    UserError: nothing is there, or it can't be read; says how to make it.
+  """
+  if source.startswith(ASSETS):
+    return _load_asset(source.removeprefix(ASSETS))
+  path = epath.Path(source)
+  if path.is_dir():
+    return load_run(source)
+  if not source.endswith(ENDING):
+    raise UserError(
+      f"no weights at '{source}': it is neither {ASSETS}NAME, nor a {ENDING} file, nor the workdir "
+      'of a run (python -m vpe_jax.main --config=... --workdir=... makes one)'
+    )
+  if not path.exists():
+    raise UserError(
+      f"no file '{source}': python -m vpe_jax.main trains weights, and the workdir of a run can be "
+      'given in place of a file'
+    )
+  return _parse(path.read_bytes(), source)
+
+
+def load_run(workdir: str, which: str = 'ema') -> tuple[Params, dict[str, str]]:
+  """Reads the newest good checkpoint of a run; see `load` for what comes back.
+
+  Args:
+    workdir: of the run, local or gs://.
+    which: `ema` (averaged weights where the stage keeps an average, raw ones for the rest) or
+      `raw`.
+
+  Raises:
+    UserError: `which` is another word, or the run has no (good) checkpoint.
+  """
+  if which not in ('ema', 'raw'):
+    raise UserError(f"--weights={which} is neither 'ema' nor 'raw'")
+  wanted = ('params/', 'ema/') if which == 'ema' else ('params/',)
+  store = Store(str(epath.Path(workdir) / FOLDER), CheckpointConfig())
+  try:
+    found = store.read(lambda path: path.startswith(wanted))
+  finally:
+    store.close()
+  if found is None:
+    raise UserError(
+      f'{workdir} has no checkpoint yet: python -m vpe_jax.main --config=... --workdir={workdir} '
+      'makes one'
+    )
+  leaves, meta = found
+  raw = _under('params/', leaves)
+  averaged = _under('ema/', leaves)
+  metadata = {
+    'config': json.dumps(meta['config'], sort_keys=True),
+    'version': meta['version'],
+    'step': str(meta['step']),
+    'stage': str(meta['stage']),
+    'weights': 'ema' if averaged else 'raw',
+    'source': str(workdir),
+  }
+  return _nested({path: _widened(leaf) for path, leaf in (raw | averaged).items()}), metadata
+
+
+def save(
+  path: str,
+  tree: Params,
+  metadata: Mapping[str, str],
+  dtype: str = 'bfloat16',
+  overwrite: bool = False,
+) -> None:
+  """Writes a nested dict of arrays as one safetensors file, its keys joined by `/`.
+
+  Args:
+    path: ends in `.safetensors`; written under another name first, so it is never half there.
+    tree: float leaves are stored as `dtype`, others as they are.
+    metadata: strings, such as `config` (JSON); `version`, `dtype` and `fingerprint` (of what a
+      reader will get) are added.
+    dtype: bfloat16, float16 or float32.
+    overwrite: whether a file that is there may be replaced.
+
+  Raises:
+    UserError: the file exists, or the ending or dtype is another one.
+  """
+  target = epath.Path(path)
+  if dtype not in _DTYPES or not str(path).endswith(ENDING):
+    raise UserError(
+      f"can't write '{path}' as {dtype}: files end in {ENDING}, dtypes are {', '.join(_DTYPES)}"
+    )
+  if target.exists() and not overwrite:
+    raise UserError(f"'{path}' exists: delete it, or ask for it to be overwritten")
+  flat = {name: np.asarray(jax.device_get(leaf)) for name, leaf in by_path(tree).items()}
+  # The format takes arrays by their buffer: they have to be contiguous, in row-major order.
+  stored = {
+    name: np.ascontiguousarray(_narrowed(leaf, dtype)).reshape(leaf.shape)
+    for name, leaf in flat.items()
+  }
+  strings = {'version': vpe_jax.__version__, **metadata, 'dtype': dtype}
+  strings['fingerprint'] = fingerprint({name: _widened(leaf) for name, leaf in stored.items()})
+  target.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = target.parent / f'{target.name}.unfinished'
+  unfinished.write_bytes(safetensors.numpy.save(stored, metadata=strings))
+  unfinished.replace(target)
+
+
+def fingerprint(tree: Params) -> str:
+  """Twelve hex digits that stand for paths, shapes, dtypes and every bit of a tree."""
+  digest = hashlib.sha256()
+  for path, leaf in sorted(by_path(tree).items()):
+    array = np.ascontiguousarray(jax.device_get(leaf))
+    digest.update(f'{path} {np.shape(leaf)} {array.dtype}\n'.encode())
+    digest.update(array.tobytes())
+  return digest.hexdigest()[:12]
+
+
+def _load_asset(name: str) -> tuple[Params, dict[str, str]]:
+  folder = importlib.resources.files(vpe_jax) / 'assets'
+  resource = folder / f'{name}{ENDING}'
+  if name not in MADE_BY:
+    raise UserError(f"no shipped weights are called '{ASSETS}{name}'{nearest(name, MADE_BY)}")
+  if not resource.is_file():
+    raise UserError(
+      f"'{ASSETS}{name}' is not installed (vpe_jax/assets/{name}{ENDING}): install vpe_jax again, "
+      f'or train it with python -m vpe_jax.main --config={MADE_BY[name]}'
+    )
+  return _parse(resource.read_bytes(), f'{ASSETS}{name}')
+
+
+def _parse(data: bytes, source: str) -> tuple[Params, dict[str, str]]:
+  try:
+    flat = {name: _array(leaf) for name, leaf in safetensors.deserialize(data)}
+  except safetensors.SafetensorError as error:
+    raise UserError(f"'{source}' is no whole safetensors file ({error}): get it again") from error
+  # The header: its length as eight bytes, then JSON.
+  header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
+  tree = _nested({name: _widened(leaf) for name, leaf in flat.items()})
+  return tree, dict(header.get('__metadata__', {}))
+
+
+def _array(leaf: Mapping[str, Any]) -> np.ndarray:
+  return np.frombuffer(leaf['data'], _STORED[leaf['dtype']]).reshape(leaf['shape']).copy()
+
+
+def _under(prefix: str, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  return {p.removeprefix(prefix): leaf for p, leaf in leaves.items() if p.startswith(prefix)}
+
+
+def _narrowed(leaf: np.ndarray, dtype: str) -> np.ndarray:
+  return leaf.astype(_DTYPES[dtype]) if _is_float(leaf) else leaf
+
+
+def _widened(leaf: np.ndarray) -> np.ndarray:
+  return leaf.astype(np.float32) if _is_float(leaf) else leaf
+
+
+def _is_float(leaf: np.ndarray) -> bool:
+  return jax.numpy.issubdtype(leaf.dtype, np.floating)
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+  tree: dict[str, Any] = {}
+  for path in sorted(flat):
+    *parents, name = path.split('/')
+    branch = tree
+    for parent in parents:
+      branch = branch.setdefault(parent, {})
+    branch[name] = flat[path]
+  return tree

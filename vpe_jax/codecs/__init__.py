@@ -1,0 +1,1 @@
+"""Pictures <-> tokens or latents: one protocol, one file per codec."""

@@ -1,0 +1,180 @@
+"""A small KL autoencoder: pictures <-> 4x smaller grids of latents.
+
+Residual convolutional blocks as in latent diffusion's autoencoder (arXiv 2112.10752), but each
+place is normalised over its own channels, as in Wan's: no place depends on far ones, so crops
+train it as well as whole pictures do, for a quarter of the work. The first and last layers work
+on squares of 2x2 pixels, which saves the costly full resolution; the encoder is the cheaper half,
+because training runs it online.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vpe_jax.codecs import pixels
+from vpe_jax.contracts import Array, Params
+from vpe_jax.ops import norms
+
+FACTOR = 4  # pixels per latent, per side
+
+
+@dataclasses.dataclass(frozen=True)
+class KlConfig:
+  """Sizes of the autoencoder; the defaults are the embedded one's.
+
+  Attributes:
+    channels: numbers C per latent.
+    encoder: channels at half and at quarter resolution.
+    decoder: channels at quarter and at half resolution.
+    encoder_blocks: residual blocks at half and at quarter resolution.
+    decoder_blocks: residual blocks at quarter and at half resolution.
+  """
+
+  channels: int = 4
+  encoder: tuple[int, ...] = (48, 96)
+  decoder: tuple[int, ...] = (128, 64)
+  encoder_blocks: tuple[int, ...] = (1, 1)
+  decoder_blocks: tuple[int, ...] = (2, 1)
+
+
+class Norm(nn.Module):
+  """RMS normalisation over the channels of each place, with a learned scale, then SiLU."""
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    return jax.nn.silu(norms.rms_norm(x, scale, 1e-6))
+
+
+class Block(nn.Module):
+  """x + conv(norm(conv(norm(x)))) at constant width; starts as the identity."""
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    width = x.shape[-1]
+    y = nn.Conv(width, (3, 3), name='conv_1')(Norm(name='norm_1')(x))
+    last = nn.Conv(width, (3, 3), kernel_init=nn.initializers.zeros, name='conv_2')
+    return x + last(Norm(name='norm_2')(y))
+
+
+class Encoder(nn.Module):
+  """Pictures [B, R, R, 3] in [-1, 1] -> mean and log-variance [B, R/4, R/4, C] of latents."""
+
+  config: KlConfig
+
+  @nn.compact
+  def __call__(self, images: Array) -> tuple[Array, Array]:
+    c = self.config
+    x = einops.rearrange(images, 'B (h p) (w q) C -> B h w (p q C)', p=2, q=2)
+    x = nn.Conv(c.encoder[0], (3, 3), name='start')(x)
+    for i in range(c.encoder_blocks[0]):
+      x = Block(name=f'half_{i}')(x)
+    x = nn.Conv(c.encoder[1], (3, 3), strides=2, name='down')(x)
+    for i in range(c.encoder_blocks[1]):
+      x = Block(name=f'quarter_{i}')(x)
+    x = nn.Conv(2 * c.channels, (3, 3), name='end')(Norm(name='norm')(x))
+    mean, log_variance = jnp.split(x, 2, axis=-1)
+    return mean, jnp.clip(log_variance, -20.0, 10.0)
+
+
+class Decoder(nn.Module):
+  """Latents [B, R/4, R/4, C] -> pictures [B, R, R, 3] around [-1, 1], not clipped."""
+
+  config: KlConfig
+
+  @nn.compact
+  def __call__(self, latents: Array) -> Array:
+    c = self.config
+    x = nn.Conv(c.decoder[0], (3, 3), name='start')(latents)
+    for i in range(c.decoder_blocks[0]):
+      x = Block(name=f'quarter_{i}')(x)
+    x = _to_pixels(nn.Conv(4 * c.decoder[1], (1, 1), name='up')(x))
+    for i in range(c.decoder_blocks[1]):
+      x = Block(name=f'half_{i}')(x)
+    return _to_pixels(nn.Conv(12, (3, 3), name='end')(Norm(name='norm')(x)))
+
+
+class Autoencoder(nn.Module):
+  """Encoder, decoder, and the latents' moments.
+
+  `shift` and `scale` [C] are not trained: export measures them, so that shipped latents have mean
+  0 and variance 1 in each channel.
+  """
+
+  config: KlConfig
+
+  def setup(self) -> None:
+    self.encoder = Encoder(self.config)
+    self.decoder = Decoder(self.config)
+    self.shift = self.param('shift', nn.initializers.zeros, (self.config.channels,))
+    self.scale = self.param('scale', nn.initializers.ones, (self.config.channels,))
+
+  def moments(self, images: Array) -> tuple[Array, Array]:
+    """Mean and log-variance of the raw latents of pictures in [-1, 1]."""
+    return self.encoder(images)
+
+  def encode(self, images: Array) -> Array:
+    """The mode of the latents, normalised."""
+    return (self.encoder(images)[0] - self.shift) / self.scale
+
+  def decode(self, latents: Array) -> Array:
+    """Pictures around [-1, 1] from normalised latents."""
+    return self.decoder(latents * self.scale + self.shift)
+
+  def __call__(self, images: Array, noise: Array) -> tuple[Array, Array, Array]:
+    """A training pass: the picture decoded from mean + deviation * noise, and the moments.
+
+    `noise` [B, R/4, R/4, C] is standard normal.
+    """
+    mean, log_variance = self.encoder(images)
+    return self.decoder(mean + jnp.exp(0.5 * log_variance) * noise), mean, log_variance
+
+
+class KlCodec:
+  """A protocol.LatentCodec over the network `image`."""
+
+  weights = ('image',)
+  factor = FACTOR
+
+  def __init__(self, config: KlConfig):
+    self.config = config
+    self.channels = config.channels
+    self.network = Autoencoder(config)
+
+  def encode(self, params: Params, images: Array) -> Array:
+    """Latents [B, R/4, R/4, C]; see protocol.LatentCodec."""
+    signed = pixels.to_signed(pixels.to_unit(images))
+    return self.network.apply({'params': params['image']}, signed, method='encode')
+
+  def decode(self, params: Params, latents: Array) -> Array:
+    """Pictures [B, R, R, 3] float32 in [0, 1]."""
+    signed = self.network.apply({'params': params['image']}, latents, method='decode')
+    return jnp.clip(0.5 * (signed + 1.0), 0.0, 1.0)
+
+
+def encode_flops(config: KlConfig, image_size: int) -> float:
+  """Matrix FLOPs of encoding one picture."""
+  c, half = config, (image_size // 2) ** 2
+  first = 12 * c.encoder[0] + c.encoder_blocks[0] * 2 * c.encoder[0] ** 2
+  second = c.encoder[0] * c.encoder[1] + c.encoder_blocks[1] * 2 * c.encoder[1] ** 2
+  second += c.encoder[1] * 2 * c.channels
+  return 2.0 * 9 * (half * first + half / 4 * second)
+
+
+def decode_flops(config: KlConfig, image_size: int) -> float:
+  """Matrix FLOPs of decoding one picture."""
+  c, half = config, (image_size // 2) ** 2
+  first = c.channels * c.decoder[0] + c.decoder_blocks[0] * 2 * c.decoder[0] ** 2
+  second = c.decoder_blocks[1] * 2 * c.decoder[1] ** 2 + c.decoder[1] * 12
+  up = c.decoder[0] * 4 * c.decoder[1]
+  return 2.0 * (half / 4 * (9 * first + up) + half * 9 * second)
+
+
+def _to_pixels(x: Array) -> Array:
+  """Four times fewer channels at twice the resolution."""
+  return einops.rearrange(x, 'B h w (p q C) -> B (h p) (w q) C', p=2, q=2)

@@ -1,0 +1,52 @@
+"""What every codec offers.
+
+A codec holds sizes only; its weights are an argument. `params` maps network names to their
+trees, so a system hands over its whole `frozen` mapping and each codec takes what it names in
+`weights`. All calls are pure and jittable, and work on sharded batches.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from vpe_jax.contracts import Array, Params
+
+
+class TokenCodec(Protocol):
+  """Pictures -> a grid of discrete codes.
+
+  Attributes:
+    weights: names of the networks in `params` that the codec reads.
+    codes: number of different codes.
+    grid: codes per side; P = grid * grid, raster order.
+  """
+
+  weights: tuple[str, ...]
+  codes: int
+  grid: int
+
+  def encode(self, params: Params, images: Array) -> Array:
+    """Codes [B, P] int32 of pictures [B, R, R, 3], uint8 or float in [0, 1]; in float32."""
+    ...
+
+
+class LatentCodec(Protocol):
+  """Pictures <-> a small grid of numbers with mean 0 and variance 1.
+
+  Attributes:
+    weights: names of the networks in `params` that the codec reads.
+    factor: pixels per latent, per side.
+    channels: numbers C per latent.
+  """
+
+  weights: tuple[str, ...]
+  factor: int
+  channels: int
+
+  def encode(self, params: Params, images: Array) -> Array:
+    """Latents [B, R / factor, R / factor, C] float32 of pictures [B, R, R, 3]."""
+    ...
+
+  def decode(self, params: Params, latents: Array) -> Array:
+    """Pictures [B, R, R, 3] float32 in [0, 1]."""
+    ...

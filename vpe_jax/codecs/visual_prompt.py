@@ -1,0 +1,132 @@
+"""The visual prompt: vector-quantised SigLIP patch features, one code a patch.
+
+A frozen SigLIP sees a small view of the picture; its patch features are projected to a few
+dimensions, and the nearest row of a codebook (both on the unit sphere, as X-Omni's SigLIP-VQ) is
+the code. A decoder that sees all patches maps codes back to features: it gives the training
+signal and shows what a prompt still says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vpe_jax.codecs import pixels
+from vpe_jax.contracts import Array, Params
+from vpe_jax.models.siglip import Siglip, SiglipConfig, unit
+from vpe_jax.models.vit import Encoder, EncoderConfig, LayerNorm, forward_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class VisualPromptConfig:
+  """Sizes of the tokenizer; the defaults are the embedded one's.
+
+  Attributes:
+    codes: rows of the codebook.
+    code_width: dimensions in which the nearest row is sought.
+    depth: SigLIP layers whose raw output is quantised; -1 for the normed last output, which the
+      pooling head reads.
+    temperature: of the soft choice that keeps every code in use while training.
+    decoder: the network that maps codes back to features.
+    siglip: sizes of the frozen SigLIP.
+  """
+
+  codes: int = 512
+  code_width: int = 32
+  depth: int = -1
+  temperature: float = 0.1
+  decoder: EncoderConfig = EncoderConfig(width=128, layers=1, heads=4, mlp=256)
+  siglip: SiglipConfig = SiglipConfig()
+
+
+class Quantised(NamedTuple):
+  """What the quantiser says of patch features [B, P, D]."""
+
+  codes: Array  # [B, P] int32
+  inputs: Array  # [B, P, W]: projected features, unit vectors
+  chosen: Array  # [B, P, W]: the chosen rows, unit vectors
+  probabilities: Array  # [B, P, V] float32: soft choice
+
+
+class Quantiser(nn.Module):
+  """Projection, codebook and decoder; features in, features out, all float32."""
+
+  config: VisualPromptConfig
+
+  def setup(self) -> None:
+    c = self.config
+    self.norm = LayerNorm(c.decoder.eps)
+    self.hidden = nn.Dense(c.decoder.width)
+    self.project = nn.Dense(c.code_width)
+    self.codebook = self.param('codebook', nn.initializers.normal(1.0), (c.codes, c.code_width))
+    near = nn.initializers.normal(0.02)
+    self.position = self.param('position', near, (c.siglip.patches, c.decoder.width))
+    self.expand = nn.Dense(c.decoder.width)
+    self.decoder = Encoder(c.decoder, jnp.float32)
+    self.features = nn.Dense(c.siglip.vision.width)
+
+  def quantise(self, features: Array) -> Quantised:
+    """The nearest code of each patch."""
+    inputs = unit(self.project(jax.nn.gelu(self.hidden(self.norm(features)))))
+    rows = unit(self.codebook)
+    cosine = jnp.einsum('BPW,VW->BPV', inputs, rows)
+    codes = jnp.argmax(cosine, -1).astype(jnp.int32)
+    soft = jax.nn.softmax(cosine / self.config.temperature, -1)
+    return Quantised(codes, inputs, jnp.take(rows, codes, axis=0), soft)
+
+  def lookup(self, codes: Array) -> Array:
+    """Unit rows [B, P, W] of codes [B, P]."""
+    return unit(jnp.take(self.codebook, codes, axis=0))
+
+  def decode(self, rows: Array) -> Array:
+    """Patch features [B, P, D] from codebook rows [B, P, W]."""
+    return self.features(self.decoder(self.expand(rows) + self.position))
+
+  def __call__(self, features: Array) -> tuple[Quantised, Array]:
+    """Quantises and decodes; the gradient passes the choice unchanged (straight through)."""
+    quantised = self.quantise(features)
+    step = jax.lax.stop_gradient(quantised.chosen - quantised.inputs)
+    return quantised, self.decode(quantised.inputs + step)
+
+
+class VisualPromptCodec:
+  """A protocol.TokenCodec over the networks `siglip` and `visual_prompt`."""
+
+  weights = ('siglip', 'visual_prompt')
+
+  def __init__(self, config: VisualPromptConfig):
+    self.config = config
+    self.codes = config.codes
+    self.grid = config.siglip.image_size // config.siglip.patch
+    self.siglip = Siglip(config.siglip)
+    self.quantiser = Quantiser(config)
+
+  def features(self, params: Params, images: Array) -> Array:
+    """SigLIP's patch features [B, P, D] of pictures [B, R, R, 3]."""
+    c = self.config
+    seen = pixels.to_signed(pixels.view(images, c.siglip.image_size))
+    depth = None if c.depth < 0 else c.depth
+    return self.siglip.apply({'params': params['siglip']}, seen, depth, method='features')
+
+  def encode(self, params: Params, images: Array) -> Array:
+    """Codes [B, P] int32; see protocol.TokenCodec."""
+    variables = {'params': params['visual_prompt']}
+    features = self.features(params, images)
+    return self.quantiser.apply(variables, features, method='quantise').codes
+
+  def decode(self, params: Params, codes: Array) -> Array:
+    """The patch features [B, P, D] that codes [B, P] stand for."""
+    variables = {'params': params['visual_prompt']}
+    rows = self.quantiser.apply(variables, codes, method='lookup')
+    return self.quantiser.apply(variables, rows, method='decode')
+
+
+def flops(config: VisualPromptConfig) -> float:
+  """Matrix FLOPs of one forward pass of the quantiser and its decoder over one picture."""
+  c, D, H = config, config.siglip.vision.width, config.decoder.width
+  dense = D * H + H * c.code_width + c.code_width * c.codes + c.code_width * H + H * D
+  return 2.0 * c.siglip.patches * dense + forward_flops(c.decoder, c.siglip.patches)

@@ -1,0 +1,231 @@
+"""The configuration of a run: typed, frozen sections, built from what a config file returns.
+
+`configs/<task>.py` returns plain nested dicts (an `ml_collections.ConfigDict`); `from_dict` turns
+them into the dataclasses below and refuses a key that no section has, naming the nearest one.
+The `model` section belongs to the system: each module in vpe_jax/systems names its own type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from vpe_jax.contracts import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What is trained on.
+
+  Attributes:
+    source: `mixture` (OpenMoji and scenes), `openmoji`, `scenes`, `synthetic`, or `folder:PATH`.
+    scenes_share: share of scenes in the mixture.
+    examples: number of records to draw (0: all of a finite source).
+    image_size: side of the square image in pixels.
+    text_length: caption tokens kept for; a longer caption is an error.
+    encode: `online` (frozen encoders run on the device) or `cached` (codes and latents are
+      computed once, before training).
+    workers: reader processes per host (0: threads in this process).
+  """
+
+  source: str = 'mixture'
+  scenes_share: float = 0.75
+  examples: int = 0
+  image_size: int = 64
+  text_length: int = 32
+  encode: str = 'online'
+  workers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+  """AdamW with linear warm-up to a constant rate.
+
+  `accumulate` is the number of microbatches a step's batch is cut into; `clip` bounds the global
+  gradient norm (0: off); `ema` is the decay of the parameter average.
+  """
+
+  lr: float = 1e-3
+  warmup: int = 50
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip: float = 1.0
+  accumulate: int = 1
+  ema: float = 0.9995
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """Devices as a grid: axis sizes (one may be -1: what is left) and the sharding strategy."""
+
+  data: int = 1
+  fsdp: int = -1
+  tensor: int = 1
+  strategy: str = 'fsdp'
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+  """Save every `every` steps, keep the newest `keep` and each multiple of `keep_every` (0: none)."""
+
+  every: int = 200
+  keep: int = 2
+  keep_every: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+  """How pictures are drawn, in training previews and by `vpe_jax.sample` alike.
+
+  `shift` moves the flow's time grid towards noise, `guidance` is the classifier-free scale (1:
+  conditional branch only, 0: null branch only); temperature, top_k (0: off), top_p and min_p act
+  on the visual prompt.
+  """
+
+  steps: int = 25
+  shift: float = 3.0
+  guidance: float = 3.0
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.03
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+  """What a person sees: `every` steps a line, `samples` steps a grid, `evaluate` steps held-out.
+
+  `profile` is a step range such as `10:13` that is traced into RUN/profile (empty: none).
+  """
+
+  every: int = 20
+  samples: int = 500
+  evaluate: int = 250
+  profile: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One run. `stages`, `steps` and `batch_size` have an entry a stage (or one for all).
+
+  Attributes:
+    name: the config file's name, without folder and ending.
+    preset: the size that was asked for (`debug`, `tiny`, `paper`, ...).
+    system: a key of vpe_jax.systems.SYSTEMS.
+    stages: names of the stages to run, in order.
+    steps: optimizer steps of each stage.
+    batch_size: global examples per step of each stage.
+    seed: of data order, initialisation and noise.
+    dtype: compute dtype, `float32` or `bfloat16`; parameters are float32 always.
+    remat: what the backward pass recomputes, a name of vpe_jax.models.stack.REMAT.
+    model: the system's own section.
+  """
+
+  name: str
+  preset: str
+  system: str
+  stages: tuple[str, ...]
+  steps: tuple[int, ...]
+  batch_size: tuple[int, ...]
+  model: Any
+  seed: int = 0
+  dtype: str = 'float32'
+  remat: str = 'none'
+  data: DataConfig = DataConfig()
+  optim: OptimConfig = OptimConfig()
+  mesh: MeshConfig = MeshConfig()
+  checkpoint: CheckpointConfig = CheckpointConfig()
+  sample: SampleConfig = SampleConfig()
+  log: LogConfig = LogConfig()
+
+
+def from_dict(values: Mapping[str, Any], model: type) -> Config:
+  """Builds a Config whose `model` section has type `model`.
+
+  Raises:
+    UserError: a key is unknown, missing, or holds a value of the wrong type.
+  """
+  config = _build(Config, dict(values), '', {'model': model})
+  count = len(config.stages)
+  spread = {}
+  for name in ('steps', 'batch_size'):
+    given = getattr(config, name)
+    if len(given) == 1:
+      given = given * count
+    if len(given) != count:
+      raise UserError(f'config.{name} has {len(given)} entries for {count} stages {config.stages}')
+    spread[name] = given
+  return dataclasses.replace(config, **spread)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """The config as plain nested dicts and lists: what a checkpoint stores as JSON."""
+  if dataclasses.is_dataclass(config):
+    return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+  return [to_dict(item) for item in config] if isinstance(config, tuple) else config
+
+
+def flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Nested dicts as one dict with dotted keys, such as `optim.lr`."""
+  flat = {}
+  for key, value in values.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f'{prefix}{key}.')
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat
+
+
+def differences(ours: Config, stored: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+  """Dotted field -> (stored value, our value), for every field in which two configs differ."""
+  old, new = flatten(stored), flatten(to_dict(ours))
+  keys = sorted(old.keys() | new.keys())
+  return {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
+
+
+def nearest(word: str, known: typing.Iterable[str]) -> str:
+  """`; did you mean 'x'?` for the known word that is closest, or the list of all of them."""
+  known = sorted(known)
+  close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+  return f"; did you mean '{close[0]}'?" if close else f'; known: {", ".join(known)}'
+
+
+def _build(cls: type, values: Mapping[str, Any], path: str, types_of: Mapping[str, type]) -> Any:
+  hints = typing.get_type_hints(cls) | dict(types_of)
+  fields = {f.name: f for f in dataclasses.fields(cls)}
+  for key in values:
+    if key not in fields:
+      raise UserError(f"unknown config key '{path}{key}'{nearest(key, fields)}")
+  built = {}
+  for name, field in fields.items():
+    if name in values:
+      built[name] = _value(hints[name], values[name], f'{path}{name}')
+    elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+      raise UserError(f"config key '{path}{name}' is missing")
+  return cls(**built)
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+  if dataclasses.is_dataclass(hint):
+    if not isinstance(value, Mapping):
+      raise UserError(f"config key '{path}' must be a section, not {value!r}")
+    return _build(hint, dict(value), f'{path}.', {})
+  origin = typing.get_origin(hint)
+  if origin in (typing.Union, types.UnionType):
+    if value is None:
+      return None
+    return _value(next(a for a in typing.get_args(hint) if a is not type(None)), value, path)
+  if origin is tuple:
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(_value(typing.get_args(hint)[0], item, path) for item in items)
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    raise UserError(f"config key '{path}' must be {hint.__name__}, not {value!r}")
+  return value

@@ -1,0 +1,210 @@
+"""What the rooms hand to each other: axis letters, rows of tokens, losses, stages, systems.
+
+Axis letters, used in every einsum and shape annotation:
+  B batch, L tokens in a row, S keys, N query heads, K key/value heads, H head width,
+  D model width, V vocabulary, P patches, C channels; G = N // K query heads per key/value head.
+
+Time: t = 0 is data, t = 1 is noise, x_t = (1 - t) x + t eps, and networks predict v = eps - x.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Params = Mapping[str, Any]  # a plain nested dict of arrays
+
+
+class UserError(ValueError):
+  """A mistake that a user can cure: one line, which names the mistake and the cure.
+
+  Front doors print it as `error: ...` and exit with status 2.
+  """
+
+
+def _pytree(cls):
+  """Makes a frozen dataclass whose fields are all pytree children."""
+  return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@_pytree
+class Visibility:
+  """Who may attend to whom: four int32 per token, all `[B, L]`.
+
+  A query sees a key if since[q] <= order[k] < reach[q] and order[q] < until[k]. `order` is the
+  place in the logical sequence and runs on over a packed row; storage order is free. An absent
+  token has since = reach = until = 0: it sees nothing and nothing sees it.
+
+  A row of text `a b`, an absent token `.`, and a bidirectional image `x y`:
+
+          a b . x y      order 0 1 0 2 3
+      a   1 0 0 0 0      since 0 0 0 0 0
+      b   1 1 0 0 0      reach 1 2 0 4 4
+      .   0 0 0 0 0      until 9 9 0 9 9   (9 stands for the largest int32)
+      x   1 1 0 1 1
+      y   1 1 0 1 1
+
+  The query side (order, since, reach) and the key side (order, until) may come from different
+  arrays: a cached call passes the visibility of its own tokens and that of all cached slots.
+  """
+
+  order: Array
+  since: Array
+  reach: Array
+  until: Array
+
+  def __getitem__(self, index) -> Visibility:
+    return jax.tree.map(lambda leaf: leaf[index], self)
+
+
+def visible(query: Visibility, key: Visibility) -> Array:
+  """The mask that `query` rows [B, L] and `key` rows [B, S] stand for: bool [B, L, S]."""
+  order = key.order[:, None, :]
+  return (
+    (query.since[:, :, None] <= order)
+    & (order < query.reach[:, :, None])
+    & (query.order[:, :, None] < key.until[:, None, :])
+  )
+
+
+def concatenate(parts: list[Any], axis: int = 1) -> Any:
+  """Joins equal pytrees of arrays (Visibility, Region) along one axis."""
+  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis), *parts)
+
+
+@_pytree
+class Examples:
+  """One batch as the pipeline hands it over, before it becomes rows of tokens.
+
+  `image` is there when frozen encoders run online (`data.encode=online`), `codes` and `latents`
+  when the pipeline reads them from a cache. The others are None.
+  """
+
+  example: Array  # [B] int32: place in the data stream; keys the randomness of the example
+  text: Array  # [B, T] int32: caption tokens, padded with 0
+  text_length: Array  # [B] int32: tokens of the caption that are real
+  image: Array | None = None  # [B, R, R, 3] uint8
+  codes: Array | None = None  # [B, P] int32: visual prompt, raster order
+  latents: Array | None = None  # [B, h, w, C] float32
+
+
+@_pytree
+class Region:
+  """The tokens of one expert, all `[B, L]`: storage is expert by expert.
+
+  `ids` index the joint vocabulary (text rows first, then visual prompt rows); image and time
+  slots hold 0 and get their embedding from elsewhere. `targets` is the id that this token's
+  output must predict, `weights` (float32) its weight in the loss; 0 where nothing is predicted.
+  """
+
+  ids: Array
+  positions: Array
+  visibility: Visibility
+  targets: Array
+  weights: Array
+
+
+@_pytree
+class LossTerm:
+  """A loss as a sum over elements, their count, and the weight of sum / count in the total.
+
+  Counts depend on batch and rng only, never on parameters: they are known for a whole step
+  before its first microbatch. A weight of exactly 0.0 (a Python float) marks a term that is
+  logged and takes no part in the gradient.
+  """
+
+  sum: Array
+  count: Array
+  weight: Array | float
+
+
+@_pytree
+class Drawing:
+  """What a generator drew for a batch of requests."""
+
+  image: Array  # [B, R, R, 3] float32 in [0, 1]
+  codes: Array  # [B, P] int32: the visual prompt it was rendered from
+  latents: Array  # [B, h, w, C] float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage of a run: what trains and which losses drive it.
+
+  Attributes:
+    name: word used on the command line and in the logs.
+    trainable: regular expressions over parameter paths such as `ar/layers/q/kernel`; a leaf
+      that none of them matches from its start (`re.match`) is frozen.
+    losses: names of the loss terms that this stage computes.
+    ema: whether a moving average of the trainable leaves is kept.
+    source: where the parameters come from, in words for the start-up table.
+  """
+
+  name: str
+  trainable: tuple[str, ...]
+  losses: tuple[str, ...]
+  ema: bool
+  source: str
+
+
+class System(Protocol):
+  """One way of joining a language model and an image generator.
+
+  `params` is what checkpoints hold; `frozen` holds networks that never train (encoders and
+  decoders): an argument of every jitted call, in no checkpoint, never closed over.
+
+  Attributes:
+    config: the whole run's configuration (vpe_jax.config.Config).
+    stages: the stages that the config asks for, in order.
+    logical_axes: rows of (regex over parameter paths, axis names of that leaf), first match
+      wins; the names are those of vpe_jax.sharding.
+    frozen_weights: name of each frozen network -> where its weights are (`assets:...` or a
+      path); read by vpe_jax.checkpoints.weights.
+  """
+
+  config: Any
+  stages: tuple[Stage, ...]
+  logical_axes: tuple[tuple[str, tuple[str | None, ...]], ...]
+  frozen_weights: Mapping[str, str]
+
+  def init(self, rng: Array) -> Params:
+    """Fresh parameters; pure and jittable."""
+    ...
+
+  def abstract_batch(self, batch_size: int) -> Examples:
+    """The shapes and dtypes of one batch, as `jax.ShapeDtypeStruct` leaves."""
+    ...
+
+  def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
+    """The counts that `losses` would return for this batch: parameters are not needed."""
+    ...
+
+  def losses(
+    self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
+  ) -> dict[str, LossTerm]:
+    """Every loss term of the stage. `rng` is the run's key; `step` counts within the stage."""
+    ...
+
+  def generate(
+    self, params: Params, frozen: Params, request: Examples, rng: Array, settings: Any
+  ) -> Drawing:
+    """Draws one picture a row; pure and jittable with `settings` (SampleConfig) static.
+
+    `request.text` and `text_length` hold the prompts, `request.example` keys each row's
+    randomness (so a row doesn't depend on its neighbours), and `request.codes`, when given, is
+    rendered instead of a visual prompt of the model's own. Only systems that draw have this.
+    """
+    ...
+
+  def flops(self, stage: Stage) -> float:
+    """Model FLOPs of one training example (forward and backward, nothing recomputed)."""
+    ...
+
+  def tokens(self, stage: Stage) -> int:
+    """Tokens that the transformer processes for one training example."""
+    ...

@@ -1,0 +1,1 @@
+"""Records, pictures and captions: from a config to batches of examples, without network."""

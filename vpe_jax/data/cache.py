@@ -1,0 +1,179 @@
+"""Codes and latents on disk, by source index: what `data.encode=cached` reads.
+
+A cache is a folder of array shards and a manifest with its fingerprint and a checksum of each
+shard. The manifest is written last, and the folder is renamed into place when it is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from vpe_jax.contracts import UserError
+from vpe_jax.data.storage import cache_dir
+
+SHARD = 4096  # records in one shard
+_MANIFEST = 'manifest.json'
+_KINDS = ('codes', 'latents')
+
+
+class Encoded(Protocol):
+  """Codes and latents by source index."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [P] int32 and latents [h, w, C] float32 of one record."""
+    ...
+
+
+class DamagedCacheError(UserError):
+  """A cache on disk that can't be trusted; building it again cures that."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedCache:
+  """A verified cache. Reads are memory-mapped; reader processes open the files themselves."""
+
+  folder: Path
+  count: int
+  shard: int
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [P] int32 and latents [h, w, C] float32 of one record."""
+    if not 0 <= index < self.count:
+      raise IndexError(f'record {index} of {self.count} in {self.folder}')
+    number, row = divmod(index, self.shard)
+    codes, latents = (_mapped(self.folder / _shard_name(kind, number)) for kind in _KINDS)
+    return np.array(codes[row]), np.array(latents[row])
+
+
+def location(fingerprint: str) -> Path:
+  """The folder of the cache with this fingerprint, whether it is there or not."""
+  name = hashlib.blake2b(fingerprint.encode(), digest_size=12).hexdigest()
+  return cache_dir() / 'encoded' / name
+
+
+def open_cache(fingerprint: str) -> EncodedCache | None:
+  """Opens and verifies the cache of codes and latents with this fingerprint.
+
+  Args:
+    fingerprint: whatever decides the content: source, resolution, encoder weights.
+
+  Returns:
+    The cache, or None if there is none yet.
+
+  Raises:
+    DamagedCacheError: the cache is cut short, altered, or of another fingerprint; the message
+      names the file. `write_cache` with the same fingerprint replaces it.
+  """
+  folder = location(fingerprint)
+  if not folder.exists():
+    return None
+  manifest = _manifest(folder)
+  if manifest['fingerprint'] != fingerprint:
+    raise DamagedCacheError(f'cache {folder} was made for another fingerprint; build it again')
+  for name, checksum in manifest['checksums'].items():
+    path = folder / name
+    if not path.exists():
+      raise DamagedCacheError(f'cache file {path} is missing; build the cache again')
+    if _checksum(path) != checksum:
+      raise DamagedCacheError(f'cache file {path} is damaged; build the cache again')
+  return EncodedCache(folder, manifest['count'], manifest['shard'])
+
+
+def write_cache(
+  fingerprint: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], shard: int = SHARD
+) -> EncodedCache:
+  """Writes a cache, replacing what lies in its place; nothing is visible before it is whole.
+
+  Args:
+    fingerprint: whatever decides the content.
+    batches: codes [n, P] and latents [n, h, w, C] of consecutive records, any n.
+    shard: records in one file.
+  """
+  folder = location(fingerprint)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'{folder.name}.part'))
+  try:
+    count, checksums = _write_shards(unfinished, batches, shard)
+    manifest = dict(fingerprint=fingerprint, count=count, shard=shard, checksums=checksums)
+    (unfinished / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+    if folder.exists():
+      shutil.rmtree(folder)
+    unfinished.rename(folder)
+  except BaseException:
+    shutil.rmtree(unfinished, ignore_errors=True)
+    raise
+  _mapped.cache_clear()
+  return EncodedCache(folder, count, shard)
+
+
+def _write_shards(
+  folder: Path, batches: Iterable[tuple[np.ndarray, np.ndarray]], shard: int
+) -> tuple[int, dict[str, int]]:
+  """Returns the number of records and the checksum of each file."""
+  checksums: dict[str, int] = {}
+  waiting: list[tuple[np.ndarray, np.ndarray]] = []
+  held = count = 0
+
+  def flush(rows: int) -> None:
+    nonlocal waiting, held, count
+    joined = [np.concatenate(arrays) for arrays in zip(*waiting, strict=True)]
+    for kind, array in zip(_KINDS, joined, strict=True):
+      path = folder / _shard_name(kind, count // shard)
+      np.save(path, array[:rows])
+      checksums[path.name] = _checksum(path)
+    waiting = [tuple(array[rows:] for array in joined)]
+    held, count = held - rows, count + rows
+
+  for codes, latents in batches:
+    waiting.append((np.asarray(codes, np.int32), np.asarray(latents, np.float32)))
+    held += len(codes)
+    while held >= shard:
+      flush(shard)
+  if held:
+    flush(held)
+  return count, checksums
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+  path = folder / _MANIFEST
+  try:
+    manifest = json.loads(path.read_text(encoding='utf-8'))
+    complete = {'fingerprint', 'count', 'shard', 'checksums'} <= manifest.keys()
+  except (OSError, ValueError, AttributeError) as error:
+    raise DamagedCacheError(f'cache file {path} is damaged ({error}); build it again') from error
+  if not complete:
+    raise DamagedCacheError(f'cache file {path} is incomplete; build the cache again')
+  return manifest
+
+
+def _shard_name(kind: str, number: int) -> str:
+  return f'{kind}-{number:05d}.npy'
+
+
+def _checksum(path: Path) -> int:
+  value = 0
+  with path.open('rb') as file:
+    while block := file.read(1 << 22):
+      value = zlib.crc32(block, value)
+  return value
+
+
+@functools.lru_cache(maxsize=1024)
+def _mapped(path: Path) -> np.ndarray:
+  return np.load(path, mmap_mode='r')

@@ -1,0 +1,115 @@
+"""A user's own pictures: a folder of images with `captions.jsonl`, or a `.txt` beside each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vpe_jax.contracts import UserError
+from vpe_jax.data.records import Record
+from vpe_jax.data.transforms import pad_to_square, read_image
+
+_ENDINGS = frozenset({'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'})
+_CAPTIONS = 'captions.jsonl'
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """A picture in a file, white-padded to a square when drawn."""
+
+  path: str
+
+  def draw(self, size: int) -> np.ndarray:
+    """The file's picture as uint8 [size, size, 3].
+
+    Raises:
+      UserError: the file can't be read as a picture; names it.
+    """
+    return pad_to_square(read_image(self.path), size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+  """Captioned image files as a source, sorted by file name."""
+
+  path: str
+  entries: tuple[tuple[str, str], ...]  # file name within the folder, caption
+
+  def __len__(self) -> int:
+    return len(self.entries)
+
+  def __getitem__(self, index: int) -> Record:
+    name, caption = self.entries[index]
+    return Record(
+      id=f'folder/{name}',
+      caption=caption,
+      group='folder',
+      split='train',
+      picture=File(str(Path(self.path) / name)),
+    )
+
+
+def open_folder(path: str, count: int = 0) -> Folder:
+  """Finds images and captions; pictures themselves are read when drawn.
+
+  Args:
+    path: the folder. A `captions.jsonl` in it has lines such as
+      `{"file": "fox.png", "caption": "a red fox"}` (also `image`, `text`); without one, each
+      image needs a text file of the same name beside it.
+    count: number of records to keep; 0 for all.
+
+  Raises:
+    UserError: the folder is missing or empty, an image has no caption, or a line can't be read.
+  """
+  folder = Path(path).expanduser()
+  if not folder.is_dir():
+    raise UserError(f'data folder {folder} does not exist; check --config.data.source=folder:PATH')
+  listed = folder / _CAPTIONS
+  entries = _from_lines(folder, listed) if listed.exists() else _from_texts(folder)
+  if not entries:
+    raise UserError(f'data folder {folder} has no images ({", ".join(sorted(_ENDINGS))})')
+  entries = sorted(entries)
+  return Folder(str(folder), tuple(entries[: count or None]))
+
+
+def _from_lines(folder: Path, listed: Path) -> list[tuple[str, str]]:
+  entries = []
+  for number, line in enumerate(listed.read_text(encoding='utf-8').splitlines(), 1):
+    if not line.strip():
+      continue
+    try:
+      values = json.loads(line)
+    except json.JSONDecodeError as error:
+      raise UserError(f'{listed} line {number} is not JSON: {error}') from error
+    name, caption = _field(values, 'file', 'image'), _field(values, 'caption', 'text')
+    if name is None:
+      raise UserError(f'{listed} line {number} names no image: give it a "file"')
+    if caption is None:
+      raise UserError(f'{listed} line {number}: image {name} has no caption; give it a "caption"')
+    if not (folder / name).is_file():
+      raise UserError(f'{listed} line {number}: image {folder / name} does not exist')
+    entries.append((name, caption))
+  return entries
+
+
+def _field(values: Any, *names: str) -> str | None:
+  """The first of the named fields that holds text."""
+  found = [values.get(name) for name in names] if isinstance(values, dict) else []
+  return next((text.strip() for text in found if isinstance(text, str) and text.strip()), None)
+
+
+def _from_texts(folder: Path) -> list[tuple[str, str]]:
+  entries = []
+  for image in folder.rglob('*'):
+    if image.suffix.lower() not in _ENDINGS or not image.is_file():
+      continue
+    text = image.with_suffix('.txt')
+    caption = ' '.join(text.read_text(encoding='utf-8').split()) if text.is_file() else ''
+    if not caption:
+      raise UserError(f'image {image} has no caption: write one to {text.name} beside it')
+    entries.append((image.relative_to(folder).as_posix(), caption))
+  return entries

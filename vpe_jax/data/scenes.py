@@ -1,0 +1,202 @@
+"""Scenes composed by a seeded program: 1 to 4 emoji and plain shapes, with exact truth.
+
+Scene i of seed s in a split is a pure function of (s, split, i). Most scenes are simple, and
+things are large: what a small network can learn to draw from some ten thousand examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+from vpe_jax.data import raster, shapes, splits, vocabulary, wording
+from vpe_jax.data.painting import Painting, svg_of
+from vpe_jax.data.records import Box, Cluster, Record, Relation, Split, Truth
+from vpe_jax.data.storage import stable_hash
+
+MOST = 4  # things in one scene
+GROUP = 'scene'
+_MARGIN = 0.02
+_WORDINGS = 4096
+
+# (share, what): of shapes and emoji; the rest of a plan is drawn uniformly.
+_PLANS = (
+  (0.20, ('shape',)),
+  (0.20, ('emoji',)),
+  (0.14, ('shapes',)),
+  (0.08, ('emojis',)),
+  (0.13, ('shape', 'shape')),
+  (0.11, ('shape', 'emoji')),
+  (0.08, ('emoji', 'emoji')),
+  (0.06, ('shapes', 'shape')),
+)
+_TINTED = 0.4  # share of scenes on tinted ground
+_STATED = 0.75  # share of pairs whose caption says how they lie
+
+# Where n equal things stand: places in the unit square, and the range of sides that fit there.
+_Places = tuple[tuple[float, float], ...]
+_ARRANGEMENTS: dict[int, tuple[tuple[_Places, float, float], ...]] = {
+  2: (
+    (((0.27, 0.5), (0.73, 0.5)), 0.36, 0.44),
+    (((0.5, 0.27), (0.5, 0.73)), 0.36, 0.44),
+    (((0.29, 0.29), (0.71, 0.71)), 0.38, 0.46),
+    (((0.71, 0.29), (0.29, 0.71)), 0.38, 0.46),
+  ),
+  3: (
+    (((0.5, 0.27), (0.27, 0.73), (0.73, 0.73)), 0.34, 0.42),
+    (((0.27, 0.27), (0.73, 0.27), (0.5, 0.73)), 0.34, 0.42),
+    (((0.2, 0.5), (0.5, 0.5), (0.8, 0.5)), 0.26, 0.29),
+    (((0.5, 0.2), (0.5, 0.5), (0.5, 0.8)), 0.26, 0.29),
+  ),
+  4: (
+    (((0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)), 0.34, 0.42),
+    (((0.5, 0.2), (0.2, 0.5), (0.8, 0.5), (0.5, 0.8)), 0.26, 0.3),
+  ),
+}
+# The same along one half of the picture: places on its long axis.
+_ROWS: dict[int, tuple[tuple[float, ...], float, float]] = {
+  1: ((0.5,), 0.36, 0.44),
+  2: ((0.27, 0.73), 0.34, 0.42),
+  3: ((0.19, 0.5, 0.81), 0.25, 0.29),
+}
+_SINGLE = {None: (0.48, 0.62), 'small': (0.3, 0.36), 'large': (0.78, 0.9)}
+_PAIRED = {None: (0.34, 0.42), 'small': (0.22, 0.26), 'large': (0.44, 0.46)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+  """Scenes of one split as a source.
+
+  Attributes:
+    count: number of scenes; any number can be asked for.
+    split: which part of all scenes; training holds neither held-out combinations nor concepts.
+    seed: another seed gives other scenes.
+  """
+
+  count: int
+  split: Split = 'train'
+  seed: int = 0
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, index: int) -> Record:
+    if not 0 <= index < self.count:
+      raise IndexError(f'scene {index} of {self.count}')
+    return scene(self.seed, index, self.split)
+
+
+def scene(seed: int, index: int, split: Split = 'train') -> Record:
+  """Scene number `index` of a seed and split."""
+  draw = random.Random(stable_hash('scene', seed, split, index))
+  while True:
+    truth = _compose(draw, split)
+    if splits.split_of_truth(truth) == split and (
+      split != 'combination' or splits.held_out(truth, stated=True)
+    ):
+      break
+  words = draw.randrange(_WORDINGS)
+  return Record(
+    id=f'scene/{split}/{seed}/{index}',
+    caption=wording.caption(truth, words),
+    group=GROUP,
+    split=split,
+    picture=Painting(truth),
+    truth=truth,
+    wording=words,
+  )
+
+
+def _compose(draw: random.Random, split: Split) -> Truth:
+  plan = _weighted(draw)
+  while split == 'concept' and not any(kind.startswith('emoji') for kind in plan):
+    plan = _weighted(draw)
+  clusters = [_cluster(draw, kind) for kind in plan]
+  if split == 'concept':
+    places = [i for i, cluster in enumerate(clusters) if cluster.kind == 'emoji']
+    name = draw.choice(splits.held_out_concepts())
+    place = draw.choice(places)
+    clusters[place] = dataclasses.replace(
+      clusters[place], name=name, code=vocabulary.emoji()[name]
+    )
+  draw.shuffle(clusters)
+  ground = draw.choice(tuple(shapes.TINTS)) if draw.random() < _TINTED else 'white'
+  if any((cluster.colour, ground) in shapes.CLASHES for cluster in clusters):
+    ground = 'white'
+  if len(clusters) == 1:
+    return Truth((_alone(draw, clusters[0]),), ground=ground)
+  if clusters[0].name == clusters[1].name and clusters[0].colour == clusters[1].colour:
+    return _compose(draw, split)
+  word = draw.choice(tuple(splits.OPPOSITE))
+  placed = _side_by_side(draw, clusters, word)
+  return Truth(placed, (Relation(0, word, 1, draw.random() < _STATED),), ground)
+
+
+def _weighted(draw: random.Random) -> tuple[str, ...]:
+  (plan,) = draw.choices([p for _, p in _PLANS], [share for share, _ in _PLANS])
+  return plan
+
+
+def _cluster(draw: random.Random, kind: str) -> Cluster:
+  """Things without places yet: `boxes` holds as many empty boxes as there are things."""
+  count = draw.randint(2, MOST) if kind == 'emojis' or kind == 'shapes' else 1
+  boxes = ((0.0, 0.0, 0.0, 0.0),) * count
+  size = draw.choice((None, None, 'small', 'large')) if count == 1 else None
+  if kind.startswith('shape'):
+    colour = draw.choice(tuple(shapes.COLOURS))
+    return Cluster(draw.choice(shapes.SHAPES), 'shape', boxes, colour=colour, size=size)
+  name = draw.choice(splits.trained_concepts())
+  return Cluster(name, 'emoji', boxes, code=vocabulary.emoji()[name], size=size)
+
+
+def _alone(draw: random.Random, cluster: Cluster) -> Cluster:
+  """Places the only cluster of a scene."""
+  if cluster.count == 1:
+    side = draw.uniform(*_SINGLE[cluster.size])
+    slack = max(0.0, (1 - side) / 2 - _MARGIN) * 0.6
+    centres = ((0.5 + draw.uniform(-slack, slack), 0.5 + draw.uniform(-slack, slack)),)
+  else:
+    centres, low, high = draw.choice(_ARRANGEMENTS[cluster.count])
+    side = draw.uniform(low, high)
+  return _placed(draw, cluster, centres, side)
+
+
+def _side_by_side(
+  draw: random.Random, clusters: list[Cluster], word: str
+) -> tuple[Cluster, Cluster]:
+  """Places two clusters in the two halves of the picture, the first one on the side `word`."""
+  placed = []
+  for index, cluster in enumerate(clusters):
+    count = min(cluster.count, MOST - 1)
+    along, low, high = _ROWS[count]
+    if cluster.count != count:
+      cluster = dataclasses.replace(cluster, boxes=cluster.boxes[:count])
+    if count == 1:
+      low, high = _PAIRED[cluster.size]
+      along = (draw.uniform(0.4, 0.6),)
+    near = 0.26 if (word in ('left', 'above')) == (index == 0) else 0.74
+    upright = word in ('left', 'right')
+    centres = tuple((near, a) if upright else (a, near) for a in along)
+    placed.append(_placed(draw, cluster, centres, draw.uniform(low, high)))
+  return placed[0], placed[1]
+
+
+def _placed(
+  draw: random.Random, cluster: Cluster, centres: tuple[tuple[float, float], ...], side: float
+) -> Cluster:
+  """Gives each thing its box: ink of the longer side `side`, around its centre."""
+  left, top, right, bottom = raster.extent(svg_of(cluster))
+  longer = max(right - left, bottom - top)
+  width, height = side * (right - left) / longer, side * (bottom - top) / longer
+  boxes = []
+  for x, y in centres:
+    jitter = 0.015 if len(centres) > 1 else 0.0
+    x, y = x + draw.uniform(-jitter, jitter), y + draw.uniform(-jitter, jitter)
+    boxes.append(_box(x, y, width, height))
+  return dataclasses.replace(cluster, boxes=tuple(boxes))
+
+
+def _box(x: float, y: float, width: float, height: float) -> Box:
+  left = min(max(x - width / 2, _MARGIN), 1 - _MARGIN - width)
+  top = min(max(y - height / 2, _MARGIN), 1 - _MARGIN - height)
+  return (left, top, left + width, top + height)

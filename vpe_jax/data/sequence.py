@@ -1,0 +1,186 @@
+"""Spans and a batch's captions and codes, turned into rows of tokens.
+
+A system states its sequence as a static tuple of spans in logical order. Tokens are stored expert
+by expert, so each expert's region has a fixed place for each span; what is absent (padding of a
+short caption, or a condition that was dropped) keeps its place, is seen by nobody, and takes no
+position: `order` and rotary positions count present tokens without gaps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpe_jax.contracts import Array, Region, Visibility, concatenate
+
+NEVER = np.iinfo(np.int32).max  # an `until` that no order reaches
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+  """A run of tokens of one kind.
+
+  Attributes:
+    kind: `bos`, `text`, `bot`, `codes`, `eot`, `boi`, `time` or `latents`.
+    length: tokens, present or not.
+    expert: region that stores them.
+    full: whether the span belongs to a bidirectional block; neighbouring full spans form one.
+    predicts: whether each token's output predicts the id of the token stored after it.
+    dropped: whether a dropped condition takes the span away.
+  """
+
+  kind: str
+  length: int
+  expert: str
+  full: bool = False
+  predicts: bool = False
+  dropped: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+  """The joint vocabulary: text rows, then `codes` visual prompt rows, then [bot] and [eot].
+
+  `bos` and `boi` are ids of text rows (reference/vpe.md 1.4 for Show-o2's).
+  """
+
+  text: int
+  codes: int
+  bos: int
+  boi: int
+
+  @property
+  def bot(self) -> int:
+    return self.text + self.codes
+
+  @property
+  def eot(self) -> int:
+    return self.text + self.codes + 1
+
+  @property
+  def size(self) -> int:
+    return self.text + self.codes + 2
+
+
+def text_to_image(text: int, codes: int, latents: int) -> tuple[Span, ...]:
+  """`[bos] text [bot] s [eot] [boi] | time x`: Internal+VPE (arXiv 2606.04457, App. D).
+
+  The tail `[eoi] [eos]` carries no loss and would be the only prefix that sees the picture, so it
+  is left out: nothing before the picture depends on it.
+  """
+  return (
+    Span('bos', 1, 'ar'),
+    Span('text', text, 'ar', dropped=True),
+    Span('bot', 1, 'ar', predicts=True, dropped=True),
+    Span('codes', codes, 'ar', predicts=True, dropped=True),
+    Span('eot', 1, 'ar', dropped=True),
+    Span('boi', 1, 'ar'),
+    Span('time', 1, 'dit', full=True),
+    Span('latents', latents, 'dit', full=True),
+  )
+
+
+def place(spans: Sequence[Span], kind: str) -> tuple[int, int]:
+  """First slot of a span in its expert's region, and the slot after its last."""
+  start: dict[str, int] = {}
+  for span in spans:
+    first = start.get(span.expert, 0)
+    if span.kind == kind:
+      return first, first + span.length
+    start[span.expert] = first + span.length
+  raise KeyError(f'no span {kind!r} in {[s.kind for s in spans]}')
+
+
+def region_length(spans: Sequence[Span], expert: str, multiple: int) -> int:
+  """Slots of an expert's region: its spans, rounded up to `multiple`."""
+  used = sum(span.length for span in spans if span.expert == expert)
+  return -(-used // multiple) * multiple
+
+
+def build(
+  spans: Sequence[Span],
+  vocabulary: Vocabulary,
+  text: Array,
+  text_length: Array,
+  codes: Array,
+  keep: Array,
+  multiple: int = 1,
+) -> dict[str, Region]:
+  """Rows of tokens for a batch.
+
+  Args:
+    spans: the sequence.
+    vocabulary: where each kind's ids lie.
+    text: caption ids [B, T].
+    text_length: tokens of the caption that are real [B].
+    codes: visual prompt [B, P].
+    keep: bool [B]; False drops the condition: every span marked `dropped` is absent.
+    multiple: regions are padded with absent tokens to a multiple of this.
+
+  Returns:
+    The region of each expert, in the order in which `spans` first names them.
+  """
+  B = text.shape[0]
+  ids, present = [], []
+  for span in spans:
+    ids.append(_ids(span, vocabulary, text, codes, B))
+    there = jnp.ones((B, span.length), bool)
+    if span.kind == 'text':
+      there = jnp.arange(span.length)[None] < text_length[:, None]
+    present.append(there & keep[:, None] if span.dropped else there)
+  regions: dict[str, list[Region]] = {}
+  seen = jnp.zeros((B, 1), jnp.int32)
+  blocks = _block_ends(spans, present)
+  for i, span in enumerate(spans):
+    order = seen + jnp.cumsum(present[i], 1, dtype=jnp.int32) - 1
+    seen = seen + jnp.sum(present[i], 1, keepdims=True, dtype=jnp.int32)
+    reach = jnp.broadcast_to(blocks[i], order.shape) if span.full else order + 1
+    after = ids[i + 1][:, :1] if i + 1 < len(spans) else jnp.zeros((B, 1), jnp.int32)
+    targets = jnp.concatenate([ids[i][:, 1:], after], 1)
+    weights = present[i].astype(jnp.float32) * float(span.predicts)
+    zero = lambda x, there=present[i]: jnp.where(there, x, 0)
+    visibility = Visibility(
+      order=zero(order), since=jnp.zeros_like(order), reach=zero(reach), until=zero(NEVER)
+    )
+    region = Region(ids[i], zero(order), visibility, targets, weights)
+    regions.setdefault(span.expert, []).append(region)
+  return {
+    expert: _padded(concatenate(parts), region_length(spans, expert, multiple))
+    for expert, parts in regions.items()
+  }
+
+
+def _ids(span: Span, vocabulary: Vocabulary, text: Array, codes: Array, B: int) -> Array:
+  if span.kind == 'text':
+    return text.astype(jnp.int32)
+  if span.kind == 'codes':
+    return codes.astype(jnp.int32) + vocabulary.text
+  single = {'bos': vocabulary.bos, 'boi': vocabulary.boi, 'bot': vocabulary.bot}
+  single |= {'eot': vocabulary.eot, 'time': 0, 'latents': 0}
+  return jnp.full((B, span.length), single[span.kind], jnp.int32)
+
+
+def _block_ends(spans: Sequence[Span], present: Sequence[Array]) -> list[Array]:
+  """For each span, the order after the last token of the bidirectional block it lies in: [B, 1]."""
+  totals = jnp.cumsum(
+    jnp.stack([jnp.sum(there, 1, dtype=jnp.int32) for there in present], 1), axis=1
+  )
+  ends, last = [], len(spans) - 1
+  for i in range(len(spans)):
+    j = i
+    while j < last and spans[j].full and spans[j + 1].full:
+      j += 1
+    ends.append(totals[:, j : j + 1])
+  return ends
+
+
+def _padded(region: Region, length: int) -> Region:
+  """Absent tokens behind the region: every field is 0 there."""
+
+
+  extra = length - region.ids.shape[1]
+  return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, extra))), region)

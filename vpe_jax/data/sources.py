@@ -1,0 +1,84 @@
+"""From the `data` section of a config to a source of records."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from vpe_jax.config import DataConfig, nearest
+from vpe_jax.contracts import UserError
+from vpe_jax.data.folder import open_folder
+from vpe_jax.data.openmoji import OpenMoji
+from vpe_jax.data.records import Record, Source, Split
+from vpe_jax.data.scenes import Scenes
+from vpe_jax.data.synthetic import Synthetic
+
+ENDLESS = 65_536  # records of a source without an end of its own, if the config says 0
+
+_FOLDER = 'folder:'
+_KNOWN = ('mixture', 'openmoji', 'scenes', 'synthetic', 'folder:PATH')
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+  """Two sources, interleaved evenly: `share` of the records come from `first`."""
+
+  first: Source
+  second: Source
+  share: float
+  count: int
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, index: int) -> Record:
+    if not 0 <= index < self.count:
+      raise IndexError(f'record {index} of {self.count}')
+    before, after = _firsts(index, self.share), _firsts(index + 1, self.share)
+    return self.first[before] if after > before else self.second[index - before]
+
+
+def _firsts(index: int, share: float) -> int:
+  """How many of the records below `index` come from the first source."""
+  return math.floor(index * share + 1e-9)
+
+
+def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> Source:
+  """The records that a config asks for, of one split.
+
+  Args:
+    config: `source` says which, `examples` how many (0: all of a finite source, ENDLESS of one
+      that a program makes).
+    split: `train`, or held-out `combination` or `concept`.
+    seed: of scenes and of the choice of words.
+
+  Raises:
+    UserError: the source is unknown, asks for a split that it doesn't have, or is empty.
+  """
+  count = config.examples
+  if count < 0:
+    raise UserError(f'config.data.examples is {count}; it must be 0 (all) or more')
+  if config.source == 'mixture':
+    return _mixture(config.scenes_share, count or ENDLESS, split, seed)
+  if config.source == 'scenes':
+    return Scenes(count or ENDLESS, split, seed)
+  if config.source == 'openmoji':
+    return OpenMoji(count, split, seed)
+  if split != 'train' and (config.source == 'synthetic' or config.source.startswith(_FOLDER)):
+    raise UserError(
+      f'config.data.source={config.source} has no held-out split; mixture, scenes, openmoji do'
+    )
+  if config.source == 'synthetic':
+    return Synthetic(count or ENDLESS)
+  if config.source.startswith(_FOLDER):
+    return open_folder(config.source.removeprefix(_FOLDER), count)
+  raise UserError(f"unknown config.data.source '{config.source}'{nearest(config.source, _KNOWN)}")
+
+
+def _mixture(share: float, count: int, split: Split, seed: int) -> Mixture:
+  if not 0 <= share <= 1:
+    raise UserError(f'config.data.scenes_share is {share}; it must lie between 0 and 1')
+  scenes = _firsts(count, share)
+  return Mixture(
+    Scenes(scenes, split, seed), OpenMoji(max(1, count - scenes), split, seed), share, count
+  )

@@ -1,0 +1,67 @@
+"""Random pictures, captions and codes of the right structure, from no files at all."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from vpe_jax.data.records import Record
+
+_WORDS = ('red', 'blue', 'green', 'big', 'small', 'circle', 'square', 'star', 'dog', 'cat')
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+  """A coarse random pattern, the same for the same index."""
+
+  index: int
+
+  def draw(self, size: int) -> np.ndarray:
+    """The pattern as uint8 [size, size, 3]."""
+    coarse = np.random.default_rng((0, self.index)).integers(0, 256, (4, 4, 3), np.uint8)
+    place = np.arange(size) * 4 // size
+    return coarse[place][:, place]
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthetic:
+  """`count` random records as a source; record i is a pure function of i."""
+
+  count: int
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, index: int) -> Record:
+    if not 0 <= index < self.count:
+      raise IndexError(f'synthetic record {index} of {self.count}')
+    draw = np.random.default_rng((1, index))
+    words = [_WORDS[i] for i in draw.integers(0, len(_WORDS), draw.integers(1, 5))]
+    return Record(f'synthetic/{index}', ' '.join(words), 'synthetic', 'train', Noise(index))
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticCodes:
+  """Random codes and latents by source index, in place of a cache of real ones.
+
+  Attributes:
+    count: number of records.
+    patches: codes of a visual prompt, P.
+    codebook: number of different codes.
+    latent_shape: (h, w, C).
+  """
+
+  count: int
+  patches: int
+  codebook: int
+  latent_shape: tuple[int, int, int]
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes [P] int32 and latents [h, w, C] float32 of one record."""
+    draw = np.random.default_rng((2, index))
+    codes = draw.integers(0, self.codebook, self.patches, np.int32)
+    return codes, draw.standard_normal(self.latent_shape, np.float32)

@@ -1,0 +1,145 @@
+"""Captions as tokens: a small BPE, trained on the embedded sets' training captions.
+
+`python -m vpe_jax.data.text` trains it again and writes vpe_jax/assets/bpe.json.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from vpe_jax.contracts import UserError
+from vpe_jax.data import openmoji, scenes
+from vpe_jax.data.storage import write_atomic
+
+PAD, UNK, BOS, BOT, EOT, BOI, EOI, EOS = range(8)
+SPECIALS = ('[pad]', '[unk]', '[bos]', '[bot]', '[eot]', '[boi]', '[eoi]', '[eos]')
+VOCABULARY = 1024
+SHIPPED = Path(__file__).parents[1] / 'assets' / 'bpe.json'
+
+_SCENES = 4000  # training scenes whose captions are read
+_WORDINGS = 4  # captions of each OpenMoji drawing
+_TYPOGRAPHY = {'“': '"', '”': '"', '‘': "'", '’': "'", '–': '-', '—': '-'}
+# Words that people use in prompts and the sets don't: spelled in few tokens rather than letters.
+_GENERAL = (
+  'a photo of a red fox in the snow',
+  'five small birds sitting in a row on a wire',
+  'the cat is sleeping on the chair near the window',
+  'draw me one big yellow flower behind the old house',
+  'a man and a woman walking in the park at night',
+  'two people playing music in front of a large crowd',
+  'an illustration of a boy holding a round balloon',
+  'a simple cartoon of a girl riding a horse at the beach',
+  'some food on a white plate with a cup of coffee',
+  'show a dark sky full of stars over the sea',
+  'a gray wolf, a brown bear and a golden lion',
+  'a colorful painting with many different shapes',
+  'inside of the box there are six or seven toys',
+  'in the middle, at the top, at the bottom, in the corner',
+)
+
+
+class Tokenizer:
+  """Captions to tokens and back."""
+
+  def __init__(self, path: str | Path = SHIPPED):
+    """Reads a tokenizer file that `write` made.
+
+    Raises:
+      UserError: there is no such file or it isn't one of ours.
+    """
+    if not Path(path).is_file():
+      raise UserError(f'no tokenizer at {path}; python -m vpe_jax.data.text writes the shipped one')
+    self._bpe = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding='utf-8'))
+    if tuple(self._bpe.id_to_token(i) for i in range(len(SPECIALS))) != SPECIALS:
+      raise UserError(f'tokenizer {path} lacks the special tokens {" ".join(SPECIALS)}')
+    # A prompt that spells out a special token means its letters.
+    self._bpe.encode_special_tokens = True
+
+  @property
+  def vocabulary(self) -> int:
+    """Number of tokens, special ones included."""
+    return self._bpe.get_vocab_size()
+
+  def encode(self, caption: str) -> list[int]:
+    """The tokens of one caption, without special ones."""
+    return self._bpe.encode(caption, add_special_tokens=False).ids
+
+  def encode_batch(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of captions as one array.
+
+    Args:
+      captions: B texts.
+      length: T, the most tokens that one may have.
+
+    Returns:
+      ids int32 [B, T], padded with PAD, and the number of real tokens int32 [B].
+
+    Raises:
+      UserError: a caption is too long.
+    """
+    ids = np.full((len(captions), length), PAD, np.int32)
+    lengths = np.zeros(len(captions), np.int32)
+    for row, caption in enumerate(captions):
+      tokens = self.encode(caption)
+      if len(tokens) > length:
+        raise UserError(
+          f'prompt has {len(tokens)} tokens and the limit is {length}; shorten it: {caption!r}'
+        )
+      ids[row, : len(tokens)] = tokens
+      lengths[row] = len(tokens)
+    return ids, lengths
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of tokens; special ones are left out. Letters come back in lower case."""
+    return self._bpe.decode([int(i) for i in ids if int(i) >= len(SPECIALS)])
+
+
+@functools.cache
+def shipped() -> Tokenizer:
+  """The tokenizer in vpe_jax/assets."""
+  return Tokenizer()
+
+
+def train_bpe(captions: Iterable[str], vocabulary: int = VOCABULARY) -> tokenizers.Tokenizer:
+  """Trains a BPE with SPECIALS in front; equal captions give an equal tokenizer."""
+  bpe = tokenizers.Tokenizer(models.BPE(unk_token='[unk]'))
+  plain = [normalizers.Replace(odd, usual) for odd, usual in _TYPOGRAPHY.items()]
+  bpe.normalizer = normalizers.Sequence(
+    [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase(), *plain]
+  )
+  bpe.pre_tokenizer = pre_tokenizers.Sequence(
+    [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation('isolated')]
+  )
+  bpe.decoder = decoders.Metaspace()
+  printable = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocabulary,
+    special_tokens=list(SPECIALS),
+    initial_alphabet=printable,
+    show_progress=False,
+  )
+  bpe.train_from_iterator(captions, trainer)
+  return bpe
+
+
+def training_captions() -> list[str]:
+  """The captions that the shipped tokenizer is trained on: of the training splits alone."""
+  drawings = openmoji.of_split('train')
+  emoji = [openmoji.caption_of(item, words) for item in drawings for words in range(_WORDINGS)]
+  composed = [scenes.scene(0, index).caption for index in range(_SCENES)]
+  return emoji + composed + list(_GENERAL) * 8
+
+
+def write(path: Path = SHIPPED) -> None:
+  """Trains the shipped tokenizer and writes it."""
+  write_atomic(path, train_bpe(training_captions()).to_str(pretty=True).encode() + b'\n')
+
+
+if __name__ == '__main__':
+  write()

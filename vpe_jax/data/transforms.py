@@ -1,0 +1,68 @@
+"""Pictures into arrays: reading, white padding to a square, resizing, ranges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vpe_jax.contracts import UserError
+
+_BICUBIC = Image.Resampling.BICUBIC
+
+
+def read_image(path: str | Path) -> np.ndarray:
+  """Reads a picture as uint8 [height, width, 3], upright, transparency shown as white.
+
+  Raises:
+    UserError: there is no such file or it can't be read as a picture.
+  """
+  try:
+    with Image.open(path) as image:
+      upright = ImageOps.exif_transpose(image).convert('RGBA')
+  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    raise UserError(
+      f'unreadable image {path} ({error}); replace the file or take it out of the data'
+    ) from error
+  ground = Image.new('RGBA', upright.size, 'white')
+  return np.array(Image.alpha_composite(ground, upright).convert('RGB'))
+
+
+def pad_to_square(image: np.ndarray, size: int) -> np.ndarray:
+  """Scales the longer side to `size` (bicubic) and centres the picture on a white square.
+
+  An odd pixel left over goes to the right and the bottom.
+
+  Args:
+    image: uint8 [height, width, 3].
+    size: side of the square.
+
+  Returns:
+    uint8 [size, size, 3].
+  """
+  height, width = image.shape[:2]
+  longer = max(height, width)
+  shape = (max(1, round(width * size / longer)), max(1, round(height * size / longer)))
+  scaled = np.array(Image.fromarray(image).resize(shape, _BICUBIC))
+  square = np.full((size, size, 3), 255, np.uint8)
+  left, top = (size - shape[0]) // 2, (size - shape[1]) // 2
+  square[top : top + shape[1], left : left + shape[0]] = scaled
+  return square
+
+
+def view(image: np.ndarray, size: int) -> np.ndarray:
+  """Another resolution of a square picture (bicubic): uint8 [R, R, 3] to [size, size, 3]."""
+  if image.shape[0] == size:
+    return image
+  return np.array(Image.fromarray(image).resize((size, size), _BICUBIC))
+
+
+def to_float(image: np.ndarray) -> np.ndarray:
+  """uint8 of any shape to float32 in [-1, 1]."""
+  return image.astype(np.float32) / 127.5 - 1.0
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+  """Floats in [-1, 1] of any shape to uint8, clipped and rounded."""
+  return np.clip(np.rint((np.asarray(image, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)

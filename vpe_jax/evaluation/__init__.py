@@ -1,0 +1,1 @@
+"""Benchmarks of pictures, one a file: they see images and captions, never the model's insides."""

@@ -1,0 +1,84 @@
+"""The judge: a SigLIP that no generator learns from, which compares pictures with captions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpe_jax import systems
+from vpe_jax.checkpoints import weights
+from vpe_jax.codecs import pixels
+from vpe_jax.contracts import Array, Params, UserError
+from vpe_jax.data import text
+
+_BATCH = 64
+
+
+class Judge:
+  """Embeds pictures and captions as unit vectors, whose product says how well they fit."""
+
+  def __init__(self, system: Any, params: Params, tokenizer: text.Tokenizer, fingerprint: str):
+    """Wraps networks that are in memory already; most callers want `load`.
+
+    Args:
+      system: a vpe_jax.systems.siglip.System.
+      params: its parameters.
+      tokenizer: turns captions into ids.
+      fingerprint: of the parameters, for the protocol of a report.
+    """
+    self.fingerprint = fingerprint
+    self._config = system.config
+    self._tokenizer = tokenizer
+    self._params = jax.device_put(params)
+    network, side = system.network, system.config.model.siglip.image_size
+
+    def embed_images(params: Params, images: Array) -> Array:
+      views = pixels.to_signed(pixels.view(images, side))
+      return network.apply({'params': params}, views, method='embed_images')
+
+    def embed_text(params: Params, ids: Array, length: Array) -> Array:
+      return network.apply({'params': params}, ids, length, method='embed_text')
+
+    self._embed_images = jax.jit(embed_images)
+    self._embed_text = jax.jit(embed_text)
+
+  @classmethod
+  def load(cls, source: str = 'assets:judge') -> Judge:
+    """Loads the shipped judge, or another SigLIP exported to a file.
+
+    Raises:
+      UserError: there is no such file, or it holds another system.
+    """
+    params, stored = weights.load(source)
+    system = systems.build(json.loads(stored['config']))
+    if system.config.system != 'siglip':
+      raise UserError(f"{source} holds a '{system.config.system}': a judge must be a 'siglip'")
+    return cls(system, params, text.shipped(), weights.fingerprint(params))
+
+  def images(self, images: np.ndarray) -> np.ndarray:
+    """Unit vectors [N, D] of pictures [N, R, R, 3] uint8."""
+    return _batched(lambda batch: self._embed_images(self._params, batch), images)
+
+  def captions(self, captions: Sequence[str]) -> np.ndarray:
+    """Unit vectors [N, D] of N captions.
+
+    Raises:
+      UserError: a caption is longer than the judge reads.
+    """
+    length = self._config.data.text_length
+    ids, lengths = self._tokenizer.encode_batch(list(captions), length)
+    return _batched(lambda *batch: self._embed_text(self._params, *batch), ids, lengths)
+
+
+def _batched(run: Callable[..., Array], *inputs: np.ndarray) -> np.ndarray:
+  """Calls `run` on batches of one size, so that it compiles once; the last is filled up."""
+  count, outputs = len(inputs[0]), []
+  for start in range(0, count, _BATCH):
+    rows = np.minimum(np.arange(start, start + _BATCH), count - 1)
+    outputs.append(jax.device_get(run(*(jnp.asarray(leaf[rows]) for leaf in inputs))))
+  return np.concatenate(outputs)[:count]

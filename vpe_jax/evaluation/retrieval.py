@@ -1,0 +1,229 @@
+"""Does a picture retrieve its own caption among 32, half of which differ in a single detail?
+
+A judge that the generator never used (a SigLIP of another seed and patch size) embeds pictures
+and captions. For each held-out caption there are 31 wrong ones: `HARD` that differ from it in one
+object, colour or count, and captions of other pictures. Chance is 1 / 32.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vpe_jax.data import distractors, scenes
+from vpe_jax.data.records import Record, Split, Truth
+
+CANDIDATES = 32
+HARD = 16
+RELATIONS = 3  # the other ways in which two things can lie
+_POOL = 4  # scenes drawn for each that is used: distinct captions, and more to choose from
+TIE = 1e-6  # cosines closer than this count as equal
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One caption and what it is told apart from.
+
+  Attributes:
+    caption: the true caption, which a generator is also asked to draw.
+    hard: (kind, caption) of distractors that differ in one detail; kind says which.
+    others: captions of other pictures.
+    relations: captions that differ in a spatial relation alone: reported apart, not among the 32.
+  """
+
+  caption: str
+  hard: tuple[tuple[str, str], ...]
+  others: tuple[str, ...]
+  relations: tuple[str, ...] = ()
+
+  @property
+  def candidates(self) -> tuple[str, ...]:
+    """The true caption first, then the hard distractors, then the others."""
+    return (self.caption, *(caption for _, caption in self.hard), *self.others)
+
+  @property
+  def kinds(self) -> tuple[str, ...]:
+    """What each candidate is: `true`, the kind of a hard distractor, or `other`."""
+    return ('true', *(kind for kind, _ in self.hard), *('other' for _ in self.others))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """How one set of pictures did.
+
+  Attributes:
+    credit: float [N], 1 where the true caption scores highest, 1 / m where it ties with m - 1
+      others, else 0.
+    hard: the same among the true caption and its hard distractors only.
+    lost_to: kind of candidate -> share of the trials that it won.
+    relation: share of the relation distractors that score below the true caption (None: there
+      are none); a tie counts half.
+    pictures: how many pictures stand behind it: what the interval goes by.
+  """
+
+  credit: np.ndarray
+  hard: np.ndarray
+  lost_to: Mapping[str, float]
+  relation: float | None
+  pictures: int
+
+  @property
+  def accuracy(self) -> float:
+    """Share of pictures that retrieve their own caption."""
+    return float(self.credit.mean())
+
+  @property
+  def interval(self) -> tuple[float, float]:
+    """95 % Wilson interval of the accuracy."""
+    return wilson(self.accuracy, self.pictures)
+
+  def summary(self) -> dict[str, Any]:
+    """Plain numbers, for a table or JSON."""
+    return {
+      'accuracy': self.accuracy,
+      'interval95': list(self.interval),
+      'pictures': self.pictures,
+      'trials': len(self.credit),
+      'accuracy_among_hard': float(self.hard.mean()),
+      'lost_to': dict(self.lost_to),
+      'relation_pairs_right': self.relation,
+    }
+
+
+def make_trials(count: int, split: Split, seed: int = 0) -> tuple[list[Trial], list[Record]]:
+  """Draws `count` scenes of a split with different captions, and what each is told apart from.
+
+  The hard distractors put the scene's own words together anew with one object, colour or count
+  changed. An `other` is the caption of another scene of the same split which shows something
+  else: a scene with the same things (whatever their places, sizes and ground), or with some of
+  them, is passed over, as its caption would be true of the picture too. A scene with fewer than
+  `HARD` near misses (some single shapes) takes no part.
+
+  Returns:
+    The trials, and their records with picture and truth, in the same order.
+  """
+  pool: dict[str, Record] = {}
+  source = scenes.Scenes(max(_POOL * count, 256), split, seed)
+  for record in source:
+    pool.setdefault(record.caption, record)
+  draw = random.Random(f'{split}-{seed}')
+  trials, records = [], []
+  for record in pool.values():
+    if len(trials) == count:
+      break
+    trial = _trial(record, list(pool.values()), draw)
+    if trial is not None:
+      trials.append(trial)
+      records.append(record)
+  if len(trials) < count:
+    raise ValueError(f'only {len(trials)} captions in {len(source)} scenes of {split}')
+  return trials, records
+
+
+def measure(
+  images: np.ndarray, captions: Mapping[str, np.ndarray], trials: Sequence[Trial]
+) -> Result:
+  """Scores pictures against the candidates of their trials.
+
+  Args:
+    images: unit vectors [N, D], one for each trial.
+    captions: unit vector [D] of every caption that occurs in the trials.
+    trials: N trials; a shuffled list gives the permuted control.
+  """
+  if len(images) != len(trials):
+    raise ValueError(f'{len(images)} pictures for {len(trials)} trials')
+  credit, hard, lost, relation = [], [], {}, []
+  for image, trial in zip(images, trials):
+    scores = np.stack([captions[caption] for caption in trial.candidates]) @ image
+    best = scores >= scores.max() - TIE
+    credit.append(_share(best))
+    among = scores[: 1 + len(trial.hard)]
+    hard.append(_share(among >= among.max() - TIE))
+    for kind, won in zip(trial.kinds, best / best.sum()):
+      lost[kind] = lost.get(kind, 0.0) + float(won)
+    for caption in trial.relations:
+      margin = scores[0] - captions[caption] @ image
+      relation.append(0.5 if abs(margin) <= TIE else float(margin > 0))
+  lost.pop('true')
+  return Result(
+    credit=np.asarray(credit),
+    hard=np.asarray(hard),
+    lost_to={kind: count / len(trials) for kind, count in sorted(lost.items())},
+    relation=float(np.mean(relation)) if relation else None,
+    pictures=len(images),
+  )
+
+
+def permuted(
+  images: np.ndarray,
+  captions: Mapping[str, np.ndarray],
+  trials: Sequence[Trial],
+  rounds: int = 16,
+) -> Result:
+  """The control: every picture is scored against trials of other pictures.
+
+  Shifts the trials cyclically by `rounds` different distances, which pairs no picture with its
+  own caption. The interval goes by the number of pictures, as if there were one round.
+  """
+  rounds = min(rounds, len(trials) - 1)
+  distances = [1 + i * (len(trials) - 1) // rounds for i in range(rounds)]
+  shifted = [[*trials[d:], *trials[:d]] for d in distances]
+  result = measure(np.tile(images, (rounds, 1)), captions, [t for s in shifted for t in s])
+  return dataclasses.replace(result, pictures=len(images))
+
+
+def embed(
+  judge: Callable[[list[str]], np.ndarray], trials: Sequence[Trial]
+) -> dict[str, np.ndarray]:
+  """The unit vector of every caption in the trials, each embedded once."""
+  texts = sorted({c for trial in trials for c in (*trial.candidates, *trial.relations)})
+  return dict(zip(texts, judge(texts)))
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+  """Wilson's score interval of a share observed `count` times."""
+  centre = share + z * z / (2 * count)
+  half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+  scale = 1 + z * z / count
+  return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def _trial(record: Record, pool: Sequence[Record], draw: random.Random) -> Trial | None:
+  """A record's trial; None if there aren't enough wrong captions."""
+  seed = draw.randrange(2**31)
+  hard = distractors.distractors(record, HARD, seed)
+  relations = distractors.relation_distractors(record, RELATIONS, seed)
+  taken = {record.caption, *(caption for _, caption in hard)}
+  others: list[str] = []
+  for other in draw.sample(pool, len(pool)):
+    if len(others) == CANDIDATES - 1 - HARD:
+      break
+    if other.caption not in taken and not _covers(record.truth, other.truth):
+      taken.add(other.caption)
+      others.append(other.caption)
+  if len(taken) < CANDIDATES:
+    return None
+  return Trial(record.caption, tuple(hard), tuple(others), tuple(c for _, c in relations))
+
+
+def _covers(truth: Truth, other: Truth) -> bool:
+  """Whether everything that `other` shows is in `truth` too, as often or more often."""
+  return all(_things(truth)[thing] >= n for thing, n in _things(other).items())
+
+
+def _things(truth: Truth) -> collections.Counter[tuple[str, str | None]]:
+  counts: collections.Counter[tuple[str, str | None]] = collections.Counter()
+  for cluster in truth.clusters:
+    counts[cluster.name, cluster.colour] += cluster.count
+  return counts
+
+
+def _share(best: np.ndarray) -> float:
+  """What the true caption, the first candidate, gets where `best` [C] marks the highest."""
+  return float(best[0]) / float(best.sum())

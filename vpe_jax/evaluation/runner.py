@@ -1,0 +1,193 @@
+"""Runs benchmarks on something that draws pictures, and reports them as a table and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from vpe_jax.config import nearest
+from vpe_jax.contracts import UserError
+from vpe_jax.data.records import SPLITS, Split, render
+from vpe_jax.evaluation import retrieval
+from vpe_jax.evaluation.judge import Judge
+from vpe_jax.sampling import pictures
+
+_SHOWN = 8  # pictures of each row on the sheet beside the report
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """What is evaluated.
+
+  Attributes:
+    draw: captions -> pictures [N, R, R, 3] uint8, one each.
+    image_size: R.
+    description: what a report should say about it: checkpoint, settings, version.
+  """
+
+  draw: Callable[[list[str]], np.ndarray]
+  image_size: int
+  description: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How much is evaluated.
+
+  Attributes:
+    captions: captions of each split.
+    splits: held-out splits of the scenes.
+    seed: of the scenes and their distractors.
+    judge: where the judge's weights are.
+  """
+
+  captions: int = 512
+  splits: tuple[Split, ...] = ('combination', 'concept')
+  seed: int = 0
+  judge: str = 'assets:judge'
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a benchmark found: lines to print, a JSON-able protocol, and sheets of pictures."""
+
+  lines: tuple[str, ...]
+  protocol: Mapping[str, Any]
+  sheets: Mapping[str, Any]
+
+
+def check(names: Sequence[str], options: Options) -> None:
+  """Finds mistakes before anything is loaded.
+
+  Raises:
+    UserError: an unknown benchmark or split, or too few captions.
+  """
+  for name in names:
+    if name not in BENCHMARKS:
+      raise UserError(f"unknown benchmark '{name}'{nearest(name, BENCHMARKS)}")
+  for split in options.splits:
+    if split not in SPLITS:
+      raise UserError(f"unknown split '{split}'{nearest(split, SPLITS)}")
+  if options.captions < 2:
+    raise UserError(f'captions is {options.captions}: at least 2 are needed to permute them')
+
+
+def run(names: Sequence[str], subject: Subject, options: Options) -> dict[str, Report]:
+  """Runs benchmarks by name.
+
+  Raises:
+    UserError: see `check`.
+  """
+  check(names, options)
+  return {name: BENCHMARKS[name](subject, options) for name in names}
+
+
+def retrieval_report(subject: Subject, options: Options) -> Report:
+  """Retrieval of held-out captions; see vpe_jax.evaluation.retrieval."""
+  judge = Judge.load(options.judge)
+  results, lines, sheets = {}, [], {}
+  for split in options.splits:
+    start = time.time()
+    trials, records = retrieval.make_trials(options.captions, split, options.seed)
+    captions = retrieval.embed(judge.captions, trials)
+    true = np.stack([render(record, subject.image_size) for record in records])
+    drawn = subject.draw([trial.caption for trial in trials])
+    rows = {'true images': true, 'generated': drawn}
+    found = {}
+    for row, images in rows.items():
+      vectors = judge.images(images)
+      found[row] = retrieval.measure(vectors, captions, trials)
+      found[f'{row}, captions permuted'] = retrieval.permuted(vectors, captions, trials)
+    lines += table(split, found)
+    results[split] = {
+      'rows': {row: result.summary() for row, result in found.items()},
+      'generated_over_true': _ratio(found),
+      'seconds': round(time.time() - start, 1),
+      'captions': [
+        {'caption': trial.caption, 'true': float(a), 'generated': float(b)}
+        for trial, a, b in zip(trials, found['true images'].credit, found['generated'].credit)
+      ],
+    }
+    sheets[split] = pictures.grid(
+      [list(true[:_SHOWN]), list(drawn[:_SHOWN])],
+      [[], [trial.caption for trial in trials[:_SHOWN]]],
+      ['true', 'generated'],
+    )
+  protocol = {
+    'benchmark': 'retrieval',
+    'question': 'does the picture score highest with its own caption?',
+    'candidates': retrieval.CANDIDATES,
+    'hard_distractors': retrieval.HARD,
+    'chance': 1 / retrieval.CANDIDATES,
+    'ties': f'credit is shared among captions whose cosines differ by at most {retrieval.TIE}',
+    'permuted': 'each picture against trials of other pictures, up to 16 cyclic shifts',
+    'relations': 'true caption against each other relation, in pairs, not among the candidates',
+    'source': 'vpe_jax.data.scenes',
+    **dataclasses.asdict(options),
+    'judge_checkpoint': judge.fingerprint,
+    'image_size': subject.image_size,
+    'subject': dict(subject.description),
+    'results': results,
+  }
+  return Report(tuple(lines), protocol, sheets)
+
+
+BENCHMARKS: Mapping[str, Callable[[Subject, Options], Report]] = {'retrieval': retrieval_report}
+
+
+def table(split: str, found: Mapping[str, retrieval.Result]) -> list[str]:
+  """The results of one split as aligned lines."""
+  chance, among = 1 / retrieval.CANDIDATES, 1 / (1 + retrieval.HARD)
+  lines = [
+    f'split {split}: own caption first among {retrieval.CANDIDATES} '
+    f'(chance {chance:.1%}), among the {retrieval.HARD} hard ones (chance {among:.1%}), '
+    'and before one with another relation (chance 50%)',
+    f'  {"pictures":32}{"among 32":>10}{"95% interval":>18}{"hard only":>12}{"relation":>11}',
+  ]
+  for row, result in found.items():
+    low, high = result.interval
+    relation = '-' if result.relation is None else f'{result.relation:.1%}'
+    lines.append(
+      f'  {row:32}{result.accuracy:>10.1%}{f"{low:.1%} to {high:.1%}":>18}'
+      f'{result.hard.mean():>12.1%}{relation:>11}'
+    )
+  ratio = _ratio(found)
+  reached = '-' if ratio is None else f'{ratio:.0%}'
+  return [*lines, f'  generated pictures reach {reached} of what the true images reach']
+
+
+def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:
+  """Writes FOLDER/<benchmark>-<stem>.json and a sheet of pictures for each split.
+
+  A report of the same name is replaced.
+
+  Returns:
+    The JSON files.
+
+  Raises:
+    UserError: the folder can't be written.
+  """
+  written = []
+  for name, report in reports.items():
+    path = epath.Path(folder) / f'{name}-{stem}.json'
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_text(json.dumps(report.protocol, indent=1))
+    except OSError as error:
+      raise UserError(f'cannot write {path}: {error.strerror or error}') from error
+    for split, sheet in report.sheets.items():
+      pictures.save_png(sheet, path.parent / f'{name}-{stem}-{split}.png', overwrite=True)
+    written.append(str(path))
+  return written
+
+
+def _ratio(found: Mapping[str, retrieval.Result]) -> float | None:
+  """Accuracy of the generated pictures over that of the true ones; None where that is 0."""
+  true = found['true images'].accuracy
+  return found['generated'].accuracy / true if true else None

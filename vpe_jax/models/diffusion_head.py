@@ -1,0 +1,100 @@
+"""Show-o2's flow head: time embedding and modulated decoder layers over the whole sequence.
+
+Source: reference implementation Show-o2 (third_party/show_o2), modules of its `diffusion_head_a`,
+`diffusion_head_b`, `time_embed`, `time_embed_proj` and `diff_proj`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpe_jax.contracts import Array
+from vpe_jax.models.transformer import Modulation, RMSNorm, TransformerConfig
+from vpe_jax.ops import norms, rope
+
+FREQUENCIES = 128  # sine and cosine each
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadConfig:
+  """Sizes of the flow head; it differs in width from the experts it reads."""
+
+  width: int
+  mlp: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_width: int
+  rope_theta: float = 5e5
+  rope_scaling: rope.RopeScaling | None = rope.RopeScaling()
+
+  @property
+  def blocks(self) -> TransformerConfig:
+    """The modulated layers: no bias, per-head q/k norms before rotation."""
+    return TransformerConfig(
+      width=self.width,
+      mlp=self.mlp,
+      layers=self.layers,
+      heads=self.heads,
+      kv_heads=self.kv_heads,
+      head_width=self.head_width,
+      rope_theta=self.rope_theta,
+      rope_scaling=self.rope_scaling,
+      qkv_bias=False,
+      qk_norm=True,
+      eps=1e-5,
+    )
+
+
+class TimeEmbedding(nn.Module):
+  """Show-o2's clock (0 noise, 1 data; not multiplied by anything) as a vector.
+
+  Gives the condition of the modulation, in float32 as it scales every row of the picture, and
+  the time token that stands before the image tokens.
+  """
+
+  config: HeadConfig
+  width: int  # of the expert that holds the time token
+
+  @nn.compact
+  def __call__(self, clock: Array) -> tuple[Array, Array]:
+    """Condition [B, 1, head width] and time token [B, 1, width] for clocks [B]."""
+    freq = np.exp(-np.log(1e4) * np.arange(FREQUENCIES, dtype=np.float64) / FREQUENCIES)
+    angle = clock.astype(jnp.float32)[:, None, None] * freq.astype(np.float32)
+    waves = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+    hidden = nn.Dense(self.config.width, name='in')(waves)
+    condition = nn.Dense(self.config.width, name='out')(jax.nn.silu(hidden))
+    return condition, nn.Dense(self.width, name='token')(condition)
+
+
+class Entry(nn.Module):
+  """Final-norm hidden states of the experts [B, L, D], brought to the head's width."""
+
+  config: HeadConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, hidden: Array) -> Array:
+    dense = lambda name: nn.Dense(self.config.width, dtype=self.dtype, name=name)
+    return dense('out')(jax.nn.gelu(dense('in')(hidden), approximate=False))
+
+
+class Exit(nn.Module):
+  """The velocity of each image token: modulated norm and a linear map [B, L, head width]."""
+
+  config: HeadConfig
+  channels: int  # numbers per token: patch * patch * latent channels
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, hidden: Array, condition: Array) -> Array:
+    shift, scale = Modulation(2, self.config.width, name='modulation')(condition)
+    y = norms.modulate(RMSNorm(1e-6, name='norm')(hidden), shift, scale)
+    # Starts at zero: the first prediction of a fresh network is the mean velocity.
+    out = nn.Dense(self.channels, kernel_init=nn.initializers.zeros, dtype=self.dtype, name='out')
+    return out(y).astype(jnp.float32)

@@ -1,0 +1,119 @@
+"""Show-o2's dual-path embedding: latents as what they mean and as what they are, fused.
+
+Source: reference implementation Show-o2 (third_party/show_o2): `image_embedder_und`,
+`position_embedding`, `und_trans` (a SigLIP encoder), `image_embedder_gen` and `fusion_proj`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vpe_jax import sharding
+from vpe_jax.contracts import Array, Params
+from vpe_jax.models import vit
+from vpe_jax.models.transformer import RMSNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class DualPathConfig:
+  """Sizes of the dual path: its encoder, and the side of the position table's square grid."""
+
+  encoder: vit.EncoderConfig
+  table: int
+
+
+def resize_positions(table: Array, side: int, height: int, width: int) -> Array:
+  """A square position table [side^2, D], bicubically resampled to [height * width, D].
+
+  Torch's bicubic kernel (a = -0.75), pixel centres, no antialiasing; a grid of the table's own
+  size is returned as it is (Show-o2, misc.py).
+  """
+  if (height, width) == (side, side):
+    return table
+  square = table.reshape(side, side, -1)
+  shape = (height, width, square.shape[-1])
+  method = jax.image.ResizeMethod.CUBIC_PYTORCH
+  return jax.image.resize(square, shape, method, antialias=False).reshape(height * width, -1)
+
+
+class Ends(nn.Module):
+  """The dual path around its encoder: patch embeddings and positions in, fusion out."""
+
+  config: DualPathConfig
+  width: int  # of the expert that reads the image tokens
+  patch: int
+  dtype: jnp.dtype
+
+  def setup(self) -> None:
+    c = self.config
+    dense = lambda width: nn.Dense(width, dtype=self.dtype)
+    self.und = dense(c.encoder.width)
+    self.gen = dense(self.width)
+    self.positions = self.param(
+      'positions', nn.initializers.normal(0.02), (c.table**2, c.encoder.width)
+    )
+    self.fusion_norm = RMSNorm(1e-6)
+    self.fusion_in = dense(self.width)
+    self.fusion_out = dense(self.width)
+
+  def embed(self, latents: Array) -> tuple[Array, Array]:
+    """Inputs of the encoder [B, P, width of the encoder] and of the fusion [B, P, D]."""
+    patches = vit.patches(latents.astype(self.dtype), self.patch)
+    height, width = (side // self.patch for side in latents.shape[1:3])
+    table = resize_positions(self.positions, self.config.table, height, width)
+    return self.und(patches) + table.astype(self.dtype), self.gen(patches)
+
+  def fuse(self, und: Array, gen: Array) -> Array:
+    """Image tokens [B, P, D]."""
+    both = self.fusion_norm(jnp.concatenate([und, gen], axis=-1))
+    return self.fusion_out(jax.nn.gelu(self.fusion_in(both), approximate=False))
+
+  def __call__(self, latents: Array) -> Array:
+    return self.fuse(*self.embed(latents))
+
+
+@dataclasses.dataclass(frozen=True)
+class DualPath:
+  """Latents [B, h, w, C] to image tokens [B, P, D]; parameters `ends` and `encoder`."""
+
+  config: DualPathConfig
+  width: int
+  patch: int
+  dtype: jnp.dtype
+
+  @property
+  def _parts(self) -> tuple[Ends, vit.Layer]:
+    ends = Ends(self.config, self.width, self.patch, self.dtype)
+    return ends, vit.Layer(self.config.encoder, self.dtype)
+
+  def init(self, rng: Array, latents: Array) -> Params:
+    """Fresh parameters for latents of this shape; the encoder's are stacked over layers."""
+    ends, layer = self._parts
+    first, second = jax.random.split(rng)
+    x = jnp.zeros((1, 1, self.config.encoder.width))
+    keys = jax.random.split(second, self.config.encoder.layers)
+    return {
+      'ends': ends.init(first, latents)['params'],
+      'encoder': jax.vmap(lambda key: layer.init(key, x)['params'])(keys),
+    }
+
+  def __call__(self, params: Params, latents: Array) -> Array:
+    """The encoder's parameters may be stacked, or a tuple of layers (as decoding holds them)."""
+    ends, layer = self._parts
+    variables = {'params': params['ends']}
+
+    def one(x: Array, weights: Params) -> tuple[Array, None]:
+      x = sharding.constrain(x, ('batch', None, None))
+      return layer.apply({'params': weights}, x), None
+
+    und, gen = ends.apply(variables, latents, method='embed')
+    if isinstance(params['encoder'], tuple):
+      for weights in params['encoder']:
+        und, _ = one(und, weights)
+    else:
+      und, _ = jax.lax.scan(one, und, params['encoder'])
+    return ends.apply(variables, und, gen, method='fuse')

@@ -1,0 +1,200 @@
+"""Mixture-of-Transformers: several experts, one attention (arXiv 2606.04457, Eq. 4).
+
+Tokens are stored expert by expert: each expert's region is one static slice with its own dense
+matmuls, and order, not storage, decides who sees whom. One expert alone is an ordinary decoder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax import sharding
+from vpe_jax.contracts import Array, Params, Visibility, concatenate
+from vpe_jax.models.transformer import Layer
+from vpe_jax.ops import rope
+from vpe_jax.ops.attention import chooser
+
+_KeysValues = tuple[Any, Any] | None
+
+REMAT = {
+  'none': None,
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """The tokens of one expert that a call processes.
+
+  Attributes:
+    x: embeddings or hidden states [B, L, D].
+    positions: rotary positions [B, L].
+    visibility: of these tokens [B, L].
+    condition: of the modulation [B, 1, D], or None for rows that are not modulated.
+  """
+
+  x: Array
+  positions: Array
+  visibility: Visibility
+  condition: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Keys and values of a whole row, preallocated: what decoding and flow steps reuse.
+
+  `k` and `v` are [layers, B, S, K, H] where parameters are stacked over layers, else tuples of
+  [B, S, K, H]. `key` is the visibility of all S slots, known from the start; slots not yet
+  written are never seen, as no query reaches their order before they are.
+  """
+
+  k: Any
+  v: Any
+  key: Visibility
+
+
+def init_layers(layer: Layer, rng: Array) -> Params:
+  """Parameters of `layer.config.layers` layers, stacked on a leading axis."""
+  c = layer.config
+  x = jnp.zeros((1, 1, c.width))
+  tables = rope.rotary(jnp.zeros((1, 1), jnp.int32), c.head_width, c.rope_theta)
+  condition = x if layer.modulated else None
+  init = lambda key: layer.init(key, x, tables, condition)['params']
+  return jax.vmap(init)(jax.random.split(rng, c.layers))
+
+
+def unstack(params: Params) -> tuple[Params, ...]:
+  """Stacked layer parameters as a tuple of single layers: once, outside jit, for fast decoding."""
+  count = jax.tree.leaves(params)[0].shape[0]
+  return tuple(jax.tree.map(lambda leaf: leaf[i], params) for i in range(count))
+
+
+def empty_cache(layer: Layer, params: Any, key: Visibility, dtype: jnp.dtype) -> Cache:
+  """A cache for rows of visibility `key` [B, S], in the layout (stacked or not) of `params`."""
+  c = layer.config
+  shape = (*key.order.shape, c.kv_heads, c.head_width)
+  if isinstance(params, tuple):
+    zeros = lambda: tuple(jnp.zeros(shape, dtype) for _ in params)
+  else:
+    zeros = lambda: jnp.zeros((c.layers, *shape), dtype)
+  return Cache(zeros(), zeros(), key)
+
+
+def run(
+  layers: Mapping[str, Layer],
+  params: Mapping[str, Any],
+  streams: Mapping[str, Stream],
+  cache: Cache | None = None,
+  at: Array | int = 0,
+  remat: str = 'none',
+) -> tuple[dict[str, Array], Cache | None]:
+  """Runs the experts' stacks side by side over one attention in each layer.
+
+  Args:
+    layers: the layer module of each expert.
+    params: per expert, layer parameters stacked on a leading axis, or a tuple of single layers.
+      Two experts may share one entry's arrays (`arch=single`).
+    streams: per expert, its tokens; experts without tokens in this call are left out.
+    cache: keys and values of the whole row. The streams' own are written at slot `at` (in the
+      order of `streams`) before attention; without a cache the streams see each other only.
+    at: first slot to write.
+    remat: what the backward pass recomputes, a key of REMAT.
+
+  Returns:
+    Hidden states of each stream after the last layer, not normalised, and the written cache.
+  """
+  query = concatenate([stream.visibility for stream in streams.values()])
+  call = _Call(
+    layers,
+    tables={name: _tables(layers[name], stream.positions) for name, stream in streams.items()},
+    conditions={name: stream.condition for name, stream in streams.items()},
+    query=query,
+    key=query if cache is None else cache.key,
+    at=at,
+  )
+
+  def one(hidden: dict[str, Array], weights: Mapping[str, Params], held: _KeysValues) -> Any:
+    hidden = {n: sharding.constrain(x, ('batch', None, None)) for n, x in hidden.items()}
+    return _layer(call, weights, hidden, held)
+
+  if REMAT[remat] is not None:
+    one = jax.checkpoint(one, policy=REMAT[remat])
+  hidden = {name: stream.x for name, stream in streams.items()}
+  chosen = {name: params[name] for name in streams}
+  held = None if cache is None else (cache.k, cache.v)
+  if any(isinstance(stack, tuple) for stack in chosen.values()):
+    hidden, held = _unrolled(one, hidden, chosen, held)
+  else:
+    hidden, held = jax.lax.scan(lambda h, x: one(h, *x), hidden, (chosen, held))
+  return hidden, None if cache is None else Cache(held[0], held[1], cache.key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """What is the same in every layer of one `run`."""
+
+  layers: Mapping[str, Layer]
+  tables: Mapping[str, tuple[Array, Array]]
+  conditions: Mapping[str, Array | None]
+  query: Visibility
+  key: Visibility
+  at: Array | int
+
+
+def _tables(layer: Layer, positions: Array) -> tuple[Array, Array]:
+  c = layer.config
+  return rope.rotary(positions, c.head_width, c.rope_theta, c.rope_scaling)
+
+
+def _unrolled(
+  one: Any, hidden: dict[str, Array], params: Mapping[str, Any], held: _KeysValues
+) -> tuple[dict[str, Array], _KeysValues]:
+  """The layer loop over unstacked parameters and caches."""
+  written = []
+  for i in range(len(next(iter(params.values())))):
+    weights = {name: stack[i] for name, stack in params.items()}
+    hidden, kv = one(hidden, weights, None if held is None else (held[0][i], held[1][i]))
+    written.append(kv)
+  if held is None:
+    return hidden, None
+  return hidden, (tuple(k for k, _ in written), tuple(v for _, v in written))
+
+
+def _layer(
+  call: _Call, weights: Mapping[str, Params], hidden: dict[str, Array], held: _KeysValues
+) -> tuple[dict[str, Array], _KeysValues]:
+  """Eq. 4: own projections, one attention over all keys, own output projection and MLP."""
+  projected, modulation = {}, {}
+  for name, x in hidden.items():
+    variables, condition = {'params': weights[name]}, call.conditions[name]
+    layer = call.layers[name]
+    modulation[name] = (
+      None if condition is None else layer.apply(variables, condition, method='modulate')
+    )
+    projected[name] = layer.apply(
+      variables, x, call.tables[name], modulation[name], method='project'
+    )
+  q, k, v = (jnp.concatenate(parts, 1) for parts in zip(*projected.values(), strict=True))
+  if held is not None:
+    held = tuple(
+      jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), call.at, 1)
+      for old, new in zip(held, (k, v), strict=True)
+    )
+    k, v = held
+  mixed = chooser.attention(q, k, v, call.query, call.key)
+  out, start = {}, 0
+  for name, x in hidden.items():
+    stop = start + x.shape[1]
+    out[name] = call.layers[name].apply(
+      {'params': weights[name]}, x, mixed[:, start:stop], modulation[name], method='finish'
+    )
+    start = stop
+  return out, held

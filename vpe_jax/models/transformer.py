@@ -1,0 +1,149 @@
+"""One decoder layer (Qwen2, Llama): the only body, for training, cached decoding and the head."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vpe_jax.contracts import Array
+from vpe_jax.ops import norms, rope
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+  """Sizes of a stack of decoder layers.
+
+  Attributes:
+    width: model width D.
+    mlp: hidden width of the SwiGLU.
+    layers: number of layers.
+    heads: query heads N.
+    kv_heads: key/value heads K, a divisor of `heads`.
+    head_width: width H of a head.
+    rope_theta: base of the rotary frequencies.
+    rope_scaling: Llama 3's stretch of them, or None.
+    qkv_bias: whether q, k and v have a bias (Qwen2).
+    qk_norm: whether each head's q and k are RMS-normalised before rotation.
+    eps: of the layer norms.
+  """
+
+  width: int
+  mlp: int
+  layers: int
+  heads: int
+  kv_heads: int
+  head_width: int
+  rope_theta: float = 1e6
+  rope_scaling: rope.RopeScaling | None = None
+  qkv_bias: bool = True
+  qk_norm: bool = False
+  eps: float = 1e-6
+
+
+class RMSNorm(nn.Module):
+  """RMS normalisation with a learned scale."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
+    return norms.rms_norm(x, scale, self.eps)
+
+
+class Modulation(nn.Module):
+  """adaLN: `parts` vectors of the layer's width from a condition [B, 1, D].
+
+  Starts at zero, so that a modulated layer starts as the identity.
+  """
+
+  parts: int
+  width: int
+
+  @nn.compact
+  def __call__(self, condition: Array) -> list[Array]:
+    zeros = nn.initializers.zeros
+    out = nn.Dense(self.parts * self.width, kernel_init=zeros, bias_init=zeros, name='out')
+    # Modulation stays in float32: it scales every row of the picture.
+    return jnp.split(out(jax.nn.silu(condition.astype(jnp.float32))), self.parts, axis=-1)
+
+
+class Layer(nn.Module):
+  """A pre-norm layer in two halves, so that several experts can share one attention between them.
+
+  `project` gives rotated q, k and v of this expert's tokens; `finish` takes the mixed values
+  back. With `modulated`, both need `modulation`: six parts [B, 1, D] float32 in the order
+  shift, scale, gate of the attention, then of the MLP (Show-o2's diffusion head), or None for
+  rows that are not modulated.
+  """
+
+  config: TransformerConfig
+  dtype: jnp.dtype
+  modulated: bool = False
+
+  def setup(self) -> None:
+    c = self.config
+    heads = lambda n: nn.DenseGeneral((n, c.head_width), use_bias=c.qkv_bias, dtype=self.dtype)
+    dense = lambda width: nn.Dense(width, use_bias=False, dtype=self.dtype)
+    self.attention_norm = RMSNorm(c.eps)
+    self.q = heads(c.heads)
+    self.k = heads(c.kv_heads)
+    self.v = heads(c.kv_heads)
+    self.o = nn.DenseGeneral(c.width, axis=(-2, -1), use_bias=False, dtype=self.dtype)
+    if c.qk_norm:
+      self.q_norm = RMSNorm(1e-6)
+      self.k_norm = RMSNorm(1e-6)
+    self.mlp_norm = RMSNorm(c.eps)
+    self.gate = dense(c.mlp)
+    self.up = dense(c.mlp)
+    self.down = dense(c.width)
+    if self.modulated:
+      self.modulation = Modulation(6, c.width)
+
+  def modulate(self, condition: Array) -> list[Array]:
+    """The six parts of the modulation, from the condition [B, 1, D]."""
+    return self.modulation(condition)
+
+  def project(
+    self, x: Array, tables: tuple[Array, Array], modulation: list[Array] | None = None
+  ) -> tuple[Array, Array, Array]:
+    """q [B, L, N, H], k and v [B, L, K, H] of tokens x [B, L, D]; `tables` are rope.rotary's."""
+    y = self.attention_norm(x)
+    if modulation is not None:
+      y = norms.modulate(y, modulation[0], modulation[1])
+    q, k, v = self.q(y), self.k(y), self.v(y)
+    if self.config.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    return rope.rotate(q, tables), rope.rotate(k, tables), v
+
+  def finish(self, x: Array, mixed: Array, modulation: list[Array] | None = None) -> Array:
+    """The layer's output [B, L, D] from its input and the mixed values [B, L, N, H]."""
+    shift_gate = modulation[2:] if modulation is not None else None
+    x = x + _gated(self.o(mixed), shift_gate and shift_gate[0])
+    y = self.mlp_norm(x)
+    if shift_gate is not None:
+      y = norms.modulate(y, shift_gate[1], shift_gate[2])
+    y = self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+    return x + _gated(y, shift_gate and shift_gate[3])
+
+  def __call__(
+    self, x: Array, tables: tuple[Array, Array], condition: Array | None = None
+  ) -> Array:
+    """Touches every parameter, for `init`: q stands in for the mixed values."""
+    modulation = self.modulate(condition) if self.modulated else None
+    q, _, _ = self.project(x, tables, modulation)
+    return self.finish(x, q, modulation)
+
+
+def _gated(y: Array, gate: Array | None) -> Array:
+  return y if gate is None else (y.astype(jnp.float32) * gate).astype(y.dtype)
+
+
+def forward_flops(config: TransformerConfig, tokens: int, keys: int) -> float:
+  """Matrix FLOPs of all layers over one row of `tokens` queries, attention to all `keys`."""
+  c = config
+  dense = c.width * c.head_width * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.mlp
+  return 2.0 * c.layers * tokens * (dense + 2 * keys * c.heads * c.head_width)

@@ -1,0 +1,341 @@
+"""The model that plans and renders: text and visual prompt tokens in one expert, the picture in
+another, joined by attention (Internal+VPE, arXiv 2606.04457), or both in one expert
+(`arch=single`: Transfusion, Show-o2).
+
+Parameter tree: `embed/{text,codes}`, `ar/{layers,norm}`, `dit/{layers,norm,dual_path,head}`; a
+single expert has no `dit/layers` and `dit/norm`. `Unified` holds no arrays: every method is a pure
+function of the parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from vpe_jax.contracts import Array, Params, Region, UserError, Visibility, concatenate
+from vpe_jax.models import mot, transformer, vit
+from vpe_jax.models.diffusion_head import Entry, Exit, HeadConfig, TimeEmbedding
+from vpe_jax.models.dual_path import DualPath, DualPathConfig
+from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
+
+
+_HEADS = ('layers', 'embed', 'heads', 'head')
+_KV_HEADS = ('layers', 'embed', 'kv_heads', 'head')
+_LAYER = (
+  (r'q/kernel', _HEADS),
+  (r'q/bias', ('layers', 'heads', 'head')),
+  (r'[kv]/kernel', _KV_HEADS),
+  (r'[kv]/bias', ('layers', 'kv_heads', 'head')),
+  (r'o/kernel', ('layers', 'heads', 'head', 'embed')),
+  (r'(gate|up)/kernel', ('layers', 'embed', 'mlp')),
+  (r'down/kernel', ('layers', 'mlp', 'embed')),
+  (r'[qk]_norm/scale', ('layers', 'head')),
+  (r'(attention|mlp)_norm/scale', ('layers', 'embed')),
+)
+_ENCODER = (
+  (r'attention/[qkv]/kernel', _HEADS),
+  (r'attention/[qkv]/bias', ('layers', 'heads', 'head')),
+  (r'attention/o/kernel', ('layers', 'heads', 'head', 'embed')),
+  (r'mlp/up/kernel', ('layers', 'embed', 'mlp')),
+  (r'mlp/up/bias', ('layers', 'mlp')),
+  (r'mlp/down/kernel', ('layers', 'mlp', 'embed')),
+  (r'(attention/o|mlp/down)/bias', ('layers', 'embed')),
+  (r'(attention|mlp)_norm/(scale|bias)', ('layers', 'embed')),
+)
+LOGICAL_AXES = (
+  (r'embed/(text|codes)', ('vocab', 'embed')),
+  *((rf'(ar|dit)/layers/{path}', axes) for path, axes in _LAYER),
+  (r'(ar|dit)/norm/scale', ('embed',)),
+  *((rf'dit/dual_path/encoder/{path}', axes) for path, axes in _ENCODER),
+  (r'dit/dual_path/ends/positions', (None, 'embed')),
+  (r'dit/dual_path/ends/\w+/kernel', ('mlp', 'embed')),
+  (r'dit/dual_path/ends/\w+/(bias|scale)', ('embed',)),
+  *((rf'dit/head/blocks/{path}', axes) for path, axes in _LAYER),
+  (r'dit/head/blocks/modulation/out/kernel', ('layers', 'embed', 'mlp')),
+  (r'dit/head/blocks/modulation/out/bias', ('layers', 'mlp')),
+  (r'dit/head/exit/modulation/out/kernel', ('embed', 'mlp')),
+  (r'dit/head/exit/modulation/out/bias', ('mlp',)),
+  (r'dit/head/(time|entry|exit)/\w+/kernel', ('mlp', 'embed')),
+  (r'dit/head/(time|entry|exit)/\w+/(bias|scale)', ('embed',)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnifiedConfig:
+  """Sizes and choices of the model.
+
+  Attributes:
+    arch: `internal` (an expert each for tokens and picture) or `single` (one for both).
+    text_vocab: rows of the text table.
+    codes: rows of the visual prompt's codebook; two more rows are its begin and end.
+    bos: id of the text row that begins a sequence.
+    boi: id of the text row that begins the picture.
+    latent_size: side of the latent grid.
+    latent_channels: channels C of a latent.
+    patch: side of the latent patch that one image token covers.
+    layout: which latents token n predicts: `patch` (its own patch) or `raster` (Show-o2: the
+      4 consecutive latents 4n .. 4n + 3 of the flattened grid; reference of its released weights).
+    multiple: regions are padded to a multiple of this many tokens.
+    ar: the expert of text and visual prompt.
+    dit: the expert of the picture; shares layers, heads and head width with `ar`.
+    dual_path: the embedding of noisy latents.
+    head: the flow head.
+  """
+
+  arch: str
+  text_vocab: int
+  codes: int
+  bos: int
+  boi: int
+  latent_size: int
+  latent_channels: int
+  patch: int
+  layout: str
+  multiple: int
+  ar: TransformerConfig
+  dit: TransformerConfig
+  dual_path: DualPathConfig
+  head: HeadConfig
+
+  def __post_init__(self) -> None:
+    if self.arch not in ('internal', 'single'):
+      raise UserError(f"model.arch is '{self.arch}': it must be 'internal' or 'single'")
+    if self.layout not in ('patch', 'raster'):
+      raise UserError(f"model.layout is '{self.layout}': it must be 'patch' or 'raster'")
+    shared = ('layers', 'heads', 'kv_heads', 'head_width')
+    if any(getattr(self.ar, name) != getattr(self.dit, name) for name in shared):
+      raise UserError(f'model.ar and model.dit attend together: {shared} must be equal in both')
+    if self.arch == 'single' and self.ar != self.dit:
+      raise UserError('model.arch=single has one expert: model.ar and model.dit must be equal')
+
+  @property
+  def image_tokens(self) -> int:
+    """Tokens of a picture, without the time token."""
+    return (self.latent_size // self.patch) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Unified:
+  """The network of one configuration, computing in `dtype`."""
+
+  config: UnifiedConfig
+  dtype: jnp.dtype = jnp.float32
+  remat: str = 'none'
+
+  def _layers(self) -> dict[str, Layer]:
+    c = self.config
+    return {'ar': Layer(c.ar, self.dtype), 'dit': Layer(c.dit, self.dtype)}
+
+  def _block(self) -> Layer:
+    return Layer(self.config.head.blocks, self.dtype, modulated=True)
+
+  def _dual_path(self) -> DualPath:
+    c = self.config
+    return DualPath(c.dual_path, c.dit.width, c.patch, self.dtype)
+
+  def _ends(self) -> tuple[TimeEmbedding, Entry, Exit]:
+    c = self.config
+    channels = c.patch**2 * c.latent_channels
+    return (
+      TimeEmbedding(c.head, c.dit.width),
+      Entry(c.head, self.dtype),
+      Exit(c.head, channels, self.dtype),
+    )
+
+  def init(self, rng: Array) -> Params:
+    """Fresh parameters, float32."""
+    c = self.config
+    keys = dict(zip(('text', 'codes', 'ar', 'dit', 'dual', 'head'), jax.random.split(rng, 6)))
+    table = lambda key, rows: 0.02 * jax.random.normal(key, (rows, c.ar.width))
+    norm = lambda config: {'scale': jnp.ones((config.width,))}
+    layers = self._layers()
+    latents = jnp.zeros((1, c.latent_size, c.latent_size, c.latent_channels))
+    dit = {
+      'dual_path': self._dual_path().init(keys['dual'], latents),
+      'head': self._init_head(keys['head']),
+    }
+    if c.arch == 'internal':
+      dit |= {'layers': mot.init_layers(layers['dit'], keys['dit']), 'norm': norm(c.dit)}
+    embed = {
+      'text': table(keys['text'], c.text_vocab),
+      'codes': table(keys['codes'], c.codes + 2),
+    }
+    return {
+      'embed': embed,
+      'ar': {'layers': mot.init_layers(layers['ar'], keys['ar']), 'norm': norm(c.ar)},
+      'dit': dit,
+    }
+
+  def _init_head(self, rng: Array) -> Params:
+    c = self.config
+    first, second, third, fourth = jax.random.split(rng, 4)
+    time, entry, exit_ = self._ends()
+    condition = jnp.zeros((1, 1, c.head.width))
+    return {
+      'time': time.init(first, jnp.zeros((1,)))['params'],
+      'entry': entry.init(second, jnp.zeros((1, 1, c.dit.width)))['params'],
+      'blocks': mot.init_layers(self._block(), third),
+      'exit': exit_.init(fourth, condition, condition)['params'],
+    }
+
+  def prepare(self, params: Params) -> Params:
+    """Parameters for decoding: stacked layers taken apart, once and outside jit."""
+
+    def apart(tree: Mapping[str, Any]) -> dict[str, Any]:
+      stacks = ('layers', 'blocks', 'encoder')
+      return {
+        name: mot.unstack(value)
+        if name in stacks
+        else apart(value)
+        if isinstance(value, Mapping)
+        else value
+        for name, value in tree.items()
+      }
+
+    return apart(params)
+
+  def table(self, params: Params) -> Array:
+    """The joint vocabulary, tied in and out: text rows, code rows, [bot], [eot]: [V, D]."""
+    return jnp.concatenate([params['embed']['text'], params['embed']['codes']])
+
+  def embed(self, params: Params, ids: Array) -> Array:
+    """Token embeddings [B, L, D] of joint ids [B, L]."""
+    return jnp.take(self.table(params), ids, axis=0).astype(self.dtype)
+
+  def code_logits(self, params: Params, hidden: Array) -> Array:
+    """Logits over the codes alone [B, L, codes] float32: the only ids that sampling may draw."""
+    rows = params['embed']['codes'][: self.config.codes].astype(hidden.dtype)
+    return jnp.einsum('BLD,VD->BLV', hidden, rows).astype(jnp.float32)
+
+  def token_stream(self, params: Params, region: Region) -> mot.Stream:
+    """The token expert's input."""
+    return mot.Stream(self.embed(params, region.ids), region.positions, region.visibility)
+
+  def picture_stream(
+    self, params: Params, latents: Array, clock: Array, region: Region
+  ) -> tuple[mot.Stream, Array]:
+    """The picture expert's input, and the head's condition [B, 1, head width].
+
+    `latents` [B, h, w, C] are noisy; `clock` [B] is Show-o2's, 0 at noise and 1 at data.
+    """
+    time, _, _ = self._ends()
+    head = {'params': params['dit']['head']['time']}
+    condition, token = time.apply(head, clock)
+    image = self._dual_path()(params['dit']['dual_path'], latents)
+    x = jnp.concatenate([token.astype(self.dtype), image.astype(self.dtype)], axis=1)
+    x = jnp.pad(x, ((0, 0), (0, region.ids.shape[1] - x.shape[1]), (0, 0)))
+    return mot.Stream(x, region.positions, region.visibility), condition
+
+  def backbone(
+    self,
+    params: Params,
+    streams: Mapping[str, mot.Stream],
+    cache: mot.Cache | None = None,
+    at: Array | int = 0,
+  ) -> tuple[dict[str, Array], mot.Cache | None]:
+    """Final-norm hidden states of each stream [B, L, D], and the written cache."""
+    experts = {name: self._expert(params, name) for name in streams}
+    stacks = {name: expert['layers'] for name, expert in experts.items()}
+    hidden, cache = mot.run(self._layers(), stacks, streams, cache, at, self.remat)
+    norms = {'ar': RMSNorm(self.config.ar.eps), 'dit': RMSNorm(self.config.dit.eps)}
+    normed = {n: norms[n].apply({'params': experts[n]['norm']}, x) for n, x in hidden.items()}
+    return normed, cache
+
+  def head(
+    self,
+    params: Params,
+    streams: Mapping[str, mot.Stream],
+    cache: mot.Cache | None = None,
+    at: Array | int = 0,
+  ) -> tuple[dict[str, Array], mot.Cache | None]:
+    """The head's layers over final-norm hidden states (`x` of each stream).
+
+    Rows of the token expert pass through unmodulated, as in Show-o2; rows of the picture carry
+    `condition`. Returns the rows at the head's width and the written cache.
+    """
+    _, entry, _ = self._ends()
+    weights = params['dit']['head']
+    entered = {
+      name: dataclasses.replace(s, x=entry.apply({'params': weights['entry']}, s.x))
+      for name, s in streams.items()
+    }
+    block = self._block()
+    blocks = {name: block for name in streams}
+    stacks = {name: weights['blocks'] for name in streams}
+    return mot.run(blocks, stacks, entered, cache, at, self.remat)
+
+  def velocity(self, params: Params, rows: Array, condition: Array) -> Array:
+    """Show-o2's velocity (data - noise) [B, h, w, C] from the head's picture rows [B, L, D]."""
+    c = self.config
+    _, _, exit_ = self._ends()
+    image = rows[:, 1 : 1 + c.image_tokens]
+    out = exit_.apply({'params': params['dit']['head']['exit']}, image, condition)
+    if c.layout == 'raster':
+      return out.reshape(out.shape[0], c.latent_size, c.latent_size, c.latent_channels)
+    side = c.latent_size // c.patch
+    return rearrange(
+      out, 'B (h w) (p q C) -> B (h p) (w q) C', h=side, w=side, p=c.patch, q=c.patch
+    )
+
+  def caches(self, params: Params, key: Visibility) -> tuple[mot.Cache, mot.Cache]:
+    """Empty caches of backbone and head for rows of visibility `key` [B, S]."""
+    layers = self._expert(params, 'ar')['layers']
+    blocks = params['dit']['head']['blocks']
+    return (
+      mot.empty_cache(self._layers()['ar'], layers, key, self.dtype),
+      mot.empty_cache(self._block(), blocks, key, self.dtype),
+    )
+
+  def __call__(
+    self, params: Params, regions: Mapping[str, Region], latents: Array, clock: Array
+  ) -> tuple[Array, Array]:
+    """The whole sequence at once, as in training.
+
+    Returns:
+      Hidden states of the token expert [B, L, D] and Show-o2's velocity [B, h, w, C] float32.
+    """
+    picture, condition = self.picture_stream(params, latents, clock, regions['dit'])
+    streams = {'ar': self.token_stream(params, regions['ar']), 'dit': picture}
+    hidden, _ = self.backbone(params, streams)
+    streams = {name: dataclasses.replace(streams[name], x=hidden[name]) for name in streams}
+    streams['dit'] = dataclasses.replace(streams['dit'], condition=condition)
+    rows, _ = self.head(params, streams)
+    return hidden['ar'], self.velocity(params, rows['dit'], condition)
+
+  def _expert(self, params: Params, name: str) -> Params:
+    return params['ar' if self.config.arch == 'single' else name]
+
+
+def row_visibility(regions: Mapping[str, Region]) -> Visibility:
+  """The visibility of a whole stored row: the token expert's region, then the picture's."""
+  return concatenate([region.visibility for region in regions.values()])
+
+
+def forward_flops(config: UnifiedConfig, tokens: int, image: int, predicted: int) -> float:
+  """Matrix FLOPs of one forward pass over one row.
+
+  Args:
+    config: the network's sizes.
+    tokens: length of the token expert's region.
+    image: length of the picture expert's region; 0 where it doesn't run.
+    predicted: tokens whose logits are computed.
+  """
+  c, keys = config, tokens + image
+  total = transformer.forward_flops(c.ar, tokens, keys)
+  total += 2.0 * predicted * c.ar.width * (c.text_vocab + c.codes + 2)
+  if not image:
+    return total
+  patches, und = c.image_tokens, c.dual_path.encoder.width
+  inputs = c.patch**2 * c.latent_channels
+  ends = inputs * (und + c.dit.width) + (und + c.dit.width) * c.dit.width + c.dit.width**2
+  total += vit.forward_flops(c.dual_path.encoder, patches) + 2.0 * patches * ends
+  total += transformer.forward_flops(c.dit, image, keys)
+  total += transformer.forward_flops(c.head.blocks, keys, keys)
+  entry = (tokens * c.ar.width + image * c.dit.width + keys * c.head.width) * c.head.width
+  modulation = c.head.width**2 * (6 * c.head.layers + 2)
+  return total + 2.0 * (entry + modulation + patches * c.head.width * inputs)

@@ -1,0 +1,1 @@
+"""What is optimised: losses, targets and schedules."""

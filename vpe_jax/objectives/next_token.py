@@ -1,0 +1,44 @@
+"""Next-token cross-entropy over a tied vocabulary."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax.contracts import Array
+
+
+def cross_entropy(
+  hidden: Array, table: Array, targets: Array, weights: Array, chunk: int = 0
+) -> tuple[Array, Array]:
+  """Summed cross-entropy of the logits `hidden @ table.T`, and of its argmax being right.
+
+  Args:
+    hidden: outputs [B, L, D] of the positions that predict.
+    table: vocabulary rows [V, D].
+    targets: ids to predict [B, L].
+    weights: float32 [B, L]; 0 where nothing is predicted.
+    chunk: tokens whose logits exist at a time (0: all); each chunk's logits are computed again
+      in the backward pass, so that [B, L, V] never exists. Must divide L.
+
+  Returns:
+    Weighted sums over the batch, float32 scalars: of the cross-entropy in nats, and of hits.
+  """
+
+  def one(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    rows, wanted, weight = args
+    logits = jnp.einsum('BLD,VD->BLV', rows, table.astype(rows.dtype))
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
+    loss = jax.nn.logsumexp(logits, axis=-1) - picked
+    hit = (jnp.argmax(logits, -1) == wanted).astype(jnp.float32)
+    return jnp.sum(loss * weight), jnp.sum(hit * weight)
+
+  if not chunk or chunk >= hidden.shape[1]:
+    return one((hidden, targets, weights))
+  pieces = tuple(
+    jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+    for x in (hidden, targets, weights)
+  )
+  losses, hits = jax.lax.map(jax.checkpoint(one), pieces)
+  return jnp.sum(losses), jnp.sum(hits)

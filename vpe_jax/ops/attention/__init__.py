@@ -1,0 +1,1 @@
+"""Attention over a Visibility: one file per implementation, and the chooser."""

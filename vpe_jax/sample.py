@@ -1,0 +1,81 @@
+"""Draws pictures from prompts with a trained model.
+
+  python -m vpe_jax.sample --workdir=assets:tiny --prompt="a red fox" --out=fox.png
+  python -m vpe_jax.sample --workdir=runs/t2i-tiny --prompt="two green pears" --n=4 --seed=1
+  python -m vpe_jax.sample --workdir=RUN --prompts=prompts.txt --n=2 --out=pictures/
+
+A file gets a grid of all pictures, a folder (a name that ends in /) a file for each. The PNGs say
+in their text chunks how they were made. From Python: vpe_jax.Generator.
+"""
+
+import dataclasses
+import sys
+
+from absl import app, flags
+
+from vpe_jax.config import SampleConfig
+from vpe_jax.contracts import UserError
+from vpe_jax.generator import Generator, sheet
+from vpe_jax.sampling import pictures
+from vpe_jax.training import machine
+
+FLAGS = flags.FLAGS
+
+
+def _define_flags() -> None:
+  flags.DEFINE_string('workdir', None, 'a run, local or gs://, or assets:tiny')
+  flags.DEFINE_string('prompt', None, 'what to draw')
+  flags.DEFINE_string('prompts', None, 'a text file with a prompt a line')
+  flags.DEFINE_integer('n', 1, 'pictures per prompt')
+  flags.DEFINE_integer('seed', 0, 'another seed draws other pictures')
+  flags.DEFINE_string('out', 'sample.png', 'a PNG file for a grid, or a folder ending in /')
+  flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'averaged, or of the last step')
+  flags.DEFINE_bool('overwrite', False, 'replace files that exist')
+  flags.DEFINE_bool('no_metadata', False, 'leave the text chunks out of the PNGs')
+  # None is what the run was configured with; the names are fields of SampleConfig.
+  flags.DEFINE_float('guidance', None, 'classifier-free scale; 1 is off')
+  flags.DEFINE_integer('steps', None, 'steps of the flow')
+  flags.DEFINE_float('shift', None, 'time shift of the flow towards noise')
+  flags.DEFINE_float('temperature', None, 'of the visual prompt; 0 is greedy')
+  flags.DEFINE_integer('top_k', None, 'draw from the k likeliest codes; 0 is off')
+  flags.DEFINE_float('top_p', None, 'draw from the likeliest codes up to this total; 1 is off')
+  flags.DEFINE_float('min_p', None, 'least share of the likeliest code; 0 is off')
+
+
+def _prompts() -> list[str]:
+  if FLAGS.workdir is None:
+    raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
+  if (FLAGS.prompt is None) == (FLAGS.prompts is None):
+    raise UserError('give either --prompt="..." or --prompts=FILE')
+  if FLAGS.prompts is None:
+    return [FLAGS.prompt]
+  try:
+    with open(FLAGS.prompts, encoding='utf-8') as file:
+      return [line.strip() for line in file if line.strip()]
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f'cannot read --prompts={FLAGS.prompts}: {error}') from error
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command; a user's mistake ends it with one line and status 2."""
+  try:
+    if len(argv) > 1:
+      raise UserError(f"unexpected argument '{argv[1]}': every option is a --flag=value")
+    prompts, out = _prompts(), FLAGS.out
+    paths = pictures.plan_files(out, len(prompts) * FLAGS.n, FLAGS.overwrite)
+    machine.use_compilation_cache()
+    generator = Generator.load(FLAGS.workdir, FLAGS.weights)
+    given = {field.name: FLAGS[field.name].value for field in dataclasses.fields(SampleConfig)}
+    drawn = generator(prompts, FLAGS.n, FLAGS.seed, generator.settings(**given))
+    files = [(p.image, p.metadata) for p in drawn] if out.endswith('/') else [sheet(drawn)]
+    for path, (image, said) in zip(paths, files, strict=True):
+      pictures.save_png(image, path, None if FLAGS.no_metadata else said, FLAGS.overwrite)
+    print(f'wrote {len(drawn)} pictures to {out}')
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+  _define_flags()
+  app.run(main)

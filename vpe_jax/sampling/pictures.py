@@ -1,0 +1,164 @@
+"""From arrays to pictures: 8-bit conversion, captioned grids, PNG files that say how they came."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from vpe_jax.contracts import UserError
+
+_INK, _PAPER, _FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
+_GAP = 12  # pixels between pictures and around the grid
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+  """Pictures in [0, 1] as uint8, rounded to the nearest level; values outside are clipped.
+
+  Raises:
+    ValueError: a value is NaN.
+  """
+  image = np.asarray(image, np.float32)
+  if np.isnan(image).any():
+    raise ValueError('the picture holds NaN: the network that drew it has diverged')
+  return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+
+
+def grid(
+  rows: Sequence[Sequence[np.ndarray]],
+  captions: Sequence[Sequence[str]] | None = None,
+  row_labels: Sequence[str] | None = None,
+  side: int = 192,
+  text_size: int = 14,
+) -> Image.Image:
+  """Lays pictures out in rows, with wrapped captions under them and labels to their left.
+
+  Args:
+    rows: uint8 pictures [H, W, 3], all of one size; rows may differ in length.
+    captions: a text for each picture (may be empty); a row without any takes no space for them.
+    row_labels: a text for each row.
+    side: pictures smaller than this are enlarged by the whole factor that comes closest, without
+      smoothing.
+    text_size: height of the letters in pixels.
+  """
+  shapes = {np.shape(picture) for row in rows for picture in row}
+  if len(shapes) != 1:
+    raise ValueError(f'a grid needs pictures of one size, at least one; these are {shapes}')
+  height, width, _ = shapes.pop()
+  factor = max(1, round(side / max(height, width)))
+  cell_w, cell_h = width * factor, height * factor
+  font = ImageFont.load_default(text_size)
+  line = text_size + text_size // 4
+  texts = [[_wrap(text, font, cell_w) for text in row] for row in captions or [[]] * len(rows)]
+  labels = [_wrap(text, font, 8 * text_size) for text in row_labels or [''] * len(rows)]
+  margin = 8 * text_size + _GAP if any(map(any, labels)) else 0
+  caption_heights = [max((len(t) for t in row if any(t)), default=0) * line for row in texts]
+
+  total_w = _GAP + margin + max(map(len, rows)) * (cell_w + _GAP)
+  total_h = _GAP + sum(cell_h + below + _GAP for below in caption_heights)
+  sheet = Image.new('RGB', (total_w, total_h), _PAPER)
+  pen = ImageDraw.Draw(sheet)
+  top = _GAP
+  for row, text, label, below in zip(rows, texts, labels, caption_heights, strict=True):
+    _write(pen, label, (_GAP, top), font, line)
+    for column, picture in enumerate(row):
+      left = _GAP + margin + column * (cell_w + _GAP)
+      cell = Image.fromarray(np.asarray(picture, np.uint8)).resize(
+        (cell_w, cell_h), Image.Resampling.NEAREST
+      )
+      sheet.paste(cell, (left, top))
+      # Embedded pictures have white ground: a thin frame shows where each one ends.
+      pen.rectangle((left - 1, top - 1, left + cell_w, top + cell_h), outline=_FAINT)
+      if column < len(text):
+        _write(pen, text[column], (left, top + cell_h + 2), font, line)
+    top += cell_h + below + _GAP
+  return sheet
+
+
+def save_png(
+  image: np.ndarray | Image.Image,
+  path: str | os.PathLike[str],
+  metadata: Mapping[str, str] | None = None,
+  overwrite: bool = False,
+) -> None:
+  """Writes a PNG, whole or not at all, with `metadata` in its text chunks.
+
+  Args:
+    image: uint8 [H, W, 3], or a Pillow image.
+    path: file to write, local or gs://; its folder is made.
+    metadata: keyword to text (any Unicode); read it back with `PIL.Image.open(path).text`.
+    overwrite: replaces an existing file.
+
+  Raises:
+    UserError: the file exists (and `overwrite` is off), or can't be written.
+  """
+  path = epath.Path(path)
+  _refuse_existing(path, overwrite)
+  chunks = PngImagePlugin.PngInfo()
+  for keyword, text in (metadata or {}).items():
+    chunks.add_text(keyword, text)
+  if not isinstance(image, Image.Image):
+    image = Image.fromarray(np.asarray(image, np.uint8))
+  buffer = io.BytesIO()
+  image.save(buffer, format='PNG', pnginfo=chunks)
+  partial = path.parent / f'.{path.name}.{os.getpid()}.partial'
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_bytes(buffer.getvalue())
+    partial.replace(path)
+  except OSError as error:
+    raise UserError(f'cannot write {path}: {error.strerror or error}') from error
+
+
+def plan_files(out: str, count: int, overwrite: bool = False) -> list[str]:
+  """The files that `out` stands for; front doors ask before the work starts.
+
+  Args:
+    out: a file for everything, or a folder (it ends in /) for `count` files 000.png, 001.png, ...
+    count: pictures that will be drawn.
+    overwrite: whether files may be replaced.
+
+  Raises:
+    UserError: a file exists, and `overwrite` is off.
+  """
+  paths = [f'{out}{index:03d}.png' for index in range(count)] if out.endswith('/') else [out]
+  for path in paths:
+    _refuse_existing(epath.Path(path), overwrite)
+  return paths
+
+
+def _refuse_existing(path: epath.Path, overwrite: bool) -> None:
+  if not overwrite and path.exists():
+    raise UserError(f'{path} exists: name another file or replace it with --overwrite')
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+  """Breaks a text into lines of at most `width` pixels; a longer word is broken inside."""
+  lines = ['']
+  for word in text.split():
+    joined = f'{lines[-1]} {word}'.strip()
+    if font.getlength(joined) <= width:
+      lines[-1] = joined
+      continue
+    if lines[-1]:
+      lines.append('')
+    for letter in word:
+      if font.getlength(lines[-1] + letter) > width:
+        lines.append('')
+      lines[-1] += letter
+  return lines if lines != [''] else []
+
+
+def _write(
+  pen: ImageDraw.ImageDraw,
+  lines: Sequence[str],
+  corner: tuple[int, int],
+  font: ImageFont.FreeTypeFont,
+  line: int,
+) -> None:
+  for index, text in enumerate(lines):
+    pen.text((corner[0], corner[1] + index * line), text, fill=_INK, font=font)

@@ -1,0 +1,242 @@
+"""The codec system: trains the tokenizers that turn pictures into codes and latents.
+
+Two stages that share nothing but the data. `visual_prompt` trains the quantiser of
+codecs/visual_prompt.py on the features of a frozen SigLIP, `image` the autoencoder of
+codecs/kl.py. A run holds the parameters of the stages that its config names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax import rng as randomness
+from vpe_jax.codecs import kl, pixels, visual_prompt
+from vpe_jax.config import Config, nearest
+from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, UserError
+from vpe_jax.models import siglip
+from vpe_jax.objectives import alignment, autoencoding
+from vpe_jax.systems.siglip import ENCODER_AXES, abstract_pictures
+
+STAGES = {
+  'visual_prompt': Stage(
+    'visual_prompt',
+    trainable=(r'visual_prompt/',),
+    losses=('features', 'pooled', 'commitment', 'usage', 'perplexity', 'retrieval'),
+    ema=True,
+    source='random initialisation, on the features of a frozen SigLIP',
+  ),
+  'image': Stage(
+    'image',
+    trainable=(r'image/(encoder|decoder)/',),
+    losses=('absolute', 'squared', 'divergence', 'psnr'),
+    ema=True,
+    source='random initialisation',
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """The `model` section.
+
+  Attributes:
+    siglip_weights: where the frozen SigLIP comes from.
+    visual_prompt: sizes of the quantiser.
+    image: sizes of the autoencoder.
+    pooled: weight of the error in the picture's pooled vector, beside 1 for patch features.
+    commitment: weight of the distance between features and codes.
+    usage: weight of the entropies that keep all codes in use.
+    squared: weight of the squared error, beside 1 for the absolute one.
+    divergence: weight of the latents' distance from a standard normal.
+    crop: side of the squares, cut at random places, that the autoencoder trains on.
+  """
+
+  siglip_weights: str = 'assets:siglip'
+  visual_prompt: visual_prompt.VisualPromptConfig = visual_prompt.VisualPromptConfig()
+  image: kl.KlConfig = kl.KlConfig()
+  pooled: float = 1.0
+  commitment: float = 1.0
+  usage: float = 0.1
+  squared: float = 4.0
+  divergence: float = 1e-4
+  crop: int = 32
+
+
+class System:
+  """Trains `params` = {visual_prompt, image}, as far as named; see vpe_jax.contracts.System."""
+
+  logical_axes = (
+    (r'image/.*/kernel', ('kernel', 'kernel', 'conv_in', 'conv_out')),
+    (r'image/.*/(bias|scale)', ('conv_out',)),
+    (r'image/(shift|scale)', ('features',)),
+    *ENCODER_AXES,
+    (r'visual_prompt/codebook', ('codes', 'features')),
+    (r'(hidden|expand)/kernel', ('features', 'embed')),
+    (r'(project|features)/kernel', ('embed', 'features')),
+    (r'(bias|scale)', ('embed',)),
+  )
+
+  def __init__(self, config: Config):
+    """Builds the networks of the config's stages.
+
+    Raises:
+      UserError: an unknown stage, or crops that don't fit.
+    """
+    for name in config.stages:
+      if name not in STAGES:
+        raise UserError(f"the codec system has no stage '{name}'{nearest(name, STAGES)}")
+    if config.model.crop % kl.FACTOR or config.model.crop > config.data.image_size:
+      raise UserError(
+        f'model.crop {config.model.crop} must be a multiple of {kl.FACTOR} and at most '
+        f'data.image_size {config.data.image_size}'
+      )
+    self.config = config
+    self.stages = tuple(self._stage(name) for name in config.stages)
+    self.frozen_weights: Mapping[str, str] = {}
+    if 'visual_prompt' in config.stages:
+      self.frozen_weights = {'siglip': config.model.siglip_weights}
+    self.tokens_codec = visual_prompt.VisualPromptCodec(config.model.visual_prompt)
+    self.latents_codec = kl.KlCodec(config.model.image)
+
+  def _stage(self, name: str) -> Stage:
+    stage = STAGES[name]
+    if name == 'visual_prompt' and self.config.model.visual_prompt.depth >= 0:
+      # The pooling head reads the normed last output only.
+      kept = tuple(loss for loss in stage.losses if loss not in ('pooled', 'retrieval'))
+      stage = dataclasses.replace(stage, losses=kept)
+    return stage
+
+  def init(self, rng: Array) -> Params:
+    """Fresh networks of the stages of this run."""
+    c, params = self.config.model, {}
+    if 'visual_prompt' in self.config.stages:
+      vision = c.visual_prompt.siglip
+      features = jnp.zeros((1, vision.patches, vision.vision.width))
+      key = randomness.stream(rng, 'visual_prompt')
+      params['visual_prompt'] = self.tokens_codec.quantiser.init(key, features)['params']
+    if 'image' in self.config.stages:
+      side = c.crop
+      noise = jnp.zeros((1, side // kl.FACTOR, side // kl.FACTOR, c.image.channels))
+      key = randomness.stream(rng, 'image')
+      image = jnp.zeros((1, side, side, 3))
+      params['image'] = self.latents_codec.network.init(key, image, noise)['params']
+    return params
+
+  def abstract_batch(self, batch_size: int) -> Examples:
+    """Pictures and captions."""
+    return abstract_pictures(self.config, batch_size)
+
+  def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
+    """One a picture; every loss is a mean over pictures."""
+    return {name: jnp.float32(batch.example.shape[0]) for name in stage.losses}
+
+  def losses(
+    self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
+  ) -> dict[str, LossTerm]:
+    """The loss terms that `stage.losses` names, as sums over pictures.
+
+    A held-out evaluation also names losses of the run's other stage: they get weight 0.
+    """
+    terms = {}
+    for name, own in STAGES.items():
+      wanted = [loss for loss in own.losses if loss in stage.losses]
+      if not wanted:
+        continue
+      if name == 'image':
+        found = self._image_losses(params, batch, rng)
+      else:
+        found = self._prompt_losses(params, frozen, batch)
+      for loss in wanted:
+        term = found[loss]
+        terms[loss] = term if name == stage.name else dataclasses.replace(term, weight=0.0)
+    return terms
+
+  def _prompt_losses(
+    self, params: Params, frozen: Params, batch: Examples
+  ) -> dict[str, LossTerm]:
+    """Features and pooled vector rebuilt from codes, and the codebook's own terms.
+
+    `usage` and `perplexity` are figures of a whole batch, counted once a picture so that they
+    divide like the others.
+    """
+    c, pictures = self.config.model, batch.example.shape[0]
+    features = jax.lax.stop_gradient(self.tokens_codec.features(frozen, batch.image))
+    quantised, rebuilt = self.tokens_codec.quantiser.apply(
+      {'params': params['visual_prompt']}, features
+    )
+    error = autoencoding.squared_error(rebuilt, features) / jnp.var(features)
+    sure, spread = autoencoding.code_entropies(quantised.probabilities)
+    terms = {
+      'features': LossTerm(jnp.sum(error), pictures, 1.0),
+      'commitment': LossTerm(
+        jnp.sum(autoencoding.commitment(quantised.inputs, quantised.chosen)),
+        pictures,
+        c.commitment,
+      ),
+      'usage': LossTerm(pictures * (sure - spread), pictures, c.usage),
+      'perplexity': LossTerm(
+        pictures * autoencoding.perplexity(quantised.codes, c.visual_prompt.codes), pictures, 0.0
+      ),
+    }
+    if c.visual_prompt.depth < 0:
+      terms |= self._pooled_losses(frozen, features, rebuilt, batch)
+    return terms
+
+  def _pooled_losses(
+    self, frozen: Params, features: Array, rebuilt: Array, batch: Examples
+  ) -> dict[str, LossTerm]:
+    """What SigLIP's pooling head still sees in the rebuilt features, and the captions it finds."""
+    variables, pictures = {'params': frozen['siglip']}, batch.example.shape[0]
+    network: siglip.Siglip = self.tokens_codec.siglip
+    seen = network.apply(variables, rebuilt, method='pool')
+    meant = network.apply(variables, features, method='pool')
+    text = network.apply(variables, batch.text, batch.text_length, method='embed_text')
+    logits = network.apply(variables, seen, text, method='logits')
+    hits = alignment.retrieval_hits(logits, alignment.same_caption(batch.text))
+    distance = 1.0 - jnp.sum(seen * meant, -1)
+    return {
+      'pooled': LossTerm(jnp.sum(distance), pictures, self.config.model.pooled),
+      'retrieval': LossTerm(jnp.sum(hits), pictures, 0.0),
+    }
+
+  def _image_losses(
+    self, params: Params, batch: Examples, rng: Array
+  ) -> dict[str, LossTerm]:
+    """Reconstruction from sampled latents, and their distance from a standard normal."""
+    c, pictures = self.config.model, batch.example.shape[0]
+    images = pixels.random_crops(pixels.to_unit(batch.image), c.crop, rng, batch.example)
+    side = images.shape[1] // kl.FACTOR
+    shape = (side, side, c.image.channels)
+    noise = randomness.per_example(
+      lambda key: jax.random.normal(key, shape), rng, 'posterior', batch.example
+    )
+    rebuilt, mean, log_variance = self.latents_codec.network.apply(
+      {'params': params['image']}, pixels.to_signed(images), noise
+    )
+    rebuilt = 0.5 * (rebuilt + 1.0)
+    values = {
+      'absolute': (autoencoding.absolute_error(rebuilt, images), 1.0),
+      'squared': (autoencoding.squared_error(rebuilt, images), c.squared),
+      'divergence': (autoencoding.gaussian_divergence(mean, log_variance), c.divergence),
+      'psnr': (autoencoding.psnr(rebuilt, images), 0.0),
+    }
+    return {n: LossTerm(jnp.sum(v), pictures, w) for n, (v, w) in values.items()}
+
+  def flops(self, stage: Stage) -> float:
+    """Forward and backward of what trains, forward of the frozen SigLIP."""
+    c = self.config.model
+    if stage.name == 'image':
+      side = c.crop
+      return 3.0 * (kl.encode_flops(c.image, side) + kl.decode_flops(c.image, side))
+    frozen = siglip.flops(c.visual_prompt.siglip)
+    return frozen + 3.0 * visual_prompt.flops(c.visual_prompt)
+
+  def tokens(self, stage: Stage) -> int:
+    """Latents, or patches, of one picture."""
+    if stage.name == 'image':
+      return (self.config.model.crop // kl.FACTOR) ** 2
+    return self.config.model.visual_prompt.siglip.patches

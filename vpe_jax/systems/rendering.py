@@ -1,0 +1,214 @@
+"""Drawing with a unified model: the plan token by token, then the picture by flow steps.
+
+What the picture stands on is computed once. Prompt and plan leave their keys and values in a cache
+while the plan is decoded; each flow step runs the picture's rows alone against it. The null
+branch of guidance is `[bos] [boi]` with its own positions: one row, shared by the whole batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax import rng as rng_lib
+from vpe_jax.config import SampleConfig
+from vpe_jax.contracts import Array, Examples, Params, Region, concatenate
+from vpe_jax.data import sequence
+from vpe_jax.models import mot
+from vpe_jax.models.unified import Unified, row_visibility
+from vpe_jax.sampling import decoding, guidance, solver
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What is static in a call: the network, its sequence, and the settings."""
+
+  model: Unified
+  spans: tuple[sequence.Span, ...]
+  vocabulary: sequence.Vocabulary
+  settings: SampleConfig
+
+  def slot(self, kind: str) -> int:
+    """First slot of a span in its expert's region."""
+    return sequence.place(self.spans, kind)[0]
+
+  def regions(self, request: Examples, codes: Array, keep: bool) -> dict[str, Region]:
+    """The rows of tokens of this request."""
+    return sequence.build(
+      self.spans,
+      self.vocabulary,
+      request.text,
+      request.text_length,
+      codes,
+      jnp.full(request.example.shape, keep),
+      self.model.config.multiple,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+  """What the flow steps of one branch reuse: caches of backbone and head, and the picture's rows."""
+
+  body: mot.Cache
+  head: mot.Cache
+  picture: Region
+
+
+def draw(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Array]:
+  """Codes [B, P] and latents [B, h, w, C] float32 for a batch of requests."""
+  codes, prefix = plan(job, params, request, rng)
+  branches = {'conditional': prefix}
+  if job.settings.guidance != 1.0:
+    branches['null'] = null_prefix(job, params, request)
+  if job.settings.guidance == 0.0:
+    del branches['conditional']
+  c = job.model.config
+  shape = (c.latent_size, c.latent_size, c.latent_channels)
+  normal = lambda key: jax.random.normal(key, shape)
+  noise = rng_lib.per_example(normal, rng, 'noise', request.example)
+  return codes, render(job, params, branches, noise)
+
+
+def plan(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Prefix]:
+  """Decodes the plan (or takes `request.codes`) and leaves the whole prefix in caches."""
+  length = job.slot('eot') - job.slot('codes')
+  B = request.example.shape[0]
+  given = request.codes
+  codes = jnp.zeros((B, length), jnp.int32) if given is None else given
+  regions = job.regions(request, codes, keep=True)
+  key = row_visibility(regions)
+  body, head = job.model.caches(params, key)
+  if given is not None:
+    hidden, body = _tokens(job, params, regions['ar'], body, 0)
+    return codes, _prefix(job, params, regions, hidden, body, head)
+
+  first = job.slot('codes')
+  region = regions['ar']
+  hidden = jnp.zeros((*region.ids.shape, job.model.config.ar.width), job.model.dtype)
+  start, body = _tokens(job, params, _slots(region, 0, first), body, 0)
+  hidden = hidden.at[:, :first].set(start)
+
+  def step(cache: Any, tokens: Array, index: Array) -> tuple[Array, Any]:
+    held, states = cache
+    at = first + index
+    here = dataclasses.replace(_slot(region, at), ids=tokens[:, None])
+    state, held = _tokens(job, params, here, held, at)
+    states = jax.lax.dynamic_update_slice_in_dim(states, state, at, 1)
+    return job.model.code_logits(params, state)[:, 0], (held, states)
+
+  logits = job.model.code_logits(params, start[:, -1:])[:, 0]
+  keys = rng_lib.example_keys(rng, 'codes', request.example)
+  codes, (body, hidden) = decoding.decode(
+    step, (body, hidden), logits, length, keys, job.settings, offset=job.vocabulary.text
+  )
+  eot = job.slot('eot')
+  end, body = _tokens(job, params, _slots(region, eot, region.ids.shape[1]), body, eot)
+  hidden = hidden.at[:, eot:].set(end)
+  return codes, _prefix(job, params, regions, hidden, body, head)
+
+
+def null_prefix(job: Job, params: Params, request: Examples) -> Prefix:
+  """The prefix `[bos] [boi]` of the null branch, computed on one row for the whole batch."""
+  one = jax.tree.map(lambda leaf: leaf[:1], dataclasses.replace(request, codes=None))
+  length = job.slot('eot') - job.slot('codes')
+  regions = job.regions(one, jnp.zeros((1, length), jnp.int32), keep=False)
+  present = jnp.array([job.slot('bos'), job.slot('boi')])
+  pair = jax.tree.map(lambda leaf: leaf[:, present], regions['ar'])
+  # The two tokens move to the front of the row; the slots behind them stay absent.
+  absent = regions['ar'].ids.shape[1] - 2
+  rest = jax.tree.map(lambda leaf: jnp.zeros((1, absent), leaf.dtype), pair.visibility)
+  key = concatenate([pair.visibility, rest, regions['dit'].visibility])
+  body, head = job.model.caches(params, key)
+  hidden, body = _tokens(job, params, pair, body, 0)
+  prefix = _prefix(job, params, {'ar': pair, 'dit': regions['dit']}, hidden, body, head)
+  return _repeat(prefix, request.example.shape[0])
+
+
+def render(job: Job, params: Params, branches: Mapping[str, Prefix], noise: Array) -> Array:
+  """Euler steps from `noise` [B, h, w, C] to latents; both branches of guidance in one batch."""
+  both = len(branches) == 2
+  prefix = next(iter(branches.values()))
+  if both:
+    prefix = _join(branches['conditional'], branches['null'])
+  at = prefix.body.key.order.shape[1] - prefix.picture.ids.shape[1]
+
+  def velocity(x: Array, time: Array) -> Array:
+    rows = guidance.both(x) if both else x
+    clock = jnp.full(rows.shape[:1], 1.0 - time)
+    stream, condition = job.model.picture_stream(params, rows, clock, prefix.picture)
+    hidden, _ = job.model.backbone(params, {'dit': stream}, prefix.body, at)
+    stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
+    out, _ = job.model.head(params, {'dit': stream}, prefix.head, at)
+    flow = -job.model.velocity(params, out['dit'], condition)
+    if not both:
+      return flow
+    return guidance.classifier_free(*guidance.split(flow), job.settings.guidance)
+
+  times = solver.time_grid(job.settings.steps, job.settings.shift)
+  return solver.euler(velocity, noise, times)
+
+
+def _tokens(
+  job: Job, params: Params, region: Region, cache: mot.Cache, at: Array | int
+) -> tuple[Array, mot.Cache]:
+  """Final-norm hidden states of tokens whose keys and values go to slots from `at`."""
+  stream = job.model.token_stream(params, region)
+  hidden, cache = job.model.backbone(params, {'ar': stream}, cache, at)
+  return hidden['ar'], cache
+
+
+def _prefix(
+  job: Job,
+  params: Params,
+  regions: Mapping[str, Region],
+  hidden: Array,
+  body: mot.Cache,
+  head: mot.Cache,
+) -> Prefix:
+  """Fills the head's cache from the prefix's hidden states."""
+  region = regions['ar']
+  stream = mot.Stream(hidden, region.positions, region.visibility)
+  _, head = job.model.head(params, {'ar': stream}, head, 0)
+  return Prefix(body, head, regions['dit'])
+
+
+def _slots(region: Region, start: int, stop: int) -> Region:
+  return jax.tree.map(lambda leaf: leaf[:, start:stop], region)
+
+
+def _slot(region: Region, at: Array) -> Region:
+  return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, 1, 1), region)
+
+
+def _batch_axis(cache: mot.Cache) -> int:
+  """Stacked caches have the layers in front."""
+  return 0 if isinstance(cache.k, tuple) else 1
+
+
+def _repeat(prefix: Prefix, count: int) -> Prefix:
+  rows = lambda tree, axis: jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis), tree)
+
+  def cache(one: mot.Cache) -> mot.Cache:
+    axis = _batch_axis(one)
+    return mot.Cache(rows(one.k, axis), rows(one.v, axis), rows(one.key, 0))
+
+  return Prefix(cache(prefix.body), cache(prefix.head), rows(prefix.picture, 0))
+
+
+def _join(first: Prefix, second: Prefix) -> Prefix:
+  def cache(a: mot.Cache, b: mot.Cache) -> mot.Cache:
+    axis = _batch_axis(a)
+    return mot.Cache(
+      concatenate([a.k, b.k], axis), concatenate([a.v, b.v], axis), concatenate([a.key, b.key], 0)
+    )
+
+  return Prefix(
+    cache(first.body, second.body),
+    cache(first.head, second.head),
+    concatenate([first.picture, second.picture], 0),
+  )

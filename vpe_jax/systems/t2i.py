@@ -1,0 +1,239 @@
+"""Text to image with visual prompts, trained end to end: Internal+VPE (arXiv 2606.04457).
+
+The model writes a plan of the picture in discrete SigLIP tokens by next-token prediction, then
+renders it by flow matching. Two stages: `plan` trains the token expert on cross-entropy alone
+while the picture expert is frozen and not run; `joint` trains both experts, flow matching at
+weight 1 and cross-entropy at the progressive weight of Eq. 3. Text and plan are dropped together
+for guidance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax import rng as rng_lib
+from vpe_jax.codecs import kl, visual_prompt
+from vpe_jax.config import Config, SampleConfig, nearest
+from vpe_jax.contracts import Array, Drawing, Examples, LossTerm, Params, Stage, UserError
+from vpe_jax.data import sequence
+from vpe_jax.models import unified
+from vpe_jax.objectives import flow_matching, next_token, schedules
+from vpe_jax.systems import rendering
+
+STAGES = {
+  'plan': Stage('plan', ('ar/', 'embed/'), ('next_token',), ema=False, source='fresh'),
+  'joint': Stage('joint', ('.*',), ('next_token', 'flow'), ema=True, source='stage before, or fresh'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsConfig:
+  """Where each frozen network's weights are: `assets:NAME` or a path."""
+
+  siglip: str = 'assets:siglip'
+  visual_prompt: str = 'assets:visual_prompt'
+  image: str = 'assets:image'
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(unified.UnifiedConfig):
+  """The network's sizes, the frozen codecs, and how the two losses meet.
+
+  Attributes:
+    visual_prompt: sizes of the frozen tokenizer that turns pictures into codes.
+    image: sizes of the frozen autoencoder that turns pictures into latents and back.
+    weights: where the three frozen networks (`siglip`, `visual_prompt`, `image`) come from.
+    drop: share of examples whose text and plan are dropped together, in stage `joint`.
+    ce_start: weight of the cross-entropy at the start of stage `joint` (Eq. 3, lambda_0).
+    ce_end: its weight at the end (lambda_1).
+    time_shift: shift of the training times towards noise (0: Show-o2's for this many tokens).
+    logits_chunk: predicted tokens whose logits exist at a time (0: all).
+  """
+
+  visual_prompt: visual_prompt.VisualPromptConfig = visual_prompt.VisualPromptConfig()
+  image: kl.KlConfig = kl.KlConfig()
+  weights: WeightsConfig = WeightsConfig()
+  drop: float = 0.1
+  ce_start: float = 0.03
+  ce_end: float = 0.1
+  time_shift: float = 0.0
+  logits_chunk: int = 0
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    pairs = {
+      'codes': (self.codes, self.visual_prompt.codes),
+      'latent_channels': (self.latent_channels, self.image.channels),
+    }
+    for name, (ours, codec) in pairs.items():
+      if ours != codec:
+        raise UserError(f'model.{name} is {ours}, but the frozen codec has {codec}: make them equal')
+
+  @property
+  def plan_tokens(self) -> int:
+    """Codes of a visual prompt."""
+    return self.visual_prompt.siglip.patches
+
+
+class System:
+  """See vpe_jax.contracts.System."""
+
+  def __init__(self, config: Config) -> None:
+    for name in config.stages:
+      if name not in STAGES:
+        raise UserError(f"no stage '{name}' in this system{nearest(name, STAGES)}")
+    c: ModelConfig = config.model
+    self.config = config
+    self.stages = tuple(STAGES[name] for name in config.stages)
+    self.logical_axes = unified.LOGICAL_AXES
+    self.model = unified.Unified(c, jnp.dtype(config.dtype), config.remat)
+    self.visual_prompt = visual_prompt.VisualPromptCodec(c.visual_prompt)
+    self.image = kl.KlCodec(c.image)
+    self.vocabulary = sequence.Vocabulary(c.text_vocab, c.codes, c.bos, c.boi)
+    self.spans = sequence.text_to_image(config.data.text_length, c.plan_tokens, c.image_tokens)
+
+  @property
+  def frozen_weights(self) -> Mapping[str, str]:
+    """No codec is needed where codes and latents are synthetic."""
+    if self.config.data.source == 'synthetic':
+      return {}
+    return dataclasses.asdict(self.config.model.weights)
+
+  def init(self, rng: Array) -> Params:
+    """Fresh parameters, float32."""
+    return self.model.init(rng)
+
+  def prepare(self, params: Params) -> Params:
+    """Parameters in the layout that decoding is fast in; outside jit, once."""
+    return self.model.prepare(params)
+
+  def abstract_batch(self, batch_size: int) -> Examples:
+    """Images where encoders run online, else codes and latents."""
+    c, data = self.config.model, self.config.data
+    leaf = lambda shape, dtype: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+    common = {
+      'example': leaf((), jnp.int32),
+      'text': leaf((data.text_length,), jnp.int32),
+      'text_length': leaf((), jnp.int32),
+    }
+    if data.encode == 'online':
+      return Examples(**common, image=leaf((data.image_size, data.image_size, 3), jnp.uint8))
+    grid = (c.latent_size, c.latent_size, c.latent_channels)
+    codes = leaf((c.plan_tokens,), jnp.int32)
+    return Examples(**common, codes=codes, latents=leaf(grid, jnp.float32))
+
+  def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
+    """Codes [B, P] int32 and latents [B, h, w, C] of images [B, R, R, 3] uint8."""
+    return self.visual_prompt.encode(frozen, images), self.image.encode(frozen, images)
+
+  def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
+    """Predicted tokens, and latent elements, of the batch."""
+    c = self.config.model
+    dummy = jnp.zeros((batch.text.shape[0], c.plan_tokens), jnp.int32)
+    regions = self._regions(batch, dummy, self._keep(batch, rng, stage))
+    tokens = jnp.sum(regions['ar'].weights)
+    counts = {'next_token': tokens, 'accuracy': tokens}
+    if 'flow' in stage.losses:
+      elements = batch.text.shape[0] * c.latent_size**2 * c.latent_channels
+      counts['flow'] = jnp.float32(elements)
+    return {name: counts[name] for name in sorted(counts)}
+
+  def losses(
+    self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
+  ) -> dict[str, LossTerm]:
+    """`next_token` (nats), `accuracy` of its argmax (logged), and `flow` where the stage has it."""
+    codes, latents = batch.codes, batch.latents
+    if codes is None:
+      codes, latents = self.encode(frozen, batch.image)
+    regions = self._regions(batch, codes, self._keep(batch, rng, stage))
+    counts = self.counts(batch, rng, stage)
+    terms = {}
+    if 'flow' in stage.losses:
+      hidden, error = self._flow(params, regions, batch, latents, rng)
+      weight = 1.0 if stage.name == 'joint' else 0.0
+      terms['flow'] = LossTerm(error, counts['flow'], weight)
+    else:
+      streams = {'ar': self.model.token_stream(params, regions['ar'])}
+      hidden = self.model.backbone(params, streams)[0]['ar']
+    first = sequence.place(self.spans, 'bot')[0]
+    last = sequence.place(self.spans, 'codes')[1]
+    region = regions['ar']
+    loss, hits = next_token.cross_entropy(
+      hidden[:, first:last],
+      self.model.table(params),
+      region.targets[:, first:last],
+      region.weights[:, first:last],
+      self.config.model.logits_chunk,
+    )
+    terms['next_token'] = LossTerm(loss, counts['next_token'], self._token_weight(step, stage))
+    terms['accuracy'] = LossTerm(hits, counts['accuracy'], 0.0)
+    return {name: terms[name] for name in sorted(terms)}
+
+  def generate(
+    self, params: Params, frozen: Params, request: Examples, rng: Array, settings: SampleConfig
+  ) -> Drawing:
+    """Plans, then renders; see vpe_jax.contracts.System and systems/rendering.py."""
+    job = rendering.Job(self.model, self.spans, self.vocabulary, settings)
+    codes, latents = rendering.draw(job, params, request, rng)
+    return Drawing(self.image.decode(frozen, latents), codes, latents)
+
+  def flops(self, stage: Stage) -> float:
+    """Forward and backward matrix FLOPs of one example; encoders are not counted."""
+    c = self.config.model
+    predicted = c.plan_tokens + 1
+    forward = unified.forward_flops(
+      c, self._length('ar'), self._length('dit') if 'flow' in stage.losses else 0, predicted
+    )
+    return 3.0 * forward
+
+  def tokens(self, stage: Stage) -> int:
+    """Tokens of both experts, or of the token expert alone in stage `plan`."""
+    return self._length('ar') + (self._length('dit') if 'flow' in stage.losses else 0)
+
+  def _length(self, expert: str) -> int:
+    return sequence.region_length(self.spans, expert, self.config.model.multiple)
+
+  def _regions(self, batch: Examples, codes: Array, keep: Array) -> dict[str, Any]:
+    return sequence.build(
+      self.spans,
+      self.vocabulary,
+      batch.text,
+      batch.text_length,
+      codes,
+      keep,
+      self.config.model.multiple,
+    )
+
+  def _keep(self, batch: Examples, rng: Array, stage: Stage) -> Array:
+    """Which examples keep text and plan: all where no flow loss would use the null branch."""
+    if 'flow' not in stage.losses:
+      return jnp.ones(batch.example.shape, bool)
+    draw = lambda key: jax.random.uniform(key) >= self.config.model.drop
+    return rng_lib.per_example(draw, rng, 'drop', batch.example)
+
+  def _token_weight(self, step: Array, stage: Stage) -> Array | float:
+    if stage.name == 'plan':
+      return 1.0
+    c = self.config.model
+    total = self.config.steps[self.config.stages.index(stage.name)]
+    return schedules.sigmoid_schedule(step, total, c.ce_start, c.ce_end)
+
+  def _flow(
+    self, params: Params, regions: dict[str, Any], batch: Examples, latents: Array, rng: Array
+  ) -> tuple[Array, Array]:
+    """Hidden states of the token expert, and the summed squared error of the velocity."""
+    c = self.config.model
+    shift = c.time_shift or flow_matching.token_shift(c.image_tokens + 1)
+    draw = lambda key: flow_matching.sample_time(key, shift)
+    time = rng_lib.per_example(draw, rng, 'time', batch.example)
+    normal = lambda key: jax.random.normal(key, latents.shape[1:])
+    noise = rng_lib.per_example(normal, rng, 'noise', batch.example)
+    noisy = flow_matching.path(latents, noise, time)
+    hidden, velocity = self.model(params, regions, noisy, 1.0 - time)
+    # The network's clock and velocity are Show-o2's: data at 1, data minus noise.
+    return hidden, flow_matching.squared_error(-velocity, flow_matching.target(latents, noise))

@@ -1,0 +1,100 @@
+"""From `--config=configs/t2i.py:preset,args` and `--config.key=value` to plain nested dicts.
+
+Overrides may name every field of the configuration, also those that the file leaves at their
+defaults (ml_collections' own flags know only the keys that the file writes out).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vpe_jax import systems
+from vpe_jax.config import nearest, to_dict
+from vpe_jax.contracts import UserError
+
+_WORDS = {'true': True, 'false': False, 'none': None}
+
+
+def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
+  """The whole configuration as plain dicts.
+
+  Args:
+    spec: `FILE.py` or `FILE.py:ARG`; the file's `get_config(ARG)` is called.
+    overrides: dotted key -> value as text.
+
+  Raises:
+    UserError: no such file, a bad argument, an unknown key, or a value of the wrong type.
+  """
+  path, _, arg = spec.partition(':')
+  try:
+    given = _get_config(Path(path))(arg)
+  except ValueError as error:
+    raise UserError(f'--config={spec}: {error}') from error
+  values = to_dict(systems.build(given.to_dict()).config)
+  for key, text in overrides.items():
+    _override(values, key, text)
+  systems.build(values)  # Checks the overridden values.
+  return values
+
+
+def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+  """Takes `--config.key=value` out of a command line: (overrides, the other arguments).
+
+  Raises:
+    UserError: an override without a value.
+  """
+  overrides, others = {}, []
+  for argument in arguments:
+    dashless = argument.lstrip('-')
+    if argument.startswith('-') and dashless.startswith('config.'):
+      key, equals, text = dashless.removeprefix('config.').partition('=')
+      if not equals:
+        raise UserError(f'{argument} has no value: write {argument}=VALUE')
+      overrides[key] = text
+    else:
+      others.append(argument)
+  return overrides, others
+
+
+def _get_config(path: Path) -> Any:
+  if not path.is_file():
+    known = sorted(str(p) for p in path.parent.glob('*.py') if p.name != 'common.py')
+    raise UserError(f"there is no such file{nearest(str(path), known) if known else ''}")
+  # Config files import each other as `configs.<name>`.
+  root = str(path.resolve().parent.parent)
+  if root not in sys.path:
+    sys.path.append(root)
+  spec = importlib.util.spec_from_file_location(f'configs.{path.stem}', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config
+
+
+def _override(values: dict[str, Any], key: str, text: str) -> None:
+  *sections, name = key.split('.')
+  for section in sections:
+    _check(values, section, key)
+    if not isinstance(values[section], dict):
+      raise UserError(f"unknown config key '{key}': '{section}' is a single value")
+    values = values[section]
+  _check(values, name, key)
+  values[name] = text if isinstance(values[name], str) else _literal(text)
+
+
+def _check(values: Mapping[str, Any], name: str, key: str) -> None:
+  if name not in values:
+    raise UserError(f"unknown config key '{key}'{nearest(name, values)}")
+
+
+def _literal(text: str) -> Any:
+  if text.lower() in _WORDS:
+    return _WORDS[text.lower()]
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text  # Names such as a,b: the field's type decides whether text will do.

@@ -1,0 +1,140 @@
+"""RUN/curves.png: the curves of a run as one picture, drawn from its metrics with Pillow."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from collections.abc import Sequence
+
+from etils import epath
+from PIL import Image, ImageDraw, ImageFont
+
+from vpe_jax.training import metrics
+from vpe_jax.training.metrics import Record
+
+FILE = 'curves.png'
+_WIDTH, _HEIGHT, _MARGIN, _COLUMNS = 460, 260, 56, 2
+_INK, _PAPER, _GRID = (30, 30, 30), (255, 255, 255), (226, 226, 226)
+_RAW, _SMOOTH, _HELD_OUT = (170, 200, 235), (25, 90, 170), (205, 90, 30)
+_SMOOTHING = 0.05  # share of a panel's points that a smoothed value averages over
+
+Points = list[tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """One panel: the training curve and, where there is one, the held-out curve of one quantity."""
+
+  title: str
+  trained: Points
+  held_out: Points
+
+
+def draw(workdir: epath.PathLike) -> None:
+  """Draws the curves of a run into its folder; without any record nothing is drawn."""
+  panels = panels_of(metrics.read(workdir))
+  if not panels:
+    return
+  buffer = io.BytesIO()
+  picture(panels).save(buffer, format='PNG')
+  (epath.Path(workdir) / FILE).write_bytes(buffer.getvalue())
+
+
+def panels_of(records: Sequence[Record]) -> list[Panel]:
+  """One panel for each loss, then gradient norm and previews' metrics, as far as recorded."""
+  names = list(dict.fromkeys(name for record in records for name in record))
+  trained = [name for name in names if name.startswith('loss/')] + ['grad_norm']
+  shown = [Panel(n, _points(records, n), _points(records, f'eval/{n[5:]}')) for n in trained]
+  for name in names:
+    if name.startswith('sample/own/'):
+      truth = name.replace('/own/', '/truth_plan/')
+      shown.append(Panel(name, _points(records, name), _points(records, truth)))
+  return [panel for panel in shown if panel.trained]
+
+
+def picture(panels: Sequence[Panel]) -> Image.Image:
+  """All panels on one sheet, two in a row."""
+  rows = math.ceil(len(panels) / _COLUMNS)
+  sheet = Image.new('RGB', (_COLUMNS * _WIDTH, rows * _HEIGHT), _PAPER)
+  for index, panel in enumerate(panels):
+    left, top = index % _COLUMNS * _WIDTH, index // _COLUMNS * _HEIGHT
+    sheet.paste(_draw_panel(panel), (left, top))
+  return sheet
+
+
+def smoothed(points: Points) -> Points:
+  """A trailing mean over a fixed share of the points."""
+  width = max(1, round(len(points) * _SMOOTHING))
+  values = [value for _, value in points]
+  result = []
+  total = 0.0
+  for index, (step, value) in enumerate(points):
+    total += value - (values[index - width] if index >= width else 0.0)
+    result.append((step, total / min(index + 1, width)))
+  return result
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+  """Round numbers between two bounds, about `count` of them."""
+  rough = (high - low) / count
+  power = 10.0 ** math.floor(math.log10(rough))
+  spacing = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+  first = math.ceil(low / spacing)
+  return [n * spacing for n in range(first, math.floor(high / spacing) + 1)]
+
+
+def _points(records: Sequence[Record], name: str) -> Points:
+  return [(r['step'], r[name]) for r in records if r.get(name) is not None]
+
+
+def _draw_panel(panel: Panel) -> Image.Image:
+  image = Image.new('RGB', (_WIDTH, _HEIGHT), _PAPER)
+  pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+  steps = [step for step, _ in panel.trained + panel.held_out]
+  curve = smoothed(panel.trained)
+  # Outliers of single steps may leave the panel: the smoothed and held-out curves set its range.
+  values = [value for _, value in curve + panel.held_out]
+  x_range, y_range = _bounds(steps), _bounds(values, 0.08)
+  box = (_MARGIN, 28, _WIDTH - 14, _HEIGHT - 30)
+  for value in ticks(*y_range):
+    y = _scale(value, y_range, box[3], box[1])
+    pen.line((box[0], y, box[2], y), fill=_GRID)
+    pen.text((box[0] - 6, y), f'{value:.4g}', fill=_INK, font=font, anchor='rm')
+  for value in ticks(*x_range):
+    x = _scale(value, x_range, box[0], box[2])
+    pen.line((x, box[1], x, box[3]), fill=_GRID)
+    pen.text((x, box[3] + 5), f'{value:.6g}', fill=_INK, font=font, anchor='mt')
+
+  def place(points: Points) -> Points:
+    return [
+      (
+        _scale(step, x_range, box[0], box[2]),
+        min(max(_scale(value, y_range, box[3], box[1]), box[1]), box[3]),
+      )
+      for step, value in points
+    ]
+
+  pen.line(place(panel.trained), fill=_RAW)
+  pen.line(place(curve), fill=_SMOOTH, width=2)
+  for x, y in place(panel.held_out):
+    pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=_HELD_OUT)
+  pen.line(place(panel.held_out), fill=_HELD_OUT)
+  pen.rectangle(box, outline=_INK)
+  pen.text((box[0], 8), panel.title, fill=_INK, font=font)
+  if panel.held_out:
+    second = 'from the true visual prompt' if panel.title.startswith('sample/') else 'held out'
+    pen.text((box[2], 8), second, fill=_HELD_OUT, font=font, anchor='ra')
+  return image
+
+
+def _bounds(values: Sequence[float], room: float = 0.0) -> tuple[float, float]:
+  low, high = min(values), max(values)
+  spread = (high - low) or abs(high) or 1.0
+  if low == high:
+    return low - spread / 2, high + spread / 2
+  return low - room * spread, high + room * spread
+
+
+def _scale(value: float, bounds: tuple[float, float], start: float, end: float) -> float:
+  return start + (value - bounds[0]) / (bounds[1] - bounds[0]) * (end - start)

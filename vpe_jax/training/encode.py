@@ -1,0 +1,154 @@
+"""Codes and latents before training: `data.encode=cached`.
+
+One pass of the frozen encoders over all records of the training split fills a cache on disk; later
+runs with the same data and encoders find it there. Systems offer
+`encode(frozen, images) -> (codes, latents)`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vpe_jax import __version__, sharding
+from vpe_jax.checkpoints import weights as weights_io
+from vpe_jax.config import Config, DataConfig
+from vpe_jax.contracts import Examples, Params, System, UserError
+from vpe_jax.data import cache
+from vpe_jax.data.cache import Encoded
+from vpe_jax.data.folder import File
+from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.data.synthetic import SyntheticCodes
+
+CHUNK = 64  # pictures encoded at a time, rounded up to a multiple of the devices
+READERS = 2  # threads that draw pictures ahead
+PROBES = 16  # pictures whose content goes into the fingerprint
+_SAY_EVERY = 10.0  # seconds
+
+
+def open_training_data(
+  config: Config, system: System, frozen: Params, mesh: jax.sharding.Mesh
+) -> Pipeline:
+  """The training split, with codes and latents where the config asks for them beforehand.
+
+  Raises:
+    UserError: `data.encode` has an unknown value, the system has no encoders, or other hosts
+      can't see the cache.
+  """
+  pictures = Pipeline(config.data, config.seed)
+  if config.data.encode == 'online':
+    return pictures
+  if config.data.encode != 'cached':
+    raise UserError(f"data.encode is '{config.data.encode}': choose 'online' or 'cached'")
+  if not hasattr(system, 'encode'):
+    raise UserError(f"system '{config.system}' trains on pictures: set data.encode=online")
+  if config.data.source == 'synthetic':
+    encoded: Encoded = _synthetic_codes(system, len(pictures))
+  else:
+    encoded = _cached(config, system, frozen, mesh, pictures)
+  return Pipeline(config.data, config.seed, encoded=encoded)
+
+
+def fingerprint(config: DataConfig, seed: int, frozen: Params, pictures: Pipeline) -> str:
+  """What decides a cache's content: the data, its resolution, and the encoders' weights."""
+  said = {
+    'version': __version__,
+    'data': [config.source, config.scenes_share, config.examples, config.image_size],
+    'seed': seed,
+    'content': _content(config, pictures),
+    'encoders': {name: weights_io.fingerprint(tree) for name, tree in sorted(frozen.items())},
+  }
+  return json.dumps(said, sort_keys=True)
+
+
+def _content(config: DataConfig, pictures: Pipeline) -> str:
+  """A hash of some pictures of the source, and of every file's size and date."""
+  digest = hashlib.blake2b(digest_size=16)
+  for index in np.linspace(0, len(pictures) - 1, PROBES).astype(int):
+    digest.update(pictures.record(int(index)).picture.draw(config.image_size).tobytes())
+  if config.source.startswith('folder:'):
+    for index in range(len(pictures)):
+      picture = pictures.record(index).picture
+      if isinstance(picture, File):
+        found = os.stat(picture.path)
+        digest.update(f'{picture.path} {found.st_size} {found.st_mtime_ns}'.encode())
+  return digest.hexdigest()
+
+
+def _synthetic_codes(system: System, count: int) -> SyntheticCodes:
+  """Random codes and latents of the shapes that the system trains on."""
+  shapes = system.abstract_batch(1)
+  return SyntheticCodes(
+    count, shapes.codes.shape[1], system.config.model.codes, shapes.latents.shape[1:]
+  )
+
+
+def _cached(
+  config: Config, system: System, frozen: Params, mesh: jax.sharding.Mesh, pictures: Pipeline
+) -> Encoded:
+  name = fingerprint(config.data, config.seed, frozen, pictures)
+  try:
+    found = cache.open_cache(name)
+  except cache.DamagedCacheError as error:
+    print(f'warning: {error}', flush=True)
+    found = None
+  # All processes encode together or not at all.
+  if multihost_utils.process_allgather(np.array(found is not None)).all():
+    return found
+  batches = _encode_all(system, frozen, mesh, pictures)
+  if jax.process_index() == 0:
+    cache.write_cache(name, batches)
+  else:
+    for _ in batches:
+      pass
+  multihost_utils.sync_global_devices('encoded')
+  found = cache.open_cache(name)
+  if found is None:
+    raise UserError(
+      f'{cache.location(name)} is not visible to all hosts: set VPE_JAX_CACHE to a shared folder, '
+      'or data.encode=online'
+    )
+  return found
+
+
+def _encode_all(
+  system: System, frozen: Params, mesh: jax.sharding.Mesh, pictures: Pipeline
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Codes and latents of consecutive records, chunk by chunk, whole in every process."""
+  encode = jax.jit(system.encode, out_shardings=sharding.replicated(mesh))
+  chunk = -(-CHUNK // mesh.size) * mesh.size
+  mine = sharding.host_rows(chunk, mesh)
+  total, began, said = len(pictures), time.monotonic(), 0.0
+
+  def read(start: int) -> Examples:
+    # The last chunk is filled with the last record.
+    rows = [min(start + row, total - 1) for row in range(chunk)]
+    return pictures.examples(rows[mine])
+
+  with ThreadPoolExecutor(READERS) as readers:
+    starts = list(range(0, total, chunk))
+    waiting = [readers.submit(read, start) for start in starts[:READERS]]
+    for number, start in enumerate(starts):
+      batch = waiting.pop(0).result()
+      if number + READERS < len(starts):
+        waiting.append(readers.submit(read, starts[number + READERS]))
+      image = sharding.put_batch(batch.image, mesh)
+      codes, latents = jax.device_get(encode(frozen, image))
+      done, seconds = min(start + chunk, total), time.monotonic() - began
+      if seconds - said > _SAY_EVERY or done == total:
+        said = seconds
+        _say(f'encoding pictures: {done:,}/{total:,} ({done / seconds:.0f} a second)')
+      yield codes[: done - start], latents[: done - start]
+
+
+def _say(text: str) -> None:
+  if jax.process_index() == 0:
+    print(text, flush=True)

@@ -1,0 +1,62 @@
+"""Batches on the devices, read ahead by a thread while a step runs."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vpe_jax.contracts import Examples
+
+DEPTH = 2  # batches that wait on the devices
+
+
+class Feed:
+  """An endless iterator over device batches; `close` it to end its thread.
+
+  Reading ahead moves no position: a batch counts as seen when its step has run.
+  """
+
+  def __init__(self, batches: Iterator[Examples], put: Callable[[Examples], Examples]):
+    self._batches = batches
+    self._put = put
+    self._ready: queue.Queue[tuple[Examples | None, BaseException | None]] = queue.Queue(DEPTH)
+    self._stop = threading.Event()
+    self._thread = threading.Thread(target=self._work, name='feed', daemon=True)
+    self._thread.start()
+
+  def __iter__(self) -> Feed:
+    return self
+
+  def __next__(self) -> Examples:
+    batch, error = self._ready.get()
+    if error is not None:
+      raise error
+    return batch
+
+  def close(self) -> None:
+    """Ends the thread and the iterator behind it."""
+    self._stop.set()
+    self._thread.join()
+    close: Any = getattr(self._batches, 'close', None)
+    if close is not None:
+      close()
+
+  def _work(self) -> None:
+    try:
+      for batch in self._batches:
+        if not self._offer((self._put(batch), None)):
+          return
+      self._offer((None, StopIteration('the data ended before the run did')))
+    except BaseException as error:  # Handed to the thread that asks for the batch.
+      self._offer((None, error))
+
+  def _offer(self, item: tuple[Examples | None, BaseException | None]) -> bool:
+    while not self._stop.is_set():
+      try:
+        self._ready.put(item, timeout=0.1)
+        return True
+      except queue.Full:
+        continue
+    return False

@@ -1,0 +1,155 @@
+"""What a run says while it trains: metrics.jsonl, a progress line, TensorBoard where installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from typing import Any
+
+import jax
+from etils import epath
+
+from vpe_jax.config import Config
+from vpe_jax.contracts import System, UserError
+from vpe_jax.training import throughput
+from vpe_jax.training.metrics import MetricsFile, Record, is_remote
+
+PATIENCE = 5  # steps in a row without a finite gradient that end a run
+
+
+class RunLog:
+  """Collects the metrics of each step, one step late, so that devices never wait for the log.
+
+  `push` takes the device's metrics of a step and finishes the record of the step before. `settle`
+  waits for the newest step; `add` puts further numbers into its record; the record is written
+  when the next step is pushed or at `flush`. Processes other than 0 keep count but write nothing.
+  """
+
+  def __init__(self, workdir: epath.PathLike, config: Config, system: System, resumed: int):
+    self._config = config
+    self._names = tuple(stage.name for stage in system.stages)
+    self._meter = throughput.meter(config, system)
+    self._pending: tuple[dict[str, int], Any] | None = None
+    self._record: Record | None = None
+    self._skipped: list[int] = []
+    self._recent: list[float] = []
+    writes = jax.process_index() == 0
+    self._file = MetricsFile(workdir, resumed) if writes else None
+    self._board = _open_board(workdir) if writes else None
+
+  def push(self, counters: dict[str, int], metrics: dict[str, jax.Array]) -> None:
+    """Takes the metrics of a step that was just dispatched.
+
+    Args:
+      counters: `stage` and, as counted after this step, `step` and `stage_step`.
+      metrics: scalars on the devices.
+    """
+    self.settle()
+    self._write()
+    self._pending = (counters, metrics)
+
+  def settle(self) -> None:
+    """Waits for the newest step and makes its record.
+
+    Raises:
+      UserError: the gradient was not finite for several steps in a row.
+    """
+    if self._pending is None:
+      return
+    (counters, metrics), self._pending = self._pending, None
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    stage = counters['stage']
+    speeds = self._meter.lap(stage)
+    self._recent.append(speeds['step_time'])
+    self._record = {**counters, 'stage': self._names[stage], **values, **speeds}
+    self._progress(stage, counters)
+    self._guard(counters['step'], values)
+
+  def add(self, values: dict[str, float]) -> None:
+    """Puts further numbers into the record of the newest step."""
+    self.settle()
+    if self._record is not None:
+      self._record |= values
+
+  def resume_clock(self) -> None:
+    """Leaves the time since the newest step out of the next step's time."""
+    self._meter.restart()
+
+  def flush(self) -> None:
+    """Writes every record up to the newest step durably."""
+    self.settle()
+    self._write()
+    if self._file is not None:
+      self._file.flush()
+
+  def close(self) -> None:
+    """Closes the files without waiting for a step that is still under way."""
+    self._write()
+    if self._file is not None:
+      self._file.close()
+    if self._board is not None:
+      self._board.close()
+
+  def _write(self) -> None:
+    record, self._record = self._record, None
+    if record is None:
+      return
+    if self._file is not None:
+      self._file.write(record)
+    if self._board is not None:
+      for name, value in record.items():
+        if isinstance(value, float):
+          self._board.add_scalar(name, value, record['step'])
+
+  def _progress(self, stage: int, counters: dict[str, int]) -> None:
+    every, stage_step = max(self._config.log.every, 1), counters['stage_step']
+    total = self._config.steps[stage]
+    if self._file is None or (stage_step % every and stage_step not in (1, total)):
+      return
+    seconds = sum(self._recent) / len(self._recent)
+    self._recent = []
+    left = self._meter.remaining(stage, stage_step, seconds)
+    print(progress_line(self._record, total, left), flush=True)
+
+  def _guard(self, step: int, values: dict[str, float]) -> None:
+    if not values['skipped']:
+      self._skipped = []
+      return
+    self._skipped.append(step)
+    print(f'warning: step {step} skipped: its gradient is not finite', flush=True)
+    if len(self._skipped) >= PATIENCE:
+      raise UserError(
+        f'the gradient was not finite in {PATIENCE} steps in a row (to step {step}), so the run '
+        'stops with its last good parameters: lower optim.lr, or look at the data of these steps'
+      )
+
+
+def progress_line(record: Record, total: int, seconds_left: float) -> str:
+  """One line for a person: where the run is, its losses, its speed, when it ends."""
+  losses = [f'{name[5:]} {value:.4f}' for name, value in record.items() if name[:5] == 'loss/']
+  speed = [
+    f'{record["step_time"]:.3g} s/step',
+    f'{record["images_per_s"]:.3g} images/s',
+    f'{record["tokens_per_s"]:.4g} tokens/s',
+    f'MFU {record["mfu"]:.1%}' if 'mfu' in record else f'{record["tflops_per_s"]:.3g} TFLOP/s',
+  ]
+  return ' | '.join([
+    f'{record["stage"]} {record["stage_step"]}/{total}',
+    f'loss {record["loss"]:.4f} ({", ".join(losses)})',
+    ', '.join(speed),
+    f'ETA {duration(seconds_left)}',
+  ])
+
+
+def duration(seconds: float) -> str:
+  """Seconds as h:mm:ss."""
+  whole = math.ceil(seconds)
+  return f'{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}'
+
+
+def _open_board(workdir: epath.PathLike) -> Any:
+  """A TensorBoard writer of local event files, if tensorboardX is installed, else None."""
+  if is_remote(workdir) or importlib.util.find_spec('tensorboardX') is None:
+    return None
+  return importlib.import_module('tensorboardX').SummaryWriter(str(workdir))

@@ -1,0 +1,243 @@
+"""The training loop: stages, steps, and everything that happens between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from vpe_jax import rng, sharding
+from vpe_jax.checkpoints import weights as weights_io
+from vpe_jax.checkpoints.store import Store
+from vpe_jax.config import Config, to_dict
+from vpe_jax.contracts import Array, Examples, Params, System
+from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.training import curves, encode, report, resume
+from vpe_jax.training.feed import Feed
+from vpe_jax.training.heldout import HeldOut
+from vpe_jax.training.logging import RunLog
+from vpe_jax.training.preemption import Preemption
+from vpe_jax.training.previews import Previews
+from vpe_jax.training.profiler import Profiler
+from vpe_jax.training.state import State, next_stage
+from vpe_jax.training.step import make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What stays the same from the first step of a run to its last."""
+
+  config: Config
+  system: System
+  workdir: epath.Path
+  mesh: jax.sharding.Mesh
+  key: Array
+  frozen: Params
+  data: Pipeline
+  store: Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Watchers:
+  """What looks at a run while it goes on."""
+
+  log: RunLog
+  held_out: HeldOut
+  previews: Previews
+  profiler: Profiler
+  preemption: Preemption
+
+
+def train(
+  config: Config, system: System, workdir: str, allow_change: Sequence[str] = ()
+) -> State | None:
+  """Trains all stages of a run, or continues one that was interrupted.
+
+  Args:
+    config: the run.
+    system: what trains, built from the same config.
+    workdir: where everything is written: a local folder or gs://.
+    allow_change: config fields that may differ from those the run was started with.
+
+  Returns:
+    The final state, or None if the machine is being taken away (the run is saved then).
+
+  Raises:
+    UserError: the batch doesn't divide over the devices, the folder holds another run, weights
+      are missing, or the gradient stays non-finite.
+  """
+  mesh = sharding.make_mesh(config.mesh)
+  for batch_size in config.batch_size:
+    sharding.check_divides(batch_size, mesh, config.optim.accumulate)
+  print(report.devices_text(mesh), flush=True)
+  folder = epath.Path(workdir)
+  with jax.set_mesh(mesh), contextlib.ExitStack() as cleanup:
+    key = jax.device_put(rng.run_key(config.seed), sharding.replicated(mesh))
+    store = Store(str(folder / 'checkpoints'), config.checkpoint)
+    cleanup.callback(store.close)  # Waits for a save under way, however the run ends.
+    state = _start(config, system, str(folder), mesh, store, allow_change, key)
+    frozen = _load_frozen(system, mesh, config.mesh.strategy)
+    data = encode.open_training_data(config, system, frozen, mesh)
+    run = Run(config, system, folder, mesh, key, frozen, data, store)
+    watchers = _watch(run, int(state['step']), cleanup)
+    return _run_stages(run, watchers, state)
+
+
+def _start(
+  config: Config,
+  system: System,
+  workdir: str,
+  mesh: jax.sharding.Mesh,
+  store: Store,
+  allow_change: Sequence[str],
+  key: Array,
+) -> State:
+  """The state to go on from: the newest good checkpoint's, else a new run's."""
+
+  def abstract_of(meta: Mapping[str, Any]) -> State:
+    for note in resume.check_config(config, meta['config'], workdir, allow_change):
+      print(f'config change: {note}', flush=True)
+    return resume.abstract_state(config, system, meta['stage'], mesh)
+
+  state = store.restore(abstract_of)
+  if state is None:
+    print(f'run: new, writes to {workdir}', flush=True)
+    return resume.fresh_state(config, system, resume.abstract_state(config, system, 0, mesh), key)
+  print(f'run: resumes after step {int(state["step"])}, writes to {workdir}', flush=True)
+  return state
+
+
+def _load_frozen(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Params:
+  """The frozen networks, sharded over the mesh: arguments of every call, in no checkpoint."""
+  loaded = {name: weights_io.load(source)[0] for name, source in system.frozen_weights.items()}
+  # No names: each leaf is split along its largest dimensions.
+  table = [(re.escape(p), (None,) * np.ndim(x)) for p, x in sharding.by_path(loaded).items()]
+  return jax.device_put(loaded, sharding.param_shardings(loaded, table, mesh, strategy))
+
+
+def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
+  """Opens the log and everything else that looks at the run; `cleanup` closes them."""
+  log = RunLog(run.workdir, run.config, run.system, resumed)
+  cleanup.callback(log.close)
+  profiler = Profiler(run.config.log.profile, str(run.workdir / 'profile'))
+  cleanup.callback(profiler.close)
+  return Watchers(
+    log,
+    HeldOut(run.config, run.system, run.mesh),
+    Previews(run.config, run.system, run.mesh, run.workdir),
+    profiler,
+    cleanup.enter_context(Preemption()),
+  )
+
+
+def _run_stages(run: Run, watchers: Watchers, state: State) -> State | None:
+  """Runs what is left of each stage; between two stages the optimizer and the average restart."""
+  while True:
+    state = _run_stage(run, watchers, state)
+    if state is None:
+      return None
+    index = int(state['stage']) + 1
+    if index == len(run.system.stages):
+      break
+    run.store.wait()  # The last save may still read the buffers that are about to go.
+    abstract = resume.abstract_state(run.config, run.system, index, run.mesh)
+    state = next_stage(state, run.system.stages[index], resume.shardings_of(abstract))
+  if jax.process_index() == 0:
+    curves.draw(run.workdir)
+  run.store.wait()
+  return state
+
+
+def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
+  """All steps that are left of the state's stage; None if the machine is being taken away."""
+  counters = {name: int(state[name]) for name in ('stage', 'step', 'stage_step')}
+  index, total = counters['stage'], run.config.steps[counters['stage']]
+  if counters['stage_step'] >= total:
+    return state
+  feed = _feed(run, int(state['examples_seen']), run.config.batch_size[index])
+  stored_config = to_dict(run.config)
+  try:
+    batch = next(feed)
+    step = _compile(run, state, batch)
+    _report(run, step, state, batch)
+    watchers.log.resume_clock()
+    while True:
+      # 1. The step: dispatched, not awaited. It runs the one executable compiled above, which
+      #    takes these shapes and shardings only: a recompilation is impossible.
+      watchers.profiler.before(counters['step'] + 1)
+      with jax.transfer_guard('disallow'):
+        state, metrics = step(state, run.frozen, batch, run.key)
+      counters = {**counters, 'step': counters['step'] + 1, 'stage_step': counters['stage_step'] + 1}
+      watchers.profiler.after(counters['step'], metrics)
+      # 2. The log: writes the step before this one, which is done.
+      watchers.log.push(counters, metrics)
+      # 3. Held-out losses, 4. pictures: numbers that join this step's record.
+      is_last = counters['stage_step'] == total
+      _look(run, watchers, state, counters['step'], is_last)
+      # 5. The save: never before the records of all its steps are on disk.
+      is_leaving = watchers.preemption.reached(counters['step'])
+      if is_last or is_leaving or counters['step'] % run.config.checkpoint.every == 0:
+        watchers.log.flush()
+        run.store.save(state, stored_config, force=is_last or is_leaving)
+        watchers.log.resume_clock()
+      if is_leaving:
+        run.store.wait()
+        _say(f'preempted: saved step {counters["step"]}; the same command continues from there')
+        return None
+      if is_last:
+        return state
+      # 6. The next batch, after the save: the saved state never counts a batch it has not seen.
+      batch = next(feed)
+  finally:
+    feed.close()
+
+
+def _compile(run: Run, state: State, batch: Examples) -> jax.stages.Compiled:
+  """The stage's step, compiled ahead of time for exactly this state and batch."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+  stage = run.system.stages[int(state['stage'])]
+  step = make_train_step(run.system, stage, run.config.optim, shardings)
+  return step.lower(state, run.frozen, batch, run.key).compile()
+
+
+def _feed(run: Run, start: int, batch_size: int) -> Feed:
+  batches = run.data.batches(start, batch_size, jax.process_index(), jax.process_count())
+  return Feed(batches, lambda batch: sharding.put_batch(batch, run.mesh))
+
+
+def _look(run: Run, watchers: Watchers, state: State, step: int, is_last: bool) -> None:
+  """Held-out losses and sample grids, where one is due."""
+  log = run.config.log
+  if log.evaluate and (step % log.evaluate == 0 or is_last):
+    watchers.log.add(watchers.held_out.evaluate(run.frozen, state, run.key))
+    watchers.log.resume_clock()
+  if log.samples and (step % log.samples == 0 or is_last):
+    watchers.log.add(watchers.previews.draw(run.frozen, state, run.key, step))
+    watchers.log.resume_clock()
+    if jax.process_index() == 0:
+      curves.draw(run.workdir)
+
+
+def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Examples) -> None:
+  """The start-up report of a stage."""
+  stage = run.system.stages[int(state['stage'])]
+  _say(f'stage {stage.name}:')
+  _say(
+    report.parameters_text(
+      state['params'], run.frozen, run.system.frozen_weights, stage, run.config.optim
+    )
+  )
+  _say(report.memory_text(report.memory_of(step)))
+  first = run.data.record(run.data.index_at(int(state['examples_seen'])))
+  _say(report.sample_text(batch, first.caption))
+
+
+def _say(text: str) -> None:
+  if jax.process_index() == 0:
+    print(text, flush=True)

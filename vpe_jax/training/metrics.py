@@ -1,0 +1,121 @@
+"""RUN/metrics.jsonl: one JSON object for every step, each step exactly once.
+
+Local runs append to one file and flush each line. An object store has no append, so remote runs
+write numbered parts. A run that resumes at step N drops every record beyond N before it goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import Any
+
+from etils import epath
+
+FILE = 'metrics.jsonl'
+PART_RECORDS = 200  # records that a remote run holds back at most
+
+Record = dict[str, Any]
+
+
+def read(workdir: epath.PathLike) -> list[Record]:
+  """All complete records of a run in order of step; a line cut off by a crash is left out."""
+  records = []
+  for path in _files(epath.Path(workdir)):
+    records += parse(path.read_text())
+  return records
+
+
+def is_remote(workdir: epath.PathLike) -> bool:
+  """Whether the folder is on an object store such as gs://."""
+  return '://' in str(workdir)
+
+
+class MetricsFile:
+  """Writes the records of one run; only process 0 may own one."""
+
+  def __init__(self, workdir: epath.PathLike, resumed: int, numbered: bool | None = None):
+    """Opens the file and drops records beyond step `resumed`.
+
+    Args:
+      workdir: the run's folder.
+      resumed: step of the restored state (0: a new run).
+      numbered: whether to write numbered parts (None: if the folder is remote).
+    """
+    self._folder = epath.Path(workdir)
+    self._numbered = is_remote(workdir) if numbered is None else numbered
+    self._folder.mkdir(parents=True, exist_ok=True)
+    self._held: list[Record] = []
+    _truncate(self._folder, resumed)
+    self._stream = None if self._numbered else open(self._folder / FILE, 'a', encoding='utf-8')
+
+  def write(self, record: Record) -> None:
+    """Adds the record of one step; numbers that are not finite become null."""
+    if self._stream is None:
+      self._held.append(record)
+      if len(self._held) >= PART_RECORDS:
+        self.flush()
+    else:
+      self._stream.write(_line(record))
+      self._stream.flush()
+
+  def flush(self) -> None:
+    """Makes everything written so far durable: called before a checkpoint of the same step."""
+    if self._stream is not None:
+      os.fsync(self._stream.fileno())
+    elif self._held:
+      text = ''.join(_line(record) for record in self._held)
+      _part(self._folder, self._held[0]['step']).write_text(text)
+      self._held = []
+
+  def close(self) -> None:
+    """Flushes and closes."""
+    self.flush()
+    if self._stream is not None:
+      self._stream.close()
+
+
+def _part(folder: epath.Path, step: int) -> epath.Path:
+  return folder / f'metrics-{step:09d}.jsonl'
+
+
+def _files(folder: epath.Path) -> list[epath.Path]:
+  whole = folder / FILE
+  parts = sorted(folder.glob('metrics-*.jsonl'))
+  return ([whole] if whole.exists() else []) + parts
+
+
+def _truncate(folder: epath.Path, resumed: int) -> None:
+  for path in _files(folder):
+    text = path.read_text()
+    kept = ''.join(_line(record) for record in parse(text) if record['step'] <= resumed)
+    if kept != text:
+      _replace(path, kept)
+
+
+def _replace(path: epath.Path, text: str) -> None:
+  if not text:
+    path.unlink()
+    return
+  # A crash between these two lines leaves the old file whole.
+  beside = path.parent / f'{path.name}.partial'
+  beside.write_text(text)
+  beside.replace(path)
+
+
+def parse(text: str) -> list[Record]:
+  """The complete lines of a metrics file as records."""
+  whole = text[: text.rfind('\n') + 1]
+  return [json.loads(line) for line in whole.splitlines() if line]
+
+
+def _line(record: Record) -> str:
+  return json.dumps({key: _plain(value) for key, value in record.items()}, allow_nan=False) + '\n'
+
+
+def _plain(value: Any) -> Any:
+  if not isinstance(value, float):
+    return value
+  # Nine digits hold a float32 exactly.
+  return float(f'{value:.9g}') if math.isfinite(value) else None

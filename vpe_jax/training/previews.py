@@ -1,0 +1,117 @@
+"""RUN/samples/step_*.png: what a run draws for fixed captions, beside what it should have drawn.
+
+Three rows: pictures from the model's own visual prompt, pictures rendered from the ground truth's
+visual prompt, and the ground truth. The distance between the first two rows is the gap between
+inference and training: in training the renderer always stands on a true visual prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from vpe_jax import sharding
+from vpe_jax.config import Config, SampleConfig
+from vpe_jax.contracts import Array, Drawing, Examples, Params, System
+from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.sampling import pictures
+from vpe_jax.training import heldout
+from vpe_jax.training.state import State, weights
+
+SHOWN = 4  # pictures of each split in a grid
+COUNT = 8  # pictures of each split that the metrics are taken over
+LABELS = ('own visual prompt', 'true visual prompt', 'ground truth')
+
+
+class Previews:
+  """Draws the same captions with the same seeds each time."""
+
+  def __init__(
+    self, config: Config, system: System, mesh: jax.sharding.Mesh, workdir: epath.Path
+  ):
+    self._config = config
+    self._system = system
+    self._mesh = mesh
+    self._folder = workdir / 'samples'
+    held_out = (heldout.SPLIT,) if heldout.has_split(config.data.source) else ()
+    self._splits = ('train', *held_out)
+    self._truth: dict[str, tuple[Examples, list[str]]] = {}
+    everywhere = sharding.replicated(mesh)  # every process reads the results
+    self._draw = jax.jit(self._generate, static_argnums=4, out_shardings=everywhere)
+    self._compare = jax.jit(self._measure, out_shardings=everywhere)
+
+  @property
+  def possible(self) -> bool:
+    """Whether the system draws pictures, and has the networks for it."""
+    return hasattr(self._system, 'generate') and bool(self._system.frozen_weights)
+
+  def draw(self, frozen: Params, state: State, key: Array, step: int) -> dict[str, float]:
+    """Writes one grid.
+
+    Returns:
+      For the metrics, for pictures from the model's own visual prompt (`sample/own/...`) and
+      from the true one (`sample/truth_plan/...`): `latent_distance`, the root mean square
+      difference from the true latents, and `retrieval`, the share of pictures whose own caption
+      fits best among the batch's, where the system can tell. Nothing if it doesn't draw.
+    """
+    if not self.possible:
+      return {}
+    params, found = weights(state), {}
+    rows: list[list[np.ndarray]] = [[], [], []]
+    captions: list[str] = []
+    for split in self._splits:
+      truth, said = self._load(split, frozen)
+      request = dataclasses.replace(truth, image=None, latents=None, codes=None)
+      planned = dataclasses.replace(request, codes=truth.codes)
+      for row, name, wanted in ((0, 'own', request), (1, 'truth_plan', planned)):
+        drawing = self._draw(params, frozen, wanted, key, self._config.sample)
+        measured = jax.device_get(self._compare(frozen, drawing, truth))
+        for measure, value in measured.items():
+          found.setdefault(f'sample/{name}/{measure}', []).append(float(value))
+        image = jax.device_get(drawing.image[:SHOWN])
+        rows[row] += list(pictures.to_uint8(np.nan_to_num(image)))
+      rows[2] += list(self._fetch(truth.image)[:SHOWN])
+      captions += said
+    if jax.process_index() == 0:
+      blank = [''] * len(captions)
+      sheet = pictures.grid(rows, [blank, blank, captions], LABELS)
+      pictures.save_png(sheet, self._folder / f'step_{step:07d}.png', overwrite=True)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+  def _generate(
+    self, params: Params, frozen: Params, request: Examples, key: Array, settings: SampleConfig
+  ) -> Drawing:
+    prepare = getattr(self._system, 'prepare', None)
+    ready = prepare(params) if prepare else params
+    return self._system.generate(ready, frozen, request, key, settings)
+
+  def _measure(self, frozen: Params, drawing: Drawing, truth: Examples) -> dict[str, Array]:
+    difference = drawing.latents - truth.latents
+    measured = {'latent_distance': jnp.sqrt(jnp.mean(jnp.square(difference)))}
+    similarity = getattr(self._system, 'similarity', None)
+    if similarity is not None:
+      fits = similarity(frozen, drawing.image, truth.text, truth.text_length)
+      own = jnp.diagonal(fits)[:, None]
+      measured['retrieval'] = jnp.mean(jnp.all(own >= fits, axis=1).astype(jnp.float32))
+    return measured
+
+  def _load(self, split: str, frozen: Params) -> tuple[Examples, list[str]]:
+    """The first records of a split with their true codes and latents, and their captions."""
+    if split not in self._truth:
+      data = Pipeline(self._config.data, self._config.seed, split=split)
+      count = -(-COUNT // self._mesh.size) * self._mesh.size
+      with data.batches(0, count, jax.process_index(), jax.process_count()) as batches:
+        placed = sharding.put_batch(next(batches), self._mesh)
+      captions = [data.record(data.index_at(place)).caption for place in range(SHOWN)]
+      encoded = heldout.with_codes(self._system, frozen, placed, keep_image=True)
+      self._truth[split] = (encoded, captions)
+    return self._truth[split]
+
+  def _fetch(self, leaf: Array) -> np.ndarray:
+    """A whole array on every host."""
+    whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(self._mesh))
+    return jax.device_get(whole(leaf))

@@ -1,0 +1,90 @@
+"""Where a run starts: from its newest good checkpoint if there is one, else from fresh parameters.
+
+A run continues only with the configuration that it was started with. Fields that change nothing
+about what is learned may differ; any other difference must be named with `--allow_change`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from vpe_jax import rng, sharding
+from vpe_jax.config import Config, differences
+from vpe_jax.contracts import Array, System, UserError
+from vpe_jax.training.state import COUNTERS, State, first_state
+
+# What a run shows, keeps and runs on, as against what it computes.
+FREE = ('checkpoint', 'log', 'sample', 'data.workers', 'mesh')
+LISTED = 8  # differences that an error lists
+
+
+def check_config(
+  config: Config, stored: Mapping[str, Any], workdir: str, allow_change: Sequence[str]
+) -> list[str]:
+  """Compares a run's stored configuration with ours.
+
+  Returns:
+    A line for each difference that is accepted.
+
+  Raises:
+    UserError: fields differ that are neither free nor named in `allow_change`.
+  """
+  refused, accepted = [], []
+  for field, (old, new) in differences(config, stored).items():
+    text = f'{field} was {old!r}, now {new!r}'
+    allowed = any(_within(field, name) for name in (*FREE, *allow_change))
+    (accepted if allowed else refused).append((field, text))
+  if refused:
+    more = f' and {len(refused) - LISTED} more' if len(refused) > LISTED else ''
+    fields = ','.join(field for field, _ in refused[:LISTED])
+    raise UserError(
+      f'{workdir} holds a run with another config: '
+      f'{"; ".join(text for _, text in refused[:LISTED])}{more}. Choose another --workdir, or '
+      f'continue it with --allow_change={fields}'
+    )
+  return [text for _, text in accepted]
+
+
+def abstract_state(config: Config, system: System, stage: int, mesh: jax.sharding.Mesh) -> State:
+  """Shapes, dtypes and shardings of the state in one stage."""
+  shapes = jax.eval_shape(
+    lambda key: first_state(system.init(key), system.stages[stage]), rng.run_key(config.seed)
+  )
+  whole = sharding.replicated(mesh)
+
+  def place(tree: Any) -> Any:
+    return sharding.param_shardings(tree, system.logical_axes, mesh, config.mesh.strategy)
+
+  moments = shapes['opt_state']
+  shardings = {
+    **{name: whole for name in COUNTERS},
+    'params': place(shapes['params']),
+    'opt_state': {'count': whole, 'mu': place(moments['mu']), 'nu': place(moments['nu'])},
+    'ema': place(shapes['ema']),
+  }
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    shapes,
+    shardings,
+  )
+
+
+def fresh_state(config: Config, system: System, abstract: State, key: Array) -> State:
+  """The state of a new run, initialised in place on its devices."""
+
+  def init(key: Array) -> State:
+    return first_state(system.init(rng.stream(key, 'init')), system.stages[0])
+
+  return jax.jit(init, out_shardings=shardings_of(abstract))(key)
+
+
+def shardings_of(abstract: State) -> State:
+  """The sharding of every leaf."""
+  return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _within(field: str, name: str) -> bool:
+  return field == name or field.startswith(f'{name}.')

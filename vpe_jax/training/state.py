@@ -1,0 +1,119 @@
+"""The state of a run, and how a stage divides parameters into trainable and frozen leaves.
+
+State is a plain dict: {stage, step, stage_step, examples_seen, params, opt_state, ema}. `params`
+holds every parameter; `opt_state` and `ema` hold trainable leaves only, under the same paths.
+`ema` is an empty dict in a stage that keeps no average.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax.contracts import Params, Stage, UserError
+from vpe_jax.training import optimizer
+
+State = dict[str, Any]
+COUNTERS = ('stage', 'step', 'stage_step', 'examples_seen')
+
+
+def by_path(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """A nested dict as {'a/b/c': leaf}, in the tree's own order."""
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      flat |= by_path(value, f'{prefix}{key}/')
+    else:
+      flat[f'{prefix}{key}'] = value
+  return flat
+
+
+def split_trainable(params: Params, stage: Stage) -> tuple[Params, Params]:
+  """Divides parameters by the stage's regular expressions into (trainable, frozen).
+
+  Both are nested dicts without empty branches; `merge` puts them together again.
+
+  Raises:
+    UserError: a regular expression of the stage matches no parameter.
+  """
+  paths = list(by_path(params))
+  for pattern in stage.trainable:
+    if not any(re.match(pattern, path) for path in paths):
+      heads = ', '.join(sorted({path.split('/')[0] for path in paths}))
+      raise UserError(
+        f"stage '{stage.name}' trains '{pattern}', which matches no parameter; "
+        f'paths begin with: {heads}'
+      )
+
+  def is_trainable(path: str) -> bool:
+    return any(re.match(pattern, path) for pattern in stage.trainable)
+
+  chosen = _select(params, is_trainable)
+  return chosen, _select(params, lambda path: not is_trainable(path))
+
+
+def merge(ours: Params, others: Params) -> Params:
+  """Joins two nested dicts; a leaf in both is taken from `ours`."""
+  joined = dict(others)
+  for key, value in ours.items():
+    if isinstance(value, Mapping) and key in others:
+      joined[key] = merge(value, others[key])
+    else:
+      joined[key] = value
+  return joined
+
+
+def first_state(params: Params, stage: Stage) -> State:
+  """The state before the first step of a run; `params` is owned by the state from here on."""
+  zeros = {name: jnp.zeros((), jnp.int32) for name in COUNTERS}
+  return {**zeros, 'params': params, **_fresh(params, stage)}
+
+
+def next_stage(state: State, stage: Stage, shardings: State | None = None) -> State:
+  """The state before the first step of the stage that follows: optimizer and average afresh.
+
+  Args:
+    state: the last of the stage before; its optimizer and average are given up.
+    stage: the stage that follows.
+    shardings: of every leaf of the new state (None: one device).
+  """
+  for leaf in jax.tree.leaves((state['opt_state'], state['ema'])):
+    leaf.delete()
+  out = shardings and {name: shardings[name] for name in ('opt_state', 'ema')}
+  fresh = jax.jit(lambda params: _fresh(params, stage), out_shardings=out)(state['params'])
+  return {
+    'stage': state['stage'] + 1,
+    'step': state['step'],
+    'stage_step': jnp.zeros_like(state['stage_step']),
+    'examples_seen': state['examples_seen'],
+    'params': state['params'],
+    **fresh,
+  }
+
+
+def weights(state: State) -> Params:
+  """What a run is judged by: the averaged parameters where there are any, else the raw ones."""
+  return merge(state['ema'], state['params'])
+
+
+def _fresh(params: Params, stage: Stage) -> dict[str, Any]:
+  trainable, _ = split_trainable(params, stage)
+  # Copies: a buffer that sits in the state twice could not be donated to the step.
+  average = jax.tree.map(jnp.copy, trainable) if stage.ema else {}
+  return {'opt_state': optimizer.init(trainable), 'ema': average}
+
+
+def _select(tree: Params, keep: Callable[[str], bool], prefix: str = '') -> dict[str, Any]:
+  kept = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      branch = _select(value, keep, f'{prefix}{key}/')
+      if branch:
+        kept[key] = branch
+    elif keep(f'{prefix}{key}'):
+      kept[key] = value
+  return kept

@@ -1,0 +1,187 @@
+"""The training step: a pure function from state and batch to state and metrics.
+
+Trainable leaves are split off before differentiation, so the compiled step holds no weight
+gradient of a frozen leaf. The counts of all losses are known for the whole step before its first
+microbatch, so each microbatch's gradient is divided by the global count and the sum over
+microbatches is the gradient of the whole batch, however it was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vpe_jax.config import OptimConfig
+from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, System
+from vpe_jax.training import ema, optimizer
+from vpe_jax.training.state import State, merge, split_trainable
+
+Metrics = dict[str, Array]
+Sums = dict[str, Array]
+
+
+def make_train_step(
+  system: System, stage: Stage, optim: OptimConfig, shardings: State | None = None
+) -> Callable[[State, Params, Examples, Array], tuple[State, Metrics]]:
+  """Builds the jitted step of one stage; it takes over (donates) the state's buffers.
+
+  Args:
+    system: whose losses are minimised.
+    stage: which leaves train and which losses drive them.
+    optim: optimizer settings; `accumulate` microbatches a step.
+    shardings: of every leaf of the state (None: one device). Gradients take the sharding of
+      their parameters, inside the accumulation too.
+
+  Returns:
+    step(state, frozen, batch, rng) -> (state, metrics). Metrics are float32 scalars: `loss` (the
+    weighted total), `loss/<name>`, `weight/<name>` of scheduled terms, `grad_norm` before
+    clipping, `lr`, and `skipped` (1 where the gradient was not finite and nothing was updated).
+  """
+  place = _placement(shardings, stage)
+
+  def step(
+    state: State, frozen: Params, batch: Examples, rng: Array
+  ) -> tuple[State, Metrics]:
+    trainable, fixed = split_trainable(state['params'], stage)
+    counts = system.counts(batch, rng, stage)
+
+    def objective(trainable: Params, part: Examples) -> tuple[Array, tuple[Sums, Metrics]]:
+      params = merge(trainable, fixed)
+      terms = system.losses(params, frozen, part, rng, state['stage_step'], stage)
+      return _total(terms, counts), (_sums(terms), _scheduled_weights(terms))
+
+    gradient, loss, sums, scheduled = _differentiate(
+      objective, trainable, batch, optim.accumulate, place
+    )
+    norm = optax.global_norm(gradient)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    metrics = {
+      'loss': loss,
+      **_means(sums, counts),
+      **scheduled,
+      'grad_norm': norm,
+      'lr': optimizer.learning_rate(state['stage_step'], optim),
+      'skipped': 1.0 - finite.astype(jnp.float32),
+    }
+    updated = _updated(state, trainable, optimizer.clip(gradient, norm, optim.clip), optim)
+    kept = {'params': trainable, 'opt_state': state['opt_state'], 'ema': state['ema']}
+    chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
+    return {
+      'stage': state['stage'],
+      'step': state['step'] + 1,
+      'stage_step': state['stage_step'] + 1,
+      'examples_seen': state['examples_seen'] + batch.example.shape[0],
+      **chosen,
+      'params': merge(chosen['params'], fixed),
+    }, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+
+  out = None if shardings is None else (shardings, None)
+  return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def make_eval_step(
+  system: System, stage: Stage
+) -> Callable[[Params, Params, Examples, Array, Array], tuple[Sums, Sums]]:
+  """Builds eval(params, frozen, batch, rng, stage_step) -> (sums, counts) of every loss term."""
+
+  def evaluate(
+    params: Params, frozen: Params, batch: Examples, rng: Array, stage_step: Array
+  ) -> tuple[Sums, Sums]:
+    terms = system.losses(params, frozen, batch, rng, stage_step, stage)
+    return _sums(terms), {name: jnp.float32(term.count) for name, term in terms.items()}
+
+  return jax.jit(evaluate)
+
+
+def _differentiate(
+  objective: Callable[[Params, Examples], tuple[Array, tuple[Sums, Metrics]]],
+  trainable: Params,
+  batch: Examples,
+  accumulate: int,
+  place: Callable[[Params], Params],
+) -> tuple[Params, Array, Sums, Metrics]:
+  """Gradient, loss, loss sums and scheduled weights of the whole batch."""
+  with_gradient = jax.value_and_grad(objective, has_aux=True)
+  if accumulate == 1:
+    (loss, (sums, scheduled)), gradient = with_gradient(trainable, batch)
+    return place(gradient), loss, sums, scheduled
+
+  def body(carry: Params, part: Examples) -> tuple[Params, Any]:
+    (loss, (sums, scheduled)), gradient = with_gradient(trainable, part)
+    # Placed inside the scan: reduced once a microbatch into shards, never kept whole.
+    return place(jax.tree.map(jnp.add, carry, place(gradient))), (loss, sums, scheduled)
+
+  zeros = place(jax.tree.map(jnp.zeros_like, trainable))
+  gradient, (loss, sums, scheduled) = jax.lax.scan(body, zeros, microbatches(batch, accumulate))
+  sums = jax.tree.map(lambda leaf: leaf.sum(0), sums)
+  return gradient, loss.sum(), sums, jax.tree.map(lambda leaf: leaf[0], scheduled)
+
+
+def microbatches(batch: Examples, accumulate: int) -> Examples:
+  """Cuts [B, ...] leaves into [accumulate, B / accumulate, ...]: microbatch a has rows a::n.
+
+  Rows are dealt out in turn because each device holds consecutive rows: so every device keeps
+  its own rows and takes an equal share of every microbatch.
+  """
+
+  def cut(leaf: Array) -> Array:
+    dealt = leaf.reshape(leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:])
+    return jnp.moveaxis(dealt, 1, 0)
+
+  return jax.tree.map(cut, batch)
+
+
+def _updated(state: State, trainable: Params, gradient: Params, optim: OptimConfig) -> State:
+  params, opt_state = optimizer.update(
+    gradient, state['opt_state'], trainable, state['stage_step'], optim
+  )
+  average = state['ema']
+  if average:
+    average = ema.update(average, params, state['stage_step'], optim.ema)
+  return {'params': params, 'opt_state': opt_state, 'ema': average}
+
+
+def _drives(term: LossTerm) -> bool:
+  return not (isinstance(term.weight, (int, float)) and term.weight == 0.0)
+
+
+def _total(terms: dict[str, LossTerm], counts: Sums) -> Array:
+  if terms.keys() != counts.keys():
+    raise ValueError(f'losses {sorted(terms)} but counts {sorted(counts)}: they must agree')
+  parts = [
+    term.weight * term.sum / jnp.maximum(counts[name], 1).astype(jnp.float32)
+    for name, term in terms.items()
+    if _drives(term)
+  ]
+  return jnp.asarray(sum(parts), jnp.float32)
+
+
+def _sums(terms: dict[str, LossTerm]) -> Sums:
+  # A term of weight 0 is only read here, behind stop_gradient: it costs no backward pass.
+  return {name: jax.lax.stop_gradient(jnp.float32(term.sum)) for name, term in terms.items()}
+
+
+def _means(sums: Sums, counts: Sums) -> Metrics:
+  return {
+    f'loss/{name}': value / jnp.maximum(counts[name], 1).astype(jnp.float32)
+    for name, value in sums.items()
+  }
+
+
+def _scheduled_weights(terms: dict[str, LossTerm]) -> Metrics:
+  return {
+    f'weight/{name}': jnp.asarray(term.weight, jnp.float32)
+    for name, term in terms.items()
+    if not isinstance(term.weight, (int, float))
+  }
+
+
+def _placement(shardings: State | None, stage: Stage) -> Callable[[Params], Params]:
+  if shardings is None:
+    return lambda gradient: gradient
+  target, _ = split_trainable(shardings['params'], stage)
+  return lambda gradient: jax.lax.with_sharding_constraint(gradient, target)
