@@ -27,11 +27,11 @@ def get_config(arg: str = '') -> ConfigDict:
 
 
 def _tiny(config: ConfigDict) -> None:
-  config.steps = (600, 900)
+  config.steps = (600, 2400)
   config.batch_size = (128, 32)
   config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 32}
-  config.optim = {'lr': 1e-3, 'warmup': 50, 'b2': 0.99, 'ema': 0.98}
-  config.log = {'samples': 0, 'evaluate': 100}
+  config.optim = {'lr': 2e-3, 'warmup': 50, 'b2': 0.99, 'ema': 0.99}
+  config.log = {'samples': 0, 'evaluate': 200}
 
 
 def _debug(config: ConfigDict) -> None:

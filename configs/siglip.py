@@ -22,10 +22,10 @@ def get_config(arg: str = '') -> ConfigDict:
 
 
 def _tiny(config: ConfigDict) -> None:
-  config.steps = (400,)
+  config.steps = (500,)
   config.batch_size = (256,)
   config.model = {'siglip': {'image_size': 48, 'patch': 8}}
-  config.optim = {'lr': 1.5e-3, 'warmup': 50, 'b2': 0.95, 'weight_decay': 1e-4, 'ema': 0.98}
+  config.optim = {'lr': 1.5e-3, 'warmup': 50, 'b2': 0.95, 'weight_decay': 1e-4, 'ema': 0.99}
   config.log = {'samples': 0, 'evaluate': 100}
 
 

@@ -61,13 +61,13 @@ def _tiny(config: ConfigDict) -> None:
   config.steps = (150, 450)
   config.batch_size = (64, 64)
   config.data.examples = 16384
-  config.model.ar = _expert(192, 512, 6, 6, 2) | {'rope_theta': 1e4}
-  config.model.dit = _expert(192, 512, 6, 6, 2) | {'rope_theta': 1e4}
+  config.model.ar = _expert(192, 512, 6, 3, 1) | {'rope_theta': 1e4}
+  config.model.dit = _expert(192, 512, 6, 3, 1) | {'rope_theta': 1e4}
   config.model.dual_path = {
     'table': 8,
-    'encoder': {'width': 128, 'layers': 2, 'heads': 4, 'mlp': 256},
+    'encoder': {'width': 128, 'layers': 2, 'heads': 2, 'mlp': 256},
   }
-  config.model.head = _expert(160, 448, 2, 5, 1) | {'rope_theta': 1e4}
+  config.model.head = _expert(128, 384, 2, 2, 1) | {'rope_theta': 1e4}
   config.optim = {'lr': 1e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.99}
 
 

@@ -159,8 +159,8 @@ set_up() {
     fetch=$(printf 'test -d vpe_jax || git clone --quiet %q vpe_jax' "$repo")
   else
     archive=${TMPDIR:-/tmp}/vpe_jax-$name.tar.gz
-    run git archive --format=tar.gz --prefix=vpe_jax/ --output="$archive" HEAD
-    tpu tpu-vm scp "$archive" "$name:vpe_jax.tar.gz" "${where[@]}" --worker=all
+    run git archive --format=tar.gz --prefix=vpe_jax/ --output="$archive" HEAD || return
+    tpu tpu-vm scp "$archive" "$name:vpe_jax.tar.gz" "${where[@]}" --worker=all || return
     run rm "$archive"
     fetch='tar -xzf vpe_jax.tar.gz'
   fi
@@ -200,16 +200,24 @@ complete() {
 }
 
 main() {
-  local status
+  local status tries=0
   parse "$@"
   while true; do
     provide
-    status=0
-    { set_up && start && follow; } || status=$?
+    # A new slice may refuse connections for a minute.
+    if ! { set_up && start; }; then
+      tries=$((tries + 1))
+      if [ "$tries" = 5 ]; then fail 'could not set up all workers in 5 tries'; fi
+      echo 'could not set up all workers: trying again'
+      sleep "$poll"
+      continue
+    fi
+    tries=0 status=0
+    follow || status=$?
     if [ "$status" = 0 ] && complete; then break; fi
     # A slice that is being taken away ends the run a little before it says so itself.
     sleep "$poll"
-    if [ "$(state)" = READY ] && [ "$status" != 0 ] && [ "$status" != 255 ]; then
+    if [ "$status" != 0 ] && [ "$status" != 255 ] && [ "$(state)" = READY ]; then
       gather
       fail "the run ended with status $status; its logs are in $logs"
     fi

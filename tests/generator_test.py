@@ -13,6 +13,7 @@ from PIL import Image
 import vpe_jax
 from vpe_jax import generator as generator_lib
 from vpe_jax import rng as rng_lib
+from vpe_jax.checkpoints import weights
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Drawing, UserError
 from vpe_jax.data import text
@@ -141,8 +142,19 @@ def test_small_batches_are_refused():
     _dice(rows=2)
 
 
-def test_load_refuses_unknown_weights():
+def test_load_refuses_unknown_weights_and_folders(tmp_path):
   with pytest.raises(UserError, match="'ema'"):
     Generator.load('runs/x', weights='best')
+  with pytest.raises(UserError, match='nowhere'):
+    Generator.load(str(tmp_path / 'nowhere'))
+  assert not (tmp_path / 'nowhere').exists()
+
+
+def test_load_refuses_files_that_hold_something_else(tmp_path):
+  path = str(tmp_path / 'x.safetensors')
+  weights.save(path, {'a': np.zeros(2)}, {})
+  with pytest.raises(UserError, match='without a config'):
+    Generator.load(path)
+  weights.save(path, {'a': np.zeros(2)}, {'config': '{}', 'weights': 'ema'}, overwrite=True)
   with pytest.raises(UserError, match='averaged weights only'):
-    Generator.load('assets:tiny', weights='raw')
+    Generator.load(path, weights='raw')

@@ -246,19 +246,22 @@ def test_tpu_pod_mistakes(arguments: str, message: str) -> None:
 FAKE_GCLOUD = """#!/bin/bash
 # Plays a slice: takes the next line of a file for each question about it.
 next() { head -n 1 "$PLAY/$1"; sed -i 1d "$PLAY/$1"; }
+status() { local code; code=$(next "$1"); exit "${code:-0}"; }
 echo "$*" | tr '\\n' ' ' | cut -c 1-400 >> "$PLAY/calls"
 case "$*" in
   *" describe "*) answer=$(next states); [ "$answer" != ABSENT ] && echo "$answer" ;;
-  *"--command=tail -n +1"*) exit "$(next ends)" ;;
+  *"install .venv"*) status set_ups ;;
+  *"--command=tail -n +1"*) status ends ;;
   *"--command=tail -n 5"*) next lasts ;;
 esac
 """
 
 
-def _play(folder: Path, states: list[str], ends: list[int], lasts: list[str]) -> tuple:
+def _play(folder: Path, **lines: list[object]) -> tuple[subprocess.CompletedProcess, list[str]]:
+  """Runs the script against the played slice: (how it ended, the verbs it told gcloud)."""
   _script(folder / 'bin' / 'gcloud', FAKE_GCLOUD)
-  for name, lines in {'states': states, 'ends': ends, 'lasts': lasts}.items():
-    (folder / name).write_text(''.join(f'{line}\n' for line in lines))
+  for name in ('states', 'set_ups', 'ends', 'lasts'):
+    (folder / name).write_text(''.join(f'{line}\n' for line in lines.get(name, [])))
   done = _shell(
     f'{TPU} --poll=0 --repo=https://example.org/r.git --logs={folder}/logs',
     PATH=f'{folder}/bin:{os.environ["PATH"]}',
@@ -269,8 +272,12 @@ def _play(folder: Path, states: list[str], ends: list[int], lasts: list[str]) ->
 
 
 def test_tpu_pod_resumes_after_preemption(tmp_path: Path) -> None:
-  states = ['ABSENT', 'CREATING', 'READY', 'PREEMPTED', 'PREEMPTED', 'ABSENT', 'READY']
-  done, verbs = _play(tmp_path, states, [255, 0], ['done: gs://b/run'])
+  done, verbs = _play(
+    tmp_path,
+    states=['ABSENT', 'CREATING', 'READY', 'PREEMPTED', 'ABSENT', 'READY'],
+    ends=[255, 0],
+    lasts=['done: gs://b/run'],
+  )
   assert done.returncode == 0, done.stderr
   once = ['ssh', 'ssh', 'ssh']  # set up, start, follow
   assert verbs == ['create', *once, 'delete', 'create', *once, 'ssh', 'ssh']
@@ -279,17 +286,61 @@ def test_tpu_pod_resumes_after_preemption(tmp_path: Path) -> None:
 
 def test_tpu_pod_tells_a_saved_run_from_a_complete_one(tmp_path: Path) -> None:
   saved = 'preempted: saved step 40; the same command continues from there'
-  states = ['READY', 'TERMINATED', 'TERMINATED', 'ABSENT', 'READY']
-  done, verbs = _play(tmp_path, states, [0, 0], [saved, 'done: gs://b/run'])
+  done, verbs = _play(
+    tmp_path,
+    states=['READY', 'TERMINATED', 'ABSENT', 'READY'],
+    ends=[0, 0],
+    lasts=[saved, 'done: gs://b/run'],
+  )
   assert done.returncode == 0, done.stderr
   assert verbs.count('create') == 1 and verbs.count('delete') == 1
 
 
+def test_tpu_pod_tries_again_where_workers_refuse_connections(tmp_path: Path) -> None:
+  done, verbs = _play(
+    tmp_path, states=['READY'] * 3, set_ups=[255, 1, 0], ends=[0], lasts=['done: gs://b/run']
+  )
+  assert done.returncode == 0, done.stderr
+  assert verbs == ['ssh'] * 7  # two failed set-ups; set up, start, follow, last lines, logs
+
+  hopeless, verbs = _play(tmp_path, states=['READY'] * 5, set_ups=[1] * 5)
+  assert hopeless.returncode == 2 and 'could not set up all workers' in hopeless.stderr
+
+
 def test_tpu_pod_stops_when_the_run_itself_fails(tmp_path: Path) -> None:
-  done, verbs = _play(tmp_path, ['READY', 'READY'], [2], [])
+  done, verbs = _play(tmp_path, states=['READY', 'READY'], ends=[2])
   assert done.returncode == 2
   assert 'the run ended with status 2' in done.stderr
   assert 'create' not in verbs and 'delete' not in verbs
+
+
+WORKER_GCLOUD = """#!/bin/bash
+# A slice of one worker: its home is a folder, and what it is told runs there.
+command=$(for word; do case $word in --command=*) echo "${word#--command=}" ;; esac; done)
+case "$*" in
+  *" describe "*) echo READY ;;
+  *"install .venv"*) ;;
+  *"--output-directory="*) (cd "$HOME_OF_WORKER"; bash -c "$command") > "${@: -1:1}.log" ;;
+  *) cd "$HOME_OF_WORKER" && exec bash -c "$command" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize('status', [0, 3])
+def test_tpu_pod_runs_detached_and_reports_the_status(tmp_path: Path, status: int) -> None:
+  _script(tmp_path / 'bin' / 'gcloud', WORKER_GCLOUD)
+  python = '#!/bin/bash\nsleep 0.3\nprintf "[%s]\\n" "$@"\nexit ' + str(status) + '\n'
+  _script(tmp_path / 'worker' / 'vpe_jax' / '.venv' / 'bin' / 'python', python)
+  done = _shell(
+    f'{TPU} --poll=0 --repo=https://example.org/r.git --logs={tmp_path}/logs -- "--a=it\'s b"',
+    PATH=f'{tmp_path}/bin:{os.environ["PATH"]}',
+    HOME_OF_WORKER=str(tmp_path / 'worker'),
+  )
+  assert done.returncode == (0 if status == 0 else 2), done.stderr
+  log = (tmp_path / 'worker' / 'run.log').read_text()
+  assert log.splitlines()[-2:] == ['[--workdir=gs://b/run]', "[--a=it's b]"]
+  assert log in done.stdout
+  assert (tmp_path / 'worker' / 'run.status').read_text() == f'{status}\n'
 
 
 def test_third_parties_have_licence_and_provenance() -> None:

@@ -213,10 +213,10 @@ class TestConstrain:
       np.testing.assert_array_equal(jax.jit(mapped)(jnp.ones((8, 2))), 2 * np.ones((8, 2)))
 
 
-def _start(code: str, **variables: str) -> subprocess.Popen:
+def _start(code: str) -> subprocess.Popen:
   environment = {key: value for key, value in os.environ.items() if not key.startswith('JAX_NUM')}
   return subprocess.Popen(
-    [sys.executable, '-c', textwrap.dedent(code)], env={**environment, **variables}, text=True,
+    [sys.executable, '-c', textwrap.dedent(code)], env=environment, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )  # fmt: skip
 

@@ -32,7 +32,6 @@ def _define_flags() -> None:
   flags.DEFINE_string('judge', 'assets:judge', 'the SigLIP that judges')
   flags.DEFINE_string('out', None, 'folder for the reports (default: RUN/evaluation)')
   flags.DEFINE_integer('rows', 32, 'pictures that are drawn at a time')
-  # None is what the run was configured with.
   flags.DEFINE_float('guidance', None, 'classifier-free scale; 1 is off')
   flags.DEFINE_integer('steps', None, 'steps of the flow')
   flags.DEFINE_float('temperature', None, 'of the visual prompt; 0 is greedy')

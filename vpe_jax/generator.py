@@ -92,8 +92,9 @@ class Generator:
     """Loads the newest checkpoint of a run, or shipped weights.
 
     Args:
-      workdir: the folder of a run (local or gs://), or `assets:tiny`.
-      weights: `ema` for the averaged parameters, `raw` for those of the last step.
+      workdir: the folder of a run (local or gs://), `assets:tiny`, or a file of weights.
+      weights: `ema` for the averaged parameters (raw ones where a run has no average yet), `raw`
+        for those of the last step.
       rows: pictures per batch, at least 4.
 
     Raises:
@@ -101,17 +102,20 @@ class Generator:
     """
     if weights not in ('ema', 'raw'):
       raise UserError(f"weights is '{weights}': choose 'ema' (averaged) or 'raw' (last step)")
-    if workdir.startswith('assets:'):
-      if weights != 'ema':
-        raise UserError(f"{workdir} holds averaged weights only: use weights 'ema'")
+    if workdir.startswith('assets:') or workdir.endswith('.safetensors'):
       params, stored = weights_io.load(workdir)
     else:
       params, stored = weights_io.load_run(workdir, weights)
+    if 'config' not in stored:
+      raise UserError(f'{workdir} holds weights without a config: name a run that trained them')
+    held = stored.get('weights', 'ema')
+    if weights == 'raw' and held != 'raw':
+      raise UserError(f"{workdir} holds averaged weights only: use weights 'ema'")
     system = systems.build(json.loads(stored['config']))
     if not hasattr(system, 'generate'):
       raise UserError(f"{workdir} holds a '{system.config.system}', which doesn't draw pictures")
     frozen = {name: weights_io.load(source)[0] for name, source in system.frozen_weights.items()}
-    said = {'checkpoint': weights_io.fingerprint(params), 'weights': f'{workdir} ({weights})'}
+    said = {'checkpoint': weights_io.fingerprint(params), 'weights': f'{workdir} ({held})'}
     return cls(system, params, frozen, text.shipped(), said, rows)
 
   def settings(self, **overrides: Any) -> SampleConfig:

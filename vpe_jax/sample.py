@@ -4,8 +4,7 @@
   python -m vpe_jax.sample --workdir=runs/t2i-tiny --prompt="two green pears" --n=4 --seed=1
   python -m vpe_jax.sample --workdir=RUN --prompts=prompts.txt --n=2 --out=pictures/
 
-A file gets a grid of all pictures, a folder (a name that ends in /) a file for each. The PNGs say
-in their text chunks how they were made. From Python: vpe_jax.Generator.
+A file gets a grid, a folder (it ends in /) a file a picture; text chunks say how it was made.
 """
 
 import dataclasses
@@ -13,7 +12,6 @@ import sys
 
 from absl import app, flags
 
-from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.generator import Generator, sheet
 from vpe_jax.sampling import pictures
@@ -31,8 +29,7 @@ def _define_flags() -> None:
   flags.DEFINE_string('out', 'sample.png', 'a PNG file for a grid, or a folder ending in /')
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'averaged, or of the last step')
   flags.DEFINE_bool('overwrite', False, 'replace files that exist')
-  flags.DEFINE_bool('no_metadata', False, 'leave the text chunks out of the PNGs')
-  # None is what the run was configured with; the names are fields of SampleConfig.
+  flags.DEFINE_bool('no_metadata', False, 'leave the text chunks out')
   flags.DEFINE_float('guidance', None, 'classifier-free scale; 1 is off')
   flags.DEFINE_integer('steps', None, 'steps of the flow')
   flags.DEFINE_float('shift', None, 'time shift of the flow towards noise')
@@ -46,10 +43,10 @@ def _prompts() -> list[str]:
   if FLAGS.workdir is None:
     raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
   if (FLAGS.prompt is None) == (FLAGS.prompts is None):
-    raise UserError('give either --prompt="..." or --prompts=FILE')
-  if FLAGS.prompts is None:
-    return [FLAGS.prompt]
+    raise UserError('what to draw is missing: give one of --prompt="..." and --prompts=FILE')
   try:
+    if FLAGS.prompts is None:
+      return [FLAGS.prompt]
     with open(FLAGS.prompts, encoding='utf-8') as file:
       return [line.strip() for line in file if line.strip()]
   except (OSError, UnicodeDecodeError) as error:
@@ -65,10 +62,11 @@ def main(argv: list[str]) -> None:
     paths = pictures.plan_files(out, len(prompts) * FLAGS.n, FLAGS.overwrite)
     machine.use_compilation_cache()
     generator = Generator.load(FLAGS.workdir, FLAGS.weights)
-    given = {field.name: FLAGS[field.name].value for field in dataclasses.fields(SampleConfig)}
-    drawn = generator(prompts, FLAGS.n, FLAGS.seed, generator.settings(**given))
+    names = [field.name for field in dataclasses.fields(generator.settings())]
+    settings = generator.settings(**{name: FLAGS[name].value for name in names})
+    drawn = generator(prompts, FLAGS.n, FLAGS.seed, settings)
     files = [(p.image, p.metadata) for p in drawn] if out.endswith('/') else [sheet(drawn)]
-    for path, (image, said) in zip(paths, files, strict=True):
+    for path, (image, said) in zip(paths, files):
       pictures.save_png(image, path, None if FLAGS.no_metadata else said, FLAGS.overwrite)
     print(f'wrote {len(drawn)} pictures to {out}')
   except UserError as error:

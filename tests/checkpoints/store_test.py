@@ -221,7 +221,7 @@ DAMAGE = {
   'emptied file': (lambda folder: _largest(folder).write_bytes(b''), 'can not be read'),
   'removed marker': (lambda folder: (folder / 'commit_success.txt').unlink(), 'marker'),
   'edited record': (_edit_record, 'record was changed'),
-  'removed record': (lambda folder: (folder / '_CHECKPOINT_METADATA').unlink(), 'record'),
+  'removed record': (lambda folder: (folder / '_CHECKPOINT_METADATA').unlink(), 'can not be read'),
 }
 
 
@@ -320,7 +320,7 @@ def test_killed_while_saving(tmp_path):
     process = _endless(tmp_path)
     first = process.stdout.readline()
     assert first, process.stderr.read()
-    # All that was saved to its end is there; the save that was cut off is not.
+    # What was saved to its end is there. Of the save that was under way, either all or nothing.
     assert int(first.split()[1]) in (done, done + 1), first
     done = int(first.split()[1])
     for _ in range(kill_at):
@@ -414,7 +414,8 @@ def test_two_processes(tmp_path):
   try:
     for process in processes:
       out, err = process.communicate(timeout=120)
-      assert (process.returncode, out) == (0, 'fine\n'), err[-3000:]
+      assert (process.returncode, out[-5:]) == (0, 'fine\n'), err[-3000:]
   finally:
     for process in processes:
       process.kill()
+      process.communicate()

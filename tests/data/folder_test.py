@@ -23,7 +23,11 @@ def test_texts_beside_images(tmp_path):
     _image(tmp_path / name)
     (tmp_path / name).with_suffix('.txt').write_text(f'the\n {name} ')
   source = open_folder(str(tmp_path))
-  assert [source[i].caption for i in range(len(source))] == ['the a.jpg', 'the b.png', 'the deep/c.PNG']
+  assert [source[i].caption for i in range(len(source))] == [
+    'the a.jpg',
+    'the b.png',
+    'the deep/c.PNG',
+  ]
   assert len(open_folder(str(tmp_path), 2)) == 2
 
 

@@ -29,7 +29,8 @@ def test_known_scene_stays_as_it_is():
   """Changing the program silently would change every run's data."""
   assert [scenes.scene(0, i).caption for i in range(3)] == [
     'a drawing of a brown heart on white',
-    'an image of a small brown square to the right of a yellow square against a light gray background',
+    'an image of a small brown square to the right of a yellow square '
+    'against a light gray background',
     'an image of a big pig to the right of a big pink square on light yellow',
   ]
 

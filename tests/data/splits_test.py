@@ -36,8 +36,10 @@ def test_training_holds_nothing_held_out(training):
 
 
 def test_splits_share_no_record(training, held_out):
-  codes = [{c.code for r in records for c in r.truth.clusters if r.group != 'scene'}
-           for records in (training, *held_out.values())]
+  codes = [
+    {c.code for r in records for c in r.truth.clusters if r.group != 'scene'}
+    for records in (training, *held_out.values())
+  ]
   assert not codes[0] & codes[1] and not codes[0] & codes[2] and not codes[1] & codes[2]
   ids = [{r.id for r in records} for records in (training, *held_out.values())]
   assert not ids[0] & ids[1] and not ids[0] & ids[2] and not ids[1] & ids[2]
@@ -56,7 +58,9 @@ def test_held_out_records_are_what_they_say(held_out):
 def test_parts_of_held_out_combinations_occur_in_training(held_out):
   trained = [scenes.scene(2, index).truth for index in range(5000)]
   trained += [openmoji.truth_of(item) for item in openmoji.of_split('train')]
-  parts = {part for truth in trained for pair in splits.combinations(truth) for part in _parts(pair)}
+  parts = {
+    part for truth in trained for pair in splits.combinations(truth) for part in _parts(pair)
+  }
   parts |= {('variant', 0, truth.base) for truth in trained if not truth.variant}
   for record in held_out['combination']:
     for pair in splits.held_out(record.truth):
@@ -66,15 +70,18 @@ def test_parts_of_held_out_combinations_occur_in_training(held_out):
 
 def _parts(pair):
   kind, first, second = pair
-  return (('variant', 0, first) if kind == 'variant' else ('name', first)), (kind, 1, second)
+  if kind == 'variant':
+    return [('variant', 0, first), *(('variant', 1, word) for word in second.split(', '))]
+  return [('name', first), (kind, 1, second)]
 
 
 def test_every_shape_and_colour_is_trained():
   for shape in shapes.SHAPES:
     trained = [c for c in shapes.COLOURS if not splits.is_held_out(('colour', shape, c))]
     assert len(trained) >= 5
-  held = [(s, c) for s in shapes.SHAPES for c in shapes.COLOURS
-          if splits.is_held_out(('colour', s, c))]
+  held = [
+    (s, c) for s in shapes.SHAPES for c in shapes.COLOURS if splits.is_held_out(('colour', s, c))
+  ]
   assert len(held) >= 6
 
 

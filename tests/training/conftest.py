@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from vpe_jax import rng as randomness
+from vpe_jax.checkpoints import weights
 from vpe_jax.config import Config, OptimConfig, from_dict
 from vpe_jax.contracts import Examples, LossTerm, Stage
 
-PIXELS, WIDTH, HIDDEN, TEXT = 192, 16, 24, 6
+PIXELS, WIDTH, HIDDEN, TEXT = 192, 16, 24, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +40,10 @@ class LineSystem:
     ('(backbone|head)/kernel', ('embed', None)),
     ('head/bias', (None,)),
   )
-  frozen_weights: dict[str, str] = {}
 
-  def __init__(self, config: Config):
+  def __init__(self, config: Config, frozen_weights: dict[str, str] | None = None):
     self.config = config
+    self.frozen_weights = frozen_weights or {}
 
   def init(self, rng):
     first, second = jax.random.split(rng)
@@ -93,7 +94,7 @@ class LineSystem:
     guess = jnp.einsum('BH,HT->BT', hidden, params['head']['kernel']) + params['head']['bias']
     guess = guess.astype(jnp.float32)
     is_real = jnp.arange(TEXT) < batch.text_length[:, None]
-    error = jnp.sum(jnp.where(is_real, jnp.square(guess - batch.text / 8), 0))
+    error = jnp.sum(jnp.where(is_real, jnp.square(guess - batch.text % 8 / 8), 0))
     counts = self.counts(batch, rng, stage)
     terms = {
       'tokens': LossTerm(error, counts['tokens'], self.config.model.weight),
@@ -123,7 +124,7 @@ def make_config(**changes: Any) -> Config:
     'steps': (2, 4),
     'batch_size': (8,),
     'model': {},
-    'data': {'source': 'synthetic', 'image_size': 8, 'text_length': TEXT},
+    'data': {'source': 'synthetic', 'examples': 64, 'image_size': 8, 'text_length': TEXT},
     'optim': {'lr': 1e-2, 'warmup': 2},
     'checkpoint': {'every': 2},
     'log': {'every': 1, 'samples': 0, 'evaluate': 0},
@@ -147,3 +148,11 @@ def line_system():
 def optim():
   """Optimizer settings without warm-up."""
   return lambda **changes: OptimConfig(**({'lr': 1e-2, 'warmup': 0} | changes))
+
+
+@pytest.fixture
+def frozen_weights(tmp_path):
+  """The frozen network as a file: what a LineSystem's `frozen_weights` names."""
+  path = tmp_path / 'encoder.safetensors'
+  weights.save(str(path), LineSystem(make_config()).frozen()['encoder'], {}, 'float32')
+  return {'encoder': str(path)}

@@ -15,6 +15,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
+import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -341,8 +342,8 @@ def _attempt(read: Callable[[], Any]) -> Any:
   except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
     raise
   except Exception as error:
-    text = ' '.join(str(error).split()) or type(error).__name__
-    raise _Damaged(f'it can not be read: {text[:200]}') from error
+    text = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=' ...')
+    raise _Damaged(f'it can not be read: {text}') from error
 
 
 def _arrays(state: State) -> dict[str, Any]:

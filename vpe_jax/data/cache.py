@@ -110,7 +110,12 @@ def write_cache(
   unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'{folder.name}.part'))
   try:
     count, checksums = _write_shards(unfinished, batches, shard)
-    manifest = dict(fingerprint=fingerprint, count=count, shard=shard, checksums=checksums)
+    manifest = {
+      'fingerprint': fingerprint,
+      'count': count,
+      'shard': shard,
+      'checksums': checksums,
+    }
     (unfinished / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding='utf-8')
     if folder.exists():
       shutil.rmtree(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import re
 from collections.abc import Iterator
@@ -110,12 +111,12 @@ def _other_clusters(cluster: Cluster, kind: str, room: int) -> Iterator[Cluster]
 def _other_emoji(item: openmoji.Emoji, split: str, kind: str) -> Iterator[openmoji.Emoji]:
   if kind == 'object':
     for other in openmoji.emojis().values():
-      is_alike = other.group == item.group and other.tones == item.tones
+      is_alike = other.group == item.group and len(other.tones) == len(item.tones)
       if is_alike and other.name != item.name and (split == 'concept' or not _is_new(other)):
-        yield other
+        yield dataclasses.replace(other, tones=item.tones)
   elif kind == 'colour':
-    for tone in openmoji.TONES if len(item.tones) == 1 else ():
-      yield dataclasses.replace(item, tones=(tone,))
+    for place, tone in itertools.product(range(len(item.tones)), openmoji.TONES):
+      yield dataclasses.replace(item, tones=item.tones[:place] + (tone,) + item.tones[place + 1 :])
     for colour in shapes.COLOURS:
       pattern = rf'\b({"|".join(shapes.COLOURS)})\b'
       if re.search(pattern, item.phrase):

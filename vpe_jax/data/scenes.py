@@ -17,9 +17,10 @@ from vpe_jax.data.storage import stable_hash
 MOST = 4  # things in one scene
 GROUP = 'scene'
 _MARGIN = 0.02
+_JITTER = 0.01  # how far each of several things may stray
 _WORDINGS = 4096
 
-# (share, what): of shapes and emoji; the rest of a plan is drawn uniformly.
+# Share of scenes -> what is in them, one word a cluster; a plural stands for 2 to 4 things.
 _PLANS = (
   (0.20, ('shape',)),
   (0.20, ('emoji',)),
@@ -39,18 +40,18 @@ _ARRANGEMENTS: dict[int, tuple[tuple[_Places, float, float], ...]] = {
   2: (
     (((0.27, 0.5), (0.73, 0.5)), 0.36, 0.44),
     (((0.5, 0.27), (0.5, 0.73)), 0.36, 0.44),
-    (((0.29, 0.29), (0.71, 0.71)), 0.38, 0.46),
-    (((0.71, 0.29), (0.29, 0.71)), 0.38, 0.46),
+    (((0.28, 0.28), (0.72, 0.72)), 0.36, 0.42),
+    (((0.72, 0.28), (0.28, 0.72)), 0.36, 0.42),
   ),
   3: (
     (((0.5, 0.27), (0.27, 0.73), (0.73, 0.73)), 0.34, 0.42),
     (((0.27, 0.27), (0.73, 0.27), (0.5, 0.73)), 0.34, 0.42),
-    (((0.2, 0.5), (0.5, 0.5), (0.8, 0.5)), 0.26, 0.29),
-    (((0.5, 0.2), (0.5, 0.5), (0.5, 0.8)), 0.26, 0.29),
+    (((0.18, 0.5), (0.5, 0.5), (0.82, 0.5)), 0.26, 0.29),
+    (((0.5, 0.18), (0.5, 0.5), (0.5, 0.82)), 0.26, 0.29),
   ),
   4: (
     (((0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)), 0.34, 0.42),
-    (((0.5, 0.2), (0.2, 0.5), (0.8, 0.5), (0.5, 0.8)), 0.26, 0.3),
+    (((0.5, 0.18), (0.18, 0.5), (0.82, 0.5), (0.5, 0.82)), 0.26, 0.29),
   ),
 }
 # The same along one half of the picture: places on its long axis.
@@ -116,9 +117,7 @@ def _compose(draw: random.Random, split: Split) -> Truth:
     places = [i for i, cluster in enumerate(clusters) if cluster.kind == 'emoji']
     name = draw.choice(splits.held_out_concepts())
     place = draw.choice(places)
-    clusters[place] = dataclasses.replace(
-      clusters[place], name=name, code=vocabulary.emoji()[name]
-    )
+    clusters[place] = dataclasses.replace(clusters[place], name=name, code=vocabulary.emoji()[name])
   draw.shuffle(clusters)
   ground = draw.choice(tuple(shapes.TINTS)) if draw.random() < _TINTED else 'white'
   if any((cluster.colour, ground) in shapes.CLASHES for cluster in clusters):
@@ -190,7 +189,7 @@ def _placed(
   width, height = side * (right - left) / longer, side * (bottom - top) / longer
   boxes = []
   for x, y in centres:
-    jitter = 0.015 if len(centres) > 1 else 0.0
+    jitter = _JITTER if len(centres) > 1 else 0.0
     x, y = x + draw.uniform(-jitter, jitter), y + draw.uniform(-jitter, jitter)
     boxes.append(_box(x, y, width, height))
   return dataclasses.replace(cluster, boxes=tuple(boxes))

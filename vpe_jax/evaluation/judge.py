@@ -55,6 +55,8 @@ class Judge:
       UserError: there is no such file, or it holds another system.
     """
     params, stored = weights.load(source)
+    if 'config' not in stored:
+      raise UserError(f'{source} holds weights without a config: name a run that trained them')
     system = systems.build(json.loads(stored['config']))
     if system.config.system != 'siglip':
       raise UserError(f"{source} holds a '{system.config.system}': a judge must be a 'siglip'")

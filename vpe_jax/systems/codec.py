@@ -226,6 +226,19 @@ class System:
     }
     return {n: LossTerm(jnp.sum(v), pictures, w) for n, (v, w) in values.items()}
 
+  def normalised(self, image: Params, images: Array) -> Params:
+    """The autoencoder with `shift` and `scale` set so that latents have mean 0 and variance 1.
+
+    Args:
+      image: the network `image`, rounded to the dtype in which it will be shipped.
+      images: pictures [B, R, R, 3] to measure on.
+    """
+    signed = pixels.to_signed(pixels.to_unit(images))
+    network = self.latents_codec.network
+    mean, _ = jax.jit(lambda p, x: network.apply(p, x, method='moments'))({'params': image}, signed)
+    shift, scale = jnp.mean(mean, (0, 1, 2)), jnp.std(mean, (0, 1, 2))
+    return {**image, 'shift': shift, 'scale': scale}
+
   def flops(self, stage: Stage) -> float:
     """Forward and backward of what trains, forward of the frozen SigLIP."""
     c = self.config.model

@@ -19,14 +19,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vpe_jax import __version__, sharding
-from vpe_jax.checkpoints import weights as weights_io
 from vpe_jax.config import Config, DataConfig
-from vpe_jax.contracts import Examples, Params, System, UserError
+from vpe_jax.contracts import Examples, System, UserError
 from vpe_jax.data import cache
 from vpe_jax.data.cache import Encoded
 from vpe_jax.data.folder import File
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.synthetic import SyntheticCodes
+from vpe_jax.training.frozen import Frozen
 
 CHUNK = 64  # pictures encoded at a time, rounded up to a multiple of the devices
 READERS = 2  # threads that draw pictures ahead
@@ -35,7 +35,7 @@ _SAY_EVERY = 10.0  # seconds
 
 
 def open_training_data(
-  config: Config, system: System, frozen: Params, mesh: jax.sharding.Mesh
+  config: Config, system: System, frozen: Frozen, mesh: jax.sharding.Mesh
 ) -> Pipeline:
   """The training split, with codes and latents where the config asks for them beforehand.
 
@@ -57,14 +57,14 @@ def open_training_data(
   return Pipeline(config.data, config.seed, encoded=encoded)
 
 
-def fingerprint(config: DataConfig, seed: int, frozen: Params, pictures: Pipeline) -> str:
+def fingerprint(config: DataConfig, seed: int, frozen: Frozen, pictures: Pipeline) -> str:
   """What decides a cache's content: the data, its resolution, and the encoders' weights."""
   said = {
     'version': __version__,
     'data': [config.source, config.scenes_share, config.examples, config.image_size],
     'seed': seed,
     'content': _content(config, pictures),
-    'encoders': {name: weights_io.fingerprint(tree) for name, tree in sorted(frozen.items())},
+    'encoders': frozen.fingerprints,
   }
   return json.dumps(said, sort_keys=True)
 
@@ -92,7 +92,7 @@ def _synthetic_codes(system: System, count: int) -> SyntheticCodes:
 
 
 def _cached(
-  config: Config, system: System, frozen: Params, mesh: jax.sharding.Mesh, pictures: Pipeline
+  config: Config, system: System, frozen: Frozen, mesh: jax.sharding.Mesh, pictures: Pipeline
 ) -> Encoded:
   name = fingerprint(config.data, config.seed, frozen, pictures)
   try:
@@ -120,7 +120,7 @@ def _cached(
 
 
 def _encode_all(
-  system: System, frozen: Params, mesh: jax.sharding.Mesh, pictures: Pipeline
+  system: System, frozen: Frozen, mesh: jax.sharding.Mesh, pictures: Pipeline
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Codes and latents of consecutive records, chunk by chunk, whole in every process."""
   encode = jax.jit(system.encode, out_shardings=sharding.replicated(mesh))
@@ -141,7 +141,7 @@ def _encode_all(
       if number + READERS < len(starts):
         waiting.append(readers.submit(read, starts[number + READERS]))
       image = sharding.put_batch(batch.image, mesh)
-      codes, latents = jax.device_get(encode(frozen, image))
+      codes, latents = jax.device_get(encode(frozen.params, image))
       done, seconds = min(start + chunk, total), time.monotonic() - began
       if seconds - said > _SAY_EVERY or done == total:
         said = seconds

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from vpe_jax import rng, sharding
-from vpe_jax.checkpoints import weights as weights_io
-from vpe_jax.checkpoints.store import Store
+from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import Config, to_dict
 from vpe_jax.contracts import Array, Examples, Params, System
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.training import curves, encode, report, resume
+from vpe_jax.training import frozen as frozen_lib
 from vpe_jax.training.feed import Feed
 from vpe_jax.training.heldout import HeldOut
 from vpe_jax.training.logging import RunLog
@@ -79,12 +77,12 @@ def train(
   folder = epath.Path(workdir)
   with jax.set_mesh(mesh), contextlib.ExitStack() as cleanup:
     key = jax.device_put(rng.run_key(config.seed), sharding.replicated(mesh))
-    store = Store(str(folder / 'checkpoints'), config.checkpoint)
+    store = Store(str(folder / FOLDER), config.checkpoint)
     cleanup.callback(store.close)  # Waits for a save under way, however the run ends.
     state = _start(config, system, str(folder), mesh, store, allow_change, key)
-    frozen = _load_frozen(system, mesh, config.mesh.strategy)
-    data = encode.open_training_data(config, system, frozen, mesh)
-    run = Run(config, system, folder, mesh, key, frozen, data, store)
+    networks = frozen_lib.load(system, mesh, config.mesh.strategy)
+    data = encode.open_training_data(config, system, networks, mesh)
+    run = Run(config, system, folder, mesh, key, networks.params, data, store)
     watchers = _watch(run, int(state['step']), cleanup)
     return _run_stages(run, watchers, state)
 
@@ -111,14 +109,6 @@ def _start(
     return resume.fresh_state(config, system, resume.abstract_state(config, system, 0, mesh), key)
   print(f'run: resumes after step {int(state["step"])}, writes to {workdir}', flush=True)
   return state
-
-
-def _load_frozen(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Params:
-  """The frozen networks, sharded over the mesh: arguments of every call, in no checkpoint."""
-  loaded = {name: weights_io.load(source)[0] for name, source in system.frozen_weights.items()}
-  # No names: each leaf is split along its largest dimensions.
-  table = [(re.escape(p), (None,) * np.ndim(x)) for p, x in sharding.by_path(loaded).items()]
-  return jax.device_put(loaded, sharding.param_shardings(loaded, table, mesh, strategy))
 
 
 def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
@@ -182,7 +172,7 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
       _look(run, watchers, state, counters['step'], is_last)
       # 5. The save: never before the records of all its steps are on disk.
       is_leaving = watchers.preemption.reached(counters['step'])
-      if is_last or is_leaving or counters['step'] % run.config.checkpoint.every == 0:
+      if is_last or is_leaving or run.store.due(counters['step']):
         watchers.log.flush()
         run.store.save(state, stored_config, force=is_last or is_leaving)
         watchers.log.resume_clock()

@@ -12,7 +12,8 @@ import numpy as np
 
 from vpe_jax.config import OptimConfig
 from vpe_jax.contracts import Examples, Params, Stage
-from vpe_jax.training.state import by_path, split_trainable
+from vpe_jax.sharding import by_path
+from vpe_jax.training.state import split_trainable
 
 _MEBI = 2**20
 

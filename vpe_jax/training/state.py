@@ -15,21 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.contracts import Params, Stage, UserError
+from vpe_jax.sharding import by_path
 from vpe_jax.training import optimizer
 
 State = dict[str, Any]
 COUNTERS = ('stage', 'step', 'stage_step', 'examples_seen')
-
-
-def by_path(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """A nested dict as {'a/b/c': leaf}, in the tree's own order."""
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= by_path(value, f'{prefix}{key}/')
-    else:
-      flat[f'{prefix}{key}'] = value
-  return flat
 
 
 def split_trainable(params: Params, stage: Stage) -> tuple[Params, Params]:

@@ -1,0 +1,284 @@
+"""Training as a user runs it: real processes that are killed, told to stop, and misused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vpe_jax.checkpoints.store import FOLDER, Store
+from vpe_jax.config import CheckpointConfig
+from vpe_jax.training import metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = '--config=configs/t2i.py:debug'
+# More steps than `debug` has, so that a slow watcher still kills where it means to.
+PLAN, JOINT, EVERY = 40, 60, 10
+LENGTH = (f'--config.steps=({PLAN}, {JOINT})', f'--config.checkpoint.every={EVERY}')
+SPEEDS = re.compile(r'time|_per_s|mfu')
+PATIENCE = 150.0  # seconds for a process to get where it is awaited
+
+pytestmark = pytest.mark.slow
+
+
+class Process:
+  """A front door in a process of its own, on one device unless told otherwise."""
+
+  def __init__(self, door: str, *arguments: str, log: Path, devices: int = 1):
+    flags = f'--xla_force_host_platform_device_count={devices}'
+    self.log = log
+    with log.open('w') as file:
+      self._popen = subprocess.Popen(
+        [sys.executable, '-m', f'vpe_jax.{door}', *arguments],
+        cwd=ROOT,
+        env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+        stdout=file,
+        stderr=subprocess.STDOUT,
+      )
+
+  def send(self, number: int) -> None:
+    self._popen.send_signal(number)
+
+  def wait(self) -> int:
+    """The exit status."""
+    return self._popen.wait(PATIENCE)
+
+  def until(self, reached: Callable[[], bool]) -> None:
+    """Returns as soon as `reached()`, while the process is running."""
+    deadline = time.monotonic() + PATIENCE
+    while not reached():
+      assert self._popen.poll() is None, f'ended too early:\n{self.text()}'
+      assert time.monotonic() < deadline, f'did not get there:\n{self.text()}'
+      time.sleep(0.001)
+
+  def text(self) -> str:
+    return self.log.read_text()
+
+  def close(self) -> None:
+    """Ends it if it is still there: a failed test leaves nothing behind."""
+    if self._popen.poll() is None:
+      self._popen.kill()
+      self._popen.wait()
+
+
+@pytest.fixture
+def start(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Process]:
+  """Starts `vpe_jax.main` on a workdir; all that is left ends with the test."""
+  count = iter(range(100))
+
+  def start_main(workdir: Path, *arguments: str) -> Process:
+    log = tmp_path / f'log-{next(count)}.txt'
+    process = Process('main', CONFIG, f'--workdir={workdir}', *LENGTH, *arguments, log=log)
+    request.addfinalizer(process.close)
+    return process
+
+  return start_main
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """The workdir of a run that nobody interrupted."""
+  folder = tmp_path_factory.mktemp('finished')
+  process = Process('main', CONFIG, f'--workdir={folder / "run"}', *LENGTH, log=folder / 'log.txt')
+  try:
+    assert process.wait() == 0, process.text()
+  finally:
+    process.close()
+  return folder / 'run'
+
+
+def _records(workdir: Path) -> list[dict[str, Any]]:
+  return metrics.read(workdir)
+
+
+def _has(workdir: Path, stage: str, stage_step: int) -> bool:
+  return any(r['stage'] == stage and r['stage_step'] >= stage_step for r in _records(workdir))
+
+
+def _saved(workdir: Path) -> list[int]:
+  return Store(str(workdir / FOLDER), CheckpointConfig()).steps()
+
+
+def _unfinished(workdir: Path) -> set[tuple[str, int]]:
+  """Checkpoints that are being written: names and inodes of their folders."""
+  found = (workdir / FOLDER).glob('*.orbax-checkpoint-tmp*')
+  return {(path.name, path.stat().st_ino) for path in found if path.exists()}
+
+
+def _kill_while_saving(process: Process, workdir: Path) -> None:
+  """SIGKILL in the middle of a save: stopped first, to be sure that it is not over already."""
+  before = _unfinished(workdir)
+  while True:
+    process.until(lambda: bool(_unfinished(workdir) - before))
+    process.send(signal.SIGSTOP)
+    if _unfinished(workdir) - before:
+      process.send(signal.SIGKILL)
+      return
+    process.send(signal.SIGCONT)
+
+
+def _resumed(process: Process) -> int:
+  """The step after which a process said that it resumes."""
+  said = re.search(r'run: resumes after step (\d+)', process.text())
+  assert said, process.text()
+  return int(said[1])
+
+
+def _assert_same_run(workdir: Path, reference: Path) -> None:
+  """Every bit of the last checkpoints, and every number of every step."""
+  (ours, meta), (wanted, wanted_meta) = (
+    Store(str(run / FOLDER), CheckpointConfig()).read(lambda path: True)
+    for run in (workdir, reference)
+  )
+  for counter in ('stage', 'step', 'stage_step', 'examples_seen'):
+    assert meta[counter] == wanted_meta[counter]
+  assert meta['step'] == PLAN + JOINT
+  assert ours.keys() == wanted.keys()
+  assert {path.split('/')[0] for path in ours} >= {'params', 'opt_state', 'ema'}
+  for path, leaf in wanted.items():
+    assert ours[path].dtype == leaf.dtype and ours[path].shape == leaf.shape, path
+    assert ours[path].tobytes() == leaf.tobytes(), f'{path} differs'
+
+  records, wanted_records = _records(workdir), _records(reference)
+  assert [r['step'] for r in records] == list(range(1, PLAN + JOINT + 1))
+  for record, expected in zip(records, wanted_records, strict=True):
+    numbers = [{k: v for k, v in r.items() if not SPEEDS.search(k)} for r in (record, expected)]
+    assert numbers[0] == numbers[1]
+
+
+def test_an_uninterrupted_run_leaves_what_it_promises(finished: Path) -> None:
+  assert (finished / 'curves.png').stat().st_size > 1000
+  assert list((finished / 'samples').glob('step_*.png'))
+  losses = [r['loss'] for r in _records(finished) if r['stage'] == 'plan']
+  assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_killed_three_times_it_ends_with_the_same_bits(
+  start: Callable[..., Process], finished: Path, tmp_path: Path
+) -> None:
+  workdir = tmp_path / 'run'
+
+  # 1. Between two steps of the first stage, with a checkpoint to go back to.
+  process = start(workdir)
+  process.until(lambda: _has(workdir, 'plan', EVERY + 3) and EVERY in _saved(workdir))
+  process.send(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  whole = _saved(workdir)
+
+  # 2. While a checkpoint is being written: it must not count as one.
+  process = start(workdir)
+  _kill_while_saving(process, workdir)
+  assert process.wait() == -signal.SIGKILL
+  assert _resumed(process) == whole[-1]
+  whole = _saved(workdir)
+
+  # 3. In the second stage.
+  process = start(workdir)
+  process.until(lambda: _has(workdir, 'joint', 5) and max(_saved(workdir)) >= PLAN)
+  process.send(signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  assert _resumed(process) == whole[-1]
+  assert len(_records(workdir)) < PLAN + JOINT
+
+  process = start(workdir)
+  assert process.wait() == 0, process.text()
+  assert _resumed(process) >= PLAN
+  _assert_same_run(workdir, finished)
+
+
+def test_told_to_stop_it_saves_and_goes_on_later(
+  start: Callable[..., Process], finished: Path, tmp_path: Path
+) -> None:
+  workdir = tmp_path / 'run'
+  process = start(workdir)
+  process.until(lambda: _has(workdir, 'plan', 3))
+  process.send(signal.SIGTERM)
+  assert process.wait() == 0, process.text()
+  # launch/tpu_pod.sh looks for a line that begins so.
+  said = re.search(r'^preempted: saved step (\d+)', process.text(), re.MULTILINE)
+  assert said, process.text()
+  assert _saved(workdir)[-1] == int(said[1]) < PLAN + JOINT
+  assert len(_records(workdir)) == int(said[1])
+
+  process = start(workdir)
+  assert process.wait() == 0, process.text()
+  assert _resumed(process) == int(said[1])
+  _assert_same_run(workdir, finished)
+
+
+def _listing(folder: Path) -> dict[str, tuple[int, int]]:
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
+
+
+@pytest.fixture(scope='module')
+def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+  """What each mistaken command says; status and side effects are checked on the way."""
+  folder = tmp_path_factory.mktemp('mistakes')
+  (folder / 'pictures').mkdir()
+  (folder / 'pictures' / 'fox.png').write_bytes(b'no picture')
+  (folder / 'pictures' / 'captions.jsonl').write_text(
+    json.dumps({'file': 'fox.png', 'caption': 'a red fox'})
+  )
+  new, before = f'--workdir={folder / "new"}', _listing(finished)
+  prompt = '--prompt=' + 'red ' * 500
+  commands = {
+    'unknown key': ('main', CONFIG, new, '--config.optm.lr=1'),
+    'bad value': ('main', CONFIG, new, '--config.optim.lr=fast'),
+    'bad preset': ('main', '--config=configs/t2i.py:debgu', new),
+    'other config': ('main', CONFIG, f'--workdir={finished}', *LENGTH, '--config.seed=7'),
+    'no weights': ('main', CONFIG, new, '--config.model.weights.image=nowhere.safetensors'),
+    'indivisible batch': ('main', CONFIG, new, '--config.batch_size=(6, 6)'),
+    'unreadable image': ('main', CONFIG, new, f'--config.data.source=folder:{folder / "pictures"}'),
+    'long prompt': ('sample', f'--workdir={finished}', prompt, f'--out={folder / "x.png"}'),
+    'no run': ('sample', f'--workdir={folder / "none"}', '--prompt=a', f'--out={folder / "x.png"}'),
+  }
+  processes = {
+    name: Process(*command, log=folder / f'{name}.txt', devices=4)
+    for name, command in commands.items()
+  }
+  try:
+    statuses = {name: process.wait() for name, process in processes.items()}
+  finally:
+    for process in processes.values():
+      process.close()
+  said = {name: process.text() for name, process in processes.items()}
+  assert statuses == dict.fromkeys(commands, 2), '\n\n'.join(said.values())
+  assert _listing(finished) == before, 'a mistake changed the run'
+  assert not (folder / 'new' / FOLDER).exists() and not (folder / 'x.png').exists()
+  return said
+
+
+@pytest.mark.parametrize(
+  ('mistake', 'words'),
+  [
+    ('unknown key', ("'optm", "did you mean 'optim'")),
+    ('bad value', ('optim.lr', 'fast')),
+    ('bad preset', ("'debgu'", "did you mean 'debug'")),
+    ('other config', ('seed was 0, now 7', '--allow_change=seed')),
+    ('no weights', ('nowhere.safetensors',)),
+    ('indivisible batch', ('batch_size 6', '4 devices')),
+    ('unreadable image', ('fox.png',)),
+    ('long prompt', ('prompt',)),
+    ('no run', ('none',)),
+  ],
+)
+def test_a_mistake_ends_with_one_line(
+  mistakes: dict[str, str], mistake: str, words: tuple[str, ...]
+) -> None:
+  said = mistakes[mistake]
+  assert 'Traceback' not in said
+  lines = [line for line in said.splitlines() if line.startswith('error: ')]
+  assert len(lines) == 1 and said.splitlines()[-1] == lines[0], said
+  for word in words:
+    assert word in lines[0]

@@ -1,0 +1,43 @@
+"""The sample command: mistakes are one line and status 2, and nothing is written."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def _run(*args):
+  command = [sys.executable, '-m', 'vpe_jax.sample', *args]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+  'args, message',
+  [
+    (['--prompt=x'], '--workdir is missing'),
+    (['--workdir=w'], 'what to draw is missing'),
+    (['--workdir=w', '--prompt=x', 'y'], "unexpected argument 'y'"),
+    (['--workdir=w', '--prompts=/no/such/file'], 'cannot read --prompts=/no/such/file'),
+    (['--workdir=/no/such/run', '--prompt=x', '--out={tmp}/new.png'], '/no/such/run'),
+    (['--workdir=w', '--prompt=x', '--out={tmp}/old.png'], 'old.png exists'),
+  ],
+)
+def test_mistakes_are_one_line_and_status_2(args, message, tmp_path):
+  (tmp_path / 'old.png').write_text('kept')
+  done = _run(*(arg.replace('{tmp}', str(tmp_path)) for arg in args))
+  assert done.returncode == 2
+  line = done.stderr.strip().splitlines()[-1]
+  assert line.startswith('error: ') and message in line
+  assert 'Traceback' not in done.stderr
+  assert [p.name for p in tmp_path.iterdir()] == ['old.png']
+  assert (tmp_path / 'old.png').read_text() == 'kept'
+
+
+def test_help_has_an_example_and_every_setting():
+  text = _run('--help').stdout
+  assert 'python -m vpe_jax.sample --workdir=assets:tiny --prompt=' in text
+  for name in ('guidance', 'steps', 'temperature', 'min_p', 'no_metadata', 'prompts'):
+    assert f'{name}:' in text

@@ -1,0 +1,139 @@
+"""The codec system: its two stages, what each trains, and the moments that export measures."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import codec as config_file
+from vpe_jax import rng, sharding, systems
+from vpe_jax.config import MeshConfig, OptimConfig
+from vpe_jax.contracts import Examples, UserError
+from vpe_jax.training import step as training_step
+from vpe_jax.training.state import first_state
+
+KEY = rng.run_key(0)
+TOWER = {'width': 32, 'layers': 1, 'heads': 2, 'mlp': 64}
+
+
+def _system(arg='debug', **model):
+  config = config_file.get_config(arg)
+  config.model.update(model)
+  if arg.startswith('debug'):
+    config.model.visual_prompt.siglip = {'vision': dict(TOWER), 'text': dict(TOWER)}
+  return systems.build(config.to_dict())
+
+
+@pytest.fixture(scope='module')
+def system():
+  return _system()
+
+
+@pytest.fixture(scope='module')
+def params(system):
+  return jax.jit(system.init)(KEY)
+
+
+@pytest.fixture(scope='module')
+def frozen(system):
+  images, text = jnp.zeros((1, 48, 48, 3)), jnp.zeros((1, 32), jnp.int32)
+  length = jnp.ones((1,), jnp.int32)
+  init = jax.jit(system.tokens_codec.siglip.init)
+  return {'siglip': init(jax.random.key(5), images, text, length)['params']}
+
+
+def _batch(count=8, seed=0):
+  draw = np.random.default_rng(seed)
+  images = np.full((count, 64, 64, 3), 255, np.uint8)
+  for i in range(count):
+    x, y = draw.integers(0, 40, 2)
+    images[i, y : y + 20, x : x + 20] = draw.integers(0, 256, 3)
+  return Examples(
+    example=jnp.arange(count, dtype=jnp.int32),
+    text=jnp.asarray(draw.integers(8, 1024, (count, 32)), jnp.int32),
+    text_length=jnp.full((count,), 5, jnp.int32),
+    image=jnp.asarray(images),
+  )
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_counts_are_those_of_the_losses(system, params, frozen, index):
+  batch, stage = _batch(), system.stages[index]
+  terms = system.losses(params, frozen, batch, KEY, jnp.int32(0), stage)
+  counts = system.counts(batch, KEY, stage)
+  assert list(terms) == list(counts) == list(stage.losses)
+  assert all(float(t.count) == float(counts[n]) for n, t in terms.items())
+  logged = {n for n, t in terms.items() if isinstance(t.weight, float) and t.weight == 0.0}
+  assert logged == ({'perplexity', 'retrieval'} if index == 0 else {'psnr'})
+
+
+def test_losses_of_the_other_stage_are_logged_only(system, params, frozen):
+  stage = system.stages[0]
+  everything = tuple(name for s in system.stages for name in s.losses)
+  terms = system.losses(
+    params, frozen, _batch(), KEY, jnp.int32(0), dataclasses.replace(stage, losses=everything)
+  )
+  assert set(terms) == set(everything)
+  for name, term in terms.items():
+    assert (term.weight == 0.0) == (name not in stage.losses or name in ('perplexity', 'retrieval'))
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_a_stage_trains_its_network_and_nothing_else(system, params, frozen, index):
+  stage = system.stages[index]
+  run = training_step.make_train_step(system, stage, OptimConfig(lr=1e-2, warmup=1))
+  state, first = run(first_state(jax.tree.map(jnp.array, params), stage), frozen, _batch(), KEY)
+  for _ in range(15):
+    state, last = run(state, frozen, _batch(), KEY)
+  assert float(last['loss']) < float(first['loss'])
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), state['params'], dict(params))
+  mine, other = stage.name, system.stages[1 - index].name
+  assert any(jax.tree.leaves(moved[mine])) and not any(jax.tree.leaves(moved[other]))
+  assert not moved['image']['shift'] and not moved['image']['scale']
+
+
+def test_a_run_holds_the_networks_of_its_stages_only():
+  tokens, latents = _system('debug,stage=visual_prompt'), _system('debug,stage=image')
+  shapes = lambda s: jax.eval_shape(s.init, jax.eval_shape(lambda: rng.run_key(0)))
+  assert set(shapes(tokens)) == {'visual_prompt'} and set(shapes(latents)) == {'image'}
+  assert set(tokens.frozen_weights) == {'siglip'} and not latents.frozen_weights
+
+
+def test_normalised_latents_have_mean_zero_and_variance_one(system, params):
+  pictures = _batch(64).image
+  shipped = system.normalised(params['image'], pictures)
+  latents = system.latents_codec.encode({'image': shipped}, pictures)
+  np.testing.assert_allclose(jnp.mean(latents, (0, 1, 2)), 0.0, atol=1e-3)
+  np.testing.assert_allclose(jnp.std(latents, (0, 1, 2)), 1.0, atol=1e-3)
+  before = system.latents_codec.decode(params, system.latents_codec.encode(params, pictures[:4]))
+  after = system.latents_codec.decode({'image': shipped}, latents[:4])
+  np.testing.assert_allclose(before, after, atol=1e-4)
+
+
+def test_raw_features_have_no_pooled_losses():
+  model = {'visual_prompt': {'depth': 1, 'decoder': dict(TOWER)}}
+  system = _system('debug,stage=visual_prompt', **model)
+  assert 'pooled' not in system.stages[0].losses
+
+
+def test_shipped_sizes_shard_evenly_and_keep_their_budget():
+  system = _system('tiny')
+  params = jax.eval_shape(system.init, jax.eval_shape(lambda: rng.run_key(0)))
+  size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+  assert size(params['visual_prompt']) < 0.3e6 and size(params['image']) < 1.3e6
+  mesh = sharding.make_mesh(MeshConfig())
+  shardings = sharding.param_shardings(params, system.logical_axes, mesh, 'fsdp')
+  sharding.check_sharded_enough(params, shardings)
+  for stage in system.stages:
+    assert system.flops(stage) > 0 and system.tokens(stage) > 0
+
+
+def test_mistakes_are_named():
+  with pytest.raises(UserError, match="no stage 'imag'; did you mean 'image'"):
+    config = config_file.get_config('debug')
+    config.stages = ('imag',)
+    systems.build(config.to_dict())
+  with pytest.raises(UserError, match='model.crop 30 must be a multiple of 4'):
+    _system(crop=30)

@@ -1,0 +1,159 @@
+"""The SigLIP system: what it counts, what it learns from, and that sharding changes nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import siglip as config_file
+from vpe_jax import rng, sharding, systems
+from vpe_jax.config import MeshConfig, OptimConfig
+from vpe_jax.contracts import Examples, UserError
+from vpe_jax.training import step as training_step
+from vpe_jax.training.state import first_state
+
+KEY = rng.run_key(0)
+
+
+def _system(preset='debug', **model):
+  config = config_file.get_config(preset)
+  config.model.update(model)
+  return systems.build(config.to_dict())
+
+
+@pytest.fixture(scope='module')
+def system():
+  return _system()
+
+
+@pytest.fixture(scope='module')
+def params(system):
+  return jax.jit(system.init)(KEY)
+
+
+def _batch(count=16, seed=0):
+  """Pictures of one colour each, and captions that name the colour's number."""
+  draw = np.random.default_rng(seed)
+  kinds = draw.integers(0, 8, count)
+  colours = np.array([[i & 1, i >> 1 & 1, i >> 2 & 1] for i in range(8)]) * 200
+  images = np.full((count, 64, 64, 3), 255, np.uint8)
+  images[:, 16:48, 16:48] = colours[kinds][:, None, None]
+  text = np.zeros((count, 32), np.int32)
+  text[:, 0], text[:, 1] = 9, 20 + kinds
+  return Examples(
+    example=jnp.arange(count, dtype=jnp.int32),
+    text=jnp.asarray(text),
+    text_length=jnp.full((count,), 2, jnp.int32),
+    image=jnp.asarray(images),
+  )
+
+
+def _losses(system, params, batch):
+  return system.losses(params, {}, batch, KEY, jnp.int32(0), system.stages[0])
+
+
+def test_counts_are_those_of_the_losses(system, params):
+  batch = _batch()
+  terms = _losses(system, params, batch)
+  counts = system.counts(batch, KEY, system.stages[0])
+  assert set(terms) == set(counts) == set(system.stages[0].losses)
+  for name, term in terms.items():
+    assert float(term.count) == float(counts[name]) == 16
+  assert terms['retrieval'].weight == 0.0 and isinstance(terms['retrieval'].weight, float)
+
+
+def test_the_batch_is_as_declared(system):
+  declared = system.abstract_batch(16)
+  real = _batch()
+  assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), declared) == jax.tree.map(
+    lambda leaf: (leaf.shape, leaf.dtype), real
+  )
+
+
+def test_repeated_captions_do_not_hurt_each_other(system, params):
+  """The loss of a batch with repeats equals the sigmoid loss with those pairs as positives."""
+  batch = _batch()
+  still = _system(jitter={'shift': 0.0, 'zoom': 0.0})
+  logits = np.asarray(
+    still.network.apply(
+      {'params': params},
+      jax.image.resize(batch.image / 255.0, (16, 48, 48, 3), 'cubic', antialias=True) * 2 - 1,
+      batch.text,
+      batch.text_length,
+    ),
+    np.float64,
+  )
+  kinds = np.asarray(batch.text[:, 1])
+  signed = np.where(kinds[:, None] == kinds, logits, -logits)
+  wanted = np.log1p(np.exp(-signed)).sum()
+  assert len(set(kinds)) < 16
+  np.testing.assert_allclose(_losses(still, params, batch)['sigmoid'].sum, wanted, rtol=1e-3)
+
+
+def test_it_learns_to_retrieve(system, params):
+  stage = system.stages[0]
+  run = training_step.make_train_step(system, stage, OptimConfig(lr=3e-3, warmup=5))
+  state = first_state(jax.tree.map(jnp.array, params), stage)
+  for i in range(60):
+    state, metrics = run(state, {}, _batch(64, seed=i), KEY)
+  assert float(metrics['loss/retrieval']) > 0.7
+
+
+def test_eight_devices_give_the_loss_and_gradient_of_one(system, params):
+  batch = _batch(32)
+  names = MeshConfig()
+  mesh = sharding.make_mesh(names)
+  shardings = sharding.param_shardings(params, system.logical_axes, mesh, 'fsdp')
+
+  def total(p, b):
+    return _losses(system, p, b)['sigmoid'].sum
+
+  alone, gradient = jax.jit(jax.value_and_grad(total))(params, batch)
+  with jax.set_mesh(mesh):
+    spread = jax.device_put(params, shardings)
+    placed = sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
+    together, parts = jax.jit(jax.value_and_grad(total))(spread, placed)
+  np.testing.assert_allclose(together, alone, rtol=1e-5)
+  scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), gradient, parts
+  )
+
+
+@pytest.mark.parametrize('preset', ['tiny', 'judge'])
+def test_shipped_sizes_shard_evenly_and_keep_their_budget(preset):
+  system = _system(preset)
+  params = jax.eval_shape(system.init, jax.eval_shape(lambda: rng.run_key(0)))
+  assert 1.5e6 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 2.3e6
+  mesh = sharding.make_mesh(MeshConfig())
+  shardings = sharding.param_shardings(params, system.logical_axes, mesh, 'fsdp')
+  sharding.check_sharded_enough(params, shardings)
+  assert system.flops(system.stages[0]) > 0 and system.tokens(system.stages[0]) > 0
+
+
+def test_the_judge_differs_from_the_tokenizer_in_seed_and_patch():
+  tiny, judge = _system('tiny').config, _system('judge').config
+  assert tiny.seed != judge.seed
+  assert tiny.model.siglip.patch != judge.model.siglip.patch
+  assert tiny.model.siglip.image_size != judge.model.siglip.image_size
+
+
+def test_mistakes_are_named():
+  config = config_file.get_config('debug')
+  config.data.text_length = 40
+  with pytest.raises(UserError, match='text_length 40 exceeds model.siglip.text_length 32'):
+    systems.build(config.to_dict())
+  config = config_file.get_config('debug')
+  config.stages = ('alin',)
+  with pytest.raises(UserError, match="no stage 'alin'"):
+    systems.build(config.to_dict())
+
+
+def test_bfloat16_compute_follows_float32(system, params):
+  values = dataclasses.replace(system.config, dtype='bfloat16')
+  half = type(system)(values)
+  batch = _batch()
+  got, wanted = _losses(half, params, batch), _losses(system, params, batch)
+  np.testing.assert_allclose(got['sigmoid'].sum, wanted['sigmoid'].sum, rtol=2e-2)

@@ -1,0 +1,56 @@
+"""Tests of reading configs and overrides."""
+
+import pathlib
+
+import pytest
+
+from vpe_jax.contracts import UserError
+from vpe_jax.training import config_file
+
+ROOT = pathlib.Path(__file__).parents[2]
+T2I = str(ROOT / 'configs' / 't2i.py')
+
+
+def test_overrides_reach_fields_that_the_file_leaves_at_their_defaults():
+  values = config_file.load(
+    f'{T2I}:debug',
+    {
+      'optim.lr': '3e-4',
+      'checkpoint.keep_every': '7',
+      'steps': '(3, 4)',
+      'batch_size': '16',
+      'data.source': 'folder:123',
+      'data.encode': 'online',
+    },
+  )
+  assert values['optim']['lr'] == 3e-4 and values['checkpoint']['keep_every'] == 7
+  assert values['data']['source'] == 'folder:123' and values['preset'] == 'debug'
+  system = config_file.systems.build(values)
+  assert system.config.steps == (3, 4) and system.config.batch_size == (16, 16)
+
+
+@pytest.mark.parametrize(
+  'spec, overrides, message',
+  [
+    (f'{T2I}:debog', {}, "unknown preset 'debog'; did you mean 'debug'"),
+    (T2I, {'optim.lrr': '1'}, "unknown config key 'optim.lrr'; did you mean 'lr'"),
+    (T2I, {'optin.lr': '1'}, "unknown config key 'optin.lr'; did you mean 'optim'"),
+    (T2I, {'seed.x': '1'}, "'seed' is a single value"),
+    (T2I, {'optim.lr': 'fast'}, "'optim.lr' must be float, not 'fast'"),
+    (T2I, {'steps': '(1, 2, 3)'}, 'config.steps has 3 entries for 2 stages'),
+    (str(ROOT / 'configs' / 't3i.py'), {}, 'no such file; did you mean .*t2i.py'),
+  ],
+)
+def test_mistakes_are_one_line_that_says_how_to_cure_them(spec, overrides, message):
+  with pytest.raises(UserError, match=message) as error:
+    config_file.load(spec, overrides)
+  assert '\n' not in str(error.value)
+
+
+def test_overrides_are_taken_out_of_the_command_line():
+  found = config_file.split_overrides(
+    ['main', '--config=a.py', '--config.optim.lr=1', '-config.seed=2', '--workdir=x']
+  )
+  assert found == ({'optim.lr': '1', 'seed': '2'}, ['main', '--config=a.py', '--workdir=x'])
+  with pytest.raises(UserError, match='--config.seed=VALUE'):
+    config_file.split_overrides(['main', '--config.seed', '3'])

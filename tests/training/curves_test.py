@@ -1,0 +1,54 @@
+"""Tests of the picture of curves."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpe_jax.training import curves, metrics
+
+
+def test_smoothed_is_a_trailing_mean():
+  points = [(step, float(step)) for step in range(40)]
+  found = curves.smoothed(points)  # 5 % of 40 points: two
+  assert found[0] == (0, 0.0) and found[10] == (10, 9.5) and len(found) == 40
+
+
+@pytest.mark.parametrize(
+  'low, high, expected',
+  [(0, 10, [0, 2, 4, 6, 8, 10]), (0.12, 0.58, [0.2, 0.3, 0.4, 0.5]), (-3, 2, [-3, -2, -1, 0, 1, 2])],
+)
+def test_ticks_are_round_numbers_within_the_bounds(low, high, expected):
+  np.testing.assert_allclose(curves.ticks(low, high), expected, atol=1e-12)
+
+
+def test_panels_pair_training_with_held_out():
+  records = [
+    {'step': 1, 'loss/flow': 2.0, 'grad_norm': 1.0},
+    {'step': 2, 'loss/flow': None, 'grad_norm': 1.0, 'eval/flow': 2.5},
+    {'step': 3, 'sample/own/latent_distance': 1.0, 'sample/truth_plan/latent_distance': 0.5},
+  ]
+  panels = {panel.title: panel for panel in curves.panels_of(records)}
+  assert panels.keys() == {'loss/flow', 'grad_norm', 'sample/own/latent_distance'}
+  assert panels['loss/flow'].trained == [(1, 2.0)]
+  assert panels['loss/flow'].held_out == [(2, 2.5)]
+  assert panels['sample/own/latent_distance'].held_out == [(3, 0.5)]
+
+
+def test_a_falling_curve_falls_in_the_picture():
+  falling = [(step, 5 - step / 100) for step in range(400)]
+  image = np.asarray(curves.picture([curves.Panel('loss/flow', falling, [])]))
+  rows, columns = np.nonzero((image == curves._SMOOTH).all(-1))
+  left, right = rows[columns < np.quantile(columns, 0.1)], rows[columns > np.quantile(columns, 0.9)]
+  assert left.mean() + 100 < right.mean()
+
+
+def test_draw_writes_a_picture_next_to_the_metrics(tmp_path):
+  curves.draw(tmp_path)
+  assert not (tmp_path / curves.FILE).exists()
+  file = metrics.MetricsFile(tmp_path, 0)
+  for step in (1, 2, 3):
+    file.write({'step': step, 'loss/a': 1.0, 'loss/b': float(step), 'grad_norm': 0.0})
+  file.close()
+  curves.draw(tmp_path)
+  with Image.open(tmp_path / curves.FILE) as image:
+    assert image.size == (2 * 460, 2 * 260)

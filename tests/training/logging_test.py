@@ -1,0 +1,99 @@
+"""Tests of the run's log: order of records, the progress line, the guard, TensorBoard."""
+
+import sys
+import types
+
+import pytest
+
+from vpe_jax.contracts import UserError
+from vpe_jax.training import logging, metrics
+
+
+@pytest.fixture
+def open_log(tmp_path, line_system):
+  def make(**changes):
+    system = line_system(**changes)
+    return logging.RunLog(tmp_path, system.config, system, 0)
+
+  return make
+
+
+def _push(log, step, loss=1.5, skipped=0.0, **more):
+  counters = {'stage': 0, 'step': step, 'stage_step': step}
+  values = {'loss': loss, 'loss/tokens': loss, 'skipped': skipped, 'grad_norm': 1.0}
+  log.push(counters, values | more)
+
+
+def test_a_record_is_written_when_the_next_step_is_pushed(open_log, tmp_path):
+  log = open_log()
+  _push(log, 1)
+  assert metrics.read(tmp_path) == []
+  _push(log, 2)
+  assert [record['step'] for record in metrics.read(tmp_path)] == [1]
+  log.flush()
+  assert [record['step'] for record in metrics.read(tmp_path)] == [1, 2]
+  log.close()
+
+
+def test_added_numbers_join_the_newest_record(open_log, tmp_path):
+  log = open_log()
+  _push(log, 1)
+  _push(log, 2)
+  log.add({'eval/tokens': 0.25})
+  _push(log, 3)
+  log.flush()
+  log.close()
+  assert [record.get('eval/tokens') for record in metrics.read(tmp_path)] == [None, 0.25, None]
+
+
+def test_the_guard_counts_steps_in_a_row(open_log, tmp_path):
+  log = open_log()
+  for step in range(1, logging.PATIENCE):
+    _push(log, step, skipped=1.0)
+  _push(log, logging.PATIENCE, skipped=0.0)
+  for step in range(6, 10):
+    _push(log, step, skipped=1.0)
+  _push(log, 10, skipped=1.0)
+  with pytest.raises(UserError, match='not finite in 5 steps in a row .to step 10.'):
+    log.settle()
+  log.close()
+  assert metrics.read(tmp_path)[-1]['step'] == 10  # the last skipped step is on record
+
+
+def test_progress_line_says_where_how_fast_and_how_long():
+  record = {
+    'stage': 'joint', 'stage_step': 20, 'loss': 1.25, 'loss/flow': 0.5, 'loss/next_token': 6.25,
+    'step_time': 0.5, 'images_per_s': 128.0, 'tokens_per_s': 13_000.0, 'tflops_per_s': 2.0,
+  }  # fmt: skip
+  assert logging.progress_line(record, 400, 3725.2) == (
+    'joint 20/400 | loss 1.2500 (flow 0.5000, next_token 6.2500) | 0.5 s/step, 128 images/s, '
+    '1.3e+04 tokens/s, 2 TFLOP/s | ETA 1:02:06'
+  )
+  assert 'MFU 41.0%' in logging.progress_line(record | {'mfu': 0.41}, 400, 0)
+
+
+def test_tensorboard_gets_every_number_where_it_is_installed(open_log, tmp_path, monkeypatch):
+  written = []
+
+  class SummaryWriter:
+    """Records what tensorboardX would write."""
+
+    def __init__(self, folder):
+      self.folder = folder
+
+    def add_scalar(self, name, value, step):
+      written.append((name, value, step))
+
+    def close(self):
+      written.append('closed')
+
+  module = types.ModuleType('tensorboardX')
+  module.SummaryWriter = SummaryWriter
+  module.__spec__ = types.SimpleNamespace(name='tensorboardX')
+  monkeypatch.setitem(sys.modules, 'tensorboardX', module)
+  log = open_log()
+  _push(log, 1, loss=2.5)
+  log.flush()
+  log.close()
+  assert ('loss', 2.5, 1) in written and written[-1] == 'closed'
+  assert not any(entry[0] in ('stage', 'step') for entry in written[:-1])

@@ -1,0 +1,200 @@
+"""Tests of whole runs: resume, crashes, preemption, sharding, errors."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from vpe_jax import sharding
+from vpe_jax.checkpoints.store import Store
+from vpe_jax.contracts import UserError
+from vpe_jax.training import loop
+from vpe_jax.training.logging import RunLog
+
+
+@pytest.fixture
+def build(line_system, frozen_weights):
+  """Builds (config, system) with a frozen network on disk."""
+
+  def make(**changes):
+    system = line_system(**changes)
+    system.frozen_weights = frozen_weights
+    return system.config, system
+
+  return make
+
+
+def _records(workdir):
+  return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def _assert_equal(first, second):
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(first), jax.device_get(second))
+
+
+def test_a_run_leaves_everything_it_should(build, tmp_path, capsys):
+  config, system = build()
+  state = loop.train(config, system, str(tmp_path / 'run'))
+  assert [int(state[n]) for n in ('stage', 'step', 'stage_step', 'examples_seen')] == [1, 6, 4, 48]
+  records = _records(tmp_path / 'run')
+  assert [record['step'] for record in records] == [1, 2, 3, 4, 5, 6]
+  assert [record['stage'] for record in records] == ['head'] * 2 + ['all'] * 4
+  assert [record['stage_step'] for record in records] == [1, 2, 1, 2, 3, 4]
+  wanted = {'loss', 'loss/tokens', 'lr', 'grad_norm', 'step_time', 'images_per_s', 'tokens_per_s'}
+  assert all(wanted <= record.keys() for record in records)
+  assert (tmp_path / 'run' / 'curves.png').exists()
+  said = capsys.readouterr().out
+  for text in ('run: new', 'memory per device', 'frozen', 'first caption', 'head 1/2', 'ETA'):
+    assert text in said, text
+
+
+def test_2_and_2_steps_equal_4_bitwise(build, tmp_path):
+  """Stopped between the stages, then in the middle of the second."""
+  config, system = build()
+  whole = loop.train(config, system, str(tmp_path / 'whole'))
+  for steps in ((2, 0), (2, 2), (2, 4)):
+    part = dataclasses.replace(config, steps=steps)
+    resumed = loop.train(part, system, str(tmp_path / 'parts'), ('steps',))
+  _assert_equal(whole, resumed)
+  wholes, parts = _records(tmp_path / 'whole'), _records(tmp_path / 'parts')
+  losses = lambda records: [(r['step'], r['loss'], r['grad_norm']) for r in records]
+  assert losses(wholes) == losses(parts)
+
+
+class _Crash(Exception):
+  pass
+
+
+@pytest.mark.parametrize('at', [2, 3, 5])
+def test_a_crash_loses_and_repeats_no_record(build, tmp_path, monkeypatch, at):
+  config, system = build()
+  whole = loop.train(config, system, str(tmp_path / 'whole'))
+  push = RunLog.push
+
+  def crash(self, counters, metrics):
+    push(self, counters, metrics)
+    if counters['step'] == at:
+      raise _Crash
+
+  monkeypatch.setattr(RunLog, 'push', crash)
+  with pytest.raises(_Crash):
+    loop.train(config, system, str(tmp_path / 'run'))
+  monkeypatch.undo()
+  with open(tmp_path / 'run' / 'metrics.jsonl', 'a', encoding='utf-8') as stream:
+    stream.write('{"step": 4, "lo')  # what a kill in the middle of a write leaves
+  resumed = loop.train(config, system, str(tmp_path / 'run'))
+  _assert_equal(whole, resumed)
+  assert [record['step'] for record in _records(tmp_path / 'run')] == [1, 2, 3, 4, 5, 6]
+
+
+def test_records_are_on_disk_before_their_checkpoint(build, tmp_path, monkeypatch):
+  config, system = build()
+  save, seen = Store.save, []
+
+  def look(self, state, config_dict, force=False):
+    seen.append((int(state['step']), [r['step'] for r in _records(tmp_path / 'run')]))
+    return save(self, state, config_dict, force)
+
+  monkeypatch.setattr(Store, 'save', look)
+  loop.train(config, system, str(tmp_path / 'run'))
+  assert [step for step, _ in seen] == [2, 4, 6]
+  assert all(records == list(range(1, step + 1)) for step, records in seen)
+
+
+def test_sigterm_saves_and_returns(build, tmp_path, monkeypatch, capsys):
+  config, system = build(checkpoint={'every': 100})
+  push = RunLog.push
+
+  def terminate(self, counters, metrics):
+    push(self, counters, metrics)
+    if counters['step'] == 4:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  before = signal.getsignal(signal.SIGTERM)
+  monkeypatch.setattr(RunLog, 'push', terminate)
+  assert loop.train(config, system, str(tmp_path / 'run')) is None
+  monkeypatch.undo()
+  assert signal.getsignal(signal.SIGTERM) is before
+  assert 'preempted: saved step 4' in capsys.readouterr().out
+  assert [record['step'] for record in _records(tmp_path / 'run')] == [1, 2, 3, 4]
+  resumed = loop.train(config, system, str(tmp_path / 'run'))
+  assert 'resumes after step 4' in capsys.readouterr().out
+  _assert_equal(loop.train(config, system, str(tmp_path / 'whole')), resumed)
+
+
+def test_another_config_is_refused_unless_allowed(build, tmp_path, capsys):
+  config, system = build()
+  workdir = str(tmp_path / 'run')
+  loop.train(config, system, workdir)
+  optim = dataclasses.replace(config.optim, lr=0.5)
+  log = dataclasses.replace(config.log, every=7)
+  changed = dataclasses.replace(config, optim=optim, log=log, seed=1)
+  with pytest.raises(UserError, match=r'optim\.lr was 0\.01, now 0\.5; seed was 0, now 1') as error:
+    loop.train(changed, system, workdir)
+  assert '--allow_change=optim.lr,seed' in str(error.value) and 'log.every' not in str(error.value)
+  with pytest.raises(UserError, match='seed'):
+    loop.train(changed, system, workdir, ('optim',))
+  assert len(_records(tmp_path / 'run')) == 6  # nothing was overwritten
+  loop.train(changed, system, workdir, ('optim', 'seed'))
+  assert 'config change: log.every was 1, now 7' in capsys.readouterr().out
+
+
+def test_a_finished_run_stays_as_it_is(build, tmp_path):
+  config, system = build()
+  workdir = tmp_path / 'run'
+  first = loop.train(config, system, str(workdir))
+  before = (workdir / 'metrics.jsonl').read_text()
+  _assert_equal(first, loop.train(config, system, str(workdir)))
+  assert (workdir / 'metrics.jsonl').read_text() == before
+
+
+def test_eight_devices_follow_one(build, tmp_path, monkeypatch):
+  """Measured: equal at the first step, 4e-7 apart after 106 (sums in another order)."""
+  losses, shares, make_mesh = {}, {}, sharding.make_mesh
+  for devices in (1, 8):
+    few = jax.devices()[:devices]
+    monkeypatch.setattr(sharding, 'make_mesh', lambda config, few=few: make_mesh(config, few))
+    config, system = build(steps=(6, 20))
+    state = loop.train(config, system, str(tmp_path / str(devices)))
+    losses[devices] = [record['loss'] for record in _records(tmp_path / str(devices))]
+    kernels = [state['params']['backbone']['kernel'], state['opt_state']['mu']['head']['kernel']]
+    kernels.append(state['ema']['backbone']['kernel'])
+    shares[devices] = [leaf.addressable_shards[0].data.nbytes / leaf.nbytes for leaf in kernels]
+  assert shares == {1: [1.0] * 3, 8: [1 / 8] * 3}
+  np.testing.assert_allclose(losses[8], losses[1], rtol=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(build, tmp_path):
+  config, system = build(batch_size=(12,))
+  with pytest.raises(UserError, match='batch_size 12 does not divide over 8 devices'):
+    loop.train(config, system, str(tmp_path / 'run'))
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_without_finite_gradients_stops(build, tmp_path):
+  config, system = build(model={'weight': float('inf')}, steps=(20, 1))
+  with pytest.raises(UserError, match='not finite in 5 steps in a row .to step 5.*optim.lr'):
+    loop.train(config, system, str(tmp_path / 'run'))
+  records = _records(tmp_path / 'run')
+  assert [record['skipped'] for record in records] == [1.0] * 5
+  assert records[-1]['loss'] is None
+
+
+def test_each_stage_is_compiled_once(build, tmp_path):
+  class Counting(type(build()[1])):
+    """Counts how often its losses are traced."""
+
+    traced = 0
+
+    def losses(self, *args):
+      self.traced += 1
+      return super().losses(*args)
+
+  config, plain = build(steps=(5, 5))
+  system = Counting(config, plain.frozen_weights)
+  loop.train(config, system, str(tmp_path / 'run'))
+  assert system.traced == 2

@@ -1,0 +1,71 @@
+"""Tests of the metrics file: every step once, whatever happened before."""
+
+import json
+
+import pytest
+
+from vpe_jax.training import metrics
+
+
+def _write(folder, steps, resumed, numbered=False):
+  file = metrics.MetricsFile(folder, resumed, numbered)
+  for step in steps:
+    file.write({'step': step, 'loss': step / 3})
+  file.close()
+
+
+def _steps(folder):
+  return [record['step'] for record in metrics.read(folder)]
+
+
+@pytest.mark.parametrize('numbered', [False, True])
+def test_resume_drops_what_lies_beyond(tmp_path, numbered):
+  _write(tmp_path, range(1, 6), 0, numbered)
+  _write(tmp_path, range(4, 8), 3, numbered)
+  assert _steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
+  _write(tmp_path, range(1, 3), 0, numbered)
+  assert _steps(tmp_path) == [1, 2]
+  assert not list(tmp_path.glob('*.partial'))
+
+
+def test_a_line_cut_short_is_dropped(tmp_path):
+  _write(tmp_path, range(1, 4), 0)
+  with open(tmp_path / metrics.FILE, 'a', encoding='utf-8') as stream:
+    stream.write('{"step": 4, "loss": 1.')
+  assert _steps(tmp_path) == [1, 2, 3]
+  _write(tmp_path, [4], 3)
+  assert _steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_lines_are_there_before_the_file_is_closed(tmp_path):
+  file = metrics.MetricsFile(tmp_path, 0)
+  file.write({'step': 1, 'loss': 0.5})
+  assert _steps(tmp_path) == [1]
+  file.close()
+
+
+def test_parts_are_numbered_by_their_first_step(tmp_path):
+  file = metrics.MetricsFile(tmp_path, 0, numbered=True)
+  for step in range(1, 4):
+    file.write({'step': step})
+  assert _steps(tmp_path) == []
+  file.flush()
+  file.write({'step': 4})
+  file.close()
+  assert [path.name for path in sorted(tmp_path.iterdir())] == [
+    'metrics-000000001.jsonl', 'metrics-000000004.jsonl'
+  ]  # fmt: skip
+  assert _steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_numbers_survive_as_float32_and_nan_is_null(tmp_path):
+  value = 0.1234567890123
+  file = metrics.MetricsFile(tmp_path, 0)
+  file.write({'step': 1, 'loss': float('nan'), 'lr': value, 'stage': 'joint'})
+  file.close()
+  record = json.loads((tmp_path / metrics.FILE).read_text())
+  assert record == {'step': 1, 'loss': None, 'lr': 0.123456789, 'stage': 'joint'}
+
+
+def test_remote_folders_are_told_by_their_scheme():
+  assert metrics.is_remote('gs://bucket/run') and not metrics.is_remote('runs/t2i-tiny')

@@ -1,0 +1,54 @@
+"""Tests of where a run starts."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from vpe_jax import rng, sharding
+from vpe_jax.config import to_dict
+from vpe_jax.contracts import UserError
+from vpe_jax.training import resume
+
+
+def test_free_fields_may_differ_and_are_named(line_config):
+  config = line_config()
+  stored = to_dict(config)
+  ours = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=4))
+  assert resume.check_config(ours, stored, 'RUN', ()) == ['mesh.data was 1, now 4']
+  assert resume.check_config(config, stored, 'RUN', ()) == []
+
+
+def test_allowing_a_section_allows_its_fields_only(line_config):
+  config = line_config()
+  ours = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=9.0), seed=4)
+  with pytest.raises(UserError, match='RUN holds a run with another config: seed was 0, now 4'):
+    resume.check_config(ours, to_dict(config), 'RUN', ('optim',))
+  with pytest.raises(UserError, match='optim.lr'):
+    resume.check_config(ours, to_dict(config), 'RUN', ('optim.l', 'seed'))
+  assert len(resume.check_config(ours, to_dict(config), 'RUN', ('optim.lr', 'seed'))) == 2
+
+
+def test_many_differences_are_cut(line_config):
+  config = line_config()
+  stored = {key: None for key in to_dict(config)}
+  with pytest.raises(UserError, match=r'and \d+ more\. Choose another --workdir'):
+    resume.check_config(config, stored, 'RUN', ())
+
+
+def test_fresh_state_has_the_shardings_and_values_of_its_plan(line_system):
+  system = line_system()
+  mesh = sharding.make_mesh(system.config.mesh)
+  abstract = resume.abstract_state(system.config, system, 0, mesh)
+  key = rng.run_key(0)
+  state = resume.fresh_state(system.config, system, abstract, key)
+  jax.tree.map(lambda leaf, plan: leaf.sharding == plan.sharding or pytest.fail(), state, abstract)
+  sharding.check_sharded_enough(
+    {'kernel': state['params']['backbone']['kernel']},
+    {'kernel': abstract['params']['backbone']['kernel'].sharding},
+  )
+  again = system.init(rng.stream(key, 'init'))
+  np.testing.assert_allclose(state['params']['head']['kernel'], again['head']['kernel'], rtol=1e-5)
+  later = resume.abstract_state(system.config, system, 1, mesh)
+  assert abstract['ema'] == {} and later['ema'].keys() == {'backbone', 'head'}
