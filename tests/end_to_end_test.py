@@ -237,7 +237,7 @@ def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     'bad value': ('main', CONFIG, new, '--config.optim.lr=fast'),
     'bad preset': ('main', '--config=configs/t2i.py:debgu', new),
     'other config': ('main', CONFIG, f'--workdir={finished}', *LENGTH, '--config.seed=7'),
-    'no weights': ('main', CONFIG, new, '--config.model.weights.image=nowhere.safetensors'),
+    'no weights': ('main', CONFIG, new, '--config.model.weights.siglip=nowhere.safetensors'),
     'indivisible batch': ('main', CONFIG, new, '--config.batch_size=(6, 6)'),
     'unreadable image': ('main', CONFIG, new, f'--config.data.source=folder:{folder / "pictures"}'),
     'long prompt': ('sample', f'--workdir={finished}', prompt, f'--out={folder / "x.png"}'),

@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 
 import vpe_jax
+from configs import t2i
 from vpe_jax import generator as generator_lib
 from vpe_jax import rng as rng_lib
+from vpe_jax import systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Drawing, UserError
@@ -85,8 +87,9 @@ def test_given_codes_are_rendered():
   np.testing.assert_array_equal([p.codes for p in own], codes)
   shared = draws(['a', 'b'], n=2, codes=codes[0])
   np.testing.assert_array_equal([p.codes for p in shared], np.tile(codes[0], (4, 1)))
-  with pytest.raises(UserError, match='2 pictures'):
-    draws(['a', 'b'], codes=np.zeros((3, 4)))
+  for wrong in (np.zeros((3, 4)), np.zeros((2, 5)), np.zeros(3)):
+    with pytest.raises(UserError, match=r'\(2, 4\)'):
+      draws(['a', 'b'], codes=wrong)
 
 
 def test_settings_start_from_the_runs_own():
@@ -158,3 +161,63 @@ def test_load_refuses_files_that_hold_something_else(tmp_path):
   weights.save(path, {'a': np.zeros(2)}, {'config': '{}', 'weights': 'ema'}, overwrite=True)
   with pytest.raises(UserError, match='averaged weights only'):
     Generator.load(path, weights='raw')
+
+
+@pytest.fixture(scope='module')
+def debug():
+  """The debug model with random weights, none of which is zero, and a random autoencoder."""
+  config = t2i.get_config('debug')
+  config.data.source = 'synthetic'
+  system = systems.build(config.to_dict())
+  fresh, tree = jax.tree.flatten(jax.jit(system.init)(jax.random.key(0)))
+  keys = jax.random.split(jax.random.key(1), len(fresh))
+  # Wide enough that what a branch is told shows in its pictures.
+  params = [x + 0.1 * jax.random.normal(key, x.shape) for key, x in zip(keys, fresh)]
+  images, noise = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 16, 16, 4))
+  image = system.image.network.init(jax.random.key(2), images, noise)['params']
+  said = {'checkpoint': 'abc', 'weights': 'random (ema)'}
+  tree = jax.tree.unflatten(tree, params)
+  return Generator(system, tree, {'image': image}, text.shipped(), said)
+
+
+def _close(a, b):
+  np.testing.assert_array_equal(a.codes, b.codes)
+  assert np.abs(a.image.astype(int) - b.image.astype(int)).max() <= 1
+
+
+def test_debug_model_draws_the_same_alone_in_four_and_reordered(debug):
+  prompts = ['a red fox', 'two green pears', 'three blue circles on a light gray background']
+  together = debug(prompts, n=4, seed=1)
+  assert len({p.codes.tobytes() for p in together}) == 12
+  for ours, theirs in zip(debug(prompts[1], n=4, seed=1), together[4:8]):
+    _close(ours, theirs)
+  for prompt, theirs in zip(prompts, together[::4]):
+    _close(debug(prompt, seed=1)[0], theirs)
+  for ours, theirs in zip(debug(prompts[::-1], seed=1), together[8::-4]):
+    _close(ours, theirs)
+
+
+def test_debug_model_follows_its_guidance(debug):
+  prompts = ['a red fox', 'two green pears']
+  codes = debug(prompts[0])[0].codes
+  draw = lambda scale, prompt, codes=codes: debug(
+    prompt, codes=codes, settings=debug.settings(guidance=scale)
+  )[0]
+  images = {scale: draw(scale, prompts[0]).image.astype(int) for scale in (0.0, 0.5, 1.0, 3.0)}
+  # The null branch sees neither prompt nor plan, and noise is a function of prompt and seed.
+  other = (codes + 7) % debug.system.config.model.codes
+  np.testing.assert_array_equal(draw(0.0, prompts[0], other).image, images[0.0])
+  assert (draw(1.0, prompts[0], other).image != images[1.0]).any()
+  # Scales next to 0 and 1 run both branches; they must come out where one branch alone does.
+  for scale in (0.0, 1.0):
+    near = draw(scale + 1e-6, prompts[0]).image.astype(int)
+    assert np.abs(near - images[scale]).max() <= 1
+  assert np.abs(images[0.0] - images[1.0]).max() > 1
+  assert np.abs(images[3.0] - images[1.0]).max() > 1
+
+
+def test_debug_model_renders_given_codes(debug):
+  own = debug('a red fox', n=2, seed=5)
+  again = debug('a red fox', n=2, seed=5, codes=np.stack([p.codes for p in own]))
+  for ours, theirs in zip(again, own):
+    _close(ours, theirs)

@@ -320,7 +320,10 @@ command=$(for word; do case $word in --command=*) echo "${word#--command=}" ;; e
 case "$*" in
   *" describe "*) echo READY ;;
   *"install .venv"*) ;;
-  *"--output-directory="*) (cd "$HOME_OF_WORKER"; bash -c "$command") > "${@: -1:1}.log" ;;
+  *"--output-directory="*)
+    all=$*
+    folder=${all##*--output-directory=}
+    (cd "$HOME_OF_WORKER" && bash -c "$command") > "$folder/0.log" ;;
   *) cd "$HOME_OF_WORKER" && exec bash -c "$command" ;;
 esac
 """
@@ -340,6 +343,7 @@ def test_tpu_pod_runs_detached_and_reports_the_status(tmp_path: Path, status: in
   log = (tmp_path / 'worker' / 'run.log').read_text()
   assert log.splitlines()[-2:] == ['[--workdir=gs://b/run]', "[--a=it's b]"]
   assert log in done.stdout
+  assert (tmp_path / 'logs' / '0.log').read_text() == log
   assert (tmp_path / 'worker' / 'run.status').read_text() == f'{status}\n'
 
 

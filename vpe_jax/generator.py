@@ -159,7 +159,9 @@ class Generator:
       raise UserError(f'nothing to draw: {len(prompts)} prompts with n={n} pictures each')
     settings = self.settings() if settings is None else settings
     plan = [(prompt, index) for prompt in prompts for index in range(n)]
-    request = self._request(prompts, plan, codes)
+    request = self._request(prompts, plan)
+    if codes is not None:
+      request = dataclasses.replace(request, codes=self._rows_of(codes, request, settings))
     drawn: list[Drawing] = []
     for start in range(0, len(plan), self.rows):
       # Short batches are filled with their first row, so that one compiled program serves all.
@@ -178,23 +180,25 @@ class Generator:
       for image, code, item in zip(images, visual, plan)
     ]
 
-  def _request(
-    self, prompts: list[str], plan: list[tuple[str, int]], codes: np.ndarray | None
-  ) -> Examples:
+  def _request(self, prompts: list[str], plan: list[tuple[str, int]]) -> Examples:
     """One row for each picture, as numpy leaves."""
     ids, lengths = self._tokenizer.encode_batch(prompts, self.system.config.data.text_length)
     copies = len(plan) // len(prompts)
-    if codes is not None:
-      codes = np.asarray(codes, np.int32)
-      codes = np.broadcast_to(codes, (len(plan), codes.shape[-1])) if codes.ndim == 1 else codes
-      if codes.ndim != 2 or len(codes) != len(plan):
-        raise UserError(f'codes have shape {codes.shape}: {len(plan)} pictures need as many rows')
     return Examples(
       example=np.asarray([_identity(*item) for item in plan], np.int32),
-      text=np.repeat(np.asarray(ids, np.int32), copies, axis=0),
-      text_length=np.repeat(np.asarray(lengths, np.int32), copies, axis=0),
-      codes=codes,
+      text=np.repeat(ids, copies, axis=0),
+      text_length=np.repeat(lengths, copies, axis=0),
     )
+
+  def _rows_of(self, codes: np.ndarray, request: Examples, settings: SampleConfig) -> np.ndarray:
+    """The given visual prompts, one for each row of the request."""
+    codes, count = np.asarray(codes, np.int32), len(request.example)
+    draw = lambda *arrays: self.system.generate(*arrays, settings)
+    drawing = jax.eval_shape(draw, self._params, self._frozen, request, rng.run_key(0))
+    wanted = (count, drawing.codes.shape[1])
+    if codes.shape not in (wanted, wanted[1:]):
+      raise UserError(f'codes have shape {codes.shape}: {wanted} or {wanted[1:]} is needed')
+    return np.broadcast_to(codes, wanted)
 
   def describe(self, settings: SampleConfig) -> dict[str, str]:
     """What pictures drawn with `settings` say about the weights, the settings and the version."""

@@ -133,7 +133,7 @@ def test_shipped_sizes_shard_evenly_and_keep_their_budget():
 def test_mistakes_are_named():
   with pytest.raises(UserError, match="no stage 'imag'; did you mean 'image'"):
     config = config_file.get_config('debug')
-    config.stages = ('imag',)
+    config.stages, config.steps, config.batch_size = ('imag',), (4,), (8,)
     systems.build(config.to_dict())
   with pytest.raises(UserError, match='model.crop 30 must be a multiple of 4'):
     _system(crop=30)

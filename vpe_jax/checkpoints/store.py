@@ -71,8 +71,8 @@ class Store:
     self._config = config
     self._worker = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending: concurrent.futures.Future[None] | None = None
-    self._newest: int | None = None  # the step that was saved or restored last
-    self._damaged: list[int] = []  # steps that restore passed over
+    self._newest: int | None = None  # the step saved or restored last; -1: there was none
+    self._damaged: set[int] = set()  # steps that restore passed over
 
   def due(self, step: int) -> bool:
     """Whether `save` without `force` saves at this step."""
@@ -141,12 +141,13 @@ class Store:
 
     found = self._first_whole(load)
     if found is None:
-      self._newest = 0
+      self._newest = -1
       return None
     meta, state = found
     self._newest = meta['step']
     for name, here in _machine().items():
-      if meta[name] != here:
+      decides = name != 'cpu_threads' or jax.default_backend() == 'cpu'
+      if decides and meta[name] != here:
         logging.warning(
           'checkpoint %d was made with %s=%s, this process has %s: results may differ in their '
           'last bits', meta['step'], name, meta[name], here,
@@ -219,9 +220,9 @@ class Store:
       for folder in self._directory.iterdir():
         if _UNFINISHED in folder.name:
           folder.rmtree()
-      for damaged in self._damaged:
+      for damaged in sorted(self._damaged):
         self._put_aside(self._folder(damaged))
-    self._damaged = []
+    self._damaged.clear()
 
   def _put_aside(self, folder: epath.Path) -> None:
     if not (folder / _MARKER).exists():
@@ -249,6 +250,7 @@ class Store:
   # Loading.
 
   def _first_whole(self, load: Callable[[int, Meta], Any]) -> tuple[Meta, Any] | None:
+    self.wait()
     reasons = {}
     for step in reversed(self._folders()):
       try:
@@ -256,7 +258,7 @@ class Store:
         return meta, load(step, meta)
       except _Damaged as reason:
         reasons[step] = str(reason)
-        self._damaged.append(step)
+        self._damaged.add(step)
         logging.warning(
           'checkpoint %d in %s is damaged (%s): trying the one before it',
           step, self._directory, reason,
@@ -342,7 +344,10 @@ def _attempt(read: Callable[[], Any]) -> Any:
   except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
     raise
   except Exception as error:
-    text = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=' ...')
+    root = error
+    while root.__cause__ is not None:  # the innermost one names the file
+      root = root.__cause__
+    text = textwrap.shorten(str(root) or type(root).__name__, 200, placeholder=' ...')
     raise _Damaged(f'it can not be read: {text}') from error
 
 
@@ -375,7 +380,9 @@ def _machine() -> dict[str, Any]:
   """What decides the last bits of a result: devices, and on CPUs the number of threads."""
   kinds = sorted({device.device_kind for device in jax.devices()})
   devices = f'{jax.device_count()} x {"+".join(kinds)}'
-  return {'cpu_threads': len(os.sched_getaffinity(0)), 'devices': devices}
+  # Only Linux knows which cores a process may use.
+  usable = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  return {'cpu_threads': usable, 'devices': devices}
 
 
 def _digest(record: Meta) -> str:

@@ -62,7 +62,7 @@ class ModelConfig:
   commitment: float = 1.0
   usage: float = 0.1
   squared: float = 4.0
-  divergence: float = 1e-4
+  divergence: float = 1e-3
   crop: int = 32
 
 
