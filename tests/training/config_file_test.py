@@ -49,8 +49,10 @@ def test_mistakes_are_one_line_that_says_how_to_cure_them(spec, overrides, messa
 
 def test_overrides_are_taken_out_of_the_command_line():
   found = config_file.split_overrides(
-    ['main', '--config=a.py', '--config.optim.lr=1', '-config.seed=2', '--workdir=x']
+    ['main', '--config=a.py', '--config.optim.lr=1', '-config.seed', '--workdir=x', 'config.b=1']
   )
-  assert found == ({'optim.lr': '1', 'seed': '2'}, ['main', '--config=a.py', '--workdir=x'])
-  with pytest.raises(UserError, match='--config.seed=VALUE'):
-    config_file.split_overrides(['main', '--config.seed', '3'])
+  overrides, others = found
+  assert overrides == {'optim.lr': '1', 'seed': 'true'}
+  assert others == ['main', '--config=a.py', '--workdir=x', 'config.b=1']
+  with pytest.raises(UserError, match="'seed' must be int, not True"):
+    config_file.load(f'{T2I}:debug', overrides)

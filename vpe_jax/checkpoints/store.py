@@ -15,7 +15,6 @@ import concurrent.futures
 import hashlib
 import json
 import os
-import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -347,8 +346,8 @@ def _attempt(read: Callable[[], Any]) -> Any:
     root = error
     while root.__cause__ is not None:  # the innermost one names the file
       root = root.__cause__
-    text = textwrap.shorten(str(root) or type(root).__name__, 200, placeholder=' ...')
-    raise _Damaged(f'it can not be read: {text}') from error
+    words = ' '.join(str(root).split()) or type(root).__name__
+    raise _Damaged(f'it can not be read: {words[:180]}') from error
 
 
 def _arrays(state: State) -> dict[str, Any]:

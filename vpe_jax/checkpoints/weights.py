@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -35,9 +35,9 @@ MADE_BY = {
 _STORED = {
   'BOOL': np.bool_, 'U8': np.uint8, 'I8': np.int8, 'U16': np.uint16, 'I16': np.int16,
   'U32': np.uint32, 'I32': np.int32, 'U64': np.uint64, 'I64': np.int64,
-  'F16': np.float16, 'BF16': ml_dtypes.bfloat16, 'F32': np.float32, 'F64': np.float64,
+  'F16': np.float16, 'BF16': np.dtype(jnp.bfloat16), 'F32': np.float32, 'F64': np.float64,
 }  # fmt: skip
-_DTYPES = {'bfloat16': ml_dtypes.bfloat16, 'float16': np.float16, 'float32': np.float32}
+_DTYPES = {'bfloat16': np.dtype(jnp.bfloat16), 'float16': np.float16, 'float32': np.float32}
 
 
 def load(source: str) -> tuple[Params, dict[str, str]]:
@@ -202,7 +202,7 @@ def _widened(leaf: np.ndarray) -> np.ndarray:
 
 
 def _is_float(leaf: np.ndarray) -> bool:
-  return jax.numpy.issubdtype(leaf.dtype, np.floating)
+  return jnp.issubdtype(leaf.dtype, np.floating)
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

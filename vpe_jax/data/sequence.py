@@ -123,8 +123,15 @@ def build(
 
   Returns:
     The region of each expert, in the order in which `spans` first names them.
+
+  Raises:
+    ValueError: `text` or `codes` is not as long as its span.
   """
   B = text.shape[0]
+  for kind, given in (('text', text), ('codes', codes)):
+    start, stop = place(spans, kind)
+    if given.shape[1] != stop - start:
+      raise ValueError(f'{kind} has {given.shape[1]} tokens, but its span has {stop - start}')
   ids, present = [], []
   for span in spans:
     ids.append(_ids(span, vocabulary, text, codes, B))

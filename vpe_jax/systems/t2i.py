@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
-from vpe_jax.codecs import kl, visual_prompt
+from vpe_jax.codecs import kl, pixels, visual_prompt
 from vpe_jax.config import Config, SampleConfig, nearest
 from vpe_jax.contracts import Array, Drawing, Examples, LossTerm, Params, Stage, UserError
 from vpe_jax.data import sequence
@@ -181,6 +181,20 @@ class System:
     job = rendering.Job(self.model, self.spans, self.vocabulary, settings)
     codes, latents = rendering.draw(job, params, request, rng)
     return Drawing(self.image.decode(frozen, latents), codes, latents)
+
+  def similarity(self, frozen: Params, images: Array, text: Array, text_length: Array) -> Array:
+    """How well each picture [B, R, R, 3] in [0, 1] fits each caption: cosines [B, B].
+
+    The frozen SigLIP, which made the plans, is the measure: good for following a run, not for
+    scoring it (vpe_jax.evaluation has an independent judge).
+    """
+    siglip = self.visual_prompt.siglip
+    side = self.config.model.visual_prompt.siglip.image_size
+    variables = {'params': frozen['siglip']}
+    seen = pixels.to_signed(pixels.view(images, side))
+    image = siglip.apply(variables, seen, method='embed_images')
+    caption = siglip.apply(variables, text, text_length, method='embed_text')
+    return jnp.einsum('BD,VD->BV', image, caption)
 
   def flops(self, stage: Stage) -> float:
     """Forward and backward matrix FLOPs of one example; encoders are not counted."""

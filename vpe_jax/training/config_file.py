@@ -45,17 +45,14 @@ def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
 def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
   """Takes `--config.key=value` out of a command line: (overrides, the other arguments).
 
-  Raises:
-    UserError: an override without a value.
+  As with other flags, `--config.key` alone means true.
   """
   overrides, others = {}, []
   for argument in arguments:
     dashless = argument.lstrip('-')
     if argument.startswith('-') and dashless.startswith('config.'):
       key, equals, text = dashless.removeprefix('config.').partition('=')
-      if not equals:
-        raise UserError(f'{argument} has no value: write {argument}=VALUE')
-      overrides[key] = text
+      overrides[key] = text if equals else 'true'
     else:
       others.append(argument)
   return overrides, others
