@@ -23,8 +23,12 @@ from vpe_jax.training import metrics
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = '--config=configs/t2i.py:debug'
 # More steps than `debug` has, so that a slow watcher still kills where it means to.
-PLAN, JOINT, EVERY = 40, 60, 10
-LENGTH = (f'--config.steps=({PLAN}, {JOINT})', f'--config.checkpoint.every={EVERY}')
+PLAN, JOINT, EVERY = 30, 40, 10
+LENGTH = (
+  f'--config.steps=({PLAN}, {JOINT})',
+  f'--config.checkpoint.every={EVERY}',
+  '--config.log.samples=0',
+)
 SPEEDS = re.compile(r'time|_per_s|mfu')
 PATIENCE = 150.0  # seconds for a process to get where it is awaited
 

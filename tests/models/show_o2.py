@@ -70,101 +70,104 @@ def config() -> UnifiedConfig:
   )
 
 
-def params() -> dict:
-  """The golden weights as our parameter tree; every tensor is used exactly once."""
-  source = load_file(GOLDEN / 'model.safetensors')
-  c = config()
-  take = lambda key: source.pop(key).astype(np.float32)
-  dense = lambda key: {'kernel': take(f'{key}.weight').T, 'bias': take(f'{key}.bias')}
-  conv = lambda key: {
-    'kernel': take(f'{key}.weight').transpose(2, 3, 1, 0).reshape(-1, c.ar.width)
-    if 'gen' in key
-    else take(f'{key}.weight').transpose(2, 3, 1, 0).reshape(-1, c.dual_path.encoder.width),
-    'bias': take(f'{key}.bias'),
-  }
+class _Source:
+  """The golden tensors; each may be taken once."""
 
-  def heads(key: str, width: int, bias: bool) -> dict:
-    kernel = take(f'{key}.weight').T
+  def __init__(self) -> None:
+    self.left = load_file(GOLDEN / 'model.safetensors')
+
+  def take(self, key: str) -> np.ndarray:
+    return self.left.pop(key).astype(np.float32)
+
+  def dense(self, key: str) -> dict:
+    return {'kernel': self.take(f'{key}.weight').T, 'bias': self.take(f'{key}.bias')}
+
+  def scale(self, key: str) -> dict:
+    return {'scale': self.take(f'{key}.weight')}
+
+  def patches(self, key: str) -> dict:
+    """A 2x2 convolution as a dense layer over patches in (row, column, channel) order."""
+    kernel = self.take(f'{key}.weight')
+    kernel = kernel.transpose(2, 3, 1, 0).reshape(-1, kernel.shape[0])
+    return {'kernel': kernel, 'bias': self.take(f'{key}.bias')}
+
+  def heads(self, key: str, width: int, bias: bool) -> dict:
+    kernel = self.take(f'{key}.weight').T
     tree = {'kernel': kernel.reshape(kernel.shape[0], -1, width)}
-    return tree | ({'bias': take(f'{key}.bias').reshape(-1, width)} if bias else {})
+    return tree | ({'bias': self.take(f'{key}.bias').reshape(-1, width)} if bias else {})
 
-  def out(key: str, width: int, bias: bool = False) -> dict:
-    kernel = take(f'{key}.weight').T
+  def out(self, key: str, width: int, bias: bool = False) -> dict:
+    kernel = self.take(f'{key}.weight').T
     tree = {'kernel': kernel.reshape(-1, width, kernel.shape[1])}
-    return tree | ({'bias': take(f'{key}.bias')} if bias else {})
+    return tree | ({'bias': self.take(f'{key}.bias')} if bias else {})
 
-  def layer(key: str, width: int, head: bool) -> dict:
-    tree = {name: heads(f'{key}.self_attn.{name}_proj', width, not head) for name in 'qkv'}
-    tree['o'] = out(f'{key}.self_attn.o_proj', width)
-    for ours in ('gate', 'up', 'down'):
-      tree[ours] = {'kernel': take(f'{key}.mlp.{ours}_proj.weight').T}
-    tree['attention_norm'] = {'scale': take(f'{key}.input_layernorm.weight')}
-    tree['mlp_norm'] = {'scale': take(f'{key}.post_attention_layernorm.weight')}
+  def layer(self, key: str, width: int, head: bool) -> dict:
+    tree = {name: self.heads(f'{key}.self_attn.{name}_proj', width, not head) for name in 'qkv'}
+    tree['o'] = self.out(f'{key}.self_attn.o_proj', width)
+    for name in ('gate', 'up', 'down'):
+      tree[name] = {'kernel': self.take(f'{key}.mlp.{name}_proj.weight').T}
+    tree['attention_norm'] = self.scale(f'{key}.input_layernorm')
+    tree['mlp_norm'] = self.scale(f'{key}.post_attention_layernorm')
     if head:
-      tree['q_norm'] = {'scale': take(f'{key}.self_attn.q_norm.weight')}
-      tree['k_norm'] = {'scale': take(f'{key}.self_attn.k_norm.weight')}
-      tree['modulation'] = {'out': dense(f'{key}.adaLN_modulation.1')}
+      tree['q_norm'] = self.scale(f'{key}.self_attn.q_norm')
+      tree['k_norm'] = self.scale(f'{key}.self_attn.k_norm')
+      tree['modulation'] = {'out': self.dense(f'{key}.adaLN_modulation.1')}
     return tree
 
-  def encoder_layer(key: str) -> dict:
-    width = c.dual_path.encoder.width // c.dual_path.encoder.heads
-    attention = {name: heads(f'{key}.self_attn.{name}_proj', width, True) for name in 'qkv'}
-    attention['o'] = out(f'{key}.self_attn.out_proj', width, True)
-    norm = lambda i: {
-      'scale': take(f'{key}.layer_norm{i}.weight'),
-      'bias': take(f'{key}.layer_norm{i}.bias'),
+  def encoder_layer(self, key: str, width: int) -> dict:
+    attention = {name: self.heads(f'{key}.self_attn.{name}_proj', width, True) for name in 'qkv'}
+    attention['o'] = self.out(f'{key}.self_attn.out_proj', width, True)
+    norm = lambda i: self.scale(f'{key}.layer_norm{i}') | {
+      'bias': self.take(f'{key}.layer_norm{i}.bias')
     }
-    return {
-      'attention': attention,
-      'attention_norm': norm(1),
-      'mlp_norm': norm(2),
-      'mlp': {'up': dense(f'{key}.mlp.fc1'), 'down': dense(f'{key}.mlp.fc2')},
-    }
+    mlp = {'up': self.dense(f'{key}.mlp.fc1'), 'down': self.dense(f'{key}.mlp.fc2')}
+    return {'attention': attention, 'attention_norm': norm(1), 'mlp_norm': norm(2), 'mlp': mlp}
 
-  stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-  body, blocks = c.ar, c.head.blocks
-  tree = {
-    'embed': {
-      'text': take('showo.model.embed_tokens.weight'),
-      'codes': np.zeros((2, body.width), np.float32),
+
+def _stack(trees: list[dict]) -> dict:
+  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def params() -> dict:
+  """The golden weights as our parameter tree; every tensor is used exactly once."""
+  c, source = config(), _Source()
+  body, blocks, und = c.ar, c.head.blocks, c.dual_path.encoder
+  ends = {
+    'und': source.patches('image_embedder_und.proj'),
+    'gen': source.patches('image_embedder_gen.proj'),
+    'positions': source.take('position_embedding.weight'),
+    'fusion_norm': source.scale('fusion_proj.0'),
+    'fusion_in': source.dense('fusion_proj.1'),
+    'fusion_out': source.dense('fusion_proj.3'),
+  }
+  encoder = [
+    source.encoder_layer(f'und_trans.layers.{i}', und.width // und.heads) for i in range(und.layers)
+  ]
+  layers = [
+    source.layer(f'showo.model.layers.{i}', body.head_width, False) for i in range(body.layers)
+  ]
+  modulated = [
+    source.layer(f'diffusion_head_a.{i}', blocks.head_width, True) for i in range(blocks.layers)
+  ]
+  head = {
+    'time': {
+      'in': source.dense('time_embed.mlp.0'),
+      'out': source.dense('time_embed.mlp.2'),
+      'token': source.dense('time_embed_proj'),
     },
-    'ar': {
-      'layers': stack(
-        [layer(f'showo.model.layers.{i}', body.head_width, False) for i in range(body.layers)]
-      ),
-      'norm': {'scale': take('showo.model.norm.weight')},
-    },
-    'dit': {
-      'dual_path': {
-        'ends': {
-          'und': conv('image_embedder_und.proj'),
-          'gen': conv('image_embedder_gen.proj'),
-          'positions': take('position_embedding.weight'),
-          'fusion_norm': {'scale': take('fusion_proj.0.weight')},
-          'fusion_in': dense('fusion_proj.1'),
-          'fusion_out': dense('fusion_proj.3'),
-        },
-        'encoder': stack(
-          [encoder_layer(f'und_trans.layers.{i}') for i in range(c.dual_path.encoder.layers)]
-        ),
-      },
-      'head': {
-        'time': {
-          'in': dense('time_embed.mlp.0'),
-          'out': dense('time_embed.mlp.2'),
-          'token': dense('time_embed_proj'),
-        },
-        'entry': {'in': dense('diff_proj.0'), 'out': dense('diff_proj.2')},
-        'blocks': stack(
-          [layer(f'diffusion_head_a.{i}', blocks.head_width, True) for i in range(blocks.layers)]
-        ),
-        'exit': {
-          'norm': {'scale': take('diffusion_head_b.norm_final.weight')},
-          'modulation': {'out': dense('diffusion_head_b.adaLN_modulation.1')},
-          'out': dense('diffusion_head_b.linear'),
-        },
-      },
+    'entry': {'in': source.dense('diff_proj.0'), 'out': source.dense('diff_proj.2')},
+    'blocks': _stack(modulated),
+    'exit': {
+      'norm': source.scale('diffusion_head_b.norm_final'),
+      'modulation': {'out': source.dense('diffusion_head_b.adaLN_modulation.1')},
+      'out': source.dense('diffusion_head_b.linear'),
     },
   }
-  assert not source, f'golden tensors without a place: {sorted(source)}'
+  text = source.take('showo.model.embed_tokens.weight')
+  tree = {
+    'embed': {'text': text, 'codes': np.zeros((2, body.width), np.float32)},
+    'ar': {'layers': _stack(layers), 'norm': source.scale('showo.model.norm')},
+    'dit': {'dual_path': {'ends': ends, 'encoder': _stack(encoder)}, 'head': head},
+  }
+  assert not source.left, f'golden tensors without a place: {sorted(source.left)}'
   return jax.tree.map(jnp.asarray, tree)

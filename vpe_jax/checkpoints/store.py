@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-import vpe_jax
+from vpe_jax import __version__
 from vpe_jax.checkpoints.checksum import checksums
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.contracts import UserError
@@ -102,7 +102,7 @@ class Store:
     self._make_room(step)
     arrays = _arrays(state)
     record = {name: int(state[name]) for name in COUNTERS}
-    record |= {'config': dict(config_dict), 'version': vpe_jax.__version__, **_machine()}
+    record |= {'config': dict(config_dict), 'version': __version__, **_machine()}
     sums = checksums(arrays)
     record['leaves'] = {
       path: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'checksum': sums[path]}

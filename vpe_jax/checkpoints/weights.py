@@ -15,7 +15,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 
-import vpe_jax
+from vpe_jax import __version__
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, nearest
 from vpe_jax.contracts import Params, UserError
@@ -143,7 +143,7 @@ def save(
     name: np.ascontiguousarray(_narrowed(leaf, dtype)).reshape(leaf.shape)
     for name, leaf in flat.items()
   }
-  strings = {'version': vpe_jax.__version__, **metadata, 'dtype': dtype}
+  strings = {'version': __version__, **metadata, 'dtype': dtype}
   strings['fingerprint'] = fingerprint({name: _widened(leaf) for name, leaf in stored.items()})
   target.parent.mkdir(parents=True, exist_ok=True)
   unfinished = target.parent / f'{target.name}.unfinished'
@@ -162,7 +162,7 @@ def fingerprint(tree: Params) -> str:
 
 
 def _load_asset(name: str) -> tuple[Params, dict[str, str]]:
-  folder = importlib.resources.files(vpe_jax) / 'assets'
+  folder = importlib.resources.files('vpe_jax') / 'assets'
   resource = folder / f'{name}{ENDING}'
   if name not in MADE_BY:
     raise UserError(f"no shipped weights are called '{ASSETS}{name}'{nearest(name, MADE_BY)}")

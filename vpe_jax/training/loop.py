@@ -203,15 +203,20 @@ def _feed(run: Run, start: int, batch_size: int) -> Feed:
 
 def _look(run: Run, watchers: Watchers, state: State, step: int, is_last: bool) -> None:
   """Held-out losses and sample grids, where one is due."""
-  log = run.config.log
-  if log.evaluate and (step % log.evaluate == 0 or is_last):
-    watchers.log.add(watchers.held_out.evaluate(run.frozen, state, run.key))
-    watchers.log.resume_clock()
-  if log.samples and (step % log.samples == 0 or is_last):
-    watchers.log.add(watchers.previews.draw(run.frozen, state, run.key, step))
-    watchers.log.resume_clock()
-    if jax.process_index() == 0:
-      curves.draw(run.workdir)
+  log, found = run.config.log, {}
+  evaluates = bool(log.evaluate) and (is_last or step % log.evaluate == 0)
+  draws = bool(log.samples) and (is_last or step % log.samples == 0)
+  if not (evaluates or draws):
+    return
+  watchers.log.settle()  # The step's own time ends here.
+  if evaluates:
+    found |= watchers.held_out.evaluate(run.frozen, state, run.key)
+  if draws:
+    found |= watchers.previews.draw(run.frozen, state, run.key, step)
+  watchers.log.add(found)
+  watchers.log.resume_clock()
+  if draws and jax.process_index() == 0:
+    curves.draw(run.workdir)
 
 
 def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Examples) -> None:
