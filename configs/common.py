@@ -1,11 +1,14 @@
-"""What config files share: the argument behind the colon, as in `configs/t2i.py:tiny,arch=single`."""
+"""What config files share: the argument behind the colon, as in `configs/t2i.py:debug,arch=single`.
+"""
 
 from __future__ import annotations
 
 import difflib
 
 
-def parse_arg(arg: str | None, presets: tuple[str, ...], **known: str) -> tuple[str, dict[str, str]]:
+def parse_arg(
+  arg: str | None, presets: tuple[str, ...], **known: str
+) -> tuple[str, dict[str, str]]:
   """The preset and the options of a config argument.
 
   Args:

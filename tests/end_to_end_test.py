@@ -162,7 +162,6 @@ def _assert_same_run(workdir: Path, reference: Path) -> None:
 
 def test_an_uninterrupted_run_leaves_what_it_promises(finished: Path) -> None:
   assert (finished / 'curves.png').stat().st_size > 1000
-  assert list((finished / 'samples').glob('step_*.png'))
   losses = [r['loss'] for r in _records(finished) if r['stage'] == 'plan']
   assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:5])
 

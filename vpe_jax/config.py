@@ -72,7 +72,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """Save every `every` steps, keep the newest `keep` and each multiple of `keep_every` (0: none)."""
+  """Saves each `every` steps; keeps the newest `keep` and multiples of `keep_every` (0: none)."""
 
   every: int = 200
   keep: int = 2

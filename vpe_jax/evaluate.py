@@ -4,14 +4,13 @@
   python -m vpe_jax.evaluate --workdir=runs/t2i-tiny --captions=1024 --guidance=2
 
 Beside the table it writes a JSON with the whole protocol, and a sheet of pictures, to
-RUN/evaluation (evaluation/ in the current folder for shipped weights). From Python:
-vpe_jax.evaluation.runner.
+RUN/evaluation (evaluation/ in the current folder for shipped weights).
 """
 
 import sys
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from tqdm import tqdm
 
 from vpe_jax.contracts import UserError
@@ -62,11 +61,12 @@ def main(argv: list[str]) -> None:
       raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
     options = runner.Options(FLAGS.captions, tuple(FLAGS.splits), FLAGS.seed, FLAGS.judge)
     runner.check(FLAGS.benchmarks, options)
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it reads.
     machine.use_compilation_cache()
     subject = _subject()
     reports = runner.run(FLAGS.benchmarks, subject, options)
     own = 'evaluation' if FLAGS.workdir.startswith('assets:') else f'{FLAGS.workdir}/evaluation'
-    written = runner.save(reports, FLAGS.out or own, subject.description['checkpoint'][:12])
+    written = runner.save(reports, FLAGS.out or own, subject.description['checkpoint'])
     print('\n'.join(line for report in reports.values() for line in report.lines))
     print(f'wrote {" ".join(written)}')
   except UserError as error:

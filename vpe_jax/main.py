@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from vpe_jax import sharding, systems
 from vpe_jax.contracts import UserError
@@ -55,6 +55,7 @@ def main(argv: list[str]) -> None:
       raise UserError(f"unexpected argument '{argv[1]}': every option is a --flag=value")
     if FLAGS.config is None:
       raise UserError('--config is missing: try --config=configs/t2i.py')
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes.
     machine.use_compilation_cache()
     sharding.initialize_distributed()  # Before anything can touch a device.
     config = config_file.load(FLAGS.config, _overrides)

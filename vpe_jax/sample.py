@@ -7,10 +7,9 @@
 A file gets a grid, a folder (it ends in /) a file a picture; text chunks say how it was made.
 """
 
-import dataclasses
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from vpe_jax.contracts import UserError
 from vpe_jax.generator import Generator, sheet
@@ -60,9 +59,10 @@ def main(argv: list[str]) -> None:
       raise UserError(f"unexpected argument '{argv[1]}': every option is a --flag=value")
     prompts, out = _prompts(), FLAGS.out
     paths = pictures.plan_files(out, len(prompts) * FLAGS.n, FLAGS.overwrite)
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it reads.
     machine.use_compilation_cache()
     generator = Generator.load(FLAGS.workdir, FLAGS.weights)
-    names = [field.name for field in dataclasses.fields(generator.settings())]
+    names = vars(generator.settings())
     settings = generator.settings(**{name: FLAGS[name].value for name in names})
     drawn = generator(prompts, FLAGS.n, FLAGS.seed, settings)
     files = [(p.image, p.metadata) for p in drawn] if out.endswith('/') else [sheet(drawn)]

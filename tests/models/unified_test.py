@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import pathlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import show_o2
 
 from vpe_jax.contracts import Region, Visibility, visible
 from vpe_jax.data.sequence import NEVER
@@ -22,8 +18,8 @@ pytestmark = pytest.mark.parity
 
 
 @pytest.fixture(scope='module')
-def golden() -> dict[str, np.ndarray]:
-  return dict(np.load(show_o2.GOLDEN / 'io.npz'))
+def golden(show_o2) -> dict[str, np.ndarray]:
+  return show_o2.io
 
 
 def _regions(golden: dict[str, np.ndarray]) -> dict[str, Region]:
@@ -44,7 +40,7 @@ def _close(ours: np.ndarray, theirs: np.ndarray, tolerance: float) -> None:
   assert error < tolerance, f'relative error {error:.2e}'
 
 
-def test_velocity_and_logits_equal_show_o2(golden):
+def test_velocity_and_logits_equal_show_o2(show_o2, golden):
   model, params, regions = Unified(show_o2.config()), show_o2.params(), _regions(golden)
   latents = jnp.asarray(golden['latents']).transpose(0, 2, 3, 1)
   hidden, velocity = jax.jit(model)(params, regions, latents, jnp.asarray(golden['t']))
@@ -60,13 +56,13 @@ def test_mask_equals_show_o2(golden):
   np.testing.assert_array_equal(visible(row, row), wanted)
 
 
-def test_position_table_resize_equals_show_o2(golden):
+def test_position_table_resize_equals_show_o2(show_o2, golden):
   table = show_o2.params()['dit']['dual_path']['ends']['positions']
   _close(resize_positions(table, 27, 4, 4), golden['pos_embed_resized'][0], 2e-6)
 
 
 @pytest.mark.parametrize('mutation', ['bias', 'norms', 'theta', 'clock', 'layout'])
-def test_parity_notices_a_mistake(golden, mutation):
+def test_parity_notices_a_mistake(show_o2, golden, mutation):
   """The golden weights tell the network from one with a small mistake."""
   config, params, regions = show_o2.config(), show_o2.params(), _regions(golden)
   latents = jnp.asarray(golden['latents']).transpose(0, 2, 3, 1)
@@ -78,8 +74,6 @@ def test_parity_notices_a_mistake(golden, mutation):
     a, b = layers['attention_norm'], layers['mlp_norm']
     layers['attention_norm'], layers['mlp_norm'] = b, a
   elif mutation == 'theta':
-    import dataclasses
-
     body = dataclasses.replace(config.ar, rope_theta=1e4)
     config = dataclasses.replace(config, ar=body, dit=body)
   elif mutation == 'clock':

@@ -32,7 +32,7 @@ def test_allowing_a_section_allows_its_fields_only(line_config):
 
 def test_many_differences_are_cut(line_config):
   config = line_config()
-  stored = {key: None for key in to_dict(config)}
+  stored = dict.fromkeys(to_dict(config))
   with pytest.raises(UserError, match=r'and \d+ more\. Choose another --workdir'):
     resume.check_config(config, stored, 'RUN', ())
 

@@ -73,8 +73,9 @@ def init_layers(layer: Layer, rng: Array) -> Params:
 
 def unstack(params: Params) -> tuple[Params, ...]:
   """Stacked layer parameters as a tuple of single layers: once, outside jit, for fast decoding."""
-  count = jax.tree.leaves(params)[0].shape[0]
-  return tuple(jax.tree.map(lambda leaf: leaf[i], params) for i in range(count))
+  leaves, tree = jax.tree.flatten(params)
+  layers = range(leaves[0].shape[0])
+  return tuple(jax.tree.unflatten(tree, [leaf[i] for leaf in leaves]) for i in layers)
 
 
 def empty_cache(layer: Layer, params: Any, key: Visibility, dtype: jnp.dtype) -> Cache:

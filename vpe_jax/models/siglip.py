@@ -12,8 +12,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vpe_jax.contracts import Array, UserError
-from vpe_jax.models.vit import AttentionPool, Encoder, EncoderConfig, forward_flops, patches
-from vpe_jax.models.vit import pool_flops
+from vpe_jax.models.vit import (
+  AttentionPool,
+  Encoder,
+  EncoderConfig,
+  forward_flops,
+  patches,
+  pool_flops,
+)
 
 
 @dataclasses.dataclass(frozen=True)

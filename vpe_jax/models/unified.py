@@ -23,7 +23,6 @@ from vpe_jax.models.diffusion_head import Entry, Exit, HeadConfig, TimeEmbedding
 from vpe_jax.models.dual_path import DualPath, DualPathConfig
 from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
 
-
 _HEADS = ('layers', 'embed', 'heads', 'head')
 _KV_HEADS = ('layers', 'embed', 'kv_heads', 'head')
 _LAYER = (
@@ -265,8 +264,8 @@ class Unified:
       for name, s in streams.items()
     }
     block = self._block()
-    blocks = {name: block for name in streams}
-    stacks = {name: weights['blocks'] for name in streams}
+    blocks = dict.fromkeys(streams, block)
+    stacks = dict.fromkeys(streams, weights['blocks'])
     return mot.run(blocks, stacks, entered, cache, at, self.remat)
 
   def velocity(self, params: Params, rows: Array, condition: Array) -> Array:

@@ -52,7 +52,7 @@ class Job:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-  """What the flow steps of one branch reuse: caches of backbone and head, and the picture's rows."""
+  """What all flow steps of a branch reuse: caches of backbone and head, and the picture's rows."""
 
   body: mot.Cache
   head: mot.Cache

@@ -27,7 +27,7 @@ from vpe_jax.systems import rendering
 
 STAGES = {
   'plan': Stage('plan', ('ar/', 'embed/'), ('next_token',), ema=False, source='fresh'),
-  'joint': Stage('joint', ('.*',), ('next_token', 'flow'), ema=True, source='stage before, or fresh'),
+  'joint': Stage('joint', ('.*',), ('next_token', 'flow'), ema=True, source='the stage before'),
 }
 
 
@@ -72,7 +72,7 @@ class ModelConfig(unified.UnifiedConfig):
     }
     for name, (ours, codec) in pairs.items():
       if ours != codec:
-        raise UserError(f'model.{name} is {ours}, but the frozen codec has {codec}: make them equal')
+        raise UserError(f'model.{name} is {ours}, but its frozen codec has {codec}: set them equal')
 
   @property
   def plan_tokens(self) -> int:

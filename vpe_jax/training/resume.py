@@ -60,7 +60,7 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
 
   moments = shapes['opt_state']
   shardings = {
-    **{name: whole for name in COUNTERS},
+    **dict.fromkeys(COUNTERS, whole),
     'params': place(shapes['params']),
     'opt_state': {'count': whole, 'mu': place(moments['mu']), 'nu': place(moments['nu'])},
     'ema': place(shapes['ema']),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 from vpe_jax.models.diffusion_head import HeadConfig
@@ -171,3 +173,10 @@ def params() -> dict:
   }
   assert not source.left, f'golden tensors without a place: {sorted(source.left)}'
   return jax.tree.map(jnp.asarray, tree)
+
+
+@pytest.fixture(scope='session')
+def show_o2() -> types.SimpleNamespace:
+  """`config()`, `params()` (fresh trees, free to change) and `io`: inputs and outputs."""
+  io = dict(np.load(GOLDEN / 'io.npz'))
+  return types.SimpleNamespace(config=config, params=params, io=io)
