@@ -58,6 +58,7 @@ def _embedded(config: ConfigDict) -> None:
 
 def _tiny(config: ConfigDict) -> None:
   _embedded(config)
+  config.unroll = True
   config.steps = (150, 450)
   config.batch_size = (64, 64)
   config.data.examples = 16384

@@ -30,7 +30,7 @@ LENGTH = (
   '--config.log.samples=0',
 )
 SPEEDS = re.compile(r'time|_per_s|mfu')
-PATIENCE = 150.0  # seconds for a process to get where it is awaited
+PATIENCE = 300.0  # seconds for a process to get where it is awaited
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,8 @@ class Process:
   """A front door in a process of its own, on one device unless told otherwise."""
 
   def __init__(self, door: str, *arguments: str, log: Path, devices: int = 1):
-    flags = f'--xla_force_host_platform_device_count={devices}'
+    count = f'--xla_force_host_platform_device_count={devices}'
+    flags = re.sub(r'--xla_force_host_platform_device_count=\d+', count, os.environ['XLA_FLAGS'])
     self.log = log
     with log.open('w') as file:
       self._popen = subprocess.Popen(

@@ -30,6 +30,7 @@ class DataConfig:
     encode: `online` (frozen encoders run on the device) or `cached` (codes and latents are
       computed once, before training).
     workers: reader processes per host (0: threads in this process).
+    near_misses: captions that are wrong in one detail, for each example of a scene.
   """
 
   source: str = 'mixture'
@@ -39,6 +40,7 @@ class DataConfig:
   text_length: int = 32
   encode: str = 'online'
   workers: int = 0
+  near_misses: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +125,9 @@ class Config:
     batch_size: global examples per step of each stage.
     seed: of data order, initialisation and noise.
     dtype: compute dtype, `float32` or `bfloat16`; parameters are float32 always.
-    remat: what the backward pass recomputes, a name of vpe_jax.models.stack.REMAT.
+    remat: what the backward pass recomputes, a name of vpe_jax.models.mot.REMAT.
+    unroll: whether training runs layers one by one instead of scanning over them: faster on CPU,
+      where a scan copies what the backward pass needs; compiles longer.
     model: the system's own section.
   """
 
@@ -137,6 +141,7 @@ class Config:
   seed: int = 0
   dtype: str = 'float32'
   remat: str = 'none'
+  unroll: bool = False
   data: DataConfig = DataConfig()
   optim: OptimConfig = OptimConfig()
   mesh: MeshConfig = MeshConfig()

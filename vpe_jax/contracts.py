@@ -82,7 +82,7 @@ class Examples:
   """One batch as the pipeline hands it over, before it becomes rows of tokens.
 
   `image` is there when frozen encoders run online (`data.encode=online`), `codes` and `latents`
-  when the pipeline reads them from a cache. The others are None.
+  when the pipeline reads them from a cache, `near` with `data.near_misses`. The others are None.
   """
 
   example: Array  # [B] int32: place in the data stream; keys the randomness of the example
@@ -91,6 +91,8 @@ class Examples:
   image: Array | None = None  # [B, R, R, 3] uint8
   codes: Array | None = None  # [B, P] int32: visual prompt, raster order
   latents: Array | None = None  # [B, h, w, C] float32
+  near: Array | None = None  # [B, M, T] int32: captions that are wrong in one detail
+  near_length: Array | None = None  # [B, M] int32: their real tokens; 0 where there is none
 
 
 @_pytree

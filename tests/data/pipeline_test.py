@@ -32,6 +32,7 @@ def test_batch_structure():
   (batch,) = _take(Pipeline(_CONFIG, 0), 1, 0, 4)
   shapes = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
   assert shapes.pop('codes') is None and shapes.pop('latents') is None
+  assert shapes.pop('near') is None and shapes.pop('near_length') is None
   assert {name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()} == {
     'example': ((4,), np.int32),
     'text': ((4, 32), np.int32),

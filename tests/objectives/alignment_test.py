@@ -69,3 +69,21 @@ def test_retrieval_looks_within_groups_and_accepts_repeats():
   hits = alignment.retrieval_hits(logits, positive, group=2)
   np.testing.assert_array_equal(hits, [1, 1, 0, 1])
   np.testing.assert_array_equal(alignment.retrieval_hits(logits, positive, group=4), [0, 0, 0, 0])
+
+
+def test_near_misses_are_negatives_of_their_own_picture():
+  wrong = jnp.array([[1.0, -2.0], [50.0, 0.0]])
+  exists = jnp.array([[True, True], [False, True]])
+  loss = alignment.near_loss(wrong, exists)
+  np.testing.assert_allclose(
+    loss, [np.log1p(np.exp(1.0)) + np.log1p(np.exp(-2.0)), np.log(2.0)], rtol=1e-6
+  )
+  gradient = jax.grad(lambda x: jnp.sum(alignment.near_loss(x, exists)))(wrong)
+  assert gradient[1, 0] == 0 and (gradient[0] > 0).all()
+
+
+def test_near_hits_need_to_beat_all_that_exist():
+  wrong = jnp.array([[1.0, 3.0], [9.0, 1.0], [0.0, 0.0]])
+  exists = jnp.array([[True, True], [False, True], [False, False]])
+  hits = alignment.near_hits(jnp.array([2.0, 2.0, 2.0]), wrong, exists)
+  np.testing.assert_array_equal(hits, [0, 1, 0])

@@ -13,9 +13,9 @@ import pytest
 from vpe_jax import rng as randomness
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import Config, OptimConfig, from_dict
-from vpe_jax.contracts import Examples, LossTerm, Stage
+from vpe_jax.contracts import Drawing, Examples, LossTerm, Stage
 
-PIXELS, WIDTH, HIDDEN, TEXT = 192, 16, 24, 8
+PIXELS, WIDTH, HIDDEN, TEXT = 192, 16, 24, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,3 +156,38 @@ def frozen_weights(tmp_path):
   path = tmp_path / 'encoder.safetensors'
   weights.save(str(path), LineSystem(make_config()).frozen()['encoder'], {}, 'float32')
   return {'encoder': str(path)}
+
+
+class DrawingSystem(LineSystem):
+  """A LineSystem that also has encoders and draws: codes are colours, pictures flat squares."""
+
+  encoded = 0
+
+  def encode(self, frozen, images):
+    self.encoded += 1  # counts traces
+    small = images.astype(jnp.float32).reshape(images.shape[0], 2, 4, 2, 4, 3).mean((2, 4)) / 255
+    codes = jnp.round(small.mean(-1).reshape(-1, 4) * 10).astype(jnp.int32)
+    return codes, small
+
+  def generate(self, params, frozen, request, rng, settings):
+    codes = jnp.zeros((request.example.shape[0], 4), jnp.int32)
+    codes = codes if request.codes is None else request.codes
+    latents = jnp.repeat(codes.reshape(-1, 2, 2, 1), 3, -1) / 10.0
+    image = jnp.repeat(jnp.repeat(latents, 4, 1), 4, 2)
+    return Drawing(image, codes, latents)
+
+  def similarity(self, frozen, images, text, text_length):
+    # Fits its own caption exactly if the picture isn't black.
+    return jnp.mean(images, (1, 2, 3))[:, None] * jnp.eye(images.shape[0]) - 1e-3
+
+
+@pytest.fixture
+def drawing_system(frozen_weights):
+  """Builds a DrawingSystem on scenes of 8 x 8 pixels: drawing_system(stages=..., ...)."""
+
+  def make(**changes):
+    data = {'source': 'scenes', 'examples': 70, 'image_size': 8, 'text_length': TEXT}
+    config = make_config(data=data | changes.pop('data', {}), **changes)
+    return DrawingSystem(config, frozen_weights)
+
+  return make

@@ -24,7 +24,7 @@ def test_parameter_table_has_a_row_for_each_group(line_system):
   header, backbone, head, encoder = [line.split() for line in text.splitlines()]
   assert header[:3] == ['group', 'parameters', 'state']
   assert backbone[:5] == ['backbone', '384', 'frozen', '-', 'float32'] and 'fsdp' in text
-  assert head[:5] == ['head', '200', 'trains', '0.25', 'float32']
+  assert head[:5] == ['head', '800', 'trains', '0.25', 'float32']
   assert encoder[:3] == ['encoder', '3,072', 'frozen'] and encoder[-1] == 'assets:x'
 
 
@@ -40,4 +40,4 @@ def test_sample_line_has_shapes_and_caption(line_system):
   batch = line_system().batch(4)
   text = report.sample_text(batch, 'a red fox')
   assert 'image [4, 8, 8, 3] uint8' in text and "'a red fox'" in text and 'codes' not in text
-  assert np.shape(batch.text) == (4, 8)
+  assert np.shape(batch.text) == (4, 32)

@@ -18,7 +18,7 @@ from absl import flags
 
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import Examples, UserError
-from vpe_jax.data import text
+from vpe_jax.data import near_misses, text
 from vpe_jax.data.cache import Encoded
 from vpe_jax.data.records import Record, Source, Split, render
 from vpe_jax.data.sources import open_source
@@ -116,7 +116,12 @@ class Pipeline:
   def _reader(self) -> _Reader:
     config = self._config
     return _Reader(
-      self.source, self.tokenizer, config.image_size, config.text_length, self._encoded
+      self.source,
+      self.tokenizer,
+      config.image_size,
+      config.text_length,
+      self._encoded,
+      config.near_misses,
     )
 
 
@@ -165,6 +170,7 @@ class _Reader(grain.transforms.Map):
   image_size: int
   text_length: int
   encoded: Encoded | None
+  near_misses: int
 
   def map(self, element: tuple[int, int]) -> Row:
     return self(element)
@@ -174,10 +180,23 @@ class _Reader(grain.transforms.Map):
     record = self.source[index]
     ids, lengths = self.tokenizer.encode_batch([record.caption], self.text_length)
     row = {'example': np.int32(place), 'text': ids[0], 'text_length': lengths[0]}
+    if self.near_misses:
+      row |= self._near(record)
     if self.encoded is None:
       return row | {'image': render(record, self.image_size)}
     codes, latents = self.encoded[index]
     return row | {'codes': codes, 'latents': latents}
+
+
+  def _near(self, record: Record) -> Row:
+    """Wrong captions, with length 0 where the record has too few."""
+    near = np.zeros((self.near_misses, self.text_length), np.int32)
+    near_length = np.zeros(self.near_misses, np.int32)
+    captions = near_misses.near_misses(record, self.near_misses)
+    if captions:
+      ids, lengths = self.tokenizer.encode_batch(captions, self.text_length)
+      near[: len(captions)], near_length[: len(captions)] = ids, lengths
+    return {'near': near, 'near_length': near_length}
 
 
 def _stack(rows: Sequence[Row]) -> Row:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpe_jax.contracts import Array
+from vpe_jax.models.dense import Dense
 from vpe_jax.models.transformer import Modulation, RMSNorm, TransformerConfig
 from vpe_jax.ops import norms, rope
 
@@ -67,9 +68,9 @@ class TimeEmbedding(nn.Module):
     freq = np.exp(-np.log(1e4) * np.arange(FREQUENCIES, dtype=np.float64) / FREQUENCIES)
     angle = clock.astype(jnp.float32)[:, None, None] * freq.astype(np.float32)
     waves = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    hidden = nn.Dense(self.config.width, name='in')(waves)
-    condition = nn.Dense(self.config.width, name='out')(jax.nn.silu(hidden))
-    return condition, nn.Dense(self.width, name='token')(condition)
+    hidden = Dense(self.config.width, name='in')(waves)
+    condition = Dense(self.config.width, name='out')(jax.nn.silu(hidden))
+    return condition, Dense(self.width, name='token')(condition)
 
 
 class Entry(nn.Module):
@@ -80,7 +81,7 @@ class Entry(nn.Module):
 
   @nn.compact
   def __call__(self, hidden: Array) -> Array:
-    dense = lambda name: nn.Dense(self.config.width, dtype=self.dtype, name=name)
+    dense = lambda name: Dense(self.config.width, dtype=self.dtype, name=name)
     return dense('out')(jax.nn.gelu(dense('in')(hidden), approximate=False))
 
 
@@ -96,5 +97,5 @@ class Exit(nn.Module):
     shift, scale = Modulation(2, self.config.width, name='modulation')(condition)
     y = norms.modulate(RMSNorm(1e-6, name='norm')(hidden), shift, scale)
     # Starts at zero: the first prediction of a fresh network is the mean velocity.
-    out = nn.Dense(self.channels, kernel_init=nn.initializers.zeros, dtype=self.dtype, name='out')
+    out = Dense(self.channels, kernel_init=nn.initializers.zeros, dtype=self.dtype, name='out')
     return out(y).astype(jnp.float32)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from vpe_jax import sharding
 from vpe_jax.contracts import Array, Params
 from vpe_jax.models import vit
+from vpe_jax.models.dense import Dense
 from vpe_jax.models.transformer import RMSNorm
 
 
@@ -50,7 +51,7 @@ class Ends(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    dense = lambda width: nn.Dense(width, dtype=self.dtype)
+    dense = lambda width: Dense(width, dtype=self.dtype)
     self.und = dense(c.encoder.width)
     self.gen = dense(self.width)
     self.positions = self.param(

@@ -65,7 +65,7 @@ class VisionTower(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    self.embed = nn.Dense(c.vision.width, dtype=self.dtype)
+    self.embed = Dense(c.vision.width, dtype=self.dtype)
     near = nn.initializers.normal(c.vision.width**-0.5)
     self.position = self.param('position', near, (c.patches, c.vision.width))
     self.encoder = Encoder(c.vision, self.dtype)
@@ -107,7 +107,7 @@ class TextTower(nn.Module):
     near = nn.initializers.normal(0.02)
     self.position = self.param('position', near, (c.text_length, c.text.width))
     self.encoder = Encoder(c.text, self.dtype)
-    self.head = nn.Dense(c.vision.width, dtype=self.dtype)
+    self.head = Dense(c.vision.width, dtype=self.dtype)
 
   def features(self, text: Array, length: Array) -> Array:
     """Normed token features [B, T, D] of captions [B, T] with `length` [B] real tokens."""
@@ -152,7 +152,13 @@ class Siglip(nn.Module):
 
   def logits(self, image: Array, text: Array) -> Array:
     """Logits [B, V] of every picture's unit vector [B, D] with every caption's [V, D]."""
-    cosine = jnp.einsum('BD,VD->BV', image, text)
+    return self._scaled(jnp.einsum('BD,VD->BV', image, text))
+
+  def own_logits(self, image: Array, text: Array) -> Array:
+    """Logits [B, M] of every picture's unit vector [B, D] with captions of its own [B, M, D]."""
+    return self._scaled(jnp.einsum('BD,BMD->BM', image, text))
+
+  def _scaled(self, cosine: Array) -> Array:
     return cosine * jnp.exp(self.logit_scale) + self.logit_bias
 
   def __call__(self, images: Array, text: Array, length: Array) -> Array:
@@ -165,10 +171,10 @@ def unit(x: Array) -> Array:
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
-def flops(config: SiglipConfig) -> float:
-  """Matrix FLOPs of one forward pass of both towers over one pair."""
+def flops(config: SiglipConfig, captions: int = 1) -> float:
+  """Matrix FLOPs of one forward pass over one picture and its captions."""
   c, P = config, config.patches
   vision = 2.0 * P * c.patch**2 * 3 * c.vision.width
   vision += forward_flops(c.vision, P) + pool_flops(c.vision, P)
   text = forward_flops(c.text, c.text_length) + 2.0 * c.text.width * c.vision.width
-  return vision + text
+  return vision + captions * text

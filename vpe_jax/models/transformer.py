@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.contracts import Array
+from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.ops import norms, rope
 
 
@@ -66,7 +67,7 @@ class Modulation(nn.Module):
   @nn.compact
   def __call__(self, condition: Array) -> list[Array]:
     zeros = nn.initializers.zeros
-    out = nn.Dense(self.parts * self.width, kernel_init=zeros, bias_init=zeros, name='out')
+    out = Dense(self.parts * self.width, kernel_init=zeros, bias_init=zeros, name='out')
     # Modulation stays in float32: it scales every row of the picture.
     return jnp.split(out(jax.nn.silu(condition.astype(jnp.float32))), self.parts, axis=-1)
 
@@ -86,13 +87,13 @@ class Layer(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    heads = lambda n: nn.DenseGeneral((n, c.head_width), use_bias=c.qkv_bias, dtype=self.dtype)
-    dense = lambda width: nn.Dense(width, use_bias=False, dtype=self.dtype)
+    heads = lambda n: DenseGeneral((n, c.head_width), use_bias=c.qkv_bias, dtype=self.dtype)
+    dense = lambda width: Dense(width, use_bias=False, dtype=self.dtype)
     self.attention_norm = RMSNorm(c.eps)
     self.q = heads(c.heads)
     self.k = heads(c.kv_heads)
     self.v = heads(c.kv_heads)
-    self.o = nn.DenseGeneral(c.width, axis=(-2, -1), use_bias=False, dtype=self.dtype)
+    self.o = DenseGeneral(c.width, axis=(-2, -1), use_bias=False, dtype=self.dtype)
     if c.qk_norm:
       self.q_norm = RMSNorm(1e-6)
       self.k_norm = RMSNorm(1e-6)

@@ -183,7 +183,7 @@ class Unified:
     }
 
   def prepare(self, params: Params) -> Params:
-    """Parameters for decoding: stacked layers taken apart, once and outside jit."""
+    """Stacked layers taken apart: outside jit for decoding, inside it for unrolled training."""
 
     def apart(tree: Mapping[str, Any]) -> dict[str, Any]:
       stacks = ('layers', 'blocks', 'encoder')

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.contracts import Array
+from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.ops import norms
 
 
@@ -54,11 +55,11 @@ class Attention(nn.Module):
   def __call__(self, queries: Array, tokens: Array, mask: Array | None = None) -> Array:
     """Mixed tokens [B, L, D]; `mask` [B, S] says which tokens exist (None: all)."""
     c = self.config
-    heads = lambda name: nn.DenseGeneral((c.heads, c.width // c.heads), dtype=self.dtype, name=name)
+    heads = lambda name: DenseGeneral((c.heads, c.width // c.heads), dtype=self.dtype, name=name)
     q, k, v = heads('q')(queries), heads('k')(tokens), heads('v')(tokens)
     shown = None if mask is None else mask[:, None, None, :]
     mixed = jax.nn.dot_product_attention(q, k, v, mask=shown)
-    return nn.DenseGeneral(c.width, axis=(-2, -1), dtype=self.dtype, name='o')(mixed)
+    return DenseGeneral(c.width, axis=(-2, -1), dtype=self.dtype, name='o')(mixed)
 
 
 class Mlp(nn.Module):
@@ -69,8 +70,8 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    x = nn.Dense(self.config.mlp, dtype=self.dtype, name='up')(x)
-    return nn.Dense(self.config.width, dtype=self.dtype, name='down')(jax.nn.gelu(x))
+    x = Dense(self.config.mlp, dtype=self.dtype, name='up')(x)
+    return Dense(self.config.width, dtype=self.dtype, name='down')(jax.nn.gelu(x))
 
 
 class Layer(nn.Module):

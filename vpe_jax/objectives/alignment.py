@@ -37,6 +37,28 @@ def sigmoid_loss(logits: Array, positive: Array) -> Array:
   return -jnp.sum(jax.nn.log_sigmoid(signed), -1)
 
 
+def near_loss(logits: Array, exists: Array) -> Array:
+  """Each picture's loss over wrong captions of its own: float32 [B].
+
+  Args:
+    logits: of every picture with its wrong captions [B, M], float32.
+    exists: bool [B, M]; False where there is no caption.
+  """
+  return -jnp.sum(jnp.where(exists, jax.nn.log_sigmoid(-logits), 0.0), -1)
+
+
+def near_hits(own: Array, wrong: Array, exists: Array) -> Array:
+  """Whether the own caption beats all wrong ones: float32 [B], 0 where there are none.
+
+  Args:
+    own: logits of the pictures with their captions [B].
+    wrong: with their wrong captions [B, M].
+    exists: bool [B, M].
+  """
+  worst = jnp.max(jnp.where(exists, wrong, -jnp.inf), -1)
+  return ((own > worst) & jnp.any(exists, -1)).astype(jnp.float32)
+
+
 def retrieval_hits(logits: Array, positive: Array, group: int = 32) -> Array:
   """Whether each picture's best caption among its group is one of its own: float32 [B].
 

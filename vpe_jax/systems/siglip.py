@@ -7,6 +7,7 @@ scores generated pictures and that no generator ever sees in training.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -71,6 +72,8 @@ class System:
     if name != 'align':
       raise UserError(f"the siglip system has no stage '{name}': its only stage is 'align'")
     losses = ('sigmoid', 'retrieval')
+    if self.config.data.near_misses:
+      losses += ('near', 'near_retrieval')
     return Stage(name, trainable=('.*',), losses=losses, ema=True, source='random initialisation')
 
   def init(self, rng: Array) -> Params:
@@ -85,41 +88,53 @@ class System:
     return abstract_pictures(self.config, batch_size)
 
   def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
-    """One a picture."""
+    """One a picture; `near_retrieval` counts the pictures that have near misses."""
     pictures = jnp.float32(batch.example.shape[0])
-    return {'sigmoid': pictures, 'retrieval': pictures}
+    counts = {name: pictures for name in stage.losses}
+    if 'near' in stage.losses:
+      counts['near_retrieval'] = jnp.sum(jnp.any(batch.near_length > 0, -1), dtype=jnp.float32)
+    return counts
 
   def losses(
     self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
     """The sigmoid loss over all pairs of the batch, and in-batch retrieval (logged only).
 
-    With gradient accumulation the pairs are those within a microbatch.
+    With gradient accumulation the pairs are those within a microbatch. Near misses
+    (`data.near_misses`) are further negatives of their own picture alone: `near` is their part of
+    the loss, `near_retrieval` the share of pictures whose own caption beats all of them (logged).
     """
-    model = self.config.model
+    model, variables = self.config.model, {'params': params}
     views = pixels.jittered_view(
       batch.image, model.siglip.image_size, model.jitter, rng, batch.example
     )
-    variables = {'params': params}
-    logits = self.network.apply(
-      variables, pixels.to_signed(views), batch.text, batch.text_length
-    )
+    apply = functools.partial(self.network.apply, variables)
+    images = apply(pixels.to_signed(views), method='embed_images')
+    text = apply(batch.text, batch.text_length, method='embed_text')
+    logits = apply(images, text, method='logits')
     positive = alignment.same_caption(batch.text)
-    hits = alignment.retrieval_hits(logits, positive)
-    count = jnp.float32(batch.example.shape[0])
-    return {
-      'sigmoid': LossTerm(jnp.sum(alignment.sigmoid_loss(logits, positive)), count, 1.0),
-      'retrieval': LossTerm(jnp.sum(hits), count, 0.0),
+    values = {
+      'sigmoid': (alignment.sigmoid_loss(logits, positive), 1.0),
+      'retrieval': (alignment.retrieval_hits(logits, positive), 0.0),
     }
+    if 'near' in stage.losses:
+      B, M, T = batch.near.shape
+      length = batch.near_length
+      near = apply(batch.near.reshape(B * M, T), length.reshape(B * M), method='embed_text')
+      wrong = apply(images, near.reshape(B, M, -1), method='own_logits')
+      values['near'] = (alignment.near_loss(wrong, length > 0), 1.0)
+      values['near_retrieval'] = (alignment.near_hits(jnp.diagonal(logits), wrong, length > 0), 0.0)
+    counts = self.counts(batch, rng, stage)
+    return {n: LossTerm(jnp.sum(value), counts[n], w) for n, (value, w) in values.items()}
 
   def flops(self, stage: Stage) -> float:
     """Three forward passes' worth: the backward pass costs two."""
-    return 3.0 * siglip.flops(self.config.model.siglip)
+    return 3.0 * siglip.flops(self.config.model.siglip, 1 + self.config.data.near_misses)
 
   def tokens(self, stage: Stage) -> int:
     """Patches and caption tokens."""
     c = self.config.model.siglip
-    return c.patches + c.text_length
+    return c.patches + (1 + self.config.data.near_misses) * self.config.data.text_length
 
 
 def abstract_pictures(config: Config, batch_size: int) -> Examples:
@@ -127,4 +142,7 @@ def abstract_pictures(config: Config, batch_size: int) -> Examples:
   B, R, T = batch_size, config.data.image_size, config.data.text_length
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   image = jax.ShapeDtypeStruct((B, R, R, 3), jnp.uint8)
-  return Examples(example=ints(B), text=ints(B, T), text_length=ints(B), image=image)
+  batch = Examples(example=ints(B), text=ints(B, T), text_length=ints(B), image=image)
+  if M := config.data.near_misses:
+    batch = dataclasses.replace(batch, near=ints(B, M, T), near_length=ints(B, M))
+  return batch

@@ -147,6 +147,8 @@ class System:
     self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
     """`next_token` (nats), `accuracy` of its argmax (logged), and `flow` where the stage has it."""
+    if self.config.unroll:
+      params = self.model.prepare(params)
     codes, latents = batch.codes, batch.latents
     if codes is None:
       codes, latents = self.encode(frozen, batch.image)

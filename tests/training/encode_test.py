@@ -1,0 +1,105 @@
+"""Tests of codes and latents made before training."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from vpe_jax import sharding
+from vpe_jax.contracts import UserError
+from vpe_jax.data import cache
+from vpe_jax.training import encode
+from vpe_jax.training import frozen as frozen_lib
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path / 'cache'))
+
+
+@pytest.fixture
+def open_data(drawing_system):
+  """Opens the training data of a system: (pipeline, system)."""
+
+  def make(frozen=None, **data):
+    system = drawing_system(data={'encode': 'cached'} | data)
+    mesh = sharding.make_mesh(system.config.mesh)
+    with jax.set_mesh(mesh):
+      frozen = frozen or frozen_lib.load(system, mesh, 'fsdp')
+      return encode.open_training_data(system.config, system, frozen, mesh), system
+
+  return make
+
+
+def _folders(tmp_path):
+  return sorted(path.name for path in (tmp_path / 'cache' / 'encoded').iterdir())
+
+
+def test_cached_examples_are_what_the_encoders_say(open_data, capsys):
+  data, system = open_data()
+  online, _ = open_data(encode='online')
+  assert '70/70' in capsys.readouterr().out
+  for place in (0, 69):  # the last chunk is not full
+    with data.batches(place, 8) as cached, online.batches(place, 8) as pictures:
+      ours, theirs = next(cached), next(pictures)
+    assert ours.image is None and theirs.codes is None
+    codes, latents = system.encode({}, theirs.image)
+    np.testing.assert_array_equal(ours.codes, codes)
+    np.testing.assert_allclose(ours.latents, latents, rtol=1e-6)
+    np.testing.assert_array_equal(ours.text, theirs.text)
+
+
+def test_the_cache_is_found_again_and_follows_data_and_encoders(open_data, tmp_path):
+  _, first = open_data()
+  _, again = open_data()
+  assert first.encoded == 1 and again.encoded == 0 and len(_folders(tmp_path)) == 1
+  open_data(examples=20)
+  open_data(frozen=frozen_lib.Frozen({}, {'encoder': 'of other weights'}))
+  assert len(_folders(tmp_path)) == 3
+
+
+def test_a_damaged_cache_is_named_and_made_again(open_data, tmp_path, capsys):
+  open_data()
+  shard = next((tmp_path / 'cache' / 'encoded').rglob('codes-*.npy'))
+  content = bytearray(shard.read_bytes())
+  content[-1] ^= 1
+  shard.write_bytes(content)
+  _, system = open_data()
+  assert system.encoded == 1
+  assert f'warning: cache file {shard} is damaged' in capsys.readouterr().out
+
+
+def test_a_cache_that_other_hosts_do_not_see_is_an_error(open_data, monkeypatch):
+  monkeypatch.setattr(cache, 'open_cache', lambda name: None)
+  with pytest.raises(UserError, match='not visible to all hosts: set VPE_JAX_CACHE'):
+    open_data()
+
+
+def test_mistakes(open_data, line_system, drawing_system):
+  with pytest.raises(UserError, match="data.encode is 'before': choose 'online' or 'cached'"):
+    open_data(encode='before')
+  system = line_system()
+  config = dataclasses.replace(
+    system.config, data=dataclasses.replace(system.config.data, encode='cached')
+  )
+  with pytest.raises(UserError, match='trains on pictures: set data.encode=online'):
+    encode.open_training_data(config, system, frozen_lib.Frozen({}, {}), None)
+
+
+def test_a_changed_picture_in_a_folder_changes_the_fingerprint(tmp_path, drawing_system):
+  from PIL import Image
+
+  for name, value in (('a', 10), ('b', 20)):
+    Image.new('RGB', (8, 8), (value,) * 3).save(tmp_path / f'{name}.png')
+    (tmp_path / f'{name}.txt').write_text('a red fox')
+  config = drawing_system(data={'source': f'folder:{tmp_path}', 'examples': 0}).config.data
+  frozen = frozen_lib.Frozen({}, {})
+
+  def found():
+    return encode.fingerprint(config, 0, frozen, encode.Pipeline(config, 0))
+
+  before = found()
+  assert found() == before
+  Image.new('RGB', (8, 8), (99,) * 3).save(tmp_path / 'b.png')
+  assert found() != before

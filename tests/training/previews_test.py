@@ -1,0 +1,49 @@
+"""Tests of sample grids and of the gap between inference and training that they measure."""
+
+import jax
+import numpy as np
+from PIL import Image
+
+from vpe_jax import rng, sharding
+from vpe_jax.training import frozen as frozen_lib
+from vpe_jax.training.previews import COUNT, SHOWN, Previews
+from vpe_jax.training.state import first_state
+
+
+def _draw(system, folder, step=7):
+  mesh = sharding.make_mesh(system.config.mesh)
+  previews = Previews(system.config, system, mesh, folder)
+  state = first_state(system.init(jax.random.key(0)), system.stages[1])
+  with jax.set_mesh(mesh):
+    params = frozen_lib.load(system, mesh, 'fsdp').params
+    return previews.draw(params, state, rng.run_key(0), step)
+
+
+def test_grid_and_both_rows_measures(drawing_system, tmp_path):
+  found = _draw(drawing_system(), tmp_path)
+  assert found.keys() == {
+    f'sample/{row}/{measure}'
+    for row in ('own', 'truth_plan')
+    for measure in ('latent_distance', 'retrieval')
+  }
+  # The own plan is black, the true plan has the true colours to a tenth.
+  assert found['sample/own/latent_distance'] > 0.5 > 0.3 > found['sample/truth_plan/latent_distance']
+  assert found['sample/own/retrieval'] <= 1 / COUNT + 1 and found['sample/truth_plan/retrieval'] == 1
+  with Image.open(tmp_path / 'samples' / 'step_0000007.png') as grid:
+    assert grid.width > 2 * SHOWN * 150 and grid.height > 3 * 150
+
+
+def test_the_same_captions_are_drawn_each_time(drawing_system, tmp_path):
+  system = drawing_system()
+  first, second = (_draw(system, tmp_path, step) for step in (1, 2))
+  assert first == second
+  images = [np.asarray(Image.open(path)) for path in sorted((tmp_path / 'samples').iterdir())]
+  np.testing.assert_array_equal(*images)
+
+
+def test_nothing_is_drawn_without_a_generator_or_its_networks(line_system, drawing_system, tmp_path):
+  assert _draw(line_system(), tmp_path) == {}
+  system = drawing_system()
+  system.frozen_weights = {}
+  assert _draw(system, tmp_path) == {}
+  assert not (tmp_path / 'samples').exists()
