@@ -69,7 +69,7 @@ def _tiny(config: ConfigDict) -> None:
     'encoder': {'width': 128, 'layers': 2, 'heads': 2, 'mlp': 256},
   }
   config.model.head = _expert(128, 384, 2, 2, 1) | {'rope_theta': 1e4}
-  config.optim = {'lr': 1e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.99}
+  config.optim = {'lr': 1e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.995}
 
 
 def _debug(config: ConfigDict) -> None:

@@ -38,7 +38,7 @@ class VisualPromptConfig:
   codes: int = 512
   code_width: int = 32
   depth: int = -1
-  temperature: float = 0.1
+  temperature: float = 0.03
   decoder: EncoderConfig = EncoderConfig(width=128, layers=1, heads=4, mlp=256)
   siglip: SiglipConfig = SiglipConfig()
 

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vpe_jax.contracts import Array, UserError
+from vpe_jax.models.dense import Dense
 from vpe_jax.models.vit import (
   AttentionPool,
   Encoder,

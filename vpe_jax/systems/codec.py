@@ -60,7 +60,7 @@ class ModelConfig:
   image: kl.KlConfig = kl.KlConfig()
   pooled: float = 1.0
   commitment: float = 1.0
-  usage: float = 0.1
+  usage: float = 0.3
   squared: float = 4.0
   divergence: float = 1e-3
   crop: int = 32

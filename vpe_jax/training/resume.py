@@ -78,7 +78,9 @@ def fresh_state(config: Config, system: System, abstract: State, key: Array) -> 
   def init(key: Array) -> State:
     return first_state(system.init(rng.stream(key, 'init')), system.stages[0])
 
-  return jax.jit(init, out_shardings=shardings_of(abstract))(key)
+  # A CPU compiles this program for longer than it runs, more so if it is to run fast.
+  quickly = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+  return jax.jit(init, out_shardings=shardings_of(abstract), compiler_options=quickly)(key)
 
 
 def shardings_of(abstract: State) -> State:
