@@ -30,13 +30,13 @@ def _tiny(config: ConfigDict) -> None:
 
 
 def _judge(config: ConfigDict) -> None:
-  """Sees scenes at another resolution and patch size, beside captions wrong in one detail."""
+  """Scenes alone, at another resolution and patch size, beside captions wrong in one detail."""
   _tiny(config)
   config.seed = 1234
   config.steps = (600,)
   config.batch_size = (192,)
-  config.data.update(scenes_share=0.95, near_misses=3)
-  config.model = {'siglip': {'image_size': 60, 'patch': 12}}
+  config.data.update(source='scenes', text_length=24, near_misses=3)
+  config.model = {'siglip': {'image_size': 60, 'patch': 12, 'text_length': 24}}
   config.model.siglip.text = {'width': 128, 'layers': 2, 'heads': 4, 'mlp': 384}
 
 

@@ -59,9 +59,9 @@ def _embedded(config: ConfigDict) -> None:
 def _tiny(config: ConfigDict) -> None:
   _embedded(config)
   config.unroll = True
-  config.steps = (150, 450)
-  config.batch_size = (64, 64)
-  config.data.examples = 16384
+  config.steps = (200, 600)
+  config.batch_size = (64, 32)
+  config.data.examples = 8192
   config.model.ar = _expert(192, 512, 6, 3, 1) | {'rope_theta': 1e4}
   config.model.dit = _expert(192, 512, 6, 3, 1) | {'rope_theta': 1e4}
   config.model.dual_path = {
@@ -70,6 +70,7 @@ def _tiny(config: ConfigDict) -> None:
   }
   config.model.head = _expert(128, 384, 2, 2, 1) | {'rope_theta': 1e4}
   config.optim = {'lr': 1e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.995}
+  config.log = {'samples': 200, 'evaluate': 200}
 
 
 def _debug(config: ConfigDict) -> None:

@@ -34,7 +34,7 @@ device=$(accelerator)
 
 phase 'set-up' install .venv "$python" "test${device:+,$device}"
 phase 'style' .venv/bin/python -m ruff check .
-phase 'tests' .venv/bin/python -m pytest -q --durations=20 "$@"
+phase 'tests' .venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=20 "$@"
 
 if newer=$(python_of_minor 12); then
   phase 'set-up for Python 3.12' install .venv312 "$newer" "$device"

@@ -24,7 +24,7 @@ def _main(*arguments, cwd=ROOT):
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    ([], "--config is missing: try --config=configs/t2i.py"),
+    ([], '--config is missing: try --config=configs/t2i.py'),
     (['--config=configs/t2i.py:debgu'], "unknown preset 'debgu'; did you mean 'debug'?"),
     (['--config=configs/t2i.py', '--config.optim.lrr=1'], "did you mean 'lr'?"),
     (['--config=configs/t2i.py', 'extra'], "unexpected argument 'extra'"),

@@ -27,7 +27,7 @@ _overrides: dict[str, str] = {}
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string('config', None, 'config file and preset; --config.KEY=VALUE overrides a field')
+  flags.DEFINE_string('config', None, 'config file and preset; --config.KEY=VALUE changes a field')
   flags.DEFINE_string(
     'workdir', None, 'where the run is written, local or gs:// (default: runs/<config>-<preset>)'
   )

@@ -15,7 +15,11 @@ def test_smoothed_is_a_trailing_mean():
 
 @pytest.mark.parametrize(
   'low, high, expected',
-  [(0, 10, [0, 2, 4, 6, 8, 10]), (0.12, 0.58, [0.2, 0.3, 0.4, 0.5]), (-3, 2, [-3, -2, -1, 0, 1, 2])],
+  [
+    (0, 10, [0, 2, 4, 6, 8, 10]),
+    (0.12, 0.58, [0.2, 0.3, 0.4, 0.5]),
+    (-3, 2, [-3, -2, -1, 0, 1, 2]),
+  ],
 )
 def test_ticks_are_round_numbers_within_the_bounds(low, high, expected):
   np.testing.assert_allclose(curves.ticks(low, high), expected, atol=1e-12)

@@ -3,8 +3,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from vpe_jax import sharding
 from vpe_jax.contracts import UserError
@@ -32,6 +34,12 @@ def open_data(drawing_system):
   return make
 
 
+def _blank(params, images):
+  """Encoders of other weights."""
+  count = images.shape[0]
+  return jnp.zeros((count, 4), jnp.int32), jnp.zeros((count, 2, 2, 3))
+
+
 def _folders(tmp_path):
   return sorted(path.name for path in (tmp_path / 'cache' / 'encoded').iterdir())
 
@@ -55,7 +63,7 @@ def test_the_cache_is_found_again_and_follows_data_and_encoders(open_data, tmp_p
   _, again = open_data()
   assert first.encoded == 1 and again.encoded == 0 and len(_folders(tmp_path)) == 1
   open_data(examples=20)
-  open_data(frozen=frozen_lib.Frozen({}, {'encoder': 'of other weights'}))
+  open_data(frozen=frozen_lib.Frozen({}, {'encoder': 'of other weights'}, _blank))
   assert len(_folders(tmp_path)) == 3
 
 
@@ -84,17 +92,15 @@ def test_mistakes(open_data, line_system, drawing_system):
     system.config, data=dataclasses.replace(system.config.data, encode='cached')
   )
   with pytest.raises(UserError, match='trains on pictures: set data.encode=online'):
-    encode.open_training_data(config, system, frozen_lib.Frozen({}, {}), None)
+    encode.open_training_data(config, system, frozen_lib.Frozen({}, {}, None), None)
 
 
 def test_a_changed_picture_in_a_folder_changes_the_fingerprint(tmp_path, drawing_system):
-  from PIL import Image
-
   for name, value in (('a', 10), ('b', 20)):
     Image.new('RGB', (8, 8), (value,) * 3).save(tmp_path / f'{name}.png')
     (tmp_path / f'{name}.txt').write_text('a red fox')
   config = drawing_system(data={'source': f'folder:{tmp_path}', 'examples': 0}).config.data
-  frozen = frozen_lib.Frozen({}, {})
+  frozen = frozen_lib.Frozen({}, {}, None)
 
   def found():
     return encode.fingerprint(config, 0, frozen, encode.Pipeline(config, 0))

@@ -2,15 +2,14 @@
 
 import json
 
-import pytest
-
 from vpe_jax.training import metrics, reference
 
 
 def _records(scale, steps=60, change=30):
   return [
-    {'step': s, 'stage': 'a' if s <= change else 'b', 'loss': scale * s, 'loss/flow': scale, 'lr': 1.0}
+    {'step': s, 'stage': stage, 'loss': scale * s, 'loss/flow': scale, 'lr': 1.0}
     for s in range(1, steps + 1)
+    for stage in ('a' if s <= change else 'b')
   ]
 
 
@@ -35,8 +34,7 @@ def test_line_compares_at_the_last_common_step(tmp_path, monkeypatch, line_confi
   )
 
 
-@pytest.mark.parametrize('missing', [None])
-def test_steps_without_a_number_are_left_out(missing):
+def test_steps_without_a_number_are_left_out():
   records = _records(1.0, steps=3, change=0)
-  records[1]['loss/flow'] = missing
+  records[1]['loss/flow'] = None
   assert reference.trailing_means(records, 3)['flow'] == 1.0

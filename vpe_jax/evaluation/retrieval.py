@@ -169,7 +169,9 @@ def permuted(
   """The control: every picture is scored against trials of other pictures.
 
   Shifts the trials cyclically by `rounds` different distances, which pairs no picture with its
-  own caption. The interval goes by the number of pictures, as if there were one round.
+  own caption. A judge that tells captions apart ends below 1 / 32: the true caption stands amid
+  its near misses, and for a foreign picture one of them or an `other` nearly always fits better.
+  The interval goes by the number of pictures, as if there were one round.
   """
   rounds = min(rounds, len(trials) - 1)
   distances = [1 + i * (len(trials) - 1) // rounds for i in range(rounds)]

@@ -61,7 +61,7 @@ def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 def _get_config(path: Path) -> Any:
   if not path.is_file():
     known = sorted(str(p) for p in path.parent.glob('*.py') if p.name != 'common.py')
-    raise UserError(f"there is no such file{nearest(str(path), known) if known else ''}")
+    raise UserError(f'there is no such file{nearest(str(path), known) if known else ""}')
   # Config files import each other as `configs.<name>`.
   root = str(path.resolve().parent.parent)
   if root not in sys.path:

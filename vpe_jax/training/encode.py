@@ -48,12 +48,12 @@ def open_training_data(
     return pictures
   if config.data.encode != 'cached':
     raise UserError(f"data.encode is '{config.data.encode}': choose 'online' or 'cached'")
-  if not hasattr(system, 'encode'):
+  if frozen.encode is None:
     raise UserError(f"system '{config.system}' trains on pictures: set data.encode=online")
   if config.data.source == 'synthetic':
     encoded: Encoded = _synthetic_codes(system, len(pictures))
   else:
-    encoded = _cached(config, system, frozen, mesh, pictures)
+    encoded = _cached(config, frozen, mesh, pictures)
   return Pipeline(config.data, config.seed, encoded=encoded)
 
 
@@ -91,9 +91,7 @@ def _synthetic_codes(system: System, count: int) -> SyntheticCodes:
   )
 
 
-def _cached(
-  config: Config, system: System, frozen: Frozen, mesh: jax.sharding.Mesh, pictures: Pipeline
-) -> Encoded:
+def _cached(config: Config, frozen: Frozen, mesh: jax.sharding.Mesh, pictures: Pipeline) -> Encoded:
   name = fingerprint(config.data, config.seed, frozen, pictures)
   try:
     found = cache.open_cache(name)
@@ -103,7 +101,7 @@ def _cached(
   # All processes encode together or not at all.
   if multihost_utils.process_allgather(np.array(found is not None)).all():
     return found
-  batches = _encode_all(system, frozen, mesh, pictures)
+  batches = _encode_all(frozen, mesh, pictures)
   if jax.process_index() == 0:
     cache.write_cache(name, batches)
   else:
@@ -120,10 +118,10 @@ def _cached(
 
 
 def _encode_all(
-  system: System, frozen: Frozen, mesh: jax.sharding.Mesh, pictures: Pipeline
+  frozen: Frozen, mesh: jax.sharding.Mesh, pictures: Pipeline
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Codes and latents of consecutive records, chunk by chunk, whole in every process."""
-  encode = jax.jit(system.encode, out_shardings=sharding.replicated(mesh))
+  everywhere = jax.jit(lambda encoded: encoded, out_shardings=sharding.replicated(mesh))
   chunk = -(-CHUNK // mesh.size) * mesh.size
   mine = sharding.host_rows(chunk, mesh)
   total, began, said = len(pictures), time.monotonic(), 0.0
@@ -141,7 +139,7 @@ def _encode_all(
       if number + READERS < len(starts):
         waiting.append(readers.submit(read, starts[number + READERS]))
       image = sharding.put_batch(batch.image, mesh)
-      codes, latents = jax.device_get(encode(frozen.params, image))
+      codes, latents = jax.device_get(everywhere(frozen.encode(frozen.params, image)))
       done, seconds = min(start + chunk, total), time.monotonic() - began
       if seconds - said > _SAY_EVERY or done == total:
         said = seconds

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from vpe_jax import sharding
 from vpe_jax.checkpoints import weights
-from vpe_jax.contracts import Params, System
+from vpe_jax.contracts import Array, Examples, Params, System
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +21,18 @@ class Frozen:
   Attributes:
     params: name -> tree, sharded; in no checkpoint, never closed over.
     fingerprints: name -> what stands for every bit of the tree.
+    encode: the system's `encode(params, images) -> (codes, latents)`, jitted once for all who
+      use it (None: the system has no encoders).
   """
 
   params: Params
   fingerprints: dict[str, str]
+  encode: Callable[[Params, Array], tuple[Array, Array]] | None
+
+  def with_codes(self, batch: Examples) -> Examples:
+    """A batch of pictures with codes and latents beside them."""
+    codes, latents = self.encode(self.params, batch.image)
+    return dataclasses.replace(batch, codes=codes, latents=latents)
 
 
 def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
@@ -38,4 +47,5 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
     (re.escape(path), (None,) * np.ndim(leaf)) for path, leaf in sharding.by_path(loaded).items()
   ]
   placed = jax.device_put(loaded, sharding.param_shardings(loaded, table, mesh, strategy))
-  return Frozen(placed, {name: weights.fingerprint(tree) for name, tree in loaded.items()})
+  fingerprints = {name: weights.fingerprint(tree) for name, tree in loaded.items()}
+  return Frozen(placed, fingerprints, jax.jit(system.encode) if hasattr(system, 'encode') else None)

@@ -9,8 +9,9 @@ import jax
 
 from vpe_jax import sharding
 from vpe_jax.config import Config
-from vpe_jax.contracts import Array, Examples, Params, Stage, System
+from vpe_jax.contracts import Array, Examples, Stage, System
 from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.training.frozen import Frozen
 from vpe_jax.training.state import State, weights
 from vpe_jax.training.step import make_eval_step
 
@@ -26,16 +27,17 @@ def has_split(source: str) -> bool:
 class HeldOut:
   """Evaluates all losses of all stages, also those that the running stage does not train on."""
 
-  def __init__(self, config: Config, system: System, mesh: jax.sharding.Mesh):
+  def __init__(self, config: Config, system: System, frozen: Frozen, mesh: jax.sharding.Mesh):
     self._config = config
     self._system = system
+    self._frozen = frozen
     self._mesh = mesh
     self._index = -1
     self._batches: list[Examples] = []
     if config.log.evaluate and not has_split(config.data.source) and jax.process_index() == 0:
       print(f'held-out losses: none, {config.data.source} has no held-out split', flush=True)
 
-  def evaluate(self, frozen: Params, state: State, key: Array) -> dict[str, float]:
+  def evaluate(self, state: State, key: Array) -> dict[str, float]:
     """`eval/<loss>` on the held-out split, with the averaged parameters where there are any."""
     if not has_split(self._config.data.source):
       return {}
@@ -43,12 +45,12 @@ class HeldOut:
     if index != self._index:
       self._index = index
       self._step = make_eval_step(self._system, self._stage(index))
-      self._batches = self._read(frozen, self._config.batch_size[index])
+      self._batches = self._read(self._config.batch_size[index])
     params = weights(state)
     totals: dict[str, list[float]] = {}
     for batch in self._batches:
       sums, counts = jax.device_get(
-        self._step(params, frozen, batch, key, state['stage_step'])
+        self._step(params, self._frozen.params, batch, key, state['stage_step'])
       )
       for name, value in sums.items():
         total = totals.setdefault(name, [0.0, 0.0])
@@ -61,19 +63,12 @@ class HeldOut:
     names = dict.fromkeys(name for stage in self._system.stages for name in stage.losses)
     return dataclasses.replace(self._system.stages[index], losses=tuple(names))
 
-  def _read(self, frozen: Params, batch_size: int) -> list[Examples]:
+  def _read(self, batch_size: int) -> list[Examples]:
     """The batches on the devices, encoded once where the system has encoders."""
     data = Pipeline(self._config.data, self._config.seed, split=SPLIT)
     place = lambda batch: sharding.put_batch(batch, self._mesh)
     with data.batches(0, batch_size, jax.process_index(), jax.process_count()) as batches:
       read = [place(batch) for batch in itertools.islice(batches, BATCHES)]
-    if not hasattr(self._system, 'encode'):
+    if self._frozen.encode is None:
       return read
-    return [with_codes(self._system, frozen, batch, keep_image=False) for batch in read]
-
-
-def with_codes(system: System, frozen: Params, batch: Examples, keep_image: bool) -> Examples:
-  """A batch of pictures with the codes and latents that the frozen encoders give them."""
-  codes, latents = jax.jit(system.encode)(frozen, batch.image)
-  image = batch.image if keep_image else None
-  return dataclasses.replace(batch, image=image, codes=codes, latents=latents)
+    return [dataclasses.replace(self._frozen.with_codes(batch), image=None) for batch in read]

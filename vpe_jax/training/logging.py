@@ -134,12 +134,14 @@ def progress_line(record: Record, total: int, seconds_left: float) -> str:
     f'{record["tokens_per_s"]:.4g} tokens/s',
     f'MFU {record["mfu"]:.1%}' if 'mfu' in record else f'{record["tflops_per_s"]:.3g} TFLOP/s',
   ]
-  return ' | '.join([
-    f'{record["stage"]} {record["stage_step"]}/{total}',
-    f'loss {record["loss"]:.4f} ({", ".join(losses)})',
-    ', '.join(speed),
-    f'ETA {duration(seconds_left)}',
-  ])
+  return ' | '.join(
+    [
+      f'{record["stage"]} {record["stage_step"]}/{total}',
+      f'loss {record["loss"]:.4f} ({", ".join(losses)})',
+      ', '.join(speed),
+      f'ETA {duration(seconds_left)}',
+    ]
+  )
 
 
 def duration(seconds: float) -> str:

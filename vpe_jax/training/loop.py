@@ -13,11 +13,12 @@ from etils import epath
 from vpe_jax import rng, sharding
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import Config, to_dict
-from vpe_jax.contracts import Array, Examples, Params, System
+from vpe_jax.contracts import Array, Examples, System
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.training import curves, encode, report, resume
 from vpe_jax.training import frozen as frozen_lib
 from vpe_jax.training.feed import Feed
+from vpe_jax.training.frozen import Frozen
 from vpe_jax.training.heldout import HeldOut
 from vpe_jax.training.logging import RunLog
 from vpe_jax.training.preemption import Preemption
@@ -36,7 +37,7 @@ class Run:
   workdir: epath.Path
   mesh: jax.sharding.Mesh
   key: Array
-  frozen: Params
+  frozen: Frozen
   data: Pipeline
   store: Store
 
@@ -80,9 +81,9 @@ def train(
     store = Store(str(folder / FOLDER), config.checkpoint)
     cleanup.callback(store.close)  # Waits for a save under way, however the run ends.
     state = _start(config, system, str(folder), mesh, store, allow_change, key)
-    networks = frozen_lib.load(system, mesh, config.mesh.strategy)
-    data = encode.open_training_data(config, system, networks, mesh)
-    run = Run(config, system, folder, mesh, key, networks.params, data, store)
+    frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
+    data = encode.open_training_data(config, system, frozen, mesh)
+    run = Run(config, system, folder, mesh, key, frozen, data, store)
     watchers = _watch(run, int(state['step']), cleanup)
     return _run_stages(run, watchers, state)
 
@@ -119,8 +120,8 @@ def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
   cleanup.callback(profiler.close)
   return Watchers(
     log,
-    HeldOut(run.config, run.system, run.mesh),
-    Previews(run.config, run.system, run.mesh, run.workdir),
+    HeldOut(run.config, run.system, run.frozen, run.mesh),
+    Previews(run.config, run.system, run.frozen, run.mesh, run.workdir / 'samples'),
     profiler,
     cleanup.enter_context(Preemption()),
   )
@@ -162,8 +163,8 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
       #    takes these shapes and shardings only: a recompilation is impossible.
       watchers.profiler.before(counters['step'] + 1)
       with jax.transfer_guard('disallow'):
-        state, metrics = step(state, run.frozen, batch, run.key)
-      counters = {**counters, 'step': counters['step'] + 1, 'stage_step': counters['stage_step'] + 1}
+        state, metrics = step(state, run.frozen.params, batch, run.key)
+      counters |= {name: counters[name] + 1 for name in ('step', 'stage_step')}
       watchers.profiler.after(counters['step'], metrics)
       # 2. The log: writes the step before this one, which is done.
       watchers.log.push(counters, metrics)
@@ -193,7 +194,7 @@ def _compile(run: Run, state: State, batch: Examples) -> jax.stages.Compiled:
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   stage = run.system.stages[int(state['stage'])]
   step = make_train_step(run.system, stage, run.config.optim, shardings)
-  return step.lower(state, run.frozen, batch, run.key).compile()
+  return step.lower(state, run.frozen.params, batch, run.key).compile()
 
 
 def _feed(run: Run, start: int, batch_size: int) -> Feed:
@@ -210,9 +211,9 @@ def _look(run: Run, watchers: Watchers, state: State, step: int, is_last: bool) 
     return
   watchers.log.settle()  # The step's own time ends here.
   if evaluates:
-    found |= watchers.held_out.evaluate(run.frozen, state, run.key)
+    found |= watchers.held_out.evaluate(state, run.key)
   if draws:
-    found |= watchers.previews.draw(run.frozen, state, run.key, step)
+    found |= watchers.previews.draw(state, run.key, step)
   watchers.log.add(found)
   watchers.log.resume_clock()
   if draws and jax.process_index() == 0:
@@ -225,7 +226,7 @@ def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Examples) 
   _say(f'stage {stage.name}:')
   _say(
     report.parameters_text(
-      state['params'], run.frozen, run.system.frozen_weights, stage, run.config.optim
+      state['params'], run.frozen.params, run.system.frozen_weights, stage, run.config.optim
     )
   )
   _say(report.memory_text(report.memory_of(step)))

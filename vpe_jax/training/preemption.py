@@ -25,8 +25,7 @@ class Preemption:
     self._previous: Any = None
     # Signal handlers belong to the main thread; elsewhere the owner of that thread decides.
     self._catches = (
-      not jax.distributed.is_initialized()
-      and threading.current_thread() is threading.main_thread()
+      not jax.distributed.is_initialized() and threading.current_thread() is threading.main_thread()
     )
 
   def __enter__(self) -> Preemption:

@@ -20,6 +20,7 @@ from vpe_jax.contracts import Array, Drawing, Examples, Params, System
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.sampling import pictures
 from vpe_jax.training import heldout
+from vpe_jax.training.frozen import Frozen
 from vpe_jax.training.state import State, weights
 
 SHOWN = 4  # pictures of each split in a grid
@@ -31,12 +32,27 @@ class Previews:
   """Draws the same captions with the same seeds each time."""
 
   def __init__(
-    self, config: Config, system: System, mesh: jax.sharding.Mesh, workdir: epath.Path
+    self,
+    config: Config,
+    system: System,
+    frozen: Frozen,
+    mesh: jax.sharding.Mesh,
+    folder: epath.Path,
   ):
+    """Draws nothing yet.
+
+    Args:
+      config: the run.
+      system: what draws; one without `generate` never does.
+      frozen: its encoders and decoders.
+      mesh: of the run.
+      folder: where grids go.
+    """
     self._config = config
     self._system = system
+    self._frozen = frozen
     self._mesh = mesh
-    self._folder = workdir / 'samples'
+    self._folder = folder
     held_out = (heldout.SPLIT,) if heldout.has_split(config.data.source) else ()
     self._splits = ('train', *held_out)
     self._truth: dict[str, tuple[Examples, list[str]]] = {}
@@ -49,7 +65,7 @@ class Previews:
     """Whether the system draws pictures, and has the networks for it."""
     return hasattr(self._system, 'generate') and bool(self._system.frozen_weights)
 
-  def draw(self, frozen: Params, state: State, key: Array, step: int) -> dict[str, float]:
+  def draw(self, state: State, key: Array, step: int) -> dict[str, float]:
     """Writes one grid.
 
     Returns:
@@ -60,11 +76,11 @@ class Previews:
     """
     if not self.possible:
       return {}
-    params, found = weights(state), {}
+    params, frozen, found = weights(state), self._frozen.params, {}
     rows: list[list[np.ndarray]] = [[], [], []]
     captions: list[str] = []
     for split in self._splits:
-      truth, said = self._load(split, frozen)
+      truth, said = self._load(split)
       request = dataclasses.replace(truth, image=None, latents=None, codes=None)
       planned = dataclasses.replace(request, codes=truth.codes)
       for row, name, wanted in ((0, 'own', request), (1, 'truth_plan', planned)):
@@ -99,7 +115,7 @@ class Previews:
       measured['retrieval'] = jnp.mean(jnp.all(own >= fits, axis=1).astype(jnp.float32))
     return measured
 
-  def _load(self, split: str, frozen: Params) -> tuple[Examples, list[str]]:
+  def _load(self, split: str) -> tuple[Examples, list[str]]:
     """The first records of a split with their true codes and latents, and their captions."""
     if split not in self._truth:
       data = Pipeline(self._config.data, self._config.seed, split=split)
@@ -107,8 +123,7 @@ class Previews:
       with data.batches(0, count, jax.process_index(), jax.process_count()) as batches:
         placed = sharding.put_batch(next(batches), self._mesh)
       captions = [data.record(data.index_at(place)).caption for place in range(SHOWN)]
-      encoded = heldout.with_codes(self._system, frozen, placed, keep_image=True)
-      self._truth[split] = (encoded, captions)
+      self._truth[split] = (self._frozen.with_codes(placed), captions)
     return self._truth[split]
 
   def _fetch(self, leaf: Array) -> np.ndarray:

@@ -58,7 +58,10 @@ def devices_text(mesh: jax.sharding.Mesh) -> str:
 
 
 def parameters_text(
-  params: Params, frozen: Mapping[str, Params], sources: Mapping[str, str], stage: Stage,
+  params: Params,
+  frozen: Mapping[str, Params],
+  sources: Mapping[str, str],
+  stage: Stage,
   optim: OptimConfig,
 ) -> str:
   """The table of parameter groups of one stage, frozen networks included.

@@ -18,6 +18,7 @@ from vpe_jax.training.state import COUNTERS, State, first_state
 
 # What a run shows, keeps and runs on, as against what it computes.
 FREE = ('checkpoint', 'log', 'sample', 'data.workers', 'mesh')
+SMALL = 2**30  # bytes of state that may be replicated, as small leaves on odd meshes are
 LISTED = 8  # differences that an error lists
 
 
@@ -49,7 +50,11 @@ def check_config(
 
 
 def abstract_state(config: Config, system: System, stage: int, mesh: jax.sharding.Mesh) -> State:
-  """Shapes, dtypes and shardings of the state in one stage."""
+  """Shapes, dtypes and shardings of the state in one stage.
+
+  Raises:
+    UserError: a large state is not spread over the devices.
+  """
   shapes = jax.eval_shape(
     lambda key: first_state(system.init(key), system.stages[stage]), rng.run_key(config.seed)
   )
@@ -65,6 +70,8 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
     'opt_state': {'count': whole, 'mu': place(moments['mu']), 'nu': place(moments['nu'])},
     'ema': place(shapes['ema']),
   }
+  if sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) > SMALL:
+    sharding.check_sharded_enough(shapes, shardings)
   return jax.tree.map(
     lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
     shapes,

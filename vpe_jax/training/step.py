@@ -43,9 +43,7 @@ def make_train_step(
   """
   place = _placement(shardings, stage)
 
-  def step(
-    state: State, frozen: Params, batch: Examples, rng: Array
-  ) -> tuple[State, Metrics]:
+  def step(state: State, frozen: Params, batch: Examples, rng: Array) -> tuple[State, Metrics]:
     trainable, fixed = split_trainable(state['params'], stage)
     counts = system.counts(batch, rng, stage)
 

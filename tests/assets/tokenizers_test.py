@@ -1,0 +1,84 @@
+"""The shipped tokenizers do on held-out pictures what their configs' headers say."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import codec as codec_config
+from configs import siglip as siglip_config
+from vpe_jax import rng, systems
+from vpe_jax.checkpoints import weights
+from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.objectives import autoencoding
+
+COUNT = 256
+
+
+def _system(config):
+  return systems.build(config.to_dict())
+
+
+@pytest.fixture(scope='module')
+def codec():
+  return _system(codec_config.get_config('tiny'))
+
+
+@pytest.fixture(scope='module')
+def frozen():
+  return {name: weights.load(f'assets:{name}')[0] for name in ('siglip', 'visual_prompt', 'image')}
+
+
+@pytest.fixture(scope='module')
+def batch(codec):
+  return Pipeline(codec.config.data, 0, split='combination').examples(range(COUNT))
+
+
+def _model(name):
+  return json.loads(weights.load(f'assets:{name}')[1]['config'])['model']
+
+
+@pytest.mark.parametrize('preset, name', [('tiny', 'siglip'), ('judge', 'judge')])
+def test_shipped_towers_retrieve_held_out_captions(preset, name):
+  system = _system(siglip_config.get_config(preset))
+  params, stored = weights.load(f'assets:{name}')
+  held = json.loads(stored['config'])['model']['siglip']
+  assert held == dataclasses.asdict(system.config.model.siglip)
+  pictures = Pipeline(system.config.data, 0, split='combination').examples(range(COUNT))
+  stage = system.stages[0]
+  terms = jax.jit(lambda p, b: system.losses(p, {}, b, rng.run_key(0), jnp.int32(0), stage))(
+    params, pictures
+  )
+  hits = {name: float(term.sum / term.count) for name, term in terms.items()}
+  assert hits['retrieval'] > 0.9
+  assert hits.get('near_retrieval', 1.0) > 0.6
+
+
+def test_shipped_codes_use_the_codebook_and_keep_the_caption(codec, frozen, batch):
+  stored = _model('visual_prompt')['visual_prompt']
+  shape = json.loads(json.dumps(dataclasses.asdict(codec.config.model.visual_prompt)))
+  assert {**stored, 'temperature': 0} == {**shape, 'temperature': 0}
+  tokens = codec.tokens_codec
+  codes = jax.jit(tokens.encode)(frozen, batch.image)
+  assert float(autoencoding.perplexity(codes, tokens.codes)) >= 0.25 * tokens.codes
+  stage = next(s for s in codec.stages if s.name == 'visual_prompt')
+  terms = jax.jit(
+    lambda p, f, b: codec.losses(p, f, b, rng.run_key(0), jnp.int32(0), stage)
+  )(frozen, frozen, batch)
+  assert float(terms['retrieval'].sum) / COUNT > 0.85
+  assert float(terms['features'].sum) / COUNT < 0.25
+
+
+def test_shipped_autoencoder_is_sharp_and_normalised(codec, frozen, batch):
+  stored = _model('image')['image']
+  assert stored == json.loads(json.dumps(dataclasses.asdict(codec.config.model.image)))
+  images = codec.latents_codec
+  latents = jax.jit(images.encode)(frozen, batch.image)
+  rebuilt = jax.jit(images.decode)(frozen, latents)
+  wanted = jnp.asarray(batch.image) / 255.0
+  assert float(jnp.mean(autoencoding.psnr(rebuilt, wanted))) >= 26.0
+  np.testing.assert_allclose(jnp.mean(latents, (0, 1, 2)), 0.0, atol=0.15)
+  np.testing.assert_allclose(jnp.std(latents, (0, 1, 2)), 1.0, atol=0.15)

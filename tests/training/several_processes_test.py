@@ -1,0 +1,91 @@
+"""Two processes of four devices each train as one process of eight does, and stop together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vpe_jax.checkpoints.store import FOLDER, Store
+from vpe_jax.config import CheckpointConfig
+from vpe_jax.training import loop, metrics
+
+SCRIPT = Path(__file__).with_name('one_of_two.py')
+ROOT = Path(__file__).parents[2]
+
+
+def _start(workdir, weights, index, port, steps):
+  where = {
+    'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+    'JAX_NUM_PROCESSES': '2',
+    'JAX_PROCESS_ID': str(index),
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': str(ROOT),
+  }
+  with open(workdir.parent / f'log{index}.txt', 'w', encoding='utf-8') as log:
+    return subprocess.Popen(
+      [sys.executable, str(SCRIPT), str(workdir), weights, str(steps)],
+      env=os.environ | where,
+      stdout=log,
+      stderr=subprocess.STDOUT,
+    )
+
+
+@pytest.fixture
+def pair(tmp_path, frozen_weights):
+  """Starts two processes on one workdir: pair(steps) -> processes."""
+  started = []
+
+  def make(steps):
+    with socket.socket() as listener:
+      listener.bind(('127.0.0.1', 0))
+      port = listener.getsockname()[1]
+    workdir = tmp_path / 'run'
+    new = [_start(workdir, frozen_weights['encoder'], i, port, steps) for i in (0, 1)]
+    started.extend(new)
+    return new
+
+  yield make
+  for process in started:
+    process.kill()
+    process.wait()
+
+
+def _logs(tmp_path):
+  return '\n'.join(path.read_text() for path in sorted(tmp_path.glob('log*.txt')))
+
+
+@pytest.mark.slow
+def test_two_processes_follow_one(pair, tmp_path, line_system, frozen_weights):
+
+  for process in pair(4):
+    assert process.wait(120) == 0, _logs(tmp_path)
+  system = line_system()
+  system.frozen_weights = frozen_weights
+  loop.train(system.config, system, str(tmp_path / 'alone'))
+  ours, alone = metrics.read(tmp_path / 'run'), metrics.read(tmp_path / 'alone')
+  assert [record['step'] for record in ours] == [1, 2, 3, 4, 5, 6]
+  np.testing.assert_allclose(
+    [record['loss'] for record in ours], [record['loss'] for record in alone], rtol=1e-5
+  )
+
+
+@pytest.mark.slow
+def test_a_sigterm_to_one_stops_both_at_the_same_step(pair, tmp_path):
+  processes, workdir = pair(100_000), tmp_path / 'run'
+  deadline = time.monotonic() + 120
+  while len(metrics.read(workdir)) <= 5:
+    assert time.monotonic() < deadline and processes[0].poll() is None, _logs(tmp_path)
+    time.sleep(0.1)
+  processes[1].send_signal(signal.SIGTERM)
+  for process in processes:
+    assert process.wait(120) == 0, _logs(tmp_path)
+  assert 'preempted: saved step' in _logs(tmp_path)
+  saved = Store(str(workdir / FOLDER), CheckpointConfig()).steps()[-1]
+  assert [record['step'] for record in metrics.read(workdir)] == list(range(1, saved + 1))
