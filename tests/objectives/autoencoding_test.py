@@ -57,5 +57,6 @@ def test_the_entropy_of_the_mean_reaches_codes_that_nothing_chooses():
 
 
 def test_perplexity_counts_codes_in_use():
-  np.testing.assert_allclose(autoencoding.perplexity(jnp.array([[0, 1], [2, 3]]), 8), 4.0, rtol=1e-5)
-  np.testing.assert_allclose(autoencoding.perplexity(jnp.zeros((2, 2), jnp.int32), 8), 1.0, rtol=1e-5)
+  perplexity = lambda codes: autoencoding.perplexity(jnp.asarray(codes), 8)
+  np.testing.assert_allclose(perplexity([[0, 1], [2, 3]]), 4.0, rtol=1e-5)
+  np.testing.assert_allclose(perplexity([[0, 0], [0, 0]]), 1.0, rtol=1e-5)

@@ -90,7 +90,7 @@ class System:
   def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
     """One a picture; `near_retrieval` counts the pictures that have near misses."""
     pictures = jnp.float32(batch.example.shape[0])
-    counts = {name: pictures for name in stage.losses}
+    counts = dict.fromkeys(stage.losses, pictures)
     if 'near' in stage.losses:
       counts['near_retrieval'] = jnp.sum(jnp.any(batch.near_length > 0, -1), dtype=jnp.float32)
     return counts

@@ -74,7 +74,7 @@ def train(
   mesh = sharding.make_mesh(config.mesh)
   for batch_size in config.batch_size:
     sharding.check_divides(batch_size, mesh, config.optim.accumulate)
-  print(report.devices_text(mesh), flush=True)
+  _say(report.devices_text(mesh))
   folder = epath.Path(workdir)
   with jax.set_mesh(mesh), contextlib.ExitStack() as cleanup:
     key = jax.device_put(rng.run_key(config.seed), sharding.replicated(mesh))
@@ -101,14 +101,14 @@ def _start(
 
   def abstract_of(meta: Mapping[str, Any]) -> State:
     for note in resume.check_config(config, meta['config'], workdir, allow_change):
-      print(f'config change: {note}', flush=True)
+      _say(f'config change: {note}')
     return resume.abstract_state(config, system, meta['stage'], mesh)
 
   state = store.restore(abstract_of)
   if state is None:
-    print(f'run: new, writes to {workdir}', flush=True)
+    _say(f'run: new, writes to {workdir}')
     return resume.fresh_state(config, system, resume.abstract_state(config, system, 0, mesh), key)
-  print(f'run: resumes after step {int(state["step"])}, writes to {workdir}', flush=True)
+  _say(f'run: resumes after step {int(state["step"])}, writes to {workdir}')
   return state
 
 
@@ -164,7 +164,7 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
       watchers.profiler.before(counters['step'] + 1)
       with jax.transfer_guard('disallow'):
         state, metrics = step(state, run.frozen.params, batch, run.key)
-      counters |= {name: counters[name] + 1 for name in ('step', 'stage_step')}
+      counters = counters | {name: counters[name] + 1 for name in ('step', 'stage_step')}
       watchers.profiler.after(counters['step'], metrics)
       # 2. The log: writes the step before this one, which is done.
       watchers.log.push(counters, metrics)
