@@ -3,9 +3,11 @@
   python -m vpe_jax.main --config=configs/codec.py:tiny,stage=visual_prompt
   python -m vpe_jax.main --config=configs/codec.py:tiny,stage=image
 
-The shipped weights, trained by these commands on 2 CPU cores and measured on the held-out
-combinations at the last step: `visual_prompt` 3 minutes, perplexity 155 of 512 codes, and 94 % of
-the pictures retrieve their caption from codes alone; `image` some 15 minutes, PSNR 27.96 dB.
+Shipped weights, on 2 shared CPU cores, measured on 512 held-out pictures: `visual_prompt` (0.20M
+parameters, 0.4 MB, 3 minutes) has perplexity 205 of 512 codes (155 within a batch of 128), rebuilds
+features with 12 % of their variance lost, and 94.1 % of pictures find their caption among 32 from
+codes alone (97.9 % from the features). `image` (0.97M, 1.9 MB, 8 minutes): PSNR 30.98 dB on whole
+pictures, 27.96 dB on crops; its first 600 steps ran with model.divergence 1e-4, the rest with 1e-3.
 """
 
 from __future__ import annotations

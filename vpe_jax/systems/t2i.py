@@ -188,14 +188,17 @@ class System:
     """How well each picture [B, R, R, 3] in [0, 1] fits each caption: cosines [B, B].
 
     The frozen SigLIP, which made the plans, is the measure: good for following a run, not for
-    scoring it (vpe_jax.evaluation has an independent judge).
+    scoring it (vpe_jax.evaluation has an independent judge). A caption that is longer than its
+    text tower's positions counts by its beginning.
     """
     siglip = self.visual_prompt.siglip
     side = self.config.model.visual_prompt.siglip.image_size
     variables = {'params': frozen['siglip']}
     seen = pixels.to_signed(pixels.view(images, side))
     image = siglip.apply(variables, seen, method='embed_images')
-    caption = siglip.apply(variables, text, text_length, method='embed_text')
+    limit = self.config.model.visual_prompt.siglip.text_length
+    shown = jnp.minimum(text_length, limit)
+    caption = siglip.apply(variables, text[:, :limit], shown, method='embed_text')
     return jnp.einsum('BD,VD->BV', image, caption)
 
   def flops(self, stage: Stage) -> float:
