@@ -21,7 +21,8 @@ def dot_general(
   """`jax.lax.dot_general` for dense layers: trailing axes of `x` with leading axes of `kernel`.
 
   JAX's own derivative computes the transposed weight gradient, from a transposed copy of the
-  output's gradient; on CPU that copy takes longer than the product. Here the gradient is `x.T @ gradient`, in the kernel's own layout.
+  output's gradient; on CPU that copy takes longer than the product. Here the gradient is
+  `x.T @ gradient`, in the kernel's own layout.
 
   Raises:
     ValueError: other axes are contracted, or there are batch axes.
