@@ -59,9 +59,9 @@ def _embedded(config: ConfigDict) -> None:
 def _tiny(config: ConfigDict) -> None:
   _embedded(config)
   config.unroll = True
-  config.steps = (200, 600)
+  config.steps = (300, 600)
   config.batch_size = (64, 32)
-  config.data.examples = 8192
+  config.data.examples = 16384
   config.model.ar = _expert(192, 512, 6, 3, 1) | {'rope_theta': 1e4}
   config.model.dit = _expert(192, 512, 6, 3, 1) | {'rope_theta': 1e4}
   config.model.dual_path = {

@@ -28,13 +28,14 @@ class _Dice:
   def __init__(self):
     data = types.SimpleNamespace(text_length=16, image_size=4)
     self.config = types.SimpleNamespace(data=data, sample=SampleConfig(steps=7))
+    self.codes = 200
     self.batches = []  # rows of each trace
 
   def generate(self, params, frozen, request, rng, settings):
     self.batches.append(request.example.shape[0])
     codes = request.codes
     if codes is None:
-      draw = lambda key: jax.random.randint(key, (4,), 0, 200)
+      draw = lambda key: jax.random.randint(key, (4,), 0, self.codes)
       codes = rng_lib.per_example(draw, rng, 'codes', request.example)
     shade = (codes + params['shift'] + request.text[:, :4] % 50) / 255
     image = jnp.broadcast_to(shade[:, :, None, None], (*shade.shape, 4, 3))
@@ -90,6 +91,9 @@ def test_given_codes_are_rendered():
   for wrong in (np.zeros((3, 4)), np.zeros((2, 5)), np.zeros(3)):
     with pytest.raises(UserError, match=r'\(2, 4\)'):
       draws(['a', 'b'], codes=wrong)
+  for wrong in ([0, 1, 2, 200], [-1, 1, 2, 3]):
+    with pytest.raises(UserError, match='the codebook has 0 to 199'):
+      draws('a', codes=np.asarray(wrong))
 
 
 def test_settings_start_from_the_runs_own():
@@ -161,6 +165,12 @@ def test_load_refuses_files_that_hold_something_else(tmp_path):
   weights.save(path, {'a': np.zeros(2)}, {'config': '{}', 'weights': 'ema'}, overwrite=True)
   with pytest.raises(UserError, match='averaged weights only'):
     Generator.load(path, weights='raw')
+  config = t2i.get_config('debug')
+  config.data.source = 'synthetic'
+  said = {'config': json.dumps(config.to_dict()), 'weights': 'ema'}
+  weights.save(path, {'a': np.zeros(2)}, said, overwrite=True)
+  with pytest.raises(UserError, match='synthetic latents'):
+    Generator.load(path)
 
 
 @pytest.fixture(scope='module')

@@ -26,7 +26,7 @@ class DataConfig:
     scenes_share: share of scenes in the mixture.
     examples: number of records to draw (0: all of a finite source).
     image_size: side of the square image in pixels.
-    text_length: caption tokens kept for; a longer caption is an error.
+    text_length: caption tokens kept for; longer captions are cut, with a warning.
     encode: `online` (frozen encoders run on the device) or `cached` (codes and latents are
       computed once, before training).
     workers: reader processes per host (0: threads in this process).

@@ -167,12 +167,17 @@ class System(Protocol):
       wins; the names are those of vpe_jax.sharding.
     frozen_weights: name of each frozen network -> where its weights are (`assets:...` or a
       path); read by vpe_jax.checkpoints.weights.
+    draws_with: names of the frozen networks that `generate` reads. This and `codes`: only systems
+      that draw have them.
+    codes: entries of the visual prompt's codebook.
   """
 
   config: Any
   stages: tuple[Stage, ...]
   logical_axes: tuple[tuple[str, tuple[str | None, ...]], ...]
   frozen_weights: Mapping[str, str]
+  draws_with: tuple[str, ...]
+  codes: int
 
   def init(self, rng: Array) -> Params:
     """Fresh parameters; pure and jittable."""

@@ -114,7 +114,10 @@ class Generator:
     system = systems.build(json.loads(stored['config']))
     if not hasattr(system, 'generate'):
       raise UserError(f"{workdir} holds a '{system.config.system}', which doesn't draw pictures")
-    frozen = {name: weights_io.load(source)[0] for name, source in system.frozen_weights.items()}
+    if not set(system.draws_with) <= set(system.frozen_weights):
+      raise UserError(f'{workdir} was trained on synthetic latents: nothing makes them pictures')
+    sources = {name: system.frozen_weights[name] for name in system.draws_with}
+    frozen = {name: weights_io.load(source)[0] for name, source in sources.items()}
     said = {'checkpoint': weights_io.fingerprint(params), 'weights': f'{workdir} ({held})'}
     return cls(system, params, frozen, text.shipped(), said, rows)
 
@@ -198,6 +201,9 @@ class Generator:
     wanted = (count, drawing.codes.shape[1])
     if codes.shape not in (wanted, wanted[1:]):
       raise UserError(f'codes have shape {codes.shape}: {wanted} or {wanted[1:]} is needed')
+    least, most, last = codes.min(), codes.max(), self.system.codes - 1
+    if least < 0 or most > last:
+      raise UserError(f'codes go from {least} to {most}: the codebook has 0 to {last}')
     return np.broadcast_to(codes, wanted)
 
   def describe(self, settings: SampleConfig) -> dict[str, str]:

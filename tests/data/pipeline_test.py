@@ -116,6 +116,11 @@ def test_mistakes():
     Pipeline(_SYNTHETIC, 0).batches(0, 6, 0, 4)
   with pytest.raises(UserError, match='holds 21 records and the source 22'):
     Pipeline(_SYNTHETIC, 0, encoded=SyntheticCodes(21, 9, 32, (4, 4, 2)))
-  short = Pipeline(dataclasses.replace(_CONFIG, text_length=1), 0)
-  with pytest.raises(UserError, match='the limit is 1'):
-    short.examples([0])
+
+
+def test_long_captions_are_cut():
+  short = Pipeline(dataclasses.replace(_CONFIG, text_length=2), 0).examples([0])
+  whole = Pipeline(_CONFIG, 0).examples([0])
+  assert whole.text_length[0] > 2
+  np.testing.assert_array_equal(short.text_length, [2])
+  np.testing.assert_array_equal(short.text, whole.text[:, :2])

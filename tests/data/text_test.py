@@ -63,6 +63,12 @@ def test_long_prompt_names_tokens_and_limit():
     text.shipped().encode_batch(['dog dog dog dog dog'], 4)
 
 
+def test_long_captions_can_be_cut():
+  ids, lengths = text.shipped().encode_batch(['dog dog dog dog dog', 'a dog'], 4, cut=True)
+  assert lengths.tolist() == [4, 2]
+  assert ids[0].tolist() == text.shipped().encode('dog dog dog dog')
+
+
 def test_missing_or_foreign_file(tmp_path):
   with pytest.raises(UserError, match='no tokenizer at'):
     text.Tokenizer(tmp_path / 'bpe.json')

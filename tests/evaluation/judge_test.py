@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from vpe_jax import systems
+from vpe_jax.codecs import pixels
 from vpe_jax.contracts import UserError
 from vpe_jax.data import text
 from vpe_jax.evaluation.judge import Judge
@@ -44,6 +45,19 @@ def test_pictures_become_unit_vectors_whatever_their_company(judge):
   np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
   np.testing.assert_allclose(judge.images(images[66:]), vectors[66:], atol=1e-6)
   assert np.ptp(vectors, axis=0).max() > 1e-3  # pictures differ
+
+
+def test_a_pictures_vector_is_the_mean_over_moved_views():
+  system = systems.build(_CONFIG)
+  params = jax.jit(system.init)(jax.random.key(0))
+  image = np.random.default_rng(1).integers(0, 256, (1, 20, 20, 3), np.uint8)
+  padded = np.pad(image[0], ((1, 1), (1, 1), (0, 0)), mode='edge')
+  views = np.stack([padded[y : y + 20, x : x + 20] for y in range(3) for x in range(3)])
+  seen = pixels.to_signed(pixels.view(views, 16))
+  each = system.network.apply({'params': params}, seen, method='embed_images')
+  mean = np.mean(each, 0)
+  found = Judge(system, params, text.shipped(), 'random').images(image)[0]
+  np.testing.assert_allclose(found, mean / np.linalg.norm(mean), atol=1e-5)
 
 
 def test_captions_become_unit_vectors_whatever_their_company(judge):

@@ -71,15 +71,26 @@ def test_retrieval_looks_within_groups_and_accepts_repeats():
   np.testing.assert_array_equal(alignment.retrieval_hits(logits, positive, group=4), [0, 0, 0, 0])
 
 
-def test_near_misses_are_negatives_of_their_own_picture():
-  wrong = jnp.array([[1.0, -2.0], [50.0, 0.0]])
-  exists = jnp.array([[True, True], [False, True]])
-  loss = alignment.near_loss(wrong, exists)
+def test_pairs_that_do_not_count_are_left_out():
+  logits, positive = jnp.array([[2.0, 5.0], [-1.0, 3.0]]), jnp.eye(2, dtype=bool)
+  counted = jnp.array([[True, False], [True, True]])
+  loss = alignment.sigmoid_loss(logits, positive, counted)
   np.testing.assert_allclose(
-    loss, [np.log1p(np.exp(1.0)) + np.log1p(np.exp(-2.0)), np.log(2.0)], rtol=1e-6
+    loss, [np.log1p(np.exp(-2.0)), np.log1p(np.exp(-1.0)) + np.log1p(np.exp(-3.0))], rtol=1e-6
   )
-  gradient = jax.grad(lambda x: jnp.sum(alignment.near_loss(x, exists)))(wrong)
-  assert gradient[1, 0] == 0 and (gradient[0] > 0).all()
+
+
+def test_near_misses_compete_with_the_own_caption():
+  own, wrong = jnp.array([0.5, 3.0, 7.0]), jnp.array([[1.0, -2.0], [50.0, 3.0], [9.0, 9.0]])
+  exists = jnp.array([[True, True], [False, True], [False, False]])
+  loss = alignment.near_loss(own, wrong, exists)
+  first = np.log1p(np.exp(0.5) + np.exp(-2.5))
+  np.testing.assert_allclose(loss, [first, np.log(2.0), 0.0], rtol=1e-6, atol=1e-7)
+  total = lambda own, wrong: jnp.sum(alignment.near_loss(own, wrong, exists))
+  to_own, to_wrong = jax.grad(total, (0, 1))(own, wrong)
+  assert (to_own[:2] < 0).all() and to_own[2] == 0
+  assert (to_wrong[0] > 0).all() and to_wrong[1, 1] > 0
+  assert to_wrong[1, 0] == 0 and (to_wrong[2] == 0).all()
 
 
 def test_near_hits_need_to_beat_all_that_exist():

@@ -11,6 +11,7 @@ from configs import siglip as config_file
 from vpe_jax import rng, sharding, systems
 from vpe_jax.config import MeshConfig, OptimConfig
 from vpe_jax.contracts import Examples, LossTerm, UserError
+from vpe_jax.data import shapes, text
 from vpe_jax.training import step as training_step
 from vpe_jax.training.state import first_state
 
@@ -89,8 +90,55 @@ def test_near_misses_join_the_loss(system, params):
   terms, plain = _losses(other, params, batch), _losses(system, params, _batch())
   np.testing.assert_allclose(terms['sigmoid'].sum, plain['sigmoid'].sum, rtol=1e-5)
   assert terms['near'].weight == 1.0 and terms['near_retrieval'].weight == 0.0
-  assert float(terms['near'].count) == 16 and float(terms['near_retrieval'].count) == 15
+  assert float(terms['near'].count) == float(terms['near_retrieval'].count) == 15
   assert 0 < float(terms['near'].sum) < float(plain['sigmoid'].sum)
+
+
+def test_hidden_words_are_hidden_in_the_own_and_the_wrong_caption(system, params):
+  config = config_file.get_config('debug')
+  config.data.near_misses = 1
+  plain = systems.build(config.to_dict())
+  config.model.hide = 1.0
+  hiding = systems.build(config.to_dict())
+  batch = _near(_batch(), plain)
+  ranked = lambda system: system._ranked(apply, images, batch, KEY)
+  apply = lambda *inputs, method: system.network.apply({'params': params}, *inputs, method=method)
+  images = apply(batch.image[:, :48, :48] / 127.5 - 1.0, method='embed_images')
+  (own, wrong), (hidden_own, hidden_wrong) = ranked(plain), ranked(hiding)
+  logits = apply(
+    images, apply(batch.text, batch.text_length, method='embed_text'), method='logits'
+  )
+  np.testing.assert_allclose(own, jnp.diagonal(logits), rtol=1e-5)
+  assert not np.isclose(own, wrong[:, 0], atol=1e-6)[1:].any()  # the first has no near miss
+  hides = np.isclose(hidden_own, hidden_wrong[:, 0], atol=1e-6)[1:]
+  assert 0 < hides.sum() < 15
+  np.testing.assert_allclose(hidden_own[1:][~hides], own[1:][~hides], rtol=1e-5)
+  np.testing.assert_allclose(hidden_wrong[1:][~hides], wrong[1:][~hides], rtol=1e-5)
+
+
+def test_blind_pictures_change_colour_and_hide_its_words(system, params):
+  config = config_file.get_config('debug')
+  config.data.near_misses = 1
+  plain = systems.build(config.to_dict())
+  config.model.blind = 0.5
+  blinding = systems.build(config.to_dict())
+  words = text.shipped().encode_batch([f'a {name} ring' for name in shapes.COLOURS] * 2, 32)
+  ids, length = (jnp.asarray(leaf[:16]) for leaf in words)
+  ids = ids.at[8:, 1].set(text.shipped().encode('dog')[0])  # no word for a colour
+  wrong = ids[:, None].at[:, :, 2].set(text.shipped().encode('star')[0])
+  batch = dataclasses.replace(
+    _batch(), text=ids, text_length=length, near=wrong, near_length=length[:, None]
+  )
+  blind = np.asarray(blinding._blind(batch, KEY))
+  assert 0 < blind[:8].sum() < 8 and not blind[8:].any() and not plain._blind(batch, KEY).any()
+  terms, all_terms = _losses(blinding, params, batch), _losses(plain, params, batch)
+  assert float(terms['sigmoid'].count) == float(terms['retrieval'].count) == 16 - blind.sum()
+  assert float(terms['near'].count) == float(all_terms['near'].count) == 16
+  recoloured = dataclasses.replace(batch, text=ids.at[:8, 1].set(ids[0, 1]))
+  seen = lambda b: _losses(blinding, params, b)['near'].sum
+  only_blind = dataclasses.replace(batch, near_length=jnp.where(blind, 4, 0)[:, None])
+  recoloured = dataclasses.replace(recoloured, near_length=only_blind.near_length)
+  np.testing.assert_allclose(seen(only_blind), seen(recoloured), rtol=1e-5)
 
 
 def test_the_batch_is_as_declared(system):

@@ -7,22 +7,28 @@ from vpe_jax.training import metrics, reference
 
 def _records(scale, steps=60, change=30):
   return [
-    {'step': s, 'stage': stage, 'loss': scale * s, 'loss/flow': scale, 'lr': 1.0}
+    {
+      'step': s,
+      'stage': 'a' if s <= change else 'b',
+      'stage_step': s if s <= change else s - change,
+      'loss': scale * s,
+      'loss/flow': scale,
+      'lr': 1.0,
+    }
     for s in range(1, steps + 1)
-    for stage in ('a' if s <= change else 'b')
   ]
 
 
 def test_means_are_taken_within_the_stage_at_the_same_step():
-  assert reference.trailing_means(_records(1.0), 40) == {'loss': 35.5, 'flow': 1.0}
-  assert reference.trailing_means(_records(1.0), 60) == {'loss': 50.5, 'flow': 1.0}
+  assert reference.trailing_means(_records(1.0), 'b', 10) == {'loss': 35.5, 'flow': 1.0}
+  assert reference.trailing_means(_records(1.0), 'b', 30) == {'loss': 50.5, 'flow': 1.0}
 
 
-def test_line_compares_at_the_last_common_step(tmp_path, monkeypatch, line_config):
+def test_line_compares_at_the_last_common_step_of_the_stage(tmp_path, monkeypatch, line_config):
   monkeypatch.setattr(reference, 'ASSETS', tmp_path)
   config = line_config()
   assert reference.comparison(config, tmp_path) is None
-  lines = '\n'.join(json.dumps(record) for record in _records(2.0, steps=90)) + '\n'
+  lines = '\n'.join(json.dumps(record) for record in _records(2.0, steps=90, change=50)) + '\n'
   (tmp_path / 'line-debug.metrics.jsonl').write_text(lines)
   run = tmp_path / 'run'
   file = metrics.MetricsFile(run, 0)
@@ -30,11 +36,11 @@ def test_line_compares_at_the_last_common_step(tmp_path, monkeypatch, line_confi
     file.write(record)
   file.close()
   assert reference.comparison(config, run) == (
-    'your loss / reference loss at step 60: loss 50.5000 / 101.0000, flow 1.0000 / 2.0000'
+    'your loss / reference loss after 30 steps of b: loss 50.5000 / 141.0000, flow 1.0000 / 2.0000'
   )
 
 
 def test_steps_without_a_number_are_left_out():
   records = _records(1.0, steps=3, change=0)
   records[1]['loss/flow'] = None
-  assert reference.trailing_means(records, 3)['flow'] == 1.0
+  assert reference.trailing_means(records, 'b', 3)['flow'] == 1.0

@@ -77,6 +77,22 @@ def jittered_view(images: Array, size: int, jitter: Jitter, key: Array, example:
   return jnp.clip(1.0 - jax.vmap(one)(1.0 - to_unit(images), draws), 0.0, 1.0)
 
 
+def moved(images: Array, down: int, right: int) -> Array:
+  """Pictures [B, R, R, C] moved by whole pixels; what comes into view repeats the border."""
+  reach = max(abs(down), abs(right))
+  padded = jnp.pad(images, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode='edge')
+  top, left, side = reach - down, reach - right, images.shape[1]
+  return padded[:, top : top + side, left : left + side]
+
+
+def exchanged_channels(images: Array, key: Array, example: Array) -> Array:
+  """Pictures [B, H, W, 3] whose red, green and blue change places, one order per example."""
+  orders = jnp.asarray([[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+  draw = lambda k: jax.random.randint(k, (), 0, len(orders))
+  chosen = orders[rng.per_example(draw, key, 'channels', example)]
+  return jnp.take_along_axis(images, chosen[:, None, None], axis=-1)
+
+
 def random_crops(images: Array, size: int, key: Array, example: Array) -> Array:
   """A square of side `size` from each picture [B, R, R, C], at a place drawn per example."""
   room = images.shape[1] - size + 1

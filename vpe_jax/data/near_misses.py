@@ -16,6 +16,7 @@ from vpe_jax.data.storage import stable_hash
 
 _TRIES = 8  # per caption: some come out true, or describe what is held out
 _NOWHERE = (0.0, 0.0, 0.0, 0.0)
+_KINDS = ('object', 'object', 'colour', 'count')  # objects are the hardest to tell apart
 
 
 def near_misses(record: Record, count: int) -> list[str]:
@@ -42,7 +43,7 @@ def near_misses(record: Record, count: int) -> list[str]:
 
 def _changed(truth: Truth, draw: random.Random) -> Truth:
   """The scene with one thing drawn anew; it may come out the same."""
-  kind = draw.choice(('object', 'colour', 'count'))
+  kind = draw.choice(_KINDS)
   place = draw.randrange(len(truth.clusters))
   cluster = truth.clusters[place]
   if kind == 'colour' and (not cluster.colour or (truth.ground != 'white' and draw.random() < 0.4)):

@@ -178,7 +178,7 @@ class _Reader(grain.transforms.Map):
   def __call__(self, element: tuple[int, int]) -> Row:
     place, index = element
     record = self.source[index]
-    ids, lengths = self.tokenizer.encode_batch([record.caption], self.text_length)
+    ids, lengths = self.tokenizer.encode_batch([record.caption], self.text_length, cut=True)
     row = {'example': np.int32(place), 'text': ids[0], 'text_length': lengths[0]}
     if self.near_misses:
       row |= self._near(record)
@@ -187,14 +187,13 @@ class _Reader(grain.transforms.Map):
     codes, latents = self.encoded[index]
     return row | {'codes': codes, 'latents': latents}
 
-
   def _near(self, record: Record) -> Row:
     """Wrong captions, with length 0 where the record has too few."""
     near = np.zeros((self.near_misses, self.text_length), np.int32)
     near_length = np.zeros(self.near_misses, np.int32)
     captions = near_misses.near_misses(record, self.near_misses)
     if captions:
-      ids, lengths = self.tokenizer.encode_batch(captions, self.text_length)
+      ids, lengths = self.tokenizer.encode_batch(captions, self.text_length, cut=True)
       near[: len(captions)], near_length[: len(captions)] = ids, lengths
     return {'near': near, 'near_length': near_length}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
+from absl import logging
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from vpe_jax.contracts import UserError
@@ -70,29 +71,41 @@ class Tokenizer:
     """The tokens of one caption, without special ones."""
     return self._bpe.encode(caption, add_special_tokens=False).ids
 
-  def encode_batch(self, captions: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+  def encode_batch(
+    self, captions: Sequence[str], length: int, cut: bool = False
+  ) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of captions as one array.
 
     Args:
       captions: B texts.
       length: T, the most tokens that one may have.
+      cut: whether a longer one is cut, with one warning for all; otherwise it is refused.
 
     Returns:
       ids int32 [B, T], padded with PAD, and the number of real tokens int32 [B].
 
     Raises:
-      UserError: a caption is too long.
+      UserError: a caption is too long and not to be cut.
     """
     ids = np.full((len(captions), length), PAD, np.int32)
     lengths = np.zeros(len(captions), np.int32)
     for row, caption in enumerate(captions):
       tokens = self.encode(caption)
-      if len(tokens) > length:
+      if len(tokens) > length and not cut:
         raise UserError(
           f'prompt has {len(tokens)} tokens and the limit is {length}; shorten it: {caption!r}'
         )
-      ids[row, : len(tokens)] = tokens
-      lengths[row] = len(tokens)
+      if len(tokens) > length:
+        logging.log_first_n(
+          logging.WARNING,
+          'captions over config.data.text_length=%d tokens are cut, such as this one of %d: %r',
+          1,
+          length,
+          len(tokens),
+          caption,
+        )
+      lengths[row] = min(len(tokens), length)
+      ids[row, : lengths[row]] = tokens[:length]
     return ids, lengths
 
   def decode(self, ids: Iterable[int]) -> str:

@@ -15,12 +15,18 @@ from vpe_jax.checkpoints import weights
 from vpe_jax.codecs import pixels
 from vpe_jax.contracts import Array, Params, UserError
 from vpe_jax.data import text
+from vpe_jax.models import siglip
 
 _BATCH = 64
+_MOVES = (-1, 0, 1)  # in each direction; patches are coarse, and their borders fall by chance
+_MOVE = 1 / 20  # of the picture's side
 
 
 class Judge:
-  """Embeds pictures and captions as unit vectors, whose product says how well they fit."""
+  """Embeds pictures and captions as unit vectors, whose product says how well they fit.
+
+  A picture's vector is the mean over nine views that are moved a little.
+  """
 
   def __init__(self, system: Any, params: Params, tokenizer: text.Tokenizer, fingerprint: str):
     """Wraps networks that are in memory already; most callers want `load`.
@@ -38,8 +44,11 @@ class Judge:
     network, side = system.network, system.config.model.siglip.image_size
 
     def embed_images(params: Params, images: Array) -> Array:
-      views = pixels.to_signed(pixels.view(images, side))
-      return network.apply({'params': params}, views, method='embed_images')
+      step = round(_MOVE * images.shape[1])
+      views = [pixels.moved(images, step * y, step * x) for y in _MOVES for x in _MOVES]
+      seen = pixels.to_signed(pixels.view(jnp.concatenate(views), side))
+      vectors = network.apply({'params': params}, seen, method='embed_images')
+      return siglip.unit(jnp.mean(vectors.reshape(len(views), len(images), -1), 0))
 
     def embed_text(params: Params, ids: Array, length: Array) -> Array:
       return network.apply({'params': params}, ids, length, method='embed_text')

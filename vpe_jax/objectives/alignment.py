@@ -26,25 +26,31 @@ def same_caption(text: Array) -> Array:
   return jnp.all(hashes[:, None] == hashes[None], -1)
 
 
-def sigmoid_loss(logits: Array, positive: Array) -> Array:
+def sigmoid_loss(logits: Array, positive: Array, counted: Array | None = None) -> Array:
   """Each picture's loss over all captions: -sum log sigmoid(+-logit), float32 [B].
 
   Args:
     logits: pictures x captions [B, B], float32.
     positive: bool [B, B]; +1 where the caption fits, -1 elsewhere (arXiv 2303.15343, Eq. 1).
+    counted: bool [B, B]; pairs that say anything (None: all).
   """
-  signed = jnp.where(positive, logits, -logits)
-  return -jnp.sum(jax.nn.log_sigmoid(signed), -1)
+  terms = jax.nn.log_sigmoid(jnp.where(positive, logits, -logits))
+  return -jnp.sum(terms if counted is None else jnp.where(counted, terms, 0.0), -1)
 
 
-def near_loss(logits: Array, exists: Array) -> Array:
-  """Each picture's loss over wrong captions of its own: float32 [B].
+def near_loss(own: Array, wrong: Array, exists: Array) -> Array:
+  """-log of the own caption's softmax among it and its near misses: float32 [B], 0 without any.
+
+  A ranking, as in NegCLIP (arXiv 2210.01936), rather than more terms of the sigmoid loss: near
+  misses lie so close that no one bias could separate them for all captions at once.
 
   Args:
-    logits: of every picture with its wrong captions [B, M], float32.
+    own: logits of the pictures with their captions [B], float32.
+    wrong: with their wrong captions [B, M].
     exists: bool [B, M]; False where there is no caption.
   """
-  return -jnp.sum(jnp.where(exists, jax.nn.log_sigmoid(-logits), 0.0), -1)
+  all_logits = jnp.concatenate([own[:, None], jnp.where(exists, wrong, -jnp.inf)], -1)
+  return jax.nn.logsumexp(all_logits, -1) - own
 
 
 def near_hits(own: Array, wrong: Array, exists: Array) -> Array:

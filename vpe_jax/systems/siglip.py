@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import pixels
 from vpe_jax.config import Config
 from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, UserError
+from vpe_jax.data import shapes, text
 from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment
 
@@ -33,10 +36,23 @@ ENCODER_AXES = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The `model` section: sizes of the towers, and how training views are jittered."""
+  """The `model` section: sizes of the towers, and how training pairs are varied.
+
+  Attributes:
+    siglip: both towers.
+    jitter: how far training views are moved and zoomed.
+    hide: share of tokens hidden where a caption is ranked among its near misses, the same places
+      in all of them, for every other picture. What is left of the caption is still true, so
+      each word has to count by itself: combinations that training lacks are understood by parts.
+    blind: share of pictures, among those whose caption names a colour, that are shown in exchanged
+      colours and ranked with all words for colours hidden: a shape is a shape in any colour. Such
+      a caption fits many pictures, so they take no part in the sigmoid loss.
+  """
 
   siglip: siglip.SiglipConfig = siglip.SiglipConfig()
   jitter: pixels.Jitter = pixels.Jitter()
+  hide: float = 0.0
+  blind: float = 0.0
 
 
 class System:
@@ -67,6 +83,8 @@ class System:
       )
     self.stages = tuple(self._stage(name) for name in config.stages)
     self.network = siglip.Siglip(c, jnp.dtype(config.dtype))
+    words = ' '.join((*shapes.COLOURS, *shapes.TINTS))
+    self._colours = np.unique(text.shipped().encode(words)).astype(np.int32)
 
   def _stage(self, name: str) -> Stage:
     if name != 'align':
@@ -80,19 +98,20 @@ class System:
     """Fresh towers."""
     c = self.config.model.siglip
     images = jnp.zeros((1, c.image_size, c.image_size, 3))
-    text, length = jnp.zeros((1, c.text_length), jnp.int32), jnp.ones((1,), jnp.int32)
-    return self.network.init(rng, images, text, length)['params']
+    ids, length = jnp.zeros((1, c.text_length), jnp.int32), jnp.ones((1,), jnp.int32)
+    return self.network.init(rng, images, ids, length)['params']
 
   def abstract_batch(self, batch_size: int) -> Examples:
     """Pictures and captions."""
     return abstract_pictures(self.config, batch_size)
 
   def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
-    """One a picture; `near_retrieval` counts the pictures that have near misses."""
-    pictures = jnp.float32(batch.example.shape[0])
-    counts = dict.fromkeys(stage.losses, pictures)
+    """One a picture; the near misses' terms count the pictures that have any."""
+    plain = ~self._blind(batch, rng)
+    counts = dict.fromkeys(stage.losses, jnp.sum(plain, dtype=jnp.float32))
     if 'near' in stage.losses:
-      counts['near_retrieval'] = jnp.sum(jnp.any(batch.near_length > 0, -1), dtype=jnp.float32)
+      having = jnp.sum(jnp.any(batch.near_length > 0, -1), dtype=jnp.float32)
+      counts['near'] = counts['near_retrieval'] = having
     return counts
 
   def losses(
@@ -101,40 +120,76 @@ class System:
     """The sigmoid loss over all pairs of the batch, and in-batch retrieval (logged only).
 
     With gradient accumulation the pairs are those within a microbatch. Near misses
-    (`data.near_misses`) are further negatives of their own picture alone: `near` is their part of
-    the loss, `near_retrieval` the share of pictures whose own caption beats all of them (logged).
+    (`data.near_misses`) compete for their own picture alone: `near` ranks its caption among them,
+    `near_retrieval` is the share of pictures whose own caption beats all of them (logged).
     """
     model, variables = self.config.model, {'params': params}
     views = pixels.jittered_view(
       batch.image, model.siglip.image_size, model.jitter, rng, batch.example
     )
+    blind = self._blind(batch, rng)
+    if model.blind:
+      other = pixels.exchanged_channels(views, rng, batch.example)
+      views = jnp.where(blind[:, None, None, None], other, views)
     apply = functools.partial(self.network.apply, variables)
     images = apply(pixels.to_signed(views), method='embed_images')
-    text = apply(batch.text, batch.text_length, method='embed_text')
-    logits = apply(images, text, method='logits')
-    positive = alignment.same_caption(batch.text)
-    values = {
-      'sigmoid': (alignment.sigmoid_loss(logits, positive), 1.0),
-      'retrieval': (alignment.retrieval_hits(logits, positive), 0.0),
-    }
+    captions = apply(batch.text, batch.text_length, method='embed_text')
+    logits = apply(images, captions, method='logits')
+    positive, plain = alignment.same_caption(batch.text), ~blind
+    loss = alignment.sigmoid_loss(logits, positive, plain[:, None] & plain)
+    hits = alignment.retrieval_hits(jnp.where(plain, logits, -jnp.inf), positive) * plain
+    values = {'sigmoid': (loss, 1.0), 'retrieval': (hits, 0.0)}
     if 'near' in stage.losses:
-      B, M, T = batch.near.shape
-      length = batch.near_length
-      near = apply(batch.near.reshape(B * M, T), length.reshape(B * M), method='embed_text')
-      wrong = apply(images, near.reshape(B, M, -1), method='own_logits')
-      values['near'] = (alignment.near_loss(wrong, length > 0), 1.0)
-      values['near_retrieval'] = (alignment.near_hits(jnp.diagonal(logits), wrong, length > 0), 0.0)
+      own, wrong = self._ranked(apply, images, batch, rng)
+      exists = batch.near_length > 0
+      values['near'] = (alignment.near_loss(own, wrong, exists), 1.0)
+      values['near_retrieval'] = (alignment.near_hits(own, wrong, exists), 0.0)
     counts = self.counts(batch, rng, stage)
     return {n: LossTerm(jnp.sum(value), counts[n], w) for n, (value, w) in values.items()}
 
+  def _blind(self, batch: Examples, rng: Array) -> Array:
+    """Which pictures [B] are shown in exchanged colours."""
+    share = self.config.model.blind
+    draw = lambda key: jax.random.bernoulli(key, share)
+    drawn = rng_lib.per_example(draw, rng, 'blind', batch.example)
+    return drawn & jnp.any(jnp.isin(batch.text, self._colours), -1)
+
+  def _ranked(
+    self, apply: Callable[..., Array], images: Array, batch: Examples, rng: Array
+  ) -> tuple[Array, Array]:
+    """Logits of pictures [B, D] with their own captions [B] and their near misses [B, M]."""
+    ids = jnp.concatenate([batch.text[:, None], batch.near], 1)
+    B, M, T = ids.shape
+    length = jnp.concatenate([batch.text_length[:, None], batch.near_length], 1)
+    if share := self.config.model.hide:
+
+      def draw(key: Array) -> Array:
+        hides, where = jax.random.split(key)
+        return jax.random.bernoulli(where, share, (T,)) & jax.random.bernoulli(hides)
+
+      hidden = rng_lib.per_example(draw, rng, 'hide', batch.example)
+      ids = jnp.where(hidden[:, None], text.UNK, ids)
+    if self.config.model.blind:
+      coloured = self._blind(batch, rng)[:, None, None] & jnp.isin(ids, self._colours)
+      ids = jnp.where(coloured, text.UNK, ids)
+    vectors = apply(ids.reshape(B * M, T), length.reshape(B * M), method='embed_text')
+    logits = apply(images, vectors.reshape(B, M, -1), method='own_logits')
+    return logits[:, 0], logits[:, 1:]
+
   def flops(self, stage: Stage) -> float:
     """Three forward passes' worth: the backward pass costs two."""
-    return 3.0 * siglip.flops(self.config.model.siglip, 1 + self.config.data.near_misses)
+    return 3.0 * siglip.flops(self.config.model.siglip, self._captions)
 
   def tokens(self, stage: Stage) -> int:
     """Patches and caption tokens."""
     c = self.config.model.siglip
-    return c.patches + (1 + self.config.data.near_misses) * self.config.data.text_length
+    return c.patches + self._captions * self.config.data.text_length
+
+  @property
+  def _captions(self) -> int:
+    """Captions that are embedded for each picture: near misses are ranked beside its own."""
+    misses = self.config.data.near_misses
+    return 2 + misses if misses else 1
 
 
 def abstract_pictures(config: Config, batch_size: int) -> Examples:

@@ -83,6 +83,8 @@ class ModelConfig(unified.UnifiedConfig):
 class System:
   """See vpe_jax.contracts.System."""
 
+  draws_with = ('image',)
+
   def __init__(self, config: Config) -> None:
     for name in config.stages:
       if name not in STAGES:
@@ -90,6 +92,7 @@ class System:
     c: ModelConfig = config.model
     self.config = config
     self.stages = tuple(STAGES[name] for name in config.stages)
+    self.codes = c.codes
     self.logical_axes = unified.LOGICAL_AXES
     self.model = unified.Unified(c, jnp.dtype(config.dtype), config.remat)
     self.visual_prompt = visual_prompt.VisualPromptCodec(c.visual_prompt)

@@ -15,25 +15,34 @@ ASSETS = epath.Path(__file__).parent.parent / 'assets'
 
 
 def comparison(config: Config, workdir: epath.PathLike) -> str | None:
-  """A line with `your loss / reference loss`; None where no reference run is shipped."""
+  """A line with `your loss / reference loss`; None where no shipped run has the stage."""
   path = ASSETS / f'{config.name}-{config.preset}.metrics.jsonl'
   if not path.exists():
     return None
   ours, theirs = metrics.read(workdir), metrics.parse(path.read_text())
-  step = min(ours[-1]['step'], theirs[-1]['step'])
-  mine, reference = trailing_means(ours, step), trailing_means(theirs, step)
+  stage = ours[-1]['stage']
+  lengths = [_stage_steps(records, stage) for records in (ours, theirs)]
+  step = min(lengths)
+  if not step:
+    return None
+  mine, reference = (trailing_means(records, stage, step) for records in (ours, theirs))
   names = [name for name in mine if name in reference]
   parts = [f'{name} {mine[name]:.4f} / {reference[name]:.4f}' for name in names]
-  return f'your loss / reference loss at step {step}: {", ".join(parts)}'
+  return f'your loss / reference loss after {step} steps of {stage}: {", ".join(parts)}'
 
 
-def trailing_means(records: Sequence[Record], step: int) -> dict[str, float]:
-  """Means of all losses over the last records up to a step, within that step's stage."""
-  upto = [record for record in records if record['step'] <= step]
-  recent = [record for record in upto[-WINDOW:] if record['stage'] == upto[-1]['stage']]
+def trailing_means(records: Sequence[Record], stage: str, step: int) -> dict[str, float]:
+  """Means of all losses over the last records up to a step of a stage."""
+  of_stage = [record for record in records if record['stage'] == stage]
+  recent = [record for record in of_stage if record['stage_step'] <= step][-WINDOW:]
   means = {}
   for name in recent[-1]:
     values = [record[name] for record in recent if record.get(name) is not None]
     if (name == 'loss' or name.startswith('loss/')) and values:
       means[name.removeprefix('loss/') if name != 'loss' else name] = sum(values) / len(values)
   return means
+
+
+def _stage_steps(records: Sequence[Record], stage: str) -> int:
+  """Steps that a run has done of a stage."""
+  return max((record['stage_step'] for record in records if record['stage'] == stage), default=0)
