@@ -59,22 +59,24 @@ def _embedded(config: ConfigDict) -> None:
 def _tiny(config: ConfigDict) -> None:
   _embedded(config)
   config.unroll = True
-  config.steps = (300, 600)
+  config.steps = (600, 600)
   config.batch_size = (64, 32)
-  config.data.examples = 16384
-  config.model.ar = _expert(192, 512, 6, 3, 1) | {'rope_theta': 1e4}
-  config.model.dit = _expert(192, 512, 6, 3, 1) | {'rope_theta': 1e4}
+  config.data.examples = 12288
+  config.model.ar = _expert(128, 512, 4, 2, 1) | {'rope_theta': 1e4}
+  config.model.dit = _expert(128, 512, 4, 2, 1) | {'rope_theta': 1e4}
   config.model.dual_path = {
     'table': 8,
-    'encoder': {'width': 128, 'layers': 2, 'heads': 2, 'mlp': 256},
+    'encoder': {'width': 64, 'layers': 2, 'heads': 2, 'mlp': 128},
   }
-  config.model.head = _expert(128, 384, 2, 2, 1) | {'rope_theta': 1e4}
-  config.optim = {'lr': 1e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.995}
+  config.model.head = _expert(160, 384, 2, 2, 1) | {'rope_theta': 1e4}
+  config.optim = {'lr': 2e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.99}
+  config.sample = {'steps': 20, 'shift': 1.0, 'guidance': 2.0}
   config.log = {'samples': 200, 'evaluate': 200}
 
 
 def _debug(config: ConfigDict) -> None:
   _embedded(config)
+  config.quick_compile = True
   config.steps = (8, 12)
   config.batch_size = (8, 8)
   config.data.examples = 256

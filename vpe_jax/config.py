@@ -128,6 +128,7 @@ class Config:
     remat: what the backward pass recomputes, a name of vpe_jax.models.mot.REMAT.
     unroll: whether training runs layers one by one instead of scanning over them: faster on CPU,
       where a scan copies what the backward pass needs; compiles longer.
+    quick_compile: whether programs are compiled fast rather than to run fast, for runs of seconds.
     model: the system's own section.
   """
 
@@ -142,6 +143,7 @@ class Config:
   dtype: str = 'float32'
   remat: str = 'none'
   unroll: bool = False
+  quick_compile: bool = False
   data: DataConfig = DataConfig()
   optim: OptimConfig = OptimConfig()
   mesh: MeshConfig = MeshConfig()
@@ -188,7 +190,14 @@ def flatten(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def differences(ours: Config, stored: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-  """Dotted field -> (stored value, our value), for every field in which two configs differ."""
+  """Dotted field -> (stored value, our value), for every field in which two configs differ.
+
+  A field that did not exist yet when the other was stored counts as its default.
+  """
+  try:
+    stored = to_dict(from_dict(stored, type(ours.model)))
+  except UserError:  # It has a field that exists no more, which is a difference.
+    pass
   old, new = flatten(stored), flatten(to_dict(ours))
   keys = sorted(old.keys() | new.keys())
   return {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}

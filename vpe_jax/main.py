@@ -59,6 +59,8 @@ def main(argv: list[str]) -> None:
     machine.use_compilation_cache()
     sharding.initialize_distributed()  # Before anything can touch a device.
     config = config_file.load(FLAGS.config, _overrides)
+    if config.get('quick_compile'):
+      machine.compile_quickly()
     if warning := machine.idle_hardware():
       print(warning, file=sys.stderr, flush=True)
     run(config, FLAGS.workdir or f'runs/{config["name"]}-{config["preset"]}', FLAGS.allow_change)

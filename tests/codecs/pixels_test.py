@@ -92,7 +92,7 @@ def test_channels_change_places_and_never_stay():
   example = jnp.arange(64)
   exchanged = np.asarray(pixels.exchanged_channels(images, rng.run_key(0), example))
   assert (exchanged == exchanged[:, :1, :1]).all()
-  colours = {tuple(row) for row in exchanged[:, 0, 0].round(1).tolist()}
+  colours = {tuple(round(c, 1) for c in row) for row in exchanged[:, 0, 0].tolist()}
   assert len(colours) == 5 and (0.1, 0.5, 0.9) not in colours
   assert all(sorted(colour) == [0.1, 0.5, 0.9] for colour in colours)
   alone = pixels.exchanged_channels(images[:3], rng.run_key(0), example[5:8])

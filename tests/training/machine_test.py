@@ -15,6 +15,15 @@ def test_warns_of_hardware_that_jax_does_not_use(tmp_path, monkeypatch):
   assert machine.idle_hardware() is None
 
 
+def test_compiling_quickly_turns_optimization_off():
+  before = jax.config.read('jax_disable_most_optimizations')
+  try:
+    machine.compile_quickly()
+    assert jax.config.read('jax_disable_most_optimizations')
+  finally:
+    jax.config.update('jax_disable_most_optimizations', before)
+
+
 def test_compilation_cache_goes_to_the_cache_folder_unless_set(monkeypatch, tmp_path):
   before = jax.config.jax_compilation_cache_dir
   seconds = jax.config.jax_persistent_cache_min_compile_time_secs

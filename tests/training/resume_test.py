@@ -52,3 +52,13 @@ def test_fresh_state_has_the_shardings_and_values_of_its_plan(line_system):
   np.testing.assert_allclose(state['params']['head']['kernel'], again['head']['kernel'], rtol=1e-5)
   later = resume.abstract_state(system.config, system, 1, mesh)
   assert abstract['ema'] == {} and later['ema'].keys() == {'backbone', 'head'}
+
+
+def test_a_field_that_did_not_exist_yet_counts_as_its_default(line_config):
+  config = line_config()
+  stored = to_dict(config)
+  del stored['quick_compile'], stored['optim']['ema']
+  ours = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema=0.9995))
+  assert resume.check_config(ours, stored, 'RUN', ()) == []
+  with pytest.raises(UserError, match='quick_compile was False, now True'):
+    resume.check_config(dataclasses.replace(ours, quick_compile=True), stored, 'RUN', ())

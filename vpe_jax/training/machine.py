@@ -29,6 +29,11 @@ def idle_hardware() -> str | None:
   return None
 
 
+def compile_quickly() -> None:
+  """Makes this process compile programs in less time, which then run slower."""
+  jax.config.update('jax_disable_most_optimizations', True)
+
+
 def use_compilation_cache() -> None:
   """Keeps compiled programs on disk for later runs, unless JAX is configured to do so already."""
   if jax.config.jax_compilation_cache_dir is None:

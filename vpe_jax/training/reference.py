@@ -32,14 +32,17 @@ def comparison(config: Config, workdir: epath.PathLike) -> str | None:
 
 
 def trailing_means(records: Sequence[Record], stage: str, step: int) -> dict[str, float]:
-  """Means of all losses over the last records up to a step of a stage."""
+  """Means of each loss over the last records up to a step of a stage.
+
+  Their weighted sum is left out: a schedule of weights depends on how long a run is.
+  """
   of_stage = [record for record in records if record['stage'] == stage]
   recent = [record for record in of_stage if record['stage_step'] <= step][-WINDOW:]
   means = {}
   for name in recent[-1]:
     values = [record[name] for record in recent if record.get(name) is not None]
-    if (name == 'loss' or name.startswith('loss/')) and values:
-      means[name.removeprefix('loss/') if name != 'loss' else name] = sum(values) / len(values)
+    if name.startswith('loss/') and values:
+      means[name.removeprefix('loss/')] = sum(values) / len(values)
   return means
 
 
