@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from configs import t2i as config_file
-from vpe_jax import rng, systems
-from vpe_jax.config import SampleConfig
+from vpe_jax import rng, sharding, systems
+from vpe_jax.checkpoints import weights
+from vpe_jax.config import MeshConfig, SampleConfig, to_dict
 from vpe_jax.contracts import Examples, UserError
+from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.models import mot
 from vpe_jax.sampling import solver
 from vpe_jax.systems import rendering
+from vpe_jax.training import resume
 
 KEY = rng.run_key(0)
 
@@ -257,3 +260,105 @@ def test_unknown_stage_names_the_nearest():
   config.steps, config.batch_size = (1,), (8,)
   with pytest.raises(UserError, match="'plan'"):
     systems.build(config.to_dict())
+
+
+def _total(system, stage, batch):
+  """The stage's weighted loss, as a function of the parameters."""
+
+  def total(params):
+    terms = system.losses(params, {}, batch, KEY, 0, stage)
+    return sum(term.weight * term.sum / term.count for term in terms.values())
+
+  return total
+
+
+@pytest.mark.parametrize('arg', ['debug', 'debug,arch=single'])
+def test_unrolled_layers_train_as_scanned_ones(arg):
+  scanned = _system(arg)
+  unrolled = systems.build({**to_dict(scanned.config), 'unroll': True})
+  params, batch = jax.jit(scanned.init)(KEY), _batch(scanned)
+  for stage in scanned.stages:
+    (loss, gradient), (other, same) = (
+      jax.jit(jax.value_and_grad(_total(system, stage, batch)))(params)
+      for system in (scanned, unrolled)
+    )
+    np.testing.assert_allclose(other, loss, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient, same)
+
+
+def test_text_and_plan_are_dropped_as_often_as_asked(system):
+  plan, joint = system.stages
+  batch = dataclasses.replace(_batch(system), example=jnp.arange(4096))
+  share = lambda drop: float(jnp.mean(_system(drop=drop)._keep(batch, KEY, joint)))
+  assert abs(share(0.1) - 0.9) < 0.02 and share(0.0) == 1.0 and share(1.0) == 0.0
+  assert system._keep(batch, KEY, plan).all()
+
+
+def test_bfloat16_computes_what_float32_does(system, params):
+  half = systems.build({**to_dict(system.config), 'dtype': 'bfloat16'})
+  batch = _batch(system)
+  for stage in system.stages:
+    (loss, gradient), (other, near) = (
+      jax.jit(jax.value_and_grad(_total(s, stage, batch)))(params) for s in (system, half)
+    )
+    np.testing.assert_allclose(other, loss, rtol=2e-2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(near)} == {jnp.dtype('float32')}
+    dot = lambda a, b: sum(
+      float(jnp.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+    assert dot(gradient, near) / (dot(gradient, gradient) * dot(near, near)) ** 0.5 > 0.99
+
+
+def test_eight_devices_give_the_loss_and_gradient_of_one(system, params):
+  mesh = sharding.make_mesh(MeshConfig())
+  batch = _batch(system, 16)
+  shardings = sharding.param_shardings(params, system.logical_axes, mesh, 'fsdp')
+  for stage in system.stages:
+    run = lambda p, b, s=stage: jax.value_and_grad(_total(system, s, b))(p)
+    alone, gradient = jax.jit(run)(params, batch)
+    with jax.set_mesh(mesh):
+      spread = jax.device_put(params, shardings)
+      placed = sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
+      together, parts = jax.jit(run)(spread, placed)
+    np.testing.assert_allclose(together, alone, rtol=1e-5)
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
+    jax.tree.map(
+      lambda a, b, atol=2e-5 * scale: np.testing.assert_allclose(a, b, atol=atol), gradient, parts
+    )
+
+
+@pytest.mark.parametrize('arg', ['debug', 'tiny', 'paper'])
+def test_state_is_spread_over_eight_devices(arg):
+  system = _system(arg)
+  mesh = sharding.make_mesh(MeshConfig())
+  for stage in range(len(system.stages)):
+    state = resume.abstract_state(system.config, system, stage, mesh)
+    leaves = jax.tree.leaves([state[name] for name in ('params', 'opt_state', 'ema')])
+    held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    assert held / sum(leaf.size for leaf in leaves) < 1 / 8 + 0.02
+
+
+def test_flops_match_the_compiled_forward_pass():
+  system = systems.build({**to_dict(_system('tiny').config), 'unroll': True})
+  params = jax.eval_shape(system.init, KEY)
+  batch = system.abstract_batch(8)
+  for stage in system.stages:
+    forward = lambda p, b, s=stage: {
+      name: term.sum for name, term in system.losses(p, {}, b, KEY, 0, s).items()
+    }
+    counted = jax.jit(forward).lower(params, batch).cost_analysis()['flops'] / 8
+    assert 0.8 < system.flops(stage) / 3 / counted <= 1.05
+
+
+def test_similarity_finds_the_caption_and_reads_long_ones_by_their_beginning(system):
+  data = Pipeline(dataclasses.replace(system.config.data, source='mixture'), 0)
+  batch = data.examples(range(16))
+  frozen = {'siglip': weights.load('assets:siglip')[0]}
+  run = jax.jit(lambda text, length: system.similarity(frozen, batch.image, text, length))
+  fits = run(batch.text, batch.text_length)
+  assert float(jnp.mean(jnp.argmax(fits, 1) == jnp.arange(16))) > 0.8
+  limit = system.config.model.visual_prompt.siglip.text_length
+  assert limit < batch.text.shape[1]
+  filled = jnp.where(jnp.arange(batch.text.shape[1]) < batch.text_length[:, None], batch.text, 9)
+  cut = run(filled.at[:, limit:].set(9), jnp.full(16, limit))
+  np.testing.assert_allclose(run(filled.at[:, limit:].set(11), jnp.full(16, 36)), cut, rtol=1e-5)
