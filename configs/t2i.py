@@ -41,7 +41,7 @@ def _expert(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dic
 
 def _embedded(config: ConfigDict) -> None:
   """What `tiny` and `debug` share: 64x64 pictures, the shipped codecs, and their grids."""
-  config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 36, 'encode': 'cached'}
+  config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 24, 'encode': 'cached'}
   config.model = {
     'text_vocab': 1024,
     'codes': 512,
@@ -59,17 +59,17 @@ def _embedded(config: ConfigDict) -> None:
 def _tiny(config: ConfigDict) -> None:
   _embedded(config)
   config.unroll = True
-  config.steps = (600, 600)
+  config.steps = (800, 600)
   config.batch_size = (64, 32)
-  config.data.examples = 12288
+  config.data.update(examples=12288, scenes_share=0.9)
   config.model.ar = _expert(128, 512, 4, 2, 1) | {'rope_theta': 1e4}
   config.model.dit = _expert(128, 512, 4, 2, 1) | {'rope_theta': 1e4}
   config.model.dual_path = {
     'table': 8,
     'encoder': {'width': 64, 'layers': 2, 'heads': 2, 'mlp': 128},
   }
-  config.model.head = _expert(160, 384, 2, 2, 1) | {'rope_theta': 1e4}
-  config.optim = {'lr': 2e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.99}
+  config.model.head = _expert(96, 256, 2, 2, 1) | {'rope_theta': 1e4}
+  config.optim = {'lr': 2e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.995}
   config.sample = {'steps': 20, 'shift': 1.0, 'guidance': 2.0}
   config.log = {'samples': 200, 'evaluate': 200}
 

@@ -82,6 +82,7 @@ RULES: dict[str, tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]] = {
     (CONV_IN, _SPREAD),
   ),
 }
+_NEVER = 10_000_000  # seconds: four months
 _FALLBACK = (BATCH_AXES, (FSDP,), (DATA,), (TENSOR,))
 
 AxesTable = Sequence[tuple[str, tuple[str | None, ...]]]
@@ -117,7 +118,10 @@ def initialize_distributed() -> None:
     if address is not None or 'coordinator_address' not in str(error):
       raise
     address = f'127.0.0.1:{_free_port()}'
-    jax.distributed.initialize(address, 1, 0, coordinator_bind_address=address)
+    # Nobody else waits for this process: a laptop may sleep for days and go on.
+    jax.distributed.initialize(
+      address, 1, 0, coordinator_bind_address=address, heartbeat_timeout_seconds=_NEVER
+    )
 
 
 def preempted(step: int) -> bool:
