@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig
@@ -165,6 +166,25 @@ def test_an_uninterrupted_run_leaves_what_it_promises(finished: Path) -> None:
   assert (finished / 'curves.png').stat().st_size > 1000
   losses = [r['loss'] for r in _records(finished) if r['stage'] == 'plan']
   assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+def test_it_draws_what_a_file_of_prompts_asks_for(finished: Path, tmp_path: Path) -> None:
+  prompts = tmp_path / 'prompts.txt'
+  prompts.write_text('a red circle\n\ntwo green pears\n')
+  log, out = tmp_path / 'log.txt', tmp_path / 'out'
+  common = (f'--workdir={finished}', f'--prompts={prompts}', '--n=2', '--steps=2')
+  files = Process('sample', *common, f'--out={out}/', log=log)
+  assert files.wait() == 0, files.text()
+  drawn = [Image.open(path) for path in sorted(out.iterdir())]
+  said = [(picture.text['prompt'], picture.text['index']) for picture in drawn]
+  assert said == [(p, str(i)) for p in ('a red circle', 'two green pears') for i in range(2)]
+  assert all(picture.size == (64, 64) and picture.text['generated'] == 'true' for picture in drawn)
+  plain = Process(
+    'sample', *common, '--weights=raw', '--no_metadata', f'--out={tmp_path / "x.png"}', log=log
+  )
+  assert plain.wait() == 0, plain.text()
+  with Image.open(tmp_path / 'x.png') as sheet:
+    assert sheet.width > 2 * 64 and sheet.height > 2 * 64 and not sheet.text
 
 
 def test_killed_three_times_it_ends_with_the_same_bits(

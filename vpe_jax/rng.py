@@ -1,7 +1,7 @@
 """Randomness as a function of names: nothing is carried, nothing is split along the way.
 
 What belongs to an example is f(seed, stream, example index), so that it doesn't depend on the
-number of hosts, microbatches or packed rows; the rest is f(seed, stream, step).
+number of hosts, microbatches or packed rows; the rest is f(seed, stream).
 """
 
 from __future__ import annotations
@@ -22,11 +22,6 @@ def run_key(seed: int) -> Array:
 def stream(key: Array, name: str) -> Array:
   """The key of one named use of randomness, such as "noise"."""
   return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-
-
-def step_key(key: Array, name: str, step: Array | int) -> Array:
-  """The key of one named use at one step."""
-  return jax.random.fold_in(stream(key, name), step)
 
 
 def example_keys(key: Array, name: str, example: Array) -> Array:

@@ -1,18 +1,38 @@
 """Tests of what the machine under a run is told about."""
 
 import jax
+import pytest
 
 from vpe_jax.training import machine
 
 
-def test_warns_of_hardware_that_jax_does_not_use(tmp_path, monkeypatch):
+def _device(root, path, **pci):
+  (root / path).parent.mkdir(parents=True, exist_ok=True)
+  (root / path).touch()
+  for name, value in pci.items():
+    chip = root / 'sys/bus/pci/devices/0000:00:04.0'
+    chip.mkdir(parents=True, exist_ok=True)
+    (chip / name).write_text(f'{value}\n')
+
+
+@pytest.mark.parametrize(
+  'path, pci, name',
+  [
+    ('dev/accel0', {}, 'vpe_jax[tpu]'),
+    ('dev/nvidia0', {}, 'vpe_jax[cuda]'),
+    ('dev/vfio/0', {'vendor': '0x1ae0', 'class': '0x120000'}, 'vpe_jax[tpu]'),
+    ('dev/vfio/0', {'vendor': '0x1ae0', 'class': '0x020000'}, None),
+    ('dev/vfio/0', {'vendor': '0x8086', 'class': '0x120000'}, None),
+    ('dev/vfio/vfio', {}, None),
+    ('dev/accel/accel0', {}, None),
+    ('dev/null', {}, None),
+  ],
+)
+def test_warns_of_hardware_that_jax_does_not_use(tmp_path, path, pci, name):
   assert jax.default_backend() == 'cpu'
-  (tmp_path / 'accel0').touch()
-  monkeypatch.setattr(machine, 'DEVICE_FILES', {str(tmp_path / 'accel*'): ('TPU', 'tpu')})
-  warning = machine.idle_hardware()
-  assert 'TPU hardware' in warning and 'vpe_jax[tpu]' in warning
-  monkeypatch.setattr(machine, 'DEVICE_FILES', {str(tmp_path / 'nvidia*'): ('NVIDIA', 'cuda')})
-  assert machine.idle_hardware() is None
+  _device(tmp_path, path, **pci)
+  warning = machine.idle_hardware(str(tmp_path))
+  assert (warning is None) if name is None else (name in warning)
 
 
 def test_compiling_quickly_turns_optimization_off():

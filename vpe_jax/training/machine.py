@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import glob
+import pathlib
 
 import jax
 
 from vpe_jax.data.storage import cache_dir
 
-# What the kernel drivers of accelerators leave in /dev, and the extra that makes JAX see them.
-DEVICE_FILES = {
-  '/dev/accel*': ('TPU', 'tpu'),
-  '/dev/vfio/[0-9]*': ('TPU', 'tpu'),
-  '/dev/nvidia[0-9]*': ('NVIDIA', 'cuda'),
-}
+GOOGLE, NETWORK = '0x1ae0', '0x020000'  # PCI vendor, and the class of its network cards
 
 
-def idle_hardware() -> str | None:
-  """A warning if there is an accelerator and JAX sees only the CPU, else None."""
+def idle_hardware(root: str = '') -> str | None:
+  """A warning if there is an accelerator and JAX sees only the CPU, else None.
+
+  Args:
+    root: of the file system, for tests.
+  """
   if jax.default_backend() != 'cpu':
     return None
-  for pattern, (name, extra) in DEVICE_FILES.items():
-    if glob.glob(pattern):
-      return (
-        f'WARNING: this machine has {name} hardware, but JAX sees only the CPU and will be far '
-        f"slower. Install 'vpe_jax[{extra}]', and see that JAX_PLATFORMS isn't set to cpu."
-      )
-  return None
+  if glob.glob(f'{root}/dev/nvidia[0-9]*'):
+    name, extra = 'NVIDIA', 'cuda'
+  # Newer TPUs are handed over through vfio, as other devices may be.
+  elif glob.glob(f'{root}/dev/accel[0-9]*') or (
+    glob.glob(f'{root}/dev/vfio/[0-9]*') and _has_google_chip(root)
+  ):
+    name, extra = 'TPU', 'tpu'
+  else:
+    return None
+  return (
+    f'WARNING: this machine has {name} hardware, but JAX sees only the CPU and will be far '
+    f"slower. Install 'vpe_jax[{extra}]', and see that JAX_PLATFORMS isn't set to cpu."
+  )
+
+
+def _has_google_chip(root: str) -> bool:
+  for vendor in pathlib.Path(f'{root}/sys/bus/pci/devices').glob('*/vendor'):
+    kind = vendor.with_name('class')
+    if vendor.read_text().strip() == GOOGLE and kind.read_text().strip() != NETWORK:
+      return True
+  return False
 
 
 def compile_quickly() -> None:
