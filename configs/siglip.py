@@ -5,7 +5,7 @@
 
 Shipped weights, on 2 shared CPU cores, measured on held-out combinations: `tiny` (1.98M parameters,
 4.0 MB, 27 minutes) finds 97.9 % of captions among 32 of other pictures. `judge` (1.85M, 3.7 MB, 40
-minutes) finds JJ % of 512 where 16 of the 32 differ in one object, colour or count, as
+minutes) finds 67.0 % of 512 where 16 of the 32 differ in one object, colour or count, as
 vpe_jax.evaluate asks.
 
 The judge's last 400 steps add to the command above: --config.steps="(2200,)"

@@ -1,0 +1,18 @@
+"""The shipped judge meets the bar that lets it judge: 60 % of true pictures, near misses included."""
+
+import numpy as np
+
+from vpe_jax.data.records import render
+from vpe_jax.evaluation import retrieval
+from vpe_jax.evaluation.judge import Judge
+
+COUNT = 256
+
+
+def test_true_pictures_of_held_out_combinations_find_their_captions():
+  judge = Judge.load()
+  trials, records = retrieval.make_trials(COUNT, 'combination')
+  captions = retrieval.embed(judge.captions, trials)
+  vectors = judge.images(np.stack([render(record, 64) for record in records]))
+  assert retrieval.measure(vectors, captions, trials).accuracy >= 0.6
+  assert retrieval.permuted(vectors, captions, trials).accuracy <= 1 / retrieval.CANDIDATES
