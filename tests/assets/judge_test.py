@@ -1,4 +1,4 @@
-"""The shipped judge meets the bar that lets it judge: 60 % of true pictures, near misses included."""
+"""The shipped judge meets its bar: 60 % of true pictures, with near misses among the captions."""
 
 import numpy as np
 
