@@ -80,8 +80,9 @@ def train(
     key = jax.device_put(rng.run_key(config.seed), sharding.replicated(mesh))
     store = Store(str(folder / FOLDER), config.checkpoint)
     cleanup.callback(store.close)  # Waits for a save under way, however the run ends.
-    state = _start(config, system, str(folder), mesh, store, allow_change, key)
+    # First what is quick and may not fit: a big model is initialised for minutes.
     frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
+    state = _start(config, system, str(folder), mesh, store, allow_change, key)
     data = encode.open_training_data(config, system, frozen, mesh)
     run = Run(config, system, folder, mesh, key, frozen, data, store)
     watchers = _watch(run, int(state['step']), cleanup)
