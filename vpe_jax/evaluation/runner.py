@@ -175,7 +175,7 @@ def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:
   """
   written = []
   for name, report in reports.items():
-    path = epath.Path(folder) / f'{name}-{stem}.json'
+    path = epath.Path(folder).expanduser() / f'{name}-{stem}.json'
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_text(json.dumps(report.protocol, indent=1))
