@@ -78,8 +78,8 @@ def load_run(workdir: str, which: str = 'ema') -> tuple[Params, dict[str, str]]:
 
   Args:
     workdir: of the run, local (`~` is the home folder) or gs://.
-    which: `ema` (averaged weights where the stage keeps an average, raw ones for the rest) or
-      `raw`.
+    which: `ema` (averaged weights where the stage keeps an average, the others as they are) or
+      `raw`. What trained in an earlier stage only is at its average in both.
 
   Raises:
     UserError: `which` is another word, the run has no (good) checkpoint, or is out of reach.
