@@ -13,7 +13,7 @@ import jax
 
 from vpe_jax.contracts import Array, UserError
 
-SEEDS = 2**31  # the seeds are 0 to SEEDS - 1: larger ones would give the keys of smaller ones
+SEEDS = 2**31  # the seeds are 0 to SEEDS - 1: from 2**32 on, keys of smaller seeds come again
 
 
 def run_key(seed: int) -> Array:
