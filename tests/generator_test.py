@@ -102,6 +102,10 @@ def test_settings_start_from_the_runs_own():
   assert draws.settings(guidance=2.0, top_k=None) == SampleConfig(steps=7, guidance=2.0)
   with pytest.raises(UserError, match="did you mean 'guidance'"):
     draws.settings(guidence=2.0)
+  with pytest.raises(UserError, match='guidance.* is nan: it must be a finite number'):
+    draws.settings(guidance=float('nan'))
+  with pytest.raises(UserError, match='seed is 2147483648: choose one from 0 to 2147483647'):
+    draws('a', seed=2**31)
 
 
 def test_pictures_say_how_they_were_made(tmp_path):

@@ -7,14 +7,27 @@ The `model` section belongs to the system: each module in vpe_jax/systems names 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from vpe_jax.contracts import UserError
+
+DTYPES = ('float32', 'bfloat16')
+REMATS = ('none', 'full', 'dots')  # keys of models.mot.REMAT, which this file may not import
+
+
+def _check_least(prefix: str, section: Any, least: Mapping[str, int]) -> None:
+  """Refuses numbers below their bounds; stands up here as defaults below already use it."""
+  for name, bound in least.items():
+    value = getattr(section, name)
+    if value < bound:
+      raise UserError(f"config key '{prefix}{name}' is {value}: it must be at least {bound}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +55,10 @@ class DataConfig:
   workers: int = 0
   near_misses: int = 0
 
+  def __post_init__(self) -> None:
+    least = {'image_size': 1, 'text_length': 1, 'workers': 0, 'near_misses': 0}
+    _check_least('data.', self, least)
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -60,6 +77,11 @@ class OptimConfig:
   clip: float = 1.0
   accumulate: int = 1
   ema: float = 0.9995
+
+  def __post_init__(self) -> None:
+    _check_least('optim.', self, {'accumulate': 1})
+    if not 0 <= self.ema < 1:
+      raise UserError(f"config key 'optim.ema' is {self.ema}: it must be at least 0 and below 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,18 +120,29 @@ class SampleConfig:
   top_p: float = 1.0
   min_p: float = 0.03
 
+  def __post_init__(self) -> None:
+    _check_least('sample.', self, {'steps': 1})
+    for name in ('guidance', 'temperature'):
+      value = getattr(self, name)
+      if not math.isfinite(value):
+        raise UserError(f"config key 'sample.{name}' is {value}: it must be a finite number")
+
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
   """What a person sees: `every` steps a line, `samples` steps a grid, `evaluate` steps held-out.
 
-  `profile` is a step range such as `10:13` that is traced into RUN/profile (empty: none).
+  With `samples` or `evaluate` of 0 there are none. `profile` is a step range such as `10:13` that
+  is traced into RUN/profile (empty: none).
   """
 
   every: int = 20
   samples: int = 500
   evaluate: int = 250
   profile: str = ''
+
+  def __post_init__(self) -> None:
+    _check_least('log.', self, {'every': 1, 'samples': 0, 'evaluate': 0})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +189,12 @@ def from_dict(values: Mapping[str, Any], model: type) -> Config:
   """Builds a Config whose `model` section has type `model`.
 
   Raises:
-    UserError: a key is unknown, missing, or holds a value of the wrong type.
+    UserError: a key is unknown, missing, or holds a value of the wrong type or out of range.
   """
   config = _build(Config, dict(values), '', {'model': model})
+  for name, known in (('dtype', DTYPES), ('remat', REMATS)):
+    if getattr(config, name) not in known:
+      raise UserError(f"config.{name} is '{getattr(config, name)}'; known: {', '.join(known)}")
   count = len(config.stages)
   spread = {}
   for name in ('steps', 'batch_size'):
@@ -167,6 +203,8 @@ def from_dict(values: Mapping[str, Any], model: type) -> Config:
       given = given * count
     if len(given) != count:
       raise UserError(f'config.{name} has {len(given)} entries for {count} stages {config.stages}')
+    if min(given, default=1) < 1:
+      raise UserError(f'config.{name} is {given}: every stage needs at least 1')
     spread[name] = given
   return dataclasses.replace(config, **spread)
 
@@ -194,10 +232,9 @@ def differences(ours: Config, stored: Mapping[str, Any]) -> dict[str, tuple[Any,
 
   A field that did not exist yet when the other was stored counts as its default.
   """
-  try:
+  # A stored field that exists no more is a difference.
+  with contextlib.suppress(UserError):
     stored = to_dict(from_dict(stored, type(ours.model)))
-  except UserError:  # It has a field that exists no more, which is a difference.
-    pass
   old, new = flatten(stored), flatten(to_dict(ours))
   keys = sorted(old.keys() | new.keys())
   return {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}

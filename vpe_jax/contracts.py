@@ -187,6 +187,18 @@ class System(Protocol):
     """The shapes and dtypes of one batch, as `jax.ShapeDtypeStruct` leaves."""
     ...
 
+  def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
+    """Codes [B, P] and latents [B, h, w, C] of pictures [B, R, R, 3] uint8.
+
+    Only systems that train on codes and latents have this. One that reads pictures with a frozen
+    network in another way has `features(frozen, images)` in its place.
+    """
+    ...
+
+  def abstract_encoded(self, batch_size: int) -> tuple[Any, Any]:
+    """What `encode` must return for the model, as `jax.ShapeDtypeStruct`."""
+    ...
+
   def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
     """The counts that `losses` would return for this batch: parameters are not needed."""
     ...

@@ -11,12 +11,29 @@ from collections.abc import Callable
 
 import jax
 
-from vpe_jax.contracts import Array
+from vpe_jax.contracts import Array, UserError
+
+SEEDS = 2**31  # the seeds are 0 to SEEDS - 1: from 2**32 on, keys of smaller seeds come again
 
 
 def run_key(seed: int) -> Array:
-  """The key of a whole run."""
+  """The key of a whole run.
+
+  Raises:
+    UserError: see `check_seed`.
+  """
+  check_seed(seed)
   return jax.random.key(seed)
+
+
+def check_seed(seed: int) -> None:
+  """Refuses numbers that are no seeds, for front doors before they start.
+
+  Raises:
+    UserError: the seed is negative or too large.
+  """
+  if not 0 <= seed < SEEDS:
+    raise UserError(f'seed is {seed}: choose one from 0 to {SEEDS - 1}')
 
 
 def stream(key: Array, name: str) -> Array:

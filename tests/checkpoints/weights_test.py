@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,20 @@ def test_run_ema_over_raw(tmp_path):
   assert isinstance(tree['a']['w'], np.ndarray)
   assert json.loads(metadata['config']) == {'name': 't2i', 'steps': [3, 4]}
   assert (metadata['weights'], metadata['step'], metadata['stage']) == ('ema', '4', '1')
+
+
+def test_the_home_folder_is_found(tmp_path, monkeypatch):
+  _run(tmp_path / 'run')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert weights.load('~/run')[1]['step'] == weights.load_run('~/run')[1]['step'] == '4'
+
+
+def test_an_object_store_without_its_package_names_the_cure(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'gcsfs', None)  # an import of it fails
+  for load in (weights.load, weights.load_run):
+    with pytest.raises(UserError, match=r"gs://bucket/run.*pip install -e '.\[gcs\]'") as error:
+      load('gs://bucket/run')
+    assert '\n' not in str(error.value)
 
 
 def test_run_without_an_average_says_so(tmp_path):

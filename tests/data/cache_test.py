@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
+from vpe_jax.contracts import UserError
 from vpe_jax.data import cache
 
 
@@ -20,8 +21,9 @@ def _arrays(count=23):
   return draw.integers(0, 99, (count, 6), np.int32), draw.normal(size=(count, 2, 2, 4))
 
 
-def _write(fingerprint='one'):
+def _write(fingerprint='one', plus=0):
   codes, latents = _arrays()
+  codes = codes + plus
   pieces = [(codes[i : i + 5], latents[i : i + 5]) for i in range(0, len(codes), 5)]
   return cache.write_cache(fingerprint, pieces, shard=8)
 
@@ -85,4 +87,48 @@ def test_interrupted_writing_leaves_nothing(tmp_path):
   with pytest.raises(RuntimeError):
     cache.write_cache('one', pieces(), shard=8)
   assert cache.open_cache('one') is None
+  assert list((tmp_path / 'encoded').iterdir()) == []
+
+
+def _assert_first_is_kept(opened, tmp_path):
+  np.testing.assert_array_equal(opened[9][0], _arrays()[0][9])
+  np.testing.assert_array_equal(cache.open_cache('one')[9][0], _arrays()[0][9])
+  assert list((tmp_path / 'encoded').iterdir()) == [cache.location('one')]
+
+
+def test_a_cache_that_another_process_finished_first_is_used(tmp_path):
+  def pieces():
+    _write()
+    yield _arrays()[0] + 1, _arrays()[1]
+
+  _assert_first_is_kept(cache.write_cache('one', pieces(), shard=8), tmp_path)
+
+
+def test_a_cache_that_appears_before_our_rename_is_used(tmp_path, monkeypatch):
+  look = cache.open_cache
+
+  def too_early(fingerprint):
+    monkeypatch.setattr(cache, 'open_cache', look)
+    assert look(fingerprint) is None
+    _write()
+
+  monkeypatch.setattr(cache, 'open_cache', too_early)
+  _assert_first_is_kept(_write(plus=1), tmp_path)
+
+
+def test_a_cache_folder_that_cannot_be_written_names_the_cure(tmp_path, monkeypatch):
+  (tmp_path / 'file').write_text('')
+  monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path / 'file'))
+  with pytest.raises(UserError, match='cannot write to the cache .*set VPE_JAX_CACHE') as error:
+    _write()
+  assert '\n' not in str(error.value)
+
+
+def test_a_full_disk_names_the_cure_and_leaves_nothing(tmp_path, monkeypatch):
+  def full(*_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(cache.np, 'save', full)
+  with pytest.raises(UserError, match='No space left on device.*VPE_JAX_CACHE'):
+    _write()
   assert list((tmp_path / 'encoded').iterdir()) == []

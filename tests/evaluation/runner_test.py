@@ -87,6 +87,7 @@ def test_saves_json_and_a_sheet_for_each_split(subject, tmp_path):
     (['retrival'], {}, "did you mean 'retrieval'"),
     (['retrieval'], {'splits': ('combinations',)}, "did you mean 'combination'"),
     (['retrieval'], {'captions': 1}, 'at least 2'),
+    (['retrieval'], {'seed': -1}, 'seed is -1: choose one from 0 to 2147483647'),
   ],
 )
 def test_mistakes_are_named(subject, names, change, message):

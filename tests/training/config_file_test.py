@@ -38,6 +38,9 @@ def test_overrides_reach_fields_that_the_file_leaves_at_their_defaults():
     (T2I, {'seed.x': '1'}, "'seed' is a single value"),
     (T2I, {'optim.lr': 'fast'}, "'optim.lr' must be float, not 'fast'"),
     (T2I, {'steps': '(1, 2, 3)'}, 'config.steps has 3 entries for 2 stages'),
+    (T2I, {'log.every': '0'}, "'log.every' is 0: it must be at least 1"),
+    (str(ROOT / 'README.md'), {}, 'a config is a Python file'),
+    (str(ROOT / 'configs' / 'common.py'), {}, r'has no get_config\(arg\)'),
     (str(ROOT / 'configs' / 't3i.py'), {}, 'no such file; did you mean .*t2i.py'),
   ],
 )

@@ -8,11 +8,12 @@ import signal
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from vpe_jax import sharding
 from vpe_jax.checkpoints.store import Store
 from vpe_jax.contracts import UserError
-from vpe_jax.training import loop
+from vpe_jax.training import loop, workdir
 from vpe_jax.training.logging import RunLog
 
 
@@ -173,6 +174,26 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(buil
   with pytest.raises(UserError, match='batch_size 12 does not divide over 8 devices'):
     loop.train(config, system, str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_folder_in_use_is_refused_before_anything_is_loaded(build, tmp_path, monkeypatch):
+  config, system = build()
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.setattr(loop.frozen_lib, 'load', lambda *_: pytest.fail('loaded'))
+  with workdir.claimed(epath.Path(tmp_path / 'run')):
+    with pytest.raises(UserError, match='run is in use by another process'):
+      loop.train(config, system, '~/run')
+  assert [path.name for path in (tmp_path / 'run').iterdir()] == [workdir.LOCK]
+
+
+def test_networks_that_do_not_fit_are_refused_before_the_model_is_made(
+  build, tmp_path, monkeypatch
+):
+  config, system = build()
+  system.features = lambda frozen, images: frozen['siglip']
+  monkeypatch.setattr(system, 'init', lambda key: pytest.fail('initialised'))
+  with pytest.raises(UserError, match='do not fit'):
+    loop.train(config, system, str(tmp_path / 'run'))
 
 
 def test_a_run_without_finite_gradients_stops(build, tmp_path):

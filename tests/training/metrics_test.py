@@ -14,18 +14,39 @@ def _write(folder, steps, resumed, numbered=False):
   file.close()
 
 
-def _steps(folder):
-  return [record['step'] for record in metrics.read(folder)]
+def _steps(folder, numbered=False):
+  return [record['step'] for record in metrics.read(folder, numbered)]
 
 
 @pytest.mark.parametrize('numbered', [False, True])
 def test_resume_drops_what_lies_beyond(tmp_path, numbered):
   _write(tmp_path, range(1, 6), 0, numbered)
   _write(tmp_path, range(4, 8), 3, numbered)
-  assert _steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
-  _write(tmp_path, range(1, 3), 0, numbered)
-  assert _steps(tmp_path) == [1, 2]
+  assert _steps(tmp_path, numbered) == [1, 2, 3, 4, 5, 6, 7]
   assert not list(tmp_path.glob('*.partial'))
+
+
+@pytest.mark.parametrize('numbered', [False, True])
+def test_a_new_run_keeps_what_it_finds(tmp_path, numbered, capsys):
+  for last in (3, 4, 5):
+    _write(tmp_path, range(1, last), 0, numbered)
+  assert _steps(tmp_path, numbered) == [1, 2, 3, 4]
+  name = 'metrics-000000001.jsonl' if numbered else metrics.FILE
+  kept = [(tmp_path / f'{name}.{end}').read_text() for end in ('before', 'before2')]
+  assert [len(metrics.parse(text)) for text in kept] == [2, 3]
+  assert f'{name} were renamed to {name}.before2' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('numbered', [False, True])
+def test_files_of_other_names_are_left_alone(tmp_path, numbered):
+  _write(tmp_path, range(1, 6), 0, numbered)
+  others = ['metrics-backup.jsonl', 'metrics-000000001-copy.jsonl']
+  others.append(metrics.FILE if numbered else 'metrics-000000001.jsonl')
+  for name in others:
+    (tmp_path / name).write_text('{"step": 9}\n')
+  _write(tmp_path, [3], 2, numbered)
+  assert _steps(tmp_path, numbered) == [1, 2, 3]
+  assert [(tmp_path / name).read_text() for name in others] == ['{"step": 9}\n'] * 3
 
 
 def test_a_line_cut_short_is_dropped(tmp_path):
@@ -48,14 +69,14 @@ def test_parts_are_numbered_by_their_first_step(tmp_path):
   file = metrics.MetricsFile(tmp_path, 0, numbered=True)
   for step in range(1, 4):
     file.write({'step': step})
-  assert _steps(tmp_path) == []
+  assert _steps(tmp_path, numbered=True) == []
   file.flush()
   file.write({'step': 4})
   file.close()
   assert [path.name for path in sorted(tmp_path.iterdir())] == [
     'metrics-000000001.jsonl', 'metrics-000000004.jsonl'
   ]  # fmt: skip
-  assert _steps(tmp_path) == [1, 2, 3, 4]
+  assert _steps(tmp_path, numbered=True) == [1, 2, 3, 4]
 
 
 def test_numbers_survive_as_float32_and_nan_is_null(tmp_path):

@@ -54,6 +54,13 @@ def test_fresh_state_has_the_shardings_and_values_of_its_plan(line_system):
   assert abstract['ema'] == {} and later['ema'].keys() == {'backbone', 'head'}
 
 
+def test_a_stage_that_the_config_lacks_is_named(line_system):
+  system = line_system()
+  mesh = sharding.make_mesh(system.config.mesh)
+  with pytest.raises(UserError, match=r'in its stage 3, but the config names only 2 \(head, all\)'):
+    resume.abstract_state(system.config, system, 2, mesh)
+
+
 def test_a_field_that_did_not_exist_yet_counts_as_its_default(line_config):
   config = line_config()
   stored = to_dict(config)

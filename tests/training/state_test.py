@@ -63,6 +63,21 @@ def test_next_stage_starts_optimizer_and_average_from_current_parameters():
   np.testing.assert_array_equal(after['ema']['dit']['q']['kernel'], np.full(5, 7.0))
 
 
+def test_what_trains_no_further_is_kept_at_its_average():
+  state = state_lib.first_state(_params(), _stage('ar/', ema=True))
+  state['ema'] = jax.tree.map(lambda leaf: leaf * 3, state['ema'])
+  after = state_lib.next_stage(state, _stage('ar/norm', 'dit/', ema=True))
+  params = by_path(after['params'])
+  assert {path: float(leaf[0]) for path, leaf in params.items()} == {
+    'ar/q/kernel': 3.0,  # its last average
+    'ar/norm/scale': 1.0,  # goes on from where it is
+    'arctic': 1.0,
+    'dit/q/kernel': 1.0,
+  }
+  assert sorted(by_path(after['ema'])) == ['ar/norm/scale', 'dit/q/kernel']
+  np.testing.assert_array_equal(after['ema']['ar']['norm']['scale'], np.ones(3))
+
+
 def test_weights_are_the_average_where_there_is_one():
   state = state_lib.first_state(_params(), _stage('dit/', ema=True))
   state['ema'] = jax.tree.map(lambda leaf: leaf * 3, state['ema'])

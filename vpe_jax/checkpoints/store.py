@@ -318,13 +318,30 @@ class Store:
 
   def _folders(self) -> list[int]:
     """Steps of all folders named like a checkpoint, complete or not, in ascending order."""
-    if not self._directory.exists():
+    if not reached(self._directory, self._directory.exists):
       return []
     names = [folder.name.strip('/') for folder in self._directory.iterdir()]
     return sorted(int(name) for name in names if name.isdecimal())
 
   def _folder(self, step: int) -> epath.Path:
     return self._directory / str(step)
+
+
+def reached(path: epath.Path, look: Callable[[], bool]) -> bool:
+  """The answer of a first look at a path, which may be on an object store.
+
+  Args:
+    path: to be named in the error.
+    look: `path.exists` or the like.
+
+  Raises:
+    UserError: the package that speaks to such an object store is not installed.
+  """
+  try:
+    return look()
+  except ImportError as error:
+    cure = "pip install -e '.[gcs]'" if str(path).startswith('gs://') else 'install that package'
+    raise UserError(f'{path} is out of reach ({error}): {cure}, or name a local folder') from error
 
 
 def _writes_in_place(directory: epath.Path) -> bool:

@@ -16,7 +16,7 @@ import safetensors.numpy
 from etils import epath
 
 from vpe_jax import __version__
-from vpe_jax.checkpoints.store import FOLDER, Store
+from vpe_jax.checkpoints.store import FOLDER, Store, reached
 from vpe_jax.config import CheckpointConfig, nearest
 from vpe_jax.contracts import Params, UserError
 from vpe_jax.sharding import by_path
@@ -45,7 +45,8 @@ def load(source: str) -> tuple[Params, dict[str, str]]:
 
   Args:
     source: `assets:NAME` (shipped with the library), a path ending in `.safetensors`, or the
-      workdir of a run (its newest checkpoint, averaged weights before raw ones).
+      workdir of a run (its newest checkpoint, averaged weights before raw ones); `~` is the home
+      folder.
 
   Returns:
     (nested dict of numpy arrays, floats as float32; metadata). The metadata of a run has `config`
@@ -56,8 +57,8 @@ def load(source: str) -> tuple[Params, dict[str, str]]:
   """
   if source.startswith(ASSETS):
     return _load_asset(source.removeprefix(ASSETS))
-  path = epath.Path(source)
-  if path.is_dir():
+  path = epath.Path(source).expanduser()
+  if reached(path, path.is_dir):
     return load_run(source)
   if not source.endswith(ENDING):
     raise UserError(
@@ -76,17 +77,18 @@ def load_run(workdir: str, which: str = 'ema') -> tuple[Params, dict[str, str]]:
   """Reads the newest good checkpoint of a run; see `load` for what comes back.
 
   Args:
-    workdir: of the run, local or gs://.
-    which: `ema` (averaged weights where the stage keeps an average, raw ones for the rest) or
-      `raw`.
+    workdir: of the run, local (`~` is the home folder) or gs://.
+    which: `ema` (averaged weights where the stage keeps an average, the others as they are) or
+      `raw`. What trained in an earlier stage only is at its average in both.
 
   Raises:
-    UserError: `which` is another word, or the run has no (good) checkpoint.
+    UserError: `which` is another word, the run has no (good) checkpoint, or is out of reach.
   """
   if which not in ('ema', 'raw'):
     raise UserError(f"--weights={which} is neither 'ema' nor 'raw'")
   wanted = ('params/', 'ema/') if which == 'ema' else ('params/',)
-  store = Store(str(epath.Path(workdir) / FOLDER), CheckpointConfig())
+  folder = epath.Path(workdir).expanduser() / FOLDER
+  store = Store(str(folder), CheckpointConfig())
   try:
     found = store.read(lambda path: path.startswith(wanted))
   finally:

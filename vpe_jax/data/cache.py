@@ -6,6 +6,7 @@ shard. The manifest is written last, and the folder is renamed into place when i
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,7 +14,7 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,16 +99,22 @@ def open_cache(fingerprint: str) -> EncodedCache | None:
 def write_cache(
   fingerprint: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], shard: int = SHARD
 ) -> EncodedCache:
-  """Writes a cache, replacing what lies in its place; nothing is visible before it is whole.
+  """Writes a cache, replacing a damaged one; nothing is visible before it is whole.
+
+  A good one that another process has put there in the meantime is kept: it may be reading it.
 
   Args:
     fingerprint: whatever decides the content.
     batches: codes [n, P] and latents [n, h, w, C] of consecutive records, any n.
     shard: records in one file.
+
+  Raises:
+    UserError: the cache folder can't be written.
   """
   folder = location(fingerprint)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'{folder.name}.part'))
+  with _writing(folder.parent):
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'{folder.name}.part'))
   try:
     count, checksums = _write_shards(unfinished, batches, shard)
     manifest = {
@@ -116,15 +123,45 @@ def write_cache(
       'shard': shard,
       'checksums': checksums,
     }
-    (unfinished / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding='utf-8')
-    if folder.exists():
-      shutil.rmtree(folder)
-    unfinished.rename(folder)
-  except BaseException:
+    with _writing(folder.parent):
+      (unfinished / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+    return _put_in_place(unfinished, fingerprint)
+  finally:
     shutil.rmtree(unfinished, ignore_errors=True)
-    raise
-  _mapped.cache_clear()
-  return EncodedCache(folder, count, shard)
+    _mapped.cache_clear()
+
+
+def _put_in_place(unfinished: Path, fingerprint: str) -> EncodedCache:
+  """Renames a whole cache into its place, unless another process was first."""
+  folder = location(fingerprint)
+  try:
+    found = open_cache(fingerprint)
+  except (DamagedCacheError, OSError):
+    found = None
+    shutil.rmtree(folder, ignore_errors=True)
+  if found is not None:
+    return found
+  try:
+    unfinished.rename(folder)
+  except OSError:  # Another process put its own there after our look.
+    found = open_cache(fingerprint)
+    if found is None:
+      raise
+    return found
+  manifest = _manifest(folder)
+  return EncodedCache(folder, manifest['count'], manifest['shard'])
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+  """Says what to do where the cache can't be written: no permission, no space."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f'cannot write to the cache {folder} ({error.strerror or error}): set VPE_JAX_CACHE to '
+      'another folder, or data.encode=online'
+    ) from error
 
 
 def _write_shards(
@@ -140,7 +177,8 @@ def _write_shards(
     joined = [np.concatenate(arrays) for arrays in zip(*waiting, strict=True)]
     for kind, array in zip(_KINDS, joined, strict=True):
       path = folder / _shard_name(kind, count // shard)
-      np.save(path, array[:rows])
+      with _writing(folder.parent):
+        np.save(path, array[:rows])
       checksums[path.name] = _checksum(path)
     waiting = [tuple(array[rows:] for array in joined)]
     held, count = held - rows, count + rows

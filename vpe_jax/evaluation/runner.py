@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from vpe_jax import rng
 from vpe_jax.config import nearest
 from vpe_jax.contracts import UserError
 from vpe_jax.data.records import SPLITS, Split, render
@@ -66,7 +67,7 @@ def check(names: Sequence[str], options: Options) -> None:
   """Finds mistakes before anything is loaded.
 
   Raises:
-    UserError: an unknown benchmark or split, or too few captions.
+    UserError: an unknown benchmark or split, too few captions, or a seed that is none.
   """
   for name in names:
     if name not in BENCHMARKS:
@@ -74,6 +75,7 @@ def check(names: Sequence[str], options: Options) -> None:
   for split in options.splits:
     if split not in SPLITS:
       raise UserError(f"unknown split '{split}'{nearest(split, SPLITS)}")
+  rng.check_seed(options.seed)
   if options.captions < 2:
     raise UserError(f'captions is {options.captions}: at least 2 are needed to permute them')
 
@@ -175,7 +177,7 @@ def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:
   """
   written = []
   for name, report in reports.items():
-    path = epath.Path(folder) / f'{name}-{stem}.json'
+    path = epath.Path(folder).expanduser() / f'{name}-{stem}.json'
     try:
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_text(json.dumps(report.protocol, indent=1))

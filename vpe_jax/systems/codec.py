@@ -130,6 +130,10 @@ class System:
     """Pictures and captions."""
     return abstract_pictures(self.config, batch_size)
 
+  def features(self, frozen: Params, images: Array) -> Array:
+    """What the frozen SigLIP says of pictures [B, R, R, 3]: patch features [B, P, D]."""
+    return self.tokens_codec.features(frozen, images)
+
   def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
     """One a picture; every loss is a mean over pictures."""
     return {name: jnp.float32(batch.example.shape[0]) for name in stage.losses}
@@ -164,7 +168,7 @@ class System:
     divide like the others.
     """
     c, pictures = self.config.model, batch.example.shape[0]
-    features = jax.lax.stop_gradient(self.tokens_codec.features(frozen, batch.image))
+    features = jax.lax.stop_gradient(self.features(frozen, batch.image))
     quantised, rebuilt = self.tokens_codec.quantiser.apply(
       {'params': params['visual_prompt']}, features
     )

@@ -117,7 +117,7 @@ class System:
 
   def abstract_batch(self, batch_size: int) -> Examples:
     """Images where encoders run online, else codes and latents."""
-    c, data = self.config.model, self.config.data
+    data = self.config.data
     leaf = lambda shape, dtype: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
     common = {
       'example': leaf((), jnp.int32),
@@ -126,9 +126,15 @@ class System:
     }
     if data.encode == 'online':
       return Examples(**common, image=leaf((data.image_size, data.image_size, 3), jnp.uint8))
+    codes, latents = self.abstract_encoded(batch_size)
+    return Examples(**common, codes=codes, latents=latents)
+
+  def abstract_encoded(self, batch_size: int) -> tuple[Any, Any]:
+    """The codes [B, P] and latents [B, h, w, C] that the model takes: what `encode` must make."""
+    c = self.config.model
     grid = (c.latent_size, c.latent_size, c.latent_channels)
-    codes = leaf((c.plan_tokens,), jnp.int32)
-    return Examples(**common, codes=codes, latents=leaf(grid, jnp.float32))
+    codes = jax.ShapeDtypeStruct((batch_size, c.plan_tokens), jnp.int32)
+    return codes, jax.ShapeDtypeStruct((batch_size, *grid), jnp.float32)
 
   def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
     """Codes [B, P] int32 and latents [B, h, w, C] of images [B, R, R, 3] uint8."""

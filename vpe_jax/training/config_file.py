@@ -28,7 +28,8 @@ def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
     overrides: dotted key -> value as text.
 
   Raises:
-    UserError: no such file, a bad argument, an unknown key, or a value of the wrong type.
+    UserError: no such file, no config file, a bad argument, an unknown key, or a value of the
+      wrong type or out of range.
   """
   path, _, arg = spec.partition(':')
   try:
@@ -62,6 +63,8 @@ def _get_config(path: Path) -> Any:
   if not path.is_file():
     known = sorted(str(p) for p in path.parent.glob('*.py') if p.name != 'common.py')
     raise UserError(f'there is no such file{nearest(str(path), known) if known else ""}')
+  if path.suffix != '.py':
+    raise UserError('a config is a Python file, such as configs/t2i.py')
   # Config files import each other as `configs.<name>`.
   root = str(path.resolve().parent.parent)
   if root not in sys.path:
@@ -69,6 +72,8 @@ def _get_config(path: Path) -> Any:
   spec = importlib.util.spec_from_file_location(f'configs.{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise UserError('the file has no get_config(arg), as configs/t2i.py has')
   return module.get_config
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vpe_jax import sharding
 from vpe_jax.checkpoints import weights
-from vpe_jax.contracts import Array, Examples, Params, System
+from vpe_jax.contracts import Array, Examples, Params, System, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +41,10 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
   """Loads the frozen networks of a system.
 
   Raises:
-    UserError: weights are missing or can't be read.
+    UserError: weights are missing, can't be read, or don't fit the model.
   """
   loaded = {name: weights.load(source)[0] for name, source in system.frozen_weights.items()}
+  check_fits(system, loaded)
   # No names: each leaf is split along its largest dimension that divides.
   table = [
     (re.escape(path), (None,) * np.ndim(leaf)) for path, leaf in sharding.by_path(loaded).items()
@@ -49,3 +52,53 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
   placed = jax.device_put(loaded, sharding.param_shardings(loaded, table, mesh, strategy))
   fingerprints = {name: weights.fingerprint(tree) for name, tree in loaded.items()}
   return Frozen(placed, fingerprints, jax.jit(system.encode) if hasattr(system, 'encode') else None)
+
+
+def check_fits(system: System, loaded: Params) -> None:
+  """Shows the networks one picture, in shapes alone: what doesn't fit is found before any work.
+
+  Args:
+    system: it may have `encode` or `features` (see vpe_jax.contracts.System); without either
+      there is nothing to check.
+    loaded: its frozen networks, name -> tree.
+
+  Raises:
+    UserError: the networks are of other sizes than the config says, or make codes or latents that
+      the model doesn't take.
+  """
+  encode, data = getattr(system, 'encode', None), system.config.data
+  read = encode or getattr(system, 'features', None)
+  if read is None:
+    return
+  if not system.frozen_weights:
+    if encode and data.encode == 'online':
+      raise UserError(
+        f'data.source={data.source} trains without encoders, which data.encode=online asks for: '
+        'set data.encode=cached'
+      )
+    return
+  image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
+  try:
+    found = jax.eval_shape(read, loaded, image)
+  # What a wrong tree ends in depends on the network: flax, einops, or a missing key.
+  except Exception as error:
+    sources = ', '.join(f'{name}={source}' for name, source in system.frozen_weights.items())
+    reason = (str(error).splitlines() or [''])[0].split(' (https')[0]
+    raise UserError(
+      f'the frozen networks ({sources}) do not fit the sizes in config.model or '
+      f'data.image_size={data.image_size}: name weights that were trained with these sizes, or '
+      f'set them to those of the weights ({type(error).__name__}: {reason})'
+    ) from error
+  if encode and hasattr(system, 'abstract_encoded'):
+    _check_encoded(system, found)
+
+
+def _check_encoded(system: System, found: Any) -> None:
+  wanted = system.abstract_encoded(1)
+  for name, made, taken in zip(('codes', 'latents'), found, wanted, strict=True):
+    if made.shape != taken.shape:
+      raise UserError(
+        f'a picture of data.image_size={system.config.data.image_size} becomes {name} of shape '
+        f'{list(made.shape[1:])}, but the model takes {list(taken.shape[1:])}: change '
+        'data.image_size, or the sizes in config.model'
+      )

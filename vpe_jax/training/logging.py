@@ -103,7 +103,7 @@ class RunLog:
           self._board.add_scalar(name, value, record['step'])
 
   def _progress(self, stage: int, counters: dict[str, int]) -> None:
-    every, stage_step = max(self._config.log.every, 1), counters['stage_step']
+    every, stage_step = self._config.log.every, counters['stage_step']
     total = self._config.steps[stage]
     if self._file is None or (stage_step % every and stage_step not in (1, total)):
       return

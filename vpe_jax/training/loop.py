@@ -26,6 +26,7 @@ from vpe_jax.training.previews import Previews
 from vpe_jax.training.profiler import Profiler
 from vpe_jax.training.state import State, next_stage
 from vpe_jax.training.step import make_train_step
+from vpe_jax.training.workdir import claimed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,27 +62,29 @@ def train(
   Args:
     config: the run.
     system: what trains, built from the same config.
-    workdir: where everything is written: a local folder or gs://.
+    workdir: where everything is written: a local folder (`~` is the home folder) or gs://.
     allow_change: config fields that may differ from those the run was started with.
 
   Returns:
     The final state, or None if the machine is being taken away (the run is saved then).
 
   Raises:
-    UserError: the batch doesn't divide over the devices, the folder holds another run, weights
-      are missing, or the gradient stays non-finite.
+    UserError: the batch doesn't divide over the devices, the folder can't be written, is in use or
+      holds another run, weights are missing or don't fit, or the gradient stays non-finite.
   """
   mesh = sharding.make_mesh(config.mesh)
   for batch_size in config.batch_size:
     sharding.check_divides(batch_size, mesh, config.optim.accumulate)
   _say(report.devices_text(mesh))
-  folder = epath.Path(workdir)
+  folder = epath.Path(workdir).expanduser()
   with jax.set_mesh(mesh), contextlib.ExitStack() as cleanup:
+    cleanup.enter_context(claimed(folder))
     key = jax.device_put(rng.run_key(config.seed), sharding.replicated(mesh))
     store = Store(str(folder / FOLDER), config.checkpoint)
     cleanup.callback(store.close)  # Waits for a save under way, however the run ends.
-    state = _start(config, system, str(folder), mesh, store, allow_change, key)
+    # First what is quick and may not fit: a big model is initialised for minutes.
     frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
+    state = _start(config, system, str(folder), mesh, store, allow_change, key)
     data = encode.open_training_data(config, system, frozen, mesh)
     run = Run(config, system, folder, mesh, key, frozen, data, store)
     watchers = _watch(run, int(state['step']), cleanup)

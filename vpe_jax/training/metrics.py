@@ -1,14 +1,17 @@
 """RUN/metrics.jsonl: one JSON object for every step, each step exactly once.
 
 Local runs append to one file and flush each line. An object store has no append, so remote runs
-write numbered parts. A run that resumes at step N drops every record beyond N before it goes on.
+write numbered parts. A run that resumes at step N drops every record beyond N before it goes on;
+a new run puts what it finds aside, for that may be somebody else's.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import re
 from typing import Any
 
 from etils import epath
@@ -19,10 +22,15 @@ PART_RECORDS = 200  # records that a remote run holds back at most
 Record = dict[str, Any]
 
 
-def read(workdir: epath.PathLike) -> list[Record]:
-  """All complete records of a run in order of step; a line cut off by a crash is left out."""
-  records = []
-  for path in _files(epath.Path(workdir)):
+def read(workdir: epath.PathLike, numbered: bool | None = None) -> list[Record]:
+  """All complete records of a run in order of step; a line cut off by a crash is left out.
+
+  Args:
+    workdir: the run's folder.
+    numbered: whether it holds numbered parts (None: if the folder is remote).
+  """
+  folder, records = epath.Path(workdir).expanduser(), []
+  for path in _files(folder, is_remote(folder) if numbered is None else numbered):
     records += parse(path.read_text())
   return records
 
@@ -36,18 +44,22 @@ class MetricsFile:
   """Writes the records of one run; only process 0 may own one."""
 
   def __init__(self, workdir: epath.PathLike, resumed: int, numbered: bool | None = None):
-    """Opens the file and drops records beyond step `resumed`.
+    """Opens the file without the records beyond step `resumed`.
 
     Args:
       workdir: the run's folder.
-      resumed: step of the restored state (0: a new run).
+      resumed: step of the restored state (0: a new run, which renames files that are there).
       numbered: whether to write numbered parts (None: if the folder is remote).
     """
     self._folder = epath.Path(workdir)
     self._numbered = is_remote(workdir) if numbered is None else numbered
     self._folder.mkdir(parents=True, exist_ok=True)
     self._held: list[Record] = []
-    _truncate(self._folder, resumed)
+    for path in _files(self._folder, self._numbered):
+      if resumed:
+        _truncate(path, resumed)
+      else:
+        _put_aside(path)
     self._stream = None if self._numbered else open(self._folder / FILE, 'a', encoding='utf-8')
 
   def write(self, record: Record) -> None:
@@ -80,18 +92,30 @@ def _part(folder: epath.Path, step: int) -> epath.Path:
   return folder / f'metrics-{step:09d}.jsonl'
 
 
-def _files(folder: epath.Path) -> list[epath.Path]:
-  whole = folder / FILE
-  parts = sorted(folder.glob('metrics-*.jsonl'))
-  return ([whole] if whole.exists() else []) + parts
+def _files(folder: epath.Path, numbered: bool) -> list[epath.Path]:
+  """The files that a run of this kind writes; copies beside them are none of ours."""
+  if not numbered:
+    return [folder / FILE] if (folder / FILE).exists() else []
+  found = sorted(folder.glob('metrics-*.jsonl'))
+  return [path for path in found if re.fullmatch(r'metrics-\d{9}\.jsonl', path.name)]
 
 
-def _truncate(folder: epath.Path, resumed: int) -> None:
-  for path in _files(folder):
-    text = path.read_text()
-    kept = ''.join(_line(record) for record in parse(text) if record['step'] <= resumed)
-    if kept != text:
-      _replace(path, kept)
+def _put_aside(path: epath.Path) -> None:
+  """Renames a file that a new run finds in its place, unless it is empty."""
+  if not path.read_bytes():
+    path.unlink()
+    return
+  names = (f'{path.name}.before{number}' for number in itertools.chain([''], itertools.count(2)))
+  free = next(place for name in names if not (place := path.parent / name).exists())
+  path.rename(free)
+  print(f'warning: this run is new, so the records in {path} were renamed to {free.name}')
+
+
+def _truncate(path: epath.Path, resumed: int) -> None:
+  text = path.read_text()
+  kept = ''.join(_line(record) for record in parse(text) if record['step'] <= resumed)
+  if kept != text:
+    _replace(path, kept)
 
 
 def _replace(path: epath.Path, text: str) -> None:

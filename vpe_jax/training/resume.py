@@ -53,8 +53,14 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
   """Shapes, dtypes and shardings of the state in one stage.
 
   Raises:
-    UserError: a large state is not spread over the devices.
+    UserError: the config has no such stage, or a large state is not spread over the devices.
   """
+  if stage >= len(system.stages):
+    names = ', '.join(config.stages)
+    raise UserError(
+      f'the run is in its stage {stage + 1}, but the config names only {len(system.stages)} '
+      f'({names}): name the stages that the run was started with, or choose another --workdir'
+    )
   shapes = jax.eval_shape(
     lambda key: first_state(system.init(key), system.stages[stage]), rng.run_key(config.seed)
   )

@@ -39,11 +39,8 @@ def split_trainable(params: Params, stage: Stage) -> tuple[Params, Params]:
         f'paths begin with: {heads}'
       )
 
-  def is_trainable(path: str) -> bool:
-    return any(re.match(pattern, path) for pattern in stage.trainable)
-
-  chosen = _select(params, is_trainable)
-  return chosen, _select(params, lambda path: not is_trainable(path))
+  chosen = _select(params, lambda path: _trains(stage, path))
+  return chosen, _select(params, lambda path: not _trains(stage, path))
 
 
 def merge(ours: Params, others: Params) -> Params:
@@ -66,21 +63,32 @@ def first_state(params: Params, stage: Stage) -> State:
 def next_stage(state: State, stage: Stage, shardings: State | None = None) -> State:
   """The state before the first step of the stage that follows: optimizer and average afresh.
 
+  What has an average and trains no further is kept at it, as later nothing else remembers it: a
+  run is judged, and its networks are exported, by their averages. What goes on training goes on
+  from the raw parameters.
+
   Args:
-    state: the last of the stage before; its optimizer and average are given up.
+    state: the last of the stage before; its optimizer, average, and the raw parameters in whose
+      place an average is kept are given up.
     stage: the stage that follows.
     shardings: of every leaf of the new state (None: one device).
   """
-  for leaf in jax.tree.leaves((state['opt_state'], state['ema'])):
+  before, average = by_path(state['params']), by_path(state['ema'])
+  ends = {path for path in average if not _trains(stage, path)}
+  kept = _select(state['ema'], lambda path: path in ends)
+  gone = [before[path] for path in ends]
+  gone += [leaf for path, leaf in average.items() if path not in ends]
+  for leaf in [*gone, *jax.tree.leaves(state['opt_state'])]:
     leaf.delete()
+  params = merge(kept, state['params'])
   out = shardings and {name: shardings[name] for name in ('opt_state', 'ema')}
-  fresh = jax.jit(lambda params: _fresh(params, stage), out_shardings=out)(state['params'])
+  fresh = jax.jit(lambda params: _fresh(params, stage), out_shardings=out)(params)
   return {
     'stage': state['stage'] + 1,
     'step': state['step'],
     'stage_step': jnp.zeros_like(state['stage_step']),
     'examples_seen': state['examples_seen'],
-    'params': state['params'],
+    'params': params,
     **fresh,
   }
 
@@ -88,6 +96,10 @@ def next_stage(state: State, stage: Stage, shardings: State | None = None) -> St
 def weights(state: State) -> Params:
   """What a run is judged by: the averaged parameters where there are any, else the raw ones."""
   return merge(state['ema'], state['params'])
+
+
+def _trains(stage: Stage, path: str) -> bool:
+  return any(re.match(pattern, path) for pattern in stage.trainable)
 
 
 def _fresh(params: Params, stage: Stage) -> dict[str, Any]:

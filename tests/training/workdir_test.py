@@ -1,0 +1,62 @@
+"""Tests of a run's folder: one run at a time, and mistakes before any work."""
+
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from vpe_jax.contracts import UserError
+from vpe_jax.training import workdir
+
+_HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], 'a')
+fcntl.flock(file, fcntl.LOCK_EX)
+print('held', flush=True)
+sys.stdin.read()
+"""
+
+
+def _claim(folder):
+  with workdir.claimed(epath.Path(folder)):
+    pass
+
+
+def test_a_folder_is_free_again_when_the_run_ends(tmp_path):
+  with pytest.raises(KeyError), workdir.claimed(epath.Path(tmp_path / 'new' / 'run')):
+    with pytest.raises(UserError, match='new/run is in use by another process'):
+      _claim(tmp_path / 'new' / 'run')
+    raise KeyError
+  _claim(tmp_path / 'new' / 'run')
+
+
+def test_a_killed_process_leaves_the_folder_free(tmp_path):
+  command = [sys.executable, '-c', _HOLD, str(tmp_path / workdir.LOCK)]
+  pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE}
+  with subprocess.Popen(command, **pipes) as holder:
+    try:
+      assert holder.stdout.readline() == b'held\n'
+      with pytest.raises(UserError, match='in use by another process'):
+        _claim(tmp_path)
+    finally:
+      holder.kill()
+  _claim(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+  (tmp_path / 'file').write_text('kept')
+  for folder in (tmp_path / 'file', tmp_path / 'file' / 'run'):
+    with pytest.raises(UserError, match='cannot write to .*choose another --workdir') as error:
+      _claim(folder)
+    assert '\n' not in str(error.value)
+  assert (tmp_path / 'file').read_text() == 'kept'
+
+
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+  def refuse(*_):
+    raise OSError(95, 'Operation not supported')
+
+  monkeypatch.setattr(workdir.fcntl, 'flock', refuse)
+  _claim(tmp_path)
+  assert 'could not be locked (Operation not supported)' in capsys.readouterr().out
