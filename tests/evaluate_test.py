@@ -41,7 +41,6 @@ def commands(monkeypatch):
     workdir=[], benchmarks=['retrieval'], captions=2, splits=['concept'], seed=0, judge='', out=None
   )
   monkeypatch.setattr(evaluate, 'FLAGS', given)
-  monkeypatch.setattr(evaluate.logging, 'set_verbosity', lambda level: None)
   monkeypatch.setattr(evaluate.machine, 'use_compilation_cache', lambda: None)
   said = lambda workdir: {'checkpoint': workdir.split('/')[-1]}
   monkeypatch.setattr(

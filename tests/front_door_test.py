@@ -10,13 +10,14 @@ from vpe_jax.contracts import UserError
 
 # A command with one flag, which says what it was given or makes the user's mistake.
 COMMAND = """
-from absl import flags
+from absl import flags, logging
 from vpe_jax import front_door
 from vpe_jax.contracts import UserError
 
 def main():
   if flags.FLAGS.n == 13:
     raise UserError('n is 13: choose another')
+  logging.info('chatter')
   print(flags.FLAGS.n, taken)
 
 def take(argv):
@@ -37,6 +38,7 @@ def _run(*arguments):
 def test_flags_reach_the_command_and_others_are_taken():
   done = _run('--n=3', '+x')
   assert (done.returncode, done.stdout) == (0, "3 ['+x']\n"), done.stderr
+  assert 'chatter' not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ RUN/evaluation (evaluation/ in the current folder for shipped weights and files 
 """
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from tqdm import tqdm
 
 from vpe_jax import front_door
@@ -65,7 +65,6 @@ def main() -> None:
     raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
   options = runner.Options(FLAGS.captions, tuple(FLAGS.splits), FLAGS.seed, FLAGS.judge)
   runner.check(FLAGS.benchmarks, options)
-  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it reads.
   machine.use_compilation_cache()
   # Drawing takes minutes: mistakes in the last run are found before the first one draws.
   subjects = {workdir: _subject(workdir) for workdir in FLAGS.workdir}

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 from etils import epath
 
 from vpe_jax.contracts import UserError
@@ -21,8 +21,13 @@ def run(
     main: the command; it finds its flags in `absl.flags.FLAGS`.
     take: takes out of a command line what absl's flags don't know, and returns the rest.
   """
+
+  def quietly(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it reads or writes.
+    main()
+
   try:
-    app.run(lambda _: main(), flags_parser=lambda argv: parse(take(argv)))
+    app.run(quietly, flags_parser=lambda argv: parse(take(argv)))
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from vpe_jax import front_door, sharding, systems
 from vpe_jax.contracts import UserError
@@ -53,7 +53,6 @@ def main() -> None:
   """Runs the command."""
   if FLAGS.config is None:
     raise UserError('--config is missing: try --config=configs/t2i.py')
-  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes.
   machine.use_compilation_cache()
   sharding.initialize_distributed()  # Before anything can touch a device.
   config = config_file.load(FLAGS.config, _overrides)

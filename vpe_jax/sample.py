@@ -9,7 +9,7 @@ A file gets a grid, a folder (it ends in /) a file a picture; text chunks say ho
 
 import os
 
-from absl import flags, logging
+from absl import flags
 
 from vpe_jax import front_door
 from vpe_jax.contracts import UserError
@@ -58,7 +58,6 @@ def main() -> None:
   prompts, out = _prompts(), FLAGS.out
   paths = pictures.plan_files(out, len(prompts) * FLAGS.n, FLAGS.overwrite)
   front_door.check_folder(os.path.dirname(out))
-  logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it reads.
   machine.use_compilation_cache()
   generator = Generator.load(FLAGS.workdir, FLAGS.weights)
   names = vars(generator.settings())
