@@ -1,7 +1,8 @@
-"""The tokenizers: a VQ on SigLIP's patch features and a small KL autoencoder.
+r"""The tokenizers: a VQ on SigLIP's patch features and a small KL autoencoder.
 
-  python -m vpe_jax.main --config=configs/codec.py:tiny,stage=visual_prompt
-  python -m vpe_jax.main --config=configs/codec.py:tiny,stage=image
+  python -m vpe_jax.main --config=configs/codec.py:tiny,stage=visual_prompt \
+      --workdir=runs/visual_prompt
+  python -m vpe_jax.main --config=configs/codec.py:tiny,stage=image --workdir=runs/image
 
 Shipped weights, on 2 shared CPU cores, measured on 512 held-out pictures: `visual_prompt` (0.20M
 parameters, 0.4 MB, 3 minutes) has perplexity 205 of 512 codes (155 within a batch of 128), rebuilds

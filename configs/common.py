@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import difflib
+from vpe_jax.config import nearest
 
 
 def parse_arg(
@@ -24,15 +24,11 @@ def parse_arg(
     key, equals, value = part.partition('=')
     if not equals and i == 0:
       if part not in presets:
-        raise ValueError(f"unknown preset '{part}'{_nearest(part, presets)}")
+        raise ValueError(f"unknown preset '{part}'{nearest(part, presets)}")
       preset = part
     elif key not in known:
-      raise ValueError(f"unknown config argument '{part}'{_nearest(key, known)}")
+      hint = nearest(key, known) if known else '; there are none beside the preset'
+      raise ValueError(f"unknown config argument '{part}'{hint}")
     else:
       options[key] = value
   return preset, options
-
-
-def _nearest(word: str, known: tuple[str, ...] | dict[str, str]) -> str:
-  close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-  return f"; did you mean '{close[0]}'?" if close else f'; known: {", ".join(known) or "none"}'

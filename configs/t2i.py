@@ -2,7 +2,7 @@
 
   python -m vpe_jax.main --config=configs/t2i.py            (tiny, any machine)
   python -m vpe_jax.main --config=configs/t2i.py:debug      (seconds)
-  python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=single
+  python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=single --workdir=runs/single
 
 Presets build one module tree and differ in numbers. `paper` is what the paper ran: 512x512, 576
 codes, 1,024 image tokens, 4.17B parameters.

@@ -59,6 +59,9 @@ parse() {
   [ -n "$type" ] || fail 'say --type=TYPE, such as v6e-16'
   [[ $workdir == gs://?* ]] || fail "say --workdir=gs://BUCKET/FOLDER, which all workers can reach"
   [ -n "$version" ] || version=$(image_for "$type")
+  if [ -z "$dry_run" ] && ! command -v gcloud > /dev/null; then
+    fail 'gcloud is not installed: see https://cloud.google.com/sdk/docs/install, or say --dry_run'
+  fi
   logs=${logs:-runs/pod-$name}
   where=(--zone="$zone")
   if [ -n "$project" ]; then where+=(--project="$project"); fi
@@ -99,6 +102,12 @@ state() {
     echo ABSENT
 }
 
+# What gcloud says where asking again later can help. A wrong zone or type or a missing login stays
+# as it is, and so does a quota, which is called RESOURCE_EXHAUSTED too.
+passing='capacity|RESOURCE_EXHAUSTED|UNAVAILABLE|HttpError 50|DEADLINE_EXCEEDED|timed out'
+passing+='|ConnectionError|Max retries|find the server|already.?exists|being deleted'
+lasting='quota[^.]*exceed|(exceed|insufficient)[^.]*quota'
+
 create() {
   local extra=()
   if [ -n "$spot" ]; then extra+=(--spot); fi
@@ -137,15 +146,22 @@ provide() {
   done
 }
 
-# Asks for a new slice, unless the queue has our request already.
+# Asks for a new slice, unless the queue has our request already. Ends the script with what gcloud
+# said if that won't change by waiting.
 request() {
-  local waiting=''
+  local waiting='' said
   if [ -n "$queued" ]; then
     waiting=$(gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
       --format='value(state.state)' 2>/dev/null) || waiting=''
   fi
   case $waiting in
-    '') create || echo "no capacity for $type in $zone now; trying again" ;;
+    '')
+      # Shown as it comes: making a slice takes minutes.
+      if said=$(create 2>&1 | tee /dev/stderr); then return; fi
+      if grep -Eqi "$lasting" <<<"$said" || ! grep -Eqi "$passing" <<<"$said"; then
+        fail "gcloud refuses to make the slice: $(tr -s '\n ' ' ' <<<"$said")"
+      fi
+      echo "no slice of $type in $zone yet; trying again" ;;
     SUSPENDED | FAILED)
       echo "the request is $waiting: making it anew"
       remove || echo 'could not delete it; trying again' ;;
@@ -226,11 +242,11 @@ main() {
   gather
   if [ -n "$delete" ]; then
     remove
-  else
+  elif [ -z "$dry_run" ]; then
     echo "the slice $name is still there and costs money; this deletes it:"
     dry_run=yes remove
   fi
-  echo "complete: results in $workdir, logs in $logs"
+  if [ -z "$dry_run" ]; then echo "complete: results in $workdir, logs in $logs"; fi
 }
 
 arguments=()

@@ -3,8 +3,14 @@
 import pathlib
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
+
+from vpe_jax import evaluate
+from vpe_jax.contracts import UserError
+from vpe_jax.evaluation import runner
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -16,6 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
     (['--workdir=w', '--benchmarks=retrival'], "did you mean 'retrieval'"),
     (['--workdir=w', '--splits=concepts'], "did you mean 'concept'"),
     (['--workdir=/no/such/run'], '/no/such/run'),
+    (['--workdir=w', 'x'], "unexpected argument 'x'"),
   ],
 )
 def test_mistakes_are_one_line_and_status_2(args, message):
@@ -25,3 +32,49 @@ def test_mistakes_are_one_line_and_status_2(args, message):
   line = done.stderr.strip().splitlines()[-1]
   assert line.startswith('error: ') and message in line
   assert 'Traceback' not in done.stderr
+
+
+@pytest.fixture
+def commands(monkeypatch):
+  """The command with stand-ins for what takes minutes: sets its flags; what was evaluated."""
+  given = types.SimpleNamespace(
+    workdir=[], benchmarks=['retrieval'], captions=2, splits=['concept'], seed=0, judge='', out=None
+  )
+  monkeypatch.setattr(evaluate, 'FLAGS', given)
+  monkeypatch.setattr(evaluate.machine, 'use_compilation_cache', lambda: None)
+  said = lambda workdir: {'checkpoint': workdir.split('/')[-1]}
+  monkeypatch.setattr(
+    evaluate, '_subject', lambda workdir: runner.Subject(np.zeros, 4, said(workdir))
+  )
+  given.evaluated = []
+
+  def run(names, subject, options):
+    given.evaluated.append(subject.description['checkpoint'])
+    return {'retrieval': runner.Report((f'table of {given.evaluated[-1]}',), {}, {})}
+
+  monkeypatch.setattr(runner, 'run', run)
+  return given
+
+
+def test_several_runs_have_a_table_and_a_folder_each(commands, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  commands.workdir = ['runs/a', 'b.safetensors']
+  evaluate.main()
+  said = capsys.readouterr().out
+  assert said.index('== runs/a\ntable of a\nwrote runs/a') < said.index('table of b.safetensors')
+  assert len(list((tmp_path / 'runs/a/evaluation').iterdir())) == 1
+  assert len(list((tmp_path / 'evaluation').iterdir())) == 1
+
+
+def test_a_folder_is_checked_before_drawing_and_the_table_outlives_a_failure(
+  commands, tmp_path, capsys, monkeypatch
+):
+  (tmp_path / 'file').write_text('kept')
+  commands.workdir, commands.out = ['runs/a'], str(tmp_path / 'file')
+  with pytest.raises(UserError, match='cannot write to'):
+    evaluate.main()
+  assert not commands.evaluated
+  monkeypatch.setattr(evaluate.front_door, 'check_folder', lambda folder: None)
+  with pytest.raises(UserError, match='cannot write'):
+    evaluate.main()
+  assert 'table of a' in capsys.readouterr().out

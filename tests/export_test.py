@@ -1,6 +1,8 @@
 """Export: rounded weights, measured moments, and mistakes in one line."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +53,57 @@ def test_latents_of_the_written_file_are_normalised(run, tmp_path):
   np.testing.assert_allclose(jnp.std(latents, (0, 1, 2)), 1.0, atol=2e-2)
 
 
+def test_a_good_file_outlives_a_failed_export(run, tmp_path, monkeypatch):
+  to = tmp_path / 'image.safetensors'
+  export.export('runs/x', str(to), 'image')
+  before = to.read_bytes()
+
+  def gone(*_):
+    raise UserError('the pictures are gone')
+
+  monkeypatch.setattr(Pipeline, 'examples', gone)
+  with pytest.raises(UserError, match='gone'):
+    export.export('runs/x', str(to), 'image', overwrite=True)
+  assert to.read_bytes() == before
+
+
+def test_without_git_there_is_no_commit(run, tmp_path, monkeypatch):
+  monkeypatch.setenv('PATH', str(tmp_path))
+  to = str(tmp_path / 'image.safetensors')
+  monkeypatch.setattr(type(run[0]), 'normalised', lambda self, image, images: image)
+  assert export.export('runs/x', to, 'image')['commit'] == 'none'
+
+
 def test_mistakes_are_named(run, tmp_path):
   to = str(tmp_path / 'image.safetensors')
   with pytest.raises(UserError, match="no network 'picture', only image"):
     export.export('runs/x', to, 'picture')
+  with pytest.raises(UserError, match='--network, of image'):
+    export.export('runs/x', to)
   export.export('runs/x', to, 'image')
-  with pytest.raises(UserError, match='exists'):
-    export.export('runs/x', to, 'image')
   export.export('runs/x', to, 'image', overwrite=True)
+
+
+def test_the_file_is_checked_before_any_work(tmp_path, monkeypatch):
+  def too_late(*_):
+    raise AssertionError('the run was read')
+
+  monkeypatch.setattr(weights, 'load_run', too_late)
+  (tmp_path / 'there.safetensors').touch()
+  (tmp_path / 'folder.safetensors').mkdir()
+  for name, message in {
+    'there.safetensors': 'exists',
+    'folder.safetensors': 'is a folder',
+    'x.npz': 'end in .safetensors',
+    'there.safetensors/x.safetensors': 'cannot write to',
+  }.items():
+    with pytest.raises(UserError, match=message):
+      export.export('runs/x', str(tmp_path / name), 'image')
+
+
+def test_a_command_s_mistakes_are_one_line_and_status_2():
+  for arguments, message in [([], '--workdir is missing'), (['x'], "unexpected argument 'x'")]:
+    command = [sys.executable, '-m', 'vpe_jax.export', *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith('error: ' + message) and done.stderr.count('\n') == 1

@@ -177,6 +177,18 @@ def test_load_refuses_files_that_hold_something_else(tmp_path):
     Generator.load(path)
 
 
+@pytest.mark.parametrize('stage, warned', [('0', True), ('1', False), (None, False)])
+def test_load_warns_of_a_run_that_stopped_early(tmp_path, monkeypatch, caplog, stage, warned):
+  path = str(tmp_path / 'x.safetensors')
+  said = {'config': json.dumps(t2i.get_config('debug').to_dict()), 'weights': 'ema'}
+  weights.save(path, {'a': np.zeros(2)}, said | ({'stage': stage} if stage else {}))
+  monkeypatch.setattr(Generator, '__init__', lambda *_: None)
+  Generator.load(path)
+  assert [f"{path} stopped in stage 'plan'" in r.getMessage() for r in caplog.records] == (
+    [True] if warned else []
+  )
+
+
 @pytest.fixture(scope='module')
 def debug():
   """The debug model with random weights, none of which is zero, and a random autoencoder."""

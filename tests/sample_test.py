@@ -20,6 +20,9 @@ def _run(*args):
     (['--prompt=x'], '--workdir is missing'),
     (['--workdir=w'], 'what to draw is missing'),
     (['--workdir=w', '--prompt=x', 'y'], "unexpected argument 'y'"),
+    (['--workdir=w', '--promt=x'], "Unknown command line flag 'promt'"),
+    (['--workdir=w', '--prompt=x', '--steps=many'], '--steps=many'),
+    (['--workdir=w', '--prompt=x', '--out={tmp}/old.png/x.png'], 'cannot write to {tmp}/old.png'),
     (['--workdir=w', '--prompts=/no/such/file'], 'cannot read --prompts=/no/such/file'),
     (['--workdir=/no/such/run', '--prompt=x', '--out={tmp}/new.png'], '/no/such/run'),
     (['--workdir=w', '--prompt=x', '--out={tmp}/old.png'], 'old.png exists'),
@@ -30,7 +33,7 @@ def test_mistakes_are_one_line_and_status_2(args, message, tmp_path):
   done = _run(*(arg.replace('{tmp}', str(tmp_path)) for arg in args))
   assert done.returncode == 2
   line = done.stderr.strip().splitlines()[-1]
-  assert line.startswith('error: ') and message in line
+  assert line.startswith('error: ') and message.replace('{tmp}', str(tmp_path)) in line
   assert 'Traceback' not in done.stderr
   assert [p.name for p in tmp_path.iterdir()] == ['old.png']
   assert (tmp_path / 'old.png').read_text() == 'kept'

@@ -198,7 +198,7 @@ def test_tpu_pod_dry_run_prints_every_command() -> None:
   done = _shell(f'{TPU} --dry_run --spot --delete --project=p -- "--config.data.source=it\'s"')
   assert done.returncode == 0, done.stderr
   commands = [shlex.split(line.replace("$'", "'").replace(r'\n', '\n').replace(r"\'", ''))
-              for line in done.stdout.splitlines()[:-1]]
+              for line in done.stdout.splitlines()]
   place = ['--zone=us-east5-b', '--project=p']
   assert commands[0] == [
     *'gcloud compute tpus tpu-vm create vpe'.split(), *place,
@@ -212,6 +212,8 @@ def test_tpu_pod_dry_run_prints_every_command() -> None:
     ['mkdir', '-p', 'runs/pod-vpe'],
     *[f'gcloud compute tpus tpu-vm {verb}'.split() for verb in ('ssh', 'delete')],
   ]
+  kept = _shell(f'{TPU} --dry_run --spot --project=p')
+  assert 'delete' not in kept.stdout and 'costs money' not in kept.stdout
   set_up, start, follow = commands[4:7]
   assert '--worker=all' in set_up and 'install .venv' in set_up[-1]
   assert '--worker=all' in start and '-m vpe_jax.main --config=configs/t2i.py' in start[-1]
@@ -250,6 +252,7 @@ status() { local code; code=$(next "$1"); exit "${code:-0}"; }
 echo "$*" | tr '\\n' ' ' | cut -c 1-400 >> "$PLAY/calls"
 case "$*" in
   *" describe "*) answer=$(next states); [ "$answer" != ABSENT ] && echo "$answer" ;;
+  *" create "*) answer=$(next creates); [ -z "$answer" ] || { echo "$answer" >&2; exit 1; } ;;
   *"install .venv"*) status set_ups ;;
   *"--command=tail -n +1"*) status ends ;;
   *"--command=tail -n 5"*) next lasts ;;
@@ -260,7 +263,7 @@ esac
 def _play(folder: Path, **lines: list[object]) -> tuple[subprocess.CompletedProcess, list[str]]:
   """Runs the script against the played slice: (how it ended, the verbs it told gcloud)."""
   _script(folder / 'bin' / 'gcloud', FAKE_GCLOUD)
-  for name in ('states', 'set_ups', 'ends', 'lasts'):
+  for name in ('states', 'creates', 'set_ups', 'ends', 'lasts'):
     (folder / name).write_text(''.join(f'{line}\n' for line in lines.get(name, [])))
   done = _shell(
     f'{TPU} --poll=0 --repo=https://example.org/r.git --logs={folder}/logs',
@@ -282,6 +285,40 @@ def test_tpu_pod_resumes_after_preemption(tmp_path: Path) -> None:
   once = ['ssh', 'ssh', 'ssh']  # set up, start, follow
   assert verbs == ['create', *once, 'delete', 'create', *once, 'ssh', 'ssh']
   assert 'complete: results in gs://b/run' in done.stdout
+
+
+def test_tpu_pod_waits_for_capacity(tmp_path: Path) -> None:
+  none = 'ERROR: (gcloud) RESOURCE_EXHAUSTED: There is no more capacity in the zone'
+  done, verbs = _play(
+    tmp_path,
+    states=['ABSENT', 'ABSENT', 'ABSENT', 'READY'],
+    creates=[none, 'ERROR: {"code": 14, "status": "UNAVAILABLE"}'],
+    ends=[0],
+    lasts=['done: gs://b/run'],
+  )
+  assert done.returncode == 0, done.stderr
+  assert verbs.count('create') == 3 and none in done.stderr
+
+
+@pytest.mark.parametrize(
+  'said',
+  [
+    "ERROR: (gcloud) RESOURCE_EXHAUSTED: Quota limit 'TPUV6EPerProject' has been exceeded.",
+    'ERROR: (gcloud) You do not currently have an active account selected.',
+    "ERROR: (gcloud) NOT_FOUND: The accelerator v6e-17 was not found in zone 'us-east5-b'",
+  ],
+)
+def test_tpu_pod_ends_where_waiting_does_not_help(tmp_path: Path, said: str) -> None:
+  done, verbs = _play(tmp_path, states=['ABSENT'] * 9, creates=[said] * 9)
+  assert done.returncode == 2 and verbs == ['create']
+  assert done.stderr.splitlines()[-1].startswith('error: ') and said in done.stderr.splitlines()[-1]
+
+
+def test_tpu_pod_needs_gcloud(tmp_path: Path) -> None:
+  for tool in ('bash', 'sed'):
+    (tmp_path / tool).symlink_to(f'/bin/{tool}')
+  done = _shell(TPU, PATH=str(tmp_path))
+  assert done.returncode == 2 and done.stderr.startswith('error: gcloud is not installed')
 
 
 def test_tpu_pod_tells_a_saved_run_from_a_complete_one(tmp_path: Path) -> None:

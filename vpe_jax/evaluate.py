@@ -3,16 +3,17 @@
   python -m vpe_jax.evaluate --workdir=assets:tiny --benchmarks=retrieval
   python -m vpe_jax.evaluate --workdir=runs/t2i-tiny --captions=1024 --guidance=2
 
+  python -m vpe_jax.evaluate --workdir=assets:tiny,runs/t2i-tiny       (a table for each)
+
 Beside the table it writes a JSON with the whole protocol, and a sheet of pictures, to
-RUN/evaluation (evaluation/ in the current folder for shipped weights).
+RUN/evaluation (evaluation/ in the current folder for shipped weights and files of weights).
 """
 
-import sys
-
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from tqdm import tqdm
 
+from vpe_jax import front_door
 from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import runner
 from vpe_jax.generator import Generator
@@ -22,7 +23,7 @@ FLAGS = flags.FLAGS
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string('workdir', None, 'a run, local or gs://, or assets:tiny')
+  flags.DEFINE_list('workdir', [], 'a run, local or gs://, assets:tiny, a file; or several, a,b')
   flags.DEFINE_list('benchmarks', ['retrieval'], 'what to run')
   flags.DEFINE_integer('captions', 512, 'captions of each split')
   flags.DEFINE_list('splits', ['combination', 'concept'], 'held-out splits')
@@ -36,8 +37,8 @@ def _define_flags() -> None:
   flags.DEFINE_float('temperature', None, 'of the visual prompt; 0 is greedy')
 
 
-def _subject() -> runner.Subject:
-  generator = Generator.load(FLAGS.workdir, FLAGS.weights, FLAGS.rows)
+def _subject(workdir: str) -> runner.Subject:
+  generator = Generator.load(workdir, FLAGS.weights, FLAGS.rows)
   settings = generator.settings(
     guidance=FLAGS.guidance, steps=FLAGS.steps, temperature=FLAGS.temperature
   )
@@ -52,28 +53,32 @@ def _subject() -> runner.Subject:
   return runner.Subject(draw, size, generator.describe(settings))
 
 
-def main(argv: list[str]) -> None:
-  """Runs the command; a user's mistake ends it with one line and status 2."""
-  try:
-    if len(argv) > 1:
-      raise UserError(f"unexpected argument '{argv[1]}': every option is a --flag=value")
-    if FLAGS.workdir is None:
-      raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
-    options = runner.Options(FLAGS.captions, tuple(FLAGS.splits), FLAGS.seed, FLAGS.judge)
-    runner.check(FLAGS.benchmarks, options)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it reads.
-    machine.use_compilation_cache()
-    subject = _subject()
+def _folder(workdir: str) -> str:
+  """Where the reports of a run go."""
+  shipped = workdir.startswith('assets:') or workdir.endswith('.safetensors')
+  return FLAGS.out or ('evaluation' if shipped else f'{workdir}/evaluation')
+
+
+def main() -> None:
+  """Runs the command."""
+  if not FLAGS.workdir:
+    raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
+  options = runner.Options(FLAGS.captions, tuple(FLAGS.splits), FLAGS.seed, FLAGS.judge)
+  runner.check(FLAGS.benchmarks, options)
+  machine.use_compilation_cache()
+  # Drawing takes minutes: mistakes in the last run are found before the first one draws.
+  subjects = {workdir: _subject(workdir) for workdir in FLAGS.workdir}
+  for workdir in subjects:
+    front_door.check_folder(_folder(workdir))
+  for workdir, subject in subjects.items():
     reports = runner.run(FLAGS.benchmarks, subject, options)
-    own = 'evaluation' if FLAGS.workdir.startswith('assets:') else f'{FLAGS.workdir}/evaluation'
-    written = runner.save(reports, FLAGS.out or own, subject.description['checkpoint'])
-    print('\n'.join(line for report in reports.values() for line in report.lines))
-    print(f'wrote {" ".join(written)}')
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    lines = [line for report in reports.values() for line in report.lines]
+    # Before anything is written, so that nothing is lost if that fails.
+    print('\n'.join([f'== {workdir}', *lines]), flush=True)
+    written = runner.save(reports, _folder(workdir), runner.stem(subject, options))
+    print(f'wrote {" ".join(written)}', flush=True)
 
 
 if __name__ == '__main__':
   _define_flags()
-  app.run(main)
+  front_door.run(main)

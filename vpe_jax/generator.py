@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from PIL import Image
 
 from vpe_jax import __version__, rng, systems
@@ -91,6 +92,8 @@ class Generator:
   def load(cls, workdir: str, weights: str = 'ema', rows: int = 4) -> Generator:
     """Loads the newest checkpoint of a run, or shipped weights.
 
+    Warns where the run has not come to its last stage: what that one trains is still random.
+
     Args:
       workdir: the folder of a run (local or gs://), `assets:tiny`, or a file of weights.
       weights: `ema` for the averaged parameters (raw ones where a run has no average yet), `raw`
@@ -116,6 +119,15 @@ class Generator:
       raise UserError(f"{workdir} holds a '{system.config.system}', which doesn't draw pictures")
     if not set(system.draws_with) <= set(system.frozen_weights):
       raise UserError(f'{workdir} was trained on synthetic latents: nothing makes them pictures')
+    stage = system.stages[int(stored.get('stage', -1))].name
+    if stage != system.stages[-1].name:
+      logging.warning(
+        "%s stopped in stage '%s' and its pictures are noise before '%s' has trained: the command "
+        'that started it goes on',
+        workdir,
+        stage,
+        system.stages[-1].name,
+      )
     sources = {name: system.frozen_weights[name] for name in system.draws_with}
     frozen = {name: weights_io.load(source)[0] for name, source in sources.items()}
     said = {'checkpoint': weights_io.fingerprint(params), 'weights': f'{workdir} ({held})'}
@@ -155,7 +167,8 @@ class Generator:
       progress: called with (pictures done, pictures in all) after each batch.
 
     Raises:
-      UserError: no prompt, a prompt that is too long, or a setting out of range.
+      UserError: no prompt, one that is too long or no text, a setting out of range, or a picture
+        that isn't finite.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts or n < 1:

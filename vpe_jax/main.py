@@ -1,10 +1,11 @@
-"""Trains: python -m vpe_jax.main --config=configs/t2i.py
+r"""Trains: python -m vpe_jax.main --config=configs/t2i.py
 
 Examples:
   python -m vpe_jax.main --config=configs/t2i.py                      (preset tiny, any machine)
   python -m vpe_jax.main --config=configs/t2i.py:debug --workdir=/tmp/run
-  python -m vpe_jax.main --config=configs/t2i.py --config.data.source=folder:PATH
-  python -m vpe_jax.main --config=configs/t2i.py --config.steps="(300, 900)" --allow_change=steps
+  python -m vpe_jax.main --config=configs/t2i.py \
+      --config.data.source=folder:PATH --config.data.examples=0 --workdir=runs/mine
+  python -m vpe_jax.main --config=configs/t2i.py --config.steps="(600, 900)" --allow_change=steps
 
 The same command continues a run that was interrupted.
 """
@@ -16,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 
-from vpe_jax import sharding, systems
+from vpe_jax import front_door, sharding, systems
 from vpe_jax.contracts import UserError
 from vpe_jax.training import config_file, loop, machine, reference
 
@@ -48,34 +49,27 @@ def run(config: Mapping[str, Any], workdir: str, allow_change: Sequence[str] = (
     print(reference.comparison(system.config, workdir) or f'done: {workdir}', flush=True)
 
 
-def main(argv: list[str]) -> None:
-  """Runs the command; a user's mistake ends it with one line and status 2."""
-  try:
-    if len(argv) > 1:
-      raise UserError(f"unexpected argument '{argv[1]}': every option is a --flag=value")
-    if FLAGS.config is None:
-      raise UserError('--config is missing: try --config=configs/t2i.py')
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it writes.
-    machine.use_compilation_cache()
-    sharding.initialize_distributed()  # Before anything can touch a device.
-    config = config_file.load(FLAGS.config, _overrides)
-    if config.get('quick_compile'):
-      machine.compile_quickly()
-    if warning := machine.idle_hardware():
-      print(warning, file=sys.stderr, flush=True)
-    run(config, FLAGS.workdir or f'runs/{config["name"]}-{config["preset"]}', FLAGS.allow_change)
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+def main() -> None:
+  """Runs the command."""
+  if FLAGS.config is None:
+    raise UserError('--config is missing: try --config=configs/t2i.py')
+  machine.use_compilation_cache()
+  sharding.initialize_distributed()  # Before anything can touch a device.
+  config = config_file.load(FLAGS.config, _overrides)
+  if config.get('quick_compile'):
+    machine.compile_quickly()
+  if warning := machine.idle_hardware():
+    print(warning, file=sys.stderr, flush=True)
+  run(config, FLAGS.workdir or f'runs/{config["name"]}-{config["preset"]}', FLAGS.allow_change)
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _take_overrides(argv: list[str]) -> list[str]:
   """Takes the config's overrides out of the command line before absl reads it."""
   overrides, others = config_file.split_overrides(argv)
   _overrides.update(overrides)
-  return app.parse_flags_with_usage(others)
+  return others
 
 
 if __name__ == '__main__':
   _define_flags()
-  app.run(main, flags_parser=_parse)
+  front_door.run(main, _take_overrides)

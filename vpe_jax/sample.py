@@ -7,10 +7,11 @@
 A file gets a grid, a folder (it ends in /) a file a picture; text chunks say how it was made.
 """
 
-import sys
+import os
 
-from absl import app, flags, logging
+from absl import flags
 
+from vpe_jax import front_door
 from vpe_jax.contracts import UserError
 from vpe_jax.generator import Generator, sheet
 from vpe_jax.sampling import pictures
@@ -52,28 +53,22 @@ def _prompts() -> list[str]:
     raise UserError(f'cannot read --prompts={FLAGS.prompts}: {error}') from error
 
 
-def main(argv: list[str]) -> None:
-  """Runs the command; a user's mistake ends it with one line and status 2."""
-  try:
-    if len(argv) > 1:
-      raise UserError(f"unexpected argument '{argv[1]}': every option is a --flag=value")
-    prompts, out = _prompts(), FLAGS.out
-    paths = pictures.plan_files(out, len(prompts) * FLAGS.n, FLAGS.overwrite)
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it reads.
-    machine.use_compilation_cache()
-    generator = Generator.load(FLAGS.workdir, FLAGS.weights)
-    names = vars(generator.settings())
-    settings = generator.settings(**{name: FLAGS[name].value for name in names})
-    drawn = generator(prompts, FLAGS.n, FLAGS.seed, settings)
-    files = [(p.image, p.metadata) for p in drawn] if out.endswith('/') else [sheet(drawn)]
-    for path, (image, said) in zip(paths, files):
-      pictures.save_png(image, path, None if FLAGS.no_metadata else said, FLAGS.overwrite)
-    print(f'wrote {len(drawn)} pictures to {out}')
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+def main() -> None:
+  """Runs the command."""
+  prompts, out = _prompts(), FLAGS.out
+  paths = pictures.plan_files(out, len(prompts) * FLAGS.n, FLAGS.overwrite)
+  front_door.check_folder(os.path.dirname(out))
+  machine.use_compilation_cache()
+  generator = Generator.load(FLAGS.workdir, FLAGS.weights)
+  names = vars(generator.settings())
+  settings = generator.settings(**{name: FLAGS[name].value for name in names})
+  drawn = generator(prompts, FLAGS.n, FLAGS.seed, settings)
+  files = [(p.image, p.metadata) for p in drawn] if out.endswith('/') else [sheet(drawn)]
+  for path, (image, said) in zip(paths, files):
+    pictures.save_png(image, path, None if FLAGS.no_metadata else said, FLAGS.overwrite)
+  print(f'wrote {len(drawn)} pictures to {out}')
 
 
 if __name__ == '__main__':
   _define_flags()
-  app.run(main)
+  front_door.run(main)

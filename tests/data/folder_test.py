@@ -28,7 +28,17 @@ def test_texts_beside_images(tmp_path):
     'the b.png',
     'the deep/c.PNG',
   ]
-  assert len(open_folder(str(tmp_path), 2)) == 2
+
+
+def test_a_part_is_taken_with_a_warning(tmp_path, caplog):
+  for name in 'abc':
+    _image(tmp_path / f'{name}.png')
+    (tmp_path / f'{name}.txt').write_text(name)
+  assert len(open_folder(str(tmp_path), 3)) == len(open_folder(str(tmp_path))) == 3
+  assert not caplog.records
+  assert [record.caption for record in open_folder(str(tmp_path), 2)] == ['a', 'b']
+  (record,) = caplog.records
+  assert 'first 2 of 3' in record.getMessage() and 'examples=0' in record.getMessage()
 
 
 def test_captions_file(tmp_path):
@@ -58,6 +68,30 @@ def test_bad_lines_are_named(tmp_path, line, message):
   _image(tmp_path / 'x.png')
   (tmp_path / 'captions.jsonl').write_text(line)
   with pytest.raises(UserError, match=message):
+    open_folder(str(tmp_path))
+
+
+def test_texts_of_other_editors(tmp_path):
+  _image(tmp_path / 'x.png')
+  line = '{"file": "x.png", "caption": "a\u2028b"}'
+  (tmp_path / 'captions.jsonl').write_bytes(f'\ufeff{line}\r\n\r\n'.encode())
+  assert [record.caption for record in open_folder(str(tmp_path))] == ['a\u2028b']
+  (tmp_path / 'captions.jsonl').unlink()
+  (tmp_path / 'x.txt').write_bytes('\ufeffan x\r\n'.encode())
+  assert open_folder(str(tmp_path))[0].caption == 'an x'
+
+
+@pytest.mark.parametrize('name', ['captions.jsonl', 'x.txt'])
+def test_texts_that_cannot_be_read_are_named(tmp_path, name):
+  _image(tmp_path / 'x.png')
+  (tmp_path / name).write_bytes('un café'.encode('latin-1'))
+  with pytest.raises(UserError, match=f'cannot read .*{name}.*UTF-8'):
+    open_folder(str(tmp_path))
+
+
+def test_a_folder_in_the_place_of_captions_is_named(tmp_path):
+  (tmp_path / 'captions.jsonl').mkdir()
+  with pytest.raises(UserError, match='cannot read .*captions.jsonl'):
     open_folder(str(tmp_path))
 
 

@@ -63,6 +63,11 @@ def test_long_prompt_names_tokens_and_limit():
     text.shipped().encode_batch(['dog dog dog dog dog'], 4)
 
 
+def test_what_is_no_text_is_named():
+  with pytest.raises(UserError, match='not valid text'):
+    text.shipped().encode(b'a \xff'.decode('utf-8', 'surrogateescape'))
+
+
 def test_long_captions_can_be_cut():
   ids, lengths = text.shipped().encode_batch(['dog dog dog dog dog', 'a dog'], 4, cut=True)
   assert lengths.tolist() == [4, 2]

@@ -1,4 +1,4 @@
-"""Reading, padding, resizing, ranges."""
+"""Reading and padding."""
 
 from __future__ import annotations
 
@@ -27,23 +27,6 @@ def test_pad_to_square_scales_like_pil():
   expected = np.array(Image.fromarray(image).resize((10, 15), Image.Resampling.BICUBIC))
   np.testing.assert_array_equal(square[:, 2:12], expected)
   assert (square[:, :2] == 255).all() and (square[:, 12:] == 255).all()
-
-
-def test_view_keeps_the_picture():
-  image = np.full((64, 64, 3), 255, np.uint8)
-  image[:32] = 0
-  small = transforms.view(image, 48)
-  assert small.shape == (48, 48, 3)
-  assert (small[:20] == 0).all() and (small[28:] == 255).all()
-  assert transforms.view(image, 64) is image
-
-
-def test_ranges_map_back_and_forth():
-  every = np.arange(256, dtype=np.uint8)
-  floats = transforms.to_float(every)
-  assert floats.dtype == np.float32 and floats[0] == -1 and floats[-1] == 1
-  np.testing.assert_array_equal(transforms.to_uint8(floats), every)
-  np.testing.assert_array_equal(transforms.to_uint8(np.array([-3.0, 3.0])), [0, 255])
 
 
 def test_transparency_is_white(tmp_path):

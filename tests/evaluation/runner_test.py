@@ -56,7 +56,8 @@ def test_report_tells_true_generated_and_permuted_apart(subject):
   assert found['rows']['true images, captions permuted']['accuracy'] < 0.3
   assert found['generated_over_true'] == found['rows']['generated']['accuracy']
   assert len(found['captions']) == 12 and found['captions'][0]['true'] == 1
-  assert len(report.lines) == 7 and '100.0%' in report.lines[2]
+  assert len(report.lines) == 11 and '100.0%' in report.lines[2]
+  assert list(found['bars'].values())[:2] == [True, False]
 
 
 def test_protocol_says_how_it_was_measured(subject):
@@ -98,4 +99,33 @@ def test_mistakes_are_named(subject, names, change, message):
 def test_nothing_to_compare_with_is_no_number():
   zero = retrieval.Result(np.zeros(3), np.zeros(3), {}, None, 3)
   found = {'true images': zero, 'generated': zero}
-  assert 'reach - of' in runner.table('combination', found)[-1]
+  lines = runner.table('combination', found)
+  assert 'reach - of' in lines[-5]
+  assert [line.endswith('not reached') for line in lines[-4:]] == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+  'accuracies, bars',
+  [
+    ((0.60, 0.03, 0.30, 0.03), (True, True, True, True)),
+    ((0.59, 0.03, 0.30, 0.04), (False, True, True, False)),
+    ((0.60, 0.04, 0.29, 0.03), (True, False, True, False)),
+    ((0.60, 0.03, 0.09, 0.03), (True, False, False, True)),
+  ],
+)
+def test_the_bars_of_the_protocol(accuracies, bars):
+  rows = ('true images', 'true images, captions permuted', 'generated', 'generated, permuted')
+  results = (retrieval.Result(np.full(4, a), np.zeros(4), {}, None, 4) for a in accuracies)
+  found = runner.verdict(dict(zip(rows, results)))
+  assert tuple(found.values()) == bars
+  assert any('9.4%' in bar for bar in found) and any('3.1%' in bar for bar in found)
+
+
+def test_other_settings_and_options_are_other_files(subject):
+  names = {
+    runner.stem(dataclasses.replace(subject, description=described), options)
+    for described in ({'checkpoint': 'abc', 'settings': str(n)} for n in range(2))
+    for options in (_OPTIONS, dataclasses.replace(_OPTIONS, seed=2))
+  }
+  assert len(names) == 4 and all(name.startswith('abc-') for name in names)
+  assert runner.stem(subject, _OPTIONS) == runner.stem(subject, dataclasses.replace(_OPTIONS))

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from vpe_jax.contracts import UserError
 from vpe_jax.sampling import guidance
 
 
@@ -22,6 +24,12 @@ def test_scale_extrapolates_from_the_null():
   conditional, null = np.asarray(_branches(), np.float64)
   guided = guidance.classifier_free(jnp.asarray(conditional), jnp.asarray(null), 3.0)
   np.testing.assert_allclose(guided, null + 3 * (conditional - null), rtol=1e-5)
+
+
+@pytest.mark.parametrize('scale', [float('nan'), float('inf')])
+def test_a_scale_is_finite(scale):
+  with pytest.raises(UserError, match=f'guidance is {scale}'):
+    guidance.classifier_free(*_branches(), scale)
 
 
 def test_guides_in_float32():

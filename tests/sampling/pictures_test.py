@@ -19,9 +19,10 @@ def test_levels_round_to_the_nearest_and_clip():
   np.testing.assert_array_equal(pictures.to_uint8(levels / np.float32(255)), levels)
 
 
-def test_nan_is_no_picture():
-  with pytest.raises(ValueError, match='NaN'):
-    pictures.to_uint8(np.asarray([0.5, np.nan]))
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_no_picture(value):
+  with pytest.raises(UserError, match='diverged'):
+    pictures.to_uint8(np.asarray([0.5, value]))
 
 
 def test_png_keeps_pixels_and_metadata(tmp_path):
@@ -52,12 +53,18 @@ def test_files_are_planned_before_the_work(tmp_path):
   with pytest.raises(UserError, match='001.png exists'):
     pictures.plan_files(folder, 2)
   assert len(pictures.plan_files(folder, 2, overwrite=True)) == 2
+  with pytest.raises(UserError, match='new is a folder'):
+    pictures.plan_files(f'{tmp_path}/new', 2, overwrite=True)
 
 
 def test_unwritable_place_is_one_clear_line(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match='cannot write'):
     pictures.save_png(_noise(0), tmp_path / 'file' / 'x.png')
+  (tmp_path / 'folder').mkdir()
+  with pytest.raises(UserError, match='cannot write'):
+    pictures.save_png(_noise(0), tmp_path / 'folder', overwrite=True)
+  assert {path.name for path in tmp_path.iterdir()} == {'file', 'folder'}
 
 
 def test_grid_enlarges_by_a_whole_factor_without_smoothing():

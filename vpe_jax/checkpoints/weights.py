@@ -130,15 +130,11 @@ def save(
     overwrite: whether a file that is there may be replaced.
 
   Raises:
-    UserError: the file exists, or the ending or dtype is another one.
+    UserError: see `check_target`; or another dtype, or the file can't be written.
   """
-  target = epath.Path(path)
-  if dtype not in _DTYPES or not str(path).endswith(ENDING):
-    raise UserError(
-      f"can't write '{path}' as {dtype}: files end in {ENDING}, dtypes are {', '.join(_DTYPES)}"
-    )
-  if target.exists() and not overwrite:
-    raise UserError(f"'{path}' exists: delete it, or ask for it to be overwritten")
+  check_target(path, overwrite)
+  if dtype not in _DTYPES:
+    raise UserError(f"can't write '{path}' as {dtype}: dtypes are {', '.join(_DTYPES)}")
   flat = {name: np.asarray(jax.device_get(leaf)) for name, leaf in by_path(tree).items()}
   # The format takes arrays by their buffer: they have to be contiguous, in row-major order.
   stored = {
@@ -147,10 +143,27 @@ def save(
   }
   strings = {'version': __version__, **metadata, 'dtype': dtype}
   strings['fingerprint'] = fingerprint({name: _widened(leaf) for name, leaf in stored.items()})
-  target.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = target.parent / f'{target.name}.unfinished'
-  unfinished.write_bytes(safetensors.numpy.save(stored, metadata=strings))
-  unfinished.replace(target)
+  _write(epath.Path(path), safetensors.numpy.save(stored, metadata=strings))
+
+
+def check_target(path: str, overwrite: bool = False) -> None:
+  """Refuses what `save` wouldn't write to; front doors ask before the work starts.
+
+  Raises:
+    UserError: the file exists (and `overwrite` is off), is a folder, or ends in something else.
+  """
+  target = epath.Path(path)
+  if not str(path).endswith(ENDING):
+    raise UserError(f"can't write '{path}': files end in {ENDING}")
+  if target.is_dir():
+    raise UserError(f"'{path}' is a folder: name another file")
+  if target.exists() and not overwrite:
+    raise UserError(f"'{path}' exists: name another file or replace it with --overwrite")
+
+
+def rounded(tree: Params, dtype: str = 'bfloat16') -> Params:
+  """What `load` returns after `save` wrote the tree as `dtype`: float32 of fewer digits."""
+  return jax.tree.map(lambda leaf: _widened(_narrowed(np.asarray(leaf), dtype)), tree)
 
 
 def fingerprint(tree: Params) -> str:
@@ -189,6 +202,21 @@ def _parse(data: bytes, source: str) -> tuple[Params, dict[str, str]]:
 
 def _array(leaf: Mapping[str, Any]) -> np.ndarray:
   return np.frombuffer(leaf['data'], _STORED[leaf['dtype']]).reshape(leaf['shape']).copy()
+
+
+def _write(target: epath.Path, data: bytes) -> None:
+  """Writes a file whole or not at all."""
+  unfinished = target.parent / f'{target.name}.unfinished'
+  try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      unfinished.write_bytes(data)
+      unfinished.replace(target)
+    except BaseException:
+      unfinished.unlink(missing_ok=True)
+      raise
+  except OSError as error:
+    raise UserError(f"can't write '{target}': {error.strerror or error}") from error
 
 
 def _under(prefix: str, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data.records import Record
@@ -60,10 +61,11 @@ def open_folder(path: str, count: int = 0) -> Folder:
     path: the folder. A `captions.jsonl` in it has lines such as
       `{"file": "fox.png", "caption": "a red fox"}` (also `image`, `text`); without one, each
       image needs a text file of the same name beside it.
-    count: number of records to keep; 0 for all.
+    count: number of records to keep, the first by name, with a warning; 0 for all.
 
   Raises:
-    UserError: the folder is missing or empty, an image has no caption, or a line can't be read.
+    UserError: the folder is missing or empty, an image has no caption, or a text or a line can't
+      be read.
   """
   folder = Path(path).expanduser()
   if not folder.is_dir():
@@ -73,12 +75,21 @@ def open_folder(path: str, count: int = 0) -> Folder:
   if not entries:
     raise UserError(f'data folder {folder} has no images ({", ".join(sorted(_ENDINGS))})')
   entries = sorted(entries)
+  if 0 < count < len(entries):
+    logging.warning(
+      'data folder %s: only the first %d of %d pictures by name are used; '
+      '--config.data.examples=0 takes all',
+      folder,
+      count,
+      len(entries),
+    )
   return Folder(str(folder), tuple(entries[: count or None]))
 
 
 def _from_lines(folder: Path, listed: Path) -> list[tuple[str, str]]:
   entries = []
-  for number, line in enumerate(listed.read_text(encoding='utf-8').splitlines(), 1):
+  # Not splitlines(): U+2028 and its like may stand inside JSON.
+  for number, line in enumerate(_read(listed).split('\n'), 1):
     if not line.strip():
       continue
     try:
@@ -96,6 +107,14 @@ def _from_lines(folder: Path, listed: Path) -> list[tuple[str, str]]:
   return entries
 
 
+def _read(path: Path) -> str:
+  """A text file, its lines ended by a newline alone; a byte order mark is left out."""
+  try:
+    return path.read_text(encoding='utf-8-sig')
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f'cannot read {path} ({error}): save it as text in UTF-8') from error
+
+
 def _field(values: Any, *names: str) -> str | None:
   """The first of the named fields that holds text."""
   found = [values.get(name) for name in names] if isinstance(values, dict) else []
@@ -108,7 +127,7 @@ def _from_texts(folder: Path) -> list[tuple[str, str]]:
     if image.suffix.lower() not in _ENDINGS or not image.is_file():
       continue
     text = image.with_suffix('.txt')
-    caption = ' '.join(text.read_text(encoding='utf-8').split()) if text.is_file() else ''
+    caption = ' '.join(_read(text).split()) if text.is_file() else ''
     if not caption:
       raise UserError(f'image {image} has no caption: write one to {text.name} beside it')
     entries.append((image.relative_to(folder).as_posix(), caption))

@@ -1,4 +1,7 @@
-"""The group of an emoji, after the Unicode emoji list (emoji-test.txt, version 17)."""
+"""The group of an emoji, after the Unicode emoji list (emoji-test.txt, version 17).
+
+See third_party/unicode for its licence.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,15 @@ class Tokenizer:
     return self._bpe.get_vocab_size()
 
   def encode(self, caption: str) -> list[int]:
-    """The tokens of one caption, without special ones."""
+    """The tokens of one caption, without special ones.
+
+    Raises:
+      UserError: it holds what no text does, such as a byte that wasn't UTF-8.
+    """
+    try:
+      caption.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(f'caption or prompt is not valid text: {caption!r} ({error})') from error
     return self._bpe.encode(caption, add_special_tokens=False).ids
 
   def encode_batch(
@@ -85,7 +93,7 @@ class Tokenizer:
       ids int32 [B, T], padded with PAD, and the number of real tokens int32 [B].
 
     Raises:
-      UserError: a caption is too long and not to be cut.
+      UserError: a caption is no text, or too long and not to be cut.
     """
     ids = np.full((len(captions), length), PAD, np.int32)
     lengths = np.zeros(len(captions), np.int32)

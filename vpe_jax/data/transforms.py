@@ -1,4 +1,4 @@
-"""Pictures into arrays: reading, white padding to a square, resizing, ranges."""
+"""Pictures into arrays: reading, white padding to a square."""
 
 from __future__ import annotations
 
@@ -49,20 +49,3 @@ def pad_to_square(image: np.ndarray, size: int) -> np.ndarray:
   left, top = (size - shape[0]) // 2, (size - shape[1]) // 2
   square[top : top + shape[1], left : left + shape[0]] = scaled
   return square
-
-
-def view(image: np.ndarray, size: int) -> np.ndarray:
-  """Another resolution of a square picture (bicubic): uint8 [R, R, 3] to [size, size, 3]."""
-  if image.shape[0] == size:
-    return image
-  return np.array(Image.fromarray(image).resize((size, size), _BICUBIC))
-
-
-def to_float(image: np.ndarray) -> np.ndarray:
-  """uint8 of any shape to float32 in [-1, 1]."""
-  return image.astype(np.float32) / 127.5 - 1.0
-
-
-def to_uint8(image: np.ndarray) -> np.ndarray:
-  """Floats in [-1, 1] of any shape to uint8, clipped and rounded."""
-  return np.clip(np.rint((np.asarray(image, np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)

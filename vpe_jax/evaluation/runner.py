@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,10 @@ from vpe_jax.evaluation.judge import Judge
 from vpe_jax.sampling import pictures
 
 _SHOWN = 8  # pictures of each row on the sheet beside the report
+# The bars of the retrieval benchmark, which `verdict` checks.
+_TRUE_BAR = 0.6  # accuracy on the true images: is the judge good enough to judge?
+_SHARE_BAR = 0.5  # of it, that generated pictures reach
+_CHANCES_BAR = 3  # times chance, that pictures of a quickstart run reach
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +115,7 @@ def retrieval_report(subject: Subject, options: Options) -> Report:
     results[split] = {
       'rows': {row: result.summary() for row, result in found.items()},
       'generated_over_true': _ratio(found),
+      'bars': verdict(found),
       'seconds': round(time.time() - start, 1),
       'captions': [
         {'caption': trial.caption, 'true': float(a), 'generated': float(b)}
@@ -161,13 +167,35 @@ def table(split: str, found: Mapping[str, retrieval.Result]) -> list[str]:
     )
   ratio = _ratio(found)
   reached = '-' if ratio is None else f'{ratio:.0%}'
-  return [*lines, f'  generated pictures reach {reached} of what the true images reach']
+  lines.append(f'  generated pictures reach {reached} of what the true images reach')
+  words = {True: 'reached', False: 'not reached'}
+  return lines + [f'  bar: {bar}: {words[passed]}' for bar, passed in verdict(found).items()]
+
+
+def verdict(found: Mapping[str, retrieval.Result]) -> dict[str, bool]:
+  """Each bar of the protocol in words, and whether the results of one split reach it."""
+  chance = 1 / retrieval.CANDIDATES
+  true, generated = found['true images'].accuracy, found['generated'].accuracy
+  permuted = [result.accuracy for row, result in found.items() if row.endswith('permuted')]
+  return {
+    f'true images at least {_TRUE_BAR:.0%}': true >= _TRUE_BAR,
+    f'generated at least {_SHARE_BAR:.0%} of true images': generated >= _SHARE_BAR * true > 0,
+    f'generated at least {_CHANCES_BAR} x chance ({_CHANCES_BAR * chance:.1%}), as of a quickstart '
+    'run': generated >= _CHANCES_BAR * chance,
+    f'permuted at most chance ({chance:.1%})': max(permuted, default=0.0) <= chance,
+  }
+
+
+def stem(subject: Subject, options: Options) -> str:
+  """What names the files of a report: the checkpoint, and a hash of all that was asked for."""
+  asked = json.dumps([dict(subject.description), dataclasses.asdict(options)], sort_keys=True)
+  return f'{subject.description["checkpoint"]}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}'
 
 
 def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:
   """Writes FOLDER/<benchmark>-<stem>.json and a sheet of pictures for each split.
 
-  A report of the same name is replaced.
+  A report of the same name is replaced: the same subject and options made it.
 
   Returns:
     The JSON files.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.contracts import Array
+from vpe_jax.contracts import Array, UserError
 
 
 def classifier_free(conditional: Array, null: Array, scale: Array | float) -> Array:
@@ -20,7 +21,12 @@ def classifier_free(conditional: Array, null: Array, scale: Array | float) -> Ar
     conditional: what the network says with its conditions, any shape.
     null: what it says without them, the same shape.
     scale: guidance scale, a number or an array that broadcasts.
+
+  Raises:
+    UserError: the scale is a number, and infinite or NaN.
   """
+  if isinstance(scale, float) and not math.isfinite(scale):
+    raise UserError(f'guidance is {scale}: it must be a finite number (1 is off)')
   scale = jnp.asarray(scale, jnp.float32)
   return scale * conditional.astype(jnp.float32) + (1 - scale) * null.astype(jnp.float32)
 

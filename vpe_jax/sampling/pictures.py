@@ -20,11 +20,14 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
   """Pictures in [0, 1] as uint8, rounded to the nearest level; values outside are clipped.
 
   Raises:
-    ValueError: a value is NaN.
+    UserError: a value is NaN or infinite.
   """
   image = np.asarray(image, np.float32)
-  if np.isnan(image).any():
-    raise ValueError('the picture holds NaN: the network that drew it has diverged')
+  if not np.isfinite(image).all():
+    raise UserError(
+      'the picture holds NaN or infinity: the network has diverged, or its settings are extreme; '
+      'draw with an earlier checkpoint or with less guidance'
+    )
   return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
@@ -108,8 +111,12 @@ def save_png(
   partial = path.parent / f'.{path.name}.{os.getpid()}.partial'
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
+    try:
+      partial.write_bytes(buffer.getvalue())
+      partial.replace(path)
+    except BaseException:
+      partial.unlink(missing_ok=True)
+      raise
   except OSError as error:
     raise UserError(f'cannot write {path}: {error.strerror or error}') from error
 
@@ -123,10 +130,12 @@ def plan_files(out: str, count: int, overwrite: bool = False) -> list[str]:
     overwrite: whether files may be replaced.
 
   Raises:
-    UserError: a file exists, and `overwrite` is off.
+    UserError: a file exists (and `overwrite` is off), or is a folder.
   """
   paths = [f'{out}{index:03d}.png' for index in range(count)] if out.endswith('/') else [out]
   for path in paths:
+    if epath.Path(path).is_dir():
+      raise UserError(f'{path} is a folder: name another file, or {path}/ for a file a picture')
     _refuse_existing(epath.Path(path), overwrite)
   return paths
 

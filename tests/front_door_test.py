@@ -1,0 +1,67 @@
+"""Front doors: flags, mistakes, and folders that can't be written to."""
+
+import subprocess
+import sys
+
+import pytest
+
+from vpe_jax import front_door
+from vpe_jax.contracts import UserError
+
+# A command with one flag, which says what it was given or makes the user's mistake.
+COMMAND = """
+from absl import flags, logging
+from vpe_jax import front_door
+from vpe_jax.contracts import UserError
+
+def main():
+  if flags.FLAGS.n == 13:
+    raise UserError('n is 13: choose another')
+  logging.info('chatter')
+  print(flags.FLAGS.n, taken)
+
+def take(argv):
+  taken.extend(word for word in argv if word.startswith('+'))
+  return [word for word in argv if not word.startswith('+')]
+
+taken = []
+flags.DEFINE_integer('n', 1, 'a number')
+front_door.run(main, take)
+"""
+
+
+def _run(*arguments):
+  command = [sys.executable, '-c', COMMAND, *arguments]
+  return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_flags_reach_the_command_and_others_are_taken():
+  done = _run('--n=3', '+x')
+  assert (done.returncode, done.stdout) == (0, "3 ['+x']\n"), done.stderr
+  assert 'chatter' not in done.stderr
+
+
+@pytest.mark.parametrize(
+  'argument, message',
+  [
+    ('--n=13', 'n is 13: choose another'),
+    ('--n=many', 'flag --n=many'),
+    ('--m=1', "Unknown command line flag 'm'"),
+    ('x', "unexpected argument 'x'"),
+  ],
+)
+def test_a_mistake_is_one_line_and_status_2(argument, message):
+  done = _run(argument)
+  assert (done.returncode, done.stdout) == (2, '')
+  assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+  assert message in done.stderr
+
+
+def test_a_folder_is_checked_and_left_as_it_was(tmp_path):
+  front_door.check_folder(str(tmp_path / 'new' / 'deep'))
+  assert not list(tmp_path.iterdir())
+  (tmp_path / 'file').write_text('kept')
+  with pytest.raises(UserError, match='cannot write to .*file/new'):
+    front_door.check_folder(str(tmp_path / 'file' / 'new'))
+  with pytest.raises(UserError, match='cannot write to .*file'):
+    front_door.check_folder(str(tmp_path / 'file'))

@@ -1,0 +1,71 @@
+"""How every command starts and ends: flags are read, and a user's mistake is one line, status 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from etils import epath
+
+from vpe_jax.contracts import UserError
+
+
+def run(
+  main: Callable[[], None], take: Callable[[list[str]], list[str]] = lambda argv: argv
+) -> None:
+  """Reads the flags and runs a command; a UserError ends it with `error: ...` and status 2.
+
+  Args:
+    main: the command; it finds its flags in `absl.flags.FLAGS`.
+    take: takes out of a command line what absl's flags don't know, and returns the rest.
+  """
+
+  def quietly(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it reads or writes.
+    main()
+
+  try:
+    app.run(quietly, flags_parser=lambda argv: parse(take(argv)))
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Gives absl's flags the values of a command line (its first word is the program).
+
+  Raises:
+    UserError: a flag is unknown or has a bad value, or a word isn't a flag.
+  """
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.Error as error:
+    raise UserError(f'{" ".join(str(error).split())} (--help lists the flags)') from error
+  if len(rest) > 1:
+    raise UserError(f"unexpected argument '{rest[1]}': every option is a --flag=value")
+  return rest
+
+
+def check_folder(folder: str) -> None:
+  """Finds out before the work whether files can be written to a folder; it needn't exist yet.
+
+  Args:
+    folder: local or gs://; nothing stays in it.
+
+  Raises:
+    UserError: files can't be written there.
+  """
+  place = epath.Path(folder)
+  probe = f'.{os.getpid()}.probe'
+  try:
+    # A bucket has no folders; elsewhere the nearest one that exists decides.
+    while '://' not in folder and not place.exists():
+      place = place.parent
+    (place / probe).write_bytes(b'')
+    (place / probe).unlink()
+  except OSError as error:
+    raise UserError(
+      f'cannot write to {folder}: {error.strerror or error}; name another folder'
+    ) from error
