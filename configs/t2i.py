@@ -70,7 +70,8 @@ def _tiny(config: ConfigDict) -> None:
   }
   config.model.head = _expert(96, 256, 2, 2, 1) | {'rope_theta': 1e4}
   config.optim = {'lr': 2e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.995}
-  config.sample = {'steps': 20, 'shift': 1.0, 'guidance': 2.0}
+  config.model.drop_text = 0.1
+  config.sample = {'steps': 20, 'shift': 1.0, 'guidance': 2.0, 'plan_guidance': 2.0}
   config.log = {'samples': 200, 'evaluate': 200}
 
 

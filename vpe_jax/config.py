@@ -109,7 +109,8 @@ class SampleConfig:
 
   `shift` moves the flow's time grid towards noise, `guidance` is the classifier-free scale (1:
   conditional branch only, 0: null branch only); temperature, top_k (0: off), top_p and min_p act
-  on the visual prompt.
+  on the visual prompt, and so does `plan_guidance`, the scale by which its logits are led away from
+  those without text (1: off; a system that was trained with `model.drop_text` can do it).
   """
 
   steps: int = 25
@@ -119,10 +120,11 @@ class SampleConfig:
   top_k: int = 0
   top_p: float = 1.0
   min_p: float = 0.03
+  plan_guidance: float = 1.0
 
   def __post_init__(self) -> None:
     _check_least('sample.', self, {'steps': 1})
-    for name in ('guidance', 'temperature'):
+    for name in ('guidance', 'temperature', 'plan_guidance'):
       value = getattr(self, name)
       if not math.isfinite(value):
         raise UserError(f"config key 'sample.{name}' is {value}: it must be a finite number")

@@ -37,6 +37,7 @@ def _define_flags() -> None:
   flags.DEFINE_integer('top_k', None, 'draw from the k likeliest codes; 0 is off')
   flags.DEFINE_float('top_p', None, 'draw from the likeliest codes up to this total; 1 is off')
   flags.DEFINE_float('min_p', None, 'least share of the likeliest code; 0 is off')
+  flags.DEFINE_float('plan_guidance', None, 'of the visual prompt towards the text; 1 is off')
 
 
 def _prompts() -> list[str]:

@@ -172,6 +172,33 @@ def test_greedy_decoding_equals_whole_sequence(system, params):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_guided_plan_is_led_away_from_the_plan_without_text(system, params):
+  """Each code is the argmax of the uncached logits, text's moved away from no text's."""
+  batch, scale = _batch(system), 2.5
+  job = _job(system, temperature=0.0, plan_guidance=scale)
+  request = dataclasses.replace(batch, codes=None, latents=None)
+  codes, prefix = jax.jit(lambda p: rendering.plan(job, p, request, KEY))(params)
+  first = job.slot('bot')
+
+  def logits(text_length):
+    told = dataclasses.replace(batch, text_length=text_length)
+    regions = system._regions(told, codes, jnp.ones(4, bool))
+    stream = system.model.token_stream(params, regions['ar'])
+    hidden = jax.jit(system.model.backbone)(params, {'ar': stream})[0]['ar']
+    return system.model.code_logits(params, hidden[:, first : first + codes.shape[1]])
+
+  with_text, without = logits(batch.text_length), logits(jnp.zeros(4, jnp.int32))
+  led = without + scale * (with_text - without)
+  picked = jnp.take_along_axis(led, codes[..., None], -1)[..., 0]
+  np.testing.assert_allclose(picked, led.max(-1), rtol=1e-4, atol=1e-4)
+  assert (jnp.argmax(with_text, -1) != codes).any()
+  # The picture is drawn from the rows with text alone.
+  given = dataclasses.replace(request, codes=codes)
+  _, again = jax.jit(lambda p: rendering.plan(job, p, given, KEY))(params)
+  for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(again), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('prepared', [False, True])
 def test_null_prefix_equals_dropped_row(system, params, prepared):
   """The two-token null prefix renders what a full row with everything dropped renders."""
@@ -292,6 +319,10 @@ def test_text_and_plan_are_dropped_as_often_as_asked(system):
   share = lambda drop: float(jnp.mean(_system(drop=drop)._keep(batch, KEY, joint)))
   assert abs(share(0.1) - 0.9) < 0.02 and share(0.0) == 1.0 and share(1.0) == 0.0
   assert system._keep(batch, KEY, plan).all()
+  batch = dataclasses.replace(batch, text_length=jnp.full(4096, 5))
+  told = lambda drop: np.asarray(_system(drop_text=drop)._told(batch, KEY).text_length)
+  assert abs((told(0.1) == 5).mean() - 0.9) < 0.02 and set(told(0.1)) == {0, 5}
+  assert (told(0.0) == 5).all() and (told(1.0) == 0).all()
 
 
 def test_bfloat16_computes_what_float32_does(system, params):

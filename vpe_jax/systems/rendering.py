@@ -75,11 +75,20 @@ def draw(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array
 
 
 def plan(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Prefix]:
-  """Decodes the plan (or takes `request.codes`) and leaves the whole prefix in caches."""
+  """Decodes the plan (or takes `request.codes`) and leaves the whole prefix in caches.
+
+  With `plan_guidance` other than 1, rows without text are decoded beside the others on the same
+  codes, for the logits to be guided away from theirs.
+  """
   length = job.slot('eot') - job.slot('codes')
   B = request.example.shape[0]
   given = request.codes
-  codes = jnp.zeros((B, length), jnp.int32) if given is None else given
+  guided = given is None and job.settings.plan_guidance != 1.0
+  if guided:
+    untold = dataclasses.replace(request, text_length=jnp.zeros_like(request.text_length))
+    request = concatenate([request, untold])
+  rows = request.example.shape[0]
+  codes = jnp.zeros((rows, length), jnp.int32) if given is None else given
   regions = job.regions(request, codes, keep=True)
   key = row_visibility(regions)
   body, head = job.model.caches(params, key)
@@ -96,16 +105,26 @@ def plan(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array
   def step(cache: Any, tokens: Array, index: Array) -> tuple[Array, Any]:
     held, states = cache
     at = first + index
+    tokens = guidance.both(tokens) if guided else tokens
     here = dataclasses.replace(_slot(region, at), ids=tokens[:, None])
     state, held = _tokens(job, params, here, held, at)
     states = jax.lax.dynamic_update_slice_in_dim(states, state, at, 1)
-    return job.model.code_logits(params, state)[:, 0], (held, states)
+    return logits_of(state), (held, states)
 
-  logits = job.model.code_logits(params, start[:, -1:])[:, 0]
-  keys = rng_lib.example_keys(rng, 'codes', request.example)
+  def logits_of(state: Array) -> Array:
+    logits = job.model.code_logits(params, state)[:, -1]
+    if not guided:
+      return logits
+    return guidance.classifier_free(*guidance.split(logits), job.settings.plan_guidance)
+
+  keys = rng_lib.example_keys(rng, 'codes', request.example[:B])
   codes, (body, hidden) = decoding.decode(
-    step, (body, hidden), logits, length, keys, job.settings, offset=job.vocabulary.text
+    step, (body, hidden), logits_of(start), length, keys, job.settings, offset=job.vocabulary.text
   )
+  if guided:
+    regions, hidden = jax.tree.map(lambda leaf: leaf[:B], (regions, hidden))
+    body, head = (_first(cache, B) for cache in (body, head))
+    region = regions['ar']
   eot = job.slot('eot')
   end, body = _tokens(job, params, _slots(region, eot, region.ids.shape[1]), body, eot)
   hidden = hidden.at[:, eot:].set(end)
@@ -188,6 +207,14 @@ def _slot(region: Region, at: Array) -> Region:
 def _batch_axis(cache: mot.Cache) -> int:
   """Stacked caches have the layers in front."""
   return 0 if isinstance(cache.k, tuple) else 1
+
+
+def _first(cache: mot.Cache, count: int) -> mot.Cache:
+  """The cache of the first rows of a batch."""
+  axis = _batch_axis(cache)
+  cut = lambda leaf: jax.lax.slice_in_dim(leaf, 0, count, axis=axis)
+  k, v = jax.tree.map(cut, (cache.k, cache.v))
+  return mot.Cache(k, v, jax.tree.map(lambda leaf: leaf[:count], cache.key))
 
 
 def _repeat(prefix: Prefix, count: int) -> Prefix:

@@ -49,6 +49,8 @@ class ModelConfig(unified.UnifiedConfig):
     image: sizes of the frozen autoencoder that turns pictures into latents and back.
     weights: where the three frozen networks (`siglip`, `visual_prompt`, `image`) come from.
     drop: share of examples whose text and plan are dropped together, in stage `joint`.
+    drop_text: share of examples whose text alone is dropped, in both stages: what the guidance of
+      the plan compares with (`sample.plan_guidance`; the paper uses none).
     ce_start: weight of the cross-entropy at the start of stage `joint` (Eq. 3, lambda_0).
     ce_end: its weight at the end (lambda_1).
     time_shift: shift of the training times towards noise (0: Show-o2's for this many tokens).
@@ -59,6 +61,7 @@ class ModelConfig(unified.UnifiedConfig):
   image: kl.KlConfig = kl.KlConfig()
   weights: WeightsConfig = WeightsConfig()
   drop: float = 0.1
+  drop_text: float = 0.0
   ce_start: float = 0.03
   ce_end: float = 0.1
   time_shift: float = 0.0
@@ -161,7 +164,7 @@ class System:
     codes, latents = batch.codes, batch.latents
     if codes is None:
       codes, latents = self.encode(frozen, batch.image)
-    regions = self._regions(batch, codes, self._keep(batch, rng, stage))
+    regions = self._regions(self._told(batch, rng), codes, self._keep(batch, rng, stage))
     counts = self.counts(batch, rng, stage)
     terms = {}
     if 'flow' in stage.losses:
@@ -243,6 +246,14 @@ class System:
       return jnp.ones(batch.example.shape, bool)
     draw = lambda key: jax.random.uniform(key) >= self.config.model.drop
     return rng_lib.per_example(draw, rng, 'drop', batch.example)
+
+  def _told(self, batch: Examples, rng: Array) -> Examples:
+    """The batch with some captions emptied."""
+    if not self.config.model.drop_text:
+      return batch
+    draw = lambda key: jax.random.uniform(key) >= self.config.model.drop_text
+    kept = rng_lib.per_example(draw, rng, 'drop_text', batch.example)
+    return dataclasses.replace(batch, text_length=jnp.where(kept, batch.text_length, 0))
 
   def _token_weight(self, step: Array, stage: Stage) -> Array | float:
     if stage.name == 'plan':
