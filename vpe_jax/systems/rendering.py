@@ -86,7 +86,7 @@ def plan(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array
   guided = given is None and job.settings.plan_guidance != 1.0
   if guided:
     untold = dataclasses.replace(request, text_length=jnp.zeros_like(request.text_length))
-    request = concatenate([request, untold])
+    request = guidance.stack(request, untold)
   rows = request.example.shape[0]
   codes = jnp.zeros((rows, length), jnp.int32) if given is None else given
   regions = job.regions(request, codes, keep=True)
