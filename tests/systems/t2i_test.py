@@ -389,7 +389,13 @@ def test_similarity_finds_the_caption_and_reads_long_ones_by_their_beginning(sys
   fits = run(batch.text, batch.text_length)
   assert float(jnp.mean(jnp.argmax(fits, 1) == jnp.arange(16))) > 0.8
   limit = system.config.model.visual_prompt.siglip.text_length
-  assert limit < batch.text.shape[1]
-  filled = jnp.where(jnp.arange(batch.text.shape[1]) < batch.text_length[:, None], batch.text, 9)
-  cut = run(filled.at[:, limit:].set(9), jnp.full(16, limit))
-  np.testing.assert_allclose(run(filled.at[:, limit:].set(11), jnp.full(16, 36)), cut, rtol=1e-5)
+  held = batch.text.shape[1]
+  assert held < limit
+  real = jnp.where(jnp.arange(held) < batch.text_length[:, None], batch.text, 9)
+  longer = lambda last: jnp.pad(
+    jnp.pad(real, ((0, 0), (0, limit - held)), constant_values=9),
+    ((0, 0), (0, 4)),
+    constant_values=last,
+  )
+  cut = run(longer(9)[:, :limit], jnp.full(16, limit))
+  np.testing.assert_allclose(run(longer(11), jnp.full(16, limit + 4)), cut, rtol=1e-5)
