@@ -187,6 +187,32 @@ def test_it_draws_what_a_file_of_prompts_asks_for(finished: Path, tmp_path: Path
     assert sheet.width > 2 * 64 and sheet.height > 2 * 64 and not sheet.text
 
 
+def test_own_pictures_train_with_encoders_online_and_are_shown(tmp_path: Path) -> None:
+  folder, run = tmp_path / 'pictures', tmp_path / 'run'
+  folder.mkdir()
+  for i in range(9):
+    Image.new('RGB', (40 + i, 50), (28 * i, 255 - 28 * i, 90)).save(folder / f'{i}.png')
+    (folder / f'{i}.txt').write_text(f'a plain card, number {i}')
+  fields = {
+    'steps': '(1, 1)',
+    'data.source': f'folder:{folder}',
+    'data.examples': 0,
+    'data.encode': 'online',
+    'log.samples': 2,
+    'log.evaluate': 0,
+  }
+  changes = [f'--config.{name}={value}' for name, value in fields.items()]
+  process = Process('main', CONFIG, f'--workdir={run}', *changes, log=tmp_path / 'log.txt')
+  assert process.wait() == 0, process.text()
+  plan, joint = _records(run)
+  assert (plan['stage'], joint['stage']) == ('plan', 'joint')
+  rows, measures = ('own', 'truth_plan'), ('latent_distance', 'retrieval')
+  shown = [joint[f'sample/{row}/{measure}'] for row in rows for measure in measures]
+  assert np.isfinite(shown).all()
+  with Image.open(run / 'samples' / 'step_0000002.png') as sheet:
+    assert sheet.width > 4 * 64 and np.asarray(sheet).std() > 1
+
+
 def test_killed_three_times_it_ends_with_the_same_bits(
   start: Callable[..., Process], finished: Path, tmp_path: Path
 ) -> None:
