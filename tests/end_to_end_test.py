@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -280,16 +281,22 @@ def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
   (folder / 'pictures' / 'captions.jsonl').write_text(
     json.dumps({'file': 'fox.png', 'caption': 'a red fox'})
   )
-  new, before = f'--workdir={folder / "new"}', _listing(finished)
+  # The commands run side by side, and a folder takes one run at a time.
+  places = (f'--workdir={folder / str(number)}' for number in itertools.count())
+  before = _listing(finished)
   prompt = '--prompt=' + 'red ' * 500
   commands = {
-    'unknown key': ('main', CONFIG, new, '--config.optm.lr=1'),
-    'bad value': ('main', CONFIG, new, '--config.optim.lr=fast'),
-    'bad preset': ('main', '--config=configs/t2i.py:debgu', new),
+    'unknown key': ('main', CONFIG, next(places), '--config.optm.lr=1'),
+    'bad value': ('main', CONFIG, next(places), '--config.optim.lr=fast'),
+    'bad preset': ('main', '--config=configs/t2i.py:debgu', next(places)),
     'other config': ('main', CONFIG, f'--workdir={finished}', *LENGTH, '--config.seed=7'),
-    'no weights': ('main', CONFIG, new, '--config.model.weights.siglip=nowhere.safetensors'),
-    'indivisible batch': ('main', CONFIG, new, '--config.batch_size=(6, 6)'),
-    'unreadable image': ('main', CONFIG, new, f'--config.data.source=folder:{folder / "pictures"}'),
+    'no weights': (
+      'main', CONFIG, next(places), '--config.model.weights.siglip=nowhere.safetensors'
+    ),
+    'indivisible batch': ('main', CONFIG, next(places), '--config.batch_size=(6, 6)'),
+    'unreadable image': (
+      'main', CONFIG, next(places), f'--config.data.source=folder:{folder / "pictures"}'
+    ),
     'long prompt': ('sample', f'--workdir={finished}', prompt, f'--out={folder / "x.png"}'),
     'no run': ('sample', f'--workdir={folder / "none"}', '--prompt=a', f'--out={folder / "x.png"}'),
   }
