@@ -74,6 +74,14 @@ def test_counts_are_those_of_the_losses(system, params):
   assert terms['retrieval'].weight == 0.0 and isinstance(terms['retrieval'].weight, float)
 
 
+def _ranking(**model):
+  """A system that ranks captions beside one near miss each."""
+  config = config_file.get_config('debug')
+  config.data.near_misses = 1
+  config.model.update(model)
+  return systems.build(config.to_dict())
+
+
 def _near(batch, system):
   """Adds wrong captions: the next colour's, and none for the first picture."""
   text, length = batch.text[:, None], jnp.full((16, 1), 2, jnp.int32).at[0].set(0)
@@ -81,9 +89,7 @@ def _near(batch, system):
 
 
 def test_near_misses_join_the_loss(system, params):
-  config = config_file.get_config('debug')
-  config.data.near_misses = 1
-  other = systems.build(config.to_dict())
+  other = _ranking()
   batch = _near(_batch(), other)
   shape = lambda leaf: (leaf.shape, leaf.dtype)
   assert jax.tree.map(shape, other.abstract_batch(16)) == jax.tree.map(shape, batch)
@@ -95,11 +101,7 @@ def test_near_misses_join_the_loss(system, params):
 
 
 def test_hidden_words_are_hidden_in_the_own_and_the_wrong_caption(system, params):
-  config = config_file.get_config('debug')
-  config.data.near_misses = 1
-  plain = systems.build(config.to_dict())
-  config.model.hide = 1.0
-  hiding = systems.build(config.to_dict())
+  plain, hiding = _ranking(), _ranking(hide=1.0)
   batch = _near(_batch(), plain)
   ranked = lambda system: system._ranked(apply, images, batch, KEY)
   apply = lambda *inputs, method: system.network.apply({'params': params}, *inputs, method=method)
@@ -117,11 +119,7 @@ def test_hidden_words_are_hidden_in_the_own_and_the_wrong_caption(system, params
 
 
 def test_blind_pictures_change_colour_and_hide_its_words(system, params):
-  config = config_file.get_config('debug')
-  config.data.near_misses = 1
-  plain = systems.build(config.to_dict())
-  config.model.blind = 0.5
-  blinding = systems.build(config.to_dict())
+  plain, blinding = _ranking(), _ranking(blind=0.5)
   words = text.shipped().encode_batch([f'a {name} ring' for name in shapes.COLOURS] * 2, 32)
   ids, length = (jnp.asarray(leaf[:16]) for leaf in words)
   ids = ids.at[8:, 1].set(text.shipped().encode('dog')[0])  # no word for a colour
