@@ -63,15 +63,15 @@ def _tiny(config: ConfigDict) -> None:
   config.steps = (800, 600)
   config.batch_size = (64, 32)
   config.data.update(examples=12288, scenes_share=0.9)
-  config.model.ar = _expert(128, 512, 4, 2, 1) | {'rope_theta': 1e4}
-  config.model.dit = _expert(128, 512, 4, 2, 1) | {'rope_theta': 1e4}
+  config.model.ar = _expert(128, 512, 4, 4, 2) | {'rope_theta': 1e4}
+  config.model.dit = _expert(128, 512, 4, 4, 2) | {'rope_theta': 1e4}
   config.model.dual_path = {
     'table': 8,
     'encoder': {'width': 64, 'layers': 2, 'heads': 2, 'mlp': 128},
   }
   config.model.head = _expert(96, 256, 2, 2, 1) | {'rope_theta': 1e4}
   config.optim = {'lr': 2e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.995}
-  config.model.drop_text = 0.1
+  config.model.update(drop_text=0.1, inherit=0.08)
   config.sample = {'steps': 20, 'shift': 1.0, 'guidance': 2.0, 'plan_guidance': 2.0}
   config.log = {'samples': 400, 'evaluate': 200}
 

@@ -183,6 +183,13 @@ class System(Protocol):
     """Fresh parameters; pure and jittable."""
     ...
 
+  def inherit(self, params: Params, frozen: Params, rng: Array) -> Params:
+    """Fresh parameters with what they take from the frozen networks; pure and jittable.
+
+    Only systems whose config can ask for this have it.
+    """
+    ...
+
   def abstract_batch(self, batch_size: int) -> Examples:
     """The shapes and dtypes of one batch, as `jax.ShapeDtypeStruct` leaves."""
     ...

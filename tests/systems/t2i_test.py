@@ -259,6 +259,41 @@ def test_remat_changes_no_gradient(system, params):
     np.testing.assert_allclose(gradients[0], other, rtol=1e-4, atol=1e-5)
 
 
+def _gram(rows):
+  rows = np.asarray(rows, np.float64)
+  rows = rows - rows.mean(0)
+  return rows @ rows.T / np.sum(rows**2)
+
+
+def test_rows_start_in_the_relations_that_the_codecs_found():
+  config = config_file.get_config('tiny')
+  config.model.inherit = 0.05
+  system = systems.build(config.to_dict())
+  frozen = {name: weights.load(source)[0] for name, source in system.frozen_weights.items()}
+  drawn = jax.jit(system.init)(KEY)
+  taken = jax.jit(system.inherit)(drawn, frozen, KEY)
+  codebook = np.asarray(frozen['visual_prompt']['codebook'], np.float32)
+  codebook /= np.linalg.norm(codebook, axis=1, keepdims=True)
+  text, codes = taken['embed']['text'], taken['embed']['codes']
+  np.testing.assert_allclose(_gram(codes[: system.codes]), _gram(codebook), atol=1e-7)
+  words = np.asarray(frozen['siglip']['text']['token'], np.float32)
+  np.testing.assert_allclose(_gram(text), _gram(words), atol=1e-7)
+  assert abs(float(jnp.std(text)) - 0.05) < 1e-3
+  np.testing.assert_array_equal(codes[system.codes :], drawn['embed']['codes'][system.codes :])
+  _same({**taken, 'embed': drawn['embed']}, drawn)
+  assert 'codecs' in system.stages[0].source
+
+
+def test_nothing_is_inherited_from_synthetic_codes_or_unasked(system):
+  drawn = {'embed': {}}
+  for other in (system, _system('tiny')):
+    assert other.inherit(drawn, {}, KEY) is drawn and other.stages[0].source == 'fresh'
+
+
+def _same(ours, others):
+  jax.tree.map(np.testing.assert_array_equal, ours, others)
+
+
 def test_schedule_weighs_the_plan(system):
   """Eq. 3 at s/S = 0, 1/2 and 1."""
   weight = lambda step: float(system._token_weight(step, system.stages[1]))
@@ -274,6 +309,7 @@ def test_schedule_weighs_the_plan(system):
     ({'arch': 'doubel'}, 'arch'),
     ({'layout': 'x'}, 'layout'),
     ({'image': {'channels': 3}}, 'latent_channels'),
+    ({'inherit': 0.02, 'text_vocab': 2048}, 'model.inherit=0'),
   ],
 )
 def test_mistakes_are_named(change, message):

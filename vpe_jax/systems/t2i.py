@@ -22,6 +22,7 @@ from vpe_jax.config import Config, SampleConfig, nearest
 from vpe_jax.contracts import Array, Drawing, Examples, LossTerm, Params, Stage, UserError
 from vpe_jax.data import sequence
 from vpe_jax.models import unified
+from vpe_jax.models.siglip import unit
 from vpe_jax.objectives import flow_matching, next_token, schedules
 from vpe_jax.systems import rendering
 
@@ -51,6 +52,10 @@ class ModelConfig(unified.UnifiedConfig):
     drop: share of examples whose text and plan are dropped together, in stage `joint`.
     drop_text: share of examples whose text alone is dropped, in both stages: what the guidance of
       the plan compares with (`sample.plan_guidance`; the paper uses none).
+    inherit: standard deviation of text and code rows that start as SigLIP's rows of the same words
+      and as the rows of the codebook: what means something alike starts out alike (0: rows are
+      drawn at random, as in the paper, whose text rows come from Show-o2). Synthetic codes mean
+      nothing: their rows are drawn.
     ce_start: weight of the cross-entropy at the start of stage `joint` (Eq. 3, lambda_0).
     ce_end: its weight at the end (lambda_1).
     time_shift: shift of the training times towards noise (0: Show-o2's for this many tokens).
@@ -62,6 +67,7 @@ class ModelConfig(unified.UnifiedConfig):
   weights: WeightsConfig = WeightsConfig()
   drop: float = 0.1
   drop_text: float = 0.0
+  inherit: float = 0.0
   ce_start: float = 0.03
   ce_end: float = 0.1
   time_shift: float = 0.0
@@ -76,6 +82,11 @@ class ModelConfig(unified.UnifiedConfig):
     for name, (ours, codec) in pairs.items():
       if ours != codec:
         raise UserError(f'model.{name} is {ours}, but its frozen codec has {codec}: set them equal')
+    if self.inherit and self.text_vocab != self.visual_prompt.siglip.vocabulary:
+      raise UserError(
+        f'model.inherit takes text rows from a SigLIP of {self.visual_prompt.siglip.vocabulary} '
+        f'words, but model.text_vocab is {self.text_vocab}: set them equal, or model.inherit=0'
+      )
 
   @property
   def plan_tokens(self) -> int:
@@ -94,7 +105,9 @@ class System:
         raise UserError(f"no stage '{name}' in this system{nearest(name, STAGES)}")
     c: ModelConfig = config.model
     self.config = config
-    self.stages = tuple(STAGES[name] for name in config.stages)
+    origin = 'fresh, embed/ from the codecs' if self._inherits else 'fresh'
+    first, *others = (STAGES[name] for name in config.stages)
+    self.stages = (dataclasses.replace(first, source=origin), *others)
     self.codes = c.codes
     self.logical_axes = unified.LOGICAL_AXES
     self.model = unified.Unified(c, jnp.dtype(config.dtype), config.remat)
@@ -113,6 +126,28 @@ class System:
   def init(self, rng: Array) -> Params:
     """Fresh parameters, float32."""
     return self.model.init(rng)
+
+  def inherit(self, params: Params, frozen: Params, rng: Array) -> Params:
+    """Text and code rows from the frozen networks, where `model.inherit` asks for it."""
+    if not self._inherits:
+      return params
+    embed, keys = params['embed'], jax.random.split(rng)
+    text = self._turned(frozen['siglip']['text']['token'], keys[0])
+    codes = self._turned(unit(frozen['visual_prompt']['codebook']), keys[1])
+    embed = embed | {'text': text, 'codes': embed['codes'].at[: self.codes].set(codes)}
+    return params | {'embed': embed}
+
+  @property
+  def _inherits(self) -> bool:
+    return bool(self.config.model.inherit and self.frozen_weights)
+
+  def _turned(self, rows: Array, key: Array) -> Array:
+    """Rows [V, W] without their mean, at the model's width: distances stay in proportion."""
+    width = self.config.model.ar.width
+    turn = jax.random.orthogonal(key, max(width, rows.shape[1]))[: rows.shape[1], :width]
+    rows = rows.astype(jnp.float32)
+    rows = jnp.einsum('VW,WD->VD', rows - jnp.mean(rows, 0), turn)
+    return self.config.model.inherit * rows / jnp.std(rows)
 
   def prepare(self, params: Params) -> Params:
     """Parameters in the layout that decoding is fast in; outside jit, once."""

@@ -13,7 +13,7 @@ import jax
 
 from vpe_jax import rng, sharding
 from vpe_jax.config import Config, differences
-from vpe_jax.contracts import Array, System, UserError
+from vpe_jax.contracts import Array, Params, System, UserError
 from vpe_jax.training.state import COUNTERS, State, first_state
 
 # What a run shows, keeps and runs on, as against what it computes.
@@ -85,15 +85,18 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
   )
 
 
-def fresh_state(config: Config, system: System, abstract: State, key: Array) -> State:
+def fresh_state(system: System, abstract: State, frozen: Params, key: Array) -> State:
   """The state of a new run, initialised in place on its devices."""
 
-  def init(key: Array) -> State:
-    return first_state(system.init(rng.stream(key, 'init')), system.stages[0])
+  def init(key: Array, frozen: Params) -> State:
+    params = system.init(rng.stream(key, 'init'))
+    if hasattr(system, 'inherit'):
+      params = system.inherit(params, frozen, rng.stream(key, 'inherit'))
+    return first_state(params, system.stages[0])
 
   # A CPU compiles this program for longer than it runs, more so if it is to run fast.
   quickly = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-  return jax.jit(init, out_shardings=shardings_of(abstract), compiler_options=quickly)(key)
+  return jax.jit(init, out_shardings=shardings_of(abstract), compiler_options=quickly)(key, frozen)
 
 
 def shardings_of(abstract: State) -> State:
