@@ -47,9 +47,7 @@ def test_no_sharding_changes_it():
   mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
   expected = _oracle(array)
   specs = (jax.P(), jax.P('fsdp'), jax.P(None, ('data', 'fsdp')), jax.P('data', None, 'fsdp'))
-  leaves = {
-    str(spec): jax.device_put(array, jax.NamedSharding(mesh, spec)) for spec in specs
-  }
+  leaves = {str(spec): jax.device_put(array, jax.NamedSharding(mesh, spec)) for spec in specs}
   assert set(checksums(leaves).values()) == {expected}
   assert set(checksums({'one': jnp.asarray(array)}).values()) == {expected}
   with jax.set_mesh(mesh):

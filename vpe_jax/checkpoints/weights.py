@@ -16,6 +16,7 @@ import safetensors.numpy
 from etils import epath
 
 from vpe_jax import __version__
+from vpe_jax.checkpoints import sources
 from vpe_jax.checkpoints.store import FOLDER, Store, reached
 from vpe_jax.config import CheckpointConfig, nearest
 from vpe_jax.contracts import Params, UserError
@@ -31,12 +32,6 @@ MADE_BY = {
   'image': 'configs/codec.py:tiny,stage=image',
   'tiny': 'configs/t2i.py',
 }
-# Names of dtypes in a file's header; safetensors' own numpy reader doesn't know bfloat16.
-_STORED = {
-  'BOOL': np.bool_, 'U8': np.uint8, 'I8': np.int8, 'U16': np.uint16, 'I16': np.int16,
-  'U32': np.uint32, 'I32': np.int32, 'U64': np.uint64, 'I64': np.int64,
-  'F16': np.float16, 'BF16': np.dtype(jnp.bfloat16), 'F32': np.float32, 'F64': np.float64,
-}  # fmt: skip
 _DTYPES = {'bfloat16': np.dtype(jnp.bfloat16), 'float16': np.float16, 'float32': np.float32}
 
 
@@ -201,7 +196,7 @@ def _parse(data: bytes, source: str) -> tuple[Params, dict[str, str]]:
 
 
 def _array(leaf: Mapping[str, Any]) -> np.ndarray:
-  return np.frombuffer(leaf['data'], _STORED[leaf['dtype']]).reshape(leaf['shape']).copy()
+  return np.frombuffer(leaf['data'], sources.DTYPES[leaf['dtype']]).reshape(leaf['shape']).copy()
 
 
 def _write(target: epath.Path, data: bytes) -> None:

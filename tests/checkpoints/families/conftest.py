@@ -1,0 +1,110 @@
+"""What the parity tests of all families share: redrawn reference models, and what to compare."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from vpe_jax.checkpoints import families, sources
+from vpe_jax.sharding import by_path
+
+OUTPUTS = 2e-5  # of the largest absolute reference value
+GRADIENTS = 1e-4
+
+
+def _redraw(model, seed: int = 0):
+  """Redraws every parameter of a torch module, in place, so that each of them matters.
+
+  As a library initialises them (norms 1, biases 0, attention nearly uniform), many mistakes pass:
+  norms are 1 +- 0.3, biases and tables N(0, 0.3), queries and keys large enough for logits of
+  standard deviation 1 and more, other matrices of unit gain.
+  """
+  import torch
+
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for name, leaf in model.named_parameters():
+      draw = torch.randn(leaf.shape, generator=generator)
+      words = name.lower()
+      if leaf.ndim <= 1 and 'bias' not in words and 'logit' not in words:
+        leaf.copy_(1 + 0.3 * draw)
+      elif leaf.ndim <= 1 or 'position' in words or 'embed' in words.split('.')[-2:][0]:
+        leaf.copy_(0.3 * draw)
+      else:
+        fan_in = max(1, leaf[0].numel())
+        sharp = any(
+          part in words for part in ('q_proj', 'k_proj', 'query', 'key', 'qkv', 'in_proj')
+        )
+        leaf.copy_(draw * (2.0 if sharp else 1.0) / fan_in**0.5)
+  return model.eval()
+
+
+def _close(ours, theirs, tolerance: float = OUTPUTS) -> None:
+  ours, theirs = np.asarray(ours), np.asarray(theirs)
+  assert ours.shape == theirs.shape
+  error = np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
+  assert error < tolerance, f'relative error {error:.2e}'
+
+
+def _trip(name: str, folder: Path, imported: families.Imported, to: Path) -> None:
+  """Exports what was imported and compares every tensor bit by bit with the source."""
+  families.save(name, imported.sizes, imported.params, to)
+  before = sources.open_source(str(folder)).tensors
+  after = sources.open_source(str(to)).tensors
+  assert set(after) == set(imported.plan.places)
+  for key, tensor in after.items():
+    np.testing.assert_array_equal(tensor.read(), before[key].read(), err_msg=key)
+
+
+def _gradients(name: str, sizes, ours, theirs, to: Path) -> None:
+  """Compares gradients of our parameters with those of a torch module, by its own keys.
+
+  `ours` is a tree like the parameters. It is laid out as published by the family's own table.
+  """
+  families.save(name, sizes, ours, to)
+  wanted = {key: leaf.grad for key, leaf in theirs.named_parameters() if leaf.grad is not None}
+  found = sources.open_source(str(to)).tensors
+  shared = wanted.keys() & found.keys()
+  assert len(shared) >= 0.9 * len(wanted), sorted(wanted.keys() - found.keys())
+  for key in sorted(shared):
+    gradient = wanted[key].numpy()
+    error = np.max(np.abs(found[key].read() - gradient)) / max(np.max(np.abs(gradient)), 1e-6)
+    # Softmax takes no notice of a shift by the key's bias: its gradient is rounding alone.
+    assert error < GRADIENTS or np.max(np.abs(gradient)) < 1e-5, f'{key}: {error:.2e}'
+
+
+def _mutants(params, apply: Callable, tolerance: float = 10 * OUTPUTS) -> list[str]:
+  """Paths of biases and norm scales that can be dropped without the output changing."""
+  wanted = np.asarray(apply(params))
+  unnoticed = []
+  leaves, tree = jax.tree.flatten(params)
+  for index, path in enumerate(by_path(params)):
+    kind = path.split('/')[-1]
+    if kind not in ('bias', 'scale'):
+      continue
+    changed = [*leaves]
+    changed[index] = np.zeros_like(leaves[index]) if kind == 'bias' else np.ones_like(leaves[index])
+    found = np.asarray(apply(jax.tree.unflatten(tree, changed)))
+    if np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)) < tolerance:
+      unnoticed.append(path)
+  return unnoticed
+
+
+@pytest.fixture(scope='session')
+def parity() -> types.SimpleNamespace:
+  """The functions above, for tests of families."""
+  return types.SimpleNamespace(
+    redraw=_redraw,
+    close=_close,
+    trip=_trip,
+    gradients=_gradients,
+    mutants=_mutants,
+    load=lambda name, folder, **given: families.load(
+      name, sources.open_source(str(folder)), **given
+    ),
+  )

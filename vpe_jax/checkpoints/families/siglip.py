@@ -1,0 +1,96 @@
+"""SigLIP and SigLIP 2 at fixed resolution, both towers, as transformers' SiglipModel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from vpe_jax.checkpoints.tables import siglip as table
+from vpe_jax.contracts import Array, Params, UserError
+from vpe_jax.models.siglip import Siglip, SiglipConfig
+from vpe_jax.models.vit import EncoderConfig
+
+LAYOUTS = table.LAYOUTS
+STEM = 'model'
+Sizes = SiglipConfig
+# transformers leaves out what equals its defaults.
+_DEFAULTS = {
+  'hidden_size': 768,
+  'intermediate_size': 3072,
+  'num_hidden_layers': 12,
+  'num_attention_heads': 12,
+  'layer_norm_eps': 1e-6,
+  'hidden_act': 'gelu_pytorch_tanh',
+}
+
+
+def sizes(published: Mapping[str, Any]) -> SiglipConfig:
+  """Our sizes from config.json."""
+  vision, text = published['vision_config'], published['text_config']
+  projection = text.get('projection_size', text.get('hidden_size', _DEFAULTS['hidden_size']))
+  towers = {'vision': _tower(vision), 'text': _tower(text)}
+  if projection != towers['vision'].width:
+    raise UserError(
+      f'the text tower ends at width {projection}, the image tower at {towers["vision"].width}'
+    )
+  return SiglipConfig(
+    image_size=vision.get('image_size', 224),
+    patch=vision.get('patch_size', 16),
+    vocabulary=text.get('vocab_size', 32000),
+    text_length=text.get('max_position_embeddings', 64),
+    **towers,
+  )
+
+
+def published(sizes: SiglipConfig) -> dict[str, Any]:
+  """A config.json for SiglipModel."""
+  vision = {'image_size': sizes.image_size, 'patch_size': sizes.patch}
+  text = {
+    'vocab_size': sizes.vocabulary,
+    'max_position_embeddings': sizes.text_length,
+    'projection_size': sizes.vision.width,
+  }
+  return {
+    'architectures': ['SiglipModel'],
+    'model_type': 'siglip',
+    'vision_config': {'model_type': 'siglip_vision_model', **_fields(sizes.vision), **vision},
+    'text_config': {'model_type': 'siglip_text_model', **_fields(sizes.text), **text},
+  }
+
+
+def init(sizes: SiglipConfig, rng: Array) -> Params:
+  """Fresh parameters."""
+  images = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
+  ids, length = jnp.zeros((1, sizes.text_length), jnp.int32), jnp.ones((1,), jnp.int32)
+  return Siglip(sizes).init(rng, images, ids, length)['params']
+
+
+def axes(sizes: SiglipConfig) -> dict[str, int]:
+  """The side of a patch."""
+  return {'p': sizes.patch, 'q': sizes.patch}
+
+
+def _tower(published: Mapping[str, Any]) -> EncoderConfig:
+  said = {**_DEFAULTS, **published}
+  if said['hidden_act'] != _DEFAULTS['hidden_act']:
+    raise UserError(f"the towers use '{said['hidden_act']}', ours {_DEFAULTS['hidden_act']}")
+  return EncoderConfig(
+    width=said['hidden_size'],
+    layers=said['num_hidden_layers'],
+    heads=said['num_attention_heads'],
+    mlp=said['intermediate_size'],
+    eps=said['layer_norm_eps'],
+  )
+
+
+def _fields(tower: EncoderConfig) -> dict[str, Any]:
+  return {
+    'hidden_size': tower.width,
+    'num_hidden_layers': tower.layers,
+    'num_attention_heads': tower.heads,
+    'intermediate_size': tower.mlp,
+    'layer_norm_eps': tower.eps,
+    'hidden_act': _DEFAULTS['hidden_act'],
+  }

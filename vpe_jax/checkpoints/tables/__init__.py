@@ -1,0 +1,1 @@
+"""Key layouts of published networks: data only, one file for each family."""
