@@ -211,6 +211,15 @@ def from_dict(values: Mapping[str, Any], model: type) -> Config:
   return dataclasses.replace(config, **spread)
 
 
+def build_section(cls: type, values: Mapping[str, Any]) -> Any:
+  """A frozen dataclass of plain values from nested dicts, as `to_dict` makes them.
+
+  Raises:
+    UserError: a key is unknown, missing, or holds a value of the wrong type.
+  """
+  return _build(cls, dict(values), '', {})
+
+
 def to_dict(config: Any) -> dict[str, Any]:
   """The config as plain nested dicts and lists: what a checkpoint stores as JSON."""
   if dataclasses.is_dataclass(config):

@@ -180,7 +180,7 @@ def export(
       # `format` is what transformers and diffusers look for.
       safetensors.numpy.save_file(tensors, unfinished / name, metadata={'format': 'pt'})
     if len(names) > 1:
-      total = sum(int(np.prod(shape)) for shape in shapes.values()) * kind.itemsize
+      total = sum(_size(place, shapes) for place in places.values()) * kind.itemsize
       where = {key: name for name, keys in zip(names, files, strict=True) for key in keys}
       index = {'metadata': {'total_size': total}, 'weight_map': where}
       _write_json(unfinished / f'{stem}.safetensors.index.json', index)
@@ -216,6 +216,11 @@ def _parts(place: Place, shapes: _Shapes) -> list[tuple[int, ...]]:
   """The shapes that a source tensor fills: of its targets, or of one entry of each."""
   whole = [shapes[path] for path in place.targets]
   return whole if place.index is None else [shape[1:] for shape in whole]
+
+
+def _size(place: Place, shapes: _Shapes) -> int:
+  """How many numbers the source tensor holds."""
+  return sum(int(np.prod(shape, dtype=np.int64)) for shape in _parts(place, shapes))
 
 
 def _misfits(key: str, tensor: Tensor, place: Place, shapes: _Shapes) -> list[str]:
@@ -272,8 +277,7 @@ def _files(
   files: list[list[str]] = [[]]
   held = 0
   for key in sorted(places):
-    parts = _parts(places[key], shapes)
-    size = itemsize * sum(int(np.prod(shape, dtype=np.int64)) for shape in parts)
+    size = itemsize * _size(places[key], shapes)
     if files[-1] and held + size > shard:
       files.append([])
       held = 0

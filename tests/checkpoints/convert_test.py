@@ -1,0 +1,221 @@
+"""The engine: strict both ways, shapes and dtypes checked before anything is read or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpe_jax import sharding
+from vpe_jax.checkpoints import convert, sources
+from vpe_jax.checkpoints.table import Row, Table
+from vpe_jax.config import MeshConfig
+from vpe_jax.contracts import UserError
+from vpe_jax.sharding import by_path
+
+TABLE = Table(
+  name='test',
+  rows=(
+    Row('layers.{n}.qkv.weight', ('layers/q', 'layers/k'), '(N H) D -> D N H'),
+    Row('norm.weight', 'norm/scale'),
+  ),
+  ignored=((r'.*position_ids', 'a buffer'),),
+  absent=((r'codes', 'the published network has no codes'),),
+  ties=(('head.weight', 'norm.weight'),),
+  prefixes=('model.',),
+)
+
+
+@dataclasses.dataclass
+class Held:
+  """A tensor in memory; `reads` counts how often it was asked for its numbers."""
+
+  value: np.ndarray
+  reads: int = 0
+
+  @property
+  def shape(self):
+    return self.value.shape
+
+  @property
+  def dtype(self):
+    return self.value.dtype
+
+  def read(self):
+    self.reads += 1
+    return self.value
+
+
+def _source(prefix: str = '') -> dict[str, Held]:
+  draw = np.random.default_rng(0)
+  tensors = {
+    f'layers.{n}.qkv.weight': draw.standard_normal((8, 5)).astype(np.float32) for n in range(3)
+  }
+  tensors['norm.weight'] = draw.standard_normal(5).astype(np.float32)
+  tensors['text.position_ids'] = np.arange(4)
+  return {prefix + key: Held(value) for key, value in tensors.items()}
+
+
+def _abstract():
+  shapes = {'layers': {'q': (3, 5, 3, 2), 'k': (3, 5, 1, 2)}, 'norm': {'scale': (5,)}}
+  shapes['codes'] = (7, 5)
+  leaf = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  return jax.tree.map(leaf, shapes, is_leaf=lambda x: isinstance(x, tuple))
+
+
+def _import(tensors, abstract=None):
+  abstract = abstract or _abstract()
+  plan = convert.plan(tensors, (TABLE,), abstract)
+  return plan, convert.tree(convert.load(tensors, plan, abstract))
+
+
+@pytest.mark.parametrize('prefix', ['', 'model.'])
+def test_every_tensor_is_used_or_ignored_for_a_reason(prefix):
+  tensors = _source(prefix)
+  plan, params = _import(tensors)
+  assert plan.ignored == {f'{prefix}text.position_ids': 'a buffer'}
+  assert plan.absent == {'codes': 'the published network has no codes'}
+  assert plan.places.keys() == tensors.keys() - plan.ignored.keys()
+  assert by_path(params).keys() == {'layers/q', 'layers/k', 'norm/scale'}
+  second = tensors[f'{prefix}layers.2.qkv.weight'].value
+  np.testing.assert_array_equal(params['layers']['q'][2, :, 1, 0], second[2])
+  np.testing.assert_array_equal(params['layers']['k'][2, :, 0, 1], second[7])
+
+
+def test_narrow_floats_are_widened_exactly():
+  tensors = _source()
+  for held in tensors.values():
+    if held.value.dtype == np.float32:
+      held.value = held.value.astype(jnp.bfloat16)
+  params = _import(tensors)[1]
+  assert params['norm']['scale'].dtype == jnp.float32
+  wanted = tensors['norm.weight'].value.astype(np.float32)
+  np.testing.assert_array_equal(params['norm']['scale'], wanted)
+
+
+def test_leaves_are_made_where_they_will_lie():
+  mesh = sharding.make_mesh(MeshConfig())
+  table = ((r'layers/[qk]', ('layers', 'embed', 'heads', 'head')), (r'norm/scale', ('embed',)))
+  shapes = {'layers': {'q': (3, 16, 3, 2), 'k': (3, 16, 1, 2)}, 'norm': {'scale': (16,)}}
+  leaf = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+  abstract = jax.tree.map(leaf, shapes, is_leaf=lambda x: isinstance(x, tuple))
+  spread = sharding.param_shardings(abstract, table, mesh, 'fsdp')
+  abstract = jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    abstract,
+    spread,
+  )
+  draw = np.random.default_rng(0)
+  tensors = {f'layers.{n}.qkv.weight': Held(draw.standard_normal((8, 16))) for n in range(3)}
+  tensors['norm.weight'] = Held(draw.standard_normal(16))
+  for held in tensors.values():
+    held.value = held.value.astype(np.float32)
+  params = _import(tensors, abstract)[1]
+  q = params['layers']['q']
+  assert q.sharding == abstract['layers']['q'].sharding
+  assert q.addressable_shards[0].data.size == q.size // 8
+  for n in range(3):
+    rows = tensors[f'layers.{n}.qkv.weight'].value[:6]
+    np.testing.assert_array_equal(q[n], rows.T.reshape(16, 3, 2))
+
+
+def _refused(tensors, abstract=None) -> str:
+  with pytest.raises(UserError) as caught:
+    _import(tensors, abstract)
+  assert '\n' not in str(caught.value)
+  assert all(held.reads == 0 for key, held in tensors.items() if 'layers' in key)
+  return str(caught.value)
+
+
+def test_missing_and_extra_keys_are_named_together():
+  tensors = _source()
+  del tensors['layers.1.qkv.weight']
+  tensors['layers.3.qkv.weight'] = tensors['layers.0.qkv.weight']
+  tensors['surprise'] = Held(np.zeros(2, np.float32))
+  said = _refused(tensors)
+  for words in (
+    "'layers.1.qkv.weight' is missing",
+    "'layers.3.qkv.weight' has no place",
+    "'surprise' has no place",
+  ):
+    assert words in said
+
+
+def test_a_wrong_shape_or_dtype_is_named():
+  tensors = _source()
+  tensors['layers.0.qkv.weight'].value = np.zeros((9, 5), np.float32)
+  tensors['norm.weight'].value = np.zeros(5, np.int32)
+  said = _refused(tensors)
+  assert re.search(r"'layers.0.qkv.weight' has the wrong shape: \[9, 5\]", said)
+  assert "'norm.weight' holds int32" in said
+
+
+def test_a_parameter_that_nothing_fills_is_named():
+  abstract = _abstract() | {'new': jax.ShapeDtypeStruct((2,), jnp.float32)}
+  assert "nothing fills our 'new'" in _refused(_source(), abstract)
+
+
+def test_long_lists_of_differences_are_cut():
+  said = _refused({f'x.{n}': Held(np.zeros(1, np.float32)) for n in range(20)})
+  assert said.endswith('and 18 more')
+
+
+def test_a_tie_must_hold_the_same_numbers():
+  tensors = _source()
+  tensors['head.weight'] = Held(tensors['norm.weight'].value.copy())
+  plan, _ = _import(tensors)
+  assert plan.ignored['head.weight'] == 'the same tensor as norm.weight'
+  tensors = _source()
+  tensors['head.weight'] = Held(tensors['norm.weight'].value + 1)
+  assert 'should be one tensor' in _refused(tensors)
+
+
+def _filled(tensors):
+  return _import(tensors)[1] | {'codes': jnp.zeros((7, 5))}
+
+
+@pytest.mark.parametrize('shard', [10**9, 200])
+def test_export_writes_what_was_read(tmp_path, shard):
+  tensors = _source()
+  config = {'width': 5}
+  folder = tmp_path / 'out'
+  keys = convert.export(_filled(tensors), TABLE, folder, config, {}, shard=shard)
+  assert keys == sorted(tensors.keys() - {'text.position_ids'})
+  source = sources.open_source(str(folder))
+  assert source.config == config and source.tensors.keys() == set(keys)
+  for key in keys:
+    np.testing.assert_array_equal(source.tensors[key].read(), tensors[key].value)
+  index = folder / 'model.safetensors.index.json'
+  assert index.exists() == (shard == 200)
+  if index.exists():
+    assert json.loads(index.read_text())['metadata']['total_size'] == 4 * (3 * 40 + 5)
+    assert len(list(folder.glob('*-of-00003.safetensors'))) == 3
+  assert [path.name for path in tmp_path.iterdir()] == ['out']
+
+
+def test_export_overwrites_nothing_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+  params = _filled(_source())
+  (tmp_path / 'there').mkdir()
+  with pytest.raises(UserError, match='exists'):
+    convert.export(params, TABLE, tmp_path / 'there', {}, {})
+  with pytest.raises(UserError, match="no tensor for 'extra'"):
+    convert.export(params | {'extra': jnp.zeros(1)}, TABLE, tmp_path / 'out', {}, {})
+
+  def full(*_, **__):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(convert.safetensors.numpy, 'save_file', full)
+  with pytest.raises(UserError, match='No space left'):
+    convert.export(params, TABLE, tmp_path / 'out', {}, {})
+  assert [path.name for path in tmp_path.iterdir()] == ['there']
+
+
+def test_a_layout_of_which_we_keep_a_part_is_for_import_only(tmp_path):
+  table = Table('slices', (Row('conv.weight', 'conv', 'O I T -> I O', last='T'),))
+  with pytest.raises(UserError, match='import only'):
+    convert.export({'conv': jnp.zeros((2, 3))}, table, tmp_path / 'out', {}, {})

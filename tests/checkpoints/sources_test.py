@@ -1,0 +1,120 @@
+"""Published weights on disk: one file, several, and everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from vpe_jax.checkpoints import sources
+from vpe_jax.contracts import UserError
+
+TENSORS = {
+  'a': torch.arange(6.0).reshape(2, 3),
+  'b': torch.arange(4.0).bfloat16(),
+  'c': torch.zeros(0, 2),
+}
+
+
+def _shards(folder: Path) -> None:
+  names = {'a': 'model-1.safetensors', 'b': 'model-2.safetensors', 'c': 'model-2.safetensors'}
+  for name in set(names.values()):
+    part = {key: tensor for key, tensor in TENSORS.items() if names[key] == name}
+    safetensors.torch.save_file(part, folder / name)
+  index = {'metadata': {}, 'weight_map': names}
+  (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+
+
+def _check(source: sources.Source) -> None:
+  assert source.tensors.keys() == TENSORS.keys()
+  for key, tensor in TENSORS.items():
+    found = source.tensors[key]
+    assert found.shape == tuple(tensor.shape)
+    np.testing.assert_array_equal(found.read().astype(np.float32), tensor.float().numpy())
+
+
+def test_a_file_and_the_config_beside_it(tmp_path):
+  safetensors.torch.save_file(TENSORS, tmp_path / 'model.safetensors')
+  (tmp_path / 'config.json').write_text('{"width": 3}')
+  for name in (tmp_path, tmp_path / 'model.safetensors'):
+    source = sources.open_source(str(name))
+    _check(source)
+    assert source.config == {'width': 3}
+
+
+def test_shards_by_their_index(tmp_path):
+  _shards(tmp_path)
+  source = sources.open_source(str(tmp_path))
+  _check(source)
+  assert source.config == {}
+
+
+def test_pickles_where_there_are_no_safetensors(tmp_path):
+  torch.save(TENSORS, tmp_path / 'pytorch_model.bin')
+  _check(sources.open_source(str(tmp_path)))
+  safetensors.torch.save_file({'other': torch.zeros(1)}, tmp_path / 'model.safetensors')
+  assert sources.open_source(str(tmp_path)).tensors.keys() == {'other'}
+
+
+@pytest.mark.parametrize('share', [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_named(tmp_path, share):
+  path = tmp_path / 'model.safetensors'
+  safetensors.torch.save_file(TENSORS, path)
+  data = path.read_bytes()
+  path.write_bytes(data[: int(share * len(data))])
+  with pytest.raises(UserError, match='model.safetensors.*get it again'):
+    sources.open_source(str(path))
+
+
+def test_a_shard_or_a_tensor_that_the_index_promises_is_missed(tmp_path):
+  _shards(tmp_path)
+  safetensors.torch.save_file({'b': TENSORS['b']}, tmp_path / 'model-2.safetensors')
+  with pytest.raises(UserError, match="lacks 'c'"):
+    sources.open_source(str(tmp_path))
+  (tmp_path / 'model-2.safetensors').unlink()
+  with pytest.raises(UserError, match='lacks model-2.safetensors'):
+    sources.open_source(str(tmp_path))
+
+
+def test_one_key_in_two_files_is_refused(tmp_path):
+  for name in ('x.safetensors', 'y.safetensors'):
+    safetensors.torch.save_file(TENSORS, tmp_path / name)
+  with pytest.raises(UserError, match='in two files'):
+    sources.open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize('content', ['{', '[1]'])
+def test_a_config_that_is_none_is_named(tmp_path, content):
+  safetensors.torch.save_file(TENSORS, tmp_path / 'model.safetensors')
+  (tmp_path / 'config.json').write_text(content)
+  with pytest.raises(UserError, match='config.json'):
+    sources.open_source(str(tmp_path))
+
+
+def test_what_is_no_source_is_said_in_one_line(tmp_path):
+  (tmp_path / 'readme.txt').write_text('')
+  for name, words in (
+    (str(tmp_path), 'holds no weights'),
+    (str(tmp_path / 'readme.txt'), 'no file of weights'),
+    (str(tmp_path / 'nothing'), 'no such file or folder'),
+    ('nothing', 'no hub id'),
+  ):
+    with pytest.raises(UserError, match=words) as caught:
+      sources.open_source(name)
+    assert '\n' not in str(caught.value)
+
+
+def test_a_hub_out_of_reach_is_said_in_one_line(monkeypatch):
+  import huggingface_hub
+
+  def unreachable(*_, **__):
+    raise OSError('no route to host\nlong story')
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', unreachable)
+  with pytest.raises(UserError, match='no route to host') as caught:
+    sources.open_source('owner/name')
+  assert 'name the folder' in str(caught.value) and '\n' not in str(caught.value)

@@ -1,0 +1,103 @@
+"""The words in which tables say how a published tensor lies in our parameters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vpe_jax.checkpoints import table as tables
+from vpe_jax.checkpoints.table import Row, Table
+
+FUSED = Row('block.{n}.qkv.weight', ('layers/q', 'layers/k', 'layers/v'), '(N H) D -> D N H')
+TABLE = Table(
+  name='test',
+  rows=(
+    FUSED,
+    Row('stem.weight', 'stem/kernel', 'D C p q -> (p q C) D'),
+    Row('conv.{n}.{m}.weight', 'conv_{n}/{m}', 'O I T h w -> h w I O', last='T'),
+    Row('scale', 'scale', '1 ->'),
+  ),
+)
+
+
+def test_places_name_targets_and_entries():
+  place = tables.place(TABLE, 'block.12.qkv.weight')
+  assert place.targets == ('layers/q', 'layers/k', 'layers/v') and place.index == 12
+  place = tables.place(TABLE, 'conv.3.1.weight')
+  assert place.targets == ('conv_3/1',) and place.index is None
+  assert tables.place(TABLE, 'block.x.qkv.weight') is None
+  assert tables.place(TABLE, 'block.1.qkv.weight2') is None
+
+
+def test_a_table_with_two_rows_for_a_key_is_wrong():
+  doubled = Table('test', (Row('a.{n}', 'x'), Row('a.{m}', 'y')))
+  with pytest.raises(ValueError, match='two rows'):
+    tables.place(doubled, 'a.1')
+
+
+def test_keys_are_those_of_every_entry():
+  leaves = {'layers/q': (2, 6, 3, 2), 'conv_0/1': (3, 3, 1, 1), 'conv_7/0': (3, 3, 1, 1)}
+  keys = {key: place.index for row in TABLE.rows for key, place in tables.keys(row, leaves)}
+  assert keys == {
+    'block.0.qkv.weight': 0,
+    'block.1.qkv.weight': 1,
+    'conv.0.1.weight': None,
+    'conv.7.0.weight': None,
+  }
+
+
+def test_grouped_heads_are_cut_and_joined_again():
+  tensor = np.random.default_rng(0).standard_normal((6 + 2 + 2, 5))
+  place = tables.place(TABLE, 'block.0.qkv.weight')
+  shapes = [(5, 3, 2), (5, 1, 2), (5, 1, 2)]
+  assert tables.misfit(place, tensor.shape, shapes) == ''
+  q, k, v = tables.forward(place, tensor, shapes)
+  np.testing.assert_array_equal(q[:, 1, 0], tensor[2])
+  np.testing.assert_array_equal(k[:, 0, 1], tensor[7])
+  np.testing.assert_array_equal(v[:, 0], tensor[8:].T)
+  np.testing.assert_array_equal(tables.backward(place, [q, k, v], {}), tensor)
+
+
+def test_axes_that_our_leaf_hides_are_given_for_export():
+  tensor = np.random.default_rng(0).standard_normal((4, 3, 2, 2))
+  place = tables.place(TABLE, 'stem.weight')
+  (kernel,) = tables.forward(place, tensor, [(12, 4)])
+  np.testing.assert_array_equal(kernel[3 * 1 + 2], tensor[:, 2, 0, 1])
+  np.testing.assert_array_equal(tables.backward(place, [kernel], {'p': 2, 'q': 2, 'x': 9}), tensor)
+
+
+def test_the_last_entry_of_an_axis_is_taken_and_never_given_back():
+  tensor = np.random.default_rng(0).standard_normal((4, 3, 3, 2, 2))
+  place = tables.place(TABLE, 'conv.0.0.weight')
+  assert tables.misfit(place, tensor.shape, [(2, 2, 3, 4)]) == ''
+  (kernel,) = tables.forward(place, tensor, [(2, 2, 3, 4)])
+  np.testing.assert_array_equal(kernel[1, 0, 2, 3], tensor[3, 2, -1, 1, 0])
+  with pytest.raises(ValueError, match="can't be exported"):
+    tables.backward(place, [kernel], {})
+
+
+def test_a_scalar_has_no_axes():
+  place = tables.place(TABLE, 'scale')
+  (scalar,) = tables.forward(place, np.array([2.5]), [()])
+  assert scalar.shape == () and tables.backward(place, [scalar], {}).shape == (1,)
+
+
+@pytest.mark.parametrize(
+  'key, source, shapes',
+  [
+    ('block.0.qkv.weight', (9, 5), [(5, 3, 2), (5, 1, 2), (5, 1, 2)]),
+    ('block.0.qkv.weight', (10, 4), [(5, 3, 2), (5, 1, 2), (5, 1, 2)]),
+    ('block.0.qkv.weight', (10,), [(5, 3, 2), (5, 1, 2), (5, 1, 2)]),
+    ('stem.weight', (4, 3, 2, 2), [(12, 5)]),
+    ('stem.weight', (4, 3, 2, 3), [(12, 4)]),
+    ('stem.weight', (4, 12), [(12, 4)]),
+    ('conv.0.0.weight', (4, 3, 2, 2), [(2, 2, 3, 4)]),
+    ('conv.0.0.weight', (4, 3, 3, 2, 1), [(2, 2, 3, 4)]),
+    ('scale', (2,), [()]),
+  ],
+)
+def test_shapes_that_do_not_fit_are_found_without_numbers(key, source, shapes):
+  place = tables.place(TABLE, key)
+  assert tables.misfit(place, source, shapes)
+  with pytest.raises(ValueError):
+    tables.forward(place, np.zeros(source), shapes)

@@ -1,0 +1,84 @@
+"""Published networks kept as one of our checkpoints, and trained networks on their way out.
+
+An import is a folder like a run's: one checkpoint with checksums, whose config names the family and
+its sizes. `weights.load` and whatever reads a run's workdir reads it too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from vpe_jax import systems
+from vpe_jax.checkpoints import families, weights
+from vpe_jax.checkpoints.store import FOLDER, Store
+from vpe_jax.config import CheckpointConfig, build_section, to_dict
+from vpe_jax.contracts import Params, UserError
+
+# Systems that train a network of a published family, and the section of its sizes in their model.
+_TRAINED = {'siglip': ('siglip', 'siglip')}
+
+
+def write(imported: families.Imported, folder: str, source: str) -> None:
+  """Keeps an import as a checkpoint.
+
+  Args:
+    imported: the network.
+    folder: local or gs://; must not exist.
+    source: where it came from, for the record.
+
+  Raises:
+    UserError: the folder exists or can't be written.
+  """
+  check_target(folder)
+  config = {'family': imported.family, 'sizes': to_dict(imported.sizes), 'source': source}
+  state = {'stage': 0, 'step': 0, 'stage_step': 0, 'examples_seen': 0}
+  state |= {'params': imported.params, 'opt_state': {}, 'ema': {}}
+  store = Store(str(epath.Path(folder).expanduser() / FOLDER), CheckpointConfig())
+  try:
+    store.save(state, config, force=True)
+    store.wait()
+  except OSError as error:
+    raise UserError(f"can't write '{folder}': {error.strerror or error}") from error
+  finally:
+    store.close()
+
+
+def check_target(folder: str) -> None:
+  """Refuses what would be overwritten.
+
+  Raises:
+    UserError: something is there.
+  """
+  if epath.Path(folder).expanduser().exists():
+    raise UserError(f"'{folder}' exists: name another folder")
+
+
+def read(source: str, family: str) -> tuple[Any, Params, Mapping[str, str]]:
+  """Sizes, parameters and metadata of an import, or of a network that was trained here.
+
+  Args:
+    source: the folder of an import, the workdir of a run, `assets:NAME` or a file of weights.
+    family: what it must be.
+
+  Raises:
+    UserError: nothing is there, or it is of another family.
+  """
+  params, metadata = weights.load(source)
+  config = json.loads(metadata.get('config', '{}'))
+  if 'family' in config:
+    found, sizes = config['family'], config['sizes']
+  elif config.get('system') in _TRAINED:
+    found, section = _TRAINED[config['system']]
+    sizes = to_dict(getattr(systems.build(config).config.model, section))
+  else:
+    raise UserError(
+      f"'{source}' is no import, and a run of system '{config.get('system')}' trains no network of "
+      f'a published family (those that do: {", ".join(_TRAINED)})'
+    )
+  if found != family:
+    raise UserError(f"'{source}' is of family {found}, not {family}: give --family={found}")
+  return build_section(families.get(family).Sizes, sizes), params, metadata
