@@ -291,11 +291,17 @@ def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     'bad preset': ('main', '--config=configs/t2i.py:debgu', next(places)),
     'other config': ('main', CONFIG, f'--workdir={finished}', *LENGTH, '--config.seed=7'),
     'no weights': (
-      'main', CONFIG, next(places), '--config.model.weights.siglip=nowhere.safetensors'
+      'main',
+      CONFIG,
+      next(places),
+      '--config.model.weights.siglip=nowhere.safetensors',
     ),
     'indivisible batch': ('main', CONFIG, next(places), '--config.batch_size=(6, 6)'),
     'unreadable image': (
-      'main', CONFIG, next(places), f'--config.data.source=folder:{folder / "pictures"}'
+      'main',
+      CONFIG,
+      next(places),
+      f'--config.data.source=folder:{folder / "pictures"}',
     ),
     'long prompt': ('sample', f'--workdir={finished}', prompt, f'--out={folder / "x.png"}'),
     'no run': ('sample', f'--workdir={folder / "none"}', '--prompt=a', f'--out={folder / "x.png"}'),

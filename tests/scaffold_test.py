@@ -197,12 +197,17 @@ TPU = 'bash launch/tpu_pod.sh --name=vpe --zone=us-east5-b --type=v6e-16 --workd
 def test_tpu_pod_dry_run_prints_every_command() -> None:
   done = _shell(f'{TPU} --dry_run --spot --delete --project=p -- "--config.data.source=it\'s"')
   assert done.returncode == 0, done.stderr
-  commands = [shlex.split(line.replace("$'", "'").replace(r'\n', '\n').replace(r"\'", ''))
-              for line in done.stdout.splitlines()]
+  commands = [
+    shlex.split(line.replace("$'", "'").replace(r'\n', '\n').replace(r'\'', ''))
+    for line in done.stdout.splitlines()
+  ]
   place = ['--zone=us-east5-b', '--project=p']
   assert commands[0] == [
-    *'gcloud compute tpus tpu-vm create vpe'.split(), *place,
-    '--accelerator-type=v6e-16', '--version=v2-alpha-tpuv6e', '--spot',
+    *'gcloud compute tpus tpu-vm create vpe'.split(),
+    *place,
+    '--accelerator-type=v6e-16',
+    '--version=v2-alpha-tpuv6e',
+    '--spot',
   ]
   assert [command[:5] for command in commands[1:]] == [
     'git archive --format=tar.gz --prefix=vpe_jax/'.split() + [commands[1][4]],
@@ -227,7 +232,7 @@ def test_tpu_pod_worker_commands_are_shell() -> None:
   assert len(remote) == 2 and 'git clone' in remote[0]
   for word in remote:
     assert _shell(f'text={word}; bash -n <<< "${{text#--command=}}"').returncode == 0
-  assert "--config.x=it" in remote[1]
+  assert '--config.x=it' in remote[1]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,8 @@ class DataConfig:
     encode: `online` (frozen encoders run on the device) or `cached` (codes and latents are
       computed once, before training).
     workers: reader processes per host (0: threads in this process).
+    tokenizer: `assets:bpe` (of the embedded sets), a folder with a published tokenizer, or its hub
+      id.
     near_misses: captions that are wrong in one detail, for each example of a scene.
   """
 
@@ -53,6 +55,7 @@ class DataConfig:
   text_length: int = 32
   encode: str = 'online'
   workers: int = 0
+  tokenizer: str = 'assets:bpe'
   near_misses: int = 0
 
   def __post_init__(self) -> None:

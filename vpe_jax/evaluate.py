@@ -2,7 +2,6 @@
 
   python -m vpe_jax.evaluate --workdir=assets:tiny --benchmarks=retrieval
   python -m vpe_jax.evaluate --workdir=runs/t2i-tiny --captions=1024 --guidance=2
-
   python -m vpe_jax.evaluate --workdir=assets:tiny,runs/t2i-tiny       (a table for each)
 
 Beside the table it writes a JSON with the whole protocol, and a sheet of pictures, to
@@ -32,16 +31,13 @@ def _define_flags() -> None:
   flags.DEFINE_string('judge', 'assets:judge', 'the SigLIP that judges')
   flags.DEFINE_string('out', None, 'folder for the reports (default: RUN/evaluation)')
   flags.DEFINE_integer('rows', 32, 'pictures that are drawn at a time')
-  flags.DEFINE_float('guidance', None, 'classifier-free scale; 1 is off')
-  flags.DEFINE_integer('steps', None, 'steps of the flow')
-  flags.DEFINE_float('temperature', None, 'of the visual prompt; 0 is greedy')
+  front_door.define_settings()
+  flags.adopt_module_key_flags(front_door)  # So that --help lists them.
 
 
 def _subject(workdir: str) -> runner.Subject:
   generator = Generator.load(workdir, FLAGS.weights, FLAGS.rows)
-  settings = generator.settings(
-    guidance=FLAGS.guidance, steps=FLAGS.steps, temperature=FLAGS.temperature
-  )
+  settings = generator.settings(**front_door.settings())
 
   def draw(captions: list[str]) -> np.ndarray:
     with tqdm(total=len(captions), desc='drawing', unit='picture') as bar:

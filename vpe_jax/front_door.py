@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 from etils import epath
 
+from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import UserError
 
 
@@ -46,6 +48,23 @@ def parse(argv: list[str]) -> list[str]:
   if len(rest) > 1:
     raise UserError(f"unexpected argument '{rest[1]}': every option is a --flag=value")
   return rest
+
+
+def define_settings() -> None:
+  """Defines a flag for every setting of the drawing; those not given keep the run's value."""
+  flags.DEFINE_float('guidance', None, 'classifier-free scale; 1 is off')
+  flags.DEFINE_integer('steps', None, 'steps of the flow')
+  flags.DEFINE_float('shift', None, 'time shift of the flow towards noise')
+  flags.DEFINE_float('temperature', None, 'of the visual prompt; 0 is greedy')
+  flags.DEFINE_integer('top_k', None, 'draw from the k likeliest codes; 0 is off')
+  flags.DEFINE_float('top_p', None, 'draw from the likeliest codes up to this total; 1 is off')
+  flags.DEFINE_float('min_p', None, 'least share of the likeliest code; 0 is off')
+  flags.DEFINE_float('plan_guidance', None, 'of the visual prompt towards the text; 1 is off')
+
+
+def settings() -> dict[str, int | float | None]:
+  """The values of those flags by name, None where one is not given."""
+  return {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(SampleConfig)}
 
 
 def check_folder(folder: str) -> None:

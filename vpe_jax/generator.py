@@ -19,6 +19,7 @@ from vpe_jax.checkpoints import weights as weights_io
 from vpe_jax.config import SampleConfig, nearest
 from vpe_jax.contracts import Drawing, Examples, Params, UserError
 from vpe_jax.data import text
+from vpe_jax.data.published_text import open_tokenizer
 from vpe_jax.sampling import pictures
 
 _COLUMNS = 8  # pictures in a row of a sheet
@@ -63,7 +64,7 @@ class Generator:
     system: Any,
     params: Params,
     frozen: Params,
-    tokenizer: text.Tokenizer,
+    tokenizer: text.Tokens,
     metadata: Mapping[str, str],
     rows: int = 4,
   ):
@@ -131,7 +132,7 @@ class Generator:
     sources = {name: system.frozen_weights[name] for name in system.draws_with}
     frozen = {name: weights_io.load(source)[0] for name, source in sources.items()}
     said = {'checkpoint': weights_io.fingerprint(params), 'weights': f'{workdir} ({held})'}
-    return cls(system, params, frozen, text.shipped(), said, rows)
+    return cls(system, params, frozen, open_tokenizer(system.config.data.tokenizer), said, rows)
 
   def settings(self, **overrides: Any) -> SampleConfig:
     """The run's own sampling settings, with some fields replaced; None keeps the run's own.

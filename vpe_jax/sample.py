@@ -30,14 +30,8 @@ def _define_flags() -> None:
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'averaged, or of the last step')
   flags.DEFINE_bool('overwrite', False, 'replace files that exist')
   flags.DEFINE_bool('no_metadata', False, 'leave the text chunks out')
-  flags.DEFINE_float('guidance', None, 'classifier-free scale; 1 is off')
-  flags.DEFINE_integer('steps', None, 'steps of the flow')
-  flags.DEFINE_float('shift', None, 'time shift of the flow towards noise')
-  flags.DEFINE_float('temperature', None, 'of the visual prompt; 0 is greedy')
-  flags.DEFINE_integer('top_k', None, 'draw from the k likeliest codes; 0 is off')
-  flags.DEFINE_float('top_p', None, 'draw from the likeliest codes up to this total; 1 is off')
-  flags.DEFINE_float('min_p', None, 'least share of the likeliest code; 0 is off')
-  flags.DEFINE_float('plan_guidance', None, 'of the visual prompt towards the text; 1 is off')
+  front_door.define_settings()
+  flags.adopt_module_key_flags(front_door)  # So that --help lists them.
 
 
 def _prompts() -> list[str]:
@@ -61,8 +55,7 @@ def main() -> None:
   front_door.check_folder(os.path.dirname(out))
   machine.use_compilation_cache()
   generator = Generator.load(FLAGS.workdir, FLAGS.weights)
-  names = vars(generator.settings())
-  settings = generator.settings(**{name: FLAGS[name].value for name in names})
+  settings = generator.settings(**front_door.settings())
   drawn = generator(prompts, FLAGS.n, FLAGS.seed, settings)
   files = [(p.image, p.metadata) for p in drawn] if out.endswith('/') else [sheet(drawn)]
   for path, (image, said) in zip(paths, files):

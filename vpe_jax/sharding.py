@@ -147,9 +147,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       `tensor` is above 1 with a strategy that doesn't use it.
   """
   if config.strategy not in RULES:
-    raise UserError(
-      f"unknown mesh.strategy '{config.strategy}'{nearest(config.strategy, RULES)}"
-    )
+    raise UserError(f"unknown mesh.strategy '{config.strategy}'{nearest(config.strategy, RULES)}")
   devices = list(jax.devices() if devices is None else devices)
   sizes = [config.data, config.fsdp, config.tensor]
   asked = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))

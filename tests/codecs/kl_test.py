@@ -48,9 +48,7 @@ def test_latents_are_normalised_by_the_stored_moments(params):
   raw, latents = codec.encode(plain, _images()), codec.encode(params, _images())
   moments = params['image']
   np.testing.assert_allclose(latents * moments['scale'] + moments['shift'], raw, atol=1e-5)
-  np.testing.assert_allclose(
-    codec.decode(params, latents), codec.decode(plain, raw), atol=1e-5
-  )
+  np.testing.assert_allclose(codec.decode(params, latents), codec.decode(plain, raw), atol=1e-5)
 
 
 def test_a_training_pass_without_noise_is_encode_and_decode(params):

@@ -80,9 +80,7 @@ def test_depth_chooses_the_features(codec, params):
   centred = raw - raw.mean(-1, keepdims=True)
   norm = params['siglip']['vision']['encoder']['norm']
   wanted = centred / jnp.sqrt(centred.var(-1, keepdims=True) + 1e-6) * norm['scale']
-  np.testing.assert_allclose(
-    codec.features(params, _images()), wanted + norm['bias'], atol=2e-5
-  )
+  np.testing.assert_allclose(codec.features(params, _images()), wanted + norm['bias'], atol=2e-5)
 
 
 def test_straight_through_passes_the_decoder_s_gradient(codec, params):

@@ -47,9 +47,7 @@ def test_only_one_thing_changes(records, monkeypatch):
   """Clusters differ in at most one place, or only the ground does."""
   seen = []
   original = wording.caption
-  monkeypatch.setattr(
-    near_misses.wording, 'caption', lambda t, w: seen.append(t) or original(t, w)
-  )
+  monkeypatch.setattr(near_misses.wording, 'caption', lambda t, w: seen.append(t) or original(t, w))
   for record in records[:50]:
     seen.clear()
     near_misses.near_misses(record, 3)

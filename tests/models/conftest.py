@@ -119,9 +119,9 @@ class _Source:
   def encoder_layer(self, key: str, width: int) -> dict:
     attention = {name: self.heads(f'{key}.self_attn.{name}_proj', width, True) for name in 'qkv'}
     attention['o'] = self.out(f'{key}.self_attn.out_proj', width, True)
-    norm = lambda i: self.scale(f'{key}.layer_norm{i}') | {
-      'bias': self.take(f'{key}.layer_norm{i}.bias')
-    }
+    norm = lambda i: (
+      self.scale(f'{key}.layer_norm{i}') | {'bias': self.take(f'{key}.layer_norm{i}.bias')}
+    )
     mlp = {'up': self.dense(f'{key}.mlp.fc1'), 'down': self.dense(f'{key}.mlp.fc2')}
     return {'attention': attention, 'attention_norm': norm(1), 'mlp_norm': norm(2), 'mlp': mlp}
 

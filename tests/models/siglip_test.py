@@ -48,9 +48,7 @@ def _encoder(get, source, closing, config):
   layers = {
     f'layers_{i}': {
       'attention_norm': _norm(get, f'{source}.layers.{i}.layer_norm1'),
-      'attention': _attention(
-        get, f'{source}.layers.{i}.self_attn', config.width, config.heads
-      ),
+      'attention': _attention(get, f'{source}.layers.{i}.self_attn', config.width, config.heads),
       'mlp_norm': _norm(get, f'{source}.layers.{i}.layer_norm2'),
       'mlp': _mlp(get, f'{source}.layers.{i}.mlp'),
     }

@@ -107,9 +107,7 @@ def test_hidden_words_are_hidden_in_the_own_and_the_wrong_caption(system, params
   apply = lambda *inputs, method: system.network.apply({'params': params}, *inputs, method=method)
   images = apply(batch.image[:, :48, :48] / 127.5 - 1.0, method='embed_images')
   (own, wrong), (hidden_own, hidden_wrong) = ranked(plain), ranked(hiding)
-  logits = apply(
-    images, apply(batch.text, batch.text_length, method='embed_text'), method='logits'
-  )
+  logits = apply(images, apply(batch.text, batch.text_length, method='embed_text'), method='logits')
   np.testing.assert_allclose(own, jnp.diagonal(logits), rtol=1e-5)
   assert not np.isclose(own, wrong[:, 0], atol=1e-6)[1:].any()  # the first has no near miss
   hides = np.isclose(hidden_own, hidden_wrong[:, 0], atol=1e-6)[1:]
@@ -192,9 +190,7 @@ def test_eight_devices_give_the_loss_and_gradient_of_one(system, params):
     together, parts = jax.jit(jax.value_and_grad(total))(spread, placed)
   np.testing.assert_allclose(together, alone, rtol=1e-5)
   scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), gradient, parts
-  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), gradient, parts)
 
 
 @pytest.mark.parametrize('preset', ['tiny', 'judge'])

@@ -20,6 +20,7 @@ from vpe_jax.config import DataConfig
 from vpe_jax.contracts import Examples, UserError
 from vpe_jax.data import near_misses, text
 from vpe_jax.data.cache import Encoded
+from vpe_jax.data.published_text import open_tokenizer
 from vpe_jax.data.records import Record, Source, Split, render
 from vpe_jax.data.sources import open_source
 
@@ -43,7 +44,7 @@ class Pipeline:
     seed: int,
     split: Split = 'train',
     encoded: Encoded | None = None,
-    tokenizer: text.Tokenizer | None = None,
+    tokenizer: text.Tokens | None = None,
   ):
     """Opens the source; reads no picture yet.
 
@@ -53,13 +54,13 @@ class Pipeline:
       split: `train`, or held-out `combination` or `concept`.
       encoded: codes and latents by source index (a cache, or synthetic ones); with it, examples
         carry these and no image.
-      tokenizer: another than the shipped one.
+      tokenizer: another than the config's.
 
     Raises:
       UserError: the source can't be opened, or `encoded` is of another number of records.
     """
     self.source: Source = open_source(config, split, seed)
-    self.tokenizer = tokenizer or text.shipped()
+    self.tokenizer = tokenizer or open_tokenizer(config.tokenizer)
     self._config = config
     self._encoded = encoded
     if encoded is not None and len(encoded) != len(self.source):
@@ -166,7 +167,7 @@ class _Reader(grain.transforms.Map):
   """Makes one row of a batch; travels to reader processes."""
 
   source: Source
-  tokenizer: text.Tokenizer
+  tokenizer: text.Tokens
   image_size: int
   text_length: int
   encoded: Encoded | None

@@ -188,6 +188,5 @@ def _block_ends(spans: Sequence[Span], present: Sequence[Array]) -> list[Array]:
 def _padded(region: Region, length: int) -> Region:
   """Absent tokens behind the region: every field is 0 there."""
 
-
   extra = length - region.ids.shape[1]
   return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, extra))), region)

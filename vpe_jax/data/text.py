@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -45,8 +46,82 @@ _GENERAL = (
 )
 
 
-class Tokenizer:
-  """Captions to tokens and back."""
+class Tokens(abc.ABC):
+  """Captions to tokens and back: what every tokenizer offers.
+
+  Attributes:
+    pad: the id that fills short captions.
+  """
+
+  pad: int
+
+  @property
+  @abc.abstractmethod
+  def vocabulary(self) -> int:
+    """Number of tokens, special ones included."""
+
+  @abc.abstractmethod
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of tokens; special ones are left out."""
+
+  @abc.abstractmethod
+  def _ids(self, caption: str) -> list[int]:
+    """The tokens of valid text, without special ones."""
+
+  def encode(self, caption: str) -> list[int]:
+    """The tokens of one caption, without special ones.
+
+    Raises:
+      UserError: it holds what no text does, such as a byte that wasn't UTF-8.
+    """
+    try:
+      caption.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(f'caption or prompt is not valid text: {caption!r} ({error})') from error
+    return self._ids(caption)
+
+  def encode_batch(
+    self, captions: Sequence[str], length: int, cut: bool = False
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of captions as one array.
+
+    Args:
+      captions: B texts.
+      length: T, the most tokens that one may have.
+      cut: whether a longer one is cut, with one warning for all; otherwise it is refused.
+
+    Returns:
+      ids int32 [B, T], padded with `pad`, and the number of real tokens int32 [B].
+
+    Raises:
+      UserError: a caption is no text, or too long and not to be cut.
+    """
+    ids = np.full((len(captions), length), self.pad, np.int32)
+    lengths = np.zeros(len(captions), np.int32)
+    for row, caption in enumerate(captions):
+      tokens = self.encode(caption)
+      if len(tokens) > length and not cut:
+        raise UserError(
+          f'prompt has {len(tokens)} tokens and the limit is {length}; shorten it: {caption!r}'
+        )
+      if len(tokens) > length:
+        logging.log_first_n(
+          logging.WARNING,
+          'captions over config.data.text_length=%d tokens are cut, such as this one of %d: %r',
+          1,
+          length,
+          len(tokens),
+          caption,
+        )
+      lengths[row] = min(len(tokens), length)
+      ids[row, : lengths[row]] = tokens[:length]
+    return ids, lengths
+
+
+class Tokenizer(Tokens):
+  """The small BPE of the embedded sets."""
+
+  pad = PAD
 
   def __init__(self, path: str | Path = SHIPPED):
     """Reads a tokenizer file that `write` made.
@@ -67,54 +142,8 @@ class Tokenizer:
     """Number of tokens, special ones included."""
     return self._bpe.get_vocab_size()
 
-  def encode(self, caption: str) -> list[int]:
-    """The tokens of one caption, without special ones.
-
-    Raises:
-      UserError: it holds what no text does, such as a byte that wasn't UTF-8.
-    """
-    try:
-      caption.encode()
-    except UnicodeEncodeError as error:
-      raise UserError(f'caption or prompt is not valid text: {caption!r} ({error})') from error
+  def _ids(self, caption: str) -> list[int]:
     return self._bpe.encode(caption, add_special_tokens=False).ids
-
-  def encode_batch(
-    self, captions: Sequence[str], length: int, cut: bool = False
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of captions as one array.
-
-    Args:
-      captions: B texts.
-      length: T, the most tokens that one may have.
-      cut: whether a longer one is cut, with one warning for all; otherwise it is refused.
-
-    Returns:
-      ids int32 [B, T], padded with PAD, and the number of real tokens int32 [B].
-
-    Raises:
-      UserError: a caption is no text, or too long and not to be cut.
-    """
-    ids = np.full((len(captions), length), PAD, np.int32)
-    lengths = np.zeros(len(captions), np.int32)
-    for row, caption in enumerate(captions):
-      tokens = self.encode(caption)
-      if len(tokens) > length and not cut:
-        raise UserError(
-          f'prompt has {len(tokens)} tokens and the limit is {length}; shorten it: {caption!r}'
-        )
-      if len(tokens) > length:
-        logging.log_first_n(
-          logging.WARNING,
-          'captions over config.data.text_length=%d tokens are cut, such as this one of %d: %r',
-          1,
-          length,
-          len(tokens),
-          caption,
-        )
-      lengths[row] = min(len(tokens), length)
-      ids[row, : lengths[row]] = tokens[:length]
-    return ids, lengths
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of tokens; special ones are left out. Letters come back in lower case."""

@@ -159,9 +159,7 @@ class System:
         terms[loss] = term if name == stage.name else dataclasses.replace(term, weight=0.0)
     return terms
 
-  def _prompt_losses(
-    self, params: Params, frozen: Params, batch: Examples
-  ) -> dict[str, LossTerm]:
+  def _prompt_losses(self, params: Params, frozen: Params, batch: Examples) -> dict[str, LossTerm]:
     """Features and pooled vector rebuilt from codes, and the codebook's own terms.
 
     `usage` and `perplexity` are figures of a whole batch, counted once a picture so that they
@@ -207,9 +205,7 @@ class System:
       'retrieval': LossTerm(jnp.sum(hits), pictures, 0.0),
     }
 
-  def _image_losses(
-    self, params: Params, batch: Examples, rng: Array
-  ) -> dict[str, LossTerm]:
+  def _image_losses(self, params: Params, batch: Examples, rng: Array) -> dict[str, LossTerm]:
     """Reconstruction from sampled latents, and their distance from a standard normal."""
     c, pictures = self.config.model, batch.example.shape[0]
     images = pixels.random_crops(pixels.to_unit(batch.image), c.crop, rng, batch.example)

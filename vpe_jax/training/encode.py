@@ -40,10 +40,16 @@ def open_training_data(
   """The training split, with codes and latents where the config asks for them beforehand.
 
   Raises:
-    UserError: `data.encode` has an unknown value, the system has no encoders, or other hosts
-      can't see the cache.
+    UserError: `data.encode` has an unknown value, the system has no encoders, the tokenizer has
+      more tokens than the model has rows, or other hosts can't see the cache.
   """
   pictures = Pipeline(config.data, config.seed)
+  rows = getattr(config.model, 'text_vocab', None)
+  if rows is not None and pictures.tokenizer.vocabulary > rows:
+    raise UserError(
+      f"tokenizer '{config.data.tokenizer}' has {pictures.tokenizer.vocabulary} tokens, but "
+      f'model.text_vocab is {rows}: a model needs a row for each'
+    )
   if config.data.encode == 'online':
     return pictures
   if config.data.encode != 'cached':
