@@ -116,7 +116,8 @@ def load(tensors: Mapping[str, Tensor], plan: Plan, abstract: Params) -> dict[st
         continue
       if path not in made:
         made[path] = _zeros(leaf)
-      made[path] = _written(made[path], _placed_entry(part, leaf), place.index)
+      written = _written(made[path], _placed_entry(part, leaf), place.index)
+      made[path] = written.block_until_ready()  # One layer in flight, not as many as fit.
   return made
 
 
