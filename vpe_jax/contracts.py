@@ -154,6 +154,24 @@ class Stage:
   source: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """Weights that a new run starts from.
+
+  Attributes:
+    family: of the published network (vpe_jax.checkpoints.families).
+    source: a folder of published weights, an import of them, or a hub id.
+    sizes: of the network, as the family's `Sizes`.
+    paths: (beginning of a path in the family's tree, what takes its place in ours); a part that
+      several of them name is copied, one that none names isn't used.
+  """
+
+  family: str
+  source: str
+  sizes: Any
+  paths: tuple[tuple[str, str], ...]
+
+
 class System(Protocol):
   """One way of joining a language model and an image generator.
 
@@ -170,6 +188,7 @@ class System(Protocol):
     draws_with: names of the frozen networks that `generate` reads. This and `codes`: only systems
       that draw have them.
     codes: entries of the visual prompt's codebook.
+    starts: weights that a new run starts from; only systems whose config can name some have it.
   """
 
   config: Any
@@ -178,6 +197,7 @@ class System(Protocol):
   frozen_weights: Mapping[str, str]
   draws_with: tuple[str, ...]
   codes: int
+  starts: tuple[Start, ...]
 
   def init(self, rng: Array) -> Params:
     """Fresh parameters; pure and jittable."""

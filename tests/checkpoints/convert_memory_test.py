@@ -51,7 +51,6 @@ print(peak[0] - before - model, model, float(params['down'][-1, 2, 1]))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
 def test_memory_beyond_the_model_is_a_layer_and_a_tensor(tmp_path):
   names, number = {}, np.float32(0)
   for file, kind in enumerate(('up', 'down')):

@@ -17,7 +17,7 @@ import numpy as np
 from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import pixels
 from vpe_jax.config import Config
-from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, UserError
+from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, Start, UserError
 from vpe_jax.data import shapes, text
 from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment
@@ -47,12 +47,15 @@ class ModelConfig:
     blind: share of pictures, among those whose caption names a colour, that are shown in exchanged
       colours and ranked with all words for colours hidden: a shape is a shape in any colour. Such
       a caption fits many pictures, so they take no part in the sigmoid loss.
+    init_from: a SigLIP that training starts from: a folder as transformers saves it, an import, or
+      a hub id (empty: random initialisation).
   """
 
   siglip: siglip.SiglipConfig = siglip.SiglipConfig()
   jitter: pixels.Jitter = pixels.Jitter()
   hide: float = 0.0
   blind: float = 0.0
+  init_from: str = ''
 
 
 class System:
@@ -92,7 +95,14 @@ class System:
     losses = ('sigmoid', 'retrieval')
     if self.config.data.near_misses:
       losses += ('near', 'near_retrieval')
-    return Stage(name, trainable=('.*',), losses=losses, ema=True, source='random initialisation')
+    source = self.config.model.init_from or 'random initialisation'
+    return Stage(name, trainable=('.*',), losses=losses, ema=True, source=source)
+
+  @property
+  def starts(self) -> tuple[Start, ...]:
+    """Published towers, where `model.init_from` names some."""
+    c = self.config.model
+    return (Start('siglip', c.init_from, c.siglip, (('', ''),)),) if c.init_from else ()
 
   def init(self, rng: Array) -> Params:
     """Fresh towers."""

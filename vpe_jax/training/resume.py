@@ -12,9 +12,11 @@ from typing import Any
 import jax
 
 from vpe_jax import rng, sharding
+from vpe_jax.checkpoints import convert
 from vpe_jax.config import Config, differences
 from vpe_jax.contracts import Array, Params, System, UserError
-from vpe_jax.training.state import COUNTERS, State, first_state
+from vpe_jax.training import pretrained
+from vpe_jax.training.state import COUNTERS, State, first_state, merge
 
 # What a run shows, keeps and runs on, as against what it computes.
 FREE = ('checkpoint', 'log', 'sample', 'data.workers', 'mesh')
@@ -86,17 +88,27 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
 
 
 def fresh_state(system: System, abstract: State, frozen: Params, key: Array) -> State:
-  """The state of a new run, initialised in place on its devices."""
+  """The state of a new run, made in place on its devices.
 
-  def init(key: Array, frozen: Params) -> State:
+  Raises:
+    UserError: weights that the run starts from are missing or don't fit.
+  """
+  loaded = pretrained.load(getattr(system, 'starts', ()), abstract['params'])
+
+  def init(key: Array, frozen: Params, loaded: dict[str, Array]) -> State:
     params = system.init(rng.stream(key, 'init'))
     if hasattr(system, 'inherit'):
       params = system.inherit(params, frozen, rng.stream(key, 'inherit'))
+    # What is loaded is never drawn: the compiler leaves out what nothing reads.
+    params = merge(convert.tree(loaded), params)
     return first_state(params, system.stages[0])
 
   # A CPU compiles this program for longer than it runs, more so if it is to run fast.
   quickly = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-  return jax.jit(init, out_shardings=shardings_of(abstract), compiler_options=quickly)(key, frozen)
+  run = jax.jit(
+    init, out_shardings=shardings_of(abstract), compiler_options=quickly, donate_argnums=2
+  )
+  return run(key, frozen, loaded)
 
 
 def shardings_of(abstract: State) -> State:

@@ -1,0 +1,76 @@
+"""Parameters that a run starts from: published weights, or an import of them, put where they go."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from vpe_jax.checkpoints import convert, converted, families, sources
+from vpe_jax.checkpoints.store import FOLDER
+from vpe_jax.contracts import Array, Params, Start, UserError
+from vpe_jax.sharding import by_path
+
+
+def load(starts: Sequence[Start], abstract: Params) -> dict[str, Array]:
+  """Reads the weights that a system starts from.
+
+  Args:
+    starts: see vpe_jax.contracts.Start.
+    abstract: the system's parameters, with their shardings.
+
+  Returns:
+    Path -> array, for every parameter that the weights fill, sharded as `abstract` is.
+
+  Raises:
+    UserError: weights are missing, don't fit, or are of another size.
+  """
+  wanted, found = by_path(abstract), {}
+  for start in starts:
+    for path, leaf in by_path(_read(start, wanted)).items():
+      for target in _targets(start, path):
+        found[target] = _as(leaf, wanted[target], start.source, target)
+  return found
+
+
+def _read(start: Start, wanted: Mapping[str, Any]) -> Params:
+  """The family's parameters; from published weights, each where its first target lies."""
+  if (epath.Path(start.source).expanduser() / FOLDER).is_dir():
+    sizes, params, _ = converted.read(start.source, start.family)
+    if sizes != start.sizes:
+      raise UserError(
+        f"'{start.source}' holds a {start.family} of other sizes than the config's: {sizes}, not "
+        f'{start.sizes}'
+      )
+    return params
+
+  def place(tree: Params) -> Params:
+    leaves = by_path(tree)
+    for path, leaf in leaves.items():
+      for target in _targets(start, path)[:1]:
+        where = getattr(wanted[target], 'sharding', None)
+        leaves[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return convert.tree(leaves)
+
+  source = sources.open_source(start.source)
+  return families.load(start.family, source, place, start.sizes).params
+
+
+def _targets(start: Start, path: str) -> list[str]:
+  """Where a leaf of the family's tree goes in ours."""
+  return [
+    ours + path.removeprefix(theirs) for theirs, ours in start.paths if path.startswith(theirs)
+  ]
+
+
+def _as(leaf: Array, wanted: Any, source: str, path: str) -> Array:
+  """A leaf in its place: a copy, as one that fills several places may share memory with none."""
+  if leaf.shape != wanted.shape:
+    raise UserError(
+      f"'{source}' has {list(leaf.shape)} for our '{path}' of {list(wanted.shape)}: it is of "
+      'another size than the config says'
+    )
+  return jnp.copy(jax.device_put(leaf, getattr(wanted, 'sharding', None)))
