@@ -220,7 +220,8 @@ class ClassTokens(nn.Module):
 def forward_flops(config: EncoderConfig, tokens: int) -> float:
   """Matrix FLOPs of one forward pass over one row of `tokens` tokens."""
   c = config
-  dense = 4 * c.width * c.width + 2 * c.width * c.mlp
+  mlp = 3 if c.activation == 'swiglu' else 2
+  dense = 4 * c.width * c.width + mlp * c.width * c.mlp
   return 2.0 * tokens * c.layers * (dense + 2 * tokens * c.width)
 
 
