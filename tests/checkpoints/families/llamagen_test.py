@@ -84,6 +84,8 @@ def test_every_norm_and_rotation_matters(parity, imported, golden):
 
 def test_what_ours_cannot_express_is_refused():
   said = json.loads((GOLDEN / 'config.json').read_text())
+  with pytest.raises(UserError, match='reads text'):
+    llamagen.sizes(said | {'model_type': 't2i', 'cls_token_num': 120})
   with pytest.raises(UserError, match='square'):
     llamagen.sizes(said | {'block_size': 17})
   with pytest.raises(UserError, match='class_turn'):
@@ -112,6 +114,10 @@ def test_real_sizes(parity, real, body, total):
   assert parity.count(abstract, r'(layers|norm)/') == body
   assert parity.count(abstract) == total
   assert llamagen.sizes(llamagen.published(sizes)) == sizes
+  # The hub's copies leave the MLP to be worked out from the width.
+  arguments = {'multiple_of': 256, 'ffn_dim_multiplier': None, 'n_kv_head': None}
+  hub = {key: said[key] for key in said if key not in ('ffn_hidden', 'model_type')}
+  assert llamagen.sizes(hub | arguments | {'model_type': 'c2i', 'cls_token_num': 1}) == sizes
 
 
 def test_one_code_at_a_time_gives_the_same_logits(parity, imported, golden):
