@@ -1,8 +1,11 @@
-"""Eight virtual CPU devices, exact matrix products, and a compilation cache for every test."""
+"""Eight virtual CPU devices, exact matrix products, and a compilation cache for every test; the
+golden Show-o2, which tests of the model and of its family read.
+"""
 
 import os
 import pathlib
 import tempfile
+import types
 
 # Before jax is imported: it reads these once. Subprocesses of tests inherit them. Tests compile
 # much and run little, so the compiler optimises less: a third of the time for the same numbers.
@@ -19,7 +22,60 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE / 'vpe_jax' / 'xla
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 os.environ.setdefault('JAX_DEFAULT_MATMUL_PRECISION', 'highest')
 
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 # Grain's worker processes read absl flags, which pytest's own command line never parses.
 flags.FLAGS(['pytest'], known_only=True)
+
+
+@pytest.fixture(scope='session')
+def show_o2() -> types.SimpleNamespace:
+  """The golden Show-o2, imported, with zeros for the rows of a visual prompt that it hasn't.
+
+  `folder`, `imported`, `sizes`, `params()` (fresh trees, free to change), `io` (inputs and outputs
+  of the original), `regions` (its row without the tail: the text before the image span, and the
+  span), `clock`, and `run(params, sizes, clock)`: hidden states of the text, and the velocity, for
+  these inputs.
+  """
+  import jax
+  import jax.numpy as jnp
+
+  from vpe_jax.checkpoints import families, sources
+  from vpe_jax.contracts import Region, Visibility
+  from vpe_jax.data.sequence import NEVER
+  from vpe_jax.models.unified import Unified
+
+  folder = pathlib.Path(__file__).parent / 'golden' / 'showo2'
+  imported = families.load('showo2', sources.open_source(str(folder)))
+  leaves = {**imported.params}
+  leaves['embed'] = {**leaves['embed'], 'codes': jnp.zeros((2, imported.sizes.ar.width))}
+  io = dict(np.load(folder / 'io.npz'))
+
+  start, length = (int(x) for x in io['span'])
+  ids = jnp.asarray(io['ids'][:, : start + length], jnp.int32)
+  order = jnp.broadcast_to(jnp.arange(start + length, dtype=jnp.int32), ids.shape)
+  reach = jnp.where(order < start, order + 1, start + length)
+  visibility = Visibility(order, jnp.zeros_like(order), reach, jnp.full_like(order, NEVER))
+  zeros = jnp.zeros_like(ids)
+  row = Region(ids, order, visibility, zeros, zeros.astype(jnp.float32))
+  cut = lambda a, b: jax.tree.map(lambda leaf: leaf[:, a:b], row)
+  regions = {'ar': cut(0, start), 'dit': cut(start, start + length)}
+  latents, clock = jnp.asarray(io['latents']).transpose(0, 2, 3, 1), jnp.asarray(io['t'])
+  runs = {}
+
+  def run(params, sizes=imported.sizes, clock=clock):
+    compiled = runs.setdefault(sizes, jax.jit(Unified(sizes)))
+    return compiled(params, regions, latents, clock)
+
+  return types.SimpleNamespace(
+    folder=folder,
+    imported=imported,
+    sizes=imported.sizes,
+    params=lambda: jax.tree.map(lambda leaf: leaf, leaves),
+    io=io,
+    regions=regions,
+    clock=clock,
+    run=run,
+  )

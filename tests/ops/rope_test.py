@@ -47,3 +47,23 @@ def test_products_depend_on_distance_alone():
   product = lambda a, b: jnp.sum(turned(x, a) * turned(y, b))
   np.testing.assert_allclose(product(3, 8), product(13, 18), rtol=1e-5)
   assert abs(float(product(3, 8) - product(3, 9))) > 1e-4
+
+
+def test_adjacent_pairs_are_the_halves_in_another_order():
+  x = jax.random.normal(jax.random.key(0), (2, 3, 2, WIDTH))
+  tables = rope.rotary(jnp.array([[0, 2, 9], [1, 4, 5]]), WIDTH, 1e4)
+  woven = lambda y: y.reshape(2, 3, 2, 2, WIDTH // 2).swapaxes(-1, -2).reshape(x.shape)
+  ours = rope.rotate(woven(x), tables, adjacent=True)
+  np.testing.assert_allclose(ours, woven(rope.rotate(x, tables)), atol=1e-6)
+
+
+def test_grid_turns_half_of_the_pairs_by_row_and_half_by_column():
+  x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, WIDTH))
+  turned = lambda z, *at: rope.rotate(z, rope.rotary_grid(jnp.array([[at]]), WIDTH, 1e4))
+  product = lambda a, b: jnp.sum(turned(x, *a) * turned(y, *b))
+  np.testing.assert_allclose(product((3, 8), (1, 9)), product((5, 2), (3, 3)), rtol=1e-4)
+  assert abs(float(product((3, 8), (1, 9)) - product((3, 8), (9, 1)))) > 1e-4
+  cos, _ = rope.rotary_grid(jnp.array([[[0, 5]]]), WIDTH, 1e4)
+  quarter = rope.rotary(jnp.array([[5]]), WIDTH // 2, 1e4)[0]
+  np.testing.assert_array_equal(cos[..., : WIDTH // 4], 1.0)
+  np.testing.assert_array_equal(cos[..., WIDTH // 4 :], quarter)

@@ -68,8 +68,8 @@ def plan(tensors: Mapping[str, Tensor], layouts: Sequence[Table], abstract: Para
   tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
   shapes = {path: tuple(leaf.shape) for path, leaf in by_path(abstract).items()}
   expected = _expected(table, shapes)
-  tied = _check_ties(table, tensors)
-  ignored, places, problems = dict(tied), {}, []
+  tied = _check_ties(table, tensors, expected)
+  ignored, places, problems = {prefix + key: why for key, why in tied.items()}, {}, []
   for key in sorted(tensors):
     why = tables.reason(table.ignored, key)
     if key in expected:
@@ -235,10 +235,12 @@ def _misfits(key: str, tensor: Tensor, place: Place, shapes: _Shapes) -> list[st
   return found
 
 
-def _check_ties(table: Table, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _check_ties(
+  table: Table, tensors: Mapping[str, Tensor], expected: Mapping[str, Place]
+) -> dict[str, str]:
   dropped = {}
   for copy, original in table.ties:
-    if copy in tensors and original in tensors:
+    if copy in tensors and original in tensors and copy not in expected:
       if not np.array_equal(tensors[copy].read(), tensors[original].read()):
         raise UserError(
           f"'{copy}' and '{original}' should be one tensor, but hold different numbers: these "
@@ -300,7 +302,8 @@ def _source_tensor(
   if place.index is not None:
     chosen = [leaf[place.index] for leaf in chosen]
   parts = [np.asarray(jax.device_get(leaf)) for leaf in chosen]
-  return np.ascontiguousarray(tables.backward(place, parts, axes).astype(dtype))
+  # Not ascontiguousarray, which makes a vector of a scalar.
+  return np.array(tables.backward(place, parts, axes), dtype, order='C')
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -324,8 +327,13 @@ def _placed_entry(part: np.ndarray, leaf: Any) -> Array:
 
 
 def _zeros(leaf: Any) -> Array:
-  out = getattr(leaf, 'sharding', None)
-  return jax.jit(lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=out)()
+  return _maker(tuple(leaf.shape), np.dtype(leaf.dtype), getattr(leaf, 'sharding', None))()
+
+
+@functools.cache
+def _maker(shape: tuple[int, ...], dtype: np.dtype, sharding: Any) -> Any:
+  """Compiled once for all leaves of a kind."""
+  return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

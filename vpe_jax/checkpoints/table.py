@@ -59,7 +59,7 @@ class Table:
     ignored: (regular expression over source keys, reason): tensors that we have no use for.
     absent: (regular expression over target paths, reason): leaves that no source tensor fills.
     ties: (key, key): where both are there, they must hold the same numbers, and the first is
-      dropped.
+      dropped; unless our network has a leaf of its own for the first (an untied output).
     prefixes: beginnings that all source keys may have in common; they are taken off.
   """
 

@@ -27,20 +27,6 @@ class DualPathConfig:
   table: int
 
 
-def resize_positions(table: Array, side: int, height: int, width: int) -> Array:
-  """A square position table [side^2, D], bicubically resampled to [height * width, D].
-
-  Torch's bicubic kernel (a = -0.75), pixel centres, no antialiasing; a grid of the table's own
-  size is returned as it is (Show-o2, misc.py).
-  """
-  if (height, width) == (side, side):
-    return table
-  square = table.reshape(side, side, -1)
-  shape = (height, width, square.shape[-1])
-  method = jax.image.ResizeMethod.CUBIC_PYTORCH
-  return jax.image.resize(square, shape, method, antialias=False).reshape(height * width, -1)
-
-
 class Ends(nn.Module):
   """The dual path around its encoder: patch embeddings and positions in, fusion out."""
 
@@ -65,7 +51,7 @@ class Ends(nn.Module):
     """Inputs of the encoder [B, P, width of the encoder] and of the fusion [B, P, D]."""
     patches = vit.patches(latents.astype(self.dtype), self.patch)
     height, width = (side // self.patch for side in latents.shape[1:3])
-    table = resize_positions(self.positions, self.config.table, height, width)
+    table = vit.resize_positions(self.positions, self.config.table, height, width)
     return self.und(patches) + table.astype(self.dtype), self.gen(patches)
 
   def fuse(self, und: Array, gen: Array) -> Array:

@@ -38,12 +38,15 @@ class Stream:
     positions: rotary positions [B, L].
     visibility: of these tokens [B, L].
     condition: of the modulation [B, 1, D], or None for rows that are not modulated.
+    rotation: rotary tables [B, L, 1, H / 2], cosine and sine, in the place of those that the layer
+      makes from `positions`; None: the layer's.
   """
 
   x: Array
   positions: Array
   visibility: Visibility
   condition: Array | None = None
+  rotation: tuple[Array, Array] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -115,7 +118,7 @@ def run(
   query = concatenate([stream.visibility for stream in streams.values()])
   call = _Call(
     layers,
-    tables={name: _tables(layers[name], stream.positions) for name, stream in streams.items()},
+    tables={name: _tables(layers[name], stream) for name, stream in streams.items()},
     conditions={name: stream.condition for name, stream in streams.items()},
     query=query,
     key=query if cache is None else cache.key,
@@ -150,9 +153,11 @@ class _Call:
   at: Array | int
 
 
-def _tables(layer: Layer, positions: Array) -> tuple[Array, Array]:
+def _tables(layer: Layer, stream: Stream) -> tuple[Array, Array]:
+  if stream.rotation is not None:
+    return stream.rotation
   c = layer.config
-  return rope.rotary(positions, c.head_width, c.rope_theta, c.rope_scaling)
+  return rope.rotary(stream.positions, c.head_width, c.rope_theta, c.rope_scaling)
 
 
 def _unrolled(

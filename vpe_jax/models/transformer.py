@@ -29,6 +29,7 @@ class TransformerConfig:
     qkv_bias: whether q, k and v have a bias (Qwen2).
     qk_norm: whether each head's q and k are RMS-normalised before rotation.
     eps: of the layer norms.
+    rope_adjacent: whether neighbours in a head turn together (LlamaGen), not its two halves.
   """
 
   width: int
@@ -42,6 +43,7 @@ class TransformerConfig:
   qkv_bias: bool = True
   qk_norm: bool = False
   eps: float = 1e-6
+  rope_adjacent: bool = False
 
 
 class RMSNorm(nn.Module):
@@ -118,7 +120,8 @@ class Layer(nn.Module):
     q, k, v = self.q(y), self.k(y), self.v(y)
     if self.config.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
-    return rope.rotate(q, tables), rope.rotate(k, tables), v
+    turn = lambda heads: rope.rotate(heads, tables, self.config.rope_adjacent)
+    return turn(q), turn(k), v
 
   def finish(self, x: Array, mixed: Array, modulation: list[Array] | None = None) -> Array:
     """The layer's output [B, L, D] from its input and the mixed values [B, L, N, H]."""

@@ -1,4 +1,4 @@
-"""Pre-norm bidirectional transformer (ViT): the encoder body of both SigLIP towers."""
+"""Pre-norm transformer (ViT): the encoder body of SigLIP, CLIP and DINOv2."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.contracts import Array
+from vpe_jax.config import nearest
+from vpe_jax.contracts import Array, UserError
 from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.ops import norms
+
+ACTIVATIONS = {
+  'gelu_tanh': jax.nn.gelu,
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +31,8 @@ class EncoderConfig:
     heads: attention heads N.
     mlp: hidden width of the MLP.
     eps: of the layer norms.
+    activation: of the MLP, a key of ACTIVATIONS, or `swiglu` for a gated one.
+    layer_scale: whether a learned vector scales what each half of a layer adds (DINOv2).
   """
 
   width: int
@@ -31,6 +40,13 @@ class EncoderConfig:
   heads: int
   mlp: int
   eps: float = 1e-6
+  activation: str = 'gelu_tanh'
+  layer_scale: bool = False
+
+  def __post_init__(self) -> None:
+    known = (*ACTIVATIONS, 'swiglu')
+    if self.activation not in known:
+      raise UserError(f"no activation '{self.activation}'{nearest(self.activation, known)}")
 
 
 class LayerNorm(nn.Module):
@@ -53,17 +69,21 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, queries: Array, tokens: Array, mask: Array | None = None) -> Array:
-    """Mixed tokens [B, L, D]; `mask` [B, S] says which tokens exist (None: all)."""
+    """Mixed tokens [B, L, D].
+
+    `mask` [B, S] says which tokens exist, or [B or 1, L, S] which of them each query sees (None:
+    all).
+    """
     c = self.config
     heads = lambda name: DenseGeneral((c.heads, c.width // c.heads), dtype=self.dtype, name=name)
     q, k, v = heads('q')(queries), heads('k')(tokens), heads('v')(tokens)
-    shown = None if mask is None else mask[:, None, None, :]
+    shown = None if mask is None else mask[:, None, None] if mask.ndim == 2 else mask[:, None]
     mixed = jax.nn.dot_product_attention(q, k, v, mask=shown)
     return DenseGeneral(c.width, axis=(-2, -1), dtype=self.dtype, name='o')(mixed)
 
 
 class Mlp(nn.Module):
-  """Two dense layers around a tanh GELU."""
+  """Two dense layers around an activation."""
 
   config: EncoderConfig
   dtype: jnp.dtype
@@ -71,7 +91,29 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     x = Dense(self.config.mlp, dtype=self.dtype, name='up')(x)
-    return Dense(self.config.width, dtype=self.dtype, name='down')(jax.nn.gelu(x))
+    x = ACTIVATIONS[self.config.activation](x)
+    return Dense(self.config.width, dtype=self.dtype, name='down')(x)
+
+
+class GatedMlp(nn.Module):
+  """A SwiGLU with biases: out(silu(gate(x)) * value(x))."""
+
+  config: EncoderConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    dense = lambda width, name: Dense(width, dtype=self.dtype, name=name)
+    gate, value = dense(self.config.mlp, 'gate')(x), dense(self.config.mlp, 'value')(x)
+    return dense(self.config.width, 'out')(jax.nn.silu(gate) * value)
+
+
+class Scale(nn.Module):
+  """A learned factor for each channel; starts at 1."""
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    return x * self.param('scale', nn.initializers.ones, (x.shape[-1],)).astype(x.dtype)
 
 
 class Layer(nn.Module):
@@ -84,9 +126,11 @@ class Layer(nn.Module):
   def __call__(self, x: Array, mask: Array | None = None) -> Array:
     c = self.config
     y = LayerNorm(c.eps, name='attention_norm')(x)
-    x = x + Attention(c, self.dtype, name='attention')(y, y, mask)
+    scaled = lambda y, name: Scale(name=name)(y) if c.layer_scale else y
+    x = x + scaled(Attention(c, self.dtype, name='attention')(y, y, mask), 'attention_scale')
     y = LayerNorm(c.eps, name='mlp_norm')(x)
-    return x + Mlp(c, self.dtype, name='mlp')(y)
+    mlp = GatedMlp if c.activation == 'swiglu' else Mlp
+    return x + scaled(mlp(c, self.dtype, name='mlp')(y), 'mlp_scale')
 
 
 class Encoder(nn.Module):
@@ -131,10 +175,53 @@ def patches(images: Array, patch: int) -> Array:
   return einops.rearrange(images, 'B (h p) (w q) C -> B (h w) (p q C)', p=patch, q=patch)
 
 
+def resize_positions(table: Array, side: int, height: int, width: int) -> Array:
+  """A square position table [side^2, D], bicubically resampled to [height * width, D].
+
+  Torch's bicubic kernel (a = -0.75), pixel centres, no antialiasing; a grid of the table's own
+  size is returned as it is (Show-o2, misc.py; DINOv2 and CLIP of transformers).
+  """
+  if (height, width) == (side, side):
+    return table
+  square = table.reshape(side, side, -1)
+  shape = (height, width, square.shape[-1])
+  method = jax.image.ResizeMethod.CUBIC_PYTORCH
+  return jax.image.resize(square, shape, method, antialias=False).reshape(height * width, -1)
+
+
+class ClassTokens(nn.Module):
+  """Pictures [B, H, W, C] -> a class token and patches, with positions [B, 1 + P, width].
+
+  At other sizes than `side * patch` pixels the patches' positions are resampled bicubically.
+  """
+
+  width: int
+  patch: int
+  side: int  # of the position table's square, in patches
+  use_bias: bool
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, images: Array) -> Array:
+    normal = nn.initializers.normal(0.02)
+    first = self.param('class', normal, (self.width,))
+    position = self.param('position', normal, (1 + self.side**2, self.width))
+    embed = Dense(self.width, use_bias=self.use_bias, dtype=self.dtype, name='patch')
+    height, width = (side // self.patch for side in images.shape[1:3])
+    # A convolution leaves out what doesn't fill a patch.
+    images = images[:, : height * self.patch, : width * self.patch].astype(self.dtype)
+    x = embed(patches(images, self.patch))
+    first = jnp.broadcast_to(first.astype(self.dtype), (x.shape[0], 1, self.width))
+    table = resize_positions(position[1:], self.side, height, width)
+    table = jnp.concatenate([position[:1], table])
+    return jnp.concatenate([first, x], axis=1) + table.astype(self.dtype)
+
+
 def forward_flops(config: EncoderConfig, tokens: int) -> float:
   """Matrix FLOPs of one forward pass over one row of `tokens` tokens."""
   c = config
-  dense = 4 * c.width * c.width + 2 * c.width * c.mlp
+  mlp = 3 if c.activation == 'swiglu' else 2
+  dense = 4 * c.width * c.width + mlp * c.width * c.mlp
   return 2.0 * tokens * c.layers * (dense + 2 * tokens * c.width)
 
 

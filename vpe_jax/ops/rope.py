@@ -1,4 +1,4 @@
-"""Rotary position embedding, rotate-half form (Qwen2, Llama 3)."""
+"""Rotary position embedding: along a sequence (Qwen2, Llama 3) or a grid (LlamaGen)."""
 
 from __future__ import annotations
 
@@ -44,9 +44,26 @@ def rotary(
   return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: Array, tables: tuple[Array, Array]) -> Array:
-  """Rotates heads [B, L, N, H]: pair i is (x[i], x[i + H / 2])."""
+def rotary_grid(positions: Array, width: int, theta: float) -> tuple[Array, Array]:
+  """Tables of rows and columns [B, L, 2]: two float32 [B, L, 1, width // 2].
+
+  The first half of the pairs turns with the row, the second with the column, each half through
+  all frequencies of a head half as wide (LlamaGen).
+  """
+  parts = [rotary(positions[..., axis], width // 2, theta) for axis in (0, 1)]
+  cos, sin = (jnp.concatenate(both, axis=-1) for both in zip(*parts))
+  return cos, sin
+
+
+def rotate(x: Array, tables: tuple[Array, Array], adjacent: bool = False) -> Array:
+  """Rotates heads [B, L, N, H].
+
+  Pair i is (x[i], x[i + H / 2]), or, if `adjacent`, (x[2i], x[2i + 1]).
+  """
   cos, sin = tables
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return turned.astype(x.dtype)
+  wide = x.astype(jnp.float32)
+  first, second = (wide[..., 0::2], wide[..., 1::2]) if adjacent else jnp.split(wide, 2, axis=-1)
+  turned = first * cos - second * sin, second * cos + first * sin
+  if adjacent:
+    return jnp.stack(turned, axis=-1).reshape(x.shape).astype(x.dtype)
+  return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -20,7 +20,7 @@ from vpe_jax.checkpoints.table import Table
 from vpe_jax.config import nearest
 from vpe_jax.contracts import Array, Params, UserError
 
-FAMILIES = ('siglip',)
+FAMILIES = ('siglip', 'showo2', 'qwen2', 'llama', 'clip', 'dinov2', 'llamagen')
 
 
 class Family(Protocol):

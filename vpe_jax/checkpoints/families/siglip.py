@@ -7,10 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from vpe_jax.checkpoints.families import encoders
 from vpe_jax.checkpoints.tables import siglip as table
 from vpe_jax.contracts import Array, Params, UserError
 from vpe_jax.models.siglip import Siglip, SiglipConfig
-from vpe_jax.models.vit import EncoderConfig
 
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
@@ -30,7 +30,10 @@ def sizes(published: Mapping[str, Any]) -> SiglipConfig:
   """Our sizes from config.json."""
   vision, text = published['vision_config'], published['text_config']
   projection = text.get('projection_size', text.get('hidden_size', _DEFAULTS['hidden_size']))
-  towers = {'vision': _tower(vision), 'text': _tower(text)}
+  towers = {
+    name: encoders.tower({**_DEFAULTS, **said})
+    for name, said in (('vision', vision), ('text', text))
+  }
   if projection != towers['vision'].width:
     raise UserError(
       f'the text tower ends at width {projection}, the image tower at {towers["vision"].width}'
@@ -55,8 +58,12 @@ def published(sizes: SiglipConfig) -> dict[str, Any]:
   return {
     'architectures': ['SiglipModel'],
     'model_type': 'siglip',
-    'vision_config': {'model_type': 'siglip_vision_model', **_fields(sizes.vision), **vision},
-    'text_config': {'model_type': 'siglip_text_model', **_fields(sizes.text), **text},
+    'vision_config': {
+      'model_type': 'siglip_vision_model',
+      **encoders.tower_fields(sizes.vision),
+      **vision,
+    },
+    'text_config': {'model_type': 'siglip_text_model', **encoders.tower_fields(sizes.text), **text},
   }
 
 
@@ -70,27 +77,3 @@ def init(sizes: SiglipConfig, rng: Array) -> Params:
 def axes(sizes: SiglipConfig) -> dict[str, int]:
   """The side of a patch."""
   return {'p': sizes.patch, 'q': sizes.patch}
-
-
-def _tower(published: Mapping[str, Any]) -> EncoderConfig:
-  said = {**_DEFAULTS, **published}
-  if said['hidden_act'] != _DEFAULTS['hidden_act']:
-    raise UserError(f"the towers use '{said['hidden_act']}', ours {_DEFAULTS['hidden_act']}")
-  return EncoderConfig(
-    width=said['hidden_size'],
-    layers=said['num_hidden_layers'],
-    heads=said['num_attention_heads'],
-    mlp=said['intermediate_size'],
-    eps=said['layer_norm_eps'],
-  )
-
-
-def _fields(tower: EncoderConfig) -> dict[str, Any]:
-  return {
-    'hidden_size': tower.width,
-    'num_hidden_layers': tower.layers,
-    'num_attention_heads': tower.heads,
-    'intermediate_size': tower.mlp,
-    'layer_norm_eps': tower.eps,
-    'hidden_act': _DEFAULTS['hidden_act'],
-  }

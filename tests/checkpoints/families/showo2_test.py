@@ -1,0 +1,101 @@
+"""Show-o2 as released: every tensor in and out, from a pickle too, at the golden and real size."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from vpe_jax.checkpoints import convert, families, sources
+from vpe_jax.checkpoints.families import showo2
+from vpe_jax.contracts import UserError
+from vpe_jax.sharding import by_path
+
+pytestmark = pytest.mark.parity
+NAME = 'showo2'
+# Equality of outputs with the original on the golden weights: tests/models/unified_test.py.
+
+
+def test_round_trip_is_exact(parity, show_o2, tmp_path):
+  parity.trip(NAME, show_o2.folder, show_o2.imported, tmp_path / 'out')
+  again = sources.open_source(str(tmp_path / 'out'))
+  assert set(again.tensors) == set(sources.open_source(str(show_o2.folder)).tensors)
+  assert showo2.sizes(again.config) == show_o2.sizes
+
+
+def _state_dict(folder):
+  import safetensors.torch
+
+  return safetensors.torch.load_file(folder / 'model.safetensors')
+
+
+def test_pickled_release_with_its_tied_output(show_o2, tmp_path):
+  import torch
+
+  weights = _state_dict(show_o2.folder)
+  weights['showo.lm_head.weight'] = weights['showo.model.embed_tokens.weight']
+  torch.save(weights, tmp_path / 'pytorch_model.bin')
+  (tmp_path / 'config.json').write_text((show_o2.folder / 'config.json').read_text())
+  found = families.load(NAME, sources.open_source(str(tmp_path)))
+  assert list(found.plan.ignored) == ['showo.lm_head.weight']
+  assert list(found.plan.absent) == ['embed/codes']
+  wanted = by_path(show_o2.imported.params)
+  for path, leaf in by_path(found.params).items():
+    np.testing.assert_array_equal(leaf, wanted[path], err_msg=path)
+
+
+def test_an_output_of_its_own_is_refused(show_o2, tmp_path):
+  import torch
+
+  weights = _state_dict(show_o2.folder)
+  weights['showo.lm_head.weight'] = weights['showo.model.embed_tokens.weight'] + 1e-3
+  torch.save(weights, tmp_path / 'pytorch_model.bin')
+  with pytest.raises(UserError, match='should be one tensor'):
+    families.load(NAME, sources.open_source(str(tmp_path)), sizes=show_o2.sizes)
+
+
+def test_room_for_a_visual_prompt_is_the_callers(show_o2):
+  sizes = dataclasses.replace(show_o2.sizes, codes=5)
+  abstract = jax.eval_shape(lambda key: showo2.init(sizes, key), jax.random.key(0))
+  found = families.load(NAME, sources.open_source(str(show_o2.folder)), sizes=sizes)
+  assert by_path(abstract).keys() - by_path(found.params).keys() == {'embed/codes'}
+  assert by_path(abstract)['embed/codes'].shape == (7, sizes.ar.width)
+
+
+def test_what_the_layout_cannot_hold_is_refused(show_o2):
+  said = json.loads((show_o2.folder / 'config.json').read_text())
+  with pytest.raises(UserError, match='not square'):
+    showo2.sizes(said | {'position_table': 730})
+  with pytest.raises(UserError, match='layout=patch'):
+    showo2.published(dataclasses.replace(show_o2.sizes, layout='patch'))
+  with pytest.raises(KeyError, match='clip_layers'):
+    showo2.sizes({key: said[key] for key in said if key != 'clip_layers'})
+
+
+def test_every_bias_and_norm_matters(parity, show_o2):
+  both = lambda out: np.concatenate([np.ravel(part) for part in out])
+  unnoticed = parity.mutants(show_o2.params(), lambda params: both(show_o2.run(params)))
+  encoder = 'dit/dual_path/encoder'
+  assert unnoticed == [
+    # Without rotation a key's bias shifts all logits of a query alike, which softmax doesn't see.
+    f'{encoder}/attention/k/bias',
+    # 1e-6 in the golden weights; siglip_test.py holds the same layer with larger ones.
+    f'{encoder}/mlp/down/bias',
+    f'{encoder}/mlp/up/bias',
+  ]
+
+
+def test_real_size(parity):
+  said, tensors = parity.published('showo2_1.5b')
+  sizes = showo2.sizes(said)
+  abstract = jax.eval_shape(lambda key: showo2.init(sizes, key), jax.random.key(0))
+  plan = convert.plan(tensors, showo2.LAYOUTS, abstract)
+  assert plan.places.keys() == tensors.keys() and not plan.ignored
+  assert list(plan.absent) == ['embed/codes']
+  assert parity.count(abstract, r'(?!embed/codes)') == 2_830_777_056
+  assert parity.count(abstract, r'dit/dual_path/encoder/') == 396_227_104
+  assert parity.count(abstract, r'dit/dual_path/ends/fusion') == 6_493_824
+  assert parity.count(abstract, r'dit/head/blocks/') == 859_997_440

@@ -1,0 +1,61 @@
+"""The language model's own laws; equality with transformers: tests/checkpoints/families."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpe_jax.contracts import visible
+from vpe_jax.models import mot
+from vpe_jax.models.decoder import Decoder, DecoderConfig, causal
+from vpe_jax.models.transformer import TransformerConfig
+
+BODY = TransformerConfig(width=16, mlp=24, layers=2, heads=4, kv_heads=2, head_width=8)
+IDS = jnp.array([[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 0, 0]])
+LENGTH = jnp.array([6, 4])
+
+
+@pytest.fixture(scope='module')
+def model():
+  """A model and its parameters, output not tied."""
+  model = Decoder(DecoderConfig(vocabulary=10, body=BODY, tied=False, context=6))
+  return model, model.init(jax.random.key(0))
+
+
+def test_mask_is_as_drawn():
+  _, row = causal(jnp.array([2]), 3)
+  np.testing.assert_array_equal(visible(row, row)[0], [[1, 0, 0], [1, 1, 0], [0, 0, 0]])
+
+
+def test_padding_changes_nothing(model):
+  model, params = model
+  run = jax.jit(model)
+  wanted, found = run(params, IDS, LENGTH), run(params, IDS.at[1, 4:].set(6), LENGTH)
+  np.testing.assert_array_equal(wanted[0], found[0])
+  np.testing.assert_array_equal(wanted[1, :4], found[1, :4])
+  longer = run(params, IDS.at[1, 4:].set(6), jnp.array([6, 6]))
+  assert np.max(np.abs(longer[1, 4:] - found[1, 4:])) > 1e-3
+
+
+def test_one_token_at_a_time_gives_the_same_hidden_states(model):
+  model, params = model
+  wanted = model.hidden(params, IDS, LENGTH)
+  positions, row = causal(LENGTH, IDS.shape[1])
+  layers = mot.unstack(params['layers'])
+  cache, found = mot.empty_cache(model.layer, layers, row, jnp.float32), []
+
+  @jax.jit
+  def step(cache, at):
+    one = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, 1, 1)
+    x = model.embed(params, one(IDS))
+    stream = mot.Stream(x, one(positions), jax.tree.map(one, row))
+    return model.run({**params, 'layers': layers}, stream, cache, at)
+
+  for at in range(IDS.shape[1]):
+    hidden, cache = step(cache, at)
+    found.append(hidden)
+  found = jnp.concatenate(found, axis=1)
+  np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
+  np.testing.assert_allclose(found[1, :4], wanted[1, :4], atol=1e-5)

@@ -1,0 +1,96 @@
+"""DINOv2, small to giant, as transformers' Dinov2Model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from vpe_jax.checkpoints.families import encoders
+from vpe_jax.checkpoints.tables import dinov2 as table
+from vpe_jax.contracts import Array, Params, UserError
+from vpe_jax.models.dinov2 import Dinov2, Dinov2Config
+from vpe_jax.models.vit import EncoderConfig
+
+LAYOUTS = table.LAYOUTS
+STEM = 'model'
+Sizes = Dinov2Config
+# transformers leaves out what equals its defaults.
+_DEFAULTS = {
+  'hidden_size': 768,
+  'num_hidden_layers': 12,
+  'num_attention_heads': 12,
+  'mlp_ratio': 4,
+  'hidden_act': 'gelu',
+  'layer_norm_eps': 1e-6,
+  'image_size': 224,
+  'patch_size': 14,
+  'use_swiglu_ffn': False,
+}
+
+
+def sizes(published: Mapping[str, Any]) -> Dinov2Config:
+  """Our sizes from config.json."""
+  said = {**_DEFAULTS, **published}
+  if not said.get('qkv_bias', True):
+    raise UserError('qkv_bias is off: our layers have biases on q, k and v')
+  gated = said['use_swiglu_ffn']
+  width = said['hidden_size']
+  hidden = int(width * said['mlp_ratio'])
+  encoder = EncoderConfig(
+    width=width,
+    layers=said['num_hidden_layers'],
+    heads=said['num_attention_heads'],
+    mlp=_hidden(hidden, gated),
+    eps=said['layer_norm_eps'],
+    activation='swiglu' if gated else encoders.activation(said['hidden_act']),
+    layer_scale=True,
+  )
+  image, patch = encoders.side(said, 'image_size'), encoders.side(said, 'patch_size')
+  return Dinov2Config(image, patch, encoder)
+
+
+def published(sizes: Dinov2Config) -> dict[str, Any]:
+  """A config.json for Dinov2Model.
+
+  Raises:
+    UserError: its config can't express the width of the MLP.
+  """
+  encoder = sizes.encoder
+  gated = encoder.activation == 'swiglu'
+  # transformers says the width of an MLP as a multiple, before a gate takes a third of it.
+  ratio = next((n for n in range(1, 17) if _hidden(encoder.width * n, gated) == encoder.mlp), None)
+  if ratio is None:
+    raise UserError(f'an MLP of {encoder.mlp} is no whole multiple of the width {encoder.width}')
+  return {
+    'architectures': ['Dinov2Model'],
+    'model_type': 'dinov2',
+    'hidden_size': encoder.width,
+    'num_hidden_layers': encoder.layers,
+    'num_attention_heads': encoder.heads,
+    'mlp_ratio': ratio,
+    'use_swiglu_ffn': gated,
+    'hidden_act': 'gelu' if gated else encoders.activation_field(encoder.activation),
+    'layer_norm_eps': encoder.eps,
+    'image_size': sizes.image_size,
+    'patch_size': sizes.patch,
+    # Our encoder has none: it serves training alone.
+    'use_mask_token': False,
+  }
+
+
+def init(sizes: Dinov2Config, rng: Array) -> Params:
+  """Fresh parameters."""
+  images = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
+  return Dinov2(sizes).init(rng, images)['params']
+
+
+def axes(sizes: Dinov2Config) -> dict[str, int]:
+  """The side of a patch."""
+  return {'p': sizes.patch, 'q': sizes.patch}
+
+
+def _hidden(multiple: int, gated: bool) -> int:
+  """Hidden width of the MLP: a gated one has two thirds, rounded up to a multiple of 8."""
+  return (int(multiple * 2 / 3) + 7) // 8 * 8 if gated else multiple

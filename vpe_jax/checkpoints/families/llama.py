@@ -1,0 +1,50 @@
+"""Llama 3, as transformers' LlamaForCausalLM; output tied or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vpe_jax.checkpoints.families import decoders
+from vpe_jax.checkpoints.tables import llama as table
+from vpe_jax.contracts import Array, Params, UserError
+from vpe_jax.models.decoder import Decoder, DecoderConfig
+
+LAYOUTS = table.LAYOUTS
+STEM = 'model'
+Sizes = DecoderConfig
+# transformers leaves out what equals its defaults.
+_DEFAULTS = {
+  'rope_theta': 1e4,
+  'rms_norm_eps': 1e-6,
+  'tie_word_embeddings': False,
+  'max_position_embeddings': 2048,
+}
+
+
+def sizes(published: Mapping[str, Any]) -> DecoderConfig:
+  """Our sizes from config.json."""
+  for field in ('attention_bias', 'mlp_bias'):
+    if published.get(field):
+      raise UserError(f'{field} is on: our layers have no such bias')
+  return decoders.language_model(published, _DEFAULTS, qkv_bias=False)
+
+
+def published(sizes: DecoderConfig) -> dict[str, Any]:
+  """A config.json for LlamaForCausalLM."""
+  return {
+    'architectures': ['LlamaForCausalLM'],
+    'model_type': 'llama',
+    **decoders.language_model_fields(sizes),
+  }
+
+
+def init(sizes: DecoderConfig, rng: Array) -> Params:
+  """Fresh parameters."""
+  return Decoder(sizes).init(rng)
+
+
+def axes(sizes: DecoderConfig) -> dict[str, int]:
+  """None: all axes show in our leaves."""
+  del sizes
+  return {}

@@ -1,0 +1,49 @@
+"""Qwen2 and Qwen2.5, as transformers' Qwen2ForCausalLM; output tied or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vpe_jax.checkpoints.families import decoders
+from vpe_jax.checkpoints.tables import qwen2 as table
+from vpe_jax.contracts import Array, Params, UserError
+from vpe_jax.models.decoder import Decoder, DecoderConfig
+
+LAYOUTS = table.LAYOUTS
+STEM = 'model'
+Sizes = DecoderConfig
+# transformers leaves out what equals its defaults.
+_DEFAULTS = {
+  'rope_theta': 1e4,
+  'rms_norm_eps': 1e-6,
+  'tie_word_embeddings': False,
+  'max_position_embeddings': 32768,
+}
+
+
+def sizes(published: Mapping[str, Any]) -> DecoderConfig:
+  """Our sizes from config.json."""
+  if published.get('use_sliding_window'):
+    raise UserError('use_sliding_window is on: our layers see the whole text')
+  return decoders.language_model(published, _DEFAULTS, qkv_bias=True)
+
+
+def published(sizes: DecoderConfig) -> dict[str, Any]:
+  """A config.json for Qwen2ForCausalLM."""
+  return {
+    'architectures': ['Qwen2ForCausalLM'],
+    'model_type': 'qwen2',
+    **decoders.language_model_fields(sizes),
+  }
+
+
+def init(sizes: DecoderConfig, rng: Array) -> Params:
+  """Fresh parameters."""
+  return Decoder(sizes).init(rng)
+
+
+def axes(sizes: DecoderConfig) -> dict[str, int]:
+  """None: all axes show in our leaves."""
+  del sizes
+  return {}

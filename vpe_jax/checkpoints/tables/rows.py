@@ -1,0 +1,97 @@
+"""What tables of several families share: layers, and models, with tensors of the same names."""
+
+from vpe_jax.checkpoints.table import Row, Table
+
+PATCHES = 'D C p q -> (p q C) D'  # a convolution of stride equal to its size
+ONTO_HEADS = '(N H) D -> D N H'
+OFF_HEADS = 'D (N H) -> N H D'
+
+
+def linear(source: str, target: str, kernel: str = 'O I -> I O') -> tuple[Row, ...]:
+  """A dense layer's kernel, without a bias."""
+  return (Row(f'{source}.weight', f'{target}/kernel', kernel),)
+
+
+def dense(source: str, target: str, kernel: str = 'O I -> I O', bias: str = '') -> tuple[Row, ...]:
+  """A dense layer's kernel and bias."""
+  return (*linear(source, target, kernel), Row(f'{source}.bias', f'{target}/bias', bias))
+
+
+def patches(source: str, target: str) -> tuple[Row, ...]:
+  """A convolution of stride equal to its size, as a dense layer over patches."""
+  return dense(source, target, PATCHES)
+
+
+def rms_norm(source: str, target: str) -> tuple[Row, ...]:
+  """A norm's scale."""
+  return (Row(f'{source}.weight', f'{target}/scale'),)
+
+
+def layer_norm(source: str, target: str) -> tuple[Row, ...]:
+  """A norm's scale and bias."""
+  return (*rms_norm(source, target), Row(f'{source}.bias', f'{target}/bias'))
+
+
+def mlp(source: str, target: str) -> tuple[Row, ...]:
+  """Two dense layers (`fc1`, `fc2`)."""
+  return (*dense(f'{source}.fc1', f'{target}/up'), *dense(f'{source}.fc2', f'{target}/down'))
+
+
+def encoder_layer(source: str, target: str) -> tuple[Row, ...]:
+  """A layer of models/vit.py, as transformers names those of SigLIP and CLIP."""
+  projections = (
+    row
+    for name in 'qkv'
+    for row in dense(
+      f'{source}.self_attn.{name}_proj', f'{target}/attention/{name}', ONTO_HEADS, '(N H) -> N H'
+    )
+  )
+  return (
+    *projections,
+    *dense(f'{source}.self_attn.out_proj', f'{target}/attention/o', OFF_HEADS),
+    *layer_norm(f'{source}.layer_norm1', f'{target}/attention_norm'),
+    *layer_norm(f'{source}.layer_norm2', f'{target}/mlp_norm'),
+    *mlp(f'{source}.mlp', f'{target}/mlp'),
+  )
+
+
+def decoder_layer(source: str, target: str) -> tuple[Row, ...]:
+  """A layer of models/transformer.py, as transformers names those of Qwen2 and Llama.
+
+  Rows of biases and of norms of q and k stand for nothing in a network that lacks them.
+  """
+  projections = (
+    row
+    for name in 'qkv'
+    for row in dense(
+      f'{source}.self_attn.{name}_proj', f'{target}/{name}', ONTO_HEADS, '(N H) -> N H'
+    )
+  )
+  return (
+    *projections,
+    *linear(f'{source}.self_attn.o_proj', f'{target}/o', OFF_HEADS),
+    *rms_norm(f'{source}.self_attn.q_norm', f'{target}/q_norm'),
+    *rms_norm(f'{source}.self_attn.k_norm', f'{target}/k_norm'),
+    *(
+      row
+      for n in ('gate', 'up', 'down')
+      for row in linear(f'{source}.mlp.{n}_proj', f'{target}/{n}')
+    ),
+    *rms_norm(f'{source}.input_layernorm', f'{target}/attention_norm'),
+    *rms_norm(f'{source}.post_attention_layernorm', f'{target}/mlp_norm'),
+  )
+
+
+def language_model(name: str) -> Table:
+  """models/decoder.py, as transformers names the tensors of Qwen2ForCausalLM and its kin."""
+  return Table(
+    name=name,
+    rows=(
+      Row('model.embed_tokens.weight', 'embed'),
+      *decoder_layer('model.layers.{n}', 'layers'),
+      *rms_norm('model.norm', 'norm'),
+      *linear('lm_head', 'head', 'V D -> D V'),
+    ),
+    ignored=((r'model\..*\.rotary_emb\.inv_freq', 'frequencies, which follow from the sizes'),),
+    ties=(('lm_head.weight', 'model.embed_tokens.weight'),),
+  )

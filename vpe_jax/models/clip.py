@@ -1,0 +1,151 @@
+"""CLIP: an image tower and a text tower whose embeddings agree for a picture and its caption.
+
+Learning Transferable Visual Models From Natural Language Supervision (arXiv 2103.00020), laid out
+as transformers' CLIPModel, with which it agrees in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vpe_jax.contracts import Array
+from vpe_jax.models.dense import Dense
+from vpe_jax.models.siglip import unit
+from vpe_jax.models.vit import ClassTokens, Encoder, EncoderConfig, LayerNorm
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels of its training pictures
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipConfig:
+  """Sizes of both towers.
+
+  Attributes:
+    image_size: side of the view that the position table was made for, a multiple of `patch`.
+    patch: side of a patch in pixels.
+    vocabulary: rows of the token table.
+    text_length: tokens of a caption at most.
+    end: id of the token that ends a caption; None: the largest id of a row (OpenAI's releases).
+    width: of the embeddings that both towers end in.
+    vision: the image tower.
+    text: the text tower.
+  """
+
+  image_size: int
+  patch: int
+  vocabulary: int
+  text_length: int
+  end: int | None
+  width: int
+  vision: EncoderConfig
+  text: EncoderConfig
+
+
+def normalised(images: Array) -> Array:
+  """Pictures [..., C] in [0, 1] as the image tower reads them."""
+  return (images.astype(jnp.float32) - jnp.asarray(MEAN)) / jnp.asarray(STD)
+
+
+def at_end(text: Array, features: Array, end: int | None) -> Array:
+  """Features [B, D] at the first end token of captions [B, T], from those of all tokens [B, T, D].
+
+  `end` is its id; None: the largest id of a row.
+  """
+  last = jnp.argmax(text if end is None else text == end, axis=1)
+  return jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
+
+
+class VisionTower(nn.Module):
+  """Pictures [B, H, W, C], `normalised`, -> tokens [B, 1 + P, D] and one embedding a picture."""
+
+  config: ClipConfig
+  dtype: jnp.dtype
+
+  def setup(self) -> None:
+    c = self.config
+    side = c.image_size // c.patch
+    self.tokens = ClassTokens(c.vision.width, c.patch, side, use_bias=False, dtype=self.dtype)
+    self.entry_norm = LayerNorm(c.vision.eps)
+    self.encoder = Encoder(c.vision, self.dtype)
+    self.projection = Dense(c.width, use_bias=False, dtype=self.dtype)
+
+  def features(self, images: Array, depth: int | None = None) -> Array:
+    """The class token, then patches in raster order [B, 1 + P, D], raw after `depth` layers.
+
+    `depth` None stands for all layers: transformers' last hidden state, which no norm follows.
+    """
+    x = self.entry_norm(self.tokens(images))
+    return self.encoder(x, depth=self.config.vision.layers if depth is None else depth)
+
+  def pool(self, features: Array) -> Array:
+    """The normed class token [B, D] of the last layer's features."""
+    return self.encoder.norm(features[:, 0])
+
+  def __call__(self, images: Array) -> Array:
+    return self.projection(self.pool(self.features(images)))
+
+
+class TextTower(nn.Module):
+  """Captions [B, T] -> token features [B, T, D] and one embedding a caption.
+
+  Attention is causal, and the embedding is read at the first end token, so it doesn't matter what
+  a caption is padded with.
+  """
+
+  config: ClipConfig
+  dtype: jnp.dtype
+
+  def setup(self) -> None:
+    c = self.config
+    normal = nn.initializers.normal(0.02)
+    self.token = self.param('token', normal, (c.vocabulary, c.text.width))
+    self.position = self.param('position', normal, (c.text_length, c.text.width))
+    self.encoder = Encoder(c.text, self.dtype)
+    self.projection = Dense(c.width, use_bias=False, dtype=self.dtype)
+
+  def features(self, text: Array, depth: int | None = None) -> Array:
+    """Normed token features [B, T, D] of captions [B, T], or raw ones after `depth` layers."""
+    T = text.shape[1]
+    x = jnp.take(self.token, text, axis=0) + self.position[:T]
+    return self.encoder(x.astype(self.dtype), jnp.tri(T, dtype=bool)[None], depth)
+
+  def __call__(self, text: Array) -> Array:
+    return self.projection(at_end(text, self.features(text), self.config.end))
+
+
+class Clip(nn.Module):
+  """Both towers, and the scale that turns cosines into logits."""
+
+  config: ClipConfig
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self) -> None:
+    self.vision = VisionTower(self.config, self.dtype)
+    self.text = TextTower(self.config, self.dtype)
+    # Section 2.5 of the paper: a temperature of 0.07.
+    self.logit_scale = self.param('logit_scale', nn.initializers.constant(jnp.log(1 / 0.07)), ())
+
+  def features(self, images: Array, depth: int | None = None) -> Array:
+    """The class token and patches [B, 1 + P, D]; see VisionTower.features."""
+    return self.vision.features(images, depth)
+
+  def text_features(self, text: Array, depth: int | None = None) -> Array:
+    """Token features [B, T, D]; see TextTower.features."""
+    return self.text.features(text, depth)
+
+  def embed_images(self, images: Array) -> Array:
+    """Unit vectors [B, width] float32 of pictures [B, H, W, C], `normalised`."""
+    return unit(self.vision(images))
+
+  def embed_text(self, text: Array) -> Array:
+    """Unit vectors [B, width] float32 of captions [B, T]."""
+    return unit(self.text(text))
+
+  def __call__(self, images: Array, text: Array) -> Array:
+    """Logits [B, V] of every picture [B, H, W, C] with every caption [V, T]."""
+    cosine = jnp.einsum('BD,VD->BV', self.embed_images(images), self.embed_text(text))
+    return cosine * jnp.exp(self.logit_scale)

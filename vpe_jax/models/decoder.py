@@ -1,0 +1,116 @@
+"""A causal language model (Qwen2, Llama 3): token table, decoder layers, norm, output.
+
+Parameter tree: `embed`, `layers` (stacked), `norm` and, where the output is not tied to the token
+table, `head/kernel`. `Decoder` holds no arrays: every method is a pure function of the parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax.contracts import Array, Params, Visibility
+from vpe_jax.data.sequence import NEVER
+from vpe_jax.models import mot
+from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+  """Sizes of a language model.
+
+  Attributes:
+    vocabulary: rows V of the token table.
+    body: the layers.
+    tied: whether the output is the token table itself.
+    context: longest text that it was trained on, in tokens; nothing here depends on it.
+  """
+
+  vocabulary: int
+  body: TransformerConfig
+  tied: bool
+  context: int
+
+
+def causal(length: Array, tokens: int) -> tuple[Array, Visibility]:
+  """Positions and visibility of rows of text, each [B, tokens].
+
+  The first `length` [B] tokens of a row are real; those after them see nothing and nothing sees
+  them. With length 2 of 3:
+
+        a b .     order 0 1 2
+    a   1 0 0     reach 1 2 0
+    b   1 1 0     until 9 9 0   (9 stands for the largest int32)
+    .   0 0 0
+  """
+  order = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (length.shape[0], tokens))
+  real = order < length[:, None]
+  reach, until = jnp.where(real, order + 1, 0), jnp.where(real, NEVER, 0)
+  return order, Visibility(order, jnp.zeros_like(order), reach, until.astype(jnp.int32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+  """The network of one configuration, computing in `dtype`."""
+
+  config: DecoderConfig
+  dtype: jnp.dtype = jnp.float32
+  remat: str = 'none'
+
+  @property
+  def layer(self) -> Layer:
+    """The layer module, which `mot.empty_cache` asks for."""
+    return Layer(self.config.body, self.dtype)
+
+  def init(self, rng: Array) -> Params:
+    """Fresh parameters, float32."""
+    c = self.config
+    first, second, third = jax.random.split(rng, 3)
+    params = {
+      'embed': 0.02 * jax.random.normal(first, (c.vocabulary, c.body.width)),
+      'layers': mot.init_layers(self.layer, second),
+      'norm': {'scale': jnp.ones((c.body.width,))},
+    }
+    if not c.tied:
+      kernel = 0.02 * jax.random.normal(third, (c.body.width, c.vocabulary))
+      params['head'] = {'kernel': kernel}
+    return params
+
+  def embed(self, params: Params, ids: Array) -> Array:
+    """Token embeddings [B, L, D] of ids [B, L]."""
+    return jnp.take(params['embed'], ids, axis=0).astype(self.dtype)
+
+  def run(
+    self,
+    params: Params,
+    stream: mot.Stream,
+    cache: mot.Cache | None = None,
+    at: Array | int = 0,
+  ) -> tuple[Array, mot.Cache | None]:
+    """Final-norm hidden states [B, L, D] of any stream of embeddings, and the written cache.
+
+    `cache` and `at` are those of `mot.run`.
+    """
+    layers, stacks = {'text': self.layer}, {'text': params['layers']}
+    hidden, cache = mot.run(layers, stacks, {'text': stream}, cache, at, self.remat)
+    norm = RMSNorm(self.config.body.eps)
+    return norm.apply({'params': params['norm']}, hidden['text']), cache
+
+  def hidden(self, params: Params, ids: Array, length: Array) -> Array:
+    """Final-norm hidden states [B, L, D] of ids [B, L], of which `length` [B] are real."""
+    positions, visibility = causal(length, ids.shape[1])
+    return self.run(params, mot.Stream(self.embed(params, ids), positions, visibility))[0]
+
+  def logits(self, params: Params, hidden: Array) -> Array:
+    """Logits [B, L, V] float32 from final-norm hidden states [B, L, D]."""
+    if self.config.tied:
+      rows = params['embed'].astype(hidden.dtype)
+      return jnp.einsum('BLD,VD->BLV', hidden, rows).astype(jnp.float32)
+    kernel = params['head']['kernel'].astype(hidden.dtype)
+    return jnp.einsum('BLD,DV->BLV', hidden, kernel).astype(jnp.float32)
+
+  def __call__(self, params: Params, ids: Array, length: Array) -> Array:
+    """Logits [B, L, V] float32 of ids [B, L], of which `length` [B] are real."""
+    return self.logits(params, self.hidden(params, ids, length))
