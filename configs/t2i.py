@@ -60,7 +60,7 @@ def _embedded(config: ConfigDict) -> None:
 def _tiny(config: ConfigDict) -> None:
   _embedded(config)
   config.unroll = True
-  config.steps = (800, 600)
+  config.steps = (900, 700)
   config.batch_size = (64, 32)
   config.data.update(examples=12288, scenes_share=0.9)
   config.model.ar = _expert(128, 512, 4, 4, 2) | {'rope_theta': 1e4}
@@ -72,7 +72,7 @@ def _tiny(config: ConfigDict) -> None:
   config.model.head = _expert(96, 256, 2, 2, 1) | {'rope_theta': 1e4}
   config.optim = {'lr': 2e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.995}
   config.model.update(drop_text=0.1, inherit=0.08)
-  config.sample = {'steps': 20, 'shift': 1.0, 'guidance': 2.0, 'plan_guidance': 2.0}
+  config.sample = {'steps': 20, 'shift': 1.0, 'guidance': 2.0, 'plan_guidance': 3.0}
   config.log = {'samples': 400, 'evaluate': 200}
 
 
@@ -102,6 +102,7 @@ def _paper(config: ConfigDict) -> None:
   config.dtype = 'bfloat16'
   config.remat = 'full'
   config.data = {'source': 'mixture', 'image_size': 512, 'text_length': 249, 'encode': 'online'}
+  config.data.tokenizer = 'Qwen/Qwen2.5-1.5B-Instruct'
   siglip = {
     'image_size': 384,
     'patch': 16,
@@ -118,6 +119,7 @@ def _paper(config: ConfigDict) -> None:
     'patch': 2,
     'layout': 'raster',
     'multiple': 16,
+    'init_from': 'showlab/show-o2-1.5B-HQ',
     'logits_chunk': 0,
     'ar': expert,
     'dit': dict(expert),

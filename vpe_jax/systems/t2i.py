@@ -19,7 +19,16 @@ import jax.numpy as jnp
 from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import kl, pixels, visual_prompt
 from vpe_jax.config import Config, SampleConfig, nearest
-from vpe_jax.contracts import Array, Drawing, Examples, LossTerm, Params, Stage, UserError
+from vpe_jax.contracts import (
+  Array,
+  Drawing,
+  Examples,
+  LossTerm,
+  Params,
+  Stage,
+  Start,
+  UserError,
+)
 from vpe_jax.data import sequence
 from vpe_jax.models import unified
 from vpe_jax.models.siglip import unit
@@ -56,6 +65,9 @@ class ModelConfig(unified.UnifiedConfig):
       and as the rows of the codebook: what means something alike starts out alike (0: rows are
       drawn at random, as in the paper, whose text rows come from Show-o2). Synthetic codes mean
       nothing: their rows are drawn.
+    init_from: a Show-o2 whose language model both experts start from, and the picture expert's
+      embedding and head too: a folder in the released layout, an import, or a hub id (empty: all is
+      drawn at random). Rows of codes are drawn, as Show-o2 has none.
     ce_start: weight of the cross-entropy at the start of stage `joint` (Eq. 3, lambda_0).
     ce_end: its weight at the end (lambda_1).
     time_shift: shift of the training times towards noise (0: Show-o2's for this many tokens).
@@ -68,6 +80,7 @@ class ModelConfig(unified.UnifiedConfig):
   drop: float = 0.1
   drop_text: float = 0.0
   inherit: float = 0.0
+  init_from: str = ''
   ce_start: float = 0.03
   ce_end: float = 0.1
   time_shift: float = 0.0
@@ -106,6 +119,8 @@ class System:
     c: ModelConfig = config.model
     self.config = config
     origin = 'fresh, embed/ from the codecs' if self._inherits else 'fresh'
+    if c.init_from:
+      origin = f'{c.init_from}, but embed/codes fresh'
     first, *others = (STAGES[name] for name in config.stages)
     self.stages = (dataclasses.replace(first, source=origin), *others)
     self.codes = c.codes
@@ -126,6 +141,18 @@ class System:
   def init(self, rng: Array) -> Params:
     """Fresh parameters, float32."""
     return self.model.init(rng)
+
+  @property
+  def starts(self) -> tuple[Start, ...]:
+    """Show-o2, where `model.init_from` names one: its language model goes to both experts."""
+    c = self.config.model
+    if not c.init_from:
+      return ()
+    fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(unified.UnifiedConfig)}
+    fields |= {'arch': 'single', 'dit': c.ar, 'codes': 0}
+    copies = (('ar/', 'dit/'),) if c.arch == 'internal' else ()
+    paths = (('embed/text', 'embed/text'), ('ar/', 'ar/'), *copies, ('dit/', 'dit/'))
+    return (Start('showo2', c.init_from, unified.UnifiedConfig(**fields), paths),)
 
   def inherit(self, params: Params, frozen: Params, rng: Array) -> Params:
     """Text and code rows from the frozen networks, where `model.inherit` asks for it."""

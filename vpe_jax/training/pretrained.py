@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,8 @@ def _read(start: Start, wanted: Mapping[str, Any]) -> Params:
   """The family's parameters; from published weights, each where its first target lies."""
   if (epath.Path(start.source).expanduser() / FOLDER).is_dir():
     sizes, params, _ = converted.read(start.source, start.family)
-    if sizes != start.sizes:
+    free = getattr(families.get(start.family), 'FREE', ())
+    if sizes != dataclasses.replace(start.sizes, **{name: getattr(sizes, name) for name in free}):
       raise UserError(
         f"'{start.source}' holds a {start.family} of other sizes than the config's: {sizes}, not "
         f'{start.sizes}'

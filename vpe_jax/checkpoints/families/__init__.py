@@ -30,6 +30,8 @@ class Family(Protocol):
     LAYOUTS: the key layouts that it is published in; exports are written in the first.
     STEM: how the names of exported files begin.
     Sizes: the frozen dataclass that holds the sizes of one network of the family.
+
+  A family may have `FREE`, too: fields of its sizes that no published tensor depends on.
   """
 
   LAYOUTS: tuple[Table, ...]

@@ -35,6 +35,7 @@ from vpe_jax.models.vit import EncoderConfig
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = UnifiedConfig
+FREE = ('codes', 'multiple', 'latent_size')  # what no parameter that is published depends on
 _BODY = {'rope_theta': 1e6, 'rms_norm_eps': 1e-6, 'bos_token_id': 151644, 'boi_token_id': 151652}
 
 

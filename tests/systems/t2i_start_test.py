@@ -1,0 +1,105 @@
+"""Text to image that starts from Show-o2 in its released key layout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from configs import t2i as config_file
+from vpe_jax import convert, rng, sharding, systems
+from vpe_jax.checkpoints import sources
+from vpe_jax.config import to_dict
+from vpe_jax.contracts import UserError
+from vpe_jax.models.unified import UnifiedConfig
+from vpe_jax.sharding import by_path
+from vpe_jax.training import resume
+
+pytestmark = pytest.mark.parity
+
+
+def _system(show_o2, source, arch='internal', **model):
+  """The debug config with the golden Show-o2's sizes."""
+  config = config_file.get_config(f'debug,arch={arch}')
+  config.data.source = 'synthetic'
+  sizes = to_dict(show_o2.sizes)
+  for name in ('arch', 'codes', 'multiple'):
+    sizes.pop(name)
+  config.model.update({**config.model.to_dict(), **sizes, **model})
+  config.model.update(image={'channels': show_o2.sizes.latent_channels}, init_from=str(source))
+  return systems.build(config.to_dict())
+
+
+def _started(system):
+  mesh = sharding.make_mesh(system.config.mesh)
+  with jax.set_mesh(mesh):
+    abstract = resume.abstract_state(system.config, system, 0, mesh)
+    return resume.fresh_state(system, abstract, {}, rng.run_key(0))
+
+
+def _same(ours, others):
+  ours, others = by_path(ours), by_path(others)
+  assert ours.keys() == others.keys()
+  for path, leaf in ours.items():
+    np.testing.assert_array_equal(leaf, others[path], err_msg=path)
+
+
+@pytest.fixture(scope='module')
+def released(show_o2, tmp_path_factory):
+  """The golden weights as they are released: a pickled state dict."""
+  path = tmp_path_factory.mktemp('showo2') / 'pytorch_model.bin'
+  tensors = sources.open_source(str(show_o2.folder)).tensors
+  state = {key: torch.tensor(tensor.read().astype(np.float32)) for key, tensor in tensors.items()}
+  state['showo.lm_head.weight'] = state['showo.model.embed_tokens.weight']
+  torch.save(state, path)
+  return path
+
+
+def _check(show_o2, system):
+  params, golden = _started(system)['params'], show_o2.imported.params
+  _same(params['embed']['text'], golden['embed']['text'])
+  codes = np.asarray(params['embed']['codes'])
+  assert codes.shape[0] == system.codes + 2 and abs(codes.std() - 0.02) < 0.002
+  for expert in ('ar', 'dit') if system.config.model.arch == 'internal' else ('ar',):
+    for part in ('layers', 'norm'):
+      _same(params[expert][part], golden['ar'][part])
+  for part in ('dual_path', 'head'):
+    _same(params['dit'][part], golden['dit'][part])
+  fields = {f.name: getattr(system.config.model, f.name) for f in dataclasses.fields(UnifiedConfig)}
+  sizes = UnifiedConfig(**fields | {'multiple': 1})
+  _, velocity = show_o2.run(params, sizes)
+  wanted = show_o2.io['velocity']
+  error = np.max(np.abs(velocity.transpose(0, 3, 1, 2) - wanted)) / np.max(np.abs(wanted))
+  assert error < 2e-5
+
+
+@pytest.mark.parametrize('arch', ['internal', 'single'])
+def test_both_experts_start_as_show_o2_and_draw_as_it_does(show_o2, released, arch):
+  system = _system(show_o2, released, arch)
+  _check(show_o2, system)
+  assert system.stages[0].source == f'{released}, but embed/codes fresh'
+
+
+def test_an_import_serves_as_well(show_o2, tmp_path):
+  kept = str(tmp_path / 'kept')
+  convert.bring_in('showo2', str(show_o2.folder), kept)
+  _check(show_o2, _system(show_o2, kept))
+  with pytest.raises(UserError, match='other sizes'):
+    _started(_system(show_o2, kept, arch='single', bos=7))
+
+
+def test_weights_of_other_sizes_or_none_are_refused(show_o2, released):
+  with pytest.raises(UserError, match="'showo.model.embed_tokens.weight' has the wrong shape"):
+    _started(_system(show_o2, released, text_vocab=17))
+  with pytest.raises(UserError, match='no such file or folder'):
+    _started(_system(show_o2, '/nowhere/showo2'))
+
+
+def test_the_paper_starts_from_the_released_model():
+  config = config_file.get_config('paper')
+  config.data.source = 'synthetic'
+  (start,) = systems.build(config.to_dict()).starts
+  assert (start.family, start.source) == ('showo2', 'showlab/show-o2-1.5B-HQ')
