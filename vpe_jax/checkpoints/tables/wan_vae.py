@@ -43,9 +43,7 @@ def _block(source: str, target: str, names: tuple[str, ...]) -> tuple[Row, ...]:
 
 
 def _attention(source: str, target: str) -> tuple[Row, ...]:
-  both = tuple(
-    tuple(f'{target}/{name}/{leaf}' for name in 'qkv') for leaf in ('kernel', 'bias')
-  )
+  both = tuple(tuple(f'{target}/{name}/{leaf}' for name in 'qkv') for leaf in ('kernel', 'bias'))
   return (
     Row(f'{source}.norm.gamma', f'{target}/norm/scale', 'C 1 1 -> C'),
     Row(f'{source}.to_qkv.weight', both[0], 'O I 1 1 -> I O'),
