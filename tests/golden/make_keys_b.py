@@ -1,6 +1,8 @@
-"""Writes keys/*.json.gz: keys and shapes of published networks, from the reference libraries.
+"""Writes keys/*.json.gz: keys and shapes of published networks.
 
-Needs torch and diffusers; nothing is downloaded and no weights are made (torch's meta device).
+From the reference libraries where they hold the network, else by the pattern of the golden model's
+keys. Needs torch and diffusers; nothing is downloaded and no weights are made (torch's meta
+device).
 Run as `python tests/golden/make_keys_b.py`.
 """
 
@@ -29,6 +31,85 @@ KL = {
 }
 
 
+def _block(name: str, inputs: int, outputs: int) -> dict[str, list[int]]:
+  """Keys of VQGAN's residual block."""
+  keys = {}
+  for i, width in ((1, inputs), (2, outputs)):
+    keys |= {f'{name}.norm{i}.weight': [width], f'{name}.norm{i}.bias': [width]}
+    keys |= {f'{name}.conv{i}.weight': [outputs, width, 3, 3], f'{name}.conv{i}.bias': [outputs]}
+  if inputs != outputs:
+    keys[f'{name}.nin_shortcut.weight'] = [outputs, inputs, 1, 1]
+    keys[f'{name}.nin_shortcut.bias'] = [outputs]
+  return keys
+
+
+def _attention(name: str, width: int) -> dict[str, list[int]]:
+  """Keys of VQGAN's attention."""
+  keys = {f'{name}.norm.weight': [width], f'{name}.norm.bias': [width]}
+  for layer in ('q', 'k', 'v', 'proj_out'):
+    keys |= {f'{name}.{layer}.weight': [width, width, 1, 1], f'{name}.{layer}.bias': [width]}
+  return keys
+
+
+def _conv(name: str, inputs: int, outputs: int, side: int = 3) -> dict[str, list[int]]:
+  return {f'{name}.weight': [outputs, inputs, side, side], f'{name}.bias': [outputs]}
+
+
+def vqgan(names: Mapping[str, str], widths: list[int], blocks: int, z: int) -> dict[str, list[int]]:
+  """Keys of a VQGAN with attention at its last level; the goldens show each layout's pattern.
+
+  Args:
+    names: the layout's words: `down` and `up` (templates of a level), `block`, `attention`,
+      `middle` (template of its three parts) and `order` (of the decoder's levels).
+    widths: channels of each level.
+    blocks: of each level of the encoder.
+    z: channels that the encoder gives and the decoder takes.
+  """
+  last = widths[-1]
+  keys = _conv('encoder.conv_in', 3, widths[0]) | _conv('decoder.conv_in', z, last)
+  keys |= _conv('encoder.conv_out', last, z) | _conv('decoder.conv_out', widths[0], 3)
+  for half, width in (('encoder', last), ('decoder', widths[0])):
+    keys |= {f'{half}.norm_out.weight': [width], f'{half}.norm_out.bias': [width]}
+    parts = [f'{half}.{part}' for part in names['middle'].split()]
+    keys |= _block(parts[0], last, last) | _attention(parts[1], last) | _block(parts[2], last, last)
+  down, up = widths[0], last
+  for level in range(len(widths)):
+    name = names['down'].format(level)
+    for i in range(blocks):
+      keys |= _block(f'{name}.{names["block"]}.{i}', down, widths[level])
+      down = widths[level]
+      if level == len(widths) - 1:
+        keys |= _attention(f'{name}.attn.{i}', down)
+    if level < len(widths) - 1:
+      keys |= _conv(f'{name}.downsample.conv', down, down)
+  for step, level in enumerate(reversed(range(len(widths)))):
+    name = names['up'].format(level if names['order'] == 'fine first' else step)
+    for i in range(blocks + 1):
+      keys |= _block(f'{name}.{names["block"]}.{i}', up, widths[level])
+      up = widths[level]
+      if step == 0:
+        keys |= _attention(f'{name}.attn.{i}', up)
+    if level:
+      keys |= _conv(f'{name}.upsample.conv', up, up)
+  return keys
+
+
+def codes(count: int, width: int, z: int) -> dict[str, list[int]]:
+  """Keys of a codebook and the convolutions around it."""
+  around = _conv('quant_conv', z, width, 1) | _conv('post_quant_conv', width, z, 1)
+  return around | {'quantize.embedding.weight': [count, width]}
+
+
+LLAMAGEN = {
+  'down': 'encoder.conv_blocks.{}', 'up': 'decoder.conv_blocks.{}', 'block': 'res',
+  'middle': 'mid.0 mid.1 mid.2', 'order': 'as they run',
+}  # fmt: skip
+VQGAN = {
+  'down': 'encoder.down.{}', 'up': 'decoder.up.{}', 'block': 'block',
+  'middle': 'mid.block_1 mid.attn_1 mid.block_2', 'order': 'fine first',
+}  # fmt: skip
+
+
 def shapes(module: torch.nn.Module) -> dict[str, list[int]]:
   """Key -> shape of a module's state."""
   return {key: list(leaf.shape) for key, leaf in module.state_dict().items()}
@@ -48,6 +129,9 @@ def main() -> None:
   """Writes all lists."""
   import diffusers
 
+  llamagen = vqgan(LLAMAGEN, [128, 128, 256, 256, 512], 2, 256) | codes(16_384, 8, 256)
+  write('llamagen_vq', llamagen | {'quantize.codebook_used': [65_536]})
+  write('ibq', vqgan(VQGAN, [256, 256, 512, 512, 1024], 4, 256) | codes(131_072, 256, 256))
   with torch.device('meta'):
     write('wan_vae', shapes(diffusers.AutoencoderKLWan()))
     for name, config in KL.items():
