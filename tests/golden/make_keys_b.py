@@ -1,8 +1,9 @@
 """Writes keys/*.json.gz: keys and shapes of published networks.
 
 From the reference libraries where they hold the network, else by the pattern of the golden model's
-keys. Needs torch and diffusers; nothing is downloaded and no weights are made (torch's meta
-device).
+keys. Needs torch, diffusers and transformers; nothing is downloaded and no weights are made
+(torch's meta device).
+
 Run as `python tests/golden/make_keys_b.py`.
 """
 
@@ -110,6 +111,29 @@ VQGAN = {
 }  # fmt: skip
 
 
+def xomni() -> dict[str, list[int]]:
+  """Keys of X-Omni's SigLIP-VQ, both pickles, by the golden model's pattern."""
+  width, mlp, code = 1536, 6144, 2048
+  layer = lambda name, rows, columns: {f'{name}.weight': [rows, columns], f'{name}.bias': [rows]}
+  norm = lambda name: {f'{name}.weight': [width], f'{name}.bias': [width]}
+  keys = {'pos_embed': [1, 128 * 128, width]} | _conv('patch_embed.proj', 3, width, 16)
+  for n in range(40):
+    name = f'blocks.{n}'
+    keys |= norm(f'{name}.norm1') | norm(f'{name}.norm2')
+    keys |= layer(f'{name}.attn.qkv', 3 * width, width) | layer(f'{name}.attn.proj', width, width)
+    keys |= layer(f'{name}.mlp.fc1', mlp, width) | layer(f'{name}.mlp.fc2', width, mlp)
+  for n in range(2):
+    keys |= _block(f'post_conv.{n}', width, width)
+  return keys | codes(16_384, code, width)
+
+
+def glm_image() -> dict[str, list[int]]:
+  """Keys of all of GLM-Image's vision_language_encoder."""
+  from transformers.models.glm_image import GlmImageConfig, GlmImageForConditionalGeneration
+
+  return shapes(GlmImageForConditionalGeneration(GlmImageConfig()))
+
+
 def shapes(module: torch.nn.Module) -> dict[str, list[int]]:
   """Key -> shape of a module's state."""
   return {key: list(leaf.shape) for key, leaf in module.state_dict().items()}
@@ -132,7 +156,12 @@ def main() -> None:
   llamagen = vqgan(LLAMAGEN, [128, 128, 256, 256, 512], 2, 256) | codes(16_384, 8, 256)
   write('llamagen_vq', llamagen | {'quantize.codebook_used': [65_536]})
   write('ibq', vqgan(VQGAN, [256, 256, 512, 512, 1024], 4, 256) | codes(131_072, 256, 256))
+  write('siglip_vq_xomni', xomni())
   with torch.device('meta'):
+    glm = glm_image()
+    write('siglip_vq_glm', glm)
+    parts = ('model.visual.', 'model.vqmodel.')
+    write('siglip_vq_llada', {key: leaf for key, leaf in glm.items() if key.startswith(parts)})
     write('wan_vae', shapes(diffusers.AutoencoderKLWan()))
     for name, config in KL.items():
       write(name, shapes(diffusers.AutoencoderKL(**config)))

@@ -60,6 +60,7 @@ class Norm(nn.Module):
   """Normalisation with a learned scale, and a bias where groups are normalised."""
 
   groups: int
+  eps: float = 1e-6  # of group normalisation
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -68,7 +69,7 @@ class Norm(nn.Module):
       # x / |x| * sqrt(C): the smallest eps that keeps a black place finite.
       return norms.rms_norm(x, scale, 1e-24)
     bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-    return norms.group_norm(x, scale, bias, self.groups, 1e-6)
+    return norms.group_norm(x, scale, bias, self.groups, self.eps)
 
 
 class _Part(nn.Module):

@@ -9,9 +9,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.contracts import Array
+from vpe_jax.config import nearest
+from vpe_jax.contracts import Array, UserError
 from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.ops import norms
+
+ACTIVATIONS = {
+  'gelu_tanh': jax.nn.gelu,
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +30,7 @@ class EncoderConfig:
     heads: attention heads N.
     mlp: hidden width of the MLP.
     eps: of the layer norms.
+    activation: of the MLP, a key of ACTIVATIONS.
   """
 
   width: int
@@ -31,6 +38,12 @@ class EncoderConfig:
   heads: int
   mlp: int
   eps: float = 1e-6
+  activation: str = 'gelu_tanh'
+
+  def __post_init__(self) -> None:
+    if self.activation not in ACTIVATIONS:
+      hint = nearest(self.activation, ACTIVATIONS)
+      raise UserError(f"no activation '{self.activation}'{hint}")
 
 
 class LayerNorm(nn.Module):
@@ -63,15 +76,16 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two dense layers around a tanh GELU."""
+  """Two dense layers around an activation."""
 
   config: EncoderConfig
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    x = Dense(self.config.mlp, dtype=self.dtype, name='up')(x)
-    return Dense(self.config.width, dtype=self.dtype, name='down')(jax.nn.gelu(x))
+    c = self.config
+    x = ACTIVATIONS[c.activation](Dense(c.mlp, dtype=self.dtype, name='up')(x))
+    return Dense(c.width, dtype=self.dtype, name='down')(x)
 
 
 class Layer(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import json
 import types
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from vpe_jax.checkpoints import convert, families, sources
+from vpe_jax.data import openmoji
 from vpe_jax.sharding import by_path
 
 OUTPUTS = 2e-5  # of the largest absolute reference value
@@ -111,6 +113,35 @@ def _mutants(params, apply: Callable, tolerance: float = 10 * OUTPUTS) -> list[s
   return unnoticed
 
 
+def _codes(ours, theirs, features, codebook, error: float) -> None:
+  """Compares codes of tokens with those of a reference.
+
+  A mismatch counts as a tie if both rows' cosines with the reference's features [..., D] differ,
+  in float64, by less than 4 times the relative error of our features; at most 0.1 % of tokens.
+  """
+  unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+  features = unit(np.asarray(features, np.float64).reshape(np.size(ours), -1))
+  rows = unit(np.asarray(codebook, np.float64))
+  ours, theirs = np.ravel(ours), np.ravel(theirs)
+  wrong = np.flatnonzero(ours != theirs)
+  gaps = np.einsum('ND,ND->N', features[wrong], rows[theirs[wrong]] - rows[ours[wrong]])
+  assert len(wrong) <= 1e-3 * len(ours) and np.all(np.abs(gaps) < 4 * error), gaps
+
+
+def _renders(count: int, side: int) -> np.ndarray:
+  """Pictures of OpenMoji, then as many of noise: [2 count, side, side, 3] uint8."""
+  source = openmoji.OpenMoji()
+  near = [source[i * len(source) // count].picture.draw(side) for i in range(count)]
+  noise = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
+  return np.concatenate([np.stack(near), noise])
+
+
+@functools.cache
+def _abstract(name: str, sizes):
+  """The shapes of our parameters."""
+  return jax.eval_shape(lambda key: families.get(name).init(sizes, key), jax.random.key(0))
+
+
 def _real(name: str, keys: str, sizes) -> tuple[convert.Plan, int, int]:
   """Plans the import of a real published network from its keys and shapes alone.
 
@@ -120,7 +151,7 @@ def _real(name: str, keys: str, sizes) -> tuple[convert.Plan, int, int]:
   with gzip.open(GOLDEN / 'keys' / f'{keys}.json.gz', 'rt') as file:
     tensors = {key: Abstract(tuple(shape)) for key, shape in json.load(file).items()}
   family = families.get(name)
-  abstract = jax.eval_shape(lambda key: family.init(sizes, key), jax.random.key(0))
+  abstract = _abstract(name, sizes)
   count = lambda leaves: sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in leaves)
   plan = convert.plan(tensors, family.LAYOUTS, abstract)
   return plan, count(tensors.values()), count(jax.tree.leaves(abstract))
@@ -135,6 +166,8 @@ def parity() -> types.SimpleNamespace:
     trip=_trip,
     gradients=_gradients,
     mutants=_mutants,
+    codes=_codes,
+    renders=_renders,
     real=_real,
     golden=GOLDEN,
     load=lambda name, folder, **given: families.load(

@@ -20,7 +20,7 @@ from vpe_jax.checkpoints.table import Table
 from vpe_jax.config import nearest
 from vpe_jax.contracts import Array, Params, UserError
 
-FAMILIES = ('siglip', 'kl_vae', 'wan_vae', 'llamagen_vq', 'ibq')
+FAMILIES = ('siglip', 'kl_vae', 'wan_vae', 'llamagen_vq', 'ibq', 'siglip_vq')
 
 
 class Family(Protocol):
