@@ -61,8 +61,8 @@ class KlVae(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    self.encoder = Encoder(c.body, self.dtype, None)
-    self.decoder = Decoder(c.body, self.dtype, None)
+    self.encoder = Encoder(c.body, self.dtype)
+    self.decoder = Decoder(c.body, self.dtype)
     if c.quant:
       self.quant = nn.Conv(2 * c.channels, (1, 1), dtype=self.dtype)
     if c.post_quant:

@@ -77,18 +77,16 @@ class _Part(nn.Module):
 
   config: PyramidConfig
   dtype: jnp.dtype
-  precision: jax.lax.PrecisionLike
 
   def conv(self, width: int, name: str, side: int = 3, **options) -> nn.Conv:
     """A convolution that keeps the resolution unless options say otherwise."""
-    numbers = {'dtype': self.dtype, 'precision': self.precision}
-    return nn.Conv(width, (side, side), name=name, **numbers, **options)
+    return nn.Conv(width, (side, side), dtype=self.dtype, name=name, **options)
 
   def norm(self, name: str) -> Norm:
     return Norm(self.config.groups, name=name)
 
   def part(self, kind: type[_Part], name: str, **given) -> _Part:
-    return kind(self.config, self.dtype, self.precision, name=name, **given)
+    return kind(self.config, self.dtype, name=name, **given)
 
 
 class Block(_Part):
@@ -111,12 +109,12 @@ class Attention(_Part):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     width = x.shape[-1]
-    dense = lambda name: nn.Dense(width, dtype=self.dtype, precision=self.precision, name=name)
+    dense = lambda name: nn.Dense(width, dtype=self.dtype, name=name)
     y = einops.rearrange(self.norm('norm')(x), 'B h w C -> B (h w) C')
     q, k, v = dense('q')(y), dense('k')(y), dense('v')(y)
-    logits = jnp.einsum('BLC,BSC->BLS', q, k, precision=self.precision).astype(jnp.float32)
+    logits = jnp.einsum('BLC,BSC->BLS', q, k).astype(jnp.float32)
     weights = jax.nn.softmax(logits * width**-0.5, -1).astype(v.dtype)
-    y = dense('o')(jnp.einsum('BLS,BSC->BLC', weights, v, precision=self.precision))
+    y = dense('o')(jnp.einsum('BLS,BSC->BLC', weights, v))
     return x + y.reshape(x.shape)
 
 

@@ -57,7 +57,11 @@ class PostBlock(nn.Module):
 
 
 class SiglipVq(nn.Module):
-  """Tower, codebook and decoder; pictures in [-1, 1]."""
+  """Tower, codebook and decoder; pictures in [-1, 1].
+
+  With `dtype` float32, codes are chosen from exact features on every device; the released code
+  runs in bfloat16, where tokens near a tie may choose another row.
+  """
 
   config: SiglipVqConfig
   dtype: jnp.dtype = jnp.float32
@@ -91,7 +95,8 @@ class SiglipVq(nn.Module):
 
   def encode(self, images: Array) -> Array:
     """Codes [B, h, w] int32 of pictures [B, H, W, 3]."""
-    return self.quantise(self.features(images))
+    with jax.default_matmul_precision('highest'):
+      return self.quantise(self.features(images))
 
   def decode(self, codes: Array) -> Array:
     """Features [B, h, w, D] of codes [B, h, w]; rows keep their own length."""

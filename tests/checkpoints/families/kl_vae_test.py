@@ -111,6 +111,15 @@ def test_codec_gives_the_latents_that_pipelines_use(parity, saved, imported, ima
   assert codec.factor == 2 and codec.weights == ('image',)
 
 
+def test_half_precision_stays_near(parity, imported, images):
+  params = {'image': imported.params}
+  exact, half = (KlVaeCodec(imported.sizes, dtype=kind) for kind in (jnp.float32, jnp.bfloat16))
+  latents = jax.jit(exact.encode)(params, images)
+  rounded = jax.jit(half.encode)(params, images)
+  assert rounded.dtype == jnp.float32 and not np.array_equal(rounded, latents)
+  parity.close(rounded, latents, 0.05)
+
+
 def test_sampling_can_leave_the_deviation_as_it_is(imported, images):
   raw = dataclasses.replace(imported.sizes, raw_deviation=True)
   params, noise = {'image': imported.params}, np.ones((2, 8, 12, imported.sizes.channels))

@@ -172,6 +172,14 @@ def test_outputs_equal_xomni(parity, xomni, golden):
   assert xomni.plan.table.name.endswith('(X-Omni)') and xomni.sizes.post_blocks == 2
 
 
+def test_half_precision_stays_near(parity, imported, run, inputs):
+  network = SiglipVq(imported.sizes, jnp.bfloat16)
+  half = jax.jit(lambda p, x: network.apply({'params': p}, x, method='features'))
+  features = half(imported.params, inputs[0])
+  assert features.dtype == jnp.bfloat16
+  parity.close(features.astype(jnp.float32), run(imported.params, *inputs)[0], 0.05)
+
+
 def test_codec_pads_with_white_and_decodes_to_features(parity, xomni):
   codec, params = SiglipVqCodec(xomni.sizes, 48), {NAME: xomni.params}
   wide = parity.renders(1, 48)[:, 12:36]

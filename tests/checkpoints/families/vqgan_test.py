@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -132,16 +131,3 @@ def test_other_networks_are_refused(name, imported):
   for change, words in CHANGES[name]:
     with pytest.raises(UserError, match=words):
       family.sizes({**family.published(imported.sizes), **change})
-
-
-def test_large_codebooks_are_compared_in_parts():
-  draw = np.random.default_rng(0)
-  features, rows = (draw.standard_normal(shape).astype(np.float32) for shape in ((7, 5), (24, 5)))
-  rows[20] = rows[3]  # a tie across parts: the first counts
-  features[0] = 9 * rows[3]
-  for normed in (False, True):
-    whole = codebook.nearest(jnp.asarray(features), jnp.asarray(rows), normed)
-    assert int(whole[0]) == 3
-    for chunk in (8, 5):
-      parts = codebook.nearest(jnp.asarray(features), jnp.asarray(rows), normed, chunk)
-      np.testing.assert_array_equal(whole, parts)
