@@ -1,10 +1,18 @@
 """The nearest row of a codebook, whole and part by part."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from vpe_jax.codecs import codebook
+from vpe_jax.codecs import codebook, siglip_vq, vqgan
+from vpe_jax.codecs.pyramid import PyramidConfig
+from vpe_jax.models.vit import EncoderConfig
+
+BODY = PyramidConfig((32, 32), blocks=1, outputs=8, inputs=8, attention=(1,))
+TOWER = EncoderConfig(width=16, layers=1, heads=2, mlp=16, activation='gelu')
 
 
 def test_large_codebooks_are_compared_in_parts():
@@ -40,3 +48,21 @@ def _jaxprs(jaxpr):
     for value in equation.params.values():
       if hasattr(value, 'jaxpr'):
         yield from _jaxprs(value.jaxpr)
+
+
+@pytest.mark.parametrize(
+  'network',
+  [
+    vqgan.VqGan(vqgan.VqGanConfig(BODY, codes=16, width=4, normed=True)),
+    siglip_vq.SiglipVq(siglip_vq.SiglipVqConfig(TOWER, patch=8, table=4, codes=16, width=4)),
+  ],
+  ids=['vqgan', 'siglip_vq'],
+)
+def test_codes_come_from_exact_products_whatever_the_default(network):
+  images = jnp.zeros((1, 16, 16, 3))
+  params = jax.eval_shape(lambda key: network.init(key, images), jax.random.key(0))
+  encode = lambda params: network.apply(params, images, method='encode')
+  with jax.default_matmul_precision('bfloat16'):
+    text = str(jax.make_jaxpr(encode)(params))
+  found = re.findall(r'precision=(None|[\w.]+|\([^)]*\))', text)
+  assert len(found) > 5 and {one.count('HIGHEST') for one in found} == {2}
