@@ -7,6 +7,7 @@ from PIL import Image
 
 from vpe_jax import rng
 from vpe_jax.codecs import pixels
+from vpe_jax.data import transforms
 
 
 def _pictures(count=3, side=64):
@@ -35,6 +36,17 @@ def test_view_resizes_as_pillow_does():
     # Pillow rounds weights and both passes to whole levels.
     assert np.abs(mine - wanted).max() < 2.0
     assert np.abs(mine - wanted).mean() < 0.5
+
+
+def test_padded_view_has_the_geometry_of_the_data():
+  for height, width in ((64, 64), (64, 41), (30, 64), (48, 48)):
+    picture = _pictures(1)[0, :height, :width]
+    got = np.asarray(pixels.padded_view(jnp.asarray(picture[None]), 48))[0] * 255
+    wanted = transforms.pad_to_square(picture, 48)
+    assert got.shape == wanted.shape
+    np.testing.assert_array_equal((wanted == 255).all(-1)[:, 0], (got > 254.99).all(-1)[:, 0])
+    # Pillow rounds weights and both passes to whole levels.
+    assert np.abs(got - wanted).max() < 2.0
 
 
 def test_view_of_the_same_size_is_the_picture():

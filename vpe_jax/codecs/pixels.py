@@ -51,6 +51,28 @@ def view(images: Array, size: int) -> Array:
   return jnp.clip(jax.image.resize(images, shape, 'cubic', antialias=True), 0.0, 1.0)
 
 
+def padded_view(images: Array, size: int) -> Array:
+  """The whole picture of any shape, centred on a white square of side `size`, in [0, 1].
+
+  The geometry of data/transforms.pad_to_square: the longer side becomes `size`, an odd pixel left
+  over goes to the right and the bottom.
+
+  Args:
+    images: [B, H, W, 3], uint8 or float in [0, 1].
+    size: side of the square in pixels.
+  """
+  images = to_unit(images)
+  batch, height, width, colours = images.shape
+  longer = max(height, width)
+  height, width = (max(1, round(side * size / longer)) for side in (height, width))
+  if images.shape[1:3] != (height, width):
+    shape = (batch, height, width, colours)
+    images = jnp.clip(jax.image.resize(images, shape, 'cubic', antialias=True), 0.0, 1.0)
+  top, left = (size - height) // 2, (size - width) // 2
+  around = ((0, 0), (top, size - height - top), (left, size - width - left), (0, 0))
+  return jnp.pad(images, around, constant_values=1.0)
+
+
 def jittered_view(images: Array, size: int, jitter: Jitter, key: Array, example: Array) -> Array:
   """A view that is moved and zoomed at random on white ground, by one draw per example.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import json
 import re
@@ -15,12 +16,25 @@ import jax
 import numpy as np
 import pytest
 
-from vpe_jax.checkpoints import families, sources
+from vpe_jax.checkpoints import convert, families, sources
+from vpe_jax.data import openmoji
 from vpe_jax.sharding import by_path
 
-KEYS = Path(__file__).parents[2] / 'golden' / 'keys'
 OUTPUTS = 2e-5  # of the largest absolute reference value
 GRADIENTS = 1e-4
+GOLDEN = Path(__file__).parents[2] / 'golden'
+KEYS = GOLDEN / 'keys'
+
+
+@dataclasses.dataclass(frozen=True)
+class Abstract:
+  """A published tensor of which only shape and dtype are known."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype = np.dtype(np.float32)
+
+  def read(self) -> np.ndarray:
+    raise AssertionError('a plan reads no numbers')
 
 
 def _redraw(model, seed: int = 0):
@@ -37,14 +51,16 @@ def _redraw(model, seed: int = 0):
     for name, leaf in model.named_parameters():
       draw = torch.randn(leaf.shape, generator=generator)
       words = name.lower()
-      if leaf.ndim <= 1 and 'bias' not in words and 'logit' not in words:
+      norm = leaf.ndim <= 1 or words.endswith('gamma')
+      if norm and 'bias' not in words and 'logit' not in words:
         leaf.copy_(1 + 0.3 * draw)
       elif leaf.ndim <= 1 or 'position' in words or 'embed' in words.split('.')[-2:][0]:
         leaf.copy_(0.3 * draw)
       else:
         fan_in = max(1, leaf[0].numel())
         sharp = any(
-          part in words for part in ('q_proj', 'k_proj', 'query', 'key', 'qkv', 'in_proj')
+          part in words
+          for part in ('q_proj', 'k_proj', 'query', 'key', 'qkv', 'in_proj', 'to_q', 'to_k')
         )
         leaf.copy_(draw * (2.0 if sharp else 1.0) / fan_in**0.5)
   return model.eval()
@@ -113,27 +129,60 @@ def _mutants(params, apply: Callable, tolerance: float = 10 * OUTPUTS) -> list[s
   return unnoticed
 
 
-@dataclasses.dataclass(frozen=True)
-class _Abstract:
-  """A source tensor of which only shape and dtype are known."""
-
-  shape: tuple[int, ...]
-  dtype: np.dtype = np.dtype(np.float32)
-
-  def read(self) -> np.ndarray:
-    raise AssertionError('a plan reads no numbers')
-
-
-def _published(name: str) -> tuple[dict, dict[str, _Abstract]]:
+def _published(name: str) -> tuple[dict, dict[str, Abstract]]:
   """config.json and all tensors of a published model, without numbers (tests/golden/keys)."""
   said = json.loads((KEYS / f'{name}.config.json').read_text())
   shapes = json.loads(gzip.decompress((KEYS / f'{name}.json.gz').read_bytes()))
-  return said, {key: _Abstract(tuple(shape)) for key, shape in shapes.items()}
+  return said, {key: Abstract(tuple(shape)) for key, shape in shapes.items()}
 
 
 def _count(params, pattern: str = '') -> int:
   """Numbers in the leaves whose path begins as the regular expression says."""
   return sum(leaf.size for path, leaf in by_path(params).items() if re.match(pattern, path))
+
+
+def _codes(ours, theirs, features, codebook, error: float) -> None:
+  """Compares codes of tokens with those of a reference.
+
+  A mismatch counts as a tie if both rows' cosines with the reference's features [..., D] differ,
+  in float64, by less than 4 times the relative error of our features; at most 0.1 % of tokens.
+  """
+  unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+  features = unit(np.asarray(features, np.float64).reshape(np.size(ours), -1))
+  rows = unit(np.asarray(codebook, np.float64))
+  ours, theirs = np.ravel(ours), np.ravel(theirs)
+  wrong = np.flatnonzero(ours != theirs)
+  gaps = np.einsum('ND,ND->N', features[wrong], rows[theirs[wrong]] - rows[ours[wrong]])
+  assert len(wrong) <= 1e-3 * len(ours) and np.all(np.abs(gaps) < 4 * error), gaps
+
+
+def _renders(count: int, side: int) -> np.ndarray:
+  """Pictures of OpenMoji, then as many of noise: [2 count, side, side, 3] uint8."""
+  source = openmoji.OpenMoji()
+  near = [source[i * len(source) // count].picture.draw(side) for i in range(count)]
+  noise = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
+  return np.concatenate([np.stack(near), noise])
+
+
+@functools.cache
+def _abstract(name: str, sizes):
+  """The shapes of our parameters."""
+  return jax.eval_shape(lambda key: families.get(name).init(sizes, key), jax.random.key(0))
+
+
+def _real(name: str, keys: str, sizes) -> tuple[convert.Plan, int, int]:
+  """Plans the import of a real published network from its keys and shapes alone.
+
+  Returns:
+    The plan, the number of source parameters, and that of ours.
+  """
+  with gzip.open(KEYS / f'{keys}.json.gz', 'rt') as file:
+    tensors = {key: Abstract(tuple(shape)) for key, shape in json.load(file).items()}
+  family = families.get(name)
+  abstract = _abstract(name, sizes)
+  count = lambda leaves: sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in leaves)
+  plan = convert.plan(tensors, family.LAYOUTS, abstract)
+  return plan, count(tensors.values()), count(jax.tree.leaves(abstract))
 
 
 @pytest.fixture(scope='session')
@@ -147,6 +196,10 @@ def parity() -> types.SimpleNamespace:
     mutants=_mutants,
     published=_published,
     count=_count,
+    codes=_codes,
+    renders=_renders,
+    real=_real,
+    golden=GOLDEN,
     load=lambda name, folder, **given: families.load(
       name, sources.open_source(str(folder)), **given
     ),

@@ -20,7 +20,20 @@ from vpe_jax.checkpoints.table import Table
 from vpe_jax.config import nearest
 from vpe_jax.contracts import Array, Params, UserError
 
-FAMILIES = ('siglip', 'showo2', 'qwen2', 'llama', 'clip', 'dinov2', 'llamagen')
+FAMILIES = (
+  'siglip',
+  'siglip_vq',
+  'showo2',
+  'qwen2',
+  'llama',
+  'clip',
+  'dinov2',
+  'kl_vae',
+  'wan_vae',
+  'ibq',
+  'llamagen',
+  'llamagen_vq',
+)
 
 
 class Family(Protocol):
@@ -31,7 +44,8 @@ class Family(Protocol):
     STEM: how the names of exported files begin.
     Sizes: the frozen dataclass that holds the sizes of one network of the family.
 
-  A family may have `FREE`, too: fields of its sizes that no published tensor depends on.
+  A family may have `FREE`, too: fields of its sizes that no published tensor depends on; and, where
+  a network is published without a config.json, its sizes as `BARE`.
   """
 
   LAYOUTS: tuple[Table, ...]
@@ -100,10 +114,11 @@ def load(
     name: of the family.
     source: its weights.
     place: gives the abstract parameters their shardings (None: one device).
-    sizes: of the network (None: from the config.json beside the weights).
+    sizes: of the network (None: from the config.json beside the weights, or the family's `BARE`
+      where there is none).
 
   Raises:
-    UserError: there is no config.json and no sizes, or the weights don't fit.
+    UserError: nothing says the sizes, or the weights don't fit.
   """
   family = get(name)
   if sizes is None:
@@ -130,6 +145,8 @@ def save(name: str, sizes: Any, params: Params, folder: Path, **options: Any) ->
 
 
 def _sizes(family: Family, name: str, source: Source) -> Any:
+  if not source.config and hasattr(family, 'BARE'):
+    return family.BARE
   if not source.config:
     raise UserError(
       f"'{source.path}' has no config.json beside it, which gives the sizes of {name}"

@@ -1,0 +1,258 @@
+"""SigLIP-VQ against X-Omni's released code and GLM-Image's classes, from all three layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from vpe_jax.checkpoints import families
+from vpe_jax.checkpoints.families import siglip_vq as family
+from vpe_jax.codecs.siglip_vq import SiglipVq, SiglipVqCodec, SiglipVqConfig, resample
+from vpe_jax.contracts import UserError
+from vpe_jax.models.vit import EncoderConfig
+
+pytestmark = pytest.mark.parity
+NAME = 'siglip_vq'
+GRID, SIDE = (3, 5), 64  # patches of the pictures that gradients are of; pixels of others
+TEXT = {
+  'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'num_key_value_heads': 2,
+  'intermediate_size': 16, 'vocab_size': 32, 'vision_vocab_size': 64, 'pad_token_id': 0,
+}  # fmt: skip
+VISION = {
+  'depth': 2, 'hidden_size': 48, 'num_heads': 3, 'intermediate_size': 64, 'image_size': 128,
+}  # fmt: skip
+VQ = {'embed_dim': 32, 'num_embeddings': 48, 'latent_channels': 48}
+TOWER, CODEBOOK, POST = 1_159_607_808, 39_849_472, 84_953_088
+
+
+@pytest.fixture(scope='module')
+def saved(parity, tmp_path_factory):
+  """A small GLM-Image with its language model, redrawn, and the folder it was saved to."""
+  from transformers.models.glm_image import GlmImageConfig, GlmImageForConditionalGeneration
+
+  config = GlmImageConfig(text_config=TEXT, vision_config=VISION, vq_config=VQ)
+  model = parity.redraw(GlmImageForConditionalGeneration(config))
+  folder = tmp_path_factory.mktemp('glm')
+  model.save_pretrained(folder)
+  return model, folder
+
+
+@pytest.fixture(scope='module')
+def imported(parity, saved):
+  return parity.load(NAME, saved[1])
+
+
+@pytest.fixture(scope='module')
+def run(imported):
+  """(params, pictures in [-1, 1], codes) -> features, their projections, decoded codes."""
+  network = SiglipVq(imported.sizes)
+
+  def forward(params, images, codes):
+    apply = lambda inputs, method: network.apply({'params': params}, inputs, method=method)
+    features = apply(images, 'features')
+    return features, apply(features, 'project'), apply(codes, 'decode')
+
+  return jax.jit(forward)
+
+
+@pytest.fixture(scope='module')
+def inputs():
+  draw = np.random.default_rng(0)
+  images = draw.standard_normal((2, GRID[0] * 16, GRID[1] * 16, 3)).astype(np.float32)
+  return images, draw.integers(0, VQ['num_embeddings'], (2, *GRID)).astype(np.int32)
+
+
+@pytest.fixture(scope='module')
+def golden(parity):
+  return dict(np.load(parity.golden / 'xomni_siglip_vq' / 'io.npz'))
+
+
+@pytest.fixture(scope='module')
+def xomni(parity, tmp_path_factory):
+  """The golden network from two pickles, as X-Omni publishes it, tower and codebook apart."""
+  import torch
+
+  source = parity.golden / 'xomni_siglip_vq'
+  said = json.loads((source / 'config.json').read_text())
+  tensors = safetensors.numpy.load_file(source / 'model.safetensors')
+  folder = tmp_path_factory.mktemp('xomni')
+  for name in ('visual', 'vqmodel'):
+    part = {k.removeprefix(f'{name}.'): v for k, v in tensors.items() if k.startswith(f'{name}.')}
+    torch.save({key: torch.tensor(leaf) for key, leaf in part.items()}, folder / f'{name}.pt')
+  sizes = SiglipVqConfig(
+    encoder=EncoderConfig(
+      said['width'], said['depth'], said['heads'], 4 * said['width'], activation='gelu'
+    ),
+    table=said['position_grid'],
+    codes=said['codebook_size'],
+    width=said['codebook_dim'],
+    post_blocks=said['post_blocks'],
+  )
+  return parity.load(NAME, folder, sizes=sizes)
+
+
+def _reference(model, images):
+  """Features [B, h, w, D] of GLM-Image's tower for pictures [B, H, W, 3], and their pixels."""
+  import torch
+
+  height, width = images.shape[1] // 16, images.shape[2] // 16
+  pixels = torch.tensor(images).requires_grad_()
+  order = 'B (h p) (w q) C -> (B h w) (C p q)'
+  grid = torch.tensor([[1, height, width]] * len(images))
+  found = model.model.visual(einops.rearrange(pixels, order, p=16, q=16), grid_thw=grid)
+  features = found.last_hidden_state.reshape(len(images), height, width, -1)
+  return features, pixels
+
+
+def _point(layer, x):
+  """A 1x1 convolution over [B, h, w, D]."""
+  return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def test_outputs_and_gradients_equal_glm_image(parity, saved, imported, run, inputs, tmp_path):
+  import torch
+
+  images, codes = inputs
+  vq = saved[0].model.vqmodel
+  features, pixels = _reference(saved[0], images)
+  decoded = _point(vq.post_quant_conv, vq.quantize.embedding(torch.tensor(codes)))
+  theirs = (features, _point(vq.quant_conv, features), decoded)
+  draw = np.random.default_rng(1)
+  weights = [draw.standard_normal(part.shape).astype(np.float32) for part in theirs]
+
+  def total(params, images):
+    parts = run(params, images, codes)
+    return sum(jnp.sum(part * weight) for part, weight in zip(parts, weights)), parts
+
+  (_, ours), (of_params, of_images) = jax.jit(
+    jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
+  )(imported.params, images)
+  for part, wanted in zip(ours, theirs, strict=True):
+    parity.close(part, wanted.detach().numpy())
+  saved[0].zero_grad()
+  sum((part * torch.tensor(weight)).sum() for part, weight in zip(theirs, weights)).backward()
+  parity.close(of_images, pixels.grad.numpy(), 1e-4)
+  parity.gradients(NAME, imported.sizes, of_params, saved[0], tmp_path / 'gradients')
+
+
+def test_codes_equal_glm_image_on_drawings_and_noise(parity, saved, imported, run):
+  import torch
+
+  vq, images = saved[0].model.vqmodel, parity.renders(32, SIDE)
+  codec, params = SiglipVqCodec(imported.sizes, SIDE), {NAME: imported.params}
+  codes = jax.jit(codec.encode)(params, images)
+  signed = (images / 127.5 - 1).astype(np.float32)
+  with torch.no_grad():
+    features, _ = _reference(saved[0], signed)
+    theirs = torch.cat([vq.encode(one[None].permute(0, 3, 1, 2)).image_tokens for one in features])
+    projected = _point(vq.quant_conv, features).numpy()
+  ours = run(imported.params, signed, codes.reshape(-1, 4, 4))[1]
+  error = np.max(np.abs(ours - projected)) / np.max(np.abs(projected))
+  parity.codes(codes, theirs.numpy(), projected, imported.params['codebook'], error)
+  assert codes.shape == (64, codec.grid**2) and len(np.unique(codes)) > 10
+
+
+def test_outputs_equal_xomni(parity, xomni, golden):
+  images, network = np.moveaxis(golden['image'], 1, -1), SiglipVq(xomni.sizes)
+  apply = lambda inputs, method: network.apply({'params': xomni.params}, inputs, method=method)
+  features = jax.jit(lambda x: apply(x, 'features'))(images)
+  parity.close(features.reshape(golden['features'].shape), golden['features'])
+  table = resample(xomni.params['position'], *golden['tokens'].shape[1:])
+  parity.close(table, golden['pos_embed_resized'][0])
+  np.testing.assert_array_equal(apply(features, 'quantise'), golden['tokens'])
+  decoded = jax.jit(lambda x: apply(x, 'decode'))(golden['tokens'].astype(np.int32))
+  parity.close(decoded, np.moveaxis(golden['decoded'], 1, -1))
+  assert xomni.plan.table.name.endswith('(X-Omni)') and xomni.sizes.post_blocks == 2
+
+
+def test_half_precision_stays_near(parity, imported, run, inputs):
+  network = SiglipVq(imported.sizes, jnp.bfloat16)
+  half = jax.jit(lambda p, x: network.apply({'params': p}, x, method='features'))
+  features = half(imported.params, inputs[0])
+  assert features.dtype == jnp.bfloat16
+  parity.close(features.astype(jnp.float32), run(imported.params, *inputs)[0], 0.05)
+
+
+def test_codec_pads_with_white_and_decodes_to_features(parity, xomni):
+  codec, params = SiglipVqCodec(xomni.sizes, 48), {NAME: xomni.params}
+  wide = parity.renders(1, 48)[:, 12:36]
+  square = np.full((2, 48, 48, 3), 255, np.uint8)
+  square[:, 12:36] = wide
+  encode = jax.jit(codec.encode)
+  np.testing.assert_array_equal(encode(params, wide), encode(params, square))
+  codes = encode(params, square / np.float32(255))
+  np.testing.assert_array_equal(codes, encode(params, square))
+  assert codec.decode(params, codes).shape == (2, 9, 64) and codec.codes == 160
+
+
+def test_round_trips_are_exact_and_glm_image_opens_them(parity, saved, imported, xomni, tmp_path):
+  import torch
+
+  parity.trip(NAME, saved[1], imported, tmp_path / 'out')
+  tensors = safetensors.numpy.load_file(tmp_path / 'out' / 'model.safetensors')
+  for part in ('visual', 'vqmodel'):
+    prefix = f'model.{part}.'
+    state = {k.removeprefix(prefix): torch.tensor(v) for k, v in tensors.items() if prefix in k}
+    getattr(saved[0].model, part).load_state_dict(state, strict=True)
+  said = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  vision = saved[0].config.vision_config.to_dict()
+  for field in ('depth', 'num_heads', 'hidden_act', 'layer_norm_eps', 'image_size', 'patch_size'):
+    assert said['vision_config'][field] == vision[field]
+  for one in (imported, xomni):
+    folder = tmp_path / str(one.sizes.post_blocks)
+    families.save(NAME, one.sizes, one.params, folder)
+    again = parity.load(NAME, folder)
+    assert again.sizes == one.sizes and again.plan.table.name.endswith('(LLaDA2.0-Uni)')
+    jax.tree.map(np.testing.assert_array_equal, again.params, one.params)
+
+
+def test_every_bias_and_norm_matters(parity, imported, run, inputs, xomni, golden):
+  apply = lambda p: np.concatenate([np.ravel(part) for part in run(p, *inputs)])
+  # A key's bias shifts all logits of a query alike, which softmax doesn't see.
+  unnoticed = [p for p in parity.mutants(imported.params, apply) if not p.endswith('/k/bias')]
+  assert not unnoticed
+  decode = jax.jit(
+    lambda post: SiglipVq(xomni.sizes).apply(
+      {'params': {**xomni.params, **post}}, golden['tokens'].astype(np.int32), method='decode'
+    )
+  )
+  post = {name: xomni.params[name] for name in ('post_0', 'post_1', 'post_quant')}
+  assert not parity.mutants(post, decode)
+  tanh = dataclasses.replace(imported.sizes.encoder, activation='gelu_tanh')
+  network = SiglipVq(dataclasses.replace(imported.sizes, encoder=tanh))
+  other = network.apply({'params': imported.params}, inputs[0], method='features')
+  wanted = run(imported.params, *inputs)[0]
+  assert np.max(np.abs(other - wanted)) / np.max(np.abs(wanted)) > 1e-4
+
+
+@pytest.mark.parametrize('kind', ['xomni', 'glm', 'llada'])
+def test_real_size(parity, kind):
+  sizes = family.BARE if kind == 'xomni' else SiglipVqConfig()
+  plan, source, ours = parity.real(NAME, f'siglip_vq_{kind}', sizes)
+  assert ours == TOWER + CODEBOOK + (POST if kind == 'xomni' else 0) and not plan.absent
+  assert {'xomni': 'X-Omni', 'glm': 'GLM', 'llada': 'LLaDA'}[kind] in plan.table.name
+  assert (source == ours) == (kind != 'glm')
+  assert all('language_model' in key or 'lm_head' in key for key in plan.ignored)
+  assert family.sizes(family.published(sizes)) == sizes
+
+
+def test_sizes_are_read_from_each_config():
+  assert family.sizes({'vision_config': {}, 'vq_config': {}}) == SiglipVqConfig()
+  encoder = {'siglip_name': 'siglip2_giant_patch16_384', 'codebook_size': 16384,
+             'codebook_dim': 2048, 'z_channels': 1536}  # fmt: skip
+  assert family.sizes({'vision_config': {'encoder': encoder}}) == family.BARE
+  for vision, words in (
+    ({'encoder': {**encoder, 'siglip_name': 'other'}}, 'other'),
+    ({'hidden_act': 'relu'}, 'relu'),
+    ({'attention_bias': False}, 'attention_bias'),
+    ({'hidden_size': 64}, 'width 1536'),
+  ):
+    with pytest.raises(UserError, match=words):
+      family.sizes({'vision_config': vision, 'vq_config': {}})

@@ -1,0 +1,73 @@
+"""Emu3.5's IBQ tokenizer (BAAI/Emu3.5-VisionTokenizer)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vpe_jax.checkpoints.families import llamagen_vq
+from vpe_jax.checkpoints.tables import ibq as table
+from vpe_jax.codecs.pyramid import PyramidConfig
+from vpe_jax.codecs.vqgan import VqGanConfig
+from vpe_jax.contracts import UserError
+
+LAYOUTS = table.LAYOUTS
+STEM = 'model'
+Sizes = VqGanConfig
+_FIXED = {'double_z': False, 'in_channels': 3, 'out_ch': 3}
+
+init = llamagen_vq.init
+axes = llamagen_vq.axes
+
+
+def sizes(published: Mapping[str, Any]) -> VqGanConfig:
+  """Our sizes from a config.json with the names of the published config.yaml."""
+  for field, ours in _FIXED.items():
+    if published.get(field, ours) != ours:
+      raise UserError(f"the tokenizer has {field} '{published[field]}', ours {ours}")
+  if published['ch_mult'][0] != 1:
+    raise UserError(f'the tokenizer has ch_mult {published["ch_mult"]}, ours begins with 1')
+  widths = tuple(published['ch'] * factor for factor in published['ch_mult'])
+  sides = [published['resolution'] // 2**level for level in range(len(widths))]
+  body = PyramidConfig(
+    widths=widths,
+    blocks=published['num_res_blocks'],
+    outputs=published['z_channels'],
+    inputs=published['z_channels'],
+    attention=tuple(i for i, side in enumerate(sides) if side in published['attn_resolutions']),
+    fine_first=True,
+  )
+  return VqGanConfig(body, published['n_embed'], published['embed_dim'], normed=False)
+
+
+def published(sizes: VqGanConfig) -> dict[str, Any]:
+  """A config.json with the names of the published config.yaml."""
+  body = sizes.body
+  resolution = 16 * body.factor
+  return {
+    **_FIXED,
+    'model_type': 'ibq',
+    'ch': body.widths[0],
+    'ch_mult': [width // body.widths[0] for width in body.widths],
+    'num_res_blocks': body.blocks,
+    'resolution': resolution,
+    'attn_resolutions': [resolution // 2**level for level in body.attention],
+    'z_channels': body.inputs,
+    'n_embed': sizes.codes,
+    'embed_dim': sizes.width,
+  }
+
+
+# model.ckpt is published with a config.yaml, which has no place among config.json files.
+BARE = sizes(
+  {
+    'ch': 256,
+    'ch_mult': [1, 1, 2, 2, 4],
+    'num_res_blocks': 4,
+    'resolution': 256,
+    'attn_resolutions': [16],
+    'z_channels': 256,
+    'n_embed': 131_072,
+    'embed_dim': 256,
+  }
+)

@@ -1,0 +1,85 @@
+"""KL autoencoders of FLUX.1, Stable Diffusion 3 and SDXL, as diffusers' AutoencoderKL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from vpe_jax.checkpoints.tables import kl_vae as table
+from vpe_jax.codecs.kl_vae import KlVae, KlVaeConfig
+from vpe_jax.codecs.pyramid import PyramidConfig
+from vpe_jax.contracts import Array, Params, UserError
+
+LAYOUTS = table.LAYOUTS
+STEM = 'diffusion_pytorch_model'
+Sizes = KlVaeConfig
+# diffusers' own; a config that says otherwise is of a network that ours is not.
+_FIXED = {
+  'act_fn': 'silu',
+  'latents_mean': None,
+  'latents_std': None,
+  'in_channels': 3,
+  'out_channels': 3,
+}
+
+
+def sizes(published: Mapping[str, Any]) -> KlVaeConfig:
+  """Our sizes from config.json."""
+  for field, ours in _FIXED.items():
+    if published.get(field, ours) != ours:
+      raise UserError(f"the autoencoder has {field} '{published[field]}', ours {ours}")
+  for field, ours in (('down', 'DownEncoderBlock2D'), ('up', 'UpDecoderBlock2D')):
+    kinds = set(published[f'{field}_block_types'])
+    if kinds != {ours}:
+      raise UserError(f"the autoencoder has {field}_block_types '{sorted(kinds)}', ours {ours}")
+  channels = published.get('latent_channels', 4)
+  body = PyramidConfig(
+    widths=tuple(published['block_out_channels']),
+    blocks=published.get('layers_per_block', 1),
+    outputs=2 * channels,
+    inputs=channels,
+    middle=published.get('mid_block_add_attention', True),
+    groups=published.get('norm_num_groups', 32),
+  )
+  return KlVaeConfig(
+    body=body,
+    quant=published.get('use_quant_conv', True),
+    post_quant=published.get('use_post_quant_conv', True),
+    shift=(published.get('shift_factor') or 0.0,),
+    scale=(published.get('scaling_factor', 0.18215),),
+  )
+
+
+def published(sizes: KlVaeConfig) -> dict[str, Any]:
+  """A config.json for AutoencoderKL."""
+  body = sizes.body
+  levels = len(body.widths)
+  return {
+    **_FIXED,
+    '_class_name': 'AutoencoderKL',
+    'block_out_channels': list(body.widths),
+    'down_block_types': ['DownEncoderBlock2D'] * levels,
+    'up_block_types': ['UpDecoderBlock2D'] * levels,
+    'layers_per_block': body.blocks,
+    'latent_channels': body.inputs,
+    'norm_num_groups': body.groups,
+    'mid_block_add_attention': body.middle,
+    'use_quant_conv': sizes.quant,
+    'use_post_quant_conv': sizes.post_quant,
+    'shift_factor': sizes.shift[0] or None,
+    'scaling_factor': sizes.scale[0],
+  }
+
+
+def init(sizes: KlVaeConfig, rng: Array) -> Params:
+  """Fresh parameters."""
+  side = sizes.body.factor
+  return KlVae(sizes).init(rng, jnp.zeros((1, side, side, 3)))['params']
+
+
+def axes(sizes: KlVaeConfig) -> dict[str, int]:
+  """All axes show in our leaves."""
+  del sizes
+  return {}

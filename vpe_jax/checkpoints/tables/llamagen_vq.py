@@ -1,0 +1,32 @@
+"""LlamaGen's VQ tokenizer (vq_ds16_c2i.pt, vq_ds8_c2i.pt)."""
+
+from vpe_jax.checkpoints.table import Row, Table
+from vpe_jax.checkpoints.tables import pyramid
+
+
+def _half(half: str, change: str, step: str) -> tuple[Row, ...]:
+  """The encoder or decoder; `change` is the source's word for how it leaves a level."""
+  level, middle = f'{half}.conv_blocks.{{i}}', f'{half}.mid'
+  return (
+    *pyramid.ends(half, 'norm_out'),
+    *pyramid.block(f'{level}.res.{{j}}', f'{half}/level_{{i}}/block_{{j}}'),
+    *pyramid.attention(f'{level}.attn.{{j}}', f'{half}/level_{{i}}/attention_{{j}}'),
+    *pyramid.conv(f'{level}.{change}.conv', f'{half}/{step}_{{i}}'),
+    *pyramid.block(f'{middle}.0', f'{half}/middle/block_0'),
+    *pyramid.attention(f'{middle}.1', f'{half}/middle/attention'),
+    *pyramid.block(f'{middle}.2', f'{half}/middle/block_1'),
+  )
+
+
+LAYOUTS = (
+  Table(
+    name='llamagen_vq (LlamaGen)',
+    rows=(
+      *_half('encoder', 'downsample', 'down'),
+      *_half('decoder', 'upsample', 'up'),
+      *pyramid.quant(),
+      Row('quantize.embedding.weight', 'codebook'),
+    ),
+    ignored=((r'quantize\.codebook_used', 'a buffer that counts which codes training used'),),
+  ),
+)

@@ -1,0 +1,123 @@
+"""Published KL autoencoders: FLUX.1's, Stable Diffusion's, and Wan's on still images.
+
+An encoder gives mean and log-variance of each latent, a decoder maps latents back to pictures.
+Latent diffusion (arXiv 2112.10752), laid out as diffusers' AutoencoderKL, with which it agrees in
+float32; with the config of `checkpoints/families/wan_vae.py`, as AutoencoderKLWan on one frame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from vpe_jax.codecs import pixels
+from vpe_jax.codecs.pyramid import Decoder, Encoder, PyramidConfig
+from vpe_jax.contracts import Array, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class KlVaeConfig:
+  """Sizes of an autoencoder and the moments of its latents.
+
+  Attributes:
+    body: of encoder and decoder; `outputs` is twice `inputs`.
+    quant: whether a 1x1 convolution follows the encoder.
+    post_quant: whether a 1x1 convolution precedes the decoder.
+    shift: mean of the latents: one number, or one per channel.
+    scale: 1 / deviation of the latents: one number, or one per channel. Normalised latents are
+      (latents - shift) * scale.
+    raw_deviation: whether sampling adds the posterior's deviation after normalisation, unscaled.
+      Show-o2 trained on such latents (wan21_vae.py, `sample`); the mean is what others use.
+  """
+
+  body: PyramidConfig
+  quant: bool
+  post_quant: bool
+  shift: tuple[float, ...] = (0.0,)
+  scale: tuple[float, ...] = (1.0,)
+  raw_deviation: bool = False
+
+  @property
+  def channels(self) -> int:
+    """Numbers C per latent."""
+    return self.body.inputs
+
+
+class Posterior(NamedTuple):
+  """The normal distribution of raw latents, each [B, h, w, C] float32."""
+
+  mean: Array
+  log_variance: Array
+
+
+class KlVae(nn.Module):
+  """Encoder and decoder around raw latents; pictures in [-1, 1]."""
+
+  config: KlVaeConfig
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self) -> None:
+    c = self.config
+    self.encoder = Encoder(c.body, self.dtype)
+    self.decoder = Decoder(c.body, self.dtype)
+    if c.quant:
+      self.quant = nn.Conv(2 * c.channels, (1, 1), dtype=self.dtype)
+    if c.post_quant:
+      self.post_quant = nn.Conv(c.channels, (1, 1), dtype=self.dtype)
+
+  def posterior(self, images: Array) -> Posterior:
+    """The raw latents' distribution of pictures [B, H, W, 3] in [-1, 1]."""
+    x = self.encoder(images)
+    x = self.quant(x) if self.config.quant else x
+    mean, log_variance = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
+
+  def decode(self, latents: Array) -> Array:
+    """Pictures [B, H, W, 3] float32 around [-1, 1] from raw latents; not clipped."""
+    latents = latents.astype(self.dtype)
+    x = self.post_quant(latents) if self.config.post_quant else latents
+    return self.decoder(x).astype(jnp.float32)
+
+  def __call__(self, images: Array) -> Array:
+    """The picture that the mean decodes to; touches every parameter."""
+    return self.decode(self.posterior(images).mean)
+
+
+class KlVaeCodec:
+  """A protocol.LatentCodec over one network of `params`, called `name`."""
+
+  def __init__(self, config: KlVaeConfig, name: str = 'image', dtype: jnp.dtype = jnp.float32):
+    self.config = config
+    self.weights = (name,)
+    self.factor = config.body.factor
+    self.channels = config.channels
+    self.network = KlVae(config, dtype)
+
+  def encode(self, params: Params, images: Array, noise: Array | None = None) -> Array:
+    """Normalised latents [B, H / factor, W / factor, C] float32.
+
+    Args:
+      params: network name -> parameters.
+      images: [B, H, W, 3], uint8 or float in [0, 1]; sides are multiples of `factor`.
+      noise: standard normal numbers, shaped as the latents, to sample them with; None for their
+        mean.
+    """
+    c = self.config
+    signed = pixels.to_signed(pixels.to_unit(images))
+    mean, log_variance = self._apply(params, signed, 'posterior')
+    shift, scale = jnp.asarray(c.shift), jnp.asarray(c.scale)
+    if noise is None:
+      return (mean - shift) * scale
+    spread = jnp.exp(0.5 * log_variance) * noise
+    return (mean - shift) * scale + (spread if c.raw_deviation else spread * scale)
+
+  def decode(self, params: Params, latents: Array) -> Array:
+    """Pictures [B, H, W, 3] float32 in [0, 1] from normalised latents."""
+    raw = latents / jnp.asarray(self.config.scale) + jnp.asarray(self.config.shift)
+    return jnp.clip(0.5 * (self._apply(params, raw, 'decode') + 1.0), 0.0, 1.0)
+
+  def _apply(self, params: Params, inputs: Array, method: str):
+    return self.network.apply({'params': params[self.weights[0]]}, inputs, method=method)

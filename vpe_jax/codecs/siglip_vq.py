@@ -1,0 +1,159 @@
+"""SigLIP-VQ: X-Omni's tokenizer of pictures into codes that say what they show.
+
+A SigLIP 2 tower (giant) gives the raw features of its last layer; a projection of each is replaced
+by the nearest row of a codebook, on the unit sphere. Decoding gives features, not pixels. X-Omni
+(arXiv 2507.22058) trained it; GLM-Image and LLaDA2.0-Uni publish copies without the convolutional
+blocks at the end of the decoder, which only X-Omni's painter reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vpe_jax.codecs import codebook, pixels
+from vpe_jax.codecs.pyramid import Norm
+from vpe_jax.contracts import Array, Params
+from vpe_jax.models.dense import Dense
+from vpe_jax.models.vit import Encoder, EncoderConfig, patches
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipVqConfig:
+  """Sizes of the tokenizer; the defaults are the published ones.
+
+  Attributes:
+    encoder: the tower; the published one uses the exact GELU, not the tanh of other SigLIPs.
+    patch: side of a patch in pixels.
+    table: side of the square position table, in patches; other grids resample it.
+    codes: rows V of the codebook.
+    width: numbers per row.
+    post_blocks: convolutional blocks after decoding.
+  """
+
+  encoder: EncoderConfig = EncoderConfig(1536, 40, 16, 6144, activation='gelu')
+  patch: int = 16
+  table: int = 128
+  codes: int = 16_384
+  width: int = 2048
+  post_blocks: int = 0
+
+
+class PostBlock(nn.Module):
+  """x + conv(gelu(norm(conv(gelu(norm(x)))))) at constant width."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    y = x
+    for i in (1, 2):
+      y = jax.nn.gelu(Norm(32, 1e-5, name=f'norm_{i}')(y), approximate=False)
+      y = nn.Conv(x.shape[-1], (3, 3), dtype=self.dtype, name=f'conv_{i}')(y)
+    return x + y
+
+
+class SiglipVq(nn.Module):
+  """Tower, codebook and decoder; pictures in [-1, 1].
+
+  With `dtype` float32, codes are chosen from exact features on every device; the released code
+  runs in bfloat16, where tokens near a tie may choose another row.
+  """
+
+  config: SiglipVqConfig
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self) -> None:
+    c, near = self.config, nn.initializers.normal(0.02)
+    self.embed = Dense(c.encoder.width, dtype=self.dtype)
+    self.position = self.param('position', near, (c.table**2, c.encoder.width))
+    self.encoder = Encoder(c.encoder, self.dtype)
+    self.quant = Dense(c.width, dtype=self.dtype)
+    self.codebook = self.param('codebook', nn.initializers.normal(1.0), (c.codes, c.width))
+    self.post_quant = Dense(c.encoder.width, dtype=self.dtype)
+    self.post = [PostBlock(self.dtype) for _ in range(c.post_blocks)]
+
+  def features(self, images: Array) -> Array:
+    """Raw features [B, h, w, D] of the last layer; sides of pictures are multiples of `patch`."""
+    c = self.config
+    height, width = (side // c.patch for side in images.shape[1:3])
+    x = self.embed(patches(images.astype(self.dtype), c.patch))
+    x = x + resample(self.position, height, width).astype(self.dtype)
+    x = self.encoder(x, depth=c.encoder.layers)
+    return x.reshape(-1, height, width, c.encoder.width)
+
+  def project(self, features: Array) -> Array:
+    """What is quantised, [..., width], of features [..., D]."""
+    return self.quant(features)
+
+  def quantise(self, features: Array) -> Array:
+    """Codes [...] int32 of features [..., D]."""
+    return codebook.nearest(self.project(features), self.codebook, normed=True)
+
+  def encode(self, images: Array) -> Array:
+    """Codes [B, h, w] int32 of pictures [B, H, W, 3]."""
+    with jax.default_matmul_precision('highest'):
+      return self.quantise(self.features(images))
+
+  def decode(self, codes: Array) -> Array:
+    """Features [B, h, w, D] of codes [B, h, w]; rows keep their own length."""
+    x = self.post_quant(jnp.take(self.codebook, codes, axis=0).astype(self.dtype))
+    for block in self.post:
+      x = block(x)
+    return x
+
+  def __call__(self, images: Array) -> Array:
+    """The features that the codes decode to; touches every parameter."""
+    return self.decode(self.encode(images))
+
+
+class SiglipVqCodec:
+  """A protocol.TokenCodec over one network of `params`, called `name`, that can also decode."""
+
+  def __init__(
+    self,
+    config: SiglipVqConfig,
+    image_size: int = 384,
+    name: str = 'siglip_vq',
+    dtype: jnp.dtype = jnp.float32,
+  ):
+    self.config = config
+    self.weights = (name,)
+    self.codes = config.codes
+    self.image_size = image_size
+    self.grid = image_size // config.patch
+    self.network = SiglipVq(config, dtype)
+
+  def encode(self, params: Params, images: Array) -> Array:
+    """Codes [B, P] int32, raster order.
+
+    Args:
+      params: network name -> parameters.
+      images: [B, H, W, 3] of any shape, uint8 or float in [0, 1]: centred on a white square of
+        side `image_size`, then to [-1, 1], with the geometry of the pictures that are painted.
+    """
+    signed = pixels.to_signed(pixels.padded_view(images, self.image_size))
+    codes = self.network.apply({'params': params[self.weights[0]]}, signed, method='encode')
+    return codes.reshape(codes.shape[0], -1)
+
+  def decode(self, params: Params, codes: Array) -> Array:
+    """Features [B, P, D] that codes [B, P] stand for."""
+    variables = {'params': params[self.weights[0]]}
+    square = codes.reshape(-1, self.grid, self.grid)
+    features = self.network.apply(variables, square, method='decode')
+    return features.reshape(*codes.shape, -1)
+
+
+def resample(table: Array, height: int, width: int) -> Array:
+  """A square position table [side^2, D], bilinearly resampled to [height * width, D].
+
+  Pixel centres, no antialiasing; beyond the outermost centres the border counts (X-Omni's
+  `align_corners=False`).
+  """
+  side = round(table.shape[0] ** 0.5)
+  square = table.reshape(side, side, -1)
+  shape = (height, width, table.shape[-1])
+  return jax.image.resize(square, shape, 'linear', antialias=False).reshape(height * width, -1)

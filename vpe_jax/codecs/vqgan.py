@@ -1,0 +1,99 @@
+"""Published VQGAN tokenizers: LlamaGen's VQ-16 and Emu3.5's IBQ.
+
+A convolutional encoder, a codebook, and a decoder that paints the picture back. LlamaGen
+(arXiv 2406.06525) seeks the nearest row on the unit sphere; IBQ (arXiv 2412.02692) takes the row
+with the largest dot product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vpe_jax.codecs import codebook, pixels
+from vpe_jax.codecs.pyramid import Decoder, Encoder, PyramidConfig
+from vpe_jax.contracts import Array, Params
+from vpe_jax.models.siglip import unit
+
+
+@dataclasses.dataclass(frozen=True)
+class VqGanConfig:
+  """Sizes of a tokenizer.
+
+  Attributes:
+    body: of encoder and decoder.
+    codes: rows V of the codebook.
+    width: numbers per row.
+    normed: whether features and rows are brought to length 1, for the choice and for decoding.
+  """
+
+  body: PyramidConfig
+  codes: int
+  width: int
+  normed: bool
+
+
+class VqGan(nn.Module):
+  """The network; pictures in [-1, 1].
+
+  Features are exact float32 on every device: rounded products change codes.
+  """
+
+  config: VqGanConfig
+
+  def setup(self) -> None:
+    c = self.config
+    self.encoder = Encoder(c.body, jnp.float32)
+    self.quant = nn.Conv(c.width, (1, 1))
+    self.codebook = self.param('codebook', nn.initializers.normal(1.0), (c.codes, c.width))
+    self.post_quant = nn.Conv(c.body.inputs, (1, 1))
+    self.decoder = Decoder(c.body, jnp.float32)
+
+  def features(self, images: Array) -> Array:
+    """What is quantised, [B, h, w, width], of pictures [B, H, W, 3]."""
+    with jax.default_matmul_precision('highest'):
+      return self.quant(self.encoder(images))
+
+  def encode(self, images: Array) -> Array:
+    """Codes [B, h, w] int32 of pictures [B, H, W, 3]."""
+    return codebook.nearest(self.features(images), self.codebook, self.config.normed)
+
+  def lookup(self, codes: Array) -> Array:
+    """The rows [B, h, w, width] that codes [B, h, w] stand for."""
+    rows = jnp.take(self.codebook, codes, axis=0)
+    return unit(rows) if self.config.normed else rows
+
+  def decode(self, codes: Array) -> Array:
+    """Pictures [B, H, W, 3] around [-1, 1], not clipped, of codes [B, h, w]."""
+    return self.decoder(self.post_quant(self.lookup(codes)))
+
+  def __call__(self, images: Array) -> Array:
+    """The picture that the codes decode to; touches every parameter."""
+    return self.decode(self.encode(images))
+
+
+class VqGanCodec:
+  """A protocol.TokenCodec over one network of `params`, called `name`, that can also decode."""
+
+  def __init__(self, config: VqGanConfig, image_size: int = 512, name: str = 'tokens'):
+    self.config = config
+    self.weights = (name,)
+    self.codes = config.codes
+    self.image_size = image_size
+    self.grid = image_size // config.body.factor
+    self.network = VqGan(config)
+
+  def encode(self, params: Params, images: Array) -> Array:
+    """Codes [B, P] int32, raster order; see protocol.TokenCodec."""
+    signed = pixels.to_signed(pixels.view(images, self.image_size))
+    codes = self.network.apply({'params': params[self.weights[0]]}, signed, method='encode')
+    return codes.reshape(codes.shape[0], -1)
+
+  def decode(self, params: Params, codes: Array) -> Array:
+    """Pictures [B, R, R, 3] float32 in [0, 1] of codes [B, P]."""
+    square = codes.reshape(-1, self.grid, self.grid)
+    signed = self.network.apply({'params': params[self.weights[0]]}, square, method='decode')
+    return jnp.clip(0.5 * (signed + 1.0), 0.0, 1.0)
