@@ -72,7 +72,7 @@ def _tiny(config: ConfigDict) -> None:
   config.model.head = _expert(96, 256, 2, 2, 1) | {'rope_theta': 1e4}
   config.optim = {'lr': 2e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.995}
   config.model.update(drop_text=0.1, inherit=0.08)
-  config.sample = {'steps': 20, 'shift': 1.0, 'guidance': 2.0, 'plan_guidance': 3.0}
+  config.sample = {'steps': 20, 'shift': 1.0, 'guidance': 2.5, 'plan_guidance': 4.5, 'min_p': 0.1}
   config.log = {'samples': 400, 'evaluate': 200}
 
 
