@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from vpe_jax import convert
-from vpe_jax.checkpoints import sources, weights
+from vpe_jax.checkpoints import parity, sources, weights
 from vpe_jax.contracts import UserError
 from vpe_jax.sharding import by_path
 
@@ -49,6 +50,20 @@ def test_in_and_out_again_changes_no_bit(published, tmp_path):
   assert before.config == after.config
   for key, tensor in before.tensors.items():
     np.testing.assert_array_equal(tensor.read(), after.tensors[key].read())
+
+
+def test_a_check_compares_with_the_reference_before_anything_is_kept(
+  published, tmp_path, monkeypatch
+):
+  lines = convert.bring_in('siglip', str(published), str(tmp_path / 'kept'), check=True)
+  assert 'parity with the reference holds' in lines[-2]
+  monkeypatch.setattr(parity, 'TOLERANCE', 0.0)
+  with pytest.raises(UserError, match='FAILS'):
+    convert.bring_in('siglip', str(published), str(tmp_path / 'other'), check=True)
+  assert not (tmp_path / 'other').exists()
+  golden = pathlib.Path(__file__).parent / 'golden' / 'showo2'
+  with pytest.raises(UserError, match='no reference library'):
+    convert.bring_in('showo2', str(golden), str(tmp_path / 'other'), check=True)
 
 
 def test_a_narrow_dtype_can_be_asked_for(tmp_path):

@@ -41,6 +41,13 @@ def test_a_network_is_written_rounded_with_the_run_s_story(run, tmp_path):
   np.testing.assert_array_equal(stored['encoder']['start']['kernel'], rounded)
 
 
+def test_other_settings_of_the_drawing_can_be_stored(run, tmp_path):
+  to = str(tmp_path / 'image.safetensors')
+  metadata = export.export('runs/x', to, 'image', guidance=2.5, min_p=None)
+  sample = json.loads(metadata['config'])['sample']
+  assert sample == to_dict(run[0].config.sample) | {'guidance': 2.5}
+
+
 def test_latents_of_the_written_file_are_normalised(run, tmp_path):
   system, _ = run
   to = str(tmp_path / 'image.safetensors')
@@ -95,14 +102,17 @@ def test_the_file_is_checked_before_any_work(tmp_path, monkeypatch):
     'there.safetensors': 'exists',
     'folder.safetensors': 'is a folder',
     'x.npz': 'end in .safetensors',
-    'there.safetensors/x.safetensors': 'cannot write to',
   }.items():
     with pytest.raises(UserError, match=message):
       export.export('runs/x', str(tmp_path / name), 'image')
 
 
 def test_a_command_s_mistakes_are_one_line_and_status_2():
-  for arguments, message in [([], '--workdir is missing'), (['x'], "unexpected argument 'x'")]:
+  for arguments, message in [
+    ([], '--workdir is missing'),
+    (['x'], "unexpected argument 'x'"),
+    (['--workdir=runs/x', '--to=/dev/null/x.safetensors'], 'cannot write to'),
+  ]:
     command = [sys.executable, '-m', 'vpe_jax.export', *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -11,10 +11,11 @@ from vpe_jax.config import differences
 from vpe_jax.training import config_file, resume
 
 ASSETS = pathlib.Path(weights.__file__).parents[1] / 'assets'
-SHIPPED = ('siglip', 'judge', 'visual_prompt', 'image')
+SHIPPED = ('siglip', 'judge', 'visual_prompt', 'image', 'tiny')
 # What a file's config may have otherwise, as the config's header says, or for another stage.
 OTHERWISE = {
   'judge': ('steps', 'optim.lr'),
+  'tiny': ('steps', 'data.examples'),
   'image': ('model.usage', 'model.visual_prompt.temperature'),
 }
 

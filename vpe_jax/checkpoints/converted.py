@@ -7,19 +7,80 @@ its sizes. `weights.load` and whatever reads a run's workdir reads it too.
 from __future__ import annotations
 
 import json
+import resource
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from vpe_jax import systems
-from vpe_jax.checkpoints import families, weights
+from vpe_jax.checkpoints import families, parity, sources, weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, build_section, to_dict
 from vpe_jax.contracts import Params, UserError
+from vpe_jax.sharding import by_path
 
 # Systems that train a network of a published family, and the section of its sizes in their model.
 _TRAINED = {'siglip': ('siglip', 'siglip')}
+
+
+def bring_in(family: str, source: str, to: str, check: bool = False) -> list[str]:
+  """Imports published weights: vpe_jax.convert as a call.
+
+  With `check`, what the reference library computes from them is compared before anything is kept.
+
+  Returns:
+    The report, a line each.
+
+  Raises:
+    UserError: see `sources.open_source`, `families.load`, `parity.compare` and
+      `write`; or the comparison fails.
+  """
+  check_target(to)
+  began = time.monotonic()
+  opened = sources.open_source(source)
+  imported = families.load(family, opened)
+  said = []
+  if check:
+    folder = opened.path if opened.path.is_dir() else opened.path.parent
+    good, line = parity.verdict(family, parity.compare(imported, folder))
+    if not good:
+      raise UserError(line)
+    said = [line]
+  write(imported, to, source)
+  plan = imported.plan
+  kinds = sorted({str(opened.tensors[key].dtype) for key in plan.places})
+  left = [f'  {key}: not used, {why}' for key, why in sorted(plan.ignored.items())]
+  left += [f'  {path}: not in the source, {why}' for path, why in sorted(plan.absent.items())]
+  head = f"{family}, layout '{plan.table.name}': {len(plan.places)} tensors ({', '.join(kinds)})"
+  return [f'{head}, {_summary(imported.params, began)}', *left, *said, f'wrote {to}']
+
+
+def send_out(family: str, source: str, to: str, dtype: str = 'float32') -> list[str]:
+  """Exports weights for the reference library: vpe_jax.convert as a call.
+
+  Returns:
+    The report, a line each.
+
+  Raises:
+    UserError: see `read` and `convert.export`.
+  """
+  check_target(to)
+  began = time.monotonic()
+  sizes, params, _ = read(source, family)
+  keys = families.save(family, sizes, params, Path(to).expanduser(), dtype=dtype)
+  summary = _summary(params, began)
+  return [f'{family}: {len(keys)} tensors ({dtype}), {summary}', f'wrote {to}']
+
+
+def _summary(params: object, began: float) -> str:
+  count = sum(leaf.size for leaf in by_path(params).values())
+  # Linux counts kilobytes. Mapped pages of the files are in it, which the system can take back.
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  seconds = time.monotonic() - began
+  return f'{count:,} parameters, {seconds:.1f} s, peak memory {peak:.2f} GB'
 
 
 def write(imported: families.Imported, folder: str, source: str) -> None:

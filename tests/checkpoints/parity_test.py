@@ -1,0 +1,97 @@
+"""--check runs for every family that has a reference library."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vpe_jax.checkpoints import families, parity, sources
+from vpe_jax.contracts import UserError
+
+pytestmark = pytest.mark.parity
+_TOWER = {
+  'hidden_size': 16,
+  'num_hidden_layers': 1,
+  'num_attention_heads': 2,
+  'intermediate_size': 24,
+}
+
+
+def _language_model(transformers, name):
+  config = getattr(transformers, f'{name}Config')(
+    **_TOWER, num_key_value_heads=1, vocab_size=40, max_position_embeddings=32
+  )
+  return getattr(transformers, f'{name}ForCausalLM')(config)
+
+
+def _clip(transformers):
+  vision = _TOWER | {'image_size': 16, 'patch_size': 8}
+  text = _TOWER | {'vocab_size': 40, 'max_position_embeddings': 6, 'eos_token_id': 39}
+  config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=12)
+  return transformers.CLIPModel(config)
+
+
+def _dinov2(transformers):
+  sizes = {name: size for name, size in _TOWER.items() if name != 'intermediate_size'}
+  config = transformers.Dinov2Config(**sizes, image_size=16, patch_size=8, mlp_ratio=2)
+  return transformers.Dinov2Model(config)
+
+
+def _kl_vae(diffusers):
+  return diffusers.AutoencoderKL(
+    down_block_types=['DownEncoderBlock2D'] * 2,
+    up_block_types=['UpDecoderBlock2D'] * 2,
+    block_out_channels=[8, 8],
+    norm_num_groups=4,
+  )
+
+
+def _wan_vae(diffusers):
+  return diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
+
+
+_MODELS = {
+  'qwen2': ('transformers', lambda library: _language_model(library, 'Qwen2')),
+  'llama': ('transformers', lambda library: _language_model(library, 'Llama')),
+  'clip': ('transformers', _clip),
+  'dinov2': ('transformers', _dinov2),
+  'kl_vae': ('diffusers', _kl_vae),
+  'wan_vae': ('diffusers', _wan_vae),
+}
+
+
+@pytest.mark.parametrize('name', _MODELS)
+def test_an_import_is_compared_with_its_reference(name, tmp_path):
+  package, make = _MODELS[name]
+  torch.manual_seed(0)
+  make(__import__(package)).save_pretrained(tmp_path)
+  imported = families.load(name, sources.open_source(str(tmp_path)))
+  errors = parity.compare(imported, tmp_path)
+  good, line = parity.verdict(name, errors)
+  assert good and 'holds' in line
+  # The control: one changed bias or scale is found.
+  leaf = next(iter(sorted(_leaves(imported.params))))
+  _change(imported.params, leaf)
+  assert not parity.verdict(name, parity.compare(imported, tmp_path))[0], leaf
+
+
+def _leaves(tree, prefix=()):
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      yield from _leaves(value, (*prefix, key))
+    elif key == 'scale':
+      yield (*prefix, key)
+
+
+def _change(tree, path):
+  *parents, name = path
+  for parent in parents:
+    tree = tree[parent]
+  tree[name] = tree[name] * 1.5
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch, tmp_path):
+  imported = families.Imported('qwen2', None, {}, None)
+  monkeypatch.setitem(parity._REFERENCES, 'qwen2', ('no_such_library', None))
+  with pytest.raises(UserError, match='pip install no_such_library'):
+    parity.compare(imported, tmp_path)
