@@ -75,6 +75,20 @@ def _dinov2(width: int, layers: int, heads: int, *, swiglu: bool = False) -> dic
   }
 
 
+def _so400m(**more: Any) -> dict[str, Any]:
+  """SigLIP's shape-optimised tower, which SigLIP 2's giant has for text."""
+  return _tower(1152, 27, 16, **more) | {'intermediate_size': 4304}
+
+
+def _siglip(vision: dict[str, Any], text: dict[str, Any], **view: int) -> dict[str, Any]:
+  return {
+    'architectures': ['SiglipModel'],
+    'model_type': 'siglip',
+    'vision_config': vision | view,
+    'text_config': text | {'max_position_embeddings': 64, 'projection_size': vision['hidden_size']},
+  }
+
+
 def _llamagen(width: int, layers: int, heads: int, hidden: int) -> dict[str, Any]:
   return {
     'model_type': 'llamagen',
@@ -152,6 +166,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     'vision_config': _tower(1280, 32, 16, patch_size=14, hidden_act='gelu'),
     'text_config': _tower(1024, 24, 16, hidden_act='gelu', eos_token_id=2),
   },
+  'siglip_so400m': _siglip(_so400m(), _so400m(vocab_size=32000), image_size=384, patch_size=14),
+  'siglip_2_giant': _siglip(
+    _tower(1536, 40, 16), _so400m(vocab_size=256000), image_size=384, patch_size=16
+  ),
   'dinov2_small': _dinov2(384, 12, 6),
   'dinov2_base': _dinov2(768, 12, 12),
   'dinov2_large': _dinov2(1024, 24, 16),

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vpe_jax.checkpoints import convert
+from vpe_jax.checkpoints.families import siglip
 from vpe_jax.models.siglip import Siglip
 
 pytestmark = pytest.mark.parity
@@ -89,3 +91,14 @@ def test_every_bias_and_norm_matters(parity, imported, inputs):
   # A key's bias shifts all logits of a query alike, which softmax doesn't see.
   unnoticed = [p for p in parity.mutants(imported.params, apply) if not p.endswith('/k/bias')]
   assert not unnoticed
+
+
+@pytest.mark.parametrize('real, total', [('siglip_so400m', 877_960_274), ('siglip_2_giant', 0)])
+def test_real_sizes(parity, real, total):
+  said, tensors = parity.published(real)
+  sizes = siglip.sizes(said)
+  abstract = jax.eval_shape(lambda key: siglip.init(sizes, key), jax.random.key(0))
+  plan = convert.plan(tensors, siglip.LAYOUTS, abstract)
+  assert plan.places.keys() == tensors.keys() and not plan.absent
+  assert parity.count(abstract) == total
+  assert siglip.sizes(siglip.published(sizes)) == sizes
