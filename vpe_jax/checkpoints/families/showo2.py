@@ -152,7 +152,7 @@ def _from_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
       f'we know the sizes of Show-o2 1.5B alone, not of one of width {given["hidden_size"]}: '
       'write a config.json with the fields that vpe_jax.checkpoints.families.showo2 lists'
     )
-  if not given['add_time_embeds']:
+  if not given.get('add_time_embeds', True):
     raise UserError('add_time_embeds is off: our model has a time token before the image tokens')
   # Height and width of the original count image tokens.
   side, patch = given['image_latent_height'], given['patch_size']
@@ -161,9 +161,10 @@ def _from_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
   return {
     **_RELEASED,
     'hidden_size': given['hidden_size'],
-    'vocab_size': given['llm_vocab_size'],
+    # Null where the tokenizer of the original's own code decides.
+    'vocab_size': given['llm_vocab_size'] or 151669,
     'clip_latent_dim': given['clip_latent_dim'],
-    'head': {**_RELEASED_HEAD, 'blocks': given['num_diffusion_layers']},
+    'head': {**_RELEASED_HEAD, 'blocks': given.get('num_diffusion_layers', 10)},
     'latent_channels': given['image_latent_dim'],
     'latent_size': side * patch,
     'patch_size': patch,
