@@ -16,6 +16,23 @@ from vpe_jax.sharding import by_path
 
 pytestmark = pytest.mark.parity
 NAME = 'showo2'
+# What the original's code says of its 1.5B model for 512 pixels.
+RELEASED = {
+  '_class_name': 'Showo2Qwen2_5',
+  'llm_vocab_size': 151669,
+  'llm_model_path': 'Qwen/Qwen2.5-1.5B-Instruct',
+  'load_from_showo': True,
+  'image_latent_dim': 16,
+  'image_latent_height': 32,
+  'image_latent_width': 32,
+  'patch_size': 2,
+  'hidden_size': 1536,
+  'clip_latent_dim': 1152,
+  'num_diffusion_layers': 10,
+  'add_time_embeds': True,
+  'add_qk_norm': True,
+  'clip_pretrained_model_path': 'google/siglip-so400m-patch14-384',
+}
 # Equality of outputs with the original on the golden weights: tests/models/unified_test.py.
 
 
@@ -71,6 +88,12 @@ def test_what_the_layout_cannot_hold_is_refused(show_o2):
     showo2.sizes(said | {'position_table': 730})
   with pytest.raises(UserError, match='layout=patch'):
     showo2.published(dataclasses.replace(show_o2.sizes, layout='patch'))
+  with pytest.raises(UserError, match='width 3584'):
+    showo2.sizes(RELEASED | {'hidden_size': 3584})
+  with pytest.raises(UserError, match='add_time_embeds'):
+    showo2.sizes(RELEASED | {'add_time_embeds': False})
+  with pytest.raises(UserError, match='32 x 18 tokens'):
+    showo2.sizes(RELEASED | {'image_latent_width': 18})
   with pytest.raises(KeyError, match='clip_layers'):
     showo2.sizes({key: said[key] for key in said if key != 'clip_layers'})
 
@@ -91,6 +114,7 @@ def test_every_bias_and_norm_matters(parity, show_o2):
 def test_real_size(parity):
   said, tensors = parity.published('showo2_1.5b')
   sizes = showo2.sizes(said)
+  assert showo2.sizes(RELEASED) == showo2.sizes(RELEASED | {'llm_vocab_size': None}) == sizes
   abstract = jax.eval_shape(lambda key: showo2.init(sizes, key), jax.random.key(0))
   plan = convert.plan(tensors, showo2.LAYOUTS, abstract)
   assert plan.places.keys() == tensors.keys() and not plan.ignored
