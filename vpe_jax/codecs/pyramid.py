@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.contracts import Array
+from vpe_jax.contracts import Array, UserError
 from vpe_jax.ops import norms
 
 
@@ -49,6 +49,11 @@ class PyramidConfig:
   groups: int = 32
   halve: bool = False
   fine_first: bool = False
+
+  def __post_init__(self) -> None:
+    uneven = [width for width in self.widths if self.groups and width % self.groups]
+    if uneven:
+      raise UserError(f'{uneven[0]} channels are not {self.groups} groups of equal size')
 
   @property
   def factor(self) -> int:

@@ -18,7 +18,12 @@ pytestmark = pytest.mark.parity
 GOLDEN = {'llamagen_vq': 'llamagen_vq', 'ibq': 'emu35_ibq'}
 REAL = {'llamagen_vq': (71_883_403, 65_536), 'ibq': (455_336_963, 0)}  # ours, and a buffer
 CHANGES = {
-  'llamagen_vq': [({'codebook_l2_norm': False}, 'codebook_l2_norm'), ({'ch_mult': [2]}, 'ch_mult')],
+  'llamagen_vq': [
+    ({'codebook_l2_norm': False}, 'codebook_l2_norm'),
+    ({'ch_mult': [2]}, 'ch_mult'),
+    ({'decoder_ch_mult': [1]}, 'decoder_ch_mult'),
+    ({'ch': 40}, '40 channels'),
+  ],
   'ibq': [({'double_z': True}, 'double_z'), ({'ch_mult': [2]}, 'ch_mult')],
 }
 
@@ -131,3 +136,10 @@ def test_other_networks_are_refused(name, imported):
   for change, words in CHANGES[name]:
     with pytest.raises(UserError, match=words):
       family.sizes({**family.published(imported.sizes), **change})
+
+
+def test_sections_of_the_published_yaml_are_read():
+  family = families.get('ibq')
+  flat = family.published(family.BARE)
+  outside = {field: flat.pop(field) for field in ('n_embed', 'embed_dim')}
+  assert family.sizes({**outside, 'ddconfig': flat}) == family.BARE

@@ -21,7 +21,11 @@ axes = llamagen_vq.axes
 
 
 def sizes(published: Mapping[str, Any]) -> VqGanConfig:
-  """Our sizes from a config.json with the names of the published config.yaml."""
+  """Our sizes from a config.json with the names of the published config.yaml.
+
+  Fields of the convolutional body may stand in a section `ddconfig`, as VQGAN's do.
+  """
+  published = {**published, **published.get('ddconfig', {})}
   for field, ours in _FIXED.items():
     if published.get(field, ours) != ours:
       raise UserError(f"the tokenizer has {field} '{published[field]}', ours {ours}")

@@ -1,4 +1,12 @@
-"""LlamaGen's VQ-16 and VQ-8 tokenizers."""
+"""LlamaGen's VQ-16 and VQ-8 tokenizers.
+
+The release is a pickled state dict without a config.json. The fields that we read and write are
+those of the original's ModelArgs; with a default that may be left out:
+
+  encoder_ch_mult, decoder_ch_mult (or ch_mult): channels of each level, in multiples of ch
+  ch (128), num_res_blocks (2), z_channels (256)
+  codebook_size (16384), codebook_embed_dim (8), codebook_l2_norm (true)
+"""
 
 from __future__ import annotations
 
@@ -15,33 +23,45 @@ from vpe_jax.contracts import Array, Params, UserError
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = VqGanConfig
+_DEFAULTS = {
+  'ch': 128,
+  'num_res_blocks': 2,
+  'z_channels': 256,
+  'codebook_size': 16_384,
+  'codebook_embed_dim': 8,
+  'codebook_l2_norm': True,
+}
 
 
 def sizes(published: Mapping[str, Any]) -> VqGanConfig:
-  """Our sizes from a config.json with the names of LlamaGen's code."""
-  if not published.get('codebook_l2_norm', True):
+  """Our sizes from a config.json with the fields above."""
+  said = {**_DEFAULTS, **published}
+  if not said['codebook_l2_norm']:
     raise UserError('the codebook is not on the unit sphere (codebook_l2_norm), ours is')
-  if published['ch_mult'][0] != 1:
-    raise UserError(f'the tokenizer has ch_mult {published["ch_mult"]}, ours begins with 1')
-  widths = tuple(published['ch'] * factor for factor in published['ch_mult'])
+  factors = said['ch_mult'] if 'ch_mult' in said else said['encoder_ch_mult']
+  if factors[0] != 1:
+    raise UserError(f'the tokenizer has ch_mult {factors}, ours begins with 1')
+  if said.get('decoder_ch_mult', factors) != factors:
+    raise UserError(f"decoder_ch_mult is {said['decoder_ch_mult']}, the encoder's is {factors}")
   body = PyramidConfig(
-    widths=widths,
-    blocks=published['num_res_blocks'],
-    outputs=published['z_channels'],
-    inputs=published['z_channels'],
-    attention=(len(widths) - 1,),
+    widths=tuple(said['ch'] * factor for factor in factors),
+    blocks=said['num_res_blocks'],
+    outputs=said['z_channels'],
+    inputs=said['z_channels'],
+    attention=(len(factors) - 1,),
   )
-  width = published['codebook_embed_dim']
-  return VqGanConfig(body, published['codebook_size'], width, normed=True)
+  return VqGanConfig(body, said['codebook_size'], said['codebook_embed_dim'], normed=True)
 
 
 def published(sizes: VqGanConfig) -> dict[str, Any]:
-  """A config.json with the names of LlamaGen's code."""
+  """A config.json with the fields above."""
   widths = sizes.body.widths
+  factors = [width // widths[0] for width in widths]
   return {
     'model_type': 'llamagen_vq',
     'ch': widths[0],
-    'ch_mult': [width // widths[0] for width in widths],
+    'encoder_ch_mult': factors,
+    'decoder_ch_mult': factors,
     'num_res_blocks': sizes.body.blocks,
     'z_channels': sizes.body.inputs,
     'codebook_size': sizes.codes,
@@ -62,14 +82,5 @@ def axes(sizes: VqGanConfig) -> dict[str, int]:
   return {}
 
 
-# VQ-16, vq_ds16_c2i.pt, is published without a config.json.
-BARE = sizes(
-  {
-    'ch': 128,
-    'ch_mult': [1, 1, 2, 2, 4],
-    'num_res_blocks': 2,
-    'z_channels': 256,
-    'codebook_size': 16_384,
-    'codebook_embed_dim': 8,
-  }
-)
+# VQ-16, vq_ds16_c2i.pt.
+BARE = sizes({'encoder_ch_mult': [1, 1, 2, 2, 4]})
