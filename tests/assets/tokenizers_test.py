@@ -68,9 +68,9 @@ def test_shipped_codes_use_the_codebook_and_keep_the_caption(codec, frozen, batc
   codes = jax.jit(tokens.encode)(frozen, batch.image)
   assert float(autoencoding.perplexity(codes, tokens.codes)) >= 0.25 * tokens.codes
   stage = next(s for s in codec.stages if s.name == 'visual_prompt')
-  terms = jax.jit(
-    lambda p, f, b: codec.losses(p, f, b, rng.run_key(0), jnp.int32(0), stage)
-  )(frozen, frozen, batch)
+  terms = jax.jit(lambda p, f, b: codec.losses(p, f, b, rng.run_key(0), jnp.int32(0), stage))(
+    frozen, frozen, batch
+  )
   assert float(terms['retrieval'].sum) / COUNT > 0.85
   assert float(terms['features'].sum) / COUNT < 0.25
 

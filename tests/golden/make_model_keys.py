@@ -1,6 +1,6 @@
 """Writes tests/golden/keys: all keys and shapes of published models, without any weights.
 
-Command: python tests/golden/make_keys_a.py
+Command: python tests/golden/make_model_keys.py
 
 NAME.json.gz is key -> shape, NAME.config.json what the model's config.json says of its sizes.
 Keys of transformers' models come from its own classes on torch's meta device, those of other

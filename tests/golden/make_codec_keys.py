@@ -4,7 +4,7 @@ From the reference libraries where they hold the network, else by the pattern of
 keys. Needs torch, diffusers and transformers; nothing is downloaded and no weights are made
 (torch's meta device).
 
-Run as `python tests/golden/make_keys_b.py`.
+Run as `python tests/golden/make_codec_keys.py`.
 """
 
 from __future__ import annotations
