@@ -5,8 +5,14 @@
   python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=single --workdir=runs/single
 
 Presets build one module tree and differ in numbers. `paper` is what the paper ran: 512x512, 576
-codes, 1,024 image tokens, 4.17B parameters. `tiny` (2.7M) guides the plan as well as the picture:
-one caption in ten is left out in training, and the plan's logits are led away from those without.
+codes, 1,024 image tokens, 4.17B parameters. `tiny` (2.7M) goes beyond the paper in three ways: rows
+of words and codes start from the codecs, one caption in ten is left out in training, and the plan's
+logits are led away from those without a caption, as the picture is.
+
+On 2 CPU cores: launch/quickstart.sh took 16.6 minutes, set-up and sampling included. The shipped
+`assets:tiny` (67 minutes: --config.steps="(1600, 5000)" --config.data.examples=65536) finds 36.3 % of
+512 held-out captions among 32 (vpe_jax.evaluate; true pictures 67.0 %). Its settings of the drawing
+were chosen on 128 captions of another seed.
 """
 
 from __future__ import annotations
