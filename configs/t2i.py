@@ -10,9 +10,9 @@ of words and codes start from the codecs, one caption in ten is left out in trai
 logits are led away from those without a caption, as the picture is.
 
 On 2 CPU cores: launch/quickstart.sh took 16.6 minutes, set-up and sampling included. The shipped
-`assets:tiny` (67 minutes: --config.steps="(1600, 5000)" --config.data.examples=65536) finds 36.3 % of
-512 held-out captions among 32 (vpe_jax.evaluate; true pictures 67.0 %). Its settings of the drawing
-were chosen on 128 captions of another seed.
+`assets:tiny` (71 minutes: --config.steps="(1600, 5000)" --config.data.examples=65536) finds 36.3 %
+of 512 held-out captions among 32 (vpe_jax.evaluate; true pictures 67.0 %). Its settings of the
+drawing were chosen on 128 captions of another seed.
 """
 
 from __future__ import annotations
