@@ -47,7 +47,7 @@ def _kl_vae(diffusers):
 
 
 def _wan_vae(diffusers):
-  return diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
+  return diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
 
 
 _MODELS = {

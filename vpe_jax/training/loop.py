@@ -84,7 +84,7 @@ def train(
     cleanup.callback(store.close)  # Waits for a save under way, however the run ends.
     # First what is quick and may not fit: a big model is initialised for minutes.
     frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
-    state = _start(system, frozen, str(folder), mesh, store, allow_change, key)
+    state = _start(config, system, frozen, str(folder), mesh, store, allow_change, key)
     data = encode.open_training_data(config, system, frozen, mesh)
     run = Run(config, system, folder, mesh, key, frozen, data, store)
     watchers = _watch(run, int(state['step']), cleanup)
@@ -92,6 +92,7 @@ def train(
 
 
 def _start(
+  config: Config,
   system: System,
   frozen: Frozen,
   workdir: str,
@@ -103,14 +104,14 @@ def _start(
   """The state to go on from: the newest good checkpoint's, else a new run's."""
 
   def abstract_of(meta: Mapping[str, Any]) -> State:
-    for note in resume.check_config(system.config, meta['config'], workdir, allow_change):
+    for note in resume.check_config(config, meta['config'], workdir, allow_change):
       _say(f'config change: {note}')
-    return resume.abstract_state(system.config, system, meta['stage'], mesh)
+    return resume.abstract_state(config, system, meta['stage'], mesh)
 
   state = store.restore(abstract_of)
   if state is None:
     _say(f'run: new, writes to {workdir}')
-    abstract = resume.abstract_state(system.config, system, 0, mesh)
+    abstract = resume.abstract_state(config, system, 0, mesh)
     return resume.fresh_state(system, abstract, frozen.params, key)
   _say(f'run: resumes after step {int(state["step"])}, writes to {workdir}')
   return state

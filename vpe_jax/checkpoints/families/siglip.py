@@ -38,9 +38,11 @@ def sizes(published: Mapping[str, Any]) -> SiglipConfig:
     raise UserError(
       f'the text tower ends at width {projection}, the image tower at {towers["vision"].width}'
     )
+  patch = vision.get('patch_size', 16)
   return SiglipConfig(
-    image_size=vision.get('image_size', 224),
-    patch=vision.get('patch_size', 16),
+    # A margin that fills no patch is not looked at (so400m-patch14-384: 6 of 384 pixels).
+    image_size=vision.get('image_size', 224) // patch * patch,
+    patch=patch,
     vocabulary=text.get('vocab_size', 32000),
     text_length=text.get('max_position_embeddings', 64),
     **towers,
