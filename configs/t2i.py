@@ -20,6 +20,9 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs import common
+from vpe_jax.checkpoints.families import wan_vae
+from vpe_jax.codecs.choice import SiglipVqView
+from vpe_jax.config import to_dict
 
 
 def get_config(arg: str = '') -> ConfigDict:
@@ -109,11 +112,6 @@ def _paper(config: ConfigDict) -> None:
   config.remat = 'full'
   config.data = {'source': 'mixture', 'image_size': 512, 'text_length': 249, 'encode': 'online'}
   config.data.tokenizer = 'Qwen/Qwen2.5-1.5B-Instruct'
-  siglip = {
-    'image_size': 384,
-    'patch': 16,
-    'vision': {'width': 1536, 'layers': 40, 'heads': 16, 'mlp': 6144},
-  }
   expert = _expert(1536, 8960, 28, 12, 2)
   config.model = {
     'text_vocab': 151_669,
@@ -131,8 +129,12 @@ def _paper(config: ConfigDict) -> None:
     'dit': dict(expert),
     'dual_path': {'table': 27, 'encoder': {'width': 1152, 'layers': 26, 'heads': 16, 'mlp': 4304}},
     'head': _expert(2048, 8192, 10, 32, 8),
-    'visual_prompt': {'codes': 16_384, 'code_width': 2048, 'siglip': siglip},
-    'image': {'channels': 16},
+    'siglip_vq': to_dict(SiglipVqView()),
+    'vae': to_dict(wan_vae.BARE) | {'family': 'wan_vae'},
+    'weights': {
+      'siglip_vq': 'zai-org/GLM-Image:vision_language_encoder',
+      'image': 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers:vae',
+    },
   }
   config.optim = {'lr': 1e-4, 'warmup': 2000, 'ema': 0.9995}
   config.sample = {'steps': 49, 'shift': 3.0, 'guidance': 7.5}

@@ -156,7 +156,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """Weights that a new run starts from.
+  """Published weights that a run reads: what it starts from, or a frozen network.
 
   Attributes:
     family: of the published network (vpe_jax.checkpoints.families).
@@ -185,6 +185,8 @@ class System(Protocol):
       wins; the names are those of vpe_jax.sharding.
     frozen_weights: name of each frozen network -> where its weights are (`assets:...` or a
       path); read by vpe_jax.checkpoints.weights.
+    published: name -> what it is, for those among them that are published networks, read by
+      vpe_jax.checkpoints.converted; only systems that can read some have it.
     draws_with: names of the frozen networks that `generate` reads. This and `codes`: only systems
       that draw have them.
     codes: entries of the visual prompt's codebook.
@@ -195,6 +197,7 @@ class System(Protocol):
   stages: tuple[Stage, ...]
   logical_axes: tuple[tuple[str, tuple[str | None, ...]], ...]
   frozen_weights: Mapping[str, str]
+  published: Mapping[str, Start]
   draws_with: tuple[str, ...]
   codes: int
   starts: tuple[Start, ...]

@@ -21,6 +21,7 @@ from vpe_jax.contracts import Drawing, Examples, Params, UserError
 from vpe_jax.data import text
 from vpe_jax.data.published_text import open_tokenizer
 from vpe_jax.sampling import pictures
+from vpe_jax.training import frozen as frozen_lib
 
 _COLUMNS = 8  # pictures in a row of a sheet
 
@@ -129,8 +130,7 @@ class Generator:
         stage,
         system.stages[-1].name,
       )
-    sources = {name: system.frozen_weights[name] for name in system.draws_with}
-    frozen = {name: weights_io.load(source)[0] for name, source in sources.items()}
+    frozen = frozen_lib.for_drawing(system)
     said = {'checkpoint': weights_io.fingerprint(params), 'weights': f'{workdir} ({held})'}
     return cls(system, params, frozen, open_tokenizer(system.config.data.tokenizer), said, rows)
 

@@ -72,7 +72,13 @@ def test_a_payload_is_refused_and_does_not_run(tmp_path):
     torch.load(path, weights_only=True)
 
 
-@pytest.mark.parametrize('content', [{'a': argparse.Namespace(x=1)}, {'f': print}])
+def test_a_trainers_arguments_are_passed_over(tmp_path):
+  content = {'model': {'a': torch.ones(2)}, 'args': argparse.Namespace(lr=1e-4, gpus=[0, 1])}
+  found = pickles.read(_save(tmp_path, content))
+  assert found.keys() == {'a'}
+
+
+@pytest.mark.parametrize('content', [{'a': Path('x')}, {'f': print}])
 def test_anything_but_tensors_and_containers_is_refused(tmp_path, content):
   with pytest.raises(UserError, match='refused'):
     pickles.read(_save(tmp_path, content))

@@ -87,11 +87,22 @@ def test_one_key_in_two_files_is_refused(tmp_path):
     sources.open_source(str(tmp_path))
 
 
+@pytest.mark.parametrize('name', ['config.json', 'config.yaml'])
 @pytest.mark.parametrize('content', ['{', '[1]'])
-def test_a_config_that_is_none_is_named(tmp_path, content):
+def test_a_config_that_is_none_is_named(tmp_path, name, content):
   safetensors.torch.save_file(TENSORS, tmp_path / 'model.safetensors')
-  (tmp_path / 'config.json').write_text(content)
-  with pytest.raises(UserError, match='config.json'):
+  (tmp_path / name).write_text(content)
+  with pytest.raises(UserError, match=name) as error:
+    sources.open_source(str(tmp_path))
+  assert '\n' not in str(error.value)
+
+
+def test_a_yaml_config_is_read_and_runs_nothing(tmp_path):
+  safetensors.torch.save_file(TENSORS, tmp_path / 'model.safetensors')
+  (tmp_path / 'config.yaml').write_text('ddconfig:\n  ch: 256\nn_embed: 131072\n')
+  assert sources.open_source(str(tmp_path)).config == {'ddconfig': {'ch': 256}, 'n_embed': 131072}
+  (tmp_path / 'config.yaml').write_text('a: !!python/object/apply:os.getcwd []\n')
+  with pytest.raises(UserError, match='no YAML'):
     sources.open_source(str(tmp_path))
 
 

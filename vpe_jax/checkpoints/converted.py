@@ -6,10 +6,11 @@ its sizes. `weights.load` and whatever reads a run's workdir reads it too.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from vpe_jax import systems
 from vpe_jax.checkpoints import families, parity, sources, weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, build_section, to_dict
-from vpe_jax.contracts import Params, UserError
+from vpe_jax.contracts import Params, Start, UserError
 from vpe_jax.sharding import by_path
 
 # Systems that train a network of a published family, and the section of its sizes in their model.
@@ -116,6 +117,30 @@ def check_target(folder: str) -> None:
   """
   if epath.Path(folder).expanduser().exists():
     raise UserError(f"'{folder}' exists: name another folder")
+
+
+def network(start: Start, place: Callable[[Params], Params]) -> Params:
+  """The parameters of a published network, from where it was published or from an import.
+
+  Args:
+    start: what it is and where its weights lie.
+    place: gives the abstract parameters their shardings. Published tensors go straight there; what
+      an import holds comes back in numpy.
+
+  Raises:
+    UserError: weights are missing, don't fit, or are of another size.
+  """
+  if not (epath.Path(start.source).expanduser() / FOLDER).is_dir():
+    source = sources.open_source(start.source)
+    return families.load(start.family, source, place, start.sizes).params
+  sizes, params, _ = read(start.source, start.family)
+  free = getattr(families.get(start.family), 'FREE', ())
+  if sizes != dataclasses.replace(start.sizes, **{name: getattr(sizes, name) for name in free}):
+    raise UserError(
+      f"'{start.source}' holds a {start.family} of other sizes than the config's: {sizes}, not "
+      f'{start.sizes}'
+    )
+  return params
 
 
 def read(source: str, family: str) -> tuple[Any, Params, Mapping[str, str]]:

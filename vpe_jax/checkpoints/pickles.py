@@ -72,6 +72,13 @@ class Pickled:
     )
 
 
+class _Arguments:
+  """Stands in for a trainer's command line (argparse.Namespace), of which nothing is kept."""
+
+  def __setstate__(self, state: Any) -> None:
+    del state
+
+
 class _File:
   """The archive, mapped into memory."""
 
@@ -108,6 +115,7 @@ class _Reader(pickle.Unpickler):
 
   def find_class(self, module: str, name: str) -> Any:
     known = {
+      ('argparse', 'Namespace'): _Arguments,
       ('collections', 'OrderedDict'): collections.OrderedDict,
       ('torch._utils', '_rebuild_tensor_v2'): self._tensor,
       ('torch._utils', '_rebuild_parameter'): lambda tensor, *_: tensor,

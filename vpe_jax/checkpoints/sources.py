@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
+import yaml
 
 from vpe_jax.checkpoints import pickles
 from vpe_jax.contracts import UserError
@@ -27,8 +28,9 @@ DTYPES = {
 }  # fmt: skip
 PICKLED = ('.bin', '.pth', '.pt', '.ckpt')
 _HEADER = 100 * 2**20  # bytes; the format's own limit
-_FETCHED = ('*.safetensors', '*.safetensors.index.json', 'config.json')
-_FETCHED_PICKLES = ('*.bin', '*.bin.index.json', '*.pth', '*.ckpt', 'config.json')
+_CONFIGS = ('config.json', 'config.yaml')  # the first that is there counts
+_FETCHED = ('*.safetensors', '*.safetensors.index.json', *_CONFIGS)
+_FETCHED_PICKLES = ('*.bin', '*.bin.index.json', '*.pth', '*.ckpt', *_CONFIGS)
 
 
 class Tensor(Protocol):
@@ -52,7 +54,7 @@ class Source:
   Attributes:
     path: where they lie.
     tensors: key -> tensor.
-    config: config.json beside them; empty where there is none.
+    config: config.json beside them, or config.yaml; empty where there is neither.
   """
 
   path: Path
@@ -166,16 +168,19 @@ def _from_folder(folder: Path, ending: str, others: Sequence[str]) -> dict[str, 
 
 
 def _config(folder: Path) -> Mapping[str, Any]:
-  path = folder / 'config.json'
-  if not path.exists():
-    return {}
-  try:
-    found = json.loads(path.read_text())
-  except ValueError as error:
-    raise UserError(f"'{path}' is no JSON ({error}): get it again") from error
-  if not isinstance(found, dict):
-    raise UserError(f"'{path}' is no JSON object: get it again")
-  return found
+  for name, kind, parse in zip(_CONFIGS, ('JSON', 'YAML'), (json.loads, yaml.safe_load)):
+    path = folder / name
+    if not path.exists():
+      continue
+    try:
+      found = parse(path.read_text())
+    except (ValueError, yaml.YAMLError) as error:
+      reason = ' '.join(str(error).split())
+      raise UserError(f"'{path}' is no {kind} ({reason}): get it again") from error
+    if not isinstance(found, dict):
+      raise UserError(f"'{path}' holds no fields by name: get it again")
+    return found
+  return {}
 
 
 def _downloaded(name: str) -> Path:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
-from vpe_jax.codecs import kl, pixels, visual_prompt
+from vpe_jax.codecs import choice, pixels
 from vpe_jax.config import Config, SampleConfig, nearest
 from vpe_jax.contracts import (
   Array,
@@ -42,22 +42,10 @@ STAGES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class WeightsConfig:
-  """Where each frozen network's weights are: `assets:NAME` or a path."""
-
-  siglip: str = 'assets:siglip'
-  visual_prompt: str = 'assets:visual_prompt'
-  image: str = 'assets:image'
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig(unified.UnifiedConfig):
+class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
   """The network's sizes, the frozen codecs, and how the two losses meet.
 
   Attributes:
-    visual_prompt: sizes of the frozen tokenizer that turns pictures into codes.
-    image: sizes of the frozen autoencoder that turns pictures into latents and back.
-    weights: where the three frozen networks (`siglip`, `visual_prompt`, `image`) come from.
     drop: share of examples whose text and plan are dropped together, in stage `joint`.
     drop_text: share of examples whose text alone is dropped, in both stages: what the guidance of
       the plan compares with (`sample.plan_guidance`; the paper uses none).
@@ -74,9 +62,6 @@ class ModelConfig(unified.UnifiedConfig):
     logits_chunk: predicted tokens whose logits exist at a time (0: all).
   """
 
-  visual_prompt: visual_prompt.VisualPromptConfig = visual_prompt.VisualPromptConfig()
-  image: kl.KlConfig = kl.KlConfig()
-  weights: WeightsConfig = WeightsConfig()
   drop: float = 0.1
   drop_text: float = 0.0
   inherit: float = 0.0
@@ -89,22 +74,22 @@ class ModelConfig(unified.UnifiedConfig):
   def __post_init__(self) -> None:
     super().__post_init__()
     pairs = {
-      'codes': (self.codes, self.visual_prompt.codes),
-      'latent_channels': (self.latent_channels, self.image.channels),
+      'codes': (self.codes, self.plan_codes),
+      'latent_channels': (self.latent_channels, self.image_channels),
     }
     for name, (ours, codec) in pairs.items():
       if ours != codec:
         raise UserError(f'model.{name} is {ours}, but its frozen codec has {codec}: set them equal')
+    if self.inherit and self.siglip_vq is not None:
+      raise UserError(
+        'model.inherit takes rows from the embedded codecs, and model.siglip_vq takes their place: '
+        'set model.inherit=0'
+      )
     if self.inherit and self.text_vocab != self.visual_prompt.siglip.vocabulary:
       raise UserError(
         f'model.inherit takes text rows from a SigLIP of {self.visual_prompt.siglip.vocabulary} '
         f'words, but model.text_vocab is {self.text_vocab}: set them equal, or model.inherit=0'
       )
-
-  @property
-  def plan_tokens(self) -> int:
-    """Codes of a visual prompt."""
-    return self.visual_prompt.siglip.patches
 
 
 class System:
@@ -126,8 +111,10 @@ class System:
     self.codes = c.codes
     self.logical_axes = unified.LOGICAL_AXES
     self.model = unified.Unified(c, jnp.dtype(config.dtype), config.remat)
-    self.visual_prompt = visual_prompt.VisualPromptCodec(c.visual_prompt)
-    self.image = kl.KlCodec(c.image)
+    self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype))
+    self.image = choice.image_codec(c)
+    # Published tokenizers come without a text tower to compare with.
+    self.similarity = self._similarity if c.siglip_vq is None else None
     self.vocabulary = sequence.Vocabulary(c.text_vocab, c.codes, c.bos, c.boi)
     self.spans = sequence.text_to_image(config.data.text_length, c.plan_tokens, c.image_tokens)
 
@@ -136,7 +123,12 @@ class System:
     """No codec is needed where codes and latents are synthetic."""
     if self.config.data.source == 'synthetic':
       return {}
-    return dataclasses.asdict(self.config.model.weights)
+    return self.config.model.frozen_weights
+
+  @property
+  def published(self) -> Mapping[str, Start]:
+    """Those of the frozen networks that are published."""
+    return self.config.model.published
 
   def init(self, rng: Array) -> Params:
     """Fresh parameters, float32."""
@@ -258,7 +250,7 @@ class System:
     codes, latents = rendering.draw(job, params, request, rng)
     return Drawing(self.image.decode(frozen, latents), codes, latents)
 
-  def similarity(self, frozen: Params, images: Array, text: Array, text_length: Array) -> Array:
+  def _similarity(self, frozen: Params, images: Array, text: Array, text_length: Array) -> Array:
     """How well each picture [B, R, R, 3] in [0, 1] fits each caption: cosines [B, B].
 
     The frozen SigLIP, which made the plans, is the measure: good for following a run, not for

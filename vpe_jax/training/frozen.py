@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpe_jax import sharding
-from vpe_jax.checkpoints import weights
+from vpe_jax.checkpoints import checksum, converted, weights
+from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import Array, Examples, Params, System, UserError
+from vpe_jax.sharding import by_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +48,49 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
   Raises:
     UserError: weights are missing, can't be read, or don't fit the model.
   """
-  loaded = {name: weights.load(source)[0] for name, source in system.frozen_weights.items()}
-  check_fits(system, loaded)
-  # No names: each leaf is split along its largest dimension that divides.
-  table = [
-    (re.escape(path), (None,) * np.ndim(leaf)) for path, leaf in sharding.by_path(loaded).items()
-  ]
-  placed = jax.device_put(loaded, sharding.param_shardings(loaded, table, mesh, strategy))
-  fingerprints = {name: weights.fingerprint(tree) for name, tree in loaded.items()}
+  found = {name: _network(system, name, mesh, strategy) for name in system.frozen_weights}
+  placed = {name: params for name, (params, _) in found.items()}
+  check_fits(system, placed)
+  fingerprints = {name: fingerprint for name, (_, fingerprint) in found.items()}
   return Frozen(placed, fingerprints, jax.jit(system.encode) if hasattr(system, 'encode') else None)
+
+
+def for_drawing(system: System) -> Params:
+  """The networks that a system draws with, on one device.
+
+  Raises:
+    UserError: weights are missing, can't be read, or are of another size.
+  """
+  mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+  return {name: _network(system, name, mesh, 'fsdp')[0] for name in system.draws_with}
+
+
+def _network(
+  system: System, name: str, mesh: jax.sharding.Mesh, strategy: str
+) -> tuple[Params, str]:
+  """A frozen network on the mesh, and what stands for every bit of it."""
+  published = getattr(system, 'published', {})
+  spread = functools.partial(_spread, mesh=mesh, strategy=strategy)
+  if name not in published:
+    tree = weights.load(system.frozen_weights[name])[0]
+    return jax.device_put(tree, _places(spread(tree))), weights.fingerprint(tree)
+  tree = converted.network(published[name], spread)
+  tree = jax.device_put(tree, _places(spread(tree)))
+  # No host holds a large network whole: its checksums are summed where it lies.
+  sums = json.dumps(checksum.checksums(by_path(tree)), sort_keys=True)
+  return tree, hashlib.sha256(sums.encode()).hexdigest()[:12]
+
+
+def _places(abstract: Params) -> Params:
+  return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def _spread(tree: Params, mesh: jax.sharding.Mesh, strategy: str) -> Params:
+  """The shapes of a tree, each leaf split along its largest dimension that divides."""
+  table = [(re.escape(path), (None,) * np.ndim(leaf)) for path, leaf in by_path(tree).items()]
+  where = sharding.param_shardings(tree, table, mesh, strategy)
+  shape = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+  return jax.tree.map(shape, tree, where)
 
 
 def check_fits(system: System, loaded: Params) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 
-from vpe_jax.checkpoints import convert, converted, families, sources
-from vpe_jax.checkpoints.store import FOLDER
+from vpe_jax.checkpoints import convert, converted
 from vpe_jax.contracts import Array, Params, Start, UserError
 from vpe_jax.sharding import by_path
 
@@ -39,15 +36,6 @@ def load(starts: Sequence[Start], abstract: Params) -> dict[str, Array]:
 
 def _read(start: Start, wanted: Mapping[str, Any]) -> Params:
   """The family's parameters; from published weights, each where its first target lies."""
-  if (epath.Path(start.source).expanduser() / FOLDER).is_dir():
-    sizes, params, _ = converted.read(start.source, start.family)
-    free = getattr(families.get(start.family), 'FREE', ())
-    if sizes != dataclasses.replace(start.sizes, **{name: getattr(sizes, name) for name in free}):
-      raise UserError(
-        f"'{start.source}' holds a {start.family} of other sizes than the config's: {sizes}, not "
-        f'{start.sizes}'
-      )
-    return params
 
   def place(tree: Params) -> Params:
     leaves = by_path(tree)
@@ -57,8 +45,7 @@ def _read(start: Start, wanted: Mapping[str, Any]) -> Params:
         leaves[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
     return convert.tree(leaves)
 
-  source = sources.open_source(start.source)
-  return families.load(start.family, source, place, start.sizes).params
+  return converted.network(start, place)
 
 
 def _targets(start: Start, path: str) -> list[str]:

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests.golden import pictures
 from vpe_jax.checkpoints import convert, families, sources
-from vpe_jax.data import openmoji
 from vpe_jax.sharding import by_path
 
 OUTPUTS = 2e-5  # of the largest absolute reference value
@@ -158,14 +158,6 @@ def _codes(ours, theirs, features, codebook, error: float) -> None:
   assert len(wrong) <= 1e-3 * len(ours) and np.all(np.abs(gaps) < 4 * error), gaps
 
 
-def _renders(count: int, side: int) -> np.ndarray:
-  """Pictures of OpenMoji, then as many of noise: [2 count, side, side, 3] uint8."""
-  source = openmoji.OpenMoji()
-  near = [source[i * len(source) // count].picture.draw(side) for i in range(count)]
-  noise = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
-  return np.concatenate([np.stack(near), noise])
-
-
 @functools.cache
 def _abstract(name: str, sizes):
   """The shapes of our parameters."""
@@ -199,7 +191,7 @@ def parity() -> types.SimpleNamespace:
     published=_published,
     count=_count,
     codes=_codes,
-    renders=_renders,
+    renders=pictures.renders,
     real=_real,
     golden=GOLDEN,
     load=lambda name, folder, **given: families.load(

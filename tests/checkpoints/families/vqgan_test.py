@@ -69,6 +69,15 @@ def test_outputs_equal_the_released_code(parity, imported, golden, run):
     parity.close(ours[key], golden[key])
 
 
+def test_codes_equal_the_released_code_on_drawings_and_noise(parity, name, imported, golden):
+  wanted = np.load(parity.golden / GOLDEN[name] / 'codes.npz')['codes']
+  side = golden['image'].shape[1]
+  codec, params = VqGanCodec(imported.sizes, side), {'tokens': imported.params}
+  codes = jax.jit(codec.encode)(params, parity.renders(len(wanted) // 2, side))
+  np.testing.assert_array_equal(codes.reshape(wanted.shape), wanted)
+  assert len(wanted) == 64 and len(np.unique(wanted)) > 60
+
+
 def test_codec_gives_codes_and_pictures(parity, imported, golden):
   side = golden['image'].shape[1]
   codec, params = VqGanCodec(imported.sizes, side), {'tokens': imported.params}

@@ -21,9 +21,9 @@ axes = llamagen_vq.axes
 
 
 def sizes(published: Mapping[str, Any]) -> VqGanConfig:
-  """Our sizes from a config.json with the names of the published config.yaml.
+  """Our sizes from the published config.yaml, or a config.json with its names.
 
-  Fields of the convolutional body may stand in a section `ddconfig`, as VQGAN's do.
+  Fields of the convolutional body may stand in a section `ddconfig`, as published, or outside.
   """
   published = {**published, **published.get('ddconfig', {})}
   for field, ours in _FIXED.items():
@@ -62,7 +62,7 @@ def published(sizes: VqGanConfig) -> dict[str, Any]:
   }
 
 
-# model.ckpt is published with a config.yaml, which has no place among config.json files.
+# For model.ckpt without the config.yaml beside it.
 BARE = sizes(
   {
     'ch': 256,

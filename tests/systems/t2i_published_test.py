@@ -1,0 +1,126 @@
+"""Text to image on published codecs: SigLIP-VQ's codes and Wan's latents, read by a real run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from transformers.models.glm_image import GlmImageConfig, GlmImageForConditionalGeneration
+
+from configs import t2i as config_file
+from vpe_jax import main, sharding, systems
+from vpe_jax.checkpoints import converted
+from vpe_jax.checkpoints.families import siglip_vq, wan_vae
+from vpe_jax.config import to_dict
+from vpe_jax.contracts import UserError
+from vpe_jax.generator import Generator
+from vpe_jax.sharding import by_path
+from vpe_jax.training import frozen
+
+pytestmark = pytest.mark.parity
+SIDE, VIEW = 32, 48  # pixels of the picture, and of what the tower sees
+TEXT = {
+  'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'num_key_value_heads': 2,
+  'intermediate_size': 16, 'vocab_size': 32, 'vision_vocab_size': 64, 'pad_token_id': 0,
+}  # fmt: skip
+VISION = {
+  'depth': 2, 'hidden_size': 48, 'num_heads': 3, 'intermediate_size': 64, 'image_size': 128,
+}  # fmt: skip
+VQ = {'embed_dim': 32, 'num_embeddings': 64, 'latent_channels': 48}
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+  """Reference models, saved by their libraries."""
+  root = tmp_path_factory.mktemp('published')
+  torch.manual_seed(0)
+  config = GlmImageConfig(text_config=TEXT, vision_config=VISION, vq_config=VQ)
+  GlmImageForConditionalGeneration(config).eval().save_pretrained(root / 'glm')
+  diffusers.AutoencoderKLWan(base_dim=8, z_dim=4).eval().save_pretrained(root / 'wan')
+  return root
+
+
+def _config(folders, **weights):
+  config = config_file.get_config('debug')
+  # The wrong moments of another number of channels would be refused when the config is read.
+  vae = wan_vae.sizes({'base_dim': 8, 'z_dim': 4, 'latents_mean': [0.1] * 4,
+                       'latents_std': [2.0] * 4})  # fmt: skip
+  tower = siglip_vq.sizes({'vision_config': VISION, 'vq_config': VQ})
+  config.data.update(image_size=SIDE, encode='online', examples=16)
+  config.model.update(codes=64, latent_size=SIDE // 8, latent_channels=4)
+  config.model.siglip_vq = to_dict(tower) | {'image_size': VIEW}
+  config.model.vae = to_dict(vae) | {'family': 'wan_vae'}
+  config.model.weights = {
+    'siglip_vq': str(folders / 'glm'), 'image': str(folders / 'wan'), **weights,
+  }  # fmt: skip
+  config.steps, config.batch_size, config.log.samples = (2, 2), (8, 8), 0
+  return config
+
+
+def test_a_run_trains_on_them_and_its_generator_draws(folders, tmp_path):
+  config, workdir = _config(folders), str(tmp_path / 'run')
+  main.run(config.to_dict(), workdir)
+  drawn = Generator.load(workdir)('a red circle')[0]
+  assert drawn.image.shape == (SIDE, SIDE, 3)
+  assert drawn.codes.shape == ((VIEW // 16) ** 2,) and drawn.codes.max() < 64
+
+
+def test_codes_and_latents_are_the_reference_models(folders):
+  system = systems.build(_config(folders).to_dict())
+  mesh = sharding.make_mesh(system.config.mesh)
+  with jax.set_mesh(mesh):
+    loaded = frozen.load(system, mesh, 'fsdp')
+    images = np.random.default_rng(0).integers(0, 256, (8, SIDE, SIDE, 3), np.uint8)
+    codes, latents = loaded.encode(loaded.params, images)
+  reference = diffusers.AutoencoderKLWan.from_pretrained(folders / 'wan')
+  signed = torch.tensor(images / 127.5 - 1, dtype=torch.float32).permute(0, 3, 1, 2)
+  with torch.no_grad():
+    mean = reference.encode(signed[:, :, None]).latent_dist.mode()[:, :, 0]
+  wanted = (mean.permute(0, 2, 3, 1).numpy() - 0.1) / 2.0
+  np.testing.assert_allclose(latents, wanted, atol=2e-5 * np.abs(wanted).max())
+  assert codes.shape == (8, 9) and len(np.unique(codes)) > 5
+  assert set(loaded.fingerprints) == {'siglip_vq', 'image'}
+
+
+def test_an_import_serves_as_well_as_the_folder(folders, tmp_path):
+  converted.bring_in('siglip_vq', str(folders / 'glm'), str(tmp_path / 'glm'))
+  load = lambda **weights: _loaded(systems.build(_config(folders, **weights).to_dict()))
+  direct, imported = load(), load(siglip_vq=str(tmp_path / 'glm'))
+  for path, leaf in by_path(direct.params['siglip_vq']).items():
+    np.testing.assert_array_equal(leaf, by_path(imported.params['siglip_vq'])[path], err_msg=path)
+  assert direct.fingerprints == imported.fingerprints
+
+
+def test_what_does_not_fit_is_one_line(folders):
+  config = _config(folders)
+  for section, field, value, words in (
+    ('siglip_vq', 'table', 4, 'position'),
+    ('vae', 'family', 'kl_vae', 'wrong shape'),
+    ('weights', 'image', str(folders / 'nothing'), 'no weights at'),
+  ):
+    changed = config.copy_and_resolve_references()
+    changed.model[section][field] = value
+    with pytest.raises(UserError, match=words) as error:
+      _loaded(systems.build(changed.to_dict()))
+    assert '\n' not in str(error.value)
+  config.model.codes = 32
+  with pytest.raises(UserError, match='model.codes is 32'):
+    systems.build(config.to_dict())
+
+
+def test_paper_reads_the_published_sizes():
+  model = systems.build(config_file.get_config('paper').to_dict()).config.model
+  assert model.published['siglip_vq'].sizes == siglip_vq.SiglipVqConfig()
+  assert model.published['image'].sizes == wan_vae.BARE
+  assert (model.plan_tokens, model.plan_codes) == (576, 16_384)
+  assert dataclasses.asdict(model)['latent_size'] == 512 // 8
+
+
+def _loaded(system):
+  mesh = sharding.make_mesh(system.config.mesh)
+  with jax.set_mesh(mesh):
+    return frozen.load(system, mesh, 'fsdp')

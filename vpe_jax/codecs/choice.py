@@ -1,0 +1,117 @@
+"""Which codecs a system reads pictures with: those trained here, or published ones.
+
+A visual prompt comes from the embedded SigLIP and its quantiser, or from SigLIP-VQ where
+`siglip_vq` is given; latents come from the embedded autoencoder, or from a published one where
+`vae` is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from vpe_jax.codecs import kl, kl_vae, siglip_vq, visual_prompt
+from vpe_jax.codecs.protocol import LatentCodec, TokenCodec
+from vpe_jax.contracts import Start
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsConfig:
+  """Where each frozen network's weights are: `assets:NAME`, a path, or a hub id.
+
+  Those of `siglip_vq`, and of `image` where `vae` is given, are published: a folder, an import, or
+  a hub id (`OWNER/NAME:FOLDER`).
+  """
+
+  siglip: str = 'assets:siglip'
+  visual_prompt: str = 'assets:visual_prompt'
+  image: str = 'assets:image'
+  siglip_vq: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipVqView(siglip_vq.SiglipVqConfig):
+  """SigLIP-VQ, and the side in pixels of the view of the picture that it sees."""
+
+  image_size: int = 384
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeConfig(kl_vae.KlVaeConfig):
+  """A published autoencoder, and its family: `wan_vae` or `kl_vae`."""
+
+  family: str = 'wan_vae'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecsConfig:
+  """The codecs' part of a model section.
+
+  Attributes:
+    visual_prompt: sizes of the embedded tokenizer that turns pictures into codes.
+    image: sizes of the embedded autoencoder that turns pictures into latents and back.
+    siglip_vq: sizes of the published tokenizer that takes the place of `visual_prompt`.
+    vae: sizes of the published autoencoder that takes the place of `image`.
+    weights: where the frozen networks come from.
+  """
+
+  visual_prompt: visual_prompt.VisualPromptConfig = visual_prompt.VisualPromptConfig()
+  image: kl.KlConfig = kl.KlConfig()
+  siglip_vq: SiglipVqView | None = None
+  vae: VaeConfig | None = None
+  weights: WeightsConfig = WeightsConfig()
+
+  @property
+  def plan_codes(self) -> int:
+    """Rows of the visual prompt's codebook."""
+    return (self.siglip_vq or self.visual_prompt).codes
+
+  @property
+  def plan_tokens(self) -> int:
+    """Codes of a visual prompt."""
+    if self.siglip_vq is not None:
+      return (self.siglip_vq.image_size // self.siglip_vq.patch) ** 2
+    return self.visual_prompt.siglip.patches
+
+  @property
+  def image_channels(self) -> int:
+    """Numbers per latent."""
+    return (self.vae or self.image).channels
+
+  @property
+  def frozen_weights(self) -> Mapping[str, str]:
+    """Name of each network that the codecs read -> where its weights are."""
+    plan = ('siglip', 'visual_prompt') if self.siglip_vq is None else ('siglip_vq',)
+    return {name: getattr(self.weights, name) for name in (*plan, 'image')}
+
+  @property
+  def published(self) -> Mapping[str, Start]:
+    """The published ones among them."""
+    found = {}
+    if self.siglip_vq is not None:
+      sizes = _base(self.siglip_vq, siglip_vq.SiglipVqConfig)
+      found['siglip_vq'] = Start('siglip_vq', self.weights.siglip_vq, sizes, ())
+    if self.vae is not None:
+      sizes = _base(self.vae, kl_vae.KlVaeConfig)
+      found['image'] = Start(self.vae.family, self.weights.image, sizes, ())
+    return found
+
+
+def plan_codec(config: CodecsConfig, dtype: jnp.dtype) -> TokenCodec:
+  """The visual prompt's codec; `dtype` is what a published tower computes in."""
+  if config.siglip_vq is None:
+    return visual_prompt.VisualPromptCodec(config.visual_prompt)
+  return siglip_vq.SiglipVqCodec(config.siglip_vq, config.siglip_vq.image_size, dtype=dtype)
+
+
+def image_codec(config: CodecsConfig) -> LatentCodec:
+  """The latents' codec, in float32."""
+  return kl.KlCodec(config.image) if config.vae is None else kl_vae.KlVaeCodec(config.vae)
+
+
+def _base(section: Any, cls: type) -> Any:
+  """The part of a section that its base class holds."""
+  return cls(**{field.name: getattr(section, field.name) for field in dataclasses.fields(cls)})
