@@ -1,0 +1,137 @@
+"""Cached decoding of a 576-token plan against transformers' generate, and the weight-read floor.
+
+  python -m tests.benchmarks.decode --json=decode.json
+
+Greedy, float32, vocabulary 16,384, at 8 layers of width 512 and at the Qwen2.5-0.5B body, batch 1
+and 8. `ratios` are speeds relative to `generate`; `of_floor` is the share of the rate at which the
+weights alone can be read from memory (measured in the same run).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from absl import flags
+from transformers import Qwen2ForCausalLM
+
+from tests.benchmarks import timing
+from vpe_jax.checkpoints import families
+from vpe_jax.config import SampleConfig
+from vpe_jax.contracts import Array, Params, UserError
+from vpe_jax.models import mot
+from vpe_jax.models.decoder import Decoder, DecoderConfig, causal
+from vpe_jax.models.transformer import TransformerConfig
+from vpe_jax.sampling import decoding
+
+VOCABULARY, PROMPT, TOKENS = 16_384, 32, 576
+BODIES = {
+  'small': TransformerConfig(width=512, mlp=1408, layers=8, heads=8, kv_heads=2, head_width=64),
+  'qwen2.5-0.5b': TransformerConfig(
+    width=896, mlp=4864, layers=24, heads=14, kv_heads=2, head_width=64
+  ),
+}
+flags.DEFINE_list('bodies', list(BODIES), 'bodies to measure')
+flags.DEFINE_list('batches', ['1', '8'], 'batch sizes')
+flags.DEFINE_integer('rounds', 3, 'counted rounds')
+
+
+def decoder(body: TransformerConfig) -> Decoder:
+  """The language model around a body."""
+  return Decoder(DecoderConfig(VOCABULARY, body, tied=True, context=PROMPT + TOKENS))
+
+
+def drawn(model: Decoder) -> Params:
+  """Random weights whose greedy continuation doesn't repeat one token."""
+  params = model.init(jax.random.key(0))
+  params['embed'] = params['embed'] * 5  # Logits far enough apart not to tie.
+  return params
+
+
+def generate(model: Decoder, params: Params, prompt: Array) -> Array:
+  """Codes [B, TOKENS] after prompts [B, PROMPT]: prefill, then a step a token, all on device."""
+  batch, length = prompt.shape[0], PROMPT + TOKENS
+  positions, key = causal(jnp.full((batch,), length), length)
+  cache = mot.empty_cache(model.layer, params['layers'], key, model.dtype)
+
+  def run(ids: Array, held: mot.Cache, at: Array | int) -> tuple[Array, mot.Cache]:
+    cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, ids.shape[1], 1)
+    stream = mot.Stream(model.embed(params, ids), cut(positions), jax.tree.map(cut, key))
+    hidden, held = model.run(params, stream, held, at)
+    return model.logits(params, hidden[:, -1:])[:, 0], held
+
+  first, cache = run(prompt, cache, 0)
+  step = lambda held, tokens, index: run(tokens[:, None], held, PROMPT + index)
+  keys = jax.random.split(jax.random.key(0), batch)
+  settings = SampleConfig(temperature=0.0, min_p=0.0)
+  return decoding.decode(step, cache, first, TOKENS, keys, settings)[0]
+
+
+def peer(model: Decoder, params: Params) -> Qwen2ForCausalLM:
+  """transformers' model with our weights, exported and opened."""
+  with tempfile.TemporaryDirectory() as folder:
+    families.save('qwen2', model.config, params, Path(folder) / 'model')
+    return Qwen2ForCausalLM.from_pretrained(
+      Path(folder) / 'model', attn_implementation='sdpa', dtype=torch.float32
+    ).eval()
+
+
+def read_floor(params: Params) -> Callable[[], Any]:
+  """A call that reads every weight as often as a plan's decoding does, and does nothing else."""
+  flat = jnp.zeros((sum(leaf.size for leaf in jax.tree.leaves(params)),))
+  # A running maximum: the compiler can't lift the reads out of the loop, as each needs the last.
+  once = lambda _, top: jnp.maximum(top, jnp.max(flat_of(top)))
+  flat_of = lambda top: jax.lax.optimization_barrier((flat, top))[0]
+  run = jax.jit(lambda: jax.lax.fori_loop(0, TOKENS, once, jnp.float32(0)))
+  return lambda: run().block_until_ready()
+
+
+def measure_body(name: str, batch: int) -> dict[str, Any]:
+  """All sides of one body and batch size in turn."""
+  model = decoder(BODIES[name])
+  params = drawn(model)
+  theirs = peer(model, params)
+  fast = params | {'layers': mot.unstack(params['layers'])}
+  prompt = np.random.default_rng(0).integers(0, VOCABULARY, (batch, PROMPT)).astype(np.int32)
+  run = jax.jit(functools.partial(generate, model))
+  given = torch.tensor(prompt, dtype=torch.long)
+  fixed = {'do_sample': False, 'min_new_tokens': TOKENS, 'max_new_tokens': TOKENS}
+  mask = torch.ones_like(given)
+
+  def reference() -> np.ndarray:
+    with torch.no_grad():
+      found = theirs.generate(given, attention_mask=mask, pad_token_id=0, eos_token_id=-1, **fixed)
+    return found[:, PROMPT:].numpy()
+
+  ours = lambda: np.asarray(run(fast, prompt))
+  agree = float(np.mean(ours() == reference()))
+  if agree < 1.0:
+    raise UserError(f'{name}, batch {batch}: only {agree:.1%} of the tokens agree')
+  sides = {'ours': ours, 'generate': reference, 'read_floor': read_floor(params)}
+  seconds = timing.alternate(sides, flags.FLAGS.rounds)
+  step = {side: round(value / TOKENS, 3) for side, value in timing.medians(seconds).items()}
+  return {
+    'ratio': timing.ratio(seconds, 'ours', 'generate'),
+    'of_floor': timing.ratio(seconds, 'ours', 'read_floor'),
+    'milliseconds_a_step': step,
+  }
+
+
+def measure() -> dict[str, Any]:
+  """Every body at every batch size."""
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  cases = [(body, int(batch)) for body in flags.FLAGS.bodies for batch in flags.FLAGS.batches]
+  found = {f'{body} x {batch}': measure_body(body, batch) for body, batch in cases}
+  return {'ratios': {name: case['ratio'] for name, case in found.items()}, 'cases': found}
+
+
+if __name__ == '__main__':
+  timing.main(measure)

@@ -1,0 +1,120 @@
+"""Guided flow steps that reuse their prefix against steps that compute the whole row again.
+
+  python -m tests.benchmarks.guided_sampling --json=guided_sampling.json
+
+50 steps at the paper's lengths (829 tokens before 1,025 of the picture; in editing 1,856, where
+the reference picture's tokens are stood in for by as many of text) and a scaled-down width,
+float32. The prefill of both branches is included. The peer computes the same padded rows with the
+same attention. `ratios` are speeds relative to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from configs import t2i
+from tests.benchmarks import timing
+from vpe_jax import rng, systems
+from vpe_jax.contracts import Array, Examples, Params, System
+from vpe_jax.sampling import guidance, solver
+from vpe_jax.systems import rendering
+
+REFERENCE = 1027  # tokens of a reference picture: begin, time, 1,024 of the picture, end
+TEXTS = {'drawing': 249, 'editing': 249 + REFERENCE}
+flags.DEFINE_list('cases', list(TEXTS), 'cases to measure')
+flags.DEFINE_integer('flow_steps', 50, 'steps of the flow')
+flags.DEFINE_integer('rounds', 3, 'counted rounds')
+
+
+def build(text: int) -> System:
+  """The system at the paper's lengths and a small width."""
+  config = t2i.get_config('debug')
+  config.data.update(source='synthetic', text_length=text)
+  expert = {'width': 256, 'mlp': 1024, 'layers': 4, 'heads': 4, 'kv_heads': 2, 'head_width': 64}
+  config.model.update(
+    ar=expert, dit=dict(expert), latent_size=64, latent_channels=16, image={'channels': 16},
+    head={'width': 320, 'mlp': 1280, 'layers': 2, 'heads': 5, 'kv_heads': 1, 'head_width': 64},
+    dual_path={'table': 27, 'encoder': {'width': 192, 'layers': 3, 'heads': 3, 'mlp': 768}},
+    visual_prompt={'siglip': {'image_size': 384, 'patch': 16}},
+  )  # fmt: skip
+  config.sample.update(steps=flags.FLAGS.flow_steps, guidance=5.0)
+  return systems.build(config.to_dict())
+
+
+def cached(system: System, params: Params, request: Examples, noise: Array) -> Array:
+  """Latents by rendering's own way: each branch's prefix once, then the picture's rows alone."""
+  job = _job(system)
+  _, prefix = rendering.plan(job, params, request, rng.run_key(0))
+  null = rendering.null_prefix(job, params, request)
+  return rendering.render(job, params, {'conditional': prefix, 'null': null}, noise)
+
+
+def recomputed(system: System, params: Params, request: Examples, noise: Array) -> Array:
+  """Latents with the whole rows of both branches in every step."""
+  job, model = _job(system), system.model
+  rows = [job.regions(request, request.codes, keep) for keep in (True, False)]
+  regions = guidance.stack(*rows)
+
+  def velocity(x: Array, time: Array) -> Array:
+    both = guidance.both(x)
+    _, found = model(params, regions, both, jnp.full(both.shape[:1], 1.0 - time))
+    return guidance.classifier_free(*guidance.split(-found), job.settings.guidance)
+
+  return solver.euler(velocity, noise, solver.time_grid(job.settings.steps, job.settings.shift))
+
+
+def _job(system: System) -> rendering.Job:
+  return rendering.Job(system.model, system.spans, system.vocabulary, system.config.sample)
+
+
+def _drawn(system: System) -> Params:
+  """Fresh weights with the maps that start at zero redrawn, so that nothing is the identity."""
+  fresh = jax.jit(system.init)(rng.run_key(0))
+  leaves, tree = jax.tree.flatten(fresh)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  drawn = [x + 0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+  return system.prepare(jax.tree.unflatten(tree, drawn))
+
+
+def measure_case(name: str) -> dict[str, Any]:
+  """Both sides of one case in turn."""
+  system, draw = build(TEXTS[name]), np.random.default_rng(0)
+  c, length = system.config.model, TEXTS[name]
+  request = Examples(
+    example=jnp.zeros((1,), jnp.int32),
+    text=jnp.asarray(draw.integers(8, 1024, (1, length)), jnp.int32),
+    text_length=jnp.full((1,), length, jnp.int32),
+    codes=jnp.asarray(draw.integers(0, c.codes, (1, c.plan_tokens)), jnp.int32),
+  )
+  shape = (1, c.latent_size, c.latent_size, c.latent_channels)
+  noise, params = jax.random.normal(jax.random.key(2), shape), _drawn(system)
+  sides = {}
+  for side, function in (('cached', cached), ('recomputed', recomputed)):
+    run = jax.jit(lambda p, r, n, f=function: f(system, p, r, n))
+    sides[side] = lambda run=run: np.asarray(run(params, request, noise))
+  error = timing.check_equal(sides['cached'](), sides['recomputed'](), name)
+  seconds = timing.alternate(sides, flags.FLAGS.rounds)
+  tokens = {span.kind: span.length for span in system.spans}
+  return {
+    'ratio': timing.ratio(seconds, 'cached', 'recomputed'),
+    'milliseconds': timing.medians(seconds),
+    'error': error,
+    'tokens': {'before': sum(tokens.values()) - 1025, 'picture': 1025},
+    'sample': dataclasses.asdict(system.config.sample),
+  }
+
+
+def measure() -> dict[str, Any]:
+  """Drawing and editing."""
+  found = {name: measure_case(name) for name in flags.FLAGS.cases}
+  return {'ratios': {name: case['ratio'] for name, case in found.items()}, 'cases': found}
+
+
+if __name__ == '__main__':
+  timing.main(measure)

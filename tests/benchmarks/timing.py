@@ -1,0 +1,102 @@
+"""What all benchmarks share: a quiet machine, sides in turn, and a JSON of what was seen.
+
+Sides run in turn (A B A B ...), so that a machine whose speed drifts slows both; a ratio is the
+median of the ratios of neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from vpe_jax import front_door
+from vpe_jax.contracts import UserError
+
+LOAD = 0.5  # of other work, above which a timing says little
+TOLERANCE = 1e-4  # of the largest absolute value
+
+flags.DEFINE_string('json', '', 'file to write the figures to; empty: none')
+flags.DEFINE_bool('force', False, 'measure beside other work too; the JSON says so')
+
+
+def main(measure: Callable[[], dict[str, Any]]) -> None:
+  """Runs a benchmark as a command: `measure` returns its figures, with `ratio` or `ratios`."""
+  load = os.getloadavg()[0]  # Before any work of our own.
+
+  def command() -> None:
+    print(f'load average before the start: {load:.2f}', flush=True)
+    if load > LOAD and not flags.FLAGS.force:
+      raise UserError(
+        f'other work loads the machine ({load:.2f}, at most {LOAD} is allowed): wait until it is '
+        'done, or measure all the same with --force'
+      )
+    figures = measure() | {'load_average': load, 'machine': _machine()}
+    text = json.dumps(figures, indent=2)
+    print(text, flush=True)
+    if flags.FLAGS.json:
+      Path(flags.FLAGS.json).write_text(text + '\n')
+
+  front_door.run(command)
+
+
+def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, list[float]]:
+  """Seconds of each side in each round; a first round, which compiles, isn't counted.
+
+  Args:
+    sides: name -> a call that returns when its work is done.
+    rounds: counted rounds.
+  """
+  seconds: dict[str, list[float]] = {name: [] for name in sides}
+  for index in range(rounds + 1):
+    for name, call in sides.items():
+      began = time.perf_counter()
+      call()
+      if index:
+        seconds[name].append(time.perf_counter() - began)
+    print(f'round {index}/{rounds}', file=sys.stderr, flush=True)
+  return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], ours: str, theirs: str) -> float:
+  """How many times faster `ours` is: the median over rounds of their time by our time."""
+  pairs = zip(seconds[theirs], seconds[ours], strict=True)
+  return round(statistics.median(b / a for b, a in pairs), 3)
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+  """The median of each side, in milliseconds."""
+  return {name: round(1e3 * statistics.median(values), 3) for name, values in seconds.items()}
+
+
+def check_equal(ours: Any, theirs: Any, what: str, tolerance: float = TOLERANCE) -> float:
+  """The largest difference as a share of the largest absolute value.
+
+  Raises:
+    UserError: it is above `tolerance`: sides that compute different things aren't compared.
+  """
+  ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+  error = float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
+  if not error <= tolerance:
+    raise UserError(f'{what}: the sides differ by {error:.1e} of the largest value')
+  return error
+
+
+def _machine() -> dict[str, Any]:
+  return {
+    'cores': len(os.sched_getaffinity(0)),
+    'processor': platform.machine(),
+    'python': platform.python_version(),
+    'jax': jax.__version__,
+    'devices': [device.device_kind for device in jax.devices()],
+  }

@@ -1,0 +1,164 @@
+"""One training step of a Mixture-of-Transformers against its own matrix products, and PyTorch.
+
+  python -m tests.benchmarks.train_step --json=train_step.json
+
+Two experts of 8 layers of width 512, float32: forward, backward and AdamW. `ratios.of_products` is
+the share of the rate at which XLA runs the step's own matrix products alone (same shapes);
+`ratios.eager` and `ratios.compiled` are speeds relative to PyTorch's transformers modules.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from absl import flags
+
+from tests.benchmarks import timing
+from tests.benchmarks.torch_mot import Mot
+from vpe_jax.config import OptimConfig
+from vpe_jax.contracts import Array, Params, Visibility, visible
+from vpe_jax.data.sequence import NEVER
+from vpe_jax.models import mot
+from vpe_jax.models.transformer import Layer, TransformerConfig
+from vpe_jax.training import optimizer
+
+CONFIG = TransformerConfig(width=512, mlp=1408, layers=8, heads=8, kv_heads=2, head_width=64)
+BATCH, LENGTHS = 4, {'ar': 160, 'dit': 256}
+OPTIM = OptimConfig(lr=1e-4, warmup=1, clip=0.0)
+flags.DEFINE_bool('compiled', True, "whether torch.compile's step is measured too")
+
+
+def _visibility() -> dict[str, Visibility]:
+  """Causal tokens, then a picture that sees them and itself."""
+  total, tokens = sum(LENGTHS.values()), LENGTHS['ar']
+  order = jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), (BATCH, total))
+  reach = jnp.where(order < tokens, order + 1, total)
+  row = Visibility(order, jnp.zeros_like(order), reach, jnp.full_like(order, NEVER))
+  return {'ar': row[:, :tokens], 'dit': row[:, tokens:]}
+
+
+def _step(rows: dict[str, Visibility]) -> Callable[..., Any]:
+  layers = {name: Layer(CONFIG, jnp.float32) for name in LENGTHS}
+
+  def loss(params: Params, inputs: dict[str, Array]) -> Array:
+    streams = {n: mot.Stream(inputs[n], rows[n].order, rows[n]) for n in LENGTHS}
+    apart = {name: mot.unstack(params[name]) for name in LENGTHS}
+    hidden, _ = mot.run(layers, apart, streams)
+    return sum(jnp.sum(jnp.square(x)) for x in hidden.values()) / BATCH
+
+  def step(params: Params, state: Any, inputs: dict[str, Array], count: Array) -> Any:
+    value, gradient = jax.value_and_grad(loss)(params, inputs)
+    params, state = optimizer.update(gradient, state, params, count, OPTIM)
+    return params, state, value
+
+  return jax.jit(step, donate_argnums=(0, 1))
+
+
+def products() -> list[tuple[tuple[int, ...], tuple[int, ...], str]]:
+  """Shapes and einsum of every matrix product of one layer's forward and backward pass."""
+  c, total, found = CONFIG, sum(LENGTHS.values()), []
+  for length in LENGTHS.values():
+    rows = BATCH * length
+    heads = c.heads * c.head_width
+    kv = c.kv_heads * c.head_width
+    dense = [(c.width, heads), (c.width, kv), (c.width, kv), (heads, c.width)]
+    dense += [(c.width, c.mlp), (c.width, c.mlp), (c.mlp, c.width)]
+    for inside, outside in dense:
+      found.append(((rows, inside), (inside, outside), 'rk,km->rm'))
+      found.append(((rows, outside), (inside, outside), 'rm,km->rk'))
+      found.append(((rows, inside), (rows, outside), 'rk,rm->km'))
+  # Queries of a group are rows of one product: logits and mixed values, and two gradients each.
+  rows = total * c.heads // c.kv_heads
+  q, k, p = ((BATCH, c.kv_heads, n, m) for n, m in (
+    (rows, c.head_width), (total, c.head_width), (rows, total)))  # fmt: skip
+  found += [(q, k, 'bnlh,bnsh->bnls'), (p, k, 'bnls,bnsh->bnlh')]  # forward
+  found += [(q, k, 'bnlh,bnsh->bnls'), (p, q, 'bnls,bnlh->bnsh')]  # of the values
+  found += [(p, k, 'bnls,bnsh->bnlh'), (p, q, 'bnls,bnlh->bnsh')]  # of q and k
+  return found
+
+
+def _products_alone() -> Callable[[], Any]:
+  jobs, draw = products(), np.random.default_rng(0)
+  arrays = [tuple(jnp.asarray(draw.standard_normal(s), jnp.float32) for s in (a, b))
+            for a, b, _ in jobs]  # fmt: skip
+  run = jax.jit(lambda pairs: [jnp.einsum(spec, *pair) for (_, _, spec), pair in zip(jobs, pairs)])
+
+  def call() -> None:
+    for _ in range(CONFIG.layers):
+      jax.block_until_ready(run(arrays))
+
+  return call
+
+
+def flops() -> float:
+  """Of the matrix products of one step."""
+  total = 0
+  for a, b, spec in products():
+    sizes = dict(zip(spec.replace('->', ',').replace(',', ''), (*a, *b)))
+    total += 2 * int(np.prod([sizes[axis] for axis in set(spec) - set(',->')]))
+  return float(CONFIG.layers * total)
+
+
+def _torch_step(model: Mot, inputs: dict[str, torch.Tensor], compiled: bool) -> Callable[[], float]:
+  optim = torch.optim.AdamW(
+    model.parameters(), OPTIM.lr, (OPTIM.b1, OPTIM.b2), OPTIM.eps, weight_decay=0.0
+  )
+  forward = torch.compile(model) if compiled else model
+
+  def call() -> float:
+    optim.zero_grad(set_to_none=True)
+    loss = sum(x.square().sum() for x in forward(inputs).values()) / BATCH
+    loss.backward()
+    optim.step()
+    return loss.item()
+
+  return call
+
+
+def measure() -> dict[str, Any]:
+  """All sides in turn."""
+  torch.set_num_threads(len(os.sched_getaffinity(0)))
+  rows = _visibility()
+  keys = jax.random.split(jax.random.key(0), len(LENGTHS))
+  layer = Layer(CONFIG, jnp.float32)
+  params = {name: mot.init_layers(layer, key) for name, key in zip(LENGTHS, keys)}
+  draw = np.random.default_rng(1)
+  inputs = {n: draw.standard_normal((BATCH, L, CONFIG.width)).astype(np.float32)
+            for n, L in LENGTHS.items()}  # fmt: skip
+  whole = Visibility(*(jnp.concatenate([getattr(rows[n], f) for n in LENGTHS], 1)
+                       for f in ('order', 'since', 'reach', 'until')))  # fmt: skip
+  mask = np.asarray(visible(whole, whole))
+  kinds = ('eager', 'compiled') if flags.FLAGS.compiled else ('eager',)
+  theirs = {}
+  for kind in kinds:
+    model = Mot(CONFIG, tuple(LENGTHS), mask)
+    model.take(params)
+    given = {name: torch.tensor(x) for name, x in inputs.items()}
+    theirs[kind] = _torch_step(model, given, kind == 'compiled')
+  step = _step(rows)
+  held = [params, optimizer.init(params), jnp.zeros((), jnp.int32)]
+
+  def ours() -> float:
+    held[0], held[1], loss = step(held[0], held[1], inputs, held[2])
+    held[2] = held[2] + 1
+    return float(loss)
+
+  # Two steps: the second loss has seen the gradient and the update.
+  losses = {name: [call(), call()] for name, call in {'ours': ours, **theirs}.items()}
+  errors = {k: timing.check_equal(losses['ours'], losses[k], f'losses of {k}') for k in theirs}
+  seconds = timing.alternate({'ours': ours, 'products': _products_alone(), **theirs})
+  ratios = {'of_products': timing.ratio(seconds, 'ours', 'products')}
+  ratios |= {kind: timing.ratio(seconds, 'ours', kind) for kind in theirs}
+  best = timing.medians(seconds)
+  rate = {name: round(flops() / value / 1e6, 1) for name, value in best.items()}
+  return {'ratios': ratios, 'milliseconds': best, 'gflops_per_s': rate, 'errors': errors}
+
+
+if __name__ == '__main__':
+  timing.main(measure)
