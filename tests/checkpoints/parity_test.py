@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -50,11 +53,23 @@ def _wan_vae(diffusers):
   return diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
 
 
+def _siglip_vq(transformers):
+  text = _TOWER | {'num_key_value_heads': 2, 'vocab_size': 32, 'pad_token_id': 0}
+  vision = {'depth': 1, 'hidden_size': 32, 'num_heads': 2, 'intermediate_size': 48}
+  config = transformers.GlmImageConfig(
+    text_config=text | {'vision_vocab_size': 64},
+    vision_config=vision | {'image_size': 128},
+    vq_config={'embed_dim': 16, 'num_embeddings': 24, 'latent_channels': 32},
+  )
+  return transformers.GlmImageForConditionalGeneration(config)
+
+
 _MODELS = {
   'qwen2': ('transformers', lambda library: _language_model(library, 'Qwen2')),
   'llama': ('transformers', lambda library: _language_model(library, 'Llama')),
   'clip': ('transformers', _clip),
   'dinov2': ('transformers', _dinov2),
+  'siglip_vq': ('transformers', _siglip_vq),
   'kl_vae': ('diffusers', _kl_vae),
   'wan_vae': ('diffusers', _wan_vae),
 }
@@ -88,6 +103,13 @@ def _change(tree, path):
   for parent in parents:
     tree = tree[parent]
   tree[name] = tree[name] * 1.5
+
+
+def test_a_layout_without_a_reference_says_so(tmp_path):
+  golden = Path(__file__).parents[1] / 'golden' / 'xomni_siglip_vq'
+  plan = types.SimpleNamespace(table=types.SimpleNamespace(name='siglip_vq (X-Omni)'))
+  with pytest.raises(UserError, match='X-Omni.*without --check'):
+    parity.compare(families.Imported('siglip_vq', None, {}, plan), golden)
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch, tmp_path):

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vpe_jax.checkpoints.families import Imported
 from vpe_jax.codecs.kl_vae import KlVae
+from vpe_jax.codecs.siglip_vq import SiglipVq
 from vpe_jax.contracts import UserError
 from vpe_jax.models.clip import Clip
 from vpe_jax.models.decoder import Decoder
@@ -140,6 +142,29 @@ def _autoencoder(name: str) -> Callable[..., _Pairs]:
   return pairs
 
 
+def _siglip_vq(torch: Any, transformers: Any, folder: Path, imported: Imported) -> _Pairs:
+  """Of GLM-Image's copy; no library holds X-Omni's and LLaDA2.0-Uni's."""
+  if 'GLM' not in imported.plan.table.name:
+    raise UserError(
+      f"--check of siglip_vq compares with transformers' GLM-Image, and '{folder}' is laid out as "
+      f'{imported.plan.table.name}: import it without --check'
+    )
+  kind = transformers.GlmImageForConditionalGeneration
+  model = kind.from_pretrained(folder, dtype=torch.float32).eval().model
+  grid, patch = 4, imported.sizes.patch
+  images, pixels = _pictures(torch, grid * patch)
+  pixels = einops.rearrange(pixels, 'B C (h p) (w q) -> (B h w) (C p q)', p=patch, q=patch)
+  network, variables = SiglipVq(imported.sizes), {'params': imported.params}
+  features = jax.jit(lambda v, x: network.apply(v, x, method='features'))(variables, images)
+  project = jax.jit(lambda v, x: network.apply(v, x, method='project'))
+  with torch.no_grad():
+    found = model.visual(pixels, grid_thw=torch.tensor([[1, grid, grid]] * _ROWS))
+    wanted = found.last_hidden_state.reshape(features.shape)
+    projected = model.vqmodel.quant_conv(wanted.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+  ours = project(variables, wanted.numpy())
+  return {'features': (features, wanted), 'projected': (ours, projected)}
+
+
 # Family -> the package that holds its reference, and what runs both.
 _REFERENCES: dict[str, tuple[str, Callable[..., _Pairs]]] = {
   'qwen2': ('transformers', _language_model),
@@ -147,6 +172,7 @@ _REFERENCES: dict[str, tuple[str, Callable[..., _Pairs]]] = {
   'siglip': ('transformers', _towers),
   'clip': ('transformers', _towers),
   'dinov2': ('transformers', _dinov2),
+  'siglip_vq': ('transformers', _siglip_vq),
   'kl_vae': ('diffusers', _autoencoder('AutoencoderKL')),
   'wan_vae': ('diffusers', _autoencoder('AutoencoderKLWan')),
 }
