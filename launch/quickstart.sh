@@ -12,7 +12,19 @@ prompt='three red circles'
 python=$(find_python)
 
 phase 'set-up' install .venv "$python" "$(accelerator)"
-phase 'training' .venv/bin/python -m vpe_jax.main --config=configs/t2i.py --workdir="$run" "$@"
+said=$(mktemp)
+trap 'rm -f "$said"' EXIT
+
+train() {
+  # An interrupt is for the training, which saves and says so; what it says is still to be written.
+  .venv/bin/python -m vpe_jax.main --config=configs/t2i.py --workdir="$run" "$@" | tee -i "$said"
+}
+
+phase 'training' train "$@"
+if grep -q '^preempted:' "$said"; then
+  echo 'stopped before the end: run this command again to go on from there'
+  exit 1
+fi
 phase 'sampling' .venv/bin/python -m vpe_jax.sample --workdir="$run" --prompt="$prompt" --n=4 \
   --out="$run/sample.png" --overwrite
 

@@ -247,13 +247,14 @@ def test_killed_three_times_it_ends_with_the_same_bits(
   _assert_same_run(workdir, finished)
 
 
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_it_saves_and_goes_on_later(
-  start: Callable[..., Process], finished: Path, tmp_path: Path
+  start: Callable[..., Process], finished: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
   workdir = tmp_path / 'run'
   process = start(workdir)
   process.until(lambda: _has(workdir, 'plan', 3))
-  process.send(signal.SIGTERM)
+  process.send(number)
   assert process.wait() == 0, process.text()
   # launch/tpu_pod.sh looks for a line that begins so.
   said = re.search(r'^preempted: saved step (\d+)', process.text(), re.MULTILINE)

@@ -39,4 +39,5 @@ def test_a_mistake_is_one_line_and_status_2(arguments, message):
 
 def test_help_has_examples():
   done = _main('--help')
+  assert done.returncode == 0
   assert 'python -m vpe_jax.main --config=configs/t2i.py' in done.stdout

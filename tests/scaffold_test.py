@@ -23,7 +23,9 @@ echo "$*" >> "$CALLS"
 case "$*" in
   "-m venv"*) mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
   "-m pip install"*) [ ! -e "$CALLS.offline" ] ;;
-  *-m\\ vpe_jax.main*) [ ! -e "$CALLS.bad_config" ] || exit 2 ;;
+  *-m\\ vpe_jax.main*)
+    [ ! -e "$CALLS.bad_config" ] || exit 2
+    [ ! -e "$CALLS.stopped" ] || echo "preempted: saved step 7" ;;
 esac
 """
 
@@ -175,6 +177,15 @@ def test_a_failed_phase_ends_the_script_and_is_not_remembered(tmp_path: Path) ->
   failed = _shell('bash launch/quickstart.sh', tmp_path, **environment)
   assert failed.returncode == 2 and 'Look at' not in failed.stdout
   assert [call.split()[1] for call in _calls(tmp_path)] == ['pip', 'vpe_jax.main']
+
+
+def test_a_training_that_was_stopped_is_not_drawn_from(tmp_path: Path) -> None:
+  environment = _clone(tmp_path)
+  (tmp_path / 'calls.stopped').touch()
+  stopped = _shell('bash launch/quickstart.sh', tmp_path, **environment)
+  assert stopped.returncode == 1 and 'run this command again' in stopped.stdout
+  assert 'Look at' not in stopped.stdout
+  assert [call.split()[1] for call in _calls(tmp_path)][-1] == 'vpe_jax.main'
 
 
 def test_test_script_checks_style_tests_and_the_newer_python(tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ class Stage:
     losses: names of the loss terms that this stage computes.
     ema: whether a moving average of the trainable leaves is kept.
     source: where the parameters come from, in words for the start-up table.
+    draws: whether pictures drawn in this stage are worth a look: what draws them has trained.
   """
 
   name: str
@@ -152,6 +153,7 @@ class Stage:
   losses: tuple[str, ...]
   ema: bool
   source: str
+  draws: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,7 +72,7 @@ def main() -> None:
     # Before anything is written, so that nothing is lost if that fails.
     print('\n'.join([f'== {workdir}', *lines]), flush=True)
     written = runner.save(reports, _folder(workdir), runner.stem(subject, options))
-    print(f'wrote {" ".join(written)}', flush=True)
+    print('\n'.join(f'wrote {path}' for path in written), flush=True)
 
 
 if __name__ == '__main__':

@@ -33,6 +33,9 @@ def run(
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    sys.exit(130)  # What a shell says of a command that Ctrl-C ended.
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -45,6 +48,8 @@ def parse(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(argv)
   except flags.Error as error:
     raise UserError(f'{" ".join(str(error).split())} (--help lists the flags)') from error
+  except SystemExit:  # Only --help ends here, and absl takes it for a mistake.
+    sys.exit(0)
   if len(rest) > 1:
     raise UserError(f"unexpected argument '{rest[1]}': every option is a --flag=value")
   return rest

@@ -154,7 +154,7 @@ def table(split: str, found: Mapping[str, retrieval.Result]) -> list[str]:
   chance, among = 1 / retrieval.CANDIDATES, 1 / (1 + retrieval.HARD)
   lines = [
     f'split {split}: own caption first among {retrieval.CANDIDATES} '
-    f'(chance {chance:.1%}), among the {retrieval.HARD} hard ones (chance {among:.1%}), '
+    f'(chance {chance:.1%}), among it and the {retrieval.HARD} hard ones (chance {among:.1%}), '
     'and before one with another relation (chance 50%)',
     f'  {"pictures":32}{"among 32":>10}{"95% interval":>18}{"hard only":>12}{"relation":>11}',
   ]
@@ -165,9 +165,13 @@ def table(split: str, found: Mapping[str, retrieval.Result]) -> list[str]:
       f'  {row:32}{result.accuracy:>10.1%}{f"{low:.1%} to {high:.1%}":>18}'
       f'{result.hard.mean():>12.1%}{relation:>11}'
     )
-  ratio = _ratio(found)
-  reached = '-' if ratio is None else f'{ratio:.0%}'
-  lines.append(f'  generated pictures reach {reached} of what the true images reach')
+  if found['true images'].interval[0] <= chance:
+    return [
+      *lines,
+      '  the judge finds true images no better than chance here: this split says nothing about '
+      'generated ones',
+    ]
+  lines.append(f'  generated pictures reach {_ratio(found):.0%} of what the true images reach')
   words = {True: 'reached', False: 'not reached'}
   return lines + [f'  bar: {bar}: {words[passed]}' for bar, passed in verdict(found).items()]
 
@@ -198,7 +202,7 @@ def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:
   A report of the same name is replaced: the same subject and options made it.
 
   Returns:
-    The JSON files.
+    The files: each JSON, and its sheets.
 
   Raises:
     UserError: the folder can't be written.
@@ -211,9 +215,11 @@ def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:
       path.write_text(json.dumps(report.protocol, indent=1))
     except OSError as error:
       raise UserError(f'cannot write {path}: {error.strerror or error}') from error
+    sheets = []
     for split, sheet in report.sheets.items():
-      pictures.save_png(sheet, path.parent / f'{name}-{stem}-{split}.png', overwrite=True)
-    written.append(str(path))
+      sheets.append(path.parent / f'{name}-{stem}-{split}.png')
+      pictures.save_png(sheet, sheets[-1], overwrite=True)
+    written += [str(path), *map(str, sheets)]
   return written
 
 

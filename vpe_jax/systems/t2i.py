@@ -36,7 +36,7 @@ from vpe_jax.objectives import flow_matching, next_token, schedules
 from vpe_jax.systems import rendering
 
 STAGES = {
-  'plan': Stage('plan', ('ar/', 'embed/'), ('next_token',), ema=False, source='fresh'),
+  'plan': Stage('plan', ('ar/', 'embed/'), ('next_token',), ema=False, source='fresh', draws=False),
   'joint': Stage('joint', ('.*',), ('next_token', 'flow'), ema=True, source='the stage before'),
 }
 

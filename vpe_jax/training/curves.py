@@ -117,6 +117,9 @@ def _draw_panel(panel: Panel) -> Image.Image:
 
   pen.line(place(panel.trained), fill=_RAW)
   pen.line(place(curve), fill=_SMOOTH, width=2)
+  if len(curve) == 1:
+    ((x, y),) = place(curve)
+    pen.ellipse((x - 3, y - 3, x + 3, y + 3), outline=_SMOOTH)
   for x, y in place(panel.held_out):
     pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=_HELD_OUT)
   pen.line(place(panel.held_out), fill=_HELD_OUT)

@@ -160,6 +160,7 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
   stored_config = to_dict(run.config)
   try:
     batch = next(feed)
+    _say(f'stage {run.system.stages[index].name}: compiling its step')
     step = _compile(run, state, batch)
     _report(run, step, state, batch)
     watchers.log.resume_clock()
@@ -182,7 +183,7 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
         watchers.log.flush()
         run.store.save(state, stored_config, force=is_last or is_leaving)
         watchers.log.resume_clock()
-      if is_leaving:
+      if is_leaving and not (is_last and index + 1 == len(run.system.stages)):
         run.store.wait()
         _say(f'preempted: saved step {counters["step"]}; the same command continues from there')
         return None
@@ -211,7 +212,8 @@ def _look(run: Run, watchers: Watchers, state: State, step: int, is_last: bool) 
   """Held-out losses and sample grids, where one is due."""
   log, found = run.config.log, {}
   evaluates = bool(log.evaluate) and (is_last or step % log.evaluate == 0)
-  draws = bool(log.samples) and (is_last or step % log.samples == 0)
+  stage = run.system.stages[int(state['stage'])]
+  draws = bool(log.samples) and stage.draws and (is_last or step % log.samples == 0)
   if not (evaluates or draws):
     return
   watchers.log.settle()  # The step's own time ends here.
@@ -220,8 +222,9 @@ def _look(run: Run, watchers: Watchers, state: State, step: int, is_last: bool) 
   if draws:
     found |= watchers.previews.draw(state, run.key, step)
   watchers.log.add(found)
+  watchers.log.flush()  # The curves show these numbers too.
   watchers.log.resume_clock()
-  if draws and jax.process_index() == 0:
+  if jax.process_index() == 0:
     curves.draw(run.workdir)
 
 
