@@ -125,7 +125,7 @@ class System:
     self.stages = (dataclasses.replace(first, source=origin), *others)
     self.codes = c.codes
     self.logical_axes = unified.LOGICAL_AXES
-    self.model = unified.Unified(c, jnp.dtype(config.dtype), config.remat)
+    self.model = unified.Unified(c, jnp.dtype(config.dtype), config.remat, config.attention)
     self.visual_prompt = visual_prompt.VisualPromptCodec(c.visual_prompt)
     self.image = kl.KlCodec(c.image)
     self.vocabulary = sequence.Vocabulary(c.text_vocab, c.codes, c.bos, c.boi)

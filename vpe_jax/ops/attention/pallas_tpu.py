@@ -25,8 +25,10 @@ from vpe_jax.ops.attention.chunked import even
 
 LANES = 128
 WIDEST = 256  # head width
-# Queries x keys of a block, by what a device calls its kind: two blocks of logits in float32, and
-# what is made of them, have to fit the compiler's share of VMEM (16 MB on v4 and v5e).
+# Queries x keys of a block, by what a device calls its kind. A visit fetches its keys and values:
+# enough queries keep arithmetic (4 * rows * columns * H) above that (4 * columns * H bytes at
+# bfloat16), which takes 240 queries on v5e and 560 on v6e. Blocks of logits in float32, and what is
+# made of them, have to fit the compiler's share of VMEM (16 MB on v4 and v5e).
 TILES = {
   'TPU v4': (512, 512),
   'TPU v5 lite': (512, 512),
@@ -159,8 +161,6 @@ class _Call:
     _, _, _, H, I, J = self.shape
     steps = self.grid[0] * self.shape[1] * I * J
     logits = steps * self.sizes.rows * self.sizes.columns
-    # 2 products forward, 3 for dq, 4 for dk and dv: as if every pair were visited.
-    products = {1: 3, 2: 4}[len(out)] if 'q' not in [kind for kind, _ in out[:1]] else 2
     moved = sum(x.size * x.dtype.itemsize for x in arrays)
     moved += sum(o.size * o.dtype.itemsize for _, o in out)
     return pl.pallas_call(
@@ -177,7 +177,10 @@ class _Call:
         dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary')
       ),
       cost_estimate=pl.CostEstimate(
-        flops=2 * products * logits * H, transcendentals=logits, bytes_accessed=moved
+        # As if every pair were visited: how many are is known at run time alone.
+        flops=2 * _PRODUCTS[body] * logits * H,
+        transcendentals=logits,
+        bytes_accessed=moved,
       ),
       interpret=self.sizes.interpret,
       name=body.__name__.strip('_'),
@@ -376,3 +379,7 @@ def _attention_dkv(call: _Call, table: Any, *refs: Any) -> None:
   def _finish() -> None:
     d_k[...] = held_k[...].astype(d_k.dtype)
     d_v[...] = held_v[...].astype(d_v.dtype)
+
+
+# Matrix products a visited pair of blocks.
+_PRODUCTS = {_attention_forward: 2, _attention_dq: 3, _attention_dkv: 4}
