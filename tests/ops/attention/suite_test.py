@@ -31,7 +31,9 @@ def _batch(masks, name):
   """The mask, padded to the length that all share, so that each implementation compiles once."""
   pad = lambda side: schedule.padded(side, masks.length)
   sides = masks.sized[name] if name == 'cached' else tuple(pad(x) for x in masks.sized[name])
-  return tuple(jax.tree.map(lambda x: jnp.broadcast_to(x, (2, x.shape[1])), s) for s in sides)
+  # One dtype for all: weakly typed integers would compile again.
+  both = lambda x: jnp.broadcast_to(x, (2, x.shape[1])).astype(jnp.int32)
+  return tuple(jax.tree.map(both, side) for side in sides)
 
 
 @pytest.fixture(scope='module')
