@@ -12,10 +12,10 @@ from vpe_jax.contracts import Array, UserError, Visibility
 from vpe_jax.ops.attention import chunked, cudnn, pallas_gpu, pallas_tpu, reference
 
 HINTS = ('', 'causal', 'padding')
-SHORT = 16  # decoding: fewer queries than this take `reference`, whatever the platform
+SHORT = 16  # decoding: with fewer queries than this, `reference` is chosen on every platform
 # Logits of one head (L x S) from which blocks are worth their loop. On CPU: measured, forward and
 # backward, see tests/benchmarks/attention.py. On TPU and GPU: a few blocks of the kernels.
-CROSSOVER = {'cpu': 512 * 512, 'tpu': 256 * 256, 'gpu': 256 * 256}
+CROSSOVER = {'cpu': 768 * 768, 'tpu': 256 * 256, 'gpu': 256 * 256}
 _WIDEST = {'pallas_tpu': pallas_tpu.WIDEST, 'pallas_gpu': pallas_gpu.WIDEST}
 _HOME = {'pallas_tpu': 'tpu', 'pallas_gpu': 'gpu', 'cudnn': 'gpu'}  # platform of each kernel
 

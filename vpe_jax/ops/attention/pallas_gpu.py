@@ -156,7 +156,7 @@ def _turn_back(x: Array, shape: tuple[int, ...]) -> Array:
 
 def _product(a: Array, b: Array) -> Array:
   # Exact products are for float32 inputs alone.
-  precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
+  precision = None if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
   return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 

@@ -296,7 +296,7 @@ def _logits(q: Any, k: Any, query: Any, key: Any, masked: bool) -> Array:
 def _product(a: Array, b: Array, left: int, right: int) -> Array:
   """Contracts axis `left` of a with axis `right` of b, in float32."""
   # Exact products are for float32 inputs alone: the compiler refuses them for bfloat16.
-  precision = jax.lax.Precision.DEFAULT if a.dtype == jnp.bfloat16 else None
+  precision = None if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
   return jax.lax.dot_general(
     a,
     b,

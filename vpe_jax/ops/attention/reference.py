@@ -50,4 +50,5 @@ def attention(
   mixed = (mixed.reshape(B, K, N // K, L, H) / safe).transpose(0, 3, 1, 2, 4)
   lse = jnp.where(seen, top + jnp.log(safe), -jnp.inf)[..., 0]
   mixed = mixed.reshape(B, L, N, H).astype(q.dtype)
+  # The name by which remat policies know it (blockwise.SAVED).
   return checkpoint_name(mixed, 'attention'), lse.transpose(0, 3, 1, 2).reshape(B, L, N)
