@@ -31,7 +31,8 @@ def test_remat_names_are_those_of_the_networks():
   'key, good, bad, message',
   [
     ('dtype', 'bfloat16', 'float16', "config.dtype is 'float16'; known: float32, bfloat16"),
-    ('remat', 'dots', 'some', "config.remat is 'some'; known: none, full, dots"),
+    ('remat', 'dots', 'some', "config.remat is 'some'; known: none, full, attention, dots"),
+    ('attention', 'chunked', 'flash', "config.attention is 'flash'; known: reference, chunked, pa"),
     ('steps', (1, 1), (0, 5), r'config.steps is \(0, 5\): every stage needs at least 1'),
     ('batch_size', (1,), (0,), r'config.batch_size is \(0, 0\): every stage needs at least 1'),
     ('optim.accumulate', 1, 0, "'optim.accumulate' is 0: it must be at least 1"),

@@ -1,5 +1,6 @@
-"""Eight virtual CPU devices, exact matrix products, and a compilation cache for every test; the
-golden Show-o2, which tests of the model and of its family read.
+"""Eight virtual CPU devices, exact matrix products, and a compilation cache for every test; tests
+of devices only where there are any; the golden Show-o2, which tests of the model and of its family
+read.
 """
 
 import os
@@ -28,6 +29,19 @@ from absl import flags  # noqa: E402
 
 # Grain's worker processes read absl flags, which pytest's own command line never parses.
 flags.FLAGS(['pytest'], known_only=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+  """Leaves out tests marked `tpu` or `gpu` where there is none."""
+  wanting = [item for item in items if {mark.name for mark in item.iter_markers()} & {'tpu', 'gpu'}]
+  if not wanting:
+    return
+  import jax
+
+  here = jax.default_backend()
+  absent = [item for item in wanting if not item.get_closest_marker(here)]
+  config.hook.pytest_deselected(items=absent)
+  items[:] = [item for item in items if item not in absent]
 
 
 @pytest.fixture(scope='session')

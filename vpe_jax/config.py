@@ -19,7 +19,8 @@ from typing import Any
 from vpe_jax.contracts import UserError
 
 DTYPES = ('float32', 'bfloat16')
-REMATS = ('none', 'full', 'dots')  # keys of models.mot.REMAT, which this file may not import
+REMATS = ('none', 'full', 'attention', 'dots')  # keys of models.mot.REMAT, not importable here
+ATTENTIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'cudnn')  # of ops.attention
 
 
 def _check_least(prefix: str, section: Any, least: Mapping[str, int]) -> None:
@@ -163,7 +164,12 @@ class Config:
     batch_size: global examples per step of each stage.
     seed: of data order, initialisation and noise.
     dtype: compute dtype, `float32` or `bfloat16`; parameters are float32 always.
-    remat: what the backward pass recomputes, a name of vpe_jax.models.mot.REMAT.
+    remat: what the backward pass recomputes: `none`; `full`, everything in a layer; `attention`,
+      everything but the attention itself, whose output and log-sum-exp are kept (one more array of
+      a layer's output size); `dots`, everything but attention and dense matrix products.
+    attention: implementation of the attention, which then runs or raises: `reference` (dense),
+      `chunked` (any platform, memory linear in the row), `pallas_tpu`, `pallas_gpu`, `cudnn`;
+      empty: chosen by platform and shape. Calls of fewer than 16 queries (decoding) choose always.
     unroll: whether training runs layers one by one instead of scanning over them: faster on CPU,
       where a scan copies what the backward pass needs; compiles longer.
     quick_compile: whether programs are compiled fast rather than to run fast, for runs of seconds.
@@ -180,6 +186,7 @@ class Config:
   seed: int = 0
   dtype: str = 'float32'
   remat: str = 'none'
+  attention: str = ''
   unroll: bool = False
   quick_compile: bool = False
   data: DataConfig = DataConfig()
@@ -197,9 +204,10 @@ def from_dict(values: Mapping[str, Any], model: type) -> Config:
     UserError: a key is unknown, missing, or holds a value of the wrong type or out of range.
   """
   config = _build(Config, dict(values), '', {'model': model})
-  for name, known in (('dtype', DTYPES), ('remat', REMATS)):
-    if getattr(config, name) not in known:
-      raise UserError(f"config.{name} is '{getattr(config, name)}'; known: {', '.join(known)}")
+  for name, known in (('dtype', DTYPES), ('remat', REMATS), ('attention', ATTENTIONS)):
+    word = getattr(config, name)
+    if word not in known and not (name == 'attention' and word == ''):
+      raise UserError(f"config.{name} is '{word}'; known: {', '.join(known)}")
   count = len(config.stages)
   spread = {}
   for name in ('steps', 'batch_size'):

@@ -250,6 +250,15 @@ def constrain(x: Array, names: tuple[str | None, ...]) -> Array:
   the batch. Uses the mesh of `jax.set_mesh`; without one, or inside a `shard_map` over all of
   its axes, x comes back as it is. An axis that doesn't divide its dimension is left out.
   """
+  spec = placement(x.shape, names)
+  return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def placement(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P | None:
+  """How an activation of named dimensions lies on the mesh of `jax.set_mesh`.
+
+  None where there is nothing to place it on; see `constrain`.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   usable = {
     axis: mesh.shape[axis]
@@ -257,14 +266,14 @@ def constrain(x: Array, names: tuple[str | None, ...]) -> Array:
     if kind == AxisType.Auto and axis in AXES
   }
   if not usable:
-    return x
-  if len(names) != x.ndim:
-    raise ValueError(f'{len(names)} names {names} for an array of shape {x.shape}')
-  placed = _Placement(x.shape, usable)
+    return None
+  if len(names) != len(shape):
+    raise ValueError(f'{len(names)} names {names} for an array of shape {shape}')
+  placed = _Placement(shape, usable)
   for dimension, name in enumerate(names):
     if name is not None:
       placed.first(dimension, ACTIVATIONS[name])
-  return jax.lax.with_sharding_constraint(x, placed.spec())
+  return placed.spec()
 
 
 def check_sharded_enough(tree: Any, shardings: Any, tolerance: float = 0.02) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpe_jax.contracts import visible
+from vpe_jax.contracts import UserError, visible
 from vpe_jax.models import mot
 from vpe_jax.models.decoder import Decoder, DecoderConfig, causal
 from vpe_jax.models.transformer import TransformerConfig
@@ -59,3 +59,17 @@ def test_one_token_at_a_time_gives_the_same_hidden_states(model):
   found = jnp.concatenate(found, axis=1)
   np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
   np.testing.assert_allclose(found[1, :4], wanted[1, :4], atol=1e-5)
+
+
+def test_a_named_attention_runs_on_texts_and_not_in_decoding():
+  config = DecoderConfig(vocabulary=10, body=BODY, tied=False, context=40)
+  params = Decoder(config).init(jax.random.key(0))
+  ids = jax.random.randint(jax.random.key(1), (2, 20), 0, 10)
+  call = lambda model, ids: jax.jit(model)(params, ids, jnp.array([ids.shape[1]] * 2))
+  chunked = Decoder(config, attention='chunked')
+  np.testing.assert_allclose(call(chunked, ids), call(Decoder(config), ids), atol=2e-5)
+  elsewhere = Decoder(config, attention='pallas_tpu')
+  with pytest.raises(UserError, match='runs on tpu'):
+    call(elsewhere, ids)
+  # A few tokens, as decoding feeds them, choose.
+  assert np.isfinite(call(elsewhere, ids[:, :4])).all()

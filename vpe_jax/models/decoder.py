@@ -58,6 +58,7 @@ class Decoder:
   config: DecoderConfig
   dtype: jnp.dtype = jnp.float32
   remat: str = 'none'
+  attention: str = ''
 
   @property
   def layer(self) -> Layer:
@@ -94,7 +95,7 @@ class Decoder:
     `cache` and `at` are those of `mot.run`.
     """
     layers, stacks = {'text': self.layer}, {'text': params['layers']}
-    hidden, cache = mot.run(layers, stacks, {'text': stream}, cache, at, self.remat)
+    hidden, cache = mot.run(layers, stacks, {'text': stream}, cache, at, self.remat, self.attention)
     norm = RMSNorm(self.config.body.eps)
     return norm.apply({'params': params['norm']}, hidden['text']), cache
 

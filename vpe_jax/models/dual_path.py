@@ -71,11 +71,12 @@ class DualPath:
   width: int
   patch: int
   dtype: jnp.dtype
+  attention: str = ''
 
   @property
   def _parts(self) -> tuple[Ends, vit.Layer]:
     ends = Ends(self.config, self.width, self.patch, self.dtype)
-    return ends, vit.Layer(self.config.encoder, self.dtype)
+    return ends, vit.Layer(self.config.encoder, self.dtype, self.attention)
 
   def init(self, rng: Array, latents: Array) -> Params:
     """Fresh parameters for latents of this shape; the encoder's are stacked over layers."""

@@ -48,6 +48,7 @@ class LlamaGen:
   config: LlamaGenConfig
   dtype: jnp.dtype = jnp.float32
   remat: str = 'none'
+  attention: str = ''
 
   @property
   def layer(self) -> Layer:
@@ -104,7 +105,9 @@ class LlamaGen:
     `cache` and `at` are those of `mot.run`.
     """
     layers, stacks = {'codes': self.layer}, {'codes': params['layers']}
-    hidden, cache = mot.run(layers, stacks, {'codes': stream}, cache, at, self.remat)
+    hidden, cache = mot.run(
+      layers, stacks, {'codes': stream}, cache, at, self.remat, self.attention
+    )
     norm = RMSNorm(self.config.body.eps)
     hidden = norm.apply({'params': params['norm']}, hidden['codes'])
     kernel = params['head']['kernel'].astype(hidden.dtype)

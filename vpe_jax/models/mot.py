@@ -17,14 +17,17 @@ from vpe_jax import sharding
 from vpe_jax.contracts import Array, Params, Visibility, concatenate
 from vpe_jax.models.transformer import Layer
 from vpe_jax.ops import rope
-from vpe_jax.ops.attention import chooser
+from vpe_jax.ops.attention import blockwise, chooser
 
 _KeysValues = tuple[Any, Any] | None
 
+_policies = jax.checkpoint_policies
+_attention = _policies.save_only_these_names(*blockwise.SAVED)
 REMAT = {
   'none': None,
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': _policies.nothing_saveable,
+  'attention': _attention,
+  'dots': _policies.save_from_both_policies(_policies.dots_with_no_batch_dims_saveable, _attention),
 }
 
 
@@ -99,6 +102,7 @@ def run(
   cache: Cache | None = None,
   at: Array | int = 0,
   remat: str = 'none',
+  attention: str = '',
 ) -> tuple[dict[str, Array], Cache | None]:
   """Runs the experts' stacks side by side over one attention in each layer.
 
@@ -111,6 +115,8 @@ def run(
       order of `streams`) before attention; without a cache the streams see each other only.
     at: first slot to write.
     remat: what the backward pass recomputes, a key of REMAT.
+    attention: implementation, a name of `config.ATTENTIONS`; '' chooses, as calls of a few tokens
+      (decoding) always do.
 
   Returns:
     Hidden states of each stream after the last layer, not normalised, and the written cache.
@@ -123,6 +129,7 @@ def run(
     query=query,
     key=query if cache is None else cache.key,
     at=at,
+    attention=attention if query.order.shape[1] >= chooser.SHORT else '',
   )
 
   def one(hidden: dict[str, Array], weights: Mapping[str, Params], held: _KeysValues) -> Any:
@@ -151,6 +158,7 @@ class _Call:
   query: Visibility
   key: Visibility
   at: Array | int
+  attention: str
 
 
 def _tables(layer: Layer, stream: Stream) -> tuple[Array, Array]:
@@ -195,7 +203,7 @@ def _layer(
       for old, new in zip(held, (k, v), strict=True)
     )
     k, v = held
-  mixed = chooser.attention(q, k, v, call.query, call.key)
+  mixed = chooser.attention(q, k, v, call.query, call.key, call.attention)
   out, start = {}, 0
   for name, x in hidden.items():
     stop = start + x.shape[1]

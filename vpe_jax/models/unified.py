@@ -125,6 +125,7 @@ class Unified:
   config: UnifiedConfig
   dtype: jnp.dtype = jnp.float32
   remat: str = 'none'
+  attention: str = ''
 
   def _layers(self) -> dict[str, Layer]:
     c = self.config
@@ -135,7 +136,7 @@ class Unified:
 
   def _dual_path(self) -> DualPath:
     c = self.config
-    return DualPath(c.dual_path, c.dit.width, c.patch, self.dtype)
+    return DualPath(c.dual_path, c.dit.width, c.patch, self.dtype, self.attention)
 
   def _ends(self) -> tuple[TimeEmbedding, Entry, Exit]:
     c = self.config
@@ -240,7 +241,7 @@ class Unified:
     """Final-norm hidden states of each stream [B, L, D], and the written cache."""
     experts = {name: self._expert(params, name) for name in streams}
     stacks = {name: expert['layers'] for name, expert in experts.items()}
-    hidden, cache = mot.run(self._layers(), stacks, streams, cache, at, self.remat)
+    hidden, cache = mot.run(self._layers(), stacks, streams, cache, at, self.remat, self.attention)
     norms = {'ar': RMSNorm(self.config.ar.eps), 'dit': RMSNorm(self.config.dit.eps)}
     normed = {n: norms[n].apply({'params': experts[n]['norm']}, x) for n, x in hidden.items()}
     return normed, cache
@@ -266,7 +267,7 @@ class Unified:
     block = self._block()
     blocks = dict.fromkeys(streams, block)
     stacks = dict.fromkeys(streams, weights['blocks'])
-    return mot.run(blocks, stacks, entered, cache, at, self.remat)
+    return mot.run(blocks, stacks, entered, cache, at, self.remat, self.attention)
 
   def velocity(self, params: Params, rows: Array, condition: Array) -> Array:
     """Show-o2's velocity (data - noise) [B, h, w, C] from the head's picture rows [B, L, D]."""

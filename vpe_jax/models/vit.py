@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.config import nearest
-from vpe_jax.contracts import Array, UserError
+from vpe_jax.contracts import Array, UserError, Visibility
 from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.ops import norms
+from vpe_jax.ops.attention import chooser
 
 ACTIVATIONS = {
   'gelu_tanh': jax.nn.gelu,
@@ -66,20 +67,37 @@ class Attention(nn.Module):
 
   config: EncoderConfig
   dtype: jnp.dtype
+  attention: str = ''  # implementation, a name of `config.ATTENTIONS`; '' chooses
 
   @nn.compact
   def __call__(self, queries: Array, tokens: Array, mask: Array | None = None) -> Array:
     """Mixed tokens [B, L, D].
 
-    `mask` [B, S] says which tokens exist, or [B or 1, L, S] which of them each query sees (None:
-    all).
+    `mask` [B, S] says which tokens exist (those that don't are stored last), or [B or 1, L, S]
+    which of them each query sees (None: all). The latter is dense: for short rows alone.
     """
     c = self.config
     heads = lambda name: DenseGeneral((c.heads, c.width // c.heads), dtype=self.dtype, name=name)
     q, k, v = heads('q')(queries), heads('k')(tokens), heads('v')(tokens)
-    shown = None if mask is None else mask[:, None, None] if mask.ndim == 2 else mask[:, None]
-    mixed = jax.nn.dot_product_attention(q, k, v, mask=shown)
+    if mask is not None and mask.ndim == 3:
+      mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+    else:
+      query, key = (everyone(x.shape[:2]) for x in (q, k))
+      if mask is not None:
+        key = jax.tree.map(lambda leaf: jnp.where(mask, leaf, 0), key)
+      mixed = chooser.attention(q, k, v, query, key, self.attention, hint='padding')
     return DenseGeneral(c.width, axis=(-2, -1), dtype=self.dtype, name='o')(mixed)
+
+
+def everyone(shape: tuple[int, int]) -> Visibility:
+  """Tokens [B, L] that see each other without order.
+
+      a b    order 0 0   since 0 0
+  a   1 1    reach 1 1   until 1 1
+  b   1 1
+  """
+  zeros, ones = jnp.zeros(shape, jnp.int32), jnp.ones(shape, jnp.int32)
+  return Visibility(order=zeros, since=zeros, reach=ones, until=ones)
 
 
 class Mlp(nn.Module):
@@ -121,13 +139,15 @@ class Layer(nn.Module):
 
   config: EncoderConfig
   dtype: jnp.dtype
+  attention: str = ''  # implementation, see Attention
 
   @nn.compact
   def __call__(self, x: Array, mask: Array | None = None) -> Array:
     c = self.config
     y = LayerNorm(c.eps, name='attention_norm')(x)
+    attend = Attention(c, self.dtype, self.attention, name='attention')
     scaled = lambda y, name: Scale(name=name)(y) if c.layer_scale else y
-    x = x + scaled(Attention(c, self.dtype, name='attention')(y, y, mask), 'attention_scale')
+    x = x + scaled(attend(y, y, mask), 'attention_scale')
     y = LayerNorm(c.eps, name='mlp_norm')(x)
     mlp = GatedMlp if c.activation == 'swiglu' else Mlp
     return x + scaled(mlp(c, self.dtype, name='mlp')(y), 'mlp_scale')

@@ -110,7 +110,7 @@ class System:
     self.stages = (dataclasses.replace(first, source=origin), *others)
     self.codes = c.codes
     self.logical_axes = unified.LOGICAL_AXES
-    self.model = unified.Unified(c, jnp.dtype(config.dtype), config.remat)
+    self.model = unified.Unified(c, jnp.dtype(config.dtype), config.remat, config.attention)
     self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype))
     self.image = choice.image_codec(c)
     # Published tokenizers come without a text tower to compare with.

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from vpe_jax.config import nearest
-from vpe_jax.contracts import Array, UserError, Visibility
-from vpe_jax.ops.attention import reference
+import functools
 
-IMPLEMENTATIONS = {'reference': reference.attention}
+import jax
+from absl import logging
+
+from vpe_jax.config import ATTENTIONS, nearest
+from vpe_jax.contracts import Array, UserError, Visibility
+from vpe_jax.ops.attention import chunked, cudnn, pallas_gpu, pallas_tpu, reference
+
+HINTS = ('', 'causal', 'padding')
+SHORT = 16  # decoding: with fewer queries than this, `reference` is chosen on every platform
+# Logits of one head (L x S) from which blocks are worth their loop. On CPU: measured, forward and
+# backward, see tests/benchmarks/attention.py. On TPU and GPU: a few blocks of the kernels.
+CROSSOVER = {'cpu': 768 * 768, 'tpu': 256 * 256, 'gpu': 256 * 256}
+_WIDEST = {'pallas_tpu': pallas_tpu.WIDEST, 'pallas_gpu': pallas_gpu.WIDEST}
+_HOME = {'pallas_tpu': 'tpu', 'pallas_gpu': 'gpu', 'cudnn': 'gpu'}  # platform of each kernel
 
 
 def attention(
@@ -15,14 +26,125 @@ def attention(
   v: Array,
   query: Visibility,
   key: Visibility,
-  implementation: str | None = None,
+  implementation: str = '',
+  bias: Array | None = None,
+  hint: str = '',
 ) -> Array:
   """Mixed values [B, L, N, H] of grouped-query attention; see `reference.attention`.
 
+  Args:
+    q: queries [B, L, N, H].
+    k: keys [B, S, K, H].
+    v: values [B, S, K, H].
+    query: visibility of the queries [B, L].
+    key: visibility of the keys [B, S].
+    implementation: a name of `config.ATTENTIONS`, which runs or raises; '' chooses by platform,
+      shape and hint, and logs what it chose, once a shape.
+    bias: added to the logits, broadcastable to [B, N, L, S]; `reference` and `chunked` alone
+      take one.
+    hint: what the caller knows about the mask: `causal` (every token sees itself and those stored
+      before it, none is absent), or `padding` (every query sees every present key, and absent
+      ones are stored last). cuDNN runs only where it is given.
+
   Raises:
-    UserError: `implementation` names none that exists.
+    UserError: the name is unknown, or what it stands for can't do this call here.
   """
-  name = implementation or 'reference'
-  if name not in IMPLEMENTATIONS:
-    raise UserError(f"no attention implementation '{name}'{nearest(name, IMPLEMENTATIONS)}")
-  return IMPLEMENTATIONS[name](q, k, v, query, key)[0]
+  name = _choose(q, k, implementation, bias, hint)
+  if name == 'cudnn':
+    return cudnn.attention(q, k, v, query, key, hint)
+  return _run(name, q, k, v, query, key, bias)[0]
+
+
+def attention_and_lse(
+  q: Array,
+  k: Array,
+  v: Array,
+  query: Visibility,
+  key: Visibility,
+  implementation: str = '',
+  bias: Array | None = None,
+) -> tuple[Array, Array]:
+  """What `attention` returns, and the log-sum-exp [B, L, N] float32; arguments as there.
+
+  Raises:
+    UserError: as `attention`; and cuDNN returns none.
+  """
+  if implementation == 'cudnn':
+    raise UserError("attention 'cudnn' returns no log-sum-exp: name another implementation")
+  return _run(_choose(q, k, implementation, bias, ''), q, k, v, query, key, bias)
+
+
+def device() -> tuple[str, str]:
+  """Platform (`cpu`, `tpu`, `gpu`) and kind of the devices that a traced call will run on.
+
+  They are those of the mesh of `jax.set_mesh`, which may be devices that this host hasn't got
+  (compiling ahead of time), else of the default backend.
+  """
+  described = jax.sharding.get_abstract_mesh().abstract_device
+  if described is None:
+    described = jax.devices()[0]
+  platform = described.platform
+  return 'gpu' if platform in ('cuda', 'rocm') else platform, described.device_kind
+
+
+def _run(
+  name: str, q: Array, k: Array, v: Array, query: Visibility, key: Visibility, bias: Array | None
+) -> tuple[Array, Array]:
+  if name == 'pallas_tpu':
+    return pallas_tpu.attention(q, k, v, query, key, device()[1])
+  if name == 'pallas_gpu':
+    return pallas_gpu.attention(q, k, v, query, key)
+  dense = {'reference': reference.attention, 'chunked': chunked.attention}
+  return dense[name](q, k, v, query, key, bias)
+
+
+def _choose(q: Array, k: Array, implementation: str, bias: Array | None, hint: str) -> str:
+  """The implementation of a call."""
+  if hint not in HINTS:
+    raise UserError(f"no attention hint '{hint}'{nearest(hint, HINTS[1:])}")
+  platform, kind = device()
+  if implementation:
+    reason = _refusal(implementation, q, platform, bias, hint)
+    if reason:
+      raise UserError(f"attention '{implementation}' {reason}")
+    return implementation
+  name = _automatic(q, k, platform, bias, hint)
+  _log(name, q.shape, k.shape, str(q.dtype), hint, kind)
+  return name
+
+
+def _refusal(name: str, q: Array, platform: str, bias: Array | None, hint: str) -> str:
+  """Why an implementation can't do a call, and what cures it; '' if it can."""
+  H = q.shape[-1]
+  if name not in ATTENTIONS:
+    return f'is no implementation{nearest(name, ATTENTIONS)}'
+  home = _HOME.get(name, platform)
+  if platform != home:
+    return f"runs on {home}, and the devices are {platform}: name 'chunked', or none to choose"
+  if bias is not None and name in _HOME:
+    return "takes no bias: name 'reference' or 'chunked'"
+  if H > _WIDEST.get(name, H):
+    return f"takes heads up to {_WIDEST[name]} wide, not {H}: name 'chunked'"
+  if name == 'cudnn':
+    return cudnn.refusal(q, hint)
+  return ''
+
+
+def _automatic(q: Array, k: Array, platform: str, bias: Array | None, hint: str) -> str:
+  L, S = q.shape[1], k.shape[1]
+  crossover = CROSSOVER.get(platform, CROSSOVER['cpu'])
+  if L < SHORT or L * S < crossover:
+    return 'reference'
+  kernels = [name for name, home in _HOME.items() if home == platform]
+  # cuDNN before the general kernel, where it can.
+  for name in reversed(kernels):
+    if not _refusal(name, q, platform, bias, hint):
+      return name
+  return 'chunked'
+
+
+@functools.cache
+def _log(name: str, q: tuple[int, ...], k: tuple[int, ...], dtype: str, hint: str, kind: str):
+  """Says which implementation was chosen: the cache keeps it from saying so twice."""
+  mask = f', {hint} mask' if hint else ''
+  logging.info('attention: %s for q %s, k %s, %s%s on %s', name, q, k, dtype, mask, kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from vpe_jax.contracts import Array, Visibility, visible
 
@@ -48,4 +49,6 @@ def attention(
   mixed = jnp.einsum('BKLS,BKSH->BKLH', rows, values, preferred_element_type=jnp.float32)
   mixed = (mixed.reshape(B, K, N // K, L, H) / safe).transpose(0, 3, 1, 2, 4)
   lse = jnp.where(seen, top + jnp.log(safe), -jnp.inf)[..., 0]
-  return mixed.reshape(B, L, N, H).astype(q.dtype), lse.transpose(0, 3, 1, 2).reshape(B, L, N)
+  mixed = mixed.reshape(B, L, N, H).astype(q.dtype)
+  # The name by which remat policies know it (blockwise.SAVED).
+  return checkpoint_name(mixed, 'attention'), lse.transpose(0, 3, 1, 2).reshape(B, L, N)

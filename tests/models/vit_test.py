@@ -1,0 +1,53 @@
+"""The encoder's attention: padding, which implementation runs, and no square buffers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpe_jax.contracts import UserError, visible
+from vpe_jax.models import vit
+from vpe_jax.models.dual_path import DualPath, DualPathConfig
+
+CONFIG = vit.EncoderConfig(width=32, layers=1, heads=2, mlp=48)
+
+
+def _layer(length, attention=''):
+  layer = vit.Layer(CONFIG, jnp.float32, attention)
+  x = jax.random.normal(jax.random.key(0), (2, length, 32))
+  return layer, layer.init(jax.random.key(1), x[:, :1]), x
+
+
+def test_everyone_is_as_drawn():
+  row = vit.everyone((1, 2))
+  np.testing.assert_array_equal(visible(row, row)[0], [[1, 1], [1, 1]])
+
+
+@pytest.mark.parametrize('attention', ['reference', 'chunked'])
+def test_tokens_that_do_not_exist_change_nothing(attention):
+  layer, params, x = _layer(20, attention)
+  there = jnp.arange(20) < jnp.array([[20], [13]])
+  masked = layer.apply(params, x, there)
+  np.testing.assert_allclose(masked[1, :13], layer.apply(params, x[1:, :13])[0], atol=2e-6)
+  np.testing.assert_allclose(masked[0], layer.apply(params, x)[0], atol=2e-6)
+  # The same mask, dense.
+  dense = layer.apply(params, x, jnp.repeat(there[:, None], 20, 1))
+  np.testing.assert_allclose(masked, dense, atol=2e-6)
+
+
+def test_long_rows_make_no_square_buffer():
+  layer, params, x = _layer(1024)
+  gradient = jax.grad(lambda x: jnp.sum(jnp.sin(layer.apply(params, x))))
+  assert '1024,1024' not in str(jax.make_jaxpr(gradient)(x))
+  dense = vit.Layer(CONFIG, jnp.float32, 'reference')
+  gradient = jax.grad(lambda x: jnp.sum(jnp.sin(dense.apply(params, x))))
+  assert '1024,1024' in str(jax.make_jaxpr(gradient)(x))
+
+
+def test_the_dual_path_hands_its_choice_down():
+  path = DualPath(DualPathConfig(CONFIG, 4), 16, 2, jnp.float32, 'pallas_tpu')
+  latents = jnp.zeros((1, 8, 8, 3))
+  with pytest.raises(UserError, match='runs on tpu, and the devices are cpu'):
+    jax.eval_shape(path.init, jax.random.key(0), latents)

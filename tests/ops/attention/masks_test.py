@@ -1,0 +1,59 @@
+"""The masks of the five systems are what their docstrings draw."""
+
+from __future__ import annotations
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpe_jax.contracts import visible
+
+NAMES = (
+  'causal', 'prefix', 'transfusion', 'mixture', 'packed', 'packed_two', 'editing', 'interleaved',
+  'position_queries', 'sliding', 'windows', 'scattered', 'cached',
+)  # fmt: skip
+
+
+def test_every_mask_is_tested(masks):
+  assert set(NAMES) == set(masks.drawn) == set(masks.sized)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_masks_are_as_drawn(masks, name):
+  builder = masks.drawn[name]
+  lines = re.findall(r'^ *((?:[01] )+[01])$', builder.__doc__, re.MULTILINE)
+  drawn = np.array([line.split() for line in lines], int)
+  mask = np.asarray(visible(*builder()), int)
+  np.testing.assert_array_equal(mask.reshape(-1, mask.shape[-1]), drawn)
+
+
+def test_noise_reaches_no_clean_latent_and_no_other_frame(masks):
+  frames, text, latents = 3, 2, 2
+  mask = np.asarray(visible(*masks.interleaved(frames, text, latents)))[0]
+  closure = mask
+  for _ in range(len(mask)):
+    closure = closure | (closure.astype(int) @ mask.astype(int) > 0)
+  kind = np.tile(['text'] * text + ['noisy'] * latents + ['clean'] * latents, frames)
+  frame = np.repeat(np.arange(frames), text + 2 * latents)
+  noisy, clean = kind == 'noisy', kind == 'clean'
+  assert not closure[np.ix_(clean, noisy)].any()
+  assert not (closure & noisy & noisy[:, None] & (frame != frame[:, None])).any()
+  # What it must see, it does: own text, and every earlier frame's clean latents.
+  assert mask[np.ix_(noisy & (frame == 2), clean & (frame < 2))].all()
+  assert mask[np.ix_(noisy & (frame == 1), (kind == 'text') & (frame == 1))].all()
+
+
+def test_the_closure_finds_the_leak_of_text_that_sees_its_noise(masks):
+  # Text that sees its frame's noisy latents, and clean latents that see that text: two steps.
+  row, _ = masks.interleaved(1, 1, 1)
+  text = jnp.array([[1, 0, 0]], bool)
+  row = type(row)(
+    row.order,
+    row.since,
+    jnp.where(text, 2, row.reach),
+    jnp.where(text, 9, row.until),
+  )
+  mask = np.asarray(visible(row, row), int)[0]
+  assert not mask[2, 1] and (mask @ mask)[2, 1]

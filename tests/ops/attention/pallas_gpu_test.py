@@ -1,0 +1,48 @@
+"""The kernels for NVIDIA GPUs lower for them; their numbers are in suite_test.py."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpe_jax.ops.attention import chooser, pallas_gpu, reference
+
+
+@pytest.mark.parametrize(
+  'width, dtype', [(64, jnp.bfloat16), (72, jnp.bfloat16), (128, jnp.float32), (256, jnp.bfloat16)]
+)
+def test_lowers_for_cuda_without_one(masks, width, dtype):
+  case = jax.eval_shape(
+    lambda: masks.case(masks.transfusion(100, 91, 7), dtype, heads=(4, 2, width))
+  )
+  lowered = masks.differentiated(pallas_gpu.attention).trace(case)
+  text = lowered.lower(lowering_platforms=('cuda',)).as_text()
+  assert text.count('__gpu$xla.gpu.triton') == 3  # forward, dq, and dk with dv
+  for name in ('attention_forward', 'attention_dq', 'attention_dkv'):
+    assert name in text
+  assert '198x198x' not in text, 'no buffer is L x L'
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('mask', ['transfusion', 'packed_two', 'scattered', 'cached'])
+def test_on_a_gpu(masks, mask, dtype):
+  case = masks.case(masks.sized[mask], dtype, heads=(4, 2, 72))
+  ours = masks.differentiated(pallas_gpu.attention)(case)
+  theirs = masks.differentiated(reference.attention)(case)
+  for a, b in zip(ours, theirs, strict=True):
+    a, b = (np.where(np.isneginf(x), 0, np.asarray(x, np.float32)) for x in (a, b))
+    scale = max(1.0, np.abs(b).max())
+    np.testing.assert_allclose(a / scale, b / scale, atol=5e-2 if dtype == jnp.bfloat16 else 5e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('mask, hint', [('causal', 'causal'), ('windows', 'padding')])
+def test_cudnn_where_the_mask_is_known(masks, mask, hint):
+  query, key = masks.sized['causal'] if mask == 'causal' else masks.windows(1, 128)
+  case = masks.case((query, key), jnp.bfloat16, heads=(4, 2, 64))
+  ours = chooser.attention(*case.inputs, query, key, 'cudnn', hint=hint)
+  theirs, _ = reference.attention(*case.inputs, query, key)
+  np.testing.assert_allclose(ours.astype(jnp.float32), theirs.astype(jnp.float32), atol=3e-2)

@@ -1,0 +1,121 @@
+"""The TPU kernels compile for TPUs that aren't there; their numbers are in suite_test.py.
+
+Interpret mode checks neither tiles nor scalar memory, so these tests compile, with libtpu, for a
+topology of v5e, whose VMEM is the tightest.
+"""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+
+from vpe_jax import sharding
+from vpe_jax.config import MeshConfig
+from vpe_jax.ops.attention import blockwise, chooser, pallas_tpu, reference, schedule
+
+
+@pytest.fixture(scope='module')
+def mesh():
+  """Four v5e chips, described."""
+  with pytest.MonkeyPatch.context() as patch:
+    # Neither asks the cloud's metadata server who it is, nor minds other users of the library.
+    patch.setenv('TPU_SKIP_MDS_QUERY', '1')
+    patch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+    described = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')
+    yield sharding.make_mesh(MeshConfig(), described.devices)
+
+
+def _compiled(masks, mesh, run, lengths, heads, dtype):
+  """The text of a compiled forward and backward pass, a row a chip."""
+  L, S = lengths
+
+  def arrays():
+    sides = ((masks.causal(n)[0]) for n in (L, S))
+    rows = tuple(jax.tree.map(lambda x: jnp.repeat(x, mesh.size, 0), side) for side in sides)
+    return masks.case(rows, dtype, heads)
+
+  place = sharding.batch_sharding(mesh)
+  put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  case = jax.tree.map(put, jax.eval_shape(arrays))
+  with jax.set_mesh(mesh):
+    return masks.differentiated(run).lower(case).compile().as_text()
+
+
+def _square(text, lengths, block=512):
+  """Shapes in a program with an axis of L and one of S, each as long or padded to blocks."""
+  inside = lambda n, length: length <= n <= -(-length // block) * block
+  found = set()
+  for shape in re.findall(r'\w\[([\d,]+)\]', text):
+    sizes = [int(n) for n in shape.split(',')]
+    for i, size in enumerate(sizes):
+      others = sizes[:i] + sizes[i + 1 :]
+      if inside(size, lengths[0]) and any(inside(n, lengths[1]) for n in others):
+        found.add(shape)
+  return found
+
+
+@pytest.mark.parametrize(
+  'lengths, heads, dtype',
+  [
+    ((829, 829), (8, 2, 64), jnp.bfloat16),
+    ((1040, 1040), (4, 4, 72), jnp.bfloat16),
+    ((1025, 1856), (12, 2, 128), jnp.bfloat16),
+    ((640, 640), (2, 1, 256), jnp.bfloat16),
+    ((300, 300), (2, 1, 64), jnp.float32),
+  ],
+)
+def test_compiles_for_v5e_without_a_square_buffer(masks, mesh, lengths, heads, dtype):
+  def run(*inputs):
+    assert chooser.device() == ('tpu', 'TPU v5 lite'), 'the platform is that of the mesh'
+    return chooser.attention_and_lse(*inputs)
+
+  text = _compiled(masks, mesh, run, lengths, heads, dtype)
+  assert text.count('custom_call_target="tpu_custom_call"') == 3
+  assert not _square(text, lengths)
+
+
+def test_the_search_finds_what_the_dense_definition_makes(masks, mesh):
+  text = _compiled(masks, mesh, reference.attention, (829, 829), (2, 1, 64), jnp.bfloat16)
+  assert _square(text, (829, 829))
+
+
+def test_a_schedule_beyond_scalar_memory_is_cut_by_rows(masks, monkeypatch):
+  row = jax.tree.map(lambda x: jnp.repeat(x, 3, 0), masks.transfusion(20, 40, 4)[0])
+  case = masks.case((row, row), heads=(2, 1, 8))
+  kernel = pallas_tpu.Tpu(32, 16, interpret=True)
+  run = lambda: kernel.forward(blockwise.Operands(*case.inputs, row, row))
+  whole = jax.jit(lambda: run())()
+  # 2 x 4 pairs a row, two in a word: one row fits into 16 bytes, and a second one doesn't.
+  monkeypatch.setattr(pallas_tpu, '_SMEM', 16)
+  assert str(jax.make_jaxpr(run)()).count('name=attention_forward') == 3
+  for ours, theirs in zip(jax.jit(lambda: run())(), whole, strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize('blocks', [3, 4])
+def test_packed_entries_are_read_back(blocks):
+  status = jax.random.randint(jax.random.key(0), (2, 5, blocks), 0, 3)
+  entries = schedule.visits(status)
+  call = pallas_tpu._Call(pallas_tpu.Tpu(8, 8), (2, 1, 1, 8, 5, blocks), jnp.float32)
+  table = pallas_tpu._pack(entries)
+  for b, i, n in np.ndindex(2, 5, blocks):
+    block, kind = call.entry(table, b, i, n)
+    assert int(block) * 4 + int(kind) == int(entries[b, i, n])
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('mask', ['transfusion', 'packed_two', 'scattered', 'cached'])
+def test_on_a_tpu(masks, mask, dtype):
+  case = masks.case(masks.sized[mask], dtype, heads=(4, 2, 72))
+  ours = masks.differentiated(pallas_tpu.attention)(case)
+  theirs = masks.differentiated(reference.attention)(case)
+  for a, b in zip(ours, theirs, strict=True):
+    a, b = (np.where(np.isneginf(x), 0, np.asarray(x, np.float32)) for x in (a, b))
+    scale = max(1.0, np.abs(b).max())
+    np.testing.assert_allclose(a / scale, b / scale, atol=5e-2 if dtype == jnp.bfloat16 else 5e-3)

@@ -1,0 +1,158 @@
+"""What the blockwise implementations share: one gradient rule, names for remat, and the mesh.
+
+An implementation is a `Kernel`: a forward and a backward pass over `Operands`. Neither keeps more
+than O(L) between the two: the backward pass makes each block's weights again from the log-sum-exp.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from vpe_jax import sharding
+from vpe_jax.contracts import Array, Visibility
+
+# What a remat policy may save, so that the backward pass doesn't attend a second time.
+SAVED = ('attention', 'attention_lse')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operands:
+  """The inputs of one attention call.
+
+  Attributes:
+    q: queries [B, L, N, H], already multiplied by H ** -0.5.
+    k: keys [B, S, K, H].
+    v: values [B, S, K, H].
+    query: visibility of the queries [B, L].
+    key: visibility of the keys [B, S].
+    bias: added to the logits, [B or 1, N or 1, L or 1, S or 1], or None.
+  """
+
+  q: Array
+  k: Array
+  v: Array
+  query: Visibility
+  key: Visibility
+  bias: Array | None = None
+
+
+Gradients = tuple[Array, Array, Array, Array | None]  # of q, k, v and bias
+
+
+class Kernel(Protocol):
+  """One implementation; hashable, as it is a static argument."""
+
+  def forward(self, operands: Operands) -> tuple[Array, Array]:
+    """Mixed values [B, L, N, H] in the dtype of q, and log-sum-exp [B, N, L] in float32."""
+    ...
+
+  def backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
+    """Gradients of the operands.
+
+    Args:
+      operands: as in `forward`.
+      mixed: gradient of the mixed values [B, L, N, H].
+      lse: log-sum-exp [B, N, L]; 0 for queries that see no key.
+      delta: what each row's weights have in common [B, N, L]: the gradient of a logit is
+        its weight times (gradient of the weight - delta).
+    """
+    ...
+
+
+def attend(kernel: Kernel, operands: Operands) -> tuple[Array, Array]:
+  """Mixed values [B, L, N, H] and log-sum-exp [B, L, N] of unscaled queries, differentiable."""
+  H = operands.q.shape[-1]
+  scaled = dataclasses.replace(operands, q=operands.q * H**-0.5)
+  mixed, lse = _attend(kernel, scaled)
+  return mixed, lse.transpose(0, 2, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(kernel: Kernel, operands: Operands) -> tuple[Array, Array]:
+  specs = _specs(operands)
+  run = kernel.forward if specs is None else _mapped(kernel.forward, specs, (), specs.out)
+  return run(operands)
+
+
+def _remember(kernel: Kernel, operands: Operands) -> tuple[Any, Any]:
+  mixed, lse = _attend(kernel, operands)
+  mixed, lse = (checkpoint_name(x, name) for x, name in zip((mixed, lse), SAVED))
+  return (mixed, lse), (operands, mixed, lse)
+
+
+def _differentiate(kernel: Kernel, saved: Any, gradients: tuple[Array, Array]) -> tuple[Operands]:
+  operands, mixed, lse = saved
+  d_mixed, d_lse = gradients
+  product = d_mixed.astype(jnp.float32) * mixed.astype(jnp.float32)
+  delta = jnp.sum(product, -1).transpose(0, 2, 1) - d_lse
+  # Queries that see no key have no weights: anything finite will do, and nothing else.
+  seen = lse > -jnp.inf
+  lse, delta = jnp.where(seen, lse, 0.0), jnp.where(seen, delta, 0.0)
+  specs = _specs(operands)
+  run = kernel.backward
+  if specs is not None:
+    run = _mapped(run, specs, (specs.wide, specs.row, specs.row), specs.gradients)
+  q, k, v, bias = run(operands, d_mixed, lse, delta)
+  return (Operands(q, k, v, None, None, bias),)
+
+
+_attend.defvjp(_remember, _differentiate)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Specs:
+  """Where the arrays of a call lie on the mesh."""
+
+  batch: Any
+  heads: Any
+
+  @property
+  def wide(self) -> P:
+    return P(self.batch, None, self.heads, None)
+
+  @property
+  def row(self) -> P:
+    return P(self.batch, self.heads, None)
+
+  @property
+  def operands(self) -> Operands:
+    tokens = P(self.batch, None)
+    side = Visibility(tokens, tokens, tokens, tokens)
+    return Operands(self.wide, self.wide, self.wide, side, side)
+
+  @property
+  def out(self) -> tuple[P, P]:
+    return self.wide, self.row
+
+  @property
+  def gradients(self) -> tuple[P, P, P, None]:
+    return self.wide, self.wide, self.wide, None
+
+
+def _specs(operands: Operands) -> _Specs | None:
+  """Batch over the batch axes and heads over `tensor`, whatever divides; None: run as it is.
+
+  A bias broadcasts over batch and heads, and no kernel takes one: XLA may split those calls.
+  """
+  if operands.bias is not None:
+    return None
+  spec = sharding.placement(operands.k.shape, (sharding.BATCH, None, sharding.KV_HEADS, None))
+  if spec is None:
+    return None
+  entries = [*spec, *(None,) * 4]
+  return _Specs(entries[0], entries[2])
+
+
+def _mapped(run: Callable[..., Any], specs: _Specs, more: tuple[P, ...], out: Any) -> Any:
+  # Forward and backward are mapped one by one: the transpose of a map would add up gradients
+  # over axes on which nothing is split.
+  return jax.shard_map(run, in_specs=(specs.operands, *more), out_specs=out, check_vma=False)

@@ -1,0 +1,44 @@
+"""Attention by cuDNN on NVIDIA GPUs, where the mask is known to be causal or padding."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax.contracts import Array, Visibility
+
+WIDEST = 128  # head width
+
+
+def refusal(q: Array, hint: str) -> str:
+  """Why cuDNN can't attend with queries [B, L, N, H] under a mask hint; '' if it can."""
+  if hint not in ('causal', 'padding'):
+    return "needs a mask that is known to be causal or padding: name 'pallas_gpu'"
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"computes in bfloat16, not {q.dtype}: name 'pallas_gpu'"
+  if q.shape[-1] > WIDEST or q.shape[-1] % 8:
+    return f"takes head widths up to {WIDEST} that 8 divides, not {q.shape[-1]}: name 'pallas_gpu'"
+  return ''
+
+
+def attention(q: Array, k: Array, v: Array, query: Visibility, key: Visibility, hint: str) -> Array:
+  """Mixed values [B, L, N, H] as `reference.attention` returns them.
+
+  Args:
+    q: queries [B, L, N, H].
+    k: keys [B, S, K, H].
+    v: values [B, S, K, H].
+    query: visibility of the queries [B, L].
+    key: visibility of the keys [B, S]; with `padding`, the absent ones are stored last.
+    hint: `causal` or `padding`, see `chooser.attention`.
+  """
+  if hint == 'causal':
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation='cudnn')
+  held = jnp.sum(key.until > 0, 1, dtype=jnp.int32)
+  # A row without keys reads its first one, which is then taken out: a softmax of none is NaN.
+  lengths = jnp.maximum(held, 1)
+  mixed = jax.nn.dot_product_attention(
+    q, k, v, key_value_seq_lengths=lengths, implementation='cudnn'
+  )
+  seen = (query.reach > query.since) & (held > 0)[:, None]
+  return jnp.where(seen[:, :, None, None], mixed, 0.0)

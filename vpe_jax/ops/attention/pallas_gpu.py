@@ -1,0 +1,252 @@
+"""Attention on NVIDIA GPUs: Pallas kernels through Triton, forward, for dq, and for dk and dv.
+
+One program works on one block of queries (or of keys) of one head. It loops over the visited
+blocks of the other side, as the schedule lists them, and over nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from vpe_jax.contracts import Array, Visibility
+from vpe_jax.ops.attention import schedule
+from vpe_jax.ops.attention.blockwise import Gradients, Operands, attend
+
+WIDEST = 256  # head width
+# Queries and keys of a block, up to a head width: registers and shared memory hold the blocks.
+# Widths and blocks are powers of two, which Triton demands.
+BLOCKS = ((64, 128, 64), (128, 64, 64), (WIDEST, 32, 32))
+
+
+def attention(
+  q: Array, k: Array, v: Array, query: Visibility, key: Visibility
+) -> tuple[Array, Array]:
+  """What `reference.attention` returns, within rounding, and with the same gradients.
+
+  Args:
+    q: queries [B, L, N, H], H at most 256.
+    k: keys [B, S, K, H].
+    v: values [B, S, K, H].
+    query: visibility of the queries [B, L].
+    key: visibility of the keys [B, S].
+  """
+  _, rows, columns = next(row for row in BLOCKS if q.shape[3] <= row[0])
+  return attend(Gpu(rows, columns), Operands(q, k, v, query, key))
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+  """The kernels at one size of blocks; `interpret` runs them without a GPU."""
+
+  rows: int
+  columns: int
+  interpret: bool = False
+
+  def forward(self, operands: Operands) -> tuple[Array, Array]:
+    """See blockwise.Kernel."""
+    x = _Inputs(self, operands, turned=False)
+    out = {'q': x.arrays['q'], 'row': jax.ShapeDtypeStruct(x.arrays['q'].shape[:3], jnp.float32)}
+    names = ('entries', 'count', 'q', 'k', 'v', 'query', 'key')
+    mixed, lse = x.run(_attention_forward, names, out)
+    return _turn_back(mixed, operands.q.shape), lse[:, :, : operands.q.shape[1]]
+
+  def backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
+    """See blockwise.Kernel."""
+    gradients: list[Array] = []
+    for turned in (False, True):
+      x = _Inputs(self, operands, turned)
+      length = x.arrays['q'].shape[2]
+      row = lambda y, length=length: jnp.pad(y, ((0, 0), (0, 0), (0, length - y.shape[2])))
+      x.arrays |= {'given': _turn(mixed, length), 'lse': row(lse), 'delta': row(delta)}
+      names = ('entries', 'count', 'q', 'k', 'v', 'query', 'key', 'given', 'lse', 'delta')
+      if turned:
+        gradients += x.run(_attention_dkv, names, {'k': x.arrays['k'], 'v': x.arrays['v']})
+      else:
+        gradients += x.run(_attention_dq, names, {'q': x.arrays['q']})
+    shapes = (operands.q.shape, operands.k.shape, operands.v.shape)
+    return *(_turn_back(x, shape) for x, shape in zip(gradients, shapes)), None
+
+
+class _Inputs:
+  """The arrays of a call, [B, heads, tokens, H] and padded, and how a program sees them.
+
+  A program has its own block of one side, and all blocks of the other; `turned` programs belong
+  to key blocks. `entries` [B, blocks, visits] and `count` [B, blocks] list what it visits.
+  """
+
+  def __init__(self, sizes: Gpu, operands: Operands, turned: bool) -> None:
+    o, self.sizes, self.turned = operands, sizes, turned
+    L, S = o.q.shape[1], o.k.shape[1]
+    length, keys = -(-L // sizes.rows) * sizes.rows, -(-S // sizes.columns) * sizes.columns
+    status = schedule.pairs(o.query, o.key, sizes.rows, sizes.columns)
+    status = status.transpose(0, 2, 1) if turned else status
+    tokens = lambda side, length: jnp.stack(jax.tree.leaves(schedule.padded(side, length)), 1)
+    self.group = o.q.shape[2] // o.k.shape[2]
+    self.arrays = {
+      'entries': schedule.visits(status),
+      'count': jnp.sum(status != schedule.SKIP, -1, dtype=jnp.int32),
+      'q': _turn(o.q, length),
+      'k': _turn(o.k, keys),
+      'v': _turn(o.v, keys),
+      'query': tokens(o.query, length),
+      'key': tokens(o.key, keys),
+    }
+
+  def run(self, body: Any, names: tuple[str, ...], out: dict[str, Any]) -> Any:
+    """Calls a kernel on the arrays of these names; `out` maps kinds of arrays to their shapes."""
+    q, k = self.arrays['q'], self.arrays['k']
+    B, heads, length, H = k.shape if self.turned else q.shape
+    blocks = length // (self.sizes.columns if self.turned else self.sizes.rows)
+    return pl.pallas_call(
+      functools.partial(body, self.sizes, self.group),
+      grid=(blocks, heads, B),
+      in_specs=[self._spec(name) for name in names],
+      out_specs=[self._spec(name) for name in out],
+      out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out.values()],
+      compiler_params=triton.CompilerParams(num_warps=4 if H <= 64 else 8, num_stages=2),
+      interpret=self.sizes.interpret,
+      name=body.__name__.strip('_'),
+    )(*(self.arrays[name] for name in names))
+
+  def _spec(self, name: str) -> pl.BlockSpec:
+    """The part of an array that one program sees."""
+    group, turned = self.group, self.turned
+    if name == 'entries':
+      visits = self.arrays['entries'].shape[2]
+      return pl.BlockSpec((None, None, visits), lambda block, head, b: (b, block, 0))
+    if name == 'count':
+      return pl.BlockSpec((None, None), lambda block, head, b: (b, block))
+    of_keys = name in ('k', 'v', 'key')
+    own = of_keys == turned
+    size = self.sizes.columns if of_keys else self.sizes.rows
+    size = size if own else self.arrays['k' if of_keys else 'q'].shape[2]
+    at = lambda block: block if own else 0
+    if name in ('query', 'key'):
+      return pl.BlockSpec((None, 4, size), lambda block, head, b: (b, 0, at(block)))
+    H = self.arrays['q'].shape[3]
+    rest, zeros = ((), ()) if name in ('lse', 'delta', 'row') else ((H,), (0,))
+    if own or turned:
+      # A key head's program reads all query heads of its group.
+      heads = group if turned and not own else None
+      return pl.BlockSpec((None, heads, size, *rest), lambda block, h, b: (b, h, at(block), *zeros))
+    return pl.BlockSpec((None, None, size, *rest), lambda block, h, b: (b, h // group, 0, *zeros))
+
+
+def _turn(x: Array, length: int) -> Array:
+  """[B, L, N, H] -> [B, N, length, width], padded with zeros to a width that Triton takes."""
+  H = x.shape[3]
+  pad = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, max(16, pl.next_power_of_2(H)) - H))
+  return jnp.pad(x, pad).transpose(0, 2, 1, 3)
+
+
+def _turn_back(x: Array, shape: tuple[int, ...]) -> Array:
+  """[B, N, L, H] -> `shape`, which is [B, L, N, H]."""
+  return x.transpose(0, 2, 1, 3)[:, : shape[1], :, : shape[3]]
+
+
+# Bodies of the kernels: [queries, keys] blocks of logits.
+
+
+def _product(a: Array, b: Array) -> Array:
+  # Exact products are for float32 inputs alone.
+  precision = None if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+  return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _part(ref: Any, start: Any, size: int) -> tuple[Array, ...]:
+  """The four integers of `size` tokens, each [size]."""
+  return tuple(ref[n, pl.ds(start, size)] for n in range(4))
+
+
+def _masked(logits: Array, query: tuple[Array, ...], key: tuple[Array, ...], full: Any) -> Array:
+  order, since, reach, _ = (x[:, None] for x in query)
+  place, until = key[0][None, :], key[3][None, :]
+  mask = (since <= place) & (place < reach) & (order < until)
+  return jnp.where(mask | full, logits, -jnp.inf)
+
+
+def _attention_forward(sizes: Gpu, group: int, *refs: Any) -> None:
+  del group
+  entries, count, q_ref, k_ref, v_ref, query_ref, key_ref, mixed_ref, lse_ref = refs
+  rows, columns = sizes.rows, sizes.columns
+  q, query = q_ref[...], _part(query_ref, 0, rows)
+
+  def step(n: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    top, total, mixed = carry
+    j, status = schedule.block_of(entries[n])
+    keys = pl.ds(j * columns, columns)
+    logits = _product(q, k_ref[keys, :].T)
+    key = _part(key_ref, j * columns, columns)
+    logits = _masked(logits, query, key, status == schedule.FULL)
+    new = jnp.maximum(top, jnp.max(logits, 1))
+    # A query that has seen nothing yet stays at -inf; 0 in its place keeps exp() free of NaN.
+    safe = jnp.where(new > -jnp.inf, new, 0.0)
+    weights = jnp.exp(logits - safe[:, None])
+    kept = jnp.exp(top - safe)
+    v = v_ref[keys, :]
+    mixed = mixed * kept[:, None] + _product(weights.astype(v.dtype), v)
+    return new, total * kept + jnp.sum(weights, 1), mixed
+
+  start = (
+    jnp.full((rows,), -jnp.inf, jnp.float32),
+    jnp.zeros((rows,), jnp.float32),
+    jnp.zeros(q.shape, jnp.float32),
+  )
+  top, total, mixed = jax.lax.fori_loop(0, count[...], step, start)
+  safe = jnp.where(total > 0, total, 1.0)
+  mixed_ref[...] = (mixed / safe[:, None]).astype(mixed_ref.dtype)
+  lse_ref[...] = top + jnp.log(safe)
+
+
+def _attention_dq(sizes: Gpu, group: int, *refs: Any) -> None:
+  del group
+  entries, count, q_ref, k_ref, v_ref, query_ref, key_ref, given_ref, lse_ref, delta_ref, out = refs
+  rows, columns = sizes.rows, sizes.columns
+  q, given, query = q_ref[...], given_ref[...], _part(query_ref, 0, rows)
+  lse, delta = lse_ref[...][:, None], delta_ref[...][:, None]
+
+  def step(n: Any, d_q: Array) -> Array:
+    j, status = schedule.block_of(entries[n])
+    keys = pl.ds(j * columns, columns)
+    k = k_ref[keys, :]
+    key = _part(key_ref, j * columns, columns)
+    logits = _masked(_product(q, k.T), query, key, status == schedule.FULL)
+    d_weights = _product(given, v_ref[keys, :].T)
+    d_logits = jnp.exp(logits - lse) * (d_weights - delta)
+    return d_q + _product(d_logits.astype(k.dtype), k)
+
+  d_q = jax.lax.fori_loop(0, count[...], step, jnp.zeros(q.shape, jnp.float32))
+  out[...] = d_q.astype(out.dtype)
+
+
+def _attention_dkv(sizes: Gpu, group: int, *refs: Any) -> None:
+  entries, count, q_ref, k_ref, v_ref, query_ref, key_ref, given_ref, lse_ref, delta_ref = refs[:10]
+  rows, columns = sizes.rows, sizes.columns
+  k, v, key = k_ref[...], v_ref[...], _part(key_ref, 0, columns)
+  visits = count[...]
+
+  def step(n: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    d_k, d_v = carry
+    head, n = n // visits, n % visits
+    i, status = schedule.block_of(entries[n])
+    tokens = pl.ds(i * rows, rows)
+    q, given = q_ref[head, tokens, :], given_ref[head, tokens, :]
+    query = _part(query_ref, i * rows, rows)
+    logits = _masked(_product(q, k.T), query, key, status == schedule.FULL)
+    weights = jnp.exp(logits - lse_ref[head, tokens][:, None])
+    d_v += _product(weights.T.astype(given.dtype), given)
+    d_weights = _product(given, v.T)
+    d_logits = weights * (d_weights - delta_ref[head, tokens][:, None])
+    return d_k + _product(d_logits.T.astype(q.dtype), q), d_v
+
+  start = (jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32))
+  d_k, d_v = jax.lax.fori_loop(0, visits * group, step, start)
+  refs[10][...] = d_k.astype(refs[10].dtype)
+  refs[11][...] = d_v.astype(refs[11].dtype)

@@ -1,0 +1,385 @@
+"""Attention on TPU: Pallas kernels forward, for dq, and for dk and dv.
+
+Everything inside is transposed: heads are [H, L], so no head width is padded to 128 lanes, and a
+block of logits is [keys, queries], so what belongs to a query (maximum, total, log-sum-exp) is a
+row, the shape in which it is also stored. The schedule comes in through scalar prefetch: block
+index maps read which block to fetch next, and a pair that is ruled out costs neither a fetch nor
+arithmetic. The batch is an axis of the grid (`vmap` would turn the kernel into a loop).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from vpe_jax.contracts import Array, Visibility
+from vpe_jax.ops.attention import schedule
+from vpe_jax.ops.attention.blockwise import Gradients, Operands, attend
+from vpe_jax.ops.attention.chunked import even
+
+LANES = 128
+WIDEST = 256  # head width
+# Queries x keys of a block, by what a device calls its kind. A visit fetches its keys and values:
+# enough queries keep arithmetic (4 * rows * columns * H) above that (4 * columns * H bytes at
+# bfloat16), which takes 240 queries on v5e and 560 on v6e. Blocks of logits in float32, and what is
+# made of them, have to fit the compiler's share of VMEM (16 MB on v4 and v5e).
+TILES = {
+  'TPU v4': (512, 512),
+  'TPU v5 lite': (512, 512),
+  'TPU v5e': (512, 512),
+  'TPU v5': (512, 1024),
+  'TPU v5p': (512, 1024),
+  'TPU v6 lite': (1024, 1024),
+  'TPU v6e': (1024, 1024),
+}
+_SMALLEST_TILE = (512, 512)  # of the table: safe on a generation that it doesn't know
+_SMEM = 512 * 1024  # bytes of a schedule table, of 1 MB that a core has
+_PACKED = 2  # entries of a schedule in one word
+
+
+def attention(
+  q: Array, k: Array, v: Array, query: Visibility, key: Visibility, kind: str = ''
+) -> tuple[Array, Array]:
+  """What `reference.attention` returns, within rounding, and with the same gradients.
+
+  Args:
+    q: queries [B, L, N, H], H at most 256.
+    k: keys [B, S, K, H].
+    v: values [B, S, K, H].
+    query: visibility of the queries [B, L].
+    key: visibility of the keys [B, S].
+    kind: of the devices, a key of TILES.
+  """
+  rows, columns = TILES.get(kind, _SMALLEST_TILE)
+  kernel = Tpu(even(q.shape[1], rows, LANES), even(k.shape[1], columns, LANES))
+  return attend(kernel, Operands(q, k, v, query, key))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tpu:
+  """The kernels at one size of blocks; `interpret` runs them without a TPU."""
+
+  rows: int
+  columns: int
+  interpret: bool = False
+
+  def forward(self, operands: Operands) -> tuple[Array, Array]:
+    """See blockwise.Kernel."""
+    return _by_batch(functools.partial(_forward, self), self, operands)
+
+  def backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
+    """See blockwise.Kernel."""
+    run = functools.partial(_backward, self)
+    return *_by_batch(run, self, operands, mixed, lse, delta), None
+
+
+def _by_batch(run: Any, sizes: Tpu, operands: Operands, *more: Array) -> Any:
+  """Runs a whole batch at once, or in parts whose schedule fits into scalar memory."""
+  B, L, S = operands.q.shape[0], operands.q.shape[1], operands.k.shape[1]
+  pairs = -(-L // sizes.rows) * -(-S // sizes.columns)
+  most = max(1, _SMEM * _PACKED // (4 * pairs))
+  inputs = (operands, *more)
+  parts = [
+    run(*jax.tree.map(lambda x, start=start: x[start : start + most], inputs))
+    for start in range(0, B, most)
+  ]
+  return jax.tree.map(lambda *x: x[0] if len(x) == 1 else jnp.concatenate(x), *parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+  """The static side of one kernel call.
+
+  The grid's last axis runs over visits: of key blocks for a block of queries, or `turned`, of
+  query blocks for a block of keys (times the query heads of its group).
+  """
+
+  sizes: Tpu
+  shape: tuple[int, int, int, int, int, int]  # B, N, K, H, I, J
+  dtype: Any
+  turned: bool = False
+
+  @property
+  def grid(self) -> tuple[int, ...]:
+    B, N, K, _, I, J = self.shape
+    return (B, K, J, N // K * I) if self.turned else (B, N, I, J)
+
+  def entry(self, table: Any, b: Any, fixed: Any, step: Any) -> tuple[Any, Any]:
+    """The block that a step visits, and the status of the pair."""
+    _, _, _, _, I, J = self.shape
+    fixed_count, count = (J, I) if self.turned else (I, J)
+    n = jax.lax.rem(step, count) if self.turned else step
+    words = -(-count // _PACKED)
+    word = table[(b * fixed_count + fixed) * words + n // _PACKED]
+    return schedule.block_of((word >> (16 * (n % _PACKED))) & 0xFFFF)
+
+  def place(self, b: Any, head: Any, fixed: Any, step: Any, table: Any) -> tuple[Any, ...]:
+    """Query head, key/value head, query block and key block of a grid step."""
+    _, N, K, _, I, _ = self.shape
+    visited, _ = self.entry(table, b, fixed, step)
+    if self.turned:
+      return head * (N // K) + step // I, head, visited, fixed
+    return head, head // (N // K), fixed, visited
+
+  def specs(self) -> dict[str, pl.BlockSpec]:
+    """How each kind of array is cut: blocks of queries and of keys, per head or for all heads."""
+    H, rows, columns = self.shape[3], self.sizes.rows, self.sizes.columns
+
+    def query_head(b: Any, head: Any, fixed: Any, step: Any, table: Any) -> tuple[Any, ...]:
+      n, _, i, _ = self.place(b, head, fixed, step, table)
+      return b, n, 0, i
+
+    def key_head(b: Any, head: Any, fixed: Any, step: Any, table: Any) -> tuple[Any, ...]:
+      _, k, _, j = self.place(b, head, fixed, step, table)
+      return b, k, 0, j
+
+    def query(b: Any, head: Any, fixed: Any, step: Any, table: Any) -> tuple[Any, ...]:
+      return b, 0, self.place(b, head, fixed, step, table)[2]
+
+    def key(b: Any, head: Any, fixed: Any, step: Any, table: Any) -> tuple[Any, ...]:
+      return b, 0, self.place(b, head, fixed, step, table)[3]
+
+    return {
+      'q': pl.BlockSpec((None, None, H, rows), query_head),
+      'row': pl.BlockSpec((None, None, 1, rows), query_head),
+      'kv': pl.BlockSpec((None, None, H, columns), key_head),
+      'query': pl.BlockSpec((None, 4, rows), query),
+      'key': pl.BlockSpec((None, 4, columns), key),
+    }
+
+  def run(self, body: Any, inputs: list[tuple[str, Array]], out: Any, scratch: Any) -> Any:
+    """Calls a kernel; `out` lists (kind, shape and dtype), `inputs` (kind, array)."""
+    specs = self.specs()
+    table, *arrays = (array for _, array in inputs)
+    kinds = [kind for kind, _ in inputs[1:]]
+    _, _, _, H, I, J = self.shape
+    steps = self.grid[0] * self.shape[1] * I * J
+    logits = steps * self.sizes.rows * self.sizes.columns
+    moved = sum(x.size * x.dtype.itemsize for x in arrays)
+    moved += sum(o.size * o.dtype.itemsize for _, o in out)
+    return pl.pallas_call(
+      functools.partial(body, self),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        grid=self.grid,
+        in_specs=[specs[kind] for kind in kinds],
+        out_specs=[specs[kind] for kind, _ in out],
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+      ),
+      out_shape=[shape for _, shape in out],
+      compiler_params=pltpu.CompilerParams(
+        dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary')
+      ),
+      cost_estimate=pl.CostEstimate(
+        # As if every pair were visited: how many are is known at run time alone.
+        flops=2 * _PRODUCTS[body] * logits * H,
+        transcendentals=logits,
+        bytes_accessed=moved,
+      ),
+      interpret=self.sizes.interpret,
+      name=body.__name__.strip('_'),
+    )(table, *arrays)
+
+
+def _prepare(sizes: Tpu, operands: Operands, turned: bool) -> tuple[_Call, dict[str, Array]]:
+  """The call's static side, and its inputs: transposed, padded, and the packed schedule."""
+  o = operands
+  B, L, N, H = o.q.shape
+  S, K = o.k.shape[1], o.k.shape[2]
+  I, J = -(-L // sizes.rows), -(-S // sizes.columns)
+  status = schedule.pairs(o.query, o.key, sizes.rows, sizes.columns)
+  table = _pack(schedule.visits(status.transpose(0, 2, 1) if turned else status))
+  tokens = lambda side, length: jnp.stack(jax.tree.leaves(schedule.padded(side, length)), 1)
+  inputs = {
+    'table': table,
+    'q': _turn(o.q, I * sizes.rows),
+    'k': _turn(o.k, J * sizes.columns),
+    'v': _turn(o.v, J * sizes.columns),
+    'query': tokens(o.query, I * sizes.rows),
+    'key': tokens(o.key, J * sizes.columns),
+  }
+  return _Call(sizes, (B, N, K, _width(H), I, J), o.q.dtype, turned), inputs
+
+
+def _width(H: int) -> int:
+  """Head widths fill whole tiles of 16 sublanes, as bfloat16 packs them."""
+  return -(-H // 16) * 16
+
+
+def _turn(x: Array, length: int) -> Array:
+  """[B, L, N, H] -> [B, N, H, L], padded with zeros."""
+  pad = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, _width(x.shape[3]) - x.shape[3]))
+  return jnp.pad(x, pad).transpose(0, 2, 3, 1)
+
+
+def _turn_back(x: Array, shape: tuple[int, ...]) -> Array:
+  """[B, N, H, L] -> `shape`, which is [B, L, N, H]."""
+  return x.transpose(0, 3, 1, 2)[:, : shape[1], :, : shape[3]]
+
+
+def _row(x: Array, length: int) -> Array:
+  """[B, N, L] -> [B, N, 1, length], padded with zeros."""
+  return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2])))[:, :, None]
+
+
+def _pack(entries: Array) -> Array:
+  """A schedule's entries [B, I, J], two in a word, flat: an array of scalars has no tiles."""
+  B, I, J = entries.shape
+  entries = jnp.pad(entries, ((0, 0), (0, 0), (0, -J % _PACKED))).reshape(B, I, -1, _PACKED)
+  return (entries[..., 0] | (entries[..., 1] << 16)).reshape(-1)
+
+
+def _forward(sizes: Tpu, operands: Operands) -> tuple[Array, Array]:
+  call, x = _prepare(sizes, operands, turned=False)
+  B, N, _, H, _, _ = call.shape
+  rows = x['q'].shape[3]
+  inputs = [('table', x['table']), ('q', x['q']), ('kv', x['k']), ('kv', x['v'])]
+  inputs += [('query', x['query']), ('key', x['key'])]
+  out = [
+    ('q', jax.ShapeDtypeStruct(x['q'].shape, operands.q.dtype)),
+    ('row', jax.ShapeDtypeStruct((B, N, 1, rows), jnp.float32)),
+  ]
+  scratch = [(H, sizes.rows), (1, sizes.rows), (1, sizes.rows)]
+  mixed, lse = call.run(_attention_forward, inputs, out, scratch)
+  return _turn_back(mixed, operands.q.shape), lse[:, :, 0, : operands.q.shape[1]]
+
+
+def _backward(
+  sizes: Tpu, operands: Operands, mixed: Array, lse: Array, delta: Array
+) -> tuple[Array, Array, Array]:
+  gradients = []
+  for turned in (False, True):
+    call, x = _prepare(sizes, operands, turned)
+    H = call.shape[3]
+    rows = x['q'].shape[3]
+    inputs = [('table', x['table']), ('q', x['q']), ('kv', x['k']), ('kv', x['v'])]
+    inputs += [('query', x['query']), ('key', x['key']), ('q', _turn(mixed, rows))]
+    inputs += [('row', _row(lse, rows)), ('row', _row(delta, rows))]
+    like = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype)
+    if turned:
+      out = [('kv', like(x['k'])), ('kv', like(x['v']))]
+      gradients += call.run(_attention_dkv, inputs, out, [(H, sizes.columns)] * 2)
+    else:
+      gradients += call.run(_attention_dq, inputs, [('q', like(x['q']))], [(H, sizes.rows)])
+  shapes = (operands.q.shape, operands.k.shape, operands.v.shape)
+  return tuple(_turn_back(x, shape) for x, shape in zip(gradients, shapes))
+
+
+# Bodies of the kernels. Blocks of q, k, v and their gradients are [H, tokens], logits
+# [keys, queries], and what belongs to queries [1, queries].
+
+
+def _visit(call: _Call, table: Any, one: Any) -> Any:
+  """Runs `one(masked)` where this grid step's pair is visited."""
+  _, status = call.entry(table, pl.program_id(0), pl.program_id(2), pl.program_id(3))
+  pl.when(status == schedule.PARTIAL)(functools.partial(one, True))
+  pl.when(status == schedule.FULL)(functools.partial(one, False))
+
+
+def _logits(q: Any, k: Any, query: Any, key: Any, masked: bool) -> Array:
+  logits = _product(k[...], q[...], 0, 0)
+  if not masked:
+    return logits
+  order, since, reach, _ = (query[n : n + 1, :] for n in range(4))
+  keys = jnp.swapaxes(key[...], 0, 1)  # [columns, 4]
+  place, until = keys[:, 0:1], keys[:, 3:4]
+  mask = (since <= place) & (place < reach) & (order < until)
+  return jnp.where(mask, logits, -jnp.inf)
+
+
+def _product(a: Array, b: Array, left: int, right: int) -> Array:
+  """Contracts axis `left` of a with axis `right` of b, in float32."""
+  # Exact products are for float32 inputs alone: the compiler refuses them for bfloat16.
+  precision = None if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+  return jax.lax.dot_general(
+    a,
+    b,
+    (((left,), (right,)), ((), ())),
+    precision=precision,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _attention_forward(call: _Call, table: Any, *refs: Any) -> None:
+  q, k, v, query, key, mixed, lse, held, top, total = refs
+  step, last = pl.program_id(3), call.grid[3] - 1
+
+  @pl.when(step == 0)
+  def _start() -> None:
+    held[...] = jnp.zeros_like(held)
+    top[...] = jnp.full_like(top, -jnp.inf)
+    total[...] = jnp.zeros_like(total)
+
+  def one(masked: bool) -> None:
+    logits = _logits(q, k, query, key, masked)
+    new = jnp.maximum(top[...], jnp.max(logits, 0, keepdims=True))
+    # A query that has seen nothing yet stays at -inf; 0 in its place keeps exp() free of NaN.
+    safe = jnp.where(new > -jnp.inf, new, 0.0)
+    weights = jnp.exp(logits - safe)
+    kept = jnp.exp(top[...] - safe)
+    total[...] = total[...] * kept + jnp.sum(weights, 0, keepdims=True)
+    held[...] = held[...] * kept + _product(v[...], weights.astype(v.dtype), 1, 0)
+    top[...] = new
+
+  _visit(call, table, one)
+
+  @pl.when(step == last)
+  def _finish() -> None:
+    safe = jnp.where(total[...] > 0, total[...], 1.0)
+    mixed[...] = (held[...] / safe).astype(mixed.dtype)
+    lse[...] = top[...] + jnp.log(safe)
+
+
+def _attention_dq(call: _Call, table: Any, *refs: Any) -> None:
+  q, k, v, query, key, given, lse, delta, d_q, held = refs
+  step, last = pl.program_id(3), call.grid[3] - 1
+
+  @pl.when(step == 0)
+  def _start() -> None:
+    held[...] = jnp.zeros_like(held)
+
+  def one(masked: bool) -> None:
+    weights = jnp.exp(_logits(q, k, query, key, masked) - lse[...])
+    d_weights = _product(v[...], given[...], 0, 0)
+    d_logits = weights * (d_weights - delta[...])
+    held[...] += _product(k[...], d_logits.astype(k.dtype), 1, 0)
+
+  _visit(call, table, one)
+
+  @pl.when(step == last)
+  def _finish() -> None:
+    d_q[...] = held[...].astype(d_q.dtype)
+
+
+def _attention_dkv(call: _Call, table: Any, *refs: Any) -> None:
+  q, k, v, query, key, given, lse, delta, d_k, d_v, held_k, held_v = refs
+  step, last = pl.program_id(3), call.grid[3] - 1
+
+  @pl.when(step == 0)
+  def _start() -> None:
+    held_k[...] = jnp.zeros_like(held_k)
+    held_v[...] = jnp.zeros_like(held_v)
+
+  def one(masked: bool) -> None:
+    weights = jnp.exp(_logits(q, k, query, key, masked) - lse[...])
+    held_v[...] += _product(given[...], weights.astype(given.dtype), 1, 1)
+    d_weights = _product(v[...], given[...], 0, 0)
+    d_logits = weights * (d_weights - delta[...])
+    held_k[...] += _product(q[...], d_logits.astype(q.dtype), 1, 1)
+
+  _visit(call, table, one)
+
+  @pl.when(step == last)
+  def _finish() -> None:
+    d_k[...] = held_k[...].astype(d_k.dtype)
+    d_v[...] = held_v[...].astype(d_v.dtype)
+
+
+# Matrix products a visited pair of blocks.
+_PRODUCTS = {_attention_forward: 2, _attention_dq: 3, _attention_dkv: 4}

@@ -1,0 +1,102 @@
+"""Which block pairs of queries and keys hold a visible pair: decided at run time, in O(L).
+
+One definition for every blockwise implementation. A pair of blocks is skipped where the minima
+and maxima of its tokens' Visibility rule every pair of tokens out, and masked unless they rule
+every pair in. Absent tokens (a query with an empty interval, a key with `until` 0) are left out
+of the minima and maxima, so that padding and dropped conditions don't widen them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpe_jax.contracts import Array, Visibility
+
+SKIP, PARTIAL, FULL = 0, 1, 2  # what to do with a pair of blocks
+_SMALLEST, _LARGEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+_SHIFT = 2  # bits of an entry of `visits` below the block's number
+
+
+def padded(visibility: Visibility, length: int) -> Visibility:
+  """The same tokens, followed by absent ones up to `length`: [B, L] -> [B, length]."""
+  extra = length - visibility.order.shape[1]
+  return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, extra))), visibility)
+
+
+def pairs(query: Visibility, key: Visibility, rows: int, columns: int) -> Array:
+  """SKIP, PARTIAL or FULL for each pair of blocks.
+
+  Never SKIP where a query sees a key, and FULL only where all queries of the block see all its
+  keys; PARTIAL stands for everything that minima and maxima leave open.
+
+  Args:
+    query: visibility of the queries [B, L].
+    key: visibility of the keys [B, S].
+    rows: queries a block; the last block may be shorter.
+    columns: keys a block; the last block may be shorter.
+
+  Returns:
+    int32 [B, ceil(L / rows), ceil(S / columns)].
+  """
+  there, least, most = _bounds(query, rows, query.reach > query.since)
+  held, low, high = _bounds(key, columns, key.until > 0)
+  # The query side varies along axis 1, the key side along axis 2.
+  least, most = (jax.tree.map(lambda x: x[:, :, None], side) for side in (least, most))
+  low, high = (jax.tree.map(lambda x: x[:, None, :], side) for side in (low, high))
+  some = (
+    jnp.any(there, -1)[:, :, None]
+    & jnp.any(held, -1)[:, None, :]
+    & (least.since <= high.order)
+    & (low.order < most.reach)
+    & (least.order < high.until)
+  )
+  every = (
+    jnp.all(there, -1)[:, :, None]
+    & jnp.all(held, -1)[:, None, :]
+    & (most.since <= low.order)
+    & (high.order < least.reach)
+    & (most.order < low.until)
+  )
+  return some.astype(jnp.int32) + (some & every)
+
+
+def visits(status: Array) -> Array:
+  """The visited blocks of each row of `status` [B, I, J], in order of storage, first: [B, I, J].
+
+  An entry is `4 * block + status` (see `block_of`). Entries after the last visit have status SKIP
+  and repeat its block: a kernel that fetches the entry's block fetches nothing new for them.
+  """
+  places = jnp.argsort(status == SKIP, axis=-1, stable=True)
+  ranked = jnp.take_along_axis(status, places, -1)
+  count = jnp.sum(status != SKIP, -1, keepdims=True)
+  last = jnp.take_along_axis(places, jnp.maximum(count - 1, 0), -1)
+  places = jnp.where(ranked == SKIP, last, places).astype(jnp.int32)
+  return (places << _SHIFT) | ranked
+
+
+def block_of(entry: Array) -> tuple[Array, Array]:
+  """The block and the status of an entry of `visits`."""
+  return entry >> _SHIFT, entry & ((1 << _SHIFT) - 1)
+
+
+def union(status: Array) -> Array:
+  """One schedule [1, I, J] that serves every row of a batch [B, I, J]."""
+  return jnp.where(
+    jnp.all(status == FULL, 0), FULL, jnp.where(jnp.any(status != SKIP, 0), PARTIAL, SKIP)
+  )[None].astype(jnp.int32)
+
+
+def _bounds(
+  visibility: Visibility, block: int, present: Array
+) -> tuple[Array, Visibility, Visibility]:
+  """Which tokens of each block are present, and minima and maxima over those."""
+  B, L = present.shape
+  blocks = -(-L // block)
+  cut = lambda x: x.reshape(B, blocks, block)
+  there = cut(jnp.pad(present, ((0, 0), (0, blocks * block - L))))
+  tokens = jax.tree.map(cut, padded(visibility, blocks * block))
+  least = jax.tree.map(lambda x: jnp.min(jnp.where(there, x, _LARGEST), -1), tokens)
+  most = jax.tree.map(lambda x: jnp.max(jnp.where(there, x, _SMALLEST), -1), tokens)
+  return there, least, most
