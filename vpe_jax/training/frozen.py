@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vpe_jax import sharding
 from vpe_jax.checkpoints import weights
@@ -45,13 +44,18 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
   """
   loaded = {name: weights.load(source)[0] for name, source in system.frozen_weights.items()}
   check_fits(system, loaded)
-  # No names: each leaf is split along its largest dimension that divides.
-  table = [
-    (re.escape(path), (None,) * np.ndim(leaf)) for path, leaf in sharding.by_path(loaded).items()
-  ]
-  placed = jax.device_put(loaded, sharding.param_shardings(loaded, table, mesh, strategy))
+  placed = jax.device_put(loaded, shardings_of(loaded, mesh, strategy))
   fingerprints = {name: weights.fingerprint(tree) for name, tree in loaded.items()}
   return Frozen(placed, fingerprints, jax.jit(system.encode) if hasattr(system, 'encode') else None)
+
+
+def shardings_of(networks: Params, mesh: jax.sharding.Mesh, strategy: str) -> Params:
+  """How frozen networks (arrays or shapes) lie on the mesh: split along the largest dimension."""
+  # No names: each leaf is split along its largest dimension that divides.
+  table = [
+    (re.escape(path), (None,) * len(leaf.shape)) for path, leaf in sharding.by_path(networks).items()
+  ]
+  return sharding.param_shardings(networks, table, mesh, strategy)
 
 
 def check_fits(system: System, loaded: Params) -> None:
