@@ -16,6 +16,7 @@ Needs `pip install libtpu`, on any machine; a paper-size program takes minutes o
 from __future__ import annotations
 
 import json
+import os
 
 import jax
 from absl import flags
@@ -47,14 +48,13 @@ def main() -> None:
     if FLAGS[name].value is None:
       raise UserError(f'--{name} is missing: --help has examples')
   jax.config.update('jax_platforms', 'cpu')  # The chips to compile for aren't here.
-  if FLAGS.topology.startswith('cpu:') and FLAGS.topology[4:].isdigit():
-    jax.config.update('jax_num_cpu_devices', int(FLAGS.topology[4:]))
+  count = FLAGS.topology.removeprefix('cpu:')
+  if count.isdigit() and 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    jax.config.update('jax_num_cpu_devices', int(count))
   config = config_file.load(FLAGS.config, _overrides)
   names = ('topology', 'slices', 'what', 'stage', 'images_per_chip')
   asked = {name: FLAGS[name].value for name in names}
-  report = examine.examine(
-    config, examine.Request(mesh=examine.parse_mesh(FLAGS.mesh), **asked)
-  )
+  report = examine.examine(config, examine.Request(mesh=examine.parse_mesh(FLAGS.mesh), **asked))
   print(report.text(), flush=True)
   if FLAGS.json:
     epath.Path(FLAGS.json).write_text(json.dumps(report.as_dict(), indent=2) + '\n')

@@ -89,7 +89,7 @@ def examine(config: Mapping[str, Any], request: Request) -> Report:
 class _Built:
   """What the compiler said.
 
-  `text` is empty where the program doesn't fit the memory.
+  `text` is empty where the compiler gave up before it had a program.
   """
 
   usage: memory.Usage
@@ -115,19 +115,22 @@ def _compile(lowered: program.Lowered, place: Topology, folder: pathlib.Path) ->
   try:
     compiled = lowered.lowered.compile(compiler_options=options or None)
   except jax.errors.JaxRuntimeError as error:
-    usage = memory.overflow(str(error))
+    usage = memory.overflow(str(error), lowered.argument_bytes, folder)
     if usage is None:
       raise
-    return _Built(usage, '')
+    return _Built(usage, _dumped(folder))
   usage = memory.usage(compiled, folder)
   try:
     return _Built(usage, compiled.as_text())
   # Some v5p programs can't be printed: a check of asynchronous updates fails inside the compiler.
   except jax.errors.JaxRuntimeError:
-    dumped = sorted(folder.glob(f'*.{DUMPED}'), key=lambda path: path.stat().st_size)
-    if not dumped:
-      raise
-    return _Built(usage, dumped[-1].read_text(encoding='utf-8'))
+    return _Built(usage, _dumped(folder))
+
+
+def _dumped(folder: pathlib.Path) -> str:
+  """The text of the optimised program in a dump; empty if the compiler never came that far."""
+  found = sorted(folder.glob(f'*.{DUMPED}'), key=lambda path: path.stat().st_size)
+  return found[-1].read_text(encoding='utf-8') if found else ''
 
 
 def _report(

@@ -1,7 +1,7 @@
 """Memory of a compiled program on one chip: totals, and the largest buffers.
 
-Totals are XLA's own memory analysis. The buffers come from the report in the compiler's dump folder
-or, where the program doesn't fit, from the compiler's error.
+Totals are XLA's own memory analysis or, where the program doesn't fit, what the compiler's error
+says. The buffers come from the report in the compiler's dump folder.
 """
 
 from __future__ import annotations
@@ -60,8 +60,6 @@ class Usage:
 def usage(compiled: Any, folder: pathlib.Path) -> Usage:
   """The memory of a compiled program whose dump is in `folder` (which may be empty)."""
   found = compiled.memory_analysis()
-  reports = sorted(folder.glob(f'*{_REPORT}'), key=lambda path: path.stat().st_size)
-  text = reports[-1].read_text(encoding='utf-8') if reports else ''
   return Usage(
     found.argument_size_in_bytes,
     found.output_size_in_bytes,
@@ -69,12 +67,12 @@ def usage(compiled: Any, folder: pathlib.Path) -> Usage:
     found.temp_size_in_bytes,
     found.generated_code_size_in_bytes,
     found.peak_memory_in_bytes,
-    buffers_of(text),
+    _listed(folder),
   )
 
 
 def buffers_of(report: str) -> tuple[Buffer, ...]:
-  """The largest HBM buffers in a memory usage report: rows of `total; size; offset; uses; shapes`."""
+  """The largest HBM buffers of a report, whose rows are `total; size; offset; uses; shapes`."""
   found = []
   inside = False
   for line in report.splitlines():
@@ -87,24 +85,26 @@ def buffers_of(report: str) -> tuple[Buffer, ...]:
   return tuple(sorted(found, key=lambda one: -one.bytes)[:LISTED])
 
 
-def overflow(message: str) -> Usage | None:
-  """What the compiler says where a program doesn't fit; None if the message is about another thing.
+def overflow(message: str, arguments: float, folder: pathlib.Path) -> Usage | None:
+  """The memory of a program that doesn't fit; None if the message is about another thing.
 
-  Of the totals it names the sum only: it stands as `temporary` and `peak`.
+  Args:
+    message: of the compiler; it names the bytes of temporaries, and of the memory.
+    arguments: bytes of the program's arguments on one chip, which the message leaves out.
+    folder: of the dump.
   """
-  found = re.search(r'Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm', message)
+  found = re.search(r'\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)', message)
   if found is None:
     return None
-  used, limit = map(_bytes, found.groups())
-  rows = re.findall(r'Size: ([\d.]+[KMGT]?)\n((?:.*\n)*?)(?=\s*={5,}|\s*$)', message)
-  buffers = []
-  for size, body in rows:
-    name = re.search(r'op_name="([^"]*)"', body)
-    shape = re.search(r'Shape: (\S+)', body)
-    told = [part.group(1) for part in (shape, name) if part]
-    buffers.append(Buffer(_bytes(size), ' '.join(told)))
-  buffers.sort(key=lambda one: -one.bytes)
-  return Usage(0, 0, 0, used, 0, used, tuple(buffers[:LISTED]), limit, fits=False)
+  temporary, limit = map(_bytes, found.groups())
+  peak = arguments + temporary
+  buffers = _listed(folder)
+  return Usage(arguments, 0, 0, temporary, 0, peak, buffers, limit, fits=False)
+
+
+def _listed(folder: pathlib.Path) -> tuple[Buffer, ...]:
+  reports = sorted(folder.glob(f'*{_REPORT}'), key=lambda path: path.stat().st_size)
+  return buffers_of(reports[-1].read_text(encoding='utf-8')) if reports else ()
 
 
 def _bytes(text: str) -> float:

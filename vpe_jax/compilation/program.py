@@ -57,6 +57,7 @@ class Lowered:
     parameters: of the model, all and trainable ones; frozen networks aren't among them.
     trainable: path -> shape of each trainable leaf.
     frozen_bytes: of the frozen networks, on one device.
+    argument_bytes: of state and frozen networks, on one device.
     flops: of the whole batch by our own formula.
     kernel_flops: of the whole batch, what attention would amount to if it were a kernel whose
       inside the program's text doesn't show.
@@ -66,6 +67,7 @@ class Lowered:
   parameters: tuple[int, int]
   trainable: dict[str, tuple[int, ...]]
   frozen_bytes: float
+  argument_bytes: float
   flops: float
   kernel_flops: float
 
@@ -80,7 +82,7 @@ def stage_index(system: System, name: str | None) -> int:
   if name is None:
     return len(names) - 1
   if name not in names:
-    raise UserError(f"--stage={name}: the config has no such stage{nearest(name, names)}")
+    raise UserError(f'--stage={name}: the config has no such stage{nearest(name, names)}')
   return names.index(name)
 
 
@@ -105,12 +107,23 @@ def lower(job: Job) -> Lowered:
   trainable, _ = split_trainable(state['params'], job.stage_of_run)
   shapes = {path: tuple(leaf.shape) for path, leaf in sharding.by_path(trainable).items()}
   count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-  held = sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(frozen)
+  return Lowered(
+    lowered,
+    (count(state['params']), count(trainable)),
+    shapes,
+    _held(frozen),
+    _held(frozen) + _held(state if job.what == TRAIN else state['params']),
+    flops,
+    kernel_flops,
   )
-  parameters = count(state['params']), count(trainable)
-  return Lowered(lowered, parameters, shapes, held, flops, kernel_flops)
+
+
+def _held(tree: Any) -> float:
+  """Bytes of a tree of placed shapes on one device."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
 
 
 def _train(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, float, float]:

@@ -38,8 +38,8 @@ class Report:
     usage: memory.
     model_flops: of one step on all chips, by the system's formula.
     kernel_flops: of one step on all chips, inside kernels that the program's text doesn't show.
-    work: what the program does; None where it doesn't fit.
-    bound: None where it doesn't fit or the chip's figures are unknown.
+    work: what the program does; None where the compiler gave up before it had a program.
+    bound: None without `work` or figures of the chip.
     warnings: a line each.
     compile_seconds: on this machine.
     versions: of the libraries.

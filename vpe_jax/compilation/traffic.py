@@ -144,13 +144,15 @@ def group_of(attributes: str, count: int) -> tuple[int, ...]:
       permutation as pairs `{{0,1},{1,0}}`.
     count: chips of the program; without any groups they all are one.
   """
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+  if found := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', attributes):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
     joined = re.findall(r"'(\w+)'", found.group(2))
     ranges = [range(size if name in joined else 1) for name, size in sizes.items()]
     steps = [math.prod(list(sizes.values())[i + 1 :]) for i in range(len(sizes))]
     return tuple(sum(a * b for a, b in zip(place, steps)) for place in itertools.product(*ranges))
-  if found := re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes):
+  if found := re.search(
+    r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes
+  ):
     dims = [int(d) for d in found.group(3).split(',')]
     order = [int(d) for d in (found.group(4) or '').split(',') if d] or list(range(len(dims)))
     steps = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
@@ -198,15 +200,20 @@ def _convolution_flops(one: Instruction, scope: dict[str, Instruction]) -> float
   out = one.shapes[0].dims
   window = dict(re.findall(r'(\w+)=([^ }]+)', _field(one, 'window') or ''))
   total = 2.0 * out[result.index('b')] * out[result.index('f')] * weights[kernel.index('i')]
-  for place, digit in enumerate(sorted(d for d in result if d.isdigit())):
-    part = lambda name, default: (window[name].split('x')[place] if name in window else default)
+  spatial = sorted(d for d in result if d.isdigit())
+  part = lambda name, default: (
+    window[name].split('x') if name in window else [default] * len(spatial)
+  )
+  strides, pads = part('stride', '1'), part('pad', '0_0')
+  dilations = list(zip(part('lhs_dilate', '1'), part('rhs_dilate', '1'), strict=True))
+  for place, digit in enumerate(spatial):
     total *= _positions(
       given[image.index(digit)],
       weights[kernel.index(digit)],
       out[result.index(digit)],
-      int(part('stride', '1')),
-      int(part('pad', '0_0').split('_')[0]),
-      (int(part('lhs_dilate', '1')), int(part('rhs_dilate', '1'))),
+      int(strides[place]),
+      int(pads[place].split('_')[0]),
+      tuple(map(int, dilations[place])),
     )
   return total
 

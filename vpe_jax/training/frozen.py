@@ -53,7 +53,8 @@ def shardings_of(networks: Params, mesh: jax.sharding.Mesh, strategy: str) -> Pa
   """How frozen networks (arrays or shapes) lie on the mesh: split along the largest dimension."""
   # No names: each leaf is split along its largest dimension that divides.
   table = [
-    (re.escape(path), (None,) * len(leaf.shape)) for path, leaf in sharding.by_path(networks).items()
+    (re.escape(path), (None,) * len(leaf.shape))
+    for path, leaf in sharding.by_path(networks).items()
   ]
   return sharding.param_shardings(networks, table, mesh, strategy)
 

@@ -15,6 +15,7 @@ from vpe_jax.chips import PEAK_FLOPS
 from vpe_jax.config import Config
 from vpe_jax.contracts import System
 
+
 @dataclasses.dataclass(frozen=True)
 class StageWork:
   """What one step of a stage amounts to: steps in the stage, and examples, tokens, FLOPs a step."""
