@@ -6,12 +6,14 @@
 
 Presets build one module tree and differ in numbers. `paper` is what the paper ran: 512x512, 576
 codes, 1,024 image tokens, 4.17B parameters, 480 and 192 images a step. Both batches divide over 32
-devices and no more, so it needs a multiple of 32 chips: what there is beyond them works within the
-layers (64 chips: 32 x 2). `pod` is the same model at 8 images a chip, for the number of chips that
-`chips=` states (256): its learning rate grows with the square root of the batch over the paper's
-192, and its stages see as many images as the paper's. `tiny` (2.7M) goes beyond the paper in three ways: rows
-of words and codes start from the codecs, one caption in ten is left out in training, and the plan's
-logits are led away from those without a caption, as the picture is.
+devices and not over 64, so it runs on a multiple of 32 chips, and chips beyond 32 share the work
+within the layers (64: 32 x 2). `pod` is the same model at 8 images a chip, on the number of chips
+that `chips=` states (256): its learning rate grows with the square root of the batch over the
+paper's 192, and its stages see as many images as the paper's.
+
+`tiny` (2.7M) goes beyond the paper in three ways: rows of words and codes start from the codecs,
+one caption in ten is left out in training, and the plan's logits are led away from those without a
+caption, as the picture is.
 
 On 2 CPU cores: launch/quickstart.sh took 16.6 minutes, set-up and sampling included. The shipped
 `assets:tiny` (71 minutes: --config.steps="(1600, 5000)" --config.data.examples=65536) finds 36.3 %

@@ -23,7 +23,7 @@ from absl import flags
 from etils import epath
 
 from vpe_jax import front_door
-from vpe_jax.compilation import examine, program
+from vpe_jax.compilation import examine, headers, program
 from vpe_jax.contracts import UserError
 from vpe_jax.training import config_file
 
@@ -40,10 +40,14 @@ def _define_flags() -> None:
   flags.DEFINE_string('stage', None, 'of the run (default: its last)')
   flags.DEFINE_integer('images_per_chip', None, "in place of the config's batch")
   flags.DEFINE_string('json', None, 'a file for the figures, local or gs://')
+  flags.DEFINE_string('write_header', None, "of --config's file, from a folder of such files")
 
 
 def main() -> None:
   """Runs the command."""
+  if FLAGS.config and FLAGS.write_header:
+    print(f'{FLAGS.config}: {headers.write(FLAGS.config, FLAGS.write_header)} rows')
+    return
   for name in ('config', 'topology'):
     if FLAGS[name].value is None:
       raise UserError(f'--{name} is missing: --help has examples')

@@ -179,17 +179,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
   types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, 'slice_index', None) for device in devices})
+  # Axes such as 32 x 2 on 4 x 4 x 4 chips need part of a physical dimension each.
+  split = {'devices': devices, 'allow_split_physical_axes': True}
   if slices == 1:
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    return Mesh(mesh_utils.create_device_mesh(sizes, **split), AXES, axis_types=types)
   if sizes[0] % slices:
     raise UserError(
       f'{slices} slices are connected by the axis data, but mesh {asked} has data={sizes[0]}: set '
       f'--config.mesh.data to a multiple of {slices}'
     )
   within = (sizes[0] // slices, *sizes[1:])
-  grid = mesh_utils.create_hybrid_device_mesh(
-    within, (slices, 1, 1), devices, allow_split_physical_axes=True
-  )
+  grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), **split)
   return Mesh(grid, AXES, axis_types=types)
 
 

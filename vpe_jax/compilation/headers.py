@@ -1,8 +1,6 @@
 """Writes what `vpe_jax.compile` found into the header of the config that it was asked about.
 
-  python -m vpe_jax.compilation.headers --config=configs/t2i.py --reports=runs/compile
-
-launch/compile_all.sh compiles every paper-size config and calls this at its end.
+launch/compile_all.sh compiles every paper-size config and has this done at its end.
 """
 
 from __future__ import annotations
@@ -12,12 +10,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
-
-from vpe_jax import front_door
 from vpe_jax.contracts import UserError
 
-FLAGS = flags.FLAGS
 BEGIN = 'Compiled for pods by launch/compile_all.sh, which writes this table:\n'
 END = '(end of the table)\n'
 _TITLES = ('preset', 'stage', 'topology', 'images', 'memory', 'HBM', 'step at least', 'MFU at most')
@@ -60,20 +54,27 @@ def _row(report: Mapping[str, Any]) -> tuple[str, ...]:
   )
 
 
-def main() -> None:
-  """Runs the command."""
-  if FLAGS.config is None or FLAGS.reports is None:
-    raise UserError('--config=FILE.py and --reports=FOLDER are needed')
-  path, folder = pathlib.Path(FLAGS.config), pathlib.Path(FLAGS.reports)
-  found = [json.loads(file.read_text(encoding='utf-8')) for file in sorted(folder.glob('*.json'))]
+def write(config: str, folder: str) -> int:
+  """Rewrites a config file's header from the reports in a folder.
+
+  Args:
+    config: the file.
+    folder: with JSON files of vpe_jax.compile; those of other configs are left out.
+
+  Returns:
+    The number of rows.
+
+  Raises:
+    UserError: there is no such file, it has no marks, or the folder no report on it.
+  """
+  path = pathlib.Path(config)
+  if not path.is_file():
+    raise UserError(f'{config}: no such file; name a config such as configs/t2i.py')
+  found = [
+    json.loads(file.read_text('utf-8')) for file in sorted(pathlib.Path(folder).glob('*.json'))
+  ]
   reports = [one for one in found if one['config'].partition(':')[0] == path.stem]
   if not reports:
-    raise UserError(f'{folder} has no reports on {path}: launch/compile_all.sh makes them')
-  path.write_text(rewrite(path.read_text(encoding='utf-8'), reports), encoding='utf-8')
-  print(f'{path}: {len(reports)} rows')
-
-
-if __name__ == '__main__':
-  flags.DEFINE_string('config', None, 'the config file to rewrite')
-  flags.DEFINE_string('reports', None, 'the folder with the JSON files of vpe_jax.compile')
-  front_door.run(main)
+    raise UserError(f'{folder} has no reports on {config}: launch/compile_all.sh makes them')
+  path.write_text(rewrite(path.read_text('utf-8'), reports), 'utf-8')
+  return len(reports)
