@@ -18,21 +18,20 @@ from vpe_jax.training.state import first_state
 from vpe_jax.training.step import make_train_step
 
 
-def _system(arg: str, expert: dict, **changes) -> System:
+def _system(arg: str, expert: dict, head: dict, **changes) -> System:
   config = t2i.get_config(arg)
   config.data.source = 'synthetic'
   config.update(changes)
-  for name in ('ar', 'dit', 'head'):
-    config.model[name].update(expert)
+  for name, sizes in (('ar', expert), ('dit', expert), ('head', head)):
+    config.model[name].update(sizes)
   config.model.dual_path.encoder.update(width=64, mlp=128)
   return systems.build(config.to_dict())
 
 
-@pytest.mark.parametrize('arg', ['debug', 'debug,arch=single'])
-@pytest.mark.parametrize('stage', [0, 1])
+@pytest.mark.parametrize('arg, stage', [('debug', 0), ('debug', 1), ('debug,arch=single', 1)])
 def test_model_flops_are_those_of_the_dots(arg, stage):
   """Unrolled, nothing recomputed, dense attention, one device: forward and backward, exactly."""
-  system = _system(arg, {'layers': 3}, unroll=True)
+  system = _system(arg, {}, {'layers': 3}, unroll=True)
   state = jax.eval_shape(lambda: first_state(system.init(rng.run_key(0)), system.stages[stage]))
   step = make_train_step(system, system.stages[stage], system.config.optim)
   compiled = step.lower(state, {}, system.abstract_batch(4), rng.run_key(0)).compile()
@@ -42,7 +41,7 @@ def test_model_flops_are_those_of_the_dots(arg, stage):
 
 
 def test_scans_and_recomputation_are_in_the_compiled_count():
-  system = _system('debug', {'layers': 3}, remat='full')
+  system = _system('debug', {'layers': 3}, {}, remat='full')
   stage = system.stages[0]
   state = jax.eval_shape(lambda: first_state(system.init(rng.run_key(0)), stage))
   step = make_train_step(system, stage, system.config.optim)
@@ -64,7 +63,7 @@ def test_online_encoders_are_counted():
   for extra, used in ((plan, 1), (joint, 2)):
     encode = jax.jit(lambda f, x, used=used: online.encode(f, x)[:used])
     work = traffic.work_of(hlo.parse(encode.lower(frozen, image).compile().as_text()), [0])
-    assert extra == pytest.approx(work.flops, rel=0.03)  # borders of convolutions
+    assert extra == pytest.approx(work.flops, rel=0.01)
   assert joint > plan > 0
 
 
@@ -76,12 +75,12 @@ def test_fsdp_moves_what_the_formula_says(stage):
   trainable ones, in float32:
     all-gather   (n - 1) / n (P + P'), where P' are those inside scans, gathered again backward;
     reduction    (n - 1) / n Q, and once more for the all-reduce that this backend compiles.
+  The head is kept small: its weights serve token and picture rows, and the compiler gathers some
+  of them once for each.
   """
-  system = _system(
-    'debug',
-    {'width': 64, 'mlp': 256, 'heads': 4, 'kv_heads': 2, 'head_width': 16, 'layers': 3},
-    remat='full',
-  )
+  sizes = {'width': 64, 'heads': 4, 'kv_heads': 2, 'head_width': 16}
+  expert, head = sizes | {'mlp': 256, 'layers': 3}, sizes | {'mlp': 128}
+  system = _system('debug', expert, head, remat='full')
   mesh = sharding.make_mesh(system.config.mesh)
   lowered = program.lower(program.Job(system, stage, program.TRAIN, 8, mesh))
   work = traffic.work_of(hlo.parse(lowered.lowered.compile().as_text()), [0] * 8)

@@ -26,6 +26,7 @@ import re
 from collections.abc import Sequence
 
 from vpe_jax.compilation.hlo import Instruction, Program, Shape
+from vpe_jax.ops.flops import window_positions
 
 KINDS = (
   'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute',
@@ -207,7 +208,7 @@ def _convolution_flops(one: Instruction, scope: dict[str, Instruction]) -> float
   strides, pads = part('stride', '1'), part('pad', '0_0')
   dilations = list(zip(part('lhs_dilate', '1'), part('rhs_dilate', '1'), strict=True))
   for place, digit in enumerate(spatial):
-    total *= _positions(
+    total *= window_positions(
       given[image.index(digit)],
       weights[kernel.index(digit)],
       out[result.index(digit)],
@@ -216,23 +217,6 @@ def _convolution_flops(one: Instruction, scope: dict[str, Instruction]) -> float
       tuple(map(int, dilations[place])),
     )
   return total
-
-
-def _positions(
-  given: int, kernel: int, out: int, stride: int, pad: int, dilate: tuple[int, int]
-) -> int:
-  """Pairs of an output place and a kernel place that meet a real input along one dimension."""
-  extent, count = (given - 1) * dilate[0] + 1, 0
-  for k in range(kernel):
-    shift = k * dilate[1] - pad
-    if dilate[0] == 1:
-      first = max(0, -(shift // stride))  # the least o with o * stride + shift >= 0
-      last = min(out - 1, (extent - 1 - shift) // stride)
-      count += max(0, last - first + 1)
-    else:
-      places = (o * stride + shift for o in range(out))
-      count += sum(0 <= at < extent and at % dilate[0] == 0 for at in places)
-  return count
 
 
 def _hbm_bytes(program: Program, one: Instruction, scope: dict[str, Instruction]) -> float:

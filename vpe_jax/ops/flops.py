@@ -14,7 +14,8 @@ def matrix_flops(function: Callable[..., Any], *arguments: Any) -> float:
   """FLOPs of all dots and convolutions that the function's results depend on.
 
   A multiply-add is two. The body of a scan counts as often as it runs, that of a while loop once,
-  and of a conditional the most expensive branch. Convolutions count as if they weren't padded.
+  and of a conditional the most expensive branch. Of a convolution, places of the window outside the
+  picture don't count.
 
   Args:
     function: pure.
@@ -43,13 +44,50 @@ def _equation_flops(equation: core.JaxprEqn) -> float:
     out = math.prod(equation.outvars[0].aval.shape)
     return 2.0 * out * math.prod(left[axis] for axis in contracted)
   if name == 'conv_general_dilated':
-    kernel = equation.invars[1].aval.shape
-    features = kernel[parameters['dimension_numbers'].rhs_spec[0]]
-    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / features
+    return _convolution_flops(equation)
   inner = [_flops(jaxpr, set(jaxpr.outvars)) for jaxpr in _inside(parameters)]
   if name == 'cond':
     return max(inner)
   return sum(inner) * (parameters['length'] if name == 'scan' else 1)
+
+
+def _convolution_flops(equation: core.JaxprEqn) -> float:
+  given, kernel = (v.aval.shape for v in equation.invars)
+  out, p = equation.outvars[0].aval.shape, equation.params
+  dims = p['dimension_numbers']
+  total = 2.0 * out[dims.out_spec[0]] * out[dims.out_spec[1]] * kernel[dims.rhs_spec[1]]
+  spatial = zip(dims.lhs_spec[2:], dims.rhs_spec[2:], dims.out_spec[2:], strict=True)
+  for i, (x, k, y) in enumerate(spatial):
+    dilation = p['lhs_dilation'][i], p['rhs_dilation'][i]
+    pad, stride = p['padding'][i][0], p['window_strides'][i]
+    total *= window_positions(given[x], kernel[k], out[y], stride, pad, dilation)
+  return total
+
+
+def window_positions(
+  given: int, kernel: int, out: int, stride: int, pad: int, dilation: tuple[int, int]
+) -> int:
+  """Pairs of a result and a place of its window that meet an element of the input, along one axis.
+
+  Args:
+    given: length of the input.
+    kernel: length of the window.
+    out: number of results.
+    stride: from a result's window to the next one's.
+    pad: zeros before the input; how many follow it doesn't matter.
+    dilation: of the input and of the window: 1 + the number of zeros between neighbours.
+  """
+  extent, count = (given - 1) * dilation[0] + 1, 0
+  for k in range(kernel):
+    shift = k * dilation[1] - pad
+    if dilation[0] == 1:
+      first = max(0, -(shift // stride))  # the least o with o * stride + shift >= 0
+      last = min(out - 1, (extent - 1 - shift) // stride)
+      count += max(0, last - first + 1)
+    else:
+      places = (o * stride + shift for o in range(out))
+      count += sum(0 <= at < extent and at % dilation[0] == 0 for at in places)
+  return count
 
 
 def _inside(parameters: dict[str, Any]) -> Iterator[core.Jaxpr]:
