@@ -5,14 +5,23 @@
   python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=single --workdir=runs/single
 
 Presets build one module tree and differ in numbers. `paper` is what the paper ran: 512x512, 576
-codes, 1,024 image tokens, 4.17B parameters. `tiny` (2.7M) goes beyond the paper in three ways: rows
-of words and codes start from the codecs, one caption in ten is left out in training, and the plan's
-logits are led away from those without a caption, as the picture is.
+codes, 1,024 image tokens, 4.17B parameters, 480 and 192 images a step. Both batches divide over 32
+devices and not over 64, so it runs on a multiple of 32 chips, and chips beyond 32 share the work
+within the layers (64: 32 x 2). `pod` is the same model at 8 images a chip, on the number of chips
+that `chips=` states (256): its learning rate grows with the square root of the batch over the
+paper's 192, and its stages see as many images as the paper's.
+
+`tiny` (2.7M) goes beyond the paper in three ways: rows of words and codes start from the codecs,
+one caption in ten is left out in training, and the plan's logits are led away from those without a
+caption, as the picture is.
 
 On 2 CPU cores: launch/quickstart.sh took 16.6 minutes, set-up and sampling included. The shipped
 `assets:tiny` (71 minutes: --config.steps="(1600, 5000)" --config.data.examples=65536) finds 36.3 %
 of 512 held-out captions among 32 (vpe_jax.evaluate; true pictures 67.0 %). Its settings of the
 drawing were chosen on 128 captions of another seed.
+
+Compiled for pods by launch/compile_all.sh, which writes this table:
+(end of the table)
 """
 
 from __future__ import annotations
@@ -26,11 +35,16 @@ from vpe_jax.config import to_dict
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The config of a preset, with `arch=internal|single`."""
-  preset, options = common.parse_arg(arg, ('tiny', 'debug', 'paper'), arch='internal')
+  """The config of a preset, with `arch=internal|single`, and `chips=N` of `pod`."""
+  presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper, 'pod': _paper}
+  preset, options = common.parse_arg(arg, tuple(presets), arch='internal', chips='')
+  if options['chips'] and (preset != 'pod' or not options['chips'].isdigit()):
+    raise ValueError(f'chips={options["chips"]}: a number, of the preset pod only')
   config = ConfigDict({'name': 't2i', 'preset': preset, 'system': 't2i', 'seed': 0})
   config.stages = ('plan', 'joint')
-  {'tiny': _tiny, 'debug': _debug, 'paper': _paper}[preset](config)
+  presets[preset](config)
+  if preset == 'pod':
+    _spread(config, int(options['chips'] or 256))
   config.model.arch = options['arch']
   if options['arch'] == 'single':
     config.model.dit = config.model.ar.copy_and_resolve_references()
@@ -124,7 +138,8 @@ def _paper(config: ConfigDict) -> None:
     'layout': 'raster',
     'multiple': 16,
     'init_from': 'showlab/show-o2-1.5B-HQ',
-    'logits_chunk': 0,
+    # A third of the 577 predicted tokens: at 15 images a device all their logits are 5.8 GB.
+    'logits_chunk': 193,
     'ar': expert,
     'dit': dict(expert),
     'dual_path': {'table': 27, 'encoder': {'width': 1152, 'layers': 26, 'heads': 16, 'mlp': 4304}},
@@ -137,5 +152,16 @@ def _paper(config: ConfigDict) -> None:
     },
   }
   config.optim = {'lr': 1e-4, 'warmup': 2000, 'ema': 0.9995}
+  # 480 = 32 x 15 and 192 = 32 x 6: the batch goes to 32 devices, each layer to what is left.
+  config.mesh = {'data': 1, 'fsdp': 32, 'tensor': -1, 'strategy': 'fsdp_tensor'}
   config.sample = {'steps': 49, 'shift': 3.0, 'guidance': 7.5}
   config.checkpoint = {'every': 1000, 'keep': 3}
+
+
+def _spread(config: ConfigDict, chips: int) -> None:
+  """8 images a chip. 16 x 16 chips split what 256 don't divide: widths of 1,152 and 4,304."""
+  images = tuple(zip(config.steps, config.batch_size))
+  config.batch_size = (8 * chips,)
+  config.steps = tuple(round(steps * batch / (8 * chips)) for steps, batch in images)
+  config.optim.lr = 1e-4 * (8 * chips / 192) ** 0.5
+  config.mesh = {'data': 16 if chips % 16 == 0 else 1, 'fsdp': -1, 'tensor': 1, 'strategy': 'fsdp'}

@@ -219,6 +219,14 @@ class System(Protocol):
     """The shapes and dtypes of one batch, as `jax.ShapeDtypeStruct` leaves."""
     ...
 
+  def abstract_frozen(self) -> Params:
+    """The frozen networks as `jax.ShapeDtypeStruct`, by name, of the sizes in the config.
+
+    What `python -m vpe_jax.compile` puts in the place of weights. Only systems that have frozen
+    networks have this.
+    """
+    ...
+
   def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of pictures [B, R, R, 3] uint8.
 
@@ -253,7 +261,19 @@ class System(Protocol):
     ...
 
   def flops(self, stage: Stage) -> float:
-    """Model FLOPs of one training example (forward and backward, nothing recomputed)."""
+    """Model FLOPs of one training example: forward and backward, nothing recomputed.
+
+    Matrix products only, a multiply-add being two, of what the stage runs, frozen encoders that
+    run online included. A product whose input needs no gradient costs one product backward, not
+    two, and so does one whose weight is frozen.
+    """
+    ...
+
+  def attention_flops(self, stage: Stage) -> float:
+    """Of one forward pass over one example, the FLOPs of attention over Visibility alone.
+
+    Only systems that use vpe_jax.ops.attention have this.
+    """
     ...
 
   def tokens(self, stage: Stage) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -71,6 +71,14 @@ RULES: dict[str, tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]] = {
     (MLP, _SPREAD),
     (CONV_OUT, _SPREAD),
     (CONV_IN, _SPREAD),
+  ),
+  'fsdp_2d': (
+    (EMBED, ((FSDP,),)),
+    (MLP, ((DATA,),)),
+    (HEADS, ((DATA,),)),
+    (KV_HEADS, ((DATA,),)),
+    (CONV_OUT, ((FSDP,),)),
+    (CONV_IN, ((DATA,),)),
   ),
   'fsdp_tensor': (
     (HEADS, ((TENSOR,),)),
@@ -142,9 +150,13 @@ def _free_port() -> int:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Arranges devices (default: all) as `data x fsdp x tensor`, with Auto axis types.
 
+  Several TPU slices lie one after the other along `data`: only that axis crosses the network
+  between them.
+
   Raises:
-    UserError: the strategy is unknown, the sizes don't multiply to the number of devices, or
-      `tensor` is above 1 with a strategy that doesn't use it.
+    UserError: the strategy is unknown, the sizes don't multiply to the number of devices,
+      `tensor` is above 1 with a strategy that doesn't use it, or `data` isn't a multiple of the
+      number of slices.
   """
   if config.strategy not in RULES:
     raise UserError(f"unknown mesh.strategy '{config.strategy}'{nearest(config.strategy, RULES)}")
@@ -166,7 +178,19 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       'over data and fsdp only'
     )
   types = (AxisType.Auto,) * len(AXES)
-  return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+  slices = len({getattr(device, 'slice_index', None) for device in devices})
+  # Axes such as 32 x 2 on 4 x 4 x 4 chips need part of a physical dimension each.
+  split = {'devices': devices, 'allow_split_physical_axes': True}
+  if slices == 1:
+    return Mesh(mesh_utils.create_device_mesh(sizes, **split), AXES, axis_types=types)
+  if sizes[0] % slices:
+    raise UserError(
+      f'{slices} slices are connected by the axis data, but mesh {asked} has data={sizes[0]}: set '
+      f'--config.mesh.data to a multiple of {slices}'
+    )
+  within = (sizes[0] // slices, *sizes[1:])
+  grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), **split)
+  return Mesh(grid, AXES, axis_types=types)
 
 
 def by_path(tree: Any) -> dict[str, Any]:

@@ -156,6 +156,16 @@ class KlCodec:
     signed = self.network.apply({'params': params['image']}, latents, method='decode')
     return jnp.clip(0.5 * (signed + 1.0), 0.0, 1.0)
 
+  def abstract_params(self) -> Params:
+    """The network's parameters as shapes; see protocol.LatentCodec."""
+
+    def init() -> Params:
+      images = jnp.zeros((1, 4 * FACTOR, 4 * FACTOR, 3))
+      noise = jnp.zeros((1, 4, 4, self.channels))
+      return {'image': self.network.init(jax.random.key(0), images, noise)['params']}
+
+    return jax.eval_shape(init)
+
 
 def encode_flops(config: KlConfig, image_size: int) -> float:
   """Matrix FLOPs of encoding one picture."""

@@ -11,6 +11,7 @@ import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from vpe_jax.codecs import pixels
@@ -118,6 +119,15 @@ class KlVaeCodec:
     """Pictures [B, H, W, 3] float32 in [0, 1] from normalised latents."""
     raw = latents / jnp.asarray(self.config.scale) + jnp.asarray(self.config.shift)
     return jnp.clip(0.5 * (self._apply(params, raw, 'decode') + 1.0), 0.0, 1.0)
+
+  def abstract_params(self) -> Params:
+    """The network's parameters as shapes; see protocol.LatentCodec."""
+
+    def init() -> Params:
+      images = jnp.zeros((1, 4 * self.factor, 4 * self.factor, 3))
+      return {self.weights[0]: self.network.init(jax.random.key(0), images)['params']}
+
+    return jax.eval_shape(init)
 
   def _apply(self, params: Params, inputs: Array, method: str):
     return self.network.apply({'params': params[self.weights[0]]}, inputs, method=method)

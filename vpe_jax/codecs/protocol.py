@@ -29,6 +29,10 @@ class TokenCodec(Protocol):
     """Codes [B, P] int32 of pictures [B, R, R, 3], uint8 or float in [0, 1]; in float32."""
     ...
 
+  def abstract_params(self) -> Params:
+    """The networks in `weights` as shapes: what `params` must hold, as `jax.ShapeDtypeStruct`."""
+    ...
+
 
 class LatentCodec(Protocol):
   """Pictures <-> a small grid of numbers with mean 0 and variance 1.
@@ -49,4 +53,8 @@ class LatentCodec(Protocol):
 
   def decode(self, params: Params, latents: Array) -> Array:
     """Pictures [B, R, R, 3] float32 in [0, 1]."""
+    ...
+
+  def abstract_params(self) -> Params:
+    """The networks in `weights` as shapes: what `params` must hold, as `jax.ShapeDtypeStruct`."""
     ...

@@ -146,6 +146,15 @@ class SiglipVqCodec:
     features = self.network.apply(variables, square, method='decode')
     return features.reshape(*codes.shape, -1)
 
+  def abstract_params(self) -> Params:
+    """The network's parameters as shapes; see protocol.TokenCodec."""
+
+    def init() -> Params:
+      images = jnp.zeros((1, self.image_size, self.image_size, 3))
+      return {self.weights[0]: self.network.init(jax.random.key(0), images)['params']}
+
+    return jax.eval_shape(init)
+
 
 def resample(table: Array, height: int, width: int) -> Array:
   """A square position table [side^2, D], bilinearly resampled to [height * width, D].

@@ -124,6 +124,21 @@ class VisualPromptCodec:
     rows = self.quantiser.apply(variables, codes, method='lookup')
     return self.quantiser.apply(variables, rows, method='decode')
 
+  def abstract_params(self) -> Params:
+    """Both networks' parameters as shapes; see protocol.TokenCodec."""
+    c = self.config.siglip
+
+    def init() -> Params:
+      key, text = jax.random.key(0), jnp.zeros((1, c.text_length), jnp.int32)
+      images = jnp.zeros((1, c.image_size, c.image_size, 3))
+      features = jnp.zeros((1, c.patches, c.vision.width))
+      return {
+        'siglip': self.siglip.init(key, images, text, jnp.ones((1,), jnp.int32))['params'],
+        'visual_prompt': self.quantiser.init(key, features)['params'],
+      }
+
+    return jax.eval_shape(init)
+
 
 def flops(config: VisualPromptConfig) -> float:
   """Matrix FLOPs of one forward pass of the quantiser and its decoder over one picture."""

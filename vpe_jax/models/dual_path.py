@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from vpe_jax import sharding
 from vpe_jax.contracts import Array, Params
-from vpe_jax.models import vit
+from vpe_jax.models import mot, vit
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.transformer import RMSNorm
 
@@ -71,6 +71,7 @@ class DualPath:
   width: int
   patch: int
   dtype: jnp.dtype
+  remat: str = 'none'  # a key of mot.REMAT
   attention: str = ''
 
   @property
@@ -98,6 +99,9 @@ class DualPath:
       x = sharding.constrain(x, ('batch', None, None))
       return layer.apply({'params': weights}, x), None
 
+    # Otherwise the backward pass keeps every layer's attention matrix of all patches.
+    if mot.REMAT[self.remat] is not None:
+      one = jax.checkpoint(one, policy=mot.REMAT[self.remat])
     und, gen = ends.apply(variables, latents, method='embed')
     if isinstance(params['encoder'], tuple):
       for weights in params['encoder']:

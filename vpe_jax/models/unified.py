@@ -19,7 +19,7 @@ from einops import rearrange
 
 from vpe_jax.contracts import Array, Params, Region, UserError, Visibility, concatenate
 from vpe_jax.models import mot, transformer, vit
-from vpe_jax.models.diffusion_head import Entry, Exit, HeadConfig, TimeEmbedding
+from vpe_jax.models.diffusion_head import FREQUENCIES, Entry, Exit, HeadConfig, TimeEmbedding
 from vpe_jax.models.dual_path import DualPath, DualPathConfig
 from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
 
@@ -136,7 +136,7 @@ class Unified:
 
   def _dual_path(self) -> DualPath:
     c = self.config
-    return DualPath(c.dual_path, c.dit.width, c.patch, self.dtype, self.attention)
+    return DualPath(c.dual_path, c.dit.width, c.patch, self.dtype, self.remat, self.attention)
 
   def _ends(self) -> tuple[TimeEmbedding, Entry, Exit]:
     c = self.config
@@ -316,26 +316,66 @@ def row_visibility(regions: Mapping[str, Region]) -> Visibility:
   return concatenate([region.visibility for region in regions.values()])
 
 
-def forward_flops(config: UnifiedConfig, tokens: int, image: int, predicted: int) -> float:
-  """Matrix FLOPs of one forward pass over one row.
+def forward_flops(
+  config: UnifiedConfig, tokens: int, image: int, predicted: int
+) -> dict[str, float]:
+  """Matrix FLOPs of each block in one forward pass over one row; attention is dense.
 
   Args:
     config: the network's sizes.
     tokens: length of the token expert's region.
     image: length of the picture expert's region; 0 where it doesn't run.
     predicted: tokens whose logits are computed.
+
+  Returns:
+    `ar`: the token expert. `logits`: hidden states times the joint vocabulary. With a picture
+    also `latents`: the dual path's two patch embeddings; `clock`: the first layer of the time
+    embedding; `dual_path`: its encoder and fusion; `dit`: the picture expert; `time`: the rest of
+    the time embedding; `entry`: both regions brought to the head's width; `modulation`; `head`:
+    its layers, but for the last one's second half on token rows, which nothing reads; `velocity`:
+    the map to latents.
   """
   c, keys = config, tokens + image
-  total = transformer.forward_flops(c.ar, tokens, keys)
-  total += 2.0 * predicted * c.ar.width * (c.text_vocab + c.codes + 2)
+  ar = transformer.forward_flops(c.ar, tokens, keys)
+  logits = 2.0 * predicted * c.ar.width * (c.text_vocab + c.codes + 2)
   if not image:
-    return total
-  patches, und = c.image_tokens, c.dual_path.encoder.width
+    return {'ar': ar, 'logits': logits}
+  patches, und, D, H = c.image_tokens, c.dual_path.encoder.width, c.dit.width, c.head.width
   inputs = c.patch**2 * c.latent_channels
-  ends = inputs * (und + c.dit.width) + (und + c.dit.width) * c.dit.width + c.dit.width**2
-  total += vit.forward_flops(c.dual_path.encoder, patches) + 2.0 * patches * ends
-  total += transformer.forward_flops(c.dit, image, keys)
-  total += transformer.forward_flops(c.head.blocks, keys, keys)
-  entry = (tokens * c.ar.width + image * c.dit.width + keys * c.head.width) * c.head.width
-  modulation = c.head.width**2 * (6 * c.head.layers + 2)
-  return total + 2.0 * (entry + modulation + patches * c.head.width * inputs)
+  head = transformer.forward_flops(c.head.blocks, keys, keys)
+  unread = 2.0 * tokens * H * (c.head.heads * c.head.head_width + 3 * c.head.mlp)
+  encoder = vit.forward_flops(c.dual_path.encoder, patches)
+  return {
+    'ar': ar,
+    'logits': logits,
+    'latents': 2.0 * patches * inputs * (und + D),
+    'clock': 2.0 * 2 * FREQUENCIES * H,
+    'dual_path': encoder + 2.0 * patches * ((und + D) * D + D**2),
+    'dit': transformer.forward_flops(c.dit, image, keys),
+    'time': 2.0 * (H**2 + H * D),
+    'entry': 2.0 * (tokens * c.ar.width + image * D + keys * H) * H,
+    'modulation': 2.0 * H**2 * (6 * c.head.layers + 2),
+    'head': head - unread,
+    'velocity': 2.0 * patches * H * inputs,
+  }
+
+
+def train_flops(config: UnifiedConfig, tokens: int, image: int, predicted: int) -> float:
+  """Matrix FLOPs of one row forward and backward, where every block that runs is trained.
+
+  Backward, each product costs two more, one for the gradient of its input and one for that of its
+  weight; `latents` and `clock` read data and need the second only. Arguments as `forward_flops`.
+  """
+  blocks = forward_flops(config, tokens, image, predicted)
+  return sum((2.0 if name in ('latents', 'clock') else 3.0) * n for name, n in blocks.items())
+
+
+def attention_flops(config: UnifiedConfig, tokens: int, image: int) -> float:
+  """Matrix FLOPs of attention alone in one forward pass over one row, dense.
+
+  What the text of a compiled program doesn't show where attention is a kernel of its own.
+  Arguments as `forward_flops`; the dual path's encoder isn't counted, as it uses no such kernel.
+  """
+  keys = tokens + image
+  stacks = [(config.ar, tokens)] + ([(config.dit, image), (config.head, keys)] if image else [])
+  return sum(4.0 * c.layers * rows * keys * c.heads * c.head_width for c, rows in stacks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from vpe_jax import sharding
 from vpe_jax.contracts import Array
 
 
@@ -18,8 +19,9 @@ def cross_entropy(
     table: vocabulary rows [V, D].
     targets: ids to predict [B, L].
     weights: float32 [B, L]; 0 where nothing is predicted.
-    chunk: tokens whose logits exist at a time (0: all); each chunk's logits are computed again
-      in the backward pass, so that [B, L, V] never exists. Must divide L.
+    chunk: tokens of a row whose logits exist at a time (0: all); each chunk's logits are computed
+      again in the backward pass, so that [B, L, V] never exists. Where it doesn't divide L, the
+      last chunk is filled up with rows of weight 0.
 
   Returns:
     Weighted sums over the batch, float32 scalars: of the cross-entropy in nats, and of hits.
@@ -27,18 +29,22 @@ def cross_entropy(
 
   def one(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
     rows, wanted, weight = args
-    logits = jnp.einsum('BLD,VD->BLV', rows, table.astype(rows.dtype))
+    logits = jnp.einsum('BLD,VD->BLV', rows, table)
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
     loss = jax.nn.logsumexp(logits, axis=-1) - picked
     hit = (jnp.argmax(logits, -1) == wanted).astype(jnp.float32)
     return jnp.sum(loss * weight), jnp.sum(hit * weight)
 
+  # Whole before the loop: inside, each chunk would gather the vocabulary from all devices again.
+  table = sharding.constrain(table.astype(hidden.dtype), ('vocab', None))
   if not chunk or chunk >= hidden.shape[1]:
     return one((hidden, targets, weights))
-  pieces = tuple(
-    jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-    for x in (hidden, targets, weights)
-  )
+
+  def cut(x: Array) -> Array:
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), *([(0, 0)] * (x.ndim - 2))))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+  pieces = tuple(cut(x) for x in (hidden, targets, weights))
   losses, hits = jax.lax.map(jax.checkpoint(one), pieces)
   return jnp.sum(losses), jnp.sum(hits)

@@ -33,6 +33,7 @@ from vpe_jax.data import sequence
 from vpe_jax.models import unified
 from vpe_jax.models.siglip import unit
 from vpe_jax.objectives import flow_matching, next_token, schedules
+from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.systems import rendering
 
 STAGES = {
@@ -197,6 +198,12 @@ class System:
     """Codes [B, P] int32 and latents [B, h, w, C] of images [B, R, R, 3] uint8."""
     return self.visual_prompt.encode(frozen, images), self.image.encode(frozen, images)
 
+  def abstract_frozen(self) -> Params:
+    """Both codecs' networks as shapes; none where codes and latents are synthetic."""
+    if not self.frozen_weights:
+      return {}
+    return {**self.visual_prompt.abstract_params(), **self.image.abstract_params()}
+
   def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
     """Predicted tokens, and latent elements, of the batch."""
     c = self.config.model
@@ -268,13 +275,30 @@ class System:
     return jnp.einsum('BD,VD->BV', image, caption)
 
   def flops(self, stage: Stage) -> float:
-    """Forward and backward matrix FLOPs of one example; encoders are not counted."""
-    c = self.config.model
-    predicted = c.plan_tokens + 1
-    forward = unified.forward_flops(
-      c, self._length('ar'), self._length('dit') if 'flow' in stage.losses else 0, predicted
-    )
-    return 3.0 * forward
+    """Forward and backward matrix FLOPs of one example; see contracts.System.
+
+    Both stages train whatever they run: in `plan` the frozen picture expert doesn't run at all.
+    """
+    predicted = self.config.model.plan_tokens + 1
+    tokens, image = self._length('ar'), self._length('dit') if 'flow' in stage.losses else 0
+    trained = unified.train_flops(self.config.model, tokens, image, predicted)
+    return trained + self.encoder_flops(stage)
+
+  def encoder_flops(self, stage: Stage) -> float:
+    """Matrix FLOPs of the frozen encoders for one example: those that the stage needs, online."""
+    data = self.config.data
+    if data.encode != 'online' or not self.frozen_weights:
+      return 0.0
+    # Without a flow loss nothing reads the latents, and their encoder is compiled away.
+    used = 2 if 'flow' in stage.losses else 1
+    image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
+    encode = lambda frozen, images: self.encode(frozen, images)[:used]
+    return matrix_flops(encode, self.abstract_frozen(), image)
+
+  def attention_flops(self, stage: Stage) -> float:
+    """Of the forward pass, what attention amounts to: see unified.attention_flops."""
+    image = self._length('dit') if 'flow' in stage.losses else 0
+    return unified.attention_flops(self.config.model, self._length('ar'), image)
 
   def tokens(self, stage: Stage) -> int:
     """Tokens of both experts, or of the token expert alone in stage `plan`."""

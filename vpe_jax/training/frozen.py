@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from vpe_jax import sharding
 from vpe_jax.checkpoints import checksum, converted, weights
@@ -70,27 +69,33 @@ def _network(
 ) -> tuple[Params, str]:
   """A frozen network on the mesh, and what stands for every bit of it."""
   published = getattr(system, 'published', {})
-  spread = functools.partial(_spread, mesh=mesh, strategy=strategy)
   if name not in published:
     tree = weights.load(system.frozen_weights[name])[0]
-    return jax.device_put(tree, _places(spread(tree))), weights.fingerprint(tree)
-  tree = converted.network(published[name], spread)
-  tree = jax.device_put(tree, _places(spread(tree)))
+    return jax.device_put(tree, shardings_of(tree, mesh, strategy)), weights.fingerprint(tree)
+  tree = converted.network(
+    published[name], functools.partial(_spread, mesh=mesh, strategy=strategy)
+  )
+  tree = jax.device_put(tree, shardings_of(tree, mesh, strategy))
   # No host holds a large network whole: its checksums are summed where it lies.
   sums = json.dumps(checksum.checksums(by_path(tree)), sort_keys=True)
   return tree, hashlib.sha256(sums.encode()).hexdigest()[:12]
 
 
-def _places(abstract: Params) -> Params:
-  return jax.tree.map(lambda leaf: leaf.sharding, abstract)
-
-
 def _spread(tree: Params, mesh: jax.sharding.Mesh, strategy: str) -> Params:
-  """The shapes of a tree, each leaf split along its largest dimension that divides."""
-  table = [(re.escape(path), (None,) * np.ndim(leaf)) for path, leaf in by_path(tree).items()]
-  where = sharding.param_shardings(tree, table, mesh, strategy)
+  """Shapes with shardings."""
+  where = shardings_of(tree, mesh, strategy)
   shape = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
   return jax.tree.map(shape, tree, where)
+
+
+def shardings_of(networks: Params, mesh: jax.sharding.Mesh, strategy: str) -> Params:
+  """How frozen networks (arrays or shapes) lie on the mesh: split along the largest dimension."""
+  # No names: each leaf is split along its largest dimension that divides.
+  table = [
+    (re.escape(path), (None,) * len(leaf.shape))
+    for path, leaf in sharding.by_path(networks).items()
+  ]
+  return sharding.param_shardings(networks, table, mesh, strategy)
 
 
 def check_fits(system: System, loaded: Params) -> None:

@@ -63,8 +63,9 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
       f'the run is in its stage {stage + 1}, but the config names only {len(system.stages)} '
       f'({names}): name the stages that the run was started with, or choose another --workdir'
     )
+  # The key is made inside as well: nothing runs, so the mesh may be of devices that aren't there.
   shapes = jax.eval_shape(
-    lambda key: first_state(system.init(key), system.stages[stage]), rng.run_key(config.seed)
+    lambda: first_state(system.init(rng.run_key(config.seed)), system.stages[stage])
   )
   whole = sharding.replicated(mesh)
 

@@ -11,22 +11,9 @@ import time
 
 import jax
 
+from vpe_jax.chips import PEAK_FLOPS
 from vpe_jax.config import Config
 from vpe_jax.contracts import System
-
-# Dense bf16 peak per device in FLOP/s, from the makers' data sheets; keyed by `device_kind`.
-PEAK_FLOPS = {
-  'TPU v4': 275e12,
-  'TPU v5 lite': 197e12,
-  'TPU v5': 459e12,
-  'TPU v5p': 459e12,
-  'TPU v6 lite': 918e12,
-  'TPU7x': 2307e12,
-  'NVIDIA A100-SXM4-40GB': 312e12,
-  'NVIDIA A100-SXM4-80GB': 312e12,
-  'NVIDIA H100 80GB HBM3': 989e12,
-  'NVIDIA H200': 989e12,
-}
 
 
 @dataclasses.dataclass(frozen=True)

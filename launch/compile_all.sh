@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Compiles every paper-size config for the pods that it names, on this machine, and writes what they
+# need and what bounds them into the configs' headers. Each takes minutes on two CPU cores; a report
+# that is there already is kept, so an interrupted call goes on where it was.
+#
+#   bash launch/compile_all.sh [FOLDER for the reports, default runs/compile]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/environment.sh
+
+folder=${1:-runs/compile}
+python=$(find_python)
+phase 'set-up' install .venv "$python" test
+
+compile() {
+  local name=$1 json
+  json="$folder/$name.json"
+  shift
+  if [ -e "$json" ]; then echo "$json is there"; return; fi
+  phase "$name" .venv/bin/python -m vpe_jax.compile --json="$json" "$@"
+}
+
+mkdir -p "$folder"
+for topology in v5e:16x16 v5p:4x4x4 v6e:8x8; do
+  for stage in plan joint; do
+    compile "paper-$stage-${topology/:/-}" \
+      --config=configs/t2i.py:paper --topology="$topology" --stage="$stage"
+  done
+done
+for pod in v5e:16x16,256 v5p:4x4x4,64 v6e:16x16,256; do
+  topology=${pod%,*}
+  compile "pod-joint-${topology/:/-}" \
+    --config="configs/t2i.py:pod,chips=${pod#*,}" --topology="$topology" --stage=joint
+done
+.venv/bin/python -m vpe_jax.compile --config=configs/t2i.py --write_header="$folder"

@@ -1,0 +1,106 @@
+"""The whole command on virtual devices: its figures, and mistakes that are one line."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import pytest
+
+from configs import t2i
+from vpe_jax.compilation import examine, report
+from vpe_jax.compilation.examine import Request
+from vpe_jax.contracts import UserError
+
+KEYS = {
+  'parameters', 'trainable_parameters', 'chips', 'peak_bytes_per_chip', 'hbm_bytes_per_chip',
+  'hbm_fraction', 'model_flops_per_step', 'hlo_flops_per_step', 'collective_bytes',
+  'step_time_bound_s', 'mfu_bound', 'bound_by', 'images_per_step',
+}  # fmt: skip
+
+
+def _config(**data) -> dict:
+  config = t2i.get_config('debug')
+  config.data.update(data)
+  return config.to_dict()
+
+
+def test_a_step_on_virtual_devices():
+  found = examine.examine(_config(), Request('cpu:8', stage='plan', images_per_chip=2))
+  values = json.loads(json.dumps(found.as_dict()))
+  assert values.keys() >= KEYS
+  assert (values['chips'], values['images_per_step'], values['images_per_chip']) == (8, 16, 2)
+  assert values['parameters'] > values['trainable_parameters'] > 0
+  assert values['argument_bytes_per_chip'] > 0 and values['temporary_bytes_per_chip'] > 0
+  assert values['frozen_bytes_per_chip'] > 0
+  assert values['hlo_flops_per_step'] >= 0.97 * values['model_flops_per_step'] > 0
+  assert values['collective_bytes'].keys() >= {'all-gather', 'all-reduce'}
+  assert values['bound_by'] is None and values['hbm_fraction'] is None and values['fits']
+  text = found.text()
+  for part in ('peak', 'arguments', 'temporaries', 'parameters:', 'trainable', 'no figures'):
+    assert part in text
+
+
+def test_frozen_encoders_that_run_online_are_arguments():
+  asked = Request('cpu:2', stage='plan', images_per_chip=1)
+  online = examine.examine(_config(encode='online'), asked)
+  cached = examine.examine(_config(), asked)
+  assert online.usage.arguments - cached.usage.arguments > 0.5 * online.frozen_bytes
+  assert online.work.flops > cached.work.flops and online.model_flops > cached.model_flops
+
+
+def test_drawing():
+  found = examine.examine(_config(), Request('cpu:2', what='sample', images_per_chip=1))
+  assert found.as_dict()['what'] == 'sample'
+  # Four flow steps and a plan, each token and each step once: the loops are counted.
+  assert found.work.flops * 2 == pytest.approx(found.model_flops, rel=0.15)
+
+
+def test_mistakes_are_one_line(monkeypatch):
+  for request, message in (
+    (Request('cpu:8', stage='plam'), "did you mean 'plan'"),
+    (Request('cpu:8', what='draw'), 'train or sample'),
+    (Request('cpu:8', images_per_chip=0), 'at least 1'),
+    (Request('cpu:8', mesh={'data': 3}), 'does not fit 8 devices'),
+    (Request('cpu:3'), 'batch_size 8 does not divide over 3 devices'),
+  ):
+    with pytest.raises(UserError, match=message) as error:
+      examine.examine(_config(), request)
+    assert '\n' not in str(error.value)
+  for text in ('data', 'rows=2', 'fsdp=0', 'data=1.5'):
+    with pytest.raises(UserError, match='data=4,fsdp=64'):
+      examine.parse_mesh(text)
+  assert examine.parse_mesh('data=4,fsdp=-1') == {'data': 4, 'fsdp': -1}
+
+
+def test_encoders_of_other_sizes_than_the_models_are_refused():
+  with pytest.raises(UserError, match='do not fit the sizes in config.model'):
+    examine.examine(_config(encode='online', image_size=70), Request('cpu:8'))
+
+
+def test_gradients_that_are_reduced_whole_are_named(monkeypatch):
+  monkeypatch.setattr(examine, 'LARGE', 1000)
+  found = examine.examine(_config(), Request('cpu:8', stage='plan'))
+  (warning,) = found.warnings
+  assert 'all-reduce' in warning and 'embed/' in warning
+  assert found.text().count('warning:') == 1
+
+
+def test_activation_layouts_are_what_keeps_memory_small(monkeypatch):
+  """Without `sharding.constrain` at block boundaries the compiler replicates the batch."""
+  config = t2i.get_config('debug')
+  config.remat = 'full'
+  asked = Request('cpu:8', stage='plan', images_per_chip=16)
+  pinned = examine.examine(config.to_dict(), asked).usage.temporary
+  jax.clear_caches()
+  monkeypatch.setattr('vpe_jax.sharding.constrain', lambda x, names: x)
+  assert examine.examine(config.to_dict(), asked).usage.temporary > 1.5 * pinned
+
+
+def test_what_helps_where_it_does_not_fit():
+  settings = {'remat': 'none', 'accumulate': 2, 'strategy': 'fsdp', 'logits_chunk': 0}
+  given = examine.examine(_config(), Request('cpu:2', stage='plan', images_per_chip=4))
+  changed = report.Report(**{**vars(given), 'settings': settings})
+  knobs = ' '.join(changed.knobs())
+  for part in ('remat=full', 'accumulate=4', 'images_per_chip=2', 'logits_chunk', 'mesh'):
+    assert part in knobs

@@ -1,0 +1,99 @@
+"""Our own formulas against what is compiled: model FLOPs, and what FSDP has to move."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import t2i
+from vpe_jax import rng, sharding, systems
+from vpe_jax.compilation import hlo, program, traffic
+from vpe_jax.contracts import System
+from vpe_jax.training import resume
+from vpe_jax.training.state import first_state
+from vpe_jax.training.step import make_train_step
+
+
+def _system(arg: str, expert: dict, head: dict, **changes) -> System:
+  config = t2i.get_config(arg)
+  config.data.source = 'synthetic'
+  config.update(changes)
+  for name, sizes in (('ar', expert), ('dit', expert), ('head', head)):
+    config.model[name].update(sizes)
+  config.model.dual_path.encoder.update(width=64, mlp=128)
+  return systems.build(config.to_dict())
+
+
+@pytest.mark.parametrize('arg, stage', [('debug', 0), ('debug', 1), ('debug,arch=single', 1)])
+def test_model_flops_are_those_of_the_dots(arg, stage):
+  """Unrolled, nothing recomputed, dense attention, one device: forward and backward, exactly."""
+  system = _system(arg, {}, {'layers': 3}, unroll=True)
+  state = jax.eval_shape(lambda: first_state(system.init(rng.run_key(0)), system.stages[stage]))
+  step = make_train_step(system, system.stages[stage], system.config.optim)
+  compiled = step.lower(state, {}, system.abstract_batch(4), rng.run_key(0)).compile()
+  work = traffic.work_of(hlo.parse(compiled.as_text()), [0])
+  assert not work.unknown_loops
+  assert 4 * system.flops(system.stages[stage]) == pytest.approx(work.flops, rel=0.03)
+
+
+def test_scans_and_recomputation_are_in_the_compiled_count():
+  system = _system('debug', {'layers': 3}, {}, remat='full')
+  stage = system.stages[0]
+  state = jax.eval_shape(lambda: first_state(system.init(rng.run_key(0)), stage))
+  step = make_train_step(system, stage, system.config.optim)
+  compiled = step.lower(state, {}, system.abstract_batch(4), rng.run_key(0)).compile()
+  work = traffic.work_of(hlo.parse(compiled.as_text()), [0])
+  # The forward pass of the layers runs twice, but for products that nothing backward reads.
+  assert 1.1 < work.flops / (4 * system.flops(stage)) < 4 / 3
+
+
+def test_online_encoders_are_counted():
+  config = t2i.get_config('debug')
+  cached = systems.build(config.to_dict())
+  config.data.encode = 'online'
+  online = systems.build(config.to_dict())
+  image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
+  frozen = online.abstract_frozen()
+  assert set(frozen) == set(online.frozen_weights)
+  plan, joint = (online.flops(s) - cached.flops(s) for s in online.stages)
+  for extra, used in ((plan, 1), (joint, 2)):
+    encode = jax.jit(lambda f, x, used=used: online.encode(f, x)[:used])
+    work = traffic.work_of(hlo.parse(encode.lower(frozen, image).compile().as_text()), [0])
+    assert extra == pytest.approx(work.flops, rel=0.01)
+  assert joint > plan > 0
+
+
+@pytest.mark.parametrize('stage', [0, 1])
+def test_fsdp_moves_what_the_formula_says(stage):
+  """Every device receives the rest of each parameter, and its part of every gradient.
+
+  With n devices, P bytes of parameters that the stage runs and that are split, and Q bytes of
+  trainable ones, in float32:
+    all-gather   (n - 1) / n (P + P'), where P' are those inside scans, gathered again backward;
+    reduction    (n - 1) / n Q, and once more for the all-reduce that this backend compiles.
+  The head is kept small: its weights serve token and picture rows, and the compiler gathers some
+  of them once for each.
+  """
+  sizes = {'width': 64, 'heads': 4, 'kv_heads': 2, 'head_width': 16}
+  expert, head = sizes | {'mlp': 256, 'layers': 3}, sizes | {'mlp': 128}
+  system = _system('debug', expert, head, remat='full')
+  mesh = sharding.make_mesh(system.config.mesh)
+  lowered = program.lower(program.Job(system, stage, program.TRAIN, 8, mesh))
+  work = traffic.work_of(hlo.parse(lowered.lowered.compile().as_text()), [0] * 8)
+  state = resume.abstract_state(system.config, system, stage, mesh)
+  gathered = reduced = 0.0
+  for path, leaf in sharding.by_path(state['params']).items():
+    if path not in lowered.trainable:  # in stage `plan` they don't run at all
+      continue
+    size = 4 * np.prod(leaf.shape) * 7 / 8
+    reduced += 2 * size
+    if leaf.sharding.shard_shape(leaf.shape) != leaf.shape:
+      gathered += size * (2 if re.search('layers|blocks|encoder', path) else 1)
+  moved = work.collective_bytes()
+  assert 'reduce-scatter' not in moved
+  assert moved['all-gather'] == pytest.approx(gathered, rel=0.05)
+  assert moved['all-reduce'] == pytest.approx(reduced, rel=0.05)

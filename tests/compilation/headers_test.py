@@ -1,0 +1,57 @@
+"""Tests of the table in a config's header."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pathlib
+
+import pytest
+
+from vpe_jax.compilation import headers
+from vpe_jax.contracts import UserError
+
+REPORT = {
+  'config': 't2i:paper', 'stage': 'joint', 'what': 'train', 'topology': 'v5p:4x4x4',
+  'images_per_step': 1920, 'peak_bytes_per_chip': 8.44e9, 'hbm_fraction': 0.081, 'fits': True,
+  'step_time_bound_s': 0.6128, 'bound_by': 'hbm', 'mfu_bound': 0.4321,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A config with an old table, and reports on two configs."""
+  text = f'"""A config.\n\n{headers.BEGIN}  old\n{headers.END}"""\n\nKEPT = 1\n'
+  (tmp_path / 't2i.py').write_text(text)
+  (tmp_path / 'a.json').write_text(json.dumps(REPORT))
+  (tmp_path / 'b.json').write_text(json.dumps(REPORT | {'what': 'sample', 'fits': False}))
+  (tmp_path / 'c.json').write_text(json.dumps(REPORT | {'config': 'codec:tiny'}))
+  return tmp_path
+
+
+def test_the_table_is_replaced_and_nothing_else(folder):
+  path = folder / 't2i.py'
+  assert headers.write(str(path), str(folder)) == 2
+  text = path.read_text()
+  rows = ast.get_docstring(ast.parse(text)).split(headers.BEGIN.strip())[1].splitlines()[1:-1]
+  assert rows[1].split() == [
+    'paper', 'joint', 'v5p:4x4x4', '1,920', '8.4', 'GB', '8%', '0.61', 's', '(hbm)', '43%',
+  ]  # fmt: skip
+  assert rows[2].split()[1] == 'sample' and '(does not fit)' in rows[2]
+  assert len(rows) == 3 and 'old' not in text and text.endswith('\n\nKEPT = 1\n')
+  assert headers.write(str(path), str(folder)) == 2 and path.read_text() == text
+
+
+def test_mistakes_are_one_line(folder):
+  with pytest.raises(UserError, match='no such file'):
+    headers.write(str(folder / 'x.py'), str(folder))
+  with pytest.raises(UserError, match='no reports on'):
+    headers.write(str(folder / 't2i.py'), str(folder / 'nowhere'))
+  (folder / 't2i.py').write_text('"""No table."""\n')
+  with pytest.raises(UserError, match='the header needs the lines'):
+    headers.write(str(folder / 't2i.py'), str(folder))
+
+
+def test_the_paper_config_has_a_place_for_it():
+  text = pathlib.Path('configs/t2i.py').read_text(encoding='utf-8')
+  assert headers.table([REPORT]) in headers.rewrite(text, [REPORT])

@@ -1,0 +1,81 @@
+"""Tests of the names of TPU slices, and of what no slice is."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from vpe_jax.chips import CHIPS, PEAK_FLOPS
+from vpe_jax.compilation import topology
+from vpe_jax.contracts import UserError
+
+
+@pytest.mark.parametrize(
+  'text, name, cloud, chips',
+  [
+    ('v5p:4x4x8', 'v5p:4x4x8', 'v5p-256', 128),
+    ('v5p-128', 'v5p:4x4x4', 'v5p-128', 64),
+    ('v5p:4x4x6', 'v5p:4x4x6', 'v5p-192', 96),
+    ('v4-128', 'v4:4x4x4', 'v4-128', 64),
+    ('v5litepod-256', 'v5e:16x16', 'v5litepod-256', 256),
+    ('v5e-16', 'v5e:4x4', 'v5litepod-16', 16),
+    ('v6e-256', 'v6e:16x16', 'v6e-256', 256),
+    ('v5p-12288', 'v5p:16x16x24', 'v5p-12288', 6144),
+    ('cpu:8', 'cpu:8', None, 8),
+  ],
+)
+def test_both_kinds_of_names(text, name, cloud, chips):
+  found = topology.parse(text)
+  assert (found.name, found.cloud_name, found.chips) == (name, cloud, chips)
+
+
+def test_several_slices():
+  found = topology.parse('v5p:4x4x4', 4)
+  assert (found.name, found.chips, found.cloud_name) == ('4 x v5p:4x4x4', 256, 'v5p-128')
+
+
+@pytest.mark.parametrize(
+  'text, slices, message',
+  [
+    ('v5e:16x32', 1, 'largest slice of v5e is 16x16'),
+    ('v5e:1x256', 1, 'largest slice of v5e is 16x16'),
+    ('v6e:32x32', 1, 'several slices: --slices=N'),
+    ('v5p:16x16x32', 1, r'16x16x24 \(6,144 chips\)'),
+    ('v5e:2x2x2', 1, 'v5e has 2 dimensions, such as v5e:4x4'),
+    ('v5p:4x4', 1, 'v5p has 3 dimensions'),
+    ('v5e:0x4', 1, 'dimensions'),
+    ('v5p-100', 1, 'no such slice; usual ones: v5p-8, v5p-16'),
+    ('v8:2x2', 1, "unknown chip 'v8'; did you mean"),
+    ('a pod', 1, 'v5p:4x4x8, a slice of Google Cloud such as v5p-256, or cpu:8'),
+    ('v5e:2x2', 0, 'at least 1'),
+    ('cpu:8', 2, 'single slice'),
+    ('cpu:0', 1, 'at least 1'),
+  ],
+)
+def test_what_no_slice_is(text, slices, message):
+  with pytest.raises(UserError, match=message) as error:
+    topology.parse(text, slices)
+  assert '\n' not in str(error.value)
+
+
+def test_virtual_devices():
+  assert len(topology.devices(topology.parse('cpu:8'))) == 8
+  with pytest.raises(UserError, match='xla_force_host_platform_device_count=4096'):
+    topology.devices(topology.parse('cpu:4096'))
+
+
+def test_without_libtpu_one_line_names_the_cure(monkeypatch):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util, 'find_spec', lambda name: None if name == 'libtpu' else find(name)
+  )
+  with pytest.raises(UserError, match='pip install libtpu'):
+    topology.devices(topology.parse('v5e:2x2'))
+
+
+def test_figures_of_chips_are_plausible():
+  for chip in CHIPS.values():
+    assert PEAK_FLOPS[chip.kind] == chip.flops
+    assert chip.hbm_rate > chip.ici_rate > chip.dcn_rate
+    assert 100 < chip.flops / chip.hbm_rate < 600  # FLOPs a byte at which HBM stops binding

@@ -1,0 +1,120 @@
+"""Tests of what a program moves: groups of chips, bytes of collectives, and HBM."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from vpe_jax import sharding
+from vpe_jax.compilation import hlo, traffic
+from vpe_jax.config import MeshConfig
+
+ARRAY = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+BYTES = 64 * 32 * 4
+
+
+def _work(body, into: P, out: P) -> traffic.Work:
+  mesh = sharding.make_mesh(MeshConfig())
+  run = functools.partial(jax.shard_map, mesh=mesh, in_specs=into, out_specs=out, check_vma=False)
+  text = jax.jit(run(body)).lower(ARRAY).compile().as_text()
+  return traffic.work_of(hlo.parse(text), [0] * 8)
+
+
+@pytest.mark.parametrize(
+  'kind, body, into, out, received',
+  [
+    ('all-gather', lambda x: jax.lax.all_gather(x, 'fsdp', tiled=True), P('fsdp'), P(), 7 / 8),
+    ('all-reduce', lambda x: jax.lax.psum(x, 'fsdp'), P(), P(), 14 / 8),
+    (
+      'reduce-scatter',
+      lambda x: jax.lax.psum_scatter(x, 'fsdp', tiled=True),
+      P(),
+      P('fsdp'),
+      7 / 8,
+    ),
+    (
+      'all-to-all',
+      lambda x: jax.lax.all_to_all(x, 'fsdp', 1, 0, tiled=True),
+      P('fsdp'),
+      P(None, 'fsdp'),
+      7 / 64,
+    ),
+    (
+      'collective-permute',
+      lambda x: jax.lax.ppermute(x, 'fsdp', [(i, (i + 1) % 8) for i in range(8)]),
+      P('fsdp'),
+      P('fsdp'),
+      1 / 8,
+    ),
+  ],
+)
+def test_bytes_that_a_chip_receives(kind, body, into, out, received):
+  assert _work(body, into, out).collective_bytes() == {kind: pytest.approx(BYTES * received)}
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
+  def body(x):
+    step = lambda carry, _: (jnp.tanh(jax.lax.psum(carry, 'fsdp')), None)
+    return jax.lax.scan(step, x, None, length=5)[0]
+
+  assert _work(body, P(), P()).collective_bytes() == {'all-reduce': 5 * BYTES * 14 / 8}
+
+
+@pytest.mark.parametrize(
+  'text, group',
+  [
+    ('replica_groups={{0,4},{1,5},{2,6},{3,7}}, x=1', (0, 4)),
+    ('replica_groups=[2,4]<=[8], x=1', (0, 1, 2, 3)),
+    ('replica_groups=[4,2]<=[2,4]T(1,0), x=1', (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'b'}, x=1", (0, 1, 2, 3)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a'}, x=1", (0, 4)),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}, x=1", tuple(range(8))),
+    ('replica_groups={}, x=1', tuple(range(8))),
+  ],
+)
+def test_groups(text, group):
+  assert traffic.group_of(text, 8) == group
+
+
+def test_bytes_from_other_slices():
+  """Of an array, each slice needs the other slice's half once; its 4 chips share that."""
+  reduce = functools.partial(traffic.Collective, 'all-gather', 'x', '', (), 1.0, 8)
+  assert reduce(2, bytes=800 * 7 / 8).dcn_bytes == pytest.approx(800 / 2 / 4)
+  assert reduce(1, bytes=800 * 7 / 8).dcn_bytes == 0
+
+
+MEMORY = """HloModule m
+
+%sliced (a: f32[100,8], i: s32[]) -> f32[1,8] {
+  %a = f32[100,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,8]{1,0} dynamic-slice(%a, %i, %zero), dynamic_slice_sizes={1,8}
+}
+
+%updated (b: f32[100,8], u: f32[1,8], j: s32[]) -> f32[100,8] {
+  %b = f32[100,8]{1,0} parameter(0)
+  %u = f32[1,8]{1,0} parameter(1)
+  %j = s32[] parameter(2)
+  %none = s32[] constant(0)
+  ROOT %update = f32[100,8]{1,0} dynamic-update-slice(%b, %u, %j, %none)
+}
+
+ENTRY %main (x: f32[100,8], at: s32[]) -> f32[100,8] {
+  %x = f32[100,8]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %fast = f32[100,8]{1,0:S(1)} negate(%x)
+  %one = f32[1,8]{1,0} fusion(%x, %at), kind=kLoop, calls=%sliced
+  ROOT %all = f32[100,8]{1,0} fusion(%x, %one, %at), kind=kLoop, calls=%updated
+}
+"""
+
+
+def test_hbm_bytes_leave_out_fast_memory_and_untouched_rows():
+  whole, row, index = 3200, 32, 4
+  expected = whole + (row + index + row) + (2 * row + row + index)
+  assert traffic.work_of(hlo.parse(MEMORY), [0]).hbm_bytes == expected

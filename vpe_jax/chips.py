@@ -1,0 +1,76 @@
+"""Figures of accelerator chips: what training measures itself by, and what bounds a program.
+
+Of TPUs, from the pages that Google publishes for each (docs.cloud.google.com/tpu/docs/v4, /v5e,
+/v5p, /v6e and /tpu7x, read in 2026). The pages give the interconnect's bandwidth in both directions
+together where they say bidirectional (v5p 1,200, v6e 800 GB/s); half of it is what a chip receives
+at most. v5e's 1,600 Gbit/s and v4's 2,400 Gbit/s are one direction. Memory is what libtpu 0.0.52
+lets a program use, a little less than the pages say (16 GB of v5e, 32 GB of v4 and v6e, 95 GiB of
+v5p, of which it would let a program use 95.7): "available HBM" in its error of a program that is
+too large.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One kind of TPU.
+
+  Attributes:
+    name: as in `v5p:4x4x8`.
+    cloud: what a slice's name begins with at Google Cloud, such as `v5litepod`.
+    kind: JAX's `device_kind`.
+    cores: TensorCores a chip, by which Cloud names of v4 and v5p count.
+    flops: dense bf16 peak, FLOP/s.
+    hbm_bytes: memory that a program can use.
+    hbm_rate: bytes/s of the memory.
+    ici_rate: bytes/s that one chip receives over all of its links in the slice.
+    dcn_rate: bytes/s that one chip receives from other slices: its share of the hosts' network.
+    dimensions: of the slice's grid of chips.
+    largest: the most chips in one slice.
+  """
+
+  name: str
+  cloud: str
+  kind: str
+  cores: int
+  flops: float
+  hbm_bytes: float
+  hbm_rate: float
+  ici_rate: float
+  dcn_rate: float
+  dimensions: int
+  largest: int
+
+
+CHIPS = {
+  chip.name: chip
+  for chip in (
+    # 275 TFLOPs; 32 GiB at 1,200 GB/s; 6 links of 50 GB/s; pod of 4,096, of which all can be one
+    # job. Network: 100 Gbit/s for a host of 4 chips.
+    Chip('v4', 'v4', 'TPU v4', 2, 275e12, 30.75 * GIB, 1200e9, 300e9, 3.125e9, 3, 4096),
+    # 197 TFLOPs; 16 GB at 819 GB/s; 1,600 Gbit/s; network 6.4 Tbit/s for 256 chips.
+    Chip('v5e', 'v5litepod', 'TPU v5 lite', 1, 197e12, 15.75 * GIB, 819e9, 200e9, 3.125e9, 2, 256),
+    # 459 TFLOPs; 95 GiB at 2,765 GB/s; 1,200 GB/s both ways; network 50 Gbit/s a chip; pod of
+    # 8,960 chips, largest job 6,144.
+    Chip('v5p', 'v5p', 'TPU v5', 2, 459e12, 95 * GIB, 2765e9, 600e9, 6.25e9, 3, 6144),
+    # 918 TFLOPs; 32 GB at 1,640 GB/s (1,600 on newer versions of the page); 800 GB/s both ways;
+    # network 25.6 Tbit/s for 256 chips.
+    Chip('v6e', 'v6e', 'TPU v6 lite', 1, 918e12, 31.24 * GIB, 1640e9, 400e9, 12.5e9, 2, 256),
+  )
+}
+
+# Dense bf16 peak per device in FLOP/s, keyed by `device_kind`; others from the makers' data sheets.
+PEAK_FLOPS = {
+  **{chip.kind: chip.flops for chip in CHIPS.values()},
+  'TPU v5p': 459e12,
+  'TPU7x': 2307e12,
+  'NVIDIA A100-SXM4-40GB': 312e12,
+  'NVIDIA A100-SXM4-80GB': 312e12,
+  'NVIDIA H100 80GB HBM3': 989e12,
+  'NVIDIA H200': 989e12,
+}

@@ -1,0 +1,173 @@
+"""The programs of a run, lowered for devices that needn't be there: a step, or the drawing.
+
+Nothing is allocated: state, frozen networks and batch are shapes with shardings, and the step is
+the one that training compiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from vpe_jax import rng, sharding
+from vpe_jax.config import nearest
+from vpe_jax.contracts import Array, Drawing, Examples, Params, Stage, System, UserError
+from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.training import frozen as frozen_lib
+from vpe_jax.training import resume
+from vpe_jax.training.state import split_trainable
+from vpe_jax.training.step import make_train_step
+
+TRAIN, SAMPLE = KINDS = ('train', 'sample')
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What is compiled.
+
+  Attributes:
+    system: built from the run's config.
+    stage: place of the stage in the run.
+    what: `train`, the step of that stage, or `sample`, the drawing.
+    images: global batch.
+    mesh: of the devices to compile for.
+  """
+
+  system: System
+  stage: int
+  what: str
+  images: int
+  mesh: jax.sharding.Mesh
+
+  @property
+  def stage_of_run(self) -> Stage:
+    """The stage itself."""
+    return self.system.stages[self.stage]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+  """A program before it is compiled, and what was known of it then.
+
+  Attributes:
+    lowered: to compile.
+    parameters: of the model, all and trainable ones; frozen networks aren't among them.
+    trainable: path -> shape of each trainable leaf.
+    frozen_bytes: of the frozen networks, on one device.
+    argument_bytes: of state and frozen networks, on one device.
+    flops: of the whole batch by our own formula.
+    kernel_flops: of the whole batch, what attention would amount to if it were a kernel whose
+      inside the program's text doesn't show.
+  """
+
+  lowered: jax.stages.Lowered
+  parameters: tuple[int, int]
+  trainable: dict[str, tuple[int, ...]]
+  frozen_bytes: float
+  argument_bytes: float
+  flops: float
+  kernel_flops: float
+
+
+def stage_index(system: System, name: str | None) -> int:
+  """The place of a stage in a run; the last one is the default.
+
+  Raises:
+    UserError: the run has no such stage.
+  """
+  names = [stage.name for stage in system.stages]
+  if name is None:
+    return len(names) - 1
+  if name not in names:
+    raise UserError(f'--stage={name}: the config has no such stage{nearest(name, names)}')
+  return names.index(name)
+
+
+def lower(job: Job) -> Lowered:
+  """Traces and lowers a program.
+
+  Raises:
+    UserError: the batch doesn't divide over the mesh, the state isn't spread over it, the frozen
+      networks don't fit the model, or the system doesn't draw.
+  """
+  config, system = job.system.config, job.system
+  accumulate = config.optim.accumulate if job.what == TRAIN else 1
+  sharding.check_divides(job.images, job.mesh, accumulate)
+  state = resume.abstract_state(config, system, job.stage, job.mesh)
+  networks = system.abstract_frozen() if hasattr(system, 'abstract_frozen') else {}
+  if config.data.encode == 'online' and networks:
+    frozen_lib.check_fits(system, networks)
+  frozen = _placed(networks, frozen_lib.shardings_of(networks, job.mesh, config.mesh.strategy))
+  with jax.set_mesh(job.mesh):
+    make = _train if job.what == TRAIN else _sample
+    lowered, flops, kernel_flops = make(job, state, frozen)
+  trainable, _ = split_trainable(state['params'], job.stage_of_run)
+  shapes = {path: tuple(leaf.shape) for path, leaf in sharding.by_path(trainable).items()}
+  count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+  return Lowered(
+    lowered,
+    (count(state['params']), count(trainable)),
+    shapes,
+    _held(frozen),
+    _held(frozen) + _held(state if job.what == TRAIN else state['params']),
+    flops,
+    kernel_flops,
+  )
+
+
+def _held(tree: Any) -> float:
+  """Bytes of a tree of placed shapes on one device."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
+def _train(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, float, float]:
+  system, stage = job.system, job.stage_of_run
+  step = make_train_step(system, stage, system.config.optim, resume.shardings_of(state))
+  batch = system.abstract_batch(job.images)
+  spread = sharding.batch_sharding(job.mesh)
+  batch = _placed(batch, jax.tree.map(lambda _: spread, batch))
+  lowered = step.lower(state, frozen, batch, _key(job.mesh))
+  attention = system.attention_flops(stage) if hasattr(system, 'attention_flops') else 0.0
+  # Forward, backward, and once more what the backward pass recomputes; two of its seven products
+  # are recomputed by any kernel that keeps no attention matrix.
+  passes = 4.5 if system.config.remat != 'none' else 3.5
+  return lowered, job.images * system.flops(stage), job.images * passes * attention
+
+
+def _sample(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, float, float]:
+  system = job.system
+  if not hasattr(system, 'generate'):
+    raise UserError(f'--what=sample: the system {system.config.system} draws no pictures')
+  prepare = getattr(system, 'prepare', lambda params: params)
+
+  def draw(params: Params, frozen: Params, request: Examples, key: Array) -> Drawing:
+    return system.generate(prepare(params), frozen, request, key, system.config.sample)
+
+  batch = dataclasses.replace(
+    system.abstract_batch(job.images), image=None, codes=None, latents=None
+  )
+  spread = sharding.batch_sharding(job.mesh)
+  request = _placed(batch, jax.tree.map(lambda _: spread, batch))
+  frozen = {name: frozen[name] for name in system.draws_with if name in frozen}
+  arguments = (state['params'], frozen, request, _key(job.mesh))
+  lowered = jax.jit(draw, out_shardings=spread).lower(*arguments)
+  return lowered, matrix_flops(draw, *arguments), 0.0
+
+
+def _key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+  shape = jax.eval_shape(lambda: rng.run_key(0))
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding.replicated(mesh))
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    tree,
+    shardings,
+  )

@@ -1,0 +1,217 @@
+"""What `python -m vpe_jax.compile` says: lines to read, and a dict to write as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from vpe_jax.compilation.memory import Usage
+from vpe_jax.compilation.roofline import Bound
+from vpe_jax.compilation.topology import Topology
+from vpe_jax.compilation.traffic import Work
+
+FIT = 0.9  # share of HBM up to which a program is said to fit: the runtime needs some for itself
+_KNOBS = {
+  'remat': '--config.remat=full (now {remat})',
+  'accumulate': '--config.optim.accumulate={accumulate} or more microbatches',
+  'images': '--images_per_chip={images} or fewer',
+  'chunk': '--config.model.logits_chunk=64 (logits of few tokens at a time)',
+  'mesh': 'more chips, or --mesh with a larger tensor axis (--config.mesh.strategy=fsdp_tensor)',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """One program on one topology.
+
+  Attributes:
+    config: name and preset of the config.
+    stage: of the run.
+    what: `train` or `sample`.
+    topology: what it was compiled for.
+    mesh: axis -> size.
+    settings: of the config, that memory depends on: `remat`, `accumulate`, `strategy`, and
+      `logits_chunk` where the model has it.
+    images: global batch.
+    parameters: of the model: all, and trainable in this stage.
+    frozen_bytes: of the frozen networks, on one chip.
+    usage: memory.
+    model_flops: of one step on all chips, by the system's formula.
+    kernel_flops: of one step on all chips, inside kernels that the program's text doesn't show.
+    work: what the program does; None where the compiler gave up before it had a program.
+    bound: None without `work` or figures of the chip.
+    warnings: a line each.
+    compile_seconds: on this machine.
+    versions: of the libraries.
+  """
+
+  config: str
+  stage: str
+  what: str
+  topology: Topology
+  mesh: dict[str, int]
+  settings: dict[str, Any]
+  images: int
+  parameters: tuple[int, int]
+  frozen_bytes: float
+  usage: Usage
+  model_flops: float
+  kernel_flops: float
+  work: Work | None
+  bound: Bound | None
+  warnings: tuple[str, ...]
+  compile_seconds: float
+  versions: dict[str, str]
+
+  @property
+  def hbm_bytes(self) -> float | None:
+    """Memory of a chip; None for virtual devices."""
+    return self.usage.limit or (self.topology.chip and self.topology.chip.hbm_bytes)
+
+  @property
+  def hbm_fraction(self) -> float | None:
+    """Share of the memory that is in use at the peak."""
+    return self.usage.peak / self.hbm_bytes if self.hbm_bytes else None
+
+  @property
+  def fits(self) -> bool:
+    """Whether the compiler found room, with a reserve."""
+    if not self.usage.fits or self.hbm_bytes is None:
+      return self.usage.fits
+    return max(self.usage.peak, self.usage.planned) <= FIT * self.hbm_bytes
+
+  def as_dict(self) -> dict[str, Any]:
+    """For JSON; what isn't known is None. Bytes and rates are of one chip, FLOPs of all chips."""
+    usage, work, bound = self.usage, self.work, self.bound
+    chips = self.topology.chips
+    return {
+      'config': self.config,
+      'stage': self.stage,
+      'what': self.what,
+      'topology': self.topology.name,
+      'cloud_name': self.topology.cloud_name,
+      'slices': self.topology.slices,
+      'chips': chips,
+      'mesh': self.mesh,
+      **self.settings,
+      'global_batch': self.images,
+      'images_per_step': self.images,
+      'images_per_chip': self.images / chips,
+      'parameters': self.parameters[0],
+      'trainable_parameters': self.parameters[1],
+      'fits': self.fits,
+      'peak_bytes_per_chip': usage.peak,
+      'hbm_bytes_per_chip': self.hbm_bytes,
+      'hbm_fraction': self.hbm_fraction,
+      'planned_bytes_per_chip': usage.planned,
+      'argument_bytes_per_chip': usage.arguments,
+      'output_bytes_per_chip': usage.outputs,
+      'aliased_bytes_per_chip': usage.aliased,
+      'temporary_bytes_per_chip': usage.temporary,
+      'code_bytes_per_chip': usage.code,
+      'frozen_bytes_per_chip': self.frozen_bytes,
+      'largest_buffers': [dataclasses.asdict(one) for one in usage.buffers],
+      'model_flops_per_step': self.model_flops,
+      'hlo_flops_per_step': work and work.flops * chips + self.kernel_flops,
+      'kernel_flops_per_step': self.kernel_flops,
+      'hbm_traffic_bytes': work and work.hbm_bytes,
+      'collective_bytes': work and work.collective_bytes(),
+      'dcn_bytes': work and sum(one.dcn_bytes for one in work.collectives),
+      'bound_s': bound and bound.seconds,
+      'step_time_bound_s': bound and bound.step_time,
+      'mfu_bound': bound and bound.mfu,
+      'bound_by': bound and bound.by,
+      'warnings': list(self.warnings),
+      'compile_seconds': self.compile_seconds,
+      'versions': self.versions,
+    }
+
+  def text(self) -> str:
+    """Lines to read."""
+    lines = [
+      f'{self.config}, {self._what()}, on {self._where()}',
+      f'mesh: {_mesh(self.mesh)}, strategy {self.settings["strategy"]}; remat '
+      f'{self.settings["remat"]}, {self.settings["accumulate"]} microbatch(es)',
+      f'batch: {self.images:,} images a step, {self.images / self.topology.chips:g} a chip',
+      f'parameters: {self.parameters[0] / 1e6:,.1f}M, trainable '
+      f'{self.parameters[1] / 1e6:,.1f}M; frozen networks {_gb(self.frozen_bytes)} a chip',
+      *self._memory(),
+      *self._work(),
+      *(f'warning: {warning}' for warning in self.warnings),
+    ]
+    return '\n'.join(lines)
+
+  def _what(self) -> str:
+    return f'training step of stage {self.stage}' if self.what == 'train' else 'drawing'
+
+  def _where(self) -> str:
+    cloud = self.topology.cloud_name
+    return f'{self.topology.name}{f" ({cloud})" if cloud else ""}: {self.topology.chips} chips'
+
+  def _memory(self) -> list[str]:
+    usage = self.usage
+    share = f', {self.hbm_fraction:.1%} of {_gb(self.hbm_bytes)} HBM' if self.hbm_bytes else ''
+    if usage.fits:
+      lines = [
+        f'memory per chip: peak {_gb(usage.peak)}{share} (arguments {_gb(usage.arguments)}, '
+        f'temporaries {_gb(usage.temporary)}, together {_gb(usage.planned)})'
+      ]
+    else:
+      lines = [f'memory per chip: the program needs {_gb(usage.peak)}{share}']
+    if self.fits:
+      return lines
+    lines.append(f'DOES NOT FIT (within {FIT:.0%} of HBM). Largest buffers:')
+    lines += [f'  {_gb(one.bytes):>10}  {one.holds}' for one in usage.buffers]
+    return [*lines, 'what would help:', *(f'  {knob}' for knob in self.knobs())]
+
+  def knobs(self) -> list[str]:
+    """Settings that would need less memory."""
+    settings, chips = self.settings, self.topology.chips
+    names = ['images', 'mesh'] if self.what == 'sample' else list(_KNOBS)
+    if settings['remat'] == 'full':
+      names = [name for name in names if name != 'remat']
+    if settings.get('logits_chunk', 1):
+      names = [name for name in names if name != 'chunk']
+    if self.images <= chips:
+      names.remove('images')
+    values = {
+      'remat': settings['remat'],
+      'accumulate': 2 * settings['accumulate'],
+      'images': max(1, self.images // chips // 2),
+    }
+    return [_KNOBS[name].format(**values) for name in names]
+
+  def _work(self) -> list[str]:
+    work, bound, chips = self.work, self.bound, self.topology.chips
+    if work is None:
+      return []
+    moved = ', '.join(f'{kind} {_gb(n)}' for kind, n in sorted(work.collective_bytes().items()))
+    executed = work.flops * chips + self.kernel_flops
+    lines = [
+      f'FLOPs a step: model {self.model_flops:.4g}, compiled program {executed:.4g} '
+      f'({executed / max(self.model_flops, 1.0):.2f} times: what is computed again is in it)',
+      f'a chip receives: {moved or "nothing"}; moves {_gb(work.hbm_bytes)} to and from HBM',
+    ]
+    if bound is None:
+      return [*lines, 'bound: none, as no figures of this chip are known']
+    each = ', '.join(f'{name} {_seconds(s)}' for name, s in bound.seconds.items() if s)
+    return [
+      *lines,
+      f'bound: a step takes at least {_seconds(bound.step_time)} (by {bound.by}), '
+      f'MFU at most {bound.mfu:.1%}, {self.images / bound.step_time:,.0f} images/s; alone: {each}',
+    ]
+
+
+def _mesh(sizes: dict[str, int]) -> str:
+  return ' x '.join(f'{name} {size}' for name, size in sizes.items())
+
+
+def _gb(count: float) -> str:
+  for unit, size in (('GB', 1e9), ('MB', 1e6)):
+    if count >= size:
+      return f'{count / size:,.2f} {unit}'
+  return f'{count / 1e3:,.1f} kB'
+
+
+def _seconds(count: float) -> str:
+  return f'{count:.3f} s' if count >= 0.1 else f'{count * 1e3:.3g} ms'

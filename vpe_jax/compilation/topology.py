@@ -1,0 +1,164 @@
+"""Names of TPU slices, and their chips as devices that programs can be compiled for.
+
+`v5p:4x4x8` gives the grid of chips; Cloud names (`v5p-256`, `v4-128`, `v5litepod-256`, `v6e-256`)
+give its size, counted in TensorCores for v4 and v5p and in chips for the others. Both are accepted
+and both are shown. `cpu:8` stands for eight virtual devices of this machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from vpe_jax.chips import CHIPS, Chip
+from vpe_jax.config import nearest
+from vpe_jax.contracts import UserError
+
+CPU = 'cpu'
+# Grids of the usual slices by number of chips (the tables of the pages that chips.py names).
+_GRIDS = {
+  2: ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
+  3: (
+    '2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8', '8x8x16', '8x16x16',
+    '16x16x16', '16x16x24',
+  ),
+}  # fmt: skip
+# libtpu reads these when it is loaded: there is no TPU machine to ask about, and other programs
+# may have it loaded too.
+_LIBTPU = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """Slices of one shape.
+
+  Attributes:
+    chip: the kind of chip; None for virtual devices of this machine.
+    grid: chips along each dimension of a slice.
+    slices: how many slices.
+  """
+
+  chip: Chip | None
+  grid: tuple[int, ...]
+  slices: int = 1
+
+  @property
+  def chips(self) -> int:
+    """Chips of all slices."""
+    return math.prod(self.grid) * self.slices
+
+  @property
+  def name(self) -> str:
+    """Such as `v5p:4x4x8` or `2 x v5e:4x4`."""
+    grid = 'x'.join(map(str, self.grid))
+    one = f'{self.chip.name if self.chip else CPU}:{grid}'
+    return one if self.slices == 1 else f'{self.slices} x {one}'
+
+  @property
+  def cloud_name(self) -> str | None:
+    """Of one slice, such as `v5p-256`; None for virtual devices."""
+    if self.chip is None:
+      return None
+    return f'{self.chip.cloud}-{math.prod(self.grid) * self.chip.cores}'
+
+
+def parse(text: str, slices: int = 1) -> Topology:
+  """The topology that a name stands for.
+
+  Raises:
+    UserError: the name is of neither form, the chip is unknown, or no such slice exists.
+  """
+  if slices < 1:
+    raise UserError(f'--slices={slices}: at least 1')
+  if found := re.fullmatch(r'cpu:(\d+)', text):
+    if slices > 1 or not int(found.group(1)):
+      raise UserError(f'--topology={text}: virtual devices are at least 1, in a single slice')
+    return Topology(None, (int(found.group(1)),))
+  if found := re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', text):
+    chip = _chip(found.group(1), text)
+    return _checked(Topology(chip, tuple(map(int, found.group(2).split('x'))), slices), text)
+  if found := re.fullmatch(r'(\w+)-(\d+)', text):
+    chip = _chip(found.group(1), text)
+    grids = [tuple(map(int, grid.split('x'))) for grid in _GRIDS[chip.dimensions]]
+    for grid in grids:
+      if math.prod(grid) * chip.cores == int(found.group(2)):
+        return _checked(Topology(chip, grid, slices), text)
+    sizes = [math.prod(grid) for grid in grids]
+    known = ', '.join(f'{chip.cloud}-{size * chip.cores}' for size in sizes if size <= chip.largest)
+    raise UserError(f'--topology={text}: no such slice; usual ones: {known}, or {chip.name}:GRID')
+  raise UserError(
+    f'--topology={text}: name a grid of chips such as v5p:4x4x8, a slice of Google Cloud such as '
+    'v5p-256, or cpu:8'
+  )
+
+
+def devices(topology: Topology) -> list[jax.Device]:
+  """One device a chip, slice by slice; they can be compiled for, not run on.
+
+  Raises:
+    UserError: libtpu is missing or doesn't know the topology, or this process has fewer virtual
+      CPU devices.
+  """
+  if topology.chip is None:
+    return _virtual(topology.chips)
+  if importlib.util.find_spec('libtpu') is None:
+    raise UserError('compiling for TPU needs its compiler, for any machine: pip install libtpu')
+  for name, value in _LIBTPU.items():
+    os.environ.setdefault(name, value)
+  options = {'num_slices': topology.slices} if topology.slices > 1 else {}
+  if topology.chip.name == 'v4':  # Otherwise it comes as two devices a chip.
+    options['chip_config_name'] = 'megacore'
+  grid = 'x'.join(map(str, topology.grid))
+  try:
+    found = topologies.get_topology_desc(f'{topology.chip.name}:{grid}', 'tpu', **options).devices
+  except Exception as error:  # Whatever libtpu raises: it has no error type of its own.
+    reason = (str(error).splitlines() or [''])[0]
+    raise UserError(f'libtpu refuses --topology={topology.name}: {reason}') from error
+  places = {(getattr(d, 'slice_index', 0) or 0, tuple(d.coords)) for d in found}
+  if not len(places) == len(found) == topology.chips:
+    raise UserError(
+      f'libtpu gives {len(found)} devices on {len(places)} chips for --topology={topology.name}, '
+      f'which has {topology.chips}: install the newest libtpu'
+    )
+  return list(found)
+
+
+def _virtual(count: int) -> list[jax.Device]:
+  found = jax.devices('cpu')
+  if len(found) < count:
+    raise UserError(
+      f'--topology=cpu:{count}: this process has {len(found)} virtual devices; set '
+      f'XLA_FLAGS=--xla_force_host_platform_device_count={count}'
+    )
+  return found[:count]
+
+
+def _chip(name: str, text: str) -> Chip:
+  for chip in CHIPS.values():
+    if name in (chip.name, chip.cloud):
+      return chip
+  raise UserError(f"--topology={text}: unknown chip '{name}'{nearest(name, [*CHIPS, CPU])}")
+
+
+def _checked(topology: Topology, text: str) -> Topology:
+  chip, grid = topology.chip, topology.grid
+  if len(grid) != chip.dimensions or min(grid) < 1:
+    example = _GRIDS[chip.dimensions][3]
+    raise UserError(
+      f'--topology={text}: a slice of {chip.name} has {chip.dimensions} dimensions, such as '
+      f'{chip.name}:{example}'
+    )
+  widest = _GRIDS[chip.dimensions][-1]
+  limits = sorted(map(int, widest.split('x')))
+  if math.prod(grid) > chip.largest or any(a > b for a, b in zip(sorted(grid), limits)):
+    raise UserError(
+      f'--topology={text}: the largest slice of {chip.name} is {widest} ({chip.largest:,} chips); '
+      'several slices: --slices=N'
+    )
+  return topology

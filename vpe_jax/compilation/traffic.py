@@ -1,0 +1,272 @@
+"""What a compiled program does in one call, on one chip: FLOPs, HBM bytes, and collectives.
+
+Everything is counted as often as it runs: a loop's body is multiplied by its trip count.
+
+FLOPs: dots and convolutions only (TPU programs write dots as convolutions); a multiply-add is two.
+Of a convolution, only positions inside the (dilated, unpadded) input count, as in XLA's own
+analysis; without this the batched dots that TPU programs write as dilated convolutions would count
+several times.
+
+HBM bytes: operands and results of every instruction and fusion that lie in HBM. What a fusion
+reads by slices, or writes into a larger array in place, counts by the slice.
+
+Collectives: bytes that one chip receives, with n chips in a group and S the bytes of the whole
+array (an all-gather's result, any other's operand): all-gather, reduce-scatter and all-to-all
+S (n-1)/n, all-reduce 2 S (n-1)/n (a reduce-scatter and an all-gather), collective-permute S. A
+collective that the compiler has cut over several fusions to overlap it keeps its channel id in all
+of them: each channel counts once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Sequence
+
+from vpe_jax.compilation.hlo import Instruction, Program, Shape
+from vpe_jax.ops.flops import window_positions
+
+KINDS = (
+  'all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'collective-permute',
+  'collective-broadcast', 'ragged-all-to-all',
+)  # fmt: skip
+_FACTOR = {'all-reduce': 2.0}
+# What moves no bytes of its own: names of values, loops (their bodies are counted), and the second
+# half of what runs asynchronously.
+_FREE = {
+  'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call',
+  'after-all', 'partition-id', 'replica-id', 'iota', 'opt-barrier', 'copy-done', 'async-start',
+  'async-update', 'async-done', 'add-dependency', 'rng-get-and-update-state',
+}  # fmt: skip
+_SLICES = ('dynamic-slice', 'slice', 'gather')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective.
+
+  Attributes:
+    kind: a word of KINDS.
+    name: of the instruction.
+    op_name: where in the Python program it comes from.
+    shapes: of its result.
+    times: how often it runs.
+    size: chips in a group.
+    slices: slices that a group spans.
+    bytes: what one chip receives over all runs.
+  """
+
+  kind: str
+  name: str
+  op_name: str
+  shapes: tuple[Shape, ...]
+  times: float
+  size: int
+  slices: int
+  bytes: float
+
+  @property
+  def dcn_bytes(self) -> float:
+    """What one chip receives from other slices, if they share the work evenly.
+
+    Each slice needs the (slices - 1) / slices of the array that the others hold, once; its
+    size / slices chips of the group take equal parts.
+    """
+    if self.slices == 1:
+      return 0.0
+    whole = self.bytes / (self.size - 1) * self.size
+    return whole * (self.slices - 1) / self.slices / (self.size / self.slices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """One call of a program on one chip.
+
+  Attributes:
+    flops: of its dots and convolutions.
+    hbm_bytes: read and written.
+    collectives: each channel once.
+    kernels: times that a custom kernel runs (Pallas), whose FLOPs the text doesn't show.
+    unknown_loops: loops whose bodies are counted once for want of a trip count.
+  """
+
+  flops: float
+  hbm_bytes: float
+  collectives: tuple[Collective, ...]
+  kernels: float
+  unknown_loops: tuple[str, ...]
+
+  def collective_bytes(self) -> dict[str, float]:
+    """Bytes that one chip receives, by kind."""
+    total: dict[str, float] = {}
+    for one in self.collectives:
+      total[one.kind] = total.get(one.kind, 0.0) + one.bytes
+    return total
+
+
+def work_of(program: Program, slice_of: Sequence[int]) -> Work:
+  """Counts a program.
+
+  Args:
+    program: as `hlo.parse` gives it.
+    slice_of: for each chip, in the order of the program's partitions, the slice that it is in.
+  """
+  flops = hbm = kernels = 0.0
+  channels: dict[str, Collective] = {}
+  for name, times, fused in program.runs():
+    scope = program.computations[name]
+    for one in scope.values():
+      if one.opcode == 'convolution':
+        flops += times * _convolution_flops(one, scope)
+      elif one.opcode == 'dot':
+        flops += times * _dot_flops(one, scope)
+      elif one.opcode == 'custom-call' and 'tpu_custom_call' in one.attributes:
+        kernels += times
+      kind = one.opcode.removesuffix('-start')
+      if kind in KINDS:
+        found = _collective(kind, one, scope, times, slice_of)
+        channel = _field(one, 'channel_id') or f'{name}/{one.name}'
+        before = channels.get(channel)
+        if before is None or before.bytes < found.bytes:
+          channels[channel] = found
+      if not fused:
+        hbm += times * _hbm_bytes(program, one, scope)
+  return Work(flops, hbm, tuple(channels.values()), kernels, tuple(program.unknown_loops()))
+
+
+def group_of(attributes: str, count: int) -> tuple[int, ...]:
+  """The first group of chips that a collective joins.
+
+  Args:
+    attributes: of the instruction. Groups are written as lists `{{0,1},{2,3}}`, as a reshaped and
+      transposed range `[2,4]<=[4,2]T(1,0)`, or by axes of a mesh `mesh['a'=2,'b'=4] {'b'}`; a
+      permutation as pairs `{{0,1},{1,0}}`.
+    count: chips of the program; without any groups they all are one.
+  """
+  if found := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', attributes):
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
+    joined = re.findall(r"'(\w+)'", found.group(2))
+    ranges = [range(size if name in joined else 1) for name, size in sizes.items()]
+    steps = [math.prod(list(sizes.values())[i + 1 :]) for i in range(len(sizes))]
+    return tuple(sum(a * b for a, b in zip(place, steps)) for place in itertools.product(*ranges))
+  if found := re.search(
+    r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes
+  ):
+    dims = [int(d) for d in found.group(3).split(',')]
+    order = [int(d) for d in (found.group(4) or '').split(',') if d] or list(range(len(dims)))
+    steps = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
+    places = itertools.product(*(range(dims[axis]) for axis in order))
+    flat = (sum(a * steps[axis] for a, axis in zip(place, order)) for place in places)
+    return tuple(itertools.islice(flat, int(found.group(2))))
+  if found := re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', attributes):
+    return tuple(int(d) for d in found.group(1).split(','))
+  return tuple(range(count))
+
+
+def _collective(
+  kind: str,
+  one: Instruction,
+  scope: dict[str, Instruction],
+  times: float,
+  slice_of: Sequence[int],
+) -> Collective:
+  group = group_of(one.attributes, len(slice_of))
+  given = sum(scope[name].bytes for name in one.operands if name in scope)
+  shapes = one.shapes
+  if one.opcode.endswith('-start') and kind != 'all-reduce':
+    # The result is (operands, results, ...).
+    shapes = shapes[len(one.operands) : 2 * len(one.operands)]
+  result = sum(shape.bytes for shape in shapes)
+  size, spanned = len(group), len({slice_of[chip] for chip in group})
+  if kind == 'collective-permute':
+    received = result
+  else:
+    whole = given or result * size if kind == 'reduce-scatter' else result
+    received = _FACTOR.get(kind, 1.0) * whole * (size - 1) / max(size, 1)
+  return Collective(kind, one.name, one.op_name, shapes, times, size, spanned, times * received)
+
+
+def _dot_flops(one: Instruction, scope: dict[str, Instruction]) -> float:
+  contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', one.attributes).group(1)
+  left = scope[one.operands[0]].shapes[0].dims
+  return 2.0 * one.shapes[0].elements * math.prod(left[int(d)] for d in contracted.split(',') if d)
+
+
+def _convolution_flops(one: Instruction, scope: dict[str, Instruction]) -> float:
+  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', one.attributes)
+  image, kernel, result = labels.groups()
+  given, weights = (scope[name].shapes[0].dims for name in one.operands[:2])
+  out = one.shapes[0].dims
+  window = dict(re.findall(r'(\w+)=([^ }]+)', _field(one, 'window') or ''))
+  total = 2.0 * out[result.index('b')] * out[result.index('f')] * weights[kernel.index('i')]
+  spatial = sorted(d for d in result if d.isdigit())
+  part = lambda name, default: (
+    window[name].split('x') if name in window else [default] * len(spatial)
+  )
+  strides, pads = part('stride', '1'), part('pad', '0_0')
+  dilations = list(zip(part('lhs_dilate', '1'), part('rhs_dilate', '1'), strict=True))
+  for place, digit in enumerate(spatial):
+    total *= window_positions(
+      given[image.index(digit)],
+      weights[kernel.index(digit)],
+      out[result.index(digit)],
+      int(strides[place]),
+      int(pads[place].split('_')[0]),
+      tuple(map(int, dilations[place])),
+    )
+  return total
+
+
+def _hbm_bytes(program: Program, one: Instruction, scope: dict[str, Instruction]) -> float:
+  if one.opcode in _FREE or one.opcode.endswith('-done'):
+    return 0.0
+  if one.opcode == 'custom-call' and 'AllocateBuffer' in one.attributes:
+    return 0.0
+  in_hbm = lambda shapes: sum(shape.bytes for shape in shapes if not shape.on_chip)
+  if one.opcode == 'copy-start':  # the result is (destination, source, context)
+    return in_hbm(one.shapes[:2])
+  read = [in_hbm(scope[name].shapes) if name in scope else 0.0 for name in one.operands]
+  written = in_hbm(one.shapes)
+  if one.opcode.endswith('-start'):
+    written = max(0.0, written - sum(read))
+  if one.opcode in _SLICES:
+    return 2 * written
+  if one.opcode == 'dynamic-update-slice':
+    return 2 * read[1]
+  if one.opcode == 'fusion':
+    return _fusion_bytes(program.computations[one.called()[0]], read, written)
+  return sum(read) + written
+
+
+def _fusion_bytes(inside: dict[str, Instruction], read: list[float], written: float) -> float:
+  """What a fusion moves, of operands that hold `read` bytes each and results of `written` bytes."""
+  users: dict[str, list[Instruction]] = {}
+  for one in inside.values():
+    for name in one.operands:
+      users.setdefault(name, []).append(one)
+  total = written
+  for one in inside.values():
+    if one.opcode != 'parameter':
+      continue
+    whole = read[int(one.argument)] if int(one.argument) < len(read) else 0.0
+    uses = users.get(one.name, [])
+    if whole and uses and all(user.opcode in _SLICES for user in uses):
+      whole = min(whole, sum(user.bytes for user in uses))
+    elif whole and any(_updates(user, one) for user in uses):
+      # Written in place: neither read nor written but where the update goes.
+      updates = sum(inside[u.operands[1]].bytes for u in uses if _updates(u, one))
+      total -= min(written, one.bytes)
+      whole = min(whole, 2 * updates)
+    total += whole
+  return max(total, 0.0)
+
+
+def _updates(user: Instruction, one: Instruction) -> bool:
+  return user.opcode == 'dynamic-update-slice' and user.operands[0] == one.name
+
+
+def _field(one: Instruction, name: str) -> str | None:
+  found = re.search(rf'\b{name}=(\{{[^}}]*\}}|[^,\s]+)', one.attributes)
+  return found.group(1).strip('{}') if found else None

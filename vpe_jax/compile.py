@@ -1,0 +1,76 @@
+r"""Compiles a run for a TPU pod that you needn't have: does it fit, and what bounds its speed?
+
+Examples:
+  python -m vpe_jax.compile --config=configs/t2i.py:paper --topology=v5p:4x4x4
+  python -m vpe_jax.compile --config=configs/t2i.py:pod --topology=v5litepod-256 --json=fit.json
+  python -m vpe_jax.compile --config=configs/t2i.py:pod,chips=256 --topology=v5p:4x4x4 --slices=4 \
+      --mesh=data=4,fsdp=64
+  python -m vpe_jax.compile --config=configs/t2i.py:paper --topology=v6e:8x8 --stage=plan
+  python -m vpe_jax.compile --config=configs/t2i.py:paper --topology=v5e:4x4 --what=sample \
+      --images_per_chip=1
+  python -m vpe_jax.compile --config=configs/t2i.py:debug --topology=cpu:8
+
+Needs `pip install libtpu`, on any machine; a paper-size program takes minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+import jax
+from absl import flags
+from etils import epath
+
+from vpe_jax import front_door
+from vpe_jax.compilation import examine, headers, program
+from vpe_jax.contracts import UserError
+from vpe_jax.training import config_file
+
+FLAGS = flags.FLAGS
+_overrides: dict[str, str] = {}
+
+
+def _define_flags() -> None:
+  flags.DEFINE_string('config', None, 'config file and preset; --config.KEY=VALUE changes a field')
+  flags.DEFINE_string('topology', None, 'v5p:4x4x8, a Cloud name such as v5p-256, or cpu:8')
+  flags.DEFINE_integer('slices', 1, 'slices of this topology, along the mesh axis data')
+  flags.DEFINE_string('mesh', '', "sizes in place of the config's, such as data=4,fsdp=16")
+  flags.DEFINE_enum('what', program.TRAIN, program.KINDS, 'the training step, or the drawing')
+  flags.DEFINE_string('stage', None, 'of the run (default: its last)')
+  flags.DEFINE_integer('images_per_chip', None, "in place of the config's batch")
+  flags.DEFINE_string('json', None, 'a file for the figures, local or gs://')
+  flags.DEFINE_string('write_header', None, "of --config's file, from a folder of such files")
+
+
+def main() -> None:
+  """Runs the command."""
+  if FLAGS.config and FLAGS.write_header:
+    print(f'{FLAGS.config}: {headers.write(FLAGS.config, FLAGS.write_header)} rows')
+    return
+  for name in ('config', 'topology'):
+    if FLAGS[name].value is None:
+      raise UserError(f'--{name} is missing: --help has examples')
+  jax.config.update('jax_platforms', 'cpu')  # The chips to compile for aren't here.
+  count = FLAGS.topology.removeprefix('cpu:')
+  if count.isdigit() and 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    jax.config.update('jax_num_cpu_devices', int(count))
+  config = config_file.load(FLAGS.config, _overrides)
+  names = ('topology', 'slices', 'what', 'stage', 'images_per_chip')
+  asked = {name: FLAGS[name].value for name in names}
+  report = examine.examine(config, examine.Request(mesh=examine.parse_mesh(FLAGS.mesh), **asked))
+  print(report.text(), flush=True)
+  if FLAGS.json:
+    epath.Path(FLAGS.json).write_text(json.dumps(report.as_dict(), indent=2) + '\n')
+
+
+def _take_overrides(argv: list[str]) -> list[str]:
+  """Takes the config's overrides out of the command line before absl reads it."""
+  overrides, others = config_file.split_overrides(argv)
+  _overrides.update(overrides)
+  return others
+
+
+if __name__ == '__main__':
+  _define_flags()
+  front_door.run(main, _take_overrides)
