@@ -18,6 +18,9 @@ from vpe_jax import sharding
 from vpe_jax.config import MeshConfig
 from vpe_jax.ops.attention import blockwise, chooser, pallas_tpu, reference, schedule
 
+# A program for devices that aren't there can't be read back from the compilation cache.
+pytestmark = pytest.mark.filterwarnings('ignore:Error reading persistent compilation cache')
+
 
 @pytest.fixture(scope='module')
 def mesh():
@@ -80,8 +83,8 @@ def test_compiles_for_v5e_without_a_square_buffer(masks, mesh, lengths, heads, d
 
 
 def test_the_search_finds_what_the_dense_definition_makes(masks, mesh):
-  text = _compiled(masks, mesh, reference.attention, (829, 829), (2, 1, 64), jnp.bfloat16)
-  assert _square(text, (829, 829))
+  text = _compiled(masks, mesh, reference.attention, (300, 300), (2, 1, 64), jnp.bfloat16)
+  assert _square(text, (300, 300))
 
 
 def test_a_schedule_beyond_scalar_memory_is_cut_by_rows(masks, monkeypatch):

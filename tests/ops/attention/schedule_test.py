@@ -12,10 +12,14 @@ from vpe_jax.data.sequence import NEVER
 from vpe_jax.ops.attention import schedule
 from vpe_jax.ops.attention.schedule import FULL, PARTIAL, SKIP
 
+_pairs = jax.jit(schedule.pairs, static_argnums=(2, 3))
+
 
 def _needed(query: Visibility, key: Visibility, rows: int, columns: int) -> np.ndarray:
   """Visible pairs of each block pair, counted one by one: [B, I, J]."""
-  mask = np.asarray(visible(query, key))
+  # On numpy arrays: nothing is compiled for each of many shapes.
+  query, key = (jax.tree.map(np.asarray, side) for side in (query, key))
+  mask = visible(query, key)
   B, L, S = mask.shape
   mask = np.pad(mask, ((0, 0), (0, -L % rows), (0, -S % columns)))
   return mask.reshape(B, -(-L // rows), rows, -(-S // columns), columns).sum((2, 4))
@@ -23,7 +27,7 @@ def _needed(query: Visibility, key: Visibility, rows: int, columns: int) -> np.n
 
 def _check(query: Visibility, key: Visibility, rows: int, columns: int) -> tuple[int, int]:
   """Nothing visible is skipped, nothing FULL has a hole; returns pairs visited and needed."""
-  status = np.asarray(schedule.pairs(query, key, rows, columns))
+  status = np.asarray(_pairs(query, key, rows, columns))
   needed = _needed(query, key, rows, columns)
   assert not (status[needed > 0] == SKIP).any()
   assert (needed[status == FULL] == rows * columns).all()
@@ -59,7 +63,6 @@ def test_packed_rows_of_two_experts_visit_little_more(masks):
 
 def test_no_visible_pair_is_skipped_whatever_the_row():
   generator = np.random.default_rng(1)
-  check = jax.jit(schedule.pairs, static_argnums=(2, 3))
   for _ in range(200):
     order = generator.permutation(90)
     since = order - generator.integers(0, 40, 90) * generator.integers(0, 2, 90)
@@ -67,7 +70,7 @@ def test_no_visible_pair_is_skipped_whatever_the_row():
     until = np.where(generator.random(90) < 0.5, order + generator.integers(0, 20, 90), NEVER)
     fields = np.stack([order, since, reach, until]) * (generator.random(90) < 0.8)
     row = Visibility(*(jnp.asarray(x[None], jnp.int32) for x in fields))
-    status, needed = np.asarray(check(row, row, 16, 8)), _needed(row, row, 16, 8)
+    status, needed = np.asarray(_pairs(row, row, 16, 8)), _needed(row, row, 16, 8)
     assert not (status[needed > 0] == SKIP).any()
     assert (needed[status == FULL] == 16 * 8).all()
   assert (status == SKIP).any() and (status == PARTIAL).any()
@@ -78,7 +81,7 @@ def test_every_mask_of_the_systems_is_served(masks, rows, columns):
   full = 0
   for mask in masks.sized.values():
     _check(*mask, rows, columns)
-    full += int((schedule.pairs(*mask, rows, columns) == FULL).sum())
+    full += int((_pairs(*mask, rows, columns) == FULL).sum())
   assert full > 0
 
 
