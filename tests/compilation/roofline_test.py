@@ -81,3 +81,12 @@ def test_what_does_not_fit(fitting):
   # Within the memory, but with too little left for the runtime.
   tight = dataclasses.replace(fitting, usage=dataclasses.replace(usage, fits=True, peak=16e9))
   assert not tight.fits
+
+
+def test_what_would_help(fitting):
+  settings = {'remat': 'none', 'accumulate': 2, 'strategy': 'fsdp', 'logits_chunk': 0}
+  told = ' '.join(dataclasses.replace(fitting, settings=settings).knobs())
+  for part in ('remat=full', 'accumulate=4', 'images_per_chip=4', 'logits_chunk', 'mesh'):
+    assert part in told, part
+  drawing = dataclasses.replace(fitting, what='sample', images=16).knobs()
+  assert len(drawing) == 1 and 'mesh' in drawing[0]  # one image a chip, nothing backward
