@@ -38,7 +38,7 @@ def test_a_step_on_virtual_devices(monkeypatch):
   assert values['collective_bytes'].keys() >= {'all-gather', 'all-reduce'}
   assert values['bound_by'] is None and values['hbm_fraction'] is None and values['fits']
   (warning,) = found.warnings
-  assert 'all-reduce' in warning and 'embed/' in warning
+  assert 'all-reduce' in warning and 'ar/layers/' in warning
   text = found.text()
   assert text.count('warning:') == 1
   for part in ('peak', 'arguments', 'temporaries', 'parameters:', 'trainable', 'no figures'):
