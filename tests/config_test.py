@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from configs import t2i
 from vpe_jax import config
 from vpe_jax.contracts import UserError
 from vpe_jax.models import mot
@@ -55,3 +56,19 @@ def test_values_out_of_range_are_one_line(key, good, bad, message):
   with pytest.raises(UserError, match=message) as error:
     _build(key, bad)
   assert '\n' not in str(error.value)
+
+
+def test_paper_keeps_its_batches_and_pod_has_eight_images_a_chip():
+  paper, pod = t2i.get_config('paper'), t2i.get_config('pod,chips=64')
+  assert paper.batch_size == (480, 192)
+  # Both divide over 32 devices; further chips work within the layers.
+  assert (paper.mesh.data * paper.mesh.fsdp, paper.mesh.tensor) == (32, -1)
+  assert not any(batch % 32 for batch in paper.batch_size)
+  assert pod.batch_size == (512,) and pod.mesh.data == 16
+  assert pod.optim.lr == pytest.approx(paper.optim.lr * (512 / 192) ** 0.5)
+  seen = [steps * batch for steps, batch in zip(paper.steps, paper.batch_size, strict=True)]
+  assert [steps * 512 for steps in pod.steps] == pytest.approx(seen, rel=1e-3)
+  assert t2i.get_config('pod').batch_size == (2048,)
+  for arg in ('paper,chips=64', 'pod,chips=many'):
+    with pytest.raises(ValueError, match='of the preset pod only'):
+      t2i.get_config(arg)

@@ -270,9 +270,9 @@ class System(Protocol):
     ...
 
   def attention_flops(self, stage: Stage) -> float:
-    """Of one forward pass over one example, the FLOPs of attention over Visibility alone.
+    """Of one forward pass over one example, the FLOPs of attention between what sees each other.
 
-    Only systems that use vpe_jax.ops.attention have this.
+    What a kernel of vpe_jax.ops.attention has to do; only systems that use them have this.
     """
     ...
 

@@ -72,14 +72,6 @@ RULES: dict[str, tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]] = {
     (CONV_OUT, _SPREAD),
     (CONV_IN, _SPREAD),
   ),
-  'fsdp_2d': (
-    (EMBED, ((FSDP,),)),
-    (MLP, ((DATA,),)),
-    (HEADS, ((DATA,),)),
-    (KV_HEADS, ((DATA,),)),
-    (CONV_OUT, ((FSDP,),)),
-    (CONV_IN, ((DATA,),)),
-  ),
   'fsdp_tensor': (
     (HEADS, ((TENSOR,),)),
     (KV_HEADS, ((TENSOR,),)),

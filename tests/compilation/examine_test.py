@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from configs import t2i
-from vpe_jax.compilation import examine, report
+from vpe_jax.compilation import examine
 from vpe_jax.compilation.examine import Request
 from vpe_jax.contracts import UserError
 
@@ -25,7 +25,8 @@ def _config(**data) -> dict:
   return config.to_dict()
 
 
-def test_a_step_on_virtual_devices():
+def test_a_step_on_virtual_devices(monkeypatch):
+  monkeypatch.setattr(examine, 'LARGE', 1000)  # bytes of an all-reduce that is worth a warning
   found = examine.examine(_config(), Request('cpu:8', stage='plan', images_per_chip=2))
   values = json.loads(json.dumps(found.as_dict()))
   assert values.keys() >= KEYS
@@ -36,7 +37,10 @@ def test_a_step_on_virtual_devices():
   assert values['hlo_flops_per_step'] >= 0.97 * values['model_flops_per_step'] > 0
   assert values['collective_bytes'].keys() >= {'all-gather', 'all-reduce'}
   assert values['bound_by'] is None and values['hbm_fraction'] is None and values['fits']
+  (warning,) = found.warnings
+  assert 'all-reduce' in warning and 'ar/layers/' in warning
   text = found.text()
+  assert text.count('warning:') == 1
   for part in ('peak', 'arguments', 'temporaries', 'parameters:', 'trainable', 'no figures'):
     assert part in text
 
@@ -45,7 +49,9 @@ def test_frozen_encoders_that_run_online_are_arguments():
   asked = Request('cpu:2', stage='plan', images_per_chip=1)
   online = examine.examine(_config(encode='online'), asked)
   cached = examine.examine(_config(), asked)
-  assert online.usage.arguments - cached.usage.arguments > 0.5 * online.frozen_bytes
+  # The image tower and the quantiser; captions' tower and autoencoder aren't read in this stage.
+  added = online.usage.arguments - cached.usage.arguments
+  assert 0.2 * online.frozen_bytes < added < online.frozen_bytes
   assert online.work.flops > cached.work.flops and online.model_flops > cached.model_flops
 
 
@@ -56,7 +62,7 @@ def test_drawing():
   assert found.work.flops * 2 == pytest.approx(found.model_flops, rel=0.15)
 
 
-def test_mistakes_are_one_line(monkeypatch):
+def test_mistakes_are_one_line():
   for request, message in (
     (Request('cpu:8', stage='plam'), "did you mean 'plan'"),
     (Request('cpu:8', what='draw'), 'train or sample'),
@@ -74,16 +80,8 @@ def test_mistakes_are_one_line(monkeypatch):
 
 
 def test_encoders_of_other_sizes_than_the_models_are_refused():
-  with pytest.raises(UserError, match='do not fit the sizes in config.model'):
+  with pytest.raises(UserError, match='data.image_size=70'):
     examine.examine(_config(encode='online', image_size=70), Request('cpu:8'))
-
-
-def test_gradients_that_are_reduced_whole_are_named(monkeypatch):
-  monkeypatch.setattr(examine, 'LARGE', 1000)
-  found = examine.examine(_config(), Request('cpu:8', stage='plan'))
-  (warning,) = found.warnings
-  assert 'all-reduce' in warning and 'embed/' in warning
-  assert found.text().count('warning:') == 1
 
 
 def test_activation_layouts_are_what_keeps_memory_small(monkeypatch):
@@ -95,12 +93,3 @@ def test_activation_layouts_are_what_keeps_memory_small(monkeypatch):
   jax.clear_caches()
   monkeypatch.setattr('vpe_jax.sharding.constrain', lambda x, names: x)
   assert examine.examine(config.to_dict(), asked).usage.temporary > 1.5 * pinned
-
-
-def test_what_helps_where_it_does_not_fit():
-  settings = {'remat': 'none', 'accumulate': 2, 'strategy': 'fsdp', 'logits_chunk': 0}
-  given = examine.examine(_config(), Request('cpu:2', stage='plan', images_per_chip=4))
-  changed = report.Report(**{**vars(given), 'settings': settings})
-  knobs = ' '.join(changed.knobs())
-  for part in ('remat=full', 'accumulate=4', 'images_per_chip=2', 'logits_chunk', 'mesh'):
-    assert part in knobs

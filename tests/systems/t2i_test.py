@@ -67,7 +67,8 @@ def _abstract(arg: str):
 
 
 def test_presets_build_one_module_tree():
-  assert _paths(_abstract('debug')) == _paths(_abstract('tiny')) == _paths(_abstract('paper'))
+  trees = [_paths(_abstract(arg)) for arg in ('debug', 'tiny', 'paper', 'pod')]
+  assert all(tree == trees[0] for tree in trees)
 
 
 def test_paper_total_is_the_papers():
@@ -403,18 +404,6 @@ def test_state_is_spread_over_eight_devices(arg):
     leaves = jax.tree.leaves([state[name] for name in ('params', 'opt_state', 'ema')])
     held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
     assert held / sum(leaf.size for leaf in leaves) < 1 / 8 + 0.02
-
-
-def test_flops_match_the_compiled_forward_pass():
-  system = systems.build({**to_dict(_system('tiny').config), 'unroll': True})
-  params = jax.eval_shape(system.init, KEY)
-  batch = system.abstract_batch(8)
-  for stage in system.stages:
-    forward = lambda p, b, s=stage: {
-      name: term.sum for name, term in system.losses(p, {}, b, KEY, 0, s).items()
-    }
-    counted = jax.jit(forward).lower(params, batch).cost_analysis()['flops'] / 8
-    assert 0.8 < system.flops(stage) / 3 / counted <= 1.05
 
 
 def test_similarity_finds_the_caption_and_reads_long_ones_by_their_beginning(system):

@@ -191,7 +191,7 @@ def _warnings(
 
 
 def _reductions(trainable: Mapping[str, tuple[int, ...]], work: traffic.Work) -> list[str]:
-  """One warning for all gradients that are reduced whole, naming the leaves with most bytes."""
+  """One warning for all leaves that move whole by all-reduce, naming those with most bytes."""
   leaves: dict[tuple[int, ...], str] = {}
   for path, shape in trainable.items():
     for dims in (shape, shape[1:]):  # a scan's body reduces one layer
@@ -208,8 +208,8 @@ def _reductions(trainable: Mapping[str, tuple[int, ...]], work: traffic.Work) ->
     return []
   worst = ', '.join(sorted(named, key=named.get, reverse=True)[:3])
   return [
-    f'{total / 1e9:.2f} GB a chip is reduced by all-reduce, which moves twice the bytes of a '
-    f'reduce-scatter: {worst}'
+    f'{total / 1e6:,.1f} MB a chip move by all-reduce, at twice the bytes of a reduce-scatter (of '
+    f'gradients) or an all-gather (of weights): {worst}'
   ]
 
 

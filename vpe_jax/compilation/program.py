@@ -59,8 +59,8 @@ class Lowered:
     frozen_bytes: of the frozen networks, on one device.
     argument_bytes: of state and frozen networks, on one device.
     flops: of the whole batch by our own formula.
-    kernel_flops: of the whole batch, what attention would amount to if it were a kernel whose
-      inside the program's text doesn't show.
+    kernel_flops: of the whole batch, what attention amounts to where it is a kernel, whose inside
+      the program's text doesn't show.
   """
 
   lowered: jax.stages.Lowered
@@ -134,9 +134,9 @@ def _train(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, fl
   batch = _placed(batch, jax.tree.map(lambda _: spread, batch))
   lowered = step.lower(state, frozen, batch, _key(job.mesh))
   attention = system.attention_flops(stage) if hasattr(system, 'attention_flops') else 0.0
-  # Forward, backward, and once more what the backward pass recomputes; two of its seven products
-  # are recomputed by any kernel that keeps no attention matrix.
-  passes = 4.5 if system.config.remat != 'none' else 3.5
+  # Of two products each: one pass forward, three and a half backward (three products for the
+  # queries' gradient, four for the keys' and values'), and one forward again with remat.
+  passes = 4.5 if system.config.remat == 'none' else 5.5
   return lowered, job.images * system.flops(stage), job.images * passes * attention
 
 
