@@ -70,6 +70,14 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     weights.save(str(tmp_path / 'w.npz'), {}, {})
 
 
+def test_files_beside_are_left_alone(tmp_path):
+  beside = tmp_path / 'w.safetensors.unfinished'
+  beside.write_text('mine')
+  weights.save(str(tmp_path / 'w.safetensors'), {'a': np.ones(2, np.float32)}, {})
+  assert beside.read_text() == 'mine'
+  assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_fingerprint_knows_paths_shapes_and_bits():
   base = {'a': np.ones((2, 3), np.float32)}
   same = {'a': jnp.ones((2, 3))}

@@ -23,7 +23,7 @@ def test_resume_drops_what_lies_beyond(tmp_path, numbered):
   _write(tmp_path, range(1, 6), 0, numbered)
   _write(tmp_path, range(4, 8), 3, numbered)
   assert _steps(tmp_path, numbered) == [1, 2, 3, 4, 5, 6, 7]
-  assert not list(tmp_path.glob('*.partial'))
+  assert not list(tmp_path.glob('.*'))
 
 
 @pytest.mark.parametrize('numbered', [False, True])

@@ -9,10 +9,12 @@ already, where each layer is written in place.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from vpe_jax.checkpoints import table as tables
 from vpe_jax.checkpoints.sources import Tensor
 from vpe_jax.checkpoints.table import Place, Table
 from vpe_jax.contracts import Array, Params, UserError
+from vpe_jax.data import storage
 from vpe_jax.sharding import by_path
 
 SHARD = 5 * 10**9  # bytes of a file, as transformers' default
@@ -172,10 +175,7 @@ def export(
   kind = np.dtype(getattr(jnp, dtype))
   files = _files(places, shapes, kind.itemsize, shard)
   names = _file_names(stem, len(files))
-  unfinished = folder.parent / f'{folder.name}.unfinished'
-  shutil.rmtree(unfinished, ignore_errors=True)
-  try:
-    unfinished.mkdir(parents=True)
+  with storage.writing(folder), _made_whole(folder) as unfinished:
     for name, keys in zip(names, files, strict=True):
       tensors = {key: _source_tensor(places[key], leaves, axes, kind) for key in keys}
       # `format` is what transformers and diffusers look for.
@@ -186,12 +186,20 @@ def export(
       index = {'metadata': {'total_size': total}, 'weight_map': where}
       _write_json(unfinished / f'{stem}.safetensors.index.json', index)
     _write_json(unfinished / 'config.json', config)
+  return sorted(places)
+
+
+@contextlib.contextmanager
+def _made_whole(folder: Path) -> Iterator[Path]:
+  """A folder of our own beside another, whose name it gets once all is in it."""
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.', suffix='.part'))
+  try:
+    yield unfinished
+    unfinished.chmod(0o755)  # temporary folders are private
     unfinished.rename(folder)
-  except OSError as error:
-    raise UserError(f"can't write '{folder}': {error.strerror or error}") from error
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
-  return sorted(places)
 
 
 def _known(table: Table, key: str) -> bool:

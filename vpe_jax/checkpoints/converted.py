@@ -21,6 +21,7 @@ from vpe_jax.checkpoints import families, parity, sources, weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, build_section, to_dict
 from vpe_jax.contracts import Params, Start, UserError
+from vpe_jax.data import storage
 from vpe_jax.sharding import by_path
 
 # Systems that train a network of a published family, and the section of its sizes in their model.
@@ -99,12 +100,11 @@ def write(imported: families.Imported, folder: str, source: str) -> None:
   config = {'family': imported.family, 'sizes': to_dict(imported.sizes), 'source': source}
   state = {'stage': 0, 'step': 0, 'stage_step': 0, 'examples_seen': 0}
   state |= {'params': imported.params, 'opt_state': {}, 'ema': {}}
-  store = Store(str(epath.Path(folder).expanduser() / FOLDER), CheckpointConfig())
+  store = Store(str(storage.place(folder) / FOLDER), CheckpointConfig())
   try:
-    store.save(state, config, force=True)
-    store.wait()
-  except OSError as error:
-    raise UserError(f"can't write '{folder}': {error.strerror or error}") from error
+    with storage.writing(folder):
+      store.save(state, config, force=True)
+      store.wait()
   finally:
     store.close()
 
@@ -115,7 +115,8 @@ def check_target(folder: str) -> None:
   Raises:
     UserError: something is there.
   """
-  if epath.Path(folder).expanduser().exists():
+  place = storage.place(folder)
+  if storage.reached(place, place.exists):
     raise UserError(f"'{folder}' exists: name another folder")
 
 

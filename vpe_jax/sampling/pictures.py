@@ -11,6 +11,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from vpe_jax.contracts import UserError
+from vpe_jax.data import storage
 
 _INK, _PAPER, _FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
 _GAP = 12  # pixels between pictures and around the grid
@@ -108,17 +109,8 @@ def save_png(
     image = Image.fromarray(np.asarray(image, np.uint8))
   buffer = io.BytesIO()
   image.save(buffer, format='PNG', pnginfo=chunks)
-  partial = path.parent / f'.{path.name}.{os.getpid()}.partial'
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      partial.write_bytes(buffer.getvalue())
-      partial.replace(path)
-    except BaseException:
-      partial.unlink(missing_ok=True)
-      raise
-  except OSError as error:
-    raise UserError(f'cannot write {path}: {error.strerror or error}') from error
+  with storage.writing(path):
+    storage.write_atomic(path, buffer.getvalue())
 
 
 def plan_files(out: str, count: int, overwrite: bool = False) -> list[str]:

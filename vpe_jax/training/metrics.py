@@ -7,7 +7,6 @@ a new run puts what it finds aside, for that may be somebody else's.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -15,6 +14,9 @@ import re
 from typing import Any
 
 from etils import epath
+
+from vpe_jax.data import storage
+from vpe_jax.data.storage import is_remote
 
 FILE = 'metrics.jsonl'
 PART_RECORDS = 200  # records that a remote run holds back at most
@@ -33,11 +35,6 @@ def read(workdir: epath.PathLike, numbered: bool | None = None) -> list[Record]:
   for path in _files(folder, is_remote(folder) if numbered is None else numbered):
     records += parse(path.read_text())
   return records
-
-
-def is_remote(workdir: epath.PathLike) -> bool:
-  """Whether the folder is on an object store such as gs://."""
-  return '://' in str(workdir)
 
 
 class MetricsFile:
@@ -105,10 +102,8 @@ def _put_aside(path: epath.Path) -> None:
   if not path.read_bytes():
     path.unlink()
     return
-  names = (f'{path.name}.before{number}' for number in itertools.chain([''], itertools.count(2)))
-  free = next(place for name in names if not (place := path.parent / name).exists())
-  path.rename(free)
-  print(f'warning: this run is new, so the records in {path} were renamed to {free.name}')
+  now = storage.put_aside(path, f'{path.name}.before')
+  print(f'warning: this run is new, so the records in {path} were renamed to {now}')
 
 
 def _truncate(path: epath.Path, resumed: int) -> None:
@@ -122,10 +117,7 @@ def _replace(path: epath.Path, text: str) -> None:
   if not text:
     path.unlink()
     return
-  # A crash between these two lines leaves the old file whole.
-  beside = path.parent / f'{path.name}.partial'
-  beside.write_text(text)
-  beside.replace(path)
+  storage.write_atomic(path, text.encode())
 
 
 def parse(text: str) -> list[Record]:
