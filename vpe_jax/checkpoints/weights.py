@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from vpe_jax import __version__
@@ -49,7 +48,7 @@ def load(source: str) -> tuple[Params, dict[str, str]]:
     (JSON), `version`, `step`, `stage`, `weights` (ema or raw) and `source`.
 
   Raises:
-    UserError: nothing is there, or it can't be read; says how to make it.
+    UserError: nothing is there, it can't be read, or its numbers were changed; names the cure.
   """
   if source.startswith(ASSETS):
     return _load_asset(source.removeprefix(ASSETS))
@@ -187,18 +186,16 @@ def _load_asset(name: str) -> tuple[Params, dict[str, str]]:
 
 
 def _parse(data: bytes, source: str) -> tuple[Params, dict[str, str]]:
-  try:
-    flat = {name: _array(leaf) for name, leaf in safetensors.deserialize(data)}
-  except safetensors.SafetensorError as error:
-    raise UserError(f"'{source}' is no whole safetensors file ({error}): get it again") from error
-  # The header: its length as eight bytes, then JSON.
-  header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
-  tree = _nested({name: _widened(leaf) for name, leaf in flat.items()})
-  return tree, dict(header.get('__metadata__', {}))
-
-
-def _array(leaf: Mapping[str, Any]) -> np.ndarray:
-  return np.frombuffer(leaf['data'], sources.DTYPES[leaf['dtype']]).reshape(leaf['shape']).copy()
+  tensors, metadata = sources.parse(data, source)
+  # Copies, as what is read is a view of the file that nothing can write to.
+  tree = _nested({name: _widened(tensor.read().copy()) for name, tensor in tensors.items()})
+  # What `save` wrote says what a reader must find; other files say nothing.
+  if metadata.get('fingerprint', found := fingerprint(tree)) != found:
+    raise UserError(
+      f"'{source}' is damaged: its numbers are not those that were written (fingerprint {found}, "
+      f'not {metadata["fingerprint"]}): get it again, or export it again'
+    )
+  return tree, metadata
 
 
 def _under(prefix: str, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
