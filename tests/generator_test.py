@@ -143,6 +143,14 @@ def test_nothing_to_draw_is_an_error(prompts, n, message):
     _dice()(prompts, n)
 
 
+def test_prompts_are_alike_however_they_are_spaced():
+  plain, spaced = _dice()(['a red fox', '\ufeff a red fox \t\n'])
+  _same(plain, spaced)
+  for blank in ('', ' \n', '\ufeff'):
+    with pytest.raises(UserError, match='prompt is blank'):
+      _dice()(['a red fox', blank])
+
+
 def test_over_long_prompt_is_an_error():
   with pytest.raises(UserError, match='shorten it'):
     _dice()('a red fox and a dog ' * 20)

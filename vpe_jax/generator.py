@@ -168,10 +168,10 @@ class Generator:
       progress: called with (pictures done, pictures in all) after each batch.
 
     Raises:
-      UserError: no prompt, one that is too long or no text, a setting out of range, or a picture
-        that isn't finite.
+      UserError: no prompt, one that is blank, too long or no text, a setting out of range, or a
+        picture that isn't finite.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = text.tidied([prompts] if isinstance(prompts, str) else prompts)
     if not prompts or n < 1:
       raise UserError(f'nothing to draw: {len(prompts)} prompts with n={n} pictures each')
     settings = self.settings() if settings is None else settings

@@ -89,7 +89,7 @@ def open_source(name: str) -> Source:
     UserError: nothing is there, a file is damaged or refused, or the hub is out of reach.
   """
   path = Path(name).expanduser()
-  if not path.exists():
+  if not name or not path.exists():
     path = _downloaded(name)
   if path.is_file():
     return Source(path, _read(path), _config(path.parent))

@@ -77,11 +77,32 @@ def writing(path: AnyPath) -> Iterator[None]:
     raise UserError(unwritable(path, error)) from error
 
 
-def unwritable(path: AnyPath, error: OSError) -> str:
-  """Why a place can't be written, and the cure."""
-  full = error.errno in _FULL
-  cure = 'free some space and run the same command again' if full else 'name another place'
-  return f'cannot write {path}: {error.strerror or error}; {cure}'
+def unwritable(path: AnyPath | None, error: OSError) -> str:
+  """Why a place (None: it isn't known) can't be written, and the cure."""
+  cure = 'free some space and run the same command again'
+  cure = cure if is_full(error) else 'name another place'
+  return f'cannot write {path or "a file"}: {error.strerror or error}; {cure}'
+
+
+def is_full(error: OSError) -> bool:
+  """Whether a disk, or somebody's share of it, is full."""
+  return error.errno in _FULL
+
+
+def read_text(path: AnyPath, name: str = '') -> str:
+  """A text in UTF-8, its lines ended by a newline alone; a byte order mark is left out.
+
+  Args:
+    path: local.
+    name: what an error calls it, if not by its path.
+
+  Raises:
+    UserError: it can't be read.
+  """
+  try:
+    return Path(path).read_text(encoding='utf-8-sig')
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f'cannot read {name or path} ({error}): save it as text in UTF-8') from error
 
 
 def write_atomic(path: os.PathLike[str], content: bytes) -> None:

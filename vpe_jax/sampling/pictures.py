@@ -117,13 +117,15 @@ def plan_files(out: str, count: int, overwrite: bool = False) -> list[str]:
   """The files that `out` stands for; front doors ask before the work starts.
 
   Args:
-    out: a file for everything, or a folder (it ends in /) for `count` files 000.png, 001.png, ...
+    out: a file for everything (it ends in .png), or a folder (in /) for `count` files 000.png, ...
     count: pictures that will be drawn.
     overwrite: whether files may be replaced.
 
   Raises:
-    UserError: a file exists (and `overwrite` is off), or is a folder.
+    UserError: a file exists (and `overwrite` is off), is a folder, or ends in something else.
   """
+  if not out.lower().endswith(('.png', '/')) and not epath.Path(out).is_dir():
+    raise UserError(f'{out}: files of pictures end in .png, and a folder of them in /')
   paths = [f'{out}{index:03d}.png' for index in range(count)] if out.endswith('/') else [out]
   for path in paths:
     if epath.Path(path).is_dir():

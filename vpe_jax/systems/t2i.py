@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import choice, pixels
-from vpe_jax.config import Config, SampleConfig, nearest
+from vpe_jax.config import Config, SampleConfig, check, nearest
 from vpe_jax.contracts import (
   Array,
   Drawing,
@@ -73,6 +73,8 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    for name in ('drop', 'drop_text'):
+      check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
     pairs = {
       'codes': (self.codes, self.plan_codes),
       'latent_channels': (self.latent_channels, self.image_channels),
@@ -101,6 +103,12 @@ class System:
     for name in config.stages:
       if name not in STAGES:
         raise UserError(f"no stage '{name}' in this system{nearest(name, STAGES)}")
+    order = [list(STAGES).index(name) for name in config.stages]
+    if order != sorted(set(order)):
+      raise UserError(
+        f'config.stages is {config.stages}: each stage goes on from the one before, in the order '
+        f'{", ".join(STAGES)}'
+      )
     c: ModelConfig = config.model
     self.config = config
     origin = 'fresh, embed/ from the codecs' if self._inherits else 'fresh'
