@@ -28,6 +28,7 @@ SOURCES = ('mixture', 'openmoji', 'scenes', 'synthetic')  # or FOLDER and a path
 FOLDER = 'folder:'
 ENCODES = ('online', 'cached')
 _SIZES = (int, tuple[int, ...], 'int', 'tuple[int, ...]')  # the types of sizes
+_MOST_LAYERS = 1000
 _MOST = 10**8  # of any size: what is larger is a slip, and would compute for ages
 
 
@@ -67,7 +68,9 @@ def check_sizes(section: Any, path: str = '', **least: int) -> None:
     whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
     check(section, path, field.name, whole, 'a whole number')
     check(section, path, field.name, min(sizes, default=bound) >= bound, f'at least {bound}')
-    check(section, path, field.name, max(sizes, default=0) <= _MOST, f'at most {_MOST}')
+    # Some networks are traced layer by layer, which takes its time.
+    most = _MOST_LAYERS if field.name == 'layers' else _MOST
+    check(section, path, field.name, max(sizes, default=0) <= most, f'at most {most}')
 
 
 @dataclasses.dataclass(frozen=True)

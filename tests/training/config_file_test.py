@@ -59,6 +59,38 @@ def test_mistakes_are_one_line_that_says_how_to_cure_them(spec, overrides, messa
   assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize(
+  'code, message',
+  [
+    ('def get_config(arg):', 'fails .*IndentationError'),
+    ('import no_such_package', 'fails in line 1 .*no_such_package'),
+    ('x = 1', 'has no get_config'),
+    ('get_config = 3', 'has no get_config'),
+    ('def get_config(arg):\n  return None', 'returns NoneType, not a ConfigDict or a dict'),
+    ('def get_config(arg):\n  return 1 / 0', 'fails in line 2 .*division'),
+    ('def get_config():\n  return {}', 'fails .*TypeError'),
+    ('raise SystemExit(0)', 'fails in line 1 .*SystemExit'),
+    ('import sys\ndef get_config(arg):\n  sys.exit("bye")', 'fails in line 3 .*bye'),
+    ('def get_config(arg):\n  return {}', "config.system is 'None'"),
+    ('\0', 'null bytes'),
+    ('raise ValueError("two\\nlines")', 'mine.py: two lines'),
+  ],
+)
+def test_a_file_that_fails_is_one_line(tmp_path, code, message):
+  path = tmp_path / 'mine.py'
+  path.write_text(code)
+  with pytest.raises(UserError, match=message) as error:
+    config_file.load(str(path), {})
+  assert '\n' not in str(error.value)
+
+
+def test_a_plain_dict_is_a_config(tmp_path):
+  values = config_file.load(f'{T2I}:debug', {})
+  path = tmp_path / 'mine.py'
+  path.write_text(f'def get_config(arg):\n  return {values!r}')
+  assert config_file.load(str(path), {}) == values
+
+
 def test_overrides_are_taken_out_of_the_command_line():
   found = config_file.split_overrides(
     ['main', '--config=a.py', '--config.optim.lr=1', '-config.seed', '--workdir=x', 'config.b=1']

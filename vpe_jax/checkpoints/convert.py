@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
 import tempfile
@@ -33,6 +34,7 @@ from vpe_jax.sharding import by_path
 
 SHARD = 5 * 10**9  # bytes of a file, as transformers' default
 _LISTED = 6  # differences that an error lists
+_FEWER = 1000  # times fewer tensors than a config asks for: they aren't listed
 _FLOATS = tuple(np.dtype(name) for name in (np.float16, jnp.bfloat16, np.float32))
 _Shapes = Mapping[str, tuple[int, ...]]
 
@@ -70,7 +72,7 @@ def plan(tensors: Mapping[str, Tensor], layouts: Sequence[Table], abstract: Para
   prefix = _prefix(table, tensors)
   tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
   shapes = {path: tuple(leaf.shape) for path, leaf in by_path(abstract).items()}
-  expected = _expected(table, shapes)
+  expected = _expected(table, shapes, _FEWER * len(tensors) + _FEWER)
   tied = _check_ties(table, tensors, expected)
   ignored, places, problems = {prefix + key: why for key, why in tied.items()}, {}, []
   for key in sorted(tensors):
@@ -216,9 +218,20 @@ def _bare(table: Table, keys: Mapping[str, Any]) -> list[str]:
   return [key.removeprefix(prefix) for key in keys]
 
 
-def _expected(table: Table, shapes: _Shapes) -> dict[str, Place]:
-  """All source keys that fill these parameters, and where they go."""
-  return {key: place for row in table.rows for key, place in tables.keys(row, shapes)}
+def _expected(table: Table, shapes: _Shapes, most: int | None = None) -> dict[str, Place]:
+  """All source keys that fill these parameters, and where they go.
+
+  Raises:
+    UserError: there are more than `most`: a config that asks for a billion layers ends here.
+  """
+  found = (item for row in table.rows for item in tables.keys(row, shapes))
+  expected = dict(itertools.islice(found, most))
+  if most is not None and next(found, None):
+    raise UserError(
+      f"the weights don't fit the layout '{table.name}' of this configuration, which asks for over "
+      f'{most} tensors: is the config of another model?'
+    )
+  return expected
 
 
 def _parts(place: Place, shapes: _Shapes) -> list[tuple[int, ...]]:

@@ -140,11 +140,16 @@ def put_aside(path: epath.Path, name: str, joint: str = '') -> str:
   Returns:
     The name that it has now.
   """
-  numbered = (f'{name}{joint}{number}' for number in itertools.count(2))
-  names = itertools.chain([name], numbered)
-  free = next(found for one in names if not (found := path.parent / one).exists())
+  free = first_free(path, name, joint)
   path.rename(free)
   return free.name
+
+
+def first_free(path: epath.Path, name: str, joint: str = '') -> epath.Path:
+  """The first name that nothing beside a path has yet: `name`, or with `joint` and a number."""
+  numbered = (f'{name}{joint}{number}' for number in itertools.count(2))
+  names = itertools.chain([name], numbered)
+  return next(found for one in names if not (found := path.parent / one).exists())
 
 
 def stable_hash(*parts: object) -> int:

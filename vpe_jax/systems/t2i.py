@@ -205,6 +205,10 @@ class System:
     """Codes [B, P] int32 and latents [B, h, w, C] of images [B, R, R, 3] uint8."""
     return self.visual_prompt.encode(frozen, images), self.image.encode(frozen, images)
 
+  def decode(self, frozen: Params, latents: Array) -> Array:
+    """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""
+    return self.image.decode(frozen, latents)
+
   def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
     """Predicted tokens, and latent elements, of the batch."""
     c = self.config.model
@@ -256,7 +260,7 @@ class System:
     """Plans, then renders; see vpe_jax.contracts.System and systems/rendering.py."""
     job = rendering.Job(self.model, self.spans, self.vocabulary, settings)
     codes, latents = rendering.draw(job, params, request, rng)
-    return Drawing(self.image.decode(frozen, latents), codes, latents)
+    return Drawing(self.decode(frozen, latents), codes, latents)
 
   def _similarity(self, frozen: Params, images: Array, text: Array, text_length: Array) -> Array:
     """How well each picture [B, R, R, 3] in [0, 1] fits each caption: cosines [B, B].

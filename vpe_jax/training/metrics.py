@@ -33,7 +33,7 @@ def read(workdir: epath.PathLike, numbered: bool | None = None) -> list[Record]:
   """
   folder, records = epath.Path(workdir).expanduser(), []
   for path in _files(folder, is_remote(folder) if numbered is None else numbered):
-    records += parse(path.read_text())
+    records += parse(_text(path))
   return records
 
 
@@ -107,7 +107,14 @@ def _put_aside(path: epath.Path) -> None:
 
 
 def _truncate(path: epath.Path, resumed: int) -> None:
-  text = path.read_text()
+  text = _text(path)
+  if wrong := _damaged(text):
+    copy = storage.first_free(path, f'{path.name}.damaged')
+    path.copy(copy)
+    print(
+      f'warning: {path} is damaged in line {", ".join(map(str, wrong))}: the run goes on without '
+      f'these records, and a copy of the file is in {copy.name}'
+    )
   kept = ''.join(_line(record) for record in parse(text) if record['step'] <= resumed)
   if kept != text:
     _replace(path, kept)
@@ -121,9 +128,32 @@ def _replace(path: epath.Path, text: str) -> None:
 
 
 def parse(text: str) -> list[Record]:
-  """The complete lines of a metrics file as records."""
-  whole = text[: text.rfind('\n') + 1]
-  return [json.loads(line) for line in whole.splitlines() if line]
+  """The complete lines of a metrics file as records; damaged ones are left out."""
+  return [record for record in map(_record, _lines(text)) if record is not None]
+
+
+def _text(path: epath.Path) -> str:
+  # A flipped bit may leave what is no UTF-8: its line is damaged, the others are not.
+  return path.read_bytes().decode('utf-8', 'replace')
+
+
+def _lines(text: str) -> list[str]:
+  """The lines of a file that end; the last one may have been cut short by a crash."""
+  return text.split('\n')[:-1]
+
+
+def _record(line: str) -> Record | None:
+  try:
+    found = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  return found if isinstance(found, dict) and isinstance(found.get('step'), int) else None
+
+
+def _damaged(text: str) -> list[int]:
+  """Numbers of the lines that hold something, but no record."""
+  numbered = enumerate(_lines(text), 1)
+  return [number for number, line in numbered if line and _record(line) is None]
 
 
 def _line(record: Record) -> str:
