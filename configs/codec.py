@@ -16,11 +16,14 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs import common
+from vpe_jax.config import nearest
 
 
 def get_config(arg: str = '') -> ConfigDict:
   """The config of a preset, with `stage=visual_prompt|image|both`."""
   preset, options = common.parse_arg(arg, ('tiny', 'debug'), stage='both')
+  if options['stage'] not in (known := ('visual_prompt', 'image', 'both')):
+    raise ValueError(f"unknown stage '{options['stage']}'{nearest(options['stage'], known)}")
   stages = {'both': ('visual_prompt', 'image')}.get(options['stage'], (options['stage'],))
   config = ConfigDict({'name': 'codec', 'preset': preset, 'system': 'codec', 'seed': 0})
   config.stages = stages
@@ -29,7 +32,7 @@ def get_config(arg: str = '') -> ConfigDict:
   numbers = {'visual_prompt': 0, 'image': 1}
   for field in ('steps', 'batch_size'):
     both = config[field]
-    config[field] = tuple(both[numbers[s]] for s in stages if s in numbers)
+    config[field] = tuple(both[numbers[s]] for s in stages)
   return config
 
 

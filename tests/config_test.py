@@ -47,6 +47,23 @@ def test_remat_names_are_those_of_the_networks():
     ('log.evaluate', 0, -5, "'log.evaluate' is -5"),
     ('log.every', 1, 0, "'log.every' is 0: it must be at least 1"),
     ('sample.steps', 1, 0, "'sample.steps' is 0: it must be at least 1"),
+    ('optim.lr', 1e-3, 0.0, "'optim.lr' is 0.0: it must be above 0 and finite"),
+    ('optim.lr', 1e-3, float('inf'), "'optim.lr' is inf"),
+    ('optim.warmup', 0, -1, "'optim.warmup' is -1: it must be at least 0"),
+    ('optim.b1', 0.0, 1.0, "'optim.b1' is 1.0: it must be at least 0 and below 1"),
+    ('optim.b2', 0.0, -0.1, "'optim.b2' is -0.1"),
+    ('optim.clip', 0.0, -1.0, "'optim.clip' is -1.0"),
+    ('optim.weight_decay', 0.0, float('nan'), "'optim.weight_decay' is nan"),
+    ('data.scenes_share', 1.0, 1.01, "'data.scenes_share' is 1.01: it must be between 0 and 1"),
+    ('data.encode', 'cached', 'later', "'data.encode' is 'later': it must be one of online, ca"),
+    ('data.source', 'folder:x', 'scene', "config.data.source 'scene'; did you mean 'scenes'"),
+    ('data.tokenizer', 'OWNER/NAME', 'assets:bpf', "'data.tokenizer' is 'assets:bpf'"),
+    ('data.image_size', 8, 10**9, "'data.image_size' is 1000000000: it must be at most"),
+    ('stages', ('b', 'c'), (), 'config.stages is empty'),
+    ('sample.top_p', 1.0, 0.0, "'sample.top_p' is 0.0"),
+    ('sample.min_p', 0.0, 1.5, "'sample.min_p' is 1.5"),
+    ('sample.top_k', 0, -1, "'sample.top_k' is -1"),
+    ('sample.shift', 1.0, 0.0, "'sample.shift' is 0.0"),
     ('sample.guidance', -1.0, float('inf'), "'sample.guidance' is inf: it must be a finite number"),
     ('sample.temperature', 0.0, float('nan'), "'sample.temperature' is nan"),
   ],
@@ -72,3 +89,42 @@ def test_paper_keeps_its_batches_and_pod_has_eight_images_a_chip():
   for arg in ('paper,chips=64', 'pod,chips=many'):
     with pytest.raises(ValueError, match='of the preset pod only'):
       t2i.get_config(arg)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+  """Sizes with every kind of bound."""
+
+  heads: int
+  ends: tuple[int, ...] = (1,)
+  depth: int = -1
+
+  def __post_init__(self) -> None:
+    config.check_sizes(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Nested:
+  """A section within a section."""
+
+  tower: _Sizes = _Sizes(1)
+
+
+@pytest.mark.parametrize(
+  'values, message',
+  [
+    ({'heads': 0}, "'tower.heads' is 0: it must be at least 1"),
+    ({'heads': 1, 'ends': (1, 0)}, r"'tower.ends' is \(1, 0\): it must be at least 1"),
+    ({'heads': 1, 'depth': -2}, "'tower.depth' is -2: it must be at least -1"),
+    ({'heads': 10**9}, "'tower.heads' is 1000000000: it must be at most"),
+  ],
+)
+def test_a_size_is_named_where_it_stands(values, message):
+  with pytest.raises(UserError, match=message):
+    config.build_section(_Nested, {'tower': values})
+
+
+@pytest.mark.parametrize('value', [None, 1.5, 'abc', True])
+def test_a_size_that_is_no_whole_number_is_named(value):
+  with pytest.raises(UserError, match="'heads' is .*: it must be a whole number"):
+    _Sizes(value)

@@ -6,6 +6,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -105,11 +106,39 @@ def test_sizes_are_missed(published, tmp_path):
 
 
 @pytest.mark.parametrize(
+  'field, value',
+  [('num_hidden_layers', value) for value in ('abc', None, 1.5, 0, -1, [1], 10**9, 10**4, True)]
+  + [('num_attention_heads', 0), ('num_attention_heads', 7), ('patch_size', 0)]
+  + [('patch_size', 10**9), ('hidden_size', 'x'), ('hidden_act', 3), ('layer_norm_eps', None)],
+)
+def test_a_field_that_can_not_be_is_one_line_quickly(published, tmp_path, field, value):
+  alone = tmp_path / 'alone'
+  alone.mkdir()
+  (alone / 'model.safetensors').symlink_to(published / 'model.safetensors')
+  config = json.loads((published / 'config.json').read_text())
+  config['vision_config'][field] = value
+  (alone / 'config.json').write_text(json.dumps(config))
+  began = time.monotonic()
+  with pytest.raises(UserError) as error:
+    convert.bring_in('siglip', str(alone), str(tmp_path / 'kept'))
+  assert '\n' not in str(error.value) and len(str(error.value)) < 1000
+  assert time.monotonic() - began < 60
+  assert [path.name for path in tmp_path.iterdir()] == ['alone']
+
+
+def test_what_is_written_lies_outside_the_source(published):
+  with pytest.raises(UserError, match='lies within the source'):
+    convert.bring_in('siglip', str(published), str(published / 'kept'))
+
+
+@pytest.mark.parametrize(
   'flags, words',
   [
     ([], '--family is missing'),
     (['--family=sigli'], 'siglip'),
     (['--family=siglip', '--source=nowhere', '--to=out'], 'no hub id'),
+    (['--family=siglip', '--source=', '--to=out'], '--source is missing'),
+    (['--family=siglip', '--source=nowhere', '--to=s3://b/x'], 's3://b/x is out of reach'),
   ],
 )
 def test_mistakes_on_the_command_line_are_one_line(tmp_path, flags, words):

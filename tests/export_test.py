@@ -48,6 +48,14 @@ def test_other_settings_of_the_drawing_can_be_stored(run, tmp_path):
   assert sample == to_dict(run[0].config.sample) | {'guidance': 2.5}
 
 
+def test_settings_out_of_range_are_refused_before_anything_is_written(run, tmp_path):
+  to = tmp_path / 'image.safetensors'
+  for name, value in {'steps': 0, 'guidance': float('nan'), 'top_p': 2.0, 'shift': 0.0}.items():
+    with pytest.raises(UserError, match=name):
+      export.export('runs/x', str(to), 'image', **{name: value})
+  assert not to.exists()
+
+
 def test_latents_of_the_written_file_are_normalised(run, tmp_path):
   system, _ = run
   to = str(tmp_path / 'image.safetensors')

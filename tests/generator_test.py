@@ -143,6 +143,14 @@ def test_nothing_to_draw_is_an_error(prompts, n, message):
     _dice()(prompts, n)
 
 
+def test_prompts_are_alike_however_they_are_spaced():
+  plain, spaced = _dice()(['a red fox', '\ufeff a red fox \t\n'])
+  _same(plain, spaced)
+  for blank in ('', ' \n', '\ufeff'):
+    with pytest.raises(UserError, match='prompt is blank'):
+      _dice()(['a red fox', blank])
+
+
 def test_over_long_prompt_is_an_error():
   with pytest.raises(UserError, match='shorten it'):
     _dice()('a red fox and a dog ' * 20)
@@ -177,12 +185,51 @@ def test_load_refuses_files_that_hold_something_else(tmp_path):
     Generator.load(path)
 
 
+def _tampered(path, change, **said):
+  """The shipped generator with other parameters and other words about them."""
+  params, metadata = weights.load('assets:tiny')
+  change(params)
+  del metadata['fingerprint'], metadata['dtype']
+  weights.save(path, params, metadata | said)
+  return path
+
+
+@pytest.mark.parametrize(
+  'change, said, message',
+  [
+    (lambda p: p['embed'].pop('codes'), {}, "'embed/codes' is absent there"),
+    (lambda p: p.update(extra=np.zeros(2)), {}, r"'extra' is \[2\] there, and .* asks for absent"),
+    (lambda p: p['embed'].update(text=np.zeros((3, 2))), {}, r"'embed/text' is \[3, 2\] there"),
+    (lambda p: None, {'config': '{"a": '}, 'the config in .* is damaged'),
+    (lambda p: None, {'config': '[' * 100_000}, 'the config in .* is damaged'),
+    (lambda p: None, {'config': '[1]'}, 'the config in .* is damaged'),
+    (lambda p: None, {'stage': '7'}, "is of stage '7', and its config has 2 stages"),
+    (lambda p: None, {'stage': 'x'}, "is of stage 'x'"),
+  ],
+)
+def test_load_refuses_damaged_weights_in_one_line(tmp_path, change, said, message):
+  path = _tampered(str(tmp_path / 'x.safetensors'), change, **said)
+  with pytest.raises(UserError, match=message) as error:
+    Generator.load(path)
+  assert '\n' not in str(error.value)
+
+
+def test_load_refuses_networks_that_do_not_draw_for_it(tmp_path):
+  config = json.loads(weights.load('assets:tiny')[1]['config'])
+  config['model']['weights'] = {'image': 'assets:visual_prompt'}
+  path = _tampered(str(tmp_path / 'x.safetensors'), lambda p: None, config=json.dumps(config))
+  with pytest.raises(UserError, match='image=assets:visual_prompt.* do not fit') as error:
+    Generator.load(path)
+  assert '\n' not in str(error.value)
+
+
 @pytest.mark.parametrize('stage, warned', [('0', True), ('1', False), (None, False)])
 def test_load_warns_of_a_run_that_stopped_early(tmp_path, monkeypatch, caplog, stage, warned):
   path = str(tmp_path / 'x.safetensors')
   said = {'config': json.dumps(t2i.get_config('debug').to_dict()), 'weights': 'ema'}
   weights.save(path, {'a': np.zeros(2)}, said | ({'stage': stage} if stage else {}))
   monkeypatch.setattr(Generator, '__init__', lambda *_: None)
+  monkeypatch.setattr(generator_lib.frozen_lib, 'check_drawing', lambda *_: None)
   Generator.load(path)
   assert [f"{path} stopped in stage 'plan'" in r.getMessage() for r in caplog.records] == (
     [True] if warned else []

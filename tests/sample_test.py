@@ -24,19 +24,25 @@ def _run(*args):
     (['--workdir=w', '--prompt=x', '--steps=many'], '--steps=many'),
     (['--workdir=w', '--prompt=x', '--out={tmp}/old.png/x.png'], 'cannot write to {tmp}/old.png'),
     (['--workdir=w', '--prompts=/no/such/file'], 'cannot read --prompts=/no/such/file'),
+    (['--workdir=w', '--prompt= '], 'a prompt is blank'),
+    (['--workdir=w', '--prompts={tmp}/old.png'], 'old.png is blank'),
+    (['--workdir=w', '--prompt=x', '--out='], '--out is empty'),
+    (['--workdir=w', '--prompt=x', '--out={tmp}/x.jpg'], 'x.jpg: files of pictures end in .png'),
+    (['--workdir=w', '--prompt=x', '--out=s3://b/x.png'], 's3://b is out of reach'),
+    (['--workdir=w', '--prompt=x', '--out=https://h/x.png'], 'https://h/x.png is out of reach'),
     (['--workdir=/no/such/run', '--prompt=x', '--out={tmp}/new.png'], '/no/such/run'),
     (['--workdir=w', '--prompt=x', '--out={tmp}/old.png'], 'old.png exists'),
   ],
 )
 def test_mistakes_are_one_line_and_status_2(args, message, tmp_path):
-  (tmp_path / 'old.png').write_text('kept')
+  (tmp_path / 'old.png').write_text(' \n')
   done = _run(*(arg.replace('{tmp}', str(tmp_path)) for arg in args))
   assert done.returncode == 2
   line = done.stderr.strip().splitlines()[-1]
   assert line.startswith('error: ') and message.replace('{tmp}', str(tmp_path)) in line
   assert 'Traceback' not in done.stderr
   assert [p.name for p in tmp_path.iterdir()] == ['old.png']
-  assert (tmp_path / 'old.png').read_text() == 'kept'
+  assert (tmp_path / 'old.png').read_text() == ' \n'
 
 
 def test_help_has_an_example_and_every_setting():

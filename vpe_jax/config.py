@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -23,12 +25,53 @@ REMATS = ('none', 'full', 'attention', 'dots')  # keys of models.mot.REMAT, not 
 ATTENTIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'cudnn')  # of ops.attention
 
 
-def _check_least(prefix: str, section: Any, least: Mapping[str, int]) -> None:
-  """Refuses numbers below their bounds; stands up here as defaults below already use it."""
-  for name, bound in least.items():
-    value = getattr(section, name)
-    if value < bound:
-      raise UserError(f"config key '{prefix}{name}' is {value}: it must be at least {bound}")
+SOURCES = ('mixture', 'openmoji', 'scenes', 'synthetic')  # or FOLDER and a path
+FOLDER = 'folder:'
+ENCODES = ('online', 'cached')
+_SIZES = (int, tuple[int, ...], 'int', 'tuple[int, ...]')  # the types of sizes
+_MOST_LAYERS = 1000
+_MOST = 10**8  # of any size: what is larger is a slip, and would compute for ages
+
+
+class _OutOfRange(UserError):
+  """A field's value is out of range; a section doesn't know its own place in the config."""
+
+  def __init__(self, name: str, words: str, section: str):
+    super().__init__(f"config key '{section}{name}' {words}")
+    self.name, self.words = name, words
+
+
+def check(section: Any, path: str, name: str, good: bool, words: str) -> None:
+  """Refuses a section's field unless `good`; stands up here as defaults below already use it.
+
+  Args:
+    section: a dataclass, as its `__post_init__` finds it.
+    path: of the section, such as `optim.`; where it may stand at several, '': `from_dict` knows.
+    name: of the field.
+    good: whether its value is in range.
+    words: what it must be.
+  """
+  if not good:
+    raise _OutOfRange(name, f'is {getattr(section, name)!r}: it must be {words}', path)
+
+
+def check_sizes(section: Any, path: str = '', **least: int) -> None:
+  """Refuses sizes below their bounds: `least`, else 1, or the field's default if that is lower.
+
+  Sizes are the fields that hold a whole number or a tuple of them; see `check` for the rest.
+  """
+  for field in dataclasses.fields(section):
+    if field.type not in _SIZES:
+      continue
+    default = field.default if isinstance(field.default, int) else 1
+    bound, value = least.get(field.name, min(1, default)), getattr(section, field.name)
+    sizes = value if isinstance(value, (tuple, list)) else (value,)
+    whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
+    check(section, path, field.name, whole, 'a whole number')
+    check(section, path, field.name, min(sizes, default=bound) >= bound, f'at least {bound}')
+    # Some networks are traced layer by layer, which takes its time.
+    most = _MOST_LAYERS if field.name == 'layers' else _MOST
+    check(section, path, field.name, max(sizes, default=0) <= most, f'at most {most}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +103,20 @@ class DataConfig:
   near_misses: int = 0
 
   def __post_init__(self) -> None:
-    least = {'image_size': 1, 'text_length': 1, 'workers': 0, 'near_misses': 0}
-    _check_least('data.', self, least)
+    check_sizes(self, 'data.')
+    share = 0 <= self.scenes_share <= 1
+    check(self, 'data.', 'scenes_share', share, 'between 0 and 1')
+    listed = ', '.join(ENCODES)
+    check(self, 'data.', 'encode', self.encode in ENCODES, f'one of {listed}')
+    if self.source not in SOURCES and not self.source.startswith(FOLDER):
+      hint = nearest(self.source, (*SOURCES, f'{FOLDER}PATH'))
+      raise UserError(f"unknown config.data.source '{self.source}'{hint}")
+    check(self, 'data.', 'source', self.source != FOLDER, f'{FOLDER} and the path of a folder')
+    # Whether a folder or a hub's model is there is seen when it is opened.
+    shipped, named = self.tokenizer == 'assets:bpe', bool(re.search(r'^[.~]|/', self.tokenizer))
+    words = 'assets:bpe, a folder with a tokenizer.json, or a hub id (OWNER/NAME)'
+    good = shipped or named or os.path.isdir(self.tokenizer)
+    check(self, 'data.', 'tokenizer', good, words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +138,12 @@ class OptimConfig:
   ema: float = 0.9995
 
   def __post_init__(self) -> None:
-    _check_least('optim.', self, {'accumulate': 1})
-    if not 0 <= self.ema < 1:
-      raise UserError(f"config key 'optim.ema' is {self.ema}: it must be at least 0 and below 1")
+    check_sizes(self, 'optim.', warmup=0)
+    check(self, 'optim.', 'lr', 0 < self.lr < math.inf, 'above 0 and finite')
+    for name in ('b1', 'b2', 'ema'):
+      check(self, 'optim.', name, 0 <= getattr(self, name) < 1, 'at least 0 and below 1')
+    for name in ('eps', 'weight_decay', 'clip'):
+      check(self, 'optim.', name, 0 <= getattr(self, name) < math.inf, 'at least 0 and finite')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +185,13 @@ class SampleConfig:
   plan_guidance: float = 1.0
 
   def __post_init__(self) -> None:
-    _check_least('sample.', self, {'steps': 1})
+    check_sizes(self, 'sample.')
     for name in ('guidance', 'temperature', 'plan_guidance'):
-      value = getattr(self, name)
-      if not math.isfinite(value):
-        raise UserError(f"config key 'sample.{name}' is {value}: it must be a finite number")
+      check(self, 'sample.', name, math.isfinite(getattr(self, name)), 'a finite number')
+    check(self, 'sample.', 'temperature', self.temperature >= 0, '0 (greedy) or positive')
+    check(self, 'sample.', 'shift', 0 < self.shift < math.inf, 'a positive number')
+    check(self, 'sample.', 'top_p', 0 < self.top_p <= 1, 'above 0 and at most 1 (off)')
+    check(self, 'sample.', 'min_p', 0 <= self.min_p <= 1, 'between 0 (off) and 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +208,7 @@ class LogConfig:
   profile: str = ''
 
   def __post_init__(self) -> None:
-    _check_least('log.', self, {'every': 1, 'samples': 0, 'evaluate': 0})
+    check_sizes(self, 'log.', samples=0, evaluate=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +269,8 @@ def from_dict(values: Mapping[str, Any], model: type) -> Config:
     if word not in known and not (name == 'attention' and word == ''):
       raise UserError(f"config.{name} is '{word}'; known: {', '.join(known)}")
   count = len(config.stages)
+  if not count:
+    raise UserError('config.stages is empty: name the stages to run')
   spread = {}
   for name in ('steps', 'batch_size'):
     given = getattr(config, name)
@@ -226,7 +288,7 @@ def build_section(cls: type, values: Mapping[str, Any]) -> Any:
   """A frozen dataclass of plain values from nested dicts, as `to_dict` makes them.
 
   Raises:
-    UserError: a key is unknown, missing, or holds a value of the wrong type.
+    UserError: a key is unknown, missing, or holds a value of the wrong type or out of range.
   """
   return _build(cls, dict(values), '', {})
 
@@ -281,7 +343,10 @@ def _build(cls: type, values: Mapping[str, Any], path: str, types_of: Mapping[st
       built[name] = _value(hints[name], values[name], f'{path}{name}')
     elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
       raise UserError(f"config key '{path}{name}' is missing")
-  return cls(**built)
+  try:
+    return cls(**built)
+  except _OutOfRange as error:
+    raise _OutOfRange(error.name, error.words, path) from error
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:

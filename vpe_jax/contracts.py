@@ -235,6 +235,10 @@ class System(Protocol):
     """
     ...
 
+  def decode(self, frozen: Params, latents: Array) -> Array:
+    """Pictures [B, R, R, 3] in [0, 1] of latents [B, h, w, C]. Only systems that draw have this."""
+    ...
+
   def abstract_encoded(self, batch_size: int) -> tuple[Any, Any]:
     """What `encode` must return for the model, as `jax.ShapeDtypeStruct`."""
     ...

@@ -31,7 +31,7 @@ def _define_flags() -> None:
 def main() -> None:
   """Runs the command."""
   for name in ('family', 'source', 'to'):
-    if FLAGS[name].value is None:
+    if not FLAGS[name].value:
       raise UserError(f'--{name} is missing (--help shows examples)')
   if FLAGS.export:
     lines = send_out(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.dtype)

@@ -52,7 +52,9 @@ def _subject(workdir: str) -> runner.Subject:
 def _folder(workdir: str) -> str:
   """Where the reports of a run go."""
   shipped = workdir.startswith('assets:') or workdir.endswith('.safetensors')
-  return FLAGS.out or ('evaluation' if shipped else f'{workdir}/evaluation')
+  if FLAGS.out is not None:
+    return front_door.place_flag('out')
+  return 'evaluation' if shipped else f'{workdir}/evaluation'
 
 
 def main() -> None:

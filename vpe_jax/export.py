@@ -8,6 +8,8 @@ Examples:
 
 from __future__ import annotations
 
+import os
+
 from absl import flags
 from etils import epath
 
@@ -33,11 +35,12 @@ def main() -> None:
   for name in ('workdir', 'to'):
     if not FLAGS[name].value:
       raise UserError(f'--{name} is missing: see python -m vpe_jax.export --help')
-  front_door.check_folder(str(epath.Path(FLAGS.to).parent))
-  given = (FLAGS.workdir, FLAGS.to, FLAGS.network, FLAGS.weights, FLAGS.overwrite)
+  to = front_door.place_flag('to')
+  front_door.check_folder(os.path.dirname(to))
+  given = (FLAGS.workdir, to, FLAGS.network, FLAGS.weights, FLAGS.overwrite)
   metadata = export(*given, **front_door.settings())
-  size = epath.Path(FLAGS.to).stat().length / 1e6
-  print(f'{FLAGS.to}: {size:.2f} MB, step {metadata["step"]}, {metadata["fingerprint"]}')
+  size = epath.Path(to).stat().length / 1e6
+  print(f'{to}: {size:.2f} MB, step {metadata["step"]}, {metadata["fingerprint"]}')
 
 
 if __name__ == '__main__':

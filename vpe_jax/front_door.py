@@ -8,16 +8,18 @@ import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
-from etils import epath
 
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import UserError
+from vpe_jax.data import storage
 
 
 def run(
   main: Callable[[], None], take: Callable[[list[str]], list[str]] = lambda argv: argv
 ) -> None:
   """Reads the flags and runs a command; a UserError ends it with `error: ...` and status 2.
+
+  So does a disk that is full, wherever it is noticed.
 
   Args:
     main: the command; it finds its flags in `absl.flags.FLAGS`.
@@ -30,8 +32,11 @@ def run(
 
   try:
     app.run(quietly, flags_parser=lambda argv: parse(take(argv)))
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
+  except (UserError, OSError) as error:
+    if not isinstance(error, UserError) and not storage.is_full(error):
+      raise
+    said = error if isinstance(error, UserError) else storage.unwritable(error.filename, error)
+    print(f'error: {said}', file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
@@ -76,16 +81,17 @@ def check_folder(folder: str) -> None:
   """Finds out before the work whether files can be written to a folder; it needn't exist yet.
 
   Args:
-    folder: local or gs://; nothing stays in it.
+    folder: local (`~` is the home folder) or gs://; nothing stays in it.
 
   Raises:
     UserError: files can't be written there.
   """
-  place = epath.Path(folder)
+  place = storage.place(folder or '.')
+  storage.reached(place, place.exists)
   probe = f'.{os.getpid()}.probe'
   try:
     # A bucket has no folders; elsewhere the nearest one that exists decides.
-    while '://' not in folder and not place.exists():
+    while not storage.is_remote(folder) and not place.exists():
       place = place.parent
     (place / probe).write_bytes(b'')
     (place / probe).unlink()
@@ -93,3 +99,16 @@ def check_folder(folder: str) -> None:
     raise UserError(
       f'cannot write to {folder}: {error.strerror or error}; name another folder'
     ) from error
+
+
+def place_flag(name: str) -> str:
+  """The value of a flag that names what will be written; `~` is the home folder.
+
+  Raises:
+    UserError: it is empty, or nothing here writes to such a place.
+  """
+  given = flags.FLAGS[name].value
+  if not given:
+    raise UserError(f'--{name} is empty: name what is to be written')
+  # A path loses the slash that makes it a folder.
+  return f'{storage.place(given)}{"/" if given.endswith("/") else ""}'

@@ -103,7 +103,8 @@ class Generator:
       rows: pictures per batch, at least 4.
 
     Raises:
-      UserError: there is no such run, checkpoint or asset, or its system doesn't draw.
+      UserError: there is no such run, checkpoint or asset, its system doesn't draw, or its
+        weights are damaged or not those of its config.
     """
     if weights not in ('ema', 'raw'):
       raise UserError(f"weights is '{weights}': choose 'ema' (averaged) or 'raw' (last step)")
@@ -116,12 +117,12 @@ class Generator:
     held = stored.get('weights', 'ema')
     if weights == 'raw' and held != 'raw':
       raise UserError(f"{workdir} holds averaged weights only: use weights 'ema'")
-    system = systems.build(json.loads(stored['config']))
+    system = systems.build(_config(stored['config'], workdir))
     if not hasattr(system, 'generate'):
       raise UserError(f"{workdir} holds a '{system.config.system}', which doesn't draw pictures")
     if not set(system.draws_with) <= set(system.frozen_weights):
       raise UserError(f'{workdir} was trained on synthetic latents: nothing makes them pictures')
-    stage = system.stages[int(stored.get('stage', -1))].name
+    stage = _stage(system, stored.get('stage', '-1'), workdir)
     if stage != system.stages[-1].name:
       logging.warning(
         "%s stopped in stage '%s' and its pictures are noise before '%s' has trained: the command "
@@ -131,6 +132,7 @@ class Generator:
         system.stages[-1].name,
       )
     frozen = frozen_lib.for_drawing(system)
+    frozen_lib.check_drawing(system, params, frozen)
     said = {'checkpoint': weights_io.fingerprint(params), 'weights': f'{workdir} ({held})'}
     return cls(system, params, frozen, open_tokenizer(system.config.data.tokenizer), said, rows)
 
@@ -168,10 +170,10 @@ class Generator:
       progress: called with (pictures done, pictures in all) after each batch.
 
     Raises:
-      UserError: no prompt, one that is too long or no text, a setting out of range, or a picture
-        that isn't finite.
+      UserError: no prompt, one that is blank, too long or no text, a setting out of range, or a
+        picture that isn't finite.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = text.tidied([prompts] if isinstance(prompts, str) else prompts)
     if not prompts or n < 1:
       raise UserError(f'nothing to draw: {len(prompts)} prompts with n={n} pictures each')
     settings = self.settings() if settings is None else settings
@@ -227,6 +229,29 @@ class Generator:
       'version': f'vpe_jax {__version__}',
       'generated': 'true',
     }
+
+
+def _config(said: str, workdir: str) -> dict[str, Any]:
+  """The config in the metadata of weights."""
+  try:
+    found = json.loads(said)
+  except (ValueError, RecursionError):
+    found = None
+  if not isinstance(found, dict):
+    raise UserError(f'the config in {workdir} is damaged: get the weights again')
+  return found
+
+
+def _stage(system: Any, said: str, workdir: str) -> str:
+  """The name of the stage that weights come from."""
+  names = {str(index): stage.name for index, stage in enumerate(system.stages)}
+  names['-1'] = system.stages[-1].name
+  if said not in names:
+    raise UserError(
+      f"{workdir} is of stage '{said}', and its config has {len(system.stages)} stages: it is "
+      'damaged, get the weights again'
+    )
+  return names[said]
 
 
 def sheet(drawn: Sequence[Picture]) -> tuple[Image.Image, dict[str, str]]:

@@ -13,6 +13,7 @@ from absl import flags
 
 from vpe_jax import front_door
 from vpe_jax.contracts import UserError
+from vpe_jax.data import storage, text
 from vpe_jax.generator import Generator, sheet
 from vpe_jax.sampling import pictures
 from vpe_jax.training import machine
@@ -35,24 +36,24 @@ def _define_flags() -> None:
 
 
 def _prompts() -> list[str]:
-  if FLAGS.workdir is None:
+  if not FLAGS.workdir:
     raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
   if (FLAGS.prompt is None) == (FLAGS.prompts is None):
     raise UserError('what to draw is missing: give one of --prompt="..." and --prompts=FILE')
-  try:
-    if FLAGS.prompts is None:
-      return [FLAGS.prompt]
-    with open(FLAGS.prompts, encoding='utf-8') as file:
-      return [line.strip() for line in file if line.strip()]
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'cannot read --prompts={FLAGS.prompts}: {error}') from error
+  if FLAGS.prompts is None:
+    return text.tidied([FLAGS.prompt])
+  name = f'--prompts={FLAGS.prompts}'
+  lines = storage.read_text(os.path.expanduser(FLAGS.prompts), name).split('\n')
+  if not (lines := [line for line in lines if line.strip()]):
+    raise UserError(f'{name} is blank, so there is nothing to draw: write a prompt a line')
+  return text.tidied(lines)
 
 
 def main() -> None:
   """Runs the command."""
-  prompts, out = _prompts(), FLAGS.out
-  paths = pictures.plan_files(out, len(prompts) * FLAGS.n, FLAGS.overwrite)
+  prompts, out = _prompts(), front_door.place_flag('out')
   front_door.check_folder(os.path.dirname(out))
+  paths = pictures.plan_files(out, len(prompts) * FLAGS.n, FLAGS.overwrite)
   machine.use_compilation_cache()
   generator = Generator.load(FLAGS.workdir, FLAGS.weights)
   settings = generator.settings(**front_door.settings())

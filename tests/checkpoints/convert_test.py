@@ -209,10 +209,11 @@ def test_export_overwrites_nothing_and_leaves_nothing_half_written(tmp_path, mon
   def full(*_, **__):
     raise OSError(28, 'No space left on device')
 
+  (tmp_path / 'out.unfinished').mkdir()  # somebody else's
   monkeypatch.setattr(convert.safetensors.numpy, 'save_file', full)
   with pytest.raises(UserError, match='No space left'):
     convert.export(params, TABLE, tmp_path / 'out', {}, {})
-  assert [path.name for path in tmp_path.iterdir()] == ['there']
+  assert {path.name for path in tmp_path.iterdir()} == {'there', 'out.unfinished'}
 
 
 def test_a_layout_of_which_we_keep_a_part_is_for_import_only(tmp_path):

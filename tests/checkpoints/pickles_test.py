@@ -106,6 +106,35 @@ def test_an_old_pickle_is_refused(tmp_path):
     pickles.read(path)
 
 
+def test_a_flipped_bit_of_a_tensor_is_noticed_when_it_is_read(tmp_path):
+  path = _save(tmp_path, {'a': torch.arange(64.0), 'b': torch.ones(3)})
+  data = bytearray(path.read_bytes())
+  data[data.index(np.arange(64, dtype=np.float32).tobytes()) + 80] ^= 4
+  path.write_bytes(data)
+  found = pickles.read(path)
+  assert found['b'].read().tolist() == [1, 1, 1]
+  with pytest.raises(UserError, match='wrong checksum of .*data/0'):
+    found['a'].read()
+
+
+def test_a_flipped_bit_of_the_description_is_noticed(tmp_path):
+  path = _save(tmp_path, {'name': torch.ones(3)})
+  path.write_bytes(path.read_bytes().replace(b'name', b'nane', 1))
+  with pytest.raises(UserError, match='no whole PyTorch file') as caught:
+    pickles.read(path)
+  assert '\n' not in str(caught.value)
+
+
+def test_a_member_that_is_not_there_is_named(tmp_path):
+  path, short = _save(tmp_path, {'a': torch.arange(64.0)}), tmp_path / 'short.pth'
+  with zipfile.ZipFile(path) as old, zipfile.ZipFile(short, 'w') as new:
+    for name in old.namelist():
+      if not name.endswith('data/0'):
+        new.writestr(name, old.read(name))
+  with pytest.raises(UserError, match='lacks .*data/0'):
+    pickles.read(short)['a'].read()
+
+
 def test_bytes_that_are_missing_are_noticed_when_a_tensor_is_read(tmp_path):
   path = _save(tmp_path, {'a': torch.arange(64.0)})
   short = tmp_path / 'short.pth'

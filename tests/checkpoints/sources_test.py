@@ -80,6 +80,84 @@ def test_a_shard_or_a_tensor_that_the_index_promises_is_missed(tmp_path):
     sources.open_source(str(tmp_path))
 
 
+def _written(path: Path, offsets: dict, size: int) -> Path:
+  """A file whose header is as valid as its offsets: each tensor has four bytes."""
+  header = {k: {'dtype': 'F32', 'shape': [1], 'data_offsets': o} for k, o in offsets.items()}
+  text = json.dumps(header).encode()
+  path.write_bytes(len(text).to_bytes(8, 'little') + text + bytes(size))
+  return path
+
+
+@pytest.mark.parametrize(
+  ('offsets', 'size', 'words'),
+  [
+    ({'a': [0, 4], 'b': [0, 4]}, 4, 'overlap'),
+    ({'a': [0, 4], 'b': [2, 6]}, 6, 'overlap'),
+    ({'a': [0, 4], 'b': [8, 12]}, 12, 'leave bytes out'),
+    ({'a': [0, 4]}, 8, 'belong to no tensor'),
+    ({'a': [0, 4], 'b': [4, 8]}, 4, 'missing'),
+    ({'a': [4, 0]}, 4, 'overlap|more or fewer'),
+    ({'a': [0, '4']}, 4, 'its header is damaged'),
+    ({'a': [0]}, 4, 'its header is damaged'),
+    ({'a': None}, 4, 'its header is damaged'),
+  ],
+)
+def test_tensors_that_do_not_fill_the_file_one_after_the_other_are_refused(
+  tmp_path, offsets, size, words
+):
+  path = _written(tmp_path / 'model.safetensors', offsets, size)
+  with pytest.raises(UserError, match=words) as error:
+    sources.open_source(str(path))
+  assert '\n' not in str(error.value) and 'codec' not in str(error.value)
+  with pytest.raises(safetensors.SafetensorError):  # The control: so does the reference library.
+    safetensors.deserialize(path.read_bytes())
+
+
+@pytest.mark.parametrize('text', [b'{', b'[]', b'\xff\xfe', b'[' * 100_000, b'{"a": 1}'])
+def test_a_damaged_header_is_said_in_words(tmp_path, text):
+  path = tmp_path / 'model.safetensors'
+  path.write_bytes(len(text).to_bytes(8, 'little') + text)
+  with pytest.raises(UserError, match=r'model.safetensors.*\(its header is damaged\)'):
+    sources.open_source(str(path))
+
+
+@pytest.mark.parametrize(
+  ('index', 'words'),
+  [
+    ({'weight_map': {'a': '../other.safetensors'}}, 'outside its folder'),
+    ({'weight_map': {'a': '/etc/passwd'}}, 'outside its folder'),
+    ({'weight_map': {'a': 'deep/x.safetensors'}}, 'outside its folder'),
+    ({'weight_map': {'a': 3}}, 'no index of weights'),
+    ({'weight_map': ['a']}, 'no index of weights'),
+    ([1], 'no index of weights'),
+  ],
+)
+def test_a_malformed_index_is_one_line(tmp_path, index, words):
+  safetensors.torch.save_file(TENSORS, tmp_path / 'model.safetensors')
+  (tmp_path / 'model.safetensors.index.json').write_text(json.dumps(index))
+  with pytest.raises(UserError, match=words) as error:
+    sources.open_source(str(tmp_path))
+  assert '\n' not in str(error.value)
+
+
+def test_deep_nesting_and_folders_in_place_of_files_are_one_line(tmp_path):
+  (tmp_path / 'model.safetensors').mkdir()
+  with pytest.raises(UserError, match='a folder in place of model.safetensors'):
+    sources.open_source(str(tmp_path))
+  (tmp_path / 'model.safetensors').rmdir()
+  safetensors.torch.save_file(TENSORS, tmp_path / 'model.safetensors')
+  (tmp_path / 'config.json').mkdir()
+  with pytest.raises(UserError, match='config.json.*irectory'):
+    sources.open_source(str(tmp_path))
+  (tmp_path / 'config.json').rmdir()
+  for name in ('config.json', 'model.safetensors.index.json'):
+    (tmp_path / name).write_text('[' * 100_000)
+    with pytest.raises(UserError, match=name) as error:
+      sources.open_source(str(tmp_path))
+    assert '\n' not in str(error.value)
+    (tmp_path / name).unlink()
+
+
 def test_one_key_in_two_files_is_refused(tmp_path):
   for name in ('x.safetensors', 'y.safetensors'):
     safetensors.torch.save_file(TENSORS, tmp_path / name)

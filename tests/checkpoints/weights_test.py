@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from vpe_jax.checkpoints import weights
 from vpe_jax.checkpoints.store import Store
@@ -68,6 +69,14 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     weights.save(path, {}, {}, dtype='int4', overwrite=True)
   with pytest.raises(UserError, match='files end in'):
     weights.save(str(tmp_path / 'w.npz'), {}, {})
+
+
+def test_files_beside_are_left_alone(tmp_path):
+  beside = tmp_path / 'w.safetensors.unfinished'
+  beside.write_text('mine')
+  weights.save(str(tmp_path / 'w.safetensors'), {'a': np.ones(2, np.float32)}, {})
+  assert beside.read_text() == 'mine'
+  assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_fingerprint_knows_paths_shapes_and_bits():
@@ -136,6 +145,25 @@ def test_asset_that_is_not_there(tmp_path, monkeypatch):
   weights.save(str(tmp_path / 'assets' / 'judge.safetensors'), {'a': np.ones(2)}, {'config': '{}'})
   tree, metadata = weights.load('assets:judge')
   assert (tree['a'].dtype, metadata['config']) == (np.float32, '{}')
+
+
+def test_changed_numbers_are_noticed(tmp_path):
+  path = tmp_path / 'w.safetensors'
+  weights.save(str(path), {'a': np.ones(64, np.float32)}, {}, 'float32')
+  data = bytearray(path.read_bytes())
+  data[-6] ^= 4
+  path.write_bytes(data)
+  with pytest.raises(UserError, match=r'w.safetensors. is damaged.*get it again'):
+    weights.load(str(path))
+  name = safetensors.numpy.save({'a': np.ones(64, np.float32)}, {'config': '{}'})
+  path.write_bytes(name)  # Without a fingerprint there is nothing to compare with.
+  assert weights.load(str(path))[1] == {'config': '{}'}
+
+
+@pytest.mark.parametrize('name', weights.MADE_BY)
+def test_shipped_weights_are_as_they_were_written(name):
+  tree, metadata = weights.load(f'assets:{name}')
+  assert metadata['fingerprint'] == weights.fingerprint(tree)
 
 
 def test_broken_file(tmp_path):

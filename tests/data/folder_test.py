@@ -62,13 +62,35 @@ def test_captions_file(tmp_path):
     ('{"file": "z.png", "caption": "a z"}', 'z.png does not exist'),
     ('{"file": ', 'line 1 is not JSON'),
     ('["x.png"]', 'names no image'),
+    ('{"file": "../data/x.png", "caption": "an x"}', 'line 1: image ../data/x.png lies outside'),
+    ('{"file": "{tmp}/x.png", "caption": "an x"}', 'lies outside the folder'),
+    ('{"file": "' + 'x' * 5000 + '", "caption": "an x"}', 'line 1: image x+... can not be read'),
+    ('{"file": ' + '1' * 5000 + '}', 'line 1 is not JSON'),
+    ('[' * 100_000, 'line 1 is not JSON'),
+    ('{"file": "x.png", "caption": "an \\ud800"}', 'line 1: the caption is not valid text'),
+    ('{"file": "\\ud800.png", "caption": "an x"}', 'line 1: image .* does not exist'),
   ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
   _image(tmp_path / 'x.png')
-  (tmp_path / 'captions.jsonl').write_text(line)
-  with pytest.raises(UserError, match=message):
+  (tmp_path / 'captions.jsonl').write_text(line.replace('{tmp}', str(tmp_path)))
+  with pytest.raises(UserError, match=message) as error:
     open_folder(str(tmp_path))
+  assert '\n' not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_file_under_two_spellings_counts_once(tmp_path):
+  _image(tmp_path / 'x.png')
+  lines = [{'file': name, 'caption': 'an x'} for name in ('x.png', './x.png', './/x.png')]
+  (tmp_path / 'captions.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  assert [record.id for record in open_folder(str(tmp_path))] == ['folder/x.png']
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+  for name in ('x.png', '._x.png', '.git/y.png'):
+    _image(tmp_path / name)
+  (tmp_path / 'x.txt').write_text('an x')
+  assert [record.id for record in open_folder(str(tmp_path))] == ['folder/x.png']
 
 
 def test_texts_of_other_editors(tmp_path):

@@ -36,14 +36,16 @@ def test_mixture_ends():
 @pytest.mark.parametrize(
   'config, split, message',
   [
-    (DataConfig(source='scene'), 'train', "did you mean 'scenes'"),
-    (DataConfig(examples=-1), 'train', 'must be 0'),
-    (DataConfig(scenes_share=1.5), 'train', 'between 0 and 1'),
-    (DataConfig(source='synthetic'), 'concept', 'no held-out split'),
-    (DataConfig(source='folder:/nowhere'), 'train', 'does not exist'),
-    (DataConfig(source='folder:/nowhere'), 'concept', 'no held-out split'),
+    ({'source': 'scene'}, 'train', "did you mean 'scenes'"),
+    ({'source': 'folder:'}, 'train', 'the path of a folder'),
+    ({'source': ''}, 'train', "unknown config.data.source ''; known:"),
+    ({'examples': -1}, 'train', 'must be at least 0'),
+    ({'scenes_share': 1.5}, 'train', 'between 0 and 1'),
+    ({'source': 'synthetic'}, 'concept', 'no held-out split'),
+    ({'source': 'folder:/nowhere'}, 'train', 'does not exist'),
+    ({'source': 'folder:/nowhere'}, 'concept', 'no held-out split'),
   ],
 )
 def test_mistakes(config, split, message):
   with pytest.raises(UserError, match=message):
-    open_source(config, split)
+    open_source(DataConfig(**config), split)

@@ -35,6 +35,26 @@ def test_transparency_is_white(tmp_path):
   assert image.shape == (4, 5, 3) and (image == 255).all()
 
 
+@pytest.mark.parametrize('ending', ['png', 'tiff'])
+def test_grey_of_16_bits_keeps_its_levels(tmp_path, ending):
+  levels = np.asarray([[0, 255, 257, 32768, 65535]], np.uint16)
+  path = tmp_path / f'grey.{ending}'
+  Image.fromarray(levels).save(path)
+  assert transforms.read_image(path)[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+
+
+def test_grey_as_whole_numbers_or_fractions(tmp_path):
+  path = tmp_path / 'grey.tiff'
+  Image.fromarray(np.asarray([[0, 65535, 32768]], np.int32)).save(path)
+  assert transforms.read_image(path)[0, :, 1].tolist() == [0, 255, 128]
+  Image.fromarray(np.asarray([[0, 0.5, 1]], np.float32)).save(path)
+  assert transforms.read_image(path)[0, :, 2].tolist() == [0, 128, 255]
+  for bad in (1.5, -0.1, np.nan, np.inf):
+    Image.fromarray(np.asarray([[0, bad]], np.float32)).save(path)
+    with pytest.raises(UserError, match='unreadable image .*grey.tiff.*black.*white'):
+      transforms.read_image(path)
+
+
 @pytest.mark.parametrize('content', [b'', b'not a picture', None])
 def test_unreadable_image_is_named(tmp_path, content):
   path = tmp_path / 'fox.png'

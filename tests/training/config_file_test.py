@@ -39,6 +39,15 @@ def test_overrides_reach_fields_that_the_file_leaves_at_their_defaults():
     (T2I, {'optim.lr': 'fast'}, "'optim.lr' must be float, not 'fast'"),
     (T2I, {'steps': '(1, 2, 3)'}, 'config.steps has 3 entries for 2 stages'),
     (T2I, {'log.every': '0'}, "'log.every' is 0: it must be at least 1"),
+    (T2I, {'model.patch': '0'}, "'model.patch' is 0: it must be at least 1"),
+    (T2I, {'model.ar.heads': '0'}, "'model.ar.heads' is 0: it must be at least 1"),
+    (T2I, {'model.dual_path.encoder.width': '-1'}, "'model.dual_path.encoder.width' is -1"),
+    (T2I, {'model.visual_prompt.siglip.patch': '0'}, "'model.visual_prompt.siglip.patch' is 0"),
+    (T2I, {'model.multiple': '0'}, "'model.multiple' is 0: it must be at least 1"),
+    (T2I, {'model.bos': '1024'}, "'model.bos' is 1024: it must be below text_vocab=1024"),
+    (T2I, {'model.drop': '1.5'}, "'model.drop' is 1.5: it must be between 0 and 1"),
+    (T2I, {'stages': "('joint', 'plan')"}, 'goes on from the one before, in the order plan, joint'),
+    (T2I, {'seed': '-' * 5000}, "'seed' must be int"),
     (str(ROOT / 'README.md'), {}, 'a config is a Python file'),
     (str(ROOT / 'configs' / 'common.py'), {}, r'has no get_config\(arg\)'),
     (str(ROOT / 'configs' / 't3i.py'), {}, 'no such file; did you mean .*t2i.py'),
@@ -48,6 +57,38 @@ def test_mistakes_are_one_line_that_says_how_to_cure_them(spec, overrides, messa
   with pytest.raises(UserError, match=message) as error:
     config_file.load(spec, overrides)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'code, message',
+  [
+    ('def get_config(arg):', 'fails .*IndentationError'),
+    ('import no_such_package', 'fails in line 1 .*no_such_package'),
+    ('x = 1', 'has no get_config'),
+    ('get_config = 3', 'has no get_config'),
+    ('def get_config(arg):\n  return None', 'returns NoneType, not a ConfigDict or a dict'),
+    ('def get_config(arg):\n  return 1 / 0', 'fails in line 2 .*division'),
+    ('def get_config():\n  return {}', 'fails .*TypeError'),
+    ('raise SystemExit(0)', 'fails in line 1 .*SystemExit'),
+    ('import sys\ndef get_config(arg):\n  sys.exit("bye")', 'fails in line 3 .*bye'),
+    ('def get_config(arg):\n  return {}', "config.system is 'None'"),
+    ('\0', 'null bytes'),
+    ('raise ValueError("two\\nlines")', 'mine.py: two lines'),
+  ],
+)
+def test_a_file_that_fails_is_one_line(tmp_path, code, message):
+  path = tmp_path / 'mine.py'
+  path.write_text(code)
+  with pytest.raises(UserError, match=message) as error:
+    config_file.load(str(path), {})
+  assert '\n' not in str(error.value)
+
+
+def test_a_plain_dict_is_a_config(tmp_path):
+  values = config_file.load(f'{T2I}:debug', {})
+  path = tmp_path / 'mine.py'
+  path.write_text(f'def get_config(arg):\n  return {values!r}')
+  assert config_file.load(str(path), {}) == values
 
 
 def test_overrides_are_taken_out_of_the_command_line():

@@ -85,7 +85,7 @@ def test_a_cache_that_other_hosts_do_not_see_is_an_error(open_data, monkeypatch)
 
 
 def test_mistakes(open_data, line_system, drawing_system):
-  with pytest.raises(UserError, match="data.encode is 'before': choose 'online' or 'cached'"):
+  with pytest.raises(UserError, match="'data.encode' is 'before': it must be one of online"):
     open_data(encode='before')
   system = line_system()
   config = dataclasses.replace(

@@ -23,7 +23,7 @@ def test_resume_drops_what_lies_beyond(tmp_path, numbered):
   _write(tmp_path, range(1, 6), 0, numbered)
   _write(tmp_path, range(4, 8), 3, numbered)
   assert _steps(tmp_path, numbered) == [1, 2, 3, 4, 5, 6, 7]
-  assert not list(tmp_path.glob('*.partial'))
+  assert not list(tmp_path.glob('.*'))
 
 
 @pytest.mark.parametrize('numbered', [False, True])
@@ -47,6 +47,22 @@ def test_files_of_other_names_are_left_alone(tmp_path, numbered):
   _write(tmp_path, [3], 2, numbered)
   assert _steps(tmp_path, numbered) == [1, 2, 3]
   assert [(tmp_path / name).read_text() for name in others] == ['{"step": 9}\n'] * 3
+
+
+def test_a_damaged_line_stops_nothing(tmp_path, capsys):
+  _write(tmp_path, range(1, 6), 0)
+  path = tmp_path / metrics.FILE
+  lines = path.read_bytes().split(b'\n')
+  lines[1], lines[3] = b'{"step": 2, "lo\xff', b'[4]'
+  path.write_bytes(damaged := b'\n'.join(lines))
+  assert _steps(tmp_path) == [1, 3, 5]
+  _write(tmp_path, [5, 6], 4)
+  assert _steps(tmp_path) == [1, 3, 5, 6]
+  said = capsys.readouterr().out
+  assert f'{path} is damaged in line 2, 4' in said and f'is in {path.name}.damaged' in said
+  assert (tmp_path / f'{path.name}.damaged').read_bytes() == damaged
+  _write(tmp_path, [7], 6)
+  assert not capsys.readouterr().out
 
 
 def test_a_line_cut_short_is_dropped(tmp_path):

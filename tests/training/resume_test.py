@@ -26,8 +26,16 @@ def test_allowing_a_section_allows_its_fields_only(line_config):
   with pytest.raises(UserError, match='RUN holds a run with another config: seed was 0, now 4'):
     resume.check_config(ours, to_dict(config), 'RUN', ('optim',))
   with pytest.raises(UserError, match='optim.lr'):
-    resume.check_config(ours, to_dict(config), 'RUN', ('optim.l', 'seed'))
+    resume.check_config(ours, to_dict(config), 'RUN', ('optim.warmup', 'seed'))
   assert len(resume.check_config(ours, to_dict(config), 'RUN', ('optim.lr', 'seed'))) == 2
+
+
+def test_a_word_that_is_no_field_is_named(line_config):
+  config = line_config()
+  for word, hint in (('optim.l', 'optim.lr'), ('optin', 'optim'), ('step', 'steps')):
+    with pytest.raises(UserError, match=f"names '{word}', .*did you mean '{hint}'"):
+      resume.check_config(config, to_dict(config), 'RUN', (word,))
+  resume.check_config(config, to_dict(config), 'RUN', ('data', 'optim.lr'))
 
 
 def test_many_differences_are_cut(line_config):

@@ -9,10 +9,13 @@ already, where each layer is written in place.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +29,12 @@ from vpe_jax.checkpoints import table as tables
 from vpe_jax.checkpoints.sources import Tensor
 from vpe_jax.checkpoints.table import Place, Table
 from vpe_jax.contracts import Array, Params, UserError
+from vpe_jax.data import storage
 from vpe_jax.sharding import by_path
 
 SHARD = 5 * 10**9  # bytes of a file, as transformers' default
 _LISTED = 6  # differences that an error lists
+_FEWER = 1000  # times fewer tensors than a config asks for: they aren't listed
 _FLOATS = tuple(np.dtype(name) for name in (np.float16, jnp.bfloat16, np.float32))
 _Shapes = Mapping[str, tuple[int, ...]]
 
@@ -67,7 +72,7 @@ def plan(tensors: Mapping[str, Tensor], layouts: Sequence[Table], abstract: Para
   prefix = _prefix(table, tensors)
   tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
   shapes = {path: tuple(leaf.shape) for path, leaf in by_path(abstract).items()}
-  expected = _expected(table, shapes)
+  expected = _expected(table, shapes, _FEWER * len(tensors) + _FEWER)
   tied = _check_ties(table, tensors, expected)
   ignored, places, problems = {prefix + key: why for key, why in tied.items()}, {}, []
   for key in sorted(tensors):
@@ -172,10 +177,7 @@ def export(
   kind = np.dtype(getattr(jnp, dtype))
   files = _files(places, shapes, kind.itemsize, shard)
   names = _file_names(stem, len(files))
-  unfinished = folder.parent / f'{folder.name}.unfinished'
-  shutil.rmtree(unfinished, ignore_errors=True)
-  try:
-    unfinished.mkdir(parents=True)
+  with storage.writing(folder), _made_whole(folder) as unfinished:
     for name, keys in zip(names, files, strict=True):
       tensors = {key: _source_tensor(places[key], leaves, axes, kind) for key in keys}
       # `format` is what transformers and diffusers look for.
@@ -186,12 +188,20 @@ def export(
       index = {'metadata': {'total_size': total}, 'weight_map': where}
       _write_json(unfinished / f'{stem}.safetensors.index.json', index)
     _write_json(unfinished / 'config.json', config)
+  return sorted(places)
+
+
+@contextlib.contextmanager
+def _made_whole(folder: Path) -> Iterator[Path]:
+  """A folder of our own beside another, whose name it gets once all is in it."""
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.', suffix='.part'))
+  try:
+    yield unfinished
+    unfinished.chmod(0o755)  # temporary folders are private
     unfinished.rename(folder)
-  except OSError as error:
-    raise UserError(f"can't write '{folder}': {error.strerror or error}") from error
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
-  return sorted(places)
 
 
 def _known(table: Table, key: str) -> bool:
@@ -208,9 +218,20 @@ def _bare(table: Table, keys: Mapping[str, Any]) -> list[str]:
   return [key.removeprefix(prefix) for key in keys]
 
 
-def _expected(table: Table, shapes: _Shapes) -> dict[str, Place]:
-  """All source keys that fill these parameters, and where they go."""
-  return {key: place for row in table.rows for key, place in tables.keys(row, shapes)}
+def _expected(table: Table, shapes: _Shapes, most: int | None = None) -> dict[str, Place]:
+  """All source keys that fill these parameters, and where they go.
+
+  Raises:
+    UserError: there are more than `most`: a config that asks for a billion layers ends here.
+  """
+  found = (item for row in table.rows for item in tables.keys(row, shapes))
+  expected = dict(itertools.islice(found, most))
+  if most is not None and next(found, None):
+    raise UserError(
+      f"the weights don't fit the layout '{table.name}' of this configuration, which asks for over "
+      f'{most} tensors: is the config of another model?'
+    )
+  return expected
 
 
 def _parts(place: Place, shapes: _Shapes) -> list[tuple[int, ...]]:

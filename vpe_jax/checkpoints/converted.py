@@ -21,6 +21,7 @@ from vpe_jax.checkpoints import families, parity, sources, weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, build_section, to_dict
 from vpe_jax.contracts import Params, Start, UserError
+from vpe_jax.data import storage
 from vpe_jax.sharding import by_path
 
 # Systems that train a network of a published family, and the section of its sizes in their model.
@@ -36,10 +37,10 @@ def bring_in(family: str, source: str, to: str, check: bool = False) -> list[str
     The report, a line each.
 
   Raises:
-    UserError: see `sources.open_source`, `families.load`, `parity.compare` and
+    UserError: see `check_target`, `sources.open_source`, `families.load`, `parity.compare` and
       `write`; or the comparison fails.
   """
-  check_target(to)
+  check_target(to, source)
   began = time.monotonic()
   opened = sources.open_source(source)
   imported = families.load(family, opened)
@@ -68,10 +69,10 @@ def send_out(family: str, source: str, to: str, dtype: str = 'float32') -> list[
   Raises:
     UserError: see `read` and `convert.export`.
   """
-  check_target(to)
+  check_target(to, source)
   began = time.monotonic()
   sizes, params, _ = read(source, family)
-  keys = families.save(family, sizes, params, Path(to).expanduser(), dtype=dtype)
+  keys = families.save(family, sizes, params, Path(storage.place(to)), dtype=dtype)
   summary = _summary(params, began)
   return [f'{family}: {len(keys)} tensors ({dtype}), {summary}', f'wrote {to}']
 
@@ -99,24 +100,28 @@ def write(imported: families.Imported, folder: str, source: str) -> None:
   config = {'family': imported.family, 'sizes': to_dict(imported.sizes), 'source': source}
   state = {'stage': 0, 'step': 0, 'stage_step': 0, 'examples_seen': 0}
   state |= {'params': imported.params, 'opt_state': {}, 'ema': {}}
-  store = Store(str(epath.Path(folder).expanduser() / FOLDER), CheckpointConfig())
+  store = Store(str(storage.place(folder) / FOLDER), CheckpointConfig())
   try:
-    store.save(state, config, force=True)
-    store.wait()
-  except OSError as error:
-    raise UserError(f"can't write '{folder}': {error.strerror or error}") from error
+    with storage.writing(folder):
+      store.save(state, config, force=True)
+      store.wait()
   finally:
     store.close()
 
 
-def check_target(folder: str) -> None:
-  """Refuses what would be overwritten.
+def check_target(folder: str, source: str = '') -> None:
+  """Refuses what would be overwritten, or would lie among the weights that it is made from.
 
   Raises:
-    UserError: something is there.
+    UserError: something is there, or the folder is within the source.
   """
-  if epath.Path(folder).expanduser().exists():
+  place = storage.place(folder)
+  if storage.reached(place, place.exists):
     raise UserError(f"'{folder}' exists: name another folder")
+  if source and not storage.is_remote(folder):
+    origin = Path(source).expanduser().resolve()
+    if origin.is_dir() and Path(place).resolve().is_relative_to(origin):
+      raise UserError(f"'{folder}' lies within the source '{source}': name a folder outside it")
 
 
 def network(start: Start, place: Callable[[Params], Params]) -> Params:

@@ -8,6 +8,7 @@ import subprocess
 
 from vpe_jax import systems
 from vpe_jax.checkpoints import weights
+from vpe_jax.config import SampleConfig, build_section
 from vpe_jax.contracts import UserError
 from vpe_jax.data.pipeline import Pipeline
 
@@ -36,12 +37,14 @@ def export(
     The file's metadata: the run's config (JSON), step, commit, and what `weights.save` adds.
 
   Raises:
-    UserError: no such run or network, or the file exists or can't be written.
+    UserError: no such run or network, a setting is out of range, or the file exists or can't be
+      written.
   """
   weights.check_target(to, overwrite)
   params, metadata = weights.load_run(workdir, which)
   config, known = json.loads(metadata['config']), ', '.join(sorted(params))
   config['sample'] |= {name: value for name, value in settings.items() if value is not None}
+  build_section(SampleConfig, config['sample'])  # Refuses settings that nothing could draw with.
   if network and network not in params:
     raise UserError(f"{workdir} holds no network '{network}', only {known}")
   if not network and config['system'] == 'codec':  # Its networks are read one by one.

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import io
 import mmap
 import pickle
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -87,14 +89,18 @@ class _File:
     with path.open('rb') as file:
       self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     self._zip = zipfile.ZipFile(path)
+    self._checked: set[str] = set()  # storages whose checksum is right: several tensors share one
     (self.pickle,) = [n for n in self._zip.namelist() if n.endswith('/data.pkl')][:1] or ('',)
 
   def text(self) -> bytes:
     return self._zip.read(self.pickle)
 
   def numbers(self, storage: _Storage) -> np.ndarray:
-    folder = self.pickle.removesuffix('data.pkl')
-    info = self._zip.getinfo(f'{folder}data/{storage.name}')
+    member = f'{self.pickle.removesuffix("data.pkl")}data/{storage.name}'
+    try:
+      info = self._zip.getinfo(member)
+    except KeyError as error:
+      raise UserError(f"'{self.path}' is damaged: it lacks {member}; get it again") from error
     if info.compress_type != zipfile.ZIP_STORED:
       raise UserError(f"'{self.path}' is compressed, which PyTorch never does: get it again")
     # The local header repeats name and extra field, whose lengths may differ from the directory's.
@@ -103,6 +109,11 @@ class _File:
     size = storage.count * np.dtype(storage.dtype).itemsize
     if size > info.file_size or start + size > len(self._map):
       raise UserError(f"'{self.path}' is damaged: bytes of a tensor are missing")
+    if member not in self._checked:
+      with memoryview(self._map) as held, held[start : start + info.file_size] as content:
+        if zlib.crc32(content) != info.CRC:
+          raise UserError(f"'{self.path}' is damaged: wrong checksum of {member}; get it again")
+      self._checked.add(member)
     return np.frombuffer(self._map, storage.dtype, storage.count, start)
 
 
@@ -154,8 +165,7 @@ def read(path: Path) -> dict[str, Pickled]:
     file = _File(path)
     if not file.pickle:
       raise zipfile.BadZipFile('no data.pkl in it')
-    with file._zip.open(file.pickle) as stream:
-      found = _Reader(file, stream).load()
+    found = _Reader(file, io.BytesIO(file.text())).load()
   except UserError:
     raise
   except (zipfile.BadZipFile, ValueError) as error:

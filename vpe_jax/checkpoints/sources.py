@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ class _Mapped:
 
   shape: tuple[int, ...]
   dtype: np.dtype
-  _bytes: mmap.mmap
+  _bytes: bytes | mmap.mmap
   _start: int
 
   def read(self) -> np.ndarray:
@@ -88,7 +89,7 @@ def open_source(name: str) -> Source:
     UserError: nothing is there, a file is damaged or refused, or the hub is out of reach.
   """
   path = Path(name).expanduser()
-  if not path.exists():
+  if not name or not path.exists():
     path = _downloaded(name)
   if path.is_file():
     return Source(path, _read(path), _config(path.parent))
@@ -108,23 +109,68 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
   try:
     with path.open('rb') as file:
       held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    length = int.from_bytes(held[:8], 'little')
-    if len(held) < 8 or not 0 < length <= min(_HEADER, len(held) - 8):
+  except (ValueError, OSError) as error:  # An empty file can't be mapped.
+    raise UserError(f"'{path}' can't be read ({error}): get it again") from error
+  return parse(held, str(path))[0]
+
+
+def parse(content: bytes | mmap.mmap, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+  """The tensors in the bytes of a safetensors file, and its metadata.
+
+  Raises:
+    UserError: they are no whole safetensors file, which `name` is called.
+  """
+  try:
+    length = int.from_bytes(content[:8], 'little')
+    if len(content) < 8 or not 0 < length <= min(_HEADER, len(content) - 8):
       raise ValueError('its header is cut off')
-    header = json.loads(held[8 : 8 + length])
-    header.pop('__metadata__', None)
-    return {key: _mapped(held, 8 + length, entry) for key, entry in header.items()}
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise UserError(f"'{path}' is no whole safetensors file ({error}): get it again") from error
+    header, metadata = _header(content[8 : 8 + length])
+    _check_offsets(header, len(content) - 8 - length)
+    tensors = {key: _mapped(content, 8 + length, entry) for key, entry in header.items()}
+  except ValueError as error:
+    raise UserError(f"'{name}' is no whole safetensors file ({error}): get it again") from error
+  return tensors, metadata
 
 
-def _mapped(held: mmap.mmap, base: int, entry: Mapping[str, Any]) -> _Mapped:
+def _header(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+  """Entries and metadata of a header, in which every field is of its kind."""
+  try:
+    header = json.loads(text)
+    metadata = header.pop('__metadata__', None) or {}
+    strings = [*metadata.keys(), *metadata.values()]
+    numbers = []
+    for entry in header.values():
+      start, stop = entry['data_offsets']
+      strings.append(entry['dtype'])
+      numbers += [start, stop, *entry['shape']]
+      DTYPES[entry['dtype']]
+    if not all(isinstance(word, str) for word in strings):
+      raise TypeError('no text')
+    if not all(type(number) is int and number >= 0 for number in numbers):
+      raise TypeError('no size')
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise ValueError('its header is damaged') from error
+  return header, metadata
+
+
+def _check_offsets(header: Mapping[str, Any], size: int) -> None:
+  """Tensors lie one after the other and fill the file: none share bytes, none are left over."""
+  end = 0
+  for start, stop in sorted(entry['data_offsets'] for entry in header.values()):
+    if start != end:
+      raise ValueError('its tensors overlap, or leave bytes out')
+    end = stop
+  if end > size:
+    raise ValueError('bytes are missing at its end')
+  if end < size:
+    raise ValueError('it has bytes that belong to no tensor')
+
+
+def _mapped(held: bytes | mmap.mmap, base: int, entry: Mapping[str, Any]) -> _Mapped:
   shape, dtype = tuple(entry['shape']), np.dtype(DTYPES[entry['dtype']])
   start, stop = entry['data_offsets']
-  if stop - start != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize or start < 0:
+  if stop - start != math.prod(shape) * dtype.itemsize:
     raise ValueError('a tensor has more or fewer bytes than its shape says')
-  if base + stop > len(held):
-    raise ValueError('bytes are missing at its end')
   return _Mapped(shape, dtype, held, base + start)
 
 
@@ -144,17 +190,15 @@ def _from_folder(folder: Path, ending: str, others: Sequence[str]) -> dict[str, 
     names = ', '.join(index.name for index in indices)
     raise UserError(f"'{folder}' has several indices ({names}): name one file, or another folder")
   if indices:
-    try:
-      named = json.loads(indices[0].read_text())['weight_map']
-      files = [folder / name for name in sorted(set(named.values()))]
-    except (ValueError, KeyError, AttributeError) as error:
-      raise UserError(f"'{indices[0]}' is no index of weights ({error}): get it again") from error
+    named = _weight_map(indices[0])
+    files = [folder / name for name in sorted(set(named.values()))]
   else:
     files = sorted(file for e in (ending, *others) for file in folder.glob(f'*{e}'))
   tensors: dict[str, Tensor] = {}
   for file in files:
-    if not file.exists():
-      raise UserError(f"'{folder}' lacks {file.name}, which its index names: get it again")
+    if not file.is_file():
+      lacks = 'has a folder in place of' if file.exists() else 'lacks'
+      raise UserError(f"'{folder}' {lacks} {file.name}, a file of its weights: get it again")
     found = _read(file)
     twice = tensors.keys() & found.keys()
     if twice:
@@ -167,15 +211,29 @@ def _from_folder(folder: Path, ending: str, others: Sequence[str]) -> dict[str, 
   return tensors
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+  """Tensor -> name of its file, from an index."""
+  try:
+    named = json.loads(index.read_text(encoding='utf-8'))['weight_map']
+    if not all(isinstance(name, str) for name in named.values()):
+      raise TypeError('a tensor has no file name')
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+    raise UserError(f"'{index}' is no index of weights: get it again") from error
+  for name in named.values():
+    if Path(name).name != name:
+      raise UserError(f"'{index}' names '{name}', which lies outside its folder: it is refused")
+  return named
+
+
 def _config(folder: Path) -> Mapping[str, Any]:
   for name, kind, parse in zip(_CONFIGS, ('JSON', 'YAML'), (json.loads, yaml.safe_load)):
     path = folder / name
     if not path.exists():
       continue
     try:
-      found = parse(path.read_text())
-    except (ValueError, yaml.YAMLError) as error:
-      reason = ' '.join(str(error).split())
+      found = parse(path.read_text(encoding='utf-8'))
+    except (ValueError, yaml.YAMLError, RecursionError, OSError) as error:
+      reason = ' '.join(str(getattr(error, 'strerror', None) or error).split())
       raise UserError(f"'{path}' is no {kind} ({reason}): get it again") from error
     if not isinstance(found, dict):
       raise UserError(f"'{path}' holds no fields by name: get it again")

@@ -15,6 +15,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,13 +31,14 @@ from vpe_jax import __version__
 from vpe_jax.checkpoints.checksum import checksums
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.contracts import UserError
+from vpe_jax.data.storage import is_remote, put_aside, reached
 from vpe_jax.sharding import by_path
 
 COUNTERS = ('stage', 'step', 'stage_step', 'examples_seen')
 FOLDER = 'checkpoints'  # of a workdir
 _STATE = 'state'  # the part of a checkpoint that holds the arrays
 _MARKER = 'commit_success.txt'  # written by Orbax last of all
-_UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of a folder that is being written
+_UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of a folder that is written or deleted
 
 State = dict[str, Any]
 Meta = dict[str, Any]
@@ -65,7 +67,7 @@ class Store:
         f'checkpoint.keep_every={config.keep_every} at least 0'
       )
     self._directory = epath.Path(directory)
-    if '://' not in str(directory):
+    if not is_remote(directory):
       self._directory = self._directory.absolute()
     self._config = config
     self._worker = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
@@ -217,20 +219,27 @@ class Store:
     if jax.process_index() == 0:
       self._directory.mkdir(parents=True, exist_ok=True)
       for folder in self._directory.iterdir():
-        if _UNFINISHED in folder.name:
+        if re.fullmatch(rf'\d+{re.escape(_UNFINISHED)}.*', folder.name):
           folder.rmtree()
-      for damaged in sorted(self._damaged):
-        self._put_aside(self._folder(damaged))
+      # What has the name of this step and isn't a checkpoint would be in the way of the save.
+      for other in sorted(self._damaged | ({step} & set(self._folders()) - set(self.steps()))):
+        self._put_aside(self._folder(other))
     self._damaged.clear()
 
   def _put_aside(self, folder: epath.Path) -> None:
-    if not (folder / _MARKER).exists():
-      folder.rmtree()  # never finished: there is nothing to save from it
-      return
-    target = self._directory / f'damaged-{folder.name}'
-    if target.exists():
-      target.rmtree()
-    folder.rename(target)
+    if self._is_unfinished(folder):
+      folder.rmtree()
+    else:
+      put_aside(folder, f'damaged-{folder.name}', '-')
+
+  def _is_unfinished(self, folder: epath.Path) -> bool:
+    """Whether a folder is a save of ours that was interrupted: there is nothing to save from it.
+
+    Elsewhere than on object stores such a folder has another name, so one that is called like a
+    checkpoint and isn't one is damaged, or somebody else's.
+    """
+    ours = (folder / _STATE).exists() and not (folder / _MARKER).exists()
+    return ours and _writes_in_place(self._directory)
 
   def _finish(self, response: Any) -> None:
     """In the background: waits until a save is complete, then deletes what is no longer kept."""
@@ -241,10 +250,17 @@ class Store:
     kept = set(complete[-self._config.keep :])
     kept |= {step for step in complete if every and step % every == 0}
     for step in self._folders():
-      if step not in kept:
-        # The marker goes first: a deletion that is interrupted leaves nothing to be trusted.
-        (self._folder(step) / _MARKER).unlink(missing_ok=True)
-        self._folder(step).rmtree()
+      folder = self._folder(step)
+      if self._is_unfinished(folder) or (step in complete and step not in kept):
+        self._delete(folder)
+
+  def _delete(self, folder: epath.Path) -> None:
+    """Deletes a checkpoint; where that is interrupted, what is left is no checkpoint."""
+    if _writes_in_place(self._directory):
+      (folder / _MARKER).unlink(missing_ok=True)
+      folder.rmtree()
+    else:
+      folder.rename(self._directory / f'{folder.name}{_UNFINISHED}').rmtree()
 
   # Loading.
 
@@ -321,32 +337,15 @@ class Store:
     if not reached(self._directory, self._directory.exists):
       return []
     names = [folder.name.strip('/') for folder in self._directory.iterdir()]
-    return sorted(int(name) for name in names if name.isdecimal())
+    return sorted(int(name) for name in names if re.fullmatch('0|[1-9][0-9]*', name))
 
   def _folder(self, step: int) -> epath.Path:
     return self._directory / str(step)
 
 
-def reached(path: epath.Path, look: Callable[[], bool]) -> bool:
-  """The answer of a first look at a path, which may be on an object store.
-
-  Args:
-    path: to be named in the error.
-    look: `path.exists` or the like.
-
-  Raises:
-    UserError: the package that speaks to such an object store is not installed.
-  """
-  try:
-    return look()
-  except ImportError as error:
-    cure = "pip install -e '.[gcs]'" if str(path).startswith('gs://') else 'install that package'
-    raise UserError(f'{path} is out of reach ({error}): {cure}, or name a local folder') from error
-
-
 def _writes_in_place(directory: epath.Path) -> bool:
   """Object stores can't rename: there, an interrupted save has its name but no marker."""
-  return '://' in str(directory)
+  return is_remote(directory)
 
 
 def _attempt(read: Callable[[], Any]) -> Any:

@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
-from etils import epath
 
 from vpe_jax import __version__
 from vpe_jax.checkpoints import sources
-from vpe_jax.checkpoints.store import FOLDER, Store, reached
+from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, nearest
 from vpe_jax.contracts import Params, UserError
+from vpe_jax.data import storage
+from vpe_jax.data.storage import reached
 from vpe_jax.sharding import by_path
 
 ASSETS = 'assets:'
@@ -48,11 +48,11 @@ def load(source: str) -> tuple[Params, dict[str, str]]:
     (JSON), `version`, `step`, `stage`, `weights` (ema or raw) and `source`.
 
   Raises:
-    UserError: nothing is there, or it can't be read; says how to make it.
+    UserError: nothing is there, it can't be read, or its numbers were changed; names the cure.
   """
   if source.startswith(ASSETS):
     return _load_asset(source.removeprefix(ASSETS))
-  path = epath.Path(source).expanduser()
+  path = storage.place(source)
   if reached(path, path.is_dir):
     return load_run(source)
   if not source.endswith(ENDING):
@@ -82,7 +82,7 @@ def load_run(workdir: str, which: str = 'ema') -> tuple[Params, dict[str, str]]:
   if which not in ('ema', 'raw'):
     raise UserError(f"--weights={which} is neither 'ema' nor 'raw'")
   wanted = ('params/', 'ema/') if which == 'ema' else ('params/',)
-  folder = epath.Path(workdir).expanduser() / FOLDER
+  folder = storage.place(workdir) / FOLDER
   store = Store(str(folder), CheckpointConfig())
   try:
     found = store.read(lambda path: path.startswith(wanted))
@@ -117,7 +117,7 @@ def save(
   """Writes a nested dict of arrays as one safetensors file, its keys joined by `/`.
 
   Args:
-    path: ends in `.safetensors`; written under another name first, so it is never half there.
+    path: ends in `.safetensors`, local (`~` is the home folder) or gs://; never half there.
     tree: float leaves are stored as `dtype`, others as they are.
     metadata: strings, such as `config` (JSON); `version`, `dtype` and `fingerprint` (of what a
       reader will get) are added.
@@ -138,7 +138,8 @@ def save(
   }
   strings = {'version': __version__, **metadata, 'dtype': dtype}
   strings['fingerprint'] = fingerprint({name: _widened(leaf) for name, leaf in stored.items()})
-  _write(epath.Path(path), safetensors.numpy.save(stored, metadata=strings))
+  with storage.writing(path):
+    storage.write_atomic(storage.place(path), safetensors.numpy.save(stored, metadata=strings))
 
 
 def check_target(path: str, overwrite: bool = False) -> None:
@@ -147,10 +148,10 @@ def check_target(path: str, overwrite: bool = False) -> None:
   Raises:
     UserError: the file exists (and `overwrite` is off), is a folder, or ends in something else.
   """
-  target = epath.Path(path)
+  target = storage.place(path)
   if not str(path).endswith(ENDING):
     raise UserError(f"can't write '{path}': files end in {ENDING}")
-  if target.is_dir():
+  if reached(target, target.is_dir):
     raise UserError(f"'{path}' is a folder: name another file")
   if target.exists() and not overwrite:
     raise UserError(f"'{path}' exists: name another file or replace it with --overwrite")
@@ -185,33 +186,16 @@ def _load_asset(name: str) -> tuple[Params, dict[str, str]]:
 
 
 def _parse(data: bytes, source: str) -> tuple[Params, dict[str, str]]:
-  try:
-    flat = {name: _array(leaf) for name, leaf in safetensors.deserialize(data)}
-  except safetensors.SafetensorError as error:
-    raise UserError(f"'{source}' is no whole safetensors file ({error}): get it again") from error
-  # The header: its length as eight bytes, then JSON.
-  header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
-  tree = _nested({name: _widened(leaf) for name, leaf in flat.items()})
-  return tree, dict(header.get('__metadata__', {}))
-
-
-def _array(leaf: Mapping[str, Any]) -> np.ndarray:
-  return np.frombuffer(leaf['data'], sources.DTYPES[leaf['dtype']]).reshape(leaf['shape']).copy()
-
-
-def _write(target: epath.Path, data: bytes) -> None:
-  """Writes a file whole or not at all."""
-  unfinished = target.parent / f'{target.name}.unfinished'
-  try:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      unfinished.write_bytes(data)
-      unfinished.replace(target)
-    except BaseException:
-      unfinished.unlink(missing_ok=True)
-      raise
-  except OSError as error:
-    raise UserError(f"can't write '{target}': {error.strerror or error}") from error
+  tensors, metadata = sources.parse(data, source)
+  # Copies, as what is read is a view of the file that nothing can write to.
+  tree = _nested({name: _widened(tensor.read().copy()) for name, tensor in tensors.items()})
+  # What `save` wrote says what a reader must find; other files say nothing.
+  if metadata.get('fingerprint', found := fingerprint(tree)) != found:
+    raise UserError(
+      f"'{source}' is damaged: its numbers are not those that were written (fingerprint {found}, "
+      f'not {metadata["fingerprint"]}): get it again, or export it again'
+    )
+  return tree, metadata
 
 
 def _under(prefix: str, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.codecs import pixels
+from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, Params
 from vpe_jax.ops import norms
 
@@ -40,6 +41,9 @@ class KlConfig:
   decoder: tuple[int, ...] = (128, 64)
   encoder_blocks: tuple[int, ...] = (1, 1)
   decoder_blocks: tuple[int, ...] = (2, 1)
+
+  def __post_init__(self) -> None:
+    check_sizes(self)
 
 
 class Norm(nn.Module):

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, UserError
 from vpe_jax.ops import norms
 
@@ -51,6 +52,7 @@ class PyramidConfig:
   fine_first: bool = False
 
   def __post_init__(self) -> None:
+    check_sizes(self, attention=0, groups=0, blocks=0)
     uneven = [width for width in self.widths if self.groups and width % self.groups]
     if uneven:
       raise UserError(f'{uneven[0]} channels are not {self.groups} groups of equal size')

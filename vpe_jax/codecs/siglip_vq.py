@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import codebook, pixels
 from vpe_jax.codecs.pyramid import Norm
+from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, Params
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.vit import Encoder, EncoderConfig, patches
@@ -40,6 +41,9 @@ class SiglipVqConfig:
   codes: int = 16_384
   width: int = 2048
   post_blocks: int = 0
+
+  def __post_init__(self) -> None:
+    check_sizes(self)
 
 
 class PostBlock(nn.Module):

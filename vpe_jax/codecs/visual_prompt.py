@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.codecs import pixels
+from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, Params
 from vpe_jax.models.siglip import Siglip, SiglipConfig, unit
 from vpe_jax.models.vit import Encoder, EncoderConfig, LayerNorm, forward_flops
@@ -41,6 +42,9 @@ class VisualPromptConfig:
   temperature: float = 0.03
   decoder: EncoderConfig = EncoderConfig(width=128, layers=1, heads=4, mlp=256)
   siglip: SiglipConfig = SiglipConfig()
+
+  def __post_init__(self) -> None:
+    check_sizes(self)
 
 
 class Quantised(NamedTuple):

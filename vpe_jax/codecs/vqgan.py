@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import codebook, pixels
 from vpe_jax.codecs.pyramid import Decoder, Encoder, PyramidConfig
+from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, Params
 from vpe_jax.models.siglip import unit
 
@@ -34,6 +35,9 @@ class VqGanConfig:
   codes: int
   width: int
   normed: bool
+
+  def __post_init__(self) -> None:
+    check_sizes(self)
 
 
 class VqGan(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ from absl import logging
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data.records import Record
+from vpe_jax.data.storage import read_text
 from vpe_jax.data.transforms import pad_to_square, read_image
 
 _ENDINGS = frozenset({'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'})
 _CAPTIONS = 'captions.jsonl'
+_SHOWN = 80  # letters of a name that an error shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,9 @@ def open_folder(path: str, count: int = 0) -> Folder:
 
   Args:
     path: the folder. A `captions.jsonl` in it has lines such as
-      `{"file": "fox.png", "caption": "a red fox"}` (also `image`, `text`); without one, each
-      image needs a text file of the same name beside it.
+      `{"file": "fox.png", "caption": "a red fox"}` (also `image`, `text`) for pictures within the
+      folder; without one, each image needs a text file of the same name beside it. Hidden files
+      are passed over.
     count: number of records to keep, the first by name, with a warning; 0 for all.
 
   Raises:
@@ -89,30 +92,46 @@ def open_folder(path: str, count: int = 0) -> Folder:
 def _from_lines(folder: Path, listed: Path) -> list[tuple[str, str]]:
   entries = []
   # Not splitlines(): U+2028 and its like may stand inside JSON.
-  for number, line in enumerate(_read(listed).split('\n'), 1):
+  for number, line in enumerate(read_text(listed).split('\n'), 1):
     if not line.strip():
       continue
     try:
       values = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # Too many digits, too many brackets.
       raise UserError(f'{listed} line {number} is not JSON: {error}') from error
     name, caption = _field(values, 'file', 'image'), _field(values, 'caption', 'text')
     if name is None:
       raise UserError(f'{listed} line {number} names no image: give it a "file"')
     if caption is None:
       raise UserError(f'{listed} line {number}: image {name} has no caption; give it a "caption"')
-    if not (folder / name).is_file():
-      raise UserError(f'{listed} line {number}: image {folder / name} does not exist')
-    entries.append((name, caption))
-  return entries
+    where = f'{listed} line {number}'
+    entries.append((_within(folder, name, where), _valid(caption, where)))
+  return list(dict.fromkeys(entries))
 
 
-def _read(path: Path) -> str:
-  """A text file, its lines ended by a newline alone; a byte order mark is left out."""
+def _within(folder: Path, name: str, where: str) -> str:
+  """The name of a picture in the folder, in one spelling."""
+  path = PurePosixPath(name)
+  shown = name if len(name) <= _SHOWN else f'{name[:_SHOWN]}...'
+  if path.is_absolute() or '..' in path.parts:
+    raise UserError(f'{where}: image {shown} lies outside the folder: copy it into {folder}')
   try:
-    return path.read_text(encoding='utf-8-sig')
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'cannot read {path} ({error}): save it as text in UTF-8') from error
+    found = (folder / path).is_file()
+  except OSError as error:  # Its name is longer than names can be.
+    raise UserError(f'{where}: image {shown} can not be read ({error.strerror})') from error
+  if not found:
+    raise UserError(f'{where}: image {folder / shown} does not exist')
+  return str(path)
+
+
+def _valid(caption: str, where: str) -> str:
+  try:
+    caption.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'{where}: the caption is not valid text ({error.reason}): write it in UTF-8'
+    ) from error
+  return caption
 
 
 def _field(values: Any, *names: str) -> str | None:
@@ -124,10 +143,11 @@ def _field(values: Any, *names: str) -> str | None:
 def _from_texts(folder: Path) -> list[tuple[str, str]]:
   entries = []
   for image in folder.rglob('*'):
-    if image.suffix.lower() not in _ENDINGS or not image.is_file():
+    hidden = any(part.startswith('.') for part in image.relative_to(folder).parts)
+    if hidden or image.suffix.lower() not in _ENDINGS or not image.is_file():
       continue
     text = image.with_suffix('.txt')
-    caption = ' '.join(_read(text).split()) if text.is_file() else ''
+    caption = ' '.join(read_text(text).split()) if text.is_file() else ''
     if not caption:
       raise UserError(f'image {image} has no caption: write one to {text.name} beside it')
     entries.append((image.relative_to(folder).as_posix(), caption))

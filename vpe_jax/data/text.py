@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data import openmoji, scenes
-from vpe_jax.data.storage import write_atomic
+from vpe_jax.data.storage import read_text, write_atomic
 
 PAD, UNK, BOS, BOT, EOT, BOI, EOI, EOS = range(8)
 SPECIALS = ('[pad]', '[unk]', '[bos]', '[bot]', '[eot]', '[boi]', '[eoi]', '[eos]')
@@ -44,6 +45,19 @@ _GENERAL = (
   'inside of the box there are six or seven toys',
   'in the middle, at the top, at the bottom, in the corner',
 )
+
+
+def tidied(prompts: Sequence[str]) -> list[str]:
+  """Prompts as they are drawn, wherever they come from: without white space around them.
+
+  Raises:
+    UserError: one is blank.
+  """
+  # A byte order mark is what an editor leaves in front of a text.
+  found = [re.sub(r'^[\s\ufeff]+|[\s\ufeff]+$', '', prompt) for prompt in prompts]
+  if not all(found):
+    raise UserError('a prompt is blank, so there is nothing to draw: say what the picture shows')
+  return found
 
 
 class Tokens(abc.ABC):
@@ -131,7 +145,13 @@ class Tokenizer(Tokens):
     """
     if not Path(path).is_file():
       raise UserError(f'no tokenizer at {path}; python -m vpe_jax.data.text writes the shipped one')
-    self._bpe = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding='utf-8'))
+    try:
+      self._bpe = tokenizers.Tokenizer.from_str(read_text(path))
+    except UserError:
+      raise
+    except Exception as error:  # The parser raises nothing narrower.
+      reason = ' '.join(str(error).split())
+      raise UserError(f'tokenizer {path} is damaged ({reason}): install vpe_jax again') from error
     if tuple(self._bpe.id_to_token(i) for i in range(len(SPECIALS))) != SPECIALS:
       raise UserError(f'tokenizer {path} lacks the special tokens {" ".join(SPECIALS)}')
     # A prompt that spells out a special token means its letters.

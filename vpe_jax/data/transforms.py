@@ -15,18 +15,37 @@ _BICUBIC = Image.Resampling.BICUBIC
 def read_image(path: str | Path) -> np.ndarray:
   """Reads a picture as uint8 [height, width, 3], upright, transparency shown as white.
 
+  Grey levels of 16 bits, or as fractions, are scaled to 8 bits.
+
   Raises:
     UserError: there is no such file or it can't be read as a picture.
   """
   try:
     with Image.open(path) as image:
-      upright = ImageOps.exif_transpose(image).convert('RGBA')
+      upright = ImageOps.exif_transpose(_eight_bit(image)).convert('RGBA')
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
     raise UserError(
       f'unreadable image {path} ({error}); replace the file or take it out of the data'
     ) from error
   ground = Image.new('RGBA', upright.size, 'white')
   return np.array(Image.alpha_composite(ground, upright).convert('RGB'))
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+  """The picture with 8 bits a channel: Pillow itself cuts off what is above 255.
+
+  Raises:
+    ValueError: its numbers don't say which of them is white.
+  """
+  if image.mode != 'F' and not image.mode.startswith('I'):
+    return image
+  white = 1.0 if image.mode == 'F' else 65535.0
+  levels = np.asarray(image, np.float64) / white
+  if not (np.isfinite(levels).all() and 0 <= levels.min() and levels.max() <= 1):
+    raise ValueError(f'its numbers go beyond 0 (black) to {white:g} (white)')
+  grey = Image.fromarray(np.rint(levels * 255).astype(np.uint8))
+  grey.info = image.info  # says how it was held
+  return grey
 
 
 def pad_to_square(image: np.ndarray, size: int) -> np.ndarray:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from vpe_jax import rng
 from vpe_jax.config import nearest
 from vpe_jax.contracts import UserError
+from vpe_jax.data import storage
 from vpe_jax.data.records import SPLITS, Split, render
 from vpe_jax.evaluation import retrieval
 from vpe_jax.evaluation.judge import Judge
@@ -209,12 +209,9 @@ def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:
   """
   written = []
   for name, report in reports.items():
-    path = epath.Path(folder).expanduser() / f'{name}-{stem}.json'
-    try:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      path.write_text(json.dumps(report.protocol, indent=1))
-    except OSError as error:
-      raise UserError(f'cannot write {path}: {error.strerror or error}') from error
+    path = storage.place(folder) / f'{name}-{stem}.json'
+    with storage.writing(path):
+      storage.write_atomic(path, json.dumps(report.protocol, indent=1).encode())
     sheets = []
     for split, sheet in report.sheets.items():
       sheets.append(path.parent / f'{name}-{stem}-{split}.png')

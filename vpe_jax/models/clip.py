@@ -11,6 +11,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
+from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.siglip import unit
@@ -43,6 +44,9 @@ class ClipConfig:
   width: int
   vision: EncoderConfig
   text: EncoderConfig
+
+  def __post_init__(self) -> None:
+    check_sizes(self)
 
 
 def normalised(images: Array) -> Array:

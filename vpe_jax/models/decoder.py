@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, Params, Visibility
 from vpe_jax.data.sequence import NEVER
 from vpe_jax.models import mot
@@ -32,6 +33,9 @@ class DecoderConfig:
   body: TransformerConfig
   tied: bool
   context: int
+
+  def __post_init__(self) -> None:
+    check_sizes(self)
 
 
 def causal(length: Array, tokens: int) -> tuple[Array, Visibility]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.transformer import Modulation, RMSNorm, TransformerConfig
@@ -33,6 +34,9 @@ class HeadConfig:
   head_width: int
   rope_theta: float = 5e5
   rope_scaling: rope.RopeScaling | None = rope.RopeScaling()
+
+  def __post_init__(self) -> None:
+    check_sizes(self)
 
   @property
   def blocks(self) -> TransformerConfig:

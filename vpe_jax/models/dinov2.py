@@ -11,6 +11,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
+from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array
 from vpe_jax.models.vit import ClassTokens, Encoder, EncoderConfig
 
@@ -31,6 +32,9 @@ class Dinov2Config:
   image_size: int
   patch: int
   encoder: EncoderConfig
+
+  def __post_init__(self) -> None:
+    check_sizes(self)
 
 
 def normalised(images: Array) -> Array:

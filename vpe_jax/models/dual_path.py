@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import sharding
+from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, Params
 from vpe_jax.models import mot, vit
 from vpe_jax.models.dense import Dense
@@ -25,6 +26,9 @@ class DualPathConfig:
 
   encoder: vit.EncoderConfig
   table: int
+
+  def __post_init__(self) -> None:
+    check_sizes(self)
 
 
 class Ends(nn.Module):

@@ -14,6 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, Params, Visibility
 from vpe_jax.data.sequence import NEVER
 from vpe_jax.models import mot
@@ -39,6 +40,9 @@ class LlamaGenConfig:
   side: int
   body: TransformerConfig
   class_turn: str = 'zero'
+
+  def __post_init__(self) -> None:
+    check_sizes(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
+from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, UserError
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.vit import (
@@ -42,6 +43,9 @@ class SiglipConfig:
   text_length: int = 32
   vision: EncoderConfig = EncoderConfig(width=160, layers=4, heads=4, mlp=480)
   text: EncoderConfig = EncoderConfig(width=128, layers=3, heads=4, mlp=384)
+
+  def __post_init__(self) -> None:
+    check_sizes(self)
 
   @property
   def patches(self) -> int:

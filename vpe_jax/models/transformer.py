@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array
 from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.ops import norms, rope
@@ -44,6 +45,11 @@ class TransformerConfig:
   qk_norm: bool = False
   eps: float = 1e-6
   rope_adjacent: bool = False
+
+  def __post_init__(self) -> None:
+    check_sizes(self)
+    shared = self.heads % self.kv_heads == 0
+    check(self, '', 'kv_heads', shared, f'a divisor of heads={self.heads}')
 
 
 class RMSNorm(nn.Module):

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.config import nearest
+from vpe_jax.config import check, check_sizes, nearest
 from vpe_jax.contracts import Array, UserError, Visibility
 from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.ops import norms
@@ -45,6 +45,9 @@ class EncoderConfig:
   layer_scale: bool = False
 
   def __post_init__(self) -> None:
+    check_sizes(self)
+    whole = self.width % self.heads == 0
+    check(self, '', 'width', whole, f'a multiple of heads={self.heads}')
     known = (*ACTIVATIONS, 'swiglu')
     if self.activation not in known:
       raise UserError(f"no activation '{self.activation}'{nearest(self.activation, known)}")

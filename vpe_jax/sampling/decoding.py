@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.config import SampleConfig
-from vpe_jax.contracts import Array, UserError
+from vpe_jax.contracts import Array
 
 # (cache, tokens [B], index) -> (logits of the next token [B, V], cache with these tokens in it)
 Step = Callable[[Any, Array, Array], tuple[Array, Any]]
@@ -41,7 +41,8 @@ def filter_logits(
   Raises:
     UserError: a setting is out of range.
   """
-  _check(temperature, top_k, top_p, min_p)
+  # The config knows what is out of range.
+  SampleConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
   logits = logits.astype(jnp.float32)
   if temperature == 0:
     largest = jnp.argmax(logits, axis=-1, keepdims=True)
@@ -118,14 +119,3 @@ def decode(
   start = (cache, first_logits.astype(jnp.float32))
   (cache, _), codes = jax.lax.scan(body, start, jnp.arange(length, dtype=jnp.int32))
   return codes.T, cache
-
-
-def _check(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
-  if not 0 <= temperature < math.inf:
-    raise UserError(f'temperature is {temperature}: it must be 0 (greedy) or positive')
-  if top_k < 0:
-    raise UserError(f'top_k is {top_k}: it must be 0 (off) or the number of tokens to keep')
-  if not 0 < top_p <= 1:
-    raise UserError(f'top_p is {top_p}: it must be above 0 and at most 1 (off)')
-  if not 0 <= min_p <= 1:
-    raise UserError(f'min_p is {min_p}: it must be between 0 (off) and 1')

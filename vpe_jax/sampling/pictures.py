@@ -11,6 +11,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from vpe_jax.contracts import UserError
+from vpe_jax.data import storage
 
 _INK, _PAPER, _FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
 _GAP = 12  # pixels between pictures and around the grid
@@ -108,30 +109,23 @@ def save_png(
     image = Image.fromarray(np.asarray(image, np.uint8))
   buffer = io.BytesIO()
   image.save(buffer, format='PNG', pnginfo=chunks)
-  partial = path.parent / f'.{path.name}.{os.getpid()}.partial'
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      partial.write_bytes(buffer.getvalue())
-      partial.replace(path)
-    except BaseException:
-      partial.unlink(missing_ok=True)
-      raise
-  except OSError as error:
-    raise UserError(f'cannot write {path}: {error.strerror or error}') from error
+  with storage.writing(path):
+    storage.write_atomic(path, buffer.getvalue())
 
 
 def plan_files(out: str, count: int, overwrite: bool = False) -> list[str]:
   """The files that `out` stands for; front doors ask before the work starts.
 
   Args:
-    out: a file for everything, or a folder (it ends in /) for `count` files 000.png, 001.png, ...
+    out: a file for everything (it ends in .png), or a folder (in /) for `count` files 000.png, ...
     count: pictures that will be drawn.
     overwrite: whether files may be replaced.
 
   Raises:
-    UserError: a file exists (and `overwrite` is off), or is a folder.
+    UserError: a file exists (and `overwrite` is off), is a folder, or ends in something else.
   """
+  if not out.lower().endswith(('.png', '/')) and not epath.Path(out).is_dir():
+    raise UserError(f'{out}: files of pictures end in .png, and a folder of them in /')
   paths = [f'{out}{index:03d}.png' for index in range(count)] if out.endswith('/') else [out]
   for path in paths:
     if epath.Path(path).is_dir():

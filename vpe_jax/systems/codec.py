@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as randomness
 from vpe_jax.codecs import kl, pixels, visual_prompt
-from vpe_jax.config import Config, nearest
+from vpe_jax.config import Config, check_sizes, nearest
 from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, UserError
 from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment, autoencoding
@@ -64,6 +64,9 @@ class ModelConfig:
   squared: float = 4.0
   divergence: float = 1e-3
   crop: int = 32
+
+  def __post_init__(self) -> None:
+    check_sizes(self, 'model.')
 
 
 class System:

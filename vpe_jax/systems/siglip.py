@@ -16,7 +16,7 @@ import numpy as np
 
 from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import pixels
-from vpe_jax.config import Config
+from vpe_jax.config import Config, check
 from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, Start, UserError
 from vpe_jax.data import shapes, text
 from vpe_jax.models import siglip
@@ -56,6 +56,10 @@ class ModelConfig:
   hide: float = 0.0
   blind: float = 0.0
   init_from: str = ''
+
+  def __post_init__(self) -> None:
+    for name in ('hide', 'blind'):
+      check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
 
 
 class System:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import choice, pixels
-from vpe_jax.config import Config, SampleConfig, nearest
+from vpe_jax.config import Config, SampleConfig, check, nearest
 from vpe_jax.contracts import (
   Array,
   Drawing,
@@ -74,6 +74,8 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    for name in ('drop', 'drop_text'):
+      check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
     pairs = {
       'codes': (self.codes, self.plan_codes),
       'latent_channels': (self.latent_channels, self.image_channels),
@@ -102,6 +104,12 @@ class System:
     for name in config.stages:
       if name not in STAGES:
         raise UserError(f"no stage '{name}' in this system{nearest(name, STAGES)}")
+    order = [list(STAGES).index(name) for name in config.stages]
+    if order != sorted(set(order)):
+      raise UserError(
+        f'config.stages is {config.stages}: each stage goes on from the one before, in the order '
+        f'{", ".join(STAGES)}'
+      )
     c: ModelConfig = config.model
     self.config = config
     origin = 'fresh, embed/ from the codecs' if self._inherits else 'fresh'
@@ -204,6 +212,10 @@ class System:
       return {}
     return {**self.visual_prompt.abstract_params(), **self.image.abstract_params()}
 
+  def decode(self, frozen: Params, latents: Array) -> Array:
+    """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""
+    return self.image.decode(frozen, latents)
+
   def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
     """Predicted tokens, and latent elements, of the batch."""
     c = self.config.model
@@ -255,7 +267,7 @@ class System:
     """Plans, then renders; see vpe_jax.contracts.System and systems/rendering.py."""
     job = rendering.Job(self.model, self.spans, self.vocabulary, settings)
     codes, latents = rendering.draw(job, params, request, rng)
-    return Drawing(self.image.decode(frozen, latents), codes, latents)
+    return Drawing(self.decode(frozen, latents), codes, latents)
 
   def _similarity(self, frozen: Params, images: Array, text: Array, text_length: Array) -> Array:
     """How well each picture [B, R, R, 3] in [0, 1] fits each caption: cosines [B, B].

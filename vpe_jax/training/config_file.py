@@ -9,9 +9,12 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from vpe_jax import systems
 from vpe_jax.config import nearest, to_dict
@@ -33,10 +36,10 @@ def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
   """
   path, _, arg = spec.partition(':')
   try:
-    given = _get_config(Path(path))(arg)
+    given = _given(Path(path), arg)
   except ValueError as error:
-    raise UserError(f'--config={spec}: {error}') from error
-  values = to_dict(systems.build(given.to_dict()).config)
+    raise UserError(f'--config={spec}: {" ".join(str(error).split())}') from error
+  values = to_dict(systems.build(given).config)
   for key, text in overrides.items():
     _override(values, key, text)
   systems.build(values)  # Checks the overridden values.
@@ -59,6 +62,30 @@ def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
   return overrides, others
 
 
+def _given(path: Path, arg: str) -> Mapping[str, Any]:
+  """What a config file returns for an argument, as plain dicts.
+
+  Raises:
+    ValueError: a bad argument.
+    UserError: the file is no config file, or fails.
+  """
+  try:
+    found = _get_config(path)(arg)
+  except ValueError:
+    raise
+  # A config file is code of the user's, so anything can go wrong in it, even an exit.
+  except (Exception, SystemExit) as error:
+    reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+             if frame.filename == str(path)]  # fmt: skip
+    where = f' in line {lines[-1]}' if lines else ''
+    raise UserError(f'the file fails{where} ({reason}): mend it') from error
+  plain = found.to_dict() if isinstance(found, ConfigDict) else found
+  if not isinstance(plain, Mapping):
+    raise UserError(f'get_config returns {type(found).__name__}, not a ConfigDict or a dict')
+  return plain
+
+
 def _get_config(path: Path) -> Any:
   if not path.is_file():
     known = sorted(str(p) for p in path.parent.glob('*.py') if p.name != 'common.py')
@@ -72,7 +99,7 @@ def _get_config(path: Path) -> Any:
   spec = importlib.util.spec_from_file_location(f'configs.{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  if not hasattr(module, 'get_config'):
+  if not callable(getattr(module, 'get_config', None)):
     raise UserError('the file has no get_config(arg), as configs/t2i.py has')
   return module.get_config
 
@@ -98,5 +125,5 @@ def _literal(text: str) -> Any:
     return _WORDS[text.lower()]
   try:
     return ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, RecursionError, MemoryError):
     return text  # Names such as a,b: the field's type decides whether text will do.

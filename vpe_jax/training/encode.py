@@ -52,8 +52,6 @@ def open_training_data(
     )
   if config.data.encode == 'online':
     return pictures
-  if config.data.encode != 'cached':
-    raise UserError(f"data.encode is '{config.data.encode}': choose 'online' or 'cached'")
   if frozen.encode is None:
     raise UserError(f"system '{config.system}' trains on pictures: set data.encode=online")
   if config.data.source == 'synthetic':

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -62,6 +63,58 @@ def for_drawing(system: System) -> Params:
   """
   mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
   return {name: _network(system, name, mesh, 'fsdp')[0] for name in system.draws_with}
+
+
+def check_drawing(system: System, params: Params, frozen: Params) -> None:
+  """Compares with the config in shapes alone: what doesn't fit is found before any work.
+
+  Args:
+    system: one that draws.
+    params: its parameters.
+    frozen: the networks that it draws with.
+
+  Raises:
+    UserError: the parameters, or the frozen networks, are those of another model.
+  """
+  check_shapes(by_path(jax.eval_shape(system.init, jax.random.key(0))), by_path(params))
+  _, latents = system.abstract_encoded(1)
+  with _misfit(system, system.draws_with):
+    jax.eval_shape(system.decode, frozen, latents)
+
+
+def check_shapes(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+  """Compares parameters by path.
+
+  Raises:
+    UserError: one is missing, too many, or of another shape.
+  """
+  for path in sorted(wanted.keys() | found.keys()):
+    ours, theirs = (
+      list(np.shape(leaves[path])) if path in leaves else 'absent' for leaves in (wanted, found)
+    )
+    if ours != theirs:
+      raise UserError(
+        f"the weights are not those of their config: '{path}' is {theirs} there, and the config "
+        f'asks for {ours}; get the file again, or name the run that it came from'
+      )
+
+
+@contextlib.contextmanager
+def _misfit(system: System, names: Iterable[str]) -> Iterator[None]:
+  """Says in one line that frozen networks don't fit."""
+  try:
+    yield
+  except UserError:
+    raise
+  # What a wrong tree ends in depends on the network: flax, einops, or a missing key.
+  except Exception as error:
+    sources = ', '.join(f'{name}={system.frozen_weights[name]}' for name in names)
+    reason = (str(error).splitlines() or [''])[0].split(' (https')[0]
+    raise UserError(
+      f'the frozen networks ({sources}) do not fit the sizes in config.model or '
+      f'data.image_size={system.config.data.image_size}: name weights that were trained with these '
+      f'sizes, or set them to those of the weights ({type(error).__name__}: {reason})'
+    ) from error
 
 
 def _network(
@@ -122,17 +175,8 @@ def check_fits(system: System, loaded: Params) -> None:
       )
     return
   image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
-  try:
+  with _misfit(system, system.frozen_weights):
     found = jax.eval_shape(read, loaded, image)
-  # What a wrong tree ends in depends on the network: flax, einops, or a missing key.
-  except Exception as error:
-    sources = ', '.join(f'{name}={source}' for name, source in system.frozen_weights.items())
-    reason = (str(error).splitlines() or [''])[0].split(' (https')[0]
-    raise UserError(
-      f'the frozen networks ({sources}) do not fit the sizes in config.model or '
-      f'data.image_size={data.image_size}: name weights that were trained with these sizes, or '
-      f'set them to those of the weights ({type(error).__name__}: {reason})'
-    ) from error
   if encode and hasattr(system, 'abstract_encoded'):
     _check_encoded(system, found)
 

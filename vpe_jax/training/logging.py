@@ -12,8 +12,9 @@ from etils import epath
 
 from vpe_jax.config import Config
 from vpe_jax.contracts import System, UserError
+from vpe_jax.data.storage import is_remote
 from vpe_jax.training import throughput
-from vpe_jax.training.metrics import MetricsFile, Record, is_remote
+from vpe_jax.training.metrics import MetricsFile, Record
 
 PATIENCE = 5  # steps in a row without a finite gradient that end a run
 

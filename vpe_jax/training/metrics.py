@@ -7,7 +7,6 @@ a new run puts what it finds aside, for that may be somebody else's.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -15,6 +14,9 @@ import re
 from typing import Any
 
 from etils import epath
+
+from vpe_jax.data import storage
+from vpe_jax.data.storage import is_remote
 
 FILE = 'metrics.jsonl'
 PART_RECORDS = 200  # records that a remote run holds back at most
@@ -31,13 +33,8 @@ def read(workdir: epath.PathLike, numbered: bool | None = None) -> list[Record]:
   """
   folder, records = epath.Path(workdir).expanduser(), []
   for path in _files(folder, is_remote(folder) if numbered is None else numbered):
-    records += parse(path.read_text())
+    records += parse(_text(path))
   return records
-
-
-def is_remote(workdir: epath.PathLike) -> bool:
-  """Whether the folder is on an object store such as gs://."""
-  return '://' in str(workdir)
 
 
 class MetricsFile:
@@ -105,14 +102,19 @@ def _put_aside(path: epath.Path) -> None:
   if not path.read_bytes():
     path.unlink()
     return
-  names = (f'{path.name}.before{number}' for number in itertools.chain([''], itertools.count(2)))
-  free = next(place for name in names if not (place := path.parent / name).exists())
-  path.rename(free)
-  print(f'warning: this run is new, so the records in {path} were renamed to {free.name}')
+  now = storage.put_aside(path, f'{path.name}.before')
+  print(f'warning: this run is new, so the records in {path} were renamed to {now}')
 
 
 def _truncate(path: epath.Path, resumed: int) -> None:
-  text = path.read_text()
+  text = _text(path)
+  if wrong := _damaged(text):
+    copy = storage.first_free(path, f'{path.name}.damaged')
+    path.copy(copy)
+    print(
+      f'warning: {path} is damaged in line {", ".join(map(str, wrong))}: the run goes on without '
+      f'these records, and a copy of the file is in {copy.name}'
+    )
   kept = ''.join(_line(record) for record in parse(text) if record['step'] <= resumed)
   if kept != text:
     _replace(path, kept)
@@ -122,16 +124,36 @@ def _replace(path: epath.Path, text: str) -> None:
   if not text:
     path.unlink()
     return
-  # A crash between these two lines leaves the old file whole.
-  beside = path.parent / f'{path.name}.partial'
-  beside.write_text(text)
-  beside.replace(path)
+  storage.write_atomic(path, text.encode())
 
 
 def parse(text: str) -> list[Record]:
-  """The complete lines of a metrics file as records."""
-  whole = text[: text.rfind('\n') + 1]
-  return [json.loads(line) for line in whole.splitlines() if line]
+  """The complete lines of a metrics file as records; damaged ones are left out."""
+  return [record for record in map(_record, _lines(text)) if record is not None]
+
+
+def _text(path: epath.Path) -> str:
+  # A flipped bit may leave what is no UTF-8: its line is damaged, the others are not.
+  return path.read_bytes().decode('utf-8', 'replace')
+
+
+def _lines(text: str) -> list[str]:
+  """The lines of a file that end; the last one may have been cut short by a crash."""
+  return text.split('\n')[:-1]
+
+
+def _record(line: str) -> Record | None:
+  try:
+    found = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  return found if isinstance(found, dict) and isinstance(found.get('step'), int) else None
+
+
+def _damaged(text: str) -> list[int]:
+  """Numbers of the lines that hold something, but no record."""
+  numbered = enumerate(_lines(text), 1)
+  return [number for number, line in numbered if line and _record(line) is None]
 
 
 def _line(record: Record) -> str:

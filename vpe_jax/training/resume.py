@@ -13,7 +13,7 @@ import jax
 
 from vpe_jax import rng, sharding
 from vpe_jax.checkpoints import convert
-from vpe_jax.config import Config, differences
+from vpe_jax.config import Config, differences, flatten, nearest, to_dict
 from vpe_jax.contracts import Array, Params, System, UserError
 from vpe_jax.training import pretrained
 from vpe_jax.training.state import COUNTERS, State, first_state, merge
@@ -33,8 +33,17 @@ def check_config(
     A line for each difference that is accepted.
 
   Raises:
-    UserError: fields differ that are neither free nor named in `allow_change`.
+    UserError: fields differ that are neither free nor named in `allow_change`, or that names
+      something else.
   """
+  known = flatten(to_dict(config)) | flatten(stored)
+  sections = {field[:end] for field in known for end, dot in enumerate(field) if dot == '.'}
+  for name in allow_change:
+    if name not in known and name not in sections:
+      raise UserError(
+        f"--allow_change names '{name}', which is no field of the config"
+        f'{nearest(name, known.keys() | sections)}'
+      )
   refused, accepted = [], []
   for field, (old, new) in differences(config, stored).items():
     text = f'{field} was {old!r}, now {new!r}'

@@ -17,7 +17,7 @@ import jax
 from vpe_jax.checkpoints import convert
 from vpe_jax.checkpoints.sources import Source
 from vpe_jax.checkpoints.table import Table
-from vpe_jax.config import nearest
+from vpe_jax.config import build_section, nearest, to_dict
 from vpe_jax.contracts import Array, Params, UserError
 
 FAMILIES = (
@@ -123,7 +123,7 @@ def load(
   family = get(name)
   if sizes is None:
     sizes = _sizes(family, name, source)
-  abstract = jax.eval_shape(lambda key: family.init(sizes, key), jax.random.key(0))
+  abstract = _abstract(family, name, sizes)
   if place is not None:
     abstract = place(abstract)
   plan = convert.plan(source.tensors, family.LAYOUTS, abstract)
@@ -144,6 +144,20 @@ def save(name: str, sizes: Any, params: Params, folder: Path, **options: Any) ->
   )
 
 
+def _abstract(family: Family, name: str, sizes: Any) -> Params:
+  """The parameters of a network of these sizes, in shapes alone."""
+  try:
+    return jax.eval_shape(lambda key: family.init(sizes, key), jax.random.key(0))
+  except UserError:
+    raise
+  # What sizes that don't fit each other end in depends on the network.
+  except Exception as error:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(
+      f'no {name} has these sizes: {sizes} ({reason}): get its config again'
+    ) from error
+
+
 def _sizes(family: Family, name: str, source: Source) -> Any:
   if not source.config and hasattr(family, 'BARE'):
     return family.BARE
@@ -152,8 +166,15 @@ def _sizes(family: Family, name: str, source: Source) -> Any:
       f"'{source.path}' has no config.json beside it, which gives the sizes of {name}"
     )
   try:
-    return family.sizes(source.config)
+    found = family.sizes(source.config)
+    return build_section(type(found), to_dict(found))  # Checks every value's type.
   except KeyError as error:
     raise UserError(
       f"config.json of '{source.path}' lacks {error}, which {name} needs: is it of another family?"
+    ) from error
+  except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+    # Sizes are computed from fields, whose values may be of any kind.
+    reason = ' '.join(str(error).split())
+    raise UserError(
+      f"config.json of '{source.path}' gives {name} sizes that can't be ({reason}): get it again"
     ) from error
