@@ -90,7 +90,7 @@ def check_shapes(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
   """
   for path in sorted(wanted.keys() | found.keys()):
     ours, theirs = (
-      list(np.shape(leaves[path])) if path in leaves else 'absent' for leaves in (wanted, found)
+      list(leaves[path].shape) if path in leaves else 'absent' for leaves in (wanted, found)
     )
     if ours != theirs:
       raise UserError(
