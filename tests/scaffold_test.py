@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import os
 import re
 import shlex
@@ -127,7 +128,8 @@ def test_find_python_prefers_3_11_and_says_what_is_missing(tmp_path: Path) -> No
 
 def _clone(folder: Path) -> dict[str, str]:
   """A clone without the library, and an environment in which Python only writes down its calls."""
-  for name in ('launch/environment.sh', 'launch/quickstart.sh', 'launch/test.sh', '.ci/run'):
+  scripts = ('environment', 'quickstart', 'test', 'verify_device')
+  for name in (*(f'launch/{script}.sh' for script in scripts), '.ci/run'):
     _script(folder / name, (ROOT / name).read_text())
   for name in ('setup.cfg', 'pyproject.toml'):
     (folder / name).write_text((ROOT / name).read_text())
@@ -200,6 +202,34 @@ def test_test_script_checks_style_tests_and_the_newer_python(tmp_path: Path) -> 
   assert '.[test' in calls[1] and 'test' not in calls[5]
   assert calls[4] == '-m venv --clear .venv312'
   assert '--config=configs/t2i.py:debug' in calls[6]
+
+
+def test_verify_device_goes_through_all_phases_and_reports(tmp_path: Path) -> None:
+  environment = _clone(tmp_path)
+  done = _shell('bash launch/verify_device.sh --cpu --out=r.json', tmp_path, **environment)
+  assert done.returncode == 0, done.stderr
+  calls = [' '.join(call.split()[1:3]) for call in _calls(tmp_path)]
+  trained = ['vpe_jax.main --config=configs/t2i.py:debug', 'vpe_jax.sample --workdir=']
+  assert calls[2] == 'pytest -q' and calls[-2].startswith('tests.benchmarks.attention')
+  assert [call.split()[0] for call in calls[3:7]] == [t.split()[0] for t in trained] * 2
+  assert calls[-1].startswith('tests.benchmarks.device_report')
+  (tmp_path / 'r.json').touch()
+  refused = _shell('bash launch/verify_device.sh --cpu --out=r.json', tmp_path, **environment)
+  assert refused.returncode == 2 and 'r.json exists' in refused.stderr
+
+
+def test_device_report_says_what_failed(tmp_path: Path) -> None:
+  (tmp_path / 'phases').write_text('kernels 0 12\nfloat32 1 3\n')
+  (tmp_path / 'float32.log').write_text('working\nerror: no memory\n')
+  command = [sys.executable, '-m', 'tests.benchmarks.device_report', str(tmp_path)]
+  done = subprocess.run(
+    [*command, str(tmp_path / 'out.json')], cwd=ROOT, capture_output=True, text=True, timeout=120
+  )
+  assert done.returncode == 1 and 'failed: float32' in done.stdout, done.stderr
+  found = json.loads((tmp_path / 'out.json').read_text())
+  assert not found['passed'] and found['phases']['kernels']['passed']
+  assert found['phases']['float32']['end'][-1] == 'error: no memory'
+  assert found['devices'] and found['versions']['jax']
 
 
 TPU = 'bash launch/tpu_pod.sh --name=vpe --zone=us-east5-b --type=v6e-16 --workdir=gs://b/run'

@@ -4,33 +4,28 @@
 
 Runs every implementation that this machine has, on a causal mask and on that of a Mixture of
 Transformers (829 tokens of text and visual prompt to 1,027 of picture, as the paper has them).
-Outputs and gradients must agree to 1e-4 first. Runs alternate between the implementations, and a
-ratio is the median over the rounds: `time/...` is that of `reference` over the other's (above 1:
-faster), `memory/...` that of the temporary bytes that the compiler assigns. Other processes
-disturb timings: with more than half a core busy it refuses, unless --force is given.
+Outputs and gradients must agree first. `ratios` are `reference` over the other: `time/...` (above
+1: faster), and `memory/...` of the temporary bytes that the compiler assigns.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 
+from tests.benchmarks import timing
 from vpe_jax.config import ATTENTIONS
 from vpe_jax.contracts import UserError, Visibility
 from vpe_jax.data.sequence import NEVER
 from vpe_jax.ops.attention import chooser
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 64
-BUSY = 0.5  # load average above which timings mean little
-AGREE = 1e-4
+flags.DEFINE_list('lengths', ['1024', '2048', '4096', '8192'], 'tokens of a row')
+flags.DEFINE_integer('rounds', 5, 'counted rounds')
 
 
 def _row(reach: jax.Array) -> Visibility:
@@ -60,16 +55,13 @@ def _step(name: str) -> Callable[..., Any]:
 
 def _check(results: dict[str, Any]) -> None:
   """Outputs and gradients agree, relative to the largest of each."""
-  wanted = results['reference']
   for name, given in results.items():
-    for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(wanted), strict=True):
-      apart = float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b)))
-      if apart > AGREE:
-        raise UserError(f'{name} differs from reference by {apart:.1e}')
+    for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(results['reference']), strict=True):
+      timing.check_equal(a, b, name)
 
 
-def measure(length: int, mask: Callable[[int], Visibility], rounds: int) -> list[dict[str, Any]]:
-  """Seconds of each round and temporary bytes of each implementation that runs here."""
+def measure_mask(length: int, mask: Callable[[int], Visibility]) -> dict[str, dict[str, float]]:
+  """Milliseconds, temporary bytes and both ratios of each implementation that runs here."""
   keys = jax.random.split(jax.random.key(0), 3)
   q, k, v = (
     jax.random.normal(key, (1, length, heads, WIDTH))
@@ -81,76 +73,40 @@ def measure(length: int, mask: Callable[[int], Visibility], rounds: int) -> list
     try:
       steps[name] = jax.jit(_step(name)).lower(*inputs).compile()
     except UserError as error:
-      print(f'{length:6} {mask.__name__:8} {name:10} not here: {error}')
+      print(f'{length} {mask.__name__}: {name} is not here: {error}', flush=True)
   _check({name: step(*inputs) for name, step in steps.items()})
-  seconds: dict[str, list[float]] = {name: [] for name in steps}
-  for _ in range(rounds):
-    for name, step in steps.items():
-      start = time.perf_counter()
-      jax.block_until_ready(step(*inputs))
-      seconds[name].append(time.perf_counter() - start)
-  return [
-    {
-      'length': length,
-      'mask': mask.__name__,
-      'implementation': name,
-      'seconds': seconds[name],
-      'temporary_bytes': step.memory_analysis().temp_size_in_bytes,
+  calls = {n: lambda step=step: jax.block_until_ready(step(*inputs)) for n, step in steps.items()}
+  seconds = timing.alternate(calls, flags.FLAGS.rounds)
+  milliseconds = timing.medians(seconds)
+  held = {name: step.memory_analysis().temp_size_in_bytes for name, step in steps.items()}
+  return {
+    name: {
+      'milliseconds': milliseconds[name],
+      'temporary_bytes': held[name],
+      'time': timing.ratio(seconds, name, 'reference'),
+      'memory': round(held['reference'] / held[name], 2),
     }
-    for name, step in steps.items()
-  ]
-
-
-def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
-  """`reference` over each other implementation, per mask and length."""
-  found = {}
-  for dense in (row for row in rows if row['implementation'] == 'reference'):
-    for row in rows:
-      same = row['length'] == dense['length'] and row['mask'] == dense['mask']
-      if not same or row is dense:
-        continue
-      where = f'{row["implementation"]}/{row["mask"]}/{row["length"]}'
-      paired = [a / b for a, b in zip(dense['seconds'], row['seconds'], strict=True)]
-      found[f'time/{where}'] = statistics.median(paired)
-      found[f'memory/{where}'] = dense['temporary_bytes'] / row['temporary_bytes']
-  return found
-
-
-def main() -> None:
-  """Measures, prints a table, and writes it."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('--json', default='', help='file to write')
-  parser.add_argument('--lengths', default='1024,2048,4096,8192', help='tokens of a row')
-  parser.add_argument('--rounds', type=int, default=5, help='runs of each implementation')
-  parser.add_argument('--force', action='store_true', help='measure on a busy machine too')
-  given = parser.parse_args()
-  load = os.getloadavg()[0]
-  print(f'load average {load:.2f}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}')
-  if load > BUSY and not given.force:
-    parser.error(f'the machine is busy (load above {BUSY}): wait, or measure with --force')
-  rows: list[dict[str, Any]] = []
-  for length in map(int, given.lengths.split(',')):
-    for mask in (causal, mixture):
-      found = measure(length, mask, given.rounds)
-      for row in found:
-        middle = statistics.median(row['seconds'])
-        size = row['temporary_bytes'] / 2**20
-        print(f'{length:6} {mask.__name__:8} {row["implementation"]:10} ', end='')
-        print(f'{middle:9.4f} s {size:9.1f} MiB', flush=True)
-      rows += found
-  report = {
-    'load_average': [load, os.getloadavg()[0]],
-    'device': jax.devices()[0].device_kind,
-    'shape': {'heads': HEADS, 'kv_heads': KV_HEADS, 'width': WIDTH, 'dtype': 'float32'},
-    'rows': rows,
-    'ratios': ratios(rows),
+    for name in steps
   }
-  for name, ratio in report['ratios'].items():
-    print(f'{name:40} {ratio:7.2f}')
-  if given.json:
-    with open(given.json, 'w', encoding='utf-8') as file:
-      json.dump(report, file, indent=2)
+
+
+def measure() -> dict[str, Any]:
+  """Every mask at every length."""
+  found = {
+    f'{mask.__name__}/{length}': measure_mask(int(length), mask)
+    for length in flags.FLAGS.lengths
+    for mask in (causal, mixture)
+  }
+  ratios = {
+    f'{what}/{name}/{where}': figures[what]
+    for where, rows in found.items()
+    for name, figures in rows.items()
+    for what in ('time', 'memory')
+    if name != 'reference'
+  }
+  shape = {'heads': HEADS, 'kv_heads': KV_HEADS, 'width': WIDTH, 'dtype': 'float32'}
+  return {'ratios': ratios, 'shape': shape, 'cases': found}
 
 
 if __name__ == '__main__':
-  main()
+  timing.main(measure)
