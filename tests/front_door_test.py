@@ -17,6 +17,8 @@ from vpe_jax.contracts import UserError
 def main():
   if flags.FLAGS.n == 13:
     raise UserError('n is 13: choose another')
+  if flags.FLAGS.n == 28:
+    open('/dev/full', 'w').write('x' * 10**6)
   logging.info('chatter')
   print(flags.FLAGS.n, taken)
 
@@ -46,6 +48,7 @@ def test_flags_reach_the_command_and_others_are_taken():
   [
     ('--n=13', 'n is 13: choose another'),
     ('--n=many', 'flag --n=many'),
+    ('--n=28', 'cannot write a file: No space left on device; free some space'),
     ('--m=1', "Unknown command line flag 'm'"),
     ('x', "unexpected argument 'x'"),
   ],
@@ -65,3 +68,9 @@ def test_a_folder_is_checked_and_left_as_it_was(tmp_path):
     front_door.check_folder(str(tmp_path / 'file' / 'new'))
   with pytest.raises(UserError, match='cannot write to .*file'):
     front_door.check_folder(str(tmp_path / 'file'))
+
+
+def test_a_place_out_of_reach_is_one_line():
+  for folder in ('s3://bucket/x', 'https://host/x'):
+    with pytest.raises(UserError, match='out of reach'):
+      front_door.check_folder(folder)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,32 @@ class TestDamage:
     _equal(_restore(tmp_path), _state(2, _mesh()))
     aside = {item.name for item in tmp_path.iterdir()} - {'1', '2'}
     assert aside == {'damaged-2'}  # whatever it was, somebody may want it back
+
+  def test_a_full_disk_is_one_line_and_the_one_before_is_whole(self, tmp_path, monkeypatch):
+    _save(tmp_path, 1)
+    store = Store(str(tmp_path), CheckpointConfig(every=1))
+    store.restore(_abstract(_mesh()))
+
+    def full():
+      raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']\nmore")
+
+    saving = types.SimpleNamespace(result=full)
+    monkeypatch.setattr(store_lib.ocp, 'save_checkpointables_async', lambda *_, **__: saving)
+    assert store.save(_state(2, _mesh()), CONFIG)
+    with pytest.raises(UserError, match='No space left on device; .*free some space') as error:
+      store.wait()
+    assert '\n' not in str(error.value)
+    store.close()
+    _equal(_restore(tmp_path), _state(1, _mesh()))
+
+  def test_a_record_that_is_cut_short_is_not_shown(self, tmp_path, caplog):
+    _save(tmp_path, 1, 2)
+    file = tmp_path / '2' / '_CHECKPOINT_METADATA'
+    file.write_text(file.read_text()[:-200])
+    with caplog.at_level(logging.WARNING):
+      _equal(_restore(tmp_path), _state(1, _mesh()))
+    assert [r.message for r in caplog.records if 'custom_metadata' in r.message] == []
+    assert len([r for r in caplog.records if 'damaged' in r.message]) == 1
 
   def test_what_others_left_under_a_step_s_name_is_kept(self, tmp_path):
     _save(tmp_path, 1)

@@ -87,6 +87,41 @@ def test_bytes_from_other_slices():
   assert reduce(1, bytes=800 * 7 / 8).dcn_bytes == 0
 
 
+SLICES = """HloModule m
+
+%scatter (input: f32[256,512], i: s32[]) -> f32[64,512] {
+  %input = f32[256,512]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %all-reduce.3 = f32[256,512]{1,0} all-reduce(%input), channel_id=2, \
+replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %dynamic-slice.5 = f32[64,512]{1,0} dynamic-slice(%all-reduce.3, %i, %zero)
+}
+
+ENTRY %main (x: f32[256,512], at: s32[]) -> f32[64,512] {
+  %x = f32[256,512]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %part = f32[64,512]{1,0} fusion(%x, %at), kind=kCustom, calls=%scatter
+  %after-all = token[] after-all()
+  %send = (f32[64,512]{1,0}, u32[], token[]) send(%part, %after-all), channel_id=1, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[64,512]{1,0}, u32[], token[]) recv(%after-all), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=1, is_host_transfer=true
+  %recv-done = (f32[64,512]{1,0}, token[]) recv-done(%recv), channel_id=2, is_host_transfer=true
+  ROOT %sum = f32[64,512]{1,0} get-tuple-element(%recv-done), index=0
+}
+"""
+
+
+def test_gradients_over_two_slices():
+  """As TPU programs write it: scattered within a slice, the parts summed over the network."""
+  work = traffic.work_of(hlo.parse(SLICES), [0, 0, 0, 0, 1, 1, 1, 1])
+  whole = 256 * 512 * 4
+  assert work.collective_bytes() == {'reduce-scatter': whole * 3 / 4, 'all-reduce': whole / 4}
+  assert sorted(one.dcn_bytes for one in work.collectives) == [0, whole / 4]
+
+
 MEMORY = """HloModule m
 
 %sliced (a: f32[100,8], i: s32[]) -> f32[1,8] {

@@ -9,6 +9,7 @@ from vpe_jax.training import config_file
 
 ROOT = pathlib.Path(__file__).parents[2]
 T2I = str(ROOT / 'configs' / 't2i.py')
+CODEC = str(ROOT / 'configs' / 'codec.py')
 
 
 def test_overrides_reach_fields_that_the_file_leaves_at_their_defaults():
@@ -39,6 +40,7 @@ def test_overrides_reach_fields_that_the_file_leaves_at_their_defaults():
     (T2I, {'optim.lr': 'fast'}, "'optim.lr' must be float, not 'fast'"),
     (T2I, {'steps': '(1, 2, 3)'}, 'config.steps has 3 entries for 2 stages'),
     (T2I, {'log.every': '0'}, "'log.every' is 0: it must be at least 1"),
+    (CODEC + ':tiny,stage=visual', {}, "unknown stage 'visual'; did you mean 'visual_prompt'"),
     (T2I, {'model.patch': '0'}, "'model.patch' is 0: it must be at least 1"),
     (T2I, {'model.ar.heads': '0'}, "'model.ar.heads' is 0: it must be at least 1"),
     (T2I, {'model.dual_path.encoder.width': '-1'}, "'model.dual_path.encoder.width' is -1"),

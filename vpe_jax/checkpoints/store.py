@@ -12,11 +12,13 @@ load, and changed bits in the data, which load as other values. Both are checked
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -111,7 +113,7 @@ class Store:
       for path, leaf in arrays.items()
     }
     sealed = {'record': record, 'digest': _digest(record)}
-    with _writing():
+    with _full_disk_named(self._directory), _writing():
       response = ocp.save_checkpointables_async(
         self._directory / str(step), {_STATE: arrays}, custom_metadata=sealed
       )
@@ -192,10 +194,15 @@ class Store:
     return [step for step in self._folders() if (self._folder(step) / _MARKER).exists()]
 
   def wait(self) -> None:
-    """Returns when the last save is complete; raises what went wrong with it."""
+    """Returns when the last save is complete; raises what went wrong with it.
+
+    Raises:
+      UserError: the disk is full.
+    """
     if self._pending is not None:
       pending, self._pending = self._pending, None
-      pending.result()
+      with _full_disk_named(self._directory):
+        pending.result()
 
   def close(self) -> None:
     """Waits for the last save and ends the background thread. Belongs in a `finally`."""
@@ -291,7 +298,8 @@ class Store:
     folder = self._folder(step)
     if not (folder / _MARKER).exists():
       raise _Damaged(f'its commit marker {_MARKER} is missing: the save was not finished')
-    sealed = _attempt(lambda: ocp.checkpointables_metadata(folder).custom_metadata)
+    with _silently():
+      sealed = _attempt(lambda: ocp.checkpointables_metadata(folder).custom_metadata)
     if not isinstance(sealed, dict) or sealed.keys() != {'record', 'digest'}:
       raise _Damaged('its record is missing')
     record = sealed['record']
@@ -364,6 +372,32 @@ def _attempt(read: Callable[[], Any]) -> Any:
       root = root.__cause__
     words = ' '.join(str(root).split()) or type(root).__name__
     raise _Damaged(f'it can not be read: {words[:180]}') from error
+
+
+@contextlib.contextmanager
+def _full_disk_named(directory: epath.Path) -> Iterator[None]:
+  """Says in one line that a save doesn't fit on the disk; what is said deep down is no OSError."""
+  try:
+    yield
+  except Exception as error:
+    words = os.strerror(errno.ENOSPC)
+    if words not in str(error):
+      raise
+    raise UserError(
+      f'cannot write a checkpoint to {directory}: {words}; those before it are whole: free some '
+      'space and run the same command again'
+    ) from error
+
+
+@contextlib.contextmanager
+def _silently() -> Iterator[None]:
+  """Keeps Orbax from showing the whole of a record that it can't read."""
+  before = logging.get_verbosity()
+  logging.set_verbosity(logging.FATAL)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(before)
 
 
 def _arrays(state: State) -> dict[str, Any]:

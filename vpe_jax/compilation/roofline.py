@@ -45,11 +45,10 @@ def bound(work: Work, kernel_flops: float, model_flops: float, chip: Chip) -> Bo
     chip: its figures.
   """
   across = sum(one.dcn_bytes for one in work.collectives)
-  # What crosses slices comes in over the network, and goes round its own slice over the links.
   seconds = {
     'compute': (work.flops + kernel_flops) / chip.flops,
     'hbm': work.hbm_bytes / chip.hbm_rate,
-    'ici': sum(one.bytes for one in work.collectives) / chip.ici_rate,
+    'ici': (sum(one.bytes for one in work.collectives) - across) / chip.ici_rate,
     'dcn': across / chip.dcn_rate,
   }
   slowest = max(seconds.values())

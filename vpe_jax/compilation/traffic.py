@@ -124,10 +124,9 @@ def work_of(program: Program, slice_of: Sequence[int]) -> Work:
         flops += times * _dot_flops(one, scope)
       elif one.opcode == 'custom-call' and 'tpu_custom_call' in one.attributes:
         kernels += times
-      kind = one.opcode.removesuffix('-start')
-      if kind in KINDS:
-        found = _collective(kind, one, scope, times, slice_of)
-        channel = _field(one, 'channel_id') or f'{name}/{one.name}'
+      found = _received(one, scope, times, slice_of)
+      if found is not None:
+        channel = f'{found.kind} {_field(one, "channel_id") or f"{name}/{one.name}"}'
         before = channels.get(channel)
         if before is None or before.bytes < found.bytes:
           channels[channel] = found
@@ -163,6 +162,27 @@ def group_of(attributes: str, count: int) -> tuple[int, ...]:
   if found := re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', attributes):
     return tuple(int(d) for d in found.group(1).split(','))
   return tuple(range(count))
+
+
+def _received(
+  one: Instruction, scope: dict[str, Instruction], times: float, slice_of: Sequence[int]
+) -> Collective | None:
+  """The collective that an instruction is, or None."""
+  kind = one.opcode.removesuffix('-start')
+  if kind in KINDS:
+    sliced = (other for other in scope.values() if other.opcode == 'dynamic-slice')
+    if kind == 'all-reduce' and any(one.name in other.operands for other in sliced):
+      kind = 'reduce-scatter'  # how TPU programs write it, as a fusion of the two
+    return _collective(kind, one, scope, times, slice_of)
+  # Between slices, TPU programs hand one chip's part to the host's network.
+  sent = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.attributes)
+  if one.opcode != 'recv' or sent is None:
+    return None
+  kind = sent.group(1).lower().replace('_', '-')
+  slices = len(set(slice_of))
+  received = _FACTOR.get(kind, 1.0) * one.shapes[0].bytes * (slices - 1) / slices
+  shapes = one.shapes[:1]
+  return Collective(kind, one.name, one.op_name, shapes, times, slices, slices, times * received)
 
 
 def _collective(
