@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from vpe_jax.config import check, check_sizes
+from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, Params, Region, UserError, Visibility, concatenate
 from vpe_jax.models import mot, transformer, vit
 from vpe_jax.models.diffusion_head import FREQUENCIES, Entry, Exit, HeadConfig, TimeEmbedding
@@ -104,9 +104,6 @@ class UnifiedConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self, codes=0, bos=0, boi=0)
-    for name in ('bos', 'boi'):
-      known = getattr(self, name) < self.text_vocab
-      check(self, '', name, known, f'below text_vocab={self.text_vocab}')
     if self.arch not in ('internal', 'single'):
       raise UserError(f"model.arch is '{self.arch}': it must be 'internal' or 'single'")
     if self.layout not in ('patch', 'raster'):

@@ -76,6 +76,9 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
     super().__post_init__()
     for name in ('drop', 'drop_text'):
       check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
+    for name in ('bos', 'boi'):
+      known = getattr(self, name) < self.text_vocab
+      check(self, 'model.', name, known, f'below text_vocab={self.text_vocab}')
     pairs = {
       'codes': (self.codes, self.plan_codes),
       'latent_channels': (self.latent_channels, self.image_channels),
