@@ -28,7 +28,10 @@ def test_what_nothing_reads_is_left_out():
   assert matrix_flops(run, SQUARE, SQUARE) == 3 * DOT  # x @ w is written twice
 
 
-@pytest.mark.parametrize('stride, pad, dilation', [(1, 1, (1, 1)), (2, 0, (1, 2)), (1, 2, (3, 1))])
+@pytest.mark.parametrize(
+  'stride, pad, dilation',
+  [(1, 1, (1, 1)), (2, 0, (1, 2)), (1, 2, (3, 1)), (2, 1, (4, 3)), (3, 2, (2, 1))],
+)
 def test_places_of_a_window(stride, pad, dilation):
   given, kernel = 5, 3
   span = (given - 1) * dilation[0] + 1 + 2 * pad - (kernel - 1) * dilation[1]
@@ -45,3 +48,8 @@ def test_places_of_a_window(stride, pad, dilation):
     x, w, (stride,), [(pad, pad)], dimension_numbers=numbers, **options
   )
   assert matrix_flops(run, line, window) == 2 * int(real.sum())
+
+
+def test_a_batch_of_dots_written_as_one_window():
+  """As TPU programs do: quick for any batch, and only the batch's own pairs count."""
+  assert window_positions(65536, 65536, 65536, 65535, 0, (65536, 1)) == 65536

@@ -77,16 +77,19 @@ def window_positions(
     pad: zeros before the input; how many follow it doesn't matter.
     dilation: of the input and of the window: 1 + the number of zeros between neighbours.
   """
-  extent, count = (given - 1) * dilation[0] + 1, 0
+  # Result o and window place k meet an element where o * stride + k * dilation[1] - pad is one of
+  # its places, multiples of dilation[0]: of the results in reach, every `period`-th from `start`.
+  common = math.gcd(stride, dilation[0])
+  period, count = dilation[0] // common, 0
+  inverse = pow(stride // common, -1, period)
   for k in range(kernel):
     shift = k * dilation[1] - pad
-    if dilation[0] == 1:
-      first = max(0, -(shift // stride))  # the least o with o * stride + shift >= 0
-      last = min(out - 1, (extent - 1 - shift) // stride)
-      count += max(0, last - first + 1)
-    else:
-      places = (o * stride + shift for o in range(out))
-      count += sum(0 <= at < extent and at % dilation[0] == 0 for at in places)
+    if shift % common:
+      continue
+    first = max(0, -(shift // stride))  # the least o with o * stride + shift >= 0
+    last = min(out - 1, ((given - 1) * dilation[0] - shift) // stride)
+    start = first + (-(shift // common) * inverse - first) % period
+    count += max(0, (last - start) // period + 1)
   return count
 
 
