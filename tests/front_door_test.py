@@ -70,6 +70,15 @@ def test_a_folder_is_checked_and_left_as_it_was(tmp_path):
     front_door.check_folder(str(tmp_path / 'file'))
 
 
+def test_what_is_written_may_lie_in_the_home_folder(monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert front_door.target('out', '~/x.png') == f'{tmp_path}/x.png'
+  assert front_door.target('out', '~/x/') == f'{tmp_path}/x/'
+  assert front_door.target('out', 'gs://bucket/x/') == 'gs://bucket/x/'
+  with pytest.raises(UserError, match='--out is empty'):
+    front_door.target('out', '')
+
+
 def test_a_place_out_of_reach_is_one_line():
   for folder in ('s3://bucket/x', 'https://host/x'):
     with pytest.raises(UserError, match='out of reach'):

@@ -53,7 +53,7 @@ def _folder(workdir: str) -> str:
   """Where the reports of a run go."""
   shipped = workdir.startswith('assets:') or workdir.endswith('.safetensors')
   if FLAGS.out is not None:
-    return front_door.place_flag('out')
+    return front_door.target('out', FLAGS.out)
   return 'evaluation' if shipped else f'{workdir}/evaluation'
 
 

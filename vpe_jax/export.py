@@ -35,7 +35,7 @@ def main() -> None:
   for name in ('workdir', 'to'):
     if not FLAGS[name].value:
       raise UserError(f'--{name} is missing: see python -m vpe_jax.export --help')
-  to = front_door.place_flag('to')
+  to = front_door.target('to', FLAGS.to)
   front_door.check_folder(os.path.dirname(to))
   given = (FLAGS.workdir, to, FLAGS.network, FLAGS.weights, FLAGS.overwrite)
   metadata = export(*given, **front_door.settings())

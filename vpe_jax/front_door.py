@@ -101,14 +101,13 @@ def check_folder(folder: str) -> None:
     ) from error
 
 
-def place_flag(name: str) -> str:
-  """The value of a flag that names what will be written; `~` is the home folder.
+def target(flag: str, given: str) -> str:
+  """What a flag names to be written, as it is given; `~` is the home folder.
 
   Raises:
     UserError: it is empty, or nothing here writes to such a place.
   """
-  given = flags.FLAGS[name].value
   if not given:
-    raise UserError(f'--{name} is empty: name what is to be written')
+    raise UserError(f'--{flag} is empty: name what is to be written')
   # A path loses the slash that makes it a folder.
   return f'{storage.place(given)}{"/" if given.endswith("/") else ""}'

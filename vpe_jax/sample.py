@@ -51,7 +51,7 @@ def _prompts() -> list[str]:
 
 def main() -> None:
   """Runs the command."""
-  prompts, out = _prompts(), front_door.place_flag('out')
+  prompts, out = _prompts(), front_door.target('out', FLAGS.out)
   front_door.check_folder(os.path.dirname(out))
   paths = pictures.plan_files(out, len(prompts) * FLAGS.n, FLAGS.overwrite)
   machine.use_compilation_cache()
