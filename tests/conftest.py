@@ -3,6 +3,7 @@ of devices only where there are any; the golden Show-o2, which tests of the mode
 read.
 """
 
+import glob
 import os
 import pathlib
 import tempfile
@@ -22,6 +23,11 @@ _CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or tempfile.gettempdir())
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE / 'vpe_jax' / 'xla'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 os.environ.setdefault('JAX_DEFAULT_MATMUL_PRECISION', 'highest')
+# TPU's compiler is installed for tests that compile ahead of time. Without a device it is no
+# backend, and left to itself JAX would ask it at every start, and profile with it.
+_DEVICES = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
+if not any(map(glob.glob, _DEVICES)):
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

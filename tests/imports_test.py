@@ -119,7 +119,7 @@ def test_every_imported_package_is_declared() -> None:
       names = {d.lower().replace('_', '-') for d in distributions.get(package, [package])}
       allowed = declared | {'vpe-jax', 'configs', 'jaxlib'}
       if _module(path).startswith('tests'):
-        allowed |= _requirements(setup['options.extras_require'], 'test') | {'conftest'}
+        allowed |= _requirements(setup['options.extras_require'], 'test') | {'conftest', 'tests'}
       if package != '__future__' and not names & allowed:
         missing.append(f'{_name(path)}: {package}')
   assert missing == []

@@ -5,7 +5,7 @@ weights. No package holds these networks: check out the released code first,
 https://github.com/FoundationVision/LlamaGen (made with commit ce98ec41) and
 https://github.com/baaivision/Emu3.5 (8fcf1da4), and run
 
-  python tests/golden/make_codes.py --llamagen=LlamaGen --emu=Emu3.5
+  python -m tests.golden.make_codes --llamagen=LlamaGen --emu=Emu3.5
 
 Needs torch and this project.
 """
@@ -23,7 +23,8 @@ from types import ModuleType
 import numpy as np
 import safetensors.torch
 import torch
-from pictures import renders
+
+from tests.golden.pictures import renders
 
 GOLDEN = Path(__file__).parent
 COUNT = 32  # of each kind

@@ -47,7 +47,7 @@ def test_long_rows_make_no_square_buffer():
 
 
 def test_the_dual_path_hands_its_choice_down():
-  path = DualPath(DualPathConfig(CONFIG, 4), 16, 2, jnp.float32, 'pallas_tpu')
+  path = DualPath(DualPathConfig(CONFIG, 4), 16, 2, jnp.float32, attention='pallas_tpu')
   latents = jnp.zeros((1, 8, 8, 3))
   with pytest.raises(UserError, match='runs on tpu, and the devices are cpu'):
     jax.eval_shape(path.init, jax.random.key(0), latents)

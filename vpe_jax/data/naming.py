@@ -30,7 +30,6 @@ _PAIRED = re.compile(r'^(kiss|couple with heart|family) ((?:man|woman|person|boy
 
 def readable(name: str) -> str:
   """A listed name in better English: `woman bald` becomes `bald woman`."""
-  name = name.replace('St. Helena Ascension & Tristan da Cunha', 'St. Helena')
   name = re.sub(r'\b(red|white|curly|blond) hair\b', r'with \1 hair', name)
   name = re.sub(r'^(man|woman|person) bald$', r'bald \1', name)
   name = re.sub(r'\b(man|woman|person) beard$', r'\1 with beard', name)
