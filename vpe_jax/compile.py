@@ -28,7 +28,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.training import config_file
 
 FLAGS = flags.FLAGS
-_overrides: dict[str, str] = {}
+_overrides, _take_overrides = config_file.overrides_taker()
 
 
 def _define_flags() -> None:
@@ -62,13 +62,6 @@ def main() -> None:
   print(report.text(), flush=True)
   if FLAGS.json:
     epath.Path(FLAGS.json).write_text(json.dumps(report.as_dict(), indent=2) + '\n')
-
-
-def _take_overrides(argv: list[str]) -> list[str]:
-  """Takes the config's overrides out of the command line before absl reads it."""
-  overrides, others = config_file.split_overrides(argv)
-  _overrides.update(overrides)
-  return others
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging as standard_logging
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from absl import app, flags, logging
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data import storage
+from vpe_jax.training import machine
 
 
 def run(
@@ -28,6 +30,9 @@ def run(
 
   def quietly(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it reads or writes.
+    plain = standard_logging.Formatter('%(levelname)s: %(message)s')
+    logging.get_absl_handler().setFormatter(plain)
+    machine.leave_out_absent_tpu()
     main()
 
   try:

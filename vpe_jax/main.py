@@ -24,7 +24,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.training import config_file, loop, machine, reference
 
 FLAGS = flags.FLAGS
-_overrides: dict[str, str] = {}
+_overrides, _take_overrides = config_file.overrides_taker()
 
 
 def _define_flags() -> None:
@@ -61,13 +61,6 @@ def main() -> None:
   if warning := machine.idle_hardware():
     print(warning, file=sys.stderr, flush=True)
   run(config, FLAGS.workdir or f'runs/{config["name"]}-{config["preset"]}', FLAGS.allow_change)
-
-
-def _take_overrides(argv: list[str]) -> list[str]:
-  """Takes the config's overrides out of the command line before absl reads it."""
-  overrides, others = config_file.split_overrides(argv)
-  _overrides.update(overrides)
-  return others
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import small_models
 from vpe_jax.checkpoints import families, parity, sources
 from vpe_jax.contracts import UserError
 
@@ -53,23 +54,12 @@ def _wan_vae(diffusers):
   return diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)
 
 
-def _siglip_vq(transformers):
-  text = _TOWER | {'num_key_value_heads': 2, 'vocab_size': 32, 'pad_token_id': 0}
-  vision = {'depth': 1, 'hidden_size': 32, 'num_heads': 2, 'intermediate_size': 48}
-  config = transformers.GlmImageConfig(
-    text_config=text | {'vision_vocab_size': 64},
-    vision_config=vision | {'image_size': 128},
-    vq_config={'embed_dim': 16, 'num_embeddings': 24, 'latent_channels': 32},
-  )
-  return transformers.GlmImageForConditionalGeneration(config)
-
-
 _MODELS = {
   'qwen2': ('transformers', lambda library: _language_model(library, 'Qwen2')),
   'llama': ('transformers', lambda library: _language_model(library, 'Llama')),
   'clip': ('transformers', _clip),
   'dinov2': ('transformers', _dinov2),
-  'siglip_vq': ('transformers', _siglip_vq),
+  'siglip_vq': ('transformers', lambda _: small_models.glm_image()),
   'kl_vae': ('diffusers', _kl_vae),
   'wan_vae': ('diffusers', _wan_vae),
 }

@@ -12,7 +12,9 @@ import pytest
 from configs import t2i
 from vpe_jax import rng, sharding, systems
 from vpe_jax.compilation import hlo, program, traffic
-from vpe_jax.contracts import System
+from vpe_jax.contracts import System, visible
+from vpe_jax.data import sequence
+from vpe_jax.models import unified
 from vpe_jax.training import resume
 from vpe_jax.training.state import first_state
 from vpe_jax.training.step import make_train_step
@@ -49,6 +51,24 @@ def test_scans_and_recomputation_are_in_the_compiled_count():
   work = traffic.work_of(hlo.parse(compiled.as_text()), [0])
   # The forward pass of the layers runs twice, but for products that nothing backward reads.
   assert 1.1 < work.flops / (4 * system.flops(stage)) < 4 / 3
+
+
+def test_attention_is_counted_by_the_pairs_that_see_each_other():
+  system = _system('debug', {'layers': 3}, {'layers': 1})
+  c, length = system.config.model, system.config.data.text_length
+  text, codes = np.zeros((1, length), np.int32), np.zeros((1, c.plan_tokens), np.int32)
+  lengths = np.array([length], np.int32)
+  regions = sequence.build(
+    system.spans, system.vocabulary, text, lengths, codes, np.ones(1, bool), c.multiple
+  )
+  row = unified.row_visibility(regions)
+  seen, tokens = np.asarray(visible(row, row))[0].sum(1), regions['ar'].ids.shape[1]
+  before, whole, patches = seen[:tokens].sum(), seen[tokens:].sum(), c.image_tokens
+  wide = lambda part: 4 * part.layers * part.heads * part.head_width
+  plan = wide(c.ar) * before
+  encoder = 4 * c.dual_path.encoder.layers * c.dual_path.encoder.width * patches**2
+  joint = plan + wide(c.dit) * whole + wide(c.head) * (before + whole) + encoder
+  assert [system.attention_flops(stage) for stage in system.stages] == [plan, joint]
 
 
 def test_online_encoders_are_counted():

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from transformers.models.glm_image import GlmImageConfig, GlmImageForConditionalGeneration
 
 from configs import t2i as config_file
+from tests import small_models
 from vpe_jax import main, sharding, systems
 from vpe_jax.checkpoints import converted
 from vpe_jax.checkpoints.families import siglip_vq, wan_vae
@@ -22,15 +22,8 @@ from vpe_jax.sharding import by_path
 from vpe_jax.training import frozen
 
 pytestmark = pytest.mark.parity
+CODES = small_models.VQ['num_embeddings']
 SIDE, VIEW = 32, 48  # pixels of the picture, and of what the tower sees
-TEXT = {
-  'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'num_key_value_heads': 2,
-  'intermediate_size': 16, 'vocab_size': 32, 'vision_vocab_size': 64, 'pad_token_id': 0,
-}  # fmt: skip
-VISION = {
-  'depth': 2, 'hidden_size': 48, 'num_heads': 3, 'intermediate_size': 64, 'image_size': 128,
-}  # fmt: skip
-VQ = {'embed_dim': 32, 'num_embeddings': 64, 'latent_channels': 48}
 
 
 @pytest.fixture(scope='module')
@@ -38,8 +31,7 @@ def folders(tmp_path_factory):
   """Reference models, saved by their libraries."""
   root = tmp_path_factory.mktemp('published')
   torch.manual_seed(0)
-  config = GlmImageConfig(text_config=TEXT, vision_config=VISION, vq_config=VQ)
-  GlmImageForConditionalGeneration(config).eval().save_pretrained(root / 'glm')
+  small_models.glm_image().save_pretrained(root / 'glm')
   diffusers.AutoencoderKLWan(base_dim=8, z_dim=4).eval().save_pretrained(root / 'wan')
   return root
 
@@ -49,9 +41,11 @@ def _config(folders, **weights):
   # The wrong moments of another number of channels would be refused when the config is read.
   vae = wan_vae.sizes({'base_dim': 8, 'z_dim': 4, 'latents_mean': [0.1] * 4,
                        'latents_std': [2.0] * 4})  # fmt: skip
-  tower = siglip_vq.sizes({'vision_config': VISION, 'vq_config': VQ})
+  tower = siglip_vq.sizes(
+    {'vision_config': small_models.VISION, 'vq_config': small_models.VQ}
+  )
   config.data.update(image_size=SIDE, encode='online', examples=16)
-  config.model.update(codes=64, latent_size=SIDE // 8, latent_channels=4)
+  config.model.update(codes=CODES, latent_size=SIDE // 8, latent_channels=4)
   config.model.siglip_vq = to_dict(tower) | {'image_size': VIEW}
   config.model.vae = to_dict(vae) | {'family': 'wan_vae'}
   config.model.weights = {
@@ -66,7 +60,7 @@ def test_a_run_trains_on_them_and_its_generator_draws(folders, tmp_path):
   main.run(config.to_dict(), workdir)
   drawn = Generator.load(workdir)('a red circle')[0]
   assert drawn.image.shape == (SIDE, SIDE, 3)
-  assert drawn.codes.shape == ((VIEW // 16) ** 2,) and drawn.codes.max() < 64
+  assert drawn.codes.shape == ((VIEW // 16) ** 2,) and drawn.codes.max() < CODES
 
 
 def test_codes_and_latents_are_the_reference_models(folders):

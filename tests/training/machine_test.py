@@ -35,6 +35,31 @@ def test_warns_of_hardware_that_jax_does_not_use(tmp_path, path, pci, name):
   assert (warning is None) if name is None else (name in warning)
 
 
+@pytest.mark.parametrize(
+  'path, chosen, installed, platforms',
+  [
+    ('dev/null', '', True, 'cpu'),
+    ('dev/null', '', False, None),
+    ('dev/null', 'tpu,cpu', True, None),
+    ('dev/accel0', '', True, None),
+    ('dev/nvidia0', '', True, None),
+  ],
+)
+def test_a_compiler_for_tpus_alone_is_no_tpu(
+  monkeypatch, tmp_path, path, chosen, installed, platforms
+):
+  before, spec = jax.config.jax_platforms, object() if installed else None
+  monkeypatch.setenv('JAX_PLATFORMS', chosen)
+  monkeypatch.setattr(machine.importlib.util, 'find_spec', lambda name: spec)
+  _device(tmp_path, path)
+  try:
+    jax.config.update('jax_platforms', None)
+    machine.leave_out_absent_tpu(str(tmp_path))
+    assert jax.config.jax_platforms == platforms
+  finally:
+    jax.config.update('jax_platforms', before)
+
+
 def test_compiling_quickly_turns_optimization_off():
   before = jax.config.read('jax_disable_most_optimizations')
   try:

@@ -135,8 +135,8 @@ def _train(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, fl
   lowered = step.lower(state, frozen, batch, _key(job.mesh))
   attention = system.attention_flops(stage) if hasattr(system, 'attention_flops') else 0.0
   # Of two products each: one pass forward, three and a half backward (three products for the
-  # queries' gradient, four for the keys' and values'), and one forward again with remat.
-  passes = 4.5 if system.config.remat == 'none' else 5.5
+  # queries' gradient, four for the keys' and values'), and one forward again where all is remade.
+  passes = 5.5 if system.config.remat == 'full' else 4.5
   return lowered, job.images * system.flops(stage), job.images * passes * attention
 
 

@@ -376,10 +376,12 @@ def attention_flops(config: UnifiedConfig, tokens: int, image: int) -> float:
   """Matrix FLOPs of attention in one forward pass over one row, of pairs that see each other.
 
   What the text of a compiled program doesn't show where attention is a kernel of its own, which
-  leaves the other pairs out. Token rows see what came before them, picture rows the whole row.
-  Arguments as `forward_flops`; the dual path's encoder isn't counted, as it uses no such kernel.
+  leaves the other pairs out. Token rows see what came before them, picture rows the whole row, and
+  patches in the dual path each other. Arguments as `forward_flops`.
   """
   before, whole = tokens * (tokens + 1) / 2, image * (tokens + image)
   stacks = [(config.ar, before), (config.dit, whole), (config.head, before + whole)]
   used = stacks if image else stacks[:1]
-  return sum(4.0 * c.layers * pairs * c.heads * c.head_width for c, pairs in used)
+  total = sum(4.0 * c.layers * pairs * c.heads * c.head_width for c, pairs in used)
+  encoder = config.dual_path.encoder
+  return total + (4.0 * encoder.layers * config.image_tokens**2 * encoder.width if image else 0.0)

@@ -10,7 +10,7 @@ import ast
 import importlib.util
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,18 @@ def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     else:
       others.append(argument)
   return overrides, others
+
+
+def overrides_taker() -> tuple[dict[str, str], Callable[[list[str]], list[str]]]:
+  """For front doors: a dict, and a function that moves a command line's overrides into it."""
+  found: dict[str, str] = {}
+
+  def take(arguments: list[str]) -> list[str]:
+    overrides, others = split_overrides(arguments)
+    found.update(overrides)
+    return others
+
+  return found, take
 
 
 def _given(path: Path, arg: str) -> Mapping[str, Any]:

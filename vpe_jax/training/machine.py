@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import importlib.util
+import os
 import pathlib
 
 import jax
@@ -22,10 +24,7 @@ def idle_hardware(root: str = '') -> str | None:
     return None
   if glob.glob(f'{root}/dev/nvidia[0-9]*'):
     name, extra = 'NVIDIA', 'cuda'
-  # Newer TPUs are handed over through vfio, as other devices may be.
-  elif glob.glob(f'{root}/dev/accel[0-9]*') or (
-    glob.glob(f'{root}/dev/vfio/[0-9]*') and _has_google_chip(root)
-  ):
+  elif _has_tpu(root):
     name, extra = 'TPU', 'tpu'
   else:
     return None
@@ -33,6 +32,28 @@ def idle_hardware(root: str = '') -> str | None:
     f'WARNING: this machine has {name} hardware, but JAX sees only the CPU and will be far '
     f"slower. Install 'vpe_jax[{extra}]', and see that JAX_PLATFORMS isn't set to cpu."
   )
+
+
+def leave_out_absent_tpu(root: str = '') -> None:
+  """Keeps JAX from a TPU that isn't there, where its compiler is installed (for vpe_jax.compile).
+
+  Left to itself JAX asks the compiler for devices at every start, which prints what it misses, and
+  profiles with it, which can crash. Does nothing where JAX_PLATFORMS is set or there is hardware.
+
+  Args:
+    root: of the file system, for tests.
+  """
+  chosen = os.environ.get('JAX_PLATFORMS') or jax.config.jax_platforms
+  if chosen or _has_tpu(root) or glob.glob(f'{root}/dev/nvidia[0-9]*'):
+    return
+  if importlib.util.find_spec('libtpu') is not None:
+    jax.config.update('jax_platforms', 'cpu')
+
+
+def _has_tpu(root: str) -> bool:
+  # Newer TPUs are handed over through vfio, as other devices may be.
+  by_vfio = glob.glob(f'{root}/dev/vfio/[0-9]*') and _has_google_chip(root)
+  return bool(glob.glob(f'{root}/dev/accel[0-9]*') or by_vfio)
 
 
 def _has_google_chip(root: str) -> bool:

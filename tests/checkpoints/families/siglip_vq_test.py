@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from tests import small_models
 from vpe_jax.checkpoints import families
 from vpe_jax.checkpoints.families import siglip_vq as family
 from vpe_jax.codecs.siglip_vq import SiglipVq, SiglipVqCodec, SiglipVqConfig, resample
@@ -21,24 +22,13 @@ from vpe_jax.models.vit import EncoderConfig
 pytestmark = pytest.mark.parity
 NAME = 'siglip_vq'
 GRID, SIDE = (3, 5), 64  # patches of the pictures that gradients are of; pixels of others
-TEXT = {
-  'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'num_key_value_heads': 2,
-  'intermediate_size': 16, 'vocab_size': 32, 'vision_vocab_size': 64, 'pad_token_id': 0,
-}  # fmt: skip
-VISION = {
-  'depth': 2, 'hidden_size': 48, 'num_heads': 3, 'intermediate_size': 64, 'image_size': 128,
-}  # fmt: skip
-VQ = {'embed_dim': 32, 'num_embeddings': 48, 'latent_channels': 48}
 TOWER, CODEBOOK, POST = 1_159_607_808, 39_849_472, 84_953_088
 
 
 @pytest.fixture(scope='module')
 def saved(parity, tmp_path_factory):
   """A small GLM-Image with its language model, redrawn, and the folder it was saved to."""
-  from transformers.models.glm_image import GlmImageConfig, GlmImageForConditionalGeneration
-
-  config = GlmImageConfig(text_config=TEXT, vision_config=VISION, vq_config=VQ)
-  model = parity.redraw(GlmImageForConditionalGeneration(config))
+  model = parity.redraw(small_models.glm_image())
   folder = tmp_path_factory.mktemp('glm')
   model.save_pretrained(folder)
   return model, folder
@@ -66,7 +56,7 @@ def run(imported):
 def inputs():
   draw = np.random.default_rng(0)
   images = draw.standard_normal((2, GRID[0] * 16, GRID[1] * 16, 3)).astype(np.float32)
-  return images, draw.integers(0, VQ['num_embeddings'], (2, *GRID)).astype(np.int32)
+  return images, draw.integers(0, small_models.VQ['num_embeddings'], (2, *GRID)).astype(np.int32)
 
 
 @pytest.fixture(scope='module')

@@ -18,6 +18,7 @@ import pytest
 from vpe_jax.contracts import Visibility
 from vpe_jax.data import sequence
 from vpe_jax.data.sequence import NEVER
+from vpe_jax.ops.attention import reference
 
 Mask = tuple[Visibility, Visibility]  # of queries and of keys
 _Tokens = list[tuple[int, int, int, int]]  # order, since, reach, until
@@ -306,6 +307,16 @@ def case(mask: Mask, dtype: jnp.dtype = jnp.float32, heads: tuple[int, int, int]
   return Case(inputs, mask, given)
 
 
+def near_reference(run: Callable, mask: Mask, dtype: jnp.dtype) -> None:
+  """Asserts that an implementation agrees with the definition, as far as a device's products do."""
+  one = case(mask, dtype, heads=(4, 2, 72))
+  ours, theirs = differentiated(run)(one), differentiated(reference.attention)(one)
+  for a, b in zip(ours, theirs, strict=True):
+    a, b = (np.where(np.isneginf(x), 0, np.asarray(x, np.float32)) for x in (a, b))
+    scale = max(1.0, np.abs(b).max())
+    np.testing.assert_allclose(a / scale, b / scale, atol=5e-2 if dtype == jnp.bfloat16 else 5e-3)
+
+
 def differentiated(run: Callable) -> Callable:
   """`run(q, k, v, query, key)` -> output, log-sum-exp, and gradients of q, k and v."""
 
@@ -328,5 +339,6 @@ def masks() -> types.SimpleNamespace:
     length=LENGTH,
     case=case,
     differentiated=differentiated,
+    near_reference=near_reference,
     **DRAWN,
   )
