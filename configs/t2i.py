@@ -83,7 +83,7 @@ def _embedded(config: ConfigDict) -> None:
 def _tiny(config: ConfigDict) -> None:
   _embedded(config)
   config.unroll = True
-  config.steps = (900, 700)
+  config.steps = (800, 600)
   config.batch_size = (64, 32)
   config.data.update(examples=12288, scenes_share=0.9)
   config.model.ar = _expert(128, 512, 4, 4, 2) | {'rope_theta': 1e4}
