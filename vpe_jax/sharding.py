@@ -13,6 +13,7 @@ paths end in the parameter's path.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -365,10 +366,16 @@ def _spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh, str
   return placed.spec()
 
 
+@functools.cache
+def _ending(pattern: str) -> re.Pattern[str]:
+  # Networks that were converted have a row a leaf: more than `re` itself remembers.
+  return re.compile(f'(?:^|/)(?:{pattern})$')
+
+
 def _names(path: str, shape: tuple[int, ...], table: AxesTable) -> tuple[str | None, ...]:
   if not shape or not table:
     return (None,) * len(shape)
-  rows = (row for row in table if re.search(f'(?:^|/)(?:{row[0]})$', path))
+  rows = (row for row in table if _ending(row[0]).search(path))
   pattern, names = next(rows, ('', None))
   if names is None:
     raise UserError(

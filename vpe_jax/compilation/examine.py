@@ -60,11 +60,41 @@ def parse_mesh(text: str) -> dict[str, int]:
   return sizes
 
 
+@dataclasses.dataclass(frozen=True)
+class Built:
+  """A compiled program.
+
+  Attributes:
+    job: what was asked for.
+    place: the topology that it is for.
+    lowered: the program before, and what was known of it then.
+    usage: its memory on one chip.
+    text: of the optimised program; empty where the compiler gave up before it had one.
+    seconds: that compiling took.
+  """
+
+  job: program.Job
+  place: Topology
+  lowered: program.Lowered
+  usage: memory.Usage
+  text: str
+  seconds: float
+
+
 def examine(config: Mapping[str, Any], request: Request) -> Report:
   """Compiles what a config (plain nested dicts) describes; the command as a call.
 
   Raises:
     UserError: a mistake in the config or the request, or libtpu is missing; one line.
+  """
+  return report(build(config, request))
+
+
+def build(config: Mapping[str, Any], request: Request) -> Built:
+  """The compiled program that `examine` reads off.
+
+  Raises:
+    UserError: as `examine`.
   """
   if request.what not in program.KINDS:
     raise UserError(f'--what={request.what}: {" or ".join(program.KINDS)}')
@@ -80,20 +110,8 @@ def examine(config: Mapping[str, Any], request: Request) -> Report:
   print(f'lowered in {time.perf_counter() - started:.0f} s; compiling for {place.name}', flush=True)
   started = time.perf_counter()
   with tempfile.TemporaryDirectory() as folder:
-    built = _compile(lowered, place, pathlib.Path(folder))
-  seconds = time.perf_counter() - started
-  return _report(job, lowered, place, built, seconds)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Built:
-  """What the compiler said.
-
-  `text` is empty where the compiler gave up before it had a program.
-  """
-
-  usage: memory.Usage
-  text: str
+    usage, text = _compile(lowered, place, pathlib.Path(folder))
+  return Built(job, place, lowered, usage, text, time.perf_counter() - started)
 
 
 def _configured(system: System, place: Topology, request: Request) -> System:
@@ -107,7 +125,9 @@ def _configured(system: System, place: Topology, request: Request) -> System:
   return type(system)(from_dict(values, type(config.model)))
 
 
-def _compile(lowered: program.Lowered, place: Topology, folder: pathlib.Path) -> _Built:
+def _compile(
+  lowered: program.Lowered, place: Topology, folder: pathlib.Path
+) -> tuple[memory.Usage, str]:
   """Compiles, and takes the text from the program or, where it can't be printed, from the dump."""
   options: dict[str, Any] = {}
   if place.chip is not None:
@@ -118,13 +138,13 @@ def _compile(lowered: program.Lowered, place: Topology, folder: pathlib.Path) ->
     usage = memory.overflow(str(error), lowered.argument_bytes, folder)
     if usage is None:
       raise
-    return _Built(usage, _dumped(folder))
+    return usage, _dumped(folder)
   usage = memory.usage(compiled, folder)
   try:
-    return _Built(usage, compiled.as_text())
+    return usage, compiled.as_text()
   # Some v5p programs can't be printed: a check of asynchronous updates fails inside the compiler.
   except jax.errors.JaxRuntimeError:
-    return _Built(usage, _dumped(folder))
+    return usage, _dumped(folder)
 
 
 def _dumped(folder: pathlib.Path) -> str:
@@ -133,9 +153,9 @@ def _dumped(folder: pathlib.Path) -> str:
   return found[-1].read_text(encoding='utf-8') if found else ''
 
 
-def _report(
-  job: program.Job, lowered: program.Lowered, place: Topology, built: _Built, seconds: float
-) -> Report:
+def report(built: Built) -> Report:
+  """What a compiled program needs, and what bounds it."""
+  job, lowered, place = built.job, built.lowered, built.place
   slice_of = [getattr(device, 'slice_index', 0) or 0 for device in job.mesh.devices.flat]
   work = traffic.work_of(hlo.parse(built.text), slice_of) if built.text else None
   chips = place.chips
@@ -159,7 +179,7 @@ def _report(
     work=work,
     bound=found,
     warnings=_warnings(job, lowered, work),
-    compile_seconds=seconds,
+    compile_seconds=built.seconds,
     versions=_versions(),
   )
 

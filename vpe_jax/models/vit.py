@@ -160,7 +160,8 @@ class Encoder(nn.Module):
   """A stack of layers and its closing norm.
 
   Layers are separate subtrees (`layers_0`, ...) and run in a Python loop: a caller that stops
-  early pays for no more layers than it asks for.
+  early pays for no more layers than it asks for. All are calls of one function, which is traced
+  and lowered once.
   """
 
   config: EncoderConfig
@@ -172,8 +173,10 @@ class Encoder(nn.Module):
 
   def __call__(self, x: Array, mask: Array | None = None, depth: int | None = None) -> Array:
     """Tokens [B, L, D] after the closing norm, or raw after the first `depth` layers."""
+    one = Layer(self.config, self.dtype, parent=None)
+    run = jax.jit(lambda params, x, mask: one.apply({'params': params}, x, mask))
     for layer in self.layers[:depth]:
-      x = layer(x, mask)
+      x = layer(x, mask) if self.is_initializing() else run(layer.variables['params'], x, mask)
     return self.norm(x) if depth is None else x
 
 
