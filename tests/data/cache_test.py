@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import pickle
 
 import numpy as np
@@ -132,3 +133,16 @@ def test_a_full_disk_names_the_cure_and_leaves_nothing(tmp_path, monkeypatch):
   with pytest.raises(UserError, match='No space left on device.*VPE_JAX_CACHE'):
     _write()
   assert list((tmp_path / 'encoded').iterdir()) == []
+
+
+def test_threads_read_shards_at_once():
+  codes = np.arange(400, dtype=np.int32)[:, None]
+  opened = cache.write_cache('many', [(codes, np.zeros((400, 1, 1, 1)))], shard=1)
+  with concurrent.futures.ThreadPoolExecutor(16) as pool:
+    found = list(pool.map(lambda index: opened[index][0][0], range(400)))
+  assert found == list(range(400))
+
+
+def test_an_empty_cache_opens():
+  assert len(cache.write_cache('none', [])) == 0
+  assert len(cache.open_cache('none')) == 0

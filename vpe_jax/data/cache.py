@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import zlib
@@ -25,7 +26,7 @@ from vpe_jax.data.storage import cache_dir
 
 SHARD = 4096  # records in one shard
 _MANIFEST = 'manifest.json'
-_KINDS = ('codes', 'latents')
+_KINDS = {'codes': np.int32, 'latents': np.float32}
 
 
 class Encoded(Protocol):
@@ -44,11 +45,19 @@ class DamagedCacheError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class EncodedCache:
-  """A verified cache. Reads are memory-mapped; reader processes open the files themselves."""
+  """A verified cache. Reads are memory-mapped; reader processes open the files themselves.
+
+  Attributes:
+    folder: where the shards are.
+    count: records in all.
+    shard: records in every shard but the last.
+    shapes: of one record's codes and latents; none in an empty cache.
+  """
 
   folder: Path
   count: int
   shard: int
+  shapes: tuple[tuple[int, ...], ...]
 
   def __len__(self) -> int:
     return self.count
@@ -58,7 +67,11 @@ class EncodedCache:
     if not 0 <= index < self.count:
       raise IndexError(f'record {index} of {self.count} in {self.folder}')
     number, row = divmod(index, self.shard)
-    codes, latents = (_mapped(self.folder / _shard_name(kind, number)) for kind in _KINDS)
+    rows = min(self.shard, self.count - number * self.shard)
+    codes, latents = (
+      _mapped(self.folder / _shard_name(kind, number), dtype, (rows, *shape))
+      for (kind, dtype), shape in zip(_KINDS.items(), self.shapes, strict=True)
+    )
     return np.array(codes[row]), np.array(latents[row])
 
 
@@ -93,7 +106,15 @@ def open_cache(fingerprint: str) -> EncodedCache | None:
       raise DamagedCacheError(f'cache file {path} is missing; build the cache again')
     if _checksum(path) != checksum:
       raise DamagedCacheError(f'cache file {path} is damaged; build the cache again')
-  return EncodedCache(folder, manifest['count'], manifest['shard'])
+  return _opened(folder, manifest)
+
+
+def _opened(folder: Path, manifest: dict[str, Any]) -> EncodedCache:
+  """The cache in `folder`; every shard holds records of the first one's shapes."""
+  count = manifest['count']
+  kinds = _KINDS if count else ()
+  shapes = (np.load(folder / _shard_name(kind, 0), mmap_mode='r').shape[1:] for kind in kinds)
+  return EncodedCache(folder, count, manifest['shard'], tuple(shapes))
 
 
 def write_cache(
@@ -148,8 +169,7 @@ def _put_in_place(unfinished: Path, fingerprint: str) -> EncodedCache:
     if found is None:
       raise
     return found
-  manifest = _manifest(folder)
-  return EncodedCache(folder, manifest['count'], manifest['shard'])
+  return _opened(folder, _manifest(folder))
 
 
 @contextlib.contextmanager
@@ -218,5 +238,11 @@ def _checksum(path: Path) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _mapped(path: Path) -> np.ndarray:
-  return np.load(path, mmap_mode='r')
+def _mapped(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+  """The array of a shard, without its header.
+
+  `np.load` would parse the header as Python, which fails now and then where several reader
+  threads do so at once (CPython 3.11: the parser's recursion depth is one for all threads).
+  """
+  offset = path.stat().st_size - math.prod(shape) * np.dtype(dtype).itemsize
+  return np.memmap(path, dtype, 'r', offset, shape)
