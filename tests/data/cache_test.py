@@ -135,9 +135,10 @@ def test_a_full_disk_names_the_cure_and_leaves_nothing(tmp_path, monkeypatch):
   assert list((tmp_path / 'encoded').iterdir()) == []
 
 
-def test_threads_read_shards_at_once():
+def test_threads_read_shards_at_once_and_parse_nothing(monkeypatch):
   codes = np.arange(400, dtype=np.int32)[:, None]
   opened = cache.write_cache('many', [(codes, np.zeros((400, 1, 1, 1)))], shard=1)
+  monkeypatch.setattr('ast.literal_eval', lambda text: pytest.fail(f'parsed {text}'))
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
     found = list(pool.map(lambda index: opened[index][0][0], range(400)))
   assert found == list(range(400))

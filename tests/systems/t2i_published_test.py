@@ -41,9 +41,7 @@ def _config(folders, **weights):
   # The wrong moments of another number of channels would be refused when the config is read.
   vae = wan_vae.sizes({'base_dim': 8, 'z_dim': 4, 'latents_mean': [0.1] * 4,
                        'latents_std': [2.0] * 4})  # fmt: skip
-  tower = siglip_vq.sizes(
-    {'vision_config': small_models.VISION, 'vq_config': small_models.VQ}
-  )
+  tower = siglip_vq.sizes({'vision_config': small_models.VISION, 'vq_config': small_models.VQ})
   config.data.update(image_size=SIDE, encode='online', examples=16)
   config.model.update(codes=CODES, latent_size=SIDE // 8, latent_channels=4)
   config.model.siglip_vq = to_dict(tower) | {'image_size': VIEW}
