@@ -27,6 +27,8 @@ ATTENTIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'cudnn')  # of
 
 SOURCES = ('mixture', 'openmoji', 'scenes', 'synthetic')  # or FOLDER and a path
 FOLDER = 'folder:'
+CLASSES = 'classes:'  # and their names: the tokenizer of a class-conditional model
+WORDS = ('caption', 'group')
 ENCODES = ('online', 'cached')
 _SIZES = (int, tuple[int, ...], 'int', 'tuple[int, ...]')  # the types of sizes
 _MOST_LAYERS = 1000
@@ -87,8 +89,11 @@ class DataConfig:
     encode: `online` (frozen encoders run on the device) or `cached` (codes and latents are
       computed once, before training).
     workers: reader processes per host (0: threads in this process).
-    tokenizer: `assets:bpe` (of the embedded sets), a folder with a published tokenizer, or its hub
-      id.
+    tokenizer: `assets:bpe` (of the embedded sets), a folder with a published tokenizer, its hub
+      id, or for a class-conditional model `classes:` and the names of the classes (`cat,dog`; a
+      number of them; or a text file with a name a line).
+    words: what a record's picture is drawn from: its `caption`, or the name of its `group`, which
+      for pictures in a folder is that of the folder that they lie in.
     near_misses: captions that are wrong in one detail, for each example of a scene.
   """
 
@@ -101,6 +106,7 @@ class DataConfig:
   workers: int = 0
   tokenizer: str = 'assets:bpe'
   near_misses: int = 0
+  words: str = 'caption'
 
   def __post_init__(self) -> None:
     check_sizes(self, 'data.')
@@ -114,9 +120,10 @@ class DataConfig:
     check(self, 'data.', 'source', self.source != FOLDER, f'{FOLDER} and the path of a folder')
     # Whether a folder or a hub's model is there is seen when it is opened.
     shipped, named = self.tokenizer == 'assets:bpe', bool(re.search(r'^[.~]|/', self.tokenizer))
-    words = 'assets:bpe, a folder with a tokenizer.json, or a hub id (OWNER/NAME)'
-    good = shipped or named or os.path.isdir(self.tokenizer)
+    words = f'assets:bpe, a folder with a tokenizer.json, a hub id (OWNER/NAME), or {CLASSES}NAMES'
+    good = shipped or named or os.path.isdir(self.tokenizer) or self.tokenizer.startswith(CLASSES)
     check(self, 'data.', 'tokenizer', good, words)
+    check(self, 'data.', 'words', self.words in WORDS, f'one of {", ".join(WORDS)}')
 
 
 @dataclasses.dataclass(frozen=True)

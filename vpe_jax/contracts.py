@@ -90,7 +90,7 @@ class Examples:
   text_length: Array  # [B] int32: tokens of the caption that are real
   image: Array | None = None  # [B, R, R, 3] uint8
   codes: Array | None = None  # [B, P] int32: visual prompt, raster order
-  latents: Array | None = None  # [B, h, w, C] float32
+  latents: Array | None = None  # [B, h, w, C] float32, or [B, h, w] int32 of discrete pictures
   near: Array | None = None  # [B, M, T] int32: captions that are wrong in one detail
   near_length: Array | None = None  # [B, M] int32: their real tokens; 0 where there is none
 
@@ -115,7 +115,7 @@ class Region:
 class LossTerm:
   """A loss as a sum over elements, their count, and the weight of sum / count in the total.
 
-  Counts depend on batch and rng only, never on parameters: they are known for a whole step
+  Counts depend on batch, rng and step only, never on parameters: they are known for a whole step
   before its first microbatch. A weight of exactly 0.0 (a Python float) marks a term that is
   logged and takes no part in the gradient.
   """
@@ -243,7 +243,9 @@ class System(Protocol):
     """What `encode` must return for the model, as `jax.ShapeDtypeStruct`."""
     ...
 
-  def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
+  def counts(
+    self, batch: Examples, rng: Array, step: Array, stage: Stage
+  ) -> dict[str, Array]:
     """The counts that `losses` would return for this batch: parameters are not needed."""
     ...
 

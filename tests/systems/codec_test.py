@@ -75,7 +75,7 @@ def _losses(system, params, frozen, batch, stage):
 def test_counts_are_those_of_the_losses(system, params, frozen, index):
   batch, stage = _batch(), system.stages[index]
   terms = _losses(system, params, frozen, batch, stage)
-  counts = system.counts(batch, KEY, stage)
+  counts = system.counts(batch, KEY, 0, stage)
   assert list(terms) == list(counts) == list(stage.losses)
   assert all(float(t.count) == float(counts[n]) for n, t in terms.items())
   logged = {n for n, t in terms.items() if isinstance(t.weight, float) and t.weight == 0.0}

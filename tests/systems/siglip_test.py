@@ -67,7 +67,7 @@ def _losses(system, params, batch):
 def test_counts_are_those_of_the_losses(system, params):
   batch = _batch()
   terms = _losses(system, params, batch)
-  counts = system.counts(batch, KEY, system.stages[0])
+  counts = system.counts(batch, KEY, 0, system.stages[0])
   assert set(terms) == set(counts) == set(system.stages[0].losses)
   for name, term in terms.items():
     assert float(term.count) == float(counts[name]) == 16

@@ -89,7 +89,7 @@ def test_losses_and_counts(arg):
   params, batch = jax.jit(system.init)(KEY), _batch(system)
   for stage in system.stages:
     terms = jax.jit(lambda p, b, s=stage: system.losses(p, {}, b, KEY, 0, s))(params, batch)
-    counts = system.counts(batch, KEY, stage)
+    counts = system.counts(batch, KEY, 0, stage)
     assert {name: float(t.count) for name, t in terms.items()} == {
       name: float(count) for name, count in counts.items()
     }

@@ -77,7 +77,7 @@ class LineSystem:
       np.stack([row.integers(0, 256, (8, 8, 3), np.uint8) for row in rows]),
     )
 
-  def counts(self, batch, rng, stage):
+  def counts(self, batch, rng, step, stage):
     counts = {'tokens': jnp.sum(batch.text_length).astype(jnp.float32)}
     counts['watched'] = jnp.float32(batch.example.shape[0])
     if 'noise' in stage.losses:
@@ -95,7 +95,7 @@ class LineSystem:
     guess = guess.astype(jnp.float32)
     is_real = jnp.arange(TEXT) < batch.text_length[:, None]
     error = jnp.sum(jnp.where(is_real, jnp.square(guess - batch.text % 8 / 8), 0))
-    counts = self.counts(batch, rng, stage)
+    counts = self.counts(batch, rng, step, stage)
     terms = {
       'tokens': LossTerm(error, counts['tokens'], self.config.model.weight),
       'watched': LossTerm(jnp.sum(jnp.exp(guess)), counts['watched'], 0.0),

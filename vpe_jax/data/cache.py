@@ -26,7 +26,7 @@ from vpe_jax.data.storage import cache_dir
 
 SHARD = 4096  # records in one shard
 _MANIFEST = 'manifest.json'
-_KINDS = {'codes': np.int32, 'latents': np.float32}
+_KINDS = ('codes', 'latents')
 
 
 class Encoded(Protocol):
@@ -35,7 +35,7 @@ class Encoded(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [P] int32 and latents [h, w, C] float32 of one record."""
+    """Codes [P] int32 and latents of one record: [h, w, C] float32, or [h, w] int32 codes."""
     ...
 
 
@@ -51,26 +51,26 @@ class EncodedCache:
     folder: where the shards are.
     count: records in all.
     shard: records in every shard but the last.
-    shapes: of one record's codes and latents; none in an empty cache.
+    kinds: dtype and shape of one record's codes and latents; none in an empty cache.
   """
 
   folder: Path
   count: int
   shard: int
-  shapes: tuple[tuple[int, ...], ...]
+  kinds: tuple[tuple[str, tuple[int, ...]], ...]
 
   def __len__(self) -> int:
     return self.count
 
   def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [P] int32 and latents [h, w, C] float32 of one record."""
+    """Codes and latents of one record; see Encoded."""
     if not 0 <= index < self.count:
       raise IndexError(f'record {index} of {self.count} in {self.folder}')
     number, row = divmod(index, self.shard)
     rows = min(self.shard, self.count - number * self.shard)
     codes, latents = (
       _mapped(self.folder / _shard_name(kind, number), dtype, (rows, *shape))
-      for (kind, dtype), shape in zip(_KINDS.items(), self.shapes, strict=True)
+      for kind, (dtype, shape) in zip(_KINDS, self.kinds, strict=True)
     )
     return np.array(codes[row]), np.array(latents[row])
 
@@ -110,11 +110,12 @@ def open_cache(fingerprint: str) -> EncodedCache | None:
 
 
 def _opened(folder: Path, manifest: dict[str, Any]) -> EncodedCache:
-  """The cache in `folder`; every shard holds records of the first one's shapes."""
+  """The cache in `folder`; every shard holds records like those of the first one."""
   count = manifest['count']
-  kinds = _KINDS if count else ()
-  shapes = (np.load(folder / _shard_name(kind, 0), mmap_mode='r').shape[1:] for kind in kinds)
-  return EncodedCache(folder, count, manifest['shard'], tuple(shapes))
+  names = [folder / _shard_name(kind, 0) for kind in _KINDS] if count else []
+  first = [np.load(name, mmap_mode='r') for name in names]
+  kinds = tuple((array.dtype.name, array.shape[1:]) for array in first)
+  return EncodedCache(folder, count, manifest['shard'], kinds)
 
 
 def write_cache(
@@ -126,7 +127,8 @@ def write_cache(
 
   Args:
     fingerprint: whatever decides the content.
-    batches: codes [n, P] and latents [n, h, w, C] of consecutive records, any n.
+    batches: codes [n, P] and latents [n, h, w, C] (or codes [n, h, w]) of consecutive records,
+      any n.
     shard: records in one file.
 
   Raises:
@@ -204,7 +206,9 @@ def _write_shards(
     held, count = held - rows, count + rows
 
   for codes, latents in batches:
-    waiting.append((np.asarray(codes, np.int32), np.asarray(latents, np.float32)))
+    latents = np.asarray(latents)
+    dtype = np.int32 if np.issubdtype(latents.dtype, np.integer) else np.float32
+    waiting.append((np.asarray(codes, np.int32), latents.astype(dtype, copy=False)))
     held += len(codes)
     while held >= shard:
       flush(shard)
@@ -238,7 +242,7 @@ def _checksum(path: Path) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _mapped(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
+def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
   """The array of a shard, without its header.
 
   `np.load` would parse the header as Python, which fails now and then where several reader

@@ -1,4 +1,8 @@
-"""A user's own pictures: a folder of images with `captions.jsonl`, or a `.txt` beside each."""
+"""A user's own pictures: a folder of images with `captions.jsonl`, or a `.txt` beside each.
+
+Pictures in subfolders are of the class that their folder is called after; where that is all a model
+asks for, they need no captions.
+"""
 
 from __future__ import annotations
 
@@ -50,13 +54,13 @@ class Folder:
     return Record(
       id=f'folder/{name}',
       caption=caption,
-      group='folder',
+      group=PurePosixPath(name).parent.name or 'folder',
       split='train',
       picture=File(str(Path(self.path) / name)),
     )
 
 
-def open_folder(path: str, count: int = 0) -> Folder:
+def open_folder(path: str, count: int = 0, captions: bool = True) -> Folder:
   """Finds images and captions; pictures themselves are read when drawn.
 
   Args:
@@ -65,6 +69,7 @@ def open_folder(path: str, count: int = 0) -> Folder:
       folder; without one, each image needs a text file of the same name beside it. Hidden files
       are passed over.
     count: number of records to keep, the first by name, with a warning; 0 for all.
+    captions: whether pictures need any; without, an absent `captions.jsonl` asks for no text files.
 
   Raises:
     UserError: the folder is missing or empty, an image has no caption, or a text or a line can't
@@ -74,7 +79,7 @@ def open_folder(path: str, count: int = 0) -> Folder:
   if not folder.is_dir():
     raise UserError(f'data folder {folder} does not exist; check --config.data.source=folder:PATH')
   listed = folder / _CAPTIONS
-  entries = _from_lines(folder, listed) if listed.exists() else _from_texts(folder)
+  entries = _from_lines(folder, listed) if listed.exists() else _from_texts(folder, captions)
   if not entries:
     raise UserError(f'data folder {folder} has no images ({", ".join(sorted(_ENDINGS))})')
   entries = sorted(entries)
@@ -140,7 +145,7 @@ def _field(values: Any, *names: str) -> str | None:
   return next((text.strip() for text in found if isinstance(text, str) and text.strip()), None)
 
 
-def _from_texts(folder: Path) -> list[tuple[str, str]]:
+def _from_texts(folder: Path, captions: bool) -> list[tuple[str, str]]:
   entries = []
   for image in folder.rglob('*'):
     hidden = any(part.startswith('.') for part in image.relative_to(folder).parts)
@@ -148,7 +153,7 @@ def _from_texts(folder: Path) -> list[tuple[str, str]]:
       continue
     text = image.with_suffix('.txt')
     caption = ' '.join(read_text(text).split()) if text.is_file() else ''
-    if not caption:
+    if captions and not caption:
       raise UserError(f'image {image} has no caption: write one to {text.name} beside it')
     entries.append((image.relative_to(folder).as_posix(), caption))
   return entries

@@ -123,6 +123,7 @@ class Pipeline:
       config.text_length,
       self._encoded,
       config.near_misses,
+      config.words,
     )
 
 
@@ -172,6 +173,7 @@ class _Reader(grain.transforms.Map):
   text_length: int
   encoded: Encoded | None
   near_misses: int
+  words: str
 
   def map(self, element: tuple[int, int]) -> Row:
     return self(element)
@@ -179,7 +181,8 @@ class _Reader(grain.transforms.Map):
   def __call__(self, element: tuple[int, int]) -> Row:
     place, index = element
     record = self.source[index]
-    ids, lengths = self.tokenizer.encode_batch([record.caption], self.text_length, cut=True)
+    said = record.caption if self.words == 'caption' else record.group
+    ids, lengths = self.tokenizer.encode_batch([said], self.text_length, cut=True)
     row = {'example': np.int32(place), 'text': ids[0], 'text_length': lengths[0]}
     if self.near_misses:
       row |= self._near(record)

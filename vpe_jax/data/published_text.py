@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vpe_jax.config import CLASSES
 from vpe_jax.contracts import UserError
-from vpe_jax.data import text
+from vpe_jax.data import classes, text
 
 # What Show-o2 adds to Qwen2.5's 151,665 tokens, in this order (reference/vpe.md 1.4).
 SHOW_O2 = ('[PAD]', '<image>', '<|vid_start|>', '<|vid_end|>')
@@ -67,11 +68,13 @@ class PublishedTokenizer(text.Tokens):
 
 @functools.cache
 def open_tokenizer(name: str) -> text.Tokens:
-  """The tokenizer that a config names: `assets:bpe` (shipped), a folder, or a hub id.
+  """The tokenizer that a config names: `assets:bpe` (shipped), a folder, a hub id, or classes.
 
   Raises:
     UserError: there is none of this name.
   """
+  if name.startswith(CLASSES):
+    return classes.of_names(name.removeprefix(CLASSES))
   return text.shipped() if name == 'assets:bpe' else PublishedTokenizer(name)
 
 

@@ -65,7 +65,8 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
     )
   if config.source == 'synthetic':
     return Synthetic(count or ENDLESS)
-  return open_folder(config.source.removeprefix(FOLDER), count)
+  captions = config.words == 'caption'
+  return open_folder(config.source.removeprefix(FOLDER), count, captions)
 
 
 def _mixture(share: float, count: int, split: Split, seed: int) -> Mixture:

@@ -49,19 +49,23 @@ class SyntheticCodes:
     count: number of records.
     patches: codes of a visual prompt, P.
     codebook: number of different codes.
-    latent_shape: (h, w, C).
+    latent_shape: (h, w, C), or (h, w) of discrete pictures.
+    latent_codes: number of different codes of a discrete picture; 0: latents are numbers.
   """
 
   count: int
   patches: int
   codebook: int
-  latent_shape: tuple[int, int, int]
+  latent_shape: tuple[int, ...]
+  latent_codes: int = 0
 
   def __len__(self) -> int:
     return self.count
 
   def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [P] int32 and latents [h, w, C] float32 of one record."""
+    """Codes [P] int32 and latents of one record; see vpe_jax.data.cache.Encoded."""
     draw = np.random.default_rng((2, index))
     codes = draw.integers(0, self.codebook, self.patches, np.int32)
+    if self.latent_codes:
+      return codes, draw.integers(0, self.latent_codes, self.latent_shape, np.int32)
     return codes, draw.standard_normal(self.latent_shape, np.float32)

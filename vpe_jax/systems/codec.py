@@ -137,7 +137,9 @@ class System:
     """What the frozen SigLIP says of pictures [B, R, R, 3]: patch features [B, P, D]."""
     return self.tokens_codec.features(frozen, images)
 
-  def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
+  def counts(
+    self, batch: Examples, rng: Array, step: Array, stage: Stage
+  ) -> dict[str, Array]:
     """One a picture; every loss is a mean over pictures."""
     return {name: jnp.float32(batch.example.shape[0]) for name in stage.losses}
 

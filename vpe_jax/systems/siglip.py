@@ -119,7 +119,9 @@ class System:
     """Pictures and captions."""
     return abstract_pictures(self.config, batch_size)
 
-  def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
+  def counts(
+    self, batch: Examples, rng: Array, step: Array, stage: Stage
+  ) -> dict[str, Array]:
     """One a picture; the near misses' terms count the pictures that have any."""
     plain = ~self._blind(batch, rng)
     counts = dict.fromkeys(stage.losses, jnp.sum(plain, dtype=jnp.float32))
@@ -158,7 +160,7 @@ class System:
       exists = batch.near_length > 0
       values['near'] = (alignment.near_loss(own, wrong, exists), 1.0)
       values['near_retrieval'] = (alignment.near_hits(own, wrong, exists), 0.0)
-    counts = self.counts(batch, rng, stage)
+    counts = self.counts(batch, rng, step, stage)
     return {n: LossTerm(jnp.sum(value), counts[n], w) for n, (value, w) in values.items()}
 
   def _blind(self, batch: Examples, rng: Array) -> Array:

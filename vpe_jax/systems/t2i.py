@@ -219,7 +219,9 @@ class System:
     """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""
     return self.image.decode(frozen, latents)
 
-  def counts(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
+  def counts(
+    self, batch: Examples, rng: Array, step: Array, stage: Stage
+  ) -> dict[str, Array]:
     """Predicted tokens, and latent elements, of the batch."""
     c = self.config.model
     dummy = jnp.zeros((batch.text.shape[0], c.plan_tokens), jnp.int32)
@@ -241,7 +243,7 @@ class System:
     if codes is None:
       codes, latents = self.encode(frozen, batch.image)
     regions = self._regions(self._told(batch, rng), codes, self._keep(batch, rng, stage))
-    counts = self.counts(batch, rng, stage)
+    counts = self.counts(batch, rng, step, stage)
     terms = {}
     if 'flow' in stage.losses:
       hidden, error = self._flow(params, regions, batch, latents, rng)

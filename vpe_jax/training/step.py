@@ -45,7 +45,7 @@ def make_train_step(
 
   def step(state: State, frozen: Params, batch: Examples, rng: Array) -> tuple[State, Metrics]:
     trainable, fixed = split_trainable(state['params'], stage)
-    counts = system.counts(batch, rng, stage)
+    counts = system.counts(batch, rng, state['stage_step'], stage)
 
     def objective(trainable: Params, part: Examples) -> tuple[Array, tuple[Sums, Metrics]]:
       params = merge(trainable, fixed)
