@@ -271,17 +271,27 @@ def constrain(x: Array, names: tuple[str | None, ...]) -> Array:
   return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
+def is_spread() -> bool:
+  """Whether the mesh of `jax.set_mesh` has several devices that the compiler may spread over."""
+  return math.prod(_usable().values()) > 1
+
+
+def _usable() -> dict[str, int]:
+  """Sizes of the mesh axes that activations may be placed on."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return {
+    axis: mesh.shape[axis]
+    for axis, kind in zip(mesh.axis_names, mesh.axis_types)
+    if kind == AxisType.Auto and axis in AXES
+  }
+
+
 def placement(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P | None:
   """How an activation of named dimensions lies on the mesh of `jax.set_mesh`.
 
   None where there is nothing to place it on; see `constrain`.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  usable = {
-    axis: mesh.shape[axis]
-    for axis, kind in zip(mesh.axis_names, mesh.axis_types)
-    if kind == AxisType.Auto and axis in AXES
-  }
+  usable = _usable()
   if not usable:
     return None
   if len(names) != len(shape):

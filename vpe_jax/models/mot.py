@@ -78,10 +78,34 @@ def init_layers(layer: Layer, rng: Array) -> Params:
 
 
 def unstack(params: Params) -> tuple[Params, ...]:
-  """Stacked layer parameters as a tuple of single layers: once, outside jit, for fast decoding."""
+  """Stacked layer parameters as a tuple of single layers.
+
+  Outside jit and once for fast decoding; inside it for a backward pass without a scan.
+  """
   leaves, tree = jax.tree.flatten(params)
-  layers = range(leaves[0].shape[0])
-  return tuple(jax.tree.unflatten(tree, [leaf[i] for leaf in leaves]) for i in layers)
+  layers = zip(*(_apart(leaf) for leaf in leaves), strict=True)
+  return tuple(jax.tree.unflatten(tree, layer) for layer in layers)
+
+
+@jax.custom_vjp
+def _apart(leaf: Array) -> tuple[Array, ...]:
+  """The entries of the leading axis.
+
+  Their gradients are stacked as they are; of an index, JAX would make each a whole leaf of zeros
+  around one layer's, and add those up.
+  """
+  return tuple(leaf[i] for i in range(leaf.shape[0]))
+
+
+def _apart_forward(leaf: Array) -> tuple[tuple[Array, ...], None]:
+  return _apart(leaf), None
+
+
+def _apart_backward(_: None, gradients: tuple[Array, ...]) -> tuple[Array]:
+  return (jnp.stack(gradients),)
+
+
+_apart.defvjp(_apart_forward, _apart_backward)
 
 
 def empty_cache(layer: Layer, params: Any, key: Visibility, dtype: jnp.dtype) -> Cache:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vpe_jax import sharding
 from vpe_jax.config import check, check_sizes, nearest
-from vpe_jax.contracts import Array, UserError, Visibility
+from vpe_jax.contracts import Array, Params, UserError, Visibility
 from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.ops import norms
 from vpe_jax.ops.attention import chooser
@@ -159,9 +161,9 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
   """A stack of layers and its closing norm.
 
-  Layers are separate subtrees (`layers_0`, ...) and run in a Python loop: a caller that stops
-  early pays for no more layers than it asks for. All are calls of one function, which is traced
-  and lowered once.
+  Layers are separate subtrees (`layers_0`, ...). On one device they run in a Python loop, all as
+  calls of one function, which is traced and lowered once. Over several devices they are stacked
+  and scanned, so that one layer is compiled too; what that copies is a chip's share of the weights.
   """
 
   config: EncoderConfig
@@ -173,11 +175,25 @@ class Encoder(nn.Module):
 
   def __call__(self, x: Array, mask: Array | None = None, depth: int | None = None) -> Array:
     """Tokens [B, L, D] after the closing norm, or raw after the first `depth` layers."""
-    one = Layer(self.config, self.dtype, parent=None)
-    run = jax.jit(lambda params, x, mask: one.apply({'params': params}, x, mask))
-    for layer in self.layers[:depth]:
-      x = layer(x, mask) if self.is_initializing() else run(layer.variables['params'], x, mask)
+    layers = self.layers[:depth]
+    if self.is_initializing():
+      for layer in layers:
+        x = layer(x, mask)
+    else:
+      x = self._run([layer.variables['params'] for layer in layers], x, mask)
     return self.norm(x) if depth is None else x
+
+  def _run(self, weights: list[Params], x: Array, mask: Array | None) -> Array:
+    layer = Layer(self.config, self.dtype, parent=None)
+    one = lambda x, params: layer.apply({'params': params}, x, mask)
+    if len(weights) < 2 or not sharding.is_spread():
+      one = jax.jit(one)
+      return functools.reduce(one, weights, x)
+
+    def step(x: Array, params: Params) -> tuple[Array, None]:
+      return one(sharding.constrain(x, ('batch', None, None)), params), None
+
+    return jax.lax.scan(step, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights))[0]
 
 
 class AttentionPool(nn.Module):
