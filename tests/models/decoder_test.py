@@ -73,3 +73,18 @@ def test_a_named_attention_runs_on_texts_and_not_in_decoding():
     call(elsewhere, ids)
   # A few tokens, as decoding feeds them, choose.
   assert np.isfinite(call(elsewhere, ids[:, :4])).all()
+
+
+def test_layers_taken_apart_give_the_gradient_of_the_stack(model):
+  model, params = model
+
+  def loss(params, apart):
+    layers = mot.unstack(params['layers']) if apart else params['layers']
+    return jnp.sum(jnp.sin(model.hidden({**params, 'layers': layers}, IDS, LENGTH)))
+
+  gradient = jax.jit(jax.grad(loss), static_argnums=1)
+  wanted, found = gradient(params, False), gradient(params, True)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), found, wanted)
+  # No leaf of zeros around each layer's gradient.
+  text = str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, True))
+  assert 'pad[' not in text and 'dynamic_update_slice' not in text

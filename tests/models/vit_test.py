@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vpe_jax import sharding
+from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import UserError, visible
 from vpe_jax.models import vit
 from vpe_jax.models.dual_path import DualPath, DualPathConfig
@@ -51,3 +55,16 @@ def test_the_dual_path_hands_its_choice_down():
   latents = jnp.zeros((1, 8, 8, 3))
   with pytest.raises(UserError, match='runs on tpu, and the devices are cpu'):
     jax.eval_shape(path.init, jax.random.key(0), latents)
+
+
+def test_over_several_devices_one_layer_is_compiled_and_gives_the_same():
+  encoder = vit.Encoder(dataclasses.replace(CONFIG, layers=5), jnp.float32)
+  x = jax.random.normal(jax.random.key(0), (8, 12, 32))
+  variables = encoder.init(jax.random.key(1), x)
+  run = lambda variables, x: encoder.apply(variables, x, depth=4)
+  alone = jax.jit(run)(variables, x)
+  mesh = sharding.make_mesh(MeshConfig())
+  with jax.set_mesh(mesh):
+    spread = jax.jit(run).lower(variables, sharding.put_batch(x, mesh))
+    assert spread.as_text().count('stablehlo.while') == 1
+    np.testing.assert_allclose(spread.compile()(variables, x), alone, atol=1e-5)
