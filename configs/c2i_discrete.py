@@ -9,7 +9,7 @@ r"""Class to image, discrete: LlamaGen's GPT with and without visual prompt (arX
 
 `vpe=true` trains `[cls] s_1 .. s_P z_1 .. z_N`, `vpe=false` the baseline `[cls] z_1 .. z_N`: 1,221
 and 1,025 tokens at paper size, 1,068.3M parameters and 41.9M more with visual prompt. `tiny` and
-`debug` draw 64x64 pictures of 36 and 64 codes: OpenMoji by its nine groups, or CIFAR-10, which
+`debug` draw 64x64 pictures of 36 and 256 codes: OpenMoji by its nine groups, or CIFAR-10, which
 launch/cifar10.sh puts into prepared/cifar10, by its ten classes (its codes come from an autoencoder
 that saw OpenMoji alone). `paper` is 512x512 on ImageNet: a folder of pictures in class folders
 (--config.data.source=folder:PATH) whose names stand, a line each, in the file that

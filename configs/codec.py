@@ -42,13 +42,13 @@ def get_config(arg: str = '') -> ConfigDict:
   if stages == ('image_codes',):
     config.model.image = {}  # the shipped autoencoder's sizes
     if preset == 'tiny':
-      config.optim.update(lr=1e-2, ema=0.98)
+      config.optim.update(lr=3e-2, ema=0.98)
   return config
 
 
 def _tiny(config: ConfigDict) -> None:
   config.steps = (400, 1500, 400)
-  config.batch_size = (128, 32, 64)
+  config.batch_size = (128, 32, 32)
   config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 32}
   config.optim = {'lr': 2e-3, 'warmup': 50, 'b2': 0.99, 'ema': 0.99}
   config.log = {'samples': 0, 'evaluate': 200}

@@ -30,8 +30,8 @@ class ImageCodesConfig:
   """
 
   codes: int = 1024
-  patch: int = 2
-  temperature: float = 0.5
+  patch: int = 1
+  temperature: float = 0.1
 
   def __post_init__(self) -> None:
     check_sizes(self)

@@ -74,7 +74,7 @@ class ModelConfig:
   pooled: float = 1.0
   commitment: float = 1.0
   usage: float = 0.3
-  codes_usage: float = 0.05
+  codes_usage: float = 0.03
   squared: float = 4.0
   divergence: float = 1e-3
   crop: int = 32
