@@ -62,7 +62,7 @@ def get_config(arg: str = '') -> ConfigDict:
   config.seed, config.stages = 0, ('train',)
   presets[preset](config)
   if options['data'] == 'cifar10':
-    config.data.update(source='folder:prepared/cifar10', tokenizer=f'classes:{CIFAR10}')
+    config.data.update(source='folder:prepared/cifar10/train', tokenizer=f'classes:{CIFAR10}')
     config.model.classes = 10
   config.model.vpe = options['vpe'] == 'true'
   return config

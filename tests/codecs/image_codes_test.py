@@ -22,7 +22,7 @@ def codec(request):
 @pytest.fixture(scope='module')
 def params(codec):
   image, noise = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 8, 8, 2))
-  network = codec.latents.network.init(jax.random.key(0), image, noise)['params']
+  network = jax.jit(codec.latents.network.init)(jax.random.key(0), image, noise)['params']
   return {'image': network, 'image_codes': codec.init(jax.random.key(1))}
 
 
@@ -32,8 +32,8 @@ def images():
 
 
 def test_codes_are_the_nearest_rows(codec, params, images):
-  codes = codec.encode(params, images)
-  squares, rows = codec.squares(params, images), params['image_codes']['codebook']
+  codes = jax.jit(codec.encode)(params, images)
+  squares, rows = jax.jit(codec.squares)(params, images), params['image_codes']['codebook']
   distance = jnp.sum(jnp.square(squares[:, :, None] - rows), -1)
   np.testing.assert_array_equal(codes, jnp.argmin(distance, -1))
   assert codes.shape == (3, codec.grid**2) and codes.dtype == jnp.int32
@@ -53,8 +53,8 @@ def test_rows_decode_where_their_squares_were(codec, params):
   for at in range(P):
     y, x = at // side * p, at % side * p
     latents[:, y : y + p, x : x + p] = rows[:, at].reshape(2, p, p, 2)
-  wanted = codec.latents.decode(params, jnp.asarray(latents))
-  np.testing.assert_allclose(codec.decode(params, codes), wanted, atol=1e-6)
+  wanted = jax.jit(codec.latents.decode)(params, latents)
+  np.testing.assert_allclose(jax.jit(codec.decode)(params, codes), wanted, atol=1e-6)
 
 
 def test_abstract_params_are_those_it_reads(codec, params):

@@ -18,7 +18,7 @@ MODEL = LlamaGen(SIZES)
 
 @pytest.fixture(scope='module')
 def params():
-  leaves, tree = jax.tree.flatten(MODEL.init(jax.random.key(0)))
+  leaves, tree = jax.tree.flatten(jax.jit(MODEL.init)(jax.random.key(0)))
   keys = jax.random.split(jax.random.key(1), len(leaves))
   drawn = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
   return jax.tree.unflatten(tree, drawn)
