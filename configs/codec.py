@@ -1,8 +1,14 @@
-r"""The tokenizers: a VQ on SigLIP's patch features and a small KL autoencoder.
+r"""The tokenizers: a VQ on SigLIP's patch features, a small KL autoencoder, a VQ on its latents.
 
   python -m vpe_jax.main --config=configs/codec.py:tiny,stage=visual_prompt \
       --workdir=runs/visual_prompt
   python -m vpe_jax.main --config=configs/codec.py:tiny,stage=image --workdir=runs/image
+  python -m vpe_jax.main --config=configs/codec.py:tiny,stage=image_codes \
+      --workdir=runs/image_codes
+  python -m vpe_jax.export --workdir=runs/image_codes --network=image_codes \
+      --to=vpe_jax/assets/image_codes.safetensors
+
+`both` trains the first two; `image_codes` stands on the shipped `image`.
 
 Shipped weights, on 2 shared CPU cores, measured on 512 held-out pictures: `visual_prompt` (0.20M
 parameters, 0.4 MB, 3 minutes) has perplexity 205 of 512 codes (155 within a batch of 128), rebuilds
@@ -20,33 +26,37 @@ from vpe_jax.config import nearest
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The config of a preset, with `stage=visual_prompt|image|both`."""
+  """The config of a preset, with `stage=visual_prompt|image|both|image_codes`."""
   preset, options = common.parse_arg(arg, ('tiny', 'debug'), stage='both')
-  if options['stage'] not in (known := ('visual_prompt', 'image', 'both')):
+  if options['stage'] not in (known := ('visual_prompt', 'image', 'both', 'image_codes')):
     raise ValueError(f"unknown stage '{options['stage']}'{nearest(options['stage'], known)}")
   stages = {'both': ('visual_prompt', 'image')}.get(options['stage'], (options['stage'],))
   config = ConfigDict({'name': 'codec', 'preset': preset, 'system': 'codec', 'seed': 0})
   config.stages = stages
   config.model = ConfigDict()
   {'tiny': _tiny, 'debug': _debug}[preset](config)
-  numbers = {'visual_prompt': 0, 'image': 1}
+  numbers = {'visual_prompt': 0, 'image': 1, 'image_codes': 2}
   for field in ('steps', 'batch_size'):
-    both = config[field]
-    config[field] = tuple(both[numbers[s]] for s in stages)
+    each = config[field]
+    config[field] = tuple(each[numbers[s]] for s in stages)
+  if stages == ('image_codes',):
+    config.model.image = {}  # the shipped autoencoder's sizes
+    if preset == 'tiny':
+      config.optim.update(lr=3e-2, ema=0.98)
   return config
 
 
 def _tiny(config: ConfigDict) -> None:
-  config.steps = (400, 1500)
-  config.batch_size = (128, 32)
+  config.steps = (400, 1500, 400)
+  config.batch_size = (128, 32, 32)
   config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 32}
   config.optim = {'lr': 2e-3, 'warmup': 50, 'b2': 0.99, 'ema': 0.99}
   config.log = {'samples': 0, 'evaluate': 200}
 
 
 def _debug(config: ConfigDict) -> None:
-  config.steps = (4, 4)
-  config.batch_size = (8, 8)
+  config.steps = (4, 4, 4)
+  config.batch_size = (8, 8, 8)
   config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 32, 'examples': 64}
   config.model.visual_prompt = {'decoder': {'width': 32, 'layers': 1, 'heads': 2, 'mlp': 64}}
   config.model.image = {'encoder': (16, 16), 'decoder': (16, 16)}

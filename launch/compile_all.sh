@@ -27,9 +27,15 @@ for topology in v5e:16x16 v5p:4x4x4 v6e:8x8; do
       --config=configs/t2i.py:paper --topology="$topology" --stage="$stage"
   done
 done
+for topology in v5e:8x8 v5p:4x4x4 v6e:8x8; do
+  compile "c2i-discrete-${topology/:/-}" \
+    --config=configs/c2i_discrete.py:paper --topology="$topology"
+done
 for pod in v5e:16x16,256 v5p:4x4x4,64 v6e:16x16,256; do
   topology=${pod%,*}
   compile "pod-joint-${topology/:/-}" \
     --config="configs/t2i.py:pod,chips=${pod#*,}" --topology="$topology" --stage=joint
 done
-.venv/bin/python -m vpe_jax.compile --config=configs/t2i.py --write_header="$folder"
+for config in t2i c2i_discrete; do
+  .venv/bin/python -m vpe_jax.compile --config="configs/$config.py" --write_header="$folder"
+done

@@ -130,8 +130,8 @@ class Drawing:
   """What a generator drew for a batch of requests."""
 
   image: Array  # [B, R, R, 3] float32 in [0, 1]
-  codes: Array  # [B, P] int32: the visual prompt it was rendered from
-  latents: Array  # [B, h, w, C] float32
+  codes: Array  # [B, P] int32: the visual prompt it was rendered from; P = 0 without any
+  latents: Array  # [B, h, w, C] float32, or [B, h, w] int32 of a discrete picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,9 @@ class System(Protocol):
       vpe_jax.checkpoints.converted; only systems that can read some have it.
     draws_with: names of the frozen networks that `generate` reads. This and `codes`: only systems
       that draw have them.
-    codes: entries of the visual prompt's codebook.
+    codes: entries of the visual prompt's codebook; 0 where there is none.
+    picture_codes: entries of the codebook of discrete pictures; only systems that draw those have
+      it.
     starts: weights that a new run starts from; only systems whose config can name some have it.
   """
 
@@ -202,6 +204,7 @@ class System(Protocol):
   published: Mapping[str, Start]
   draws_with: tuple[str, ...]
   codes: int
+  picture_codes: int
   starts: tuple[Start, ...]
 
   def init(self, rng: Array) -> Params:
@@ -230,6 +233,8 @@ class System(Protocol):
   def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of pictures [B, R, R, 3] uint8.
 
+    Latents of discrete pictures are codes too, [B, h, w] int32.
+
     Only systems that train on codes and latents have this. One that reads pictures with a frozen
     network in another way has `features(frozen, images)` in its place.
     """
@@ -243,9 +248,7 @@ class System(Protocol):
     """What `encode` must return for the model, as `jax.ShapeDtypeStruct`."""
     ...
 
-  def counts(
-    self, batch: Examples, rng: Array, step: Array, stage: Stage
-  ) -> dict[str, Array]:
+  def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """The counts that `losses` would return for this batch: parameters are not needed."""
     ...
 

@@ -11,7 +11,7 @@ from vpe_jax.config import differences
 from vpe_jax.training import config_file, resume
 
 ASSETS = pathlib.Path(weights.__file__).parents[1] / 'assets'
-SHIPPED = ('siglip', 'judge', 'visual_prompt', 'image', 'tiny')
+SHIPPED = ('siglip', 'judge', 'visual_prompt', 'image', 'image_codes', 'tiny')
 # What a file's config may have otherwise, as the config's header says, or for another stage.
 OTHERWISE = {
   'judge': ('steps', 'optim.lr'),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import t2i
+from configs import c2i_discrete, t2i
 from vpe_jax import rng, sharding, systems
 from vpe_jax.compilation import hlo, program, traffic
 from vpe_jax.contracts import System, visible
@@ -40,6 +40,23 @@ def test_model_flops_are_those_of_the_dots(arg, stage):
   work = traffic.work_of(hlo.parse(compiled.as_text()), [0])
   assert not work.unknown_loops
   assert 4 * system.flops(system.stages[stage]) == pytest.approx(work.flops, rel=0.03)
+
+
+@pytest.mark.parametrize('arg', ['debug', 'debug,vpe=false'])
+def test_model_flops_of_llamagen_are_those_of_the_dots(arg):
+  config = c2i_discrete.get_config(arg)
+  config.unroll = True
+  config.data.source = 'synthetic'
+  system = systems.build(config.to_dict())
+  stage = system.stages[0]
+  state = jax.eval_shape(lambda: first_state(system.init(rng.run_key(0)), stage))
+  step = make_train_step(system, stage, system.config.optim)
+  compiled = step.lower(state, {}, system.abstract_batch(4), rng.run_key(0)).compile()
+  work = traffic.work_of(hlo.parse(compiled.as_text()), [0])
+  assert 4 * system.flops(stage) == pytest.approx(work.flops, rel=0.03)
+  row = system.model.stream(jnp.zeros((1, system.tokens(stage), 1))).visibility
+  seen, body = int(visible(row, row).sum()), system.config.model.body
+  assert system.attention_flops(stage) == 4 * body.layers * body.heads * body.head_width * seen
 
 
 def test_scans_and_recomputation_are_in_the_compiled_count():

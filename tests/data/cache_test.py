@@ -147,3 +147,14 @@ def test_threads_read_shards_at_once_and_parse_nothing(monkeypatch):
 def test_an_empty_cache_opens():
   assert len(cache.write_cache('none', [])) == 0
   assert len(cache.open_cache('none')) == 0
+
+
+def test_codes_of_discrete_pictures_stay_whole_numbers():
+  """And a plan may have no codes at all."""
+  pictures = np.random.default_rng(1).integers(0, 2**17, (9, 4, 4), np.int32)
+  cache.write_cache('whole', [(np.zeros((9, 0), np.int32), pictures)], shard=4)
+  opened = cache.open_cache('whole')
+  for index in (0, 4, 8):
+    plan, found = opened[index]
+    np.testing.assert_array_equal(found, pictures[index])
+    assert found.dtype == np.int32 and plan.shape == (0,)

@@ -133,3 +133,13 @@ def test_unreadable_image_is_named_when_drawn(tmp_path):
   source = open_folder(str(tmp_path))
   with pytest.raises(UserError, match='unreadable image .*x.png'):
     render(source[0], 8)
+
+
+def test_pictures_in_folders_of_classes_need_no_captions(tmp_path):
+  for name in ('cat/1.png', 'cat/deep/2.png', 'dog/3.png'):
+    _image(tmp_path / name)
+  source = open_folder(str(tmp_path), captions=False)
+  assert [record.group for record in source] == ['cat', 'deep', 'dog']
+  assert [record.caption for record in source] == [''] * 3
+  with pytest.raises(UserError, match='has no caption'):
+    open_folder(str(tmp_path))

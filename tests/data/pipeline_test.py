@@ -124,3 +124,23 @@ def test_long_captions_are_cut():
   assert whole.text_length[0] > 2
   np.testing.assert_array_equal(short.text_length, [2])
   np.testing.assert_array_equal(short.text, whole.text[:, :2])
+
+
+def test_a_class_is_what_a_picture_is_drawn_from():
+  names = 'smileys,people,animals,food,travel,activities,objects,symbols,flags'
+  config = DataConfig(
+    source='openmoji',
+    examples=12,
+    image_size=8,
+    text_length=1,
+    words='group',
+    tokenizer=f'classes:{names}',
+  )
+  pipeline = Pipeline(config, 0)
+  batch = pipeline.examples(range(12))
+  groups = [pipeline.record(index).group for index in range(12)]
+  assert [names.split(',')[ids[0]] for ids in batch.text] == groups
+  assert (batch.text_length == 1).all() and len(set(groups)) > 2
+  assert [pipeline.said(index) for index in range(12)] == groups
+  captions = Pipeline(dataclasses.replace(config, words='caption', tokenizer='assets:bpe'), 0)
+  assert captions.said(3) == captions.record(3).caption != groups[3]

@@ -28,3 +28,10 @@ def test_codes_have_shape_range_and_no_memory():
   np.testing.assert_array_equal(ids, again[0])
   np.testing.assert_array_equal(latents, again[1])
   assert (codes[3][0] != ids).any()
+
+
+def test_discrete_pictures_are_codes_too():
+  codes = SyntheticCodes(5, patches=0, codebook=0, latent_shape=(4, 4), latent_codes=24)
+  plan, latents = codes[1]
+  assert plan.shape == (0,) and latents.shape == (4, 4) and latents.dtype == np.int32
+  assert 0 <= latents.min() <= latents.max() < 24

@@ -15,3 +15,19 @@ def test_sigmoid_schedule_at_the_papers_points():
   np.testing.assert_allclose(weight, wanted, atol=5e-6)
   mask = [float(schedules.sigmoid_schedule(s, 100, 0.95, 0.05)) for s in steps[:5]]
   np.testing.assert_allclose(mask, [0.9440, 0.8817, 0.5, 0.1183, 0.0560], atol=5e-5)
+
+
+def test_other_schedules_between_the_same_values():
+  """The paper's two uses: 0.95 to 0.05 of Eq. 2, where 0 is off, and 0.03 to 0.1 of Eq. 3."""
+  steps = (0, 25, 50, 100, 200)
+  value = lambda kind, start, end, off: [
+    float(schedules.scheduled(kind, s, 100, start, end, off)) for s in steps
+  ]
+  np.testing.assert_allclose(
+    value('linear', 0.95, 0.05, 0.0), [0.95, 0.725, 0.5, 0.05, 0.05], atol=1e-6
+  )
+  np.testing.assert_allclose(value('constant', 0.95, 0.05, 0.0), [0.95] * 5)
+  assert value('off', 0.95, 0.05, 0.0) == [0.0] * 5 and value('off', 0.03, 0.1, 1.0) == [1.0] * 5
+  wanted = [float(schedules.sigmoid_schedule(s, 100, 0.03, 0.1)) for s in steps]
+  np.testing.assert_allclose(value('sigmoid', 0.03, 0.1, 1.0), wanted)
+  assert schedules.KINDS == ('sigmoid', 'linear', 'constant', 'off')

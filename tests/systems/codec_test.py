@@ -1,4 +1,4 @@
-"""The codec system: its two stages, what each trains, and the moments that export measures."""
+"""The codec system: its stages, what each trains, and the moments that export measures."""
 
 import dataclasses
 
@@ -9,6 +9,7 @@ import pytest
 
 from configs import codec as config_file
 from vpe_jax import rng, sharding, systems
+from vpe_jax.checkpoints import weights
 from vpe_jax.config import MeshConfig, OptimConfig
 from vpe_jax.contracts import Examples, LossTerm, UserError
 from vpe_jax.training import step as training_step
@@ -104,6 +105,23 @@ def test_a_stage_trains_its_network_and_nothing_else(system, params, frozen, ind
   mine, other = stage.name, system.stages[1 - index].name
   assert any(jax.tree.leaves(moved[mine])) and not any(jax.tree.leaves(moved[other]))
   assert not moved['image']['shift'] and not moved['image']['scale']
+
+
+def test_the_codebook_moves_to_the_latents():
+  system = _system('debug,stage=image_codes', image_codes={'codes': 16})
+  frozen = {'image': weights.load('assets:image')[0]}
+  stage, batch = system.stages[0], _batch()
+  params = jax.jit(system.init)(KEY)
+  assert set(params) == {'image_codes'} and set(system.frozen_weights) == {'image'}
+  terms = _losses(system, params, frozen, batch, stage)
+  assert list(terms) == list(system.counts(batch, KEY, 0, stage)) == list(stage.losses)
+  assert system.features(frozen, batch.image).shape == (8, system.tokens(stage), 16)
+  run = training_step.make_train_step(system, stage, OptimConfig(lr=3e-2, warmup=1))
+  state, first = run(first_state(params, stage), frozen, batch, KEY)
+  for _ in range(30):
+    state, last = run(state, frozen, batch, KEY)
+  assert float(last['loss/distance']) < 0.7 * float(first['loss/distance'])
+  assert float(last['loss/codes_perplexity']) > 3
 
 
 def test_a_run_holds_the_networks_of_its_stages_only():

@@ -162,6 +162,7 @@ class DrawingSystem(LineSystem):
   """A LineSystem that also has encoders and draws: codes are colours, pictures flat squares."""
 
   encoded = 0
+  codes = 11  # brightness in tenths
 
   def encode(self, frozen, images):
     self.encoded += images.shape[0] > 1  # counts traces, not the one picture of `check_fits`

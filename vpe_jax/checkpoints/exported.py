@@ -28,7 +28,8 @@ def export(
   Args:
     workdir: the run.
     to: file to write, ending in `.safetensors`.
-    network: `visual_prompt` or `image` of a codec run, which needs it; '' for all parameters.
+    network: `visual_prompt`, `image` or `image_codes` of a codec run, which needs it; '' for all
+      parameters.
     which: `ema` or `raw`.
     overwrite: whether an existing file is replaced.
     settings: of the drawing, in place of the run's own; None keeps the run's.

@@ -30,6 +30,7 @@ MADE_BY = {
   'judge': 'configs/siglip.py:judge',
   'visual_prompt': 'configs/codec.py:tiny,stage=visual_prompt',
   'image': 'configs/codec.py:tiny,stage=image',
+  'image_codes': 'configs/codec.py:tiny,stage=image_codes',
   'tiny': 'configs/t2i.py',
 }
 _DTYPES = {'bfloat16': np.dtype(jnp.bfloat16), 'float16': np.float16, 'float32': np.float32}

@@ -1,8 +1,9 @@
 """Which codecs a system reads pictures with: those trained here, or published ones.
 
 A visual prompt comes from the embedded SigLIP and its quantiser, or from SigLIP-VQ where
-`siglip_vq` is given; latents come from the embedded autoencoder, or from a published one where
-`vae` is given.
+`siglip_vq` is given. Latents come from the embedded autoencoder, or from a published one where
+`vae` is given; a picture's own codes come from that autoencoder's quantised latents, or from a
+published tokenizer where `vqgan` is given.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vpe_jax.codecs import kl, kl_vae, siglip_vq, visual_prompt
-from vpe_jax.codecs.protocol import LatentCodec, TokenCodec
+from vpe_jax.codecs import image_codes, kl, kl_vae, siglip_vq, visual_prompt, vqgan
+from vpe_jax.codecs.protocol import LatentCodec, PictureCodec, TokenCodec
 from vpe_jax.contracts import Start
 
 
@@ -22,14 +23,16 @@ from vpe_jax.contracts import Start
 class WeightsConfig:
   """Where each frozen network's weights are: `assets:NAME`, a path, or a hub id.
 
-  Those of `siglip_vq`, and of `image` where `vae` is given, are published: a folder, an import, or
-  a hub id (`OWNER/NAME:FOLDER`).
+  Those of `siglip_vq`, of `vqgan`, and of `image` where `vae` is given, are published: a folder, an
+  import, or a hub id (`OWNER/NAME:FOLDER`).
   """
 
   siglip: str = 'assets:siglip'
   visual_prompt: str = 'assets:visual_prompt'
   image: str = 'assets:image'
+  image_codes: str = 'assets:image_codes'
   siglip_vq: str = ''
+  vqgan: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +49,26 @@ class VaeConfig(kl_vae.KlVaeConfig):
   family: str = 'wan_vae'
 
 
+@dataclasses.dataclass(frozen=True)
+class VqGanView(vqgan.VqGanConfig):
+  """A published tokenizer: its family (`ibq`, `llamagen_vq`), and the pictures' side in pixels."""
+
+  family: str = 'ibq'
+  image_size: int = 512
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CodecsConfig:
-  """The codecs' part of a model section.
+class PlanCodecConfig:
+  """The visual prompt's part of a model section.
 
   Attributes:
     visual_prompt: sizes of the embedded tokenizer that turns pictures into codes.
-    image: sizes of the embedded autoencoder that turns pictures into latents and back.
     siglip_vq: sizes of the published tokenizer that takes the place of `visual_prompt`.
-    vae: sizes of the published autoencoder that takes the place of `image`.
     weights: where the frozen networks come from.
   """
 
   visual_prompt: visual_prompt.VisualPromptConfig = visual_prompt.VisualPromptConfig()
-  image: kl.KlConfig = kl.KlConfig()
   siglip_vq: SiglipVqView | None = None
-  vae: VaeConfig | None = None
   weights: WeightsConfig = WeightsConfig()
 
   @property
@@ -77,6 +84,33 @@ class CodecsConfig:
     return self.visual_prompt.siglip.patches
 
   @property
+  def plan_weights(self) -> Mapping[str, str]:
+    """Name of each network that makes visual prompts -> where its weights are."""
+    names = ('siglip', 'visual_prompt') if self.siglip_vq is None else ('siglip_vq',)
+    return {name: getattr(self.weights, name) for name in names}
+
+  @property
+  def published(self) -> Mapping[str, Start]:
+    """The published ones among the frozen networks."""
+    if self.siglip_vq is None:
+      return {}
+    sizes = _base(self.siglip_vq, siglip_vq.SiglipVqConfig)
+    return {'siglip_vq': Start('siglip_vq', self.weights.siglip_vq, sizes, ())}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecsConfig(PlanCodecConfig):
+  """The codecs' part of the model section of a system that draws latents.
+
+  Attributes:
+    image: sizes of the embedded autoencoder that turns pictures into latents and back.
+    vae: sizes of the published autoencoder that takes the place of `image`.
+  """
+
+  image: kl.KlConfig = kl.KlConfig()
+  vae: VaeConfig | None = None
+
+  @property
   def image_channels(self) -> int:
     """Numbers per latent."""
     return (self.vae or self.image).channels
@@ -84,23 +118,49 @@ class CodecsConfig:
   @property
   def frozen_weights(self) -> Mapping[str, str]:
     """Name of each network that the codecs read -> where its weights are."""
-    plan = ('siglip', 'visual_prompt') if self.siglip_vq is None else ('siglip_vq',)
-    return {name: getattr(self.weights, name) for name in (*plan, 'image')}
+    return {**self.plan_weights, 'image': self.weights.image}
 
   @property
   def published(self) -> Mapping[str, Start]:
     """The published ones among them."""
-    found = {}
-    if self.siglip_vq is not None:
-      sizes = _base(self.siglip_vq, siglip_vq.SiglipVqConfig)
-      found['siglip_vq'] = Start('siglip_vq', self.weights.siglip_vq, sizes, ())
+    found = dict(super().published)
     if self.vae is not None:
       sizes = _base(self.vae, kl_vae.KlVaeConfig)
       found['image'] = Start(self.vae.family, self.weights.image, sizes, ())
     return found
 
 
-def plan_codec(config: CodecsConfig, dtype: jnp.dtype) -> TokenCodec:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PictureCodesConfig(PlanCodecConfig):
+  """The codecs' part of the model section of a system that draws a picture code by code.
+
+  Attributes:
+    image: sizes of the embedded autoencoder whose latents are quantised.
+    image_codes: sizes of the quantiser.
+    vqgan: sizes of the published tokenizer that takes the place of both.
+  """
+
+  image: kl.KlConfig = kl.KlConfig()
+  image_codes: image_codes.ImageCodesConfig = image_codes.ImageCodesConfig()
+  vqgan: VqGanView | None = None
+
+  @property
+  def picture_weights(self) -> Mapping[str, str]:
+    """Name of each network that turns pictures into codes and back -> where its weights are."""
+    names = ('image', 'image_codes') if self.vqgan is None else ('vqgan',)
+    return {name: getattr(self.weights, name) for name in names}
+
+  @property
+  def published(self) -> Mapping[str, Start]:
+    """The published ones among the frozen networks."""
+    found = dict(super().published)
+    if self.vqgan is not None:
+      sizes = _base(self.vqgan, vqgan.VqGanConfig)
+      found['vqgan'] = Start(self.vqgan.family, self.weights.vqgan, sizes, ())
+    return found
+
+
+def plan_codec(config: PlanCodecConfig, dtype: jnp.dtype) -> TokenCodec:
   """The visual prompt's codec; `dtype` is what a published tower computes in."""
   if config.siglip_vq is None:
     return visual_prompt.VisualPromptCodec(config.visual_prompt)
@@ -110,6 +170,13 @@ def plan_codec(config: CodecsConfig, dtype: jnp.dtype) -> TokenCodec:
 def image_codec(config: CodecsConfig) -> LatentCodec:
   """The latents' codec, in float32."""
   return kl.KlCodec(config.image) if config.vae is None else kl_vae.KlVaeCodec(config.vae)
+
+
+def picture_codec(config: PictureCodesConfig, image_size: int) -> PictureCodec:
+  """The codec of a picture's own codes, in float32; `image_size` is the picture's, in pixels."""
+  if config.vqgan is None:
+    return image_codes.ImageCodesCodec(config.image_codes, config.image, image_size)
+  return vqgan.VqGanCodec(config.vqgan, config.vqgan.image_size, 'vqgan')
 
 
 def _base(section: Any, cls: type) -> Any:

@@ -50,3 +50,16 @@ def nearest(features: Array, codebook: Array, normed: bool, chunk: int = CHUNK) 
   start = best(parts[0])
   (_, index), _ = jax.lax.scan(better, start, (parts[1:], firsts[1:]))
   return index
+
+
+def closest(features: Array, codebook: Array, chunk: int = CHUNK) -> Array:
+  """Index of the row at the least distance, the first of several.
+
+  Of x and e the distance is |x|^2 - 2 (x e - |e|^2 / 2), so one more column makes it the largest
+  dot product. Arguments and result as `nearest`.
+  """
+  rows = codebook.astype(jnp.float32)
+  offset = -0.5 * jnp.sum(jnp.square(rows), axis=-1, keepdims=True)
+  one = jnp.ones((*features.shape[:-1], 1), jnp.float32)
+  wide = jnp.concatenate([features.astype(jnp.float32), one], axis=-1)
+  return nearest(wide, jnp.concatenate([rows, offset], axis=-1), normed=False, chunk=chunk)

@@ -34,6 +34,14 @@ class TokenCodec(Protocol):
     ...
 
 
+class PictureCodec(TokenCodec, Protocol):
+  """Pictures <-> a grid of discrete codes that say everything about them."""
+
+  def decode(self, params: Params, codes: Array) -> Array:
+    """Pictures [B, R, R, 3] float32 in [0, 1] of codes [B, P]."""
+    ...
+
+
 class LatentCodec(Protocol):
   """Pictures <-> a small grid of numbers with mean 0 and variance 1.
 

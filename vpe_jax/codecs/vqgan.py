@@ -80,7 +80,7 @@ class VqGan(nn.Module):
 
 
 class VqGanCodec:
-  """A protocol.TokenCodec over one network of `params`, called `name`, that can also decode."""
+  """A protocol.PictureCodec over one network of `params`, called `name`."""
 
   def __init__(self, config: VqGanConfig, image_size: int = 512, name: str = 'tokens'):
     self.config = config
@@ -97,7 +97,17 @@ class VqGanCodec:
     return codes.reshape(codes.shape[0], -1)
 
   def decode(self, params: Params, codes: Array) -> Array:
-    """Pictures [B, R, R, 3] float32 in [0, 1] of codes [B, P]."""
+    """Pictures [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see protocol.PictureCodec."""
     square = codes.reshape(-1, self.grid, self.grid)
     signed = self.network.apply({'params': params[self.weights[0]]}, square, method='decode')
     return jnp.clip(0.5 * (signed + 1.0), 0.0, 1.0)
+
+  def abstract_params(self) -> Params:
+    """The network's parameters as shapes; see protocol.TokenCodec."""
+    side = self.config.body.factor
+
+    def init() -> Params:
+      image = jnp.zeros((1, side, side, 3))
+      return {self.weights[0]: self.network.init(jax.random.key(0), image)['params']}
+
+    return jax.eval_shape(init)

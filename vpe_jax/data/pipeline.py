@@ -83,6 +83,10 @@ class Pipeline:
     """One record of the source, for its caption and truth."""
     return self.source[index]
 
+  def said(self, index: int) -> str:
+    """What the picture of a record is drawn from: see `DataConfig.words`."""
+    return said_of(self.source[index], self._config.words)
+
   def examples(self, indices: Sequence[int]) -> Examples:
     """Fixed records of the source as one batch, for previews and for building a cache.
 
@@ -181,7 +185,7 @@ class _Reader(grain.transforms.Map):
   def __call__(self, element: tuple[int, int]) -> Row:
     place, index = element
     record = self.source[index]
-    said = record.caption if self.words == 'caption' else record.group
+    said = said_of(record, self.words)
     ids, lengths = self.tokenizer.encode_batch([said], self.text_length, cut=True)
     row = {'example': np.int32(place), 'text': ids[0], 'text_length': lengths[0]}
     if self.near_misses:
@@ -200,6 +204,11 @@ class _Reader(grain.transforms.Map):
       ids, lengths = self.tokenizer.encode_batch(captions, self.text_length, cut=True)
       near[: len(captions)], near_length[: len(captions)] = ids, lengths
     return {'near': near, 'near_length': near_length}
+
+
+def said_of(record: Record, words: str) -> str:
+  """What the picture of a record is drawn from: its caption, or the name of its group."""
+  return record.caption if words == 'caption' else record.group
 
 
 def _stack(rows: Sequence[Row]) -> Row:

@@ -2,9 +2,17 @@
 
 Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation (arXiv 2406.06525). A row
 is a class token and the picture's codes in raster order; positions are rotary on the codes' grid.
+With a visual prompt (arXiv 2606.04457) the codes of a plan stand between the two:
 
-Parameter tree: `embed/{classes,codes}`, `layers` (stacked), `norm`, `head/kernel`. `LlamaGen` holds
-no arrays: every method is a pure function of the parameters.
+  row      [cls] s_1 ... s_P z_1 ... z_N     the network runs over all but the last
+  predicts  s_1  ...     z_1 ...     z_N
+
+Vocabularies: the joint ids of the head are the picture's codes, then the plan's. Inputs have a
+table each, and one row that stands for a code of the plan that is hidden.
+
+Parameter tree: `embed/{classes,codes}`, with a plan also `embed/{plan,pad}`; `layers` (stacked),
+`norm`, `head/kernel`. `LlamaGen` holds no arrays: every method is a pure function of the
+parameters.
 """
 
 from __future__ import annotations
@@ -14,10 +22,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.config import check_sizes
+from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array, Params, Visibility
 from vpe_jax.data.sequence import NEVER
-from vpe_jax.models import mot
+from vpe_jax.models import mot, transformer
 from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
 from vpe_jax.ops import rope
 
@@ -33,6 +41,10 @@ class LlamaGenConfig:
     body: the layers; neighbours turn together (`rope_adjacent`).
     class_turn: what its rotation does to the class token's queries and keys: `zero` (all released
       weights: every code gives it the logit 0) or `identity`.
+    plan_codes: entries of the visual prompt's codebook; 0: there is none.
+    plan_side: of its square grid of codes.
+    positions: `grid`, rows and columns, those of the plan stretched so that its cells lie where the
+      picture's do; or `line`, places in the row.
   """
 
   classes: int
@@ -40,9 +52,32 @@ class LlamaGenConfig:
   side: int
   body: TransformerConfig
   class_turn: str = 'zero'
+  plan_codes: int = 0
+  plan_side: int = 0
+  positions: str = 'grid'
 
   def __post_init__(self) -> None:
     check_sizes(self)
+    turns, kinds = ('zero', 'identity'), ('grid', 'line')
+    check(self, '', 'class_turn', self.class_turn in turns, "'zero' or 'identity'")
+    check(self, '', 'positions', self.positions in kinds, "'grid' or 'line'")
+    both = bool(self.plan_codes) == bool(self.plan_side)
+    check(self, '', 'plan_side', both, f'0 where plan_codes is, and plan_codes={self.plan_codes}')
+
+  @property
+  def plan_tokens(self) -> int:
+    """Codes P of a plan; 0 without one."""
+    return self.plan_side**2
+
+  @property
+  def image_tokens(self) -> int:
+    """Codes N of a picture."""
+    return self.side**2
+
+  @property
+  def vocabulary(self) -> int:
+    """Ids that the head knows: the picture's codes, then the plan's."""
+    return self.codes + self.plan_codes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +97,17 @@ class LlamaGen:
   def init(self, rng: Array) -> Params:
     """Fresh parameters, float32."""
     c = self.config
-    first, second, third = jax.random.split(rng, 3)
+    keys = jax.random.split(rng, 5)
     table = lambda key, rows: 0.02 * jax.random.normal(key, (rows, c.body.width))
+    embed = {'classes': table(keys[0], c.classes + 1), 'codes': table(keys[1], c.codes)}
+    if c.plan_codes:
+      embed |= {'plan': table(keys[3], c.plan_codes), 'pad': table(keys[4], 1)}
     return {
-      'embed': {'classes': table(first, c.classes + 1), 'codes': table(second, c.codes)},
-      'layers': mot.init_layers(self.layer, third),
+      'embed': embed,
+      'layers': mot.init_layers(self.layer, keys[2]),
       'norm': {'scale': jnp.ones((c.body.width,))},
       # The first prediction of a fresh network is uniform.
-      'head': {'kernel': jnp.zeros((c.body.width, c.codes))},
+      'head': {'kernel': jnp.zeros((c.body.width, c.vocabulary))},
     }
 
   def embed_classes(self, params: Params, classes: Array) -> Array:
@@ -77,34 +115,56 @@ class LlamaGen:
     return jnp.take(params['embed']['classes'], classes, axis=0)[:, None].astype(self.dtype)
 
   def embed_codes(self, params: Params, codes: Array) -> Array:
-    """Tokens [B, L, D] of codes [B, L]."""
+    """Tokens [B, L, D] of a picture's codes [B, L]."""
     return jnp.take(params['embed']['codes'], codes, axis=0).astype(self.dtype)
+
+  def embed_plan(self, params: Params, plan: Array, masked: Array | None = None) -> Array:
+    """Tokens [B, L, D] of a plan's codes [B, L]; where `masked` (bool [B, L]), the pad row."""
+    tokens = jnp.take(params['embed']['plan'], plan, axis=0)
+    if masked is not None:
+      tokens = jnp.where(masked[..., None], params['embed']['pad'], tokens)
+    return tokens.astype(self.dtype)
 
   def stream(self, x: Array, start: Array | int = 0) -> mot.Stream:
     """Tokens [B, L, D] at the places `start`, `start` + 1, ... of their rows.
 
-    Place 0 is the class token's, place 1 + n that of code n. The visibility of a whole row is what
-    `mot.empty_cache` asks for.
+    Place 0 is the class token's, then come the plan's codes, if there are any, and the picture's.
+    The visibility of a whole row is what `mot.empty_cache` asks for.
     """
-    c = self.config
     order = jnp.broadcast_to(start + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     zeros = jnp.zeros_like(order)
     visibility = Visibility(order, zeros, order + 1, jnp.full_like(order, NEVER))
-    at = jnp.maximum(order - 1, 0)
-    grid = jnp.stack([at // c.side, at % c.side], axis=-1)
-    cos, sin = rope.rotary_grid(grid, c.body.head_width, c.body.rope_theta)
-    is_class = (order == 0)[..., None, None]
-    cos = jnp.where(is_class, 0.0 if c.class_turn == 'zero' else 1.0, cos)
-    return mot.Stream(x, order, visibility, rotation=(cos, jnp.where(is_class, 0.0, sin)))
+    return mot.Stream(x, order, visibility, rotation=self._rotation(order))
 
-  def run(
+  def _rotation(self, order: Array) -> tuple[Array, Array]:
+    """Rotary tables [B, L, 1, H / 2] of places [B, L]."""
+    c = self.config
+    is_class = (order == 0)[..., None, None]
+    if c.positions == 'line':
+      cos, sin = rope.rotary(order, c.body.head_width, c.body.rope_theta)
+    else:
+      cos, sin = rope.rotary_grid(self._grid(order), c.body.head_width, c.body.rope_theta)
+    cos = jnp.where(is_class, 0.0 if c.class_turn == 'zero' else 1.0, cos)
+    return cos, jnp.where(is_class, 0.0, sin)
+
+  def _grid(self, order: Array) -> Array:
+    """Row and column [B, L, 2] on the picture's grid; those of the class token mean nothing."""
+    c = self.config
+    cell = lambda at, side: jnp.stack([at // side, at % side], axis=-1).astype(jnp.float32)
+    picture = cell(jnp.maximum(order - 1 - c.plan_tokens, 0), c.side)
+    if not c.plan_side:
+      return picture
+    plan = cell(jnp.maximum(order - 1, 0), c.plan_side) * (c.side / c.plan_side)
+    return jnp.where((order <= c.plan_tokens)[..., None], plan, picture)
+
+  def states(
     self,
     params: Params,
     stream: mot.Stream,
     cache: mot.Cache | None = None,
     at: Array | int = 0,
   ) -> tuple[Array, mot.Cache | None]:
-    """Logits [B, L, V] float32 of the code after each token, and the written cache.
+    """Final-norm hidden states [B, L, D] and the written cache.
 
     `cache` and `at` are those of `mot.run`.
     """
@@ -113,12 +173,70 @@ class LlamaGen:
       layers, stacks, {'codes': stream}, cache, at, self.remat, self.attention
     )
     norm = RMSNorm(self.config.body.eps)
-    hidden = norm.apply({'params': params['norm']}, hidden['codes'])
-    kernel = params['head']['kernel'].astype(hidden.dtype)
-    return jnp.einsum('BLD,DV->BLV', hidden, kernel).astype(jnp.float32), cache
+    return norm.apply({'params': params['norm']}, hidden['codes']), cache
 
-  def __call__(self, params: Params, classes: Array, codes: Array) -> Array:
-    """Logits [B, P, V] float32 of the codes [B, P], each from those before it and the class [B]."""
-    before = self.embed_codes(params, codes[:, :-1])
-    x = jnp.concatenate([self.embed_classes(params, classes), before], axis=1)
+  def logits(self, params: Params, hidden: Array, block: str = '') -> Array:
+    """Logits [B, L, V] float32 from hidden states, of all ids or of the block `plan` or `codes`."""
+    first, last = 0, self.config.vocabulary
+    if block:
+      first, last = (0, self.config.codes) if block == 'codes' else (self.config.codes, last)
+    kernel = params['head']['kernel'][:, first:last].astype(hidden.dtype)
+    return jnp.einsum('BLD,DV->BLV', hidden, kernel).astype(jnp.float32)
+
+  def run(
+    self,
+    params: Params,
+    stream: mot.Stream,
+    cache: mot.Cache | None = None,
+    at: Array | int = 0,
+  ) -> tuple[Array, mot.Cache | None]:
+    """Logits [B, L, V] float32 of the id after each token, and the written cache."""
+    hidden, cache = self.states(params, stream, cache, at)
+    return self.logits(params, hidden), cache
+
+  def inputs(
+    self,
+    params: Params,
+    classes: Array,
+    codes: Array,
+    plan: Array | None = None,
+    masked: Array | None = None,
+  ) -> Array:
+    """What the network runs over in training: all tokens of a row but the last, [B, P + N, D].
+
+    Args:
+      params: the model's.
+      classes: [B].
+      codes: of the pictures [B, N].
+      plan: codes of the visual prompts [B, P]; None where the model has none.
+      masked: bool [B, P]: the codes of the plan that the network doesn't get to see.
+    """
+    tokens = [self.embed_classes(params, classes)]
+    if self.config.plan_codes:
+      tokens.append(self.embed_plan(params, plan, masked))
+    return jnp.concatenate([*tokens, self.embed_codes(params, codes[:, :-1])], axis=1)
+
+  def __call__(
+    self,
+    params: Params,
+    classes: Array,
+    codes: Array,
+    plan: Array | None = None,
+    masked: Array | None = None,
+  ) -> Array:
+    """Logits [B, P + N, V] float32 of a row's ids from those before each; see `inputs`."""
+    x = self.inputs(params, classes, codes, plan, masked)
     return self.run(params, self.stream(x))[0]
+
+
+def forward_flops(config: LlamaGenConfig) -> float:
+  """Matrix FLOPs of one forward pass over one row in training; attention is dense."""
+  tokens = config.plan_tokens + config.image_tokens
+  layers = transformer.forward_flops(config.body, tokens, tokens)
+  return layers + 2.0 * tokens * config.body.width * config.vocabulary
+
+
+def attention_flops(config: LlamaGenConfig) -> float:
+  """Of that, what attention amounts to between tokens that see each other: each what is before."""
+  tokens, body = config.plan_tokens + config.image_tokens, config.body
+  return 4.0 * body.layers * tokens * (tokens + 1) / 2 * body.heads * body.head_width

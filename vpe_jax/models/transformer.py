@@ -13,6 +13,21 @@ from vpe_jax.contracts import Array
 from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.ops import norms, rope
 
+# Names of the dimensions of stacked layers, as vpe_jax.sharding knows them.
+_HEADS = ('layers', 'embed', 'heads', 'head')
+_KV_HEADS = ('layers', 'embed', 'kv_heads', 'head')
+LAYER_AXES = (
+  (r'q/kernel', _HEADS),
+  (r'q/bias', ('layers', 'heads', 'head')),
+  (r'[kv]/kernel', _KV_HEADS),
+  (r'[kv]/bias', ('layers', 'kv_heads', 'head')),
+  (r'o/kernel', ('layers', 'heads', 'head', 'embed')),
+  (r'(gate|up)/kernel', ('layers', 'embed', 'mlp')),
+  (r'down/kernel', ('layers', 'mlp', 'embed')),
+  (r'[qk]_norm/scale', ('layers', 'head')),
+  (r'(attention|mlp)_norm/scale', ('layers', 'embed')),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:

@@ -25,18 +25,6 @@ from vpe_jax.models.dual_path import DualPath, DualPathConfig
 from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
 
 _HEADS = ('layers', 'embed', 'heads', 'head')
-_KV_HEADS = ('layers', 'embed', 'kv_heads', 'head')
-_LAYER = (
-  (r'q/kernel', _HEADS),
-  (r'q/bias', ('layers', 'heads', 'head')),
-  (r'[kv]/kernel', _KV_HEADS),
-  (r'[kv]/bias', ('layers', 'kv_heads', 'head')),
-  (r'o/kernel', ('layers', 'heads', 'head', 'embed')),
-  (r'(gate|up)/kernel', ('layers', 'embed', 'mlp')),
-  (r'down/kernel', ('layers', 'mlp', 'embed')),
-  (r'[qk]_norm/scale', ('layers', 'head')),
-  (r'(attention|mlp)_norm/scale', ('layers', 'embed')),
-)
 _ENCODER = (
   (r'attention/[qkv]/kernel', _HEADS),
   (r'attention/[qkv]/bias', ('layers', 'heads', 'head')),
@@ -49,13 +37,13 @@ _ENCODER = (
 )
 LOGICAL_AXES = (
   (r'embed/(text|codes)', ('vocab', 'embed')),
-  *((rf'(ar|dit)/layers/{path}', axes) for path, axes in _LAYER),
+  *((rf'(ar|dit)/layers/{path}', axes) for path, axes in transformer.LAYER_AXES),
   (r'(ar|dit)/norm/scale', ('embed',)),
   *((rf'dit/dual_path/encoder/{path}', axes) for path, axes in _ENCODER),
   (r'dit/dual_path/ends/positions', (None, 'embed')),
   (r'dit/dual_path/ends/\w+/kernel', ('mlp', 'embed')),
   (r'dit/dual_path/ends/\w+/(bias|scale)', ('embed',)),
-  *((rf'dit/head/blocks/{path}', axes) for path, axes in _LAYER),
+  *((rf'dit/head/blocks/{path}', axes) for path, axes in transformer.LAYER_AXES),
   (r'dit/head/blocks/modulation/out/kernel', ('layers', 'embed', 'mlp')),
   (r'dit/head/blocks/modulation/out/bias', ('layers', 'mlp')),
   (r'dit/head/exit/modulation/out/kernel', ('embed', 'mlp')),

@@ -1,4 +1,8 @@
-"""Step-dependent weights: the progressive schedule of VPE (arXiv 2606.04457, Eq. 2 and 3)."""
+"""Step-dependent weights: the progressive schedule of VPE (arXiv 2606.04457, Eq. 2 and 3).
+
+Eq. 2 hides less and less of a discrete visual prompt, Eq. 3 gives the cross-entropy beside a flow
+loss more and more weight. Both go from a start to an end value along the same curve.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,55 @@ import jax.numpy as jnp
 
 from vpe_jax.contracts import Array
 
+KINDS = ('sigmoid', 'linear', 'constant', 'off')
+STEEPNESS = 10.0  # k of the paper
+
+
+def scheduled(
+  kind: str, step: Array | int, total: int, start: float, end: float, off: float
+) -> Array:
+  """The value at a step by any of the schedules that the paper compares or that control for them.
+
+  Args:
+    kind: `sigmoid` (the paper's), `linear`, `constant` (the start value at every step), or `off`.
+    step: within the stage; beyond `total` the value at `total` holds.
+    total: steps S of the stage.
+    start: value that the curve comes from.
+    end: value that it goes to. The sigmoid comes near both and reaches neither.
+    off: value of a run that has no schedule: 0 where Eq. 2 hides tokens, 1 where Eq. 3 weighs a
+      loss.
+
+  Returns:
+    A float32 scalar.
+
+  Raises:
+    KeyError: there is no such schedule.
+  """
+  fixed = {'constant': start, 'off': off}
+  if kind in fixed:
+    return jnp.float32(fixed[kind])
+  curves = {'sigmoid': sigmoid_schedule, 'linear': linear_schedule}
+  return curves[kind](step, total, start, end)
+
 
 def sigmoid_schedule(
-  step: Array | int, total: int, start: float, end: float, steepness: float = 10.0
+  step: Array | int, total: int, start: float, end: float, steepness: float = STEEPNESS
 ) -> Array:
   """start (1 - s) + end s with s = sigmoid(steepness (step / total - 1/2)); float32.
 
   Beyond `total` the value at `total` holds.
   """
-  progress = jnp.minimum(jnp.asarray(step, jnp.float32) / total, 1.0)
-  share = jax.nn.sigmoid(steepness * (progress - 0.5))
+  return _between(jax.nn.sigmoid(steepness * (_progress(step, total) - 0.5)), start, end)
+
+
+def linear_schedule(step: Array | int, total: int, start: float, end: float) -> Array:
+  """start (1 - s) + end s with s = step / total, at most 1; float32."""
+  return _between(_progress(step, total), start, end)
+
+
+def _progress(step: Array | int, total: int) -> Array:
+  return jnp.minimum(jnp.asarray(step, jnp.float32) / total, 1.0)
+
+
+def _between(share: Array, start: float, end: float) -> Array:
   return start * (1.0 - share) + end * share

@@ -17,6 +17,7 @@ SYSTEMS = {
   't2i': 'vpe_jax.systems.t2i',
   'siglip': 'vpe_jax.systems.siglip',
   'codec': 'vpe_jax.systems.codec',
+  'c2i_discrete': 'vpe_jax.systems.c2i_discrete',
 }
 
 

@@ -1,8 +1,9 @@
 """The codec system: trains the tokenizers that turn pictures into codes and latents.
 
-Two stages that share nothing but the data. `visual_prompt` trains the quantiser of
+Three stages that share nothing but the data. `visual_prompt` trains the quantiser of
 codecs/visual_prompt.py on the features of a frozen SigLIP, `image` the autoencoder of
-codecs/kl.py. A run holds the parameters of the stages that its config names.
+codecs/kl.py, and `image_codes` finds the codebook of codecs/image_codes.py for the latents of a
+frozen autoencoder. A run holds the parameters of the stages that its config names.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as randomness
-from vpe_jax.codecs import kl, pixels, visual_prompt
+from vpe_jax.codecs import image_codes, kl, pixels, visual_prompt
 from vpe_jax.config import Config, check_sizes, nearest
 from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, UserError
 from vpe_jax.models import siglip
@@ -36,6 +37,13 @@ STAGES = {
     ema=True,
     source='random initialisation',
   ),
+  'image_codes': Stage(
+    'image_codes',
+    trainable=(r'image_codes/',),
+    losses=('distance', 'codes_usage', 'codes_perplexity'),
+    ema=True,
+    source='random initialisation, on the latents of a frozen autoencoder',
+  ),
 }
 
 
@@ -45,22 +53,28 @@ class ModelConfig:
 
   Attributes:
     siglip_weights: where the frozen SigLIP comes from.
+    image_weights: where the frozen autoencoder comes from, for `image_codes`.
     visual_prompt: sizes of the quantiser.
     image: sizes of the autoencoder.
+    image_codes: sizes of the quantiser of its latents.
     pooled: weight of the error in the picture's pooled vector, beside 1 for patch features.
     commitment: weight of the distance between features and codes.
     usage: weight of the entropies that keep all codes in use.
+    codes_usage: the same, in stage `image_codes`.
     squared: weight of the squared error, beside 1 for the absolute one.
     divergence: weight of the latents' distance from a standard normal.
     crop: side of the squares, cut at random places, that the autoencoder trains on.
   """
 
   siglip_weights: str = 'assets:siglip'
+  image_weights: str = 'assets:image'
   visual_prompt: visual_prompt.VisualPromptConfig = visual_prompt.VisualPromptConfig()
   image: kl.KlConfig = kl.KlConfig()
+  image_codes: image_codes.ImageCodesConfig = image_codes.ImageCodesConfig()
   pooled: float = 1.0
   commitment: float = 1.0
   usage: float = 0.3
+  codes_usage: float = 0.03
   squared: float = 4.0
   divergence: float = 1e-3
   crop: int = 32
@@ -70,14 +84,17 @@ class ModelConfig:
 
 
 class System:
-  """Trains `params` = {visual_prompt, image}, as far as named; see vpe_jax.contracts.System."""
+  """Trains `params` = {visual_prompt, image, image_codes}, as far as named.
+
+  See vpe_jax.contracts.System.
+  """
 
   logical_axes = (
     (r'image/.*/kernel', ('kernel', 'kernel', 'conv_in', 'conv_out')),
     (r'image/.*/(bias|scale)', ('conv_out',)),
     (r'image/(shift|scale)', ('features',)),
     *ENCODER_AXES,
-    (r'visual_prompt/codebook', ('codes', 'features')),
+    (r'(visual_prompt|image_codes)/codebook', ('codes', 'features')),
     (r'(hidden|expand)/kernel', ('features', 'embed')),
     (r'(project|features)/kernel', ('embed', 'features')),
     (r'(bias|scale)', ('embed',)),
@@ -102,8 +119,13 @@ class System:
     self.frozen_weights: Mapping[str, str] = {}
     if 'visual_prompt' in config.stages:
       self.frozen_weights = {'siglip': config.model.siglip_weights}
+    if 'image_codes' in config.stages:
+      self.frozen_weights = {**self.frozen_weights, 'image': config.model.image_weights}
     self.tokens_codec = visual_prompt.VisualPromptCodec(config.model.visual_prompt)
     self.latents_codec = kl.KlCodec(config.model.image)
+    self.picture_codec = image_codes.ImageCodesCodec(
+      config.model.image_codes, config.model.image, config.data.image_size
+    )
 
   def _stage(self, name: str) -> Stage:
     stage = STAGES[name]
@@ -127,6 +149,8 @@ class System:
       key = randomness.stream(rng, 'image')
       image = jnp.zeros((1, side, side, 3))
       params['image'] = self.latents_codec.network.init(key, image, noise)['params']
+    if 'image_codes' in self.config.stages:
+      params['image_codes'] = self.picture_codec.init(randomness.stream(rng, 'image_codes'))
     return params
 
   def abstract_batch(self, batch_size: int) -> Examples:
@@ -134,12 +158,15 @@ class System:
     return abstract_pictures(self.config, batch_size)
 
   def features(self, frozen: Params, images: Array) -> Array:
-    """What the frozen SigLIP says of pictures [B, R, R, 3]: patch features [B, P, D]."""
-    return self.tokens_codec.features(frozen, images)
+    """What the frozen networks say of pictures [B, R, R, 3].
 
-  def counts(
-    self, batch: Examples, rng: Array, step: Array, stage: Stage
-  ) -> dict[str, Array]:
+    SigLIP's patch features [B, P, D], or, without a SigLIP, squares of latents [B, P, W].
+    """
+    if 'siglip' in frozen:
+      return self.tokens_codec.features(frozen, images)
+    return self.picture_codec.squares(frozen, images)
+
+  def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """One a picture; every loss is a mean over pictures."""
     return {name: jnp.float32(batch.example.shape[0]) for name in stage.losses}
 
@@ -157,6 +184,8 @@ class System:
         continue
       if name == 'image':
         found = self._image_losses(params, batch, rng)
+      elif name == 'image_codes':
+        found = self._codes_losses(params, frozen, batch)
       else:
         found = self._prompt_losses(params, frozen, batch)
       for loss in wanted:
@@ -231,6 +260,23 @@ class System:
     }
     return {n: LossTerm(jnp.sum(v), pictures, w) for n, (v, w) in values.items()}
 
+  def _codes_losses(self, params: Params, frozen: Params, batch: Examples) -> dict[str, LossTerm]:
+    """K-means: the distance of latents, whose variance is 1, from the nearest rows.
+
+    A row that is nearest to nothing has no gradient of it; `codes_usage` draws it to the data.
+    """
+    codec, pictures = self.picture_codec, batch.example.shape[0]
+    squares = jax.lax.stop_gradient(codec.squares(frozen, batch.image))
+    quantised = codec.quantise(params['image_codes']['codebook'], squares)
+    sure, spread = autoencoding.code_entropies(quantised.probabilities)
+    used = autoencoding.perplexity(quantised.codes, codec.codes)
+    values = {
+      'distance': (jnp.sum(autoencoding.squared_error(quantised.chosen, squares)), 1.0),
+      'codes_usage': (pictures * (sure - spread), self.config.model.codes_usage),
+      'codes_perplexity': (pictures * used, 0.0),
+    }
+    return {name: LossTerm(value, pictures, weight) for name, (value, weight) in values.items()}
+
   def normalised(self, image: Params, images: Array) -> Params:
     """The autoencoder with `shift` and `scale` set so that latents have mean 0 and variance 1.
 
@@ -245,8 +291,10 @@ class System:
     return {**image, 'shift': shift, 'scale': scale}
 
   def flops(self, stage: Stage) -> float:
-    """Forward and backward of what trains, forward of the frozen SigLIP."""
-    c = self.config.model
+    """Forward and backward of what trains, forward of what is frozen."""
+    c, size = self.config.model, self.config.data.image_size
+    if stage.name == 'image_codes':
+      return kl.encode_flops(c.image, size) + 3.0 * image_codes.flops(c.image_codes, c.image, size)
     if stage.name == 'image':
       side = c.crop
       return 3.0 * (kl.encode_flops(c.image, side) + kl.decode_flops(c.image, side))
@@ -254,7 +302,9 @@ class System:
     return frozen + 3.0 * visual_prompt.flops(c.visual_prompt)
 
   def tokens(self, stage: Stage) -> int:
-    """Latents, or patches, of one picture."""
+    """Latents, squares of them, or patches, of one picture."""
     if stage.name == 'image':
       return (self.config.model.crop // kl.FACTOR) ** 2
+    if stage.name == 'image_codes':
+      return self.picture_codec.grid**2
     return self.config.model.visual_prompt.siglip.patches

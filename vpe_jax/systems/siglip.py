@@ -119,9 +119,7 @@ class System:
     """Pictures and captions."""
     return abstract_pictures(self.config, batch_size)
 
-  def counts(
-    self, batch: Examples, rng: Array, step: Array, stage: Stage
-  ) -> dict[str, Array]:
+  def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """One a picture; the near misses' terms count the pictures that have any."""
     plain = ~self._blind(batch, rng)
     counts = dict.fromkeys(stage.losses, jnp.sum(plain, dtype=jnp.float32))

@@ -219,9 +219,7 @@ class System:
     """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""
     return self.image.decode(frozen, latents)
 
-  def counts(
-    self, batch: Examples, rng: Array, step: Array, stage: Stage
-  ) -> dict[str, Array]:
+  def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """Predicted tokens, and latent elements, of the batch."""
     c = self.config.model
     dummy = jnp.zeros((batch.text.shape[0], c.plan_tokens), jnp.int32)

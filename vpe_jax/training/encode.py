@@ -44,12 +44,13 @@ def open_training_data(
       more tokens than the model has rows, or other hosts can't see the cache.
   """
   pictures = Pipeline(config.data, config.seed)
-  rows = getattr(config.model, 'text_vocab', None)
-  if rows is not None and pictures.tokenizer.vocabulary > rows:
-    raise UserError(
-      f"tokenizer '{config.data.tokenizer}' has {pictures.tokenizer.vocabulary} tokens, but "
-      f'model.text_vocab is {rows}: a model needs a row for each'
-    )
+  for field in ('text_vocab', 'classes'):
+    rows = getattr(config.model, field, None)
+    if rows is not None and pictures.tokenizer.vocabulary > rows:
+      raise UserError(
+        f"tokenizer '{config.data.tokenizer}' has {pictures.tokenizer.vocabulary} tokens, but "
+        f'model.{field} is {rows}: a model needs a row for each'
+      )
   if config.data.encode == 'online':
     return pictures
   if frozen.encode is None:
@@ -91,7 +92,11 @@ def _synthetic_codes(system: System, count: int) -> SyntheticCodes:
   """Random codes and latents of the shapes that the system trains on."""
   shapes = system.abstract_batch(1)
   return SyntheticCodes(
-    count, shapes.codes.shape[1], system.config.model.codes, shapes.latents.shape[1:]
+    count,
+    shapes.codes.shape[1],
+    system.codes,
+    shapes.latents.shape[1:],
+    getattr(system, 'picture_codes', 0),
   )
 
 

@@ -238,8 +238,8 @@ def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Examples) 
     )
   )
   _say(report.memory_text(report.memory_of(step)))
-  first = run.data.record(run.data.index_at(int(state['examples_seen'])))
-  _say(report.sample_text(batch, first.caption))
+  first = run.data.said(run.data.index_at(int(state['examples_seen'])))
+  _say(report.sample_text(batch, first))
 
 
 def _say(text: str) -> None:

@@ -2,7 +2,8 @@
 
 Three rows: pictures from the model's own visual prompt, pictures rendered from the ground truth's
 visual prompt, and the ground truth. The distance between the first two rows is the gap between
-inference and training: in training the renderer always stands on a true visual prompt.
+inference and training: in training the renderer always stands on a true visual prompt. A system
+without visual prompts has no second row.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from vpe_jax.training.state import State, weights
 
 SHOWN = 4  # pictures of each split in a grid
 COUNT = 8  # pictures of each split that the metrics are taken over
-LABELS = ('own visual prompt', 'true visual prompt', 'ground truth')
+OWN, TRUE = 'own visual prompt', 'true visual prompt'
+DRAWN, TRUTH = 'drawn', 'ground truth'
 
 
 class Previews:
@@ -71,30 +73,33 @@ class Previews:
     Returns:
       For the metrics, for pictures from the model's own visual prompt (`sample/own/...`) and
       from the true one (`sample/truth_plan/...`): `latent_distance`, the root mean square
-      difference from the true latents, and `retrieval`, the share of pictures whose own caption
-      fits best among the batch's, where the system can tell. Nothing if it doesn't draw.
+      difference from the true latents, or `equal_codes`, the share of a discrete picture's codes
+      that are the true ones; and `retrieval`, the share of pictures whose own caption fits best
+      among the batch's, where the system can tell. Nothing if it doesn't draw.
     """
     if not self.possible:
       return {}
     params, frozen, found = weights(state), self._frozen.params, {}
-    rows: list[list[np.ndarray]] = [[], [], []]
+    labels = {'own': OWN, 'truth_plan': TRUE} if self._system.codes else {'own': DRAWN}
+    rows: list[list[np.ndarray]] = [[] for _ in (*labels, TRUTH)]
     captions: list[str] = []
     for split in self._splits:
-      truth, said = self._load(split)
+      truth, words = self._load(split)
       request = dataclasses.replace(truth, image=None, latents=None, codes=None)
-      planned = dataclasses.replace(request, codes=truth.codes)
-      for row, name, wanted in ((0, 'own', request), (1, 'truth_plan', planned)):
-        drawing = self._draw(params, frozen, wanted, key, self._config.sample)
+      wanted = {'own': request, 'truth_plan': dataclasses.replace(request, codes=truth.codes)}
+      for row, name in enumerate(labels):
+        drawing = self._draw(params, frozen, wanted[name], key, self._config.sample)
         measured = jax.device_get(self._compare(frozen, drawing, truth))
         for measure, value in measured.items():
           found.setdefault(f'sample/{name}/{measure}', []).append(float(value))
         image = jax.device_get(drawing.image[:SHOWN])
         rows[row] += list(pictures.to_uint8(np.nan_to_num(image)))
-      rows[2] += list(self._fetch(truth.image)[:SHOWN])
-      captions += said
+      rows[-1] += list(self._fetch(truth.image)[:SHOWN])
+      captions += words
     if jax.process_index() == 0:
       blank = [''] * len(captions)
-      sheet = pictures.grid(rows, [blank, blank, captions], LABELS)
+      said = [*[blank] * len(labels), captions]
+      sheet = pictures.grid(rows, said, (*labels.values(), TRUTH))
       pictures.save_png(sheet, self._folder / f'step_{step:07d}.png', overwrite=True)
     return {name: sum(values) / len(values) for name, values in found.items()}
 
@@ -106,8 +111,11 @@ class Previews:
     return self._system.generate(ready, frozen, request, key, settings)
 
   def _measure(self, frozen: Params, drawing: Drawing, truth: Examples) -> dict[str, Array]:
-    difference = drawing.latents - truth.latents
-    measured = {'latent_distance': jnp.sqrt(jnp.mean(jnp.square(difference)))}
+    if jnp.issubdtype(truth.latents.dtype, jnp.integer):
+      measured = {'equal_codes': jnp.mean(drawing.latents == truth.latents)}
+    else:
+      difference = drawing.latents - truth.latents
+      measured = {'latent_distance': jnp.sqrt(jnp.mean(jnp.square(difference)))}
     similarity = getattr(self._system, 'similarity', None)
     if similarity is not None:
       fits = similarity(frozen, drawing.image, truth.text, truth.text_length)
@@ -122,7 +130,7 @@ class Previews:
       count = -(-COUNT // self._mesh.size) * self._mesh.size
       with data.batches(0, count, jax.process_index(), jax.process_count()) as batches:
         placed = sharding.put_batch(next(batches), self._mesh)
-      captions = [data.record(data.index_at(place)).caption for place in range(SHOWN)]
+      captions = [data.said(data.index_at(place)) for place in range(SHOWN)]
       self._truth[split] = (self._frozen.with_codes(placed), captions)
     return self._truth[split]
 

@@ -1,0 +1,139 @@
+r"""Class to image, discrete: LlamaGen's GPT with and without visual prompt (arXiv 2606.04457).
+
+  python -m vpe_jax.main --config=configs/c2i_discrete.py               (tiny, any machine)
+  python -m vpe_jax.main --config=configs/c2i_discrete.py:debug         (seconds)
+  python -m vpe_jax.main --config=configs/c2i_discrete.py:tiny,vpe=false --workdir=runs/baseline
+  python -m vpe_jax.sample --workdir=runs/c2i_discrete-tiny --prompt=animals --n=8
+  bash launch/cifar10.sh && python -m vpe_jax.main \
+      --config=configs/c2i_discrete.py:tiny,data=cifar10 --workdir=runs/cifar10
+
+`vpe=true` trains `[cls] s_1 .. s_P z_1 .. z_N`, `vpe=false` the baseline `[cls] z_1 .. z_N`: 1,221
+and 1,025 tokens at paper size, 1,068.3M parameters and 41.9M more with visual prompt. `tiny` and
+`debug` draw 64x64 pictures of 36 and 256 codes: OpenMoji by its nine groups, or CIFAR-10, which
+launch/cifar10.sh puts into prepared/cifar10, by its ten classes (its codes come from an autoencoder
+that saw OpenMoji alone). `paper` is 512x512 on ImageNet: a folder of pictures in class folders
+(--config.data.source=folder:PATH) whose names stand, a line each, in the file that
+--config.data.tokenizer=classes:FILE.txt names.
+
+Left open by the paper, with what is the default here and what else there is:
+  what one draw of Eq. 2 hides   a token (model.mask_by=token); the whole plan (sample)
+  how often                      a sigmoid from .95 to .05, k = 10, over all steps
+                                 (model.vp_schedule=sigmoid); linear, constant (always
+                                 model.mask_start), off (never)
+  what is hidden                 gets the pad row and no loss; what follows it keeps its own
+  the loss                       one mean over all targets that are left
+  positions of the plan          its own grid, stretched over the picture's
+                                 (model.positions=grid); places in the row (line)
+  the class token                is not turned (model.class_turn=identity); zero: as released
+  the null class                 one example in ten (model.drop), for guidance of the picture
+                                 (sample.guidance) and of the plan (sample.plan_guidance): 1 is off
+  tokenizers of `paper`          Emu3.5's IBQ (the one with 1,024 codes and 131,072 entries), and
+                                 X-Omni's SigLIP-VQ on 224x224, white-padded
+LlamaGen's dropout of 0.1 within the layers is left out.
+
+Compiled for pods by launch/compile_all.sh, which writes this table:
+(end of the table)
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common
+from vpe_jax.checkpoints.families import ibq
+from vpe_jax.codecs.choice import SiglipVqView
+from vpe_jax.config import nearest, to_dict
+
+OPENMOJI = 'smileys,people,animals,food,travel,activities,objects,symbols,flags'
+CIFAR10 = 'airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck'
+IMAGENET = 1_281_167  # pictures
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The config of a preset, with `vpe=true|false` and, but for `paper`, `data=openmoji|cifar10`."""
+  presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
+  preset, options = common.parse_arg(arg, tuple(presets), vpe='true', data='')
+  for name, known in (('vpe', ('true', 'false')), ('data', ('', 'openmoji', 'cifar10'))):
+    if options[name] not in known:
+      raise ValueError(f'{name}={options[name]}{nearest(options[name], known)}')
+  if options['data'] and preset == 'paper':
+    raise ValueError('data= is an option of tiny and debug: paper reads --config.data.source')
+  config = ConfigDict({'name': 'c2i_discrete', 'preset': preset, 'system': 'c2i_discrete'})
+  config.seed, config.stages = 0, ('train',)
+  presets[preset](config)
+  if options['data'] == 'cifar10':
+    config.data.update(source='folder:prepared/cifar10/train', tokenizer=f'classes:{CIFAR10}')
+    config.model.classes = 10
+  config.model.vpe = options['vpe'] == 'true'
+  return config
+
+
+def _body(width: int, mlp: int, layers: int, heads: int) -> dict:
+  """LlamaGen's layers."""
+  return {
+    'width': width,
+    'mlp': mlp,
+    'layers': layers,
+    'heads': heads,
+    'kv_heads': heads,
+    'head_width': width // heads,
+    'rope_theta': 1e4,
+    'qkv_bias': False,
+    'eps': 1e-5,
+    'rope_adjacent': True,
+  }
+
+
+def _embedded(config: ConfigDict) -> None:
+  """What `tiny` and `debug` share: 64x64 pictures by group, and the shipped codecs."""
+  config.data = {'source': 'openmoji', 'image_size': 64, 'text_length': 1, 'encode': 'cached'}
+  config.data.update(words='group', tokenizer=f'classes:{OPENMOJI}')
+  config.model = {'classes': 9}
+  config.sample = {'guidance': 1.0, 'plan_guidance': 1.0, 'min_p': 0.0}
+
+
+def _tiny(config: ConfigDict) -> None:
+  _embedded(config)
+  config.unroll = True
+  config.steps = (2000,)
+  config.batch_size = (32,)
+  config.model.body = _body(128, 384, 6, 4)
+  config.optim = {'lr': 1e-3, 'warmup': 50, 'b2': 0.95, 'weight_decay': 0.05, 'ema': 0.995}
+  config.log = {'samples': 500, 'evaluate': 250}
+
+
+def _debug(config: ConfigDict) -> None:
+  _embedded(config)
+  config.quick_compile = True
+  config.steps = (12,)
+  config.batch_size = (8,)
+  config.data.examples = 256
+  config.model.body = _body(32, 64, 2, 2)
+  config.optim = {'lr': 1e-3, 'warmup': 4, 'ema': 0.9}
+  config.log = {'every': 4, 'samples': 12, 'evaluate': 12}
+  config.checkpoint = {'every': 5}
+
+
+def _paper(config: ConfigDict) -> None:
+  """100 epochs of ImageNet at batch 128, with LlamaGen's optimizer and no average."""
+  config.steps = (100 * IMAGENET // 128,)
+  config.batch_size = (128,)
+  config.dtype = 'bfloat16'
+  config.remat = 'attention'
+  config.data = {'source': 'folder:imagenet/train', 'image_size': 512, 'text_length': 1}
+  config.data.update(encode='cached', words='group', tokenizer='classes:1000')
+  config.model = {
+    'classes': 1000,
+    'body': _body(1280, 3584, 36, 20),
+    # A quarter of the picture: at 2 pictures a device all their logits are 1.2 GB.
+    'logits_chunk': 256,
+    'siglip_vq': to_dict(SiglipVqView(image_size=224)),
+    'vqgan': to_dict(ibq.BARE) | {'family': 'ibq', 'image_size': 512},
+    'weights': {
+      'siglip_vq': 'zai-org/GLM-Image:vision_language_encoder',
+      'vqgan': 'BAAI/Emu3.5-VisionTokenizer',
+    },
+  }
+  config.optim = {'lr': 1e-4, 'warmup': 0, 'b2': 0.95, 'weight_decay': 0.05, 'ema': 0.0}
+  config.sample = {'guidance': 1.0, 'plan_guidance': 1.0, 'min_p': 0.0}
+  config.checkpoint = {'every': 1000, 'keep': 3}

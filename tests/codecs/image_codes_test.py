@@ -1,0 +1,62 @@
+"""Codes of a picture's latents: the nearest rows, in raster order, there and back."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpe_jax.codecs import kl
+from vpe_jax.codecs.image_codes import ImageCodesCodec, ImageCodesConfig
+from vpe_jax.sharding import by_path
+
+SMALL = kl.KlConfig(channels=2, encoder=(8, 8), decoder=(8, 8))
+
+
+@pytest.fixture(scope='module', params=[1, 2])
+def codec(request):
+  return ImageCodesCodec(ImageCodesConfig(codes=16, patch=request.param), SMALL, image_size=32)
+
+
+@pytest.fixture(scope='module')
+def params(codec):
+  image, noise = jnp.zeros((1, 32, 32, 3)), jnp.zeros((1, 8, 8, 2))
+  network = jax.jit(codec.latents.network.init)(jax.random.key(0), image, noise)['params']
+  return {'image': network, 'image_codes': codec.init(jax.random.key(1))}
+
+
+@pytest.fixture(scope='module')
+def images():
+  return jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)), jnp.uint8)
+
+
+def test_codes_are_the_nearest_rows(codec, params, images):
+  codes = jax.jit(codec.encode)(params, images)
+  squares, rows = jax.jit(codec.squares)(params, images), params['image_codes']['codebook']
+  distance = jnp.sum(jnp.square(squares[:, :, None] - rows), -1)
+  np.testing.assert_array_equal(codes, jnp.argmin(distance, -1))
+  assert codes.shape == (3, codec.grid**2) and codes.dtype == jnp.int32
+  quantised = codec.quantise(rows, squares)
+  np.testing.assert_array_equal(quantised.codes, codes)
+  np.testing.assert_allclose(jnp.sum(quantised.probabilities, -1), 1.0, rtol=1e-5)
+  np.testing.assert_array_equal(jnp.argmax(quantised.probabilities, -1), codes)
+
+
+def test_rows_decode_where_their_squares_were(codec, params):
+  """A picture whose latents are rows of the codebook comes back whole."""
+  P = codec.grid**2
+  codes = jnp.asarray(np.random.default_rng(1).integers(0, 16, (2, P)), jnp.int32)
+  p, side = codec.config.patch, codec.grid
+  rows = np.asarray(params['image_codes']['codebook'])[np.asarray(codes)]
+  latents = np.zeros((2, side * p, side * p, 2), np.float32)
+  for at in range(P):
+    y, x = at // side * p, at % side * p
+    latents[:, y : y + p, x : x + p] = rows[:, at].reshape(2, p, p, 2)
+  wanted = jax.jit(codec.latents.decode)(params, latents)
+  np.testing.assert_allclose(jax.jit(codec.decode)(params, codes), wanted, atol=1e-6)
+
+
+def test_abstract_params_are_those_it_reads(codec, params):
+  shapes = {path: leaf.shape for path, leaf in by_path(codec.abstract_params()).items()}
+  assert shapes == {path: leaf.shape for path, leaf in by_path(params).items()}

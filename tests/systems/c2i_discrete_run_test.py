@@ -1,0 +1,70 @@
+"""A run of configs/c2i_discrete.py:debug from its start to pictures, in one process."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import c2i_discrete as config_file
+from vpe_jax import export, systems
+from vpe_jax.contracts import UserError
+from vpe_jax.generator import Generator
+from vpe_jax.training import loop, metrics
+
+pytestmark = pytest.mark.slow
+STEPS = 3
+
+
+def _train(workdir, steps=STEPS, arg='debug', allow=()):
+  config = config_file.get_config(arg)
+  config.steps = (steps,)
+  config.data.examples = 16
+  config.log.update(every=1, samples=STEPS, evaluate=STEPS)
+  system = systems.build(config.to_dict())
+  return loop.train(system.config, system, str(workdir), allow)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('c2i')
+  _train(folder / 'run')
+  return folder / 'run'
+
+
+@pytest.fixture(scope='module')
+def generator(run):
+  return Generator.load(str(run))
+
+
+def test_a_run_logs_draws_and_goes_on(run):
+  records = metrics.read(run)
+  assert [record['step'] for record in records] == list(range(1, STEPS + 1))
+  assert {'loss/plan', 'loss/image', 'loss/masked', 'loss/next_token'} <= set(records[0])
+  assert 'eval/image' in records[-1] and 0 <= records[-1]['sample/own/equal_codes'] <= 1
+  assert (run / 'samples' / f'step_{STEPS:07d}.png').exists()
+  state = _train(run, STEPS + 1, allow=('steps',))
+  assert int(state['step']) == STEPS + 1
+  assert [r['step'] for r in metrics.read(run)] == list(range(1, STEPS + 2))
+
+
+def test_classes_are_drawn_and_unknown_ones_named(generator):
+  pictures = generator(['animals', 'food'], n=2, seed=1)
+  assert len(pictures) == 4 and pictures[0].image.shape == (64, 64, 3)
+  assert pictures[0].codes.shape == (36,) and (pictures[0].codes != pictures[1].codes).any()
+  again = generator('animals', n=2, seed=1, codes=pictures[0].codes)
+  np.testing.assert_array_equal(again[0].image, pictures[0].image)
+  with pytest.raises(UserError, match="no class 'animal'; did you mean 'animals'"):
+    generator('animal')
+
+
+def test_exported_weights_draw_the_same(run, generator, tmp_path):
+  to = str(tmp_path / 'c2i.safetensors')
+  metadata = export.export(str(run), to)
+  assert json.loads(metadata['config'])['system'] == 'c2i_discrete'
+  loaded = Generator.load(to)
+  shapes = lambda g: jax.tree.map(np.shape, g._params)
+  assert shapes(loaded) == shapes(generator)
+  assert loaded('flags')[0].image.shape == (64, 64, 3)

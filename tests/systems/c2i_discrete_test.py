@@ -1,0 +1,339 @@
+"""LlamaGen with a visual prompt: rows, masks, losses, and drawing with a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import c2i_discrete as config_file
+from vpe_jax import rng, sharding, systems
+from vpe_jax.config import MeshConfig, SampleConfig, to_dict
+from vpe_jax.contracts import Examples, UserError
+from vpe_jax.systems import writing
+
+KEY = rng.run_key(0)
+CODES, PLAN_CODES, CLASSES = 24, 16, 9
+
+
+def _system(arg: str = 'debug', **model):
+  """A small system on synthetic codes: 4 x 4 of a picture, 3 x 3 of a plan."""
+  config = config_file.get_config(arg)
+  if not arg.startswith('paper'):
+    config.data.update(source='synthetic', image_size=16)
+    config.model.image_codes = {'codes': CODES, 'patch': 1}
+    config.model.visual_prompt = {'codes': PLAN_CODES, 'siglip': {'image_size': 24, 'patch': 8}}
+  config.model.update(model)
+  return systems.build(config.to_dict())
+
+
+@pytest.fixture(scope='module')
+def system():
+  return _system()
+
+
+@pytest.fixture(scope='module')
+def params(system):
+  """Fresh parameters, redrawn so that no map is zero."""
+  leaves, tree = jax.tree.flatten(jax.jit(system.init)(KEY))
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  drawn = [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+  return jax.tree.unflatten(tree, drawn)
+
+
+def _batch(system, B: int = 4) -> Examples:
+  draw = np.random.default_rng(0)
+  plan, picture = system.abstract_encoded(B)
+  ints = lambda limit, shape: jnp.asarray(draw.integers(0, max(limit, 1), shape), jnp.int32)
+  return Examples(
+    example=jnp.arange(B, dtype=jnp.int32),
+    text=ints(CLASSES, (B, 1)),
+    text_length=jnp.ones((B,), jnp.int32),
+    codes=ints(system.codes, plan.shape),
+    latents=ints(system.picture_codes, picture.shape),
+  )
+
+
+def _abstract(arg: str):
+  return jax.eval_shape(_system(arg).init, KEY)
+
+
+def _total(tree) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_presets_build_one_module_tree():
+  trees = [set(sharding.by_path(_abstract(arg))) for arg in ('debug', 'tiny', 'paper')]
+  assert trees[0] == trees[1] == trees[2]
+  assert trees[0] - set(sharding.by_path(_abstract('paper,vpe=false'))) == {
+    'embed/plan',
+    'embed/pad',
+  }
+
+
+def test_paper_totals_and_lengths_are_the_papers():
+  """reference: 731.48M in the body, 1,001 classes, twice 131,072 and twice 16,384 rows."""
+  plain, planned = _abstract('paper,vpe=false'), _abstract('paper')
+  assert abs(_total(plain) - 1_068.3e6) < 0.1e6
+  assert abs(_total(planned) - _total(plain) - 41.9e6) < 0.1e6
+  for arg, length in (('paper', 1221), ('paper,vpe=false', 1025)):
+    system = _system(arg)
+    batch = system.abstract_batch(2)
+    x = jax.eval_shape(
+      lambda p, b, s=system: s.model.inputs(
+        p, b.text[:, 0], b.latents.reshape(2, -1), b.codes if s.codes else None
+      ),
+      _abstract(arg),
+      batch,
+    )
+    # The last code is predicted and never fed.
+    assert x.shape == (2, length - 1, 1280) and system.tokens(system.stages[0]) == length - 1
+  assert system.model.config.codes == 131_072
+
+
+def test_paper_shards_evenly():
+  system = _system('paper')
+  mesh = sharding.make_mesh(MeshConfig())
+  params = _abstract('paper')
+  shardings = sharding.param_shardings(params, system.logical_axes, mesh, 'fsdp')
+  sharding.check_sharded_enough(params, shardings)
+  assert not system.stages[0].ema and _system('tiny').stages[0].ema
+
+
+def test_plan_and_picture_cells_lie_on_one_grid():
+  """Cell (7, 7) of 14 x 14 stands where cell (16, 16) of 32 x 32 does; the class isn't turned."""
+  model = _system('paper').model
+  stream = model.stream(jnp.zeros((1, 1221, 1)))
+  cos, sin = (np.asarray(table[0, :, 0]) for table in stream.rotation)
+  plan, picture = 1 + 7 * 14 + 7, 1 + 196 + 16 * 32 + 16
+  np.testing.assert_allclose(cos[plan], cos[picture], atol=1e-6)
+  np.testing.assert_allclose(sin[plan], sin[picture], atol=1e-6)
+  assert np.abs(sin[plan + 1] - sin[picture + 1]).max() > 0.1
+  assert (cos[0] == 1).all() and (sin[0] == 0).all()
+  # Rows turn the first half of the pairs, columns the second.
+  assert (sin[1 + 7, :16] == 0).all() and (sin[1 + 7, 16:] != 0).any()
+
+
+def test_positions_along_a_line():
+  model = _system(positions='line').model
+  cos, _ = model.stream(jnp.zeros((1, 26, 1))).rotation
+  # Width 16: the first pair turns by one radian a place.
+  np.testing.assert_allclose(cos[0, :, 0, 0], np.cos(np.arange(26)), atol=1e-5)
+
+
+@pytest.mark.parametrize('arg', ['debug', 'debug,vpe=false'])
+def test_losses_and_counts(arg):
+  system = _system(arg)
+  batch, stage = _batch(system), system.stages[0]
+  run = jax.jit(lambda p, b: system.losses(p, {}, b, KEY, jnp.int32(3), stage))
+  terms, counts = run(jax.jit(system.init)(KEY), batch), system.counts(batch, KEY, 3, stage)
+  assert {name: float(t.count) for name, t in terms.items()} == {
+    name: float(count) for name, count in counts.items()
+  }
+  assert set(terms) == set(stage.losses)
+  # A fresh head is uniform over the joint vocabulary.
+  vocabulary = CODES + PLAN_CODES if system.codes else CODES
+  nats = float(terms['next_token'].sum / terms['next_token'].count)
+  assert nats == pytest.approx(np.log(vocabulary), rel=1e-5)
+  assert {name for name, term in terms.items() if term.weight != 0.0} == {'next_token'}
+  if system.codes:
+    assert terms['next_token'].sum == pytest.approx(terms['plan'].sum + terms['image'].sum)
+    assert float(counts['next_token']) == float(counts['plan'] + counts['image'])
+    assert float(counts['image']) == 4 * 16
+
+
+def _share(system, step: int, examples: int = 512) -> np.ndarray:
+  """The mask of many examples at a step."""
+  batch = dataclasses.replace(_batch(system, 1), example=jnp.arange(examples, dtype=jnp.int32))
+  return np.asarray(system._masked(batch, KEY, step))
+
+
+def test_masks_follow_the_schedule(system):
+  """Eq. 2 at s/S = 0, 1/4, 1/2, 3/4, 1."""
+  total = system.config.steps[0]
+  wanted = [0.9440, 0.8817, 0.5, 0.1183, 0.0560]
+  found = [_share(system, total * quarter // 4).mean() for quarter in range(5)]
+  np.testing.assert_allclose(found, wanted, atol=0.03)
+  half = _share(system, total // 2)
+  assert 0 < half.any(1).mean() and not half.all(1).any()
+  by_sample = _share(_system(mask_by='sample'), total // 2)
+  assert (by_sample.all(1) == by_sample.any(1)).all() and abs(by_sample.mean() - 0.5) < 0.1
+  assert not _share(_system(vp_schedule='off'), 0).any()
+  constant = _system(vp_schedule='constant', mask_start=0.25)
+  assert (_share(constant, 0) == _share(constant, total)).all()
+  assert abs(_share(constant, total).mean() - 0.25) < 0.03
+  linear = _share(_system(vp_schedule='linear'), total // 4).mean()
+  assert abs(linear - (0.75 * 0.95 + 0.25 * 0.05)) < 0.03
+
+
+def test_masks_belong_to_examples(system):
+  batch = _batch(system)
+  turned = jax.tree.map(lambda leaf: leaf[::-1], batch)
+  ours, theirs = (np.asarray(system._masked(b, KEY, 6)) for b in (batch, turned))
+  np.testing.assert_array_equal(ours, theirs[::-1])
+  assert (ours[0] != ours[1]).any()
+
+
+def test_a_hidden_code_is_neither_seen_nor_asked_for(system, params):
+  """Other codes in hidden places change nothing; other codes in open places do."""
+  batch, stage = _batch(system), system.stages[0]
+  step = system.config.steps[0] // 2
+  masked = system._masked(batch, KEY, step)
+  run = jax.jit(lambda codes: _sums(system, params, batch, codes, stage, step))
+  other = (batch.codes + 1) % PLAN_CODES
+  before = run(batch.codes)
+  hidden, shown = run(jnp.where(masked, other, batch.codes)), run(other)
+  assert masked.any() and not masked.all()
+  for name in ('plan', 'image'):
+    np.testing.assert_allclose(hidden[name], before[name], rtol=1e-6)
+    assert abs(shown[name] - before[name]) > 1e-3
+
+
+def _sums(system, params, batch, codes, stage, step):
+  batch = dataclasses.replace(batch, codes=codes)
+  return {n: t.sum for n, t in system.losses(params, {}, batch, KEY, step, stage).items()}
+
+
+def test_losses_are_those_of_the_whole_logits(system, params):
+  """Targets `s_1 .. s_P z_1 .. z_N` in the joint vocabulary, weight 1 - mask on the plan."""
+  batch, stage, step = _batch(system), system.stages[0], 5
+  masked = system._masked(batch, KEY, step)
+  codes = batch.latents.reshape(4, -1)
+  classes = system._classes(batch, KEY)
+  logits = jax.jit(system.model)(params, classes, codes, batch.codes, masked)
+  targets = jnp.concatenate([batch.codes + CODES, codes], 1)
+  picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+  found = jax.jit(lambda codes: _sums(system, params, batch, codes, stage, step))(batch.codes)
+  np.testing.assert_allclose(found['plan'], -jnp.sum(picked[:, :9] * ~masked), rtol=1e-4)
+  np.testing.assert_allclose(found['image'], -jnp.sum(picked[:, 9:]), rtol=1e-4)
+
+
+def test_microbatches_unrolled_layers_and_chunks_change_no_gradient(system, params):
+  batch, stage = _batch(system), system.stages[0]
+
+  def gradient(other, part):
+    total = lambda p: other.losses(p, {}, part, KEY, 4, stage)['next_token'].sum
+    return jax.jit(jax.grad(total))(params)
+
+  whole = gradient(system, batch)
+  halves = [jax.tree.map(lambda leaf, i=i: leaf[i::2], batch) for i in range(2)]
+  cut = jax.tree.map(jnp.add, *(gradient(system, half) for half in halves))
+  changed = to_dict(system.config) | {'unroll': True, 'remat': 'full'}
+  changed['model'] = {**changed['model'], 'logits_chunk': 5}
+  other = gradient(systems.build(changed), batch)
+  for tree in (cut, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), whole, tree)
+
+
+def _request(batch: Examples) -> Examples:
+  return dataclasses.replace(batch, codes=None, latents=None)
+
+
+def _uncached(system, params, classes, plan, codes):
+  """Logits of both blocks, each of its own vocabulary, without a cache."""
+  logits = jax.jit(system.model)(params, classes, codes, plan)
+  return logits[:, :9, CODES:], logits[:, 9:, :CODES]
+
+
+@pytest.mark.parametrize('prepared', [False, True])
+def test_cached_logits_equal_uncached(system, params, prepared):
+  batch = _batch(system)
+  weights = system.prepare(params) if prepared else params
+  job = writing.Job(system.model, SampleConfig(), False)
+  codes = batch.latents.reshape(4, -1)
+  x = system.model.inputs(params, batch.text[:, 0], codes, batch.codes)
+
+  @jax.jit
+  def one_by_one(weights):
+    state = writing._start(job, weights, batch.text[:, 0])
+
+    def step(state, at):
+      hidden = state[1]
+      token = jax.lax.dynamic_slice_in_dim(x, at, 1, 1)
+      return job.feed(weights, token, state, at), hidden
+
+    last, hidden = jax.lax.scan(step, state, jnp.arange(1, x.shape[1]))
+    hidden = jnp.concatenate([hidden[:, :, 0], last[1][None, :, 0]]).swapaxes(0, 1)
+    return system.model.logits(weights, hidden)
+
+  wanted = jax.jit(system.model)(params, batch.text[:, 0], codes, batch.codes)
+  np.testing.assert_allclose(one_by_one(weights), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize('scales', [(1.0, 1.0), (3.0, 2.0)])
+def test_greedy_codes_are_the_likeliest_of_their_block(system, params, scales):
+  """Each is the argmax of the uncached logits of its vocabulary, led away from the null class's."""
+  batch = _batch(system)
+  settings = SampleConfig(temperature=0.0, guidance=scales[0], plan_guidance=scales[1])
+  draw = jax.jit(lambda p, r: writing.draw(system.model, settings, p, r, KEY))
+  plan, codes = draw(params, _request(batch))
+  assert plan.shape == (4, 9) and codes.shape == (4, 16)
+  assert int(plan.max()) < PLAN_CODES and int(codes.max()) < CODES
+  said = _uncached(system, params, batch.text[:, 0], plan, codes)
+  null = _uncached(system, params, jnp.full((4,), CLASSES), plan, codes)
+  for drawn, ours, without, scale in zip((plan, codes), said, null, scales[::-1], strict=True):
+    led = without + scale * (ours - without)
+    picked = jnp.take_along_axis(led, drawn[..., None], -1)[..., 0]
+    np.testing.assert_allclose(picked, led.max(-1), rtol=1e-4, atol=1e-4)
+  # The same plan, given, is followed by the same picture.
+  again = draw(params, dataclasses.replace(_request(batch), codes=plan))
+  np.testing.assert_array_equal(again[1], codes)
+  np.testing.assert_array_equal(again[0], plan)
+
+
+def test_rows_do_not_depend_on_neighbours(system, params):
+  settings = SampleConfig(guidance=2.0, min_p=0.0)
+  draw = jax.jit(lambda r: writing.draw(system.model, settings, params, r, KEY))
+  request = _request(_batch(system))
+  ours = draw(request)
+  theirs = draw(jax.tree.map(lambda leaf: leaf[::-1], request))
+  for a, b in zip(ours, theirs, strict=True):
+    np.testing.assert_array_equal(a, b[::-1])
+  other = draw(dataclasses.replace(request, example=request.example + 7))
+  assert (other[1] != ours[1]).any()
+
+
+def test_without_a_plan_the_picture_follows_the_class():
+  system = _system('debug,vpe=false')
+  params = jax.jit(system.init)(KEY)
+  settings = SampleConfig(guidance=1.0, plan_guidance=3.0)
+  draw = jax.jit(lambda p, r: writing.draw(system.model, settings, p, r, KEY))
+  plan, codes = draw(params, _request(_batch(system)))
+  assert plan.shape == (4, 0) and codes.shape == (4, 16)
+  assert set(system.config.model.frozen_weights) == {'image', 'image_codes'}
+
+
+def test_classes_are_dropped_as_often_as_asked(system):
+  batch = dataclasses.replace(_batch(system, 1), example=jnp.arange(4096, dtype=jnp.int32))
+  share = lambda drop: float(jnp.mean(_system(drop=drop)._classes(batch, KEY) == CLASSES))
+  assert abs(share(0.1) - 0.1) < 0.02 and share(0.0) == 0.0 and share(1.0) == 1.0
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'drop': 1.5}, "'model.drop' is 1.5"),
+    ({'vp_schedule': 'cosine'}, "'model.vp_schedule' is 'cosine': it must be one of sigmoid, line"),
+    ({'mask_by': 'row'}, "'model.mask_by' is 'row'"),
+    ({'positions': 'spiral'}, "'positions' is 'spiral'"),
+    ({'classes': 0}, "'model.classes' is 0"),
+  ],
+)
+def test_mistakes_are_named(change, message):
+  with pytest.raises(UserError, match=message):
+    _system(**change)
+
+
+def test_options_and_stages_are_named():
+  for arg in ('tiny,vpe=yes', 'tiny,data=imagenet', 'paper,data=cifar10'):
+    with pytest.raises(ValueError, match=arg.split(',')[1].split('=')[0]):
+      config_file.get_config(arg)
+  assert config_file.get_config('tiny,data=cifar10').model.classes == 10
+  values = config_file.get_config('debug').to_dict()
+  with pytest.raises(UserError, match="no stage 'joint'"):
+    systems.build(values | {'stages': ('joint',)})
+  with pytest.raises(UserError, match='a class is one token'):
+    systems.build(values | {'data': {**values['data'], 'text_length': 4}})

@@ -1,0 +1,278 @@
+"""Class to image in discrete codes: LlamaGen's GPT, with and without a visual prompt.
+
+Imagine Before You Draw (arXiv 2606.04457) puts the codes of a visual prompt between the class and
+the picture's own codes: `[cls] s_1 .. s_P z_1 .. z_N`, no tokens between. In training each s_j is
+hidden from the network with a probability that falls over the steps (Eq. 2): a pad row takes its
+place, and nothing asks for it. Early on the network learns to draw from the class alone, later from
+the plan that it has learned to write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax import rng as rng_lib
+from vpe_jax.codecs import choice
+from vpe_jax.config import Config, SampleConfig, check, check_sizes, nearest
+from vpe_jax.contracts import Array, Drawing, Examples, LossTerm, Params, Stage, Start, UserError
+from vpe_jax.models import llamagen, mot
+from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
+from vpe_jax.objectives import next_token, schedules
+from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.systems import writing
+
+_LOSSES = ('accuracy', 'next_token')
+_PLAN_LOSSES = ('masked', 'image', 'plan')  # logged beside them where there is a plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(choice.PictureCodesConfig):
+  """The `model` section; the sizes of the grids and of the vocabularies are those of the codecs.
+
+  Attributes:
+    classes: of pictures.
+    body: the layers.
+    vpe: whether a visual prompt stands before the picture's codes.
+    positions: `grid` or `line`, see models.llamagen.
+    class_turn: of the class token, see models.llamagen.
+    drop: share of examples whose class is the null class, which guidance leads away from.
+    vp_schedule: how the probability of hiding a code of the plan falls: `sigmoid` (the paper's),
+      `linear`, `constant` (`mask_start` at every step) or `off` (nothing is ever hidden).
+    mask_start: probability at the start of the stage (Eq. 2, p_0).
+    mask_end: at its end (p_1).
+    mask_by: what is hidden by one draw: a `token`, or the whole plan of a `sample`.
+    logits_chunk: predicted tokens whose logits exist at a time (0: all of a block).
+  """
+
+  classes: int
+  body: TransformerConfig
+  vpe: bool = True
+  positions: str = 'grid'
+  class_turn: str = 'identity'
+  drop: float = 0.1
+  vp_schedule: str = 'sigmoid'
+  mask_start: float = 0.95
+  mask_end: float = 0.05
+  mask_by: str = 'token'
+  logits_chunk: int = 0
+
+  def __post_init__(self) -> None:
+    check_sizes(self, 'model.', logits_chunk=0)
+    for name in ('drop', 'mask_start', 'mask_end'):
+      check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
+    for name, known in (('vp_schedule', schedules.KINDS), ('mask_by', ('token', 'sample'))):
+      listed = f'one of {", ".join(known)}'
+      check(self, 'model.', name, getattr(self, name) in known, listed)
+
+  @property
+  def frozen_weights(self) -> Mapping[str, str]:
+    """Name of each network that the codecs read -> where its weights are."""
+    return {**(self.plan_weights if self.vpe else {}), **self.picture_weights}
+
+  @property
+  def published(self) -> Mapping[str, Start]:
+    """The published ones among them."""
+    found = super().published
+    return {name: found[name] for name in found if name in self.frozen_weights}
+
+
+class System:
+  """See vpe_jax.contracts.System."""
+
+  logical_axes = (
+    (r'embed/(classes|codes|plan)', ('vocab', 'embed')),
+    (r'embed/pad', (None, 'embed')),
+    *((rf'layers/{path}', axes) for path, axes in LAYER_AXES),
+    (r'norm/scale', ('embed',)),
+    (r'head/kernel', ('embed', 'vocab')),
+  )
+
+  def __init__(self, config: Config) -> None:
+    for name in config.stages:
+      if name != 'train':
+        raise UserError(f"no stage '{name}' in this system{nearest(name, ('train',))}")
+    if config.data.text_length != 1:
+      raise UserError(
+        f'data.text_length is {config.data.text_length}, but a class is one token: set it to 1'
+      )
+    c: ModelConfig = config.model
+    self.config = config
+    losses = (*_LOSSES, *(_PLAN_LOSSES if c.vpe else ()))
+    ema = bool(config.optim.ema)
+    self.stages = (Stage('train', ('.*',), tuple(sorted(losses)), ema=ema, source='fresh'),)
+    self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype)) if c.vpe else None
+    self.image = choice.picture_codec(c, config.data.image_size)
+    self.draws_with = self.image.weights
+    self.codes = c.plan_codes if c.vpe else 0
+    self.picture_codes = self.image.codes
+    sizes = llamagen.LlamaGenConfig(
+      classes=c.classes,
+      codes=self.image.codes,
+      side=self.image.grid,
+      body=c.body,
+      class_turn=c.class_turn,
+      plan_codes=self.codes,
+      plan_side=self.visual_prompt.grid if c.vpe else 0,
+      positions=c.positions,
+    )
+    self.model = llamagen.LlamaGen(sizes, jnp.dtype(config.dtype), config.remat, config.attention)
+
+  @property
+  def frozen_weights(self) -> Mapping[str, str]:
+    """No codec is needed where codes are synthetic."""
+    if self.config.data.source == 'synthetic':
+      return {}
+    return self.config.model.frozen_weights
+
+  @property
+  def published(self) -> Mapping[str, Start]:
+    """Those of the frozen networks that are published."""
+    return self.config.model.published
+
+  def init(self, rng: Array) -> Params:
+    """Fresh parameters, float32."""
+    return self.model.init(rng)
+
+  def prepare(self, params: Params) -> Params:
+    """Parameters in the layout that decoding is fast in; outside jit, once."""
+    return {**params, 'layers': mot.unstack(params['layers'])}
+
+  def abstract_batch(self, batch_size: int) -> Examples:
+    """Images where encoders run online, else codes."""
+    ints = lambda *shape: jax.ShapeDtypeStruct((batch_size, *shape), jnp.int32)
+    common = {'example': ints(), 'text': ints(1), 'text_length': ints()}
+    R = self.config.data.image_size
+    if self.config.data.encode == 'online':
+      image = jax.ShapeDtypeStruct((batch_size, R, R, 3), jnp.uint8)
+      return Examples(**common, image=image)
+    codes, latents = self.abstract_encoded(batch_size)
+    return Examples(**common, codes=codes, latents=latents)
+
+  def abstract_encoded(self, batch_size: int) -> tuple[Any, Any]:
+    """The plans [B, P] and the pictures' codes [B, h, w] that the model takes."""
+    c = self.model.config
+    ints = lambda *shape: jax.ShapeDtypeStruct((batch_size, *shape), jnp.int32)
+    return ints(c.plan_tokens), ints(c.side, c.side)
+
+  def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
+    """Plans [B, P] (P = 0 without visual prompt) and codes [B, h, w] of images [B, R, R, 3]."""
+    B = images.shape[0]
+    plan = jnp.zeros((B, 0), jnp.int32)
+    if self.visual_prompt is not None:
+      plan = self.visual_prompt.encode(frozen, images)
+    codes = self.image.encode(frozen, images)
+    return plan, codes.reshape(B, self.image.grid, -1)
+
+  def abstract_frozen(self) -> Params:
+    """The codecs' networks as shapes; none where codes are synthetic."""
+    if not self.frozen_weights:
+      return {}
+    plan = {} if self.visual_prompt is None else self.visual_prompt.abstract_params()
+    return {**plan, **self.image.abstract_params()}
+
+  def decode(self, frozen: Params, latents: Array) -> Array:
+    """Images [B, R, R, 3] float32 in [0, 1] of codes [B, h, w]."""
+    return self.image.decode(frozen, latents.reshape(latents.shape[0], -1))
+
+  def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
+    """Tokens that are predicted: all of the picture, and those of the plan that aren't hidden."""
+    del stage
+    B = batch.example.shape[0]
+    image, places = jnp.float32(B * self.model.config.image_tokens), self.model.config.plan_tokens
+    if not places:
+      return dict.fromkeys(_LOSSES, image)
+    plan = jnp.sum(~self._masked(batch, rng, step), dtype=jnp.float32)
+    counts = dict.fromkeys(_LOSSES, image + plan)
+    counts |= {'image': image, 'plan': plan, 'masked': jnp.float32(B * places)}
+    return {name: counts[name] for name in sorted(counts)}
+
+  def losses(
+    self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
+  ) -> dict[str, LossTerm]:
+    """`next_token` (nats), one mean over all targets that aren't hidden, drives the training.
+
+    Logged beside it: `accuracy` of its argmax; with a visual prompt also its two parts, `plan` and
+    `image`, each a mean of its own, and `masked`, the share of the plan that is hidden.
+    """
+    if self.config.unroll:
+      params = self.prepare(params)
+    plan, codes = batch.codes, batch.latents
+    if codes is None:
+      plan, codes = self.encode(frozen, batch.image)
+    codes = codes.reshape(codes.shape[0], -1)
+    P = self.model.config.plan_tokens
+    masked = self._masked(batch, rng, step) if P else None
+    x = self.model.inputs(params, self._classes(batch, rng), codes, plan, masked)
+    hidden, _ = self.model.states(params, self.model.stream(x))
+    loss, hits = self._cross_entropy(params, hidden[:, P:], codes, jnp.ones(codes.shape))
+    sums, weights = {'image': loss}, dict.fromkeys((*_LOSSES, *_PLAN_LOSSES), 0.0)
+    if P:
+      targets = plan + self.model.config.codes
+      kept = 1.0 - masked.astype(jnp.float32)
+      sums['plan'], found = self._cross_entropy(params, hidden[:, :P], targets, kept)
+      sums['masked'] = jnp.sum(masked, dtype=jnp.float32)
+      loss, hits = loss + sums['plan'], hits + found
+    sums |= {'next_token': loss, 'accuracy': hits}
+    weights['next_token'] = 1.0
+    counts = self.counts(batch, rng, step, stage)
+    return {name: LossTerm(sums[name], counts[name], weights[name]) for name in counts}
+
+  def generate(
+    self, params: Params, frozen: Params, request: Examples, rng: Array, settings: SampleConfig
+  ) -> Drawing:
+    """Writes the plan, then the picture; see vpe_jax.contracts.System and systems/writing.py."""
+    plan, codes = writing.draw(self.model, settings, params, request, rng)
+    latents = codes.reshape(codes.shape[0], self.image.grid, -1)
+    return Drawing(self.decode(frozen, latents), plan, latents)
+
+  def flops(self, stage: Stage) -> float:
+    """Forward and backward matrix FLOPs of one example; see contracts.System."""
+    del stage
+    return 3.0 * llamagen.forward_flops(self.model.config) + self.encoder_flops()
+
+  def encoder_flops(self) -> float:
+    """Matrix FLOPs of the frozen encoders for one example, where they run online."""
+    data = self.config.data
+    if data.encode != 'online' or not self.frozen_weights:
+      return 0.0
+    image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
+    return matrix_flops(self.encode, self.abstract_frozen(), image)
+
+  def attention_flops(self, stage: Stage) -> float:
+    """Of the forward pass, what attention amounts to."""
+    del stage
+    return llamagen.attention_flops(self.model.config)
+
+  def tokens(self, stage: Stage) -> int:
+    """Tokens that the network runs over: all of a row but the last."""
+    del stage
+    return self.model.config.plan_tokens + self.model.config.image_tokens
+
+  def _masked(self, batch: Examples, rng: Array, step: Array) -> Array:
+    """Which codes of the plans [B, P] the network doesn't get to see (Eq. 2): bool."""
+    c, P = self.config.model, self.model.config.plan_tokens
+    share = schedules.scheduled(
+      c.vp_schedule, step, self.config.steps[0], c.mask_start, c.mask_end, off=0.0
+    )
+    shape = (P,) if c.mask_by == 'token' else (1,)
+    draw = lambda key: jax.random.uniform(key, shape)
+    drawn = rng_lib.per_example(draw, rng, 'mask', batch.example)
+    return jnp.broadcast_to(drawn < share, (batch.example.shape[0], P))
+
+  def _classes(self, batch: Examples, rng: Array) -> Array:
+    """The classes [B], some of them the null class."""
+    c = self.config.model
+    draw = lambda key: jax.random.uniform(key) < c.drop
+    dropped = rng_lib.per_example(draw, rng, 'drop', batch.example)
+    return jnp.where(dropped, c.classes, batch.text[:, 0])
+
+  def _cross_entropy(
+    self, params: Params, hidden: Array, targets: Array, weights: Array
+  ) -> tuple[Array, Array]:
+    table, chunk = params['head']['kernel'].T, self.config.model.logits_chunk
+    return next_token.cross_entropy(hidden, table, targets, weights, chunk)

@@ -1,0 +1,122 @@
+"""Drawing with LlamaGen: the plan code by code, then the picture code by code, from a class.
+
+One cache holds the keys and values of the whole row. Where guidance is asked for, rows of the null
+class stand beside the others: they are given the same codes, and each block's logits are led away
+from theirs by its own scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from vpe_jax import rng as rng_lib
+from vpe_jax.config import SampleConfig
+from vpe_jax.contracts import Array, Examples, Params
+from vpe_jax.models import mot
+from vpe_jax.models.llamagen import LlamaGen
+from vpe_jax.sampling import decoding, guidance
+
+State = tuple[mot.Cache, Array]  # what was fed, and the hidden state [B, 1, D] of the last of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What is static in a call: the network, the settings, and whether null rows stand beside."""
+
+  model: LlamaGen
+  settings: SampleConfig
+  guided: bool
+
+  def feed(self, params: Params, x: Array, state: State, at: Array | int) -> State:
+    """Runs tokens [B, L, D] whose keys and values go to slots from `at`."""
+    hidden, cache = self.model.states(params, self.model.stream(x, at), state[0], at)
+    return cache, hidden[:, -1:]
+
+  def both(self, codes: Array) -> Array:
+    """Codes [B, ...] for all rows."""
+    return guidance.both(codes) if self.guided else codes
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """A run of codes that are drawn from a vocabulary of their own.
+
+  Attributes:
+    name: of the vocabulary, as `LlamaGen.logits` knows it; and of the stream of randomness.
+    first: place of the first code in the row.
+    length: number of codes.
+    scale: of the guidance.
+    embed: maps parameters and codes [B, L] to tokens [B, L, D].
+  """
+
+  name: str
+  first: int
+  length: int
+  scale: float
+  embed: Callable[[Params, Array], Array]
+
+
+def draw(
+  model: LlamaGen, settings: SampleConfig, params: Params, request: Examples, rng: Array
+) -> tuple[Array, Array]:
+  """The plan [B, P] (no codes where the model has none) and the picture's codes [B, N]: int32.
+
+  Args:
+    model: the network.
+    settings: static.
+    params: of the network, layers stacked or apart.
+    request: `text[:, 0]` is the class; `codes`, where given, are the plan.
+    rng: the key of the call.
+  """
+  c, classes = model.config, request.text[:, 0]
+  plans = bool(c.plan_tokens) and request.codes is None
+  guided = settings.guidance != 1.0 or (plans and settings.plan_guidance != 1.0)
+  job = Job(model, settings, guided)
+  if guided:
+    classes = guidance.stack(classes, jnp.full_like(classes, c.classes))
+  start = _start(job, params, classes)
+  plan = jnp.zeros((request.example.shape[0], 0), jnp.int32)
+  if c.plan_tokens:
+    scale = settings.plan_guidance
+    block = Block('plan', 1, c.plan_tokens, scale, model.embed_plan)
+    if plans:
+      plan, start = _write(job, params, block, start, request, rng)
+    else:
+      plan = request.codes
+      start = job.feed(params, model.embed_plan(params, job.both(plan)), start, 1)
+  first, scale = 1 + c.plan_tokens, settings.guidance
+  block = Block('codes', first, c.image_tokens, scale, model.embed_codes)
+  return plan, _write(job, params, block, start, request, rng)[0]
+
+
+def _start(job: Job, params: Params, classes: Array) -> State:
+  """Feeds the class token to an empty cache, which has a slot for each token of the row."""
+  model, c = job.model, job.model.config
+  slots = 1 + c.plan_tokens + c.image_tokens
+  row = model.stream(jnp.zeros((classes.shape[0], slots, c.body.width)))
+  cache = mot.empty_cache(model.layer, params['layers'], row.visibility, model.dtype)
+  x = model.embed_classes(params, classes)
+  return job.feed(params, x, (cache, x), 0)
+
+
+def _write(
+  job: Job, params: Params, block: Block, start: State, request: Examples, rng: Array
+) -> tuple[Array, State]:
+  """Draws the codes [B, L] of a block; each is fed, so that the next block begins after it."""
+
+  def logits_of(state: State) -> Array:
+    logits = job.model.logits(params, state[1], block.name)[:, -1]
+    if not job.guided:
+      return logits
+    return guidance.classifier_free(*guidance.split(logits), block.scale)
+
+  def step(state: State, codes: Array, index: Array) -> tuple[Array, State]:
+    x = block.embed(params, job.both(codes)[:, None])
+    state = job.feed(params, x, state, block.first + index)
+    return logits_of(state), state
+
+  keys = rng_lib.example_keys(rng, block.name, request.example)
+  return decoding.decode(step, start, logits_of(start), block.length, keys, job.settings)
