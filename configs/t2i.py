@@ -1,8 +1,18 @@
-"""Text to image with visual prompts: Internal+VPE in two stages (arXiv 2606.04457).
+r"""Text to image with visual prompts: VPE in two stages (arXiv 2606.04457).
 
   python -m vpe_jax.main --config=configs/t2i.py            (tiny, any machine)
   python -m vpe_jax.main --config=configs/t2i.py:debug      (seconds)
   python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=single --workdir=runs/single
+  python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=external --workdir=runs/external
+  python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=external --workdir=runs/render \
+      --config.start=runs/plan --config.stages="('render',)" --config.steps=600 \
+      --config.batch_size=32                                (its second stage, from another run)
+
+`arch=internal`, the default, joins two experts by attention and trains both in its second stage,
+`joint`. `arch=external` has the same parameters and the same first stage, `plan`; its second,
+`render`, trains the picture expert alone on what the frozen token expert makes of true plans: as a
+prefix of its row, or layer by layer (`--config.model.condition=keys`). `arch=single`
+has one expert.
 
 Presets build one module tree and differ in numbers. `paper` is what the paper ran: 512x512, 576
 codes, 1,024 image tokens, 4.17B parameters, 480 and 192 images a step. Both batches divide over 32
@@ -35,13 +45,13 @@ from vpe_jax.config import to_dict
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The config of a preset, with `arch=internal|single`, and `chips=N` of `pod`."""
+  """The config of a preset, with `arch=internal|external|single`, and `chips=N` of `pod`."""
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper, 'pod': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), arch='internal', chips='')
   if options['chips'] and (preset != 'pod' or not options['chips'].isdigit()):
     raise ValueError(f'chips={options["chips"]}: a number, of the preset pod only')
   config = ConfigDict({'name': 't2i', 'preset': preset, 'system': 't2i', 'seed': 0})
-  config.stages = ('plan', 'joint')
+  config.stages = ('plan', 'render' if options['arch'] == 'external' else 'joint')
   presets[preset](config)
   if preset == 'pod':
     _spread(config, int(options['chips'] or 256))

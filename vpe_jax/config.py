@@ -23,6 +23,7 @@ from vpe_jax.contracts import UserError
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'full', 'attention', 'dots')  # keys of models.mot.REMAT, not importable here
 ATTENTIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'cudnn')  # of ops.attention
+WEIGHTS = ('raw', 'ema')  # of a run: those of its last step, or their average
 
 
 SOURCES = ('mixture', 'openmoji', 'scenes', 'synthetic')  # or FOLDER and a path
@@ -230,6 +231,10 @@ class Config:
     steps: optimizer steps of each stage.
     batch_size: global examples per step of each stage.
     seed: of data order, initialisation and noise.
+    start: the workdir of another run, whose newest good checkpoint gives a new run all of its
+      parameters (empty: none); optimizer, average and data order begin afresh.
+    start_weights: which of its parameters: `raw`, or `ema` where its stage keeps an average. What
+      trained in an earlier stage only is at its average in both.
     dtype: compute dtype, `float32` or `bfloat16`; parameters are float32 always.
     remat: what the backward pass recomputes: `none`; `full`, everything in a layer; `attention`,
       everything but the attention itself, whose output and log-sum-exp are kept (one more array of
@@ -251,6 +256,8 @@ class Config:
   batch_size: tuple[int, ...]
   model: Any
   seed: int = 0
+  start: str = ''
+  start_weights: str = 'raw'
   dtype: str = 'float32'
   remat: str = 'none'
   attention: str = ''
@@ -271,7 +278,8 @@ def from_dict(values: Mapping[str, Any], model: type) -> Config:
     UserError: a key is unknown, missing, or holds a value of the wrong type or out of range.
   """
   config = _build(Config, dict(values), '', {'model': model})
-  for name, known in (('dtype', DTYPES), ('remat', REMATS), ('attention', ATTENTIONS)):
+  words = {'dtype': DTYPES, 'remat': REMATS, 'attention': ATTENTIONS, 'start_weights': WEIGHTS}
+  for name, known in words.items():
     word = getattr(config, name)
     if word not in known and not (name == 'attention' and word == ''):
       raise UserError(f"config.{name} is '{word}'; known: {', '.join(known)}")

@@ -285,6 +285,13 @@ class System(Protocol):
     """
     ...
 
+  def frozen_attention_flops(self, stage: Stage) -> float:
+    """Of `attention_flops`, those that no gradient goes back through.
+
+    Only systems that train behind a frozen network of their own parameters have this.
+    """
+    ...
+
   def tokens(self, stage: Stage) -> int:
     """Tokens that the transformer processes for one training example."""
     ...

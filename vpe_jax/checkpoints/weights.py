@@ -163,6 +163,22 @@ def rounded(tree: Params, dtype: str = 'bfloat16') -> Params:
   return jax.tree.map(lambda leaf: _widened(_narrowed(np.asarray(leaf), dtype)), tree)
 
 
+def mismatch(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+  """The first path, in order, at which two trees differ in shape, or that only one of them has.
+
+  Returns:
+    The path, and the shape that is wanted and the one that is found, `absent` where there is none;
+    None where the trees agree.
+  """
+  for path in sorted(wanted.keys() | found.keys()):
+    ours, theirs = (
+      list(leaves[path].shape) if path in leaves else 'absent' for leaves in (wanted, found)
+    )
+    if ours != theirs:
+      return path, ours, theirs
+  return None
+
+
 def fingerprint(tree: Params) -> str:
   """Twelve hex digits that stand for paths, shapes, dtypes and every bit of a tree."""
   digest = hashlib.sha256()

@@ -133,11 +133,14 @@ def _train(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, fl
   spread = sharding.batch_sharding(job.mesh)
   batch = _placed(batch, jax.tree.map(lambda _: spread, batch))
   lowered = step.lower(state, frozen, batch, _key(job.mesh))
-  attention = system.attention_flops(stage) if hasattr(system, 'attention_flops') else 0.0
+  none = lambda stage: 0.0
+  attention = getattr(system, 'attention_flops', none)(stage)
+  frozen_attention = getattr(system, 'frozen_attention_flops', none)(stage)
   # Of two products each: one pass forward, three and a half backward (three products for the
   # queries' gradient, four for the keys' and values'), and one forward again where all is remade.
   passes = 5.5 if system.config.remat == 'full' else 4.5
-  return lowered, job.images * system.flops(stage), job.images * passes * attention
+  kernels = passes * (attention - frozen_attention) + frozen_attention
+  return lowered, job.images * system.flops(stage), job.images * kernels
 
 
 def _sample(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, float, float]:

@@ -66,6 +66,17 @@ class Vocabulary:
     return self.text + self.codes + 2
 
 
+def token_row(text: int, codes: int) -> tuple[Span, ...]:
+  """`[bos] text [bot] s [eot]`: all that the next-token loss needs."""
+  return (
+    Span('bos', 1, 'ar'),
+    Span('text', text, 'ar', dropped=True),
+    Span('bot', 1, 'ar', predicts=True, dropped=True),
+    Span('codes', codes, 'ar', predicts=True, dropped=True),
+    Span('eot', 1, 'ar', dropped=True),
+  )
+
+
 def text_to_image(text: int, codes: int, latents: int) -> tuple[Span, ...]:
   """`[bos] text [bot] s [eot] [boi] | time x`: Internal+VPE (arXiv 2606.04457, App. D).
 
@@ -73,12 +84,32 @@ def text_to_image(text: int, codes: int, latents: int) -> tuple[Span, ...]:
   is left out: nothing before the picture depends on it.
   """
   return (
-    Span('bos', 1, 'ar'),
-    Span('text', text, 'ar', dropped=True),
-    Span('bot', 1, 'ar', predicts=True, dropped=True),
-    Span('codes', codes, 'ar', predicts=True, dropped=True),
-    Span('eot', 1, 'ar', dropped=True),
+    *token_row(text, codes),
     Span('boi', 1, 'ar'),
+    Span('time', 1, 'dit', full=True),
+    Span('latents', latents, 'dit', full=True),
+  )
+
+
+def picture_row(codes: int, latents: int) -> tuple[Span, ...]:
+  """`s [boi] | time x`: the row of External+VPE's picture expert; its tokens have `token_row`.
+
+  What stands at a code's place isn't its embedding but what the token expert made of it. Places
+  count from 0, the plan is causal as it is everywhere else, and the picture sees all of it:
+
+          s1 s2 boi  t  x  y
+      s1   1  0  0   0  0  0
+      s2   1  1  0   0  0  0
+      boi  1  1  1   0  0  0
+      t    1  1  1   1  1  1
+      x    1  1  1   1  1  1
+      y    1  1  1   1  1  1
+
+  Dropped, the plan is absent: `[boi] | time x`, with places from 0.
+  """
+  return (
+    Span('codes', codes, 'prefix', dropped=True),
+    Span('boi', 1, 'prefix'),
     Span('time', 1, 'dit', full=True),
     Span('latents', latents, 'dit', full=True),
   )
@@ -104,8 +135,8 @@ def region_length(spans: Sequence[Span], expert: str, multiple: int) -> int:
 def build(
   spans: Sequence[Span],
   vocabulary: Vocabulary,
-  text: Array,
-  text_length: Array,
+  text: Array | None,
+  text_length: Array | None,
   codes: Array,
   keep: Array,
   multiple: int = 1,
@@ -115,7 +146,7 @@ def build(
   Args:
     spans: the sequence.
     vocabulary: where each kind's ids lie.
-    text: caption ids [B, T].
+    text: caption ids [B, T]; None, as is `text_length`, where the sequence has no span of them.
     text_length: tokens of the caption that are real [B].
     codes: visual prompt [B, P].
     keep: bool [B]; False drops the condition: every span marked `dropped` is absent.
@@ -125,13 +156,13 @@ def build(
     The region of each expert, in the order in which `spans` first names them.
 
   Raises:
-    ValueError: `text` or `codes` is not as long as its span.
+    ValueError: `text` or `codes` are not as long as their span.
   """
-  B = text.shape[0]
-  for kind, given in (('text', text), ('codes', codes)):
-    start, stop = place(spans, kind)
-    if given.shape[1] != stop - start:
-      raise ValueError(f'{kind} has {given.shape[1]} tokens, but its span has {stop - start}')
+  B = codes.shape[0]
+  given = {'text': text, 'codes': codes}
+  for span in spans:
+    if span.kind in given and (count := given[span.kind].shape[1]) != span.length:
+      raise ValueError(f'{span.kind} has {count} tokens, but its span has {span.length}')
   ids, present = [], []
   for span in spans:
     ids.append(_ids(span, vocabulary, text, codes, B))
@@ -161,7 +192,7 @@ def build(
   }
 
 
-def _ids(span: Span, vocabulary: Vocabulary, text: Array, codes: Array, B: int) -> Array:
+def _ids(span: Span, vocabulary: Vocabulary, text: Array | None, codes: Array, B: int) -> Array:
   if span.kind == 'text':
     return text.astype(jnp.int32)
   if span.kind == 'codes':

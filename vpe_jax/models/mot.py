@@ -211,7 +211,8 @@ def _layer(
 ) -> tuple[dict[str, Array], _KeysValues]:
   """Eq. 4: own projections, one attention over all keys, own output projection and MLP."""
   projected, modulation = {}, {}
-  for name, x in hidden.items():
+  for name in call.tables:  # The order of the streams: a scan sorts what it carries by name.
+    x = hidden[name]
     variables, condition = {'params': weights[name]}, call.conditions[name]
     layer = call.layers[name]
     modulation[name] = (
@@ -229,7 +230,8 @@ def _layer(
     k, v = held
   mixed = chooser.attention(q, k, v, call.query, call.key, call.attention)
   out, start = {}, 0
-  for name, x in hidden.items():
+  for name in call.tables:
+    x = hidden[name]
     stop = start + x.shape[1]
     out[name] = call.layers[name].apply(
       {'params': weights[name]}, x, mixed[:, start:stop], modulation[name], method='finish'

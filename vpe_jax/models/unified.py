@@ -1,6 +1,7 @@
 """The model that plans and renders: text and visual prompt tokens in one expert, the picture in
-another, joined by attention (Internal+VPE, arXiv 2606.04457), or both in one expert
-(`arch=single`: Transfusion, Show-o2).
+another, joined by attention (Internal+VPE, arXiv 2606.04457), each in a row of its own
+(`arch=external`: models/external.py runs it), or both in one expert (`arch=single`: Transfusion,
+Show-o2).
 
 Parameter tree: `embed/{text,codes}`, `ar/{layers,norm}`, `dit/{layers,norm,dual_path,head}`; a
 single expert has no `dit/layers` and `dit/norm`. `Unified` holds no arrays: every method is a pure
@@ -24,6 +25,7 @@ from vpe_jax.models.diffusion_head import FREQUENCIES, Entry, Exit, HeadConfig, 
 from vpe_jax.models.dual_path import DualPath, DualPathConfig
 from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
 
+ARCHS = ('internal', 'external', 'single')
 _HEADS = ('layers', 'embed', 'heads', 'head')
 _ENCODER = (
   (r'attention/[qkv]/kernel', _HEADS),
@@ -58,7 +60,8 @@ class UnifiedConfig:
   """Sizes and choices of the model.
 
   Attributes:
-    arch: `internal` (an expert each for tokens and picture) or `single` (one for both).
+    arch: `internal` (an expert each for tokens and picture), `external` (the same two, which attend
+      apart) or `single` (one for both).
     text_vocab: rows of the text table.
     codes: rows of the visual prompt's codebook; two more rows are its begin and end.
     bos: id of the text row that begins a sequence.
@@ -92,8 +95,8 @@ class UnifiedConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self, codes=0, bos=0, boi=0)
-    if self.arch not in ('internal', 'single'):
-      raise UserError(f"model.arch is '{self.arch}': it must be 'internal' or 'single'")
+    if self.arch not in ARCHS:
+      raise UserError(f"model.arch is '{self.arch}': it must be one of {', '.join(ARCHS)}")
     if self.layout not in ('patch', 'raster'):
       raise UserError(f"model.layout is '{self.layout}': it must be 'patch' or 'raster'")
     shared = ('layers', 'heads', 'kv_heads', 'head_width')
@@ -101,6 +104,11 @@ class UnifiedConfig:
       raise UserError(f'model.ar and model.dit attend together: {shared} must be equal in both')
     if self.arch == 'single' and self.ar != self.dit:
       raise UserError('model.arch=single has one expert: model.ar and model.dit must be equal')
+    if self.arch == 'external' and self.ar.width != self.dit.width:
+      raise UserError(
+        'model.arch=external hands hidden states from one expert to the other: model.ar.width and '
+        'model.dit.width must be equal'
+      )
 
   @property
   def image_tokens(self) -> int:
@@ -149,7 +157,7 @@ class Unified:
       'dual_path': self._dual_path().init(keys['dual'], latents),
       'head': self._init_head(keys['head']),
     }
-    if c.arch == 'internal':
+    if c.arch != 'single':
       dit |= {'layers': mot.init_layers(layers['dit'], keys['dit']), 'norm': norm(c.dit)}
     embed = {
       'text': table(keys['text'], c.text_vocab),
@@ -353,10 +361,17 @@ def forward_flops(
 def train_flops(config: UnifiedConfig, tokens: int, image: int, predicted: int) -> float:
   """Matrix FLOPs of one row forward and backward, where every block that runs is trained.
 
-  Backward, each product costs two more, one for the gradient of its input and one for that of its
-  weight; `latents` and `clock` read data and need the second only. Arguments as `forward_flops`.
+  Arguments as `forward_flops`.
   """
-  blocks = forward_flops(config, tokens, image, predicted)
+  return with_backward(forward_flops(config, tokens, image, predicted))
+
+
+def with_backward(blocks: Mapping[str, float]) -> float:
+  """FLOPs forward and backward of blocks that train, from `forward_flops`.
+
+  Backward, each product costs two more, one for the gradient of its input and one for that of its
+  weight; `latents` and `clock` read data and need the second only.
+  """
   return sum((2.0 if name in ('latents', 'clock') else 3.0) * n for name, n in blocks.items())
 
 

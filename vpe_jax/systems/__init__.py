@@ -6,6 +6,7 @@ follows vpe_jax.contracts.System.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Mapping
 from typing import Any
@@ -31,4 +32,11 @@ def build(values: Mapping[str, Any]) -> System:
   if name not in SYSTEMS:
     raise UserError(f"config.system is '{name}'{nearest(str(name), SYSTEMS)}")
   module = importlib.import_module(SYSTEMS[name])
-  return module.System(from_dict(values, module.ModelConfig))
+  config = from_dict(values, module.ModelConfig)
+  system = module.System(config)
+  if config.start:
+    # Whatever the system would begin with, these take its place.
+    first, *others = system.stages
+    source = f'{config.start} ({config.start_weights})'
+    system.stages = (dataclasses.replace(first, source=source), *others)
+  return system

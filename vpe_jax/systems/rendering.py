@@ -3,12 +3,14 @@
 What the picture stands on is computed once. Prompt and plan leave their keys and values in a cache
 while the plan is decoded; each flow step runs the picture's rows alone against it. The null
 branch of guidance is `[bos] [boi]` with its own positions: one row, shared by the whole batch.
+With two rows (`arch=external`) decoding and flow steps are the same, and systems/external.py makes
+what the latter stand on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -59,23 +61,64 @@ class Prefix:
   picture: Region
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+  """The token expert's row with a plan in it: what it left behind, up to the last code.
+
+  Attributes:
+    region: the row's tokens; of the codes' ids, those that were given.
+    rest: the other regions that the network's row has.
+    hidden: final-norm hidden states of the slots before [eot] [B, L, D].
+    body: keys and values of these slots, in a cache for the whole row.
+  """
+
+  region: Region
+  rest: dict[str, Region]
+  hidden: Array
+  body: mot.Cache
+
+
 def draw(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Array]:
   """Codes [B, P] and latents [B, h, w, C] float32 for a batch of requests."""
   codes, prefix = plan(job, params, request, rng)
+  null = lambda: null_prefix(job, params, request)
+  return codes, guided(job, params, request, prefix, null, rng)
+
+
+def guided(
+  job: Job,
+  params: Params,
+  request: Examples,
+  prefix: Prefix,
+  null: Callable[[], Prefix],
+  rng: Array,
+) -> Array:
+  """Latents [B, h, w, C] of a batch of requests, on the branches that the guidance needs."""
   branches = {'conditional': prefix}
   if job.settings.guidance != 1.0:
-    branches['null'] = null_prefix(job, params, request)
+    branches['null'] = null()
   if job.settings.guidance == 0.0:
     del branches['conditional']
   c = job.model.config
   shape = (c.latent_size, c.latent_size, c.latent_channels)
   normal = lambda key: jax.random.normal(key, shape)
   noise = rng_lib.per_example(normal, rng, 'noise', request.example)
-  return codes, render(job, params, branches, noise)
+  return render(job, params, branches, noise)
 
 
 def plan(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Prefix]:
-  """Decodes the plan (or takes `request.codes`) and leaves the whole prefix in caches.
+  """Decodes the plan (or takes `request.codes`) and leaves the whole prefix in caches."""
+  codes, row = decode(job, params, request, rng)
+  end = job.slot('eot')
+  tail = _slots(row.region, end, row.region.ids.shape[1])
+  last, body = _tokens(job, params, tail, row.body, end)
+  hidden = jnp.concatenate([row.hidden, last], 1)
+  return codes, _prefix(job, params, {'ar': row.region, **row.rest}, hidden, body)
+
+
+def decode(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Decoded]:
+  """Decodes the plan, or reads `request.codes`: all of the token expert's row before [eot].
 
   With `plan_guidance` other than 1, rows without text are decoded beside the others on the same
   codes, for the logits to be guided away from theirs.
@@ -83,29 +126,28 @@ def plan(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array
   length = job.slot('eot') - job.slot('codes')
   B = request.example.shape[0]
   given = request.codes
-  guided = given is None and job.settings.plan_guidance != 1.0
-  if guided:
+  led = given is None and job.settings.plan_guidance != 1.0
+  if led:
     untold = dataclasses.replace(request, text_length=jnp.zeros_like(request.text_length))
     request = guidance.stack(request, untold)
   rows = request.example.shape[0]
   codes = jnp.zeros((rows, length), jnp.int32) if given is None else given
-  regions = job.regions(request, codes, keep=True)
-  key = row_visibility(regions)
-  body, head = job.model.caches(params, key)
+  rest = job.regions(request, codes, keep=True)
+  body, _ = job.model.caches(params, row_visibility(rest))
+  region = rest.pop('ar')
   if given is not None:
-    hidden, body = _tokens(job, params, regions['ar'], body, 0)
-    return codes, _prefix(job, params, regions, hidden, body, head)
+    hidden, body = _tokens(job, params, _slots(region, 0, job.slot('eot')), body, 0)
+    return codes, Decoded(region, rest, hidden, body)
 
   first = job.slot('codes')
-  region = regions['ar']
-  hidden = jnp.zeros((*region.ids.shape, job.model.config.ar.width), job.model.dtype)
+  hidden = jnp.zeros((rows, job.slot('eot'), job.model.config.ar.width), job.model.dtype)
   start, body = _tokens(job, params, _slots(region, 0, first), body, 0)
   hidden = hidden.at[:, :first].set(start)
 
   def step(cache: Any, tokens: Array, index: Array) -> tuple[Array, Any]:
     held, states = cache
     at = first + index
-    tokens = guidance.both(tokens) if guided else tokens
+    tokens = guidance.both(tokens) if led else tokens
     here = dataclasses.replace(_slot(region, at), ids=tokens[:, None])
     state, held = _tokens(job, params, here, held, at)
     states = jax.lax.dynamic_update_slice_in_dim(states, state, at, 1)
@@ -113,7 +155,7 @@ def plan(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array
 
   def logits_of(state: Array) -> Array:
     logits = job.model.code_logits(params, state)[:, -1]
-    if not guided:
+    if not led:
       return logits
     return guidance.classifier_free(*guidance.split(logits), job.settings.plan_guidance)
 
@@ -121,14 +163,10 @@ def plan(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array
   codes, (body, hidden) = decoding.decode(
     step, (body, hidden), logits_of(start), length, keys, job.settings, offset=job.vocabulary.text
   )
-  if guided:
-    regions, hidden = jax.tree.map(lambda leaf: leaf[:B], (regions, hidden))
-    body, head = (_first(cache, B) for cache in (body, head))
-    region = regions['ar']
-  eot = job.slot('eot')
-  end, body = _tokens(job, params, _slots(region, eot, region.ids.shape[1]), body, eot)
-  hidden = hidden.at[:, eot:].set(end)
-  return codes, _prefix(job, params, regions, hidden, body, head)
+  if led:
+    region, rest, hidden = jax.tree.map(lambda leaf: leaf[:B], (region, rest, hidden))
+    body = _first(body, B)
+  return codes, Decoded(region, rest, hidden, body)
 
 
 def null_prefix(job: Job, params: Params, request: Examples) -> Prefix:
@@ -142,10 +180,10 @@ def null_prefix(job: Job, params: Params, request: Examples) -> Prefix:
   absent = regions['ar'].ids.shape[1] - 2
   rest = jax.tree.map(lambda leaf: jnp.zeros((1, absent), leaf.dtype), pair.visibility)
   key = concatenate([pair.visibility, rest, regions['dit'].visibility])
-  body, head = job.model.caches(params, key)
+  body, _ = job.model.caches(params, key)
   hidden, body = _tokens(job, params, pair, body, 0)
-  prefix = _prefix(job, params, {'ar': pair, 'dit': regions['dit']}, hidden, body, head)
-  return _repeat(prefix, request.example.shape[0])
+  prefix = _prefix(job, params, {'ar': pair, 'dit': regions['dit']}, hidden, body)
+  return repeated(prefix, request.example.shape[0])
 
 
 def render(job: Job, params: Params, branches: Mapping[str, Prefix], noise: Array) -> Array:
@@ -187,10 +225,10 @@ def _prefix(
   regions: Mapping[str, Region],
   hidden: Array,
   body: mot.Cache,
-  head: mot.Cache,
 ) -> Prefix:
-  """Fills the head's cache from the prefix's hidden states."""
+  """Fills a cache for the head from the prefix's hidden states."""
   region = regions['ar']
+  _, head = job.model.caches(params, body.key)
   stream = mot.Stream(hidden, region.positions, region.visibility)
   _, head = job.model.head(params, {'ar': stream}, head, 0)
   return Prefix(body, head, regions['dit'])
@@ -217,7 +255,8 @@ def _first(cache: mot.Cache, count: int) -> mot.Cache:
   return mot.Cache(k, v, jax.tree.map(lambda leaf: leaf[:count], cache.key))
 
 
-def _repeat(prefix: Prefix, count: int) -> Prefix:
+def repeated(prefix: Prefix, count: int) -> Prefix:
+  """A prefix of one row, for a batch of `count`."""
   rows = lambda tree, axis: jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis), tree)
 
   def cache(one: mot.Cache) -> mot.Cache:

@@ -1,10 +1,12 @@
-"""Text to image with visual prompts, trained end to end: Internal+VPE (arXiv 2606.04457).
+"""Text to image with visual prompts: Internal+VPE and External+VPE (arXiv 2606.04457).
 
 The model writes a plan of the picture in discrete SigLIP tokens by next-token prediction, then
 renders it by flow matching. Two stages: `plan` trains the token expert on cross-entropy alone
-while the picture expert is frozen and not run; `joint` trains both experts, flow matching at
-weight 1 and cross-entropy at the progressive weight of Eq. 3. Text and plan are dropped together
-for guidance.
+while the picture expert is frozen and not run. Then `joint` (`model.arch=internal` or `single`)
+trains both experts, flow matching at weight 1 and cross-entropy at the progressive weight of
+Eq. 3; text and plan are dropped together for guidance. Or `render` (`model.arch=external`) trains
+the picture expert alone, which sees the plan only, on flow matching; the plan is dropped. What
+differs between the two is in systems/internal.py and systems/external.py.
 """
 
 from __future__ import annotations
@@ -25,21 +27,19 @@ from vpe_jax.contracts import (
   Examples,
   LossTerm,
   Params,
+  Region,
   Stage,
   Start,
   UserError,
 )
 from vpe_jax.data import sequence
+from vpe_jax.models import external as external_model
 from vpe_jax.models import unified
 from vpe_jax.models.siglip import unit
 from vpe_jax.objectives import flow_matching, next_token, schedules
 from vpe_jax.ops.flops import matrix_flops
-from vpe_jax.systems import rendering
-
-STAGES = {
-  'plan': Stage('plan', ('ar/', 'embed/'), ('next_token',), ema=False, source='fresh', draws=False),
-  'joint': Stage('joint', ('.*',), ('next_token', 'flow'), ema=True, source='the stage before'),
-}
+from vpe_jax.systems.external import External
+from vpe_jax.systems.internal import Internal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,10 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
   """The network's sizes, the frozen codecs, and how the two losses meet.
 
   Attributes:
-    drop: share of examples whose text and plan are dropped together, in stage `joint`.
+    condition: how the plan reaches the picture expert of `arch=external`, the only one that reads
+      it: `prefix` or `keys`, see models/external.py.
+    drop: share of examples whose text and plan are dropped together, in stage `joint`; in `render`
+      the plan, as the picture expert never sees the text.
     drop_text: share of examples whose text alone is dropped, in both stages: what the guidance of
       the plan compares with (`sample.plan_guidance`; the paper uses none).
     inherit: standard deviation of text and code rows that start as SigLIP's rows of the same words
@@ -63,6 +66,7 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
     logits_chunk: predicted tokens whose logits exist at a time (0: all).
   """
 
+  condition: str = 'prefix'
   drop: float = 0.1
   drop_text: float = 0.0
   inherit: float = 0.0
@@ -74,6 +78,8 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    words = f'one of {", ".join(external_model.CONDITIONS)}'
+    check(self, 'model.', 'condition', self.condition in external_model.CONDITIONS, words)
     for name in ('drop', 'drop_text'):
       check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
     for name in ('bos', 'boi'):
@@ -104,22 +110,8 @@ class System:
   draws_with = ('image',)
 
   def __init__(self, config: Config) -> None:
-    for name in config.stages:
-      if name not in STAGES:
-        raise UserError(f"no stage '{name}' in this system{nearest(name, STAGES)}")
-    order = [list(STAGES).index(name) for name in config.stages]
-    if order != sorted(set(order)):
-      raise UserError(
-        f'config.stages is {config.stages}: each stage goes on from the one before, in the order '
-        f'{", ".join(STAGES)}'
-      )
     c: ModelConfig = config.model
     self.config = config
-    origin = 'fresh, embed/ from the codecs' if self._inherits else 'fresh'
-    if c.init_from:
-      origin = f'{c.init_from}, but embed/codes fresh'
-    first, *others = (STAGES[name] for name in config.stages)
-    self.stages = (dataclasses.replace(first, source=origin), *others)
     self.codes = c.codes
     self.logical_axes = unified.LOGICAL_AXES
     self.model = unified.Unified(c, jnp.dtype(config.dtype), config.remat, config.attention)
@@ -128,7 +120,15 @@ class System:
     # Published tokenizers come without a text tower to compare with.
     self.similarity = self._similarity if c.siglip_vq is None else None
     self.vocabulary = sequence.Vocabulary(c.text_vocab, c.codes, c.bos, c.boi)
-    self.spans = sequence.text_to_image(config.data.text_length, c.plan_tokens, c.image_tokens)
+    given = (self.model, self.vocabulary, config.data.text_length, c.plan_tokens)
+    self.rows = External(*given, c.condition) if c.arch == 'external' else Internal(*given)
+    self.spans = self.rows.spans
+    _check_stages(config, tuple(self.rows.stages))
+    origin = 'fresh, embed/ from the codecs' if self._inherits else 'fresh'
+    if c.init_from:
+      origin = f'{c.init_from}, but embed/codes fresh'
+    first, *others = (self.rows.stages[name] for name in config.stages)
+    self.stages = (dataclasses.replace(first, source=origin), *others)
 
   @property
   def frozen_weights(self) -> Mapping[str, str]:
@@ -154,7 +154,7 @@ class System:
       return ()
     fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(unified.UnifiedConfig)}
     fields |= {'arch': 'single', 'dit': c.ar, 'codes': 0}
-    copies = (('ar/', 'dit/'),) if c.arch == 'internal' else ()
+    copies = () if c.arch == 'single' else (('ar/', 'dit/'),)
     paths = (('embed/text', 'embed/text'), ('ar/', 'ar/'), *copies, ('dit/', 'dit/'))
     return (Start('showo2', c.init_from, unified.UnifiedConfig(**fields), paths),)
 
@@ -224,8 +224,9 @@ class System:
     c = self.config.model
     dummy = jnp.zeros((batch.text.shape[0], c.plan_tokens), jnp.int32)
     regions = self._regions(batch, dummy, self._keep(batch, rng, stage))
-    tokens = jnp.sum(regions['ar'].weights)
-    counts = {'next_token': tokens, 'accuracy': tokens}
+    counts = {}
+    if 'next_token' in stage.losses:
+      counts['next_token'] = counts['accuracy'] = jnp.sum(regions['ar'].weights)
     if 'flow' in stage.losses:
       elements = batch.text.shape[0] * c.latent_size**2 * c.latent_channels
       counts['flow'] = jnp.float32(elements)
@@ -234,7 +235,7 @@ class System:
   def losses(
     self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
-    """`next_token` (nats), `accuracy` of its argmax (logged), and `flow` where the stage has it."""
+    """`next_token` (nats) with `accuracy` of its argmax (logged), and `flow`: the stage's own."""
     if self.config.unroll:
       params = self.model.prepare(params)
     codes, latents = batch.codes, batch.latents
@@ -242,34 +243,27 @@ class System:
       codes, latents = self.encode(frozen, batch.image)
     regions = self._regions(self._told(batch, rng), codes, self._keep(batch, rng, stage))
     counts = self.counts(batch, rng, step, stage)
-    terms = {}
+    terms, noisy = {}, None
     if 'flow' in stage.losses:
-      hidden, error = self._flow(params, regions, batch, latents, rng)
-      weight = 1.0 if stage.name == 'joint' else 0.0
+      noisy, target = self._noisy(batch, latents, rng)
+    hidden, velocity = self.rows.forward(params, regions, noisy)
+    if noisy is not None:
+      # The network's velocity is Show-o2's: data minus noise.
+      error = flow_matching.squared_error(-velocity, target)
+      weight = 0.0 if stage.name == 'plan' else 1.0
       terms['flow'] = LossTerm(error, counts['flow'], weight)
-    else:
-      streams = {'ar': self.model.token_stream(params, regions['ar'])}
-      hidden = self.model.backbone(params, streams)[0]['ar']
-    first = sequence.place(self.spans, 'bot')[0]
-    last = sequence.place(self.spans, 'codes')[1]
-    region = regions['ar']
-    loss, hits = next_token.cross_entropy(
-      hidden[:, first:last],
-      self.model.table(params),
-      region.targets[:, first:last],
-      region.weights[:, first:last],
-      self.config.model.logits_chunk,
-    )
-    terms['next_token'] = LossTerm(loss, counts['next_token'], self._token_weight(step, stage))
-    terms['accuracy'] = LossTerm(hits, counts['accuracy'], 0.0)
+    if 'next_token' in stage.losses:
+      loss, hits = self._next_token(params, hidden, regions['ar'])
+      weight = self._token_weight(step, stage)
+      terms['next_token'] = LossTerm(loss, counts['next_token'], weight)
+      terms['accuracy'] = LossTerm(hits, counts['accuracy'], 0.0)
     return {name: terms[name] for name in sorted(terms)}
 
   def generate(
     self, params: Params, frozen: Params, request: Examples, rng: Array, settings: SampleConfig
   ) -> Drawing:
     """Plans, then renders; see vpe_jax.contracts.System and systems/rendering.py."""
-    job = rendering.Job(self.model, self.spans, self.vocabulary, settings)
-    codes, latents = rendering.draw(job, params, request, rng)
+    codes, latents = self.rows.draw(params, request, rng, settings)
     return Drawing(self.decode(frozen, latents), codes, latents)
 
   def _similarity(self, frozen: Params, images: Array, text: Array, text_length: Array) -> Array:
@@ -290,14 +284,9 @@ class System:
     return jnp.einsum('BD,VD->BV', image, caption)
 
   def flops(self, stage: Stage) -> float:
-    """Forward and backward matrix FLOPs of one example; see contracts.System.
-
-    Both stages train whatever they run: in `plan` the frozen picture expert doesn't run at all.
-    """
+    """Matrix FLOPs of one example, forward and what trains backward; see contracts.System."""
     predicted = self.config.model.plan_tokens + 1
-    tokens, image = self._length('ar'), self._length('dit') if 'flow' in stage.losses else 0
-    trained = unified.train_flops(self.config.model, tokens, image, predicted)
-    return trained + self.encoder_flops(stage)
+    return self.rows.train_flops(stage, predicted) + self.encoder_flops(stage)
 
   def encoder_flops(self, stage: Stage) -> float:
     """Matrix FLOPs of the frozen encoders for one example: those that the stage needs, online."""
@@ -312,29 +301,21 @@ class System:
 
   def attention_flops(self, stage: Stage) -> float:
     """Of the forward pass, what attention amounts to: see unified.attention_flops."""
-    image = self._length('dit') if 'flow' in stage.losses else 0
-    return unified.attention_flops(self.config.model, self._length('ar'), image)
+    return sum(self.rows.attention_flops(stage))
+
+  def frozen_attention_flops(self, stage: Stage) -> float:
+    """Of these, what no gradient goes back through."""
+    return self.rows.attention_flops(stage)[0]
 
   def tokens(self, stage: Stage) -> int:
     """Tokens of both experts, or of the token expert alone in stage `plan`."""
-    return self._length('ar') + (self._length('dit') if 'flow' in stage.losses else 0)
-
-  def _length(self, expert: str) -> int:
-    return sequence.region_length(self.spans, expert, self.config.model.multiple)
+    return self.rows.tokens(stage)
 
   def _regions(self, batch: Examples, codes: Array, keep: Array) -> dict[str, Any]:
-    return sequence.build(
-      self.spans,
-      self.vocabulary,
-      batch.text,
-      batch.text_length,
-      codes,
-      keep,
-      self.config.model.multiple,
-    )
+    return self.rows.regions(batch, codes, keep)
 
   def _keep(self, batch: Examples, rng: Array, stage: Stage) -> Array:
-    """Which examples keep text and plan: all where no flow loss would use the null branch."""
+    """Which examples keep their condition: all where no flow loss would use the null branch."""
     if 'flow' not in stage.losses:
       return jnp.ones(batch.example.shape, bool)
     draw = lambda key: jax.random.uniform(key) >= self.config.model.drop
@@ -349,16 +330,16 @@ class System:
     return dataclasses.replace(batch, text_length=jnp.where(kept, batch.text_length, 0))
 
   def _token_weight(self, step: Array, stage: Stage) -> Array | float:
-    if stage.name == 'plan':
-      return 1.0
+    if stage.name != 'joint':
+      return 1.0 if stage.name == 'plan' else 0.0
     c = self.config.model
     total = self.config.steps[self.config.stages.index(stage.name)]
     return schedules.sigmoid_schedule(step, total, c.ce_start, c.ce_end)
 
-  def _flow(
-    self, params: Params, regions: dict[str, Any], batch: Examples, latents: Array, rng: Array
-  ) -> tuple[Array, Array]:
-    """Hidden states of the token expert, and the summed squared error of the velocity."""
+  def _noisy(
+    self, batch: Examples, latents: Array, rng: Array
+  ) -> tuple[tuple[Array, Array], Array]:
+    """Noisy latents [B, h, w, C] with the network's clock [B], and the velocity to predict."""
     c = self.config.model
     shift = c.time_shift or flow_matching.token_shift(c.image_tokens + 1)
     draw = lambda key: flow_matching.sample_time(key, shift)
@@ -366,6 +347,45 @@ class System:
     normal = lambda key: jax.random.normal(key, latents.shape[1:])
     noise = rng_lib.per_example(normal, rng, 'noise', batch.example)
     noisy = flow_matching.path(latents, noise, time)
-    hidden, velocity = self.model(params, regions, noisy, 1.0 - time)
-    # The network's clock and velocity are Show-o2's: data at 1, data minus noise.
-    return hidden, flow_matching.squared_error(-velocity, flow_matching.target(latents, noise))
+    # The network's clock is Show-o2's: data at 1.
+    return (noisy, 1.0 - time), flow_matching.target(latents, noise)
+
+  def _next_token(self, params: Params, hidden: Array, region: Region) -> tuple[Array, Array]:
+    """The summed cross-entropy of the plan, and how often its argmax is right."""
+    first = sequence.place(self.spans, 'bot')[0]
+    last = sequence.place(self.spans, 'codes')[1]
+    return next_token.cross_entropy(
+      hidden[:, first:last],
+      self.model.table(params),
+      region.targets[:, first:last],
+      region.weights[:, first:last],
+      self.config.model.logits_chunk,
+    )
+
+
+def _check_stages(config: Config, known: tuple[str, ...]) -> None:
+  """Refuses stages that the architecture hasn't, or that can't follow one another.
+
+  Raises:
+    UserError: says what is known, and where the stage that was asked for is.
+  """
+  arch = config.model.arch
+  for name in config.stages:
+    if name in (*Internal.stages, *External.stages) and name not in known:
+      raise UserError(
+        f"model.arch={arch} has no stage '{name}': its stages are {', '.join(known)} (configs name "
+        f'them for you: configs/t2i.py:{config.preset},arch={arch})'
+      )
+    if name not in known:
+      raise UserError(f"no stage '{name}' in this system{nearest(name, known)}")
+  order = [known.index(name) for name in config.stages]
+  if order != sorted(set(order)):
+    raise UserError(
+      f'config.stages is {config.stages}: each stage goes on from the one before, in the order '
+      f'{", ".join(known)}'
+    )
+  if config.stages[0] == 'render' and not config.start:
+    raise UserError(
+      "stage 'render' freezes the token expert, and nothing has trained it: name a run that has, "
+      'with --config.start=RUN, or run stage plan first'
+    )

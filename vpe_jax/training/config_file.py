@@ -10,7 +10,7 @@ import ast
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,11 @@ def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
     given = _given(Path(path), arg)
   except ValueError as error:
     raise UserError(f'--config={spec}: {" ".join(str(error).split())}') from error
-  values = to_dict(systems.build(given).config)
+  before = to_dict(systems.build(given).config)
+  values = dict(before)
   for key, text in overrides.items():
     _override(values, key, text)
+  _keep_stages(values, before, overrides)
   systems.build(values)  # Checks the overridden values.
   return values
 
@@ -114,6 +116,16 @@ def _get_config(path: Path) -> Any:
   if not callable(getattr(module, 'get_config', None)):
     raise UserError('the file has no get_config(arg), as configs/t2i.py has')
   return module.get_config
+
+
+def _keep_stages(values: dict[str, Any], before: Mapping[str, Any], given: Iterable[str]) -> None:
+  """Where stages were left out on the command line, those that stay keep their own numbers."""
+  names, stages = before['stages'], values['stages']
+  stages = [stages] if isinstance(stages, str) else stages
+  if not isinstance(stages, (list, tuple)) or not all(stage in names for stage in stages):
+    return  # Whatever it is, building the config says so.
+  for key in {'steps', 'batch_size'} - set(given):
+    values[key] = [before[key][names.index(stage)] for stage in stages]
 
 
 def _override(values: dict[str, Any], key: str, text: str) -> None:

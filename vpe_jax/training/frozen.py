@@ -88,15 +88,12 @@ def check_shapes(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
   Raises:
     UserError: one is missing, too many, or of another shape.
   """
-  for path in sorted(wanted.keys() | found.keys()):
-    ours, theirs = (
-      list(leaves[path].shape) if path in leaves else 'absent' for leaves in (wanted, found)
+  if difference := weights.mismatch(wanted, found):
+    path, ours, theirs = difference
+    raise UserError(
+      f"the weights are not those of their config: '{path}' is {theirs} there, and the config "
+      f'asks for {ours}; get the file again, or name the run that it came from'
     )
-    if ours != theirs:
-      raise UserError(
-        f"the weights are not those of their config: '{path}' is {theirs} there, and the config "
-        f'asks for {ours}; get the file again, or name the run that it came from'
-      )
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Parameters that a run starts from: published weights, or an import of them, put where they go."""
+"""Parameters that a run starts from, put where they go: published weights, or an earlier run's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.checkpoints import convert, converted
+from vpe_jax.checkpoints import convert, converted, weights
+from vpe_jax.config import Config
 from vpe_jax.contracts import Array, Params, Start, UserError
 from vpe_jax.sharding import by_path
 
@@ -32,6 +33,30 @@ def load(starts: Sequence[Start], abstract: Params) -> dict[str, Array]:
       for target in _targets(start, path):
         found[target] = _as(leaf, wanted[target], start.source, target)
   return found
+
+
+def from_run(config: Config, abstract: Params) -> dict[str, Array]:
+  """Reads all parameters of the run that `config.start` names, from its newest good checkpoint.
+
+  Args:
+    config: says which run, and which of its weights.
+    abstract: our parameters, with their shardings.
+
+  Returns:
+    Path -> array for every parameter, sharded as `abstract` is.
+
+  Raises:
+    UserError: there is no such run, or its parameters are not ours in paths and shapes.
+  """
+  params, _ = weights.load_run(config.start, config.start_weights)
+  found, wanted = by_path(params), by_path(abstract)
+  if difference := weights.mismatch(wanted, found):
+    path, ours, theirs = difference
+    raise UserError(
+      f"config.start={config.start} has other parameters than this config: '{path}' is {theirs} "
+      f'there and {ours} here; name a run of the same sizes, or give config.model its sizes'
+    )
+  return {path: _as(leaf, wanted[path], config.start, path) for path, leaf in found.items()}
 
 
 def _read(start: Start, wanted: Mapping[str, Any]) -> Params:

@@ -103,7 +103,10 @@ def fresh_state(system: System, abstract: State, frozen: Params, key: Array) -> 
   Raises:
     UserError: weights that the run starts from are missing or don't fit.
   """
-  loaded = pretrained.load(getattr(system, 'starts', ()), abstract['params'])
+  if system.config.start:
+    loaded = pretrained.from_run(system.config, abstract['params'])
+  else:
+    loaded = pretrained.load(getattr(system, 'starts', ()), abstract['params'])
 
   def init(key: Array, frozen: Params, loaded: dict[str, Array]) -> State:
     params = system.init(rng.stream(key, 'init'))

@@ -1,0 +1,251 @@
+"""Two experts that attend apart: one writes the plan, the other renders what the first made of it.
+
+External+VPE (arXiv 2606.04457, Table 4): the parameters are those of `arch=internal`, not one more
+or less, and the experts share none that trains. The token expert has the row `[bos] text [bot] s
+[eot]`. The picture expert has `s [boi] | time x` (vpe_jax.data.sequence.picture_row draws who sees
+whom), where the codes' places hold what the token expert knows of the plan, by `condition`:
+
+  `prefix`: its final-norm hidden states at the codes' own places (input = that code) enter the
+    picture expert's first layer like embeddings, and go through all of its layers.
+  `keys`: its keys and values of the codes stand in each layer in the place of the picture expert's
+    own: Eq. 4, restricted to the codes. So no hidden state enters layers that never saw its scale.
+
+In both, what stands at the codes' places after the last layer goes through the head as rows that
+are not modulated; with `keys` these are the token expert's hidden states, as in `internal`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax.contracts import Array, Params, Region, concatenate
+from vpe_jax.models import mot, transformer, unified
+from vpe_jax.models.unified import Unified, UnifiedConfig, row_visibility
+
+CONDITIONS = ('prefix', 'keys')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What the token expert knows of a plan; no gradient goes back through it.
+
+  Attributes:
+    hidden: final-norm hidden states at the codes' places [B, P, D].
+    keys: its keys there in each layer, laid out as those of mot.Cache; None but for `keys`.
+    values: its values, alike.
+    start: rotary position [B, 1] of the first code that `keys` are turned by, else 0.
+  """
+
+  hidden: Array
+  keys: Any
+  values: Any
+  start: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class External:
+  """The two networks of one configuration, and what passes from one to the other.
+
+  Attributes:
+    model: both experts' parts; its parameter tree is that of `internal`.
+    condition: one of CONDITIONS.
+    codes: first slot of the codes in the token expert's row, and the slot after their last.
+  """
+
+  model: Unified
+  condition: str
+  codes: tuple[int, int]
+
+  def read(self, params: Params, region: Region) -> tuple[Array, Plan]:
+    """The token expert over its whole row: final-norm hidden states [B, L, D], and the plan."""
+    stream, cache = self.model.token_stream(params, region), None
+    if self.condition == 'keys':
+      cache, _ = self.model.caches(params, region.visibility)
+    hidden, cache = self.model.backbone(params, {'ar': stream}, cache)
+    return hidden['ar'], self.plan(region, hidden['ar'], cache)
+
+  def plan(self, region: Region, hidden: Array, cache: mot.Cache | None) -> Plan:
+    """Cuts the codes out of the token expert's row.
+
+    Args:
+      region: the row.
+      hidden: final-norm hidden states of at least its slots up to the last code [B, L, D].
+      cache: the token expert's keys and values; read by `keys` alone.
+    """
+    first, last = self.codes
+    keys = values = None
+    start = jnp.zeros_like(region.positions[:, :1])
+    if self.condition == 'keys':
+      cut = lambda leaf: jax.lax.slice_in_dim(leaf, first, last, axis=leaf.ndim - 3)
+      keys, values = jax.tree.map(cut, (cache.k, cache.v))
+      start = region.positions[:, first : first + 1]
+    plan = Plan(hidden[:, first:last], keys, values, start)
+    # Two networks that share nothing: the flow loss never reaches what wrote the plan.
+    return jax.lax.stop_gradient(plan)
+
+  def __call__(
+    self,
+    params: Params,
+    plan: Plan,
+    regions: Mapping[str, Region],
+    latents: Array,
+    clock: Array,
+  ) -> Array:
+    """The picture expert over its whole row, as in training.
+
+    Args:
+      params: of both experts.
+      plan: see `read`.
+      regions: `prefix` (the codes' places and [boi]) and `dit` of the picture expert's row.
+      latents: noisy [B, h, w, C].
+      clock: Show-o2's [B], 0 at noise and 1 at data.
+
+    Returns:
+      Show-o2's velocity [B, h, w, C] float32.
+    """
+    regions = self.placed(plan, regions)
+    told, at = self._told(params, plan, regions['prefix'])
+    picture, condition = self.model.picture_stream(params, latents, clock, regions['dit'])
+    cache = self._held(plan, regions)
+    hidden, _ = self.model.backbone(params, {'dit': _joined(told, picture)}, cache, at)
+    count = told.x.shape[1]
+    rows = jnp.concatenate([plan.hidden[:, :at], hidden['dit'][:, :count]], 1)
+    prefix = regions['prefix']
+    streams = {
+      'prefix': mot.Stream(rows, prefix.positions, prefix.visibility),
+      'dit': dataclasses.replace(picture, x=hidden['dit'][:, count:], condition=condition),
+    }
+    rows, _ = self.model.head(params, streams)
+    return self.model.velocity(params, rows['dit'], condition)
+
+  def prefill(
+    self, params: Params, plan: Plan, regions: Mapping[str, Region]
+  ) -> tuple[mot.Cache, mot.Cache]:
+    """The caches of body and head, with all in them that flow steps share; `regions` placed."""
+    prefix, key = regions['prefix'], row_visibility(regions)
+    told, at = self._told(params, plan, prefix)
+    body, head = self.model.caches(params, key)
+    hidden, body = self.model.backbone(params, {'dit': told}, self._held(plan, regions) or body, at)
+    rows = jnp.concatenate([plan.hidden[:, :at], hidden['dit']], 1)
+    stream = mot.Stream(rows, prefix.positions, prefix.visibility)
+    return body, self.model.head(params, {'prefix': stream}, head)[1]
+
+  def prefill_null(
+    self, params: Params, regions: Mapping[str, Region]
+  ) -> tuple[mot.Cache, mot.Cache]:
+    """As `prefill`, of a row whose plan is dropped: `[boi]` alone, at the front."""
+    at = self.codes[1] - self.codes[0]
+    boi = jax.tree.map(lambda leaf: leaf[:, at : at + 1], regions['prefix'])
+    absent = regions['prefix'].ids.shape[1] - 1
+    rest = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, shape=(1, absent)), boi.visibility)
+    key = concatenate([boi.visibility, rest, regions['dit'].visibility])
+    body, head = self.model.caches(params, key)
+    stream = mot.Stream(self._rows(params, boi.ids), boi.positions, boi.visibility)
+    hidden, body = self.model.backbone(params, {'dit': stream}, body)
+    stream = dataclasses.replace(stream, x=hidden['dit'])
+    return body, self.model.head(params, {'prefix': stream}, head)[1]
+
+  def placed(self, plan: Plan, regions: Mapping[str, Region]) -> dict[str, Region]:
+    """The row where the codes keep the rotary positions that `keys` were turned by.
+
+    Only distances matter to attention, and they stay as they are: each code, [boi], the time token
+    and the picture follow one another without gaps.
+    """
+    move = lambda region: dataclasses.replace(region, positions=region.positions + plan.start)
+    return {name: move(region) for name, region in regions.items()}
+
+  def _told(self, params: Params, plan: Plan, prefix: Region) -> tuple[mot.Stream, int]:
+    """The prefix as the picture expert's layers take it, and its first slot in the row."""
+    count = self.codes[1] - self.codes[0]
+    at = count if self.condition == 'keys' else 0
+    x = jnp.concatenate([plan.hidden[:, at:], self._rows(params, prefix.ids[:, count:])], 1)
+    own = jax.tree.map(lambda leaf: leaf[:, at:], prefix)
+    return mot.Stream(x, own.positions, own.visibility), at
+
+  def _rows(self, params: Params, ids: Array) -> Array:
+    """Embeddings [B, L, D] of text ids: [boi], whose row the picture expert only reads."""
+    rows = jnp.take(params['embed']['text'], ids, axis=0)
+    return jax.lax.stop_gradient(rows).astype(self.model.dtype)
+
+  def _held(self, plan: Plan, regions: Mapping[str, Region]) -> mot.Cache | None:
+    """The body's cache with the token expert's keys and values at the codes' places."""
+    if plan.keys is None:
+      return None
+    key = row_visibility(regions)
+    rest = key.order.shape[1] - plan.hidden.shape[1]
+
+    def longer(leaf: Array) -> Array:
+      sides = [(0, 0)] * leaf.ndim
+      sides[-3] = (0, rest)
+      return jnp.pad(leaf, sides)
+
+    return mot.Cache(*jax.tree.map(longer, (plan.keys, plan.values)), key)
+
+
+def _joined(first: mot.Stream, second: mot.Stream) -> mot.Stream:
+  """Two stretches of one expert's row as one: each layer's weights are read once."""
+  parts = [(s.x, s.positions, s.visibility) for s in (first, second)]
+  return mot.Stream(*concatenate(parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+  """Tokens of both rows.
+
+  Attributes:
+    tokens: of the token expert's row.
+    prefix: of the prefix in the picture expert's row.
+    image: of the picture there.
+    held: of the prefix, those whose keys and values the token expert gives.
+  """
+
+  tokens: int
+  prefix: int
+  image: int
+  held: int
+
+
+def forward_flops(config: UnifiedConfig, lengths: Lengths) -> dict[str, float]:
+  """Matrix FLOPs of each block of the picture expert in one forward pass; attention is dense.
+
+  Returns:
+    Names and meanings as of unified.forward_flops, without `ar` and `logits`; the prefix's rows are
+    in `dit`, but for those `held`, and take the token rows' part in `entry` and `head`.
+  """
+  blocks = unified.forward_flops(config, lengths.prefix, lengths.image, 0)
+  row = lengths.prefix + lengths.image
+  blocks['dit'] = transformer.forward_flops(config.dit, row - lengths.held, row)
+  return {name: n for name, n in blocks.items() if name not in ('ar', 'logits')}
+
+
+def train_flops(config: UnifiedConfig, lengths: Lengths) -> float:
+  """Matrix FLOPs of one example: the frozen token expert forward, the picture expert both ways.
+
+  The keys and values that the token expert gives count like others, as what attends to them
+  computes the gradients of a whole row.
+  """
+  reading = transformer.forward_flops(config.ar, lengths.tokens, lengths.tokens)
+  return reading + unified.with_backward(forward_flops(config, lengths))
+
+
+def attention_flops(config: UnifiedConfig, lengths: Lengths) -> tuple[float, float]:
+  """Matrix FLOPs of attention, of pairs that see each other, in one forward pass.
+
+  Returns:
+    Of the token expert, and of the picture expert with head and dual path.
+  """
+  causal = lambda count: count * (count + 1) / 2
+  before, picture = causal(lengths.prefix), lengths.image * (lengths.prefix + lengths.image)
+  pairs = lambda stack, seen: 4.0 * stack.layers * seen * stack.heads * stack.head_width
+  encoder = config.dual_path.encoder
+  return pairs(config.ar, causal(lengths.tokens)), (
+    pairs(config.dit, before - causal(lengths.held) + picture)
+    + pairs(config.head, before + picture)
+    + 4.0 * encoder.layers * config.image_tokens**2 * encoder.width
+  )
