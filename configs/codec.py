@@ -15,6 +15,10 @@ parameters, 0.4 MB, 3 minutes) has perplexity 205 of 512 codes (155 within a bat
 features with 12 % of their variance lost, and 94.1 % of pictures find their caption among 32 from
 codes alone (97.9 % from the features). `image` (0.97M, 1.9 MB, 8 minutes): PSNR 30.98 dB on whole
 pictures, 27.96 dB on crops; its first 600 steps ran with model.divergence 1e-4, the rest with 1e-3.
+`image_codes` (1,024 rows of 4 numbers, 10 kB, 4 minutes), on 256 held-out pictures: 256 codes a
+picture, all but 11 in use, perplexity 129, and PSNR 28.2 dB where the autoencoder alone has 30.8 dB
+(single emoji 25.2 of 27.9 dB; CIFAR-10, which neither has seen, 24.7 of 28.7 dB). Squares of 2x2
+latents would take 64 codes; k-means with 1,024 rows then gives 21.5 dB, with 2,048 22.2 dB.
 """
 
 from __future__ import annotations

@@ -85,3 +85,12 @@ def test_shipped_autoencoder_is_sharp_and_normalised(codec, frozen, batch):
   assert float(jnp.mean(autoencoding.psnr(rebuilt, wanted))) >= 26.0
   np.testing.assert_allclose(jnp.mean(latents, (0, 1, 2)), 0.0, atol=0.15)
   np.testing.assert_allclose(jnp.std(latents, (0, 1, 2)), 1.0, atol=0.15)
+
+
+def test_shipped_codes_of_pictures_cost_little_and_are_in_use(codec, frozen, batch):
+  assert _model('image_codes')['image_codes'] == dataclasses.asdict(codec.config.model.image_codes)
+  networks = {**frozen, 'image_codes': weights.load('assets:image_codes')[0]}
+  codes = jax.jit(codec.picture_codec.encode)(networks, batch.image)
+  rebuilt = jax.jit(codec.picture_codec.decode)(networks, codes)
+  assert float(jnp.mean(autoencoding.psnr(rebuilt, batch.image / 255.0))) >= 27.0
+  assert len(np.unique(codes)) > 0.9 * codec.picture_codec.codes

@@ -65,8 +65,9 @@ def convert(package: str, to: str) -> dict[str, int]:
 
 
 def _labels(path: Path) -> list[int]:
+  text = read_text(path)
   try:
-    found = json.loads(read_text(path))
+    found = json.loads(text)
   except ValueError as error:
     raise UserError(f'{path} is not JSON ({error}): get the package again') from error
   known = range(len(NAMES))
