@@ -115,13 +115,14 @@ def test_the_codebook_moves_to_the_latents():
   assert set(params) == {'image_codes'} and set(system.frozen_weights) == {'image'}
   terms = _losses(system, params, frozen, batch, stage)
   assert list(terms) == list(system.counts(batch, KEY, 0, stage)) == list(stage.losses)
-  assert system.features(frozen, batch.image).shape == (8, system.tokens(stage), 4)
+  squares = jax.eval_shape(system.features, frozen, batch.image)
+  assert squares.shape == (8, system.tokens(stage), 4)
   run = training_step.make_train_step(system, stage, OptimConfig(lr=3e-2, warmup=1))
   state, first = run(first_state(params, stage), frozen, batch, KEY)
   for _ in range(30):
     state, last = run(state, frozen, batch, KEY)
   assert float(last['loss/distance']) < 0.7 * float(first['loss/distance'])
-  assert float(last['loss/codes_perplexity']) > float(first['loss/codes_perplexity'])
+  assert float(last['loss/codes_perplexity']) > 2
 
 
 def test_a_run_holds_the_networks_of_its_stages_only():
