@@ -12,9 +12,10 @@ import pytest
 from configs import c2i_discrete, t2i
 from vpe_jax import rng, sharding, systems
 from vpe_jax.compilation import hlo, program, traffic
-from vpe_jax.contracts import System, visible
+from vpe_jax.contracts import Examples, System, visible
 from vpe_jax.data import sequence
-from vpe_jax.models import unified
+from vpe_jax.models import external, transformer, unified
+from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.training import resume
 from vpe_jax.training.state import first_state
 from vpe_jax.training.step import make_train_step
@@ -134,3 +135,40 @@ def test_fsdp_moves_what_the_formula_says(stage):
   assert 'reduce-scatter' not in moved
   assert moved['all-gather'] == pytest.approx(gathered, rel=0.05)
   assert moved['all-reduce'] == pytest.approx(reduced, rel=0.05)
+
+
+@pytest.mark.parametrize('condition', external.CONDITIONS)
+def test_stage_render_runs_the_token_expert_forward_alone(condition):
+  """Its backward pass would be far beyond the 2 % that the compiled step may have on top."""
+  config = t2i.get_config('debug,arch=external')
+  config.data.source, config.unroll = 'synthetic', True
+  config.model.condition = condition
+  config.model.dual_path.encoder.layers = 1
+  system = systems.build(config.to_dict())
+  stage = system.stages[1]
+  state = jax.eval_shape(lambda: first_state(system.init(rng.run_key(0)), stage))
+  step = make_train_step(system, stage, system.config.optim)
+  arguments = (state, {}, system.abstract_batch(4), rng.run_key(0))
+  if condition == 'prefix':
+    compiled = step.lower(*arguments).compile()
+    flops = traffic.work_of(hlo.parse(compiled.as_text()), [0]).flops
+  else:  # What is compiled takes long, and differs by little from what is traced.
+    flops = matrix_flops(step, *arguments)
+  ratio = flops / (4 * system.flops(stage))
+  assert 0.97 < ratio < 1.02
+  c, tokens = system.config.model, sum(span.length for span in system.spans)
+  backward = 2 * transformer.forward_flops(c.ar, tokens, tokens)
+  assert backward > 0.05 * system.flops(stage)
+  # Of attention, pairs that see each other: counted on the masks.
+  text = np.full((1, system.config.data.text_length), 9, np.int32)
+  batch = Examples(np.zeros(1, np.int32), text, np.full(1, text.shape[1], np.int32))
+  rows = system._regions(batch, np.zeros((1, c.plan_tokens), np.int32), np.ones(1, bool))
+  sees = lambda *rows: int(np.sum(visible(*(unified.row_visibility(r) for r in rows))))
+  ar, picture = {'ar': rows.pop('ar')}, rows
+  held = c.plan_tokens * (c.plan_tokens + 1) // 2 if condition == 'keys' else 0
+  wide = lambda part, pairs: 4 * part.layers * part.heads * part.head_width * pairs
+  seen, encoder = sees(picture, picture), c.dual_path.encoder
+  drawing = wide(c.dit, seen - held) + wide(c.head, seen)
+  drawing += 4 * encoder.layers * encoder.width * c.image_tokens**2
+  assert system.frozen_attention_flops(stage) == wide(c.ar, sees(ar, ar))
+  assert system.attention_flops(stage) == drawing + wide(c.ar, sees(ar, ar))

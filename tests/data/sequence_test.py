@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,3 +94,23 @@ def test_places():
   assert sequence.region_length(SPANS, 'ar', 16) == 16
   with pytest.raises(KeyError):
     sequence.place(SPANS, 'video')
+
+
+def test_picture_row_has_the_mask_that_its_docstring_draws():
+  drawing = re.findall(r'^ +\w+((?: +[01])+)$', sequence.picture_row.__doc__, re.MULTILINE)
+  wanted = np.array([[int(x) for x in line.split()] for line in drawing])
+  codes = jnp.zeros((2, 2), jnp.int32)
+  row = sequence.picture_row(codes=2, latents=2)
+  regions = sequence.build(row, VOCABULARY, None, None, codes, jnp.array([True, False]), 4)
+  assert [region.ids.shape[1] for region in regions.values()] == [4, 4]
+  present = np.array([0, 1, 2, 4, 5, 6])  # Each region is padded by one.
+  whole, dropped = _mask(regions)
+  np.testing.assert_array_equal(whole[present][:, present], wanted)
+  np.testing.assert_array_equal(dropped[present][:, present], wanted * (present > 1))
+  assert whole.sum() == wanted.sum() and dropped.sum() == wanted[:, 2:].sum()
+  positions = np.concatenate([region.positions for region in regions.values()], 1)[:, present]
+  np.testing.assert_array_equal(positions, [[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]])
+
+
+def test_token_row_is_the_joint_row_before_boi():
+  assert sequence.token_row(3, 2) == SPANS[:5] and SPANS[5].kind == 'boi'

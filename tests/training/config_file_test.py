@@ -102,3 +102,14 @@ def test_overrides_are_taken_out_of_the_command_line():
   assert others == ['main', '--config=a.py', '--workdir=x', 'config.b=1']
   with pytest.raises(UserError, match="'seed' must be int, not True"):
     config_file.load(f'{T2I}:debug', overrides)
+
+
+def test_stages_that_stay_keep_their_own_numbers():
+  spec, start = f'{T2I}:debug,arch=external', {'start': 'RUN', 'stages': "('render',)"}
+  config = config_file.systems.build(config_file.load(spec, start)).config
+  assert (config.stages, config.steps, config.batch_size) == (('render',), (12,), (8,))
+  values = config_file.load(f'{T2I}:debug', {'stages': 'plan', 'steps': '3'})
+  config = config_file.systems.build(values).config
+  assert (config.stages, config.steps, config.batch_size) == (('plan',), (3,), (8,))
+  with pytest.raises(UserError, match="config.start_weights is 'emma'; known: raw, ema"):
+    config_file.load(spec, start | {'start_weights': 'emma'})

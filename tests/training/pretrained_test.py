@@ -1,4 +1,4 @@
-"""Runs that start from published weights, from an import of them, and what can be wrong."""
+"""Runs that start from published weights, from an import of them or from another run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 
 from configs import siglip as config_file
+from configs import t2i as t2i_file
 from vpe_jax import convert, rng, sharding, systems
 from vpe_jax.checkpoints import weights
+from vpe_jax.checkpoints.store import FOLDER, Store
+from vpe_jax.config import CheckpointConfig, to_dict
 from vpe_jax.contracts import UserError
 from vpe_jax.sharding import by_path
-from vpe_jax.training import resume
+from vpe_jax.training import report, resume
+from vpe_jax.training.state import COUNTERS
 
 
 @pytest.fixture(scope='module')
@@ -68,3 +72,85 @@ def test_without_weights_to_start_from_parameters_are_drawn():
   state = _started('')[2]
   token = weights.load('assets:siglip')[0]['text']['token']
   assert not np.array_equal(state['params']['text']['token'], token)
+
+
+def _t2i(arch, **changes):
+  config = t2i_file.get_config(f'debug,arch={arch}')
+  config.data.source = 'synthetic'
+  values = config.to_dict() | changes
+  if 'stages' in changes:
+    values |= {'steps': 4, 'batch_size': 8}
+  return systems.build(values)
+
+
+def _first(system):
+  """The shapes of a run's first state, and the state."""
+  mesh = sharding.make_mesh(system.config.mesh)
+  with jax.set_mesh(mesh):
+    abstract = resume.abstract_state(system.config, system, 0, mesh)
+    return abstract, resume.fresh_state(system, abstract, {}, rng.run_key(7))
+
+
+def _keep(state, system, folder):
+  """A run's workdir with one checkpoint."""
+  store = Store(str(folder / FOLDER), CheckpointConfig())
+  store.save(dict.fromkeys(COUNTERS, 1) | state, to_dict(system.config), force=True)
+  store.close()
+
+
+@pytest.fixture(scope='module')
+def plan_run(tmp_path_factory):
+  """A run that trained stage plan of `arch=internal`: its folder and its parameters."""
+  folder, system = tmp_path_factory.mktemp('plan'), _t2i('internal', stages=['plan'])
+  draw = np.random.default_rng(0)
+  normal = lambda leaf: draw.standard_normal(leaf.shape, np.float32)
+  params = jax.tree.map(normal, jax.eval_shape(system.init, rng.run_key(0)))
+  _keep({'params': params, 'opt_state': {}, 'ema': {}}, system, folder)
+  return folder, by_path(params)
+
+
+@pytest.mark.parametrize('arch, stage', [('internal', 'joint'), ('external', 'render')])
+def test_both_architectures_go_on_from_one_plan(plan_run, arch, stage):
+  folder, wanted = plan_run
+  system = _t2i(arch, start=str(folder), stages=[stage], seed=3)
+  abstract, state = _first(system)
+  found, placed = by_path(state['params']), by_path(abstract['params'])
+  assert found.keys() == wanted.keys()
+  for path, leaf in found.items():
+    np.testing.assert_array_equal(leaf, wanted[path])
+    assert leaf.sharding == placed[path].sharding
+  # Optimizer, average and counters begin afresh.
+  for path, leaf in by_path(state['ema']).items():
+    np.testing.assert_array_equal(leaf, wanted[path])
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(state['opt_state']))
+  assert int(state['step']) == int(state['examples_seen']) == 0
+  table = report.parameters_text(state['params'], {}, {}, system.stages[0], system.config.optim)
+  rows = {line.split()[0]: line for line in table.splitlines()[1:]}
+  assert all(line.endswith(f'{folder} (raw)') for line in rows.values())
+  assert 'trains' in rows['dit'] and ('frozen' in rows['ar']) == (arch == 'external')
+
+
+def test_a_run_starts_from_raw_or_averaged_weights(line_system, tmp_path):
+  other = line_system()
+  params = other.init(rng.run_key(0))
+  # An average of what trains; the rest is as it is.
+  average = {'head': jax.tree.map(lambda leaf: leaf + 1, params['head'])}
+  _keep({'params': params, 'opt_state': {}, 'ema': average}, other, tmp_path)
+  raw = by_path(params)
+  for which, shift in (('raw', 0), ('ema', 1)):
+    found = _first(line_system(start=str(tmp_path), start_weights=which))[1]['params']
+    for path, leaf in by_path(found).items():
+      np.testing.assert_array_equal(leaf, raw[path] + (shift if path.startswith('head') else 0))
+
+
+def test_a_start_that_is_no_run_or_another_ones_is_named(plan_run, line_system, tmp_path):
+  folder = plan_run[0]
+  cases = [
+    (_t2i('single', start=str(folder)), "config.start=.*'dit/layers/.*' is .* there and absent"),
+    (line_system(start=str(folder)), 'config.start=.* has other parameters .* name a run'),
+    (line_system(start=str(tmp_path / 'none')), 'none has no checkpoint yet'),
+  ]
+  for system, message in cases:
+    with pytest.raises(UserError, match=message) as error:
+      _first(system)
+    assert '\n' not in str(error.value)

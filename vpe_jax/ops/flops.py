@@ -22,7 +22,7 @@ def matrix_flops(function: Callable[..., Any], *arguments: Any) -> float:
     *arguments: arrays or `jax.ShapeDtypeStruct`, as trees.
   """
   traced = jax.make_jaxpr(function)(*arguments).jaxpr
-  return _flops(traced, {v for v in traced.outvars if isinstance(v, core.Var)})
+  return _flops(traced, _results(traced))
 
 
 def _flops(jaxpr: core.Jaxpr, needed: set[core.Var]) -> float:
@@ -36,6 +36,11 @@ def _flops(jaxpr: core.Jaxpr, needed: set[core.Var]) -> float:
   return total
 
 
+def _results(jaxpr: core.Jaxpr) -> set[core.Var]:
+  """What a program returns, but for constants."""
+  return {v for v in jaxpr.outvars if isinstance(v, core.Var)}
+
+
 def _equation_flops(equation: core.JaxprEqn) -> float:
   name, parameters = equation.primitive.name, equation.params
   if name == 'dot_general':
@@ -45,7 +50,7 @@ def _equation_flops(equation: core.JaxprEqn) -> float:
     return 2.0 * out * math.prod(left[axis] for axis in contracted)
   if name == 'conv_general_dilated':
     return _convolution_flops(equation)
-  inner = [_flops(jaxpr, set(jaxpr.outvars)) for jaxpr in _inside(parameters)]
+  inner = [_flops(jaxpr, _results(jaxpr)) for jaxpr in _inside(parameters)]
   if name == 'cond':
     return max(inner)
   return sum(inner) * (parameters['length'] if name == 'scan' else 1)

@@ -1,0 +1,268 @@
+"""External+VPE: internal's parameters, two rows, what trains, and cached drawing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import t2i as config_file
+from vpe_jax import rng, systems
+from vpe_jax.config import SampleConfig
+from vpe_jax.contracts import Examples, UserError, Visibility
+from vpe_jax.models import external, mot
+from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.sampling import solver
+from vpe_jax.sharding import by_path
+from vpe_jax.systems import rendering
+from vpe_jax.training.state import first_state
+
+KEY = rng.run_key(0)
+B = 4
+ALL = jnp.ones(B, bool)
+KEEP = jnp.array([True, True, False, True])
+CLOCK = jnp.array([0.3, 0.5, 0.7, 0.9])
+
+
+def _system(arch='external', preset='debug', stages=None, **model):
+  config = config_file.get_config(f'{preset},arch={arch}')
+  config.data.source = 'synthetic'
+  config.model.update(model)
+  if preset == 'debug':
+    config.data.text_length = 5
+    config.model.dual_path.encoder.layers = config.model.head.layers = 1
+  values = config.to_dict()
+  values |= {'stages': stages or values['stages'], 'steps': 4, 'batch_size': 8}
+  return systems.build(values)
+
+
+def _batch(system) -> Examples:
+  draw = np.random.default_rng(0)
+  c, data = system.config.model, system.config.data
+  grid = (B, c.latent_size, c.latent_size, c.latent_channels)
+  return Examples(
+    example=jnp.arange(B, dtype=jnp.int32),
+    text=jnp.asarray(draw.integers(8, 1024, (B, data.text_length)), jnp.int32),
+    text_length=jnp.asarray(draw.integers(1, data.text_length + 1, B), jnp.int32),
+    codes=jnp.asarray(draw.integers(0, c.codes, (B, c.plan_tokens)), jnp.int32),
+    latents=jnp.asarray(draw.standard_normal(grid), jnp.float32),
+  )
+
+
+@functools.cache
+def _made(condition: str):
+  return _system(condition=condition)
+
+
+@functools.cache
+def _whole(condition: str):
+  """Whole rows at once, compiled: hidden states of the token expert, and the velocity."""
+
+  def run(params, codes, keep, latents, clock):
+    system = _made(condition)
+    regions = system._regions(_batch(system), codes, keep)
+    return system.rows.forward(params, regions, (latents, clock))
+
+  return jax.jit(run)
+
+
+@pytest.fixture(scope='module')
+def params():
+  """Drawn on the host, so that nothing is zero or the identity and nothing is compiled for it."""
+  draw = np.random.default_rng(1)
+  shapes = jax.eval_shape(_made('prefix').init, KEY)
+  normal = lambda leaf: jnp.asarray(0.15 * draw.standard_normal(leaf.shape), jnp.float32)
+  one = lambda path: float('scale' in jax.tree_util.keystr(path))
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: one(path) + normal(leaf), shapes)
+
+
+@pytest.mark.parametrize('preset', ['debug', 'tiny', 'paper', 'pod'])
+def test_parameters_are_those_of_internal(preset):
+  ours, theirs = (
+    {path: leaf.shape for path, leaf in by_path(jax.eval_shape(made.init, KEY)).items()}
+    for made in (_system(preset=preset), _system('internal', preset))
+  )
+  assert ours == theirs
+  total = sum(np.prod(shape) for shape in ours.values())
+  assert preset in ('debug', 'tiny') or abs(total - 4_166.3e6) < 0.2e6
+
+
+def test_stage_plan_is_that_of_internal(params):
+  """The same function of the same parameters: one checkpoint serves both."""
+  found = []
+  for made in (_system('internal'), _made('prefix')):
+    stage, batch = made.stages[0], _batch(made)
+    assert stage.trainable == ('ar/', 'embed/') and stage.losses == ('next_token',)
+    loss = lambda p, made=made, batch=batch: made.losses(p, {}, batch, KEY, 0, made.stages[0])
+    found.append(jax.jit(loss)(params))
+  ours, theirs = ({name: (t.sum, t.count) for name, t in terms.items()} for terms in found)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
+
+
+@pytest.mark.parametrize('condition', external.CONDITIONS)
+def test_stage_render_trains_the_picture_expert_on_the_flow_alone(condition):
+  """What is held of it, what its gradient comes from, and what evaluation adds at weight 0."""
+  system = _made(condition)
+  stage, batch = system.stages[1], _batch(system)
+  assert stage.losses == ('flow',) and set(system.counts(batch, KEY, stage)) == {'flow'}
+  shapes = jax.eval_shape(system.init, KEY)
+  state = jax.eval_shape(lambda p: first_state(p, stage), shapes)
+  for held in (state['ema'], state['opt_state']['mu'], state['opt_state']['nu']):
+    assert {path.split('/')[0] for path in by_path(held)} == {'dit'}
+  # As held-out evaluation runs it.
+  stage = dataclasses.replace(stage, losses=('next_token', 'flow'))
+  losses = lambda p: system.losses(p, {}, batch, KEY, 0, stage)
+  weights = {}
+  jax.eval_shape(lambda p: weights.update({n: t.weight for n, t in losses(p).items()}), shapes)
+  assert weights == {'next_token': 0.0, 'accuracy': 0.0, 'flow': 1.0}
+  counts = system.counts(batch, KEY, stage)
+  assert float(counts['next_token']) == B * (system.config.model.plan_tokens + 1)
+  # The gradient of what is frozen is 0 whatever the numbers: no product leads to it.
+  gradient = jax.grad(lambda p: losses(p)['flow'].sum)
+  part = lambda *names: matrix_flops(lambda p: [gradient(p)[name] for name in names], shapes)
+  assert part('ar', 'embed') == 0 < part('dit')
+
+
+def test_the_plan_alone_is_dropped_as_often_as_asked():
+  system = _made('prefix')
+  batch, codes = _batch(system), system.config.model.plan_tokens
+  many = dataclasses.replace(batch, example=jnp.arange(4096))
+  assert abs(np.mean(system._keep(many, KEY, system.stages[1])) - 0.9) < 0.02
+  regions = system._regions(batch, batch.codes, KEEP)
+  present = {name: np.asarray(region.visibility.until) > 0 for name, region in regions.items()}
+  assert (present['prefix'][:, :codes] == np.asarray(KEEP)[:, None]).all()
+  assert present['prefix'][:, codes].all() and present['dit'].all()
+  np.testing.assert_array_equal(present['ar'].sum(1), 3 + codes + np.asarray(batch.text_length))
+  assert regions['prefix'].positions[2, codes] == 0 and regions['dit'].positions[2, 0] == 1
+
+
+def _flow_step(system, weights, prefix, latents):
+  """The velocity of one cached flow step."""
+  stream, condition = system.model.picture_stream(weights, latents, CLOCK, prefix.picture)
+  at = prefix.body.key.order.shape[1] - prefix.picture.ids.shape[1]
+  hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.body, at)
+  stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
+  rows, _ = system.model.head(weights, {'dit': stream}, prefix.head, at)
+  return system.model.velocity(weights, rows['dit'], condition)
+
+
+def _close(ours, theirs, tolerance=1e-4):
+  error = jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs))
+  assert float(error) < tolerance, f'relative error {float(error):.1e}'
+
+
+@pytest.mark.parametrize('condition, prepared, guidance', [('prefix', False, 1), ('keys', True, 2)])
+def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, guidance, params):
+  """With the plan that was decoded, and without one: the null branch of guidance."""
+  system = _made(condition)
+  batch, settings = _batch(system), SampleConfig(plan_guidance=float(guidance))
+  job = rendering.Job(system.model, system.spans, system.vocabulary, settings)
+  request = dataclasses.replace(batch, codes=None, latents=None)
+
+  @jax.jit
+  def cached(weights):
+    codes, row = rendering.decode(job, weights, request, KEY)
+    prefixes = system.rows.prefix(weights, row), system.rows.null_prefix(weights, request)
+    flows = [_flow_step(system, weights, prefix, batch.latents) for prefix in prefixes]
+    return codes, row.hidden, flows
+
+  codes, states, (told, null) = cached(system.prepare(params) if prepared else params)
+  whole = lambda codes, keep, latents=batch.latents: _whole(condition)(
+    params, codes, keep, latents, CLOCK
+  )
+  hidden, wanted = whole(codes, ALL)
+  first, last = system.rows.pair.codes
+  _close(states[:, first:last], hidden[:, first:last])
+  _close(told, wanted)
+  same, dropped = whole(codes, ~ALL)
+  _close(null, dropped)
+  assert float(jnp.abs(told - null).max()) > 1e-2
+  # The picture sees the plan: another one gives another velocity. The plan sees no picture.
+  assert float(jnp.abs(whole(codes[:, ::-1], ALL)[1] - wanted).max()) > 1e-2
+  np.testing.assert_array_equal(same, hidden)
+  np.testing.assert_array_equal(whole(codes, ALL, -batch.latents)[0], hidden)
+
+
+def test_given_codes_are_rendered_along_the_whole_rows_velocity(params):
+  """Guided, from the noise of each row's own example: also a row's place is of no matter."""
+  system = _made('keys')
+  batch, scale = _batch(system), 2.0
+  settings = SampleConfig(steps=2, guidance=scale)
+  run = jax.jit(lambda request: system.rows.draw(params, request, KEY, settings))
+  codes, latents = run(dataclasses.replace(batch, latents=None))
+  np.testing.assert_array_equal(codes, batch.codes)
+
+  def velocity(x, time):
+    clock = jnp.full((B,), 1.0 - time)
+    told, null = (_whole('keys')(params, codes, keep, x, clock)[1] for keep in (ALL, ~ALL))
+    return -(null + scale * (told - null))
+
+  noise = lambda key: jax.random.normal(key, batch.latents.shape[1:])
+  x = rng.per_example(noise, KEY, 'noise', batch.example)
+  times = solver.time_grid(settings.steps, settings.shift)
+  for time, later in zip(times[:-1], times[1:], strict=True):
+    x = x + (later - time) * velocity(x, time)
+  _close(latents, x)
+  turned = jax.tree.map(lambda leaf: leaf[::-1], dataclasses.replace(batch, latents=None))
+  _close(run(turned)[1][::-1], latents)
+
+
+def _eq_4(system, params, batch):
+  """Both experts in one row, where the picture's tokens see of the other's the codes alone."""
+  model, (first, last) = system.model, system.rows.pair.codes
+  regions = system._regions(batch, batch.codes, KEEP)
+  ar, prefix, dit = (regions[name] for name in ('ar', 'prefix', 'dit'))
+  place, count = jnp.arange(ar.ids.shape[1]), last - first
+  is_seen = (place >= first) & (place < last) & KEEP[:, None]
+  end = ar.visibility.reach.max(1, keepdims=True)
+  until = jnp.where(is_seen, ar.visibility.until, jnp.minimum(ar.visibility.until, end))
+  tokens = dataclasses.replace(
+    model.token_stream(params, ar), visibility=dataclasses.replace(ar.visibility, until=until)
+  )
+  shift = end - count * KEEP[:, None]
+  moved = lambda seen: Visibility(seen.order + shift, seen.since, seen.reach + shift, seen.until)
+  start = ar.positions[:, first : first + 1]
+  picture, condition = model.picture_stream(params, batch.latents, CLOCK, dit)
+  boi = jax.tree.map(lambda leaf: leaf[:, count:], prefix)
+  own = mot.Stream(
+    jnp.concatenate([model.embed(params, boi.ids), picture.x], 1),
+    jnp.concatenate([boi.positions, dit.positions], 1) + start,
+    jax.tree.map(
+      lambda *leaves: jnp.concatenate(leaves, 1), moved(boi.visibility), moved(dit.visibility)
+    ),
+  )
+  hidden, _ = model.backbone(params, {'ar': tokens, 'dit': own})
+  rows = jnp.concatenate([hidden['ar'][:, first:last], hidden['dit'][:, :1]], 1)
+  streams = {
+    'prefix': mot.Stream(rows, prefix.positions, prefix.visibility),
+    'dit': mot.Stream(hidden['dit'][:, 1:], dit.positions, dit.visibility, condition),
+  }
+  return model.velocity(params, model.head(params, streams)[0]['dit'], condition)
+
+
+def test_keys_are_eq_4_restricted_to_the_codes(params):
+  system = _made('keys')
+  batch = _batch(system)
+  velocity = _whole('keys')(params, batch.codes, KEEP, batch.latents, CLOCK)[1]
+  _close(velocity, jax.jit(lambda p: _eq_4(system, p, batch))(params), 1e-5)
+
+
+@pytest.mark.parametrize(
+  'arch, stages, model, message',
+  [
+    ('external', ('plan', 'joint'), {}, "arch=external has no stage 'joint': .* plan, render"),
+    ('internal', ('plan', 'render'), {}, "arch=internal has no stage 'render': .* plan, joint"),
+    ('external', ('plan', 'rendr'), {}, "no stage 'rendr'.*'render'"),
+    ('external', ('render',), {}, 'config.start=RUN'),
+    ('external', None, {'condition': 'keyz'}, 'prefix, keys'),
+    ('external', None, {'ar': {'width': 64, 'head_width': 16}}, 'model.dit.width must be equal'),
+  ],
+)
+def test_mistakes_are_named(arch, stages, model, message):
+  with pytest.raises(UserError, match=message) as error:
+    _system(arch, stages=stages, **model)
+  assert '\n' not in str(error.value)
