@@ -32,4 +32,8 @@ for pod in v5e:16x16,256 v5p:4x4x4,64 v6e:16x16,256; do
   compile "pod-joint-${topology/:/-}" \
     --config="configs/t2i.py:pod,chips=${pod#*,}" --topology="$topology" --stage=joint
 done
+for topology in v5e:16x16 v5p:4x4x4; do
+  compile "paper-external-render-${topology/:/-}" \
+    --config=configs/t2i.py:paper,arch=external --topology="$topology" --stage=render
+done
 .venv/bin/python -m vpe_jax.compile --config=configs/t2i.py --write_header="$folder"
