@@ -5,14 +5,12 @@ r"""Text to image with visual prompts: VPE in two stages (arXiv 2606.04457).
   python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=single --workdir=runs/single
   python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=external --workdir=runs/external
   python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=external --workdir=runs/render \
-      --config.start=runs/plan --config.stages="('render',)" --config.steps=600 \
-      --config.batch_size=32                                (its second stage, from another run)
+      --config.start=runs/plan --config.stages=render        (its second stage, from another run)
 
 `arch=internal`, the default, joins two experts by attention and trains both in its second stage,
 `joint`. `arch=external` has the same parameters and the same first stage, `plan`; its second,
 `render`, trains the picture expert alone on what the frozen token expert makes of true plans: as a
-prefix of its row, or layer by layer (`--config.model.condition=keys`). `arch=single`
-has one expert.
+prefix of its row, or layer by layer (`--config.model.condition=keys`). `arch=single` has one expert.
 
 Presets build one module tree and differ in numbers. `paper` is what the paper ran: 512x512, 576
 codes, 1,024 image tokens, 4.17B parameters, 480 and 192 images a step. Both batches divide over 32

@@ -36,6 +36,10 @@ for pod in v5e:16x16,256 v5p:4x4x4,64 v6e:16x16,256; do
   compile "pod-joint-${topology/:/-}" \
     --config="configs/t2i.py:pod,chips=${pod#*,}" --topology="$topology" --stage=joint
 done
+for topology in v5e:16x16 v5p:4x4x4; do
+  compile "paper-external-render-${topology/:/-}" \
+    --config=configs/t2i.py:paper,arch=external --topology="$topology" --stage=render
+done
 for config in t2i c2i_discrete; do
   .venv/bin/python -m vpe_jax.compile --config="configs/$config.py" --write_header="$folder"
 done
