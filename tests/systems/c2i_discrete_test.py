@@ -11,6 +11,7 @@ import pytest
 
 from configs import c2i_discrete as config_file
 from vpe_jax import rng, sharding, systems
+from vpe_jax.compilation import program
 from vpe_jax.config import MeshConfig, SampleConfig, to_dict
 from vpe_jax.contracts import Examples, UserError
 from vpe_jax.systems import writing
@@ -304,6 +305,17 @@ def test_without_a_plan_the_picture_follows_the_class():
   plan, codes = draw(params, _request(_batch(system)))
   assert plan.shape == (4, 0) and codes.shape == (4, 16)
   assert set(system.config.model.frozen_weights) == {'image', 'image_codes'}
+
+
+@pytest.mark.parametrize('what', program.KINDS)
+def test_both_programs_lower_for_a_mesh(system, what):
+  values = to_dict(system.config)
+  values['data'] |= {'source': 'openmoji'}  # with codecs
+  job = program.Job(systems.build(values), 0, what, 8, sharding.make_mesh(MeshConfig()))
+  found = program.lower(job)
+  assert found.parameters[0] == found.parameters[1] == _total(_abstract('debug'))
+  # Drawing computes each token of the row once; training all but the last, three times.
+  assert found.flops > 8 * sum(2 * leaf.size for leaf in jax.tree.leaves(_abstract('debug')))
 
 
 def test_classes_are_dropped_as_often_as_asked(system):
