@@ -15,6 +15,8 @@ from vpe_jax.compilation import program
 from vpe_jax.config import MeshConfig, SampleConfig, to_dict
 from vpe_jax.contracts import Examples, UserError
 from vpe_jax.systems import writing
+from vpe_jax.training import encode
+from vpe_jax.training import frozen as frozen_lib
 
 KEY = rng.run_key(0)
 CODES, PLAN_CODES, CLASSES = 24, 16, 9
@@ -322,6 +324,24 @@ def test_classes_are_dropped_as_often_as_asked(system):
   batch = dataclasses.replace(_batch(system, 1), example=jnp.arange(4096, dtype=jnp.int32))
   share = lambda drop: float(jnp.mean(_system(drop=drop)._classes(batch, KEY) == CLASSES))
   assert abs(share(0.1) - 0.1) < 0.02 and share(0.0) == 0.0 and share(1.0) == 1.0
+
+
+def test_synthetic_codes_are_of_both_vocabularies(system):
+  frozen = frozen_lib.Frozen({}, {}, system.encode)
+  data = encode.open_training_data(system.config, system, frozen, None)
+  with data.batches(0, 64) as batches:
+    batch = next(batches)
+  assert batch.codes.shape == (64, 9) and batch.latents.shape == (64, 4, 4)
+  assert batch.codes.max() == PLAN_CODES - 1 and batch.latents.max() == CODES - 1
+  assert batch.latents.dtype == np.int32
+
+
+def test_a_model_has_a_row_for_each_class():
+  config = config_file.get_config('debug')
+  config.data.tokenizer = 'classes:10'
+  system = systems.build(config.to_dict())
+  with pytest.raises(UserError, match='has 10 tokens, but model.classes is 9'):
+    encode.open_training_data(system.config, system, frozen_lib.Frozen({}, {}, None), None)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,14 @@ def test_the_same_captions_are_drawn_each_time(drawing_system, tmp_path):
   np.testing.assert_array_equal(*images)
 
 
+def test_without_visual_prompts_there_is_one_way_to_draw(drawing_system, tmp_path):
+  system = drawing_system()
+  system.codes = 0
+  assert {name.split('/')[1] for name in _draw(system, tmp_path)} == {'own'}
+  with Image.open(tmp_path / 'samples' / 'step_0000007.png') as grid:
+    assert 2 * 150 < grid.height < 600  # three rows have more
+
+
 def test_nothing_is_drawn_without_generator_or_networks(line_system, drawing_system, tmp_path):
   assert _draw(line_system(), tmp_path) == {}
   system = drawing_system()

@@ -152,3 +152,9 @@ def test_sections_of_the_published_yaml_are_read():
   flat = family.published(family.BARE)
   outside = {field: flat.pop(field) for field in ('n_embed', 'embed_dim')}
   assert family.sizes({**outside, 'ddconfig': flat}) == family.BARE
+
+
+def test_the_codec_names_the_network_and_its_shapes(imported):
+  codec = VqGanCodec(imported.sizes, name='tokens')
+  shapes = jax.tree.map(lambda leaf: leaf.shape, codec.abstract_params())
+  assert shapes == {'tokens': jax.tree.map(lambda leaf: leaf.shape, dict(imported.params))}
