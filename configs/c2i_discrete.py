@@ -95,9 +95,9 @@ def _embedded(config: ConfigDict) -> None:
 def _tiny(config: ConfigDict) -> None:
   _embedded(config)
   config.unroll = True
-  config.steps = (2000,)
-  config.batch_size = (32,)
-  config.model.body = _body(128, 384, 6, 4)
+  config.steps = (1500,)
+  config.batch_size = (16,)
+  config.model.body = _body(128, 384, 4, 4)
   config.optim = {'lr': 1e-3, 'warmup': 50, 'b2': 0.95, 'weight_decay': 0.05, 'ema': 0.995}
   config.log = {'samples': 500, 'evaluate': 250}
 

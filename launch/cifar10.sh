@@ -4,6 +4,7 @@
 #
 #   bash launch/cifar10.sh [an unpacked or downloaded package, instead of the download]
 set -euo pipefail
+given=${1:+$(realpath "$1")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/environment.sh
 
@@ -16,8 +17,8 @@ phase 'set-up' install .venv "$python" "$(accelerator)"
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-package=${1:-$work/package.tgz}
-if [ $# = 0 ]; then
+package=${given:-$work/package.tgz}
+if [ -z "$given" ]; then
   phase 'download' curl -fL --retry 3 -o "$package" "$url" || fail "cannot download $url"
 fi
 if [ -f "$package" ]; then
