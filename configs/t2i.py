@@ -10,7 +10,8 @@ r"""Text to image with visual prompts: VPE in two stages (arXiv 2606.04457).
 `arch=internal`, the default, joins two experts by attention and trains both in its second stage,
 `joint`. `arch=external` has the same parameters and the same first stage, `plan`; its second,
 `render`, trains the picture expert alone on what the frozen token expert makes of true plans: as a
-prefix of its row, or layer by layer (`--config.model.condition=keys`). `arch=single` has one expert.
+prefix of its row, or layer by layer (`--config.model.condition=keys`). `arch=single` has one
+expert.
 
 Presets build one module tree and differ in numbers. `paper` is what the paper ran: 512x512, 576
 codes, 1,024 image tokens, 4.17B parameters, 480 and 192 images a step. Both batches divide over 32
