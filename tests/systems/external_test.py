@@ -120,7 +120,7 @@ def test_stage_render_trains_the_picture_expert_on_the_flow_alone(condition):
   weights = {}
   jax.eval_shape(lambda p: weights.update({n: t.weight for n, t in losses(p).items()}), shapes)
   assert weights == {'next_token': 0.0, 'accuracy': 0.0, 'flow': 1.0}
-  counts = jax.jit(lambda: system.counts(batch, KEY, stage))()
+  counts = jax.jit(lambda: system.counts(batch, KEY, 0, stage))()
   assert float(counts['next_token']) == B * (system.config.model.plan_tokens + 1)
   # The gradient of what is frozen is 0 whatever the numbers: no product leads to it.
   gradient = jax.grad(lambda p: losses(p)['flow'].sum)
