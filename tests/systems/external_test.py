@@ -109,7 +109,7 @@ def test_stage_render_trains_the_picture_expert_on_the_flow_alone(condition):
   system = _made(condition)
   stage, batch = system.stages[1], _batch(system)
   assert stage.losses == ('flow',)
-  assert set(jax.eval_shape(lambda: system.counts(batch, KEY, system.stages[1]))) == {'flow'}
+  assert set(jax.eval_shape(lambda: system.counts(batch, KEY, 0, system.stages[1]))) == {'flow'}
   shapes = jax.eval_shape(system.init, KEY)
   state = jax.eval_shape(lambda p: first_state(p, stage), shapes)
   for held in (state['ema'], state['opt_state']['mu'], state['opt_state']['nu']):
