@@ -24,10 +24,11 @@ paper's 192, and its stages see as many images as the paper's.
 one caption in ten is left out in training, and the plan's logits are led away from those without a
 caption, as the picture is.
 
-On 2 CPU cores: launch/quickstart.sh took 15.4 minutes, set-up and sampling included; 13.5 % of 512
-held-out captions find its pictures among 32 (vpe_jax.evaluate; true pictures 67.0 %). The shipped
-`assets:tiny` (71 minutes: --config.steps="(1600, 5000)" --config.data.examples=65536): 36.3 %. Its
-settings of the drawing were chosen on 128 captions of another seed.
+On 2 CPU cores: launch/quickstart.sh took 15.4 and 17.4 minutes in two calls, set-up and sampling
+included; 13.5 and 15.0 % of 512 held-out captions find their pictures among 32 (vpe_jax.evaluate;
+true pictures 67.0 %). The shipped `assets:tiny` (71 minutes: --config.steps="(1600, 5000)"
+--config.data.examples=65536): 36.3 %. Its settings of the drawing were chosen on 128 captions of
+another seed.
 
 Compiled for pods by launch/compile_all.sh, which writes this table:
 (end of the table)

@@ -20,6 +20,7 @@ from absl import flags
 
 from configs import t2i
 from tests.benchmarks import timing
+from tests.small_systems import redrawn
 from vpe_jax import rng, systems
 from vpe_jax.contracts import Array, Examples, Params, System
 from vpe_jax.sampling import guidance, solver
@@ -75,11 +76,7 @@ def _job(system: System) -> rendering.Job:
 
 def _drawn(system: System) -> Params:
   """Fresh weights with the maps that start at zero redrawn, so that nothing is the identity."""
-  fresh = jax.jit(system.init)(rng.run_key(0))
-  leaves, tree = jax.tree.flatten(fresh)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  drawn = [x + 0.02 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-  return system.prepare(jax.tree.unflatten(tree, drawn))
+  return system.prepare(redrawn(jax.jit(system.init)(rng.run_key(0)), 0.02))
 
 
 def measure_case(name: str) -> dict[str, Any]:

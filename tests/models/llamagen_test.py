@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.small_systems import redrawn
 from vpe_jax.contracts import UserError
 from vpe_jax.models.llamagen import LlamaGen, LlamaGenConfig
 from vpe_jax.models.transformer import TransformerConfig
@@ -18,10 +19,7 @@ MODEL = LlamaGen(SIZES)
 
 @pytest.fixture(scope='module')
 def params():
-  leaves, tree = jax.tree.flatten(jax.jit(MODEL.init)(jax.random.key(0)))
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  drawn = [x + 0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-  return jax.tree.unflatten(tree, drawn)
+  return redrawn(jax.jit(MODEL.init)(jax.random.key(0)), 0.3)
 
 
 @pytest.fixture(scope='module')

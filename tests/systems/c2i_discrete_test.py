@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import c2i_discrete as config_file
+from tests.small_systems import redrawn
 from vpe_jax import rng, sharding, systems
 from vpe_jax.compilation import program
 from vpe_jax.config import MeshConfig, SampleConfig, to_dict
@@ -41,10 +42,7 @@ def system():
 @pytest.fixture(scope='module')
 def params(system):
   """Fresh parameters, redrawn so that no map is zero."""
-  leaves, tree = jax.tree.flatten(jax.jit(system.init)(KEY))
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  drawn = [x + 0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-  return jax.tree.unflatten(tree, drawn)
+  return redrawn(jax.jit(system.init)(KEY), 0.2)
 
 
 def _batch(system, B: int = 4) -> Examples:

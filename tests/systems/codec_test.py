@@ -122,7 +122,7 @@ def test_the_codebook_moves_to_the_latents():
   for _ in range(30):
     state, last = run(state, frozen, batch, KEY)
   assert float(last['loss/distance']) < 0.7 * float(first['loss/distance'])
-  assert float(last['loss/codes_perplexity']) > 2
+  assert float(last['loss/codes_perplexity']) > float(first['loss/codes_perplexity'])
 
 
 def test_a_run_holds_the_networks_of_its_stages_only():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import t2i as config_file
+from tests.small_systems import encoded_examples
 from vpe_jax import rng, systems
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Examples, UserError, Visibility
@@ -41,16 +42,7 @@ def _system(arch='external', preset='debug', stages=None, **model):
 
 
 def _batch(system) -> Examples:
-  draw = np.random.default_rng(0)
-  c, data = system.config.model, system.config.data
-  grid = (B, c.latent_size, c.latent_size, c.latent_channels)
-  return Examples(
-    example=jnp.arange(B, dtype=jnp.int32),
-    text=jnp.asarray(draw.integers(8, 1024, (B, data.text_length)), jnp.int32),
-    text_length=jnp.asarray(draw.integers(1, data.text_length + 1, B), jnp.int32),
-    codes=jnp.asarray(draw.integers(0, c.codes, (B, c.plan_tokens)), jnp.int32),
-    latents=jnp.asarray(draw.standard_normal(grid), jnp.float32),
-  )
+  return encoded_examples(system, B)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from configs import t2i as config_file
+from tests.small_systems import encoded_examples, redrawn
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import MeshConfig, SampleConfig, to_dict
@@ -38,24 +39,11 @@ def system():
 @pytest.fixture(scope='module')
 def params(system):
   """Fresh parameters, but with the zero-started maps redrawn so that nothing is the identity."""
-  fresh = jax.jit(system.init)(KEY)
-  leaves, tree = jax.tree.flatten(fresh)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  drawn = [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-  return jax.tree.unflatten(tree, drawn)
+  return redrawn(jax.jit(system.init)(KEY), 0.1)
 
 
 def _batch(system, B: int = 4) -> Examples:
-  draw = np.random.default_rng(0)
-  c, data = system.config.model, system.config.data
-  grid = (B, c.latent_size, c.latent_size, c.latent_channels)
-  return Examples(
-    example=jnp.arange(B, dtype=jnp.int32),
-    text=jnp.asarray(draw.integers(8, 1024, (B, data.text_length)), jnp.int32),
-    text_length=jnp.asarray(draw.integers(1, data.text_length + 1, B), jnp.int32),
-    codes=jnp.asarray(draw.integers(0, c.codes, (B, c.plan_tokens)), jnp.int32),
-    latents=jnp.asarray(draw.standard_normal(grid), jnp.float32),
-  )
+  return encoded_examples(system, B)
 
 
 def _paths(tree) -> set[str]:
