@@ -25,6 +25,7 @@ from vpe_jax.contracts import UserError
 
 LOAD = 0.5  # of other work, above which a timing says little
 TOLERANCE = 1e-4  # of the largest absolute value
+_PAUSE = 0.5  # seconds before each call: threads of the side before wait in a busy loop for a while
 
 flags.DEFINE_string('json', '', 'file to write the figures to; empty: none')
 flags.DEFINE_bool('force', False, 'measure beside other work too; the JSON says so')
@@ -50,7 +51,7 @@ def main(measure: Callable[[], dict[str, Any]]) -> None:
   front_door.run(command)
 
 
-def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, list[float]]:
+def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:
   """Seconds of each side in each round; a first round, which compiles, isn't counted.
 
   Args:
@@ -60,6 +61,7 @@ def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[s
   seconds: dict[str, list[float]] = {name: [] for name in sides}
   for index in range(rounds + 1):
     for name, call in sides.items():
+      time.sleep(_PAUSE)
       began = time.perf_counter()
       call()
       if index:

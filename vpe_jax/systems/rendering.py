@@ -189,15 +189,19 @@ def null_prefix(job: Job, params: Params, request: Examples) -> Prefix:
 def render(job: Job, params: Params, branches: Mapping[str, Prefix], noise: Array) -> Array:
   """Euler steps from `noise` [B, h, w, C] to latents; both branches of guidance in one batch."""
   both = len(branches) == 2
-  prefix = next(iter(branches.values()))
+  first = prefix = next(iter(branches.values()))
   if both:
     prefix = _join(branches['conditional'], branches['null'])
   at = prefix.body.key.order.shape[1] - prefix.picture.ids.shape[1]
 
   def velocity(x: Array, time: Array) -> Array:
-    rows = guidance.both(x) if both else x
-    clock = jnp.full(rows.shape[:1], 1.0 - time)
-    stream, condition = job.model.picture_stream(params, rows, clock, prefix.picture)
+    # Both branches see the same picture: it is embedded once.
+    stream, condition = job.model.picture_stream(
+      params, x, jnp.full(x.shape[:1], 1.0 - time), first.picture
+    )
+    if both:
+      x, condition = guidance.both(stream.x), guidance.both(condition)
+      stream = mot.Stream(x, prefix.picture.positions, prefix.picture.visibility)
     hidden, _ = job.model.backbone(params, {'dit': stream}, prefix.body, at)
     stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
     out, _ = job.model.head(params, {'dit': stream}, prefix.head, at)
