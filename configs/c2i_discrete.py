@@ -39,31 +39,22 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import class_images, common
 from vpe_jax.checkpoints.families import ibq
 from vpe_jax.codecs.choice import SiglipVqView
 from vpe_jax.config import nearest, to_dict
-
-OPENMOJI = 'smileys,people,animals,food,travel,activities,objects,symbols,flags'
-CIFAR10 = 'airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck'
-IMAGENET = 1_281_167  # pictures
 
 
 def get_config(arg: str = '') -> ConfigDict:
   """The config of a preset, with `vpe=true|false` and, but for `paper`, `data=openmoji|cifar10`."""
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), vpe='true', data='')
-  for name, known in (('vpe', ('true', 'false')), ('data', ('', 'openmoji', 'cifar10'))):
-    if options[name] not in known:
-      raise ValueError(f'{name}={options[name]}{nearest(options[name], known)}')
-  if options['data'] and preset == 'paper':
-    raise ValueError('data= is an option of tiny and debug: paper reads --config.data.source')
+  if options['vpe'] not in (known := ('true', 'false')):
+    raise ValueError(f'vpe={options["vpe"]}{nearest(options["vpe"], known)}')
   config = ConfigDict({'name': 'c2i_discrete', 'preset': preset, 'system': 'c2i_discrete'})
   config.seed, config.stages = 0, ('train',)
   presets[preset](config)
-  if options['data'] == 'cifar10':
-    config.data.update(source='folder:prepared/cifar10/train', tokenizer=f'classes:{CIFAR10}')
-    config.model.classes = 10
+  class_images.choose(config, options)
   config.model.vpe = options['vpe'] == 'true'
   return config
 
@@ -86,9 +77,7 @@ def _body(width: int, mlp: int, layers: int, heads: int) -> dict:
 
 def _embedded(config: ConfigDict) -> None:
   """What `tiny` and `debug` share: 64x64 pictures by group, and the shipped codecs."""
-  config.data = {'source': 'openmoji', 'image_size': 64, 'text_length': 1, 'encode': 'cached'}
-  config.data.update(words='group', tokenizer=f'classes:{OPENMOJI}')
-  config.model = {'classes': 9}
+  class_images.embed(config)
   config.sample = {'guidance': 1.0, 'plan_guidance': 1.0, 'min_p': 0.0}
 
 
@@ -116,12 +105,11 @@ def _debug(config: ConfigDict) -> None:
 
 def _paper(config: ConfigDict) -> None:
   """100 epochs of ImageNet at batch 128, with LlamaGen's optimizer and no average."""
-  config.steps = (100 * IMAGENET // 128,)
+  config.steps = (100 * class_images.IMAGENET // 128,)
   config.batch_size = (128,)
   config.dtype = 'bfloat16'
   config.remat = 'attention'
-  config.data = {'source': 'folder:imagenet/train', 'image_size': 512, 'text_length': 1}
-  config.data.update(encode='cached', words='group', tokenizer='classes:1000')
+  class_images.imagenet(config, 512)
   config.model = {
     'classes': 1000,
     'body': _body(1280, 3584, 36, 20),

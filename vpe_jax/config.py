@@ -23,7 +23,7 @@ from vpe_jax.contracts import UserError
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'full', 'attention', 'dots')  # keys of models.mot.REMAT, not importable here
 ATTENTIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'cudnn')  # of ops.attention
-WEIGHTS = ('raw', 'ema')  # of a run: those of its last step, or their average
+STARTS = ('raw', 'ema', 'state')  # what a run takes from another, see Config.start_weights
 
 
 SOURCES = ('mixture', 'openmoji', 'scenes', 'synthetic')  # or FOLDER and a path
@@ -234,7 +234,9 @@ class Config:
     start: the workdir of another run, whose newest good checkpoint gives a new run all of its
       parameters (empty: none); optimizer, average and data order begin afresh.
     start_weights: which of its parameters: `raw`, or `ema` where its stage keeps an average. What
-      trained in an earlier stage only is at its average in both.
+      trained in an earlier stage only is at its average in both. `state` carries on more than
+      parameters, as if the other run went on: optimizer, average, and its place in the data; steps
+      are counted from 0.
     dtype: compute dtype, `float32` or `bfloat16`; parameters are float32 always.
     remat: what the backward pass recomputes: `none`; `full`, everything in a layer; `attention`,
       everything but the attention itself, whose output and log-sum-exp are kept (one more array of
@@ -278,7 +280,7 @@ def from_dict(values: Mapping[str, Any], model: type) -> Config:
     UserError: a key is unknown, missing, or holds a value of the wrong type or out of range.
   """
   config = _build(Config, dict(values), '', {'model': model})
-  words = {'dtype': DTYPES, 'remat': REMATS, 'attention': ATTENTIONS, 'start_weights': WEIGHTS}
+  words = {'dtype': DTYPES, 'remat': REMATS, 'attention': ATTENTIONS, 'start_weights': STARTS}
   for name, known in words.items():
     word = getattr(config, name)
     if word not in known and not (name == 'attention' and word == ''):

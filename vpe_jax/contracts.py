@@ -195,6 +195,9 @@ class System(Protocol):
     picture_codes: entries of the codebook of discrete pictures; only systems that draw those have
       it.
     starts: weights that a new run starts from; only systems whose config can name some have it.
+    added: regular expressions over paths of parameters that a run may have beyond those of the run
+      whose state it carries on (`config.start_weights=state`), and that start fresh; only systems
+      whose runs fork have it.
   """
 
   config: Any
@@ -206,6 +209,7 @@ class System(Protocol):
   codes: int
   picture_codes: int
   starts: tuple[Start, ...]
+  added: tuple[str, ...]
 
   def init(self, rng: Array) -> Params:
     """Fresh parameters; pure and jittable."""

@@ -82,19 +82,7 @@ def load_run(workdir: str, which: str = 'ema') -> tuple[Params, dict[str, str]]:
   """
   if which not in ('ema', 'raw'):
     raise UserError(f"--weights={which} is neither 'ema' nor 'raw'")
-  wanted = ('params/', 'ema/') if which == 'ema' else ('params/',)
-  folder = storage.place(workdir) / FOLDER
-  store = Store(str(folder), CheckpointConfig())
-  try:
-    found = store.read(lambda path: path.startswith(wanted))
-  finally:
-    store.close()
-  if found is None:
-    raise UserError(
-      f'{workdir} has no checkpoint yet: python -m vpe_jax.main --config=... --workdir={workdir} '
-      'makes one'
-    )
-  leaves, meta = found
+  leaves, meta = read_run(workdir, ('params/', 'ema/') if which == 'ema' else ('params/',))
   raw = _under('params/', leaves)
   averaged = _under('ema/', leaves)
   metadata = {
@@ -106,6 +94,31 @@ def load_run(workdir: str, which: str = 'ema') -> tuple[Params, dict[str, str]]:
     'source': str(workdir),
   }
   return _nested({path: _widened(leaf) for path, leaf in (raw | averaged).items()}), metadata
+
+
+def read_run(
+  workdir: str, beginnings: tuple[str, ...]
+) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
+  """Leaves of a run's state, from its newest good checkpoint, and what that says of itself.
+
+  Args:
+    workdir: of the run, local (`~` is the home folder) or gs://.
+    beginnings: of the paths of the leaves that are read.
+
+  Raises:
+    UserError: the run has no (good) checkpoint, or is out of reach.
+  """
+  store = Store(str(storage.place(workdir) / FOLDER), CheckpointConfig())
+  try:
+    found = store.read(lambda path: path.startswith(beginnings))
+  finally:
+    store.close()
+  if found is None:
+    raise UserError(
+      f'{workdir} has no checkpoint yet: python -m vpe_jax.main --config=... --workdir={workdir} '
+      'makes one'
+    )
+  return found
 
 
 def save(

@@ -56,6 +56,13 @@ class HeadConfig:
     )
 
 
+def waves(clock: Array) -> Array:
+  """Cosines, then sines of clocks [B], at falling frequencies: [B, 1, 2 * FREQUENCIES] float32."""
+  freq = np.exp(-np.log(1e4) * np.arange(FREQUENCIES, dtype=np.float64) / FREQUENCIES)
+  angle = clock.astype(jnp.float32)[:, None, None] * freq.astype(np.float32)
+  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
 class TimeEmbedding(nn.Module):
   """Show-o2's clock (0 noise, 1 data; not multiplied by anything) as a vector.
 
@@ -69,10 +76,7 @@ class TimeEmbedding(nn.Module):
   @nn.compact
   def __call__(self, clock: Array) -> tuple[Array, Array]:
     """Condition [B, 1, head width] and time token [B, 1, width] for clocks [B]."""
-    freq = np.exp(-np.log(1e4) * np.arange(FREQUENCIES, dtype=np.float64) / FREQUENCIES)
-    angle = clock.astype(jnp.float32)[:, None, None] * freq.astype(np.float32)
-    waves = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-    hidden = Dense(self.config.width, name='in')(waves)
+    hidden = Dense(self.config.width, name='in')(waves(clock))
     condition = Dense(self.config.width, name='out')(jax.nn.silu(hidden))
     return condition, Dense(self.width, name='token')(condition)
 

@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from vpe_jax import rng as rng_lib
 from vpe_jax.contracts import Array
 
 
@@ -41,6 +42,24 @@ def token_shift(tokens: int) -> float:
 def sample_time(key: Array, shift: float) -> Array:
   """One training time: a logit-normal draw (mean 0, deviation 1), shifted; float32 scalar."""
   return shift_time(jax.nn.sigmoid(jax.random.normal(key)), shift)
+
+
+def noised(data: Array, shift: float, key: Array, example: Array) -> tuple[Array, Array, Array]:
+  """What a network sees of a batch in training, and what it is to say.
+
+  Args:
+    data: [B, ...].
+    shift: of the times, see `sample_time`.
+    key: of the run.
+    example: indices [B], which key each example's time and noise.
+
+  Returns:
+    x_t [B, ...], times [B] and velocities [B, ...], float32.
+  """
+  time = rng_lib.per_example(lambda k: sample_time(k, shift), key, 'time', example)
+  normal = lambda k: jax.random.normal(k, data.shape[1:])
+  noise = rng_lib.per_example(normal, key, 'noise', example)
+  return path(data, noise, time), time, target(data, noise)
 
 
 def squared_error(prediction: Array, wanted: Array) -> Array:

@@ -19,6 +19,7 @@ SYSTEMS = {
   'siglip': 'vpe_jax.systems.siglip',
   'codec': 'vpe_jax.systems.codec',
   'c2i_discrete': 'vpe_jax.systems.c2i_discrete',
+  'c2i_continuous': 'vpe_jax.systems.c2i_continuous',
 }
 
 

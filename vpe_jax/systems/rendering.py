@@ -165,7 +165,7 @@ def decode(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Arr
   )
   if led:
     region, rest, hidden = jax.tree.map(lambda leaf: leaf[:B], (region, rest, hidden))
-    body = _first(body, B)
+    body = mot.first(body, B)
   return codes, Decoded(region, rest, hidden, body)
 
 
@@ -246,39 +246,12 @@ def _slot(region: Region, at: Array) -> Region:
   return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, 1, 1), region)
 
 
-def _batch_axis(cache: mot.Cache) -> int:
-  """Stacked caches have the layers in front."""
-  return 0 if isinstance(cache.k, tuple) else 1
-
-
-def _first(cache: mot.Cache, count: int) -> mot.Cache:
-  """The cache of the first rows of a batch."""
-  axis = _batch_axis(cache)
-  cut = lambda leaf: jax.lax.slice_in_dim(leaf, 0, count, axis=axis)
-  k, v = jax.tree.map(cut, (cache.k, cache.v))
-  return mot.Cache(k, v, jax.tree.map(lambda leaf: leaf[:count], cache.key))
-
-
 def repeated(prefix: Prefix, count: int) -> Prefix:
   """A prefix of one row, for a batch of `count`."""
-  rows = lambda tree, axis: jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis), tree)
-
-  def cache(one: mot.Cache) -> mot.Cache:
-    axis = _batch_axis(one)
-    return mot.Cache(rows(one.k, axis), rows(one.v, axis), rows(one.key, 0))
-
-  return Prefix(cache(prefix.body), cache(prefix.head), rows(prefix.picture, 0))
+  picture = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, 0), prefix.picture)
+  return Prefix(mot.repeat(prefix.body, count), mot.repeat(prefix.head, count), picture)
 
 
 def _join(first: Prefix, second: Prefix) -> Prefix:
-  def cache(a: mot.Cache, b: mot.Cache) -> mot.Cache:
-    axis = _batch_axis(a)
-    return mot.Cache(
-      concatenate([a.k, b.k], axis), concatenate([a.v, b.v], axis), concatenate([a.key, b.key], 0)
-    )
-
-  return Prefix(
-    cache(first.body, second.body),
-    cache(first.head, second.head),
-    concatenate([first.picture, second.picture], 0),
-  )
+  picture = concatenate([first.picture, second.picture], 0)
+  return Prefix(mot.join(first.body, second.body), mot.join(first.head, second.head), picture)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,10 @@ from vpe_jax.checkpoints import convert, converted, weights
 from vpe_jax.config import Config
 from vpe_jax.contracts import Array, Params, Start, UserError
 from vpe_jax.sharding import by_path
+from vpe_jax.training.state import State
+
+_CARRIED = ('params/', 'opt_state/', 'ema/', 'examples_seen')  # of the state of a run
+_TREES = '(?:params|opt_state/mu|opt_state/nu|ema)/'  # where a parameter's path stands behind
 
 
 def load(starts: Sequence[Start], abstract: Params) -> dict[str, Array]:
@@ -22,7 +27,7 @@ def load(starts: Sequence[Start], abstract: Params) -> dict[str, Array]:
     abstract: the system's parameters, with their shardings.
 
   Returns:
-    Path -> array, for every parameter that the weights fill, sharded as `abstract` is.
+    Path in the state -> array, for every parameter that the weights fill, sharded as `abstract` is.
 
   Raises:
     UserError: weights are missing, don't fit, or are of another size.
@@ -31,32 +36,54 @@ def load(starts: Sequence[Start], abstract: Params) -> dict[str, Array]:
   for start in starts:
     for path, leaf in by_path(_read(start, wanted)).items():
       for target in _targets(start, path):
-        found[target] = _as(leaf, wanted[target], start.source, target)
+        found[f'params/{target}'] = _as(leaf, wanted[target], start.source, target)
   return found
 
 
-def from_run(config: Config, abstract: Params) -> dict[str, Array]:
-  """Reads all parameters of the run that `config.start` names, from its newest good checkpoint.
+def from_run(config: Config, abstract: State, added: Sequence[str] = ()) -> dict[str, Array]:
+  """Reads what a new run takes from the run that `config.start` names: its newest good checkpoint.
+
+  With `config.start_weights` of `state` that is all of its state but for its steps: parameters,
+  optimizer, average, and where it was in the data. Else the parameters alone.
 
   Args:
     config: says which run, and which of its weights.
-    abstract: our parameters, with their shardings.
+    abstract: our first state, with its shardings.
+    added: regular expressions over the paths of parameters that the other run may lack, where its
+      state is carried on.
 
   Returns:
-    Path -> array for every parameter, sharded as `abstract` is.
+    Path in the state -> array, sharded as `abstract` is; all but what is added.
 
   Raises:
     UserError: there is no such run, or its parameters are not ours in paths and shapes.
   """
-  params, _ = weights.load_run(config.start, config.start_weights)
-  found, wanted = by_path(params), by_path(abstract)
-  if difference := weights.mismatch(wanted, found):
-    path, ours, theirs = difference
-    raise UserError(
-      f"config.start={config.start} has other parameters than this config: '{path}' is {theirs} "
-      f'there and {ours} here; name a run of the same sizes, or give config.model its sizes'
-    )
+  carries = config.start_weights == 'state'
+  if carries:
+    found, _ = weights.read_run(config.start, _CARRIED)
+  else:
+    found = by_path({'params': weights.load_run(config.start, config.start_weights)[0]})
+
+  def is_wanted(path: str) -> bool:
+    fresh = carries and any(re.match(f'{_TREES}(?:{pattern})', path) for pattern in added)
+    return path.startswith(_CARRIED if carries else 'params/') and (path in found or not fresh)
+
+  wanted = {path: leaf for path, leaf in by_path(abstract).items() if is_wanted(path)}
+  _check(wanted, found, config.start)
   return {path: _as(leaf, wanted[path], config.start, path) for path, leaf in found.items()}
+
+
+def _check(wanted: Mapping[str, Any], found: Mapping[str, Any], source: str) -> None:
+  """Refuses the state of another run unless it is ours in paths and shapes."""
+  for beginning in ('params/', ''):  # Parameters come first: what else there is follows them.
+    of = lambda leaves, b=beginning: {path: leaves[path] for path in leaves if path.startswith(b)}
+    if difference := weights.mismatch(of(wanted), of(found)):
+      path, ours, theirs = difference
+      raise UserError(
+        f'config.start={source} has other parameters than this config: '
+        f"'{path.removeprefix('params/')}' is {theirs} there and {ours} here; name a run of the "
+        'same sizes, or give config.model its sizes'
+      )
 
 
 def _read(start: Start, wanted: Mapping[str, Any]) -> Params:

@@ -104,7 +104,7 @@ def fresh_state(system: System, abstract: State, frozen: Params, key: Array) -> 
     UserError: weights that the run starts from are missing or don't fit.
   """
   if system.config.start:
-    loaded = pretrained.from_run(system.config, abstract['params'])
+    loaded = pretrained.from_run(system.config, abstract, getattr(system, 'added', ()))
   else:
     loaded = pretrained.load(getattr(system, 'starts', ()), abstract['params'])
 
@@ -113,8 +113,9 @@ def fresh_state(system: System, abstract: State, frozen: Params, key: Array) -> 
     if hasattr(system, 'inherit'):
       params = system.inherit(params, frozen, rng.stream(key, 'inherit'))
     # What is loaded is never drawn: the compiler leaves out what nothing reads.
-    params = merge(convert.tree(loaded), params)
-    return first_state(params, system.stages[0])
+    given = dict(convert.tree(loaded))
+    params = merge(given.pop('params', {}), params)
+    return merge(given, first_state(params, system.stages[0]))
 
   # A CPU compiles this program for longer than it runs, more so if it is to run fast.
   quickly = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None

@@ -139,7 +139,8 @@ def _updated(state: State, trainable: Params, gradient: Params, optim: OptimConf
   )
   average = state['ema']
   if average:
-    average = ema.update(average, params, state['stage_step'], optim.ema)
+    # Not the stage's step: a run that carries another's average on has more updates behind it.
+    average = ema.update(average, params, state['opt_state']['count'], optim.ema)
   return {'params': params, 'opt_state': opt_state, 'ema': average}
 
 

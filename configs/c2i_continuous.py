@@ -1,0 +1,136 @@
+r"""Class to image by flow matching: Transfusion with and without visual prompt (arXiv 2606.04457).
+
+  python -m vpe_jax.main --config=configs/c2i_continuous.py             (tiny, any machine)
+  python -m vpe_jax.main --config=configs/c2i_continuous.py:debug       (seconds)
+  python -m vpe_jax.sample --workdir=runs/c2i_continuous-tiny --prompt=animals --n=8
+
+The paper's fork is three commands: the run that both share, and a branch each, which carry its
+parameters, optimizer, average and place in the data on:
+
+  python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,vpe=false --workdir=runs/shared
+  python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,vpe=false,fork=runs/shared \
+      --workdir=runs/baseline
+  python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,vpe=true,fork=runs/shared \
+      --workdir=runs/vpe
+
+`vpe=false` trains `[cls] x`, `vpe=true` `[cls] s_1 .. s_P x`: 257 and 378 tokens at paper size. All
+rows of a run are equally long, so the paper's packs of 10,240 tokens are batches: 39 and 27 rows,
+times the 8 devices that `paper` assumes. 359.9M parameters, and 14.68M in rows of codes (the paper
+prints 0.36-0.37B and 0.02B). `tiny` and `debug` draw 64x64 pictures as configs/c2i_discrete.py
+does, `data=cifar10` included; `paper` is 256x256 on ImageNet, as described there.
+
+Left open by the paper, with what is the default here and what else there is:
+  the autoencoder                Wan 2.1's, patches of 2 x 2 latents: 256 tokens
+  time and place                 embeddings of both are added to a picture's tokens, which share one
+                                 rotary position, the one after the plan's last (BAGEL)
+  the plan's rows                tied, in and out
+  S of Eq. 3                     the steps of the branch (config.steps); model.vp_schedule=sigmoid,
+                                 linear, constant (always model.ce_start), off (always 1)
+  the fork                       carries optimizer and average into both branches, without warm-up
+  times                          logit-normal, not shifted (model.time_shift=1)
+  the null class                 `paper` has none, as it draws without guidance; elsewhere one
+                                 example in ten (model.drop) has neither class nor plan
+
+Compiled for pods by launch/compile_all.sh, which writes this table:
+(end of the table)
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import class_images, common
+from vpe_jax.checkpoints.families import wan_vae
+from vpe_jax.codecs.choice import SiglipVqView
+from vpe_jax.config import nearest, to_dict
+
+PACK = 10_240  # tokens of the paper's packed rows
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The config of a preset, with `vpe=true|false`, `fork=RUN`, and `data=openmoji|cifar10`."""
+  presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
+  preset, options = common.parse_arg(arg, tuple(presets), vpe='true', fork='', data='')
+  if options['vpe'] not in (known := ('true', 'false')):
+    raise ValueError(f'vpe={options["vpe"]}{nearest(options["vpe"], known)}')
+  config = ConfigDict({'name': 'c2i_continuous', 'preset': preset, 'system': 'c2i_continuous'})
+  config.seed, config.stages = 0, ('train',)
+  vpe = options['vpe'] == 'true'
+  presets[preset](config, vpe)
+  class_images.choose(config, options)
+  config.model.vpe = vpe
+  if options['fork']:
+    # 130,000 shared steps, 136,000 of a branch.
+    config.steps = (round(config.steps[0] * 136 / 130),)
+    config.start, config.start_weights = options['fork'], 'state'
+    config.optim.warmup = 0
+  return config
+
+
+def _body(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict:
+  return {
+    'width': width,
+    'mlp': mlp,
+    'layers': layers,
+    'heads': heads,
+    'kv_heads': kv_heads,
+    'head_width': width // heads,
+  }
+
+
+def _embedded(config: ConfigDict) -> None:
+  """What `tiny` and `debug` share: pictures by group, the shipped codecs, and their grids."""
+  class_images.embed(config)
+  config.model.update(latent_size=16, latent_channels=4, patch=2, drop=0.1)
+
+
+def _tiny(config: ConfigDict, vpe: bool) -> None:
+  del vpe
+  _embedded(config)
+  config.unroll = True
+  config.steps = (1500,)
+  config.batch_size = (64,)
+  config.model.body = _body(128, 512, 4, 4, 2) | {'rope_theta': 1e4}
+  config.optim = {'lr': 1e-3, 'warmup': 50, 'b2': 0.98, 'ema': 0.995}
+  config.sample = {'steps': 20, 'shift': 1.0, 'guidance': 2.0, 'min_p': 0.0}
+  config.log = {'samples': 500, 'evaluate': 250}
+
+
+def _debug(config: ConfigDict, vpe: bool) -> None:
+  del vpe
+  _embedded(config)
+  config.quick_compile = True
+  config.steps = (12,)
+  config.batch_size = (8,)
+  config.data.examples = 256
+  config.model.body = _body(32, 64, 2, 2, 1)
+  config.optim = {'lr': 1e-3, 'warmup': 4, 'ema': 0.9}
+  config.sample = {'steps': 4, 'shift': 1.0, 'guidance': 2.0, 'min_p': 0.0}
+  config.log = {'every': 4, 'samples': 12, 'evaluate': 12}
+  config.checkpoint = {'every': 5}
+
+
+def _paper(config: ConfigDict, vpe: bool) -> None:
+  """A pack on each of 8 devices, with BAGEL's optimizer, from Qwen2.5-0.5B."""
+  config.steps = (130_000,)
+  config.batch_size = (8 * (PACK // (378 if vpe else 257)),)
+  config.dtype = 'bfloat16'
+  config.remat = 'attention'
+  class_images.imagenet(config, 256)
+  config.model = {
+    'classes': 1000,
+    'latent_size': 32,
+    'latent_channels': 16,
+    'patch': 2,
+    'body': _body(896, 4864, 24, 14, 2),
+    'init_from': 'Qwen/Qwen2.5-0.5B',
+    'siglip_vq': to_dict(SiglipVqView(image_size=176)),
+    'vae': to_dict(wan_vae.BARE) | {'family': 'wan_vae'},
+    'weights': {
+      'siglip_vq': 'zai-org/GLM-Image:vision_language_encoder',
+      'image': 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers:vae',
+    },
+  }
+  config.optim = {'lr': 1e-4, 'warmup': 2000, 'b2': 0.95, 'eps': 1e-15, 'ema': 0.9999}
+  config.sample = {'steps': 49, 'shift': 3.0, 'guidance': 1.0, 'min_p': 0.0}
+  config.checkpoint = {'every': 1000, 'keep': 3}

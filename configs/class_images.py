@@ -1,0 +1,42 @@
+"""What class-to-image configs share: pictures by class, and the names of their classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+from vpe_jax.config import nearest
+
+OPENMOJI = 'smileys,people,animals,food,travel,activities,objects,symbols,flags'
+CIFAR10 = 'airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck'
+IMAGENET = 1_281_167  # pictures
+
+
+def embed(config: ConfigDict) -> None:
+  """64x64 pictures by group, for the shipped codecs: what `tiny` and `debug` train on."""
+  config.data = {'source': 'openmoji', 'image_size': 64, 'text_length': 1, 'encode': 'cached'}
+  config.data.update(words='group', tokenizer=f'classes:{OPENMOJI}')
+  config.model = {'classes': 9}
+
+
+def imagenet(config: ConfigDict, image_size: int) -> None:
+  """A folder of class folders, named by --config.data.source; 1,000 classes."""
+  config.data = {'source': 'folder:imagenet/train', 'image_size': image_size, 'text_length': 1}
+  config.data.update(encode='cached', words='group', tokenizer='classes:1000')
+
+
+def choose(config: ConfigDict, options: Mapping[str, str]) -> None:
+  """Takes CIFAR-10 in place of OpenMoji where the option `data` asks for it.
+
+  Raises:
+    ValueError: the option is none of `openmoji` and `cifar10`, or the preset has no choice.
+  """
+  data, known = options['data'], ('', 'openmoji', 'cifar10')
+  if data not in known:
+    raise ValueError(f'data={data}{nearest(data, known)}')
+  if data and config.preset == 'paper':
+    raise ValueError('data= is an option of tiny and debug: paper reads --config.data.source')
+  if data == 'cifar10':
+    config.data.update(source='folder:prepared/cifar10/train', tokenizer=f'classes:{CIFAR10}')
+    config.model.classes = 10

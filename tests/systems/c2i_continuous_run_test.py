@@ -1,0 +1,89 @@
+"""Runs on pictures in folders of classes, and their fork, in one process."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import c2i_continuous as config_file
+from vpe_jax import systems
+from vpe_jax.checkpoints import weights
+from vpe_jax.contracts import UserError
+from vpe_jax.generator import Generator
+from vpe_jax.sharding import by_path
+from vpe_jax.training import loop, metrics
+
+pytestmark = pytest.mark.slow
+SHARED, BRANCH = 3, 2
+
+
+def _train(folder, name, arg, steps, **changes):
+  config = config_file.get_config(arg)
+  config.steps = (steps,)
+  config.data.update(source=f'folder:{folder / "data"}', examples=0, tokenizer='classes:red,blue')
+  config.data.image_size, config.model.latent_size = 32, 8
+  config.model.classes, config.model.body.layers = 2, 1
+  config.optim.warmup = 0
+  config.log.update(every=1, samples=0, evaluate=0)
+  config.update(changes)
+  system = systems.build(config.to_dict())
+  return loop.train(system.config, system, str(folder / name))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Pictures, and the run that both branches share."""
+  folder = tmp_path_factory.mktemp('fork')
+  for name in ('red', 'blue'):
+    (folder / 'data' / name).mkdir(parents=True)
+    for side in range(8):
+      picture = Image.new('RGB', (40, 40), 'white')
+      picture.paste(name, (0, 0, 8 + 4 * side, 20))
+      picture.save(folder / 'data' / name / f'{side}.png')
+  _train(folder, 'shared', 'debug,vpe=false', SHARED)
+  return folder
+
+
+def _same(ours, theirs):
+  assert ours.keys() == theirs.keys()
+  for path, leaf in ours.items():
+    np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
+
+
+def test_a_branch_without_plan_is_the_run_that_goes_on(folder):
+  long = _train(folder, 'long', 'debug,vpe=false', SHARED + BRANCH)
+  fork = f'debug,vpe=false,fork={folder / "shared"}'
+  branch = _train(folder, 'baseline', fork, BRANCH)
+  for tree in ('params', 'ema', 'opt_state'):
+    _same(by_path(branch[tree]), by_path(long[tree]))
+  assert int(branch['step']) == BRANCH and int(long['step']) == SHARED + BRANCH
+  assert int(branch['examples_seen']) == int(long['examples_seen'])
+
+
+def test_a_branch_with_plan_carries_all_but_the_rows_of_codes(folder):
+  fork = f'debug,vpe=true,fork={folder / "shared"}'
+  state = _train(folder, 'vpe', fork, 1, log={'every': 1, 'samples': 1, 'evaluate': 0})
+  assert int(state['opt_state']['count']) == SHARED + 1
+  assert 'plan' in state['params']['embed'] and 'plan' in state['ema']['embed']
+  record = metrics.read(folder / 'vpe')[0]
+  assert {'loss/flow', 'loss/next_token'} <= set(record)
+  assert abs(record['loss/next_token'] - np.log(512)) < 0.5  # Fresh rows know nothing yet.
+  before, _ = weights.load_run(str(folder / 'shared'), 'raw')
+  before, after = by_path(before), by_path(state['params'])
+  assert set(after) - set(before) == {'embed/plan'}
+  for path, leaf in before.items():  # One small step from where the other run was.
+    np.testing.assert_allclose(after[path], leaf, atol=3e-3)
+  drawn = Generator.load(str(folder / 'vpe'))(['red', 'blue'], n=1, seed=1)
+  assert drawn[0].image.shape == (32, 32, 3) and drawn[0].codes.shape == (36,)
+
+
+def test_forks_of_what_does_not_fit_are_named(folder):
+  with pytest.raises(UserError, match="other parameters than this config: 'embed/plan' is"):
+    # A run with a plan isn't the beginning of one without.
+    _train(folder, 'back', f'debug,vpe=false,fork={folder / "vpe"}', 1)
+  with pytest.raises(UserError, match='ema/embed/classes.* is absent there'):
+    _train(folder, 'off', 'debug,vpe=false', 1, optim={'ema': 0.0, 'warmup': 0})
+    _train(folder, 'on', f'debug,vpe=false,fork={folder / "off"}', 1)
+  assert jax.process_count() == 1

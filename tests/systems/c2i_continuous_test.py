@@ -1,0 +1,253 @@
+"""Transfusion with a visual prompt: rows, losses, guidance, and drawing with a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import c2i_continuous as config_file
+from tests.small_systems import redrawn
+from vpe_jax import rng, sharding, systems
+from vpe_jax.config import MeshConfig
+from vpe_jax.contracts import Examples, UserError, visible
+from vpe_jax.models.transfusion import grid_waves
+from vpe_jax.objectives import flow_matching
+from vpe_jax.sampling import guidance, solver
+from vpe_jax.systems import class_rendering
+
+KEY = rng.run_key(0)
+P, N, CLASSES = 9, 16, 9
+
+
+def _system(arg: str = 'debug', **model):
+  """A small system on synthetic codes: 3 x 3 of a plan, 4 x 4 tokens of a picture."""
+  config = config_file.get_config(arg)
+  if not arg.startswith('paper'):
+    config.data.update(source='synthetic', image_size=32)
+    config.model.visual_prompt = {'codes': 24, 'siglip': {'image_size': 24, 'patch': 8}}
+    config.model.latent_size = 8
+  config.model.update(model)
+  return systems.build(config.to_dict())
+
+
+@pytest.fixture(scope='module')
+def system():
+  return _system()
+
+
+@pytest.fixture(scope='module')
+def params(system):
+  return redrawn(jax.jit(system.init)(KEY), 0.2)
+
+
+def _batch(system, B: int = 4) -> Examples:
+  draw = np.random.default_rng(0)
+  plan, latents = system.abstract_encoded(B)
+  return Examples(
+    example=jnp.arange(B, dtype=jnp.int32),
+    text=jnp.asarray(draw.integers(0, CLASSES, (B, 1)), jnp.int32),
+    text_length=jnp.ones((B,), jnp.int32),
+    codes=jnp.asarray(draw.integers(0, max(system.codes, 1), plan.shape), jnp.int32),
+    latents=jnp.asarray(draw.standard_normal(latents.shape), jnp.float32),
+  )
+
+
+@pytest.fixture(scope='module')
+def losses(system, params):
+  """The losses of batches that share their shapes, compiled once."""
+  call = lambda batch, step: system.losses(params, {}, batch, KEY, step, system.stages[0])
+  return jax.jit(call)
+
+
+def _abstract(arg: str):
+  return jax.eval_shape(_system(arg).init, KEY)
+
+
+def _total(tree) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def test_paper_totals_lengths_and_batches_are_the_papers():
+  """reference: body 357.90M, classes .896M, time 1.034M, both ends .116M; 14.68M rows of codes."""
+  plain, planned = _abstract('paper,vpe=false'), _abstract('paper')
+  assert abs(_total(plain) - 359.94e6) < 0.01e6
+  assert _total(planned) - _total(plain) == 16_384 * 896
+  assert abs(_total((plain['layers'], plain['norm'])) - 357.90e6) < 0.01e6
+  for arg, length, rows in (('paper', 378, 27), ('paper,vpe=false', 257, 39)):
+    system = _system(arg)
+    assert system.tokens(system.stages[0]) == length and 10_240 // length == rows
+    assert system.config.batch_size == (8 * rows,)
+    assert system.model.config.image_tokens == 256 and length == 1 + 256 + len(
+      range(1, length - 256)
+    )
+
+
+def test_presets_build_one_module_tree_that_shards_evenly():
+  trees = [set(sharding.by_path(_abstract(arg))) for arg in ('debug', 'tiny', 'paper')]
+  assert trees[0] == trees[1] == trees[2]
+  assert trees[0] - set(sharding.by_path(_abstract('paper,vpe=false'))) == {'embed/plan'}
+  mesh, params = sharding.make_mesh(MeshConfig()), _abstract('paper')
+  axes = _system('paper').logical_axes
+  shardings = sharding.param_shardings(params, axes, mesh, 'fsdp')
+  sharding.check_sharded_enough(params, shardings)
+
+
+def test_a_row_is_causal_but_for_its_picture(system):
+  row = system.model.row(jnp.array([True, False]))
+  mask, first = np.asarray(visible(row.visibility, row.visibility)), 1 + P
+  wanted = np.tril(np.ones((first + N, first + N), bool))
+  wanted[first:] = True
+  np.testing.assert_array_equal(mask[0], wanted)
+  # Without a plan: class and picture alone.
+  wanted[1:first] = wanted[:, 1:first] = False
+  np.testing.assert_array_equal(mask[1], wanted)
+  positions = np.asarray(row.positions)
+  assert positions[0].tolist() == [*range(first), *[first] * N]
+  assert positions[1, 0] == 0 and (positions[1, first:] == 1).all()
+
+
+def test_places_of_the_grid_are_told_apart_by_column_and_row():
+  table = grid_waves(4, 16).reshape(4, 4, 4, 4)  # row, column, part, frequency
+  np.testing.assert_array_equal(table[0, :, :2], table[3, :, :2])  # The column's half.
+  np.testing.assert_array_equal(table[:, 0, 2:], table[:, 3, 2:])  # The row's.
+  np.testing.assert_allclose(table[2, 3, 0, 0], np.sin(3.0), rtol=1e-6)
+  np.testing.assert_allclose(table[2, 3, 3], np.cos(2 * 1e4 ** (-np.arange(4) / 4)), rtol=1e-5)
+
+
+def test_codes_are_predicted_from_those_before_and_the_flow_from_all(system, params):
+  """What each output depends on, by gradient, through the whole network."""
+  model, batch = system.model, _batch(system, 1)
+  keep = jnp.ones((1,), bool)
+  x = jnp.zeros((1, 1 + P + N, model.config.body.width)) + jax.random.normal(KEY, (1, 1 + P + N, 1))
+
+  def states(x):
+    return model.states(params, model.row(keep).stream(x))[0]
+
+  jacobian = jax.jacrev(lambda x: jnp.sum(jnp.square(states(x)), -1)[0])(x)
+  depends = np.abs(np.asarray(jacobian[:, 0])).max(-1) > 0
+  row = model.row(keep)
+  np.testing.assert_array_equal(depends, np.asarray(visible(row.visibility, row.visibility)[0]))
+  assert batch.codes.shape == (1, P)
+
+
+def test_losses_are_the_flow_and_the_plans_cross_entropy(system, params, losses):
+  batch, c = _batch(system), system.config.model
+  terms = losses(batch, jnp.int32(0))
+  keep = system._keep(batch, KEY)
+  assert {n: float(t.count) for n, t in terms.items()} == {
+    'flow': 4 * 8 * 8 * 4,
+    'next_token': P * int(keep.sum()),
+    'accuracy': P * int(keep.sum()),
+  }
+  x, time, target = flow_matching.noised(batch.latents, c.time_shift, KEY, batch.example)
+  classes = jnp.where(keep, batch.text[:, 0], CLASSES)
+  hidden, velocity = system.model(params, classes, batch.codes, keep, (x, time))
+  error = float(jnp.sum(jnp.square(velocity - target)))
+  np.testing.assert_allclose(float(terms['flow'].sum), error, rtol=1e-5)
+  logits = jax.nn.log_softmax(system.model.logits(params, hidden[:, :-1]))
+  picked = jnp.take_along_axis(logits, batch.codes[..., None], -1)[..., 0]
+  wanted = -float(jnp.sum(jnp.where(keep[:, None], picked, 0.0)))
+  np.testing.assert_allclose(float(terms['next_token'].sum), wanted, rtol=1e-5)
+
+
+def test_the_weight_of_the_plan_follows_eq_3(system, losses):
+  batch, total = _batch(system), system.config.steps[0]
+  weights = [float(losses(batch, jnp.int32(s * total // 4))['next_token'].weight) for s in range(5)]
+  np.testing.assert_allclose(weights, [0.03047, 0.03531, 0.065, 0.09469, 0.09953], atol=2e-5)
+  other = _system(vp_schedule='off')
+  term = jax.eval_shape(
+    lambda p: other.losses(p, {}, batch, KEY, jnp.int32(0), other.stages[0])['next_token'],
+    jax.eval_shape(other.init, KEY),
+  )
+  assert term.sum.shape == ()
+
+
+def test_without_a_plan_there_is_the_flow_alone():
+  system = _system('debug,vpe=false')
+  batch = _batch(system)
+  assert batch.codes.shape == (4, 0) and system.codes == 0
+  assert 'visual_prompt' not in system.config.model.frozen_weights
+  params = redrawn(jax.jit(system.init)(KEY), 0.2)
+  assert 'plan' not in params['embed']
+  terms = system.losses(params, {}, batch, KEY, jnp.int32(0), system.stages[0])
+  assert set(terms) == {'flow'} and float(terms['flow'].weight) == 1.0
+  assert set(system.counts(batch, KEY, 0, system.stages[0])) == {'flow'}
+
+
+@pytest.mark.parametrize('given', [True, False])
+@pytest.mark.parametrize('scale', [1.0, 2.0, 0.0])
+def test_drawing_with_a_cache_equals_whole_rows(system, params, scale, given):
+  settings = dataclasses.replace(system.config.sample, guidance=scale, steps=3)
+  request = _batch(system, 3)
+  request = dataclasses.replace(request, latents=None, codes=request.codes if given else None)
+  draw = jax.jit(lambda p, r: class_rendering.draw(system.model, settings, p, r, KEY))
+  plan, latents = draw(system.prepare(params), request)
+  if given:
+    np.testing.assert_array_equal(plan, request.codes)
+  normal = lambda key: jax.random.normal(key, (8, 8, 4))
+  noise = rng.per_example(normal, KEY, 'noise', request.example)
+  null = jnp.full((3,), CLASSES, jnp.int32)
+
+  @jax.jit
+  def velocity(x, time):
+    run = lambda classes, keep: system.model(
+      params, classes, plan, jnp.full((3,), keep), (x, jnp.full((3,), time))
+    )
+    told, untold = run(request.text[:, 0], True)[1], run(null, False)[1]
+    return guidance.classifier_free(told, untold, scale)
+
+  whole = solver.euler(velocity, noise, solver.time_grid(3, settings.shift))
+  np.testing.assert_allclose(latents, whole, atol=1e-4)
+
+
+def test_a_greedy_plan_is_the_argmax_of_whole_rows(system, params):
+  settings = dataclasses.replace(system.config.sample, guidance=1.0, temperature=0.0, steps=1)
+  request = dataclasses.replace(_batch(system, 4), codes=None, latents=None)
+  plan, _ = class_rendering.draw(system.model, settings, params, request, KEY)
+  x = (jnp.zeros((4, 8, 8, 4)), jnp.ones((4,)))
+  hidden, _ = system.model(params, request.text[:, 0], plan, jnp.ones((4,), bool), x)
+  wanted = jnp.argmax(system.model.logits(params, hidden[:, :-1]), -1)
+  np.testing.assert_array_equal(plan, wanted)
+
+
+def test_guidance_that_the_model_cannot_do_is_named(params):
+  system = _system(drop=0.0)
+  request = dataclasses.replace(_batch(system, 1), latents=None)
+  sample = system.config.sample
+  cases = [
+    (dataclasses.replace(sample, guidance=2.0), 'without a null class'),
+    (dataclasses.replace(sample, guidance=1.0, plan_guidance=2.0), 'set sample.plan_guidance=1'),
+  ]
+  for settings, message in cases:
+    with pytest.raises(UserError, match=message):
+      system.generate(params, {}, request, KEY, settings)
+
+
+def test_wrong_sections_are_named():
+  for wrong, message in (
+    ({'drop': 1.5}, 'model.drop'),
+    ({'vp_schedule': 'cosine'}, 'model.vp_schedule'),
+    ({'patch': 3}, 'patch'),
+    ({'latent_channels': 5}, 'model.latent_channels is 5'),
+    ({'time_shift': 0.0}, 'model.time_shift'),
+  ):
+    with pytest.raises(UserError, match=message):
+      _system(**wrong)
+  with pytest.raises(ValueError, match='vpe=maybe'):
+    config_file.get_config('tiny,vpe=maybe')
+
+
+def test_flops_are_those_of_the_compiled_step(system, params):
+  """Forward alone, dense attention: XLA's count of matrix products."""
+  from vpe_jax.models import transfusion
+  from vpe_jax.ops.flops import matrix_flops
+
+  batch = _batch(system, 1)
+  call = lambda p, b: system.losses(p, {}, b, KEY, jnp.int32(0), system.stages[0])
+  counted = matrix_flops(call, params, batch)
+  formula = sum(transfusion.forward_flops(system.model.config).values())
+  np.testing.assert_allclose(counted, formula, rtol=0.03)

@@ -1,0 +1,284 @@
+"""Transfusion: a class, the codes of a plan, and a noisy picture in one decoder.
+
+Transfusion: Predict the Next Token and Diffuse Images with One Multi-Modal Model (arXiv 2408.11039)
+without text, and with the visual prompt of arXiv 2606.04457 between class and picture:
+
+  row       [cls] s_1 ... s_P   x_1 ... x_N
+  sees       what is before      the whole row
+  position   0    1  ...  P      P + 1, all of them
+
+A picture token is a patch of noisy latents, to which an embedding of the time and one of its place,
+sines and cosines of row and column, are added; all share one rotary position (BAGEL's layout,
+third_party/bagel). Time and velocity are those of vpe_jax.contracts.
+
+Parameter tree: `embed/classes`, with a plan also `embed/plan` (tied: it writes the plan, too);
+`time/{hidden,out}`, `latents/{in,out}`, `layers` (stacked), `norm`. `Transfusion` holds no arrays:
+every method is a pure function of the parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from vpe_jax.config import check, check_sizes
+from vpe_jax.contracts import Array, Params, Visibility
+from vpe_jax.data.sequence import NEVER
+from vpe_jax.models import mot, transformer
+from vpe_jax.models.dense import Dense
+from vpe_jax.models.diffusion_head import FREQUENCIES, waves
+from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TransfusionConfig:
+  """Sizes of the model.
+
+  Attributes:
+    classes: rows of their table, that of the null class included, where there is one.
+    plan_codes: entries of the visual prompt's codebook; 0: there is none.
+    plan_tokens: codes P of a plan; 0 without one.
+    latent_size: side of the latent grid.
+    latent_channels: channels C of a latent.
+    patch: side of the latent patch that one picture token covers.
+    body: the layers.
+  """
+
+  classes: int
+  plan_codes: int
+  plan_tokens: int
+  latent_size: int
+  latent_channels: int
+  patch: int
+  body: TransformerConfig
+
+  def __post_init__(self) -> None:
+    check_sizes(self, plan_codes=0, plan_tokens=0)
+    divides = self.latent_size % self.patch == 0
+    check(self, '', 'patch', divides, f'a divisor of latent_size={self.latent_size}')
+    quarters = self.body.width % 4 == 0
+    check(self.body, '', 'width', quarters, 'a multiple of 4: sines and cosines of two axes')
+
+  @property
+  def side(self) -> int:
+    """Of the grid of picture tokens."""
+    return self.latent_size // self.patch
+
+  @property
+  def image_tokens(self) -> int:
+    """Tokens N of a picture."""
+    return self.side**2
+
+  @property
+  def first(self) -> int:
+    """Place of the first picture token in the row."""
+    return 1 + self.plan_tokens
+
+  @property
+  def channels(self) -> int:
+    """Numbers of a picture token."""
+    return self.patch**2 * self.latent_channels
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """Positions and visibility of whole rows [B, 1 + P + N]."""
+
+  positions: Array
+  visibility: Visibility
+
+  def stream(self, x: Array, start: Array | int = 0) -> mot.Stream:
+    """Tokens x [B, L, D] at the places from `start`."""
+    cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, x.shape[1], 1)
+    return mot.Stream(x, cut(self.positions), jax.tree.map(cut, self.visibility))
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfusion:
+  """The network of one configuration, computing in `dtype`."""
+
+  config: TransfusionConfig
+  dtype: jnp.dtype = jnp.float32
+  remat: str = 'none'
+  attention: str = ''
+
+  @property
+  def layer(self) -> Layer:
+    """The layer module, which `mot.empty_cache` asks for."""
+    return Layer(self.config.body, self.dtype)
+
+  def _dense(self) -> dict[str, Dense]:
+    width = self.config.body.width
+    zeros = nn.initializers.zeros
+    return {
+      'hidden': Dense(width),
+      'out': Dense(width),
+      'latents_in': Dense(width, dtype=self.dtype),
+      # Starts at zero: the first prediction of a fresh network is the mean velocity.
+      'latents_out': Dense(self.config.channels, kernel_init=zeros, dtype=self.dtype),
+    }
+
+  def init(self, rng: Array) -> Params:
+    """Fresh parameters, float32."""
+    c, dense = self.config, self._dense()
+    D = c.body.width
+    keys = jax.random.split(rng, 7)
+    table = lambda key, rows: 0.02 * jax.random.normal(key, (rows, D))
+    fresh = lambda name, key, inputs: dense[name].init(key, jnp.zeros((1, inputs)))['params']
+    embed = {'classes': table(keys[0], c.classes)}
+    if c.plan_codes:
+      embed['plan'] = table(keys[1], c.plan_codes)
+    return {
+      'embed': embed,
+      'time': {
+        'hidden': fresh('hidden', keys[2], 2 * FREQUENCIES),
+        'out': fresh('out', keys[3], D),
+      },
+      'latents': {
+        'in': fresh('latents_in', keys[4], c.channels),
+        'out': fresh('latents_out', keys[5], D),
+      },
+      'layers': mot.init_layers(self.layer, keys[6]),
+      'norm': {'scale': jnp.ones((D,))},
+    }
+
+  def row(self, keep: Array) -> Row:
+    """The rows of a batch; where `keep` [B] is False, the plan is absent.
+
+    The picture then takes the position after the class: positions are recounted without gaps.
+    """
+    c = self.config
+    length = c.first + c.image_tokens
+    order = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (keep.shape[0], length))
+    is_picture = order >= c.first
+    present = keep[:, None] | (order == 0) | is_picture
+    reach = jnp.where(present, jnp.where(is_picture, length, order + 1), 0)
+    until = jnp.where(present, NEVER, 0).astype(jnp.int32)
+    behind = 1 + c.plan_tokens * keep[:, None].astype(jnp.int32)
+    positions = jnp.where(is_picture, behind, order)
+    return Row(positions, Visibility(order, jnp.zeros_like(order), reach, until))
+
+  def embed_classes(self, params: Params, classes: Array) -> Array:
+    """Class tokens [B, 1, D] of classes [B]."""
+    return jnp.take(params['embed']['classes'], classes, axis=0)[:, None].astype(self.dtype)
+
+  def embed_plan(self, params: Params, plan: Array) -> Array:
+    """Tokens [B, L, D] of a plan's codes [B, L]."""
+    return jnp.take(params['embed']['plan'], plan, axis=0).astype(self.dtype)
+
+  def embed_picture(self, params: Params, latents: Array, time: Array) -> Array:
+    """Picture tokens [B, N, D] of noisy latents [B, h, w, C] at times [B]."""
+    c, dense = self.config, self._dense()
+    p = c.patch
+    patches = rearrange(latents, 'B (h p) (w q) C -> B (h w) (p q C)', p=p, q=p)
+    x = dense['latents_in'].apply({'params': params['latents']['in']}, patches.astype(self.dtype))
+    hidden = dense['hidden'].apply({'params': params['time']['hidden']}, waves(time))
+    clock = dense['out'].apply({'params': params['time']['out']}, jax.nn.silu(hidden))
+    return x + (clock + grid_waves(c.side, c.body.width)).astype(self.dtype)
+
+  def states(
+    self,
+    params: Params,
+    stream: mot.Stream,
+    cache: mot.Cache | None = None,
+    at: Array | int = 0,
+  ) -> tuple[Array, mot.Cache | None]:
+    """Final-norm hidden states [B, L, D] and the written cache.
+
+    `cache` and `at` are those of `mot.run`.
+    """
+    layers, stacks = {'row': self.layer}, {'row': params['layers']}
+    hidden, cache = mot.run(layers, stacks, {'row': stream}, cache, at, self.remat, self.attention)
+    norm = RMSNorm(self.config.body.eps)
+    return norm.apply({'params': params['norm']}, hidden['row']), cache
+
+  def logits(self, params: Params, hidden: Array) -> Array:
+    """Logits [B, L, V] float32 of the plan's next code."""
+    rows = params['embed']['plan'].astype(hidden.dtype)
+    return jnp.einsum('BLD,VD->BLV', hidden, rows).astype(jnp.float32)
+
+  def velocity(self, params: Params, hidden: Array) -> Array:
+    """The velocity [B, h, w, C] float32, noise minus data, from picture states [B, N, D]."""
+    c = self.config
+    out = self._dense()['latents_out'].apply({'params': params['latents']['out']}, hidden)
+    return rearrange(
+      out.astype(jnp.float32),
+      'B (h w) (p q C) -> B (h p) (w q) C',
+      h=c.side,
+      p=c.patch,
+      q=c.patch,
+    )
+
+  def __call__(
+    self,
+    params: Params,
+    classes: Array,
+    plan: Array,
+    keep: Array,
+    noisy: tuple[Array, Array],
+  ) -> tuple[Array, Array]:
+    """Whole rows at once, as in training.
+
+    Args:
+      params: the model's.
+      classes: [B].
+      plan: codes [B, P]; P = 0 without a plan.
+      keep: bool [B]: whose plan is there.
+      noisy: latents [B, h, w, C] and their times [B].
+
+    Returns:
+      Final-norm hidden states of class and plan [B, 1 + P, D], and the velocity [B, h, w, C].
+    """
+    tokens = [self.embed_classes(params, classes)]
+    if self.config.plan_codes:
+      tokens.append(self.embed_plan(params, plan))
+    x = jnp.concatenate([*tokens, self.embed_picture(params, *noisy)], axis=1)
+    hidden, _ = self.states(params, self.row(keep).stream(x))
+    first = self.config.first
+    return hidden[:, :first], self.velocity(params, hidden[:, first:])
+
+
+def grid_waves(side: int, width: int) -> np.ndarray:
+  """Frozen embeddings of the cells of a square grid, raster order: float32 [side ** 2, width].
+
+  A quarter of the width each: sine and cosine of the column, sine and cosine of the row (the
+  two-dimensional table of MAE and DiT, which BAGEL takes).
+  """
+  quarter = width // 4
+  freq = 1e4 ** (-np.arange(quarter, dtype=np.float64) / quarter)
+  rows, columns = np.divmod(np.arange(side**2), side)
+  angles = [axis[:, None] * freq for axis in (columns, rows)]
+  parts = [turn(angle) for angle in angles for turn in (np.sin, np.cos)]
+  return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+def forward_flops(config: TransfusionConfig) -> dict[str, float]:
+  """Matrix FLOPs of each block in one forward pass over one row; attention is dense.
+
+  Returns:
+    `latents` and `clock`: the products that read data; `time`: the rest of the time's embedding;
+    `layers`; `logits` of the plan; `velocity`.
+  """
+  c, D = config, config.body.width
+  length = c.first + c.image_tokens
+  return {
+    'latents': 2.0 * c.image_tokens * c.channels * D,
+    'clock': 2.0 * 2 * FREQUENCIES * D,
+    'time': 2.0 * D**2,
+    'layers': transformer.forward_flops(c.body, length, length),
+    'logits': 2.0 * c.plan_tokens * D * c.plan_codes,
+    'velocity': 2.0 * c.image_tokens * D * c.channels,
+  }
+
+
+def attention_flops(config: TransfusionConfig) -> float:
+  """Of that, what attention amounts to between tokens that see each other."""
+  c, body = config, config.body
+  pairs = c.first * (c.first + 1) / 2 + c.image_tokens * (c.first + c.image_tokens)
+  return 4.0 * body.layers * pairs * body.heads * body.head_width

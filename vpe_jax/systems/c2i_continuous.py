@@ -1,0 +1,295 @@
+"""Class to image by flow matching: Transfusion, with and without a visual prompt.
+
+Imagine Before You Draw (arXiv 2606.04457) forks a run of the baseline `[cls] x`: one branch goes on
+as it was, the other puts the codes of a visual prompt in between, `[cls] s_1 .. s_P x`, and adds
+their cross-entropy at the progressive weight of Eq. 3. Both carry optimizer and average on
+(`config.start_weights=state`); the rows of the codes are new.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax import rng as rng_lib
+from vpe_jax.codecs import choice
+from vpe_jax.config import Config, SampleConfig, check, check_sizes, nearest
+from vpe_jax.contracts import Array, Drawing, Examples, LossTerm, Params, Stage, Start, UserError
+from vpe_jax.models import mot, transfusion
+from vpe_jax.models.decoder import DecoderConfig
+from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
+from vpe_jax.objectives import flow_matching, next_token, schedules
+from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.systems import class_rendering
+
+_PLAN_LOSSES = ('accuracy', 'next_token')
+_QWEN = {'vocabulary': 151_936, 'tied': True, 'context': 32_768}  # Qwen2.5-0.5B, beside its layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(choice.CodecsConfig):
+  """The `model` section.
+
+  Attributes:
+    classes: of pictures.
+    latent_size: side of the latent grid.
+    latent_channels: channels of a latent.
+    patch: side of the latent patch that one picture token covers.
+    body: the layers.
+    vpe: whether a visual prompt stands before the picture.
+    drop: share of examples with the null class and no visual prompt, which guidance leads away
+      from; with 0 there is no null class.
+    vp_schedule: how the weight of the visual prompt's cross-entropy grows: `sigmoid` (Eq. 3),
+      `linear`, `constant` (`ce_start` at every step) or `off` (1 at every step).
+    ce_start: weight at the start of the stage (lambda_0).
+    ce_end: at its end (lambda_1).
+    time_shift: shift of the training times towards noise.
+    init_from: a Qwen2.5-0.5B whose layers and last norm the body starts from: a folder in the
+      released layout, an import, or a hub id (empty: all is drawn at random).
+    logits_chunk: predicted codes whose logits exist at a time (0: all).
+  """
+
+  classes: int
+  latent_size: int
+  latent_channels: int
+  patch: int
+  body: TransformerConfig
+  vpe: bool = True
+  drop: float = 0.0
+  vp_schedule: str = 'sigmoid'
+  ce_start: float = 0.03
+  ce_end: float = 0.1
+  time_shift: float = 1.0
+  init_from: str = ''
+  logits_chunk: int = 0
+
+  def __post_init__(self) -> None:
+    check_sizes(self, 'model.', logits_chunk=0)
+    check(self, 'model.', 'drop', 0 <= self.drop <= 1, 'between 0 and 1')
+    check(self, 'model.', 'time_shift', self.time_shift > 0, 'a positive number')
+    listed = f'one of {", ".join(schedules.KINDS)}'
+    check(self, 'model.', 'vp_schedule', self.vp_schedule in schedules.KINDS, listed)
+    if self.latent_channels != self.image_channels:
+      raise UserError(
+        f'model.latent_channels is {self.latent_channels}, but its frozen codec has '
+        f'{self.image_channels}: set them equal'
+      )
+
+  @property
+  def frozen_weights(self) -> Mapping[str, str]:
+    """Name of each network that the codecs read -> where its weights are."""
+    return {**(self.plan_weights if self.vpe else {}), 'image': self.weights.image}
+
+  @property
+  def published(self) -> Mapping[str, Start]:
+    """The published ones among them."""
+    found = super().published
+    return {name: found[name] for name in found if name in self.frozen_weights}
+
+
+class System:
+  """See vpe_jax.contracts.System."""
+
+  draws_with = ('image',)
+  added = ('embed/plan',)
+  logical_axes = (
+    (r'embed/(classes|plan)', ('vocab', 'embed')),
+    (r'time/hidden/kernel', (None, 'embed')),
+    (r'time/out/kernel', ('mlp', 'embed')),
+    (r'latents/in/kernel', (None, 'embed')),
+    (r'latents/out/kernel', ('embed', None)),
+    (r'latents/out/bias', (None,)),
+    (r'(time/\w+|latents/in)/bias', ('embed',)),
+    *((rf'layers/{path}', axes) for path, axes in LAYER_AXES),
+    (r'norm/scale', ('embed',)),
+  )
+
+  def __init__(self, config: Config) -> None:
+    for name in config.stages:
+      if name != 'train':
+        raise UserError(f"no stage '{name}' in this system{nearest(name, ('train',))}")
+    if config.data.text_length != 1:
+      raise UserError(
+        f'data.text_length is {config.data.text_length}, but a class is one token: set it to 1'
+      )
+    c: ModelConfig = config.model
+    self.config = config
+    losses = ('flow', *(_PLAN_LOSSES if c.vpe else ()))
+    source = f'{c.init_from} (layers, norm), the rest fresh' if c.init_from else 'fresh'
+    ema = bool(config.optim.ema)
+    self.stages = (Stage('train', ('.*',), tuple(sorted(losses)), ema=ema, source=source),)
+    self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype)) if c.vpe else None
+    self.image = choice.image_codec(c)
+    self.codes = c.plan_codes if c.vpe else 0
+    sizes = transfusion.TransfusionConfig(
+      classes=c.classes + bool(c.drop),
+      plan_codes=self.codes,
+      plan_tokens=c.plan_tokens if c.vpe else 0,
+      latent_size=c.latent_size,
+      latent_channels=c.latent_channels,
+      patch=c.patch,
+      body=c.body,
+    )
+    given = (jnp.dtype(config.dtype), config.remat, config.attention)
+    self.model = transfusion.Transfusion(sizes, *given)
+
+  @property
+  def frozen_weights(self) -> Mapping[str, str]:
+    """No codec is needed where codes and latents are synthetic."""
+    if self.config.data.source == 'synthetic':
+      return {}
+    return self.config.model.frozen_weights
+
+  @property
+  def published(self) -> Mapping[str, Start]:
+    """Those of the frozen networks that are published."""
+    return self.config.model.published
+
+  @property
+  def starts(self) -> tuple[Start, ...]:
+    """The language model whose layers the body starts from, where `model.init_from` names one."""
+    c = self.config.model
+    if not c.init_from:
+      return ()
+    sizes = DecoderConfig(body=c.body, **_QWEN)
+    paths = (('layers/', 'layers/'), ('norm/', 'norm/'))
+    return (Start('qwen2', c.init_from, sizes, paths),)
+
+  def init(self, rng: Array) -> Params:
+    """Fresh parameters, float32."""
+    return self.model.init(rng)
+
+  def prepare(self, params: Params) -> Params:
+    """Parameters in the layout that decoding is fast in; outside jit, once."""
+    return {**params, 'layers': mot.unstack(params['layers'])}
+
+  def abstract_batch(self, batch_size: int) -> Examples:
+    """Images where encoders run online, else codes and latents."""
+    ints = lambda *shape: jax.ShapeDtypeStruct((batch_size, *shape), jnp.int32)
+    common = {'example': ints(), 'text': ints(1), 'text_length': ints()}
+    R = self.config.data.image_size
+    if self.config.data.encode == 'online':
+      image = jax.ShapeDtypeStruct((batch_size, R, R, 3), jnp.uint8)
+      return Examples(**common, image=image)
+    codes, latents = self.abstract_encoded(batch_size)
+    return Examples(**common, codes=codes, latents=latents)
+
+  def abstract_encoded(self, batch_size: int) -> tuple[Any, Any]:
+    """The plans [B, P] and latents [B, h, w, C] that the model takes."""
+    c = self.model.config
+    grid = (c.latent_size, c.latent_size, c.latent_channels)
+    codes = jax.ShapeDtypeStruct((batch_size, c.plan_tokens), jnp.int32)
+    return codes, jax.ShapeDtypeStruct((batch_size, *grid), jnp.float32)
+
+  def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
+    """Plans [B, P] (P = 0 without visual prompt) and latents of images [B, R, R, 3] uint8."""
+    plan = jnp.zeros((images.shape[0], 0), jnp.int32)
+    if self.visual_prompt is not None:
+      plan = self.visual_prompt.encode(frozen, images)
+    return plan, self.image.encode(frozen, images)
+
+  def abstract_frozen(self) -> Params:
+    """The codecs' networks as shapes; none where codes and latents are synthetic."""
+    if not self.frozen_weights:
+      return {}
+    plan = {} if self.visual_prompt is None else self.visual_prompt.abstract_params()
+    return {**plan, **self.image.abstract_params()}
+
+  def decode(self, frozen: Params, latents: Array) -> Array:
+    """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""
+    return self.image.decode(frozen, latents)
+
+  def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
+    """Latent elements, and codes that are predicted: those of plans that aren't dropped."""
+    del step, stage
+    c = self.model.config
+    elements = batch.example.shape[0] * c.latent_size**2 * c.latent_channels
+    counts = {'flow': jnp.float32(elements)}
+    if c.plan_tokens:
+      kept = jnp.sum(self._keep(batch, rng), dtype=jnp.float32)
+      counts |= dict.fromkeys(_PLAN_LOSSES, c.plan_tokens * kept)
+    return {name: counts[name] for name in sorted(counts)}
+
+  def losses(
+    self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
+  ) -> dict[str, LossTerm]:
+    """`flow` at weight 1; with a visual prompt `next_token` (nats), and its argmax's `accuracy`."""
+    if self.config.unroll:
+      params = self.prepare(params)
+    plan, latents = batch.codes, batch.latents
+    if latents is None:
+      plan, latents = self.encode(frozen, batch.image)
+    c, keep = self.config.model, self._keep(batch, rng)
+    # Where nothing is dropped there is no null class, and no class has its number.
+    classes = jnp.where(keep, batch.text[:, 0], c.classes)
+    x, time, target = flow_matching.noised(latents, c.time_shift, rng, batch.example)
+    hidden, velocity = self.model(params, classes, plan, keep, (x, time))
+    counts = self.counts(batch, rng, step, stage)
+    error = flow_matching.squared_error(velocity, target)
+    terms = {'flow': LossTerm(error, counts['flow'], 1.0)}
+    if c.vpe:
+      table = params['embed']['plan']
+      weights = jnp.broadcast_to(keep[:, None].astype(jnp.float32), plan.shape)
+      loss, hits = next_token.cross_entropy(hidden[:, :-1], table, plan, weights, c.logits_chunk)
+      weight = schedules.scheduled(
+        c.vp_schedule, step, self.config.steps[0], c.ce_start, c.ce_end, off=1.0
+      )
+      terms['next_token'] = LossTerm(loss, counts['next_token'], weight)
+      terms['accuracy'] = LossTerm(hits, counts['accuracy'], 0.0)
+    return {name: terms[name] for name in sorted(terms)}
+
+  def generate(
+    self, params: Params, frozen: Params, request: Examples, rng: Array, settings: SampleConfig
+  ) -> Drawing:
+    """Writes the plan, then renders; see contracts.System and systems/class_rendering.py.
+
+    Raises:
+      UserError: guidance is asked for, and the model has no null class, or guides no plans.
+    """
+    if settings.guidance != 1.0 and not self.config.model.drop:
+      raise UserError(
+        f'sample.guidance is {settings.guidance:g}, but this model was trained without a null '
+        'class (model.drop=0): set sample.guidance=1'
+      )
+    if settings.plan_guidance != 1.0:
+      raise UserError(
+        f'sample.plan_guidance is {settings.plan_guidance:g}, but what this model leads away from '
+        'has no visual prompt: set sample.plan_guidance=1'
+      )
+    plan, latents = class_rendering.draw(self.model, settings, params, request, rng)
+    return Drawing(self.decode(frozen, latents), plan, latents)
+
+  def flops(self, stage: Stage) -> float:
+    """Forward and backward matrix FLOPs of one example; see contracts.System."""
+    del stage
+    blocks = transfusion.forward_flops(self.model.config)
+    # What reads data needs no gradient of its input.
+    trained = sum((2.0 if name in ('latents', 'clock') else 3.0) * n for name, n in blocks.items())
+    return trained + self.encoder_flops()
+
+  def encoder_flops(self) -> float:
+    """Matrix FLOPs of the frozen encoders for one example, where they run online."""
+    data = self.config.data
+    if data.encode != 'online' or not self.frozen_weights:
+      return 0.0
+    image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
+    return matrix_flops(self.encode, self.abstract_frozen(), image)
+
+  def attention_flops(self, stage: Stage) -> float:
+    """Of the forward pass, what attention amounts to."""
+    del stage
+    return transfusion.attention_flops(self.model.config)
+
+  def tokens(self, stage: Stage) -> int:
+    """Tokens of a row."""
+    del stage
+    return self.model.config.first + self.model.config.image_tokens
+
+  def _keep(self, batch: Examples, rng: Array) -> Array:
+    """Which examples [B] keep class and plan."""
+    draw = lambda key: jax.random.uniform(key) >= self.config.model.drop
+    return rng_lib.per_example(draw, rng, 'drop', batch.example)

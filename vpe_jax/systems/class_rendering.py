@@ -1,0 +1,116 @@
+"""Drawing with Transfusion: the plan code by code, then flow steps on what it left in the cache.
+
+Class and plan are computed once; each flow step runs the picture's tokens alone. The null branch of
+guidance is the null class without a plan: one row, shared by the whole batch.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax import rng as rng_lib
+from vpe_jax.config import SampleConfig
+from vpe_jax.contracts import Array, Examples, Params
+from vpe_jax.models import mot
+from vpe_jax.models.transfusion import Row, Transfusion
+from vpe_jax.sampling import decoding, guidance, solver
+
+State = tuple[mot.Cache, Array]  # what was fed, and the hidden state [B, 1, D] of the last of it
+Branch = tuple[Row, mot.Cache]  # whole rows, and the keys and values before their pictures
+
+
+def draw(
+  model: Transfusion, settings: SampleConfig, params: Params, request: Examples, rng: Array
+) -> tuple[Array, Array]:
+  """The plan [B, P] int32 (no codes where the model has none) and latents [B, h, w, C] float32.
+
+  Args:
+    model: the network.
+    settings: static.
+    params: of the network, layers stacked or apart.
+    request: `text[:, 0]` is the class; `codes`, where given, are the plan.
+    rng: the key of the call.
+  """
+  c, B = model.config, request.example.shape[0]
+  plan, branch = conditional(model, settings, params, request, rng)
+  normal = lambda key: jax.random.normal(key, (c.latent_size, c.latent_size, c.latent_channels))
+  noise = rng_lib.per_example(normal, rng, 'noise', request.example)
+  if settings.guidance == 1.0:
+    return plan, render(model, settings, params, [branch], noise)
+  other = null(model, params, B)
+  branches = [other] if settings.guidance == 0.0 else [branch, other]
+  return plan, render(model, settings, params, branches, noise)
+
+
+def conditional(
+  model: Transfusion, settings: SampleConfig, params: Params, request: Examples, rng: Array
+) -> tuple[Array, Branch]:
+  """Writes the plan, or reads `request.codes`."""
+  B, length = request.example.shape[0], model.config.plan_tokens
+  row, state = _start(model, params, request.text[:, 0], keep=True)
+  if not length:
+    return jnp.zeros((B, 0), jnp.int32), (row, state[0])
+  if request.codes is not None:
+    cache, _ = _feed(model, params, row, model.embed_plan(params, request.codes), state, 1)
+    return request.codes, (row, cache)
+
+  def logits_of(state: State) -> Array:
+    return model.logits(params, state[1])[:, -1]
+
+  def step(state: State, codes: Array, index: Array) -> tuple[Array, State]:
+    x = model.embed_plan(params, codes[:, None])
+    state = _feed(model, params, row, x, state, 1 + index)
+    return logits_of(state), state
+
+  keys = rng_lib.example_keys(rng, 'plan', request.example)
+  plan, state = decoding.decode(step, state, logits_of(state), length, keys, settings)
+  return plan, (row, state[0])
+
+
+def null(model: Transfusion, params: Params, count: int) -> Branch:
+  """The null class without a plan, computed on one row for a batch of `count`."""
+  classes = jnp.full((1,), model.config.classes - 1, jnp.int32)
+  row, (cache, _) = _start(model, params, classes, keep=False)
+  row = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, 0), row)
+  return row, mot.repeat(cache, count)
+
+
+def render(
+  model: Transfusion, settings: SampleConfig, params: Params, branches: list[Branch], noise: Array
+) -> Array:
+  """Euler steps from `noise` [B, h, w, C] to latents; both branches of guidance in one batch."""
+  (row, cache), *others = branches
+  both = bool(others)
+  if both:
+    row = guidance.stack(row, others[0][0])
+    cache = mot.join(cache, others[0][1])
+
+  def velocity(x: Array, time: Array) -> Array:
+    # Both branches see the same picture: it is embedded once.
+    tokens = model.embed_picture(params, x, jnp.full(x.shape[:1], time))
+    tokens = guidance.both(tokens) if both else tokens
+    first = model.config.first
+    hidden, _ = model.states(params, row.stream(tokens, first), cache, first)
+    flow = model.velocity(params, hidden)
+    if not both:
+      return flow
+    return guidance.classifier_free(*guidance.split(flow), settings.guidance)
+
+  return solver.euler(velocity, noise, solver.time_grid(settings.steps, settings.shift))
+
+
+def _start(model: Transfusion, params: Params, classes: Array, keep: bool) -> tuple[Row, State]:
+  """Feeds the class token to an empty cache, which has a slot for each token of the row."""
+  row = model.row(jnp.full(classes.shape, keep))
+  cache = mot.empty_cache(model.layer, params['layers'], row.visibility, model.dtype)
+  x = model.embed_classes(params, classes)
+  return row, _feed(model, params, row, x, (cache, x), 0)
+
+
+def _feed(
+  model: Transfusion, params: Params, row: Row, x: Array, state: State, at: Array | int
+) -> State:
+  """Runs tokens [B, L, D] whose keys and values go to slots from `at`."""
+  hidden, cache = model.states(params, row.stream(x, at), state[0], at)
+  return cache, hidden[:, -1:]
