@@ -31,6 +31,10 @@ for topology in v5e:8x8 v5p:4x4x4 v6e:8x8; do
   compile "c2i-discrete-${topology/:/-}" \
     --config=configs/c2i_discrete.py:paper --topology="$topology"
 done
+for topology in v5e:2x4 v5p:2x2x2 v6e:2x4; do
+  compile "c2i-continuous-${topology/:/-}" \
+    --config=configs/c2i_continuous.py:paper --topology="$topology"
+done
 for pod in v5e:16x16,256 v5p:4x4x4,64 v6e:16x16,256; do
   topology=${pod%,*}
   compile "pod-joint-${topology/:/-}" \
@@ -40,6 +44,6 @@ for topology in v5e:16x16 v5p:4x4x4; do
   compile "paper-external-render-${topology/:/-}" \
     --config=configs/t2i.py:paper,arch=external --topology="$topology" --stage=render
 done
-for config in t2i c2i_discrete; do
+for config in t2i c2i_discrete c2i_continuous; do
   .venv/bin/python -m vpe_jax.compile --config="configs/$config.py" --write_header="$folder"
 done

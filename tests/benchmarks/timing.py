@@ -51,15 +51,18 @@ def main(measure: Callable[[], dict[str, Any]]) -> None:
   front_door.run(command)
 
 
-def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, list[float]]:
-  """Seconds of each side in each round; a first round, which compiles, isn't counted.
+def alternate(
+  sides: Mapping[str, Callable[[], Any]], rounds: int = 7, warm: bool = False
+) -> dict[str, list[float]]:
+  """Seconds of each side in each round.
 
   Args:
     sides: name -> a call that returns when its work is done.
     rounds: counted rounds.
+    warm: whether every side has run before; else a first round, which compiles, isn't counted.
   """
   seconds: dict[str, list[float]] = {name: [] for name in sides}
-  for index in range(rounds + 1):
+  for index in range(warm, rounds + 1):
     for name, call in sides.items():
       time.sleep(_PAUSE)
       began = time.perf_counter()

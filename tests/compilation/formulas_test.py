@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import c2i_discrete, t2i
+from configs import c2i_continuous, c2i_discrete, t2i
 from vpe_jax import rng, sharding, systems
 from vpe_jax.compilation import hlo, program, traffic
 from vpe_jax.contracts import Examples, System, visible
@@ -44,8 +44,9 @@ def test_model_flops_are_those_of_the_dots(arg, stage):
 
 
 @pytest.mark.parametrize('arg', ['debug', 'debug,vpe=false'])
-def test_model_flops_of_llamagen_are_those_of_the_dots(arg):
-  config = c2i_discrete.get_config(arg)
+@pytest.mark.parametrize('config_file', [c2i_discrete, c2i_continuous])
+def test_model_flops_of_classes_to_images_are_those_of_the_dots(config_file, arg):
+  config = config_file.get_config(arg)
   config.unroll = True
   config.data.source = 'synthetic'
   system = systems.build(config.to_dict())
@@ -55,7 +56,10 @@ def test_model_flops_of_llamagen_are_those_of_the_dots(arg):
   compiled = step.lower(state, {}, system.abstract_batch(4), rng.run_key(0)).compile()
   work = traffic.work_of(hlo.parse(compiled.as_text()), [0])
   assert 4 * system.flops(stage) == pytest.approx(work.flops, rel=0.03)
-  row = system.model.stream(jnp.zeros((1, system.tokens(stage), 1))).visibility
+  if config_file is c2i_discrete:
+    row = system.model.stream(jnp.zeros((1, system.tokens(stage), 1))).visibility
+  else:
+    row = system.model.row(jnp.ones((1,), bool)).visibility
   seen, body = int(visible(row, row).sum()), system.config.model.body
   assert system.attention_flops(stage) == 4 * body.layers * body.heads * body.head_width * seen
 
