@@ -1,0 +1,276 @@
+"""Generator: plans that are kept, given, read from pictures, scored and chosen among."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import c2i_discrete, t2i
+from tests.small_systems import redrawn
+from vpe_jax import rng, systems
+from vpe_jax.checkpoints import weights
+from vpe_jax.contracts import UserError
+from vpe_jax.data import text
+from vpe_jax.data.published_text import open_tokenizer
+from vpe_jax.data.transforms import pad_to_square
+from vpe_jax.generator import Generator
+from vpe_jax.sampling import plans as plans_io
+from vpe_jax.systems import rendering
+
+PROMPTS = ['a red fox', 'two green pears']
+SAID = {'checkpoint': 'abc', 'weights': 'random (ema)'}
+TOWER = {'width': 16, 'layers': 1, 'heads': 2, 'mlp': 16}
+# 3 x 3 codes of 40.
+READER = {
+  'codes': 40,
+  'decoder': TOWER,
+  'siglip': {'image_size': 24, 'vision': TOWER, 'text': TOWER},
+}
+
+
+def _t2i(arch: str) -> systems.System:
+  config = t2i.get_config(f'debug,arch={arch}')
+  config.model.update(codes=40, visual_prompt=READER, latent_size=8)
+  config.model.dual_path.encoder.layers = config.model.head.layers = 1
+  config.data.image_size = 32
+  config.sample.steps = 2
+  return systems.build(config.to_dict())
+
+
+def _c2i(arg: str = 'debug') -> systems.System:
+  config = c2i_discrete.get_config(arg)
+  config.model.update(classes=2, visual_prompt=READER, image_codes={'codes': 24, 'patch': 2})
+  config.data.update(image_size=16, tokenizer='classes:red,blue')
+  config.model.body.layers = 1
+  return systems.build(config.to_dict())
+
+
+def _generator(system: systems.System, rows: int = 4) -> Generator:
+  """Random weights, none of which is zero."""
+  networks = {'params': system.init, 'frozen': lambda key: _random(system.abstract_frozen(), key)}
+  made = {name: jax.jit(make)(jax.random.key(0)) for name, make in networks.items()}
+  params = jax.jit(lambda tree: redrawn(tree, 0.1))(made['params'])
+  tokenizer = open_tokenizer(system.config.data.tokenizer)
+  return Generator(system, params, made['frozen'], tokenizer, SAID, rows)
+
+
+def _random(shapes, key):
+  leaves, tree = jax.tree.flatten(shapes)
+  keys = jax.random.split(key, len(leaves))
+  draw = lambda key, leaf: 0.3 * jax.random.normal(key, leaf.shape)
+  return jax.tree.unflatten(tree, [draw(*pair) for pair in zip(keys, leaves, strict=True)])
+
+
+@pytest.fixture(scope='module')
+def internal():
+  return _generator(_t2i('internal'))
+
+
+@pytest.fixture(scope='module', params=['internal', 'external', 'classes'])
+def generator(request, internal):
+  if request.param == 'internal':
+    return internal
+  return _generator(_c2i() if request.param == 'classes' else _t2i('external'))
+
+
+@pytest.fixture
+def prompts(generator):
+  return ['red', 'blue'] if generator.system.config.system == 'c2i_discrete' else PROMPTS
+
+
+def _equal(ours, theirs):
+  for a, b in zip(ours, theirs, strict=True):
+    np.testing.assert_array_equal(a.codes, b.codes)
+    np.testing.assert_array_equal(a.image, b.image)
+    assert (a.prompt, a.index, a.seed) == (b.prompt, b.index, b.seed)
+
+
+@pytest.mark.parametrize('ending', plans_io.ENDINGS)
+def test_a_kept_plan_gives_the_same_picture_again(generator, prompts, tmp_path, ending):
+  drawn = generator(prompts, n=2, seed=3)
+  path = str(tmp_path / f'x{ending}')
+  generator.plans_of(drawn).save(path)
+  kept = plans_io.load(path)
+  again = generator.render(kept, seed=3)
+  _equal(again, drawn)
+  assert again[0].metadata == {**drawn[0].metadata, 'visual_prompt': 'drawn'}
+  assert kept.made['seed'] == '3' and json.loads(kept.made['settings'])
+  written = generator.plan(prompts, n=2, seed=3)
+  np.testing.assert_array_equal(written.codes, kept.codes)
+  assert (written.prompts, written.index) == (kept.prompts, kept.index)
+  # Another seed is other noise; the plan stays what it is.
+  other = generator.render(kept, seed=4)
+  assert all((a.image != b.image).any() for a, b in zip(other, drawn))
+  np.testing.assert_array_equal([p.codes for p in other], kept.codes)
+
+
+def test_the_best_plans_are_drawn_in_the_order_of_their_scores(generator, prompts):
+  everything = generator(prompts, n=5, seed=1)
+  scores = generator.score(generator.plans_of(everything)).reshape(2, 5)
+  best = generator.best_of(prompts, plans=5, render=3, seed=1)
+  order = plans_io.best(scores, 3)
+  assert [p.index for p in best] == order.reshape(-1).tolist()
+  _equal(best, [everything[5 * row + place] for row in (0, 1) for place in order[row]])
+  said = [p.metadata for p in best]
+  assert [m['rank'] for m in said] == ['1', '2', '3'] * 2
+  assert {(m['plans'], m['ranked_by']) for m in said} == {('5', 'likelihood')}
+  found = np.asarray([float(m['score']) for m in said]).reshape(2, 3)
+  np.testing.assert_allclose(found, -np.sort(-scores)[:, :3], rtol=1e-5)
+  assert (np.diff(found) <= 0).all() and np.ptp(scores) > 0
+
+
+def _log_probabilities(generator, plans):
+  """Of each code, from the logits that drawing it code by code sees: an uncached network."""
+  system, params = generator.system, generator._params
+  _, request = generator._given(plans)
+  if system.config.system == 'c2i_discrete':
+    picture = jnp.zeros((len(plans), system.model.config.image_tokens), jnp.int32)
+    logits = system.model(params, request.text[:, 0], picture, request.codes)
+    c = system.model.config
+    logits = logits[:, : c.plan_tokens, c.codes :]
+  else:
+    regions = system._regions(request, request.codes, jnp.ones(len(plans), bool))
+    latents = jnp.zeros((len(plans), *system.abstract_encoded(1)[1].shape[1:]))
+    noisy = (latents, jnp.zeros(len(plans)))
+    hidden, _ = system.rows.forward(params, regions, noisy)
+    first = rendering.Job(None, system.spans, system.vocabulary, None).slot('bot')
+    logits = system.model.code_logits(params, hidden[:, first : first + plans.codes.shape[1]])
+  logits = np.asarray(logits, np.float64)
+  picked = np.take_along_axis(logits, plans.codes[..., None], -1)[..., 0]
+  return picked - np.log(np.exp(logits).sum(-1))
+
+
+def test_likelihood_is_the_mean_log_probability_of_the_codes(generator, prompts):
+  # Guidance and filters change what is drawn, and not what it is scored by.
+  settings = generator.settings(plan_guidance=3.0, top_k=3, temperature=0.5)
+  plans = generator.plan(prompts, n=2, seed=2, settings=settings)
+  wanted = _log_probabilities(generator, plans).mean(1)
+  np.testing.assert_allclose(generator.score(plans), wanted, rtol=1e-5)
+  other = plans.take([1, 0, 3, 2])
+  np.testing.assert_allclose(generator.score(other), wanted[[1, 0, 3, 2]], rtol=1e-5)
+  # It is of the prompt: the same codes for the other one are less or more likely.
+  swapped = plans.told([*plans.prompts[2:], *plans.prompts[:2]])
+  assert np.abs(generator.score(swapped) - wanted).min() > 1e-4
+
+
+def test_similarity_compares_the_words_with_what_the_codes_say(internal):
+  plans = internal.plan(PROMPTS, n=2, seed=2)
+  scores = internal.score(plans, 'similarity')
+  codec, frozen = internal.system.visual_prompt, internal._frozen
+  seen = codec.siglip.apply(
+    {'params': frozen['siglip']}, codec.decode(frozen, plans.codes), method='pool'
+  )
+  ids, length = text.shipped().encode_batch(plans.prompts, 32)
+  words = codec.siglip.apply({'params': frozen['siglip']}, ids, length, method='embed_text')
+  np.testing.assert_allclose(scores, np.sum(seen * words, -1), atol=1e-5)
+  best = internal.best_of(PROMPTS, plans=2, rank='similarity', seed=2)
+  assert [p.index for p in best] == np.argmax(scores.reshape(2, 2), 1).tolist()
+  assert {p.metadata['ranked_by'] for p in best} == {'similarity'}
+
+
+def test_plans_do_not_depend_on_the_noise_of_the_picture(generator, prompts, monkeypatch):
+  system, settings = generator.system, generator.settings()
+  _, request = generator._given(generator.plan(prompts, n=2, seed=5))
+  request = jax.tree.map(jnp.asarray, dataclasses.replace(request, codes=None))
+
+  def draw():
+    given = (generator._params, generator._frozen, request, rng.run_key(5))
+    return jax.jit(system.generate, static_argnums=4)(*given, settings)
+
+  stream, usual = rng.stream, draw()
+  others = {'noise': 'other noise', 'codes': 'other codes'}
+  if system.config.system == 't2i':
+    del others['codes']  # There it is the plan's own.
+  monkeypatch.setattr(rng, 'stream', lambda key, name: stream(key, others.get(name, name)))
+  jax.clear_caches()
+  other = draw()
+  np.testing.assert_array_equal(other.codes, usual.codes)
+  assert float(jnp.abs(other.latents - usual.latents).max()) > 0
+  # Nor on how it is rendered.
+  slow = generator(prompts, n=2, seed=5, settings=generator.settings(steps=3, guidance=1.0))
+  np.testing.assert_array_equal([p.codes for p in slow], generator.plan(prompts, 2, 5).codes)
+
+
+def test_a_plan_is_read_from_a_picture_as_in_training(generator, prompts):
+  draw = np.random.default_rng(0)
+  pictures = [draw.integers(0, 256, shape, np.uint8) for shape in ((50, 30, 3), (20, 64, 3))]
+  plans = generator.read(pictures, prompts)
+  side = generator.system.config.data.image_size
+  squares = jnp.asarray(np.stack([pad_to_square(p, side) for p in (*pictures, *pictures)]))
+  encoded = jax.jit(generator.system.encode)(generator._frozen, squares)[0]
+  np.testing.assert_array_equal(plans.codes, encoded[:2])
+  assert plans.prompts == tuple(prompts) and plans.made['by'] == 'read from a picture'
+  assert len(generator.render(plans)) == 2
+  with pytest.raises(UserError, match='a prompt is blank'):
+    generator.render(generator.read(pictures))
+
+
+def test_a_fingerprint_is_of_the_codebook_s_numbers(internal, tmp_path):
+  book = internal.codebook
+  assert book.size == 40 and len(book.fingerprint) == 12
+  devices = np.asarray(jax.devices()).reshape(-1)[:8]
+  mesh = jax.sharding.Mesh(devices, ('x',))
+  spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+  reader = dict(internal._frozen['visual_prompt'])
+  path = str(tmp_path / 'x.safetensors')
+  weights.save(path, reader, {}, dtype='float32')
+  changed = reader['codebook'].at[3, 0].add(1e-3)
+  for numbers, same in (
+    (jax.device_put(reader['codebook'], spread), True),
+    (weights.load(path)[0]['codebook'], True),
+    (changed, False),
+  ):
+    frozen = {**internal._frozen, 'visual_prompt': {**reader, 'codebook': numbers}}
+    given = (internal.system, internal._params, frozen, text.shipped(), SAID)
+    assert (_codebook(given) == book) == same
+
+
+def _codebook(given):
+  """Of a generator that compiles nothing."""
+  other = Generator.__new__(Generator)
+  other.system, _, other._frozen, *_ = given
+  return other.codebook
+
+
+def test_plans_of_another_model_are_refused(internal):
+  plans = internal.plan('a red fox')
+  other = dataclasses.replace(plans, codebook=plans_io.Codebook(40, 'f' * 12))
+  for use in (internal.render, internal.score):
+    with pytest.raises(UserError, match=f'ffffffffffff, .*{internal.codebook.fingerprint}'):
+      use(other)
+  small = plans_io.Plans(plans.codes[:, :4], plans.prompts, (0,), plans.codebook, {})
+  with pytest.raises(UserError, match='2 x 2 codes .* from 3 x 3'):
+    internal.render(small)
+
+
+def test_mistakes_are_named_before_anything_is_drawn(internal, monkeypatch):
+  monkeypatch.setattr(internal, '_plan', None)
+  with pytest.raises(UserError, match="called 'likelyhood'; did you mean 'likelihood'"):
+    internal.best_of('a', rank='likelyhood')
+  with pytest.raises(UserError, match='the best 3 of 2 plans: 1 to 2'):
+    internal.best_of('a', plans=2, render=3)
+  with pytest.raises(UserError, match='temperature 0 writes 2 equal plans'):
+    internal.best_of('a', plans=2, settings=internal.settings(temperature=0.0))
+
+
+def test_models_say_what_they_cannot_do():
+  classes = Generator.__new__(Generator)
+  classes.system, classes._similarity = _c2i(), None
+  assert classes.rankers == ('likelihood',)
+  with pytest.raises(UserError, match='cannot rank plans by similarity: .*rank by likelihood'):
+    classes.check_ranker('similarity')
+  classes.system = _c2i('debug,vpe=false')
+  for use in (classes.check_plans, lambda: classes.plan('red'), lambda: classes.read([])):
+    with pytest.raises(UserError, match='draws without visual prompts'):
+      use()
+  config = t2i.get_config('debug')
+  config.data.source = 'synthetic'
+  untold = Generator.__new__(Generator)
+  untold.system, untold._frozen = systems.build(config.to_dict()), {}
+  with pytest.raises(UserError, match='trained on synthetic codes'):
+    untold.check_plans()
