@@ -83,10 +83,11 @@ def prompts(generator):
   return ['red', 'blue'] if generator.system.config.system == 'c2i_discrete' else PROMPTS
 
 
-def _equal(ours, theirs):
+def _equal(ours, theirs, levels=0):
+  """The same pictures, bit by bit or up to `levels` of 255: rounding differs with the row's place."""
   for a, b in zip(ours, theirs, strict=True):
     np.testing.assert_array_equal(a.codes, b.codes)
-    np.testing.assert_array_equal(a.image, b.image)
+    assert np.abs(a.image.astype(int) - b.image.astype(int)).max() <= levels
     assert (a.prompt, a.index, a.seed) == (b.prompt, b.index, b.seed)
 
 
@@ -115,7 +116,7 @@ def test_the_best_plans_are_drawn_in_the_order_of_their_scores(generator, prompt
   best = generator.best_of(prompts, plans=5, render=3, seed=1)
   order = plans_io.best(scores, 3)
   assert [p.index for p in best] == order.reshape(-1).tolist()
-  _equal(best, [everything[5 * row + place] for row in (0, 1) for place in order[row]])
+  _equal(best, [everything[5 * row + place] for row in (0, 1) for place in order[row]], 1)
   said = [p.metadata for p in best]
   assert [m['rank'] for m in said] == ['1', '2', '3'] * 2
   assert {(m['plans'], m['ranked_by']) for m in said} == {('5', 'likelihood')}
@@ -179,15 +180,14 @@ def test_plans_do_not_depend_on_the_noise_of_the_picture(generator, prompts, mon
   request = jax.tree.map(jnp.asarray, dataclasses.replace(request, codes=None))
 
   def draw():
-    given = (generator._params, generator._frozen, request, rng.run_key(5))
-    return jax.jit(system.generate, static_argnums=4)(*given, settings)
+    traced_anew = jax.jit(lambda *given: system.generate(*given, settings))
+    return traced_anew(generator._params, generator._frozen, request, rng.run_key(5))
 
   stream, usual = rng.stream, draw()
   others = {'noise': 'other noise', 'codes': 'other codes'}
   if system.config.system == 't2i':
     del others['codes']  # There it is the plan's own.
   monkeypatch.setattr(rng, 'stream', lambda key, name: stream(key, others.get(name, name)))
-  jax.clear_caches()
   other = draw()
   np.testing.assert_array_equal(other.codes, usual.codes)
   assert float(jnp.abs(other.latents - usual.latents).max()) > 0

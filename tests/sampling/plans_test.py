@@ -137,6 +137,13 @@ def test_a_changed_byte_of_npz_is_refused(tmp_path):
   _refused(path, 'Bad CRC-32')
 
 
+def test_a_lone_array_is_no_npz(tmp_path):
+  path = tmp_path / 'x.npz'
+  with path.open('wb') as file:
+    np.save(file, _plans().codes)
+  _refused(path, 'save the plans again')
+
+
 @pytest.mark.parametrize(
   'change, message',
   [

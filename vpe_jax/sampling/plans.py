@@ -40,6 +40,7 @@ from vpe_jax.data import storage
 RANKERS = ('likelihood', 'similarity')
 ENDINGS = ('.json', '.npz')
 _FORMAT = 'vpe_jax visual prompts 1'
+_ZIP = (zipfile.BadZipFile, zlib.error)
 _MOST = 2**31 - 1  # codes and places are int32
 
 
@@ -291,8 +292,8 @@ def _from_npz(content: bytes) -> Plans:
   try:
     with np.load(io.BytesIO(content), allow_pickle=False) as archive:
       found = {name: archive[name] for name in wanted}
-  # What a damaged archive ends in depends on where the damage is.
-  except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+  # What a damaged archive ends in depends on where the damage is; a TypeError is a lone array.
+  except (KeyError, ValueError, TypeError, OSError, EOFError, *_ZIP) as error:
     reason = (' '.join(str(error).split()) or 'it is cut off').rstrip('.')
     raise UserError(f'{reason}; save the plans again') from error
   for name, kind in wanted.items():
