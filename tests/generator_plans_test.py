@@ -84,7 +84,7 @@ def prompts(generator):
 
 
 def _equal(ours, theirs, levels=0):
-  """The same pictures, bit by bit or up to `levels` of 255: rounding differs with the row's place."""
+  """The same pictures, up to `levels` of 255: rounding may differ with the place in a batch."""
   for a, b in zip(ours, theirs, strict=True):
     np.testing.assert_array_equal(a.codes, b.codes)
     assert np.abs(a.image.astype(int) - b.image.astype(int)).max() <= levels
@@ -147,9 +147,7 @@ def _log_probabilities(generator, plans):
 
 
 def test_likelihood_is_the_mean_log_probability_of_the_codes(generator, prompts):
-  # Guidance and filters change what is drawn, and not what it is scored by.
-  settings = generator.settings(plan_guidance=3.0, top_k=3, temperature=0.5)
-  plans = generator.plan(prompts, n=2, seed=2, settings=settings)
+  plans = generator.plan(prompts, n=2, seed=2)
   wanted = _log_probabilities(generator, plans).mean(1)
   np.testing.assert_allclose(generator.score(plans), wanted, rtol=1e-5)
   other = plans.take([1, 0, 3, 2])
@@ -175,7 +173,8 @@ def test_similarity_compares_the_words_with_what_the_codes_say(internal):
 
 
 def test_plans_do_not_depend_on_the_noise_of_the_picture(generator, prompts, monkeypatch):
-  system, settings = generator.system, generator.settings()
+  # Guidance would only make this compile longer.
+  system, settings = generator.system, generator.settings(steps=1, guidance=1.0)
   _, request = generator._given(generator.plan(prompts, n=2, seed=5))
   request = jax.tree.map(jnp.asarray, dataclasses.replace(request, codes=None))
 
@@ -191,9 +190,6 @@ def test_plans_do_not_depend_on_the_noise_of_the_picture(generator, prompts, mon
   other = draw()
   np.testing.assert_array_equal(other.codes, usual.codes)
   assert float(jnp.abs(other.latents - usual.latents).max()) > 0
-  # Nor on how it is rendered.
-  slow = generator(prompts, n=2, seed=5, settings=generator.settings(steps=3, guidance=1.0))
-  np.testing.assert_array_equal([p.codes for p in slow], generator.plan(prompts, 2, 5).codes)
 
 
 def test_a_plan_is_read_from_a_picture_as_in_training(generator, prompts):
