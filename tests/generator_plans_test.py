@@ -230,6 +230,7 @@ def _codebook(given):
   """Of a generator that compiles nothing."""
   other = Generator.__new__(Generator)
   other.system, _, other._frozen, *_ = given
+  other.has_plans = True
   return other.codebook
 
 
@@ -256,17 +257,20 @@ def test_mistakes_are_named_before_anything_is_drawn(internal, monkeypatch):
 
 def test_models_say_what_they_cannot_do():
   classes = Generator.__new__(Generator)
-  classes.system, classes._similarity = _c2i(), None
+  classes.system, classes.has_plans, classes._similarity = _c2i(), True, None
   assert classes.rankers == ('likelihood',)
   with pytest.raises(UserError, match='cannot rank plans by similarity: .*rank by likelihood'):
     classes.check_ranker('similarity')
-  classes.system = _c2i('debug,vpe=false')
-  for use in (classes.check_plans, lambda: classes.plan('red'), lambda: classes.read([])):
-    with pytest.raises(UserError, match='draws without visual prompts'):
+  system = _c2i('debug,vpe=false')
+  shapes = jax.eval_shape(system.init, jax.random.key(0))
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+  plain = Generator(system, zeros, {}, text.shipped(), SAID)
+  for use in (plain.check_plans, lambda: plain.plan('red'), lambda: plain.read([])):
+    with pytest.raises(UserError, match='no visual prompts apart from its pictures'):
       use()
   config = t2i.get_config('debug')
   config.data.source = 'synthetic'
   untold = Generator.__new__(Generator)
-  untold.system, untold._frozen = systems.build(config.to_dict()), {}
+  untold.system, untold._frozen, untold.has_plans = systems.build(config.to_dict()), {}, True
   with pytest.raises(UserError, match='trained on synthetic codes'):
     untold.check_plans()

@@ -43,6 +43,8 @@ def given(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
 
   def read(*args):
+    for name in values:
+      values[name].unparse()
     values(['sample', *args])
     return plan_flags.wish()
 

@@ -56,7 +56,7 @@ def _subject(workdir: str) -> Subject:
     return drawn(functools.partial(generator, captions, 1), len(captions))
 
   planner = None
-  if generator.system.codes:
+  if generator.has_plans:
     planner = Planner(
       plan=lambda captions, n: generator.plan(captions, n, FLAGS.seed, settings),
       score=generator.score,

@@ -75,7 +75,8 @@ class Generator:
     self._params = jax.device_put(prepare(params) if prepare else params)
     self._frozen = jax.device_put(frozen)
     self._draw = jax.jit(system.generate, static_argnums=4)
-    if system.codes:
+    self.has_plans = bool(system.codes) and hasattr(system, 'plan')
+    if self.has_plans:
       self._plan = jax.jit(system.plan, static_argnums=3)
       self._likelihood = jax.jit(system.plan_likelihood)
       self._similarity = system.plan_similarity and jax.jit(system.plan_similarity)
@@ -337,8 +338,11 @@ class Generator:
       )
 
   def _require_plans(self) -> None:
-    if not self.system.codes:
-      raise UserError('this model draws without visual prompts: it has no plans to keep or to take')
+    if not self.has_plans:
+      raise UserError(
+        'this model writes no visual prompts apart from its pictures: there are none to keep, to '
+        'give or to choose'
+      )
 
   @functools.cached_property
   def _reading(self) -> Params:
@@ -371,7 +375,7 @@ class Generator:
     key = rng.run_key(seed)
 
     def draw(batch: Examples) -> tuple[Array, Array]:
-      if batch.codes is None and self.system.codes:
+      if batch.codes is None and self.has_plans:
         codes = self._plan(self._params, batch, key, settings)
         batch = dataclasses.replace(batch, codes=codes)
       drawing = self._draw(self._params, self._frozen, batch, key, settings)
@@ -420,10 +424,10 @@ class Generator:
 
   def _rows_of(self, codes: np.ndarray, request: Examples) -> np.ndarray:
     """The given visual prompts, one for each row of the request."""
-    self._require_plans()
     codes, count = np.asarray(codes, np.int32), len(request.example)
-    write = lambda *arrays: self.system.plan(*arrays, self.settings())
-    wanted = (count, jax.eval_shape(write, self._params, request, rng.run_key(0)).shape[1])
+    draw = lambda *arrays: self.system.generate(*arrays, self.settings())
+    drawing = jax.eval_shape(draw, self._params, self._frozen, request, rng.run_key(0))
+    wanted = (count, drawing.codes.shape[1])
     if codes.shape not in (wanted, wanted[1:]):
       raise UserError(f'codes have shape {codes.shape}: {wanted} or {wanted[1:]} is needed')
     least, most, last = codes.min(), codes.max(), self.system.codes - 1
