@@ -44,6 +44,12 @@ class Generator:
   Pictures are always drawn in batches of `rows` (short ones are filled up, long ones cut), and a
   row's randomness is a function of seed, prompt and place among the prompt's `n` pictures. So a
   picture is the same alone, among others, and in another order.
+
+  Attributes:
+    system: what draws.
+    rows: pictures per batch.
+    metadata: what pictures say about the weights.
+    has_plans: whether visual prompts are written apart from the picture, and so can be kept.
   """
 
   def __init__(
