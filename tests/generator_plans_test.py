@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from configs import c2i_discrete, t2i
-from tests.small_systems import redrawn
 from vpe_jax import rng, systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.contracts import UserError
@@ -50,20 +49,14 @@ def _c2i(arg: str = 'debug') -> systems.System:
   return systems.build(config.to_dict())
 
 
-def _generator(system: systems.System, rows: int = 4) -> Generator:
-  """Random weights, none of which is zero."""
-  networks = {'params': system.init, 'frozen': lambda key: _random(system.abstract_frozen(), key)}
-  made = {name: jax.jit(make)(jax.random.key(0)) for name, make in networks.items()}
-  params = jax.jit(lambda tree: redrawn(tree, 0.1))(made['params'])
+def _generator(system: systems.System) -> Generator:
+  """Random weights, drawn on the host: none is zero, and nothing is compiled for them."""
+  draw = np.random.default_rng(0)
+  random = lambda leaf: 0.3 * draw.standard_normal(leaf.shape, np.float32)
+  shapes = jax.eval_shape(system.init, jax.random.key(0)), system.abstract_frozen()
+  params, frozen = jax.tree.map(random, shapes)
   tokenizer = open_tokenizer(system.config.data.tokenizer)
-  return Generator(system, params, made['frozen'], tokenizer, SAID, rows)
-
-
-def _random(shapes, key):
-  leaves, tree = jax.tree.flatten(shapes)
-  keys = jax.random.split(key, len(leaves))
-  draw = lambda key, leaf: 0.3 * jax.random.normal(key, leaf.shape)
-  return jax.tree.unflatten(tree, [draw(*pair) for pair in zip(keys, leaves, strict=True)])
+  return Generator(system, params, frozen, tokenizer, SAID)
 
 
 @pytest.fixture(scope='module')
@@ -131,14 +124,14 @@ def _log_probabilities(generator, plans):
   _, request = generator._given(plans)
   if system.config.system == 'c2i_discrete':
     picture = jnp.zeros((len(plans), system.model.config.image_tokens), jnp.int32)
-    logits = system.model(params, request.text[:, 0], picture, request.codes)
+    logits = jax.jit(system.model)(params, request.text[:, 0], picture, request.codes)
     c = system.model.config
     logits = logits[:, : c.plan_tokens, c.codes :]
   else:
     regions = system._regions(request, request.codes, jnp.ones(len(plans), bool))
     latents = jnp.zeros((len(plans), *system.abstract_encoded(1)[1].shape[1:]))
     noisy = (latents, jnp.zeros(len(plans)))
-    hidden, _ = system.rows.forward(params, regions, noisy)
+    hidden, _ = jax.jit(system.rows.forward)(params, regions, noisy)
     first = rendering.Job(None, system.spans, system.vocabulary, None).slot('bot')
     logits = system.model.code_logits(params, hidden[:, first : first + plans.codes.shape[1]])
   logits = np.asarray(logits, np.float64)
@@ -161,11 +154,15 @@ def test_similarity_compares_the_words_with_what_the_codes_say(internal):
   plans = internal.plan(PROMPTS, n=2, seed=2)
   scores = internal.score(plans, 'similarity')
   codec, frozen = internal.system.visual_prompt, internal._frozen
-  seen = codec.siglip.apply(
-    {'params': frozen['siglip']}, codec.decode(frozen, plans.codes), method='pool'
-  )
   ids, length = text.shipped().encode_batch(plans.prompts, 32)
-  words = codec.siglip.apply({'params': frozen['siglip']}, ids, length, method='embed_text')
+
+  @jax.jit
+  def vectors(frozen):
+    variables, features = {'params': frozen['siglip']}, codec.decode(frozen, plans.codes)
+    seen = codec.siglip.apply(variables, features, method='pool')
+    return seen, codec.siglip.apply(variables, ids, length, method='embed_text')
+
+  seen, words = vectors(frozen)
   np.testing.assert_allclose(scores, np.sum(seen * words, -1), atol=1e-5)
   best = internal.best_of(PROMPTS, plans=2, rank='similarity', seed=2)
   assert [p.index for p in best] == np.argmax(scores.reshape(2, 2), 1).tolist()
@@ -177,19 +174,20 @@ def test_plans_do_not_depend_on_the_noise_of_the_picture(generator, prompts, mon
   system, settings = generator.system, generator.settings(steps=1, guidance=1.0)
   _, request = generator._given(generator.plan(prompts, n=2, seed=5))
   request = jax.tree.map(jnp.asarray, dataclasses.replace(request, codes=None))
+  stream = rng.stream
+  picture = 'noise' if system.config.system == 't2i' else 'codes'
 
-  def draw():
-    traced_anew = jax.jit(lambda *given: system.generate(*given, settings))
-    return traced_anew(generator._params, generator._frozen, request, rng.run_key(5))
+  @jax.jit
+  def draw(change):
+    """With other randomness of the picture where `change` isn't 0."""
+    other = lambda key, name: jax.random.fold_in(key, change if name == picture else 0)
+    monkeypatch.setattr(rng, 'stream', lambda key, name: stream(other(key, name), name))
+    given = (generator._params, generator._frozen, request, rng.run_key(5))
+    return system.generate(*given, settings)
 
-  stream, usual = rng.stream, draw()
-  others = {'noise': 'other noise', 'codes': 'other codes'}
-  if system.config.system == 't2i':
-    del others['codes']  # There it is the plan's own.
-  monkeypatch.setattr(rng, 'stream', lambda key, name: stream(key, others.get(name, name)))
-  other = draw()
-  np.testing.assert_array_equal(other.codes, usual.codes)
-  assert float(jnp.abs(other.latents - usual.latents).max()) > 0
+  usual, changed = draw(0), draw(1)
+  np.testing.assert_array_equal(changed.codes, usual.codes)
+  assert float(jnp.abs(changed.latents - usual.latents).max()) > 0
 
 
 def test_a_plan_is_read_from_a_picture_as_in_training(generator, prompts):
