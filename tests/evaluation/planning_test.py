@@ -84,8 +84,9 @@ def test_the_best_are_told_from_the_first(subject, tmp_path):
 def test_a_renderer_that_follows_its_plan_shows_the_mix(subject):
   report = runner.run(['mixes'], subject, OPTIONS)['mixes']
   found = report.protocol['results']['combination']
-  assert found['alone'] == 1 and found['a_and_b'] == 0.5  # the second code of each row is 0
+  assert found['unmixed'] == 1 and len(found['rows']) == 3
   for row in found['rows'].values():
+    assert row['a_and_b'] == 0.5  # in each row one code says which caption, the other which plan
     assert row['agrees_with'] == {'mix': 1, 'A': 0.75, 'B': 0.75} and row['closer_to_the_mix']
     assert row['mix_ahead_of']['A'] == {'mean': 0.25, 'interval95': [0.25, 0.25]}
   assert len(report.lines) == 5

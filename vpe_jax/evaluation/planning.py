@@ -4,9 +4,10 @@
 by each ranker, from the noise that belongs to its place. The independent judge says whether the
 pictures retrieve their captions: rankers see the plan alone, and the judge the picture alone.
 
-`mixes` puts the upper rows of one caption's plan over the lower rows of another's, renders that
-with the words of either, and reads the plan of the picture. If the renderer follows the plan, what
-is read agrees with the mix in more places than with either of the two.
+`mixes` puts the upper rows of one plan over the lower rows of another, renders that, and reads the
+plan of the picture. If the renderer follows the plan, what is read agrees with the mix in more
+places than with either of the two. It also sees the words, and those of one caption speak for its
+plan: so the two are of one caption, and of two with the words of either.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vpe_jax.evaluation import retrieval
 from vpe_jax.evaluation.judge import Judge
 from vpe_jax.evaluation.report import Options, Planner, Report, Subject
 from vpe_jax.sampling import pictures
-from vpe_jax.sampling.plans import best, mixed
+from vpe_jax.sampling.plans import Plans, best, mixed
 
 FIRST = 'the first plan'
 _SHOWN = 8  # pictures of each row on the sheet beside the report
@@ -96,29 +97,38 @@ def mixes_report(subject: Subject, options: Options) -> Report:
   results, lines, sheets = {}, [], {}
   for split in options.splits:
     trials, _ = retrieval.make_trials(2 * count, split, options.seed)
-    told = [trial.caption for trial in trials]
-    plans = planner.plan(told, 1)
-    upper, lower = plans.take(range(count)), plans.take(range(count, 2 * count))
-    mix, found, drawn = mixed(upper, lower), {}, {}
-    meant = {'mix': mix.codes, 'A': upper.codes, 'B': lower.codes}
-    for name, words in (('words of A', upper.prompts), ('words of B', lower.prompts)):
+    plans = planner.plan([trial.caption for trial in trials], 2)
+    drawn, found = {}, {}
+    for name, (upper, lower, words) in _pairs(plans, count).items():
+      mix = mixed(upper, lower)
       drawn[name] = planner.render(mix.told(words))
+      meant = {'mix': mix.codes, 'A': upper.codes, 'B': lower.codes}
       found[name] = agreement(planner.read(drawn[name]), meant)
-    own = np.mean(planner.read(planner.render(upper)) == upper.codes)
-    apart = float(np.mean(upper.codes == lower.codes))
-    rows = mix.side // 2
-    lines += [
-      f'split {split}: {count} mixes, the top {rows} of {mix.side} rows from A and the others from '
-      'B; codes of the',
-      f"picture's own plan that agree with ... (A drawn alone: {own:.1%}; A and B: {apart:.1%})",
-      *_mixes_lines(found),
-    ]
-    results[split] = {'rows': found, 'alone': float(own), 'a_and_b': apart, 'captions': told}
-    shown = [planner.render(plan.take(range(min(_SHOWN, count)))) for plan in (upper, lower)]
-    grid = [list(images[:_SHOWN]) for images in (*shown, *drawn.values())]
-    sheets[split] = pictures.grid(grid, row_labels=['A', 'B', *(f'mix, {d}' for d in drawn)])
+    alone = planner.render(upper)
+    own = float(np.mean(planner.read(alone) == upper.codes))
+    lines += _mixes_lines(f'split {split}: {count} mixes', mix.side, own, found)
+    results[split] = {'rows': found, 'unmixed': own, 'captions': list(upper.prompts)}
+    shown = [alone[:_SHOWN], *(images[:_SHOWN] for images in drawn.values())]
+    sheets[split] = pictures.grid([list(row) for row in shown], row_labels=['A', *drawn])
   question = 'is the plan of the picture of a mix closer to the mix than to what was mixed?'
-  return Report(tuple(lines), _protocol('mixes', question, subject, options, results), sheets)
+  protocol = _protocol('mixes', question, subject, options, results)
+  return Report(tuple(lines), protocol, sheets)
+
+
+def _pairs(plans: Plans, count: int) -> dict[str, tuple[Plans, Plans, tuple[str, ...]]]:
+  """What is mixed (A above, B below), and the words that the mix is rendered with.
+
+  Args:
+    plans: two of each of 2 * `count` captions.
+    count: pairs of each kind.
+  """
+  of_caption = lambda first, place: plans.take(2 * np.arange(first, first + count) + place)
+  a, again, b = of_caption(0, 0), of_caption(0, 1), of_caption(count, 0)
+  return {
+    'two plans of one caption': (a, again, a.prompts),
+    "two captions, A's words": (a, b, a.prompts),
+    "two captions, B's words": (a, b, b.prompts),
+  }
 
 
 def agreement(read: np.ndarray, meant: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -129,8 +139,12 @@ def agreement(read: np.ndarray, meant: Mapping[str, np.ndarray]) -> dict[str, An
     mean, half = _mean(shares['mix'] - shares[name])
     ahead[name] = {'mean': mean, 'interval95': [mean - half, mean + half]}
   mean = {name: float(np.mean(share)) for name, share in shares.items()}
-  closer = all(mean['mix'] > mean[name] for name in ahead)
-  return {'agrees_with': mean, 'mix_ahead_of': ahead, 'closer_to_the_mix': closer}
+  return {
+    'agrees_with': mean,
+    'mix_ahead_of': ahead,
+    'closer_to_the_mix': all(mean['mix'] > mean[name] for name in ahead),
+    'a_and_b': float(np.mean(meant['A'] == meant['B'])),
+  }
 
 
 def _planner(subject: Subject) -> Planner:
@@ -166,11 +180,18 @@ def _best_of_lines(
   return lines
 
 
-def _mixes_lines(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-  lines = [f'  {"rendered with":16}{"the mix":>9}{"A":>8}{"B":>8}{"ahead of A":>26}{"of B":>26}']
+def _mixes_lines(
+  title: str, side: int, own: float, found: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+  lines = [
+    f'{title} of the top {side // 2} of {side} rows of A over the others of B: how many codes of '
+    f"the picture's own plan are those of each (of a picture of A alone, {own:.1%} are those of A)",
+    f'  {"mixed and rendered":28}{"the mix":>9}{"A":>8}{"B":>8}{"A and B":>9}'
+    f'{"ahead of A":>26}{"of B":>26}',
+  ]
   for name, row in found.items():
-    shares, line = row['agrees_with'], f'  {name:16}'
-    line += f'{shares["mix"]:>9.1%}{shares["A"]:>8.1%}{shares["B"]:>8.1%}'
+    shares, line = row['agrees_with'], f'  {name:28}'
+    line += f'{shares["mix"]:>9.1%}{shares["A"]:>8.1%}{shares["B"]:>8.1%}{row["a_and_b"]:>9.1%}'
     for ahead in row['mix_ahead_of'].values():
       (low, high), mean = ahead['interval95'], ahead['mean']
       line += f'{f"{mean:+.1%} ({low:+.1%} to {high:+.1%})":>26}'
