@@ -11,6 +11,7 @@ import pytest
 from vpe_jax import evaluate
 from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import runner
+from vpe_jax.evaluation.report import Report, Subject
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -22,6 +23,8 @@ ROOT = pathlib.Path(__file__).parents[1]
     (['--workdir=w', '--benchmarks=retrival'], "did you mean 'retrieval'"),
     (['--workdir=w', '--splits=concepts'], "did you mean 'concept'"),
     (['--workdir=/no/such/run'], '/no/such/run'),
+    (['--workdir=w', '--best_of=1'], 'best_of is 1: at least 2 plans'),
+    (['--workdir=w', '--benchmarks=mixes'], 'mixes is 0: at least 2'),
     (['--workdir=w', 'x'], "unexpected argument 'x'"),
   ],
 )
@@ -38,19 +41,26 @@ def test_mistakes_are_one_line_and_status_2(args, message):
 def commands(monkeypatch):
   """The command with stand-ins for what takes minutes: sets its flags; what was evaluated."""
   given = types.SimpleNamespace(
-    workdir=[], benchmarks=['retrieval'], captions=2, splits=['concept'], seed=0, judge='', out=None
+    workdir=[],
+    benchmarks=[],
+    best_of=0,
+    mixes=0,
+    captions=2,
+    splits=['concept'],
+    seed=0,
+    judge='',
+    out=None,
   )
   monkeypatch.setattr(evaluate, 'FLAGS', given)
   monkeypatch.setattr(evaluate.machine, 'use_compilation_cache', lambda: None)
   said = lambda workdir: {'checkpoint': workdir.split('/')[-1]}
-  monkeypatch.setattr(
-    evaluate, '_subject', lambda workdir: runner.Subject(np.zeros, 4, said(workdir))
-  )
+  monkeypatch.setattr(evaluate, '_subject', lambda workdir: Subject(np.zeros, 4, said(workdir)))
   given.evaluated = []
 
   def run(names, subject, options):
     given.evaluated.append(subject.description['checkpoint'])
-    return {'retrieval': runner.Report((f'table of {given.evaluated[-1]}',), {}, {})}
+    given.names = names
+    return {'retrieval': Report((f'table of {given.evaluated[-1]}',), {}, {})}
 
   monkeypatch.setattr(runner, 'run', run)
   return given
@@ -64,6 +74,17 @@ def test_several_runs_have_a_table_and_a_folder_each(commands, tmp_path, capsys,
   assert said.index('== runs/a\ntable of a\nwrote runs/a') < said.index('table of b.safetensors')
   assert len(list((tmp_path / 'runs/a/evaluation').iterdir())) == 1
   assert len(list((tmp_path / 'evaluation').iterdir())) == 1
+  assert commands.names == ['retrieval']
+
+
+def test_flags_of_benchmarks_ask_for_them(commands, tmp_path):
+  commands.workdir, commands.out = ['a'], str(tmp_path)
+  commands.best_of = commands.mixes = 2
+  evaluate.main()
+  assert commands.names == ['best_of', 'mixes']
+  commands.benchmarks = ['retrieval', 'mixes']
+  evaluate.main()
+  assert commands.names == ['retrieval', 'mixes', 'best_of']
 
 
 def test_a_folder_is_checked_before_drawing_and_the_table_outlives_a_failure(

@@ -20,6 +20,7 @@ from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Drawing, UserError
 from vpe_jax.data import text
 from vpe_jax.generator import Generator
+from vpe_jax.sampling import pictures
 
 
 class _Dice:
@@ -31,12 +32,18 @@ class _Dice:
     self.codes = 200
     self.batches = []  # rows of each trace
 
+  plan_similarity = None
+
+  def plan(self, params, request, rng, settings):
+    draw = lambda key: jax.random.randint(key, (4,), 0, self.codes)
+    return rng_lib.per_example(draw, rng, 'codes', request.example)
+
+  def plan_likelihood(self, params, request):
+    return -jnp.mean(request.codes / self.codes, 1)
+
   def generate(self, params, frozen, request, rng, settings):
     self.batches.append(request.example.shape[0])
     codes = request.codes
-    if codes is None:
-      draw = lambda key: jax.random.randint(key, (4,), 0, self.codes)
-      codes = rng_lib.per_example(draw, rng, 'codes', request.example)
     shade = (codes + params['shift'] + request.text[:, :4] % 50) / 255
     image = jnp.broadcast_to(shade[:, :, None, None], (*shade.shape, 4, 3))
     return Drawing(image, codes, image * settings.guidance)
@@ -127,11 +134,11 @@ def test_pictures_say_how_they_were_made(tmp_path):
 
 def test_sheet_joins_what_its_pictures_say():
   drawn = _dice()(['a red fox', 'two pears'], n=2, seed=9)
-  image, said = generator_lib.sheet(drawn)
+  image, said = pictures.sheet(drawn)
   assert said['prompt'] == 'a red fox\ntwo pears' and said['index'] == '0\n1'
   assert said['seed'] == '9' and said['generated'] == 'true'
-  columns, _ = generator_lib.sheet(drawn[::2])
-  single, _ = generator_lib.sheet(drawn[:1])
+  columns, _ = pictures.sheet(drawn[::2])
+  single, _ = pictures.sheet(drawn[:1])
   assert image.height > columns.height and columns.width > single.width
 
 

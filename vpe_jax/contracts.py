@@ -192,6 +192,8 @@ class System(Protocol):
     draws_with: names of the frozen networks that `generate` reads. This and `codes`: only systems
       that draw have them.
     codes: entries of the visual prompt's codebook; 0 where there is none.
+    visual_prompt: the codec of visual prompts (vpe_jax.codecs.protocol.PlanCodec), or None; only
+      systems that draw have it.
     picture_codes: entries of the codebook of discrete pictures; only systems that draw those have
       it.
     starts: weights that a new run starts from; only systems whose config can name some have it.
@@ -207,6 +209,7 @@ class System(Protocol):
   published: Mapping[str, Start]
   draws_with: tuple[str, ...]
   codes: int
+  visual_prompt: Any
   picture_codes: int
   starts: tuple[Start, ...]
   added: tuple[str, ...]
@@ -270,6 +273,29 @@ class System(Protocol):
     `request.text` and `text_length` hold the prompts, `request.example` keys each row's
     randomness (so a row doesn't depend on its neighbours), and `request.codes`, when given, is
     rendered instead of a visual prompt of the model's own. Only systems that draw have this.
+    """
+    ...
+
+  def plan(self, params: Params, request: Examples, rng: Array, settings: Any) -> Array:
+    """The visual prompts [B, P] that the model writes for a batch of requests; see `generate`.
+
+    No part of the picture's randomness goes in. Only systems that draw have this; where `codes` is
+    0 nothing calls it.
+    """
+    ...
+
+  def plan_likelihood(self, params: Params, request: Examples) -> Array:
+    """The mean log-probability of the visual prompts `request.codes` given the prompts: [B], nats.
+
+    Of the conditional model at temperature 1. One pass over the whole row: it takes drawn plans and
+    others alike, in place of as many steps as a plan has codes. Systems that have `plan` have this.
+    """
+    ...
+
+  def plan_similarity(self, frozen: Params, request: Examples) -> Array:
+    """How well the visual prompts `request.codes` fit the prompts: cosines [B].
+
+    It reads the networks that `visual_prompt` does. None where nothing compares the two.
     """
     ...
 

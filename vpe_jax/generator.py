@@ -1,8 +1,13 @@
-"""Draws pictures from prompts with the weights of a run: the Python side of vpe_jax.sample."""
+"""Draws pictures from prompts with the weights of a run: the Python side of vpe_jax.sample.
+
+A picture is drawn in two programs: one writes its visual prompt, the other renders it. A plan that
+was kept is rendered by that same second program, so it gives the same picture again.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -12,52 +17,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from PIL import Image
 
 from vpe_jax import __version__, rng, systems
 from vpe_jax.checkpoints import weights as weights_io
 from vpe_jax.config import SampleConfig, nearest
-from vpe_jax.contracts import Drawing, Examples, Params, UserError
+from vpe_jax.contracts import Array, Examples, Params, UserError
 from vpe_jax.data import text
 from vpe_jax.data.published_text import open_tokenizer
+from vpe_jax.data.transforms import pad_to_square
 from vpe_jax.sampling import pictures
+from vpe_jax.sampling.pictures import Picture
+from vpe_jax.sampling.plans import RANKERS, Codebook, Plans, best
 from vpe_jax.training import frozen as frozen_lib
 
-_COLUMNS = 8  # pictures in a row of a sheet
+_OWN = ('prompt', 'index', 'rank', 'score')  # what a picture says of itself alone
 
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-  """One drawn picture and how it came to be.
-
-  Attributes:
-    image: uint8 [R, R, 3].
-    prompt: the caption it was drawn from.
-    index: its place among the `n` pictures of its prompt.
-    seed: the seed of the call.
-    codes: int32 [P], the visual prompt it was rendered from.
-    metadata: text chunks for a PNG: prompt, seed, index, settings, checkpoint, weights, version,
-      generated.
-  """
-
-  image: np.ndarray
-  prompt: str
-  index: int
-  seed: int
-  codes: np.ndarray
-  metadata: Mapping[str, str]
-
-  def save(self, path: str, overwrite: bool = False) -> None:
-    """Writes a PNG with the metadata in its text chunks."""
-    pictures.save_png(self.image, path, self.metadata, overwrite)
+Progress = Callable[[int, int], None]
 
 
 class Generator:
   """A loaded model: `Generator.load('runs/t2i-tiny')('a red fox', n=4, seed=0)`.
 
+  `plan` and `render` are its two halves, `read` takes a plan from a picture, `score` and `best_of`
+  choose among many: see vpe_jax.sampling.plans for what a user keeps.
+
   Pictures are always drawn in batches of `rows` (short ones are filled up, long ones cut), and a
   row's randomness is a function of seed, prompt and place among the prompt's `n` pictures. So a
   picture is the same alone, among others, and in another order.
+
+  Attributes:
+    system: what draws.
+    rows: pictures per batch.
+    metadata: what pictures say about the weights.
+    has_plans: whether visual prompts are written apart from the picture, and so can be kept.
   """
 
   def __init__(
@@ -89,6 +81,12 @@ class Generator:
     self._params = jax.device_put(prepare(params) if prepare else params)
     self._frozen = jax.device_put(frozen)
     self._draw = jax.jit(system.generate, static_argnums=4)
+    self.has_plans = bool(system.codes) and hasattr(system, 'plan')
+    if self.has_plans:
+      self._plan = jax.jit(system.plan, static_argnums=3)
+      self._likelihood = jax.jit(system.plan_likelihood)
+      self._similarity = system.plan_similarity and jax.jit(system.plan_similarity)
+      self._encode = jax.jit(lambda frozen, images: system.encode(frozen, images)[0])
 
   @classmethod
   def load(cls, workdir: str, weights: str = 'ema', rows: int = 4) -> Generator:
@@ -156,7 +154,7 @@ class Generator:
     seed: int = 0,
     settings: SampleConfig | None = None,
     codes: np.ndarray | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
   ) -> list[Picture]:
     """Draws `n` pictures for each prompt, prompt by prompt.
 
@@ -173,46 +171,267 @@ class Generator:
       UserError: no prompt, one that is blank, too long or no text, a setting out of range, or a
         picture that isn't finite.
     """
-    prompts = text.tidied([prompts] if isinstance(prompts, str) else prompts)
-    if not prompts or n < 1:
-      raise UserError(f'nothing to draw: {len(prompts)} prompts with n={n} pictures each')
+    items = _items(prompts, n)
+    request = self._request(items)
     settings = self.settings() if settings is None else settings
-    plan = [(prompt, index) for prompt in prompts for index in range(n)]
-    request = self._request(prompts, plan)
     if codes is not None:
-      request = dataclasses.replace(request, codes=self._rows_of(codes, request, settings))
-    drawn: list[Drawing] = []
-    for start in range(0, len(plan), self.rows):
-      # Short batches are filled with their first row, so that one compiled program serves all.
-      rows = np.arange(start, start + self.rows)
-      rows[rows >= len(plan)] = start
-      batch = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), request)
-      drawing = self._draw(self._params, self._frozen, batch, rng.run_key(seed), settings)
-      drawn.append(jax.device_get(drawing))
-      if progress:
-        progress(min(start + self.rows, len(plan)), len(plan))
-    images = pictures.to_uint8(np.concatenate([d.image for d in drawn]))
-    visual = np.concatenate([d.codes for d in drawn])
+      request = dataclasses.replace(request, codes=self._rows_of(codes, request))
+    return self._pictures(request, items, seed, settings, progress)
+
+  def plan(
+    self,
+    prompts: str | Sequence[str],
+    n: int = 1,
+    seed: int = 0,
+    settings: SampleConfig | None = None,
+  ) -> Plans:
+    """Writes `n` visual prompts for each prompt: those of the pictures that a call would draw.
+
+    Raises:
+      UserError: the model has no visual prompts; or see `__call__`.
+    """
+    self._require_plans()
+    items, key = _items(prompts, n), rng.run_key(seed)
+    settings = self.settings() if settings is None else settings
+    write = lambda batch: self._plan(self._params, batch, key, settings)
+    codes = self._batched(write, self._request(items))
+    made = self.describe(settings) | {'by': 'drawn', 'seed': str(seed)}
+    return self._plans(codes, items, made)
+
+  def read(self, images: Sequence[np.ndarray], prompts: str | Sequence[str] = '') -> Plans:
+    """Takes visual prompts from pictures, as the frozen encoder sees them in training.
+
+    Args:
+      images: uint8 [H, W, 3] each, of any shape: padded to squares with white.
+      prompts: what they show, one for all or one for each; a plan without is rendered once it is
+        `told` one.
+
+    Raises:
+      UserError: the model has no visual prompts, or was trained on synthetic ones.
+    """
+    self._require_plans()
+    side = self.system.config.data.image_size
+    squares = np.stack([pad_to_square(image, side) for image in images])
+    networks = {**self._frozen, **self._reading}
+    codes = self._batched(lambda batch: self._encode(networks, batch), squares)
+    made = self.metadata | {'by': 'read from a picture'}
+    items = [('', index) for index in range(len(codes))]
+    return self._plans(codes, items, made).told([prompts] if isinstance(prompts, str) else prompts)
+
+  def render(
+    self,
+    plans: Plans,
+    seed: int = 0,
+    settings: SampleConfig | None = None,
+    progress: Progress | None = None,
+  ) -> list[Picture]:
+    """Draws a picture of each plan, from the noise of its prompt and place.
+
+    Raises:
+      UserError: they are plans of another codebook or grid, or lack a prompt; or see `__call__`.
+    """
+    items, request = self._given(plans)
+    settings = self.settings() if settings is None else settings
+    drawn = self._pictures(request, items, seed, settings, progress)
+    return [picture.saying(visual_prompt=plans.made.get('by', 'given')) for picture in drawn]
+
+  def score(self, plans: Plans, by: str = 'likelihood') -> np.ndarray:
+    """How good each plan is for its prompt: float32 [n], higher is better.
+
+    Args:
+      plans: with prompts, drawn here or not.
+      by: `likelihood`, the mean log-probability of the codes given the prompt, at temperature 1 and
+        without filters or guidance, in nats; or `similarity`, the cosine between SigLIP's text
+        vector of the prompt and what its pooling head sees in the features that the codes stand
+        for.
+
+    Raises:
+      UserError: another ranker, or one that this model hasn't; see `render`.
+    """
+    self.check_ranker(by)
+    _, request = self._given(plans)
+    if by == 'likelihood':
+      return self._batched(lambda batch: self._likelihood(self._params, batch), request)
+    return self._batched(lambda batch: self._similarity(self._reading, batch), request)
+
+  def best_of(
+    self,
+    prompts: str | Sequence[str],
+    plans: int = 16,
+    render: int = 1,
+    rank: str = 'likelihood',
+    seed: int = 0,
+    settings: SampleConfig | None = None,
+    progress: Progress | None = None,
+  ) -> list[Picture]:
+    """Writes `plans` visual prompts for each prompt and draws the best `render` of them, in order.
+
+    A picture is the one that `n=plans` would draw at the same place: its `index`.
+
+    Raises:
+      UserError: more are to be drawn than there are; plans that are all alike; see `plan`, `score`.
+    """
+    settings = self.settings() if settings is None else settings
+    if not 1 <= render <= plans:
+      raise UserError(
+        f'cannot render the best {render} of {plans} plans: 1 to {plans} are possible'
+      )
+    if plans > 1 and settings.temperature == 0:
+      raise UserError(f'temperature 0 writes {plans} equal plans: raise it, or draw one plan')
+    self.check_ranker(rank)
+    written = self.plan(prompts, plans, seed, settings)
+    scores = self.score(written, rank).reshape(-1, plans)
+    order = best(scores, render)
+    rows = order + plans * np.arange(len(order))[:, None]
+    drawn = self.render(written.take(rows.reshape(-1)), seed, settings, progress)
+    said = {'plans': str(plans), 'ranked_by': rank}
+    found = np.take_along_axis(scores, order, axis=1).reshape(-1)
+    return [
+      picture.saying(**said, rank=str(1 + place % render), score=f'{score:.6g}')
+      for place, (picture, score) in enumerate(zip(drawn, found, strict=True))
+    ]
+
+  def plans_of(self, drawn: Sequence[Picture]) -> Plans:
+    """The visual prompts of pictures that were drawn here: rendered again, they give the same."""
+    self._require_plans()
+    said = {key: value for key, value in drawn[0].metadata.items() if key not in _OWN}
+    made = said | {'by': said.pop('visual_prompt', 'drawn')}
+    items = [(picture.prompt, picture.index) for picture in drawn]
+    return self._plans(np.stack([picture.codes for picture in drawn]), items, made)
+
+  @functools.cached_property
+  def codebook(self) -> Codebook:
+    """What the codes of this model's visual prompts index.
+
+    Raises:
+      UserError: it has none, or its networks can't be read.
+    """
+    self._require_plans()
+    network, leaf = self.system.visual_prompt.codebook.split('/')
+    rows = np.asarray(self._reading[network][leaf], np.float32)
+    return Codebook(len(rows), weights_io.fingerprint({'codebook': rows}))
+
+  @property
+  def rankers(self) -> tuple[str, ...]:
+    """What `score` can go by."""
+    self._require_plans()
+    return RANKERS if self._similarity else RANKERS[:1]
+
+  def check_ranker(self, name: str) -> None:
+    """Refuses what `score` can't go by; front doors ask before the work starts.
+
+    Raises:
+      UserError: says what it can go by.
+    """
+    if name not in RANKERS:
+      raise UserError(f"no ranker of plans is called '{name}'{nearest(name, RANKERS)}")
+    if name not in self.rankers:
+      raise UserError(
+        f'this model cannot rank plans by {name}: no text tower compares its prompts (a class, or '
+        "a published tokenizer's words) with its plans; rank by likelihood"
+      )
+
+  def check_plans(self) -> None:
+    """Refuses plans to keep or to give where there are none; front doors ask before the work.
+
+    Raises:
+      UserError: the model has no visual prompts, or what reads them isn't what it was trained with.
+    """
+    if (size := self.codebook.size) != self.system.codes:
+      raise UserError(
+        f'the codebook has {size} rows and the model draws {self.system.codes} codes: name the '
+        'weights that it was trained with, in config.model.weights'
+      )
+
+  def _require_plans(self) -> None:
+    if not self.has_plans:
+      raise UserError(
+        'this model writes no visual prompts apart from its pictures: there are none to keep, to '
+        'give or to choose'
+      )
+
+  @functools.cached_property
+  def _reading(self) -> Params:
+    """The networks that visual prompts are read with: drawing does without them."""
+    if all(name in self._frozen for name in self.system.visual_prompt.weights):
+      return {name: self._frozen[name] for name in self.system.visual_prompt.weights}
+    return jax.device_put(frozen_lib.for_plans(self.system))
+
+  def _given(self, plans: Plans) -> tuple[list[tuple[str, int]], Examples]:
+    """Prompt and place of each plan, and a request with it."""
+    plans.check(self.codebook, self.system.visual_prompt.grid)
+    items = list(zip(text.tidied(plans.prompts), plans.index))
+    return items, dataclasses.replace(self._request(items), codes=plans.codes)
+
+  def _plans(
+    self, codes: np.ndarray, items: Sequence[tuple[str, int]], made: Mapping[str, str]
+  ) -> Plans:
+    prompts, index = zip(*items)
+    return Plans(np.asarray(codes, np.int32), prompts, index, self.codebook, made)
+
+  def _pictures(
+    self,
+    request: Examples,
+    items: Sequence[tuple[str, int]],
+    seed: int,
+    settings: SampleConfig,
+    progress: Progress | None,
+  ) -> list[Picture]:
+    """Draws a picture for each row of the request, of its plan where it has one."""
+    key = rng.run_key(seed)
+
+    def draw(batch: Examples) -> tuple[Array, Array]:
+      if batch.codes is None and self.has_plans:
+        codes = self._plan(self._params, batch, key, settings)
+        batch = dataclasses.replace(batch, codes=codes)
+      drawing = self._draw(self._params, self._frozen, batch, key, settings)
+      return drawing.image, drawing.codes
+
+    images, visual = self._batched(draw, request, progress)
     said = self.describe(settings) | {'seed': str(seed)}
     return [
       Picture(image, *item, seed, code, said | {'prompt': item[0], 'index': str(item[1])})
-      for image, code, item in zip(images, visual, plan)
+      for image, code, item in zip(pictures.to_uint8(images), visual, items, strict=True)
     ]
 
-  def _request(self, prompts: list[str], plan: list[tuple[str, int]]) -> Examples:
-    """One row for each picture, as numpy leaves."""
-    ids, lengths = self._tokenizer.encode_batch(prompts, self.system.config.data.text_length)
-    copies = len(plan) // len(prompts)
-    return Examples(
-      example=np.asarray([_identity(*item) for item in plan], np.int32),
-      text=np.repeat(ids, copies, axis=0),
-      text_length=np.repeat(lengths, copies, axis=0),
-    )
+  def _batched(
+    self, run: Callable[[Any], Any], inputs: Any, progress: Progress | None = None
+  ) -> Any:
+    """Calls `run` on `rows` rows at a time, and returns what it does for each row, in numpy.
 
-  def _rows_of(self, codes: np.ndarray, request: Examples, settings: SampleConfig) -> np.ndarray:
+    Results are fetched while the next batch is computed.
+    """
+    count, waiting, found = len(jax.tree.leaves(inputs)[0]), None, []
+
+    def fetch(done: int) -> None:
+      if waiting is not None:
+        found.append(jax.device_get(waiting))
+        if progress:
+          progress(done, count)
+
+    for start in range(0, count, self.rows):
+      # Short batches are filled with their first row, so that one compiled program serves all.
+      rows = np.arange(start, start + self.rows)
+      rows[rows >= count] = start
+      begun = run(jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), inputs))
+      fetch(start)
+      waiting = begun
+    fetch(count)
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *found)
+
+  def _request(self, items: Sequence[tuple[str, int]]) -> Examples:
+    """One row for each picture, as numpy leaves."""
+    prompts = list(dict.fromkeys(prompt for prompt, _ in items))
+    ids, lengths = self._tokenizer.encode_batch(prompts, self.system.config.data.text_length)
+    row_of = {prompt: row for row, prompt in enumerate(prompts)}
+    rows = [row_of[prompt] for prompt, _ in items]
+    example = np.asarray([_identity(*item) for item in items], np.int32)
+    return Examples(example=example, text=ids[rows], text_length=lengths[rows])
+
+  def _rows_of(self, codes: np.ndarray, request: Examples) -> np.ndarray:
     """The given visual prompts, one for each row of the request."""
     codes, count = np.asarray(codes, np.int32), len(request.example)
-    draw = lambda *arrays: self.system.generate(*arrays, settings)
+    draw = lambda *arrays: self.system.generate(*arrays, self.settings())
     drawing = jax.eval_shape(draw, self._params, self._frozen, request, rng.run_key(0))
     wanted = (count, drawing.codes.shape[1])
     if codes.shape not in (wanted, wanted[1:]):
@@ -254,28 +473,12 @@ def _stage(system: Any, said: str, workdir: str) -> str:
   return names[said]
 
 
-def sheet(drawn: Sequence[Picture]) -> tuple[Image.Image, dict[str, str]]:
-  """One picture of all, and its text chunks.
-
-  It has a row for each prompt, or captioned columns where each prompt has one picture. A chunk in
-  which the pictures differ lists their values, a line each.
-  """
-  said = {
-    key: '\n'.join(dict.fromkeys(picture.metadata[key] for picture in drawn))
-    for key in drawn[0].metadata
-  }
-  prompts = list(dict.fromkeys(picture.prompt for picture in drawn))
-  if len(prompts) == len(drawn):
-    cut = [drawn[start : start + _COLUMNS] for start in range(0, len(drawn), _COLUMNS)]
-    rows = [[picture.image for picture in row] for row in cut]
-    return pictures.grid(rows, [[picture.prompt for picture in row] for row in cut]), said
-  rows, labels = [], []
-  for prompt in prompts:
-    images = [picture.image for picture in drawn if picture.prompt == prompt]
-    starts = range(0, len(images), _COLUMNS)
-    rows += [images[start : start + _COLUMNS] for start in starts]
-    labels += [prompt] + [''] * (len(starts) - 1)
-  return pictures.grid(rows, row_labels=labels), said
+def _items(prompts: str | Sequence[str], n: int) -> list[tuple[str, int]]:
+  """Prompt and place of each picture, prompt by prompt."""
+  prompts = text.tidied([prompts] if isinstance(prompts, str) else prompts)
+  if not prompts or n < 1:
+    raise UserError(f'nothing to draw: {len(prompts)} prompts with n={n} pictures each')
+  return [(prompt, index) for prompt in prompts for index in range(n)]
 
 
 def _identity(prompt: str, index: int) -> int:

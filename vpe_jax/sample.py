@@ -1,8 +1,11 @@
-"""Draws pictures from prompts with a trained model.
+r"""Draws pictures from prompts with a trained model.
 
   python -m vpe_jax.sample --workdir=assets:tiny --prompt="a red fox" --out=fox.png
   python -m vpe_jax.sample --workdir=runs/t2i-tiny --prompt="two green pears" --n=4 --seed=1
   python -m vpe_jax.sample --workdir=RUN --prompts=prompts.txt --n=2 --out=pictures/
+  python -m vpe_jax.sample --workdir=RUN --prompt="a red fox" --plans=16 --render=4 \
+      --save_visual_prompt=foxes.json
+  python -m vpe_jax.sample --workdir=RUN --visual_prompt=foxes.json --out=again.png
 
 A file gets a grid, a folder (it ends in /) a file a picture; text chunks say how it was made.
 """
@@ -11,10 +14,10 @@ import os
 
 from absl import flags
 
-from vpe_jax import front_door
+from vpe_jax import front_door, plan_flags
 from vpe_jax.contracts import UserError
 from vpe_jax.data import storage, text
-from vpe_jax.generator import Generator, sheet
+from vpe_jax.generator import Generator
 from vpe_jax.sampling import pictures
 from vpe_jax.training import machine
 
@@ -32,12 +35,14 @@ def _define_flags() -> None:
   flags.DEFINE_bool('overwrite', False, 'replace files that exist')
   flags.DEFINE_bool('no_metadata', False, 'leave the text chunks out')
   front_door.define_settings()
-  flags.adopt_module_key_flags(front_door)  # So that --help lists them.
+  plan_flags.define()
+  for module in (front_door, plan_flags):
+    flags.adopt_module_key_flags(module)  # So that --help lists them.
 
 
-def _prompts() -> list[str]:
-  if not FLAGS.workdir:
-    raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
+def _prompts(optional: bool) -> list[str]:
+  if optional and FLAGS.prompt is None and FLAGS.prompts is None:
+    return []
   if (FLAGS.prompt is None) == (FLAGS.prompts is None):
     raise UserError('what to draw is missing: give one of --prompt="..." and --prompts=FILE')
   if FLAGS.prompts is None:
@@ -51,16 +56,23 @@ def _prompts() -> list[str]:
 
 def main() -> None:
   """Runs the command."""
-  prompts, out = _prompts(), front_door.target('out', FLAGS.out)
+  if not FLAGS.workdir:
+    raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
+  wish = plan_flags.wish()
+  prompts, out = _prompts(wish.given is not None), front_door.target('out', FLAGS.out)
+  wish = wish.told(prompts)
   front_door.check_folder(os.path.dirname(out))
-  paths = pictures.plan_files(out, len(prompts) * FLAGS.n, FLAGS.overwrite)
+  paths = pictures.plan_files(out, wish.count(len(prompts), FLAGS.n), FLAGS.overwrite)
   machine.use_compilation_cache()
   generator = Generator.load(FLAGS.workdir, FLAGS.weights)
   settings = generator.settings(**front_door.settings())
-  drawn = generator(prompts, FLAGS.n, FLAGS.seed, settings)
-  files = [(p.image, p.metadata) for p in drawn] if out.endswith('/') else [sheet(drawn)]
+  drawn = wish.draw(generator, prompts, FLAGS.n, FLAGS.seed, settings)
+  files = [(p.image, p.metadata) for p in drawn]
+  if not out.endswith('/'):
+    files = [pictures.sheet(drawn)]
   for path, (image, said) in zip(paths, files):
     pictures.save_png(image, path, None if FLAGS.no_metadata else said, FLAGS.overwrite)
+  wish.save(generator, drawn, FLAGS.overwrite)
   print(f'wrote {len(drawn)} pictures to {out}')
 
 

@@ -13,8 +13,9 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import retrieval, runner
 from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.report import Options, Subject
 
-_OPTIONS = runner.Options(captions=12, splits=('combination',), seed=1)
+_OPTIONS = Options(captions=12, splits=('combination',), seed=1)
 
 
 class _Knowing:
@@ -39,7 +40,7 @@ class _Knowing:
 def subject(monkeypatch):
   monkeypatch.setattr(Judge, 'load', lambda source: _Knowing())
   gray = lambda captions: np.full((len(captions), 16, 16, 3), 128, np.uint8)
-  return runner.Subject(gray, 16, {'checkpoint': 'abc'})
+  return Subject(gray, 16, {'checkpoint': 'abc'})
 
 
 def test_report_tells_true_generated_and_permuted_apart(subject):
@@ -89,6 +90,9 @@ def test_saves_json_and_a_sheet_for_each_split(subject, tmp_path):
     (['retrival'], {}, "did you mean 'retrieval'"),
     (['retrieval'], {'splits': ('combinations',)}, "did you mean 'combination'"),
     (['retrieval'], {'captions': 1}, 'at least 2'),
+    (['best_of'], {'best_of': 1}, 'best_of is 1: at least 2 plans'),
+    (['mixes'], {'mixes': 1}, 'mixes is 1: at least 2'),
+    (['best_of'], {'best_of': 2}, 'draws without visual prompts'),
     (['retrieval'], {'seed': -1}, 'seed is -1: choose one from 0 to 2147483647'),
   ],
 )

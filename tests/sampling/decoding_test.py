@@ -150,3 +150,10 @@ def test_decode_draws_anew_at_each_place_and_row():
   np.testing.assert_array_equal(alone[0], codes[2])
   longer, _ = decoding.decode(_flat, (), jnp.zeros((4, 1000)), 20, keys, PLAIN)
   np.testing.assert_array_equal(longer[:, :16], codes)
+
+
+def test_likelihood_is_of_the_whole_distribution():
+  logits = jnp.tile(LOGITS, (2, 3, 1)) + 7.0
+  codes = jnp.asarray([[1, 1, 0], [3, 2, 4]])
+  expected = np.log([[0.4, 0.4, 0.05], [0.2, 0.3, 0.05]]).mean(1)
+  np.testing.assert_allclose(decoding.log_likelihood(logits, codes), expected, rtol=1e-6)

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from vpe_jax.codecs import image_codes, kl, kl_vae, siglip_vq, visual_prompt, vqgan
-from vpe_jax.codecs.protocol import LatentCodec, PictureCodec, TokenCodec
+from vpe_jax.codecs.protocol import LatentCodec, PictureCodec, PlanCodec
 from vpe_jax.contracts import Start
 
 
@@ -160,7 +160,7 @@ class PictureCodesConfig(PlanCodecConfig):
     return found
 
 
-def plan_codec(config: PlanCodecConfig, dtype: jnp.dtype) -> TokenCodec:
+def plan_codec(config: PlanCodecConfig, dtype: jnp.dtype) -> PlanCodec:
   """The visual prompt's codec; `dtype` is what a published tower computes in."""
   if config.siglip_vq is None:
     return visual_prompt.VisualPromptCodec(config.visual_prompt)

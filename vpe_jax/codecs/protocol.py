@@ -34,6 +34,16 @@ class TokenCodec(Protocol):
     ...
 
 
+class PlanCodec(TokenCodec, Protocol):
+  """Pictures -> the codes of a visual prompt.
+
+  Attributes:
+    codebook: path of the array [V, W] that codes index in `params`, the network's name first.
+  """
+
+  codebook: str
+
+
 class PictureCodec(TokenCodec, Protocol):
   """Pictures <-> a grid of discrete codes that say everything about them."""
 

@@ -115,7 +115,7 @@ class SiglipVq(nn.Module):
 
 
 class SiglipVqCodec:
-  """A protocol.TokenCodec over one network of `params`, called `name`, that can also decode."""
+  """A protocol.PlanCodec over one network of `params`, called `name`, that can also decode."""
 
   def __init__(
     self,
@@ -126,6 +126,7 @@ class SiglipVqCodec:
   ):
     self.config = config
     self.weights = (name,)
+    self.codebook = f'{name}/codebook'
     self.codes = config.codes
     self.image_size = image_size
     self.grid = image_size // config.patch

@@ -98,9 +98,10 @@ class Quantiser(nn.Module):
 
 
 class VisualPromptCodec:
-  """A protocol.TokenCodec over the networks `siglip` and `visual_prompt`."""
+  """A protocol.PlanCodec over the networks `siglip` and `visual_prompt`."""
 
   weights = ('siglip', 'visual_prompt')
+  codebook = 'visual_prompt/codebook'
 
   def __init__(self, config: VisualPromptConfig):
     self.config = config
@@ -127,6 +128,25 @@ class VisualPromptCodec:
     variables = {'params': params['visual_prompt']}
     rows = self.quantiser.apply(variables, codes, method='lookup')
     return self.quantiser.apply(variables, rows, method='decode')
+
+  def embed_codes(self, params: Params, codes: Array) -> Array:
+    """What SigLIP's pooling head sees in codes [B, P]: unit vectors [B, D] float32.
+
+    The codes' features take the place of the image tower's normed last output, which they were
+    trained to rebuild. With `depth` 0 or more they stand for another layer's: this says nothing.
+    """
+    features = self.decode(params, codes)
+    return self.siglip.apply({'params': params['siglip']}, features, method='pool')
+
+  def embed_text(self, params: Params, text: Array, length: Array) -> Array:
+    """SigLIP's unit vectors [B, D] float32 of captions [B, T] with `length` [B] real tokens.
+
+    One that is longer than the text tower's positions counts by its beginning.
+    """
+    limit = self.config.siglip.text_length
+    shown = jnp.minimum(length, limit)
+    variables = {'params': params['siglip']}
+    return self.siglip.apply(variables, text[:, :limit], shown, method='embed_text')
 
   def abstract_params(self) -> Params:
     """Both networks' parameters as shapes; see protocol.TokenCodec."""

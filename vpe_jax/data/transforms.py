@@ -25,7 +25,7 @@ def read_image(path: str | Path) -> np.ndarray:
       upright = ImageOps.exif_transpose(_eight_bit(image)).convert('RGBA')
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
     raise UserError(
-      f'unreadable image {path} ({error}); replace the file or take it out of the data'
+      f'unreadable image {path} ({error}); replace the file, or leave it out'
     ) from error
   ground = Image.new('RGBA', upright.size, 'white')
   return np.array(Image.alpha_composite(ground, upright).convert('RGB'))

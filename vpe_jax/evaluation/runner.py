@@ -7,7 +7,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,9 +14,10 @@ from vpe_jax import rng
 from vpe_jax.config import nearest
 from vpe_jax.contracts import UserError
 from vpe_jax.data import storage
-from vpe_jax.data.records import SPLITS, Split, render
-from vpe_jax.evaluation import retrieval
+from vpe_jax.data.records import SPLITS, render
+from vpe_jax.evaluation import planning, retrieval
 from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.report import Options, Report, Subject
 from vpe_jax.sampling import pictures
 
 _SHOWN = 8  # pictures of each row on the sheet beside the report
@@ -27,52 +27,12 @@ _SHARE_BAR = 0.5  # of it, that generated pictures reach
 _CHANCES_BAR = 3  # times chance, that pictures of a quickstart run reach
 
 
-@dataclasses.dataclass(frozen=True)
-class Subject:
-  """What is evaluated.
-
-  Attributes:
-    draw: captions -> pictures [N, R, R, 3] uint8, one each.
-    image_size: R.
-    description: what a report should say about it: checkpoint, settings, version.
-  """
-
-  draw: Callable[[list[str]], np.ndarray]
-  image_size: int
-  description: Mapping[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """How much is evaluated.
-
-  Attributes:
-    captions: captions of each split.
-    splits: held-out splits of the scenes.
-    seed: of the scenes and their distractors.
-    judge: where the judge's weights are.
-  """
-
-  captions: int = 512
-  splits: tuple[Split, ...] = ('combination', 'concept')
-  seed: int = 0
-  judge: str = 'assets:judge'
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """What a benchmark found: lines to print, a JSON-able protocol, and sheets of pictures."""
-
-  lines: tuple[str, ...]
-  protocol: Mapping[str, Any]
-  sheets: Mapping[str, Any]
-
-
 def check(names: Sequence[str], options: Options) -> None:
   """Finds mistakes before anything is loaded.
 
   Raises:
-    UserError: an unknown benchmark or split, too few captions, or a seed that is none.
+    UserError: an unknown benchmark or split, a seed that is none, or too few captions, plans or
+      mixes.
   """
   for name in names:
     if name not in BENCHMARKS:
@@ -83,6 +43,10 @@ def check(names: Sequence[str], options: Options) -> None:
   rng.check_seed(options.seed)
   if options.captions < 2:
     raise UserError(f'captions is {options.captions}: at least 2 are needed to permute them')
+  if 'best_of' in names and options.best_of < 2:
+    raise UserError(f'best_of is {options.best_of}: at least 2 plans are needed to choose among')
+  if 'mixes' in names and options.mixes < 2:
+    raise UserError(f'mixes is {options.mixes}: at least 2 are needed for a mean and its interval')
 
 
 def run(names: Sequence[str], subject: Subject, options: Options) -> dict[str, Report]:
@@ -146,7 +110,11 @@ def retrieval_report(subject: Subject, options: Options) -> Report:
   return Report(tuple(lines), protocol, sheets)
 
 
-BENCHMARKS: Mapping[str, Callable[[Subject, Options], Report]] = {'retrieval': retrieval_report}
+BENCHMARKS: Mapping[str, Callable[[Subject, Options], Report]] = {
+  'retrieval': retrieval_report,
+  'best_of': planning.best_of_report,
+  'mixes': planning.mixes_report,
+}
 
 
 def table(split: str, found: Mapping[str, retrieval.Result]) -> list[str]:

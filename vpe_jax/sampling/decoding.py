@@ -81,6 +81,20 @@ def sample_tokens(keys: Array, logits: Array, settings: SampleConfig) -> Array:
   return jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
 
 
+def log_likelihood(logits: Array, codes: Array) -> Array:
+  """The mean log-probability of codes [B, L] in nats: float32 [B].
+
+  That of the whole distribution at temperature 1, whatever filters they were drawn through.
+
+  Args:
+    logits: [B, L, V] that predict each code from those before it.
+    codes: int32 in 0 .. V - 1.
+  """
+  logits = logits.astype(jnp.float32)
+  picked = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
+  return jnp.mean(picked - jax.nn.logsumexp(logits, axis=-1), axis=-1)
+
+
 def decode(
   step: Step,
   cache: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,38 @@ from vpe_jax.data import storage
 
 _INK, _PAPER, _FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
 _GAP = 12  # pixels between pictures and around the grid
+_COLUMNS = 8  # pictures in a row of a sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """One drawn picture and how it came to be.
+
+  Attributes:
+    image: uint8 [R, R, 3].
+    prompt: the caption it was drawn from.
+    index: its place among the `n` pictures of its prompt.
+    seed: the seed of the call.
+    codes: int32 [P], the visual prompt it was rendered from.
+    metadata: text chunks for a PNG: prompt, seed, index, settings, checkpoint, weights, version,
+      generated; of a picture from given plans `visual_prompt` (how they were made), of one from the
+      best of several `plans` (of how many), `ranked_by`, `rank` (from 1) and `score`.
+  """
+
+  image: np.ndarray
+  prompt: str
+  index: int
+  seed: int
+  codes: np.ndarray
+  metadata: Mapping[str, str]
+
+  def save(self, path: str, overwrite: bool = False) -> None:
+    """Writes a PNG with the metadata in its text chunks."""
+    save_png(self.image, path, self.metadata, overwrite)
+
+  def saying(self, **said: str) -> Picture:
+    """The same picture with more text chunks."""
+    return dataclasses.replace(self, metadata={**self.metadata, **said})
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
@@ -81,6 +114,30 @@ def grid(
         _write(pen, text[column], (left, top + cell_h + 2), font, line)
     top += cell_h + below + _GAP
   return sheet
+
+
+def sheet(drawn: Sequence[Picture]) -> tuple[Image.Image, dict[str, str]]:
+  """One picture of all, and its text chunks.
+
+  It has a row for each prompt, or captioned columns where each prompt has one picture. A chunk in
+  which the pictures differ lists their values, a line each.
+  """
+  said = {
+    key: '\n'.join(dict.fromkeys(picture.metadata[key] for picture in drawn))
+    for key in drawn[0].metadata
+  }
+  prompts = list(dict.fromkeys(picture.prompt for picture in drawn))
+  if len(prompts) == len(drawn):
+    cut = [drawn[start : start + _COLUMNS] for start in range(0, len(drawn), _COLUMNS)]
+    rows = [[picture.image for picture in row] for row in cut]
+    return grid(rows, [[picture.prompt for picture in row] for row in cut]), said
+  rows, labels = [], []
+  for prompt in prompts:
+    images = [picture.image for picture in drawn if picture.prompt == prompt]
+    starts = range(0, len(images), _COLUMNS)
+    rows += [images[start : start + _COLUMNS] for start in starts]
+    labels += [prompt] + [''] * (len(starts) - 1)
+  return grid(rows, row_labels=labels), said
 
 
 def save_png(

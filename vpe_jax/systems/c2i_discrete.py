@@ -84,6 +84,7 @@ class ModelConfig(choice.PictureCodesConfig):
 class System:
   """See vpe_jax.contracts.System."""
 
+  plan_similarity = None  # A class is a number, not a text.
   logical_axes = (
     (r'embed/(classes|codes|plan)', ('vocab', 'embed')),
     (r'embed/pad', (None, 'embed')),
@@ -229,6 +230,14 @@ class System:
     plan, codes = writing.draw(self.model, settings, params, request, rng)
     latents = codes.reshape(codes.shape[0], self.image.grid, -1)
     return Drawing(self.decode(frozen, latents), plan, latents)
+
+  def plan(self, params: Params, request: Examples, rng: Array, settings: SampleConfig) -> Array:
+    """Visual prompts [B, P]; the picture's codes aren't drawn."""
+    return writing.plan(self.model, settings, params, request, rng)
+
+  def plan_likelihood(self, params: Params, request: Examples) -> Array:
+    """The mean log-probability of the plans given the classes: [B], nats."""
+    return writing.plan_likelihood(self.model, params, request)
 
   def flops(self, stage: Stage) -> float:
     """Forward and backward matrix FLOPs of one example; see contracts.System."""

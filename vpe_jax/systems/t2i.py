@@ -38,6 +38,8 @@ from vpe_jax.models import unified
 from vpe_jax.models.siglip import unit
 from vpe_jax.objectives import flow_matching, next_token, schedules
 from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.sampling import decoding
+from vpe_jax.systems import rendering
 from vpe_jax.systems.external import External
 from vpe_jax.systems.internal import Internal
 
@@ -119,6 +121,10 @@ class System:
     self.image = choice.image_codec(c)
     # Published tokenizers come without a text tower to compare with.
     self.similarity = self._similarity if c.siglip_vq is None else None
+    # The pooling head reads the last output alone, and the text tower its own words.
+    tower = c.visual_prompt
+    told = c.siglip_vq is None and tower.depth < 0 and c.text_vocab <= tower.siglip.vocabulary
+    self.plan_similarity = self._plan_similarity if told else None
     self.vocabulary = sequence.Vocabulary(c.text_vocab, c.codes, c.bos, c.boi)
     given = (self.model, self.vocabulary, config.data.text_length, c.plan_tokens)
     self.rows = External(*given, c.condition) if c.arch == 'external' else Internal(*given)
@@ -266,21 +272,38 @@ class System:
     codes, latents = self.rows.draw(params, request, rng, settings)
     return Drawing(self.decode(frozen, latents), codes, latents)
 
+  def plan(self, params: Params, request: Examples, rng: Array, settings: SampleConfig) -> Array:
+    """Visual prompts [B, P]; the picture expert isn't run."""
+    job = rendering.Job(self.model, self.spans, self.vocabulary, settings)
+    return rendering.decode(job, params, request, rng)[0]
+
+  def plan_likelihood(self, params: Params, request: Examples) -> Array:
+    """The mean log-probability of the plans given the texts: [B], nats."""
+    keep = jnp.ones(request.example.shape, bool)
+    hidden, _ = self.rows.forward(params, self._regions(request, request.codes, keep), None)
+    first, last = sequence.place(self.spans, 'bot')[0], sequence.place(self.spans, 'codes')[1]
+    # The slot before each code predicts it.
+    logits = self.model.code_logits(params, hidden[:, first : last - 1])
+    return decoding.log_likelihood(logits, request.codes)
+
+  def _plan_similarity(self, frozen: Params, request: Examples) -> Array:
+    """Cosines [B] of what SigLIP's pooling head sees in the plans, and of the texts."""
+    image = self.visual_prompt.embed_codes(frozen, request.codes)
+    given = (frozen, request.text, request.text_length)
+    return jnp.einsum('BD,BD->B', image, self.visual_prompt.embed_text(*given))
+
   def _similarity(self, frozen: Params, images: Array, text: Array, text_length: Array) -> Array:
     """How well each picture [B, R, R, 3] in [0, 1] fits each caption: cosines [B, B].
 
     The frozen SigLIP, which made the plans, is the measure: good for following a run, not for
-    scoring it (vpe_jax.evaluation has an independent judge). A caption that is longer than its
-    text tower's positions counts by its beginning.
+    scoring it (vpe_jax.evaluation has an independent judge).
     """
     siglip = self.visual_prompt.siglip
     side = self.config.model.visual_prompt.siglip.image_size
     variables = {'params': frozen['siglip']}
     seen = pixels.to_signed(pixels.view(images, side))
     image = siglip.apply(variables, seen, method='embed_images')
-    limit = self.config.model.visual_prompt.siglip.text_length
-    shown = jnp.minimum(text_length, limit)
-    caption = siglip.apply(variables, text[:, :limit], shown, method='embed_text')
+    caption = self.visual_prompt.embed_text(frozen, text, text_length)
     return jnp.einsum('BD,VD->BV', image, caption)
 
   def flops(self, stage: Stage) -> float:

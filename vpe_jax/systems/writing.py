@@ -71,30 +71,49 @@ def draw(
     request: `text[:, 0]` is the class; `codes`, where given, are the plan.
     rng: the key of the call.
   """
-  c, classes = model.config, request.text[:, 0]
+  c = model.config
   plans = bool(c.plan_tokens) and request.codes is None
   guided = settings.guidance != 1.0 or (plans and settings.plan_guidance != 1.0)
   job = Job(model, settings, guided)
-  if guided:
-    classes = guidance.stack(classes, jnp.full_like(classes, c.classes))
-  start = _start(job, params, classes)
-  plan = jnp.zeros((request.example.shape[0], 0), jnp.int32)
-  if c.plan_tokens:
-    scale = settings.plan_guidance
-    block = Block('plan', 1, c.plan_tokens, scale, model.embed_plan)
-    if plans:
-      plan, start = _write(job, params, block, start, request, rng)
-    else:
-      plan = request.codes
-      start = job.feed(params, model.embed_plan(params, job.both(plan)), start, 1)
+  start = _start(job, params, request)
+  codes = jnp.zeros((request.example.shape[0], 0), jnp.int32)
+  if plans:
+    codes, start = _write(job, params, _plan_block(job), start, request, rng)
+  elif c.plan_tokens:
+    codes = request.codes
+    start = job.feed(params, model.embed_plan(params, job.both(codes)), start, 1)
   first, scale = 1 + c.plan_tokens, settings.guidance
   block = Block('codes', first, c.image_tokens, scale, model.embed_codes)
-  return plan, _write(job, params, block, start, request, rng)[0]
+  return codes, _write(job, params, block, start, request, rng)[0]
 
 
-def _start(job: Job, params: Params, classes: Array) -> State:
-  """Feeds the class token to an empty cache, which has a slot for each token of the row."""
-  model, c = job.model, job.model.config
+def plan(
+  model: LlamaGen, settings: SampleConfig, params: Params, request: Examples, rng: Array
+) -> Array:
+  """The plan alone [B, P] int32, of a model that has one; arguments as those of `draw`."""
+  job = Job(model, settings, settings.plan_guidance != 1.0)
+  start = _start(job, params, request)
+  return _write(job, params, _plan_block(job), start, request, rng)[0]
+
+
+def plan_likelihood(model: LlamaGen, params: Params, request: Examples) -> Array:
+  """The mean log-probability [B] of the plans `request.codes` given the classes, in nats."""
+  before = model.embed_plan(params, request.codes[:, :-1])
+  x = jnp.concatenate([model.embed_classes(params, request.text[:, 0]), before], axis=1)
+  hidden, _ = model.states(params, model.stream(x))
+  return decoding.log_likelihood(model.logits(params, hidden, 'plan'), request.codes)
+
+
+def _plan_block(job: Job) -> Block:
+  length, scale = job.model.config.plan_tokens, job.settings.plan_guidance
+  return Block('plan', 1, length, scale, job.model.embed_plan)
+
+
+def _start(job: Job, params: Params, request: Examples) -> State:
+  """Feeds the class tokens to an empty cache, which has a slot for each token of the row."""
+  model, c, classes = job.model, job.model.config, request.text[:, 0]
+  if job.guided:
+    classes = guidance.stack(classes, jnp.full_like(classes, c.classes))
   slots = 1 + c.plan_tokens + c.image_tokens
   row = model.stream(jnp.zeros((classes.shape[0], slots, c.body.width)))
   cache = mot.empty_cache(model.layer, params['layers'], row.visibility, model.dtype)

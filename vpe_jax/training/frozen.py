@@ -61,8 +61,28 @@ def for_drawing(system: System) -> Params:
   Raises:
     UserError: weights are missing, can't be read, or are of another size.
   """
+  return _on_one_device(system, system.draws_with)
+
+
+def for_plans(system: System) -> Params:
+  """The networks that a system reads visual prompts with, on one device.
+
+  Raises:
+    UserError: it was trained without them; or see `for_drawing`.
+  """
+  names = system.visual_prompt.weights
+  if not set(names) <= set(system.frozen_weights):
+    raise UserError('this model was trained on synthetic codes: they are of no codebook')
+  found, side = _on_one_device(system, names), system.config.data.image_size
+  with _misfit(system, names):
+    image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
+    jax.eval_shape(system.visual_prompt.encode, found, image)
+  return found
+
+
+def _on_one_device(system: System, names: Iterable[str]) -> Params:
   mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-  return {name: _network(system, name, mesh, 'fsdp')[0] for name in system.draws_with}
+  return {name: _network(system, name, mesh, 'fsdp')[0] for name in names}
 
 
 def check_drawing(system: System, params: Params, frozen: Params) -> None:

@@ -1,0 +1,101 @@
+"""Benchmarks of visual prompts: a subject of which all is known."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vpe_jax.evaluation import planning, retrieval, runner
+from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.report import Options, Planner, Subject
+from vpe_jax.sampling.plans import Codebook, Plans
+
+N, SIDE = 4, 2
+OPTIONS = Options(captions=12, splits=('combination',), seed=1, best_of=N, mixes=6)
+
+
+def _plan(captions, n):
+  """Plans that say of which caption they are, and the last of each that it is the good one."""
+  numbers = np.arange(len(captions) * n)
+  codes = np.stack([numbers // n, numbers % n, 30 + numbers // n, numbers % n], 1)
+  prompts = tuple(caption for caption in captions for _ in range(n))
+  index = tuple(range(n)) * len(captions)
+  return Plans(codes.astype(np.int32), prompts, index, Codebook(64, 'abc'), {})
+
+
+def _score(plans, ranker):
+  sign = {'likelihood': 1, 'similarity': -1}[ranker]
+  return sign * plans.codes[:, 1].astype(np.float32)
+
+
+def _render(plans):
+  """Pictures that show the codes and, of good plans alone, the caption's number."""
+  image = np.zeros((len(plans), 16, 16, 3), np.uint8)
+  image[:, 0, :4, 0] = plans.codes
+  image[:, 1, 0, 0] = np.where(plans.codes[:, 1] == N - 1, 1 + plans.codes[:, 0], 0)
+  return image
+
+
+class _Judge:
+  """It knows the captions by their numbers in the trials."""
+
+  fingerprint = 'knowing'
+
+  def captions(self, captions):
+    trials, _ = retrieval.make_trials(OPTIONS.captions, 'combination', OPTIONS.seed)
+    self._number = {trial.caption: 1 + i for i, trial in enumerate(trials)}
+    vectors = np.zeros((len(captions), 1 + len(trials)))
+    for row, caption in enumerate(captions):
+      vectors[row, self._number.get(caption, 0)] = 1
+    return vectors
+
+  def images(self, images):
+    number = images[:, 1, 0, 0]
+    return np.eye(1 + OPTIONS.captions)[np.where(number <= OPTIONS.captions, number, 0)]
+
+
+@pytest.fixture
+def subject(monkeypatch):
+  monkeypatch.setattr(Judge, 'load', lambda source: _Judge())
+  read = lambda images: images[:, 0, :4, 0].astype(np.int32)
+  planner = Planner(_plan, _score, _render, read, ('likelihood', 'similarity'))
+  return Subject(None, 16, {'checkpoint': 'abc'}, planner)
+
+
+def test_the_best_are_told_from_the_first(subject, tmp_path):
+  report = runner.run(['best_of'], subject, OPTIONS)['best_of']
+  found = report.protocol['results']['combination']
+  accuracy = {name: row['accuracy'] for name, row in found['rows'].items()}
+  good, bad = f'best of {N} by likelihood', f'best of {N} by similarity'
+  assert list(accuracy) == [planning.FIRST, good, bad, 'true images']
+  assert accuracy[good] == 1 and accuracy[bad] == accuracy[planning.FIRST] < 0.2
+  assert found['gained'][good]['captions_gained'] == 12
+  assert found['gained'][good]['captions_lost'] == 0
+  low, high = found['gained'][good]['interval95']
+  assert low <= found['gained'][good]['accuracy'] == 1 - accuracy[planning.FIRST] <= high
+  assert found['gained'][bad]['accuracy'] == 0 and found['gained'][bad]['captions_gained'] == 0
+  assert len(report.lines) == 6 and '+12 -0' in report.lines[3]
+  written = runner.save({'best_of': report}, str(tmp_path), 'x')
+  protocol = json.loads((tmp_path / 'best_of-x.json').read_text())
+  assert protocol['best_of'] == N and protocol['judge_checkpoint'] == 'knowing'
+  assert len(written) == 2
+
+
+def test_a_renderer_that_follows_its_plan_shows_the_mix(subject):
+  report = runner.run(['mixes'], subject, OPTIONS)['mixes']
+  found = report.protocol['results']['combination']
+  assert found['unmixed'] == 1 and len(found['rows']) == 3
+  for row in found['rows'].values():
+    assert row['a_and_b'] == 0.5  # in each row one code says which caption, the other which plan
+    assert row['agrees_with'] == {'mix': 1, 'A': 0.75, 'B': 0.75} and row['closer_to_the_mix']
+    assert row['mix_ahead_of']['A'] == {'mean': 0.25, 'interval95': [0.25, 0.25]}
+  assert len(report.lines) == 5
+
+
+def test_agreement_takes_sides():
+  mix, a, b = (np.asarray([[0, 0, 1, 1]]).repeat(3, 0) * k for k in (1, 0, 1))
+  b = b + np.asarray([1, 1, 0, 0])
+  found = planning.agreement(a, {'mix': mix, 'A': a, 'B': b})
+  assert found['agrees_with'] == {'mix': 0.5, 'A': 1, 'B': 0}
+  assert not found['closer_to_the_mix']
+  assert found['mix_ahead_of']['A']['mean'] == -0.5 and found['mix_ahead_of']['B']['mean'] == 0.5

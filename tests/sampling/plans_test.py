@@ -1,0 +1,233 @@
+"""Visual prompts as files: both formats, what can be wrong with one, mixes, the best of many."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from vpe_jax.contracts import UserError
+from vpe_jax.sampling import plans
+
+BOOK = plans.Codebook(40, '0f3a5c7e9b1d')
+
+
+def _plans(n=3, side=3, seed=0):
+  codes = np.random.default_rng(seed).integers(0, BOOK.size, (n, side * side), np.int32)
+  prompts = ('a red fox', 'deux œufs "durs"', 'a\nb')[:n]
+  return plans.Plans(codes, prompts, (4, 0, 2)[:n], BOOK, {'by': 'drawn', 'seed': '7'})
+
+
+def _same(a, b):
+  np.testing.assert_array_equal(a.codes, b.codes)
+  assert a.codes.dtype == np.int32
+  fields = lambda p: (p.prompts, p.index, p.codebook, dict(p.made), p.side)
+  assert fields(a) == fields(b)
+
+
+@pytest.mark.parametrize('name', ['x.json', 'x.npz', 'new/x.json'])
+def test_files_come_back_whole(name, tmp_path):
+  path = str(tmp_path / name)
+  _plans().save(path)
+  _same(plans.load(path), _plans())
+
+
+def test_a_file_is_not_replaced_unasked(tmp_path):
+  path = str(tmp_path / 'x.json')
+  _plans().save(path)
+  with pytest.raises(UserError, match='x.json exists: .*--overwrite'):
+    _plans(seed=1).save(path)
+  _same(plans.load(path), _plans())
+  _plans(seed=1).save(path, overwrite=True)
+  _same(plans.load(path), _plans(seed=1))
+  (tmp_path / 'folder.npz').mkdir()
+  with pytest.raises(UserError, match='folder.npz is a folder'):
+    _plans().save(str(tmp_path / 'folder.npz'), overwrite=True)
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(UserError, match='cannot write'):
+    _plans().save(str(tmp_path / 'file' / 'x.npz'))
+
+
+def test_json_has_a_row_of_the_grid_a_line_and_takes_what_a_person_writes(tmp_path):
+  path = tmp_path / 'x.json'
+  _plans(n=1).save(str(path))
+  row = ', '.join(f'{code:2d}' for code in _plans().grids[0, 1])
+  assert f'   [{row}],\n' in path.read_text()
+  values = json.loads(path.read_text())
+  values['plans'][0]['grid'][1][2] = 39
+  # A person needn't say where a plan stands: plans of one prompt are counted.
+  plan = values['plans'][0]
+  del plan['index']
+  values['plans'] += [{'grid': plan['grid']}, plan]
+  del values['made']
+  path.write_text('\ufeff' + json.dumps(values))
+  found = plans.load(str(path))
+  assert (found.grids[:, 1, 2] == 39).all() and found.prompts == ('a red fox', '', 'a red fox')
+  assert found.index == (0, 0, 1) and found.made == {}
+
+
+def _edited(path, change):
+  values = json.loads(path.read_text())
+  change(values, values['plans'][0])
+  path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (lambda v, p: v.pop('format'), '"format" is None, not \'vpe_jax'),
+    (lambda v, p: v.pop('codebook'), '"codebook" is absent: it must be a text'),
+    (lambda v, p: v.update(codebook=3), '"codebook" is 3'),
+    (lambda v, p: v.update(codes=True), '"codes" is True: it must be a whole number from 1'),
+    (lambda v, p: v.update(side=0), '"side" is 0'),
+    (lambda v, p: v.update(side=4), 'plan 0: its grid has 3 rows: "side" says 4'),
+    (lambda v, p: v.update(made='me'), '"made" is \'me\': it must be an object'),
+    (lambda v, p: v.update(plans={}), '"plans" is {}: it must be a list'),
+    (lambda v, p: v['plans'].clear(), '0 plans of 9 codes: at least one'),
+    (lambda v, p: v['plans'].append(5), 'plan 3: it must be {"prompt"'),
+    (lambda v, p: p.pop('grid'), 'plan 0: "grid" is absent'),
+    (lambda v, p: p.update(prompt=5), 'plan 0: "prompt" is 5: it must be a text'),
+    (lambda v, p: p.update(index=-1), 'plan 0: "index" is -1'),
+    (lambda v, p: p['grid'].pop(), 'plan 0: its grid has 2 rows'),
+    (lambda v, p: p['grid'][2].append(1), 'plan 0: row 2 has 4 codes: "side" says 3'),
+    (lambda v, p: p['grid'].insert(0, 7) or p['grid'].pop(), 'plan 0: row 0 has 7, not codes'),
+    (lambda v, p: p['grid'][1].__setitem__(0, 40), 'row 1 has the code 40: .* has 0 to 39'),
+    (lambda v, p: p['grid'][1].__setitem__(0, -1), 'row 1 has the code -1'),
+    (lambda v, p: p['grid'][1].__setitem__(0, 1.0), 'row 1 has the code 1.0'),
+    (lambda v, p: p['grid'][1].__setitem__(0, '1'), "row 1 has the code '1'"),
+    (lambda v, p: p['grid'][1].__setitem__(0, 10**30), 'row 1 has the code 1000'),
+  ],
+)
+def test_what_is_wrong_with_json_is_named(change, message, tmp_path):
+  path = tmp_path / 'x.json'
+  _plans().save(str(path))
+  _edited(path, change)
+  _refused(path, message)
+
+
+def _refused(path, message):
+  with pytest.raises(UserError, match=message) as error:
+    plans.load(str(path))
+  assert str(path) in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('content', ['', '{"format": ', '[' * 100_000, '[1]', '"x"', '\xff'])
+def test_json_that_is_none_is_refused(content, tmp_path):
+  path = tmp_path / 'x.json'
+  path.write_bytes(content.encode('latin-1'))
+  _refused(path, 'no whole file of visual prompts: it is (not JSON|JSON of something else)')
+
+
+@pytest.mark.parametrize('kept', [0.0, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize('name', ['x.json', 'x.npz'])
+def test_a_file_that_is_cut_off_is_refused(name, kept, tmp_path):
+  path = tmp_path / name
+  _plans().save(str(path))
+  content = path.read_bytes()
+  path.write_bytes(content[: int(kept * len(content))])
+  _refused(path, 'no whole file of visual prompts')
+
+
+def test_a_changed_byte_of_npz_is_refused(tmp_path):
+  path = tmp_path / 'x.npz'
+  _plans().save(str(path))
+  content = bytearray(path.read_bytes())
+  content[content.index(_plans().codes.tobytes()) + 5] ^= 1
+  path.write_bytes(content)
+  _refused(path, 'Bad CRC-32')
+
+
+def test_a_lone_array_is_no_npz(tmp_path):
+  path = tmp_path / 'x.npz'
+  with path.open('wb') as file:
+    np.save(file, _plans().codes)
+  _refused(path, 'save the plans again')
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'codes': np.zeros((3, 9))}, "'codes' holds float64"),
+    ({'codes': np.zeros((2, 9), int)}, r'codes \[2, 9\], 3 prompts and side 3 do not fit'),
+    ({'codes': np.zeros((3, 16), int)}, 'do not fit'),
+    ({'codes': np.full((3, 9), 40)}, 'codes go from 40 to 40: 0 to 39 exist'),
+    ({'codes': np.full((3, 9), -1)}, 'codes go from -1'),
+    ({'codes': np.full((3, 9), 2**33)}, 'codes go from 8589934592'),
+    ({'index': np.asarray([0, -1, 2])}, 'an index is -1'),
+    ({'index': np.zeros((3, 1), int)}, 'do not fit'),
+    ({'prompts': np.asarray([1, 2, 3])}, "'prompts' holds int64"),
+    ({'prompts': np.asarray(['a', 'b', 'c'], object)}, 'allow_pickle=False'),
+    ({'head': np.asarray('{')}, 'not JSON'),
+    ({'head': None}, 'head is not a file in the archive'),
+  ],
+)
+def test_what_is_wrong_with_npz_is_named(change, message, tmp_path):
+  path = tmp_path / 'x.npz'
+  _plans().save(str(path))
+  arrays = {**np.load(path), **change}
+  np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+  _refused(path, message)
+
+
+def test_other_endings_and_absent_files_are_refused(tmp_path):
+  for use in (plans.load, plans.check_target, _plans().save):
+    with pytest.raises(UserError, match=r"'x.txt' is no file .* end in .json or .npz"):
+      use('x.txt')
+  with pytest.raises(UserError, match='cannot read .*none.json .*--save_visual_prompt'):
+    plans.load(str(tmp_path / 'none.json'))
+
+
+def test_plans_of_another_codebook_or_grid_are_refused():
+  _plans().check(BOOK, 3)
+  with pytest.raises(UserError, match=r'0f3a5c7e9b1d, 40 codes.*ffffffffffff, 40 codes'):
+    _plans().check(plans.Codebook(40, 'f' * 12), 3)
+  with pytest.raises(UserError, match=r'40 codes.*41 codes'):
+    _plans().check(dataclasses.replace(BOOK, size=41), 3)
+  with pytest.raises(UserError, match='3 x 3 codes .* from 6 x 6'):
+    _plans().check(BOOK, 6)
+
+
+def test_plans_know_what_they_are():
+  with pytest.raises(UserError, match='codes go from 0 to 40: the codebook has 0 to 39'):
+    dataclasses.replace(_plans(n=1, side=2), codes=np.asarray([[0, 1, 2, 40]]))
+  with pytest.raises(UserError, match='1 plans of 3 codes: .* a square grid'):
+    plans.Plans(np.zeros((1, 3), np.int32), ('',), (0,), BOOK, {})
+  with pytest.raises(UserError, match='3 plans with 2 prompts and 3 places'):
+    dataclasses.replace(_plans(), prompts=('a', 'b'))
+  picked = _plans().take([2, 0, 2])
+  np.testing.assert_array_equal(picked.codes, _plans().codes[[2, 0, 2]])
+  assert picked.index == (2, 4, 2) and picked.prompts[1] == 'a red fox'
+
+
+def test_plans_are_told_one_prompt_or_as_many_as_they_are():
+  assert _plans().told(['x']).prompts == ('x',) * 3
+  assert _plans().told(['x', 'y', 'z']).prompts == ('x', 'y', 'z')
+  with pytest.raises(UserError, match='2 prompts for 3 visual prompts'):
+    _plans().told(['x', 'y'])
+
+
+@pytest.mark.parametrize('rows, upper', [(None, 2), (0, 0), (1, 1), (5, 5)])
+def test_a_mix_has_the_rows_of_both(rows, upper):
+  a, b = _plans(side=5), _plans(side=5, seed=1)
+  mix = plans.mixed(a, b, rows)
+  np.testing.assert_array_equal(mix.grids[:, :upper], a.grids[:, :upper])
+  np.testing.assert_array_equal(mix.grids[:, upper:], b.grids[:, upper:])
+  assert (mix.prompts, mix.index) == (a.prompts, a.index) and mix.made['by'] == 'mixed'
+
+
+def test_what_does_not_fit_is_not_mixed():
+  other = dataclasses.replace(_plans(), codebook=plans.Codebook(40, 'f' * 12))
+  for pair, message in (
+    ((_plans(), _plans(n=2)), 'with 2 others'),
+    ((_plans(), _plans(), 4), 'cannot mix the top 4 rows'),
+    ((_plans(), _plans(), -1), 'cannot mix the top -1 rows'),
+    ((_plans(), _plans(side=2)), 'the lower plans have 2 x 2'),
+    ((_plans(), other), 'the lower plans index another codebook'),
+  ):
+    with pytest.raises(UserError, match=message):
+      plans.mixed(*pair)
+
+
+def test_the_best_come_first_and_the_first_of_equals_before():
+  scores = np.asarray([[0.0, 2.0, 1.0, 2.0], [-1.0, -3.0, -2.0, -1.0]])
+  np.testing.assert_array_equal(plans.best(scores, 3), [[1, 3, 2], [0, 3, 2]])

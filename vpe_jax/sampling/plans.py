@@ -1,0 +1,378 @@
+"""Visual prompts as things that a user keeps: files of them, mixes of two, the best of many.
+
+A file of plans says which codebook its codes index, so that another codebook's are never drawn for
+this one's. As `.json` it is meant to be read and edited, a row of the grid a line:
+
+  {
+   "format": "vpe_jax visual prompts 1",
+   "codebook": "0f3a5c7e9b1d",
+   "codes": 512,
+   "side": 2,
+   "made": {"by": "drawn", "seed": "0"},
+   "plans": [
+    {"prompt": "a red fox", "index": 0, "grid": [
+     [ 12, 507],
+     [  3,  44]
+    ]}
+   ]
+  }
+
+As `.npz` it holds the same as plain arrays: `codes` [n, P], `prompts` [n], `index` [n] and `head`,
+the JSON of what comes before the plans.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vpe_jax.contracts import UserError
+from vpe_jax.data import storage
+
+RANKERS = ('likelihood', 'similarity')
+ENDINGS = ('.json', '.npz')
+_FORMAT = 'vpe_jax visual prompts 1'
+_ZIP = (zipfile.BadZipFile, zlib.error)
+_MOST = 2**31 - 1  # codes and places are int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Codebook:
+  """What codes index.
+
+  Attributes:
+    size: number of rows.
+    fingerprint: of its numbers, whatever file they came in: vpe_jax.checkpoints.weights.
+  """
+
+  size: int
+  fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plans:
+  """Visual prompts, what they were made for, and how.
+
+  Attributes:
+    codes: int32 [n, P], each a square grid in raster order.
+    prompts: n captions; '' where a plan has none.
+    index: n places among the pictures of a prompt: with prompt and seed they key the noise that a
+      plan is rendered from, so the same places give the same pictures again.
+    codebook: of the codes.
+    made: how: `by` (`drawn`, `read`, `given`, `mixed`), seed, settings, checkpoint and the like.
+
+  Raises:
+    UserError: a grid isn't square, a code lies outside the codebook, or there is no plan.
+  """
+
+  codes: np.ndarray
+  prompts: tuple[str, ...]
+  index: tuple[int, ...]
+  codebook: Codebook
+  made: Mapping[str, str]
+
+  def __post_init__(self) -> None:
+    n, P = self.codes.shape
+    if not n or not P or math.isqrt(P) ** 2 != P:
+      raise UserError(f'{n} plans of {P} codes: at least one is needed, each a square grid')
+    if len(self.prompts) != n or len(self.index) != n:
+      raise UserError(f'{n} plans with {len(self.prompts)} prompts and {len(self.index)} places')
+    least, most, last = self.codes.min(), self.codes.max(), self.codebook.size - 1
+    if least < 0 or most > last:
+      raise UserError(f'codes go from {least} to {most}: the codebook has 0 to {last}')
+
+  def __len__(self) -> int:
+    return len(self.codes)
+
+  @property
+  def side(self) -> int:
+    """Codes per side of a grid."""
+    return math.isqrt(self.codes.shape[1])
+
+  @property
+  def grids(self) -> np.ndarray:
+    """The codes as grids [n, side, side]: a view, so a cell that is set is set in `codes` too."""
+    return self.codes.reshape(-1, self.side, self.side)
+
+  def take(self, rows: Sequence[int] | np.ndarray) -> Plans:
+    """The plans of these rows, in this order."""
+    pick = lambda items: tuple(items[row] for row in rows)
+    codes = self.codes[np.asarray(rows, int)]
+    return dataclasses.replace(
+      self, codes=codes, prompts=pick(self.prompts), index=pick(self.index)
+    )
+
+  def told(self, prompts: Sequence[str]) -> Plans:
+    """The same plans with other prompts: one for all, or one for each.
+
+    Raises:
+      UserError: there are as many prompts as nothing here.
+    """
+    prompts = tuple(prompts)
+    if len(prompts) not in (1, len(self)):
+      raise UserError(
+        f'{len(prompts)} prompts for {len(self)} visual prompts: give one for all, or one for each'
+      )
+    return dataclasses.replace(self, prompts=prompts * (len(self) // len(prompts)))
+
+  def check(self, codebook: Codebook, side: int, name: str = 'these plans') -> None:
+    """Compares with the codebook and the grid of a model.
+
+    Raises:
+      UserError: they are another's; names both.
+    """
+    ours, theirs = codebook, self.codebook
+    if theirs != ours:
+      raise UserError(
+        f'{name} index another codebook ({theirs.fingerprint}, {theirs.size} codes) than this '
+        f"model's ({ours.fingerprint}, {ours.size} codes): render them with the model that they "
+        'were made with'
+      )
+    if self.side != side:
+      raise UserError(
+        f'{name} have {self.side} x {self.side} codes and this model draws from {side} x {side}: '
+        'render them with the model that they were made with'
+      )
+
+  def save(self, path: str, overwrite: bool = False) -> None:
+    """Writes a file, whole or not at all.
+
+    Args:
+      path: ends in .json or .npz, local (`~` is the home folder) or gs://.
+      overwrite: whether a file that is there may be replaced.
+
+    Raises:
+      UserError: see `check_target`; or the file can't be written.
+    """
+    check_target(path, overwrite)
+    content = _json(self) if path.endswith('.json') else _npz(self)
+    with storage.writing(path):
+      storage.write_atomic(storage.place(path), content)
+
+
+def load(path: str) -> Plans:
+  """Reads a file that `Plans.save` or a person wrote.
+
+  Args:
+    path: ends in .json or .npz, local (`~` is the home folder) or gs://.
+
+  Raises:
+    UserError: there is no such file, or it is no whole file of plans; says where it goes wrong.
+  """
+  _check_ending(path)
+  place = storage.place(path)
+  try:
+    content = place.read_bytes()
+  except OSError as error:
+    raise UserError(
+      f'cannot read {path} ({error.strerror or error}): name a file that --save_visual_prompt wrote'
+    ) from error
+  try:
+    return _from_json(content) if path.endswith('.json') else _from_npz(content)
+  except UserError as error:
+    raise UserError(f'{path} is no whole file of visual prompts: {error}') from error
+
+
+def check_target(path: str, overwrite: bool = False) -> None:
+  """Refuses what `Plans.save` wouldn't write to; front doors ask before the work starts.
+
+  Raises:
+    UserError: the file exists (and `overwrite` is off), is a folder, or ends in something else.
+  """
+  _check_ending(path)
+  place = storage.place(path)
+  if storage.reached(place, place.is_dir):
+    raise UserError(f'{path} is a folder: name a file')
+  if place.exists() and not overwrite:
+    raise UserError(f'{path} exists: name another file or replace it with --overwrite')
+
+
+def mixed(upper: Plans, lower: Plans, rows: int | None = None) -> Plans:
+  """Plans of which the top rows are the first's and the others the second's, pair by pair.
+
+  Args:
+    upper: n plans; the mixes keep their prompts and places.
+    lower: as many plans.
+    rows: how many rows of the first (None: the upper half).
+
+  Raises:
+    UserError: the two don't fit together, or have no such rows.
+  """
+  lower.check(upper.codebook, upper.side, 'the lower plans')
+  rows = upper.side // 2 if rows is None else rows
+  if len(upper) != len(lower) or not 0 <= rows <= upper.side:
+    raise UserError(
+      f'cannot mix the top {rows} rows of {len(upper)} plans with {len(lower)} others: mix as many '
+      f'of each, and 0 to {upper.side} rows'
+    )
+  grids = np.concatenate([upper.grids[:, :rows], lower.grids[:, rows:]], axis=1)
+  made = {'by': 'mixed', 'rows': str(rows)}
+  return dataclasses.replace(upper, codes=grids.reshape(upper.codes.shape), made=made)
+
+
+def best(scores: np.ndarray, count: int) -> np.ndarray:
+  """Places of the `count` highest scores in each row [B, n], best first: int [B, count].
+
+  Of equal scores the first counts as higher.
+  """
+  return np.argsort(-scores, axis=1, kind='stable')[:, :count]
+
+
+def _check_ending(path: str) -> None:
+  if not path.endswith(ENDINGS):
+    raise UserError(f"'{path}' is no file of visual prompts: these end in {' or '.join(ENDINGS)}")
+
+
+def _head(plans: Plans) -> dict[str, Any]:
+  """What a file says of all its plans."""
+  return {
+    'format': _FORMAT,
+    'codebook': plans.codebook.fingerprint,
+    'codes': plans.codebook.size,
+    'side': plans.side,
+    'made': dict(plans.made),
+  }
+
+
+def _json(plans: Plans) -> bytes:
+  width = len(str(plans.codebook.size - 1))
+  line = lambda row: f'   [{", ".join(f"{code:{width}d}" for code in row)}]'
+  entries = []
+  for prompt, index, grid in zip(plans.prompts, plans.index, plans.grids, strict=True):
+    said = json.dumps(prompt, ensure_ascii=False)
+    rows = ',\n'.join(map(line, grid.tolist()))
+    entries.append(f'  {{"prompt": {said}, "index": {index}, "grid": [\n{rows}\n  ]}}')
+  head = json.dumps(_head(plans), indent=1, ensure_ascii=False).removesuffix('\n}')
+  listed = ',\n'.join(entries)
+  return f'{head},\n "plans": [\n{listed}\n ]\n}}\n'.encode()
+
+
+def _npz(plans: Plans) -> bytes:
+  buffer = io.BytesIO()
+  np.savez(
+    buffer,
+    codes=plans.codes.astype(np.int32),
+    prompts=np.asarray(plans.prompts, np.str_),
+    index=np.asarray(plans.index, np.int32),
+    head=np.asarray(json.dumps(_head(plans))),
+  )
+  return buffer.getvalue()
+
+
+def _from_json(content: bytes) -> Plans:
+  values = _parsed(content)
+  head = _read_head(values)
+  entries = _field(values, 'plans', list)
+  prompts, index, grids, side = [], [], [], head['side']
+  seen: dict[str, int] = {}
+  for number, entry in enumerate(entries):
+    where = f'plan {number}: '
+    if not isinstance(entry, dict):
+      raise UserError(f'{where}it must be {{"prompt": ..., "grid": ...}}')
+    prompt = _field(entry, 'prompt', str, where) if 'prompt' in entry else ''
+    place = _number(entry, 'index', where) if 'index' in entry else seen.get(prompt, 0)
+    seen[prompt] = seen.get(prompt, 0) + 1
+    grids.append(_grid(_field(entry, 'grid', list, where), side, head['codes'], where))
+    prompts.append(prompt)
+    index.append(place)
+  codes = np.asarray(grids, np.int32).reshape(len(grids), side * side)
+  return _plans(head, codes, prompts, index)
+
+
+def _from_npz(content: bytes) -> Plans:
+  wanted = {'codes': 'i', 'prompts': 'U', 'index': 'i', 'head': 'U'}
+  try:
+    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+      found = {name: archive[name] for name in wanted}
+  # What a damaged archive ends in depends on where the damage is; a TypeError is a lone array.
+  except (KeyError, ValueError, TypeError, OSError, EOFError, *_ZIP) as error:
+    reason = (' '.join(str(error).split()) or 'it is cut off').rstrip('.')
+    raise UserError(f'{reason}; save the plans again') from error
+  for name, kind in wanted.items():
+    if found[name].dtype.kind != kind:
+      raise UserError(f"'{name}' holds {found[name].dtype}; save the plans again")
+  head = _read_head(_parsed(str(found['head']).encode()))
+  codes, n, side = found['codes'], len(found['prompts'].reshape(-1)), head['side']
+  if codes.shape != (n, side * side) or found['index'].shape != (n,):
+    raise UserError(
+      f'codes {list(codes.shape)}, {n} prompts and side {side} do not fit; save the plans again'
+    )
+  return _plans(head, codes, found['prompts'].reshape(-1).tolist(), found['index'].tolist())
+
+
+def _plans(
+  head: Mapping[str, Any], codes: np.ndarray, prompts: Sequence[str], index: Sequence[int]
+) -> Plans:
+  if min(index, default=0) < 0:
+    raise UserError(f'an index is {min(index)}: places count from 0')
+  codebook = Codebook(head['codes'], head['codebook'])
+  if codes.size and not 0 <= codes.min() <= codes.max() < codebook.size:
+    raise UserError(f'codes go from {codes.min()} to {codes.max()}: 0 to {codebook.size - 1} exist')
+  return Plans(codes.astype(np.int32), tuple(prompts), tuple(index), codebook, head['made'])
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+  """A JSON object."""
+  try:
+    values = json.loads(content.decode('utf-8-sig'))
+  except (ValueError, RecursionError) as error:  # Cut off, no UTF-8, too many brackets or digits.
+    raise UserError(f'it is not JSON ({error}); mend it or save the plans again') from error
+  if not isinstance(values, dict):
+    raise UserError('it is JSON of something else; save the plans again')
+  return values
+
+
+def _read_head(values: Mapping[str, Any]) -> dict[str, Any]:
+  if values.get('format') != _FORMAT:
+    raise UserError(f'"format" is {values.get("format")!r}, not {_FORMAT!r}; save the plans again')
+  made = _field(values, 'made', dict) if 'made' in values else {}
+  return {
+    'codebook': _field(values, 'codebook', str),
+    'codes': _number(values, 'codes', least=1),
+    'side': _number(values, 'side', least=1),
+    'made': {str(key): str(value) for key, value in made.items()},
+  }
+
+
+def _field(values: Mapping[str, Any], name: str, kind: type, where: str = '') -> Any:
+  """A field of one type."""
+  words = {str: 'a text', list: 'a list', dict: 'an object'}[kind]
+  if not isinstance(found := values.get(name), kind):
+    said = 'absent' if name not in values else f'{found!r:.40}'
+    raise UserError(f'{where}"{name}" is {said}: it must be {words}')
+  return found
+
+
+def _number(values: Mapping[str, Any], name: str, where: str = '', least: int = 0) -> int:
+  """A field that is a whole number."""
+  if not _whole(found := values.get(name)) or not least <= found <= _MOST:
+    raise UserError(f'{where}"{name}" is {found!r:.40}: it must be a whole number from {least}')
+  return found
+
+
+def _grid(rows: list[Any], side: int, codes: int, where: str) -> list[list[int]]:
+  """The codes of one plan, row by row."""
+  if len(rows) != side:
+    raise UserError(f'{where}its grid has {len(rows)} rows: "side" says {side}')
+  for number, row in enumerate(rows):
+    if not isinstance(row, list) or len(row) != side:
+      found = len(row) if isinstance(row, list) else f'{row!r:.40}, not'
+      raise UserError(f'{where}row {number} has {found} codes: "side" says {side}')
+    for code in row:
+      if not _whole(code) or not 0 <= code < codes:
+        raise UserError(
+          f'{where}row {number} has the code {code!r:.40}: the codebook has 0 to {codes - 1}'
+        )
+  return rows
+
+
+def _whole(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
