@@ -214,6 +214,20 @@ def test_a_greedy_plan_is_the_argmax_of_whole_rows(system, params):
   np.testing.assert_array_equal(plan, wanted)
 
 
+def test_a_plan_is_written_alone_and_scored(system, params):
+  settings = dataclasses.replace(system.config.sample, steps=1)
+  request = dataclasses.replace(_batch(system, 4), codes=None, latents=None)
+  drawn, _ = class_rendering.draw(system.model, settings, params, request, KEY)
+  written = system.plan(params, request, KEY, settings)
+  np.testing.assert_array_equal(written, drawn)
+  scores = system.plan_likelihood(params, dataclasses.replace(request, codes=written))
+  x = (jnp.zeros((4, 8, 8, 4)), jnp.ones((4,)))
+  hidden, _ = system.model(params, request.text[:, 0], written, jnp.ones((4,), bool), x)
+  logits = jax.nn.log_softmax(system.model.logits(params, hidden[:, :-1]))
+  picked = jnp.take_along_axis(logits, written[..., None], -1)[..., 0]
+  np.testing.assert_allclose(scores, picked.mean(1), rtol=1e-5)
+
+
 def test_guidance_that_the_model_cannot_do_is_named(params):
   system = _system(drop=0.0)
   request = dataclasses.replace(_batch(system, 1), latents=None)

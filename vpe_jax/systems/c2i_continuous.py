@@ -94,6 +94,7 @@ class ModelConfig(choice.CodecsConfig):
 class System:
   """See vpe_jax.contracts.System."""
 
+  plan_similarity = None  # A class is a number, not a text.
   draws_with = ('image',)
   added = ('embed/plan',)
   logical_axes = (
@@ -262,6 +263,14 @@ class System:
       )
     plan, latents = class_rendering.draw(self.model, settings, params, request, rng)
     return Drawing(self.decode(frozen, latents), plan, latents)
+
+  def plan(self, params: Params, request: Examples, rng: Array, settings: SampleConfig) -> Array:
+    """Visual prompts [B, P]; the picture isn't rendered."""
+    return class_rendering.conditional(self.model, settings, params, request, rng)[0]
+
+  def plan_likelihood(self, params: Params, request: Examples) -> Array:
+    """The mean log-probability of the plans given the classes: [B], nats."""
+    return class_rendering.plan_likelihood(self.model, params, request)
 
   def flops(self, stage: Stage) -> float:
     """Forward and backward matrix FLOPs of one example; see contracts.System."""

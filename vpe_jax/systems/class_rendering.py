@@ -68,6 +68,15 @@ def conditional(
   return plan, (row, state[0])
 
 
+def plan_likelihood(model: Transfusion, params: Params, request: Examples) -> Array:
+  """The mean log-probability [B] of the plans `request.codes` given the classes, in nats."""
+  before = model.embed_plan(params, request.codes[:, :-1])
+  x = jnp.concatenate([model.embed_classes(params, request.text[:, 0]), before], axis=1)
+  row = model.row(jnp.ones(request.example.shape, bool))
+  hidden, _ = model.states(params, row.stream(x))
+  return decoding.log_likelihood(model.logits(params, hidden), request.codes)
+
+
 def null(model: Transfusion, params: Params, count: int) -> Branch:
   """The null class without a plan, computed on one row for a batch of `count`."""
   classes = jnp.full((1,), model.config.classes - 1, jnp.int32)
