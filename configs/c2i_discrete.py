@@ -53,9 +53,8 @@ def get_config(arg: str = '') -> ConfigDict:
   """The config of a preset, with `vpe=true|false` and, but for `paper`, `data=openmoji|cifar10`."""
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), vpe='true', data='')
-  for name, known in (('vpe', ('true', 'false')), ('data', ('', 'openmoji', 'cifar10'))):
-    if options[name] not in known:
-      raise ValueError(f'{name}={options[name]}{nearest(options[name], known)}')
+  if options['data'] not in (known := ('', 'openmoji', 'cifar10')):
+    raise ValueError(f'data={options["data"]}{nearest(options["data"], known)}')
   if options['data'] and preset == 'paper':
     raise ValueError('data= is an option of tiny and debug: paper reads --config.data.source')
   config = ConfigDict({'name': 'c2i_discrete', 'preset': preset, 'system': 'c2i_discrete'})
@@ -64,7 +63,7 @@ def get_config(arg: str = '') -> ConfigDict:
   if options['data'] == 'cifar10':
     config.data.update(source='folder:prepared/cifar10/train', tokenizer=f'classes:{CIFAR10}')
     config.model.classes = 10
-  config.model.vpe = options['vpe'] == 'true'
+  config.model.vpe = common.is_true('vpe', options)
   return config
 
 
