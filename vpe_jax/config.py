@@ -26,7 +26,7 @@ ATTENTIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'cudnn')  # of
 WEIGHTS = ('raw', 'ema')  # of a run: those of its last step, or their average
 
 
-SOURCES = ('mixture', 'openmoji', 'scenes', 'synthetic')  # or FOLDER and a path
+SOURCES = ('mixture', 'openmoji', 'scenes', 'words', 'synthetic')  # or FOLDER and a path
 FOLDER = 'folder:'
 CLASSES = 'classes:'  # and their names: the tokenizer of a class-conditional model
 WORDS = ('caption', 'group')
@@ -82,7 +82,8 @@ class DataConfig:
   """What is trained on.
 
   Attributes:
-    source: `mixture` (OpenMoji and scenes), `openmoji`, `scenes`, `synthetic`, or `folder:PATH`.
+    source: `mixture` (OpenMoji and scenes), `openmoji`, `scenes`, `words` (pictures of words),
+      `synthetic`, or `folder:PATH`.
     scenes_share: share of scenes in the mixture.
     examples: number of records to draw (0: all of a finite source).
     image_size: side of the square image in pixels.
@@ -96,6 +97,10 @@ class DataConfig:
     words: what a record's picture is drawn from: its `caption`, or the name of its `group`, which
       for pictures in a folder is that of the folder that they lie in.
     near_misses: captions that are wrong in one detail, for each example of a scene.
+    language: of a folder's records that are kept, such as `en` (empty: all); see
+      vpe_jax.data.filters for this and the next.
+    least_text_height: in pixels of the padded picture, of what is written in a folder's pictures;
+      records with lower text are left out (0: none are).
   """
 
   source: str = 'mixture'
@@ -108,6 +113,8 @@ class DataConfig:
   tokenizer: str = 'assets:bpe'
   near_misses: int = 0
   words: str = 'caption'
+  language: str = ''
+  least_text_height: int = 0
 
   def __post_init__(self) -> None:
     check_sizes(self, 'data.')

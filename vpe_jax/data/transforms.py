@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from vpe_jax.contracts import UserError
 
@@ -24,11 +24,30 @@ def read_image(path: str | Path) -> np.ndarray:
     with Image.open(path) as image:
       upright = ImageOps.exif_transpose(_eight_bit(image)).convert('RGBA')
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-    raise UserError(
-      f'unreadable image {path} ({error}); replace the file or take it out of the data'
-    ) from error
+    raise _unreadable(path, error) from error
   ground = Image.new('RGBA', upright.size, 'white')
   return np.array(Image.alpha_composite(ground, upright).convert('RGB'))
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+  """Width and height in pixels of a picture as it is seen, upright; reads no more than its head.
+
+  Raises:
+    UserError: there is no such file or it can't be read as a picture.
+  """
+  try:
+    with Image.open(path) as image:
+      turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+      width, height = image.size
+  except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+    raise _unreadable(path, error) from error
+  return (height, width) if turned else (width, height)
+
+
+def _unreadable(path: str | Path, error: Exception) -> UserError:
+  return UserError(
+    f'unreadable image {path} ({error}); replace the file or take it out of the data'
+  )
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
