@@ -17,6 +17,5 @@ def test_ink_is_measured_from_the_base_line():
 
 def test_a_missing_package_is_named(monkeypatch):
   monkeypatch.setitem(fonts._FILES, 'serif', ('font_nowhere', 'Serif.ttf'))
-  fonts.font.cache_clear()
   with pytest.raises(UserError, match='no serif font: .* pip install font-nowhere'):
-    fonts.font('serif', 10)
+    fonts.letters('serif', 'x', 7)

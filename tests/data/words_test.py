@@ -70,7 +70,6 @@ def test_ink_is_in_its_boxes_and_touches_no_border(sample, size):
     seen, spare = np.zeros_like(inked), max(1, size // 100)
     for word in truth.writing.words:
       left, rise, right, fall = (round(size * edge) for edge in word.box)
-      # Hinting moves edges by a little from one size to another.
       place = (slice(rise - spare, fall + spare), slice(left - spare, right + spare))
       seen[place] = True
       assert 0.2 < inked[place].mean() < 0.75, record.caption

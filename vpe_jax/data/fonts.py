@@ -9,7 +9,7 @@ import functools
 import importlib.util
 from pathlib import Path
 
-from PIL import ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data.records import Box
@@ -26,24 +26,44 @@ FONTS: tuple[str, ...] = tuple(_FILES)
 _MEASURED = 256  # pixels an em at which letters are measured
 
 
-@functools.lru_cache(maxsize=64)
-def font(name: str, em: float) -> ImageFont.FreeTypeFont:
-  """A font of FONTS, its em in pixels.
-
-  Raises:
-    UserError: the package that holds it is not installed.
-  """
-  # Basic, as it is the same everywhere: the other one needs a library of the system.
-  return ImageFont.truetype(str(_file(name)), em, layout_engine=ImageFont.Layout.BASIC)
-
-
 @functools.lru_cache(maxsize=8192)
 def ink(name: str, text: str) -> Box:
   """Where a line's ink lies, in ems from the point on the base line where it begins."""
-  mask, (x, y) = font(name, _MEASURED).getmask2(text, 'L', anchor='ls')
-  left, top, right, bottom = mask.getbbox()
-  edges = (x + left, y + top, x + right, y + bottom)
+  mask, (left, top) = letters(name, text, _MEASURED)
+  edges = (left, top, left + mask.width, top + mask.height)
   return tuple(edge / _MEASURED for edge in edges)
+
+
+def letters(name: str, text: str, em: int) -> tuple[Image.Image, tuple[int, int]]:
+  """A line of letters, cut to its ink.
+
+  Args:
+    name: one of FONTS.
+    text: the line.
+    em: in pixels.
+
+  Returns:
+    How much of each pixel is ink, 8 bits, and the place of its corner from the point on the base
+    line where the line begins.
+
+  Raises:
+    UserError: the package that holds the font is not installed.
+  """
+  font = _font(name, em)
+  left, top, right, bottom = font.getbbox(text, anchor='ls')
+  # What is measured goes by the letters' advance: their ink may go beyond it.
+  spare = em // 2
+  canvas = Image.new('L', (right - left + 2 * spare, bottom - top + 2 * spare))
+  draw = ImageDraw.Draw(canvas)
+  draw.text((spare - left, spare - top), text, fill=255, font=font, anchor='ls')
+  found = canvas.getbbox()
+  return canvas.crop(found), (found[0] - spare + left, found[1] - spare + top)
+
+
+@functools.lru_cache(maxsize=64)
+def _font(name: str, em: int) -> ImageFont.FreeTypeFont:
+  # Basic, as it is the same everywhere: the other layout needs a library of the system.
+  return ImageFont.truetype(str(_file(name)), em, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _file(name: str) -> Path:

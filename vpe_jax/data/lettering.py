@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from vpe_jax.data import fonts, shapes
 from vpe_jax.data.records import Truth, Writing
@@ -35,12 +36,12 @@ def _coverage(writing: Writing, size: int) -> np.ndarray:
   """How much of each pixel is ink: float32 [size, size] in [0, 1]."""
   side = size * _FINER
   canvas = Image.new('L', (side, side))
-  draw = ImageDraw.Draw(canvas)
   for word in writing.words:
-    left, top, right, _ = word.box
-    start, rise, end, _ = fonts.ink(writing.font, word.text)
-    em = (right - left) / (end - start)
-    origin = ((left - start * em) * side, (top - rise * em) * side)
-    draw.text(origin, word.text, fill=255, font=fonts.font(writing.font, em * side), anchor='ls')
+    left, top, right, bottom = (round(side * edge) for edge in word.box)
+    start, _, end, _ = fonts.ink(writing.font, word.text)
+    # Drawn at a power of two and scaled: letters are spaced alike in all sizes.
+    em = 2 ** math.ceil(math.log2((right - left) / (end - start)))
+    drawn, _ = fonts.letters(writing.font, word.text, em)
+    canvas.paste(drawn.resize((right - left, bottom - top)), (left, top))
   small = canvas.resize((size, size), Image.Resampling.BOX)
   return np.asarray(small, np.float32) / 255
