@@ -59,7 +59,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config[field] = config[field][-1:]
   presets[preset](config)
   if preset == 'paper':
-    t2i.spread(config, int(options['chips'] or 24), 8 if config.model.vpe else 12)
+    t2i.spread(config, int(options['chips'] or 24), config.batch_size[0] // 24)
   return config
 
 
