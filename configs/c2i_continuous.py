@@ -21,6 +21,8 @@ does, `data=cifar10` included; `paper` is 256x256 on ImageNet, as described ther
 
 Left open by the paper, with what is the default here and what else there is:
   the autoencoder                Wan 2.1's, patches of 2 x 2 latents: 256 tokens
+  pictures                       their middle (data.fit=crop), of which the plan's encoder sees
+                                 176 x 176 pixels
   time and place                 embeddings of both are added to a picture's tokens, which share one
                                  rotary position, the one after the plan's last (BAGEL)
   the plan's rows                tied, in and out
@@ -42,7 +44,7 @@ from ml_collections import ConfigDict
 from configs import class_images, common
 from vpe_jax.checkpoints.families import wan_vae
 from vpe_jax.codecs.choice import SiglipVqView
-from vpe_jax.config import nearest, to_dict
+from vpe_jax.config import to_dict
 
 PACK = 10_240  # tokens of the paper's packed rows
 
@@ -51,11 +53,9 @@ def get_config(arg: str = '') -> ConfigDict:
   """The config of a preset, with `vpe=true|false`, `fork=RUN`, and `data=openmoji|cifar10`."""
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), vpe='true', fork='', data='')
-  if options['vpe'] not in (known := ('true', 'false')):
-    raise ValueError(f'vpe={options["vpe"]}{nearest(options["vpe"], known)}')
   config = ConfigDict({'name': 'c2i_continuous', 'preset': preset, 'system': 'c2i_continuous'})
   config.seed, config.stages = 0, ('train',)
-  vpe = options['vpe'] == 'true'
+  vpe = common.is_true('vpe', options)
   presets[preset](config, vpe)
   class_images.choose(config, options)
   config.model.vpe = vpe
@@ -116,7 +116,7 @@ def _paper(config: ConfigDict, vpe: bool) -> None:
   config.batch_size = (8 * (PACK // (378 if vpe else 257)),)
   config.dtype = 'bfloat16'
   config.remat = 'attention'
-  class_images.imagenet(config, 256)
+  class_images.imagenet(config, 256, 'crop')
   config.model = {
     'classes': 1000,
     'latent_size': 32,

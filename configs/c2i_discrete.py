@@ -49,13 +49,11 @@ def get_config(arg: str = '') -> ConfigDict:
   """The config of a preset, with `vpe=true|false` and, but for `paper`, `data=openmoji|cifar10`."""
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), vpe='true', data='')
-  if options['vpe'] not in (known := ('true', 'false')):
-    raise ValueError(f'vpe={options["vpe"]}{nearest(options["vpe"], known)}')
   config = ConfigDict({'name': 'c2i_discrete', 'preset': preset, 'system': 'c2i_discrete'})
   config.seed, config.stages = 0, ('train',)
   presets[preset](config)
   class_images.choose(config, options)
-  config.model.vpe = options['vpe'] == 'true'
+  config.model.vpe = common.is_true('vpe', options)
   return config
 
 
@@ -109,7 +107,7 @@ def _paper(config: ConfigDict) -> None:
   config.batch_size = (128,)
   config.dtype = 'bfloat16'
   config.remat = 'attention'
-  class_images.imagenet(config, 512)
+  class_images.imagenet(config, 512, 'pad')
   config.model = {
     'classes': 1000,
     'body': _body(1280, 3584, 36, 20),

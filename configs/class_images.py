@@ -20,10 +20,10 @@ def embed(config: ConfigDict) -> None:
   config.model = {'classes': 9}
 
 
-def imagenet(config: ConfigDict, image_size: int) -> None:
+def imagenet(config: ConfigDict, image_size: int, fit: str) -> None:
   """A folder of class folders, named by --config.data.source; 1,000 classes."""
   config.data = {'source': 'folder:imagenet/train', 'image_size': image_size, 'text_length': 1}
-  config.data.update(encode='cached', words='group', tokenizer='classes:1000')
+  config.data.update(encode='cached', words='group', tokenizer='classes:1000', fit=fit)
 
 
 def choose(config: ConfigDict, options: Mapping[str, str]) -> None:

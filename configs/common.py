@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from vpe_jax.config import nearest
 
 
@@ -31,3 +33,14 @@ def parse_arg(
     else:
       options[key] = value
   return preset, options
+
+
+def is_true(name: str, options: Mapping[str, str]) -> bool:
+  """Whether an option is `true`.
+
+  Raises:
+    ValueError: it is neither that nor `false`; one line that says so.
+  """
+  if options[name] not in (known := ('true', 'false')):
+    raise ValueError(f'{name}={options[name]}{nearest(options[name], known)}')
+  return options[name] == 'true'

@@ -11,7 +11,8 @@ r"""Text to image with visual prompts: VPE in two stages (arXiv 2606.04457).
 `joint`. `arch=external` has the same parameters and the same first stage, `plan`; its second,
 `render`, trains the picture expert alone on what the frozen token expert makes of true plans: as a
 prefix of its row, or layer by layer (`--config.model.condition=keys`). `arch=single` has one
-expert.
+expert. With one row, `vpe=false` leaves the visual prompt out: the caption alone draws the picture,
+and `joint` is the only stage.
 
 Presets build one module tree and differ in numbers. `paper` is what the paper ran: 512x512, 576
 codes, 1,024 image tokens, 4.17B parameters, 480 and 192 images a step. Both batches divide over 32
@@ -45,20 +46,34 @@ from vpe_jax.config import to_dict
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The config of a preset, with `arch=internal|external|single`, and `chips=N` of `pod`."""
+  """The config of a preset.
+
+  Options: `arch=internal|external|single`, `vpe=true|false`, and of `pod` alone `chips=N`.
+  """
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper, 'pod': _paper}
-  preset, options = common.parse_arg(arg, tuple(presets), arch='internal', chips='')
+  preset, options = common.parse_arg(arg, tuple(presets), arch='internal', vpe='true', chips='')
   if options['chips'] and (preset != 'pod' or not options['chips'].isdigit()):
     raise ValueError(f'chips={options["chips"]}: a number, of the preset pod only')
   config = ConfigDict({'name': 't2i', 'preset': preset, 'system': 't2i', 'seed': 0})
   config.stages = ('plan', 'render' if options['arch'] == 'external' else 'joint')
   presets[preset](config)
   if preset == 'pod':
-    _spread(config, int(options['chips'] or 256))
+    spread(config, int(options['chips'] or 256), 8)
   config.model.arch = options['arch']
   if options['arch'] == 'single':
     config.model.dit = config.model.ar.copy_and_resolve_references()
+  config.model.vpe = common.is_true('vpe', options)
+  if not config.model.vpe:
+    _without_plan(config)
   return config
+
+
+def _without_plan(config: ConfigDict) -> None:
+  """No visual prompt, no stage that learns to write it, and nothing that leads it."""
+  for field in ('stages', 'steps', 'batch_size'):
+    config[field] = config[field][-1:]
+  config.model.update(inherit=0.0, drop_text=0.0)
+  config.sample.plan_guidance = 1.0
 
 
 def _expert(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict:
@@ -168,10 +183,14 @@ def _paper(config: ConfigDict) -> None:
   config.checkpoint = {'every': 1000, 'keep': 3}
 
 
-def _spread(config: ConfigDict, chips: int) -> None:
-  """8 images a chip. 16 x 16 chips split what 256 don't divide: widths of 1,152 and 4,304."""
-  images = tuple(zip(config.steps, config.batch_size))
-  config.batch_size = (8 * chips,)
-  config.steps = tuple(round(steps * batch / (8 * chips)) for steps, batch in images)
-  config.optim.lr = 1e-4 * (8 * chips / 192) ** 0.5
+def spread(config: ConfigDict, chips: int, images: int) -> None:
+  """So many images a chip, of which the paper has 24 in the stage that draws.
+
+  As many images are seen in all. 16 x 16 chips split what 256 don't divide: widths of 1,152 and
+  4,304.
+  """
+  seen = tuple(steps * batch for steps, batch in zip(config.steps, config.batch_size))
+  config.batch_size = (images * chips,)
+  config.steps = tuple(round(count / (images * chips)) for count in seen)
+  config.optim.lr = 1e-4 * (chips / 24) ** 0.5
   config.mesh = {'data': 16 if chips % 16 == 0 else 1, 'fsdp': -1, 'tensor': 1, 'strategy': 'fsdp'}

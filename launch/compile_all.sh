@@ -44,6 +44,13 @@ for topology in v5e:16x16 v5p:4x4x4; do
   compile "paper-external-render-${topology/:/-}" \
     --config=configs/t2i.py:paper,arch=external --topology="$topology" --stage=render
 done
-for config in t2i c2i_discrete c2i_continuous; do
+for pod in v5e:16x16,256 v5p:4x4x4,64 v6e:8x8,64; do
+  topology=${pod%,*}
+  for vpe in true false; do
+    compile "text-rendering-vpe-$vpe-${topology/:/-}" \
+      --config="configs/text_rendering.py:paper,vpe=$vpe,chips=${pod#*,}" --topology="$topology"
+  done
+done
+for config in t2i c2i_discrete c2i_continuous text_rendering; do
   .venv/bin/python -m vpe_jax.compile --config="configs/$config.py" --write_header="$folder"
 done

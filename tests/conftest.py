@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope='session')
 def show_o2() -> types.SimpleNamespace:
-  """The golden Show-o2, imported, with zeros for the rows of a visual prompt that it hasn't.
+  """The golden Show-o2, imported.
 
   `folder`, `imported`, `sizes`, `params()` (fresh trees, free to change), `io` (inputs and outputs
   of the original), `regions` (its row without the tail: the text before the image span, and the
@@ -69,8 +69,6 @@ def show_o2() -> types.SimpleNamespace:
 
   folder = pathlib.Path(__file__).parent / 'golden' / 'showo2'
   imported = families.load('showo2', sources.open_source(str(folder)))
-  leaves = {**imported.params}
-  leaves['embed'] = {**leaves['embed'], 'codes': jnp.zeros((2, imported.sizes.ar.width))}
   io = dict(np.load(folder / 'io.npz'))
 
   start, length = (int(x) for x in io['span'])
@@ -93,7 +91,7 @@ def show_o2() -> types.SimpleNamespace:
     folder=folder,
     imported=imported,
     sizes=imported.sizes,
-    params=lambda: jax.tree.map(lambda leaf: leaf, leaves),
+    params=lambda: jax.tree.map(lambda leaf: leaf, imported.params),
     io=io,
     regions=regions,
     clock=clock,

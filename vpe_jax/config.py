@@ -26,10 +26,11 @@ ATTENTIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'cudnn')  # of
 STARTS = ('raw', 'ema', 'state')  # what a run takes from another, see Config.start_weights
 
 
-SOURCES = ('mixture', 'openmoji', 'scenes', 'synthetic')  # or FOLDER and a path
+SOURCES = ('mixture', 'openmoji', 'scenes', 'words', 'synthetic')  # or FOLDER and a path
 FOLDER = 'folder:'
 CLASSES = 'classes:'  # and their names: the tokenizer of a class-conditional model
 WORDS = ('caption', 'group')
+FITS = ('pad', 'crop')
 ENCODES = ('online', 'cached')
 _SIZES = (int, tuple[int, ...], 'int', 'tuple[int, ...]')  # the types of sizes
 _MOST_LAYERS = 1000
@@ -82,10 +83,13 @@ class DataConfig:
   """What is trained on.
 
   Attributes:
-    source: `mixture` (OpenMoji and scenes), `openmoji`, `scenes`, `synthetic`, or `folder:PATH`.
+    source: `mixture` (OpenMoji and scenes), `openmoji`, `scenes`, `words` (pictures of words),
+      `synthetic`, or `folder:PATH`.
     scenes_share: share of scenes in the mixture.
     examples: number of records to draw (0: all of a finite source).
     image_size: side of the square image in pixels.
+    fit: how a picture of another shape becomes a square: `pad`, whole on white, or `crop`, its
+      middle.
     text_length: caption tokens kept for; longer captions are cut, with a warning.
     encode: `online` (frozen encoders run on the device) or `cached` (codes and latents are
       computed once, before training).
@@ -96,18 +100,25 @@ class DataConfig:
     words: what a record's picture is drawn from: its `caption`, or the name of its `group`, which
       for pictures in a folder is that of the folder that they lie in.
     near_misses: captions that are wrong in one detail, for each example of a scene.
+    language: of a folder's records that are kept, such as `en` (empty: all); see
+      vpe_jax.data.filters for this and the next.
+    least_text_height: in pixels of the padded picture, of what is written in a folder's pictures;
+      records with lower text are left out (0: none are).
   """
 
   source: str = 'mixture'
   scenes_share: float = 0.75
   examples: int = 0
   image_size: int = 64
+  fit: str = 'pad'
   text_length: int = 32
   encode: str = 'online'
   workers: int = 0
   tokenizer: str = 'assets:bpe'
   near_misses: int = 0
   words: str = 'caption'
+  language: str = ''
+  least_text_height: int = 0
 
   def __post_init__(self) -> None:
     check_sizes(self, 'data.')
@@ -124,7 +135,8 @@ class DataConfig:
     words = f'assets:bpe, a folder with a tokenizer.json, a hub id (OWNER/NAME), or {CLASSES}NAMES'
     good = shipped or named or os.path.isdir(self.tokenizer) or self.tokenizer.startswith(CLASSES)
     check(self, 'data.', 'tokenizer', good, words)
-    check(self, 'data.', 'words', self.words in WORDS, f'one of {", ".join(WORDS)}')
+    for name, known in (('words', WORDS), ('fit', FITS)):
+      check(self, 'data.', name, getattr(self, name) in known, f'one of {", ".join(known)}')
 
 
 @dataclasses.dataclass(frozen=True)

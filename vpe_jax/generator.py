@@ -24,7 +24,7 @@ from vpe_jax.config import SampleConfig, nearest
 from vpe_jax.contracts import Array, Examples, Params, UserError
 from vpe_jax.data import text
 from vpe_jax.data.published_text import open_tokenizer
-from vpe_jax.data.transforms import pad_to_square
+from vpe_jax.data.transforms import to_square
 from vpe_jax.sampling import pictures
 from vpe_jax.sampling.pictures import Picture
 from vpe_jax.sampling.plans import RANKERS, Codebook, Plans, best
@@ -202,7 +202,7 @@ class Generator:
     """Takes visual prompts from pictures, as the frozen encoder sees them in training.
 
     Args:
-      images: uint8 [H, W, 3] each, of any shape: padded to squares with white.
+      images: uint8 [H, W, 3] each, of any shape: made squares as in training.
       prompts: what they show, one for all or one for each; a plan without is rendered once it is
         `told` one.
 
@@ -210,8 +210,8 @@ class Generator:
       UserError: the model has no visual prompts, or was trained on synthetic ones.
     """
     self._require_plans()
-    side = self.system.config.data.image_size
-    squares = np.stack([pad_to_square(image, side) for image in images])
+    data = self.system.config.data
+    squares = np.stack([to_square(image, data.image_size, data.fit) for image in images])
     networks = {**self._frozen, **self._reading}
     codes = self._batched(lambda batch: self._encode(networks, batch), squares)
     made = self.metadata | {'by': 'read from a picture'}

@@ -31,7 +31,10 @@ def _system(arg: str, expert: dict, head: dict, **changes) -> System:
   return systems.build(config.to_dict())
 
 
-@pytest.mark.parametrize('arg, stage', [('debug', 0), ('debug', 1), ('debug,arch=single', 1)])
+@pytest.mark.parametrize(
+  'arg, stage',
+  [('debug', 0), ('debug', 1), ('debug,arch=single', 1), ('debug,arch=single,vpe=false', 0)],
+)
 def test_model_flops_are_those_of_the_dots(arg, stage):
   """Unrolled, nothing recomputed, dense attention, one device: forward and backward, exactly."""
   system = _system(arg, {}, {'layers': 3}, unroll=True)

@@ -112,5 +112,18 @@ def test_picture_row_has_the_mask_that_its_docstring_draws():
   np.testing.assert_array_equal(positions, [[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]])
 
 
+def test_without_codes_the_row_is_show_o2s():
+  spans = sequence.text_to_image(text=3, codes=0, latents=2)
+  assert [span.kind for span in spans] == ['bos', 'text', 'boi', 'time', 'latents']
+  vocabulary, none = sequence.Vocabulary(10, 0, 1, 2), jnp.zeros((2, 0), jnp.int32)
+  text, keep = jnp.broadcast_to(jnp.array([5, 6, 7]), (2, 3)), jnp.array([True, False])
+  regions = sequence.build(spans, vocabulary, text, jnp.array([2, 3]), none, keep)
+  np.testing.assert_array_equal(regions['ar'].ids[0], [1, 5, 6, 7, 2])
+  np.testing.assert_array_equal(regions['ar'].positions, [[0, 1, 2, 0, 3], [0, 0, 0, 0, 1]])
+  np.testing.assert_array_equal(regions['dit'].positions, [[4, 5, 6], [2, 3, 4]])
+  assert not regions['ar'].weights.any()
+  np.testing.assert_array_equal(_mask(regions)[0][5:], [[1, 1, 1, 0, 1, 1, 1, 1]] * 3)
+
+
 def test_token_row_is_the_joint_row_before_boi():
   assert sequence.token_row(3, 2) == SPANS[:5] and SPANS[5].kind == 'boi'

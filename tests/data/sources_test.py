@@ -24,6 +24,7 @@ def test_mixture_has_its_shares_all_along(split, share):
 def test_lengths():
   assert len(open_source(DataConfig())) == ENDLESS
   assert len(open_source(DataConfig(source='scenes', examples=10**7))) == 10**7
+  assert len(open_source(DataConfig(source='words'))) == ENDLESS
   assert 3000 < len(open_source(DataConfig(source='openmoji'))) < 4500
   assert len(open_source(DataConfig(source='synthetic', examples=5))) == 5
 

@@ -29,6 +29,21 @@ def test_pad_to_square_scales_like_pil():
   assert (square[:, :2] == 255).all() and (square[:, 12:] == 255).all()
 
 
+def test_crop_to_square_takes_the_middle():
+  image = np.zeros((20, 41, 3), np.uint8)
+  image[:, 10:30] = 255
+  square = transforms.to_square(image, 20, 'crop')
+  assert square.shape == (20, 20, 3) and (square == 255).all()
+  wide = np.random.default_rng(0).integers(0, 256, (20, 31, 3), np.uint8)
+  scaled = np.array(Image.fromarray(wide).resize((16, 10), Image.Resampling.BICUBIC))
+  np.testing.assert_array_equal(transforms.crop_to_square(wide, 10), scaled[:, 3:13])
+  tall = transforms.crop_to_square(image.transpose(1, 0, 2), 20)
+  np.testing.assert_array_equal(tall, square.transpose(1, 0, 2))
+  np.testing.assert_array_equal(
+    transforms.to_square(wide, 10, 'pad'), transforms.pad_to_square(wide, 10)
+  )
+
+
 def test_transparency_is_white(tmp_path):
   Image.new('RGBA', (5, 4), (255, 0, 0, 0)).save(tmp_path / 'clear.png')
   image = transforms.read_image(tmp_path / 'clear.png')

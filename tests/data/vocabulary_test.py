@@ -1,4 +1,4 @@
-"""The emoji of scenes."""
+"""The emoji of scenes, and the words that are written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ def test_every_noun_has_its_own_drawing():
   assert 100 <= len(emoji) <= 130
   assert len(set(emoji.values())) == len(emoji)
   assert set(emoji.values()) <= drawings.files().keys()
+
+
+def test_written_words_are_short_and_plain():
+  words = vocabulary.written()
+  assert len(words) == len(set(words)) > 150
+  assert all(word.isascii() and word.islower() and 2 <= len(word) <= 8 for word in words)
+  assert {'fox', 'open', 'star', 'red'} < set(words) and 'palm tree' not in words
 
 
 def test_plurals():

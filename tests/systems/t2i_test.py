@@ -292,6 +292,17 @@ def test_schedule_weighs_the_plan(system):
 
 
 @pytest.mark.parametrize(
+  'schedule, weights',
+  [('linear', [0.03, 0.065, 0.1]), ('constant', [0.03] * 3), ('off', [1.0] * 3)],
+)
+def test_the_plan_may_be_weighed_otherwise(schedule, weights):
+  system = _system(vp_schedule=schedule)
+  total = system.config.steps[1]
+  found = [float(system._token_weight(s, system.stages[1])) for s in (0, total / 2, total)]
+  np.testing.assert_allclose(found, weights, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
   'change, message',
   [
     ({'codes': 100}, 'codes'),
@@ -299,6 +310,10 @@ def test_schedule_weighs_the_plan(system):
     ({'layout': 'x'}, 'layout'),
     ({'image': {'channels': 3}}, 'latent_channels'),
     ({'inherit': 0.02, 'text_vocab': 2048}, 'model.inherit=0'),
+    ({'inherit': 0.02, 'vpe': False}, 'model.vpe=False leaves them out: set model.inherit=0'),
+    ({'arch': 'external', 'vpe': False}, 'arch=external draws from a visual prompt alone'),
+    ({'vpe': False}, "stage 'plan' learns to write visual prompts, and model.vpe=False"),
+    ({'vp_schedule': 'cosine'}, "'model.vp_schedule' is 'cosine': it must be one of sigmoid"),
   ],
 )
 def test_mistakes_are_named(change, message):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import image_codes, kl, kl_vae, siglip_vq, visual_prompt, vqgan
 from vpe_jax.codecs.protocol import LatentCodec, PictureCodec, PlanCodec
-from vpe_jax.contracts import Start
+from vpe_jax.contracts import Array, Params, Start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +62,14 @@ class PlanCodecConfig:
   """The visual prompt's part of a model section.
 
   Attributes:
+    vpe: whether the model has a visual prompt at all; without, it has no codes and no tokens, and
+      nothing reads the sizes below.
     visual_prompt: sizes of the embedded tokenizer that turns pictures into codes.
     siglip_vq: sizes of the published tokenizer that takes the place of `visual_prompt`.
     weights: where the frozen networks come from.
   """
 
+  vpe: bool = True
   visual_prompt: visual_prompt.VisualPromptConfig = visual_prompt.VisualPromptConfig()
   siglip_vq: SiglipVqView | None = None
   weights: WeightsConfig = WeightsConfig()
@@ -74,11 +77,13 @@ class PlanCodecConfig:
   @property
   def plan_codes(self) -> int:
     """Rows of the visual prompt's codebook."""
-    return (self.siglip_vq or self.visual_prompt).codes
+    return (self.siglip_vq or self.visual_prompt).codes if self.vpe else 0
 
   @property
   def plan_tokens(self) -> int:
     """Codes of a visual prompt."""
+    if not self.vpe:
+      return 0
     if self.siglip_vq is not None:
       return (self.siglip_vq.image_size // self.siglip_vq.patch) ** 2
     return self.visual_prompt.siglip.patches
@@ -87,12 +92,12 @@ class PlanCodecConfig:
   def plan_weights(self) -> Mapping[str, str]:
     """Name of each network that makes visual prompts -> where its weights are."""
     names = ('siglip', 'visual_prompt') if self.siglip_vq is None else ('siglip_vq',)
-    return {name: getattr(self.weights, name) for name in names}
+    return {name: getattr(self.weights, name) for name in names if self.vpe}
 
   @property
   def published(self) -> Mapping[str, Start]:
     """The published ones among the frozen networks."""
-    if self.siglip_vq is None:
+    if self.siglip_vq is None or not self.vpe:
       return {}
     sizes = _base(self.siglip_vq, siglip_vq.SiglipVqConfig)
     return {'siglip_vq': Start('siglip_vq', self.weights.siglip_vq, sizes, ())}
@@ -160,8 +165,26 @@ class PictureCodesConfig(PlanCodecConfig):
     return found
 
 
-def plan_codec(config: PlanCodecConfig, dtype: jnp.dtype) -> PlanCodec:
+class NoVisualPrompt:
+  """The protocol.TokenCodec of a model without visual prompt: pictures have no codes."""
+
+  weights = ()
+  codes = grid = 0
+
+  def encode(self, params: Params, images: Array) -> Array:
+    """No codes [B, 0] int32."""
+    del params
+    return jnp.zeros((images.shape[0], 0), jnp.int32)
+
+  def abstract_params(self) -> Params:
+    """No networks."""
+    return {}
+
+
+def plan_codec(config: PlanCodecConfig, dtype: jnp.dtype) -> PlanCodec | NoVisualPrompt:
   """The visual prompt's codec; `dtype` is what a published tower computes in."""
+  if not config.vpe:
+    return NoVisualPrompt()
   if config.siglip_vq is None:
     return visual_prompt.VisualPromptCodec(config.visual_prompt)
   return siglip_vq.SiglipVqCodec(config.siglip_vq, config.siglip_vq.image_size, dtype=dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,20 +16,24 @@ import numpy as np
 from absl import logging
 
 from vpe_jax.contracts import UserError
+from vpe_jax.data.filters import EVERYTHING, Filter
 from vpe_jax.data.records import Record
 from vpe_jax.data.storage import read_text
-from vpe_jax.data.transforms import pad_to_square, read_image
+from vpe_jax.data.transforms import read_image, to_square
 
 _ENDINGS = frozenset({'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'})
 _CAPTIONS = 'captions.jsonl'
 _SHOWN = 80  # letters of a name that an error shows
 
+_Entry = tuple[str, str, Mapping[str, Any], str]  # file name, caption, other fields, place
+
 
 @dataclasses.dataclass(frozen=True)
 class File:
-  """A picture in a file, white-padded to a square when drawn."""
+  """A picture in a file, made a square by `data.fit` when drawn."""
 
   path: str
+  fit: str = 'pad'
 
   def draw(self, size: int) -> np.ndarray:
     """The file's picture as uint8 [size, size, 3].
@@ -36,7 +41,7 @@ class File:
     Raises:
       UserError: the file can't be read as a picture; names it.
     """
-    return pad_to_square(read_image(self.path), size)
+    return to_square(read_image(self.path), size, self.fit)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Folder:
 
   path: str
   entries: tuple[tuple[str, str], ...]  # file name within the folder, caption
+  fit: str = 'pad'
 
   def __len__(self) -> int:
     return len(self.entries)
@@ -56,33 +62,46 @@ class Folder:
       caption=caption,
       group=PurePosixPath(name).parent.name or 'folder',
       split='train',
-      picture=File(str(Path(self.path) / name)),
+      picture=File(str(Path(self.path) / name), self.fit),
     )
 
 
-def open_folder(path: str, count: int = 0, captions: bool = True) -> Folder:
+def open_folder(
+  path: str, count: int = 0, captions: bool = True, keep: Filter = EVERYTHING
+) -> Folder:
   """Finds images and captions; pictures themselves are read when drawn.
 
   Args:
     path: the folder. A `captions.jsonl` in it has lines such as
-      `{"file": "fox.png", "caption": "a red fox"}` (also `image`, `text`) for pictures within the
-      folder; without one, each image needs a text file of the same name beside it. Hidden files
-      are passed over.
+      `{"file": "fox.png", "caption": "a red fox"}` (also `image`, `text`; what `keep` reads:
+      vpe_jax.data.filters) for pictures within the folder; without one, each image needs a text
+      file of the same name beside it. Hidden files are passed over.
     count: number of records to keep, the first by name, with a warning; 0 for all.
     captions: whether pictures need any; without, an absent `captions.jsonl` asks for no text files.
+    keep: which of the records are kept, and how their pictures become squares.
 
   Raises:
-    UserError: the folder is missing or empty, an image has no caption, or a text or a line can't
-      be read.
+    UserError: the folder is missing or empty, an image has no caption, a text or a line can't be
+      read, or the filter finds nothing, or not what it needs.
   """
   folder = Path(path).expanduser()
   if not folder.is_dir():
     raise UserError(f'data folder {folder} does not exist; check --config.data.source=folder:PATH')
   listed = folder / _CAPTIONS
-  entries = _from_lines(folder, listed) if listed.exists() else _from_texts(folder, captions)
-  if not entries:
+  found = _from_lines(folder, listed) if listed.exists() else _from_texts(folder, captions)
+  kept, read = set(), 0
+  for name, caption, values, where in found:
+    read += 1
+    if keep.passes(values, caption, folder / name, where):
+      kept.add((name, caption))
+  if not read:
     raise UserError(f'data folder {folder} has no images ({", ".join(sorted(_ENDINGS))})')
-  entries = sorted(entries)
+  if not kept:
+    raise UserError(
+      f'data folder {folder}: none of its {read} records passes data.language and '
+      'data.least_text_height; ask for less'
+    )
+  entries = sorted(kept)
   if 0 < count < len(entries):
     logging.warning(
       'data folder %s: only the first %d of %d pictures by name are used; '
@@ -91,11 +110,10 @@ def open_folder(path: str, count: int = 0, captions: bool = True) -> Folder:
       count,
       len(entries),
     )
-  return Folder(str(folder), tuple(entries[: count or None]))
+  return Folder(str(folder), tuple(entries[: count or None]), keep.fit)
 
 
-def _from_lines(folder: Path, listed: Path) -> list[tuple[str, str]]:
-  entries = []
+def _from_lines(folder: Path, listed: Path) -> Iterator[_Entry]:
   # Not splitlines(): U+2028 and its like may stand inside JSON.
   for number, line in enumerate(read_text(listed).split('\n'), 1):
     if not line.strip():
@@ -110,8 +128,7 @@ def _from_lines(folder: Path, listed: Path) -> list[tuple[str, str]]:
     if caption is None:
       raise UserError(f'{listed} line {number}: image {name} has no caption; give it a "caption"')
     where = f'{listed} line {number}'
-    entries.append((_within(folder, name, where), _valid(caption, where)))
-  return list(dict.fromkeys(entries))
+    yield _within(folder, name, where), _valid(caption, where), values, where
 
 
 def _within(folder: Path, name: str, where: str) -> str:
@@ -145,8 +162,7 @@ def _field(values: Any, *names: str) -> str | None:
   return next((text.strip() for text in found if isinstance(text, str) and text.strip()), None)
 
 
-def _from_texts(folder: Path, captions: bool) -> list[tuple[str, str]]:
-  entries = []
+def _from_texts(folder: Path, captions: bool) -> Iterator[_Entry]:
   for image in folder.rglob('*'):
     hidden = any(part.startswith('.') for part in image.relative_to(folder).parts)
     if hidden or image.suffix.lower() not in _ENDINGS or not image.is_file():
@@ -155,5 +171,4 @@ def _from_texts(folder: Path, captions: bool) -> list[tuple[str, str]]:
     caption = ' '.join(read_text(text).split()) if text.is_file() else ''
     if captions and not caption:
       raise UserError(f'image {image} has no caption: write one to {text.name} beside it')
-    entries.append((image.relative_to(folder).as_posix(), caption))
-  return entries
+    yield image.relative_to(folder).as_posix(), caption, {}, f'image {image}'

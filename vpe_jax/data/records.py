@@ -66,6 +66,26 @@ class Relation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Word:
+  """A written word, and the extent of its ink in fractions of the picture's side."""
+
+  text: str
+  box: Box
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+  """Words that a picture shows, in reading order.
+
+  `font` is one of vpe_jax.data.fonts.FONTS, `colour` a key of vpe_jax.data.shapes.COLOURS.
+  """
+
+  words: tuple[Word, ...]
+  font: str
+  colour: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Truth:
   """Everything that is drawn, exactly.
 
@@ -75,6 +95,8 @@ class Truth:
     ground: name of the ground colour, `white` or a key of vpe_jax.data.shapes.TINTS.
     base: of an OpenMoji variant, the code of its base emoji; else empty.
     variant: what sets it apart from its base, such as `('dark skin tone',)`.
+    fade: name of the ground colour at the bottom, where the ground fades to another; else empty.
+    writing: the words of a picture of words, which has no clusters.
   """
 
   clusters: tuple[Cluster, ...]
@@ -82,6 +104,8 @@ class Truth:
   ground: str = 'white'
   base: str = ''
   variant: tuple[str, ...] = ()
+  fade: str = ''
+  writing: Writing | None = None
 
   @property
   def objects(self) -> tuple[Thing, ...]:

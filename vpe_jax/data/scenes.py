@@ -90,12 +90,7 @@ class Scenes:
 def scene(seed: int, index: int, split: Split = 'train') -> Record:
   """Scene number `index` of a seed and split."""
   draw = random.Random(stable_hash('scene', seed, split, index))
-  while True:
-    truth = _compose(draw, split)
-    if splits.split_of_truth(truth) == split and (
-      split != 'combination' or splits.held_out(truth, stated=True)
-    ):
-      break
+  truth = splits.first_of(split, lambda: _compose(draw, split))
   words = draw.randrange(_WORDINGS)
   return Record(
     id=f'scene/{split}/{seed}/{index}',

@@ -45,6 +45,8 @@ class Span:
 class Vocabulary:
   """The joint vocabulary: text rows, then `codes` visual prompt rows, then [bot] and [eot].
 
+  With `codes` of 0 there is no visual prompt, and no row for [bot] and [eot].
+
   `bos` and `boi` are ids of text rows (reference/vpe.md 1.4 for Show-o2's).
   """
 
@@ -61,27 +63,24 @@ class Vocabulary:
   def eot(self) -> int:
     return self.text + self.codes + 1
 
-  @property
-  def size(self) -> int:
-    return self.text + self.codes + 2
-
 
 def token_row(text: int, codes: int) -> tuple[Span, ...]:
-  """`[bos] text [bot] s [eot]`: all that the next-token loss needs."""
-  return (
-    Span('bos', 1, 'ar'),
-    Span('text', text, 'ar', dropped=True),
+  """`[bos] text [bot] s [eot]`: all that the next-token loss needs; without codes `[bos] text`."""
+  told = (Span('bos', 1, 'ar'), Span('text', text, 'ar', dropped=True))
+  plan = (
     Span('bot', 1, 'ar', predicts=True, dropped=True),
     Span('codes', codes, 'ar', predicts=True, dropped=True),
     Span('eot', 1, 'ar', dropped=True),
   )
+  return (*told, *plan) if codes else told
 
 
 def text_to_image(text: int, codes: int, latents: int) -> tuple[Span, ...]:
   """`[bos] text [bot] s [eot] [boi] | time x`: Internal+VPE (arXiv 2606.04457, App. D).
 
   The tail `[eoi] [eos]` carries no loss and would be the only prefix that sees the picture, so it
-  is left out: nothing before the picture depends on it.
+  is left out: nothing before the picture depends on it. Without codes the row is Show-o2's,
+  `[bos] text [boi] | time x`.
   """
   return (
     *token_row(text, codes),

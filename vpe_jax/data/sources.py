@@ -7,11 +7,13 @@ import math
 
 from vpe_jax.config import FOLDER, DataConfig
 from vpe_jax.contracts import UserError
+from vpe_jax.data.filters import Filter
 from vpe_jax.data.folder import open_folder
 from vpe_jax.data.openmoji import OpenMoji
 from vpe_jax.data.records import Record, Source, Split
 from vpe_jax.data.scenes import Scenes
 from vpe_jax.data.synthetic import Synthetic
+from vpe_jax.data.words import Words
 
 ENDLESS = 65_536  # records of a source without an end of its own, if the config says 0
 
@@ -50,23 +52,32 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
     seed: of scenes and of the choice of words.
 
   Raises:
-    UserError: the source has no such split, can't be read, or is empty.
+    UserError: the source has no such split, can't be read, is empty, or knows no filters.
   """
   count = config.examples
+  keep = Filter(config.language, config.least_text_height, config.image_size, config.fit)
+  if not config.source.startswith(FOLDER) and keep != Filter(size=keep.size, fit=keep.fit):
+    raise UserError(
+      f'data.language and data.least_text_height choose records of a folder, and '
+      f'config.data.source is {config.source}: leave them out'
+    )
   if config.source == 'mixture':
     return _mixture(config.scenes_share, count or ENDLESS, split, seed)
   if config.source == 'scenes':
     return Scenes(count or ENDLESS, split, seed)
+  if config.source == 'words':
+    return Words(count or ENDLESS, split, seed)
   if config.source == 'openmoji':
     return OpenMoji(count, split, seed)
   if split != 'train' and (config.source == 'synthetic' or config.source.startswith(FOLDER)):
     raise UserError(
-      f'config.data.source={config.source} has no held-out split; mixture, scenes, openmoji do'
+      f'config.data.source={config.source} has no held-out split; mixture, scenes, words and '
+      'openmoji do'
     )
   if config.source == 'synthetic':
     return Synthetic(count or ENDLESS)
   captions = config.words == 'caption'
-  return open_folder(config.source.removeprefix(FOLDER), count, captions)
+  return open_folder(config.source.removeprefix(FOLDER), count, captions, keep)
 
 
 def _mixture(share: float, count: int, split: Split, seed: int) -> Mixture:

@@ -1,16 +1,18 @@
 """Held-out combinations and concepts: one fixed rule, the same for every run and seed.
 
 A combination is a pair of parts that each occur in training, but never together: a shape with a
-colour, a thing with a count, a thing with its place relative to another, a variant with its base.
-A concept is an emoji of which nothing occurs in training: not in scenes, not as OpenMoji, not as
-a variant, not as a word of another emoji's name.
+colour, a thing with a count, a thing with its place relative to another, a variant with its base,
+two written words, a written word with its font. A concept is an emoji of which nothing occurs in
+training: not in scenes, not as OpenMoji, not as a variant, not as a word of another emoji's name;
+or a word that is never written.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vpe_jax.data import shapes, vocabulary
 from vpe_jax.data.records import Record, Split, Truth
@@ -21,9 +23,10 @@ Combination = tuple[str, str, str]  # what kind of pair, and its two parts
 OPPOSITE = {'left': 'right', 'right': 'left', 'above': 'below', 'below': 'above'}
 
 # One of so many pairs of each kind is held out.
-_ONE_IN = {'colour': 6, 'count': 8, 'relation': 8, 'variant': 10}
+_ONE_IN = {'colour': 6, 'count': 8, 'relation': 8, 'variant': 10, 'words': 6, 'font': 10}
 _CONCEPTS_ONE_IN = 12  # of the scene vocabulary
 _FAMILIES_ONE_IN = 24  # of the OpenMoji families outside it
+_WORDS_ONE_IN = 12  # of the words that are written
 
 
 @functools.cache
@@ -39,6 +42,20 @@ def trained_concepts() -> tuple[str, ...]:
   """The other nouns of the scene vocabulary."""
   held = held_out_concepts()
   return tuple(name for name in vocabulary.emoji() if name not in held)
+
+
+@functools.cache
+def held_out_words() -> tuple[str, ...]:
+  """Words that training never shows in writing."""
+  words = vocabulary.written()
+  return tuple(word for word in words if stable_hash('word', word) % _WORDS_ONE_IN == 0)
+
+
+@functools.cache
+def trained_words() -> tuple[str, ...]:
+  """The other words that are written."""
+  held = held_out_words()
+  return tuple(word for word in vocabulary.written() if word not in held)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -67,6 +84,10 @@ def combinations(truth: Truth, stated: bool = False) -> tuple[Combination, ...]:
   # Drawings of several people have a tone for each: rarely twice the same, so no combination.
   if truth.variant and sum('skin tone' in part for part in truth.variant) < 2:
     pairs.append(('variant', truth.base, ', '.join(truth.variant)))
+  if truth.writing is not None:
+    texts = [word.text for word in truth.writing.words]
+    pairs += [('words', *sorted(pair)) for pair in itertools.combinations(texts, 2)]
+    pairs += [('font', text, truth.writing.font) for text in texts]
   return tuple(pairs)
 
 
@@ -77,6 +98,8 @@ def held_out(truth: Truth, stated: bool = False) -> tuple[Combination, ...]:
 
 def has_held_out_concept(truth: Truth) -> bool:
   """Whether anything in the picture belongs to a concept of which nothing is trained."""
+  if truth.writing is not None:
+    return any(word.text in held_out_words() for word in truth.writing.words)
   return any(
     is_concept(cluster.name, truth.base or cluster.code)
     for cluster in truth.clusters
@@ -112,6 +135,17 @@ def split_of_truth(truth: Truth) -> Split:
   if has_held_out_concept(truth):
     return 'concept'
   return 'combination' if held_out(truth) else 'train'
+
+
+def first_of(split: Split, compose: Callable[[], Truth]) -> Truth:
+  """The first of the pictures that `compose` makes up which belongs to a split.
+
+  What a held-out combination is held out for, its caption says too.
+  """
+  while True:
+    truth = compose()
+    if split_of_truth(truth) == split and (split != 'combination' or held_out(truth, stated=True)):
+      return truth
 
 
 def split_of(record: Record) -> Split:

@@ -1,11 +1,11 @@
-"""Pictures into arrays: reading, white padding to a square."""
+"""Pictures into arrays: reading, and squares by white padding or by cropping."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from vpe_jax.contracts import UserError
 
@@ -24,11 +24,30 @@ def read_image(path: str | Path) -> np.ndarray:
     with Image.open(path) as image:
       upright = ImageOps.exif_transpose(_eight_bit(image)).convert('RGBA')
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-    raise UserError(
-      f'unreadable image {path} ({error}); replace the file, or leave it out'
-    ) from error
+    raise _unreadable(path, error) from error
   ground = Image.new('RGBA', upright.size, 'white')
   return np.array(Image.alpha_composite(ground, upright).convert('RGB'))
+
+
+def read_size(path: str | Path) -> tuple[int, int]:
+  """Width and height in pixels of a picture as it is seen, upright; reads no more than its head.
+
+  Raises:
+    UserError: there is no such file or it can't be read as a picture.
+  """
+  try:
+    with Image.open(path) as image:
+      turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+      width, height = image.size
+  except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+    raise _unreadable(path, error) from error
+  return (height, width) if turned else (width, height)
+
+
+def _unreadable(path: str | Path, error: Exception) -> UserError:
+  return UserError(
+    f'unreadable image {path} ({error}); replace the file or take it out of the data'
+  )
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -46,6 +65,24 @@ def _eight_bit(image: Image.Image) -> Image.Image:
   grey = Image.fromarray(np.rint(levels * 255).astype(np.uint8))
   grey.info = image.info  # says how it was held
   return grey
+
+
+def to_square(image: np.ndarray, size: int, fit: str) -> np.ndarray:
+  """A picture as a square, by `data.fit`: `pad_to_square` or `crop_to_square`."""
+  return {'pad': pad_to_square, 'crop': crop_to_square}[fit](image, size)
+
+
+def crop_to_square(image: np.ndarray, size: int) -> np.ndarray:
+  """Scales the shorter side to `size` (bicubic) and takes the middle of the picture.
+
+  An odd pixel more is left out at the right and the bottom. Arguments as `pad_to_square`.
+  """
+  height, width = image.shape[:2]
+  shorter = min(height, width)
+  shape = (max(size, round(width * size / shorter)), max(size, round(height * size / shorter)))
+  scaled = np.array(Image.fromarray(image).resize(shape, _BICUBIC))
+  left, top = (shape[0] - size) // 2, (shape[1] - size) // 2
+  return scaled[top : top + size, left : left + size]
 
 
 def pad_to_square(image: np.ndarray, size: int) -> np.ndarray:

@@ -1,8 +1,13 @@
-"""The emoji that scenes are composed from: well known, and told apart at 64 x 64 pixels."""
+"""The emoji that scenes are composed from: well known, and told apart at 64 x 64 pixels.
+
+Also the words that pictures of words show.
+"""
 
 from __future__ import annotations
 
 import functools
+
+from vpe_jax.data import shapes
 
 # Noun -> code of its drawing (vpe_jax.data.drawings).
 _ANIMALS = """
@@ -34,6 +39,13 @@ basketball 1F3C0, trophy 1F3C6, kite 1FA81, teddy bear 1F9F8, robot 1F916, ghost
 snowman 26C4, bomb 1F4A3, anchor 2693, candle 1F56F
 """
 
+# What signs say, beside the names of things, shapes and colours.
+_SIGNS = """
+open closed exit enter stop go sale free hello welcome thanks please happy love music coffee tea
+water bread milk school market hotel garden north south east west summer winter monday friday news
+"""
+_LONGEST = 8  # letters of a written word: more are too small to be read
+
 _IRREGULAR = {
   'mouse': 'mice',
   'sheep': 'sheep',
@@ -57,6 +69,14 @@ def emoji() -> dict[str, str]:
   """Noun -> code, in a fixed order."""
   listed = ','.join((_ANIMALS, _PLANTS_AND_FOOD, _VEHICLES_AND_PLACES, _THINGS))
   return dict(_entry(entry) for entry in listed.split(','))
+
+
+@functools.cache
+def written() -> tuple[str, ...]:
+  """The words that pictures of words show, in a fixed order."""
+  words = (*_SIGNS.split(), *emoji(), *shapes.SHAPES, *shapes.COLOURS)
+  fits = lambda word: word.isalpha() and 2 <= len(word) <= _LONGEST
+  return tuple(dict.fromkeys(word for word in words if fits(word)))
 
 
 def plural(noun: str) -> str:

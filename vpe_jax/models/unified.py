@@ -4,8 +4,8 @@ another, joined by attention (Internal+VPE, arXiv 2606.04457), each in a row of 
 Show-o2).
 
 Parameter tree: `embed/{text,codes}`, `ar/{layers,norm}`, `dit/{layers,norm,dual_path,head}`; a
-single expert has no `dit/layers` and `dit/norm`. `Unified` holds no arrays: every method is a pure
-function of the parameters.
+single expert has no `dit/layers` and `dit/norm`, and a model without visual prompt no
+`embed/codes`. `Unified` holds no arrays: every method is a pure function of the parameters.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class UnifiedConfig:
     arch: `internal` (an expert each for tokens and picture), `external` (the same two, which attend
       apart) or `single` (one for both).
     text_vocab: rows of the text table.
-    codes: rows of the visual prompt's codebook; two more rows are its begin and end.
+    codes: rows of the visual prompt's codebook; two more rows are its begin and end (0: there is
+      no visual prompt, and none of these rows).
     bos: id of the text row that begins a sequence.
     boi: id of the text row that begins the picture.
     latent_size: side of the latent grid.
@@ -115,6 +116,11 @@ class UnifiedConfig:
     """Tokens of a picture, without the time token."""
     return (self.latent_size // self.patch) ** 2
 
+  @property
+  def plan_rows(self) -> int:
+    """Rows of the visual prompt in the joint vocabulary."""
+    return self.codes + 2 if self.codes else 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Unified:
@@ -159,10 +165,9 @@ class Unified:
     }
     if c.arch != 'single':
       dit |= {'layers': mot.init_layers(layers['dit'], keys['dit']), 'norm': norm(c.dit)}
-    embed = {
-      'text': table(keys['text'], c.text_vocab),
-      'codes': table(keys['codes'], c.codes + 2),
-    }
+    embed = {'text': table(keys['text'], c.text_vocab)}
+    if c.codes:
+      embed['codes'] = table(keys['codes'], c.plan_rows)
     return {
       'embed': embed,
       'ar': {'layers': mot.init_layers(layers['ar'], keys['ar']), 'norm': norm(c.ar)},
@@ -199,7 +204,8 @@ class Unified:
 
   def table(self, params: Params) -> Array:
     """The joint vocabulary, tied in and out: text rows, code rows, [bot], [eot]: [V, D]."""
-    return jnp.concatenate([params['embed']['text'], params['embed']['codes']])
+    text = params['embed']['text']
+    return jnp.concatenate([text, params['embed']['codes']]) if self.config.codes else text
 
   def embed(self, params: Params, ids: Array) -> Array:
     """Token embeddings [B, L, D] of joint ids [B, L]."""
@@ -335,7 +341,7 @@ def forward_flops(
   """
   c, keys = config, tokens + image
   ar = transformer.forward_flops(c.ar, tokens, keys)
-  logits = 2.0 * predicted * c.ar.width * (c.text_vocab + c.codes + 2)
+  logits = 2.0 * predicted * c.ar.width * (c.text_vocab + c.plan_rows)
   if not image:
     return {'ar': ar, 'logits': logits}
   patches, und, D, H = c.image_tokens, c.dual_path.encoder.width, c.dit.width, c.head.width

@@ -40,7 +40,6 @@ class ModelConfig(choice.CodecsConfig):
     latent_channels: channels of a latent.
     patch: side of the latent patch that one picture token covers.
     body: the layers.
-    vpe: whether a visual prompt stands before the picture.
     drop: share of examples with the null class and no visual prompt, which guidance leads away
       from; with 0 there is no null class.
     vp_schedule: how the weight of the visual prompt's cross-entropy grows: `sigmoid` (Eq. 3),
@@ -58,7 +57,6 @@ class ModelConfig(choice.CodecsConfig):
   latent_channels: int
   patch: int
   body: TransformerConfig
-  vpe: bool = True
   drop: float = 0.0
   vp_schedule: str = 'sigmoid'
   ce_start: float = 0.03
@@ -78,17 +76,6 @@ class ModelConfig(choice.CodecsConfig):
         f'model.latent_channels is {self.latent_channels}, but its frozen codec has '
         f'{self.image_channels}: set them equal'
       )
-
-  @property
-  def frozen_weights(self) -> Mapping[str, str]:
-    """Name of each network that the codecs read -> where its weights are."""
-    return {**(self.plan_weights if self.vpe else {}), 'image': self.weights.image}
-
-  @property
-  def published(self) -> Mapping[str, Start]:
-    """The published ones among them."""
-    found = super().published
-    return {name: found[name] for name in found if name in self.frozen_weights}
 
 
 class System:
@@ -123,13 +110,13 @@ class System:
     source = f'{c.init_from} (layers, norm), the rest fresh' if c.init_from else 'fresh'
     ema = bool(config.optim.ema)
     self.stages = (Stage('train', ('.*',), tuple(sorted(losses)), ema=ema, source=source),)
-    self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype)) if c.vpe else None
+    self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype))
     self.image = choice.image_codec(c)
-    self.codes = c.plan_codes if c.vpe else 0
+    self.codes = c.plan_codes
     sizes = transfusion.TransfusionConfig(
       classes=c.classes + bool(c.drop),
       plan_codes=self.codes,
-      plan_tokens=c.plan_tokens if c.vpe else 0,
+      plan_tokens=c.plan_tokens,
       latent_size=c.latent_size,
       latent_channels=c.latent_channels,
       patch=c.patch,
@@ -188,17 +175,13 @@ class System:
 
   def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
     """Plans [B, P] (P = 0 without visual prompt) and latents of images [B, R, R, 3] uint8."""
-    plan = jnp.zeros((images.shape[0], 0), jnp.int32)
-    if self.visual_prompt is not None:
-      plan = self.visual_prompt.encode(frozen, images)
-    return plan, self.image.encode(frozen, images)
+    return self.visual_prompt.encode(frozen, images), self.image.encode(frozen, images)
 
   def abstract_frozen(self) -> Params:
     """The codecs' networks as shapes; none where codes and latents are synthetic."""
     if not self.frozen_weights:
       return {}
-    plan = {} if self.visual_prompt is None else self.visual_prompt.abstract_params()
-    return {**plan, **self.image.abstract_params()}
+    return {**self.visual_prompt.abstract_params(), **self.image.abstract_params()}
 
   def decode(self, frozen: Params, latents: Array) -> Array:
     """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""

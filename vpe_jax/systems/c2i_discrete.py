@@ -37,7 +37,6 @@ class ModelConfig(choice.PictureCodesConfig):
   Attributes:
     classes: of pictures.
     body: the layers.
-    vpe: whether a visual prompt stands before the picture's codes.
     positions: `grid` or `line`, see models.llamagen.
     class_turn: of the class token, see models.llamagen.
     drop: share of examples whose class is the null class, which guidance leads away from.
@@ -51,7 +50,6 @@ class ModelConfig(choice.PictureCodesConfig):
 
   classes: int
   body: TransformerConfig
-  vpe: bool = True
   positions: str = 'grid'
   class_turn: str = 'identity'
   drop: float = 0.1
@@ -72,13 +70,7 @@ class ModelConfig(choice.PictureCodesConfig):
   @property
   def frozen_weights(self) -> Mapping[str, str]:
     """Name of each network that the codecs read -> where its weights are."""
-    return {**(self.plan_weights if self.vpe else {}), **self.picture_weights}
-
-  @property
-  def published(self) -> Mapping[str, Start]:
-    """The published ones among them."""
-    found = super().published
-    return {name: found[name] for name in found if name in self.frozen_weights}
+    return {**self.plan_weights, **self.picture_weights}
 
 
 class System:
@@ -106,10 +98,10 @@ class System:
     losses = (*_LOSSES, *(_PLAN_LOSSES if c.vpe else ()))
     ema = bool(config.optim.ema)
     self.stages = (Stage('train', ('.*',), tuple(sorted(losses)), ema=ema, source='fresh'),)
-    self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype)) if c.vpe else None
+    self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype))
     self.image = choice.picture_codec(c, config.data.image_size)
     self.draws_with = self.image.weights
-    self.codes = c.plan_codes if c.vpe else 0
+    self.codes = c.plan_codes
     self.picture_codes = self.image.codes
     sizes = llamagen.LlamaGenConfig(
       classes=c.classes,
@@ -118,7 +110,7 @@ class System:
       body=c.body,
       class_turn=c.class_turn,
       plan_codes=self.codes,
-      plan_side=self.visual_prompt.grid if c.vpe else 0,
+      plan_side=self.visual_prompt.grid,
       positions=c.positions,
     )
     self.model = llamagen.LlamaGen(sizes, jnp.dtype(config.dtype), config.remat, config.attention)
@@ -162,19 +154,15 @@ class System:
 
   def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
     """Plans [B, P] (P = 0 without visual prompt) and codes [B, h, w] of images [B, R, R, 3]."""
-    B = images.shape[0]
-    plan = jnp.zeros((B, 0), jnp.int32)
-    if self.visual_prompt is not None:
-      plan = self.visual_prompt.encode(frozen, images)
+    plan = self.visual_prompt.encode(frozen, images)
     codes = self.image.encode(frozen, images)
-    return plan, codes.reshape(B, self.image.grid, -1)
+    return plan, codes.reshape(images.shape[0], self.image.grid, -1)
 
   def abstract_frozen(self) -> Params:
     """The codecs' networks as shapes; none where codes are synthetic."""
     if not self.frozen_weights:
       return {}
-    plan = {} if self.visual_prompt is None else self.visual_prompt.abstract_params()
-    return {**plan, **self.image.abstract_params()}
+    return {**self.visual_prompt.abstract_params(), **self.image.abstract_params()}
 
   def decode(self, frozen: Params, latents: Array) -> Array:
     """Images [B, R, R, 3] float32 in [0, 1] of codes [B, h, w]."""

@@ -1,9 +1,12 @@
 """Tokens and picture in one row, joined by attention: Internal+VPE, `arch=internal`.
 
-With `arch=single` one expert has both; the row is the same.
+With `arch=single` one expert has both; the row is the same. Without visual prompt there is no plan
+to learn, and `joint` is the only stage.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Examples, Params, Region, Stage
@@ -13,6 +16,7 @@ from vpe_jax.systems import rendering
 
 PLAN = Stage('plan', ('ar/', 'embed/'), ('next_token',), ema=False, source='fresh', draws=False)
 JOINT = Stage('joint', ('.*',), ('next_token', 'flow'), ema=True, source='the stage before')
+UNPLANNED = dataclasses.replace(JOINT, losses=('flow',), source='fresh')
 
 
 class Internal:
@@ -28,7 +32,9 @@ class Internal:
   def __init__(
     self, model: unified.Unified, vocabulary: sequence.Vocabulary, text: int, codes: int
   ) -> None:
-    """`text` and `codes` are the tokens of a caption and of a plan."""
+    """`text` and `codes` are the tokens of a caption and of a plan; 0 codes are none at all."""
+    if not codes:
+      self.stages = {UNPLANNED.name: UNPLANNED}
     self.model = model
     self.vocabulary = vocabulary
     self.spans = sequence.text_to_image(text, codes, model.config.image_tokens)

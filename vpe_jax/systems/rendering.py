@@ -3,6 +3,7 @@
 What the picture stands on is computed once. Prompt and plan leave their keys and values in a cache
 while the plan is decoded; each flow step runs the picture's rows alone against it. The null
 branch of guidance is `[bos] [boi]` with its own positions: one row, shared by the whole batch.
+Without visual prompt the picture stands on the prompt alone.
 With two rows (`arch=external`) decoding and flow steps are the same, and systems/external.py makes
 what the latter stand on.
 """
@@ -37,6 +38,11 @@ class Job:
   def slot(self, kind: str) -> int:
     """First slot of a span in its expert's region."""
     return sequence.place(self.spans, kind)[0]
+
+  @property
+  def codes(self) -> int:
+    """Tokens of a plan."""
+    return sum(span.length for span in self.spans if span.kind == 'codes')
 
   def regions(self, request: Examples, codes: Array, keep: bool) -> dict[str, Region]:
     """The rows of tokens of this request."""
@@ -81,7 +87,8 @@ class Decoded:
 
 def draw(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Array]:
   """Codes [B, P] and latents [B, h, w, C] float32 for a batch of requests."""
-  codes, prefix = plan(job, params, request, rng)
+  begin = plan if job.codes else unplanned
+  codes, prefix = begin(job, params, request, rng)
   null = lambda: null_prefix(job, params, request)
   return codes, guided(job, params, request, prefix, null, rng)
 
@@ -117,14 +124,23 @@ def plan(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array
   return codes, _prefix(job, params, {'ar': row.region, **row.rest}, hidden, body)
 
 
+def unplanned(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Prefix]:
+  """No codes [B, 0], and the prefix `[bos] text [boi]`, of a model without visual prompt."""
+  del rng
+  codes = jnp.zeros((request.example.shape[0], 0), jnp.int32)
+  regions = job.regions(request, codes, keep=True)
+  body, _ = job.model.caches(params, row_visibility(regions))
+  hidden, body = _tokens(job, params, regions['ar'], body, 0)
+  return codes, _prefix(job, params, regions, hidden, body)
+
+
 def decode(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Decoded]:
   """Decodes the plan, or reads `request.codes`: all of the token expert's row before [eot].
 
   With `plan_guidance` other than 1, rows without text are decoded beside the others on the same
   codes, for the logits to be guided away from theirs.
   """
-  length = job.slot('eot') - job.slot('codes')
-  B = request.example.shape[0]
+  length, B = job.codes, request.example.shape[0]
   given = request.codes
   led = given is None and job.settings.plan_guidance != 1.0
   if led:
@@ -172,8 +188,7 @@ def decode(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Arr
 def null_prefix(job: Job, params: Params, request: Examples) -> Prefix:
   """The prefix `[bos] [boi]` of the null branch, computed on one row for the whole batch."""
   one = jax.tree.map(lambda leaf: leaf[:1], dataclasses.replace(request, codes=None))
-  length = job.slot('eot') - job.slot('codes')
-  regions = job.regions(one, jnp.zeros((1, length), jnp.int32), keep=False)
+  regions = job.regions(one, jnp.zeros((1, job.codes), jnp.int32), keep=False)
   present = jnp.array([job.slot('bos'), job.slot('boi')])
   pair = jax.tree.map(lambda leaf: leaf[:, present], regions['ar'])
   # The two tokens move to the front of the row; the slots behind them stay absent.

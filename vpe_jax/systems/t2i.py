@@ -6,7 +6,8 @@ while the picture expert is frozen and not run. Then `joint` (`model.arch=intern
 trains both experts, flow matching at weight 1 and cross-entropy at the progressive weight of
 Eq. 3; text and plan are dropped together for guidance. Or `render` (`model.arch=external`) trains
 the picture expert alone, which sees the plan only, on flow matching; the plan is dropped. What
-differs between the two is in systems/internal.py and systems/external.py.
+differs between the two is in systems/internal.py and systems/external.py. Without visual prompt
+(`model.vpe=False`) the picture is drawn from the text alone, in stage `joint`, on flow matching.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
     init_from: a Show-o2 whose language model both experts start from, and the picture expert's
       embedding and head too: a folder in the released layout, an import, or a hub id (empty: all is
       drawn at random). Rows of codes are drawn, as Show-o2 has none.
-    ce_start: weight of the cross-entropy at the start of stage `joint` (Eq. 3, lambda_0).
+    vp_schedule: how the weight of the cross-entropy grows in stage `joint` (Eq. 3): `sigmoid` (the
+      paper's), `linear`, `constant` (`ce_start` at every step) or `off` (it weighs 1, as the flow).
+    ce_start: its weight at the start of the stage (lambda_0).
     ce_end: its weight at the end (lambda_1).
     time_shift: shift of the training times towards noise (0: Show-o2's for this many tokens).
     logits_chunk: predicted tokens whose logits exist at a time (0: all).
@@ -73,6 +76,7 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
   drop_text: float = 0.0
   inherit: float = 0.0
   init_from: str = ''
+  vp_schedule: str = 'sigmoid'
   ce_start: float = 0.03
   ce_end: float = 0.1
   time_shift: float = 0.0
@@ -80,8 +84,9 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    words = f'one of {", ".join(external_model.CONDITIONS)}'
-    check(self, 'model.', 'condition', self.condition in external_model.CONDITIONS, words)
+    words = {'condition': external_model.CONDITIONS, 'vp_schedule': schedules.KINDS}
+    for name, known in words.items():
+      check(self, 'model.', name, getattr(self, name) in known, f'one of {", ".join(known)}')
     for name in ('drop', 'drop_text'):
       check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
     for name in ('bos', 'boi'):
@@ -92,8 +97,18 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
       'latent_channels': (self.latent_channels, self.image_channels),
     }
     for name, (ours, codec) in pairs.items():
-      if ours != codec:
+      if ours != codec and (name != 'codes' or self.vpe):
         raise UserError(f'model.{name} is {ours}, but its frozen codec has {codec}: set them equal')
+    if not self.vpe and self.arch == 'external':
+      raise UserError(
+        'model.arch=external draws from a visual prompt alone, and model.vpe=False leaves it out: '
+        'set model.vpe=True, or another model.arch'
+      )
+    if self.inherit and not self.vpe:
+      raise UserError(
+        'model.inherit takes rows from the codecs of the visual prompt, and model.vpe=False leaves '
+        'them out: set model.inherit=0'
+      )
     if self.inherit and self.siglip_vq is not None:
       raise UserError(
         'model.inherit takes rows from the embedded codecs, and model.siglip_vq takes their place: '
@@ -113,27 +128,32 @@ class System:
 
   def __init__(self, config: Config) -> None:
     c: ModelConfig = config.model
+    sizes = c if c.vpe else dataclasses.replace(c, codes=0)
     self.config = config
-    self.codes = c.codes
+    self.codes = sizes.codes
     self.logical_axes = unified.LOGICAL_AXES
-    self.model = unified.Unified(c, jnp.dtype(config.dtype), config.remat, config.attention)
+    self.model = unified.Unified(sizes, jnp.dtype(config.dtype), config.remat, config.attention)
     self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype))
     self.image = choice.image_codec(c)
     # Published tokenizers come without a text tower to compare with.
-    self.similarity = self._similarity if c.siglip_vq is None else None
+    self.similarity = self._similarity if c.vpe and c.siglip_vq is None else None
     # The pooling head reads the last output alone, and the text tower its own words.
     tower = c.visual_prompt
-    told = c.siglip_vq is None and tower.depth < 0 and c.text_vocab <= tower.siglip.vocabulary
+    told = self.similarity and tower.depth < 0 and c.text_vocab <= tower.siglip.vocabulary
     self.plan_similarity = self._plan_similarity if told else None
-    self.vocabulary = sequence.Vocabulary(c.text_vocab, c.codes, c.bos, c.boi)
+    self.vocabulary = sequence.Vocabulary(c.text_vocab, self.codes, c.bos, c.boi)
     given = (self.model, self.vocabulary, config.data.text_length, c.plan_tokens)
     self.rows = External(*given, c.condition) if c.arch == 'external' else Internal(*given)
     self.spans = self.rows.spans
     _check_stages(config, tuple(self.rows.stages))
     origin = 'fresh, embed/ from the codecs' if self._inherits else 'fresh'
     if c.init_from:
-      origin = f'{c.init_from}, but embed/codes fresh'
-    first, *others = (self.rows.stages[name] for name in config.stages)
+      origin = f'{c.init_from}, but embed/codes fresh' if c.vpe else c.init_from
+    averages = bool(config.optim.ema)
+    first, *others = (
+      dataclasses.replace(stage, ema=stage.ema and averages)
+      for stage in (self.rows.stages[name] for name in config.stages)
+    )
     self.stages = (dataclasses.replace(first, source=origin), *others)
 
   @property
@@ -357,7 +377,7 @@ class System:
       return 1.0 if stage.name == 'plan' else 0.0
     c = self.config.model
     total = self.config.steps[self.config.stages.index(stage.name)]
-    return schedules.sigmoid_schedule(step, total, c.ce_start, c.ce_end)
+    return schedules.scheduled(c.vp_schedule, step, total, c.ce_start, c.ce_end, off=1.0)
 
   def _noisy(
     self, batch: Examples, latents: Array, rng: Array
@@ -365,13 +385,9 @@ class System:
     """Noisy latents [B, h, w, C] with the network's clock [B], and the velocity to predict."""
     c = self.config.model
     shift = c.time_shift or flow_matching.token_shift(c.image_tokens + 1)
-    draw = lambda key: flow_matching.sample_time(key, shift)
-    time = rng_lib.per_example(draw, rng, 'time', batch.example)
-    normal = lambda key: jax.random.normal(key, latents.shape[1:])
-    noise = rng_lib.per_example(normal, rng, 'noise', batch.example)
-    noisy = flow_matching.path(latents, noise, time)
+    noisy, time, target = flow_matching.noised(latents, shift, rng, batch.example)
     # The network's clock is Show-o2's: data at 1.
-    return (noisy, 1.0 - time), flow_matching.target(latents, noise)
+    return (noisy, 1.0 - time), target
 
   def _next_token(self, params: Params, hidden: Array, region: Region) -> tuple[Array, Array]:
     """The summed cross-entropy of the plan, and how often its argmax is right."""
@@ -394,6 +410,11 @@ def _check_stages(config: Config, known: tuple[str, ...]) -> None:
   """
   arch = config.model.arch
   for name in config.stages:
+    if name == 'plan' and not config.model.vpe:
+      raise UserError(
+        "stage 'plan' learns to write visual prompts, and model.vpe=False leaves them out: set "
+        'config.stages=joint (configs name it for you: vpe=false)'
+      )
     if name in (*Internal.stages, *External.stages) and name not in known:
       raise UserError(
         f"model.arch={arch} has no stage '{name}': its stages are {', '.join(known)} (configs name "

@@ -66,7 +66,7 @@ def fingerprint(config: DataConfig, seed: int, frozen: Frozen, pictures: Pipelin
   """What decides a cache's content: the data, its resolution, and the encoders' weights."""
   said = {
     'version': __version__,
-    'data': [config.source, config.scenes_share, config.examples, config.image_size],
+    'data': [config.source, config.scenes_share, config.examples, config.image_size, config.fit],
     'seed': seed,
     'content': _content(config, pictures),
     'encoders': frozen.fingerprints,

@@ -14,9 +14,9 @@ models. Else, these are the fields that we read and write; those with a default 
     original_max_position_embeddings; null: none)
   latent_channels, latent_size, patch_size (2): of the picture
 
-A released Show-o2 has no visual prompt: `sizes` gives it no codes, and an import leaves
-`embed/codes` out. Give sizes with codes to `families.load` to make room for a visual prompt; its
-rows are the caller's to draw.
+A released Show-o2 has no visual prompt: `sizes` gives it no codes, and so no `embed/codes`. Give
+sizes with codes to `families.load` to make room for a visual prompt; its rows are the caller's to
+draw.
 """
 
 from __future__ import annotations

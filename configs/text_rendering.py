@@ -1,0 +1,87 @@
+r"""Text rendering: Show-o2 with and without visual prompt (arXiv 2606.04457, section 4.2).
+
+  python -m vpe_jax.main --config=configs/text_rendering.py               (tiny, any machine)
+  python -m vpe_jax.main --config=configs/text_rendering.py:debug         (seconds)
+  python -m vpe_jax.main --config=configs/text_rendering.py:tiny,vpe=false --workdir=runs/baseline
+  python -m vpe_jax.sample --workdir=runs/text_rendering-tiny --n=8 \
+      --prompt='the words "hello fox" in a blue serif font'
+
+One expert has tokens and picture, as in Show-o2 (configs/t2i.py:arch=single). `vpe=true` trains
+`[bos] text [bot] s [eot] [boi] | time x`, `vpe=false` the baseline `[bos] text [boi] | time x`:
+with Show-o2's tail `[eoi] [eos]`, which nothing sees and we leave out, 1,856 and 1,280 tokens at
+paper size, and 2,855.9M and 2,830.8M parameters. Everything trains in one stage, on flow matching
+and, with visual prompt, on cross-entropy at the growing weight of Eq. 3.
+
+`tiny` and `debug` draw 64x64 pictures of 1 to 3 words in five fonts (`data.source=words`). In a
+held-out picture stand two words that training never shows together, or a word in a font that it
+never shows it in.
+
+`paper` fine-tunes Show-o2 on a folder of pictures (--config.data.source=folder:PATH) with their
+words and boxes, which stands for TextAtlas and AnyWord-3M: 8 images a chip, and 12 without visual
+prompt, on 24 chips. On another number of them (`chips=N`) it sees as many images, and the learning
+rate grows with the square root of the batch.
+
+Left open by the paper, with what is the default here and what else there is:
+  the weight of the cross-entropy  a sigmoid from .03 to .1, k = 10, over all steps
+                                   (model.vp_schedule=sigmoid); linear, constant (always
+                                   model.ce_start), off (always 1)
+  the learning rate                1e-4 after 2,000 steps of warm-up, as in its Table 9, for both;
+                                   5e-5 would be safer for a fine-tune (optim.lr)
+  the average of the parameters    none (optim.ema=0)
+  dropping the condition           one example in ten loses text and plan (model.drop)
+  steps of the baseline            100,000 too: 4.5 epochs of its 6.35M pictures where 3 are 66,000
+                                   (--config.steps=66000)
+  excluding Chinese                records in English by their `language`, or by their letters where
+                                   they have none (data.language=en)
+  illegible once padded            text lower than 8 pixels, which is one latent
+                                   (data.least_text_height=8)
+
+Compiled for pods by launch/compile_all.sh, which writes this table:
+(end of the table)
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common, t2i
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The config of a preset, with `vpe=true|false`, and of `paper` alone `chips=N`."""
+  presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
+  preset, options = common.parse_arg(arg, tuple(presets), vpe='true', chips='')
+  if options['chips'] and (preset != 'paper' or not options['chips'].isdigit()):
+    raise ValueError(f'chips={options["chips"]}: a number, of the preset paper only')
+  config = t2i.get_config(f'{preset},arch=single,vpe={options["vpe"]}')
+  config.name = 'text_rendering'
+  for field in ('stages', 'steps', 'batch_size'):
+    config[field] = config[field][-1:]
+  presets[preset](config)
+  if preset == 'paper':
+    t2i.spread(config, int(options['chips'] or 24), config.batch_size[0] // 24)
+  return config
+
+
+def _tiny(config: ConfigDict) -> None:
+  config.steps = (2000,)
+  config.batch_size = (32,)
+  config.data.update(source='words', text_length=40, examples=16384)
+  # Both start from rows that are drawn, and no plan is led away from one without text.
+  config.model.update(inherit=0.0, drop_text=0.0)
+  config.sample.plan_guidance = 1.0
+  config.log = {'samples': 500, 'evaluate': 250}
+
+
+def _debug(config: ConfigDict) -> None:
+  config.data.update(source='words', text_length=40)
+
+
+def _paper(config: ConfigDict) -> None:
+  config.steps = (100_000,)
+  config.batch_size = (24 * (8 if config.model.vpe else 12),)
+  config.data.update(source='folder:text_rendering/train', language='en', least_text_height=8)
+  # Two more tokens of text without [bot] and [eot].
+  config.data.text_length = 249 if config.model.vpe else 251
+  config.optim.ema = 0.0
+  config.sample.guidance = 5.5

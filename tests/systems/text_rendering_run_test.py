@@ -1,0 +1,37 @@
+"""A run on pictures of words without visual prompt, from its start to pictures, in one process."""
+
+from __future__ import annotations
+
+import pytest
+
+from configs import text_rendering as config_file
+from vpe_jax import systems
+from vpe_jax.contracts import UserError
+from vpe_jax.generator import Generator
+from vpe_jax.training import loop, metrics
+
+pytestmark = pytest.mark.slow
+STEPS = 2
+
+
+def test_a_run_logs_evaluates_and_draws(tmp_path):
+  config = config_file.get_config('debug,vpe=false')
+  config.steps = (STEPS,)
+  config.data.examples = 16
+  for part in ('ar', 'dit', 'head'):
+    config.model[part].layers = 1
+  config.model.dual_path.encoder.layers = 1
+  config.log.update(every=1, samples=0, evaluate=STEPS)
+  config.sample.steps = 2
+  system = systems.build(config.to_dict())
+  run = str(tmp_path / 'run')
+  loop.train(system.config, system, run, ())
+  first, last = metrics.read(run)
+  assert {name for name in first if name.startswith('loss/')} == {'loss/flow'}
+  assert last['eval/flow'] > 0 and 'eval/next_token' not in last
+  generator = Generator.load(run)
+  first, second = generator('the word "fox" in a red serif font', n=2)
+  assert first.image.shape == (64, 64, 3) and first.codes.shape == (0,)
+  assert (first.image != second.image).any()
+  with pytest.raises(UserError, match='codes have shape'):
+    generator('the word "fox"', codes=[1, 2, 3])
