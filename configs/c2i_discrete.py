@@ -42,7 +42,7 @@ from ml_collections import ConfigDict
 from configs import class_images, common
 from vpe_jax.checkpoints.families import ibq
 from vpe_jax.codecs.choice import SiglipVqView
-from vpe_jax.config import nearest, to_dict
+from vpe_jax.config import to_dict
 
 
 def get_config(arg: str = '') -> ConfigDict:
