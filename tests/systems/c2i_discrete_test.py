@@ -249,7 +249,7 @@ def test_cached_logits_equal_uncached(system, params, prepared):
 
   @jax.jit
   def one_by_one(weights):
-    state = writing._start(job, weights, batch.text[:, 0])
+    state = writing._start(job, weights, batch)
 
     def step(state, at):
       hidden = state[1]
