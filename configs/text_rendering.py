@@ -64,9 +64,9 @@ def get_config(arg: str = '') -> ConfigDict:
 
 
 def _tiny(config: ConfigDict) -> None:
-  config.steps = (2000,)
+  config.steps = (1500,)
   config.batch_size = (32,)
-  config.data.update(source='words', text_length=40, examples=16384)
+  config.data.update(source='words', text_length=40, examples=12288)
   # Both start from rows that are drawn, and no plan is led away from one without text.
   config.model.update(inherit=0.0, drop_text=0.0)
   config.sample.plan_guidance = 1.0
