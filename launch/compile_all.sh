@@ -51,6 +51,12 @@ for pod in v5e:16x16,256 v5p:4x4x4,64 v6e:8x8,64; do
       --config="configs/text_rendering.py:paper,vpe=$vpe,chips=${pod#*,}" --topology="$topology"
   done
 done
-for config in t2i c2i_discrete c2i_continuous text_rendering; do
+for topology in v5e:16x16 v5p:4x4x4; do
+  for arch in internal external; do
+    compile "edit-$arch-${topology/:/-}" \
+      --config="configs/edit.py:paper,arch=$arch" --topology="$topology"
+  done
+done
+for config in t2i c2i_discrete c2i_continuous text_rendering edit; do
   .venv/bin/python -m vpe_jax.compile --config="configs/$config.py" --write_header="$folder"
 done

@@ -32,6 +32,7 @@ def _run(*args):
     (['--workdir=w', '--prompt=x', '--out=https://h/x.png'], 'https://h/x.png is out of reach'),
     (['--workdir=/no/such/run', '--prompt=x', '--out={tmp}/new.png'], '/no/such/run'),
     (['--workdir=w', '--prompt=x', '--out={tmp}/old.png'], 'old.png exists'),
+    (['--workdir=w', '--prompt=x', '--image={tmp}/old.png', '--out={tmp}/new.png'], 'old.png'),
   ],
 )
 def test_mistakes_are_one_line_and_status_2(args, message, tmp_path):
@@ -48,5 +49,14 @@ def test_mistakes_are_one_line_and_status_2(args, message, tmp_path):
 def test_help_has_an_example_and_every_setting():
   text = _run('--help').stdout
   assert 'python -m vpe_jax.sample --workdir=assets:tiny --prompt=' in text
-  for name in ('guidance', 'steps', 'temperature', 'min_p', 'no_metadata', 'prompts'):
+  for name in (
+    'guidance',
+    'steps',
+    'temperature',
+    'min_p',
+    'no_metadata',
+    'prompts',
+    'image',
+    'image_guidance',
+  ):
     assert f'{name}:' in text

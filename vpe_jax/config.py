@@ -26,7 +26,7 @@ ATTENTIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'cudnn')  # of
 STARTS = ('raw', 'ema', 'state')  # what a run takes from another, see Config.start_weights
 
 
-SOURCES = ('mixture', 'openmoji', 'scenes', 'words', 'synthetic')  # or FOLDER and a path
+SOURCES = ('mixture', 'openmoji', 'scenes', 'words', 'edits', 'synthetic')  # or FOLDER and a path
 FOLDER = 'folder:'
 CLASSES = 'classes:'  # and their names: the tokenizer of a class-conditional model
 WORDS = ('caption', 'group')
@@ -84,8 +84,8 @@ class DataConfig:
 
   Attributes:
     source: `mixture` (OpenMoji and scenes), `openmoji`, `scenes`, `words` (pictures of words),
-      `synthetic`, or `folder:PATH`.
-    scenes_share: share of scenes in the mixture.
+      `edits` (of scenes and of OpenMoji), `synthetic`, or `folder:PATH`.
+    scenes_share: share of scenes in the mixture, and in the edits.
     examples: number of records to draw (0: all of a finite source).
     image_size: side of the square image in pixels.
     fit: how a picture of another shape becomes a square: `pad`, whole on white, or `crop`, its
@@ -104,6 +104,8 @@ class DataConfig:
       vpe_jax.data.filters for this and the next.
     least_text_height: in pixels of the padded picture, of what is written in a folder's pictures;
       records with lower text are left out (0: none are).
+    references: whether each record has a picture before beside its own, and its caption is what to
+      do with it: what a system that edits trains on.
   """
 
   source: str = 'mixture'
@@ -119,6 +121,7 @@ class DataConfig:
   words: str = 'caption'
   language: str = ''
   least_text_height: int = 0
+  references: bool = False
 
   def __post_init__(self) -> None:
     check_sizes(self, 'data.')
@@ -192,7 +195,9 @@ class SampleConfig:
   `shift` moves the flow's time grid towards noise, `guidance` is the classifier-free scale (1:
   conditional branch only, 0: null branch only); temperature, top_k (0: off), top_p and min_p act
   on the visual prompt, and so does `plan_guidance`, the scale by which its logits are led away from
-  those without text (1: off; a system that was trained with `model.drop_text` can do it).
+  those without text (1: off; a system that was trained with `model.drop_text` can do it). Of edits,
+  `guidance` leads away from those without instruction, `image_guidance` from those without the
+  picture before (1: no further branch is needed).
   """
 
   steps: int = 25
@@ -203,10 +208,11 @@ class SampleConfig:
   top_p: float = 1.0
   min_p: float = 0.03
   plan_guidance: float = 1.0
+  image_guidance: float = 1.0
 
   def __post_init__(self) -> None:
     check_sizes(self, 'sample.')
-    for name in ('guidance', 'temperature', 'plan_guidance'):
+    for name in ('guidance', 'temperature', 'plan_guidance', 'image_guidance'):
       check(self, 'sample.', name, math.isfinite(getattr(self, name)), 'a finite number')
     check(self, 'sample.', 'temperature', self.temperature >= 0, '0 (greedy) or positive')
     check(self, 'sample.', 'shift', 0 < self.shift < math.inf, 'a positive number')

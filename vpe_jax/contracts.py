@@ -82,7 +82,8 @@ class Examples:
   """One batch as the pipeline hands it over, before it becomes rows of tokens.
 
   `image` is there when frozen encoders run online (`data.encode=online`), `codes` and `latents`
-  when the pipeline reads them from a cache, `near` with `data.near_misses`. The others are None.
+  when the pipeline reads them from a cache, `near` with `data.near_misses`, and with
+  `data.references` `reference` or `reference_latents` alike. The others are None.
   """
 
   example: Array  # [B] int32: place in the data stream; keys the randomness of the example
@@ -93,6 +94,8 @@ class Examples:
   latents: Array | None = None  # [B, h, w, C] float32, or [B, h, w] int32 of discrete pictures
   near: Array | None = None  # [B, M, T] int32: captions that are wrong in one detail
   near_length: Array | None = None  # [B, M] int32: their real tokens; 0 where there is none
+  reference: Array | None = None  # [B, R, R, 3] uint8: the picture before an edit
+  reference_latents: Array | None = None  # as `latents`, of the picture before
 
 
 @_pytree
@@ -146,6 +149,7 @@ class Stage:
     ema: whether a moving average of the trainable leaves is kept.
     source: where the parameters come from, in words for the start-up table.
     draws: whether pictures drawn in this stage are worth a look: what draws them has trained.
+    watched: names of further loss terms that held-out evaluation computes, at weight 0.
   """
 
   name: str
@@ -154,6 +158,10 @@ class Stage:
   ema: bool
   source: str
   draws: bool = True
+  watched: tuple[str, ...] = ()
+
+
+RUN = 'run'  # the family of a Start whose source is an earlier run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +208,8 @@ class System(Protocol):
     added: regular expressions over paths of parameters that a run may have beyond those of the run
       whose state it carries on (`config.start_weights=state`), and that start fresh; only systems
       whose runs fork have it.
+    grown: what parameters start from that the run lacks whose parameters `config.start` names; of
+      family RUN, copies of others of that run. Only systems that grow from others have it.
   """
 
   config: Any
@@ -213,6 +223,7 @@ class System(Protocol):
   picture_codes: int
   starts: tuple[Start, ...]
   added: tuple[str, ...]
+  grown: tuple[Start, ...]
 
   def init(self, rng: Array) -> Params:
     """Fresh parameters; pure and jittable."""
@@ -244,6 +255,13 @@ class System(Protocol):
 
     Only systems that train on codes and latents have this. One that reads pictures with a frozen
     network in another way has `features(frozen, images)` in its place.
+    """
+    ...
+
+  def encode_reference(self, frozen: Params, images: Array) -> Array:
+    """Latents of pictures before an edit [B, R, R, 3] uint8, with networks of `draws_with` alone.
+
+    Only systems that edit have this: their examples have a `reference`, or `reference_latents`.
     """
     ...
 

@@ -6,6 +6,7 @@ was kept is rendered by that same second program, so it gives the same picture a
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from vpe_jax import __version__, rng, systems
+from vpe_jax import __version__, before, rng, systems
 from vpe_jax.checkpoints import weights as weights_io
 from vpe_jax.config import SampleConfig, nearest
 from vpe_jax.contracts import Array, Examples, Params, UserError
@@ -77,6 +78,7 @@ class Generator:
     self.rows = rows
     self.metadata = dict(metadata)
     self._tokenizer = tokenizer
+    self._before: before.Before | None = None
     prepare = getattr(system, 'prepare', None)
     self._params = jax.device_put(prepare(params) if prepare else params)
     self._frozen = jax.device_put(frozen)
@@ -133,6 +135,13 @@ class Generator:
     frozen_lib.check_drawing(system, params, frozen)
     said = {'checkpoint': weights_io.fingerprint(params), 'weights': f'{workdir} ({held})'}
     return cls(system, params, frozen, open_tokenizer(system.config.data.tokenizer), said, rows)
+
+  def editing(self, image: np.ndarray) -> Generator:
+    """A generator whose prompts say what to do with a picture, uint8 [H, W, 3]; see `before`."""
+    other = copy.copy(self)
+    other._before = before.read(self.system, self._frozen, image)
+    other.metadata = self.metadata | {'before': other._before.name}
+    return other
 
   def settings(self, **overrides: Any) -> SampleConfig:
     """The run's own sampling settings, with some fields replaced; None keeps the run's own.
@@ -426,7 +435,8 @@ class Generator:
     row_of = {prompt: row for row, prompt in enumerate(prompts)}
     rows = [row_of[prompt] for prompt, _ in items]
     example = np.asarray([_identity(*item) for item in items], np.int32)
-    return Examples(example=example, text=ids[rows], text_length=lengths[rows])
+    seen = before.for_rows(self.system, self._before, len(rows))
+    return Examples(example, ids[rows], lengths[rows], reference_latents=seen)
 
   def _rows_of(self, codes: np.ndarray, request: Examples) -> np.ndarray:
     """The given visual prompts, one for each row of the request."""

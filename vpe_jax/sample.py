@@ -6,6 +6,7 @@ r"""Draws pictures from prompts with a trained model.
   python -m vpe_jax.sample --workdir=RUN --prompt="a red fox" --plans=16 --render=4 \
       --save_visual_prompt=foxes.json
   python -m vpe_jax.sample --workdir=RUN --visual_prompt=foxes.json --out=again.png
+  python -m vpe_jax.sample --workdir=runs/edit-tiny --image=before.png --prompt="remove the fox"
 
 A file gets a grid, a folder (it ends in /) a file a picture; text chunks say how it was made.
 """
@@ -17,6 +18,7 @@ from absl import flags
 from vpe_jax import front_door, plan_flags
 from vpe_jax.contracts import UserError
 from vpe_jax.data import storage, text
+from vpe_jax.data.transforms import read_image
 from vpe_jax.generator import Generator
 from vpe_jax.sampling import pictures
 from vpe_jax.training import machine
@@ -28,6 +30,7 @@ def _define_flags() -> None:
   flags.DEFINE_string('workdir', None, 'a run, local or gs://, or assets:tiny')
   flags.DEFINE_string('prompt', None, 'what to draw')
   flags.DEFINE_string('prompts', None, 'a text file with a prompt a line')
+  flags.DEFINE_string('image', None, 'a picture to edit: the prompt says what to do with it')
   flags.DEFINE_integer('n', 1, 'pictures per prompt')
   flags.DEFINE_integer('seed', 0, 'another seed draws other pictures')
   flags.DEFINE_string('out', 'sample.png', 'a PNG file for a grid, or a folder ending in /')
@@ -64,7 +67,10 @@ def main() -> None:
   front_door.check_folder(os.path.dirname(out))
   paths = pictures.plan_files(out, wish.count(len(prompts), FLAGS.n), FLAGS.overwrite)
   machine.use_compilation_cache()
+  image = None if FLAGS.image is None else read_image(os.path.expanduser(FLAGS.image))
   generator = Generator.load(FLAGS.workdir, FLAGS.weights)
+  if image is not None:
+    generator = generator.editing(image)
   settings = generator.settings(**front_door.settings())
   drawn = wish.draw(generator, prompts, FLAGS.n, FLAGS.seed, settings)
   files = [(p.image, p.metadata) for p in drawn]

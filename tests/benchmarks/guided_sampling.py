@@ -23,6 +23,7 @@ from tests.benchmarks import timing
 from tests.small_systems import redrawn
 from vpe_jax import rng, systems
 from vpe_jax.contracts import Array, Examples, Params, System
+from vpe_jax.data import sequence
 from vpe_jax.sampling import guidance, solver
 from vpe_jax.systems import rendering
 
@@ -55,13 +56,15 @@ def cached(system: System, params: Params, request: Examples, noise: Array) -> A
   job = _job(system)
   _, prefix = rendering.plan(job, params, request, rng.run_key(0))
   null = rendering.null_prefix(job, params, request)
-  return rendering.render(job, params, {'conditional': prefix, 'null': null}, noise)
+  branches = {'conditional': prefix, 'null': null}
+  weights = guidance.branches(job.settings.guidance)
+  return rendering.render(job, params, branches, noise, weights)
 
 
 def recomputed(system: System, params: Params, request: Examples, noise: Array) -> Array:
   """Latents with the whole rows of both branches in every step."""
   job, model = _job(system), system.model
-  rows = [job.regions(request, request.codes, keep) for keep in (True, False)]
+  rows = [job.regions(request, request.codes, dropped) for dropped in ((), sequence.CONDITIONS)]
   regions = guidance.stack(*rows)
 
   def velocity(x: Array, time: Array) -> Array:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data import cifar10
-from vpe_jax.data.folder import open_folder
+from vpe_jax.data.folder import Asked, open_folder
 from vpe_jax.data.records import render
 
 
@@ -29,7 +29,7 @@ def package(tmp_path):
 
 def test_pictures_lie_in_the_folder_of_their_class(package, tmp_path):
   assert cifar10.convert(str(package), str(tmp_path / 'to')) == {'train': 10, 'test': 2}
-  source = open_folder(str(tmp_path / 'to' / 'test'), captions=False)
+  source = open_folder(str(tmp_path / 'to' / 'test'), asked=Asked(captions=False))
   assert [(record.id, record.group) for record in source] == [
     ('folder/airplane/00001.png', 'airplane'),
     ('folder/cat/00000.png', 'cat'),

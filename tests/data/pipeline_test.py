@@ -33,6 +33,7 @@ def test_batch_structure():
   shapes = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
   assert shapes.pop('codes') is None and shapes.pop('latents') is None
   assert shapes.pop('near') is None and shapes.pop('near_length') is None
+  assert shapes.pop('reference') is None and shapes.pop('reference_latents') is None
   assert {name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()} == {
     'example': ((4,), np.int32),
     'text': ((4, 32), np.int32),
@@ -96,6 +97,26 @@ def test_codes_and_latents_from_a_cache(monkeypatch, tmp_path):
     np.testing.assert_array_equal(batch.codes[row], codes)
     np.testing.assert_array_equal(batch.latents[row], latents)
   _same(_take(Pipeline(_SYNTHETIC, 7, encoded=made), 1, 5, 4), [batch])
+
+
+def test_pictures_before_an_edit_come_beside_the_others(monkeypatch, tmp_path):
+  monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path))
+  config = DataConfig(source='edits', examples=12, image_size=16, references=True)
+  pipeline = Pipeline(config, 0)
+  (batch,) = _take(pipeline, 1, 4, 4)
+  for row, place in enumerate(batch.example):
+    record = pipeline.record(pipeline.index_at(int(place)))
+    np.testing.assert_array_equal(batch.image[row], render(record, 16))
+    np.testing.assert_array_equal(batch.reference[row], record.reference.draw(16))
+    assert (batch.image[row] != batch.reference[row]).any()
+  made = SyntheticCodes(12, patches=9, codebook=32, latent_shape=(4, 4, 2), references=True)
+  stored = cache.write_cache('x', [tuple(a[None] for a in made[i]) for i in range(12)], shard=8)
+  for encoded in (made, stored):
+    (batch,) = _take(Pipeline(config, 0, encoded=encoded), 1, 4, 4)
+    assert batch.reference is None and batch.image is None
+    before = [made[pipeline.index_at(int(place))][2] for place in batch.example]
+    np.testing.assert_array_equal(batch.reference_latents, before)
+    assert (batch.reference_latents != batch.latents).any()
 
 
 def test_fixed_examples():

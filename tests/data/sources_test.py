@@ -21,6 +21,15 @@ def test_mixture_has_its_shares_all_along(split, share):
   assert len({source[i].id for i in range(100)}) == 100
 
 
+@pytest.mark.parametrize('split', SPLITS)
+def test_edits_are_of_scenes_and_of_emoji(split):
+  config = DataConfig(source='edits', scenes_share=0.6, examples=50, references=True)
+  source = open_source(config, split)
+  assert len(source) == 50
+  assert sum(source[i].group == 'scene edit' for i in range(50)) == 30
+  assert all(source[i].reference is not None and source[i].edit is not None for i in range(50))
+
+
 def test_lengths():
   assert len(open_source(DataConfig())) == ENDLESS
   assert len(open_source(DataConfig(source='scenes', examples=10**7))) == 10**7
@@ -43,6 +52,8 @@ def test_mixture_ends():
     ({'examples': -1}, 'train', 'must be at least 0'),
     ({'scenes_share': 1.5}, 'train', 'between 0 and 1'),
     ({'source': 'synthetic'}, 'concept', 'no held-out split'),
+    ({'source': 'edits'}, 'train', 'which this system does not see'),
+    ({'references': True}, 'train', 'mixture has no pictures before and after'),
     ({'source': 'folder:/nowhere'}, 'train', 'does not exist'),
     ({'source': 'folder:/nowhere'}, 'concept', 'no held-out split'),
   ],

@@ -46,3 +46,40 @@ def test_split_undoes_stack():
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
   twice = guidance.both(conditional)
   jax.tree.map(np.testing.assert_array_equal, *guidance.split(twice))
+
+
+@pytest.mark.parametrize(
+  'text, image, names',
+  [
+    (2.5, 1.0, ('conditional', 'reference')),
+    (2.5, 1.5, ('conditional', 'reference', 'null')),
+    (1.5, 1.5, ('conditional', 'null')),
+    (1.0, 1.0, ('conditional',)),
+    (0.0, 1.0, ('reference',)),
+    (0.0, 0.0, ('null',)),
+  ],
+)
+def test_edits_need_the_fewest_branches_that_are_exact(text, image, names):
+  draw = np.random.default_rng(0)
+  made = {n: draw.standard_normal((3, 4)) for n in ('conditional', 'reference', 'null')}
+  weights = guidance.edit_branches(text, image)
+  assert tuple(weights) == names
+  stacked = jnp.asarray(np.concatenate([made[name] for name in names]), jnp.float32)
+  full, reference, null = made.values()
+  wanted = null + image * (reference - null) + text * (full - reference)
+  found = guidance.weighted(stacked, list(weights.values()))
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+  if len(names) == 1:
+    np.testing.assert_array_equal(found, stacked)
+
+
+@pytest.mark.parametrize('scale', [0.0, 0.3, 1.0, 7.5])
+def test_branches_are_those_of_classifier_free_guidance(scale):
+  draw = np.random.default_rng(1)
+  made = {
+    n: jnp.asarray(draw.standard_normal((2, 5)), jnp.float32) for n in ('conditional', 'null')
+  }
+  weights = guidance.branches(scale)
+  stacked = jnp.concatenate([made[name] for name in weights])
+  found = guidance.weighted(stacked, list(weights.values()))
+  np.testing.assert_array_equal(found, guidance.classifier_free(*made.values(), scale))

@@ -197,7 +197,7 @@ def test_null_prefix_equals_dropped_row(system, params, prepared):
   @jax.jit
   def null(weights):
     branches = {'null': rendering.null_prefix(job, weights, batch)}
-    return rendering.render(job, weights, branches, batch.latents)
+    return rendering.render(job, weights, branches, batch.latents, {'null': 1.0})
 
   regions = system._regions(batch, batch.codes, jnp.zeros(4, bool))
 

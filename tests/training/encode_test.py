@@ -109,3 +109,24 @@ def test_a_changed_picture_in_a_folder_changes_the_fingerprint(tmp_path, drawing
   assert found() == before
   Image.new('RGB', (8, 8), (99,) * 3).save(tmp_path / 'b.png')
   assert found() != before
+
+
+def test_pictures_before_an_edit_are_cached_too(tmp_path, drawing_system):
+  """Their latents alone; and caches of other systems keep their names and their two arrays."""
+  data = {'encode': 'cached', 'source': 'edits', 'examples': 9, 'references': True}
+  system = drawing_system(data=data)
+  system.encode_reference = lambda frozen, images: system.encode(frozen, images)[1]
+  mesh = sharding.make_mesh(system.config.mesh)
+  with jax.set_mesh(mesh):
+    frozen = frozen_lib.load(system, mesh, 'fsdp')
+    cached = encode.open_training_data(system.config, system, frozen, mesh)
+  pictures = encode.Pipeline(system.config.data, system.config.seed)
+  with cached.batches(0, 8) as ours, pictures.batches(0, 8) as theirs:
+    batch, seen = next(ours), next(theirs)
+  assert batch.reference is None
+  for kind, image in (('latents', seen.image), ('reference_latents', seen.reference)):
+    np.testing.assert_allclose(getattr(batch, kind), system.encode({}, image)[1], rtol=1e-6)
+  said = encode.fingerprint(system.config.data, 0, frozen, pictures)
+  assert '"references": true' in said
+  plain = drawing_system(data={'encode': 'cached'}).config.data
+  assert 'references' not in encode.fingerprint(plain, 0, frozen, encode.Pipeline(plain, 0))

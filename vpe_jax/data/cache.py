@@ -26,7 +26,7 @@ from vpe_jax.data.storage import cache_dir
 
 SHARD = 4096  # records in one shard
 _MANIFEST = 'manifest.json'
-_KINDS = ('codes', 'latents')
+KINDS = ('codes', 'latents', 'reference_latents')  # fields of Examples; a cache may lack the last
 
 
 class Encoded(Protocol):
@@ -34,8 +34,11 @@ class Encoded(Protocol):
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-    """Codes [P] int32 and latents of one record: [h, w, C] float32, or [h, w] int32 codes."""
+  def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+    """Codes [P] int32 and latents of one record: [h, w, C] float32, or [h, w] int32 codes.
+
+    Latents of the picture before an edit come third, where there is one.
+    """
     ...
 
 
@@ -51,7 +54,7 @@ class EncodedCache:
     folder: where the shards are.
     count: records in all.
     shard: records in every shard but the last.
-    kinds: dtype and shape of one record's codes and latents; none in an empty cache.
+    kinds: dtype and shape of one record's arrays, in the order of KINDS; none in an empty cache.
   """
 
   folder: Path
@@ -62,17 +65,17 @@ class EncodedCache:
   def __len__(self) -> int:
     return self.count
 
-  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+  def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
     """Codes and latents of one record; see Encoded."""
     if not 0 <= index < self.count:
       raise IndexError(f'record {index} of {self.count} in {self.folder}')
     number, row = divmod(index, self.shard)
     rows = min(self.shard, self.count - number * self.shard)
-    codes, latents = (
+    shards = (
       _mapped(self.folder / _shard_name(kind, number), dtype, (rows, *shape))
-      for kind, (dtype, shape) in zip(_KINDS, self.kinds, strict=True)
+      for kind, (dtype, shape) in zip(KINDS, self.kinds)
     )
-    return np.array(codes[row]), np.array(latents[row])
+    return tuple(np.array(shard[row]) for shard in shards)
 
 
 def location(fingerprint: str) -> Path:
@@ -112,14 +115,14 @@ def open_cache(fingerprint: str) -> EncodedCache | None:
 def _opened(folder: Path, manifest: dict[str, Any]) -> EncodedCache:
   """The cache in `folder`; every shard holds records like those of the first one."""
   count = manifest['count']
-  names = [folder / _shard_name(kind, 0) for kind in _KINDS] if count else []
-  first = [np.load(name, mmap_mode='r') for name in names]
+  names = [_shard_name(kind, 0) for kind in KINDS]
+  first = [np.load(folder / name, mmap_mode='r') for name in names if name in manifest['checksums']]
   kinds = tuple((array.dtype.name, array.shape[1:]) for array in first)
   return EncodedCache(folder, count, manifest['shard'], kinds)
 
 
 def write_cache(
-  fingerprint: str, batches: Iterable[tuple[np.ndarray, np.ndarray]], shard: int = SHARD
+  fingerprint: str, batches: Iterable[tuple[np.ndarray, ...]], shard: int = SHARD
 ) -> EncodedCache:
   """Writes a cache, replacing a damaged one; nothing is visible before it is whole.
 
@@ -128,7 +131,7 @@ def write_cache(
   Args:
     fingerprint: whatever decides the content.
     batches: codes [n, P] and latents [n, h, w, C] (or codes [n, h, w]) of consecutive records,
-      any n.
+      any n; and latents of the pictures before, where they are edits.
     shard: records in one file.
 
   Raises:
@@ -187,17 +190,17 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _write_shards(
-  folder: Path, batches: Iterable[tuple[np.ndarray, np.ndarray]], shard: int
+  folder: Path, batches: Iterable[tuple[np.ndarray, ...]], shard: int
 ) -> tuple[int, dict[str, int]]:
   """Returns the number of records and the checksum of each file."""
   checksums: dict[str, int] = {}
-  waiting: list[tuple[np.ndarray, np.ndarray]] = []
+  waiting: list[tuple[np.ndarray, ...]] = []
   held = count = 0
 
   def flush(rows: int) -> None:
     nonlocal waiting, held, count
     joined = [np.concatenate(arrays) for arrays in zip(*waiting, strict=True)]
-    for kind, array in zip(_KINDS, joined, strict=True):
+    for kind, array in zip(KINDS, joined):
       path = folder / _shard_name(kind, count // shard)
       with _writing(folder.parent):
         np.save(path, array[:rows])
@@ -205,16 +208,20 @@ def _write_shards(
     waiting = [tuple(array[rows:] for array in joined)]
     held, count = held - rows, count + rows
 
-  for codes, latents in batches:
-    latents = np.asarray(latents)
-    dtype = np.int32 if np.issubdtype(latents.dtype, np.integer) else np.float32
-    waiting.append((np.asarray(codes, np.int32), latents.astype(dtype, copy=False)))
-    held += len(codes)
+  for arrays in batches:
+    waiting.append(tuple(_plain(array) for array in arrays))
+    held += len(arrays[0])
     while held >= shard:
       flush(shard)
   if held:
     flush(held)
   return count, checksums
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+  """Whole numbers as int32, others as float32."""
+  dtype = np.int32 if np.issubdtype(array.dtype, np.integer) else np.float32
+  return array.astype(dtype, copy=False)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -25,7 +25,16 @@ _ENDINGS = frozenset({'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', 
 _CAPTIONS = 'captions.jsonl'
 _SHOWN = 80  # letters of a name that an error shows
 
-_Entry = tuple[str, str, Mapping[str, Any], str]  # file name, caption, other fields, place
+_Names = tuple[str, str, str]  # file name, caption, file name of the picture before or ''
+_Entry = tuple[_Names, Mapping[str, Any], str]  # what a record is made of, other fields, place
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """What each picture of a folder must come with: a caption, and a picture before."""
+
+  captions: bool = True
+  references: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,25 +58,27 @@ class Folder:
   """Captioned image files as a source, sorted by file name."""
 
   path: str
-  entries: tuple[tuple[str, str], ...]  # file name within the folder, caption
+  entries: tuple[_Names, ...]  # files within the folder
   fit: str = 'pad'
 
   def __len__(self) -> int:
     return len(self.entries)
 
   def __getitem__(self, index: int) -> Record:
-    name, caption = self.entries[index]
+    name, caption, before = self.entries[index]
+    file = lambda name: File(str(Path(self.path) / name), self.fit)
     return Record(
       id=f'folder/{name}',
       caption=caption,
       group=PurePosixPath(name).parent.name or 'folder',
       split='train',
-      picture=File(str(Path(self.path) / name), self.fit),
+      picture=file(name),
+      reference=file(before) if before else None,
     )
 
 
 def open_folder(
-  path: str, count: int = 0, captions: bool = True, keep: Filter = EVERYTHING
+  path: str, count: int = 0, asked: Asked = Asked(), keep: Filter = EVERYTHING
 ) -> Folder:
   """Finds images and captions; pictures themselves are read when drawn.
 
@@ -75,9 +86,10 @@ def open_folder(
     path: the folder. A `captions.jsonl` in it has lines such as
       `{"file": "fox.png", "caption": "a red fox"}` (also `image`, `text`; what `keep` reads:
       vpe_jax.data.filters) for pictures within the folder; without one, each image needs a text
-      file of the same name beside it. Hidden files are passed over.
+      file of the same name beside it. Hidden files are passed over. A line whose caption is an
+      instruction names the picture before as its `reference`.
     count: number of records to keep, the first by name, with a warning; 0 for all.
-    captions: whether pictures need any; without, an absent `captions.jsonl` asks for no text files.
+    asked: what pictures need; without captions, an absent `captions.jsonl` asks for no text files.
     keep: which of the records are kept, and how their pictures become squares.
 
   Raises:
@@ -88,12 +100,12 @@ def open_folder(
   if not folder.is_dir():
     raise UserError(f'data folder {folder} does not exist; check --config.data.source=folder:PATH')
   listed = folder / _CAPTIONS
-  found = _from_lines(folder, listed) if listed.exists() else _from_texts(folder, captions)
+  found = _from_lines(folder, listed, asked) if listed.exists() else _from_texts(folder, asked)
   kept, read = set(), 0
-  for name, caption, values, where in found:
+  for names, values, where in found:
     read += 1
-    if keep.passes(values, caption, folder / name, where):
-      kept.add((name, caption))
+    if keep.passes(values, names[1], folder / names[0], where):
+      kept.add(names)
   if not read:
     raise UserError(f'data folder {folder} has no images ({", ".join(sorted(_ENDINGS))})')
   if not kept:
@@ -113,7 +125,7 @@ def open_folder(
   return Folder(str(folder), tuple(entries[: count or None]), keep.fit)
 
 
-def _from_lines(folder: Path, listed: Path) -> Iterator[_Entry]:
+def _from_lines(folder: Path, listed: Path, asked: Asked) -> Iterator[_Entry]:
   # Not splitlines(): U+2028 and its like may stand inside JSON.
   for number, line in enumerate(read_text(listed).split('\n'), 1):
     if not line.strip():
@@ -128,7 +140,15 @@ def _from_lines(folder: Path, listed: Path) -> Iterator[_Entry]:
     if caption is None:
       raise UserError(f'{listed} line {number}: image {name} has no caption; give it a "caption"')
     where = f'{listed} line {number}'
-    yield _within(folder, name, where), _valid(caption, where), values, where
+    names = _within(folder, name, where), _valid(caption, where)
+    yield (*names, _before(folder, values, where) if asked.references else ''), values, where
+
+
+def _before(folder: Path, values: Any, where: str) -> str:
+  """The name of the picture before an edit."""
+  if (name := _field(values, 'reference')) is None:
+    raise UserError(f'{where} names no picture before: give it a "reference"')
+  return _within(folder, name, where)
 
 
 def _within(folder: Path, name: str, where: str) -> str:
@@ -162,13 +182,15 @@ def _field(values: Any, *names: str) -> str | None:
   return next((text.strip() for text in found if isinstance(text, str) and text.strip()), None)
 
 
-def _from_texts(folder: Path, captions: bool) -> Iterator[_Entry]:
+def _from_texts(folder: Path, asked: Asked) -> Iterator[_Entry]:
+  if asked.references:
+    raise UserError(f'data folder {folder} has no {_CAPTIONS}: only its lines name pictures before')
   for image in folder.rglob('*'):
     hidden = any(part.startswith('.') for part in image.relative_to(folder).parts)
     if hidden or image.suffix.lower() not in _ENDINGS or not image.is_file():
       continue
     text = image.with_suffix('.txt')
     caption = ' '.join(read_text(text).split()) if text.is_file() else ''
-    if captions and not caption:
+    if asked.captions and not caption:
       raise UserError(f'image {image} has no caption: write one to {text.name} beside it')
-    yield image.relative_to(folder).as_posix(), caption, {}, f'image {image}'
+    yield (image.relative_to(folder).as_posix(), caption, ''), {}, f'image {image}'

@@ -35,6 +35,8 @@ _JOINER = '200D'
 _COMPONENTS = frozenset(_TONES) | frozenset(_HAIR)  # colour swatches and loose wigs
 
 TONES: tuple[str, ...] = tuple(_TONES.values())
+HAIR: tuple[str, ...] = tuple(_HAIR.values())
+GENDERS: tuple[str, ...] = tuple(_PEOPLE.values())
 
 
 @dataclasses.dataclass(frozen=True)

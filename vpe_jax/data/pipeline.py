@@ -19,7 +19,7 @@ from absl import flags
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import Examples, UserError
 from vpe_jax.data import near_misses, text
-from vpe_jax.data.cache import Encoded
+from vpe_jax.data.cache import KINDS, Encoded
 from vpe_jax.data.published_text import open_tokenizer
 from vpe_jax.data.records import Record, Source, Split, render
 from vpe_jax.data.sources import open_source
@@ -53,7 +53,7 @@ class Pipeline:
       seed: of the order, and of what the source makes by chance.
       split: `train`, or held-out `combination` or `concept`.
       encoded: codes and latents by source index (a cache, or synthetic ones); with it, examples
-        carry these and no image.
+        carry these and no image. With `references` those of the picture before, too.
       tokenizer: another than the config's.
 
     Raises:
@@ -128,6 +128,7 @@ class Pipeline:
       self._encoded,
       config.near_misses,
       config.words,
+      config.references,
     )
 
 
@@ -178,6 +179,7 @@ class _Reader(grain.transforms.Map):
   encoded: Encoded | None
   near_misses: int
   words: str
+  references: bool
 
   def map(self, element: tuple[int, int]) -> Row:
     return self(element)
@@ -190,10 +192,11 @@ class _Reader(grain.transforms.Map):
     row = {'example': np.int32(place), 'text': ids[0], 'text_length': lengths[0]}
     if self.near_misses:
       row |= self._near(record)
-    if self.encoded is None:
-      return row | {'image': render(record, self.image_size)}
-    codes, latents = self.encoded[index]
-    return row | {'codes': codes, 'latents': latents}
+    if self.encoded is not None:
+      return row | dict(zip(KINDS, self.encoded[index]))
+    if self.references:
+      row['reference'] = record.reference.draw(self.image_size)
+    return row | {'image': render(record, self.image_size)}
 
   def _near(self, record: Record) -> Row:
     """Wrong captions, with length 0 where the record has too few."""

@@ -132,17 +132,33 @@ class Picture(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Edit:
+  """What a record of editing knows of its change.
+
+  Attributes:
+    kind: what is done: `add`, `remove`, `recolour`, `replace` or `move` a thing of a scene; change
+      the `skin tone`, `hair` or `gender` of an emoji.
+    before: everything that the picture before shows; the record's truth is that of the one after.
+  """
+
+  kind: str
+  before: Truth
+
+
+@dataclasses.dataclass(frozen=True)
 class Record:
   """A caption and its picture.
 
   Attributes:
     id: unique within a source and stable over runs.
-    caption: what the picture shows, in words.
+    caption: what the picture shows, in words; of an edit, the instruction.
     group: a broad class, such as `animals` or `scene`.
     split: `train`, or which held-out split the record belongs to.
     picture: draws it.
     truth: what is in it; None where that is unknown (a user's own pictures).
     wording: number that fixes the choice of words (vpe_jax.data.wording).
+    reference: of an edit, the picture before; else None.
+    edit: what is known of an edit; None where that is nothing (a user's own), or there is none.
   """
 
   id: str
@@ -152,6 +168,8 @@ class Record:
   picture: Picture
   truth: Truth | None = None
   wording: int = 0
+  reference: Picture | None = None
+  edit: Edit | None = None
 
 
 class Source(Protocol):
@@ -165,3 +183,11 @@ class Source(Protocol):
 def render(record: Record, size: int) -> np.ndarray:
   """The record's picture as uint8 [size, size, 3], on white where nothing is drawn."""
   return record.picture.draw(size)
+
+
+def changed(record: Record, size: int) -> np.ndarray:
+  """What an edit changes: bool [size, size], true where the pictures before and after differ.
+
+  In records that a program made it is exact: everything else is equal to the last bit.
+  """
+  return np.any(render(record, size) != record.reference.draw(size), axis=-1)

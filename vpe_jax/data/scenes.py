@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Sequence
 
 from vpe_jax.data import raster, shapes, splits, vocabulary, wording
 from vpe_jax.data.painting import Painting, svg_of
@@ -90,7 +91,7 @@ class Scenes:
 def scene(seed: int, index: int, split: Split = 'train') -> Record:
   """Scene number `index` of a seed and split."""
   draw = random.Random(stable_hash('scene', seed, split, index))
-  truth = splits.first_of(split, lambda: _compose(draw, split))
+  truth = splits.first_of(split, lambda: compose(draw, split))
   words = draw.randrange(_WORDINGS)
   return Record(
     id=f'scene/{split}/{seed}/{index}',
@@ -103,11 +104,12 @@ def scene(seed: int, index: int, split: Split = 'train') -> Record:
   )
 
 
-def _compose(draw: random.Random, split: Split) -> Truth:
+def compose(draw: random.Random, split: Split) -> Truth:
+  """A scene made up by `draw`, of any split; for `concept`, with a held-out one in it."""
   plan = _weighted(draw)
   while split == 'concept' and not any(kind.startswith('emoji') for kind in plan):
     plan = _weighted(draw)
-  clusters = [_cluster(draw, kind) for kind in plan]
+  clusters = [things(draw, kind) for kind in plan]
   if split == 'concept':
     places = [i for i, cluster in enumerate(clusters) if cluster.kind == 'emoji']
     name = draw.choice(splits.held_out_concepts())
@@ -120,10 +122,10 @@ def _compose(draw: random.Random, split: Split) -> Truth:
   if len(clusters) == 1:
     return Truth((_alone(draw, clusters[0]),), ground=ground)
   if clusters[0].name == clusters[1].name and clusters[0].colour == clusters[1].colour:
-    return _compose(draw, split)
+    return compose(draw, split)
   word = draw.choice(tuple(splits.OPPOSITE))
-  placed = _side_by_side(draw, clusters, word)
-  return Truth(placed, (Relation(0, word, 1, draw.random() < _STATED),), ground)
+  pair = _side_by_side(draw, clusters, word)
+  return Truth(pair, (Relation(0, word, 1, draw.random() < _STATED),), ground)
 
 
 def _weighted(draw: random.Random) -> tuple[str, ...]:
@@ -131,8 +133,11 @@ def _weighted(draw: random.Random) -> tuple[str, ...]:
   return plan
 
 
-def _cluster(draw: random.Random, kind: str) -> Cluster:
-  """Things without places yet: `boxes` holds as many empty boxes as there are things."""
+def things(draw: random.Random, kind: str) -> Cluster:
+  """Things without places yet: `boxes` holds as many empty boxes as there are things.
+
+  `kind` is `shape`, `emoji`, or the plural of one of them for 2 to 4 things.
+  """
   count = draw.randint(2, MOST) if kind == 'emojis' or kind == 'shapes' else 1
   boxes = ((0.0, 0.0, 0.0, 0.0),) * count
   size = draw.choice((None, None, 'small', 'large')) if count == 1 else None
@@ -159,7 +164,7 @@ def _side_by_side(
   draw: random.Random, clusters: list[Cluster], word: str
 ) -> tuple[Cluster, Cluster]:
   """Places two clusters in the two halves of the picture, the first one on the side `word`."""
-  placed = []
+  found = []
   for index, cluster in enumerate(clusters):
     count = min(cluster.count, MOST - 1)
     along, low, high = _ROWS[count]
@@ -171,22 +176,34 @@ def _side_by_side(
     near = 0.26 if (word in ('left', 'above')) == (index == 0) else 0.74
     upright = word in ('left', 'right')
     centres = tuple((near, a) if upright else (a, near) for a in along)
-    placed.append(_placed(draw, cluster, centres, draw.uniform(low, high)))
-  return placed[0], placed[1]
+    found.append(_placed(draw, cluster, centres, draw.uniform(low, high)))
+  return found[0], found[1]
 
 
 def _placed(
   draw: random.Random, cluster: Cluster, centres: tuple[tuple[float, float], ...], side: float
 ) -> Cluster:
   """Gives each thing its box: ink of the longer side `side`, around its centre."""
-  left, top, right, bottom = raster.extent(svg_of(cluster))
-  longer = max(right - left, bottom - top)
-  width, height = side * (right - left) / longer, side * (bottom - top) / longer
-  boxes = []
+  moved = []
   for x, y in centres:
     jitter = _JITTER if len(centres) > 1 else 0.0
-    x, y = x + draw.uniform(-jitter, jitter), y + draw.uniform(-jitter, jitter)
-    boxes.append(_box(x, y, width, height))
+    moved.append((x + draw.uniform(-jitter, jitter), y + draw.uniform(-jitter, jitter)))
+  return placed(cluster, moved, side)
+
+
+def placed(
+  cluster: Cluster, centres: Sequence[tuple[float, float]], side: float | Sequence[float]
+) -> Cluster:
+  """The cluster with a thing at each centre, moved inside the picture where it would stick out.
+
+  `side` is the longer side of their ink, of all or of each, in fractions of the picture's.
+  """
+  left, top, right, bottom = raster.extent(svg_of(cluster))
+  longer = max(right - left, bottom - top)
+  sides = [side] * len(centres) if isinstance(side, float) else side
+  boxes = []
+  for (x, y), each in zip(centres, sides, strict=True):
+    boxes.append(_box(x, y, each * (right - left) / longer, each * (bottom - top) / longer))
   return dataclasses.replace(cluster, boxes=tuple(boxes))
 
 

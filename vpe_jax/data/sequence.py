@@ -9,7 +9,8 @@ position: `order` and rotary positions count present tokens without gaps.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import numpy as np
 from vpe_jax.contracts import Array, Region, Visibility, concatenate
 
 NEVER = np.iinfo(np.int32).max  # an `until` that no order reaches
+CONDITIONS = TOLD, REFERENCE = 'told', 'reference'  # which may be dropped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +27,13 @@ class Span:
   """A run of tokens of one kind.
 
   Attributes:
-    kind: `bos`, `text`, `bot`, `codes`, `eot`, `boi`, `time` or `latents`.
+    kind: `bos`, `text`, `bot`, `codes`, `eot`, `boi`, `time` or `latents`; of the picture before an
+      edit `ref_boi`, `ref_time`, `ref_latents` and `eoi`.
     length: tokens, present or not.
     expert: region that stores them.
     full: whether the span belongs to a bidirectional block; neighbouring full spans form one.
     predicts: whether each token's output predicts the id of the token stored after it.
-    dropped: whether a dropped condition takes the span away.
+    condition: that takes the span away where it is dropped (empty: none does).
   """
 
   kind: str
@@ -38,7 +41,7 @@ class Span:
   expert: str
   full: bool = False
   predicts: bool = False
-  dropped: bool = False
+  condition: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +50,15 @@ class Vocabulary:
 
   With `codes` of 0 there is no visual prompt, and no row for [bot] and [eot].
 
-  `bos` and `boi` are ids of text rows (reference/vpe.md 1.4 for Show-o2's).
+  `bos`, `boi` and `eoi` (read by rows with a picture before) are ids of text rows (reference/vpe.md
+  1.4 for Show-o2's).
   """
 
   text: int
   codes: int
   bos: int
   boi: int
+  eoi: int = 0
 
   @property
   def bot(self) -> int:
@@ -64,13 +69,16 @@ class Vocabulary:
     return self.text + self.codes + 1
 
 
+_EMBEDDED = ('time', 'latents', 'ref_time', 'ref_latents')  # from elsewhere than the vocabulary
+
+
 def token_row(text: int, codes: int) -> tuple[Span, ...]:
   """`[bos] text [bot] s [eot]`: all that the next-token loss needs; without codes `[bos] text`."""
-  told = (Span('bos', 1, 'ar'), Span('text', text, 'ar', dropped=True))
+  told = (Span('bos', 1, 'ar'), Span('text', text, 'ar', condition=TOLD))
   plan = (
-    Span('bot', 1, 'ar', predicts=True, dropped=True),
-    Span('codes', codes, 'ar', predicts=True, dropped=True),
-    Span('eot', 1, 'ar', dropped=True),
+    Span('bot', 1, 'ar', predicts=True, condition=TOLD),
+    Span('codes', codes, 'ar', predicts=True, condition=TOLD),
+    Span('eot', 1, 'ar', condition=TOLD),
   )
   return (*told, *plan) if codes else told
 
@@ -107,11 +115,62 @@ def picture_row(codes: int, latents: int) -> tuple[Span, ...]:
   Dropped, the plan is absent: `[boi] | time x`, with places from 0.
   """
   return (
-    Span('codes', codes, 'prefix', dropped=True),
+    Span('codes', codes, 'prefix', condition=TOLD),
     Span('boi', 1, 'prefix'),
     Span('time', 1, 'dit', full=True),
     Span('latents', latents, 'dit', full=True),
   )
+
+
+def reference_row(latents: int) -> tuple[Span, ...]:
+  """`[bos] [boi] time x [eoi]`: how a row with a picture before begins; x sees itself and time."""
+  given = functools.partial(Span, expert='ar', condition=REFERENCE)
+  return (
+    Span('bos', 1, 'ar'),
+    given('ref_boi', 1),
+    given('ref_time', 1, full=True),
+    given('ref_latents', latents, full=True),
+    given('eoi', 1),
+  )
+
+
+def edit(text: int, codes: int, latents: int) -> tuple[Span, ...]:
+  """`[bos] [boi] time x_ref [eoi] text [bot] s [eot] [boi] | time x`: Internal+VPE's edits, App. D.
+
+  The picture before is stored with the tokens. Text and plan are one condition, the picture before
+  another: without the first the row is `[bos] [boi] time x_ref [eoi] [boi] | time x`, without the
+  second that of `text_to_image`, without both `[bos] [boi] | time x`. Places are counted anew, so
+  what stands before the text is the same with and without it. With one text token, one code and two
+  latents in each picture (r q, x y):
+
+          bos boi  t  r  q eoi  a bot  s eot boi  t  x  y
+      bos   1   0  0  0  0   0  0   0  0   0   0  0  0  0
+      boi   1   1  0  0  0   0  0   0  0   0   0  0  0  0
+      t     1   1  1  1  1   0  0   0  0   0   0  0  0  0
+      r     1   1  1  1  1   0  0   0  0   0   0  0  0  0
+      q     1   1  1  1  1   0  0   0  0   0   0  0  0  0
+      eoi   1   1  1  1  1   1  0   0  0   0   0  0  0  0
+      a     1   1  1  1  1   1  1   0  0   0   0  0  0  0
+      bot   1   1  1  1  1   1  1   1  0   0   0  0  0  0
+      s     1   1  1  1  1   1  1   1  1   0   0  0  0  0
+      eot   1   1  1  1  1   1  1   1  1   1   0  0  0  0
+      boi   1   1  1  1  1   1  1   1  1   1   1  0  0  0
+      t     1   1  1  1  1   1  1   1  1   1   1  1  1  1
+      x     1   1  1  1  1   1  1   1  1   1   1  1  1  1
+      y     1   1  1  1  1   1  1   1  1   1   1  1  1  1
+  """
+  return (*reference_row(latents), *text_to_image(text, codes, latents)[1:])
+
+
+def edit_tokens(text: int, codes: int, latents: int) -> tuple[Span, ...]:
+  """`[bos] [boi] time x_ref [eoi] text [bot] s [eot]`: of External+VPE's token expert, App. D.
+
+  Text and picture before are two conditions; the plan, which is all that the picture expert sees,
+  always stays.
+  """
+  text_span, *plan = token_row(text, codes)[1:]
+  kept = (dataclasses.replace(span, condition='') for span in plan)
+  return (*reference_row(latents), text_span, *kept)
 
 
 def place(spans: Sequence[Span], kind: str) -> tuple[int, int]:
@@ -137,7 +196,7 @@ def build(
   text: Array | None,
   text_length: Array | None,
   codes: Array,
-  keep: Array,
+  keep: Array | Mapping[str, Array],
   multiple: int = 1,
 ) -> dict[str, Region]:
   """Rows of tokens for a batch.
@@ -148,7 +207,8 @@ def build(
     text: caption ids [B, T]; None, as is `text_length`, where the sequence has no span of them.
     text_length: tokens of the caption that are real [B].
     codes: visual prompt [B, P].
-    keep: bool [B]; False drops the condition: every span marked `dropped` is absent.
+    keep: bool [B]; False drops every condition: the spans that have one are absent. Or that of each
+      condition by name.
     multiple: regions are padded with absent tokens to a multiple of this.
 
   Returns:
@@ -168,7 +228,10 @@ def build(
     there = jnp.ones((B, span.length), bool)
     if span.kind == 'text':
       there = jnp.arange(span.length)[None] < text_length[:, None]
-    present.append(there & keep[:, None] if span.dropped else there)
+    if span.condition:
+      kept = keep[span.condition] if isinstance(keep, Mapping) else keep
+      there &= kept[:, None]
+    present.append(there)
   regions: dict[str, list[Region]] = {}
   seen = jnp.zeros((B, 1), jnp.int32)
   blocks = _block_ends(spans, present)
@@ -196,9 +259,9 @@ def _ids(span: Span, vocabulary: Vocabulary, text: Array | None, codes: Array, B
     return text.astype(jnp.int32)
   if span.kind == 'codes':
     return codes.astype(jnp.int32) + vocabulary.text
-  single = {'bos': vocabulary.bos, 'boi': vocabulary.boi, 'bot': vocabulary.bot}
-  single |= {'eot': vocabulary.eot, 'time': 0, 'latents': 0}
-  return jnp.full((B, span.length), single[span.kind], jnp.int32)
+  special = {name: getattr(vocabulary, name) for name in ('bos', 'boi', 'eoi', 'bot', 'eot')}
+  known = special | {'ref_boi': vocabulary.boi} | dict.fromkeys(_EMBEDDED, 0)
+  return jnp.full((B, span.length), known[span.kind], jnp.int32)
 
 
 def _block_ends(spans: Sequence[Span], present: Sequence[Array]) -> list[Array]:

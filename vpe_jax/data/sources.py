@@ -7,8 +7,10 @@ import math
 
 from vpe_jax.config import FOLDER, DataConfig
 from vpe_jax.contracts import UserError
+from vpe_jax.data.edits import Edits
+from vpe_jax.data.emoji_edits import EmojiEdits
 from vpe_jax.data.filters import Filter
-from vpe_jax.data.folder import open_folder
+from vpe_jax.data.folder import Asked, open_folder
 from vpe_jax.data.openmoji import OpenMoji
 from vpe_jax.data.records import Record, Source, Split
 from vpe_jax.data.scenes import Scenes
@@ -61,8 +63,9 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
       f'data.language and data.least_text_height choose records of a folder, and '
       f'config.data.source is {config.source}: leave them out'
     )
-  if config.source == 'mixture':
-    return _mixture(config.scenes_share, count or ENDLESS, split, seed)
+  _check_references(config)
+  if config.source in ('mixture', 'edits'):
+    return _mixture(config, count or ENDLESS, split, seed)
   if config.source == 'scenes':
     return Scenes(count or ENDLESS, split, seed)
   if config.source == 'words':
@@ -71,17 +74,34 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
     return OpenMoji(count, split, seed)
   if split != 'train' and (config.source == 'synthetic' or config.source.startswith(FOLDER)):
     raise UserError(
-      f'config.data.source={config.source} has no held-out split; mixture, scenes, words and '
-      'openmoji do'
+      f'config.data.source={config.source} has no held-out split; mixture, scenes, words, edits '
+      'and openmoji do'
     )
   if config.source == 'synthetic':
-    return Synthetic(count or ENDLESS)
-  captions = config.words == 'caption'
-  return open_folder(config.source.removeprefix(FOLDER), count, captions, keep)
+    return Synthetic(count or ENDLESS, config.references)
+  asked = Asked(config.words == 'caption', config.references)
+  return open_folder(config.source.removeprefix(FOLDER), count, asked, keep)
 
 
-def _mixture(share: float, count: int, split: Split, seed: int) -> Mixture:
+def _mixture(config: DataConfig, count: int, split: Split, seed: int) -> Mixture:
+  first, second = (Scenes, OpenMoji) if config.source == 'mixture' else (Edits, EmojiEdits)
+  share = config.scenes_share
   scenes = _firsts(count, share)
-  return Mixture(
-    Scenes(scenes, split, seed), OpenMoji(max(1, count - scenes), split, seed), share, count
-  )
+  others = second(max(1, count - scenes), split, seed)
+  return Mixture(first(scenes, split, seed), others, share, count)
+
+
+def _check_references(config: DataConfig) -> None:
+  """Refuses pictures before where a source has none, and edits without them."""
+  pairs = config.source in ('edits', 'synthetic') or config.source.startswith(FOLDER)
+  if config.references and not pairs:
+    raise UserError(
+      f'config.data.source={config.source} has no pictures before and after an edit, which this '
+      'system trains on: set data.source to edits, or to a folder whose captions.jsonl has a '
+      '"reference" in each line'
+    )
+  if config.source == 'edits' and not config.references:
+    raise UserError(
+      'config.data.source=edits has instructions for pictures before, which this system does not '
+      'see: choose another data.source, or train configs/edit.py on it'
+    )

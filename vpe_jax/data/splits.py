@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from vpe_jax.data import shapes, vocabulary
-from vpe_jax.data.records import Record, Split, Truth
+from vpe_jax.data.records import SPLITS, Record, Split, Truth
 from vpe_jax.data.storage import stable_hash
 
 Combination = tuple[str, str, str]  # what kind of pair, and its two parts
@@ -148,9 +148,21 @@ def first_of(split: Split, compose: Callable[[], Truth]) -> Truth:
       return truth
 
 
+def split_of_edit(before: Truth, after: Truth) -> Split:
+  """The split of an edit from what its pictures show."""
+  return of_both(split_of_truth(before), split_of_truth(after))
+
+
+def of_both(before: Split, after: Split) -> Split:
+  """The split of an edit from those of its pictures: it is training data if both are."""
+  return max(before, after, key=SPLITS.index)
+
+
 def split_of(record: Record) -> Split:
   """The split that a record belongs to; a picture of unknown content is training data."""
-  return split_of_truth(record.truth) if record.truth else 'train'
+  if record.truth is None:
+    return 'train'
+  return split_of_edit(record.edit.before if record.edit else record.truth, record.truth)
 
 
 def _coloured_shapes(name: str) -> list[tuple[str, str]]:

@@ -26,9 +26,13 @@ class Noise:
 
 @dataclasses.dataclass(frozen=True)
 class Synthetic:
-  """`count` random records as a source; record i is a pure function of i."""
+  """`count` random records as a source; record i is a pure function of i.
+
+  They are of group 0, which any classes have; with `references` each has a picture before.
+  """
 
   count: int
+  references: bool = False
 
   def __len__(self) -> int:
     return self.count
@@ -38,8 +42,9 @@ class Synthetic:
       raise IndexError(f'synthetic record {index} of {self.count}')
     draw = np.random.default_rng((1, index))
     words = [_WORDS[i] for i in draw.integers(0, len(_WORDS), draw.integers(1, 5))]
-    # Of group 0, which any classes have.
-    return Record(f'synthetic/{index}', ' '.join(words), '0', 'train', Noise(index))
+    before = Noise(self.count + index) if self.references else None
+    said = (f'synthetic/{index}', ' '.join(words), '0', 'train')
+    return Record(*said, Noise(index), reference=before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,7 @@ class SyntheticCodes:
     codebook: number of different codes.
     latent_shape: (h, w, C), or (h, w) of discrete pictures.
     latent_codes: number of different codes of a discrete picture; 0: latents are numbers.
+    references: whether latents of the picture before come third.
   """
 
   count: int
@@ -59,14 +65,18 @@ class SyntheticCodes:
   codebook: int
   latent_shape: tuple[int, ...]
   latent_codes: int = 0
+  references: bool = False
 
   def __len__(self) -> int:
     return self.count
 
-  def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+  def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
     """Codes [P] int32 and latents of one record; see vpe_jax.data.cache.Encoded."""
     draw = np.random.default_rng((2, index))
     codes = draw.integers(0, self.codebook, self.patches, np.int32)
     if self.latent_codes:
       return codes, draw.integers(0, self.latent_codes, self.latent_shape, np.int32)
-    return codes, draw.standard_normal(self.latent_shape, np.float32)
+    latents = [
+      draw.standard_normal(self.latent_shape, np.float32) for _ in range(1 + self.references)
+    ]
+    return codes, *latents

@@ -57,7 +57,7 @@ def caption(truth: Truth, wording: int) -> str:
   if len(phrases) == 1:
     body = phrases[0]
   elif truth.relations[0].stated:
-    body = f'{phrases[0]} {_pick(_RELATIONS[truth.relations[0].word], relation)} {phrases[1]}'
+    body = f'{phrases[0]} {relation_phrase(truth.relations[0].word, relation)} {phrases[1]}'
   else:
     body = _pick(_TOGETHER, together).format(*phrases)
   be = 'is' if truth.clusters[0].count == 1 else 'are'
@@ -79,14 +79,29 @@ def emoji_caption(phrase: str, variant: tuple[str, ...], wording: int) -> str:
 
 def noun_phrase(cluster: Cluster, size_word: int = 0) -> str:
   """`three red circles`, `a small owl`; `size_word` picks among words for one size."""
+  rest = _noun(cluster, size_word)
+  return with_article(rest) if cluster.count == 1 else f'{_NUMBERS[cluster.count]} {rest}'
+
+
+def known_phrase(cluster: Cluster) -> str:
+  """The same of things that are there already: `the three red circles`, `the small owl`."""
+  count = '' if cluster.count == 1 else f'{_NUMBERS[cluster.count]} '
+  return f'the {count}{_noun(cluster, 0)}'
+
+
+def relation_phrase(word: str, fraction: float) -> str:
+  """How left, right, above or below is said, at a fraction of the way through the ways."""
+  return _pick(_RELATIONS[word], fraction)
+
+
+def _noun(cluster: Cluster, size_word: int) -> str:
   words = []
   if cluster.size:
     words.append(_SIZES[cluster.size][size_word])
   if cluster.colour:
     words.append(cluster.colour)
   words.append(cluster.name if cluster.count == 1 else vocabulary.plural(cluster.name))
-  rest = ' '.join(words)
-  return with_article(rest) if cluster.count == 1 else f'{_NUMBERS[cluster.count]} {rest}'
+  return ' '.join(words)
 
 
 def _pick(options: tuple, fraction: float):

@@ -62,9 +62,14 @@ class External:
   condition: str
   codes: tuple[int, int]
 
-  def read(self, params: Params, region: Region) -> tuple[Array, Plan]:
-    """The token expert over its whole row: final-norm hidden states [B, L, D], and the plan."""
-    stream, cache = self.model.token_stream(params, region), None
+  def read(
+    self, params: Params, region: Region, stream: mot.Stream | None = None
+  ) -> tuple[Array, Plan]:
+    """The token expert over its whole row: final-norm hidden states [B, L, D], and the plan.
+
+    `stream` is its input where that is more than the region's ids.
+    """
+    stream, cache = stream or self.model.token_stream(params, region), None
     if self.condition == 'keys':
       cache, _ = self.model.caches(params, region.visibility)
     hidden, cache = self.model.backbone(params, {'ar': stream}, cache)

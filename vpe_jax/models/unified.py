@@ -4,8 +4,9 @@ another, joined by attention (Internal+VPE, arXiv 2606.04457), each in a row of 
 Show-o2).
 
 Parameter tree: `embed/{text,codes}`, `ar/{layers,norm}`, `dit/{layers,norm,dual_path,head}`; a
-single expert has no `dit/layers` and `dit/norm`, and a model without visual prompt no
-`embed/codes`. `Unified` holds no arrays: every method is a pure function of the parameters.
+single expert has no `dit/layers` and `dit/norm`, a model without visual prompt no `embed/codes`,
+and one that edits has `ar/dual_path` too (models/editing.py runs it). `Unified` holds no arrays:
+every method is a pure function of the parameters.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ LOGICAL_AXES = (
   (r'embed/(text|codes)', ('vocab', 'embed')),
   *((rf'(ar|dit)/layers/{path}', axes) for path, axes in transformer.LAYER_AXES),
   (r'(ar|dit)/norm/scale', ('embed',)),
-  *((rf'dit/dual_path/encoder/{path}', axes) for path, axes in _ENCODER),
-  (r'dit/dual_path/ends/positions', (None, 'embed')),
-  (r'dit/dual_path/ends/\w+/kernel', ('mlp', 'embed')),
-  (r'dit/dual_path/ends/\w+/(bias|scale)', ('embed',)),
+  *((rf'(ar|dit)/dual_path/encoder/{path}', axes) for path, axes in _ENCODER),
+  (r'(ar|dit)/dual_path/ends/positions', (None, 'embed')),
+  (r'(ar|dit)/dual_path/ends/\w+/kernel', ('mlp', 'embed')),
+  (r'(ar|dit)/dual_path/ends/\w+/(bias|scale)', ('embed',)),
   *((rf'dit/head/blocks/{path}', axes) for path, axes in transformer.LAYER_AXES),
   (r'dit/head/blocks/modulation/out/kernel', ('layers', 'embed', 'mlp')),
   (r'dit/head/blocks/modulation/out/bias', ('layers', 'mlp')),
@@ -77,6 +78,8 @@ class UnifiedConfig:
     dit: the expert of the picture; shares layers, heads and head width with `ar`.
     dual_path: the embedding of noisy latents.
     head: the flow head.
+    references: whether the model edits: a dual path of its own embeds the picture before, among the
+      token expert's tokens.
   """
 
   arch: str
@@ -93,6 +96,7 @@ class UnifiedConfig:
   dit: TransformerConfig
   dual_path: DualPathConfig
   head: HeadConfig
+  references: bool = False
 
   def __post_init__(self) -> None:
     check_sizes(self, codes=0, bos=0, boi=0)
@@ -108,6 +112,11 @@ class UnifiedConfig:
     if self.arch == 'external' and self.ar.width != self.dit.width:
       raise UserError(
         'model.arch=external hands hidden states from one expert to the other: model.ar.width and '
+        'model.dit.width must be equal'
+      )
+    if self.references and self.ar.width != self.dit.width:
+      raise UserError(
+        'model.references gives both experts pictures with one time token: model.ar.width and '
         'model.dit.width must be equal'
       )
 
@@ -165,14 +174,13 @@ class Unified:
     }
     if c.arch != 'single':
       dit |= {'layers': mot.init_layers(layers['dit'], keys['dit']), 'norm': norm(c.dit)}
+    ar = {'layers': mot.init_layers(layers['ar'], keys['ar']), 'norm': norm(c.ar)}
+    if c.references:
+      ar['dual_path'] = self._dual_path().init(jax.random.fold_in(keys['dual'], 1), latents)
     embed = {'text': table(keys['text'], c.text_vocab)}
     if c.codes:
       embed['codes'] = table(keys['codes'], c.plan_rows)
-    return {
-      'embed': embed,
-      'ar': {'layers': mot.init_layers(layers['ar'], keys['ar']), 'norm': norm(c.ar)},
-      'dit': dit,
-    }
+    return {'embed': embed, 'ar': ar, 'dit': dit}
 
   def _init_head(self, rng: Array) -> Params:
     c = self.config
@@ -227,13 +235,20 @@ class Unified:
 
     `latents` [B, h, w, C] are noisy; `clock` [B] is Show-o2's, 0 at noise and 1 at data.
     """
-    time, _, _ = self._ends()
-    head = {'params': params['dit']['head']['time']}
-    condition, token = time.apply(head, clock)
-    image = self._dual_path()(params['dit']['dual_path'], latents)
-    x = jnp.concatenate([token.astype(self.dtype), image.astype(self.dtype)], axis=1)
+    condition, token = self.time(params, clock)
+    x = self.picture_tokens(params['dit'], token, latents)
     x = jnp.pad(x, ((0, 0), (0, region.ids.shape[1] - x.shape[1]), (0, 0)))
     return mot.Stream(x, region.positions, region.visibility), condition
+
+  def time(self, params: Params, clock: Array) -> tuple[Array, Array]:
+    """The head's condition [B, 1, head width] and the time token [B, 1, D], for clocks [B]."""
+    time, _, _ = self._ends()
+    return time.apply({'params': params['dit']['head']['time']}, clock)
+
+  def picture_tokens(self, expert: Params, token: Array, latents: Array) -> Array:
+    """A time token and the image tokens behind it [B, 1 + P, D], by an expert's dual path."""
+    image = self._dual_path()(expert['dual_path'], latents)
+    return jnp.concatenate([token.astype(self.dtype), image.astype(self.dtype)], axis=1)
 
   def backbone(
     self,

@@ -1,8 +1,9 @@
-"""Classifier-free guidance, with both branches in one batch of twice the rows."""
+"""Classifier-free guidance, with all branches in one batch."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,32 @@ def classifier_free(conditional: Array, null: Array, scale: Array | float) -> Ar
     raise UserError(f'guidance is {scale}: it must be a finite number (1 is off)')
   scale = jnp.asarray(scale, jnp.float32)
   return scale * conditional.astype(jnp.float32) + (1 - scale) * null.astype(jnp.float32)
+
+
+def branches(scale: float) -> dict[str, float]:
+  """Branch -> its weight in `classifier_free`, without those that weigh nothing."""
+  return _needed({'conditional': scale, 'null': 1.0 - scale})
+
+
+def edit_branches(text: float, image: float) -> dict[str, float]:
+  """Branch -> its weight in the guidance of edits, without those that weigh nothing.
+
+  null + image (reference - null) + text (conditional - reference), where `conditional` has all
+  conditions, `reference` the picture before alone, and `null` none (InstructPix2Pix, arXiv
+  2211.09800). As a weighted sum it needs no null branch where `image` is 1, no reference branch
+  where both scales are equal, and one branch alone where both are 1.
+  """
+  return _needed({'conditional': text, 'reference': image - text, 'null': 1.0 - image})
+
+
+def _needed(weights: Mapping[str, float]) -> dict[str, float]:
+  return {name: weight for name, weight in weights.items() if weight}
+
+
+def weighted(stacked: Array, weights: Sequence[float]) -> Array:
+  """The weighted sum of branches [n B, ...] that lie one behind the other: [B, ...] float32."""
+  parts = jnp.split(stacked.astype(jnp.float32), len(weights))
+  return sum(weight * part for weight, part in zip(weights, parts, strict=True))
 
 
 def stack(conditional: Any, null: Any) -> Any:

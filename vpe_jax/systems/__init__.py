@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vpe_jax.config import from_dict, nearest
-from vpe_jax.contracts import System, UserError
+from vpe_jax.contracts import RUN, System, UserError
 
 SYSTEMS = {
   't2i': 'vpe_jax.systems.t2i',
+  'edit': 'vpe_jax.systems.editing',
   'siglip': 'vpe_jax.systems.siglip',
   'codec': 'vpe_jax.systems.codec',
   'c2i_discrete': 'vpe_jax.systems.c2i_discrete',
@@ -39,5 +40,9 @@ def build(values: Mapping[str, Any]) -> System:
     # Whatever the system would begin with, these take its place.
     first, *others = system.stages
     source = f'{config.start} ({config.start_weights})'
+    for start in getattr(system, 'grown', ()):
+      for theirs, ours in start.paths:
+        named = theirs if start.family == RUN else start.source
+        source += f'; {ours} where it has none: from {named}'
     system.stages = (dataclasses.replace(first, source=source), *others)
   return system

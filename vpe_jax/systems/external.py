@@ -75,11 +75,15 @@ class External:
     self, params: Params, request: Examples, rng: Array, settings: SampleConfig
   ) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of a batch of requests."""
-    job = rendering.Job(self.model, self.spans, self.vocabulary, settings)
+    job = self.job(settings)
     codes, row = rendering.decode(job, params, request, rng)
     prefix = self.prefix(params, row)
     null = lambda: self.null_prefix(params, request)
     return codes, rendering.guided(job, params, request, prefix, null, rng)
+
+  def job(self, settings: SampleConfig) -> rendering.Job:
+    """What drawing and planning keep static."""
+    return rendering.Job(self.model, self.spans, self.vocabulary, settings)
 
   def prefix(self, params: Params, row: rendering.Decoded) -> rendering.Prefix:
     """What all flow steps share of the picture expert's row, from a decoded plan."""

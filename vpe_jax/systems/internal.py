@@ -7,6 +7,7 @@ to learn, and `joint` is the only stage.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Examples, Params, Region, Stage
@@ -39,8 +40,13 @@ class Internal:
     self.vocabulary = vocabulary
     self.spans = sequence.text_to_image(text, codes, model.config.image_tokens)
 
-  def regions(self, batch: Examples, codes: Array, keep: Array) -> dict[str, Region]:
-    """The rows of a batch; where `keep` [B] is False, text and plan are absent."""
+  def regions(
+    self, batch: Examples, codes: Array, keep: Array | Mapping[str, Array]
+  ) -> dict[str, Region]:
+    """The rows of a batch; where `keep` [B] is False, text and plan are absent.
+
+    With a picture before `keep` is that of each condition: see sequence.build.
+    """
     return sequence.build(
       self.spans,
       self.vocabulary,
@@ -73,7 +79,7 @@ class Internal:
     self, params: Params, request: Examples, rng: Array, settings: SampleConfig
   ) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of a batch of requests."""
-    return rendering.draw(self._job(settings), params, request, rng)
+    return rendering.draw(self.job(settings), params, request, rng)
 
   def train_flops(self, stage: Stage, predicted: int) -> float:
     """Matrix FLOPs of one example; both stages train whatever they run.
@@ -94,5 +100,6 @@ class Internal:
     length = lambda expert: sequence.region_length(self.spans, expert, self.model.config.multiple)
     return length('ar'), length('dit') if 'flow' in stage.losses else 0
 
-  def _job(self, settings: SampleConfig) -> rendering.Job:
+  def job(self, settings: SampleConfig) -> rendering.Job:
+    """What drawing and planning keep static."""
     return rendering.Job(self.model, self.spans, self.vocabulary, settings)

@@ -11,7 +11,8 @@ what the latter stand on.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +20,13 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
 from vpe_jax.config import SampleConfig
-from vpe_jax.contracts import Array, Examples, Params, Region, concatenate
+from vpe_jax.contracts import Array, Examples, Params, Region, UserError, concatenate
 from vpe_jax.data import sequence
 from vpe_jax.models import mot
 from vpe_jax.models.unified import Unified, row_visibility
 from vpe_jax.sampling import decoding, guidance, solver
+
+Regions = dict[str, Region]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +47,30 @@ class Job:
     """Tokens of a plan."""
     return sum(span.length for span in self.spans if span.kind == 'codes')
 
-  def regions(self, request: Examples, codes: Array, keep: bool) -> dict[str, Region]:
-    """The rows of tokens of this request."""
+  def regions(self, request: Examples, codes: Array, dropped: Sequence[str] = ()) -> Regions:
+    """The rows of tokens of this request, without some of its conditions."""
+    every = lambda keep: jnp.full(request.example.shape, keep)
     return sequence.build(
       self.spans,
       self.vocabulary,
       request.text,
       request.text_length,
       codes,
-      jnp.full(request.example.shape, keep),
+      {name: every(name not in dropped) for name in sequence.CONDITIONS},
       self.model.config.multiple,
     )
+
+  def begin(
+    self, params: Params, request: Examples, region: Region, cache: mot.Cache
+  ) -> tuple[Array, mot.Cache]:
+    """Final-norm hidden states of a row's first tokens, whose keys and values go to its slots."""
+    del request
+    return tokens(self, params, region, cache, 0)
+
+  def head_streams(self, params: Params, stream: mot.Stream) -> dict[str, mot.Stream]:
+    """A whole row of tokens as the head takes it."""
+    del params
+    return {'ar': stream}
 
 
 @jax.tree_util.register_dataclass
@@ -102,16 +118,23 @@ def guided(
   rng: Array,
 ) -> Array:
   """Latents [B, h, w, C] of a batch of requests, on the branches that the guidance needs."""
-  branches = {'conditional': prefix}
-  if job.settings.guidance != 1.0:
-    branches['null'] = null()
-  if job.settings.guidance == 0.0:
-    del branches['conditional']
+  if job.settings.image_guidance != 1.0:
+    raise UserError(
+      f'sample.image_guidance is {job.settings.image_guidance}, but what draws here sees no '
+      'picture before an edit: set it to 1'
+    )
+  weights = guidance.branches(job.settings.guidance)
+  made = {'conditional': lambda: prefix, 'null': null}
+  branches = {name: made[name]() for name in weights}
+  return render(job, params, branches, noise(job, request, rng), weights)
+
+
+def noise(job: Job, request: Examples, rng: Array) -> Array:
+  """Where the flow of each request begins: normal latents [B, h, w, C]."""
   c = job.model.config
   shape = (c.latent_size, c.latent_size, c.latent_channels)
   normal = lambda key: jax.random.normal(key, shape)
-  noise = rng_lib.per_example(normal, rng, 'noise', request.example)
-  return render(job, params, branches, noise)
+  return rng_lib.per_example(normal, rng, 'noise', request.example)
 
 
 def plan(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Prefix]:
@@ -119,7 +142,7 @@ def plan(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array
   codes, row = decode(job, params, request, rng)
   end = job.slot('eot')
   tail = _slots(row.region, end, row.region.ids.shape[1])
-  last, body = _tokens(job, params, tail, row.body, end)
+  last, body = tokens(job, params, tail, row.body, end)
   hidden = jnp.concatenate([row.hidden, last], 1)
   return codes, _prefix(job, params, {'ar': row.region, **row.rest}, hidden, body)
 
@@ -128,9 +151,9 @@ def unplanned(job: Job, params: Params, request: Examples, rng: Array) -> tuple[
   """No codes [B, 0], and the prefix `[bos] text [boi]`, of a model without visual prompt."""
   del rng
   codes = jnp.zeros((request.example.shape[0], 0), jnp.int32)
-  regions = job.regions(request, codes, keep=True)
+  regions = job.regions(request, codes)
   body, _ = job.model.caches(params, row_visibility(regions))
-  hidden, body = _tokens(job, params, regions['ar'], body, 0)
+  hidden, body = job.begin(params, request, regions['ar'], body)
   return codes, _prefix(job, params, regions, hidden, body)
 
 
@@ -148,24 +171,24 @@ def decode(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Arr
     request = guidance.stack(request, untold)
   rows = request.example.shape[0]
   codes = jnp.zeros((rows, length), jnp.int32) if given is None else given
-  rest = job.regions(request, codes, keep=True)
+  rest = job.regions(request, codes)
   body, _ = job.model.caches(params, row_visibility(rest))
   region = rest.pop('ar')
   if given is not None:
-    hidden, body = _tokens(job, params, _slots(region, 0, job.slot('eot')), body, 0)
+    hidden, body = job.begin(params, request, _slots(region, 0, job.slot('eot')), body)
     return codes, Decoded(region, rest, hidden, body)
 
   first = job.slot('codes')
   hidden = jnp.zeros((rows, job.slot('eot'), job.model.config.ar.width), job.model.dtype)
-  start, body = _tokens(job, params, _slots(region, 0, first), body, 0)
+  start, body = job.begin(params, request, _slots(region, 0, first), body)
   hidden = hidden.at[:, :first].set(start)
 
-  def step(cache: Any, tokens: Array, index: Array) -> tuple[Array, Any]:
+  def step(cache: Any, drawn: Array, index: Array) -> tuple[Array, Any]:
     held, states = cache
     at = first + index
-    tokens = guidance.both(tokens) if led else tokens
-    here = dataclasses.replace(_slot(region, at), ids=tokens[:, None])
-    state, held = _tokens(job, params, here, held, at)
+    drawn = guidance.both(drawn) if led else drawn
+    here = dataclasses.replace(_slot(region, at), ids=drawn[:, None])
+    state, held = tokens(job, params, here, held, at)
     states = jax.lax.dynamic_update_slice_in_dim(states, state, at, 1)
     return logits_of(state), (held, states)
 
@@ -188,7 +211,7 @@ def decode(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Arr
 def null_prefix(job: Job, params: Params, request: Examples) -> Prefix:
   """The prefix `[bos] [boi]` of the null branch, computed on one row for the whole batch."""
   one = jax.tree.map(lambda leaf: leaf[:1], dataclasses.replace(request, codes=None))
-  regions = job.regions(one, jnp.zeros((1, job.codes), jnp.int32), keep=False)
+  regions = job.regions(one, jnp.zeros((1, job.codes), jnp.int32), sequence.CONDITIONS)
   present = jnp.array([job.slot('bos'), job.slot('boi')])
   pair = jax.tree.map(lambda leaf: leaf[:, present], regions['ar'])
   # The two tokens move to the front of the row; the slots behind them stay absent.
@@ -196,40 +219,46 @@ def null_prefix(job: Job, params: Params, request: Examples) -> Prefix:
   rest = jax.tree.map(lambda leaf: jnp.zeros((1, absent), leaf.dtype), pair.visibility)
   key = concatenate([pair.visibility, rest, regions['dit'].visibility])
   body, _ = job.model.caches(params, key)
-  hidden, body = _tokens(job, params, pair, body, 0)
-  prefix = _prefix(job, params, {'ar': pair, 'dit': regions['dit']}, hidden, body)
+  hidden, body = tokens(job, params, pair, body, 0)
+  _, head = job.model.caches(params, body.key)
+  stream = mot.Stream(hidden, pair.positions, pair.visibility)
+  prefix = Prefix(body, job.model.head(params, {'ar': stream}, head, 0)[1], regions['dit'])
   return repeated(prefix, request.example.shape[0])
 
 
-def render(job: Job, params: Params, branches: Mapping[str, Prefix], noise: Array) -> Array:
-  """Euler steps from `noise` [B, h, w, C] to latents; both branches of guidance in one batch."""
-  both = len(branches) == 2
-  first = prefix = next(iter(branches.values()))
-  if both:
-    prefix = _join(branches['conditional'], branches['null'])
+def render(
+  job: Job,
+  params: Params,
+  branches: Mapping[str, Prefix],
+  noise: Array,
+  weights: Mapping[str, float],
+) -> Array:
+  """Euler steps from `noise` [B, h, w, C] to latents; all branches of guidance in one batch.
+
+  Each branch's velocity counts with its weight; they sum up to 1.
+  """
+  count, first = len(branches), next(iter(branches.values()))
+  prefix = functools.reduce(_join, branches.values())
   at = prefix.body.key.order.shape[1] - prefix.picture.ids.shape[1]
 
   def velocity(x: Array, time: Array) -> Array:
-    # Both branches see the same picture: it is embedded once.
+    # All branches see the same picture: it is embedded once.
     stream, condition = job.model.picture_stream(
       params, x, jnp.full(x.shape[:1], 1.0 - time), first.picture
     )
-    if both:
-      x, condition = guidance.both(stream.x), guidance.both(condition)
-      stream = mot.Stream(x, prefix.picture.positions, prefix.picture.visibility)
+    x, condition = (jnp.concatenate([leaf] * count) for leaf in (stream.x, condition))
+    stream = mot.Stream(x, prefix.picture.positions, prefix.picture.visibility)
     hidden, _ = job.model.backbone(params, {'dit': stream}, prefix.body, at)
     stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
     out, _ = job.model.head(params, {'dit': stream}, prefix.head, at)
     flow = -job.model.velocity(params, out['dit'], condition)
-    if not both:
-      return flow
-    return guidance.classifier_free(*guidance.split(flow), job.settings.guidance)
+    return guidance.weighted(flow, [weights[name] for name in branches])
 
   times = solver.time_grid(job.settings.steps, job.settings.shift)
   return solver.euler(velocity, noise, times)
 
 
-def _tokens(
+def tokens(
   job: Job, params: Params, region: Region, cache: mot.Cache, at: Array | int
 ) -> tuple[Array, mot.Cache]:
   """Final-norm hidden states of tokens whose keys and values go to slots from `at`."""
@@ -249,7 +278,7 @@ def _prefix(
   region = regions['ar']
   _, head = job.model.caches(params, body.key)
   stream = mot.Stream(hidden, region.positions, region.visibility)
-  _, head = job.model.head(params, {'ar': stream}, head, 0)
+  _, head = job.model.head(params, job.head_streams(params, stream), head, 0)
   return Prefix(body, head, regions['dit'])
 
 

@@ -142,8 +142,7 @@ class System:
     told = self.similarity and tower.depth < 0 and c.text_vocab <= tower.siglip.vocabulary
     self.plan_similarity = self._plan_similarity if told else None
     self.vocabulary = sequence.Vocabulary(c.text_vocab, self.codes, c.bos, c.boi)
-    given = (self.model, self.vocabulary, config.data.text_length, c.plan_tokens)
-    self.rows = External(*given, c.condition) if c.arch == 'external' else Internal(*given)
+    self.rows = self._rows()
     self.spans = self.rows.spans
     _check_stages(config, tuple(self.rows.stages))
     origin = 'fresh, embed/ from the codecs' if self._inherits else 'fresh'
@@ -155,6 +154,13 @@ class System:
       for stage in (self.rows.stages[name] for name in config.stages)
     )
     self.stages = (dataclasses.replace(first, source=origin), *others)
+
+  def _rows(self) -> Internal | External:
+    c = self.config.model
+    if c.references:
+      raise UserError('model.references is of configs/edit.py: nothing here sees a picture before')
+    given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens)
+    return External(*given, c.condition) if c.arch == 'external' else Internal(*given)
 
   @property
   def frozen_weights(self) -> Mapping[str, str]:
@@ -179,7 +185,7 @@ class System:
     if not c.init_from:
       return ()
     fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(unified.UnifiedConfig)}
-    fields |= {'arch': 'single', 'dit': c.ar, 'codes': 0}
+    fields |= {'arch': 'single', 'dit': c.ar, 'codes': 0, 'references': False}
     copies = () if c.arch == 'single' else (('ar/', 'dit/'),)
     paths = (('embed/text', 'embed/text'), ('ar/', 'ar/'), *copies, ('dit/', 'dit/'))
     return (Start('showo2', c.init_from, unified.UnifiedConfig(**fields), paths),)
@@ -264,19 +270,17 @@ class System:
     """`next_token` (nats) with `accuracy` of its argmax (logged), and `flow`: the stage's own."""
     if self.config.unroll:
       params = self.model.prepare(params)
-    codes, latents = batch.codes, batch.latents
-    if codes is None:
-      codes, latents = self.encode(frozen, batch.image)
-    regions = self._regions(self._told(batch, rng), codes, self._keep(batch, rng, stage))
+    batch = self._encoded(frozen, batch)
+    regions = self._regions(self._told(batch, rng), batch.codes, self._keep(batch, rng, stage))
     counts = self.counts(batch, rng, step, stage)
     terms, noisy = {}, None
     if 'flow' in stage.losses:
-      noisy, target = self._noisy(batch, latents, rng)
-    hidden, velocity = self.rows.forward(params, regions, noisy)
+      noisy, target = self._noisy(batch, batch.latents, rng)
+    hidden, velocity = self._forward(params, regions, noisy, batch)
     if noisy is not None:
       # The network's velocity is Show-o2's: data minus noise.
       error = flow_matching.squared_error(-velocity, target)
-      weight = 0.0 if stage.name == 'plan' else 1.0
+      weight = float('flow' in self.rows.stages[stage.name].losses)
       terms['flow'] = LossTerm(error, counts['flow'], weight)
     if 'next_token' in stage.losses:
       loss, hits = self._next_token(params, hidden, regions['ar'])
@@ -294,13 +298,13 @@ class System:
 
   def plan(self, params: Params, request: Examples, rng: Array, settings: SampleConfig) -> Array:
     """Visual prompts [B, P]; the picture expert isn't run."""
-    job = rendering.Job(self.model, self.spans, self.vocabulary, settings)
-    return rendering.decode(job, params, request, rng)[0]
+    return rendering.decode(self.rows.job(settings), params, request, rng)[0]
 
   def plan_likelihood(self, params: Params, request: Examples) -> Array:
     """The mean log-probability of the plans given the texts: [B], nats."""
     keep = jnp.ones(request.example.shape, bool)
-    hidden, _ = self.rows.forward(params, self._regions(request, request.codes, keep), None)
+    regions = self._regions(request, request.codes, keep)
+    hidden, _ = self._forward(params, regions, None, request)
     first, last = sequence.place(self.spans, 'bot')[0], sequence.place(self.spans, 'codes')[1]
     # The slot before each code predicts it.
     logits = self.model.code_logits(params, hidden[:, first : last - 1])
@@ -354,6 +358,24 @@ class System:
     """Tokens of both experts, or of the token expert alone in stage `plan`."""
     return self.rows.tokens(stage)
 
+  def _encoded(self, frozen: Params, batch: Examples) -> Examples:
+    """The batch with codes and latents: its own, or those of its pictures."""
+    if batch.codes is not None:
+      return batch
+    codes, latents = self.encode(frozen, batch.image)
+    return dataclasses.replace(batch, codes=codes, latents=latents)
+
+  def _forward(
+    self,
+    params: Params,
+    regions: dict[str, Region],
+    noisy: tuple[Array, Array] | None,
+    batch: Examples,
+  ) -> tuple[Array, Array | None]:
+    """The rows' `forward`, with what else it reads of the batch."""
+    del batch
+    return self.rows.forward(params, regions, noisy)
+
   def _regions(self, batch: Examples, codes: Array, keep: Array) -> dict[str, Any]:
     return self.rows.regions(batch, codes, keep)
 
@@ -373,9 +395,9 @@ class System:
     return dataclasses.replace(batch, text_length=jnp.where(kept, batch.text_length, 0))
 
   def _token_weight(self, step: Array, stage: Stage) -> Array | float:
-    if stage.name != 'joint':
-      return 1.0 if stage.name == 'plan' else 0.0
-    c = self.config.model
+    own, c = self.rows.stages[stage.name].losses, self.config.model
+    if not {'next_token', 'flow'} <= set(own):
+      return float('next_token' in own)
     total = self.config.steps[self.config.stages.index(stage.name)]
     return schedules.scheduled(c.vp_schedule, step, total, c.ce_start, c.ce_end, off=1.0)
 

@@ -25,6 +25,7 @@ from vpe_jax.data import cache
 from vpe_jax.data.cache import Encoded
 from vpe_jax.data.folder import File
 from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.data.records import Picture, Record
 from vpe_jax.data.synthetic import SyntheticCodes
 from vpe_jax.training.frozen import Frozen
 
@@ -71,6 +72,8 @@ def fingerprint(config: DataConfig, seed: int, frozen: Frozen, pictures: Pipelin
     'content': _content(config, pictures),
     'encoders': frozen.fingerprints,
   }
+  if config.references:
+    said['references'] = True
   return json.dumps(said, sort_keys=True)
 
 
@@ -78,14 +81,20 @@ def _content(config: DataConfig, pictures: Pipeline) -> str:
   """A hash of some pictures of the source, and of every file's size and date."""
   digest = hashlib.blake2b(digest_size=16)
   for index in np.linspace(0, len(pictures) - 1, PROBES).astype(int):
-    digest.update(pictures.record(int(index)).picture.draw(config.image_size).tobytes())
+    for picture in _pictures(pictures.record(int(index))):
+      digest.update(picture.draw(config.image_size).tobytes())
   if config.source.startswith('folder:'):
     for index in range(len(pictures)):
-      picture = pictures.record(index).picture
-      if isinstance(picture, File):
-        found = os.stat(picture.path)
-        digest.update(f'{picture.path} {found.st_size} {found.st_mtime_ns}'.encode())
+      for picture in _pictures(pictures.record(index)):
+        if isinstance(picture, File):
+          found = os.stat(picture.path)
+          digest.update(f'{picture.path} {found.st_size} {found.st_mtime_ns}'.encode())
   return digest.hexdigest()
+
+
+def _pictures(record: Record) -> list[Picture]:
+  """The record's picture, and the one before it where it is an edit."""
+  return [picture for picture in (record.picture, record.reference) if picture is not None]
 
 
 def _synthetic_codes(system: System, count: int) -> SyntheticCodes:
@@ -97,6 +106,7 @@ def _synthetic_codes(system: System, count: int) -> SyntheticCodes:
     system.codes,
     shapes.latents.shape[1:],
     getattr(system, 'picture_codes', 0),
+    shapes.reference_latents is not None,
   )
 
 
@@ -128,7 +138,7 @@ def _cached(config: Config, frozen: Frozen, mesh: jax.sharding.Mesh, pictures: P
 
 def _encode_all(
   frozen: Frozen, mesh: jax.sharding.Mesh, pictures: Pipeline
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, ...]]:
   """Codes and latents of consecutive records, chunk by chunk, whole in every process."""
   everywhere = jax.jit(lambda encoded: encoded, out_shardings=sharding.replicated(mesh))
   chunk = -(-CHUNK // mesh.size) * mesh.size
@@ -147,13 +157,14 @@ def _encode_all(
       batch = waiting.pop(0).result()
       if number + READERS < len(starts):
         waiting.append(readers.submit(read, starts[number + READERS]))
-      image = sharding.put_batch(batch.image, mesh)
-      codes, latents = jax.device_get(everywhere(frozen.encode(frozen.params, image)))
+      found = frozen.with_codes(sharding.put_batch(batch, mesh))
+      made = [leaf for kind in cache.KINDS if (leaf := getattr(found, kind)) is not None]
+      made = jax.device_get(everywhere(made))
       done, seconds = min(start + chunk, total), time.monotonic() - began
       if seconds - said > _SAY_EVERY or done == total:
         said = seconds
         _say(f'encoding pictures: {done:,}/{total:,} ({done / seconds:.0f} a second)')
-      yield codes[: done - start], latents[: done - start]
+      yield tuple(array[: done - start] for array in made)
 
 
 def _say(text: str) -> None:

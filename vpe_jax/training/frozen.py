@@ -30,16 +30,22 @@ class Frozen:
     fingerprints: name -> what stands for every bit of the tree.
     encode: the system's `encode(params, images) -> (codes, latents)`, jitted once for all who
       use it (None: the system has no encoders).
+    encode_reference: the system's, jitted alike (None: it doesn't edit).
   """
 
   params: Params
   fingerprints: dict[str, str]
   encode: Callable[[Params, Array], tuple[Array, Array]] | None
+  encode_reference: Callable[[Params, Array], Array] | None = None
 
   def with_codes(self, batch: Examples) -> Examples:
     """A batch of pictures with codes and latents beside them."""
     codes, latents = self.encode(self.params, batch.image)
-    return dataclasses.replace(batch, codes=codes, latents=latents)
+    batch = dataclasses.replace(batch, codes=codes, latents=latents)
+    if self.encode_reference is None:
+      return batch
+    before = self.encode_reference(self.params, batch.reference)
+    return dataclasses.replace(batch, reference_latents=before)
 
 
 def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
@@ -52,7 +58,8 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
   placed = {name: params for name, (params, _) in found.items()}
   check_fits(system, placed)
   fingerprints = {name: fingerprint for name, (_, fingerprint) in found.items()}
-  return Frozen(placed, fingerprints, jax.jit(system.encode) if hasattr(system, 'encode') else None)
+  encoders = (getattr(system, name, None) for name in ('encode', 'encode_reference'))
+  return Frozen(placed, fingerprints, *(encode and jax.jit(encode) for encode in encoders))
 
 
 def for_drawing(system: System) -> Params:

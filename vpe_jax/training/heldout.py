@@ -60,7 +60,8 @@ class HeldOut:
 
   def _stage(self, index: int) -> Stage:
     """The running stage with the losses of all stages: systems give foreign ones weight 0."""
-    names = dict.fromkeys(name for stage in self._system.stages for name in stage.losses)
+    of = lambda stage: (*stage.losses, *stage.watched)
+    names = dict.fromkeys(name for stage in self._system.stages for name in of(stage))
     return dataclasses.replace(self._system.stages[index], losses=tuple(names))
 
   def _read(self, batch_size: int) -> list[Examples]:
@@ -71,4 +72,5 @@ class HeldOut:
       read = [place(batch) for batch in itertools.islice(batches, BATCHES)]
     if self._frozen.encode is None:
       return read
-    return [dataclasses.replace(self._frozen.with_codes(batch), image=None) for batch in read]
+    seen = {'image': None, 'reference': None}
+    return [dataclasses.replace(self._frozen.with_codes(batch), **seen) for batch in read]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from vpe_jax.checkpoints import convert, converted, weights
 from vpe_jax.config import Config
-from vpe_jax.contracts import Array, Params, Start, UserError
+from vpe_jax.contracts import RUN, Array, Params, Start, UserError
 from vpe_jax.sharding import by_path
 from vpe_jax.training.state import State
 
@@ -40,7 +40,9 @@ def load(starts: Sequence[Start], abstract: Params) -> dict[str, Array]:
   return found
 
 
-def from_run(config: Config, abstract: State, added: Sequence[str] = ()) -> dict[str, Array]:
+def from_run(
+  config: Config, abstract: State, added: Sequence[str] = (), grown: Sequence[Start] = ()
+) -> dict[str, Array]:
   """Reads what a new run takes from the run that `config.start` names: its newest good checkpoint.
 
   With `config.start_weights` of `state` that is all of its state but for its steps: parameters,
@@ -51,6 +53,7 @@ def from_run(config: Config, abstract: State, added: Sequence[str] = ()) -> dict
     abstract: our first state, with its shardings.
     added: regular expressions over the paths of parameters that the other run may lack, where its
       state is carried on.
+    grown: what parameters start from that the other run lacks, where its parameters are taken.
 
   Returns:
     Path in the state -> array, sharded as `abstract` is; all but what is added.
@@ -63,6 +66,7 @@ def from_run(config: Config, abstract: State, added: Sequence[str] = ()) -> dict
     found, _ = weights.read_run(config.start, _CARRIED)
   else:
     found = by_path({'params': weights.load_run(config.start, config.start_weights)[0]})
+    found |= _grown(grown, found, abstract['params'])
 
   def is_wanted(path: str) -> bool:
     fresh = carries and any(re.match(f'{_TREES}(?:{pattern})', path) for pattern in added)
@@ -71,6 +75,20 @@ def from_run(config: Config, abstract: State, added: Sequence[str] = ()) -> dict
   wanted = {path: leaf for path, leaf in by_path(abstract).items() if is_wanted(path)}
   _check(wanted, found, config.start)
   return {path: _as(leaf, wanted[path], config.start, path) for path, leaf in found.items()}
+
+
+def _grown(starts: Sequence[Start], found: Mapping[str, Any], abstract: Params) -> dict[str, Any]:
+  """What a run lacks, by path in the state: published weights, or copies of its own leaves."""
+  made = {}
+  for start in starts:
+    if any(path.startswith(f'params/{ours}') for _, ours in start.paths for path in found):
+      continue
+    if start.family != RUN:
+      made |= load([start], abstract)
+      continue
+    for path, leaf in found.items():
+      made |= {f'params/{ours}': leaf for ours in _targets(start, path.removeprefix('params/'))}
+  return made
 
 
 def _check(wanted: Mapping[str, Any], found: Mapping[str, Any], source: str) -> None:

@@ -1,9 +1,9 @@
 """RUN/samples/step_*.png: what a run draws for fixed captions, beside what it should have drawn.
 
 Three rows: pictures from the model's own visual prompt, pictures rendered from the ground truth's
-visual prompt, and the ground truth. The distance between the first two rows is the gap between
-inference and training: in training the renderer always stands on a true visual prompt. A system
-without visual prompts has no second row.
+visual prompt, and the ground truth; of edits, the pictures before in a fourth. The distance between
+the first two rows is the gap between inference and training: in training the renderer always stands
+on a true visual prompt. A system without visual prompts has no second row.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vpe_jax.training.state import State, weights
 SHOWN = 4  # pictures of each split in a grid
 COUNT = 8  # pictures of each split that the metrics are taken over
 OWN, TRUE = 'own visual prompt', 'true visual prompt'
-DRAWN, TRUTH = 'drawn', 'ground truth'
+DRAWN, TRUTH, BEFORE = 'drawn', 'ground truth', 'before'
 
 
 class Previews:
@@ -81,11 +81,12 @@ class Previews:
       return {}
     params, frozen, found = weights(state), self._frozen.params, {}
     labels = {'own': OWN, 'truth_plan': TRUE} if self._system.codes else {'own': DRAWN}
-    rows: list[list[np.ndarray]] = [[] for _ in (*labels, TRUTH)]
+    ends = (TRUTH, BEFORE) if self._config.data.references else (TRUTH,)
+    rows: list[list[np.ndarray]] = [[] for _ in (*labels, *ends)]
     captions: list[str] = []
     for split in self._splits:
       truth, words = self._load(split)
-      request = dataclasses.replace(truth, image=None, latents=None, codes=None)
+      request = dataclasses.replace(truth, image=None, latents=None, codes=None, reference=None)
       wanted = {'own': request, 'truth_plan': dataclasses.replace(request, codes=truth.codes)}
       for row, name in enumerate(labels):
         drawing = self._draw(params, frozen, wanted[name], key, self._config.sample)
@@ -94,12 +95,13 @@ class Previews:
           found.setdefault(f'sample/{name}/{measure}', []).append(float(value))
         image = jax.device_get(drawing.image[:SHOWN])
         rows[row] += list(pictures.to_uint8(np.nan_to_num(image)))
-      rows[-1] += list(self._fetch(truth.image)[:SHOWN])
+      for row, leaf in zip(rows[len(labels) :], (truth.image, truth.reference)):
+        row += list(self._fetch(leaf)[:SHOWN])
       captions += words
     if jax.process_index() == 0:
       blank = [''] * len(captions)
-      said = [*[blank] * len(labels), captions]
-      sheet = pictures.grid(rows, said, (*labels.values(), TRUTH))
+      said = [*[blank] * len(labels), captions, blank][: len(rows)]
+      sheet = pictures.grid(rows, said, (*labels.values(), *ends))
       pictures.save_png(sheet, self._folder / f'step_{step:07d}.png', overwrite=True)
     return {name: sum(values) / len(values) for name, values in found.items()}
 

@@ -104,7 +104,8 @@ def fresh_state(system: System, abstract: State, frozen: Params, key: Array) -> 
     UserError: weights that the run starts from are missing or don't fit.
   """
   if system.config.start:
-    loaded = pretrained.from_run(system.config, abstract, getattr(system, 'added', ()))
+    beyond = (getattr(system, name, ()) for name in ('added', 'grown'))
+    loaded = pretrained.from_run(system.config, abstract, *beyond)
   else:
     loaded = pretrained.load(getattr(system, 'starts', ()), abstract['params'])
 

@@ -1,0 +1,84 @@
+r"""Image editing with visual prompts: stage 3 of both architectures (arXiv 2606.04457, 4.3).
+
+  python -m vpe_jax.main --config=configs/t2i.py                          (its stages 1 and 2 first)
+  python -m vpe_jax.main --config=configs/edit.py                         (tiny, any machine)
+  python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=external --workdir=runs/external
+  python -m vpe_jax.main --config=configs/edit.py:tiny,arch=external --workdir=runs/edit-external
+  python -m vpe_jax.sample --workdir=runs/edit-tiny --image=before.png \
+      --prompt="replace the red circle with a dog"
+
+A run of configs/t2i.py (`--config.start=RUN`; runs/t2i-PRESET, or runs/external) goes on with the
+picture before in its token row, embedded by a second dual path: Show-o2's where `model.init_from`
+names one (`paper`), else a copy of the run's own. `arch=internal` trains everything, on flow
+matching and on cross-entropy at the constant weight .1; `arch=external` the token expert alone, on
+cross-entropy: its flow loss is evaluated and not trained on. Both have 4,570.0M parameters at paper
+size.
+
+Of App. D's rows the last three are 5 % of the examples each: without instruction (and plan),
+without the picture before, without both; external's, whose plan always stays, lack one of the two.
+Guidance has two scales (sample.guidance and sample.image_guidance, 2.5 and 1), which lead the
+internal picture away from the one without instruction and plan, and from the one with nothing; at 1
+the latter isn't computed. Two more choices that the paper leaves open, for external: 2.5 leads its
+picture away from the one without plan, as its stage 2 was trained to; and its plan isn't led
+(sample.plan_guidance leads it away from the one without instruction).
+
+`tiny` and `debug` edit scenes and OpenMoji variants (data.source=edits): things are added, removed,
+recoloured, replaced and moved; skin tones, hair and genders change. `paper` takes a folder
+(--config.data.source=folder:PATH) whose captions.jsonl has a `reference` in each line, which stands
+for the paper's four sets: its 5 images a chip on 24 chips, two microbatches a step, 70,000 of which
+are 35,000 steps. It runs on a multiple of 8 chips; those beyond 8 share the work within the layers.
+
+Compiled for pods by launch/compile_all.sh, which writes this table:
+(end of the table)
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from configs import common, t2i
+
+
+def get_config(arg: str = '') -> ConfigDict:
+  """The config of a preset, with `arch=internal|external`."""
+  presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
+  preset, options = common.parse_arg(arg, tuple(presets), arch='internal')
+  config = t2i.get_config(f'{preset},arch={options["arch"]}')
+  config.name = config.system = 'edit'
+  external = options['arch'] == 'external'
+  config.start = 'runs/external' if external else f'runs/t2i-{preset}'
+  # The run is done: it draws with its averages, and external's picture expert stays at them.
+  config.start_weights = 'ema'
+  config.stages = ('edit',)
+  for field in ('steps', 'batch_size'):
+    config[field] = config[field][-1:]
+  config.data.references = True
+  config.model.update(inherit=0.0, drop=0.0 if external else 0.05, drop_text=0.05)
+  config.sample.update(guidance=2.5, image_guidance=1.0, plan_guidance=1.0)
+  presets[preset](config)
+  return config
+
+
+def _tiny(config: ConfigDict) -> None:
+  config.steps = (1500,)
+  config.batch_size = (32,)
+  config.data.update(source='edits', scenes_share=0.8, text_length=40, examples=16384)
+  config.model.eoi = 6
+  config.optim.lr = 1e-3
+  config.log = {'samples': 500, 'evaluate': 250}
+
+
+def _debug(config: ConfigDict) -> None:
+  config.data.update(source='edits', text_length=40)
+  config.model.eoi = 6
+
+
+def _paper(config: ConfigDict) -> None:
+  """Table 9 of the paper: 5 x 24 images a microbatch, two of which are a step."""
+  config.steps = (35_000,)
+  config.batch_size = (240,)
+  config.data.source = 'folder:edits/train'
+  config.model.eoi = 151_653
+  config.optim.update(lr=5e-5, accumulate=2)
+  # 240 = 2 x 8 x 15: the batch goes to 8 devices, each layer to what is left.
+  config.mesh = {'data': 1, 'fsdp': 8, 'tensor': -1, 'strategy': 'fsdp_tensor'}

@@ -1,0 +1,60 @@
+"""Text to image, then an edit stage on its run, to pictures, in one process."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from configs import edit, t2i
+from vpe_jax import systems
+from vpe_jax.checkpoints import weights
+from vpe_jax.contracts import UserError
+from vpe_jax.generator import Generator
+from vpe_jax.training import loop, metrics
+
+pytestmark = pytest.mark.slow
+
+
+def _train(config, workdir):
+  for part in ('ar', 'dit', 'head'):
+    config.model[part].layers = 1
+  config.model.dual_path.encoder.layers = 1
+  config.data.examples = 16
+  config.log.update(every=1, samples=0, evaluate=1)
+  config.sample.steps = 2
+  system = systems.build(config.to_dict())
+  loop.train(system.config, system, str(workdir), ())
+
+
+@pytest.mark.parametrize('arch', ['internal', 'external'])
+def test_a_run_goes_on_to_edit(tmp_path, arch, monkeypatch):
+  config = t2i.get_config(f'debug,arch={arch}')
+  config.steps = (1, 1)
+  _train(config, tmp_path / 'drawing')
+  config = edit.get_config(f'debug,arch={arch}')
+  config.start, config.steps = str(tmp_path / 'drawing'), (2,)
+  config.log.samples = 2
+  _train(config, tmp_path / 'edits')
+  before, _ = weights.load_run(config.start, 'ema')
+  params, _ = weights.load_run(str(tmp_path / 'edits'), 'raw')
+  same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+  if arch == 'external':
+    same(params['dit'], before['dit'])
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3)
+  jax.tree.map(close, params['ar']['dual_path'], before['dit']['dual_path'])
+  _, last = metrics.read(str(tmp_path / 'edits'))
+  assert last['eval/flow'] > 0 and last['eval/next_token'] > 0
+  assert ('loss/flow' in last) == (arch == 'internal')
+
+  generator = Generator.load(str(tmp_path / 'edits'))
+  with pytest.raises(UserError, match='the picture to edit is missing'):
+    generator('make it red')
+  white, black = (np.full((40, 60, 3), shade, np.uint8) for shade in (255, 0))
+  one, two = (generator.editing(image)('make it red')[0] for image in (white, black))
+  again = generator.editing(white)(['make it blue', 'make it red'])[1]
+  np.testing.assert_array_equal(again.image, one.image)
+  assert (one.image != two.image).any() and one.metadata['before'] != two.metadata['before']
+  plain = Generator.load(str(tmp_path / 'drawing'))
+  with pytest.raises(UserError, match='draws from words alone'):
+    plain.editing(white)

@@ -1,0 +1,290 @@
+"""Editing: parameters, rows that lose conditions, losses, and what all flow steps share."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import edit as config_file
+from tests.small_systems import encoded_examples
+from vpe_jax import rng, systems
+from vpe_jax.config import SampleConfig
+from vpe_jax.contracts import UserError, visible
+from vpe_jax.data import sequence
+from vpe_jax.models import unified
+from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.sharding import by_path
+from vpe_jax.systems import editing, rendering
+from vpe_jax.training.state import split_trainable
+
+KEY = rng.run_key(0)
+B = 4
+ALL = jnp.ones(B, bool)
+CLOCK = jnp.array([0.3, 0.5, 0.7, 0.9])
+
+
+def _system(arch='internal', preset='debug', **changes):
+  config = config_file.get_config(f'{preset},arch={arch}')
+  config.data.update(source='synthetic', encode='cached')
+  if preset == 'debug':
+    config.data.text_length = 5
+    config.model.dual_path.encoder.layers = config.model.head.layers = 1
+  config.update(changes)
+  return systems.build(config.to_dict())
+
+
+@functools.cache
+def _made(arch):
+  return _system(arch)
+
+
+def _batch(system):
+  batch = encoded_examples(system, B)
+  draw = np.random.default_rng(7)
+  before = jnp.asarray(draw.standard_normal(batch.latents.shape), jnp.float32)
+  return dataclasses.replace(batch, reference_latents=before)
+
+
+@functools.cache
+def _params(arch='internal'):
+  """Drawn on the host, so that nothing is zero or the identity and nothing is compiled for it."""
+  draw = np.random.default_rng(1)
+  shapes = jax.eval_shape(_made(arch).init, KEY)
+  normal = lambda leaf: jnp.asarray(0.15 * draw.standard_normal(leaf.shape), jnp.float32)
+  one = lambda path: float('scale' in jax.tree_util.keystr(path))
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: one(path) + normal(leaf), shapes)
+
+
+def test_parameters_are_the_papers_and_the_same_in_both_architectures():
+  ours, theirs = (
+    {path: leaf.shape for path, leaf in by_path(jax.eval_shape(made.init, KEY)).items()}
+    for made in (_system(arch, 'paper') for arch in ('internal', 'external'))
+  )
+  assert ours == theirs
+  assert abs(sum(np.prod(shape) for shape in ours.values()) - 4_570.0e6) < 0.1e6
+  added = [path for path in ours if path.startswith('ar/dual_path/')]
+  assert {path.replace('ar/', 'dit/', 1) for path in added} <= set(ours)
+  assert abs(sum(np.prod(ours[path]) for path in added) - 403.74e6) < 0.01e6
+
+
+@pytest.mark.parametrize('arch', ['internal', 'external'])
+def test_conditions_are_dropped_as_often_as_in_appendix_d_and_by_one_draw(arch):
+  system = _made(arch)
+  many = dataclasses.replace(_batch(system), example=jnp.arange(8192))
+  keep = system._keep(many, KEY, system.stages[0])
+  told, reference = (np.asarray(keep[name]) for name in sequence.CONDITIONS)
+  shares = [np.mean(x) for x in (~told & reference, told & ~reference, ~told & ~reference)]
+  wanted = [0.05, 0.05, 0.05 if arch == 'internal' else 0.0]
+  np.testing.assert_allclose(shares, wanted, atol=0.01)
+  assert arch == 'internal' or shares[2] == 0
+
+
+def _whole(system, params, batch, keep):
+  """Hidden states and velocity of whole rows at CLOCK, compiled."""
+
+  def run(params):
+    regions = system._regions(batch, batch.codes, keep)
+    return system._forward(params, regions, (batch.latents, CLOCK), batch)
+
+  return jax.jit(run)(params)
+
+
+def _flow_step(system, weights, prefix, latents):
+  """The velocity of one cached flow step."""
+  stream, condition = system.model.picture_stream(weights, latents, CLOCK, prefix.picture)
+  at = prefix.body.key.order.shape[1] - prefix.picture.ids.shape[1]
+  hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.body, at)
+  stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
+  rows, _ = system.model.head(weights, {'dit': stream}, prefix.head, at)
+  return system.model.velocity(weights, rows['dit'], condition)
+
+
+def _close(ours, theirs, tolerance=1e-4):
+  error = jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs))
+  assert float(error) < tolerance, f'relative error {float(error):.1e}'
+
+
+def test_each_cached_branch_equals_its_whole_row():
+  """Full, without instruction and plan, and null; and the first two aren't alike."""
+  system, params = _made('internal'), _params()
+  batch = _batch(system)
+  job = system.rows.job(SampleConfig(steps=2))
+  request = dataclasses.replace(batch, latents=None)
+
+  @jax.jit
+  def cached(params):
+    _, prefix = rendering.plan(job, params, request, KEY)
+    branches = {
+      'conditional': prefix,
+      'reference': editing.reference_prefix(job, params, request, prefix),
+      'null': rendering.null_prefix(job, params, request),
+    }
+    step = lambda branch: _flow_step(system, params, branch, batch.latents)
+    return {name: step(branch) for name, branch in branches.items()}
+
+  found = cached(params)
+  for name, told, reference in (
+    ('conditional', ALL, ALL),
+    ('reference', ~ALL, ALL),
+    ('null', ~ALL, ~ALL),
+  ):
+    keep = {sequence.TOLD: told, sequence.REFERENCE: reference}
+    _close(found[name], _whole(system, params, batch, keep)[1])
+  assert float(jnp.abs(found['conditional'] - found['reference']).max()) > 1e-3
+  assert float(jnp.abs(found['reference'] - found['null']).max()) > 1e-3
+
+
+def test_two_branches_draw_what_three_do_where_the_image_scale_is_1():
+  system, params = _made('internal'), _params()
+  request = dataclasses.replace(_batch(system), latents=None)
+
+  def drawn(count):
+    settings = SampleConfig(steps=2, shift=1.0, guidance=2.5, image_guidance=1.0)
+    job = system.rows.job(settings)
+
+    def run(params):
+      _, prefix = rendering.plan(job, params, request, KEY)
+      made = {
+        'conditional': (2.5, prefix),
+        'reference': (1.0 - 2.5, editing.reference_prefix(job, params, request, prefix)),
+        'null': (0.0, rendering.null_prefix(job, params, request)),
+      }
+      kept = dict(list(made.items())[:count])
+      branches = {name: branch for name, (_, branch) in kept.items()}
+      weights = {name: weight for name, (weight, _) in kept.items()}
+      return rendering.render(job, params, branches, rendering.noise(job, request, KEY), weights)
+
+    return jax.jit(run)(params), settings
+
+  two, settings = drawn(2)
+  three, _ = drawn(3)
+  _close(two, three, 1e-5)
+  _, latents = jax.jit(lambda p: system.rows.draw(p, request, KEY, settings))(params)
+  _close(latents, two, 1e-5)
+
+
+def test_the_picture_before_is_seen_by_what_follows_and_dropped_by_its_keep():
+  system, params = _made('internal'), _params()
+  batch = _batch(system)
+  other = dataclasses.replace(batch, reference_latents=-batch.reference_latents)
+  keep = {sequence.TOLD: ALL, sequence.REFERENCE: jnp.array([True, False, True, False])}
+  (hidden, flow), (changed, moved) = (_whole(system, params, b, keep) for b in (batch, other))
+  at = sequence.place(system.spans, 'bot')[0]
+  told = jnp.abs(hidden - changed)[:, at:].max((1, 2))
+  drawn = jnp.abs(flow - moved).max((1, 2, 3))
+  for difference in (told, drawn):
+    assert (difference[::2] > 1e-3).all() and (difference[1::2] == 0).all()
+
+
+@pytest.mark.parametrize('arch', ['internal', 'external'])
+def test_what_trains_and_what_is_watched(arch):
+  system, params = _made(arch), _params(arch)
+  batch, (stage,) = _batch(system), system.stages
+  internal = arch == 'internal'
+  trainable, frozen = split_trainable(params, stage)
+  assert set(frozen) == (set() if internal else {'dit'})
+  assert ('flow' in stage.losses) == internal
+  # As held-out evaluation runs it.
+  every = dataclasses.replace(stage, losses=('next_token', 'flow'))
+  losses = lambda p: system.losses(p, {}, batch, KEY, jnp.int32(3), every)
+  terms, gradients = jax.jit(
+    lambda p: (losses(p), jax.grad(lambda p: losses(p)['next_token'].sum)(p))
+  )(params)
+  assert float(terms['flow'].weight) == float(internal)
+  np.testing.assert_allclose(float(terms['next_token'].weight), 0.1 if internal else 1.0)
+  counts = system.counts(batch, KEY, 3, every)
+  assert {name: float(n) for name, n in counts.items()} == {
+    name: float(term.count) for name, term in terms.items()
+  }
+  seen = gradients['ar']['dual_path']['encoder']['mlp']['up']['kernel']
+  assert float(jnp.abs(seen).max()) > 0
+
+
+def test_external_draws_through_its_plan_alone():
+  """The same plan gives the same picture, whatever the picture before."""
+  system, params = _made('external'), _params('external')
+  request = dataclasses.replace(_batch(system), latents=None)
+  other = dataclasses.replace(request, reference_latents=-request.reference_latents)
+  settings = SampleConfig(steps=2, guidance=2.5, temperature=0.0)
+  draw = jax.jit(lambda p, r: system.rows.draw(p, r, KEY, settings))
+  (_, one), (_, two) = draw(params, request), draw(params, other)
+  np.testing.assert_array_equal(one, two)
+  unplanned = [dataclasses.replace(r, codes=None) for r in (request, other)]
+  plan = jax.jit(lambda p, r: system.plan(p, r, KEY, settings))
+  assert (plan(params, unplanned[0]) != plan(params, unplanned[1])).any()
+  with pytest.raises(UserError, match='sees no picture before an edit'):
+    led = dataclasses.replace(settings, image_guidance=1.5)
+    jax.eval_shape(lambda p: system.rows.draw(p, request, KEY, led), params)
+
+
+@pytest.mark.parametrize('arch', ['internal', 'external'])
+def test_flops_are_those_of_the_traced_step(arch):
+  system = _system(arch, unroll=True)
+  batch, (stage,) = _batch(system), system.stages
+  shapes = jax.eval_shape(system.init, KEY)
+  trainable, frozen = split_trainable(shapes, stage)
+
+  def loss(trainable, frozen):
+    params = {name: {**frozen.get(name, {}), **tree} for name, tree in trainable.items()}
+    terms = system.losses(frozen | params, {}, batch, KEY, jnp.int32(0), stage)
+    return sum(terms[name].sum for name in stage.losses)
+
+  found = matrix_flops(jax.grad(loss), trainable, frozen) / B
+  assert abs(found / system.flops(stage) - 1) < 0.03
+  # Of attention, pairs that see each other: counted on the masks.
+  c = system.config.model
+  full = dataclasses.replace(batch, text_length=jnp.full((B,), system.config.data.text_length))
+  regions = system._regions(full, batch.codes, ALL)
+  kept = ('ar', 'dit') if arch == 'internal' else ('ar',)
+  row = unified.row_visibility({name: regions[name] for name in kept})
+  seen, tokens = np.asarray(visible(row, row))[0].sum(1), regions['ar'].ids.shape[1]
+  wide = lambda part, pairs: 4 * part.layers * part.heads * part.head_width * pairs
+  encoder = 4 * c.dual_path.encoder.layers * c.dual_path.encoder.width * c.image_tokens**2
+  wanted = wide(c.ar, seen[:tokens].sum()) + encoder
+  if arch == 'internal':
+    wanted += wide(c.dit, seen[tokens:].sum()) + wide(c.head, seen.sum()) + encoder
+  assert system.attention_flops(stage) == wanted
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'start': ''}, 'goes on from a run that draws'),
+    ({'stages': ('joint',)}, "this system has one stage, 'edit'"),
+  ],
+)
+def test_mistakes(changes, message):
+  with pytest.raises(UserError, match=message):
+    _system(**changes)
+
+
+@pytest.mark.parametrize(
+  'arch, model, message',
+  [
+    ('external', {'drop': 0.05}, 'it must be 0 with arch=external'),
+    ('internal', {'drop_reference': 0.95}, 'at most 1 together'),
+    ('internal', {'references': False}, 'true in this system'),
+    ('internal', {'eoi': 5000}, 'below text_vocab'),
+  ],
+)
+def test_mistakes_in_the_model(arch, model, message):
+  config = config_file.get_config(f'debug,arch={arch}')
+  config.model.update(model)
+  with pytest.raises(UserError, match=message):
+    systems.build(config.to_dict())
+
+
+def test_the_second_dual_path_comes_from_show_o2_or_from_the_run():
+  system = _system()
+  (start,) = system.grown
+  assert (start.family, start.paths) == ('run', (('dit/dual_path/', 'ar/dual_path/'),))
+  assert 'from dit/dual_path/' in system.stages[0].source
+  system = _system(preset='paper')
+  (start,) = system.grown
+  assert start.family == 'showo2' and not start.sizes.references and system.starts == ()
+  assert 'ar/dual_path/ where it has none: from showlab/show-o2' in system.stages[0].source

@@ -1,0 +1,353 @@
+"""Image editing with visual prompts: stage 3 of Internal+VPE and External+VPE (arXiv 2606.04457).
+
+A run of `t2i` goes on (`config.start`) with the picture before among its tokens, embedded by a dual
+path of its own. `model.arch=internal` trains everything, on flow matching and on cross-entropy at a
+constant weight; the picture sees the one before, instruction and plan. `model.arch=external` trains
+the token expert on cross-entropy alone: the frozen picture expert sees the plan and nothing else,
+so what an edit should keep has to go through it. Its flow loss is evaluated, and never trained on.
+
+Conditions are dropped as in App. D, one draw an example: the instruction (with internal the plan
+too, as it would tell), the picture before, or with internal both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax import rng as rng_lib
+from vpe_jax.config import Config, SampleConfig, check
+from vpe_jax.contracts import (
+  RUN,
+  Array,
+  Drawing,
+  Examples,
+  Params,
+  Region,
+  Stage,
+  Start,
+  UserError,
+  concatenate,
+)
+from vpe_jax.data import sequence
+from vpe_jax.models import editing, external, mot, unified
+from vpe_jax.models.editing import Editor
+from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.sampling import guidance
+from vpe_jax.systems import rendering, t2i
+from vpe_jax.systems.external import External
+from vpe_jax.systems.internal import Internal
+
+INTERNAL = Stage('edit', ('.*',), ('next_token', 'flow'), ema=True, source='a run')
+EXTERNAL = dataclasses.replace(
+  INTERNAL, trainable=('ar/', 'embed/'), losses=('next_token',), watched=('flow',)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(t2i.ModelConfig):
+  """Those of `t2i`, with a picture before, and conditions dropped in one draw an example.
+
+  Attributes:
+    drop: share of examples without any condition; 0 with `arch=external`, which has no such row.
+    drop_text: share without instruction; with `arch=internal` they lack the plan too.
+    drop_reference: share without the picture before.
+    eoi: id of the text row that ends the picture before.
+  """
+
+  references: bool = True
+  drop: float = 0.05
+  drop_text: float = 0.05
+  drop_reference: float = 0.05
+  eoi: int = 0
+  vp_schedule: str = 'constant'
+  ce_start: float = 0.1
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check(self, 'model.', 'references', self.references, 'true in this system')
+    check(self, 'model.', 'vpe', self.vpe, 'true in this system')
+    known = ('internal', 'external')
+    check(self, 'model.', 'arch', self.arch in known, f'one of {", ".join(known)} in this system')
+    known = 0 <= self.eoi < self.text_vocab
+    check(self, 'model.', 'eoi', known, f'below text_vocab={self.text_vocab}')
+    share = 0 <= self.drop_reference <= 1
+    check(self, 'model.', 'drop_reference', share, 'between 0 and 1')
+    together = self.drop + self.drop_text + self.drop_reference
+    words = 'at most 1 together with drop_text and drop_reference'
+    check(self, 'model.', 'drop', together <= 1, words)
+    none = self.arch == 'internal' or not self.drop
+    check(self, 'model.', 'drop', none, '0 with arch=external, whose token rows keep a condition')
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(rendering.Job):
+  """As rendering.Job, where a request's `reference_latents` stand among its tokens."""
+
+  editor: Editor
+
+  def begin(
+    self, params: Params, request: Examples, region: Region, cache: mot.Cache
+  ) -> tuple[Array, mot.Cache]:
+    """See rendering.Job."""
+    stream, _ = self.editor.token_stream(params, region, request.reference_latents)
+    hidden, cache = self.model.backbone(params, {'ar': stream}, cache, 0)
+    return hidden['ar'], cache
+
+  def head_streams(self, params: Params, stream: mot.Stream) -> dict[str, mot.Stream]:
+    """See rendering.Job."""
+    condition, _ = self.editor.clean(params, stream.x.shape[0])
+    return self.editor.head_streams(stream, condition)
+
+
+def _editor(model: unified.Unified, spans: tuple[sequence.Span, ...]) -> Editor:
+  first, last = (sequence.place(spans, kind) for kind in ('ref_time', 'ref_latents'))
+  return Editor(model, (first[0], last[1]))
+
+
+class EditInternal(Internal):
+  """The row of Internal+VPE's edits; see systems/internal.py."""
+
+  stages = {INTERNAL.name: INTERNAL}
+
+  def __init__(
+    self, model: unified.Unified, vocabulary: sequence.Vocabulary, text: int, codes: int
+  ) -> None:
+    """See Internal."""
+    self.model = model
+    self.vocabulary = vocabulary
+    self.spans = sequence.edit(text, codes, model.config.image_tokens)
+    self.editor = _editor(model, self.spans)
+
+  def forward_edit(
+    self,
+    params: Params,
+    regions: dict[str, Region],
+    noisy: tuple[Array, Array] | None,
+    reference: Array,
+  ) -> tuple[Array, Array | None]:
+    """As `forward`, with latents of the pictures before [B, h, w, C]."""
+    if noisy is not None:
+      return self.editor(params, regions, reference, *noisy)
+    stream, _ = self.editor.token_stream(params, regions['ar'], reference)
+    return self.model.backbone(params, {'ar': stream})[0]['ar'], None
+
+  def draw(
+    self, params: Params, request: Examples, rng: Array, settings: SampleConfig
+  ) -> tuple[Array, Array]:
+    """Codes [B, P] and latents [B, h, w, C] of a batch of requests, by the two scales' branches."""
+    job = self.job(settings)
+    codes, prefix = rendering.plan(job, params, request, rng)
+    weights = guidance.edit_branches(settings.guidance, settings.image_guidance)
+    made = {
+      'conditional': lambda: prefix,
+      'reference': lambda: reference_prefix(job, params, request, prefix),
+      'null': lambda: rendering.null_prefix(job, params, request),
+    }
+    branches = {name: made[name]() for name in weights}
+    noise = rendering.noise(job, request, rng)
+    return codes, rendering.render(job, params, branches, noise, weights)
+
+  def job(self, settings: SampleConfig) -> Job:
+    """What drawing and planning keep static."""
+    return Job(self.model, self.spans, self.vocabulary, settings, self.editor)
+
+  def train_flops(self, stage: Stage, predicted: int) -> float:
+    """Matrix FLOPs of one example, all of which trains."""
+    reference = unified.with_backward(editing.reference_flops(self.model.config))
+    return super().train_flops(stage, predicted) + reference
+
+  def attention_flops(self, stage: Stage) -> tuple[float, float]:
+    """Of one forward pass, what attention amounts to: where all is frozen, and elsewhere."""
+    frozen, trained = super().attention_flops(stage)
+    return frozen, trained + editing.reference_attention_flops(self.model.config, head=True)
+
+
+class EditExternal(External):
+  """The rows of External+VPE's edits; see systems/external.py."""
+
+  stages = {EXTERNAL.name: EXTERNAL}
+
+  def __init__(
+    self,
+    model: unified.Unified,
+    vocabulary: sequence.Vocabulary,
+    text: int,
+    codes: int,
+    condition: str,
+  ) -> None:
+    """See External."""
+    super().__init__(model, vocabulary, text, codes, condition)
+    self.spans = sequence.edit_tokens(text, codes, model.config.image_tokens)
+    self.pair = external.External(model, condition, sequence.place(self.spans, 'codes'))
+    self.editor = _editor(model, self.spans)
+
+  def regions(
+    self, batch: Examples, codes: Array, keep: Array | Mapping[str, Array]
+  ) -> dict[str, Region]:
+    """`ar`, `prefix` and `dit` of a batch, the first without what `keep` drops."""
+    tokens = sequence.build(
+      self.spans,
+      self.vocabulary,
+      batch.text,
+      batch.text_length,
+      codes,
+      keep,
+      self.model.config.multiple,
+    )
+    return tokens | self._picture(codes, jnp.ones(codes.shape[:1], bool))
+
+  def forward_edit(
+    self,
+    params: Params,
+    regions: dict[str, Region],
+    noisy: tuple[Array, Array] | None,
+    reference: Array,
+  ) -> tuple[Array, Array | None]:
+    """As `forward`, with latents of the pictures before [B, h, w, C]."""
+    stream, _ = self.editor.token_stream(params, regions['ar'], reference)
+    if noisy is None:
+      return self.model.backbone(params, {'ar': stream})[0]['ar'], None
+    hidden, plan = self.pair.read(params, regions['ar'], stream)
+    row = {name: regions[name] for name in ('prefix', 'dit')}
+    return hidden, self.pair(params, plan, row, *noisy)
+
+  def job(self, settings: SampleConfig) -> Job:
+    """What drawing and planning keep static."""
+    return Job(self.model, self.spans, self.vocabulary, settings, self.editor)
+
+  def train_flops(self, stage: Stage, predicted: int) -> float:
+    """Matrix FLOPs of one example; the time embedding is frozen, and the head doesn't run."""
+    blocks = editing.reference_flops(self.model.config)
+    del blocks['modulation']
+    frozen = blocks.pop('clock') + blocks.pop('time')
+    trained = unified.with_backward(blocks)
+    return super().train_flops(stage, predicted) + trained + frozen
+
+  def attention_flops(self, stage: Stage) -> tuple[float, float]:
+    """Of one forward pass, what attention amounts to: where all is frozen, and elsewhere."""
+    frozen, trained = super().attention_flops(stage)
+    return frozen, trained + editing.reference_attention_flops(self.model.config, head=False)
+
+
+def reference_prefix(
+  job: Job, params: Params, request: Examples, whole: rendering.Prefix
+) -> rendering.Prefix:
+  """The prefix `[bos] [boi] time x_ref [eoi] [boi]` of the branch without instruction and plan.
+
+  All but its last token are the first of `whole`, where they see and are seen by the same: their
+  keys and values are taken from there, and [boi] alone is computed, at the place after them.
+  """
+  codes = jnp.zeros((request.example.shape[0], job.codes), jnp.int32)
+  regions = job.regions(request, codes, (sequence.TOLD,))
+  row, at, boi = regions['ar'], sequence.place(job.spans, 'eoi')[1], job.slot('boi')
+  cut = lambda leaf, start, stop: jax.tree.map(lambda x: x[:, start:stop], leaf)
+  last = cut(row, boi, boi + 1)
+  rest = jax.tree.map(jnp.zeros_like, cut(row.visibility, at + 1, None))
+  seen = cut(row.visibility, 0, at)
+  key = concatenate([seen, last.visibility, rest, regions['dit'].visibility])
+  body, head = (mot.Cache(cache.k, cache.v, key) for cache in (whole.body, whole.head))
+  hidden, body = rendering.tokens(job, params, last, body, at)
+  stream = mot.Stream(hidden, last.positions, last.visibility)
+  _, head = job.model.head(params, {'ar': stream}, head, at)
+  return rendering.Prefix(body, head, regions['dit'])
+
+
+class System(t2i.System):
+  """See vpe_jax.contracts.System; what it doesn't say is as in text to image."""
+
+  def __init__(self, config: Config) -> None:
+    if config.stages != (INTERNAL.name,):
+      raise UserError(f"config.stages is {config.stages}: this system has one stage, 'edit'")
+    if not config.data.references:
+      raise UserError(
+        'this system trains on pictures before and after an edit: set data.references=True, and '
+        'data.source to edits or to a folder'
+      )
+    if not config.start:
+      raise UserError(
+        "stage 'edit' goes on from a run that draws: name one of configs/t2i.py of the same sizes, "
+        'with --config.start=RUN'
+      )
+    super().__init__(config)
+    # They compare a picture with a caption, and an instruction is none.
+    self.similarity = self.plan_similarity = None
+
+  def _rows(self) -> EditInternal | EditExternal:
+    c = self.config.model
+    self.vocabulary = dataclasses.replace(self.vocabulary, eoi=c.eoi)
+    given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens)
+    return EditExternal(*given, c.condition) if c.arch == 'external' else EditInternal(*given)
+
+  @property
+  def starts(self) -> tuple[Start, ...]:
+    """None: all but the second dual path comes from the run that `config.start` names."""
+    return ()
+
+  @property
+  def grown(self) -> tuple[Start, ...]:
+    """The second dual path: Show-o2's where `model.init_from` names one, else the run's own."""
+    paths = (('dit/dual_path/', 'ar/dual_path/'),)
+    if not self.config.model.init_from:
+      return (Start(RUN, self.config.start, None, paths),)
+    (published,) = super().starts
+    return (dataclasses.replace(published, paths=paths),)
+
+  def abstract_batch(self, batch_size: int) -> Examples:
+    """As in text to image, and the same of the pictures before."""
+    batch = super().abstract_batch(batch_size)
+    return dataclasses.replace(batch, reference=batch.image, reference_latents=batch.latents)
+
+  def encode_reference(self, frozen: Params, images: Array) -> Array:
+    """Latents [B, h, w, C] of pictures before [B, R, R, 3] uint8."""
+    return self.image.encode(frozen, images)
+
+  def generate(
+    self, params: Params, frozen: Params, request: Examples, rng: Array, settings: SampleConfig
+  ) -> Drawing:
+    """Plans, then renders, from `request.reference_latents` or those of `request.reference`."""
+    return super().generate(params, frozen, self._with_reference(frozen, request), rng, settings)
+
+  def encoder_flops(self, stage: Stage) -> float:
+    """Matrix FLOPs of the frozen encoders for one example, where they run online."""
+    flops, data = super().encoder_flops(stage), self.config.data
+    if not flops:
+      return flops
+    image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
+    return flops + matrix_flops(self.encode_reference, self.abstract_frozen(), image)
+
+  def _encoded(self, frozen: Params, batch: Examples) -> Examples:
+    return self._with_reference(frozen, super()._encoded(frozen, batch))
+
+  def _with_reference(self, frozen: Params, batch: Examples) -> Examples:
+    if batch.reference_latents is not None:
+      return batch
+    latents = self.encode_reference(frozen, batch.reference)
+    return dataclasses.replace(batch, reference_latents=latents)
+
+  def _forward(
+    self,
+    params: Params,
+    regions: dict[str, Region],
+    noisy: tuple[Array, Array] | None,
+    batch: Examples,
+  ) -> tuple[Array, Array | None]:
+    return self.rows.forward_edit(params, regions, noisy, batch.reference_latents)
+
+  def _keep(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
+    """Of each condition, which examples keep it: one draw decides on both."""
+    c = self.config.model
+    drawn = rng_lib.per_example(jax.random.uniform, rng, 'drop', batch.example)
+    text, reference = c.drop_text, c.drop_text + c.drop_reference
+    nothing = (reference <= drawn) & (drawn < reference + c.drop)
+    told = (drawn >= text) & ~nothing
+    return {
+      sequence.TOLD: told,
+      sequence.REFERENCE: ((drawn < text) | (drawn >= reference)) & ~nothing,
+    }
+
+  def _told(self, batch: Examples, rng: Array) -> Examples:
+    return batch
