@@ -441,12 +441,10 @@ class Generator:
   def _rows_of(self, codes: np.ndarray, request: Examples) -> np.ndarray:
     """The given visual prompts, one for each row of the request."""
     codes, count = np.asarray(codes, np.int32), len(request.example)
+    draw = lambda *arrays: self.system.generate(*arrays, self.settings()).codes
     if self.has_plans:
-      write = lambda *arrays: self.system.plan(*arrays, self.settings())
-      own = jax.eval_shape(write, self._params, request, rng.run_key(0))
-    else:
-      draw = lambda *arrays: self.system.generate(*arrays, self.settings()).codes
-      own = jax.eval_shape(draw, self._params, self._frozen, request, rng.run_key(0))
+      draw = lambda params, _, *arrays: self.system.plan(params, *arrays, self.settings())
+    own = jax.eval_shape(draw, self._params, self._frozen, request, rng.run_key(0))
     wanted = (count, own.shape[1])
     if codes.shape not in (wanted, wanted[1:]):
       raise UserError(f'codes have shape {codes.shape}: {wanted} or {wanted[1:]} is needed')
