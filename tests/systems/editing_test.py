@@ -205,21 +205,19 @@ def test_what_trains_and_what_is_watched(arch):
   assert float(jnp.abs(seen).max()) > 0
 
 
-def test_external_draws_through_its_plan_alone():
-  """What the token expert makes of a plan has seen the picture before; without it nothing has."""
+def test_external_plans_from_the_picture_before_and_draws_from_its_plan_alone():
+  """Its picture expert reads the token expert's states at the codes, and has no other rows."""
   system, params = _made('external'), _params('external')
-  request = dataclasses.replace(_batch(system), latents=None)
+  request = dataclasses.replace(_batch(system), latents=None, codes=None)
   other = dataclasses.replace(request, reference_latents=-request.reference_latents)
   settings = SampleConfig(steps=2, guidance=2.5, temperature=0.0)
-  draw = jax.jit(lambda p, r, s: system.rows.draw(p, r, KEY, s)[1], static_argnums=2)
-  one, two = (draw(params, r, settings) for r in (request, other))
-  assert float(jnp.abs(one - two).max()) > 1e-3
-  alone = dataclasses.replace(settings, guidance=0.0)
-  np.testing.assert_array_equal(draw(params, request, alone), draw(params, other, alone))
-  unplanned = [dataclasses.replace(r, codes=None) for r in (request, other)]
+  codes, latents = jax.jit(lambda p: system.rows.draw(p, request, KEY, settings))(params)
+  assert np.isfinite(latents).all() and float(jnp.abs(latents).max()) > 0
   plan = jax.jit(lambda p, r: system.plan(p, r, KEY, settings))
-  assert (plan(params, unplanned[0]) != plan(params, unplanned[1])).any()
-  with pytest.raises(UserError, match='sees no picture before an edit'):
+  np.testing.assert_array_equal(plan(params, request), codes)
+  assert (plan(params, other) != codes).any()
+  assert [s.kind for s in system.rows.picture_spans] == ['codes', 'boi', 'time', 'latents']
+  with pytest.raises(UserError, match='sees no picture before an edit: set it to 1'):
     led = dataclasses.replace(settings, image_guidance=1.5)
     jax.eval_shape(lambda p: system.rows.draw(p, request, KEY, led), params)
 

@@ -3,8 +3,9 @@
 A run of `t2i` goes on (`config.start`) with the picture before among its tokens, embedded by a dual
 path of its own. `model.arch=internal` trains everything, on flow matching and on cross-entropy at a
 constant weight; the picture sees the one before, instruction and plan. `model.arch=external` trains
-the token expert on cross-entropy alone: the frozen picture expert sees the plan and nothing else,
-so what an edit should keep has to go through it. Its flow loss is evaluated, and never trained on.
+the token expert on cross-entropy alone: the frozen picture expert sees nothing but what that one
+makes of the plan, so what an edit should keep has to go through it. Its flow loss is evaluated, and
+never trained on.
 
 Conditions are dropped as in App. D, one draw an example: the instruction (with internal the plan
 too, as it would tell), the picture before, or with internal both.
