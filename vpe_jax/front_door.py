@@ -75,6 +75,7 @@ def define_settings() -> None:
   flags.DEFINE_float('top_p', None, 'draw from the likeliest codes up to this total; 1 is off')
   flags.DEFINE_float('min_p', None, 'least share of the likeliest code; 0 is off')
   flags.DEFINE_float('plan_guidance', None, 'of the visual prompt towards the text; 1 is off')
+  flags.DEFINE_float('image_guidance', None, 'of an edit towards the picture before; 1 is off')
 
 
 def settings() -> dict[str, int | float | None]:
