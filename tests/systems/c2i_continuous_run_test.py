@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -86,4 +85,3 @@ def test_forks_of_what_does_not_fit_are_named(folder):
   with pytest.raises(UserError, match='ema/embed/classes.* is absent there'):
     _train(folder, 'off', 'debug,vpe=false', 1, optim={'ema': 0.0, 'warmup': 0})
     _train(folder, 'on', f'debug,vpe=false,fork={folder / "off"}', 1)
-  assert jax.process_count() == 1

@@ -9,7 +9,6 @@ their cross-entropy at the progressive weight of Eq. 3. Both carry optimizer and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,14 +16,15 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import choice
-from vpe_jax.config import Config, SampleConfig, check, check_sizes, nearest
+from vpe_jax.config import Config, SampleConfig, check, check_sizes
 from vpe_jax.contracts import Array, Drawing, Examples, LossTerm, Params, Stage, Start, UserError
-from vpe_jax.models import mot, transfusion
+from vpe_jax.models import transfusion
 from vpe_jax.models.decoder import DecoderConfig
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import flow_matching, next_token, schedules
-from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.sampling import guidance
 from vpe_jax.systems import class_rendering
+from vpe_jax.systems.class_to_image import ClassToImage
 
 _PLAN_LOSSES = ('accuracy', 'next_token')
 _QWEN = {'vocabulary': 151_936, 'tied': True, 'context': 32_768}  # Qwen2.5-0.5B, beside its layers
@@ -78,10 +78,9 @@ class ModelConfig(choice.CodecsConfig):
       )
 
 
-class System:
+class System(ClassToImage):
   """See vpe_jax.contracts.System."""
 
-  plan_similarity = None  # A class is a number, not a text.
   draws_with = ('image',)
   added = ('embed/plan',)
   logical_axes = (
@@ -97,22 +96,11 @@ class System:
   )
 
   def __init__(self, config: Config) -> None:
-    for name in config.stages:
-      if name != 'train':
-        raise UserError(f"no stage '{name}' in this system{nearest(name, ('train',))}")
-    if config.data.text_length != 1:
-      raise UserError(
-        f'data.text_length is {config.data.text_length}, but a class is one token: set it to 1'
-      )
     c: ModelConfig = config.model
-    self.config = config
     losses = ('flow', *(_PLAN_LOSSES if c.vpe else ()))
     source = f'{c.init_from} (layers, norm), the rest fresh' if c.init_from else 'fresh'
-    ema = bool(config.optim.ema)
-    self.stages = (Stage('train', ('.*',), tuple(sorted(losses)), ema=ema, source=source),)
-    self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype))
+    super().__init__(config, losses, source)
     self.image = choice.image_codec(c)
-    self.codes = c.plan_codes
     sizes = transfusion.TransfusionConfig(
       classes=c.classes + bool(c.drop),
       plan_codes=self.codes,
@@ -126,18 +114,6 @@ class System:
     self.model = transfusion.Transfusion(sizes, *given)
 
   @property
-  def frozen_weights(self) -> Mapping[str, str]:
-    """No codec is needed where codes and latents are synthetic."""
-    if self.config.data.source == 'synthetic':
-      return {}
-    return self.config.model.frozen_weights
-
-  @property
-  def published(self) -> Mapping[str, Start]:
-    """Those of the frozen networks that are published."""
-    return self.config.model.published
-
-  @property
   def starts(self) -> tuple[Start, ...]:
     """The language model whose layers the body starts from, where `model.init_from` names one."""
     c = self.config.model
@@ -146,25 +122,6 @@ class System:
     sizes = DecoderConfig(body=c.body, **_QWEN)
     paths = (('layers/', 'layers/'), ('norm/', 'norm/'))
     return (Start('qwen2', c.init_from, sizes, paths),)
-
-  def init(self, rng: Array) -> Params:
-    """Fresh parameters, float32."""
-    return self.model.init(rng)
-
-  def prepare(self, params: Params) -> Params:
-    """Parameters in the layout that decoding is fast in; outside jit, once."""
-    return {**params, 'layers': mot.unstack(params['layers'])}
-
-  def abstract_batch(self, batch_size: int) -> Examples:
-    """Images where encoders run online, else codes and latents."""
-    ints = lambda *shape: jax.ShapeDtypeStruct((batch_size, *shape), jnp.int32)
-    common = {'example': ints(), 'text': ints(1), 'text_length': ints()}
-    R = self.config.data.image_size
-    if self.config.data.encode == 'online':
-      image = jax.ShapeDtypeStruct((batch_size, R, R, 3), jnp.uint8)
-      return Examples(**common, image=image)
-    codes, latents = self.abstract_encoded(batch_size)
-    return Examples(**common, codes=codes, latents=latents)
 
   def abstract_encoded(self, batch_size: int) -> tuple[Any, Any]:
     """The plans [B, P] and latents [B, h, w, C] that the model takes."""
@@ -176,12 +133,6 @@ class System:
   def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
     """Plans [B, P] (P = 0 without visual prompt) and latents of images [B, R, R, 3] uint8."""
     return self.visual_prompt.encode(frozen, images), self.image.encode(frozen, images)
-
-  def abstract_frozen(self) -> Params:
-    """The codecs' networks as shapes; none where codes and latents are synthetic."""
-    if not self.frozen_weights:
-      return {}
-    return {**self.visual_prompt.abstract_params(), **self.image.abstract_params()}
 
   def decode(self, frozen: Params, latents: Array) -> Array:
     """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""
@@ -244,6 +195,7 @@ class System:
         f'sample.plan_guidance is {settings.plan_guidance:g}, but what this model leads away from '
         'has no visual prompt: set sample.plan_guidance=1'
       )
+    guidance.check_unedited(settings.image_guidance)
     plan, latents = class_rendering.draw(self.model, settings, params, request, rng)
     return Drawing(self.decode(frozen, latents), plan, latents)
 
@@ -262,14 +214,6 @@ class System:
     # What reads data needs no gradient of its input.
     trained = sum((2.0 if name in ('latents', 'clock') else 3.0) * n for name, n in blocks.items())
     return trained + self.encoder_flops()
-
-  def encoder_flops(self) -> float:
-    """Matrix FLOPs of the frozen encoders for one example, where they run online."""
-    data = self.config.data
-    if data.encode != 'online' or not self.frozen_weights:
-      return 0.0
-    image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
-    return matrix_flops(self.encode, self.abstract_frozen(), image)
 
   def attention_flops(self, stage: Stage) -> float:
     """Of the forward pass, what attention amounts to."""

@@ -18,13 +18,14 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import choice
-from vpe_jax.config import Config, SampleConfig, check, check_sizes, nearest
-from vpe_jax.contracts import Array, Drawing, Examples, LossTerm, Params, Stage, Start, UserError
-from vpe_jax.models import llamagen, mot
+from vpe_jax.config import Config, SampleConfig, check, check_sizes
+from vpe_jax.contracts import Array, Drawing, Examples, LossTerm, Params, Stage
+from vpe_jax.models import llamagen
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import next_token, schedules
-from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.sampling import guidance
 from vpe_jax.systems import writing
+from vpe_jax.systems.class_to_image import ClassToImage
 
 _LOSSES = ('accuracy', 'next_token')
 _PLAN_LOSSES = ('masked', 'image', 'plan')  # logged beside them where there is a plan
@@ -73,10 +74,9 @@ class ModelConfig(choice.PictureCodesConfig):
     return {**self.plan_weights, **self.picture_weights}
 
 
-class System:
+class System(ClassToImage):
   """See vpe_jax.contracts.System."""
 
-  plan_similarity = None  # A class is a number, not a text.
   logical_axes = (
     (r'embed/(classes|codes|plan)', ('vocab', 'embed')),
     (r'embed/pad', (None, 'embed')),
@@ -86,22 +86,11 @@ class System:
   )
 
   def __init__(self, config: Config) -> None:
-    for name in config.stages:
-      if name != 'train':
-        raise UserError(f"no stage '{name}' in this system{nearest(name, ('train',))}")
-    if config.data.text_length != 1:
-      raise UserError(
-        f'data.text_length is {config.data.text_length}, but a class is one token: set it to 1'
-      )
     c: ModelConfig = config.model
-    self.config = config
     losses = (*_LOSSES, *(_PLAN_LOSSES if c.vpe else ()))
-    ema = bool(config.optim.ema)
-    self.stages = (Stage('train', ('.*',), tuple(sorted(losses)), ema=ema, source='fresh'),)
-    self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype))
+    super().__init__(config, losses, 'fresh')
     self.image = choice.picture_codec(c, config.data.image_size)
     self.draws_with = self.image.weights
-    self.codes = c.plan_codes
     self.picture_codes = self.image.codes
     sizes = llamagen.LlamaGenConfig(
       classes=c.classes,
@@ -115,37 +104,6 @@ class System:
     )
     self.model = llamagen.LlamaGen(sizes, jnp.dtype(config.dtype), config.remat, config.attention)
 
-  @property
-  def frozen_weights(self) -> Mapping[str, str]:
-    """No codec is needed where codes are synthetic."""
-    if self.config.data.source == 'synthetic':
-      return {}
-    return self.config.model.frozen_weights
-
-  @property
-  def published(self) -> Mapping[str, Start]:
-    """Those of the frozen networks that are published."""
-    return self.config.model.published
-
-  def init(self, rng: Array) -> Params:
-    """Fresh parameters, float32."""
-    return self.model.init(rng)
-
-  def prepare(self, params: Params) -> Params:
-    """Parameters in the layout that decoding is fast in; outside jit, once."""
-    return {**params, 'layers': mot.unstack(params['layers'])}
-
-  def abstract_batch(self, batch_size: int) -> Examples:
-    """Images where encoders run online, else codes."""
-    ints = lambda *shape: jax.ShapeDtypeStruct((batch_size, *shape), jnp.int32)
-    common = {'example': ints(), 'text': ints(1), 'text_length': ints()}
-    R = self.config.data.image_size
-    if self.config.data.encode == 'online':
-      image = jax.ShapeDtypeStruct((batch_size, R, R, 3), jnp.uint8)
-      return Examples(**common, image=image)
-    codes, latents = self.abstract_encoded(batch_size)
-    return Examples(**common, codes=codes, latents=latents)
-
   def abstract_encoded(self, batch_size: int) -> tuple[Any, Any]:
     """The plans [B, P] and the pictures' codes [B, h, w] that the model takes."""
     c = self.model.config
@@ -157,12 +115,6 @@ class System:
     plan = self.visual_prompt.encode(frozen, images)
     codes = self.image.encode(frozen, images)
     return plan, codes.reshape(images.shape[0], self.image.grid, -1)
-
-  def abstract_frozen(self) -> Params:
-    """The codecs' networks as shapes; none where codes are synthetic."""
-    if not self.frozen_weights:
-      return {}
-    return {**self.visual_prompt.abstract_params(), **self.image.abstract_params()}
 
   def decode(self, frozen: Params, latents: Array) -> Array:
     """Images [B, R, R, 3] float32 in [0, 1] of codes [B, h, w]."""
@@ -215,6 +167,7 @@ class System:
     self, params: Params, frozen: Params, request: Examples, rng: Array, settings: SampleConfig
   ) -> Drawing:
     """Writes the plan, then the picture; see vpe_jax.contracts.System and systems/writing.py."""
+    guidance.check_unedited(settings.image_guidance)
     plan, codes = writing.draw(self.model, settings, params, request, rng)
     latents = codes.reshape(codes.shape[0], self.image.grid, -1)
     return Drawing(self.decode(frozen, latents), plan, latents)
@@ -231,14 +184,6 @@ class System:
     """Forward and backward matrix FLOPs of one example; see contracts.System."""
     del stage
     return 3.0 * llamagen.forward_flops(self.model.config) + self.encoder_flops()
-
-  def encoder_flops(self) -> float:
-    """Matrix FLOPs of the frozen encoders for one example, where they run online."""
-    data = self.config.data
-    if data.encode != 'online' or not self.frozen_weights:
-      return 0.0
-    image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
-    return matrix_flops(self.encode, self.abstract_frozen(), image)
 
   def attention_flops(self, stage: Stage) -> float:
     """Of the forward pass, what attention amounts to."""

@@ -6,6 +6,9 @@ guidance is the null class without a plan: one row, shared by the whole batch.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -36,10 +39,9 @@ def draw(
   plan, branch = conditional(model, settings, params, request, rng)
   normal = lambda key: jax.random.normal(key, (c.latent_size, c.latent_size, c.latent_channels))
   noise = rng_lib.per_example(normal, rng, 'noise', request.example)
-  if settings.guidance == 1.0:
-    return plan, render(model, settings, params, [branch], noise)
-  other = null(model, params, B)
-  branches = [other] if settings.guidance == 0.0 else [branch, other]
+  weights = guidance.branches(settings.guidance)
+  made = {'conditional': lambda: branch, 'null': lambda: null(model, params, B)}
+  branches = {name: made[name]() for name in weights}
   return plan, render(model, settings, params, branches, noise)
 
 
@@ -86,25 +88,25 @@ def null(model: Transfusion, params: Params, count: int) -> Branch:
 
 
 def render(
-  model: Transfusion, settings: SampleConfig, params: Params, branches: list[Branch], noise: Array
+  model: Transfusion,
+  settings: SampleConfig,
+  params: Params,
+  branches: Mapping[str, Branch],
+  noise: Array,
 ) -> Array:
-  """Euler steps from `noise` [B, h, w, C] to latents; both branches of guidance in one batch."""
-  (row, cache), *others = branches
-  both = bool(others)
-  if both:
-    row = guidance.stack(row, others[0][0])
-    cache = mot.join(cache, others[0][1])
+  """Euler steps from `noise` [B, h, w, C] to latents; all branches of guidance in one batch."""
+  weights = guidance.branches(settings.guidance)
+  rows, caches = zip(*branches.values())
+  row, cache = functools.reduce(guidance.stack, rows), functools.reduce(mot.join, caches)
+  first = model.config.first
 
   def velocity(x: Array, time: Array) -> Array:
-    # Both branches see the same picture: it is embedded once.
+    # All branches see the same picture: it is embedded once.
     tokens = model.embed_picture(params, x, jnp.full(x.shape[:1], time))
-    tokens = guidance.both(tokens) if both else tokens
-    first = model.config.first
-    hidden, _ = model.states(params, row.stream(tokens, first), cache, first)
+    stream = row.stream(jnp.concatenate([tokens] * len(branches)), first)
+    hidden, _ = model.states(params, stream, cache, first)
     flow = model.velocity(params, hidden)
-    if not both:
-      return flow
-    return guidance.classifier_free(*guidance.split(flow), settings.guidance)
+    return guidance.weighted(flow, [weights[name] for name in branches])
 
   return solver.euler(velocity, noise, solver.time_grid(settings.steps, settings.shift))
 

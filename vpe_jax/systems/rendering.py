@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
 from vpe_jax.config import SampleConfig
-from vpe_jax.contracts import Array, Examples, Params, Region, UserError, concatenate
+from vpe_jax.contracts import Array, Examples, Params, Region, concatenate
 from vpe_jax.data import sequence
 from vpe_jax.models import mot
 from vpe_jax.models.unified import Unified, row_visibility
@@ -118,11 +118,7 @@ def guided(
   rng: Array,
 ) -> Array:
   """Latents [B, h, w, C] of a batch of requests, on the branches that the guidance needs."""
-  if job.settings.image_guidance != 1.0:
-    raise UserError(
-      f'sample.image_guidance is {job.settings.image_guidance}, but what draws here sees no '
-      'picture before an edit: set it to 1'
-    )
+  guidance.check_unedited(job.settings.image_guidance)
   weights = guidance.branches(job.settings.guidance)
   made = {'conditional': lambda: prefix, 'null': null}
   branches = {name: made[name]() for name in weights}
