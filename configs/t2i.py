@@ -44,6 +44,8 @@ Compiled for pods by launch/compile_all.sh, which writes this table:
 
 from __future__ import annotations
 
+import re
+
 from ml_collections import ConfigDict
 
 from configs import common
@@ -59,8 +61,8 @@ def get_config(arg: str = '') -> ConfigDict:
   """
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper, 'pod': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), arch='internal', vpe='true', chips='')
-  if options['chips'] and (preset != 'pod' or not options['chips'].isdigit()):
-    raise ValueError(f'chips={options["chips"]}: a number, of the preset pod only')
+  if options['chips'] and (preset != 'pod' or not re.fullmatch(r'[1-9]\d*', options['chips'])):
+    raise ValueError(f'chips={options["chips"]}: a number above 0, of the preset pod only')
   config = ConfigDict({'name': 't2i', 'preset': preset, 'system': 't2i', 'seed': 0})
   config.stages = ('plan', 'render' if options['arch'] == 'external' else 'joint')
   presets[preset](config)

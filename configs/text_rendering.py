@@ -42,6 +42,8 @@ Compiled for pods by launch/compile_all.sh, which writes this table:
 
 from __future__ import annotations
 
+import re
+
 from ml_collections import ConfigDict
 
 from configs import common, t2i
@@ -51,8 +53,8 @@ def get_config(arg: str = '') -> ConfigDict:
   """The config of a preset, with `vpe=true|false`, and of `paper` alone `chips=N`."""
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), vpe='true', chips='')
-  if options['chips'] and (preset != 'paper' or not options['chips'].isdigit()):
-    raise ValueError(f'chips={options["chips"]}: a number, of the preset paper only')
+  if options['chips'] and (preset != 'paper' or not re.fullmatch(r'[1-9]\d*', options['chips'])):
+    raise ValueError(f'chips={options["chips"]}: a number above 0, of the preset paper only')
   config = t2i.get_config(f'{preset},arch=single,vpe={options["vpe"]}')
   config.name = 'text_rendering'
   for field in ('stages', 'steps', 'batch_size'):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from vpe_jax.data import scenes, shapes, splits
 from vpe_jax.data.painting import Painting
-from vpe_jax.data.records import Cluster, Edit, Record, Relation, Split, Truth
+from vpe_jax.data.records import Cluster, Composed, Edit, Record, Relation, Split, Truth
 from vpe_jax.data.storage import stable_hash
 from vpe_jax.data.wording import known_phrase, noun_phrase, relation_phrase
 
@@ -40,26 +40,11 @@ class _Change:
   words: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Edits:
-  """Edits of scenes of one split as a source.
+class Edits(Composed):
+  """Edits of scenes of one split: training holds none of which a picture is held out."""
 
-  Attributes:
-    count: number of edits; any number can be asked for.
-    split: which part of all; training holds none of which a picture is held out.
-    seed: another seed gives other edits.
-  """
-
-  count: int
-  split: Split = 'train'
-  seed: int = 0
-
-  def __len__(self) -> int:
-    return self.count
-
-  def __getitem__(self, index: int) -> Record:
-    if not 0 <= index < self.count:
-      raise IndexError(f'edit {index} of {self.count}')
+  def compose(self, index: int) -> Record:
+    """See Composed."""
     return edit(self.seed, index, self.split)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import Literal, Protocol
 
@@ -178,6 +179,33 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Record: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Composed(abc.ABC):
+  """A source that a program makes up: a record is a function of its place, split and seed.
+
+  Attributes:
+    count: number of records; any number can be asked for.
+    split: which part of all; each source says what its training split lacks.
+    seed: another seed gives other records.
+  """
+
+  count: int
+  split: Split = 'train'
+  seed: int = 0
+
+  def __len__(self) -> int:
+    return self.count
+
+  def __getitem__(self, index: int) -> Record:
+    if not 0 <= index < self.count:
+      raise IndexError(f'record {index} of {self.count}')
+    return self.compose(index)
+
+  @abc.abstractmethod
+  def compose(self, index: int) -> Record:
+    """Record number `index`."""
 
 
 def render(record: Record, size: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from vpe_jax.data import raster, shapes, splits, vocabulary, wording
 from vpe_jax.data.painting import Painting, svg_of
-from vpe_jax.data.records import Box, Cluster, Record, Relation, Split, Truth
+from vpe_jax.data.records import Box, Cluster, Composed, Record, Relation, Split, Truth
 from vpe_jax.data.storage import stable_hash
 
 MOST = 4  # things in one scene
@@ -65,26 +65,11 @@ _SINGLE = {None: (0.48, 0.62), 'small': (0.3, 0.36), 'large': (0.78, 0.9)}
 _PAIRED = {None: (0.34, 0.42), 'small': (0.22, 0.26), 'large': (0.44, 0.46)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Scenes:
-  """Scenes of one split as a source.
+class Scenes(Composed):
+  """Scenes of one split: training holds neither held-out combinations nor concepts."""
 
-  Attributes:
-    count: number of scenes; any number can be asked for.
-    split: which part of all scenes; training holds neither held-out combinations nor concepts.
-    seed: another seed gives other scenes.
-  """
-
-  count: int
-  split: Split = 'train'
-  seed: int = 0
-
-  def __len__(self) -> int:
-    return self.count
-
-  def __getitem__(self, index: int) -> Record:
-    if not 0 <= index < self.count:
-      raise IndexError(f'scene {index} of {self.count}')
+  def compose(self, index: int) -> Record:
+    """See Composed."""
     return scene(self.seed, index, self.split)
 
 

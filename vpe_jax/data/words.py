@@ -8,13 +8,12 @@ tokenizer knows no other.
 
 from __future__ import annotations
 
-import dataclasses
 import random
 
 from vpe_jax.data import fonts, shapes, splits
 from vpe_jax.data.lettering import Lettering
 from vpe_jax.data.naming import with_article
-from vpe_jax.data.records import Record, Split, Truth, Word, Writing
+from vpe_jax.data.records import Composed, Record, Split, Truth, Word, Writing
 from vpe_jax.data.storage import stable_hash
 
 GROUP = 'words'
@@ -38,27 +37,15 @@ _FRAMES = (
 _SAID = 0.6  # share of captions that name what is left to chance: the ink, the ground
 
 
-@dataclasses.dataclass(frozen=True)
-class Words:
-  """Pictures of words of one split as a source.
+class Words(Composed):
+  """Pictures of words of one split.
 
-  Attributes:
-    count: number of pictures; any number can be asked for.
-    split: which part of all; training holds neither held-out combinations (two words in one
-      picture, a word in a font) nor held-out words.
-    seed: another seed gives other pictures.
+  Training holds neither held-out combinations (two words in one picture, a word in a font) nor
+  held-out words.
   """
 
-  count: int
-  split: Split = 'train'
-  seed: int = 0
-
-  def __len__(self) -> int:
-    return self.count
-
-  def __getitem__(self, index: int) -> Record:
-    if not 0 <= index < self.count:
-      raise IndexError(f'picture {index} of {self.count}')
+  def compose(self, index: int) -> Record:
+    """See Composed."""
     return picture(self.seed, index, self.split)
 
 
