@@ -84,12 +84,14 @@ class Previews:
     ends = (TRUTH, BEFORE) if self._config.data.references else (TRUTH,)
     rows: list[list[np.ndarray]] = [[] for _ in (*labels, *ends)]
     captions: list[str] = []
-    for split in self._splits:
+    for place, split in enumerate(self._splits):
       truth, words = self._load(split)
+      # Places in a split number its examples: one class at one place is drawn twice, and differs.
+      own_key = jax.random.fold_in(key, place)
       request = dataclasses.replace(truth, image=None, latents=None, codes=None, reference=None)
       wanted = {'own': request, 'truth_plan': dataclasses.replace(request, codes=truth.codes)}
       for row, name in enumerate(labels):
-        drawing = self._draw(params, frozen, wanted[name], key, self._config.sample)
+        drawing = self._draw(params, frozen, wanted[name], own_key, self._config.sample)
         measured = jax.device_get(self._compare(frozen, drawing, truth))
         for measure, value in measured.items():
           found.setdefault(f'sample/{name}/{measure}', []).append(float(value))

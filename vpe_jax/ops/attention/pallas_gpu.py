@@ -20,9 +20,6 @@ from vpe_jax.ops.attention import schedule
 from vpe_jax.ops.attention.blockwise import Gradients, Operands, attend
 
 WIDEST = 256  # head width
-# Queries and keys of a block, up to a head width: registers and shared memory hold the blocks.
-# Widths and blocks are powers of two, which Triton demands.
-BLOCKS = ((64, 128, 64), (128, 64, 64), (WIDEST, 32, 32))
 
 
 def attention(
@@ -37,16 +34,26 @@ def attention(
     query: visibility of the queries [B, L].
     key: visibility of the keys [B, S].
   """
-  _, rows, columns = next(row for row in BLOCKS if q.shape[3] <= row[0])
-  return attend(Gpu(rows, columns), Operands(q, k, v, query, key))
+  sizes = next(sizes for width, sizes in SIZES.items() if q.shape[3] <= width)
+  return attend(sizes, Operands(q, k, v, query, key))
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """The kernels at one size of blocks; `interpret` runs them without a GPU."""
+  """The kernels at one size of blocks.
+
+  Attributes:
+    rows: queries of a block.
+    columns: keys of a block.
+    warps: of 32 threads, which share a block.
+    stages: blocks whose loads are under way at once.
+    interpret: run without a GPU.
+  """
 
   rows: int
   columns: int
+  warps: int = 4
+  stages: int = 2
   interpret: bool = False
 
   def forward(self, operands: Operands) -> tuple[Array, Array]:
@@ -72,6 +79,11 @@ class Gpu:
         gradients += x.run(_attention_dq, names, {'q': x.arrays['q']})
     shapes = (operands.q.shape, operands.k.shape, operands.v.shape)
     return *(_turn_back(x, shape) for x, shape in zip(gradients, shapes)), None
+
+
+# Up to a head width: registers and shared memory hold the blocks. Widths and blocks are powers of
+# two, which Triton demands.
+SIZES = {64: Gpu(128, 64, 4, 2), 128: Gpu(64, 64, 4, 3), WIDEST: Gpu(32, 32, 8, 2)}
 
 
 class _Inputs:
@@ -102,7 +114,7 @@ class _Inputs:
   def run(self, body: Any, names: tuple[str, ...], out: dict[str, Any]) -> Any:
     """Calls a kernel on the arrays of these names; `out` maps kinds of arrays to their shapes."""
     q, k = self.arrays['q'], self.arrays['k']
-    B, heads, length, H = k.shape if self.turned else q.shape
+    B, heads, length, _ = k.shape if self.turned else q.shape
     blocks = length // (self.sizes.columns if self.turned else self.sizes.rows)
     return pl.pallas_call(
       functools.partial(body, self.sizes, self.group),
@@ -110,7 +122,9 @@ class _Inputs:
       in_specs=[self._spec(name) for name in names],
       out_specs=[self._spec(name) for name in out],
       out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in out.values()],
-      compiler_params=triton.CompilerParams(num_warps=4 if H <= 64 else 8, num_stages=2),
+      compiler_params=triton.CompilerParams(
+        num_warps=self.sizes.warps, num_stages=self.sizes.stages
+      ),
       interpret=self.sizes.interpret,
       name=body.__name__.strip('_'),
     )(*(self.arrays[name] for name in names))
