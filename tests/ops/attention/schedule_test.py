@@ -101,8 +101,3 @@ def test_visits_list_blocks_in_order_and_then_repeat_the_last():
   np.testing.assert_array_equal(kinds, [[[FULL, PARTIAL, SKIP, SKIP], [SKIP] * 4]])
   np.testing.assert_array_equal(blocks[0, 0], [1, 3, 3, 3])
   assert len(set(np.asarray(blocks[0, 1]))) == 1
-
-
-def test_one_schedule_for_a_batch_skips_what_all_rows_skip():
-  rows = jnp.array([[[SKIP, FULL, FULL]], [[SKIP, SKIP, FULL]], [[SKIP, PARTIAL, FULL]]])
-  np.testing.assert_array_equal(schedule.union(rows), [[[SKIP, PARTIAL, FULL]]])

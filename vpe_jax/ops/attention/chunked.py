@@ -2,12 +2,15 @@
 
 The softmax runs online over blocks of keys, and the gradient makes each block's weights again
 (FlashAttention-2, arXiv 2307.08691). Block pairs that Visibility rules out are not visited: the
-inner loops run over the schedule's visited blocks, as many as there are.
+inner loops run over the schedule's visited blocks, as many as there are, first over those that need
+no mask. Rows of a batch are attended one after another, each by its own schedule: a dropped
+condition costs nothing, and what the loops hold stays in a CPU's cache however large the batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -52,6 +55,31 @@ class Chunked:
 
   def forward(self, operands: Operands) -> tuple[Array, Array]:
     """See blockwise.Kernel."""
+    mixed, lse = jax.lax.map(
+      lambda b: self._forward(_row(operands, b)), jnp.arange(operands.q.shape[0])
+    )
+    return mixed[:, 0], lse[:, 0]
+
+  def backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
+    """See blockwise.Kernel."""
+    bias = operands.bias
+
+    def row(d_bias: Array | None, b: Array) -> tuple[Array | None, tuple[Array, ...]]:
+      given = (_at(x, b) for x in (mixed, lse, delta))
+      *d_qkv, more = self._backward(_row(operands, b), *given)
+      if d_bias is None:
+        return None, tuple(d_qkv)
+      start = (b if bias.shape[0] > 1 else 0, 0, 0, 0)
+      more += jax.lax.dynamic_slice(d_bias, start, more.shape)
+      return jax.lax.dynamic_update_slice(d_bias, more, start), tuple(d_qkv)
+
+    start = None if bias is None else jnp.zeros(bias.shape)
+    d_bias, d_qkv = jax.lax.scan(row, start, jnp.arange(operands.q.shape[0]))
+    d_q, d_k, d_v = (x[:, 0] for x in d_qkv)
+    return d_q, d_k, d_v, None if bias is None else d_bias.astype(bias.dtype)
+
+  def _forward(self, operands: Operands) -> tuple[Array, Array]:
+    """`forward` of one row: B is 1."""
     blocks = _Blocks(self, operands)
     B, K, R, H = blocks.q.shape[1:]
     empty = (
@@ -62,12 +90,10 @@ class Chunked:
 
     def row(i: Array) -> tuple[Array, Array]:
       q = blocks.q[i]
-      entries = blocks.entries[i]
 
-      def step(n: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+      def step(j: Array, masked: bool, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         top, total, mixed = carry
-        j, status = schedule.block_of(entries[n])
-        logits = blocks.logits(i, j, q, status)
+        logits = blocks.logits(i, j, q, masked)
         new = jnp.maximum(top, jnp.max(logits, -1))
         # A row that has seen nothing yet stays at -inf; 0 in its place keeps exp() free of NaN.
         safe = jnp.where(new > -jnp.inf, new, 0.0)
@@ -78,7 +104,7 @@ class Chunked:
         more = _dot('BKLS,BKSH->BKLH', weights.astype(v.dtype), v)
         return new, total, mixed * kept[..., None] + more
 
-      top, total, mixed = jax.lax.fori_loop(0, blocks.count[i], step, empty)
+      top, total, mixed = blocks.visit(i, step, empty)
       safe = jnp.where(total > 0, total, 1.0)
       # total is 0 where top is -inf.
       return (mixed / safe[..., None]).astype(q.dtype), top + jnp.log(safe)
@@ -86,8 +112,8 @@ class Chunked:
     mixed, lse = jax.lax.map(row, jnp.arange(blocks.q.shape[0]))
     return blocks.unfold(mixed, operands.q.shape), blocks.unfold_row(lse, operands.q.shape)
 
-  def backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
-    """See blockwise.Kernel."""
+  def _backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
+    """`backward` of one row, the bias's in float32."""
     blocks = _Blocks(self, operands, turned=True)
     d_mixed = _fold(mixed, operands.k.shape[2], self.rows)
     lse, delta = (_fold_row(x, operands.k.shape[2], self.rows) for x in (lse, delta))
@@ -95,13 +121,11 @@ class Chunked:
 
     def column(carry: tuple[Array, Array | None], j: Array) -> tuple[Any, tuple[Array, Array]]:
       k, v = blocks.k[j], blocks.v[j]
-      entries = blocks.entries[j]
 
-      def step(n: Array, carry: Any) -> Any:
+      def step(i: Array, masked: bool, carry: Any) -> Any:
         d_q, d_bias, d_k, d_v = carry
-        i, status = schedule.block_of(entries[n])
         q, given = blocks.q[i], d_mixed[i]
-        weights = jnp.exp(blocks.logits(i, j, q, status) - lse[i][..., None])
+        weights = jnp.exp(blocks.logits(i, j, q, masked) - lse[i][..., None])
         d_v += _dot('BKLS,BKLH->BKSH', weights.astype(v.dtype), given)
         d_weights = _dot('BKLH,BKSH->BKLS', given, v)
         exact = weights * (d_weights - delta[i][..., None])
@@ -110,7 +134,7 @@ class Chunked:
         d_q = d_q.at[i].add(_dot('BKLS,BKSH->BKLH', d_logits, k))
         return d_q, blocks.add_to_bias(d_bias, i, j, exact), d_k, d_v
 
-      *carry, d_k, d_v = jax.lax.fori_loop(0, blocks.count[j], step, (*carry, zeros, zeros))
+      *carry, d_k, d_v = blocks.visit(j, step, (*carry, zeros, zeros))
       return tuple(carry), (d_k, d_v)
 
     d_bias = None if blocks.bias is None else jnp.zeros(blocks.bias.shape)
@@ -120,7 +144,7 @@ class Chunked:
     d_k, d_v = (blocks.unfold(x, operands.k.shape).astype(operands.k.dtype) for x in d_kv)
     if d_bias is not None:
       shape = operands.bias.shape
-      d_bias = d_bias[:, :, : shape[2], : shape[3]].astype(operands.bias.dtype)
+      d_bias = d_bias[:, :, : shape[2], : shape[3]]
     return d_q, d_k, d_v, d_bias
 
 
@@ -128,8 +152,8 @@ class _Blocks:
   """Operands cut into blocks, blocks in front, and the schedule over them.
 
   `q` is [I, B, K, G * rows, H] (the queries of a group are rows of one matrix, see `reference`),
-  `k` and `v` [J, B, K, columns, H]; `entries` and `count` list the visits of each block of
-  queries, or, `turned`, of keys. One schedule serves the whole batch.
+  `k` and `v` [J, B, K, columns, H]; B is 1. `visit` goes over the visits of a block of queries, or,
+  `turned`, of keys.
   """
 
   def __init__(self, kernel: Chunked, operands: Operands, turned: bool = False) -> None:
@@ -137,10 +161,12 @@ class _Blocks:
     self.rows, self.columns = kernel.rows, kernel.columns
     self.q = _fold(o.q, K, self.rows)
     self.k, self.v = (_fold(x, K, self.columns) for x in (o.k, o.v))
-    status = schedule.union(schedule.pairs(o.query, o.key, self.rows, self.columns))
+    status = schedule.pairs(o.query, o.key, self.rows, self.columns)
     status = status.transpose(0, 2, 1) if turned else status
-    self.entries = schedule.visits(status)[0]
-    self.count = jnp.sum(status[0] != schedule.SKIP, -1)
+    self._visits = {}
+    for kind in (schedule.FULL, schedule.PARTIAL):
+      of_kind = jnp.where(status == kind, kind, schedule.SKIP)
+      self._visits[kind] = schedule.visits(of_kind)[0], jnp.sum(status[0] == kind, -1)
     I, J = self.q.shape[0], self.k.shape[0]
     self._query = schedule.padded(o.query, I * self.rows)
     self._key = schedule.padded(o.key, J * self.columns)
@@ -150,7 +176,16 @@ class _Blocks:
       extra = [(0, 0)] * 2 + [(0, -length % self.rows), (0, -keys % self.columns)]
       self.bias = jnp.pad(o.bias, extra)
 
-  def logits(self, i: Array, j: Array, q: Array, status: Array) -> Array:
+  def visit(self, block: Array, step: Callable[[Array, bool, Any], Any], start: Any) -> Any:
+    """`carry = step(other block, whether it needs a mask, carry)` for each visit of a block."""
+    for kind, (entries, count) in self._visits.items():
+      other = lambda n, entries=entries: schedule.block_of(entries[block, n])[0]
+      masked = kind == schedule.PARTIAL
+      body = lambda n, carry, other=other, masked=masked: step(other(n), masked, carry)
+      start = jax.lax.fori_loop(0, count[block], body, start)
+    return start
+
+  def logits(self, i: Array, j: Array, q: Array, masked: bool) -> Array:
     """Logits [B, K, G * rows, columns] of a block pair, -inf where a query doesn't see a key."""
     plain = _dot('BKLH,BKSH->BKLS', q, self.k[j])
     B, K, R, S = plain.shape
@@ -160,9 +195,10 @@ class _Blocks:
       bias = jax.lax.dynamic_slice(self.bias, start, sizes)
       whole = jnp.broadcast_to(bias, (B, grouped.shape[1] * grouped.shape[2], self.rows, S))
       grouped = grouped + whole.reshape(grouped.shape)
-    mask = visible(self._cut(self._query, i, self.rows), self._cut(self._key, j, self.columns))
-    mask = mask[:, None, None] | (status == schedule.FULL)
-    return jnp.where(mask, grouped, -jnp.inf).reshape(plain.shape)
+    if masked:
+      mask = visible(self._cut(self._query, i, self.rows), self._cut(self._key, j, self.columns))
+      grouped = jnp.where(mask[:, None, None], grouped, -jnp.inf)
+    return grouped.reshape(plain.shape)
 
   def add_to_bias(self, total: Array | None, i: Array, j: Array, d_logits: Array) -> Array | None:
     """Adds a block pair's gradient, summed over what the bias broadcasts over."""
@@ -202,6 +238,16 @@ class _Blocks:
     G = shape[2] // K
     x = x.reshape(I, B, K, G, R // G).transpose(1, 2, 3, 0, 4)
     return x.reshape(B, K * G, -1)[:, :, : shape[1]]
+
+
+def _at(x: Array, b: Array) -> Array:
+  """One row of a batch, [1, ...]."""
+  return jax.lax.dynamic_slice_in_dim(x, b, 1)
+
+
+def _row(operands: Operands, b: Array) -> Operands:
+  """One row of a batch; a bias may be of all."""
+  return jax.tree.map(lambda x: _at(x, b) if x.shape[0] > 1 else x, operands)
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:

@@ -81,13 +81,6 @@ def block_of(entry: Array) -> tuple[Array, Array]:
   return entry >> _SHIFT, entry & ((1 << _SHIFT) - 1)
 
 
-def union(status: Array) -> Array:
-  """One schedule [1, I, J] that serves every row of a batch [B, I, J]."""
-  return jnp.where(
-    jnp.all(status == FULL, 0), FULL, jnp.where(jnp.any(status != SKIP, 0), PARTIAL, SKIP)
-  )[None].astype(jnp.int32)
-
-
 def _bounds(
   visibility: Visibility, block: int, present: Array
 ) -> tuple[Array, Visibility, Visibility]:
