@@ -1,11 +1,13 @@
 """Attention, forward and backward, at rows of 1k to 8k tokens: time and peak memory.
 
   python -m tests.benchmarks.attention --json=attention.json
+  python -m tests.benchmarks.attention --lengths=1856 --batch=4 --heads=12,2,128   (the paper's)
 
 Runs every implementation that this machine has, on a causal mask and on that of a Mixture of
 Transformers (829 tokens of text and visual prompt to 1,027 of picture, as the paper has them).
-Outputs and gradients must agree first. `ratios` are `reference` over the other: `time/...` (above
-1: faster), and `memory/...` of the temporary bytes that the compiler assigns.
+Outputs and gradients must agree first, to the rounding of the dtype. `ratios` are `reference` over
+the other: `time/...` (above 1: faster), and `memory/...` of the temporary bytes that the compiler
+assigns. cuDNN runs on the causal mask alone.
 """
 
 from __future__ import annotations
@@ -23,8 +25,11 @@ from vpe_jax.contracts import UserError, Visibility
 from vpe_jax.data.sequence import NEVER
 from vpe_jax.ops.attention import chooser
 
-HEADS, KV_HEADS, WIDTH = 4, 2, 64
+TOLERANCE = {'float32': timing.TOLERANCE, 'bfloat16': 2e-2}
 flags.DEFINE_list('lengths', ['1024', '2048', '4096', '8192'], 'tokens of a row')
+flags.DEFINE_list('heads', ['4', '2', '64'], 'heads of queries, heads of keys, and their width')
+flags.DEFINE_integer('batch', 1, 'rows')
+flags.DEFINE_enum('dtype', '', ['', *TOLERANCE], 'default: float32 on CPU, elsewhere bfloat16')
 flags.DEFINE_integer('rounds', 5, 'counted rounds')
 
 
@@ -45,33 +50,38 @@ def mixture(length: int) -> Visibility:
   return _row(jnp.where(order < text, order + 1, length))
 
 
-def _step(name: str) -> Callable[..., Any]:
+def _step(name: str, hint: str) -> Callable[..., Any]:
   def loss(q: jax.Array, k: jax.Array, v: jax.Array, row: Visibility) -> tuple[Any, jax.Array]:
-    mixed = chooser.attention(q, k, v, row, row, name)
-    return jnp.sum(jnp.sin(mixed)), mixed
+    mixed = chooser.attention(q, k, v, row, row, name, hint=hint)
+    return jnp.sum(jnp.sin(mixed.astype(jnp.float32))), mixed
 
   return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+
+
+def _dtype() -> str:
+  return flags.FLAGS.dtype or ('float32' if jax.default_backend() == 'cpu' else 'bfloat16')
 
 
 def _check(results: dict[str, Any]) -> None:
   """Outputs and gradients agree, relative to the largest of each."""
   for name, given in results.items():
     for a, b in zip(jax.tree.leaves(given), jax.tree.leaves(results['reference']), strict=True):
-      timing.check_equal(a, b, name)
+      timing.check_equal(a, b, name, TOLERANCE[_dtype()])
 
 
 def measure_mask(length: int, mask: Callable[[int], Visibility]) -> dict[str, dict[str, float]]:
   """Milliseconds, temporary bytes and both ratios of each implementation that runs here."""
-  keys = jax.random.split(jax.random.key(0), 3)
+  keys, B = jax.random.split(jax.random.key(0), 3), flags.FLAGS.batch
+  N, K, H = map(int, flags.FLAGS.heads)
   q, k, v = (
-    jax.random.normal(key, (1, length, heads, WIDTH))
-    for key, heads in zip(keys, (HEADS, KV_HEADS, KV_HEADS))
+    jax.random.normal(key, (B, length, heads, H)).astype(_dtype())
+    for key, heads in zip(keys, (N, K, K))
   )
-  inputs = (q, k, v, mask(length))
-  steps = {}
+  row = jax.tree.map(lambda x: jnp.repeat(x, B, 0), mask(length))
+  inputs, hint, steps = (q, k, v, row), 'causal' if mask is causal else '', {}
   for name in ATTENTIONS:
     try:
-      steps[name] = jax.jit(_step(name)).lower(*inputs).compile()
+      steps[name] = jax.jit(_step(name, hint)).lower(*inputs).compile()
     except UserError as error:
       print(f'{length} {mask.__name__}: {name} is not here: {error}', flush=True)
   _check({name: step(*inputs) for name, step in steps.items()})
@@ -104,7 +114,7 @@ def measure() -> dict[str, Any]:
     for what in ('time', 'memory')
     if name != 'reference'
   }
-  shape = {'heads': HEADS, 'kv_heads': KV_HEADS, 'width': WIDTH, 'dtype': 'float32'}
+  shape = {'batch': flags.FLAGS.batch, 'heads': flags.FLAGS.heads, 'dtype': _dtype()}
   return {'ratios': ratios, 'shape': shape, 'cases': found}
 
 
