@@ -10,9 +10,10 @@ r"""Text to image with visual prompts: VPE in two stages (arXiv 2606.04457).
 `arch=internal`, the default, joins two experts by attention and trains both in its second stage,
 `joint`. `arch=external` has the same parameters and the same first stage, `plan`; its second,
 `render`, trains the picture expert alone on what the frozen token expert makes of true plans: as a
-prefix of its row, or layer by layer (`--config.model.condition=keys`). `arch=single` has one
-expert. With one row, `vpe=false` leaves the visual prompt out: the caption alone draws the picture,
-and `joint` is the only stage.
+prefix of its row, or layer by layer (`--config.model.condition=keys`). By cross-attention
+(`condition=cross`) it has parameters of its own, 4,320.6M in all at paper size where the others
+have 4,166.3M. `arch=single` has one expert. With one row, `vpe=false` leaves the visual prompt out:
+the caption alone draws the picture, and `joint` is the only stage.
 
 Presets build one module tree and differ in numbers. `paper` is what the paper ran: 512x512, 576
 codes, 1,024 image tokens, 4.17B parameters, 480 and 192 images a step. Both batches divide over 32

@@ -34,7 +34,6 @@ from vpe_jax.contracts import (
   UserError,
 )
 from vpe_jax.data import sequence
-from vpe_jax.models import external as external_model
 from vpe_jax.models import unified
 from vpe_jax.models.siglip import unit
 from vpe_jax.objectives import flow_matching, next_token, schedules
@@ -50,8 +49,6 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
   """The network's sizes, the frozen codecs, and how the two losses meet.
 
   Attributes:
-    condition: how the plan reaches the picture expert of `arch=external`, the only one that reads
-      it: `prefix` or `keys`, see models/external.py.
     drop: share of examples whose text and plan are dropped together, in stage `joint`; in `render`
       the plan, as the picture expert never sees the text.
     drop_text: share of examples whose text alone is dropped, in both stages: what the guidance of
@@ -71,7 +68,6 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
     logits_chunk: predicted tokens whose logits exist at a time (0: all).
   """
 
-  condition: str = 'prefix'
   drop: float = 0.1
   drop_text: float = 0.0
   inherit: float = 0.0
@@ -84,9 +80,8 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    words = {'condition': external_model.CONDITIONS, 'vp_schedule': schedules.KINDS}
-    for name, known in words.items():
-      check(self, 'model.', name, getattr(self, name) in known, f'one of {", ".join(known)}')
+    known = self.vp_schedule in schedules.KINDS
+    check(self, 'model.', 'vp_schedule', known, f'one of {", ".join(schedules.KINDS)}')
     for name in ('drop', 'drop_text'):
       check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
     for name in ('bos', 'boi'):
@@ -125,6 +120,7 @@ class System:
   """See vpe_jax.contracts.System."""
 
   draws_with = ('image',)
+  added = ('dit/layers/cross/',)  # a plan that was learned for another condition serves this one
 
   def __init__(self, config: Config) -> None:
     c: ModelConfig = config.model
@@ -160,7 +156,7 @@ class System:
     if c.references:
       raise UserError('model.references is of configs/edit.py: nothing here sees a picture before')
     given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens)
-    return External(*given, c.condition) if c.arch == 'external' else Internal(*given)
+    return External(*given) if c.arch == 'external' else Internal(*given)
 
   @property
   def frozen_weights(self) -> Mapping[str, str]:
