@@ -109,6 +109,12 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
         'model.inherit takes rows from the embedded codecs, and model.siglip_vq takes their place: '
         'set model.inherit=0'
       )
+    if self.inherit and self.visual_prompt.encoder != 'siglip':
+      raise UserError(
+        'model.inherit takes text rows from the embedded SigLIP, and '
+        f'model.visual_prompt.encoder={self.visual_prompt.encoder} takes its place: set '
+        'model.inherit=0'
+      )
     if self.inherit and self.text_vocab != self.visual_prompt.siglip.vocabulary:
       raise UserError(
         f'model.inherit takes text rows from a SigLIP of {self.visual_prompt.siglip.vocabulary} '
@@ -131,11 +137,12 @@ class System:
     self.model = unified.Unified(sizes, jnp.dtype(config.dtype), config.remat, config.attention)
     self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype))
     self.image = choice.image_codec(c)
-    # Published tokenizers come without a text tower to compare with.
-    self.similarity = self._similarity if c.vpe and c.siglip_vq is None else None
-    # The pooling head reads the last output alone, and the text tower its own words.
+    # Published tokenizers and towers come without a text tower of our words to compare with.
     tower = c.visual_prompt
-    told = self.similarity and tower.depth < 0 and c.text_vocab <= tower.siglip.vocabulary
+    embedded = c.vpe and c.siglip_vq is None and tower.encoder == 'siglip'
+    self.similarity = self._similarity if embedded else None
+    # The pooling head reads the last output alone, and the text tower its own words.
+    told = embedded and tower.compares and c.text_vocab <= tower.siglip.vocabulary
     self.plan_similarity = self._plan_similarity if told else None
     self.vocabulary = sequence.Vocabulary(c.text_vocab, self.codes, c.bos, c.boi)
     self.rows = self._rows()
