@@ -20,7 +20,9 @@ codes, 1,024 image tokens, 4.17B parameters, 480 and 192 images a step. Both bat
 devices and not over 64, so it runs on a multiple of 32 chips, and chips beyond 32 share the work
 within the layers (64: 32 x 2). `pod` is the same model at 8 images a chip, on the number of chips
 that `chips=` states (256): its learning rate grows with the square root of the batch over the
-paper's 192, and its stages see as many images as the paper's.
+paper's 192, and its stages see as many images as the paper's. Both read BLIP3o's 32M captioned
+pictures and the 6.35M with text of TextAtlas5M and AnyWord-3M, the paper's "39M", as folders in
+data.root (vpe_jax.data.recipes).
 
 `tiny` (2.7M) goes beyond the paper in three ways: rows of words and codes start from the codecs,
 one caption in ten is left out in training, and the plan's logits are led away from those without a
@@ -159,7 +161,8 @@ def _paper(config: ConfigDict) -> None:
   config.batch_size = (480, 192)
   config.dtype = 'bfloat16'
   config.remat = 'attention'
-  config.data = {'source': 'mixture', 'image_size': 512, 'text_length': 249, 'encode': 'online'}
+  config.data = {'image_size': 512, 'text_length': 249, 'encode': 'online', 'root': 'data'}
+  config.data.source = 'folders:blip3o,text_atlas,anyword'
   config.data.tokenizer = 'Qwen/Qwen2.5-1.5B-Instruct'
   expert = _expert(1536, 8960, 28, 12, 2)
   config.model = {
