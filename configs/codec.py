@@ -1,4 +1,4 @@
-r"""The tokenizers: a VQ on SigLIP's patch features, a small KL autoencoder, a VQ on its latents.
+r"""The tokenizers: a VQ on patch features, a small KL autoencoder, a VQ on its latents.
 
   python -m vpe_jax.main --config=configs/codec.py:tiny,stage=visual_prompt \
       --workdir=runs/visual_prompt
@@ -9,6 +9,15 @@ r"""The tokenizers: a VQ on SigLIP's patch features, a small KL autoencoder, a V
       --to=vpe_jax/assets/image_codes.safetensors
 
 `both` trains the first two; `image_codes` stands on the shipped `image`.
+
+A visual prompt may stand on a published tower in the place of the embedded SigLIP (the paper's
+Appendix F): `encoder=siglip2|dinov2|clip`, with --config.model.encoder_weights=FOLDER, an import or
+a hub id, and its sizes in model.visual_prompt.{siglip2,dinov2,clip} where it isn't the release that
+these are of. Features are the normed last output of SigLIP 2 and DINOv2 and the last but one layer
+of CLIP, or those after `model.visual_prompt.depth` layers. A generator reads such codes with
+--config.model.visual_prompt.encoder=dinov2 --config.model.weights.encoder=FOLDER
+--config.model.weights.visual_prompt=runs/visual_prompt.safetensors (and model.inherit=0: its words
+are the embedded SigLIP's).
 
 Shipped weights, on 2 shared CPU cores, measured on 512 held-out pictures: `visual_prompt` (0.20M
 parameters, 0.4 MB, 3 minutes) has perplexity 205 of 512 codes (155 within a batch of 128), rebuilds
@@ -26,19 +35,26 @@ from __future__ import annotations
 from ml_collections import ConfigDict
 
 from configs import common
+from vpe_jax.codecs.towers import ENCODERS
 from vpe_jax.config import nearest
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The config of a preset, with `stage=visual_prompt|image|both|image_codes`."""
-  preset, options = common.parse_arg(arg, ('tiny', 'debug'), stage='both')
+  """The config of a preset.
+
+  Options: `stage=visual_prompt|image|both|image_codes`, `encoder=siglip|siglip2|dinov2|clip`.
+  """
+  preset, options = common.parse_arg(arg, ('tiny', 'debug'), stage='both', encoder='siglip')
+  if options['encoder'] not in ENCODERS:
+    raise ValueError(f'encoder={options["encoder"]}{nearest(options["encoder"], ENCODERS)}')
   if options['stage'] not in (known := ('visual_prompt', 'image', 'both', 'image_codes')):
     raise ValueError(f"unknown stage '{options['stage']}'{nearest(options['stage'], known)}")
   stages = {'both': ('visual_prompt', 'image')}.get(options['stage'], (options['stage'],))
   config = ConfigDict({'name': 'codec', 'preset': preset, 'system': 'codec', 'seed': 0})
   config.stages = stages
-  config.model = ConfigDict()
+  config.model = ConfigDict({'visual_prompt': {}})
   {'tiny': _tiny, 'debug': _debug}[preset](config)
+  config.model.visual_prompt.encoder = options['encoder']
   numbers = {'visual_prompt': 0, 'image': 1, 'image_codes': 2}
   for field in ('steps', 'batch_size'):
     each = config[field]

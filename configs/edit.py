@@ -23,10 +23,13 @@ picture away from the one without plan, as its stage 2 was trained to; and its p
 (sample.plan_guidance leads it away from the one without instruction).
 
 `tiny` and `debug` edit scenes and OpenMoji variants (data.source=edits): things are added, removed,
-recoloured, replaced and moved; skin tones, hair and genders change. `paper` takes a folder
-(--config.data.source=folder:PATH) whose captions.jsonl has a `reference` in each line, which stands
-for the paper's four sets: its 5 images a chip on 24 chips, two microbatches a step, 70,000 of which
-are 35,000 steps. It runs on a multiple of 8 chips; those beyond 8 share the work within the layers.
+recoloured, replaced and moved; skin tones, hair and genders change. `paper` takes the paper's four
+sets with its up-sampling, 5.45M in all: NHR-Edit x 3 (2.16M), UnicEdit (2.03M), ShareGPT-4o-Image
+x 5 (0.23M) and Pico-Banana x 4 (1.03M), as folders in data.root whose captions.jsonl has a
+`reference` in each line (vpe_jax.data.recipes), or one of your own
+(--config.data.source=folder:PATH): the paper's 5 images a chip on 24 chips, two microbatches a
+step, 70,000 of which are 35,000 steps. It runs on a multiple of 8 chips; those beyond 8 share the
+work within the layers.
 
 Compiled for pods by launch/compile_all.sh, which writes this table:
 (end of the table)
@@ -77,7 +80,7 @@ def _paper(config: ConfigDict) -> None:
   """Table 9 of the paper: 5 x 24 images a microbatch, two of which are a step."""
   config.steps = (35_000,)
   config.batch_size = (240,)
-  config.data.source = 'folder:edits/train'
+  config.data.source = 'folders:nhr_edit*3,unic_edit,sharegpt_4o_image*5,pico_banana*4'
   config.model.eoi = 151_653
   config.optim.update(lr=5e-5, accumulate=2)
   # 240 = 2 x 8 x 15: the batch goes to 8 devices, each layer to what is left.

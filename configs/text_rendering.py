@@ -16,10 +16,10 @@ and, with visual prompt, on cross-entropy at the growing weight of Eq. 3.
 held-out picture stand two words that training never shows together, or a word in a font that it
 never shows it in.
 
-`paper` fine-tunes Show-o2 on a folder of pictures (--config.data.source=folder:PATH) with their
-words and boxes, which stands for TextAtlas and AnyWord-3M: 8 images a chip, and 12 without visual
-prompt, on 24 chips. On another number of them (`chips=N`) it sees as many images, and the learning
-rate grows with the square root of the batch.
+`paper` fine-tunes Show-o2 on TextAtlas5M and AnyWord-3M, folders of pictures in data.root with
+their words and boxes (vpe_jax.data.recipes), or on your own (--config.data.source=folder:PATH): 8
+images a chip, and 12 without visual prompt, on 24 chips. On another number of them (`chips=N`) it
+sees as many images, and the learning rate grows with the square root of the batch.
 
 Left open by the paper, with what is the default here and what else there is:
   the weight of the cross-entropy  a sigmoid from .03 to .1, k = 10, over all steps
@@ -82,7 +82,7 @@ def _debug(config: ConfigDict) -> None:
 def _paper(config: ConfigDict) -> None:
   config.steps = (100_000,)
   config.batch_size = (24 * (8 if config.model.vpe else 12),)
-  config.data.update(source='folder:text_rendering/train', language='en', least_text_height=8)
+  config.data.update(source='folders:text_atlas,anyword', language='en', least_text_height=8)
   # Two more tokens of text without [bot] and [eot].
   config.data.text_length = 249 if config.model.vpe else 251
   config.optim.ema = 0.0

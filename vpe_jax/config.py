@@ -26,8 +26,10 @@ ATTENTIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'cudnn')  # of
 STARTS = ('raw', 'ema', 'state')  # what a run takes from another, see Config.start_weights
 
 
-SOURCES = ('mixture', 'openmoji', 'scenes', 'words', 'edits', 'synthetic')  # or FOLDER and a path
+# Or FOLDER and a path, or FOLDERS and a recipe.
+SOURCES = ('mixture', 'openmoji', 'scenes', 'words', 'edits', 'synthetic')
 FOLDER = 'folder:'
+FOLDERS = 'folders:'
 CLASSES = 'classes:'  # and their names: the tokenizer of a class-conditional model
 WORDS = ('caption', 'group')
 FITS = ('pad', 'crop')
@@ -84,7 +86,9 @@ class DataConfig:
 
   Attributes:
     source: `mixture` (OpenMoji and scenes), `openmoji`, `scenes`, `words` (pictures of words),
-      `edits` (of scenes and of OpenMoji), `synthetic`, or `folder:PATH`.
+      `edits` (of scenes and of OpenMoji), `synthetic`, `folder:PATH`, or `folders:NAME*3,NAME`:
+      several of them, each with the times that it counts (vpe_jax.data.recipes).
+    root: where the folders of `folders:` are.
     scenes_share: share of scenes in the mixture, and in the edits.
     examples: number of records to draw (0: all of a finite source).
     image_size: side of the square image in pixels.
@@ -109,6 +113,7 @@ class DataConfig:
   """
 
   source: str = 'mixture'
+  root: str = 'data'
   scenes_share: float = 0.75
   examples: int = 0
   image_size: int = 64
@@ -129,10 +134,16 @@ class DataConfig:
     check(self, 'data.', 'scenes_share', share, 'between 0 and 1')
     listed = ', '.join(ENCODES)
     check(self, 'data.', 'encode', self.encode in ENCODES, f'one of {listed}')
-    if self.source not in SOURCES and not self.source.startswith(FOLDER):
-      hint = nearest(self.source, (*SOURCES, f'{FOLDER}PATH'))
+    if self.source not in SOURCES and not self.in_folders:
+      hint = nearest(self.source, (*SOURCES, f'{FOLDER}PATH', f'{FOLDERS}NAME*3,NAME'))
       raise UserError(f"unknown config.data.source '{self.source}'{hint}")
     check(self, 'data.', 'source', self.source != FOLDER, f'{FOLDER} and the path of a folder')
+    if self.source.startswith(FOLDERS):
+      entries = self.source.removeprefix(FOLDERS).split(',')
+      names = [entry.partition('*')[0].strip() for entry in entries]
+      good = all(re.fullmatch(r'[^*]*[^*\s][^*]*(\*[1-9]\d*)?', entry) for entry in entries)
+      words = f'{FOLDERS} and different names, as in {FOLDERS}one*3,other'
+      check(self, 'data.', 'source', good and len(set(names)) == len(names), words)
     # Whether a folder or a hub's model is there is seen when it is opened.
     shipped, named = self.tokenizer == 'assets:bpe', bool(re.search(r'^[.~]|/', self.tokenizer))
     words = f'assets:bpe, a folder with a tokenizer.json, a hub id (OWNER/NAME), or {CLASSES}NAMES'
@@ -140,6 +151,11 @@ class DataConfig:
     check(self, 'data.', 'tokenizer', good, words)
     for name, known in (('words', WORDS), ('fit', FITS)):
       check(self, 'data.', name, getattr(self, name) in known, f'one of {", ".join(known)}')
+
+  @property
+  def in_folders(self) -> bool:
+    """Whether the records are a user's own, in one folder or several."""
+    return self.source.startswith((FOLDER, FOLDERS))
 
 
 @dataclasses.dataclass(frozen=True)

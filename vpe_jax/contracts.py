@@ -206,8 +206,7 @@ class System(Protocol):
       it.
     starts: weights that a new run starts from; only systems whose config can name some have it.
     added: regular expressions over paths of parameters that a run may have beyond those of the run
-      whose state it carries on (`config.start_weights=state`), and that start fresh; only systems
-      whose runs fork have it.
+      that `config.start` names, and that start fresh then.
     grown: what parameters start from that the run lacks whose parameters `config.start` names; of
       family RUN, copies of others of that run. Only systems that grow from others have it.
   """

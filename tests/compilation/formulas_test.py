@@ -14,7 +14,7 @@ from vpe_jax import rng, sharding, systems
 from vpe_jax.compilation import hlo, program, traffic
 from vpe_jax.contracts import Examples, System, visible
 from vpe_jax.data import sequence
-from vpe_jax.models import external, transformer, unified
+from vpe_jax.models import transformer, unified
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.training import resume
 from vpe_jax.training.state import first_state
@@ -144,7 +144,7 @@ def test_fsdp_moves_what_the_formula_says(stage):
   assert moved['all-reduce'] == pytest.approx(reduced, rel=0.05)
 
 
-@pytest.mark.parametrize('condition', external.CONDITIONS)
+@pytest.mark.parametrize('condition', unified.CONDITIONS)
 def test_stage_render_runs_the_token_expert_forward_alone(condition):
   """Its backward pass would be far beyond the 2 % that the compiled step may have on top."""
   config = t2i.get_config('debug,arch=external')
@@ -172,10 +172,15 @@ def test_stage_render_runs_the_token_expert_forward_alone(condition):
   rows = system._regions(batch, np.zeros((1, c.plan_tokens), np.int32), np.ones(1, bool))
   sees = lambda *rows: int(np.sum(visible(*(unified.row_visibility(r) for r in rows))))
   ar, picture = {'ar': rows.pop('ar')}, rows
-  held = c.plan_tokens * (c.plan_tokens + 1) // 2 if condition == 'keys' else 0
+  causal = c.plan_tokens * (c.plan_tokens + 1) // 2
+  # With `keys` the codes see each other in the token expert, with `cross` in no other.
+  held = 0 if condition == 'prefix' else causal
   wide = lambda part, pairs: 4 * part.layers * part.heads * part.head_width * pairs
   seen, encoder = sees(picture, picture), c.dual_path.encoder
-  drawing = wide(c.dit, seen - held) + wide(c.head, seen)
+  boi = jax.tree.map(lambda leaf: leaf[:, c.plan_tokens :], rows['prefix'])
+  own = {'prefix': boi, 'dit': rows['dit']}
+  headed = sees(own, own) if condition == 'cross' else seen
+  drawing = wide(c.dit, seen - held) + wide(c.head, headed)
   drawing += 4 * encoder.layers * encoder.width * c.image_tokens**2
   assert system.frozen_attention_flops(stage) == wide(c.ar, sees(ar, ar))
   assert system.attention_flops(stage) == drawing + wide(c.ar, sees(ar, ar))

@@ -13,12 +13,16 @@ import pytest
 from configs import t2i as config_file
 from tests.small_systems import encoded_examples
 from vpe_jax import rng, systems
-from vpe_jax.config import SampleConfig
+from vpe_jax.config import MeshConfig, SampleConfig
 from vpe_jax.contracts import Examples, UserError, Visibility
-from vpe_jax.models import external, mot
+from vpe_jax.models import mot, unified
+from vpe_jax.models.transformer import Layer
+from vpe_jax.models.vit import everyone
+from vpe_jax.ops import rope
+from vpe_jax.ops.attention import reference
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.sampling import solver
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import by_path, make_mesh, param_shardings
 from vpe_jax.systems import rendering
 from vpe_jax.training.state import first_state
 
@@ -62,14 +66,20 @@ def _whole(condition: str):
   return jax.jit(run)
 
 
-@pytest.fixture(scope='module')
-def params():
+@functools.cache
+def _params(condition: str):
   """Drawn on the host, so that nothing is zero or the identity and nothing is compiled for it."""
   draw = np.random.default_rng(1)
-  shapes = jax.eval_shape(_made('prefix').init, KEY)
+  shapes = jax.eval_shape(_made(condition).init, KEY)
   normal = lambda leaf: jnp.asarray(0.15 * draw.standard_normal(leaf.shape), jnp.float32)
   one = lambda path: float('scale' in jax.tree_util.keystr(path))
   return jax.tree_util.tree_map_with_path(lambda path, leaf: one(path) + normal(leaf), shapes)
+
+
+@pytest.fixture(scope='module')
+def params():
+  """Those of all architectures but External+VPE with cross-attention."""
+  return _params('prefix')
 
 
 @pytest.mark.parametrize('preset', ['debug', 'tiny', 'paper', 'pod'])
@@ -81,6 +91,30 @@ def test_parameters_are_those_of_internal(preset):
   assert ours == theirs
   total = sum(np.prod(shape) for shape in ours.values())
   assert preset in ('debug', 'tiny') or abs(total - 4_166.3e6) < 0.2e6
+
+
+@pytest.mark.parametrize('preset', ['debug', 'paper'])
+def test_cross_attention_has_parameters_of_its_own(preset):
+  """In each layer of the picture expert, and all of them named for sharding."""
+  system = _system(preset=preset, condition='cross')
+  ours, others = (
+    by_path(jax.eval_shape(made.init, KEY)) for made in (system, _system(preset=preset))
+  )
+  more = {path: leaf for path, leaf in ours.items() if path not in others}
+  assert all(path.startswith('dit/layers/cross/') for path in more)
+  assert {path: leaf.shape for path, leaf in ours.items() if path not in more} == {
+    path: leaf.shape for path, leaf in others.items()
+  }
+  c = system.config.model.dit
+  heads, kv, D = c.heads * c.head_width, c.kv_heads * c.head_width, c.width
+  each = D * (heads + 2 * kv) + heads + 2 * kv + heads * D + 2 * D
+  assert sum(leaf.size for leaf in more.values()) == c.layers * each
+  total = sum(leaf.size for leaf in ours.values())
+  assert preset == 'debug' or abs(total - 4_320.6e6) < 0.2e6
+  mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2, strategy='fsdp_tensor'))
+  where = param_shardings(more, system.logical_axes, mesh, 'fsdp_tensor')
+  spread = {path.split('cross/')[1]: place.spec for path, place in where.items()}
+  assert spread['q/kernel'][1:] == ('fsdp', 'tensor') if preset == 'paper' else len(spread) == 9
 
 
 def test_stage_plan_is_that_of_internal(params):
@@ -95,7 +129,7 @@ def test_stage_plan_is_that_of_internal(params):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
 
 
-@pytest.mark.parametrize('condition', external.CONDITIONS)
+@pytest.mark.parametrize('condition', unified.CONDITIONS)
 def test_stage_render_trains_the_picture_expert_on_the_flow_alone(condition):
   """What is held of it, what its gradient comes from, and what evaluation adds at weight 0."""
   system = _made(condition)
@@ -135,6 +169,7 @@ def test_the_plan_alone_is_dropped_as_often_as_asked():
 def _flow_step(system, weights, prefix, latents):
   """The velocity of one cached flow step."""
   stream, condition = system.model.picture_stream(weights, latents, CLOCK, prefix.picture)
+  stream = dataclasses.replace(stream, memory=prefix.memory)
   at = prefix.body.key.order.shape[1] - prefix.picture.ids.shape[1]
   hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.body, at)
   stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
@@ -147,10 +182,13 @@ def _close(ours, theirs, tolerance=1e-4):
   assert float(error) < tolerance, f'relative error {float(error):.1e}'
 
 
-@pytest.mark.parametrize('condition, prepared, guidance', [('prefix', False, 1), ('keys', True, 2)])
-def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, guidance, params):
+@pytest.mark.parametrize(
+  'condition, prepared, guidance',
+  [('prefix', False, 1), ('keys', True, 2), ('cross', True, 1), ('cross', False, 1)],
+)
+def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, guidance):
   """With the plan that was decoded, and without one: the null branch of guidance."""
-  system = _made(condition)
+  system, params = _made(condition), _params(condition)
   batch, settings = _batch(system), SampleConfig(plan_guidance=float(guidance))
   job = rendering.Job(system.model, system.spans, system.vocabulary, settings)
   request = dataclasses.replace(batch, codes=None, latents=None)
@@ -179,9 +217,10 @@ def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, gu
   np.testing.assert_array_equal(whole(codes, ALL, -batch.latents)[0], hidden)
 
 
-def test_given_codes_are_rendered_along_the_whole_rows_velocity(params):
+@pytest.mark.parametrize('condition', ['keys', 'cross'])
+def test_given_codes_are_rendered_along_the_whole_rows_velocity(condition):
   """Guided, from the noise of each row's own example: also a row's place is of no matter."""
-  system = _made('keys')
+  system, params = _made(condition), _params(condition)
   batch, scale = _batch(system), 2.0
   settings = SampleConfig(steps=2, guidance=scale)
   run = jax.jit(lambda request: system.rows.draw(params, request, KEY, settings))
@@ -190,7 +229,7 @@ def test_given_codes_are_rendered_along_the_whole_rows_velocity(params):
 
   def velocity(x, time):
     clock = jnp.full((B,), 1.0 - time)
-    told, null = (_whole('keys')(params, codes, keep, x, clock)[1] for keep in (ALL, ~ALL))
+    told, null = (_whole(condition)(params, codes, keep, x, clock)[1] for keep in (ALL, ~ALL))
     return -(null + scale * (told - null))
 
   noise = lambda key: jax.random.normal(key, batch.latents.shape[1:])
@@ -243,6 +282,60 @@ def test_keys_are_eq_4_restricted_to_the_codes(params):
   _close(velocity, jax.jit(lambda p: _eq_4(system, p, batch))(params), 1e-5)
 
 
+def _without_cross(params):
+  layers = {name: leaf for name, leaf in params['dit']['layers'].items() if name != 'cross'}
+  return params | {'dit': params['dit'] | {'layers': layers}}
+
+
+def test_a_fresh_cross_attention_and_a_dropped_plan_change_nothing():
+  """Both leave a picture expert whose row is `[boi] | time x`: prefix's, without its plan."""
+  system, params = _made('cross'), _params('cross')
+  batch, layers = _batch(system), params['dit']['layers']
+  cross = jax.jit(lambda: system.init(KEY)['dit']['layers']['cross'])()
+  silent = params | {'dit': params['dit'] | {'layers': layers | {'cross': cross}}}
+  given = (batch.codes, ALL, batch.latents, CLOCK)
+  alone = _whole('prefix')(_without_cross(params), batch.codes, ~ALL, batch.latents, CLOCK)[1]
+  _close(_whole('cross')(silent, *given)[1], alone, 1e-5)
+  _close(_whole('cross')(params, batch.codes, ~ALL, batch.latents, CLOCK)[1], alone, 1e-5)
+  assert float(jnp.abs(_whole('cross')(params, *given)[1] - alone).max()) > 1e-2
+
+
+def test_cross_attention_stands_between_the_halves_of_a_layer():
+  """Against numpy, head by head: rotated products, a softmax over the codes that are present."""
+  c = _made('cross').config.model.dit
+  layer = Layer(c, jnp.float32, crossed=True)
+  weights = jax.tree.map(lambda leaf: leaf[0], _params('cross')['dit']['layers'])
+  run = lambda *given, **method: layer.apply({'params': weights}, *given, **method)
+  draw = np.random.default_rng(2)
+  normal = lambda *shape: jnp.asarray(draw.standard_normal(shape), jnp.float32)
+  x, own, memory = normal(1, 3, c.width), normal(1, 3, c.heads, c.head_width), normal(1, 5, c.width)
+  places = lambda first, count: jnp.arange(first, first + count)[None]
+  tables = lambda *span: rope.rotary(places(*span), c.head_width, c.rope_theta)
+  k, v = run(memory, tables(0, 5), method='remember')
+  seen = everyone((1, 5))
+  seen = jax.tree.map(lambda leaf: leaf.at[0, 4].set(0), seen)
+  attend = lambda q: reference.attention(q, k, v, everyone((1, 3)), seen)[0]
+  found = run(x, own, None, tables(5, 3), attend, method='finish')
+
+  cross = weights['cross']
+  norm = lambda y, name: (
+    y * cross[name]['scale'] / np.sqrt(np.mean(y**2, -1, keepdims=True) + c.eps)
+  )
+  heads = lambda y, name: np.einsum('BLD,DNH->BLNH', y, cross[name]['kernel']) + cross[name]['bias']
+  between = np.asarray(x + np.einsum('BLNH,NHD->BLD', own, weights['o']['kernel']))
+  q = rope.rotate(heads(norm(between, 'query_norm'), 'q'), tables(5, 3))
+  told = norm(np.asarray(memory), 'memory_norm')
+  k, v = rope.rotate(heads(told, 'k'), tables(0, 5)), heads(told, 'v')
+  for n in range(c.heads):
+    logits = q[0, :, n] @ k[0, :4, n * c.kv_heads // c.heads].T / np.sqrt(c.head_width)
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    mixed = shares @ v[0, :4, n * c.kv_heads // c.heads]
+    between = between + mixed @ cross['o']['kernel'][n]
+  # What the rest of the layer makes of it.
+  wanted = run(between, jnp.zeros_like(own), method='finish')
+  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
   'arch, stages, model, message',
   [
@@ -250,7 +343,7 @@ def test_keys_are_eq_4_restricted_to_the_codes(params):
     ('internal', ('plan', 'render'), {}, "arch=internal has no stage 'render': .* plan, joint"),
     ('external', ('plan', 'rendr'), {}, "no stage 'rendr'.*'render'"),
     ('external', ('render',), {}, 'config.start=RUN'),
-    ('external', None, {'condition': 'keyz'}, 'prefix, keys'),
+    ('external', None, {'condition': 'keyz'}, 'prefix, keys, cross'),
     ('external', None, {'ar': {'width': 64, 'head_width': 16}}, 'model.dit.width must be equal'),
   ],
 )

@@ -130,6 +130,20 @@ def test_both_architectures_go_on_from_one_plan(plan_run, arch, stage):
   assert 'trains' in rows['dit'] and ('frozen' in rows['ar']) == (arch == 'external')
 
 
+def test_cross_attention_is_drawn_where_the_plan_was_learned_without(plan_run):
+  folder, wanted = plan_run
+  config = t2i_file.get_config('debug,arch=external')
+  model = config.model.to_dict() | {'condition': 'cross'}
+  system = _t2i('external', start=str(folder), stages=['render'], model=model)
+  found = by_path(_first(system)[1]['params'])
+  drawn = {path for path in found if path not in wanted}
+  assert drawn and all(path.startswith('dit/layers/cross/') for path in drawn)
+  for path, leaf in wanted.items():
+    np.testing.assert_array_equal(found[path], leaf)
+  assert not np.any(found['dit/layers/cross/o/kernel'])
+  assert np.any(found['dit/layers/cross/q/kernel'])
+
+
 def test_a_run_starts_from_raw_or_averaged_weights(line_system, tmp_path):
   other = line_system()
   params = other.init(rng.run_key(0))

@@ -1,7 +1,8 @@
 """Which codecs a system reads pictures with: those trained here, or published ones.
 
-A visual prompt comes from the embedded SigLIP and its quantiser, or from SigLIP-VQ where
-`siglip_vq` is given. Latents come from the embedded autoencoder, or from a published one where
+A visual prompt comes from the embedded SigLIP and its quantiser, from a published tower and the
+quantiser that was trained on it (`visual_prompt.encoder`), or from SigLIP-VQ where `siglip_vq` is
+given. Latents come from the embedded autoencoder, or from a published one where
 `vae` is given; a picture's own codes come from that autoencoder's quantised latents, or from a
 published tokenizer where `vqgan` is given.
 """
@@ -14,7 +15,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from vpe_jax.codecs import image_codes, kl, kl_vae, siglip_vq, visual_prompt, vqgan
+from vpe_jax.codecs import image_codes, kl, kl_vae, siglip_vq, towers, visual_prompt, vqgan
 from vpe_jax.codecs.protocol import LatentCodec, PictureCodec, PlanCodec
 from vpe_jax.contracts import Array, Params, Start
 
@@ -23,11 +24,13 @@ from vpe_jax.contracts import Array, Params, Start
 class WeightsConfig:
   """Where each frozen network's weights are: `assets:NAME`, a path, or a hub id.
 
-  Those of `siglip_vq`, of `vqgan`, and of `image` where `vae` is given, are published: a folder, an
-  import, or a hub id (`OWNER/NAME:FOLDER`).
+  Those of `encoder`, of `siglip_vq`, of `vqgan`, and of `image` where `vae` is given, are
+  published: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`). `encoder` is the tower that
+  `visual_prompt.encoder` names in the place of `siglip`; empty: its release (towers.RELEASES).
   """
 
   siglip: str = 'assets:siglip'
+  encoder: str = ''
   visual_prompt: str = 'assets:visual_prompt'
   image: str = 'assets:image'
   image_codes: str = 'assets:image_codes'
@@ -86,19 +89,26 @@ class PlanCodecConfig:
       return 0
     if self.siglip_vq is not None:
       return (self.siglip_vq.image_size // self.siglip_vq.patch) ** 2
-    return self.visual_prompt.siglip.patches
+    return self.visual_prompt.patches
 
   @property
   def plan_weights(self) -> Mapping[str, str]:
     """Name of each network that makes visual prompts -> where its weights are."""
-    names = ('siglip', 'visual_prompt') if self.siglip_vq is None else ('siglip_vq',)
-    return {name: getattr(self.weights, name) for name in names if self.vpe}
+    if not self.vpe:
+      return {}
+    if self.siglip_vq is not None:
+      return {'siglip_vq': self.weights.siglip_vq}
+    given = self.weights
+    tower = tower_weights(self.visual_prompt, given.siglip, given.encoder)
+    return {**tower, 'visual_prompt': given.visual_prompt}
 
   @property
   def published(self) -> Mapping[str, Start]:
     """The published ones among the frozen networks."""
-    if self.siglip_vq is None or not self.vpe:
+    if not self.vpe:
       return {}
+    if self.siglip_vq is None:
+      return published_tower(self.visual_prompt, self.weights.encoder)
     sizes = _base(self.siglip_vq, siglip_vq.SiglipVqConfig)
     return {'siglip_vq': Start('siglip_vq', self.weights.siglip_vq, sizes, ())}
 
@@ -200,6 +210,28 @@ def picture_codec(config: PictureCodesConfig, image_size: int) -> PictureCodec:
   if config.vqgan is None:
     return image_codes.ImageCodesCodec(config.image_codes, config.image, image_size)
   return vqgan.VqGanCodec(config.vqgan, config.vqgan.image_size, 'vqgan')
+
+
+def tower_weights(config: towers.TowerConfig, siglip: str, encoder: str) -> Mapping[str, str]:
+  """Name of the tower of a visual prompt -> where its weights are.
+
+  Args:
+    config: which tower.
+    siglip: where the embedded SigLIP is.
+    encoder: where a published tower is; '' for its release.
+  """
+  if config.encoder == 'siglip':
+    return {'siglip': siglip}
+  return {config.encoder: encoder or towers.RELEASES[config.encoder]}
+
+
+def published_tower(config: towers.TowerConfig, encoder: str) -> Mapping[str, Start]:
+  """The tower of a visual prompt, where it is published; arguments as `tower_weights`."""
+  if config.published is None:
+    return {}
+  family, sizes = config.published
+  source = encoder or towers.RELEASES[config.encoder]
+  return {config.encoder: Start(family, source, sizes, ())}
 
 
 def _base(section: Any, cls: type) -> Any:

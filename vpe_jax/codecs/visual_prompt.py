@@ -1,9 +1,9 @@
-"""The visual prompt: vector-quantised SigLIP patch features, one code a patch.
+"""The visual prompt: vector-quantised patch features, one code a patch.
 
-A frozen SigLIP sees a small view of the picture; its patch features are projected to a few
-dimensions, and the nearest row of a codebook (both on the unit sphere, as X-Omni's SigLIP-VQ) is
-the code. A decoder that sees all patches maps codes back to features: it gives the training
-signal and shows what a prompt still says.
+A frozen SigLIP, or another tower (codecs/towers.py), sees a small view of the picture; its patch
+features are projected to a few dimensions, and the nearest row of a codebook (both on the unit
+sphere, as X-Omni's SigLIP-VQ) is the code. A decoder that sees all patches maps codes back to
+features: it gives the training signal and shows what a prompt still says.
 """
 
 from __future__ import annotations
@@ -15,36 +15,27 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.codecs import pixels
-from vpe_jax.config import check_sizes
+from vpe_jax.codecs import towers
 from vpe_jax.contracts import Array, Params
-from vpe_jax.models.siglip import Siglip, SiglipConfig, unit
+from vpe_jax.models.siglip import Siglip, unit
 from vpe_jax.models.vit import Encoder, EncoderConfig, LayerNorm, forward_flops
 
 
-@dataclasses.dataclass(frozen=True)
-class VisualPromptConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisualPromptConfig(towers.TowerConfig):
   """Sizes of the tokenizer; the defaults are the embedded one's.
 
   Attributes:
     codes: rows of the codebook.
     code_width: dimensions in which the nearest row is sought.
-    depth: SigLIP layers whose raw output is quantised; -1 for the normed last output, which the
-      pooling head reads.
     temperature: of the soft choice that keeps every code in use while training.
     decoder: the network that maps codes back to features.
-    siglip: sizes of the frozen SigLIP.
   """
 
   codes: int = 512
   code_width: int = 32
-  depth: int = -1
   temperature: float = 0.03
   decoder: EncoderConfig = EncoderConfig(width=128, layers=1, heads=4, mlp=256)
-  siglip: SiglipConfig = SiglipConfig()
-
-  def __post_init__(self) -> None:
-    check_sizes(self)
 
 
 class Quantised(NamedTuple):
@@ -68,10 +59,10 @@ class Quantiser(nn.Module):
     self.project = nn.Dense(c.code_width)
     self.codebook = self.param('codebook', nn.initializers.normal(1.0), (c.codes, c.code_width))
     near = nn.initializers.normal(0.02)
-    self.position = self.param('position', near, (c.siglip.patches, c.decoder.width))
+    self.position = self.param('position', near, (c.patches, c.decoder.width))
     self.expand = nn.Dense(c.decoder.width)
     self.decoder = Encoder(c.decoder, jnp.float32)
-    self.features = nn.Dense(c.siglip.vision.width)
+    self.features = nn.Dense(c.body.width)
 
   def quantise(self, features: Array) -> Quantised:
     """The nearest code of each patch."""
@@ -98,24 +89,26 @@ class Quantiser(nn.Module):
 
 
 class VisualPromptCodec:
-  """A protocol.PlanCodec over the networks `siglip` and `visual_prompt`."""
+  """A protocol.PlanCodec over two networks: the tower, called as `config.encoder`, and ours."""
 
-  weights = ('siglip', 'visual_prompt')
   codebook = 'visual_prompt/codebook'
 
   def __init__(self, config: VisualPromptConfig):
     self.config = config
+    self.weights = (config.encoder, 'visual_prompt')
     self.codes = config.codes
-    self.grid = config.siglip.image_size // config.siglip.patch
-    self.siglip = Siglip(config.siglip)
+    self.grid = config.grid
+    self.tower = towers.tower(config)
     self.quantiser = Quantiser(config)
 
+  @property
+  def siglip(self) -> Siglip:
+    """The tower of encoder `siglip`, which has read our captions."""
+    return self.tower.network
+
   def features(self, params: Params, images: Array) -> Array:
-    """SigLIP's patch features [B, P, D] of pictures [B, R, R, 3]."""
-    c = self.config
-    seen = pixels.to_signed(pixels.view(images, c.siglip.image_size))
-    depth = None if c.depth < 0 else c.depth
-    return self.siglip.apply({'params': params['siglip']}, seen, depth, method='features')
+    """The tower's patch features [B, P, D] of pictures [B, R, R, 3]."""
+    return self.tower.features(params[self.config.encoder], images)
 
   def encode(self, params: Params, images: Array) -> Array:
     """Codes [B, P] int32; see protocol.TokenCodec."""
@@ -133,7 +126,7 @@ class VisualPromptCodec:
     """What SigLIP's pooling head sees in codes [B, P]: unit vectors [B, D] float32.
 
     The codes' features take the place of the image tower's normed last output, which they were
-    trained to rebuild. With `depth` 0 or more they stand for another layer's: this says nothing.
+    trained to rebuild: only where `config.compares`.
     """
     features = self.decode(params, codes)
     return self.siglip.apply({'params': params['siglip']}, features, method='pool')
@@ -150,14 +143,12 @@ class VisualPromptCodec:
 
   def abstract_params(self) -> Params:
     """Both networks' parameters as shapes; see protocol.TokenCodec."""
-    c = self.config.siglip
+    c = self.config
 
     def init() -> Params:
-      key, text = jax.random.key(0), jnp.zeros((1, c.text_length), jnp.int32)
-      images = jnp.zeros((1, c.image_size, c.image_size, 3))
-      features = jnp.zeros((1, c.patches, c.vision.width))
+      key, features = jax.random.key(0), jnp.zeros((1, c.patches, c.body.width))
       return {
-        'siglip': self.siglip.init(key, images, text, jnp.ones((1,), jnp.int32))['params'],
+        c.encoder: self.tower.init(key),
         'visual_prompt': self.quantiser.init(key, features)['params'],
       }
 
@@ -166,6 +157,6 @@ class VisualPromptCodec:
 
 def flops(config: VisualPromptConfig) -> float:
   """Matrix FLOPs of one forward pass of the quantiser and its decoder over one picture."""
-  c, D, H = config, config.siglip.vision.width, config.decoder.width
+  c, D, H = config, config.body.width, config.decoder.width
   dense = D * H + H * c.code_width + c.code_width * c.codes + c.code_width * H + H * D
-  return 2.0 * c.siglip.patches * dense + forward_flops(c.decoder, c.siglip.patches)
+  return 2.0 * c.patches * dense + forward_flops(c.decoder, c.patches)

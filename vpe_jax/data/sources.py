@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from vpe_jax.config import FOLDER, DataConfig
+from vpe_jax.config import FOLDER, FOLDERS, DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data.edits import Edits
 from vpe_jax.data.emoji_edits import EmojiEdits
 from vpe_jax.data.filters import Filter
 from vpe_jax.data.folder import Asked, open_folder
 from vpe_jax.data.openmoji import OpenMoji
+from vpe_jax.data.recipes import open_recipe
 from vpe_jax.data.records import Record, Source, Split
 from vpe_jax.data.scenes import Scenes
 from vpe_jax.data.synthetic import Synthetic
@@ -58,7 +59,7 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
   """
   count = config.examples
   keep = Filter(config.language, config.least_text_height, config.image_size, config.fit)
-  if not config.source.startswith(FOLDER) and keep != Filter(size=keep.size, fit=keep.fit):
+  if not config.in_folders and keep != Filter(size=keep.size, fit=keep.fit):
     raise UserError(
       f'data.language and data.least_text_height choose records of a folder, and '
       f'config.data.source is {config.source}: leave them out'
@@ -72,7 +73,7 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
     return Words(count or ENDLESS, split, seed)
   if config.source == 'openmoji':
     return OpenMoji(count, split, seed)
-  if split != 'train' and (config.source == 'synthetic' or config.source.startswith(FOLDER)):
+  if split != 'train' and (config.source == 'synthetic' or config.in_folders):
     raise UserError(
       f'config.data.source={config.source} has no held-out split; mixture, scenes, words, edits '
       'and openmoji do'
@@ -80,7 +81,14 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
   if config.source == 'synthetic':
     return Synthetic(count or ENDLESS, config.references)
   asked = Asked(config.words == 'caption', config.references)
-  return open_folder(config.source.removeprefix(FOLDER), count, asked, keep)
+  if not config.source.startswith(FOLDERS):
+    return open_folder(config.source.removeprefix(FOLDER), count, asked, keep)
+  if count:
+    raise UserError(
+      f'data.examples={count} keeps the first pictures of one folder, and config.data.source names '
+      'several: set it to 0'
+    )
+  return open_recipe(config.source, config.root, asked, keep)
 
 
 def _mixture(config: DataConfig, count: int, split: Split, seed: int) -> Mixture:
@@ -93,7 +101,7 @@ def _mixture(config: DataConfig, count: int, split: Split, seed: int) -> Mixture
 
 def _check_references(config: DataConfig) -> None:
   """Refuses pictures before where a source has none, and edits without them."""
-  pairs = config.source in ('edits', 'synthetic') or config.source.startswith(FOLDER)
+  pairs = config.source in ('edits', 'synthetic') or config.in_folders
   if config.references and not pairs:
     raise UserError(
       f'config.data.source={config.source} has no pictures before and after an edit, which this '

@@ -11,7 +11,8 @@ whom), where the codes' places hold what the token expert knows of the plan, by 
     own: Eq. 4, restricted to the codes. So no hidden state enters layers that never saw its scale.
 
 In both, what stands at the codes' places after the last layer goes through the head as rows that
-are not modulated; with `keys` these are the token expert's hidden states, as in `internal`.
+are not modulated; with `keys` these are the token expert's hidden states, as in `internal`. A third
+`condition`, `cross`, has parameters of its own: models/external_cross.py.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ import jax.numpy as jnp
 from vpe_jax.contracts import Array, Params, Region, concatenate
 from vpe_jax.models import mot, transformer, unified
 from vpe_jax.models.unified import Unified, UnifiedConfig, row_visibility
-
-CONDITIONS = ('prefix', 'keys')
 
 
 @jax.tree_util.register_dataclass
@@ -54,13 +53,16 @@ class External:
 
   Attributes:
     model: both experts' parts; its parameter tree is that of `internal`.
-    condition: one of CONDITIONS.
     codes: first slot of the codes in the token expert's row, and the slot after their last.
   """
 
   model: Unified
-  condition: str
   codes: tuple[int, int]
+
+  @property
+  def condition(self) -> str:
+    """How the plan reaches the picture expert."""
+    return self.model.config.condition
 
   def read(
     self, params: Params, region: Region, stream: mot.Stream | None = None
@@ -118,7 +120,7 @@ class External:
     told, at = self._told(params, plan, regions['prefix'])
     picture, condition = self.model.picture_stream(params, latents, clock, regions['dit'])
     cache = self._held(plan, regions)
-    hidden, _ = self.model.backbone(params, {'dit': _joined(told, picture)}, cache, at)
+    hidden, _ = self.model.backbone(params, {'dit': joined(told, picture)}, cache, at)
     count = told.x.shape[1]
     rows = jnp.concatenate([plan.hidden[:, :at], hidden['dit'][:, :count]], 1)
     prefix = regions['prefix']
@@ -131,7 +133,7 @@ class External:
 
   def prefill(
     self, params: Params, plan: Plan, regions: Mapping[str, Region]
-  ) -> tuple[mot.Cache, mot.Cache]:
+  ) -> tuple[mot.Cache, ...]:
     """The caches of body and head, with all in them that flow steps share; `regions` placed."""
     prefix, key = regions['prefix'], row_visibility(regions)
     told, at = self._told(params, plan, prefix)
@@ -141,9 +143,7 @@ class External:
     stream = mot.Stream(rows, prefix.positions, prefix.visibility)
     return body, self.model.head(params, {'prefix': stream}, head)[1]
 
-  def prefill_null(
-    self, params: Params, regions: Mapping[str, Region]
-  ) -> tuple[mot.Cache, mot.Cache]:
+  def prefill_null(self, params: Params, regions: Mapping[str, Region]) -> tuple[mot.Cache, ...]:
     """As `prefill`, of a row whose plan is dropped: `[boi]` alone, at the front."""
     at = self.codes[1] - self.codes[0]
     boi = jax.tree.map(lambda leaf: leaf[:, at : at + 1], regions['prefix'])
@@ -151,7 +151,7 @@ class External:
     rest = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, shape=(1, absent)), boi.visibility)
     key = concatenate([boi.visibility, rest, regions['dit'].visibility])
     body, head = self.model.caches(params, key)
-    stream = mot.Stream(self._rows(params, boi.ids), boi.positions, boi.visibility)
+    stream = mot.Stream(self.rows(params, boi.ids), boi.positions, boi.visibility)
     hidden, body = self.model.backbone(params, {'dit': stream}, body)
     stream = dataclasses.replace(stream, x=hidden['dit'])
     return body, self.model.head(params, {'prefix': stream}, head)[1]
@@ -169,11 +169,11 @@ class External:
     """The prefix as the picture expert's layers take it, and its first slot in the row."""
     count = self.codes[1] - self.codes[0]
     at = count if self.condition == 'keys' else 0
-    x = jnp.concatenate([plan.hidden[:, at:], self._rows(params, prefix.ids[:, count:])], 1)
+    x = jnp.concatenate([plan.hidden[:, at:], self.rows(params, prefix.ids[:, count:])], 1)
     own = jax.tree.map(lambda leaf: leaf[:, at:], prefix)
     return mot.Stream(x, own.positions, own.visibility), at
 
-  def _rows(self, params: Params, ids: Array) -> Array:
+  def rows(self, params: Params, ids: Array) -> Array:
     """Embeddings [B, L, D] of text ids: [boi], whose row the picture expert only reads."""
     rows = jnp.take(params['embed']['text'], ids, axis=0)
     return jax.lax.stop_gradient(rows).astype(self.model.dtype)
@@ -193,7 +193,7 @@ class External:
     return mot.Cache(*jax.tree.map(longer, (plan.keys, plan.values)), key)
 
 
-def _joined(first: mot.Stream, second: mot.Stream) -> mot.Stream:
+def joined(first: mot.Stream, second: mot.Stream) -> mot.Stream:
   """Two stretches of one expert's row as one: each layer's weights are read once."""
   parts = [(s.x, s.positions, s.visibility) for s in (first, second)]
   return mot.Stream(*concatenate(parts))
@@ -208,12 +208,14 @@ class Lengths:
     prefix: of the prefix in the picture expert's row.
     image: of the picture there.
     held: of the prefix, those whose keys and values the token expert gives.
+    memory: codes that the row's cross-attention looks at.
   """
 
   tokens: int
   prefix: int
   image: int
-  held: int
+  held: int = 0
+  memory: int = 0
 
 
 def forward_flops(config: UnifiedConfig, lengths: Lengths) -> dict[str, float]:
@@ -221,11 +223,14 @@ def forward_flops(config: UnifiedConfig, lengths: Lengths) -> dict[str, float]:
 
   Returns:
     Names and meanings as of unified.forward_flops, without `ar` and `logits`; the prefix's rows are
-    in `dit`, but for those `held`, and take the token rows' part in `entry` and `head`.
+    in `dit`, but for those `held`, and take the token rows' part in `entry` and `head`. With a
+    memory also `cross`: the cross-attention of all layers.
   """
   blocks = unified.forward_flops(config, lengths.prefix, lengths.image, 0)
   row = lengths.prefix + lengths.image
   blocks['dit'] = transformer.forward_flops(config.dit, row - lengths.held, row)
+  if lengths.memory:
+    blocks['cross'] = transformer.cross_flops(config.dit, row, lengths.memory)
   return {name: n for name, n in blocks.items() if name not in ('ar', 'logits')}
 
 
@@ -246,11 +251,12 @@ def attention_flops(config: UnifiedConfig, lengths: Lengths) -> tuple[float, flo
     Of the token expert, and of the picture expert with head and dual path.
   """
   causal = lambda count: count * (count + 1) / 2
-  before, picture = causal(lengths.prefix), lengths.image * (lengths.prefix + lengths.image)
+  row = lengths.prefix + lengths.image
+  before, picture = causal(lengths.prefix), lengths.image * row
   pairs = lambda stack, seen: 4.0 * stack.layers * seen * stack.heads * stack.head_width
   encoder = config.dual_path.encoder
   return pairs(config.ar, causal(lengths.tokens)), (
-    pairs(config.dit, before - causal(lengths.held) + picture)
+    pairs(config.dit, before - causal(lengths.held) + picture + row * lengths.memory)
     + pairs(config.head, before + picture)
     + 4.0 * encoder.layers * config.image_tokens**2 * encoder.width
   )

@@ -43,6 +43,7 @@ class Stream:
     condition: of the modulation [B, 1, D], or None for rows that are not modulated.
     rotation: rotary tables [B, L, 1, H / 2], cosine and sine, in the place of those that the layer
       makes from `positions`; None: the layer's.
+    memory: what each layer's cross-attention looks at (see `remember`), or None.
   """
 
   x: Array
@@ -50,6 +51,7 @@ class Stream:
   visibility: Visibility
   condition: Array | None = None
   rotation: tuple[Array, Array] | None = None
+  memory: Cache | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -119,6 +121,17 @@ def empty_cache(layer: Layer, params: Any, key: Visibility, dtype: jnp.dtype) ->
   return Cache(zeros(), zeros(), key)
 
 
+def remember(layer: Layer, params: Any, told: Stream) -> Cache:
+  """What each layer's cross-attention keeps of the hidden states `told.x`: computed once."""
+  tables = _tables(layer, told)
+  one = lambda weights: layer.apply({'params': weights}, told.x, tables, method='remember')
+  if isinstance(params, tuple):
+    k, v = zip(*map(one, params), strict=True)
+  else:
+    k, v = jax.vmap(one)(params)
+  return Cache(k, v, told.visibility)
+
+
 def first(cache: Cache, count: int) -> Cache:
   """The cache of the first `count` rows of a batch."""
   return _by_rows(lambda leaf, axis: jax.lax.slice_in_dim(leaf, 0, count, axis=axis), cache)
@@ -173,25 +186,32 @@ def run(
     layers,
     tables={name: _tables(layers[name], stream) for name, stream in streams.items()},
     conditions={name: stream.condition for name, stream in streams.items()},
+    memories={n: (s.visibility, s.memory.key) for n, s in streams.items() if s.memory},
     query=query,
     key=query if cache is None else cache.key,
     at=at,
     attention=attention if query.order.shape[1] >= chooser.SHORT else '',
   )
 
-  def one(hidden: dict[str, Array], weights: Mapping[str, Params], held: _KeysValues) -> Any:
+  def one(
+    hidden: dict[str, Array],
+    weights: Mapping[str, Params],
+    memories: Mapping[str, tuple[Any, Any]],
+    held: _KeysValues,
+  ) -> Any:
     hidden = {n: sharding.constrain(x, ('batch', None, None)) for n, x in hidden.items()}
-    return _layer(call, weights, hidden, held)
+    return _layer(call, weights, memories, hidden, held)
 
   if REMAT[remat] is not None:
     one = jax.checkpoint(one, policy=REMAT[remat])
   hidden = {name: stream.x for name, stream in streams.items()}
   chosen = {name: params[name] for name in streams}
   held = None if cache is None else (cache.k, cache.v)
+  memories = {n: (s.memory.k, s.memory.v) for n, s in streams.items() if s.memory}
   if any(isinstance(stack, tuple) for stack in chosen.values()):
-    hidden, held = _unrolled(one, hidden, chosen, held)
+    hidden, held = _unrolled(one, hidden, chosen, memories, held)
   else:
-    hidden, held = jax.lax.scan(lambda h, x: one(h, *x), hidden, (chosen, held))
+    hidden, held = jax.lax.scan(lambda h, x: one(h, *x), hidden, (chosen, memories, held))
   return hidden, None if cache is None else Cache(held[0], held[1], cache.key)
 
 
@@ -202,6 +222,7 @@ class _Call:
   layers: Mapping[str, Layer]
   tables: Mapping[str, tuple[Array, Array]]
   conditions: Mapping[str, Array | None]
+  memories: Mapping[str, tuple[Visibility, Visibility]]
   query: Visibility
   key: Visibility
   at: Array | int
@@ -216,13 +237,18 @@ def _tables(layer: Layer, stream: Stream) -> tuple[Array, Array]:
 
 
 def _unrolled(
-  one: Any, hidden: dict[str, Array], params: Mapping[str, Any], held: _KeysValues
+  one: Any,
+  hidden: dict[str, Array],
+  params: Mapping[str, Any],
+  memories: Mapping[str, tuple[Any, Any]],
+  held: _KeysValues,
 ) -> tuple[dict[str, Array], _KeysValues]:
   """The layer loop over unstacked parameters and caches."""
   written = []
   for i in range(len(next(iter(params.values())))):
     weights = {name: stack[i] for name, stack in params.items()}
-    hidden, kv = one(hidden, weights, None if held is None else (held[0][i], held[1][i]))
+    seen = {name: (k[i], v[i]) for name, (k, v) in memories.items()}
+    hidden, kv = one(hidden, weights, seen, None if held is None else (held[0][i], held[1][i]))
     written.append(kv)
   if held is None:
     return hidden, None
@@ -230,9 +256,16 @@ def _unrolled(
 
 
 def _layer(
-  call: _Call, weights: Mapping[str, Params], hidden: dict[str, Array], held: _KeysValues
+  call: _Call,
+  weights: Mapping[str, Params],
+  memories: Mapping[str, tuple[Array, Array]],
+  hidden: dict[str, Array],
+  held: _KeysValues,
 ) -> tuple[dict[str, Array], _KeysValues]:
-  """Eq. 4: own projections, one attention over all keys, own output projection and MLP."""
+  """Eq. 4: own projections, one attention over all keys, own output projection and MLP.
+
+  An expert with a memory looks at it between the two halves.
+  """
   projected, modulation = {}, {}
   for name in call.tables:  # The order of the streams: a scan sorts what it carries by name.
     x = hidden[name]
@@ -257,7 +290,21 @@ def _layer(
     x = hidden[name]
     stop = start + x.shape[1]
     out[name] = call.layers[name].apply(
-      {'params': weights[name]}, x, mixed[:, start:stop], modulation[name], method='finish'
+      {'params': weights[name]},
+      x,
+      mixed[:, start:stop],
+      modulation[name],
+      *(_looking(call, name, memories[name]) if name in memories else ()),
+      method='finish',
     )
     start = stop
   return out, held
+
+
+def _looking(
+  call: _Call, name: str, memory: tuple[Array, Array]
+) -> tuple[tuple[Array, Array], Callable[[Array], Array]]:
+  """What Layer.finish needs for cross-attention."""
+  query, key = call.memories[name]
+  attend = lambda q: chooser.attention(q, *memory, query, key, call.attention)
+  return call.tables[name], attend

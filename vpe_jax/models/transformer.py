@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -17,15 +18,15 @@ from vpe_jax.ops import norms, rope
 _HEADS = ('layers', 'embed', 'heads', 'head')
 _KV_HEADS = ('layers', 'embed', 'kv_heads', 'head')
 LAYER_AXES = (
-  (r'q/kernel', _HEADS),
-  (r'q/bias', ('layers', 'heads', 'head')),
-  (r'[kv]/kernel', _KV_HEADS),
-  (r'[kv]/bias', ('layers', 'kv_heads', 'head')),
-  (r'o/kernel', ('layers', 'heads', 'head', 'embed')),
+  (r'(cross/)?q/kernel', _HEADS),
+  (r'(cross/)?q/bias', ('layers', 'heads', 'head')),
+  (r'(cross/)?[kv]/kernel', _KV_HEADS),
+  (r'(cross/)?[kv]/bias', ('layers', 'kv_heads', 'head')),
+  (r'(cross/)?o/kernel', ('layers', 'heads', 'head', 'embed')),
   (r'(gate|up)/kernel', ('layers', 'embed', 'mlp')),
   (r'down/kernel', ('layers', 'mlp', 'embed')),
   (r'[qk]_norm/scale', ('layers', 'head')),
-  (r'(attention|mlp)_norm/scale', ('layers', 'embed')),
+  (r'(attention|mlp|cross/query|cross/memory)_norm/scale', ('layers', 'embed')),
 )
 
 
@@ -95,18 +96,59 @@ class Modulation(nn.Module):
     return jnp.split(out(jax.nn.silu(condition.astype(jnp.float32))), self.parts, axis=-1)
 
 
+class CrossAttention(nn.Module):
+  """Tokens look at a memory: hidden states of another row, which doesn't look back.
+
+  Both are RMS-normalised first, each with a scale of its own; queries and keys are rotated as in
+  self-attention, so that the memory has an order. The output projection starts at zero: a fresh
+  layer does what it would do without.
+  """
+
+  config: TransformerConfig
+  dtype: jnp.dtype
+
+  def setup(self) -> None:
+    c = self.config
+    heads = lambda n: DenseGeneral((n, c.head_width), use_bias=c.qkv_bias, dtype=self.dtype)
+    self.query_norm = RMSNorm(c.eps)
+    self.memory_norm = RMSNorm(c.eps)
+    self.q = heads(c.heads)
+    self.k = heads(c.kv_heads)
+    self.v = heads(c.kv_heads)
+    self.o = DenseGeneral(
+      c.width,
+      axis=(-2, -1),
+      use_bias=False,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.zeros,
+    )
+
+  def remember(self, memory: Array, tables: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Keys and values [B, P, K, H] of a memory [B, P, D]; `tables` are rope.rotary's."""
+    y = self.memory_norm(memory)
+    return rope.rotate(self.k(y), tables, self.config.rope_adjacent), self.v(y)
+
+  def __call__(
+    self, x: Array, tables: tuple[Array, Array], attend: Callable[[Array], Array]
+  ) -> Array:
+    """What tokens [B, L, D] take from it; `attend` mixes its values by queries, [B, L, N, H]."""
+    q = rope.rotate(self.q(self.query_norm(x)), tables, self.config.rope_adjacent)
+    return self.o(attend(q))
+
+
 class Layer(nn.Module):
   """A pre-norm layer in two halves, so that several experts can share one attention between them.
 
   `project` gives rotated q, k and v of this expert's tokens; `finish` takes the mixed values
   back. With `modulated`, both need `modulation`: six parts [B, 1, D] float32 in the order
   shift, scale, gate of the attention, then of the MLP (Show-o2's diffusion head), or None for
-  rows that are not modulated.
+  rows that are not modulated. With `crossed`, `finish` looks at a memory between the two.
   """
 
   config: TransformerConfig
   dtype: jnp.dtype
   modulated: bool = False
+  crossed: bool = False
 
   def setup(self) -> None:
     c = self.config
@@ -126,6 +168,8 @@ class Layer(nn.Module):
     self.down = dense(c.width)
     if self.modulated:
       self.modulation = Modulation(6, c.width)
+    if self.crossed:
+      self.cross = CrossAttention(c, self.dtype)
 
   def modulate(self, condition: Array) -> list[Array]:
     """The six parts of the modulation, from the condition [B, 1, D]."""
@@ -144,10 +188,26 @@ class Layer(nn.Module):
     turn = lambda heads: rope.rotate(heads, tables, self.config.rope_adjacent)
     return turn(q), turn(k), v
 
-  def finish(self, x: Array, mixed: Array, modulation: list[Array] | None = None) -> Array:
-    """The layer's output [B, L, D] from its input and the mixed values [B, L, N, H]."""
+  def remember(self, memory: Array, tables: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Keys and values of a memory; see CrossAttention."""
+    return self.cross.remember(memory, tables)
+
+  def finish(
+    self,
+    x: Array,
+    mixed: Array,
+    modulation: list[Array] | None = None,
+    tables: tuple[Array, Array] | None = None,
+    attend: Callable[[Array], Array] | None = None,
+  ) -> Array:
+    """The layer's output [B, L, D] from its input and the mixed values [B, L, N, H].
+
+    `tables` and `attend` are those of CrossAttention; without the latter there is no memory.
+    """
     shift_gate = modulation[2:] if modulation is not None else None
     x = x + _gated(self.o(mixed), shift_gate and shift_gate[0])
+    if attend is not None:
+      x = x + self.cross(x, tables, attend)
     y = self.mlp_norm(x)
     if shift_gate is not None:
       y = norms.modulate(y, shift_gate[1], shift_gate[2])
@@ -160,7 +220,10 @@ class Layer(nn.Module):
     """Touches every parameter, for `init`: q stands in for the mixed values."""
     modulation = self.modulate(condition) if self.modulated else None
     q, _, _ = self.project(x, tables, modulation)
-    return self.finish(x, q, modulation)
+    if not self.crossed:
+      return self.finish(x, q, modulation)
+    self.remember(x, tables)
+    return self.finish(x, q, modulation, tables, lambda queries: queries)
 
 
 def _gated(y: Array, gate: Array | None) -> Array:
@@ -172,3 +235,10 @@ def forward_flops(config: TransformerConfig, tokens: int, keys: int) -> float:
   c = config
   dense = c.width * c.head_width * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.mlp
   return 2.0 * c.layers * tokens * (dense + 2 * keys * c.heads * c.head_width)
+
+
+def cross_flops(config: TransformerConfig, tokens: int, memory: int) -> float:
+  """Matrix FLOPs of all layers' cross-attention of `tokens` queries to `memory` hidden states."""
+  c = config
+  queries = tokens * 2 * c.heads * c.head_width * (c.width + memory)
+  return 2.0 * c.layers * (queries + memory * 2 * c.width * c.kv_heads * c.head_width)

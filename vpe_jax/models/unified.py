@@ -5,8 +5,9 @@ Show-o2).
 
 Parameter tree: `embed/{text,codes}`, `ar/{layers,norm}`, `dit/{layers,norm,dual_path,head}`; a
 single expert has no `dit/layers` and `dit/norm`, a model without visual prompt no `embed/codes`,
-and one that edits has `ar/dual_path` too (models/editing.py runs it). `Unified` holds no arrays:
-every method is a pure function of the parameters.
+and one that edits has `ar/dual_path` too (models/editing.py runs it). A picture expert with
+cross-attention has `dit/layers/cross`. `Unified` holds no arrays: every method is a pure function
+of the parameters.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from vpe_jax.config import check_sizes
+from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array, Params, Region, UserError, Visibility, concatenate
 from vpe_jax.models import mot, transformer, vit
 from vpe_jax.models.diffusion_head import FREQUENCIES, Entry, Exit, HeadConfig, TimeEmbedding
@@ -27,6 +28,7 @@ from vpe_jax.models.dual_path import DualPath, DualPathConfig
 from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
 
 ARCHS = ('internal', 'external', 'single')
+CONDITIONS = ('prefix', 'keys', 'cross')
 _HEADS = ('layers', 'embed', 'heads', 'head')
 _ENCODER = (
   (r'attention/[qkv]/kernel', _HEADS),
@@ -80,6 +82,9 @@ class UnifiedConfig:
     head: the flow head.
     references: whether the model edits: a dual path of its own embeds the picture before, among the
       token expert's tokens.
+    condition: how the plan reaches the picture expert of `arch=external`, the only one that reads
+      it: `prefix` or `keys` (models/external.py), or `cross` (models/external_cross.py), which has
+      parameters beyond those of the other architectures.
   """
 
   arch: str
@@ -97,9 +102,12 @@ class UnifiedConfig:
   dual_path: DualPathConfig
   head: HeadConfig
   references: bool = False
+  condition: str = 'prefix'
 
   def __post_init__(self) -> None:
     check_sizes(self, codes=0, bos=0, boi=0)
+    known = self.condition in CONDITIONS
+    check(self, 'model.', 'condition', known, f'one of {", ".join(CONDITIONS)}')
     if self.arch not in ARCHS:
       raise UserError(f"model.arch is '{self.arch}': it must be one of {', '.join(ARCHS)}")
     if self.layout not in ('patch', 'raster'):
@@ -119,6 +127,11 @@ class UnifiedConfig:
         'model.references gives both experts pictures with one time token: model.ar.width and '
         'model.dit.width must be equal'
       )
+
+  @property
+  def crosses(self) -> bool:
+    """Whether the picture expert looks at the plan by cross-attention."""
+    return self.arch == 'external' and self.condition == 'cross'
 
   @property
   def image_tokens(self) -> int:
@@ -142,7 +155,7 @@ class Unified:
 
   def _layers(self) -> dict[str, Layer]:
     c = self.config
-    return {'ar': Layer(c.ar, self.dtype), 'dit': Layer(c.dit, self.dtype)}
+    return {'ar': Layer(c.ar, self.dtype), 'dit': Layer(c.dit, self.dtype, crossed=c.crosses)}
 
   def _block(self) -> Layer:
     return Layer(self.config.head.blocks, self.dtype, modulated=True)
@@ -240,6 +253,10 @@ class Unified:
     x = jnp.pad(x, ((0, 0), (0, region.ids.shape[1] - x.shape[1]), (0, 0)))
     return mot.Stream(x, region.positions, region.visibility), condition
 
+  def remember(self, params: Params, told: mot.Stream) -> mot.Cache:
+    """What the picture expert's cross-attention keeps of the token expert's states `told.x`."""
+    return mot.remember(self._layers()['dit'], params['dit']['layers'], told)
+
   def time(self, params: Params, clock: Array) -> tuple[Array, Array]:
     """The head's condition [B, 1, head width] and the time token [B, 1, D], for clocks [B]."""
     time, _, _ = self._ends()
@@ -280,7 +297,7 @@ class Unified:
     _, entry, _ = self._ends()
     weights = params['dit']['head']
     entered = {
-      name: dataclasses.replace(s, x=entry.apply({'params': weights['entry']}, s.x))
+      name: dataclasses.replace(s, x=entry.apply({'params': weights['entry']}, s.x), memory=None)
       for name, s in streams.items()
     }
     block = self._block()

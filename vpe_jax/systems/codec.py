@@ -1,8 +1,8 @@
 """The codec system: trains the tokenizers that turn pictures into codes and latents.
 
 Three stages that share nothing but the data. `visual_prompt` trains the quantiser of
-codecs/visual_prompt.py on the features of a frozen SigLIP, `image` the autoencoder of
-codecs/kl.py, and `image_codes` finds the codebook of codecs/image_codes.py for the latents of a
+codecs/visual_prompt.py on the features of a frozen SigLIP or another tower, `image` the autoencoder
+of codecs/kl.py, and `image_codes` finds the codebook of codecs/image_codes.py for the latents of a
 frozen autoencoder. A run holds the parameters of the stages that its config names.
 """
 
@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as randomness
-from vpe_jax.codecs import image_codes, kl, pixels, visual_prompt
+from vpe_jax.codecs import choice, image_codes, kl, pixels, towers, visual_prompt
 from vpe_jax.config import Config, check_sizes, nearest
-from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, UserError
+from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, Start, UserError
 from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment, autoencoding
 from vpe_jax.systems.siglip import ENCODER_AXES, abstract_pictures
@@ -28,7 +28,7 @@ STAGES = {
     trainable=(r'visual_prompt/',),
     losses=('features', 'pooled', 'commitment', 'usage', 'perplexity', 'retrieval'),
     ema=True,
-    source='random initialisation, on the features of a frozen SigLIP',
+    source='random initialisation, on the features of a frozen tower',
   ),
   'image': Stage(
     'image',
@@ -53,6 +53,8 @@ class ModelConfig:
 
   Attributes:
     siglip_weights: where the frozen SigLIP comes from.
+    encoder_weights: where a published tower comes from that takes its place
+      (`visual_prompt.encoder`): a folder, an import, or a hub id; empty for its release.
     image_weights: where the frozen autoencoder comes from, for `image_codes`.
     visual_prompt: sizes of the quantiser.
     image: sizes of the autoencoder.
@@ -67,6 +69,7 @@ class ModelConfig:
   """
 
   siglip_weights: str = 'assets:siglip'
+  encoder_weights: str = ''
   image_weights: str = 'assets:image'
   visual_prompt: visual_prompt.VisualPromptConfig = visual_prompt.VisualPromptConfig()
   image: kl.KlConfig = kl.KlConfig()
@@ -117,8 +120,12 @@ class System:
     self.config = config
     self.stages = tuple(self._stage(name) for name in config.stages)
     self.frozen_weights: Mapping[str, str] = {}
+    self.published: Mapping[str, Start] = {}
     if 'visual_prompt' in config.stages:
-      self.frozen_weights = {'siglip': config.model.siglip_weights}
+      c = config.model
+      given = (c.visual_prompt, c.siglip_weights, c.encoder_weights)
+      self.frozen_weights = choice.tower_weights(*given)
+      self.published = choice.published_tower(c.visual_prompt, c.encoder_weights)
     if 'image_codes' in config.stages:
       self.frozen_weights = {**self.frozen_weights, 'image': config.model.image_weights}
     self.tokens_codec = visual_prompt.VisualPromptCodec(config.model.visual_prompt)
@@ -129,8 +136,8 @@ class System:
 
   def _stage(self, name: str) -> Stage:
     stage = STAGES[name]
-    if name == 'visual_prompt' and self.config.model.visual_prompt.depth >= 0:
-      # The pooling head reads the normed last output only.
+    if name == 'visual_prompt' and not self.config.model.visual_prompt.compares:
+      # The pooling head reads the normed last output only, and a published tower other words.
       kept = tuple(loss for loss in stage.losses if loss not in ('pooled', 'retrieval'))
       stage = dataclasses.replace(stage, losses=kept)
     return stage
@@ -139,8 +146,8 @@ class System:
     """Fresh networks of the stages of this run."""
     c, params = self.config.model, {}
     if 'visual_prompt' in self.config.stages:
-      vision = c.visual_prompt.siglip
-      features = jnp.zeros((1, vision.patches, vision.vision.width))
+      tower = c.visual_prompt
+      features = jnp.zeros((1, tower.patches, tower.body.width))
       key = randomness.stream(rng, 'visual_prompt')
       params['visual_prompt'] = self.tokens_codec.quantiser.init(key, features)['params']
     if 'image' in self.config.stages:
@@ -160,9 +167,9 @@ class System:
   def features(self, frozen: Params, images: Array) -> Array:
     """What the frozen networks say of pictures [B, R, R, 3].
 
-    SigLIP's patch features [B, P, D], or, without a SigLIP, squares of latents [B, P, W].
+    A tower's patch features [B, P, D], or, without one, squares of latents [B, P, W].
     """
-    if 'siglip' in frozen:
+    if self.config.model.visual_prompt.encoder in frozen:
       return self.tokens_codec.features(frozen, images)
     return self.picture_codec.squares(frozen, images)
 
@@ -218,7 +225,7 @@ class System:
         pictures * autoencoding.perplexity(quantised.codes, c.visual_prompt.codes), pictures, 0.0
       ),
     }
-    if c.visual_prompt.depth < 0:
+    if c.visual_prompt.compares:
       terms |= self._pooled_losses(frozen, features, rebuilt, batch)
     return terms
 
@@ -298,8 +305,7 @@ class System:
     if stage.name == 'image':
       side = c.crop
       return 3.0 * (kl.encode_flops(c.image, side) + kl.decode_flops(c.image, side))
-    frozen = siglip.flops(c.visual_prompt.siglip)
-    return frozen + 3.0 * visual_prompt.flops(c.visual_prompt)
+    return towers.flops(c.visual_prompt) + 3.0 * visual_prompt.flops(c.visual_prompt)
 
   def tokens(self, stage: Stage) -> int:
     """Latents, squares of them, or patches, of one picture."""
@@ -307,4 +313,4 @@ class System:
       return (self.config.model.crop // kl.FACTOR) ** 2
     if stage.name == 'image_codes':
       return self.picture_codec.grid**2
-    return self.config.model.visual_prompt.siglip.patches
+    return self.config.model.visual_prompt.patches

@@ -34,7 +34,7 @@ from vpe_jax.contracts import (
   concatenate,
 )
 from vpe_jax.data import sequence
-from vpe_jax.models import editing, external, mot, unified
+from vpe_jax.models import editing, external_cross, mot, unified
 from vpe_jax.models.editing import Editor
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.sampling import guidance
@@ -178,12 +178,11 @@ class EditExternal(External):
     vocabulary: sequence.Vocabulary,
     text: int,
     codes: int,
-    condition: str,
   ) -> None:
     """See External."""
-    super().__init__(model, vocabulary, text, codes, condition)
+    super().__init__(model, vocabulary, text, codes)
     self.spans = sequence.edit_tokens(text, codes, model.config.image_tokens)
-    self.pair = external.External(model, condition, sequence.place(self.spans, 'codes'))
+    self.pair = external_cross.pair(model, sequence.place(self.spans, 'codes'))
     self.editor = _editor(model, self.spans)
 
   def regions(
@@ -254,11 +253,13 @@ def reference_prefix(
   hidden, body = rendering.tokens(job, params, last, body, at)
   stream = mot.Stream(hidden, last.positions, last.visibility)
   _, head = job.model.head(params, {'ar': stream}, head, at)
-  return rendering.Prefix(body, head, regions['dit'])
+  return rendering.Prefix(regions['dit'], body, head)
 
 
 class System(t2i.System):
   """See vpe_jax.contracts.System; what it doesn't say is as in text to image."""
+
+  added = ()  # external's picture expert is frozen here: nothing would train what is fresh in it
 
   def __init__(self, config: Config) -> None:
     if config.stages != (INTERNAL.name,):
@@ -281,7 +282,7 @@ class System(t2i.System):
     c = self.config.model
     self.vocabulary = dataclasses.replace(self.vocabulary, eoi=c.eoi)
     given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens)
-    return EditExternal(*given, c.condition) if c.arch == 'external' else EditInternal(*given)
+    return EditExternal(*given) if c.arch == 'external' else EditInternal(*given)
 
   @property
   def starts(self) -> tuple[Start, ...]:

@@ -1,5 +1,7 @@
 """Tokens and picture in rows of their own: External+VPE, `arch=external` (models/external.py).
 
+With `model.condition=cross` the picture expert has cross-attention (models/external_cross.py).
+
 Stage `plan` trains the token expert as with `arch=internal`, and its checkpoint serves both: the
 row lacks internal's [boi], which comes last there, so that no other token sees it, and predicts
 nothing. Stage `render` trains the picture expert alone, on what the frozen token expert makes of
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Examples, Params, Region, Stage
 from vpe_jax.data import sequence
-from vpe_jax.models import external, unified
+from vpe_jax.models import external, external_cross, unified
 from vpe_jax.systems import rendering
 from vpe_jax.systems.internal import PLAN
 
@@ -37,15 +39,13 @@ class External:
     vocabulary: sequence.Vocabulary,
     text: int,
     codes: int,
-    condition: str,
   ) -> None:
     """`text` and `codes` are the tokens of a caption and of a plan."""
     self.model = model
     self.vocabulary = vocabulary
     self.spans = sequence.token_row(text, codes)
     self.picture_spans = sequence.picture_row(codes, model.config.image_tokens)
-    place = sequence.place(self.spans, 'codes')
-    self.pair = external.External(model, condition, place)
+    self.pair = external_cross.pair(model, sequence.place(self.spans, 'codes'))
 
   def regions(self, batch: Examples, codes: Array, keep: Array) -> dict[str, Region]:
     """`ar`, `prefix` and `dit` of a batch; where `keep` [B] is False, the picture has no plan."""
@@ -90,12 +90,12 @@ class External:
     plan = self.pair.plan(row.region, row.hidden, row.body)
     B = row.region.ids.shape[0]
     regions = self.pair.placed(plan, self._row(B, keep=True))
-    return rendering.Prefix(*self.pair.prefill(params, plan, regions), regions['dit'])
+    return rendering.Prefix(regions['dit'], *self.pair.prefill(params, plan, regions))
 
   def null_prefix(self, params: Params, request: Examples) -> rendering.Prefix:
     """What they share where the plan is dropped, computed on one row for the whole batch."""
     regions = self._row(1, keep=False)
-    prefix = rendering.Prefix(*self.pair.prefill_null(params, regions), regions['dit'])
+    prefix = rendering.Prefix(regions['dit'], *self.pair.prefill_null(params, regions))
     return rendering.repeated(prefix, request.example.shape[0])
 
   def train_flops(self, stage: Stage, predicted: int) -> float:
@@ -120,11 +120,14 @@ class External:
   def _lengths(self) -> external.Lengths:
     first, last = self.pair.codes
     length = lambda spans, expert: sequence.region_length(spans, expert, self.model.config.multiple)
+    codes, condition = last - first, self.model.config.condition
+    prefix, seen = length(self.picture_spans, 'prefix'), codes if condition == 'cross' else 0
     return external.Lengths(
       length(self.spans, 'ar'),
-      length(self.picture_spans, 'prefix'),
+      prefix - seen,
       length(self.picture_spans, 'dit'),
-      last - first if self.pair.condition == 'keys' else 0,
+      codes if condition == 'keys' else 0,
+      seen,
     )
 
   def _row(self, B: int, keep: bool) -> dict[str, Region]:

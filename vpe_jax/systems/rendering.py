@@ -76,11 +76,19 @@ class Job:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-  """What all flow steps of a branch reuse: caches of backbone and head, and the picture's rows."""
+  """What all flow steps of a branch reuse.
 
+  Attributes:
+    picture: the picture's rows.
+    body: cache of the backbone.
+    head: cache of the head.
+    memory: what cross-attention looks at, of a model that has any.
+  """
+
+  picture: Region
   body: mot.Cache
   head: mot.Cache
-  picture: Region
+  memory: mot.Cache | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -218,7 +226,7 @@ def null_prefix(job: Job, params: Params, request: Examples) -> Prefix:
   hidden, body = tokens(job, params, pair, body, 0)
   _, head = job.model.caches(params, body.key)
   stream = mot.Stream(hidden, pair.positions, pair.visibility)
-  prefix = Prefix(body, job.model.head(params, {'ar': stream}, head, 0)[1], regions['dit'])
+  prefix = Prefix(regions['dit'], body, job.model.head(params, {'ar': stream}, head, 0)[1])
   return repeated(prefix, request.example.shape[0])
 
 
@@ -243,7 +251,9 @@ def render(
       params, x, jnp.full(x.shape[:1], 1.0 - time), first.picture
     )
     x, condition = (jnp.concatenate([leaf] * count) for leaf in (stream.x, condition))
-    stream = mot.Stream(x, prefix.picture.positions, prefix.picture.visibility)
+    stream = mot.Stream(
+      x, prefix.picture.positions, prefix.picture.visibility, memory=prefix.memory
+    )
     hidden, _ = job.model.backbone(params, {'dit': stream}, prefix.body, at)
     stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
     out, _ = job.model.head(params, {'dit': stream}, prefix.head, at)
@@ -275,7 +285,7 @@ def _prefix(
   _, head = job.model.caches(params, body.key)
   stream = mot.Stream(hidden, region.positions, region.visibility)
   _, head = job.model.head(params, job.head_streams(params, stream), head, 0)
-  return Prefix(body, head, regions['dit'])
+  return Prefix(regions['dit'], body, head)
 
 
 def _slots(region: Region, start: int, stop: int) -> Region:
@@ -289,9 +299,11 @@ def _slot(region: Region, at: Array) -> Region:
 def repeated(prefix: Prefix, count: int) -> Prefix:
   """A prefix of one row, for a batch of `count`."""
   picture = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, 0), prefix.picture)
-  return Prefix(mot.repeat(prefix.body, count), mot.repeat(prefix.head, count), picture)
+  again = lambda cache: cache and mot.repeat(cache, count)
+  return Prefix(picture, *map(again, (prefix.body, prefix.head, prefix.memory)))
 
 
 def _join(first: Prefix, second: Prefix) -> Prefix:
   picture = concatenate([first.picture, second.picture], 0)
-  return Prefix(mot.join(first.body, second.body), mot.join(first.head, second.head), picture)
+  pairs = [(getattr(first, name), getattr(second, name)) for name in ('body', 'head', 'memory')]
+  return Prefix(picture, *(one and mot.join(one, other) for one, other in pairs))

@@ -34,7 +34,6 @@ from vpe_jax.contracts import (
   UserError,
 )
 from vpe_jax.data import sequence
-from vpe_jax.models import external as external_model
 from vpe_jax.models import unified
 from vpe_jax.models.siglip import unit
 from vpe_jax.objectives import flow_matching, next_token, schedules
@@ -50,8 +49,6 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
   """The network's sizes, the frozen codecs, and how the two losses meet.
 
   Attributes:
-    condition: how the plan reaches the picture expert of `arch=external`, the only one that reads
-      it: `prefix` or `keys`, see models/external.py.
     drop: share of examples whose text and plan are dropped together, in stage `joint`; in `render`
       the plan, as the picture expert never sees the text.
     drop_text: share of examples whose text alone is dropped, in both stages: what the guidance of
@@ -71,7 +68,6 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
     logits_chunk: predicted tokens whose logits exist at a time (0: all).
   """
 
-  condition: str = 'prefix'
   drop: float = 0.1
   drop_text: float = 0.0
   inherit: float = 0.0
@@ -84,9 +80,8 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    words = {'condition': external_model.CONDITIONS, 'vp_schedule': schedules.KINDS}
-    for name, known in words.items():
-      check(self, 'model.', name, getattr(self, name) in known, f'one of {", ".join(known)}')
+    known = self.vp_schedule in schedules.KINDS
+    check(self, 'model.', 'vp_schedule', known, f'one of {", ".join(schedules.KINDS)}')
     for name in ('drop', 'drop_text'):
       check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
     for name in ('bos', 'boi'):
@@ -114,6 +109,12 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
         'model.inherit takes rows from the embedded codecs, and model.siglip_vq takes their place: '
         'set model.inherit=0'
       )
+    if self.inherit and self.visual_prompt.encoder != 'siglip':
+      raise UserError(
+        'model.inherit takes text rows from the embedded SigLIP, and '
+        f'model.visual_prompt.encoder={self.visual_prompt.encoder} takes its place: set '
+        'model.inherit=0'
+      )
     if self.inherit and self.text_vocab != self.visual_prompt.siglip.vocabulary:
       raise UserError(
         f'model.inherit takes text rows from a SigLIP of {self.visual_prompt.siglip.vocabulary} '
@@ -125,6 +126,7 @@ class System:
   """See vpe_jax.contracts.System."""
 
   draws_with = ('image',)
+  added = ('dit/layers/cross/',)  # a plan that was learned for another condition serves this one
 
   def __init__(self, config: Config) -> None:
     c: ModelConfig = config.model
@@ -135,11 +137,12 @@ class System:
     self.model = unified.Unified(sizes, jnp.dtype(config.dtype), config.remat, config.attention)
     self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype))
     self.image = choice.image_codec(c)
-    # Published tokenizers come without a text tower to compare with.
-    self.similarity = self._similarity if c.vpe and c.siglip_vq is None else None
-    # The pooling head reads the last output alone, and the text tower its own words.
+    # Published tokenizers and towers come without a text tower of our words to compare with.
     tower = c.visual_prompt
-    told = self.similarity and tower.depth < 0 and c.text_vocab <= tower.siglip.vocabulary
+    embedded = c.vpe and c.siglip_vq is None and tower.encoder == 'siglip'
+    self.similarity = self._similarity if embedded else None
+    # The pooling head reads the last output alone, and the text tower its own words.
+    told = embedded and tower.compares and c.text_vocab <= tower.siglip.vocabulary
     self.plan_similarity = self._plan_similarity if told else None
     self.vocabulary = sequence.Vocabulary(c.text_vocab, self.codes, c.bos, c.boi)
     self.rows = self._rows()
@@ -160,7 +163,7 @@ class System:
     if c.references:
       raise UserError('model.references is of configs/edit.py: nothing here sees a picture before')
     given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens)
-    return External(*given, c.condition) if c.arch == 'external' else Internal(*given)
+    return External(*given) if c.arch == 'external' else Internal(*given)
 
   @property
   def frozen_weights(self) -> Mapping[str, str]:

@@ -83,7 +83,7 @@ def _content(config: DataConfig, pictures: Pipeline) -> str:
   for index in np.linspace(0, len(pictures) - 1, PROBES).astype(int):
     for picture in _pictures(pictures.record(int(index))):
       digest.update(picture.draw(config.image_size).tobytes())
-  if config.source.startswith('folder:'):
+  if config.in_folders:
     for index in range(len(pictures)):
       for picture in _pictures(pictures.record(index)):
         if isinstance(picture, File):

@@ -51,8 +51,8 @@ def from_run(
   Args:
     config: says which run, and which of its weights.
     abstract: our first state, with its shardings.
-    added: regular expressions over the paths of parameters that the other run may lack, where its
-      state is carried on.
+    added: regular expressions over the paths of parameters that the other run may lack: they are
+      drawn.
     grown: what parameters start from that the other run lacks, where its parameters are taken.
 
   Returns:
@@ -69,7 +69,7 @@ def from_run(
     found |= _grown(grown, found, abstract['params'])
 
   def is_wanted(path: str) -> bool:
-    fresh = carries and any(re.match(f'{_TREES}(?:{pattern})', path) for pattern in added)
+    fresh = any(re.match(f'{_TREES}(?:{pattern})', path) for pattern in added)
     return path.startswith(_CARRIED if carries else 'params/') and (path in found or not fresh)
 
   wanted = {path: leaf for path, leaf in by_path(abstract).items() if is_wanted(path)}

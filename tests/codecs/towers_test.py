@@ -1,0 +1,164 @@
+"""Published towers as a visual prompt's encoder: features of transformers, a run, its reader."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import codec as codec_file
+from configs import t2i as t2i_file
+from vpe_jax import sharding, systems
+from vpe_jax.checkpoints import exported
+from vpe_jax.codecs import towers
+from vpe_jax.codecs.visual_prompt import VisualPromptConfig
+from vpe_jax.config import MeshConfig
+from vpe_jax.contracts import UserError
+from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.training import frozen, loop, metrics
+
+VIEW, PATCH, WIDTH = 24, 6, 24
+TOWER = {'num_hidden_layers': 3, 'num_attention_heads': 2}
+OURS = {'width': WIDTH, 'layers': 3, 'heads': 2, 'mlp': 48}
+TEXT = {'width': 16, 'layers': 3, 'heads': 2, 'mlp': 48}
+# Sizes of each tower as a config file gives them.
+SIZES = {
+  'siglip2': {'image_size': VIEW, 'patch': PATCH, 'vocabulary': 50, 'text_length': 7}
+  | {'vision': OURS, 'text': TEXT},
+  'dinov2': {'image_size': 36, 'patch': PATCH, 'view': VIEW}
+  | {'encoder': OURS | {'activation': 'gelu', 'layer_scale': True}},
+  'clip': {'image_size': VIEW, 'patch': PATCH, 'view': VIEW, 'vocabulary': 50, 'text_length': 7}
+  | {'width': 20, 'vision': OURS | {'eps': 1e-5, 'activation': 'quick_gelu'}}
+  | {'text': TEXT | {'eps': 1e-5, 'activation': 'quick_gelu'}},
+}
+
+
+def _reference(encoder):
+  """A small model of transformers, and what its image processor takes off and divides by."""
+  import transformers
+
+  vision = TOWER | {'hidden_size': WIDTH, 'patch_size': PATCH}
+  if encoder == 'dinov2':
+    config = transformers.Dinov2Config(**vision, mlp_ratio=2, image_size=36)
+    return transformers.Dinov2Model(config), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+  vision |= {'intermediate_size': 48, 'image_size': VIEW}
+  text = TOWER | {'hidden_size': 16, 'intermediate_size': 48, 'vocab_size': 50}
+  text |= {'max_position_embeddings': 7}
+  if encoder == 'siglip2':
+    text |= {'projection_size': WIDTH, 'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': 0}
+    config = transformers.SiglipConfig(vision_config=vision, text_config=text)
+    return transformers.SiglipModel(config), (0.5,) * 3, (0.5,) * 3
+  text |= {'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': 0}
+  config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=20)
+  mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+  return transformers.CLIPModel(config), mean, std
+
+
+@pytest.fixture(scope='module', params=list(towers.RELEASES))
+def saved(request, tmp_path_factory):
+  """An encoder, its reference with drawn numbers in place of zeros and ones, and its folder."""
+  import torch
+
+  model, mean, std = _reference(request.param)
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for leaf in model.parameters():
+      scale = 1.0 / max(1, leaf[0].numel()) ** 0.5 if leaf.ndim > 1 else 0.3
+      leaf.copy_(scale * torch.randn(leaf.shape, generator=generator) + (leaf.ndim == 1))
+  folder = tmp_path_factory.mktemp(request.param)
+  model.eval().save_pretrained(folder)
+  return request.param, (model, mean, std), folder
+
+
+def _codec_system(saved, depth=-1):
+  encoder, _, folder = saved
+  config = codec_file.get_config(f'debug,stage=visual_prompt,encoder={encoder}')
+  config.model.visual_prompt.update({encoder: SIZES[encoder], 'depth': depth, 'codes': 64})
+  config.model.encoder_weights = str(folder)
+  return systems.build(config.to_dict())
+
+
+def _images(count=3):
+  return np.random.default_rng(0).integers(0, 256, (count, VIEW, VIEW, 3), np.uint8)
+
+
+@pytest.mark.parity
+def test_features_are_those_of_transformers(saved):
+  """Patches alone: the normed last output, CLIP's last layer but one, or what `depth` says."""
+  import torch
+
+  encoder, (model, mean, std), _ = saved
+  seen = (_images() / 255.0 - np.asarray(mean)) / np.asarray(std)
+  seen = torch.tensor(seen, dtype=torch.float32).permute(0, 3, 1, 2)
+  tower = model if encoder == 'dinov2' else model.vision_model
+  with torch.no_grad():
+    found = tower(pixel_values=seen, output_hidden_states=True)
+  states, first = found.hidden_states, 0 if encoder == 'siglip2' else 1
+  own = states[2] if encoder == 'clip' else found.last_hidden_state
+  mesh = sharding.make_mesh(MeshConfig())
+  networks = frozen.load(_codec_system(saved), mesh, 'fsdp').params
+  for depth, wanted in ((-1, own), (1, states[1])):
+    system = _codec_system(saved, depth)
+    ours = np.asarray(jax.jit(system.features)(networks, _images()))
+    theirs = wanted[:, first:].numpy()
+    assert ours.shape == theirs.shape == (3, system.tokens(system.stages[0]), WIDTH)
+    error = np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
+    assert error < 1e-5, f'depth {depth}: relative error {error:.1e}'
+
+
+def test_flops_are_those_of_the_features(saved):
+  for depth in (-1, 1):
+    c = _codec_system(saved, depth).config.model.visual_prompt
+    tower = towers.tower(c)
+    params = jax.eval_shape(tower.init, jax.random.key(0))
+    image = jax.ShapeDtypeStruct((1, VIEW, VIEW, 3), jnp.uint8)
+    assert towers.flops(c) == pytest.approx(matrix_flops(tower.features, params, image), rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_quantiser_is_trained_and_a_generator_reads_its_codes(saved, tmp_path):
+  encoder, _, folder = saved
+  system = _codec_system(saved)
+  assert set(system.stages[0].losses) == {'features', 'commitment', 'usage', 'perplexity'}
+  loop.train(system.config, system, str(tmp_path / 'run'))
+  losses = [record['loss/features'] for record in metrics.read(tmp_path / 'run')]
+  assert losses[-1] < losses[0]
+  kept = str(tmp_path / 'visual_prompt.safetensors')
+  exported.export(str(tmp_path / 'run'), kept, 'visual_prompt', 'ema', False)
+
+  config = t2i_file.get_config('debug')
+  config.model.codes, config.data.encode = 64, 'online'
+  config.model.visual_prompt = {
+    'encoder': encoder,
+    'codes': 64,
+    encoder: SIZES[encoder],
+    'decoder': {'width': 32, 'layers': 1, 'heads': 2, 'mlp': 64},
+  }
+  config.model.weights = {'encoder': str(folder), 'visual_prompt': kept}
+  reader = systems.build(config.to_dict())
+  assert reader.similarity is None and reader.plan_similarity is None
+  assert reader.config.model.plan_tokens == (VIEW // PATCH) ** 2
+  networks = frozen.load(reader, sharding.make_mesh(MeshConfig()), 'fsdp').params
+  assert set(networks) == {encoder, 'visual_prompt', 'image'}
+  squares = np.random.default_rng(1).choice([0, 255], (4, 4, 4, 3)).astype(np.uint8)
+  images = squares.repeat(16, axis=1).repeat(16, axis=2)
+  codes, _ = jax.jit(reader.encode)(networks, images)
+  assert codes.shape == (4, 16) and 0 <= codes.min() and codes.max() < 64
+  # They are the codes of the run, and not one for all.
+  again = jax.jit(system.tokens_codec.encode)(networks, images)
+  np.testing.assert_array_equal(codes, again)
+  assert len(np.unique(codes)) > 1
+
+
+def test_mistakes_are_named():
+  with pytest.raises(ValueError, match="encoder=dino; did you mean 'dinov2'"):
+    codec_file.get_config('debug,encoder=dino')
+  with pytest.raises(UserError, match="'dino': it must be one of siglip, siglip2, dinov2, clip"):
+    VisualPromptConfig(encoder='dino')
+  with pytest.raises(UserError, match='at most the 24 layers of encoder=clip'):
+    VisualPromptConfig(encoder='clip', depth=25)
+  config = t2i_file.get_config('tiny')
+  config.model.visual_prompt = {'encoder': 'dinov2'}
+  with pytest.raises(UserError, match='encoder=dinov2 takes its place: set model.inherit=0'):
+    systems.build(config.to_dict())

@@ -1,0 +1,102 @@
+"""Several folders of pictures as one source, some of them more than once: `folders:a*3,b`.
+
+How the paper mixes its data sets (its section 4 and appendix): each is a folder in `data.root`, as
+vpe_jax.data.folder reads it, and one that is up-sampled counts several times.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+from pathlib import Path
+
+from vpe_jax.config import FOLDERS
+from vpe_jax.contracts import UserError
+from vpe_jax.data.filters import Filter
+from vpe_jax.data.folder import Asked, Folder, open_folder
+from vpe_jax.data.records import Record
+
+# The folders that configs name -> the data set that belongs there.
+TITLES = {
+  'blip3o': 'the 32M captioned pictures of BLIP3o',
+  'text_atlas': 'TextAtlas5M',
+  'anyword': 'AnyWord-3M',
+  'nhr_edit': 'NHR-Edit',
+  'unic_edit': 'UnicEdit',
+  'sharegpt_4o_image': 'ShareGPT-4o-Image',
+  'pico_banana': 'Pico-Banana-400K',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """Folders one after the other, each as often as it is asked for; nothing is copied.
+
+  Attributes:
+    names: of the folders.
+    folders: their records.
+    times: how often each counts.
+  """
+
+  names: tuple[str, ...]
+  folders: tuple[Folder, ...]
+  times: tuple[int, ...]
+
+  @property
+  def ends(self) -> tuple[int, ...]:
+    """Index after each folder's last record."""
+    counts = (len(folder) * n for folder, n in zip(self.folders, self.times, strict=True))
+    return tuple(itertools.accumulate(counts))
+
+  def __len__(self) -> int:
+    return self.ends[-1]
+
+  def __getitem__(self, index: int) -> Record:
+    ends = self.ends
+    if not 0 <= index < ends[-1]:
+      raise IndexError(f'record {index} of {ends[-1]}')
+    place = bisect.bisect_right(ends, index)
+    folder = self.folders[place]
+    record = folder[(index - (ends[place - 1] if place else 0)) % len(folder)]
+    return dataclasses.replace(record, id=f'{self.names[place]}/{record.id}')
+
+
+def parse(source: str) -> dict[str, int]:
+  """Names of folders -> how often each counts, of a `data.source` that config.py has checked."""
+  entries = (entry.partition('*') for entry in source.removeprefix(FOLDERS).split(','))
+  return {name.strip(): int(times or 1) for name, _, times in entries}
+
+
+def open_recipe(source: str, root: str, asked: Asked, keep: Filter) -> Recipe:
+  """Opens every folder of a recipe.
+
+  Args:
+    source: `folders:` and the recipe.
+    root: where the folders are.
+    asked: what each picture comes with.
+    keep: which records are kept.
+
+  Raises:
+    UserError: a folder is missing, or see open_folder.
+  """
+  entries = parse(source)
+  for name in entries:
+    if not (Path(root) / name).expanduser().is_dir():
+      raise UserError(_missing(name, Path(root) / name, asked))
+  folders = [open_folder(str(Path(root) / name), 0, asked, keep) for name in entries]
+  return Recipe(tuple(entries), tuple(folders), tuple(entries.values()))
+
+
+def _missing(name: str, where: Path, asked: Asked) -> str:
+  """What belongs where nothing is."""
+  fields = (
+    '"file", "caption" and "reference" (the picture before)'
+    if asked.references
+    else ('"file" and "caption"')
+  )
+  return (
+    f'the data set {TITLES.get(name, name)} is missing: its pictures belong in {where}, with a '
+    f'captions.jsonl whose lines have {fields}; set data.root to where the folders are, or '
+    'data.source to those that you have'
+  )
