@@ -9,7 +9,9 @@ from vpe_jax.evaluation import frechet
 
 def _normal(count, width, seed):
   draw = np.random.default_rng(seed)
-  return draw.normal(size=(count, width)) @ draw.normal(size=(width, width)) + draw.normal(size=width)
+  return draw.normal(size=(count, width)) @ draw.normal(size=(width, width)) + draw.normal(
+    size=width
+  )
 
 
 def _closed_form(a, b):
