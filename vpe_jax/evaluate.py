@@ -62,10 +62,7 @@ def main() -> None:
     raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
   scale = (FLAGS.captions, tuple(FLAGS.splits), FLAGS.seed, FLAGS.judge)
   options = Options(*scale, FLAGS.best_of, FLAGS.mixes)
-  # Those that are named, and those that flags of their own ask for.
-  asked = [name for name in ('best_of', 'mixes') if getattr(FLAGS, name)]
-  names = list(dict.fromkeys([*FLAGS.benchmarks, *asked]))
-  runner.check(names, options)
+  names = runner.asked(FLAGS.benchmarks, options)
   machine.use_compilation_cache()
   # Drawing takes minutes: mistakes in the last run are found before the first one draws.
   subjects = {workdir: _load(workdir) for workdir in FLAGS.workdir}

@@ -55,6 +55,18 @@ def check(names: Sequence[str], options: Options) -> None:
     raise UserError(f'mixes is {options.mixes}: at least 2 are needed for a mean and its interval')
 
 
+def asked(names: Sequence[str], options: Options) -> list[str]:
+  """The benchmarks that are named, and those that options of their own ask for.
+
+  Raises:
+    UserError: see `check`.
+  """
+  own = [name for name in ('best_of', 'mixes') if getattr(options, name)]
+  found = list(dict.fromkeys([*names, *own]))
+  check(found, options)
+  return found
+
+
 def chosen(names: Sequence[str], subject: Subject) -> list[str]:
   """The benchmarks of these names, or where there are none, the one of what the subject draws.
 
