@@ -30,7 +30,7 @@ def test_rows_that_all_runs_have_come_once_and_others_say_whose_they_are():
     'runs/b: generated',
     'runs/a: planned',
   ]
-  assert rows[0] is true and [row.images[0, 0, 0, 0] for row in rows] == [0, 1, 3, 2]
+  assert rows[0].said == true.said and [row.images[0, 0, 0, 0] for row in rows] == [0, 1, 3, 2]
 
 
 def test_pictures_of_other_sizes_are_other_rows_of_one_sheet():
