@@ -11,6 +11,7 @@ pictures. What is read of the true pictures is the ceiling.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -137,8 +138,11 @@ def ocr_report(subject: Subject, options: Options) -> Report:
   return Report(tuple(lines), protocol('ocr', question, subject, options, results, **said), sheets)
 
 
+@functools.cache
 def reader() -> Read:
   """What reads pictures [N, R, R, 3] uint8: the lines of each, joined by spaces.
+
+  A picture is read once: the true ones are those of every run.
 
   Raises:
     UserError: the packages for it are not installed.
@@ -146,14 +150,17 @@ def reader() -> Read:
   check_installed()
   from rapidocr import RapidOCR
 
-  engine = RapidOCR(params=_SETTINGS)
+  engine, known = RapidOCR(params=_SETTINGS), {}
+
+  def text(image: np.ndarray) -> str:
+    key = (image.shape, image.tobytes())
+    if key not in known:
+      lines = engine(enlarged(image)[..., ::-1]).txts or ()  # it takes blue for the first channel
+      known[key] = ' '.join(line.strip() for line in lines)
+    return known[key]
 
   def read(images: np.ndarray) -> list[str]:
-    texts = []
-    for image in tqdm(images, desc='reading', unit='picture'):
-      lines = engine(enlarged(image)[..., ::-1]).txts or ()  # it takes blue for the first channel
-      texts.append(' '.join(line.strip() for line in lines))
-    return texts
+    return [text(image) for image in tqdm(images, desc='reading', unit='picture')]
 
   return read
 
