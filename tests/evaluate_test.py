@@ -11,7 +11,7 @@ import pytest
 from vpe_jax import evaluate
 from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import runner
-from vpe_jax.evaluation.report import Report, Subject
+from vpe_jax.evaluation.report import Report, Row, Subject
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -54,13 +54,15 @@ def commands(monkeypatch):
   monkeypatch.setattr(evaluate, 'FLAGS', given)
   monkeypatch.setattr(evaluate.machine, 'use_compilation_cache', lambda: None)
   said = lambda workdir: {'checkpoint': workdir.split('/')[-1]}
-  monkeypatch.setattr(evaluate, '_subject', lambda workdir: Subject(np.zeros, 4, said(workdir)))
+  monkeypatch.setattr(evaluate, '_load', lambda workdir: Subject(np.zeros, 4, said(workdir)))
   given.evaluated = []
 
   def run(names, subject, options):
     given.evaluated.append(subject.description['checkpoint'])
     given.names = names
-    return {'retrieval': Report((f'table of {given.evaluated[-1]}',), {}, {})}
+    image = np.full((1, 16, 16, 3), len(given.evaluated), np.uint8)
+    sheets = {'concept': (Row('generated', image),)}
+    return {'retrieval': Report((f'table of {given.evaluated[-1]}',), {}, sheets)}
 
   monkeypatch.setattr(runner, 'run', run)
   return given
@@ -72,9 +74,24 @@ def test_several_runs_have_a_table_and_a_folder_each(commands, tmp_path, capsys,
   evaluate.main()
   said = capsys.readouterr().out
   assert said.index('== runs/a\ntable of a\nwrote runs/a') < said.index('table of b.safetensors')
-  assert len(list((tmp_path / 'runs/a/evaluation').iterdir())) == 1
-  assert len(list((tmp_path / 'evaluation').iterdir())) == 1
-  assert commands.names == ['retrieval']
+  written = sorted(path.name for path in (tmp_path / 'runs/a/evaluation').iterdir())
+  assert [name for name in written if '-compared-' in name] == written[-1:] and len(written) == 3
+  assert len(list((tmp_path / 'evaluation').iterdir())) == 2
+  assert commands.names == []
+
+
+def test_a_benchmark_that_does_not_fit_the_last_run_ends_before_the_first_draws(
+  commands, tmp_path, monkeypatch
+):
+  classes = Subject(np.zeros, 4, {'checkpoint': 'b', 'weights': 'runs/b (ema)'}, task='classes')
+  subjects = {'a': Subject(np.zeros, 4, {'checkpoint': 'a'}), 'b': classes}
+  monkeypatch.setattr(evaluate, '_load', subjects.get)
+  commands.workdir, commands.out, commands.benchmarks = ['a', 'b'], str(tmp_path), ['retrieval']
+  with pytest.raises(
+    UserError, match=r'and runs/b \(ema\) draws pictures of classes: it has classes'
+  ):
+    evaluate.main()
+  assert not commands.evaluated and not list(tmp_path.iterdir())
 
 
 def test_flags_of_benchmarks_ask_for_them(commands, tmp_path):

@@ -73,6 +73,14 @@ def test_a_picture_is_the_same_alone_among_others_and_reordered():
     _same(ours, theirs)
 
 
+def test_a_prompt_that_comes_again_goes_on_with_its_next_pictures():
+  draws = _dice()
+  again = draws(['a red fox', 'two green pears', 'a red fox'], seed=3)
+  assert [picture.index for picture in again] == [0, 0, 1]
+  for ours, theirs in zip(again[::2], draws('a red fox', n=2, seed=3)):
+    _same(ours, theirs)
+
+
 def test_seed_prompt_and_place_each_change_the_picture():
   draws = _dice()
   first, second = draws('a red fox', n=2, seed=0)
@@ -151,7 +159,7 @@ def test_nothing_to_draw_is_an_error(prompts, n, message):
 
 
 def test_prompts_are_alike_however_they_are_spaced():
-  plain, spaced = _dice()(['a red fox', '\ufeff a red fox \t\n'])
+  plain, spaced = (_dice()(prompt)[0] for prompt in ('a red fox', '\ufeff a red fox \t\n'))
   _same(plain, spaced)
   for blank in ('', ' \n', '\ufeff'):
     with pytest.raises(UserError, match='prompt is blank'):

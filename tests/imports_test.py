@@ -110,7 +110,7 @@ def test_every_imported_package_is_declared() -> None:
   setup = configparser.ConfigParser()
   setup.read(ROOT / 'setup.cfg')
   declared = _requirements(setup['options'], 'install_requires')
-  for extra in ('tensorboard', 'wandb'):
+  for extra in ('tensorboard', 'wandb', 'eval'):
     declared |= _requirements(setup['options.extras_require'], extra)
   distributions = importlib.metadata.packages_distributions()
   missing = []

@@ -1,48 +1,54 @@
-"""The picture before an edit, as a generator's requests carry it."""
+"""The pictures before an edit, as a generator's requests carry them."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 
-from vpe_jax.checkpoints import weights
-from vpe_jax.contracts import Params, UserError
+from vpe_jax.contracts import UserError
 from vpe_jax.data.transforms import to_square
 
 
 @dataclasses.dataclass(frozen=True)
 class Before:
-  """Its latents [1, h, w, C], and a name for them."""
+  """Latents [N, h, w, C] of one picture for all that are drawn, or of one for each; their name."""
 
   latents: np.ndarray
   name: str
 
 
-def read(system: Any, frozen: Params, image: np.ndarray) -> Before:
-  """Makes a picture uint8 [H, W, 3] what the system's model sees, as in training.
+def squares(system: Any, images: np.ndarray) -> np.ndarray:
+  """Pictures before as the system's encoder takes them: uint8 [N, R, R, 3].
+
+  Args:
+    system: what draws.
+    images: a picture uint8 [H, W, 3], or a stack of them [N, H, W, 3].
 
   Raises:
-    UserError: the system doesn't edit.
+    UserError: the system doesn't edit, or these are no pictures.
   """
   if not hasattr(system, 'encode_reference'):
     raise UserError(
       'this model draws from words alone, and an image to edit was given: leave it out, or name a '
       'run of configs/edit.py'
     )
+  if images.ndim not in (3, 4) or images.shape[-1] != 3 or not images.size:
+    raise UserError(
+      f'an image to edit has shape {images.shape}: [H, W, 3] is needed, or [N, H, W, 3] for N'
+    )
   data = system.config.data
-  square = to_square(image, data.image_size, data.fit)
-  latents = jax.device_get(jax.jit(system.encode_reference)(frozen, square[None]))
-  return Before(latents, weights.fingerprint({'before': latents}))
+  stack = images if images.ndim == 4 else images[None]
+  return np.stack([to_square(image, data.image_size, data.fit) for image in stack])
 
 
 def for_rows(system: Any, before: Before | None, count: int) -> np.ndarray | None:
-  """Its latents for a request of so many rows; None for a system that doesn't edit.
+  """Latents for a request of so many rows; None for a system that doesn't edit.
 
   Raises:
-    UserError: the system edits, and there is no picture.
+    UserError: the system edits, and there is no picture, or another number of them than 1 and
+      `count`.
   """
   if not hasattr(system, 'encode_reference'):
     return None
@@ -51,4 +57,9 @@ def for_rows(system: Any, before: Before | None, count: int) -> np.ndarray | Non
       'this model edits, and the picture to edit is missing: give --image=FILE (in Python: '
       'generator.editing(image))'
     )
-  return np.repeat(before.latents, count, axis=0)
+  given = len(before.latents)
+  if given not in (1, count):
+    raise UserError(
+      f'{given} pictures to edit and {count} to draw: give one for all, or one for each'
+    )
+  return np.broadcast_to(before.latents, (count, *before.latents.shape[1:]))

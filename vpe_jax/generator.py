@@ -6,9 +6,11 @@ was kept is rendered by that same second program, so it gives the same picture a
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -112,12 +114,11 @@ class Generator:
       params, stored = weights_io.load(workdir)
     else:
       params, stored = weights_io.load_run(workdir, weights)
-    if 'config' not in stored:
-      raise UserError(f'{workdir} holds weights without a config: name a run that trained them')
+    config = weights_io.config_of(stored, workdir)
     held = stored.get('weights', 'ema')
     if weights == 'raw' and held != 'raw':
       raise UserError(f"{workdir} holds averaged weights only: use weights 'ema'")
-    system = systems.build(_config(stored['config'], workdir))
+    system = systems.build(config)
     if not hasattr(system, 'generate'):
       raise UserError(f"{workdir} holds a '{system.config.system}', which doesn't draw pictures")
     if not set(system.draws_with) <= set(system.frozen_weights):
@@ -136,10 +137,21 @@ class Generator:
     said = {'checkpoint': weights_io.fingerprint(params), 'weights': f'{workdir} ({held})'}
     return cls(system, params, frozen, open_tokenizer(system.config.data.tokenizer), said, rows)
 
-  def editing(self, image: np.ndarray) -> Generator:
-    """A generator whose prompts say what to do with a picture, uint8 [H, W, 3]; see `before`."""
+  def editing(self, images: np.ndarray) -> Generator:
+    """A generator whose prompts say what to do with pictures.
+
+    Args:
+      images: uint8 [H, W, 3] for all that is drawn, or [N, H, W, 3], one for each picture of a call
+        that draws N; made squares as in training.
+
+    Raises:
+      UserError: the model doesn't edit, or these are no pictures.
+    """
+    squares = before.squares(self.system, images)
+    encode = jax.jit(self.system.encode_reference)
+    latents = self._batched(lambda batch: encode(self._frozen, batch), squares)
     other = copy.copy(self)
-    other._before = before.read(self.system, self._frozen, image)
+    other._before = before.Before(latents, weights_io.fingerprint({'before': latents}))
     other.metadata = self.metadata | {'before': other._before.name}
     return other
 
@@ -168,7 +180,7 @@ class Generator:
     """Draws `n` pictures for each prompt, prompt by prompt.
 
     Args:
-      prompts: a caption or several.
+      prompts: a caption or several; one that comes again goes on with its next `n` pictures.
       n: pictures per prompt.
       seed: changes every picture.
       settings: from `self.settings(...)`; None takes the run's own.
@@ -462,17 +474,6 @@ class Generator:
     }
 
 
-def _config(said: str, workdir: str) -> dict[str, Any]:
-  """The config in the metadata of weights."""
-  try:
-    found = json.loads(said)
-  except (ValueError, RecursionError):
-    found = None
-  if not isinstance(found, dict):
-    raise UserError(f'the config in {workdir} is damaged: get the weights again')
-  return found
-
-
 def _stage(system: Any, said: str, workdir: str) -> str:
   """The name of the stage that weights come from."""
   names = {str(index): stage.name for index, stage in enumerate(system.stages)}
@@ -490,7 +491,8 @@ def _items(prompts: str | Sequence[str], n: int) -> list[tuple[str, int]]:
   prompts = text.tidied([prompts] if isinstance(prompts, str) else prompts)
   if not prompts or n < 1:
     raise UserError(f'nothing to draw: {len(prompts)} prompts with n={n} pictures each')
-  return [(prompt, index) for prompt in prompts for index in range(n)]
+  places = collections.defaultdict(itertools.count)
+  return [(prompt, next(places[prompt])) for prompt in prompts for _ in range(n)]
 
 
 def _identity(prompt: str, index: int) -> int:

@@ -57,7 +57,10 @@ class _Judge:
 @pytest.fixture
 def subject(monkeypatch):
   monkeypatch.setattr(Judge, 'load', lambda source: _Judge())
-  read = lambda images: images[:, 0, :4, 0].astype(np.int32)
+  codes = lambda images: images[:, 0, :4, 0].astype(np.int32)
+  read = lambda images, told: Plans(
+    codes(images), tuple(told), (0,) * len(told), Codebook(64, 'abc'), {}
+  )
   planner = Planner(_plan, _score, _render, read, ('likelihood', 'similarity'))
   return Subject(None, 16, {'checkpoint': 'abc'}, planner)
 

@@ -13,7 +13,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import retrieval, runner
 from vpe_jax.evaluation.judge import Judge
-from vpe_jax.evaluation.report import Options, Subject
+from vpe_jax.evaluation.report import Options, Report, Row, Subject
 
 _OPTIONS = Options(captions=12, splits=('combination',), seed=1)
 
@@ -93,6 +93,7 @@ def test_saves_json_and_a_sheet_for_each_split(subject, tmp_path):
     (['best_of'], {'best_of': 1}, 'best_of is 1: at least 2 plans'),
     (['mixes'], {'mixes': 1}, 'mixes is 1: at least 2'),
     (['best_of'], {'best_of': 2}, 'draws without visual prompts'),
+    (['ocr'], {}, 'ocr asks for written words, and this model draws what captions say: it has ret'),
     (['retrieval'], {'seed': -1}, 'seed is -1: choose one from 0 to 2147483647'),
   ],
 )
@@ -134,3 +135,29 @@ def test_other_settings_and_options_are_other_files(subject):
   }
   assert len(names) == 4 and all(name.startswith('abc-') for name in names)
   assert runner.stem(subject, _OPTIONS) == runner.stem(subject, dataclasses.replace(_OPTIONS))
+
+
+@pytest.mark.parametrize(
+  'task, name',
+  [('captions', 'retrieval'), ('edits', 'edits'), ('classes', 'classes'), ('words', 'ocr')],
+)
+def test_what_is_drawn_chooses_the_benchmark(subject, monkeypatch, task, name):
+  ready = {one: dataclasses.replace(b, ready=lambda: None) for one, b in runner.BENCHMARKS.items()}
+  monkeypatch.setattr(runner, 'BENCHMARKS', ready)
+  of_task = dataclasses.replace(subject, task=task)
+  assert runner.chosen([], of_task) == runner.chosen([name], of_task) == [name]
+
+
+def test_sheets_of_several_runs_are_put_together_and_replace_no_other(tmp_path):
+  row = lambda label, shade: Row(label, np.full((2, 16, 16, 3), shade, np.uint8))
+  sheet = lambda shade: (row('true', 0), row('generated', shade))
+  reports = {
+    'a': {'retrieval': Report((), {}, {'concept': sheet(1)})},
+    'b': {'retrieval': Report((), {}, {'concept': sheet(2), 'combination': sheet(2)})},
+  }
+  (path,) = runner.save_together(reports, str(tmp_path), ['x', 'y'])
+  assert pathlib.Path(path).name.startswith('retrieval-compared-') and path.endswith('-concept.png')
+  single = runner.save(reports['a'], str(tmp_path), 'x')
+  assert Image.open(path).height > Image.open(single[1]).height
+  (other,) = runner.save_together(reports, str(tmp_path), ['x', 'z'])
+  assert other != path and runner.save_together({'a': reports['a']}, str(tmp_path), ['x']) == []

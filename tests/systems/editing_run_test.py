@@ -55,6 +55,13 @@ def test_a_run_goes_on_to_edit(tmp_path, arch):
   again = generator.editing(white)(['make it blue', 'make it red'])[1]
   np.testing.assert_array_equal(again.image, one.image)
   assert (one.image != two.image).any() and one.metadata['before'] != two.metadata['before']
+  each = generator.editing(np.stack([white, black]))
+  np.testing.assert_array_equal(each(['make it red', 'make it blue'])[0].image, one.image)
+  np.testing.assert_array_equal(each(['make it blue', 'make it red'])[1].image, two.image)
+  with pytest.raises(UserError, match='2 pictures to edit and 3 to draw: give one for all'):
+    each('make it red', n=3)
+  with pytest.raises(UserError, match=r'has shape \(40, 60\): \[H, W, 3\] is needed'):
+    generator.editing(white[..., 0])
   plain = Generator.load(str(tmp_path / 'drawing'))
   with pytest.raises(UserError, match='draws from words alone'):
     plain.editing(white)

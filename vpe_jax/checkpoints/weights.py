@@ -96,6 +96,23 @@ def load_run(workdir: str, which: str = 'ema') -> tuple[Params, dict[str, str]]:
   return _nested({path: _widened(leaf) for path, leaf in (raw | averaged).items()}), metadata
 
 
+def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
+  """The config in the metadata of weights, with which `systems.build` builds what they are for.
+
+  Raises:
+    UserError: there is none, or it is damaged; the message calls the weights `source`.
+  """
+  if 'config' not in metadata:
+    raise UserError(f'{source} holds weights without a config: name a run that trained them')
+  try:
+    found = json.loads(metadata['config'])
+  except (ValueError, RecursionError):
+    found = None
+  if not isinstance(found, dict):
+    raise UserError(f'the config in {source} is damaged: get the weights again')
+  return found
+
+
 def read_run(
   workdir: str, beginnings: tuple[str, ...]
 ) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -64,9 +63,7 @@ class Judge:
       UserError: there is no such file, or it holds another system.
     """
     params, stored = weights.load(source)
-    if 'config' not in stored:
-      raise UserError(f'{source} holds weights without a config: name a run that trained them')
-    system = systems.build(json.loads(stored['config']))
+    system = systems.build(weights.config_of(stored, source))
     if system.config.system != 'siglip':
       raise UserError(f"{source} holds a '{system.config.system}': a judge must be a 'siglip'")
     return cls(system, params, text.shipped(), weights.fingerprint(params))

@@ -12,7 +12,6 @@ plan: so the two are of one caption, and of two with the words of either.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,12 +21,11 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import retrieval
 from vpe_jax.evaluation.judge import Judge
-from vpe_jax.evaluation.report import Options, Planner, Report, Subject
-from vpe_jax.sampling import pictures
+from vpe_jax.evaluation.report import Options, Planner, Report, Row, Subject, protocol
 from vpe_jax.sampling.plans import Plans, best, mixed
 
 FIRST = 'the first plan'
-_SHOWN = 8  # pictures of each row on the sheet beside the report
+_SOURCE = 'vpe_jax.data.scenes'
 
 
 def best_of_report(subject: Subject, options: Options) -> Report:
@@ -56,12 +54,13 @@ def best_of_report(subject: Subject, options: Options) -> Report:
       'captions': told,
       'credit': {name: result.credit.tolist() for name, result in found.items()},
     }
-    rows = [list(images[:_SHOWN]) for images in drawn.values()]
-    said = [*[[]] * (len(rows) - 1), told[:_SHOWN]]
-    sheets[split] = pictures.grid(rows, said, list(drawn))
+    *rows, last = (Row.first(name, images) for name, images in drawn.items())
+    sheets[split] = (*rows, Row.first(last.label, last.images, told))
   question = f'do the best of {n} plans, by each ranker, draw better pictures than the first?'
-  protocol = _protocol('best_of', question, subject, options, results)
-  return Report(tuple(lines), protocol | {'judge_checkpoint': judge.fingerprint}, sheets)
+  said = {'source': _SOURCE, 'judge_checkpoint': judge.fingerprint}
+  return Report(
+    tuple(lines), protocol('best_of', question, subject, options, results, **said), sheets
+  )
 
 
 def chosen(planner: Planner, captions: list[str], n: int) -> dict[str, np.ndarray]:
@@ -103,16 +102,17 @@ def mixes_report(subject: Subject, options: Options) -> Report:
       mix = mixed(upper, lower)
       drawn[name] = planner.render(mix.told(words))
       meant = {'mix': mix.codes, 'A': upper.codes, 'B': lower.codes}
-      found[name] = agreement(planner.read(drawn[name]), meant)
+      found[name] = agreement(planner.read(drawn[name], words).codes, meant)
     alone = planner.render(upper)
-    own = float(np.mean(planner.read(alone) == upper.codes))
+    own = float(np.mean(planner.read(alone, upper.prompts).codes == upper.codes))
     lines += _mixes_lines(f'split {split}: {count} mixes', mix.side, own, found)
     results[split] = {'rows': found, 'unmixed': own, 'captions': list(upper.prompts)}
-    shown = [alone[:_SHOWN], *(images[:_SHOWN] for images in drawn.values())]
-    sheets[split] = pictures.grid([list(row) for row in shown], row_labels=['A', *drawn])
+    sheets[split] = tuple(Row.first(*row) for row in [('A', alone), *drawn.items()])
   question = 'is the plan of the picture of a mix closer to the mix than to what was mixed?'
-  protocol = _protocol('mixes', question, subject, options, results)
-  return Report(tuple(lines), protocol, sheets)
+  said = {'source': _SOURCE}
+  return Report(
+    tuple(lines), protocol('mixes', question, subject, options, results, **said), sheets
+  )
 
 
 def _pairs(plans: Plans, count: int) -> dict[str, tuple[Plans, Plans, tuple[str, ...]]]:
@@ -197,16 +197,3 @@ def _mixes_lines(
       line += f'{f"{mean:+.1%} ({low:+.1%} to {high:+.1%})":>26}'
     lines.append(line)
   return lines
-
-
-def _protocol(
-  name: str, question: str, subject: Subject, options: Options, results: Mapping[str, Any]
-) -> dict[str, Any]:
-  return {
-    'benchmark': name,
-    'question': question,
-    'source': 'vpe_jax.data.scenes',
-    **dataclasses.asdict(options),
-    'subject': dict(subject.description),
-    'results': dict(results),
-  }

@@ -15,12 +15,18 @@ from vpe_jax.config import nearest
 from vpe_jax.contracts import UserError
 from vpe_jax.data import storage
 from vpe_jax.data.records import SPLITS, render
-from vpe_jax.evaluation import planning, retrieval
+from vpe_jax.evaluation import classes, editing, ocr, planning, retrieval
 from vpe_jax.evaluation.judge import Judge
-from vpe_jax.evaluation.report import Options, Report, Subject
+from vpe_jax.evaluation.report import Options, Report, Row, Sheet, Subject, Task, protocol
+from vpe_jax.evaluation.sheets import layout, together
 from vpe_jax.sampling import pictures
 
-_SHOWN = 8  # pictures of each row on the sheet beside the report
+_TASKS: Mapping[Task, str] = {
+  'captions': 'what captions say',
+  'classes': 'pictures of classes',
+  'words': 'written words',
+  'edits': 'edits of pictures',
+}
 # The bars of the retrieval benchmark, which `verdict` checks.
 _TRUE_BAR = 0.6  # accuracy on the true images: is the judge good enough to judge?
 _SHARE_BAR = 0.5  # of it, that generated pictures reach
@@ -49,14 +55,46 @@ def check(names: Sequence[str], options: Options) -> None:
     raise UserError(f'mixes is {options.mixes}: at least 2 are needed for a mean and its interval')
 
 
-def run(names: Sequence[str], subject: Subject, options: Options) -> dict[str, Report]:
-  """Runs benchmarks by name.
+def asked(names: Sequence[str], options: Options) -> list[str]:
+  """The benchmarks that are named, and those that options of their own ask for.
 
   Raises:
     UserError: see `check`.
   """
+  own = [name for name in ('best_of', 'mixes') if getattr(options, name)]
+  found = list(dict.fromkeys([*names, *own]))
+  check(found, options)
+  return found
+
+
+def chosen(names: Sequence[str], subject: Subject) -> list[str]:
+  """The benchmarks of these names, or where there are none, the one of what the subject draws.
+
+  Raises:
+    UserError: one doesn't fit the subject, or needs packages that aren't installed.
+  """
+  fitting = [name for name, one in BENCHMARKS.items() if one.task == subject.task]
+  for name in names:
+    if name not in fitting:
+      raise UserError(
+        f'the benchmark {name} asks for {_TASKS[BENCHMARKS[name].task]}, and '
+        f'{subject.description.get("weights", "this model")} draws {_TASKS[subject.task]}: '
+        f'it has {", ".join(fitting)}'
+      )
+  found = list(names) or fitting[:1]
+  for name in found:
+    BENCHMARKS[name].ready()
+  return found
+
+
+def run(names: Sequence[str], subject: Subject, options: Options) -> dict[str, Report]:
+  """Runs benchmarks by name.
+
+  Raises:
+    UserError: see `check` and `chosen`.
+  """
   check(names, options)
-  return {name: BENCHMARKS[name](subject, options) for name in names}
+  return {name: BENCHMARKS[name].report(subject, options) for name in chosen(names, subject)}
 
 
 def retrieval_report(subject: Subject, options: Options) -> Report:
@@ -86,14 +124,10 @@ def retrieval_report(subject: Subject, options: Options) -> Report:
         for trial, a, b in zip(trials, found['true images'].credit, found['generated'].credit)
       ],
     }
-    sheets[split] = pictures.grid(
-      [list(true[:_SHOWN]), list(drawn[:_SHOWN])],
-      [[], [trial.caption for trial in trials[:_SHOWN]]],
-      ['true', 'generated'],
-    )
-  protocol = {
-    'benchmark': 'retrieval',
-    'question': 'does the picture score highest with its own caption?',
+    told = [trial.caption for trial in trials]
+    sheets[split] = (Row.first('true', true, told), Row.first('generated', drawn))
+  question = 'does the picture score highest with its own caption?'
+  said = {
     'candidates': retrieval.CANDIDATES,
     'hard_distractors': retrieval.HARD,
     'chance': 1 / retrieval.CANDIDATES,
@@ -101,19 +135,36 @@ def retrieval_report(subject: Subject, options: Options) -> Report:
     'permuted': 'each picture against trials of other pictures, up to 16 cyclic shifts',
     'relations': 'true caption against each other relation, in pairs, not among the candidates',
     'source': 'vpe_jax.data.scenes',
-    **dataclasses.asdict(options),
     'judge_checkpoint': judge.fingerprint,
-    'image_size': subject.image_size,
-    'subject': dict(subject.description),
-    'results': results,
   }
-  return Report(tuple(lines), protocol, sheets)
+  return Report(
+    tuple(lines), protocol('retrieval', question, subject, options, results, **said), sheets
+  )
 
 
-BENCHMARKS: Mapping[str, Callable[[Subject, Options], Report]] = {
-  'retrieval': retrieval_report,
-  'best_of': planning.best_of_report,
-  'mixes': planning.mixes_report,
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+  """One that can be asked for.
+
+  Attributes:
+    report: runs it.
+    task: what its subjects draw from.
+    ready: finds out before anything is drawn whether what it needs is installed.
+  """
+
+  report: Callable[[Subject, Options], Report]
+  task: Task
+  ready: Callable[[], None] = lambda: None
+
+
+# The first of a task is what runs where none is asked for.
+BENCHMARKS: Mapping[str, Benchmark] = {
+  'retrieval': Benchmark(retrieval_report, 'captions'),
+  'best_of': Benchmark(planning.best_of_report, 'captions'),
+  'mixes': Benchmark(planning.mixes_report, 'captions'),
+  'edits': Benchmark(editing.edits_report, 'edits'),
+  'classes': Benchmark(classes.classes_report, 'classes'),
+  'ocr': Benchmark(ocr.ocr_report, 'words', ocr.check_installed),
 }
 
 
@@ -165,7 +216,7 @@ def stem(subject: Subject, options: Options) -> str:
 
 
 def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:
-  """Writes FOLDER/<benchmark>-<stem>.json and a sheet of pictures for each split.
+  """Writes FOLDER/<benchmark>-<stem>.json and FOLDER/<benchmark>-<stem>-<split>.png.
 
   A report of the same name is replaced: the same subject and options made it.
 
@@ -183,8 +234,36 @@ def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:
     sheets = []
     for split, sheet in report.sheets.items():
       sheets.append(path.parent / f'{name}-{stem}-{split}.png')
-      pictures.save_png(sheet, sheets[-1], overwrite=True)
+      pictures.save_png(layout(sheet), sheets[-1], overwrite=True)
     written += [str(path), *map(str, sheets)]
+  return written
+
+
+def save_together(
+  reports: Mapping[str, Mapping[str, Report]], folder: str, stems: Sequence[str]
+) -> list[str]:
+  """Writes FOLDER/<benchmark>-compared-<hash>-<split>.png with the rows of several runs.
+
+  Args:
+    reports: of each run, by its name: its benchmarks. A sheet that one run alone has isn't written.
+    folder: where the sheets go.
+    stems: of the runs' files: what they hash to names the sheets, so that these runs, asked in the
+      same way, replace theirs and no others'.
+
+  Raises:
+    UserError: the folder can't be written.
+  """
+  sheets: dict[tuple[str, str], dict[str, Sheet]] = {}
+  for run_name, of_run in reports.items():
+    for name, report in of_run.items():
+      for split, sheet in report.sheets.items():
+        sheets.setdefault((name, split), {})[run_name] = sheet
+  mark = hashlib.sha256(' '.join(stems).encode()).hexdigest()[:8]
+  written = []
+  for (name, split), of_runs in sheets.items():
+    if len(of_runs) > 1:
+      written.append(str(storage.place(folder) / f'{name}-compared-{mark}-{split}.png'))
+      pictures.save_png(layout(together(of_runs)), written[-1], overwrite=True)
   return written
 
 

@@ -1,0 +1,83 @@
+"""The benchmark of classes: nearest reference pictures, chance, and what data it takes."""
+
+import collections
+import dataclasses
+
+import numpy as np
+import pytest
+
+from vpe_jax.config import DataConfig
+from vpe_jax.contracts import UserError
+from vpe_jax.evaluation import classes, runner
+from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.report import Options, Subject
+
+OPTIONS = Options(captions=20, seed=1)
+DATA = DataConfig(
+  source='openmoji', image_size=16, words='group', tokenizer='classes:food', examples=300
+)
+
+
+@pytest.fixture(scope='module')
+def true():
+  return classes.true_pictures(DATA, 2 * OPTIONS.captions, OPTIONS.seed)
+
+
+def test_true_pictures_are_different_and_follow_the_seed(true):
+  images, names = true
+  assert images.shape == (40, 16, 16, 3) and len({image.tobytes() for image in images}) == 40
+  assert len(set(names)) > 3
+  again = classes.true_pictures(DATA, 40, OPTIONS.seed)
+  np.testing.assert_array_equal(again[0], images)
+  assert (classes.true_pictures(DATA, 40, 2)[0] != images).any()
+
+
+def test_too_little_data_is_an_error():
+  few = dataclasses.replace(DATA, examples=30)
+  with pytest.raises(UserError, match='--captions=1[45] or fewer are possible'):
+    classes.true_pictures(few, 40, 0)
+
+
+def test_chance_and_the_control_count_pairs():
+  reference, asked = np.asarray(['a', 'a', 'b', 'c']), np.asarray(['a', 'b', 'b'])
+  by_hand = np.mean([[r == a for r in reference] for a in asked])
+  assert classes.agreement(reference, asked) == by_hand == pytest.approx(4 / 12)
+  nearest = np.asarray(['b', 'b', 'a'])
+  pairs = [nearest[i] == asked[j] for i in range(3) for j in range(3) if i != j]
+  assert classes.permuted(nearest, asked) == pytest.approx(np.mean(pairs))
+
+
+class _Judge:
+  """It sees the colour of the first pixel alone, as a vector of its own."""
+
+  fingerprint = 'knowing'
+
+  def images(self, images):
+    return np.eye(256)[images[:, 0, 0, 0]]
+
+
+@pytest.mark.parametrize('right', [True, False])
+def test_pictures_of_their_class_are_told_from_others(true, monkeypatch, right):
+  order = sorted(set(true[1]))
+
+  def paint(names, right=True):
+    """Pictures that show the class of their name, or the next one."""
+    places = np.asarray([order.index(name) for name in names]) + (not right)
+    return np.tile((places % len(order)).astype(np.uint8)[:, None, None, None], (1, 16, 16, 3))
+
+  monkeypatch.setattr(classes, 'true_pictures', lambda *_: (paint(true[1]), true[1]))
+  monkeypatch.setattr(Judge, 'load', lambda source: _Judge())
+  said = {'checkpoint': 'abc'}
+  draw = lambda names: paint(names, right)
+  subject = Subject(draw, 16, said, task='classes', data=DATA)
+  report = runner.run([], subject, OPTIONS)['classes']
+  rows = report.protocol['results']['rows']
+  known, asked = true[1][:20], true[1][20:]
+  seen = np.mean(np.isin(asked, known))
+  assert rows['true images']['right'] == pytest.approx(seen) and seen > 0.5
+  assert (rows['generated']['right'] == rows['true images']['right']) == right
+  assert (rows['generated']['frechet'] > rows['true images']['frechet']) == (not right)
+  assert rows['generated, classes permuted']['frechet'] is None
+  assert report.protocol['results']['asked'] == dict(collections.Counter(asked.tolist()))
+  assert len(report.lines) == 5 and report.lines[-1].endswith('-')
+  assert [row.label for row in report.sheets['train']] == ['true', 'generated']

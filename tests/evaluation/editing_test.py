@@ -1,0 +1,100 @@
+"""The benchmark of edits: what counts as done, controls, and what is asked for."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vpe_jax.contracts import UserError
+from vpe_jax.evaluation import editing, runner
+from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.report import Options, Planner, Subject
+from vpe_jax.sampling.plans import Codebook, Plans
+
+OPTIONS = Options(captions=16, splits=('combination',), seed=1)
+
+
+def _embed(images):
+  """A unit vector that says which picture it is, by its levels."""
+  flat = images.reshape(len(images), -1) - 128.0
+  return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+
+
+class _Judge:
+  fingerprint = 'knowing'
+  images = staticmethod(_embed)
+
+
+@pytest.fixture(scope='module')
+def asked():
+  return editing.make_edits(OPTIONS.captions, 'combination', OPTIONS.seed, 32)
+
+
+def test_edits_are_held_out_and_told_differently(asked):
+  assert len(set(asked.told)) == OPTIONS.captions
+  assert set(asked.kinds) <= {'add', 'remove', 'recolour', 'replace', 'move'}
+  assert asked.mask.any((1, 2)).all() and asked.before.shape == (OPTIONS.captions, 32, 32, 3)
+  np.testing.assert_array_equal(asked.before[~asked.mask], asked.after[~asked.mask])
+  assert (asked.before[asked.mask] != asked.after[asked.mask]).any(-1).all()
+
+
+def test_the_picture_after_is_done_and_the_one_before_is_not(asked):
+  done, copied = (editing.measure(x, asked, _embed) for x in (asked.after, asked.before))
+  assert done.done.all() and done.like_after.all()
+  assert done.error_inside == done.error_outside == 0
+  assert not copied.done.any() and not copied.like_after.any()
+  apart = np.square(asked.after.astype(float) - asked.before)[asked.mask].mean()
+  assert copied.error_inside == pytest.approx(apart, rel=1e-5) and copied.error_outside == 0
+  summary = json.loads(json.dumps(done.summary(asked.kinds)))
+  assert summary['psnr_inside'] is None and summary['done']['share'] == 1
+  assert sum(kind['done']['share'] * kind['edits'] for kind in summary['kinds'].values()) == 16
+
+
+def test_what_is_spoilt_outside_shows_there_alone(asked):
+  spoilt = np.where(asked.mask[..., None], asked.after, asked.after ^ 10)
+  result = editing.measure(spoilt, asked, _embed)
+  assert result.done.all() and result.error_inside == 0 and result.error_outside > 0
+  half = np.where(asked.mask[..., None], asked.before, asked.after)
+  half[:8] = asked.after[:8]
+  assert editing.measure(half, asked, _embed).done.tolist() == [True] * 8 + [False] * 8
+
+
+def _subject(size=32):
+  """It copies; of the true plan it draws the picture after: a plan is the picture's number."""
+
+  def editor(before):
+    known = {}
+
+    def read(pictures, told):
+      known.update(enumerate(pictures))
+      codes = np.arange(len(pictures))[:, None]
+      return Plans(codes, tuple(told), (0,) * len(told), Codebook(64, 'abc'), {})
+
+    render = lambda plans: np.stack([known[code] for code in plans.codes[:, 0]])
+    planner = Planner(None, None, render, read, ())
+    return Subject(lambda told: before, size, {'checkpoint': 'abc'}, planner)
+
+  refuse = lambda told: pytest.fail('drawn without a picture')
+  return Subject(refuse, size, {'checkpoint': 'abc'}, task='edits', editing=editor)
+
+
+def test_the_report_tells_copies_and_true_plans_apart(monkeypatch):
+  monkeypatch.setattr(Judge, 'load', lambda source: _Judge())
+  report = runner.run([], _subject(), OPTIONS)['edits']
+  found = report.protocol['results']['combination']
+  done = {name: row['done']['share'] for name, row in found['rows'].items()}
+  assert list(done) == [editing.COPY, 'generated', editing.OTHERS, 'generated on the true plan']
+  assert done[editing.COPY] == done['generated'] == 0 and done['generated on the true plan'] == 1
+  assert found['rows']['generated']['psnr_outside'] is None
+  assert found['rows'][editing.OTHERS]['error_outside'] > 0
+  assert len(report.lines) == 7 and ' inf ' in report.lines[2] and '0% / 100% of' in report.lines[6]
+  labels = [row.label for row in report.sheets['combination']]
+  assert labels == ['before', 'target', 'generated', 'generated on the true plan']
+  assert report.sheets['combination'][0].said[0] == found['edits'][0]['told']
+  json.dumps(report.protocol, allow_nan=False)
+
+
+def test_more_instructions_than_there_are_is_an_error(monkeypatch):
+  monkeypatch.setattr(editing, '_POOL', 0)
+  with pytest.raises(UserError, match='--captions=300, and 256 records'):
+    editing.make_edits(300, 'combination', 0, 8)
