@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, to_dict
 from vpe_jax.contracts import UserError
 from vpe_jax.sharding import by_path
-from vpe_jax.training import report, resume
+from vpe_jax.training import pretrained, report, resume
 from vpe_jax.training.state import COUNTERS
 
 
@@ -128,6 +130,18 @@ def test_both_architectures_go_on_from_one_plan(plan_run, arch, stage):
   rows = {line.split()[0]: line for line in table.splitlines()[1:]}
   assert all(line.endswith(f'{folder} (raw)') for line in rows.values())
   assert 'trains' in rows['dit'] and ('frozen' in rows['ar']) == (arch == 'external')
+
+
+def test_what_another_tokenizer_or_codebook_makes_of_a_run_is_said(plan_run):
+  folder, _ = plan_run
+  same = _t2i('external', start=str(folder), stages=['render']).config
+  stored = to_dict(_t2i('internal', stages=['plan']).config)
+  assert not pretrained.other_meanings(same, stored)
+  codebook = dataclasses.replace(same.model.weights, visual_prompt='other.safetensors')
+  ours = dataclasses.replace(same, model=dataclasses.replace(same.model, weights=codebook))
+  (line,) = pretrained.other_meanings(ours, stored)
+  assert line.startswith(f'{folder} was trained with model.weights.visual_prompt=assets:visual_pro')
+  assert 'other.safetensors' in line
 
 
 def test_cross_attention_is_drawn_where_the_plan_was_learned_without(plan_run):

@@ -8,14 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from vpe_jax.checkpoints import convert, converted, weights
-from vpe_jax.config import Config
+from vpe_jax.config import Config, differences
 from vpe_jax.contracts import RUN, Array, Params, Start, UserError
 from vpe_jax.sharding import by_path
 from vpe_jax.training.state import State
 
 _CARRIED = ('params/', 'opt_state/', 'ema/', 'examples_seen')  # of the state of a run
+_MEANING = ('data.tokenizer', 'model.weights.', 'model.visual_prompt.', 'model.siglip_vq')
 _TREES = '(?:params|opt_state/mu|opt_state/nu|ema)/'  # where a parameter's path stands behind
 
 
@@ -63,10 +65,14 @@ def from_run(
   """
   carries = config.start_weights == 'state'
   if carries:
-    found, _ = weights.read_run(config.start, _CARRIED)
+    found, said = weights.read_run(config.start, _CARRIED)
+    theirs = said['config']
   else:
-    found = by_path({'params': weights.load_run(config.start, config.start_weights)[0]})
+    params, metadata = weights.load_run(config.start, config.start_weights)
+    found, theirs = by_path({'params': params}), weights.config_of(metadata, config.start)
     found |= _grown(grown, found, abstract['params'])
+  for line in other_meanings(config, theirs):
+    logging.warning('%s', line)
 
   def is_wanted(path: str) -> bool:
     fresh = any(re.match(f'{_TREES}(?:{pattern})', path) for pattern in added)
@@ -75,6 +81,19 @@ def from_run(
   wanted = {path: leaf for path, leaf in by_path(abstract).items() if is_wanted(path)}
   _check(wanted, found, config.start)
   return {path: _as(leaf, wanted[path], config.start, path) for path, leaf in found.items()}
+
+
+def other_meanings(config: Config, stored: Mapping[str, Any]) -> list[str]:
+  """Lines on what a run and the one that it starts from read with different networks.
+
+  Words, codes and latents are numbers, whose shapes don't say what they stand for.
+  """
+  return [
+    f'{config.start} was trained with {field}={theirs}, and this run has {ours}: unless both name '
+    'the same, what it learned means something else here'
+    for field, (theirs, ours) in differences(config, stored).items()
+    if field.startswith(_MEANING)
+  ]
 
 
 def _grown(starts: Sequence[Start], found: Mapping[str, Any], abstract: Params) -> dict[str, Any]:
