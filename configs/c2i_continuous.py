@@ -33,12 +33,11 @@ Left open by the paper, with what is the default here and what else there is:
   the null class                 `paper` has none, as it draws without guidance; elsewhere one
                                  example in ten (model.drop) has neither class nor plan
 
-`tiny`, all three trained on an H100 in float32 (as many steps and examples as anywhere): held-out
-flow loss .719 after the shared run, .576 after the branch without and .544 after that with visual
-prompt, whose cross-entropy is 1.37. Of 512 pictures (vpe_jax.evaluate) 59.0, 62.5 and 62.5 % have a
-picture of their own class nearest (95 % intervals of 4 points to each side; true pictures 68.9 %,
-classes permuted 34.5 %); Frechet distance of the judge's vectors .066, .045 and .077, between true
-pictures .017.
+`tiny`, all three trained on an H100 in float32: held-out flow loss .719 after the shared run, .576
+after the branch without and .544 after that with visual prompt, whose cross-entropy is 1.37. Of 512
+pictures (vpe_jax.evaluate) 59.0, 62.5 and 62.5 % have a picture of their own class nearest (95 %
+intervals of 4 points to each side; true pictures 68.9 %, classes permuted 34.5 %); Frechet distance
+of the judge's vectors .066, .045 and .077, between true pictures .017.
 
 Compiled for pods by launch/compile_all.sh, which writes this table:
   preset  stage  topology   images  memory  HBM  step at least  MFU at most

@@ -31,11 +31,11 @@ Left open by the paper, with what is the default here and what else there is:
                                  X-Omni's SigLIP-VQ on 224x224, white-padded
 LlamaGen's dropout of 0.1 within the layers is left out.
 
-`tiny`, both trained on an H100 in float32 (as many steps and examples as anywhere): held-out
-cross-entropy of the picture's codes 1.25 with visual prompt and 1.21 without, and 1.57 of the
-plan's. Of 512 pictures (vpe_jax.evaluate) 54.5 % have a picture of their own class nearest, without
-visual prompt 51.6 % (95 % intervals 50.2 to 58.8 and 47.2 to 55.9; true pictures 68.9 %, classes
-permuted 38.8 %); Frechet distance of the judge's vectors .056 and .072, between true pictures .017.
+`tiny`, both trained on an H100 in float32: held-out cross-entropy of the picture's codes 1.25 with
+visual prompt and 1.21 without, and 1.57 of the plan's. Of 512 pictures (vpe_jax.evaluate) 54.5 %
+have a picture of their own class nearest, without visual prompt 51.6 % (95 % intervals 50.2 to 58.8
+and 47.2 to 55.9; true pictures 68.9 %, classes permuted 38.8 %); Frechet distance of the judge's
+vectors .056 and .072, between true pictures .017.
 
 Compiled for pods by launch/compile_all.sh, which writes this table:
   preset  stage  topology   images  memory  HBM  step at least     MFU at most

@@ -31,12 +31,12 @@ x 5 (0.23M) and Pico-Banana x 4 (1.03M), as folders in data.root whose captions.
 step, 70,000 of which are 35,000 steps. It runs on a multiple of 8 chips; those beyond 8 share the
 work within the layers.
 
-`tiny` of both, and the runs that they start from, trained on an H100 in float32 (as many steps and
-examples as anywhere): held-out cross-entropy .868 internal and .842 external, flow loss .271 and
-.514 (there not trained on). Of 256 held-out edits (vpe_jax.evaluate, combinations) the internal
-picture is nearer to the target than to the picture before, where they differ, in 62.1 % with its own
-plan and 96.5 % with the true one; external 60.9 and 67.6 %; pictures for another edit 48.0 and
-51.2 %. --workdir=runs/edit-tiny,runs/edit-external puts both on one sheet.
+`tiny` of both, and the runs that they start from, trained on an H100 in float32: held-out
+cross-entropy .868 internal and .842 external, flow loss .271 and .514 (there not trained on). Of
+256 held-out edits (vpe_jax.evaluate, combinations) the internal picture is nearer to the target
+than to the picture before, where they differ, in 62.1 % with its own plan and 96.5 % with the true
+one; external 60.9 and 67.6 %; pictures for another edit 48.0 and 51.2 %.
+--workdir=runs/edit-tiny,runs/edit-external puts both on one sheet.
 
 Compiled for pods by launch/compile_all.sh, which writes this table:
 (end of the table)

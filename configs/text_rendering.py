@@ -36,11 +36,11 @@ Left open by the paper, with what is the default here and what else there is:
   illegible once padded            text lower than 8 pixels, which is one latent
                                    (data.least_text_height=8)
 
-`tiny`, both trained on an H100 in float32 (as many steps and examples as anywhere): held-out flow
-loss .529 with visual prompt (cross-entropy .823) and .555 without. Lines, inks and grounds come out,
-words don't yet: of 256 pictures of each held-out split an OCR reads no word right, where it reads
-99.3 and 100 % of the words of true pictures (vpe_jax.evaluate; character error rates .94 and .95,
-without visual prompt .94 and .95).
+`tiny`, both trained on an H100 in float32: held-out flow loss .529 with visual prompt
+(cross-entropy .823) and .555 without. Lines, inks and grounds come out, words don't yet: of 256
+pictures of each held-out split an OCR reads no word right, where it reads 99.3 and 100 % of the
+words of true pictures (vpe_jax.evaluate; character error rates .94 and .95, without visual prompt
+.94 and .95).
 
 Compiled for pods by launch/compile_all.sh, which writes this table:
   preset  stage  topology   images  memory  HBM  step at least     MFU at most
