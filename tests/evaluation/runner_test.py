@@ -158,6 +158,7 @@ def test_sheets_of_several_runs_are_put_together_and_replace_no_other(tmp_path):
   (path,) = runner.save_together(reports, str(tmp_path), ['x', 'y'])
   assert pathlib.Path(path).name.startswith('retrieval-compared-') and path.endswith('-concept.png')
   single = runner.save(reports['a'], str(tmp_path), 'x')
-  assert Image.open(path).height > Image.open(single[1]).height
+  with Image.open(path) as of_all, Image.open(single[1]) as of_one:
+    assert of_all.height > of_one.height
   (other,) = runner.save_together(reports, str(tmp_path), ['x', 'z'])
   assert other != path and runner.save_together({'a': reports['a']}, str(tmp_path), ['x']) == []
