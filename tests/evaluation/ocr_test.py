@@ -61,7 +61,6 @@ def test_the_report_has_a_ceiling_and_the_true_plan(monkeypatch):
     texts[render(record, 16).tobytes()] = written
   read = lambda images: [texts.get(image.tobytes(), 'nothing') for image in images]
   monkeypatch.setattr(ocr, 'reader', lambda: read)
-  monkeypatch.setattr(ocr, 'check_installed', lambda: None)
   known = []
 
   def plans_of(pictures, told):
@@ -72,7 +71,7 @@ def test_the_report_has_a_ceiling_and_the_true_plan(monkeypatch):
   planner = Planner(None, None, lambda plans: np.stack(known), plans_of, ())
   gray = lambda told: np.full((len(told), 16, 16, 3), 128, np.uint8)
   subject = Subject(gray, 16, {'checkpoint': 'abc'}, planner, task='words')
-  report = runner.run([], subject, OPTIONS)['ocr']
+  report = ocr.ocr_report(subject, OPTIONS)
   found = report.protocol['results']['combination']
   recall = {name: row['recall'] for name, row in found['rows'].items()}
   assert recall == {'true images': 1, 'generated': 0, 'generated on the true plan': 1}
@@ -81,3 +80,11 @@ def test_the_report_has_a_ceiling_and_the_true_plan(monkeypatch):
   assert len(report.lines) == 5
   true, drawn, _ = report.sheets['combination']
   assert true.said[0] == records[0].caption and drawn.said[0] == '"nothing"'
+
+
+def test_true_pictures_are_read_without_error():
+  pytest.importorskip('rapidocr', reason='the extra eval has it')
+  records = distinct(Words(2 * 6, 'combination', 1), 6)
+  asked = [' '.join(word.text for word in record.truth.writing.words) for record in records]
+  read = ocr.reader()(np.stack([render(record, 64) for record in records]))
+  assert ocr.measure(read, asked).recall == 1
