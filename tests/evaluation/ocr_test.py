@@ -80,11 +80,3 @@ def test_the_report_has_a_ceiling_and_the_true_plan(monkeypatch):
   assert len(report.lines) == 5
   true, drawn, _ = report.sheets['combination']
   assert true.said[0] == records[0].caption and drawn.said[0] == '"nothing"'
-
-
-def test_true_pictures_are_read_without_error():
-  pytest.importorskip('rapidocr', reason='the extra eval has it')
-  records = distinct(Words(2 * 6, 'combination', 1), 6)
-  asked = [' '.join(word.text for word in record.truth.writing.words) for record in records]
-  read = ocr.reader()(np.stack([render(record, 64) for record in records]))
-  assert ocr.measure(read, asked).recall == 1
