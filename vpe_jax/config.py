@@ -34,7 +34,9 @@ CLASSES = 'classes:'  # and their names: the tokenizer of a class-conditional mo
 WORDS = ('caption', 'group')
 FITS = ('pad', 'crop')
 ENCODES = ('online', 'cached')
-_SIZES = (int, tuple[int, ...], 'int', 'tuple[int, ...]')  # the types of sizes
+# The types of sizes.
+_SIZES = (int, tuple[int, ...], 'int', 'tuple[int, ...]', 'int | tuple[int, ...]')
+_GROUP = re.compile(r'(?:^|,)([A-Za-z_]\w*)=')  # of parameters, in Config.start
 _MOST_LAYERS = 1000
 _MOST = 10**8  # of any size: what is larger is a slip, and would compute for ages
 
@@ -160,29 +162,49 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW with linear warm-up to a constant rate.
+  """AdamW with linear warm-up to a constant rate. Each field has one value, or one a stage.
 
   `accumulate` is the number of microbatches a step's batch is cut into; `clip` bounds the global
-  gradient norm (0: off); `ema` is the decay of the parameter average.
+  gradient norm (0: off); `ema` is the decay of the parameter average (0: none is kept).
   """
 
-  lr: float = 1e-3
-  warmup: int = 50
-  b1: float = 0.9
-  b2: float = 0.999
-  eps: float = 1e-8
-  weight_decay: float = 0.0
-  clip: float = 1.0
-  accumulate: int = 1
-  ema: float = 0.9995
+  lr: float | tuple[float, ...] = 1e-3
+  warmup: int | tuple[int, ...] = 50
+  b1: float | tuple[float, ...] = 0.9
+  b2: float | tuple[float, ...] = 0.999
+  eps: float | tuple[float, ...] = 1e-8
+  weight_decay: float | tuple[float, ...] = 0.0
+  clip: float | tuple[float, ...] = 1.0
+  accumulate: int | tuple[int, ...] = 1
+  ema: float | tuple[float, ...] = 0.9995
 
   def __post_init__(self) -> None:
     check_sizes(self, 'optim.', warmup=0)
-    check(self, 'optim.', 'lr', 0 < self.lr < math.inf, 'above 0 and finite')
+    of = lambda name: _spread(getattr(self, name))
+    good = all(0 < value < math.inf for value in of('lr'))
+    check(self, 'optim.', 'lr', good, 'above 0 and finite')
     for name in ('b1', 'b2', 'ema'):
-      check(self, 'optim.', name, 0 <= getattr(self, name) < 1, 'at least 0 and below 1')
+      good = all(0 <= value < 1 for value in of(name))
+      check(self, 'optim.', name, good, 'at least 0 and below 1')
     for name in ('eps', 'weight_decay', 'clip'):
-      check(self, 'optim.', name, 0 <= getattr(self, name) < math.inf, 'at least 0 and finite')
+      good = all(0 <= value < math.inf for value in of(name))
+      check(self, 'optim.', name, good, 'at least 0 and finite')
+
+  def of(self, stage: int) -> OptimConfig:
+    """The settings of one stage: every field is a single value."""
+    values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    one = lambda value: value[stage] if isinstance(value, tuple) else value
+    return OptimConfig(**{name: one(value) for name, value in values.items()})
+
+  def check_stages(self, count: int) -> None:
+    """Refuses a field that has neither one value nor one a stage."""
+    for field in dataclasses.fields(self):
+      good = not isinstance(value := getattr(self, field.name), tuple) or len(value) == count
+      check(self, 'optim.', field.name, good, f'one value, or one a stage ({count})')
+
+
+def _spread(value: Any) -> tuple[Any, ...]:
+  return value if isinstance(value, tuple) else (value,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +277,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """One run. `stages`, `steps` and `batch_size` have an entry a stage (or one for all).
+  """One run. `steps` and `batch_size` have an entry a stage or one for all; so may `optim`'s.
 
   Attributes:
     name: the config file's name, without folder and ending.
@@ -266,7 +288,9 @@ class Config:
     batch_size: global examples per step of each stage.
     seed: of data order, initialisation and noise.
     start: the workdir of another run, whose newest good checkpoint gives a new run all of its
-      parameters (empty: none); optimizer, average and data order begin afresh.
+      parameters (empty: none); optimizer, average and data order begin afresh. Groups of parameters
+      may come from several: `RUN,dit=RUN2` takes those whose paths begin with `dit/` from the
+      second, and `dit=RUN2` alone leaves the others as they are in a run without `start`.
     start_weights: which of its parameters: `raw`, or `ema` where its stage keeps an average. What
       trained in an earlier stage only is at its average in both. `state` carries on more than
       parameters, as if the other run went on: optimizer, average, and its place in the data; steps
@@ -306,6 +330,27 @@ class Config:
   sample: SampleConfig = SampleConfig()
   log: LogConfig = LogConfig()
 
+  @property
+  def starts(self) -> dict[str, str]:
+    """The runs that `start` names: beginning of parameter paths (all others: empty) -> workdir.
+
+    Raises:
+      UserError: `start` names two for the same parameters.
+    """
+    entries = self.start.split(',') if _GROUP.search(self.start) else [self.start]
+    found: dict[str, str] = {}
+    for entry in filter(None, entries):
+      match = _GROUP.match(entry)
+      beginning = f'{match[1]}/' if match else ''
+      if beginning in found:
+        raise UserError(f"config.start is '{self.start}': two runs for the same parameters")
+      found[beginning] = entry[match.end() :] if match else entry
+    return found
+
+  def is_started(self, *groups: str) -> bool:
+    """Whether `start` names runs for all parameters whose paths begin with these."""
+    return bool(self.start) and ('' in self.starts or set(groups) <= self.starts.keys())
+
 
 def from_dict(values: Mapping[str, Any], model: type) -> Config:
   """Builds a Config whose `model` section has type `model`.
@@ -332,6 +377,12 @@ def from_dict(values: Mapping[str, Any], model: type) -> Config:
     if min(given, default=1) < 1:
       raise UserError(f'config.{name} is {given}: every stage needs at least 1')
     spread[name] = given
+  config.optim.check_stages(count)
+  if config.start_weights == 'state' and len(config.starts) != 1:
+    raise UserError(
+      f'config.start_weights is state, which carries the optimizer of one whole run on, and '
+      f"config.start is '{config.start}': name one run"
+    )
   return dataclasses.replace(config, **spread)
 
 
@@ -409,7 +460,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
   if origin in (typing.Union, types.UnionType):
     if value is None:
       return None
-    return _value(next(a for a in typing.get_args(hint) if a is not type(None)), value, path)
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    many = [kind for kind in kinds if typing.get_origin(kind) is tuple]
+    return _value((many if isinstance(value, (tuple, list)) and many else kinds)[0], value, path)
   if origin is tuple:
     items = value if isinstance(value, (tuple, list)) else (value,)
     return tuple(_value(typing.get_args(hint)[0], item, path) for item in items)

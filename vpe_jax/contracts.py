@@ -137,6 +137,14 @@ class Drawing:
   latents: Array  # [B, h, w, C] float32, or [B, h, w] int32 of a discrete picture
 
 
+class Weight(Protocol):
+  """The weight of a loss that depends on the step of the stage; `str` says how."""
+
+  def at(self, step: Array | int) -> Array:
+    """The weight at a step, a float32 scalar."""
+    ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
   """One stage of a run: what trains and which losses drive it.
@@ -145,20 +153,23 @@ class Stage:
     name: word used on the command line and in the logs.
     trainable: regular expressions over parameter paths such as `ar/layers/q/kernel`; a leaf
       that none of them matches from its start (`re.match`) is frozen.
-    losses: names of the loss terms that this stage computes.
-    ema: whether a moving average of the trainable leaves is kept.
-    source: where the parameters come from, in words for the start-up table.
+    losses: the loss terms that this stage computes, and the weight of each; 0.0 is logged alone.
+    ema: whether a moving average of the trainable leaves is kept (with `optim.ema` of 0 none is).
     draws: whether pictures drawn in this stage are worth a look: what draws them has trained.
     watched: names of further loss terms that held-out evaluation computes, at weight 0.
   """
 
   name: str
   trainable: tuple[str, ...]
-  losses: tuple[str, ...]
+  losses: Mapping[str, float | Weight]
   ema: bool
-  source: str
   draws: bool = True
   watched: tuple[str, ...] = ()
+
+  def weight(self, loss: str, step: Array | int) -> Array | float:
+    """The weight of a loss at a step of the stage, as a LossTerm takes it."""
+    found = self.losses[loss]
+    return found if isinstance(found, (int, float)) else found.at(step)
 
 
 RUN = 'run'  # the family of a Start whose source is an earlier run
@@ -205,6 +216,7 @@ class System(Protocol):
     picture_codes: entries of the codebook of discrete pictures; only systems that draw those have
       it.
     starts: weights that a new run starts from; only systems whose config can name some have it.
+    inherited: (beginning of a path, where `inherit` takes what is there from, in words).
     added: regular expressions over paths of parameters that a run may have beyond those of the run
       that `config.start` names, and that start fresh then.
     grown: what parameters start from that the run lacks whose parameters `config.start` names; of
@@ -221,6 +233,7 @@ class System(Protocol):
   visual_prompt: Any
   picture_codes: int
   starts: tuple[Start, ...]
+  inherited: tuple[tuple[str, str], ...]
   added: tuple[str, ...]
   grown: tuple[Start, ...]
 

@@ -21,7 +21,7 @@ def test_other_schedules_between_the_same_values():
   """The paper's two uses: 0.95 to 0.05 of Eq. 2, where 0 is off, and 0.03 to 0.1 of Eq. 3."""
   steps = (0, 25, 50, 100, 200)
   value = lambda kind, start, end, off: [
-    float(schedules.scheduled(kind, s, 100, start, end, off)) for s in steps
+    float(schedules.Schedule(kind, 100, start, end, off).at(s)) for s in steps
   ]
   np.testing.assert_allclose(
     value('linear', 0.95, 0.05, 0.0), [0.95, 0.725, 0.5, 0.05, 0.05], atol=1e-6
@@ -30,4 +30,6 @@ def test_other_schedules_between_the_same_values():
   assert value('off', 0.95, 0.05, 0.0) == [0.0] * 5 and value('off', 0.03, 0.1, 1.0) == [1.0] * 5
   wanted = [float(schedules.sigmoid_schedule(s, 100, 0.03, 0.1)) for s in steps]
   np.testing.assert_allclose(value('sigmoid', 0.03, 0.1, 1.0), wanted)
+  words = [str(schedules.Schedule(kind, 100, 0.03, 0.1, off=1.0)) for kind in schedules.KINDS]
+  assert words == ['0.03 to 0.1 (sigmoid)', '0.03 to 0.1 (linear)', '0.03', '1']
   assert schedules.KINDS == ('sigmoid', 'linear', 'constant', 'off')

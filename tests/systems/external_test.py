@@ -24,6 +24,7 @@ from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.sampling import solver
 from vpe_jax.sharding import by_path, make_mesh, param_shardings
 from vpe_jax.systems import rendering
+from vpe_jax.training import heldout
 from vpe_jax.training.state import first_state
 
 KEY = rng.run_key(0)
@@ -122,7 +123,7 @@ def test_stage_plan_is_that_of_internal(params):
   found = []
   for made in (_system('internal'), _made('prefix')):
     stage, batch = made.stages[0], _batch(made)
-    assert stage.trainable == ('ar/', 'embed/') and stage.losses == ('next_token',)
+    assert stage.trainable == ('ar/', 'embed/') and stage.losses == {'next_token': 1.0}
     loss = lambda p, made=made, batch=batch: made.losses(p, {}, batch, KEY, 0, made.stages[0])
     found.append(jax.jit(loss)(params))
   ours, theirs = ({name: (t.sum, t.count) for name, t in terms.items()} for terms in found)
@@ -134,14 +135,14 @@ def test_stage_render_trains_the_picture_expert_on_the_flow_alone(condition):
   """What is held of it, what its gradient comes from, and what evaluation adds at weight 0."""
   system = _made(condition)
   stage, batch = system.stages[1], _batch(system)
-  assert stage.losses == ('flow',)
+  assert stage.losses == {'flow': 1.0}
   assert set(jax.eval_shape(lambda: system.counts(batch, KEY, 0, system.stages[1]))) == {'flow'}
   shapes = jax.eval_shape(system.init, KEY)
   state = jax.eval_shape(lambda p: first_state(p, stage), shapes)
   for held in (state['ema'], state['opt_state']['mu'], state['opt_state']['nu']):
     assert {path.split('/')[0] for path in by_path(held)} == {'dit'}
   # As held-out evaluation runs it.
-  stage = dataclasses.replace(stage, losses=('next_token', 'flow'))
+  stage = heldout.with_all_losses(system.stages, 1)
   losses = lambda p: system.losses(p, {}, batch, KEY, 0, stage)
   weights = {}
   jax.eval_shape(lambda p: weights.update({n: t.weight for n, t in losses(p).items()}), shapes)

@@ -87,7 +87,7 @@ def test_recipe_of_the_paper():
   ):
     system = _system(arg)
     config, (stage,) = system.config, system.stages
-    assert (stage.name, stage.losses, stage.ema) == ('joint', losses, False)
+    assert (stage.name, tuple(stage.losses), stage.ema) == ('joint', losses, False)
     assert (config.steps, config.batch_size) == ((100_000,), (batch,))
     assert (config.optim.lr, config.optim.warmup) == (1e-4, 2000)
     assert config.sample.guidance == 5.5 and system.starts[0].source == 'showlab/show-o2-1.5B-HQ'

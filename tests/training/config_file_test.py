@@ -38,6 +38,10 @@ def test_overrides_reach_fields_that_the_file_leaves_at_their_defaults():
     (T2I, {'optin.lr': '1'}, "unknown config key 'optin.lr'; did you mean 'optim'"),
     (T2I, {'seed.x': '1'}, "'seed' is a single value"),
     (T2I, {'optim.lr': 'fast'}, "'optim.lr' must be float, not 'fast'"),
+    (T2I, {'optim.lr': '(1e-3, 1e-4, 1e-5)'}, 'must be one value, or one a stage .2.'),
+    (T2I, {'optim.lr': '(1e-3, -1.0)'}, 'must be above 0 and finite'),
+    (T2I, {'optim.accumulate': '(1, 0)'}, 'it must be at least 1'),
+    (T2I, {'start_weights': 'state'}, 'name one run'),
     (T2I, {'steps': '(1, 2, 3)'}, 'config.steps has 3 entries for 2 stages'),
     (T2I, {'log.every': '0'}, "'log.every' is 0: it must be at least 1"),
     (CODEC + ':tiny,stage=visual', {}, "unknown stage 'visual'; did you mean 'visual_prompt'"),
@@ -113,3 +117,15 @@ def test_stages_that_stay_keep_their_own_numbers():
   assert (config.stages, config.steps, config.batch_size) == (('plan',), (3,), (8,))
   with pytest.raises(UserError, match="config.start_weights is 'emma'; known: raw, ema"):
     config_file.load(spec, start | {'start_weights': 'emma'})
+  values = config_file.load(f'{T2I}:debug', {'stages': 'plan', 'optim.lr': '1e-4'})
+  assert config_file.systems.build(values).config.optim.lr == 1e-4
+
+
+def test_a_stage_that_stays_keeps_its_own_rate(tmp_path):
+  values = config_file.load(f'{T2I}:debug', {'optim.lr': '(1e-4, 5e-5)', 'optim.warmup': '(7, 9)'})
+  assert values['optim']['lr'] == (1e-4, 5e-5)
+  path = tmp_path / 'mine.py'
+  path.write_text(f'def get_config(arg):\n  return {values!r}')
+  kept = config_file.load(str(path), {'stages': 'joint', 'start': 'RUN', 'optim.warmup': '3'})
+  optim = config_file.systems.build(kept).config.optim
+  assert optim.of(0).lr == 5e-5 and optim.warmup == 3

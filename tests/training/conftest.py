@@ -25,6 +25,19 @@ class LineModel:
   weight: float = 1.0
 
 
+class Rising:
+  """A weight of 0.1 for each step that was taken, and the one under way."""
+
+  def at(self, step):
+    return 0.1 * (1 + step)
+
+  def __str__(self):
+    return 'rising'
+
+
+LOSSES = {'tokens': 1.0, 'watched': 0.0}
+
+
 class LineSystem:
   """Predicts each caption token as a number, linearly from the picture.
 
@@ -33,8 +46,8 @@ class LineSystem:
   """
 
   stages = (
-    Stage('head', ('head/',), ('tokens', 'watched'), ema=False, source='fresh'),
-    Stage('all', ('backbone/', 'head/'), ('tokens', 'noise', 'watched'), ema=True, source='fresh'),
+    Stage('head', ('head/',), LOSSES, ema=False),
+    Stage('all', ('backbone/', 'head/'), LOSSES | {'noise': Rising()}, ema=True),
   )
   logical_axes = (
     ('(backbone|head)/kernel', ('embed', None)),
@@ -97,13 +110,13 @@ class LineSystem:
     error = jnp.sum(jnp.where(is_real, jnp.square(guess - batch.text % 8 / 8), 0))
     counts = self.counts(batch, rng, step, stage)
     terms = {
-      'tokens': LossTerm(error, counts['tokens'], self.config.model.weight),
+      'tokens': LossTerm(error, counts['tokens'], self.config.model.weight * LOSSES['tokens']),
       'watched': LossTerm(jnp.sum(jnp.exp(guess)), counts['watched'], 0.0),
     }
     if 'noise' in stage.losses:
       draw = lambda key: jax.random.normal(key, (HIDDEN,))
       noise = randomness.per_example(draw, rng, 'noise', batch.example)
-      weight = 0.1 * (1 + step)
+      weight = stage.weight('noise', step)
       distance = jnp.sum(jnp.square(hidden.astype(jnp.float32) - noise))
       terms['noise'] = LossTerm(distance, counts['noise'], weight)
     return terms

@@ -11,6 +11,7 @@ import pytest
 from configs import siglip as config_file
 from configs import t2i as t2i_file
 from vpe_jax import convert, rng, sharding, systems
+from vpe_jax.checkpoints import convert as paths
 from vpe_jax.checkpoints import weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, to_dict
@@ -35,12 +36,11 @@ def _started(source, **siglip):
   mesh = sharding.make_mesh(system.config.mesh)
   with jax.set_mesh(mesh):
     abstract = resume.abstract_state(system.config, system, 0, mesh)
-    state = resume.fresh_state(system, abstract, {}, rng.run_key(0))
-  return system, abstract, state
+    return system, abstract, *resume.fresh_state(system, abstract, {}, rng.run_key(0))
 
 
 def _check(found):
-  system, abstract, state = found
+  system, abstract, state, origins = found
   wanted = by_path(weights.load('assets:siglip')[0])
   leaves, placed = by_path(state['params']), by_path(abstract['params'])
   for path, leaf in leaves.items():
@@ -48,7 +48,7 @@ def _check(found):
     assert leaf.sharding == placed[path].sharding
   for path, leaf in by_path(state['ema']).items():
     np.testing.assert_array_equal(leaf, wanted[path])
-  assert system.stages[0].source == system.config.model.init_from
+  assert origins == dict.fromkeys(leaves, system.config.model.init_from)
 
 
 def test_a_run_starts_from_published_weights(published):
@@ -86,11 +86,11 @@ def _t2i(arch, **changes):
 
 
 def _first(system):
-  """The shapes of a run's first state, and the state."""
+  """The shapes of a run's first state, the state, and where its parameters are from."""
   mesh = sharding.make_mesh(system.config.mesh)
   with jax.set_mesh(mesh):
     abstract = resume.abstract_state(system.config, system, 0, mesh)
-    return abstract, resume.fresh_state(system, abstract, {}, rng.run_key(7))
+    return abstract, *resume.fresh_state(system, abstract, {}, rng.run_key(7))
 
 
 def _keep(state, system, folder):
@@ -115,7 +115,7 @@ def plan_run(tmp_path_factory):
 def test_both_architectures_go_on_from_one_plan(plan_run, arch, stage):
   folder, wanted = plan_run
   system = _t2i(arch, start=str(folder), stages=[stage], seed=3)
-  abstract, state = _first(system)
+  abstract, state, origins = _first(system)
   found, placed = by_path(state['params']), by_path(abstract['params'])
   assert found.keys() == wanted.keys()
   for path, leaf in found.items():
@@ -126,7 +126,8 @@ def test_both_architectures_go_on_from_one_plan(plan_run, arch, stage):
     np.testing.assert_array_equal(leaf, wanted[path])
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(state['opt_state']))
   assert int(state['step']) == int(state['examples_seen']) == 0
-  table = report.parameters_text(state['params'], {}, {}, system.stages[0], system.config.optim)
+  given = (report.Networks({}, {}), system.stages[0], system.config.optim, origins)
+  table = report.parameters_text(state['params'], *given)
   rows = {line.split()[0]: line for line in table.splitlines()[1:]}
   assert all(line.endswith(f'{folder} (raw)') for line in rows.values())
   assert 'trains' in rows['dit'] and ('frozen' in rows['ar']) == (arch == 'external')
@@ -136,10 +137,10 @@ def test_what_another_tokenizer_or_codebook_makes_of_a_run_is_said(plan_run):
   folder, _ = plan_run
   same = _t2i('external', start=str(folder), stages=['render']).config
   stored = to_dict(_t2i('internal', stages=['plan']).config)
-  assert not pretrained.other_meanings(same, stored)
+  assert not pretrained.other_meanings(same, str(folder), stored)
   codebook = dataclasses.replace(same.model.weights, visual_prompt='other.safetensors')
   ours = dataclasses.replace(same, model=dataclasses.replace(same.model, weights=codebook))
-  (line,) = pretrained.other_meanings(ours, stored)
+  (line,) = pretrained.other_meanings(ours, str(folder), stored)
   assert line.startswith(f'{folder} was trained with model.weights.visual_prompt=assets:visual_pro')
   assert 'other.safetensors' in line
 
@@ -174,11 +175,50 @@ def test_a_run_starts_from_raw_or_averaged_weights(line_system, tmp_path):
 def test_a_start_that_is_no_run_or_another_ones_is_named(plan_run, line_system, tmp_path):
   folder = plan_run[0]
   cases = [
-    (_t2i('single', start=str(folder)), "config.start=.*'dit/layers/.*' is .* there and absent"),
-    (line_system(start=str(folder)), 'config.start=.* has other parameters .* name a run'),
+    (_t2i('single', start=str(folder)), "config.start .*'dit/layers/.*' is .* there and absent"),
+    (line_system(start=str(folder)), 'config.start has other parameters .* name a run'),
     (line_system(start=str(tmp_path / 'none')), 'none has no checkpoint yet'),
   ]
   for system, message in cases:
     with pytest.raises(UserError, match=message) as error:
       _first(system)
     assert '\n' not in str(error.value)
+
+
+def test_groups_of_parameters_come_from_different_runs(plan_run, tmp_path):
+  folder, wanted = plan_run
+  other = _t2i('internal', stages=['plan'])
+  shifted = jax.tree.map(lambda leaf: leaf + 1, paths.tree(wanted))
+  _keep({'params': shifted, 'opt_state': {}, 'ema': {}}, other, tmp_path)
+  for start in (f'{folder},dit={tmp_path}', f'dit={tmp_path},embed={folder},ar={folder}'):
+    _, state, origins = _first(_t2i('external', start=start, stages=['render']))
+    for path, leaf in by_path(state['params']).items():
+      moved = path.startswith('dit/')
+      np.testing.assert_array_equal(leaf, wanted[path] + moved)
+      assert origins[path] == f'{tmp_path if moved else folder} (raw)'
+
+
+def test_groups_that_no_run_is_named_for_are_drawn_as_without_a_start(plan_run):
+  folder, wanted = plan_run
+  _, state, origins = _first(_t2i('internal', start=f'ar={folder}', stages=['joint']))
+  assert {path for path, origin in origins.items() if origin != 'drawn'} == {
+    path for path in wanted if path.startswith('ar/')
+  }
+  found = by_path(state['params'])
+  assert np.array_equal(found['ar/norm/scale'], wanted['ar/norm/scale'])
+  assert not np.array_equal(found['embed/codes'], wanted['embed/codes'])
+
+
+@pytest.mark.parametrize(
+  'arch, start, message',
+  [
+    ('external', 'dit=RUN', r'freezes the token expert \(ar, embed\), and nothing has trained it'),
+    ('internal', 'RUN,dot=RUN', "takes dot/ from RUN, .* did you mean 'dit/'"),
+    ('internal', 'dit=RUN,dit=RUN', 'two runs for the same parameters'),
+  ],
+)
+def test_a_start_of_groups_that_can_not_be_is_one_line(plan_run, arch, start, message):
+  stage, folder = {'external': 'render', 'internal': 'joint'}[arch], str(plan_run[0])
+  with pytest.raises(UserError, match=message.replace('RUN', folder)) as error:
+    _first(_t2i(arch, start=start.replace('RUN', folder), stages=[stage]))
+  assert '\n' not in str(error.value)

@@ -18,10 +18,13 @@ def test_parameter_table_has_a_row_for_each_group(line_system):
     abstract,
     sharding.param_shardings(abstract, system.logical_axes, mesh, 'fsdp'),
   )
-  text = report.parameters_text(
-    params, system.frozen(), {'encoder': 'assets:x'}, system.stages[0], OptimConfig(lr=0.25)
-  )
+  networks = report.Networks(system.frozen(), {'encoder': 'assets:x'})
+  origins = {'backbone/kernel': 'a (ema)', 'head/kernel': 'b (raw)', 'head/bias': 'drawn'}
+  given = (params, networks, system.stages[0], OptimConfig(lr=0.25))
+  text = report.parameters_text(*given, origins)
   header, backbone, head, encoder = [line.split() for line in text.splitlines()]
+  assert text.splitlines()[1].endswith('  a (ema)')
+  assert text.splitlines()[2].endswith('  b (raw) 96%, drawn 4%')
   assert header[:3] == ['group', 'parameters', 'state']
   assert backbone[:5] == ['backbone', '384', 'frozen', '-', 'float32'] and 'fsdp' in text
   assert head[:5] == ['head', '800', 'trains', '0.25', 'float32']
@@ -41,3 +44,24 @@ def test_sample_line_has_shapes_and_caption(line_system):
   text = report.sample_text(batch, 'a red fox')
   assert 'image [4, 8, 8, 3] uint8' in text and "'a red fox'" in text and 'codes' not in text
   assert np.shape(batch.text) == (4, 32)
+
+
+def test_a_stage_says_what_it_does(line_system):
+  system = line_system(optim={'lr': (1e-2, 5e-3), 'warmup': 2, 'ema': 0.99})
+  first, second = (
+    report.stage_text(stage, system.config, index).splitlines()
+    for index, stage in enumerate(system.stages)
+  )
+  wanted = 'stage head (1 of 2): 2 steps of 8 examples, rate 0.01 after 2 steps of warm-up, '
+  assert first == [f'{wanted}keeps no average', '  losses: tokens x 1; logged: watched']
+  assert '4 steps of 8 examples, rate 0.005 after' in second[0] and 'averages at 0.99' in second[0]
+  assert second[1] == '  losses: tokens x 1, noise x rising; logged: watched'
+
+
+def test_what_a_stage_trained_is_from_it(line_system):
+  first = {'backbone/kernel': 'a', 'head/kernel': 'b', 'head/bias': 'drawn'}
+  stages = line_system().stages
+  assert report.origins_after((), first) == first
+  after = report.origins_after(stages[:1], first)
+  assert after == {'backbone/kernel': 'a', 'head/kernel': 'stage head', 'head/bias': 'stage head'}
+  assert set(report.origins_after(stages, first).values()) == {'stage all'}

@@ -19,7 +19,7 @@ def _params():
 
 
 def _stage(*patterns, ema=False):
-  return Stage('s', patterns, (), ema=ema, source='')
+  return Stage('s', patterns, {}, ema=ema)
 
 
 def test_split_matches_from_the_start_of_the_path_and_merges_back():

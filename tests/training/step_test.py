@@ -156,7 +156,7 @@ def test_losses_without_counts_are_refused(line_system, optim):
 
 def test_stage_names_of_leaves_are_checked(line_system, optim):
   system = line_system()
-  stage = Stage('typo', ('heads/',), ('tokens', 'watched'), ema=False, source='')
+  stage = Stage('typo', ('heads/',), {'tokens': 1.0, 'watched': 0.0}, ema=False)
   step = make_train_step(system, stage, optim())
   with pytest.raises(ValueError, match="trains 'heads/'"):
     step(_state(system), system.frozen(), system.batch(8), KEY)

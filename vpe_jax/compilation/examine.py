@@ -17,7 +17,7 @@ from vpe_jax import sharding, systems
 from vpe_jax.compilation import hlo, memory, program, roofline, topology, traffic
 from vpe_jax.compilation.report import Report
 from vpe_jax.compilation.topology import Topology
-from vpe_jax.config import from_dict, to_dict
+from vpe_jax.config import to_dict
 from vpe_jax.contracts import System, UserError
 
 LARGE = 2**20  # bytes from which an all-reduce is worth a warning
@@ -122,7 +122,7 @@ def _configured(system: System, place: Topology, request: Request) -> System:
     if request.images_per_chip < 1:
       raise UserError(f'--images_per_chip={request.images_per_chip}: at least 1')
     values['batch_size'] = [request.images_per_chip * place.chips] * len(config.stages)
-  return type(system)(from_dict(values, type(config.model)))
+  return systems.build(values)
 
 
 def _compile(
@@ -169,7 +169,7 @@ def report(built: Built) -> Report:
     what=job.what,
     topology=place,
     mesh=dict(job.mesh.shape),
-    settings=_settings(job.system),
+    settings=_settings(job),
     images=job.images,
     parameters=lowered.parameters,
     frozen_bytes=lowered.frozen_bytes,
@@ -184,12 +184,12 @@ def report(built: Built) -> Report:
   )
 
 
-def _settings(system: System) -> dict[str, Any]:
-  config = system.config
+def _settings(job: program.Job) -> dict[str, Any]:
+  config = job.system.config
   found = {
     'strategy': config.mesh.strategy,
     'remat': config.remat,
-    'accumulate': config.optim.accumulate,
+    'accumulate': config.optim.of(job.stage).accumulate,
   }
   chunk = getattr(config.model, 'logits_chunk', None)
   return found if chunk is None else {**found, 'logits_chunk': chunk}

@@ -94,7 +94,7 @@ def lower(job: Job) -> Lowered:
       networks don't fit the model, or the system doesn't draw.
   """
   config, system = job.system.config, job.system
-  accumulate = config.optim.accumulate if job.what == TRAIN else 1
+  accumulate = config.optim.of(job.stage).accumulate if job.what == TRAIN else 1
   sharding.check_divides(job.images, job.mesh, accumulate)
   state = resume.abstract_state(config, system, job.stage, job.mesh)
   networks = system.abstract_frozen() if hasattr(system, 'abstract_frozen') else {}
@@ -128,7 +128,8 @@ def _held(tree: Any) -> float:
 
 def _train(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, float, float]:
   system, stage = job.system, job.stage_of_run
-  step = make_train_step(system, stage, system.config.optim, resume.shardings_of(state))
+  optim = system.config.optim.of(job.stage)
+  step = make_train_step(system, stage, optim, resume.shardings_of(state))
   batch = system.abstract_batch(job.images)
   spread = sharding.batch_sharding(job.mesh)
   batch = _placed(batch, jax.tree.map(lambda _: spread, batch))

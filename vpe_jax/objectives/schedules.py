@@ -6,6 +6,8 @@ loss more and more weight. Both go from a start to an end value along the same c
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -15,31 +17,42 @@ KINDS = ('sigmoid', 'linear', 'constant', 'off')
 STEEPNESS = 10.0  # k of the paper
 
 
-def scheduled(
-  kind: str, step: Array | int, total: int, start: float, end: float, off: float
-) -> Array:
-  """The value at a step by any of the schedules that the paper compares or that control for them.
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """A value by any of the schedules that the paper compares or that control for them.
 
-  Args:
+  Attributes:
     kind: `sigmoid` (the paper's), `linear`, `constant` (the start value at every step), or `off`.
-    step: within the stage; beyond `total` the value at `total` holds.
     total: steps S of the stage.
     start: value that the curve comes from.
     end: value that it goes to. The sigmoid comes near both and reaches neither.
     off: value of a run that has no schedule: 0 where Eq. 2 hides tokens, 1 where Eq. 3 weighs a
       loss.
-
-  Returns:
-    A float32 scalar.
-
-  Raises:
-    KeyError: there is no such schedule.
   """
-  fixed = {'constant': start, 'off': off}
-  if kind in fixed:
-    return jnp.float32(fixed[kind])
-  curves = {'sigmoid': sigmoid_schedule, 'linear': linear_schedule}
-  return curves[kind](step, total, start, end)
+
+  kind: str
+  total: int
+  start: float
+  end: float
+  off: float
+
+  def at(self, step: Array | int) -> Array:
+    """The value at a step of the stage, a float32 scalar; beyond `total` the one there holds.
+
+    Raises:
+      KeyError: there is no such schedule.
+    """
+    fixed = {'constant': self.start, 'off': self.off}
+    if self.kind in fixed:
+      return jnp.float32(fixed[self.kind])
+    curves = {'sigmoid': sigmoid_schedule, 'linear': linear_schedule}
+    return curves[self.kind](step, self.total, self.start, self.end)
+
+  def __str__(self) -> str:
+    fixed = {'constant': self.start, 'off': self.off}
+    if self.kind in fixed:
+      return f'{fixed[self.kind]:g}'
+    return f'{self.start:g} to {self.end:g} ({self.kind})'
 
 
 def sigmoid_schedule(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vpe_jax.config import from_dict, nearest
-from vpe_jax.contracts import RUN, System, UserError
+from vpe_jax.contracts import System, UserError
 
 SYSTEMS = {
   't2i': 'vpe_jax.systems.t2i',
@@ -36,13 +36,9 @@ def build(values: Mapping[str, Any]) -> System:
   module = importlib.import_module(SYSTEMS[name])
   config = from_dict(values, module.ModelConfig)
   system = module.System(config)
-  if config.start:
-    # Whatever the system would begin with, these take its place.
-    first, *others = system.stages
-    source = f'{config.start} ({config.start_weights})'
-    for start in getattr(system, 'grown', ()):
-      for theirs, ours in start.paths:
-        named = theirs if start.family == RUN else start.source
-        source += f'; {ours} where it has none: from {named}'
-    system.stages = (dataclasses.replace(first, source=source), *others)
+  averages = lambda index: bool(config.optim.of(index).ema)
+  system.stages = tuple(
+    dataclasses.replace(stage, ema=stage.ema and averages(index))
+    for index, stage in enumerate(system.stages)
+  )
   return system

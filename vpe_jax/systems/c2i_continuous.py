@@ -97,9 +97,11 @@ class System(ClassToImage):
 
   def __init__(self, config: Config) -> None:
     c: ModelConfig = config.model
-    losses = ('flow', *(_PLAN_LOSSES if c.vpe else ()))
-    source = f'{c.init_from} (layers, norm), the rest fresh' if c.init_from else 'fresh'
-    super().__init__(config, losses, source)
+    losses = {'flow': 1.0}
+    if c.vpe:
+      given = (c.vp_schedule, config.steps[0], c.ce_start, c.ce_end)
+      losses |= {'next_token': schedules.Schedule(*given, off=1.0), 'accuracy': 0.0}
+    super().__init__(config, losses)
     self.image = choice.image_codec(c)
     sizes = transfusion.TransfusionConfig(
       classes=c.classes + bool(c.drop),
@@ -165,14 +167,12 @@ class System(ClassToImage):
     hidden, velocity = self.model(params, classes, plan, keep, (x, time))
     counts = self.counts(batch, rng, step, stage)
     error = flow_matching.squared_error(velocity, target)
-    terms = {'flow': LossTerm(error, counts['flow'], 1.0)}
+    terms = {'flow': LossTerm(error, counts['flow'], stage.weight('flow', step))}
     if c.vpe:
       table = params['embed']['plan']
       weights = jnp.broadcast_to(keep[:, None].astype(jnp.float32), plan.shape)
       loss, hits = next_token.cross_entropy(hidden[:, :-1], table, plan, weights, c.logits_chunk)
-      weight = schedules.scheduled(
-        c.vp_schedule, step, self.config.steps[0], c.ce_start, c.ce_end, off=1.0
-      )
+      weight = stage.weight('next_token', step)
       terms['next_token'] = LossTerm(loss, counts['next_token'], weight)
       terms['accuracy'] = LossTerm(hits, counts['accuracy'], 0.0)
     return {name: terms[name] for name in sorted(terms)}

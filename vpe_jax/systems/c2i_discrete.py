@@ -27,8 +27,8 @@ from vpe_jax.sampling import guidance
 from vpe_jax.systems import writing
 from vpe_jax.systems.class_to_image import ClassToImage
 
-_LOSSES = ('accuracy', 'next_token')
-_PLAN_LOSSES = ('masked', 'image', 'plan')  # logged beside them where there is a plan
+_LOSSES = {'accuracy': 0.0, 'next_token': 1.0}
+_PLAN_LOSSES = {'masked': 0.0, 'image': 0.0, 'plan': 0.0}  # beside them where there is a plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,7 @@ class System(ClassToImage):
 
   def __init__(self, config: Config) -> None:
     c: ModelConfig = config.model
-    losses = (*_LOSSES, *(_PLAN_LOSSES if c.vpe else ()))
-    super().__init__(config, losses, 'fresh')
+    super().__init__(config, _LOSSES | (_PLAN_LOSSES if c.vpe else {}))
     self.image = choice.picture_codec(c, config.data.image_size)
     self.draws_with = self.image.weights
     self.picture_codes = self.image.codes
@@ -151,7 +150,7 @@ class System(ClassToImage):
     x = self.model.inputs(params, self._classes(batch, rng), codes, plan, masked)
     hidden, _ = self.model.states(params, self.model.stream(x))
     loss, hits = self._cross_entropy(params, hidden[:, P:], codes, jnp.ones(codes.shape))
-    sums, weights = {'image': loss}, dict.fromkeys((*_LOSSES, *_PLAN_LOSSES), 0.0)
+    sums = {'image': loss}
     if P:
       targets = plan + self.model.config.codes
       kept = 1.0 - masked.astype(jnp.float32)
@@ -159,9 +158,9 @@ class System(ClassToImage):
       sums['masked'] = jnp.sum(masked, dtype=jnp.float32)
       loss, hits = loss + sums['plan'], hits + found
     sums |= {'next_token': loss, 'accuracy': hits}
-    weights['next_token'] = 1.0
     counts = self.counts(batch, rng, step, stage)
-    return {name: LossTerm(sums[name], counts[name], weights[name]) for name in counts}
+    weight = lambda name: stage.weight(name, step)
+    return {name: LossTerm(sums[name], counts[name], weight(name)) for name in counts}
 
   def generate(
     self, params: Params, frozen: Params, request: Examples, rng: Array, settings: SampleConfig
@@ -198,9 +197,8 @@ class System(ClassToImage):
   def _masked(self, batch: Examples, rng: Array, step: Array) -> Array:
     """Which codes of the plans [B, P] the network doesn't get to see (Eq. 2): bool."""
     c, P = self.config.model, self.model.config.plan_tokens
-    share = schedules.scheduled(
-      c.vp_schedule, step, self.config.steps[0], c.mask_start, c.mask_end, off=0.0
-    )
+    total = self.config.steps[0]
+    share = schedules.Schedule(c.vp_schedule, total, c.mask_start, c.mask_end, off=0.0).at(step)
     shape = (P,) if c.mask_by == 'token' else (1,)
     draw = lambda key: jax.random.uniform(key, shape)
     drawn = rng_lib.per_example(draw, rng, 'mask', batch.example)

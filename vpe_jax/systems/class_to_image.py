@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import choice
 from vpe_jax.config import Config, nearest
-from vpe_jax.contracts import Array, Examples, Params, Stage, Start, UserError
+from vpe_jax.contracts import Array, Examples, Params, Stage, Start, UserError, Weight
 from vpe_jax.models import mot
 from vpe_jax.ops.flops import matrix_flops
 
@@ -25,8 +25,8 @@ class ClassToImage:
   model: Any
   image: Any
 
-  def __init__(self, config: Config, losses: tuple[str, ...], source: str) -> None:
-    """Takes what is common from a config; `losses` and `source` are those of the stage.
+  def __init__(self, config: Config, losses: Mapping[str, float | Weight]) -> None:
+    """Takes what is common from a config; `losses` are those of the stage.
 
     Raises:
       UserError: the config names another stage, or captions of more than a token.
@@ -38,9 +38,8 @@ class ClassToImage:
       raise UserError(
         f'data.text_length is {config.data.text_length}, but a class is one token: set it to 1'
       )
-    ema = bool(config.optim.ema)
     self.config = config
-    self.stages = (Stage('train', ('.*',), tuple(sorted(losses)), ema=ema, source=source),)
+    self.stages = (Stage('train', ('.*',), dict(sorted(losses.items())), ema=True),)
     self.visual_prompt = choice.plan_codec(config.model, jnp.dtype(config.dtype))
     self.codes = config.model.plan_codes
 

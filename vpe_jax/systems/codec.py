@@ -22,29 +22,7 @@ from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment, autoencoding
 from vpe_jax.systems.siglip import ENCODER_AXES, abstract_pictures
 
-STAGES = {
-  'visual_prompt': Stage(
-    'visual_prompt',
-    trainable=(r'visual_prompt/',),
-    losses=('features', 'pooled', 'commitment', 'usage', 'perplexity', 'retrieval'),
-    ema=True,
-    source='random initialisation, on the features of a frozen tower',
-  ),
-  'image': Stage(
-    'image',
-    trainable=(r'image/(encoder|decoder)/',),
-    losses=('absolute', 'squared', 'divergence', 'psnr'),
-    ema=True,
-    source='random initialisation',
-  ),
-  'image_codes': Stage(
-    'image_codes',
-    trainable=(r'image_codes/',),
-    losses=('distance', 'codes_usage', 'codes_perplexity'),
-    ema=True,
-    source='random initialisation, on the latents of a frozen autoencoder',
-  ),
-}
+STAGES = ('visual_prompt', 'image', 'image_codes')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,12 +113,22 @@ class System:
     )
 
   def _stage(self, name: str) -> Stage:
-    stage = STAGES[name]
-    if name == 'visual_prompt' and not self.config.model.visual_prompt.compares:
+    c = self.config.model
+    losses = {
+      'visual_prompt': {
+        'features': 1.0,
+        'commitment': c.commitment,
+        'usage': c.usage,
+        'perplexity': 0.0,
+      },
+      'image': {'absolute': 1.0, 'squared': c.squared, 'divergence': c.divergence, 'psnr': 0.0},
+      'image_codes': {'distance': 1.0, 'codes_usage': c.codes_usage, 'codes_perplexity': 0.0},
+    }[name]
+    if name == 'visual_prompt' and c.visual_prompt.compares:
       # The pooling head reads the normed last output only, and a published tower other words.
-      kept = tuple(loss for loss in stage.losses if loss not in ('pooled', 'retrieval'))
-      stage = dataclasses.replace(stage, losses=kept)
-    return stage
+      losses |= {'pooled': c.pooled, 'retrieval': 0.0}
+    trains = r'image/(encoder|decoder)/' if name == 'image' else f'{name}/'
+    return Stage(name, (trains,), losses, ema=True)
 
   def init(self, rng: Array) -> Params:
     """Fresh networks of the stages of this run."""
@@ -180,60 +168,49 @@ class System:
   def losses(
     self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
-    """The loss terms that `stage.losses` names, as sums over pictures.
+    """The loss terms that `stage.losses` names, as sums over pictures."""
+    parts = {
+      'visual_prompt': lambda: self._prompt_losses(params, frozen, batch),
+      'image': lambda: self._image_losses(params, batch, rng),
+      'image_codes': lambda: self._codes_losses(params, frozen, batch),
+    }
+    sums = {}
+    for own in self.stages:
+      if not own.losses.keys().isdisjoint(stage.losses):
+        sums |= parts[own.name]()
+    pictures = batch.example.shape[0]
+    weight = lambda loss: stage.weight(loss, step)
+    return {loss: LossTerm(sums[loss], pictures, weight(loss)) for loss in stage.losses}
 
-    A held-out evaluation also names losses of the run's other stage: they get weight 0.
-    """
-    terms = {}
-    for name, own in STAGES.items():
-      wanted = [loss for loss in own.losses if loss in stage.losses]
-      if not wanted:
-        continue
-      if name == 'image':
-        found = self._image_losses(params, batch, rng)
-      elif name == 'image_codes':
-        found = self._codes_losses(params, frozen, batch)
-      else:
-        found = self._prompt_losses(params, frozen, batch)
-      for loss in wanted:
-        term = found[loss]
-        terms[loss] = term if name == stage.name else dataclasses.replace(term, weight=0.0)
-    return terms
-
-  def _prompt_losses(self, params: Params, frozen: Params, batch: Examples) -> dict[str, LossTerm]:
+  def _prompt_losses(self, params: Params, frozen: Params, batch: Examples) -> dict[str, Array]:
     """Features and pooled vector rebuilt from codes, and the codebook's own terms.
 
     `usage` and `perplexity` are figures of a whole batch, counted once a picture so that they
     divide like the others.
     """
-    c, pictures = self.config.model, batch.example.shape[0]
+    c, pictures = self.config.model.visual_prompt, batch.example.shape[0]
     features = jax.lax.stop_gradient(self.features(frozen, batch.image))
     quantised, rebuilt = self.tokens_codec.quantiser.apply(
       {'params': params['visual_prompt']}, features
     )
     error = autoencoding.squared_error(rebuilt, features) / jnp.var(features)
     sure, spread = autoencoding.code_entropies(quantised.probabilities)
-    terms = {
-      'features': LossTerm(jnp.sum(error), pictures, 1.0),
-      'commitment': LossTerm(
-        jnp.sum(autoencoding.commitment(quantised.inputs, quantised.chosen)),
-        pictures,
-        c.commitment,
-      ),
-      'usage': LossTerm(pictures * (sure - spread), pictures, c.usage),
-      'perplexity': LossTerm(
-        pictures * autoencoding.perplexity(quantised.codes, c.visual_prompt.codes), pictures, 0.0
-      ),
+    used = autoencoding.perplexity(quantised.codes, c.codes)
+    sums = {
+      'features': jnp.sum(error),
+      'commitment': jnp.sum(autoencoding.commitment(quantised.inputs, quantised.chosen)),
+      'usage': pictures * (sure - spread),
+      'perplexity': pictures * used,
     }
-    if c.visual_prompt.compares:
-      terms |= self._pooled_losses(frozen, features, rebuilt, batch)
-    return terms
+    if c.compares:
+      sums |= self._pooled_losses(frozen, features, rebuilt, batch)
+    return sums
 
   def _pooled_losses(
     self, frozen: Params, features: Array, rebuilt: Array, batch: Examples
-  ) -> dict[str, LossTerm]:
+  ) -> dict[str, Array]:
     """What SigLIP's pooling head still sees in the rebuilt features, and the captions it finds."""
-    variables, pictures = {'params': frozen['siglip']}, batch.example.shape[0]
+    variables = {'params': frozen['siglip']}
     network: siglip.Siglip = self.tokens_codec.siglip
     seen = network.apply(variables, rebuilt, method='pool')
     meant = network.apply(variables, features, method='pool')
@@ -241,14 +218,11 @@ class System:
     logits = network.apply(variables, seen, text, method='logits')
     hits = alignment.retrieval_hits(logits, alignment.same_caption(batch.text))
     distance = 1.0 - jnp.sum(seen * meant, -1)
-    return {
-      'pooled': LossTerm(jnp.sum(distance), pictures, self.config.model.pooled),
-      'retrieval': LossTerm(jnp.sum(hits), pictures, 0.0),
-    }
+    return {'pooled': jnp.sum(distance), 'retrieval': jnp.sum(hits)}
 
-  def _image_losses(self, params: Params, batch: Examples, rng: Array) -> dict[str, LossTerm]:
+  def _image_losses(self, params: Params, batch: Examples, rng: Array) -> dict[str, Array]:
     """Reconstruction from sampled latents, and their distance from a standard normal."""
-    c, pictures = self.config.model, batch.example.shape[0]
+    c = self.config.model
     images = pixels.random_crops(pixels.to_unit(batch.image), c.crop, rng, batch.example)
     side = images.shape[1] // kl.FACTOR
     shape = (side, side, c.image.channels)
@@ -260,14 +234,14 @@ class System:
     )
     rebuilt = 0.5 * (rebuilt + 1.0)
     values = {
-      'absolute': (autoencoding.absolute_error(rebuilt, images), 1.0),
-      'squared': (autoencoding.squared_error(rebuilt, images), c.squared),
-      'divergence': (autoencoding.gaussian_divergence(mean, log_variance), c.divergence),
-      'psnr': (autoencoding.psnr(rebuilt, images), 0.0),
+      'absolute': autoencoding.absolute_error(rebuilt, images),
+      'squared': autoencoding.squared_error(rebuilt, images),
+      'divergence': autoencoding.gaussian_divergence(mean, log_variance),
+      'psnr': autoencoding.psnr(rebuilt, images),
     }
-    return {n: LossTerm(jnp.sum(v), pictures, w) for n, (v, w) in values.items()}
+    return {name: jnp.sum(value) for name, value in values.items()}
 
-  def _codes_losses(self, params: Params, frozen: Params, batch: Examples) -> dict[str, LossTerm]:
+  def _codes_losses(self, params: Params, frozen: Params, batch: Examples) -> dict[str, Array]:
     """K-means: the distance of latents, whose variance is 1, from the nearest rows.
 
     A row that is nearest to nothing has no gradient of it; `codes_usage` draws it to the data.
@@ -277,12 +251,11 @@ class System:
     quantised = codec.quantise(params['image_codes']['codebook'], squares)
     sure, spread = autoencoding.code_entropies(quantised.probabilities)
     used = autoencoding.perplexity(quantised.codes, codec.codes)
-    values = {
-      'distance': (jnp.sum(autoencoding.squared_error(quantised.chosen, squares)), 1.0),
-      'codes_usage': (pictures * (sure - spread), self.config.model.codes_usage),
-      'codes_perplexity': (pictures * used, 0.0),
+    return {
+      'distance': jnp.sum(autoencoding.squared_error(quantised.chosen, squares)),
+      'codes_usage': pictures * (sure - spread),
+      'codes_perplexity': pictures * used,
     }
-    return {name: LossTerm(value, pictures, weight) for name, (value, weight) in values.items()}
 
   def normalised(self, image: Params, images: Array) -> Params:
     """The autoencoder with `shift` and `scale` set so that latents have mean 0 and variance 1.

@@ -42,9 +42,9 @@ from vpe_jax.systems import rendering, t2i
 from vpe_jax.systems.external import External
 from vpe_jax.systems.internal import Internal
 
-INTERNAL = Stage('edit', ('.*',), ('next_token', 'flow'), ema=True, source='a run')
+INTERNAL = Stage('edit', ('.*',), {'next_token': 1.0, 'flow': 1.0}, ema=True)
 EXTERNAL = dataclasses.replace(
-  INTERNAL, trainable=('ar/', 'embed/'), losses=('next_token',), watched=('flow',)
+  INTERNAL, trainable=('ar/', 'embed/'), losses={'next_token': 1.0}, watched=('flow',)
 )
 
 
@@ -269,7 +269,7 @@ class System(t2i.System):
         'this system trains on pictures before and after an edit: set data.references=True, and '
         'data.source to edits or to a folder'
       )
-    if not config.start:
+    if not config.is_started('ar/', 'dit/', 'embed/'):
       raise UserError(
         "stage 'edit' goes on from a run that draws: name one of configs/t2i.py of the same sizes, "
         'with --config.start=RUN'

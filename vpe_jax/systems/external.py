@@ -19,7 +19,7 @@ from vpe_jax.models import external, external_cross, unified
 from vpe_jax.systems import rendering
 from vpe_jax.systems.internal import PLAN
 
-RENDER = Stage('render', ('dit/',), ('flow',), ema=True, source='the stage before')
+RENDER = Stage('render', ('dit/',), {'flow': 1.0}, ema=True)
 
 
 class External:

@@ -15,9 +15,9 @@ from vpe_jax.data import sequence
 from vpe_jax.models import unified
 from vpe_jax.systems import rendering
 
-PLAN = Stage('plan', ('ar/', 'embed/'), ('next_token',), ema=False, source='fresh', draws=False)
-JOINT = Stage('joint', ('.*',), ('next_token', 'flow'), ema=True, source='the stage before')
-UNPLANNED = dataclasses.replace(JOINT, losses=('flow',), source='fresh')
+PLAN = Stage('plan', ('ar/', 'embed/'), {'next_token': 1.0}, ema=False, draws=False)
+JOINT = Stage('joint', ('.*',), {'next_token': 1.0, 'flow': 1.0}, ema=True)
+UNPLANNED = dataclasses.replace(JOINT, losses={'flow': 1.0})
 
 
 class Internal:

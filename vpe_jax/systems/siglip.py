@@ -96,11 +96,10 @@ class System:
   def _stage(self, name: str) -> Stage:
     if name != 'align':
       raise UserError(f"the siglip system has no stage '{name}': its only stage is 'align'")
-    losses = ('sigmoid', 'retrieval')
+    losses = {'sigmoid': 1.0, 'retrieval': 0.0}
     if self.config.data.near_misses:
-      losses += ('near', 'near_retrieval')
-    source = self.config.model.init_from or 'random initialisation'
-    return Stage(name, trainable=('.*',), losses=losses, ema=True, source=source)
+      losses |= {'near': 1.0, 'near_retrieval': 0.0}
+    return Stage(name, ('.*',), losses, ema=True)
 
   @property
   def starts(self) -> tuple[Start, ...]:
@@ -152,14 +151,14 @@ class System:
     positive, plain = alignment.same_caption(batch.text), ~blind
     loss = alignment.sigmoid_loss(logits, positive, plain[:, None] & plain)
     hits = alignment.retrieval_hits(jnp.where(plain, logits, -jnp.inf), positive) * plain
-    values = {'sigmoid': (loss, 1.0), 'retrieval': (hits, 0.0)}
+    values = {'sigmoid': loss, 'retrieval': hits}
     if 'near' in stage.losses:
       own, wrong = self._ranked(apply, images, batch, rng)
       exists = batch.near_length > 0
-      values['near'] = (alignment.near_loss(own, wrong, exists), 1.0)
-      values['near_retrieval'] = (alignment.near_hits(own, wrong, exists), 0.0)
-    counts = self.counts(batch, rng, step, stage)
-    return {n: LossTerm(jnp.sum(value), counts[n], w) for n, (value, w) in values.items()}
+      values['near'] = alignment.near_loss(own, wrong, exists)
+      values['near_retrieval'] = alignment.near_hits(own, wrong, exists)
+    counts, weight = self.counts(batch, rng, step, stage), lambda name: stage.weight(name, step)
+    return {n: LossTerm(jnp.sum(value), counts[n], weight(n)) for n, value in values.items()}
 
   def _blind(self, batch: Examples, rng: Array) -> Array:
     """Which pictures [B] are shown in exchanged colours."""

@@ -148,15 +148,8 @@ class System:
     self.rows = self._rows()
     self.spans = self.rows.spans
     _check_stages(config, tuple(self.rows.stages))
-    origin = 'fresh, embed/ from the codecs' if self._inherits else 'fresh'
-    if c.init_from:
-      origin = f'{c.init_from}, but embed/codes fresh' if c.vpe else c.init_from
-    averages = bool(config.optim.ema)
-    first, *others = (
-      dataclasses.replace(stage, ema=stage.ema and averages)
-      for stage in (self.rows.stages[name] for name in config.stages)
-    )
-    self.stages = (dataclasses.replace(first, source=origin), *others)
+    self.stages = tuple(map(self._stage, config.stages, config.steps))
+    self.inherited = (('embed/', 'the codecs'),) if self._inherits else ()
 
   def _rows(self) -> Internal | External:
     c = self.config.model
@@ -164,6 +157,14 @@ class System:
       raise UserError('model.references is of configs/edit.py: nothing here sees a picture before')
     given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens)
     return External(*given) if c.arch == 'external' else Internal(*given)
+
+  def _stage(self, name: str, steps: int) -> Stage:
+    """A stage of the rows; beside the flow the cross-entropy has the weight of Eq. 3."""
+    stage, c = self.rows.stages[name], self.config.model
+    if not {'next_token', 'flow'} <= stage.losses.keys():
+      return stage
+    weight = schedules.Schedule(c.vp_schedule, steps, c.ce_start, c.ce_end, off=1.0)
+    return dataclasses.replace(stage, losses={**stage.losses, 'next_token': weight})
 
   @property
   def frozen_weights(self) -> Mapping[str, str]:
@@ -283,11 +284,10 @@ class System:
     if noisy is not None:
       # The network's velocity is Show-o2's: data minus noise.
       error = flow_matching.squared_error(-velocity, target)
-      weight = float('flow' in self.rows.stages[stage.name].losses)
-      terms['flow'] = LossTerm(error, counts['flow'], weight)
+      terms['flow'] = LossTerm(error, counts['flow'], stage.weight('flow', step))
     if 'next_token' in stage.losses:
       loss, hits = self._next_token(params, hidden, regions['ar'])
-      weight = self._token_weight(step, stage)
+      weight = stage.weight('next_token', step)
       terms['next_token'] = LossTerm(loss, counts['next_token'], weight)
       terms['accuracy'] = LossTerm(hits, counts['accuracy'], 0.0)
     return {name: terms[name] for name in sorted(terms)}
@@ -397,13 +397,6 @@ class System:
     kept = rng_lib.per_example(draw, rng, 'drop_text', batch.example)
     return dataclasses.replace(batch, text_length=jnp.where(kept, batch.text_length, 0))
 
-  def _token_weight(self, step: Array, stage: Stage) -> Array | float:
-    own, c = self.rows.stages[stage.name].losses, self.config.model
-    if not {'next_token', 'flow'} <= set(own):
-      return float('next_token' in own)
-    total = self.config.steps[self.config.stages.index(stage.name)]
-    return schedules.scheduled(c.vp_schedule, step, total, c.ce_start, c.ce_end, off=1.0)
-
   def _noisy(
     self, batch: Examples, latents: Array, rng: Array
   ) -> tuple[tuple[Array, Array], Array]:
@@ -453,8 +446,8 @@ def _check_stages(config: Config, known: tuple[str, ...]) -> None:
       f'config.stages is {config.stages}: each stage goes on from the one before, in the order '
       f'{", ".join(known)}'
     )
-  if config.stages[0] == 'render' and not config.start:
+  if config.stages[0] == 'render' and not config.is_started('ar/', 'embed/'):
     raise UserError(
-      "stage 'render' freezes the token expert, and nothing has trained it: name a run that has, "
-      'with --config.start=RUN, or run stage plan first'
+      "stage 'render' freezes the token expert (ar, embed), and nothing has trained it: name a run "
+      'that has, with --config.start=RUN, or run stage plan first'
     )

@@ -124,8 +124,11 @@ def _keep_stages(values: dict[str, Any], before: Mapping[str, Any], given: Itera
   stages = [stages] if isinstance(stages, str) else stages
   if not isinstance(stages, (list, tuple)) or not all(stage in names for stage in stages):
     return  # Whatever it is, building the config says so.
+  of = lambda many: [many[names.index(stage)] for stage in stages]
   for key in {'steps', 'batch_size'} - set(given):
-    values[key] = [before[key][names.index(stage)] for stage in stages]
+    values[key] = of(before[key])
+  kept = (key for key, value in before['optim'].items() if isinstance(value, list))
+  values['optim'] |= {key: of(before['optim'][key]) for key in kept if f'optim.{key}' not in given}
 
 
 def _override(values: dict[str, Any], key: str, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import jax
 
@@ -22,6 +23,13 @@ BATCHES = 4  # the same ones each time
 def has_split(source: str) -> bool:
   """Whether a data source keeps anything out of training."""
   return source != 'synthetic' and not source.startswith((FOLDER, FOLDERS))
+
+
+def with_all_losses(stages: Sequence[Stage], index: int) -> Stage:
+  """A stage of a run with the losses of all its stages, foreign ones at weight 0."""
+  names = (name for stage in stages for name in (*stage.losses, *stage.watched))
+  own = stages[index]
+  return dataclasses.replace(own, losses={**dict.fromkeys(names, 0.0), **own.losses})
 
 
 class HeldOut:
@@ -44,7 +52,7 @@ class HeldOut:
     index = int(state['stage'])
     if index != self._index:
       self._index = index
-      self._step = make_eval_step(self._system, self._stage(index))
+      self._step = make_eval_step(self._system, with_all_losses(self._system.stages, index))
       self._batches = self._read(self._config.batch_size[index])
     params = weights(state)
     totals: dict[str, list[float]] = {}
@@ -57,12 +65,6 @@ class HeldOut:
         total[0] += float(value)
         total[1] += float(counts[name])
     return {f'eval/{name}': value / max(count, 1.0) for name, (value, count) in totals.items()}
-
-  def _stage(self, index: int) -> Stage:
-    """The running stage with the losses of all stages: systems give foreign ones weight 0."""
-    of = lambda stage: (*stage.losses, *stage.watched)
-    names = dict.fromkeys(name for stage in self._system.stages for name in of(stage))
-    return dataclasses.replace(self._system.stages[index], losses=tuple(names))
 
   def _read(self, batch_size: int) -> list[Examples]:
     """The batches on the devices, encoded once where the system has encoders."""

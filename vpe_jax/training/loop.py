@@ -31,7 +31,11 @@ from vpe_jax.training.workdir import claimed
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What stays the same from the first step of a run to its last."""
+  """What stays the same from the first step of a run to its last.
+
+  `origins` says for each parameter, by its path, where this process has it from; `began` is the
+  stage in which it took up the run.
+  """
 
   config: Config
   system: System
@@ -41,6 +45,8 @@ class Run:
   frozen: Frozen
   data: Pipeline
   store: Store
+  origins: dict[str, str]
+  began: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +79,8 @@ def train(
       holds another run, weights are missing or don't fit, or the gradient stays non-finite.
   """
   mesh = sharding.make_mesh(config.mesh)
-  for batch_size in config.batch_size:
-    sharding.check_divides(batch_size, mesh, config.optim.accumulate)
+  for index, batch_size in enumerate(config.batch_size):
+    sharding.check_divides(batch_size, mesh, config.optim.of(index).accumulate)
   _say(report.devices_text(mesh))
   folder = epath.Path(workdir).expanduser()
   with jax.set_mesh(mesh), contextlib.ExitStack() as cleanup:
@@ -84,9 +90,10 @@ def train(
     cleanup.callback(store.close)  # Waits for a save under way, however the run ends.
     # First what is quick and may not fit: a big model is initialised for minutes.
     frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
-    state = _start(config, system, frozen, str(folder), mesh, store, allow_change, key)
+    state, origins = _start(config, system, frozen, str(folder), mesh, store, allow_change, key)
     data = encode.open_training_data(config, system, frozen, mesh)
-    run = Run(config, system, folder, mesh, key, frozen, data, store)
+    began = int(state['stage'])
+    run = Run(config, system, folder, mesh, key, frozen, data, store, origins, began)
     watchers = _watch(run, int(state['step']), cleanup)
     return _run_stages(run, watchers, state)
 
@@ -100,8 +107,8 @@ def _start(
   store: Store,
   allow_change: Sequence[str],
   key: Array,
-) -> State:
-  """The state to go on from: the newest good checkpoint's, else a new run's."""
+) -> tuple[State, dict[str, str]]:
+  """The state to go on from, the newest good checkpoint's or a new run's, and where it is from."""
 
   def abstract_of(meta: Mapping[str, Any]) -> State:
     for note in resume.check_config(config, meta['config'], workdir, allow_change):
@@ -114,7 +121,8 @@ def _start(
     abstract = resume.abstract_state(config, system, 0, mesh)
     return resume.fresh_state(system, abstract, frozen.params, key)
   _say(f'run: resumes after step {int(state["step"])}, writes to {workdir}')
-  return state
+  origin = f'this run, step {int(state["step"])}'
+  return state, dict.fromkeys(sharding.by_path(state['params']), origin)
 
 
 def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
@@ -198,8 +206,9 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
 def _compile(run: Run, state: State, batch: Examples) -> jax.stages.Compiled:
   """The stage's step, compiled ahead of time for exactly this state and batch."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-  stage = run.system.stages[int(state['stage'])]
-  step = make_train_step(run.system, stage, run.config.optim, shardings)
+  index = int(state['stage'])
+  stage, optim = run.system.stages[index], run.config.optim.of(index)
+  step = make_train_step(run.system, stage, optim, shardings)
   return step.lower(state, run.frozen.params, batch, run.key).compile()
 
 
@@ -230,13 +239,12 @@ def _look(run: Run, watchers: Watchers, state: State, step: int, is_last: bool) 
 
 def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Examples) -> None:
   """The start-up report of a stage."""
-  stage = run.system.stages[int(state['stage'])]
-  _say(f'stage {stage.name}:')
-  _say(
-    report.parameters_text(
-      state['params'], run.frozen.params, run.system.frozen_weights, stage, run.config.optim
-    )
-  )
+  index, stages = int(state['stage']), run.system.stages
+  stage, optim = stages[index], run.config.optim.of(index)
+  origins = report.origins_after(stages[run.began : index], run.origins)
+  networks = report.Networks(run.frozen.params, run.system.frozen_weights)
+  _say(report.stage_text(stage, run.config, index))
+  _say(report.parameters_text(state['params'], networks, stage, optim, origins))
   _say(report.memory_text(report.memory_of(step)))
   first = run.data.said(run.data.index_at(int(state['examples_seen'])))
   _say(report.sample_text(batch, first))

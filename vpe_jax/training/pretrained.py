@@ -1,9 +1,10 @@
-"""Parameters that a run starts from, put where they go: published weights, or an earlier run's."""
+"""Parameters that a run starts from, put where they go: published weights, or earlier runs'."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,102 +12,153 @@ import jax.numpy as jnp
 from absl import logging
 
 from vpe_jax.checkpoints import convert, converted, weights
-from vpe_jax.config import Config, differences
-from vpe_jax.contracts import RUN, Array, Params, Start, UserError
+from vpe_jax.config import Config, differences, nearest
+from vpe_jax.contracts import RUN, Array, Params, Start, System, UserError
 from vpe_jax.sharding import by_path
 from vpe_jax.training.state import State
 
 _CARRIED = ('params/', 'opt_state/', 'ema/', 'examples_seen')  # of the state of a run
 _MEANING = ('data.tokenizer', 'model.weights.', 'model.visual_prompt.', 'model.siglip_vq')
 _TREES = '(?:params|opt_state/mu|opt_state/nu|ema)/'  # where a parameter's path stands behind
+_PARAMS = 'params/'
+
+Mine = Callable[[str], bool]  # whether a parameter, by its path, is to come from a place
 
 
-def load(starts: Sequence[Start], abstract: Params) -> dict[str, Array]:
-  """Reads the weights that a system starts from.
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+  """What a new run doesn't draw.
+
+  Attributes:
+    leaves: path in the state -> array, sharded as the state is.
+    origins: path of a parameter -> where it is from, in words.
+  """
+
+  leaves: dict[str, Array]
+  origins: dict[str, str]
+
+  def __or__(self, other: Loaded) -> Loaded:
+    return Loaded(self.leaves | other.leaves, self.origins | other.origins)
+
+
+def load(system: System, abstract: State) -> Loaded:
+  """Reads everything that a new run starts from: earlier runs, else published weights.
 
   Args:
-    starts: see vpe_jax.contracts.Start.
-    abstract: the system's parameters, with their shardings.
-
-  Returns:
-    Path in the state -> array, for every parameter that the weights fill, sharded as `abstract` is.
+    system: its config names the runs, and it may have `starts`, `added` and `grown`.
+    abstract: the first state, with its shardings.
 
   Raises:
-    UserError: weights are missing, don't fit, or are of another size.
+    UserError: runs or weights are missing, don't fit, or are of another size.
   """
-  wanted, found = by_path(abstract), {}
-  for start in starts:
-    for path, leaf in by_path(_read(start, wanted)).items():
-      for target in _targets(start, path):
-        found[f'params/{target}'] = _as(leaf, wanted[target], start.source, target)
+  runs = system.config.starts
+  _check_groups(runs, abstract['params'])
+  groups = tuple(filter(None, runs))
+  found = Loaded({}, {})
+  if '' not in runs:
+    rest = lambda path: not path.startswith(groups)
+    found = _published(getattr(system, 'starts', ()), abstract['params'], rest)
+  for group, run in runs.items():
+    mine = lambda path, g=group: path.startswith(g) if g else not path.startswith(groups)
+    found |= _from_run(system, run, abstract, mine)
   return found
 
 
-def from_run(
-  config: Config, abstract: State, added: Sequence[str] = (), grown: Sequence[Start] = ()
-) -> dict[str, Array]:
-  """Reads what a new run takes from the run that `config.start` names: its newest good checkpoint.
+def _check_groups(runs: Mapping[str, str], abstract: Params) -> None:
+  known = [f'{group}/' for group in abstract]
+  for group in filter(None, runs):
+    if group not in known:
+      raise UserError(
+        f'config.start takes {group} from {runs[group]}, and no parameter begins so'
+        f'{nearest(group, known)}'
+      )
+
+
+def _published(starts: Sequence[Start], abstract: Params, mine: Mine) -> Loaded:
+  """The weights that a system starts from, for every parameter of `mine` that they fill."""
+  wanted, leaves, origins = by_path(abstract), {}, {}
+  for start in starts:
+    for path, leaf in by_path(_read(start, wanted)).items():
+      for target in filter(mine, _targets(start, path)):
+        leaves[_PARAMS + target] = _as(leaf, wanted[target], start.source, target)
+        origins[target] = start.source
+  return Loaded(leaves, origins)
+
+
+def _from_run(system: System, run: str, abstract: State, mine: Mine) -> Loaded:
+  """What a new run takes from an earlier one's newest good checkpoint.
 
   With `config.start_weights` of `state` that is all of its state but for its steps: parameters,
   optimizer, average, and where it was in the data. Else the parameters alone.
 
   Args:
-    config: says which run, and which of its weights.
+    system: may have `added`, which the other run may lack (they are drawn), and `grown`.
+    run: the other's workdir.
     abstract: our first state, with its shardings.
-    added: regular expressions over the paths of parameters that the other run may lack: they are
-      drawn.
-    grown: what parameters start from that the other run lacks, where its parameters are taken.
-
-  Returns:
-    Path in the state -> array, sharded as `abstract` is; all but what is added.
+    mine: tells by its path whether a parameter is to come from this run.
 
   Raises:
     UserError: there is no such run, or its parameters are not ours in paths and shapes.
   """
+  config, grown = system.config, Loaded({}, {})
   carries = config.start_weights == 'state'
   if carries:
-    found, said = weights.read_run(config.start, _CARRIED)
+    found, said = weights.read_run(run, _CARRIED)
     theirs = said['config']
   else:
-    params, metadata = weights.load_run(config.start, config.start_weights)
-    found, theirs = by_path({'params': params}), weights.config_of(metadata, config.start)
-    found |= _grown(grown, found, abstract['params'])
-  for line in other_meanings(config, theirs):
+    params, metadata = weights.load_run(run, config.start_weights)
+    found, theirs = by_path({'params': params}), weights.config_of(metadata, run)
+    grown = _grown(getattr(system, 'grown', ()), found, abstract['params'], run)
+  for line in other_meanings(config, run, theirs):
     logging.warning('%s', line)
+  found = {path: leaf for path, leaf in (found | grown.leaves).items() if _of(path, mine)}
 
   def is_wanted(path: str) -> bool:
-    fresh = any(re.match(f'{_TREES}(?:{pattern})', path) for pattern in added)
-    return path.startswith(_CARRIED if carries else 'params/') and (path in found or not fresh)
+    fresh = any(re.match(f'{_TREES}(?:{one})', path) for one in getattr(system, 'added', ()))
+    known = path.startswith(_CARRIED if carries else _PARAMS) and _of(path, mine)
+    return known and (path in found or not fresh)
 
   wanted = {path: leaf for path, leaf in by_path(abstract).items() if is_wanted(path)}
-  _check(wanted, found, config.start)
-  return {path: _as(leaf, wanted[path], config.start, path) for path, leaf in found.items()}
+  _check(wanted, found, run)
+  leaves = {path: _as(leaf, wanted[path], run, path) for path, leaf in found.items()}
+  taken = [path.removeprefix(_PARAMS) for path in leaves if path.startswith(_PARAMS)]
+  origin = f'{run} ({config.start_weights})'
+  return Loaded(leaves, {path: grown.origins.get(path, origin) for path in taken})
 
 
-def other_meanings(config: Config, stored: Mapping[str, Any]) -> list[str]:
+def _of(path: str, mine: Mine) -> bool:
+  """Whether a leaf of the state is of a parameter that is `mine`; what is of none, is."""
+  parameter = re.sub(f'^{_TREES}', '', path)
+  return parameter == path or mine(parameter)
+
+
+def other_meanings(config: Config, run: str, stored: Mapping[str, Any]) -> list[str]:
   """Lines on what a run and the one that it starts from read with different networks.
 
   Words, codes and latents are numbers, whose shapes don't say what they stand for.
   """
   return [
-    f'{config.start} was trained with {field}={theirs}, and this run has {ours}: unless both name '
+    f'{run} was trained with {field}={theirs}, and this run has {ours}: unless both name '
     'the same, what it learned means something else here'
     for field, (theirs, ours) in differences(config, stored).items()
     if field.startswith(_MEANING)
   ]
 
 
-def _grown(starts: Sequence[Start], found: Mapping[str, Any], abstract: Params) -> dict[str, Any]:
+def _grown(starts: Sequence[Start], found: Mapping[str, Any], abstract: Params, run: str) -> Loaded:
   """What a run lacks, by path in the state: published weights, or copies of its own leaves."""
-  made = {}
+  made = Loaded({}, {})
   for start in starts:
-    if any(path.startswith(f'params/{ours}') for _, ours in start.paths for path in found):
+    if any(path.startswith(f'{_PARAMS}{ours}') for _, ours in start.paths for path in found):
       continue
     if start.family != RUN:
-      made |= load([start], abstract)
+      made |= _published([start], abstract, lambda path: True)
       continue
     for path, leaf in found.items():
-      made |= {f'params/{ours}': leaf for ours in _targets(start, path.removeprefix('params/'))}
+      own = path.removeprefix(_PARAMS)
+      targets = _targets(start, own)
+      origins = {ours: f"{run}'s {own.split('/')[0]}" for ours in targets}
+      made |= Loaded({_PARAMS + ours: leaf for ours in targets}, origins)
   return made
 
 
@@ -117,7 +169,7 @@ def _check(wanted: Mapping[str, Any], found: Mapping[str, Any], source: str) -> 
     if difference := weights.mismatch(of(wanted), of(found)):
       path, ours, theirs = difference
       raise UserError(
-        f'config.start={source} has other parameters than this config: '
+        f'the run {source} of config.start has other parameters than this config: '
         f"'{path.removeprefix('params/')}' is {theirs} there and {ours} here; name a run of the "
         'same sizes, or give config.model its sizes'
       )

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from vpe_jax.config import OptimConfig
+from vpe_jax.config import Config, OptimConfig
 from vpe_jax.contracts import Examples, Params, Stage
 from vpe_jax.sharding import by_path
-from vpe_jax.training.state import split_trainable
+from vpe_jax.training.state import split_trainable, trains
 
 _MEBI = 2**20
+SHOWN = 3  # kinds of sharding, or places that a group's parameters are from, that a row shows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,34 +58,70 @@ def devices_text(mesh: jax.sharding.Mesh) -> str:
   )
 
 
+def stage_text(stage: Stage, config: Config, index: int) -> str:
+  """What a stage does: its place in the run, steps, rate, average, losses and their weights."""
+  optim, count = config.optim.of(index), len(config.stages)
+  place = f' ({index + 1} of {count})' if count > 1 else ''
+  average = f'averages at {optim.ema:g}' if stage.ema else 'keeps no average'
+  drives = {name: weight for name, weight in stage.losses.items() if weight != 0.0}
+  shown = ', '.join(
+    f'{name} x {weight:g}' if isinstance(weight, (int, float)) else f'{name} x {weight}'
+    for name, weight in drives.items()
+  )
+  logged = [name for name in stage.losses if name not in drives]
+  also = ''.join(
+    f'; {words}: {", ".join(names)}'
+    for words, names in (('logged', logged), ('held out alone', stage.watched))
+    if names
+  )
+  return (
+    f'stage {stage.name}{place}: {config.steps[index]:,} steps of {config.batch_size[index]:,} '
+    f'examples, rate {optim.lr:g} after {optim.warmup:,} steps of warm-up, {average}\n'
+    f'  losses: {shown}{also}'
+  )
+
+
+def origins_after(stages: Sequence[Stage], first: Mapping[str, str]) -> dict[str, str]:
+  """Where each parameter is from once stages have run: the last that trained it, else as before."""
+  found = dict(first)
+  for stage in stages:
+    found |= {path: f'stage {stage.name}' for path in found if trains(stage, path)}
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+  """Frozen networks by name, and where the weights of each are from."""
+
+  params: Mapping[str, Params]
+  sources: Mapping[str, str]
+
+
 def parameters_text(
-  params: Params,
-  frozen: Mapping[str, Params],
-  sources: Mapping[str, str],
-  stage: Stage,
-  optim: OptimConfig,
+  params: Params, networks: Networks, stage: Stage, optim: OptimConfig, origins: Mapping[str, str]
 ) -> str:
   """The table of parameter groups of one stage, frozen networks included.
 
   Args:
     params: parameters (arrays or shapes with shardings).
-    frozen: frozen networks by name.
-    sources: frozen network -> where its weights came from.
-    stage: which leaves train, and where the parameters came from.
+    networks: those that never train.
+    stage: which leaves train.
     optim: gives the learning rate.
+    origins: where each parameter is from, by its path.
   """
-  trainable, _ = split_trainable(params, stage)
-  trains = by_path(trainable).keys()
-  groups: dict[tuple[str, bool], list[Any]] = {}
-  for path, leaf in by_path(params).items():
-    groups.setdefault((path.split('/')[0], path in trains), []).append(leaf)
+  leaves, is_trained = by_path(params), by_path(split_trainable(params, stage)[0]).keys()
+  groups: dict[tuple[str, bool], list[str]] = {}
+  for path in leaves:
+    groups.setdefault((path.split('/')[0], path in is_trained), []).append(path)
   rows = [('group', 'parameters', 'state', 'rate', 'dtype', 'sharding', 'source')]
-  for (name, is_trained), leaves in groups.items():
-    state = ('trains', f'{optim.lr:g}') if is_trained else ('frozen', '-')
-    rows.append((name, _count(leaves), *state, *_kinds(leaves), stage.source))
-  for name, tree in frozen.items():
-    leaves = jax.tree.leaves(tree)
-    rows.append((name, _count(leaves), 'frozen', '-', *_kinds(leaves), sources[name]))
+  for (name, trained), paths in groups.items():
+    state = ('trains', f'{optim.lr:g}') if trained else ('frozen', '-')
+    own = [leaves[path] for path in paths]
+    source = _shares([origins[path] for path in paths], own)
+    rows.append((name, _count(own), *state, *_kinds(own), source))
+  for name, tree in networks.params.items():
+    own = jax.tree.leaves(tree)
+    rows.append((name, _count(own), 'frozen', '-', *_kinds(own), networks.sources[name]))
   return _table(rows)
 
 
@@ -116,12 +153,18 @@ def _count(leaves: list[Any]) -> str:
 def _kinds(leaves: list[Any]) -> tuple[str, str]:
   """Dtypes, and shardings by the share of parameters that has them, largest first."""
   dtypes = '/'.join(sorted({np.dtype(leaf.dtype).name for leaf in leaves}))
-  specs: Counter[str] = Counter()
-  for leaf in leaves:
-    specs[_spec(leaf)] += int(np.prod(leaf.shape))
-  total = max(sum(specs.values()), 1)
-  common = [f'{spec} {size / total:.0%}' for spec, size in specs.most_common(2)]
-  return dtypes, ', '.join(common)
+  return dtypes, _shares(map(_spec, leaves), leaves, always=True)
+
+
+def _shares(words: Iterable[str], leaves: Sequence[Any], always: bool = False) -> str:
+  """Words that tell of one leaf each, with the share of parameters, largest first."""
+  sizes: Counter[str] = Counter()
+  for word, leaf in zip(words, leaves, strict=True):
+    sizes[word] += int(np.prod(leaf.shape))
+  if len(sizes) == 1 and not always:
+    return next(iter(sizes))
+  total = max(sum(sizes.values()), 1)
+  return ', '.join(f'{word} {size / total:.0%}' for word, size in sizes.most_common(SHOWN))
 
 
 def _spec(leaf: Any) -> str:

@@ -15,12 +15,14 @@ from vpe_jax import rng, sharding
 from vpe_jax.checkpoints import convert
 from vpe_jax.config import Config, differences, flatten, nearest, to_dict
 from vpe_jax.contracts import Array, Params, System, UserError
+from vpe_jax.sharding import by_path
 from vpe_jax.training import pretrained
 from vpe_jax.training.state import COUNTERS, State, first_state, merge
 
 # What a run shows, keeps and runs on, as against what it computes.
 FREE = ('checkpoint', 'log', 'sample', 'data.workers', 'mesh')
 SMALL = 2**30  # bytes of state that may be replicated, as small leaves on odd meshes are
+DRAWN = 'drawn'  # where parameters are from that nothing gives
 LISTED = 8  # differences that an error lists
 
 
@@ -97,17 +99,21 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
   )
 
 
-def fresh_state(system: System, abstract: State, frozen: Params, key: Array) -> State:
+def fresh_state(
+  system: System, abstract: State, frozen: Params, key: Array
+) -> tuple[State, dict[str, str]]:
   """The state of a new run, made in place on its devices.
+
+  Returns:
+    The state; and for each parameter, by its path, where it is from, in words.
 
   Raises:
     UserError: weights that the run starts from are missing or don't fit.
   """
-  if system.config.start:
-    beyond = (getattr(system, name, ()) for name in ('added', 'grown'))
-    loaded = pretrained.from_run(system.config, abstract, *beyond)
-  else:
-    loaded = pretrained.load(getattr(system, 'starts', ()), abstract['params'])
+  loaded = pretrained.load(system, abstract)
+  origins = dict.fromkeys(by_path(abstract['params']), DRAWN)
+  for beginning, words in getattr(system, 'inherited', ()):
+    origins |= {path: words for path in origins if path.startswith(beginning)}
 
   def init(key: Array, frozen: Params, loaded: dict[str, Array]) -> State:
     params = system.init(rng.stream(key, 'init'))
@@ -123,7 +129,7 @@ def fresh_state(system: System, abstract: State, frozen: Params, key: Array) -> 
   run = jax.jit(
     init, out_shardings=shardings_of(abstract), compiler_options=quickly, donate_argnums=2
   )
-  return run(key, frozen, loaded)
+  return run(key, frozen, loaded.leaves), origins | loaded.origins
 
 
 def shardings_of(abstract: State) -> State:
