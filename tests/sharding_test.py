@@ -202,6 +202,11 @@ class TestConstrain:
       x = jax.jit(lambda x: sharding.constrain(x, ('batch', None, 'heads')))(jnp.ones((4, 3, 6)))
     assert x.addressable_shards[0].data.shape == (1, 3, 3)
 
+  def test_a_vocabulary_is_cut_by_the_tensor_axis(self):
+    assert sharding.parts('vocab') == 1
+    with jax.set_mesh(_mesh(tensor=2, strategy='fsdp_tensor')):
+      assert sharding.parts('vocab') == 2
+
   def test_inside_shard_map_nothing_happens(self):
     mesh = _mesh()
 

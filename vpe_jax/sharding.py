@@ -271,6 +271,28 @@ def constrain(x: Array, names: tuple[str | None, ...]) -> Array:
   return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
+def compiler_options(platform: str | None = None) -> dict[str, Any] | None:
+  """How programs over spread parameters are compiled; None: as the compiler likes.
+
+  On TPU a product whose weights lie apart may run part by part as they arrive (a collective
+  matmul). Weights that are spread along the dimension that is summed over, as ours are, would then
+  read and write the whole result once for each part: a layer moves eight times the bytes to and
+  from HBM. So they are gathered whole first, beside other work.
+
+  Args:
+    platform: of the devices (None: of this process).
+  """
+  if (platform or jax.default_backend()) != 'tpu':
+    return None
+  return {'xla_jf_spmd_threshold_for_windowed_einsum_mib': 1_000_000}
+
+
+def parts(name: str) -> int:
+  """In how many parts the mesh of `jax.set_mesh` would cut an activation's dimension `name`."""
+  usable = _usable()
+  return math.prod(usable.get(axis, 1) for axis in ACTIVATIONS[name][0])
+
+
 def is_spread() -> bool:
   """Whether the mesh of `jax.set_mesh` has several devices that the compiler may spread over."""
   return math.prod(_usable().values()) > 1

@@ -4,12 +4,14 @@
 
 Greedy, float32, vocabulary 16,384, at 8 layers of width 512 and at the Qwen2.5-0.5B body, batch 1
 and 8. `ratios` are speeds relative to `generate`; `of_floor` is the share of the rate at which the
-weights alone can be read from memory (measured in the same run).
+weights alone can be read from memory, `of_products` that of the rate at which XLA runs a step's
+matrix products alone (both measured in the same run).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from vpe_jax.models import mot
 from vpe_jax.models.decoder import Decoder, DecoderConfig, causal
 from vpe_jax.models.transformer import TransformerConfig
 from vpe_jax.sampling import decoding
+from vpe_jax.sharding import by_path
 
 VOCABULARY, PROMPT, TOKENS = 16_384, 32, 576
 BODIES = {
@@ -97,6 +100,31 @@ def read_floor(params: Params) -> Callable[[], Any]:
   return lambda: run(flat).block_until_ready()
 
 
+def products(params: Params, batch: int) -> Callable[[], Any]:
+  """A call that multiplies rows by every matrix as often as a plan's decoding does."""
+  body = [
+    leaf.reshape(math.prod(leaf.shape[:-1]) if path == 'o/kernel' else leaf.shape[0], -1)
+    for layer in params['layers']
+    for path, leaf in by_path(layer).items()
+    if path.endswith('kernel')
+  ]
+  widths = {kernel.shape[0] for kernel in body}
+  draw = lambda width: jax.random.normal(jax.random.key(width), (batch, width))
+  rows = {width: draw(width) for width in widths}
+
+  # Each product waits for the one before, as a layer's do.
+  @jax.jit
+  def run(body: list[Array], table: Array, rows: dict[int, Array]) -> Array:
+    def step(_: Array, last: Array) -> Array:
+      for kernel in body:
+        last = jnp.tanh(jnp.max((rows[kernel.shape[0]] + last) @ kernel))
+      return jnp.tanh(jnp.max(jnp.einsum('BD,VD->BV', rows[table.shape[1]] + last, table)))
+
+    return jax.lax.fori_loop(0, TOKENS, step, jnp.float32(0))
+
+  return lambda: run(body, params['embed'], rows).block_until_ready()
+
+
 def measure_body(name: str, batch: int) -> dict[str, Any]:
   """All sides of one body and batch size in turn."""
   model = decoder(BODIES[name])
@@ -118,11 +146,13 @@ def measure_body(name: str, batch: int) -> dict[str, Any]:
   agree = float(np.mean(ours() == reference()))
   if agree < 1.0:
     raise UserError(f'{name}, batch {batch}: only {agree:.1%} of the tokens agree')
-  sides = {'ours': ours, 'generate': reference, 'read_floor': read_floor(params)}
+  alone = {'products': products(fast, batch), 'read_floor': read_floor(params)}
+  sides = {'ours': ours, 'generate': reference, **alone}
   seconds = timing.alternate(sides, flags.FLAGS.rounds)
   step = {side: round(value / TOKENS, 3) for side, value in timing.medians(seconds).items()}
   return {
     'ratio': timing.ratio(seconds, 'ours', 'generate'),
+    'of_products': timing.ratio(seconds, 'ours', 'products'),
     'of_floor': timing.ratio(seconds, 'ours', 'read_floor'),
     'milliseconds_a_step': step,
   }

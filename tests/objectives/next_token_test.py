@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from vpe_jax import sharding
+from vpe_jax.config import MeshConfig
 from vpe_jax.objectives import next_token
 
 B, L, D, V = 2, 6, 8, 11
@@ -41,3 +45,18 @@ def test_chunks_change_neither_loss_nor_gradient(chunk):
   parts = jax.value_and_grad(loss, (0, 1))(hidden, table, chunk)
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_a_vocabulary_that_does_not_divide_is_cut_over_the_devices_of_a_layer():
+  hidden, table, targets, weights = _inputs()
+  loss = lambda hidden, table: next_token.cross_entropy(hidden, table, targets, weights, 4)
+  run = lambda: jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+  whole = run()(hidden, table)
+  mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=4, strategy='fsdp_tensor'))
+  with jax.set_mesh(mesh):
+    cut = run()(hidden, table)
+    text = run().lower(hidden, table).compile().as_text()
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  # 11 rows become 12, of which a device has 3.
+  assert re.search(r'f32\[\d+,4,3\]', text) and not re.search(r'f32\[\d+,4,1[12]\]', text)

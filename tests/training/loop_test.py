@@ -223,17 +223,17 @@ def test_each_stage_is_compiled_once(build, tmp_path):
 
 def test_each_stage_has_its_own_rate_average_and_microbatches(build, tmp_path, capsys):
   optim = {'lr': (1e-2, 5e-3), 'warmup': 0, 'accumulate': (1, 2), 'ema': (0.0, 0.5)}
-  config, system = build(optim=optim)
+  config, system = build(optim=optim, batch_size=(16,))
   state = loop.train(config, system, str(tmp_path / 'run'))
   rates = [record['lr'] for record in _records(tmp_path / 'run')]
   np.testing.assert_allclose(rates, [1e-2] * 2 + [5e-3] * 4)
-  # By hand from the stage's own settings: an average at .5 stays near what it follows.
-  whole, other = build(optim=optim | {'accumulate': 1, 'ema': 0.5})
+  # Microbatches change nothing, nor does an average that the first stage wouldn't keep anyway.
+  whole, other = build(optim=optim | {'accumulate': 1, 'ema': 0.5}, batch_size=(16,))
   alike = loop.train(whole, other, str(tmp_path / 'whole'))
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
   jax.tree.map(close, state['ema'], alike['ema'])
   said = capsys.readouterr().out
-  assert 'stage head (1 of 2): 2 steps of 8 examples, rate 0.01' in said
+  assert 'stage head (1 of 2): 2 steps of 16 examples, rate 0.01' in said
   table = [line.split('  ')[-1] for line in said.splitlines() if line.startswith('  backbone')]
   assert table[:2] == ['drawn', 'drawn']
   heads = [line.split('  ')[-1] for line in said.splitlines() if line.startswith('  head ')]

@@ -132,6 +132,7 @@ def _compile(
   options: dict[str, Any] = {}
   if place.chip is not None:
     options = {'xla_dump_to': str(folder), 'xla_dump_hlo_as_text': True}
+    options |= sharding.compiler_options('tpu')
   try:
     compiled = lowered.lowered.compile(compiler_options=options or None)
   except jax.errors.JaxRuntimeError as error:

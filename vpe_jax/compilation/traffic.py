@@ -23,7 +23,8 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from vpe_jax.compilation.hlo import Instruction, Program, Shape
 from vpe_jax.ops.flops import window_positions
@@ -40,6 +41,7 @@ _FREE = {
   'after-all', 'partition-id', 'replica-id', 'iota', 'opt-barrier', 'copy-done', 'async-start',
   'async-update', 'async-done', 'add-dependency', 'rng-get-and-update-state',
 }  # fmt: skip
+MOVERS = 8  # of HBM bytes, that are named
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
@@ -90,6 +92,7 @@ class Work:
     collectives: each channel once.
     kernels: times that a custom kernel runs (Pallas), whose FLOPs the text doesn't show.
     unknown_loops: loops whose bodies are counted once for want of a trip count.
+    movers: (where in the Python program, its share of `hbm_bytes`), most first.
   """
 
   flops: float
@@ -97,6 +100,7 @@ class Work:
   collectives: tuple[Collective, ...]
   kernels: float
   unknown_loops: tuple[str, ...]
+  movers: tuple[tuple[str, float], ...] = ()
 
   def collective_bytes(self) -> dict[str, float]:
     """Bytes that one chip receives, by kind."""
@@ -113,8 +117,9 @@ def work_of(program: Program, slice_of: Sequence[int]) -> Work:
     program: as `hlo.parse` gives it.
     slice_of: for each chip, in the order of the program's partitions, the slice that it is in.
   """
-  flops = hbm = kernels = 0.0
+  flops = kernels = 0.0
   channels: dict[str, Collective] = {}
+  moved: Counter[str] = Counter()
   for name, times, fused in program.runs():
     scope = program.computations[name]
     for one in scope.values():
@@ -131,8 +136,10 @@ def work_of(program: Program, slice_of: Sequence[int]) -> Work:
         if before is None or before.bytes < found.bytes:
           channels[channel] = found
       if not fused:
-        hbm += times * _hbm_bytes(program, one, scope)
-  return Work(flops, hbm, tuple(channels.values()), kernels, tuple(program.unknown_loops()))
+        moved[one.op_name or one.name] += times * _hbm_bytes(program, one, scope)
+  unknown = tuple(program.unknown_loops())
+  movers = tuple(moved.most_common(MOVERS))
+  return Work(flops, sum(moved.values()), tuple(channels.values()), kernels, unknown, movers)
 
 
 def group_of(attributes: str, count: int) -> tuple[int, ...]:
@@ -271,20 +278,28 @@ def _fusion_bytes(inside: dict[str, Instruction], read: list[float], written: fl
     if one.opcode != 'parameter':
       continue
     whole = read[int(one.argument)] if int(one.argument) < len(read) else 0.0
-    uses = users.get(one.name, [])
-    if whole and uses and all(user.opcode in _SLICES for user in uses):
-      whole = min(whole, sum(user.bytes for user in uses))
-    elif whole and any(_updates(user, one) for user in uses):
+    uses = _uses(one.name, users)
+    updated = [user for user, name in uses if _updates(user, name)]
+    if whole and uses and all(user.opcode in _SLICES for user, _ in uses):
+      whole = min(whole, sum(user.bytes for user, _ in uses))
+    elif whole and updated:
       # Written in place: neither read nor written but where the update goes.
-      updates = sum(inside[u.operands[1]].bytes for u in uses if _updates(u, one))
       total -= min(written, one.bytes)
-      whole = min(whole, 2 * updates)
+      whole = min(whole, 2 * sum(inside[user.operands[1]].bytes for user in updated))
     total += whole
   return max(total, 0.0)
 
 
-def _updates(user: Instruction, one: Instruction) -> bool:
-  return user.opcode == 'dynamic-update-slice' and user.operands[0] == one.name
+def _uses(name: str, users: Mapping[str, list[Instruction]]) -> list[tuple[Instruction, str]]:
+  """What reads a value, under that name or as a bitcast of it, and the name that it reads."""
+  found = []
+  for user in users.get(name, []):
+    found += _uses(user.name, users) if user.opcode == 'bitcast' else [(user, name)]
+  return found
+
+
+def _updates(user: Instruction, name: str) -> bool:
+  return user.opcode == 'dynamic-update-slice' and user.operands[0] == name
 
 
 def _field(one: Instruction, name: str) -> str | None:

@@ -27,17 +27,23 @@ def cross_entropy(
     Weighted sums over the batch, float32 scalars: of the cross-entropy in nats, and of hits.
   """
 
+  count = table.shape[0]
+
   def one(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
     rows, wanted, weight = args
     logits = jnp.einsum('BLD,VD->BLV', rows, table)
     logits = logits.astype(jnp.float32)
+    if table.shape[0] > count:
+      logits = jnp.where(jnp.arange(table.shape[0]) < count, logits, -jnp.inf)
     picked = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
     loss = jax.nn.logsumexp(logits, axis=-1) - picked
     hit = (jnp.argmax(logits, -1) == wanted).astype(jnp.float32)
     return jnp.sum(loss * weight), jnp.sum(hit * weight)
 
+  # Filled up with rows that are never right, so that each device of a layer computes its share.
+  table = jnp.pad(table.astype(hidden.dtype), ((0, -count % sharding.parts('vocab')), (0, 0)))
   # Whole before the loop: inside, each chunk would gather the vocabulary from all devices again.
-  table = sharding.constrain(table.astype(hidden.dtype), ('vocab', None))
+  table = sharding.constrain(table, ('vocab', None))
   if not chunk or chunk >= hidden.shape[1]:
     return one((hidden, targets, weights))
 

@@ -59,7 +59,9 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
   check_fits(system, placed)
   fingerprints = {name: fingerprint for name, (_, fingerprint) in found.items()}
   encoders = (getattr(system, name, None) for name in ('encode', 'encode_reference'))
-  return Frozen(placed, fingerprints, *(encode and jax.jit(encode) for encode in encoders))
+  options = sharding.compiler_options()
+  jitted = (encode and jax.jit(encode, compiler_options=options) for encode in encoders)
+  return Frozen(placed, fingerprints, *jitted)
 
 
 def for_drawing(system: System) -> Params:

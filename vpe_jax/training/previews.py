@@ -59,7 +59,8 @@ class Previews:
     self._splits = ('train', *held_out)
     self._truth: dict[str, tuple[Examples, list[str]]] = {}
     everywhere = sharding.replicated(mesh)  # every process reads the results
-    self._draw = jax.jit(self._generate, static_argnums=4, out_shardings=everywhere)
+    spread = {'out_shardings': everywhere, 'compiler_options': sharding.compiler_options()}
+    self._draw = jax.jit(self._generate, static_argnums=4, **spread)
     self._compare = jax.jit(self._measure, out_shardings=everywhere)
 
   @property

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vpe_jax import sharding
 from vpe_jax.config import OptimConfig
 from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, System
 from vpe_jax.training import ema, optimizer
@@ -78,7 +79,8 @@ def make_train_step(
     }, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
   out = None if shardings is None else (shardings, None)
-  return jax.jit(step, donate_argnums=0, out_shardings=out)
+  options = sharding.compiler_options()
+  return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
 
 
 def make_eval_step(
@@ -92,7 +94,7 @@ def make_eval_step(
     terms = system.losses(params, frozen, batch, rng, stage_step, stage)
     return _sums(terms), {name: jnp.float32(term.count) for name, term in terms.items()}
 
-  return jax.jit(evaluate)
+  return jax.jit(evaluate, compiler_options=sharding.compiler_options())
 
 
 def _differentiate(
