@@ -150,6 +150,8 @@ class Stage:
     source: where the parameters come from, in words for the start-up table.
     draws: whether pictures drawn in this stage are worth a look: what draws them has trained.
     watched: names of further loss terms that held-out evaluation computes, at weight 0.
+    training: whether losses are asked for a training step; held-out evaluation says no, and no
+      activation is dropped then.
   """
 
   name: str
@@ -159,6 +161,7 @@ class Stage:
   source: str
   draws: bool = True
   watched: tuple[str, ...] = ()
+  training: bool = True
 
 
 RUN = 'run'  # the family of a Start whose source is an earlier run
