@@ -27,7 +27,7 @@ from vpe_jax.contracts import Array, Params, Visibility
 from vpe_jax.data.sequence import NEVER
 from vpe_jax.models import mot, transformer
 from vpe_jax.models.dropout import Dropout, drop
-from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
+from vpe_jax.models.transformer import Layer, TransformerConfig
 from vpe_jax.ops import rope
 
 
@@ -82,13 +82,10 @@ class LlamaGenConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaGen:
+class LlamaGen(mot.OneExpert):
   """The network of one configuration, computing in `dtype`; `dropout` acts where keys are given."""
 
   config: LlamaGenConfig
-  dtype: jnp.dtype = jnp.float32
-  remat: str = 'none'
-  attention: str = ''
   dropout: Dropout = Dropout()
 
   @property
@@ -160,24 +157,6 @@ class LlamaGen:
       return picture
     plan = cell(jnp.maximum(order - 1, 0), c.plan_side) * (c.side / c.plan_side)
     return jnp.where((order <= c.plan_tokens)[..., None], plan, picture)
-
-  def states(
-    self,
-    params: Params,
-    stream: mot.Stream,
-    cache: mot.Cache | None = None,
-    at: Array | int = 0,
-  ) -> tuple[Array, mot.Cache | None]:
-    """Final-norm hidden states [B, L, D] and the written cache.
-
-    `cache` and `at` are those of `mot.run`.
-    """
-    layers, stacks = {'codes': self.layer}, {'codes': params['layers']}
-    hidden, cache = mot.run(
-      layers, stacks, {'codes': stream}, cache, at, self.remat, self.attention
-    )
-    norm = RMSNorm(self.config.body.eps)
-    return norm.apply({'params': params['norm']}, hidden['codes']), cache
 
   def logits(self, params: Params, hidden: Array, block: str = '') -> Array:
     """Logits [B, L, V] float32 from hidden states, of all ids or of the block `plan` or `codes`."""

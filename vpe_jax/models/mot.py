@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from vpe_jax import sharding
 from vpe_jax.contracts import Array, Params, Visibility, concatenate
-from vpe_jax.models.transformer import Layer
+from vpe_jax.models.transformer import Layer, RMSNorm
 from vpe_jax.ops import rope
 from vpe_jax.ops.attention import blockwise, chooser
 
@@ -217,6 +217,46 @@ def run(
   else:
     hidden, held = jax.lax.scan(lambda h, x: one(h, *x), hidden, (chosen, memories, keys, held))
   return hidden, None if cache is None else Cache(held[0], held[1], cache.key)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneExpert:
+  """A network of one expert; its parameters have `layers` (stacked) and `norm`.
+
+  It holds no arrays: every method is a pure function of the parameters.
+
+  Attributes:
+    config: its sizes, of which `body` are those of the layers.
+    dtype: what it computes in.
+    remat: as in `run`.
+    attention: as in `run`.
+  """
+
+  config: Any
+  dtype: jnp.dtype = jnp.float32
+  remat: str = 'none'
+  attention: str = ''
+
+  @property
+  def layer(self) -> Layer:
+    """The layer module, which `empty_cache` asks for."""
+    return Layer(self.config.body, self.dtype)
+
+  def prepare(self, params: Params) -> Params:
+    """Stacked layers taken apart: outside jit for decoding, inside it for unrolled training."""
+    return {**params, 'layers': unstack(params['layers'])}
+
+  def states(
+    self, params: Params, stream: Stream, cache: Cache | None = None, at: Array | int = 0
+  ) -> tuple[Array, Cache | None]:
+    """Final-norm hidden states [B, L, D] and the written cache.
+
+    `cache` and `at` are those of `run`.
+    """
+    layers, stacks = {'row': self.layer}, {'row': params['layers']}
+    hidden, cache = run(layers, stacks, {'row': stream}, cache, at, self.remat, self.attention)
+    norm = RMSNorm(self.config.body.eps)
+    return norm.apply({'params': params['norm']}, hidden['row']), cache
 
 
 @dataclasses.dataclass(frozen=True)
