@@ -176,7 +176,7 @@ class External:
     return prefix
 
   def _entering(self, plan: Plan, prefix: Region, hidden: Array) -> mot.Stream:
-    """The prefix as the head takes it: what it is told, after the layers, is the last of it."""
+    """The prefix as the head takes it: `hidden` of its last tokens, behind those held."""
     stored = self._stored(prefix)
     held = stored.ids.shape[1] - hidden.shape[1]
     rows = jnp.concatenate([plan.hidden[:, :held], hidden], 1)
