@@ -27,9 +27,12 @@ Left open by the paper, with what is the default here and what else there is:
   the class token                is not turned (model.class_turn=identity); zero: as released
   the null class                 one example in ten (model.drop), for guidance of the picture
                                  (sample.guidance) and of the plan (sample.plan_guidance): 1 is off
+  dropout                        LlamaGen's in `paper`: a tenth of the embeddings (class and plan
+                                 included) and of what attention and MLP add in each layer, none of
+                                 the attention's weights (model.token_dropout, residual_dropout,
+                                 mlp_dropout); none in tiny and debug
   tokenizers of `paper`          Emu3.5's IBQ (the one with 1,024 codes and 131,072 entries), and
                                  X-Omni's SigLIP-VQ on 224x224, white-padded
-LlamaGen's dropout of 0.1 within the layers is left out.
 
 `tiny`, both trained on an H100 in float32: held-out cross-entropy of the picture's codes 1.25 with
 visual prompt and 1.21 without, and 1.57 of the plan's. Of 512 pictures (vpe_jax.evaluate) 54.5 %
@@ -122,6 +125,9 @@ def _paper(config: ConfigDict) -> None:
   config.model = {
     'classes': 1000,
     'body': _body(1280, 3584, 36, 20),
+    'token_dropout': 0.1,
+    'residual_dropout': 0.1,
+    'mlp_dropout': 0.1,
     # A quarter of the picture: at 2 pictures a device all their logits are 1.2 GB.
     'logits_chunk': 256,
     'siglip_vq': to_dict(SiglipVqView(image_size=224)),

@@ -157,6 +157,8 @@ class Stage:
     ema: whether a moving average of the trainable leaves is kept (with `optim.ema` of 0 none is).
     draws: whether pictures drawn in this stage are worth a look: what draws them has trained.
     watched: names of further loss terms that held-out evaluation computes, at weight 0.
+    training: whether losses are asked for a training step; held-out evaluation says no, and no
+      activation is dropped then.
   """
 
   name: str
@@ -165,6 +167,7 @@ class Stage:
   ema: bool
   draws: bool = True
   watched: tuple[str, ...] = ()
+  training: bool = True
 
   def weight(self, loss: str, step: Array | int) -> Array | float:
     """The weight of a loss at a step of the stage, as a LossTerm takes it."""

@@ -16,6 +16,7 @@ several runs, the first one's folder also gets sheets with the rows of all, name
 from absl import flags
 
 from vpe_jax import front_door
+from vpe_jax.checkpoints import weights
 from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import runner
 from vpe_jax.evaluation.report import Options, Subject
@@ -52,8 +53,7 @@ def _folder(workdir: str) -> str:
   """Where the reports of a run go."""
   if FLAGS.out is not None:
     return front_door.target('out', FLAGS.out)
-  shipped = workdir.startswith('assets:') or workdir.endswith('.safetensors')
-  return 'evaluation' if shipped else f'{workdir}/evaluation'
+  return 'evaluation' if weights.is_file(workdir) else f'{workdir}/evaluation'
 
 
 def main() -> None:
@@ -66,20 +66,11 @@ def main() -> None:
   machine.use_compilation_cache()
   # Drawing takes minutes: mistakes in the last run are found before the first one draws.
   subjects = {workdir: _load(workdir) for workdir in FLAGS.workdir}
-  stems = {workdir: runner.stem(one, options) for workdir, one in subjects.items()}
+  folders = {workdir: _folder(workdir) for workdir in subjects}
   for workdir, one in subjects.items():
     runner.chosen(names, one)
-    front_door.check_folder(_folder(workdir))
-  reports = {}
-  for workdir, one in subjects.items():
-    reports[workdir] = runner.run(names, one, options)
-    lines = [line for report in reports[workdir].values() for line in report.lines]
-    # Before anything is written, so that nothing is lost if that fails.
-    print('\n'.join([f'== {workdir}', *lines]), flush=True)
-    written = runner.save(reports[workdir], _folder(workdir), stems[workdir])
-    print('\n'.join(f'wrote {path}' for path in written), flush=True)
-  for path in runner.save_together(reports, _folder(FLAGS.workdir[0]), list(stems.values())):
-    print(f'wrote {path}')
+    front_door.check_folder(folders[workdir])
+  runner.evaluate(names, subjects, options, folders)
 
 
 if __name__ == '__main__':

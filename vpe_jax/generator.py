@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -28,14 +27,13 @@ from vpe_jax.contracts import Array, Examples, Params, UserError
 from vpe_jax.data import text
 from vpe_jax.data.published_text import open_tokenizer
 from vpe_jax.data.transforms import to_square
-from vpe_jax.sampling import pictures
+from vpe_jax.sampling import batches, pictures
+from vpe_jax.sampling.batches import Progress
 from vpe_jax.sampling.pictures import Picture
 from vpe_jax.sampling.plans import RANKERS, Codebook, Plans, best
 from vpe_jax.training import frozen as frozen_lib
 
 _OWN = ('prompt', 'index', 'rank', 'score')  # what a picture says of itself alone
-
-Progress = Callable[[int, int], None]
 
 
 class Generator:
@@ -110,7 +108,7 @@ class Generator:
     """
     if weights not in ('ema', 'raw'):
       raise UserError(f"weights is '{weights}': choose 'ema' (averaged) or 'raw' (last step)")
-    if workdir.startswith('assets:') or workdir.endswith('.safetensors'):
+    if weights_io.is_file(workdir):
       params, stored = weights_io.load(workdir)
     else:
       params, stored = weights_io.load_run(workdir, weights)
@@ -418,27 +416,8 @@ class Generator:
   def _batched(
     self, run: Callable[[Any], Any], inputs: Any, progress: Progress | None = None
   ) -> Any:
-    """Calls `run` on `rows` rows at a time, and returns what it does for each row, in numpy.
-
-    Results are fetched while the next batch is computed.
-    """
-    count, waiting, found = len(jax.tree.leaves(inputs)[0]), None, []
-
-    def fetch(done: int) -> None:
-      if waiting is not None:
-        found.append(jax.device_get(waiting))
-        if progress:
-          progress(done, count)
-
-    for start in range(0, count, self.rows):
-      # Short batches are filled with their first row, so that one compiled program serves all.
-      rows = np.arange(start, start + self.rows)
-      rows[rows >= count] = start
-      begun = run(jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf[rows]), inputs))
-      fetch(start)
-      waiting = begun
-    fetch(count)
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *found)
+    """What `run` does for each row of the inputs, `rows` at a time."""
+    return batches.by_rows(run, inputs, self.rows, progress)
 
   def _request(self, items: Sequence[tuple[str, int]]) -> Examples:
     """One row for each picture, as numpy leaves."""

@@ -17,7 +17,7 @@ from absl import flags
 
 from vpe_jax import front_door, plan_flags
 from vpe_jax.contracts import UserError
-from vpe_jax.data import storage, text
+from vpe_jax.data import text
 from vpe_jax.data.transforms import read_image
 from vpe_jax.generator import Generator
 from vpe_jax.sampling import pictures
@@ -50,11 +50,7 @@ def _prompts(optional: bool) -> list[str]:
     raise UserError('what to draw is missing: give one of --prompt="..." and --prompts=FILE')
   if FLAGS.prompts is None:
     return text.tidied([FLAGS.prompt])
-  name = f'--prompts={FLAGS.prompts}'
-  lines = storage.read_text(os.path.expanduser(FLAGS.prompts), name).split('\n')
-  if not (lines := [line for line in lines if line.strip()]):
-    raise UserError(f'{name} is blank, so there is nothing to draw: write a prompt a line')
-  return text.tidied(lines)
+  return text.read_prompts(os.path.expanduser(FLAGS.prompts), f'--prompts={FLAGS.prompts}')
 
 
 def main() -> None:
@@ -65,7 +61,7 @@ def main() -> None:
   prompts, out = _prompts(wish.given is not None), front_door.target('out', FLAGS.out)
   wish = wish.told(prompts)
   front_door.check_folder(os.path.dirname(out))
-  paths = pictures.plan_files(out, wish.count(len(prompts), FLAGS.n), FLAGS.overwrite)
+  pictures.plan_files(out, wish.count(len(prompts), FLAGS.n), FLAGS.overwrite)
   machine.use_compilation_cache()
   image = None if FLAGS.image is None else read_image(os.path.expanduser(FLAGS.image))
   generator = Generator.load(FLAGS.workdir, FLAGS.weights)
@@ -73,11 +69,7 @@ def main() -> None:
     generator = generator.editing(image)
   settings = generator.settings(**front_door.settings())
   drawn = wish.draw(generator, prompts, FLAGS.n, FLAGS.seed, settings)
-  files = [(p.image, p.metadata) for p in drawn]
-  if not out.endswith('/'):
-    files = [pictures.sheet(drawn)]
-  for path, (image, said) in zip(paths, files):
-    pictures.save_png(image, path, None if FLAGS.no_metadata else said, FLAGS.overwrite)
+  pictures.save_all(drawn, out, not FLAGS.no_metadata, FLAGS.overwrite)
   wish.save(generator, drawn, FLAGS.overwrite)
   print(f'wrote {len(drawn)} pictures to {out}')
 

@@ -68,7 +68,7 @@ def generate(model: Decoder, params: Params, prompt: Array) -> Array:
   def run(ids: Array, held: mot.Cache, at: Array | int) -> tuple[Array, mot.Cache]:
     cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, ids.shape[1], 1)
     stream = mot.Stream(model.embed(params, ids), cut(positions), jax.tree.map(cut, key))
-    hidden, held = model.run(params, stream, held, at)
+    hidden, held = model.states(params, stream, held, at)
     return model.logits(params, hidden[:, -1:])[:, 0], held
 
   first, cache = run(prompt, cache, 0)

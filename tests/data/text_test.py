@@ -81,3 +81,12 @@ def test_missing_or_foreign_file(tmp_path):
   foreign.save(str(tmp_path / 'bpe.json'))
   with pytest.raises(UserError, match='lacks the special tokens'):
     text.Tokenizer(tmp_path / 'bpe.json')
+
+
+def test_a_file_has_a_prompt_a_line(tmp_path):
+  path = tmp_path / 'prompts.txt'
+  path.write_text('\ufeffa red fox\n\n  two dogs \n', encoding='utf-8')
+  assert text.read_prompts(str(path), '--prompts') == ['a red fox', 'two dogs']
+  path.write_text(' \n\n')
+  with pytest.raises(UserError, match='--prompts is blank'):
+    text.read_prompts(str(path), '--prompts')

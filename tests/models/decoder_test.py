@@ -51,7 +51,7 @@ def test_one_token_at_a_time_gives_the_same_hidden_states(model):
     one = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, 1, 1)
     x = model.embed(params, one(IDS))
     stream = mot.Stream(x, one(positions), jax.tree.map(one, row))
-    return model.run({**params, 'layers': layers}, stream, cache, at)
+    return model.states({**params, 'layers': layers}, stream, cache, at)
 
   for at in range(IDS.shape[1]):
     hidden, cache = step(cache, at)

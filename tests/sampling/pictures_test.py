@@ -57,6 +57,21 @@ def test_files_are_planned_before_the_work(tmp_path):
     pictures.plan_files(f'{tmp_path}/new', 2, overwrite=True)
 
 
+def test_a_folder_gets_a_file_a_picture_and_a_file_a_sheet(tmp_path):
+  said = lambda n: {'prompt': 'a fox', 'index': str(n)}
+  drawn = [pictures.Picture(_noise(n), 'a fox', n, 0, np.zeros(0), said(n)) for n in range(2)]
+  pictures.save_all(drawn, f'{tmp_path}/each/')
+  for n in range(2):
+    with Image.open(tmp_path / f'each/00{n}.png') as stored:
+      assert stored.text == said(n)
+      np.testing.assert_array_equal(np.asarray(stored), _noise(n))
+  pictures.save_all(drawn, f'{tmp_path}/all.png', metadata=False)
+  with Image.open(tmp_path / 'all.png') as stored:
+    assert not stored.text and stored.width > 2 * 8
+  with pytest.raises(UserError, match='all.png exists'):
+    pictures.save_all(drawn, f'{tmp_path}/all.png')
+
+
 def test_unwritable_place_is_one_clear_line(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match='cannot write'):

@@ -15,9 +15,11 @@ from vpe_jax import rng, sharding, systems
 from vpe_jax.compilation import program
 from vpe_jax.config import MeshConfig, SampleConfig, to_dict
 from vpe_jax.contracts import Examples, UserError
+from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.systems import writing
 from vpe_jax.training import encode
 from vpe_jax.training import frozen as frozen_lib
+from vpe_jax.training.step import make_eval_step
 
 KEY = rng.run_key(0)
 CODES, PLAN_CODES, CLASSES = 24, 16, 9
@@ -212,21 +214,71 @@ def test_losses_are_those_of_the_whole_logits(system, params):
   np.testing.assert_allclose(found['image'], -jnp.sum(picked[:, 9:]), rtol=1e-4)
 
 
-def test_microbatches_unrolled_layers_and_chunks_change_no_gradient(system, params):
+RATES = {'token_dropout': 0.1, 'residual_dropout': 0.2, 'mlp_dropout': 0.3}
+
+
+def _gradient(system, params, batch, stage):
+  total = lambda p: system.losses(p, {}, batch, KEY, 4, stage)['next_token'].sum
+  return jax.jit(jax.grad(total))(params)
+
+
+@pytest.mark.parametrize('rates', [{}, RATES])
+def test_microbatches_unrolled_layers_and_chunks_change_no_gradient(params, rates):
+  """Nor does the order of rows: what is dropped belongs to the example and to the layer."""
+  system = _system(**rates)
   batch, stage = _batch(system), system.stages[0]
-
-  def gradient(other, part):
-    total = lambda p: other.losses(p, {}, part, KEY, 4, stage)['next_token'].sum
-    return jax.jit(jax.grad(total))(params)
-
-  whole = gradient(system, batch)
-  halves = [jax.tree.map(lambda leaf, i=i: leaf[i::2], batch) for i in range(2)]
-  cut = jax.tree.map(jnp.add, *(gradient(system, half) for half in halves))
+  whole = _gradient(system, params, batch, stage)
+  halves = [jax.tree.map(lambda leaf, i=i: leaf[i::2][::-1], batch) for i in range(2)]
+  cut = jax.tree.map(jnp.add, *(_gradient(system, params, half, stage) for half in halves))
   changed = to_dict(system.config) | {'unroll': True, 'remat': 'full'}
   changed['model'] = {**changed['model'], 'logits_chunk': 5}
-  other = gradient(systems.build(changed), batch)
+  other = _gradient(systems.build(changed), params, batch, stage)
   for tree in (cut, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), whole, tree)
+
+
+@pytest.fixture(scope='module')
+def dropping():
+  """The small system with dropout everywhere."""
+  return _system(**RATES)
+
+
+@pytest.mark.parametrize('rates', [{}, RATES])
+def test_each_example_drops_anew(params, rates):
+  """Another place in the data is other dropout, where nothing else is random."""
+  system = _system(drop=0.0, vp_schedule='off', **rates)
+  batch, stage = _batch(system), system.stages[0]
+  loss = jax.jit(lambda b: system.losses(params, {}, b, KEY, 4, stage)['image'].sum)
+  later = dataclasses.replace(batch, example=batch.example + 4)
+  assert (abs(loss(batch) - loss(later)) > 0.1) == bool(rates)
+
+
+def test_nothing_is_dropped_at_rate_0_or_in_evaluation(system, dropping, params):
+  """To the bit, and for no FLOP more where something is."""
+  batch, stage = _batch(system), system.stages[0]
+  evaluating = dataclasses.replace(stage, training=False)
+  ours = _gradient(system, params, batch, stage)
+  jax.tree.map(np.testing.assert_array_equal, ours, _gradient(dropping, params, batch, evaluating))
+  step, key = jnp.int32(4), rng.run_key(1)
+  found = [make_eval_step(s, stage)(params, {}, batch, key, step) for s in (system, dropping)]
+  jax.tree.map(np.testing.assert_array_equal, *found)
+  loss = lambda s: jax.grad(lambda p: s.losses(p, {}, batch, KEY, 4, stage)['next_token'].sum)
+  assert matrix_flops(loss(dropping), params) == matrix_flops(loss(system), params)
+  assert dropping.flops(stage) == system.flops(stage)
+
+
+def test_nothing_is_dropped_in_drawing(system, dropping, params):
+  """Code by code with a cache, and whole rows at once."""
+  batch = _batch(system)
+  settings = SampleConfig(guidance=2.0)
+  run = lambda s: jax.jit(
+    lambda p, b: (
+      writing.draw(s.model, settings, p, _request(b), KEY),
+      writing.plan_likelihood(s.model, p, b),
+      s.model(p, b.text[:, 0], b.latents.reshape(4, -1), b.codes),
+    )
+  )(params, batch)
+  jax.tree.map(np.testing.assert_array_equal, run(system), run(dropping))
 
 
 def _request(batch: Examples) -> Examples:
@@ -346,6 +398,7 @@ def test_a_model_has_a_row_for_each_class():
   'change, message',
   [
     ({'drop': 1.5}, "'model.drop' is 1.5"),
+    ({'mlp_dropout': 1.0}, "'model.mlp_dropout' is 1.0: it must be at least 0 and below 1"),
     ({'vp_schedule': 'cosine'}, "'model.vp_schedule' is 'cosine': it must be one of sigmoid, line"),
     ({'mask_by': 'row'}, "'model.mask_by' is 'row'"),
     ({'positions': 'spiral'}, "'positions' is 'spiral'"),

@@ -36,6 +36,11 @@ MADE_BY = {
 _DTYPES = {'bfloat16': np.dtype(jnp.bfloat16), 'float16': np.float16, 'float32': np.float32}
 
 
+def is_file(source: str) -> bool:
+  """Whether a source that `load` reads is one file, shipped or not, and no run."""
+  return source.startswith(ASSETS) or source.endswith(ENDING)
+
+
 def load(source: str) -> tuple[Params, dict[str, str]]:
   """Reads weights from wherever they are.
 

@@ -42,26 +42,28 @@ class Siglip2Config(siglip.SiglipConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Dinov2View(dinov2.Dinov2Config):
-  """Sizes of a published DINOv2 (the base model's), and of the view of the picture that it sees.
+class _View:
+  """What a tower sees of a picture, where that needn't be what it was trained on.
 
   Attributes:
     view: side of the view in pixels; positions are resampled where it isn't `image_size`.
   """
 
-  image_size: int = 518
-  patch: int = 14
-  encoder: EncoderConfig = dataclasses.replace(_BASE, activation='gelu', layer_scale=True)
   view: int = 224
 
 
 @dataclasses.dataclass(frozen=True)
-class ClipView(clip.ClipConfig):
-  """Sizes of a published CLIP (OpenAI's L/14), and of the view of the picture that it sees.
+class Dinov2View(_View, dinov2.Dinov2Config):
+  """Sizes of a published DINOv2 (the base model's), and of its view."""
 
-  Attributes:
-    view: side of the view in pixels; positions are resampled where it isn't `image_size`.
-  """
+  image_size: int = 518
+  patch: int = 14
+  encoder: EncoderConfig = dataclasses.replace(_BASE, activation='gelu', layer_scale=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipView(_View, clip.ClipConfig):
+  """Sizes of a published CLIP (OpenAI's L/14), and of its view."""
 
   image_size: int = 224
   patch: int = 14
@@ -71,7 +73,6 @@ class ClipView(clip.ClipConfig):
   width: int = 768
   vision: EncoderConfig = EncoderConfig(1024, 24, 16, 4096, 1e-5, 'quick_gelu')
   text: EncoderConfig = EncoderConfig(768, 12, 12, 3072, 1e-5, 'quick_gelu')
-  view: int = 224
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

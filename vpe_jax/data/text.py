@@ -60,6 +60,22 @@ def tidied(prompts: Sequence[str]) -> list[str]:
   return found
 
 
+def read_prompts(path: str, name: str) -> list[str]:
+  """The prompts of a text file, one a line; blank lines are none.
+
+  Args:
+    path: of the file, local or gs://.
+    name: what mistakes call it.
+
+  Raises:
+    UserError: it can't be read, or has no prompt.
+  """
+  lines = [line for line in read_text(path, name).split('\n') if line.strip()]
+  if not lines:
+    raise UserError(f'{name} is blank, so there is nothing to draw: write a prompt a line')
+  return tidied(lines)
+
+
 class Tokens(abc.ABC):
   """Captions to tokens and back: what every tokenizer offers.
 

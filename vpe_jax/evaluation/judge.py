@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from vpe_jax.codecs import pixels
 from vpe_jax.contracts import Array, Params, UserError
 from vpe_jax.data import text
 from vpe_jax.models import siglip
+from vpe_jax.sampling import batches
 
 _BATCH = 64
 _MOVES = (-1, 0, 1)  # in each direction; patches are coarse, and their borders fall by chance
@@ -70,7 +71,8 @@ class Judge:
 
   def images(self, images: np.ndarray) -> np.ndarray:
     """Unit vectors [N, D] of pictures [N, R, R, 3] uint8."""
-    return _batched(lambda batch: self._embed_images(self._params, batch), images)
+    embed = lambda batch: self._embed_images(self._params, batch)
+    return batches.by_rows(embed, images, _BATCH)
 
   def captions(self, captions: Sequence[str]) -> np.ndarray:
     """Unit vectors [N, D] of N captions.
@@ -79,14 +81,6 @@ class Judge:
       UserError: a caption is longer than the judge reads.
     """
     length = self._config.data.text_length
-    ids, lengths = self._tokenizer.encode_batch(list(captions), length)
-    return _batched(lambda *batch: self._embed_text(self._params, *batch), ids, lengths)
-
-
-def _batched(run: Callable[..., Array], *inputs: np.ndarray) -> np.ndarray:
-  """Calls `run` on batches of one size, so that it compiles once; the last is filled up."""
-  count, outputs = len(inputs[0]), []
-  for start in range(0, count, _BATCH):
-    rows = np.minimum(np.arange(start, start + _BATCH), count - 1)
-    outputs.append(jax.device_get(run(*(jnp.asarray(leaf[rows]) for leaf in inputs))))
-  return np.concatenate(outputs)[:count]
+    encoded = self._tokenizer.encode_batch(list(captions), length)
+    embed = lambda batch: self._embed_text(self._params, *batch)
+    return batches.by_rows(embed, encoded, _BATCH)

@@ -97,6 +97,36 @@ def run(names: Sequence[str], subject: Subject, options: Options) -> dict[str, R
   return {name: BENCHMARKS[name].report(subject, options) for name in chosen(names, subject)}
 
 
+def evaluate(
+  names: Sequence[str],
+  subjects: Mapping[str, Subject],
+  options: Options,
+  folders: Mapping[str, str],
+) -> None:
+  """Runs benchmarks on several runs, prints their tables, and writes reports and sheets.
+
+  Args:
+    names: of the benchmarks; none: what fits each subject.
+    subjects: by the name of their run.
+    options: of the benchmarks.
+    folders: where each run's files go, by its name; those of all go to the first one's.
+
+  Raises:
+    UserError: see `run` and `save`.
+  """
+  reports, stems = {}, []
+  for run_name, subject in subjects.items():
+    reports[run_name] = run(names, subject, options)
+    stems.append(stem(subject, options))
+    lines = [line for report in reports[run_name].values() for line in report.lines]
+    # Before anything is written, so that nothing is lost if that fails.
+    print('\n'.join([f'== {run_name}', *lines]), flush=True)
+    written = save(reports[run_name], folders[run_name], stems[-1])
+    print('\n'.join(f'wrote {path}' for path in written), flush=True)
+  for path in save_together(reports, next(iter(folders.values())), stems):
+    print(f'wrote {path}')
+
+
 def retrieval_report(subject: Subject, options: Options) -> Report:
   """Retrieval of held-out captions; see vpe_jax.evaluation.retrieval."""
   judge = Judge.load(options.judge)

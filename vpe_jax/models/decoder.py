@@ -15,7 +15,7 @@ from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, Params, Visibility
 from vpe_jax.data.sequence import NEVER
 from vpe_jax.models import mot
-from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
+from vpe_jax.models.transformer import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,18 +56,10 @@ def causal(length: Array, tokens: int) -> tuple[Array, Visibility]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoder:
+class Decoder(mot.OneExpert):
   """The network of one configuration, computing in `dtype`."""
 
   config: DecoderConfig
-  dtype: jnp.dtype = jnp.float32
-  remat: str = 'none'
-  attention: str = ''
-
-  @property
-  def layer(self) -> Layer:
-    """The layer module, which `mot.empty_cache` asks for."""
-    return Layer(self.config.body, self.dtype)
 
   def init(self, rng: Array) -> Params:
     """Fresh parameters, float32."""
@@ -87,26 +79,10 @@ class Decoder:
     """Token embeddings [B, L, D] of ids [B, L]."""
     return jnp.take(params['embed'], ids, axis=0).astype(self.dtype)
 
-  def run(
-    self,
-    params: Params,
-    stream: mot.Stream,
-    cache: mot.Cache | None = None,
-    at: Array | int = 0,
-  ) -> tuple[Array, mot.Cache | None]:
-    """Final-norm hidden states [B, L, D] of any stream of embeddings, and the written cache.
-
-    `cache` and `at` are those of `mot.run`.
-    """
-    layers, stacks = {'text': self.layer}, {'text': params['layers']}
-    hidden, cache = mot.run(layers, stacks, {'text': stream}, cache, at, self.remat, self.attention)
-    norm = RMSNorm(self.config.body.eps)
-    return norm.apply({'params': params['norm']}, hidden['text']), cache
-
   def hidden(self, params: Params, ids: Array, length: Array) -> Array:
     """Final-norm hidden states [B, L, D] of ids [B, L], of which `length` [B] are real."""
     positions, visibility = causal(length, ids.shape[1])
-    return self.run(params, mot.Stream(self.embed(params, ids), positions, visibility))[0]
+    return self.states(params, mot.Stream(self.embed(params, ids), positions, visibility))[0]
 
   def logits(self, params: Params, hidden: Array) -> Array:
     """Logits [B, L, V] float32 from final-norm hidden states [B, L, D]."""

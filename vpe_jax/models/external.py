@@ -64,14 +64,12 @@ class External:
     """How the plan reaches the picture expert."""
     return self.model.config.condition
 
-  def read(
-    self, params: Params, region: Region, stream: mot.Stream | None = None
-  ) -> tuple[Array, Plan]:
+  def read(self, params: Params, region: Region, stream: mot.Stream) -> tuple[Array, Plan]:
     """The token expert over its whole row: final-norm hidden states [B, L, D], and the plan.
 
-    `stream` is its input where that is more than the region's ids.
+    `stream` is its input: the region's ids, and what an edit adds to them.
     """
-    stream, cache = stream or self.model.token_stream(params, region), None
+    cache = None
     if self.condition == 'keys':
       cache, _ = self.model.caches(params, region.visibility)
     hidden, cache = self.model.backbone(params, {'ar': stream}, cache)
@@ -120,12 +118,10 @@ class External:
     told, at = self._told(params, plan, regions['prefix'])
     picture, condition = self.model.picture_stream(params, latents, clock, regions['dit'])
     cache = self._held(plan, regions)
-    hidden, _ = self.model.backbone(params, {'dit': joined(told, picture)}, cache, at)
+    hidden, _ = self.model.backbone(params, {'dit': _joined(told, picture)}, cache, at)
     count = told.x.shape[1]
-    rows = jnp.concatenate([plan.hidden[:, :at], hidden['dit'][:, :count]], 1)
-    prefix = regions['prefix']
     streams = {
-      'prefix': mot.Stream(rows, prefix.positions, prefix.visibility),
+      'prefix': self._entering(plan, regions['prefix'], hidden['dit'][:, :count]),
       'dit': dataclasses.replace(picture, x=hidden['dit'][:, count:], condition=condition),
     }
     rows, _ = self.model.head(params, streams)
@@ -133,15 +129,17 @@ class External:
 
   def prefill(
     self, params: Params, plan: Plan, regions: Mapping[str, Region]
-  ) -> tuple[mot.Cache, ...]:
-    """The caches of body and head, with all in them that flow steps share; `regions` placed."""
-    prefix, key = regions['prefix'], row_visibility(regions)
-    told, at = self._told(params, plan, prefix)
+  ) -> tuple[mot.Cache | None, ...]:
+    """The caches of body and head, with all in them that flow steps share; `regions` placed.
+
+    And what cross-attention looks at in all flow steps, or None.
+    """
+    told, at = self._told(params, plan, regions['prefix'])
+    key = row_visibility({**regions, 'prefix': self._stored(regions['prefix'])})
     body, head = self.model.caches(params, key)
     hidden, body = self.model.backbone(params, {'dit': told}, self._held(plan, regions) or body, at)
-    rows = jnp.concatenate([plan.hidden[:, :at], hidden['dit']], 1)
-    stream = mot.Stream(rows, prefix.positions, prefix.visibility)
-    return body, self.model.head(params, {'prefix': stream}, head)[1]
+    stream = self._entering(plan, regions['prefix'], hidden['dit'])
+    return body, self.model.head(params, {'prefix': stream}, head)[1], told.memory
 
   def prefill_null(self, params: Params, regions: Mapping[str, Region]) -> tuple[mot.Cache, ...]:
     """As `prefill`, of a row whose plan is dropped: `[boi]` alone, at the front."""
@@ -173,6 +171,17 @@ class External:
     own = jax.tree.map(lambda leaf: leaf[:, at:], prefix)
     return mot.Stream(x, own.positions, own.visibility), at
 
+  def _stored(self, prefix: Region) -> Region:
+    """Of the prefix, what stands in the picture expert's row."""
+    return prefix
+
+  def _entering(self, plan: Plan, prefix: Region, hidden: Array) -> mot.Stream:
+    """The prefix as the head takes it: `hidden` of its last tokens, behind those held."""
+    stored = self._stored(prefix)
+    held = stored.ids.shape[1] - hidden.shape[1]
+    rows = jnp.concatenate([plan.hidden[:, :held], hidden], 1)
+    return mot.Stream(rows, stored.positions, stored.visibility)
+
   def rows(self, params: Params, ids: Array) -> Array:
     """Embeddings [B, L, D] of text ids: [boi], whose row the picture expert only reads."""
     rows = jnp.take(params['embed']['text'], ids, axis=0)
@@ -193,10 +202,10 @@ class External:
     return mot.Cache(*jax.tree.map(longer, (plan.keys, plan.values)), key)
 
 
-def joined(first: mot.Stream, second: mot.Stream) -> mot.Stream:
+def _joined(told: mot.Stream, picture: mot.Stream) -> mot.Stream:
   """Two stretches of one expert's row as one: each layer's weights are read once."""
-  parts = [(s.x, s.positions, s.visibility) for s in (first, second)]
-  return mot.Stream(*concatenate(parts))
+  parts = [(s.x, s.positions, s.visibility) for s in (told, picture)]
+  return mot.Stream(*concatenate(parts), memory=told.memory)
 
 
 @dataclasses.dataclass(frozen=True)

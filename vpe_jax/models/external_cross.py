@@ -17,16 +17,15 @@ are absent where the plan is dropped: cross-attention adds zeros.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.contracts import Array, Params, Region
+from vpe_jax.contracts import Params, Region
 from vpe_jax.models import mot
-from vpe_jax.models.external import External, Plan, joined
-from vpe_jax.models.unified import Unified, row_visibility
+from vpe_jax.models.external import External, Plan
+from vpe_jax.models.unified import Unified
 
 
 def pair(model: Unified, codes: tuple[int, int]) -> External:
@@ -37,40 +36,9 @@ def pair(model: Unified, codes: tuple[int, int]) -> External:
 class Crossed(External):
   """The two networks of one configuration; see External."""
 
-  def __call__(
-    self,
-    params: Params,
-    plan: Plan,
-    regions: Mapping[str, Region],
-    latents: Array,
-    clock: Array,
-  ) -> Array:
-    """The picture expert over its whole row, as in training; see External.__call__."""
-    boi, memory = self._told_apart(params, plan, regions['prefix'])
-    picture, condition = self.model.picture_stream(params, latents, clock, regions['dit'])
-    row = dataclasses.replace(joined(boi, picture), memory=memory)
-    hidden = self.model.backbone(params, {'dit': row})[0]['dit']
-    count = boi.x.shape[1]
-    streams = {
-      'prefix': dataclasses.replace(boi, x=hidden[:, :count]),
-      'dit': dataclasses.replace(picture, x=hidden[:, count:], condition=condition),
-    }
-    rows, _ = self.model.head(params, streams)
-    return self.model.velocity(params, rows['dit'], condition)
-
-  def prefill(
-    self, params: Params, plan: Plan, regions: Mapping[str, Region]
-  ) -> tuple[mot.Cache, ...]:
-    """The caches of body and head, and what cross-attention looks at in all flow steps."""
-    boi, memory = self._told_apart(params, plan, regions['prefix'])
-    own = self._own(regions['prefix'])
-    body, head = self.model.caches(params, row_visibility({'prefix': own, 'dit': regions['dit']}))
-    told = dataclasses.replace(boi, memory=memory)
-    hidden, body = self.model.backbone(params, {'dit': told}, body)
-    stream = dataclasses.replace(boi, x=hidden['dit'])
-    return body, self.model.head(params, {'prefix': stream}, head)[1], memory
-
-  def prefill_null(self, params: Params, regions: Mapping[str, Region]) -> tuple[mot.Cache, ...]:
+  def prefill_null(
+    self, params: Params, regions: Mapping[str, Region]
+  ) -> tuple[mot.Cache | None, ...]:
     """As `prefill`, of a row whose plan is dropped: nothing sees what its memory holds."""
     first, last = self.codes
     shape = (regions['prefix'].ids.shape[0], last - first, self.model.config.ar.width)
@@ -78,15 +46,15 @@ class Crossed(External):
     plan = Plan(nothing, None, None, jnp.zeros((shape[0], 1), jnp.int32))
     return self.prefill(params, plan, regions)
 
-  def _told_apart(self, params: Params, plan: Plan, prefix: Region) -> tuple[mot.Stream, mot.Cache]:
-    """[boi] as the picture expert takes it, and the plan as its cross-attention does."""
+  def _told(self, params: Params, plan: Plan, prefix: Region) -> tuple[mot.Stream, int]:
+    """[boi], and the plan as each layer's cross-attention looks at it."""
     codes = jax.tree.map(lambda leaf: leaf[:, : plan.hidden.shape[1]], prefix)
-    told = mot.Stream(plan.hidden, codes.positions, codes.visibility)
-    own = self._own(prefix)
-    boi = mot.Stream(self.rows(params, own.ids), own.positions, own.visibility)
-    return boi, self.model.remember(params, told)
+    memory = self.model.remember(params, mot.Stream(plan.hidden, codes.positions, codes.visibility))
+    boi = self._stored(prefix)
+    x = self.rows(params, boi.ids)
+    return mot.Stream(x, boi.positions, boi.visibility, memory=memory), 0
 
-  def _own(self, prefix: Region) -> Region:
+  def _stored(self, prefix: Region) -> Region:
     """The prefix without the codes' places."""
     first, last = self.codes
     return jax.tree.map(lambda leaf: leaf[:, last - first :], prefix)

@@ -26,7 +26,8 @@ from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array, Params, Visibility
 from vpe_jax.data.sequence import NEVER
 from vpe_jax.models import mot, transformer
-from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
+from vpe_jax.models.dropout import Dropout, drop
+from vpe_jax.models.transformer import Layer, TransformerConfig
 from vpe_jax.ops import rope
 
 
@@ -81,18 +82,16 @@ class LlamaGenConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaGen:
-  """The network of one configuration, computing in `dtype`."""
+class LlamaGen(mot.OneExpert):
+  """The network of one configuration, computing in `dtype`; `dropout` acts where keys are given."""
 
   config: LlamaGenConfig
-  dtype: jnp.dtype = jnp.float32
-  remat: str = 'none'
-  attention: str = ''
+  dropout: Dropout = Dropout()
 
   @property
   def layer(self) -> Layer:
     """The layer module, which `mot.empty_cache` asks for."""
-    return Layer(self.config.body, self.dtype)
+    return Layer(self.config.body, self.dtype, dropout=self.dropout)
 
   def init(self, rng: Array) -> Params:
     """Fresh parameters, float32."""
@@ -125,16 +124,18 @@ class LlamaGen:
       tokens = jnp.where(masked[..., None], params['embed']['pad'], tokens)
     return tokens.astype(self.dtype)
 
-  def stream(self, x: Array, start: Array | int = 0) -> mot.Stream:
+  def stream(self, x: Array, start: Array | int = 0, keys: Array | None = None) -> mot.Stream:
     """Tokens [B, L, D] at the places `start`, `start` + 1, ... of their rows.
 
     Place 0 is the class token's, then come the plan's codes, if there are any, and the picture's.
-    The visibility of a whole row is what `mot.empty_cache` asks for.
+    The visibility of a whole row is what `mot.empty_cache` asks for. `keys` [B], one a row, are
+    those of the dropout, of tokens and within the layers; without them nothing is dropped.
     """
+    x = drop(x, self.dropout.token, keys, 'token')
     order = jnp.broadcast_to(start + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     zeros = jnp.zeros_like(order)
     visibility = Visibility(order, zeros, order + 1, jnp.full_like(order, NEVER))
-    return mot.Stream(x, order, visibility, rotation=self._rotation(order))
+    return mot.Stream(x, order, visibility, rotation=self._rotation(order), keys=keys)
 
   def _rotation(self, order: Array) -> tuple[Array, Array]:
     """Rotary tables [B, L, 1, H / 2] of places [B, L]."""
@@ -156,24 +157,6 @@ class LlamaGen:
       return picture
     plan = cell(jnp.maximum(order - 1, 0), c.plan_side) * (c.side / c.plan_side)
     return jnp.where((order <= c.plan_tokens)[..., None], plan, picture)
-
-  def states(
-    self,
-    params: Params,
-    stream: mot.Stream,
-    cache: mot.Cache | None = None,
-    at: Array | int = 0,
-  ) -> tuple[Array, mot.Cache | None]:
-    """Final-norm hidden states [B, L, D] and the written cache.
-
-    `cache` and `at` are those of `mot.run`.
-    """
-    layers, stacks = {'codes': self.layer}, {'codes': params['layers']}
-    hidden, cache = mot.run(
-      layers, stacks, {'codes': stream}, cache, at, self.remat, self.attention
-    )
-    norm = RMSNorm(self.config.body.eps)
-    return norm.apply({'params': params['norm']}, hidden['codes']), cache
 
   def logits(self, params: Params, hidden: Array, block: str = '') -> Array:
     """Logits [B, L, V] float32 from hidden states, of all ids or of the block `plan` or `codes`."""

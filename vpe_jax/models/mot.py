@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from vpe_jax import sharding
 from vpe_jax.contracts import Array, Params, Visibility, concatenate
-from vpe_jax.models.transformer import Layer
+from vpe_jax.models.transformer import Layer, RMSNorm
 from vpe_jax.ops import rope
 from vpe_jax.ops.attention import blockwise, chooser
 
@@ -44,6 +44,7 @@ class Stream:
     rotation: rotary tables [B, L, 1, H / 2], cosine and sine, in the place of those that the layer
       makes from `positions`; None: the layer's.
     memory: what each layer's cross-attention looks at (see `remember`), or None.
+    keys: of the layers' dropout [B], one a row; None: nothing is dropped.
   """
 
   x: Array
@@ -52,6 +53,7 @@ class Stream:
   condition: Array | None = None
   rotation: tuple[Array, Array] | None = None
   memory: Cache | None = None
+  keys: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -197,10 +199,11 @@ def run(
     hidden: dict[str, Array],
     weights: Mapping[str, Params],
     memories: Mapping[str, tuple[Any, Any]],
+    keys: Mapping[str, Array],
     held: _KeysValues,
   ) -> Any:
     hidden = {n: sharding.constrain(x, ('batch', None, None)) for n, x in hidden.items()}
-    return _layer(call, weights, memories, hidden, held)
+    return _layer(call, weights, memories, keys, hidden, held)
 
   if REMAT[remat] is not None:
     one = jax.checkpoint(one, policy=REMAT[remat])
@@ -208,11 +211,52 @@ def run(
   chosen = {name: params[name] for name in streams}
   held = None if cache is None else (cache.k, cache.v)
   memories = {n: (s.memory.k, s.memory.v) for n, s in streams.items() if s.memory}
+  keys = {n: _of_layers(layers[n], s.keys) for n, s in streams.items() if s.keys is not None}
   if any(isinstance(stack, tuple) for stack in chosen.values()):
-    hidden, held = _unrolled(one, hidden, chosen, memories, held)
+    hidden, held = _unrolled(one, hidden, chosen, memories, keys, held)
   else:
-    hidden, held = jax.lax.scan(lambda h, x: one(h, *x), hidden, (chosen, memories, held))
+    hidden, held = jax.lax.scan(lambda h, x: one(h, *x), hidden, (chosen, memories, keys, held))
   return hidden, None if cache is None else Cache(held[0], held[1], cache.key)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneExpert:
+  """A network of one expert; its parameters have `layers` (stacked) and `norm`.
+
+  It holds no arrays: every method is a pure function of the parameters.
+
+  Attributes:
+    config: its sizes, of which `body` are those of the layers.
+    dtype: what it computes in.
+    remat: as in `run`.
+    attention: as in `run`.
+  """
+
+  config: Any
+  dtype: jnp.dtype = jnp.float32
+  remat: str = 'none'
+  attention: str = ''
+
+  @property
+  def layer(self) -> Layer:
+    """The layer module, which `empty_cache` asks for."""
+    return Layer(self.config.body, self.dtype)
+
+  def prepare(self, params: Params) -> Params:
+    """Stacked layers taken apart: outside jit for decoding, inside it for unrolled training."""
+    return {**params, 'layers': unstack(params['layers'])}
+
+  def states(
+    self, params: Params, stream: Stream, cache: Cache | None = None, at: Array | int = 0
+  ) -> tuple[Array, Cache | None]:
+    """Final-norm hidden states [B, L, D] and the written cache.
+
+    `cache` and `at` are those of `run`.
+    """
+    layers, stacks = {'row': self.layer}, {'row': params['layers']}
+    hidden, cache = run(layers, stacks, {'row': stream}, cache, at, self.remat, self.attention)
+    norm = RMSNorm(self.config.body.eps)
+    return norm.apply({'params': params['norm']}, hidden['row']), cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,11 +280,17 @@ def _tables(layer: Layer, stream: Stream) -> tuple[Array, Array]:
   return rope.rotary(stream.positions, c.head_width, c.rope_theta, c.rope_scaling)
 
 
+def _of_layers(layer: Layer, keys: Array) -> Array:
+  """Keys [layers, B] from those of the rows [B]."""
+  return jax.vmap(lambda key: jax.random.split(key, layer.config.layers), out_axes=1)(keys)
+
+
 def _unrolled(
   one: Any,
   hidden: dict[str, Array],
   params: Mapping[str, Any],
   memories: Mapping[str, tuple[Any, Any]],
+  keys: Mapping[str, Array],
   held: _KeysValues,
 ) -> tuple[dict[str, Array], _KeysValues]:
   """The layer loop over unstacked parameters and caches."""
@@ -248,7 +298,9 @@ def _unrolled(
   for i in range(len(next(iter(params.values())))):
     weights = {name: stack[i] for name, stack in params.items()}
     seen = {name: (k[i], v[i]) for name, (k, v) in memories.items()}
-    hidden, kv = one(hidden, weights, seen, None if held is None else (held[0][i], held[1][i]))
+    own = {name: layers[i] for name, layers in keys.items()}
+    kv = None if held is None else (held[0][i], held[1][i])
+    hidden, kv = one(hidden, weights, seen, own, kv)
     written.append(kv)
   if held is None:
     return hidden, None
@@ -259,6 +311,7 @@ def _layer(
   call: _Call,
   weights: Mapping[str, Params],
   memories: Mapping[str, tuple[Array, Array]],
+  keys: Mapping[str, Array],
   hidden: dict[str, Array],
   held: _KeysValues,
 ) -> tuple[dict[str, Array], _KeysValues]:
@@ -295,6 +348,7 @@ def _layer(
       mixed[:, start:stop],
       modulation[name],
       *(_looking(call, name, memories[name]) if name in memories else ()),
+      keys=keys.get(name),
       method='finish',
     )
     start = stop

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array
 from vpe_jax.models.dense import Dense, DenseGeneral
+from vpe_jax.models.dropout import Dropout, drop
 from vpe_jax.ops import norms, rope
 
 # Names of the dimensions of stacked layers, as vpe_jax.sharding knows them.
@@ -142,13 +143,15 @@ class Layer(nn.Module):
   `project` gives rotated q, k and v of this expert's tokens; `finish` takes the mixed values
   back. With `modulated`, both need `modulation`: six parts [B, 1, D] float32 in the order
   shift, scale, gate of the attention, then of the MLP (Show-o2's diffusion head), or None for
-  rows that are not modulated. With `crossed`, `finish` looks at a memory between the two.
+  rows that are not modulated. With `crossed`, `finish` looks at a memory between the two. Where it
+  is given keys, it drops what `dropout` says.
   """
 
   config: TransformerConfig
   dtype: jnp.dtype
   modulated: bool = False
   crossed: bool = False
+  dropout: Dropout = Dropout()
 
   def setup(self) -> None:
     c = self.config
@@ -199,19 +202,23 @@ class Layer(nn.Module):
     modulation: list[Array] | None = None,
     tables: tuple[Array, Array] | None = None,
     attend: Callable[[Array], Array] | None = None,
+    keys: Array | None = None,
   ) -> Array:
     """The layer's output [B, L, D] from its input and the mixed values [B, L, N, H].
 
-    `tables` and `attend` are those of CrossAttention; without the latter there is no memory.
+    `tables` and `attend` are those of CrossAttention; without the latter there is no memory. `keys`
+    [B] are those of the dropout; without them nothing is dropped.
     """
     shift_gate = modulation[2:] if modulation is not None else None
-    x = x + _gated(self.o(mixed), shift_gate and shift_gate[0])
+    y = drop(self.o(mixed), self.dropout.residual, keys, 'residual')
+    x = x + _gated(y, shift_gate and shift_gate[0])
     if attend is not None:
       x = x + self.cross(x, tables, attend)
     y = self.mlp_norm(x)
     if shift_gate is not None:
       y = norms.modulate(y, shift_gate[1], shift_gate[2])
     y = self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+    y = drop(y, self.dropout.mlp, keys, 'mlp')
     return x + _gated(y, shift_gate and shift_gate[3])
 
   def __call__(

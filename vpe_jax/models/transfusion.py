@@ -32,7 +32,7 @@ from vpe_jax.data.sequence import NEVER
 from vpe_jax.models import mot, transformer
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.diffusion_head import FREQUENCIES, waves
-from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
+from vpe_jax.models.transformer import TransformerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,18 +100,10 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Transfusion:
+class Transfusion(mot.OneExpert):
   """The network of one configuration, computing in `dtype`."""
 
   config: TransfusionConfig
-  dtype: jnp.dtype = jnp.float32
-  remat: str = 'none'
-  attention: str = ''
-
-  @property
-  def layer(self) -> Layer:
-    """The layer module, which `mot.empty_cache` asks for."""
-    return Layer(self.config.body, self.dtype)
 
   def _dense(self) -> dict[str, Dense]:
     width = self.config.body.width
@@ -181,22 +173,6 @@ class Transfusion:
     hidden = dense['hidden'].apply({'params': params['time']['hidden']}, waves(time))
     clock = dense['out'].apply({'params': params['time']['out']}, jax.nn.silu(hidden))
     return x + (clock + grid_waves(c.side, c.body.width)).astype(self.dtype)
-
-  def states(
-    self,
-    params: Params,
-    stream: mot.Stream,
-    cache: mot.Cache | None = None,
-    at: Array | int = 0,
-  ) -> tuple[Array, mot.Cache | None]:
-    """Final-norm hidden states [B, L, D] and the written cache.
-
-    `cache` and `at` are those of `mot.run`.
-    """
-    layers, stacks = {'row': self.layer}, {'row': params['layers']}
-    hidden, cache = mot.run(layers, stacks, {'row': stream}, cache, at, self.remat, self.attention)
-    norm = RMSNorm(self.config.body.eps)
-    return norm.apply({'params': params['norm']}, hidden['row']), cache
 
   def logits(self, params: Params, hidden: Array) -> Array:
     """Logits [B, L, V] float32 of the plan's next code."""

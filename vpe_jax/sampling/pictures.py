@@ -191,6 +191,27 @@ def plan_files(out: str, count: int, overwrite: bool = False) -> list[str]:
   return paths
 
 
+def save_all(
+  drawn: Sequence[Picture], out: str, metadata: bool = True, overwrite: bool = False
+) -> None:
+  """Writes pictures to the files that `out` stands for: a sheet of all, or a file each.
+
+  Args:
+    drawn: the pictures.
+    out: see `plan_files`.
+    metadata: whether text chunks say how they were made.
+    overwrite: replaces existing files.
+
+  Raises:
+    UserError: see `plan_files` and `save_png`.
+  """
+  files = [(picture.image, picture.metadata) for picture in drawn]
+  if not out.endswith('/'):
+    files = [sheet(drawn)]
+  for path, (image, said) in zip(plan_files(out, len(drawn), overwrite), files, strict=True):
+    save_png(image, path, said if metadata else None, overwrite)
+
+
 def _refuse_existing(path: epath.Path, overwrite: bool) -> None:
   if not overwrite and path.exists():
     raise UserError(f'{path} exists: name another file or replace it with --overwrite')

@@ -9,7 +9,6 @@ their cross-entropy at the progressive weight of Eq. 3. Both carry optimizer and
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,21 +123,6 @@ class System(ClassToImage):
     sizes = DecoderConfig(body=c.body, **_QWEN)
     paths = (('layers/', 'layers/'), ('norm/', 'norm/'))
     return (Start('qwen2', c.init_from, sizes, paths),)
-
-  def abstract_encoded(self, batch_size: int) -> tuple[Any, Any]:
-    """The plans [B, P] and latents [B, h, w, C] that the model takes."""
-    c = self.model.config
-    grid = (c.latent_size, c.latent_size, c.latent_channels)
-    codes = jax.ShapeDtypeStruct((batch_size, c.plan_tokens), jnp.int32)
-    return codes, jax.ShapeDtypeStruct((batch_size, *grid), jnp.float32)
-
-  def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
-    """Plans [B, P] (P = 0 without visual prompt) and latents of images [B, R, R, 3] uint8."""
-    return self.visual_prompt.encode(frozen, images), self.image.encode(frozen, images)
-
-  def decode(self, frozen: Params, latents: Array) -> Array:
-    """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""
-    return self.image.decode(frozen, latents)
 
   def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """Latent elements, and codes that are predicted: those of plans that aren't dropped."""

@@ -21,6 +21,7 @@ from vpe_jax.codecs import choice
 from vpe_jax.config import Config, SampleConfig, check, check_sizes
 from vpe_jax.contracts import Array, Drawing, Examples, LossTerm, Params, Stage
 from vpe_jax.models import llamagen
+from vpe_jax.models.dropout import Dropout
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import next_token, schedules
 from vpe_jax.sampling import guidance
@@ -41,6 +42,10 @@ class ModelConfig(choice.PictureCodesConfig):
     positions: `grid` or `line`, see models.llamagen.
     class_turn: of the class token, see models.llamagen.
     drop: share of examples whose class is the null class, which guidance leads away from.
+    token_dropout: share of the embeddings that a training step drops, element by element; this
+      and the next two are nothing but that, see models.dropout.
+    residual_dropout: of what attention adds in each layer.
+    mlp_dropout: of what the MLP adds in each layer.
     vp_schedule: how the probability of hiding a code of the plan falls: `sigmoid` (the paper's),
       `linear`, `constant` (`mask_start` at every step) or `off` (nothing is ever hidden).
     mask_start: probability at the start of the stage (Eq. 2, p_0).
@@ -54,6 +59,9 @@ class ModelConfig(choice.PictureCodesConfig):
   positions: str = 'grid'
   class_turn: str = 'identity'
   drop: float = 0.1
+  token_dropout: float = 0.0
+  residual_dropout: float = 0.0
+  mlp_dropout: float = 0.0
   vp_schedule: str = 'sigmoid'
   mask_start: float = 0.95
   mask_end: float = 0.05
@@ -64,9 +72,16 @@ class ModelConfig(choice.PictureCodesConfig):
     check_sizes(self, 'model.', logits_chunk=0)
     for name in ('drop', 'mask_start', 'mask_end'):
       check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
+    for name in ('token_dropout', 'residual_dropout', 'mlp_dropout'):
+      check(self, 'model.', name, 0 <= getattr(self, name) < 1, 'at least 0 and below 1')
     for name, known in (('vp_schedule', schedules.KINDS), ('mask_by', ('token', 'sample'))):
       listed = f'one of {", ".join(known)}'
       check(self, 'model.', name, getattr(self, name) in known, listed)
+
+  @property
+  def dropout(self) -> Dropout:
+    """What a training step drops of activations."""
+    return Dropout(self.token_dropout, self.residual_dropout, self.mlp_dropout)
 
   @property
   def frozen_weights(self) -> Mapping[str, str]:
@@ -101,7 +116,9 @@ class System(ClassToImage):
       plan_side=self.visual_prompt.grid,
       positions=c.positions,
     )
-    self.model = llamagen.LlamaGen(sizes, jnp.dtype(config.dtype), config.remat, config.attention)
+    self.model = llamagen.LlamaGen(
+      sizes, jnp.dtype(config.dtype), config.remat, config.attention, c.dropout
+    )
 
   def abstract_encoded(self, batch_size: int) -> tuple[Any, Any]:
     """The plans [B, P] and the pictures' codes [B, h, w] that the model takes."""
@@ -148,7 +165,8 @@ class System(ClassToImage):
     P = self.model.config.plan_tokens
     masked = self._masked(batch, rng, step) if P else None
     x = self.model.inputs(params, self._classes(batch, rng), codes, plan, masked)
-    hidden, _ = self.model.states(params, self.model.stream(x))
+    stream = self.model.stream(x, keys=self._dropout_keys(batch, rng, stage))
+    hidden, _ = self.model.states(params, stream)
     loss, hits = self._cross_entropy(params, hidden[:, P:], codes, jnp.ones(codes.shape))
     sums = {'image': loss}
     if P:
@@ -203,6 +221,12 @@ class System(ClassToImage):
     draw = lambda key: jax.random.uniform(key, shape)
     drawn = rng_lib.per_example(draw, rng, 'mask', batch.example)
     return jnp.broadcast_to(drawn < share, (batch.example.shape[0], P))
+
+  def _dropout_keys(self, batch: Examples, rng: Array, stage: Stage) -> Array | None:
+    """One key an example [B]; None where nothing is dropped, as in evaluation."""
+    if not (stage.training and self.model.dropout):
+      return None
+    return rng_lib.example_keys(rng, 'dropout', batch.example)
 
   def _classes(self, batch: Examples, rng: Array) -> Array:
     """The classes [B], some of them the null class."""

@@ -14,6 +14,7 @@ too, as it would tell), the picture before, or with internal both.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -34,13 +35,13 @@ from vpe_jax.contracts import (
   concatenate,
 )
 from vpe_jax.data import sequence
-from vpe_jax.models import editing, external_cross, mot, unified
+from vpe_jax.models import editing, mot, unified
 from vpe_jax.models.editing import Editor
-from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.sampling import guidance
 from vpe_jax.systems import rendering, t2i
 from vpe_jax.systems.external import External
 from vpe_jax.systems.internal import Internal
+from vpe_jax.systems.rows import Rows
 
 INTERNAL = Stage('edit', ('.*',), {'next_token': 1.0, 'flow': 1.0}, ema=True)
 EXTERNAL = dataclasses.replace(
@@ -104,37 +105,43 @@ class Job(rendering.Job):
     return self.editor.head_streams(stream, condition)
 
 
-def _editor(model: unified.Unified, spans: tuple[sequence.Span, ...]) -> Editor:
-  first, last = (sequence.place(spans, kind) for kind in ('ref_time', 'ref_latents'))
-  return Editor(model, (first[0], last[1]))
+class Edited(Rows):
+  """Rows whose tokens have a picture before among them."""
+
+  @functools.cached_property
+  def editor(self) -> Editor:
+    """The network, which knows where."""
+    first, last = (sequence.place(self.spans, kind) for kind in ('ref_time', 'ref_latents'))
+    return Editor(self.model, (first[0], last[1]))
+
+  def token_stream(self, params: Params, region: Region, reference: Array) -> mot.Stream:
+    """See Rows."""
+    return self.editor.token_stream(params, region, reference)[0]
+
+  def job(self, settings: SampleConfig) -> Job:
+    """See Rows."""
+    return Job(self.model, self.spans, self.vocabulary, settings, self.editor)
 
 
-class EditInternal(Internal):
+class EditInternal(Edited, Internal):
   """The row of Internal+VPE's edits; see systems/internal.py."""
 
   stages = {INTERNAL.name: INTERNAL}
 
-  def __init__(
-    self, model: unified.Unified, vocabulary: sequence.Vocabulary, text: int, codes: int
-  ) -> None:
-    """See Internal."""
-    self.model = model
-    self.vocabulary = vocabulary
-    self.spans = sequence.edit(text, codes, model.config.image_tokens)
-    self.editor = _editor(model, self.spans)
+  @functools.cached_property
+  def spans(self) -> tuple[sequence.Span, ...]:
+    """The row, token expert first."""
+    return sequence.edit(self.text, self.codes, self.model.config.image_tokens)
 
-  def forward_edit(
+  def both(
     self,
     params: Params,
     regions: dict[str, Region],
-    noisy: tuple[Array, Array] | None,
+    noisy: tuple[Array, Array],
     reference: Array,
-  ) -> tuple[Array, Array | None]:
-    """As `forward`, with latents of the pictures before [B, h, w, C]."""
-    if noisy is not None:
-      return self.editor(params, regions, reference, *noisy)
-    stream, _ = self.editor.token_stream(params, regions['ar'], reference)
-    return self.model.backbone(params, {'ar': stream})[0]['ar'], None
+  ) -> tuple[Array, Array]:
+    """See Rows.forward."""
+    return self.editor(params, regions, reference, *noisy)
 
   def draw(
     self, params: Params, request: Examples, rng: Array, settings: SampleConfig
@@ -152,10 +159,6 @@ class EditInternal(Internal):
     noise = rendering.noise(job, request, rng)
     return codes, rendering.render(job, params, branches, noise, weights)
 
-  def job(self, settings: SampleConfig) -> Job:
-    """What drawing and planning keep static."""
-    return Job(self.model, self.spans, self.vocabulary, settings, self.editor)
-
   def train_flops(self, stage: Stage, predicted: int) -> float:
     """Matrix FLOPs of one example, all of which trains."""
     reference = unified.with_backward(editing.reference_flops(self.model.config))
@@ -167,57 +170,21 @@ class EditInternal(Internal):
     return frozen, trained + editing.reference_attention_flops(self.model.config, head=True)
 
 
-class EditExternal(External):
+class EditExternal(Edited, External):
   """The rows of External+VPE's edits; see systems/external.py."""
 
   stages = {EXTERNAL.name: EXTERNAL}
 
-  def __init__(
-    self,
-    model: unified.Unified,
-    vocabulary: sequence.Vocabulary,
-    text: int,
-    codes: int,
-  ) -> None:
-    """See External."""
-    super().__init__(model, vocabulary, text, codes)
-    self.spans = sequence.edit_tokens(text, codes, model.config.image_tokens)
-    self.pair = external_cross.pair(model, sequence.place(self.spans, 'codes'))
-    self.editor = _editor(model, self.spans)
+  @functools.cached_property
+  def spans(self) -> tuple[sequence.Span, ...]:
+    """The token expert's row."""
+    return sequence.edit_tokens(self.text, self.codes, self.model.config.image_tokens)
 
   def regions(
     self, batch: Examples, codes: Array, keep: Array | Mapping[str, Array]
   ) -> dict[str, Region]:
     """`ar`, `prefix` and `dit` of a batch, the first without what `keep` drops."""
-    tokens = sequence.build(
-      self.spans,
-      self.vocabulary,
-      batch.text,
-      batch.text_length,
-      codes,
-      keep,
-      self.model.config.multiple,
-    )
-    return tokens | self._picture(codes, jnp.ones(codes.shape[:1], bool))
-
-  def forward_edit(
-    self,
-    params: Params,
-    regions: dict[str, Region],
-    noisy: tuple[Array, Array] | None,
-    reference: Array,
-  ) -> tuple[Array, Array | None]:
-    """As `forward`, with latents of the pictures before [B, h, w, C]."""
-    stream, _ = self.editor.token_stream(params, regions['ar'], reference)
-    if noisy is None:
-      return self.model.backbone(params, {'ar': stream})[0]['ar'], None
-    hidden, plan = self.pair.read(params, regions['ar'], stream)
-    row = {name: regions[name] for name in ('prefix', 'dit')}
-    return hidden, self.pair(params, plan, row, *noisy)
-
-  def job(self, settings: SampleConfig) -> Job:
-    """What drawing and planning keep static."""
-    return Job(self.model, self.spans, self.vocabulary, settings, self.editor)
+    return self._build(batch, codes, keep) | self._picture(codes, jnp.ones(codes.shape[:1], bool))
 
   def train_flops(self, stage: Stage, predicted: int) -> float:
     """Matrix FLOPs of one example; the time embedding is frozen, and the head doesn't run."""
@@ -315,11 +282,7 @@ class System(t2i.System):
 
   def encoder_flops(self, stage: Stage) -> float:
     """Matrix FLOPs of the frozen encoders for one example, where they run online."""
-    flops, data = super().encoder_flops(stage), self.config.data
-    if not flops:
-      return flops
-    image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
-    return flops + matrix_flops(self.encode_reference, self.abstract_frozen(), image)
+    return super().encoder_flops(stage) + self._online_flops(self.encode_reference)
 
   def _encoded(self, frozen: Params, batch: Examples) -> Examples:
     return self._with_reference(frozen, super()._encoded(frozen, batch))
@@ -329,15 +292,6 @@ class System(t2i.System):
       return batch
     latents = self.encode_reference(frozen, batch.reference)
     return dataclasses.replace(batch, reference_latents=latents)
-
-  def _forward(
-    self,
-    params: Params,
-    regions: dict[str, Region],
-    noisy: tuple[Array, Array] | None,
-    batch: Examples,
-  ) -> tuple[Array, Array | None]:
-    return self.rows.forward_edit(params, regions, noisy, batch.reference_latents)
 
   def _keep(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
     """Of each condition, which examples keep it: one draw decides on both."""

@@ -10,6 +10,8 @@ true plans.
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 
 from vpe_jax.config import SampleConfig
@@ -18,56 +20,45 @@ from vpe_jax.data import sequence
 from vpe_jax.models import external, external_cross, unified
 from vpe_jax.systems import rendering
 from vpe_jax.systems.internal import PLAN
+from vpe_jax.systems.rows import Rows
 
 RENDER = Stage('render', ('dit/',), {'flow': 1.0}, ema=True)
 
 
-class External:
-  """Both rows, and what is done with them; methods as those of systems/internal.py.
-
-  Attributes:
-    stages: by name, in their order.
-    spans: the token expert's row.
-    picture_spans: the picture expert's.
-  """
+class External(Rows):
+  """Both rows, and what is done with them; methods as those of systems/internal.py."""
 
   stages = {stage.name: stage for stage in (PLAN, RENDER)}
 
-  def __init__(
-    self,
-    model: unified.Unified,
-    vocabulary: sequence.Vocabulary,
-    text: int,
-    codes: int,
-  ) -> None:
-    """`text` and `codes` are the tokens of a caption and of a plan."""
-    self.model = model
-    self.vocabulary = vocabulary
-    self.spans = sequence.token_row(text, codes)
-    self.picture_spans = sequence.picture_row(codes, model.config.image_tokens)
-    self.pair = external_cross.pair(model, sequence.place(self.spans, 'codes'))
+  @functools.cached_property
+  def spans(self) -> tuple[sequence.Span, ...]:
+    """The token expert's row."""
+    return sequence.token_row(self.text, self.codes)
+
+  @functools.cached_property
+  def picture_spans(self) -> tuple[sequence.Span, ...]:
+    """The picture expert's."""
+    return sequence.picture_row(self.codes, self.model.config.image_tokens)
+
+  @functools.cached_property
+  def pair(self) -> external.External:
+    """The two networks, and what passes from one to the other."""
+    return external_cross.pair(self.model, sequence.place(self.spans, 'codes'))
 
   def regions(self, batch: Examples, codes: Array, keep: Array) -> dict[str, Region]:
     """`ar`, `prefix` and `dit` of a batch; where `keep` [B] is False, the picture has no plan."""
-    tokens = sequence.build(
-      self.spans,
-      self.vocabulary,
-      batch.text,
-      batch.text_length,
-      codes,
-      jnp.ones_like(keep),
-      self.model.config.multiple,
-    )
-    return tokens | self._picture(codes, keep)
+    return self._build(batch, codes, jnp.ones_like(keep)) | self._picture(codes, keep)
 
-  def forward(
-    self, params: Params, regions: dict[str, Region], noisy: tuple[Array, Array] | None
-  ) -> tuple[Array, Array | None]:
-    """The token expert over its row, then the other over its own."""
-    if noisy is None:
-      stream = self.model.token_stream(params, regions['ar'])
-      return self.model.backbone(params, {'ar': stream})[0]['ar'], None
-    hidden, plan = self.pair.read(params, regions['ar'])
+  def both(
+    self,
+    params: Params,
+    regions: dict[str, Region],
+    noisy: tuple[Array, Array],
+    reference: Array | None,
+  ) -> tuple[Array, Array]:
+    """The token expert over its row, then the other over its own; see Rows.forward."""
+    stream = self.token_stream(params, regions['ar'], reference)
+    hidden, plan = self.pair.read(params, regions['ar'], stream)
     row = {name: regions[name] for name in ('prefix', 'dit')}
     return hidden, self.pair(params, plan, row, *noisy)
 
@@ -80,10 +71,6 @@ class External:
     prefix = self.prefix(params, row)
     null = lambda: self.null_prefix(params, request)
     return codes, rendering.guided(job, params, request, prefix, null, rng)
-
-  def job(self, settings: SampleConfig) -> rendering.Job:
-    """What drawing and planning keep static."""
-    return rendering.Job(self.model, self.spans, self.vocabulary, settings)
 
   def prefix(self, params: Params, row: rendering.Decoded) -> rendering.Prefix:
     """What all flow steps share of the picture expert's row, from a decoded plan."""

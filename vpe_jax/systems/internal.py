@@ -7,6 +7,7 @@ to learn, and `joint` is the only stage.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from vpe_jax.config import SampleConfig
@@ -14,31 +15,22 @@ from vpe_jax.contracts import Array, Examples, Params, Region, Stage
 from vpe_jax.data import sequence
 from vpe_jax.models import unified
 from vpe_jax.systems import rendering
+from vpe_jax.systems.rows import Rows
 
 PLAN = Stage('plan', ('ar/', 'embed/'), {'next_token': 1.0}, ema=False, draws=False)
 JOINT = Stage('joint', ('.*',), {'next_token': 1.0, 'flow': 1.0}, ema=True)
 UNPLANNED = dataclasses.replace(JOINT, losses={'flow': 1.0})
 
 
-class Internal:
-  """The row, and what is done with it; systems/external.py has the same methods for two rows.
-
-  Attributes:
-    stages: by name, in their order.
-    spans: the row, token expert first.
-  """
+class Internal(Rows):
+  """The row, and what is done with it; systems/external.py has the same methods for two rows."""
 
   stages = {stage.name: stage for stage in (PLAN, JOINT)}
 
-  def __init__(
-    self, model: unified.Unified, vocabulary: sequence.Vocabulary, text: int, codes: int
-  ) -> None:
-    """`text` and `codes` are the tokens of a caption and of a plan; 0 codes are none at all."""
-    if not codes:
-      self.stages = {UNPLANNED.name: UNPLANNED}
-    self.model = model
-    self.vocabulary = vocabulary
-    self.spans = sequence.text_to_image(text, codes, model.config.image_tokens)
+  @functools.cached_property
+  def spans(self) -> tuple[sequence.Span, ...]:
+    """The row, token expert first."""
+    return sequence.text_to_image(self.text, self.codes, self.model.config.image_tokens)
 
   def regions(
     self, batch: Examples, codes: Array, keep: Array | Mapping[str, Array]
@@ -47,33 +39,18 @@ class Internal:
 
     With a picture before `keep` is that of each condition: see sequence.build.
     """
-    return sequence.build(
-      self.spans,
-      self.vocabulary,
-      batch.text,
-      batch.text_length,
-      codes,
-      keep,
-      self.model.config.multiple,
-    )
+    return self._build(batch, codes, keep)
 
-  def forward(
-    self, params: Params, regions: dict[str, Region], noisy: tuple[Array, Array] | None
-  ) -> tuple[Array, Array | None]:
-    """Both experts over a batch.
-
-    Args:
-      params: of both.
-      regions: the rows.
-      noisy: latents [B, h, w, C] and Show-o2's clock [B]; None leaves the picture out.
-
-    Returns:
-      Final-norm hidden states of the token expert's region [B, L, D], and Show-o2's velocity.
-    """
-    if noisy is not None:
-      return self.model(params, regions, *noisy)
-    stream = self.model.token_stream(params, regions['ar'])
-    return self.model.backbone(params, {'ar': stream})[0]['ar'], None
+  def both(
+    self,
+    params: Params,
+    regions: dict[str, Region],
+    noisy: tuple[Array, Array],
+    reference: Array | None,
+  ) -> tuple[Array, Array]:
+    """Both experts over a batch; see Rows.forward."""
+    del reference
+    return self.model(params, regions, *noisy)
 
   def draw(
     self, params: Params, request: Examples, rng: Array, settings: SampleConfig
@@ -100,6 +77,8 @@ class Internal:
     length = lambda expert: sequence.region_length(self.spans, expert, self.model.config.multiple)
     return length('ar'), length('dit') if 'flow' in stage.losses else 0
 
-  def job(self, settings: SampleConfig) -> rendering.Job:
-    """What drawing and planning keep static."""
-    return rendering.Job(self.model, self.spans, self.vocabulary, settings)
+
+class Unplanned(Internal):
+  """The row without visual prompt."""
+
+  stages = {UNPLANNED.name: UNPLANNED}

@@ -13,7 +13,6 @@ differs between the two is in systems/internal.py and systems/external.py. Witho
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -37,11 +36,11 @@ from vpe_jax.data import sequence
 from vpe_jax.models import unified
 from vpe_jax.models.siglip import unit
 from vpe_jax.objectives import flow_matching, next_token, schedules
-from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.sampling import decoding
 from vpe_jax.systems import rendering
+from vpe_jax.systems.drawing import DrawingSystem
 from vpe_jax.systems.external import External
-from vpe_jax.systems.internal import Internal
+from vpe_jax.systems.internal import Internal, Unplanned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +121,7 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
       )
 
 
-class System:
+class System(DrawingSystem):
   """See vpe_jax.contracts.System."""
 
   draws_with = ('image',)
@@ -156,7 +155,9 @@ class System:
     if c.references:
       raise UserError('model.references is of configs/edit.py: nothing here sees a picture before')
     given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens)
-    return External(*given) if c.arch == 'external' else Internal(*given)
+    if c.arch == 'external':
+      return External(*given)
+    return (Internal if c.vpe else Unplanned)(*given)
 
   def _stage(self, name: str, steps: int) -> Stage:
     """A stage of the rows; beside the flow the cross-entropy has the weight of Eq. 3."""
@@ -165,22 +166,6 @@ class System:
       return stage
     weight = schedules.Schedule(c.vp_schedule, steps, c.ce_start, c.ce_end, off=1.0)
     return dataclasses.replace(stage, losses={**stage.losses, 'next_token': weight})
-
-  @property
-  def frozen_weights(self) -> Mapping[str, str]:
-    """No codec is needed where codes and latents are synthetic."""
-    if self.config.data.source == 'synthetic':
-      return {}
-    return self.config.model.frozen_weights
-
-  @property
-  def published(self) -> Mapping[str, Start]:
-    """Those of the frozen networks that are published."""
-    return self.config.model.published
-
-  def init(self, rng: Array) -> Params:
-    """Fresh parameters, float32."""
-    return self.model.init(rng)
 
   @property
   def starts(self) -> tuple[Start, ...]:
@@ -215,45 +200,6 @@ class System:
     rows = rows.astype(jnp.float32)
     rows = jnp.einsum('VW,WD->VD', rows - jnp.mean(rows, 0), turn)
     return self.config.model.inherit * rows / jnp.std(rows)
-
-  def prepare(self, params: Params) -> Params:
-    """Parameters in the layout that decoding is fast in; outside jit, once."""
-    return self.model.prepare(params)
-
-  def abstract_batch(self, batch_size: int) -> Examples:
-    """Images where encoders run online, else codes and latents."""
-    data = self.config.data
-    leaf = lambda shape, dtype: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
-    common = {
-      'example': leaf((), jnp.int32),
-      'text': leaf((data.text_length,), jnp.int32),
-      'text_length': leaf((), jnp.int32),
-    }
-    if data.encode == 'online':
-      return Examples(**common, image=leaf((data.image_size, data.image_size, 3), jnp.uint8))
-    codes, latents = self.abstract_encoded(batch_size)
-    return Examples(**common, codes=codes, latents=latents)
-
-  def abstract_encoded(self, batch_size: int) -> tuple[Any, Any]:
-    """The codes [B, P] and latents [B, h, w, C] that the model takes: what `encode` must make."""
-    c = self.config.model
-    grid = (c.latent_size, c.latent_size, c.latent_channels)
-    codes = jax.ShapeDtypeStruct((batch_size, c.plan_tokens), jnp.int32)
-    return codes, jax.ShapeDtypeStruct((batch_size, *grid), jnp.float32)
-
-  def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
-    """Codes [B, P] int32 and latents [B, h, w, C] of images [B, R, R, 3] uint8."""
-    return self.visual_prompt.encode(frozen, images), self.image.encode(frozen, images)
-
-  def abstract_frozen(self) -> Params:
-    """Both codecs' networks as shapes; none where codes and latents are synthetic."""
-    if not self.frozen_weights:
-      return {}
-    return {**self.visual_prompt.abstract_params(), **self.image.abstract_params()}
-
-  def decode(self, frozen: Params, latents: Array) -> Array:
-    """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""
-    return self.image.decode(frozen, latents)
 
   def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """Predicted tokens, and latent elements, of the batch."""
@@ -340,14 +286,9 @@ class System:
 
   def encoder_flops(self, stage: Stage) -> float:
     """Matrix FLOPs of the frozen encoders for one example: those that the stage needs, online."""
-    data = self.config.data
-    if data.encode != 'online' or not self.frozen_weights:
-      return 0.0
     # Without a flow loss nothing reads the latents, and their encoder is compiled away.
     used = 2 if 'flow' in stage.losses else 1
-    image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
-    encode = lambda frozen, images: self.encode(frozen, images)[:used]
-    return matrix_flops(encode, self.abstract_frozen(), image)
+    return self._online_flops(lambda frozen, images: self.encode(frozen, images)[:used])
 
   def attention_flops(self, stage: Stage) -> float:
     """Of the forward pass, what attention amounts to: see unified.attention_flops."""
@@ -376,8 +317,7 @@ class System:
     batch: Examples,
   ) -> tuple[Array, Array | None]:
     """The rows' `forward`, with what else it reads of the batch."""
-    del batch
-    return self.rows.forward(params, regions, noisy)
+    return self.rows.forward(params, regions, noisy, batch.reference_latents)
 
   def _regions(self, batch: Examples, codes: Array, keep: Array) -> dict[str, Any]:
     return self.rows.regions(batch, codes, keep)

@@ -8,6 +8,7 @@ microbatches is the gradient of the whole batch, however it was cut.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -87,6 +88,7 @@ def make_eval_step(
   system: System, stage: Stage
 ) -> Callable[[Params, Params, Examples, Array, Array], tuple[Sums, Sums]]:
   """Builds eval(params, frozen, batch, rng, stage_step) -> (sums, counts) of every loss term."""
+  stage = dataclasses.replace(stage, training=False)
 
   def evaluate(
     params: Params, frozen: Params, batch: Examples, rng: Array, stage_step: Array

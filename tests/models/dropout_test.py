@@ -1,0 +1,73 @@
+"""Dropout: its rate and scale, its keys, and where it acts in LlamaGen's layers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.small_systems import redrawn
+from vpe_jax.models import mot
+from vpe_jax.models.dropout import Dropout, drop
+from vpe_jax.models.llamagen import LlamaGen, LlamaGenConfig
+from vpe_jax.models.transformer import TransformerConfig
+
+BODY = TransformerConfig(16, 24, 2, 2, 2, 8, rope_theta=1e4, qkv_bias=False, rope_adjacent=True)
+SIZES = LlamaGenConfig(3, 7, 3, BODY, 'identity', plan_codes=5, plan_side=2)
+KEYS = jax.random.split(jax.random.key(3), 4)
+ALL = 1.0 - 1e-6  # so much that none of a few thousand elements is left
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_a_share_is_zero_and_the_rest_is_scaled_up(dtype):
+  x = jnp.ones((4, 64, 32), dtype)
+  found = drop(x, 0.2, KEYS, 'mlp')
+  assert found.dtype == dtype
+  np.testing.assert_array_equal(np.unique(found), [0.0, np.asarray(1.25, dtype)])
+  shares = (np.asarray(found, np.float32) == 0).mean((1, 2))
+  np.testing.assert_allclose(shares, 0.2, atol=0.03)
+  assert float(jnp.mean(found, dtype=jnp.float32)) == pytest.approx(1.0, abs=0.02)
+
+
+def test_what_is_dropped_belongs_to_the_key_and_to_the_use():
+  x = jnp.ones((4, 8, 16))
+  found = np.asarray(drop(x, 0.5, KEYS, 'mlp'))
+  np.testing.assert_array_equal(drop(x[::-1], 0.5, KEYS[::-1], 'mlp')[::-1], found)
+  np.testing.assert_array_equal(drop(x[1:2], 0.5, KEYS[1:2], 'mlp'), found[1:2])
+  assert (found[0] != found[1]).any()
+  assert (np.asarray(drop(x, 0.5, KEYS, 'residual')) != found).any()
+  assert drop(x, 0.0, KEYS, 'mlp') is x and drop(x, 0.5, None, 'mlp') is x
+
+
+def test_each_layer_of_each_row_has_a_key_of_its_own():
+  layer = LlamaGen(SIZES).layer
+  data = jax.random.key_data(mot._of_layers(layer, KEYS)).reshape(2 * 4, -1)
+  assert len({tuple(row) for row in data.tolist()}) == 2 * 4
+
+
+@pytest.mark.parametrize(
+  'dropout, silent',
+  [
+    (Dropout(residual=ALL), ('layers', 'o', 'kernel')),
+    (Dropout(mlp=ALL), ('layers', 'down', 'kernel')),
+    (Dropout(token=ALL), ('embed',)),
+  ],
+)
+def test_each_rate_acts_where_it_says(dropout, silent):
+  """All of it dropped is a model whose output projection there, or whose tables, are zero."""
+  params = redrawn(jax.jit(LlamaGen(SIZES).init)(jax.random.key(0)), 0.3)
+  model = LlamaGen(SIZES, dropout=dropout)
+
+  @jax.jit
+  def hidden(params, keys):
+    x = model.inputs(
+      params, jnp.arange(4) % 3, jnp.arange(36).reshape(4, 9) % 7, jnp.arange(16).reshape(4, 4) % 5
+    )
+    return model.states(params, model.stream(x, keys=keys))[0]
+
+  zero = lambda path, leaf: leaf * (tuple(key.key for key in path)[: len(silent)] != silent)
+  without = jax.tree_util.tree_map_with_path(zero, params)
+  wanted = hidden(without, None)
+  np.testing.assert_allclose(hidden(params, KEYS), wanted, atol=1e-6)
+  assert np.abs(hidden(params, None) - wanted).max() > 0.1

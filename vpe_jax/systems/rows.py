@@ -1,0 +1,75 @@
+"""What the rows of tokens of a system are to it, whether it has one or two of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vpe_jax.config import SampleConfig
+from vpe_jax.contracts import Array, Examples, Params, Region, Stage
+from vpe_jax.data import sequence
+from vpe_jax.models import mot, unified
+from vpe_jax.systems import rendering
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+  """The base of systems/internal.py and systems/external.py.
+
+  These add `spans`, the row that the plan is written in, `regions`, `both`, `draw` and the figures
+  of a stage: `train_flops`, `attention_flops` and `tokens`.
+
+  Attributes:
+    model: the network.
+    vocabulary: joint ids of text and codes.
+    text: tokens of a caption.
+    codes: tokens of a plan; 0: there are no plans.
+    stages: by name, in their order.
+  """
+
+  model: unified.Unified
+  vocabulary: sequence.Vocabulary
+  text: int
+  codes: int
+
+  stages: ClassVar[Mapping[str, Stage]]
+
+  def forward(
+    self,
+    params: Params,
+    regions: dict[str, Region],
+    noisy: tuple[Array, Array] | None,
+    reference: Array | None = None,
+  ) -> tuple[Array, Array | None]:
+    """Both experts over a batch, or the token expert alone.
+
+    Args:
+      params: of both.
+      regions: the rows.
+      noisy: latents [B, h, w, C] and Show-o2's clock [B]; None leaves the picture out.
+      reference: latents of the pictures before [B, h, w, C], where rows have some.
+
+    Returns:
+      Final-norm hidden states of the token expert's region [B, L, D], and Show-o2's velocity.
+    """
+    if noisy is not None:
+      return self.both(params, regions, noisy, reference)
+    stream = self.token_stream(params, regions['ar'], reference)
+    return self.model.backbone(params, {'ar': stream})[0]['ar'], None
+
+  def token_stream(self, params: Params, region: Region, reference: Array | None) -> mot.Stream:
+    """The token expert's input."""
+    del reference
+    return self.model.token_stream(params, region)
+
+  def job(self, settings: SampleConfig) -> rendering.Job:
+    """What drawing and planning keep static."""
+    return rendering.Job(self.model, self.spans, self.vocabulary, settings)
+
+  def _build(
+    self, batch: Examples, codes: Array, keep: Array | Mapping[str, Array]
+  ) -> dict[str, Region]:
+    """The regions of `spans`; see sequence.build."""
+    text, multiple = (batch.text, batch.text_length), self.model.config.multiple
+    return sequence.build(self.spans, self.vocabulary, *text, codes, keep, multiple)
