@@ -23,7 +23,7 @@ def test_cross_attention_trains_goes_on_and_draws(tmp_path):
   for part in ('ar', 'dit', 'head'):
     config.model[part].layers = 1
   config.model.dual_path.encoder.layers = 1
-  config.optim.update(lr=(1e-3, 1e-2), warmup=0)
+  config.optim = {'lr': (1e-3, 1e-2), 'warmup': 0}
   config.log.update(every=1, samples=0, evaluate=0)
   config.sample.steps = 2
   system = systems.build(config.to_dict())

@@ -285,10 +285,11 @@ def _same(ours, others):
 
 def test_schedule_weighs_the_plan(system):
   """Eq. 3 at s/S = 0, 1/2 and 1."""
-  weight = lambda step: float(system._token_weight(step, system.stages[1]))
+  plan, joint = system.stages
+  weight = lambda step: float(joint.weight('next_token', step))
   total = system.config.steps[1]
   assert [round(weight(s), 5) for s in (0, total / 2, total)] == [0.03047, 0.065, 0.09953]
-  assert system._token_weight(0, system.stages[0]) == 1.0
+  assert plan.weight('next_token', 0) == joint.weight('flow', 0) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -298,7 +299,8 @@ def test_schedule_weighs_the_plan(system):
 def test_the_plan_may_be_weighed_otherwise(schedule, weights):
   system = _system(vp_schedule=schedule)
   total = system.config.steps[1]
-  found = [float(system._token_weight(s, system.stages[1])) for s in (0, total / 2, total)]
+  joint = system.stages[1]
+  found = [float(joint.weight('next_token', s)) for s in (0, total / 2, total)]
   np.testing.assert_allclose(found, weights, rtol=1e-6)
 
 
