@@ -10,12 +10,14 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+import resource
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,8 @@ MANIFEST = 'prepared.json'
 FORMAT = 1  # of manifest and records
 # Each record is a chunk of its own, so that reading one reads no other. Pictures don't compress.
 _WRITER_OPTIONS = 'group_size:1,uncompressed'
-_OPEN = 256  # shards that a process keeps open; a process may open 1,024 files, as a rule
+_OPEN = 16_384  # shards that a process keeps open, if the system lets it
+_OTHERS = 512  # files that it opens besides
 _CURE = 'copy it again from where it was prepared, or prepare the folder again'
 
 
@@ -268,26 +271,48 @@ def _check_asked(folder: Path, manifest: Manifest, asked: Asked, keep: Filter) -
 
 
 class Writer(contextlib.AbstractContextManager):
-  """Writes a shard, record by record; its end is written where the block ends."""
+  """Writes a shard, record by record; its end is written where the block ends.
+
+  Attributes:
+    records: how many were written.
+  """
 
   def __init__(self, path: Path):
-    self._writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
     self.records = 0
+    self._path = str(path)
+    with self._saying():
+      self._writer = ArrayRecordWriter(self._path, _WRITER_OPTIONS)
 
   def write(self, record: Content) -> None:
-    """Adds a record."""
-    self._writer.write(msgpack.packb(dataclasses.asdict(record)))
+    """Adds a record.
+
+    Raises:
+      OSError: the file can't be written; so does the end of the block.
+    """
+    with self._saying():
+      self._writer.write(msgpack.packb(dataclasses.asdict(record)))
     self.records += 1
 
   def __exit__(self, *_: Any) -> None:
-    self._writer.close()
+    with self._saying():
+      self._writer.close()
+
+  @contextlib.contextmanager
+  def _saying(self) -> Iterator[None]:
+    """Says as Python does what array_record says in the words of its C++."""
+    try:
+      yield
+    except RuntimeError as error:
+      full = os.strerror(errno.ENOSPC) in str(error)
+      said = os.strerror(errno.ENOSPC) if full else _first_line(error)
+      raise OSError(errno.ENOSPC if full else errno.EIO, said, self._path) from error
 
 
 def _read(folder: str, shard: Shard, row: int) -> Content:
   """Record number `row` of a shard."""
   path = os.path.join(folder, shard.file)
   try:
-    content = _reader(os.getpid(), path, shard.records)[row]
+    content = _readers(os.getpid())(path, shard.records)[row]
     return Content(**_plain(msgpack.unpackb(content)))
   except Exception as error:  # array_record raises what its C++ says; a damaged map is of any kind.
     raise UserError(
@@ -318,11 +343,23 @@ class _Whole:
   skip: int = 0
 
 
-@functools.lru_cache(maxsize=_OPEN)
-def _reader(process: int, path: str, records: int) -> ArrayRecordDataSource:
-  """An open shard. Those that weren't read for the longest time are closed.
+@functools.cache
+def _readers(process: int) -> Callable[[str, int], ArrayRecordDataSource]:
+  """Opens shards, by path and records; those that weren't read for the longest time are closed.
 
-  Each process opens its own: a file's place, and threads, can't be shared with a child.
+  Each process opens its own: a child can't share threads and files of the process that made it.
   """
   del process
-  return ArrayRecordDataSource([_Whole(path, records, records)])
+  return functools.lru_cache(_most_open())(
+    lambda path, records: ArrayRecordDataSource([_Whole(path, records, records)])
+  )
+
+
+def _most_open() -> int:
+  """How many shards this process may hold open; asks the system for more than the usual 1,024."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  most = _OPEN + _OTHERS
+  most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+  if soft != resource.RLIM_INFINITY and soft < most:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+  return max(1, most - _OTHERS)

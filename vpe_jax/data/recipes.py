@@ -108,6 +108,6 @@ def _missing(name: str, where: Path, asked: Asked) -> str:
   )
   return (
     f'the data set {TITLES.get(name, name)} is missing: its pictures belong in {where}, with a '
-    f'captions.jsonl whose lines have {fields}, or from tars or parquet by python -m '
-    'vpe_jax.prepare; set data.root to where the folders are, or data.source to those that you have'
+    f'captions.jsonl whose lines have {fields}; set data.root to where the folders are, or '
+    'data.source to those that you have (python -m vpe_jax.prepare makes them of tars or parquet)'
   )
