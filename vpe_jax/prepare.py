@@ -2,7 +2,7 @@ r"""Pictures of any number into a few files that training reads: ArrayRecord.
 
   python -m vpe_jax.prepare --source=folder:PATH --to=DIR
   python -m vpe_jax.prepare --source='webdataset:blip3o/*.tar' --to=DIR --workers=64
-  python -m vpe_jax.prepare --source=parquet:text_atlas --caption=annotation --to=DIR
+  python -m vpe_jax.prepare --source=parquet:text_atlas --caption=COLUMN --to=DIR
   python -m vpe_jax.prepare --source=folder:edits --reference=reference --to=DIR
   python -m vpe_jax.prepare --source=tfds:cifar10/train --nocaptions --root=DATA_DIR --to=DIR
   python -m vpe_jax.prepare --verify --to=DIR
