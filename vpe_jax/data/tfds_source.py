@@ -133,7 +133,7 @@ def open_tfds(name: str, root: str, count: int, asked: Asked, fit: str) -> Tfds:
 
 def _find(root: Path, name: str) -> tuple[Path, str]:
   """The folder of a data set's version, and the split."""
-  parts = name.replace(':', '/').strip('/').split('/')
+  parts = re.sub(rf':(?={_VERSION.pattern})', '/', name).strip('/').split('/')
   if not parts[0] or '..' in parts:
     raise UserError(
       f'tfds:{name} names no data set: write tfds:NAME/SPLIT, as in tfds:cifar10/train'
