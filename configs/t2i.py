@@ -22,7 +22,7 @@ within the layers (64: 32 x 2). `pod` is the same model at 8 images a chip, on t
 that `chips=` states (256): its learning rate grows with the square root of the batch over the
 paper's 192, and its stages see as many images as the paper's. Both read BLIP3o's 32M captioned
 pictures and the 6.35M with text of TextAtlas5M and AnyWord-3M, the paper's "39M", as folders in
-data.root (vpe_jax.data.recipes).
+data.root (vpe_jax.data.recipes) that `python -m vpe_jax.prepare` writes.
 
 `tiny` (2.7M) goes beyond the paper in three ways: rows of words and codes start from the codecs,
 one caption in ten is left out in training, and the plan's logits are led away from those without a

@@ -26,10 +26,11 @@ ATTENTIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'cudnn')  # of
 STARTS = ('raw', 'ema', 'state')  # what a run takes from another, see Config.start_weights
 
 
-# Or FOLDER and a path, or FOLDERS and a recipe.
+# Or FOLDER and a path, FOLDERS and a recipe, or TFDS and a name.
 SOURCES = ('mixture', 'openmoji', 'scenes', 'words', 'edits', 'synthetic')
 FOLDER = 'folder:'
 FOLDERS = 'folders:'
+TFDS = 'tfds:'
 CLASSES = 'classes:'  # and their names: the tokenizer of a class-conditional model
 WORDS = ('caption', 'group')
 FITS = ('pad', 'crop')
@@ -88,9 +89,11 @@ class DataConfig:
 
   Attributes:
     source: `mixture` (OpenMoji and scenes), `openmoji`, `scenes`, `words` (pictures of words),
-      `edits` (of scenes and of OpenMoji), `synthetic`, `folder:PATH`, or `folders:NAME*3,NAME`:
-      several of them, each with the times that it counts (vpe_jax.data.recipes).
-    root: where the folders of `folders:` are.
+      `edits` (of scenes and of OpenMoji), `synthetic`; or a user's own: `folder:PATH`, of single
+      files or as `python -m vpe_jax.prepare` writes it; `folders:NAME*3,NAME`, several of them,
+      each with the times that it counts (vpe_jax.data.recipes); `tfds:NAME/SPLIT`, as TensorFlow
+      Datasets writes ArrayRecord (vpe_jax.data.tfds_source).
+    root: where the folders of `folders:` are, and the data sets of `tfds:`.
     scenes_share: share of scenes in the mixture, and in the edits.
     examples: number of records to draw (0: all of a finite source).
     image_size: side of the square image in pixels.
@@ -136,10 +139,12 @@ class DataConfig:
     check(self, 'data.', 'scenes_share', share, 'between 0 and 1')
     listed = ', '.join(ENCODES)
     check(self, 'data.', 'encode', self.encode in ENCODES, f'one of {listed}')
-    if self.source not in SOURCES and not self.in_folders:
-      hint = nearest(self.source, (*SOURCES, f'{FOLDER}PATH', f'{FOLDERS}NAME*3,NAME'))
+    if self.source not in SOURCES and not self.is_stored:
+      own = (f'{FOLDER}PATH', f'{FOLDERS}NAME*3,NAME', f'{TFDS}NAME/SPLIT')
+      hint = nearest(self.source, (*SOURCES, *own))
       raise UserError(f"unknown config.data.source '{self.source}'{hint}")
     check(self, 'data.', 'source', self.source != FOLDER, f'{FOLDER} and the path of a folder')
+    check(self, 'data.', 'source', self.source != TFDS, f'{TFDS} and the name of a data set')
     if self.source.startswith(FOLDERS):
       entries = self.source.removeprefix(FOLDERS).split(',')
       names = [entry.partition('*')[0].strip() for entry in entries]
@@ -158,6 +163,11 @@ class DataConfig:
   def in_folders(self) -> bool:
     """Whether the records are a user's own, in one folder or several."""
     return self.source.startswith((FOLDER, FOLDERS))
+
+  @property
+  def is_stored(self) -> bool:
+    """Whether the records are a user's own, in any form."""
+    return self.in_folders or self.source.startswith(TFDS)
 
 
 @dataclasses.dataclass(frozen=True)

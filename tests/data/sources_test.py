@@ -48,6 +48,9 @@ def test_mixture_ends():
   [
     ({'source': 'scene'}, 'train', "did you mean 'scenes'"),
     ({'source': 'folder:'}, 'train', 'the path of a folder'),
+    ({'source': 'tfds:'}, 'train', 'the name of a data set'),
+    ({'source': 'tfds:x'}, 'concept', 'no held-out split'),
+    ({'source': 'folder:gs://x'}, 'train', 'gs://x is on an object store.*gcsfuse'),
     ({'source': ''}, 'train', "unknown config.data.source ''; known:"),
     ({'examples': -1}, 'train', 'must be at least 0'),
     ({'scenes_share': 1.5}, 'train', 'between 0 and 1'),

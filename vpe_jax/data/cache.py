@@ -14,7 +14,6 @@ import json
 import math
 import shutil
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vpe_jax.contracts import UserError
-from vpe_jax.data.storage import cache_dir
+from vpe_jax.data.storage import cache_dir, checksum
 
 SHARD = 4096  # records in one shard
 _MANIFEST = 'manifest.json'
@@ -103,11 +102,11 @@ def open_cache(fingerprint: str) -> EncodedCache | None:
   manifest = _manifest(folder)
   if manifest['fingerprint'] != fingerprint:
     raise DamagedCacheError(f'cache {folder} was made for another fingerprint; build it again')
-  for name, checksum in manifest['checksums'].items():
+  for name, expected in manifest['checksums'].items():
     path = folder / name
     if not path.exists():
       raise DamagedCacheError(f'cache file {path} is missing; build the cache again')
-    if _checksum(path) != checksum:
+    if checksum(path) != expected:
       raise DamagedCacheError(f'cache file {path} is damaged; build the cache again')
   return _opened(folder, manifest)
 
@@ -204,7 +203,7 @@ def _write_shards(
       path = folder / _shard_name(kind, count // shard)
       with _writing(folder.parent):
         np.save(path, array[:rows])
-      checksums[path.name] = _checksum(path)
+      checksums[path.name] = checksum(path)
     waiting = [tuple(array[rows:] for array in joined)]
     held, count = held - rows, count + rows
 
@@ -238,14 +237,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 def _shard_name(kind: str, number: int) -> str:
   return f'{kind}-{number:05d}.npy'
-
-
-def _checksum(path: Path) -> int:
-  value = 0
-  with path.open('rb') as file:
-    while block := file.read(1 << 22):
-      value = zlib.crc32(block, value)
-  return value
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,11 +13,12 @@ import dataclasses
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data.transforms import read_size
 
+FIELDS = ('language', 'texts')  # that filters look at
 ENGLISH = 'en'
 
 
@@ -40,13 +41,15 @@ class Filter:
   size: int = 0
   fit: str = 'pad'
 
-  def passes(self, values: Mapping[str, Any], caption: str, image: Path, where: str) -> bool:
+  def passes(
+    self, values: Mapping[str, Any], caption: str, image: Path | BinaryIO, where: str
+  ) -> bool:
     """Whether a record is kept.
 
     Args:
       values: its fields.
       caption: what it says of the picture.
-      image: the picture's file.
+      image: the picture's file, by its path or open.
       where: what an error calls the record.
 
     Raises:
@@ -70,7 +73,7 @@ class Filter:
     written = [text for text, _ in _texts(values, where)] if 'texts' in values else []
     return all(map(_is_latin, ''.join([caption, *written])))
 
-  def _is_legible(self, values: Mapping[str, Any], image: Path, where: str) -> bool:
+  def _is_legible(self, values: Mapping[str, Any], image: Path | BinaryIO, where: str) -> bool:
     if not self.least_text_height:
       return True
     if 'texts' not in values:
@@ -81,7 +84,9 @@ class Filter:
     heights = [bottom - top for _, (_, top, _, bottom) in _texts(values, where)]
     if not heights:
       return True
-    side = (max if self.fit == 'pad' else min)(read_size(image))
+    side = (max if self.fit == 'pad' else min)(
+      read_size(image, '' if isinstance(image, Path) else where)
+    )
     return min(heights) * self.size / side >= self.least_text_height
 
 

@@ -1,7 +1,8 @@
 """Several folders of pictures as one source, some of them more than once: `folders:a*3,b`.
 
 How the paper mixes its data sets (its section 4 and appendix): each is a folder in `data.root`, as
-vpe_jax.data.folder reads it, and one that is up-sampled counts several times.
+vpe_jax.data.folder or vpe_jax.data.prepared reads it, and one that is up-sampled counts several
+times.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 from vpe_jax.config import FOLDERS
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import Filter
-from vpe_jax.data.folder import Asked, Folder, open_folder
-from vpe_jax.data.records import Record
+from vpe_jax.data.folder import Asked
+from vpe_jax.data.prepared import open_pictures
+from vpe_jax.data.records import Record, Stored
+from vpe_jax.data.storage import local
 
 # The folders that configs name -> the data set that belongs there.
 TITLES = {
@@ -40,7 +44,7 @@ class Recipe:
   """
 
   names: tuple[str, ...]
-  folders: tuple[Folder, ...]
+  folders: tuple[Stored, ...]
   times: tuple[int, ...]
 
   @property
@@ -61,6 +65,12 @@ class Recipe:
     record = folder[(index - (ends[place - 1] if place else 0)) % len(folder)]
     return dataclasses.replace(record, id=f'{self.names[place]}/{record.id}')
 
+  def stamps(self) -> Iterator[str]:
+    """Those of every folder, as often as it counts."""
+    for folder, times in zip(self.folders, self.times, strict=True):
+      for _ in range(times):
+        yield from folder.stamps()
+
 
 def parse(source: str) -> dict[str, int]:
   """Names of folders -> how often each counts, of a `data.source` that config.py has checked."""
@@ -78,13 +88,14 @@ def open_recipe(source: str, root: str, asked: Asked, keep: Filter) -> Recipe:
     keep: which records are kept.
 
   Raises:
-    UserError: a folder is missing, or see open_folder.
+    UserError: a folder is missing, or see open_pictures.
   """
   entries = parse(source)
-  for name in entries:
-    if not (Path(root) / name).expanduser().is_dir():
-      raise UserError(_missing(name, Path(root) / name, asked))
-  folders = [open_folder(str(Path(root) / name), 0, asked, keep) for name in entries]
+  paths = {name: local(root) / name for name in entries}
+  for name, path in paths.items():
+    if not path.is_dir():
+      raise UserError(_missing(name, path, asked))
+  folders = [open_pictures(str(path), 0, asked, keep) for path in paths.values()]
   return Recipe(tuple(entries), tuple(folders), tuple(entries.values()))
 
 
@@ -98,5 +109,5 @@ def _missing(name: str, where: Path, asked: Asked) -> str:
   return (
     f'the data set {TITLES.get(name, name)} is missing: its pictures belong in {where}, with a '
     f'captions.jsonl whose lines have {fields}; set data.root to where the folders are, or '
-    'data.source to those that you have'
+    'data.source to those that you have (python -m vpe_jax.prepare makes them of tars or parquet)'
   )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Iterator
 from typing import Literal, Protocol
 
 import numpy as np
@@ -179,6 +180,14 @@ class Source(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Record: ...
+
+
+class Stored(Source, Protocol):
+  """A source whose pictures are a user's own, in files that may change from run to run."""
+
+  def stamps(self) -> Iterator[str]:
+    """What changes where the files do; read without opening a picture."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)

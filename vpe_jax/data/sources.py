@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from vpe_jax.config import FOLDER, FOLDERS, DataConfig
+from vpe_jax.config import FOLDER, FOLDERS, TFDS, DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data.edits import Edits
 from vpe_jax.data.emoji_edits import EmojiEdits
 from vpe_jax.data.filters import Filter
-from vpe_jax.data.folder import Asked, open_folder
+from vpe_jax.data.folder import Asked
 from vpe_jax.data.openmoji import OpenMoji
+from vpe_jax.data.prepared import open_pictures
 from vpe_jax.data.recipes import open_recipe
 from vpe_jax.data.records import Record, Source, Split
 from vpe_jax.data.scenes import Scenes
 from vpe_jax.data.synthetic import Synthetic
+from vpe_jax.data.tfds_source import open_tfds
 from vpe_jax.data.words import Words
 
 ENDLESS = 65_536  # records of a source without an end of its own, if the config says 0
@@ -73,7 +75,7 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
     return Words(count or ENDLESS, split, seed)
   if config.source == 'openmoji':
     return OpenMoji(count, split, seed)
-  if split != 'train' and (config.source == 'synthetic' or config.in_folders):
+  if split != 'train' and (config.source == 'synthetic' or config.is_stored):
     raise UserError(
       f'config.data.source={config.source} has no held-out split; mixture, scenes, words, edits '
       'and openmoji do'
@@ -81,8 +83,10 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
   if config.source == 'synthetic':
     return Synthetic(count or ENDLESS, config.references)
   asked = Asked(config.words == 'caption', config.references)
+  if config.source.startswith(TFDS):
+    return open_tfds(config.source.removeprefix(TFDS), config.root, count, asked, config.fit)
   if not config.source.startswith(FOLDERS):
-    return open_folder(config.source.removeprefix(FOLDER), count, asked, keep)
+    return open_pictures(config.source.removeprefix(FOLDER), count, asked, keep)
   if count:
     raise UserError(
       f'data.examples={count} keeps the first pictures of one folder, and config.data.source names '

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -103,6 +104,43 @@ def read_text(path: AnyPath, name: str = '') -> str:
     return Path(path).read_text(encoding='utf-8-sig')
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f'cannot read {name or path} ({error}): save it as text in UTF-8') from error
+
+
+def read_lines(path: AnyPath) -> Iterator[str]:
+  """The lines of a text in UTF-8 one by one, as `read_text` reads it, without their newlines.
+
+  Raises:
+    UserError: it can't be read.
+  """
+  try:
+    with open(path, encoding='utf-8-sig') as file:
+      for line in file:
+        yield line.removesuffix('\n')
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f'cannot read {path} ({error}): save it as text in UTF-8') from error
+
+
+def local(path: AnyPath) -> Path:
+  """A path whose files are opened in place, with `~` for the home folder.
+
+  Raises:
+    UserError: it is on an object store.
+  """
+  if is_remote(path):
+    raise UserError(
+      f'{path} is on an object store, and pictures are read from local files: mount it (gcsfuse) '
+      'or copy it, and name the local folder'
+    )
+  return Path(path).expanduser()
+
+
+def checksum(path: AnyPath) -> int:
+  """CRC-32 of a local file."""
+  value = 0
+  with open(path, 'rb') as file:
+    while block := file.read(1 << 22):
+      value = zlib.crc32(block, value)
+  return value
 
 
 def write_atomic(path: os.PathLike[str], content: bytes) -> None:

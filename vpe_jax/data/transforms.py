@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -12,41 +13,47 @@ from vpe_jax.contracts import UserError
 _BICUBIC = Image.Resampling.BICUBIC
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(file: str | Path | BinaryIO, name: str = '') -> np.ndarray:
   """Reads a picture as uint8 [height, width, 3], upright, transparency shown as white.
 
   Grey levels of 16 bits, or as fractions, are scaled to 8 bits.
 
+  Args:
+    file: path of the picture, or an open file.
+    name: what an error calls it, if not by its path.
+
   Raises:
     UserError: there is no such file or it can't be read as a picture.
   """
   try:
-    with Image.open(path) as image:
+    with Image.open(file) as image:
       upright = ImageOps.exif_transpose(_eight_bit(image)).convert('RGBA')
   except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-    raise _unreadable(path, error) from error
+    raise _unreadable(name or file, error) from error
   ground = Image.new('RGBA', upright.size, 'white')
   return np.array(Image.alpha_composite(ground, upright).convert('RGB'))
 
 
-def read_size(path: str | Path) -> tuple[int, int]:
+def read_size(file: str | Path | BinaryIO, name: str = '') -> tuple[int, int]:
   """Width and height in pixels of a picture as it is seen, upright; reads no more than its head.
+
+  Arguments as `read_image`.
 
   Raises:
     UserError: there is no such file or it can't be read as a picture.
   """
   try:
-    with Image.open(path) as image:
+    with Image.open(file) as image:
       turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
       width, height = image.size
   except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
-    raise _unreadable(path, error) from error
+    raise _unreadable(name or file, error) from error
   return (height, width) if turned else (width, height)
 
 
-def _unreadable(path: str | Path, error: Exception) -> UserError:
+def _unreadable(name: object, error: Exception) -> UserError:
   return UserError(
-    f'unreadable image {path} ({error}); replace the file or take it out of the data'
+    f'unreadable image {name} ({error}); replace the file or take it out of the data'
   )
 
 

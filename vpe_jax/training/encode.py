@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,6 @@ from vpe_jax.config import Config, DataConfig
 from vpe_jax.contracts import Examples, System, UserError
 from vpe_jax.data import cache
 from vpe_jax.data.cache import Encoded
-from vpe_jax.data.folder import File
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.records import Picture, Record
 from vpe_jax.data.synthetic import SyntheticCodes
@@ -78,17 +76,14 @@ def fingerprint(config: DataConfig, seed: int, frozen: Frozen, pictures: Pipelin
 
 
 def _content(config: DataConfig, pictures: Pipeline) -> str:
-  """A hash of some pictures of the source, and of every file's size and date."""
+  """A hash of some pictures of the source, and of what tells its files from changed ones."""
   digest = hashlib.blake2b(digest_size=16)
   for index in np.linspace(0, len(pictures) - 1, PROBES).astype(int):
     for picture in _pictures(pictures.record(int(index))):
       digest.update(picture.draw(config.image_size).tobytes())
-  if config.in_folders:
-    for index in range(len(pictures)):
-      for picture in _pictures(pictures.record(index)):
-        if isinstance(picture, File):
-          found = os.stat(picture.path)
-          digest.update(f'{picture.path} {found.st_size} {found.st_mtime_ns}'.encode())
+  if config.is_stored:
+    for stamp in pictures.source.stamps():
+      digest.update(stamp.encode())
   return digest.hexdigest()
 
 

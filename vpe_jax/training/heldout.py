@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 
 from vpe_jax import sharding
-from vpe_jax.config import FOLDER, FOLDERS, Config
+from vpe_jax.config import FOLDER, FOLDERS, TFDS, Config
 from vpe_jax.contracts import Array, Examples, Stage, System
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.training.frozen import Frozen
@@ -22,7 +22,7 @@ BATCHES = 4  # the same ones each time
 
 def has_split(source: str) -> bool:
   """Whether a data source keeps anything out of training."""
-  return source != 'synthetic' and not source.startswith((FOLDER, FOLDERS))
+  return source != 'synthetic' and not source.startswith((FOLDER, FOLDERS, TFDS))
 
 
 def with_all_losses(stages: Sequence[Stage], index: int) -> Stage:
