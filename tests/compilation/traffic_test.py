@@ -153,3 +153,96 @@ def test_hbm_bytes_leave_out_fast_memory_and_untouched_rows():
   whole, row, index = 3200, 32, 4
   expected = whole + (row + index + row) + (2 * row + row + index)
   assert traffic.work_of(hlo.parse(MEMORY), [0]).hbm_bytes == expected
+
+
+# One gather of 64 rows, begun before a loop and carried on in every turn, beside other work.
+CARRIED = """HloModule m
+
+%begun (p: f32[8,16], w: f32[64,16], s: s32[2]) -> (f32[8,16], f32[64,16], s32[2]) {
+  %p = f32[8,16]{1,0} parameter(0)
+  %w = f32[64,16]{1,0} parameter(1)
+  %s = s32[2]{0:S(4)} parameter(2)
+  %all-gather.1 = f32[64,16]{1,0} all-gather(%p), channel_id=3, replica_groups=[1,8]<=[8], \
+dimensions={0}
+  ROOT %t = (f32[8,16]{1,0}, f32[64,16]{1,0}, s32[2]{0:S(4)}) tuple(%p, %all-gather.1, %s)
+}
+
+%carried (q: f32[8,16], v: f32[64,16], x: f32[4,4]) -> (f32[4,4], f32[8,16], f32[64,16]) {
+  %q = f32[8,16]{1,0} parameter(0)
+  %v = f32[64,16]{1,0} parameter(1)
+  %x = f32[4,4]{1,0} parameter(2)
+  %work = f32[4,4]{1,0} negate(%x)
+  %all-gather.2 = f32[64,16]{1,0} all-gather(%q), channel_id=3, replica_groups=[1,8]<=[8], \
+dimensions={0}
+  ROOT %u = (f32[4,4]{1,0}, f32[8,16]{1,0}, f32[64,16]{1,0}) tuple(%work, %q, %all-gather.2)
+}
+
+%condition (c: (s32[], f32[4,4], f32[8,16], f32[64,16])) -> pred[] {
+  %c = (s32[], f32[4,4]{1,0}, f32[8,16]{1,0}, f32[64,16]{1,0}) parameter(0)
+  %turn = s32[] get-tuple-element(%c), index=0
+  %turns = s32[] constant(5)
+  ROOT %less = pred[] compare(%turn, %turns), direction=LT
+}
+
+%body (b: (s32[], f32[4,4], f32[8,16], f32[64,16])) -> (s32[], f32[4,4], f32[8,16], f32[64,16]) {
+  %b = (s32[], f32[4,4]{1,0}, f32[8,16]{1,0}, f32[64,16]{1,0}) parameter(0)
+  %i = s32[]{:S(2)} get-tuple-element(%b), index=0
+  %y = f32[4,4]{1,0} get-tuple-element(%b), index=1
+  %part = f32[8,16]{1,0} get-tuple-element(%b), index=2
+  %whole = f32[64,16]{1,0} get-tuple-element(%b), index=3
+  %fusion.2 = (f32[4,4]{1,0}, f32[8,16]{1,0}, f32[64,16]{1,0}) fusion(%part, %whole, %y), \
+kind=kOutput, calls=%carried
+  %y.2 = f32[4,4]{1,0} get-tuple-element(%fusion.2), index=0
+  %one = s32[]{:S(2)} constant(1)
+  %next = s32[]{:S(2)} add(%i, %one)
+  ROOT %r = (s32[], f32[4,4]{1,0}, f32[8,16]{1,0}, f32[64,16]{1,0}) \
+tuple(%next, %y.2, %part, %whole)
+}
+
+ENTRY %main (a: f32[8,16], d: f32[64,16], e: s32[2], f: f32[4,4]) -> f32[4,4] {
+  %a = f32[8,16]{1,0} parameter(0)
+  %d = f32[64,16]{1,0} parameter(1)
+  %e = s32[2]{0:S(4)} parameter(2)
+  %f = f32[4,4]{1,0} parameter(3)
+  %fusion.1 = (f32[8,16]{1,0}, f32[64,16]{1,0}, s32[2]{0:S(4)}) fusion(%a, %d, %e), \
+kind=kCustom, calls=%begun
+  %part.1 = f32[8,16]{1,0} get-tuple-element(%fusion.1), index=0
+  %whole.1 = f32[64,16]{1,0} get-tuple-element(%fusion.1), index=1
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[4,4]{1,0}, f32[8,16]{1,0}, f32[64,16]{1,0}) \
+tuple(%zero, %f, %part.1, %whole.1)
+  %loop = (s32[], f32[4,4]{1,0}, f32[8,16]{1,0}, f32[64,16]{1,0}) while(%start), \
+condition=%condition, body=%body
+  ROOT %out = f32[4,4]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_collective_that_a_loop_carries_on_counts_once():
+  work = traffic.work_of(hlo.parse(CARRIED), [0] * 8)
+  part, whole, square = 8 * 16 * 4, 64 * 16 * 4, 4 * 4 * 4
+  assert work.collective_bytes() == {'all-gather': whole * 7 / 8}
+  assert work.hbm_bytes == (part + whole) + 5 * 2 * square
+  assert sum(count for _, count in work.movers) == work.hbm_bytes
+
+
+BITCAST = """HloModule m
+
+%sliced (a: f32[100,8], i: s32[]) -> f32[1,8] {
+  %a = f32[100,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %same = f32[100,8]{1,0} bitcast(%a)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,8]{1,0} dynamic-slice(%same, %i, %zero), dynamic_slice_sizes={1,8}
+}
+
+ENTRY %main (x: f32[100,8], at: s32[]) -> f32[1,8] {
+  %x = f32[100,8]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  ROOT %one = f32[1,8]{1,0} fusion(%x, %at), kind=kLoop, calls=%sliced
+}
+"""
+
+
+def test_a_slice_of_another_name_for_an_array_is_a_slice_of_it():
+  assert traffic.work_of(hlo.parse(BITCAST), [0]).hbm_bytes == 32 + 4 + 32

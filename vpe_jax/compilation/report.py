@@ -115,6 +115,7 @@ class Report:
       'hlo_flops_per_step': work and work.flops * chips + self.kernel_flops,
       'kernel_flops_per_step': self.kernel_flops,
       'hbm_traffic_bytes': work and work.hbm_bytes,
+      'hbm_movers': work and [{'where': where, 'bytes': n} for where, n in work.movers],
       'collective_bytes': work and work.collective_bytes(),
       'dcn_bytes': work and sum(one.dcn_bytes for one in work.collectives),
       'bound_s': bound and bound.seconds,
@@ -195,6 +196,9 @@ class Report:
     if bound is None:
       return [*lines, 'bound: none, as no figures of this chip are known']
     each = ', '.join(f'{name} {_seconds(s)}' for name, s in bound.seconds.items() if s)
+    if bound.by == 'hbm':
+      lines.append('most of it:')
+      lines += [f'  {_gb(count):>10}  {where}' for where, count in work.movers]
     return [
       *lines,
       f'bound: a step takes at least {_seconds(bound.step_time)} (by {bound.by}), '

@@ -13,8 +13,9 @@ reads by slices, or writes into a larger array in place, counts by the slice.
 Collectives: bytes that one chip receives, with n chips in a group and S the bytes of the whole
 array (an all-gather's result, any other's operand): all-gather, reduce-scatter and all-to-all
 S (n-1)/n, all-reduce 2 S (n-1)/n (a reduce-scatter and an all-gather), collective-permute S. A
-collective that the compiler has cut over several fusions to overlap it keeps its channel id in all
-of them: each channel counts once.
+collective that the compiler has cut over several fusions to overlap it with their work keeps its
+channel id in all of them. It counts once, as often as the one that runs least (a loop may carry it
+on in every turn), and so do the arrays that it hands from one to the next.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from vpe_jax.compilation.hlo import Instruction, Program, Shape
 from vpe_jax.ops.flops import window_positions
@@ -120,6 +121,7 @@ def work_of(program: Program, slice_of: Sequence[int]) -> Work:
   flops = kernels = 0.0
   channels: dict[str, Collective] = {}
   moved: Counter[str] = Counter()
+  overlapped: dict[str, tuple[str, float]] = {}
   for name, times, fused in program.runs():
     scope = program.computations[name]
     for one in scope.values():
@@ -133,10 +135,17 @@ def work_of(program: Program, slice_of: Sequence[int]) -> Work:
       if found is not None:
         channel = f'{found.kind} {_field(one, "channel_id") or f"{name}/{one.name}"}'
         before = channels.get(channel)
-        if before is None or before.bytes < found.bytes:
+        if before is None or found.times < before.times:
           channels[channel] = found
+          if fused:
+            # Of a reduce-scatter the fusion's own result is the part that is written.
+            result = _in_hbm(one.shapes) if found.kind == one.opcode else 0.0
+            count = times * (sum(_read(one, scope)) + result)
+            overlapped[channel] = (one.op_name or one.name, count)
       if not fused:
         moved[one.op_name or one.name] += times * _hbm_bytes(program, one, scope)
+  for where, count in overlapped.values():
+    moved[where] += count
   unknown = tuple(program.unknown_loops())
   movers = tuple(moved.most_common(MOVERS))
   return Work(flops, sum(moved.values()), tuple(channels.values()), kernels, unknown, movers)
@@ -251,11 +260,9 @@ def _hbm_bytes(program: Program, one: Instruction, scope: dict[str, Instruction]
     return 0.0
   if one.opcode == 'custom-call' and 'AllocateBuffer' in one.attributes:
     return 0.0
-  in_hbm = lambda shapes: sum(shape.bytes for shape in shapes if not shape.on_chip)
   if one.opcode == 'copy-start':  # the result is (destination, source, context)
-    return in_hbm(one.shapes[:2])
-  read = [in_hbm(scope[name].shapes) if name in scope else 0.0 for name in one.operands]
-  written = in_hbm(one.shapes)
+    return _in_hbm(one.shapes[:2])
+  read, written = _read(one, scope), _in_hbm(one.shapes)
   if one.opcode.endswith('-start'):
     written = max(0.0, written - sum(read))
   if one.opcode in _SLICES:
@@ -267,20 +274,38 @@ def _hbm_bytes(program: Program, one: Instruction, scope: dict[str, Instruction]
   return sum(read) + written
 
 
+def _in_hbm(shapes: Iterable[Shape]) -> float:
+  return sum(shape.bytes for shape in shapes if not shape.on_chip)
+
+
+def _read(one: Instruction, scope: dict[str, Instruction]) -> list[float]:
+  """Bytes of each operand that lie in HBM."""
+  return [_in_hbm(scope[name].shapes) if name in scope else 0.0 for name in one.operands]
+
+
 def _fusion_bytes(inside: dict[str, Instruction], read: list[float], written: float) -> float:
-  """What a fusion moves, of operands that hold `read` bytes each and results of `written` bytes."""
+  """What a fusion moves, of operands that hold `read` bytes each and results of `written` bytes.
+
+  A collective that is carried on beside its work is left out, with what is handed on for it.
+  """
   users: dict[str, list[Instruction]] = {}
   for one in inside.values():
-    for name in one.operands:
-      users.setdefault(name, []).append(one)
-  total = written
+    if not (one.is_root and one.opcode == 'tuple') and one.opcode not in KINDS:
+      for name in one.operands:
+        users.setdefault(name, []).append(one)
+  root = next((one for one in inside.values() if one.is_root), None)
+  results = [root] if root else []
+  if root and root.opcode == 'tuple':
+    results = [inside[name] for name in root.operands if name in inside]
+  handed_on = (one for one in results if one.opcode in ('parameter', *KINDS))
+  total = written - sum(_in_hbm(one.shapes) for one in handed_on)
   for one in inside.values():
     if one.opcode != 'parameter':
       continue
     whole = read[int(one.argument)] if int(one.argument) < len(read) else 0.0
     uses = _uses(one.name, users)
     updated = [user for user, name in uses if _updates(user, name)]
-    if whole and uses and all(user.opcode in _SLICES for user, _ in uses):
+    if all(user.opcode in _SLICES for user, _ in uses):
       whole = min(whole, sum(user.bytes for user, _ in uses))
     elif whole and updated:
       # Written in place: neither read nor written but where the update goes.
