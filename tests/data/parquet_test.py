@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 import sys
 
 import pyarrow
@@ -98,15 +99,16 @@ def test_a_damaged_row_group_costs_its_rows(tmp_path):
   assert 'row group 0 of ' in found[0].reason
 
 
-def test_files_are_prepared_in_order_and_processes_read_them(tmp_path):
+def test_files_are_prepared_in_order(tmp_path):
   (tmp_path / 'deep').mkdir()
   for name in ('b', 'a', 'deep/a'):
     _write(tmp_path / f'{name}.parquet', 5, rows=2)
   settings = Settings(f'parquet:{tmp_path}', shard_records=4)
-  made = prepare(settings, str(tmp_path / 'to'), workers=2)
+  made = prepare(settings, str(tmp_path / 'to'))
   assert made.count == 15 and [shard.records for shard in made.shards] == [4, 4, 4, 3]
   source = parquet.open_parquet(str(tmp_path), Asked())
   assert list(source.names.values()) == ['a', 'b', 'deep/a']
+  assert pickle.loads(pickle.dumps(source)) == source  # It travels to reader processes.
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,7 @@ def test_pictures_that_were_added_since_are_in_it(tmp_path):
   assert not (tmp_path / 'to' / 'skipped.jsonl').exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_no_loss(tmp_path):
   """The command and its processes are killed between shards, then called again."""
   _folder(tmp_path / 'in', 300)

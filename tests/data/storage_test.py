@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import zlib
 
 import pytest
 from etils import epath
@@ -86,3 +87,27 @@ def test_stable_hash_never_changes():
   # Held-out splits hang on these numbers: another value would move the splits.
   assert storage.stable_hash('colour', 'circle', 'red') == 6062675304412801978
   assert storage.stable_hash('a', 'b') != storage.stable_hash('ab')
+
+
+def test_lines_are_those_of_the_text_and_come_one_by_one(tmp_path):
+  path = tmp_path / 'x.txt'
+  path.write_bytes('\ufeffone\r\ntwo \u2028 and\x0c\n\nfour\rfive'.encode())
+  assert list(storage.read_lines(path)) == storage.read_text(path).split('\n')
+  path.write_bytes(b'one\n' * 100_000 + b'\xff')
+  lines = storage.read_lines(path)
+  assert next(lines) == 'one'
+  with pytest.raises(UserError, match='cannot read .*x.txt'):
+    list(lines)
+
+
+def test_files_that_are_opened_in_place_are_local(monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert storage.local('~/x') == tmp_path / 'x'
+  with pytest.raises(UserError, match='gs://b/x is on an object store.*gcsfuse'):
+    storage.local('gs://b/x')
+
+
+def test_a_checksum_is_crc32_of_all_blocks(tmp_path):
+  content = bytes(range(256)) * 20_000
+  (tmp_path / 'x').write_bytes(content)
+  assert storage.checksum(tmp_path / 'x') == zlib.crc32(content)

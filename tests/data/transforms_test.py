@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -86,3 +88,16 @@ def test_truncated_image_is_named(tmp_path):
   path.write_bytes(path.read_bytes()[:3000])
   with pytest.raises(UserError, match='unreadable image .*cut.png'):
     transforms.read_image(path)
+
+
+def test_a_picture_is_read_from_an_open_file_too(tmp_path):
+  path = tmp_path / 'fox.jpg'
+  noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+  Image.fromarray(noise).save(path)
+  content = path.read_bytes()
+  found = transforms.read_image(io.BytesIO(content), 'the fox')
+  np.testing.assert_array_equal(found, transforms.read_image(path))
+  assert transforms.read_size(io.BytesIO(content), 'the fox') == (30, 20)
+  for read in (transforms.read_image, transforms.read_size):
+    with pytest.raises(UserError, match='unreadable image the fox'):
+      read(io.BytesIO(b'none'), 'the fox')

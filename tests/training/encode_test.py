@@ -1,6 +1,8 @@
 """Tests of codes and latents made before training."""
 
 import dataclasses
+import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from PIL import Image
 from vpe_jax import sharding
 from vpe_jax.contracts import UserError
 from vpe_jax.data import cache
+from vpe_jax.data.preparing import Settings, prepare
 from vpe_jax.training import encode
 from vpe_jax.training import frozen as frozen_lib
 
@@ -108,6 +111,29 @@ def test_a_changed_picture_in_a_folder_changes_the_fingerprint(tmp_path, drawing
   before = found()
   assert found() == before
   Image.new('RGB', (8, 8), (99,) * 3).save(tmp_path / 'b.png')
+  assert found() != before
+
+
+def test_a_prepared_folder_is_known_by_its_manifest(tmp_path, drawing_system):
+  """Its files' dates say nothing: a copy of it is the same data."""
+  (tmp_path / 'in').mkdir()
+  for name, value in (('a', 10), ('b', 20)):
+    Image.new('RGB', (8, 8), (value,) * 3).save(tmp_path / 'in' / f'{name}.png')
+    (tmp_path / 'in' / f'{name}.txt').write_text('a red fox')
+  prepare(Settings(f'folder:{tmp_path}/in'), str(tmp_path / 'to'))
+  config = drawing_system(data={'source': f'folder:{tmp_path}/to', 'examples': 0}).config.data
+  frozen = frozen_lib.Frozen({}, {}, None)
+
+  def found():
+    return encode.fingerprint(config, 0, frozen, encode.Pipeline(config, 0))
+
+  before = found()
+  (shard,) = (tmp_path / 'to').glob('*.array_record')
+  os.utime(shard, (1, 1))
+  assert found() == before
+  manifest = json.loads((tmp_path / 'to' / 'prepared.json').read_text())
+  manifest['shards'][0]['crc32'] ^= 1
+  (tmp_path / 'to' / 'prepared.json').write_text(json.dumps(manifest))
   assert found() != before
 
 

@@ -48,7 +48,7 @@ KINDS = (FOLDER, WEBDATASET, PARQUET, TFDS)
 SHARD_RECORDS = 8192  # pictures of some 512 pixels and 50 kB: 400 MB
 _WORK = 'preparing'  # folder of settings, notes and files that aren't whole
 _SETTINGS = 'settings.json'
-_AHEAD = 2  # shards that wait for each process
+_AHEAD = 2  # shards that wait for a process
 _LONGEST = 100_000  # letters of a caption; a longer one is a mistake, and slow to read each time
 
 
