@@ -40,7 +40,7 @@ def test_a_folder_is_prepared_verified_and_trained_on(pictures, tmp_path):
   done = _run(*command)
   assert done.returncode == 0, done.stderr
   said = done.stdout.splitlines()
-  assert said[0].startswith(f'{to}: 14 pictures in 2 files, 0.0')
+  assert said[0].startswith(f'{to}: 14 pictures in 2 files, ') and said[0].endswith(' MB')
   assert said[1] == '5 were left out by --language and --least_text_height'
   assert said[2] == f'1 could not be used: see {to}/skipped.jsonl'
   assert 'preparing: 100%' in done.stderr or '20picture' in done.stderr

@@ -61,8 +61,8 @@ def main() -> None:
   source = f'{FLAGS.source}/{FLAGS.split}' if FLAGS.split else FLAGS.source
   settings = Settings(source, **{name: FLAGS[name].value for name in names})
   found = prepare(settings, FLAGS.to, FLAGS.workers, FLAGS.most_skipped)
-  size = sum(shard.bytes for shard in found.shards) / 1e9
-  print(f'{FLAGS.to}: {found.count:,} pictures in {len(found.shards)} files, {size:.2f} GB')
+  size = sum(shard.bytes for shard in found.shards) / 1e6
+  print(f'{FLAGS.to}: {found.count:,} pictures in {len(found.shards)} files, {size:,.1f} MB')
   if found.left_out:
     print(f'{found.left_out:,} were left out by --language and --least_text_height')
   if found.skipped:

@@ -43,7 +43,7 @@ class _Animals(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     if str(self.version) == '1.2.0':
       kind = {'label': tfds.features.ClassLabel(names=NAMES), 'id': tfds.features.Text()}
     features = tfds.features.FeaturesDict({'image': tfds.features.Image(), **kind})
-    return self.dataset_info_from_configs(features=features)
+    return tfds.core.DatasetInfo(builder=self, features=features)
 
   def _split_generators(self, dl_manager):
     del dl_manager
