@@ -28,7 +28,8 @@ sets with its up-sampling, 5.45M in all: NHR-Edit x 3 (2.16M), UnicEdit (2.03M),
 x 5 (0.23M) and Pico-Banana x 4 (1.03M), as folders in data.root whose captions.jsonl has a
 `reference` in each line (vpe_jax.data.recipes), or one of your own
 (--config.data.source=folder:PATH): the paper's 5 images a chip on 24 chips, two microbatches a
-step, 70,000 of which are 35,000 steps. It runs on a multiple of 8 chips; those beyond 8 share the
+step, 70,000 of which are 35,000 steps; here both are one batch (--config.optim.accumulate=2 and
+--config.mesh.fsdp=8 cut it again). It runs on a multiple of 16 chips; those beyond 16 share the
 work within the layers.
 
 `tiny` of both, and the runs that they start from, trained on an H100 in float32: held-out
@@ -84,11 +85,11 @@ def _debug(config: ConfigDict) -> None:
 
 
 def _paper(config: ConfigDict) -> None:
-  """Table 9 of the paper: 5 x 24 images a microbatch, two of which are a step."""
+  """Table 9 of the paper: 5 x 24 images a microbatch, two of which are a step: one batch here."""
   config.steps = (35_000,)
   config.batch_size = (240,)
   config.data.source = 'folders:nhr_edit*3,unic_edit,sharegpt_4o_image*5,pico_banana*4'
   config.model.eoi = 151_653
-  config.optim.update(lr=5e-5, accumulate=2)
-  # 240 = 2 x 8 x 15: the batch goes to 8 devices, each layer to what is left.
-  config.mesh = {'data': 1, 'fsdp': 8, 'tensor': -1, 'strategy': 'fsdp_tensor'}
+  config.optim.lr = 5e-5
+  # 240 = 16 x 15: the batch goes to 16 devices, each layer to what is left (12 heads to 4 of 64).
+  config.mesh = {'data': 1, 'fsdp': 16, 'tensor': -1, 'strategy': 'fsdp_tensor'}

@@ -51,7 +51,7 @@ for pod in v5e:16x16,256 v5p:4x4x4,64 v6e:8x8,64; do
       --config="configs/text_rendering.py:paper,vpe=$vpe,chips=${pod#*,}" --topology="$topology"
   done
 done
-for topology in v5e:16x16 v5p:4x4x4; do
+for topology in v5p:4x4x4 v6e:8x8; do
   for arch in internal external; do
     compile "edit-$arch-${topology/:/-}" \
       --config="configs/edit.py:paper,arch=$arch" --topology="$topology"
