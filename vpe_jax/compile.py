@@ -15,6 +15,7 @@ Needs `pip install libtpu`, on any machine; a paper-size program takes minutes o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -59,6 +60,8 @@ def main() -> None:
   names = ('topology', 'slices', 'what', 'stage', 'images_per_chip')
   asked = {name: FLAGS[name].value for name in names}
   report = examine.examine(config, examine.Request(mesh=examine.parse_mesh(FLAGS.mesh), **asked))
+  if argument := FLAGS.config.partition(':')[2]:  # Of one preset there are several programs.
+    report = dataclasses.replace(report, config=f'{config["name"]}:{argument}')
   print(report.text(), flush=True)
   if FLAGS.json:
     epath.Path(FLAGS.json).write_text(json.dumps(report.as_dict(), indent=2) + '\n')

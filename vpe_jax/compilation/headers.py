@@ -14,7 +14,7 @@ from vpe_jax.contracts import UserError
 
 BEGIN = 'Compiled for pods by launch/compile_all.sh, which writes this table:\n'
 END = '(end of the table)\n'
-_TITLES = ('preset', 'stage', 'topology', 'images', 'memory', 'HBM', 'step at least', 'MFU at most')
+_TITLES = ('config', 'stage', 'topology', 'images', 'memory', 'HBM', 'step at least', 'MFU at most')
 
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:

@@ -25,7 +25,7 @@ class Report:
   """One program on one topology.
 
   Attributes:
-    config: name and preset of the config.
+    config: its name and, behind a colon, its preset or all that its file was asked for.
     stage: of the run.
     what: `train` or `sample`.
     topology: what it was compiled for.
