@@ -41,10 +41,9 @@ of the judge's vectors .066, .045 and .077, between true pictures .017. A step t
 2 CPU cores: 19 minutes a run.
 
 Compiled for pods by launch/compile_all.sh, which writes this table:
-  preset  stage  topology   images  memory  HBM  step at least  MFU at most
-  paper   train  v5e:2x4    216     2.7 GB  16%  0.15 s (hbm)   77%
-  paper   train  v5p:2x2x2  216     2.7 GB  3%   0.08 s (hbm)   64%
-  paper   train  v6e:2x4    216     2.7 GB  8%   0.09 s (hbm)   28%
+  config  stage  topology   images  memory  HBM  step at least     MFU at most
+  paper   train  v5e:2x4    216     2.6 GB  15%  0.14 s (compute)  82%
+  paper   train  v5p:2x2x2  216     2.7 GB  3%   0.06 s (compute)  82%
 (end of the table)
 """
 

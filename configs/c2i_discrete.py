@@ -42,10 +42,9 @@ vectors .056 and .072, between true pictures .017. A step takes 0.7 to 0.9 s on 
 minutes.
 
 Compiled for pods by launch/compile_all.sh, which writes this table:
-  preset  stage  topology   images  memory  HBM  step at least     MFU at most
-  paper   train  v5e:8x8    128     2.6 GB  16%  0.40 s (hbm)      19%
+  config  stage  topology   images  memory  HBM  step at least     MFU at most
+  paper   train  v5e:8x8    128     2.6 GB  16%  0.09 s (compute)  83%
   paper   train  v5p:4x4x4  128     2.3 GB  2%   0.04 s (compute)  83%
-  paper   train  v6e:8x8    128     2.3 GB  7%   0.03 s (ici)      59%
 (end of the table)
 """
 

@@ -36,13 +36,11 @@ another seed. `arch=external`, trained on an H100 in float32: 9.8 %, and held-ou
 (flow) and 1.09 (cross-entropy), where internal has .532 and 1.04.
 
 Compiled for pods by launch/compile_all.sh, which writes this table:
-  preset  stage  topology   images  memory  HBM  step at least  MFU at most
-  paper   joint  v5e:16x16  192     4.3 GB  26%  0.32 s (hbm)   35%
-  paper   joint  v5p:4x4x4  192     5.3 GB  5%   0.26 s (hbm)   76%
-  paper   joint  v6e:8x8    192     5.1 GB  15%  0.18 s (hbm)   55%
-  paper   plan   v5e:16x16  480     4.5 GB  27%  0.35 s (hbm)   25%
-  paper   plan   v5p:4x4x4  480     4.4 GB  4%   0.33 s (hbm)   45%
-  paper   plan   v6e:8x8    480     4.4 GB  13%  0.37 s (hbm)   20%
+  config               stage   topology   images  memory  HBM  step at least     MFU at most
+  paper,arch=external  render  v5p:4x4x4  192     4.3 GB  4%   0.23 s (compute)  79%
+  paper                joint   v5p:4x4x4  192     5.3 GB  5%   0.25 s (compute)  79%
+  paper                plan    v5e:16x16  480     3.7 GB  22%  0.23 s (compute)  37%
+  paper                plan    v5p:4x4x4  480     3.5 GB  3%   0.19 s (compute)  77%
 (end of the table)
 """
 
