@@ -44,6 +44,7 @@ Compiled for pods by launch/compile_all.sh, which writes this table:
   config  stage  topology   images  memory  HBM  step at least     MFU at most
   paper   train  v5e:2x4    216     2.6 GB  15%  0.14 s (compute)  82%
   paper   train  v5p:2x2x2  216     2.7 GB  3%   0.06 s (compute)  82%
+  paper   train  v6e:2x4    216     2.7 GB  8%   0.03 s (hbm)      73%
 (end of the table)
 """
 
