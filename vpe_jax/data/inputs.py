@@ -80,7 +80,7 @@ class FolderInput:
   asked: Asked
 
   def count(self) -> None:
-    return None
+    """Only reading all of it tells."""
 
   def places(self, scratch: Path) -> Iterator[Place]:
     """(names, fields of each entry with these names, where) in the order of the folder's source."""
@@ -93,6 +93,7 @@ class FolderInput:
       yield names, [values for _, values, _ in listed], listed[0][2]
 
   def read(self, places: Sequence[Place]) -> Iterator[Found | Unusable]:
+    """See Input."""
     for (name, caption, before), values, where in places:
       try:
         image, reference = (
@@ -111,6 +112,7 @@ class TfdsInput:
   source: Tfds
 
   def count(self) -> int:
+    """Number of places."""
     return len(self.source)
 
   def places(self, scratch: Path) -> Iterator[Place]:
@@ -118,6 +120,7 @@ class TfdsInput:
     return ((index,) for index in range(len(self.source)))
 
   def read(self, places: Sequence[Place]) -> Iterator[Found | Unusable]:
+    """See Input."""
     for (index,) in places:
       try:
         record = self.source[index]

@@ -45,6 +45,7 @@ class Parquet:
   filtered: tuple[str, ...]
 
   def count(self) -> int:
+    """Number of places."""
     return sum(map(sum, self.groups))
 
   def places(self, scratch: Path) -> Iterator[Place]:
@@ -57,6 +58,7 @@ class Parquet:
         before += rows
 
   def read(self, places: Sequence[Place]) -> Iterator[Found | Unusable]:
+    """See Input."""
     pyarrow, _ = _packages()
     for (path, group), same in itertools.groupby(places, key=lambda place: tuple(place[:2])):
       rows = [(row, number) for _, _, row, number in same]

@@ -49,7 +49,7 @@ class Tars:
   asked: Asked
 
   def count(self) -> None:
-    return None
+    """Only reading all of it tells."""
 
   def places(self, scratch: Path) -> Iterator[Place]:
     """(tar, key, parts, why it can't be used or '')."""
@@ -59,6 +59,7 @@ class Tars:
         yield path, key, parts, reason
 
   def read(self, places: Sequence[Place]) -> Iterator[Found | Unusable]:
+    """See Input."""
     for path, same in itertools.groupby(places, key=lambda place: place[0]):
       try:
         file = open(path, 'rb')
