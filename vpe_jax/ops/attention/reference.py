@@ -37,11 +37,12 @@ def attention(
   if bias is not None:
     logits = logits + jnp.broadcast_to(bias, (B, N, L, S)).reshape(logits.shape)
   mask = visible(query, key)[:, None, None]
-  # The floor keeps exp() finite in rows that see nothing; the mask is applied to the weights too,
-  # as exp(floor - floor) is 1.
-  logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+  # exp(-inf) is 0, so one mask does for logits and weights, forward and backward; the floor keeps
+  # the difference defined in rows that see nothing.
+  logits = jnp.where(mask, logits, -jnp.inf)
   top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
-  weights = jnp.where(mask, jnp.exp(logits - top), 0.0)
+  top = jnp.maximum(top, jnp.finfo(jnp.float32).min)
+  weights = jnp.exp(logits - top)
   total = jnp.sum(weights, -1, keepdims=True)
   seen = total > 0
   safe = jnp.where(seen, total, 1.0)
