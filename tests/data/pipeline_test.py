@@ -84,6 +84,13 @@ def test_reader_processes_change_nothing():
   _same(_take(with_processes, 6, 4, 8), whole)
 
 
+def test_far_more_reader_processes_than_cores_are_refused(monkeypatch):
+  monkeypatch.setattr('os.cpu_count', lambda: 8)
+  many = Pipeline(dataclasses.replace(_CONFIG, workers=33), 7)
+  with pytest.raises(UserError, match='data.workers is 33, .* 8 CPU core.*at most 32'):
+    many.batches(0, 4)
+
+
 def test_codes_and_latents_from_a_cache(monkeypatch, tmp_path):
   monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path))
   made = SyntheticCodes(22, patches=9, codebook=32, latent_shape=(4, 4, 2))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from vpe_jax.data.sources import open_source
 
 _THREADS = 2  # of this process, where no reader processes are asked for
 _AHEAD = 4  # batches made ahead of use
+_A_CORE, _FEW = 4, 16  # most reader processes, a core, and at least so many on any host
 
 Row = dict[str, np.ndarray]
 
@@ -111,10 +113,17 @@ class Pipeline:
       An iterator of Examples with numpy leaves; close it, or use it in a `with` block.
 
     Raises:
-      UserError: the batch doesn't divide over the hosts.
+      UserError: the batch doesn't divide over the hosts, or far more processes are to read than
+        there are cores, which would starve this one.
     """
     if batch_size < 1 or batch_size % host_count:
       raise UserError(f'a batch of {batch_size} does not divide over {host_count} hosts')
+    cores = os.cpu_count() or 1
+    if self._config.workers > (most := max(_FEW, _A_CORE * cores)):
+      raise UserError(
+        f'data.workers is {self._config.workers}, and this host has {cores} CPU core(s): set it to '
+        f'at most {most}'
+      )
     rows = self._rows[start_example:].batch(batch_size // host_count, batch_fn=_stack)
     return Batches(rows[host_index::host_count], self._config.workers)
 
