@@ -40,6 +40,8 @@ one; external 60.9 and 67.6 %; pictures for another edit 48.0 and 51.2 %.
 --workdir=runs/edit-tiny,runs/edit-external puts both on one sheet.
 
 Compiled for pods by launch/compile_all.sh, which writes this table:
+  config               stage  topology   images  memory   HBM  step at least     MFU at most
+  paper,arch=internal  edit   v5p:4x4x4  240     13.2 GB  13%  0.54 s (compute)  74%
 (end of the table)
 """
 
