@@ -388,7 +388,7 @@ def from_dict(values: Mapping[str, Any], model: type) -> Config:
       raise UserError(f'config.{name} is {given}: every stage needs at least 1')
     spread[name] = given
   config.optim.check_stages(count)
-  if config.start_weights == 'state' and len(config.starts) != 1:
+  if config.start_weights == 'state' and set(config.starts) != {''}:
     raise UserError(
       f'config.start_weights is state, which carries the optimizer of one whole run on, and '
       f"config.start is '{config.start}': name one run"

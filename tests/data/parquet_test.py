@@ -88,6 +88,15 @@ def test_rows_without_bytes_are_unusable_and_no_path_is_opened(tmp_path):
   assert found[2].content.caption == ''
 
 
+def test_text_that_is_not_utf_8_costs_its_row(tmp_path):
+  texts = pyarrow.array([b'a', b'\xff\xfe', b'c', b'd'], pyarrow.binary())
+  caption = pyarrow.Array.from_buffers(pyarrow.string(), 4, texts.buffers())
+  found = _read(_write(tmp_path / 'a.parquet', 4, rows=4, caption=caption))
+  assert [isinstance(one, Found) for one in found] == [True, False, True, True]
+  assert 'row 1 of' in found[1].reason and 'not UTF-8' in found[1].reason
+  assert [one.content.caption for one in found if isinstance(one, Found)] == ['a', 'c', 'd']
+
+
 def test_a_damaged_row_group_costs_its_rows(tmp_path):
   path = _write(tmp_path / 'a.parquet', 6)
   content = bytearray(path.read_bytes())

@@ -256,3 +256,25 @@ def test_sources_that_are_none(tmp_path, source, message):
   with pytest.raises(UserError, match=message) as error:
     prepare(Settings(source), str(tmp_path / 'to'))
   assert '\n' not in str(error.value)
+
+
+def test_processes_of_the_pool_end_with_the_first(tmp_path):
+  """Where it is killed: else each retry would leave as many behind."""
+  first = """
+import multiprocessing, os, sys, time
+from vpe_jax.data.preparing import _end_with
+def stay(first):
+  _end_with(first)
+  print('there', flush=True)
+  time.sleep(600)
+if __name__ == '__main__':
+  multiprocessing.get_context('fork').Process(target=stay, args=(os.getpid(),)).start()
+  time.sleep(600)
+"""
+  with subprocess.Popen(
+    [sys.executable, '-c', first], stdout=subprocess.PIPE, text=True
+  ) as process:
+    assert process.stdout.readline() == 'there\n'
+    process.kill()
+    # Both hold the pipe: it ends when both have.
+    assert process.stdout.read() == ''

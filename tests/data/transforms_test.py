@@ -72,6 +72,27 @@ def test_grey_as_whole_numbers_or_fractions(tmp_path):
       transforms.read_image(path)
 
 
+def test_kinds_that_are_no_data_are_not_even_opened(tmp_path):
+  """Pillow would hand this one to Ghostscript."""
+  path = tmp_path / 'fox.jpg'
+  path.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n')
+  for read in (transforms.read_image, transforms.read_size):
+    with pytest.raises(UserError, match='fox.jpg .not one of PNG, JPEG, '):
+      read(path)
+
+
+def test_whatever_a_decoder_raises_names_the_picture(tmp_path, monkeypatch):
+  Image.new('RGB', (8, 8)).save(path := tmp_path / 'fox.png')
+
+  def stumble(_):
+    raise RuntimeError('failed to decode frame 0')
+
+  monkeypatch.setattr(Image.Image, 'getexif', stumble)
+  for read in (transforms.read_image, transforms.read_size):
+    with pytest.raises(UserError, match='unreadable image .*fox.png .failed to decode frame 0'):
+      read(path)
+
+
 @pytest.mark.parametrize('content', [b'', b'not a picture', None])
 def test_unreadable_image_is_named(tmp_path, content):
   path = tmp_path / 'fox.png'

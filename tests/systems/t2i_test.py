@@ -316,11 +316,22 @@ def test_the_plan_may_be_weighed_otherwise(schedule, weights):
     ({'arch': 'external', 'vpe': False}, 'arch=external draws from a visual prompt alone'),
     ({'vpe': False}, "stage 'plan' learns to write visual prompts, and model.vpe=False"),
     ({'vp_schedule': 'cosine'}, "'model.vp_schedule' is 'cosine': it must be one of sigmoid"),
+    ({'patch': 3}, "'model.patch' is 3: it must be a divisor of latent_size=16"),
+    ({'time_shift': -1.0}, "'model.time_shift' is -1.0: it must be at least 0"),
+    ({'ce_start': -0.1}, "'model.ce_start' is -0.1: it must be at least 0"),
+    ({'ar': {'rope_theta': 0.0}}, "rope_theta' is 0.0: it must be above 0"),
   ],
 )
 def test_mistakes_are_named(change, message):
   with pytest.raises(UserError, match=message):
     _system(**change)
+
+
+def test_guidance_that_previews_would_stumble_over_is_refused_at_the_start():
+  config = config_file.get_config('debug')
+  config.sample.image_guidance = 2.0
+  with pytest.raises(UserError, match='image_guidance is 2.0, but what draws here sees no picture'):
+    systems.build(config.to_dict())
 
 
 def test_unknown_stage_names_the_nearest():

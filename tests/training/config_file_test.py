@@ -42,6 +42,7 @@ def test_overrides_reach_fields_that_the_file_leaves_at_their_defaults():
     (T2I, {'optim.lr': '(1e-3, -1.0)'}, 'must be above 0 and finite'),
     (T2I, {'optim.accumulate': '(1, 0)'}, 'it must be at least 1'),
     (T2I, {'start_weights': 'state'}, 'name one run'),
+    (T2I, {'start_weights': 'state', 'start': 'dit=run'}, 'name one run'),
     (T2I, {'steps': '(1, 2, 3)'}, 'config.steps has 3 entries for 2 stages'),
     (T2I, {'log.every': '0'}, "'log.every' is 0: it must be at least 1"),
     (CODEC + ':tiny,stage=visual', {}, "unknown stage 'visual'; did you mean 'visual_prompt'"),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vpe_jax import sharding
+from configs import t2i
+from vpe_jax import sharding, systems
 from vpe_jax.contracts import UserError
 from vpe_jax.data import cache
 from vpe_jax.data.preparing import Settings, prepare
@@ -106,7 +107,7 @@ def test_a_changed_picture_in_a_folder_changes_the_fingerprint(tmp_path, drawing
   frozen = frozen_lib.Frozen({}, {}, None)
 
   def found():
-    return encode.fingerprint(config, 0, frozen, encode.Pipeline(config, 0))
+    return encode.fingerprint(config, 0, frozen, encode.Pipeline(config, 0), {})
 
   before = found()
   assert found() == before
@@ -125,7 +126,7 @@ def test_a_prepared_folder_is_known_by_its_manifest(tmp_path, drawing_system):
   frozen = frozen_lib.Frozen({}, {}, None)
 
   def found():
-    return encode.fingerprint(config, 0, frozen, encode.Pipeline(config, 0))
+    return encode.fingerprint(config, 0, frozen, encode.Pipeline(config, 0), {})
 
   before = found()
   (shard,) = (tmp_path / 'to').glob('*.array_record')
@@ -152,7 +153,20 @@ def test_pictures_before_an_edit_are_cached_too(tmp_path, drawing_system):
   assert batch.reference is None
   for kind, image in (('latents', seen.image), ('reference_latents', seen.reference)):
     np.testing.assert_allclose(getattr(batch, kind), system.encode({}, image)[1], rtol=1e-6)
-  said = encode.fingerprint(system.config.data, 0, frozen, pictures)
+  said = encode.fingerprint(system.config.data, 0, frozen, pictures, {})
   assert '"references": true' in said
   plain = drawing_system(data={'encode': 'cached'}).config.data
-  assert 'references' not in encode.fingerprint(plain, 0, frozen, encode.Pipeline(plain, 0))
+  assert 'references' not in encode.fingerprint(plain, 0, frozen, encode.Pipeline(plain, 0), {})
+
+
+def test_what_encoders_do_with_their_weights_is_in_the_fingerprint():
+  config = t2i.get_config('debug')
+  built = lambda: systems.build(config.to_dict()).config
+  before = encode.encoder_settings(built())
+  assert encode.encoder_settings(built()) == before
+  config.model.weights = {'image': 'elsewhere.safetensors'}
+  assert encode.encoder_settings(built()) == before
+  config.dtype = 'bfloat16'
+  other = encode.encoder_settings(built())
+  assert other != before and other['image'] == before['image']
+  json.dumps(other)

@@ -74,7 +74,9 @@ class Parquet:
   def _id(self, path: str, number: int) -> str:
     return f'{self.names[path]}/{number}'
 
-  def _rows(self, path: str, group: int, first: int, count: int) -> Iterator[dict[str, Any]]:
+  def _rows(
+    self, path: str, group: int, first: int, count: int
+  ) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
     """Values of the columns in consecutive rows of a row group, a few rows in memory."""
     _, parquet = _packages()
     columns = [name for name in (self.image, self.caption, self.reference) if name]
@@ -83,14 +85,18 @@ class Parquet:
         _BATCH, row_groups=[group], columns=[*columns, *self.filtered], use_threads=False
       )
       rows = itertools.chain.from_iterable(
-        batch.slice(min(max(0, first - start), batch.num_rows)).to_pylist()
+        _values(batch.slice(min(max(0, first - start), batch.num_rows)))
         for start, batch in _placed(batches)
       )
       yield from itertools.islice(rows, count)
 
-  def _found(self, path: str, number: int, values: dict[str, Any]) -> Found | Unusable:
+  def _found(
+    self, path: str, number: int, values: dict[str, Any] | UnicodeDecodeError
+  ) -> Found | Unusable:
     """One row as a record."""
     where = f'row {number} of {path}'
+    if isinstance(values, UnicodeDecodeError):
+      return Unusable(self._id(path, number), f'{where} has text that is not UTF-8')
     images = [_bytes(values[name]) for name in (self.image, self.reference) if name]
     caption = (values[self.caption] or '').strip() if self.caption else ''
     if not all(images):
@@ -156,6 +162,16 @@ def _columns(path: str, schema: Any, asked: Asked) -> tuple[str, str, str]:
       )
     chosen.append(found[0] if needed else '')
   return tuple(chosen)
+
+
+def _values(batch: Any) -> list[dict[str, Any] | UnicodeDecodeError]:
+  """The rows of a record batch; in the place of one whose text isn't UTF-8, what is wrong."""
+  try:
+    return batch.to_pylist()
+  except UnicodeDecodeError as error:
+    if batch.num_rows == 1:
+      return [error]
+    return [row for i in range(batch.num_rows) for row in _values(batch.slice(i, 1))]
 
 
 def _placed(batches: Iterator[Any]) -> Iterator[tuple[int, Any]]:

@@ -20,6 +20,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -269,7 +271,7 @@ def _notes(settings: Settings, source: Input, folder: Path, workers: int) -> Ite
       yield _note(folder, number, digest) or _write_shard(settings, source, folder, number, places)
     return
   context = multiprocessing.get_context('spawn')
-  pool = ProcessPoolExecutor(workers, context, initializer=_end_with_the_terminal)
+  pool = ProcessPoolExecutor(workers, context, initializer=_end_with, initargs=(os.getpid(),))
   waiting: deque[Future[Note]] = deque()
   try:
     for number, places, digest in jobs:
@@ -291,9 +293,19 @@ def _notes(settings: Settings, source: Input, folder: Path, workers: int) -> Ite
     pool.shutdown(cancel_futures=True)
 
 
-def _end_with_the_terminal() -> None:
-  """Lets Ctrl-C end a process of the pool without a word: the first process says it."""
+def _end_with(first: int) -> None:
+  """Lets a process of the pool end with Ctrl-C, without a word, and with the first process.
+
+  That says what there is to say; where it was killed, nobody waits for what the others write.
+  """
   signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+  def watch() -> None:
+    while os.getppid() == first:
+      time.sleep(1.0)
+    os._exit(1)
+
+  threading.Thread(target=watch, daemon=True).start()
 
 
 def _runs(settings: Settings, source: Input, work: Path) -> Iterator[tuple[int, list[Place]]]:

@@ -132,7 +132,7 @@ class Tokens(abc.ABC):
       tokens = self.encode(caption)
       if len(tokens) > length and not cut:
         raise UserError(
-          f'prompt has {len(tokens)} tokens and the limit is {length}; shorten it: {caption!r}'
+          f'prompt has {len(tokens)} tokens and the limit is {length}; shorten it: {caption[:80]!r}'
         )
       if len(tokens) > length:
         logging.log_first_n(

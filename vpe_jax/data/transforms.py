@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vpe_jax.contracts import UserError
 
 _BICUBIC = Image.Resampling.BICUBIC
+# What is read, by content and whatever a file is called. Of Pillow's other readers one starts a
+# program of its own (EPS), and the rest are for no pictures that data comes in.
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF')
 
 
 def read_image(file: str | Path | BinaryIO, name: str = '') -> np.ndarray:
@@ -26,9 +29,11 @@ def read_image(file: str | Path | BinaryIO, name: str = '') -> np.ndarray:
     UserError: there is no such file or it can't be read as a picture.
   """
   try:
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
       upright = ImageOps.exif_transpose(_eight_bit(image)).convert('RGBA')
-  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+  except MemoryError:
+    raise
+  except Exception as error:  # Decoders of broken files raise whatever they stumble over.
     raise _unreadable(name or file, error) from error
   ground = Image.new('RGBA', upright.size, 'white')
   return np.array(Image.alpha_composite(ground, upright).convert('RGB'))
@@ -43,17 +48,22 @@ def read_size(file: str | Path | BinaryIO, name: str = '') -> tuple[int, int]:
     UserError: there is no such file or it can't be read as a picture.
   """
   try:
-    with Image.open(file) as image:
+    with Image.open(file, formats=FORMATS) as image:
       turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
       width, height = image.size
-  except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+  except MemoryError:
+    raise
+  except Exception as error:  # As above.
     raise _unreadable(name or file, error) from error
   return (height, width) if turned else (width, height)
 
 
 def _unreadable(name: object, error: Exception) -> UserError:
+  reason = error
+  if isinstance(error, UnidentifiedImageError):
+    reason = f'not one of {", ".join(FORMATS)}'
   return UserError(
-    f'unreadable image {name} ({error}); replace the file or take it out of the data'
+    f'unreadable image {name} ({reason}); replace the file or take it out of the data'
   )
 
 

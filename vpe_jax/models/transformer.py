@@ -65,6 +65,7 @@ class TransformerConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self)
+    check(self, '', 'rope_theta', self.rope_theta > 0, 'above 0')
     shared = self.heads % self.kv_heads == 0
     check(self, '', 'kv_heads', shared, f'a divisor of heads={self.heads}')
 

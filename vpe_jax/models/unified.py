@@ -110,6 +110,8 @@ class UnifiedConfig:
     check(self, 'model.', 'condition', known, f'one of {", ".join(CONDITIONS)}')
     if self.arch not in ARCHS:
       raise UserError(f"model.arch is '{self.arch}': it must be one of {', '.join(ARCHS)}")
+    fits = self.latent_size % self.patch == 0
+    check(self, 'model.', 'patch', fits, f'a divisor of latent_size={self.latent_size}')
     if self.layout not in ('patch', 'raster'):
       raise UserError(f"model.layout is '{self.layout}': it must be 'patch' or 'raster'")
     shared = ('layers', 'heads', 'kv_heads', 'head_width')

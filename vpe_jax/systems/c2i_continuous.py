@@ -101,6 +101,7 @@ class System(ClassToImage):
       given = (c.vp_schedule, config.steps[0], c.ce_start, c.ce_end)
       losses |= {'next_token': schedules.Schedule(*given, off=1.0), 'accuracy': 0.0}
     super().__init__(config, losses)
+    self._check_guidance(config.sample)
     self.image = choice.image_codec(c)
     sizes = transfusion.TransfusionConfig(
       classes=c.classes + bool(c.drop),
@@ -169,6 +170,11 @@ class System(ClassToImage):
     Raises:
       UserError: guidance is asked for, and the model has no null class, or guides no plans.
     """
+    self._check_guidance(settings)
+    plan, latents = class_rendering.draw(self.model, settings, params, request, rng)
+    return Drawing(self.decode(frozen, latents), plan, latents)
+
+  def _check_guidance(self, settings: SampleConfig) -> None:
     if settings.guidance != 1.0 and not self.config.model.drop:
       raise UserError(
         f'sample.guidance is {settings.guidance:g}, but this model was trained without a null '
@@ -180,8 +186,6 @@ class System(ClassToImage):
         'has no visual prompt: set sample.plan_guidance=1'
       )
     guidance.check_unedited(settings.image_guidance)
-    plan, latents = class_rendering.draw(self.model, settings, params, request, rng)
-    return Drawing(self.decode(frozen, latents), plan, latents)
 
   def plan(self, params: Params, request: Examples, rng: Array, settings: SampleConfig) -> Array:
     """Visual prompts [B, P]; the picture isn't rendered."""

@@ -103,6 +103,7 @@ class System(ClassToImage):
   def __init__(self, config: Config) -> None:
     c: ModelConfig = config.model
     super().__init__(config, _LOSSES | (_PLAN_LOSSES if c.vpe else {}))
+    guidance.check_unedited(config.sample.image_guidance)
     self.image = choice.picture_codec(c, config.data.image_size)
     self.draws_with = self.image.weights
     self.picture_codes = self.image.codes

@@ -36,7 +36,7 @@ from vpe_jax.data import sequence
 from vpe_jax.models import unified
 from vpe_jax.models.siglip import unit
 from vpe_jax.objectives import flow_matching, next_token, schedules
-from vpe_jax.sampling import decoding
+from vpe_jax.sampling import decoding, guidance
 from vpe_jax.systems import rendering
 from vpe_jax.systems.drawing import DrawingSystem
 from vpe_jax.systems.external import External
@@ -83,6 +83,8 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
     check(self, 'model.', 'vp_schedule', known, f'one of {", ".join(schedules.KINDS)}')
     for name in ('drop', 'drop_text'):
       check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
+    for name in ('inherit', 'ce_start', 'ce_end', 'time_shift'):
+      check(self, 'model.', name, getattr(self, name) >= 0, 'at least 0')
     for name in ('bos', 'boi'):
       known = getattr(self, name) < self.text_vocab
       check(self, 'model.', name, known, f'below text_vocab={self.text_vocab}')
@@ -154,6 +156,7 @@ class System(DrawingSystem):
     c = self.config.model
     if c.references:
       raise UserError('model.references is of configs/edit.py: nothing here sees a picture before')
+    guidance.check_unedited(self.config.sample.image_guidance)
     given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens)
     if c.arch == 'external':
       return External(*given)

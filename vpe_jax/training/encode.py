@@ -7,18 +7,21 @@ runs with the same data and encoders find it there. Systems offer
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from vpe_jax import __version__, sharding
-from vpe_jax.config import Config, DataConfig
+from vpe_jax.codecs import choice
+from vpe_jax.config import Config, DataConfig, to_dict
 from vpe_jax.contracts import Examples, System, UserError
 from vpe_jax.data import cache
 from vpe_jax.data.cache import Encoded
@@ -61,18 +64,34 @@ def open_training_data(
   return Pipeline(config.data, config.seed, encoded=encoded)
 
 
-def fingerprint(config: DataConfig, seed: int, frozen: Frozen, pictures: Pipeline) -> str:
-  """What decides a cache's content: the data, its resolution, and the encoders' weights."""
+def fingerprint(
+  config: DataConfig,
+  seed: int,
+  frozen: Frozen,
+  pictures: Pipeline,
+  settings: Mapping[str, Any],
+) -> str:
+  """What decides a cache's content: data, resolution, the encoders' weights and settings."""
   said = {
     'version': __version__,
     'data': [config.source, config.scenes_share, config.examples, config.image_size, config.fit],
     'seed': seed,
     'content': _content(config, pictures),
     'encoders': frozen.fingerprints,
+    'settings': settings,
   }
   if config.references:
     said['references'] = True
   return json.dumps(said, sort_keys=True)
+
+
+def encoder_settings(run: Config) -> dict[str, Any]:
+  """How the frozen encoders of a run use their weights; where these lie doesn't matter."""
+  kinds = (choice.PlanCodecConfig, choice.CodecsConfig, choice.PictureCodesConfig)
+  kinds = [kind for kind in kinds if isinstance(run.model, kind)]
+  fields = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+  said = {name: to_dict(getattr(run.model, name)) for name in fields - {'weights'}}
+  return said | {'dtype': run.dtype}
 
 
 def _content(config: DataConfig, pictures: Pipeline) -> str:
@@ -106,7 +125,7 @@ def _synthetic_codes(system: System, count: int) -> SyntheticCodes:
 
 
 def _cached(config: Config, frozen: Frozen, mesh: jax.sharding.Mesh, pictures: Pipeline) -> Encoded:
-  name = fingerprint(config.data, config.seed, frozen, pictures)
+  name = fingerprint(config.data, config.seed, frozen, pictures, encoder_settings(config))
   try:
     found = cache.open_cache(name)
   except cache.DamagedCacheError as error:
