@@ -10,12 +10,12 @@ from vpe_jax.training.heldout import BATCHES, SPLIT, HeldOut
 from vpe_jax.training.state import first_state
 
 
-def _evaluate(system, index, times=1):
+def _evaluate(system, index, times=1, change=lambda state: state):
   mesh = sharding.make_mesh(system.config.mesh)
   with jax.set_mesh(mesh):
     held_out = HeldOut(system.config, system, frozen_lib.load(system, mesh, 'fsdp'), mesh)
     state = first_state(system.init(jax.random.key(0)), system.stages[index])
-    state['stage'] = np.int32(index)
+    state = change(state | {'stage': np.int32(index)})
     return [held_out.evaluate(state, rng.run_key(0)) for _ in range(times)][-1]
 
 
@@ -35,6 +35,16 @@ def test_losses_of_all_stages_on_the_same_held_out_examples(drawing_system, monk
   )
   for name, term in terms.items():
     np.testing.assert_allclose(first[f'eval/{name}'], term.sum / term.count, rtol=1e-5)
+
+
+def test_averaged_parameters_are_what_is_evaluated(drawing_system, monkeypatch):
+  system = drawing_system()
+  monkeypatch.delattr(type(system), 'encode')
+  halved = lambda tree: jax.tree.map(lambda leaf: leaf / 2, tree)
+  average = lambda state: state | {'ema': halved(state['params'])}
+  alone = lambda state: state | {'params': halved(state['params']), 'ema': {}}
+  found = _evaluate(system, 1, change=average)
+  assert found == _evaluate(system, 1, change=alone) and found != _evaluate(system, 1)
 
 
 def test_pictures_are_encoded_once(drawing_system):

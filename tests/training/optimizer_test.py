@@ -15,7 +15,7 @@ def _leaves(seed):
 
 
 def test_equals_optax_adamw_with_warm_up_and_clipping():
-  config = OptimConfig(lr=3e-2, warmup=3, b1=0.8, b2=0.95, clip=0.5, weight_decay=0.1)
+  config = OptimConfig(lr=3e-2, warmup=3, b1=0.8, b2=0.95, eps=0.1, clip=0.5, weight_decay=0.1)
   rate = lambda count: 3e-2 * min((count + 1) / 3, 1)
   params = _leaves(0)
   ours, state = params, optimizer.init(params)
@@ -27,7 +27,7 @@ def test_equals_optax_adamw_with_warm_up_and_clipping():
     chain = optax.chain(
       optax.clip_by_global_norm(0.5),
       optax.adamw(
-        rate(step), 0.8, 0.95, 1e-8, weight_decay=0.1, mask={'kernel': True, 'bias': False}
+        rate(step), 0.8, 0.95, 0.1, weight_decay=0.1, mask={'kernel': True, 'bias': False}
       ),
     )
     their_state = chain.init(theirs) if their_state is None else their_state
