@@ -20,7 +20,7 @@ from absl import flags
 from vpe_jax import front_door
 from vpe_jax.config import FITS
 from vpe_jax.contracts import UserError
-from vpe_jax.data.prepared import verify
+from vpe_jax.data.prepared import MANIFEST, verify
 from vpe_jax.data.preparing import SHARD_RECORDS, SKIPPED, Settings, prepare
 from vpe_jax.data.storage import local
 
@@ -60,9 +60,12 @@ def main() -> None:
   names += ('image_size', 'fit', 'count', 'shard_records')
   source = f'{FLAGS.source}/{FLAGS.split}' if FLAGS.split else FLAGS.source
   settings = Settings(source, **{name: FLAGS[name].value for name in names})
+  there = (local(FLAGS.to) / MANIFEST).exists()
   found = prepare(settings, FLAGS.to, FLAGS.workers, FLAGS.most_skipped)
   size = sum(shard.bytes for shard in found.shards) / 1e6
   print(f'{FLAGS.to}: {found.count:,} pictures in {len(found.shards)} files, {size:,.1f} MB')
+  if there:
+    print('It was whole already, and its source was not read: another --to prepares what changed')
   if found.left_out:
     print(f'{found.left_out:,} were left out by --language and --least_text_height')
   if found.skipped:
