@@ -41,6 +41,7 @@ one; external 60.9 and 67.6 %; pictures for another edit 48.0 and 51.2 %.
 
 Compiled for pods by launch/compile_all.sh, which writes this table:
   config               stage  topology   images  memory   HBM  step at least     MFU at most
+  paper,arch=external  edit   v5p:4x4x4  240     6.8 GB   7%   0.26 s (compute)  69%
   paper,arch=internal  edit   v5p:4x4x4  240     13.2 GB  13%  0.54 s (compute)  74%
 (end of the table)
 """

@@ -40,6 +40,7 @@ Compiled for pods by launch/compile_all.sh, which writes this table:
   paper,arch=external  render  v5p:4x4x4  192     4.3 GB  4%   0.23 s (compute)  79%
   paper                joint   v5e:16x16  192     4.7 GB  28%  0.21 s (compute)  55%
   paper                joint   v5p:4x4x4  192     5.3 GB  5%   0.25 s (compute)  79%
+  paper                joint   v6e:8x8    192     5.1 GB  15%  0.12 s (compute)  79%
   paper                plan    v5e:16x16  480     3.7 GB  22%  0.23 s (compute)  37%
   paper                plan    v5p:4x4x4  480     3.5 GB  3%   0.19 s (compute)  77%
   paper                plan    v6e:8x8    480     3.5 GB  11%  0.10 s (compute)  78%
