@@ -24,7 +24,7 @@ def squares(system: Any, images: np.ndarray) -> np.ndarray:
 
   Args:
     system: what draws.
-    images: a picture uint8 [H, W, 3], or a stack of them [N, H, W, 3].
+    images: a picture uint8 [H, W, 3], or a stack of them [N, H, W, 3]; or one of PIL's in RGB.
 
   Raises:
     UserError: the system doesn't edit, or these are no pictures.
@@ -33,6 +33,12 @@ def squares(system: Any, images: np.ndarray) -> np.ndarray:
     raise UserError(
       'this model draws from words alone, and an image to edit was given: leave it out, or name a '
       'run of configs/edit.py'
+    )
+  images = np.asarray(images)
+  if images.dtype != np.uint8:
+    raise UserError(
+      f'an image to edit has numbers of type {images.dtype}: uint8 from 0 to 255 is needed (of a '
+      'picture that was drawn, its .image)'
     )
   if images.ndim not in (3, 4) or images.shape[-1] != 3 or not images.size:
     raise UserError(

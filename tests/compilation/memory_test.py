@@ -46,6 +46,7 @@ def test_totals_are_xlas(tmp_path):
   compiled = jax.jit(lambda x: (x @ x) @ x, donate_argnums=0).lower(leaf).compile()
   usage, found = memory.usage(compiled, tmp_path), compiled.memory_analysis()
   assert usage.arguments == found.argument_size_in_bytes == 64 * 64 * 4
-  assert usage.peak == found.peak_memory_in_bytes
   assert usage.temporary == found.temp_size_in_bytes
   assert usage.planned >= usage.arguments + usage.temporary
+  # XLA:CPU's peak leaves the temporaries out, of which there are two.
+  assert found.peak_memory_in_bytes < usage.temporary and usage.peak == usage.planned

@@ -218,6 +218,13 @@ def test_other_settings_or_files_in_the_folder_are_refused(tmp_path):
     prepare(Settings(f'folder:{to}'), str(tmp_path / 'again'))
 
 
+def test_a_mistake_before_the_first_picture_leaves_the_folder_free(tmp_path):
+  source = _folder(tmp_path / 'in', 2)
+  with pytest.raises(UserError, match='line 1: image .* has no caption'):
+    prepare(Settings(source, caption='words'), str(tmp_path / 'to'))
+  assert prepare(Settings(source), str(tmp_path / 'to')).count == 2
+
+
 def test_settings_of_an_unfinished_folder_hold_too(tmp_path):
   source = _folder(tmp_path / 'in', 2)
   (tmp_path / 'in' / '001.png').unlink()

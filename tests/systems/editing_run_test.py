@@ -64,6 +64,8 @@ def test_a_run_goes_on_to_edit(tmp_path, arch):
     each('make it red', n=3)
   with pytest.raises(UserError, match=r'has shape \(40, 60\): \[H, W, 3\] is needed'):
     generator.editing(white[..., 0])
+  with pytest.raises(UserError, match='numbers of type float32: uint8 from 0 to 255'):
+    generator.editing(white.astype(np.float32))
   plain = Generator.load(str(tmp_path / 'drawing'))
   with pytest.raises(UserError, match='draws from words alone'):
     plain.editing(white)

@@ -38,6 +38,14 @@ def test_panels_pair_training_with_held_out():
   assert panels['sample/own/latent_distance'].held_out == [(3, 0.5)]
 
 
+def test_what_is_only_held_out_has_a_panel_too():
+  records = [{'step': s, 'loss/next_token': 2.0, 'eval/next_token': 2.0, 'eval/flow': s / 10}
+             for s in (1, 2)]  # fmt: skip
+  panels = {panel.title: panel for panel in curves.panels_of(records)}
+  assert list(panels) == ['loss/next_token', 'eval/flow']
+  assert panels['eval/flow'].trained == [(1, 0.1), (2, 0.2)]
+
+
 def test_a_falling_curve_falls_in_the_picture():
   falling = [(step, 5 - step / 100) for step in range(400)]
   image = np.asarray(curves.picture([curves.Panel('loss/flow', falling, [])]))

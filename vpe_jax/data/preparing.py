@@ -158,7 +158,13 @@ def prepare(settings: Settings, to: str, workers: int = 0, most_skipped: float =
   if not (folder / MANIFEST).exists():
     work = _claim(folder, settings)
     with _locked(work / _SETTINGS):
-      _write(settings, folder, workers, most_skipped)
+      try:
+        _write(settings, folder, workers, most_skipped)
+      except UserError:
+        # Nothing is written yet, so the corrected call may have other settings.
+        if not any(path for path in folder.iterdir() if path.name != _WORK):
+          shutil.rmtree(work)
+        raise
   manifest, _ = read_manifest(folder)
   _check_same(folder, manifest.settings, settings)
   shutil.rmtree(folder / _WORK, ignore_errors=True)
@@ -171,9 +177,10 @@ def _claim(folder: Path, settings: Settings) -> Path:
   stored = work / _SETTINGS
   if stored.exists():
     try:
-      _check_same(folder, json.loads(stored.read_bytes()), settings)
+      begun = json.loads(stored.read_bytes())
     except (OSError, ValueError) as error:
       raise UserError(f'{stored} can not be read ({error}): choose another --to') from error
+    _check_same(folder, begun, settings)
     return work
   with storage.writing(folder):
     if folder.exists() and {path.name for path in folder.iterdir()} - {_WORK}:

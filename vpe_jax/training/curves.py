@@ -46,6 +46,8 @@ def panels_of(records: Sequence[Record]) -> list[Panel]:
   names = list(dict.fromkeys(name for record in records for name in record))
   trained = [name for name in names if name.startswith('loss/')] + ['grad_norm']
   shown = [Panel(n, _points(records, n), _points(records, f'eval/{n[5:]}')) for n in trained]
+  watched = [n for n in names if n.startswith('eval/') and f'loss/{n[5:]}' not in names]
+  shown += [Panel(n, _points(records, n), []) for n in watched]
   for name in names:
     if name.startswith('sample/own/'):
       truth = name.replace('/own/', '/truth_plan/')
