@@ -45,6 +45,7 @@ Compiled for pods by launch/compile_all.sh, which writes this table:
   config  stage  topology   images  memory  HBM  step at least     MFU at most
   paper   train  v5e:8x8    128     2.6 GB  16%  0.09 s (compute)  83%
   paper   train  v5p:4x4x4  128     2.3 GB  2%   0.04 s (compute)  83%
+  paper   train  v6e:8x8    128     2.3 GB  7%   0.03 s (ici)      59%
 (end of the table)
 """
 
