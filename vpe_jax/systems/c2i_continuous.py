@@ -175,6 +175,7 @@ class System(ClassToImage):
     return Drawing(self.decode(frozen, latents), plan, latents)
 
   def _check_guidance(self, settings: SampleConfig) -> None:
+    """Refuses guidance that this model can't do: before it trains, too, as previews would."""
     if settings.guidance != 1.0 and not self.config.model.drop:
       raise UserError(
         f'sample.guidance is {settings.guidance:g}, but this model was trained without a null '
