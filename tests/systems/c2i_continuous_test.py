@@ -26,7 +26,7 @@ KEY = rng.run_key(0)
 P, N, CLASSES = 9, 16, 9
 
 
-def _system(arg: str = 'debug', **model):
+def _system(arg: str = 'debug', guidance: float | None = None, **model):
   """A small system on synthetic codes: 3 x 3 of a plan, 4 x 4 tokens of a picture."""
   config = config_file.get_config(arg)
   if not arg.startswith('paper'):
@@ -34,6 +34,8 @@ def _system(arg: str = 'debug', **model):
     config.model.visual_prompt = {'codes': 24, 'siglip': {'image_size': 24, 'patch': 8}}
     config.model.latent_size = 8
   config.model.update(model)
+  if guidance is not None:
+    config.sample.guidance = guidance
   return systems.build(config.to_dict())
 
 
@@ -226,7 +228,10 @@ def test_a_plan_is_written_alone_and_scored(system, params):
 
 
 def test_guidance_that_the_model_cannot_do_is_named(params):
-  system = _system(drop=0.0)
+  """Before training, which would stumble over it at the first preview, and before drawing."""
+  with pytest.raises(UserError, match='without a null class'):
+    _system(drop=0.0, guidance=2.0)
+  system = _system(drop=0.0, guidance=1.0)
   request = dataclasses.replace(_batch(system, 1), latents=None)
   sample = system.config.sample
   cases = [
