@@ -33,7 +33,7 @@ def test_tokens_of_the_papers_row(arch):
   assert (count(system.spans), count((*system.spans, *TAIL))) == (1854, 1856)
   # Stored expert by expert, each rounded up to what the chip's tiles take.
   stored = lambda spans, expert: sequence.region_length(spans, expert, 1)
-  experts = dict(zip(('ar', 'dit'), (829, 1025)))
+  experts = {'ar': 829, 'dit': 1025}
   assert {name: stored(system.spans, name) for name in experts} == experts
   assert system.tokens(system.stages[-1]) == 832 + 1040
 
