@@ -66,8 +66,8 @@ def get_config(arg: str = '') -> ConfigDict:
   """
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper, 'pod': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), arch='internal', vpe='true', chips='')
-  if options['chips'] and (preset != 'pod' or not re.fullmatch(r'[1-9]\d*', options['chips'])):
-    raise ValueError(f'chips={options["chips"]}: a number above 0, of the preset pod only')
+  if options['chips'] and (preset != 'pod' or not re.fullmatch(r'[1-9]\d{0,5}', options['chips'])):
+    raise ValueError(f'chips={options["chips"]}: a number from 1 to 999999, of the preset pod only')
   config = ConfigDict({'name': 't2i', 'preset': preset, 'system': 't2i', 'seed': 0})
   config.stages = ('plan', 'render' if options['arch'] == 'external' else 'joint')
   presets[preset](config)

@@ -62,8 +62,12 @@ def get_config(arg: str = '') -> ConfigDict:
   """The config of a preset, with `vpe=true|false`, and of `paper` alone `chips=N`."""
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), vpe='true', chips='')
-  if options['chips'] and (preset != 'paper' or not re.fullmatch(r'[1-9]\d*', options['chips'])):
-    raise ValueError(f'chips={options["chips"]}: a number above 0, of the preset paper only')
+  if options['chips'] and (
+    preset != 'paper' or not re.fullmatch(r'[1-9]\d{0,5}', options['chips'])
+  ):
+    raise ValueError(
+      f'chips={options["chips"]}: a number from 1 to 999999, of the preset paper only'
+    )
   config = t2i.get_config(f'{preset},arch=single,vpe={options["vpe"]}')
   config.name = 'text_rendering'
   for field in ('stages', 'steps', 'batch_size'):

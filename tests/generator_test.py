@@ -251,6 +251,26 @@ def test_load_warns_of_a_run_that_stopped_early(tmp_path, monkeypatch, caplog, s
   )
 
 
+@pytest.mark.parametrize(
+  'stages, start, warned',
+  [(('plan',), '', True), (('plan',), 'a run', False), (('joint',), '', False)],
+)
+def test_load_warns_of_a_run_that_trained_nothing_that_draws(
+  tmp_path, monkeypatch, caplog, stages, start, warned
+):
+  path, config = str(tmp_path / 'x.safetensors'), t2i.get_config('debug')
+  with config.unlocked():
+    config.stages, config.start = stages, start
+    config.steps, config.batch_size = (1,), (8,)
+  weights.save(path, {'a': np.zeros(2)}, {'config': json.dumps(config.to_dict()), 'weights': 'ema'})
+  monkeypatch.setattr(Generator, '__init__', lambda *_: None)
+  monkeypatch.setattr(generator_lib.frozen_lib, 'check_drawing', lambda *_: None)
+  Generator.load(path)
+  assert [f"{path} has no stage after 'plan'" in r.getMessage() for r in caplog.records] == (
+    [True] if warned else []
+  )
+
+
 @pytest.fixture(scope='module')
 def debug():
   """The debug model with random weights, none of which is zero, and a random autoencoder."""

@@ -37,7 +37,7 @@ FITS = ('pad', 'crop')
 ENCODES = ('online', 'cached')
 # The types of sizes.
 _SIZES = (int, tuple[int, ...], 'int', 'tuple[int, ...]', 'int | tuple[int, ...]')
-_GROUP = re.compile(r'(?:^|,)([A-Za-z_]\w*)=')  # of parameters, in Config.start
+_GROUP = re.compile(r'(?:^|,)\s*([A-Za-z_]\w*)=')  # of parameters, in Config.start
 _MOST_LAYERS = 1000
 _MOST = 10**8  # of any size: what is larger is a slip, and would compute for ages
 
@@ -354,7 +354,7 @@ class Config:
       beginning = f'{match[1]}/' if match else ''
       if beginning in found:
         raise UserError(f"config.start is '{self.start}': two runs for the same parameters")
-      found[beginning] = entry[match.end() :] if match else entry
+      found[beginning] = (entry[match.end() :] if match else entry).strip()
     return found
 
   def is_started(self, *groups: str) -> bool:

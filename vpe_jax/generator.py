@@ -130,6 +130,13 @@ class Generator:
         stage,
         system.stages[-1].name,
       )
+    elif not system.stages[-1].draws and not system.config.start:
+      logging.warning(
+        "%s has no stage after '%s', which trains nothing that draws: its pictures are noise. "
+        'Another run, with a stage that does, can start from it (config.start)',
+        workdir,
+        stage,
+      )
     frozen = frozen_lib.for_drawing(system)
     frozen_lib.check_drawing(system, params, frozen)
     said = {'checkpoint': weights_io.fingerprint(params), 'weights': f'{workdir} ({held})'}

@@ -220,9 +220,23 @@ def test_other_settings_or_files_in_the_folder_are_refused(tmp_path):
 
 def test_a_mistake_before_the_first_picture_leaves_the_folder_free(tmp_path):
   source = _folder(tmp_path / 'in', 2)
-  with pytest.raises(UserError, match='line 1: image .* has no caption'):
+  with pytest.raises(UserError, match=r'2 of 2 .* line 1 has no caption .--caption='):
     prepare(Settings(source, caption='words'), str(tmp_path / 'to'))
   assert prepare(Settings(source), str(tmp_path / 'to')).count == 2
+
+
+def test_a_picture_without_a_caption_is_left_out_and_listed(tmp_path):
+  source = _folder(tmp_path / 'in', 4)
+  lines = (tmp_path / 'in' / 'captions.jsonl').read_text().splitlines()
+  lines[1], lines[2] = (
+    '{"file": "001.png", "caption": " "}',
+    r'{"file": "002.png", "text": "\ud800"}',
+  )
+  (tmp_path / 'in' / 'captions.jsonl').write_text('\n'.join(lines))
+  assert prepare(Settings(source), str(tmp_path / 'to'), most_skipped=0.5).count == 2
+  blank, broken = _skipped(tmp_path / 'to')
+  assert 'line 2 has no caption' in blank['reason'] and '--nocaptions' in blank['reason']
+  assert 'line 3: the caption is not valid text' in broken['reason']
 
 
 def test_settings_of_an_unfinished_folder_hold_too(tmp_path):

@@ -115,6 +115,26 @@ def test_a_changed_picture_in_a_folder_changes_the_fingerprint(tmp_path, drawing
   assert found() != before
 
 
+def test_a_folder_that_counts_several_times_is_encoded_once(open_data, tmp_path, capsys):
+  for name, values in (('warm', (10, 20)), ('cold', (30, 40, 50))):
+    (tmp_path / name).mkdir()
+    for value in values:
+      Image.new('RGB', (8, 8), (value,) * 3).save(tmp_path / name / f'{value}.png')
+      (tmp_path / name / f'{value}.txt').write_text('a red fox')
+  recipe = {'source': 'folders:warm*3,cold*2', 'root': str(tmp_path), 'examples': 0}
+  cached, system = open_data(**recipe)
+  assert '5/5' in capsys.readouterr().out
+  online, _ = open_data(encode='online', **recipe)
+  with cached.batches(0, 12) as ours, online.batches(0, 12) as theirs:
+    found, wanted = next(ours), next(theirs)
+  codes, latents = system.encode({}, wanted.image)
+  np.testing.assert_array_equal(found.codes, codes)
+  np.testing.assert_allclose(found.latents, latents, rtol=1e-6)
+  assert len(np.unique(found.latents.mean((1, 2, 3)).round(4))) == 5
+  open_data(**recipe | {'source': 'folders:warm,cold'})
+  assert len(_folders(tmp_path)) == 1  # The same pictures, however often they count.
+
+
 def test_a_prepared_folder_is_known_by_its_manifest(tmp_path, drawing_system):
   """Its files' dates say nothing: a copy of it is the same data."""
   (tmp_path / 'in').mkdir()

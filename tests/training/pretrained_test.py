@@ -190,7 +190,7 @@ def test_groups_of_parameters_come_from_different_runs(plan_run, tmp_path):
   other = _t2i('internal', stages=['plan'])
   shifted = jax.tree.map(lambda leaf: leaf + 1, paths.tree(wanted))
   _keep({'params': shifted, 'opt_state': {}, 'ema': {}}, other, tmp_path)
-  for start in (f'{folder},dit={tmp_path}', f'dit={tmp_path},embed={folder},ar={folder}'):
+  for start in (f'{folder}, dit={tmp_path}', f'dit={tmp_path},embed={folder},ar={folder}'):
     _, state, origins = _first(_t2i('external', start=start, stages=['render']))
     for path, leaf in by_path(state['params']).items():
       moved = path.startswith('dit/')

@@ -8,13 +8,18 @@ from PIL import Image
 
 from vpe_jax import rng, sharding
 from vpe_jax.training import frozen as frozen_lib
+from vpe_jax.training import previews
 from vpe_jax.training.previews import SHOWN, Previews
 from vpe_jax.training.state import first_state
 
 
-def _draw(system, folder, step=7):
+def _state(system):
+  return first_state(system.init(jax.random.key(0)), system.stages[1])
+
+
+def _draw(system, folder, step=7, state=None):
   mesh = sharding.make_mesh(system.config.mesh)
-  state = first_state(system.init(jax.random.key(0)), system.stages[1])
+  state = state or _state(system)
   with jax.set_mesh(mesh):
     frozen = frozen_lib.load(system, mesh, 'fsdp')
     previews = Previews(system.config, system, frozen, mesh, folder / 'samples')
@@ -34,6 +39,33 @@ def test_grid_and_both_rows_measures(drawing_system, tmp_path):
   assert found['sample/own/retrieval'] == 0 and found['sample/truth_plan/retrieval'] == 1
   with Image.open(tmp_path / 'samples' / 'step_0000007.png') as grid:
     assert grid.width > 2 * SHOWN * 150 and grid.height > 3 * 150
+
+
+def test_the_averaged_parameters_draw(drawing_system, tmp_path):
+  system = drawing_system()
+  plain = system.generate
+
+  def generate(params, *rest):
+    drawing = plain(params, *rest)
+    return dataclasses.replace(drawing, latents=drawing.latents + params['head']['bias'][0])
+
+  system.generate = generate
+  state = _state(system)
+  assert _draw(system, tmp_path, state=state)['sample/truth_plan/latent_distance'] < 0.3
+  state['ema'] = jax.tree.map(lambda leaf: leaf + 5, state['ema'])
+  assert _draw(system, tmp_path, state=state)['sample/truth_plan/latent_distance'] > 4
+
+
+def test_data_without_a_held_out_split_is_called_what_it_is(drawing_system, tmp_path, monkeypatch):
+  said = []
+  monkeypatch.setattr(
+    previews.pictures,
+    'grid',
+    lambda *arguments: said.append(arguments[-1]) or Image.new('RGB', (1, 1)),
+  )
+  for source in ('scenes', 'synthetic'):
+    _draw(drawing_system(data={'source': source}), tmp_path)
+  assert [labels[-1] for labels in said] == ['ground truth', 'ground truth (trained on)']
 
 
 def test_the_same_captions_are_drawn_each_time(drawing_system, tmp_path):

@@ -206,16 +206,17 @@ def _from_lines(folder: Path, listed: Path, asked: Asked) -> Iterator[Entry]:
       values = json.loads(line)
     except (ValueError, RecursionError) as error:  # Too many digits, too many brackets.
       raise UserError(f'{listed} line {number} is not JSON: {error}') from error
-    name, caption = text_of(values, *images), text_of(values, *captions)
-    if name is None:
-      raise UserError(f'{listed} line {number} names no image: give it a "{images[0]}"')
-    if caption is None:
-      raise UserError(
-        f'{listed} line {number}: image {name} has no caption; give it a "{captions[0]}"'
-      )
     where = f'{listed} line {number}'
-    names = _within(folder, name, where), valid(caption, where)
-    yield (*names, _before(folder, values, asked, where)), values, where
+    name, caption = text_of(values, *images), text_of(values, *captions) or ''
+    if name is None:
+      raise UserError(f'{where} names no image: give it a "{images[0]}"')
+    if asked.captions and not valid(caption, where):
+      raise UserError(f'{where}: image {name} has no caption; give it a "{captions[0]}"')
+    yield (
+      (_within(folder, name, where), caption, _before(folder, values, asked, where)),
+      values,
+      where,
+    )
 
 
 def _before(folder: Path, values: Any, asked: Asked, where: str) -> str:

@@ -84,9 +84,11 @@ class FolderInput:
 
   def places(self, scratch: Path) -> Iterator[Place]:
     """(names, fields of each entry with these names, where) in the order of the folder's source."""
+    # One picture without a caption is its own fault, found when it is read.
+    asked = dataclasses.replace(self.asked, captions=False)
     entries = (
       (names, {key: values[key] for key in FIELDS if key in values}, where)
-      for names, values, where in find(Path(self.path), self.asked)
+      for names, values, where in find(Path(self.path), asked)
     )
     for names, same in itertools.groupby(sort(entries, scratch), key=lambda entry: entry[0]):
       listed = list(same)

@@ -50,6 +50,7 @@ KINDS = (FOLDER, WEBDATASET, PARQUET, TFDS)
 SHARD_RECORDS = 8192  # pictures of some 512 pixels and 50 kB: 400 MB
 _WORK = 'preparing'  # folder of settings, notes and files that aren't whole
 _SETTINGS = 'settings.json'
+_ABOUT = {_WORK, SKIPPED}  # what is in a folder besides pictures, before its manifest
 _AHEAD = 2  # shards that wait for a process
 _LONGEST = 100_000  # letters of a caption; a longer one is a mistake, and slow to read each time
 
@@ -161,8 +162,8 @@ def prepare(settings: Settings, to: str, workers: int = 0, most_skipped: float =
       try:
         _write(settings, folder, workers, most_skipped)
       except UserError:
-        # Nothing is written yet, so the corrected call may have other settings.
-        if not any(path for path in folder.iterdir() if path.name != _WORK):
+        # No picture is written yet, so the corrected call may have other settings.
+        if {path.name for path in folder.iterdir()} <= _ABOUT:
           shutil.rmtree(work)
         raise
   manifest, _ = read_manifest(folder)
@@ -183,7 +184,7 @@ def _claim(folder: Path, settings: Settings) -> Path:
     _check_same(folder, begun, settings)
     return work
   with storage.writing(folder):
-    if folder.exists() and {path.name for path in folder.iterdir()} - {_WORK}:
+    if folder.exists() and {path.name for path in folder.iterdir()} - _ABOUT:
       raise UserError(f'{folder} has files that are not of this command: choose another --to')
     work.mkdir(parents=True, exist_ok=True)
     storage.write_atomic(stored, json.dumps(dataclasses.asdict(settings), indent=1).encode())

@@ -13,8 +13,11 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from vpe_jax.config import FOLDERS
 from vpe_jax.contracts import UserError
+from vpe_jax.data.cache import Encoded
 from vpe_jax.data.filters import Filter
 from vpe_jax.data.folder import Asked
 from vpe_jax.data.prepared import open_pictures
@@ -57,19 +60,47 @@ class Recipe:
     return self.ends[-1]
 
   def __getitem__(self, index: int) -> Record:
+    folder, row = self._find(index)
+    record = self.folders[folder][row]
+    return dataclasses.replace(record, id=f'{self.names[folder]}/{record.id}')
+
+  def once(self, index: int) -> int:
+    """The index of a record where each of the folders counts once."""
+    folder, row = self._find(index)
+    return sum(map(len, self.folders[:folder])) + row
+
+  def _find(self, index: int) -> tuple[int, int]:
+    """Number of the folder that the record at an index lies in, and its row there."""
     ends = self.ends
     if not 0 <= index < ends[-1]:
       raise IndexError(f'record {index} of {ends[-1]}')
-    place = bisect.bisect_right(ends, index)
-    folder = self.folders[place]
-    record = folder[(index - (ends[place - 1] if place else 0)) % len(folder)]
-    return dataclasses.replace(record, id=f'{self.names[place]}/{record.id}')
+    folder = bisect.bisect_right(ends, index)
+    return folder, (index - (ends[folder - 1] if folder else 0)) % len(self.folders[folder])
 
   def stamps(self) -> Iterator[str]:
     """Those of every folder, as often as it counts."""
     for folder, times in zip(self.folders, self.times, strict=True):
       for _ in range(times):
         yield from folder.stamps()
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeated:
+  """Codes and latents of a recipe's records, of which each folder was encoded once."""
+
+  recipe: Recipe
+  encoded: Encoded
+
+  def __len__(self) -> int:
+    return len(self.recipe)
+
+  def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+    return self.encoded[self.recipe.once(index)]
+
+
+def once(source: str) -> str:
+  """A `data.source` in which each folder of a recipe counts once."""
+  return FOLDERS + ','.join(parse(source)) if source.startswith(FOLDERS) else source
 
 
 def parse(source: str) -> dict[str, int]:

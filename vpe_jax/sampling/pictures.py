@@ -214,7 +214,9 @@ def save_all(
 
 def _refuse_existing(path: epath.Path, overwrite: bool) -> None:
   if not overwrite and path.exists():
-    raise UserError(f'{path} exists: name another file or replace it with --overwrite')
+    raise UserError(
+      f'{path} exists: name another file, or replace it (--overwrite, overwrite=True)'
+    )
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -192,7 +192,9 @@ def check_target(path: str, overwrite: bool = False) -> None:
   if storage.reached(place, place.is_dir):
     raise UserError(f'{path} is a folder: name a file')
   if place.exists() and not overwrite:
-    raise UserError(f'{path} exists: name another file or replace it with --overwrite')
+    raise UserError(
+      f'{path} exists: name another file, or replace it (--overwrite, overwrite=True)'
+    )
 
 
 def mixed(upper: Plans, lower: Plans, rows: int | None = None) -> Plans:

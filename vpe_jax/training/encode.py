@@ -23,7 +23,7 @@ from vpe_jax import __version__, sharding
 from vpe_jax.codecs import choice
 from vpe_jax.config import Config, DataConfig, to_dict
 from vpe_jax.contracts import Examples, System, UserError
-from vpe_jax.data import cache
+from vpe_jax.data import cache, recipes
 from vpe_jax.data.cache import Encoded
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.records import Picture, Record
@@ -59,6 +59,13 @@ def open_training_data(
     raise UserError(f"system '{config.system}' trains on pictures: set data.encode=online")
   if config.data.source == 'synthetic':
     encoded: Encoded = _synthetic_codes(system, len(pictures))
+  elif (source := recipes.once(config.data.source)) != config.data.source:
+    data = dataclasses.replace(config.data, source=source)
+    folders = dataclasses.replace(config, data=data)
+    found = _cached(
+      folders, frozen, mesh, Pipeline(data, config.seed, tokenizer=pictures.tokenizer)
+    )
+    encoded = recipes.Repeated(pictures.source, found)
   else:
     encoded = _cached(config, frozen, mesh, pictures)
   return Pipeline(config.data, config.seed, encoded=encoded)

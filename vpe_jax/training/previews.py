@@ -3,7 +3,8 @@
 Three rows: pictures from the model's own visual prompt, pictures rendered from the ground truth's
 visual prompt, and the ground truth; of edits, the pictures before in a fourth. The distance between
 the first two rows is the gap between inference and training: in training the renderer always stands
-on a true visual prompt. A system without visual prompts has no second row.
+on a true visual prompt. A system without visual prompts has no second row. Half of the pictures are
+held out; of data without a held-out split all are trained on, and the last row says so.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from vpe_jax.training.state import State, weights
 SHOWN = 4  # pictures of each split in a grid
 COUNT = 8  # pictures of each split that the metrics are taken over
 OWN, TRUE = 'own visual prompt', 'true visual prompt'
-DRAWN, TRUTH, BEFORE = 'drawn', 'ground truth', 'before'
+DRAWN, TRUTH, TRAINED, BEFORE = 'drawn', 'ground truth', 'ground truth (trained on)', 'before'
 
 
 class Previews:
@@ -82,7 +83,8 @@ class Previews:
       return {}
     params, frozen, found = weights(state), self._frozen.params, {}
     labels = {'own': OWN, 'truth_plan': TRUE} if self._system.codes else {'own': DRAWN}
-    ends = (TRUTH, BEFORE) if self._config.data.references else (TRUTH,)
+    truth = TRUTH if len(self._splits) > 1 else TRAINED
+    ends = (truth, BEFORE) if self._config.data.references else (truth,)
     rows: list[list[np.ndarray]] = [[] for _ in (*labels, *ends)]
     captions: list[str] = []
     for place, split in enumerate(self._splits):

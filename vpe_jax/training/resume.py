@@ -56,8 +56,8 @@ def check_config(
     fields = ','.join(field for field, _ in refused[:LISTED])
     raise UserError(
       f'{workdir} holds a run with another config: '
-      f'{"; ".join(text for _, text in refused[:LISTED])}{more}. Choose another --workdir, or '
-      f'continue it with --allow_change={fields}'
+      f'{"; ".join(text for _, text in refused[:LISTED])}{more}. Choose another --workdir, or, '
+      f'where its parameters and stages stay the same, continue it with --allow_change={fields}'
     )
   return [text for _, text in accepted]
 
