@@ -40,14 +40,28 @@ def test_edits_are_held_out_and_told_differently(asked):
 
 def test_the_picture_after_is_done_and_the_one_before_is_not(asked):
   done, copied = (editing.measure(x, asked, _embed) for x in (asked.after, asked.before))
-  assert done.done.all() and done.like_after.all()
+  assert done.done.all() and done.close.all() and done.like_after.all()
   assert done.error_inside == done.error_outside == 0
-  assert not copied.done.any() and not copied.like_after.any()
+  assert not copied.done.any() and not copied.close.any() and not copied.like_after.any()
   apart = np.square(asked.after.astype(float) - asked.before)[asked.mask].mean()
   assert copied.error_inside == pytest.approx(apart, rel=1e-5) and copied.error_outside == 0
   summary = json.loads(json.dumps(done.summary(asked.kinds)))
   assert summary['psnr_inside'] is None and summary['done']['share'] == 1
   assert sum(kind['done']['share'] * kind['edits'] for kind in summary['kinds'].values()) == 16
+
+
+def test_more_than_half_of_the_way_is_done_and_close(asked):
+  for way in (0.4, 0.6):
+    part = np.rint(asked.before + way * (asked.after - asked.before.astype(float)))
+    result = editing.measure(part.astype(np.uint8), asked, _embed)
+    assert result.done.mean() == result.close.mean() == (way > 0.5)
+
+
+def test_half_of_noise_is_done_and_none_of_it_is_close():
+  asked = editing.make_edits(128, 'combination', 0, 16)
+  noise = np.random.default_rng(0).integers(0, 256, asked.before.shape, np.uint8)
+  result = editing.measure(noise, asked, _embed)
+  assert 0.3 < result.done.mean() < 0.7 and result.close.mean() < 0.05
 
 
 def test_what_is_spoilt_outside_shows_there_alone(asked):
@@ -83,11 +97,12 @@ def test_the_report_tells_copies_and_true_plans_apart(monkeypatch):
   report = runner.run([], _subject(), OPTIONS)['edits']
   found = report.protocol['results']['combination']
   done = {name: row['done']['share'] for name, row in found['rows'].items()}
-  assert list(done) == [editing.COPY, 'generated', editing.OTHERS, 'generated on the true plan']
+  own = ['generated', editing.OTHERS, 'generated on the true plan']
+  assert list(done) == [editing.COPY, editing.NOISE, *own]
   assert done[editing.COPY] == done['generated'] == 0 and done['generated on the true plan'] == 1
   assert found['rows']['generated']['psnr_outside'] is None
   assert found['rows'][editing.OTHERS]['error_outside'] > 0
-  assert len(report.lines) == 7 and ' inf ' in report.lines[2] and '0% / 100% of' in report.lines[6]
+  assert len(report.lines) == 8 and ' inf ' in report.lines[2] and '0% / 100% of' in report.lines[7]
   labels = [row.label for row in report.sheets['combination']]
   assert labels == ['before', 'target', 'generated', 'generated on the true plan']
   assert report.sheets['combination'][0].said[0] == found['edits'][0]['told']

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import retrieval, runner
@@ -146,6 +147,13 @@ def test_what_is_drawn_chooses_the_benchmark(subject, monkeypatch, task, name):
   monkeypatch.setattr(runner, 'BENCHMARKS', ready)
   of_task = dataclasses.replace(subject, task=task)
   assert runner.chosen([], of_task) == runner.chosen([name], of_task) == [name]
+
+
+@pytest.mark.parametrize('source, said', [('folder:mine', True), ('scenes', False)])
+def test_a_run_on_other_data_is_told_apart(subject, tmp_path, capsys, source, said):
+  one = dataclasses.replace(subject, data=DataConfig(source=source))
+  runner.evaluate(['retrieval'], {'a run': one}, _OPTIONS, {'a run': str(tmp_path)})
+  assert ('it was trained on folder:mine' in capsys.readouterr().out) == said
 
 
 def test_sheets_of_several_runs_are_put_together_and_replace_no_other(tmp_path):

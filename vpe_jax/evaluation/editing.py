@@ -2,11 +2,13 @@
 
 A model is given the picture before and the instruction of held-out edits of scenes, of which the
 picture after is known, and so is the mask of all that changes. An edit counts as done if inside the
-mask the picture is nearer to the one after than to the one before, in mean squared difference. How
-near it comes is its PSNR to the picture after inside the mask; what it does to all else, its PSNR
-to the picture before outside. A judge that no generator saw says which of the two pictures it is
-more like as a whole. `the picture before` is what a copy scores; pictures that were generated for
-other edits are nearer to the picture after by chance.
+mask the picture is nearer to the one after than to the one before, in mean squared difference, and
+as close if it is less than half as far from the one after as the one before is: that a picture is
+nearer happens by chance, to every second one, and `noise` shows it. How near it comes is its PSNR
+to the picture after inside the mask; what it does to all else, its PSNR to the picture before
+outside. A judge that no generator saw says which of the two pictures it is more like as a whole.
+`the picture before` is what a copy scores; pictures that were generated for other edits have the
+model's style and no more.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ from vpe_jax.evaluation.judge import Judge
 from vpe_jax.evaluation.report import Options, Report, Row, Subject, distinct, protocol
 from vpe_jax.evaluation.retrieval import wilson
 
-COPY, OTHERS = 'the picture before', 'generated for another edit'
+COPY, NOISE, OTHERS = 'the picture before', 'noise', 'generated for another edit'
+_CLOSE = 0.5  # of the distance between the pictures before and after
 _POOL = 8  # edits drawn for each that is used: enough with different instructions
+
+_SHARES = ('done', 'close', 'like_after')  # what is told of each edit
 
 Embed = Callable[[np.ndarray], np.ndarray]
 
@@ -55,6 +60,7 @@ class Result:
 
   Attributes:
     done: bool [N], nearer to the picture after than to the one before, inside the mask.
+    close: bool [N], less than half as far from the picture after as the one before is, there.
     like_after: bool [N], the same of the judge's vectors of the whole pictures.
     error_inside: mean squared difference to the picture after inside the masks, in levels squared,
       over all pixels of all pictures.
@@ -62,6 +68,7 @@ class Result:
   """
 
   done: np.ndarray
+  close: np.ndarray
   like_after: np.ndarray
   error_inside: float
   error_outside: float
@@ -78,7 +85,7 @@ class Result:
       'kinds': {
         str(kind): _shares(
           dataclasses.replace(
-            self, done=self.done[kinds == kind], like_after=self.like_after[kinds == kind]
+            self, **{name: getattr(self, name)[kinds == kind] for name in _SHARES}
           )
         )
         for kind in np.unique(kinds)
@@ -92,7 +99,8 @@ def edits_report(subject: Subject, options: Options) -> Report:
   results, lines, sheets = {}, [], {}
   for split in options.splits:
     asked = make_edits(options.captions, split, options.seed, subject.image_size)
-    rows = {COPY: asked.before, **_drawn(subject, asked)}
+    noise = np.random.default_rng(options.seed).integers(0, 256, asked.before.shape, np.uint8)
+    rows = {COPY: asked.before, NOISE: noise, **_drawn(subject, asked)}
     found = {name: measure(images, asked, judge.images) for name, images in rows.items()}
     lines += table(split, found, asked.kinds)
     results[split] = {
@@ -111,6 +119,7 @@ def edits_report(subject: Subject, options: Options) -> Report:
   said = {
     'source': 'vpe_jax.data.edits',
     'done': 'nearer to the picture after than to the one before inside the mask, by squared error',
+    'close': 'less than half as far from the picture after as the one before is, inside the mask',
     'like_after': "the judge's vector is nearer to the picture after's than to the one before's",
     'psnr': 'of the squared error over all pixels of all pictures inside, or outside, the masks',
     'judge_checkpoint': judge.fingerprint,
@@ -161,6 +170,7 @@ def measure(images: np.ndarray, asked: Asked, embed: Embed) -> Result:
   vectors, before, after = (embed(x) for x in (images, asked.before, asked.after))
   return Result(
     done=inside(to_after) < inside(to_before),
+    close=inside(to_after) < _CLOSE**2 * inside(_squared(asked.before, asked.after)),
     like_after=np.sum(vectors * after, 1) > np.sum(vectors * before, 1),
     error_inside=float(to_after[asked.mask].mean()),
     error_outside=float(to_before[~asked.mask].mean()),
@@ -171,15 +181,16 @@ def table(split: str, found: Mapping[str, Result], kinds: np.ndarray) -> list[st
   """The results of one split as aligned lines."""
   lines = [
     f'split {split}: {len(kinds)} edits; done: inside what changes, nearer to the picture after '
-    'than to the one before; PSNR to the picture after inside, to the one before outside',
-    f'  {"pictures":28}{"done":>8}{"95% interval":>18}{"PSNR inside":>13}{"outside":>9}'
+    'than to the one before (half of them by chance); close: less than half as far from it as the '
+    'one before is; PSNR to the picture after inside, to the one before outside',
+    f'  {"pictures":28}{"done":>8}{"95% interval":>18}{"close":>8}{"PSNR inside":>13}{"outside":>9}'
     f'{"judged like after":>19}',
   ]
   for name, result in found.items():
     low, high = wilson(float(result.done.mean()), len(result.done))
     lines.append(
       f'  {name:28}{result.done.mean():>8.1%}{f"{low:.1%} to {high:.1%}":>18}'
-      f'{_psnr(result.error_inside):>13.2f}{_psnr(result.error_outside):>9.2f}'
+      f'{result.close.mean():>8.1%}{_psnr(result.error_inside):>13.2f}{_psnr(result.error_outside):>9.2f}'
       f'{result.like_after.mean():>19.1%}'
     )
   said = []
@@ -191,14 +202,14 @@ def table(split: str, found: Mapping[str, Result], kinds: np.ndarray) -> list[st
 
 def _own(rows: Mapping[str, Any]) -> list[str]:
   """The rows of what the model made of an edit."""
-  return [name for name in rows if name not in (COPY, OTHERS)]
+  return [name for name in rows if name not in (COPY, NOISE, OTHERS)]
 
 
 def _shares(result: Result) -> dict[str, Any]:
   """What a result counts, with intervals."""
   count, found = len(result.done), {'edits': len(result.done)}
-  for name, which in (('done', result.done), ('like_after', result.like_after)):
-    share = float(which.mean())
+  for name in _SHARES:
+    share = float(getattr(result, name).mean())
     found[name] = {'share': share, 'interval95': list(wilson(share, count))}
   return found
 
