@@ -36,7 +36,8 @@ work within the layers.
 cross-entropy .868 internal and .842 external, flow loss .271 and .514 (there not trained on). Of
 256 held-out edits (vpe_jax.evaluate, combinations) the internal picture is nearer to the target
 than to the picture before, where they differ, in 62.1 % with its own plan and 96.5 % with the true
-one; external 60.9 and 67.6 %; pictures for another edit 48.0 and 51.2 %.
+one; external 60.9 and 67.6 %; pictures for another edit 48.0 and 51.2 %, noise 47.7 %. Less than
+half as far from the target as the picture before are 26.2 and 62.1 %, external 14.1 and 19.5 %.
 --workdir=runs/edit-tiny,runs/edit-external puts both on one sheet.
 
 Compiled for pods by launch/compile_all.sh, which writes this table:

@@ -1,6 +1,7 @@
 """Tests of sample grids and of the gap between inference and training that they measure."""
 
 import dataclasses
+import types
 
 import jax
 import numpy as np
@@ -66,6 +67,13 @@ def test_data_without_a_held_out_split_is_called_what_it_is(drawing_system, tmp_
   for source in ('scenes', 'synthetic'):
     _draw(drawing_system(data={'source': source}), tmp_path)
   assert [labels[-1] for labels in said] == ['ground truth', 'ground truth (trained on)']
+
+
+def test_previews_of_classes_are_of_several(monkeypatch):
+  names = ['a'] * 5 + ['b', 'a', 'c'] + ['a'] * 60
+  data = types.SimpleNamespace(index_at=lambda place: place, said=names.__getitem__)
+  assert previews._places(data, 8) == [0, 5, 7, 1, 2, 3, 4, 6]
+  assert previews._places(data, 2) == [0, 5]
 
 
 def test_the_same_captions_are_drawn_each_time(drawing_system, tmp_path):

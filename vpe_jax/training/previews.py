@@ -27,6 +27,7 @@ from vpe_jax.training.state import State, weights
 
 SHOWN = 4  # pictures of each split in a grid
 COUNT = 8  # pictures of each split that the metrics are taken over
+_SCANNED = 8  # records looked at for each that is taken
 OWN, TRUE = 'own visual prompt', 'true visual prompt'
 DRAWN, TRUTH, TRAINED, BEFORE = 'drawn', 'ground truth', 'ground truth (trained on)', 'before'
 
@@ -131,13 +132,16 @@ class Previews:
     return measured
 
   def _load(self, split: str) -> tuple[Examples, list[str]]:
-    """The first records of a split with their true codes and latents, and their captions."""
+    """Records of a split with their true codes and latents, and the captions that are shown."""
     if split not in self._truth:
       data = Pipeline(self._config.data, self._config.seed, split=split)
       count = -(-COUNT // self._mesh.size) * self._mesh.size
-      with data.batches(0, count, jax.process_index(), jax.process_count()) as batches:
-        placed = sharding.put_batch(next(batches), self._mesh)
-      captions = [data.said(data.index_at(place)) for place in range(SHOWN)]
+      places = _places(data, count)
+      mine = places[sharding.host_rows(count, self._mesh)]
+      batch = data.examples([data.index_at(place) for place in mine])
+      batch = dataclasses.replace(batch, example=np.asarray(mine, np.int32))
+      placed = sharding.put_batch(batch, self._mesh)
+      captions = [data.said(data.index_at(place)) for place in places[:SHOWN]]
       self._truth[split] = (self._frozen.with_codes(placed), captions)
     return self._truth[split]
 
@@ -145,3 +149,18 @@ class Previews:
     """A whole array on every host."""
     whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(self._mesh))
     return jax.device_get(whole(leaf))
+
+
+def _places(data: Pipeline, count: int) -> list[int]:
+  """The first places of the stream that say something new, then the first of the others.
+
+  Captions rarely come again; of classes most pictures may be of one.
+  """
+  said, new, others = set(), [], []
+  for place in range(_SCANNED * count):
+    if len(new) == count:
+      break
+    words = data.said(data.index_at(place))
+    (others if words in said else new).append(place)
+    said.add(words)
+  return (new + others)[:count]
