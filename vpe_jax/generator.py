@@ -80,7 +80,7 @@ class Generator:
     self._tokenizer = tokenizer
     self._before: before.Before | None = None
     prepare = getattr(system, 'prepare', None)
-    self._params = jax.device_put(prepare(params) if prepare else params)
+    self._params = jax.device_put(prepare(params, jax.default_backend()) if prepare else params)
     self._frozen = jax.device_put(frozen)
     self._draw = jax.jit(system.generate, static_argnums=4)
     self.has_plans = bool(system.codes) and hasattr(system, 'plan')

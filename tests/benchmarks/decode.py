@@ -31,7 +31,9 @@ from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Params, UserError
 from vpe_jax.models import mot
 from vpe_jax.models.decoder import Decoder, DecoderConfig, causal
+from vpe_jax.models.dense import TURNED, turned
 from vpe_jax.models.transformer import TransformerConfig
+from vpe_jax.ops.matmul import turned_product
 from vpe_jax.sampling import decoding
 from vpe_jax.sharding import by_path
 
@@ -103,12 +105,12 @@ def read_floor(params: Params) -> Callable[[], Any]:
 def products(params: Params, batch: int) -> Callable[[], Any]:
   """A call that multiplies rows by every matrix as often as a plan's decoding does."""
   body = [
-    leaf.reshape(math.prod(leaf.shape[:-1]) if path == 'o/kernel' else leaf.shape[0], -1)
+    leaf.reshape(leaf.shape[0] if path.startswith('o/') else math.prod(leaf.shape[:-1]), -1)
     for layer in params['layers']
     for path, leaf in by_path(layer).items()
-    if path.endswith('kernel')
+    if path.endswith(TURNED)
   ]
-  widths = {kernel.shape[0] for kernel in body}
+  widths = {kernel.shape[1] for kernel in body}
   draw = lambda width: jax.random.normal(jax.random.key(width), (batch, width))
   rows = {width: draw(width) for width in widths}
 
@@ -117,8 +119,8 @@ def products(params: Params, batch: int) -> Callable[[], Any]:
   def run(body: list[Array], table: Array, rows: dict[int, Array]) -> Array:
     def step(_: Array, last: Array) -> Array:
       for kernel in body:
-        last = jnp.tanh(jnp.max((rows[kernel.shape[0]] + last) @ kernel))
-      return jnp.tanh(jnp.max(jnp.einsum('BD,VD->BV', rows[table.shape[1]] + last, table)))
+        last = jnp.tanh(jnp.max(turned_product(rows[kernel.shape[1]] + last, kernel)))
+      return jnp.tanh(jnp.max(turned_product(rows[table.shape[1]] + last, table)))
 
     return jax.lax.fori_loop(0, TOKENS, step, jnp.float32(0))
 
@@ -130,7 +132,7 @@ def measure_body(name: str, batch: int) -> dict[str, Any]:
   model = decoder(BODIES[name])
   params = drawn(model)
   theirs = peer(model, params)
-  fast = params | {'layers': mot.unstack(params['layers'])}
+  fast = turned(params | {'layers': mot.unstack(params['layers'])})
   prompt = np.random.default_rng(0).integers(0, VOCABULARY, (batch, PROMPT)).astype(np.int32)
   run = jax.jit(functools.partial(generate, model))
   given = torch.tensor(prompt, dtype=torch.long)

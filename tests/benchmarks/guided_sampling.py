@@ -81,7 +81,8 @@ def _job(system: System) -> rendering.Job:
 
 def _drawn(system: System) -> Params:
   """Fresh weights with the maps that start at zero redrawn, so that nothing is the identity."""
-  return system.prepare(redrawn(jax.jit(system.init)(rng.run_key(0)), 0.02))
+  fresh = redrawn(jax.jit(system.init)(rng.run_key(0)), 0.02)
+  return system.prepare(fresh, jax.default_backend())
 
 
 def measure_case(name: str) -> dict[str, Any]:

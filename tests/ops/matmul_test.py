@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpe_jax.ops.matmul import dot_general
+from vpe_jax.ops.matmul import dot_general, turned_product
 
 CASES = {
   'dense': ((2, 5, 8), (8, 6), (((2,), (0,)), ((), ()))),
@@ -34,3 +34,25 @@ def test_refuses_other_products():
   x, kernel = jnp.ones((2, 5, 8)), jnp.ones((6, 8))
   with pytest.raises(ValueError, match='dense layer'):
     dot_general(x, kernel, (((2,), (1,)), ((), ())))
+
+
+@pytest.mark.parametrize('rows', [(1,), (2, 3), (129,)])
+def test_a_turned_product_and_its_gradients(rows):
+  x = jax.random.normal(jax.random.key(0), (*rows, 8))
+  kernel = jax.random.normal(jax.random.key(1), (6, 8))
+  results = []
+  for product in (turned_product, lambda x, kernel: x @ kernel.T):
+    loss = lambda x, kernel, product=product: jnp.sum(jnp.sin(product(x, kernel)))
+    results.append((jax.jit(product)(x, kernel), *jax.jit(jax.grad(loss, (0, 1)))(x, kernel)))
+  for ours, theirs in zip(*results, strict=True):
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_few_rows_are_multiplied_as_columns_on_a_cpu_and_nowhere_else():
+  x, kernel = jnp.ones((2, 8)), jnp.ones((6, 8))
+  text = lambda platform: (
+    jax.jit(turned_product).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+  )
+  assert 'optimization_barrier' in text('cpu')
+  assert 'optimization_barrier' not in text('tpu')

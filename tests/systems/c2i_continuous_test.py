@@ -184,7 +184,7 @@ def test_drawing_with_a_cache_equals_whole_rows(system, params, scale, given):
   request = _batch(system, 3)
   request = dataclasses.replace(request, latents=None, codes=request.codes if given else None)
   draw = jax.jit(lambda p, r: class_rendering.draw(system.model, settings, p, r, KEY))
-  plan, latents = draw(system.prepare(params), request)
+  plan, latents = draw(system.prepare(params, 'cpu'), request)
   if given:
     np.testing.assert_array_equal(plan, request.codes)
   normal = lambda key: jax.random.normal(key, (8, 8, 4))

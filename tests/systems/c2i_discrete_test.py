@@ -294,7 +294,7 @@ def _uncached(system, params, classes, plan, codes):
 @pytest.mark.parametrize('prepared', [False, True])
 def test_cached_logits_equal_uncached(system, params, prepared):
   batch = _batch(system)
-  weights = system.prepare(params) if prepared else params
+  weights = system.prepare(params, 'cpu') if prepared else params
   job = writing.Job(system.model, SampleConfig(), False)
   codes = batch.latents.reshape(4, -1)
   x = system.model.inputs(params, batch.text[:, 0], codes, batch.codes)

@@ -201,7 +201,7 @@ def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, gu
     flows = [_flow_step(system, weights, prefix, batch.latents) for prefix in prefixes]
     return codes, row.hidden, flows
 
-  codes, states, (told, null) = cached(system.prepare(params) if prepared else params)
+  codes, states, (told, null) = cached(system.prepare(params, 'cpu') if prepared else params)
   whole = lambda codes, keep, latents=batch.latents: _whole(condition)(
     params, codes, keep, latents, CLOCK
   )

@@ -126,7 +126,7 @@ def test_cached_flow_step_equals_whole_sequence(system, params, prepared):
   job, regions = _job(system), system._regions(batch, batch.codes, jnp.ones(4, bool))
   clock = jnp.full((4,), 0.3)
   _, whole = jax.jit(system.model)(params, regions, batch.latents, clock)
-  weights = system.prepare(params) if prepared else params
+  weights = system.prepare(params, 'cpu') if prepared else params
 
   @jax.jit
   def cached(weights):
@@ -192,7 +192,7 @@ def test_guided_plan_is_led_away_from_the_plan_without_text(system, params):
 def test_null_prefix_equals_dropped_row(system, params, prepared):
   """The two-token null prefix renders what a full row with everything dropped renders."""
   batch, job = _batch(system), _job(system, guidance=0.0)
-  weights = system.prepare(params) if prepared else params
+  weights = system.prepare(params, 'cpu') if prepared else params
 
   @jax.jit
   def null(weights):

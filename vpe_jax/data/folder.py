@@ -191,7 +191,7 @@ def find(folder: Path, asked: Asked) -> Iterator[Entry]:
     UserError: the folder is missing, a picture lacks what is asked for, or a text can't be read.
   """
   if not folder.is_dir():
-    raise UserError(f'data folder {folder} does not exist; check --config.data.source=folder:PATH')
+    raise UserError(f'data folder {folder} does not exist: folder:PATH names one that does')
   listed = folder / _CAPTIONS
   yield from _from_lines(folder, listed, asked) if listed.exists() else _from_texts(folder, asked)
 

@@ -62,9 +62,7 @@ def _unreadable(name: object, error: Exception) -> UserError:
   reason = error
   if isinstance(error, UnidentifiedImageError):
     reason = f'not one of {", ".join(FORMATS)}'
-  return UserError(
-    f'unreadable image {name} ({reason}); replace the file or take it out of the data'
-  )
+  return UserError(f'unreadable image {name} ({reason}); replace the file or leave it out')
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

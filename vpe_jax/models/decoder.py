@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, Params, Visibility
 from vpe_jax.data.sequence import NEVER
-from vpe_jax.models import mot
+from vpe_jax.models import dense, mot
 from vpe_jax.models.transformer import TransformerConfig
+from vpe_jax.ops.matmul import turned_product
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +89,8 @@ class Decoder(mot.OneExpert):
     """Logits [B, L, V] float32 from final-norm hidden states [B, L, D]."""
     if self.config.tied:
       rows = params['embed'].astype(hidden.dtype)
-      return jnp.einsum('BLD,VD->BLV', hidden, rows).astype(jnp.float32)
-    kernel = params['head']['kernel'].astype(hidden.dtype)
-    return jnp.einsum('BLD,DV->BLV', hidden, kernel).astype(jnp.float32)
+      return turned_product(hidden, rows).astype(jnp.float32)
+    return dense.columns(params['head'], hidden).astype(jnp.float32)
 
   def __call__(self, params: Params, ids: Array, length: Array) -> Array:
     """Logits [B, L, V] float32 of ids [B, L], of which `length` [B] are real."""

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array, Params, Visibility
 from vpe_jax.data.sequence import NEVER
-from vpe_jax.models import mot, transformer
+from vpe_jax.models import dense, mot, transformer
 from vpe_jax.models.dropout import Dropout, drop
 from vpe_jax.models.transformer import Layer, TransformerConfig
 from vpe_jax.ops import rope
@@ -163,8 +163,7 @@ class LlamaGen(mot.OneExpert):
     first, last = 0, self.config.vocabulary
     if block:
       first, last = (0, self.config.codes) if block == 'codes' else (self.config.codes, last)
-    kernel = params['head']['kernel'][:, first:last].astype(hidden.dtype)
-    return jnp.einsum('BLD,DV->BLV', hidden, kernel).astype(jnp.float32)
+    return dense.columns(params['head'], hidden, first, last).astype(jnp.float32)
 
   def run(
     self,

@@ -141,7 +141,7 @@ class System(ClassToImage):
   ) -> dict[str, LossTerm]:
     """`flow` at weight 1; with a visual prompt `next_token` (nats), and its argmax's `accuracy`."""
     if self.config.unroll:
-      params = self.prepare(params)
+      params = self.model.prepare(params)
     plan, latents = batch.codes, batch.latents
     if latents is None:
       plan, latents = self.encode(frozen, batch.image)

@@ -158,7 +158,7 @@ class System(ClassToImage):
     `image`, each a mean of its own, and `masked`, the share of the plan that is hidden.
     """
     if self.config.unroll:
-      params = self.prepare(params)
+      params = self.model.prepare(params)
     plan, codes = batch.codes, batch.latents
     if codes is None:
       plan, codes = self.encode(frozen, batch.image)

@@ -12,6 +12,7 @@ from vpe_jax.codecs.choice import NoVisualPrompt
 from vpe_jax.codecs.protocol import LatentCodec, PictureCodec, PlanCodec
 from vpe_jax.config import Config
 from vpe_jax.contracts import Array, Examples, Params, Start
+from vpe_jax.models import dense
 from vpe_jax.ops.flops import matrix_flops
 
 
@@ -49,9 +50,10 @@ class DrawingSystem:
     """Fresh parameters, float32."""
     return self.model.init(rng)
 
-  def prepare(self, params: Params) -> Params:
-    """Parameters in the layout that decoding is fast in; outside jit, once."""
-    return self.model.prepare(params)
+  def prepare(self, params: Params, platform: str = '') -> Params:
+    """Parameters in the layout that decoding on a platform is fast in; outside jit, once."""
+    apart = self.model.prepare(params)
+    return dense.turned(apart) if platform == 'cpu' else apart
 
   def abstract_batch(self, batch_size: int) -> Examples:
     """Images where encoders run online, else codes and latents."""
