@@ -2,8 +2,10 @@
 
 Of TPUs, from the pages that Google publishes for each (docs.cloud.google.com/tpu/docs/v4, /v5e,
 /v5p, /v6e and /tpu7x, read in 2026). The pages give the interconnect's bandwidth in both directions
-together where they say bidirectional (v5p 1,200, v6e 800 GB/s); half of it is what a chip receives
-at most. v5e's 1,600 Gbit/s and v4's 2,400 Gbit/s are one direction. Memory is what libtpu 0.0.52
+together where they say bidirectional (v5p 1,200, v6e 800, v5e 400 GB/s); half of it is what a chip
+receives at most. v4's page has none: its links are those of arXiv 2304.01433, which the page's
+bisection of 24 TB/s bears out (512 links across 16 x 16 x 16 chips); its share of the hosts'
+network is published nowhere, and v5e's is assumed. Memory is what libtpu 0.0.52
 lets a program use, a little less than the pages say (16 GB of v5e, 32 GB of v4 and v6e, 95 GiB of
 v5p, of which it would let a program use 95.7): "available HBM" in its error of a program that is
 too large.
@@ -51,7 +53,7 @@ CHIPS = {
   chip.name: chip
   for chip in (
     # 275 TFLOPs; 32 GiB at 1,200 GB/s; 6 links of 50 GB/s; pod of 4,096, of which all can be one
-    # job. Network: 100 Gbit/s for a host of 4 chips.
+    # job. Network: assumed.
     Chip('v4', 'v4', 'TPU v4', 2, 275e12, 30.75 * GIB, 1200e9, 300e9, 3.125e9, 3, 4096),
     # 197 TFLOPs; 16 GB at 819 GB/s; 1,600 Gbit/s; network 6.4 Tbit/s for 256 chips.
     Chip('v5e', 'v5litepod', 'TPU v5 lite', 1, 197e12, 15.75 * GIB, 819e9, 200e9, 3.125e9, 2, 256),
