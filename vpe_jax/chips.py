@@ -5,10 +5,9 @@ Of TPUs, from the pages that Google publishes for each (docs.cloud.google.com/tp
 together where they say bidirectional (v5p 1,200, v6e 800, v5e 400 GB/s); half of it is what a chip
 receives at most. v4's page has none: its links are those of arXiv 2304.01433, which the page's
 bisection of 24 TB/s bears out (512 links across 16 x 16 x 16 chips); its share of the hosts'
-network is published nowhere, and v5e's is assumed. Memory is what libtpu 0.0.52
-lets a program use, a little less than the pages say (16 GB of v5e, 32 GB of v4 and v6e, 95 GiB of
-v5p, of which it would let a program use 95.7): "available HBM" in its error of a program that is
-too large.
+network is published nowhere, and v5e's is assumed. Memory is what libtpu 0.0.52 lets a program use,
+a little less than the pages say (16 GB of v5e, 32 GB of v4 and v6e, 95 GiB of v5p, of which it
+would let a program use 95.7): "available HBM" in its error of a program that is too large.
 """
 
 from __future__ import annotations
