@@ -43,7 +43,9 @@ half as far from the target as the picture before are 26.2 and 62.1 %, external 
 Compiled for pods by launch/compile_all.sh, which writes this table:
   config               stage  topology   images  memory   HBM  step at least     MFU at most
   paper,arch=external  edit   v5p:4x4x4  240     6.8 GB   7%   0.26 s (compute)  69%
+  paper,arch=external  edit   v6e:8x8    240     6.8 GB   20%  0.24 s (hbm)      38%
   paper,arch=internal  edit   v5p:4x4x4  240     13.2 GB  13%  0.54 s (compute)  74%
+  paper,arch=internal  edit   v6e:8x8    240     13.2 GB  39%  0.45 s (hbm)      44%
 (end of the table)
 """
 

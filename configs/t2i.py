@@ -37,6 +37,7 @@ another seed. `arch=external`, trained on an H100 in float32: 9.8 %, and held-ou
 
 Compiled for pods by launch/compile_all.sh, which writes this table:
   config               stage   topology   images  memory  HBM  step at least     MFU at most
+  paper,arch=external  render  v5e:16x16  192     3.4 GB  20%  0.20 s (compute)  54%
   paper,arch=external  render  v5p:4x4x4  192     4.3 GB  4%   0.23 s (compute)  79%
   paper                joint   v5e:16x16  192     4.7 GB  28%  0.21 s (compute)  55%
   paper                joint   v5p:4x4x4  192     5.3 GB  5%   0.25 s (compute)  79%
@@ -44,6 +45,7 @@ Compiled for pods by launch/compile_all.sh, which writes this table:
   paper                plan    v5e:16x16  480     3.7 GB  22%  0.23 s (compute)  37%
   paper                plan    v5p:4x4x4  480     3.5 GB  3%   0.19 s (compute)  77%
   paper                plan    v6e:8x8    480     3.5 GB  11%  0.10 s (compute)  78%
+  pod,chips=64         joint   v5p:4x4x4  512     9.0 GB  9%   0.64 s (compute)  82%
 (end of the table)
 """
 
