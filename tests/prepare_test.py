@@ -60,7 +60,7 @@ def test_a_folder_is_prepared_verified_and_trained_on(pictures, tmp_path):
   [
     (['--verify'], '--to is missing'),
     (['--source=tfds:x', '--split=train', '--to={tmp}/to'], 'tfds:x/train is not in data'),
-    (['--source=folder:{in}', '--to={tmp}/to', '--workers=0'], '{in}/captions.jsonl line 1: image'),
+    (['--source=folder:{in}', '--to={tmp}/to', '--workers=0'], '20 of 20 pictures can not be used'),
   ],
 )
 def test_a_mistake_is_one_line_and_status_2(pictures, tmp_path, arguments, message):
