@@ -44,10 +44,12 @@ pictures (vpe_jax.evaluate; character error rates .94 and .95, without visual pr
 step takes 0.85 s on 2 CPU cores: 21 minutes.
 
 Compiled for pods by launch/compile_all.sh, which writes this table:
-  config                    stage  topology   images  memory  HBM  step at least     MFU at most
-  paper,vpe=false,chips=64  joint  v5p:4x4x4  768     8.8 GB  9%   0.64 s (compute)  80%
-  paper,vpe=false,chips=64  joint  v6e:8x8    768     8.8 GB  26%  0.32 s (compute)  80%
-  paper,vpe=true,chips=64   joint  v5p:4x4x4  512     8.5 GB  8%   0.64 s (compute)  82%
+  config                     stage  topology   images  memory   HBM  step at least     MFU at most
+  paper,vpe=false,chips=256  joint  v5e:16x16  3,072   12.7 GB  75%  1.50 s (compute)  80%
+  paper,vpe=false,chips=64   joint  v5p:4x4x4  768     8.8 GB   9%   0.64 s (compute)  80%
+  paper,vpe=false,chips=64   joint  v6e:8x8    768     8.8 GB   26%  0.32 s (compute)  80%
+  paper,vpe=true,chips=256   joint  v5e:16x16  2,048   8.9 GB   53%  1.48 s (compute)  82%
+  paper,vpe=true,chips=64    joint  v5p:4x4x4  512     8.5 GB   8%   0.64 s (compute)  82%
 (end of the table)
 """
 
