@@ -349,12 +349,12 @@ class Config:
     """
     entries = self.start.split(',') if _GROUP.search(self.start) else [self.start]
     found: dict[str, str] = {}
-    for entry in filter(None, entries):
+    for entry in filter(None, map(str.strip, entries)):
       match = _GROUP.match(entry)
       beginning = f'{match[1]}/' if match else ''
       if beginning in found:
         raise UserError(f"config.start is '{self.start}': two runs for the same parameters")
-      found[beginning] = (entry[match.end() :] if match else entry).strip()
+      found[beginning] = entry[match.end() :] if match else entry
     return found
 
   def is_started(self, *groups: str) -> bool:

@@ -222,7 +222,18 @@ def test_a_mistake_before_the_first_picture_leaves_the_folder_free(tmp_path):
   source = _folder(tmp_path / 'in', 2)
   with pytest.raises(UserError, match=r'2 of 2 .* line 1 has no caption .--caption='):
     prepare(Settings(source, caption='words'), str(tmp_path / 'to'))
+  assert len((tmp_path / 'to' / 'preparing' / 'skipped.jsonl').read_text().splitlines()) == 2
   assert prepare(Settings(source), str(tmp_path / 'to')).count == 2
+  assert _names(tmp_path / 'to') == ['pictures-00000.array_record', 'prepared.json']
+
+
+def test_a_list_of_the_users_own_is_not_touched(tmp_path):
+  source = _folder(tmp_path / 'in', 2)
+  (tmp_path / 'to').mkdir()
+  (tmp_path / 'to' / 'skipped.jsonl').write_text('mine')
+  with pytest.raises(UserError, match='has files that are not of this command'):
+    prepare(Settings(source), str(tmp_path / 'to'))
+  assert (tmp_path / 'to' / 'skipped.jsonl').read_text() == 'mine'
 
 
 def test_a_picture_without_a_caption_is_left_out_and_listed(tmp_path):

@@ -50,7 +50,6 @@ KINDS = (FOLDER, WEBDATASET, PARQUET, TFDS)
 SHARD_RECORDS = 8192  # pictures of some 512 pixels and 50 kB: 400 MB
 _WORK = 'preparing'  # folder of settings, notes and files that aren't whole
 _SETTINGS = 'settings.json'
-_ABOUT = {_WORK, SKIPPED}  # what is in a folder besides pictures, before its manifest
 _AHEAD = 2  # shards that wait for a process
 _LONGEST = 100_000  # letters of a caption; a longer one is a mistake, and slow to read each time
 
@@ -163,8 +162,10 @@ def prepare(settings: Settings, to: str, workers: int = 0, most_skipped: float =
         _write(settings, folder, workers, most_skipped)
       except UserError:
         # No picture is written yet, so the corrected call may have other settings.
-        if {path.name for path in folder.iterdir()} <= _ABOUT:
-          shutil.rmtree(work)
+        if {path.name for path in folder.iterdir()} == {_WORK}:
+          for path in work.iterdir():
+            if path.name != SKIPPED:  # Which the error names.
+              path.unlink()
         raise
   manifest, _ = read_manifest(folder)
   _check_same(folder, manifest.settings, settings)
@@ -184,7 +185,7 @@ def _claim(folder: Path, settings: Settings) -> Path:
     _check_same(folder, begun, settings)
     return work
   with storage.writing(folder):
-    if folder.exists() and {path.name for path in folder.iterdir()} - _ABOUT:
+    if folder.exists() and {path.name for path in folder.iterdir()} - {_WORK}:
       raise UserError(f'{folder} has files that are not of this command: choose another --to')
     work.mkdir(parents=True, exist_ok=True)
     storage.write_atomic(stored, json.dumps(dataclasses.asdict(settings), indent=1).encode())
@@ -230,12 +231,14 @@ def _write(settings: Settings, folder: Path, workers: int, most_skipped: float) 
       hopeless = len(note.skipped) == seen and most_skipped < 1
       if hopeless or skipped > most_skipped * (total or math.inf):
         break
-  _write_skipped(folder, notes)
+  # A list alone would take the folder for these settings; one that is there is the user's.
+  listed = folder if any(note.shard for note in notes) else folder / _WORK
+  _write_skipped(listed, notes)
   if skipped > most_skipped * seen:
     name, reason = next(bad for note in notes for bad in note.skipped)
     raise UserError(
       f'{skipped:,} of {seen:,} pictures can not be used, more than --most_skipped={most_skipped}; '
-      f'the first: {name}: {reason} (all: {folder / SKIPPED})'
+      f'the first: {name}: {reason} (all: {listed / SKIPPED})'
     )
   shards = tuple(note.shard for note in notes if note.shard is not None)
   records = sum(shard.records for shard in shards)

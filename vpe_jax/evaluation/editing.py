@@ -190,8 +190,8 @@ def table(split: str, found: Mapping[str, Result], kinds: np.ndarray) -> list[st
     low, high = wilson(float(result.done.mean()), len(result.done))
     lines.append(
       f'  {name:28}{result.done.mean():>8.1%}{f"{low:.1%} to {high:.1%}":>18}'
-      f'{result.close.mean():>8.1%}{_psnr(result.error_inside):>13.2f}{_psnr(result.error_outside):>9.2f}'
-      f'{result.like_after.mean():>19.1%}'
+      f'{result.close.mean():>8.1%}{_psnr(result.error_inside):>13.2f}'
+      f'{_psnr(result.error_outside):>9.2f}{result.like_after.mean():>19.1%}'
     )
   said = []
   for kind in np.unique(kinds):
