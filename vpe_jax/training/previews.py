@@ -84,8 +84,8 @@ class Previews:
       return {}
     params, frozen, found = weights(state), self._frozen.params, {}
     labels = {'own': OWN, 'truth_plan': TRUE} if self._system.codes else {'own': DRAWN}
-    truth = TRUTH if len(self._splits) > 1 else TRAINED
-    ends = (truth, BEFORE) if self._config.data.references else (truth,)
+    true_row = TRUTH if len(self._splits) > 1 else TRAINED
+    ends = (true_row, BEFORE) if self._config.data.references else (true_row,)
     rows: list[list[np.ndarray]] = [[] for _ in (*labels, *ends)]
     captions: list[str] = []
     for place, split in enumerate(self._splits):
