@@ -253,7 +253,13 @@ def test_load_warns_of_a_run_that_stopped_early(tmp_path, monkeypatch, caplog, s
 
 @pytest.mark.parametrize(
   'stages, start, warned',
-  [(('plan',), '', True), (('plan',), 'a run', False), (('joint',), '', False)],
+  [
+    (('plan',), '', True),
+    (('plan',), 'ar=a run', True),
+    (('plan',), 'dit=a run', False),
+    (('plan',), 'a run', False),
+    (('joint',), '', False),
+  ],
 )
 def test_load_warns_of_a_run_that_trained_nothing_that_draws(
   tmp_path, monkeypatch, caplog, stages, start, warned
@@ -262,13 +268,13 @@ def test_load_warns_of_a_run_that_trained_nothing_that_draws(
   with config.unlocked():
     config.stages, config.start = stages, start
     config.steps, config.batch_size = (1,), (8,)
-  weights.save(path, {'a': np.zeros(2)}, {'config': json.dumps(config.to_dict()), 'weights': 'ema'})
+  params = {name: {'kernel': np.zeros(2)} for name in ('ar', 'dit')}
+  weights.save(path, params, {'config': json.dumps(config.to_dict()), 'weights': 'ema'})
   monkeypatch.setattr(Generator, '__init__', lambda *_: None)
   monkeypatch.setattr(generator_lib.frozen_lib, 'check_drawing', lambda *_: None)
   Generator.load(path)
-  assert [f"{path} has no stage after 'plan'" in r.getMessage() for r in caplog.records] == (
-    [True] if warned else []
-  )
+  said = f"{path} has no stage after 'plan', and nothing has trained its dit: its pictures are "
+  assert [said in r.getMessage() for r in caplog.records] == ([True] if warned else [])
 
 
 @pytest.fixture(scope='module')

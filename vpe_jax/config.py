@@ -37,7 +37,7 @@ FITS = ('pad', 'crop')
 ENCODES = ('online', 'cached')
 # The types of sizes.
 _SIZES = (int, tuple[int, ...], 'int', 'tuple[int, ...]', 'int | tuple[int, ...]')
-_GROUP = re.compile(r'(?:^|,)\s*([A-Za-z_]\w*)=')  # of parameters, in Config.start
+_GROUP = re.compile(r'(?:^|,)\s*([A-Za-z_]\w*)\s*=\s*')  # of parameters, in Config.start
 _MOST_LAYERS = 1000
 _MOST = 10**8  # of any size: what is larger is a slip, and would compute for ages
 
@@ -345,7 +345,7 @@ class Config:
     """The runs that `start` names: beginning of parameter paths (all others: empty) -> workdir.
 
     Raises:
-      UserError: `start` names two for the same parameters.
+      UserError: `start` names two for the same parameters, or none after a group's `=`.
     """
     entries = self.start.split(',') if _GROUP.search(self.start) else [self.start]
     found: dict[str, str] = {}
@@ -355,6 +355,8 @@ class Config:
       if beginning in found:
         raise UserError(f"config.start is '{self.start}': two runs for the same parameters")
       found[beginning] = entry[match.end() :] if match else entry
+      if not found[beginning]:
+        raise UserError(f"config.start is '{self.start}': name a run after {entry}")
     return found
 
   def is_started(self, *groups: str) -> bool:

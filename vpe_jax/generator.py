@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from vpe_jax import __version__, before, rng, systems
+from vpe_jax import __version__, before, rng, sharding, systems
 from vpe_jax.checkpoints import weights as weights_io
 from vpe_jax.config import SampleConfig, nearest
 from vpe_jax.contracts import Array, Examples, Params, UserError
@@ -32,6 +32,7 @@ from vpe_jax.sampling.batches import Progress
 from vpe_jax.sampling.pictures import Picture
 from vpe_jax.sampling.plans import RANKERS, Codebook, Plans, best
 from vpe_jax.training import frozen as frozen_lib
+from vpe_jax.training.state import trains
 
 _OWN = ('prompt', 'index', 'rank', 'score')  # what a picture says of itself alone
 
@@ -130,12 +131,13 @@ class Generator:
         stage,
         system.stages[-1].name,
       )
-    elif not system.stages[-1].draws and not system.config.start:
+    elif not system.stages[-1].draws and (untrained := _untrained(system, params)):
       logging.warning(
-        "%s has no stage after '%s', which trains nothing that draws: its pictures are noise. "
+        "%s has no stage after '%s', and nothing has trained its %s: its pictures are noise. "
         'Another run, with a stage that does, can start from it (config.start)',
         workdir,
         stage,
+        ', '.join(untrained),
       )
     frozen = frozen_lib.for_drawing(system)
     frozen_lib.check_drawing(system, params, frozen)
@@ -470,6 +472,14 @@ def _stage(system: Any, said: str, workdir: str) -> str:
       'damaged, get the weights again'
     )
   return names[said]
+
+
+def _untrained(system: Any, params: Params) -> list[str]:
+  """The groups of parameters that no stage of a run trains, and that no other run gave it."""
+  paths = sharding.by_path(params)
+  trained = {p.split('/')[0] for p in paths for stage in system.stages if trains(stage, p)}
+  groups = dict.fromkeys(path.split('/')[0] for path in paths)
+  return [g for g in groups if g not in trained and not system.config.is_started(f'{g}/')]
 
 
 def _items(prompts: str | Sequence[str], n: int) -> list[tuple[str, int]]:

@@ -154,6 +154,8 @@ def test_a_run_on_other_data_is_told_apart(subject, tmp_path, capsys, source, sa
   one = dataclasses.replace(subject, data=DataConfig(source=source))
   runner.evaluate(['retrieval'], {'a run': one}, _OPTIONS, {'a run': str(tmp_path)})
   assert ('it was trained on folder:mine' in capsys.readouterr().out) == said
+  (written,) = tmp_path.glob('retrieval-*.json')
+  assert len(json.loads(written.read_text())['notes']) == said
 
 
 def test_sheets_of_several_runs_are_put_together_and_replace_no_other(tmp_path):

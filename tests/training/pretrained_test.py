@@ -200,7 +200,7 @@ def test_groups_of_parameters_come_from_different_runs(plan_run, tmp_path):
 
 def test_groups_that_no_run_is_named_for_are_drawn_as_without_a_start(plan_run):
   folder, wanted = plan_run
-  _, state, origins = _first(_t2i('internal', start=f'ar={folder}', stages=['joint']))
+  _, state, origins = _first(_t2i('internal', start=f'ar = {folder}', stages=['joint']))
   assert {path for path, origin in origins.items() if origin != 'drawn'} == {
     path for path in wanted if path.startswith('ar/')
   }
@@ -215,6 +215,7 @@ def test_groups_that_no_run_is_named_for_are_drawn_as_without_a_start(plan_run):
     ('external', 'dit=RUN', r'freezes the token expert \(ar, embed\), and nothing has trained it'),
     ('internal', 'RUN,dot=RUN', "takes dot/ from RUN, .* did you mean 'dit/'"),
     ('internal', 'dit=RUN,dit=RUN', 'two runs for the same parameters'),
+    ('internal', 'RUN, dit=', 'name a run after dit='),
   ],
 )
 def test_a_start_of_groups_that_can_not_be_is_one_line(plan_run, arch, start, message):

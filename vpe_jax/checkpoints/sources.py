@@ -35,7 +35,7 @@ _FETCHED_PICKLES = ('*.bin', '*.bin.index.json', '*.pth', '*.ckpt', *_CONFIGS)
 
 
 class Tensor(Protocol):
-  """A tensor whose numbers are still in its file."""
+  """A tensor whose numbers are still in its file, with a numpy array's `shape` and `dtype`."""
 
   @property
   def shape(self) -> tuple[int, ...]: ...

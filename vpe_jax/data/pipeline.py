@@ -46,7 +46,7 @@ class Pipeline:
     seed: int,
     split: Split = 'train',
     encoded: Encoded | None = None,
-    tokenizer: text.Tokens | None = None,
+    opened: tuple[Source, text.Tokens] | None = None,
   ):
     """Opens the source; reads no picture yet.
 
@@ -56,13 +56,14 @@ class Pipeline:
       split: `train`, or held-out `combination` or `concept`.
       encoded: codes and latents by source index (a cache, or synthetic ones); with it, examples
         carry these and no image. With `references` those of the picture before, too.
-      tokenizer: another than the config's.
+      opened: the config's source and tokenizer, where they are open already.
 
     Raises:
       UserError: the source can't be opened, or `encoded` is of another number of records.
     """
-    self.source: Source = open_source(config, split, seed)
-    self.tokenizer = tokenizer or open_tokenizer(config.tokenizer)
+    opened = opened or (open_source(config, split, seed), open_tokenizer(config.tokenizer))
+    self.source: Source = opened[0]
+    self.tokenizer: text.Tokens = opened[1]
     self._config = config
     self._encoded = encoded
     if encoded is not None and len(encoded) != len(self.source):

@@ -64,8 +64,13 @@ class Recipe:
     record = self.folders[folder][row]
     return dataclasses.replace(record, id=f'{self.names[folder]}/{record.id}')
 
-  def once(self, index: int) -> int:
-    """The index of a record where each of the folders counts once."""
+  @property
+  def once(self) -> Recipe:
+    """The same folders, of which each counts once."""
+    return dataclasses.replace(self, times=(1,) * len(self.folders))
+
+  def index_once(self, index: int) -> int:
+    """Of the record at an index, the index in `once`."""
     folder, row = self._find(index)
     return sum(map(len, self.folders[:folder])) + row
 
@@ -95,12 +100,12 @@ class Repeated:
     return len(self.recipe)
 
   def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
-    return self.encoded[self.recipe.once(index)]
+    return self.encoded[self.recipe.index_once(index)]
 
 
 def once(source: str) -> str:
-  """A `data.source` in which each folder of a recipe counts once."""
-  return FOLDERS + ','.join(parse(source)) if source.startswith(FOLDERS) else source
+  """The `data.source` of a recipe's `once`."""
+  return FOLDERS + ','.join(parse(source))
 
 
 def parse(source: str) -> dict[str, int]:

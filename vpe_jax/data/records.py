@@ -51,6 +51,7 @@ class Cluster:
 
   @property
   def count(self) -> int:
+    """Number of things."""
     return len(self.boxes)
 
 

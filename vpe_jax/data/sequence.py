@@ -62,10 +62,12 @@ class Vocabulary:
 
   @property
   def bot(self) -> int:
+    """Row of the token that begins a visual prompt."""
     return self.text + self.codes
 
   @property
   def eot(self) -> int:
+    """Row of the token that ends one."""
     return self.text + self.codes + 1
 
 

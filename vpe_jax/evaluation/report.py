@@ -60,6 +60,16 @@ class Subject:
   editing: Callable[[np.ndarray], Subject] | None = None
   data: DataConfig | None = None
 
+  @property
+  def foreign(self) -> tuple[str, ...]:
+    """A line where it learned from other pictures than those that it is asked for, else none."""
+    if self.task == 'classes' or self.data is None or not self.data.is_stored:
+      return ()
+    return (
+      f'it was trained on {self.data.source}, and is asked for what the embedded sets hold out, '
+      'which it never saw',
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -129,6 +139,7 @@ def protocol(
     **dataclasses.asdict(options),
     'image_size': subject.image_size,
     'subject': dict(subject.description),
+    'notes': list(subject.foreign),
     **more,
     'results': dict(results),
   }

@@ -120,7 +120,7 @@ def evaluate(
     stems.append(stem(subject, options))
     lines = [line for report in reports[run_name].values() for line in report.lines]
     # Before anything is written, so that nothing is lost if that fails.
-    print('\n'.join([f'== {run_name}', *_foreign(subject), *lines]), flush=True)
+    print('\n'.join([f'== {run_name}', *subject.foreign, *lines]), flush=True)
     written = save(reports[run_name], folders[run_name], stems[-1])
     print('\n'.join(f'wrote {path}' for path in written), flush=True)
   for path in save_together(reports, next(iter(folders.values())), stems):
@@ -295,17 +295,6 @@ def save_together(
       written.append(str(storage.place(folder) / f'{name}-compared-{mark}-{split}.png'))
       pictures.save_png(layout(together(of_runs)), written[-1], overwrite=True)
   return written
-
-
-def _foreign(subject: Subject) -> list[str]:
-  """A line where a run learned from other pictures than those that it is asked for."""
-  data = subject.data
-  if subject.task == 'classes' or data is None or not data.is_stored:
-    return []
-  return [
-    f'it was trained on {data.source}, and is asked for what the embedded sets hold out, which it '
-    'never saw'
-  ]
 
 
 def _ratio(found: Mapping[str, retrieval.Result]) -> float | None:

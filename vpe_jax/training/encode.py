@@ -59,16 +59,15 @@ def open_training_data(
     raise UserError(f"system '{config.system}' trains on pictures: set data.encode=online")
   if config.data.source == 'synthetic':
     encoded: Encoded = _synthetic_codes(system, len(pictures))
-  elif (source := recipes.once(config.data.source)) != config.data.source:
-    data = dataclasses.replace(config.data, source=source)
-    folders = dataclasses.replace(config, data=data)
-    found = _cached(
-      folders, frozen, mesh, Pipeline(data, config.seed, tokenizer=pictures.tokenizer)
-    )
-    encoded = recipes.Repeated(pictures.source, found)
+  elif isinstance(recipe := pictures.source, recipes.Recipe):
+    data = dataclasses.replace(config.data, source=recipes.once(config.data.source))
+    folders = Pipeline(data, config.seed, opened=(recipe.once, pictures.tokenizer))
+    found = _cached(dataclasses.replace(config, data=data), frozen, mesh, folders)
+    encoded = recipes.Repeated(recipe, found)
   else:
     encoded = _cached(config, frozen, mesh, pictures)
-  return Pipeline(config.data, config.seed, encoded=encoded)
+  opened = (pictures.source, pictures.tokenizer)
+  return Pipeline(config.data, config.seed, encoded=encoded, opened=opened)
 
 
 def fingerprint(
