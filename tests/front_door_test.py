@@ -79,6 +79,23 @@ def test_what_is_written_may_lie_in_the_home_folder(monkeypatch, tmp_path):
     front_door.target('out', '')
 
 
+def test_a_file_is_looked_at_before_the_work(tmp_path):
+  file = tmp_path / 'x.json'
+  assert front_door.new_file('json', str(file), False) == str(file) and not file.exists()
+  file.write_text('kept')
+  assert front_door.new_file('json', str(file), True) == str(file)
+  for given, message in (
+    (str(file), 'exists: .*--overwrite'),
+    (str(tmp_path), 'is a folder: name a file'),
+    (f'{tmp_path}/new/', 'is a folder: name a file'),
+    (f'{file}/x', 'cannot write to'),
+    ('', '--json is empty'),
+  ):
+    with pytest.raises(UserError, match=message):
+      front_door.new_file('json', given, False)
+  assert file.read_text() == 'kept'
+
+
 def test_a_place_out_of_reach_is_one_line():
   for folder in ('s3://bucket/x', 'https://host/x'):
     with pytest.raises(UserError, match='out of reach'):

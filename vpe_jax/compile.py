@@ -21,11 +21,11 @@ import os
 
 import jax
 from absl import flags
-from etils import epath
 
 from vpe_jax import front_door
-from vpe_jax.compilation import examine, headers, program
+from vpe_jax.compilation import examine, headers, program, topology
 from vpe_jax.contracts import UserError
+from vpe_jax.data import storage
 from vpe_jax.training import config_file
 
 FLAGS = flags.FLAGS
@@ -41,21 +41,23 @@ def _define_flags() -> None:
   flags.DEFINE_string('stage', None, 'of the run (default: its last)')
   flags.DEFINE_integer('images_per_chip', None, "in place of the config's batch")
   flags.DEFINE_string('json', None, 'a file for the figures, local or gs://')
+  flags.DEFINE_bool('overwrite', False, 'replace that file where it exists')
   flags.DEFINE_string('write_header', None, "of --config's file, from a folder of such files")
 
 
 def main() -> None:
   """Runs the command."""
-  if FLAGS.config and FLAGS.write_header:
+  for name in ('config', 'topology') if FLAGS.write_header is None else ('config', 'write_header'):
+    if not FLAGS[name].value:
+      raise UserError(f'--{name} is missing: --help has examples')
+  if FLAGS.write_header:
     print(f'{FLAGS.config}: {headers.write(FLAGS.config, FLAGS.write_header)} rows')
     return
-  for name in ('config', 'topology'):
-    if FLAGS[name].value is None:
-      raise UserError(f'--{name} is missing: --help has examples')
+  place = topology.parse(FLAGS.topology, FLAGS.slices)
+  out = None if FLAGS.json is None else front_door.new_file('json', FLAGS.json, FLAGS.overwrite)
   jax.config.update('jax_platforms', 'cpu')  # The chips to compile for aren't here.
-  count = FLAGS.topology.removeprefix('cpu:')
-  if count.isdigit() and 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-    jax.config.update('jax_num_cpu_devices', int(count))
+  if place.chip is None and 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    jax.config.update('jax_num_cpu_devices', place.chips)
   config = config_file.load(FLAGS.config, _overrides)
   names = ('topology', 'slices', 'what', 'stage', 'images_per_chip')
   asked = {name: FLAGS[name].value for name in names}
@@ -63,8 +65,9 @@ def main() -> None:
   if argument := FLAGS.config.partition(':')[2]:  # Of one preset there are several programs.
     report = dataclasses.replace(report, config=f'{config["name"]}:{argument}')
   print(report.text(), flush=True)
-  if FLAGS.json:
-    epath.Path(FLAGS.json).write_text(json.dumps(report.as_dict(), indent=2) + '\n')
+  if out:
+    with storage.writing(out):
+      storage.write_atomic(out, (json.dumps(report.as_dict(), indent=2) + '\n').encode())
 
 
 if __name__ == '__main__':

@@ -65,6 +65,23 @@ def parse(argv: list[str]) -> list[str]:
   return rest
 
 
+def new_file(flag: str, given: str, overwrite: bool) -> str:
+  """What a flag names as a file to be written, looked at before the work starts.
+
+  Raises:
+    UserError: see `target` and `check_folder`; or it is a folder, or it exists and `overwrite` is
+      off.
+  """
+  path = target(flag, given)
+  place = storage.place(path)
+  if path.endswith('/') or storage.reached(place, place.is_dir):
+    raise UserError(f'--{flag}={given} is a folder: name a file')
+  check_folder(os.path.dirname(path))
+  if place.exists() and not overwrite:
+    raise UserError(f'{path} exists: name another file, or replace it (--overwrite)')
+  return path
+
+
 def define_settings() -> None:
   """Defines a flag for every setting of the drawing; those not given keep the run's value."""
   flags.DEFINE_float('guidance', None, 'classifier-free scale; 1 is off')

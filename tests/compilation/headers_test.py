@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import pathlib
 
 import pytest
+from etils import epath
 
 from vpe_jax.compilation import headers
 from vpe_jax.contracts import UserError
@@ -50,6 +52,43 @@ def test_mistakes_are_one_line(folder):
   (folder / 't2i.py').write_text('"""No table."""\n')
   with pytest.raises(UserError, match='the header needs the lines'):
     headers.write(str(folder / 't2i.py'), str(folder))
+
+
+def test_what_is_not_known_has_no_figure(folder):
+  unknown = dict.fromkeys(('hbm_fraction', 'step_time_bound_s', 'bound_by', 'mfu_bound'))
+  (row,) = headers.table([REPORT | unknown]).splitlines()[1:]
+  assert row.split()[-5:] == ['8.4', 'GB', '-', '-', '-']
+
+
+@pytest.mark.parametrize(
+  'content',
+  [b'', b'{"config": "t2i:pa', b'[1]', b'{}', b'\xff\x00', None]
+  + [
+    json.dumps(REPORT | {'topology': text}).encode()
+    for text in ('x"""\nprint(1)\n"""y', 'a\\', 'a\nb', None)
+  ],
+)
+def test_a_damaged_report_is_named_and_changes_nothing(folder, content):
+  path, broken = folder / 't2i.py', folder / 'd.json'
+  text = path.read_text()
+  broken.mkdir() if content is None else broken.write_bytes(content)
+  with pytest.raises(UserError, match='d.json is no report of vpe_jax.compile') as error:
+    headers.write(str(path), str(folder))
+  assert '\n' not in str(error.value) and path.read_text() == text
+
+
+def test_a_full_disk_leaves_the_config_whole(folder, monkeypatch):
+  path = folder / 't2i.py'
+  text = path.read_text()
+
+  def full(*_):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(epath.Path, 'write_bytes', full)
+  monkeypatch.setattr(pathlib.Path, 'write_text', full)
+  with pytest.raises(UserError, match='free some space'):
+    headers.write(str(path), str(folder))
+  assert path.read_text() == text
 
 
 def test_the_paper_config_has_a_place_for_it():

@@ -50,7 +50,10 @@ def test_several_slices():
     ('a pod', 1, 'v5p:4x4x8, a slice of Google Cloud such as v5p-256, or cpu:8'),
     ('v5e:2x2', 0, 'at least 1'),
     ('cpu:8', 2, 'single slice'),
-    ('cpu:0', 1, 'at least 1'),
+    ('cpu:0', 1, 'from 1 to 4,096'),
+    ('cpu:99999999999999999999', 1, 'from 1 to 4,096'),
+    ('cpu:8x2', 1, 'from 1 to 4,096'),
+    ('cpu:\u0668', 1, 'from 1 to 4,096'),
   ],
 )
 def test_what_no_slice_is(text, slices, message):

@@ -51,6 +51,19 @@ def test_a_shrunk_step_for_four_chips(tmp_path, root):
   assert 'v5e:2x2 (v5litepod-4): 4 chips' in done.stdout and 'bound: a step' in done.stdout
 
 
+def test_what_would_be_in_vain_is_refused_before_compiling(tmp_path, root):
+  (tmp_path / 'kept.json').write_text('kept')
+  for arguments, message in (
+    (('--topology=cpu:8', f'--json={tmp_path}/kept.json'), 'kept.json exists: name another file'),
+    (('--topology=cpu:0',), 'virtual devices are from 1 to 4,096'),
+    (('--write_header=',), '--write_header is missing'),
+  ):
+    done = _compile('--config=configs/t2i.py:debug', *arguments, cwd=root)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+    assert done.stderr.count('Traceback') == 0
+  assert (tmp_path / 'kept.json').read_text() == 'kept'
+
+
 def test_two_slices_are_connected_by_the_axis_data(tmp_path, root):
   two = ('--topology=v5e:2x2', '--slices=2')
   refused = _compile(*SHRUNK, *two, cwd=root)

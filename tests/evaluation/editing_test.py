@@ -68,9 +68,18 @@ def test_what_is_spoilt_outside_shows_there_alone(asked):
   spoilt = np.where(asked.mask[..., None], asked.after, asked.after ^ 10)
   result = editing.measure(spoilt, asked, _embed)
   assert result.done.all() and result.error_inside == 0 and result.error_outside > 0
+  spoilt = np.where(asked.mask[..., None], asked.after, 255 - asked.after)
+  assert editing.measure(spoilt, asked, _embed).close.all()
   half = np.where(asked.mask[..., None], asked.before, asked.after)
   half[:8] = asked.after[:8]
   assert editing.measure(half, asked, _embed).done.tolist() == [True] * 8 + [False] * 8
+
+
+def test_the_table_tells_kinds_apart():
+  done, kinds = np.array([True, True, False, False]), np.array(['add', 'add', 'add', 'move'])
+  result = editing.Result(done, done, done, 1.0, 1.0)
+  said = editing.table('concept', {editing.COPY: result, 'generated': result}, kinds)[-1]
+  assert said.endswith('done, by kind (generated): add 67% of 3, move 0% of 1')
 
 
 def _subject(size=32):

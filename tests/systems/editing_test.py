@@ -144,16 +144,16 @@ def test_two_branches_draw_what_three_do_where_the_image_scale_is_1():
   system, params = _made('internal'), _params()
   request = dataclasses.replace(_batch(system), latents=None)
 
-  def drawn(count):
-    settings = SampleConfig(steps=2, shift=1.0, guidance=2.5, image_guidance=1.0)
+  def drawn(count, image=1.0):
+    settings = SampleConfig(steps=2, shift=1.0, guidance=2.5, image_guidance=image)
     job = system.rows.job(settings)
 
     def run(params):
       _, prefix = rendering.plan(job, params, request, KEY)
       made = {
         'conditional': (2.5, prefix),
-        'reference': (1.0 - 2.5, editing.reference_prefix(job, params, request, prefix)),
-        'null': (0.0, rendering.null_prefix(job, params, request)),
+        'reference': (image - 2.5, editing.reference_prefix(job, params, request, prefix)),
+        'null': (1.0 - image, rendering.null_prefix(job, params, request)),
       }
       kept = dict(list(made.items())[:count])
       branches = {name: branch for name, (_, branch) in kept.items()}
@@ -165,8 +165,10 @@ def test_two_branches_draw_what_three_do_where_the_image_scale_is_1():
   two, settings = drawn(2)
   three, _ = drawn(3)
   _close(two, three, 1e-5)
-  _, latents = jax.jit(lambda p: system.rows.draw(p, request, KEY, settings))(params)
-  _close(latents, two, 1e-5)
+  led, by_both = drawn(3, image=1.5)
+  for wanted, asked in ((two, settings), (led, by_both)):
+    _, latents = jax.jit(lambda p, asked=asked: system.rows.draw(p, request, KEY, asked))(params)
+    _close(latents, wanted, 1e-5)
 
 
 def test_the_picture_before_is_seen_by_what_follows_and_dropped_by_its_keep():
@@ -256,6 +258,7 @@ def test_flops_are_those_of_the_traced_step(arch):
   'changes, message',
   [
     ({'start': ''}, 'goes on from a run that draws'),
+    ({'start': 'ar=a run'}, 'goes on from a run that draws'),
     ({'stages': ('joint',)}, "this system has one stage, 'edit'"),
   ],
 )

@@ -213,6 +213,7 @@ def test_groups_that_no_run_is_named_for_are_drawn_as_without_a_start(plan_run):
   'arch, start, message',
   [
     ('external', 'dit=RUN', r'freezes the token expert \(ar, embed\), and nothing has trained it'),
+    ('external', 'ar=RUN', r'freezes the token expert \(ar, embed\), and nothing has trained it'),
     ('internal', 'RUN,dot=RUN', "takes dot/ from RUN, .* did you mean 'dit/'"),
     ('internal', 'dit=RUN,dit=RUN', 'two runs for the same parameters'),
     ('internal', 'RUN, dit=', 'name a run after dit='),

@@ -29,6 +29,7 @@ _GRIDS = {
     '16x16x16', '16x16x24',
   ),
 }  # fmt: skip
+_MOST_VIRTUAL = 4096  # devices of this machine: each has threads of its own
 # libtpu reads these when it is loaded: there is no TPU machine to ask about, and other programs
 # may have it loaded too.
 _LIBTPU = {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
@@ -76,14 +77,17 @@ def parse(text: str, slices: int = 1) -> Topology:
   """
   if slices < 1:
     raise UserError(f'--slices={slices}: at least 1')
-  if found := re.fullmatch(r'cpu:(\d+)', text):
-    if slices > 1 or not int(found.group(1)):
-      raise UserError(f'--topology={text}: virtual devices are at least 1, in a single slice')
-    return Topology(None, (int(found.group(1)),))
-  if found := re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', text):
+  if text.startswith(f'{CPU}:'):
+    count = text.removeprefix(f'{CPU}:')
+    if slices > 1 or not re.fullmatch('[0-9]{1,9}', count) or not 0 < int(count) <= _MOST_VIRTUAL:
+      raise UserError(
+        f'--topology={text}: virtual devices are from 1 to {_MOST_VIRTUAL:,}, in a single slice'
+      )
+    return Topology(None, (int(count),))
+  if found := re.fullmatch(r'(\w+):([0-9]+(?:x[0-9]+)*)', text):
     chip = _chip(found.group(1), text)
     return _checked(Topology(chip, tuple(map(int, found.group(2).split('x'))), slices), text)
-  if found := re.fullmatch(r'(\w+)-(\d+)', text):
+  if found := re.fullmatch(r'(\w+)-([0-9]+)', text):
     chip = _chip(found.group(1), text)
     grids = [tuple(map(int, grid.split('x'))) for grid in _GRIDS[chip.dimensions]]
     for grid in grids:

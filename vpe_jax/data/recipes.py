@@ -83,10 +83,9 @@ class Recipe:
     return folder, (index - (ends[folder - 1] if folder else 0)) % len(self.folders[folder])
 
   def stamps(self) -> Iterator[str]:
-    """Those of every folder, as often as it counts."""
-    for folder, times in zip(self.folders, self.times, strict=True):
-      for _ in range(times):
-        yield from folder.stamps()
+    """Those of every folder."""
+    for folder in self.folders:
+      yield from folder.stamps()
 
 
 @dataclasses.dataclass(frozen=True)

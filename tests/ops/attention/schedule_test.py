@@ -76,6 +76,11 @@ def test_no_visible_pair_is_skipped_whatever_the_row():
   assert (status == SKIP).any() and (status == PARTIAL).any()
 
 
+def test_a_block_that_one_query_sees_one_key_less_of_is_not_full(masks):
+  _check(*masks.sliding(128, 47), 32, 16)  # the last key of a window's end
+  _check(*masks.prefix(17, 19), 8, 9)  # the first key of the future
+
+
 @pytest.mark.parametrize('rows, columns', [(16, 8), (32, 32), (10, 50)])
 def test_every_mask_of_the_systems_is_served(masks, rows, columns):
   full = 0
