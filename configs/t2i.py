@@ -45,7 +45,9 @@ Compiled for pods by launch/compile_all.sh, which writes this table:
   paper                plan    v5e:16x16  480     3.7 GB  22%  0.23 s (compute)  37%
   paper                plan    v5p:4x4x4  480     3.5 GB  3%   0.19 s (compute)  77%
   paper                plan    v6e:8x8    480     3.5 GB  11%  0.10 s (compute)  78%
+  pod,chips=256        joint   v5e:16x16  2,048   8.6 GB  51%  1.48 s (compute)  82%
   pod,chips=64         joint   v5p:4x4x4  512     9.0 GB  9%   0.64 s (compute)  82%
+  pod,chips=256        joint   v6e:16x16  2,048   7.4 GB  22%  0.32 s (compute)  82%
 (end of the table)
 """
 
