@@ -50,6 +50,7 @@ Compiled for pods by launch/compile_all.sh, which writes this table:
   paper,vpe=false,chips=64   joint  v6e:8x8    768     8.8 GB   26%  0.32 s (compute)  80%
   paper,vpe=true,chips=256   joint  v5e:16x16  2,048   8.9 GB   53%  1.48 s (compute)  82%
   paper,vpe=true,chips=64    joint  v5p:4x4x4  512     8.5 GB   8%   0.64 s (compute)  82%
+  paper,vpe=true,chips=64    joint  v6e:8x8    512     7.9 GB   24%  0.32 s (compute)  82%
 (end of the table)
 """
 

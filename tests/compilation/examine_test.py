@@ -73,7 +73,7 @@ def test_mistakes_are_one_line():
     with pytest.raises(UserError, match=message) as error:
       examine.examine(_config(), request)
     assert '\n' not in str(error.value)
-  for text in ('data', 'rows=2', 'fsdp=0', 'data=1.5'):
+  for text in ('data', 'rows=2', 'fsdp=0', 'data=1.5', 'data=2,data=4'):
     with pytest.raises(UserError, match='data=4,fsdp=64'):
       examine.parse_mesh(text)
   assert examine.parse_mesh('data=4,fsdp=-1') == {'data': 4, 'fsdp': -1}

@@ -55,7 +55,8 @@ def parse_mesh(text: str) -> dict[str, int]:
   for part in filter(None, text.split(',')):
     axis, _, size = part.partition('=')
     if axis in sizes or axis not in sharding.AXES or not re.fullmatch(r'-1|[1-9]\d*', size):
-      raise UserError(f'--mesh={text}: name sizes of {", ".join(sharding.AXES)}, as data=4,fsdp=64')
+      listed = ', '.join(sharding.AXES)
+      raise UserError(f'--mesh={text}: name sizes of {listed}, each once, as data=4,fsdp=64')
     sizes[axis] = int(size)
   return sizes
 
