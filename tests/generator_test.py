@@ -18,7 +18,7 @@ from vpe_jax import systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Drawing, UserError
-from vpe_jax.data import text
+from vpe_jax.data.tokenizers import bpe
 from vpe_jax.generator import Generator
 from vpe_jax.sampling import pictures
 
@@ -51,7 +51,7 @@ class _Dice:
 
 def _dice(rows=4):
   said = {'checkpoint': 'abc', 'weights': 'dice (ema)'}
-  return Generator(_Dice(), {'shift': np.float32(1)}, {}, text.shipped(), said, rows)
+  return Generator(_Dice(), {'shift': np.float32(1)}, {}, bpe.shipped(), said, rows)
 
 
 def _same(a, b):
@@ -291,7 +291,7 @@ def debug():
   image = jax.jit(system.image.network.init)(jax.random.key(2), *zeros)['params']
   said = {'checkpoint': 'abc', 'weights': 'random (ema)'}
   tree = jax.tree.unflatten(tree, params)
-  return Generator(system, tree, {'image': image}, text.shipped(), said)
+  return Generator(system, tree, {'image': image}, bpe.shipped(), said)
 
 
 def _close(a, b):

@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
-  'contracts config rng sharding chips data ops models codecs objectives sampling systems'
-  ' checkpoints training compilation evaluation assets'
+  'contracts config rng storage devices sharding data ops models codecs objectives sampling systems'
+  ' checkpoints evaluation training compilation assets'
 ).split()
 SOURCES = sorted(
   path

@@ -22,10 +22,9 @@ import os
 import jax
 from absl import flags
 
-from vpe_jax import front_door
+from vpe_jax import front_door, storage
 from vpe_jax.compilation import examine, headers, program, topology
 from vpe_jax.contracts import UserError
-from vpe_jax.data import storage
 from vpe_jax.training import config_file
 
 FLAGS = flags.FLAGS

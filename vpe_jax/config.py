@@ -92,7 +92,7 @@ class DataConfig:
       `edits` (of scenes and of OpenMoji), `synthetic`; or a user's own: `folder:PATH`, of single
       files or as `python -m vpe_jax.prepare` writes it; `folders:NAME*3,NAME`, several of them,
       each with the times that it counts (vpe_jax.data.recipes); `tfds:NAME/SPLIT`, as TensorFlow
-      Datasets writes ArrayRecord (vpe_jax.data.tfds_source).
+      Datasets writes ArrayRecord (vpe_jax.data.formats.tfds).
     root: where the folders of `folders:` are, and the data sets of `tfds:`.
     scenes_share: share of scenes in the mixture, and in the edits.
     examples: number of records to draw (0: all of a finite source).

@@ -15,14 +15,13 @@ several runs, the first one's folder also gets sheets with the rows of all, name
 
 from absl import flags
 
-from vpe_jax import front_door
+from vpe_jax import devices, front_door
 from vpe_jax.checkpoints import weights
 from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import runner
 from vpe_jax.evaluation.report import Options, Subject
 from vpe_jax.evaluation.subject import subject
 from vpe_jax.generator import Generator
-from vpe_jax.training import machine
 
 FLAGS = flags.FLAGS
 
@@ -63,7 +62,7 @@ def main() -> None:
   scale = (FLAGS.captions, tuple(FLAGS.splits), FLAGS.seed, FLAGS.judge)
   options = Options(*scale, FLAGS.best_of, FLAGS.mixes)
   names = runner.asked(FLAGS.benchmarks, options)
-  machine.use_compilation_cache()
+  devices.use_compilation_cache()
   # Drawing takes minutes: mistakes in the last run are found before the first one draws.
   subjects = {workdir: _load(workdir) for workdir in FLAGS.workdir}
   folders = {workdir: _folder(workdir) for workdir in subjects}

@@ -10,10 +10,9 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from vpe_jax import devices, storage
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import UserError
-from vpe_jax.data import storage
-from vpe_jax.training import machine
 
 
 def run(
@@ -32,7 +31,7 @@ def run(
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it reads or writes.
     plain = standard_logging.Formatter('%(levelname)s: %(message)s')
     logging.get_absl_handler().setFormatter(plain)
-    machine.leave_out_absent_tpu()
+    devices.leave_out_absent_tpu()
     main()
 
   try:

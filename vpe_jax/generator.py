@@ -21,17 +21,17 @@ import numpy as np
 from absl import logging
 
 from vpe_jax import __version__, before, rng, sharding, systems
+from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.checkpoints import weights as weights_io
 from vpe_jax.config import SampleConfig, nearest
 from vpe_jax.contracts import Array, Examples, Params, UserError
-from vpe_jax.data import text
-from vpe_jax.data.published_text import open_tokenizer
+from vpe_jax.data.tokenizers import bpe
+from vpe_jax.data.tokenizers.published import open_tokenizer
 from vpe_jax.data.transforms import to_square
 from vpe_jax.sampling import batches, pictures
 from vpe_jax.sampling.batches import Progress
 from vpe_jax.sampling.pictures import Picture
 from vpe_jax.sampling.plans import RANKERS, Codebook, Plans, best
-from vpe_jax.training import frozen as frozen_lib
 from vpe_jax.training.state import trains
 
 _OWN = ('prompt', 'index', 'rank', 'score')  # what a picture says of itself alone
@@ -59,7 +59,7 @@ class Generator:
     system: Any,
     params: Params,
     frozen: Params,
-    tokenizer: text.Tokens,
+    tokenizer: bpe.Tokens,
     metadata: Mapping[str, str],
     rows: int = 4,
   ):
@@ -388,7 +388,7 @@ class Generator:
   def _given(self, plans: Plans) -> tuple[list[tuple[str, int]], Examples]:
     """Prompt and place of each plan, and a request with it."""
     plans.check(self.codebook, self.system.visual_prompt.grid)
-    items = list(zip(text.tidied(plans.prompts), plans.index))
+    items = list(zip(bpe.tidied(plans.prompts), plans.index))
     return items, dataclasses.replace(self._request(items), codes=plans.codes)
 
   def _plans(
@@ -484,7 +484,7 @@ def _untrained(system: Any, params: Params) -> list[str]:
 
 def _items(prompts: str | Sequence[str], n: int) -> list[tuple[str, int]]:
   """Prompt and place of each picture, prompt by prompt."""
-  prompts = text.tidied([prompts] if isinstance(prompts, str) else prompts)
+  prompts = bpe.tidied([prompts] if isinstance(prompts, str) else prompts)
   if not prompts or n < 1:
     raise UserError(f'nothing to draw: {len(prompts)} prompts with n={n} pictures each')
   places = collections.defaultdict(itertools.count)

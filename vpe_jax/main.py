@@ -19,9 +19,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from vpe_jax import front_door, sharding, systems
+from vpe_jax import devices, front_door, sharding, systems
 from vpe_jax.contracts import UserError
-from vpe_jax.training import config_file, loop, machine, reference
+from vpe_jax.training import config_file, loop, reference
 
 FLAGS = flags.FLAGS
 _overrides, _take_overrides = config_file.overrides_taker()
@@ -53,12 +53,12 @@ def main() -> None:
   """Runs the command."""
   if FLAGS.config is None:
     raise UserError('--config is missing: try --config=configs/t2i.py')
-  machine.use_compilation_cache()
+  devices.use_compilation_cache()
   sharding.initialize_distributed()  # Before anything can touch a device.
   config = config_file.load(FLAGS.config, _overrides)
   if config.get('quick_compile'):
-    machine.compile_quickly()
-  if warning := machine.idle_hardware():
+    devices.compile_quickly()
+  if warning := devices.idle_hardware():
     print(warning, file=sys.stderr, flush=True)
   run(config, FLAGS.workdir or f'runs/{config["name"]}-{config["preset"]}', FLAGS.allow_change)
 

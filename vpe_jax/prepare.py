@@ -20,9 +20,9 @@ from absl import flags
 from vpe_jax import front_door
 from vpe_jax.config import FITS
 from vpe_jax.contracts import UserError
-from vpe_jax.data.prepared import MANIFEST, verify
+from vpe_jax.data.formats.array_record import MANIFEST, verify
 from vpe_jax.data.preparing import SHARD_RECORDS, SKIPPED, Settings, prepare
-from vpe_jax.data.storage import local
+from vpe_jax.storage import local
 
 FLAGS = flags.FLAGS
 

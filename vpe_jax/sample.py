@@ -15,13 +15,12 @@ import os
 
 from absl import flags
 
-from vpe_jax import front_door, plan_flags
+from vpe_jax import devices, front_door, plan_flags
 from vpe_jax.contracts import UserError
-from vpe_jax.data import text
+from vpe_jax.data.tokenizers import bpe
 from vpe_jax.data.transforms import read_image
 from vpe_jax.generator import Generator
 from vpe_jax.sampling import pictures
-from vpe_jax.training import machine
 
 FLAGS = flags.FLAGS
 
@@ -49,8 +48,8 @@ def _prompts(optional: bool) -> list[str]:
   if (FLAGS.prompt is None) == (FLAGS.prompts is None):
     raise UserError('what to draw is missing: give one of --prompt="..." and --prompts=FILE')
   if FLAGS.prompts is None:
-    return text.tidied([FLAGS.prompt])
-  return text.read_prompts(os.path.expanduser(FLAGS.prompts), f'--prompts={FLAGS.prompts}')
+    return bpe.tidied([FLAGS.prompt])
+  return bpe.read_prompts(os.path.expanduser(FLAGS.prompts), f'--prompts={FLAGS.prompts}')
 
 
 def main() -> None:
@@ -62,7 +61,7 @@ def main() -> None:
   wish = wish.told(prompts)
   front_door.check_folder(os.path.dirname(out))
   pictures.plan_files(out, wish.count(len(prompts), FLAGS.n), FLAGS.overwrite)
-  machine.use_compilation_cache()
+  devices.use_compilation_cache()
   image = None if FLAGS.image is None else read_image(os.path.expanduser(FLAGS.image))
   generator = Generator.load(FLAGS.workdir, FLAGS.weights)
   if image is not None:

@@ -12,13 +12,13 @@ import pytest
 from configs import codec as codec_file
 from configs import t2i as t2i_file
 from vpe_jax import sharding, systems
-from vpe_jax.checkpoints import exported
+from vpe_jax.checkpoints import exported, frozen
 from vpe_jax.codecs import towers
 from vpe_jax.codecs.visual_prompt import VisualPromptConfig
 from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.ops.flops import matrix_flops
-from vpe_jax.training import frozen, loop, metrics
+from vpe_jax.training import loop, metrics
 
 VIEW, PATCH, WIDTH = 24, 6, 24
 TOWER = {'num_hidden_layers': 3, 'num_attention_heads': 2}

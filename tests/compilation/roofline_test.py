@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from vpe_jax.chips import CHIPS
 from vpe_jax.compilation import memory, report, roofline, topology, traffic
+from vpe_jax.devices import CHIPS
 
 CHIP = CHIPS['v5e']
 

@@ -6,9 +6,9 @@ import importlib.util
 
 import pytest
 
-from vpe_jax.chips import CHIPS, PEAK_FLOPS
 from vpe_jax.compilation import topology
 from vpe_jax.contracts import UserError
+from vpe_jax.devices import CHIPS, PEAK_FLOPS
 
 
 @pytest.mark.parametrize(

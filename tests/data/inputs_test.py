@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vpe_jax.contracts import UserError
-from vpe_jax.data.folder import Asked, open_folder
+from vpe_jax.data.formats.folder import Asked, open_folder
 from vpe_jax.data.inputs import Found, matching, open_folder_input, sort
 
 

@@ -10,10 +10,11 @@ import pytest
 
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
-from vpe_jax.data import cache, text
+from vpe_jax.data import cache
+from vpe_jax.data.embedded.synthetic import SyntheticCodes
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.records import render
-from vpe_jax.data.synthetic import SyntheticCodes
+from vpe_jax.data.tokenizers import bpe
 
 _CONFIG = DataConfig(examples=22, image_size=16)
 _SYNTHETIC = DataConfig(source='synthetic', examples=22, image_size=8)
@@ -49,7 +50,7 @@ def test_rows_are_the_records_of_their_places():
       record = pipeline.record(pipeline.index_at(int(place)))
       np.testing.assert_array_equal(batch.image[row], render(record, 16))
       words = batch.text[row][: batch.text_length[row]]
-      assert text.shipped().encode(record.caption) == words.tolist()
+      assert bpe.shipped().encode(record.caption) == words.tolist()
 
 
 def test_epochs_are_different_shuffles_of_everything():

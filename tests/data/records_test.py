@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from vpe_jax.data.embedded.synthetic import Noise
 from vpe_jax.data.records import Cluster, Record, Truth, render
-from vpe_jax.data.synthetic import Noise
 
 _BOX = (0.1, 0.1, 0.4, 0.4)
 _TRUTH = Truth(

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from vpe_jax.contracts import UserError
+from vpe_jax.data.embedded.words import Words
 from vpe_jax.data.records import render
-from vpe_jax.data.words import Words
 from vpe_jax.evaluation import ocr, runner
 from vpe_jax.evaluation.report import Options, Planner, Subject, distinct
 from vpe_jax.sampling.plans import Codebook, Plans

@@ -8,7 +8,7 @@ import pytest
 
 from vpe_jax.config import DataConfig, SampleConfig
 from vpe_jax.contracts import Drawing
-from vpe_jax.data import text
+from vpe_jax.data.tokenizers import bpe
 from vpe_jax.evaluation.subject import subject
 from vpe_jax.generator import Generator
 
@@ -36,7 +36,7 @@ class _Editor(_Painter):
 
 def _generator(system=_Painter, **data):
   painter = system(DataConfig(image_size=16, **data))
-  return Generator(painter, {}, {}, text.shipped(), {'checkpoint': 'abc'})
+  return Generator(painter, {}, {}, bpe.shipped(), {'checkpoint': 'abc'})
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vpe_jax.data import openmoji
+from vpe_jax.data.embedded import openmoji
 
 
 def renders(count: int, side: int) -> np.ndarray:

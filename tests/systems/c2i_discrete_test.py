@@ -12,13 +12,13 @@ import pytest
 from configs import c2i_discrete as config_file
 from tests.small_systems import redrawn
 from vpe_jax import rng, sharding, systems
+from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.compilation import program
 from vpe_jax.config import MeshConfig, SampleConfig, to_dict
 from vpe_jax.contracts import Examples, UserError
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.systems import writing
 from vpe_jax.training import encode
-from vpe_jax.training import frozen as frozen_lib
 from vpe_jax.training.step import make_eval_step
 
 KEY = rng.run_key(0)

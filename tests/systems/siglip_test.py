@@ -11,7 +11,8 @@ from configs import siglip as config_file
 from vpe_jax import rng, sharding, systems
 from vpe_jax.config import MeshConfig, OptimConfig
 from vpe_jax.contracts import Examples, LossTerm, UserError
-from vpe_jax.data import shapes, text
+from vpe_jax.data.embedded import shapes
+from vpe_jax.data.tokenizers import bpe
 from vpe_jax.training import step as training_step
 from vpe_jax.training.state import first_state
 
@@ -118,10 +119,10 @@ def test_hidden_words_are_hidden_in_the_own_and_the_wrong_caption(system, params
 
 def test_blind_pictures_change_colour_and_hide_its_words(system, params):
   plain, blinding = _ranking(), _ranking(blind=0.5)
-  words = text.shipped().encode_batch([f'a {name} ring' for name in shapes.COLOURS] * 2, 32)
+  words = bpe.shipped().encode_batch([f'a {name} ring' for name in shapes.COLOURS] * 2, 32)
   ids, length = (jnp.asarray(leaf[:16]) for leaf in words)
-  ids = ids.at[8:, 1].set(text.shipped().encode('dog')[0])  # no word for a colour
-  wrong = ids[:, None].at[:, :, 2].set(text.shipped().encode('star')[0])
+  ids = ids.at[8:, 1].set(bpe.shipped().encode('dog')[0])  # no word for a colour
+  wrong = ids[:, None].at[:, :, 2].set(bpe.shipped().encode('star')[0])
   batch = dataclasses.replace(
     _batch(), text=ids, text_length=length, near=wrong, near_length=length[:, None]
   )

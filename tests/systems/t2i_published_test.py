@@ -13,13 +13,12 @@ import torch
 from configs import t2i as config_file
 from tests import small_models
 from vpe_jax import main, sharding, systems
-from vpe_jax.checkpoints import converted
+from vpe_jax.checkpoints import converted, frozen
 from vpe_jax.checkpoints.families import siglip_vq, wan_vae
 from vpe_jax.config import to_dict
 from vpe_jax.contracts import UserError
 from vpe_jax.generator import Generator
 from vpe_jax.sharding import by_path
-from vpe_jax.training import frozen
 
 pytestmark = pytest.mark.parity
 CODES = small_models.VQ['num_embeddings']

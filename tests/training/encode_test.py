@@ -12,11 +12,11 @@ from PIL import Image
 
 from configs import t2i
 from vpe_jax import sharding, systems
+from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.contracts import UserError
 from vpe_jax.data import cache
 from vpe_jax.data.preparing import Settings, prepare
 from vpe_jax.training import encode
-from vpe_jax.training import frozen as frozen_lib
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from vpe_jax import rng, sharding
+from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.data.pipeline import Pipeline
-from vpe_jax.training import frozen as frozen_lib
 from vpe_jax.training.heldout import BATCHES, SPLIT, HeldOut
 from vpe_jax.training.state import first_state
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from vpe_jax import rng, sharding
-from vpe_jax.training import frozen as frozen_lib
+from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.training import previews
 from vpe_jax.training.previews import SHOWN, Previews
 from vpe_jax.training.state import first_state

@@ -25,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
+from vpe_jax import storage
 from vpe_jax.checkpoints import table as tables
 from vpe_jax.checkpoints.sources import Tensor
 from vpe_jax.checkpoints.table import Place, Table
 from vpe_jax.contracts import Array, Params, UserError
-from vpe_jax.data import storage
 from vpe_jax.sharding import by_path
 
 SHARD = 5 * 10**9  # bytes of a file, as transformers' default

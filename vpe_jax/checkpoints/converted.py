@@ -16,12 +16,11 @@ from typing import Any
 
 from etils import epath
 
-from vpe_jax import systems
+from vpe_jax import storage, systems
 from vpe_jax.checkpoints import families, parity, sources, weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, build_section, to_dict
 from vpe_jax.contracts import Params, Start, UserError
-from vpe_jax.data import storage
 from vpe_jax.sharding import by_path
 
 # Systems that train a network of a published family, and the section of its sizes in their model.

@@ -33,8 +33,8 @@ from vpe_jax import __version__
 from vpe_jax.checkpoints.checksum import checksums
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.contracts import UserError
-from vpe_jax.data.storage import is_remote, put_aside, reached
 from vpe_jax.sharding import by_path
+from vpe_jax.storage import is_remote, put_aside, reached
 
 COUNTERS = ('stage', 'step', 'stage_step', 'examples_seen')
 FOLDER = 'checkpoints'  # of a workdir

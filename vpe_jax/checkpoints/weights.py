@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from vpe_jax import __version__
+from vpe_jax import __version__, storage
 from vpe_jax.checkpoints import sources
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, nearest
 from vpe_jax.contracts import Params, UserError
-from vpe_jax.data import storage
-from vpe_jax.data.storage import reached
 from vpe_jax.sharding import by_path
+from vpe_jax.storage import reached
 
 ASSETS = 'assets:'
 ENDING = '.safetensors'

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vpe_jax import storage
 from vpe_jax.contracts import UserError
-from vpe_jax.data import storage
 
 BEGIN = 'Compiled for pods by launch/compile_all.sh, which writes this table:\n'
 END = '(end of the table)\n'

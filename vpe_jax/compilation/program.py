@@ -13,10 +13,10 @@ from typing import Any
 import jax
 
 from vpe_jax import rng, sharding
+from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.config import nearest
 from vpe_jax.contracts import Array, Drawing, Examples, Params, Stage, System, UserError
 from vpe_jax.ops.flops import matrix_flops
-from vpe_jax.training import frozen as frozen_lib
 from vpe_jax.training import resume
 from vpe_jax.training.state import split_trainable
 from vpe_jax.training.step import make_train_step

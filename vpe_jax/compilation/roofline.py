@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from vpe_jax.chips import Chip
 from vpe_jax.compilation.traffic import Work
+from vpe_jax.devices import Chip
 
 
 @dataclasses.dataclass(frozen=True)

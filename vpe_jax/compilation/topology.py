@@ -16,12 +16,12 @@ import re
 import jax
 from jax.experimental import topologies
 
-from vpe_jax.chips import CHIPS, Chip
 from vpe_jax.config import nearest
 from vpe_jax.contracts import UserError
+from vpe_jax.devices import CHIPS, Chip
 
 CPU = 'cpu'
-# Grids of the usual slices by number of chips (the tables of the pages that chips.py names).
+# Grids of the usual slices by number of chips (the tables of the pages that devices.py names).
 _GRIDS = {
   2: ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
   3: (

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vpe_jax.contracts import UserError
-from vpe_jax.data.storage import cache_dir, checksum
+from vpe_jax.storage import cache_dir, checksum
 
 SHARD = 4096  # records in one shard
 _MANIFEST = 'manifest.json'

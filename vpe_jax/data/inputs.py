@@ -2,7 +2,7 @@
 
 A place says where a picture is (a name, or file and offset), in plain values. Places are cheap and
 come as a stream; reader processes take some of them and read what is there. Kinds of inputs:
-folders here, vpe_jax.data.tars, vpe_jax.data.parquet, vpe_jax.data.tfds_source.
+folders here, and webdataset, parquet and tfds in vpe_jax.data.formats.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any, Protocol
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import FIELDS
-from vpe_jax.data.folder import Asked, find, group_of, record_id
-from vpe_jax.data.prepared import MANIFEST, Content
-from vpe_jax.data.storage import local
-from vpe_jax.data.tfds_source import Tfds
+from vpe_jax.data.formats.array_record import MANIFEST, Content
+from vpe_jax.data.formats.folder import Asked, find, group_of, record_id
+from vpe_jax.data.formats.tfds import Tfds
+from vpe_jax.storage import local
 
 Place = Sequence[Any]  # values that JSON knows
 
@@ -74,7 +74,7 @@ class Input(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FolderInput:
-  """A folder as vpe_jax.data.folder reads it, sorted by file name, of any length."""
+  """A folder as vpe_jax.data.formats.folder reads it, sorted by file name, of any length."""
 
   path: str
   asked: Asked

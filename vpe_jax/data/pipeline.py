@@ -19,11 +19,12 @@ from absl import flags
 
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import Examples, UserError
-from vpe_jax.data import near_misses, text
 from vpe_jax.data.cache import KINDS, Encoded
-from vpe_jax.data.published_text import open_tokenizer
+from vpe_jax.data.embedded import near_misses
 from vpe_jax.data.records import Record, Source, Split, render
 from vpe_jax.data.sources import open_source
+from vpe_jax.data.tokenizers import bpe
+from vpe_jax.data.tokenizers.published import open_tokenizer
 
 _THREADS = 2  # of this process, where no reader processes are asked for
 _AHEAD = 4  # batches made ahead of use
@@ -46,7 +47,7 @@ class Pipeline:
     seed: int,
     split: Split = 'train',
     encoded: Encoded | None = None,
-    opened: tuple[Source, text.Tokens] | None = None,
+    opened: tuple[Source, bpe.Tokens] | None = None,
   ):
     """Opens the source; reads no picture yet.
 
@@ -63,7 +64,7 @@ class Pipeline:
     """
     opened = opened or (open_source(config, split, seed), open_tokenizer(config.tokenizer))
     self.source: Source = opened[0]
-    self.tokenizer: text.Tokens = opened[1]
+    self.tokenizer: bpe.Tokens = opened[1]
     self._config = config
     self._encoded = encoded
     if encoded is not None and len(encoded) != len(self.source):
@@ -183,7 +184,7 @@ class _Reader(grain.transforms.Map):
   """Makes one row of a batch; travels to reader processes."""
 
   source: Source
-  tokenizer: text.Tokens
+  tokenizer: bpe.Tokens
   image_size: int
   text_length: int
   encoded: Encoded | None

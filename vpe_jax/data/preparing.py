@@ -1,4 +1,4 @@
-"""Writes a prepared folder (vpe_jax.data.prepared) from any input (vpe_jax.data.inputs).
+"""Writes a prepared folder (formats/array_record.py) from any input (vpe_jax.data.inputs).
 
 The places of an input are cut into runs of equal length, each of which becomes a shard, in a
 process of its own. A shard is written beside and renamed when it is whole; then a note is written
@@ -31,16 +31,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vpe_jax import storage
 from vpe_jax.config import FOLDER, TFDS, nearest
 from vpe_jax.contracts import UserError
-from vpe_jax.data import storage
 from vpe_jax.data.filters import Filter
-from vpe_jax.data.folder import Asked, valid
+from vpe_jax.data.formats.array_record import MANIFEST, Manifest, Shard, Writer, read_manifest
+from vpe_jax.data.formats.folder import Asked, valid
+from vpe_jax.data.formats.parquet import open_parquet
+from vpe_jax.data.formats.tfds import open_tfds
+from vpe_jax.data.formats.webdataset import open_tars
 from vpe_jax.data.inputs import Found, Input, Place, TfdsInput, Unusable, open_folder_input
-from vpe_jax.data.parquet import open_parquet
-from vpe_jax.data.prepared import MANIFEST, Manifest, Shard, Writer, read_manifest
-from vpe_jax.data.tars import open_tars
-from vpe_jax.data.tfds_source import open_tfds
 from vpe_jax.data.transforms import read_image
 
 SKIPPED = 'skipped.jsonl'

@@ -1,7 +1,7 @@
 """Several folders of pictures as one source, some of them more than once: `folders:a*3,b`.
 
 How the paper mixes its data sets (its section 4 and appendix): each is a folder in `data.root`, as
-vpe_jax.data.folder or vpe_jax.data.prepared reads it, and one that is up-sampled counts several
+formats/folder.py or formats/array_record.py reads it, and one that is up-sampled counts several
 times.
 """
 
@@ -19,10 +19,10 @@ from vpe_jax.config import FOLDERS
 from vpe_jax.contracts import UserError
 from vpe_jax.data.cache import Encoded
 from vpe_jax.data.filters import Filter
-from vpe_jax.data.folder import Asked
-from vpe_jax.data.prepared import open_pictures
+from vpe_jax.data.formats.array_record import open_pictures
+from vpe_jax.data.formats.folder import Asked
 from vpe_jax.data.records import Record, Stored
-from vpe_jax.data.storage import local
+from vpe_jax.storage import local
 
 # The folders that configs name -> the data set that belongs there.
 TITLES = {

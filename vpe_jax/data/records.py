@@ -80,7 +80,7 @@ class Word:
 class Writing:
   """Words that a picture shows, in reading order.
 
-  `font` is one of vpe_jax.data.fonts.FONTS, `colour` a key of vpe_jax.data.shapes.COLOURS.
+  `font` is one of embedded/fonts.py's FONTS, `colour` a key of embedded/shapes.py's COLOURS.
   """
 
   words: tuple[Word, ...]
@@ -95,7 +95,7 @@ class Truth:
   Attributes:
     clusters: the things, grouped as the caption names them.
     relations: of two clusters, how they lie; empty for one.
-    ground: name of the ground colour, `white` or a key of vpe_jax.data.shapes.TINTS.
+    ground: name of the ground colour, `white` or a key of vpe_jax.data.embedded.shapes.TINTS.
     base: of an OpenMoji variant, the code of its base emoji; else empty.
     variant: what sets it apart from its base, such as `('dark skin tone',)`.
     fade: name of the ground colour at the bottom, where the ground fades to another; else empty.
@@ -159,7 +159,7 @@ class Record:
     split: `train`, or which held-out split the record belongs to.
     picture: draws it.
     truth: what is in it; None where that is unknown (a user's own pictures).
-    wording: number that fixes the choice of words (vpe_jax.data.wording).
+    wording: number that fixes the choice of words (vpe_jax.data.embedded.wording).
     reference: of an edit, the picture before; else None.
     edit: what is known of an edit; None where that is nothing (a user's own), or there is none.
   """

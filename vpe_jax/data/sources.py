@@ -7,18 +7,18 @@ import math
 
 from vpe_jax.config import FOLDER, FOLDERS, TFDS, DataConfig
 from vpe_jax.contracts import UserError
-from vpe_jax.data.edits import Edits
-from vpe_jax.data.emoji_edits import EmojiEdits
+from vpe_jax.data.embedded.edits import Edits
+from vpe_jax.data.embedded.emoji_edits import EmojiEdits
+from vpe_jax.data.embedded.openmoji import OpenMoji
+from vpe_jax.data.embedded.scenes import Scenes
+from vpe_jax.data.embedded.synthetic import Synthetic
+from vpe_jax.data.embedded.words import Words
 from vpe_jax.data.filters import Filter
-from vpe_jax.data.folder import Asked
-from vpe_jax.data.openmoji import OpenMoji
-from vpe_jax.data.prepared import open_pictures
+from vpe_jax.data.formats.array_record import open_pictures
+from vpe_jax.data.formats.folder import Asked
+from vpe_jax.data.formats.tfds import open_tfds
 from vpe_jax.data.recipes import open_recipe
 from vpe_jax.data.records import Record, Source, Split
-from vpe_jax.data.scenes import Scenes
-from vpe_jax.data.synthetic import Synthetic
-from vpe_jax.data.tfds_source import open_tfds
-from vpe_jax.data.words import Words
 
 ENDLESS = 65_536  # records of a source without an end of its own, if the config says 0
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from vpe_jax.data import edits
+from vpe_jax.data.embedded import edits
 from vpe_jax.data.records import Split, changed, render
 from vpe_jax.evaluation.judge import Judge
 from vpe_jax.evaluation.report import Options, Report, Row, Subject, distinct, protocol
@@ -117,7 +117,7 @@ def edits_report(subject: Subject, options: Options) -> Report:
       *(Row.first(name, rows[name]) for name in _own(rows)),
     )
   said = {
-    'source': 'vpe_jax.data.edits',
+    'source': 'vpe_jax.data.embedded.edits',
     'done': 'nearer to the picture after than to the one before inside the mask, by squared error',
     'close': 'less than half as far from the picture after as the one before is, inside the mask',
     'like_after': "the judge's vector is nearer to the picture after's than to the one before's",

@@ -13,7 +13,7 @@ from vpe_jax import systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.codecs import pixels
 from vpe_jax.contracts import Array, Params, UserError
-from vpe_jax.data import text
+from vpe_jax.data.tokenizers import bpe
 from vpe_jax.models import siglip
 from vpe_jax.sampling import batches
 
@@ -28,7 +28,7 @@ class Judge:
   A picture's vector is the mean over nine views that are moved a little.
   """
 
-  def __init__(self, system: Any, params: Params, tokenizer: text.Tokenizer, fingerprint: str):
+  def __init__(self, system: Any, params: Params, tokenizer: bpe.Tokenizer, fingerprint: str):
     """Wraps networks that are in memory already; most callers want `load`.
 
     Args:
@@ -67,7 +67,7 @@ class Judge:
     system = systems.build(weights.config_of(stored, source))
     if system.config.system != 'siglip':
       raise UserError(f"{source} holds a '{system.config.system}': a judge must be a 'siglip'")
-    return cls(system, params, text.shipped(), weights.fingerprint(params))
+    return cls(system, params, bpe.shipped(), weights.fingerprint(params))
 
   def images(self, images: np.ndarray) -> np.ndarray:
     """Unit vectors [N, D] of pictures [N, R, R, 3] uint8."""

@@ -21,8 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from vpe_jax.contracts import UserError
+from vpe_jax.data.embedded.words import Words
 from vpe_jax.data.records import render
-from vpe_jax.data.words import Words
 from vpe_jax.evaluation.report import Options, Report, Row, Subject, distinct, protocol
 
 ALIKE = 80  # of 100
@@ -129,7 +129,7 @@ def ocr_report(subject: Subject, options: Options) -> Report:
       for name, images in rows.items()
     )
   said = {
-    'source': 'vpe_jax.data.words',
+    'source': 'vpe_jax.data.embedded.words',
     'reader': f'rapidocr; pictures enlarged to about {_SIDE} pixels, {_BORDER} of white around',
     'matching': f'a word read takes the first free word asked for with a ratio of {ALIKE} or more',
     'character_error_rate': 'edit distance over the longer of the two texts, mean over pictures',

@@ -25,7 +25,7 @@ from vpe_jax.evaluation.report import Options, Planner, Report, Row, Subject, pr
 from vpe_jax.sampling.plans import Plans, best, mixed
 
 FIRST = 'the first plan'
-_SOURCE = 'vpe_jax.data.scenes'
+_SOURCE = 'vpe_jax.data.embedded.scenes'
 
 
 def best_of_report(subject: Subject, options: Options) -> Report:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vpe_jax.data import distractors, scenes
+from vpe_jax.data.embedded import distractors, scenes
 from vpe_jax.data.records import Record, Split, Truth
 
 CANDIDATES = 32

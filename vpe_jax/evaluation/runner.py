@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from vpe_jax import rng
+from vpe_jax import rng, storage
 from vpe_jax.config import nearest
 from vpe_jax.contracts import UserError
-from vpe_jax.data import storage
 from vpe_jax.data.records import SPLITS, render
 from vpe_jax.evaluation import classes, editing, ocr, planning, retrieval
 from vpe_jax.evaluation.judge import Judge
@@ -164,7 +163,7 @@ def retrieval_report(subject: Subject, options: Options) -> Report:
     'ties': f'credit is shared among captions whose cosines differ by at most {retrieval.TIE}',
     'permuted': 'each picture against trials of other pictures, up to 16 cyclic shifts',
     'relations': 'true caption against each other relation, in pairs, not among the candidates',
-    'source': 'vpe_jax.data.scenes',
+    'source': 'vpe_jax.data.embedded.scenes',
     'judge_checkpoint': judge.fingerprint,
   }
   return Report(

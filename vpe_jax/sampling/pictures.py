@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from vpe_jax import storage
 from vpe_jax.contracts import UserError
-from vpe_jax.data import storage
 
 _INK, _PAPER, _FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
 _GAP = 12  # pixels between pictures and around the grid

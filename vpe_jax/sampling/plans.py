@@ -34,8 +34,8 @@ from typing import Any
 
 import numpy as np
 
+from vpe_jax import storage
 from vpe_jax.contracts import UserError
-from vpe_jax.data import storage
 
 RANKERS = ('likelihood', 'similarity')
 ENDINGS = ('.json', '.npz')

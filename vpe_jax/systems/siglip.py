@@ -18,7 +18,8 @@ from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import pixels
 from vpe_jax.config import Config, check
 from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, Start, UserError
-from vpe_jax.data import shapes, text
+from vpe_jax.data.embedded import shapes
+from vpe_jax.data.tokenizers import bpe
 from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment
 
@@ -91,7 +92,7 @@ class System:
     self.stages = tuple(self._stage(name) for name in config.stages)
     self.network = siglip.Siglip(c, jnp.dtype(config.dtype))
     words = ' '.join((*shapes.COLOURS, *shapes.TINTS))
-    self._colours = np.unique(text.shipped().encode(words)).astype(np.int32)
+    self._colours = np.unique(bpe.shipped().encode(words)).astype(np.int32)
 
   def _stage(self, name: str) -> Stage:
     if name != 'align':
@@ -181,10 +182,10 @@ class System:
         return jax.random.bernoulli(where, share, (T,)) & jax.random.bernoulli(hides)
 
       hidden = rng_lib.per_example(draw, rng, 'hide', batch.example)
-      ids = jnp.where(hidden[:, None], text.UNK, ids)
+      ids = jnp.where(hidden[:, None], bpe.UNK, ids)
     if self.config.model.blind:
       coloured = self._blind(batch, rng)[:, None, None] & jnp.isin(ids, self._colours)
-      ids = jnp.where(coloured, text.UNK, ids)
+      ids = jnp.where(coloured, bpe.UNK, ids)
     vectors = apply(ids.reshape(B * M, T), length.reshape(B * M), method='embed_text')
     logits = apply(images, vectors.reshape(B, M, -1), method='own_logits')
     return logits[:, 0], logits[:, 1:]

@@ -20,15 +20,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vpe_jax import __version__, sharding
+from vpe_jax.checkpoints.frozen import Frozen
 from vpe_jax.codecs import choice
 from vpe_jax.config import Config, DataConfig, to_dict
 from vpe_jax.contracts import Examples, System, UserError
 from vpe_jax.data import cache, recipes
 from vpe_jax.data.cache import Encoded
+from vpe_jax.data.embedded.synthetic import SyntheticCodes
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.records import Picture, Record
-from vpe_jax.data.synthetic import SyntheticCodes
-from vpe_jax.training.frozen import Frozen
 
 CHUNK = 64  # pictures encoded at a time, rounded up to a multiple of the devices
 READERS = 2  # threads that draw pictures ahead

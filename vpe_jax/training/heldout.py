@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import jax
 
 from vpe_jax import sharding
+from vpe_jax.checkpoints.frozen import Frozen
 from vpe_jax.config import FOLDER, FOLDERS, TFDS, Config
 from vpe_jax.contracts import Array, Examples, Stage, System
 from vpe_jax.data.pipeline import Pipeline
-from vpe_jax.training.frozen import Frozen
 from vpe_jax.training.state import State, weights
 from vpe_jax.training.step import make_eval_step
 

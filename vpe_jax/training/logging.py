@@ -12,7 +12,7 @@ from etils import epath
 
 from vpe_jax.config import Config
 from vpe_jax.contracts import System, UserError
-from vpe_jax.data.storage import is_remote
+from vpe_jax.storage import is_remote
 from vpe_jax.training import throughput
 from vpe_jax.training.metrics import MetricsFile, Record
 

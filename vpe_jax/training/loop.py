@@ -11,14 +11,14 @@ import jax
 from etils import epath
 
 from vpe_jax import rng, sharding
+from vpe_jax.checkpoints import frozen as frozen_lib
+from vpe_jax.checkpoints.frozen import Frozen
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import Config, to_dict
 from vpe_jax.contracts import Array, Examples, System
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.training import curves, encode, report, resume
-from vpe_jax.training import frozen as frozen_lib
 from vpe_jax.training.feed import Feed
-from vpe_jax.training.frozen import Frozen
 from vpe_jax.training.heldout import HeldOut
 from vpe_jax.training.logging import RunLog
 from vpe_jax.training.preemption import Preemption

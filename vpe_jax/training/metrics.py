@@ -15,8 +15,8 @@ from typing import Any
 
 from etils import epath
 
-from vpe_jax.data import storage
-from vpe_jax.data.storage import is_remote
+from vpe_jax import storage
+from vpe_jax.storage import is_remote
 
 FILE = 'metrics.jsonl'
 PART_RECORDS = 200  # records that a remote run holds back at most

@@ -17,12 +17,12 @@ import numpy as np
 from etils import epath
 
 from vpe_jax import sharding
+from vpe_jax.checkpoints.frozen import Frozen
 from vpe_jax.config import Config, SampleConfig
 from vpe_jax.contracts import Array, Drawing, Examples, Params, System
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.sampling import pictures
 from vpe_jax.training import heldout
-from vpe_jax.training.frozen import Frozen
 from vpe_jax.training.state import State, weights
 
 SHOWN = 4  # pictures of each split in a grid

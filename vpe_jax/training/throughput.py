@@ -11,9 +11,9 @@ import time
 
 import jax
 
-from vpe_jax.chips import PEAK_FLOPS
 from vpe_jax.config import Config
 from vpe_jax.contracts import System
+from vpe_jax.devices import PEAK_FLOPS
 
 
 @dataclasses.dataclass(frozen=True)

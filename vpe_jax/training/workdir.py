@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from vpe_jax.contracts import UserError
-from vpe_jax.data.storage import is_remote
+from vpe_jax.storage import is_remote
 
 LOCK = '.lock'
 

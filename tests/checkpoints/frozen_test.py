@@ -1,0 +1,58 @@
+"""Tests of frozen networks: those that don't fit the model are refused before any work."""
+
+import numpy as np
+import pytest
+
+from configs import codec, t2i
+from vpe_jax import systems
+from vpe_jax.checkpoints import frozen, weights
+from vpe_jax.contracts import UserError
+
+
+def _system(config_file, arg, changes):
+  config = config_file.get_config(arg)
+  config.update_from_flattened_dict(changes)
+  return systems.build(config.to_dict())
+
+
+def _check(system):
+  loaded = {name: weights.load(source)[0] for name, source in system.frozen_weights.items()}
+  frozen.check_fits(system, loaded)
+
+
+@pytest.mark.parametrize('config_file', [t2i, codec])
+def test_the_shipped_networks_fit(config_file):
+  _check(_system(config_file, 'debug', {}))
+
+
+@pytest.mark.parametrize(
+  'config_file, arg, changes, message',
+  [
+    (t2i, 'debug', {'model.weights': {'siglip': 'assets:judge'}}, 'siglip=assets:judge.*not fit'),
+    (codec, 'debug', {'model.siglip_weights': 'assets:judge'}, 'siglip=assets:judge.*not fit'),
+    (t2i, 'debug', {'data.image_size': 128}, r'latents .*\[32, 32, 4\].* takes \[16, 16, 4\]'),
+    (t2i, 'debug', {'data.image_size': 63}, 'not fit .*data.image_size=63'),
+    (
+      t2i,
+      'debug',
+      {'data.source': 'synthetic', 'data.encode': 'online'},
+      'data.source=synthetic trains without encoders.*set data.encode=cached',
+    ),
+  ],
+)
+def test_what_does_not_fit_is_one_line(config_file, arg, changes, message):
+  with pytest.raises(UserError, match=message) as error:
+    _check(_system(config_file, arg, changes))
+  assert '\n' not in str(error.value)
+
+
+def test_a_whole_run_in_place_of_one_of_its_networks_does_not_fit(tmp_path):
+  path = str(tmp_path / 'run.safetensors')
+  weights.save(path, {'image': weights.load('assets:image')[0], 'other': np.ones(2)}, {})
+  with pytest.raises(UserError, match=f'image={path}.*do not fit'):
+    _check(_system(t2i, 'debug', {'model.weights': {'image': path}}))
+
+
+def test_synthetic_codes_need_no_networks(line_system):
+  _check(_system(t2i, 'debug', {'data.source': 'synthetic'}))
+  _check(line_system())

@@ -1,0 +1,85 @@
+"""Distractors: wrong in exactly one thing, in the words of the true caption."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+
+from vpe_jax.contracts import UserError
+from vpe_jax.data.embedded import openmoji, scenes, shapes, vocabulary
+from vpe_jax.data.embedded.distractors import distractors, relation_distractors
+from vpe_jax.data.embedded.synthetic import Synthetic
+from vpe_jax.data.records import SPLITS
+
+_COUNTS = {'a', 'an', 'two', 'three', 'four', 'is', 'are', 'there'}
+
+
+def _nouns():
+  names = [*shapes.SHAPES, *vocabulary.emoji()]
+  return {w for name in names for w in f'{name} {vocabulary.plural(name)}'.split()}
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_scenes_have_enough_of_each_kind(split):
+  for index in range(100):
+    record = scenes.scene(3, index, split)
+    wrong = distractors(record, 16, seed=0)
+    captions = [caption for _, caption in wrong]
+    assert len(set(captions)) == len(captions) == 16, record.caption
+    assert record.caption not in captions
+    kinds = collections.Counter(kind for kind, _ in wrong)
+    assert kinds['object'] >= 5
+    assert kinds['colour'] or all(c.colour is None for c in record.truth.clusters)
+
+
+@pytest.mark.parametrize('kind', ['object', 'colour', 'count'])
+def test_only_words_of_the_kind_change(kind):
+  allowed = {
+    'object': _nouns() | {'a', 'an'},
+    'colour': set(shapes.COLOURS) | {'blue', 'green', 'yellow', 'pink', 'gray', 'a', 'an'},
+    'count': _COUNTS | _nouns(),
+  }[kind]
+  checked = 0
+  for index in range(200):
+    record = scenes.scene(4, index)
+    for found, caption in distractors(record, 16, seed=1):
+      if found == kind:
+        changed = collections.Counter(caption.split())
+        changed.subtract(record.caption.split())
+        assert {word for word, n in changed.items() if n} <= allowed, (record.caption, caption)
+        checked += 1
+  assert checked > 100
+
+
+def test_relation_distractors_are_apart():
+  found = 0
+  for index in range(200):
+    record = scenes.scene(4, index)
+    wrong = relation_distractors(record, 3, seed=0)
+    stated = any(relation.stated for relation in record.truth.relations)
+    assert len(wrong) == (3 if stated else 0)
+    assert all(kind == 'relation' and caption != record.caption for kind, caption in wrong)
+    found += len(wrong)
+  assert found > 50
+
+
+def test_emoji_distractors_keep_group_and_tone():
+  source = openmoji.OpenMoji(count=200)
+  for index in range(200):
+    wrong = distractors(source[index], 8, seed=0)
+    assert len(wrong) == 8, source[index].caption
+    tones = [tone for tone in openmoji.TONES if f' {tone}' in source[index].caption]
+    for kind, caption in wrong:
+      if kind == 'object':
+        assert all(tone in caption for tone in tones)
+
+
+def test_seed_chooses():
+  record = scenes.scene(0, 0)
+  assert distractors(record, 8, 0) == distractors(record, 8, 0) != distractors(record, 8, 1)
+
+
+def test_unknown_content_is_refused():
+  with pytest.raises(UserError, match='no known content'):
+    distractors(Synthetic(1)[0], 4, 0)

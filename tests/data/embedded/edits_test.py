@@ -1,0 +1,120 @@
+"""Edits of scenes: pure functions of (seed, split, index), whose pictures differ where they say."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+
+from vpe_jax.data.embedded import edits, near_misses, splits, vocabulary
+from vpe_jax.data.records import SPLITS, Truth, changed, render
+from vpe_jax.data.tokenizers import bpe
+
+SIZE = 48
+
+
+@pytest.fixture(scope='module')
+def sample():
+  return [edits.edit(5, index) for index in range(400)]
+
+
+def test_edit_is_a_pure_function():
+  again = edits.Edits(100, 'train', 5)
+  assert again[37] == edits.edit(5, 37) == again[37]
+  assert edits.edit(5, 37) != edits.edit(6, 37)
+  with pytest.raises(IndexError):
+    again[100]
+
+
+def test_known_edits_stay_as_they_are():
+  """Changing the program silently would change every run's data."""
+  assert [edits.edit(0, i).caption for i in range(4)] == [
+    'draw two purple circles above the small green triangle',
+    'paint the orange square brown',
+    'shift the brown triangle to the bottom left corner',
+    'make the four brown squares blue',
+  ]
+
+
+def test_edits_are_of_all_kinds(sample):
+  kinds = collections.Counter(record.edit.kind for record in sample)
+  assert set(kinds) == {'add', 'remove', 'recolour', 'replace', 'move'}
+  assert min(kinds.values()) > 40
+  assert len({record.caption for record in sample}) > 350
+  assert near_misses.near_misses(sample[0], 3) == []
+
+
+def _looks(truth: Truth) -> collections.Counter:
+  return collections.Counter((t.name, t.colour, t.box) for t in truth.objects)
+
+
+def test_one_cluster_differs_and_the_instruction_names_it(sample):
+  for record in sample:
+    before, after, said = _looks(record.edit.before), _looks(record.truth), record.caption
+    gone, come = before - after, after - before
+    assert record.edit.before.ground == record.truth.ground
+    names = [{name for name, _, _ in part} for part in (gone, come)]
+    wanted = {
+      'add': (0, 1),
+      'remove': (1, 0),
+      'recolour': (1, 1),
+      'replace': (1, 1),
+      'move': (1, 1),
+    }[record.edit.kind]
+    assert tuple(map(len, names)) == wanted, said
+    for name in set.union(*names):
+      assert name in said or vocabulary.plural(name) in said, said
+    if record.edit.kind == 'recolour':
+      assert {box for *_, box in gone} == {box for *_, box in come} and names[0] == names[1]
+      assert all(colour in said for _, colour, _ in (*gone, *come))
+
+
+def test_the_mask_is_where_the_changed_things_are(sample):
+  """Every changed pixel lies in a box of what has gone or come, and each such box has some."""
+  for record in sample[:120]:
+    mask = changed(record, SIZE)
+    before, after = _looks(record.edit.before), _looks(record.truth)
+    boxes = [box for *_, box in (*(before - after), *(after - before))]
+    near = np.zeros_like(mask)
+    for left, top, right, bottom in boxes:
+      area = (
+        slice(max(int(top * SIZE) - 2, 0), int(bottom * SIZE) + 3),
+        slice(max(int(left * SIZE) - 2, 0), int(right * SIZE) + 3),
+      )
+      assert mask[area].any(), record.caption
+      near[area] = True
+    assert mask.any() and not (mask & ~near).any(), record.caption
+    unchanged = render(record, SIZE)[~mask] == record.reference.draw(SIZE)[~mask]
+    assert unchanged.all()
+
+
+def test_moves_say_where_things_come_to_lie(sample):
+  moves = [record for record in sample if record.edit.kind == 'move']
+  assert any(record.truth.relations for record in moves)
+  for record in moves:
+    left, top, right, bottom = record.truth.objects[0].box
+    if not record.truth.relations:
+      x, y = (left + right) / 2, (top + bottom) / 2
+      corner = f'{"top" if y < 0.5 else "bottom"} {"left" if x < 0.5 else "right"} corner'
+      assert record.caption.endswith(corner)
+      continue
+    (relation,) = record.truth.relations
+    still = record.truth.objects[1].box
+    assert {
+      'left': right <= still[0],
+      'right': left >= still[2],
+      'above': bottom <= still[1],
+      'below': top >= still[3],
+    }[relation.word], record.caption
+
+
+@pytest.mark.parametrize('split', SPLITS)
+def test_splits_keep_to_themselves_and_instructions_are_short(split):
+  tokenizer = bpe.shipped()
+  for index in range(150):
+    record = edits.edit(1, index, split)
+    assert splits.split_of(record) == record.split == split
+    truths = (record.edit.before, record.truth)
+    assert split != 'train' or {splits.split_of_truth(truth) for truth in truths} == {'train'}
+    assert len(tokenizer.encode(record.caption)) <= 40

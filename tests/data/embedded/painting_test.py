@@ -1,0 +1,44 @@
+"""Pictures show what truths say, at any size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vpe_jax.data.embedded import shapes
+from vpe_jax.data.embedded.painting import Drawing, Painting
+from vpe_jax.data.records import Cluster, Truth
+
+_LEFT, _RIGHT = (0.05, 0.3, 0.45, 0.7), (0.55, 0.3, 0.95, 0.7)
+
+
+@pytest.mark.parametrize('size', [48, 64, 256])
+def test_things_fill_their_boxes_on_the_ground(size):
+  truth = Truth(
+    (
+      Cluster('square', 'shape', (_LEFT,), colour='red'),
+      Cluster('square', 'shape', (_RIGHT,), colour='blue'),
+    ),
+    ground='light gray',
+  )
+  picture = Painting(truth).draw(size)
+  assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
+  assert tuple(picture[0, 0]) == shapes.TINTS['light gray']
+  for (left, top, right, bottom), colour in ((_LEFT, 'red'), (_RIGHT, 'blue')):
+    rows, columns = np.nonzero(np.abs(picture.astype(int) - shapes.COLOURS[colour]).max(-1) < 60)
+    edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / size
+    np.testing.assert_allclose(edges, (left, top, right, bottom), atol=1.6 / size)
+
+
+def test_no_pixel_wraps_around():
+  """Ink over light ground never comes out lighter than both."""
+  truth = Truth((Cluster('bear', 'emoji', ((0.1, 0.1, 0.9, 0.9),), code='1F43B'),))
+  small, large = Painting(truth).draw(40), Painting(truth).draw(640)
+  reference = large.reshape(40, 16, 40, 16, 3).mean((1, 3))
+  assert np.abs(reference - small).mean() < 8
+  assert np.abs(reference - small).max() < 140
+
+
+def test_drawing_is_on_white():
+  picture = Drawing('1F415').draw(64)
+  assert (picture[0] == 255).all() and (picture < 128).any()

@@ -1,0 +1,37 @@
+"""Plain shapes: told apart by form and colour."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from vpe_jax.data.embedded import raster, shapes
+
+
+@pytest.mark.parametrize('shape', shapes.SHAPES)
+def test_shape_is_drawn_in_its_colour(shape):
+  pixels = raster.raster(shapes.svg(shape, 'blue'), 96)
+  solid = pixels[pixels[..., 3] == 255][:, :3]
+  assert len(solid) > 96 * 96 * 0.15
+  assert (solid == shapes.COLOURS['blue']).all()
+
+
+def test_shapes_differ():
+  masks = {s: raster.raster(shapes.svg(s, 'black'), 64)[..., 3] > 127 for s in shapes.SHAPES}
+  for first, second in itertools.combinations(masks.values(), 2):
+    assert (first != second).mean() > 0.05
+
+
+def test_colours_and_grounds_are_far_apart():
+  grounds = {'white': shapes.WHITE} | shapes.TINTS
+  for (a, x), (b, y) in itertools.combinations((shapes.COLOURS | grounds).items(), 2):
+    both_grounds = a in grounds and b in grounds
+    if (a, b) not in shapes.CLASHES and not both_grounds:
+      assert np.linalg.norm(np.subtract(x, y)) > 60, (a, b)
+
+
+def test_ground_colours():
+  assert shapes.ground_colour('white') == (255, 255, 255)
+  assert shapes.ground_colour('light blue') == shapes.TINTS['light blue']

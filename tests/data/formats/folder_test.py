@@ -1,0 +1,164 @@
+"""A user's own pictures."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vpe_jax.contracts import UserError
+from vpe_jax.data.formats.folder import Asked, open_folder
+from vpe_jax.data.records import render
+
+
+def _image(path, colour='red', size=(20, 10)):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.new('RGB', size, colour).save(path)
+
+
+def test_texts_beside_images(tmp_path):
+  for name in ('b.png', 'a.jpg', 'deep/c.PNG'):
+    _image(tmp_path / name)
+    (tmp_path / name).with_suffix('.txt').write_text(f'the\n {name} ')
+  source = open_folder(str(tmp_path))
+  assert [source[i].caption for i in range(len(source))] == [
+    'the a.jpg',
+    'the b.png',
+    'the deep/c.PNG',
+  ]
+
+
+def test_a_part_is_taken_with_a_warning(tmp_path, caplog):
+  for name in 'abc':
+    _image(tmp_path / f'{name}.png')
+    (tmp_path / f'{name}.txt').write_text(name)
+  assert len(open_folder(str(tmp_path), 3)) == len(open_folder(str(tmp_path))) == 3
+  assert not caplog.records
+  assert [record.caption for record in open_folder(str(tmp_path), 2)] == ['a', 'b']
+  (record,) = caplog.records
+  assert 'first 2 of 3' in record.getMessage() and 'examples=0' in record.getMessage()
+
+
+def test_captions_file(tmp_path):
+  _image(tmp_path / 'x.png')
+  _image(tmp_path / 'y.png')
+  lines = [{'image': 'y.png', 'text': 'a y'}, {'file': 'x.png', 'caption': 'an x'}]
+  (tmp_path / 'captions.jsonl').write_text('\n'.join(map(json.dumps, lines)) + '\n\n')
+  source = open_folder(str(tmp_path))
+  assert [(r.id, r.caption) for r in source] == [('folder/x.png', 'an x'), ('folder/y.png', 'a y')]
+  picture = render(source[0], 16)
+  assert picture.shape == (16, 16, 3)
+  assert (picture[:4] == 255).all() and (picture[4:12] == (255, 0, 0)).all()
+  assert picture.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+  'line, message',
+  [
+    ('{"file": "x.png"}', 'x.png has no caption'),
+    ('{"caption": "an x"}', 'names no image'),
+    ('{"file": "z.png", "caption": "a z"}', 'z.png does not exist'),
+    ('{"file": ', 'line 1 is not JSON'),
+    ('["x.png"]', 'names no image'),
+    ('{"file": "../data/x.png", "caption": "an x"}', 'line 1: image ../data/x.png lies outside'),
+    ('{"file": "{tmp}/x.png", "caption": "an x"}', 'lies outside the folder'),
+    ('{"file": "' + 'x' * 5000 + '", "caption": "an x"}', 'line 1: image x+... can not be read'),
+    ('{"file": ' + '1' * 5000 + '}', 'line 1 is not JSON'),
+    ('[' * 100_000, 'line 1 is not JSON'),
+    ('{"file": "x.png", "caption": "an \\ud800"}', 'line 1: the caption is not valid text'),
+    ('{"file": "\\ud800.png", "caption": "an x"}', 'line 1: image .* does not exist'),
+  ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+  _image(tmp_path / 'x.png')
+  (tmp_path / 'captions.jsonl').write_text(line.replace('{tmp}', str(tmp_path)))
+  with pytest.raises(UserError, match=message) as error:
+    open_folder(str(tmp_path))
+  assert '\n' not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_a_file_under_two_spellings_counts_once(tmp_path):
+  _image(tmp_path / 'x.png')
+  lines = [{'file': name, 'caption': 'an x'} for name in ('x.png', './x.png', './/x.png')]
+  (tmp_path / 'captions.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  assert [record.id for record in open_folder(str(tmp_path))] == ['folder/x.png']
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+  for name in ('x.png', '._x.png', '.git/y.png'):
+    _image(tmp_path / name)
+  (tmp_path / 'x.txt').write_text('an x')
+  assert [record.id for record in open_folder(str(tmp_path))] == ['folder/x.png']
+
+
+def test_texts_of_other_editors(tmp_path):
+  _image(tmp_path / 'x.png')
+  line = '{"file": "x.png", "caption": "a\u2028b"}'
+  (tmp_path / 'captions.jsonl').write_bytes(f'\ufeff{line}\r\n\r\n'.encode())
+  assert [record.caption for record in open_folder(str(tmp_path))] == ['a\u2028b']
+  (tmp_path / 'captions.jsonl').unlink()
+  (tmp_path / 'x.txt').write_bytes('\ufeffan x\r\n'.encode())
+  assert open_folder(str(tmp_path))[0].caption == 'an x'
+
+
+@pytest.mark.parametrize('name', ['captions.jsonl', 'x.txt'])
+def test_texts_that_cannot_be_read_are_named(tmp_path, name):
+  _image(tmp_path / 'x.png')
+  (tmp_path / name).write_bytes('un café'.encode('latin-1'))
+  with pytest.raises(UserError, match=f'cannot read .*{name}.*UTF-8'):
+    open_folder(str(tmp_path))
+
+
+def test_a_folder_in_the_place_of_captions_is_named(tmp_path):
+  (tmp_path / 'captions.jsonl').mkdir()
+  with pytest.raises(UserError, match='cannot read .*captions.jsonl'):
+    open_folder(str(tmp_path))
+
+
+def test_missing_folder_empty_folder_missing_caption(tmp_path):
+  with pytest.raises(UserError, match='does not exist'):
+    open_folder(str(tmp_path / 'nowhere'))
+  with pytest.raises(UserError, match='no images'):
+    open_folder(str(tmp_path))
+  _image(tmp_path / 'x.png')
+  with pytest.raises(UserError, match='x.png has no caption'):
+    open_folder(str(tmp_path))
+
+
+def test_unreadable_image_is_named_when_drawn(tmp_path):
+  (tmp_path / 'x.png').write_bytes(b'nothing')
+  (tmp_path / 'x.txt').write_text('an x')
+  source = open_folder(str(tmp_path))
+  with pytest.raises(UserError, match='unreadable image .*x.png'):
+    render(source[0], 8)
+
+
+def test_pictures_in_folders_of_classes_need_no_captions(tmp_path):
+  for name in ('cat/1.png', 'cat/deep/2.png', 'dog/3.png'):
+    _image(tmp_path / name)
+  source = open_folder(str(tmp_path), asked=Asked(captions=False))
+  assert [record.group for record in source] == ['cat', 'deep', 'dog']
+  assert [record.caption for record in source] == [''] * 3
+  with pytest.raises(UserError, match='has no caption'):
+    open_folder(str(tmp_path))
+
+
+def test_a_picture_before_is_named_by_its_line(tmp_path):
+  for name in ('x.png', 'before/x.png'):
+    _image(tmp_path / name)
+  line = {'file': 'x.png', 'caption': 'make it red', 'reference': 'before/x.png'}
+  (tmp_path / 'captions.jsonl').write_text(json.dumps(line))
+  (record,) = open_folder(str(tmp_path), asked=Asked(references=True))
+  assert record.reference.path == str(tmp_path / 'before' / 'x.png')
+  np.testing.assert_array_equal(record.reference.draw(16), record.picture.draw(16))
+  (plain,) = open_folder(str(tmp_path))
+  assert plain.reference is None
+  for other, message in (('', 'line 1 names no picture before'), ('y.png', 'y.png does not exist')):
+    (tmp_path / 'captions.jsonl').write_text(json.dumps(line | {'reference': other}))
+    with pytest.raises(UserError, match=message):
+      open_folder(str(tmp_path), asked=Asked(references=True))
+  (tmp_path / 'captions.jsonl').unlink()
+  with pytest.raises(UserError, match='only its lines name pictures before'):
+    open_folder(str(tmp_path), asked=Asked(references=True))

@@ -1,0 +1,100 @@
+"""A published tokenizer as transformers saves it: Show-o2's ids, and letters that stay letters."""
+
+from __future__ import annotations
+
+import pytest
+import tokenizers
+import transformers
+
+from configs import t2i
+from vpe_jax import systems
+from vpe_jax.contracts import UserError
+from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.data.tokenizers import bpe, published
+from vpe_jax.training import encode
+
+# Qwen2.5's special tokens, behind 151,643 plain ones.
+SPECIAL = (
+  '<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>'
+  ' <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>'
+  ' <|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|>'
+  ' <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>'
+).split()
+PLAIN = 151_643
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """A byte-level BPE with as many tokens as Qwen2.5's and its special ones, saved."""
+  letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  vocabulary = {letter: i for i, letter in enumerate(letters)}
+  vocabulary |= {f'filler {i}': i for i in range(len(vocabulary), PLAIN)}
+  bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+  bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = tokenizers.decoders.ByteLevel()
+  bpe.add_special_tokens(SPECIAL)
+  path = tmp_path_factory.mktemp('tokenizer')
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=bpe, eos_token=SPECIAL[0], additional_special_tokens=SPECIAL[1:]
+  ).save_pretrained(path)
+  return path
+
+
+@pytest.fixture(scope='module')
+def tokenizer(folder):
+  return published.open_tokenizer(str(folder))
+
+
+def test_ids_are_show_o2s(tokenizer):
+  names = ('BOS', 'EOS', 'BOI', 'EOI')
+  ids = [tokenizer.id_of(getattr(published, name)) for name in names]
+  assert ids == [151_644, 151_645, 151_652, 151_653]
+  assert [tokenizer.id_of(name) for name in published.SHOW_O2] == list(range(151_665, 151_669))
+  assert tokenizer.vocabulary == 151_669 and tokenizer.pad == 151_665
+
+
+def test_the_paper_config_names_these_ids(tokenizer):
+  model = t2i.get_config('paper').model
+  assert model.text_vocab == tokenizer.vocabulary
+  assert model.bos == tokenizer.id_of(published.BOS)
+  assert model.boi == tokenizer.id_of(published.BOI)
+
+
+def test_captions_come_back(tokenizer):
+  ids, lengths = tokenizer.encode_batch(['A red fox!', 'é'], 16)
+  assert lengths.tolist() == [10, 2] and ids[1, 2:].tolist() == [tokenizer.pad] * 14
+  assert tokenizer.decode(ids[0, :10]) == 'A red fox!'
+  assert tokenizer.decode([151_644, *ids[0, :1]]) == 'A'
+
+
+@pytest.mark.parametrize('name', ['<|im_start|>', '<|vision_start|>', '[PAD]', '<|vid_end|>'])
+def test_a_special_token_spelled_out_means_its_letters(tokenizer, name):
+  ids = tokenizer.encode(f'a {name} b')
+  assert max(ids) < PLAIN and tokenizer.decode(ids) == f'a {name} b'
+
+
+def test_mistakes_are_one_line(tokenizer, tmp_path):
+  for name in (str(tmp_path), str(tmp_path / 'none'), 'nothing'):
+    with pytest.raises(UserError, match='no tokenizer at') as caught:
+      published.open_tokenizer(name)
+    assert '\n' not in str(caught.value)
+  with pytest.raises(UserError, match='no token <nope>'):
+    tokenizer.id_of('<nope>')
+  with pytest.raises(UserError, match='not valid text'):
+    tokenizer.encode(b'\xff'.decode('utf-8', 'surrogateescape'))
+
+
+def test_a_run_reads_captions_with_the_tokenizer_of_its_config(folder, tokenizer):
+  config = t2i.get_config('debug')
+  config.data.update(tokenizer=str(folder), encode='online', text_length=96)
+  system = systems.build(config.to_dict())
+  pipeline = Pipeline(system.config.data, 0)
+  batch = pipeline.examples([3])
+  words = batch.text[0, : batch.text_length[0]].tolist()
+  assert words == tokenizer.encode(pipeline.record(3).caption)
+  with pytest.raises(UserError, match=r'151669 tokens, but model\.text_vocab is 1024'):
+    encode.open_training_data(system.config, system, None, None)
+
+
+def test_the_shipped_tokenizer_is_the_default():
+  assert published.open_tokenizer('assets:bpe') is bpe.shipped()

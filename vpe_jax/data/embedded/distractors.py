@@ -1,0 +1,132 @@
+"""Captions that are wrong about a picture in exactly one thing, worded like the true one."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import re
+from collections.abc import Iterator
+
+from vpe_jax.contracts import UserError
+from vpe_jax.data.embedded import openmoji, scenes, shapes, splits, vocabulary, wording
+from vpe_jax.data.records import Box, Cluster, Record, Relation, Truth
+from vpe_jax.storage import stable_hash
+
+KINDS = ('object', 'colour', 'count')
+_NOWHERE: Box = (0.0, 0.0, 0.0, 0.0)
+
+
+def distractors(record: Record, count: int, seed: int) -> list[tuple[str, str]]:
+  """Wrong captions for a record: different ones, the kinds in turn as far as they reach.
+
+  Args:
+    record: of OpenMoji or scenes.
+    count: how many are wanted; fewer come back if the record has fewer near misses.
+    seed: another seed chooses others.
+
+  Returns:
+    (kind, caption) pairs; the kind, of KINDS, is the one thing that is wrong. A skin tone and
+    the colour of the ground count as colour; a single OpenMoji drawing has no `count` kind.
+
+  Raises:
+    UserError: nothing is known about the record's picture.
+  """
+  return _in_turn(record, KINDS, count, seed)
+
+
+def relation_distractors(record: Record, count: int, seed: int) -> list[tuple[str, str]]:
+  """Captions that are wrong only about how two things lie; none if the caption doesn't say."""
+  return _in_turn(record, ('relation',), count, seed)
+
+
+def _in_turn(
+  record: Record, kinds: tuple[str, ...], count: int, seed: int
+) -> list[tuple[str, str]]:
+  if record.truth is None:
+    raise UserError(f'record {record.id} has no known content to make distractors from')
+  draw = random.Random(stable_hash('distractors', seed, record.id))
+  waiting = {}
+  for kind in kinds:
+    captions = sorted(set(_captions(record, kind)) - {record.caption})
+    draw.shuffle(captions)
+    waiting[kind] = captions
+  chosen: list[tuple[str, str]] = []
+  while len(chosen) < count and any(waiting.values()):
+    for kind, captions in waiting.items():
+      if captions and len(chosen) < count:
+        chosen.append((kind, captions.pop()))
+  return chosen
+
+
+def _captions(record: Record, kind: str) -> Iterator[str]:
+  if record.group == scenes.GROUP:
+    for truth in _near_misses(record.truth, kind):
+      yield wording.caption(truth, record.wording)
+  else:
+    item = openmoji.emojis()[record.truth.clusters[0].code]
+    for other in _other_emoji(item, record.split, kind):
+      yield openmoji.caption_of(other, record.wording)
+
+
+def _near_misses(truth: Truth, kind: str) -> Iterator[Truth]:
+  if kind == 'relation':
+    for relation in truth.relations:
+      for word in splits.OPPOSITE:
+        if relation.stated and word != relation.word:
+          turned = Relation(relation.first, word, relation.second, True)
+          yield dataclasses.replace(truth, relations=(turned,))
+    return
+  if kind == 'colour' and truth.ground != 'white':
+    for tint in shapes.TINTS:
+      yield dataclasses.replace(truth, ground=tint)
+  for place, cluster in enumerate(truth.clusters):
+    room = scenes.MOST - sum(c.count for i, c in enumerate(truth.clusters) if i != place)
+    for other in _other_clusters(cluster, kind, room):
+      clusters = truth.clusters[:place] + (other,) + truth.clusters[place + 1 :]
+      looks = [(c.name, c.colour, c.size) for c in clusters]
+      if len(set(looks)) == len(looks):
+        yield dataclasses.replace(truth, clusters=clusters)
+
+
+def _other_clusters(cluster: Cluster, kind: str, room: int) -> Iterator[Cluster]:
+  """`room` is the largest count that a scene with the other clusters could have."""
+  if kind == 'count':
+    for count in range(1, room + 1):
+      yield dataclasses.replace(cluster, boxes=(_NOWHERE,) * count)
+  elif kind == 'colour':
+    for colour in shapes.COLOURS if cluster.colour else ():
+      yield dataclasses.replace(cluster, colour=colour)
+  elif cluster.kind == 'shape':
+    for shape in shapes.SHAPES:
+      yield dataclasses.replace(cluster, name=shape)
+  else:
+    # Among nouns as familiar as the true one, so that novelty doesn't give it away.
+    is_new = cluster.name in splits.held_out_concepts()
+    nouns = vocabulary.emoji() if is_new else splits.trained_concepts()
+    for noun in nouns:
+      yield dataclasses.replace(cluster, name=noun, code=vocabulary.emoji()[noun])
+
+
+def _other_emoji(item: openmoji.Emoji, split: str, kind: str) -> Iterator[openmoji.Emoji]:
+  if kind == 'object':
+    for other in openmoji.emojis().values():
+      is_alike = other.group == item.group and len(other.tones) == len(item.tones)
+      if is_alike and other.name != item.name and (split == 'concept' or not _is_new(other)):
+        yield dataclasses.replace(other, tones=item.tones)
+  elif kind == 'colour':
+    for place, tone in itertools.product(range(len(item.tones)), openmoji.TONES):
+      yield dataclasses.replace(item, tones=item.tones[:place] + (tone,) + item.tones[place + 1 :])
+    for colour in shapes.COLOURS:
+      pattern = rf'\b({"|".join(shapes.COLOURS)})\b'
+      if re.search(pattern, item.phrase):
+        phrase = re.sub(pattern, colour, item.phrase)
+        phrase = re.sub(r'^an? (?=[a-z])', '', phrase)
+        is_counted = item.phrase.startswith(('a ', 'an '))
+        yield dataclasses.replace(
+          item, phrase=wording.with_article(phrase) if is_counted else phrase
+        )
+
+
+def _is_new(item: openmoji.Emoji) -> bool:
+  return splits.has_held_out_concept(openmoji.truth_of(item))

@@ -1,0 +1,110 @@
+"""SVG drawings as pixels, at any resolution, with a cache in memory and one on disk."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import hashlib
+import io
+import threading
+from collections.abc import Callable, Hashable
+
+import numpy as np
+import resvg_py
+from PIL import Image
+
+from vpe_jax.data.records import Box
+from vpe_jax.storage import cache_dir, write_atomic
+
+_EXTENT_SIDE = 288  # resolution at which the extent of a drawing is measured
+_MEMORY = 192 * 2**20  # bytes of pixels kept in memory by each process
+
+
+class _Memory:
+  """The pixels used last, up to a number of bytes; threads may share it."""
+
+  def __init__(self, limit: int):
+    self._limit = limit
+    self._used = 0
+    self._items: collections.OrderedDict[Hashable, np.ndarray] = collections.OrderedDict()
+    self._lock = threading.Lock()
+
+  def get(self, key: Hashable, make: Callable[[], np.ndarray]) -> np.ndarray:
+    with self._lock:
+      if key in self._items:
+        self._items.move_to_end(key)
+        return self._items[key]
+    value = make()
+    value.setflags(write=False)
+    with self._lock:
+      if key not in self._items:
+        self._items[key] = value
+        self._used += value.nbytes
+      while self._used > self._limit and len(self._items) > 1:
+        self._used -= self._items.popitem(last=False)[1].nbytes
+    return value
+
+
+_pixels = _Memory(_MEMORY)
+
+
+def raster(svg: str, side: int) -> np.ndarray:
+  """The whole square drawing `side` pixels wide: uint8 [side, side, 4], premultiplied alpha."""
+  key = content_key(svg)
+  return _pixels.get((key, side), lambda: _decode(_png(svg, key, side)))
+
+
+def trimmed(svg: str, side: int) -> np.ndarray:
+  """The drawing cut to what is drawn, its longer side `side` pixels.
+
+  Returns:
+    uint8 [h, w, 4] with max(h, w) == side, premultiplied alpha.
+  """
+  key = content_key(svg)
+  return _pixels.get((key, side, 'trimmed'), lambda: _trim(svg, side))
+
+
+def extent(svg: str) -> Box:
+  """Where the drawing's ink lies in its square canvas, in fractions of the side."""
+  return _extent(svg)
+
+
+def content_key(svg: str) -> str:
+  """A name for the drawing that changes with its content and with the renderer."""
+  text = f'{resvg_py.__version__}\n{svg}'
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@functools.lru_cache(maxsize=8192)
+def _extent(svg: str) -> Box:
+  alpha = raster(svg, _EXTENT_SIDE)[..., 3] > 0
+  rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
+  if not len(rows):
+    return (0.0, 0.0, 1.0, 1.0)
+  edges = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+  return tuple(float(edge) / _EXTENT_SIDE for edge in edges)
+
+
+def _trim(svg: str, side: int) -> np.ndarray:
+  left, top, right, bottom = extent(svg)
+  longer = max(right - left, bottom - top)
+  # Twice as many pixels as needed, at a power of two: few rasters serve objects of all sizes.
+  master = 2 ** int(np.ceil(np.log2(2 * side / longer)))
+  image = Image.frombuffer('RGBa', (master, master), raster(svg, master), 'raw', 'RGBa', 0, 1)
+  shape = [max(1, round(side * span / longer)) for span in (right - left, bottom - top)]
+  box = tuple(edge * master for edge in (left, top, right, bottom))
+  return np.array(image.resize(shape, Image.Resampling.BICUBIC, box=box))
+
+
+def _png(svg: str, key: str, side: int) -> bytes:
+  path = cache_dir() / 'rasters' / key[:2] / f'{key}-{side}.png'
+  if path.exists():
+    return path.read_bytes()
+  content = resvg_py.svg_to_bytes(svg_string=svg, width=side, height=side)
+  write_atomic(path, content)
+  return content
+
+
+def _decode(png: bytes) -> np.ndarray:
+  with Image.open(io.BytesIO(png)) as image:
+    return np.array(image.convert('RGBA').convert('RGBa'))

@@ -1,0 +1,89 @@
+"""The emoji that scenes are composed from: well known, and told apart at 64 x 64 pixels.
+
+Also the words that pictures of words show.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from vpe_jax.data.embedded import shapes
+
+# Noun -> code of its drawing (vpe_jax.data.embedded.drawings).
+_ANIMALS = """
+dog 1F415, cat 1F408, horse 1F40E, cow 1F404, pig 1F416, sheep 1F411, elephant 1F418, lion 1F981,
+tiger 1F405, bear 1F43B, panda 1F43C, koala 1F428, fox 1F98A, wolf 1F43A, rabbit 1F407,
+mouse 1F401, monkey 1F412, gorilla 1F98D, giraffe 1F992, zebra 1F993, deer 1F98C, camel 1F42A,
+hedgehog 1F994, bat 1F987, chicken 1F414, duck 1F986, owl 1F989, penguin 1F427, parrot 1F99C,
+flamingo 1F9A9, swan 1F9A2, frog 1F438, turtle 1F422, snake 1F40D, crocodile 1F40A, whale 1F433,
+dolphin 1F42C, fish 1F41F, octopus 1F419, crab 1F980, shark 1F988, snail 1F40C, butterfly 1F98B,
+bee 1F41D, ladybug 1F41E, spider 1F577
+"""
+_PLANTS_AND_FOOD = """
+tree 1F333, palm tree 1F334, cactus 1F335, rose 1F339, sunflower 1F33B, tulip 1F337,
+mushroom 1F344, apple 1F34E, banana 1F34C, tangerine 1F34A, lemon 1F34B, pear 1F350, peach 1F351,
+strawberry 1F353, watermelon 1F349, pineapple 1F34D, tomato 1F345, carrot 1F955, avocado 1F951,
+eggplant 1F346, pizza 1F355, hamburger 1F354, taco 1F32E, cake 1F382, cupcake 1F9C1, donut 1F369,
+cookie 1F36A, lollipop 1F36D
+"""
+_VEHICLES_AND_PLACES = """
+car 1F697, bus 1F68C, tractor 1F69C, bicycle 1F6B2, train 1F682, airplane 2708,
+helicopter 1F681, rocket 1F680, sailboat 26F5, house 1F3E0, castle 1F3F0, tent 26FA, sun 2600,
+cloud 2601, rainbow 1F308, volcano 1F30B
+"""
+_THINGS = """
+umbrella 2602, key 1F511, light bulb 1F4A1, alarm clock 23F0, book 1F4D5, pencil 270F, hammer 1F528,
+guitar 1F3B8, violin 1F3BB, drum 1F941, trumpet 1F3BA, bell 1F514, balloon 1F388, gift 1F381,
+crown 1F451, top hat 1F3A9, camera 1F4F7, television 1F4FA, chair 1FA91, soccer ball 26BD,
+basketball 1F3C0, trophy 1F3C6, kite 1FA81, teddy bear 1F9F8, robot 1F916, ghost 1F47B,
+snowman 26C4, bomb 1F4A3, anchor 2693, candle 1F56F
+"""
+
+# What signs say, beside the names of things, shapes and colours.
+_SIGNS = """
+open closed exit enter stop go sale free hello welcome thanks please happy love music coffee tea
+water bread milk school market hotel garden north south east west summer winter monday friday news
+"""
+_LONGEST = 8  # letters of a written word: more are too small to be read
+
+_IRREGULAR = {
+  'mouse': 'mice',
+  'sheep': 'sheep',
+  'fish': 'fish',
+  'deer': 'deer',
+  'wolf': 'wolves',
+  'fox': 'foxes',
+  'octopus': 'octopuses',
+  'butterfly': 'butterflies',
+  'cactus': 'cactuses',
+  'peach': 'peaches',
+  'strawberry': 'strawberries',
+  'tomato': 'tomatoes',
+  'bus': 'buses',
+  'cross': 'crosses',
+}
+
+
+@functools.cache
+def emoji() -> dict[str, str]:
+  """Noun -> code, in a fixed order."""
+  listed = ','.join((_ANIMALS, _PLANTS_AND_FOOD, _VEHICLES_AND_PLACES, _THINGS))
+  return dict(_entry(entry) for entry in listed.split(','))
+
+
+@functools.cache
+def written() -> tuple[str, ...]:
+  """The words that pictures of words show, in a fixed order."""
+  words = (*_SIGNS.split(), *emoji(), *shapes.SHAPES, *shapes.COLOURS)
+  fits = lambda word: word.isalpha() and 2 <= len(word) <= _LONGEST
+  return tuple(dict.fromkeys(word for word in words if fits(word)))
+
+
+def plural(noun: str) -> str:
+  """The plural of a noun of the vocabulary, or of a shape."""
+  return _IRREGULAR.get(noun, f'{noun}s')
+
+
+def _entry(text: str) -> tuple[str, str]:
+  name, code = text.strip().rsplit(' ', 1)
+  return name, code

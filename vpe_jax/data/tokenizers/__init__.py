@@ -1,0 +1,1 @@
+"""Tokenizers: the shipped BPE, class names, and those of published language models."""
