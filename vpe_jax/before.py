@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
-from vpe_jax.contracts import UserError
+from vpe_jax.contracts import Edits, System, UserError, supports
 from vpe_jax.data.transforms import to_square
 
 
 @dataclasses.dataclass(frozen=True)
 class Before:
-  """Latents [N, h, w, C] of one picture for all that are drawn, or of one for each; their name."""
+  """Encoded entries of source images, and their name.
 
-  latents: np.ndarray
+  Each entry is [N, ...], with N of 1 (one image for all requests) or the number of requests.
+  """
+
+  encoded: Mapping[str, np.ndarray]
   name: str
 
 
-def squares(system: Any, images: np.ndarray) -> np.ndarray:
+def squares(system: System, images: np.ndarray) -> np.ndarray:
   """Pictures before as the system's encoder takes them: uint8 [N, R, R, 3].
 
   Args:
@@ -29,7 +32,7 @@ def squares(system: Any, images: np.ndarray) -> np.ndarray:
   Raises:
     UserError: the system doesn't edit, or these are no pictures.
   """
-  if not hasattr(system, 'encode_reference'):
+  if not supports(system, Edits):
     raise UserError(
       'this model draws from words alone, and an image to edit was given: leave it out, or name a '
       'run of configs/edit.py'
@@ -49,23 +52,23 @@ def squares(system: Any, images: np.ndarray) -> np.ndarray:
   return np.stack([to_square(image, data.image_size, data.fit) for image in stack])
 
 
-def for_rows(system: Any, before: Before | None, count: int) -> np.ndarray | None:
-  """Latents for a request of so many rows; None for a system that doesn't edit.
+def for_rows(system: System, before: Before | None, count: int) -> dict[str, np.ndarray]:
+  """Encoded entries for a request of so many rows; none for a system that doesn't edit.
 
   Raises:
     UserError: the system edits, and there is no picture, or another number of them than 1 and
       `count`.
   """
-  if not hasattr(system, 'encode_reference'):
-    return None
+  if not supports(system, Edits):
+    return {}
   if before is None:
     raise UserError(
       'this model edits, and the picture to edit is missing: give --image=FILE (in Python: '
       'generator.editing(image))'
     )
-  given = len(before.latents)
+  given = len(next(iter(before.encoded.values())))
   if given not in (1, count):
     raise UserError(
       f'{given} pictures to edit and {count} to draw: give one for all, or one for each'
     )
-  return np.broadcast_to(before.latents, (count, *before.latents.shape[1:]))
+  return {n: np.broadcast_to(leaf, (count, *leaf.shape[1:])) for n, leaf in before.encoded.items()}

@@ -1,8 +1,9 @@
-"""What the rooms hand to each other: axis letters, rows of tokens, losses, stages, systems.
+"""Contracts between rooms: axis letters, batches, losses, stages, systems and capabilities.
 
 Axis letters, used in every einsum and shape annotation:
-  B batch, L tokens in a row, S keys, N query heads, K key/value heads, H head width,
-  D model width, V vocabulary, P patches, C channels; G = N // K query heads per key/value head.
+  B batch, L tokens in a sequence, S keys, N query heads, K key/value heads, H head width,
+  D model width, V vocabulary, P patches, C channels, F frames; G = N // K query heads per
+  key/value head.
 
 Time: t = 0 is data, t = 1 is noise, x_t = (1 - t) x + t eps, and networks predict v = eps - x.
 """
@@ -10,11 +11,13 @@ Time: t = 0 is data, t = 1 is noise, x_t = (1 - t) x + t eps, and networks predi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 Params = Mapping[str, Any]  # a plain nested dict of arrays
@@ -78,24 +81,53 @@ def concatenate(parts: list[Any], axis: int = 1) -> Any:
 
 
 @_pytree
-class Examples:
-  """One batch as the pipeline hands it over, before it becomes rows of tokens.
+class Batch:
+  """One batch, or one batch of sampling requests: named arrays, as the system declares them.
 
-  `image` is there when frozen encoders run online (`data.encode=online`), `codes` and `latents`
-  when the pipeline reads them from a cache, `near` with `data.near_misses`, and with
-  `data.references` `reference` or `reference_latents` alike. The others are None.
+  Attributes:
+    example: [B] int32, the position in the data stream; keys the randomness of each example.
+    inputs: arrays that the data pipeline yields, by name, each `[B, ...]`.
+    encoded: outputs of frozen encoders, by name, each `[B, ...]`: read from the cache, or empty
+      where the encoders run online. In a request, entries that the caller fixes.
   """
 
-  example: Array  # [B] int32: place in the data stream; keys the randomness of the example
-  text: Array  # [B, T] int32: caption tokens, padded with 0
-  text_length: Array  # [B] int32: tokens of the caption that are real
-  image: Array | None = None  # [B, R, R, 3] uint8
-  codes: Array | None = None  # [B, P] int32: visual prompt, raster order
-  latents: Array | None = None  # [B, h, w, C] float32, or [B, h, w] int32 of discrete pictures
-  near: Array | None = None  # [B, M, T] int32: captions that are wrong in one detail
-  near_length: Array | None = None  # [B, M] int32: their real tokens; 0 where there is none
-  reference: Array | None = None  # [B, R, R, 3] uint8: the picture before an edit
-  reference_latents: Array | None = None  # as `latents`, of the picture before
+  example: Array
+  inputs: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+  encoded: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSpec:
+  """Names, shapes and dtypes of a system's batches, as `jax.ShapeDtypeStruct` leaves `[B, ...]`.
+
+  Attributes:
+    inputs: arrays that every batch has.
+    encoder_inputs: arrays that only frozen encoders read, such as images; a batch lacks them where
+      all encoded entries come from the cache.
+    encoded: outputs of the frozen encoders.
+    cacheable: names of the encoded entries that the cache may store: those that depend on the
+      example alone. The others are computed online.
+    codebooks: codebook sizes of the encoded entries that are codes.
+  """
+
+  inputs: Mapping[str, Any]
+  encoder_inputs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  encoded: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  cacheable: frozenset[str] = frozenset()
+  codebooks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  def input_names(self, cached: bool) -> frozenset[str]:
+    """Arrays that the pipeline yields, with or without a cache."""
+    complete = cached and self.cacheable == self.encoded.keys()
+    return frozenset(self.inputs) | (frozenset() if complete else frozenset(self.encoder_inputs))
+
+  def batch(self, cached: bool) -> Batch:
+    """The batch that the training step sees, as shapes."""
+    names, known = self.input_names(cached), {**self.inputs, **self.encoder_inputs}
+    size, *_ = next(iter(known.values())).shape
+    example = jax.ShapeDtypeStruct((size,), jnp.int32)
+    encoded = {name: self.encoded[name] for name in sorted(self.cacheable)} if cached else {}
+    return Batch(example, {name: known[name] for name in sorted(names)}, encoded)
 
 
 @_pytree
@@ -129,12 +161,17 @@ class LossTerm:
 
 
 @_pytree
-class Drawing:
-  """What a generator drew for a batch of requests."""
+class Generated:
+  """Generated images of a batch of requests.
 
-  image: Array  # [B, R, R, 3] float32 in [0, 1]
-  codes: Array  # [B, P] int32: the visual prompt it was rendered from; P = 0 without any
-  latents: Array  # [B, h, w, C] float32, or [B, h, w] int32 of a discrete picture
+  Attributes:
+    image: [B, R, R, 3] float32 in [0, 1].
+    encoded: entries that the image was decoded from or conditioned on, by the names of the
+      system's BatchSpec, such as `latents`.
+  """
+
+  image: Array
+  encoded: Mapping[str, Array]
 
 
 class Weight(Protocol):
@@ -147,189 +184,170 @@ class Weight(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One stage of a run: what trains and which losses drive it.
+  """One stage of a run: which parameters train, and which losses drive them.
 
   Attributes:
     name: word used on the command line and in the logs.
     trainable: regular expressions over parameter paths such as `ar/layers/q/kernel`; a leaf
       that none of them matches from its start (`re.match`) is frozen.
-    losses: the loss terms that this stage computes, and the weight of each; 0.0 is logged alone.
+    losses: the loss terms that this stage computes, and the weight of each; 0.0 is only logged.
     ema: whether a moving average of the trainable leaves is kept (with `optim.ema` of 0 none is).
-    draws: whether pictures drawn in this stage are worth a look: what draws them has trained.
-    watched: names of further loss terms that held-out evaluation computes, at weight 0.
-    training: whether losses are asked for a training step; held-out evaluation says no, and no
-      activation is dropped then.
+    samples: whether to render samples during the stage; false until the renderer has trained.
+    monitored: names of further loss terms that held-out evaluation computes, at weight 0.
+    training: true in a training step; false in held-out evaluation, which drops no activations.
   """
 
   name: str
   trainable: tuple[str, ...]
   losses: Mapping[str, float | Weight]
   ema: bool
-  draws: bool = True
-  watched: tuple[str, ...] = ()
+  samples: bool = True
+  monitored: tuple[str, ...] = ()
   training: bool = True
 
   def weight(self, loss: str, step: Array | int) -> Array | float:
     """The weight of a loss at a step of the stage, as a LossTerm takes it."""
-    found = self.losses[loss]
-    return found if isinstance(found, (int, float)) else found.at(step)
+    weight = self.losses[loss]
+    return weight if isinstance(weight, (int, float)) else weight.at(step)
 
 
-RUN = 'run'  # the family of a Start whose source is an earlier run
+PARENT = 'run'  # the family of a PretrainedWeights whose source is the parent run
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-  """Published weights that a run reads: what it starts from, or a frozen network.
+class PretrainedWeights:
+  """Weights that exist before a run: published ones, or copies of a parent run's parameters.
 
   Attributes:
-    family: of the published network (vpe_jax.checkpoints.families).
+    family: of the published network (vpe_jax.checkpoints.families), or PARENT.
     source: a folder of published weights, an import of them, or a hub id.
     sizes: of the network, as the family's `Sizes`.
-    paths: (beginning of a path in the family's tree, what takes its place in ours); a part that
-      several of them name is copied, one that none names isn't used.
+    paths: pairs (path prefix in the family's tree, path prefix in ours). A subtree that several
+      pairs name is copied; one that none names is not used.
   """
 
   family: str
   source: str
   sizes: Any
-  paths: tuple[tuple[str, str], ...]
+  paths: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenNetwork:
+  """A network that never trains: encoders and decoders.
+
+  Attributes:
+    source: where its weights are: `assets:NAME`, a path or a hub id.
+    published: the published network, read by its family; None for a file of our own weights.
+    dtype: of its parameters: they are loaded, converted and sharded at this dtype.
+  """
+
+  source: str
+  published: PretrainedWeights | None = None
+  dtype: str = 'float32'
+
+
+@dataclasses.dataclass(frozen=True)
+class Initialization:
+  """Where a run's first parameters come from, beside random initialization and a parent run.
+
+  Attributes:
+    pretrained: published weights for a run without a parent run.
+    grown: weights for parameters that the parent run lacks.
+    optional: regular expressions over paths of parameters that the parent run may lack; they are
+      initialized at random then.
+    from_frozen: pairs (path prefix, origin in words) of parameters that `System.inherit` takes from
+      frozen networks.
+  """
+
+  pretrained: tuple[PretrainedWeights, ...] = ()
+  grown: tuple[PretrainedWeights, ...] = ()
+  optional: tuple[str, ...] = ()
+  from_frozen: tuple[tuple[str, str], ...] = ()
+
+
+class Preprocess(Protocol):
+  """The host side of a system: from a record to named arrays. Travels to reader processes.
+
+  Attributes:
+    tokenizer: turns prompts into token ids.
+  """
+
+  tokenizer: Any
+
+  def __call__(
+    self, record: Any, names: Collection[str], rng: np.random.Generator
+  ) -> dict[str, np.ndarray]:
+    """The arrays `names` of one example; `rng` is a function of seed and stream position."""
+    ...
+
+  def prompt(self, record: Any) -> str:
+    """The text that the example is conditioned on."""
+    ...
 
 
 class System(Protocol):
-  """One way of joining a language model and an image generator.
+  """One way of joining a language model and an image generator: the core of every system.
 
-  `params` is what checkpoints hold; `frozen` holds networks that never train (encoders and
-  decoders): an argument of every jitted call, in no checkpoint, never closed over.
+  `params` is the tree that checkpoints store; `frozen` holds the networks that never train: an
+  argument of every jitted call, in no checkpoint, never closed over. Systems subclass this protocol
+  and the capabilities below, and list the capabilities they have.
 
   Attributes:
     config: the whole run's configuration (vpe_jax.config.Config).
     stages: the stages that the config asks for, in order.
-    logical_axes: rows of (regex over parameter paths, axis names of that leaf), first match
-      wins; the names are those of vpe_jax.sharding.
-    frozen_weights: name of each frozen network -> where its weights are (`assets:...` or a
-      path); read by vpe_jax.checkpoints.weights.
-    published: name -> what it is, for those among them that are published networks, read by
-      vpe_jax.checkpoints.converted; only systems that can read some have it.
-    draws_with: names of the frozen networks that `generate` reads. This and `codes`: only systems
-      that draw have them.
-    codes: entries of the visual prompt's codebook; 0 where there is none.
-    visual_prompt: the codec of visual prompts (vpe_jax.codecs.protocol.PlanCodec), or None; only
-      systems that draw have it.
-    picture_codes: entries of the codebook of discrete pictures; only systems that draw those have
-      it.
-    starts: weights that a new run starts from; only systems whose config can name some have it.
-    inherited: (beginning of a path, where `inherit` takes what is there from, in words).
-    added: regular expressions over paths of parameters that a run may have beyond those of the run
-      that `config.start` names, and that start fresh then.
-    grown: what parameters start from that the run lacks whose parameters `config.start` names; of
-      family RUN, copies of others of that run. Only systems that grow from others have it.
+    logical_axes: pairs (regex over parameter paths, axis names of that leaf), first match wins;
+      the names are those of vpe_jax.sharding.
+    frozen: the frozen networks by name.
+    initialization: where the first parameters come from.
+    capabilities: the capability protocols that this system implements with its config.
+    preprocess: host-side function from records to the inputs of `batch_spec`.
+    encoder_settings: JSON-able settings that, beside the weights, decide the encoded entries.
   """
 
   config: Any
   stages: tuple[Stage, ...]
   logical_axes: tuple[tuple[str, tuple[str | None, ...]], ...]
-  frozen_weights: Mapping[str, str]
-  published: Mapping[str, Start]
-  draws_with: tuple[str, ...]
-  codes: int
-  visual_prompt: Any
-  picture_codes: int
-  starts: tuple[Start, ...]
-  inherited: tuple[tuple[str, str], ...]
-  added: tuple[str, ...]
-  grown: tuple[Start, ...]
+  frozen: Mapping[str, FrozenNetwork] = MappingProxyType({})
+  initialization: Initialization = Initialization()
+  capabilities: tuple[type, ...] = ()
+  preprocess: Preprocess
+  encoder_settings: Mapping[str, Any] = MappingProxyType({})
 
   def init(self, rng: Array) -> Params:
-    """Fresh parameters; pure and jittable."""
+    """Random initial parameters; pure and jittable."""
     ...
 
   def inherit(self, params: Params, frozen: Params, rng: Array) -> Params:
-    """Fresh parameters with what they take from the frozen networks; pure and jittable.
+    """Initial parameters with those of `initialization.from_frozen` replaced; pure, jittable."""
+    del frozen, rng
+    return params
 
-    Only systems whose config can ask for this have it.
-    """
+  def batch_spec(self, batch_size: int) -> BatchSpec:
+    """Names, shapes and dtypes of one batch."""
     ...
 
-  def abstract_batch(self, batch_size: int) -> Examples:
-    """The shapes and dtypes of one batch, as `jax.ShapeDtypeStruct` leaves."""
-    ...
+  def frozen_shapes(self) -> Params:
+    """The frozen networks as `jax.ShapeDtypeStruct` trees by name, of the sizes in the config."""
+    return {}
 
-  def abstract_frozen(self) -> Params:
-    """The frozen networks as `jax.ShapeDtypeStruct`, by name, of the sizes in the config.
+  def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
+    """The encoded entries of `batch_spec` from its inputs, by the frozen networks."""
+    del frozen, inputs, rng
+    return {}
 
-    What `python -m vpe_jax.compile` puts in the place of weights. Only systems that have frozen
-    networks have this.
-    """
-    ...
-
-  def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
-    """Codes [B, P] and latents [B, h, w, C] of pictures [B, R, R, 3] uint8.
-
-    Latents of discrete pictures are codes too, [B, h, w] int32.
-
-    Only systems that train on codes and latents have this. One that reads pictures with a frozen
-    network in another way has `features(frozen, images)` in its place.
-    """
-    ...
-
-  def encode_reference(self, frozen: Params, images: Array) -> Array:
-    """Latents of pictures before an edit [B, R, R, 3] uint8, with networks of `draws_with` alone.
-
-    Only systems that edit have this: their examples have a `reference`, or `reference_latents`.
-    """
-    ...
-
-  def decode(self, frozen: Params, latents: Array) -> Array:
-    """Pictures [B, R, R, 3] in [0, 1] of latents [B, h, w, C]. Only systems that draw have this."""
-    ...
-
-  def abstract_encoded(self, batch_size: int) -> tuple[Any, Any]:
-    """What `encode` must return for the model, as `jax.ShapeDtypeStruct`."""
-    ...
-
-  def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
+  def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """The counts that `losses` would return for this batch: parameters are not needed."""
     ...
 
   def losses(
-    self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
+    self, params: Params, frozen: Params, batch: Batch, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
     """Every loss term of the stage. `rng` is the run's key; `step` counts within the stage."""
     ...
 
-  def generate(
-    self, params: Params, frozen: Params, request: Examples, rng: Array, settings: Any
-  ) -> Drawing:
-    """Draws one picture a row; pure and jittable with `settings` (SampleConfig) static.
-
-    `request.text` and `text_length` hold the prompts, `request.example` keys each row's
-    randomness (so a row doesn't depend on its neighbours), and `request.codes`, when given, is
-    rendered instead of a visual prompt of the model's own. Only systems that draw have this.
-    """
-    ...
-
-  def plan(self, params: Params, request: Examples, rng: Array, settings: Any) -> Array:
-    """The visual prompts [B, P] that the model writes for a batch of requests; see `generate`.
-
-    No part of the picture's randomness goes in. Only systems that draw have this; where `codes` is
-    0 nothing calls it.
-    """
-    ...
-
-  def plan_likelihood(self, params: Params, request: Examples) -> Array:
-    """The mean log-probability of the visual prompts `request.codes` given the prompts: [B], nats.
-
-    Of the conditional model at temperature 1. One pass over the whole row: it takes drawn plans and
-    others alike, in place of as many steps as a plan has codes. Systems that have `plan` have this.
-    """
-    ...
-
-  def plan_similarity(self, frozen: Params, request: Examples) -> Array:
-    """How well the visual prompts `request.codes` fit the prompts: cosines [B].
-
-    It reads the networks that `visual_prompt` does. None where nothing compares the two.
-    """
+  def tokens(self, stage: Stage) -> int:
+    """Tokens that the transformer processes for one training example."""
     ...
 
   def flops(self, stage: Stage) -> float:
@@ -342,19 +360,121 @@ class System(Protocol):
     ...
 
   def attention_flops(self, stage: Stage) -> float:
-    """Of one forward pass over one example, the FLOPs of attention between what sees each other.
-
-    What a kernel of vpe_jax.ops.attention has to do; only systems that use them have this.
-    """
-    ...
+    """FLOPs of attention between visible pairs, in one forward pass over one example."""
+    del stage
+    return 0.0
 
   def frozen_attention_flops(self, stage: Stage) -> float:
-    """Of `attention_flops`, those that no gradient goes back through.
+    """The part of `attention_flops` that no gradient goes back through."""
+    del stage
+    return 0.0
 
-    Only systems that train behind a frozen network of their own parameters have this.
+
+class Samples(System, Protocol):
+  """Capability: generates images from requests.
+
+  Attributes:
+    samples_with: names of the frozen networks that `generate` reads.
+  """
+
+  MISSING: ClassVar[str] = 'does not generate images'
+
+  samples_with: tuple[str, ...]
+
+  def prepare(self, params: Params, platform: str = '') -> Params:
+    """Parameters in the layout in which sampling is fast on a platform; called once."""
+    del platform
+    return params
+
+  def request_spec(self, batch_size: int) -> Batch:
+    """The arrays that every request has, as shapes."""
+    example = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return Batch(example, self.batch_spec(batch_size).inputs)
+
+  def generate(
+    self, params: Params, frozen: Params, request: Batch, rng: Array, settings: Any
+  ) -> Generated:
+    """One image for each request; pure and jittable with `settings` static.
+
+    `request.inputs` has the prompts, `request.example` keys each element's randomness, so that it
+    does not depend on its neighbours. Entries of `request.encoded` are used instead of the model's
+    own.
     """
     ...
 
-  def tokens(self, stage: Stage) -> int:
-    """Tokens that the transformer processes for one training example."""
+  def decode(self, frozen: Params, encoded: Mapping[str, Array], rng: Array) -> Array:
+    """Images [B, R, R, 3] float32 in [0, 1] of encoded entries."""
     ...
+
+
+class Edits(Samples, Protocol):
+  """Capability: generates images from a source image and an instruction."""
+
+  MISSING: ClassVar[str] = 'does not edit images'
+
+  def encode_source(self, frozen: Params, images: Array) -> dict[str, Array]:
+    """The encoded entries of source images [B, R, R, 3] uint8, by networks of `samples_with`."""
+    ...
+
+
+class ScoresImages(Samples, Protocol):
+  """Capability: scores how well images fit prompts, by its own frozen networks.
+
+  Good for following a run, not for judging it: vpe_jax.evaluation has an independent network.
+  """
+
+  MISSING: ClassVar[str] = 'has no text tower that compares images with prompts'
+
+  def similarity(self, frozen: Params, images: Array, inputs: Mapping[str, Array]) -> Array:
+    """Cosines [B, B] of images [B, R, R, 3] in [0, 1] (rows) and prompts (columns)."""
+    ...
+
+
+class PlansVisually(Samples, Protocol):
+  """Capability: writes a visual prompt, a discrete plan of the image, before rendering it.
+
+  Attributes:
+    visual_prompt: the codec of visual prompts (vpe_jax.codecs.protocol).
+    codes: entries of its codebook.
+    plan_rankers: ranker functions that `plan_scores` knows, best known first.
+  """
+
+  MISSING: ClassVar[str] = 'writes no visual prompts apart from its images'
+
+  visual_prompt: Any
+  codes: int
+  plan_rankers: tuple[str, ...]
+
+  def plan(self, params: Params, request: Batch, rng: Array, settings: Any) -> Array:
+    """Visual prompts [B, P] int32 that the model writes for requests; no image is rendered."""
+    ...
+
+  def plan_likelihood(self, params: Params, request: Batch) -> Array:
+    """Mean log-probability [B], in nats, of the request's visual prompts given its prompts.
+
+    Of the conditional model at temperature 1, in one pass over the whole sequence.
+    """
+    ...
+
+  def plan_similarity(self, frozen: Params, request: Batch) -> Array:
+    """Cosines [B] of the request's visual prompts and its prompts; of `plan_rankers` only."""
+    ...
+
+
+Capability = TypeVar('Capability')
+
+
+def supports(system: System, capability: type) -> bool:
+  """Whether a system declares a capability."""
+  return capability in system.capabilities
+
+
+def require(system: System, capability: type[Capability]) -> Capability:
+  """The system as one with a capability.
+
+  Raises:
+    UserError: it does not have the capability.
+  """
+  if not supports(system, capability):
+    raise UserError(f"the system '{system.config.system}' {capability.MISSING}")
+  return system

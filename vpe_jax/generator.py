@@ -24,7 +24,16 @@ from vpe_jax import __version__, before, rng, sharding, systems
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.checkpoints import weights as weights_io
 from vpe_jax.config import SampleConfig, nearest
-from vpe_jax.contracts import Array, Examples, Params, UserError
+from vpe_jax.contracts import (
+  Array,
+  Batch,
+  Params,
+  PlansVisually,
+  Samples,
+  UserError,
+  require,
+  supports,
+)
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.data.tokenizers.published import open_tokenizer
 from vpe_jax.data.transforms import to_square
@@ -80,16 +89,15 @@ class Generator:
     self.metadata = dict(metadata)
     self._tokenizer = tokenizer
     self._before: before.Before | None = None
-    prepare = getattr(system, 'prepare', None)
-    self._params = jax.device_put(prepare(params, jax.default_backend()) if prepare else params)
+    self._params = jax.device_put(system.prepare(params, jax.default_backend()))
     self._frozen = jax.device_put(frozen)
     self._draw = jax.jit(system.generate, static_argnums=4)
-    self.has_plans = bool(system.codes) and hasattr(system, 'plan')
+    self.has_plans = supports(system, PlansVisually)
     if self.has_plans:
       self._plan = jax.jit(system.plan, static_argnums=3)
       self._likelihood = jax.jit(system.plan_likelihood)
-      self._similarity = system.plan_similarity and jax.jit(system.plan_similarity)
-      self._encode = jax.jit(lambda frozen, images: system.encode(frozen, images)[0])
+      self._similarity = jax.jit(system.plan_similarity)
+      self._encode = jax.jit(system.visual_prompt.encode)
 
   @classmethod
   def load(cls, workdir: str, weights: str = 'ema', rows: int = 4) -> Generator:
@@ -118,9 +126,8 @@ class Generator:
     if weights == 'raw' and held != 'raw':
       raise UserError(f"{workdir} holds averaged weights only: use weights 'ema'")
     system = systems.build(config)
-    if not hasattr(system, 'generate'):
-      raise UserError(f"{workdir} holds a '{system.config.system}', which doesn't draw pictures")
-    if not set(system.draws_with) <= set(system.frozen_weights):
+    require(system, Samples)
+    if not set(system.samples_with) <= set(system.frozen):
       raise UserError(f'{workdir} was trained on synthetic latents: nothing makes them pictures')
     stage = _stage(system, stored.get('stage', '-1'), workdir)
     if stage != system.stages[-1].name:
@@ -131,7 +138,7 @@ class Generator:
         stage,
         system.stages[-1].name,
       )
-    elif not system.stages[-1].draws and (untrained := _untrained(system, params)):
+    elif not system.stages[-1].samples and (untrained := _untrained(system, params)):
       logging.warning(
         "%s has no stage after '%s', and nothing has trained its %s: its pictures are noise. "
         'Another run, with a stage that does, can start from it (config.start)',
@@ -139,8 +146,8 @@ class Generator:
         stage,
         ', '.join(untrained),
       )
-    frozen = frozen_lib.for_drawing(system)
-    frozen_lib.check_drawing(system, params, frozen)
+    frozen = frozen_lib.for_sampling(system)
+    frozen_lib.check_sampling(system, params, frozen)
     said = {'checkpoint': weights_io.fingerprint(params), 'weights': f'{workdir} ({held})'}
     return cls(system, params, frozen, open_tokenizer(system.config.data.tokenizer), said, rows)
 
@@ -155,10 +162,10 @@ class Generator:
       UserError: the model doesn't edit, or these are no pictures.
     """
     squares = before.squares(self.system, images)
-    encode = jax.jit(self.system.encode_reference)
-    latents = self._batched(lambda batch: encode(self._frozen, batch), squares)
+    encode = jax.jit(self.system.encode_source)
+    encoded = self._batched(lambda batch: encode(self._frozen, batch), squares)
     other = copy.copy(self)
-    other._before = before.Before(latents, weights_io.fingerprint({'before': latents}))
+    other._before = before.Before(encoded, weights_io.fingerprint(encoded))
     other.metadata = self.metadata | {'before': other._before.name}
     return other
 
@@ -203,7 +210,7 @@ class Generator:
     request = self._request(items)
     settings = self.settings() if settings is None else settings
     if codes is not None:
-      request = dataclasses.replace(request, codes=self._rows_of(codes, request))
+      request = _with_visual_prompt(request, self._rows_of(codes, request))
     return self._pictures(request, items, seed, settings, progress)
 
   def plan(
@@ -343,7 +350,7 @@ class Generator:
   def rankers(self) -> tuple[str, ...]:
     """What `score` can go by."""
     self._require_plans()
-    return RANKERS if self._similarity else RANKERS[:1]
+    return self.system.plan_rankers
 
   def check_ranker(self, name: str) -> None:
     """Refuses what `score` can't go by; front doors ask before the work starts.
@@ -383,13 +390,13 @@ class Generator:
     """The networks that visual prompts are read with: drawing does without them."""
     if all(name in self._frozen for name in self.system.visual_prompt.weights):
       return {name: self._frozen[name] for name in self.system.visual_prompt.weights}
-    return jax.device_put(frozen_lib.for_plans(self.system))
+    return jax.device_put(frozen_lib.for_visual_prompts(self.system))
 
-  def _given(self, plans: Plans) -> tuple[list[tuple[str, int]], Examples]:
+  def _given(self, plans: Plans) -> tuple[list[tuple[str, int]], Batch]:
     """Prompt and place of each plan, and a request with it."""
     plans.check(self.codebook, self.system.visual_prompt.grid)
     items = list(zip(bpe.tidied(plans.prompts), plans.index))
-    return items, dataclasses.replace(self._request(items), codes=plans.codes)
+    return items, _with_visual_prompt(self._request(items), plans.codes)
 
   def _plans(
     self, codes: np.ndarray, items: Sequence[tuple[str, int]], made: Mapping[str, str]
@@ -399,7 +406,7 @@ class Generator:
 
   def _pictures(
     self,
-    request: Examples,
+    request: Batch,
     items: Sequence[tuple[str, int]],
     seed: int,
     settings: SampleConfig,
@@ -408,12 +415,12 @@ class Generator:
     """Draws a picture for each row of the request, of its plan where it has one."""
     key = rng.run_key(seed)
 
-    def draw(batch: Examples) -> tuple[Array, Array]:
-      if batch.codes is None and self.has_plans:
-        codes = self._plan(self._params, batch, key, settings)
-        batch = dataclasses.replace(batch, codes=codes)
-      drawing = self._draw(self._params, self._frozen, batch, key, settings)
-      return drawing.image, drawing.codes
+    def draw(batch: Batch) -> tuple[Array, Array]:
+      if self.has_plans and 'visual_prompt' not in batch.encoded:
+        batch = _with_visual_prompt(batch, self._plan(self._params, batch, key, settings))
+      generated = self._draw(self._params, self._frozen, batch, key, settings)
+      none = np.zeros((len(batch.example), 0), np.int32)
+      return generated.image, generated.encoded.get('visual_prompt', none)
 
     images, visual = self._batched(draw, request, progress)
     said = self.describe(settings) | {'seed': str(seed)}
@@ -428,7 +435,7 @@ class Generator:
     """What `run` does for each row of the inputs, `rows` at a time."""
     return batches.by_rows(run, inputs, self.rows, progress)
 
-  def _request(self, items: Sequence[tuple[str, int]]) -> Examples:
+  def _request(self, items: Sequence[tuple[str, int]]) -> Batch:
     """One row for each picture, as numpy leaves."""
     prompts = list(dict.fromkeys(prompt for prompt, _ in items))
     ids, lengths = self._tokenizer.encode_batch(prompts, self.system.config.data.text_length)
@@ -436,16 +443,13 @@ class Generator:
     rows = [row_of[prompt] for prompt, _ in items]
     example = np.asarray([_identity(*item) for item in items], np.int32)
     seen = before.for_rows(self.system, self._before, len(rows))
-    return Examples(example, ids[rows], lengths[rows], reference_latents=seen)
+    return Batch(example, {'text': ids[rows], 'text_length': lengths[rows]}, seen)
 
-  def _rows_of(self, codes: np.ndarray, request: Examples) -> np.ndarray:
+  def _rows_of(self, codes: np.ndarray, request: Batch) -> np.ndarray:
     """The given visual prompts, one for each row of the request."""
+    self._require_plans()
     codes, count = np.asarray(codes, np.int32), len(request.example)
-    draw = lambda *arrays: self.system.generate(*arrays, self.settings()).codes
-    if self.has_plans:
-      draw = lambda params, _, *arrays: self.system.plan(params, *arrays, self.settings())
-    own = jax.eval_shape(draw, self._params, self._frozen, request, rng.run_key(0))
-    wanted = (count, own.shape[1])
+    wanted = (count, *self.system.batch_spec(1).encoded['visual_prompt'].shape[1:])
     if codes.shape not in (wanted, wanted[1:]):
       raise UserError(f'codes have shape {codes.shape}: {wanted} or {wanted[1:]} is needed')
     least, most, last = codes.min(), codes.max(), self.system.codes - 1
@@ -460,6 +464,10 @@ class Generator:
       'version': f'vpe_jax {__version__}',
       'generated': 'true',
     }
+
+
+def _with_visual_prompt(request: Batch, codes: Array) -> Batch:
+  return dataclasses.replace(request, encoded={**request.encoded, 'visual_prompt': codes})
 
 
 def _stage(system: Any, said: str, workdir: str) -> str:

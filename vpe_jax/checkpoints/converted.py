@@ -20,7 +20,7 @@ from vpe_jax import storage, systems
 from vpe_jax.checkpoints import families, parity, sources, weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, build_section, to_dict
-from vpe_jax.contracts import Params, Start, UserError
+from vpe_jax.contracts import Params, PretrainedWeights, UserError
 from vpe_jax.sharding import by_path
 
 # Systems that train a network of a published family, and the section of its sizes in their model.
@@ -123,7 +123,7 @@ def check_target(folder: str, source: str = '') -> None:
       raise UserError(f"'{folder}' lies within the source '{source}': name a folder outside it")
 
 
-def network(start: Start, place: Callable[[Params], Params]) -> Params:
+def network(start: PretrainedWeights, place: Callable[[Params], Params]) -> Params:
   """The parameters of a published network, from where it was published or from an import.
 
   Args:

@@ -54,9 +54,9 @@ def export(
   if network == 'image':
     # Before anything is written: a run's pictures may be gone.
     system = systems.build(config)
-    data = Pipeline(system.config.data, system.config.seed)
-    pictures = data.examples(range(min(_MEASURED, len(data)))).image
-    tree = system.normalised(weights.rounded(tree), pictures)
+    data = Pipeline.of(system)
+    images = data.examples(range(min(_MEASURED, len(data)))).inputs['image']
+    tree = system.normalised(weights.rounded(tree), images)
   said = {'config': json.dumps(config, sort_keys=True), 'network': network, 'commit': _commit()}
   weights.save(to, tree, metadata | said, overwrite=overwrite)
   return weights.load(to)[1]

@@ -17,8 +17,10 @@ import jax.numpy as jnp
 from vpe_jax import sharding
 from vpe_jax.checkpoints import checksum, converted, weights
 from vpe_jax.config import MeshConfig
-from vpe_jax.contracts import Array, Examples, Params, System, UserError
+from vpe_jax.contracts import Array, Batch, Params, PlansVisually, Samples, System, UserError
 from vpe_jax.sharding import by_path
+
+Encode = Callable[[Params, Mapping[str, Array], Array], dict[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,25 +29,17 @@ class Frozen:
 
   Attributes:
     params: name -> tree, sharded; in no checkpoint, never closed over.
-    fingerprints: name -> what stands for every bit of the tree.
-    encode: the system's `encode(params, images) -> (codes, latents)`, jitted once for all who
-      use it (None: the system has no encoders).
-    encode_reference: the system's, jitted alike (None: it doesn't edit).
+    fingerprints: name -> a checksum of every bit of the tree.
+    encode: the system's `encode(params, inputs, rng)`, jitted once for all callers.
   """
 
   params: Params
   fingerprints: dict[str, str]
-  encode: Callable[[Params, Array], tuple[Array, Array]] | None
-  encode_reference: Callable[[Params, Array], Array] | None = None
+  encode: Encode
 
-  def with_codes(self, batch: Examples) -> Examples:
-    """A batch of pictures with codes and latents beside them."""
-    codes, latents = self.encode(self.params, batch.image)
-    batch = dataclasses.replace(batch, codes=codes, latents=latents)
-    if self.encode_reference is None:
-      return batch
-    before = self.encode_reference(self.params, batch.reference)
-    return dataclasses.replace(batch, reference_latents=before)
+  def encoded(self, batch: Batch, rng: Array) -> Batch:
+    """A batch with the entries that the frozen encoders compute from its inputs."""
+    return dataclasses.replace(batch, encoded=self.encode(self.params, batch.inputs, rng))
 
 
 def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
@@ -54,33 +48,31 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
   Raises:
     UserError: weights are missing, can't be read, or don't fit the model.
   """
-  found = {name: _network(system, name, mesh, strategy) for name in system.frozen_weights}
-  placed = {name: params for name, (params, _) in found.items()}
-  check_fits(system, placed)
-  fingerprints = {name: fingerprint for name, (_, fingerprint) in found.items()}
-  encoders = (getattr(system, name, None) for name in ('encode', 'encode_reference'))
-  options = sharding.compiler_options()
-  jitted = (encode and jax.jit(encode, compiler_options=options) for encode in encoders)
-  return Frozen(placed, fingerprints, *jitted)
+  networks = {name: _network(system, name, mesh, strategy) for name in system.frozen}
+  params = {name: tree for name, (tree, _) in networks.items()}
+  check_fits(system, params)
+  fingerprints = {name: fingerprint for name, (_, fingerprint) in networks.items()}
+  encode = jax.jit(system.encode, compiler_options=sharding.compiler_options())
+  return Frozen(params, fingerprints, encode)
 
 
-def for_drawing(system: System) -> Params:
-  """The networks that a system draws with, on one device.
+def for_sampling(system: Samples) -> Params:
+  """The networks that a system generates images with, on one device.
 
   Raises:
     UserError: weights are missing, can't be read, or are of another size.
   """
-  return _on_one_device(system, system.draws_with)
+  return _on_one_device(system, system.samples_with)
 
 
-def for_plans(system: System) -> Params:
+def for_visual_prompts(system: PlansVisually) -> Params:
   """The networks that a system reads visual prompts with, on one device.
 
   Raises:
     UserError: it was trained without them; or see `for_drawing`.
   """
   names = system.visual_prompt.weights
-  if not set(names) <= set(system.frozen_weights):
+  if not set(names) <= set(system.frozen):
     raise UserError('this model was trained on synthetic codes: they are of no codebook')
   found, side = _on_one_device(system, names), system.config.data.image_size
   with _misfit(system, names):
@@ -94,21 +86,21 @@ def _on_one_device(system: System, names: Iterable[str]) -> Params:
   return {name: _network(system, name, mesh, 'fsdp')[0] for name in names}
 
 
-def check_drawing(system: System, params: Params, frozen: Params) -> None:
+def check_sampling(system: Samples, params: Params, frozen: Params) -> None:
   """Compares with the config in shapes alone: what doesn't fit is found before any work.
 
   Args:
-    system: one that draws.
+    system: the model.
     params: its parameters.
-    frozen: the networks that it draws with.
+    frozen: the networks that it generates images with.
 
   Raises:
     UserError: the parameters, or the frozen networks, are those of another model.
   """
   check_shapes(by_path(jax.eval_shape(system.init, jax.random.key(0))), by_path(params))
-  _, latents = system.abstract_encoded(1)
-  with _misfit(system, system.draws_with):
-    jax.eval_shape(system.decode, frozen, latents)
+  encoded = system.batch_spec(1).encoded
+  with _misfit(system, system.samples_with):
+    jax.eval_shape(system.decode, frozen, encoded, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def check_shapes(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -134,7 +126,7 @@ def _misfit(system: System, names: Iterable[str]) -> Iterator[None]:
     raise
   # What a wrong tree ends in depends on the network: flax, einops, or a missing key.
   except Exception as error:
-    sources = ', '.join(f'{name}={system.frozen_weights[name]}' for name in names)
+    sources = ', '.join(f'{name}={system.frozen[name].source}' for name in names)
     reason = (str(error).splitlines() or [''])[0].split(' (https')[0]
     raise UserError(
       f'the frozen networks ({sources}) do not fit the sizes in config.model or '
@@ -147,12 +139,12 @@ def _network(
   system: System, name: str, mesh: jax.sharding.Mesh, strategy: str
 ) -> tuple[Params, str]:
   """A frozen network on the mesh, and what stands for every bit of it."""
-  published = getattr(system, 'published', {})
-  if name not in published:
-    tree = weights.load(system.frozen_weights[name])[0]
+  network = system.frozen[name]
+  if network.published is None:
+    tree = weights.load(network.source)[0]
     return jax.device_put(tree, shardings_of(tree, mesh, strategy)), weights.fingerprint(tree)
   tree = converted.network(
-    published[name], functools.partial(_spread, mesh=mesh, strategy=strategy)
+    network.published, functools.partial(_spread, mesh=mesh, strategy=strategy)
   )
   tree = jax.device_put(tree, shardings_of(tree, mesh, strategy))
   # No host holds a large network whole: its checksums are summed where it lies.
@@ -178,41 +170,31 @@ def shardings_of(networks: Params, mesh: jax.sharding.Mesh, strategy: str) -> Pa
 
 
 def check_fits(system: System, loaded: Params) -> None:
-  """Shows the networks one picture, in shapes alone: what doesn't fit is found before any work.
+  """Encodes one example in shapes alone: a misfit is found before any work.
 
   Args:
-    system: it may have `encode` or `features` (see vpe_jax.contracts.System); without either
-      there is nothing to check.
+    system: its encoders.
     loaded: its frozen networks, name -> tree.
 
   Raises:
-    UserError: the networks are of other sizes than the config says, or make codes or latents that
-      the model doesn't take.
+    UserError: the networks are of other sizes than the config says, or their outputs are not of
+      the shapes that the model takes.
   """
-  encode, data = getattr(system, 'encode', None), system.config.data
-  read = encode or getattr(system, 'features', None)
-  if read is None:
-    return
-  if not system.frozen_weights:
-    if encode and data.encode == 'online':
+  data, spec = system.config.data, system.batch_spec(1)
+  if not system.frozen:
+    if spec.encoded and data.encode == 'online':
       raise UserError(
         f'data.source={data.source} trains without encoders, which data.encode=online asks for: '
         'set data.encode=cached'
       )
     return
-  image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
-  with _misfit(system, system.frozen_weights):
-    found = jax.eval_shape(read, loaded, image)
-  if encode and hasattr(system, 'abstract_encoded'):
-    _check_encoded(system, found)
-
-
-def _check_encoded(system: System, found: Any) -> None:
-  wanted = system.abstract_encoded(1)
-  for name, made, taken in zip(('codes', 'latents'), found, wanted, strict=True):
-    if made.shape != taken.shape:
+  inputs, key = spec.batch(cached=False).inputs, jax.eval_shape(lambda: jax.random.key(0))
+  with _misfit(system, system.frozen):
+    outputs = jax.eval_shape(system.encode, loaded, inputs, key)
+  for name, expected in spec.encoded.items():
+    if outputs[name].shape != expected.shape:
       raise UserError(
-        f'a picture of data.image_size={system.config.data.image_size} becomes {name} of shape '
-        f'{list(made.shape[1:])}, but the model takes {list(taken.shape[1:])}: change '
+        f'an image of data.image_size={data.image_size} becomes {name} of shape '
+        f'{list(outputs[name].shape[1:])}, but the model takes {list(expected.shape[1:])}: change '
         'data.image_size, or the sizes in config.model'
       )

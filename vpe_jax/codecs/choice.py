@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import image_codes, kl, kl_vae, siglip_vq, towers, visual_prompt, vqgan
 from vpe_jax.codecs.protocol import LatentCodec, PictureCodec, PlanCodec
-from vpe_jax.contracts import Array, Params, Start
+from vpe_jax.contracts import Array, Params, PretrainedWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,14 +103,14 @@ class PlanCodecConfig:
     return {**tower, 'visual_prompt': given.visual_prompt}
 
   @property
-  def published(self) -> Mapping[str, Start]:
+  def published(self) -> Mapping[str, PretrainedWeights]:
     """The published ones among the frozen networks."""
     if not self.vpe:
       return {}
     if self.siglip_vq is None:
       return published_tower(self.visual_prompt, self.weights.encoder)
     sizes = _base(self.siglip_vq, siglip_vq.SiglipVqConfig)
-    return {'siglip_vq': Start('siglip_vq', self.weights.siglip_vq, sizes, ())}
+    return {'siglip_vq': PretrainedWeights('siglip_vq', self.weights.siglip_vq, sizes)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,12 +136,12 @@ class CodecsConfig(PlanCodecConfig):
     return {**self.plan_weights, 'image': self.weights.image}
 
   @property
-  def published(self) -> Mapping[str, Start]:
+  def published(self) -> Mapping[str, PretrainedWeights]:
     """The published ones among them."""
     found = dict(super().published)
     if self.vae is not None:
       sizes = _base(self.vae, kl_vae.KlVaeConfig)
-      found['image'] = Start(self.vae.family, self.weights.image, sizes, ())
+      found['image'] = PretrainedWeights(self.vae.family, self.weights.image, sizes)
     return found
 
 
@@ -166,12 +166,12 @@ class PictureCodesConfig(PlanCodecConfig):
     return {name: getattr(self.weights, name) for name in names}
 
   @property
-  def published(self) -> Mapping[str, Start]:
+  def published(self) -> Mapping[str, PretrainedWeights]:
     """The published ones among the frozen networks."""
     found = dict(super().published)
     if self.vqgan is not None:
       sizes = _base(self.vqgan, vqgan.VqGanConfig)
-      found['vqgan'] = Start(self.vqgan.family, self.weights.vqgan, sizes, ())
+      found['vqgan'] = PretrainedWeights(self.vqgan.family, self.weights.vqgan, sizes)
     return found
 
 
@@ -225,13 +225,13 @@ def tower_weights(config: towers.TowerConfig, siglip: str, encoder: str) -> Mapp
   return {config.encoder: encoder or towers.RELEASES[config.encoder]}
 
 
-def published_tower(config: towers.TowerConfig, encoder: str) -> Mapping[str, Start]:
+def published_tower(config: towers.TowerConfig, encoder: str) -> Mapping[str, PretrainedWeights]:
   """The tower of a visual prompt, where it is published; arguments as `tower_weights`."""
   if config.published is None:
     return {}
   family, sizes = config.published
   source = encoder or towers.RELEASES[config.encoder]
-  return {config.encoder: Start(family, source, sizes, ())}
+  return {config.encoder: PretrainedWeights(family, source, sizes)}
 
 
 def _base(section: Any, cls: type) -> Any:

@@ -79,12 +79,12 @@ class ImageCodesCodec:
     """Codes [B, P] int32, raster order; see protocol.TokenCodec."""
     return codebook.closest(self.squares(params, images), params['image_codes']['codebook'])
 
-  def decode(self, params: Params, codes: Array) -> Array:
+  def decode(self, params: Params, codes: Array, rng: Array | None = None) -> Array:
     """Pictures [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see protocol.PictureCodec."""
     rows = jnp.take(params['image_codes']['codebook'], codes, axis=0)
     p, side = self.config.patch, self.grid
     latents = einops.rearrange(rows, 'B (h w) (p q C) -> B (h p) (w q) C', h=side, w=side, p=p, q=p)
-    return self.latents.decode(params, latents)
+    return self.latents.decode(params, latents, rng)
 
   def abstract_params(self) -> Params:
     """Both networks' parameters as shapes; see protocol.TokenCodec."""

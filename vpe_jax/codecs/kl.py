@@ -155,8 +155,9 @@ class KlCodec:
     signed = pixels.to_signed(pixels.to_unit(images))
     return self.network.apply({'params': params['image']}, signed, method='encode')
 
-  def decode(self, params: Params, latents: Array) -> Array:
-    """Pictures [B, R, R, 3] float32 in [0, 1]."""
+  def decode(self, params: Params, latents: Array, rng: Array | None = None) -> Array:
+    """Images [B, R, R, 3] float32 in [0, 1]; see protocol.LatentCodec."""
+    del rng
     signed = self.network.apply({'params': params['image']}, latents, method='decode')
     return jnp.clip(0.5 * (signed + 1.0), 0.0, 1.0)
 

@@ -115,8 +115,9 @@ class KlVaeCodec:
     spread = jnp.exp(0.5 * log_variance) * noise
     return (mean - shift) * scale + (spread if c.raw_deviation else spread * scale)
 
-  def decode(self, params: Params, latents: Array) -> Array:
-    """Pictures [B, H, W, 3] float32 in [0, 1] from normalised latents."""
+  def decode(self, params: Params, latents: Array, rng: Array | None = None) -> Array:
+    """Images [B, H, W, 3] float32 in [0, 1] from normalised latents; see protocol.LatentCodec."""
+    del rng
     raw = latents / jnp.asarray(self.config.scale) + jnp.asarray(self.config.shift)
     return jnp.clip(0.5 * (self._apply(params, raw, 'decode') + 1.0), 0.0, 1.0)
 

@@ -47,8 +47,8 @@ class PlanCodec(TokenCodec, Protocol):
 class PictureCodec(TokenCodec, Protocol):
   """Pictures <-> a grid of discrete codes that say everything about them."""
 
-  def decode(self, params: Params, codes: Array) -> Array:
-    """Pictures [B, R, R, 3] float32 in [0, 1] of codes [B, P]."""
+  def decode(self, params: Params, codes: Array, rng: Array | None = None) -> Array:
+    """Images [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see LatentCodec.decode."""
     ...
 
 
@@ -69,8 +69,11 @@ class LatentCodec(Protocol):
     """Latents [B, R / factor, R / factor, C] float32 of pictures [B, R, R, 3]."""
     ...
 
-  def decode(self, params: Params, latents: Array) -> Array:
-    """Pictures [B, R, R, 3] float32 in [0, 1]."""
+  def decode(self, params: Params, latents: Array, rng: Array | None = None) -> Array:
+    """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C].
+
+    `rng` keys the noise of a stochastic decoder; a deterministic one ignores it.
+    """
     ...
 
   def abstract_params(self) -> Params:

@@ -96,8 +96,9 @@ class VqGanCodec:
     codes = self.network.apply({'params': params[self.weights[0]]}, signed, method='encode')
     return codes.reshape(codes.shape[0], -1)
 
-  def decode(self, params: Params, codes: Array) -> Array:
-    """Pictures [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see protocol.PictureCodec."""
+  def decode(self, params: Params, codes: Array, rng: Array | None = None) -> Array:
+    """Images [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see protocol.PictureCodec."""
+    del rng
     square = codes.reshape(-1, self.grid, self.grid)
     signed = self.network.apply({'params': params[self.weights[0]]}, square, method='decode')
     return jnp.clip(0.5 * (signed + 1.0), 0.0, 1.0)

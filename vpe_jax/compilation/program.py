@@ -15,7 +15,17 @@ import jax
 from vpe_jax import rng, sharding
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.config import nearest
-from vpe_jax.contracts import Array, Drawing, Examples, Params, Stage, System, UserError
+from vpe_jax.contracts import (
+  Array,
+  Batch,
+  Generated,
+  Params,
+  Samples,
+  Stage,
+  System,
+  UserError,
+  require,
+)
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.training import resume
 from vpe_jax.training.state import split_trainable
@@ -97,7 +107,7 @@ def lower(job: Job) -> Lowered:
   accumulate = config.optim.of(job.stage).accumulate if job.what == TRAIN else 1
   sharding.check_divides(job.images, job.mesh, accumulate)
   state = resume.abstract_state(config, system, job.stage, job.mesh)
-  networks = system.abstract_frozen() if hasattr(system, 'abstract_frozen') else {}
+  networks = system.frozen_shapes()
   if config.data.encode == 'online' and networks:
     frozen_lib.check_fits(system, networks)
   frozen = _placed(networks, frozen_lib.shardings_of(networks, job.mesh, config.mesh.strategy))
@@ -130,13 +140,13 @@ def _train(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, fl
   system, stage = job.system, job.stage_of_run
   optim = system.config.optim.of(job.stage)
   step = make_train_step(system, stage, optim, resume.shardings_of(state))
-  batch = system.abstract_batch(job.images)
+  cached = system.config.data.encode == 'cached'
+  batch = system.batch_spec(job.images).batch(cached)
   spread = sharding.batch_sharding(job.mesh)
   batch = _placed(batch, jax.tree.map(lambda _: spread, batch))
   lowered = step.lower(state, frozen, batch, _key(job.mesh))
-  none = lambda stage: 0.0
-  attention = getattr(system, 'attention_flops', none)(stage)
-  frozen_attention = getattr(system, 'frozen_attention_flops', none)(stage)
+  attention = system.attention_flops(stage)
+  frozen_attention = system.frozen_attention_flops(stage)
   # Of two products each: one pass forward, three and a half backward (three products for the
   # queries' gradient, four for the keys' and values'), and one forward again where all is remade.
   passes = 5.5 if system.config.remat == 'full' else 4.5
@@ -145,20 +155,15 @@ def _train(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, fl
 
 
 def _sample(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, float, float]:
-  system = job.system
-  if not hasattr(system, 'generate'):
-    raise UserError(f'--what=sample: the system {system.config.system} draws no pictures')
-  prepare = getattr(system, 'prepare', lambda params: params)
+  system = require(job.system, Samples)
 
-  def draw(params: Params, frozen: Params, request: Examples, key: Array) -> Drawing:
-    return system.generate(prepare(params), frozen, request, key, system.config.sample)
+  def draw(params: Params, frozen: Params, request: Batch, key: Array) -> Generated:
+    return system.generate(system.prepare(params), frozen, request, key, system.config.sample)
 
-  batch = dataclasses.replace(
-    system.abstract_batch(job.images), image=None, codes=None, latents=None
-  )
+  batch = system.request_spec(job.images)
   spread = sharding.batch_sharding(job.mesh)
   request = _placed(batch, jax.tree.map(lambda _: spread, batch))
-  frozen = {name: frozen[name] for name in system.draws_with if name in frozen}
+  frozen = {name: frozen[name] for name in system.samples_with if name in frozen}
   arguments = (state['params'], frozen, request, _key(job.mesh))
   lowered = jax.jit(draw, out_shardings=spread).lower(*arguments)
   return lowered, matrix_flops(draw, *arguments), 0.0

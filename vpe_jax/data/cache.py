@@ -1,7 +1,8 @@
-"""Codes and latents on disk, by source index: what `data.encode=cached` reads.
+"""Encoded entries on disk, by source index: the cache of `data.encode=cached`.
 
-A cache is a folder of array shards and a manifest with its fingerprint and a checksum of each
-shard. The manifest is written last, and the folder is renamed into place when it is whole.
+A cache is a folder of array shards, one set for each named entry, and a manifest with the
+fingerprint, the entries and a checksum of each shard. The manifest is written last, and the folder
+is renamed into place when it is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,20 +25,18 @@ from vpe_jax.contracts import UserError
 from vpe_jax.storage import cache_dir, checksum
 
 SHARD = 4096  # records in one shard
+LAYOUT = 2  # of the files; part of every fingerprint
 _MANIFEST = 'manifest.json'
-KINDS = ('codes', 'latents', 'reference_latents')  # fields of Examples; a cache may lack the last
+_FIELDS = {'fingerprint', 'count', 'shard', 'entries', 'checksums'}
 
 
 class Encoded(Protocol):
-  """Codes and latents by source index."""
+  """Encoded entries by source index."""
 
   def __len__(self) -> int: ...
 
-  def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
-    """Codes [P] int32 and latents of one record: [h, w, C] float32, or [h, w] int32 codes.
-
-    Latents of the picture before an edit come third, where there is one.
-    """
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """The entries of one record by name, int32 or float32, without a batch axis."""
     ...
 
 
@@ -51,30 +50,30 @@ class EncodedCache:
 
   Attributes:
     folder: where the shards are.
-    count: records in all.
+    count: number of records.
     shard: records in every shard but the last.
-    kinds: dtype and shape of one record's arrays, in the order of KINDS; none in an empty cache.
+    entries: (name, dtype, shape) of one record's arrays.
   """
 
   folder: Path
   count: int
   shard: int
-  kinds: tuple[tuple[str, tuple[int, ...]], ...]
+  entries: tuple[tuple[str, str, tuple[int, ...]], ...]
 
   def __len__(self) -> int:
     return self.count
 
-  def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
-    """Codes and latents of one record; see Encoded."""
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """The entries of one record; see Encoded."""
     if not 0 <= index < self.count:
       raise IndexError(f'record {index} of {self.count} in {self.folder}')
-    number, row = divmod(index, self.shard)
-    rows = min(self.shard, self.count - number * self.shard)
-    shards = (
-      _mapped(self.folder / _shard_name(kind, number), dtype, (rows, *shape))
-      for kind, (dtype, shape) in zip(KINDS, self.kinds)
-    )
-    return tuple(np.array(shard[row]) for shard in shards)
+    number, offset = divmod(index, self.shard)
+    size = min(self.shard, self.count - number * self.shard)
+    shards = {
+      name: _mapped(self.folder / _shard_name(name, number), dtype, (size, *shape))
+      for name, dtype, shape in self.entries
+    }
+    return {name: np.array(shard[offset]) for name, shard in shards.items()}
 
 
 def location(fingerprint: str) -> Path:
@@ -84,7 +83,7 @@ def location(fingerprint: str) -> Path:
 
 
 def open_cache(fingerprint: str) -> EncodedCache | None:
-  """Opens and verifies the cache of codes and latents with this fingerprint.
+  """Opens and verifies the cache with this fingerprint.
 
   Args:
     fingerprint: whatever decides the content: source, resolution, encoder weights.
@@ -112,16 +111,12 @@ def open_cache(fingerprint: str) -> EncodedCache | None:
 
 
 def _opened(folder: Path, manifest: dict[str, Any]) -> EncodedCache:
-  """The cache in `folder`; every shard holds records like those of the first one."""
-  count = manifest['count']
-  names = [_shard_name(kind, 0) for kind in KINDS]
-  first = [np.load(folder / name, mmap_mode='r') for name in names if name in manifest['checksums']]
-  kinds = tuple((array.dtype.name, array.shape[1:]) for array in first)
-  return EncodedCache(folder, count, manifest['shard'], kinds)
+  entries = tuple((name, dtype, tuple(shape)) for name, dtype, shape in manifest['entries'])
+  return EncodedCache(folder, manifest['count'], manifest['shard'], entries)
 
 
 def write_cache(
-  fingerprint: str, batches: Iterable[tuple[np.ndarray, ...]], shard: int = SHARD
+  fingerprint: str, batches: Iterable[Mapping[str, np.ndarray]], shard: int = SHARD
 ) -> EncodedCache:
   """Writes a cache, replacing a damaged one; nothing is visible before it is whole.
 
@@ -129,8 +124,7 @@ def write_cache(
 
   Args:
     fingerprint: whatever decides the content.
-    batches: codes [n, P] and latents [n, h, w, C] (or codes [n, h, w]) of consecutive records,
-      any n; and latents of the pictures before, where they are edits.
+    batches: the entries [n, ...] of consecutive records by name, any n, the same names each time.
     shard: records in one file.
 
   Raises:
@@ -141,13 +135,7 @@ def write_cache(
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'{folder.name}.part'))
   try:
-    count, checksums = _write_shards(unfinished, batches, shard)
-    manifest = {
-      'fingerprint': fingerprint,
-      'count': count,
-      'shard': shard,
-      'checksums': checksums,
-    }
+    manifest = {'fingerprint': fingerprint, **_write_shards(unfinished, batches, shard)}
     with _writing(folder.parent):
       (unfinished / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding='utf-8')
     return _put_in_place(unfinished, fingerprint)
@@ -189,32 +177,34 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _write_shards(
-  folder: Path, batches: Iterable[tuple[np.ndarray, ...]], shard: int
-) -> tuple[int, dict[str, int]]:
-  """Returns the number of records and the checksum of each file."""
+  folder: Path, batches: Iterable[Mapping[str, np.ndarray]], shard: int
+) -> dict[str, Any]:
+  """Writes all shards, and returns the manifest's fields but for the fingerprint."""
   checksums: dict[str, int] = {}
-  waiting: list[tuple[np.ndarray, ...]] = []
-  held = count = 0
+  entries: list[tuple[str, str, tuple[int, ...]]] = []
+  pending: list[dict[str, np.ndarray]] = []
+  waiting = count = 0
 
-  def flush(rows: int) -> None:
-    nonlocal waiting, held, count
-    joined = [np.concatenate(arrays) for arrays in zip(*waiting, strict=True)]
-    for kind, array in zip(KINDS, joined):
-      path = folder / _shard_name(kind, count // shard)
+  def flush(size: int) -> None:
+    nonlocal pending, waiting, count
+    joined = {name: np.concatenate([batch[name] for batch in pending]) for name in pending[0]}
+    for name, array in joined.items():
+      path = folder / _shard_name(name, count // shard)
       with _writing(folder.parent):
-        np.save(path, array[:rows])
+        np.save(path, array[:size])
       checksums[path.name] = checksum(path)
-    waiting = [tuple(array[rows:] for array in joined)]
-    held, count = held - rows, count + rows
+    pending = [{name: array[size:] for name, array in joined.items()}]
+    waiting, count = waiting - size, count + size
 
-  for arrays in batches:
-    waiting.append(tuple(_plain(array) for array in arrays))
-    held += len(arrays[0])
-    while held >= shard:
+  for batch in batches:
+    pending.append({name: _plain(array) for name, array in batch.items()})
+    entries = [(name, array.dtype.name, array.shape[1:]) for name, array in pending[-1].items()]
+    waiting += len(next(iter(batch.values())))
+    while waiting >= shard:
       flush(shard)
-  if held:
-    flush(held)
-  return count, checksums
+  if waiting:
+    flush(waiting)
+  return {'count': count, 'shard': shard, 'entries': entries, 'checksums': checksums}
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
@@ -227,7 +217,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
   path = folder / _MANIFEST
   try:
     manifest = json.loads(path.read_text(encoding='utf-8'))
-    complete = {'fingerprint', 'count', 'shard', 'checksums'} <= manifest.keys()
+    complete = _FIELDS <= manifest.keys()
   except (OSError, ValueError, AttributeError) as error:
     raise DamagedCacheError(f'cache file {path} is damaged ({error}); build it again') from error
   if not complete:
@@ -235,8 +225,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
   return manifest
 
 
-def _shard_name(kind: str, number: int) -> str:
-  return f'{kind}-{number:05d}.npy'
+def _shard_name(name: str, number: int) -> str:
+  return f'{name}-{number:05d}.npy'
 
 
 @functools.lru_cache(maxsize=1024)

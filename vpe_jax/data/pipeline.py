@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -18,19 +18,17 @@ import numpy as np
 from absl import flags
 
 from vpe_jax.config import DataConfig
-from vpe_jax.contracts import Examples, UserError
-from vpe_jax.data.cache import KINDS, Encoded
-from vpe_jax.data.embedded import near_misses
-from vpe_jax.data.records import Record, Source, Split, render
+from vpe_jax.contracts import Batch, Preprocess, System, UserError
+from vpe_jax.data.cache import Encoded
+from vpe_jax.data.records import Record, Source, Split
 from vpe_jax.data.sources import open_source
-from vpe_jax.data.tokenizers import bpe
-from vpe_jax.data.tokenizers.published import open_tokenizer
 
-_THREADS = 2  # of this process, where no reader processes are asked for
-_AHEAD = 4  # batches made ahead of use
-_A_CORE, _FEW = 4, 16  # most reader processes, a core, and at least so many on any host
+THREADS = 2  # reader threads of this process, without reader processes
+PREFETCHED = 4  # batches
+MAX_WORKERS_PER_CORE, MIN_WORKER_LIMIT = 4, 16
 
-Row = dict[str, np.ndarray]
+Arrays = dict[str, np.ndarray]
+EXAMPLE = 'example'  # name of the position in the stream, beside inputs and encoded entries
 
 
 class Pipeline:
@@ -38,130 +36,136 @@ class Pipeline:
 
   Attributes:
     source: its records.
-    tokenizer: turns captions into tokens.
+    preprocess: from a record to the inputs of the system.
   """
 
   def __init__(
     self,
     config: DataConfig,
     seed: int,
+    preprocess: Preprocess,
+    names: Collection[str] = (),
     split: Split = 'train',
     encoded: Encoded | None = None,
-    opened: tuple[Source, bpe.Tokens] | None = None,
+    source: Source | None = None,
   ):
-    """Opens the source; reads no picture yet.
+    """Opens the source; reads no image yet.
 
     Args:
-      config: what to read and how.
-      seed: of the order, and of what the source makes by chance.
+      config: the data section.
+      seed: of the order, and of what the source makes at random.
+      preprocess: from a record to named arrays.
+      names: the arrays that a batch needs.
       split: `train`, or held-out `combination` or `concept`.
-      encoded: codes and latents by source index (a cache, or synthetic ones); with it, examples
-        carry these and no image. With `references` those of the picture before, too.
-      opened: the config's source and tokenizer, where they are open already.
+      encoded: encoded entries by source index (a cache, or synthetic ones).
+      source: the config's source, where it is open already.
 
     Raises:
-      UserError: the source can't be opened, or `encoded` is of another number of records.
+      UserError: the source can't be opened, or `encoded` has another number of records.
     """
-    opened = opened or (open_source(config, split, seed), open_tokenizer(config.tokenizer))
-    self.source: Source = opened[0]
-    self.tokenizer: bpe.Tokens = opened[1]
+    self.source: Source = source or open_source(config, split, seed)
+    self.preprocess = preprocess
     self._config = config
-    self._encoded = encoded
+    self._reader = _Reader(self.source, preprocess, tuple(sorted(names)), encoded, seed % 2**32)
     if encoded is not None and len(encoded) != len(self.source):
       raise UserError(
         f'the cache holds {len(encoded)} records and the source {len(self.source)}; build it again'
       )
-    places = grain.MapDataset.range(len(self.source)).seed(seed % 2**32).shuffle().repeat()
-    self._places = places.map_with_index(_Numbered())
-    self._rows = self._places.map(self._reader())
+    order = grain.MapDataset.range(len(self.source)).seed(seed % 2**32).shuffle().repeat()
+    self._order = order.map_with_index(_Numbered())
+    self._examples = self._order.map(self._reader)
+
+  @classmethod
+  def of(
+    cls,
+    system: System,
+    split: Split = 'train',
+    encoded: Encoded | None = None,
+    source: Source | None = None,
+  ) -> Pipeline:
+    """The pipeline of a system: its data, seed, preprocessing and inputs."""
+    config = system.config
+    names = system.batch_spec(1).input_names(cached=encoded is not None)
+    return cls(config.data, config.seed, system.preprocess, names, split, encoded, source)
 
   def __len__(self) -> int:
     """Number of records: of an epoch."""
     return len(self.source)
 
-  def index_at(self, place: int) -> int:
-    """The source index of the record at a place of the stream."""
-    return self._places[place][1]
+  def index_at(self, position: int) -> int:
+    """The source index of the record at a position of the stream."""
+    return self._order[position][1]
 
   def record(self, index: int) -> Record:
     """One record of the source, for its caption and truth."""
     return self.source[index]
 
-  def said(self, index: int) -> str:
-    """What the picture of a record is drawn from: see `DataConfig.words`."""
-    return said_of(self.source[index], self._config.words)
+  def prompt(self, index: int) -> str:
+    """The text that a record's example is conditioned on."""
+    return self.preprocess.prompt(self.source[index])
 
-  def examples(self, indices: Sequence[int]) -> Examples:
-    """Fixed records of the source as one batch, for previews and for building a cache.
+  def examples(self, indices: Sequence[int]) -> Batch:
+    """Fixed records of the source as one batch, for sample grids and for building a cache.
 
     Args:
       indices: source indices; they also serve as `example`.
     """
-    reader = self._reader()
-    return _examples(_stack([reader((index, index)) for index in indices]))
+    return self._reader.batch(_stack([self._reader((index, index)) for index in indices]))
 
   def batches(
     self, start_example: int, batch_size: int, host_index: int = 0, host_count: int = 1
   ) -> Batches:
-    """The stream from a place on, without end, in this host's share of each global batch.
+    """The endless stream from a position on, in this host's share of each global batch.
 
     Args:
-      start_example: examples that were seen before: the place of the first one.
-      batch_size: examples of a global batch. Host h of n gets rows [h B/n, (h + 1) B/n).
+      start_example: examples seen before: the position of the first one.
+      batch_size: examples of a global batch. Host h of n gets elements [h B/n, (h + 1) B/n).
       host_index: h.
       host_count: n.
 
     Returns:
-      An iterator of Examples with numpy leaves; close it, or use it in a `with` block.
+      An iterator of Batch with numpy leaves; close it, or use it in a `with` block.
 
     Raises:
-      UserError: the batch doesn't divide over the hosts, or far more processes are to read than
-        there are cores, which would starve this one.
+      UserError: the batch doesn't divide over the hosts, or `data.workers` is far above the number
+        of cores, which would starve this process.
     """
     if batch_size < 1 or batch_size % host_count:
       raise UserError(f'a batch of {batch_size} does not divide over {host_count} hosts')
     cores = os.cpu_count() or 1
-    if self._config.workers > (most := max(_FEW, _A_CORE * cores)):
+    limit = max(MIN_WORKER_LIMIT, MAX_WORKERS_PER_CORE * cores)
+    if self._config.workers > limit:
       raise UserError(
         f'data.workers is {self._config.workers}, and this host has {cores} CPU core(s): set it to '
-        f'at most {most}'
+        f'at most {limit}'
       )
-    rows = self._rows[start_example:].batch(batch_size // host_count, batch_fn=_stack)
-    return Batches(rows[host_index::host_count], self._config.workers)
-
-  def _reader(self) -> _Reader:
-    config = self._config
-    return _Reader(
-      self.source,
-      self.tokenizer,
-      config.image_size,
-      config.text_length,
-      self._encoded,
-      config.near_misses,
-      config.words,
-      config.references,
-    )
+    stacked = self._examples[start_example:].batch(batch_size // host_count, batch_fn=_stack)
+    return Batches(stacked[host_index::host_count], self._config.workers, self._reader.batch)
 
 
 class Batches(contextlib.AbstractContextManager):
-  """An endless iterator of Examples that owns threads or processes until it is closed."""
+  """An endless iterator of batches that owns threads or processes until it is closed."""
 
-  def __init__(self, rows: grain.MapDataset, workers: int):
+  def __init__(
+    self, stacked: grain.MapDataset, workers: int, assemble: Callable[[Arrays], Batch]
+  ):
     if workers:
       if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's reader processes read absl flags
-      stream = rows.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=_AHEAD))
+        flags.FLAGS.mark_as_parsed()  # Grain's reader processes read absl flags.
+      options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED)
+      stream = stacked.to_iter_dataset(options)
       stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     else:
-      options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_AHEAD)
-      stream = rows.to_iter_dataset(options)
+      options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCHED)
+      stream = stacked.to_iter_dataset(options)
     self._iterator = iter(stream)
+    self._assemble = assemble
 
-  def __iter__(self) -> Iterator[Examples]:
+  def __iter__(self) -> Iterator[Batch]:
     return self
 
-  def __next__(self) -> Examples:
-    return _examples(next(self._iterator))
+  def __next__(self) -> Batch:
+    return self._assemble(next(self._iterator))
 
   def close(self) -> None:
     """Ends its threads and processes."""
@@ -173,7 +177,7 @@ class Batches(contextlib.AbstractContextManager):
 
 @dataclasses.dataclass(frozen=True)
 class _Numbered(grain.transforms.MapWithIndex):
-  """(place in the stream, source index)."""
+  """(position in the stream, source index)."""
 
   def map_with_index(self, index: int, element: int) -> tuple[int, int]:
     return index, int(element)
@@ -181,54 +185,31 @@ class _Numbered(grain.transforms.MapWithIndex):
 
 @dataclasses.dataclass(frozen=True)
 class _Reader(grain.transforms.Map):
-  """Makes one row of a batch; travels to reader processes."""
+  """Makes one example of a batch; travels to reader processes."""
 
   source: Source
-  tokenizer: bpe.Tokens
-  image_size: int
-  text_length: int
+  preprocess: Preprocess
+  names: tuple[str, ...]
   encoded: Encoded | None
-  near_misses: int
-  words: str
-  references: bool
+  seed: int
 
-  def map(self, element: tuple[int, int]) -> Row:
+  def map(self, element: tuple[int, int]) -> Arrays:
     return self(element)
 
-  def __call__(self, element: tuple[int, int]) -> Row:
-    place, index = element
-    record = self.source[index]
-    said = said_of(record, self.words)
-    ids, lengths = self.tokenizer.encode_batch([said], self.text_length, cut=True)
-    row = {'example': np.int32(place), 'text': ids[0], 'text_length': lengths[0]}
-    if self.near_misses:
-      row |= self._near(record)
-    if self.encoded is not None:
-      return row | dict(zip(KINDS, self.encoded[index]))
-    if self.references:
-      row['reference'] = record.reference.draw(self.image_size)
-    return row | {'image': render(record, self.image_size)}
+  def __call__(self, element: tuple[int, int]) -> Arrays:
+    position, index = element
+    rng = np.random.default_rng((self.seed, position))
+    inputs = self.preprocess(self.source[index], self.names, rng)
+    encoded = {} if self.encoded is None else self.encoded[index]
+    return {EXAMPLE: np.int32(position), **{n: inputs[n] for n in self.names}, **encoded}
 
-  def _near(self, record: Record) -> Row:
-    """Wrong captions, with length 0 where the record has too few."""
-    near = np.zeros((self.near_misses, self.text_length), np.int32)
-    near_length = np.zeros(self.near_misses, np.int32)
-    captions = near_misses.near_misses(record, self.near_misses)
-    if captions:
-      ids, lengths = self.tokenizer.encode_batch(captions, self.text_length, cut=True)
-      near[: len(captions)], near_length[: len(captions)] = ids, lengths
-    return {'near': near, 'near_length': near_length}
+  def batch(self, stacked: Arrays) -> Batch:
+    """Stacked arrays by their role."""
+    # A copy: arrays from reader processes are in shared memory that must not be held on to.
+    arrays = {name: np.array(leaf) for name, leaf in stacked.items()}
+    example, inputs = arrays.pop(EXAMPLE), {name: arrays.pop(name) for name in self.names}
+    return Batch(example, inputs, arrays)
 
 
-def said_of(record: Record, words: str) -> str:
-  """What the picture of a record is drawn from: its caption, or the name of its group."""
-  return record.caption if words == 'caption' else record.group
-
-
-def _stack(rows: Sequence[Row]) -> Row:
-  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def _examples(batch: Row) -> Examples:
-  # A copy: what comes from reader processes lies in shared memory that must not be held on to.
-  return Examples(**{name: np.array(leaf) for name, leaf in batch.items()})
+def _stack(examples: Sequence[Arrays]) -> Arrays:
+  return {name: np.stack([arrays[name] for arrays in examples]) for name in examples[0]}

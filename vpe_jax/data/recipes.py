@@ -90,7 +90,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class Repeated:
-  """Codes and latents of a recipe's records, of which each folder was encoded once."""
+  """Encoded entries of a recipe's records, of which each folder was encoded once."""
 
   recipe: Recipe
   encoded: Encoded
@@ -98,7 +98,7 @@ class Repeated:
   def __len__(self) -> int:
     return len(self.recipe)
 
-  def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     return self.encoded[self.recipe.index_once(index)]
 
 

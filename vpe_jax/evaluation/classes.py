@@ -22,6 +22,7 @@ import numpy as np
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.data.preprocess import prompt_and_image
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import frechet
 from vpe_jax.evaluation.judge import Judge
@@ -102,12 +103,12 @@ def true_pictures(data: DataConfig, count: int, seed: int) -> tuple[np.ndarray, 
   Raises:
     UserError: there are fewer.
   """
-  pipeline = Pipeline(data, seed)
+  pipeline = Pipeline(data, seed, prompt_and_image(data))
   found: dict[bytes, tuple[np.ndarray, str]] = {}
   for place in range(len(pipeline)):
     index = pipeline.index_at(place)
     image = render(pipeline.record(index), data.image_size)
-    found.setdefault(image.tobytes(), (image, pipeline.said(index)))
+    found.setdefault(image.tobytes(), (image, pipeline.prompt(index)))
     if len(found) == count:
       images, names = zip(*found.values())
       return np.stack(images), np.asarray(names)

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vpe_jax.config import CLASSES, DataConfig, SampleConfig
+from vpe_jax.contracts import Edits, supports
 from vpe_jax.evaluation.report import Planner, Subject, Task
 from vpe_jax.sampling.pictures import Picture
 from vpe_jax.sampling.plans import Plans
@@ -51,7 +52,7 @@ def subject(generator: Any, settings: SampleConfig, seed: int) -> Subject:
       rankers=generator.rankers,
     )
   data = generator.system.config.data
-  edits = hasattr(generator.system, 'encode_reference')
+  edits = supports(generator.system, Edits)
   return Subject(
     draw=draw,
     image_size=data.image_size,

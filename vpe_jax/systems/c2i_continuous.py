@@ -16,7 +16,17 @@ import jax.numpy as jnp
 from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import choice
 from vpe_jax.config import Config, SampleConfig, check, check_sizes
-from vpe_jax.contracts import Array, Drawing, Examples, LossTerm, Params, Stage, Start, UserError
+from vpe_jax.contracts import (
+  Array,
+  Batch,
+  Generated,
+  Initialization,
+  LossTerm,
+  Params,
+  PretrainedWeights,
+  Stage,
+  UserError,
+)
 from vpe_jax.models import transfusion
 from vpe_jax.models.decoder import DecoderConfig
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
@@ -80,8 +90,7 @@ class ModelConfig(choice.CodecsConfig):
 class System(ClassToImage):
   """See vpe_jax.contracts.System."""
 
-  draws_with = ('image',)
-  added = ('embed/plan',)
+  samples_with = ('image',)
   logical_axes = (
     (r'embed/(classes|plan)', ('vocab', 'embed')),
     (r'time/hidden/kernel', (None, 'embed')),
@@ -116,16 +125,17 @@ class System(ClassToImage):
     self.model = transfusion.Transfusion(sizes, *given)
 
   @property
-  def starts(self) -> tuple[Start, ...]:
-    """The language model whose layers the body starts from, where `model.init_from` names one."""
+  def initialization(self) -> Initialization:
+    """The layers of the language model that `model.init_from` names; a fork adds a codebook."""
     c = self.config.model
     if not c.init_from:
-      return ()
+      return Initialization(optional=('embed/plan',))
     sizes = DecoderConfig(body=c.body, **_QWEN)
     paths = (('layers/', 'layers/'), ('norm/', 'norm/'))
-    return (Start('qwen2', c.init_from, sizes, paths),)
+    pretrained = (PretrainedWeights('qwen2', c.init_from, sizes, paths),)
+    return Initialization(pretrained, optional=('embed/plan',))
 
-  def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
+  def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """Latent elements, and codes that are predicted: those of plans that aren't dropped."""
     del step, stage
     c = self.model.config
@@ -137,17 +147,16 @@ class System(ClassToImage):
     return {name: counts[name] for name in sorted(counts)}
 
   def losses(
-    self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
+    self, params: Params, frozen: Params, batch: Batch, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
     """`flow` at weight 1; with a visual prompt `next_token` (nats), and its argmax's `accuracy`."""
     if self.config.unroll:
       params = self.model.prepare(params)
-    plan, latents = batch.codes, batch.latents
-    if latents is None:
-      plan, latents = self.encode(frozen, batch.image)
+    encoded = self.encoded(frozen, batch, rng)
+    plan, latents = encoded.get('visual_prompt'), encoded['latents']
     c, keep = self.config.model, self._keep(batch, rng)
     # Where nothing is dropped there is no null class, and no class has its number.
-    classes = jnp.where(keep, batch.text[:, 0], c.classes)
+    classes = jnp.where(keep, batch.inputs['text'][:, 0], c.classes)
     x, time, target = flow_matching.noised(latents, c.time_shift, rng, batch.example)
     hidden, velocity = self.model(params, classes, plan, keep, (x, time))
     counts = self.counts(batch, rng, step, stage)
@@ -163,8 +172,8 @@ class System(ClassToImage):
     return {name: terms[name] for name in sorted(terms)}
 
   def generate(
-    self, params: Params, frozen: Params, request: Examples, rng: Array, settings: SampleConfig
-  ) -> Drawing:
+    self, params: Params, frozen: Params, request: Batch, rng: Array, settings: SampleConfig
+  ) -> Generated:
     """Writes the plan, then renders; see contracts.System and systems/class_rendering.py.
 
     Raises:
@@ -172,7 +181,8 @@ class System(ClassToImage):
     """
     self._check_guidance(settings)
     plan, latents = class_rendering.draw(self.model, settings, params, request, rng)
-    return Drawing(self.decode(frozen, latents), plan, latents)
+    image = self.image.decode(frozen, latents, rng)
+    return Generated(image, plan | {'latents': latents})
 
   def _check_guidance(self, settings: SampleConfig) -> None:
     """Refuses guidance that this model can't do: before it trains, too, as previews would."""
@@ -188,11 +198,12 @@ class System(ClassToImage):
       )
     guidance.check_unedited(settings.image_guidance)
 
-  def plan(self, params: Params, request: Examples, rng: Array, settings: SampleConfig) -> Array:
+  def plan(self, params: Params, request: Batch, rng: Array, settings: SampleConfig) -> Array:
     """Visual prompts [B, P]; the picture isn't rendered."""
-    return class_rendering.conditional(self.model, settings, params, request, rng)[0]
+    encoded, _ = class_rendering.conditional(self.model, settings, params, request, rng)
+    return encoded['visual_prompt']
 
-  def plan_likelihood(self, params: Params, request: Examples) -> Array:
+  def plan_likelihood(self, params: Params, request: Batch) -> Array:
     """The mean log-probability of the plans given the classes: [B], nats."""
     return class_rendering.plan_likelihood(self.model, params, request)
 
@@ -214,7 +225,7 @@ class System(ClassToImage):
     del stage
     return self.model.config.first + self.model.config.image_tokens
 
-  def _keep(self, batch: Examples, rng: Array) -> Array:
+  def _keep(self, batch: Batch, rng: Array) -> Array:
     """Which examples [B] keep class and plan."""
     draw = lambda key: jax.random.uniform(key) >= self.config.model.drop
     return rng_lib.per_example(draw, rng, 'drop', batch.example)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import choice
 from vpe_jax.config import Config, SampleConfig, check, check_sizes
-from vpe_jax.contracts import Array, Drawing, Examples, LossTerm, Params, Stage
+from vpe_jax.contracts import Array, Batch, Generated, LossTerm, Params, Stage
 from vpe_jax.models import llamagen
 from vpe_jax.models.dropout import Dropout
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
@@ -105,8 +104,7 @@ class System(ClassToImage):
     super().__init__(config, _LOSSES | (_PLAN_LOSSES if c.vpe else {}))
     guidance.check_unedited(config.sample.image_guidance)
     self.image = choice.picture_codec(c, config.data.image_size)
-    self.draws_with = self.image.weights
-    self.picture_codes = self.image.codes
+    self.samples_with = self.image.weights
     sizes = llamagen.LlamaGenConfig(
       classes=c.classes,
       codes=self.image.codes,
@@ -121,23 +119,29 @@ class System(ClassToImage):
       sizes, jnp.dtype(config.dtype), config.remat, config.attention, c.dropout
     )
 
-  def abstract_encoded(self, batch_size: int) -> tuple[Any, Any]:
-    """The plans [B, P] and the pictures' codes [B, h, w] that the model takes."""
-    c = self.model.config
-    ints = lambda *shape: jax.ShapeDtypeStruct((batch_size, *shape), jnp.int32)
-    return ints(c.plan_tokens), ints(c.side, c.side)
+  @property
+  def codebooks(self) -> dict[str, int]:
+    """Codebook sizes of visual prompt, where there is one, and image."""
+    return super().codebooks | {'latents': self.image.codes}
 
-  def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
-    """Plans [B, P] (P = 0 without visual prompt) and codes [B, h, w] of images [B, R, R, 3]."""
-    plan = self.visual_prompt.encode(frozen, images)
-    codes = self.image.encode(frozen, images)
-    return plan, codes.reshape(images.shape[0], self.image.grid, -1)
+  def encoded_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Visual prompts [B, P], where the model has any, and the codes of images [B, h, w]."""
+    side = self.model.config.side
+    latents = jax.ShapeDtypeStruct((batch_size, side, side), jnp.int32)
+    return self.prompt_shapes(batch_size) | {'latents': latents}
 
-  def decode(self, frozen: Params, latents: Array) -> Array:
+  def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
+    """Visual prompts, where the model has any, and codes [B, h, w] of images [B, R, R, 3]."""
+    encoded = super().encode(frozen, inputs, rng)
+    codes = encoded['latents'].reshape(-1, self.image.grid, self.image.grid)
+    return encoded | {'latents': codes}
+
+  def decode(self, frozen: Params, encoded: Mapping[str, Array], rng: Array) -> Array:
     """Images [B, R, R, 3] float32 in [0, 1] of codes [B, h, w]."""
-    return self.image.decode(frozen, latents.reshape(latents.shape[0], -1))
+    codes = encoded['latents']
+    return self.image.decode(frozen, codes.reshape(codes.shape[0], -1), rng)
 
-  def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
+  def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """Tokens that are predicted: all of the picture, and those of the plan that aren't hidden."""
     del stage
     B = batch.example.shape[0]
@@ -150,7 +154,7 @@ class System(ClassToImage):
     return {name: counts[name] for name in sorted(counts)}
 
   def losses(
-    self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
+    self, params: Params, frozen: Params, batch: Batch, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
     """`next_token` (nats), one mean over all targets that aren't hidden, drives the training.
 
@@ -159,9 +163,8 @@ class System(ClassToImage):
     """
     if self.config.unroll:
       params = self.model.prepare(params)
-    plan, codes = batch.codes, batch.latents
-    if codes is None:
-      plan, codes = self.encode(frozen, batch.image)
+    encoded = self.encoded(frozen, batch, rng)
+    plan, codes = encoded.get('visual_prompt'), encoded['latents']
     codes = codes.reshape(codes.shape[0], -1)
     P = self.model.config.plan_tokens
     masked = self._masked(batch, rng, step) if P else None
@@ -182,19 +185,20 @@ class System(ClassToImage):
     return {name: LossTerm(sums[name], counts[name], weight(name)) for name in counts}
 
   def generate(
-    self, params: Params, frozen: Params, request: Examples, rng: Array, settings: SampleConfig
-  ) -> Drawing:
+    self, params: Params, frozen: Params, request: Batch, rng: Array, settings: SampleConfig
+  ) -> Generated:
     """Writes the plan, then the picture; see vpe_jax.contracts.System and systems/writing.py."""
     guidance.check_unedited(settings.image_guidance)
     plan, codes = writing.draw(self.model, settings, params, request, rng)
+    image = self.image.decode(frozen, codes, rng)
     latents = codes.reshape(codes.shape[0], self.image.grid, -1)
-    return Drawing(self.decode(frozen, latents), plan, latents)
+    return Generated(image, plan | {'latents': latents})
 
-  def plan(self, params: Params, request: Examples, rng: Array, settings: SampleConfig) -> Array:
+  def plan(self, params: Params, request: Batch, rng: Array, settings: SampleConfig) -> Array:
     """Visual prompts [B, P]; the picture's codes aren't drawn."""
     return writing.plan(self.model, settings, params, request, rng)
 
-  def plan_likelihood(self, params: Params, request: Examples) -> Array:
+  def plan_likelihood(self, params: Params, request: Batch) -> Array:
     """The mean log-probability of the plans given the classes: [B], nats."""
     return writing.plan_likelihood(self.model, params, request)
 
@@ -213,7 +217,7 @@ class System(ClassToImage):
     del stage
     return self.model.config.plan_tokens + self.model.config.image_tokens
 
-  def _masked(self, batch: Examples, rng: Array, step: Array) -> Array:
+  def _masked(self, batch: Batch, rng: Array, step: Array) -> Array:
     """Which codes of the plans [B, P] the network doesn't get to see (Eq. 2): bool."""
     c, P = self.config.model, self.model.config.plan_tokens
     total = self.config.steps[0]
@@ -223,18 +227,18 @@ class System(ClassToImage):
     drawn = rng_lib.per_example(draw, rng, 'mask', batch.example)
     return jnp.broadcast_to(drawn < share, (batch.example.shape[0], P))
 
-  def _dropout_keys(self, batch: Examples, rng: Array, stage: Stage) -> Array | None:
+  def _dropout_keys(self, batch: Batch, rng: Array, stage: Stage) -> Array | None:
     """One key an example [B]; None where nothing is dropped, as in evaluation."""
     if not (stage.training and self.model.dropout):
       return None
     return rng_lib.example_keys(rng, 'dropout', batch.example)
 
-  def _classes(self, batch: Examples, rng: Array) -> Array:
+  def _classes(self, batch: Batch, rng: Array) -> Array:
     """The classes [B], some of them the null class."""
     c = self.config.model
     draw = lambda key: jax.random.uniform(key) < c.drop
     dropped = rng_lib.per_example(draw, rng, 'drop', batch.example)
-    return jnp.where(dropped, c.classes, batch.text[:, 0])
+    return jnp.where(dropped, c.classes, batch.inputs['text'][:, 0])
 
   def _cross_entropy(
     self, params: Params, hidden: Array, targets: Array, weights: Array

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
 from vpe_jax.config import SampleConfig
-from vpe_jax.contracts import Array, Examples, Params
+from vpe_jax.contracts import Array, Batch, Params
 from vpe_jax.models import mot
 from vpe_jax.models.transfusion import Row, Transfusion
 from vpe_jax.sampling import decoding, guidance, solver
@@ -24,15 +24,15 @@ Branch = tuple[Row, mot.Cache]  # whole rows, and the keys and values before the
 
 
 def draw(
-  model: Transfusion, settings: SampleConfig, params: Params, request: Examples, rng: Array
-) -> tuple[Array, Array]:
-  """The plan [B, P] int32 (no codes where the model has none) and latents [B, h, w, C] float32.
+  model: Transfusion, settings: SampleConfig, params: Params, request: Batch, rng: Array
+) -> tuple[dict[str, Array], Array]:
+  """The visual prompt [B, P] int32, where the model has one, and latents [B, h, w, C] float32.
 
   Args:
     model: the network.
     settings: static.
     params: of the network, layers stacked or apart.
-    request: `text[:, 0]` is the class; `codes`, where given, are the plan.
+    request: `text[:, 0]` is the class; an encoded `visual_prompt` is used instead of the model's.
     rng: the key of the call.
   """
   c, B = model.config, request.example.shape[0]
@@ -46,16 +46,17 @@ def draw(
 
 
 def conditional(
-  model: Transfusion, settings: SampleConfig, params: Params, request: Examples, rng: Array
-) -> tuple[Array, Branch]:
-  """Writes the plan, or reads `request.codes`."""
-  B, length = request.example.shape[0], model.config.plan_tokens
-  row, state = _start(model, params, request.text[:, 0], keep=True)
+  model: Transfusion, settings: SampleConfig, params: Params, request: Batch, rng: Array
+) -> tuple[dict[str, Array], Branch]:
+  """Writes the visual prompt, or reads the request's; empty where the model has none."""
+  length = model.config.plan_tokens
+  row, state = _start(model, params, request.inputs['text'][:, 0], keep=True)
   if not length:
-    return jnp.zeros((B, 0), jnp.int32), (row, state[0])
-  if request.codes is not None:
-    cache, _ = _feed(model, params, row, model.embed_plan(params, request.codes), state, 1)
-    return request.codes, (row, cache)
+    return {}, (row, state[0])
+  if 'visual_prompt' in request.encoded:
+    codes = request.encoded['visual_prompt']
+    cache, _ = _feed(model, params, row, model.embed_plan(params, codes), state, 1)
+    return {'visual_prompt': codes}, (row, cache)
 
   def logits_of(state: State) -> Array:
     return model.logits(params, state[1])[:, -1]
@@ -67,16 +68,17 @@ def conditional(
 
   keys = rng_lib.example_keys(rng, 'plan', request.example)
   plan, state = decoding.decode(step, state, logits_of(state), length, keys, settings)
-  return plan, (row, state[0])
+  return {'visual_prompt': plan}, (row, state[0])
 
 
-def plan_likelihood(model: Transfusion, params: Params, request: Examples) -> Array:
-  """The mean log-probability [B] of the plans `request.codes` given the classes, in nats."""
-  before = model.embed_plan(params, request.codes[:, :-1])
-  x = jnp.concatenate([model.embed_classes(params, request.text[:, 0]), before], axis=1)
+def plan_likelihood(model: Transfusion, params: Params, request: Batch) -> Array:
+  """The mean log-probability [B] of the request's visual prompts given the classes, in nats."""
+  codes = request.encoded['visual_prompt']
+  before = model.embed_plan(params, codes[:, :-1])
+  x = jnp.concatenate([model.embed_classes(params, request.inputs['text'][:, 0]), before], axis=1)
   row = model.row(jnp.ones(request.example.shape, bool))
   hidden, _ = model.states(params, row.stream(x))
-  return decoding.log_likelihood(model.logits(params, hidden), request.codes)
+  return decoding.log_likelihood(model.logits(params, hidden), codes)
 
 
 def null(model: Transfusion, params: Params, count: int) -> Branch:

@@ -6,16 +6,17 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
+from vpe_jax import rng
 from vpe_jax.codecs import choice
 from vpe_jax.config import Config, nearest
-from vpe_jax.contracts import Stage, UserError, Weight
+from vpe_jax.contracts import PlansVisually, Samples, Stage, UserError, Weight
 from vpe_jax.systems.drawing import DrawingSystem
 
 
 class ClassToImage(DrawingSystem):
   """The base of such a system, which gives it `model` and `image`."""
 
-  plan_similarity = None  # A class is a number, not a text.
+  plan_rankers = ('likelihood',)  # A class is a number, which no text tower compares.
 
   def __init__(self, config: Config, losses: Mapping[str, float | Weight]) -> None:
     """Takes what is common from a config; `losses` are those of the stage.
@@ -34,7 +35,10 @@ class ClassToImage(DrawingSystem):
     self.stages = (Stage('train', ('.*',), dict(sorted(losses.items())), ema=True),)
     self.visual_prompt = choice.plan_codec(config.model, jnp.dtype(config.dtype))
     self.codes = config.model.plan_codes
+    self.capabilities = (Samples, PlansVisually) if self.codes else (Samples,)
+    self.table = ('model.classes', config.model.classes)
 
   def encoder_flops(self) -> float:
     """Matrix FLOPs of the frozen encoders for one example, where they run online."""
-    return self._online_flops(self.encode)
+    key = rng.run_key(0)
+    return self._online_flops(lambda frozen, image: self.encode(frozen, {'image': image}, key))

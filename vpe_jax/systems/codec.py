@@ -9,6 +9,7 @@ frozen autoencoder. A run holds the parameters of the stages that its config nam
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -17,10 +18,21 @@ import jax.numpy as jnp
 from vpe_jax import rng as randomness
 from vpe_jax.codecs import choice, image_codes, kl, pixels, towers, visual_prompt
 from vpe_jax.config import Config, check_sizes, nearest
-from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, Start, UserError
+from vpe_jax.contracts import (
+  Array,
+  Batch,
+  BatchSpec,
+  FrozenNetwork,
+  LossTerm,
+  Params,
+  Stage,
+  UserError,
+)
+from vpe_jax.contracts import System as SystemProtocol
+from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
 from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment, autoencoding
-from vpe_jax.systems.siglip import ENCODER_AXES, abstract_pictures
+from vpe_jax.systems.siglip import ENCODER_AXES, captioned_images
 
 STAGES = ('visual_prompt', 'image', 'image_codes')
 
@@ -64,7 +76,7 @@ class ModelConfig:
     check_sizes(self, 'model.')
 
 
-class System:
+class System(SystemProtocol):
   """Trains `params` = {visual_prompt, image, image_codes}, as far as named.
 
   See vpe_jax.contracts.System.
@@ -97,20 +109,23 @@ class System:
       )
     self.config = config
     self.stages = tuple(self._stage(name) for name in config.stages)
-    self.frozen_weights: Mapping[str, str] = {}
-    self.published: Mapping[str, Start] = {}
-    if 'visual_prompt' in config.stages:
-      c = config.model
-      given = (c.visual_prompt, c.siglip_weights, c.encoder_weights)
-      self.frozen_weights = choice.tower_weights(*given)
-      self.published = choice.published_tower(c.visual_prompt, c.encoder_weights)
-    if 'image_codes' in config.stages:
-      self.frozen_weights = {**self.frozen_weights, 'image': config.model.image_weights}
+    self.frozen = self._frozen_networks()
     self.tokens_codec = visual_prompt.VisualPromptCodec(config.model.visual_prompt)
     self.latents_codec = kl.KlCodec(config.model.image)
     self.picture_codec = image_codes.ImageCodesCodec(
       config.model.image_codes, config.model.image, config.data.image_size
     )
+
+  def _frozen_networks(self) -> dict[str, FrozenNetwork]:
+    """The tower whose features are quantised, and the autoencoder whose latents are."""
+    c, frozen = self.config.model, {}
+    if 'visual_prompt' in self.config.stages:
+      published = choice.published_tower(c.visual_prompt, c.encoder_weights)
+      weights = choice.tower_weights(c.visual_prompt, c.siglip_weights, c.encoder_weights)
+      frozen = {n: FrozenNetwork(source, published.get(n)) for n, source in weights.items()}
+    if 'image_codes' in self.config.stages:
+      frozen['image'] = FrozenNetwork(c.image_weights)
+    return frozen
 
   def _stage(self, name: str) -> Stage:
     c = self.config.model
@@ -148,25 +163,39 @@ class System:
       params['image_codes'] = self.picture_codec.init(randomness.stream(rng, 'image_codes'))
     return params
 
-  def abstract_batch(self, batch_size: int) -> Examples:
-    """Pictures and captions."""
-    return abstract_pictures(self.config, batch_size)
+  @functools.cached_property
+  def preprocess(self) -> PromptAndImage:
+    """Caption tokens and images."""
+    return prompt_and_image(self.config.data)
 
-  def features(self, frozen: Params, images: Array) -> Array:
-    """What the frozen networks say of pictures [B, R, R, 3].
+  def batch_spec(self, batch_size: int) -> BatchSpec:
+    """Images, captions, and the features that quantisers train on, which are computed online."""
+    spec = captioned_images(self.config, batch_size)
+    c, encoded = self.config.model, {}
+    if 'visual_prompt' in self.config.stages:
+      shape = (batch_size, c.visual_prompt.patches, c.visual_prompt.body.width)
+      encoded['features'] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if 'image_codes' in self.config.stages:
+      shape = (batch_size, self.picture_codec.grid**2, self.picture_codec.width)
+      encoded['squares'] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return dataclasses.replace(spec, encoded=encoded)
 
-    A tower's patch features [B, P, D], or, without one, squares of latents [B, P, W].
-    """
-    if self.config.model.visual_prompt.encoder in frozen:
-      return self.tokens_codec.features(frozen, images)
-    return self.picture_codec.squares(frozen, images)
+  def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
+    """`features` [B, P, D] of the frozen tower; `squares` [B, P, W] of latents."""
+    del rng
+    encoded = {}
+    if 'visual_prompt' in self.config.stages:
+      encoded['features'] = self.tokens_codec.features(frozen, inputs['image'])
+    if 'image_codes' in self.config.stages:
+      encoded['squares'] = self.picture_codec.squares(frozen, inputs['image'])
+    return encoded
 
-  def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
+  def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """One a picture; every loss is a mean over pictures."""
     return {name: jnp.float32(batch.example.shape[0]) for name in stage.losses}
 
   def losses(
-    self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
+    self, params: Params, frozen: Params, batch: Batch, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
     """The loss terms that `stage.losses` names, as sums over pictures."""
     parts = {
@@ -182,14 +211,15 @@ class System:
     weight = lambda loss: stage.weight(loss, step)
     return {loss: LossTerm(sums[loss], pictures, weight(loss)) for loss in stage.losses}
 
-  def _prompt_losses(self, params: Params, frozen: Params, batch: Examples) -> dict[str, Array]:
+  def _prompt_losses(self, params: Params, frozen: Params, batch: Batch) -> dict[str, Array]:
     """Features and pooled vector rebuilt from codes, and the codebook's own terms.
 
     `usage` and `perplexity` are figures of a whole batch, counted once a picture so that they
     divide like the others.
     """
     c, pictures = self.config.model.visual_prompt, batch.example.shape[0]
-    features = jax.lax.stop_gradient(self.features(frozen, batch.image))
+    features = self.tokens_codec.features(frozen, batch.inputs['image'])
+    features = jax.lax.stop_gradient(features)
     quantised, rebuilt = self.tokens_codec.quantiser.apply(
       {'params': params['visual_prompt']}, features
     )
@@ -207,23 +237,24 @@ class System:
     return sums
 
   def _pooled_losses(
-    self, frozen: Params, features: Array, rebuilt: Array, batch: Examples
+    self, frozen: Params, features: Array, rebuilt: Array, batch: Batch
   ) -> dict[str, Array]:
     """What SigLIP's pooling head still sees in the rebuilt features, and the captions it finds."""
     variables = {'params': frozen['siglip']}
     network: siglip.Siglip = self.tokens_codec.siglip
     seen = network.apply(variables, rebuilt, method='pool')
     meant = network.apply(variables, features, method='pool')
-    text = network.apply(variables, batch.text, batch.text_length, method='embed_text')
+    caption = (batch.inputs['text'], batch.inputs['text_length'])
+    text = network.apply(variables, *caption, method='embed_text')
     logits = network.apply(variables, seen, text, method='logits')
-    hits = alignment.retrieval_hits(logits, alignment.same_caption(batch.text))
+    hits = alignment.retrieval_hits(logits, alignment.same_caption(batch.inputs['text']))
     distance = 1.0 - jnp.sum(seen * meant, -1)
     return {'pooled': jnp.sum(distance), 'retrieval': jnp.sum(hits)}
 
-  def _image_losses(self, params: Params, batch: Examples, rng: Array) -> dict[str, Array]:
+  def _image_losses(self, params: Params, batch: Batch, rng: Array) -> dict[str, Array]:
     """Reconstruction from sampled latents, and their distance from a standard normal."""
     c = self.config.model
-    images = pixels.random_crops(pixels.to_unit(batch.image), c.crop, rng, batch.example)
+    images = pixels.random_crops(pixels.to_unit(batch.inputs['image']), c.crop, rng, batch.example)
     side = images.shape[1] // kl.FACTOR
     shape = (side, side, c.image.channels)
     noise = randomness.per_example(
@@ -241,13 +272,13 @@ class System:
     }
     return {name: jnp.sum(value) for name, value in values.items()}
 
-  def _codes_losses(self, params: Params, frozen: Params, batch: Examples) -> dict[str, Array]:
+  def _codes_losses(self, params: Params, frozen: Params, batch: Batch) -> dict[str, Array]:
     """K-means: the distance of latents, whose variance is 1, from the nearest rows.
 
     A row that is nearest to nothing has no gradient of it; `codes_usage` draws it to the data.
     """
     codec, pictures = self.picture_codec, batch.example.shape[0]
-    squares = jax.lax.stop_gradient(codec.squares(frozen, batch.image))
+    squares = jax.lax.stop_gradient(codec.squares(frozen, batch.inputs['image']))
     quantised = codec.quantise(params['image_codes']['codebook'], squares)
     sure, spread = autoencoding.code_entropies(quantised.probabilities)
     used = autoencoding.perplexity(quantised.codes, codec.codes)

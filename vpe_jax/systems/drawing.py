@@ -1,99 +1,137 @@
-"""What systems that draw share: frozen codecs, batches of pictures with a text, parameters."""
+"""Base of the systems that generate images: frozen codecs, batches of prompts and images."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from vpe_jax.codecs import choice
 from vpe_jax.codecs.choice import NoVisualPrompt
 from vpe_jax.codecs.protocol import LatentCodec, PictureCodec, PlanCodec
-from vpe_jax.config import Config
-from vpe_jax.contracts import Array, Examples, Params, Start
+from vpe_jax.config import Config, to_dict
+from vpe_jax.contracts import Array, Batch, BatchSpec, FrozenNetwork, Params, PlansVisually
+from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
 from vpe_jax.models import dense
 from vpe_jax.ops.flops import matrix_flops
 
 
-class DrawingSystem:
-  """The base of such a system; see vpe_jax.contracts.System for what the methods are.
-
-  `abstract_encoded`, `encode` and `decode` are those of systems that draw latents; one whose
-  pictures are codes has its own.
+class DrawingSystem(PlansVisually):
+  """The base of such a system; see vpe_jax.contracts for the methods.
 
   Attributes:
     config: the whole run's.
     model: the network.
-    visual_prompt: the codec of plans.
-    image: the codec of pictures.
+    visual_prompt: the codec of visual prompts.
+    image: the codec of images.
+    rows: (config field, size) of the table that embeds prompt tokens.
   """
 
   config: Config
   model: Any
   visual_prompt: PlanCodec | NoVisualPrompt
   image: LatentCodec | PictureCodec
+  table: tuple[str, int]
 
   @property
-  def frozen_weights(self) -> Mapping[str, str]:
-    """No codec is needed where codes and latents are synthetic."""
+  def frozen(self) -> Mapping[str, FrozenNetwork]:
+    """The codecs' networks; none where encoded entries are synthetic."""
     if self.config.data.source == 'synthetic':
       return {}
-    return self.config.model.frozen_weights
+    model = self.config.model
+    return {
+      name: FrozenNetwork(source, model.published.get(name))
+      for name, source in model.frozen_weights.items()
+    }
+
+  @functools.cached_property
+  def preprocess(self) -> PromptAndImage:
+    """Prompt tokens and images."""
+    return prompt_and_image(self.config.data, *self.table)
 
   @property
-  def published(self) -> Mapping[str, Start]:
-    """Those of the frozen networks that are published."""
-    return self.config.model.published
+  def encoder_settings(self) -> dict[str, Any]:
+    """The codecs' settings."""
+    kinds = (choice.PlanCodecConfig, choice.CodecsConfig, choice.PictureCodesConfig)
+    kinds = [kind for kind in kinds if isinstance(self.config.model, kind)]
+    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)} - {'weights'}
+    settings = {name: to_dict(getattr(self.config.model, name)) for name in sorted(fields)}
+    return settings | {'dtype': self.config.dtype}
 
   def init(self, rng: Array) -> Params:
-    """Fresh parameters, float32."""
+    """Random initial parameters, float32."""
     return self.model.init(rng)
 
   def prepare(self, params: Params, platform: str = '') -> Params:
-    """Parameters in the layout that decoding on a platform is fast in; outside jit, once."""
-    apart = self.model.prepare(params)
-    return dense.turned(apart) if platform == 'cpu' else apart
+    """Parameters in the layout in which sampling is fast on a platform; outside jit, once."""
+    unstacked = self.model.prepare(params)
+    return dense.turned(unstacked) if platform == 'cpu' else unstacked
 
-  def abstract_batch(self, batch_size: int) -> Examples:
-    """Images where encoders run online, else codes and latents."""
+  def batch_spec(self, batch_size: int) -> BatchSpec:
+    """Prompts; images, which only the codecs read; visual prompts and latents."""
     data = self.config.data
-    leaf = lambda shape, dtype: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
-    common = {
-      'example': leaf((), jnp.int32),
-      'text': leaf((data.text_length,), jnp.int32),
-      'text_length': leaf((), jnp.int32),
-    }
-    if data.encode == 'online':
-      return Examples(**common, image=leaf((data.image_size, data.image_size, 3), jnp.uint8))
-    codes, latents = self.abstract_encoded(batch_size)
-    return Examples(**common, codes=codes, latents=latents)
+    leaf = lambda dtype, *shape: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+    image = leaf(jnp.uint8, data.image_size, data.image_size, 3)
+    encoded = self.encoded_shapes(batch_size)
+    return BatchSpec(
+      inputs={'text': leaf(jnp.int32, data.text_length), 'text_length': leaf(jnp.int32)},
+      encoder_inputs={'image': image},
+      encoded=encoded,
+      cacheable=frozenset(encoded),
+      codebooks=self.codebooks,
+    )
 
-  def abstract_encoded(self, batch_size: int) -> tuple[Any, Any]:
-    """The codes [B, P] and latents [B, h, w, C] that the model takes: what `encode` must make."""
+  @property
+  def codebooks(self) -> dict[str, int]:
+    """Codebook sizes of the encoded entries that are codes."""
+    return {'visual_prompt': self.codes} if self.codes else {}
+
+  def encoded_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Visual prompts [B, P], where the model has any, and latents [B, h, w, C]."""
     c = self.config.model
     grid = (c.latent_size, c.latent_size, c.latent_channels)
-    codes = jax.ShapeDtypeStruct((batch_size, c.plan_tokens), jnp.int32)
-    return codes, jax.ShapeDtypeStruct((batch_size, *grid), jnp.float32)
+    return self.prompt_shapes(batch_size) | {
+      'latents': jax.ShapeDtypeStruct((batch_size, *grid), jnp.float32)
+    }
 
-  def abstract_frozen(self) -> Params:
-    """Both codecs' networks as shapes; none where codes and latents are synthetic."""
-    if not self.frozen_weights:
+  def prompt_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Visual prompts [B, P], where the model has any."""
+    P = self.config.model.plan_tokens
+    return {'visual_prompt': jax.ShapeDtypeStruct((batch_size, P), jnp.int32)} if P else {}
+
+  def frozen_shapes(self) -> Params:
+    """Both codecs' networks as shapes; none where encoded entries are synthetic."""
+    if not self.frozen:
       return {}
     return {**self.visual_prompt.abstract_params(), **self.image.abstract_params()}
 
-  def encode(self, frozen: Params, images: Array) -> tuple[Array, Array]:
-    """Codes [B, P] int32 (P = 0 without visual prompt) and latents of images [B, R, R, 3] uint8."""
-    return self.visual_prompt.encode(frozen, images), self.image.encode(frozen, images)
+  def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
+    """Visual prompts, where the model has any, and latents of images [B, R, R, 3] uint8."""
+    del rng
+    encoded = {}
+    if self.codes:
+      encoded['visual_prompt'] = self.visual_prompt.encode(frozen, inputs['image'])
+    return encoded | {'latents': self.image.encode(frozen, inputs['image'])}
 
-  def decode(self, frozen: Params, latents: Array) -> Array:
+  def encoded(self, frozen: Params, batch: Batch, rng: Array) -> Mapping[str, Array]:
+    """The batch's encoded entries, those that it lacks computed online."""
+    if batch.encoded.keys() >= self.encoded_shapes(1).keys():
+      return batch.encoded
+    return {**self.encode(frozen, batch.inputs, rng), **batch.encoded}
+
+  def decode(self, frozen: Params, encoded: Mapping[str, Array], rng: Array) -> Array:
     """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""
-    return self.image.decode(frozen, latents)
+    del rng
+    return self.image.decode(frozen, encoded['latents'])
 
   def _online_flops(self, encode: Callable[[Params, Array], Any]) -> float:
-    """Matrix FLOPs of `encode(frozen, images)` for one picture; 0 where no encoder runs online."""
+    """Matrix FLOPs of `encode(frozen, images)` for one image; 0 where no encoder runs online."""
     data = self.config.data
-    if data.encode != 'online' or not self.frozen_weights:
+    if data.encode != 'online' or not self.frozen:
       return 0.0
     image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
-    return matrix_flops(encode, self.abstract_frozen(), image)
+    return matrix_flops(encode, self.frozen_shapes(), image)

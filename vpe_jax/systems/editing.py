@@ -23,14 +23,18 @@ import jax.numpy as jnp
 from vpe_jax import rng as rng_lib
 from vpe_jax.config import Config, SampleConfig, check
 from vpe_jax.contracts import (
-  RUN,
+  PARENT,
   Array,
-  Drawing,
-  Examples,
+  Batch,
+  BatchSpec,
+  Edits,
+  Initialization,
   Params,
+  PlansVisually,
+  PretrainedWeights,
   Region,
+  Samples,
   Stage,
-  Start,
   UserError,
   concatenate,
 )
@@ -45,7 +49,7 @@ from vpe_jax.systems.rows import Rows
 
 INTERNAL = Stage('edit', ('.*',), {'next_token': 1.0, 'flow': 1.0}, ema=True)
 EXTERNAL = dataclasses.replace(
-  INTERNAL, trainable=('ar/', 'embed/'), losses={'next_token': 1.0}, watched=('flow',)
+  INTERNAL, trainable=('ar/', 'embed/'), losses={'next_token': 1.0}, monitored=('flow',)
 )
 
 
@@ -87,15 +91,15 @@ class ModelConfig(t2i.ModelConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Job(rendering.Job):
-  """As rendering.Job, where a request's `reference_latents` stand among its tokens."""
+  """As rendering.Job, where a request's source latents are among its tokens."""
 
   editor: Editor
 
   def begin(
-    self, params: Params, request: Examples, region: Region, cache: mot.Cache
+    self, params: Params, request: Batch, region: Region, cache: mot.Cache
   ) -> tuple[Array, mot.Cache]:
     """See rendering.Job."""
-    stream, _ = self.editor.token_stream(params, region, request.reference_latents)
+    stream, _ = self.editor.token_stream(params, region, request.encoded['source_latents'])
     hidden, cache = self.model.backbone(params, {'ar': stream}, cache, 0)
     return hidden['ar'], cache
 
@@ -144,7 +148,7 @@ class EditInternal(Edited, Internal):
     return self.editor(params, regions, reference, *noisy)
 
   def draw(
-    self, params: Params, request: Examples, rng: Array, settings: SampleConfig
+    self, params: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of a batch of requests, by the two scales' branches."""
     job = self.job(settings)
@@ -181,7 +185,7 @@ class EditExternal(Edited, External):
     return sequence.edit_tokens(self.text, self.codes, self.model.config.image_tokens)
 
   def regions(
-    self, batch: Examples, codes: Array, keep: Array | Mapping[str, Array]
+    self, batch: Batch, codes: Array, keep: Array | Mapping[str, Array]
   ) -> dict[str, Region]:
     """`ar`, `prefix` and `dit` of a batch, the first without what `keep` drops."""
     return self._build(batch, codes, keep) | self._picture(codes, jnp.ones(codes.shape[:1], bool))
@@ -201,7 +205,7 @@ class EditExternal(Edited, External):
 
 
 def reference_prefix(
-  job: Job, params: Params, request: Examples, whole: rendering.Prefix
+  job: Job, params: Params, request: Batch, whole: rendering.Prefix
 ) -> rendering.Prefix:
   """The prefix `[bos] [boi] time x_ref [eoi] [boi]` of the branch without instruction and plan.
 
@@ -226,8 +230,6 @@ def reference_prefix(
 class System(t2i.System):
   """See vpe_jax.contracts.System; what it doesn't say is as in text to image."""
 
-  added = ()  # external's picture expert is frozen here: nothing would train what is fresh in it
-
   def __init__(self, config: Config) -> None:
     if config.stages != (INTERNAL.name,):
       raise UserError(f"config.stages is {config.stages}: this system has one stage, 'edit'")
@@ -242,8 +244,9 @@ class System(t2i.System):
         'with --config.start=RUN'
       )
     super().__init__(config)
-    # They compare a picture with a caption, and an instruction is none.
-    self.similarity = self.plan_similarity = None
+    # Text towers compare images with captions, and an instruction is none.
+    self.capabilities = (Samples, PlansVisually, Edits)
+    self.plan_rankers = ('likelihood',)
 
   def _rows(self) -> EditInternal | EditExternal:
     c = self.config.model
@@ -252,48 +255,49 @@ class System(t2i.System):
     return EditExternal(*given) if c.arch == 'external' else EditInternal(*given)
 
   @property
-  def starts(self) -> tuple[Start, ...]:
-    """None: all but the second dual path comes from the run that `config.start` names."""
-    return ()
+  def initialization(self) -> Initialization:
+    """The second dual path: Show-o2's where `model.init_from` names one, else the parent run's.
 
-  @property
-  def grown(self) -> tuple[Start, ...]:
-    """The second dual path: Show-o2's where `model.init_from` names one, else the run's own."""
+    All else comes from the parent run. External's image expert is frozen here: nothing would train
+    random parameters in it.
+    """
     paths = (('dit/dual_path/', 'ar/dual_path/'),)
-    if not self.config.model.init_from:
-      return (Start(RUN, self.config.start, None, paths),)
-    (published,) = super().starts
-    return (dataclasses.replace(published, paths=paths),)
+    grown = (PretrainedWeights(PARENT, self.config.start, None, paths),)
+    if self.config.model.init_from:
+      (published,) = self._published()
+      grown = (dataclasses.replace(published, paths=paths),)
+    return Initialization(grown=grown)
 
-  def abstract_batch(self, batch_size: int) -> Examples:
-    """As in text to image, and the same of the pictures before."""
-    batch = super().abstract_batch(batch_size)
-    return dataclasses.replace(batch, reference=batch.image, reference_latents=batch.latents)
+  def batch_spec(self, batch_size: int) -> BatchSpec:
+    """As in text to image, with source images beside the images."""
+    spec = super().batch_spec(batch_size)
+    image = spec.encoder_inputs['image']
+    return dataclasses.replace(spec, encoder_inputs={'image': image, 'source_image': image})
 
-  def encode_reference(self, frozen: Params, images: Array) -> Array:
-    """Latents [B, h, w, C] of pictures before [B, R, R, 3] uint8."""
-    return self.image.encode(frozen, images)
+  def request_spec(self, batch_size: int) -> Batch:
+    """Instructions, and latents of the source images."""
+    source = {'source_latents': self.encoded_shapes(batch_size)['source_latents']}
+    return dataclasses.replace(super().request_spec(batch_size), encoded=source)
 
-  def generate(
-    self, params: Params, frozen: Params, request: Examples, rng: Array, settings: SampleConfig
-  ) -> Drawing:
-    """Plans, then renders, from `request.reference_latents` or those of `request.reference`."""
-    return super().generate(params, frozen, self._with_reference(frozen, request), rng, settings)
+  def encoded_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """As in text to image, and latents of the source image."""
+    shapes = super().encoded_shapes(batch_size)
+    return shapes | {'source_latents': shapes['latents']}
+
+  def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
+    """Visual prompts and latents of images, and latents of source images."""
+    source = self.encode_source(frozen, inputs['source_image'])
+    return super().encode(frozen, inputs, rng) | source
+
+  def encode_source(self, frozen: Params, images: Array) -> dict[str, Array]:
+    """Latents [B, h, w, C] of source images [B, R, R, 3] uint8."""
+    return {'source_latents': self.image.encode(frozen, images)}
 
   def encoder_flops(self, stage: Stage) -> float:
     """Matrix FLOPs of the frozen encoders for one example, where they run online."""
-    return super().encoder_flops(stage) + self._online_flops(self.encode_reference)
+    return super().encoder_flops(stage) + self._online_flops(self.encode_source)
 
-  def _encoded(self, frozen: Params, batch: Examples) -> Examples:
-    return self._with_reference(frozen, super()._encoded(frozen, batch))
-
-  def _with_reference(self, frozen: Params, batch: Examples) -> Examples:
-    if batch.reference_latents is not None:
-      return batch
-    latents = self.encode_reference(frozen, batch.reference)
-    return dataclasses.replace(batch, reference_latents=latents)
-
-  def _keep(self, batch: Examples, rng: Array, stage: Stage) -> dict[str, Array]:
+  def _keep(self, batch: Batch, rng: Array, stage: Stage) -> dict[str, Array]:
     """Of each condition, which examples keep it: one draw decides on both."""
     c = self.config.model
     drawn = rng_lib.per_example(jax.random.uniform, rng, 'drop', batch.example)
@@ -305,5 +309,5 @@ class System(t2i.System):
       sequence.REFERENCE: ((drawn < text) | (drawn >= reference)) & ~nothing,
     }
 
-  def _told(self, batch: Examples, rng: Array) -> Examples:
+  def _told(self, batch: Batch, rng: Array) -> Batch:
     return batch

@@ -15,7 +15,7 @@ import functools
 import jax.numpy as jnp
 
 from vpe_jax.config import SampleConfig
-from vpe_jax.contracts import Array, Examples, Params, Region, Stage
+from vpe_jax.contracts import Array, Batch, Params, Region, Stage
 from vpe_jax.data import sequence
 from vpe_jax.models import external, external_cross, unified
 from vpe_jax.systems import rendering
@@ -45,7 +45,7 @@ class External(Rows):
     """The two networks, and what passes from one to the other."""
     return external_cross.pair(self.model, sequence.place(self.spans, 'codes'))
 
-  def regions(self, batch: Examples, codes: Array, keep: Array) -> dict[str, Region]:
+  def regions(self, batch: Batch, codes: Array, keep: Array) -> dict[str, Region]:
     """`ar`, `prefix` and `dit` of a batch; where `keep` [B] is False, the picture has no plan."""
     return self._build(batch, codes, jnp.ones_like(keep)) | self._picture(codes, keep)
 
@@ -63,7 +63,7 @@ class External(Rows):
     return hidden, self.pair(params, plan, row, *noisy)
 
   def draw(
-    self, params: Params, request: Examples, rng: Array, settings: SampleConfig
+    self, params: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of a batch of requests."""
     job = self.job(settings)
@@ -79,7 +79,7 @@ class External(Rows):
     regions = self.pair.placed(plan, self._row(B, keep=True))
     return rendering.Prefix(regions['dit'], *self.pair.prefill(params, plan, regions))
 
-  def null_prefix(self, params: Params, request: Examples) -> rendering.Prefix:
+  def null_prefix(self, params: Params, request: Batch) -> rendering.Prefix:
     """What they share where the plan is dropped, computed on one row for the whole batch."""
     regions = self._row(1, keep=False)
     prefix = rendering.Prefix(regions['dit'], *self.pair.prefill_null(params, regions))

@@ -11,13 +11,13 @@ import functools
 from collections.abc import Mapping
 
 from vpe_jax.config import SampleConfig
-from vpe_jax.contracts import Array, Examples, Params, Region, Stage
+from vpe_jax.contracts import Array, Batch, Params, Region, Stage
 from vpe_jax.data import sequence
 from vpe_jax.models import unified
 from vpe_jax.systems import rendering
 from vpe_jax.systems.rows import Rows
 
-PLAN = Stage('plan', ('ar/', 'embed/'), {'next_token': 1.0}, ema=False, draws=False)
+PLAN = Stage('plan', ('ar/', 'embed/'), {'next_token': 1.0}, ema=False, samples=False)
 JOINT = Stage('joint', ('.*',), {'next_token': 1.0, 'flow': 1.0}, ema=True)
 UNPLANNED = dataclasses.replace(JOINT, losses={'flow': 1.0})
 
@@ -33,7 +33,7 @@ class Internal(Rows):
     return sequence.text_to_image(self.text, self.codes, self.model.config.image_tokens)
 
   def regions(
-    self, batch: Examples, codes: Array, keep: Array | Mapping[str, Array]
+    self, batch: Batch, codes: Array, keep: Array | Mapping[str, Array]
   ) -> dict[str, Region]:
     """The rows of a batch; where `keep` [B] is False, text and plan are absent.
 
@@ -53,7 +53,7 @@ class Internal(Rows):
     return self.model(params, regions, *noisy)
 
   def draw(
-    self, params: Params, request: Examples, rng: Array, settings: SampleConfig
+    self, params: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of a batch of requests."""
     return rendering.draw(self.job(settings), params, request, rng)

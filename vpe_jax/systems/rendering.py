@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
 from vpe_jax.config import SampleConfig
-from vpe_jax.contracts import Array, Examples, Params, Region, concatenate
+from vpe_jax.contracts import Array, Batch, Params, Region, concatenate
 from vpe_jax.data import sequence
 from vpe_jax.models import mot
 from vpe_jax.models.unified import Unified, row_visibility
@@ -47,21 +47,21 @@ class Job:
     """Tokens of a plan."""
     return sum(span.length for span in self.spans if span.kind == 'codes')
 
-  def regions(self, request: Examples, codes: Array, dropped: Sequence[str] = ()) -> Regions:
+  def regions(self, request: Batch, codes: Array, dropped: Sequence[str] = ()) -> Regions:
     """The rows of tokens of this request, without some of its conditions."""
     every = lambda keep: jnp.full(request.example.shape, keep)
     return sequence.build(
       self.spans,
       self.vocabulary,
-      request.text,
-      request.text_length,
+      request.inputs['text'],
+      request.inputs['text_length'],
       codes,
       {name: every(name not in dropped) for name in sequence.CONDITIONS},
       self.model.config.multiple,
     )
 
   def begin(
-    self, params: Params, request: Examples, region: Region, cache: mot.Cache
+    self, params: Params, request: Batch, region: Region, cache: mot.Cache
   ) -> tuple[Array, mot.Cache]:
     """Final-norm hidden states of a row's first tokens, whose keys and values go to its slots."""
     del request
@@ -109,7 +109,7 @@ class Decoded:
   body: mot.Cache
 
 
-def draw(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Array]:
+def draw(job: Job, params: Params, request: Batch, rng: Array) -> tuple[Array, Array]:
   """Codes [B, P] and latents [B, h, w, C] float32 for a batch of requests."""
   begin = plan if job.codes else unplanned
   codes, prefix = begin(job, params, request, rng)
@@ -120,7 +120,7 @@ def draw(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array
 def guided(
   job: Job,
   params: Params,
-  request: Examples,
+  request: Batch,
   prefix: Prefix,
   null: Callable[[], Prefix],
   rng: Array,
@@ -133,7 +133,7 @@ def guided(
   return render(job, params, branches, noise(job, request, rng), weights)
 
 
-def noise(job: Job, request: Examples, rng: Array) -> Array:
+def noise(job: Job, request: Batch, rng: Array) -> Array:
   """Where the flow of each request begins: normal latents [B, h, w, C]."""
   c = job.model.config
   shape = (c.latent_size, c.latent_size, c.latent_channels)
@@ -141,8 +141,8 @@ def noise(job: Job, request: Examples, rng: Array) -> Array:
   return rng_lib.per_example(normal, rng, 'noise', request.example)
 
 
-def plan(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Prefix]:
-  """Decodes the plan (or takes `request.codes`) and leaves the whole prefix in caches."""
+def plan(job: Job, params: Params, request: Batch, rng: Array) -> tuple[Array, Prefix]:
+  """Decodes the plan (or takes the request's) and leaves the whole prefix in caches."""
   codes, row = decode(job, params, request, rng)
   end = job.slot('eot')
   tail = _slots(row.region, end, row.region.ids.shape[1])
@@ -151,7 +151,7 @@ def plan(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array
   return codes, _prefix(job, params, {'ar': row.region, **row.rest}, hidden, body)
 
 
-def unplanned(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Prefix]:
+def unplanned(job: Job, params: Params, request: Batch, rng: Array) -> tuple[Array, Prefix]:
   """No codes [B, 0], and the prefix `[bos] text [boi]`, of a model without visual prompt."""
   del rng
   codes = jnp.zeros((request.example.shape[0], 0), jnp.int32)
@@ -161,17 +161,18 @@ def unplanned(job: Job, params: Params, request: Examples, rng: Array) -> tuple[
   return codes, _prefix(job, params, regions, hidden, body)
 
 
-def decode(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Array, Decoded]:
-  """Decodes the plan, or reads `request.codes`: all of the token expert's row before [eot].
+def decode(job: Job, params: Params, request: Batch, rng: Array) -> tuple[Array, Decoded]:
+  """Decodes the plan, or reads the request's: all of the token expert's row before [eot].
 
   With `plan_guidance` other than 1, rows without text are decoded beside the others on the same
   codes, for the logits to be guided away from theirs.
   """
   length, B = job.codes, request.example.shape[0]
-  given = request.codes
+  given = request.encoded.get('visual_prompt')
   led = given is None and job.settings.plan_guidance != 1.0
   if led:
-    untold = dataclasses.replace(request, text_length=jnp.zeros_like(request.text_length))
+    empty = {'text_length': jnp.zeros_like(request.inputs['text_length'])}
+    untold = dataclasses.replace(request, inputs={**request.inputs, **empty})
     request = guidance.stack(request, untold)
   rows = request.example.shape[0]
   codes = jnp.zeros((rows, length), jnp.int32) if given is None else given
@@ -212,9 +213,9 @@ def decode(job: Job, params: Params, request: Examples, rng: Array) -> tuple[Arr
   return codes, Decoded(region, rest, hidden, body)
 
 
-def null_prefix(job: Job, params: Params, request: Examples) -> Prefix:
+def null_prefix(job: Job, params: Params, request: Batch) -> Prefix:
   """The prefix `[bos] [boi]` of the null branch, computed on one row for the whole batch."""
-  one = jax.tree.map(lambda leaf: leaf[:1], dataclasses.replace(request, codes=None))
+  one = jax.tree.map(lambda leaf: leaf[:1], dataclasses.replace(request, encoded={}))
   regions = job.regions(one, jnp.zeros((1, job.codes), jnp.int32), sequence.CONDITIONS)
   present = jnp.array([job.slot('bos'), job.slot('boi')])
   pair = jax.tree.map(lambda leaf: leaf[:, present], regions['ar'])

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from vpe_jax.config import SampleConfig
-from vpe_jax.contracts import Array, Examples, Params, Region, Stage
+from vpe_jax.contracts import Array, Batch, Params, Region, Stage
 from vpe_jax.data import sequence
 from vpe_jax.models import mot, unified
 from vpe_jax.systems import rendering
@@ -68,8 +68,9 @@ class Rows:
     return rendering.Job(self.model, self.spans, self.vocabulary, settings)
 
   def _build(
-    self, batch: Examples, codes: Array, keep: Array | Mapping[str, Array]
+    self, batch: Batch, codes: Array, keep: Array | Mapping[str, Array]
   ) -> dict[str, Region]:
     """The regions of `spans`; see sequence.build."""
-    text, multiple = (batch.text, batch.text_length), self.model.config.multiple
+    text = (batch.inputs['text'], batch.inputs['text_length'])
+    multiple = self.model.config.multiple
     return sequence.build(self.spans, self.vocabulary, *text, codes, keep, multiple)

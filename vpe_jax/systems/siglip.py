@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,20 @@ import numpy as np
 from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import pixels
 from vpe_jax.config import Config, check
-from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, Start, UserError
+from vpe_jax.contracts import (
+  Array,
+  Batch,
+  BatchSpec,
+  Initialization,
+  LossTerm,
+  Params,
+  PretrainedWeights,
+  Stage,
+  UserError,
+)
+from vpe_jax.contracts import System as SystemProtocol
 from vpe_jax.data.embedded import shapes
+from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment
@@ -63,7 +75,7 @@ class ModelConfig:
       check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
 
 
-class System:
+class System(SystemProtocol):
   """Trains `params` = the towers of models/siglip.py; see vpe_jax.contracts.System."""
 
   logical_axes = (
@@ -74,7 +86,6 @@ class System:
     (r'text/head/kernel', ('embed', 'features')),
     (r'(bias|scale)', ('embed',)),
   )
-  frozen_weights: Mapping[str, str] = {}
 
   def __init__(self, config: Config):
     """Checks the sizes against the data.
@@ -103,10 +114,17 @@ class System:
     return Stage(name, ('.*',), losses, ema=True)
 
   @property
-  def starts(self) -> tuple[Start, ...]:
+  def initialization(self) -> Initialization:
     """Published towers, where `model.init_from` names some."""
     c = self.config.model
-    return (Start('siglip', c.init_from, c.siglip, (('', ''),)),) if c.init_from else ()
+    if not c.init_from:
+      return Initialization()
+    return Initialization((PretrainedWeights('siglip', c.init_from, c.siglip, (('', ''),)),))
+
+  @functools.cached_property
+  def preprocess(self) -> PromptAndImage:
+    """Caption tokens, images and near misses."""
+    return prompt_and_image(self.config.data)
 
   def init(self, rng: Array) -> Params:
     """Fresh towers."""
@@ -115,21 +133,21 @@ class System:
     ids, length = jnp.zeros((1, c.text_length), jnp.int32), jnp.ones((1,), jnp.int32)
     return self.network.init(rng, images, ids, length)['params']
 
-  def abstract_batch(self, batch_size: int) -> Examples:
-    """Pictures and captions."""
-    return abstract_pictures(self.config, batch_size)
+  def batch_spec(self, batch_size: int) -> BatchSpec:
+    """Images and captions."""
+    return captioned_images(self.config, batch_size)
 
-  def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
+  def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """One a picture; the near misses' terms count the pictures that have any."""
     plain = ~self._blind(batch, rng)
     counts = dict.fromkeys(stage.losses, jnp.sum(plain, dtype=jnp.float32))
     if 'near' in stage.losses:
-      having = jnp.sum(jnp.any(batch.near_length > 0, -1), dtype=jnp.float32)
+      having = jnp.sum(jnp.any(batch.inputs['near_length'] > 0, -1), dtype=jnp.float32)
       counts['near'] = counts['near_retrieval'] = having
     return counts
 
   def losses(
-    self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
+    self, params: Params, frozen: Params, batch: Batch, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
     """The sigmoid loss over all pairs of the batch, and in-batch retrieval (logged only).
 
@@ -139,42 +157,43 @@ class System:
     """
     model, variables = self.config.model, {'params': params}
     views = pixels.jittered_view(
-      batch.image, model.siglip.image_size, model.jitter, rng, batch.example
+      batch.inputs['image'], model.siglip.image_size, model.jitter, rng, batch.example
     )
     blind = self._blind(batch, rng)
     if model.blind:
       other = pixels.exchanged_channels(views, rng, batch.example)
       views = jnp.where(blind[:, None, None, None], other, views)
     apply = functools.partial(self.network.apply, variables)
+    text, length = batch.inputs['text'], batch.inputs['text_length']
     images = apply(pixels.to_signed(views), method='embed_images')
-    captions = apply(batch.text, batch.text_length, method='embed_text')
+    captions = apply(text, length, method='embed_text')
     logits = apply(images, captions, method='logits')
-    positive, plain = alignment.same_caption(batch.text), ~blind
+    positive, plain = alignment.same_caption(text), ~blind
     loss = alignment.sigmoid_loss(logits, positive, plain[:, None] & plain)
     hits = alignment.retrieval_hits(jnp.where(plain, logits, -jnp.inf), positive) * plain
     values = {'sigmoid': loss, 'retrieval': hits}
     if 'near' in stage.losses:
       own, wrong = self._ranked(apply, images, batch, rng)
-      exists = batch.near_length > 0
+      exists = batch.inputs['near_length'] > 0
       values['near'] = alignment.near_loss(own, wrong, exists)
       values['near_retrieval'] = alignment.near_hits(own, wrong, exists)
     counts, weight = self.counts(batch, rng, step, stage), lambda name: stage.weight(name, step)
     return {n: LossTerm(jnp.sum(value), counts[n], weight(n)) for n, value in values.items()}
 
-  def _blind(self, batch: Examples, rng: Array) -> Array:
+  def _blind(self, batch: Batch, rng: Array) -> Array:
     """Which pictures [B] are shown in exchanged colours."""
     share = self.config.model.blind
     draw = lambda key: jax.random.bernoulli(key, share)
     drawn = rng_lib.per_example(draw, rng, 'blind', batch.example)
-    return drawn & jnp.any(jnp.isin(batch.text, self._colours), -1)
+    return drawn & jnp.any(jnp.isin(batch.inputs['text'], self._colours), -1)
 
   def _ranked(
-    self, apply: Callable[..., Array], images: Array, batch: Examples, rng: Array
+    self, apply: Callable[..., Array], images: Array, batch: Batch, rng: Array
   ) -> tuple[Array, Array]:
     """Logits of pictures [B, D] with their own captions [B] and their near misses [B, M]."""
-    ids = jnp.concatenate([batch.text[:, None], batch.near], 1)
+    ids = jnp.concatenate([batch.inputs['text'][:, None], batch.inputs['near']], 1)
     B, M, T = ids.shape
-    length = jnp.concatenate([batch.text_length[:, None], batch.near_length], 1)
+    length = jnp.concatenate([batch.inputs['text_length'][:, None], batch.inputs['near_length']], 1)
     if share := self.config.model.hide:
 
       def draw(key: Array) -> Array:
@@ -206,12 +225,12 @@ class System:
     return 2 + misses if misses else 1
 
 
-def abstract_pictures(config: Config, batch_size: int) -> Examples:
-  """The batch of systems that read pictures and captions: shapes and dtypes."""
+def captioned_images(config: Config, batch_size: int) -> BatchSpec:
+  """The batch of systems that read images and captions, and near misses where there are any."""
   B, R, T = batch_size, config.data.image_size, config.data.text_length
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-  image = jax.ShapeDtypeStruct((B, R, R, 3), jnp.uint8)
-  batch = Examples(example=ints(B), text=ints(B, T), text_length=ints(B), image=image)
+  inputs = {'text': ints(B, T), 'text_length': ints(B)}
+  inputs['image'] = jax.ShapeDtypeStruct((B, R, R, 3), jnp.uint8)
   if M := config.data.near_misses:
-    batch = dataclasses.replace(batch, near=ints(B, M, T), near_length=ints(B, M))
-  return batch
+    inputs |= {'near': ints(B, M, T), 'near_length': ints(B, M)}
+  return BatchSpec(inputs)

@@ -13,6 +13,7 @@ differs between the two is in systems/internal.py and systems/external.py. Witho
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,13 +24,17 @@ from vpe_jax.codecs import choice, pixels
 from vpe_jax.config import Config, SampleConfig, check, nearest
 from vpe_jax.contracts import (
   Array,
-  Drawing,
-  Examples,
+  Batch,
+  Generated,
+  Initialization,
   LossTerm,
   Params,
+  PlansVisually,
+  PretrainedWeights,
   Region,
+  Samples,
+  ScoresImages,
   Stage,
-  Start,
   UserError,
 )
 from vpe_jax.data import sequence
@@ -126,8 +131,7 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
 class System(DrawingSystem):
   """See vpe_jax.contracts.System."""
 
-  draws_with = ('image',)
-  added = ('dit/layers/cross/',)  # a plan that was learned for another condition serves this one
+  samples_with = ('image',)
 
   def __init__(self, config: Config) -> None:
     c: ModelConfig = config.model
@@ -138,19 +142,23 @@ class System(DrawingSystem):
     self.model = unified.Unified(sizes, jnp.dtype(config.dtype), config.remat, config.attention)
     self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype))
     self.image = choice.image_codec(c)
+    self.table = ('model.text_vocab', c.text_vocab)
     # Published tokenizers and towers come without a text tower of our words to compare with.
     tower = c.visual_prompt
     embedded = c.vpe and c.siglip_vq is None and tower.encoder == 'siglip'
-    self.similarity = self._similarity if embedded else None
     # The pooling head reads the last output alone, and the text tower its own words.
-    told = embedded and tower.compares and c.text_vocab <= tower.siglip.vocabulary
-    self.plan_similarity = self._plan_similarity if told else None
+    compares = embedded and tower.compares and c.text_vocab <= tower.siglip.vocabulary
+    self.plan_rankers = ('likelihood', 'similarity') if compares else ('likelihood',)
+    self.capabilities = (
+      Samples,
+      *((PlansVisually,) if c.vpe else ()),
+      *((ScoresImages,) if embedded else ()),
+    )
     self.vocabulary = sequence.Vocabulary(c.text_vocab, self.codes, c.bos, c.boi)
     self.rows = self._rows()
     self.spans = self.rows.spans
     _check_stages(config, tuple(self.rows.stages))
     self.stages = tuple(map(self._stage, config.stages, config.steps))
-    self.inherited = (('embed/', 'the codecs'),) if self._inherits else ()
 
   def _rows(self) -> Internal | External:
     c = self.config.model
@@ -171,7 +179,19 @@ class System(DrawingSystem):
     return dataclasses.replace(stage, losses={**stage.losses, 'next_token': weight})
 
   @property
-  def starts(self) -> tuple[Start, ...]:
+  def initialization(self) -> Initialization:
+    """Show-o2, where `model.init_from` names one; token rows from the codecs (`model.inherit`).
+
+    A visual prompt that was learned for another condition serves this one: the parent run may lack
+    the cross-attention.
+    """
+    return Initialization(
+      self._published(),
+      optional=('dit/layers/cross/',),
+      from_frozen=(('embed/', 'the codecs'),) if self._inherits else (),
+    )
+
+  def _published(self) -> tuple[PretrainedWeights, ...]:
     """Show-o2, where `model.init_from` names one: its language model goes to both experts."""
     c = self.config.model
     if not c.init_from:
@@ -180,7 +200,8 @@ class System(DrawingSystem):
     fields |= {'arch': 'single', 'dit': c.ar, 'codes': 0, 'references': False}
     copies = () if c.arch == 'single' else (('ar/', 'dit/'),)
     paths = (('embed/text', 'embed/text'), ('ar/', 'ar/'), *copies, ('dit/', 'dit/'))
-    return (Start('showo2', c.init_from, unified.UnifiedConfig(**fields), paths),)
+    sizes = unified.UnifiedConfig(**fields)
+    return (PretrainedWeights('showo2', c.init_from, sizes, paths),)
 
   def inherit(self, params: Params, frozen: Params, rng: Array) -> Params:
     """Text and code rows from the frozen networks, where `model.inherit` asks for it."""
@@ -194,7 +215,7 @@ class System(DrawingSystem):
 
   @property
   def _inherits(self) -> bool:
-    return bool(self.config.model.inherit and self.frozen_weights)
+    return bool(self.config.model.inherit and self.frozen)
 
   def _turned(self, rows: Array, key: Array) -> Array:
     """Rows [V, W] without their mean, at the model's width: distances stay in proportion."""
@@ -204,31 +225,33 @@ class System(DrawingSystem):
     rows = jnp.einsum('VW,WD->VD', rows - jnp.mean(rows, 0), turn)
     return self.config.model.inherit * rows / jnp.std(rows)
 
-  def counts(self, batch: Examples, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
+  def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """Predicted tokens, and latent elements, of the batch."""
     c = self.config.model
-    dummy = jnp.zeros((batch.text.shape[0], c.plan_tokens), jnp.int32)
+    B = batch.example.shape[0]
+    dummy = jnp.zeros((B, c.plan_tokens), jnp.int32)
     regions = self._regions(batch, dummy, self._keep(batch, rng, stage))
     counts = {}
     if 'next_token' in stage.losses:
       counts['next_token'] = counts['accuracy'] = jnp.sum(regions['ar'].weights)
     if 'flow' in stage.losses:
-      elements = batch.text.shape[0] * c.latent_size**2 * c.latent_channels
+      elements = B * c.latent_size**2 * c.latent_channels
       counts['flow'] = jnp.float32(elements)
     return {name: counts[name] for name in sorted(counts)}
 
   def losses(
-    self, params: Params, frozen: Params, batch: Examples, rng: Array, step: Array, stage: Stage
+    self, params: Params, frozen: Params, batch: Batch, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
     """`next_token` (nats) with `accuracy` of its argmax (logged), and `flow`: the stage's own."""
     if self.config.unroll:
       params = self.model.prepare(params)
-    batch = self._encoded(frozen, batch)
-    regions = self._regions(self._told(batch, rng), batch.codes, self._keep(batch, rng, stage))
+    batch = self._encoded(frozen, batch, rng)
+    codes = self._visual_prompts(batch)
+    regions = self._regions(self._told(batch, rng), codes, self._keep(batch, rng, stage))
     counts = self.counts(batch, rng, step, stage)
     terms, noisy = {}, None
     if 'flow' in stage.losses:
-      noisy, target = self._noisy(batch, batch.latents, rng)
+      noisy, target = self._noisy(batch, batch.encoded['latents'], rng)
     hidden, velocity = self._forward(params, regions, noisy, batch)
     if noisy is not None:
       # The network's velocity is Show-o2's: data minus noise.
@@ -242,44 +265,43 @@ class System(DrawingSystem):
     return {name: terms[name] for name in sorted(terms)}
 
   def generate(
-    self, params: Params, frozen: Params, request: Examples, rng: Array, settings: SampleConfig
-  ) -> Drawing:
+    self, params: Params, frozen: Params, request: Batch, rng: Array, settings: SampleConfig
+  ) -> Generated:
     """Plans, then renders; see vpe_jax.contracts.System and systems/rendering.py."""
     codes, latents = self.rows.draw(params, request, rng, settings)
-    return Drawing(self.decode(frozen, latents), codes, latents)
+    encoded = {'visual_prompt': codes} if self.codes else {}
+    image = self.image.decode(frozen, latents, rng)
+    return Generated(image, encoded | {'latents': latents})
 
-  def plan(self, params: Params, request: Examples, rng: Array, settings: SampleConfig) -> Array:
+  def plan(self, params: Params, request: Batch, rng: Array, settings: SampleConfig) -> Array:
     """Visual prompts [B, P]; the picture expert isn't run."""
     return rendering.decode(self.rows.job(settings), params, request, rng)[0]
 
-  def plan_likelihood(self, params: Params, request: Examples) -> Array:
+  def plan_likelihood(self, params: Params, request: Batch) -> Array:
     """The mean log-probability of the plans given the texts: [B], nats."""
     keep = jnp.ones(request.example.shape, bool)
-    regions = self._regions(request, request.codes, keep)
+    codes = request.encoded['visual_prompt']
+    regions = self._regions(request, codes, keep)
     hidden, _ = self._forward(params, regions, None, request)
     first, last = sequence.place(self.spans, 'bot')[0], sequence.place(self.spans, 'codes')[1]
     # The slot before each code predicts it.
     logits = self.model.code_logits(params, hidden[:, first : last - 1])
-    return decoding.log_likelihood(logits, request.codes)
+    return decoding.log_likelihood(logits, codes)
 
-  def _plan_similarity(self, frozen: Params, request: Examples) -> Array:
-    """Cosines [B] of what SigLIP's pooling head sees in the plans, and of the texts."""
-    image = self.visual_prompt.embed_codes(frozen, request.codes)
-    given = (frozen, request.text, request.text_length)
-    return jnp.einsum('BD,BD->B', image, self.visual_prompt.embed_text(*given))
+  def plan_similarity(self, frozen: Params, request: Batch) -> Array:
+    """Cosines [B] of SigLIP's pooled vector of each visual prompt and its text vector."""
+    image = self.visual_prompt.embed_codes(frozen, request.encoded['visual_prompt'])
+    text = (request.inputs['text'], request.inputs['text_length'])
+    return jnp.einsum('BD,BD->B', image, self.visual_prompt.embed_text(frozen, *text))
 
-  def _similarity(self, frozen: Params, images: Array, text: Array, text_length: Array) -> Array:
-    """How well each picture [B, R, R, 3] in [0, 1] fits each caption: cosines [B, B].
-
-    The frozen SigLIP, which made the plans, is the measure: good for following a run, not for
-    scoring it (vpe_jax.evaluation has an independent judge).
-    """
+  def similarity(self, frozen: Params, images: Array, inputs: Mapping[str, Array]) -> Array:
+    """Cosines [B, B] of images [B, R, R, 3] in [0, 1] and captions, by the frozen SigLIP."""
     siglip = self.visual_prompt.siglip
     side = self.config.model.visual_prompt.siglip.image_size
     variables = {'params': frozen['siglip']}
     seen = pixels.to_signed(pixels.view(images, side))
     image = siglip.apply(variables, seen, method='embed_images')
-    caption = self.visual_prompt.embed_text(frozen, text, text_length)
+    caption = self.visual_prompt.embed_text(frozen, inputs['text'], inputs['text_length'])
     return jnp.einsum('BD,VD->BV', image, caption)
 
   def flops(self, stage: Stage) -> float:
@@ -290,8 +312,14 @@ class System(DrawingSystem):
   def encoder_flops(self, stage: Stage) -> float:
     """Matrix FLOPs of the frozen encoders for one example: those that the stage needs, online."""
     # Without a flow loss nothing reads the latents, and their encoder is compiled away.
-    used = 2 if 'flow' in stage.losses else 1
-    return self._online_flops(lambda frozen, images: self.encode(frozen, images)[:used])
+    used = ('visual_prompt', 'latents') if 'flow' in stage.losses else ('visual_prompt',)
+    key = rng_lib.run_key(0)
+
+    def encode(frozen: Params, image: Array) -> dict[str, Array]:
+      encoded = self.encode(frozen, {'image': image, 'source_image': image}, key)
+      return {name: leaf for name, leaf in encoded.items() if name in used}
+
+    return self._online_flops(encode)
 
   def attention_flops(self, stage: Stage) -> float:
     """Of the forward pass, what attention amounts to: see unified.attention_flops."""
@@ -305,43 +333,46 @@ class System(DrawingSystem):
     """Tokens of both experts, or of the token expert alone in stage `plan`."""
     return self.rows.tokens(stage)
 
-  def _encoded(self, frozen: Params, batch: Examples) -> Examples:
-    """The batch with codes and latents: its own, or those of its pictures."""
-    if batch.codes is not None:
-      return batch
-    codes, latents = self.encode(frozen, batch.image)
-    return dataclasses.replace(batch, codes=codes, latents=latents)
+  def _encoded(self, frozen: Params, batch: Batch, rng: Array) -> Batch:
+    """The batch with all encoded entries: its own, or computed from its images."""
+    return dataclasses.replace(batch, encoded=self.encoded(frozen, batch, rng))
+
+  def _visual_prompts(self, batch: Batch) -> Array:
+    """Visual prompts [B, P] of a batch; P = 0 where the model has none."""
+    none = jnp.zeros((batch.example.shape[0], 0), jnp.int32)
+    return batch.encoded.get('visual_prompt', none)
 
   def _forward(
     self,
     params: Params,
     regions: dict[str, Region],
     noisy: tuple[Array, Array] | None,
-    batch: Examples,
+    batch: Batch,
   ) -> tuple[Array, Array | None]:
     """The rows' `forward`, with what else it reads of the batch."""
-    return self.rows.forward(params, regions, noisy, batch.reference_latents)
+    return self.rows.forward(params, regions, noisy, batch.encoded.get('source_latents'))
 
-  def _regions(self, batch: Examples, codes: Array, keep: Array) -> dict[str, Any]:
+  def _regions(self, batch: Batch, codes: Array, keep: Array) -> dict[str, Any]:
     return self.rows.regions(batch, codes, keep)
 
-  def _keep(self, batch: Examples, rng: Array, stage: Stage) -> Array:
+  def _keep(self, batch: Batch, rng: Array, stage: Stage) -> Array:
     """Which examples keep their condition: all where no flow loss would use the null branch."""
     if 'flow' not in stage.losses:
       return jnp.ones(batch.example.shape, bool)
     draw = lambda key: jax.random.uniform(key) >= self.config.model.drop
     return rng_lib.per_example(draw, rng, 'drop', batch.example)
 
-  def _told(self, batch: Examples, rng: Array) -> Examples:
+  def _told(self, batch: Batch, rng: Array) -> Batch:
     """The batch with some captions emptied."""
     if not self.config.model.drop_text:
       return batch
     draw = lambda key: jax.random.uniform(key) >= self.config.model.drop_text
     kept = rng_lib.per_example(draw, rng, 'drop_text', batch.example)
-    return dataclasses.replace(batch, text_length=jnp.where(kept, batch.text_length, 0))
+    length = jnp.where(kept, batch.inputs['text_length'], 0)
+    return dataclasses.replace(batch, inputs={**batch.inputs, 'text_length': length})
 
   def _noisy(
-    self, batch: Examples, latents: Array, rng: Array
+    self, batch: Batch, latents: Array, rng: Array
   ) -> tuple[tuple[Array, Array], Array]:
     """Noisy latents [B, h, w, C] with the network's clock [B], and the velocity to predict."""
     c = self.config.model

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
 from vpe_jax.config import SampleConfig
-from vpe_jax.contracts import Array, Examples, Params
+from vpe_jax.contracts import Array, Batch, Params
 from vpe_jax.models import mot
 from vpe_jax.models.llamagen import LlamaGen
 from vpe_jax.sampling import decoding, guidance
@@ -60,35 +60,36 @@ class Block:
 
 
 def draw(
-  model: LlamaGen, settings: SampleConfig, params: Params, request: Examples, rng: Array
-) -> tuple[Array, Array]:
-  """The plan [B, P] (no codes where the model has none) and the picture's codes [B, N]: int32.
+  model: LlamaGen, settings: SampleConfig, params: Params, request: Batch, rng: Array
+) -> tuple[dict[str, Array], Array]:
+  """The visual prompt [B, P], where the model has one, and the image's codes [B, N]: int32.
 
   Args:
     model: the network.
     settings: static.
     params: of the network, layers stacked or apart.
-    request: `text[:, 0]` is the class; `codes`, where given, are the plan.
+    request: `text[:, 0]` is the class; an encoded `visual_prompt` is used instead of the model's.
     rng: the key of the call.
   """
   c = model.config
-  plans = bool(c.plan_tokens) and request.codes is None
+  plan = dict(request.encoded)
+  plans = bool(c.plan_tokens) and not plan
   guided = settings.guidance != 1.0 or (plans and settings.plan_guidance != 1.0)
   job = Job(model, settings, guided)
   start = _start(job, params, request)
-  codes = jnp.zeros((request.example.shape[0], 0), jnp.int32)
   if plans:
     codes, start = _write(job, params, _plan_block(job), start, request, rng)
+    plan = {'visual_prompt': codes}
   elif c.plan_tokens:
-    codes = request.codes
+    codes = plan['visual_prompt']
     start = job.feed(params, model.embed_plan(params, job.both(codes)), start, 1)
   first, scale = 1 + c.plan_tokens, settings.guidance
   block = Block('codes', first, c.image_tokens, scale, model.embed_codes)
-  return codes, _write(job, params, block, start, request, rng)[0]
+  return plan, _write(job, params, block, start, request, rng)[0]
 
 
 def plan(
-  model: LlamaGen, settings: SampleConfig, params: Params, request: Examples, rng: Array
+  model: LlamaGen, settings: SampleConfig, params: Params, request: Batch, rng: Array
 ) -> Array:
   """The plan alone [B, P] int32, of a model that has one; arguments as those of `draw`."""
   job = Job(model, settings, settings.plan_guidance != 1.0)
@@ -96,12 +97,13 @@ def plan(
   return _write(job, params, _plan_block(job), start, request, rng)[0]
 
 
-def plan_likelihood(model: LlamaGen, params: Params, request: Examples) -> Array:
-  """The mean log-probability [B] of the plans `request.codes` given the classes, in nats."""
-  before = model.embed_plan(params, request.codes[:, :-1])
-  x = jnp.concatenate([model.embed_classes(params, request.text[:, 0]), before], axis=1)
+def plan_likelihood(model: LlamaGen, params: Params, request: Batch) -> Array:
+  """The mean log-probability [B] of the request's visual prompts given the classes, in nats."""
+  codes = request.encoded['visual_prompt']
+  before = model.embed_plan(params, codes[:, :-1])
+  x = jnp.concatenate([model.embed_classes(params, request.inputs['text'][:, 0]), before], axis=1)
   hidden, _ = model.states(params, model.stream(x))
-  return decoding.log_likelihood(model.logits(params, hidden, 'plan'), request.codes)
+  return decoding.log_likelihood(model.logits(params, hidden, 'plan'), codes)
 
 
 def _plan_block(job: Job) -> Block:
@@ -109,9 +111,9 @@ def _plan_block(job: Job) -> Block:
   return Block('plan', 1, length, scale, job.model.embed_plan)
 
 
-def _start(job: Job, params: Params, request: Examples) -> State:
+def _start(job: Job, params: Params, request: Batch) -> State:
   """Feeds the class tokens to an empty cache, which has a slot for each token of the row."""
-  model, c, classes = job.model, job.model.config, request.text[:, 0]
+  model, c, classes = job.model, job.model.config, request.inputs['text'][:, 0]
   if job.guided:
     classes = guidance.stack(classes, jnp.full_like(classes, c.classes))
   slots = 1 + c.plan_tokens + c.image_tokens
@@ -122,7 +124,7 @@ def _start(job: Job, params: Params, request: Examples) -> State:
 
 
 def _write(
-  job: Job, params: Params, block: Block, start: State, request: Examples, rng: Array
+  job: Job, params: Params, block: Block, start: State, request: Batch, rng: Array
 ) -> tuple[Array, State]:
   """Draws the codes [B, L] of a block; each is fed, so that the next block begins after it."""
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from vpe_jax.contracts import Examples
+from vpe_jax.contracts import Batch
 
 DEPTH = 2  # batches that wait on the devices
 
@@ -18,10 +18,10 @@ class Feed:
   Reading ahead moves no position: a batch counts as seen when its step has run.
   """
 
-  def __init__(self, batches: Iterator[Examples], put: Callable[[Examples], Examples]):
+  def __init__(self, batches: Iterator[Batch], put: Callable[[Batch], Batch]):
     self._batches = batches
     self._put = put
-    self._ready: queue.Queue[tuple[Examples | None, BaseException | None]] = queue.Queue(DEPTH)
+    self._ready: queue.Queue[tuple[Batch | None, BaseException | None]] = queue.Queue(DEPTH)
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._work, name='feed', daemon=True)
     self._thread.start()
@@ -29,7 +29,7 @@ class Feed:
   def __iter__(self) -> Feed:
     return self
 
-  def __next__(self) -> Examples:
+  def __next__(self) -> Batch:
     batch, error = self._ready.get()
     if error is not None:
       raise error
@@ -52,7 +52,7 @@ class Feed:
     except BaseException as error:  # Handed to the thread that asks for the batch.
       self._offer((None, error))
 
-  def _offer(self, item: tuple[Examples | None, BaseException | None]) -> bool:
+  def _offer(self, item: tuple[Batch | None, BaseException | None]) -> bool:
     while not self._stop.is_set():
       try:
         self._ready.put(item, timeout=0.1)

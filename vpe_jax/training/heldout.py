@@ -11,7 +11,7 @@ import jax
 from vpe_jax import sharding
 from vpe_jax.checkpoints.frozen import Frozen
 from vpe_jax.config import FOLDER, FOLDERS, TFDS, Config
-from vpe_jax.contracts import Array, Examples, Stage, System
+from vpe_jax.contracts import Array, Batch, Stage, System
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.training.state import State, weights
 from vpe_jax.training.step import make_eval_step
@@ -27,7 +27,7 @@ def has_split(source: str) -> bool:
 
 def with_all_losses(stages: Sequence[Stage], index: int) -> Stage:
   """A stage of a run with the losses of all its stages, foreign ones at weight 0."""
-  names = (name for stage in stages for name in (*stage.losses, *stage.watched))
+  names = (name for stage in stages for name in (*stage.losses, *stage.monitored))
   own = stages[index]
   return dataclasses.replace(own, losses={**dict.fromkeys(names, 0.0), **own.losses})
 
@@ -41,7 +41,7 @@ class HeldOut:
     self._frozen = frozen
     self._mesh = mesh
     self._index = -1
-    self._batches: list[Examples] = []
+    self._batches: list[Batch] = []
     if config.log.evaluate and not has_split(config.data.source) and jax.process_index() == 0:
       print(f'held-out losses: none, {config.data.source} has no held-out split', flush=True)
 
@@ -53,7 +53,7 @@ class HeldOut:
     if index != self._index:
       self._index = index
       self._step = make_eval_step(self._system, with_all_losses(self._system.stages, index))
-      self._batches = self._read(self._config.batch_size[index])
+      self._batches = self._read(self._config.batch_size[index], key)
     params = weights(state)
     totals: dict[str, list[float]] = {}
     for batch in self._batches:
@@ -66,13 +66,25 @@ class HeldOut:
         total[1] += float(counts[name])
     return {f'eval/{name}': value / max(count, 1.0) for name, (value, count) in totals.items()}
 
-  def _read(self, batch_size: int) -> list[Examples]:
-    """The batches on the devices, encoded once where the system has encoders."""
-    data = Pipeline(self._config.data, self._config.seed, split=SPLIT)
+  def _read(self, batch_size: int, key: Array) -> list[Batch]:
+    """The batches on the devices; entries that a cache may store are encoded once."""
+    data = Pipeline.of(self._system, SPLIT)
     place = lambda batch: sharding.put_batch(batch, self._mesh)
     with data.batches(0, batch_size, jax.process_index(), jax.process_count()) as batches:
       read = [place(batch) for batch in itertools.islice(batches, BATCHES)]
-    if self._frozen.encode is None:
+    spec = self._system.batch_spec(batch_size)
+    if not spec.cacheable:
       return read
-    seen = {'image': None, 'reference': None}
-    return [dataclasses.replace(self._frozen.with_codes(batch), **seen) for batch in read]
+    names = spec.input_names(cached=True)
+    return [self._cached(batch, names, spec.cacheable, key) for batch in read]
+
+  def _cached(
+    self, batch: Batch, inputs: frozenset[str], cacheable: frozenset[str], key: Array
+  ) -> Batch:
+    """The batch as it would come from a cache."""
+    encoded = self._frozen.encode(self._frozen.params, batch.inputs, key)
+    return Batch(
+      batch.example,
+      {name: batch.inputs[name] for name in inputs},
+      {name: encoded[name] for name in cacheable},
+    )

@@ -15,7 +15,7 @@ from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.checkpoints.frozen import Frozen
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import Config, to_dict
-from vpe_jax.contracts import Array, Examples, System
+from vpe_jax.contracts import Array, Batch, System
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.training import curves, encode, report, resume
 from vpe_jax.training.feed import Feed
@@ -203,7 +203,7 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
     feed.close()
 
 
-def _compile(run: Run, state: State, batch: Examples) -> jax.stages.Compiled:
+def _compile(run: Run, state: State, batch: Batch) -> jax.stages.Compiled:
   """The stage's step, compiled ahead of time for exactly this state and batch."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   index = int(state['stage'])
@@ -222,7 +222,7 @@ def _look(run: Run, watchers: Watchers, state: State, step: int, is_last: bool) 
   log, found = run.config.log, {}
   evaluates = bool(log.evaluate) and (is_last or step % log.evaluate == 0)
   stage = run.system.stages[int(state['stage'])]
-  draws = bool(log.samples) and stage.draws and (is_last or step % log.samples == 0)
+  draws = bool(log.samples) and stage.samples and (is_last or step % log.samples == 0)
   if not (evaluates or draws):
     return
   watchers.log.settle()  # The step's own time ends here.
@@ -237,16 +237,17 @@ def _look(run: Run, watchers: Watchers, state: State, step: int, is_last: bool) 
     curves.draw(run.workdir)
 
 
-def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Examples) -> None:
+def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Batch) -> None:
   """The start-up report of a stage."""
   index, stages = int(state['stage']), run.system.stages
   stage, optim = stages[index], run.config.optim.of(index)
   origins = report.origins_after(stages[run.began : index], run.origins)
-  networks = report.Networks(run.frozen.params, run.system.frozen_weights)
+  sources = {name: network.source for name, network in run.system.frozen.items()}
+  networks = report.Networks(run.frozen.params, sources)
   _say(report.stage_text(stage, run.config, index))
   _say(report.parameters_text(state['params'], networks, stage, optim, origins))
   _say(report.memory_text(report.memory_of(step)))
-  first = run.data.said(run.data.index_at(int(state['examples_seen'])))
+  first = run.data.prompt(run.data.index_at(int(state['examples_seen'])))
   _say(report.sample_text(batch, first))
 
 

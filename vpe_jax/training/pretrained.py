@@ -13,7 +13,7 @@ from absl import logging
 
 from vpe_jax.checkpoints import convert, converted, weights
 from vpe_jax.config import Config, differences, nearest
-from vpe_jax.contracts import RUN, Array, Params, Start, System, UserError
+from vpe_jax.contracts import PARENT, Array, Params, PretrainedWeights, System, UserError
 from vpe_jax.sharding import by_path
 from vpe_jax.training.state import State
 
@@ -45,7 +45,7 @@ def load(system: System, abstract: State) -> Loaded:
   """Reads everything that a new run starts from: earlier runs, else published weights.
 
   Args:
-    system: its config names the runs, and it may have `starts`, `added` and `grown`.
+    system: its config names the parent runs, its `initialization` the rest.
     abstract: the first state, with its shardings.
 
   Raises:
@@ -57,7 +57,7 @@ def load(system: System, abstract: State) -> Loaded:
   found = Loaded({}, {})
   if '' not in runs:
     rest = lambda path: not path.startswith(groups)
-    found = _published(getattr(system, 'starts', ()), abstract['params'], rest)
+    found = _published(system.initialization.pretrained, abstract['params'], rest)
   for group, run in runs.items():
     mine = lambda path, g=group: path.startswith(g) if g else not path.startswith(groups)
     found |= _from_run(system, run, abstract, mine)
@@ -74,7 +74,7 @@ def _check_groups(runs: Mapping[str, str], abstract: Params) -> None:
       )
 
 
-def _published(starts: Sequence[Start], abstract: Params, mine: Mine) -> Loaded:
+def _published(starts: Sequence[PretrainedWeights], abstract: Params, mine: Mine) -> Loaded:
   """The weights that a system starts from, for every parameter of `mine` that they fill."""
   wanted, leaves, origins = by_path(abstract), {}, {}
   for start in starts:
@@ -92,7 +92,7 @@ def _from_run(system: System, run: str, abstract: State, mine: Mine) -> Loaded:
   optimizer, average, and where it was in the data. Else the parameters alone.
 
   Args:
-    system: may have `added`, which the other run may lack (they are drawn), and `grown`.
+    system: its `initialization` has what the parent run may lack.
     run: the other's workdir.
     abstract: our first state, with its shardings.
     mine: tells by its path whether a parameter is to come from this run.
@@ -108,13 +108,13 @@ def _from_run(system: System, run: str, abstract: State, mine: Mine) -> Loaded:
   else:
     params, metadata = weights.load_run(run, config.start_weights)
     found, theirs = by_path({'params': params}), weights.config_of(metadata, run)
-    grown = _grown(getattr(system, 'grown', ()), found, abstract['params'], run)
+    grown = _grown(system.initialization.grown, found, abstract['params'], run)
   for line in other_meanings(config, run, theirs):
     logging.warning('%s', line)
   found = {path: leaf for path, leaf in (found | grown.leaves).items() if _of(path, mine)}
 
   def is_wanted(path: str) -> bool:
-    fresh = any(re.match(f'{_TREES}(?:{one})', path) for one in getattr(system, 'added', ()))
+    fresh = any(re.match(f'{_TREES}(?:{one})', path) for one in system.initialization.optional)
     known = path.startswith(_CARRIED if carries else _PARAMS) and _of(path, mine)
     return known and (path in found or not fresh)
 
@@ -145,13 +145,15 @@ def other_meanings(config: Config, run: str, stored: Mapping[str, Any]) -> list[
   ]
 
 
-def _grown(starts: Sequence[Start], found: Mapping[str, Any], abstract: Params, run: str) -> Loaded:
+def _grown(
+  starts: Sequence[PretrainedWeights], found: Mapping[str, Any], abstract: Params, run: str
+) -> Loaded:
   """What a run lacks, by path in the state: published weights, or copies of its own leaves."""
   made = Loaded({}, {})
   for start in starts:
     if any(path.startswith(f'{_PARAMS}{ours}') for _, ours in start.paths for path in found):
       continue
-    if start.family != RUN:
+    if start.family != PARENT:
       made |= _published([start], abstract, lambda path: True)
       continue
     for path, leaf in found.items():
@@ -175,7 +177,7 @@ def _check(wanted: Mapping[str, Any], found: Mapping[str, Any], source: str) -> 
       )
 
 
-def _read(start: Start, wanted: Mapping[str, Any]) -> Params:
+def _read(start: PretrainedWeights, wanted: Mapping[str, Any]) -> Params:
   """The family's parameters; from published weights, each where its first target lies."""
 
   def place(tree: Params) -> Params:
@@ -189,7 +191,7 @@ def _read(start: Start, wanted: Mapping[str, Any]) -> Params:
   return converted.network(start, place)
 
 
-def _targets(start: Start, path: str) -> list[str]:
+def _targets(start: PretrainedWeights, path: str) -> list[str]:
   """Where a leaf of the family's tree goes in ours."""
   return [
     ours + path.removeprefix(theirs) for theirs, ours in start.paths if path.startswith(theirs)

@@ -16,10 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from vpe_jax import sharding
+from vpe_jax import rng, sharding
 from vpe_jax.checkpoints.frozen import Frozen
 from vpe_jax.config import Config, SampleConfig
-from vpe_jax.contracts import Array, Drawing, Examples, Params, System
+from vpe_jax.contracts import (
+  Array,
+  Batch,
+  Edits,
+  Generated,
+  Params,
+  PlansVisually,
+  Samples,
+  ScoresImages,
+  System,
+  supports,
+)
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.sampling import pictures
 from vpe_jax.training import heldout
@@ -59,7 +70,7 @@ class Previews:
     self._folder = folder
     held_out = (heldout.SPLIT,) if heldout.has_split(config.data.source) else ()
     self._splits = ('train', *held_out)
-    self._truth: dict[str, tuple[Examples, list[str]]] = {}
+    self._truth: dict[str, tuple[Batch, list[str]]] = {}
     everywhere = sharding.replicated(mesh)  # every process reads the results
     spread = {'out_shardings': everywhere, 'compiler_options': sharding.compiler_options()}
     self._draw = jax.jit(self._generate, static_argnums=4, **spread)
@@ -68,7 +79,7 @@ class Previews:
   @property
   def possible(self) -> bool:
     """Whether the system draws pictures, and has the networks for it."""
-    return hasattr(self._system, 'generate') and bool(self._system.frozen_weights)
+    return supports(self._system, Samples) and bool(self._system.frozen)
 
   def draw(self, state: State, key: Array, step: int) -> dict[str, float]:
     """Writes one grid.
@@ -83,17 +94,19 @@ class Previews:
     if not self.possible:
       return {}
     params, frozen, found = weights(state), self._frozen.params, {}
-    labels = {'own': OWN, 'truth_plan': TRUE} if self._system.codes else {'own': DRAWN}
+    plans = supports(self._system, PlansVisually)
+    labels = {'own': OWN, 'truth_plan': TRUE} if plans else {'own': DRAWN}
     true_row = TRUTH if len(self._splits) > 1 else TRAINED
-    ends = (true_row, BEFORE) if self._config.data.references else (true_row,)
+    ends = (true_row, BEFORE) if supports(self._system, Edits) else (true_row,)
     rows: list[list[np.ndarray]] = [[] for _ in (*labels, *ends)]
     captions: list[str] = []
     for place, split in enumerate(self._splits):
       truth, words = self._load(split)
       # Places in a split number its examples: one class at one place is drawn twice, and differs.
       own_key = jax.random.fold_in(key, place)
-      request = dataclasses.replace(truth, image=None, latents=None, codes=None, reference=None)
-      wanted = {'own': request, 'truth_plan': dataclasses.replace(request, codes=truth.codes)}
+      wanted = {'own': self._request(truth)}
+      if 'truth_plan' in labels:
+        wanted['truth_plan'] = self._request(truth, 'visual_prompt')
       for row, name in enumerate(labels):
         drawing = self._draw(params, frozen, wanted[name], own_key, self._config.sample)
         measured = jax.device_get(self._compare(frozen, drawing, truth))
@@ -101,8 +114,8 @@ class Previews:
           found.setdefault(f'sample/{name}/{measure}', []).append(float(value))
         image = jax.device_get(drawing.image[:SHOWN])
         rows[row] += list(pictures.to_uint8(np.nan_to_num(image)))
-      for row, leaf in zip(rows[len(labels) :], (truth.image, truth.reference)):
-        row += list(self._fetch(leaf)[:SHOWN])
+      for row, leaf in zip(rows[len(labels) :], ('image', 'source_image')):
+        row += list(self._fetch(truth.inputs[leaf])[:SHOWN])
       captions += words
     if jax.process_index() == 0:
       blank = [''] * len(captions)
@@ -112,37 +125,42 @@ class Previews:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
   def _generate(
-    self, params: Params, frozen: Params, request: Examples, key: Array, settings: SampleConfig
-  ) -> Drawing:
-    prepare = getattr(self._system, 'prepare', None)
-    ready = prepare(params) if prepare else params
-    return self._system.generate(ready, frozen, request, key, settings)
+    self, params: Params, frozen: Params, request: Batch, key: Array, settings: SampleConfig
+  ) -> Generated:
+    return self._system.generate(self._system.prepare(params), frozen, request, key, settings)
 
-  def _measure(self, frozen: Params, drawing: Drawing, truth: Examples) -> dict[str, Array]:
-    if jnp.issubdtype(truth.latents.dtype, jnp.integer):
-      measured = {'equal_codes': jnp.mean(drawing.latents == truth.latents)}
+  def _request(self, truth: Batch, *fixed: str) -> Batch:
+    """A request for the prompts of a batch, with some of its encoded entries fixed."""
+    spec = self._system.request_spec(1)
+    encoded = {name: truth.encoded[name] for name in (*spec.encoded, *fixed)}
+    return Batch(truth.example, {name: truth.inputs[name] for name in spec.inputs}, encoded)
+
+  def _measure(self, frozen: Params, drawing: Generated, truth: Batch) -> dict[str, Array]:
+    ours, theirs = drawing.encoded['latents'], truth.encoded['latents']
+    if jnp.issubdtype(theirs.dtype, jnp.integer):
+      measured = {'equal_codes': jnp.mean(ours == theirs)}
     else:
-      difference = drawing.latents - truth.latents
+      difference = ours - theirs
       measured = {'latent_distance': jnp.sqrt(jnp.mean(jnp.square(difference)))}
-    similarity = getattr(self._system, 'similarity', None)
-    if similarity is not None:
-      fits = similarity(frozen, drawing.image, truth.text, truth.text_length)
+    if supports(self._system, ScoresImages):
+      fits = self._system.similarity(frozen, drawing.image, truth.inputs)
       own = jnp.diagonal(fits)[:, None]
       measured['retrieval'] = jnp.mean(jnp.all(own >= fits, axis=1).astype(jnp.float32))
     return measured
 
-  def _load(self, split: str) -> tuple[Examples, list[str]]:
+  def _load(self, split: str) -> tuple[Batch, list[str]]:
     """Records of a split with their true codes and latents, and the captions that are shown."""
     if split not in self._truth:
-      data = Pipeline(self._config.data, self._config.seed, split=split)
+      data = Pipeline.of(self._system, split)
       count = -(-COUNT // self._mesh.size) * self._mesh.size
       places = _places(data, count)
       mine = places[sharding.host_rows(count, self._mesh)]
       batch = data.examples([data.index_at(place) for place in mine])
       batch = dataclasses.replace(batch, example=np.asarray(mine, np.int32))
       placed = sharding.put_batch(batch, self._mesh)
-      captions = [data.said(data.index_at(place)) for place in places[:SHOWN]]
-      self._truth[split] = (self._frozen.with_codes(placed), captions)
+      captions = [data.prompt(data.index_at(place)) for place in places[:SHOWN]]
+      key = jax.device_put(rng.run_key(self._config.seed), sharding.replicated(self._mesh))
+      self._truth[split] = (self._frozen.encoded(placed, key), captions)
     return self._truth[split]
 
   def _fetch(self, leaf: Array) -> np.ndarray:
@@ -160,7 +178,7 @@ def _places(data: Pipeline, count: int) -> list[int]:
   for place in range(_SCANNED * count):
     if len(new) == count:
       break
-    words = data.said(data.index_at(place))
+    words = data.prompt(data.index_at(place))
     (others if words in said else new).append(place)
     said.add(words)
   return (new + others)[:count]

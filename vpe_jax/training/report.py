@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from vpe_jax.config import Config, OptimConfig
-from vpe_jax.contracts import Examples, Params, Stage
+from vpe_jax.contracts import Batch, Params, Stage
 from vpe_jax.sharding import by_path
 from vpe_jax.training.state import split_trainable, trains
 
@@ -71,7 +71,7 @@ def stage_text(stage: Stage, config: Config, index: int) -> str:
   logged = [name for name in stage.losses if name not in drives]
   also = ''.join(
     f'; {words}: {", ".join(names)}'
-    for words, names in (('logged', logged), ('held out alone', stage.watched))
+    for words, names in (('logged', logged), ('held out alone', stage.monitored))
     if names
   )
   return (
@@ -136,12 +136,11 @@ def memory_text(memory: Memory | None) -> str:
   )
 
 
-def sample_text(batch: Examples, caption: str) -> str:
+def sample_text(batch: Batch, caption: str) -> str:
   """One data sample: its caption and the shapes of the whole batch."""
+  arrays = {'example': batch.example, **batch.inputs, **batch.encoded}
   shapes = ', '.join(
-    f'{field.name} {list(value.shape)} {np.dtype(value.dtype).name}'
-    for field in dataclasses.fields(batch)
-    if (value := getattr(batch, field.name)) is not None
+    f'{name} {list(array.shape)} {np.dtype(array.dtype).name}' for name, array in arrays.items()
   )
   return f'data: {shapes}\n  first caption: {caption!r}'
 

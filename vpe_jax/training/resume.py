@@ -112,13 +112,12 @@ def fresh_state(
   """
   loaded = pretrained.load(system, abstract)
   origins = dict.fromkeys(by_path(abstract['params']), DRAWN)
-  for beginning, words in getattr(system, 'inherited', ()):
-    origins |= {path: words for path in origins if path.startswith(beginning)}
+  for prefix, origin in system.initialization.from_frozen:
+    origins |= {path: origin for path in origins if path.startswith(prefix)}
 
   def init(key: Array, frozen: Params, loaded: dict[str, Array]) -> State:
     params = system.init(rng.stream(key, 'init'))
-    if hasattr(system, 'inherit'):
-      params = system.inherit(params, frozen, rng.stream(key, 'inherit'))
+    params = system.inherit(params, frozen, rng.stream(key, 'inherit'))
     # What is loaded is never drawn: the compiler leaves out what nothing reads.
     given = dict(convert.tree(loaded))
     params = merge(given.pop('params', {}), params)

@@ -18,7 +18,7 @@ import optax
 
 from vpe_jax import sharding
 from vpe_jax.config import OptimConfig
-from vpe_jax.contracts import Array, Examples, LossTerm, Params, Stage, System
+from vpe_jax.contracts import Array, Batch, LossTerm, Params, Stage, System
 from vpe_jax.training import ema, optimizer
 from vpe_jax.training.state import State, merge, split_trainable
 
@@ -28,7 +28,7 @@ Sums = dict[str, Array]
 
 def make_train_step(
   system: System, stage: Stage, optim: OptimConfig, shardings: State | None = None
-) -> Callable[[State, Params, Examples, Array], tuple[State, Metrics]]:
+) -> Callable[[State, Params, Batch, Array], tuple[State, Metrics]]:
   """Builds the jitted step of one stage; it takes over (donates) the state's buffers.
 
   Args:
@@ -45,11 +45,11 @@ def make_train_step(
   """
   place = _placement(shardings, stage)
 
-  def step(state: State, frozen: Params, batch: Examples, rng: Array) -> tuple[State, Metrics]:
+  def step(state: State, frozen: Params, batch: Batch, rng: Array) -> tuple[State, Metrics]:
     trainable, fixed = split_trainable(state['params'], stage)
     counts = system.counts(batch, rng, state['stage_step'], stage)
 
-    def objective(trainable: Params, part: Examples) -> tuple[Array, tuple[Sums, Metrics]]:
+    def objective(trainable: Params, part: Batch) -> tuple[Array, tuple[Sums, Metrics]]:
       params = merge(trainable, fixed)
       terms = system.losses(params, frozen, part, rng, state['stage_step'], stage)
       return _total(terms, counts), (_sums(terms), _scheduled_weights(terms))
@@ -86,12 +86,12 @@ def make_train_step(
 
 def make_eval_step(
   system: System, stage: Stage
-) -> Callable[[Params, Params, Examples, Array, Array], tuple[Sums, Sums]]:
+) -> Callable[[Params, Params, Batch, Array, Array], tuple[Sums, Sums]]:
   """Builds eval(params, frozen, batch, rng, stage_step) -> (sums, counts) of every loss term."""
   stage = dataclasses.replace(stage, training=False)
 
   def evaluate(
-    params: Params, frozen: Params, batch: Examples, rng: Array, stage_step: Array
+    params: Params, frozen: Params, batch: Batch, rng: Array, stage_step: Array
   ) -> tuple[Sums, Sums]:
     terms = system.losses(params, frozen, batch, rng, stage_step, stage)
     return _sums(terms), {name: jnp.float32(term.count) for name, term in terms.items()}
@@ -100,9 +100,9 @@ def make_eval_step(
 
 
 def _differentiate(
-  objective: Callable[[Params, Examples], tuple[Array, tuple[Sums, Metrics]]],
+  objective: Callable[[Params, Batch], tuple[Array, tuple[Sums, Metrics]]],
   trainable: Params,
-  batch: Examples,
+  batch: Batch,
   accumulate: int,
   place: Callable[[Params], Params],
 ) -> tuple[Params, Array, Sums, Metrics]:
@@ -112,7 +112,7 @@ def _differentiate(
     (loss, (sums, scheduled)), gradient = with_gradient(trainable, batch)
     return place(gradient), loss, sums, scheduled
 
-  def body(carry: Params, part: Examples) -> tuple[Params, Any]:
+  def body(carry: Params, part: Batch) -> tuple[Params, Any]:
     (loss, (sums, scheduled)), gradient = with_gradient(trainable, part)
     # Placed inside the scan: reduced once a microbatch into shards, never kept whole.
     return place(jax.tree.map(jnp.add, carry, place(gradient))), (loss, sums, scheduled)
@@ -123,7 +123,7 @@ def _differentiate(
   return gradient, loss.sum(), sums, jax.tree.map(lambda leaf: leaf[0], scheduled)
 
 
-def microbatches(batch: Examples, accumulate: int) -> Examples:
+def microbatches(batch: Batch, accumulate: int) -> Batch:
   """Cuts [B, ...] leaves into [accumulate, B / accumulate, ...]: microbatch a has rows a::n.
 
   Rows are dealt out in turn because each device holds consecutive rows: so every device keeps

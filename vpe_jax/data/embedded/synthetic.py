@@ -1,4 +1,4 @@
-"""Random pictures, captions and codes of the right structure, from no files at all."""
+"""Random images, captions and encoded entries of the right structure, without any files."""
 
 from __future__ import annotations
 
@@ -48,35 +48,26 @@ class Synthetic:
 
 
 @dataclasses.dataclass(frozen=True)
-class SyntheticCodes:
-  """Random codes and latents by source index, in place of a cache of real ones.
+class SyntheticEncoded:
+  """Random encoded entries by source index, in place of a cache of real ones.
 
   Attributes:
     count: number of records.
-    patches: codes of a visual prompt, P.
-    codebook: number of different codes.
-    latent_shape: (h, w, C), or (h, w) of discrete pictures.
-    latent_codes: number of different codes of a discrete picture; 0: latents are numbers.
-    references: whether latents of the picture before come third.
+    entries: (name, shape, codebook size) of one record's arrays; codebook size 0: real numbers.
   """
 
   count: int
-  patches: int
-  codebook: int
-  latent_shape: tuple[int, ...]
-  latent_codes: int = 0
-  references: bool = False
+  entries: tuple[tuple[str, tuple[int, ...], int], ...]
 
   def __len__(self) -> int:
     return self.count
 
-  def __getitem__(self, index: int) -> tuple[np.ndarray, ...]:
-    """Codes [P] int32 and latents of one record; see vpe_jax.data.cache.Encoded."""
-    draw = np.random.default_rng((2, index))
-    codes = draw.integers(0, self.codebook, self.patches, np.int32)
-    if self.latent_codes:
-      return codes, draw.integers(0, self.latent_codes, self.latent_shape, np.int32)
-    latents = [
-      draw.standard_normal(self.latent_shape, np.float32) for _ in range(1 + self.references)
-    ]
-    return codes, *latents
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """The entries of one record; see vpe_jax.data.cache.Encoded."""
+    rng = np.random.default_rng((2, index))
+    return {
+      name: rng.integers(0, codes, shape, np.int32)
+      if codes
+      else rng.standard_normal(shape, np.float32)
+      for name, shape, codes in self.entries
+    }

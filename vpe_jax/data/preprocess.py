@@ -1,0 +1,84 @@
+"""Host-side preprocessing that systems share: a record's prompt as tokens, its images as arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+
+import numpy as np
+
+from vpe_jax.config import DataConfig
+from vpe_jax.contracts import UserError
+from vpe_jax.data.embedded import near_misses
+from vpe_jax.data.records import Record, render
+from vpe_jax.data.tokenizers import bpe
+from vpe_jax.data.tokenizers.published import open_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptAndImage:
+  """Prompt tokens and images of a record; see vpe_jax.contracts.Preprocess.
+
+  Yields `text` [T] and `text_length`; `image` and `source_image` [R, R, 3] uint8 where they are
+  asked for; and `near` [M, T] with `near_length` [M], captions that are wrong in one detail, of
+  length 0 where the record has too few.
+
+  Attributes:
+    tokenizer: turns prompts into token ids.
+    data: sizes, and which text of a record is its prompt.
+  """
+
+  tokenizer: bpe.Tokens
+  data: DataConfig
+
+  def prompt(self, record: Record) -> str:
+    """The caption of a record, or the name of its group (`data.words`)."""
+    return record.caption if self.data.words == 'caption' else record.group
+
+  def __call__(
+    self, record: Record, names: Collection[str], rng: np.random.Generator
+  ) -> dict[str, np.ndarray]:
+    """See vpe_jax.contracts.Preprocess; nothing here is random."""
+    del rng
+    size = self.data.image_size
+    ids, lengths = self._tokens([self.prompt(record)])
+    arrays = {'text': ids[0], 'text_length': lengths[0]}
+    if 'near' in names:
+      arrays |= self._near_misses(record)
+    if 'image' in names:
+      arrays['image'] = render(record, size)
+    if 'source_image' in names:
+      arrays['source_image'] = record.reference.draw(size)
+    return arrays
+
+  def _tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    return self.tokenizer.encode_batch(texts, self.data.text_length, cut=True)
+
+  def _near_misses(self, record: Record) -> dict[str, np.ndarray]:
+    count = self.data.near_misses
+    near = np.zeros((count, self.data.text_length), np.int32)
+    length = np.zeros(count, np.int32)
+    captions = near_misses.near_misses(record, count)
+    if captions:
+      near[: len(captions)], length[: len(captions)] = self._tokens(captions)
+    return {'near': near, 'near_length': length}
+
+
+def prompt_and_image(data: DataConfig, field: str = '', rows: int = 0) -> PromptAndImage:
+  """The preprocessing of a system that reads prompts and images.
+
+  Args:
+    data: the config's section.
+    field: of the config, the size of the system's embedding table, for the error message.
+    rows: of that table; 0: the system has none of its own.
+
+  Raises:
+    UserError: there is no such tokenizer, or it has more tokens than the table has rows.
+  """
+  tokenizer = open_tokenizer(data.tokenizer)
+  if field and tokenizer.vocabulary > rows:
+    raise UserError(
+      f"tokenizer '{data.tokenizer}' has {tokenizer.vocabulary} tokens, but {field} is {rows}: a "
+      'model needs a row for each'
+    )
+  return PromptAndImage(tokenizer, data)
