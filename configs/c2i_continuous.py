@@ -104,7 +104,6 @@ def _tiny(config: ConfigDict, vpe: bool) -> None:
   config.model.body = _body(128, 512, 4, 4, 2) | {'rope_theta': 1e4}
   config.optim = {'lr': 1e-3, 'warmup': 50, 'b2': 0.98, 'ema': 0.995}
   config.sample = {'steps': 20, 'shift': 1.0, 'guidance': 2.0, 'min_p': 0.0}
-  config.log = {'samples': 500, 'evaluate': 250}
 
 
 def _debug(config: ConfigDict, vpe: bool) -> None:
@@ -117,7 +116,8 @@ def _debug(config: ConfigDict, vpe: bool) -> None:
   config.model.body = _body(32, 64, 2, 2, 1)
   config.optim = {'lr': 1e-3, 'warmup': 4, 'ema': 0.9}
   config.sample = {'steps': 4, 'shift': 1.0, 'guidance': 2.0, 'min_p': 0.0}
-  config.log = {'every': 4, 'samples': 12, 'evaluate': 12}
+  config.log = {'every': 4}
+  config.evals = {'heldout': {'every': 12}, 'sample_grid': {'every': 12}}
   config.checkpoint = {'every': 5}
 
 

@@ -100,7 +100,6 @@ def _tiny(config: ConfigDict) -> None:
   config.batch_size = (16,)
   config.model.body = _body(128, 384, 4, 4)
   config.optim = {'lr': 1e-3, 'warmup': 50, 'b2': 0.95, 'weight_decay': 0.05, 'ema': 0.995}
-  config.log = {'samples': 500, 'evaluate': 250}
 
 
 def _debug(config: ConfigDict) -> None:
@@ -111,7 +110,8 @@ def _debug(config: ConfigDict) -> None:
   config.data.examples = 256
   config.model.body = _body(32, 64, 2, 2)
   config.optim = {'lr': 1e-3, 'warmup': 4, 'ema': 0.9}
-  config.log = {'every': 4, 'samples': 12, 'evaluate': 12}
+  config.log = {'every': 4}
+  config.evals = {'heldout': {'every': 12}, 'sample_grid': {'every': 12}}
   config.checkpoint = {'every': 5}
 
 

@@ -71,7 +71,7 @@ def _tiny(config: ConfigDict) -> None:
   config.batch_size = (128, 32, 32)
   config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 32}
   config.optim = {'lr': 2e-3, 'warmup': 50, 'b2': 0.99, 'ema': 0.99}
-  config.log = {'samples': 0, 'evaluate': 200}
+  config.evals = {'heldout': {'every': 200}}
 
 
 def _debug(config: ConfigDict) -> None:
@@ -81,5 +81,6 @@ def _debug(config: ConfigDict) -> None:
   config.model.visual_prompt = {'decoder': {'width': 32, 'layers': 1, 'heads': 2, 'mlp': 64}}
   config.model.image = {'encoder': (16, 16), 'decoder': (16, 16)}
   config.optim = {'lr': 1e-3, 'warmup': 2, 'ema': 0.9}
-  config.log = {'every': 2, 'samples': 0, 'evaluate': 4}
+  config.log = {'every': 2}
+  config.evals = {'heldout': {'every': 4}}
   config.checkpoint = {'every': 2}

@@ -82,7 +82,7 @@ def _tiny(config: ConfigDict) -> None:
   config.data.update(source='edits', scenes_share=0.8, text_length=40, examples=16384)
   config.model.eoi = 6
   config.optim.lr = 1e-3
-  config.log = {'samples': 500, 'evaluate': 250}
+  config.evals = {'heldout': {'every': 250}, 'sample_grid': {'every': 500}}
 
 
 def _debug(config: ConfigDict) -> None:

@@ -39,7 +39,7 @@ def _tiny(config: ConfigDict) -> None:
   config.batch_size = (256,)
   config.model = {'siglip': {'image_size': 48, 'patch': 8}}
   config.optim = {'lr': 1.5e-3, 'warmup': 50, 'b2': 0.95, 'weight_decay': 1e-4, 'ema': 0.99}
-  config.log = {'samples': 0, 'evaluate': 100}
+  config.evals = {'heldout': {'every': 100}}
 
 
 def _judge(config: ConfigDict) -> None:
@@ -62,5 +62,6 @@ def _debug(config: ConfigDict) -> None:
   tower = {'width': 32, 'layers': 1, 'heads': 2, 'mlp': 64}
   config.model = {'siglip': {'vision': dict(tower), 'text': dict(tower)}}
   config.optim = {'lr': 1e-3, 'warmup': 2, 'ema': 0.9}
-  config.log = {'every': 2, 'samples': 0, 'evaluate': 4}
+  config.log = {'every': 2}
+  config.evals = {'heldout': {'every': 4}}
   config.checkpoint = {'every': 2}

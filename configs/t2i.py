@@ -139,7 +139,7 @@ def _tiny(config: ConfigDict) -> None:
   config.optim = {'lr': 2e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.995}
   config.model.update(drop_text=0.1, inherit=0.08)
   config.sample = {'steps': 20, 'shift': 1.0, 'guidance': 2.5, 'plan_guidance': 4.5, 'min_p': 0.1}
-  config.log = {'samples': 400, 'evaluate': 200}
+  config.evals = {'heldout': {'every': 200}, 'sample_grid': {'every': 400}}
 
 
 def _debug(config: ConfigDict) -> None:
@@ -156,7 +156,8 @@ def _debug(config: ConfigDict) -> None:
   }
   config.model.head = _expert(48, 96, 2, 3, 1)
   config.optim = {'lr': 1e-3, 'warmup': 4, 'ema': 0.9}
-  config.log = {'every': 4, 'samples': 10, 'evaluate': 10}
+  config.log = {'every': 4}
+  config.evals = {'heldout': {'every': 10}, 'sample_grid': {'every': 10}}
   config.checkpoint = {'every': 5}
   config.sample = {'steps': 4}
 

@@ -90,7 +90,7 @@ def _tiny(config: ConfigDict) -> None:
   # Both start from rows that are drawn, and no plan is led away from one without text.
   config.model.update(inherit=0.0, drop_text=0.0)
   config.sample.plan_guidance = 1.0
-  config.log = {'samples': 500, 'evaluate': 250}
+  config.evals = {'heldout': {'every': 250}, 'sample_grid': {'every': 500}}
 
 
 def _debug(config: ConfigDict) -> None:

@@ -270,19 +270,23 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-  """What a person sees: `every` steps a line, `samples` steps a grid, `evaluate` steps held-out.
+  """Console output and profiling.
 
-  With `samples` or `evaluate` of 0 there are none. `profile` is a step range such as `10:13` that
-  is traced into RUN/profile (empty: none).
+  Attributes:
+    every: steps between two lines.
+    profile: step range such as `10:13` that is traced into RUN/profile (empty: none).
   """
 
   every: int = 20
-  samples: int = 500
-  evaluate: int = 250
   profile: str = ''
 
   def __post_init__(self) -> None:
-    check_sizes(self, 'log.', samples=0, evaluate=0)
+    check_sizes(self, 'log.')
+
+
+def default_evals() -> dict[str, dict[str, int]]:
+  """Evaluators that run in the training loop unless a config says otherwise."""
+  return {'heldout': {'every': 250}, 'sample_grid': {'every': 500}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,6 +320,9 @@ class Config:
       where a scan copies what the backward pass needs; compiles longer.
     quick_compile: whether programs are compiled fast rather than to run fast, for runs of seconds.
     model: the system's own section.
+    evals: evaluators that run in the training loop, by name (vpe_jax.evaluation.evaluator): each
+      has `every`, the steps between two runs (0: never), and its own options. They run at the end
+      of each stage, too.
   """
 
   name: str
@@ -339,6 +346,7 @@ class Config:
   checkpoint: CheckpointConfig = CheckpointConfig()
   sample: SampleConfig = SampleConfig()
   log: LogConfig = LogConfig()
+  evals: Mapping[str, Any] = dataclasses.field(default_factory=default_evals)
 
   @property
   def starts(self) -> dict[str, str]:
@@ -390,12 +398,23 @@ def from_dict(values: Mapping[str, Any], model: type) -> Config:
       raise UserError(f'config.{name} is {given}: every stage needs at least 1')
     spread[name] = given
   config.optim.check_stages(count)
+  _check_evals(config.evals)
   if config.start_weights == 'state' and set(config.starts) != {''}:
     raise UserError(
       f'config.start_weights is state, which carries the optimizer of one whole run on, and '
       f"config.start is '{config.start}': name one run"
     )
   return dataclasses.replace(config, **spread)
+
+
+def _check_evals(evals: Mapping[str, Any]) -> None:
+  for name, options in evals.items():
+    every = options.get('every') if isinstance(options, Mapping) else None
+    if not isinstance(every, int) or isinstance(every, bool) or every < 0:
+      raise UserError(
+        f'config.evals.{name} is {options!r}: it must be a section with `every`, the steps between '
+        'two runs (0: never), and the options of the evaluator'
+      )
 
 
 def build_section(cls: type, values: Mapping[str, Any]) -> Any:
@@ -411,6 +430,8 @@ def to_dict(config: Any) -> dict[str, Any]:
   """The config as plain nested dicts and lists: what a checkpoint stores as JSON."""
   if dataclasses.is_dataclass(config):
     return {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+  if isinstance(config, Mapping):
+    return {name: to_dict(value) for name, value in config.items()}
   return [to_dict(item) for item in config] if isinstance(config, tuple) else config
 
 
@@ -475,6 +496,10 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     many = [kind for kind in kinds if typing.get_origin(kind) is tuple]
     return _value((many if isinstance(value, (tuple, list)) and many else kinds)[0], value, path)
+  if origin is Mapping:
+    if not isinstance(value, Mapping):
+      raise UserError(f"config key '{path}' must be a section, not {value!r}")
+    return to_dict(value)
   if origin is tuple:
     items = value if isinstance(value, (tuple, list)) else (value,)
     return tuple(_value(typing.get_args(hint)[0], item, path) for item in items)

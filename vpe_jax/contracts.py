@@ -11,6 +11,7 @@ Time: t = 0 is data, t = 1 is noise, x_t = (1 - t) x + t eps, and networks predi
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -205,6 +206,10 @@ class Stage:
   monitored: tuple[str, ...] = ()
   training: bool = True
 
+  def trains(self, path: str) -> bool:
+    """Whether the parameter at a path trains in this stage."""
+    return any(re.match(pattern, path) for pattern in self.trainable)
+
   def weight(self, loss: str, step: Array | int) -> Array | float:
     """The weight of a loss at a step of the stage, as a LossTerm takes it."""
     weight = self.losses[loss]
@@ -375,11 +380,15 @@ class Samples(System, Protocol):
 
   Attributes:
     samples_with: names of the frozen networks that `generate` reads.
+    drafts: encoded entries that `draft` samples before rendering, such as a plan of the image.
+    draft_encoders: names of the frozen networks that `encode_drafts` reads.
   """
 
   MISSING: ClassVar[str] = 'does not generate images'
 
   samples_with: tuple[str, ...]
+  drafts: tuple[str, ...] = ()
+  draft_encoders: tuple[str, ...] = ()
 
   def prepare(self, params: Params, platform: str = '') -> Params:
     """Parameters in the layout in which sampling is fast on a platform; called once."""
@@ -391,10 +400,20 @@ class Samples(System, Protocol):
     example = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     return Batch(example, self.batch_spec(batch_size).inputs)
 
+  def draft(self, params: Params, request: Batch, rng: Array, settings: Any) -> dict[str, Array]:
+    """The entries `drafts` of requests that lack them; nothing is rendered."""
+    del params, request, rng, settings
+    return {}
+
+  def encode_drafts(self, frozen: Params, images: Array) -> dict[str, Array]:
+    """The entries `drafts` of given images [B, R, R, 3] uint8, as in training."""
+    del frozen, images
+    return {}
+
   def generate(
     self, params: Params, frozen: Params, request: Batch, rng: Array, settings: Any
   ) -> Generated:
-    """One image for each request; pure and jittable with `settings` static.
+    """One image for each request, drafts included; pure and jittable with `settings` static.
 
     `request.inputs` has the prompts, `request.example` keys each element's randomness, so that it
     does not depend on its neighbours. Entries of `request.encoded` are used instead of the model's
@@ -431,12 +450,12 @@ class ScoresImages(Samples, Protocol):
 
 
 class PlansVisually(Samples, Protocol):
-  """Capability: writes a visual prompt, a discrete plan of the image, before rendering it.
+  """Capability: drafts a visual prompt, a plan of the image in discrete codes [B, P].
 
   Attributes:
     visual_prompt: the codec of visual prompts (vpe_jax.codecs.protocol).
     codes: entries of its codebook.
-    plan_rankers: ranker functions that `plan_scores` knows, best known first.
+    plan_rankers: ranking criteria: `likelihood`, and `similarity` where `plan_similarity` exists.
   """
 
   MISSING: ClassVar[str] = 'writes no visual prompts apart from its images'
@@ -444,10 +463,6 @@ class PlansVisually(Samples, Protocol):
   visual_prompt: Any
   codes: int
   plan_rankers: tuple[str, ...]
-
-  def plan(self, params: Params, request: Batch, rng: Array, settings: Any) -> Array:
-    """Visual prompts [B, P] int32 that the model writes for requests; no image is rendered."""
-    ...
 
   def plan_likelihood(self, params: Params, request: Batch) -> Array:
     """Mean log-probability [B], in nats, of the request's visual prompts given its prompts.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from vpe_jax import sharding
 from vpe_jax.checkpoints import checksum, converted, weights
 from vpe_jax.config import MeshConfig
-from vpe_jax.contracts import Array, Batch, Params, PlansVisually, Samples, System, UserError
+from vpe_jax.contracts import Array, Batch, Params, Samples, System, UserError
 from vpe_jax.sharding import by_path
 
 Encode = Callable[[Params, Mapping[str, Array], Array], dict[str, Array]]
@@ -65,20 +65,20 @@ def for_sampling(system: Samples) -> Params:
   return _on_one_device(system, system.samples_with)
 
 
-def for_visual_prompts(system: PlansVisually) -> Params:
-  """The networks that a system reads visual prompts with, on one device.
+def for_drafts(system: Samples) -> Params:
+  """The networks that a system reads the drafts of given images with, on one device.
 
   Raises:
-    UserError: it was trained without them; or see `for_drawing`.
+    UserError: it was trained without them; or see `for_sampling`.
   """
-  names = system.visual_prompt.weights
+  names = system.draft_encoders
   if not set(names) <= set(system.frozen):
-    raise UserError('this model was trained on synthetic codes: they are of no codebook')
-  found, side = _on_one_device(system, names), system.config.data.image_size
+    raise UserError('this model was trained on synthetic codes: no encoder reads them from images')
+  networks, side = _on_one_device(system, names), system.config.data.image_size
   with _misfit(system, names):
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
-    jax.eval_shape(system.visual_prompt.encode, found, image)
-  return found
+    jax.eval_shape(system.encode_drafts, networks, image)
+  return networks
 
 
 def _on_one_device(system: System, names: Iterable[str]) -> Params:

@@ -1,14 +1,13 @@
-"""Is an edit done, and is all else left as it was?
+"""Editing: is the edit done, and is everything else unchanged?
 
-A model is given the picture before and the instruction of held-out edits of scenes, of which the
-picture after is known, and so is the mask of all that changes. An edit counts as done if inside the
-mask the picture is nearer to the one after than to the one before, in mean squared difference, and
-as close if it is less than half as far from the one after as the one before is: that a picture is
-nearer happens by chance, to every second one, and `noise` shows it. How near it comes is its PSNR
-to the picture after inside the mask; what it does to all else, its PSNR to the picture before
-outside. A judge that no generator saw says which of the two pictures it is more like as a whole.
-`the picture before` is what a copy scores; pictures that were generated for other edits have the
-model's style and no more.
+A model is given the source image and the instruction of held-out edits of scenes, whose target
+image is known, and so is the mask of everything that changes. An edit is done if inside the mask
+the image is nearer to the target than to the source, in mean squared difference, and close if it is
+less than half as far from the target as the source is. About half of all edits are done by chance,
+as `noise` shows. PSNR to the target inside the mask measures how close it comes, PSNR to the source
+outside the mask how well the rest is preserved. An evaluator network that no generator saw says
+which of the two images it resembles more as a whole. `the source image` is the score of a copy;
+images that were generated for other edits have the model's style and nothing else.
 """
 
 from __future__ import annotations
@@ -20,51 +19,54 @@ from typing import Any
 
 import numpy as np
 
+from vpe_jax.contracts import Edits
 from vpe_jax.data.embedded import edits
 from vpe_jax.data.records import Split, changed, render
+from vpe_jax.evaluation.evaluator import Subject
 from vpe_jax.evaluation.judge import Judge
-from vpe_jax.evaluation.report import Options, Report, Row, Subject, distinct, protocol
+from vpe_jax.evaluation.report import HELD_OUT, Report, Row, check_options, distinct, protocol
 from vpe_jax.evaluation.retrieval import wilson
 
-COPY, NOISE, OTHERS = 'the picture before', 'noise', 'generated for another edit'
-_CLOSE = 0.5  # of the distance between the pictures before and after
-_POOL = 8  # edits drawn for each that is used: enough with different instructions
+COPY, NOISE, OTHERS = 'the source image', 'noise', 'generated for another edit'
+FROM_TRUE = 'generated from true drafts'
+_CLOSE = 0.5  # of the distance between source and target
+_POOL = 8  # edits composed for each that is used: enough with different instructions
 
-_SHARES = ('done', 'close', 'like_after')  # what is told of each edit
+_SHARES = ('done', 'close', 'like_after')
 
 Embed = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-  """Edits to be done.
+class HeldOutEdits:
+  """Held-out edits.
 
   Attributes:
-    before: uint8 [N, R, R, 3].
-    after: the same.
-    mask: bool [N, R, R], where they differ.
-    told: N instructions.
-    kinds: what each does: `add`, `remove`, `recolour`, `replace` or `move` a thing.
+    source: images before the edit, uint8 [N, R, R, 3].
+    target: images after it.
+    mask: bool [N, R, R], where the two differ.
+    instructions: N texts.
+    kinds: `add`, `remove`, `recolour`, `replace` or `move`.
   """
 
-  before: np.ndarray
-  after: np.ndarray
+  source: np.ndarray
+  target: np.ndarray
   mask: np.ndarray
-  told: list[str]
+  instructions: list[str]
   kinds: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """How one set of pictures did.
+  """Scores of one set of images.
 
   Attributes:
-    done: bool [N], nearer to the picture after than to the one before, inside the mask.
-    close: bool [N], less than half as far from the picture after as the one before is, there.
-    like_after: bool [N], the same of the judge's vectors of the whole pictures.
-    error_inside: mean squared difference to the picture after inside the masks, in levels squared,
-      over all pixels of all pictures.
-    error_outside: to the picture before, outside.
+    done: bool [N], nearer to the target than to the source, inside the mask.
+    close: bool [N], less than half as far from the target as the source is, inside the mask.
+    like_after: bool [N], the evaluator's vector is nearer to the target's than to the source's.
+    error_inside: mean squared difference to the target inside the masks, in levels squared, over
+      all pixels of all images.
+    error_outside: to the source, outside the masks.
   """
 
   done: np.ndarray
@@ -93,100 +95,126 @@ class Result:
     }
 
 
-def edits_report(subject: Subject, options: Options) -> Report:
-  """Held-out edits, with the model's own plans and with those of the pictures after."""
-  judge = Judge.load(options.judge)
-  results, lines, sheets = {}, [], {}
-  for split in options.splits:
-    asked = make_edits(options.captions, split, options.seed, subject.image_size)
-    noise = np.random.default_rng(options.seed).integers(0, 256, asked.before.shape, np.uint8)
-    rows = {COPY: asked.before, NOISE: noise, **_drawn(subject, asked)}
-    found = {name: measure(images, asked, judge.images) for name, images in rows.items()}
-    lines += table(split, found, asked.kinds)
-    results[split] = {
-      'rows': {name: result.summary(asked.kinds) for name, result in found.items()},
-      'changed': float(asked.mask.mean()),
-      'edits': [
-        {'told': told, 'kind': str(kind), 'done': bool(done)}
-        for told, kind, done in zip(asked.told, asked.kinds, found['generated'].done)
-      ],
+@dataclasses.dataclass(frozen=True)
+class EditBenchmark:
+  """Held-out edits; see vpe_jax.evaluation.evaluator.Evaluator.
+
+  Attributes:
+    captions: instructions of each split.
+    splits: held-out splits of the data.
+    seed: of the edits.
+    judge: weights of the evaluator network.
+  """
+
+  requires = (Edits,)
+  tasks = ('edits',)
+  folder = 'evaluation'
+
+  captions: int = 512
+  splits: tuple[str, ...] = HELD_OUT
+  seed: int = 0
+  judge: str = 'assets:judge'
+
+  def check(self) -> None:
+    """See Evaluator."""
+    check_options(self.captions, self.splits, self.seed)
+
+  def run(self, subject: Subject) -> Report:
+    """Edits by the model, from its own drafts and from those of the target images."""
+    judge = Judge.load(self.judge)
+    results, lines, sheets, numbers = {}, [], {}, {}
+    for split in self.splits:
+      held_out = make_edits(self.captions, split, self.seed, subject.image_size)
+      noise = np.random.default_rng(self.seed).integers(0, 256, held_out.source.shape, np.uint8)
+      rows = {COPY: held_out.source, NOISE: noise, **_generated(subject, held_out)}
+      outcomes = {name: measure(images, held_out, judge.images) for name, images in rows.items()}
+      lines += table(split, outcomes, held_out.kinds)
+      for name in ('done', 'close'):
+        numbers[f'edits/{split}/{name}'] = float(getattr(outcomes['generated'], name).mean())
+      results[split] = {
+        'rows': {name: result.summary(held_out.kinds) for name, result in outcomes.items()},
+        'changed': float(held_out.mask.mean()),
+        'edits': [
+          {'told': instruction, 'kind': str(kind), 'done': bool(done)}
+          for instruction, kind, done in zip(
+            held_out.instructions, held_out.kinds, outcomes['generated'].done
+          )
+        ],
+      }
+      sheets[split] = (
+        Row.first('source', held_out.source, held_out.instructions),
+        Row.first('target', held_out.target),
+        *(Row.first(name, rows[name]) for name in _own(rows)),
+      )
+    measured = {
+      'source': 'vpe_jax.data.embedded.edits',
+      'done': 'nearer to the target than to the source inside the mask, by squared error',
+      'close': 'less than half as far from the target as the source is, inside the mask',
+      'like_after': "the evaluator's vector is nearer to the target's than to the source's",
+      'psnr': 'of the squared error over all pixels of all images inside, or outside, the masks',
+      'judge_checkpoint': judge.fingerprint,
     }
-    sheets[split] = (
-      Row.first('before', asked.before, asked.told),
-      Row.first('target', asked.after),
-      *(Row.first(name, rows[name]) for name in _own(rows)),
-    )
-  said = {
-    'source': 'vpe_jax.data.embedded.edits',
-    'done': 'nearer to the picture after than to the one before inside the mask, by squared error',
-    'close': 'less than half as far from the picture after as the one before is, inside the mask',
-    'like_after': "the judge's vector is nearer to the picture after's than to the one before's",
-    'psnr': 'of the squared error over all pixels of all pictures inside, or outside, the masks',
-    'judge_checkpoint': judge.fingerprint,
-  }
-  question = 'is the edit done, and is all else left as it was?'
-  return Report(
-    tuple(lines), protocol('edits', question, subject, options, results, **said), sheets
-  )
+    question = 'is the edit done, and is everything else unchanged?'
+    record = protocol(self, 'edits', question, subject, results, **measured)
+    return Report(numbers, tuple(lines), record, sheets)
 
 
-def _drawn(subject: Subject, asked: Asked) -> dict[str, np.ndarray]:
-  """Pictures of the model, in rows."""
-  model = subject.editing(asked.before)
-  rows = {'generated': model.draw(asked.told)}
+def _generated(subject: Subject, asked: HeldOutEdits) -> dict[str, np.ndarray]:
+  """Images of the model, by row."""
+  model = subject.editing(asked.source)
+  rows = {'generated': model.sample(asked.instructions)}
   rows[OTHERS] = np.roll(rows['generated'], 1, axis=0)
-  if model.planner is not None:
-    plans = model.planner.read(asked.after, asked.told)
-    rows['generated on the true plan'] = model.planner.render(plans)
+  if subject.generator.system.drafts:
+    rows[FROM_TRUE] = model.sample_from_true_drafts(asked.instructions, asked.target)
   return rows
 
 
-def make_edits(count: int, split: Split, seed: int, size: int) -> Asked:
+def make_edits(count: int, split: Split, seed: int, size: int) -> HeldOutEdits:
   """Edits of a split with different instructions.
 
   Raises:
     UserError: there are too few.
   """
   records = distinct(edits.Edits(max(_POOL * count, 256), split, seed), count)
-  return Asked(
-    before=np.stack([record.reference.draw(size) for record in records]),
-    after=np.stack([render(record, size) for record in records]),
+  return HeldOutEdits(
+    source=np.stack([record.reference.draw(size) for record in records]),
+    target=np.stack([render(record, size) for record in records]),
     mask=np.stack([changed(record, size) for record in records]),
-    told=[record.caption for record in records],
+    instructions=[record.caption for record in records],
     kinds=np.asarray([record.edit.kind for record in records]),
   )
 
 
-def measure(images: np.ndarray, asked: Asked, embed: Embed) -> Result:
-  """Compares pictures [N, R, R, 3] uint8 with those before and after.
+def measure(images: np.ndarray, asked: HeldOutEdits, embed: Embed) -> Result:
+  """Compares edited images [N, R, R, 3] uint8 with sources and targets.
 
   Args:
-    images: what was made of `asked.before`.
+    images: edits of `asked.source`.
     asked: the edits.
-    embed: pictures -> unit vectors.
+    embed: images -> unit vectors.
   """
-  to_before, to_after = (_squared(images, other) for other in (asked.before, asked.after))
+  to_before, to_after = (_squared(images, other) for other in (asked.source, asked.target))
   inside = lambda error: np.sum(error * asked.mask, axis=(1, 2))
-  vectors, before, after = (embed(x) for x in (images, asked.before, asked.after))
+  vectors, before, after = (embed(x) for x in (images, asked.source, asked.target))
   return Result(
     done=inside(to_after) < inside(to_before),
-    close=inside(to_after) < _CLOSE**2 * inside(_squared(asked.before, asked.after)),
+    close=inside(to_after) < _CLOSE**2 * inside(_squared(asked.source, asked.target)),
     like_after=np.sum(vectors * after, 1) > np.sum(vectors * before, 1),
     error_inside=float(to_after[asked.mask].mean()),
     error_outside=float(to_before[~asked.mask].mean()),
   )
 
 
-def table(split: str, found: Mapping[str, Result], kinds: np.ndarray) -> list[str]:
+def table(split: str, outcomes: Mapping[str, Result], kinds: np.ndarray) -> list[str]:
   """The results of one split as aligned lines."""
   lines = [
-    f'split {split}: {len(kinds)} edits; done: inside what changes, nearer to the picture after '
-    'than to the one before (half of them by chance); close: less than half as far from it as the '
-    'one before is; PSNR to the picture after inside, to the one before outside',
-    f'  {"pictures":28}{"done":>8}{"95% interval":>18}{"close":>8}{"PSNR inside":>13}{"outside":>9}'
-    f'{"judged like after":>19}',
+    f'split {split}: {len(kinds)} edits; done: inside what changes, nearer to the target '
+    'than to the source (half of them by chance); close: less than half as far from it as the '
+    'source is; PSNR to the target inside, to the source outside',
+    f'  {"images":28}{"done":>8}{"95% interval":>18}{"close":>8}{"PSNR inside":>13}{"outside":>9}'
+    f'{"judged like target":>19}',
   ]
-  for name, result in found.items():
+  for name, result in outcomes.items():
     low, high = wilson(float(result.done.mean()), len(result.done))
     lines.append(
       f'  {name:28}{result.done.mean():>8.1%}{f"{low:.1%} to {high:.1%}":>18}'
@@ -195,23 +223,23 @@ def table(split: str, found: Mapping[str, Result], kinds: np.ndarray) -> list[st
     )
   said = []
   for kind in np.unique(kinds):
-    shares = [f'{found[name].done[kinds == kind].mean():.0%}' for name in _own(found)]
+    shares = [f'{outcomes[name].done[kinds == kind].mean():.0%}' for name in _own(outcomes)]
     said.append(f'{kind} {" / ".join(shares)} of {np.sum(kinds == kind)}')
-  return [*lines, f'  done, by kind ({" / ".join(_own(found))}): {", ".join(said)}']
+  return [*lines, f'  done, by kind ({" / ".join(_own(outcomes))}): {", ".join(said)}']
 
 
 def _own(rows: Mapping[str, Any]) -> list[str]:
-  """The rows of what the model made of an edit."""
+  """The rows of images that the model generated for the edit."""
   return [name for name in rows if name not in (COPY, NOISE, OTHERS)]
 
 
 def _shares(result: Result) -> dict[str, Any]:
-  """What a result counts, with intervals."""
-  count, found = len(result.done), {'edits': len(result.done)}
+  """Shares of a result, with intervals."""
+  count, outcomes = len(result.done), {'edits': len(result.done)}
   for name in _SHARES:
     share = float(getattr(result, name).mean())
-    found[name] = {'share': share, 'interval95': list(wilson(share, count))}
-  return found
+    outcomes[name] = {'share': share, 'interval95': list(wilson(share, count))}
+  return outcomes
 
 
 def _squared(images: np.ndarray, others: np.ndarray) -> np.ndarray:

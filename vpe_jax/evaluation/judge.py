@@ -1,4 +1,4 @@
-"""The judge: a SigLIP that no generator learns from, which compares pictures with captions."""
+"""The evaluator network: a SigLIP that no generator trains on compares images with captions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vpe_jax.models import siglip
 from vpe_jax.sampling import batches
 
 _BATCH = 64
-_MOVES = (-1, 0, 1)  # in each direction; patches are coarse, and their borders fall by chance
-_MOVE = 1 / 20  # of the picture's side
+_MOVES = (-1, 0, 1)  # in each direction; patch borders are coarse and arbitrary
+_MOVE = 1 / 20  # of the image's side
 
 
 class Judge:
-  """Embeds pictures and captions as unit vectors, whose product says how well they fit.
+  """Embeds images and captions as unit vectors, whose product measures how well they fit.
 
-  A picture's vector is the mean over nine views that are moved a little.
+  An image's vector is the mean over nine slightly shifted views.
   """
 
   def __init__(self, system: Any, params: Params, tokenizer: bpe.Tokenizer, fingerprint: str):
@@ -58,7 +58,7 @@ class Judge:
 
   @classmethod
   def load(cls, source: str = 'assets:judge') -> Judge:
-    """Loads the shipped judge, or another SigLIP exported to a file.
+    """Loads the shipped evaluator network, or another SigLIP exported to a file.
 
     Raises:
       UserError: there is no such file, or it holds another system.
@@ -70,7 +70,7 @@ class Judge:
     return cls(system, params, bpe.shipped(), weights.fingerprint(params))
 
   def images(self, images: np.ndarray) -> np.ndarray:
-    """Unit vectors [N, D] of pictures [N, R, R, 3] uint8."""
+    """Unit vectors [N, D] of images [N, R, R, 3] uint8."""
     embed = lambda batch: self._embed_images(self._params, batch)
     return batches.by_rows(embed, images, _BATCH)
 
@@ -78,7 +78,7 @@ class Judge:
     """Unit vectors [N, D] of N captions.
 
     Raises:
-      UserError: a caption is longer than the judge reads.
+      UserError: a caption is longer than the network reads.
     """
     length = self._config.data.text_length
     encoded = self._tokenizer.encode_batch(list(captions), length)

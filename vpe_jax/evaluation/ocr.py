@@ -1,11 +1,11 @@
-"""Do pictures of words show the words that they should, to a program that reads?
+"""Text rendering: does an OCR program read the words of the prompt?
 
-The protocol of TextAtlas with another reader: rapidocr, whose networks come with the package. What
-is read is put in lower case and cut into words; each takes the first word asked for that none has
-taken and that is alike by at least 80 of 100 (Indel similarity). Recall, precision and their
-harmonic mean F1 are of the words of all pictures together; the character error rate is the edit
-distance to the words asked for, case included, over the longer of the two texts, as a mean over
-pictures. What is read of the true pictures is the ceiling.
+The protocol of TextAtlas with another reader: rapidocr, whose networks come with the package. Read
+text is lower-cased and split into words; each word is matched to the first free expected word that
+is similar by at least 80 of 100 (Indel similarity). Recall, precision and their harmonic mean F1
+are over the words of all images together; the character error rate is the edit distance to the
+expected words, case included, over the longer of the two texts, averaged over images. The true
+images give the ceiling.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vpe_jax.contracts import UserError
+from vpe_jax.contracts import Samples, UserError
 from vpe_jax.data.embedded.words import Words
 from vpe_jax.data.records import render
-from vpe_jax.evaluation.report import Options, Report, Row, Subject, distinct, protocol
+from vpe_jax.evaluation.editing import FROM_TRUE
+from vpe_jax.evaluation.evaluator import Subject
+from vpe_jax.evaluation.report import HELD_OUT, Report, Row, check_options, distinct, protocol
 
 ALIKE = 80  # of 100
-_POOL = 2  # pictures composed for each that is used: enough with different captions
+_POOL = 2  # images composed for each that is used: enough with different captions
 _PACKAGES = ('rapidocr', 'onnxruntime', 'rapidfuzz')
-# With these, true pictures of 64 x 64 are read without error.
-_SIDE = 256  # smaller pictures are enlarged by the whole factor that comes closest
+# With these, true images of 64 x 64 are read without error.
+_SIDE = 256  # smaller images are enlarged by the nearest integer factor
 _BORDER = 32  # white, around them
 _SETTINGS = {
   'Global.log_level': 'critical',
   'Global.use_cls': False,  # no line stands on its head
-  'Det.limit_side_len': _SIDE + 2 * _BORDER,  # lines are found without enlarging it any further
+  'Det.limit_side_len': _SIDE + 2 * _BORDER,  # lines are outcomes without enlarging it any further
 }
 
 Read = Callable[[np.ndarray], list[str]]
@@ -42,34 +44,34 @@ Read = Callable[[np.ndarray], list[str]]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """How one set of pictures was read.
+  """Scores of one set of images.
 
   Attributes:
-    asked: words that should be there.
-    read: words that were read.
-    matched: words of both.
-    errors: float [N], the character error rate of each picture.
+    expected: number of expected words.
+    read: number of words read.
+    matched: number of words in both.
+    errors: float [N], the character error rate of each image.
   """
 
-  asked: int
+  expected: int
   read: int
   matched: int
   errors: np.ndarray
 
   @property
   def recall(self) -> float:
-    """Share of the words asked for that were read: TextAtlas' accuracy."""
-    return self.matched / self.asked
+    """Share of the expected words that were read: TextAtlas' accuracy."""
+    return self.matched / self.expected
 
   @property
   def precision(self) -> float:
-    """Share of the words read that were asked for."""
+    """Share of the words read that were expected."""
     return self.matched / self.read if self.read else 0.0
 
   @property
   def f1(self) -> float:
     """Harmonic mean of recall and precision."""
-    return 2 * self.matched / (self.asked + self.read)
+    return 2 * self.matched / (self.expected + self.read)
 
   @property
   def error_rate(self) -> float:
@@ -83,7 +85,7 @@ class Result:
       'precision': self.precision,
       'f1': self.f1,
       'character_error_rate': self.error_rate,
-      'words_asked': self.asked,
+      'words_asked': self.expected,
       'words_read': self.read,
       'words_matched': self.matched,
       'pictures_without_error': float(np.mean(self.errors == 0)),
@@ -91,58 +93,83 @@ class Result:
 
 
 def check_installed() -> None:
-  """Finds out before anything is drawn whether there is something to read with.
+  """Checks that the OCR packages are installed.
 
   Raises:
-    UserError: there isn't.
+    UserError: they are not.
   """
   absent = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
   if absent:
-    raise UserError(f'the benchmark ocr needs {", ".join(absent)}: pip install -e .[eval]')
+    raise UserError(f'the evaluator ocr needs {", ".join(absent)}: pip install -e .[eval]')
 
 
-def ocr_report(subject: Subject, options: Options) -> Report:
-  """Held-out words, with the model's own plans and with those of the true pictures."""
-  read = reader()
-  results, lines, sheets = {}, [], {}
-  for split in options.splits:
-    records = distinct(Words(_POOL * options.captions, split, options.seed), options.captions)
-    told = [record.caption for record in records]
-    asked = [' '.join(word.text for word in record.truth.writing.words) for record in records]
-    rows = {'true images': np.stack([render(record, subject.image_size) for record in records])}
-    rows['generated'] = subject.draw(told)
-    if subject.planner is not None:
-      plans = subject.planner.read(rows['true images'], told)
-      rows['generated on the true plan'] = subject.planner.render(plans)
-    texts = {name: read(images) for name, images in rows.items()}
-    found = {name: measure(texts[name], asked) for name in rows}
-    lines += table(split, found)
-    results[split] = {
-      'rows': {name: result.summary() for name, result in found.items()},
-      'pictures': [
-        {'caption': caption, 'asked': words, **{name: texts[name][i] for name in texts}}
-        for i, (caption, words) in enumerate(zip(told, asked))
-      ],
+@dataclasses.dataclass(frozen=True)
+class Ocr:
+  """Reading of held-out words; see vpe_jax.evaluation.evaluator.Evaluator.
+
+  Attributes:
+    captions: captions of each split.
+    splits: held-out splits of the data.
+    seed: of the captions.
+  """
+
+  requires = (Samples,)
+  tasks = ('words',)
+  folder = 'evaluation'
+
+  captions: int = 512
+  splits: tuple[str, ...] = HELD_OUT
+  seed: int = 0
+
+  def check(self) -> None:
+    """See Evaluator."""
+    check_options(self.captions, self.splits, self.seed)
+    check_installed()
+
+  def run(self, subject: Subject) -> Report:
+    """Words in images from the model's own drafts, from those of the true images, and in these."""
+    read = reader()
+    results, lines, sheets, numbers = {}, [], {}, {}
+    for split in self.splits:
+      records = distinct(Words(_POOL * self.captions, split, self.seed), self.captions)
+      prompts = [record.caption for record in records]
+      expected = [' '.join(word.text for word in record.truth.writing.words) for record in records]
+      true = np.stack([render(record, subject.image_size) for record in records])
+      rows = {'true images': true, 'generated': subject.sample(prompts)}
+      if subject.generator.system.drafts:
+        rows[FROM_TRUE] = subject.sample_from_true_drafts(prompts, true)
+      texts = {name: read(images) for name, images in rows.items()}
+      outcomes = {name: measure(texts[name], expected) for name in rows}
+      lines += table(split, outcomes)
+      numbers[f'ocr/{split}/f1'] = outcomes['generated'].f1
+      numbers[f'ocr/{split}/error_rate'] = outcomes['generated'].error_rate
+      results[split] = {
+        'rows': {name: result.summary() for name, result in outcomes.items()},
+        'pictures': [
+          {'caption': caption, 'asked': words, **{name: texts[name][i] for name in texts}}
+          for i, (caption, words) in enumerate(zip(prompts, expected))
+        ],
+      }
+      sheets[split] = tuple(
+        Row.first(name, images, prompts if name == 'true images' else _quoted(texts[name]))
+        for name, images in rows.items()
+      )
+    measured = {
+      'source': 'vpe_jax.data.embedded.words',
+      'reader': f'rapidocr; images enlarged to about {_SIDE} pixels, {_BORDER} of white around',
+      'matching': f'a word read takes the first free expected word with a ratio of {ALIKE} or more',
+      'character_error_rate': 'edit distance over the longer of the two texts, mean over images',
     }
-    sheets[split] = tuple(
-      Row.first(name, images, told if name == 'true images' else _quoted(texts[name]))
-      for name, images in rows.items()
-    )
-  said = {
-    'source': 'vpe_jax.data.embedded.words',
-    'reader': f'rapidocr; pictures enlarged to about {_SIDE} pixels, {_BORDER} of white around',
-    'matching': f'a word read takes the first free word asked for with a ratio of {ALIKE} or more',
-    'character_error_rate': 'edit distance over the longer of the two texts, mean over pictures',
-  }
-  question = 'are the words there that were asked for?'
-  return Report(tuple(lines), protocol('ocr', question, subject, options, results, **said), sheets)
+    question = 'do the images show the words of their prompts?'
+    record = protocol(self, 'ocr', question, subject, results, **measured)
+    return Report(numbers, tuple(lines), record, sheets)
 
 
 @functools.cache
 def reader() -> Read:
-  """What reads pictures [N, R, R, 3] uint8: the lines of each, joined by spaces.
+  """The OCR reader: the lines of each image [N, R, R, 3] uint8, joined by spaces.
 
-  A picture is read once: the true ones are those of every run.
+  Results are cached by image, as the true images are the same for every run.
 
   Raises:
     UserError: the packages for it are not installed.
@@ -160,32 +187,32 @@ def reader() -> Read:
     return known[key]
 
   def read(images: np.ndarray) -> list[str]:
-    return [text(image) for image in tqdm(images, desc='reading', unit='picture')]
+    return [text(image) for image in tqdm(images, desc='reading', unit='image')]
 
   return read
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
-  """The picture uint8 [R, R, 3] as large as the reader likes it, with a white border."""
+  """The image uint8 [R, R, 3], enlarged to the size that the reader needs, with a white border."""
   factor = max(1, round(_SIDE / len(image)))
   large = Image.fromarray(image).resize((factor * len(image),) * 2, Image.Resampling.BICUBIC)
   return np.pad(np.asarray(large), ((_BORDER,) * 2, (_BORDER,) * 2, (0, 0)), constant_values=255)
 
 
-def measure(read: Sequence[str], asked: Sequence[str]) -> Result:
-  """Compares what was read of N pictures with the words that they should show."""
+def measure(read: Sequence[str], expected: Sequence[str]) -> Result:
+  """Compares the texts read from N images with the expected words."""
   from rapidfuzz.distance import Levenshtein
 
-  counted = np.asarray([matches(*pair) for pair in zip(read, asked, strict=True)])
-  errors = [Levenshtein.distance(a, b) / max(len(a), len(b), 1) for a, b in zip(read, asked)]
+  counted = np.asarray([matches(*pair) for pair in zip(read, expected, strict=True)])
+  errors = [Levenshtein.distance(a, b) / max(len(a), len(b), 1) for a, b in zip(read, expected)]
   return Result(*(int(total) for total in counted.sum(0)), np.asarray(errors))
 
 
-def matches(read: str, asked: str) -> tuple[int, int, int]:
-  """How many words were asked for, were read, and are of both."""
+def matches(read: str, expected: str) -> tuple[int, int, int]:
+  """Numbers of expected words, of words read, and of words in both."""
   from rapidfuzz import fuzz
 
-  words, free = read.lower().split(), asked.lower().split()
+  words, free = read.lower().split(), expected.lower().split()
   count = len(free)
   for word in words:
     alike = (i for i, other in enumerate(free) if round(fuzz.ratio(word, other)) >= ALIKE)
@@ -195,15 +222,15 @@ def matches(read: str, asked: str) -> tuple[int, int, int]:
   return count, len(words), count - len(free)
 
 
-def table(split: str, found: dict[str, Result]) -> list[str]:
+def table(split: str, outcomes: dict[str, Result]) -> list[str]:
   """The results of one split as aligned lines."""
-  count = len(next(iter(found.values())).errors)
+  count = len(next(iter(outcomes.values())).errors)
   lines = [
-    f'split {split}: words read of {count} pictures, and characters wrong of those of a picture',
-    f'  {"pictures":28}{"recall":>9}{"precision":>11}{"F1":>8}{"characters wrong":>18}'
-    f'{"pictures without error":>24}',
+    f'split {split}: words read in {count} images, and share of wrong characters',
+    f'  {"images":28}{"recall":>9}{"precision":>11}{"F1":>8}{"characters wrong":>18}'
+    f'{"images without error":>24}',
   ]
-  for name, result in found.items():
+  for name, result in outcomes.items():
     lines.append(
       f'  {name:28}{result.recall:>9.1%}{result.precision:>11.1%}{result.f1:>8.1%}'
       f'{result.error_rate:>18.1%}{np.mean(result.errors == 0):>24.1%}'

@@ -1,8 +1,8 @@
-"""Does a picture retrieve its own caption among 32, half of which differ in a single detail?
+"""Caption retrieval: does an image score highest with its own caption among 32?
 
-A judge that the generator never used (a SigLIP of another seed and patch size) embeds pictures
-and captions. For each held-out caption there are 31 wrong ones: `HARD` that differ from it in one
-object, colour or count, and captions of other pictures. Chance is 1 / 32.
+An evaluator network that the generator never used (a SigLIP of another seed and patch size) embeds
+images and captions. For each held-out caption there are 31 wrong ones: `HARD` that differ from it
+in one object, colour or count, and captions of other images. Chance is 1 / 32.
 """
 
 from __future__ import annotations
@@ -11,19 +11,28 @@ import collections
 import dataclasses
 import math
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from vpe_jax.contracts import Samples
 from vpe_jax.data.embedded import distractors, scenes
-from vpe_jax.data.records import Record, Split, Truth
+from vpe_jax.data.records import Record, Split, Truth, render
+from vpe_jax.evaluation.evaluator import Subject
+from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.report import HELD_OUT, Report, Row, check_options, protocol
 
 CANDIDATES = 32
 HARD = 16
 RELATIONS = 3  # the other ways in which two things can lie
 _POOL = 4  # scenes drawn for each that is used: distinct captions, and more to choose from
 TIE = 1e-6  # cosines closer than this count as equal
+# The bars that `verdict` checks.
+_TRUE_BAR = 0.6  # accuracy on the true images: is the evaluator network good enough?
+_SHARE_BAR = 0.5  # of it, that generated images reach
+_CHANCES_BAR = 3  # times chance, that images of a quickstart run reach
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +103,75 @@ class Result:
       'lost_to': dict(self.lost_to),
       'relation_pairs_right': self.relation,
     }
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+  """Retrieval of held-out captions; see vpe_jax.evaluation.evaluator.Evaluator.
+
+  Attributes:
+    captions: captions of each split.
+    splits: held-out splits of the data.
+    seed: of the captions and their distractors.
+    judge: weights of the evaluator network.
+  """
+
+  requires = (Samples,)
+  tasks = ('captions',)
+  folder = 'evaluation'
+
+  captions: int = 512
+  splits: tuple[str, ...] = HELD_OUT
+  seed: int = 0
+  judge: str = 'assets:judge'
+
+  def check(self) -> None:
+    """See Evaluator."""
+    check_options(self.captions, self.splits, self.seed)
+
+  def run(self, subject: Subject) -> Report:
+    """Accuracies of true and generated images, and of both against permuted captions."""
+    judge = Judge.load(self.judge)
+    results, lines, sheets, numbers = {}, [], {}, {}
+    for split in self.splits:
+      start = time.time()
+      trials, records = make_trials(self.captions, split, self.seed)
+      vectors_of = embed(judge.captions, trials)
+      prompts = [trial.caption for trial in trials]
+      true = np.stack([render(record, subject.image_size) for record in records])
+      generated = subject.sample(prompts)
+      outcomes = {}
+      for row, images in {'true images': true, 'generated': generated}.items():
+        vectors = judge.images(images)
+        outcomes[row] = measure(vectors, vectors_of, trials)
+        outcomes[f'{row}, captions permuted'] = permuted(vectors, vectors_of, trials)
+      lines += table(split, outcomes)
+      numbers[f'retrieval/{split}/accuracy'] = outcomes['generated'].accuracy
+      results[split] = {
+        'rows': {row: result.summary() for row, result in outcomes.items()},
+        'generated_over_true': _ratio(outcomes),
+        'bars': verdict(outcomes),
+        'seconds': round(time.time() - start, 1),
+        'captions': [
+          {'caption': caption, 'true': float(a), 'generated': float(b)}
+          for caption, a, b in zip(
+            prompts, outcomes['true images'].credit, outcomes['generated'].credit
+          )
+        ],
+      }
+      sheets[split] = (Row.first('true', true, prompts), Row.first('generated', generated))
+    question = 'does the image score highest with its own caption?'
+    measured = {
+      'candidates': CANDIDATES,
+      'hard_distractors': HARD,
+      'chance': 1 / CANDIDATES,
+      'ties': f'credit is shared among captions whose cosines differ by at most {TIE}',
+      'permuted': 'each image against trials of other images, up to 16 cyclic shifts',
+      'relations': 'true caption against each other relation, in pairs, not among the candidates',
+      'source': 'vpe_jax.data.embedded.scenes',
+      'judge_checkpoint': judge.fingerprint,
+    }
+    record = protocol(self, 'retrieval', question, subject, results, **measured)
+    return Report(numbers, tuple(lines), record, sheets)
 
 
 def make_trials(count: int, split: Split, seed: int = 0) -> tuple[list[Trial], list[Record]]:
@@ -194,6 +272,53 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
   half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
   scale = 1 + z * z / count
   return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def table(split: str, outcomes: Mapping[str, Result]) -> list[str]:
+  """The results of one split as aligned lines."""
+  chance, among = 1 / CANDIDATES, 1 / (1 + HARD)
+  lines = [
+    f'split {split}: own caption first among {CANDIDATES} '
+    f'(chance {chance:.1%}), among it and the {HARD} hard ones (chance {among:.1%}), '
+    'and before one with another relation (chance 50%)',
+    f'  {"images":32}{"among 32":>10}{"95% interval":>18}{"hard only":>12}{"relation":>11}',
+  ]
+  for row, result in outcomes.items():
+    low, high = result.interval
+    relation = '-' if result.relation is None else f'{result.relation:.1%}'
+    lines.append(
+      f'  {row:32}{result.accuracy:>10.1%}{f"{low:.1%} to {high:.1%}":>18}'
+      f'{result.hard.mean():>12.1%}{relation:>11}'
+    )
+  if outcomes['true images'].interval[0] <= chance:
+    return [
+      *lines,
+      '  the evaluator network finds true images no better than chance: this split says nothing '
+      'about generated ones',
+    ]
+  lines.append(f'  generated images reach {_ratio(outcomes):.0%} of what the true images reach')
+  words = {True: 'reached', False: 'not reached'}
+  return lines + [f'  bar: {bar}: {words[passed]}' for bar, passed in verdict(outcomes).items()]
+
+
+def verdict(outcomes: Mapping[str, Result]) -> dict[str, bool]:
+  """Each bar of the protocol in words, and whether the results of one split reach it."""
+  chance = 1 / CANDIDATES
+  true, generated = outcomes['true images'].accuracy, outcomes['generated'].accuracy
+  permuted = [result.accuracy for row, result in outcomes.items() if row.endswith('permuted')]
+  return {
+    f'true images at least {_TRUE_BAR:.0%}': true >= _TRUE_BAR,
+    f'generated at least {_SHARE_BAR:.0%} of true images': generated >= _SHARE_BAR * true > 0,
+    f'generated at least {_CHANCES_BAR} x chance ({_CHANCES_BAR * chance:.1%}), as of a quickstart '
+    'run': generated >= _CHANCES_BAR * chance,
+    f'permuted at most chance ({chance:.1%})': max(permuted, default=0.0) <= chance,
+  }
+
+
+def _ratio(outcomes: Mapping[str, Result]) -> float | None:
+  """Accuracy of the generated images over that of the true ones; None where that is 0."""
+  true = outcomes['true images'].accuracy
+  return outcomes['generated'].accuracy / true if true else None
 
 
 def _trial(record: Record, pool: Sequence[Record], draw: random.Random) -> Trial | None:

@@ -1,27 +1,41 @@
-"""Systems: one file per way of joining a language model to an image generator.
+"""Systems: a package for each way of joining a language model to an image generator.
 
-Each module has a `ModelConfig` (the type of the config's `model` section) and a `System` that
-follows vpe_jax.contracts.System.
+Each package in this folder has a PACKAGE, which names its systems and what it adds to the front
+doors. A system's module has a `ModelConfig` (the type of the config's `model` section) and a
+`System` that follows vpe_jax.contracts.System.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import pkgutil
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 from vpe_jax.config import from_dict, nearest
 from vpe_jax.contracts import System, UserError
+from vpe_jax.systems.package import Package
 
-SYSTEMS = {
-  't2i': 'vpe_jax.systems.t2i',
-  'edit': 'vpe_jax.systems.editing',
-  'siglip': 'vpe_jax.systems.siglip',
-  'codec': 'vpe_jax.systems.codec',
-  'c2i_discrete': 'vpe_jax.systems.c2i_discrete',
-  'c2i_continuous': 'vpe_jax.systems.c2i_continuous',
-}
+
+@functools.cache
+def packages() -> dict[str, Package]:
+  """The packages of this folder, by name."""
+  names = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
+  return {name: importlib.import_module(f'{__name__}.{name}').PACKAGE for name in names}
+
+
+def known() -> dict[str, str]:
+  """Name of each system -> its module."""
+  return {name: path for one in packages().values() for name, path in one.systems.items()}
+
+
+def sample_options() -> list[ModuleType]:
+  """Modules that add flags to vpe_jax.sample; see Package."""
+  paths = [path for package in packages().values() for path in package.sample_options]
+  return [importlib.import_module(path) for path in paths]
 
 
 def build(values: Mapping[str, Any]) -> System:
@@ -30,10 +44,10 @@ def build(values: Mapping[str, Any]) -> System:
   Raises:
     UserError: the config names no known system, or has a wrong key or value.
   """
-  name = values.get('system')
-  if name not in SYSTEMS:
-    raise UserError(f"config.system is '{name}'{nearest(str(name), SYSTEMS)}")
-  module = importlib.import_module(SYSTEMS[name])
+  name, modules = values.get('system'), known()
+  if name not in modules:
+    raise UserError(f"config.system is '{name}'{nearest(str(name), modules)}")
+  module = importlib.import_module(modules[name])
   config = from_dict(values, module.ModelConfig)
   system = module.System(config)
   averages = lambda index: bool(config.optim.of(index).ema)

@@ -198,10 +198,11 @@ class System(ClassToImage):
       )
     guidance.check_unedited(settings.image_guidance)
 
-  def plan(self, params: Params, request: Batch, rng: Array, settings: SampleConfig) -> Array:
-    """Visual prompts [B, P]; the picture isn't rendered."""
-    encoded, _ = class_rendering.conditional(self.model, settings, params, request, rng)
-    return encoded['visual_prompt']
+  def draft(
+    self, params: Params, request: Batch, rng: Array, settings: SampleConfig
+  ) -> dict[str, Array]:
+    """Visual prompts [B, P]; the image isn't rendered."""
+    return class_rendering.conditional(self.model, settings, params, request, rng)[0]
 
   def plan_likelihood(self, params: Params, request: Batch) -> Array:
     """The mean log-probability of the plans given the classes: [B], nats."""

@@ -194,9 +194,13 @@ class System(ClassToImage):
     latents = codes.reshape(codes.shape[0], self.image.grid, -1)
     return Generated(image, plan | {'latents': latents})
 
-  def plan(self, params: Params, request: Batch, rng: Array, settings: SampleConfig) -> Array:
-    """Visual prompts [B, P]; the picture's codes aren't drawn."""
-    return writing.plan(self.model, settings, params, request, rng)
+  def draft(
+    self, params: Params, request: Batch, rng: Array, settings: SampleConfig
+  ) -> dict[str, Array]:
+    """Visual prompts [B, P]; the image's codes aren't sampled."""
+    if not self.codes:
+      return {}
+    return {'visual_prompt': writing.plan(self.model, settings, params, request, rng)}
 
   def plan_likelihood(self, params: Params, request: Batch) -> Array:
     """The mean log-probability of the plans given the classes: [B], nats."""

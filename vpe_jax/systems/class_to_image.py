@@ -35,6 +35,7 @@ class ClassToImage(DrawingSystem):
     self.stages = (Stage('train', ('.*',), dict(sorted(losses.items())), ema=True),)
     self.visual_prompt = choice.plan_codec(config.model, jnp.dtype(config.dtype))
     self.codes = config.model.plan_codes
+    self.drafts = ('visual_prompt',) if self.codes else ()
     self.capabilities = (Samples, PlansVisually) if self.codes else (Samples,)
     self.table = ('model.classes', config.model.classes)
 

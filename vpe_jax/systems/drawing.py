@@ -112,10 +112,17 @@ class DrawingSystem(PlansVisually):
   def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
     """Visual prompts, where the model has any, and latents of images [B, R, R, 3] uint8."""
     del rng
-    encoded = {}
-    if self.codes:
-      encoded['visual_prompt'] = self.visual_prompt.encode(frozen, inputs['image'])
-    return encoded | {'latents': self.image.encode(frozen, inputs['image'])}
+    drafts = self.encode_drafts(frozen, inputs['image'])
+    return drafts | {'latents': self.image.encode(frozen, inputs['image'])}
+
+  @property
+  def draft_encoders(self) -> tuple[str, ...]:
+    """The networks of the visual prompt's codec."""
+    return tuple(self.visual_prompt.weights) if self.codes else ()
+
+  def encode_drafts(self, frozen: Params, images: Array) -> dict[str, Array]:
+    """Visual prompts [B, P] of images [B, R, R, 3], where the model has any."""
+    return {'visual_prompt': self.visual_prompt.encode(frozen, images)} if self.codes else {}
 
   def encoded(self, frozen: Params, batch: Batch, rng: Array) -> Mapping[str, Array]:
     """The batch's encoded entries, those that it lacks computed online."""

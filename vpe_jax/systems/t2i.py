@@ -149,6 +149,7 @@ class System(DrawingSystem):
     # The pooling head reads the last output alone, and the text tower its own words.
     compares = embedded and tower.compares and c.text_vocab <= tower.siglip.vocabulary
     self.plan_rankers = ('likelihood', 'similarity') if compares else ('likelihood',)
+    self.drafts = ('visual_prompt',) if c.vpe else ()
     self.capabilities = (
       Samples,
       *((PlansVisually,) if c.vpe else ()),
@@ -273,9 +274,13 @@ class System(DrawingSystem):
     image = self.image.decode(frozen, latents, rng)
     return Generated(image, encoded | {'latents': latents})
 
-  def plan(self, params: Params, request: Batch, rng: Array, settings: SampleConfig) -> Array:
-    """Visual prompts [B, P]; the picture expert isn't run."""
-    return rendering.decode(self.rows.job(settings), params, request, rng)[0]
+  def draft(
+    self, params: Params, request: Batch, rng: Array, settings: SampleConfig
+  ) -> dict[str, Array]:
+    """Visual prompts [B, P]; the image expert isn't run."""
+    if not self.codes:
+      return {}
+    return {'visual_prompt': rendering.decode(self.rows.job(settings), params, request, rng)[0]}
 
   def plan_likelihood(self, params: Params, request: Batch) -> Array:
     """The mean log-probability of the plans given the texts: [B], nats."""

@@ -133,6 +133,11 @@ def _keep_stages(values: dict[str, Any], before: Mapping[str, Any], given: Itera
 
 def _override(values: dict[str, Any], key: str, text: str) -> None:
   *sections, name = key.split('.')
+  if sections[:1] == ['evals']:  # An open section: evaluators check their own options.
+    for section in sections:
+      values = values.setdefault(section, {})
+    values[name] = _literal(text)
+    return
   for section in sections:
     _check(values, section, key)
     if not isinstance(values[section], dict):

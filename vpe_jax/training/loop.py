@@ -18,11 +18,10 @@ from vpe_jax.config import Config, to_dict
 from vpe_jax.contracts import Array, Batch, System
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.training import curves, encode, report, resume
+from vpe_jax.training.evaluations import Evaluations
 from vpe_jax.training.feed import Feed
-from vpe_jax.training.heldout import HeldOut
 from vpe_jax.training.logging import RunLog
 from vpe_jax.training.preemption import Preemption
-from vpe_jax.training.previews import Previews
 from vpe_jax.training.profiler import Profiler
 from vpe_jax.training.state import State, next_stage
 from vpe_jax.training.step import make_train_step
@@ -54,8 +53,7 @@ class Watchers:
   """What looks at a run while it goes on."""
 
   log: RunLog
-  held_out: HeldOut
-  previews: Previews
+  evaluations: Evaluations
   profiler: Profiler
   preemption: Preemption
 
@@ -133,8 +131,7 @@ def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
   cleanup.callback(log.close)
   return Watchers(
     log,
-    HeldOut(run.config, run.system, run.frozen, run.mesh),
-    Previews(run.config, run.system, run.frozen, run.mesh, run.workdir / 'samples'),
+    Evaluations(run.config, run.system, run.frozen, run.mesh, run.workdir),
     profiler,
     cleanup.enter_context(Preemption()),
   )
@@ -182,10 +179,10 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
       watchers.profiler.after(counters['step'], metrics)
       # 2. The log: writes the step before this one, which is done.
       watchers.log.push(counters, metrics)
-      # 3. Held-out losses, 4. pictures: numbers that join this step's record.
+      # 3. Evaluators: their numbers join this step's record.
       is_last = counters['stage_step'] == total
-      _look(run, watchers, state, counters['step'], is_last)
-      # 5. The save: never before the records of all its steps are on disk.
+      _evaluate(run, watchers, state, counters['step'], is_last)
+      # 4. The save: never before the records of all its steps are on disk.
       is_leaving = watchers.preemption.reached(counters['step'])
       if is_last or is_leaving or run.store.due(counters['step']):
         watchers.log.flush()
@@ -197,7 +194,7 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
         return None
       if is_last:
         return state
-      # 6. The next batch, after the save: the saved state never counts a batch it has not seen.
+      # 5. The next batch, after the save: the saved state never counts a batch it has not seen.
       batch = next(feed)
   finally:
     feed.close()
@@ -217,20 +214,13 @@ def _feed(run: Run, start: int, batch_size: int) -> Feed:
   return Feed(batches, lambda batch: sharding.put_batch(batch, run.mesh))
 
 
-def _look(run: Run, watchers: Watchers, state: State, step: int, is_last: bool) -> None:
-  """Held-out losses and sample grids, where one is due."""
-  log, found = run.config.log, {}
-  evaluates = bool(log.evaluate) and (is_last or step % log.evaluate == 0)
-  stage = run.system.stages[int(state['stage'])]
-  draws = bool(log.samples) and stage.samples and (is_last or step % log.samples == 0)
-  if not (evaluates or draws):
+def _evaluate(run: Run, watchers: Watchers, state: State, step: int, is_last: bool) -> None:
+  """Runs the evaluators that are due."""
+  names = watchers.evaluations.due(int(state['stage']), step, is_last)
+  if not names:
     return
   watchers.log.settle()  # The step's own time ends here.
-  if evaluates:
-    found |= watchers.held_out.evaluate(state, run.key)
-  if draws:
-    found |= watchers.previews.draw(state, run.key, step)
-  watchers.log.add(found)
+  watchers.log.add(watchers.evaluations.run(names, state, step))
   watchers.log.flush()  # The curves show these numbers too.
   watchers.log.resume_clock()
   if jax.process_index() == 0:

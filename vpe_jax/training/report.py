@@ -13,7 +13,7 @@ import numpy as np
 from vpe_jax.config import Config, OptimConfig
 from vpe_jax.contracts import Batch, Params, Stage
 from vpe_jax.sharding import by_path
-from vpe_jax.training.state import split_trainable, trains
+from vpe_jax.training.state import split_trainable
 
 _MEBI = 2**20
 SHOWN = 3  # kinds of sharding, or places that a group's parameters are from, that a row shows
@@ -85,7 +85,7 @@ def origins_after(stages: Sequence[Stage], first: Mapping[str, str]) -> dict[str
   """Where each parameter is from once stages have run: the last that trained it, else as before."""
   found = dict(first)
   for stage in stages:
-    found |= {path: f'stage {stage.name}' for path in found if trains(stage, path)}
+    found |= {path: f'stage {stage.name}' for path in found if stage.trains(path)}
   return found
 
 

@@ -20,7 +20,7 @@ from vpe_jax.training import pretrained
 from vpe_jax.training.state import COUNTERS, State, first_state, merge
 
 # What a run shows, keeps and runs on, as against what it computes.
-FREE = ('checkpoint', 'log', 'sample', 'data.workers', 'mesh')
+FREE = ('checkpoint', 'log', 'evals', 'sample', 'data.workers', 'mesh')
 SMALL = 2**30  # bytes of state that may be replicated, as small leaves on odd meshes are
 DRAWN = 'drawn'  # where parameters are from that nothing gives
 LISTED = 8  # differences that an error lists

@@ -39,8 +39,8 @@ def split_trainable(params: Params, stage: Stage) -> tuple[Params, Params]:
         f'paths begin with: {heads}'
       )
 
-  chosen = _select(params, lambda path: trains(stage, path))
-  return chosen, _select(params, lambda path: not trains(stage, path))
+  chosen = _select(params, lambda path: stage.trains(path))
+  return chosen, _select(params, lambda path: not stage.trains(path))
 
 
 def merge(ours: Params, others: Params) -> Params:
@@ -74,7 +74,7 @@ def next_stage(state: State, stage: Stage, shardings: State | None = None) -> St
     shardings: of every leaf of the new state (None: one device).
   """
   before, average = by_path(state['params']), by_path(state['ema'])
-  ends = {path for path in average if not trains(stage, path)}
+  ends = {path for path in average if not stage.trains(path)}
   kept = _select(state['ema'], lambda path: path in ends)
   gone = [before[path] for path in ends]
   gone += [leaf for path, leaf in average.items() if path not in ends]
@@ -96,11 +96,6 @@ def next_stage(state: State, stage: Stage, shardings: State | None = None) -> St
 def weights(state: State) -> Params:
   """What a run is judged by: the averaged parameters where there are any, else the raw ones."""
   return merge(state['ema'], state['params'])
-
-
-def trains(stage: Stage, path: str) -> bool:
-  """Whether a stage trains the parameter with this path."""
-  return any(re.match(pattern, path) for pattern in stage.trainable)
 
 
 def _fresh(params: Params, stage: Stage) -> dict[str, Any]:

@@ -8,7 +8,6 @@ microbatches is the gradient of the whole batch, however it was cut.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -82,21 +81,6 @@ def make_train_step(
   out = None if shardings is None else (shardings, None)
   options = sharding.compiler_options()
   return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
-
-
-def make_eval_step(
-  system: System, stage: Stage
-) -> Callable[[Params, Params, Batch, Array, Array], tuple[Sums, Sums]]:
-  """Builds eval(params, frozen, batch, rng, stage_step) -> (sums, counts) of every loss term."""
-  stage = dataclasses.replace(stage, training=False)
-
-  def evaluate(
-    params: Params, frozen: Params, batch: Batch, rng: Array, stage_step: Array
-  ) -> tuple[Sums, Sums]:
-    terms = system.losses(params, frozen, batch, rng, stage_step, stage)
-    return _sums(terms), {name: jnp.float32(term.count) for name, term in terms.items()}
-
-  return jax.jit(evaluate, compiler_options=sharding.compiler_options())
 
 
 def _differentiate(

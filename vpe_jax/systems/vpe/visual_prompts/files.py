@@ -1,7 +1,7 @@
-"""Visual prompts as things that a user keeps: files of them, mixes of two, the best of many.
+"""Visual prompts that users save, edit and mix: arrays of codes, and files of them.
 
-A file of plans says which codebook its codes index, so that another codebook's are never drawn for
-this one's. As `.json` it is meant to be read and edited, a row of the grid a line:
+A file names the codebook that its codes index, so that a model never renders codes of another
+codebook. A `.json` file is meant to be read and edited; each line is one row of the grid:
 
   {
    "format": "vpe_jax visual prompts 1",
@@ -17,8 +17,8 @@ this one's. As `.json` it is meant to be read and edited, a row of the grid a li
    ]
   }
 
-As `.npz` it holds the same as plain arrays: `codes` [n, P], `prompts` [n], `index` [n] and `head`,
-the JSON of what comes before the plans.
+An `.npz` file has the same content as plain arrays: `codes` [n, P], `prompts` [n], `index` [n] and
+`head`, the JSON of the fields before `plans`.
 """
 
 from __future__ import annotations
@@ -37,20 +37,19 @@ import numpy as np
 from vpe_jax import storage
 from vpe_jax.contracts import UserError
 
-RANKERS = ('likelihood', 'similarity')
 ENDINGS = ('.json', '.npz')
 _FORMAT = 'vpe_jax visual prompts 1'
 _ZIP = (zipfile.BadZipFile, zlib.error)
-_MOST = 2**31 - 1  # codes and places are int32
+_INT32_MAX = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Codebook:
-  """What codes index.
+  """Identity of a codebook.
 
   Attributes:
-    size: number of rows.
-    fingerprint: of its numbers, whatever file they came in: vpe_jax.checkpoints.weights.
+    size: number of entries.
+    fingerprint: hash of its values, independent of the file (vpe_jax.checkpoints.weights).
   """
 
   size: int
@@ -58,26 +57,26 @@ class Codebook:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plans:
-  """Visual prompts, what they were made for, and how.
+class VisualPrompts:
+  """Visual prompts, the text prompts they belong to, and their provenance.
 
   Attributes:
     codes: int32 [n, P], each a square grid in raster order.
-    prompts: n captions; '' where a plan has none.
-    index: n places among the pictures of a prompt: with prompt and seed they key the noise that a
-      plan is rendered from, so the same places give the same pictures again.
+    prompts: n text prompts; '' where a visual prompt has none.
+    index: n indices among the images of a text prompt. Prompt, index and seed key the noise that a
+      visual prompt is rendered from, so the same index gives the same image again.
     codebook: of the codes.
-    made: how: `by` (`drawn`, `read`, `given`, `mixed`), seed, settings, checkpoint and the like.
+    provenance: `by` (`drawn`, `read`, `given`, `mixed`), seed, settings, checkpoint and the like.
 
   Raises:
-    UserError: a grid isn't square, a code lies outside the codebook, or there is no plan.
+    UserError: a grid isn't square, a code lies outside the codebook, or there is none.
   """
 
   codes: np.ndarray
   prompts: tuple[str, ...]
   index: tuple[int, ...]
   codebook: Codebook
-  made: Mapping[str, str]
+  provenance: Mapping[str, str]
 
   def __post_init__(self) -> None:
     n, P = self.codes.shape
@@ -102,19 +101,19 @@ class Plans:
     """The codes as grids [n, side, side]: a view, so a cell that is set is set in `codes` too."""
     return self.codes.reshape(-1, self.side, self.side)
 
-  def take(self, rows: Sequence[int] | np.ndarray) -> Plans:
-    """The plans of these rows, in this order."""
-    pick = lambda items: tuple(items[row] for row in rows)
-    codes = self.codes[np.asarray(rows, int)]
+  def take(self, positions: Sequence[int] | np.ndarray) -> VisualPrompts:
+    """The visual prompts at these positions, in this order."""
+    pick = lambda items: tuple(items[position] for position in positions)
+    codes = self.codes[np.asarray(positions, int)]
     return dataclasses.replace(
       self, codes=codes, prompts=pick(self.prompts), index=pick(self.index)
     )
 
-  def told(self, prompts: Sequence[str]) -> Plans:
-    """The same plans with other prompts: one for all, or one for each.
+  def with_prompts(self, prompts: Sequence[str]) -> VisualPrompts:
+    """The same visual prompts with other text prompts: one for all, or one for each.
 
     Raises:
-      UserError: there are as many prompts as nothing here.
+      UserError: the number of text prompts is neither 1 nor that of the visual prompts.
     """
     prompts = tuple(prompts)
     if len(prompts) not in (1, len(self)):
@@ -158,8 +157,8 @@ class Plans:
       storage.write_atomic(storage.place(path), content)
 
 
-def load(path: str) -> Plans:
-  """Reads a file that `Plans.save` or a person wrote.
+def load(path: str) -> VisualPrompts:
+  """Reads a file that `VisualPrompts.save` or a person wrote.
 
   Args:
     path: ends in .json or .npz, local (`~` is the home folder) or gs://.
@@ -182,7 +181,7 @@ def load(path: str) -> Plans:
 
 
 def check_target(path: str, overwrite: bool = False) -> None:
-  """Refuses what `Plans.save` wouldn't write to; front doors ask before the work starts.
+  """Refuses what `VisualPrompts.save` wouldn't write to; front doors ask before the work starts.
 
   Raises:
     UserError: the file exists (and `overwrite` is off), is a folder, or ends in something else.
@@ -197,13 +196,13 @@ def check_target(path: str, overwrite: bool = False) -> None:
     )
 
 
-def mixed(upper: Plans, lower: Plans, rows: int | None = None) -> Plans:
-  """Plans of which the top rows are the first's and the others the second's, pair by pair.
+def mixed(upper: VisualPrompts, lower: VisualPrompts, rows: int | None = None) -> VisualPrompts:
+  """Visual prompts whose top rows come from `upper` and the others from `lower`, pair by pair.
 
   Args:
-    upper: n plans; the mixes keep their prompts and places.
-    lower: as many plans.
-    rows: how many rows of the first (None: the upper half).
+    upper: n visual prompts; the mixes keep their text prompts and indices.
+    lower: n visual prompts.
+    rows: number of rows from `upper` (None: half of them).
 
   Raises:
     UserError: the two don't fit together, or have no such rows.
@@ -216,15 +215,13 @@ def mixed(upper: Plans, lower: Plans, rows: int | None = None) -> Plans:
       f'of each, and 0 to {upper.side} rows'
     )
   grids = np.concatenate([upper.grids[:, :rows], lower.grids[:, rows:]], axis=1)
-  made = {'by': 'mixed', 'rows': str(rows)}
-  return dataclasses.replace(upper, codes=grids.reshape(upper.codes.shape), made=made)
+  provenance = {'by': 'mixed', 'rows': str(rows)}
+  codes = grids.reshape(upper.codes.shape)
+  return dataclasses.replace(upper, codes=codes, provenance=provenance)
 
 
 def best(scores: np.ndarray, count: int) -> np.ndarray:
-  """Places of the `count` highest scores in each row [B, n], best first: int [B, count].
-
-  Of equal scores the first counts as higher.
-  """
+  """Indices [B, count] of the highest scores [B, n], best first; ties keep their order."""
   return np.argsort(-scores, axis=1, kind='stable')[:, :count]
 
 
@@ -233,18 +230,18 @@ def _check_ending(path: str) -> None:
     raise UserError(f"'{path}' is no file of visual prompts: these end in {' or '.join(ENDINGS)}")
 
 
-def _head(plans: Plans) -> dict[str, Any]:
+def _head(plans: VisualPrompts) -> dict[str, Any]:
   """What a file says of all its plans."""
   return {
     'format': _FORMAT,
     'codebook': plans.codebook.fingerprint,
     'codes': plans.codebook.size,
     'side': plans.side,
-    'made': dict(plans.made),
+    'made': dict(plans.provenance),
   }
 
 
-def _json(plans: Plans) -> bytes:
+def _json(plans: VisualPrompts) -> bytes:
   width = len(str(plans.codebook.size - 1))
   line = lambda row: f'   [{", ".join(f"{code:{width}d}" for code in row)}]'
   entries = []
@@ -257,7 +254,7 @@ def _json(plans: Plans) -> bytes:
   return f'{head},\n "plans": [\n{listed}\n ]\n}}\n'.encode()
 
 
-def _npz(plans: Plans) -> bytes:
+def _npz(plans: VisualPrompts) -> bytes:
   buffer = io.BytesIO()
   np.savez(
     buffer,
@@ -269,7 +266,7 @@ def _npz(plans: Plans) -> bytes:
   return buffer.getvalue()
 
 
-def _from_json(content: bytes) -> Plans:
+def _from_json(content: bytes) -> VisualPrompts:
   values = _parsed(content)
   head = _read_head(values)
   entries = _field(values, 'plans', list)
@@ -289,7 +286,7 @@ def _from_json(content: bytes) -> Plans:
   return _plans(head, codes, prompts, index)
 
 
-def _from_npz(content: bytes) -> Plans:
+def _from_npz(content: bytes) -> VisualPrompts:
   wanted = {'codes': 'i', 'prompts': 'U', 'index': 'i', 'head': 'U'}
   try:
     with np.load(io.BytesIO(content), allow_pickle=False) as archive:
@@ -312,13 +309,13 @@ def _from_npz(content: bytes) -> Plans:
 
 def _plans(
   head: Mapping[str, Any], codes: np.ndarray, prompts: Sequence[str], index: Sequence[int]
-) -> Plans:
+) -> VisualPrompts:
   if min(index, default=0) < 0:
     raise UserError(f'an index is {min(index)}: places count from 0')
   codebook = Codebook(head['codes'], head['codebook'])
   if codes.size and not 0 <= codes.min() <= codes.max() < codebook.size:
     raise UserError(f'codes go from {codes.min()} to {codes.max()}: 0 to {codebook.size - 1} exist')
-  return Plans(codes.astype(np.int32), tuple(prompts), tuple(index), codebook, head['made'])
+  return VisualPrompts(codes.astype(np.int32), tuple(prompts), tuple(index), codebook, head['made'])
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
@@ -326,7 +323,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
   try:
     values = json.loads(content.decode('utf-8-sig'))
   except (ValueError, RecursionError) as error:  # Cut off, no UTF-8, too many brackets or digits.
-    raise UserError(f'it is not JSON ({error}); mend it or save the plans again') from error
+    raise UserError(f'it is not JSON ({error}); fix it or save the plans again') from error
   if not isinstance(values, dict):
     raise UserError('it is JSON of something else; save the plans again')
   return values
@@ -355,7 +352,7 @@ def _field(values: Mapping[str, Any], name: str, kind: type, where: str = '') ->
 
 def _number(values: Mapping[str, Any], name: str, where: str = '', least: int = 0) -> int:
   """A field that is a whole number."""
-  if not _whole(found := values.get(name)) or not least <= found <= _MOST:
+  if not _whole(found := values.get(name)) or not least <= found <= _INT32_MAX:
     raise UserError(f'{where}"{name}" is {found!r:.40}: it must be a whole number from {least}')
   return found
 

@@ -1,4 +1,4 @@
-"""From arrays to pictures: 8-bit conversion, captioned grids, PNG files that say how they came."""
+"""Generated images as files: 8-bit conversion, captioned grids, PNG files with metadata."""
 
 from __future__ import annotations
 
@@ -20,38 +20,37 @@ _COLUMNS = 8  # pictures in a row of a sheet
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-  """One drawn picture and how it came to be.
+class GeneratedImage:
+  """One generated image and its provenance.
 
   Attributes:
     image: uint8 [R, R, 3].
-    prompt: the caption it was drawn from.
-    index: its place among the `n` pictures of its prompt.
+    prompt: the text prompt.
+    index: its index among the `n` images of its prompt.
     seed: the seed of the call.
-    codes: int32 [P], the visual prompt it was rendered from.
+    encoded: the encoded entries that the image was rendered from, by name, such as `latents`.
     metadata: text chunks for a PNG: prompt, seed, index, settings, checkpoint, weights, version,
-      generated; of a picture from given plans `visual_prompt` (how they were made), of one from the
-      best of several `plans` (of how many), `ranked_by`, `rank` (from 1) and `score`.
+      generated, and what the caller adds.
   """
 
   image: np.ndarray
   prompt: str
   index: int
   seed: int
-  codes: np.ndarray
+  encoded: Mapping[str, np.ndarray]
   metadata: Mapping[str, str]
 
   def save(self, path: str, overwrite: bool = False) -> None:
     """Writes a PNG with the metadata in its text chunks."""
     save_png(self.image, path, self.metadata, overwrite)
 
-  def saying(self, **said: str) -> Picture:
-    """The same picture with more text chunks."""
-    return dataclasses.replace(self, metadata={**self.metadata, **said})
+  def with_metadata(self, **metadata: str) -> GeneratedImage:
+    """The same image with more text chunks."""
+    return dataclasses.replace(self, metadata={**self.metadata, **metadata})
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-  """Pictures in [0, 1] as uint8, rounded to the nearest level; values outside are clipped.
+  """Images in [0, 1] as uint8, rounded to the nearest level; values outside are clipped.
 
   Raises:
     UserError: a value is NaN or infinite.
@@ -59,8 +58,8 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
   image = np.asarray(image, np.float32)
   if not np.isfinite(image).all():
     raise UserError(
-      'the picture holds NaN or infinity: the network has diverged, or its settings are extreme; '
-      'draw with an earlier checkpoint or with less guidance'
+      'the image holds NaN or infinity: the network has diverged, or its settings are extreme; '
+      'sample with an earlier checkpoint or with less guidance'
     )
   return np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
@@ -72,19 +71,18 @@ def grid(
   side: int = 192,
   text_size: int = 14,
 ) -> Image.Image:
-  """Lays pictures out in rows, with wrapped captions under them and labels to their left.
+  """Arranges images in rows, with wrapped captions below and labels to the left.
 
   Args:
-    rows: uint8 pictures [H, W, 3], all of one size; rows may differ in length.
-    captions: a text for each picture (may be empty); a row without any takes no space for them.
+    rows: uint8 images [H, W, 3], all of one size; rows may differ in length.
+    captions: a text for each image (may be empty); a row without captions takes no space for them.
     row_labels: a text for each row.
-    side: pictures smaller than this are enlarged by the whole factor that comes closest, without
-      smoothing.
-    text_size: height of the letters in pixels.
+    side: smaller images are enlarged by the nearest integer factor, without smoothing.
+    text_size: font size in pixels.
   """
-  shapes = {np.shape(picture) for row in rows for picture in row}
+  shapes = {np.shape(image) for row in rows for image in row}
   if len(shapes) != 1:
-    raise ValueError(f'a grid needs pictures of one size, at least one; these are {shapes}')
+    raise ValueError(f'a grid needs images of one size, at least one; these are {shapes}')
   height, width, _ = shapes.pop()
   factor = max(1, round(side / max(height, width)))
   cell_w, cell_h = width * factor, height * factor
@@ -102,13 +100,13 @@ def grid(
   top = _GAP
   for row, text, label, below in zip(rows, texts, labels, caption_heights, strict=True):
     _write(pen, label, (_GAP, top), font, line)
-    for column, picture in enumerate(row):
+    for column, image in enumerate(row):
       left = _GAP + margin + column * (cell_w + _GAP)
-      cell = Image.fromarray(np.asarray(picture, np.uint8)).resize(
+      cell = Image.fromarray(np.asarray(image, np.uint8)).resize(
         (cell_w, cell_h), Image.Resampling.NEAREST
       )
       sheet.paste(cell, (left, top))
-      # Embedded pictures have white ground: a thin frame shows where each one ends.
+      # Embedded images have a white background: a thin frame shows where each one ends.
       pen.rectangle((left - 1, top - 1, left + cell_w, top + cell_h), outline=_FAINT)
       if column < len(text):
         _write(pen, text[column], (left, top + cell_h + 2), font, line)
@@ -116,28 +114,27 @@ def grid(
   return sheet
 
 
-def sheet(drawn: Sequence[Picture]) -> tuple[Image.Image, dict[str, str]]:
-  """One picture of all, and its text chunks.
+def sheet(images: Sequence[GeneratedImage]) -> tuple[Image.Image, dict[str, str]]:
+  """All images in one, and its text chunks.
 
-  It has a row for each prompt, or captioned columns where each prompt has one picture. A chunk in
-  which the pictures differ lists their values, a line each.
+  It has a row for each prompt, or captioned columns where each prompt has one image. A chunk in
+  which the images differ lists their values, one a line.
   """
-  said = {
-    key: '\n'.join(dict.fromkeys(picture.metadata[key] for picture in drawn))
-    for key in drawn[0].metadata
+  metadata = {
+    key: '\n'.join(dict.fromkeys(one.metadata[key] for one in images)) for key in images[0].metadata
   }
-  prompts = list(dict.fromkeys(picture.prompt for picture in drawn))
-  if len(prompts) == len(drawn):
-    cut = [drawn[start : start + _COLUMNS] for start in range(0, len(drawn), _COLUMNS)]
-    rows = [[picture.image for picture in row] for row in cut]
-    return grid(rows, [[picture.prompt for picture in row] for row in cut]), said
+  prompts = list(dict.fromkeys(one.prompt for one in images))
+  if len(prompts) == len(images):
+    lines = [images[start : start + _COLUMNS] for start in range(0, len(images), _COLUMNS)]
+    rows = [[one.image for one in line] for line in lines]
+    return grid(rows, [[one.prompt for one in line] for line in lines]), metadata
   rows, labels = [], []
   for prompt in prompts:
-    images = [picture.image for picture in drawn if picture.prompt == prompt]
-    starts = range(0, len(images), _COLUMNS)
-    rows += [images[start : start + _COLUMNS] for start in starts]
+    own = [one.image for one in images if one.prompt == prompt]
+    starts = range(0, len(own), _COLUMNS)
+    rows += [own[start : start + _COLUMNS] for start in starts]
     labels += [prompt] + [''] * (len(starts) - 1)
-  return grid(rows, row_labels=labels), said
+  return grid(rows, row_labels=labels), metadata
 
 
 def save_png(
@@ -170,46 +167,47 @@ def save_png(
     storage.write_atomic(path, buffer.getvalue())
 
 
-def plan_files(out: str, count: int, overwrite: bool = False) -> list[str]:
-  """The files that `out` stands for; front doors ask before the work starts.
+def output_files(out: str, count: int, overwrite: bool = False) -> list[str]:
+  """The files that `out` names; front doors check them before the work starts.
 
   Args:
     out: a file for everything (it ends in .png), or a folder (in /) for `count` files 000.png, ...
-    count: pictures that will be drawn.
+    count: number of images.
     overwrite: whether files may be replaced.
 
   Raises:
     UserError: a file exists (and `overwrite` is off), is a folder, or ends in something else.
   """
   if not out.lower().endswith(('.png', '/')) and not epath.Path(out).is_dir():
-    raise UserError(f'{out}: files of pictures end in .png, and a folder of them in /')
+    raise UserError(f'{out}: image files end in .png, and a folder of them in /')
   paths = [f'{out}{index:03d}.png' for index in range(count)] if out.endswith('/') else [out]
   for path in paths:
     if epath.Path(path).is_dir():
-      raise UserError(f'{path} is a folder: name another file, or {path}/ for a file a picture')
+      raise UserError(f'{path} is a folder: name another file, or {path}/ for one file an image')
     _refuse_existing(epath.Path(path), overwrite)
   return paths
 
 
 def save_all(
-  drawn: Sequence[Picture], out: str, metadata: bool = True, overwrite: bool = False
+  images: Sequence[GeneratedImage], out: str, metadata: bool = True, overwrite: bool = False
 ) -> None:
-  """Writes pictures to the files that `out` stands for: a sheet of all, or a file each.
+  """Writes images to the files that `out` names: one sheet, or a file each.
 
   Args:
-    drawn: the pictures.
-    out: see `plan_files`.
-    metadata: whether text chunks say how they were made.
+    images: the images.
+    out: see `output_files`.
+    metadata: whether text chunks record the provenance.
     overwrite: replaces existing files.
 
   Raises:
-    UserError: see `plan_files` and `save_png`.
+    UserError: see `output_files` and `save_png`.
   """
-  files = [(picture.image, picture.metadata) for picture in drawn]
+  files = [(one.image, one.metadata) for one in images]
   if not out.endswith('/'):
-    files = [sheet(drawn)]
-  for path, (image, said) in zip(plan_files(out, len(drawn), overwrite), files, strict=True):
-    save_png(image, path, said if metadata else None, overwrite)
+    files = [sheet(images)]
+  paths = output_files(out, len(images), overwrite)
+  for path, (image, chunks) in zip(paths, files, strict=True):
+    save_png(image, path, chunks if metadata else None, overwrite)
 
 
 def _refuse_existing(path: epath.Path, overwrite: bool) -> None:

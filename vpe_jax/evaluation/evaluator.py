@@ -1,0 +1,268 @@
+"""Evaluators, and the model that they evaluate: the same in the training loop and alone.
+
+An evaluator is a dataclass whose fields are its options. `config.evals` lists those that run in the
+training loop, `vpe_jax.evaluate` runs the same ones on a finished run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import jax
+import numpy as np
+
+from vpe_jax import rng, sharding, systems
+from vpe_jax.checkpoints import frozen as frozen_lib
+from vpe_jax.checkpoints import model as model_lib
+from vpe_jax.checkpoints.frozen import Frozen
+from vpe_jax.config import CLASSES, Config, MeshConfig, SampleConfig, build_section, nearest
+from vpe_jax.contracts import Edits, Params, Samples, Stage, System, UserError, require, supports
+from vpe_jax.evaluation.report import Report
+from vpe_jax.generator import Generator
+
+# Name -> `module:Class`; packages of systems add their own (vpe_jax.systems.package).
+EVALUATORS: Mapping[str, str] = {
+  'heldout': 'vpe_jax.evaluation.heldout:HeldOut',
+  'sample_grid': 'vpe_jax.evaluation.sample_grid:SampleGrid',
+  'retrieval': 'vpe_jax.evaluation.retrieval:Retrieval',
+  'edits': 'vpe_jax.evaluation.editing:EditBenchmark',
+  'classes': 'vpe_jax.evaluation.classes:ClassBenchmark',
+  'ocr': 'vpe_jax.evaluation.ocr:Ocr',
+}
+
+
+class Subject:
+  """A model under evaluation, at one point of its training.
+
+  Attributes:
+    system: the model's system.
+    params: as checkpoints store them; averaged where there are averages.
+    stage_index: the stage of the run that the parameters come from.
+    stage_step: step within that stage.
+    key: the run's key.
+    mesh: of the devices that evaluate.
+    settings: of sampling.
+    seed: of sampling.
+    main: whether this process writes files and prints.
+  """
+
+  def __init__(
+    self,
+    system: System,
+    params: Params,
+    stage_index: int,
+    mesh: jax.sharding.Mesh,
+    *,
+    settings: SampleConfig | None = None,
+    seed: int = 0,
+    stage_step: int | jax.Array = 0,
+    frozen: Callable[[], Frozen] | None = None,
+    generator: Callable[[], Generator] | None = None,
+  ):
+    """Wraps a model; networks are loaded when an evaluator asks for them.
+
+    Args:
+      system: the model's system.
+      params: its parameters.
+      stage_index: see the class.
+      mesh: see the class.
+      settings: of sampling; None takes the run's own.
+      seed: of sampling.
+      stage_step: see the class.
+      frozen: returns the frozen networks, where they are loaded already.
+      generator: returns a generator of the model, where there is one already.
+    """
+    config: Config = system.config
+    self.system, self.params, self.mesh = system, params, mesh
+    self.stage_index, self.stage_step = stage_index, stage_step
+    self.settings = config.sample if settings is None else settings
+    self.seed = seed
+    self.key = jax.device_put(rng.run_key(config.seed), sharding.replicated(mesh))
+    self.main = jax.process_index() == 0
+    self._load_frozen = frozen or self._frozen_of_config
+    self._load_generator = generator
+
+  @classmethod
+  def load(
+    cls, source: str, weights: str, batch_size: int, seed: int, overrides: Mapping[str, Any]
+  ) -> Subject:
+    """A finished run or file of weights, on one device.
+
+    Args:
+      source: see checkpoints.model.load.
+      weights: see checkpoints.model.load.
+      batch_size: of sampling.
+      seed: of sampling.
+      overrides: sampling settings that replace the run's own; None keeps it.
+
+    Raises:
+      UserError: the model can't be loaded, or does not take such settings.
+    """
+    model = model_lib.load(source, weights)
+    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    subject = cls(model.system, model.params, model.stage, mesh, seed=seed)
+    if supports(model.system, Samples):
+      generator = Generator.of(model, batch_size)
+      subject.settings = generator.settings(**overrides)
+      subject._load_generator = lambda: generator
+    return subject
+
+  @property
+  def stage(self) -> Stage:
+    """The stage that the parameters come from."""
+    return self.system.stages[self.stage_index]
+
+  @functools.cached_property
+  def frozen(self) -> Frozen:
+    """All frozen networks of the system."""
+    return self._load_frozen()
+
+  @functools.cached_property
+  def generator(self) -> Generator:
+    """A generator of the model.
+
+    Raises:
+      UserError: the model does not generate images.
+    """
+    require(self.system, Samples)
+    return self._load_generator()
+
+  @property
+  def image_size(self) -> int:
+    """Side R of the images."""
+    return self.system.config.data.image_size
+
+  @property
+  def task(self) -> str:
+    """The kind of prompt: `edits`, `classes`, `words` (captions of written words) or `captions`."""
+    data = self.system.config.data
+    if supports(self.system, Edits):
+      return 'edits'
+    if data.tokenizer.startswith(CLASSES):
+      return 'classes'
+    return 'words' if data.source == 'words' else 'captions'
+
+  @property
+  def notes(self) -> tuple[str, ...]:
+    """A warning where the model was trained on other data than the benchmarks ask for."""
+    data = self.system.config.data
+    if self.task == 'classes' or not data.is_stored:
+      return ()
+    return (
+      f'it was trained on {data.source}, and the benchmarks ask for the held-out splits of the '
+      'embedded data sets, which it never saw',
+    )
+
+  @property
+  def description(self) -> Mapping[str, str]:
+    """Provenance of the images: checkpoint, settings, version."""
+    return self.generator.describe(self.settings)
+
+  def sample(self, prompts: Sequence[str]) -> np.ndarray:
+    """One image [N, R, R, 3] uint8 for each prompt; those of a repeated prompt differ."""
+    return stacked(self.generator(list(prompts), 1, self.seed, self.settings))
+
+  def sample_from_true_drafts(self, prompts: Sequence[str], images: np.ndarray) -> np.ndarray:
+    """Images rendered from the drafts of given images [N, R, R, 3]; see Samples.drafts."""
+    drafts = self.generator.read_drafts(list(images))
+    return stacked(self.generator(list(prompts), 1, self.seed, self.settings, fixed=drafts))
+
+  def editing(self, source: np.ndarray) -> Subject:
+    """The model as an editor of images [N, R, R, 3] uint8, whose prompts are instructions."""
+    generator = self.generator.editing(source)
+    return Subject(
+      self.system,
+      self.params,
+      self.stage_index,
+      self.mesh,
+      settings=self.settings,
+      seed=self.seed,
+      stage_step=self.stage_step,
+      frozen=lambda: self.frozen,
+      generator=lambda: generator,
+    )
+
+  def _frozen_of_config(self) -> Frozen:
+    return frozen_lib.load(self.system, self.mesh, self.system.config.mesh.strategy)
+
+
+class Evaluator(Protocol):
+  """One evaluation; its dataclass fields are its options.
+
+  Attributes:
+    requires: capabilities that the system must have.
+    tasks: kinds of prompts that it can evaluate (Subject.task); empty: any.
+    folder: subfolder of the run for sheets written in the training loop.
+  """
+
+  requires: ClassVar[tuple[type, ...]]
+  tasks: ClassVar[tuple[str, ...]]
+  folder: ClassVar[str]
+
+  def check(self) -> None:
+    """Finds mistakes before anything is loaded.
+
+    Raises:
+      UserError: an option is out of range, or a package is missing.
+    """
+    ...
+
+  def run(self, subject: Subject) -> Report:
+    """Evaluates a model."""
+    ...
+
+
+def names() -> dict[str, str]:
+  """Name of each evaluator -> `module:Class`."""
+  added = (package.evaluators for package in systems.packages().values())
+  return {**EVALUATORS, **{name: path for one in added for name, path in one.items()}}
+
+
+def class_of(name: str) -> type[Evaluator]:
+  """The class of an evaluator.
+
+  Raises:
+    UserError: there is none of this name.
+  """
+  known = names()
+  if name not in known:
+    raise UserError(f"unknown evaluator '{name}'{nearest(name, known)}")
+  module, _, cls = known[name].partition(':')
+  return getattr(importlib.import_module(module), cls)
+
+
+def build(name: str, options: Mapping[str, Any]) -> Evaluator:
+  """An evaluator with options, checked.
+
+  Raises:
+    UserError: no such evaluator or option, or a value out of range.
+  """
+  try:
+    evaluator = build_section(class_of(name), options)
+  except UserError as error:
+    raise UserError(f'evaluator {name}: {error}') from error
+  evaluator.check()
+  return evaluator
+
+
+def check_fits(name: str, evaluator: Evaluator, subject: Subject) -> None:
+  """Refuses an evaluator that can't evaluate a model.
+
+  Raises:
+    UserError: the system lacks a capability, or takes another kind of prompt.
+  """
+  for capability in evaluator.requires:
+    require(subject.system, capability)
+  if evaluator.tasks and subject.task not in evaluator.tasks:
+    raise UserError(
+      f'the evaluator {name} is for {" or ".join(evaluator.tasks)}, and this model takes '
+      f'{subject.task}'
+    )
+
+
+def stacked(images: Sequence[Any]) -> np.ndarray:
+  """The pixels [N, R, R, 3] of generated images."""
+  return np.stack([image.image for image in images])

@@ -1,0 +1,123 @@
+"""Held-out losses: every loss term on examples that no training step has seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from vpe_jax import sharding
+from vpe_jax.config import FOLDER, FOLDERS, TFDS
+from vpe_jax.contracts import Array, Batch, Params, Stage, System, UserError
+from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.evaluation.evaluator import Subject
+from vpe_jax.evaluation.report import Report
+
+SPLIT = 'combination'
+
+Sums = dict[str, Array]
+EvalStep = Callable[[Params, Params, Batch, Array, Array], tuple[Sums, Sums]]
+
+
+@dataclasses.dataclass
+class HeldOut:
+  """Losses of all stages, also of those that the running stage does not train on.
+
+  See vpe_jax.evaluation.evaluator.Evaluator. Numbers are `eval/<loss>`; none where the data source
+  has no held-out split.
+
+  Attributes:
+    batches: number of batches, the same ones each time.
+  """
+
+  requires: ClassVar[tuple[type, ...]] = ()
+  tasks: ClassVar[tuple[str, ...]] = ()
+  folder: ClassVar[str] = 'evaluation'
+
+  batches: int = 4
+
+  def __post_init__(self) -> None:
+    self._stage_index = -1
+    self._step: EvalStep | None = None
+    self._batches: list[Batch] = []
+
+  def check(self) -> None:
+    """See Evaluator."""
+    if self.batches < 1:
+      raise UserError(f'batches is {self.batches}: at least 1 is needed')
+
+  def run(self, subject: Subject) -> Report:
+    """The mean of each loss over the held-out batches."""
+    if not has_split(subject.system.config.data.source):
+      return Report({}, ('held-out losses: none, the data source has no held-out split',))
+    if subject.stage_index != self._stage_index:
+      self._stage_index = subject.stage_index
+      stage = with_all_losses(subject.system.stages, subject.stage_index)
+      self._step = make_eval_step(subject.system, stage)
+      self._batches = self._read(subject)
+    totals: dict[str, list[float]] = {}
+    for batch in self._batches:
+      sums, counts = jax.device_get(
+        self._step(subject.params, subject.frozen.params, batch, subject.key, subject.stage_step)
+      )
+      for name, value in sums.items():
+        total = totals.setdefault(name, [0.0, 0.0])
+        total[0] += float(value)
+        total[1] += float(counts[name])
+    numbers = {f'eval/{name}': value / max(count, 1.0) for name, (value, count) in totals.items()}
+    return Report(numbers, tuple(f'  {name:24}{value:.4f}' for name, value in numbers.items()))
+
+  def _read(self, subject: Subject) -> list[Batch]:
+    """The batches on the devices; entries that a cache may store are encoded once."""
+    size = subject.system.config.batch_size[subject.stage_index]
+    data = Pipeline.of(subject.system, SPLIT)
+    place = lambda batch: sharding.put_batch(batch, subject.mesh)
+    with data.batches(0, size, jax.process_index(), jax.process_count()) as batches:
+      placed = [place(batch) for batch in itertools.islice(batches, self.batches)]
+    spec = subject.system.batch_spec(size)
+    if not spec.cacheable:
+      return placed
+    inputs = spec.input_names(cached=True)
+    return [_as_cached(subject, batch, inputs, spec.cacheable) for batch in placed]
+
+
+def has_split(source: str) -> bool:
+  """Whether a data source holds anything out of training."""
+  return source != 'synthetic' and not source.startswith((FOLDER, FOLDERS, TFDS))
+
+
+def with_all_losses(stages: Sequence[Stage], index: int) -> Stage:
+  """A stage of a run with the losses of all its stages, those of other stages at weight 0."""
+  names = (name for stage in stages for name in (*stage.losses, *stage.monitored))
+  own = stages[index]
+  return dataclasses.replace(own, losses={**dict.fromkeys(names, 0.0), **own.losses})
+
+
+def make_eval_step(system: System, stage: Stage) -> EvalStep:
+  """Builds evaluate(params, frozen, batch, rng, stage_step) -> (sums, counts) of each loss term."""
+  stage = dataclasses.replace(stage, training=False)
+
+  def evaluate(
+    params: Params, frozen: Params, batch: Batch, rng: Array, stage_step: Array
+  ) -> tuple[Sums, Sums]:
+    terms = system.losses(params, frozen, batch, rng, stage_step, stage)
+    sums = {name: jnp.float32(term.sum) for name, term in terms.items()}
+    return sums, {name: jnp.float32(term.count) for name, term in terms.items()}
+
+  return jax.jit(evaluate, compiler_options=sharding.compiler_options())
+
+
+def _as_cached(
+  subject: Subject, batch: Batch, inputs: frozenset[str], cacheable: frozenset[str]
+) -> Batch:
+  """The batch as it would come from a cache."""
+  encoded = subject.frozen.encoded(batch, subject.key).encoded
+  return Batch(
+    batch.example,
+    {name: batch.inputs[name] for name in inputs},
+    {name: encoded[name] for name in cacheable},
+  )

@@ -1,0 +1,186 @@
+"""Sample grids: images for fixed prompts, beside the ground truth.
+
+Rows: images from the model's own drafts; where the system drafts anything, images rendered from the
+drafts of the ground truth; the ground truth; of edits, the source images. The gap between the first
+two rows is the gap between inference and training, where the renderer always sees true drafts. Half
+of the images are held out; of data without a held-out split all are training data, and the label of
+the last row says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vpe_jax import sharding
+from vpe_jax.config import SampleConfig
+from vpe_jax.contracts import (
+  Array,
+  Batch,
+  Edits,
+  Generated,
+  Params,
+  Samples,
+  ScoresImages,
+  supports,
+)
+from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.evaluation import heldout
+from vpe_jax.evaluation.evaluator import Subject
+from vpe_jax.evaluation.report import Report, Row
+from vpe_jax.sampling import images
+
+SHOWN = 4  # images of each split in a grid
+COUNT = 8  # images of each split that the numbers are means over
+_SCANNED = 8  # records looked at for each that is used
+OWN, TRUE_DRAFTS = 'own', 'truth_plan'  # in the names of the numbers
+GENERATED, FROM_DRAFTS = 'generated', 'from true drafts'
+TRUTH, TRAINED_ON, SOURCE = 'ground truth', 'ground truth (trained on)', 'source image'
+
+
+@dataclasses.dataclass
+class SampleGrid:
+  """Samples the same prompts with the same seeds each time.
+
+  See vpe_jax.evaluation.evaluator.Evaluator. Numbers, for images from the model's own drafts
+  (`sample/own/...`) and from true ones (`sample/truth_plan/...`): `latent_distance`, the root mean
+  square difference from the true latents, or `equal_codes`, the share of codes that are the true
+  ones; and `retrieval`, the share of images whose own prompt fits best among the batch's, where the
+  system scores images. Without frozen networks (synthetic data) there is nothing to show.
+  """
+
+  requires: ClassVar[tuple[type, ...]] = (Samples,)
+  tasks: ClassVar[tuple[str, ...]] = ()
+  folder: ClassVar[str] = 'samples'
+
+  def __post_init__(self) -> None:
+    self._truth: dict[str, tuple[Batch, list[str]]] = {}
+    self._programs: tuple | None = None
+
+  def check(self) -> None:
+    """See Evaluator; there are no options."""
+
+  def run(self, subject: Subject) -> Report:
+    """One grid, and numbers."""
+    if not subject.system.frozen:
+      return Report({}, ('sample grid: none, synthetic data has no decoder',))
+    generate, compare = self._compiled(subject)
+    data = subject.system.config.data
+    held_out = (heldout.SPLIT,) if heldout.has_split(data.source) else ()
+    labels = {OWN: GENERATED}
+    if subject.system.drafts:
+      labels[TRUE_DRAFTS] = FROM_DRAFTS
+    ends = {TRUTH if held_out else TRAINED_ON: 'image'}
+    if supports(subject.system, Edits):
+      ends[SOURCE] = 'source_image'
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in (*labels.values(), *ends)}
+    numbers: dict[str, list[float]] = {}
+    captions: list[str] = []
+    for place, split in enumerate(('train', *held_out)):
+      truth, prompts = self._load(subject, split)
+      # Positions in a split key its examples: one class at one position twice must differ.
+      key = jax.random.fold_in(subject.key, place)
+      for name, label in labels.items():
+        fixed = subject.system.drafts if name == TRUE_DRAFTS else ()
+        request = _request(subject, truth, fixed)
+        generated = generate(
+          subject.params, subject.frozen.params, request, key, subject.settings
+        )
+        for measure, value in jax.device_get(
+          compare(subject.frozen.params, generated, truth)
+        ).items():
+          numbers.setdefault(f'sample/{name}/{measure}', []).append(float(value))
+        shown = jax.device_get(generated.image[:SHOWN])
+        rows[label] += list(images.to_uint8(np.nan_to_num(shown)))
+      for label, name in ends.items():
+        rows[label] += list(_fetch(subject, truth.inputs[name])[:SHOWN])
+      captions += prompts
+    truth_row = next(iter(ends))
+    sheet = tuple(
+      Row(label, np.stack(row), tuple(captions) if label == truth_row else ())
+      for label, row in rows.items()
+    )
+    means = {name: sum(values) / len(values) for name, values in numbers.items()}
+    lines = tuple(f'  {name:32}{value:.4f}' for name, value in means.items())
+    return Report(means, lines, sheets={'': sheet})
+
+  def _compiled(self, subject: Subject) -> tuple:
+    """The two programs, compiled once; every process reads their results."""
+    if self._programs is None:
+      system, everywhere = subject.system, sharding.replicated(subject.mesh)
+
+      def generate(
+        params: Params, frozen: Params, request: Batch, key: Array, settings: SampleConfig
+      ) -> Generated:
+        return system.generate(system.prepare(params), frozen, request, key, settings)
+
+      def compare(frozen: Params, generated: Generated, truth: Batch) -> dict[str, Array]:
+        numbers = _distances(generated, truth)
+        if supports(system, ScoresImages):
+          fits = system.similarity(frozen, generated.image, truth.inputs)
+          own = jnp.diagonal(fits)[:, None]
+          numbers['retrieval'] = jnp.mean(jnp.all(own >= fits, axis=1).astype(jnp.float32))
+        return numbers
+
+      options = sharding.compiler_options()
+      self._programs = (
+        jax.jit(generate, static_argnums=4, out_shardings=everywhere, compiler_options=options),
+        jax.jit(compare, out_shardings=everywhere),
+      )
+    return self._programs
+
+  def _load(self, subject: Subject, split: str) -> tuple[Batch, list[str]]:
+    """Records of a split with their true encoded entries, and the prompts that are shown."""
+    if split not in self._truth:
+      data = Pipeline.of(subject.system, split)
+      count = -(-COUNT // subject.mesh.size) * subject.mesh.size
+      positions = _positions(data, count)
+      local = positions[sharding.host_rows(count, subject.mesh)]
+      batch = data.examples([data.index_at(position) for position in local])
+      batch = dataclasses.replace(batch, example=np.asarray(local, np.int32))
+      placed = sharding.put_batch(batch, subject.mesh)
+      prompts = [data.prompt(data.index_at(position)) for position in positions[:SHOWN]]
+      self._truth[split] = (subject.frozen.encoded(placed, subject.key), prompts)
+    return self._truth[split]
+
+
+def _request(subject: Subject, truth: Batch, fixed: tuple[str, ...]) -> Batch:
+  """A request for the prompts of a batch, with some of its encoded entries fixed."""
+  spec = subject.system.request_spec(1)
+  encoded = {name: truth.encoded[name] for name in (*spec.encoded, *fixed)}
+  return Batch(truth.example, {name: truth.inputs[name] for name in spec.inputs}, encoded)
+
+
+def _distances(generated: Generated, truth: Batch) -> dict[str, Array]:
+  """Distance of the generated latents from the true ones, where there are latents."""
+  if 'latents' not in generated.encoded:
+    return {}
+  ours, theirs = generated.encoded['latents'], truth.encoded['latents']
+  if jnp.issubdtype(theirs.dtype, jnp.integer):
+    return {'equal_codes': jnp.mean(ours == theirs)}
+  return {'latent_distance': jnp.sqrt(jnp.mean(jnp.square(ours - theirs)))}
+
+
+def _fetch(subject: Subject, leaf: Array) -> np.ndarray:
+  """A whole array on every host."""
+  whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(subject.mesh))
+  return jax.device_get(whole(leaf))
+
+
+def _positions(data: Pipeline, count: int) -> list[int]:
+  """The first stream positions with new prompts, then the first of the others.
+
+  Captions rarely repeat; of classes most images may be of one.
+  """
+  seen, new, others = set(), [], []
+  for position in range(_SCANNED * count):
+    if len(new) == count:
+      break
+    prompt = data.prompt(data.index_at(position))
+    (others if prompt in seen else new).append(position)
+    seen.add(prompt)
+  return (new + others)[:count]

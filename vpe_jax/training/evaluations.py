@@ -1,0 +1,120 @@
+"""The evaluators of `config.evals`, run between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+from etils import epath
+
+from vpe_jax.checkpoints.frozen import Frozen
+from vpe_jax.config import Config
+from vpe_jax.contracts import Samples, System
+from vpe_jax.data.tokenizers.published import open_tokenizer
+from vpe_jax.evaluation import evaluator as evaluators
+from vpe_jax.evaluation.evaluator import Evaluator, Subject
+from vpe_jax.evaluation.report import Report
+from vpe_jax.evaluation.sheets import layout
+from vpe_jax.generator import Generator
+from vpe_jax.sampling import images
+from vpe_jax.training.state import State, weights
+
+
+class Evaluations:
+  """Evaluators that a run's config names, and when each is due."""
+
+  def __init__(
+    self,
+    config: Config,
+    system: System,
+    frozen: Frozen,
+    mesh: jax.sharding.Mesh,
+    workdir: epath.Path,
+  ):
+    """Builds the evaluators; nothing is read yet.
+
+    Args:
+      config: the run.
+      system: the system that trains.
+      frozen: its frozen networks.
+      mesh: of the run.
+      workdir: the run's folder; sheets go to its subfolders.
+
+    Raises:
+      UserError: an unknown evaluator or option, or one that does not fit the system.
+    """
+    self._config, self._system, self._frozen = config, system, frozen
+    self._mesh, self._workdir = mesh, workdir
+    self._generator: Generator | None = None
+    self._evaluators: dict[str, tuple[int, Evaluator]] = {}
+    subject = self._subject({}, 0, 0)
+    for name, options in config.evals.items():
+      every = options['every']
+      if every:
+        own = {key: value for key, value in options.items() if key != 'every'}
+        evaluator = evaluators.build(name, own)
+        evaluators.check_fits(name, evaluator, subject)
+        self._evaluators[name] = (every, evaluator)
+
+  def due(self, stage: int, step: int, is_last: bool) -> list[str]:
+    """Names of the evaluators to run after a step; samples wait for the renderer to train."""
+    samples = self._system.stages[stage].samples
+    return [
+      name
+      for name, (every, evaluator) in self._evaluators.items()
+      if (is_last or step % every == 0) and (samples or Samples not in _needs(evaluator))
+    ]
+
+  def run(self, names: list[str], state: State, step: int) -> dict[str, float]:
+    """Runs evaluators on a state; writes their sheets, and returns their numbers."""
+    index = int(state['stage'])
+    subject = self._subject(weights(state), index, state['stage_step'])
+    numbers: dict[str, float] = {}
+    for name in names:
+      _, evaluator = self._evaluators[name]
+      report = evaluator.run(subject)
+      numbers |= report.numbers
+      self._write(name, evaluator, report, step)
+      if not report.numbers and subject.main:
+        print('\n'.join(report.lines), flush=True)
+    return numbers
+
+  def _write(self, name: str, evaluator: Evaluator, report: Report, step: int) -> None:
+    if jax.process_index() != 0:
+      return
+    for split, sheet in report.sheets.items():
+      parts = [f'step_{step:07d}', *([name, split] if split else [])]
+      path = self._workdir / evaluator.folder / f'{"-".join(parts)}.png'
+      images.save_png(layout(sheet), path, overwrite=True)
+
+  def _subject(self, params: State, stage: int, stage_step: int | jax.Array) -> Subject:
+    return Subject(
+      self._system,
+      params,
+      stage,
+      self._mesh,
+      stage_step=stage_step,
+      frozen=lambda: self._frozen,
+      generator=self._generator_of(params),
+    )
+
+  def _generator_of(self, params: State) -> Callable[[], Generator]:
+    """Makes a generator of the current parameters; all of a run share their programs."""
+
+    def make() -> Generator:
+      if self._generator is None:
+        tokenizer = open_tokenizer(self._config.data.tokenizer)
+        metadata = {'checkpoint': 'training', 'weights': str(self._workdir)}
+        frozen, mesh = self._frozen.params, self._mesh
+        self._generator = Generator(
+          self._system, params, frozen, tokenizer, metadata, batch_size=32, mesh=mesh
+        )
+        return self._generator
+      return self._generator.with_params(params)
+
+    return make
+
+
+def _needs(evaluator: Evaluator) -> set[type]:
+  """The capabilities that an evaluator requires, and those that they build on."""
+  return {base for capability in evaluator.requires for base in capability.__mro__}
