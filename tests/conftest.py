@@ -8,6 +8,8 @@ import os
 import pathlib
 import tempfile
 import types
+from collections.abc import Callable, Sequence
+from typing import Any
 
 # Before jax is imported: it reads these once. Subprocesses of tests inherit them. Tests compile
 # much and run little, so the compiler optimises less: a third of the time for the same numbers.
@@ -97,3 +99,39 @@ def show_o2() -> types.SimpleNamespace:
     clock=clock,
     run=run,
   )
+
+
+@pytest.fixture
+def fake_subject():
+  """Builds a subject whose images are `sample(prompts)`; see evaluator.Subject for the rest."""
+
+  from vpe_jax.config import DataConfig
+  from vpe_jax.contracts import Samples
+
+  def build(
+    sample: Callable[[Sequence[str]], np.ndarray],
+    *,
+    image_size: int = 16,
+    task: str = 'captions',
+    data: Any = None,
+    from_true_drafts: Callable | None = None,
+    editing: Callable | None = None,
+    capabilities: tuple[type, ...] = (Samples,),
+    **description: str,
+  ) -> types.SimpleNamespace:
+    config = types.SimpleNamespace(system='fake', data=data or DataConfig())
+    drafts = ('visual_prompt',) if from_true_drafts else ()
+    system = types.SimpleNamespace(config=config, capabilities=capabilities, drafts=drafts)
+    return types.SimpleNamespace(
+      system=system,
+      generator=types.SimpleNamespace(system=system),
+      image_size=image_size,
+      task=task,
+      notes=(),
+      description={'checkpoint': 'abc'} | description,
+      sample=sample,
+      sample_from_true_drafts=from_true_drafts,
+      editing=editing,
+    )
+
+  return build

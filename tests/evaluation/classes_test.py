@@ -8,11 +8,10 @@ import pytest
 
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
-from vpe_jax.evaluation import classes, runner
+from vpe_jax.evaluation import classes
 from vpe_jax.evaluation.judge import Judge
-from vpe_jax.evaluation.report import Options, Subject
 
-OPTIONS = Options(captions=20, seed=1)
+BENCHMARK = classes.ClassBenchmark(captions=20, seed=1)
 DATA = DataConfig(
   source='openmoji', image_size=16, words='group', tokenizer='classes:food', examples=300
 )
@@ -20,22 +19,22 @@ DATA = DataConfig(
 
 @pytest.fixture(scope='module')
 def true():
-  return classes.true_pictures(DATA, 2 * OPTIONS.captions, OPTIONS.seed)
+  return classes.true_images(DATA, 2 * BENCHMARK.captions, BENCHMARK.seed)
 
 
-def test_true_pictures_are_different_and_follow_the_seed(true):
+def test_true_images_are_different_and_follow_the_seed(true):
   images, names = true
   assert images.shape == (40, 16, 16, 3) and len({image.tobytes() for image in images}) == 40
   assert len(set(names)) > 3
-  again = classes.true_pictures(DATA, 40, OPTIONS.seed)
+  again = classes.true_images(DATA, 40, BENCHMARK.seed)
   np.testing.assert_array_equal(again[0], images)
-  assert (classes.true_pictures(DATA, 40, 2)[0] != images).any()
+  assert (classes.true_images(DATA, 40, 2)[0] != images).any()
 
 
 def test_too_little_data_is_an_error():
   few = dataclasses.replace(DATA, examples=30)
   with pytest.raises(UserError, match='--captions=1[45] or fewer are possible'):
-    classes.true_pictures(few, 40, 0)
+    classes.true_images(few, 40, 0)
 
 
 def test_chance_and_the_control_count_pairs():
@@ -57,7 +56,7 @@ class _Judge:
 
 
 @pytest.mark.parametrize('right', [True, False])
-def test_pictures_of_their_class_are_told_from_others(true, monkeypatch, right):
+def test_images_of_their_class_are_told_from_others(true, monkeypatch, fake_subject, right):
   order = sorted(set(true[1]))
 
   def paint(names, right=True):
@@ -65,12 +64,10 @@ def test_pictures_of_their_class_are_told_from_others(true, monkeypatch, right):
     places = np.asarray([order.index(name) for name in names]) + (not right)
     return np.tile((places % len(order)).astype(np.uint8)[:, None, None, None], (1, 16, 16, 3))
 
-  monkeypatch.setattr(classes, 'true_pictures', lambda *_: (paint(true[1]), true[1]))
+  monkeypatch.setattr(classes, 'true_images', lambda *_: (paint(true[1]), true[1]))
   monkeypatch.setattr(Judge, 'load', lambda source: _Judge())
-  said = {'checkpoint': 'abc'}
-  draw = lambda names: paint(names, right)
-  subject = Subject(draw, 16, said, task='classes', data=DATA)
-  report = runner.run([], subject, OPTIONS)['classes']
+  subject = fake_subject(lambda names: paint(names, right), task='classes', data=DATA)
+  report = BENCHMARK.run(subject)
   rows = report.protocol['results']['rows']
   known, asked = true[1][:20], true[1][20:]
   seen = np.mean(np.isin(asked, known))

@@ -6,11 +6,11 @@ import pytest
 from vpe_jax.contracts import UserError
 from vpe_jax.data.embedded.words import Words
 from vpe_jax.data.records import render
-from vpe_jax.evaluation import ocr, runner
-from vpe_jax.evaluation.report import Options, Planner, Subject, distinct
-from vpe_jax.sampling.plans import Codebook, Plans
+from vpe_jax.evaluation import ocr
+from vpe_jax.evaluation.editing import FROM_TRUE
+from vpe_jax.evaluation.report import distinct
 
-OPTIONS = Options(captions=6, splits=('combination',), seed=1)
+BENCHMARK = ocr.Ocr(captions=6, splits=('combination',), seed=1)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_words_are_matched_as_in_textatlas(read, asked, counted):
 
 def test_words_are_pooled_and_characters_are_means_over_pictures():
   result = ocr.measure(['fox', 'a b', 'Hello'], ['fox', '', 'hello'])
-  assert (result.asked, result.read, result.matched) == (2, 4, 2)
+  assert (result.expected, result.read, result.matched) == (2, 4, 2)
   assert result.recall == 1 and result.precision == 0.5 and result.f1 == pytest.approx(2 / 3)
   assert result.errors.tolist() == pytest.approx([0, 1, 0.2])
   assert result.error_rate == pytest.approx(0.4)
@@ -46,14 +46,13 @@ def test_small_pictures_are_enlarged_with_white_around():
   assert ocr.enlarged(np.zeros((512, 512, 3), np.uint8)).shape == (576, 576, 3)
 
 
-def test_packages_that_are_absent_are_named_before_anything_is_drawn(monkeypatch):
-  subject = Subject(lambda told: pytest.fail('drawn'), 64, {'checkpoint': 'abc'}, task='words')
+def test_absent_packages_are_named_before_anything_is_sampled(monkeypatch):
   monkeypatch.setattr(ocr, '_PACKAGES', ('numpy', 'no_such_reader'))
   with pytest.raises(UserError, match=r'needs no_such_reader: pip install -e \.\[eval\]'):
-    runner.run([], subject, OPTIONS)
+    BENCHMARK.check()
 
 
-def test_the_report_has_a_ceiling_and_the_true_plan(monkeypatch):
+def test_the_report_has_a_ceiling_and_true_drafts(monkeypatch, fake_subject):
   records = distinct(Words(2 * 6, 'combination', 1), 6)
   texts = {}
   for record in records:
@@ -61,22 +60,14 @@ def test_the_report_has_a_ceiling_and_the_true_plan(monkeypatch):
     texts[render(record, 16).tobytes()] = written
   read = lambda images: [texts.get(image.tobytes(), 'nothing') for image in images]
   monkeypatch.setattr(ocr, 'reader', lambda: read)
-  known = []
-
-  def plans_of(pictures, told):
-    known[:] = pictures
-    codes = np.arange(len(pictures))[:, None]
-    return Plans(codes, tuple(told), (0,) * len(told), Codebook(64, 'abc'), {})
-
-  planner = Planner(None, None, lambda plans: np.stack(known), plans_of, ())
-  gray = lambda told: np.full((len(told), 16, 16, 3), 128, np.uint8)
-  subject = Subject(gray, 16, {'checkpoint': 'abc'}, planner, task='words')
-  report = ocr.ocr_report(subject, OPTIONS)
+  gray = lambda prompts: np.full((len(prompts), 16, 16, 3), 128, np.uint8)
+  subject = fake_subject(gray, task='words', from_true_drafts=lambda prompts, images: images)
+  report = BENCHMARK.run(subject)
   found = report.protocol['results']['combination']
   recall = {name: row['recall'] for name, row in found['rows'].items()}
-  assert recall == {'true images': 1, 'generated': 0, 'generated on the true plan': 1}
+  assert recall == {'true images': 1, 'generated': 0, FROM_TRUE: 1}
   assert found['pictures'][0]['generated'] == 'nothing'
   assert found['pictures'][0]['true images'] == found['pictures'][0]['asked']
   assert len(report.lines) == 5
   true, drawn, _ = report.sheets['combination']
-  assert true.said[0] == records[0].caption and drawn.said[0] == '"nothing"'
+  assert true.captions[0] == records[0].caption and drawn.captions[0] == '"nothing"'

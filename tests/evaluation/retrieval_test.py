@@ -100,7 +100,7 @@ def test_interval_is_wilsons():
 
 
 def test_pictures_and_trials_must_match():
-  with pytest.raises(ValueError, match='3 pictures'):
+  with pytest.raises(ValueError, match='3 '):
     retrieval.measure(np.zeros((3, 2)), {}, _trials(2))
 
 

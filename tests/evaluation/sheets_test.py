@@ -12,8 +12,8 @@ def _images(shade, count=3, side=16):
 
 def test_a_row_is_the_first_of_many_pictures():
   row = Row.first('true', _images(0, 20), [str(i) for i in range(20)])
-  assert row.images.shape[0] == len(row.said) == 8
-  assert Row.first('true', _images(0, 2)).said == ()
+  assert row.images.shape[0] == len(row.captions) == 8
+  assert Row.first('true', _images(0, 2)).captions == ()
 
 
 def test_rows_that_all_runs_have_come_once_and_others_say_whose_they_are():
@@ -30,7 +30,8 @@ def test_rows_that_all_runs_have_come_once_and_others_say_whose_they_are():
     'runs/b: generated',
     'runs/a: planned',
   ]
-  assert rows[0].said == true.said and [row.images[0, 0, 0, 0] for row in rows] == [0, 1, 3, 2]
+  assert rows[0].captions == true.captions
+  assert [row.images[0, 0, 0, 0] for row in rows] == [0, 1, 3, 2]
 
 
 def test_pictures_of_other_sizes_are_other_rows_of_one_sheet():

@@ -1,17 +1,20 @@
-"""Benchmarks of visual prompts: a subject of which all is known."""
+"""Benchmarks of visual prompts, on a model whose images show their codes."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 
-from vpe_jax.evaluation import planning, retrieval, runner
+from vpe_jax.contracts import PlansVisually, Samples
+from vpe_jax.evaluation import retrieval, runner
 from vpe_jax.evaluation.judge import Judge
-from vpe_jax.evaluation.report import Options, Planner, Subject
-from vpe_jax.sampling.plans import Codebook, Plans
+from vpe_jax.systems.vpe.visual_prompts import benchmark
+from vpe_jax.systems.vpe.visual_prompts.files import Codebook, VisualPrompts
 
 N, SIDE = 4, 2
-OPTIONS = Options(captions=12, splits=('combination',), seed=1, best_of=N, mixes=6)
+BEST_OF = benchmark.BestOf(captions=12, splits=('combination',), seed=1, plans=N)
+MIXES = benchmark.Mixes(count=6, splits=('combination',), seed=1)
 
 
 def _plan(captions, n):
@@ -20,7 +23,7 @@ def _plan(captions, n):
   codes = np.stack([numbers // n, numbers % n, 30 + numbers // n, numbers % n], 1)
   prompts = tuple(caption for caption in captions for _ in range(n))
   index = tuple(range(n)) * len(captions)
-  return Plans(codes.astype(np.int32), prompts, index, Codebook(64, 'abc'), {})
+  return VisualPrompts(codes.astype(np.int32), prompts, index, Codebook(64, 'abc'), {})
 
 
 def _score(plans, ranker):
@@ -42,7 +45,7 @@ class _Judge:
   fingerprint = 'knowing'
 
   def captions(self, captions):
-    trials, _ = retrieval.make_trials(OPTIONS.captions, 'combination', OPTIONS.seed)
+    trials, _ = retrieval.make_trials(BEST_OF.captions, 'combination', BEST_OF.seed)
     self._number = {trial.caption: 1 + i for i, trial in enumerate(trials)}
     vectors = np.zeros((len(captions), 1 + len(trials)))
     for row, caption in enumerate(captions):
@@ -51,41 +54,60 @@ class _Judge:
 
   def images(self, images):
     number = images[:, 1, 0, 0]
-    return np.eye(1 + OPTIONS.captions)[np.where(number <= OPTIONS.captions, number, 0)]
+    return np.eye(1 + BEST_OF.captions)[np.where(number <= BEST_OF.captions, number, 0)]
+
+
+class _Prompter:
+  """Stands in for VisualPrompter: images show the codes."""
+
+  system = types.SimpleNamespace(plan_rankers=('likelihood', 'similarity'))
+
+  def __init__(self, generator):
+    del generator
+
+  def write(self, captions, n, seed, settings):
+    return _plan(captions, n)
+
+  def score(self, visual_prompts, ranker):
+    return _score(visual_prompts, ranker)
+
+  def render(self, visual_prompts, seed, settings):
+    return [types.SimpleNamespace(image=image) for image in _render(visual_prompts)]
+
+  def read(self, images):
+    return types.SimpleNamespace(codes=np.stack(images)[:, 0, :4, 0].astype(np.int32))
 
 
 @pytest.fixture
-def subject(monkeypatch):
+def subject(monkeypatch, fake_subject):
   monkeypatch.setattr(Judge, 'load', lambda source: _Judge())
-  codes = lambda images: images[:, 0, :4, 0].astype(np.int32)
-  read = lambda images, told: Plans(
-    codes(images), tuple(told), (0,) * len(told), Codebook(64, 'abc'), {}
-  )
-  planner = Planner(_plan, _score, _render, read, ('likelihood', 'similarity'))
-  return Subject(None, 16, {'checkpoint': 'abc'}, planner)
+  monkeypatch.setattr(benchmark, 'VisualPrompter', _Prompter)
+  subject = fake_subject(None, capabilities=(Samples, PlansVisually))
+  subject.seed, subject.settings = 0, None
+  return subject
 
 
 def test_the_best_are_told_from_the_first(subject, tmp_path):
-  report = runner.run(['best_of'], subject, OPTIONS)['best_of']
+  report = BEST_OF.run(subject)
   found = report.protocol['results']['combination']
   accuracy = {name: row['accuracy'] for name, row in found['rows'].items()}
   good, bad = f'best of {N} by likelihood', f'best of {N} by similarity'
-  assert list(accuracy) == [planning.FIRST, good, bad, 'true images']
-  assert accuracy[good] == 1 and accuracy[bad] == accuracy[planning.FIRST] < 0.2
+  assert list(accuracy) == [benchmark.FIRST, good, bad, 'true images']
+  assert accuracy[good] == 1 and accuracy[bad] == accuracy[benchmark.FIRST] < 0.2
   assert found['gained'][good]['captions_gained'] == 12
   assert found['gained'][good]['captions_lost'] == 0
   low, high = found['gained'][good]['interval95']
-  assert low <= found['gained'][good]['accuracy'] == 1 - accuracy[planning.FIRST] <= high
+  assert low <= found['gained'][good]['accuracy'] == 1 - accuracy[benchmark.FIRST] <= high
   assert found['gained'][bad]['accuracy'] == 0 and found['gained'][bad]['captions_gained'] == 0
   assert len(report.lines) == 6 and '+12 -0' in report.lines[3]
   written = runner.save({'best_of': report}, str(tmp_path), 'x')
   protocol = json.loads((tmp_path / 'best_of-x.json').read_text())
-  assert protocol['best_of'] == N and protocol['judge_checkpoint'] == 'knowing'
+  assert protocol['plans'] == N and protocol['judge_checkpoint'] == 'knowing'
   assert len(written) == 2
 
 
 def test_a_renderer_that_follows_its_plan_shows_the_mix(subject):
-  report = runner.run(['mixes'], subject, OPTIONS)['mixes']
+  report = MIXES.run(subject)
   found = report.protocol['results']['combination']
   assert found['unmixed'] == 1 and len(found['rows']) == 3
   for row in found['rows'].values():
@@ -98,7 +120,7 @@ def test_a_renderer_that_follows_its_plan_shows_the_mix(subject):
 def test_agreement_takes_sides():
   mix, a, b = (np.asarray([[0, 0, 1, 1]]).repeat(3, 0) * k for k in (1, 0, 1))
   b = b + np.asarray([1, 1, 0, 0])
-  found = planning.agreement(a, {'mix': mix, 'A': a, 'B': b})
+  found = benchmark.agreement(a, {'mix': mix, 'A': a, 'B': b})
   assert found['agrees_with'] == {'mix': 0.5, 'A': 1, 'B': 0}
   assert not found['closer_to_the_mix']
   assert found['mix_ahead_of']['A']['mean'] == -0.5 and found['mix_ahead_of']['B']['mean'] == 0.5

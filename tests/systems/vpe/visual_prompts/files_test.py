@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 
 from vpe_jax.contracts import UserError
-from vpe_jax.sampling import plans
+from vpe_jax.systems.vpe.visual_prompts import files
 
-BOOK = plans.Codebook(40, '0f3a5c7e9b1d')
+BOOK = files.Codebook(40, '0f3a5c7e9b1d')
 
 
 def _plans(n=3, side=3, seed=0):
   codes = np.random.default_rng(seed).integers(0, BOOK.size, (n, side * side), np.int32)
   prompts = ('a red fox', 'deux œufs "durs"', 'a\nb')[:n]
-  return plans.Plans(codes, prompts, (4, 0, 2)[:n], BOOK, {'by': 'drawn', 'seed': '7'})
+  return files.VisualPrompts(codes, prompts, (4, 0, 2)[:n], BOOK, {'by': 'drawn', 'seed': '7'})
 
 
 def _same(a, b):
   np.testing.assert_array_equal(a.codes, b.codes)
   assert a.codes.dtype == np.int32
-  fields = lambda p: (p.prompts, p.index, p.codebook, dict(p.made), p.side)
+  fields = lambda p: (p.prompts, p.index, p.codebook, dict(p.provenance), p.side)
   assert fields(a) == fields(b)
 
 
@@ -29,7 +29,7 @@ def _same(a, b):
 def test_files_come_back_whole(name, tmp_path):
   path = str(tmp_path / name)
   _plans().save(path)
-  _same(plans.load(path), _plans())
+  _same(files.load(path), _plans())
 
 
 def test_a_file_is_not_replaced_unasked(tmp_path):
@@ -37,9 +37,9 @@ def test_a_file_is_not_replaced_unasked(tmp_path):
   _plans().save(path)
   with pytest.raises(UserError, match='x.json exists: .*--overwrite'):
     _plans(seed=1).save(path)
-  _same(plans.load(path), _plans())
+  _same(files.load(path), _plans())
   _plans(seed=1).save(path, overwrite=True)
-  _same(plans.load(path), _plans(seed=1))
+  _same(files.load(path), _plans(seed=1))
   (tmp_path / 'folder.npz').mkdir()
   with pytest.raises(UserError, match='folder.npz is a folder'):
     _plans().save(str(tmp_path / 'folder.npz'), overwrite=True)
@@ -61,9 +61,9 @@ def test_json_has_a_row_of_the_grid_a_line_and_takes_what_a_person_writes(tmp_pa
   values['plans'] += [{'grid': plan['grid']}, plan]
   del values['made']
   path.write_text('\ufeff' + json.dumps(values))
-  found = plans.load(str(path))
+  found = files.load(str(path))
   assert (found.grids[:, 1, 2] == 39).all() and found.prompts == ('a red fox', '', 'a red fox')
-  assert found.index == (0, 0, 1) and found.made == {}
+  assert found.index == (0, 0, 1) and found.provenance == {}
 
 
 def _edited(path, change):
@@ -107,7 +107,7 @@ def test_what_is_wrong_with_json_is_named(change, message, tmp_path):
 
 def _refused(path, message):
   with pytest.raises(UserError, match=message) as error:
-    plans.load(str(path))
+    files.load(str(path))
   assert str(path) in str(error.value) and '\n' not in str(error.value)
 
 
@@ -170,17 +170,17 @@ def test_what_is_wrong_with_npz_is_named(change, message, tmp_path):
 
 
 def test_other_endings_and_absent_files_are_refused(tmp_path):
-  for use in (plans.load, plans.check_target, _plans().save):
+  for use in (files.load, files.check_target, _plans().save):
     with pytest.raises(UserError, match=r"'x.txt' is no file .* end in .json or .npz"):
       use('x.txt')
   with pytest.raises(UserError, match='cannot read .*none.json .*--save_visual_prompt'):
-    plans.load(str(tmp_path / 'none.json'))
+    files.load(str(tmp_path / 'none.json'))
 
 
 def test_plans_of_another_codebook_or_grid_are_refused():
   _plans().check(BOOK, 3)
   with pytest.raises(UserError, match=r'0f3a5c7e9b1d, 40 codes.*ffffffffffff, 40 codes'):
-    _plans().check(plans.Codebook(40, 'f' * 12), 3)
+    _plans().check(files.Codebook(40, 'f' * 12), 3)
   with pytest.raises(UserError, match=r'40 codes.*41 codes'):
     _plans().check(dataclasses.replace(BOOK, size=41), 3)
   with pytest.raises(UserError, match='3 x 3 codes .* from 6 x 6'):
@@ -191,7 +191,7 @@ def test_plans_know_what_they_are():
   with pytest.raises(UserError, match='codes go from 0 to 40: the codebook has 0 to 39'):
     dataclasses.replace(_plans(n=1, side=2), codes=np.asarray([[0, 1, 2, 40]]))
   with pytest.raises(UserError, match='1 plans of 3 codes: .* a square grid'):
-    plans.Plans(np.zeros((1, 3), np.int32), ('',), (0,), BOOK, {})
+    files.VisualPrompts(np.zeros((1, 3), np.int32), ('',), (0,), BOOK, {})
   with pytest.raises(UserError, match='3 plans with 2 prompts and 3 places'):
     dataclasses.replace(_plans(), prompts=('a', 'b'))
   picked = _plans().take([2, 0, 2])
@@ -200,23 +200,23 @@ def test_plans_know_what_they_are():
 
 
 def test_plans_are_told_one_prompt_or_as_many_as_they_are():
-  assert _plans().told(['x']).prompts == ('x',) * 3
-  assert _plans().told(['x', 'y', 'z']).prompts == ('x', 'y', 'z')
+  assert _plans().with_prompts(['x']).prompts == ('x',) * 3
+  assert _plans().with_prompts(['x', 'y', 'z']).prompts == ('x', 'y', 'z')
   with pytest.raises(UserError, match='2 prompts for 3 visual prompts'):
-    _plans().told(['x', 'y'])
+    _plans().with_prompts(['x', 'y'])
 
 
 @pytest.mark.parametrize('rows, upper', [(None, 2), (0, 0), (1, 1), (5, 5)])
 def test_a_mix_has_the_rows_of_both(rows, upper):
   a, b = _plans(side=5), _plans(side=5, seed=1)
-  mix = plans.mixed(a, b, rows)
+  mix = files.mixed(a, b, rows)
   np.testing.assert_array_equal(mix.grids[:, :upper], a.grids[:, :upper])
   np.testing.assert_array_equal(mix.grids[:, upper:], b.grids[:, upper:])
-  assert (mix.prompts, mix.index) == (a.prompts, a.index) and mix.made['by'] == 'mixed'
+  assert (mix.prompts, mix.index) == (a.prompts, a.index) and mix.provenance['by'] == 'mixed'
 
 
 def test_what_does_not_fit_is_not_mixed():
-  other = dataclasses.replace(_plans(), codebook=plans.Codebook(40, 'f' * 12))
+  other = dataclasses.replace(_plans(), codebook=files.Codebook(40, 'f' * 12))
   for pair, message in (
     ((_plans(), _plans(n=2)), 'with 2 others'),
     ((_plans(), _plans(), 4), 'cannot mix the top 4 rows'),
@@ -225,9 +225,9 @@ def test_what_does_not_fit_is_not_mixed():
     ((_plans(), other), 'the lower plans index another codebook'),
   ):
     with pytest.raises(UserError, match=message):
-      plans.mixed(*pair)
+      files.mixed(*pair)
 
 
 def test_the_best_come_first_and_the_first_of_equals_before():
   scores = np.asarray([[0.0, 2.0, 1.0, 2.0], [-1.0, -3.0, -2.0, -1.0]])
-  np.testing.assert_array_equal(plans.best(scores, 3), [[1, 3, 2], [0, 3, 2]])
+  np.testing.assert_array_equal(files.best(scores, 3), [[1, 3, 2], [0, 3, 2]])
