@@ -69,7 +69,7 @@ def for_visual_prompts(system: PlansVisually) -> Params:
   """The networks that a system reads visual prompts with, on one device.
 
   Raises:
-    UserError: it was trained without them; or see `for_drawing`.
+    UserError: it was trained without them; or see `for_sampling`.
   """
   names = system.visual_prompt.weights
   if not set(names) <= set(system.frozen):
