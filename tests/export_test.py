@@ -61,8 +61,8 @@ def test_latents_of_the_written_file_are_normalised(run, tmp_path):
   to = str(tmp_path / 'image.safetensors')
   export.export('runs/x', to, 'image')
   stored, _ = weights.load(to)
-  data = Pipeline(system.config.data, system.config.seed)
-  latents = system.latents_codec.encode({'image': stored}, data.examples(range(64)).image)
+  data = Pipeline.of(system)
+  latents = system.latents_codec.encode({'image': stored}, data.examples(range(64)).inputs['image'])
   # The moments themselves are rounded to bfloat16: 8 bits of mantissa.
   np.testing.assert_allclose(jnp.mean(latents, (0, 1, 2)), 0.0, atol=2e-2)
   np.testing.assert_allclose(jnp.std(latents, (0, 1, 2)), 1.0, atol=2e-2)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import c2i_discrete, t2i
+from tests.small_systems import request_of
 from vpe_jax import rng, systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.contracts import UserError
@@ -53,7 +54,7 @@ def _generator(system: systems.System) -> Generator:
   """Random weights, drawn on the host: none is zero, and nothing is compiled for them."""
   draw = np.random.default_rng(0)
   random = lambda leaf: 0.3 * draw.standard_normal(leaf.shape, np.float32)
-  shapes = jax.eval_shape(system.init, jax.random.key(0)), system.abstract_frozen()
+  shapes = jax.eval_shape(system.init, jax.random.key(0)), system.frozen_shapes()
   params, frozen = jax.tree.map(random, shapes)
   tokenizer = open_tokenizer(system.config.data.tokenizer)
   return Generator(system, params, frozen, tokenizer, SAID)
@@ -122,14 +123,15 @@ def _log_probabilities(generator, plans):
   """Of each code, from the logits that drawing it code by code sees: an uncached network."""
   system, params = generator.system, generator._params
   _, request = generator._given(plans)
+  codes = request.encoded['visual_prompt']
   if system.config.system == 'c2i_discrete':
     picture = jnp.zeros((len(plans), system.model.config.image_tokens), jnp.int32)
-    logits = jax.jit(system.model)(params, request.text[:, 0], picture, request.codes)
+    logits = jax.jit(system.model)(params, request.inputs['text'][:, 0], picture, codes)
     c = system.model.config
     logits = logits[:, : c.plan_tokens, c.codes :]
   else:
-    regions = system._regions(request, request.codes, jnp.ones(len(plans), bool))
-    latents = jnp.zeros((len(plans), *system.abstract_encoded(1)[1].shape[1:]))
+    regions = system._regions(request, codes, jnp.ones(len(plans), bool))
+    latents = jnp.zeros((len(plans), *system.batch_spec(1).encoded['latents'].shape[1:]))
     noisy = (latents, jnp.zeros(len(plans)))
     hidden, _ = jax.jit(system.rows.forward)(params, regions, noisy)
     first = rendering.Job(None, system.spans, system.vocabulary, None).slot('bot')
@@ -173,7 +175,7 @@ def test_plans_do_not_depend_on_the_noise_of_the_picture(generator, prompts, mon
   # Guidance would only make this compile longer.
   system, settings = generator.system, generator.settings(steps=1, guidance=1.0)
   _, request = generator._given(generator.plan(prompts, n=2, seed=5))
-  request = jax.tree.map(jnp.asarray, dataclasses.replace(request, codes=None))
+  request = jax.tree.map(jnp.asarray, request_of(request))
   stream = rng.stream
   picture = 'noise' if system.config.system == 't2i' else 'codes'
 
@@ -186,8 +188,9 @@ def test_plans_do_not_depend_on_the_noise_of_the_picture(generator, prompts, mon
     return system.generate(*given, settings)
 
   usual, changed = draw(0), draw(1)
-  np.testing.assert_array_equal(changed.codes, usual.codes)
-  assert float(jnp.abs(changed.latents - usual.latents).max()) > 0
+  same, other = (jax.device_get(generated.encoded) for generated in (usual, changed))
+  np.testing.assert_array_equal(same['visual_prompt'], other['visual_prompt'])
+  assert (same['latents'] != other['latents']).any()
 
 
 def test_a_plan_is_read_from_a_picture_as_in_training(generator, prompts):
@@ -196,8 +199,9 @@ def test_a_plan_is_read_from_a_picture_as_in_training(generator, prompts):
   plans = generator.read(pictures, prompts)
   side = generator.system.config.data.image_size
   squares = jnp.asarray(np.stack([pad_to_square(p, side) for p in (*pictures, *pictures)]))
-  encoded = jax.jit(generator.system.encode)(generator._frozen, squares)[0]
-  np.testing.assert_array_equal(plans.codes, encoded[:2])
+  encode = jax.jit(generator.system.encode)
+  encoded = encode(generator._frozen, {'image': squares}, rng.run_key(0))
+  np.testing.assert_array_equal(plans.codes, encoded['visual_prompt'][:2])
   assert plans.prompts == tuple(prompts) and plans.made['by'] == 'read from a picture'
   assert len(generator.render(plans)) == 2
   with pytest.raises(UserError, match='a prompt is blank'):
@@ -255,7 +259,7 @@ def test_mistakes_are_named_before_anything_is_drawn(internal, monkeypatch):
 
 def test_models_say_what_they_cannot_do():
   classes = Generator.__new__(Generator)
-  classes.system, classes.has_plans, classes._similarity = _c2i(), True, None
+  classes.system, classes.has_plans = _c2i(), True
   assert classes.rankers == ('likelihood',)
   with pytest.raises(UserError, match='cannot rank plans by similarity: .*rank by likelihood'):
     classes.check_ranker('similarity')

@@ -17,36 +17,42 @@ from vpe_jax import rng as rng_lib
 from vpe_jax import systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import SampleConfig
-from vpe_jax.contracts import Drawing, UserError
+from vpe_jax.contracts import BatchSpec, Generated, PlansVisually, Samples, UserError
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.generator import Generator
 from vpe_jax.sampling import pictures
 
 
-class _Dice:
-  """A system whose codes are drawn per row, and whose picture shows codes and prompt."""
+class _Dice(PlansVisually):
+  """A system whose codes are drawn per example, and whose image shows codes and prompt."""
+
+  capabilities = (Samples, PlansVisually)
+  visual_prompt = types.SimpleNamespace(encode=lambda frozen, images: images[:, 0, :, 0])
+  codes = 200
 
   def __init__(self):
     data = types.SimpleNamespace(text_length=16, image_size=4)
     self.config = types.SimpleNamespace(data=data, sample=SampleConfig(steps=7))
-    self.codes = 200
-    self.batches = []  # rows of each trace
+    self.batches = []  # batch size of each trace
 
-  plan_similarity = None
+  def batch_spec(self, batch_size):
+    ints = lambda *shape: jax.ShapeDtypeStruct((batch_size, *shape), jnp.int32)
+    encoded = {'visual_prompt': ints(4)}
+    return BatchSpec({'text': ints(16), 'text_length': ints()}, encoded=encoded)
 
   def plan(self, params, request, rng, settings):
     draw = lambda key: jax.random.randint(key, (4,), 0, self.codes)
     return rng_lib.per_example(draw, rng, 'codes', request.example)
 
   def plan_likelihood(self, params, request):
-    return -jnp.mean(request.codes / self.codes, 1)
+    return -jnp.mean(request.encoded['visual_prompt'] / self.codes, 1)
 
   def generate(self, params, frozen, request, rng, settings):
     self.batches.append(request.example.shape[0])
-    codes = request.codes
-    shade = (codes + params['shift'] + request.text[:, :4] % 50) / 255
+    codes = request.encoded['visual_prompt']
+    shade = (codes + params['shift'] + request.inputs['text'][:, :4] % 50) / 255
     image = jnp.broadcast_to(shade[:, :, None, None], (*shade.shape, 4, 3))
-    return Drawing(image, codes, image * settings.guidance)
+    return Generated(image, {'visual_prompt': codes, 'latents': image * settings.guidance})
 
 
 def _dice(rows=4):
@@ -244,7 +250,7 @@ def test_load_warns_of_a_run_that_stopped_early(tmp_path, monkeypatch, caplog, s
   said = {'config': json.dumps(t2i.get_config('debug').to_dict()), 'weights': 'ema'}
   weights.save(path, {'a': np.zeros(2)}, said | ({'stage': stage} if stage else {}))
   monkeypatch.setattr(Generator, '__init__', lambda *_: None)
-  monkeypatch.setattr(generator_lib.frozen_lib, 'check_drawing', lambda *_: None)
+  monkeypatch.setattr(generator_lib.frozen_lib, 'check_sampling', lambda *_: None)
   Generator.load(path)
   assert [f"{path} stopped in stage 'plan'" in r.getMessage() for r in caplog.records] == (
     [True] if warned else []
@@ -271,7 +277,7 @@ def test_load_warns_of_a_run_that_trained_nothing_that_draws(
   params = {name: {'kernel': np.zeros(2)} for name in ('ar', 'dit')}
   weights.save(path, params, {'config': json.dumps(config.to_dict()), 'weights': 'ema'})
   monkeypatch.setattr(Generator, '__init__', lambda *_: None)
-  monkeypatch.setattr(generator_lib.frozen_lib, 'check_drawing', lambda *_: None)
+  monkeypatch.setattr(generator_lib.frozen_lib, 'check_sampling', lambda *_: None)
   Generator.load(path)
   said = f"{path} has no stage after 'plan', and nothing has trained its dit: its pictures are "
   assert [said in r.getMessage() for r in caplog.records] == ([True] if warned else [])

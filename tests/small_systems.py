@@ -1,12 +1,14 @@
-"""What tests feed systems with: parameters of which nothing is the identity, and examples."""
+"""What tests feed systems with: parameters of which nothing is the identity, and batches."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpe_jax.contracts import Examples, Params, System
+from vpe_jax.contracts import Array, Batch, Params, System
 
 
 def redrawn(params: Params, deviation: float) -> Params:
@@ -17,15 +19,32 @@ def redrawn(params: Params, deviation: float) -> Params:
   return jax.tree.unflatten(tree, [noisy(*pair) for pair in zip(keys, leaves, strict=True)])
 
 
-def encoded_examples(system: System, B: int) -> Examples:
-  """Captions of different lengths, and random codes and latents, of a `t2i` system's sizes."""
+def encoded_examples(system: System, B: int) -> Batch:
+  """Prompts of different lengths, and random encoded entries, as of a cache."""
   draw = np.random.default_rng(0)
-  c, data = system.config.model, system.config.data
-  grid = (B, c.latent_size, c.latent_size, c.latent_channels)
-  return Examples(
-    example=jnp.arange(B, dtype=jnp.int32),
-    text=jnp.asarray(draw.integers(8, 1024, (B, data.text_length)), jnp.int32),
-    text_length=jnp.asarray(draw.integers(1, data.text_length + 1, B), jnp.int32),
-    codes=jnp.asarray(draw.integers(0, c.codes, (B, c.plan_tokens)), jnp.int32),
-    latents=jnp.asarray(draw.standard_normal(grid), jnp.float32),
-  )
+  data, spec = system.config.data, system.batch_spec(B)
+  inputs = {
+    'text': jnp.asarray(draw.integers(8, 1024, (B, data.text_length)), jnp.int32),
+    'text_length': jnp.asarray(draw.integers(1, data.text_length + 1, B), jnp.int32),
+  }
+  encoded = {}
+  for name, leaf in spec.encoded.items():
+    codes = spec.codebooks.get(name, 0)
+    values = draw.integers(0, codes, leaf.shape) if codes else draw.standard_normal(leaf.shape)
+    encoded[name] = jnp.asarray(values, leaf.dtype)
+  return Batch(jnp.arange(B, dtype=jnp.int32), inputs, encoded)
+
+
+def request_of(batch: Batch, *names: str) -> Batch:
+  """The request for a batch's prompts, with the encoded entries `names` fixed."""
+  return dataclasses.replace(batch, encoded={name: batch.encoded[name] for name in names})
+
+
+def with_inputs(batch: Batch, **inputs: Array) -> Batch:
+  """The batch with other inputs."""
+  return dataclasses.replace(batch, inputs={**batch.inputs, **inputs})
+
+
+def with_encoded(batch: Batch, **encoded: Array) -> Batch:
+  """The batch with other encoded entries."""
+  return dataclasses.replace(batch, encoded={**batch.encoded, **encoded})

@@ -34,7 +34,7 @@ def frozen():
 
 @pytest.fixture(scope='module')
 def batch(codec):
-  return Pipeline(codec.config.data, 0, split='combination').examples(range(COUNT))
+  return Pipeline.of(codec, 'combination').examples(range(COUNT))
 
 
 def _model(name):
@@ -50,7 +50,7 @@ def test_shipped_towers_retrieve_held_out_captions(preset, name):
   system = _system(config)
   params, _ = weights.load(f'assets:{name}')
   assert _model(name)['siglip'] == dataclasses.asdict(system.config.model.siglip)
-  pictures = Pipeline(system.config.data, 0, split='combination').examples(range(COUNT))
+  pictures = Pipeline.of(system, 'combination').examples(range(COUNT))
   stage = system.stages[0]
   terms = jax.jit(lambda p, b: system.losses(p, {}, b, rng.run_key(0), jnp.int32(0), stage))(
     params, pictures
@@ -65,7 +65,7 @@ def test_shipped_codes_use_the_codebook_and_keep_the_caption(codec, frozen, batc
   shape = dataclasses.asdict(codec.config.model.visual_prompt)
   assert {**stored, 'temperature': 0} == {**shape, 'temperature': 0}
   tokens = codec.tokens_codec
-  codes = jax.jit(tokens.encode)(frozen, batch.image)
+  codes = jax.jit(tokens.encode)(frozen, batch.inputs['image'])
   assert float(autoencoding.perplexity(codes, tokens.codes)) >= 0.25 * tokens.codes
   stage = next(s for s in codec.stages if s.name == 'visual_prompt')
   terms = jax.jit(lambda p, f, b: codec.losses(p, f, b, rng.run_key(0), jnp.int32(0), stage))(
@@ -79,9 +79,9 @@ def test_shipped_autoencoder_is_sharp_and_normalised(codec, frozen, batch):
   stored = _model('image')['image']
   assert stored == dataclasses.asdict(codec.config.model.image)
   images = codec.latents_codec
-  latents = jax.jit(images.encode)(frozen, batch.image)
+  latents = jax.jit(images.encode)(frozen, batch.inputs['image'])
   rebuilt = jax.jit(images.decode)(frozen, latents)
-  wanted = jnp.asarray(batch.image) / 255.0
+  wanted = jnp.asarray(batch.inputs['image']) / 255.0
   assert float(jnp.mean(autoencoding.psnr(rebuilt, wanted))) >= 26.0
   np.testing.assert_allclose(jnp.mean(latents, (0, 1, 2)), 0.0, atol=0.15)
   np.testing.assert_allclose(jnp.std(latents, (0, 1, 2)), 1.0, atol=0.15)
@@ -90,7 +90,7 @@ def test_shipped_autoencoder_is_sharp_and_normalised(codec, frozen, batch):
 def test_shipped_codes_of_pictures_cost_little_and_are_in_use(codec, frozen, batch):
   assert _model('image_codes')['image_codes'] == dataclasses.asdict(codec.config.model.image_codes)
   networks = {**frozen, 'image_codes': weights.load('assets:image_codes')[0]}
-  codes = jax.jit(codec.picture_codec.encode)(networks, batch.image)
+  codes = jax.jit(codec.picture_codec.encode)(networks, batch.inputs['image'])
   rebuilt = jax.jit(codec.picture_codec.decode)(networks, codes)
-  assert float(jnp.mean(autoencoding.psnr(rebuilt, batch.image / 255.0))) >= 27.0
+  assert float(jnp.mean(autoencoding.psnr(rebuilt, batch.inputs['image'] / 255.0))) >= 27.0
   assert len(np.unique(codes)) > 0.9 * codec.picture_codec.codes

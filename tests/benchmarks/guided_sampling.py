@@ -22,7 +22,7 @@ from configs import t2i
 from tests.benchmarks import timing
 from tests.small_systems import redrawn
 from vpe_jax import rng, systems
-from vpe_jax.contracts import Array, Examples, Params, System
+from vpe_jax.contracts import Array, Batch, Params, System
 from vpe_jax.data import sequence
 from vpe_jax.sampling import guidance, solver
 from vpe_jax.systems import rendering
@@ -51,7 +51,7 @@ def build(text: int) -> System:
   return systems.build(config.to_dict())
 
 
-def cached(system: System, params: Params, request: Examples, noise: Array) -> Array:
+def cached(system: System, params: Params, request: Batch, noise: Array) -> Array:
   """Latents by rendering's own way: each branch's prefix once, then the picture's rows alone."""
   job = _job(system)
   _, prefix = rendering.plan(job, params, request, rng.run_key(0))
@@ -61,10 +61,11 @@ def cached(system: System, params: Params, request: Examples, noise: Array) -> A
   return rendering.render(job, params, branches, noise, weights)
 
 
-def recomputed(system: System, params: Params, request: Examples, noise: Array) -> Array:
+def recomputed(system: System, params: Params, request: Batch, noise: Array) -> Array:
   """Latents with the whole rows of both branches in every step."""
   job, model = _job(system), system.model
-  rows = [job.regions(request, request.codes, dropped) for dropped in ((), sequence.CONDITIONS)]
+  codes = request.encoded['visual_prompt']
+  rows = [job.regions(request, codes, dropped) for dropped in ((), sequence.CONDITIONS)]
   regions = guidance.stack(*rows)
 
   def velocity(x: Array, time: Array) -> Array:
@@ -89,11 +90,12 @@ def measure_case(name: str) -> dict[str, Any]:
   """Both sides of one case in turn."""
   system, draw = build(TEXTS[name]), np.random.default_rng(0)
   c, length = system.config.model, TEXTS[name]
-  request = Examples(
+  text = jnp.asarray(draw.integers(8, 1024, (1, length)), jnp.int32)
+  codes = jnp.asarray(draw.integers(0, c.codes, (1, c.plan_tokens)), jnp.int32)
+  request = Batch(
     example=jnp.zeros((1,), jnp.int32),
-    text=jnp.asarray(draw.integers(8, 1024, (1, length)), jnp.int32),
-    text_length=jnp.full((1,), length, jnp.int32),
-    codes=jnp.asarray(draw.integers(0, c.codes, (1, c.plan_tokens)), jnp.int32),
+    inputs={'text': text, 'text_length': jnp.full((1,), length, jnp.int32)},
+    encoded={'visual_prompt': codes},
   )
   shape = (1, c.latent_size, c.latent_size, c.latent_channels)
   noise, params = jax.random.normal(jax.random.key(2), shape), _drawn(system)

@@ -16,8 +16,8 @@ def _system(config_file, arg, changes):
 
 
 def _check(system):
-  loaded = {name: weights.load(source)[0] for name, source in system.frozen_weights.items()}
-  frozen.check_fits(system, loaded)
+  sources = {name: network.source for name, network in system.frozen.items()}
+  frozen.check_fits(system, {name: weights.load(source)[0] for name, source in sources.items()})
 
 
 @pytest.mark.parametrize('config_file', [t2i, codec])

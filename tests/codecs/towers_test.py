@@ -11,12 +11,12 @@ import pytest
 
 from configs import codec as codec_file
 from configs import t2i as t2i_file
-from vpe_jax import sharding, systems
+from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import exported, frozen
 from vpe_jax.codecs import towers
 from vpe_jax.codecs.visual_prompt import VisualPromptConfig
 from vpe_jax.config import MeshConfig
-from vpe_jax.contracts import UserError
+from vpe_jax.contracts import ScoresImages, UserError, supports
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.training import loop, metrics
 
@@ -102,7 +102,8 @@ def test_features_are_those_of_transformers(saved):
   networks = frozen.load(_codec_system(saved), mesh, 'fsdp').params
   for depth, wanted in ((-1, own), (1, states[1])):
     system = _codec_system(saved, depth)
-    ours = np.asarray(jax.jit(system.features)(networks, _images()))
+    encoded = jax.jit(system.encode)(networks, {'image': _images()}, rng.run_key(0))
+    ours = np.asarray(encoded['features'])
     theirs = wanted[:, first:].numpy()
     assert ours.shape == theirs.shape == (3, system.tokens(system.stages[0]), WIDTH)
     error = np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
@@ -141,13 +142,14 @@ def test_a_quantiser_is_trained_and_a_generator_reads_its_codes(saved, tmp_path)
   }
   config.model.weights = {'encoder': str(folder), 'visual_prompt': kept}
   reader = systems.build(config.to_dict())
-  assert reader.similarity is None and reader.plan_similarity is None
+  assert not supports(reader, ScoresImages) and reader.plan_rankers == ('likelihood',)
   assert reader.config.model.plan_tokens == (VIEW // PATCH) ** 2
   networks = frozen.load(reader, sharding.make_mesh(MeshConfig()), 'fsdp').params
   assert set(networks) == {encoder, 'visual_prompt', 'image'}
   squares = np.random.default_rng(1).choice([0, 255], (4, 4, 4, 3)).astype(np.uint8)
   images = squares.repeat(16, axis=1).repeat(16, axis=2)
-  codes, _ = jax.jit(reader.encode)(networks, images)
+  encoded = jax.jit(reader.encode)(networks, {'image': images}, rng.run_key(0))
+  codes = encoded['visual_prompt']
   assert codes.shape == (4, 16) and 0 <= codes.min() and codes.max() < 64
   # They are the codes of the run, and not one for all.
   again = jax.jit(system.tokens_codec.encode)(networks, images)

@@ -12,7 +12,7 @@ import pytest
 from configs import c2i_continuous, c2i_discrete, t2i
 from vpe_jax import rng, sharding, systems
 from vpe_jax.compilation import hlo, program, traffic
-from vpe_jax.contracts import Examples, System, visible
+from vpe_jax.contracts import Batch, System, visible
 from vpe_jax.data import sequence
 from vpe_jax.models import transformer, unified
 from vpe_jax.ops.flops import matrix_flops
@@ -40,7 +40,7 @@ def test_model_flops_are_those_of_the_dots(arg, stage):
   system = _system(arg, {}, {'layers': 3}, unroll=True)
   state = jax.eval_shape(lambda: first_state(system.init(rng.run_key(0)), system.stages[stage]))
   step = make_train_step(system, system.stages[stage], system.config.optim)
-  compiled = step.lower(state, {}, system.abstract_batch(4), rng.run_key(0)).compile()
+  compiled = step.lower(state, {}, system.batch_spec(4).batch(True), rng.run_key(0)).compile()
   work = traffic.work_of(hlo.parse(compiled.as_text()), [0])
   assert not work.unknown_loops
   assert 4 * system.flops(system.stages[stage]) == pytest.approx(work.flops, rel=0.03)
@@ -56,7 +56,7 @@ def test_model_flops_of_classes_to_images_are_those_of_the_dots(config_file, arg
   stage = system.stages[0]
   state = jax.eval_shape(lambda: first_state(system.init(rng.run_key(0)), stage))
   step = make_train_step(system, stage, system.config.optim)
-  compiled = step.lower(state, {}, system.abstract_batch(4), rng.run_key(0)).compile()
+  compiled = step.lower(state, {}, system.batch_spec(4).batch(True), rng.run_key(0)).compile()
   work = traffic.work_of(hlo.parse(compiled.as_text()), [0])
   assert 4 * system.flops(stage) == pytest.approx(work.flops, rel=0.03)
   if config_file is c2i_discrete:
@@ -72,7 +72,7 @@ def test_scans_and_recomputation_are_in_the_compiled_count():
   stage = system.stages[0]
   state = jax.eval_shape(lambda: first_state(system.init(rng.run_key(0)), stage))
   step = make_train_step(system, stage, system.config.optim)
-  compiled = step.lower(state, {}, system.abstract_batch(4), rng.run_key(0)).compile()
+  compiled = step.lower(state, {}, system.batch_spec(4).batch(True), rng.run_key(0)).compile()
   work = traffic.work_of(hlo.parse(compiled.as_text()), [0])
   # The forward pass of the layers runs twice, but for products that nothing backward reads.
   assert 1.1 < work.flops / (4 * system.flops(stage)) < 4 / 3
@@ -102,11 +102,16 @@ def test_online_encoders_are_counted():
   config.data.encode = 'online'
   online = systems.build(config.to_dict())
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.uint8)
-  frozen = online.abstract_frozen()
-  assert set(frozen) == set(online.frozen_weights)
+  frozen = online.frozen_shapes()
+  assert set(frozen) == set(online.frozen)
   plan, joint = (online.flops(s) - cached.flops(s) for s in online.stages)
-  for extra, used in ((plan, 1), (joint, 2)):
-    encode = jax.jit(lambda f, x, used=used: online.encode(f, x)[:used])
+  for extra, used in ((plan, ['visual_prompt']), (joint, ['visual_prompt', 'latents'])):
+
+    @jax.jit
+    def encode(frozen, image, used=used):
+      encoded = online.encode(frozen, {'image': image}, rng.run_key(0))
+      return [encoded[name] for name in used]
+
     work = traffic.work_of(hlo.parse(encode.lower(frozen, image).compile().as_text()), [0])
     assert extra == pytest.approx(work.flops, rel=0.01)
   assert joint > plan > 0
@@ -155,7 +160,7 @@ def test_stage_render_runs_the_token_expert_forward_alone(condition):
   stage = system.stages[1]
   state = jax.eval_shape(lambda: first_state(system.init(rng.run_key(0)), stage))
   step = make_train_step(system, stage, system.config.optim)
-  arguments = (state, {}, system.abstract_batch(4), rng.run_key(0))
+  arguments = (state, {}, system.batch_spec(4).batch(True), rng.run_key(0))
   if condition == 'prefix':
     compiled = step.lower(*arguments).compile()
     flops = traffic.work_of(hlo.parse(compiled.as_text()), [0]).flops
@@ -168,7 +173,8 @@ def test_stage_render_runs_the_token_expert_forward_alone(condition):
   assert backward > 0.05 * system.flops(stage)
   # Of attention, pairs that see each other: counted on the masks.
   text = np.full((1, system.config.data.text_length), 9, np.int32)
-  batch = Examples(np.zeros(1, np.int32), text, np.full(1, text.shape[1], np.int32))
+  inputs = {'text': text, 'text_length': np.full(1, text.shape[1], np.int32)}
+  batch = Batch(np.zeros(1, np.int32), inputs)
   rows = system._regions(batch, np.zeros((1, c.plan_tokens), np.int32), np.ones(1, bool))
   sees = lambda *rows: int(np.sum(visible(*(unified.row_visibility(r) for r in rows))))
   ar, picture = {'ar': rows.pop('ar')}, rows

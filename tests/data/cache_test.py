@@ -1,4 +1,4 @@
-"""The cache of codes and latents: whole, verified, or refused."""
+"""The cache of encoded entries: whole, verified, or refused."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ def _fresh(monkeypatch, tmp_path):
   monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path))
 
 
-def _arrays(count=23):
+def _arrays(count=23, plus=0):
   draw = np.random.default_rng(0)
-  return draw.integers(0, 99, (count, 6), np.int32), draw.normal(size=(count, 2, 2, 4))
+  codes = draw.integers(0, 99, (count, 6), np.int32) + plus
+  return {'codes': codes, 'latents': draw.normal(size=(count, 2, 2, 4))}
 
 
 def _write(fingerprint='one', plus=0):
-  codes, latents = _arrays()
-  codes = codes + plus
-  pieces = [(codes[i : i + 5], latents[i : i + 5]) for i in range(0, len(codes), 5)]
+  arrays = _arrays(plus=plus)
+  pieces = [{name: leaf[i : i + 5] for name, leaf in arrays.items()} for i in range(0, 23, 5)]
   return cache.write_cache(fingerprint, pieces, shard=8)
 
 
 def test_what_was_written_is_read():
-  codes, latents = _arrays()
+  arrays = _arrays()
   _write()
   opened = cache.open_cache('one')
   assert len(opened) == 23
   for index in (0, 7, 8, 22):
-    found = opened[index]
-    np.testing.assert_array_equal(found[0], codes[index])
-    np.testing.assert_array_equal(found[1], latents[index].astype(np.float32))
-    assert found[0].dtype == np.int32 and found[1].dtype == np.float32
+    entries = opened[index]
+    np.testing.assert_array_equal(entries['codes'], arrays['codes'][index])
+    np.testing.assert_array_equal(entries['latents'], arrays['latents'][index].astype(np.float32))
+    assert entries['codes'].dtype == np.int32 and entries['latents'].dtype == np.float32
   with pytest.raises(IndexError):
     opened[23]
   assert len(pickle.dumps(opened)) < 1000
@@ -71,7 +71,7 @@ def test_damage_is_named_and_a_new_cache_cures_it(name, harm):
   with pytest.raises(cache.DamagedCacheError, match=name):
     cache.open_cache('one')
   _write()
-  np.testing.assert_array_equal(cache.open_cache('one')[9][0], _arrays()[0][9])
+  np.testing.assert_array_equal(cache.open_cache('one')[9]['codes'], _arrays()['codes'][9])
 
 
 def test_other_fingerprint_in_its_place_is_refused():
@@ -92,15 +92,15 @@ def test_interrupted_writing_leaves_nothing(tmp_path):
 
 
 def _assert_first_is_kept(opened, tmp_path):
-  np.testing.assert_array_equal(opened[9][0], _arrays()[0][9])
-  np.testing.assert_array_equal(cache.open_cache('one')[9][0], _arrays()[0][9])
+  np.testing.assert_array_equal(opened[9]['codes'], _arrays()['codes'][9])
+  np.testing.assert_array_equal(cache.open_cache('one')[9]['codes'], _arrays()['codes'][9])
   assert list((tmp_path / 'encoded').iterdir()) == [cache.location('one')]
 
 
 def test_a_cache_that_another_process_finished_first_is_used(tmp_path):
   def pieces():
     _write()
-    yield _arrays()[0] + 1, _arrays()[1]
+    yield _arrays(plus=1)
 
   _assert_first_is_kept(cache.write_cache('one', pieces(), shard=8), tmp_path)
 
@@ -137,10 +137,11 @@ def test_a_full_disk_names_the_cure_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_threads_read_shards_at_once_and_parse_nothing(monkeypatch):
   codes = np.arange(400, dtype=np.int32)[:, None]
-  opened = cache.write_cache('many', [(codes, np.zeros((400, 1, 1, 1)))], shard=1)
+  arrays = {'codes': codes, 'latents': np.zeros((400, 1, 1, 1))}
+  opened = cache.write_cache('many', [arrays], shard=1)
   monkeypatch.setattr('ast.literal_eval', lambda text: pytest.fail(f'parsed {text}'))
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    found = list(pool.map(lambda index: opened[index][0][0], range(400)))
+    found = list(pool.map(lambda index: opened[index]['codes'][0], range(400)))
   assert found == list(range(400))
 
 
@@ -149,12 +150,10 @@ def test_an_empty_cache_opens():
   assert len(cache.open_cache('none')) == 0
 
 
-def test_codes_of_discrete_pictures_stay_whole_numbers():
-  """And a plan may have no codes at all."""
-  pictures = np.random.default_rng(1).integers(0, 2**17, (9, 4, 4), np.int32)
-  cache.write_cache('whole', [(np.zeros((9, 0), np.int32), pictures)], shard=4)
+def test_large_codes_stay_whole_numbers():
+  codes = np.random.default_rng(1).integers(2**24, 2**30, (9, 4, 4), np.int32)
+  cache.write_cache('whole', [{'latents': codes}], shard=4)
   opened = cache.open_cache('whole')
   for index in (0, 4, 8):
-    plan, found = opened[index]
-    np.testing.assert_array_equal(found, pictures[index])
-    assert found.dtype == np.int32 and plan.shape == (0,)
+    np.testing.assert_array_equal(opened[index]['latents'], codes[index])
+    assert opened[index]['latents'].dtype == np.int32

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from configs import edit, t2i, text_rendering
+from tests.small_pipelines import small_pipeline
 from vpe_jax import systems
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data import recipes
-from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.sources import open_source
 from vpe_jax.training import heldout
 
@@ -58,7 +58,7 @@ def test_filters_hold_in_every_folder(root):
 
 def test_an_epoch_reads_every_record_as_often_as_it_counts(root):
   config = DataConfig(source='folders:warm*2,cold', root=str(root), image_size=8, text_length=8)
-  pipeline = Pipeline(config, seed=3)
+  pipeline = small_pipeline(config, seed=3)
   epoch = [pipeline.index_at(place) for place in range(len(pipeline))]
   assert sorted(epoch) == list(range(7)) and epoch != sorted(epoch)
   assert not heldout.has_split(config.source)

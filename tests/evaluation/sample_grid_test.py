@@ -9,6 +9,7 @@ from PIL import Image
 
 from vpe_jax import rng, sharding
 from vpe_jax.checkpoints import frozen as frozen_lib
+from vpe_jax.contracts import Samples
 from vpe_jax.training import previews
 from vpe_jax.training.previews import SHOWN, Previews
 from vpe_jax.training.state import first_state
@@ -47,8 +48,9 @@ def test_the_averaged_parameters_draw(drawing_system, tmp_path):
   plain = system.generate
 
   def generate(params, *rest):
-    drawing = plain(params, *rest)
-    return dataclasses.replace(drawing, latents=drawing.latents + params['head']['bias'][0])
+    generated = plain(params, *rest)
+    latents = generated.encoded['latents'] + params['head']['bias'][0]
+    return dataclasses.replace(generated, encoded={**generated.encoded, 'latents': latents})
 
   system.generate = generate
   state = _state(system)
@@ -71,7 +73,7 @@ def test_data_without_a_held_out_split_is_called_what_it_is(drawing_system, tmp_
 
 def test_previews_of_classes_are_of_several(monkeypatch):
   names = ['a'] * 5 + ['b', 'a', 'c'] + ['a'] * 60
-  data = types.SimpleNamespace(index_at=lambda place: place, said=names.__getitem__)
+  data = types.SimpleNamespace(index_at=lambda place: place, prompt=names.__getitem__)
   assert previews._places(data, 8) == [0, 5, 7, 1, 2, 3, 4, 6]
   assert previews._places(data, 2) == [0, 5]
 
@@ -86,7 +88,7 @@ def test_the_same_captions_are_drawn_each_time(drawing_system, tmp_path):
 
 def test_without_visual_prompts_there_is_one_way_to_draw(drawing_system, tmp_path):
   system = drawing_system()
-  system.codes = 0
+  system.capabilities = (Samples,)
   assert {name.split('/')[1] for name in _draw(system, tmp_path)} == {'own'}
   with Image.open(tmp_path / 'samples' / 'step_0000007.png') as grid:
     assert 2 * 150 < grid.height < 600  # three rows have more
@@ -95,7 +97,7 @@ def test_without_visual_prompts_there_is_one_way_to_draw(drawing_system, tmp_pat
 def test_nothing_is_drawn_without_generator_or_networks(line_system, drawing_system, tmp_path):
   assert _draw(line_system(), tmp_path) == {}
   system = drawing_system()
-  system.frozen_weights = {}
+  system.frozen = {}
   data = dataclasses.replace(system.config.data, encode='cached')  # needs no network
   system.config = dataclasses.replace(system.config, data=data)
   assert _draw(system, tmp_path) == {}

@@ -7,31 +7,33 @@ import numpy as np
 import pytest
 
 from vpe_jax.config import DataConfig, SampleConfig
-from vpe_jax.contracts import Drawing
+from vpe_jax.contracts import Edits, Generated, Samples
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.evaluation.subject import subject
 from vpe_jax.generator import Generator
 
 
-class _Painter:
+class _Painter(Samples):
   """It paints the example's identity, and in green what it sees of a picture before."""
 
-  codes = 0
+  capabilities = (Samples,)
 
   def __init__(self, data):
     self.config = types.SimpleNamespace(data=data, sample=SampleConfig())
 
   def generate(self, params, frozen, request, rng, settings):
     shade = jnp.stack([request.example >> 8, request.example, request.example * 0], -1) % 256 / 255
-    if request.reference_latents is not None:
-      shade = shade.at[:, 1].set(request.reference_latents[:, 0, 0, 0])
+    if 'source_latents' in request.encoded:
+      shade = shade.at[:, 1].set(request.encoded['source_latents'][:, 0, 0, 0])
     image = jnp.broadcast_to(shade[:, None, None], (len(shade), 16, 16, 3))
-    return Drawing(image, jnp.zeros((len(shade), 0), jnp.int32), image)
+    return Generated(image, {'latents': image})
 
 
-class _Editor(_Painter):
-  def encode_reference(self, frozen, images):
-    return images[:, :1, :1].astype(jnp.float32) / 255
+class _Editor(_Painter, Edits):
+  capabilities = (Samples, Edits)
+
+  def encode_source(self, frozen, images):
+    return {'source_latents': images[:, :1, :1].astype(jnp.float32) / 255}
 
 
 def _generator(system=_Painter, **data):

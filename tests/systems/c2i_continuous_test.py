@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from configs import c2i_continuous as config_file
-from tests.small_systems import redrawn
+from tests.small_systems import encoded_examples, redrawn, request_of, with_encoded, with_inputs
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import families
 from vpe_jax.config import MeshConfig
-from vpe_jax.contracts import Examples, UserError, visible
+from vpe_jax.contracts import Batch, PlansVisually, UserError, supports, visible
 from vpe_jax.models.decoder import Decoder, DecoderConfig
 from vpe_jax.models.transfusion import grid_waves
 from vpe_jax.objectives import flow_matching
@@ -49,16 +49,9 @@ def params(system):
   return redrawn(jax.jit(system.init)(KEY), 0.2)
 
 
-def _batch(system, B: int = 4) -> Examples:
-  draw = np.random.default_rng(0)
-  plan, latents = system.abstract_encoded(B)
-  return Examples(
-    example=jnp.arange(B, dtype=jnp.int32),
-    text=jnp.asarray(draw.integers(0, CLASSES, (B, 1)), jnp.int32),
-    text_length=jnp.ones((B,), jnp.int32),
-    codes=jnp.asarray(draw.integers(0, max(system.codes, 1), plan.shape), jnp.int32),
-    latents=jnp.asarray(draw.standard_normal(latents.shape), jnp.float32),
-  )
+def _batch(system, B: int = 4) -> Batch:
+  classes = np.random.default_rng(0).integers(0, CLASSES, (B, 1))
+  return with_inputs(encoded_examples(system, B), text=jnp.asarray(classes, jnp.int32))
 
 
 @pytest.fixture(scope='module')
@@ -145,13 +138,14 @@ def test_losses_are_the_flow_and_the_plans_cross_entropy(system, params, losses)
     'next_token': P * int(keep.sum()),
     'accuracy': P * int(keep.sum()),
   }
-  x, time, target = flow_matching.noised(batch.latents, c.time_shift, KEY, batch.example)
-  classes = jnp.where(keep, batch.text[:, 0], CLASSES)
-  hidden, velocity = system.model(params, classes, batch.codes, keep, (x, time))
+  codes, latents = batch.encoded['visual_prompt'], batch.encoded['latents']
+  x, time, target = flow_matching.noised(latents, c.time_shift, KEY, batch.example)
+  classes = jnp.where(keep, batch.inputs['text'][:, 0], CLASSES)
+  hidden, velocity = system.model(params, classes, codes, keep, (x, time))
   error = float(jnp.sum(jnp.square(velocity - target)))
   np.testing.assert_allclose(float(terms['flow'].sum), error, rtol=1e-5)
   logits = jax.nn.log_softmax(system.model.logits(params, hidden[:, :-1]))
-  picked = jnp.take_along_axis(logits, batch.codes[..., None], -1)[..., 0]
+  picked = jnp.take_along_axis(logits, codes[..., None], -1)[..., 0]
   wanted = -float(jnp.sum(jnp.where(keep[:, None], picked, 0.0)))
   np.testing.assert_allclose(float(terms['next_token'].sum), wanted, rtol=1e-5)
 
@@ -168,7 +162,7 @@ def test_the_weight_of_the_plan_follows_eq_3(system, params, losses):
 def test_without_a_plan_there_is_the_flow_alone():
   system = _system('debug,vpe=false')
   batch = _batch(system)
-  assert batch.codes.shape == (4, 0) and system.codes == 0
+  assert batch.encoded.keys() == {'latents'} and not supports(system, PlansVisually)
   assert 'visual_prompt' not in system.config.model.frozen_weights
   params = redrawn(jax.jit(system.init)(KEY), 0.2)
   assert 'plan' not in params['embed']
@@ -181,12 +175,12 @@ def test_without_a_plan_there_is_the_flow_alone():
 @pytest.mark.parametrize('scale', [1.0, 2.0, 0.0])
 def test_drawing_with_a_cache_equals_whole_rows(system, params, scale, given):
   settings = dataclasses.replace(system.config.sample, guidance=scale, steps=3)
-  request = _batch(system, 3)
-  request = dataclasses.replace(request, latents=None, codes=request.codes if given else None)
+  request = request_of(_batch(system, 3), *(['visual_prompt'] if given else []))
   draw = jax.jit(lambda p, r: class_rendering.draw(system.model, settings, p, r, KEY))
-  plan, latents = draw(system.prepare(params, 'cpu'), request)
+  encoded, latents = draw(system.prepare(params, 'cpu'), request)
+  plan = encoded['visual_prompt']
   if given:
-    np.testing.assert_array_equal(plan, request.codes)
+    np.testing.assert_array_equal(plan, request.encoded['visual_prompt'])
   normal = lambda key: jax.random.normal(key, (8, 8, 4))
   noise = rng.per_example(normal, KEY, 'noise', request.example)
   null = jnp.full((3,), CLASSES, jnp.int32)
@@ -196,7 +190,7 @@ def test_drawing_with_a_cache_equals_whole_rows(system, params, scale, given):
     run = lambda classes, keep: system.model(
       params, classes, plan, jnp.full((3,), keep), (x, jnp.full((3,), time))
     )
-    told, untold = run(request.text[:, 0], True)[1], run(null, False)[1]
+    told, untold = run(request.inputs['text'][:, 0], True)[1], run(null, False)[1]
     return guidance.classifier_free(told, untold, scale)
 
   whole = solver.euler(velocity, noise, solver.time_grid(3, settings.shift))
@@ -205,23 +199,24 @@ def test_drawing_with_a_cache_equals_whole_rows(system, params, scale, given):
 
 def test_a_greedy_plan_is_the_argmax_of_whole_rows(system, params):
   settings = dataclasses.replace(system.config.sample, guidance=1.0, temperature=0.0, steps=1)
-  request = dataclasses.replace(_batch(system, 4), codes=None, latents=None)
-  plan, _ = class_rendering.draw(system.model, settings, params, request, KEY)
+  request = request_of(_batch(system, 4))
+  encoded, _ = class_rendering.draw(system.model, settings, params, request, KEY)
+  plan = encoded['visual_prompt']
   x = (jnp.zeros((4, 8, 8, 4)), jnp.ones((4,)))
-  hidden, _ = system.model(params, request.text[:, 0], plan, jnp.ones((4,), bool), x)
+  hidden, _ = system.model(params, request.inputs['text'][:, 0], plan, jnp.ones((4,), bool), x)
   wanted = jnp.argmax(system.model.logits(params, hidden[:, :-1]), -1)
   np.testing.assert_array_equal(plan, wanted)
 
 
 def test_a_plan_is_written_alone_and_scored(system, params):
   settings = dataclasses.replace(system.config.sample, steps=1)
-  request = dataclasses.replace(_batch(system, 4), codes=None, latents=None)
+  request = request_of(_batch(system, 4))
   drawn, _ = class_rendering.draw(system.model, settings, params, request, KEY)
   written = system.plan(params, request, KEY, settings)
-  np.testing.assert_array_equal(written, drawn)
-  scores = system.plan_likelihood(params, dataclasses.replace(request, codes=written))
+  np.testing.assert_array_equal(written, drawn['visual_prompt'])
+  scores = system.plan_likelihood(params, with_encoded(request, visual_prompt=written))
   x = (jnp.zeros((4, 8, 8, 4)), jnp.ones((4,)))
-  hidden, _ = system.model(params, request.text[:, 0], written, jnp.ones((4,), bool), x)
+  hidden, _ = system.model(params, request.inputs['text'][:, 0], written, jnp.ones((4,), bool), x)
   logits = jax.nn.log_softmax(system.model.logits(params, hidden[:, :-1]))
   picked = jnp.take_along_axis(logits, written[..., None], -1)[..., 0]
   np.testing.assert_allclose(scores, picked.mean(1), rtol=1e-5)
@@ -232,7 +227,7 @@ def test_guidance_that_the_model_cannot_do_is_named(params):
   with pytest.raises(UserError, match='without a null class'):
     _system(drop=0.0, guidance=2.0)
   system = _system(drop=0.0, guidance=1.0)
-  request = dataclasses.replace(_batch(system, 1), latents=None)
+  request = request_of(_batch(system, 1), 'visual_prompt')
   sample = system.config.sample
   cases = [
     (dataclasses.replace(sample, guidance=2.0), 'without a null class'),

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from configs import c2i_discrete as config_file
-from tests.small_systems import redrawn
+from tests.small_systems import encoded_examples, redrawn, request_of, with_encoded, with_inputs
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.compilation import program
 from vpe_jax.config import MeshConfig, SampleConfig, to_dict
-from vpe_jax.contracts import Examples, UserError
+from vpe_jax.contracts import Batch, UserError
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.systems import writing
 from vpe_jax.training import encode
@@ -47,17 +47,9 @@ def params(system):
   return redrawn(jax.jit(system.init)(KEY), 0.2)
 
 
-def _batch(system, B: int = 4) -> Examples:
-  draw = np.random.default_rng(0)
-  plan, picture = system.abstract_encoded(B)
-  ints = lambda limit, shape: jnp.asarray(draw.integers(0, max(limit, 1), shape), jnp.int32)
-  return Examples(
-    example=jnp.arange(B, dtype=jnp.int32),
-    text=ints(CLASSES, (B, 1)),
-    text_length=jnp.ones((B,), jnp.int32),
-    codes=ints(system.codes, plan.shape),
-    latents=ints(system.picture_codes, picture.shape),
-  )
+def _batch(system, B: int = 4) -> Batch:
+  classes = np.random.default_rng(0).integers(0, CLASSES, (B, 1))
+  return with_inputs(encoded_examples(system, B), text=jnp.asarray(classes, jnp.int32))
 
 
 def _abstract(arg: str):
@@ -84,10 +76,13 @@ def test_paper_totals_and_lengths_are_the_papers():
   assert abs(_total(planned) - _total(plain) - 41.9e6) < 0.1e6
   for arg, length in (('paper', 1221), ('paper,vpe=false', 1025)):
     system = _system(arg)
-    batch = system.abstract_batch(2)
+    batch = system.batch_spec(2).batch(cached=True)
     x = jax.eval_shape(
       lambda p, b, s=system: s.model.inputs(
-        p, b.text[:, 0], b.latents.reshape(2, -1), b.codes if s.codes else None
+        p,
+        b.inputs['text'][:, 0],
+        b.encoded['latents'].reshape(2, -1),
+        b.encoded.get('visual_prompt'),
       ),
       _abstract(arg),
       batch,
@@ -186,9 +181,10 @@ def test_a_hidden_code_is_neither_seen_nor_asked_for(system, params):
   step = system.config.steps[0] // 2
   masked = system._masked(batch, KEY, step)
   run = jax.jit(lambda codes: _sums(system, params, batch, codes, stage, step))
-  other = (batch.codes + 1) % PLAN_CODES
-  before = run(batch.codes)
-  hidden, shown = run(jnp.where(masked, other, batch.codes)), run(other)
+  codes = batch.encoded['visual_prompt']
+  other = (codes + 1) % PLAN_CODES
+  before = run(codes)
+  hidden, shown = run(jnp.where(masked, other, codes)), run(other)
   assert masked.any() and not masked.all()
   for name in ('plan', 'image'):
     np.testing.assert_allclose(hidden[name], before[name], rtol=1e-6)
@@ -196,7 +192,7 @@ def test_a_hidden_code_is_neither_seen_nor_asked_for(system, params):
 
 
 def _sums(system, params, batch, codes, stage, step):
-  batch = dataclasses.replace(batch, codes=codes)
+  batch = with_encoded(batch, visual_prompt=codes)
   return {n: t.sum for n, t in system.losses(params, {}, batch, KEY, step, stage).items()}
 
 
@@ -204,12 +200,12 @@ def test_losses_are_those_of_the_whole_logits(system, params):
   """Targets `s_1 .. s_P z_1 .. z_N` in the joint vocabulary, weight 1 - mask on the plan."""
   batch, stage, step = _batch(system), system.stages[0], 5
   masked = system._masked(batch, KEY, step)
-  codes = batch.latents.reshape(4, -1)
+  plan, codes = batch.encoded['visual_prompt'], batch.encoded['latents'].reshape(4, -1)
   classes = system._classes(batch, KEY)
-  logits = jax.jit(system.model)(params, classes, codes, batch.codes, masked)
-  targets = jnp.concatenate([batch.codes + CODES, codes], 1)
+  logits = jax.jit(system.model)(params, classes, codes, plan, masked)
+  targets = jnp.concatenate([plan + CODES, codes], 1)
   picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-  found = jax.jit(lambda codes: _sums(system, params, batch, codes, stage, step))(batch.codes)
+  found = jax.jit(lambda codes: _sums(system, params, batch, codes, stage, step))(plan)
   np.testing.assert_allclose(found['plan'], -jnp.sum(picked[:, :9] * ~masked), rtol=1e-4)
   np.testing.assert_allclose(found['image'], -jnp.sum(picked[:, 9:]), rtol=1e-4)
 
@@ -273,16 +269,18 @@ def test_nothing_is_dropped_in_drawing(system, dropping, params):
   settings = SampleConfig(guidance=2.0)
   run = lambda s: jax.jit(
     lambda p, b: (
-      writing.draw(s.model, settings, p, _request(b), KEY),
+      writing.draw(s.model, settings, p, request_of(b), KEY),
       writing.plan_likelihood(s.model, p, b),
-      s.model(p, b.text[:, 0], b.latents.reshape(4, -1), b.codes),
+      s.model(p, *_model_inputs(b)),
     )
   )(params, batch)
   jax.tree.map(np.testing.assert_array_equal, run(system), run(dropping))
 
 
-def _request(batch: Examples) -> Examples:
-  return dataclasses.replace(batch, codes=None, latents=None)
+def _model_inputs(batch: Batch):
+  """Classes, codes and visual prompts, as the network takes them."""
+  codes = batch.encoded['latents'].reshape(4, -1)
+  return batch.inputs['text'][:, 0], codes, batch.encoded['visual_prompt']
 
 
 def _uncached(system, params, classes, plan, codes):
@@ -296,8 +294,7 @@ def test_cached_logits_equal_uncached(system, params, prepared):
   batch = _batch(system)
   weights = system.prepare(params, 'cpu') if prepared else params
   job = writing.Job(system.model, SampleConfig(), False)
-  codes = batch.latents.reshape(4, -1)
-  x = system.model.inputs(params, batch.text[:, 0], codes, batch.codes)
+  x = system.model.inputs(params, *_model_inputs(batch))
 
   @jax.jit
   def one_by_one(weights):
@@ -312,7 +309,7 @@ def test_cached_logits_equal_uncached(system, params, prepared):
     hidden = jnp.concatenate([hidden[:, :, 0], last[1][None, :, 0]]).swapaxes(0, 1)
     return system.model.logits(weights, hidden)
 
-  wanted = jax.jit(system.model)(params, batch.text[:, 0], codes, batch.codes)
+  wanted = jax.jit(system.model)(params, *_model_inputs(batch))
   np.testing.assert_allclose(one_by_one(weights), wanted, atol=1e-4)
 
 
@@ -322,29 +319,29 @@ def test_greedy_codes_are_the_likeliest_of_their_block(system, params, scales):
   batch = _batch(system)
   settings = SampleConfig(temperature=0.0, guidance=scales[0], plan_guidance=scales[1])
   draw = jax.jit(lambda p, r: writing.draw(system.model, settings, p, r, KEY))
-  plan, codes = draw(params, _request(batch))
+  encoded, codes = draw(params, request_of(batch))
+  plan = encoded['visual_prompt']
   assert plan.shape == (4, 9) and codes.shape == (4, 16)
   assert int(plan.max()) < PLAN_CODES and int(codes.max()) < CODES
-  said = _uncached(system, params, batch.text[:, 0], plan, codes)
+  said = _uncached(system, params, batch.inputs['text'][:, 0], plan, codes)
   null = _uncached(system, params, jnp.full((4,), CLASSES), plan, codes)
   for drawn, ours, without, scale in zip((plan, codes), said, null, scales[::-1], strict=True):
     led = without + scale * (ours - without)
     picked = jnp.take_along_axis(led, drawn[..., None], -1)[..., 0]
     np.testing.assert_allclose(picked, led.max(-1), rtol=1e-4, atol=1e-4)
   # The same plan, given, is followed by the same picture.
-  again = draw(params, dataclasses.replace(_request(batch), codes=plan))
+  again = draw(params, with_encoded(request_of(batch), visual_prompt=plan))
   np.testing.assert_array_equal(again[1], codes)
-  np.testing.assert_array_equal(again[0], plan)
+  np.testing.assert_array_equal(again[0]['visual_prompt'], plan)
 
 
 def test_rows_do_not_depend_on_neighbours(system, params):
   settings = SampleConfig(guidance=2.0, min_p=0.0)
   draw = jax.jit(lambda r: writing.draw(system.model, settings, params, r, KEY))
-  request = _request(_batch(system))
+  request = request_of(_batch(system))
   ours = draw(request)
   theirs = draw(jax.tree.map(lambda leaf: leaf[::-1], request))
-  for a, b in zip(ours, theirs, strict=True):
-    np.testing.assert_array_equal(a, b[::-1])
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[::-1]), ours, theirs)
   other = draw(dataclasses.replace(request, example=request.example + 7))
   assert (other[1] != ours[1]).any()
 
@@ -354,8 +351,8 @@ def test_without_a_plan_the_picture_follows_the_class():
   params = jax.jit(system.init)(KEY)
   settings = SampleConfig(guidance=1.0, plan_guidance=3.0)
   draw = jax.jit(lambda p, r: writing.draw(system.model, settings, p, r, KEY))
-  plan, codes = draw(params, _request(_batch(system)))
-  assert plan.shape == (4, 0) and codes.shape == (4, 16)
+  encoded, codes = draw(params, request_of(_batch(system)))
+  assert not encoded and codes.shape == (4, 16)
   assert set(system.config.model.frozen_weights) == {'image', 'image_codes'}
 
 
@@ -381,9 +378,10 @@ def test_synthetic_codes_are_of_both_vocabularies(system):
   data = encode.open_training_data(system.config, system, frozen, None)
   with data.batches(0, 64) as batches:
     batch = next(batches)
-  assert batch.codes.shape == (64, 9) and batch.latents.shape == (64, 4, 4)
-  assert batch.codes.max() == PLAN_CODES - 1 and batch.latents.max() == CODES - 1
-  assert batch.latents.dtype == np.int32
+  codes, latents = batch.encoded['visual_prompt'], batch.encoded['latents']
+  assert codes.shape == (64, 9) and latents.shape == (64, 4, 4)
+  assert codes.max() == PLAN_CODES - 1 and latents.max() == CODES - 1
+  assert latents.dtype == np.int32
 
 
 def test_a_model_has_a_row_for_each_class():

@@ -9,7 +9,7 @@ from configs import codec as config_file
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import MeshConfig, OptimConfig
-from vpe_jax.contracts import Examples, LossTerm, UserError
+from vpe_jax.contracts import Batch, LossTerm, UserError
 from vpe_jax.training import heldout
 from vpe_jax.training import step as training_step
 from vpe_jax.training.state import first_state
@@ -50,12 +50,12 @@ def _batch(count=8, seed=0):
   for i in range(count):
     x, y = draw.integers(0, 40, 2)
     images[i, y : y + 20, x : x + 20] = draw.integers(0, 256, 3)
-  return Examples(
-    example=jnp.arange(count, dtype=jnp.int32),
-    text=jnp.asarray(draw.integers(8, 1024, (count, 32)), jnp.int32),
-    text_length=jnp.full((count,), 5, jnp.int32),
-    image=jnp.asarray(images),
-  )
+  inputs = {
+    'text': jnp.asarray(draw.integers(8, 1024, (count, 32)), jnp.int32),
+    'text_length': jnp.full((count,), 5, jnp.int32),
+    'image': jnp.asarray(images),
+  }
+  return Batch(jnp.arange(count, dtype=jnp.int32), inputs)
 
 
 def _losses(system, params, frozen, batch, stage):
@@ -110,10 +110,10 @@ def test_the_codebook_moves_to_the_latents():
   frozen = {'image': weights.load('assets:image')[0]}
   stage, batch = system.stages[0], _batch()
   params = jax.jit(system.init)(KEY)
-  assert set(params) == {'image_codes'} and set(system.frozen_weights) == {'image'}
+  assert set(params) == {'image_codes'} and set(system.frozen) == {'image'}
   terms = _losses(system, params, frozen, batch, stage)
   assert list(terms) == list(system.counts(batch, KEY, 0, stage)) == list(stage.losses)
-  squares = jax.eval_shape(system.features, frozen, batch.image)
+  squares = jax.eval_shape(system.encode, frozen, batch.inputs, KEY)['squares']
   assert squares.shape == (8, system.tokens(stage), 4)
   run = training_step.make_train_step(system, stage, OptimConfig(lr=3e-2, warmup=1))
   state, first = run(first_state(params, stage), frozen, batch, KEY)
@@ -127,11 +127,11 @@ def test_a_run_holds_the_networks_of_its_stages_only():
   tokens, latents = _system('debug,stage=visual_prompt'), _system('debug,stage=image')
   shapes = lambda s: jax.eval_shape(s.init, jax.eval_shape(lambda: rng.run_key(0)))
   assert set(shapes(tokens)) == {'visual_prompt'} and set(shapes(latents)) == {'image'}
-  assert set(tokens.frozen_weights) == {'siglip'} and not latents.frozen_weights
+  assert set(tokens.frozen) == {'siglip'} and not latents.frozen
 
 
 def test_normalised_latents_have_mean_zero_and_variance_one(system, params):
-  pictures = _batch(64).image
+  pictures = _batch(64).inputs['image']
   shipped = system.normalised(params['image'], pictures)
   latents = system.latents_codec.encode({'image': shipped}, pictures)
   np.testing.assert_allclose(jnp.mean(latents, (0, 1, 2)), 0.0, atol=1e-3)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import edit as config_file
-from tests.small_systems import encoded_examples
+from tests.small_systems import encoded_examples, request_of, with_encoded, with_inputs
 from vpe_jax import rng, systems
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import UserError, visible
@@ -45,10 +45,7 @@ def _made(arch):
 
 
 def _batch(system):
-  batch = encoded_examples(system, B)
-  draw = np.random.default_rng(7)
-  before = jnp.asarray(draw.standard_normal(batch.latents.shape), jnp.float32)
-  return dataclasses.replace(batch, reference_latents=before)
+  return encoded_examples(system, B)
 
 
 @functools.cache
@@ -89,8 +86,8 @@ def _whole(system, params, batch, keep):
   """Hidden states and velocity of whole rows at CLOCK, compiled."""
 
   def run(params):
-    regions = system._regions(batch, batch.codes, keep)
-    return system._forward(params, regions, (batch.latents, CLOCK), batch)
+    regions = system._regions(batch, batch.encoded['visual_prompt'], keep)
+    return system._forward(params, regions, (batch.encoded['latents'], CLOCK), batch)
 
   return jax.jit(run)(params)
 
@@ -115,7 +112,7 @@ def test_each_cached_branch_equals_its_whole_row():
   system, params = _made('internal'), _params()
   batch = _batch(system)
   job = system.rows.job(SampleConfig(steps=2))
-  request = dataclasses.replace(batch, latents=None)
+  request = request_of(batch, 'visual_prompt', 'source_latents')
 
   @jax.jit
   def cached(params):
@@ -125,7 +122,7 @@ def test_each_cached_branch_equals_its_whole_row():
       'reference': editing.reference_prefix(job, params, request, prefix),
       'null': rendering.null_prefix(job, params, request),
     }
-    step = lambda branch: _flow_step(system, params, branch, batch.latents)
+    step = lambda branch: _flow_step(system, params, branch, batch.encoded['latents'])
     return {name: step(branch) for name, branch in branches.items()}
 
   found = cached(params)
@@ -142,7 +139,7 @@ def test_each_cached_branch_equals_its_whole_row():
 
 def test_two_branches_draw_what_three_do_where_the_image_scale_is_1():
   system, params = _made('internal'), _params()
-  request = dataclasses.replace(_batch(system), latents=None)
+  request = request_of(_batch(system), 'visual_prompt', 'source_latents')
 
   def drawn(count, image=1.0):
     settings = SampleConfig(steps=2, shift=1.0, guidance=2.5, image_guidance=image)
@@ -174,7 +171,7 @@ def test_two_branches_draw_what_three_do_where_the_image_scale_is_1():
 def test_the_picture_before_is_seen_by_what_follows_and_dropped_by_its_keep():
   system, params = _made('internal'), _params()
   batch = _batch(system)
-  other = dataclasses.replace(batch, reference_latents=-batch.reference_latents)
+  other = with_encoded(batch, source_latents=-batch.encoded['source_latents'])
   keep = {sequence.TOLD: ALL, sequence.REFERENCE: jnp.array([True, False, True, False])}
   (hidden, flow), (changed, moved) = (_whole(system, params, b, keep) for b in (batch, other))
   at = sequence.place(system.spans, 'bot')[0]
@@ -211,8 +208,8 @@ def test_what_trains_and_what_is_watched(arch):
 def test_external_plans_from_the_picture_before_and_draws_from_its_plan_alone():
   """Its picture expert reads the token expert's states at the codes, and has no other rows."""
   system, params = _made('external'), _params('external')
-  request = dataclasses.replace(_batch(system), latents=None, codes=None)
-  other = dataclasses.replace(request, reference_latents=-request.reference_latents)
+  request = request_of(_batch(system), 'source_latents')
+  other = with_encoded(request, source_latents=-request.encoded['source_latents'])
   settings = SampleConfig(steps=2, guidance=2.5, temperature=0.0)
   codes, latents = jax.jit(lambda p: system.rows.draw(p, request, KEY, settings))(params)
   assert np.isfinite(latents).all() and float(jnp.abs(latents).max()) > 0
@@ -241,8 +238,8 @@ def test_flops_are_those_of_the_traced_step(arch):
   assert abs(found / system.flops(stage) - 1) < 0.03
   # Of attention, pairs that see each other: counted on the masks.
   c = system.config.model
-  full = dataclasses.replace(batch, text_length=jnp.full((B,), system.config.data.text_length))
-  regions = system._regions(full, batch.codes, ALL)
+  full = with_inputs(batch, text_length=jnp.full((B,), system.config.data.text_length))
+  regions = system._regions(full, batch.encoded['visual_prompt'], ALL)
   kept = ('ar', 'dit') if arch == 'internal' else ('ar',)
   row = unified.row_visibility({name: regions[name] for name in kept})
   seen, tokens = np.asarray(visible(row, row))[0].sum(1), regions['ar'].ids.shape[1]
@@ -285,9 +282,10 @@ def test_mistakes_in_the_model(arch, model, message):
 
 def test_the_second_dual_path_comes_from_show_o2_or_from_the_run():
   system = _system()
-  (start,) = system.grown
+  (start,) = system.initialization.grown
   assert (start.family, start.paths) == ('run', (('dit/dual_path/', 'ar/dual_path/'),))
   system = _system(preset='paper')
-  (start,) = system.grown
-  assert start.family == 'showo2' and not start.sizes.references and system.starts == ()
+  (start,) = system.initialization.grown
+  assert start.family == 'showo2' and not start.sizes.references
+  assert not system.initialization.pretrained
   assert start.source.startswith('showlab/show-o2')

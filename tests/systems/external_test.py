@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from configs import t2i as config_file
-from tests.small_systems import encoded_examples
+from tests.small_systems import encoded_examples, request_of
 from vpe_jax import rng, systems
 from vpe_jax.config import MeshConfig, SampleConfig
-from vpe_jax.contracts import Examples, UserError, Visibility
+from vpe_jax.contracts import Batch, UserError, Visibility
 from vpe_jax.models import mot, unified
 from vpe_jax.models.transformer import Layer
 from vpe_jax.models.vit import everyone
@@ -46,7 +46,7 @@ def _system(arch='external', preset='debug', stages=None, **model):
   return systems.build(values)
 
 
-def _batch(system) -> Examples:
+def _batch(system) -> Batch:
   return encoded_examples(system, B)
 
 
@@ -159,11 +159,12 @@ def test_the_plan_alone_is_dropped_as_often_as_asked():
   batch, codes = _batch(system), system.config.model.plan_tokens
   many = dataclasses.replace(batch, example=jnp.arange(4096))
   assert abs(np.mean(system._keep(many, KEY, system.stages[1])) - 0.9) < 0.02
-  regions = jax.jit(lambda: system._regions(batch, batch.codes, KEEP))()
+  regions = jax.jit(lambda: system._regions(batch, batch.encoded['visual_prompt'], KEEP))()
   present = {name: np.asarray(region.visibility.until) > 0 for name, region in regions.items()}
   assert (present['prefix'][:, :codes] == np.asarray(KEEP)[:, None]).all()
   assert present['prefix'][:, codes].all() and present['dit'].all()
-  np.testing.assert_array_equal(present['ar'].sum(1), 3 + codes + np.asarray(batch.text_length))
+  length = np.asarray(batch.inputs['text_length'])
+  np.testing.assert_array_equal(present['ar'].sum(1), 3 + codes + length)
   assert regions['prefix'].positions[2, codes] == 0 and regions['dit'].positions[2, 0] == 1
 
 
@@ -192,17 +193,17 @@ def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, gu
   system, params = _made(condition), _params(condition)
   batch, settings = _batch(system), SampleConfig(plan_guidance=float(guidance))
   job = rendering.Job(system.model, system.spans, system.vocabulary, settings)
-  request = dataclasses.replace(batch, codes=None, latents=None)
+  request = request_of(batch)
 
   @jax.jit
   def cached(weights):
     codes, row = rendering.decode(job, weights, request, KEY)
     prefixes = system.rows.prefix(weights, row), system.rows.null_prefix(weights, request)
-    flows = [_flow_step(system, weights, prefix, batch.latents) for prefix in prefixes]
+    flows = [_flow_step(system, weights, prefix, batch.encoded['latents']) for prefix in prefixes]
     return codes, row.hidden, flows
 
   codes, states, (told, null) = cached(system.prepare(params, 'cpu') if prepared else params)
-  whole = lambda codes, keep, latents=batch.latents: _whole(condition)(
+  whole = lambda codes, keep, latents=batch.encoded['latents']: _whole(condition)(
     params, codes, keep, latents, CLOCK
   )
   hidden, wanted = whole(codes, ALL)
@@ -215,7 +216,7 @@ def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, gu
   # The picture sees the plan: another one gives another velocity. The plan sees no picture.
   assert float(jnp.abs(whole(codes[:, ::-1], ALL)[1] - wanted).max()) > 1e-2
   np.testing.assert_array_equal(same, hidden)
-  np.testing.assert_array_equal(whole(codes, ALL, -batch.latents)[0], hidden)
+  np.testing.assert_array_equal(whole(codes, ALL, -batch.encoded['latents'])[0], hidden)
 
 
 @pytest.mark.parametrize('condition', ['keys', 'cross'])
@@ -225,28 +226,28 @@ def test_given_codes_are_rendered_along_the_whole_rows_velocity(condition):
   batch, scale = _batch(system), 2.0
   settings = SampleConfig(steps=2, guidance=scale)
   run = jax.jit(lambda request: system.rows.draw(params, request, KEY, settings))
-  codes, latents = run(dataclasses.replace(batch, latents=None))
-  np.testing.assert_array_equal(codes, batch.codes)
+  codes, latents = run(request_of(batch, 'visual_prompt'))
+  np.testing.assert_array_equal(codes, batch.encoded['visual_prompt'])
 
   def velocity(x, time):
     clock = jnp.full((B,), 1.0 - time)
     told, null = (_whole(condition)(params, codes, keep, x, clock)[1] for keep in (ALL, ~ALL))
     return -(null + scale * (told - null))
 
-  noise = lambda key: jax.random.normal(key, batch.latents.shape[1:])
+  noise = lambda key: jax.random.normal(key, batch.encoded['latents'].shape[1:])
   x = rng.per_example(noise, KEY, 'noise', batch.example)
   times = solver.time_grid(settings.steps, settings.shift)
   for time, later in zip(times[:-1], times[1:], strict=True):
     x = x + (later - time) * velocity(x, time)
   _close(latents, x)
-  turned = jax.tree.map(lambda leaf: leaf[::-1], dataclasses.replace(batch, latents=None))
+  turned = jax.tree.map(lambda leaf: leaf[::-1], request_of(batch, 'visual_prompt'))
   _close(run(turned)[1][::-1], latents)
 
 
 def _eq_4(system, params, batch):
   """Both experts in one row, where the picture's tokens see of the other's the codes alone."""
   model, (first, last) = system.model, system.rows.pair.codes
-  regions = system._regions(batch, batch.codes, KEEP)
+  regions = system._regions(batch, batch.encoded['visual_prompt'], KEEP)
   ar, prefix, dit = (regions[name] for name in ('ar', 'prefix', 'dit'))
   place, count = jnp.arange(ar.ids.shape[1]), last - first
   is_seen = (place >= first) & (place < last) & KEEP[:, None]
@@ -258,7 +259,7 @@ def _eq_4(system, params, batch):
   shift = end - count * KEEP[:, None]
   moved = lambda seen: Visibility(seen.order + shift, seen.since, seen.reach + shift, seen.until)
   start = ar.positions[:, first : first + 1]
-  picture, condition = model.picture_stream(params, batch.latents, CLOCK, dit)
+  picture, condition = model.picture_stream(params, batch.encoded['latents'], CLOCK, dit)
   boi = jax.tree.map(lambda leaf: leaf[:, count:], prefix)
   own = mot.Stream(
     jnp.concatenate([model.embed(params, boi.ids), picture.x], 1),
@@ -279,7 +280,8 @@ def _eq_4(system, params, batch):
 def test_keys_are_eq_4_restricted_to_the_codes(params):
   system = _made('keys')
   batch = _batch(system)
-  velocity = _whole('keys')(params, batch.codes, KEEP, batch.latents, CLOCK)[1]
+  codes, latents = batch.encoded['visual_prompt'], batch.encoded['latents']
+  velocity = _whole('keys')(params, codes, KEEP, latents, CLOCK)[1]
   _close(velocity, jax.jit(lambda p: _eq_4(system, p, batch))(params), 1e-5)
 
 
@@ -294,10 +296,11 @@ def test_a_fresh_cross_attention_and_a_dropped_plan_change_nothing():
   batch, layers = _batch(system), params['dit']['layers']
   cross = jax.jit(lambda: system.init(KEY)['dit']['layers']['cross'])()
   silent = params | {'dit': params['dit'] | {'layers': layers | {'cross': cross}}}
-  given = (batch.codes, ALL, batch.latents, CLOCK)
-  alone = _whole('prefix')(_without_cross(params), batch.codes, ~ALL, batch.latents, CLOCK)[1]
+  codes, latents = batch.encoded['visual_prompt'], batch.encoded['latents']
+  given, dropped = (codes, ALL, latents, CLOCK), (codes, ~ALL, latents, CLOCK)
+  alone = _whole('prefix')(_without_cross(params), *dropped)[1]
   _close(_whole('cross')(silent, *given)[1], alone, 1e-5)
-  _close(_whole('cross')(params, batch.codes, ~ALL, batch.latents, CLOCK)[1], alone, 1e-5)
+  _close(_whole('cross')(params, *dropped)[1], alone, 1e-5)
   assert float(jnp.abs(_whole('cross')(params, *given)[1] - alone).max()) > 1e-2
 
 

@@ -39,7 +39,7 @@ def _step_flops(system: System, stage: Stage) -> float:
   state = jax.eval_shape(lambda: first_state(system.init(KEY), stage))
   optim = dataclasses.replace(system.config.optim.of(0), accumulate=1)
   step = make_train_step(system, stage, optim)
-  return matrix_flops(step, state, {}, system.abstract_batch(2), KEY) / 2
+  return matrix_flops(step, state, {}, system.batch_spec(2).batch(cached=True), KEY) / 2
 
 
 @pytest.mark.parametrize('config_file, arch, name, groups', STAGES)

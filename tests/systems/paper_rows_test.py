@@ -44,11 +44,11 @@ def test_a_row_with_its_tail_is_the_same_row():
   params = redrawn(jax.jit(system.init)(KEY), 0.1)
   batch, keep = encoded_examples(system, 4), jnp.array([True, True, False, True])
 
+  rows = (*batch.inputs.values(), batch.encoded['visual_prompt'])
+
   def run(params, spans):
-    regions = sequence.build(
-      spans, system.vocabulary, batch.text, batch.text_length, batch.codes, keep
-    )
-    hidden, velocity = system.model(params, regions, batch.latents, jnp.full((4,), 0.3))
+    regions = sequence.build(spans, system.vocabulary, *rows, keep)
+    hidden, velocity = system.model(params, regions, batch.encoded['latents'], jnp.full((4,), 0.3))
     tokens = sequence.region_length(system.spans, 'ar', 1)
     seen = regions['ar'].visibility.reach[:, :tokens, None] > 0
     return jnp.where(seen, hidden[:, :tokens], 0), velocity
@@ -64,8 +64,6 @@ def test_a_row_with_its_tail_is_the_same_row():
   for one, other in zip(jax.tree.leaves(without), jax.tree.leaves(kept), strict=True):
     np.testing.assert_allclose(one, other, atol=1e-5 * (1 + largest(one)))
   # The tail itself does see the picture: a row that ended in a token of text wouldn't.
-  row = sequence.build(
-    (*system.spans, *TAIL), system.vocabulary, batch.text, batch.text_length, batch.codes, keep
-  )
+  row = sequence.build((*system.spans, *TAIL), system.vocabulary, *rows, keep)
   last = row['ar'].visibility.reach[:, -1]
   assert (last > row['dit'].visibility.order.max(1)).all()

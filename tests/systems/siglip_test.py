@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from configs import siglip as config_file
+from tests.small_systems import with_inputs
 from vpe_jax import rng, sharding, systems
 from vpe_jax.config import MeshConfig, OptimConfig
-from vpe_jax.contracts import Examples, LossTerm, UserError
+from vpe_jax.contracts import Batch, LossTerm, UserError
 from vpe_jax.data.embedded import shapes
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.training import step as training_step
@@ -44,12 +45,9 @@ def _batch(count=16, seed=0):
   images[:, 16:48, 16:48] = colours[kinds][:, None, None]
   text = np.zeros((count, 32), np.int32)
   text[:, 0], text[:, 1] = 9, 20 + kinds
-  return Examples(
-    example=jnp.arange(count, dtype=jnp.int32),
-    text=jnp.asarray(text),
-    text_length=jnp.full((count,), 2, jnp.int32),
-    image=jnp.asarray(images),
-  )
+  length = jnp.full((count,), 2, jnp.int32)
+  inputs = {'text': jnp.asarray(text), 'text_length': length, 'image': jnp.asarray(images)}
+  return Batch(jnp.arange(count, dtype=jnp.int32), inputs)
 
 
 def _losses(system, params, batch):
@@ -85,15 +83,15 @@ def _ranking(**model):
 
 def _near(batch, system):
   """Adds wrong captions: the next colour's, and none for the first picture."""
-  text, length = batch.text[:, None], jnp.full((16, 1), 2, jnp.int32).at[0].set(0)
-  return dataclasses.replace(batch, near=text.at[:, :, 1].add(1), near_length=length)
+  text, length = batch.inputs['text'][:, None], jnp.full((16, 1), 2, jnp.int32).at[0].set(0)
+  return with_inputs(batch, near=text.at[:, :, 1].add(1), near_length=length)
 
 
 def test_near_misses_join_the_loss(system, params):
   other = _ranking()
   batch = _near(_batch(), other)
   shape = lambda leaf: (leaf.shape, leaf.dtype)
-  assert jax.tree.map(shape, other.abstract_batch(16)) == jax.tree.map(shape, batch)
+  assert jax.tree.map(shape, other.batch_spec(16).batch(False)) == jax.tree.map(shape, batch)
   terms, plain = _losses(other, params, batch), _losses(system, params, _batch())
   np.testing.assert_allclose(terms['sigmoid'].sum, plain['sigmoid'].sum, rtol=1e-5)
   assert terms['near'].weight == 1.0 and terms['near_retrieval'].weight == 0.0
@@ -106,9 +104,10 @@ def test_hidden_words_are_hidden_in_the_own_and_the_wrong_caption(system, params
   batch = _near(_batch(), plain)
   ranked = lambda system: system._ranked(apply, images, batch, KEY)
   apply = lambda *inputs, method: system.network.apply({'params': params}, *inputs, method=method)
-  images = apply(batch.image[:, :48, :48] / 127.5 - 1.0, method='embed_images')
+  images = apply(batch.inputs['image'][:, :48, :48] / 127.5 - 1.0, method='embed_images')
   (own, wrong), (hidden_own, hidden_wrong) = ranked(plain), ranked(hiding)
-  logits = apply(images, apply(batch.text, batch.text_length, method='embed_text'), method='logits')
+  captions = apply(batch.inputs['text'], batch.inputs['text_length'], method='embed_text')
+  logits = apply(images, captions, method='logits')
   np.testing.assert_allclose(own, jnp.diagonal(logits), rtol=1e-5)
   assert not np.isclose(own, wrong[:, 0], atol=1e-6)[1:].any()  # the first has no near miss
   hides = np.isclose(hidden_own, hidden_wrong[:, 0], atol=1e-6)[1:]
@@ -123,23 +122,23 @@ def test_blind_pictures_change_colour_and_hide_its_words(system, params):
   ids, length = (jnp.asarray(leaf[:16]) for leaf in words)
   ids = ids.at[8:, 1].set(bpe.shipped().encode('dog')[0])  # no word for a colour
   wrong = ids[:, None].at[:, :, 2].set(bpe.shipped().encode('star')[0])
-  batch = dataclasses.replace(
-    _batch(), text=ids, text_length=length, near=wrong, near_length=length[:, None]
-  )
+  near = {'near': wrong, 'near_length': length[:, None]}
+  batch = with_inputs(_batch(), text=ids, text_length=length, **near)
   blind = np.asarray(blinding._blind(batch, KEY))
   assert 0 < blind[:8].sum() < 8 and not blind[8:].any() and not plain._blind(batch, KEY).any()
   terms, all_terms = _losses(blinding, params, batch), _losses(plain, params, batch)
   assert float(terms['sigmoid'].count) == float(terms['retrieval'].count) == 16 - blind.sum()
   assert float(terms['near'].count) == float(all_terms['near'].count) == 16
-  recoloured = dataclasses.replace(batch, text=ids.at[:8, 1].set(ids[0, 1]))
+  recoloured = with_inputs(batch, text=ids.at[:8, 1].set(ids[0, 1]))
   seen = lambda b: _losses(blinding, params, b)['near'].sum
-  only_blind = dataclasses.replace(batch, near_length=jnp.where(blind, 4, 0)[:, None])
-  recoloured = dataclasses.replace(recoloured, near_length=only_blind.near_length)
+  blind_length = jnp.where(blind, 4, 0)[:, None]
+  only_blind = with_inputs(batch, near_length=blind_length)
+  recoloured = with_inputs(recoloured, near_length=blind_length)
   np.testing.assert_allclose(seen(only_blind), seen(recoloured), rtol=1e-5)
 
 
 def test_the_batch_is_as_declared(system):
-  declared = system.abstract_batch(16)
+  declared = system.batch_spec(16).batch(cached=False)
   real = _batch()
   assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), declared) == jax.tree.map(
     lambda leaf: (leaf.shape, leaf.dtype), real
@@ -150,16 +149,17 @@ def test_repeated_captions_do_not_hurt_each_other(system, params):
   """The loss of a batch with repeats equals the sigmoid loss with those pairs as positives."""
   batch = _batch()
   still = _system(jitter={'shift': 0.0, 'zoom': 0.0})
+  unit = batch.inputs['image'] / 255.0
   logits = np.asarray(
     still.network.apply(
       {'params': params},
-      jax.image.resize(batch.image / 255.0, (16, 48, 48, 3), 'cubic', antialias=True) * 2 - 1,
-      batch.text,
-      batch.text_length,
+      jax.image.resize(unit, (16, 48, 48, 3), 'cubic', antialias=True) * 2 - 1,
+      batch.inputs['text'],
+      batch.inputs['text_length'],
     ),
     np.float64,
   )
-  kinds = np.asarray(batch.text[:, 1])
+  kinds = np.asarray(batch.inputs['text'][:, 1])
   signed = np.where(kinds[:, None] == kinds, logits, -logits)
   wanted = np.log1p(np.exp(-signed)).sum()
   assert len(set(kinds)) < 16

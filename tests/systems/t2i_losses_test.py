@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import t2i
-from tests.small_systems import encoded_examples, redrawn
+from tests.small_systems import encoded_examples, redrawn, with_inputs
 from vpe_jax import rng, systems
 from vpe_jax.data import sequence
 from vpe_jax.training import heldout
@@ -53,10 +53,10 @@ def test_losses_are_those_of_the_definitions(arch, name):
 
   keep, told = _kept('drop', 0.5), _kept('drop_text', 0.5)
   assert 0 < keep.sum() < B and 0 < told[keep].sum() < keep.sum()
-  shown = dataclasses.replace(batch, text_length=jnp.where(told, batch.text_length, 0))
+  shown = with_inputs(batch, text_length=jnp.where(told, batch.inputs['text_length'], 0))
   shift = float(np.exp(0.5 + (1.15 - 0.5) / (4096 - 256) * (65 - 256)))  # of 64 tokens and time's
-  x, time, wanted = _noisy(batch.latents, shift)
-  regions = system.rows.regions(shown, batch.codes, jnp.asarray(keep))
+  x, time, wanted = _noisy(batch.encoded['latents'], shift)
+  regions = system.rows.regions(shown, batch.encoded['visual_prompt'], jnp.asarray(keep))
   # Show-o2's clock is 1 at data, and its velocity leads there.
   call = jax.jit(lambda p: system.rows.both(p, regions, (x, 1 - time), None))
   hidden, velocity = call(params)
@@ -64,12 +64,12 @@ def test_losses_are_those_of_the_definitions(arch, name):
   np.testing.assert_allclose(float(terms['flow'].sum), error, rtol=1e-5)
 
   # [bot] predicts the first code, each code the next, and the last [eot].
-  vocabulary, P = system.vocabulary, batch.codes.shape[1]
+  vocabulary, P = system.vocabulary, batch.encoded['visual_prompt'].shape[1]
   bot = sequence.place(system.spans, 'bot')[0]
   table = jnp.concatenate([params['embed']['text'], params['embed']['codes']])
   logits = jax.nn.log_softmax(hidden[:, bot : bot + P + 1] @ table.T)
   ends = jnp.full((B, 1), vocabulary.text + vocabulary.codes + 1)
-  targets = jnp.concatenate([batch.codes + vocabulary.text, ends], 1)
+  targets = jnp.concatenate([batch.encoded['visual_prompt'] + vocabulary.text, ends], 1)
   picked = np.asarray(jnp.take_along_axis(logits, targets[..., None], -1))[..., 0]
   planned = keep if arch == 'internal' else np.ones(B, bool)  # External's tokens keep their plan
   np.testing.assert_allclose(float(terms['next_token'].sum), -picked[planned].sum(), rtol=1e-5)

@@ -12,7 +12,7 @@ import torch
 
 from configs import t2i as config_file
 from tests import small_models
-from vpe_jax import main, sharding, systems
+from vpe_jax import main, rng, sharding, systems
 from vpe_jax.checkpoints import converted, frozen
 from vpe_jax.checkpoints.families import siglip_vq, wan_vae
 from vpe_jax.config import to_dict
@@ -66,7 +66,8 @@ def test_codes_and_latents_are_the_reference_models(folders):
   with jax.set_mesh(mesh):
     loaded = frozen.load(system, mesh, 'fsdp')
     images = np.random.default_rng(0).integers(0, 256, (8, SIDE, SIDE, 3), np.uint8)
-    codes, latents = loaded.encode(loaded.params, images)
+    encoded = loaded.encode(loaded.params, {'image': images}, rng.run_key(0))
+  codes, latents = encoded['visual_prompt'], encoded['latents']
   reference = diffusers.AutoencoderKLWan.from_pretrained(folders / 'wan')
   signed = torch.tensor(images / 127.5 - 1, dtype=torch.float32).permute(0, 3, 1, 2)
   with torch.no_grad():

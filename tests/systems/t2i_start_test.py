@@ -111,5 +111,5 @@ def test_weights_of_other_sizes_or_none_are_refused(show_o2, released):
 def test_the_paper_starts_from_the_released_model():
   config = config_file.get_config('paper')
   config.data.source = 'synthetic'
-  (start,) = systems.build(config.to_dict()).starts
+  (start,) = systems.build(config.to_dict()).initialization.pretrained
   assert (start.family, start.source) == ('showo2', 'showlab/show-o2-1.5B-HQ')

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from configs import t2i as config_file
-from tests.small_systems import encoded_examples, redrawn
+from tests.small_pipelines import small_pipeline
+from tests.small_systems import encoded_examples, redrawn, request_of, with_encoded, with_inputs
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import MeshConfig, SampleConfig, to_dict
-from vpe_jax.contracts import Examples, UserError
-from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.contracts import Batch, UserError
 from vpe_jax.models import mot
 from vpe_jax.sampling import solver
 from vpe_jax.systems import rendering
@@ -42,7 +42,7 @@ def params(system):
   return redrawn(jax.jit(system.init)(KEY), 0.1)
 
 
-def _batch(system, B: int = 4) -> Examples:
+def _batch(system, B: int = 4) -> Batch:
   return encoded_examples(system, B)
 
 
@@ -123,15 +123,16 @@ def _job(system, **settings):
 @pytest.mark.parametrize('prepared', [False, True])
 def test_cached_flow_step_equals_whole_sequence(system, params, prepared):
   batch = _batch(system)
-  job, regions = _job(system), system._regions(batch, batch.codes, jnp.ones(4, bool))
+  codes, latents = batch.encoded['visual_prompt'], batch.encoded['latents']
+  job, regions = _job(system), system._regions(batch, codes, jnp.ones(4, bool))
   clock = jnp.full((4,), 0.3)
-  _, whole = jax.jit(system.model)(params, regions, batch.latents, clock)
+  _, whole = jax.jit(system.model)(params, regions, latents, clock)
   weights = system.prepare(params, 'cpu') if prepared else params
 
   @jax.jit
   def cached(weights):
     _, prefix = rendering.plan(job, weights, batch, KEY)
-    stream, condition = system.model.picture_stream(weights, batch.latents, clock, prefix.picture)
+    stream, condition = system.model.picture_stream(weights, latents, clock, prefix.picture)
     at = regions['ar'].ids.shape[1]
     hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.body, at)
     stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
@@ -145,7 +146,7 @@ def test_cached_flow_step_equals_whole_sequence(system, params, prepared):
 def test_greedy_decoding_equals_whole_sequence(system, params):
   """Each code is the argmax of the uncached model given the codes before it."""
   batch, job = _batch(system), _job(system, temperature=0.0)
-  request = dataclasses.replace(batch, codes=None, latents=None)
+  request = request_of(batch)
   codes, prefix = jax.jit(lambda p: rendering.plan(job, p, request, KEY))(params)
   regions = system._regions(batch, codes, jnp.ones(4, bool))
   stream = system.model.token_stream(params, regions['ar'])
@@ -155,7 +156,7 @@ def test_greedy_decoding_equals_whole_sequence(system, params):
   picked = jnp.take_along_axis(logits, codes[..., None], -1)[..., 0]
   np.testing.assert_allclose(picked, logits.max(-1), rtol=1e-5, atol=1e-5)
   # The caches hold the whole prefix, plan included.
-  given = dataclasses.replace(request, codes=codes)
+  given = with_encoded(request, visual_prompt=codes)
   _, again = jax.jit(lambda p: rendering.plan(job, p, given, KEY))(params)
   for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(again), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -165,24 +166,24 @@ def test_guided_plan_is_led_away_from_the_plan_without_text(system, params):
   """Each code is the argmax of the uncached logits, text's moved away from no text's."""
   batch, scale = _batch(system), 2.5
   job = _job(system, temperature=0.0, plan_guidance=scale)
-  request = dataclasses.replace(batch, codes=None, latents=None)
+  request = request_of(batch)
   codes, prefix = jax.jit(lambda p: rendering.plan(job, p, request, KEY))(params)
   first = job.slot('bot')
 
   def logits(text_length):
-    told = dataclasses.replace(batch, text_length=text_length)
+    told = with_inputs(batch, text_length=text_length)
     regions = system._regions(told, codes, jnp.ones(4, bool))
     stream = system.model.token_stream(params, regions['ar'])
     hidden = jax.jit(system.model.backbone)(params, {'ar': stream})[0]['ar']
     return system.model.code_logits(params, hidden[:, first : first + codes.shape[1]])
 
-  with_text, without = logits(batch.text_length), logits(jnp.zeros(4, jnp.int32))
+  with_text, without = logits(batch.inputs['text_length']), logits(jnp.zeros(4, jnp.int32))
   led = without + scale * (with_text - without)
   picked = jnp.take_along_axis(led, codes[..., None], -1)[..., 0]
   np.testing.assert_allclose(picked, led.max(-1), rtol=1e-4, atol=1e-4)
   assert (jnp.argmax(with_text, -1) != codes).any()
   # The picture is drawn from the rows with text alone.
-  given = dataclasses.replace(request, codes=codes)
+  given = with_encoded(request, visual_prompt=codes)
   _, again = jax.jit(lambda p: rendering.plan(job, p, given, KEY))(params)
   for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(again), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -192,21 +193,22 @@ def test_guided_plan_is_led_away_from_the_plan_without_text(system, params):
 def test_null_prefix_equals_dropped_row(system, params, prepared):
   """The two-token null prefix renders what a full row with everything dropped renders."""
   batch, job = _batch(system), _job(system, guidance=0.0)
+  latents = batch.encoded['latents']
   weights = system.prepare(params, 'cpu') if prepared else params
 
   @jax.jit
   def null(weights):
     branches = {'null': rendering.null_prefix(job, weights, batch)}
-    return rendering.render(job, weights, branches, batch.latents, {'null': 1.0})
+    return rendering.render(job, weights, branches, latents, {'null': 1.0})
 
-  regions = system._regions(batch, batch.codes, jnp.zeros(4, bool))
+  regions = system._regions(batch, batch.encoded['visual_prompt'], jnp.zeros(4, bool))
 
   @jax.jit
   def dropped(params):
     def velocity(x, time):
       return -system.model(params, regions, x, jnp.full((4,), 1.0 - time))[1]
 
-    return solver.euler(velocity, batch.latents, solver.time_grid(3, job.settings.shift))
+    return solver.euler(velocity, latents, solver.time_grid(3, job.settings.shift))
 
   np.testing.assert_allclose(null(weights), dropped(params), rtol=1e-4, atol=1e-4)
 
@@ -227,7 +229,7 @@ def test_guidance_one_is_conditional_and_zero_is_null(system, params):
 
 def test_rows_do_not_depend_on_neighbours(system, params):
   batch, job = _batch(system), _job(system, guidance=2.0)
-  request = dataclasses.replace(batch, codes=None, latents=None)
+  request = request_of(batch)
   run = jax.jit(lambda r: rendering.draw(job, params, r, KEY))
   codes, latents = run(request)
   turned = jax.tree.map(lambda leaf: leaf[::-1], request)
@@ -258,7 +260,7 @@ def test_rows_start_in_the_relations_that_the_codecs_found():
   config = config_file.get_config('tiny')
   config.model.inherit = 0.05
   system = systems.build(config.to_dict())
-  frozen = {name: weights.load(source)[0] for name, source in system.frozen_weights.items()}
+  frozen = {name: weights.load(network.source)[0] for name, network in system.frozen.items()}
   drawn = jax.jit(system.init)(KEY)
   taken = jax.jit(system.inherit)(drawn, frozen, KEY)
   codebook = np.asarray(frozen['visual_prompt']['codebook'], np.float32)
@@ -270,13 +272,13 @@ def test_rows_start_in_the_relations_that_the_codecs_found():
   assert abs(float(jnp.std(text)) - 0.05) < 1e-3
   np.testing.assert_array_equal(codes[system.codes :], drawn['embed']['codes'][system.codes :])
   _same({**taken, 'embed': drawn['embed']}, drawn)
-  assert system.inherited == (('embed/', 'the codecs'),)
+  assert system.initialization.from_frozen == (('embed/', 'the codecs'),)
 
 
 def test_nothing_is_inherited_from_synthetic_codes_or_unasked(system):
   drawn = {'embed': {}}
   for other in (system, _system('tiny')):
-    assert other.inherit(drawn, {}, KEY) is drawn and not other.inherited
+    assert other.inherit(drawn, {}, KEY) is drawn and not other.initialization.from_frozen
 
 
 def _same(ours, others):
@@ -372,8 +374,8 @@ def test_text_and_plan_are_dropped_as_often_as_asked(system):
   share = lambda drop: float(jnp.mean(_system(drop=drop)._keep(batch, KEY, joint)))
   assert abs(share(0.1) - 0.9) < 0.02 and share(0.0) == 1.0 and share(1.0) == 0.0
   assert system._keep(batch, KEY, plan).all()
-  batch = dataclasses.replace(batch, text_length=jnp.full(4096, 5))
-  told = lambda drop: np.asarray(_system(drop_text=drop)._told(batch, KEY).text_length)
+  batch = with_inputs(batch, text_length=jnp.full(4096, 5))
+  told = lambda drop: np.asarray(_system(drop_text=drop)._told(batch, KEY).inputs['text_length'])
   assert abs((told(0.1) == 5).mean() - 0.9) < 0.02 and set(told(0.1)) == {0, 5}
   assert (told(0.0) == 5).all() and (told(1.0) == 0).all()
 
@@ -423,16 +425,17 @@ def test_state_is_spread_over_eight_devices(arg):
 
 
 def test_similarity_finds_the_caption_and_reads_long_ones_by_their_beginning(system):
-  data = Pipeline(dataclasses.replace(system.config.data, source='mixture'), 0)
-  batch = data.examples(range(16))
+  data = dataclasses.replace(system.config.data, source='mixture')
+  batch = small_pipeline(data).examples(range(16)).inputs
   frozen = {'siglip': weights.load('assets:siglip')[0]}
-  run = jax.jit(lambda text, length: system.similarity(frozen, batch.image, text, length))
-  fits = run(batch.text, batch.text_length)
+  similarity = lambda inputs: system.similarity(frozen, batch['image'], inputs)
+  run = jax.jit(lambda text, length: similarity({'text': text, 'text_length': length}))
+  fits = run(batch['text'], batch['text_length'])
   assert float(jnp.mean(jnp.argmax(fits, 1) == jnp.arange(16))) > 0.8
   limit = system.config.model.visual_prompt.siglip.text_length
-  held = batch.text.shape[1]
+  held = batch['text'].shape[1]
   assert held < limit
-  real = jnp.where(jnp.arange(held) < batch.text_length[:, None], batch.text, 9)
+  real = jnp.where(jnp.arange(held) < batch['text_length'][:, None], batch['text'], 9)
   longer = lambda last: jnp.pad(
     jnp.pad(real, ((0, 0), (0, limit - held)), constant_values=9),
     ((0, 0), (0, 4)),

@@ -33,5 +33,5 @@ def test_a_run_logs_evaluates_and_draws(tmp_path):
   first, second = generator('the word "fox" in a red serif font', n=2)
   assert first.image.shape == (64, 64, 3) and first.codes.shape == (0,)
   assert (first.image != second.image).any()
-  with pytest.raises(UserError, match='codes have shape'):
+  with pytest.raises(UserError, match='no visual prompts'):
     generator('the word "fox"', codes=[1, 2, 3])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import text_rendering as config_file
-from tests.small_systems import encoded_examples
+from tests.small_systems import encoded_examples, request_of, with_inputs
 from vpe_jax import rng, systems
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import UserError
@@ -90,7 +88,8 @@ def test_recipe_of_the_paper():
     assert (stage.name, tuple(stage.losses), stage.ema) == ('joint', losses, False)
     assert (config.steps, config.batch_size) == ((100_000,), (batch,))
     assert (config.optim.lr, config.optim.warmup) == (1e-4, 2000)
-    assert config.sample.guidance == 5.5 and system.starts[0].source == 'showlab/show-o2-1.5B-HQ'
+    assert config.sample.guidance == 5.5
+    assert system.initialization.pretrained[0].source == 'showlab/show-o2-1.5B-HQ'
   spread = _system('paper,vpe=false,chips=96').config
   assert (spread.batch_size, spread.steps, spread.optim.lr) == ((96 * 12,), (25_000,), 2e-4)
 
@@ -103,17 +102,17 @@ def test_the_visual_prompt_adds_its_rows_alone(preset):
 
 
 def test_only_what_is_used_is_loaded():
-  embedded = lambda arg: set(_networks(arg).frozen_weights)
+  embedded = lambda arg: set(_networks(arg).frozen)
   assert embedded('debug') == {'siglip', 'visual_prompt', 'image'}
   assert embedded('debug,vpe=false') == {'image'}
   paper = _networks('paper,vpe=false')
-  assert set(paper.frozen_weights) == set(paper.published) == set(paper.abstract_frozen())
-  assert set(paper.frozen_weights) == {'image'}
+  assert set(paper.frozen) == set(paper.frozen_shapes()) == {'image'}
+  assert paper.frozen['image'].published is not None
 
 
 def test_the_flow_is_the_only_loss(plain, params):
   batch, (stage,) = encoded_examples(plain, B), plain.stages
-  assert batch.codes.shape == plain.abstract_batch(B).codes.shape == (B, 0)
+  assert batch.encoded.keys() == plain.batch_spec(B).encoded.keys() == {'latents'}
   weights = {}
 
   @jax.jit
@@ -124,35 +123,37 @@ def test_the_flow_is_the_only_loss(plain, params):
 
   (loss, count) = run(params)['flow']
   assert weights == {'flow': 1.0} and np.isfinite(loss) and loss > 0
-  assert float(count) == float(plain.counts(batch, KEY, 0, stage)['flow']) == batch.latents.size
+  elements = batch.encoded['latents'].size
+  assert float(count) == float(plain.counts(batch, KEY, 0, stage)['flow']) == elements
 
 
 def test_pictures_are_drawn_along_the_whole_rows_velocity(plain, params):
   """Guided: the cached prefix `[bos] text [boi]` and the null row are those of training."""
   batch, scale = encoded_examples(plain, B), 2.0
   settings = SampleConfig(steps=2, guidance=scale, plan_guidance=3.0)
+  no_codes = jnp.zeros((B, 0), jnp.int32)
 
   @jax.jit
   def both(params, text):
-    told = dataclasses.replace(batch, text=text)
-    request = dataclasses.replace(told, latents=None, codes=None)
+    told = with_inputs(batch, text=text)
+    request = request_of(told)
     codes, latents = plain.rows.draw(params, request, KEY, settings)
 
     def velocity(x, time):
       clock = jnp.full((B,), 1.0 - time)
-      rows = (plain._regions(told, batch.codes, keep) for keep in (ALL, ~ALL))
+      rows = (plain._regions(told, no_codes, keep) for keep in (ALL, ~ALL))
       flow, null = (plain.model(params, row, x, clock)[1] for row in rows)
       return -(null + scale * (flow - null))
 
-    noise = lambda key: jax.random.normal(key, batch.latents.shape[1:])
+    noise = lambda key: jax.random.normal(key, batch.encoded['latents'].shape[1:])
     start = rng.per_example(noise, KEY, 'noise', batch.example)
     times = solver.time_grid(settings.steps, settings.shift)
     return codes, latents, solver.euler(velocity, start, times)
 
-  codes, latents, wanted = both(params, batch.text)
+  codes, latents, wanted = both(params, batch.inputs['text'])
   assert codes.shape == (B, 0)
   np.testing.assert_allclose(latents, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
-  _, others, _ = both(params, batch.text[:, ::-1])
+  _, others, _ = both(params, batch.inputs['text'][:, ::-1])
   assert float(jnp.abs(latents - others).max()) > 1e-2
 
 

@@ -1,4 +1,4 @@
-"""Tests of codes and latents made before training."""
+"""Tests of encoded entries made before training."""
 
 import dataclasses
 import json
@@ -13,8 +13,9 @@ from PIL import Image
 from configs import t2i
 from vpe_jax import sharding, systems
 from vpe_jax.checkpoints import frozen as frozen_lib
-from vpe_jax.contracts import UserError
+from vpe_jax.contracts import BatchSpec, UserError
 from vpe_jax.data import cache
+from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.preparing import Settings, prepare
 from vpe_jax.training import encode
 
@@ -30,18 +31,31 @@ def open_data(drawing_system):
 
   def make(frozen=None, **data):
     system = drawing_system(data={'encode': 'cached'} | data)
-    mesh = sharding.make_mesh(system.config.mesh)
-    with jax.set_mesh(mesh):
-      frozen = frozen or frozen_lib.load(system, mesh, 'fsdp')
-      return encode.open_training_data(system.config, system, frozen, mesh), system
+    return _open(system, frozen)[0], system
 
   return make
 
 
-def _blank(params, images):
+def _open(system, frozen=None):
+  """The training data of a system, and its frozen networks."""
+  mesh = sharding.make_mesh(system.config.mesh)
+  with jax.set_mesh(mesh):
+    frozen = frozen or frozen_lib.load(system, mesh, 'fsdp')
+    return encode.open_training_data(system.config, system, frozen, mesh), frozen
+
+
+def _blank(params, inputs, rng):
   """Encoders of other weights."""
-  count = images.shape[0]
-  return jnp.zeros((count, 4), jnp.int32), jnp.zeros((count, 2, 2, 3))
+  count = inputs['image'].shape[0]
+  return {'visual_prompt': jnp.zeros((count, 4), jnp.int32), 'latents': jnp.zeros((count, 2, 2, 3))}
+
+
+def _assert_encoded(batch, system, inputs):
+  """The encoded entries of a batch are what its system encodes."""
+  wanted = system.encode({}, inputs, None)
+  assert batch.encoded.keys() == system.batch_spec(1).cacheable
+  for name, leaf in batch.encoded.items():
+    np.testing.assert_allclose(leaf, wanted[name], rtol=1e-6)
 
 
 def _folders(tmp_path):
@@ -53,19 +67,17 @@ def test_cached_examples_are_what_the_encoders_say(open_data, capsys):
   online, _ = open_data(encode='online')
   assert '70/70' in capsys.readouterr().out
   for place in (0, 69):  # the last chunk is not full
-    with data.batches(place, 8) as cached, online.batches(place, 8) as pictures:
-      ours, theirs = next(cached), next(pictures)
-    assert ours.image is None and theirs.codes is None
-    codes, latents = system.encode({}, theirs.image)
-    np.testing.assert_array_equal(ours.codes, codes)
-    np.testing.assert_allclose(ours.latents, latents, rtol=1e-6)
-    np.testing.assert_array_equal(ours.text, theirs.text)
+    with data.batches(place, 8) as cached, online.batches(place, 8) as images:
+      ours, theirs = next(cached), next(images)
+    assert 'image' not in ours.inputs and not theirs.encoded
+    _assert_encoded(ours, system, theirs.inputs)
+    np.testing.assert_array_equal(ours.inputs['text'], theirs.inputs['text'])
 
 
 def test_the_cache_is_found_again_and_follows_data_and_encoders(open_data, tmp_path):
   _, first = open_data()
   _, again = open_data()
-  assert first.encoded == 1 and again.encoded == 0 and len(_folders(tmp_path)) == 1
+  assert first.encodings == 1 and again.encodings == 0 and len(_folders(tmp_path)) == 1
   open_data(examples=20)
   open_data(frozen=frozen_lib.Frozen({}, {'encoder': 'of other weights'}, _blank))
   assert len(_folders(tmp_path)) == 3
@@ -73,12 +85,12 @@ def test_the_cache_is_found_again_and_follows_data_and_encoders(open_data, tmp_p
 
 def test_a_damaged_cache_is_named_and_made_again(open_data, tmp_path, capsys):
   open_data()
-  shard = next((tmp_path / 'cache' / 'encoded').rglob('codes-*.npy'))
+  shard = next((tmp_path / 'cache' / 'encoded').rglob('visual_prompt-*.npy'))
   content = bytearray(shard.read_bytes())
   content[-1] ^= 1
   shard.write_bytes(content)
   _, system = open_data()
-  assert system.encoded == 1
+  assert system.encodings == 1
   assert f'warning: cache file {shard} is damaged' in capsys.readouterr().out
 
 
@@ -95,7 +107,7 @@ def test_mistakes(open_data, line_system, drawing_system):
   config = dataclasses.replace(
     system.config, data=dataclasses.replace(system.config.data, encode='cached')
   )
-  with pytest.raises(UserError, match='trains on pictures: set data.encode=online'):
+  with pytest.raises(UserError, match='line.* set data.encode=online'):
     encode.open_training_data(config, system, frozen_lib.Frozen({}, {}, None), None)
 
 
@@ -103,11 +115,11 @@ def test_a_changed_picture_in_a_folder_changes_the_fingerprint(tmp_path, drawing
   for name, value in (('a', 10), ('b', 20)):
     Image.new('RGB', (8, 8), (value,) * 3).save(tmp_path / f'{name}.png')
     (tmp_path / f'{name}.txt').write_text('a red fox')
-  config = drawing_system(data={'source': f'folder:{tmp_path}', 'examples': 0}).config.data
+  system = drawing_system(data={'source': f'folder:{tmp_path}', 'examples': 0})
   frozen = frozen_lib.Frozen({}, {}, None)
 
   def found():
-    return encode.fingerprint(config, 0, frozen, encode.Pipeline(config, 0), {})
+    return encode.fingerprint(system.config.data, 0, frozen, Pipeline.of(system), {})
 
   before = found()
   assert found() == before
@@ -127,10 +139,8 @@ def test_a_folder_that_counts_several_times_is_encoded_once(open_data, tmp_path,
   online, _ = open_data(encode='online', **recipe)
   with cached.batches(0, 12) as ours, online.batches(0, 12) as theirs:
     found, wanted = next(ours), next(theirs)
-  codes, latents = system.encode({}, wanted.image)
-  np.testing.assert_array_equal(found.codes, codes)
-  np.testing.assert_allclose(found.latents, latents, rtol=1e-6)
-  assert len(np.unique(found.latents.mean((1, 2, 3)).round(4))) == 5
+  _assert_encoded(found, system, wanted.inputs)
+  assert len(np.unique(found.encoded['latents'].mean((1, 2, 3)).round(4))) == 5
   open_data(**recipe | {'source': 'folders:warm,cold'})
   assert len(_folders(tmp_path)) == 1  # The same pictures, however often they count.
 
@@ -142,11 +152,11 @@ def test_a_prepared_folder_is_known_by_its_manifest(tmp_path, drawing_system):
     Image.new('RGB', (8, 8), (value,) * 3).save(tmp_path / 'in' / f'{name}.png')
     (tmp_path / 'in' / f'{name}.txt').write_text('a red fox')
   prepare(Settings(f'folder:{tmp_path}/in'), str(tmp_path / 'to'))
-  config = drawing_system(data={'source': f'folder:{tmp_path}/to', 'examples': 0}).config.data
+  system = drawing_system(data={'source': f'folder:{tmp_path}/to', 'examples': 0})
   frozen = frozen_lib.Frozen({}, {}, None)
 
   def found():
-    return encode.fingerprint(config, 0, frozen, encode.Pipeline(config, 0), {})
+    return encode.fingerprint(system.config.data, 0, frozen, Pipeline.of(system), {})
 
   before = found()
   (shard,) = (tmp_path / 'to').glob('*.array_record')
@@ -158,35 +168,65 @@ def test_a_prepared_folder_is_known_by_its_manifest(tmp_path, drawing_system):
   assert found() != before
 
 
-def test_pictures_before_an_edit_are_cached_too(tmp_path, drawing_system):
-  """Their latents alone; and caches of other systems keep their names and their two arrays."""
+def test_source_images_are_encoded_too(tmp_path, drawing_system):
+  class Editing(type(drawing_system())):
+    """Also reads source images."""
+
+    def batch_spec(self, batch_size):
+      spec = super().batch_spec(batch_size)
+      source = {'source_image': spec.encoder_inputs['image']}
+      encoded = {**spec.encoded, 'source_latents': spec.encoded['latents']}
+      inputs = {**spec.encoder_inputs, **source}
+      return BatchSpec(spec.inputs, inputs, encoded, frozenset(encoded), spec.codebooks)
+
+    def encode(self, frozen, inputs, rng):
+      source = super().encode(frozen, {'image': inputs['source_image']}, rng)['latents']
+      return super().encode(frozen, inputs, rng) | {'source_latents': source}
+
   data = {'encode': 'cached', 'source': 'edits', 'examples': 9, 'references': True}
-  system = drawing_system(data=data)
-  system.encode_reference = lambda frozen, images: system.encode(frozen, images)[1]
-  mesh = sharding.make_mesh(system.config.mesh)
-  with jax.set_mesh(mesh):
-    frozen = frozen_lib.load(system, mesh, 'fsdp')
-    cached = encode.open_training_data(system.config, system, frozen, mesh)
-  pictures = encode.Pipeline(system.config.data, system.config.seed)
-  with cached.batches(0, 8) as ours, pictures.batches(0, 8) as theirs:
+  plain = drawing_system(data=data)
+  system = Editing(plain.config, plain.frozen)
+  images = Pipeline.of(system)
+  cached, frozen = _open(system)
+  with cached.batches(0, 8) as ours, images.batches(0, 8) as theirs:
     batch, seen = next(ours), next(theirs)
-  assert batch.reference is None
-  for kind, image in (('latents', seen.image), ('reference_latents', seen.reference)):
-    np.testing.assert_allclose(getattr(batch, kind), system.encode({}, image)[1], rtol=1e-6)
-  said = encode.fingerprint(system.config.data, 0, frozen, pictures, {})
-  assert '"references": true' in said
-  plain = drawing_system(data={'encode': 'cached'}).config.data
-  assert 'references' not in encode.fingerprint(plain, 0, frozen, encode.Pipeline(plain, 0), {})
+  assert batch.inputs.keys() == {'text', 'text_length'}
+  _assert_encoded(batch, system, seen.inputs)
+  assert (batch.encoded['latents'] != batch.encoded['source_latents']).any()
+  references = '"references": true'
+  assert references in encode.fingerprint(system.config.data, 0, frozen, images, {})
+  other = drawing_system(data={'encode': 'cached'})
+  assert references not in encode.fingerprint(other.config.data, 0, frozen, Pipeline.of(other), {})
+
+
+def test_what_can_not_be_cached_is_computed_online(drawing_system):
+  class Partly(type(drawing_system())):
+    """Its latents depend on more than the example."""
+
+    def batch_spec(self, batch_size):
+      spec = super().batch_spec(batch_size)
+      return dataclasses.replace(spec, cacheable=frozenset(['visual_prompt']))
+
+  plain = drawing_system(data={'encode': 'cached'})
+  system = Partly(plain.config, plain.frozen)
+  cached, _ = _open(system)
+  with cached.batches(0, 8) as batches:
+    batch = next(batches)
+  assert batch.inputs.keys() == {'text', 'text_length', 'image'}
+  _assert_encoded(batch, system, batch.inputs)
+  # A cache with fewer entries is another one.
+  with _open(plain)[0].batches(0, 8) as batches:
+    _assert_encoded(next(batches), plain, batch.inputs)
 
 
 def test_what_encoders_do_with_their_weights_is_in_the_fingerprint():
   config = t2i.get_config('debug')
-  built = lambda: systems.build(config.to_dict()).config
-  before = encode.encoder_settings(built())
-  assert encode.encoder_settings(built()) == before
+  settings = lambda: systems.build(config.to_dict()).encoder_settings
+  before = settings()
+  assert settings() == before
   config.model.weights = {'image': 'elsewhere.safetensors'}
-  assert encode.encoder_settings(built()) == before
+  assert settings() == before
   config.dtype = 'bfloat16'
-  other = encode.encoder_settings(built())
+  other = settings()
   assert other != before and other['image'] == before['image']
   json.dumps(other)

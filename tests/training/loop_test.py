@@ -18,12 +18,12 @@ from vpe_jax.training.logging import RunLog
 
 
 @pytest.fixture
-def build(line_system, frozen_weights):
+def build(line_system, frozen):
   """Builds (config, system) with a frozen network on disk."""
 
   def make(**changes):
     system = line_system(**changes)
-    system.frozen_weights = frozen_weights
+    system.frozen = frozen
     return system.config, system
 
   return make
@@ -190,7 +190,7 @@ def test_networks_that_do_not_fit_are_refused_before_the_model_is_made(
   build, tmp_path, monkeypatch
 ):
   config, system = build()
-  system.features = lambda frozen, images: frozen['siglip']
+  system.encode = lambda frozen, inputs, rng: frozen['siglip']
   monkeypatch.setattr(system, 'init', lambda key: pytest.fail('initialised'))
   with pytest.raises(UserError, match='do not fit'):
     loop.train(config, system, str(tmp_path / 'run'))
@@ -216,7 +216,7 @@ def test_each_stage_is_compiled_once(build, tmp_path):
       return super().losses(*args)
 
   config, plain = build(steps=(5, 5))
-  system = Counting(config, plain.frozen_weights)
+  system = Counting(config, plain.frozen)
   loop.train(config, system, str(tmp_path / 'run'))
   assert system.traced == 2
 

@@ -38,7 +38,7 @@ def _start(workdir, weights, index, port, steps):
 
 
 @pytest.fixture
-def pair(tmp_path, frozen_weights):
+def pair(tmp_path, frozen):
   """Starts two processes on one workdir: pair(steps) -> processes."""
   started = []
 
@@ -47,7 +47,7 @@ def pair(tmp_path, frozen_weights):
       listener.bind(('127.0.0.1', 0))
       port = listener.getsockname()[1]
     workdir = tmp_path / 'run'
-    new = [_start(workdir, frozen_weights['encoder'], i, port, steps) for i in (0, 1)]
+    new = [_start(workdir, frozen['encoder'].source, i, port, steps) for i in (0, 1)]
     started.extend(new)
     return new
 
@@ -62,12 +62,11 @@ def _logs(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_follow_one(pair, tmp_path, line_system, frozen_weights):
-
+def test_two_processes_follow_one(pair, tmp_path, line_system, frozen):
   for process in pair(4):
     assert process.wait(120) == 0, _logs(tmp_path)
   system = line_system()
-  system.frozen_weights = frozen_weights
+  system.frozen = frozen
   loop.train(system.config, system, str(tmp_path / 'alone'))
   ours, alone = metrics.read(tmp_path / 'run'), metrics.read(tmp_path / 'alone')
   assert [record['step'] for record in ours] == [1, 2, 3, 4, 5, 6]

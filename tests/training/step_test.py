@@ -25,7 +25,7 @@ def _run(system, optim, index=ALL, steps=1, batch_size=8):
   state, history = _state(system, index), []
   for number in range(steps):
     batch = system.batch(batch_size, number * batch_size)
-    state, metrics = step(state, system.frozen(), batch, KEY)
+    state, metrics = step(state, system.networks(), batch, KEY)
     history.append(jax.device_get(metrics))
   return state, history
 
@@ -61,7 +61,7 @@ def test_frozen_leaves_stay_bitwise_and_take_no_weight_gradient(line_system, opt
   def weight_gradients(index):
     """Products in the compiled step whose result has the shape of the frozen kernel."""
     step = make_train_step(system, system.stages[index], optim())
-    lowered = step.lower(_state(system, index), system.frozen(), system.batch(8), KEY)
+    lowered = step.lower(_state(system, index), system.networks(), system.batch(8), KEY)
     return len(re.findall(r'= f32\[(?:16,24|24,16)\]\S* dot\(', lowered.compile().as_text()))
 
   assert weight_gradients(HEAD) == 0
@@ -71,7 +71,7 @@ def test_frozen_leaves_stay_bitwise_and_take_no_weight_gradient(line_system, opt
 @pytest.mark.parametrize('index', [HEAD, ALL])
 def test_one_batch_of_8_equals_4_microbatches_of_2(line_system, optim, index):
   system = line_system()
-  lengths = system.batch(8).text_length.reshape(2, 4).sum(0)
+  lengths = system.batch(8).inputs['text_length'].reshape(2, 4).sum(0)
   assert len(set(lengths.tolist())) > 1  # microbatches with uneven counts
   # Stateless rule: Adam would hide a wrong scale of the gradient.
   gradients = {}
@@ -109,15 +109,15 @@ def test_weight_0_is_logged_and_changes_no_gradient(line_system, optim):
 def test_non_finite_gradient_updates_nothing(line_system, optim):
   system = line_system()
   step = make_train_step(system, system.stages[ALL], optim())
-  state, _ = step(_state(system), system.frozen(), system.batch(8), KEY)
+  state, _ = step(_state(system), system.networks(), system.batch(8), KEY)
   before = jax.device_get(state)
-  broken = jax.tree.map(lambda leaf: leaf * jnp.nan, system.frozen())
+  broken = jax.tree.map(lambda leaf: leaf * jnp.nan, system.networks())
   state, metrics = step(state, broken, system.batch(8), KEY)
   assert float(metrics['skipped']) == 1 and np.isnan(metrics['loss'])
   for name in ('params', 'opt_state', 'ema'):
     jax.tree.map(np.testing.assert_array_equal, before[name], jax.device_get(state[name]))
   assert int(state['step']) == 2
-  state, metrics = step(state, system.frozen(), system.batch(8), KEY)
+  state, metrics = step(state, system.networks(), system.batch(8), KEY)
   assert float(metrics['skipped']) == 0 and _gap(before['params'], state['params']) > 0
 
 
@@ -136,7 +136,7 @@ def test_eval_step_sums_what_the_train_step_averages(line_system, optim):
   _, history = _run(system, optim())
   evaluate = make_eval_step(system, system.stages[ALL])
   params = _state(system)['params']
-  sums, counts = evaluate(params, system.frozen(), system.batch(8), KEY, jnp.int32(0))
+  sums, counts = evaluate(params, system.networks(), system.batch(8), KEY, jnp.int32(0))
   for name, value in sums.items():
     np.testing.assert_allclose(value / counts[name], history[0][f'loss/{name}'], rtol=1e-6)
 
@@ -159,4 +159,4 @@ def test_stage_names_of_leaves_are_checked(line_system, optim):
   stage = Stage('typo', ('heads/',), {'tokens': 1.0, 'watched': 0.0}, ema=False)
   step = make_train_step(system, stage, optim())
   with pytest.raises(ValueError, match="trains 'heads/'"):
-    step(_state(system), system.frozen(), system.batch(8), KEY)
+    step(_state(system), system.networks(), system.batch(8), KEY)

@@ -28,7 +28,7 @@ class DrawingSystem(PlansVisually):
     model: the network.
     visual_prompt: the codec of visual prompts.
     image: the codec of images.
-    rows: (config field, size) of the table that embeds prompt tokens.
+    table: (config field, size) of the table that embeds prompt tokens.
   """
 
   config: Config

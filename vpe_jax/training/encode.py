@@ -79,7 +79,7 @@ def fingerprint(
     'seed': seed,
     'content': _content(config, images),
     'encoders': frozen.fingerprints,
-    'settings': settings,
+    'settings': dict(settings),
   }
   if config.references:
     parts['references'] = True
@@ -114,7 +114,8 @@ def _synthetic(spec: BatchSpec, count: int) -> SyntheticEncoded:
 def _cached(
   config: Config, system: System, frozen: Frozen, mesh: jax.sharding.Mesh, images: Pipeline
 ) -> Encoded:
-  settings = system.encoder_settings
+  cacheable = system.batch_spec(1).cacheable
+  settings = {**system.encoder_settings, 'entries': sorted(cacheable)}
   name = fingerprint(config.data, config.seed, frozen, images, settings)
   try:
     opened = cache.open_cache(name)
@@ -124,7 +125,6 @@ def _cached(
   # All processes encode together or not at all.
   if multihost_utils.process_allgather(np.array(opened is not None)).all():
     return opened
-  cacheable = system.batch_spec(1).cacheable
   batches = _encode_all(config.seed, frozen, mesh, images, cacheable)
   if jax.process_index() == 0:
     cache.write_cache(name, batches)

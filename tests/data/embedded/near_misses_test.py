@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tests.small_pipelines import small_pipeline
 from vpe_jax.config import DataConfig
 from vpe_jax.data.embedded import near_misses, splits, wording
 from vpe_jax.data.embedded.openmoji import OpenMoji
 from vpe_jax.data.embedded.scenes import Scenes
-from vpe_jax.data.pipeline import Pipeline
 
 
 @pytest.fixture(scope='module')
@@ -65,15 +65,13 @@ def test_drawings_that_are_no_scenes_have_none(records):
 
 def test_the_pipeline_hands_them_over():
   config = DataConfig(examples=40, near_misses=2)
-  data = Pipeline(config, seed=0)
-  batch = data.examples(range(40))
-  assert batch.near.shape == (40, 2, 32) and batch.near_length.shape == (40, 2)
+  data = small_pipeline(config, names=('near', 'near_length'))
+  batch = data.examples(range(40)).inputs
+  assert batch['near'].shape == (40, 2, 32) and batch['near_length'].shape == (40, 2)
   for i in range(40):
     captions = near_misses.near_misses(data.record(i), 2)
-    assert (batch.near_length[i] > 0).sum() == len(captions)
-    for ids, length, caption in zip(batch.near[i], batch.near_length[i], captions):
-      wanted, count = data.tokenizer.encode_batch([caption], 32)
+    assert (batch['near_length'][i] > 0).sum() == len(captions)
+    for ids, length, caption in zip(batch['near'][i], batch['near_length'][i], captions):
+      wanted, count = data.preprocess.tokenizer.encode_batch([caption], 32)
       np.testing.assert_array_equal(ids, wanted[0])
       assert length == count[0]
-  plain = Pipeline(DataConfig(examples=40), seed=0).examples(range(2))
-  assert plain.near is None and plain.near_length is None

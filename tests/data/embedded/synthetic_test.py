@@ -1,11 +1,11 @@
-"""Synthetic records and codes: the right structure, fixed by the index."""
+"""Synthetic records and encoded entries: the right structure, fixed by the index."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from vpe_jax.data.embedded.synthetic import Synthetic, SyntheticCodes
+from vpe_jax.data.embedded.synthetic import Synthetic, SyntheticEncoded
 from vpe_jax.data.records import render
 
 
@@ -19,19 +19,12 @@ def test_records_depend_on_the_index_alone():
     first[10]
 
 
-def test_codes_have_shape_range_and_no_memory():
-  codes = SyntheticCodes(count=5, patches=36, codebook=512, latent_shape=(16, 16, 4))
-  ids, latents = codes[2]
-  assert ids.shape == (36,) and ids.dtype == np.int32 and 0 <= ids.min() <= ids.max() < 512
+def test_encoded_entries_have_shape_range_and_no_memory():
+  entries = (('visual_prompt', (36,), 512), ('latents', (16, 16, 4), 0))
+  synthetic = SyntheticEncoded(5, entries)
+  codes, latents = synthetic[2]['visual_prompt'], synthetic[2]['latents']
+  assert codes.shape == (36,) and codes.dtype == np.int32 and 0 <= codes.min() < codes.max() < 512
   assert latents.shape == (16, 16, 4) and latents.dtype == np.float32
-  again = codes[2]
-  np.testing.assert_array_equal(ids, again[0])
-  np.testing.assert_array_equal(latents, again[1])
-  assert (codes[3][0] != ids).any()
-
-
-def test_discrete_pictures_are_codes_too():
-  codes = SyntheticCodes(5, patches=0, codebook=0, latent_shape=(4, 4), latent_codes=24)
-  plan, latents = codes[1]
-  assert plan.shape == (0,) and latents.shape == (4, 4) and latents.dtype == np.int32
-  assert 0 <= latents.min() <= latents.max() < 24
+  for name, leaf in synthetic[2].items():
+    np.testing.assert_array_equal(leaf, SyntheticEncoded(5, entries)[2][name])
+    assert (synthetic[3][name] != leaf).any()

@@ -13,9 +13,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from tests.small_pipelines import small_pipeline
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
-from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.preparing import Settings, prepare
 from vpe_jax.data.sources import open_source
 from vpe_jax.training import heldout
@@ -113,10 +113,10 @@ def test_a_class_conditional_model_trains_on_it(root, workers):
     text_length=2,
     workers=workers,
   )
-  with Pipeline(config, seed=1).batches(0, 12) as batches:
+  with small_pipeline(config, seed=1).batches(0, 12) as batches:
     batch = next(batches)
-  assert batch.image.shape == (12, 8, 8, 3)
-  assert len(np.unique(batch.text, axis=0)) == 2
+  assert batch.inputs['image'].shape == (12, 8, 8, 3)
+  assert len(np.unique(batch.inputs['text'], axis=0)) == 2
 
 
 def test_it_is_prepared_with_everything(root, tmp_path):

@@ -7,9 +7,9 @@ import tokenizers
 import transformers
 
 from configs import t2i
+from tests.small_pipelines import small_pipeline
 from vpe_jax import systems
 from vpe_jax.contracts import UserError
-from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.tokenizers import bpe, published
 from vpe_jax.training import encode
 
@@ -88,9 +88,9 @@ def test_a_run_reads_captions_with_the_tokenizer_of_its_config(folder, tokenizer
   config = t2i.get_config('debug')
   config.data.update(tokenizer=str(folder), encode='online', text_length=96)
   system = systems.build(config.to_dict())
-  pipeline = Pipeline(system.config.data, 0)
+  pipeline = small_pipeline(system.config.data)
   batch = pipeline.examples([3])
-  words = batch.text[0, : batch.text_length[0]].tolist()
+  words = batch.inputs['text'][0, : batch.inputs['text_length'][0]].tolist()
   assert words == tokenizer.encode(pipeline.record(3).caption)
   with pytest.raises(UserError, match=r'151669 tokens, but model\.text_vocab is 1024'):
     encode.open_training_data(system.config, system, None, None)
