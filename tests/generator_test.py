@@ -17,17 +17,17 @@ from vpe_jax import rng as rng_lib
 from vpe_jax import systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import SampleConfig
-from vpe_jax.contracts import BatchSpec, Generated, PlansVisually, Samples, UserError
+from vpe_jax.contracts import BatchSpec, Generated, Samples, UserError
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.generator import Generator
-from vpe_jax.sampling import pictures
+from vpe_jax.sampling import images
 
 
-class _Dice(PlansVisually):
+class _Dice(Samples):
   """A system whose codes are drawn per example, and whose image shows codes and prompt."""
 
-  capabilities = (Samples, PlansVisually)
-  visual_prompt = types.SimpleNamespace(encode=lambda frozen, images: images[:, 0, :, 0])
+  capabilities = (Samples,)
+  drafts = ('visual_prompt',)
   codes = 200
 
   def __init__(self):
@@ -38,14 +38,12 @@ class _Dice(PlansVisually):
   def batch_spec(self, batch_size):
     ints = lambda *shape: jax.ShapeDtypeStruct((batch_size, *shape), jnp.int32)
     encoded = {'visual_prompt': ints(4)}
-    return BatchSpec({'text': ints(16), 'text_length': ints()}, encoded=encoded)
+    inputs = {'text': ints(16), 'text_length': ints()}
+    return BatchSpec(inputs, encoded=encoded, codebooks={'visual_prompt': self.codes})
 
-  def plan(self, params, request, rng, settings):
+  def draft(self, params, request, rng, settings):
     draw = lambda key: jax.random.randint(key, (4,), 0, self.codes)
-    return rng_lib.per_example(draw, rng, 'codes', request.example)
-
-  def plan_likelihood(self, params, request):
-    return -jnp.mean(request.encoded['visual_prompt'] / self.codes, 1)
+    return {'visual_prompt': rng_lib.per_example(draw, rng, 'codes', request.example)}
 
   def generate(self, params, frozen, request, rng, settings):
     self.batches.append(request.example.shape[0])
@@ -55,13 +53,13 @@ class _Dice(PlansVisually):
     return Generated(image, {'visual_prompt': codes, 'latents': image * settings.guidance})
 
 
-def _dice(rows=4):
+def _dice(batch_size=4):
   said = {'checkpoint': 'abc', 'weights': 'dice (ema)'}
-  return Generator(_Dice(), {'shift': np.float32(1)}, {}, bpe.shipped(), said, rows)
+  return Generator(_Dice(), {'shift': np.float32(1)}, {}, bpe.shipped(), said, batch_size)
 
 
 def _same(a, b):
-  np.testing.assert_array_equal(a.codes, b.codes)
+  np.testing.assert_array_equal(a.encoded['visual_prompt'], b.encoded['visual_prompt'])
   np.testing.assert_array_equal(a.image, b.image)
   assert a.metadata == b.metadata and (a.prompt, a.index) == (b.prompt, b.index)
 
@@ -91,11 +89,12 @@ def test_seed_prompt_and_place_each_change_the_picture():
   draws = _dice()
   first, second = draws('a red fox', n=2, seed=0)
   others = [second, draws('a red fox', seed=1)[0], draws('a red wolf', seed=0)[0]]
-  assert all((other.codes != first.codes).any() for other in others)
+  codes = first.encoded['visual_prompt']
+  assert all((other.encoded['visual_prompt'] != codes).any() for other in others)
 
 
 def test_every_batch_has_the_same_rows_and_one_program_serves_all():
-  draws, calls = _dice(rows=5), []
+  draws, calls = _dice(batch_size=5), []
   assert len(draws(['a', 'b', 'c'], n=4, progress=lambda *at: calls.append(at))) == 12
   assert calls == [(5, 12), (10, 12), (12, 12)]
   draws('d')
@@ -105,16 +104,17 @@ def test_every_batch_has_the_same_rows_and_one_program_serves_all():
 def test_given_codes_are_rendered():
   draws = _dice()
   codes = np.arange(8).reshape(2, 4)
-  own = draws(['a', 'b'], codes=codes)
-  np.testing.assert_array_equal([p.codes for p in own], codes)
-  shared = draws(['a', 'b'], n=2, codes=codes[0])
-  np.testing.assert_array_equal([p.codes for p in shared], np.tile(codes[0], (4, 1)))
+  own = draws(['a', 'b'], fixed={'visual_prompt': codes})
+  np.testing.assert_array_equal([p.encoded['visual_prompt'] for p in own], codes)
+  shared = draws(['a', 'b'], n=2, fixed={'visual_prompt': codes[0]})
+  repeated = np.tile(codes[0], (4, 1))
+  np.testing.assert_array_equal([p.encoded['visual_prompt'] for p in shared], repeated)
   for wrong in (np.zeros((3, 4)), np.zeros((2, 5)), np.zeros(3)):
     with pytest.raises(UserError, match=r'\(2, 4\)'):
-      draws(['a', 'b'], codes=wrong)
+      draws(['a', 'b'], fixed={'visual_prompt': wrong})
   for wrong in ([0, 1, 2, 200], [-1, 1, 2, 3]):
     with pytest.raises(UserError, match='the codebook has 0 to 199'):
-      draws('a', codes=np.asarray(wrong))
+      draws('a', fixed={'visual_prompt': np.asarray(wrong)})
 
 
 def test_settings_start_from_the_runs_own():
@@ -148,16 +148,16 @@ def test_pictures_say_how_they_were_made(tmp_path):
 
 def test_sheet_joins_what_its_pictures_say():
   drawn = _dice()(['a red fox', 'two pears'], n=2, seed=9)
-  image, said = pictures.sheet(drawn)
+  image, said = images.sheet(drawn)
   assert said['prompt'] == 'a red fox\ntwo pears' and said['index'] == '0\n1'
   assert said['seed'] == '9' and said['generated'] == 'true'
-  columns, _ = pictures.sheet(drawn[::2])
-  single, _ = pictures.sheet(drawn[:1])
+  columns, _ = images.sheet(drawn[::2])
+  single, _ = images.sheet(drawn[:1])
   assert image.height > columns.height and columns.width > single.width
 
 
 @pytest.mark.parametrize(
-  'prompts, n, message', [([], 1, 'nothing to draw'), ('a', 0, 'nothing to draw')]
+  'prompts, n, message', [([], 1, 'nothing to generate'), ('a', 0, 'nothing to generate')]
 )
 def test_nothing_to_draw_is_an_error(prompts, n, message):
   with pytest.raises(UserError, match=message):
@@ -178,8 +178,8 @@ def test_over_long_prompt_is_an_error():
 
 
 def test_small_batches_are_refused():
-  with pytest.raises(UserError, match='at least 4'):
-    _dice(rows=2)
+  with pytest.raises(UserError, match='from 4 on'):
+    _dice(batch_size=2)
 
 
 def test_load_refuses_unknown_weights_and_folders(tmp_path):
@@ -279,7 +279,7 @@ def test_load_warns_of_a_run_that_trained_nothing_that_draws(
   monkeypatch.setattr(Generator, '__init__', lambda *_: None)
   monkeypatch.setattr(generator_lib.frozen_lib, 'check_sampling', lambda *_: None)
   Generator.load(path)
-  said = f"{path} has no stage after 'plan', and nothing has trained its dit: its pictures are "
+  said = f"{path} has no stage after 'plan', and nothing has trained its dit: its images are "
   assert [said in r.getMessage() for r in caplog.records] == ([True] if warned else [])
 
 
@@ -301,14 +301,14 @@ def debug():
 
 
 def _close(a, b):
-  np.testing.assert_array_equal(a.codes, b.codes)
+  np.testing.assert_array_equal(a.encoded['visual_prompt'], b.encoded['visual_prompt'])
   assert np.abs(a.image.astype(int) - b.image.astype(int)).max() <= 1
 
 
 def test_debug_model_draws_the_same_alone_in_four_and_reordered(debug):
   prompts = ['a red fox', 'two green pears', 'three blue circles on a light gray background']
   together = debug(prompts, n=4, seed=1)
-  assert len({p.codes.tobytes() for p in together}) == 12
+  assert len({p.encoded['visual_prompt'].tobytes() for p in together}) == 12
   for ours, theirs in zip(debug(prompts[1], n=4, seed=1), together[4:8]):
     _close(ours, theirs)
   for prompt, theirs in zip(prompts, together[::4]):
@@ -320,7 +320,7 @@ def test_debug_model_draws_the_same_alone_in_four_and_reordered(debug):
 def test_debug_model_follows_its_guidance(debug):
   first = np.zeros(debug.system.config.model.plan_tokens, np.int32)
   draw = lambda scale, codes: debug(
-    'a red fox', codes=codes, settings=debug.settings(guidance=scale)
+    'a red fox', fixed={'visual_prompt': codes}, settings=debug.settings(guidance=scale)
   )[0].image.astype(int)
   null, conditional = draw(0.0, first), draw(1.0, first)
   assert np.abs(null - conditional).max() > 1
@@ -334,6 +334,7 @@ def test_debug_model_follows_its_guidance(debug):
 
 def test_debug_model_renders_given_codes(debug):
   own = debug('a red fox', n=2, seed=5)
-  again = debug('a red fox', n=2, seed=5, codes=np.stack([p.codes for p in own]))
+  fixed = {'visual_prompt': np.stack([p.encoded['visual_prompt'] for p in own])}
+  again = debug('a red fox', n=2, seed=5, fixed=fixed)
   for ours, theirs in zip(again, own):
     _close(ours, theirs)

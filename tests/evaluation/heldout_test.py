@@ -7,17 +7,18 @@ import pytest
 from vpe_jax import rng, sharding
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.data.pipeline import Pipeline
-from vpe_jax.training.heldout import BATCHES, SPLIT, HeldOut
-from vpe_jax.training.state import first_state
+from vpe_jax.evaluation.evaluator import Subject
+from vpe_jax.evaluation.heldout import SPLIT, HeldOut
 
 
-def _evaluate(system, index, times=1, change=lambda state: state):
+def _evaluate(system, index, times=1, change=lambda params: params):
   mesh = sharding.make_mesh(system.config.mesh)
   with jax.set_mesh(mesh):
-    held_out = HeldOut(system.config, system, frozen_lib.load(system, mesh, 'fsdp'), mesh)
-    state = first_state(system.init(jax.random.key(0)), system.stages[index])
-    state = change(state | {'stage': np.int32(index)})
-    return [held_out.evaluate(state, rng.run_key(0)) for _ in range(times)][-1]
+    frozen = frozen_lib.load(system, mesh, 'fsdp')
+    params = change(system.init(jax.random.key(0)))
+    subject = Subject(system, params, index, mesh, stage_step=np.int32(0), frozen=lambda: frozen)
+    held_out = HeldOut()
+    return [held_out.run(subject).numbers for _ in range(times)][-1]
 
 
 @pytest.fixture
@@ -35,20 +36,12 @@ def test_losses_of_all_stages_on_the_same_held_out_examples(uncached):
   assert first.keys() == {'eval/tokens', 'eval/noise', 'eval/watched'}
   assert first == _evaluate(system, 0, times=2)
   # By hand, over all batches at once.
-  with Pipeline.of(system, SPLIT).batches(0, 8 * BATCHES) as batches:
+  with Pipeline.of(system, SPLIT).batches(0, 8 * HeldOut().batches) as batches:
     batch = next(batches)
   params = system.init(jax.random.key(0))
   rest = (system.networks(), batch, rng.run_key(0), np.int32(0), system.stages[1])
   for name, term in system.losses(params, *rest).items():
     np.testing.assert_allclose(first[f'eval/{name}'], term.sum / term.count, rtol=1e-5)
-
-
-def test_averaged_parameters_are_what_is_evaluated(uncached):
-  halved = lambda tree: jax.tree.map(lambda leaf: leaf / 2, tree)
-  average = lambda state: state | {'ema': halved(state['params'])}
-  alone = lambda state: state | {'params': halved(state['params']), 'ema': {}}
-  found = _evaluate(uncached, 1, change=average)
-  assert found == _evaluate(uncached, 1, change=alone) and found != _evaluate(uncached, 1)
 
 
 def test_images_are_encoded_once(drawing_system):
@@ -67,8 +60,9 @@ def test_images_are_encoded_once(drawing_system):
     assert system.encodings == 1
 
 
-def test_a_source_without_a_split_says_so(line_system, frozen, capsys):
-  system = line_system(log={'evaluate': 5})
+def test_a_source_without_a_split_says_so(line_system, frozen):
+  system = line_system()
   system.frozen = frozen
-  assert _evaluate(system, 0) == {}
-  assert 'synthetic has no held-out split' in capsys.readouterr().out
+  mesh = sharding.make_mesh(system.config.mesh)
+  report = HeldOut().run(Subject(system, {}, 0, mesh))
+  assert report.numbers == {} and 'no held-out split' in report.lines[0]

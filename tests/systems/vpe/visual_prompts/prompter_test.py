@@ -1,7 +1,8 @@
-"""Generator: plans that are kept, given, read from pictures, scored and chosen among."""
+"""Visual prompts that are saved, read from images, scored and chosen."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -19,8 +20,9 @@ from vpe_jax.data.tokenizers import bpe
 from vpe_jax.data.tokenizers.published import open_tokenizer
 from vpe_jax.data.transforms import pad_to_square
 from vpe_jax.generator import Generator
-from vpe_jax.sampling import plans as plans_io
 from vpe_jax.systems import rendering
+from vpe_jax.systems.vpe.visual_prompts import files
+from vpe_jax.systems.vpe.visual_prompts.prompter import ENTRY, VisualPrompter
 
 PROMPTS = ['a red fox', 'two green pears']
 SAID = {'checkpoint': 'abc', 'weights': 'random (ema)'}
@@ -50,65 +52,65 @@ def _c2i(arg: str = 'debug') -> systems.System:
   return systems.build(config.to_dict())
 
 
-def _generator(system: systems.System) -> Generator:
+def _prompter(system: systems.System) -> VisualPrompter:
   """Random weights, drawn on the host: none is zero, and nothing is compiled for them."""
   draw = np.random.default_rng(0)
   random = lambda leaf: 0.3 * draw.standard_normal(leaf.shape, np.float32)
   shapes = jax.eval_shape(system.init, jax.random.key(0)), system.frozen_shapes()
   params, frozen = jax.tree.map(random, shapes)
   tokenizer = open_tokenizer(system.config.data.tokenizer)
-  return Generator(system, params, frozen, tokenizer, SAID)
+  return VisualPrompter(Generator(system, params, frozen, tokenizer, SAID))
 
 
 @pytest.fixture(scope='module')
 def internal():
-  return _generator(_t2i('internal'))
+  return _prompter(_t2i('internal'))
 
 
 @pytest.fixture(scope='module', params=['internal', 'external', 'classes'])
-def generator(request, internal):
+def prompter(request, internal):
   if request.param == 'internal':
     return internal
-  return _generator(_c2i() if request.param == 'classes' else _t2i('external'))
+  return _prompter(_c2i() if request.param == 'classes' else _t2i('external'))
 
 
 @pytest.fixture
-def prompts(generator):
-  return ['red', 'blue'] if generator.system.config.system == 'c2i_discrete' else PROMPTS
+def prompts(prompter):
+  return ['red', 'blue'] if prompter.system.config.system == 'c2i_discrete' else PROMPTS
 
 
 def _equal(ours, theirs, levels=0):
   """The same pictures, up to `levels` of 255: rounding may differ with the place in a batch."""
   for a, b in zip(ours, theirs, strict=True):
-    np.testing.assert_array_equal(a.codes, b.codes)
+    np.testing.assert_array_equal(a.encoded[ENTRY], b.encoded[ENTRY])
     assert np.abs(a.image.astype(int) - b.image.astype(int)).max() <= levels
     assert (a.prompt, a.index, a.seed) == (b.prompt, b.index, b.seed)
 
 
-@pytest.mark.parametrize('ending', plans_io.ENDINGS)
-def test_a_kept_plan_gives_the_same_picture_again(generator, prompts, tmp_path, ending):
-  drawn = generator(prompts, n=2, seed=3)
+@pytest.mark.parametrize('ending', files.ENDINGS)
+def test_a_kept_plan_gives_the_same_picture_again(prompter, prompts, tmp_path, ending):
+  drawn = prompter.generator(prompts, n=2, seed=3)
   path = str(tmp_path / f'x{ending}')
-  generator.plans_of(drawn).save(path)
-  kept = plans_io.load(path)
-  again = generator.render(kept, seed=3)
+  prompter.of(drawn).save(path)
+  kept = files.load(path)
+  again = prompter.render(kept, seed=3)
   _equal(again, drawn)
   assert again[0].metadata == {**drawn[0].metadata, 'visual_prompt': 'drawn'}
-  assert kept.made['seed'] == '3' and json.loads(kept.made['settings'])
-  written = generator.plan(prompts, n=2, seed=3)
+  assert kept.provenance['seed'] == '3' and json.loads(kept.provenance['settings'])
+  written = prompter.write(prompts, n=2, seed=3)
   np.testing.assert_array_equal(written.codes, kept.codes)
   assert (written.prompts, written.index) == (kept.prompts, kept.index)
   # Another seed is other noise; the plan stays what it is.
-  other = generator.render(kept, seed=4)
+  other = prompter.render(kept, seed=4)
   assert all((a.image != b.image).any() for a, b in zip(other, drawn))
-  np.testing.assert_array_equal([p.codes for p in other], kept.codes)
+  np.testing.assert_array_equal([p.encoded[ENTRY] for p in other], kept.codes)
 
 
-def test_the_best_plans_are_drawn_in_the_order_of_their_scores(generator, prompts):
-  everything = generator(prompts, n=5, seed=1)
-  scores = generator.score(generator.plans_of(everything)).reshape(2, 5)
-  best = generator.best_of(prompts, plans=5, render=3, seed=1)
-  order = plans_io.best(scores, 3)
+def test_the_best_plans_are_drawn_in_the_order_of_their_scores(prompter, prompts):
+  everything = prompter.generator(prompts, n=5, seed=1)
+  scores = prompter.score(prompter.of(everything)).reshape(2, 5)
+  best = prompter.best_of(prompts, count=5, render=3, seed=1)
+  order = files.best(scores, 3)
   assert [p.index for p in best] == order.reshape(-1).tolist()
   _equal(best, [everything[5 * row + place] for row in (0, 1) for place in order[row]], 1)
   said = [p.metadata for p in best]
@@ -119,10 +121,10 @@ def test_the_best_plans_are_drawn_in_the_order_of_their_scores(generator, prompt
   assert (np.diff(found) <= 0).all() and np.ptp(scores) > 0
 
 
-def _log_probabilities(generator, plans):
+def _log_probabilities(prompter, plans):
   """Of each code, from the logits that drawing it code by code sees: an uncached network."""
-  system, params = generator.system, generator._params
-  _, request = generator._given(plans)
+  system, params = prompter.system, prompter.generator.params
+  _, request = prompter._request(plans)
   codes = request.encoded['visual_prompt']
   if system.config.system == 'c2i_discrete':
     picture = jnp.zeros((len(plans), system.model.config.image_tokens), jnp.int32)
@@ -141,21 +143,21 @@ def _log_probabilities(generator, plans):
   return picked - np.log(np.exp(logits).sum(-1))
 
 
-def test_likelihood_is_the_mean_log_probability_of_the_codes(generator, prompts):
-  plans = generator.plan(prompts, n=2, seed=2)
-  wanted = _log_probabilities(generator, plans).mean(1)
-  np.testing.assert_allclose(generator.score(plans), wanted, rtol=1e-5)
+def test_likelihood_is_the_mean_log_probability_of_the_codes(prompter, prompts):
+  plans = prompter.write(prompts, n=2, seed=2)
+  wanted = _log_probabilities(prompter, plans).mean(1)
+  np.testing.assert_allclose(prompter.score(plans), wanted, rtol=1e-5)
   other = plans.take([1, 0, 3, 2])
-  np.testing.assert_allclose(generator.score(other), wanted[[1, 0, 3, 2]], rtol=1e-5)
+  np.testing.assert_allclose(prompter.score(other), wanted[[1, 0, 3, 2]], rtol=1e-5)
   # It is of the prompt: the same codes for the other one are less or more likely.
-  swapped = plans.told([*plans.prompts[2:], *plans.prompts[:2]])
-  assert np.abs(generator.score(swapped) - wanted).min() > 1e-4
+  swapped = plans.with_prompts([*plans.prompts[2:], *plans.prompts[:2]])
+  assert np.abs(prompter.score(swapped) - wanted).min() > 1e-4
 
 
 def test_similarity_compares_the_words_with_what_the_codes_say(internal):
-  plans = internal.plan(PROMPTS, n=2, seed=2)
+  plans = internal.write(PROMPTS, n=2, seed=2)
   scores = internal.score(plans, 'similarity')
-  codec, frozen = internal.system.visual_prompt, internal._frozen
+  codec, frozen = internal.system.visual_prompt, internal.generator.frozen
   ids, length = bpe.shipped().encode_batch(plans.prompts, 32)
 
   @jax.jit
@@ -166,15 +168,15 @@ def test_similarity_compares_the_words_with_what_the_codes_say(internal):
 
   seen, words = vectors(frozen)
   np.testing.assert_allclose(scores, np.sum(seen * words, -1), atol=1e-5)
-  best = internal.best_of(PROMPTS, plans=2, rank='similarity', seed=2)
+  best = internal.best_of(PROMPTS, count=2, rank='similarity', seed=2)
   assert [p.index for p in best] == np.argmax(scores.reshape(2, 2), 1).tolist()
   assert {p.metadata['ranked_by'] for p in best} == {'similarity'}
 
 
-def test_plans_do_not_depend_on_the_noise_of_the_picture(generator, prompts, monkeypatch):
+def test_visual_prompts_do_not_depend_on_the_noise_of_the_image(prompter, prompts, monkeypatch):
   # Guidance would only make this compile longer.
-  system, settings = generator.system, generator.settings(steps=1, guidance=1.0)
-  _, request = generator._given(generator.plan(prompts, n=2, seed=5))
+  system, settings = prompter.system, prompter.generator.settings(steps=1, guidance=1.0)
+  _, request = prompter._request(prompter.write(prompts, n=2, seed=5))
   request = jax.tree.map(jnp.asarray, request_of(request))
   stream = rng.stream
   picture = 'noise' if system.config.system == 't2i' else 'codes'
@@ -184,7 +186,7 @@ def test_plans_do_not_depend_on_the_noise_of_the_picture(generator, prompts, mon
     """With other randomness of the picture where `change` isn't 0."""
     other = lambda key, name: jax.random.fold_in(key, change if name == picture else 0)
     monkeypatch.setattr(rng, 'stream', lambda key, name: stream(other(key, name), name))
-    given = (generator._params, generator._frozen, request, rng.run_key(5))
+    given = (prompter.generator.params, prompter.generator.frozen, request, rng.run_key(5))
     return system.generate(*given, settings)
 
   usual, changed = draw(0), draw(1)
@@ -193,86 +195,73 @@ def test_plans_do_not_depend_on_the_noise_of_the_picture(generator, prompts, mon
   assert (same['latents'] != other['latents']).any()
 
 
-def test_a_plan_is_read_from_a_picture_as_in_training(generator, prompts):
+def test_a_plan_is_read_from_a_picture_as_in_training(prompter, prompts):
   draw = np.random.default_rng(0)
   pictures = [draw.integers(0, 256, shape, np.uint8) for shape in ((50, 30, 3), (20, 64, 3))]
-  plans = generator.read(pictures, prompts)
-  side = generator.system.config.data.image_size
+  plans = prompter.read(pictures, prompts)
+  side = prompter.system.config.data.image_size
   squares = jnp.asarray(np.stack([pad_to_square(p, side) for p in (*pictures, *pictures)]))
-  encode = jax.jit(generator.system.encode)
-  encoded = encode(generator._frozen, {'image': squares}, rng.run_key(0))
+  encode = jax.jit(prompter.system.encode)
+  encoded = encode(prompter.generator.frozen, {'image': squares}, rng.run_key(0))
   np.testing.assert_array_equal(plans.codes, encoded['visual_prompt'][:2])
-  assert plans.prompts == tuple(prompts) and plans.made['by'] == 'read from a picture'
-  assert len(generator.render(plans)) == 2
+  assert plans.prompts == tuple(prompts) and plans.provenance['by'] == 'read from a picture'
+  assert len(prompter.render(plans)) == 2
   with pytest.raises(UserError, match='a prompt is blank'):
-    generator.render(generator.read(pictures))
+    prompter.render(prompter.read(pictures))
 
 
-def test_a_fingerprint_is_of_the_codebook_s_numbers(internal, tmp_path):
+def test_a_fingerprint_is_of_the_codebook_s_values(internal, tmp_path):
   book = internal.codebook
   assert book.size == 40 and len(book.fingerprint) == 12
   devices = np.asarray(jax.devices()).reshape(-1)[:8]
   mesh = jax.sharding.Mesh(devices, ('x',))
-  spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
-  reader = dict(internal._frozen['visual_prompt'])
+  sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
+  reader = dict(internal.generator.frozen['visual_prompt'])
   path = str(tmp_path / 'x.safetensors')
   weights.save(path, reader, {}, dtype='float32')
   changed = reader['codebook'].at[3, 0].add(1e-3)
-  for numbers, same in (
-    (jax.device_put(reader['codebook'], spread), True),
+  for values, same in (
+    (jax.device_put(reader['codebook'], sharded), True),
     (weights.load(path)[0]['codebook'], True),
     (changed, False),
   ):
-    frozen = {**internal._frozen, 'visual_prompt': {**reader, 'codebook': numbers}}
-    given = (internal.system, internal._params, frozen, bpe.shipped(), SAID)
-    assert (_codebook(given) == book) == same
-
-
-def _codebook(given):
-  """Of a generator that compiles nothing."""
-  other = Generator.__new__(Generator)
-  other.system, _, other._frozen, *_ = given
-  other.has_plans = True
-  return other.codebook
+    other = copy.copy(internal.generator)
+    other.__dict__.pop('draft_networks', None)
+    other.frozen = {**other.frozen, 'visual_prompt': {**reader, 'codebook': values}}
+    assert (VisualPrompter(other).codebook == book) == same
 
 
 def test_plans_of_another_model_are_refused(internal):
-  plans = internal.plan('a red fox')
-  other = dataclasses.replace(plans, codebook=plans_io.Codebook(40, 'f' * 12))
+  plans = internal.write('a red fox')
+  other = dataclasses.replace(plans, codebook=files.Codebook(40, 'f' * 12))
   for use in (internal.render, internal.score):
     with pytest.raises(UserError, match=f'ffffffffffff, .*{internal.codebook.fingerprint}'):
       use(other)
-  small = plans_io.Plans(plans.codes[:, :4], plans.prompts, (0,), plans.codebook, {})
+  small = files.VisualPrompts(plans.codes[:, :4], plans.prompts, (0,), plans.codebook, {})
   with pytest.raises(UserError, match='2 x 2 codes .* from 3 x 3'):
     internal.render(small)
 
 
 def test_mistakes_are_named_before_anything_is_drawn(internal, monkeypatch):
-  monkeypatch.setattr(internal, '_plan', None)
+  monkeypatch.setattr(internal, 'write', None)
   with pytest.raises(UserError, match="called 'likelyhood'; did you mean 'likelihood'"):
     internal.best_of('a', rank='likelyhood')
-  with pytest.raises(UserError, match='the best 3 of 2 plans: 1 to 2'):
-    internal.best_of('a', plans=2, render=3)
-  with pytest.raises(UserError, match='temperature 0 writes 2 equal plans'):
-    internal.best_of('a', plans=2, settings=internal.settings(temperature=0.0))
+  with pytest.raises(UserError, match='the best 3 of 2 visual prompts: 1 to 2'):
+    internal.best_of('a', count=2, render=3)
+  with pytest.raises(UserError, match='temperature 0 writes 2 equal'):
+    internal.best_of('a', count=2, settings=internal.generator.settings(temperature=0.0))
 
 
 def test_models_say_what_they_cannot_do():
-  classes = Generator.__new__(Generator)
-  classes.system, classes.has_plans = _c2i(), True
-  assert classes.rankers == ('likelihood',)
-  with pytest.raises(UserError, match='cannot rank plans by similarity: .*rank by likelihood'):
-    classes.check_ranker('similarity')
-  system = _c2i('debug,vpe=false')
-  shapes = jax.eval_shape(system.init, jax.random.key(0))
-  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  plain = Generator(system, zeros, {}, bpe.shipped(), SAID)
-  for use in (plain.check_plans, lambda: plain.plan('red'), lambda: plain.read([])):
-    with pytest.raises(UserError, match='no visual prompts apart from its pictures'):
-      use()
+  bare = Generator.__new__(Generator)
+  bare.system = _c2i()
+  with pytest.raises(UserError, match='by similarity: .*rank by likelihood'):
+    VisualPrompter(bare).check_ranker('similarity')
+  bare.system = _c2i('debug,vpe=false')
+  with pytest.raises(UserError, match='writes no visual prompts'):
+    VisualPrompter(bare)
   config = t2i.get_config('debug')
   config.data.source = 'synthetic'
-  untold = Generator.__new__(Generator)
-  untold.system, untold._frozen, untold.has_plans = systems.build(config.to_dict()), {}, True
+  bare.system, bare.frozen = systems.build(config.to_dict()), {}
   with pytest.raises(UserError, match='trained on synthetic codes'):
-    untold.check_plans()
+    VisualPrompter(bare).check_codebook()
