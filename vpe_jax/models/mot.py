@@ -70,6 +70,13 @@ class Cache:
   v: Any
   key: Visibility
 
+  def map_batch(self, change: Callable[..., Array], *others: Cache) -> Cache:
+    """The cache of `change(*leaves, axis)`: stacked layers are in front of the batch axis."""
+    caches, axis = (self, *others), 0 if isinstance(self.k, tuple) else 1
+    along = lambda place: lambda *leaves: change(*leaves, place)
+    kv = jax.tree.map(along(axis), *((cache.k, cache.v) for cache in caches))
+    return Cache(*kv, jax.tree.map(along(0), *(cache.key for cache in caches)))
+
 
 def init_layers(layer: Layer, rng: Array) -> Params:
   """Parameters of `layer.config.layers` layers, stacked on a leading axis."""

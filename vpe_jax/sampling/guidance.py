@@ -1,15 +1,203 @@
-"""Classifier-free guidance, with all branches in one batch."""
+"""Guidance: a weighted sum of branches, each the network without some of its conditions.
+
+Branches are stacked along the batch, so that one call of the network computes all of them. Which
+branches exist is static: one that never counts is never computed.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vpe_jax.contracts import Array, UserError
+
+SCHEDULES = ('constant', 'linear')
+RENORMALIZATIONS = ('', 'global', 'channel')
+_SMALLEST_NORM = 1e-8  # BAGEL's: keeps the quotient of two norms finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+  """One term of guidance.
+
+  Attributes:
+    name: such as `conditional` or `null`.
+    weight: its weight where guidance has its full strength.
+    dropped: names of the conditions that the network doesn't see in this branch.
+  """
+
+  name: str
+  weight: float
+  dropped: frozenset[str] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+  """Branches, and how their weights depend on time and step. Static under jit.
+
+  Attributes:
+    branches: the conditional one, which drops nothing, and others; their weights sum to 1.
+    interval: times (lowest, highest] within which guidance acts (arXiv 2404.07724; BAGEL's
+      `cfg_interval`); outside it the conditional branch is the only one.
+    schedule: strength over the steps, or over the groups of a decoder: `constant`, or `linear`,
+      from 1 at the first step to 1/G at the last of G. Strength f gives a branch the weight
+      f w, and the conditional one 1 + f (w - 1): VGT's scale 1 + (s - 1)(G - g)/G.
+    renormalize: shrinks what is guided to the norm of the conditional branch, as BAGEL's
+      `cfg_renorm_type`: `global` (one norm per batch element), `channel` (one per vector of the
+      last axis; BAGEL's vectors are the tokens of its patches), or '' (off).
+    renormalize_min: the smallest factor of that, BAGEL's `cfg_renorm_min`.
+
+  Raises:
+    UserError: a setting is out of range.
+  """
+
+  branches: tuple[Branch, ...]
+  interval: tuple[float, float] = (0.0, 1.0)
+  schedule: str = 'constant'
+  renormalize: str = ''
+  renormalize_min: float = 0.0
+
+  def __post_init__(self) -> None:
+    weights = {branch.name: branch.weight for branch in self.branches}
+    if len(weights) != len(self.branches) or self.branches[0].dropped:
+      raise ValueError(f'{self.branches}: names must differ, and the first branch drops nothing')
+    if not all(map(math.isfinite, weights.values())):
+      raise UserError(f'guidance has the weights {weights}: its scales must be finite numbers')
+    if not math.isclose(sum(weights.values()), 1.0, abs_tol=1e-6):
+      raise ValueError(f'weights of guidance are {weights}: they must sum to 1')
+    low, high = self.interval
+    if not 0 <= low <= high <= 1:
+      raise UserError(
+        f'the guidance interval is {self.interval}: give two times, 0 <= lowest <= highest <= 1'
+      )
+    for name, known in (('schedule', SCHEDULES), ('renormalize', RENORMALIZATIONS)):
+      if (value := getattr(self, name)) not in known:
+        listed = ', '.join(map(repr, known))
+        raise UserError(f'guidance {name} is {value!r}: it must be one of {listed}')
+    if not 0 <= self.renormalize_min <= 1:
+      raise UserError(
+        f'guidance renormalize_min is {self.renormalize_min}: it must lie between 0 and 1'
+      )
+
+  @classmethod
+  def classifier_free(
+    cls, scale: float, dropped: frozenset[str] = frozenset({'condition'}), **settings: Any
+  ) -> Guidance:
+    """null + scale (conditional - null), in the convention of Show-o2 and BAGEL: 1 is off.
+
+    As a weighted sum it is exactly the conditional branch at scale 1, and exactly the null branch
+    at 0 (Ho and Salimans, arXiv 2207.12598).
+
+    Args:
+      scale: guidance scale.
+      dropped: the conditions that the null branch lacks.
+      settings: further fields of `Guidance`.
+    """
+    branches = Branch('conditional', scale), Branch('null', 1.0 - scale, dropped)
+    return cls(branches, **settings)
+
+  @classmethod
+  def edit(
+    cls, text: float, image: float, instruction: str, source: str, **settings: Any
+  ) -> Guidance:
+    """null + image (reference - null) + text (conditional - reference): InstructPix2Pix.
+
+    The reference branch sees the source image and no instruction, the null branch neither (arXiv
+    2211.09800). As a weighted sum it needs no null branch where `image` is 1, no reference branch
+    where both scales are equal, and only the conditional branch where both are 1.
+
+    Args:
+      text: scale of the instruction.
+      image: scale of the source image.
+      instruction: name of the condition that the reference branch drops.
+      source: name of the other condition that the null branch drops.
+      settings: further fields of `Guidance`.
+    """
+    branches = (
+      Branch('conditional', text),
+      Branch('reference', image - text, frozenset({instruction})),
+      Branch('null', 1.0 - image, frozenset({instruction, source})),
+    )
+    return cls(branches, **settings)
+
+  @property
+  def conditional(self) -> Branch:
+    """The branch that drops nothing."""
+    return self.branches[0]
+
+  @property
+  def without(self) -> Guidance:
+    """No guidance: the conditional branch alone."""
+    return Guidance((dataclasses.replace(self.conditional, weight=1.0),))
+
+  @property
+  def needed(self) -> tuple[Branch, ...]:
+    """The branches that count, in their order."""
+    needed = {branch.name for branch in self.branches if branch.weight}
+    if self.renormalize or self.schedule != 'constant':
+      needed.add(self.conditional.name)
+    return tuple(branch for branch in self.branches if branch.name in needed)
+
+  def acts(self, times: np.ndarray) -> np.ndarray:
+    """At which times [S] guidance acts: bool [S]."""
+    low, high = self.interval
+    return (low < times) & (times <= high)
+
+  def weights(self, step: Array | int = 0, steps: int = 1) -> dict[str, Array | float]:
+    """Branch name -> its weight at `step` of `steps`: numbers where the schedule is constant."""
+    if self.schedule == 'constant':
+      return {branch.name: branch.weight for branch in self.branches}
+    strength = (steps - jnp.asarray(step, jnp.float32)) / steps
+    weights = {branch.name: strength * branch.weight for branch in self.branches}
+    conditional = self.conditional
+    return weights | {conditional.name: 1.0 + strength * (conditional.weight - 1.0)}
+
+
+def stacked(*guidances: Guidance) -> tuple[Branch, ...]:
+  """The branches of a decoder's batch: the conditional one, and all that any guidance needs.
+
+  Args:
+    guidances: of the runs of tokens that follow one another; their branches are the same, and
+      their weights may differ.
+  """
+  names = {branch.name for guidance in guidances for branch in guidance.needed}
+  first, *others = guidances[0].branches
+  return first, *(branch for branch in others if branch.name in names)
+
+
+def combine(
+  guidance: Guidance,
+  stacked: Array,
+  branches: Sequence[Branch],
+  step: Array | int = 0,
+  steps: int = 1,
+) -> Array:
+  """The guided output [B, ...] float32: the weighted sum of the branches' outputs.
+
+  Args:
+    guidance: weights of the branches.
+    stacked: outputs of n branches, [n B, ...]: B of the first, B of the second, and so on.
+    branches: those n branches; at least all that `guidance` needs.
+    step: for the schedule, counted from 0.
+    steps: their number.
+  """
+  weights = guidance.weights(step, steps)
+  parts = jnp.split(stacked.astype(jnp.float32), len(branches))
+  outputs = {branch.name: part for branch, part in zip(branches, parts, strict=True)}
+  needed = guidance.needed
+  guided = sum(weights[branch.name] * outputs[branch.name] for branch in needed)
+  if not guidance.renormalize or needed == (guidance.conditional,):
+    return guided
+  axes = tuple(range(1, guided.ndim)) if guidance.renormalize == 'global' else (-1,)
+  norm = lambda x: jnp.sqrt(jnp.sum(x**2, axes, keepdims=True))
+  factor = norm(outputs[guidance.conditional.name]) / (norm(guided) + _SMALLEST_NORM)
+  return guided * jnp.clip(factor, guidance.renormalize_min, 1.0)
 
 
 def classifier_free(conditional: Array, null: Array, scale: Array | float) -> Array:

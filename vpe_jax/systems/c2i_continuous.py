@@ -31,9 +31,9 @@ from vpe_jax.models import transfusion
 from vpe_jax.models.decoder import DecoderConfig
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import flow_matching, next_token, schedules
-from vpe_jax.sampling import guidance
 from vpe_jax.systems import class_rendering
 from vpe_jax.systems.class_to_image import ClassToImage
+from vpe_jax.systems.drawing import check_unedited
 
 _PLAN_LOSSES = ('accuracy', 'next_token')
 _QWEN = {'vocabulary': 151_936, 'tied': True, 'context': 32_768}  # Qwen2.5-0.5B, beside its layers
@@ -196,13 +196,13 @@ class System(ClassToImage):
         f'sample.plan_guidance is {settings.plan_guidance:g}, but what this model leads away from '
         'has no visual prompt: set sample.plan_guidance=1'
       )
-    guidance.check_unedited(settings.image_guidance)
+    check_unedited(settings.image_guidance)
 
   def draft(
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> dict[str, Array]:
     """Visual prompts [B, P]; the image isn't rendered."""
-    return class_rendering.conditional(self.model, settings, params, request, rng)[0]
+    return class_rendering.prefill(self.model, settings, params, request, rng)[0]
 
   def plan_likelihood(self, params: Params, request: Batch) -> Array:
     """The mean log-probability of the plans given the classes: [B], nats."""

@@ -23,9 +23,9 @@ from vpe_jax.models import llamagen
 from vpe_jax.models.dropout import Dropout
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import next_token, schedules
-from vpe_jax.sampling import guidance
 from vpe_jax.systems import writing
 from vpe_jax.systems.class_to_image import ClassToImage
+from vpe_jax.systems.drawing import check_unedited
 
 _LOSSES = {'accuracy': 0.0, 'next_token': 1.0}
 _PLAN_LOSSES = {'masked': 0.0, 'image': 0.0, 'plan': 0.0}  # beside them where there is a plan
@@ -102,7 +102,7 @@ class System(ClassToImage):
   def __init__(self, config: Config) -> None:
     c: ModelConfig = config.model
     super().__init__(config, _LOSSES | (_PLAN_LOSSES if c.vpe else {}))
-    guidance.check_unedited(config.sample.image_guidance)
+    check_unedited(config.sample.image_guidance)
     self.image = choice.picture_codec(c, config.data.image_size)
     self.samples_with = self.image.weights
     sizes = llamagen.LlamaGenConfig(
@@ -188,7 +188,7 @@ class System(ClassToImage):
     self, params: Params, frozen: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> Generated:
     """Writes the plan, then the picture; see vpe_jax.contracts.System and systems/writing.py."""
-    guidance.check_unedited(settings.image_guidance)
+    check_unedited(settings.image_guidance)
     plan, codes = writing.draw(self.model, settings, params, request, rng)
     image = self.image.decode(frozen, codes, rng)
     latents = codes.reshape(codes.shape[0], self.image.grid, -1)

@@ -1,13 +1,11 @@
-"""Drawing with Transfusion: the plan code by code, then flow steps on what it left in the cache.
+"""Sampling with Transfusion: the visual prompt code by code, then the image by flow steps.
 
-Class and plan are computed once; each flow step runs the picture's tokens alone. The null branch of
-guidance is the null class without a plan: one row, shared by the whole batch.
+Class and visual prompt are computed once; each flow step runs the image's tokens against their
+cache. The null branch of guidance is the null class without a visual prompt: one sequence, repeated
+for the batch.
 """
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +15,11 @@ from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params
 from vpe_jax.models import mot
 from vpe_jax.models.transfusion import Row, Transfusion
-from vpe_jax.sampling import decoding, guidance, solver
+from vpe_jax.sampling import autoregressive, flow
+from vpe_jax.sampling.guidance import Branch, Guidance
+from vpe_jax.sampling.prefix import Prefix
 
-State = tuple[mot.Cache, Array]  # what was fed, and the hidden state [B, 1, D] of the last of it
-Branch = tuple[Row, mot.Cache]  # whole rows, and the keys and values before their pictures
+CLASS = frozenset({'class'})  # the condition that guidance drops
 
 
 def draw(
@@ -31,44 +30,56 @@ def draw(
   Args:
     model: the network.
     settings: static.
-    params: of the network, layers stacked or apart.
+    params: of the network, layers stacked or unstacked.
     request: `text[:, 0]` is the class; an encoded `visual_prompt` is used instead of the model's.
     rng: the key of the call.
   """
   c, B = model.config, request.example.shape[0]
-  plan, branch = conditional(model, settings, params, request, rng)
+  encoded, conditional = prefill(model, settings, params, request, rng)
   normal = lambda key: jax.random.normal(key, (c.latent_size, c.latent_size, c.latent_channels))
   noise = rng_lib.per_example(normal, rng, 'noise', request.example)
-  weights = guidance.branches(settings.guidance)
-  made = {'conditional': lambda: branch, 'null': lambda: null(model, params, B)}
-  branches = {name: made[name]() for name in weights}
-  return plan, render(model, settings, params, branches, noise)
+
+  def network(x: Array, time: Array, prefix: Prefix) -> Array:
+    # All branches see the same image: it is embedded once.
+    tokens = model.embed_picture(params, x, jnp.full((B,), time))
+    branches = prefix.state.positions.shape[0] // B
+    stream = prefix.state.stream(jnp.concatenate([tokens] * branches), c.first)
+    hidden, _ = model.states(params, stream, prefix.cache, c.first)
+    return model.velocity(params, hidden)
+
+  prefix = lambda dropped: null_prefix(model, params, B) if dropped else conditional
+  phase = flow.Phase(settings.steps, Guidance.classifier_free(settings.guidance, CLASS), prefix)
+  times = flow.time_grid(settings.steps, settings.shift)
+  return encoded, flow.sample(network, noise, times, [phase])
 
 
-def conditional(
+def prefill(
   model: Transfusion, settings: SampleConfig, params: Params, request: Batch, rng: Array
-) -> tuple[dict[str, Array], Branch]:
-  """Writes the visual prompt, or reads the request's; empty where the model has none."""
+) -> tuple[dict[str, Array], Prefix]:
+  """Samples the visual prompt, or takes the request's; none where the model has none.
+
+  Returns:
+    It, and the prefix of the flow: the keys and values before the image, and the whole `Row`s.
+  """
   length = model.config.plan_tokens
-  row, state = _start(model, params, request.inputs['text'][:, 0], keep=True)
+  row, prefix = _start(model, params, request.inputs['text'][:, 0], keep=True)
   if not length:
-    return {}, (row, state[0])
+    return {}, Prefix(prefix.cache, row)
   if 'visual_prompt' in request.encoded:
     codes = request.encoded['visual_prompt']
-    cache, _ = _feed(model, params, row, model.embed_plan(params, codes), state, 1)
-    return {'visual_prompt': codes}, (row, cache)
+    prefix = _feed(model, params, row, model.embed_plan(params, codes), prefix, 1)
+    return {'visual_prompt': codes}, Prefix(prefix.cache, row)
 
-  def logits_of(state: State) -> Array:
-    return model.logits(params, state[1])[:, -1]
-
-  def step(state: State, codes: Array, index: Array) -> tuple[Array, State]:
+  def feed(prefix: Prefix, codes: Array, index: Array) -> Prefix:
     x = model.embed_plan(params, codes[:, None])
-    state = _feed(model, params, row, x, state, 1 + index)
-    return logits_of(state), state
+    return _feed(model, params, row, x, prefix, 1 + index)
 
+  logits = lambda hidden: model.logits(params, hidden)[:, -1]
   keys = rng_lib.example_keys(rng, 'plan', request.example)
-  plan, state = decoding.decode(step, state, logits_of(state), length, keys, settings)
-  return {'visual_prompt': plan}, (row, state[0])
+  unguided = Guidance((Branch('conditional', 1.0),))
+  draw = autoregressive.categorical(logits, settings, unguided, unguided.branches)
+  codes, prefix = autoregressive.generate(feed, prefix, length, keys, draw)
+  return {'visual_prompt': codes}, Prefix(prefix.cache, row)
 
 
 def plan_likelihood(model: Transfusion, params: Params, request: Batch) -> Array:
@@ -78,52 +89,30 @@ def plan_likelihood(model: Transfusion, params: Params, request: Batch) -> Array
   x = jnp.concatenate([model.embed_classes(params, request.inputs['text'][:, 0]), before], axis=1)
   row = model.row(jnp.ones(request.example.shape, bool))
   hidden, _ = model.states(params, row.stream(x))
-  return decoding.log_likelihood(model.logits(params, hidden), codes)
+  return autoregressive.log_likelihood(model.logits(params, hidden), codes)
 
 
-def null(model: Transfusion, params: Params, count: int) -> Branch:
-  """The null class without a plan, computed on one row for a batch of `count`."""
+def null_prefix(model: Transfusion, params: Params, count: int) -> Prefix:
+  """The null class without a visual prompt, computed once and repeated for a batch of `count`."""
   classes = jnp.full((1,), model.config.classes - 1, jnp.int32)
-  row, (cache, _) = _start(model, params, classes, keep=False)
-  row = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, 0), row)
-  return row, mot.repeat(cache, count)
+  row, prefix = _start(model, params, classes, keep=False)
+  return Prefix(prefix.cache, row).repeat(count)
 
 
-def render(
-  model: Transfusion,
-  settings: SampleConfig,
-  params: Params,
-  branches: Mapping[str, Branch],
-  noise: Array,
-) -> Array:
-  """Euler steps from `noise` [B, h, w, C] to latents; all branches of guidance in one batch."""
-  weights = guidance.branches(settings.guidance)
-  rows, caches = zip(*branches.values())
-  row, cache = functools.reduce(guidance.stack, rows), functools.reduce(mot.join, caches)
-  first = model.config.first
-
-  def velocity(x: Array, time: Array) -> Array:
-    # All branches see the same picture: it is embedded once.
-    tokens = model.embed_picture(params, x, jnp.full(x.shape[:1], time))
-    stream = row.stream(jnp.concatenate([tokens] * len(branches)), first)
-    hidden, _ = model.states(params, stream, cache, first)
-    flow = model.velocity(params, hidden)
-    return guidance.weighted(flow, [weights[name] for name in branches])
-
-  return solver.euler(velocity, noise, solver.time_grid(settings.steps, settings.shift))
-
-
-def _start(model: Transfusion, params: Params, classes: Array, keep: bool) -> tuple[Row, State]:
-  """Feeds the class token to an empty cache, which has a slot for each token of the row."""
+def _start(model: Transfusion, params: Params, classes: Array, keep: bool) -> tuple[Row, Prefix]:
+  """Feeds the class token to an empty cache, which has a slot for each token of the sequence."""
   row = model.row(jnp.full(classes.shape, keep))
   cache = mot.empty_cache(model.layer, params['layers'], row.visibility, model.dtype)
   x = model.embed_classes(params, classes)
-  return row, _feed(model, params, row, x, (cache, x), 0)
+  return row, _feed(model, params, row, x, Prefix(cache, x), 0)
 
 
 def _feed(
-  model: Transfusion, params: Params, row: Row, x: Array, state: State, at: Array | int
-) -> State:
-  """Runs tokens [B, L, D] whose keys and values go to slots from `at`."""
-  hidden, cache = model.states(params, row.stream(x, at), state[0], at)
-  return cache, hidden[:, -1:]
+  model: Transfusion, params: Params, row: Row, x: Array, prefix: Prefix, at: Array | int
+) -> Prefix:
+  """Runs tokens [B, L, D] whose keys and values go to slots from `at`.
+
+  The prefix's state is the hidden state [B, 1, D] of the last of them.
+  """
+  hidden, cache = model.states(params, row.stream(x, at), prefix.cache, at)
+  return Prefix(cache, hidden[:, -1:])

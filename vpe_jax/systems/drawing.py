@@ -14,7 +14,15 @@ from vpe_jax.codecs import choice
 from vpe_jax.codecs.choice import NoVisualPrompt
 from vpe_jax.codecs.protocol import LatentCodec, PictureCodec, PlanCodec
 from vpe_jax.config import Config, to_dict
-from vpe_jax.contracts import Array, Batch, BatchSpec, FrozenNetwork, Params, PlansVisually
+from vpe_jax.contracts import (
+  Array,
+  Batch,
+  BatchSpec,
+  FrozenNetwork,
+  Params,
+  PlansVisually,
+  UserError,
+)
 from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
 from vpe_jax.models import dense
 from vpe_jax.ops.flops import matrix_flops
@@ -142,3 +150,15 @@ class DrawingSystem(PlansVisually):
       return 0.0
     image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
     return matrix_flops(encode, self.frozen_shapes(), image)
+
+
+def check_unedited(scale: float) -> None:
+  """Refuses guidance by a source image where a system has none.
+
+  Raises:
+    UserError: the scale isn't 1.
+  """
+  if scale != 1.0:
+    raise UserError(
+      f'sample.image_guidance is {scale}, but only systems that edit see source images: set it to 1'
+    )

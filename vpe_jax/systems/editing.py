@@ -41,7 +41,8 @@ from vpe_jax.contracts import (
 from vpe_jax.data import sequence
 from vpe_jax.models import editing, mot, unified
 from vpe_jax.models.editing import Editor
-from vpe_jax.sampling import guidance
+from vpe_jax.sampling.guidance import Guidance
+from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.systems import rendering, t2i
 from vpe_jax.systems.external import External
 from vpe_jax.systems.internal import Internal
@@ -89,26 +90,6 @@ class ModelConfig(t2i.ModelConfig):
     check(self, 'model.', 'drop', none, '0 with arch=external, whose token rows keep a condition')
 
 
-@dataclasses.dataclass(frozen=True)
-class Job(rendering.Job):
-  """As rendering.Job, where a request's source latents are among its tokens."""
-
-  editor: Editor
-
-  def begin(
-    self, params: Params, request: Batch, region: Region, cache: mot.Cache
-  ) -> tuple[Array, mot.Cache]:
-    """See rendering.Job."""
-    stream, _ = self.editor.token_stream(params, region, request.encoded['source_latents'])
-    hidden, cache = self.model.backbone(params, {'ar': stream}, cache, 0)
-    return hidden['ar'], cache
-
-  def head_streams(self, params: Params, stream: mot.Stream) -> dict[str, mot.Stream]:
-    """See rendering.Job."""
-    condition, _ = self.editor.clean(params, stream.x.shape[0])
-    return self.editor.head_streams(stream, condition)
-
-
 class Edited(Rows):
   """Rows whose tokens have a picture before among them."""
 
@@ -122,9 +103,10 @@ class Edited(Rows):
     """See Rows."""
     return self.editor.token_stream(params, region, reference)[0]
 
-  def job(self, settings: SampleConfig) -> Job:
+  def head_streams(self, params: Params, stream: mot.Stream) -> dict[str, mot.Stream]:
     """See Rows."""
-    return Job(self.model, self.spans, self.vocabulary, settings, self.editor)
+    condition, _ = self.editor.clean(params, stream.x.shape[0])
+    return self.editor.head_streams(stream, condition)
 
 
 class EditInternal(Edited, Internal):
@@ -151,17 +133,19 @@ class EditInternal(Edited, Internal):
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of a batch of requests, by the two scales' branches."""
-    job = self.job(settings)
-    codes, prefix = rendering.plan(job, params, request, rng)
-    weights = guidance.edit_branches(settings.guidance, settings.image_guidance)
-    made = {
-      'conditional': lambda: prefix,
-      'reference': lambda: reference_prefix(job, params, request, prefix),
-      'null': lambda: rendering.null_prefix(job, params, request),
-    }
-    branches = {name: made[name]() for name in weights}
-    noise = rendering.noise(job, request, rng)
-    return codes, rendering.render(job, params, branches, noise, weights)
+    codes, conditional = rendering.plan(self, settings, params, request, rng)
+
+    def prefix(dropped: frozenset[str]) -> Prefix:
+      if not dropped:
+        return conditional
+      if dropped == rendering.ALL:
+        return rendering.null_prefix(self, params, request)
+      return reference_prefix(self, params, request, conditional)
+
+    scales = settings.guidance, settings.image_guidance
+    guidance = Guidance.edit(*scales, sequence.TOLD, sequence.REFERENCE)
+    noise = rendering.noise(self.model, request, rng)
+    return codes, rendering.render(self.model, settings, params, noise, guidance, prefix)
 
   def train_flops(self, stage: Stage, predicted: int) -> float:
     """Matrix FLOPs of one example, all of which trains."""
@@ -188,7 +172,7 @@ class EditExternal(Edited, External):
     self, batch: Batch, codes: Array, keep: Array | Mapping[str, Array]
   ) -> dict[str, Region]:
     """`ar`, `prefix` and `dit` of a batch, the first without what `keep` drops."""
-    return self._build(batch, codes, keep) | self._picture(codes, jnp.ones(codes.shape[:1], bool))
+    return self.build(batch, codes, keep) | self._picture(codes, jnp.ones(codes.shape[:1], bool))
 
   def train_flops(self, stage: Stage, predicted: int) -> float:
     """Matrix FLOPs of one example; the time embedding is frozen, and the head doesn't run."""
@@ -204,27 +188,26 @@ class EditExternal(Edited, External):
     return frozen, trained + editing.reference_attention_flops(self.model.config, head=False)
 
 
-def reference_prefix(
-  job: Job, params: Params, request: Batch, whole: rendering.Prefix
-) -> rendering.Prefix:
+def reference_prefix(rows: Edited, params: Params, request: Batch, whole: Prefix) -> Prefix:
   """The prefix `[bos] [boi] time x_ref [eoi] [boi]` of the branch without instruction and plan.
 
   All but its last token are the first of `whole`, where they see and are seen by the same: their
   keys and values are taken from there, and [boi] alone is computed, at the place after them.
   """
-  codes = jnp.zeros((request.example.shape[0], job.codes), jnp.int32)
-  regions = job.regions(request, codes, (sequence.TOLD,))
-  row, at, boi = regions['ar'], sequence.place(job.spans, 'eoi')[1], job.slot('boi')
+  codes = jnp.zeros((request.example.shape[0], rows.codes), jnp.int32)
+  regions = rendering.build(rows, request, codes, frozenset({sequence.TOLD}))
+  row, at, boi = regions['ar'], sequence.place(rows.spans, 'eoi')[1], rows.slot('boi')
   cut = lambda leaf, start, stop: jax.tree.map(lambda x: x[:, start:stop], leaf)
   last = cut(row, boi, boi + 1)
   rest = jax.tree.map(jnp.zeros_like, cut(row.visibility, at + 1, None))
   seen = cut(row.visibility, 0, at)
   key = concatenate([seen, last.visibility, rest, regions['dit'].visibility])
-  body, head = (mot.Cache(cache.k, cache.v, key) for cache in (whole.body, whole.head))
-  hidden, body = rendering.tokens(job, params, last, body, at)
+  caches = whole.cache.body, whole.cache.head
+  body, head = (mot.Cache(cache.k, cache.v, key) for cache in caches)
+  hidden, body = rendering.tokens(rows.model, params, last, body, at)
   stream = mot.Stream(hidden, last.positions, last.visibility)
-  _, head = job.model.head(params, {'ar': stream}, head, at)
-  return rendering.Prefix(regions['dit'], body, head)
+  _, head = rows.model.head(params, {'ar': stream}, head, at)
+  return Prefix(rendering.Caches(body, head), regions['dit'])
 
 
 class System(t2i.System):

@@ -18,6 +18,7 @@ from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params, Region, Stage
 from vpe_jax.data import sequence
 from vpe_jax.models import external, external_cross, unified
+from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.systems import rendering
 from vpe_jax.systems.internal import PLAN
 from vpe_jax.systems.rows import Rows
@@ -47,7 +48,7 @@ class External(Rows):
 
   def regions(self, batch: Batch, codes: Array, keep: Array) -> dict[str, Region]:
     """`ar`, `prefix` and `dit` of a batch; where `keep` [B] is False, the picture has no plan."""
-    return self._build(batch, codes, jnp.ones_like(keep)) | self._picture(codes, keep)
+    return self.build(batch, codes, jnp.ones_like(keep)) | self._picture(codes, keep)
 
   def both(
     self,
@@ -66,24 +67,24 @@ class External(Rows):
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of a batch of requests."""
-    job = self.job(settings)
-    codes, row = rendering.decode(job, params, request, rng)
-    prefix = self.prefix(params, row)
-    null = lambda: self.null_prefix(params, request)
-    return codes, rendering.guided(job, params, request, prefix, null, rng)
+    codes, decoded = rendering.decode(self, settings, params, request, rng)
+    conditional = self.prefix(params, request, codes, decoded)
+    prefix = lambda dropped: self.null_prefix(params, request) if dropped else conditional
+    return codes, rendering.guided(self.model, settings, params, request, rng, prefix)
 
-  def prefix(self, params: Params, row: rendering.Decoded) -> rendering.Prefix:
-    """What all flow steps share of the picture expert's row, from a decoded plan."""
-    plan = self.pair.plan(row.region, row.hidden, row.body)
-    B = row.region.ids.shape[0]
-    regions = self.pair.placed(plan, self._row(B, keep=True))
-    return rendering.Prefix(regions['dit'], *self.pair.prefill(params, plan, regions))
+  def prefix(self, params: Params, request: Batch, codes: Array, decoded: Prefix) -> Prefix:
+    """The prefix of the flow in the picture expert's sequence, from a decoded visual prompt."""
+    region = rendering.build(self, request, codes)['ar']
+    plan = self.pair.plan(region, decoded.state, decoded.cache)
+    regions = self.pair.placed(plan, self._row(codes.shape[0], keep=True))
+    caches = rendering.Caches(*self.pair.prefill(params, plan, regions))
+    return Prefix(caches, regions['dit'])
 
-  def null_prefix(self, params: Params, request: Batch) -> rendering.Prefix:
-    """What they share where the plan is dropped, computed on one row for the whole batch."""
+  def null_prefix(self, params: Params, request: Batch) -> Prefix:
+    """The prefix without the visual prompt, computed once and repeated for the batch."""
     regions = self._row(1, keep=False)
-    prefix = rendering.Prefix(regions['dit'], *self.pair.prefill_null(params, regions))
-    return rendering.repeated(prefix, request.example.shape[0])
+    caches = rendering.Caches(*self.pair.prefill_null(params, regions))
+    return Prefix(caches, regions['dit']).repeat(request.example.shape[0])
 
   def train_flops(self, stage: Stage, predicted: int) -> float:
     """Matrix FLOPs of one example; in `render` the token expert runs forward alone."""

@@ -39,7 +39,7 @@ class Internal(Rows):
 
     With a picture before `keep` is that of each condition: see sequence.build.
     """
-    return self._build(batch, codes, keep)
+    return self.build(batch, codes, keep)
 
   def both(
     self,
@@ -56,7 +56,7 @@ class Internal(Rows):
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of a batch of requests."""
-    return rendering.draw(self.job(settings), params, request, rng)
+    return rendering.draw(self, settings, params, request, rng)
 
   def train_flops(self, stage: Stage, predicted: int) -> float:
     """Matrix FLOPs of one example; both stages train whatever they run.

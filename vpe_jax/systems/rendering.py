@@ -1,19 +1,17 @@
-"""Drawing with a unified model: the plan token by token, then the picture by flow steps.
+"""Sampling with a unified model: the visual prompt token by token, then the image by flow steps.
 
-What the picture stands on is computed once. Prompt and plan leave their keys and values in a cache
-while the plan is decoded; each flow step runs the picture's rows alone against it. The null
-branch of guidance is `[bos] [boi]` with its own positions: one row, shared by the whole batch.
-Without visual prompt the picture stands on the prompt alone.
-With two rows (`arch=external`) decoding and flow steps are the same, and systems/external.py makes
-what the latter stand on.
+Prompt and visual prompt are computed once: each flow step runs the image's tokens against their
+cache. The null branch of guidance is `[bos] [boi]` with positions of its own: one sequence,
+repeated for the batch. Without visual prompt the image sees the prompt alone.
+With two sequences (`arch=external`) decoder and flow steps are the same, and systems/external.py
+makes the prefixes of the latter.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,287 +22,235 @@ from vpe_jax.contracts import Array, Batch, Params, Region, concatenate
 from vpe_jax.data import sequence
 from vpe_jax.models import mot
 from vpe_jax.models.unified import Unified, row_visibility
-from vpe_jax.sampling import decoding, guidance, solver
+from vpe_jax.sampling import autoregressive, flow, guidance
+from vpe_jax.sampling.guidance import Guidance
+from vpe_jax.sampling.prefix import Prefix
+from vpe_jax.systems.drawing import check_unedited
+from vpe_jax.systems.rows import Rows
 
-Regions = dict[str, Region]
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """What is static in a call: the network, its sequence, and the settings."""
-
-  model: Unified
-  spans: tuple[sequence.Span, ...]
-  vocabulary: sequence.Vocabulary
-  settings: SampleConfig
-
-  def slot(self, kind: str) -> int:
-    """First slot of a span in its expert's region."""
-    return sequence.place(self.spans, kind)[0]
-
-  @property
-  def codes(self) -> int:
-    """Tokens of a plan."""
-    return sum(span.length for span in self.spans if span.kind == 'codes')
-
-  def regions(self, request: Batch, codes: Array, dropped: Sequence[str] = ()) -> Regions:
-    """The rows of tokens of this request, without some of its conditions."""
-    every = lambda keep: jnp.full(request.example.shape, keep)
-    return sequence.build(
-      self.spans,
-      self.vocabulary,
-      request.inputs['text'],
-      request.inputs['text_length'],
-      codes,
-      {name: every(name not in dropped) for name in sequence.CONDITIONS},
-      self.model.config.multiple,
-    )
-
-  def begin(
-    self, params: Params, request: Batch, region: Region, cache: mot.Cache
-  ) -> tuple[Array, mot.Cache]:
-    """Final-norm hidden states of a row's first tokens, whose keys and values go to its slots."""
-    del request
-    return tokens(self, params, region, cache, 0)
-
-  def head_streams(self, params: Params, stream: mot.Stream) -> dict[str, mot.Stream]:
-    """A whole row of tokens as the head takes it."""
-    del params
-    return {'ar': stream}
+ALL = frozenset(sequence.CONDITIONS)
+TEXT = frozenset({'text'})  # the caption without the visual prompt
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-  """What all flow steps of a branch reuse.
+class Caches(NamedTuple):
+  """Keys and values that all flow steps of a branch reuse, the cache of the flow's prefix.
+
+  The state of that prefix is the image's Region.
 
   Attributes:
-    picture: the picture's rows.
-    body: cache of the backbone.
-    head: cache of the head.
-    memory: what cross-attention looks at, of a model that has any.
+    body: of the backbone.
+    head: of the head.
+    memory: of the cross-attention, in a model that has any.
   """
 
-  picture: Region
   body: mot.Cache
   head: mot.Cache
   memory: mot.Cache | None = None
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Decoded:
-  """The token expert's row with a plan in it: what it left behind, up to the last code.
-
-  Attributes:
-    region: the row's tokens; of the codes' ids, those that were given.
-    rest: the other regions that the network's row has.
-    hidden: final-norm hidden states of the slots before [eot] [B, L, D].
-    body: keys and values of these slots, in a cache for the whole row.
-  """
-
-  region: Region
-  rest: dict[str, Region]
-  hidden: Array
-  body: mot.Cache
-
-
-def draw(job: Job, params: Params, request: Batch, rng: Array) -> tuple[Array, Array]:
+def draw(
+  rows: Rows, settings: SampleConfig, params: Params, request: Batch, rng: Array
+) -> tuple[Array, Array]:
   """Codes [B, P] and latents [B, h, w, C] float32 for a batch of requests."""
-  begin = plan if job.codes else unplanned
-  codes, prefix = begin(job, params, request, rng)
-  null = lambda: null_prefix(job, params, request)
-  return codes, guided(job, params, request, prefix, null, rng)
+  prefill = plan if rows.codes else unplanned
+  codes, conditional = prefill(rows, settings, params, request, rng)
+  prefix = lambda dropped: null_prefix(rows, params, request) if dropped else conditional
+  return codes, guided(rows.model, settings, params, request, rng, prefix)
 
 
 def guided(
-  job: Job,
+  model: Unified,
+  settings: SampleConfig,
   params: Params,
   request: Batch,
-  prefix: Prefix,
-  null: Callable[[], Prefix],
   rng: Array,
+  prefix: Callable[[frozenset[str]], Prefix],
 ) -> Array:
-  """Latents [B, h, w, C] of a batch of requests, on the branches that the guidance needs."""
-  guidance.check_unedited(job.settings.image_guidance)
-  weights = guidance.branches(job.settings.guidance)
-  made = {'conditional': lambda: prefix, 'null': null}
-  branches = {name: made[name]() for name in weights}
-  return render(job, params, branches, noise(job, request, rng), weights)
+  """Latents [B, h, w, C] by classifier-free guidance; `prefix` is that of flow.Phase."""
+  check_unedited(settings.image_guidance)
+  branches = Guidance.classifier_free(settings.guidance, ALL)
+  return render(model, settings, params, noise(model, request, rng), branches, prefix)
 
 
-def noise(job: Job, request: Batch, rng: Array) -> Array:
-  """Where the flow of each request begins: normal latents [B, h, w, C]."""
-  c = job.model.config
+def noise(model: Unified, request: Batch, rng: Array) -> Array:
+  """The noise that the flow of each request starts from: normal latents [B, h, w, C]."""
+  c = model.config
   shape = (c.latent_size, c.latent_size, c.latent_channels)
   normal = lambda key: jax.random.normal(key, shape)
   return rng_lib.per_example(normal, rng, 'noise', request.example)
 
 
-def plan(job: Job, params: Params, request: Batch, rng: Array) -> tuple[Array, Prefix]:
-  """Decodes the plan (or takes the request's) and leaves the whole prefix in caches."""
-  codes, row = decode(job, params, request, rng)
-  end = job.slot('eot')
-  tail = _slots(row.region, end, row.region.ids.shape[1])
-  last, body = tokens(job, params, tail, row.body, end)
-  hidden = jnp.concatenate([row.hidden, last], 1)
-  return codes, _prefix(job, params, {'ar': row.region, **row.rest}, hidden, body)
+def plan(
+  rows: Rows, settings: SampleConfig, params: Params, request: Batch, rng: Array
+) -> tuple[Array, Prefix]:
+  """Decodes the visual prompt (or takes the request's), and makes the flow's whole prefix."""
+  codes, decoded = decode(rows, settings, params, request, rng)
+  regions, end = build(rows, request, codes), rows.slot('eot')
+  tail = _slots(regions['ar'], end, None)
+  last, body = tokens(rows.model, params, tail, decoded.cache, end)
+  hidden = jnp.concatenate([decoded.state, last], 1)
+  return codes, _prefix(rows, params, regions, hidden, body)
 
 
-def unplanned(job: Job, params: Params, request: Batch, rng: Array) -> tuple[Array, Prefix]:
+def unplanned(
+  rows: Rows, settings: SampleConfig, params: Params, request: Batch, rng: Array
+) -> tuple[Array, Prefix]:
   """No codes [B, 0], and the prefix `[bos] text [boi]`, of a model without visual prompt."""
-  del rng
+  del settings, rng
   codes = jnp.zeros((request.example.shape[0], 0), jnp.int32)
-  regions = job.regions(request, codes)
-  body, _ = job.model.caches(params, row_visibility(regions))
-  hidden, body = job.begin(params, request, regions['ar'], body)
-  return codes, _prefix(job, params, regions, hidden, body)
+  regions = build(rows, request, codes)
+  body, _ = rows.model.caches(params, row_visibility(regions))
+  hidden, body = _begin(rows, params, request, regions['ar'], body)
+  return codes, _prefix(rows, params, regions, hidden, body)
 
 
-def decode(job: Job, params: Params, request: Batch, rng: Array) -> tuple[Array, Decoded]:
-  """Decodes the plan, or reads the request's: all of the token expert's row before [eot].
+def decode(
+  rows: Rows, settings: SampleConfig, params: Params, request: Batch, rng: Array
+) -> tuple[Array, Prefix]:
+  """Decodes the visual prompt, or reads the request's: all of the token expert before [eot].
 
-  With `plan_guidance` other than 1, rows without text are decoded beside the others on the same
-  codes, for the logits to be guided away from theirs.
+  With `plan_guidance` other than 1, sequences without text are stacked behind the others, and their
+  logits guide the others' away from them.
+
+  Returns:
+    Codes [B, P], and a prefix: the backbone's cache for the whole sequence, and the final-norm
+    hidden states [B, L, D] of the slots before [eot].
   """
-  length, B = job.codes, request.example.shape[0]
-  given = request.encoded.get('visual_prompt')
-  led = given is None and job.settings.plan_guidance != 1.0
-  if led:
-    empty = {'text_length': jnp.zeros_like(request.inputs['text_length'])}
-    untold = dataclasses.replace(request, inputs={**request.inputs, **empty})
-    request = guidance.stack(request, untold)
-  rows = request.example.shape[0]
-  codes = jnp.zeros((rows, length), jnp.int32) if given is None else given
-  rest = job.regions(request, codes)
-  body, _ = job.model.caches(params, row_visibility(rest))
-  region = rest.pop('ar')
-  if given is not None:
-    hidden, body = job.begin(params, request, _slots(region, 0, job.slot('eot')), body)
-    return codes, Decoded(region, rest, hidden, body)
+  model, B, end = rows.model, request.example.shape[0], rows.slot('eot')
+  if 'visual_prompt' in request.encoded:
+    codes = request.encoded['visual_prompt']
+    regions = build(rows, request, codes)
+    body, _ = model.caches(params, row_visibility(regions))
+    hidden, body = _begin(rows, params, request, _slots(regions['ar'], 0, end), body)
+    return codes, Prefix(body, hidden)
 
-  first = job.slot('codes')
-  hidden = jnp.zeros((rows, job.slot('eot'), job.model.config.ar.width), job.model.dtype)
-  start, body = job.begin(params, request, _slots(region, 0, first), body)
-  hidden = hidden.at[:, :first].set(start)
+  guided = Guidance.classifier_free(settings.plan_guidance, TEXT)
+  branches = guidance.stacked(guided)
+  every = [_without_text(request) if branch.dropped else request for branch in branches]
+  regions, body, hidden, first = _prefill(rows, params, concatenate(every, 0))
 
-  def step(cache: Any, drawn: Array, index: Array) -> tuple[Array, Any]:
-    held, states = cache
-    at = first + index
-    drawn = guidance.both(drawn) if led else drawn
-    here = dataclasses.replace(_slot(region, at), ids=drawn[:, None])
-    state, held = tokens(job, params, here, held, at)
-    states = jax.lax.dynamic_update_slice_in_dim(states, state, at, 1)
-    return logits_of(state), (held, states)
+  def feed(prefix: Prefix, codes: Array, index: Array) -> Prefix:
+    (body, hidden), at = prefix.cache, first + index
+    ids = codes[:, None] + rows.vocabulary.text
+    here = dataclasses.replace(_slot(regions['ar'], at), ids=ids)
+    state, body = tokens(model, params, here, body, at)
+    hidden = jax.lax.dynamic_update_slice_in_dim(hidden, state, at, 1)
+    return Prefix((body, hidden), state)
 
-  def logits_of(state: Array) -> Array:
-    logits = job.model.code_logits(params, state)[:, -1]
-    if not led:
-      return logits
-    return guidance.classifier_free(*guidance.split(logits), job.settings.plan_guidance)
-
-  keys = rng_lib.example_keys(rng, 'codes', request.example[:B])
-  codes, (body, hidden) = decoding.decode(
-    step, (body, hidden), logits_of(start), length, keys, job.settings, offset=job.vocabulary.text
-  )
-  if led:
-    region, rest, hidden = jax.tree.map(lambda leaf: leaf[:B], (region, rest, hidden))
-    body = mot.first(body, B)
-  return codes, Decoded(region, rest, hidden, body)
+  logits = lambda state: model.code_logits(params, state)[:, -1]
+  draw = autoregressive.categorical(logits, settings, guided, branches, rows.codes)
+  keys = rng_lib.example_keys(rng, 'codes', request.example)
+  start = Prefix((body, hidden), hidden[:, first - 1 : first])
+  codes, prefix = autoregressive.generate(feed, start, rows.codes, keys, draw, len(branches))
+  return codes, Prefix(*prefix.first(B).cache)
 
 
-def null_prefix(job: Job, params: Params, request: Batch) -> Prefix:
-  """The prefix `[bos] [boi]` of the null branch, computed on one row for the whole batch."""
+def _without_text(request: Batch) -> Batch:
+  empty = {'text_length': jnp.zeros_like(request.inputs['text_length'])}
+  return dataclasses.replace(request, inputs={**request.inputs, **empty})
+
+
+def _prefill(
+  rows: Rows, params: Params, request: Batch
+) -> tuple[dict[str, Region], mot.Cache, Array, int]:
+  """All before the codes: regions, cache, hidden states of the slots before [eot], first slot."""
+  first, count = rows.slot('codes'), request.example.shape[0]
+  regions = build(rows, request, jnp.zeros((count, rows.codes), jnp.int32))
+  body, _ = rows.model.caches(params, row_visibility(regions))
+  start, body = _begin(rows, params, request, _slots(regions['ar'], 0, first), body)
+  hidden = jnp.zeros((count, rows.slot('eot'), rows.model.config.ar.width), rows.model.dtype)
+  return regions, body, hidden.at[:, :first].set(start), first
+
+
+def null_prefix(rows: Rows, params: Params, request: Batch) -> Prefix:
+  """The prefix `[bos] [boi]` of the null branch, computed once and repeated for the batch."""
+  model = rows.model
   one = jax.tree.map(lambda leaf: leaf[:1], dataclasses.replace(request, encoded={}))
-  regions = job.regions(one, jnp.zeros((1, job.codes), jnp.int32), sequence.CONDITIONS)
-  present = jnp.array([job.slot('bos'), job.slot('boi')])
+  regions = build(rows, one, jnp.zeros((1, rows.codes), jnp.int32), ALL)
+  present = jnp.array([rows.slot('bos'), rows.slot('boi')])
   pair = jax.tree.map(lambda leaf: leaf[:, present], regions['ar'])
-  # The two tokens move to the front of the row; the slots behind them stay absent.
+  # The two tokens move to the front; the slots behind them stay absent.
   absent = regions['ar'].ids.shape[1] - 2
   rest = jax.tree.map(lambda leaf: jnp.zeros((1, absent), leaf.dtype), pair.visibility)
   key = concatenate([pair.visibility, rest, regions['dit'].visibility])
-  body, _ = job.model.caches(params, key)
-  hidden, body = tokens(job, params, pair, body, 0)
-  _, head = job.model.caches(params, body.key)
+  body, _ = model.caches(params, key)
+  hidden, body = tokens(model, params, pair, body, 0)
+  _, head = model.caches(params, body.key)
   stream = mot.Stream(hidden, pair.positions, pair.visibility)
-  prefix = Prefix(regions['dit'], body, job.model.head(params, {'ar': stream}, head, 0)[1])
-  return repeated(prefix, request.example.shape[0])
+  caches = Caches(body, model.head(params, {'ar': stream}, head, 0)[1])
+  return Prefix(caches, regions['dit']).repeat(request.example.shape[0])
 
 
 def render(
-  job: Job,
+  model: Unified,
+  settings: SampleConfig,
   params: Params,
-  branches: Mapping[str, Prefix],
   noise: Array,
-  weights: Mapping[str, float],
+  guidance: Guidance,
+  prefix: Callable[[frozenset[str]], Prefix],
 ) -> Array:
-  """Euler steps from `noise` [B, h, w, C] to latents; all branches of guidance in one batch.
+  """Flow steps from `noise` [B, h, w, C] to latents; `prefix` is that of flow.Phase."""
 
-  Each branch's velocity counts with its weight; they sum up to 1.
-  """
-  count, first = len(branches), next(iter(branches.values()))
-  prefix = functools.reduce(_join, branches.values())
-  at = prefix.body.key.order.shape[1] - prefix.picture.ids.shape[1]
-
-  def velocity(x: Array, time: Array) -> Array:
-    # All branches see the same picture: it is embedded once.
-    stream, condition = job.model.picture_stream(
-      params, x, jnp.full(x.shape[:1], 1.0 - time), first.picture
-    )
-    x, condition = (jnp.concatenate([leaf] * count) for leaf in (stream.x, condition))
-    stream = mot.Stream(
-      x, prefix.picture.positions, prefix.picture.visibility, memory=prefix.memory
-    )
-    hidden, _ = job.model.backbone(params, {'dit': stream}, prefix.body, at)
+  def network(x: Array, time: Array, prefix: Prefix) -> Array:
+    B, image, caches = x.shape[0], prefix.state, prefix.cache
+    at = caches.body.key.order.shape[1] - image.ids.shape[1]
+    # All branches see the same image: it is embedded once.
+    clock = jnp.full((B,), 1.0 - time)
+    shared = jax.tree.map(lambda leaf: leaf[:B], image)
+    stream, condition = model.picture_stream(params, x, clock, shared)
+    branches = image.ids.shape[0] // B
+    x, condition = (jnp.concatenate([leaf] * branches) for leaf in (stream.x, condition))
+    stream = mot.Stream(x, image.positions, image.visibility, memory=caches.memory)
+    hidden, _ = model.backbone(params, {'dit': stream}, caches.body, at)
     stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
-    out, _ = job.model.head(params, {'dit': stream}, prefix.head, at)
-    flow = -job.model.velocity(params, out['dit'], condition)
-    return guidance.weighted(flow, [weights[name] for name in branches])
+    out, _ = model.head(params, {'dit': stream}, caches.head, at)
+    return -model.velocity(params, out['dit'], condition)
 
-  times = solver.time_grid(job.settings.steps, job.settings.shift)
-  return solver.euler(velocity, noise, times)
+  times = flow.time_grid(settings.steps, settings.shift)
+  return flow.sample(network, noise, times, [flow.Phase(settings.steps, guidance, prefix)])
+
+
+def build(
+  rows: Rows, request: Batch, codes: Array, dropped: frozenset[str] = frozenset()
+) -> dict[str, Region]:
+  """The regions of a request's sequences, without some of its conditions."""
+  every = lambda keep: jnp.full(request.example.shape, keep)
+  keep = {name: every(name not in dropped) for name in sequence.CONDITIONS}
+  return rows.build(request, codes, keep)
 
 
 def tokens(
-  job: Job, params: Params, region: Region, cache: mot.Cache, at: Array | int
+  model: Unified, params: Params, region: Region, cache: mot.Cache, at: Array | int
 ) -> tuple[Array, mot.Cache]:
   """Final-norm hidden states of tokens whose keys and values go to slots from `at`."""
-  stream = job.model.token_stream(params, region)
-  hidden, cache = job.model.backbone(params, {'ar': stream}, cache, at)
+  stream = model.token_stream(params, region)
+  hidden, cache = model.backbone(params, {'ar': stream}, cache, at)
+  return hidden['ar'], cache
+
+
+def _begin(
+  rows: Rows, params: Params, request: Batch, region: Region, cache: mot.Cache
+) -> tuple[Array, mot.Cache]:
+  """`tokens` of the first slots, among which the source image of an edit may be."""
+  stream = rows.token_stream(params, region, request.encoded.get('source_latents'))
+  hidden, cache = rows.model.backbone(params, {'ar': stream}, cache, 0)
   return hidden['ar'], cache
 
 
 def _prefix(
-  job: Job,
-  params: Params,
-  regions: Mapping[str, Region],
-  hidden: Array,
-  body: mot.Cache,
+  rows: Rows, params: Params, regions: Mapping[str, Region], hidden: Array, body: mot.Cache
 ) -> Prefix:
-  """Fills a cache for the head from the prefix's hidden states."""
+  """The flow's prefix: fills a cache for the head from the tokens' hidden states."""
   region = regions['ar']
-  _, head = job.model.caches(params, body.key)
+  _, head = rows.model.caches(params, body.key)
   stream = mot.Stream(hidden, region.positions, region.visibility)
-  _, head = job.model.head(params, job.head_streams(params, stream), head, 0)
-  return Prefix(regions['dit'], body, head)
+  _, head = rows.model.head(params, rows.head_streams(params, stream), head, 0)
+  return Prefix(Caches(body, head), regions['dit'])
 
 
-def _slots(region: Region, start: int, stop: int) -> Region:
+def _slots(region: Region, start: int, stop: int | None) -> Region:
   return jax.tree.map(lambda leaf: leaf[:, start:stop], region)
 
 
 def _slot(region: Region, at: Array) -> Region:
   return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, 1, 1), region)
-
-
-def repeated(prefix: Prefix, count: int) -> Prefix:
-  """A prefix of one row, for a batch of `count`."""
-  picture = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, 0), prefix.picture)
-  again = lambda cache: cache and mot.repeat(cache, count)
-  return Prefix(picture, *map(again, (prefix.body, prefix.head, prefix.memory)))
-
-
-def _join(first: Prefix, second: Prefix) -> Prefix:
-  picture = concatenate([first.picture, second.picture], 0)
-  pairs = [(getattr(first, name), getattr(second, name)) for name in ('body', 'head', 'memory')]
-  return Prefix(picture, *(one and mot.join(one, other) for one, other in pairs))

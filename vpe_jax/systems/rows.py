@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
-from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params, Region, Stage
 from vpe_jax.data import sequence
 from vpe_jax.models import mot, unified
-from vpe_jax.systems import rendering
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +61,16 @@ class Rows:
     del reference
     return self.model.token_stream(params, region)
 
-  def job(self, settings: SampleConfig) -> rendering.Job:
-    """What drawing and planning keep static."""
-    return rendering.Job(self.model, self.spans, self.vocabulary, settings)
+  def head_streams(self, params: Params, stream: mot.Stream) -> dict[str, mot.Stream]:
+    """The tokens' hidden states `stream.x` as the head takes them, from the first slot."""
+    del params
+    return {'ar': stream}
 
-  def _build(
+  def slot(self, kind: str) -> int:
+    """First slot of a span in its expert's region."""
+    return sequence.place(self.spans, kind)[0]
+
+  def build(
     self, batch: Batch, codes: Array, keep: Array | Mapping[str, Array]
   ) -> dict[str, Region]:
     """The regions of `spans`; see sequence.build."""

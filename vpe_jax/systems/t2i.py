@@ -41,9 +41,9 @@ from vpe_jax.data import sequence
 from vpe_jax.models import unified
 from vpe_jax.models.siglip import unit
 from vpe_jax.objectives import flow_matching, next_token, schedules
-from vpe_jax.sampling import decoding, guidance
+from vpe_jax.sampling import autoregressive
 from vpe_jax.systems import rendering
-from vpe_jax.systems.drawing import DrawingSystem
+from vpe_jax.systems.drawing import DrawingSystem, check_unedited
 from vpe_jax.systems.external import External
 from vpe_jax.systems.internal import Internal, Unplanned
 
@@ -165,7 +165,7 @@ class System(DrawingSystem):
     c = self.config.model
     if c.references:
       raise UserError('model.references is of configs/edit.py: nothing here sees a picture before')
-    guidance.check_unedited(self.config.sample.image_guidance)
+    check_unedited(self.config.sample.image_guidance)
     given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens)
     if c.arch == 'external':
       return External(*given)
@@ -280,7 +280,7 @@ class System(DrawingSystem):
     """Visual prompts [B, P]; the image expert isn't run."""
     if not self.codes:
       return {}
-    return {'visual_prompt': rendering.decode(self.rows.job(settings), params, request, rng)[0]}
+    return {'visual_prompt': rendering.decode(self.rows, settings, params, request, rng)[0]}
 
   def plan_likelihood(self, params: Params, request: Batch) -> Array:
     """The mean log-probability of the plans given the texts: [B], nats."""
@@ -291,7 +291,7 @@ class System(DrawingSystem):
     first, last = sequence.place(self.spans, 'bot')[0], sequence.place(self.spans, 'codes')[1]
     # The slot before each code predicts it.
     logits = self.model.code_logits(params, hidden[:, first : last - 1])
-    return decoding.log_likelihood(logits, codes)
+    return autoregressive.log_likelihood(logits, codes)
 
   def plan_similarity(self, frozen: Params, request: Batch) -> Array:
     """Cosines [B] of SigLIP's pooled vector of each visual prompt and its text vector."""
