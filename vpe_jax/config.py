@@ -23,6 +23,8 @@ from vpe_jax.contracts import UserError
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'full', 'attention', 'dots')  # keys of models.mot.REMAT, not importable here
 ATTENTIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'cudnn')  # of ops.attention
+OPTIMIZERS = ('adamw', 'adafactor', 'muon')  # keys of training.optimizer.OPTIMIZERS
+SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt')  # keys of training.optimizer.SCHEDULES
 STARTS = ('raw', 'ema', 'state')  # what a run takes from another, see Config.start_weights
 
 
@@ -172,45 +174,106 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW with linear warm-up to a constant rate. Each field has one value, or one a stage.
+  """The optimizer and its learning rate. Each field has one value, or one per stage.
 
-  `accumulate` is the number of microbatches a step's batch is cut into; `clip` bounds the global
-  gradient norm (0: off); `ema` is the decay of the parameter average (0: none is kept).
+  Attributes:
+    name: `adamw`; `adafactor`, whose second moments are factored into rows and columns (no first
+      moment: `b1`, `b2`, `eps` and `mu_dtype` are not used, and its rates are relative to the
+      size of each parameter); `muon`, for matrices inside the network, with AdamW for the rest.
+    lr: the peak learning rate.
+    schedule: after warm-up: `constant`; `cosine` or `linear`, down to `lr_end`; or `rsqrt`, in
+      proportion to 1 / sqrt(step), never below `lr_end`.
+    warmup: steps of linear warm-up; the rate reaches `lr` in the last of them.
+    lr_end: rate at the end of a decay.
+    decay_steps: length of `cosine` and `linear`, warm-up included (0: all steps of the stage).
+    multipliers: `PATTERN=FACTOR,PATTERN=FACTOR`: the rate of parameters whose path matches a
+      regular expression from its start (as in Stage.trainable) is multiplied by a factor above 0.
+      The first match counts; other parameters have factor 1. One text rather than a section, as
+      keys of sections can't contain the dots of regular expressions.
+    b1: decay of the first moment of AdamW; of those parameters that Muon leaves to AdamW, too.
+    b2: decay of the second moment, as `b1`.
+    eps: term of AdamW's denominator, and of Muon's norms.
+    momentum: decay of Muon's momentum.
+    mu_dtype: dtype in which first moments and momentum are stored, `float32` or `bfloat16`.
+    weight_decay: decoupled decay per step in units of the learning rate; none on biases and scales.
+    clip: bound of the global gradient norm (0: off).
+    accumulate: number of microbatches that the batch of a step is divided into.
+    ema: decay of the parameter average (0: no average).
   """
 
+  name: str | tuple[str, ...] = 'adamw'
   lr: float | tuple[float, ...] = 1e-3
+  schedule: str | tuple[str, ...] = 'constant'
   warmup: int | tuple[int, ...] = 50
+  lr_end: float | tuple[float, ...] = 0.0
+  decay_steps: int | tuple[int, ...] = 0
+  multipliers: str | tuple[str, ...] = ''
   b1: float | tuple[float, ...] = 0.9
   b2: float | tuple[float, ...] = 0.999
   eps: float | tuple[float, ...] = 1e-8
+  momentum: float | tuple[float, ...] = 0.95
+  mu_dtype: str | tuple[str, ...] = 'float32'
   weight_decay: float | tuple[float, ...] = 0.0
   clip: float | tuple[float, ...] = 1.0
   accumulate: int | tuple[int, ...] = 1
   ema: float | tuple[float, ...] = 0.9995
 
   def __post_init__(self) -> None:
-    check_sizes(self, 'optim.', warmup=0)
+    check_sizes(self, 'optim.', warmup=0, decay_steps=0)
     of = lambda name: _spread(getattr(self, name))
+    words = {'name': OPTIMIZERS, 'schedule': SCHEDULES, 'mu_dtype': DTYPES}
+    for name, known in words.items():
+      good = all(value in known for value in of(name))
+      check(self, 'optim.', name, good, f'one of {", ".join(known)}')
     good = all(0 < value < math.inf for value in of('lr'))
     check(self, 'optim.', 'lr', good, 'above 0 and finite')
-    for name in ('b1', 'b2', 'ema'):
+    for name in ('b1', 'b2', 'momentum', 'ema'):
       good = all(0 <= value < 1 for value in of(name))
       check(self, 'optim.', name, good, 'at least 0 and below 1')
-    for name in ('eps', 'weight_decay', 'clip'):
+    for name in ('lr_end', 'eps', 'weight_decay', 'clip'):
       good = all(0 <= value < math.inf for value in of(name))
       check(self, 'optim.', name, good, 'at least 0 and finite')
+    good = all(_factors(text) is not None for text in of('multipliers'))
+    example = 'PATTERN=FACTOR,... with regular expressions and factors above 0, as encoder/=0.5'
+    check(self, 'optim.', 'multipliers', good, example)
 
-  def of(self, stage: int) -> OptimConfig:
-    """The settings of one stage: every field is a single value."""
+  @property
+  def factors(self) -> tuple[tuple[str, float], ...]:
+    """The pairs (regular expression, factor) of `multipliers`; of settings of one stage."""
+    return _factors(self.multipliers)
+
+  def of(self, stage: int, steps: int = 0) -> OptimConfig:
+    """The settings of one stage: every field is a single value.
+
+    Args:
+      stage: its index.
+      steps: of the stage, which `decay_steps` of 0 stands for.
+    """
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     one = lambda value: value[stage] if isinstance(value, tuple) else value
-    return OptimConfig(**{name: one(value) for name, value in values.items()})
+    settings = {name: one(value) for name, value in values.items()}
+    settings['decay_steps'] = settings['decay_steps'] or steps
+    return OptimConfig(**settings)
 
   def check_stages(self, count: int) -> None:
     """Refuses a field that has neither one value nor one a stage."""
     for field in dataclasses.fields(self):
       good = not isinstance(value := getattr(self, field.name), tuple) or len(value) == count
       check(self, 'optim.', field.name, good, f'one value, or one a stage ({count})')
+
+
+def _factors(text: str) -> tuple[tuple[str, float], ...] | None:
+  """The pairs of `optim.multipliers`; None where the text is not a list of them."""
+  pairs = []
+  for entry in filter(None, map(str.strip, text.split(','))):
+    pattern, _, factor = entry.rpartition('=')
+    try:
+      re.compile(pattern)
+      pairs.append((pattern.strip(), float(factor)))
+    except (re.error, ValueError):
+      return None
+  good = all(pattern and 0 < factor < math.inf for pattern, factor in pairs)
+  return tuple(pairs) if good else None
 
 
 def _spread(value: Any) -> tuple[Any, ...]:
@@ -366,6 +429,10 @@ class Config:
       if not found[beginning]:
         raise UserError(f"config.start is '{self.start}': name a run after {entry}")
     return found
+
+  def optim_of(self, stage: int) -> OptimConfig:
+    """The optimizer's settings in one stage; a decay without a length takes all of its steps."""
+    return self.optim.of(stage, self.steps[stage])
 
   def is_started(self, *groups: str) -> bool:
     """Whether `start` names runs for all parameters whose paths begin with these."""

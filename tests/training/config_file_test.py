@@ -130,3 +130,10 @@ def test_a_stage_that_stays_keeps_its_own_rate(tmp_path):
   kept = config_file.load(str(path), {'stages': 'joint', 'start': 'RUN', 'optim.warmup': '3'})
   optim = config_file.systems.build(kept).config.optim
   assert optim.of(0).lr == 5e-5 and optim.warmup == 3
+
+
+def test_text_fields_may_differ_between_stages():
+  given = {'optim.name': "('muon', 'adamw')", 'optim.multipliers': '(ar|dit)/=0.5'}
+  optim = config_file.systems.build(config_file.load(f'{T2I}:debug', given)).config.optim
+  assert (optim.of(0).name, optim.of(1).name) == ('muon', 'adamw')
+  assert optim.of(1).factors == (('(ar|dit)/', 0.5),)

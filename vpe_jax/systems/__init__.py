@@ -50,7 +50,7 @@ def build(values: Mapping[str, Any]) -> System:
   module = importlib.import_module(modules[name])
   config = from_dict(values, module.ModelConfig)
   system = module.System(config)
-  averages = lambda index: bool(config.optim.of(index).ema)
+  averages = lambda index: bool(config.optim_of(index).ema)
   system.stages = tuple(
     dataclasses.replace(stage, ema=stage.ema and averages(index))
     for index, stage in enumerate(system.stages)

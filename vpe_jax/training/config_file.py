@@ -144,7 +144,9 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
       raise UserError(f"unknown config key '{key}': '{section}' is a single value")
     values = values[section]
   _check(values, name, key)
-  values[name] = text if isinstance(values[name], str) else _literal(text)
+  # A field of text may hold one for each stage.
+  is_text = isinstance(values[name], str) and not text.startswith('(')
+  values[name] = text if is_text else _literal(text)
 
 
 def _check(values: Mapping[str, Any], name: str, key: str) -> None:
