@@ -29,7 +29,7 @@ Left open by the paper, with what is the default here and what else there is:
   S of Eq. 3                     the steps of the branch (config.steps); model.vp_schedule=sigmoid,
                                  linear, constant (always model.ce_start), off (always 1)
   the fork                       carries optimizer and average into both branches, without warm-up
-  times                          logit-normal, not shifted (model.time_shift=1)
+  times                          logit-normal, not shifted (model.flow)
   the null class                 `paper` has none, as it draws without guidance; elsewhere one
                                  example in ten (model.drop) has neither class nor plan
 

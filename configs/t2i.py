@@ -119,7 +119,7 @@ def _embedded(config: ConfigDict) -> None:
     'patch': 2,
     'layout': 'patch',
     'multiple': 1,
-    'time_shift': 1.0,
+    'flow': {'shift_by': 'constant'},
   }
 
 

@@ -131,6 +131,18 @@ def test_a_size_is_named_where_it_stands(values, message):
     config.build_section(_Nested, {'tower': values})
 
 
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+  """A section whose default section differs from the defaults of its own fields."""
+
+  tower: _Sizes = _Sizes(3, depth=5)
+
+
+def test_a_section_that_is_given_in_part_keeps_the_rest_of_its_default():
+  built = config.build_section(_Prepared, {'tower': {'ends': (4, 4)}})
+  assert built.tower == _Sizes(3, (4, 4), 5)
+
+
 @pytest.mark.parametrize('value', [None, 1.5, 'abc', True])
 def test_a_size_that_is_no_whole_number_is_named(value):
   with pytest.raises(UserError, match="'heads' is .*: it must be a whole number"):

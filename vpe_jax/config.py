@@ -542,13 +542,25 @@ def _build(cls: type, values: Mapping[str, Any], path: str, types_of: Mapping[st
   built = {}
   for name, field in fields.items():
     if name in values:
-      built[name] = _value(hints[name], values[name], f'{path}{name}')
+      value = values[name]
+      if dataclasses.is_dataclass(field.default) and isinstance(value, Mapping):
+        value = _merged(to_dict(field.default), value)
+      built[name] = _value(hints[name], value, f'{path}{name}')
     elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
       raise UserError(f"config key '{path}{name}' is missing")
   try:
     return cls(**built)
   except _OutOfRange as error:
     raise _OutOfRange(error.name, error.words, path) from error
+
+
+def _merged(default: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+  """A section's values; those that are missing come from the section that is the default."""
+  merged = dict(default)
+  for name, value in values.items():
+    inner = isinstance(value, Mapping) and isinstance(default.get(name), Mapping)
+    merged[name] = _merged(default[name], value) if inner else value
+  return merged
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:

@@ -18,6 +18,7 @@ from vpe_jax.contracts import Examples, UserError, visible
 from vpe_jax.models.decoder import Decoder, DecoderConfig
 from vpe_jax.models.transfusion import grid_waves
 from vpe_jax.objectives import flow_matching
+from vpe_jax.objectives.flow_matching import FlowConfig
 from vpe_jax.sampling import guidance, solver
 from vpe_jax.systems import class_rendering
 from vpe_jax.training import resume
@@ -145,7 +146,7 @@ def test_losses_are_the_flow_and_the_plans_cross_entropy(system, params, losses)
     'next_token': P * int(keep.sum()),
     'accuracy': P * int(keep.sum()),
   }
-  x, time, target = flow_matching.noised(batch.latents, c.time_shift, KEY, batch.example)
+  x, time, target = flow_matching.noised(batch.latents, c.flow, KEY, batch.example, tokens=16)
   classes = jnp.where(keep, batch.text[:, 0], CLASSES)
   hidden, velocity = system.model(params, classes, batch.codes, keep, (x, time))
   error = float(jnp.sum(jnp.square(velocity - target)))
@@ -183,7 +184,7 @@ def test_drawing_with_a_cache_equals_whole_rows(system, params, scale, given):
   settings = dataclasses.replace(system.config.sample, guidance=scale, steps=3)
   request = _batch(system, 3)
   request = dataclasses.replace(request, latents=None, codes=request.codes if given else None)
-  draw = jax.jit(lambda p, r: class_rendering.draw(system.model, settings, p, r, KEY))
+  draw = jax.jit(lambda p, r: class_rendering.draw(system.model, settings, p, r, KEY, FlowConfig()))
   plan, latents = draw(system.prepare(params, 'cpu'), request)
   if given:
     np.testing.assert_array_equal(plan, request.codes)
@@ -206,7 +207,7 @@ def test_drawing_with_a_cache_equals_whole_rows(system, params, scale, given):
 def test_a_greedy_plan_is_the_argmax_of_whole_rows(system, params):
   settings = dataclasses.replace(system.config.sample, guidance=1.0, temperature=0.0, steps=1)
   request = dataclasses.replace(_batch(system, 4), codes=None, latents=None)
-  plan, _ = class_rendering.draw(system.model, settings, params, request, KEY)
+  plan, _ = class_rendering.draw(system.model, settings, params, request, KEY, FlowConfig())
   x = (jnp.zeros((4, 8, 8, 4)), jnp.ones((4,)))
   hidden, _ = system.model(params, request.text[:, 0], plan, jnp.ones((4,), bool), x)
   wanted = jnp.argmax(system.model.logits(params, hidden[:, :-1]), -1)
@@ -216,7 +217,7 @@ def test_a_greedy_plan_is_the_argmax_of_whole_rows(system, params):
 def test_a_plan_is_written_alone_and_scored(system, params):
   settings = dataclasses.replace(system.config.sample, steps=1)
   request = dataclasses.replace(_batch(system, 4), codes=None, latents=None)
-  drawn, _ = class_rendering.draw(system.model, settings, params, request, KEY)
+  drawn, _ = class_rendering.draw(system.model, settings, params, request, KEY, FlowConfig())
   written = system.plan(params, request, KEY, settings)
   np.testing.assert_array_equal(written, drawn)
   scores = system.plan_likelihood(params, dataclasses.replace(request, codes=written))
@@ -250,7 +251,8 @@ def test_wrong_sections_are_named():
     ({'vp_schedule': 'cosine'}, 'model.vp_schedule'),
     ({'patch': 3}, 'patch'),
     ({'latent_channels': 5}, 'model.latent_channels is 5'),
-    ({'time_shift': 0.0}, 'model.time_shift'),
+    ({'flow': {'shift': 0.0}}, 'model.flow.shift'),
+    ({'flow': {'law': 'normal'}}, 'model.flow.law'),
   ):
     with pytest.raises(UserError, match=message):
       _system(**wrong)

@@ -31,6 +31,7 @@ from vpe_jax.models import transfusion
 from vpe_jax.models.decoder import DecoderConfig
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import flow_matching, next_token, schedules
+from vpe_jax.objectives.flow_matching import FlowConfig
 from vpe_jax.sampling import guidance
 from vpe_jax.systems import class_rendering
 from vpe_jax.systems.class_to_image import ClassToImage
@@ -55,7 +56,7 @@ class ModelConfig(choice.CodecsConfig):
       `linear`, `constant` (`ce_start` at every step) or `off` (1 at every step).
     ce_start: weight at the start of the stage (lambda_0).
     ce_end: at its end (lambda_1).
-    time_shift: shift of the training times towards noise.
+    flow: training times and target of the flow.
     init_from: a Qwen2.5-0.5B whose layers and last norm the body starts from: a folder in the
       released layout, an import, or a hub id (empty: all is drawn at random).
     logits_chunk: predicted codes whose logits exist at a time (0: all).
@@ -70,14 +71,13 @@ class ModelConfig(choice.CodecsConfig):
   vp_schedule: str = 'sigmoid'
   ce_start: float = 0.03
   ce_end: float = 0.1
-  time_shift: float = 1.0
+  flow: FlowConfig = FlowConfig()
   init_from: str = ''
   logits_chunk: int = 0
 
   def __post_init__(self) -> None:
     check_sizes(self, 'model.', logits_chunk=0)
     check(self, 'model.', 'drop', 0 <= self.drop <= 1, 'between 0 and 1')
-    check(self, 'model.', 'time_shift', self.time_shift > 0, 'a positive number')
     listed = f'one of {", ".join(schedules.KINDS)}'
     check(self, 'model.', 'vp_schedule', self.vp_schedule in schedules.KINDS, listed)
     if self.latent_channels != self.image_channels:
@@ -157,10 +157,11 @@ class System(ClassToImage):
     c, keep = self.config.model, self._keep(batch, rng)
     # Where nothing is dropped there is no null class, and no class has its number.
     classes = jnp.where(keep, batch.inputs['text'][:, 0], c.classes)
-    x, time, target = flow_matching.noised(latents, c.time_shift, rng, batch.example)
+    given = (c.flow, rng, batch.example, self.model.config.image_tokens)
+    x, time, target = flow_matching.noised(latents, *given)
     hidden, velocity = self.model(params, classes, plan, keep, (x, time))
     counts = self.counts(batch, rng, step, stage)
-    error = flow_matching.squared_error(velocity, target)
+    error = flow_matching.loss(c.flow, velocity, target, time)
     terms = {'flow': LossTerm(error, counts['flow'], stage.weight('flow', step))}
     if c.vpe:
       table = params['embed']['plan']
@@ -180,7 +181,8 @@ class System(ClassToImage):
       UserError: guidance is asked for, and the model has no null class, or guides no plans.
     """
     self._check_guidance(settings)
-    plan, latents = class_rendering.draw(self.model, settings, params, request, rng)
+    given = (settings, params, request, rng, self.config.model.flow)
+    plan, latents = class_rendering.draw(self.model, *given)
     image = self.image.decode(frozen, latents, rng)
     return Generated(image, plan | {'latents': latents})
 

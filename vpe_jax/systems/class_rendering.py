@@ -17,6 +17,7 @@ from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params
 from vpe_jax.models import mot
 from vpe_jax.models.transfusion import Row, Transfusion
+from vpe_jax.objectives.flow_matching import FlowConfig, implied_velocity
 from vpe_jax.sampling import decoding, guidance, solver
 
 State = tuple[mot.Cache, Array]  # what was fed, and the hidden state [B, 1, D] of the last of it
@@ -24,7 +25,12 @@ Branch = tuple[Row, mot.Cache]  # whole rows, and the keys and values before the
 
 
 def draw(
-  model: Transfusion, settings: SampleConfig, params: Params, request: Batch, rng: Array
+  model: Transfusion,
+  settings: SampleConfig,
+  params: Params,
+  request: Batch,
+  rng: Array,
+  flow: FlowConfig,
 ) -> tuple[dict[str, Array], Array]:
   """The visual prompt [B, P] int32, where the model has one, and latents [B, h, w, C] float32.
 
@@ -34,6 +40,7 @@ def draw(
     params: of the network, layers stacked or apart.
     request: `text[:, 0]` is the class; an encoded `visual_prompt` is used instead of the model's.
     rng: the key of the call.
+    flow: gives what the network predicts.
   """
   c, B = model.config, request.example.shape[0]
   plan, branch = conditional(model, settings, params, request, rng)
@@ -42,7 +49,7 @@ def draw(
   weights = guidance.branches(settings.guidance)
   made = {'conditional': lambda: branch, 'null': lambda: null(model, params, B)}
   branches = {name: made[name]() for name in weights}
-  return plan, render(model, settings, params, branches, noise)
+  return plan, render(model, settings, params, branches, noise, flow)
 
 
 def conditional(
@@ -95,6 +102,7 @@ def render(
   params: Params,
   branches: Mapping[str, Branch],
   noise: Array,
+  flow: FlowConfig,
 ) -> Array:
   """Euler steps from `noise` [B, h, w, C] to latents; all branches of guidance in one batch."""
   weights = guidance.branches(settings.guidance)
@@ -107,8 +115,10 @@ def render(
     tokens = model.embed_picture(params, x, jnp.full(x.shape[:1], time))
     stream = row.stream(jnp.concatenate([tokens] * len(branches)), first)
     hidden, _ = model.states(params, stream, cache, first)
-    flow = model.velocity(params, hidden)
-    return guidance.weighted(flow, [weights[name] for name in branches])
+    prediction = guidance.weighted(
+      model.velocity(params, hidden), [weights[name] for name in branches]
+    )
+    return implied_velocity(flow, prediction, x, time)
 
   return solver.euler(velocity, noise, solver.time_grid(settings.steps, settings.shift))
 

@@ -124,7 +124,8 @@ class Edited(Rows):
 
   def job(self, settings: SampleConfig) -> Job:
     """See Rows."""
-    return Job(self.model, self.spans, self.vocabulary, settings, self.editor)
+    given = (self.model, self.spans, self.vocabulary, settings, self.editor)
+    return Job(*given, flow=self.flow)
 
 
 class EditInternal(Edited, Internal):
@@ -251,7 +252,7 @@ class System(t2i.System):
   def _rows(self) -> EditInternal | EditExternal:
     c = self.config.model
     self.vocabulary = dataclasses.replace(self.vocabulary, eoi=c.eoi)
-    given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens)
+    given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens, c.flow)
     return EditExternal(*given) if c.arch == 'external' else EditInternal(*given)
 
   @property

@@ -24,6 +24,7 @@ from vpe_jax.contracts import Array, Batch, Params, Region, concatenate
 from vpe_jax.data import sequence
 from vpe_jax.models import mot
 from vpe_jax.models.unified import Unified, row_visibility
+from vpe_jax.objectives.flow_matching import FlowConfig, implied_velocity
 from vpe_jax.sampling import decoding, guidance, solver
 
 Regions = dict[str, Region]
@@ -31,12 +32,13 @@ Regions = dict[str, Region]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What is static in a call: the network, its sequence, and the settings."""
+  """What is static in a call: the network, its sequence, the settings, and the flow's target."""
 
   model: Unified
   spans: tuple[sequence.Span, ...]
   vocabulary: sequence.Vocabulary
   settings: SampleConfig
+  flow: FlowConfig = dataclasses.field(default=FlowConfig(), kw_only=True)
 
   def slot(self, kind: str) -> int:
     """First slot of a span in its expert's region."""
@@ -246,10 +248,10 @@ def render(
   prefix = functools.reduce(_join, branches.values())
   at = prefix.body.key.order.shape[1] - prefix.picture.ids.shape[1]
 
-  def velocity(x: Array, time: Array) -> Array:
+  def velocity(state: Array, time: Array) -> Array:
     # All branches see the same picture: it is embedded once.
     stream, condition = job.model.picture_stream(
-      params, x, jnp.full(x.shape[:1], 1.0 - time), first.picture
+      params, state, jnp.full(state.shape[:1], 1.0 - time), first.picture
     )
     x, condition = (jnp.concatenate([leaf] * count) for leaf in (stream.x, condition))
     stream = mot.Stream(
@@ -258,8 +260,10 @@ def render(
     hidden, _ = job.model.backbone(params, {'dit': stream}, prefix.body, at)
     stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
     out, _ = job.model.head(params, {'dit': stream}, prefix.head, at)
-    flow = -job.model.velocity(params, out['dit'], condition)
-    return guidance.weighted(flow, [weights[name] for name in branches])
+    # Show-o2's sign: the network predicts the negative of the flow's target.
+    prediction = -job.model.velocity(params, out['dit'], condition)
+    prediction = guidance.weighted(prediction, [weights[name] for name in branches])
+    return implied_velocity(job.flow, prediction, state, time)
 
   times = solver.time_grid(job.settings.steps, job.settings.shift)
   return solver.euler(velocity, noise, times)

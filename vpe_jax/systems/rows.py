@@ -10,6 +10,7 @@ from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params, Region, Stage
 from vpe_jax.data import sequence
 from vpe_jax.models import mot, unified
+from vpe_jax.objectives.flow_matching import FlowConfig
 from vpe_jax.systems import rendering
 
 
@@ -25,6 +26,7 @@ class Rows:
     vocabulary: joint ids of text and codes.
     text: tokens of a caption.
     codes: tokens of a plan; 0: there are no plans.
+    flow: gives what the network predicts.
     stages: by name, in their order.
   """
 
@@ -32,6 +34,7 @@ class Rows:
   vocabulary: sequence.Vocabulary
   text: int
   codes: int
+  flow: FlowConfig
 
   stages: ClassVar[Mapping[str, Stage]]
 
@@ -65,7 +68,7 @@ class Rows:
 
   def job(self, settings: SampleConfig) -> rendering.Job:
     """What drawing and planning keep static."""
-    return rendering.Job(self.model, self.spans, self.vocabulary, settings)
+    return rendering.Job(self.model, self.spans, self.vocabulary, settings, flow=self.flow)
 
   def _build(
     self, batch: Batch, codes: Array, keep: Array | Mapping[str, Array]

@@ -41,6 +41,7 @@ from vpe_jax.data import sequence
 from vpe_jax.models import unified
 from vpe_jax.models.siglip import unit
 from vpe_jax.objectives import flow_matching, next_token, schedules
+from vpe_jax.objectives.flow_matching import FlowConfig
 from vpe_jax.sampling import decoding, guidance
 from vpe_jax.systems import rendering
 from vpe_jax.systems.drawing import DrawingSystem
@@ -68,7 +69,7 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
       paper's), `linear`, `constant` (`ce_start` at every step) or `off` (it weighs 1, as the flow).
     ce_start: its weight at the start of the stage (lambda_0).
     ce_end: its weight at the end (lambda_1).
-    time_shift: shift of the training times towards noise (0: Show-o2's for this many tokens).
+    flow: training times and target of the flow; shifted as Show-o2's by default.
     logits_chunk: predicted tokens whose logits exist at a time (0: all).
   """
 
@@ -79,7 +80,7 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
   vp_schedule: str = 'sigmoid'
   ce_start: float = 0.03
   ce_end: float = 0.1
-  time_shift: float = 0.0
+  flow: FlowConfig = FlowConfig(shift_by='resolution')
   logits_chunk: int = 0
 
   def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
     check(self, 'model.', 'vp_schedule', known, f'one of {", ".join(schedules.KINDS)}')
     for name in ('drop', 'drop_text'):
       check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
-    for name in ('inherit', 'ce_start', 'ce_end', 'time_shift'):
+    for name in ('inherit', 'ce_start', 'ce_end'):
       check(self, 'model.', name, getattr(self, name) >= 0, 'at least 0')
     for name in ('bos', 'boi'):
       known = getattr(self, name) < self.text_vocab
@@ -166,7 +167,7 @@ class System(DrawingSystem):
     if c.references:
       raise UserError('model.references is of configs/edit.py: nothing here sees a picture before')
     guidance.check_unedited(self.config.sample.image_guidance)
-    given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens)
+    given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens, c.flow)
     if c.arch == 'external':
       return External(*given)
     return (Internal if c.vpe else Unplanned)(*given)
@@ -255,8 +256,9 @@ class System(DrawingSystem):
       noisy, target = self._noisy(batch, batch.encoded['latents'], rng)
     hidden, velocity = self._forward(params, regions, noisy, batch)
     if noisy is not None:
-      # The network's velocity is Show-o2's: data minus noise.
-      error = flow_matching.squared_error(-velocity, target)
+      # The network's velocity is Show-o2's, data minus noise, and its clock is 1 at the data.
+      flow = self.config.model.flow
+      error = flow_matching.loss(flow, -velocity, target, 1.0 - noisy[1])
       terms['flow'] = LossTerm(error, counts['flow'], stage.weight('flow', step))
     if 'next_token' in stage.losses:
       loss, hits = self._next_token(params, hidden, regions['ar'])
@@ -379,10 +381,10 @@ class System(DrawingSystem):
   def _noisy(
     self, batch: Batch, latents: Array, rng: Array
   ) -> tuple[tuple[Array, Array], Array]:
-    """Noisy latents [B, h, w, C] with the network's clock [B], and the velocity to predict."""
+    """Noisy latents [B, h, w, C] with the network's clock [B], and the target to predict."""
     c = self.config.model
-    shift = c.time_shift or flow_matching.token_shift(c.image_tokens + 1)
-    noisy, time, target = flow_matching.noised(latents, shift, rng, batch.example)
+    given = (c.flow, rng, batch.example, c.image_tokens + 1)
+    noisy, time, target = flow_matching.noised(latents, *given)
     # The network's clock is Show-o2's: data at 1.
     return (noisy, 1.0 - time), target
 
