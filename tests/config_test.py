@@ -8,6 +8,7 @@ from configs import t2i
 from vpe_jax import config
 from vpe_jax.contracts import UserError
 from vpe_jax.models import mot
+from vpe_jax.systems import t2i as t2i_system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ def _build(key, value):
     'stages': ('a', 'b'), 'steps': (1, 2), 'batch_size': (8,),
   }  # fmt: skip
   section, dot, name = key.rpartition('.')
-  return config.from_dict(values | ({section: {name: value}} if dot else {key: value}), _Model)
+  values |= {section: {name: value}} if dot else {key: value}
+  return config.from_dict(values, _Model, t2i_system.Sampling)
 
 
 def test_remat_names_are_those_of_the_networks():

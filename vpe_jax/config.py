@@ -301,34 +301,14 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-  """How pictures are drawn, in training previews and by `vpe_jax.sample` alike.
+  """Sampling settings of a system: base of its `Sampling`, the type of its `sample` section.
 
-  `shift` moves the flow's time grid towards noise, `guidance` is the classifier-free scale (1:
-  conditional branch only, 0: null branch only); temperature, top_k (0: off), top_p and min_p act
-  on the visual prompt, and so does `plan_guidance`, the scale by which its logits are led away from
-  those without text (1: off; a system that was trained with `model.drop_text` can do it). Of edits,
-  `guidance` leads away from those without instruction, `image_guidance` from those without the
-  picture before (1: no further branch is needed).
+  A system that samples composes its own of the groups in vpe_jax.sampling.settings; this one, for
+  the others, has none.
   """
-
-  steps: int = 25
-  shift: float = 3.0
-  guidance: float = 3.0
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  min_p: float = 0.03
-  plan_guidance: float = 1.0
-  image_guidance: float = 1.0
 
   def __post_init__(self) -> None:
     check_sizes(self, 'sample.')
-    for name in ('guidance', 'temperature', 'plan_guidance', 'image_guidance'):
-      check(self, 'sample.', name, math.isfinite(getattr(self, name)), 'a finite number')
-    check(self, 'sample.', 'temperature', self.temperature >= 0, '0 (greedy) or positive')
-    check(self, 'sample.', 'shift', 0 < self.shift < math.inf, 'a positive number')
-    check(self, 'sample.', 'top_p', 0 < self.top_p <= 1, 'above 0 and at most 1 (off)')
-    check(self, 'sample.', 'min_p', 0 <= self.min_p <= 1, 'between 0 (off) and 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,6 +363,7 @@ class Config:
       where a scan copies what the backward pass needs; compiles longer.
     quick_compile: whether programs are compiled fast rather than to run fast, for runs of seconds.
     model: the system's own section.
+    sample: the system's own sampling settings.
     evals: evaluators that run in the training loop, by name (vpe_jax.evaluation.evaluator): each
       has `every`, the steps between two runs (0: never), and its own options. They run at the end
       of each stage, too.
@@ -439,13 +420,16 @@ class Config:
     return bool(self.start) and ('' in self.starts or set(groups) <= self.starts.keys())
 
 
-def from_dict(values: Mapping[str, Any], model: type) -> Config:
-  """Builds a Config whose `model` section has type `model`.
+def from_dict(
+  values: Mapping[str, Any], model: type, sample: type[SampleConfig] = SampleConfig
+) -> Config:
+  """Builds a Config whose sections `model` and `sample` have these types.
 
   Raises:
     UserError: a key is unknown, missing, or holds a value of the wrong type or out of range.
   """
-  config = _build(Config, dict(values), '', {'model': model})
+  types_of = {'model': model, 'sample': sample}
+  config = _build(Config, {'sample': {}, **values}, '', types_of)
   words = {'dtype': DTYPES, 'remat': REMATS, 'attention': ATTENTIONS, 'start_weights': STARTS}
   for name, known in words.items():
     word = getattr(config, name)
@@ -520,7 +504,7 @@ def differences(ours: Config, stored: Mapping[str, Any]) -> dict[str, tuple[Any,
   """
   # A stored field that exists no more is a difference.
   with contextlib.suppress(UserError):
-    stored = to_dict(from_dict(stored, type(ours.model)))
+    stored = to_dict(from_dict(stored, type(ours.model), type(ours.sample)))
   old, new = flatten(stored), flatten(to_dict(ours))
   keys = sorted(old.keys() | new.keys())
   return {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
@@ -529,6 +513,8 @@ def differences(ours: Config, stored: Mapping[str, Any]) -> dict[str, tuple[Any,
 def nearest(word: str, known: typing.Iterable[str]) -> str:
   """`; did you mean 'x'?` for the known word that is closest, or the list of all of them."""
   known = sorted(known)
+  if not known:
+    return '; there are none here'
   close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
   return f"; did you mean '{close[0]}'?" if close else f'; known: {", ".join(known)}'
 

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpe_jax.config import DataConfig, SampleConfig
+from vpe_jax.config import DataConfig
 from vpe_jax.contracts import Drawing
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.evaluation.subject import subject
 from vpe_jax.generator import Generator
+from vpe_jax.systems.t2i import Sampling
 
 
 class _Painter:
@@ -19,7 +20,7 @@ class _Painter:
   codes = 0
 
   def __init__(self, data):
-    self.config = types.SimpleNamespace(data=data, sample=SampleConfig())
+    self.config = types.SimpleNamespace(data=data, sample=Sampling())
 
   def generate(self, params, frozen, request, rng, settings):
     shade = jnp.stack([request.example >> 8, request.example, request.example * 0], -1) % 256 / 255
@@ -49,19 +50,19 @@ def _generator(system=_Painter, **data):
   ],
 )
 def test_a_run_says_what_it_draws_from(system, data, task):
-  found = subject(_generator(system, **data), SampleConfig(), 0)
+  found = subject(_generator(system, **data), Sampling(), 0)
   assert found.task == task and (found.editing is not None) == (task == 'edits')
   assert found.planner is None and found.image_size == 16 and found.data.source
   assert found.description['checkpoint'] == 'abc'
 
 
 def test_a_caption_that_comes_again_is_drawn_anew():
-  drawn = subject(_generator(), SampleConfig(), 0).draw(['a fox', 'a dog', 'a fox'])
+  drawn = subject(_generator(), Sampling(), 0).draw(['a fox', 'a dog', 'a fox'])
   assert drawn.shape == (3, 16, 16, 3) and len({image.tobytes() for image in drawn}) == 3
 
 
 def test_each_edit_has_a_picture_of_its_own():
   before = np.stack([np.full((16, 16, 3), shade, np.uint8) for shade in (10, 200, 30)])
-  editing = subject(_generator(_Editor, references=True), SampleConfig(), 0).editing
+  editing = subject(_generator(_Editor, references=True), Sampling(), 0).editing
   drawn = editing(before).draw(['make it red', 'make it blue', 'make it red'])
   assert drawn[:, 0, 0, 1].tolist() == [10, 200, 30]

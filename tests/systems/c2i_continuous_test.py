@@ -234,15 +234,9 @@ def test_guidance_that_the_model_cannot_do_is_named(params):
     _system(drop=0.0, guidance=2.0)
   system = _system(drop=0.0, guidance=1.0)
   request = dataclasses.replace(_batch(system, 1), latents=None)
-  sample = system.config.sample
-  cases = [
-    (dataclasses.replace(sample, guidance=2.0), 'without a null class'),
-    (dataclasses.replace(sample, guidance=1.0, plan_guidance=2.0), 'set sample.plan_guidance=1'),
-    (dataclasses.replace(sample, guidance=1.0, image_guidance=2.0), 'no picture before an edit'),
-  ]
-  for settings, message in cases:
-    with pytest.raises(UserError, match=message):
-      system.generate(params, {}, request, KEY, settings)
+  settings = dataclasses.replace(system.config.sample, guidance=2.0)
+  with pytest.raises(UserError, match='without a null class'):
+    system.generate(params, {}, request, KEY, settings)
 
 
 def test_wrong_sections_are_named():

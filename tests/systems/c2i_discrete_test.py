@@ -14,10 +14,11 @@ from tests.small_systems import redrawn
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.compilation import program
-from vpe_jax.config import MeshConfig, SampleConfig, to_dict
+from vpe_jax.config import MeshConfig, to_dict
 from vpe_jax.contracts import Examples, UserError
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.systems import writing
+from vpe_jax.systems.c2i_discrete import Sampling
 from vpe_jax.training import encode
 from vpe_jax.training.step import make_eval_step
 
@@ -270,7 +271,7 @@ def test_nothing_is_dropped_at_rate_0_or_in_evaluation(system, dropping, params)
 def test_nothing_is_dropped_in_drawing(system, dropping, params):
   """Code by code with a cache, and whole rows at once."""
   batch = _batch(system)
-  settings = SampleConfig(guidance=2.0)
+  settings = Sampling(guidance=2.0)
   run = lambda s: jax.jit(
     lambda p, b: (
       writing.draw(s.model, settings, p, _request(b), KEY),
@@ -295,7 +296,7 @@ def _uncached(system, params, classes, plan, codes):
 def test_cached_logits_equal_uncached(system, params, prepared):
   batch = _batch(system)
   weights = system.prepare(params, 'cpu') if prepared else params
-  job = writing.Job(system.model, SampleConfig(), False)
+  job = writing.Job(system.model, Sampling(), False)
   codes = batch.latents.reshape(4, -1)
   x = system.model.inputs(params, batch.text[:, 0], codes, batch.codes)
 
@@ -320,7 +321,7 @@ def test_cached_logits_equal_uncached(system, params, prepared):
 def test_greedy_codes_are_the_likeliest_of_their_block(system, params, scales):
   """Each is the argmax of the uncached logits of its vocabulary, led away from the null class's."""
   batch = _batch(system)
-  settings = SampleConfig(temperature=0.0, guidance=scales[0], plan_guidance=scales[1])
+  settings = Sampling(temperature=0.0, guidance=scales[0], plan_guidance=scales[1])
   draw = jax.jit(lambda p, r: writing.draw(system.model, settings, p, r, KEY))
   plan, codes = draw(params, _request(batch))
   assert plan.shape == (4, 9) and codes.shape == (4, 16)
@@ -338,7 +339,7 @@ def test_greedy_codes_are_the_likeliest_of_their_block(system, params, scales):
 
 
 def test_rows_do_not_depend_on_neighbours(system, params):
-  settings = SampleConfig(guidance=2.0, min_p=0.0)
+  settings = Sampling(guidance=2.0, min_p=0.0)
   draw = jax.jit(lambda r: writing.draw(system.model, settings, params, r, KEY))
   request = _request(_batch(system))
   ours = draw(request)
@@ -352,7 +353,7 @@ def test_rows_do_not_depend_on_neighbours(system, params):
 def test_without_a_plan_the_picture_follows_the_class():
   system = _system('debug,vpe=false')
   params = jax.jit(system.init)(KEY)
-  settings = SampleConfig(guidance=1.0, plan_guidance=3.0)
+  settings = Sampling(guidance=1.0, plan_guidance=3.0)
   draw = jax.jit(lambda p, r: writing.draw(system.model, settings, p, r, KEY))
   plan, codes = draw(params, _request(_batch(system)))
   assert plan.shape == (4, 0) and codes.shape == (4, 16)

@@ -13,12 +13,13 @@ from configs import t2i as config_file
 from tests.small_systems import encoded_examples, redrawn
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import weights
-from vpe_jax.config import MeshConfig, SampleConfig, to_dict
+from vpe_jax.config import MeshConfig, to_dict
 from vpe_jax.contracts import Examples, UserError
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.models import mot
 from vpe_jax.sampling import solver
 from vpe_jax.systems import rendering
+from vpe_jax.systems.t2i import Sampling
 from vpe_jax.training import resume
 
 KEY = rng.run_key(0)
@@ -115,9 +116,7 @@ def test_plan_is_independent_of_noise_and_flow_reaches_tokens(system, params):
 
 
 def _job(system, **settings):
-  return rendering.Job(
-    system.model, system.spans, system.vocabulary, SampleConfig(steps=3, **settings)
-  )
+  return rendering.Job(system.model, system.spans, system.vocabulary, Sampling(steps=3, **settings))
 
 
 @pytest.mark.parametrize('prepared', [False, True])
@@ -328,10 +327,10 @@ def test_mistakes_are_named(change, message):
     _system(**change)
 
 
-def test_guidance_that_previews_would_stumble_over_is_refused_at_the_start():
+def test_settings_of_other_systems_are_unknown():
   config = config_file.get_config('debug')
   config.sample.image_guidance = 2.0
-  with pytest.raises(UserError, match='image_guidance is 2.0, but what draws here sees no picture'):
+  with pytest.raises(UserError, match="'sample.image_guidance'; did you mean '"):
     systems.build(config.to_dict())
 
 

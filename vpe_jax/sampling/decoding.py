@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array
+from vpe_jax.sampling.settings import TokenSampling
 
 # (cache, tokens [B], index) -> (logits of the next token [B, V], cache with these tokens in it)
 Step = Callable[[Any, Array, Array], tuple[Array, Any]]
@@ -42,7 +42,7 @@ def filter_logits(
     UserError: a setting is out of range.
   """
   # The config knows what is out of range.
-  SampleConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+  TokenSampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
   logits = logits.astype(jnp.float32)
   if temperature == 0:
     largest = jnp.argmax(logits, axis=-1, keepdims=True)
@@ -65,13 +65,13 @@ def filter_logits(
   return logits
 
 
-def sample_tokens(keys: Array, logits: Array, settings: SampleConfig) -> Array:
+def sample_tokens(keys: Array, logits: Array, settings: TokenSampling) -> Array:
   """Draws one token a row: [B] int32.
 
   Args:
     keys: [B], one key a row, so that a row's draw doesn't depend on its neighbours.
     logits: [B, V].
-    settings: `temperature`, `top_k`, `top_p` and `min_p` are read; static under jit.
+    settings: static under jit.
   """
   allowed = filter_logits(
     logits, settings.temperature, settings.top_k, settings.top_p, settings.min_p
@@ -101,7 +101,7 @@ def decode(
   first_logits: Array,
   length: int,
   keys: Array,
-  settings: SampleConfig,
+  settings: TokenSampling,
   offset: int = 0,
 ) -> tuple[Array, Any]:
   """Draws `length` codes one after the other, on device, with a cache.

@@ -32,7 +32,7 @@ from vpe_jax.models.decoder import DecoderConfig
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import flow_matching, next_token, schedules
 from vpe_jax.objectives.flow_matching import FlowConfig
-from vpe_jax.sampling import guidance
+from vpe_jax.sampling.settings import FlowSampling, TokenSampling
 from vpe_jax.systems import class_rendering
 from vpe_jax.systems.class_to_image import ClassToImage
 
@@ -85,6 +85,11 @@ class ModelConfig(choice.CodecsConfig):
         f'model.latent_channels is {self.latent_channels}, but its frozen codec has '
         f'{self.image_channels}: set them equal'
       )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(FlowSampling, TokenSampling):
+  """Settings of the visual prompt's tokens and of the image's flow."""
 
 
 class System(ClassToImage):
@@ -178,7 +183,7 @@ class System(ClassToImage):
     """Writes the plan, then renders; see contracts.System and systems/class_rendering.py.
 
     Raises:
-      UserError: guidance is asked for, and the model has no null class, or guides no plans.
+      UserError: guidance is asked for, and the model has no null class.
     """
     self._check_guidance(settings)
     given = (settings, params, request, rng, self.config.model.flow)
@@ -193,12 +198,6 @@ class System(ClassToImage):
         f'sample.guidance is {settings.guidance:g}, but this model was trained without a null '
         'class (model.drop=0): set sample.guidance=1'
       )
-    if settings.plan_guidance != 1.0:
-      raise UserError(
-        f'sample.plan_guidance is {settings.plan_guidance:g}, but what this model leads away from '
-        'has no visual prompt: set sample.plan_guidance=1'
-      )
-    guidance.check_unedited(settings.image_guidance)
 
   def draft(
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig

@@ -23,7 +23,7 @@ from vpe_jax.models import llamagen
 from vpe_jax.models.dropout import Dropout
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import next_token, schedules
-from vpe_jax.sampling import guidance
+from vpe_jax.sampling.settings import TokenSampling, check_scales
 from vpe_jax.systems import writing
 from vpe_jax.systems.class_to_image import ClassToImage
 
@@ -88,6 +88,23 @@ class ModelConfig(choice.PictureCodesConfig):
     return {**self.plan_weights, **self.picture_weights}
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling(TokenSampling):
+  """Settings of the tokens of visual prompt and image.
+
+  Attributes:
+    guidance: classifier-free guidance scale of the image; 1 is off, 0 leaves the condition out.
+    plan_guidance: classifier-free guidance scale of the visual prompt's logits; 1 is off.
+  """
+
+  guidance: float = 3.0
+  plan_guidance: float = 1.0
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check_scales(self, 'guidance', 'plan_guidance')
+
+
 class System(ClassToImage):
   """See vpe_jax.contracts.System."""
 
@@ -102,7 +119,6 @@ class System(ClassToImage):
   def __init__(self, config: Config) -> None:
     c: ModelConfig = config.model
     super().__init__(config, _LOSSES | (_PLAN_LOSSES if c.vpe else {}))
-    guidance.check_unedited(config.sample.image_guidance)
     self.image = choice.picture_codec(c, config.data.image_size)
     self.samples_with = self.image.weights
     sizes = llamagen.LlamaGenConfig(
@@ -188,7 +204,6 @@ class System(ClassToImage):
     self, params: Params, frozen: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> Generated:
     """Writes the plan, then the picture; see vpe_jax.contracts.System and systems/writing.py."""
-    guidance.check_unedited(settings.image_guidance)
     plan, codes = writing.draw(self.model, settings, params, request, rng)
     image = self.image.decode(frozen, codes, rng)
     latents = codes.reshape(codes.shape[0], self.image.grid, -1)

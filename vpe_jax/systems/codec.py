@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as randomness
 from vpe_jax.codecs import choice, image_codes, kl, pixels, towers, visual_prompt
-from vpe_jax.config import Config, check_sizes, nearest
+from vpe_jax.config import Config, SampleConfig, check_sizes, nearest
 from vpe_jax.contracts import (
   Array,
   Batch,
@@ -74,6 +74,9 @@ class ModelConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self, 'model.')
+
+
+Sampling = SampleConfig  # no sampler, no settings
 
 
 class System(SystemProtocol):

@@ -128,7 +128,6 @@ def guided(
   rng: Array,
 ) -> Array:
   """Latents [B, h, w, C] of a batch of requests, on the branches that the guidance needs."""
-  guidance.check_unedited(job.settings.image_guidance)
   weights = guidance.branches(job.settings.guidance)
   made = {'conditional': lambda: prefix, 'null': null}
   branches = {name: made[name]() for name in weights}

@@ -42,7 +42,8 @@ from vpe_jax.models import unified
 from vpe_jax.models.siglip import unit
 from vpe_jax.objectives import flow_matching, next_token, schedules
 from vpe_jax.objectives.flow_matching import FlowConfig
-from vpe_jax.sampling import decoding, guidance
+from vpe_jax.sampling import decoding
+from vpe_jax.sampling.settings import FlowSampling, TokenSampling, check_scales
 from vpe_jax.systems import rendering
 from vpe_jax.systems.drawing import DrawingSystem
 from vpe_jax.systems.external import External
@@ -129,6 +130,22 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
       )
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling(FlowSampling, TokenSampling):
+  """Settings of the visual prompt's tokens and of the image's flow.
+
+  Attributes:
+    plan_guidance: classifier-free guidance scale of the visual prompt's logits; 1 is off. It needs
+      a model that was trained with `model.drop_text`.
+  """
+
+  plan_guidance: float = 1.0
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check_scales(self, 'plan_guidance')
+
+
 class System(DrawingSystem):
   """See vpe_jax.contracts.System."""
 
@@ -166,7 +183,6 @@ class System(DrawingSystem):
     c = self.config.model
     if c.references:
       raise UserError('model.references is of configs/edit.py: nothing here sees a picture before')
-    guidance.check_unedited(self.config.sample.image_guidance)
     given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens, c.flow)
     if c.arch == 'external':
       return External(*given)
@@ -378,9 +394,7 @@ class System(DrawingSystem):
     length = jnp.where(kept, batch.inputs['text_length'], 0)
     return dataclasses.replace(batch, inputs={**batch.inputs, 'text_length': length})
 
-  def _noisy(
-    self, batch: Batch, latents: Array, rng: Array
-  ) -> tuple[tuple[Array, Array], Array]:
+  def _noisy(self, batch: Batch, latents: Array, rng: Array) -> tuple[tuple[Array, Array], Array]:
     """Noisy latents [B, h, w, C] with the network's clock [B], and the target to predict."""
     c = self.config.model
     given = (c.flow, rng, batch.example, c.image_tokens + 1)
