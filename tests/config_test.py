@@ -134,6 +134,65 @@ def test_a_size_is_named_where_it_stands(values, message):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Round:
+  """One kind of shape."""
+
+  kind: str = 'round'
+  radius: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Square:
+  """Another."""
+
+  side: int
+  kind: str = 'square'
+
+
+class _Shape(config.Tagged):
+  """Any of them."""
+
+  KINDS = {'round': _Round, 'square': _Square, 'rectangle': _Square}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+  """A section with a tagged one."""
+
+  shape: _Shape = _Round(radius=3)
+
+
+class TestTagged:
+  @pytest.mark.parametrize(
+    'values, built',
+    [
+      ({}, _Round(radius=3)),
+      ({'shape': {'kind': 'round'}}, _Round(radius=3)),
+      ({'shape': {'radius': 5}}, _Round(radius=5)),
+      ({'shape': {'kind': 'square', 'side': 2}}, _Square(2)),
+      ({'shape': {'kind': 'rectangle', 'side': 2}}, _Square(2, 'rectangle')),
+    ],
+  )
+  def test_a_section_has_the_fields_of_its_kind(self, values, built):
+    section = config.build_section(_Drawn, values)
+    assert section.shape == built
+    assert config.build_section(_Drawn, config.to_dict(section)) == section
+
+  @pytest.mark.parametrize(
+    'shape, message',
+    [
+      ({'kind': 'squar'}, "'shape.kind' is 'squar'; did you mean 'square'"),
+      ({'kind': 'square', 'radius': 1}, "unknown config key 'shape.radius'"),
+      ({'kind': 'square'}, "'shape.side' is missing"),
+      (7, "'shape' must be a section"),
+    ],
+  )
+  def test_mistakes_are_named(self, shape, message):
+    with pytest.raises(UserError, match=message):
+      config.build_section(_Drawn, {'shape': shape})
+
+
+@dataclasses.dataclass(frozen=True)
 class _Prepared:
   """A section whose default section differs from the defaults of its own fields."""
 

@@ -16,7 +16,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from vpe_jax.contracts import UserError
 
@@ -83,6 +83,18 @@ def check_sizes(section: Any, path: str = '', **least: int) -> None:
     # Some networks are traced layer by layer, which takes its time.
     most = _MOST_LAYERS if field.name == 'layers' else _MOST
     check(section, path, field.name, max(sizes, default=0) <= most, f'at most {most}')
+
+
+class Tagged:
+  """Annotation of a field that holds a section of one of several kinds.
+
+  The section names its kind in its field `kind` and has the fields of that kind's dataclass.
+
+  Attributes:
+    KINDS: kind -> its frozen dataclass, which has a field `kind`.
+  """
+
+  KINDS: ClassVar[Mapping[str, type]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,16 +276,12 @@ class OptimConfig:
 
 def _factors(text: str) -> tuple[tuple[str, float], ...] | None:
   """The pairs of `optim.multipliers`; None where the text is not a list of them."""
-  pairs = []
-  for entry in filter(None, map(str.strip, text.split(','))):
-    pattern, _, factor = entry.rpartition('=')
-    try:
-      re.compile(pattern)
-      pairs.append((pattern.strip(), float(factor)))
-    except (re.error, ValueError):
-      return None
-  good = all(pattern and 0 < factor < math.inf for pattern, factor in pairs)
-  return tuple(pairs) if good else None
+  entries = [entry.rpartition('=') for entry in text.split(',') if entry.strip()]
+  try:
+    pairs = tuple((re.compile(entry[0].strip()).pattern, float(entry[2])) for entry in entries)
+  except (re.error, ValueError):
+    return None
+  return pairs if all(pattern and 0 < factor < math.inf for pattern, factor in pairs) else None
 
 
 def _spread(value: Any) -> tuple[Any, ...]:
@@ -477,6 +485,11 @@ def build_section(cls: type, values: Mapping[str, Any]) -> Any:
   return _build(cls, dict(values), '', {})
 
 
+def base_section(section: Any, cls: type) -> Any:
+  """The part of a section that its base class `cls` has."""
+  return cls(**{field.name: getattr(section, field.name) for field in dataclasses.fields(cls)})
+
+
 def to_dict(config: Any) -> dict[str, Any]:
   """The config as plain nested dicts and lists: what a checkpoint stores as JSON."""
   if dataclasses.is_dataclass(config):
@@ -542,6 +555,8 @@ def _build(cls: type, values: Mapping[str, Any], path: str, types_of: Mapping[st
 
 def _merged(default: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
   """A section's values; those that are missing come from the section that is the default."""
+  if values.get('kind', default.get('kind')) != default.get('kind'):
+    return dict(values)  # Of another kind: the default has other fields.
   merged = dict(default)
   for name, value in values.items():
     inner = isinstance(value, Mapping) and isinstance(default.get(name), Mapping)
@@ -550,9 +565,14 @@ def _merged(default: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
-  if dataclasses.is_dataclass(hint):
+  tagged = isinstance(hint, type) and issubclass(hint, Tagged)
+  if dataclasses.is_dataclass(hint) or tagged:
     if not isinstance(value, Mapping):
       raise UserError(f"config key '{path}' must be a section, not {value!r}")
+    if tagged:
+      if (kind := value.get('kind')) not in hint.KINDS:
+        raise UserError(f"config key '{path}.kind' is {kind!r}{nearest(str(kind), hint.KINDS)}")
+      hint = hint.KINDS[kind]
     return _build(hint, dict(value), f'{path}.', {})
   origin = typing.get_origin(hint)
   if origin in (typing.Union, types.UnionType):

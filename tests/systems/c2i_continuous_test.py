@@ -170,7 +170,7 @@ def test_without_a_plan_there_is_the_flow_alone():
   system = _system('debug,vpe=false')
   batch = _batch(system)
   assert batch.codes.shape == (4, 0) and system.codes == 0
-  assert 'visual_prompt' not in system.config.model.frozen_weights
+  assert 'visual_prompt' not in system.config.model.frozen
   params = redrawn(jax.jit(system.init)(KEY), 0.2)
   assert 'plan' not in params['embed']
   terms = system.losses(params, {}, batch, KEY, jnp.int32(0), system.stages[0])

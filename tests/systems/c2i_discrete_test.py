@@ -31,7 +31,7 @@ def _system(arg: str = 'debug', **model):
   config = config_file.get_config(arg)
   if not arg.startswith('paper'):
     config.data.update(source='synthetic', image_size=16)
-    config.model.image_codes = {'codes': CODES, 'patch': 1}
+    config.model.image = {'codes': CODES, 'patch': 1}
     config.model.visual_prompt = {'codes': PLAN_CODES, 'siglip': {'image_size': 24, 'patch': 8}}
   config.model.update(model)
   return systems.build(config.to_dict())
@@ -357,7 +357,7 @@ def test_without_a_plan_the_picture_follows_the_class():
   draw = jax.jit(lambda p, r: writing.draw(system.model, settings, p, r, KEY))
   plan, codes = draw(params, _request(_batch(system)))
   assert plan.shape == (4, 0) and codes.shape == (4, 16)
-  assert set(system.config.model.frozen_weights) == {'image', 'image_codes'}
+  assert set(system.config.model.frozen) == {'image', 'image_codes'}
 
 
 @pytest.mark.parametrize('what', program.KINDS)

@@ -184,7 +184,7 @@ def test_what_encoders_do_with_their_weights_is_in_the_fingerprint():
   built = lambda: systems.build(config.to_dict()).config
   before = encode.encoder_settings(built())
   assert encode.encoder_settings(built()) == before
-  config.model.weights = {'image': 'elsewhere.safetensors'}
+  config.model.image = {'weights': 'elsewhere.safetensors'}
   assert encode.encoder_settings(built()) == before
   config.dtype = 'bfloat16'
   other = encode.encoder_settings(built())

@@ -43,16 +43,22 @@ def sampling_sections() -> dict[str, type[SampleConfig]]:
   return {name: importlib.import_module(path).Sampling for name, path in known().items()}
 
 
+def model_section(name: str) -> type:
+  """The type of the `model` section of a system.
+
+  Raises:
+    UserError: there is no such system.
+  """
+  return _module(name).ModelConfig
+
+
 def build(values: Mapping[str, Any]) -> System:
   """The system that a config (as plain nested dicts) asks for.
 
   Raises:
     UserError: the config names no known system, or has a wrong key or value.
   """
-  name, modules = values.get('system'), known()
-  if name not in modules:
-    raise UserError(f"config.system is '{name}'{nearest(str(name), modules)}")
-  module = importlib.import_module(modules[name])
+  module = _module(values.get('system'))
   config = from_dict(values, module.ModelConfig, module.Sampling)
   system = module.System(config)
   averages = lambda index: bool(config.optim_of(index).ema)
@@ -61,3 +67,10 @@ def build(values: Mapping[str, Any]) -> System:
     for index, stage in enumerate(system.stages)
   )
   return system
+
+
+def _module(name: Any) -> ModuleType:
+  modules = known()
+  if name not in modules:
+    raise UserError(f"config.system is '{name}'{nearest(str(name), modules)}")
+  return importlib.import_module(modules[name])

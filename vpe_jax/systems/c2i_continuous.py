@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
-from vpe_jax.codecs import choice
 from vpe_jax.config import Config, SampleConfig, check, check_sizes
 from vpe_jax.contracts import (
   Array,
@@ -35,13 +34,14 @@ from vpe_jax.objectives.flow_matching import FlowConfig
 from vpe_jax.sampling.settings import FlowSampling, TokenSampling
 from vpe_jax.systems import class_rendering
 from vpe_jax.systems.class_to_image import ClassToImage
+from vpe_jax.systems.codec_sections import LatentCodecs
 
 _PLAN_LOSSES = ('accuracy', 'next_token')
 _QWEN = {'vocabulary': 151_936, 'tied': True, 'context': 32_768}  # Qwen2.5-0.5B, beside its layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(choice.CodecsConfig):
+class ModelConfig(LatentCodecs):
   """The `model` section.
 
   Attributes:
@@ -116,7 +116,7 @@ class System(ClassToImage):
       losses |= {'next_token': schedules.Schedule(*given, off=1.0), 'accuracy': 0.0}
     super().__init__(config, losses)
     self._check_guidance(config.sample)
-    self.image = choice.image_codec(c)
+    self.image = c.image.codec()
     sizes = transfusion.TransfusionConfig(
       classes=c.classes + bool(c.drop),
       plan_codes=self.codes,

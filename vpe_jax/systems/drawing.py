@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.codecs import choice
-from vpe_jax.codecs.choice import NoVisualPrompt
 from vpe_jax.codecs.protocol import LatentCodec, PictureCodec, PlanCodec
 from vpe_jax.config import Config, to_dict
 from vpe_jax.contracts import Array, Batch, BatchSpec, FrozenNetwork, Params, PlansVisually
 from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
 from vpe_jax.models import dense
 from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.systems.codec_sections import NoVisualPrompt
 
 
 class DrawingSystem(PlansVisually):
@@ -42,11 +40,7 @@ class DrawingSystem(PlansVisually):
     """The codecs' networks; none where encoded entries are synthetic."""
     if self.config.data.source == 'synthetic':
       return {}
-    model = self.config.model
-    return {
-      name: FrozenNetwork(source, model.published.get(name))
-      for name, source in model.frozen_weights.items()
-    }
+    return self.config.model.frozen
 
   @functools.cached_property
   def preprocess(self) -> PromptAndImage:
@@ -56,11 +50,12 @@ class DrawingSystem(PlansVisually):
   @property
   def encoder_settings(self) -> dict[str, Any]:
     """The codecs' settings."""
-    kinds = (choice.PlanCodecConfig, choice.CodecsConfig, choice.PictureCodesConfig)
-    kinds = [kind for kind in kinds if isinstance(self.config.model, kind)]
-    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)} - {'weights'}
-    settings = {name: to_dict(getattr(self.config.model, name)) for name in sorted(fields)}
-    return settings | {'dtype': self.config.dtype}
+    c = self.config.model
+    settings = {'visual_prompt': to_dict(c.visual_prompt), 'image': to_dict(c.image)}
+    for section in settings.values():  # Weights are known by their fingerprints.
+      for name in [name for name in section if name.endswith('weights')]:
+        del section[name]
+    return settings | {'vpe': c.vpe, 'dtype': self.config.dtype}
 
   def init(self, rng: Array) -> Params:
     """Random initial parameters, float32."""

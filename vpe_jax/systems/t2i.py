@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
-from vpe_jax.codecs import choice, pixels
+from vpe_jax.codecs import pixels
+from vpe_jax.codecs.visual_prompt import TowerVqSection
 from vpe_jax.config import Config, SampleConfig, check, nearest
 from vpe_jax.contracts import (
   Array,
@@ -45,13 +46,14 @@ from vpe_jax.objectives.flow_matching import FlowConfig
 from vpe_jax.sampling import decoding
 from vpe_jax.sampling.settings import FlowSampling, TokenSampling, check_scales
 from vpe_jax.systems import rendering
+from vpe_jax.systems.codec_sections import LatentCodecs
 from vpe_jax.systems.drawing import DrawingSystem
 from vpe_jax.systems.external import External
 from vpe_jax.systems.internal import Internal, Unplanned
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
+class ModelConfig(unified.UnifiedConfig, LatentCodecs):
   """The network's sizes, the frozen codecs, and how the two losses meet.
 
   Attributes:
@@ -112,10 +114,10 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
         'model.inherit takes rows from the codecs of the visual prompt, and model.vpe=False leaves '
         'them out: set model.inherit=0'
       )
-    if self.inherit and self.siglip_vq is not None:
+    if self.inherit and not isinstance(self.visual_prompt, TowerVqSection):
       raise UserError(
-        'model.inherit takes rows from the embedded codecs, and model.siglip_vq takes their place: '
-        'set model.inherit=0'
+        'model.inherit takes rows from a quantiser that was trained here, and '
+        f'model.visual_prompt.kind={self.visual_prompt.kind} is none: set model.inherit=0'
       )
     if self.inherit and self.visual_prompt.encoder != 'siglip':
       raise UserError(
@@ -158,12 +160,12 @@ class System(DrawingSystem):
     self.codes = sizes.codes
     self.logical_axes = unified.LOGICAL_AXES
     self.model = unified.Unified(sizes, jnp.dtype(config.dtype), config.remat, config.attention)
-    self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype))
-    self.image = choice.image_codec(c)
+    self.visual_prompt = c.prompt_codec(jnp.dtype(config.dtype))
+    self.image = c.image.codec()
     self.table = ('model.text_vocab', c.text_vocab)
     # Published tokenizers and towers come without a text tower of our words to compare with.
     tower = c.visual_prompt
-    embedded = c.vpe and c.siglip_vq is None and tower.encoder == 'siglip'
+    embedded = c.vpe and isinstance(tower, TowerVqSection) and tower.encoder == 'siglip'
     # The pooling head reads the last output alone, and the text tower its own words.
     compares = embedded and tower.compares and c.text_vocab <= tower.siglip.vocabulary
     self.plan_rankers = ('likelihood', 'similarity') if compares else ('likelihood',)

@@ -18,7 +18,7 @@ from vpe_jax.sharding import by_path
 from vpe_jax.training.state import State
 
 _CARRIED = ('params/', 'opt_state/', 'ema/', 'examples_seen')  # of the state of a run
-_MEANING = ('data.tokenizer', 'model.weights.', 'model.visual_prompt.', 'model.siglip_vq')
+_MEANING = ('data.tokenizer', 'model.visual_prompt.', 'model.image.')
 _TREES = '(?:params|opt_state/[a-z_]+|ema)/'  # prefixes of a parameter's path in the state
 _PARAMS = 'params/'
 
@@ -150,11 +150,14 @@ def other_meanings(config: Config, run: str, stored: Mapping[str, Any]) -> list[
 
   Words, codes and latents are numbers, whose shapes don't say what they stand for.
   """
+  found = differences(config, stored)
+  # Of codecs of different kinds the kinds alone: their other fields are not comparable.
+  others = tuple(field.removesuffix('kind') for field in found if field.endswith('.kind'))
   return [
     f'{run} was trained with {field}={theirs}, and this run has {ours}: unless both name '
     'the same, what it learned means something else here'
-    for field, (theirs, ours) in differences(config, stored).items()
-    if field.startswith(_MEANING)
+    for field, (theirs, ours) in found.items()
+    if field.startswith(_MEANING) and (field.endswith('.kind') or not field.startswith(others))
   ]
 
 
