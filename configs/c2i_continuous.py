@@ -29,7 +29,7 @@ Left open by the paper, with what is the default here and what else there is:
   S of Eq. 3                     the steps of the branch (config.steps); model.vp_schedule=sigmoid,
                                  linear, constant (always model.ce_start), off (always 1)
   the fork                       carries optimizer and average into both branches, without warm-up
-  times                          logit-normal, not shifted (model.time_shift=1)
+  times                          logit-normal, not shifted (model.flow)
   the null class                 `paper` has none, as it draws without guidance; elsewhere one
                                  example in ten (model.drop) has neither class nor plan
 
@@ -54,7 +54,6 @@ from ml_collections import ConfigDict
 
 from configs import class_images, common
 from vpe_jax.checkpoints.families import wan_vae
-from vpe_jax.codecs.choice import SiglipVqView
 from vpe_jax.config import to_dict
 
 PACK = 10_240  # tokens of the paper's packed rows
@@ -135,12 +134,13 @@ def _paper(config: ConfigDict, vpe: bool) -> None:
     'patch': 2,
     'body': _body(896, 4864, 24, 14, 2),
     'init_from': 'Qwen/Qwen2.5-0.5B',
-    'siglip_vq': to_dict(SiglipVqView(image_size=176)),
-    'vae': to_dict(wan_vae.BARE) | {'family': 'wan_vae'},
-    'weights': {
-      'siglip_vq': 'zai-org/GLM-Image:vision_language_encoder',
-      'image': 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers:vae',
+    'visual_prompt': {
+      'kind': 'siglip_vq',
+      'image_size': 176,
+      'weights': 'zai-org/GLM-Image:vision_language_encoder',
     },
+    'image': to_dict(wan_vae.BARE)
+    | {'kind': 'wan_vae', 'weights': 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers:vae'},
   }
   config.optim = {'lr': 1e-4, 'warmup': 2000, 'b2': 0.95, 'eps': 1e-15, 'ema': 0.9999}
   config.sample = {'steps': 49, 'shift': 3.0, 'guidance': 1.0, 'min_p': 0.0}

@@ -55,7 +55,6 @@ from ml_collections import ConfigDict
 
 from configs import class_images, common
 from vpe_jax.checkpoints.families import ibq
-from vpe_jax.codecs.choice import SiglipVqView
 from vpe_jax.config import to_dict
 
 
@@ -130,12 +129,13 @@ def _paper(config: ConfigDict) -> None:
     'mlp_dropout': 0.1,
     # A quarter of the picture: at 2 pictures a device all their logits are 1.2 GB.
     'logits_chunk': 256,
-    'siglip_vq': to_dict(SiglipVqView(image_size=224)),
-    'vqgan': to_dict(ibq.BARE) | {'family': 'ibq', 'image_size': 512},
-    'weights': {
-      'siglip_vq': 'zai-org/GLM-Image:vision_language_encoder',
-      'vqgan': 'BAAI/Emu3.5-VisionTokenizer',
+    'visual_prompt': {
+      'kind': 'siglip_vq',
+      'image_size': 224,
+      'weights': 'zai-org/GLM-Image:vision_language_encoder',
     },
+    'image': to_dict(ibq.BARE)
+    | {'kind': 'ibq', 'image_size': 512, 'weights': 'BAAI/Emu3.5-VisionTokenizer'},
   }
   config.optim = {'lr': 1e-4, 'warmup': 0, 'b2': 0.95, 'weight_decay': 0.05, 'ema': 0.0}
   config.sample = {'guidance': 1.0, 'plan_guidance': 1.0, 'min_p': 0.0}

@@ -15,8 +15,8 @@ Appendix F): `encoder=siglip2|dinov2|clip`, with --config.model.encoder_weights=
 a hub id, and its sizes in model.visual_prompt.{siglip2,dinov2,clip} where it isn't the release that
 these are of. Features are the normed last output of SigLIP 2 and DINOv2 and the last but one layer
 of CLIP, or those after `model.visual_prompt.depth` layers. A generator reads such codes with
---config.model.visual_prompt.encoder=dinov2 --config.model.weights.encoder=FOLDER
---config.model.weights.visual_prompt=runs/visual_prompt.safetensors (and model.inherit=0: its words
+--config.model.visual_prompt.encoder=dinov2 --config.model.visual_prompt.tower_weights=FOLDER
+--config.model.visual_prompt.weights=runs/visual_prompt.safetensors (and model.inherit=0: its words
 are the embedded SigLIP's).
 
 Shipped weights, on 2 shared CPU cores, measured on 512 held-out pictures: `visual_prompt` (0.20M

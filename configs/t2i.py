@@ -59,7 +59,6 @@ from ml_collections import ConfigDict
 
 from configs import common
 from vpe_jax.checkpoints.families import wan_vae
-from vpe_jax.codecs.choice import SiglipVqView
 from vpe_jax.config import to_dict
 
 
@@ -119,7 +118,7 @@ def _embedded(config: ConfigDict) -> None:
     'patch': 2,
     'layout': 'patch',
     'multiple': 1,
-    'time_shift': 1.0,
+    'flow': {'shift_by': 'constant'},
   }
 
 
@@ -189,12 +188,9 @@ def _paper(config: ConfigDict) -> None:
     'dit': dict(expert),
     'dual_path': {'table': 27, 'encoder': {'width': 1152, 'layers': 26, 'heads': 16, 'mlp': 4304}},
     'head': _expert(2048, 8192, 10, 32, 8),
-    'siglip_vq': to_dict(SiglipVqView()),
-    'vae': to_dict(wan_vae.BARE) | {'family': 'wan_vae'},
-    'weights': {
-      'siglip_vq': 'zai-org/GLM-Image:vision_language_encoder',
-      'image': 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers:vae',
-    },
+    'visual_prompt': {'kind': 'siglip_vq', 'weights': 'zai-org/GLM-Image:vision_language_encoder'},
+    'image': to_dict(wan_vae.BARE)
+    | {'kind': 'wan_vae', 'weights': 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers:vae'},
   }
   config.optim = {'lr': 1e-4, 'warmup': 2000, 'ema': 0.9995}
   # 480 = 32 x 15 and 192 = 32 x 6: the batch goes to 32 devices, each layer to what is left.

@@ -8,6 +8,7 @@ from configs import t2i
 from vpe_jax import config
 from vpe_jax.contracts import UserError
 from vpe_jax.models import mot
+from vpe_jax.systems import t2i as t2i_system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,8 @@ def _build(key, value):
     'stages': ('a', 'b'), 'steps': (1, 2), 'batch_size': (8,),
   }  # fmt: skip
   section, dot, name = key.rpartition('.')
-  return config.from_dict(values | ({section: {name: value}} if dot else {key: value}), _Model)
+  values |= {section: {name: value}} if dot else {key: value}
+  return config.from_dict(values, _Model, t2i_system.Sampling)
 
 
 def test_remat_names_are_those_of_the_networks():
@@ -53,6 +55,11 @@ def test_remat_names_are_those_of_the_networks():
     ('optim.b1', 0.0, 1.0, "'optim.b1' is 1.0: it must be at least 0 and below 1"),
     ('optim.b2', 0.0, -0.1, "'optim.b2' is -0.1"),
     ('optim.clip', 0.0, -1.0, "'optim.clip' is -1.0"),
+    ('optim.name', 'muon', 'adam', "'optim.name' is 'adam': it must be one of adamw, adafactor"),
+    ('optim.schedule', 'rsqrt', 'cos', "'optim.schedule' is 'cos': it must be one of constant"),
+    ('optim.mu_dtype', 'bfloat16', 'half', "'optim.mu_dtype' is 'half'"),
+    ('optim.multipliers', 'a=.5,(b|c).*=2', 'a=0', "'optim.multipliers' is 'a=0'"),
+    ('optim.multipliers', ('', 'a=2'), '(=2', r"'optim.multipliers' is '\(=2'"),
     ('optim.weight_decay', 0.0, float('nan'), "'optim.weight_decay' is nan"),
     ('data.scenes_share', 1.0, 1.01, "'data.scenes_share' is 1.01: it must be between 0 and 1"),
     ('data.encode', 'cached', 'later', "'data.encode' is 'later': it must be one of online, ca"),
@@ -124,6 +131,77 @@ class _Nested:
 def test_a_size_is_named_where_it_stands(values, message):
   with pytest.raises(UserError, match=message):
     config.build_section(_Nested, {'tower': values})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Round:
+  """One kind of shape."""
+
+  kind: str = 'round'
+  radius: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Square:
+  """Another."""
+
+  side: int
+  kind: str = 'square'
+
+
+class _Shape(config.Tagged):
+  """Any of them."""
+
+  KINDS = {'round': _Round, 'square': _Square, 'rectangle': _Square}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+  """A section with a tagged one."""
+
+  shape: _Shape = _Round(radius=3)
+
+
+class TestTagged:
+  @pytest.mark.parametrize(
+    'values, built',
+    [
+      ({}, _Round(radius=3)),
+      ({'shape': {'kind': 'round'}}, _Round(radius=3)),
+      ({'shape': {'radius': 5}}, _Round(radius=5)),
+      ({'shape': {'kind': 'square', 'side': 2}}, _Square(2)),
+      ({'shape': {'kind': 'rectangle', 'side': 2}}, _Square(2, 'rectangle')),
+    ],
+  )
+  def test_a_section_has_the_fields_of_its_kind(self, values, built):
+    section = config.build_section(_Drawn, values)
+    assert section.shape == built
+    assert config.build_section(_Drawn, config.to_dict(section)) == section
+
+  @pytest.mark.parametrize(
+    'shape, message',
+    [
+      ({'kind': 'squar'}, "'shape.kind' is 'squar'; did you mean 'square'"),
+      ({'kind': 'square', 'radius': 1}, "unknown config key 'shape.radius'"),
+      ({'kind': 'square'}, "'shape.side' is missing"),
+      (7, "'shape' must be a section"),
+    ],
+  )
+  def test_mistakes_are_named(self, shape, message):
+    with pytest.raises(UserError, match=message):
+      config.build_section(_Drawn, {'shape': shape})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prepared:
+  """A section whose default section differs from the defaults of its own fields."""
+
+  tower: _Sizes = _Sizes(3, depth=5)
+
+
+def test_a_section_that_is_given_in_part_keeps_the_rest_of_its_default():
+  built = config.build_section(_Prepared, {'tower': {'ends': (4, 4)}})
+  assert built.tower == _Sizes(3, (4, 4), 5)
 
 
 @pytest.mark.parametrize('value', [None, 1.5, 'abc', True])

@@ -295,7 +295,7 @@ def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
       'main',
       CONFIG,
       next(places),
-      '--config.model.weights.siglip=nowhere.safetensors',
+      '--config.model.visual_prompt.tower_weights=nowhere.safetensors',
     ),
     'indivisible batch': ('main', CONFIG, next(places), '--config.batch_size=(6, 6)'),
     'unreadable image': (

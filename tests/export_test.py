@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import codec as config_file
+from configs import t2i
 from vpe_jax import export, rng, systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import to_dict
@@ -41,11 +42,21 @@ def test_a_network_is_written_rounded_with_the_run_s_story(run, tmp_path):
   np.testing.assert_array_equal(stored['encoder']['start']['kernel'], rounded)
 
 
-def test_other_settings_of_the_drawing_can_be_stored(run, tmp_path):
-  to = str(tmp_path / 'image.safetensors')
-  metadata = export.export('runs/x', to, 'image', guidance=2.5, min_p=None)
+def test_other_sampling_settings_can_be_stored(monkeypatch, tmp_path):
+  config = systems.build(t2i.get_config('debug').to_dict()).config
+  said = {'config': json.dumps(to_dict(config)), 'step': '4', 'weights': 'ema'}
+  monkeypatch.setattr(weights, 'load_run', lambda workdir, which: ({'x': jnp.ones(2)}, said))
+  to = str(tmp_path / 'all.safetensors')
+  metadata = export.export('runs/x', to, guidance=2.5, min_p=None)
   sample = json.loads(metadata['config'])['sample']
-  assert sample == to_dict(run[0].config.sample) | {'guidance': 2.5}
+  assert sample == to_dict(config.sample) | {'guidance': 2.5}
+  with pytest.raises(UserError, match='image_guidance'):
+    export.export('runs/x', str(tmp_path / 'none.safetensors'), image_guidance=2.0)
+
+
+def test_settings_of_a_run_without_a_sampler_are_unknown(run, tmp_path):
+  with pytest.raises(UserError, match="'guidance'; there are none here"):
+    export.export('runs/x', str(tmp_path / 'image.safetensors'), 'image', guidance=2.5)
 
 
 def test_settings_out_of_range_are_refused_before_anything_is_written(run, tmp_path):

@@ -1,9 +1,12 @@
 """Front doors: flags, mistakes, and folders that can't be written to."""
 
+import functools
 import subprocess
 import sys
+import types
 
 import pytest
+from absl import flags
 
 from vpe_jax import front_door
 from vpe_jax.contracts import UserError
@@ -58,6 +61,40 @@ def test_a_mistake_is_one_line_and_status_2(argument, message):
   assert (done.returncode, done.stdout) == (2, '')
   assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
   assert message in done.stderr
+
+
+@pytest.fixture
+def settings(monkeypatch):
+  """Reads a command line and returns the sampling settings in it."""
+  values = flags.FlagValues()
+  kinds = (flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool)
+  own = {one.__name__: functools.partial(one, flag_values=values) for one in kinds}
+  monkeypatch.setattr(front_door, 'flags', types.SimpleNamespace(FLAGS=values, **own))
+  own['DEFINE_integer']('steps', 7, 'of the command')
+  front_door.define_settings()
+
+  def read(*args):
+    values(['command', *args])
+    return front_door.settings()
+
+  read.flags = values
+  return read
+
+
+def test_settings_have_a_flag_each_and_another_with_a_prefix(settings):
+  assert settings('--guidance=2', '--sample.top_k=5') == {'guidance': 2.0, 'top_k': 5}
+  assert 'guidance scale' in settings.flags['image_guidance'].help
+
+
+def test_a_name_that_the_command_has_is_a_setting_with_a_prefix_alone(settings):
+  assert settings('--steps=3') == {}
+  assert settings('--sample.steps=4') == {'steps': 4}
+
+
+def test_a_setting_given_twice_is_named(settings):
+  assert settings('--guidance=2', '--sample.guidance=2') == {'guidance': 2.0}
+  with pytest.raises(UserError, match='--guidance=2.0 and --sample.guidance=3.0 are the same'):
+    settings('--guidance=2', '--sample.guidance=3')
 
 
 def test_a_folder_is_checked_and_left_as_it_was(tmp_path):

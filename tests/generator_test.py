@@ -16,11 +16,11 @@ from vpe_jax import generator as generator_lib
 from vpe_jax import rng as rng_lib
 from vpe_jax import systems
 from vpe_jax.checkpoints import weights
-from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import BatchSpec, Generated, Samples, UserError
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.generator import Generator
 from vpe_jax.sampling import images
+from vpe_jax.systems.t2i import Sampling
 
 
 class _Dice(Samples):
@@ -32,7 +32,7 @@ class _Dice(Samples):
 
   def __init__(self):
     data = types.SimpleNamespace(text_length=16, image_size=4)
-    self.config = types.SimpleNamespace(data=data, sample=SampleConfig(steps=7))
+    self.config = types.SimpleNamespace(data=data, sample=Sampling(steps=7))
     self.batches = []  # batch size of each trace
 
   def batch_spec(self, batch_size):
@@ -119,8 +119,8 @@ def test_given_codes_are_rendered():
 
 def test_settings_start_from_the_runs_own():
   draws = _dice()
-  assert draws.settings() == SampleConfig(steps=7)
-  assert draws.settings(guidance=2.0, top_k=None) == SampleConfig(steps=7, guidance=2.0)
+  assert draws.settings() == Sampling(steps=7)
+  assert draws.settings(guidance=2.0, top_k=None) == Sampling(steps=7, guidance=2.0)
   with pytest.raises(UserError, match="did you mean 'guidance'"):
     draws.settings(guidence=2.0)
   with pytest.raises(UserError, match='guidance.* is nan: it must be a finite number'):
@@ -134,7 +134,7 @@ def test_pictures_say_how_they_were_made(tmp_path):
   picture = draws('a red fox', n=2, seed=9, settings=draws.settings(top_k=5))[1]
   picture.save(tmp_path / 'x.png')
   said = Image.open(tmp_path / 'x.png').text
-  assert json.loads(said.pop('settings')) == dataclasses.asdict(SampleConfig(steps=7, top_k=5))
+  assert json.loads(said.pop('settings')) == dataclasses.asdict(Sampling(steps=7, top_k=5))
   assert said == {
     'prompt': 'a red fox',
     'seed': '9',
@@ -237,7 +237,7 @@ def test_load_refuses_damaged_weights_in_one_line(tmp_path, change, said, messag
 
 def test_load_refuses_networks_that_do_not_draw_for_it(tmp_path):
   config = json.loads(weights.load('assets:tiny')[1]['config'])
-  config['model']['weights'] = {'image': 'assets:visual_prompt'}
+  config['model']['image']['weights'] = 'assets:visual_prompt'
   path = _tampered(str(tmp_path / 'x.safetensors'), lambda p: None, config=json.dumps(config))
   with pytest.raises(UserError, match='image=assets:visual_prompt.* do not fit') as error:
     Generator.load(path)

@@ -16,13 +16,15 @@ import re
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from vpe_jax.contracts import UserError
 
 DTYPES = ('float32', 'bfloat16')
 REMATS = ('none', 'full', 'attention', 'dots')  # keys of models.mot.REMAT, not importable here
 ATTENTIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'cudnn')  # of ops.attention
+OPTIMIZERS = ('adamw', 'adafactor', 'muon')  # keys of training.optimizer.OPTIMIZERS
+SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt')  # keys of training.optimizer.SCHEDULES
 STARTS = ('raw', 'ema', 'state')  # what a run takes from another, see Config.start_weights
 
 
@@ -81,6 +83,18 @@ def check_sizes(section: Any, path: str = '', **least: int) -> None:
     # Some networks are traced layer by layer, which takes its time.
     most = _MOST_LAYERS if field.name == 'layers' else _MOST
     check(section, path, field.name, max(sizes, default=0) <= most, f'at most {most}')
+
+
+class Tagged:
+  """Annotation of a field that holds a section of one of several kinds.
+
+  The section names its kind in its field `kind` and has the fields of that kind's dataclass.
+
+  Attributes:
+    KINDS: kind -> its frozen dataclass, which has a field `kind`.
+  """
+
+  KINDS: ClassVar[Mapping[str, type]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,45 +186,102 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW with linear warm-up to a constant rate. Each field has one value, or one a stage.
+  """The optimizer and its learning rate. Each field has one value, or one per stage.
 
-  `accumulate` is the number of microbatches a step's batch is cut into; `clip` bounds the global
-  gradient norm (0: off); `ema` is the decay of the parameter average (0: none is kept).
+  Attributes:
+    name: `adamw`; `adafactor`, whose second moments are factored into rows and columns (no first
+      moment: `b1`, `b2`, `eps` and `mu_dtype` are not used, and its rates are relative to the
+      size of each parameter); `muon`, for matrices inside the network, with AdamW for the rest.
+    lr: the peak learning rate.
+    schedule: after warm-up: `constant`; `cosine` or `linear`, down to `lr_end`; or `rsqrt`, in
+      proportion to 1 / sqrt(step), never below `lr_end`.
+    warmup: steps of linear warm-up; the rate reaches `lr` in the last of them.
+    lr_end: rate at the end of a decay.
+    decay_steps: length of `cosine` and `linear`, warm-up included (0: all steps of the stage).
+    multipliers: `PATTERN=FACTOR,PATTERN=FACTOR`: the rate of parameters whose path matches a
+      regular expression from its start (as in Stage.trainable) is multiplied by a factor above 0.
+      The first match counts; other parameters have factor 1. One text rather than a section, as
+      keys of sections can't contain the dots of regular expressions.
+    b1: decay of the first moment of AdamW; of those parameters that Muon leaves to AdamW, too.
+    b2: decay of the second moment, as `b1`.
+    eps: term of AdamW's denominator, and of Muon's norms.
+    momentum: decay of Muon's momentum.
+    mu_dtype: dtype in which first moments and momentum are stored, `float32` or `bfloat16`.
+    weight_decay: decoupled decay per step in units of the learning rate; none on biases and scales.
+    clip: bound of the global gradient norm (0: off).
+    accumulate: number of microbatches that the batch of a step is divided into.
+    ema: decay of the parameter average (0: no average).
   """
 
+  name: str | tuple[str, ...] = 'adamw'
   lr: float | tuple[float, ...] = 1e-3
+  schedule: str | tuple[str, ...] = 'constant'
   warmup: int | tuple[int, ...] = 50
+  lr_end: float | tuple[float, ...] = 0.0
+  decay_steps: int | tuple[int, ...] = 0
+  multipliers: str | tuple[str, ...] = ''
   b1: float | tuple[float, ...] = 0.9
   b2: float | tuple[float, ...] = 0.999
   eps: float | tuple[float, ...] = 1e-8
+  momentum: float | tuple[float, ...] = 0.95
+  mu_dtype: str | tuple[str, ...] = 'float32'
   weight_decay: float | tuple[float, ...] = 0.0
   clip: float | tuple[float, ...] = 1.0
   accumulate: int | tuple[int, ...] = 1
   ema: float | tuple[float, ...] = 0.9995
 
   def __post_init__(self) -> None:
-    check_sizes(self, 'optim.', warmup=0)
+    check_sizes(self, 'optim.', warmup=0, decay_steps=0)
     of = lambda name: _spread(getattr(self, name))
+    words = {'name': OPTIMIZERS, 'schedule': SCHEDULES, 'mu_dtype': DTYPES}
+    for name, known in words.items():
+      good = all(value in known for value in of(name))
+      check(self, 'optim.', name, good, f'one of {", ".join(known)}')
     good = all(0 < value < math.inf for value in of('lr'))
     check(self, 'optim.', 'lr', good, 'above 0 and finite')
-    for name in ('b1', 'b2', 'ema'):
+    for name in ('b1', 'b2', 'momentum', 'ema'):
       good = all(0 <= value < 1 for value in of(name))
       check(self, 'optim.', name, good, 'at least 0 and below 1')
-    for name in ('eps', 'weight_decay', 'clip'):
+    for name in ('lr_end', 'eps', 'weight_decay', 'clip'):
       good = all(0 <= value < math.inf for value in of(name))
       check(self, 'optim.', name, good, 'at least 0 and finite')
+    good = all(_factors(text) is not None for text in of('multipliers'))
+    example = 'PATTERN=FACTOR,... with regular expressions and factors above 0, as encoder/=0.5'
+    check(self, 'optim.', 'multipliers', good, example)
 
-  def of(self, stage: int) -> OptimConfig:
-    """The settings of one stage: every field is a single value."""
+  @property
+  def factors(self) -> tuple[tuple[str, float], ...]:
+    """The pairs (regular expression, factor) of `multipliers`; of settings of one stage."""
+    return _factors(self.multipliers)
+
+  def of(self, stage: int, steps: int = 0) -> OptimConfig:
+    """The settings of one stage: every field is a single value.
+
+    Args:
+      stage: its index.
+      steps: of the stage, which `decay_steps` of 0 stands for.
+    """
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     one = lambda value: value[stage] if isinstance(value, tuple) else value
-    return OptimConfig(**{name: one(value) for name, value in values.items()})
+    settings = {name: one(value) for name, value in values.items()}
+    settings['decay_steps'] = settings['decay_steps'] or steps
+    return OptimConfig(**settings)
 
   def check_stages(self, count: int) -> None:
     """Refuses a field that has neither one value nor one a stage."""
     for field in dataclasses.fields(self):
       good = not isinstance(value := getattr(self, field.name), tuple) or len(value) == count
       check(self, 'optim.', field.name, good, f'one value, or one a stage ({count})')
+
+
+def _factors(text: str) -> tuple[tuple[str, float], ...] | None:
+  """The pairs of `optim.multipliers`; None where the text is not a list of them."""
+  entries = [entry.rpartition('=') for entry in text.split(',') if entry.strip()]
+  try:
+    pairs = tuple((re.compile(entry[0].strip()).pattern, float(entry[2])) for entry in entries)
+  except (re.error, ValueError):
+    return None
+  return pairs if all(pattern and 0 < factor < math.inf for pattern, factor in pairs) else None
 
 
 def _spread(value: Any) -> tuple[Any, ...]:
@@ -238,34 +309,14 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-  """How pictures are drawn, in training previews and by `vpe_jax.sample` alike.
+  """Sampling settings of a system: base of its `Sampling`, the type of its `sample` section.
 
-  `shift` moves the flow's time grid towards noise, `guidance` is the classifier-free scale (1:
-  conditional branch only, 0: null branch only); temperature, top_k (0: off), top_p and min_p act
-  on the visual prompt, and so does `plan_guidance`, the scale by which its logits are led away from
-  those without text (1: off; a system that was trained with `model.drop_text` can do it). Of edits,
-  `guidance` leads away from those without instruction, `image_guidance` from those without the
-  picture before (1: no further branch is needed).
+  A system that samples composes its own of the groups in vpe_jax.sampling.settings; this one, for
+  the others, has none.
   """
-
-  steps: int = 25
-  shift: float = 3.0
-  guidance: float = 3.0
-  temperature: float = 1.0
-  top_k: int = 0
-  top_p: float = 1.0
-  min_p: float = 0.03
-  plan_guidance: float = 1.0
-  image_guidance: float = 1.0
 
   def __post_init__(self) -> None:
     check_sizes(self, 'sample.')
-    for name in ('guidance', 'temperature', 'plan_guidance', 'image_guidance'):
-      check(self, 'sample.', name, math.isfinite(getattr(self, name)), 'a finite number')
-    check(self, 'sample.', 'temperature', self.temperature >= 0, '0 (greedy) or positive')
-    check(self, 'sample.', 'shift', 0 < self.shift < math.inf, 'a positive number')
-    check(self, 'sample.', 'top_p', 0 < self.top_p <= 1, 'above 0 and at most 1 (off)')
-    check(self, 'sample.', 'min_p', 0 <= self.min_p <= 1, 'between 0 (off) and 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,6 +371,7 @@ class Config:
       where a scan copies what the backward pass needs; compiles longer.
     quick_compile: whether programs are compiled fast rather than to run fast, for runs of seconds.
     model: the system's own section.
+    sample: the system's own sampling settings.
     evals: evaluators that run in the training loop, by name (vpe_jax.evaluation.evaluator): each
       has `every`, the steps between two runs (0: never), and its own options. They run at the end
       of each stage, too.
@@ -367,18 +419,25 @@ class Config:
         raise UserError(f"config.start is '{self.start}': name a run after {entry}")
     return found
 
+  def optim_of(self, stage: int) -> OptimConfig:
+    """The optimizer's settings in one stage; a decay without a length takes all of its steps."""
+    return self.optim.of(stage, self.steps[stage])
+
   def is_started(self, *groups: str) -> bool:
     """Whether `start` names runs for all parameters whose paths begin with these."""
     return bool(self.start) and ('' in self.starts or set(groups) <= self.starts.keys())
 
 
-def from_dict(values: Mapping[str, Any], model: type) -> Config:
-  """Builds a Config whose `model` section has type `model`.
+def from_dict(
+  values: Mapping[str, Any], model: type, sample: type[SampleConfig] = SampleConfig
+) -> Config:
+  """Builds a Config whose sections `model` and `sample` have these types.
 
   Raises:
     UserError: a key is unknown, missing, or holds a value of the wrong type or out of range.
   """
-  config = _build(Config, dict(values), '', {'model': model})
+  types_of = {'model': model, 'sample': sample}
+  config = _build(Config, {'sample': {}, **values}, '', types_of)
   words = {'dtype': DTYPES, 'remat': REMATS, 'attention': ATTENTIONS, 'start_weights': STARTS}
   for name, known in words.items():
     word = getattr(config, name)
@@ -426,6 +485,11 @@ def build_section(cls: type, values: Mapping[str, Any]) -> Any:
   return _build(cls, dict(values), '', {})
 
 
+def base_section(section: Any, cls: type) -> Any:
+  """The part of a section that its base class `cls` has."""
+  return cls(**{field.name: getattr(section, field.name) for field in dataclasses.fields(cls)})
+
+
 def to_dict(config: Any) -> dict[str, Any]:
   """The config as plain nested dicts and lists: what a checkpoint stores as JSON."""
   if dataclasses.is_dataclass(config):
@@ -453,7 +517,7 @@ def differences(ours: Config, stored: Mapping[str, Any]) -> dict[str, tuple[Any,
   """
   # A stored field that exists no more is a difference.
   with contextlib.suppress(UserError):
-    stored = to_dict(from_dict(stored, type(ours.model)))
+    stored = to_dict(from_dict(stored, type(ours.model), type(ours.sample)))
   old, new = flatten(stored), flatten(to_dict(ours))
   keys = sorted(old.keys() | new.keys())
   return {k: (old.get(k), new.get(k)) for k in keys if old.get(k) != new.get(k)}
@@ -462,6 +526,8 @@ def differences(ours: Config, stored: Mapping[str, Any]) -> dict[str, tuple[Any,
 def nearest(word: str, known: typing.Iterable[str]) -> str:
   """`; did you mean 'x'?` for the known word that is closest, or the list of all of them."""
   known = sorted(known)
+  if not known:
+    return '; there are none here'
   close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
   return f"; did you mean '{close[0]}'?" if close else f'; known: {", ".join(known)}'
 
@@ -475,7 +541,10 @@ def _build(cls: type, values: Mapping[str, Any], path: str, types_of: Mapping[st
   built = {}
   for name, field in fields.items():
     if name in values:
-      built[name] = _value(hints[name], values[name], f'{path}{name}')
+      value = values[name]
+      if dataclasses.is_dataclass(field.default) and isinstance(value, Mapping):
+        value = _merged(to_dict(field.default), value)
+      built[name] = _value(hints[name], value, f'{path}{name}')
     elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
       raise UserError(f"config key '{path}{name}' is missing")
   try:
@@ -484,10 +553,26 @@ def _build(cls: type, values: Mapping[str, Any], path: str, types_of: Mapping[st
     raise _OutOfRange(error.name, error.words, path) from error
 
 
+def _merged(default: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+  """A section's values; those that are missing come from the section that is the default."""
+  if values.get('kind', default.get('kind')) != default.get('kind'):
+    return dict(values)  # Of another kind: the default has other fields.
+  merged = dict(default)
+  for name, value in values.items():
+    inner = isinstance(value, Mapping) and isinstance(default.get(name), Mapping)
+    merged[name] = _merged(default[name], value) if inner else value
+  return merged
+
+
 def _value(hint: Any, value: Any, path: str) -> Any:
-  if dataclasses.is_dataclass(hint):
+  tagged = isinstance(hint, type) and issubclass(hint, Tagged)
+  if dataclasses.is_dataclass(hint) or tagged:
     if not isinstance(value, Mapping):
       raise UserError(f"config key '{path}' must be a section, not {value!r}")
+    if tagged:
+      if (kind := value.get('kind')) not in hint.KINDS:
+        raise UserError(f"config key '{path}.kind' is {kind!r}{nearest(str(kind), hint.KINDS)}")
+      hint = hint.KINDS[kind]
     return _build(hint, dict(value), f'{path}.', {})
   origin = typing.get_origin(hint)
   if origin in (typing.Union, types.UnionType):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging as standard_logging
 import os
+import re
 import sys
+import typing
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from vpe_jax import devices, storage
-from vpe_jax.config import SampleConfig
+from vpe_jax import devices, storage, systems
 from vpe_jax.contracts import UserError
+
+_SAMPLE = 'sample.'  # prefix of the flags of sampling settings
 
 
 def run(
@@ -82,21 +86,59 @@ def new_file(flag: str, given: str, overwrite: bool) -> str:
 
 
 def define_settings() -> None:
-  """Defines a flag for every setting of the drawing; those not given keep the run's value."""
-  flags.DEFINE_float('guidance', None, 'classifier-free scale; 1 is off')
-  flags.DEFINE_integer('steps', None, 'steps of the flow')
-  flags.DEFINE_float('shift', None, 'time shift of the flow towards noise')
-  flags.DEFINE_float('temperature', None, 'of the visual prompt; 0 is greedy')
-  flags.DEFINE_integer('top_k', None, 'draw from the k likeliest codes; 0 is off')
-  flags.DEFINE_float('top_p', None, 'draw from the likeliest codes up to this total; 1 is off')
-  flags.DEFINE_float('min_p', None, 'least share of the likeliest code; 0 is off')
-  flags.DEFINE_float('plan_guidance', None, 'of the visual prompt towards the text; 1 is off')
-  flags.DEFINE_float('image_guidance', None, 'of an edit towards the picture before; 1 is off')
+  """Defines the flags --NAME and --sample.NAME for every sampling setting of any system.
+
+  Settings that are not given keep the run's value. A name that another flag of the command has
+  is a setting as --sample.NAME alone.
+  """
+  define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
+  for name, (kind, text) in _all_settings().items():
+    for flag, words in ((name, text), (f'{_SAMPLE}{name}', f'as --{name}')):
+      if flag not in flags.FLAGS:
+        define[kind](flag, None, words)
 
 
-def settings() -> dict[str, int | float | None]:
-  """The values of those flags by name, None where one is not given."""
-  return {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(SampleConfig)}
+def settings() -> dict[str, int | float | bool]:
+  """The settings that these flags give, by name.
+
+  Raises:
+    UserError: one is given twice, with different values.
+  """
+  given: dict[str, int | float | bool] = {}
+  for name in _all_settings():
+    ours = [flag for flag in (name, f'{_SAMPLE}{name}') if _is_setting(flag)]
+    values = {flag: flags.FLAGS[flag].value for flag in ours if flags.FLAGS[flag].present}
+    if len(set(values.values())) > 1:
+      listed = ' and '.join(f'--{flag}={value}' for flag, value in values.items())
+      raise UserError(f'{listed} are the same setting: give one of them')
+    if values:
+      given[name] = next(iter(values.values()))
+  return given
+
+
+def _is_setting(flag: str) -> bool:
+  """Whether `define_settings` defined a flag."""
+  return flag in flags.FLAGS and flags.FLAGS.find_module_defining_flag(flag) == __name__
+
+
+def _all_settings() -> dict[str, tuple[type, str]]:
+  """Type and documentation of every sampling setting of any system, by name."""
+  found: dict[str, tuple[type, str]] = {}
+  for section in systems.sampling_sections().values():
+    hints, docs = typing.get_type_hints(section), _field_docs(section)
+    for field in dataclasses.fields(section):
+      found.setdefault(field.name, (hints[field.name], docs[field.name]))
+  return found
+
+
+def _field_docs(section: type) -> dict[str, str]:
+  """The documentation of a dataclass's fields, from the `Attributes` of it and its bases."""
+  docs: dict[str, str] = {}
+  for base in reversed(section.__mro__):
+    _, _, attributes = inspect.cleandoc(base.__doc__ or '').partition('Attributes:\n')
+    for match in re.finditer(r'^  (\w+): (.*(?:\n    .*)*)', attributes, re.MULTILINE):
+      docs[match[1]] = ' '.join(match[2].split()).rstrip('.')
+  return docs
 
 
 def check_folder(folder: str) -> None:

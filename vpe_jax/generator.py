@@ -171,14 +171,16 @@ class Generator:
     """The run's own sampling settings, with some fields replaced; None keeps the run's own.
 
     Raises:
-      UserError: a name that isn't a field of SampleConfig.
+      UserError: a name that isn't a field of the system's sampling settings, or a value that is
+        out of range.
     """
-    known = [field.name for field in dataclasses.fields(SampleConfig)]
+    own = self.system.config.sample
+    known = [field.name for field in dataclasses.fields(own)]
     for name in overrides:
       if name not in known:
-        raise UserError(f"unknown sampling setting '{name}'{nearest(name, known)}")
+        raise UserError(f"this model has no sampling setting '{name}'{nearest(name, known)}")
     values = {name: value for name, value in overrides.items() if value is not None}
-    return dataclasses.replace(self.system.config.sample, **values)
+    return dataclasses.replace(own, **values)
 
   def __call__(
     self,
@@ -329,9 +331,7 @@ class Generator:
       expected = (count, *spec.encoded[name].shape[1:])
       array = np.asarray(array, spec.encoded[name].dtype)
       if array.shape not in (expected, expected[1:]):
-        raise UserError(
-          f'{name} has shape {array.shape}: {expected} or {expected[1:]} is needed'
-        )
+        raise UserError(f'{name} has shape {array.shape}: {expected} or {expected[1:]} is needed')
       last = spec.codebooks.get(name, 0) - 1
       if last >= 0 and not 0 <= array.min() <= array.max() <= last:
         raise UserError(

@@ -213,7 +213,7 @@ def param_shardings(abstract_tree: Any, table: AxesTable, mesh: Mesh, strategy: 
   """
   leaves = by_path(abstract_tree)
   shardings = [
-    NamedSharding(mesh, _spec(tuple(leaf.shape), _names(path, leaf.shape, table), mesh, strategy))
+    NamedSharding(mesh, _spec(leaf.shape, axis_names(path, leaf.shape, table), mesh, strategy))
     for path, leaf in leaves.items()
   ]
   return jax.tree.unflatten(jax.tree.structure(abstract_tree), shardings)
@@ -404,7 +404,12 @@ def _ending(pattern: str) -> re.Pattern[str]:
   return re.compile(f'(?:^|/)(?:{pattern})$')
 
 
-def _names(path: str, shape: tuple[int, ...], table: AxesTable) -> tuple[str | None, ...]:
+def axis_names(path: str, shape: tuple[int, ...], table: AxesTable) -> tuple[str | None, ...]:
+  """The name of each dimension of a leaf, None where it has none; see `param_shardings`.
+
+  Raises:
+    UserError: no row of the table fits.
+  """
   if not shape or not table:
     return (None,) * len(shape)
   rows = (row for row in table if _ending(row[0]).search(path))

@@ -27,7 +27,6 @@ from transformers import Qwen2ForCausalLM
 
 from tests.benchmarks import timing
 from vpe_jax.checkpoints import families
-from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Params, UserError
 from vpe_jax.models import mot
 from vpe_jax.models.decoder import Decoder, DecoderConfig, causal
@@ -35,6 +34,7 @@ from vpe_jax.models.dense import TURNED, turned
 from vpe_jax.models.transformer import TransformerConfig
 from vpe_jax.ops.matmul import turned_product
 from vpe_jax.sampling import decoding
+from vpe_jax.sampling.settings import TokenSampling
 from vpe_jax.sharding import by_path
 
 VOCABULARY, PROMPT, TOKENS = 16_384, 32, 576
@@ -76,7 +76,7 @@ def generate(model: Decoder, params: Params, prompt: Array) -> Array:
   first, cache = run(prompt, cache, 0)
   step = lambda held, tokens, index: run(tokens[:, None], held, PROMPT + index)
   keys = jax.random.split(jax.random.key(0), batch)
-  settings = SampleConfig(temperature=0.0, min_p=0.0)
+  settings = TokenSampling(temperature=0.0, min_p=0.0)
   return decoding.decode(step, cache, first, TOKENS, keys, settings)[0]
 
 

@@ -28,7 +28,12 @@ def test_the_shipped_networks_fit(config_file):
 @pytest.mark.parametrize(
   'config_file, arg, changes, message',
   [
-    (t2i, 'debug', {'model.weights': {'siglip': 'assets:judge'}}, 'siglip=assets:judge.*not fit'),
+    (
+      t2i,
+      'debug',
+      {'model.visual_prompt': {'tower_weights': 'assets:judge'}},
+      'siglip=assets:judge.*not fit',
+    ),
     (codec, 'debug', {'model.siglip_weights': 'assets:judge'}, 'siglip=assets:judge.*not fit'),
     (t2i, 'debug', {'data.image_size': 128}, r'latents .*\[32, 32, 4\].* takes \[16, 16, 4\]'),
     (t2i, 'debug', {'data.image_size': 63}, 'not fit .*data.image_size=63'),
@@ -50,7 +55,7 @@ def test_a_whole_run_in_place_of_one_of_its_networks_does_not_fit(tmp_path):
   path = str(tmp_path / 'run.safetensors')
   weights.save(path, {'image': weights.load('assets:image')[0], 'other': np.ones(2)}, {})
   with pytest.raises(UserError, match=f'image={path}.*do not fit'):
-    _check(_system(t2i, 'debug', {'model.weights': {'image': path}}))
+    _check(_system(t2i, 'debug', {'model.image': {'weights': path}}))
 
 
 def test_synthetic_codes_need_no_networks(line_system):

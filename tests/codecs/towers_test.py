@@ -139,8 +139,9 @@ def test_a_quantiser_is_trained_and_a_generator_reads_its_codes(saved, tmp_path)
     'codes': 64,
     encoder: SIZES[encoder],
     'decoder': {'width': 32, 'layers': 1, 'heads': 2, 'mlp': 64},
+    'tower_weights': str(folder),
+    'weights': kept,
   }
-  config.model.weights = {'encoder': str(folder), 'visual_prompt': kept}
   reader = systems.build(config.to_dict())
   assert not supports(reader, ScoresImages) and reader.plan_rankers == ('likelihood',)
   assert reader.config.model.plan_tokens == (VIEW // PATCH) ** 2

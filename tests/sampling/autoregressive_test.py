@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.sampling import autoregressive
 from vpe_jax.sampling.guidance import Branch, Guidance
 from vpe_jax.sampling.prefix import Prefix
+from vpe_jax.systems.t2i import Sampling
 
-PLAIN = SampleConfig(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+PLAIN = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 LOGITS = jnp.log(jnp.asarray([0.05, 0.4, 0.3, 0.2, 0.05]))
 
 

@@ -245,7 +245,8 @@ def test_wrong_sections_are_named():
     ({'vp_schedule': 'cosine'}, 'model.vp_schedule'),
     ({'patch': 3}, 'patch'),
     ({'latent_channels': 5}, 'model.latent_channels is 5'),
-    ({'time_shift': 0.0}, 'model.time_shift'),
+    ({'flow': {'shift': 0.0}}, 'model.flow.shift'),
+    ({'flow': {'law': 'normal'}}, 'model.flow.law'),
   ):
     with pytest.raises(UserError, match=message):
       _system(**wrong)

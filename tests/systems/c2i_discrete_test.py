@@ -14,10 +14,11 @@ from tests.small_systems import encoded_examples, redrawn, request_of, with_enco
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.compilation import program
-from vpe_jax.config import MeshConfig, SampleConfig, to_dict
+from vpe_jax.config import MeshConfig, to_dict
 from vpe_jax.contracts import Batch, UserError
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.systems import writing
+from vpe_jax.systems.c2i_discrete import Sampling
 from vpe_jax.training import encode
 from vpe_jax.training.step import make_eval_step
 
@@ -30,7 +31,7 @@ def _system(arg: str = 'debug', **model):
   config = config_file.get_config(arg)
   if not arg.startswith('paper'):
     config.data.update(source='synthetic', image_size=16)
-    config.model.image_codes = {'codes': CODES, 'patch': 1}
+    config.model.image = {'codes': CODES, 'patch': 1}
     config.model.visual_prompt = {'codes': PLAN_CODES, 'siglip': {'image_size': 24, 'patch': 8}}
   config.model.update(model)
   return systems.build(config.to_dict())
@@ -266,7 +267,7 @@ def test_nothing_is_dropped_at_rate_0_or_in_evaluation(system, dropping, params)
 def test_nothing_is_dropped_in_drawing(system, dropping, params):
   """Code by code with a cache, and whole rows at once."""
   batch = _batch(system)
-  settings = SampleConfig(guidance=2.0)
+  settings = Sampling(guidance=2.0)
   run = lambda s: jax.jit(
     lambda p, b: (
       writing.draw(s.model, settings, p, request_of(b), KEY),
@@ -293,7 +294,7 @@ def _uncached(system, params, classes, plan, codes):
 def test_cached_logits_equal_uncached(system, params, prepared):
   batch = _batch(system)
   weights = system.prepare(params, 'cpu') if prepared else params
-  job = writing.Job(system.model, SampleConfig(), False)
+  job = writing.Job(system.model, Sampling(), False)
   x = system.model.inputs(params, *_model_inputs(batch))
 
   @jax.jit
@@ -317,7 +318,7 @@ def test_cached_logits_equal_uncached(system, params, prepared):
 def test_greedy_codes_are_the_likeliest_of_their_block(system, params, scales):
   """Each is the argmax of the uncached logits of its vocabulary, led away from the null class's."""
   batch = _batch(system)
-  settings = SampleConfig(temperature=0.0, guidance=scales[0], plan_guidance=scales[1])
+  settings = Sampling(temperature=0.0, guidance=scales[0], plan_guidance=scales[1])
   draw = jax.jit(lambda p, r: writing.draw(system.model, settings, p, r, KEY))
   encoded, codes = draw(params, request_of(batch))
   plan = encoded['visual_prompt']
@@ -336,7 +337,7 @@ def test_greedy_codes_are_the_likeliest_of_their_block(system, params, scales):
 
 
 def test_rows_do_not_depend_on_neighbours(system, params):
-  settings = SampleConfig(guidance=2.0, min_p=0.0)
+  settings = Sampling(guidance=2.0, min_p=0.0)
   draw = jax.jit(lambda r: writing.draw(system.model, settings, params, r, KEY))
   request = request_of(_batch(system))
   ours = draw(request)
@@ -349,7 +350,7 @@ def test_rows_do_not_depend_on_neighbours(system, params):
 def test_without_a_plan_the_picture_follows_the_class():
   system = _system('debug,vpe=false')
   params = jax.jit(system.init)(KEY)
-  settings = SampleConfig(guidance=1.0, plan_guidance=3.0)
+  settings = Sampling(guidance=1.0, plan_guidance=3.0)
   draw = jax.jit(lambda p, r: writing.draw(system.model, settings, p, r, KEY))
   encoded, codes = draw(params, request_of(_batch(system)))
   assert not encoded and codes.shape == (4, 16)

@@ -13,13 +13,13 @@ import pytest
 from configs import edit as config_file
 from tests.small_systems import encoded_examples, request_of, with_encoded, with_inputs
 from vpe_jax import rng, systems
-from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import UserError, visible
 from vpe_jax.data import sequence
 from vpe_jax.models import unified
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.sharding import by_path
 from vpe_jax.systems import editing, rendering
+from vpe_jax.systems.editing import Sampling
 from vpe_jax.training import heldout
 from vpe_jax.training.state import split_trainable
 
@@ -111,7 +111,7 @@ def test_each_cached_branch_equals_its_whole_row():
   """Full, without instruction and plan, and null; and the first two aren't alike."""
   system, params = _made('internal'), _params()
   batch = _batch(system)
-  job = system.rows.job(SampleConfig(steps=2))
+  job = system.rows.job(Sampling(steps=2))
   request = request_of(batch, 'visual_prompt', 'source_latents')
 
   @jax.jit
@@ -142,7 +142,7 @@ def test_two_branches_draw_what_three_do_where_the_image_scale_is_1():
   request = request_of(_batch(system), 'visual_prompt', 'source_latents')
 
   def drawn(count, image=1.0):
-    settings = SampleConfig(steps=2, shift=1.0, guidance=2.5, image_guidance=image)
+    settings = Sampling(steps=2, shift=1.0, guidance=2.5, image_guidance=image)
     job = system.rows.job(settings)
 
     def run(params):
@@ -210,14 +210,14 @@ def test_external_plans_from_the_picture_before_and_draws_from_its_plan_alone():
   system, params = _made('external'), _params('external')
   request = request_of(_batch(system), 'source_latents')
   other = with_encoded(request, source_latents=-request.encoded['source_latents'])
-  settings = SampleConfig(steps=2, guidance=2.5, temperature=0.0)
+  settings = Sampling(steps=2, guidance=2.5, temperature=0.0)
   codes, latents = jax.jit(lambda p: system.rows.draw(p, request, KEY, settings))(params)
   assert np.isfinite(latents).all() and float(jnp.abs(latents).max()) > 0
   plan = jax.jit(lambda p, r: system.plan(p, r, KEY, settings))
   np.testing.assert_array_equal(plan(params, request), codes)
   assert (plan(params, other) != codes).any()
   assert [s.kind for s in system.rows.picture_spans] == ['codes', 'boi', 'time', 'latents']
-  with pytest.raises(UserError, match='sees no picture before an edit: set it to 1'):
+  with pytest.raises(UserError, match='image_guidance is 1.5, .* set it to 1'):
     led = dataclasses.replace(settings, image_guidance=1.5)
     jax.eval_shape(lambda p: system.rows.draw(p, request, KEY, led), params)
 

@@ -13,7 +13,7 @@ import pytest
 from configs import t2i as config_file
 from tests.small_systems import encoded_examples, request_of
 from vpe_jax import rng, systems
-from vpe_jax.config import MeshConfig, SampleConfig
+from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import Batch, UserError, Visibility
 from vpe_jax.models import mot, unified
 from vpe_jax.models.transformer import Layer
@@ -24,6 +24,7 @@ from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.sampling import solver
 from vpe_jax.sharding import by_path, make_mesh, param_shardings
 from vpe_jax.systems import rendering
+from vpe_jax.systems.t2i import Sampling
 from vpe_jax.training import heldout
 from vpe_jax.training.state import first_state
 
@@ -191,7 +192,7 @@ def _close(ours, theirs, tolerance=1e-4):
 def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, guidance):
   """With the plan that was decoded, and without one: the null branch of guidance."""
   system, params = _made(condition), _params(condition)
-  batch, settings = _batch(system), SampleConfig(plan_guidance=float(guidance))
+  batch, settings = _batch(system), Sampling(plan_guidance=float(guidance))
   job = rendering.Job(system.model, system.spans, system.vocabulary, settings)
   request = request_of(batch)
 
@@ -224,7 +225,7 @@ def test_given_codes_are_rendered_along_the_whole_rows_velocity(condition):
   """Guided, from the noise of each row's own example: also a row's place is of no matter."""
   system, params = _made(condition), _params(condition)
   batch, scale = _batch(system), 2.0
-  settings = SampleConfig(steps=2, guidance=scale)
+  settings = Sampling(steps=2, guidance=scale)
   run = jax.jit(lambda request: system.rows.draw(params, request, KEY, settings))
   codes, latents = run(request_of(batch, 'visual_prompt'))
   np.testing.assert_array_equal(codes, batch.encoded['visual_prompt'])

@@ -22,7 +22,7 @@ def _system(arch: str):
   config = t2i.get_config(f'debug,arch={arch}')
   config.data.source = 'synthetic'
   # Half of each kind is dropped, so that every kind of row is among the eight; Show-o2's shift.
-  config.model.update(drop=0.5, drop_text=0.5, time_shift=0.0)
+  config.model.update(drop=0.5, drop_text=0.5, flow={'shift_by': 'resolution'})
   return systems.build(config.to_dict())
 
 

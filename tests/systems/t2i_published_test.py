@@ -43,11 +43,10 @@ def _config(folders, **weights):
   tower = siglip_vq.sizes({'vision_config': small_models.VISION, 'vq_config': small_models.VQ})
   config.data.update(image_size=SIDE, encode='online', examples=16)
   config.model.update(codes=CODES, latent_size=SIDE // 8, latent_channels=4)
-  config.model.siglip_vq = to_dict(tower) | {'image_size': VIEW}
-  config.model.vae = to_dict(vae) | {'family': 'wan_vae'}
-  config.model.weights = {
-    'siglip_vq': str(folders / 'glm'), 'image': str(folders / 'wan'), **weights,
-  }  # fmt: skip
+  sources = {'visual_prompt': str(folders / 'glm'), 'image': str(folders / 'wan')} | weights
+  prompt = {'kind': 'siglip_vq', 'image_size': VIEW, 'weights': sources['visual_prompt']}
+  config.model.visual_prompt = to_dict(tower) | prompt
+  config.model.image = to_dict(vae) | {'kind': 'wan_vae', 'weights': sources['image']}
   config.steps, config.batch_size, config.log.samples = (2, 2), (8, 8), 0
   return config
 
@@ -81,7 +80,7 @@ def test_codes_and_latents_are_the_reference_models(folders):
 def test_an_import_serves_as_well_as_the_folder(folders, tmp_path):
   converted.bring_in('siglip_vq', str(folders / 'glm'), str(tmp_path / 'glm'))
   load = lambda **weights: _loaded(systems.build(_config(folders, **weights).to_dict()))
-  direct, imported = load(), load(siglip_vq=str(tmp_path / 'glm'))
+  direct, imported = load(), load(visual_prompt=str(tmp_path / 'glm'))
   for path, leaf in by_path(direct.params['siglip_vq']).items():
     np.testing.assert_array_equal(leaf, by_path(imported.params['siglip_vq'])[path], err_msg=path)
   assert direct.fingerprints == imported.fingerprints
@@ -90,9 +89,9 @@ def test_an_import_serves_as_well_as_the_folder(folders, tmp_path):
 def test_what_does_not_fit_is_one_line(folders):
   config = _config(folders)
   for section, field, value, words in (
-    ('siglip_vq', 'table', 4, 'position'),
-    ('vae', 'family', 'kl_vae', 'wrong shape'),
-    ('weights', 'image', str(folders / 'nothing'), 'no weights at'),
+    ('visual_prompt', 'table', 4, 'position'),
+    ('image', 'kind', 'kl_vae', 'wrong shape'),
+    ('image', 'weights', str(folders / 'nothing'), 'no weights at'),
   ):
     changed = config.copy_and_resolve_references()
     changed.model[section][field] = value
@@ -106,8 +105,8 @@ def test_what_does_not_fit_is_one_line(folders):
 
 def test_paper_reads_the_published_sizes():
   model = systems.build(config_file.get_config('paper').to_dict()).config.model
-  assert model.published['siglip_vq'].sizes == siglip_vq.SiglipVqConfig()
-  assert model.published['image'].sizes == wan_vae.BARE
+  assert model.frozen['siglip_vq'].published.sizes == siglip_vq.SiglipVqConfig()
+  assert model.frozen['image'].published.sizes == wan_vae.BARE
   assert (model.plan_tokens, model.plan_codes) == (576, 16_384)
   assert dataclasses.asdict(model)['latent_size'] == 512 // 8
 

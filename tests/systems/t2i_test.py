@@ -14,11 +14,12 @@ from tests.small_pipelines import small_pipeline
 from tests.small_systems import encoded_examples, redrawn, request_of, with_encoded, with_inputs
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import weights
-from vpe_jax.config import MeshConfig, SampleConfig, to_dict
+from vpe_jax.config import MeshConfig, to_dict
 from vpe_jax.contracts import Batch, UserError
 from vpe_jax.models import mot
 from vpe_jax.sampling import solver
 from vpe_jax.systems import rendering
+from vpe_jax.systems.t2i import Sampling
 from vpe_jax.training import resume
 
 KEY = rng.run_key(0)
@@ -115,9 +116,7 @@ def test_plan_is_independent_of_noise_and_flow_reaches_tokens(system, params):
 
 
 def _job(system, **settings):
-  return rendering.Job(
-    system.model, system.spans, system.vocabulary, SampleConfig(steps=3, **settings)
-  )
+  return rendering.Job(system.model, system.spans, system.vocabulary, Sampling(steps=3, **settings))
 
 
 @pytest.mark.parametrize('prepared', [False, True])
@@ -319,7 +318,8 @@ def test_the_plan_may_be_weighed_otherwise(schedule, weights):
     ({'vpe': False}, "stage 'plan' learns to write visual prompts, and model.vpe=False"),
     ({'vp_schedule': 'cosine'}, "'model.vp_schedule' is 'cosine': it must be one of sigmoid"),
     ({'patch': 3}, "'model.patch' is 3: it must be a divisor of latent_size=16"),
-    ({'time_shift': -1.0}, "'model.time_shift' is -1.0: it must be at least 0"),
+    ({'flow': {'shift': -1.0}}, "'model.flow.shift' is -1.0: it must be a positive number"),
+    ({'flow': {'shift_by': 'size'}}, "'model.flow.shift_by' is 'size': it must be one of constant"),
     ({'ce_start': -0.1}, "'model.ce_start' is -0.1: it must be at least 0"),
     ({'ar': {'rope_theta': 0.0}}, "rope_theta' is 0.0: it must be above 0"),
   ],
@@ -329,10 +329,10 @@ def test_mistakes_are_named(change, message):
     _system(**change)
 
 
-def test_guidance_that_previews_would_stumble_over_is_refused_at_the_start():
+def test_settings_of_other_systems_are_unknown():
   config = config_file.get_config('debug')
   config.sample.image_guidance = 2.0
-  with pytest.raises(UserError, match='image_guidance is 2.0, but what draws here sees no picture'):
+  with pytest.raises(UserError, match="'sample.image_guidance'; did you mean '"):
     systems.build(config.to_dict())
 
 

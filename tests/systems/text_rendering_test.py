@@ -10,11 +10,11 @@ import pytest
 from configs import text_rendering as config_file
 from tests.small_systems import encoded_examples, request_of, with_inputs
 from vpe_jax import rng, systems
-from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data.sources import open_source
 from vpe_jax.sampling import solver
 from vpe_jax.sharding import by_path
+from vpe_jax.systems.t2i import Sampling
 
 KEY = rng.run_key(0)
 B = 4
@@ -130,7 +130,7 @@ def test_the_flow_is_the_only_loss(plain, params):
 def test_pictures_are_drawn_along_the_whole_rows_velocity(plain, params):
   """Guided: the cached prefix `[bos] text [boi]` and the null row are those of training."""
   batch, scale = encoded_examples(plain, B), 2.0
-  settings = SampleConfig(steps=2, guidance=scale, plan_guidance=3.0)
+  settings = Sampling(steps=2, guidance=scale, plan_guidance=3.0)
   no_codes = jnp.zeros((B, 0), jnp.int32)
 
   @jax.jit

@@ -130,3 +130,26 @@ def test_a_stage_that_stays_keeps_its_own_rate(tmp_path):
   kept = config_file.load(str(path), {'stages': 'joint', 'start': 'RUN', 'optim.warmup': '3'})
   optim = config_file.systems.build(kept).config.optim
   assert optim.of(0).lr == 5e-5 and optim.warmup == 3
+
+
+def test_text_fields_may_differ_between_stages():
+  given = {'optim.name': "('muon', 'adamw')", 'optim.multipliers': '(ar|dit)/=0.5'}
+  optim = config_file.systems.build(config_file.load(f'{T2I}:debug', given)).config.optim
+  assert (optim.of(0).name, optim.of(1).name) == ('muon', 'adamw')
+  assert optim.of(1).factors == (('(ar|dit)/', 0.5),)
+
+
+def test_a_section_of_another_kind_starts_from_its_defaults():
+  given = {
+    'model.visual_prompt.weights': 'OWNER/NAME',
+    'model.visual_prompt.kind': 'siglip_vq',
+    'model.visual_prompt.codes': '512',
+    'model.inherit': '0.0',
+  }
+  config = config_file.systems.build(config_file.load(f'{T2I}:tiny', given)).config
+  prompt = config.model.visual_prompt
+  assert (prompt.kind, prompt.weights, prompt.image_size) == ('siglip_vq', 'OWNER/NAME', 384)
+  with pytest.raises(UserError, match="did you mean 'siglip_vq'"):
+    config_file.load(f'{T2I}:tiny', {'model.visual_prompt.kind': 'siglip'})
+  with pytest.raises(UserError, match="'model.image.body' is missing"):
+    config_file.load(f'{T2I}:tiny', {'model.image.kind': 'wan_vae'})

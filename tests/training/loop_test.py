@@ -12,8 +12,9 @@ from etils import epath
 
 from vpe_jax import sharding
 from vpe_jax.checkpoints.store import Store
+from vpe_jax.config import OPTIMIZERS
 from vpe_jax.contracts import UserError
-from vpe_jax.training import loop, workdir
+from vpe_jax.training import loop, optimizer, workdir
 from vpe_jax.training.logging import RunLog
 
 
@@ -53,9 +54,13 @@ def test_a_run_leaves_everything_it_should(build, tmp_path, capsys):
     assert text in said, text
 
 
-def test_2_and_2_steps_equal_4_bitwise(build, tmp_path):
+@pytest.mark.parametrize('name', OPTIMIZERS)
+def test_2_and_2_steps_equal_4_bitwise(build, tmp_path, monkeypatch, name):
   """Stopped between the stages, then in the middle of the second."""
-  config, system = build()
+  monkeypatch.setattr(optimizer, 'MIN_FACTORED', 16)
+  schedule = {'schedule': 'cosine', 'decay_steps': 5, 'mu_dtype': 'bfloat16'}
+  optim = {'lr': 1e-2, 'warmup': 2} | (schedule if name == 'muon' else {})
+  config, system = build(optim=optim | {'name': name, 'multipliers': 'head/kernel=0.5'})
   whole = loop.train(config, system, str(tmp_path / 'whole'))
   for steps in ((2, 0), (2, 2), (2, 4)):
     part = dataclasses.replace(config, steps=steps)
@@ -233,7 +238,7 @@ def test_each_stage_has_its_own_rate_average_and_microbatches(build, tmp_path, c
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
   jax.tree.map(close, state['ema'], alike['ema'])
   said = capsys.readouterr().out
-  assert 'stage head (1 of 2): 2 steps of 16 examples, rate 0.01' in said
+  assert 'stage head (1 of 2): 2 steps of 16 examples, adamw at rate 0.01' in said
   table = [line.split('  ')[-1] for line in said.splitlines() if line.startswith('  backbone')]
   assert table[:2] == ['drawn', 'drawn']
   heads = [line.split('  ')[-1] for line in said.splitlines() if line.startswith('  head ')]

@@ -14,6 +14,7 @@ from vpe_jax import convert, rng, sharding, systems
 from vpe_jax.checkpoints import convert as paths
 from vpe_jax.checkpoints import weights
 from vpe_jax.checkpoints.store import FOLDER, Store
+from vpe_jax.codecs.siglip_vq import SiglipVqSection
 from vpe_jax.config import CheckpointConfig, to_dict
 from vpe_jax.contracts import UserError
 from vpe_jax.sharding import by_path
@@ -138,11 +139,14 @@ def test_what_another_tokenizer_or_codebook_makes_of_a_run_is_said(plan_run):
   same = _t2i('external', start=str(folder), stages=['render']).config
   stored = to_dict(_t2i('internal', stages=['plan']).config)
   assert not pretrained.other_meanings(same, str(folder), stored)
-  codebook = dataclasses.replace(same.model.weights, visual_prompt='other.safetensors')
-  ours = dataclasses.replace(same, model=dataclasses.replace(same.model, weights=codebook))
+  codec = dataclasses.replace(same.model.visual_prompt, weights='other.safetensors')
+  ours = dataclasses.replace(same, model=dataclasses.replace(same.model, visual_prompt=codec))
   (line,) = pretrained.other_meanings(ours, str(folder), stored)
-  assert line.startswith(f'{folder} was trained with model.weights.visual_prompt=assets:visual_pro')
+  assert line.startswith(f'{folder} was trained with model.visual_prompt.weights=assets:visual_pro')
   assert 'other.safetensors' in line
+  other = dataclasses.replace(same.model, visual_prompt=SiglipVqSection(codes=same.model.codes))
+  (line,) = pretrained.other_meanings(dataclasses.replace(same, model=other), 'RUN', stored)
+  assert line.startswith('RUN was trained with model.visual_prompt.kind=tower_vq')
 
 
 def test_cross_attention_is_drawn_where_the_plan_was_learned_without(plan_run):

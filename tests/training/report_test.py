@@ -19,14 +19,15 @@ def test_parameter_table_has_a_row_for_each_group(line_system):
   )
   networks = report.Networks(system.networks(), {'encoder': 'assets:x'})
   origins = {'backbone/kernel': 'a (ema)', 'head/kernel': 'b (raw)', 'head/bias': 'drawn'}
-  given = (params, networks, system.stages[0], OptimConfig(lr=0.25))
+  given = (params, networks, system.stages[0], OptimConfig(lr=0.25, multipliers='head/bias=2'))
   text = report.parameters_text(*given, origins)
   header, backbone, head, encoder = [line.split() for line in text.splitlines()]
   assert text.splitlines()[1].endswith('  a (ema)')
   assert text.splitlines()[2].endswith('  b (raw) 96%, drawn 4%')
   assert header[:3] == ['group', 'parameters', 'state']
   assert backbone[:5] == ['backbone', '384', 'frozen', '-', 'float32'] and 'fsdp' in text
-  assert head[:5] == ['head', '800', 'trains', '0.25', 'float32']
+  assert head[:3] == ['head', '800', 'trains']
+  assert head[3:8] == ['0.25', '96%,', '0.5', '4%', 'float32']
   assert encoder[:3] == ['encoder', '3,072', 'frozen'] and encoder[-1] == 'assets:x'
 
 
@@ -46,14 +47,18 @@ def test_sample_line_has_shapes_and_caption(line_system):
 
 
 def test_a_stage_says_what_it_does(line_system):
-  system = line_system(optim={'lr': (1e-2, 5e-3), 'warmup': 2, 'ema': 0.99})
+  schedule = {'schedule': ('constant', 'cosine'), 'lr_end': 1e-4}
+  system = line_system(optim={'lr': (1e-2, 5e-3), 'warmup': 2, 'ema': 0.99} | schedule)
   first, second = (
     report.stage_text(stage, system.config, index).splitlines()
     for index, stage in enumerate(system.stages)
   )
-  wanted = 'stage head (1 of 2): 2 steps of 8 examples, rate 0.01 after 2 steps of warm-up, '
-  assert first == [f'{wanted}keeps no average', '  losses: tokens x 1; logged: watched']
-  assert '4 steps of 8 examples, rate 0.005 after' in second[0] and 'averages at 0.99' in second[0]
+  steps, rate = 'stage head (1 of 2): 2 steps of 8 examples', 'rate 0.01 after 2 steps of warm-up'
+  wanted = f'{steps}, adamw at {rate}, keeps no average'
+  assert first == [wanted, '  losses: tokens x 1; logged: watched']
+  assert '4 steps of 8 examples, adamw at rate 0.005 after' in second[0]
+  assert 'averages at 0.99' in second[0]
+  assert 'then cosine to 0.0001 at step 4' in second[0]
   assert second[1] == '  losses: tokens x 1, noise x rising; logged: watched'
 
 

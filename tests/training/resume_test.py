@@ -70,6 +70,12 @@ def test_a_stage_that_the_config_lacks_is_named(line_system):
     resume.abstract_state(system.config, system, 2, mesh)
 
 
+def test_a_multiplier_that_matches_nothing_is_named(line_system):
+  system = line_system(optim={'multipliers': 'heads/=2'})
+  with pytest.raises(UserError, match="optim.multipliers names 'heads/'"):
+    resume.abstract_state(system.config, system, 0, sharding.make_mesh(system.config.mesh))
+
+
 def test_a_field_that_did_not_exist_yet_counts_as_its_default(line_config):
   config = line_config()
   stored = to_dict(config)

@@ -8,7 +8,7 @@ import subprocess
 
 from vpe_jax import systems
 from vpe_jax.checkpoints import weights
-from vpe_jax.config import SampleConfig, build_section
+from vpe_jax.config import build_section
 from vpe_jax.contracts import UserError
 from vpe_jax.data.pipeline import Pipeline
 
@@ -45,7 +45,8 @@ def export(
   params, metadata = weights.load_run(workdir, which)
   config, known = json.loads(metadata['config']), ', '.join(sorted(params))
   config['sample'] |= {name: value for name, value in settings.items() if value is not None}
-  build_section(SampleConfig, config['sample'])  # Refuses settings that nothing could draw with.
+  # Refuses settings that the system doesn't have, or could not sample with.
+  build_section(systems.sampling_sections()[config['system']], config['sample'])
   if network and network not in params:
     raise UserError(f"{workdir} holds no network '{network}', only {known}")
   if not network and config['system'] == 'codec':  # Its networks are read one by one.

@@ -8,6 +8,7 @@ to the nearest row is a step of (vpe_jax.systems.codec).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import einops
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import codebook, kl
 from vpe_jax.config import check_sizes
-from vpe_jax.contracts import Array, Params
+from vpe_jax.contracts import Array, FrozenNetwork, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,35 @@ class ImageCodesConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageCodesSection(ImageCodesConfig):
+  """The config section of ImageCodesCodec; see protocol.ImageCodeSection.
+
+  Attributes:
+    kind: `image_codes`.
+    weights: source of the codebook: `assets:NAME`, a path or the workdir of a run.
+    autoencoder: sizes of the autoencoder whose latents are quantised.
+    autoencoder_weights: source of its weights.
+  """
+
+  kind: str = 'image_codes'
+  weights: str = 'assets:image_codes'
+  autoencoder: kl.KlConfig = kl.KlConfig()
+  autoencoder_weights: str = 'assets:image'
+
+  @property
+  def frozen(self) -> Mapping[str, FrozenNetwork]:
+    """Autoencoder and codebook."""
+    return {
+      'image': FrozenNetwork(self.autoencoder_weights),
+      'image_codes': FrozenNetwork(self.weights),
+    }
+
+  def codec(self, image_size: int) -> ImageCodesCodec:
+    """The codec, in float32, for images of so many pixels a side."""
+    return ImageCodesCodec(self, self.autoencoder, image_size)
 
 
 class Quantised(NamedTuple):

@@ -10,6 +10,7 @@ because training runs it online.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import einops
 import flax.linen as nn
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import pixels
 from vpe_jax.config import check_sizes
-from vpe_jax.contracts import Array, Params
+from vpe_jax.contracts import Array, FrozenNetwork, Params
 from vpe_jax.ops import norms
 
 FACTOR = 4  # pixels per latent, per side
@@ -44,6 +45,28 @@ class KlConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class KlSection(KlConfig):
+  """The config section of KlCodec; see protocol.LatentSection.
+
+  Attributes:
+    kind: `kl`.
+    weights: source of the weights: `assets:NAME`, a path or the workdir of a run.
+  """
+
+  kind: str = 'kl'
+  weights: str = 'assets:image'
+
+  @property
+  def frozen(self) -> Mapping[str, FrozenNetwork]:
+    """The autoencoder."""
+    return {'image': FrozenNetwork(self.weights)}
+
+  def codec(self) -> KlCodec:
+    """The codec, in float32."""
+    return KlCodec(self)
 
 
 class Norm(nn.Module):

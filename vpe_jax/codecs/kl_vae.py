@@ -8,6 +8,7 @@ float32; with the config of `checkpoints/families/wan_vae.py`, as AutoencoderKLW
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import pixels
 from vpe_jax.codecs.pyramid import Decoder, Encoder, PyramidConfig
-from vpe_jax.contracts import Array, Params
+from vpe_jax.config import base_section
+from vpe_jax.contracts import Array, FrozenNetwork, Params, PretrainedWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,29 @@ class KlVaeConfig:
   def channels(self) -> int:
     """Numbers C per latent."""
     return self.body.inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class KlVaeSection(KlVaeConfig):
+  """The config section of KlVaeCodec; see protocol.LatentSection.
+
+  Attributes:
+    kind: its family: `kl_vae` or `wan_vae`.
+    weights: source of the weights: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`).
+  """
+
+  kind: str = 'kl_vae'
+  weights: str = ''
+
+  @property
+  def frozen(self) -> Mapping[str, FrozenNetwork]:
+    """The autoencoder."""
+    published = PretrainedWeights(self.kind, self.weights, base_section(self, KlVaeConfig))
+    return {'image': FrozenNetwork(self.weights, published)}
+
+  def codec(self) -> KlVaeCodec:
+    """The codec, in float32."""
+    return KlVaeCodec(self)
 
 
 class Posterior(NamedTuple):

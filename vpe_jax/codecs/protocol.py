@@ -7,9 +7,12 @@ trees, so a system hands over its whole `frozen` mapping and each codec takes wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
-from vpe_jax.contracts import Array, Params
+import jax.numpy as jnp
+
+from vpe_jax.contracts import Array, FrozenNetwork, Params
 
 
 class TokenCodec(Protocol):
@@ -78,4 +81,54 @@ class LatentCodec(Protocol):
 
   def abstract_params(self) -> Params:
     """The networks in `weights` as shapes: what `params` must hold, as `jax.ShapeDtypeStruct`."""
+    ...
+
+
+class Section(Protocol):
+  """The config section of a codec: a frozen dataclass of sizes and sources of weights.
+
+  Attributes:
+    kind: its name in vpe_jax.codecs.registry.
+    frozen: the networks that the codec reads, by name.
+  """
+
+  kind: str
+  frozen: Mapping[str, FrozenNetwork]
+
+
+class VisualPromptSection(Section, Protocol):
+  """The section of a codec of visual prompts.
+
+  Attributes:
+    codes: number of different codes.
+    tokens: codes P of a visual prompt.
+  """
+
+  codes: int
+  tokens: int
+
+  def codec(self, dtype: jnp.dtype) -> PlanCodec:
+    """The codec; `dtype` is the compute dtype of a published network."""
+    ...
+
+
+class LatentSection(Section, Protocol):
+  """The section of a codec of latents.
+
+  Attributes:
+    channels: numbers C per latent.
+  """
+
+  channels: int
+
+  def codec(self) -> LatentCodec:
+    """The codec, in float32."""
+    ...
+
+
+class ImageCodeSection(Section, Protocol):
+  """The section of a codec of discrete images."""
+
+  def codec(self, image_size: int) -> PictureCodec:
+    """The codec, in float32, for images of so many pixels a side."""
     ...

@@ -9,6 +9,7 @@ blocks at the end of the decoder, which only X-Omni's painter reads.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -16,8 +17,8 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import codebook, pixels
 from vpe_jax.codecs.pyramid import Norm
-from vpe_jax.config import check_sizes
-from vpe_jax.contracts import Array, Params
+from vpe_jax.config import base_section, check_sizes
+from vpe_jax.contracts import Array, FrozenNetwork, Params, PretrainedWeights
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.vit import Encoder, EncoderConfig, patches
 
@@ -44,6 +45,36 @@ class SiglipVqConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipVqSection(SiglipVqConfig):
+  """The config section of SiglipVqCodec; see protocol.VisualPromptSection.
+
+  Attributes:
+    kind: `siglip_vq`.
+    image_size: side in pixels of the view of the image that the tower sees.
+    weights: source of the weights: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`).
+  """
+
+  kind: str = 'siglip_vq'
+  image_size: int = 384
+  weights: str = ''
+
+  @property
+  def tokens(self) -> int:
+    """Codes P of a visual prompt."""
+    return (self.image_size // self.patch) ** 2
+
+  @property
+  def frozen(self) -> Mapping[str, FrozenNetwork]:
+    """The tokenizer."""
+    published = PretrainedWeights(self.kind, self.weights, base_section(self, SiglipVqConfig))
+    return {'siglip_vq': FrozenNetwork(self.weights, published)}
+
+  def codec(self, dtype: jnp.dtype) -> SiglipVqCodec:
+    """The codec; `dtype` is its compute dtype."""
+    return SiglipVqCodec(self, self.image_size, dtype=dtype)
 
 
 class PostBlock(nn.Module):

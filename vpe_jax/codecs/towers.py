@@ -14,18 +14,19 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from vpe_jax.codecs import pixels
-from vpe_jax.config import check, check_sizes
-from vpe_jax.contracts import Array, Params
+from vpe_jax.config import base_section, check, check_sizes
+from vpe_jax.contracts import Array, FrozenNetwork, Params, PretrainedWeights
 from vpe_jax.models import clip, dinov2, siglip
 from vpe_jax.models.vit import EncoderConfig, forward_flops
 
-# What names each tower's weights -> the release that the default sizes below are of.
-RELEASES = {
+# Default weights of each tower: the shipped SigLIP, and the releases that have the default sizes.
+SOURCES = {
+  'siglip': 'assets:siglip',
   'siglip2': 'google/siglip2-base-patch16-256',
   'dinov2': 'facebook/dinov2-base',
   'clip': 'openai/clip-vit-large-patch14',
 }
-ENCODERS = ('siglip', *RELEASES)
+ENCODERS = tuple(SOURCES)
 _BASE = EncoderConfig(width=768, layers=12, heads=12, mlp=3072)
 
 
@@ -134,9 +135,21 @@ class TowerConfig:
     if self.encoder == 'siglip':
       return None
     base = {'siglip2': siglip.SiglipConfig, 'dinov2': dinov2.Dinov2Config, 'clip': clip.ClipConfig}
-    cls = base[self.encoder]
-    fields = {field.name: getattr(self.sizes, field.name) for field in dataclasses.fields(cls)}
-    return 'siglip' if self.encoder == 'siglip2' else self.encoder, cls(**fields)
+    family = 'siglip' if self.encoder == 'siglip2' else self.encoder
+    return family, base_section(self.sizes, base[self.encoder])
+
+
+def frozen(config: TowerConfig, weights: str) -> FrozenNetwork:
+  """The tower as a frozen network.
+
+  Args:
+    config: the tower and its sizes.
+    weights: their source: `assets:NAME`, a path or a hub id; empty: that in SOURCES.
+  """
+  source = weights or SOURCES[config.encoder]
+  if config.published is None:
+    return FrozenNetwork(source)
+  return FrozenNetwork(source, PretrainedWeights(config.published[0], source, config.published[1]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ features: it gives the training signal and shows what a prompt still says.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.codecs import towers
-from vpe_jax.contracts import Array, Params
+from vpe_jax.contracts import Array, FrozenNetwork, Params
 from vpe_jax.models.siglip import Siglip, unit
 from vpe_jax.models.vit import Encoder, EncoderConfig, LayerNorm, forward_flops
 
@@ -36,6 +37,38 @@ class VisualPromptConfig(towers.TowerConfig):
   code_width: int = 32
   temperature: float = 0.03
   decoder: EncoderConfig = EncoderConfig(width=128, layers=1, heads=4, mlp=256)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TowerVqSection(VisualPromptConfig):
+  """The config section of VisualPromptCodec; see protocol.VisualPromptSection.
+
+  Attributes:
+    kind: `tower_vq`.
+    weights: source of the quantiser's weights: `assets:NAME`, a path or a hub id.
+    tower_weights: source of the tower's; empty: the shipped SigLIP, or the release of a published
+      tower (towers.SOURCES).
+  """
+
+  kind: str = 'tower_vq'
+  weights: str = 'assets:visual_prompt'
+  tower_weights: str = ''
+
+  @property
+  def tokens(self) -> int:
+    """Codes P of a visual prompt."""
+    return self.patches
+
+  @property
+  def frozen(self) -> Mapping[str, FrozenNetwork]:
+    """Tower and quantiser."""
+    tower = {self.encoder: towers.frozen(self, self.tower_weights)}
+    return {**tower, 'visual_prompt': FrozenNetwork(self.weights)}
+
+  def codec(self, dtype: jnp.dtype) -> VisualPromptCodec:
+    """The codec, in float32: its tower is small or chosen for exact codes."""
+    del dtype
+    return VisualPromptCodec(self)
 
 
 class Quantised(NamedTuple):

@@ -8,6 +8,7 @@ with the largest dot product.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import codebook, pixels
 from vpe_jax.codecs.pyramid import Decoder, Encoder, PyramidConfig
-from vpe_jax.config import check_sizes
-from vpe_jax.contracts import Array, Params
+from vpe_jax.config import base_section, check_sizes
+from vpe_jax.contracts import Array, FrozenNetwork, Params, PretrainedWeights
 from vpe_jax.models.siglip import unit
 
 
@@ -38,6 +39,32 @@ class VqGanConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class VqGanSection(VqGanConfig):
+  """The config section of VqGanCodec; see protocol.ImageCodeSection.
+
+  Attributes:
+    kind: its family: `ibq` or `llamagen_vq`.
+    image_size: side of the images in pixels.
+    weights: source of the weights: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`).
+  """
+
+  kind: str = 'ibq'
+  image_size: int = 512
+  weights: str = ''
+
+  @property
+  def frozen(self) -> Mapping[str, FrozenNetwork]:
+    """The tokenizer."""
+    published = PretrainedWeights(self.kind, self.weights, base_section(self, VqGanConfig))
+    return {'vqgan': FrozenNetwork(self.weights, published)}
+
+  def codec(self, image_size: int) -> VqGanCodec:
+    """The codec, in float32; it resizes images to its own size."""
+    del image_size
+    return VqGanCodec(self, self.image_size, 'vqgan')
 
 
 class VqGan(nn.Module):

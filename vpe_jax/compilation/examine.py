@@ -191,7 +191,7 @@ def _settings(job: program.Job) -> dict[str, Any]:
   found = {
     'strategy': config.mesh.strategy,
     'remat': config.remat,
-    'accumulate': config.optim.of(job.stage).accumulate,
+    'accumulate': config.optim_of(job.stage).accumulate,
   }
   chunk = getattr(config.model, 'logits_chunk', None)
   return found if chunk is None else {**found, 'logits_chunk': chunk}

@@ -104,7 +104,7 @@ def lower(job: Job) -> Lowered:
       networks don't fit the model, or the system doesn't draw.
   """
   config, system = job.system.config, job.system
-  accumulate = config.optim.of(job.stage).accumulate if job.what == TRAIN else 1
+  accumulate = config.optim_of(job.stage).accumulate if job.what == TRAIN else 1
   sharding.check_divides(job.images, job.mesh, accumulate)
   state = resume.abstract_state(config, system, job.stage, job.mesh)
   networks = system.frozen_shapes()
@@ -138,7 +138,7 @@ def _held(tree: Any) -> float:
 
 def _train(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, float, float]:
   system, stage = job.system, job.stage_of_run
-  optim = system.config.optim.of(job.stage)
+  optim = system.config.optim_of(job.stage)
   step = make_train_step(system, stage, optim, resume.shardings_of(state))
   cached = system.config.data.encode == 'cached'
   batch = system.batch_spec(job.images).batch(cached)

@@ -1,19 +1,70 @@
-"""Flow matching: path, time law, shift, target and loss, all of it.
+"""Flow matching: path, law of the training times, shift, target, weight and loss, all of it.
 
 t = 0 is data, t = 1 is noise, x_t = (1 - t) x + t eps, and the velocity is v = eps - x, so an
 Euler step is x_{t-dt} = x_t - dt v. Show-o2's clock runs the other way (0 noise, 1 data, velocity
 x - eps): `time = 1 - clock` and `velocity = -theirs`, which systems/t2i.py applies.
+
+A further law, shift, target or weighting is a function and an entry of its table in this file.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
+from vpe_jax.config import check
 from vpe_jax.contracts import Array
+
+LEAST = 0.05  # lower bound of t and 1 - t where a prediction is divided by them (arXiv 2511.13720)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+  """How a flow is trained.
+
+  Attributes:
+    law: distribution of the training times before the shift, a key of LAWS: `logit_normal` (the
+      sigmoid of a normal draw) or `uniform`.
+    mean: of the normal draw of `logit_normal`; above 0 it favours noise.
+    std: standard deviation of this draw.
+    shift: factor s of the shift towards noise, s t / (1 + (s - 1) t); 1 leaves the times alone.
+    shift_by: a further factor of the shift, a key of SHIFTS: `constant` (1), `resolution` (grows
+      with the number of image tokens, as in Show-o2 and FLUX), or `dimension` (the square root of
+      the latent's numbers over 4096, as in RAE and VGT).
+    target: what the network predicts, a key of TARGETS: `velocity`, `data` or `noise`.
+    weighting: weight of the squared error at a time, a key of WEIGHTINGS: `uniform` (the error of
+      the target itself), or `velocity` (the error of the velocity that the prediction implies).
+  """
+
+  law: str = 'logit_normal'
+  mean: float = 0.0
+  std: float = 1.0
+  shift: float = 1.0
+  shift_by: str = 'constant'
+  target: str = 'velocity'
+  weighting: str = 'uniform'
+
+  def __post_init__(self) -> None:
+    tables = {'law': LAWS, 'shift_by': SHIFTS, 'target': TARGETS, 'weighting': WEIGHTINGS}
+    for name, table in tables.items():
+      check(self, '', name, getattr(self, name) in table, f'one of {", ".join(table)}')
+    check(self, '', 'mean', math.isfinite(self.mean), 'a finite number')
+    for name in ('std', 'shift'):
+      check(self, '', name, 0 < getattr(self, name) < math.inf, 'a positive number')
+
+  def total_shift(self, tokens: int, numbers: int) -> float:
+    """The factor by which times are shifted.
+
+    Args:
+      tokens: of the network's image sequence, for one image.
+      numbers: of one image's latents.
+    """
+    return self.shift * SHIFTS[self.shift_by](tokens, numbers)
 
 
 def path(data: Array, noise: Array, time: Array) -> Array:
@@ -22,7 +73,7 @@ def path(data: Array, noise: Array, time: Array) -> Array:
   return (1.0 - t) * data + t * noise
 
 
-def target(data: Array, noise: Array) -> Array:
+def velocity(data: Array, noise: Array) -> Array:
   """The velocity of the path."""
   return noise - data
 
@@ -33,40 +84,137 @@ def shift_time(time: Array, shift: float | Array) -> Array:
 
 
 def token_shift(tokens: int) -> float:
-  """Show-o2's shift for a picture of so many tokens: e^mu, mu linear from .5 at 256 to 1.15 at 4096
-  (released transport code; reference of the time law below)."""
+  """Show-o2's shift for an image of so many tokens: e^mu, mu linear from .5 at 256 to 1.15 at 4096
+  (released transport code)."""
   slope = (1.15 - 0.5) / (4096 - 256)
   return math.exp(0.5 + slope * (tokens - 256))
 
 
-def sample_time(key: Array, shift: float) -> Array:
-  """One training time: a logit-normal draw (mean 0, deviation 1), shifted; float32 scalar."""
-  return shift_time(jax.nn.sigmoid(jax.random.normal(key)), shift)
+def dimension_shift(numbers: int) -> float:
+  """The shift for latents of so many numbers: sqrt(numbers / 4096) (RAE, arXiv 2510.11690)."""
+  return math.sqrt(numbers / 4096)
 
 
-def noised(data: Array, shift: float, key: Array, example: Array) -> tuple[Array, Array, Array]:
-  """What a network sees of a batch in training, and what it is to say.
+def sample_time(key: Array, flow: FlowConfig, shift: float) -> Array:
+  """One training time: a draw from the law, shifted by `shift`; float32 scalar."""
+  return shift_time(LAWS[flow.law](key, flow), shift)
+
+
+def noised(
+  data: Array, flow: FlowConfig, key: Array, example: Array, tokens: int
+) -> tuple[Array, Array, Array]:
+  """The network's input and target for a batch in training.
 
   Args:
     data: [B, ...].
-    shift: of the times, see `sample_time`.
+    flow: law of the times, shift and target.
     key: of the run.
     example: indices [B], which key each example's time and noise.
+    tokens: of the network's image sequence, for one image.
 
   Returns:
-    x_t [B, ...], times [B] and velocities [B, ...], float32.
+    x_t [B, ...], times [B] and targets [B, ...], float32.
   """
-  time = rng_lib.per_example(lambda k: sample_time(k, shift), key, 'time', example)
+  shift = flow.total_shift(tokens, math.prod(data.shape[1:]))
+  time = rng_lib.per_example(lambda k: sample_time(k, flow, shift), key, 'time', example)
   normal = lambda k: jax.random.normal(k, data.shape[1:])
   noise = rng_lib.per_example(normal, key, 'noise', example)
-  return path(data, noise, time), time, target(data, noise)
+  return path(data, noise, time), time, TARGETS[flow.target].of(data, noise)
 
 
-def squared_error(prediction: Array, wanted: Array) -> Array:
-  """Summed squared error, a float32 scalar; the count that divides it is `wanted.size`."""
-  error = prediction.astype(jnp.float32) - wanted.astype(jnp.float32)
+def loss(flow: FlowConfig, prediction: Array, target: Array, time: Array) -> Array:
+  """The weighted squared error summed over a batch, a float32 scalar.
+
+  Args:
+    flow: target and weighting.
+    prediction: of the target [B, ...], any float dtype.
+    target: [B, ...] as from `noised`; its size is the count that divides the sum.
+    time: [B].
+  """
+  weight = WEIGHTINGS[flow.weighting](flow, time)
+  if weight is None:
+    return squared_error(prediction, target)
+  error = prediction.astype(jnp.float32) - target.astype(jnp.float32)
+  return jnp.sum(_over(weight, error) * jnp.square(error))
+
+
+def squared_error(prediction: Array, target: Array) -> Array:
+  """Summed squared error, a float32 scalar; the count that divides it is `target.size`."""
+  error = prediction.astype(jnp.float32) - target.astype(jnp.float32)
   return jnp.sum(jnp.square(error))
+
+
+def implied_velocity(flow: FlowConfig, prediction: Array, x: Array, time: Array) -> Array:
+  """The velocity that a network's prediction implies, for a sampler.
+
+  Args:
+    flow: its target.
+    prediction: [B, ...].
+    x: x_t [B, ...].
+    time: [B], or a scalar.
+  """
+  if flow.target == 'velocity':
+    return prediction
+  t = _over(jnp.broadcast_to(time, x.shape[:1]), x)
+  return TARGETS[flow.target].velocity(prediction.astype(jnp.float32), x, t)
 
 
 def _over(time: Array, data: Array) -> Array:
   return time.reshape(time.shape[0], *([1] * (data.ndim - 1))).astype(jnp.float32)
+
+
+def _logit_normal(key: Array, flow: FlowConfig) -> Array:
+  return jax.nn.sigmoid(flow.mean + flow.std * jax.random.normal(key))
+
+
+def _uniform(key: Array, flow: FlowConfig) -> Array:
+  del flow
+  return jax.random.uniform(key)
+
+
+LAWS: dict[str, Callable[[Array, FlowConfig], Array]] = {
+  'logit_normal': _logit_normal,
+  'uniform': _uniform,
+}
+SHIFTS: dict[str, Callable[[int, int], float]] = {
+  'constant': lambda tokens, numbers: 1.0,
+  'resolution': lambda tokens, numbers: token_shift(tokens),
+  'dimension': lambda tokens, numbers: dimension_shift(numbers),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+  """A quantity that a network may predict.
+
+  Attributes:
+    of: data and noise -> the quantity.
+    velocity: prediction, x_t and t -> the velocity.
+    scale: t -> error of the velocity per error of the prediction.
+  """
+
+  of: Callable[[Array, Array], Array]
+  velocity: Callable[[Array, Array, Array], Array]
+  scale: Callable[[Array], Array]
+
+
+TARGETS = {
+  'velocity': _Target(velocity, lambda prediction, x, t: prediction, jnp.ones_like),
+  'data': _Target(
+    lambda data, noise: data,
+    lambda prediction, x, t: (x - prediction) / jnp.maximum(t, LEAST),
+    lambda t: 1.0 / jnp.maximum(t, LEAST),
+  ),
+  'noise': _Target(
+    lambda data, noise: noise,
+    lambda prediction, x, t: (prediction - x) / jnp.maximum(1.0 - t, LEAST),
+    lambda t: 1.0 / jnp.maximum(1.0 - t, LEAST),
+  ),
+}
+
+
+# Weights [B] of times [B]; None is 1 at every time.
+WEIGHTINGS: dict[str, Callable[[FlowConfig, Array], Array | None]] = {
+  'uniform': lambda flow, time: None,
+  'velocity': lambda flow, time: jnp.square(TARGETS[flow.target].scale(time)),
+}

@@ -7,13 +7,13 @@ loss more and more weight. Both go from a start to an end value along the same c
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from vpe_jax.contracts import Array
 
-KINDS = ('sigmoid', 'linear', 'constant', 'off')
 STEEPNESS = 10.0  # k of the paper
 
 
@@ -45,8 +45,7 @@ class Schedule:
     fixed = {'constant': self.start, 'off': self.off}
     if self.kind in fixed:
       return jnp.float32(fixed[self.kind])
-    curves = {'sigmoid': sigmoid_schedule, 'linear': linear_schedule}
-    return curves[self.kind](step, self.total, self.start, self.end)
+    return CURVES[self.kind](step, self.total, self.start, self.end)
 
   def __str__(self) -> str:
     fixed = {'constant': self.start, 'off': self.off}
@@ -68,6 +67,14 @@ def sigmoid_schedule(
 def linear_schedule(step: Array | int, total: int, start: float, end: float) -> Array:
   """start (1 - s) + end s with s = step / total, at most 1; float32."""
   return _between(_progress(step, total), start, end)
+
+
+# Curves from a start to an end value, by step and number of steps.
+CURVES: dict[str, Callable[[Array | int, int, float, float], Array]] = {
+  'sigmoid': sigmoid_schedule,
+  'linear': linear_schedule,
+}
+KINDS = (*CURVES, 'constant', 'off')
 
 
 def _progress(step: Array | int, total: int) -> Array:

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array
 from vpe_jax.sampling.guidance import Branch, Guidance, combine
 from vpe_jax.sampling.prefix import Prefix
+from vpe_jax.sampling.settings import TokenSampling
 
 # (prefix of n stacked branches, tokens [n B, ...], index) -> the prefix with these tokens in it
 Feed = Callable[[Prefix, Array, Array], Prefix]
@@ -47,7 +47,7 @@ def filter_logits(
     UserError: a setting is out of range.
   """
   # The config knows what is out of range.
-  SampleConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+  TokenSampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
   logits = logits.astype(jnp.float32)
   if temperature == 0:
     largest = jnp.argmax(logits, axis=-1, keepdims=True)
@@ -70,7 +70,7 @@ def filter_logits(
   return logits
 
 
-def sample_tokens(keys: Array, logits: Array, settings: SampleConfig) -> Array:
+def sample_tokens(keys: Array, logits: Array, settings: TokenSampling) -> Array:
   """Draws one token a row: [B] int32.
 
   Args:
@@ -102,7 +102,7 @@ def log_likelihood(logits: Array, codes: Array) -> Array:
 
 def categorical(
   logits: Callable[[Any], Array],
-  settings: SampleConfig,
+  settings: TokenSampling,
   guidance: Guidance,
   branches: Sequence[Branch],
   steps: int = 1,

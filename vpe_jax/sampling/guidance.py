@@ -246,19 +246,6 @@ def weighted(stacked: Array, weights: Sequence[float]) -> Array:
   return sum(weight * part for weight, part in zip(weights, parts, strict=True))
 
 
-def check_unedited(scale: float) -> None:
-  """Refuses guidance towards the picture before an edit, where there is none.
-
-  Raises:
-    UserError: the scale isn't 1.
-  """
-  if scale != 1.0:
-    raise UserError(
-      f'sample.image_guidance is {scale}, but what draws here sees no picture before an edit: set '
-      'it to 1'
-    )
-
-
 def stack(conditional: Any, null: Any) -> Any:
   """Joins the two branches along the rows: leaves [B, ...] and [B, ...] to [2B, ...].
 

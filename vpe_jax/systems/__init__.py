@@ -1,8 +1,8 @@
 """Systems: a package for each way of joining a language model to an image generator.
 
 Each package in this folder has a PACKAGE, which names its systems and what it adds to the front
-doors. A system's module has a `ModelConfig` (the type of the config's `model` section) and a
-`System` that follows vpe_jax.contracts.System.
+doors. A system's module has a `ModelConfig` and a `Sampling` (the types of the config's sections
+`model` and `sample`), and a `System` that follows vpe_jax.contracts.System.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from vpe_jax.config import from_dict, nearest
+from vpe_jax.config import SampleConfig, from_dict, nearest
 from vpe_jax.contracts import System, UserError
 from vpe_jax.systems.package import Package
 
@@ -38,21 +38,39 @@ def sample_options() -> list[ModuleType]:
   return [importlib.import_module(path) for path in paths]
 
 
+def sampling_sections() -> dict[str, type[SampleConfig]]:
+  """The type of the `sample` section of each system."""
+  return {name: importlib.import_module(path).Sampling for name, path in known().items()}
+
+
+def model_section(name: str) -> type:
+  """The type of the `model` section of a system.
+
+  Raises:
+    UserError: there is no such system.
+  """
+  return _module(name).ModelConfig
+
+
 def build(values: Mapping[str, Any]) -> System:
   """The system that a config (as plain nested dicts) asks for.
 
   Raises:
     UserError: the config names no known system, or has a wrong key or value.
   """
-  name, modules = values.get('system'), known()
-  if name not in modules:
-    raise UserError(f"config.system is '{name}'{nearest(str(name), modules)}")
-  module = importlib.import_module(modules[name])
-  config = from_dict(values, module.ModelConfig)
+  module = _module(values.get('system'))
+  config = from_dict(values, module.ModelConfig, module.Sampling)
   system = module.System(config)
-  averages = lambda index: bool(config.optim.of(index).ema)
+  averages = lambda index: bool(config.optim_of(index).ema)
   system.stages = tuple(
     dataclasses.replace(stage, ema=stage.ema and averages(index))
     for index, stage in enumerate(system.stages)
   )
   return system
+
+
+def _module(name: Any) -> ModuleType:
+  modules = known()
+  if name not in modules:
+    raise UserError(f"config.system is '{name}'{nearest(str(name), modules)}")
+  return importlib.import_module(modules[name])

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
-from vpe_jax.codecs import choice
 from vpe_jax.config import Config, SampleConfig, check, check_sizes
 from vpe_jax.contracts import (
   Array,
@@ -31,16 +30,18 @@ from vpe_jax.models import transfusion
 from vpe_jax.models.decoder import DecoderConfig
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import flow_matching, next_token, schedules
+from vpe_jax.objectives.flow_matching import FlowConfig
+from vpe_jax.sampling.settings import FlowSampling, TokenSampling
 from vpe_jax.systems import class_rendering
 from vpe_jax.systems.class_to_image import ClassToImage
-from vpe_jax.systems.drawing import check_unedited
+from vpe_jax.systems.codec_sections import LatentCodecs
 
 _PLAN_LOSSES = ('accuracy', 'next_token')
 _QWEN = {'vocabulary': 151_936, 'tied': True, 'context': 32_768}  # Qwen2.5-0.5B, beside its layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(choice.CodecsConfig):
+class ModelConfig(LatentCodecs):
   """The `model` section.
 
   Attributes:
@@ -55,7 +56,7 @@ class ModelConfig(choice.CodecsConfig):
       `linear`, `constant` (`ce_start` at every step) or `off` (1 at every step).
     ce_start: weight at the start of the stage (lambda_0).
     ce_end: at its end (lambda_1).
-    time_shift: shift of the training times towards noise.
+    flow: training times and target of the flow.
     init_from: a Qwen2.5-0.5B whose layers and last norm the body starts from: a folder in the
       released layout, an import, or a hub id (empty: all is drawn at random).
     logits_chunk: predicted codes whose logits exist at a time (0: all).
@@ -70,14 +71,13 @@ class ModelConfig(choice.CodecsConfig):
   vp_schedule: str = 'sigmoid'
   ce_start: float = 0.03
   ce_end: float = 0.1
-  time_shift: float = 1.0
+  flow: FlowConfig = FlowConfig()
   init_from: str = ''
   logits_chunk: int = 0
 
   def __post_init__(self) -> None:
     check_sizes(self, 'model.', logits_chunk=0)
     check(self, 'model.', 'drop', 0 <= self.drop <= 1, 'between 0 and 1')
-    check(self, 'model.', 'time_shift', self.time_shift > 0, 'a positive number')
     listed = f'one of {", ".join(schedules.KINDS)}'
     check(self, 'model.', 'vp_schedule', self.vp_schedule in schedules.KINDS, listed)
     if self.latent_channels != self.image_channels:
@@ -85,6 +85,11 @@ class ModelConfig(choice.CodecsConfig):
         f'model.latent_channels is {self.latent_channels}, but its frozen codec has '
         f'{self.image_channels}: set them equal'
       )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(FlowSampling, TokenSampling):
+  """Settings of the visual prompt's tokens and of the image's flow."""
 
 
 class System(ClassToImage):
@@ -111,7 +116,7 @@ class System(ClassToImage):
       losses |= {'next_token': schedules.Schedule(*given, off=1.0), 'accuracy': 0.0}
     super().__init__(config, losses)
     self._check_guidance(config.sample)
-    self.image = choice.image_codec(c)
+    self.image = c.image.codec()
     sizes = transfusion.TransfusionConfig(
       classes=c.classes + bool(c.drop),
       plan_codes=self.codes,
@@ -157,10 +162,11 @@ class System(ClassToImage):
     c, keep = self.config.model, self._keep(batch, rng)
     # Where nothing is dropped there is no null class, and no class has its number.
     classes = jnp.where(keep, batch.inputs['text'][:, 0], c.classes)
-    x, time, target = flow_matching.noised(latents, c.time_shift, rng, batch.example)
+    given = (c.flow, rng, batch.example, self.model.config.image_tokens)
+    x, time, target = flow_matching.noised(latents, *given)
     hidden, velocity = self.model(params, classes, plan, keep, (x, time))
     counts = self.counts(batch, rng, step, stage)
-    error = flow_matching.squared_error(velocity, target)
+    error = flow_matching.loss(c.flow, velocity, target, time)
     terms = {'flow': LossTerm(error, counts['flow'], stage.weight('flow', step))}
     if c.vpe:
       table = params['embed']['plan']
@@ -177,10 +183,11 @@ class System(ClassToImage):
     """Writes the plan, then renders; see contracts.System and systems/class_rendering.py.
 
     Raises:
-      UserError: guidance is asked for, and the model has no null class, or guides no plans.
+      UserError: guidance is asked for, and the model has no null class.
     """
     self._check_guidance(settings)
-    plan, latents = class_rendering.draw(self.model, settings, params, request, rng)
+    given = (settings, params, request, rng, self.config.model.flow)
+    plan, latents = class_rendering.draw(self.model, *given)
     image = self.image.decode(frozen, latents, rng)
     return Generated(image, plan | {'latents': latents})
 
@@ -191,12 +198,6 @@ class System(ClassToImage):
         f'sample.guidance is {settings.guidance:g}, but this model was trained without a null '
         'class (model.drop=0): set sample.guidance=1'
       )
-    if settings.plan_guidance != 1.0:
-      raise UserError(
-        f'sample.plan_guidance is {settings.plan_guidance:g}, but what this model leads away from '
-        'has no visual prompt: set sample.plan_guidance=1'
-      )
-    check_unedited(settings.image_guidance)
 
   def draft(
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig

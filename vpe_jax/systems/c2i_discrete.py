@@ -16,23 +16,23 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
-from vpe_jax.codecs import choice
 from vpe_jax.config import Config, SampleConfig, check, check_sizes
 from vpe_jax.contracts import Array, Batch, Generated, LossTerm, Params, Stage
 from vpe_jax.models import llamagen
 from vpe_jax.models.dropout import Dropout
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import next_token, schedules
+from vpe_jax.sampling.settings import TokenSampling, check_scales
 from vpe_jax.systems import writing
 from vpe_jax.systems.class_to_image import ClassToImage
-from vpe_jax.systems.drawing import check_unedited
+from vpe_jax.systems.codec_sections import ImageCodeCodecs
 
 _LOSSES = {'accuracy': 0.0, 'next_token': 1.0}
 _PLAN_LOSSES = {'masked': 0.0, 'image': 0.0, 'plan': 0.0}  # beside them where there is a plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig(choice.PictureCodesConfig):
+class ModelConfig(ImageCodeCodecs):
   """The `model` section; the sizes of the grids and of the vocabularies are those of the codecs.
 
   Attributes:
@@ -82,10 +82,22 @@ class ModelConfig(choice.PictureCodesConfig):
     """What a training step drops of activations."""
     return Dropout(self.token_dropout, self.residual_dropout, self.mlp_dropout)
 
-  @property
-  def frozen_weights(self) -> Mapping[str, str]:
-    """Name of each network that the codecs read -> where its weights are."""
-    return {**self.plan_weights, **self.picture_weights}
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(TokenSampling):
+  """Settings of the tokens of visual prompt and image.
+
+  Attributes:
+    guidance: classifier-free guidance scale of the image; 1 is off, 0 leaves the condition out.
+    plan_guidance: classifier-free guidance scale of the visual prompt's logits; 1 is off.
+  """
+
+  guidance: float = 3.0
+  plan_guidance: float = 1.0
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check_scales(self, 'guidance', 'plan_guidance')
 
 
 class System(ClassToImage):
@@ -102,8 +114,7 @@ class System(ClassToImage):
   def __init__(self, config: Config) -> None:
     c: ModelConfig = config.model
     super().__init__(config, _LOSSES | (_PLAN_LOSSES if c.vpe else {}))
-    check_unedited(config.sample.image_guidance)
-    self.image = choice.picture_codec(c, config.data.image_size)
+    self.image = c.image.codec(config.data.image_size)
     self.samples_with = self.image.weights
     sizes = llamagen.LlamaGenConfig(
       classes=c.classes,
@@ -188,7 +199,6 @@ class System(ClassToImage):
     self, params: Params, frozen: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> Generated:
     """Writes the plan, then the picture; see vpe_jax.contracts.System and systems/writing.py."""
-    check_unedited(settings.image_guidance)
     plan, codes = writing.draw(self.model, settings, params, request, rng)
     image = self.image.decode(frozen, codes, rng)
     latents = codes.reshape(codes.shape[0], self.image.grid, -1)

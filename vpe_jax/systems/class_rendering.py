@@ -15,6 +15,7 @@ from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params
 from vpe_jax.models import mot
 from vpe_jax.models.transfusion import Row, Transfusion
+from vpe_jax.objectives.flow_matching import FlowConfig, implied_velocity
 from vpe_jax.sampling import autoregressive, flow
 from vpe_jax.sampling.guidance import Branch, Guidance
 from vpe_jax.sampling.prefix import Prefix
@@ -23,7 +24,12 @@ CLASS = frozenset({'class'})  # the condition that guidance drops
 
 
 def draw(
-  model: Transfusion, settings: SampleConfig, params: Params, request: Batch, rng: Array
+  model: Transfusion,
+  settings: SampleConfig,
+  params: Params,
+  request: Batch,
+  rng: Array,
+  config: FlowConfig,
 ) -> tuple[dict[str, Array], Array]:
   """The visual prompt [B, P] int32, where the model has one, and latents [B, h, w, C] float32.
 
@@ -33,6 +39,7 @@ def draw(
     params: of the network, layers stacked or unstacked.
     request: `text[:, 0]` is the class; an encoded `visual_prompt` is used instead of the model's.
     rng: the key of the call.
+    config: of the flow, with the target that the network predicts.
   """
   c, B = model.config, request.example.shape[0]
   encoded, conditional = prefill(model, settings, params, request, rng)
@@ -45,7 +52,8 @@ def draw(
     branches = prefix.state.positions.shape[0] // B
     stream = prefix.state.stream(jnp.concatenate([tokens] * branches), c.first)
     hidden, _ = model.states(params, stream, prefix.cache, c.first)
-    return model.velocity(params, hidden)
+    prediction = model.velocity(params, hidden)
+    return implied_velocity(config, prediction, jnp.concatenate([x] * branches), time)
 
   prefix = lambda dropped: null_prefix(model, params, B) if dropped else conditional
   phase = flow.Phase(settings.steps, Guidance.classifier_free(settings.guidance, CLASS), prefix)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from vpe_jax import rng
-from vpe_jax.codecs import choice
 from vpe_jax.config import Config, nearest
 from vpe_jax.contracts import PlansVisually, Samples, Stage, UserError, Weight
 from vpe_jax.systems.drawing import DrawingSystem
@@ -33,7 +32,7 @@ class ClassToImage(DrawingSystem):
       )
     self.config = config
     self.stages = (Stage('train', ('.*',), dict(sorted(losses.items())), ema=True),)
-    self.visual_prompt = choice.plan_codec(config.model, jnp.dtype(config.dtype))
+    self.visual_prompt = config.model.prompt_codec(jnp.dtype(config.dtype))
     self.codes = config.model.plan_codes
     self.drafts = ('visual_prompt',) if self.codes else ()
     self.capabilities = (Samples, PlansVisually) if self.codes else (Samples,)

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as randomness
-from vpe_jax.codecs import choice, image_codes, kl, pixels, towers, visual_prompt
-from vpe_jax.config import Config, check_sizes, nearest
+from vpe_jax.codecs import image_codes, kl, pixels, towers, visual_prompt
+from vpe_jax.config import Config, SampleConfig, check_sizes, nearest
 from vpe_jax.contracts import (
   Array,
   Batch,
@@ -76,6 +76,9 @@ class ModelConfig:
     check_sizes(self, 'model.')
 
 
+Sampling = SampleConfig  # no sampler, no settings
+
+
 class System(SystemProtocol):
   """Trains `params` = {visual_prompt, image, image_codes}, as far as named.
 
@@ -120,9 +123,9 @@ class System(SystemProtocol):
     """The tower whose features are quantised, and the autoencoder whose latents are."""
     c, frozen = self.config.model, {}
     if 'visual_prompt' in self.config.stages:
-      published = choice.published_tower(c.visual_prompt, c.encoder_weights)
-      weights = choice.tower_weights(c.visual_prompt, c.siglip_weights, c.encoder_weights)
-      frozen = {n: FrozenNetwork(source, published.get(n)) for n, source in weights.items()}
+      tower = c.visual_prompt
+      weights = c.siglip_weights if tower.encoder == 'siglip' else c.encoder_weights
+      frozen = {tower.encoder: towers.frozen(tower, weights)}
     if 'image_codes' in self.config.stages:
       frozen['image'] = FrozenNetwork(c.image_weights)
     return frozen

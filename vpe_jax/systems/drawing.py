@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.codecs import choice
-from vpe_jax.codecs.choice import NoVisualPrompt
 from vpe_jax.codecs.protocol import LatentCodec, PictureCodec, PlanCodec
 from vpe_jax.config import Config, to_dict
 from vpe_jax.contracts import (
@@ -21,11 +18,11 @@ from vpe_jax.contracts import (
   FrozenNetwork,
   Params,
   PlansVisually,
-  UserError,
 )
 from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
 from vpe_jax.models import dense
 from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.systems.codec_sections import NoVisualPrompt
 
 
 class DrawingSystem(PlansVisually):
@@ -50,11 +47,7 @@ class DrawingSystem(PlansVisually):
     """The codecs' networks; none where encoded entries are synthetic."""
     if self.config.data.source == 'synthetic':
       return {}
-    model = self.config.model
-    return {
-      name: FrozenNetwork(source, model.published.get(name))
-      for name, source in model.frozen_weights.items()
-    }
+    return self.config.model.frozen
 
   @functools.cached_property
   def preprocess(self) -> PromptAndImage:
@@ -64,11 +57,12 @@ class DrawingSystem(PlansVisually):
   @property
   def encoder_settings(self) -> dict[str, Any]:
     """The codecs' settings."""
-    kinds = (choice.PlanCodecConfig, choice.CodecsConfig, choice.PictureCodesConfig)
-    kinds = [kind for kind in kinds if isinstance(self.config.model, kind)]
-    fields = {field.name for kind in kinds for field in dataclasses.fields(kind)} - {'weights'}
-    settings = {name: to_dict(getattr(self.config.model, name)) for name in sorted(fields)}
-    return settings | {'dtype': self.config.dtype}
+    c = self.config.model
+    settings = {'visual_prompt': to_dict(c.visual_prompt), 'image': to_dict(c.image)}
+    for section in settings.values():  # Weights are known by their fingerprints.
+      for name in [name for name in section if name.endswith('weights')]:
+        del section[name]
+    return settings | {'vpe': c.vpe, 'dtype': self.config.dtype}
 
   def init(self, rng: Array) -> Params:
     """Random initial parameters, float32."""
@@ -150,15 +144,3 @@ class DrawingSystem(PlansVisually):
       return 0.0
     image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
     return matrix_flops(encode, self.frozen_shapes(), image)
-
-
-def check_unedited(scale: float) -> None:
-  """Refuses guidance by a source image where a system has none.
-
-  Raises:
-    UserError: the scale isn't 1.
-  """
-  if scale != 1.0:
-    raise UserError(
-      f'sample.image_guidance is {scale}, but only systems that edit see source images: set it to 1'
-    )

@@ -43,6 +43,7 @@ from vpe_jax.models import editing, mot, unified
 from vpe_jax.models.editing import Editor
 from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.sampling.prefix import Prefix
+from vpe_jax.sampling.settings import check_scales
 from vpe_jax.systems import rendering, t2i
 from vpe_jax.systems.external import External
 from vpe_jax.systems.internal import Internal
@@ -88,6 +89,22 @@ class ModelConfig(t2i.ModelConfig):
     check(self, 'model.', 'drop', together <= 1, words)
     none = self.arch == 'internal' or not self.drop
     check(self, 'model.', 'drop', none, '0 with arch=external, whose token rows keep a condition')
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(t2i.Sampling):
+  """Those of `t2i`, with a second guidance scale.
+
+  Attributes:
+    guidance: guidance scale of the instruction; 1 is off.
+    image_guidance: guidance scale of the source image; 1 is off.
+  """
+
+  image_guidance: float = 1.0
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check_scales(self, 'image_guidance')
 
 
 class Edited(Rows):
@@ -145,7 +162,7 @@ class EditInternal(Edited, Internal):
     scales = settings.guidance, settings.image_guidance
     guidance = Guidance.edit(*scales, sequence.TOLD, sequence.REFERENCE)
     noise = rendering.noise(self.model, request, rng)
-    return codes, rendering.render(self.model, settings, params, noise, guidance, prefix)
+    return codes, rendering.render(self, settings, params, noise, guidance, prefix)
 
   def train_flops(self, stage: Stage, predicted: int) -> float:
     """Matrix FLOPs of one example, all of which trains."""
@@ -173,6 +190,21 @@ class EditExternal(Edited, External):
   ) -> dict[str, Region]:
     """`ar`, `prefix` and `dit` of a batch, the first without what `keep` drops."""
     return self.build(batch, codes, keep) | self._picture(codes, jnp.ones(codes.shape[:1], bool))
+
+  def draw(
+    self, params: Params, request: Batch, rng: Array, settings: Sampling
+  ) -> tuple[Array, Array]:
+    """Codes [B, P] and latents [B, h, w, C] of a batch of requests.
+
+    Raises:
+      UserError: guidance by the source image, which this image expert doesn't see.
+    """
+    if settings.image_guidance != 1.0:
+      raise UserError(
+        f'sample.image_guidance is {settings.image_guidance:g}, but with model.arch=external the '
+        'image expert sees no source image: set it to 1'
+      )
+    return super().draw(params, request, rng, settings)
 
   def train_flops(self, stage: Stage, predicted: int) -> float:
     """Matrix FLOPs of one example; the time embedding is frozen, and the head doesn't run."""
@@ -234,7 +266,7 @@ class System(t2i.System):
   def _rows(self) -> EditInternal | EditExternal:
     c = self.config.model
     self.vocabulary = dataclasses.replace(self.vocabulary, eoi=c.eoi)
-    given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens)
+    given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens, c.flow)
     return EditExternal(*given) if c.arch == 'external' else EditInternal(*given)
 
   @property

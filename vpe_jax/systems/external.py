@@ -70,7 +70,7 @@ class External(Rows):
     codes, decoded = rendering.decode(self, settings, params, request, rng)
     conditional = self.prefix(params, request, codes, decoded)
     prefix = lambda dropped: self.null_prefix(params, request) if dropped else conditional
-    return codes, rendering.guided(self.model, settings, params, request, rng, prefix)
+    return codes, rendering.guided(self, settings, params, request, rng, prefix)
 
   def prefix(self, params: Params, request: Batch, codes: Array, decoded: Prefix) -> Prefix:
     """The prefix of the flow in the picture expert's sequence, from a decoded visual prompt."""

@@ -22,10 +22,10 @@ from vpe_jax.contracts import Array, Batch, Params, Region, concatenate
 from vpe_jax.data import sequence
 from vpe_jax.models import mot
 from vpe_jax.models.unified import Unified, row_visibility
+from vpe_jax.objectives.flow_matching import implied_velocity
 from vpe_jax.sampling import autoregressive, flow, guidance
 from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.sampling.prefix import Prefix
-from vpe_jax.systems.drawing import check_unedited
 from vpe_jax.systems.rows import Rows
 
 ALL = frozenset(sequence.CONDITIONS)
@@ -55,11 +55,11 @@ def draw(
   prefill = plan if rows.codes else unplanned
   codes, conditional = prefill(rows, settings, params, request, rng)
   prefix = lambda dropped: null_prefix(rows, params, request) if dropped else conditional
-  return codes, guided(rows.model, settings, params, request, rng, prefix)
+  return codes, guided(rows, settings, params, request, rng, prefix)
 
 
 def guided(
-  model: Unified,
+  rows: Rows,
   settings: SampleConfig,
   params: Params,
   request: Batch,
@@ -67,9 +67,8 @@ def guided(
   prefix: Callable[[frozenset[str]], Prefix],
 ) -> Array:
   """Latents [B, h, w, C] by classifier-free guidance; `prefix` is that of flow.Phase."""
-  check_unedited(settings.image_guidance)
   branches = Guidance.classifier_free(settings.guidance, ALL)
-  return render(model, settings, params, noise(model, request, rng), branches, prefix)
+  return render(rows, settings, params, noise(rows.model, request, rng), branches, prefix)
 
 
 def noise(model: Unified, request: Batch, rng: Array) -> Array:
@@ -182,7 +181,7 @@ def null_prefix(rows: Rows, params: Params, request: Batch) -> Prefix:
 
 
 def render(
-  model: Unified,
+  rows: Rows,
   settings: SampleConfig,
   params: Params,
   noise: Array,
@@ -190,6 +189,7 @@ def render(
   prefix: Callable[[frozenset[str]], Prefix],
 ) -> Array:
   """Flow steps from `noise` [B, h, w, C] to latents; `prefix` is that of flow.Phase."""
+  model = rows.model
 
   def network(x: Array, time: Array, prefix: Prefix) -> Array:
     B, image, caches = x.shape[0], prefix.state, prefix.cache
@@ -199,12 +199,15 @@ def render(
     shared = jax.tree.map(lambda leaf: leaf[:B], image)
     stream, condition = model.picture_stream(params, x, clock, shared)
     branches = image.ids.shape[0] // B
-    x, condition = (jnp.concatenate([leaf] * branches) for leaf in (stream.x, condition))
-    stream = mot.Stream(x, image.positions, image.visibility, memory=caches.memory)
+    repeat = lambda leaf: jnp.concatenate([leaf] * branches)
+    tokens, condition = repeat(stream.x), repeat(condition)
+    stream = mot.Stream(tokens, image.positions, image.visibility, memory=caches.memory)
     hidden, _ = model.backbone(params, {'dit': stream}, caches.body, at)
     stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
     out, _ = model.head(params, {'dit': stream}, caches.head, at)
-    return -model.velocity(params, out['dit'], condition)
+    # Show-o2's sign: the network predicts the negative of the flow's target.
+    prediction = -model.velocity(params, out['dit'], condition)
+    return implied_velocity(rows.flow, prediction, repeat(x), time)
 
   times = flow.time_grid(settings.steps, settings.shift)
   return flow.sample(network, noise, times, [flow.Phase(settings.steps, guidance, prefix)])

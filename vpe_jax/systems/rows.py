@@ -9,6 +9,7 @@ from typing import ClassVar
 from vpe_jax.contracts import Array, Batch, Params, Region, Stage
 from vpe_jax.data import sequence
 from vpe_jax.models import mot, unified
+from vpe_jax.objectives.flow_matching import FlowConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Rows:
     vocabulary: joint ids of text and codes.
     text: tokens of a caption.
     codes: tokens of a plan; 0: there are no plans.
+    flow: gives what the network predicts.
     stages: by name, in their order.
   """
 
@@ -30,6 +32,7 @@ class Rows:
   vocabulary: sequence.Vocabulary
   text: int
   codes: int
+  flow: FlowConfig
 
   stages: ClassVar[Mapping[str, Stage]]
 

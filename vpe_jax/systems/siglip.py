@@ -16,7 +16,7 @@ import numpy as np
 
 from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import pixels
-from vpe_jax.config import Config, check
+from vpe_jax.config import Config, SampleConfig, check
 from vpe_jax.contracts import (
   Array,
   Batch,
@@ -73,6 +73,9 @@ class ModelConfig:
   def __post_init__(self) -> None:
     for name in ('hide', 'blind'):
       check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
+
+
+Sampling = SampleConfig  # no sampler, no settings
 
 
 class System(SystemProtocol):

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
-from vpe_jax.codecs import choice, pixels
+from vpe_jax.codecs import pixels
+from vpe_jax.codecs.visual_prompt import TowerVqSection
 from vpe_jax.config import Config, SampleConfig, check, nearest
 from vpe_jax.contracts import (
   Array,
@@ -41,15 +42,18 @@ from vpe_jax.data import sequence
 from vpe_jax.models import unified
 from vpe_jax.models.siglip import unit
 from vpe_jax.objectives import flow_matching, next_token, schedules
+from vpe_jax.objectives.flow_matching import FlowConfig
 from vpe_jax.sampling import autoregressive
+from vpe_jax.sampling.settings import FlowSampling, TokenSampling, check_scales
 from vpe_jax.systems import rendering
-from vpe_jax.systems.drawing import DrawingSystem, check_unedited
+from vpe_jax.systems.codec_sections import LatentCodecs
+from vpe_jax.systems.drawing import DrawingSystem
 from vpe_jax.systems.external import External
 from vpe_jax.systems.internal import Internal, Unplanned
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
+class ModelConfig(unified.UnifiedConfig, LatentCodecs):
   """The network's sizes, the frozen codecs, and how the two losses meet.
 
   Attributes:
@@ -68,7 +72,7 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
       paper's), `linear`, `constant` (`ce_start` at every step) or `off` (it weighs 1, as the flow).
     ce_start: its weight at the start of the stage (lambda_0).
     ce_end: its weight at the end (lambda_1).
-    time_shift: shift of the training times towards noise (0: Show-o2's for this many tokens).
+    flow: training times and target of the flow; shifted as Show-o2's by default.
     logits_chunk: predicted tokens whose logits exist at a time (0: all).
   """
 
@@ -79,7 +83,7 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
   vp_schedule: str = 'sigmoid'
   ce_start: float = 0.03
   ce_end: float = 0.1
-  time_shift: float = 0.0
+  flow: FlowConfig = FlowConfig(shift_by='resolution')
   logits_chunk: int = 0
 
   def __post_init__(self) -> None:
@@ -88,7 +92,7 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
     check(self, 'model.', 'vp_schedule', known, f'one of {", ".join(schedules.KINDS)}')
     for name in ('drop', 'drop_text'):
       check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
-    for name in ('inherit', 'ce_start', 'ce_end', 'time_shift'):
+    for name in ('inherit', 'ce_start', 'ce_end'):
       check(self, 'model.', name, getattr(self, name) >= 0, 'at least 0')
     for name in ('bos', 'boi'):
       known = getattr(self, name) < self.text_vocab
@@ -110,10 +114,10 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
         'model.inherit takes rows from the codecs of the visual prompt, and model.vpe=False leaves '
         'them out: set model.inherit=0'
       )
-    if self.inherit and self.siglip_vq is not None:
+    if self.inherit and not isinstance(self.visual_prompt, TowerVqSection):
       raise UserError(
-        'model.inherit takes rows from the embedded codecs, and model.siglip_vq takes their place: '
-        'set model.inherit=0'
+        'model.inherit takes rows from a quantiser that was trained here, and '
+        f'model.visual_prompt.kind={self.visual_prompt.kind} is none: set model.inherit=0'
       )
     if self.inherit and self.visual_prompt.encoder != 'siglip':
       raise UserError(
@@ -128,6 +132,22 @@ class ModelConfig(unified.UnifiedConfig, choice.CodecsConfig):
       )
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling(FlowSampling, TokenSampling):
+  """Settings of the visual prompt's tokens and of the image's flow.
+
+  Attributes:
+    plan_guidance: classifier-free guidance scale of the visual prompt's logits; 1 is off. It needs
+      a model that was trained with `model.drop_text`.
+  """
+
+  plan_guidance: float = 1.0
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check_scales(self, 'plan_guidance')
+
+
 class System(DrawingSystem):
   """See vpe_jax.contracts.System."""
 
@@ -140,12 +160,12 @@ class System(DrawingSystem):
     self.codes = sizes.codes
     self.logical_axes = unified.LOGICAL_AXES
     self.model = unified.Unified(sizes, jnp.dtype(config.dtype), config.remat, config.attention)
-    self.visual_prompt = choice.plan_codec(c, jnp.dtype(config.dtype))
-    self.image = choice.image_codec(c)
+    self.visual_prompt = c.prompt_codec(jnp.dtype(config.dtype))
+    self.image = c.image.codec()
     self.table = ('model.text_vocab', c.text_vocab)
     # Published tokenizers and towers come without a text tower of our words to compare with.
     tower = c.visual_prompt
-    embedded = c.vpe and c.siglip_vq is None and tower.encoder == 'siglip'
+    embedded = c.vpe and isinstance(tower, TowerVqSection) and tower.encoder == 'siglip'
     # The pooling head reads the last output alone, and the text tower its own words.
     compares = embedded and tower.compares and c.text_vocab <= tower.siglip.vocabulary
     self.plan_rankers = ('likelihood', 'similarity') if compares else ('likelihood',)
@@ -165,8 +185,7 @@ class System(DrawingSystem):
     c = self.config.model
     if c.references:
       raise UserError('model.references is of configs/edit.py: nothing here sees a picture before')
-    check_unedited(self.config.sample.image_guidance)
-    given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens)
+    given = (self.model, self.vocabulary, self.config.data.text_length, c.plan_tokens, c.flow)
     if c.arch == 'external':
       return External(*given)
     return (Internal if c.vpe else Unplanned)(*given)
@@ -255,8 +274,9 @@ class System(DrawingSystem):
       noisy, target = self._noisy(batch, batch.encoded['latents'], rng)
     hidden, velocity = self._forward(params, regions, noisy, batch)
     if noisy is not None:
-      # The network's velocity is Show-o2's: data minus noise.
-      error = flow_matching.squared_error(-velocity, target)
+      # The network's velocity is Show-o2's, data minus noise, and its clock is 1 at the data.
+      flow = self.config.model.flow
+      error = flow_matching.loss(flow, -velocity, target, 1.0 - noisy[1])
       terms['flow'] = LossTerm(error, counts['flow'], stage.weight('flow', step))
     if 'next_token' in stage.losses:
       loss, hits = self._next_token(params, hidden, regions['ar'])
@@ -376,13 +396,11 @@ class System(DrawingSystem):
     length = jnp.where(kept, batch.inputs['text_length'], 0)
     return dataclasses.replace(batch, inputs={**batch.inputs, 'text_length': length})
 
-  def _noisy(
-    self, batch: Batch, latents: Array, rng: Array
-  ) -> tuple[tuple[Array, Array], Array]:
-    """Noisy latents [B, h, w, C] with the network's clock [B], and the velocity to predict."""
+  def _noisy(self, batch: Batch, latents: Array, rng: Array) -> tuple[tuple[Array, Array], Array]:
+    """Noisy latents [B, h, w, C] with the network's clock [B], and the target to predict."""
     c = self.config.model
-    shift = c.time_shift or flow_matching.token_shift(c.image_tokens + 1)
-    noisy, time, target = flow_matching.noised(latents, shift, rng, batch.example)
+    given = (c.flow, rng, batch.example, c.image_tokens + 1)
+    noisy, time, target = flow_matching.noised(latents, *given)
     # The network's clock is Show-o2's: data at 1.
     return (noisy, 1.0 - time), target
 

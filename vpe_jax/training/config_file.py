@@ -7,9 +7,12 @@ defaults (ml_collections' own flags know only the keys that the file writes out)
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.util
+import re
 import sys
 import traceback
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
     raise UserError(f'--config={spec}: {" ".join(str(error).split())}') from error
   before = to_dict(systems.build(given).config)
   values = dict(before)
+  _change_kinds(values, overrides)
   for key, text in overrides.items():
     _override(values, key, text)
   _keep_stages(values, before, overrides)
@@ -131,6 +135,26 @@ def _keep_stages(values: dict[str, Any], before: Mapping[str, Any], given: Itera
   values['optim'] |= {key: of(before['optim'][key]) for key in kept if f'optim.{key}' not in given}
 
 
+def _change_kinds(values: dict[str, Any], overrides: Mapping[str, str]) -> None:
+  """Gives sections of `model` whose kind is overridden the defaults of that kind."""
+  for key, kind in overrides.items():
+    match = re.fullmatch(r'model\.(\w+)\.kind', key)
+    section = values['model'].get(match[1]) if match else None
+    if isinstance(section, dict) and section.get('kind', kind) != kind:
+      model = systems.model_section(values['system'])
+      values['model'][match[1]] = _kind_defaults(model, match[1], kind)
+
+
+def _kind_defaults(model: type, name: str, kind: str) -> dict[str, Any]:
+  """A kind of section and its fields that have a default, as plain values."""
+  kinds = typing.get_type_hints(model)[name].KINDS
+  if kind not in kinds:
+    raise UserError(f"config key 'model.{name}.kind' is '{kind}'{nearest(kind, kinds)}")
+  fields = dataclasses.fields(kinds[kind])
+  defaults = {f.name: to_dict(f.default) for f in fields if f.default is not dataclasses.MISSING}
+  return defaults | {'kind': kind}
+
+
 def _override(values: dict[str, Any], key: str, text: str) -> None:
   *sections, name = key.split('.')
   if sections[:1] == ['evals']:  # An open section: evaluators check their own options.
@@ -144,7 +168,9 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
       raise UserError(f"unknown config key '{key}': '{section}' is a single value")
     values = values[section]
   _check(values, name, key)
-  values[name] = text if isinstance(values[name], str) else _literal(text)
+  # A field of text may hold one for each stage.
+  is_text = isinstance(values[name], str) and not text.startswith('(')
+  values[name] = text if is_text else _literal(text)
 
 
 def _check(values: Mapping[str, Any], name: str, key: str) -> None:

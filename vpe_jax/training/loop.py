@@ -78,7 +78,7 @@ def train(
   """
   mesh = sharding.make_mesh(config.mesh)
   for index, batch_size in enumerate(config.batch_size):
-    sharding.check_divides(batch_size, mesh, config.optim.of(index).accumulate)
+    sharding.check_divides(batch_size, mesh, config.optim_of(index).accumulate)
   _say(report.devices_text(mesh))
   folder = epath.Path(workdir).expanduser()
   with jax.set_mesh(mesh), contextlib.ExitStack() as cleanup:
@@ -148,7 +148,8 @@ def _run_stages(run: Run, watchers: Watchers, state: State) -> State | None:
       break
     run.store.wait()  # The last save may still read the buffers that are about to go.
     abstract = resume.abstract_state(run.config, run.system, index, run.mesh)
-    state = next_stage(state, run.system.stages[index], resume.shardings_of(abstract))
+    given = (run.system.stages[index], run.config.optim_of(index), run.system.logical_axes)
+    state = next_stage(state, *given, resume.shardings_of(abstract))
   if jax.process_index() == 0:
     curves.draw(run.workdir)
   run.store.wait()
@@ -204,7 +205,7 @@ def _compile(run: Run, state: State, batch: Batch) -> jax.stages.Compiled:
   """The stage's step, compiled ahead of time for exactly this state and batch."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   index = int(state['stage'])
-  stage, optim = run.system.stages[index], run.config.optim.of(index)
+  stage, optim = run.system.stages[index], run.config.optim_of(index)
   step = make_train_step(run.system, stage, optim, shardings)
   return step.lower(state, run.frozen.params, batch, run.key).compile()
 
@@ -230,7 +231,7 @@ def _evaluate(run: Run, watchers: Watchers, state: State, step: int, is_last: bo
 def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Batch) -> None:
   """The start-up report of a stage."""
   index, stages = int(state['stage']), run.system.stages
-  stage, optim = stages[index], run.config.optim.of(index)
+  stage, optim = stages[index], run.config.optim_of(index)
   origins = report.origins_after(stages[run.began : index], run.origins)
   sources = {name: network.source for name, network in run.system.frozen.items()}
   networks = report.Networks(run.frozen.params, sources)

@@ -1,36 +1,154 @@
-"""AdamW with global-norm clipping and linear warm-up to a constant rate.
+"""Optimizers by name, on optax: AdamW, Adafactor and Muon; learning rates and their multipliers.
 
-The optimizer's state is a plain dict {count, mu, nu}: checkpoints store it by path, and clipping,
-weight decay and the learning rate need no memory (the rate follows the stage's step).
+The state of an optimizer is a plain nested dict, which checkpoints store by path. It holds `count`
+(updates so far) and one tree of memory per kind, each under the paths of the parameters that have
+it; nothing is stored for clipping, weight decay and learning rate, which follows the stage's step:
+
+  adamw      mu and nu of every parameter
+  adafactor  v_row and v_col of large matrices, v of every other parameter
+  muon       mu of every parameter, nu of those that are no matrices inside the network
+
+Adafactor and Muon see a parameter as a matrix (rows are its input, columns its output). Which axes
+belong to which side follows from the names in the system's `logical_axes`; stacked layers are
+matrices of their own.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from vpe_jax import sharding
+from vpe_jax.checkpoints import convert
 from vpe_jax.config import OptimConfig
-from vpe_jax.contracts import Array, Params
+from vpe_jax.contracts import Array, Params, UserError
+from vpe_jax.sharding import AxesTable, by_path
+
+OptState = dict[str, Any]
 
 UNDECAYED = ('bias', 'scale')  # last names of leaves that weight decay leaves alone
+MIN_FACTORED = 128  # Adafactor factors matrices with at least so many rows and columns
+MUON_RMS = 0.2  # root mean square of AdamW's updates, to which Muon's are scaled (arXiv 2502.16982)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the reference implementation of Muon
+# Axes of tables and of projections into and out of a network, which Muon leaves to AdamW.
+_OUTER = {sharding.VOCAB, sharding.CODES, sharding.POSITION, sharding.FEATURES}
+# (an axis, the axis before it) of one side of a matrix.
+_SAME_SIDE = {
+  (sharding.HEAD, sharding.HEADS),
+  (sharding.HEAD, sharding.KV_HEADS),
+  (sharding.KERNEL, sharding.KERNEL),
+  (sharding.CONV_IN, sharding.KERNEL),
+}
 
 
-def init(trainable: Params) -> dict[str, Any]:
-  """Zero moments for the trainable leaves only."""
-  return {
-    'count': jnp.zeros((), jnp.int32),
-    'mu': jax.tree.map(jnp.zeros_like, trainable),
-    'nu': jax.tree.map(jnp.zeros_like, trainable),
-  }
+def init(trainable: Params, config: OptimConfig | None = None, axes: AxesTable = ()) -> OptState:
+  """The state before the first update, for the trainable leaves only.
+
+  Args:
+    trainable: nested dict of parameters.
+    config: settings of one stage (None: AdamW with its defaults).
+    axes: the system's `logical_axes`; without any, all two-dimensional leaves are matrices.
+  """
+  config = config or OptimConfig()
+  return OPTIMIZERS[config.name].init(trainable, config, axes)
+
+
+def update(
+  gradient: Params,
+  opt_state: OptState,
+  trainable: Params,
+  stage_step: Array,
+  config: OptimConfig,
+  axes: AxesTable = (),
+) -> tuple[Params, OptState]:
+  """One step on a clipped gradient: the new trainable leaves and optimizer state.
+
+  Args:
+    gradient: as `trainable`.
+    opt_state: from `init`, or the step before.
+    trainable: nested dict of parameters.
+    stage_step: step of the stage, from 0.
+    config: settings of one stage.
+    axes: see `init`.
+  """
+  direct = OPTIMIZERS[config.name].direct
+  direction, opt_state = direct(gradient, opt_state, trainable, config, axes)
+  if config.weight_decay:
+    decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed)
+    direction, _ = decay.update(direction, decay.init(trainable), trainable)
+  rate = learning_rate(stage_step, config)
+
+  def scaled(path: tuple[Any, ...], leaf: Array) -> Array:
+    factor = multiplier(jax.tree_util.keystr(path, simple=True, separator='/'), config)
+    return -(rate if factor == 1.0 else factor * rate) * leaf
+
+  direction = jax.tree_util.tree_map_with_path(scaled, direction)
+  return optax.apply_updates(trainable, direction), opt_state
 
 
 def learning_rate(stage_step: Array | int, config: OptimConfig) -> Array:
-  """The rate at a step of the stage (from 0): warm-up reaches `lr` at step `warmup - 1`."""
-  ramp = (jnp.asarray(stage_step, jnp.float32) + 1.0) / max(config.warmup, 1)
-  return config.lr * jnp.minimum(ramp, 1.0)
+  """The rate at a step of the stage (from 0): warm-up reaches `lr` at step `warmup - 1`.
+
+  A decay begins there. `cosine` and `linear` would be at `lr_end` at step `decay_steps`.
+
+  Raises:
+    ValueError: the schedule decays and `decay_steps` is 0 (see Config.optim_of).
+  """
+  step = jnp.asarray(stage_step, jnp.float32)
+  ramp = (step + 1.0) / max(config.warmup, 1)
+  return SCHEDULES[config.schedule](step, config) * jnp.minimum(ramp, 1.0)
+
+
+def multiplier(path: str, config: OptimConfig) -> float:
+  """The factor of a parameter's learning rate."""
+  found = (factor for pattern, factor in config.factors if re.match(pattern, path))
+  return next(found, 1.0)
+
+
+def check_multipliers(config: OptimConfig, paths: Iterable[str]) -> None:
+  """Refuses a multiplier that matches no parameter.
+
+  Args:
+    config: settings of one stage.
+    paths: of all parameters, trainable or not.
+
+  Raises:
+    UserError: names the pattern.
+  """
+  paths = list(paths)
+  for pattern, _ in config.factors:
+    if not any(re.match(pattern, path) for path in paths):
+      heads = ', '.join(sorted({path.split('/')[0] for path in paths}))
+      raise UserError(
+        f"config.optim.multipliers names '{pattern}', which matches no parameter; "
+        f'paths begin with: {heads}'
+      )
+
+
+def logical_axes(trainable: Params, axes: AxesTable) -> AxesTable:
+  """The axis names of the optimizer's state: those of parameters, and of factored memory.
+
+  Args:
+    trainable: nested dict of parameters, or of their shapes.
+    axes: the system's `logical_axes`.
+  """
+  rows = []
+  for path, leaf in by_path(trainable).items():
+    matrix = _factored(path, leaf, axes)
+    if matrix is not None:
+      # Like optax, which takes the larger side's mean for `v_row`, the columns' at a tie.
+      short, long = matrix.names if matrix.rows <= matrix.columns else matrix.names[::-1]
+      layers = (sharding.LAYERS,) * matrix.stacked
+      rows.append((f'v_row/{re.escape(path)}', (*layers, short)))
+      rows.append((f'v_col/{re.escape(path)}', (*layers, long)))
+  return (*rows, *axes)
 
 
 def clip(gradient: Params, norm: Array, limit: float) -> Params:
@@ -41,27 +159,247 @@ def clip(gradient: Params, norm: Array, limit: float) -> Params:
   return jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), gradient)
 
 
-def update(
-  gradient: Params,
-  opt_state: dict[str, Any],
-  trainable: Params,
-  stage_step: Array,
-  config: OptimConfig,
-) -> tuple[Params, dict[str, Any]]:
-  """One AdamW step on a clipped gradient: the new trainable leaves and optimizer state."""
-  moments = optax.ScaleByAdamState(**opt_state)
-  adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
-  direction, moments = adam.update(gradient, moments)
-  if config.weight_decay:
-    decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed)
-    direction, _ = decay.update(direction, decay.init(trainable), trainable)
-  rate = learning_rate(stage_step, config)
-  direction = jax.tree.map(lambda leaf: -rate * leaf, direction)
-  return optax.apply_updates(trainable, direction), moments._asdict()
-
-
 def _decayed(params: Params) -> Params:
   def is_decayed(path: tuple[Any, ...], _: Array) -> bool:
     return path[-1].key not in UNDECAYED
 
   return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+# Schedules: rate after warm-up at a step of the stage (float32).
+
+
+def _constant(step: Array, config: OptimConfig) -> float:
+  del step
+  return config.lr
+
+
+def _cosine(step: Array, config: OptimConfig) -> Array:
+  decay = optax.cosine_decay_schedule(config.lr, _decay_length(config), config.lr_end / config.lr)
+  return decay(jnp.maximum(step - config.warmup, 0.0))
+
+
+def _linear(step: Array, config: OptimConfig) -> Array:
+  decay = optax.linear_schedule(config.lr, config.lr_end, _decay_length(config), config.warmup)
+  return decay(step)
+
+
+def _rsqrt(step: Array, config: OptimConfig) -> Array:
+  first = max(config.warmup, 1)
+  rate = config.lr * jnp.sqrt(first / jnp.maximum(step + 1.0, first))
+  return jnp.maximum(rate, config.lr_end)
+
+
+def _decay_length(config: OptimConfig) -> int:
+  if not config.decay_steps:
+    raise ValueError(f'schedule {config.schedule} without decay_steps: use Config.optim_of')
+  return max(config.decay_steps - config.warmup, 1)
+
+
+SCHEDULES: dict[str, Callable[[Array, OptimConfig], Array | float]] = {
+  'constant': _constant,
+  'cosine': _cosine,
+  'linear': _linear,
+  'rsqrt': _rsqrt,
+}
+
+
+# Parameters as matrices.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+  """A parameter as a matrix, or as one per stacked layer.
+
+  Attributes:
+    stacked: whether its first axis is that of stacked layers.
+    sides: its axes that are rows, and those that are columns.
+    rows: number of rows.
+    columns: number of columns.
+    names: axis name of the rows and of the columns.
+  """
+
+  stacked: bool
+  sides: tuple[tuple[int, ...], tuple[int, ...]]
+  rows: int
+  columns: int
+  names: tuple[str | None, str | None]
+
+  def of(self, leaf: Array) -> Array:
+    """The leaf [(layers), rows, columns]."""
+    return leaf.reshape(*leaf.shape[: self.stacked], self.rows, self.columns)
+
+
+def _matrix(path: str, leaf: Any, axes: AxesTable) -> _Matrix | None:
+  """How a parameter is a matrix; None where its axes have not exactly two sides."""
+  names = sharding.axis_names(path, tuple(leaf.shape), axes)
+  stacked = _is_stacked(names)
+  sides: list[list[int]] = []
+  for axis in range(int(stacked), len(names)):
+    if sides and (names[axis], names[axis - 1]) in _SAME_SIDE:
+      sides[-1].append(axis)
+    else:
+      sides.append([axis])
+  if len(sides) != 2:
+    return None
+  rows, columns = (math.prod(leaf.shape[axis] for axis in side) for side in sides)
+  # Heads are named by their number, which tensor parallelism splits; windows by their channels.
+  of = lambda side: names[side[-1]] if names[side[0]] == sharding.KERNEL else names[side[0]]
+  return _Matrix(stacked, tuple(map(tuple, sides)), rows, columns, tuple(map(of, sides)))
+
+
+def _is_stacked(names: tuple[str | None, ...]) -> bool:
+  return bool(names) and names[0] == sharding.LAYERS
+
+
+def _factored(path: str, leaf: Any, axes: AxesTable) -> _Matrix | None:
+  """The matrix of a parameter whose second moments Adafactor factors."""
+  matrix = _matrix(path, leaf, axes)
+  return matrix if matrix and min(matrix.rows, matrix.columns) >= MIN_FACTORED else None
+
+
+# AdamW.
+
+
+def _init_adamw(trainable: Params, config: OptimConfig, axes: AxesTable) -> OptState:
+  del axes
+  return _adam(config).init(trainable)._asdict()
+
+
+def _direct_adamw(
+  gradient: Params, state: OptState, trainable: Params, config: OptimConfig, axes: AxesTable
+) -> tuple[Params, OptState]:
+  del trainable, axes
+  direction, moments = _adam(config).update(gradient, optax.ScaleByAdamState(**state))
+  return direction, moments._asdict()
+
+
+def _adam(config: OptimConfig) -> optax.GradientTransformation:
+  return optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype)
+
+
+# Adafactor: each leaf by itself, as optax clips and scales it by its own root mean square. The
+# layers of a stacked leaf are leaves of their own, so a scanned network trains like any other.
+
+
+def _adafactor(factored: bool) -> optax.GradientTransformation:
+  return optax.adafactor(factored=factored, min_dim_size_to_factor=MIN_FACTORED)
+
+
+def _init_adafactor(trainable: Params, config: OptimConfig, axes: AxesTable) -> OptState:
+  del config
+  memory: dict[str, dict[str, Array]] = {'v_row': {}, 'v_col': {}, 'v': {}}
+  for path, leaf in by_path(trainable).items():
+    matrix = _factored(path, leaf, axes)
+    if matrix is None:
+      memory['v'][path] = jnp.zeros_like(leaf)
+      continue
+    view = matrix.of(leaf)
+    start = lambda view: _adafactor(True).init(view)[0]
+    state = (jax.vmap(start) if matrix.stacked else start)(view)
+    memory['v_row'][path], memory['v_col'][path] = state.v_row, state.v_col
+  trees = {name: convert.tree(leaves) for name, leaves in memory.items()}
+  return {'count': jnp.zeros((), jnp.int32), **trees}
+
+
+def _direct_adafactor(
+  gradient: Params, state: OptState, trainable: Params, config: OptimConfig, axes: AxesTable
+) -> tuple[Params, OptState]:
+  del config
+  params, count = by_path(trainable), state['count']
+  memory = {name: by_path(state[name]) for name in ('v_row', 'v_col', 'v')}
+  direction, after = {}, {name: {} for name in memory}
+  for path, leaf in by_path(gradient).items():
+    param, matrix = params[path], _factored(path, leaf, axes)
+    names = ('v',) if matrix is None else ('v_row', 'v_col')
+    stacked = _is_stacked(sharding.axis_names(path, leaf.shape, axes))
+    view = (lambda leaf: leaf) if matrix is None else matrix.of
+
+    def step(
+      gradient: Array, param: Array, *moments: Array, names: tuple[str, ...] = names
+    ) -> tuple[Array, tuple[Array, ...]]:
+      rule = _adafactor(factored=len(names) == 2)
+      empty, *others = rule.init(param)
+      before = empty._replace(count=count, **dict(zip(names, moments)))
+      change, (moved, *_) = rule.update(gradient, (before, *others), param)
+      return -change, tuple(getattr(moved, name) for name in names)
+
+    run = jax.vmap(step) if stacked else step
+    moments = [memory[name][path] for name in names]
+    change, moments = run(view(leaf), view(param), *moments)
+    direction[path] = change.reshape(leaf.shape)
+    for name, moment in zip(names, moments):
+      after[name][path] = moment
+  trees = {name: convert.tree(leaves) for name, leaves in after.items()}
+  return convert.tree(direction), {'count': optax.safe_increment(count), **trees}
+
+
+# Muon.
+
+
+def _inner(params: Mapping[str, Any], axes: AxesTable) -> dict[str, _Matrix]:
+  """The parameters by path that Muon updates: matrices inside the network."""
+  found = {path: _matrix(path, leaf, axes) for path, leaf in params.items()}
+  return {
+    path: matrix
+    for path, matrix in found.items()
+    if matrix is not None and not _OUTER.intersection(matrix.names)
+  }
+
+
+def _init_muon(trainable: Params, config: OptimConfig, axes: AxesTable) -> OptState:
+  moments, params = _init_adamw(trainable, config, axes), by_path(trainable)
+  inner = _inner(params, axes)
+  others = {path: leaf for path, leaf in by_path(moments['nu']).items() if path not in inner}
+  return moments | {'nu': convert.tree(others)}
+
+
+def _direct_muon(
+  gradient: Params, state: OptState, trainable: Params, config: OptimConfig, axes: AxesTable
+) -> tuple[Params, OptState]:
+  del trainable
+  gradients, mu, count = by_path(gradient), by_path(state['mu']), state['count']
+  inner = _inner(gradients, axes)
+  matrices = lambda leaves: {path: leaves[path] for path in inner}
+  others = lambda leaves: {path: leaf for path, leaf in leaves.items() if path not in inner}
+  muon = optax.contrib.scale_by_muon(
+    NEWTON_SCHULZ,
+    beta=config.momentum,
+    eps=config.eps,
+    mu_dtype=config.mu_dtype,
+    weight_dimension_numbers={
+      path: optax.contrib.MuonDimensionNumbers(*matrix.sides) for path, matrix in inner.items()
+    },
+  )
+  before = optax.contrib.MuonState(count, matrices(mu), jnp.asarray(NEWTON_SCHULZ))
+  orthogonal, momentum = muon.update(matrices(gradients), before)
+  scale = lambda matrix: MUON_RMS * math.sqrt(max(matrix.rows, matrix.columns))
+  direction = {path: scale(inner[path]) * leaf for path, leaf in orthogonal.items()}
+  before = optax.ScaleByAdamState(count, others(mu), by_path(state['nu']))
+  rest, moments = _adam(config).update(others(gradients), before)
+  return convert.tree(direction | rest), {
+    'count': moments.count,
+    'mu': convert.tree(momentum.mu | moments.mu),
+    'nu': convert.tree(moments.nu),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Optimizer:
+  """How an optimizer begins, and turns a gradient into a direction without learning rate.
+
+  Attributes:
+    init: from trainable parameters, settings and axes to the state.
+    direct: from gradient, state, trainable parameters, settings and axes to the direction that
+      the learning rate scales and that is subtracted, and the state.
+  """
+
+  init: Callable[[Params, OptimConfig, AxesTable], OptState]
+  direct: Callable[[Params, OptState, Params, OptimConfig, AxesTable], tuple[Params, OptState]]
+
+
+OPTIMIZERS = {
+  'adamw': _Optimizer(_init_adamw, _direct_adamw),
+  'adafactor': _Optimizer(_init_adafactor, _direct_adafactor),
+  'muon': _Optimizer(_init_muon, _direct_muon),
+}

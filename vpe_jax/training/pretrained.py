@@ -18,8 +18,8 @@ from vpe_jax.sharding import by_path
 from vpe_jax.training.state import State
 
 _CARRIED = ('params/', 'opt_state/', 'ema/', 'examples_seen')  # of the state of a run
-_MEANING = ('data.tokenizer', 'model.weights.', 'model.visual_prompt.', 'model.siglip_vq')
-_TREES = '(?:params|opt_state/mu|opt_state/nu|ema)/'  # where a parameter's path stands behind
+_MEANING = ('data.tokenizer', 'model.visual_prompt.', 'model.image.')
+_TREES = '(?:params|opt_state/[a-z_]+|ema)/'  # prefixes of a parameter's path in the state
 _PARAMS = 'params/'
 
 Mine = Callable[[str], bool]  # whether a parameter, by its path, is to come from a place
@@ -98,13 +98,15 @@ def _from_run(system: System, run: str, abstract: State, mine: Mine) -> Loaded:
     mine: tells by its path whether a parameter is to come from this run.
 
   Raises:
-    UserError: there is no such run, or its parameters are not ours in paths and shapes.
+    UserError: there is no such run, its parameters are not ours in paths and shapes, or the state
+      that is carried on is that of another optimizer.
   """
   config, grown = system.config, Loaded({}, {})
   carries = config.start_weights == 'state'
   if carries:
     found, said = weights.read_run(run, _CARRIED)
     theirs = said['config']
+    _check_optimizer(found, by_path(abstract), run)
   else:
     params, metadata = weights.load_run(run, config.start_weights)
     found, theirs = by_path({'params': params}), weights.config_of(metadata, run)
@@ -126,6 +128,17 @@ def _from_run(system: System, run: str, abstract: State, mine: Mine) -> Loaded:
   return Loaded(leaves, {path: grown.origins.get(path, origin) for path in taken})
 
 
+def _check_optimizer(theirs: Mapping[str, Any], ours: Mapping[str, Any], run: str) -> None:
+  """Refuses the state of another optimizer: it would be of no use to ours."""
+  trees = lambda leaves: {path.split('/')[1] for path in leaves if path.startswith('opt_state/')}
+  if trees(theirs) != trees(ours):
+    raise UserError(
+      f'config.start_weights is state, and {run} holds that of another optimizer '
+      f'({", ".join(sorted(trees(theirs)))}; ours has {", ".join(sorted(trees(ours)))}): set '
+      'config.optim.name as in that run, or config.start_weights=ema'
+    )
+
+
 def _of(path: str, mine: Mine) -> bool:
   """Whether a leaf of the state is of a parameter that is `mine`; what is of none, is."""
   parameter = re.sub(f'^{_TREES}', '', path)
@@ -137,11 +150,14 @@ def other_meanings(config: Config, run: str, stored: Mapping[str, Any]) -> list[
 
   Words, codes and latents are numbers, whose shapes don't say what they stand for.
   """
+  found = differences(config, stored)
+  # Of codecs of different kinds the kinds alone: their other fields are not comparable.
+  others = tuple(field.removesuffix('kind') for field in found if field.endswith('.kind'))
   return [
     f'{run} was trained with {field}={theirs}, and this run has {ours}: unless both name '
     'the same, what it learned means something else here'
-    for field, (theirs, ours) in differences(config, stored).items()
-    if field.startswith(_MEANING)
+    for field, (theirs, ours) in found.items()
+    if field.startswith(_MEANING) and (field.endswith('.kind') or not field.startswith(others))
   ]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from vpe_jax.config import Config, OptimConfig
 from vpe_jax.contracts import Batch, Params, Stage
 from vpe_jax.sharding import by_path
+from vpe_jax.training import optimizer
 from vpe_jax.training.state import split_trainable
 
 _MEBI = 2**20
@@ -60,7 +61,7 @@ def devices_text(mesh: jax.sharding.Mesh) -> str:
 
 def stage_text(stage: Stage, config: Config, index: int) -> str:
   """What a stage does: its place in the run, steps, rate, average, losses and their weights."""
-  optim, count = config.optim.of(index), len(config.stages)
+  optim, count = config.optim_of(index), len(config.stages)
   place = f' ({index + 1} of {count})' if count > 1 else ''
   average = f'averages at {optim.ema:g}' if stage.ema else 'keeps no average'
   drives = {name: weight for name, weight in stage.losses.items() if weight != 0.0}
@@ -76,9 +77,18 @@ def stage_text(stage: Stage, config: Config, index: int) -> str:
   )
   return (
     f'stage {stage.name}{place}: {config.steps[index]:,} steps of {config.batch_size[index]:,} '
-    f'examples, rate {optim.lr:g} after {optim.warmup:,} steps of warm-up, {average}\n'
+    f'examples, {optim.name} at rate {_rate_text(optim)}, {average}\n'
     f'  losses: {shown}{also}'
   )
+
+
+def _rate_text(optim: OptimConfig) -> str:
+  """The learning rate of a stage: its peak, warm-up and decay."""
+  warmup = f'{optim.lr:g} after {optim.warmup:,} steps of warm-up'
+  if optim.schedule == 'constant':
+    return warmup
+  length = '' if optim.schedule == 'rsqrt' else f' at step {optim.decay_steps:,}'
+  return f'{warmup}, then {optim.schedule} to {optim.lr_end:g}{length}'
 
 
 def origins_after(stages: Sequence[Stage], first: Mapping[str, str]) -> dict[str, str]:
@@ -106,7 +116,7 @@ def parameters_text(
     params: parameters (arrays or shapes with shardings).
     networks: those that never train.
     stage: which leaves train.
-    optim: gives the learning rate.
+    optim: gives the learning rate and its multipliers.
     origins: where each parameter is from, by its path.
   """
   leaves, is_trained = by_path(params), by_path(split_trainable(params, stage)[0]).keys()
@@ -115,8 +125,9 @@ def parameters_text(
     groups.setdefault((path.split('/')[0], path in is_trained), []).append(path)
   rows = [('group', 'parameters', 'state', 'rate', 'dtype', 'sharding', 'source')]
   for (name, trained), paths in groups.items():
-    state = ('trains', f'{optim.lr:g}') if trained else ('frozen', '-')
     own = [leaves[path] for path in paths]
+    rates = (f'{optim.lr * optimizer.multiplier(path, optim):g}' for path in paths)
+    state = ('trains', _shares(rates, own)) if trained else ('frozen', '-')
     source = _shares([origins[path] for path in paths], own)
     rows.append((name, _count(own), *state, *_kinds(own), source))
   for name, tree in networks.params.items():

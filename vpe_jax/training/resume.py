@@ -16,8 +16,8 @@ from vpe_jax.checkpoints import convert
 from vpe_jax.config import Config, differences, flatten, nearest, to_dict
 from vpe_jax.contracts import Array, Params, System, UserError
 from vpe_jax.sharding import by_path
-from vpe_jax.training import pretrained
-from vpe_jax.training.state import COUNTERS, State, first_state, merge
+from vpe_jax.training import optimizer, pretrained
+from vpe_jax.training.state import COUNTERS, State, first_state, merge, split_trainable
 
 # What a run shows, keeps and runs on, as against what it computes.
 FREE = ('checkpoint', 'log', 'evals', 'sample', 'data.workers', 'mesh')
@@ -66,7 +66,8 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
   """Shapes, dtypes and shardings of the state in one stage.
 
   Raises:
-    UserError: the config has no such stage, or a large state is not spread over the devices.
+    UserError: the config has no such stage, a learning-rate multiplier matches no parameter, or a
+      large state is not sharded over the devices.
   """
   if stage >= len(system.stages):
     names = ', '.join(config.stages)
@@ -75,19 +76,21 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
       f'({names}): name the stages that the run was started with, or choose another --workdir'
     )
   # The key is made inside as well: nothing runs, so the mesh may be of devices that aren't there.
+  optim, axes = config.optim_of(stage), system.logical_axes
   shapes = jax.eval_shape(
-    lambda: first_state(system.init(rng.run_key(config.seed)), system.stages[stage])
+    lambda: first_state(system.init(rng.run_key(config.seed)), system.stages[stage], optim, axes)
   )
+  optimizer.check_multipliers(optim, by_path(shapes['params']))
   whole = sharding.replicated(mesh)
 
-  def place(tree: Any) -> Any:
-    return sharding.param_shardings(tree, system.logical_axes, mesh, config.mesh.strategy)
+  def place(tree: Any, axes: sharding.AxesTable = axes) -> Any:
+    return sharding.param_shardings(tree, axes, mesh, config.mesh.strategy)
 
-  moments = shapes['opt_state']
+  trainable, _ = split_trainable(shapes['params'], system.stages[stage])
   shardings = {
     **dict.fromkeys(COUNTERS, whole),
     'params': place(shapes['params']),
-    'opt_state': {'count': whole, 'mu': place(moments['mu']), 'nu': place(moments['nu'])},
+    'opt_state': place(shapes['opt_state'], optimizer.logical_axes(trainable, axes)),
     'ema': place(shapes['ema']),
   }
   if sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) > SMALL:
@@ -121,7 +124,8 @@ def fresh_state(
     # What is loaded is never drawn: the compiler leaves out what nothing reads.
     given = dict(convert.tree(loaded))
     params = merge(given.pop('params', {}), params)
-    return merge(given, first_state(params, system.stages[0]))
+    state = first_state(params, system.stages[0], system.config.optim_of(0), system.logical_axes)
+    return merge(given, state)
 
   # A CPU compiles this program for longer than it runs, more so if it is to run fast.
   quickly = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None

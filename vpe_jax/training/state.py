@@ -1,8 +1,8 @@
 """The state of a run, and how a stage divides parameters into trainable and frozen leaves.
 
 State is a plain dict: {stage, step, stage_step, examples_seen, params, opt_state, ema}. `params`
-holds every parameter; `opt_state` and `ema` hold trainable leaves only, under the same paths.
-`ema` is an empty dict in a stage that keeps no average.
+holds every parameter; `opt_state` (see training/optimizer.py) and `ema` hold trainable leaves
+only, under the same paths. `ema` is an empty dict in a stage that keeps no average.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vpe_jax.config import OptimConfig
 from vpe_jax.contracts import Params, Stage, UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import AxesTable, by_path
 from vpe_jax.training import optimizer
 
 State = dict[str, Any]
@@ -54,13 +55,28 @@ def merge(ours: Params, others: Params) -> Params:
   return joined
 
 
-def first_state(params: Params, stage: Stage) -> State:
-  """The state before the first step of a run; `params` is owned by the state from here on."""
+def first_state(
+  params: Params, stage: Stage, optim: OptimConfig | None = None, axes: AxesTable = ()
+) -> State:
+  """The state before the first step of a run; `params` is owned by the state from here on.
+
+  Args:
+    params: every parameter.
+    stage: the first.
+    optim: its optimizer settings (None: the defaults).
+    axes: the system's `logical_axes`.
+  """
   zeros = {name: jnp.zeros((), jnp.int32) for name in COUNTERS}
-  return {**zeros, 'params': params, **_fresh(params, stage)}
+  return {**zeros, 'params': params, **_fresh(params, stage, optim, axes)}
 
 
-def next_stage(state: State, stage: Stage, shardings: State | None = None) -> State:
+def next_stage(
+  state: State,
+  stage: Stage,
+  optim: OptimConfig | None = None,
+  axes: AxesTable = (),
+  shardings: State | None = None,
+) -> State:
   """The state before the first step of the stage that follows: optimizer and average afresh.
 
   What has an average and trains no further is kept at it, as later nothing else remembers it: a
@@ -71,6 +87,8 @@ def next_stage(state: State, stage: Stage, shardings: State | None = None) -> St
     state: the last of the stage before; its optimizer, average, and the raw parameters in whose
       place an average is kept are given up.
     stage: the stage that follows.
+    optim: its optimizer settings (None: the defaults).
+    axes: the system's `logical_axes`.
     shardings: of every leaf of the new state (None: one device).
   """
   before, average = by_path(state['params']), by_path(state['ema'])
@@ -82,7 +100,7 @@ def next_stage(state: State, stage: Stage, shardings: State | None = None) -> St
     leaf.delete()
   params = merge(kept, state['params'])
   out = shardings and {name: shardings[name] for name in ('opt_state', 'ema')}
-  fresh = jax.jit(lambda params: _fresh(params, stage), out_shardings=out)(params)
+  fresh = jax.jit(lambda params: _fresh(params, stage, optim, axes), out_shardings=out)(params)
   return {
     'stage': state['stage'] + 1,
     'step': state['step'],
@@ -98,11 +116,13 @@ def weights(state: State) -> Params:
   return merge(state['ema'], state['params'])
 
 
-def _fresh(params: Params, stage: Stage) -> dict[str, Any]:
+def _fresh(
+  params: Params, stage: Stage, optim: OptimConfig | None, axes: AxesTable
+) -> dict[str, Any]:
   trainable, _ = split_trainable(params, stage)
   # Copies: a buffer that sits in the state twice could not be donated to the step.
   average = jax.tree.map(jnp.copy, trainable) if stage.ema else {}
-  return {'opt_state': optimizer.init(trainable), 'ema': average}
+  return {'opt_state': optimizer.init(trainable, optim, axes), 'ema': average}
 
 
 def _select(tree: Params, keep: Callable[[str], bool], prefix: str = '') -> dict[str, Any]:

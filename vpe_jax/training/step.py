@@ -33,7 +33,7 @@ def make_train_step(
   Args:
     system: whose losses are minimised.
     stage: which leaves train and which losses drive them.
-    optim: optimizer settings; `accumulate` microbatches a step.
+    optim: optimizer settings of the stage (Config.optim_of); `accumulate` microbatches a step.
     shardings: of every leaf of the state (None: one device). Gradients take the sharding of
       their parameters, inside the accumulation too.
 
@@ -66,7 +66,8 @@ def make_train_step(
       'lr': optimizer.learning_rate(state['stage_step'], optim),
       'skipped': 1.0 - finite.astype(jnp.float32),
     }
-    updated = _updated(state, trainable, optimizer.clip(gradient, norm, optim.clip), optim)
+    clipped = optimizer.clip(gradient, norm, optim.clip)
+    updated = _updated(state, trainable, clipped, optim, system.logical_axes)
     kept = {'params': trainable, 'opt_state': state['opt_state'], 'ema': state['ema']}
     chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
     return {
@@ -121,9 +122,15 @@ def microbatches(batch: Batch, accumulate: int) -> Batch:
   return jax.tree.map(cut, batch)
 
 
-def _updated(state: State, trainable: Params, gradient: Params, optim: OptimConfig) -> State:
+def _updated(
+  state: State,
+  trainable: Params,
+  gradient: Params,
+  optim: OptimConfig,
+  axes: sharding.AxesTable,
+) -> State:
   params, opt_state = optimizer.update(
-    gradient, state['opt_state'], trainable, state['stage_step'], optim
+    gradient, state['opt_state'], trainable, state['stage_step'], optim, axes
   )
   average = state['ema']
   if average:

@@ -129,9 +129,7 @@ def requested() -> VisualPromptRequest | None:
     save_to = front_door.target('save_visual_prompt', FLAGS.save_visual_prompt)
     files.check_target(save_to, FLAGS.overwrite)
     front_door.check_folder(os.path.dirname(save_to))
-  return VisualPromptRequest(
-    loaded, image, FLAGS.plans or 0, FLAGS.render, FLAGS.rank, save_to
-  )
+  return VisualPromptRequest(loaded, image, FLAGS.plans or 0, FLAGS.render, FLAGS.rank, save_to)
 
 
 def _check_together() -> None:
@@ -151,7 +149,9 @@ def _check_together() -> None:
   if FLAGS['n'].present and sources in (['visual_prompt'], ['plans']):
     count = 'one image for each entry' if sources == ['visual_prompt'] else '--render images'
     raise UserError(f'--{sources[0]} generates {count}: leave --n out')
-  if FLAGS.plan_guidance is not None and sources and sources != ['plans']:
+  names = [name for name in ('plan_guidance', 'sample.plan_guidance') if name in FLAGS]
+  guided = any(FLAGS[name].value is not None for name in names)
+  if guided and sources and sources != ['plans']:
     raise UserError(
       f'--plan_guidance guides visual prompts that the model writes, and --{sources[0]} gives one: '
       'leave it out'

@@ -192,7 +192,7 @@ class VisualPrompter:
     if (size := self.codebook.size) != self.system.codes:
       raise UserError(
         f'the codebook has {size} entries and the model writes {self.system.codes} codes: name the '
-        'weights that it was trained with, in config.model.weights'
+        'weights that it was trained with, in config.model.visual_prompt'
       )
 
   def _request(self, visual_prompts: VisualPrompts) -> tuple[list[Item], Batch]:

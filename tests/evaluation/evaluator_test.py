@@ -1,0 +1,77 @@
+"""The subject of an evaluation: its kind of prompt, its images, and source images of edits."""
+
+from __future__ import annotations
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vpe_jax import sharding
+from vpe_jax.config import DataConfig, MeshConfig, SampleConfig
+from vpe_jax.contracts import BatchSpec, Edits, Generated, Samples
+from vpe_jax.data.tokenizers import bpe
+from vpe_jax.evaluation.evaluator import Subject
+from vpe_jax.generator import Generator
+
+
+class _Painter(Edits):
+  """Its images show the example's identity, and in green the source image, where there is one."""
+
+  def __init__(self, capabilities, data):
+    config = types.SimpleNamespace(system='painter', data=data, sample=SampleConfig(), seed=0)
+    self.config, self.capabilities = config, capabilities
+
+  def batch_spec(self, batch_size):
+    ints = lambda *shape: jax.ShapeDtypeStruct((batch_size, *shape), jnp.int32)
+    return BatchSpec({'text': ints(32), 'text_length': ints()})
+
+  def generate(self, params, frozen, request, rng, settings):
+    shade = jnp.stack([request.example >> 8, request.example, request.example * 0], -1) % 256 / 255
+    if 'source' in request.encoded:
+      shade = shade.at[:, 1].set(request.encoded['source'])
+    image = jnp.broadcast_to(shade[:, None, None], (len(shade), 16, 16, 3))
+    return Generated(image, {})
+
+  def encode_source(self, frozen, images):
+    return {'source': images[:, 0, 0, 0].astype(jnp.float32) / 255}
+
+
+def _subject(capabilities=(Samples,), **data):
+  system = _Painter(capabilities, DataConfig(image_size=16, **data))
+  generator = Generator(system, {}, {}, bpe.shipped(), {'checkpoint': 'abc'})
+  mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+  return Subject(system, {}, 0, mesh, generator=lambda: generator)
+
+
+@pytest.mark.parametrize(
+  'capabilities, data, task',
+  [
+    ((Samples,), {}, 'captions'),
+    ((Samples,), {'source': 'words'}, 'words'),
+    ((Samples,), {'words': 'group', 'tokenizer': 'classes:a,b'}, 'classes'),
+    ((Samples, Edits), {'source': 'edits', 'references': True}, 'edits'),
+  ],
+)
+def test_the_kind_of_prompt(capabilities, data, task):
+  subject = _subject(capabilities, **data)
+  assert subject.task == task and subject.image_size == 16
+  assert subject.description['checkpoint'] == 'abc' and subject.notes == ()
+
+
+def test_a_run_on_a_user_s_data_is_noted(tmp_path):
+  assert 'held-out splits' in _subject(source=f'folder:{tmp_path}').notes[0]
+
+
+def test_a_repeated_prompt_gives_another_image():
+  images = _subject().sample(['a fox', 'a dog', 'a fox'])
+  assert images.shape == (3, 16, 16, 3) and len({image.tobytes() for image in images}) == 3
+
+
+def test_each_edit_has_its_own_source_image():
+  source = np.stack([np.full((16, 16, 3), shade, np.uint8) for shade in (10, 200, 30)])
+  subject = _subject((Samples, Edits), references=True).editing(source)
+  images = subject.sample(['make it red', 'make it blue', 'make it red'])
+  assert images[:, 0, 0, 1].tolist() == [10, 200, 30]

@@ -1,0 +1,101 @@
+"""The codecs' part of the model sections of systems that generate images."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+
+from vpe_jax.codecs import registry
+from vpe_jax.codecs.image_codes import ImageCodesSection
+from vpe_jax.codecs.kl import KlSection
+from vpe_jax.codecs.protocol import PlanCodec
+from vpe_jax.codecs.visual_prompt import TowerVqSection
+from vpe_jax.contracts import Array, FrozenNetwork, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptCodecs:
+  """The codec of a visual prompt.
+
+  Attributes:
+    vpe: whether the model has a visual prompt at all. Without one it has no codes and no tokens,
+      and nothing reads the section below.
+    visual_prompt: the codec, by its `kind`.
+  """
+
+  vpe: bool = True
+  visual_prompt: registry.VisualPromptSection = TowerVqSection()
+
+  @property
+  def plan_codes(self) -> int:
+    """Entries of the visual prompt's codebook."""
+    return self.visual_prompt.codes if self.vpe else 0
+
+  @property
+  def plan_tokens(self) -> int:
+    """Codes of a visual prompt."""
+    return self.visual_prompt.tokens if self.vpe else 0
+
+  @property
+  def frozen(self) -> Mapping[str, FrozenNetwork]:
+    """The codecs' networks, by name."""
+    return self.visual_prompt.frozen if self.vpe else {}
+
+  def prompt_codec(self, dtype: jnp.dtype) -> PlanCodec | NoVisualPrompt:
+    """The visual prompt's codec; `dtype` is the compute dtype of a published tower."""
+    return self.visual_prompt.codec(dtype) if self.vpe else NoVisualPrompt()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentCodecs(PromptCodecs):
+  """The codecs of a system that generates latents.
+
+  Attributes:
+    image: the codec of the latents, by its `kind`.
+  """
+
+  image: registry.LatentSection = KlSection()
+
+  @property
+  def image_channels(self) -> int:
+    """Numbers per latent."""
+    return self.image.channels
+
+  @property
+  def frozen(self) -> Mapping[str, FrozenNetwork]:
+    """The codecs' networks, by name."""
+    return {**super().frozen, **self.image.frozen}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageCodeCodecs(PromptCodecs):
+  """The codecs of a system that generates an image code by code.
+
+  Attributes:
+    image: the codec of the image's codes, by its `kind`.
+  """
+
+  image: registry.ImageCodeSection = ImageCodesSection()
+
+  @property
+  def frozen(self) -> Mapping[str, FrozenNetwork]:
+    """The codecs' networks, by name."""
+    return {**super().frozen, **self.image.frozen}
+
+
+class NoVisualPrompt:
+  """The protocol.TokenCodec of a model without visual prompt: images have no codes."""
+
+  weights = ()
+  codes = grid = 0
+
+  def encode(self, params: Params, images: Array) -> Array:
+    """No codes [B, 0] int32."""
+    del params
+    return jnp.zeros((images.shape[0], 0), jnp.int32)
+
+  def abstract_params(self) -> Params:
+    """No networks."""
+    return {}
