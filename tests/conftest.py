@@ -65,23 +65,17 @@ def show_o2() -> types.SimpleNamespace:
   import jax.numpy as jnp
 
   from vpe_jax.checkpoints import families, sources
-  from vpe_jax.contracts import Region, Visibility
-  from vpe_jax.data.sequence import NEVER
   from vpe_jax.models.unified import Unified
+  from vpe_jax.sequence.builder import build
+  from vpe_jax.sequence.spans import Layout, Span
 
   folder = pathlib.Path(__file__).parent / 'golden' / 'showo2'
   imported = families.load('showo2', sources.open_source(str(folder)))
   io = dict(np.load(folder / 'io.npz'))
 
   start, length = (int(x) for x in io['span'])
-  ids = jnp.asarray(io['ids'][:, : start + length], jnp.int32)
-  order = jnp.broadcast_to(jnp.arange(start + length, dtype=jnp.int32), ids.shape)
-  reach = jnp.where(order < start, order + 1, start + length)
-  visibility = Visibility(order, jnp.zeros_like(order), reach, jnp.full_like(order, NEVER))
-  zeros = jnp.zeros_like(ids)
-  row = Region(ids, order, visibility, zeros, zeros.astype(jnp.float32))
-  cut = lambda a, b: jax.tree.map(lambda leaf: leaf[:, a:b], row)
-  regions = {'ar': cut(0, start), 'dit': cut(start, start + length)}
+  layout = Layout((Span('text', start, 'ar'), Span('image', length, 'dit', full=True)))
+  regions = build(layout, {'text': io['ids'][:, :start]})
   latents, clock = jnp.asarray(io['latents']).transpose(0, 2, 3, 1), jnp.asarray(io['t'])
   runs = {}
 

@@ -135,9 +135,9 @@ class BatchSpec:
 class Region:
   """The tokens of one expert, all `[B, L]`: storage is expert by expert.
 
-  `ids` index the joint vocabulary (text rows first, then visual prompt rows); image and time
-  slots hold 0 and get their embedding from elsewhere. `targets` is the id that this token's
-  output must predict, `weights` (float32) its weight in the loss; 0 where nothing is predicted.
+  `ids` index the joint vocabulary; slots that get their embedding from elsewhere hold 0. `targets`
+  is the id that this token's output must predict, `weights` (float32) its weight in the loss; 0
+  where nothing is predicted.
   """
 
   ids: Array

@@ -22,8 +22,10 @@ from absl import flags
 from tests.benchmarks import timing
 from vpe_jax.config import ATTENTIONS
 from vpe_jax.contracts import UserError, Visibility
-from vpe_jax.data.sequence import NEVER
 from vpe_jax.ops.attention import chooser
+from vpe_jax.sequence.builder import build
+from vpe_jax.sequence.layouts import causal_text
+from vpe_jax.sequence.spans import Layout, Span
 
 TOLERANCE = {'float32': timing.TOLERANCE, 'bfloat16': 2e-2}
 flags.DEFINE_list('lengths', ['1024', '2048', '4096', '8192'], 'tokens of a row')
@@ -33,21 +35,16 @@ flags.DEFINE_enum('dtype', '', ['', *TOLERANCE], 'default: float32 on CPU, elsew
 flags.DEFINE_integer('rounds', 5, 'counted rounds')
 
 
-def _row(reach: jax.Array) -> Visibility:
-  order = jnp.arange(reach.shape[0], dtype=jnp.int32)
-  fields = (order, jnp.zeros_like(order), reach, jnp.full_like(order, NEVER))
-  return Visibility(*(x[None] for x in fields))
-
-
 def causal(length: int) -> Visibility:
   """Text alone."""
-  return _row(jnp.arange(1, length + 1, dtype=jnp.int32))
+  return build(causal_text(length), keep=jnp.ones((1,), bool))['text'].visibility
 
 
 def mixture(length: int) -> Visibility:
-  """Causal tokens, then a bidirectional picture."""
-  order, text = jnp.arange(length, dtype=jnp.int32), length * 829 // 1856
-  return _row(jnp.where(order < text, order + 1, length))
+  """Causal tokens, then a bidirectional image."""
+  text = length * 829 // 1856
+  spans = (Span('text', text, 'row'), Span('image', length - text, 'row', full=True))
+  return build(Layout(spans), keep=jnp.ones((1,), bool))['row'].visibility
 
 
 def _step(name: str, hint: str) -> Callable[..., Any]:

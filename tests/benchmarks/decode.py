@@ -29,12 +29,14 @@ from tests.benchmarks import timing
 from vpe_jax.checkpoints import families
 from vpe_jax.contracts import Array, Params, UserError
 from vpe_jax.models import mot
-from vpe_jax.models.decoder import Decoder, DecoderConfig, causal
+from vpe_jax.models.decoder import Decoder, DecoderConfig
 from vpe_jax.models.dense import TURNED, turned
 from vpe_jax.models.transformer import TransformerConfig
 from vpe_jax.ops.matmul import turned_product
 from vpe_jax.sampling import decoding
 from vpe_jax.sampling.settings import TokenSampling
+from vpe_jax.sequence.builder import build
+from vpe_jax.sequence.layouts import causal_text
 from vpe_jax.sharding import by_path
 
 VOCABULARY, PROMPT, TOKENS = 16_384, 32, 576
@@ -64,7 +66,8 @@ def drawn(model: Decoder) -> Params:
 def generate(model: Decoder, params: Params, prompt: Array) -> Array:
   """Codes [B, TOKENS] after prompts [B, PROMPT]: prefill, then a step a token, all on device."""
   batch, length = prompt.shape[0], PROMPT + TOKENS
-  positions, key = causal(jnp.full((batch,), length), length)
+  text = build(causal_text(length), keep=jnp.ones((batch,), bool))['text']
+  positions, key = text.positions, text.visibility
   cache = mot.empty_cache(model.layer, params['layers'], key, model.dtype)
 
   def run(ids: Array, held: mot.Cache, at: Array | int) -> tuple[Array, mot.Cache]:

@@ -23,9 +23,9 @@ from tests.benchmarks import timing
 from tests.small_systems import redrawn
 from vpe_jax import rng, systems
 from vpe_jax.contracts import Array, Batch, Params, System
-from vpe_jax.data import sequence
 from vpe_jax.sampling import guidance, solver
 from vpe_jax.systems import rendering
+from vpe_jax.systems.vpe import layouts
 
 REFERENCE = 1027  # tokens of a reference picture: begin, time, 1,024 of the picture, end
 TEXTS = {'drawing': 249, 'editing': 249 + REFERENCE}
@@ -65,7 +65,7 @@ def recomputed(system: System, params: Params, request: Batch, noise: Array) -> 
   """Latents with the whole rows of both branches in every step."""
   job, model = _job(system), system.model
   codes = request.encoded['visual_prompt']
-  rows = [job.regions(request, codes, dropped) for dropped in ((), sequence.CONDITIONS)]
+  rows = [job.regions(request, codes, dropped) for dropped in ((), layouts.CONDITIONS)]
   regions = guidance.stack(*rows)
 
   def velocity(x: Array, time: Array) -> Array:
@@ -77,7 +77,7 @@ def recomputed(system: System, params: Params, request: Batch, noise: Array) -> 
 
 
 def _job(system: System) -> rendering.Job:
-  return rendering.Job(system.model, system.spans, system.vocabulary, system.config.sample)
+  return rendering.Job(system.model, system.layout, system.vocabulary, system.config.sample)
 
 
 def _drawn(system: System) -> Params:
@@ -105,7 +105,7 @@ def measure_case(name: str) -> dict[str, Any]:
     sides[side] = lambda run=run: np.asarray(run(params, request, noise))
   error = timing.check_equal(sides['cached'](), sides['recomputed'](), name)
   seconds = timing.alternate(sides, flags.FLAGS.rounds, warm=True)
-  tokens = {span.kind: span.length for span in system.spans}
+  tokens = {span.name: span.length for span in system.layout.spans}
   return {
     'ratio': timing.ratio(seconds, 'cached', 'recomputed'),
     'milliseconds': timing.medians(seconds),

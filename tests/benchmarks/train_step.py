@@ -23,9 +23,10 @@ from tests.benchmarks import timing
 from tests.benchmarks.torch_mot import Mot
 from vpe_jax.config import OptimConfig
 from vpe_jax.contracts import Array, Params, Visibility, visible
-from vpe_jax.data.sequence import NEVER
 from vpe_jax.models import mot
 from vpe_jax.models.transformer import Layer, TransformerConfig
+from vpe_jax.sequence.builder import build
+from vpe_jax.sequence.spans import Layout, Span
 from vpe_jax.training import optimizer
 
 CONFIG = TransformerConfig(width=512, mlp=1408, layers=8, heads=8, kv_heads=2, head_width=64)
@@ -35,12 +36,10 @@ flags.DEFINE_bool('compiled', True, "whether torch.compile's step is measured to
 
 
 def _visibility() -> dict[str, Visibility]:
-  """Causal tokens, then a picture that sees them and itself."""
-  total, tokens = sum(LENGTHS.values()), LENGTHS['ar']
-  order = jnp.broadcast_to(jnp.arange(total, dtype=jnp.int32), (BATCH, total))
-  reach = jnp.where(order < tokens, order + 1, total)
-  row = Visibility(order, jnp.zeros_like(order), reach, jnp.full_like(order, NEVER))
-  return {'ar': row[:, :tokens], 'dit': row[:, tokens:]}
+  """Causal tokens, then an image that sees them and itself."""
+  text, image = Span('text', LENGTHS['ar'], 'ar'), Span('image', LENGTHS['dit'], 'dit', full=True)
+  regions = build(Layout((text, image)), keep=jnp.ones((BATCH,), bool))
+  return {name: region.visibility for name, region in regions.items()}
 
 
 def _step(rows: dict[str, Visibility]) -> Callable[..., Any]:

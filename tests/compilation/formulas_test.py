@@ -13,9 +13,9 @@ from configs import c2i_continuous, c2i_discrete, t2i
 from vpe_jax import rng, sharding, systems
 from vpe_jax.compilation import hlo, program, traffic
 from vpe_jax.contracts import Batch, System, visible
-from vpe_jax.data import sequence
 from vpe_jax.models import transformer, unified
 from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.systems.vpe import layouts
 from vpe_jax.training import resume
 from vpe_jax.training.state import first_state
 from vpe_jax.training.step import make_train_step
@@ -83,8 +83,8 @@ def test_attention_is_counted_by_the_pairs_that_see_each_other():
   c, length = system.config.model, system.config.data.text_length
   text, codes = np.zeros((1, length), np.int32), np.zeros((1, c.plan_tokens), np.int32)
   lengths = np.array([length], np.int32)
-  regions = sequence.build(
-    system.spans, system.vocabulary, text, lengths, codes, np.ones(1, bool), c.multiple
+  regions = layouts.build(
+    system.layout, system.vocabulary, text, lengths, codes, np.ones(1, bool), c.multiple
   )
   row = unified.row_visibility(regions)
   seen, tokens = np.asarray(visible(row, row))[0].sum(1), regions['ar'].ids.shape[1]
@@ -168,7 +168,7 @@ def test_stage_render_runs_the_token_expert_forward_alone(condition):
     flops = matrix_flops(step, *arguments)
   ratio = flops / (4 * system.flops(stage))
   assert 0.97 < ratio < 1.02
-  c, tokens = system.config.model, sum(span.length for span in system.spans)
+  c, tokens = system.config.model, sum(span.length for span in system.layout.spans)
   backward = 2 * transformer.forward_flops(c.ar, tokens, tokens)
   assert backward > 0.05 * system.flops(stage)
   # Of attention, pairs that see each other: counted on the masks.

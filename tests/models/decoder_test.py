@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpe_jax.contracts import UserError, visible
+from vpe_jax.contracts import UserError
 from vpe_jax.models import mot
-from vpe_jax.models.decoder import Decoder, DecoderConfig, causal
+from vpe_jax.models.decoder import Decoder, DecoderConfig
 from vpe_jax.models.transformer import TransformerConfig
+from vpe_jax.sequence.builder import build
+from vpe_jax.sequence.layouts import causal_text
 
 BODY = TransformerConfig(width=16, mlp=24, layers=2, heads=4, kv_heads=2, head_width=8)
 IDS = jnp.array([[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 0, 0]])
@@ -22,11 +24,6 @@ def model():
   """A model and its parameters, output not tied."""
   model = Decoder(DecoderConfig(vocabulary=10, body=BODY, tied=False, context=6))
   return model, model.init(jax.random.key(0))
-
-
-def test_mask_is_as_drawn():
-  _, row = causal(jnp.array([2]), 3)
-  np.testing.assert_array_equal(visible(row, row)[0], [[1, 0, 0], [1, 1, 0], [0, 0, 0]])
 
 
 def test_padding_changes_nothing(model):
@@ -42,7 +39,8 @@ def test_padding_changes_nothing(model):
 def test_one_token_at_a_time_gives_the_same_hidden_states(model):
   model, params = model
   wanted = model.hidden(params, IDS, LENGTH)
-  positions, row = causal(LENGTH, IDS.shape[1])
+  text = build(causal_text(IDS.shape[1]), lengths={'text': LENGTH})['text']
+  positions, row = text.positions, text.visibility
   layers = mot.unstack(params['layers'])
   cache, found = mot.empty_cache(model.layer, layers, row, jnp.float32), []
 

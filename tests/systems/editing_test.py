@@ -14,12 +14,12 @@ from configs import edit as config_file
 from tests.small_systems import encoded_examples, request_of, with_encoded, with_inputs
 from vpe_jax import rng, systems
 from vpe_jax.contracts import UserError, visible
-from vpe_jax.data import sequence
 from vpe_jax.models import unified
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.sharding import by_path
 from vpe_jax.systems import editing, rendering
 from vpe_jax.systems.editing import Sampling
+from vpe_jax.systems.vpe import layouts
 from vpe_jax.training import heldout
 from vpe_jax.training.state import split_trainable
 
@@ -75,7 +75,7 @@ def test_conditions_are_dropped_as_often_as_in_appendix_d_and_by_one_draw(arch):
   system = _made(arch)
   many = dataclasses.replace(_batch(system), example=jnp.arange(8192))
   keep = system._keep(many, KEY, system.stages[0])
-  told, reference = (np.asarray(keep[name]) for name in sequence.CONDITIONS)
+  told, reference = (np.asarray(keep[name]) for name in layouts.CONDITIONS)
   shares = [np.mean(x) for x in (~told & reference, told & ~reference, ~told & ~reference)]
   wanted = [0.05, 0.05, 0.05 if arch == 'internal' else 0.0]
   np.testing.assert_allclose(shares, wanted, atol=0.01)
@@ -131,7 +131,7 @@ def test_each_cached_branch_equals_its_whole_row():
     ('reference', ~ALL, ALL),
     ('null', ~ALL, ~ALL),
   ):
-    keep = {sequence.TOLD: told, sequence.REFERENCE: reference}
+    keep = {layouts.PROMPT: told, layouts.SOURCE: reference}
     _close(found[name], _whole(system, params, batch, keep)[1])
   assert float(jnp.abs(found['conditional'] - found['reference']).max()) > 1e-3
   assert float(jnp.abs(found['reference'] - found['null']).max()) > 1e-3
@@ -172,9 +172,9 @@ def test_the_picture_before_is_seen_by_what_follows_and_dropped_by_its_keep():
   system, params = _made('internal'), _params()
   batch = _batch(system)
   other = with_encoded(batch, source_latents=-batch.encoded['source_latents'])
-  keep = {sequence.TOLD: ALL, sequence.REFERENCE: jnp.array([True, False, True, False])}
+  keep = {layouts.PROMPT: ALL, layouts.SOURCE: jnp.array([True, False, True, False])}
   (hidden, flow), (changed, moved) = (_whole(system, params, b, keep) for b in (batch, other))
-  at = sequence.place(system.spans, 'bot')[0]
+  at = system.layout.place('bot')[0]
   told = jnp.abs(hidden - changed)[:, at:].max((1, 2))
   drawn = jnp.abs(flow - moved).max((1, 2, 3))
   for difference in (told, drawn):
@@ -216,7 +216,8 @@ def test_external_plans_from_the_picture_before_and_draws_from_its_plan_alone():
   plan = jax.jit(lambda p, r: system.plan(p, r, KEY, settings))
   np.testing.assert_array_equal(plan(params, request), codes)
   assert (plan(params, other) != codes).any()
-  assert [s.kind for s in system.rows.picture_spans] == ['codes', 'boi', 'time', 'latents']
+  names = [span.name for span in system.rows.diffusion_layout.spans]
+  assert names == ['codes', 'boi', 'time', 'latents']
   with pytest.raises(UserError, match='image_guidance is 1.5, .* set it to 1'):
     led = dataclasses.replace(settings, image_guidance=1.5)
     jax.eval_shape(lambda p: system.rows.draw(p, request, KEY, led), params)

@@ -17,11 +17,12 @@ from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import Batch, UserError, Visibility
 from vpe_jax.models import mot, unified
 from vpe_jax.models.transformer import Layer
-from vpe_jax.models.vit import everyone
 from vpe_jax.ops import rope
 from vpe_jax.ops.attention import reference
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.sampling import solver
+from vpe_jax.sequence.builder import build
+from vpe_jax.sequence.layouts import cross_attention
 from vpe_jax.sharding import by_path, make_mesh, param_shardings
 from vpe_jax.systems import rendering
 from vpe_jax.systems.t2i import Sampling
@@ -193,7 +194,7 @@ def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, gu
   """With the plan that was decoded, and without one: the null branch of guidance."""
   system, params = _made(condition), _params(condition)
   batch, settings = _batch(system), Sampling(plan_guidance=float(guidance))
-  job = rendering.Job(system.model, system.spans, system.vocabulary, settings)
+  job = rendering.Job(system.model, system.layout, system.vocabulary, settings)
   request = request_of(batch)
 
   @jax.jit
@@ -317,9 +318,9 @@ def test_cross_attention_stands_between_the_halves_of_a_layer():
   places = lambda first, count: jnp.arange(first, first + count)[None]
   tables = lambda *span: rope.rotary(places(*span), c.head_width, c.rope_theta)
   k, v = run(memory, tables(0, 5), method='remember')
-  seen = everyone((1, 5))
-  seen = jax.tree.map(lambda leaf: leaf.at[0, 4].set(0), seen)
-  attend = lambda q: reference.attention(q, k, v, everyone((1, 3)), seen)[0]
+  sides = build(cross_attention(queries=3, keys=5), lengths={'keys': jnp.array([4])})
+  seen = [sides[side].visibility for side in ('queries', 'keys')]
+  attend = lambda q: reference.attention(q, k, v, *seen)[0]
   found = run(x, own, None, tables(5, 3), attend, method='finish')
 
   cross = weights['cross']

@@ -12,7 +12,6 @@ import pytest
 from configs import t2i
 from tests.small_systems import encoded_examples, redrawn, with_inputs
 from vpe_jax import rng, systems
-from vpe_jax.data import sequence
 from vpe_jax.training import heldout
 
 KEY, B = rng.run_key(0), 8
@@ -65,7 +64,7 @@ def test_losses_are_those_of_the_definitions(arch, name):
 
   # [bot] predicts the first code, each code the next, and the last [eot].
   vocabulary, P = system.vocabulary, batch.encoded['visual_prompt'].shape[1]
-  bot = sequence.place(system.spans, 'bot')[0]
+  bot = system.layout.place('bot')[0]
   table = jnp.concatenate([params['embed']['text'], params['embed']['codes']])
   logits = jax.nn.log_softmax(hidden[:, bot : bot + P + 1] @ table.T)
   ends = jnp.full((B, 1), vocabulary.text + vocabulary.codes + 1)

@@ -116,7 +116,7 @@ def test_plan_is_independent_of_noise_and_flow_reaches_tokens(system, params):
 
 
 def _job(system, **settings):
-  return rendering.Job(system.model, system.spans, system.vocabulary, Sampling(steps=3, **settings))
+  return rendering.Job(system.model, system.layout, system.vocabulary, Sampling(steps=3, **settings))
 
 
 @pytest.mark.parametrize('prepared', [False, True])

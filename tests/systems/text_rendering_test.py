@@ -66,7 +66,7 @@ _ROWS = {
 @pytest.mark.parametrize('arg', _ROWS)
 def test_rows_of_the_paper(arg):
   length, told = _ROWS[arg]
-  spans = [(span.kind, span.length) for span in _system(arg).spans]
+  spans = [(span.name, span.length) for span in _system(arg).layout.spans]
   assert spans == [*told, ('boi', 1), ('time', 1), ('latents', 1024)]
   tail = 2
   assert sum(count for _, count in spans) + tail == length

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.config import check_sizes
-from vpe_jax.contracts import Array, Params, Visibility
-from vpe_jax.data.sequence import NEVER
+from vpe_jax.contracts import Array, Params
 from vpe_jax.models import dense, mot
 from vpe_jax.models.transformer import TransformerConfig
 from vpe_jax.ops.matmul import turned_product
+from vpe_jax.sequence.builder import build
+from vpe_jax.sequence.layouts import causal_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,23 +38,6 @@ class DecoderConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self)
-
-
-def causal(length: Array, tokens: int) -> tuple[Array, Visibility]:
-  """Positions and visibility of rows of text, each [B, tokens].
-
-  The first `length` [B] tokens of a row are real; those after them see nothing and nothing sees
-  them. With length 2 of 3:
-
-        a b .     order 0 1 2
-    a   1 0 0     reach 1 2 0
-    b   1 1 0     until 9 9 0   (9 stands for the largest int32)
-    .   0 0 0
-  """
-  order = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (length.shape[0], tokens))
-  real = order < length[:, None]
-  reach, until = jnp.where(real, order + 1, 0), jnp.where(real, NEVER, 0)
-  return order, Visibility(order, jnp.zeros_like(order), reach, until.astype(jnp.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +66,9 @@ class Decoder(mot.OneExpert):
 
   def hidden(self, params: Params, ids: Array, length: Array) -> Array:
     """Final-norm hidden states [B, L, D] of ids [B, L], of which `length` [B] are real."""
-    positions, visibility = causal(length, ids.shape[1])
-    return self.states(params, mot.Stream(self.embed(params, ids), positions, visibility))[0]
+    text = build(causal_text(ids.shape[1]), {'text': ids}, {'text': length})['text']
+    stream = mot.Stream(self.embed(params, text.ids), text.positions, text.visibility)
+    return self.states(params, stream)[0]
 
   def logits(self, params: Params, hidden: Array) -> Array:
     """Logits [B, L, V] float32 from final-norm hidden states [B, L, D]."""

@@ -1,9 +1,10 @@
 """The picture before an edit, among the tokens of a unified model (arXiv 2606.04457, App. C and D).
 
 A second dual path, `ar/dual_path`, embeds its clean latents for the token expert, which stores them
-in the row `[bos] [boi] time x_ref [eoi] ...` (vpe_jax.data.sequence.edit). It is clean, so its
-clock is 1: its time token comes from the embedding that the picture's comes from, and the head
-modulates its rows by the condition of that clock, as Show-o2's does pictures that it understands.
+in the sequence `[bos] [boi] time x_src [eoi] ...` (vpe_jax.systems.vpe.layouts.edit). It is clean,
+so its clock is 1: its time token comes from the embedding that the picture's comes from, and the
+head modulates its rows by the condition of that clock, as Show-o2's does pictures that it
+understands.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
 External+VPE (arXiv 2606.04457, Table 4): the parameters are those of `arch=internal`, not one more
 or less, and the experts share none that trains. The token expert has the row `[bos] text [bot] s
-[eot]`. The picture expert has `s [boi] | time x` (vpe_jax.data.sequence.picture_row draws who sees
-whom), where the codes' places hold what the token expert knows of the plan, by `condition`:
+[eot]`. The picture expert has `s [boi] | time x` (diffusion_sequence of
+vpe_jax.systems.vpe.layouts draws its mask), where the codes' places hold what the token expert
+knows of the plan, by `condition`:
 
   `prefix`: its final-norm hidden states at the codes' own places (input = that code) enter the
     picture expert's first layer like embeddings, and go through all of its layers.

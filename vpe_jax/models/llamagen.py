@@ -23,12 +23,13 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.config import check, check_sizes
-from vpe_jax.contracts import Array, Params, Visibility
-from vpe_jax.data.sequence import NEVER
+from vpe_jax.contracts import Array, Params
 from vpe_jax.models import dense, mot, transformer
 from vpe_jax.models.dropout import Dropout, drop
 from vpe_jax.models.transformer import Layer, TransformerConfig
 from vpe_jax.ops import rope
+from vpe_jax.sequence.builder import build
+from vpe_jax.sequence.spans import Layout, Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,12 @@ class LlamaGenConfig:
   def image_tokens(self) -> int:
     """Codes N of a picture."""
     return self.side**2
+
+  @property
+  def layout(self) -> Layout:
+    """The sequence: class token, codes of the visual prompt, codes of the image; all causal."""
+    spans = [('class', 1), ('visual_prompt', self.plan_tokens), ('image', self.image_tokens)]
+    return Layout(tuple(Span(name, length, 'decoder') for name, length in spans if length))
 
   @property
   def vocabulary(self) -> int:
@@ -132,9 +139,9 @@ class LlamaGen(mot.OneExpert):
     those of the dropout, of tokens and within the layers; without them nothing is dropped.
     """
     x = drop(x, self.dropout.token, keys, 'token')
-    order = jnp.broadcast_to(start + jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    zeros = jnp.zeros_like(order)
-    visibility = Visibility(order, zeros, order + 1, jnp.full_like(order, NEVER))
+    region = build(self.config.layout, keep=jnp.ones(x.shape[:1], bool))['decoder']
+    cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, x.shape[1], 1)
+    order, visibility = cut(region.positions), jax.tree.map(cut, region.visibility)
     return mot.Stream(x, order, visibility, rotation=self._rotation(order), keys=keys)
 
   def _rotation(self, order: Array) -> tuple[Array, Array]:

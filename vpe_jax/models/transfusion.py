@@ -28,12 +28,13 @@ from einops import rearrange
 
 from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array, Params, Visibility
-from vpe_jax.data.sequence import NEVER
 from vpe_jax.models import mot, transformer
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.diffusion_head import FREQUENCIES, waves
 from vpe_jax.models.transformer import TransformerConfig
 from vpe_jax.ops.matmul import turned_product
+from vpe_jax.sequence.builder import build
+from vpe_jax.sequence.spans import Layout, Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,15 @@ class TransfusionConfig:
   def first(self) -> int:
     """Place of the first picture token in the row."""
     return 1 + self.plan_tokens
+
+  @property
+  def layout(self) -> Layout:
+    """The sequence: class token, codes of the visual prompt, and the image at one position."""
+    spans = [Span('class', 1, 'decoder')]
+    if self.plan_tokens:
+      spans.append(Span('visual_prompt', self.plan_tokens, 'decoder', condition='visual_prompt'))
+    image = Span('image', self.image_tokens, 'decoder', full=True, shared_position=True)
+    return Layout((*spans, image))
 
   @property
   def channels(self) -> int:
@@ -146,16 +156,8 @@ class Transfusion(mot.OneExpert):
 
     The picture then takes the position after the class: positions are recounted without gaps.
     """
-    c = self.config
-    length = c.first + c.image_tokens
-    order = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (keep.shape[0], length))
-    is_picture = order >= c.first
-    present = keep[:, None] | (order == 0) | is_picture
-    reach = jnp.where(present, jnp.where(is_picture, length, order + 1), 0)
-    until = jnp.where(present, NEVER, 0).astype(jnp.int32)
-    behind = 1 + c.plan_tokens * keep[:, None].astype(jnp.int32)
-    positions = jnp.where(is_picture, behind, order)
-    return Row(positions, Visibility(order, jnp.zeros_like(order), reach, until))
+    region = build(self.config.layout, keep=keep)['decoder']
+    return Row(region.positions, region.visibility)
 
   def embed_classes(self, params: Params, classes: Array) -> Array:
     """Class tokens [B, 1, D] of classes [B]."""

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 
 from vpe_jax import sharding
 from vpe_jax.config import check, check_sizes, nearest
-from vpe_jax.contracts import Array, Params, UserError, Visibility
+from vpe_jax.contracts import Array, Params, UserError
 from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.ops import norms
 from vpe_jax.ops.attention import chooser
+from vpe_jax.sequence.builder import build
+from vpe_jax.sequence.layouts import cross_attention
 
 ACTIVATIONS = {
   'gelu_tanh': jax.nn.gelu,
@@ -87,22 +89,13 @@ class Attention(nn.Module):
     if mask is not None and mask.ndim == 3:
       mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
     else:
-      query, key = (everyone(x.shape[:2]) for x in (q, k))
+      layout = cross_attention(q.shape[1], k.shape[1])
+      regions = build(layout, keep=jnp.ones(q.shape[:1], bool))
+      query, key = regions['queries'].visibility, regions['keys'].visibility
       if mask is not None:
         key = jax.tree.map(lambda leaf: jnp.where(mask, leaf, 0), key)
       mixed = chooser.attention(q, k, v, query, key, self.attention, hint='padding')
     return DenseGeneral(c.width, axis=(-2, -1), dtype=self.dtype, name='o')(mixed)
-
-
-def everyone(shape: tuple[int, int]) -> Visibility:
-  """Tokens [B, L] that see each other without order.
-
-      a b    order 0 0   since 0 0
-  a   1 1    reach 1 1   until 1 1
-  b   1 1
-  """
-  zeros, ones = jnp.zeros(shape, jnp.int32), jnp.ones(shape, jnp.int32)
-  return Visibility(order=zeros, since=zeros, reach=ones, until=ones)
 
 
 class Mlp(nn.Module):

@@ -38,16 +38,17 @@ from vpe_jax.contracts import (
   UserError,
   concatenate,
 )
-from vpe_jax.data import sequence
 from vpe_jax.models import editing, mot, unified
 from vpe_jax.models.editing import Editor
 from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.sampling.settings import check_scales
+from vpe_jax.sequence.spans import Layout
 from vpe_jax.systems import rendering, t2i
 from vpe_jax.systems.external import External
 from vpe_jax.systems.internal import Internal
 from vpe_jax.systems.rows import Rows
+from vpe_jax.systems.vpe import layouts
 
 INTERNAL = Stage('edit', ('.*',), {'next_token': 1.0, 'flow': 1.0}, ema=True)
 EXTERNAL = dataclasses.replace(
@@ -113,7 +114,7 @@ class Edited(Rows):
   @functools.cached_property
   def editor(self) -> Editor:
     """The network, which knows where."""
-    first, last = (sequence.place(self.spans, kind) for kind in ('ref_time', 'ref_latents'))
+    first, last = map(self.layout.place, ('source_time', 'source_latents'))
     return Editor(self.model, (first[0], last[1]))
 
   def token_stream(self, params: Params, region: Region, reference: Array) -> mot.Stream:
@@ -132,9 +133,10 @@ class EditInternal(Edited, Internal):
   stages = {INTERNAL.name: INTERNAL}
 
   @functools.cached_property
-  def spans(self) -> tuple[sequence.Span, ...]:
-    """The row, token expert first."""
-    return sequence.edit(self.text, self.codes, self.model.config.image_tokens)
+  def layout(self) -> Layout:
+    """The sequence, AR expert first."""
+    lengths = (self.text, self.codes, self.model.config.image_tokens)
+    return layouts.edit(self.vocabulary, *lengths)
 
   def both(
     self,
@@ -160,7 +162,7 @@ class EditInternal(Edited, Internal):
       return reference_prefix(self, params, request, conditional)
 
     scales = settings.guidance, settings.image_guidance
-    guidance = Guidance.edit(*scales, sequence.TOLD, sequence.REFERENCE)
+    guidance = Guidance.edit(*scales, layouts.PROMPT, layouts.SOURCE)
     noise = rendering.noise(self.model, request, rng)
     return codes, rendering.render(self, settings, params, noise, guidance, prefix)
 
@@ -181,9 +183,10 @@ class EditExternal(Edited, External):
   stages = {EXTERNAL.name: EXTERNAL}
 
   @functools.cached_property
-  def spans(self) -> tuple[sequence.Span, ...]:
-    """The token expert's row."""
-    return sequence.edit_tokens(self.text, self.codes, self.model.config.image_tokens)
+  def layout(self) -> Layout:
+    """The AR expert's sequence."""
+    lengths = (self.text, self.codes, self.model.config.image_tokens)
+    return layouts.edit_ar_sequence(self.vocabulary, *lengths)
 
   def regions(
     self, batch: Batch, codes: Array, keep: Array | Mapping[str, Array]
@@ -227,8 +230,8 @@ def reference_prefix(rows: Edited, params: Params, request: Batch, whole: Prefix
   keys and values are taken from there, and [boi] alone is computed, at the place after them.
   """
   codes = jnp.zeros((request.example.shape[0], rows.codes), jnp.int32)
-  regions = rendering.build(rows, request, codes, frozenset({sequence.TOLD}))
-  row, at, boi = regions['ar'], sequence.place(rows.spans, 'eoi')[1], rows.slot('boi')
+  regions = rendering.build(rows, request, codes, frozenset({layouts.PROMPT}))
+  row, at, boi = regions['ar'], rows.layout.place('eoi')[1], rows.slot('boi')
   cut = lambda leaf, start, stop: jax.tree.map(lambda x: x[:, start:stop], leaf)
   last = cut(row, boi, boi + 1)
   rest = jax.tree.map(jnp.zeros_like, cut(row.visibility, at + 1, None))
@@ -320,8 +323,8 @@ class System(t2i.System):
     nothing = (reference <= drawn) & (drawn < reference + c.drop)
     told = (drawn >= text) & ~nothing
     return {
-      sequence.TOLD: told,
-      sequence.REFERENCE: ((drawn < text) | (drawn >= reference)) & ~nothing,
+      layouts.PROMPT: told,
+      layouts.SOURCE: ((drawn < text) | (drawn >= reference)) & ~nothing,
     }
 
   def _told(self, batch: Batch, rng: Array) -> Batch:

@@ -16,12 +16,13 @@ import jax.numpy as jnp
 
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params, Region, Stage
-from vpe_jax.data import sequence
 from vpe_jax.models import external, external_cross, unified
 from vpe_jax.sampling.prefix import Prefix
+from vpe_jax.sequence.spans import Layout
 from vpe_jax.systems import rendering
 from vpe_jax.systems.internal import PLAN
 from vpe_jax.systems.rows import Rows
+from vpe_jax.systems.vpe import layouts
 
 RENDER = Stage('render', ('dit/',), {'flow': 1.0}, ema=True)
 
@@ -32,19 +33,20 @@ class External(Rows):
   stages = {stage.name: stage for stage in (PLAN, RENDER)}
 
   @functools.cached_property
-  def spans(self) -> tuple[sequence.Span, ...]:
-    """The token expert's row."""
-    return sequence.token_row(self.text, self.codes)
+  def layout(self) -> Layout:
+    """The AR expert's sequence."""
+    return layouts.ar_sequence(self.vocabulary, self.text, self.codes)
 
   @functools.cached_property
-  def picture_spans(self) -> tuple[sequence.Span, ...]:
-    """The picture expert's."""
-    return sequence.picture_row(self.codes, self.model.config.image_tokens)
+  def diffusion_layout(self) -> Layout:
+    """The diffusion expert's sequence."""
+    lengths = (self.codes, self.model.config.image_tokens)
+    return layouts.diffusion_sequence(self.vocabulary, *lengths)
 
   @functools.cached_property
   def pair(self) -> external.External:
     """The two networks, and what passes from one to the other."""
-    return external_cross.pair(self.model, sequence.place(self.spans, 'codes'))
+    return external_cross.pair(self.model, self.layout.place('codes'))
 
   def regions(self, batch: Batch, codes: Array, keep: Array) -> dict[str, Region]:
     """`ar`, `prefix` and `dit` of a batch; where `keep` [B] is False, the picture has no plan."""
@@ -107,13 +109,13 @@ class External(Rows):
 
   def _lengths(self) -> external.Lengths:
     first, last = self.pair.codes
-    length = lambda spans, expert: sequence.region_length(spans, expert, self.model.config.multiple)
+    length = lambda layout, expert: layout.region_length(expert, self.model.config.multiple)
     codes, condition = last - first, self.model.config.condition
-    prefix, seen = length(self.picture_spans, 'prefix'), codes if condition == 'cross' else 0
+    prefix, seen = length(self.diffusion_layout, 'prefix'), codes if condition == 'cross' else 0
     return external.Lengths(
-      length(self.spans, 'ar'),
+      length(self.layout, 'ar'),
       prefix - seen,
-      length(self.picture_spans, 'dit'),
+      length(self.diffusion_layout, 'dit'),
       codes if condition == 'keys' else 0,
       seen,
     )
@@ -125,4 +127,4 @@ class External(Rows):
 
   def _picture(self, codes: Array, keep: Array) -> dict[str, Region]:
     multiple = self.model.config.multiple
-    return sequence.build(self.picture_spans, self.vocabulary, None, None, codes, keep, multiple)
+    return layouts.build(self.diffusion_layout, self.vocabulary, None, None, codes, keep, multiple)

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params, Region, Stage
-from vpe_jax.data import sequence
 from vpe_jax.models import unified
+from vpe_jax.sequence.spans import Layout
 from vpe_jax.systems import rendering
 from vpe_jax.systems.rows import Rows
+from vpe_jax.systems.vpe import layouts
 
 PLAN = Stage('plan', ('ar/', 'embed/'), {'next_token': 1.0}, ema=False, samples=False)
 JOINT = Stage('joint', ('.*',), {'next_token': 1.0, 'flow': 1.0}, ema=True)
@@ -28,16 +29,17 @@ class Internal(Rows):
   stages = {stage.name: stage for stage in (PLAN, JOINT)}
 
   @functools.cached_property
-  def spans(self) -> tuple[sequence.Span, ...]:
-    """The row, token expert first."""
-    return sequence.text_to_image(self.text, self.codes, self.model.config.image_tokens)
+  def layout(self) -> Layout:
+    """The sequence, AR expert first."""
+    lengths = (self.text, self.codes, self.model.config.image_tokens)
+    return layouts.text_to_image(self.vocabulary, *lengths)
 
   def regions(
     self, batch: Batch, codes: Array, keep: Array | Mapping[str, Array]
   ) -> dict[str, Region]:
     """The rows of a batch; where `keep` [B] is False, text and plan are absent.
 
-    With a picture before `keep` is that of each condition: see sequence.build.
+    With a picture before `keep` is that of each condition: see layouts.build.
     """
     return self.build(batch, codes, keep)
 
@@ -74,7 +76,7 @@ class Internal(Rows):
     return sum(self._lengths(stage))
 
   def _lengths(self, stage: Stage) -> tuple[int, int]:
-    length = lambda expert: sequence.region_length(self.spans, expert, self.model.config.multiple)
+    length = lambda expert: self.layout.region_length(expert, self.model.config.multiple)
     return length('ar'), length('dit') if 'flow' in stage.losses else 0
 
 

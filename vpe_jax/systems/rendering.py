@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from vpe_jax import rng as rng_lib
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params, Region, concatenate
-from vpe_jax.data import sequence
 from vpe_jax.models import mot
 from vpe_jax.models.unified import Unified, row_visibility
 from vpe_jax.objectives.flow_matching import implied_velocity
@@ -27,8 +26,9 @@ from vpe_jax.sampling import autoregressive, flow, guidance
 from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.systems.rows import Rows
+from vpe_jax.systems.vpe import layouts
 
-ALL = frozenset(sequence.CONDITIONS)
+ALL = frozenset(layouts.CONDITIONS)
 TEXT = frozenset({'text'})  # the caption without the visual prompt
 
 
@@ -218,7 +218,7 @@ def build(
 ) -> dict[str, Region]:
   """The regions of a request's sequences, without some of its conditions."""
   every = lambda keep: jnp.full(request.example.shape, keep)
-  keep = {name: every(name not in dropped) for name in sequence.CONDITIONS}
+  keep = {name: every(name not in dropped) for name in layouts.CONDITIONS}
   return rows.build(request, codes, keep)
 
 

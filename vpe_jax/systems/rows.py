@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from vpe_jax.contracts import Array, Batch, Params, Region, Stage
-from vpe_jax.data import sequence
 from vpe_jax.models import mot, unified
 from vpe_jax.objectives.flow_matching import FlowConfig
+from vpe_jax.systems.vpe import layouts
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
   """The base of systems/internal.py and systems/external.py.
 
-  These add `spans`, the row that the plan is written in, `regions`, `both`, `draw` and the figures
+  These add `layout`, the row that the plan is written in, `regions`, `both`, `draw` and the figures
   of a stage: `train_flops`, `attention_flops` and `tokens`.
 
   Attributes:
@@ -29,7 +29,7 @@ class Rows:
   """
 
   model: unified.Unified
-  vocabulary: sequence.Vocabulary
+  vocabulary: layouts.Vocabulary
   text: int
   codes: int
   flow: FlowConfig
@@ -69,14 +69,14 @@ class Rows:
     del params
     return {'ar': stream}
 
-  def slot(self, kind: str) -> int:
+  def slot(self, name: str) -> int:
     """First slot of a span in its expert's region."""
-    return sequence.place(self.spans, kind)[0]
+    return self.layout.place(name)[0]
 
   def build(
     self, batch: Batch, codes: Array, keep: Array | Mapping[str, Array]
   ) -> dict[str, Region]:
-    """The regions of `spans`; see sequence.build."""
+    """The regions of `layout`; see layouts.build."""
     text = (batch.inputs['text'], batch.inputs['text_length'])
     multiple = self.model.config.multiple
-    return sequence.build(self.spans, self.vocabulary, *text, codes, keep, multiple)
+    return layouts.build(self.layout, self.vocabulary, *text, codes, keep, multiple)

@@ -38,7 +38,6 @@ from vpe_jax.contracts import (
   Stage,
   UserError,
 )
-from vpe_jax.data import sequence
 from vpe_jax.models import unified
 from vpe_jax.models.siglip import unit
 from vpe_jax.objectives import flow_matching, next_token, schedules
@@ -50,6 +49,7 @@ from vpe_jax.systems.codec_sections import LatentCodecs
 from vpe_jax.systems.drawing import DrawingSystem
 from vpe_jax.systems.external import External
 from vpe_jax.systems.internal import Internal, Unplanned
+from vpe_jax.systems.vpe import layouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,9 +175,9 @@ class System(DrawingSystem):
       *((PlansVisually,) if c.vpe else ()),
       *((ScoresImages,) if embedded else ()),
     )
-    self.vocabulary = sequence.Vocabulary(c.text_vocab, self.codes, c.bos, c.boi)
+    self.vocabulary = layouts.Vocabulary(c.text_vocab, self.codes, c.bos, c.boi)
     self.rows = self._rows()
-    self.spans = self.rows.spans
+    self.layout = self.rows.layout
     _check_stages(config, tuple(self.rows.stages))
     self.stages = tuple(map(self._stage, config.stages, config.steps))
 
@@ -308,7 +308,7 @@ class System(DrawingSystem):
     codes = request.encoded['visual_prompt']
     regions = self._regions(request, codes, keep)
     hidden, _ = self._forward(params, regions, None, request)
-    first, last = sequence.place(self.spans, 'bot')[0], sequence.place(self.spans, 'codes')[1]
+    first, last = self.layout.place('bot')[0], self.layout.place('codes')[1]
     # The slot before each code predicts it.
     logits = self.model.code_logits(params, hidden[:, first : last - 1])
     return autoregressive.log_likelihood(logits, codes)
@@ -406,8 +406,8 @@ class System(DrawingSystem):
 
   def _next_token(self, params: Params, hidden: Array, region: Region) -> tuple[Array, Array]:
     """The summed cross-entropy of the plan, and how often its argmax is right."""
-    first = sequence.place(self.spans, 'bot')[0]
-    last = sequence.place(self.spans, 'codes')[1]
+    first = self.layout.place('bot')[0]
+    last = self.layout.place('codes')[1]
     return next_token.cross_entropy(
       hidden[:, first:last],
       self.model.table(params),

@@ -7,35 +7,35 @@ as stored. `9` in a table stands for NEVER.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpe_jax.contracts import Visibility
-from vpe_jax.data import sequence
-from vpe_jax.data.sequence import NEVER
+from vpe_jax.contracts import Region, Visibility, concatenate
 from vpe_jax.ops.attention import reference
+from vpe_jax.sequence import layouts, packing
+from vpe_jax.sequence.builder import NEVER, build
+from vpe_jax.sequence.spans import Layout, Span
 
 Mask = tuple[Visibility, Visibility]  # of queries and of keys
-_Tokens = list[tuple[int, int, int, int]]  # order, since, reach, until
-ABSENT = (0, 0, 0, 0)
+ABSENT = (0, 0, 0, 0)  # order, since, reach, until
+_span = functools.partial(Span, expert='row')
 
 
-def _row(tokens: _Tokens) -> Mask:
-  row = Visibility(*(jnp.asarray(x, jnp.int32)[None] for x in np.array(tokens).T))
-  return row, row
+def _built(layout: Layout, **given: Any) -> Mask:
+  """All regions of a layout, in the order in which they are stored."""
+  return _stored(build(layout, **({'keep': jnp.ones((1,), bool)} | given)))
 
 
-def _causal(start: int, count: int, since: int = 0, until: int = NEVER) -> _Tokens:
-  return [(start + n, since, start + n + 1, until) for n in range(count)]
-
-
-def _full(start: int, count: int, since: int = 0, until: int = NEVER) -> _Tokens:
-  return [(start + n, since, start + count, until) for n in range(count)]
+def _stored(regions: Mapping[str, Region]) -> Mask:
+  sequence = concatenate([region.visibility for region in regions.values()])
+  return sequence, sequence
 
 
 def causal(length: int = 4) -> Mask:
@@ -46,7 +46,7 @@ def causal(length: int = 4) -> Mask:
   1 1 1 0
   1 1 1 1
   """
-  return _row(_causal(0, length))
+  return _built(layouts.causal_text(length))
 
 
 def prefix(seen: int = 2, rest: int = 2) -> Mask:
@@ -57,11 +57,11 @@ def prefix(seen: int = 2, rest: int = 2) -> Mask:
   1 1 1 0
   1 1 1 1
   """
-  return _row(_full(0, seen) + _causal(seen, rest))
+  return _built(Layout((_span('image', seen, full=True), _span('text', rest))))
 
 
 def transfusion(text: int = 2, image: int = 2, after: int = 1) -> Mask:
-  """Text, a bidirectional picture, text (VUGEN, Show-o2).
+  """Text, a bidirectional image, text (VUGEN, Show-o2).
 
   1 0 0 0 0
   1 1 0 0 0
@@ -69,14 +69,14 @@ def transfusion(text: int = 2, image: int = 2, after: int = 1) -> Mask:
   1 1 1 1 0
   1 1 1 1 1
   """
-  end = text + image
-  return _row(_causal(0, text) + _full(text, image) + _causal(end, after))
+  spans = (_span('text', text), _span('image', image, full=True), _span('after', after))
+  return _built(Layout(spans))
 
 
 def mixture(text: int = 1, codes: int = 1, image: int = 1, multiple: int = 1) -> Mask:
-  """A row with its condition and one that dropped it, as `sequence.build` makes them (VPE).
+  """A sequence with its condition and one that dropped it, in two experts (VPE).
 
-  Stored: bos, text, bot, codes, eot, boi | time, picture. Row 0, then row 1:
+  Stored: bos, text, bot, codes, eot, boi | time, image. Batch element 0, then 1:
 
   1 0 0 0 0 0 0 0
   1 1 0 0 0 0 0 0
@@ -96,24 +96,17 @@ def mixture(text: int = 1, codes: int = 1, image: int = 1, multiple: int = 1) ->
   1 0 0 0 0 1 1 1
   1 0 0 0 0 1 1 1
   """
-  spans = sequence.text_to_image(text, codes, image)
-  zeros = lambda n: jnp.zeros((2, n), jnp.int32)
-  regions = sequence.build(
-    spans,
-    sequence.Vocabulary(8, 8, 0, 1),
-    zeros(text),
-    jnp.array([text, text]),
-    zeros(codes),
-    jnp.array([True, False]),
-    multiple,
-  )
-  parts = [region.visibility for region in regions.values()]
-  row = jax.tree.map(lambda *x: jnp.concatenate(x, 1), *parts)
-  return row, row
+  prompt = [
+    Span(name, length, 'ar', condition='prompt')
+    for name, length in (('text', text), ('bot', 1), ('codes', codes), ('eot', 1))
+  ]
+  picture = [Span(name, length, 'dit', full=True) for name, length in (('time', 1), ('x', image))]
+  layout = Layout((Span('bos', 1, 'ar'), *prompt, Span('boi', 1, 'ar'), *picture))
+  return _built(layout, keep=jnp.array([True, False]), multiple=multiple)
 
 
 def packed(samples: Sequence[tuple[int, int]] = ((1, 2), (2, 1))) -> Mask:
-  """Samples of (text, picture) in one row of one expert; order runs on.
+  """Samples of (text, image) in one sequence of one expert; order runs on.
 
   1 0 0 0 0 0
   1 1 1 0 0 0
@@ -122,15 +115,11 @@ def packed(samples: Sequence[tuple[int, int]] = ((1, 2), (2, 1))) -> Mask:
   0 0 0 1 1 0
   0 0 0 1 1 1
   """
-  tokens, start = [], 0
-  for text, image in samples:
-    tokens += _causal(start, text, start) + _full(start + text, image, start)
-    start += text + image
-  return _row(tokens)
+  return _packed(samples, ('row', 'row'), {'row': sum(map(sum, samples))})
 
 
 def packed_two(samples: Sequence[tuple[int, int]] = ((1, 2), (2, 1)), pad: int = 1) -> Mask:
-  """The same samples in a row of two experts, each region padded: text . text | pictures .
+  """The same samples in a sequence of two experts, each region padded: text . text | images .
 
   1 0 0 0 0 0 0 0
   0 1 0 0 0 0 0 0
@@ -141,17 +130,23 @@ def packed_two(samples: Sequence[tuple[int, int]] = ((1, 2), (2, 1)), pad: int =
   0 1 1 0 0 0 1 0
   0 0 0 0 0 0 0 0
   """
-  regions: tuple[_Tokens, _Tokens] = ([], [])
-  start = 0
-  for text, image in samples:
-    regions[0].extend(_causal(start, text, start))
-    regions[1].extend(_full(start + text, image, start))
-    start += text + image
-  return _row(regions[0] + [ABSENT] * pad + regions[1] + [ABSENT] * pad)
+  text, image = map(sum, zip(*samples, strict=True))
+  return _packed(samples, ('text', 'image'), {'text': text + pad, 'image': image + pad})
+
+
+def _packed(
+  samples: Sequence[tuple[int, int]], experts: tuple[str, str], budgets: Mapping[str, int]
+) -> Mask:
+  """All samples in one packed sequence; each is padded to the longest before."""
+  texts, images = np.array(samples).T
+  text = Span('text', int(texts.max()), experts[0])
+  image = Span('image', int(images.max()), experts[1], full=True)
+  regions = build(Layout((text, image)), lengths={'text': texts, 'image': images})
+  return _stored(packing.pack(regions, [range(len(samples))], budgets)[0])
 
 
 def editing(reference: int = 2, text: int = 2, image: int = 2) -> Mask:
-  """A bidirectional reference picture, text, and the picture in another expert (VPE, App. D).
+  """A bidirectional source image, text, and the image in another expert (VPE, App. D).
 
   1 1 0 0 0 0
   1 1 0 0 0 0
@@ -160,15 +155,12 @@ def editing(reference: int = 2, text: int = 2, image: int = 2) -> Mask:
   1 1 1 1 1 1
   1 1 1 1 1 1
   """
-  end = reference + text
-  return _row(_full(0, reference) + _causal(reference, text) + _full(end, image))
+  spans = (_span('source', reference, full=True), _span('text', text))
+  return _built(Layout((*spans, Span('image', image, 'dit', full=True))))
 
 
 def interleaved(frames: int = 2, text: int = 1, latents: int = 1) -> Mask:
   """Teacher forcing (MMCORE): each frame as text, noisy latents, clean latents.
-
-  Noisy latents see their own text and the clean latents of earlier frames; clean latents see
-  clean latents alone; text sees its own frame's text.
 
   1 0 0 0 0 0
   1 1 0 0 0 0
@@ -177,18 +169,11 @@ def interleaved(frames: int = 2, text: int = 1, latents: int = 1) -> Mask:
   0 0 1 1 1 0
   0 0 1 0 0 1
   """
-  tokens, start = [], 0
-  for _ in range(frames):
-    end = start + text + latents
-    tokens += _causal(start, text, start, end) + _full(start + text, latents, 0, end)
-    tokens += _full(end, latents)
-    start = end + latents
-  return _row(tokens)
+  return _built(layouts.teacher_forced_frames(frames, text, latents, 'row', 'row'))
 
 
 def position_queries(text: int = 1, groups: int = 2, mates: int = 2) -> Mask:
-  """Groups of parallel queries that see what is finished and not each other, then the finished
-  pairs of query and latent (VGT). Below: one token of text, two groups of two.
+  """Groups of parallel queries, each followed by its finished pairs of query and latent (VGT).
 
   1 0 0 0 0 0 0 0 0 0 0 0 0
   1 1 0 0 0 0 0 0 0 0 0 0 0
@@ -204,12 +189,7 @@ def position_queries(text: int = 1, groups: int = 2, mates: int = 2) -> Mask:
   1 0 0 1 1 1 1 0 0 1 1 1 0
   1 0 0 1 1 1 1 0 0 1 1 1 1
   """
-  tokens, start = _causal(0, text), text
-  for _ in range(groups):
-    tokens += [(start + n, 0, start + n + 1, start + n + 1) for n in range(mates)]
-    tokens += _causal(start + mates, 2 * mates)
-    start += 3 * mates
-  return _row(tokens)
+  return _built(layouts.position_queries(text, groups, mates))
 
 
 def sliding(length: int = 4, width: int = 2) -> Mask:
@@ -220,7 +200,7 @@ def sliding(length: int = 4, width: int = 2) -> Mask:
   0 1 1 0
   0 0 1 1
   """
-  return _row([(n, max(0, n - width + 1), n + 1, NEVER) for n in range(length)])
+  return _built(Layout((_span('text', length, window=width),)))
 
 
 def windows(count: int = 2, width: int = 2) -> Mask:
@@ -231,7 +211,14 @@ def windows(count: int = 2, width: int = 2) -> Mask:
   0 0 1 1
   0 0 1 1
   """
-  return _row([t for n in range(count) for t in _full(n * width, width, n * width)])
+  window = lambda n: _span(f'window{n}', width, full=True, frame=n, sees='frame')
+  return _built(Layout(tuple(map(window, range(count)))))
+
+
+def _row(tokens: Sequence[tuple[int, int, int, int]]) -> Mask:
+  """A sequence of tokens with these (order, since, reach, until)."""
+  row = Visibility(*(jnp.asarray(x, jnp.int32)[None] for x in np.array(tokens).T))
+  return row, row
 
 
 def scattered(length: int = 5) -> Mask:
@@ -243,21 +230,20 @@ def scattered(length: int = 5) -> Mask:
   0 0 0 0 0
   0 0 0 0 0
   """
-  tokens = _causal(0, length)
-  tokens[1::2] = [ABSENT] * len(tokens[1::2])
+  tokens = [(n, 0, n + 1, NEVER) if n % 2 == 0 else ABSENT for n in range(length)]
   tokens[-1] = (length, length + 5, length + 9, 0)
   return _row(tokens)
 
 
 def cached(known: int = 2, image: int = 2, free: int = 1) -> Mask:
-  """A picture's queries against a cache: a prefix, the picture, and slots not yet written.
+  """An image's queries against a cache: a prefix, the image, and slots not yet written.
 
   1 1 1 1 0
   1 1 1 1 0
   """
-  query, _ = _row(_full(known, image))
-  _, key = _row(_causal(0, known) + _full(known, image) + _causal(known + image, free))
-  return query, key
+  spans = (_span('prefix', known), _span('image', image, full=True), _span('free', free))
+  key, _ = _built(Layout(spans))
+  return key[:, known : known + image], key
 
 
 DRAWN: dict[str, Callable[..., Mask]] = {

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from vpe_jax.contracts import Visibility, visible
-from vpe_jax.data.sequence import NEVER
 from vpe_jax.ops.attention import schedule
 from vpe_jax.ops.attention.schedule import FULL, PARTIAL, SKIP
+from vpe_jax.sequence.builder import NEVER
 
 _pairs = jax.jit(schedule.pairs, static_argnums=(2, 3))
 

@@ -20,7 +20,6 @@ from vpe_jax.data.tokenizers import bpe
 from vpe_jax.data.tokenizers.published import open_tokenizer
 from vpe_jax.data.transforms import pad_to_square
 from vpe_jax.generator import Generator
-from vpe_jax.systems import rendering
 from vpe_jax.systems.vpe.visual_prompts import files
 from vpe_jax.systems.vpe.visual_prompts.prompter import ENTRY, VisualPrompter
 
@@ -136,7 +135,7 @@ def _log_probabilities(prompter, plans):
     latents = jnp.zeros((len(plans), *system.batch_spec(1).encoded['latents'].shape[1:]))
     noisy = (latents, jnp.zeros(len(plans)))
     hidden, _ = jax.jit(system.rows.forward)(params, regions, noisy)
-    first = rendering.Job(None, system.spans, system.vocabulary, None).slot('bot')
+    first = system.layout.place('bot')[0]
     logits = system.model.code_logits(params, hidden[:, first : first + plans.codes.shape[1]])
   logits = np.asarray(logits, np.float64)
   picked = np.take_along_axis(logits, plans.codes[..., None], -1)[..., 0]

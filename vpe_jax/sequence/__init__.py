@@ -1,0 +1,1 @@
+"""Token sequences: spans and layouts, the builder of ids, positions and masks, and packing."""
