@@ -33,7 +33,9 @@ from vpe_jax.models.decoder import Decoder, DecoderConfig
 from vpe_jax.models.dense import TURNED, turned
 from vpe_jax.models.transformer import TransformerConfig
 from vpe_jax.ops.matmul import turned_product
-from vpe_jax.sampling import decoding
+from vpe_jax.sampling import autoregressive
+from vpe_jax.sampling.guidance import UNGUIDED
+from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.sampling.settings import TokenSampling
 from vpe_jax.sequence.builder import build
 from vpe_jax.sequence.layouts import causal_text
@@ -70,17 +72,17 @@ def generate(model: Decoder, params: Params, prompt: Array) -> Array:
   positions, key = text.positions, text.visibility
   cache = mot.empty_cache(model.layer, params['layers'], key, model.dtype)
 
-  def run(ids: Array, held: mot.Cache, at: Array | int) -> tuple[Array, mot.Cache]:
+  def run(ids: Array, cache: mot.Cache, at: Array | int) -> Prefix:
     cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, ids.shape[1], 1)
     stream = mot.Stream(model.embed(params, ids), cut(positions), jax.tree.map(cut, key))
-    hidden, held = model.states(params, stream, held, at)
-    return model.logits(params, hidden[:, -1:])[:, 0], held
+    hidden, cache = model.states(params, stream, cache, at)
+    return Prefix(cache, model.logits(params, hidden[:, -1:])[:, 0])
 
-  first, cache = run(prompt, cache, 0)
-  step = lambda held, tokens, index: run(tokens[:, None], held, PROMPT + index)
+  feed = lambda prefix, tokens, index: run(tokens[:, None], prefix.cache, PROMPT + index)
   keys = jax.random.split(jax.random.key(0), batch)
   settings = TokenSampling(temperature=0.0, min_p=0.0)
-  return decoding.decode(step, cache, first, TOKENS, keys, settings)[0]
+  draw = autoregressive.categorical(lambda logits: logits, settings, UNGUIDED, UNGUIDED.branches)
+  return autoregressive.generate(feed, run(prompt, cache, 0), TOKENS, keys, draw)[0]
 
 
 def peer(model: Decoder, params: Params) -> Qwen2ForCausalLM:

@@ -22,10 +22,10 @@ from configs import t2i
 from tests.benchmarks import timing
 from tests.small_systems import redrawn
 from vpe_jax import rng, systems
-from vpe_jax.contracts import Array, Batch, Params, System
-from vpe_jax.sampling import guidance, solver
+from vpe_jax.contracts import Array, Batch, Params, System, concatenate
+from vpe_jax.sampling import flow
+from vpe_jax.sampling.guidance import Guidance, combine
 from vpe_jax.systems import rendering
-from vpe_jax.systems.vpe import layouts
 
 REFERENCE = 1027  # tokens of a reference picture: begin, time, 1,024 of the picture, end
 TEXTS = {'drawing': 249, 'editing': 249 + REFERENCE}
@@ -52,32 +52,29 @@ def build(text: int) -> System:
 
 
 def cached(system: System, params: Params, request: Batch, noise: Array) -> Array:
-  """Latents by rendering's own way: each branch's prefix once, then the picture's rows alone."""
-  job = _job(system)
-  _, prefix = rendering.plan(job, params, request, rng.run_key(0))
-  null = rendering.null_prefix(job, params, request)
-  branches = {'conditional': prefix, 'null': null}
-  weights = guidance.branches(job.settings.guidance)
-  return rendering.render(job, params, branches, noise, weights)
+  """Latents by rendering's own way: each branch's prefix once, then the image's tokens alone."""
+  rows, settings = system.rows, system.config.sample
+  _, conditional = rendering.plan(rows, settings, params, request, rng.run_key(0))
+  null = lambda: rendering.null_prefix(rows, params, request)
+  prefix = lambda dropped: null() if dropped else conditional
+  guidance = Guidance.classifier_free(settings.guidance, rendering.ALL)
+  return rendering.render(rows, settings, params, noise, guidance, prefix)
 
 
 def recomputed(system: System, params: Params, request: Batch, noise: Array) -> Array:
-  """Latents with the whole rows of both branches in every step."""
-  job, model = _job(system), system.model
-  codes = request.encoded['visual_prompt']
-  rows = [job.regions(request, codes, dropped) for dropped in ((), layouts.CONDITIONS)]
-  regions = guidance.stack(*rows)
+  """Latents with the whole sequences of both branches in every step."""
+  settings, codes = system.config.sample, request.encoded['visual_prompt']
+  guidance = Guidance.classifier_free(settings.guidance, rendering.ALL)
+  branches = guidance.needed
+  parts = [rendering.build(system.rows, request, codes, branch.dropped) for branch in branches]
+  regions = concatenate(parts, 0)
 
-  def velocity(x: Array, time: Array) -> Array:
-    both = guidance.both(x)
-    _, found = model(params, regions, both, jnp.full(both.shape[:1], 1.0 - time))
-    return guidance.classifier_free(*guidance.split(-found), job.settings.guidance)
+  def velocity(x: Array, time: Array, step: Array) -> Array:
+    stacked = jnp.concatenate([x] * len(branches))
+    clock = jnp.full(stacked.shape[:1], 1.0 - time)
+    return combine(guidance, -system.model(params, regions, stacked, clock)[1], branches)
 
-  return solver.euler(velocity, noise, solver.time_grid(job.settings.steps, job.settings.shift))
-
-
-def _job(system: System) -> rendering.Job:
-  return rendering.Job(system.model, system.layout, system.vocabulary, system.config.sample)
+  return flow.integrate(velocity, noise, flow.time_grid(settings.steps, settings.shift))
 
 
 def _drawn(system: System) -> Params:

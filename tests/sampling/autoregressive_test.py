@@ -9,7 +9,7 @@ import pytest
 
 from vpe_jax.contracts import UserError
 from vpe_jax.sampling import autoregressive
-from vpe_jax.sampling.guidance import Branch, Guidance
+from vpe_jax.sampling.guidance import UNGUIDED, Guidance
 from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.systems.t2i import Sampling
 
@@ -121,9 +121,6 @@ def test_settings_out_of_range_are_refused(settings):
     autoregressive.filter_logits(LOGITS, **settings)
 
 
-NONE = Guidance((Branch('conditional', 1.0),))
-
-
 def _counting(prefix, tokens, index):
   """A network whose next code is the last plus 1 (mod 10); its cache records what it was fed."""
   cache = jax.lax.dynamic_update_slice(prefix.cache, tokens[:, None], (0, index))
@@ -218,7 +215,7 @@ def test_blocks_of_different_vocabularies_follow_one_another():
   def block(prefix, place, length):
     feed = lambda p, tokens, i: Prefix(p.cache + 1, jnp.tanh(p.state + embed[place][tokens]))
     logits = lambda state: state @ heads[place]
-    draw = autoregressive.categorical(logits, greedy, NONE, NONE.branches)
+    draw = autoregressive.categorical(logits, greedy, UNGUIDED, UNGUIDED.branches)
     return autoregressive.generate(feed, prefix, length, keys, draw)
 
   state = jax.random.normal(jax.random.key(12), (3, 8))
@@ -250,7 +247,7 @@ def test_tokens_may_be_groups_of_vectors():
 
 def test_each_place_and_batch_element_is_drawn_anew():
   feed = lambda prefix, tokens, index: prefix
-  draw = autoregressive.categorical(lambda state: state, PLAIN, NONE, NONE.branches)
+  draw = autoregressive.categorical(lambda state: state, PLAIN, UNGUIDED, UNGUIDED.branches)
   run = lambda length, keys: autoregressive.generate(
     feed, Prefix((), jnp.zeros((len(keys), 1000))), length, keys, draw
   )[0]

@@ -7,10 +7,9 @@ import pytest
 
 from vpe_jax.contracts import UserError
 from vpe_jax.sampling import flow
-from vpe_jax.sampling.guidance import Branch, Guidance
+from vpe_jax.sampling.guidance import UNGUIDED, Guidance
 from vpe_jax.sampling.prefix import Prefix
 
-NONE = Guidance((Branch('conditional', 1.0),))
 KEYS = jax.random.split(jax.random.key(2), 3)
 
 
@@ -210,7 +209,7 @@ def _uncached(x, times, weights, told=lambda i: 1.0):
 @pytest.mark.parametrize(
   'guidance, scales',
   [
-    (NONE, [1.0] * 8),
+    (UNGUIDED, [1.0] * 8),
     (Guidance.classifier_free(3.0, NAMES), [3.0] * 8),
     (Guidance.classifier_free(0.0, NAMES), [0.0] * 8),
     # Starts of the steps: 1, 7/8, ..., 1/8.
@@ -256,7 +255,7 @@ def test_conditions_may_change_after_some_steps():
   noise, times = jax.random.normal(jax.random.key(6), (3, 4)), flow.time_grid(6, 2.0)
   phases = [
     flow.Phase(2, Guidance.classifier_free(1.5, NAMES), _prefix([], told=0.8)),
-    flow.Phase(4, NONE, _prefix([], told=1.2)),
+    flow.Phase(4, UNGUIDED, _prefix([], told=1.2)),
   ]
   drawn = jax.jit(lambda noise: flow.sample(_network, noise, times, phases))(noise)
   weights = [(1.5, -0.5)] * 2 + [(1.0, 0.0)] * 4
@@ -270,6 +269,6 @@ def test_phases_and_segments_continue_the_noise_of_the_sde():
   """Where a run of steps is cut is of no matter."""
   noise, times = jax.random.normal(jax.random.key(7), (3, 4)), flow.time_grid(6)
   run = lambda *counts: flow.sample(
-    _network, noise, times, [flow.Phase(n, NONE, _prefix([])) for n in counts], 'sde', KEYS
+    _network, noise, times, [flow.Phase(n, UNGUIDED, _prefix([])) for n in counts], 'sde', KEYS
   )
   np.testing.assert_allclose(run(6), run(2, 3, 1), rtol=1e-6)

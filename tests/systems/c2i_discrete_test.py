@@ -17,6 +17,7 @@ from vpe_jax.compilation import program
 from vpe_jax.config import MeshConfig, to_dict
 from vpe_jax.contracts import Batch, UserError
 from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.sampling.guidance import UNGUIDED
 from vpe_jax.systems import writing
 from vpe_jax.systems.c2i_discrete import Sampling
 from vpe_jax.training import encode
@@ -294,20 +295,18 @@ def _uncached(system, params, classes, plan, codes):
 def test_cached_logits_equal_uncached(system, params, prepared):
   batch = _batch(system)
   weights = system.prepare(params, 'cpu') if prepared else params
-  job = writing.Job(system.model, Sampling(), False)
   x = system.model.inputs(params, *_model_inputs(batch))
 
   @jax.jit
   def one_by_one(weights):
-    state = writing._start(job, weights, batch)
+    prefix = writing._start(system.model, weights, batch, UNGUIDED.branches)
 
-    def step(state, at):
-      hidden = state[1]
+    def step(prefix, at):
       token = jax.lax.dynamic_slice_in_dim(x, at, 1, 1)
-      return job.feed(weights, token, state, at), hidden
+      return writing._feed(system.model, weights, token, prefix, at), prefix.state
 
-    last, hidden = jax.lax.scan(step, state, jnp.arange(1, x.shape[1]))
-    hidden = jnp.concatenate([hidden[:, :, 0], last[1][None, :, 0]]).swapaxes(0, 1)
+    last, hidden = jax.lax.scan(step, prefix, jnp.arange(1, x.shape[1]))
+    hidden = jnp.concatenate([hidden[:, :, 0], last.state[None, :, 0]]).swapaxes(0, 1)
     return system.model.logits(weights, hidden)
 
   wanted = jax.jit(system.model)(params, *_model_inputs(batch))

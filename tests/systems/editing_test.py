@@ -16,6 +16,9 @@ from vpe_jax import rng, systems
 from vpe_jax.contracts import UserError, visible
 from vpe_jax.models import unified
 from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.sampling import flow
+from vpe_jax.sampling.guidance import Guidance
+from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.sharding import by_path
 from vpe_jax.systems import editing, rendering
 from vpe_jax.systems.editing import Sampling
@@ -94,11 +97,11 @@ def _whole(system, params, batch, keep):
 
 def _flow_step(system, weights, prefix, latents):
   """The velocity of one cached flow step."""
-  stream, condition = system.model.picture_stream(weights, latents, CLOCK, prefix.picture)
-  at = prefix.body.key.order.shape[1] - prefix.picture.ids.shape[1]
-  hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.body, at)
+  stream, condition = system.model.picture_stream(weights, latents, CLOCK, prefix.state)
+  at = prefix.cache.body.key.order.shape[1] - prefix.state.ids.shape[1]
+  hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
   stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
-  rows, _ = system.model.head(weights, {'dit': stream}, prefix.head, at)
+  rows, _ = system.model.head(weights, {'dit': stream}, prefix.cache.head, at)
   return system.model.velocity(weights, rows['dit'], condition)
 
 
@@ -111,16 +114,16 @@ def test_each_cached_branch_equals_its_whole_row():
   """Full, without instruction and plan, and null; and the first two aren't alike."""
   system, params = _made('internal'), _params()
   batch = _batch(system)
-  job = system.rows.job(Sampling(steps=2))
+  rows, settings = system.rows, Sampling(steps=2)
   request = request_of(batch, 'visual_prompt', 'source_latents')
 
   @jax.jit
   def cached(params):
-    _, prefix = rendering.plan(job, params, request, KEY)
+    _, prefix = rendering.plan(rows, settings, params, request, KEY)
     branches = {
       'conditional': prefix,
-      'reference': editing.reference_prefix(job, params, request, prefix),
-      'null': rendering.null_prefix(job, params, request),
+      'reference': editing.reference_prefix(rows, params, request, prefix),
+      'null': rendering.null_prefix(rows, params, request),
     }
     step = lambda branch: _flow_step(system, params, branch, batch.encoded['latents'])
     return {name: step(branch) for name, branch in branches.items()}
@@ -142,20 +145,21 @@ def test_two_branches_draw_what_three_do_where_the_image_scale_is_1():
   request = request_of(_batch(system), 'visual_prompt', 'source_latents')
 
   def drawn(count, image=1.0):
+    """Each branch has its weight, and the last of three counts even at weight 0."""
     settings = Sampling(steps=2, shift=1.0, guidance=2.5, image_guidance=image)
-    job = system.rows.job(settings)
+    rows, every = system.rows, Guidance.edit(2.5, image, *layouts.CONDITIONS).branches
+    weights = [branch.weight for branch in every[:count]]
 
     def run(params):
-      _, prefix = rendering.plan(job, params, request, KEY)
-      made = {
-        'conditional': (2.5, prefix),
-        'reference': (image - 2.5, editing.reference_prefix(job, params, request, prefix)),
-        'null': (1.0 - image, rendering.null_prefix(job, params, request)),
-      }
-      kept = dict(list(made.items())[:count])
-      branches = {name: branch for name, (_, branch) in kept.items()}
-      weights = {name: weight for name, (weight, _) in kept.items()}
-      return rendering.render(job, params, branches, rendering.noise(job, request, KEY), weights)
+      _, whole = rendering.plan(rows, settings, params, request, KEY)
+      reference = editing.reference_prefix(rows, params, request, whole)
+      null = rendering.null_prefix(rows, params, request)
+      prefix = Prefix.stack([whole, reference, null][:count])
+      step = lambda x, time: rendering.velocity(rows, params, x, time, prefix)
+      noise = rendering.noise(rows.model, request, KEY)
+      parts = lambda x, time: jnp.split(step(x, time), count)
+      velocity = lambda x, time, i: sum(w * v for w, v in zip(weights, parts(x, time)))
+      return flow.integrate(velocity, noise, flow.time_grid(2))
 
     return jax.jit(run)(params), settings
 

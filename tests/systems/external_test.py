@@ -20,7 +20,7 @@ from vpe_jax.models.transformer import Layer
 from vpe_jax.ops import rope
 from vpe_jax.ops.attention import reference
 from vpe_jax.ops.flops import matrix_flops
-from vpe_jax.sampling import solver
+from vpe_jax.sampling import flow
 from vpe_jax.sequence.builder import build
 from vpe_jax.sequence.layouts import cross_attention
 from vpe_jax.sharding import by_path, make_mesh, param_shardings
@@ -172,12 +172,12 @@ def test_the_plan_alone_is_dropped_as_often_as_asked():
 
 def _flow_step(system, weights, prefix, latents):
   """The velocity of one cached flow step."""
-  stream, condition = system.model.picture_stream(weights, latents, CLOCK, prefix.picture)
-  stream = dataclasses.replace(stream, memory=prefix.memory)
-  at = prefix.body.key.order.shape[1] - prefix.picture.ids.shape[1]
-  hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.body, at)
+  stream, condition = system.model.picture_stream(weights, latents, CLOCK, prefix.state)
+  stream = dataclasses.replace(stream, memory=prefix.cache.memory)
+  at = prefix.cache.body.key.order.shape[1] - prefix.state.ids.shape[1]
+  hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
   stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
-  rows, _ = system.model.head(weights, {'dit': stream}, prefix.head, at)
+  rows, _ = system.model.head(weights, {'dit': stream}, prefix.cache.head, at)
   return system.model.velocity(weights, rows['dit'], condition)
 
 
@@ -194,15 +194,16 @@ def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, gu
   """With the plan that was decoded, and without one: the null branch of guidance."""
   system, params = _made(condition), _params(condition)
   batch, settings = _batch(system), Sampling(plan_guidance=float(guidance))
-  job = rendering.Job(system.model, system.layout, system.vocabulary, settings)
   request = request_of(batch)
 
   @jax.jit
   def cached(weights):
-    codes, row = rendering.decode(job, weights, request, KEY)
-    prefixes = system.rows.prefix(weights, row), system.rows.null_prefix(weights, request)
+    rows = system.rows
+    codes, decoded = rendering.decode(rows, settings, weights, request, KEY)
+    conditional = rows.prefix(weights, request, codes, decoded)
+    prefixes = conditional, rows.null_prefix(weights, request)
     flows = [_flow_step(system, weights, prefix, batch.encoded['latents']) for prefix in prefixes]
-    return codes, row.hidden, flows
+    return codes, decoded.state, flows
 
   codes, states, (told, null) = cached(system.prepare(params, 'cpu') if prepared else params)
   whole = lambda codes, keep, latents=batch.encoded['latents']: _whole(condition)(
@@ -238,7 +239,7 @@ def test_given_codes_are_rendered_along_the_whole_rows_velocity(condition):
 
   noise = lambda key: jax.random.normal(key, batch.encoded['latents'].shape[1:])
   x = rng.per_example(noise, KEY, 'noise', batch.example)
-  times = solver.time_grid(settings.steps, settings.shift)
+  times = flow.time_grid(settings.steps, settings.shift)
   for time, later in zip(times[:-1], times[1:], strict=True):
     x = x + (later - time) * velocity(x, time)
   _close(latents, x)

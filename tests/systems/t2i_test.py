@@ -17,7 +17,8 @@ from vpe_jax.checkpoints import weights
 from vpe_jax.config import MeshConfig, to_dict
 from vpe_jax.contracts import Batch, UserError
 from vpe_jax.models import mot
-from vpe_jax.sampling import solver
+from vpe_jax.sampling import flow
+from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.systems import rendering
 from vpe_jax.systems.t2i import Sampling
 from vpe_jax.training import resume
@@ -115,27 +116,27 @@ def test_plan_is_independent_of_noise_and_flow_reaches_tokens(system, params):
   assert float(jnp.abs(gradient['ar']['layers']['v']['kernel']).max()) > 0
 
 
-def _job(system, **settings):
-  return rendering.Job(system.model, system.layout, system.vocabulary, Sampling(steps=3, **settings))
+def _settings(**settings):
+  return Sampling(steps=3, **settings)
 
 
 @pytest.mark.parametrize('prepared', [False, True])
 def test_cached_flow_step_equals_whole_sequence(system, params, prepared):
   batch = _batch(system)
   codes, latents = batch.encoded['visual_prompt'], batch.encoded['latents']
-  job, regions = _job(system), system._regions(batch, codes, jnp.ones(4, bool))
+  regions = system._regions(batch, codes, jnp.ones(4, bool))
   clock = jnp.full((4,), 0.3)
   _, whole = jax.jit(system.model)(params, regions, latents, clock)
   weights = system.prepare(params, 'cpu') if prepared else params
 
   @jax.jit
   def cached(weights):
-    _, prefix = rendering.plan(job, weights, batch, KEY)
-    stream, condition = system.model.picture_stream(weights, latents, clock, prefix.picture)
+    _, prefix = rendering.plan(system.rows, _settings(), weights, batch, KEY)
+    stream, condition = system.model.picture_stream(weights, latents, clock, prefix.state)
     at = regions['ar'].ids.shape[1]
-    hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.body, at)
+    hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
     stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
-    rows, _ = system.model.head(weights, {'dit': stream}, prefix.head, at)
+    rows, _ = system.model.head(weights, {'dit': stream}, prefix.cache.head, at)
     return system.model.velocity(weights, rows['dit'], condition)
 
   error = jnp.max(jnp.abs(cached(weights) - whole)) / jnp.max(jnp.abs(whole))
@@ -144,19 +145,19 @@ def test_cached_flow_step_equals_whole_sequence(system, params, prepared):
 
 def test_greedy_decoding_equals_whole_sequence(system, params):
   """Each code is the argmax of the uncached model given the codes before it."""
-  batch, job = _batch(system), _job(system, temperature=0.0)
+  batch, settings = _batch(system), _settings(temperature=0.0)
   request = request_of(batch)
-  codes, prefix = jax.jit(lambda p: rendering.plan(job, p, request, KEY))(params)
+  codes, prefix = jax.jit(lambda p: rendering.plan(system.rows, settings, p, request, KEY))(params)
   regions = system._regions(batch, codes, jnp.ones(4, bool))
   stream = system.model.token_stream(params, regions['ar'])
   hidden = jax.jit(system.model.backbone)(params, {'ar': stream})[0]['ar']
-  first = job.slot('bot')
+  first = system.rows.slot('bot')
   logits = system.model.code_logits(params, hidden[:, first : first + codes.shape[1]])
   picked = jnp.take_along_axis(logits, codes[..., None], -1)[..., 0]
   np.testing.assert_allclose(picked, logits.max(-1), rtol=1e-5, atol=1e-5)
   # The caches hold the whole prefix, plan included.
   given = with_encoded(request, visual_prompt=codes)
-  _, again = jax.jit(lambda p: rendering.plan(job, p, given, KEY))(params)
+  _, again = jax.jit(lambda p: rendering.plan(system.rows, settings, p, given, KEY))(params)
   for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(again), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -164,10 +165,10 @@ def test_greedy_decoding_equals_whole_sequence(system, params):
 def test_guided_plan_is_led_away_from_the_plan_without_text(system, params):
   """Each code is the argmax of the uncached logits, text's moved away from no text's."""
   batch, scale = _batch(system), 2.5
-  job = _job(system, temperature=0.0, plan_guidance=scale)
+  settings = _settings(temperature=0.0, plan_guidance=scale)
   request = request_of(batch)
-  codes, prefix = jax.jit(lambda p: rendering.plan(job, p, request, KEY))(params)
-  first = job.slot('bot')
+  codes, prefix = jax.jit(lambda p: rendering.plan(system.rows, settings, p, request, KEY))(params)
+  first = system.rows.slot('bot')
 
   def logits(text_length):
     told = with_inputs(batch, text_length=text_length)
@@ -183,7 +184,7 @@ def test_guided_plan_is_led_away_from_the_plan_without_text(system, params):
   assert (jnp.argmax(with_text, -1) != codes).any()
   # The picture is drawn from the rows with text alone.
   given = with_encoded(request, visual_prompt=codes)
-  _, again = jax.jit(lambda p: rendering.plan(job, p, given, KEY))(params)
+  _, again = jax.jit(lambda p: rendering.plan(system.rows, settings, p, given, KEY))(params)
   for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(again), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -191,23 +192,24 @@ def test_guided_plan_is_led_away_from_the_plan_without_text(system, params):
 @pytest.mark.parametrize('prepared', [False, True])
 def test_null_prefix_equals_dropped_row(system, params, prepared):
   """The two-token null prefix renders what a full row with everything dropped renders."""
-  batch, job = _batch(system), _job(system, guidance=0.0)
+  batch, settings = _batch(system), _settings(guidance=0.0)
   latents = batch.encoded['latents']
   weights = system.prepare(params, 'cpu') if prepared else params
 
   @jax.jit
   def null(weights):
-    branches = {'null': rendering.null_prefix(job, weights, batch)}
-    return rendering.render(job, weights, branches, latents, {'null': 1.0})
+    prefix = lambda dropped: rendering.null_prefix(system.rows, weights, batch)
+    guidance = Guidance.classifier_free(0.0, rendering.ALL)
+    return rendering.render(system.rows, settings, weights, latents, guidance, prefix)
 
   regions = system._regions(batch, batch.encoded['visual_prompt'], jnp.zeros(4, bool))
 
   @jax.jit
   def dropped(params):
-    def velocity(x, time):
+    def velocity(x, time, step):
       return -system.model(params, regions, x, jnp.full((4,), 1.0 - time))[1]
 
-    return solver.euler(velocity, latents, solver.time_grid(3, job.settings.shift))
+    return flow.integrate(velocity, latents, flow.time_grid(3, settings.shift))
 
   np.testing.assert_allclose(null(weights), dropped(params), rtol=1e-4, atol=1e-4)
 
@@ -216,8 +218,8 @@ def test_guidance_one_is_conditional_and_zero_is_null(system, params):
   batch = _batch(system)
 
   def draw(scale: float):
-    job = _job(system, guidance=scale)
-    return jax.jit(lambda p: rendering.draw(job, p, batch, KEY))(params)[1]
+    settings = _settings(guidance=scale)
+    return jax.jit(lambda p: system.rows.draw(p, batch, KEY, settings))(params)[1]
 
   one, null, two = draw(1.0), draw(0.0), draw(2.0)
   assert float(jnp.abs(one - null).max()) > 1e-3
@@ -227,9 +229,9 @@ def test_guidance_one_is_conditional_and_zero_is_null(system, params):
 
 
 def test_rows_do_not_depend_on_neighbours(system, params):
-  batch, job = _batch(system), _job(system, guidance=2.0)
+  batch, settings = _batch(system), _settings(guidance=2.0)
   request = request_of(batch)
-  run = jax.jit(lambda r: rendering.draw(job, params, r, KEY))
+  run = jax.jit(lambda r: system.rows.draw(params, r, KEY, settings))
   codes, latents = run(request)
   turned = jax.tree.map(lambda leaf: leaf[::-1], request)
   again, other = run(turned)

@@ -12,7 +12,7 @@ from tests.small_systems import encoded_examples, request_of, with_inputs
 from vpe_jax import rng, systems
 from vpe_jax.contracts import UserError
 from vpe_jax.data.sources import open_source
-from vpe_jax.sampling import solver
+from vpe_jax.sampling import flow as flow_lib
 from vpe_jax.sharding import by_path
 from vpe_jax.systems.t2i import Sampling
 
@@ -139,7 +139,7 @@ def test_pictures_are_drawn_along_the_whole_rows_velocity(plain, params):
     request = request_of(told)
     codes, latents = plain.rows.draw(params, request, KEY, settings)
 
-    def velocity(x, time):
+    def velocity(x, time, step):
       clock = jnp.full((B,), 1.0 - time)
       rows = (plain._regions(told, no_codes, keep) for keep in (ALL, ~ALL))
       flow, null = (plain.model(params, row, x, clock)[1] for row in rows)
@@ -147,8 +147,8 @@ def test_pictures_are_drawn_along_the_whole_rows_velocity(plain, params):
 
     noise = lambda key: jax.random.normal(key, batch.encoded['latents'].shape[1:])
     start = rng.per_example(noise, KEY, 'noise', batch.example)
-    times = solver.time_grid(settings.steps, settings.shift)
-    return codes, latents, solver.euler(velocity, start, times)
+    times = flow_lib.time_grid(settings.steps, settings.shift)
+    return codes, latents, flow_lib.integrate(velocity, start, times)
 
   codes, latents, wanted = both(params, batch.inputs['text'])
   assert codes.shape == (B, 0)

@@ -141,29 +141,6 @@ def remember(layer: Layer, params: Any, told: Stream) -> Cache:
   return Cache(k, v, told.visibility)
 
 
-def first(cache: Cache, count: int) -> Cache:
-  """The cache of the first `count` rows of a batch."""
-  return _by_rows(lambda leaf, axis: jax.lax.slice_in_dim(leaf, 0, count, axis=axis), cache)
-
-
-def repeat(cache: Cache, count: int) -> Cache:
-  """The cache of one row, for a batch of `count`."""
-  return _by_rows(lambda leaf, axis: jnp.repeat(leaf, count, axis), cache)
-
-
-def join(one: Cache, other: Cache) -> Cache:
-  """The rows of two caches, one after the other."""
-  return _by_rows(lambda *leaves: jnp.concatenate(leaves[:2], leaves[2]), one, other)
-
-
-def _by_rows(change: Callable[..., Array], *caches: Cache) -> Cache:
-  """Changes caches along their batch axis: stacked ones have the layers in front."""
-  axis = 0 if isinstance(caches[0].k, tuple) else 1
-  along = lambda place: lambda *leaves: change(*leaves, place)
-  kv = jax.tree.map(along(axis), *((cache.k, cache.v) for cache in caches))
-  return Cache(*kv, jax.tree.map(along(0), *(cache.key for cache in caches)))
-
-
 def run(
   layers: Mapping[str, Layer],
   params: Mapping[str, Any],

@@ -1,1 +1,1 @@
-"""Solvers, guidance and token decoding: they know a velocity or logits function, not a model."""
+"""Samplers and guidance: they know networks as functions on cached prefixes, and no system."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpe_jax.contracts import Array, UserError
-from vpe_jax.sampling.guidance import Guidance, combine
+from vpe_jax.sampling.guidance import UNGUIDED, Guidance, combine
 from vpe_jax.sampling.prefix import Prefix
 
 METHODS = ('euler', 'heun', 'sde')
@@ -220,5 +220,5 @@ def _segments(phase: Phase, times: np.ndarray, first: int) -> Iterator[tuple[ran
   acts = phase.guidance.acts(times[first : first + phase.steps])
   ends = [*(np.flatnonzero(acts[1:] != acts[:-1]) + 1), phase.steps]
   for start, end in zip([0, *ends[:-1]], ends):
-    guidance = phase.guidance if acts[start] else phase.guidance.without
+    guidance = phase.guidance if acts[start] else UNGUIDED
     yield range(first + start, first + end), guidance

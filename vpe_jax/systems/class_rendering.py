@@ -17,7 +17,7 @@ from vpe_jax.models import mot
 from vpe_jax.models.transfusion import Row, Transfusion
 from vpe_jax.objectives.flow_matching import FlowConfig, implied_velocity
 from vpe_jax.sampling import autoregressive, flow
-from vpe_jax.sampling.guidance import Branch, Guidance
+from vpe_jax.sampling.guidance import UNGUIDED, Guidance
 from vpe_jax.sampling.prefix import Prefix
 
 CLASS = frozenset({'class'})  # the condition that guidance drops
@@ -84,8 +84,7 @@ def prefill(
 
   logits = lambda hidden: model.logits(params, hidden)[:, -1]
   keys = rng_lib.example_keys(rng, 'plan', request.example)
-  unguided = Guidance((Branch('conditional', 1.0),))
-  draw = autoregressive.categorical(logits, settings, unguided, unguided.branches)
+  draw = autoregressive.categorical(logits, settings, UNGUIDED, UNGUIDED.branches)
   codes, prefix = autoregressive.generate(feed, prefix, length, keys, draw)
   return {'visual_prompt': codes}, Prefix(prefix.cache, row)
 

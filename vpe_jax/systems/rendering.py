@@ -10,6 +10,7 @@ makes the prefixes of the latter.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -189,28 +190,27 @@ def render(
   prefix: Callable[[frozenset[str]], Prefix],
 ) -> Array:
   """Flow steps from `noise` [B, h, w, C] to latents; `prefix` is that of flow.Phase."""
-  model = rows.model
-
-  def network(x: Array, time: Array, prefix: Prefix) -> Array:
-    B, image, caches = x.shape[0], prefix.state, prefix.cache
-    at = caches.body.key.order.shape[1] - image.ids.shape[1]
-    # All branches see the same image: it is embedded once.
-    clock = jnp.full((B,), 1.0 - time)
-    shared = jax.tree.map(lambda leaf: leaf[:B], image)
-    stream, condition = model.picture_stream(params, x, clock, shared)
-    branches = image.ids.shape[0] // B
-    repeat = lambda leaf: jnp.concatenate([leaf] * branches)
-    tokens, condition = repeat(stream.x), repeat(condition)
-    stream = mot.Stream(tokens, image.positions, image.visibility, memory=caches.memory)
-    hidden, _ = model.backbone(params, {'dit': stream}, caches.body, at)
-    stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
-    out, _ = model.head(params, {'dit': stream}, caches.head, at)
-    # Show-o2's sign: the network predicts the negative of the flow's target.
-    prediction = -model.velocity(params, out['dit'], condition)
-    return implied_velocity(rows.flow, prediction, repeat(x), time)
-
+  network = functools.partial(velocity, rows, params)
   times = flow.time_grid(settings.steps, settings.shift)
   return flow.sample(network, noise, times, [flow.Phase(settings.steps, guidance, prefix)])
+
+
+def velocity(rows: Rows, params: Params, x: Array, time: Array, prefix: Prefix) -> Array:
+  """Velocities [n B, h, w, C] of noisy latents [B, h, w, C] on a prefix of n branches."""
+  model, B, image, caches = rows.model, x.shape[0], prefix.state, prefix.cache
+  at = caches.body.key.order.shape[1] - image.ids.shape[1]
+  # All branches see the same image: it is embedded once.
+  shared = jax.tree.map(lambda leaf: leaf[:B], image)
+  stream, condition = model.picture_stream(params, x, jnp.full((B,), 1.0 - time), shared)
+  repeat = lambda leaf: jnp.concatenate([leaf] * (image.ids.shape[0] // B))
+  tokens, condition = repeat(stream.x), repeat(condition)
+  stream = mot.Stream(tokens, image.positions, image.visibility, memory=caches.memory)
+  hidden, _ = model.backbone(params, {'dit': stream}, caches.body, at)
+  stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
+  out, _ = model.head(params, {'dit': stream}, caches.head, at)
+  # Show-o2's sign: the network predicts the negative of the flow's target.
+  prediction = -model.velocity(params, out['dit'], condition)
+  return implied_velocity(rows.flow, prediction, repeat(x), time)
 
 
 def build(
