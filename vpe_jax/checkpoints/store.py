@@ -34,7 +34,7 @@ from vpe_jax.checkpoints.checksum import checksums
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.sharding import by_path
-from vpe_jax.storage import is_remote, put_aside, reached
+from vpe_jax.storage import is_remote, move_aside, reached
 
 COUNTERS = ('stage', 'step', 'stage_step', 'examples_seen')
 FOLDER = 'checkpoints'  # of a workdir
@@ -230,14 +230,14 @@ class Store:
           folder.rmtree()
       # What has the name of this step and isn't a checkpoint would be in the way of the save.
       for other in sorted(self._damaged | ({step} & set(self._folders()) - set(self.steps()))):
-        self._put_aside(self._folder(other))
+        self._move_aside(self._folder(other))
     self._damaged.clear()
 
-  def _put_aside(self, folder: epath.Path) -> None:
+  def _move_aside(self, folder: epath.Path) -> None:
     if self._is_unfinished(folder):
       folder.rmtree()
     else:
-      put_aside(folder, f'damaged-{folder.name}', '-')
+      move_aside(folder, f'damaged-{folder.name}', '-')
 
   def _is_unfinished(self, folder: epath.Path) -> bool:
     """Whether a folder is a save of ours that was interrupted: there is nothing to save from it.

@@ -56,7 +56,7 @@ class MetricsFile:
       if resumed:
         _truncate(path, resumed)
       else:
-        _put_aside(path)
+        _move_aside(path)
     self._stream = None if self._numbered else open(self._folder / FILE, 'a', encoding='utf-8')
 
   def write(self, record: Record) -> None:
@@ -97,19 +97,19 @@ def _files(folder: epath.Path, numbered: bool) -> list[epath.Path]:
   return [path for path in found if re.fullmatch(r'metrics-\d{9}\.jsonl', path.name)]
 
 
-def _put_aside(path: epath.Path) -> None:
+def _move_aside(path: epath.Path) -> None:
   """Renames a file that a new run finds in its place, unless it is empty."""
   if not path.read_bytes():
     path.unlink()
     return
-  now = storage.put_aside(path, f'{path.name}.before')
+  now = storage.move_aside(path, f'{path.name}.before')
   print(f'warning: this run is new, so the records in {path} were renamed to {now}')
 
 
 def _truncate(path: epath.Path, resumed: int) -> None:
   text = _text(path)
   if wrong := _damaged(text):
-    copy = storage.first_free(path, f'{path.name}.damaged')
+    copy = storage.first_free_path(path, f'{path.name}.damaged')
     path.copy(copy)
     print(
       f'warning: {path} is damaged in line {", ".join(map(str, wrong))}: the run goes on without '
