@@ -35,7 +35,7 @@ def run(
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it reads or writes.
     plain = standard_logging.Formatter('%(levelname)s: %(message)s')
     logging.get_absl_handler().setFormatter(plain)
-    devices.leave_out_absent_tpu()
+    devices.skip_absent_tpu()
     main()
 
   try:

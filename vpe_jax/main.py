@@ -57,8 +57,8 @@ def main() -> None:
   sharding.initialize_distributed()  # Before anything can touch a device.
   config = config_file.load(FLAGS.config, _overrides)
   if config.get('quick_compile'):
-    devices.compile_quickly()
-  if warning := devices.idle_hardware():
+    devices.disable_optimizations()
+  if warning := devices.unused_accelerator_warning():
     print(warning, file=sys.stderr, flush=True)
   run(config, FLAGS.workdir or f'runs/{config["name"]}-{config["preset"]}', FLAGS.allow_change)
 

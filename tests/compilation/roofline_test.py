@@ -23,21 +23,21 @@ def _work(flops: float = 0.0, hbm: float = 0.0, *collectives) -> traffic.Work:
 @pytest.mark.parametrize(
   'by, work',
   [
-    ('compute', _work(CHIP.flops, 0.5 * CHIP.hbm_rate)),
-    ('hbm', _work(0.1 * CHIP.flops, CHIP.hbm_rate)),
-    ('ici', _work(0.1 * CHIP.flops, 0.0, _collective(CHIP.ici_rate))),
-    ('dcn', _work(0.1 * CHIP.flops, 0.0, _collective(7 * CHIP.dcn_rate, 2))),
+    ('compute', _work(CHIP.peak_flops, 0.5 * CHIP.hbm_bandwidth)),
+    ('hbm', _work(0.1 * CHIP.peak_flops, CHIP.hbm_bandwidth)),
+    ('ici', _work(0.1 * CHIP.peak_flops, 0.0, _collective(CHIP.ici_bandwidth))),
+    ('dcn', _work(0.1 * CHIP.peak_flops, 0.0, _collective(7 * CHIP.dcn_bandwidth, 2))),
   ],
 )
 def test_the_slowest_resource_binds(by, work):
-  found = roofline.bound(work, 0.0, 0.5 * CHIP.flops, CHIP)
+  found = roofline.bound(work, 0.0, 0.5 * CHIP.peak_flops, CHIP)
   assert found.by == by
   assert found.step_time == pytest.approx(1.0)
   assert found.mfu == pytest.approx(0.5)
 
 
 def test_what_kernels_do_is_added():
-  found = roofline.bound(_work(CHIP.flops), CHIP.flops, CHIP.flops, CHIP)
+  found = roofline.bound(_work(CHIP.peak_flops), CHIP.peak_flops, CHIP.peak_flops, CHIP)
   assert (found.step_time, found.mfu) == (pytest.approx(2.0), pytest.approx(0.5))
 
 
@@ -45,14 +45,14 @@ def test_what_kernels_do_is_added():
 def fitting() -> report.Report:
   """A step that takes half of the memory of 16 chips."""
   usage = memory.Usage(4e9, 3e9, 3e9, 4e9, 1e6, 7.5e9)
-  work = _work(CHIP.flops, CHIP.hbm_rate, _collective(2e9))
+  work = _work(CHIP.peak_flops, CHIP.hbm_bandwidth, _collective(2e9))
   return report.Report(
     config='t2i:pod', stage='joint', what='train', topology=topology.parse('v5e:4x4'),
     mesh={'data': 4, 'fsdp': 4, 'tensor': 1},
     settings={'strategy': 'fsdp', 'remat': 'full', 'accumulate': 1, 'logits_chunk': 193},
     images=128, parameters=(4_166_286_560, 4_166_286_560), frozen_bytes=0.0, usage=usage,
-    model_flops=8 * CHIP.flops, kernel_flops=0.0, work=work,
-    bound=roofline.bound(work, 0.0, CHIP.flops / 2, CHIP), warnings=('a leaf is whole',),
+    model_flops=8 * CHIP.peak_flops, kernel_flops=0.0, work=work,
+    bound=roofline.bound(work, 0.0, CHIP.peak_flops / 2, CHIP), warnings=('a leaf is whole',),
     compile_seconds=1.0, versions={},
   )  # fmt: skip
 

@@ -40,7 +40,7 @@ def test_several_slices():
   [
     ('v5e:16x32', 1, 'largest slice of v5e is 16x16'),
     ('v5e:1x256', 1, 'largest slice of v5e is 16x16'),
-    ('v6e:32x32', 1, 'several slices: --slices=N'),
+    ('v6e:32x32', 1, '--slices=N'),
     ('v5p:16x16x32', 1, r'16x16x24 \(6,144 chips\)'),
     ('v5e:2x2x2', 1, 'v5e has 2 dimensions, such as v5e:4x4'),
     ('v5p:4x4', 1, 'v5p has 3 dimensions'),
@@ -77,8 +77,9 @@ def test_without_libtpu_one_line_names_the_cure(monkeypatch):
     topology.devices(topology.parse('v5e:2x2'))
 
 
-def test_figures_of_chips_are_plausible():
+def test_chip_specifications_are_plausible():
   for chip in CHIPS.values():
-    assert PEAK_FLOPS[chip.kind] == chip.flops
-    assert chip.hbm_rate > chip.ici_rate > chip.dcn_rate
-    assert 100 < chip.flops / chip.hbm_rate < 600  # FLOPs a byte at which HBM stops binding
+    assert PEAK_FLOPS[chip.device_kind] == chip.peak_flops
+    assert chip.hbm_bandwidth > chip.ici_bandwidth > chip.dcn_bandwidth
+    ridge_point = chip.peak_flops / chip.hbm_bandwidth  # FLOPs per byte
+    assert 100 < ridge_point < 600

@@ -46,10 +46,10 @@ def bound(work: Work, kernel_flops: float, model_flops: float, chip: Chip) -> Bo
   """
   across = sum(one.dcn_bytes for one in work.collectives)
   seconds = {
-    'compute': (work.flops + kernel_flops) / chip.flops,
-    'hbm': work.hbm_bytes / chip.hbm_rate,
-    'ici': (sum(one.bytes for one in work.collectives) - across) / chip.ici_rate,
-    'dcn': across / chip.dcn_rate,
+    'compute': (work.flops + kernel_flops) / chip.peak_flops,
+    'hbm': work.hbm_bytes / chip.hbm_bandwidth,
+    'ici': (sum(one.bytes for one in work.collectives) - across) / chip.ici_bandwidth,
+    'dcn': across / chip.dcn_bandwidth,
   }
   slowest = max(seconds.values())
-  return Bound(seconds, model_flops / chip.flops / slowest if slowest else 0.0)
+  return Bound(seconds, model_flops / chip.peak_flops / slowest if slowest else 0.0)

@@ -66,7 +66,7 @@ class Topology:
     """Of one slice, such as `v5p-256`; None for virtual devices."""
     if self.chip is None:
       return None
-    return f'{self.chip.cloud}-{math.prod(self.grid) * self.chip.cores}'
+    return f'{self.chip.cloud_prefix}-{math.prod(self.grid) * self.chip.cores}'
 
 
 def parse(text: str, slices: int = 1) -> Topology:
@@ -89,12 +89,12 @@ def parse(text: str, slices: int = 1) -> Topology:
     return _checked(Topology(chip, tuple(map(int, found.group(2).split('x'))), slices), text)
   if found := re.fullmatch(r'(\w+)-([0-9]+)', text):
     chip = _chip(found.group(1), text)
-    grids = [tuple(map(int, grid.split('x'))) for grid in _GRIDS[chip.dimensions]]
+    grids = [tuple(map(int, grid.split('x'))) for grid in _GRIDS[chip.grid_dimensions]]
     for grid in grids:
       if math.prod(grid) * chip.cores == int(found.group(2)):
         return _checked(Topology(chip, grid, slices), text)
-    sizes = [math.prod(grid) for grid in grids]
-    known = ', '.join(f'{chip.cloud}-{size * chip.cores}' for size in sizes if size <= chip.largest)
+    sizes = [size for size in map(math.prod, grids) if size <= chip.max_chips]
+    known = ', '.join(f'{chip.cloud_prefix}-{size * chip.cores}' for size in sizes)
     raise UserError(f'--topology={text}: no such slice; usual ones: {known}, or {chip.name}:GRID')
   raise UserError(
     f'--topology={text}: name a grid of chips such as v5p:4x4x8, a slice of Google Cloud such as '
@@ -145,24 +145,24 @@ def _virtual(count: int) -> list[jax.Device]:
 
 def _chip(name: str, text: str) -> Chip:
   for chip in CHIPS.values():
-    if name in (chip.name, chip.cloud):
+    if name in (chip.name, chip.cloud_prefix):
       return chip
   raise UserError(f"--topology={text}: unknown chip '{name}'{nearest(name, [*CHIPS, CPU])}")
 
 
 def _checked(topology: Topology, text: str) -> Topology:
   chip, grid = topology.chip, topology.grid
-  if len(grid) != chip.dimensions or min(grid) < 1:
-    example = _GRIDS[chip.dimensions][3]
+  if len(grid) != chip.grid_dimensions or min(grid) < 1:
+    example = _GRIDS[chip.grid_dimensions][3]
     raise UserError(
-      f'--topology={text}: a slice of {chip.name} has {chip.dimensions} dimensions, such as '
+      f'--topology={text}: a slice of {chip.name} has {chip.grid_dimensions} dimensions, such as '
       f'{chip.name}:{example}'
     )
-  widest = _GRIDS[chip.dimensions][-1]
+  widest = _GRIDS[chip.grid_dimensions][-1]
   limits = sorted(map(int, widest.split('x')))
-  if math.prod(grid) > chip.largest or any(a > b for a, b in zip(sorted(grid), limits)):
+  if math.prod(grid) > chip.max_chips or any(a > b for a, b in zip(sorted(grid), limits)):
     raise UserError(
-      f'--topology={text}: the largest slice of {chip.name} is {widest} ({chip.largest:,} chips); '
-      'several slices: --slices=N'
+      f'--topology={text}: the largest slice of {chip.name} is {widest} ({chip.max_chips:,} '
+      'chips); for several slices set --slices=N'
     )
   return topology
