@@ -125,7 +125,7 @@ def test_invalid_config_field_is_a_quick_one_line_error(published, tmp_path, fie
 
 
 def test_output_inside_the_source_is_refused(published):
-  with pytest.raises(UserError, match='lies within the source'):
+  with pytest.raises(UserError, match='inside the source'):
     convert.bring_in('siglip', str(published), str(published / 'out'))
 
 

@@ -188,5 +188,5 @@ def test_sizes_come_from_the_config_or_the_family(parity, saved, imported):
   other = dataclasses.replace(
     imported.sizes, body=dataclasses.replace(imported.sizes.body, groups=8)
   )
-  with pytest.raises(UserError, match="nothing fills our '.*bias'"):
+  with pytest.raises(UserError, match="no tensor fills our '.*bias'"):
     parity.load(NAME, saved[1], sizes=other)
