@@ -410,10 +410,10 @@ def _suffix_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def axis_names(path: str, shape: tuple[int, ...], table: AxesTable) -> tuple[str | None, ...]:
-  """The name of each dimension of a leaf, None where it has none; see `param_shardings`.
+  """Names of a leaf's dimensions, None for an unnamed one; see `param_shardings`.
 
   Raises:
-    UserError: no row of the table fits.
+    UserError: no row of the table matches the path, or the row doesn't fit the leaf.
   """
   if not shape or not table:
     return (None,) * len(shape)

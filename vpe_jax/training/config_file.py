@@ -183,7 +183,7 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
       raise UserError(f"unknown config key '{key}': '{section}' is a single value")
     values = values[section]
   _check(values, name, key)
-  # A field of text may hold one for each stage.
+  # A text field may have a tuple with one value per stage.
   is_text = isinstance(values[name], str) and not text.startswith('(')
   values[name] = text if is_text else _literal(text)
 
