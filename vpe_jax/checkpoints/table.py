@@ -168,7 +168,7 @@ def forward(
   row = place.row
   axes, _ = _without_last(row, tensor.shape)
   if row.last:
-    tensor = np.take(tensor, -1, _named(row).index(row.last))
+    tensor = np.take(tensor, -1, _source_axes(row).index(row.last))
   parts = [tensor]
   if len(shapes) > 1:
     parts = np.split(tensor, _ends(axes, tensor.shape, shapes)[:-1])
@@ -216,7 +216,7 @@ def _groups(side: str) -> list[tuple[str, ...]]:
   return [tuple(part.strip('()').split()) for part in re.findall(r'\([^)]*\)|\S+', side)]
 
 
-def _named(row: Row) -> list[str]:
+def _source_axes(row: Row) -> list[str]:
   return row.axes.split('->')[0].split()
 
 
@@ -224,12 +224,12 @@ def _without_last(row: Row, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]
   """The einops pattern and the source shape without the axis `row.last`."""
   if not row.last:
     return row.axes, tuple(shape)
-  names = _named(row)
+  names = _source_axes(row)
   if len(names) != len(shape):
     return row.axes, tuple(shape)  # `_solve` raises the error.
-  kept = [(name, size) for name, size in zip(names, shape) if name != row.last]
-  axes = f'{" ".join(name for name, _ in kept)} ->{row.axes.split("->")[1]}'
-  return axes, tuple(size for _, size in kept)
+  remaining = [(name, size) for name, size in zip(names, shape) if name != row.last]
+  axes = f'{" ".join(name for name, _ in remaining)} ->{row.axes.split("->")[1]}'
+  return axes, tuple(size for _, size in remaining)
 
 
 def _solve(axes: str, source: Sequence[int], target: Sequence[int]) -> dict[str, int]:
