@@ -56,16 +56,16 @@ def test_small_step_for_four_chips(tmp_path, root):
 
 
 def test_invalid_arguments_are_refused_before_compiling(tmp_path, root):
-  (tmp_path / 'kept.json').write_text('kept')
+  (tmp_path / 'existing.json').write_text('kept')
   for arguments, message in (
-    (('--topology=cpu:8', f'--json={tmp_path}/kept.json'), 'kept.json exists: name another file'),
+    (('--topology=cpu:8', f'--json={tmp_path}/existing.json'), 'existing.json exists'),
     (('--topology=cpu:0',), 'virtual devices are from 1 to 4,096'),
     (('--write_header=',), '--write_header is missing'),
   ):
     process = _compile('--config=configs/t2i.py:debug', *arguments, cwd=root)
     assert process.returncode == 2 and message in process.stderr.splitlines()[-1]
     assert process.stderr.count('Traceback') == 0
-  assert (tmp_path / 'kept.json').read_text() == 'kept'
+  assert (tmp_path / 'existing.json').read_text() == 'kept'
 
 
 def test_two_slices_need_the_mesh_axis_data(tmp_path, root):
@@ -81,7 +81,7 @@ def test_two_slices_need_the_mesh_axis_data(tmp_path, root):
   assert report['dcn_bytes'] > 0 and report['bound_s']['dcn'] > 0
 
 
-def test_what_does_not_fit_is_said_with_its_buffers_and_cures(root):
+def test_program_that_does_not_fit_lists_buffers_and_settings(root):
   one = ('--topology=v5e:1x1', '--images_per_chip=65536', '--config.remat=none')
   process = _compile(*SMALL, *one, cwd=root)
   assert process.returncode == 0, process.stderr[-2000:]

@@ -135,20 +135,20 @@ def test_selected_stage_keeps_its_learning_rate(tmp_path):
 
 
 def test_text_fields_may_differ_between_stages():
-  given = {'optim.name': "('muon', 'adamw')", 'optim.multipliers': '(ar|dit)/=0.5'}
-  optim = config_file.systems.build(config_file.load(f'{T2I}:debug', given)).config.optim
+  overrides = {'optim.name': "('muon', 'adamw')", 'optim.multipliers': '(ar|dit)/=0.5'}
+  optim = config_file.systems.build(config_file.load(f'{T2I}:debug', overrides)).config.optim
   assert (optim.of(0).name, optim.of(1).name) == ('muon', 'adamw')
   assert optim.of(1).factors == (('(ar|dit)/', 0.5),)
 
 
-def test_a_section_of_another_kind_starts_from_its_defaults():
-  given = {
+def test_overridden_kind_resets_the_section_to_its_defaults():
+  overrides = {
     'model.visual_prompt.weights': 'OWNER/NAME',
     'model.visual_prompt.kind': 'siglip_vq',
     'model.visual_prompt.codes': '512',
     'model.inherit': '0.0',
   }
-  config = config_file.systems.build(config_file.load(f'{T2I}:tiny', given)).config
+  config = config_file.systems.build(config_file.load(f'{T2I}:tiny', overrides)).config
   prompt = config.model.visual_prompt
   assert (prompt.kind, prompt.weights, prompt.image_size) == ('siglip_vq', 'OWNER/NAME', 384)
   with pytest.raises(UserError, match="did you mean 'siglip_vq'"):
