@@ -139,7 +139,7 @@ def _paper(config: ConfigDict, vpe: bool) -> None:
       'image_size': 176,
       'weights': 'zai-org/GLM-Image:vision_language_encoder',
     },
-    'image': to_dict(wan_vae.BARE)
+    'image': to_dict(wan_vae.RELEASED_SIZES)
     | {'kind': 'wan_vae', 'weights': 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers:vae'},
   }
   config.optim = {'lr': 1e-4, 'warmup': 2000, 'b2': 0.95, 'eps': 1e-15, 'ema': 0.9999}

@@ -134,7 +134,7 @@ def _paper(config: ConfigDict) -> None:
       'image_size': 224,
       'weights': 'zai-org/GLM-Image:vision_language_encoder',
     },
-    'image': to_dict(ibq.BARE)
+    'image': to_dict(ibq.RELEASED_SIZES)
     | {'kind': 'ibq', 'image_size': 512, 'weights': 'BAAI/Emu3.5-VisionTokenizer'},
   }
   config.optim = {'lr': 1e-4, 'warmup': 0, 'b2': 0.95, 'weight_decay': 0.05, 'ema': 0.0}

@@ -189,7 +189,7 @@ def _paper(config: ConfigDict) -> None:
     'dual_path': {'table': 27, 'encoder': {'width': 1152, 'layers': 26, 'heads': 16, 'mlp': 4304}},
     'head': _expert(2048, 8192, 10, 32, 8),
     'visual_prompt': {'kind': 'siglip_vq', 'weights': 'zai-org/GLM-Image:vision_language_encoder'},
-    'image': to_dict(wan_vae.BARE)
+    'image': to_dict(wan_vae.RELEASED_SIZES)
     | {'kind': 'wan_vae', 'weights': 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers:vae'},
   }
   config.optim = {'lr': 1e-4, 'warmup': 2000, 'ema': 0.9995}

@@ -1,4 +1,4 @@
-"""Tests of what the machine under a run is told about."""
+"""Tests of accelerator detection and of JAX's compilation settings."""
 
 import jax
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from vpe_jax import devices
 
 
-def _device(root, path, **pci):
+def _make_device(root, path, **pci):
   (root / path).parent.mkdir(parents=True, exist_ok=True)
   (root / path).touch()
   for name, value in pci.items():
@@ -28,10 +28,10 @@ def _device(root, path, **pci):
     ('dev/null', {}, None),
   ],
 )
-def test_warns_of_hardware_that_jax_does_not_use(tmp_path, path, pci, name):
+def test_warns_of_an_accelerator_that_jax_does_not_use(tmp_path, path, pci, name):
   assert jax.default_backend() == 'cpu'
-  _device(tmp_path, path, **pci)
-  warning = devices.idle_hardware(str(tmp_path))
+  _make_device(tmp_path, path, **pci)
+  warning = devices.unused_accelerator_warning(str(tmp_path))
   assert (warning is None) if name is None else (name in warning)
 
 
@@ -45,31 +45,31 @@ def test_warns_of_hardware_that_jax_does_not_use(tmp_path, path, pci, name):
     ('dev/nvidia0', '', True, None),
   ],
 )
-def test_a_compiler_for_tpus_alone_is_no_tpu(
+def test_libtpu_without_a_tpu_selects_the_cpu(
   monkeypatch, tmp_path, path, chosen, installed, platforms
 ):
   before, spec = jax.config.jax_platforms, object() if installed else None
   monkeypatch.setenv('JAX_PLATFORMS', chosen)
   monkeypatch.setattr(devices.importlib.util, 'find_spec', lambda name: spec)
-  _device(tmp_path, path)
+  _make_device(tmp_path, path)
   try:
     jax.config.update('jax_platforms', None)
-    devices.leave_out_absent_tpu(str(tmp_path))
+    devices.skip_absent_tpu(str(tmp_path))
     assert jax.config.jax_platforms == platforms
   finally:
     jax.config.update('jax_platforms', before)
 
 
-def test_compiling_quickly_turns_optimization_off():
+def test_disable_optimizations_sets_jax_config():
   before = jax.config.read('jax_disable_most_optimizations')
   try:
-    devices.compile_quickly()
+    devices.disable_optimizations()
     assert jax.config.read('jax_disable_most_optimizations')
   finally:
     jax.config.update('jax_disable_most_optimizations', before)
 
 
-def test_compilation_cache_goes_to_the_cache_folder_unless_set(monkeypatch, tmp_path):
+def test_compilation_cache_uses_the_cache_folder_unless_set(monkeypatch, tmp_path):
   before = jax.config.jax_compilation_cache_dir
   seconds = jax.config.jax_persistent_cache_min_compile_time_secs
   monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path))

@@ -1,4 +1,4 @@
-"""Export: rounded weights, measured moments, and mistakes in one line."""
+"""Tests of export: rounded weights, latent moments and one-line errors."""
 
 import json
 import subprocess
@@ -21,31 +21,33 @@ from vpe_jax.data.pipeline import Pipeline
 
 @pytest.fixture
 def run(monkeypatch):
-  """Stands for the newest checkpoint of a codec run: (system, parameters)."""
+  """Replaces the newest checkpoint of a codec run: (system, parameters)."""
   system = systems.build(config_file.get_config('debug,stage=image').to_dict())
   params = jax.device_get(jax.jit(system.init)(rng.run_key(0)))
-  said = {'config': json.dumps(to_dict(system.config)), 'step': '4', 'weights': 'ema'}
-  monkeypatch.setattr(weights, 'load_run', lambda workdir, which: (params, said))
+  metadata = {'config': json.dumps(to_dict(system.config)), 'step': '4', 'weights': 'ema'}
+  monkeypatch.setattr(weights, 'load_run', lambda workdir, which: (params, metadata))
   return system, params
 
 
-def test_a_network_is_written_rounded_with_the_run_s_story(run, tmp_path):
+def test_network_is_rounded_and_written_with_the_run_s_metadata(run, tmp_path):
   system, params = run
   to = str(tmp_path / 'image.safetensors')
   metadata = export.export('runs/x', to, 'image')
-  stored, again = weights.load(to)
-  assert metadata == again
+  loaded, loaded_metadata = weights.load(to)
+  assert loaded_metadata == metadata
   assert json.loads(metadata['config']) == json.loads(json.dumps(to_dict(system.config)))
   assert metadata['network'] == 'image' and metadata['commit']
   kernel = params['image']['encoder']['start']['kernel']
   rounded = np.asarray(kernel, ml_dtypes.bfloat16).astype(np.float32)
-  np.testing.assert_array_equal(stored['encoder']['start']['kernel'], rounded)
+  np.testing.assert_array_equal(loaded['encoder']['start']['kernel'], rounded)
 
 
-def test_other_sampling_settings_can_be_stored(monkeypatch, tmp_path):
+def test_sampling_settings_can_be_overridden(monkeypatch, tmp_path):
   config = systems.build(t2i.get_config('debug').to_dict()).config
-  said = {'config': json.dumps(to_dict(config)), 'step': '4', 'weights': 'ema'}
-  monkeypatch.setattr(weights, 'load_run', lambda workdir, which: ({'x': jnp.ones(2)}, said))
+  run_metadata = {'config': json.dumps(to_dict(config)), 'step': '4', 'weights': 'ema'}
+  monkeypatch.setattr(
+    weights, 'load_run', lambda workdir, which: ({'x': jnp.ones(2)}, run_metadata)
+  )
   to = str(tmp_path / 'all.safetensors')
   metadata = export.export('runs/x', to, guidance=2.5, min_p=None)
   sample = json.loads(metadata['config'])['sample']
@@ -59,7 +61,7 @@ def test_settings_of_a_run_without_a_sampler_are_unknown(run, tmp_path):
     export.export('runs/x', str(tmp_path / 'image.safetensors'), 'image', guidance=2.5)
 
 
-def test_settings_out_of_range_are_refused_before_anything_is_written(run, tmp_path):
+def test_out_of_range_settings_are_refused_before_writing(run, tmp_path):
   to = tmp_path / 'image.safetensors'
   for name, value in {'steps': 0, 'guidance': float('nan'), 'top_p': 2.0, 'shift': 0.0}.items():
     with pytest.raises(UserError, match=name):
@@ -67,72 +69,72 @@ def test_settings_out_of_range_are_refused_before_anything_is_written(run, tmp_p
   assert not to.exists()
 
 
-def test_latents_of_the_written_file_are_normalised(run, tmp_path):
+def test_latents_of_exported_weights_are_normalised(run, tmp_path):
   system, _ = run
   to = str(tmp_path / 'image.safetensors')
   export.export('runs/x', to, 'image')
-  stored, _ = weights.load(to)
+  loaded, _ = weights.load(to)
   data = Pipeline.of(system)
-  latents = system.latents_codec.encode({'image': stored}, data.examples(range(64)).inputs['image'])
+  latents = system.latents_codec.encode({'image': loaded}, data.examples(range(64)).inputs['image'])
   # The moments themselves are rounded to bfloat16: 8 bits of mantissa.
   np.testing.assert_allclose(jnp.mean(latents, (0, 1, 2)), 0.0, atol=2e-2)
   np.testing.assert_allclose(jnp.std(latents, (0, 1, 2)), 1.0, atol=2e-2)
 
 
-def test_a_good_file_outlives_a_failed_export(run, tmp_path, monkeypatch):
+def test_failed_export_keeps_the_existing_file(run, tmp_path, monkeypatch):
   to = tmp_path / 'image.safetensors'
   export.export('runs/x', str(to), 'image')
-  before = to.read_bytes()
+  content = to.read_bytes()
 
-  def gone(*_):
-    raise UserError('the pictures are gone')
+  def missing(*_):
+    raise UserError('the images are missing')
 
-  monkeypatch.setattr(Pipeline, 'examples', gone)
-  with pytest.raises(UserError, match='gone'):
+  monkeypatch.setattr(Pipeline, 'examples', missing)
+  with pytest.raises(UserError, match='missing'):
     export.export('runs/x', str(to), 'image', overwrite=True)
-  assert to.read_bytes() == before
+  assert to.read_bytes() == content
 
 
-def test_without_git_there_is_no_commit(run, tmp_path, monkeypatch):
+def test_commit_is_none_without_git(run, tmp_path, monkeypatch):
   monkeypatch.setenv('PATH', str(tmp_path))
   to = str(tmp_path / 'image.safetensors')
   monkeypatch.setattr(type(run[0]), 'normalised', lambda self, image, images: image)
   assert export.export('runs/x', to, 'image')['commit'] == 'none'
 
 
-def test_mistakes_are_named(run, tmp_path):
+def test_unknown_or_missing_network_is_refused(run, tmp_path):
   to = str(tmp_path / 'image.safetensors')
-  with pytest.raises(UserError, match="no network 'picture', only image"):
-    export.export('runs/x', to, 'picture')
+  with pytest.raises(UserError, match="no network 'unknown': choose one of image"):
+    export.export('runs/x', to, 'unknown')
   with pytest.raises(UserError, match='--network, of image'):
     export.export('runs/x', to)
   export.export('runs/x', to, 'image')
   export.export('runs/x', to, 'image', overwrite=True)
 
 
-def test_the_file_is_checked_before_any_work(tmp_path, monkeypatch):
-  def too_late(*_):
+def test_target_is_checked_before_the_run_is_read(tmp_path, monkeypatch):
+  def load_run(*_):
     raise AssertionError('the run was read')
 
-  monkeypatch.setattr(weights, 'load_run', too_late)
-  (tmp_path / 'there.safetensors').touch()
+  monkeypatch.setattr(weights, 'load_run', load_run)
+  (tmp_path / 'existing.safetensors').touch()
   (tmp_path / 'folder.safetensors').mkdir()
   for name, message in {
-    'there.safetensors': 'exists',
+    'existing.safetensors': 'exists',
     'folder.safetensors': 'is a folder',
-    'x.npz': 'end in .safetensors',
+    'x.npz': 'ends in .safetensors',
   }.items():
     with pytest.raises(UserError, match=message):
       export.export('runs/x', str(tmp_path / name), 'image')
 
 
-def test_a_command_s_mistakes_are_one_line_and_status_2():
+def test_command_line_errors_are_one_line_and_status_2():
   for arguments, message in [
     ([], '--workdir is missing'),
     (['x'], "unexpected argument 'x'"),
     (['--workdir=runs/x', '--to=/dev/null/x.safetensors'], 'cannot write to'),
   ]:
     command = [sys.executable, '-m', 'vpe_jax.export', *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith('error: ' + message) and done.stderr.count('\n') == 1
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert process.returncode == 2
+    assert process.stderr.startswith('error: ' + message) and process.stderr.count('\n') == 1

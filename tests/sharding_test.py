@@ -1,4 +1,4 @@
-"""Tests of the mesh, of which dimension is spread over which axis, and of batches on the mesh."""
+"""Tests of the mesh, of parameter shardings and of batches on the mesh."""
 
 from __future__ import annotations
 
@@ -37,34 +37,36 @@ def _shape(*sizes: int) -> jax.ShapeDtypeStruct:
 
 
 def _spec(path: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh, strategy: str = 'fsdp') -> P:
-  (place,) = sharding.param_shardings({path: _shape(*shape)}, TABLE, mesh, strategy).values()
-  return place.spec
+  (leaf_sharding,) = sharding.param_shardings(
+    {path: _shape(*shape)}, TABLE, mesh, strategy
+  ).values()
+  return leaf_sharding.spec
 
 
 class TestMakeMesh:
-  def test_minus_one_takes_what_is_left(self):
+  def test_minus_one_takes_the_remaining_devices(self):
     mesh = _mesh(data=2, fsdp=-1)
     assert dict(mesh.shape) == {'data': 2, 'fsdp': 4, 'tensor': 1}
     assert set(mesh.axis_types) == {AxisType.Auto}
 
-  def test_some_devices(self):
+  def test_subset_of_devices(self):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:2])
     assert mesh.shape['fsdp'] == 2
 
   @pytest.mark.parametrize(
     'sizes', [{'data': 3}, {'data': 3, 'fsdp': 1}, {'data': 16}, {'data': 1, 'fsdp': 4}]
   )
-  def test_sizes_must_multiply_to_the_devices(self, sizes):
+  def test_sizes_must_multiply_to_the_number_of_devices(self, sizes):
     with pytest.raises(UserError, match='does not fit 8 devices'):
       _mesh(**sizes)
 
-  def test_only_one_size_is_left_open(self):
+  def test_at_most_one_size_is_minus_one(self):
     with pytest.raises(UserError, match='at most one is -1'):
       _mesh(data=-1, fsdp=-1)
     with pytest.raises(UserError, match='positive'):
       _mesh(data=0)
 
-  def test_strategies(self):
+  def test_unknown_or_unsuitable_strategy_is_refused(self):
     with pytest.raises(UserError, match="did you mean 'fsdp'"):
       _mesh(strategy='fspd')
     with pytest.raises(UserError, match='strategy=fsdp_tensor'):
@@ -72,22 +74,22 @@ class TestMakeMesh:
 
 
 class TestParamShardings:
-  def test_width_is_spread_first(self):
+  def test_width_is_sharded_first(self):
     mesh = _mesh()
     assert _spec('ar/layers/q/kernel', (4, 64, 8, 16), mesh) == P(None, 'fsdp')
     assert _spec('ar/mlp/kernel', (16, 4096), mesh) == P('fsdp')
 
-  def test_largest_dimension_that_divides_is_the_fallback(self):
+  def test_fallback_is_the_largest_divisible_dimension(self):
     mesh = _mesh()
     assert _spec('ar/mlp/kernel', (12, 40), mesh) == P(None, 'fsdp')
     assert _spec('vocabulary', (160, 12), mesh) == P('fsdp')
     assert _spec('vocabulary', (13, 12), mesh) == P()
 
-  def test_stacked_layers_are_never_split(self):
+  def test_stacked_layers_are_never_sharded(self):
     assert _spec('ar/layers/norm', (8, 12), _mesh()) == P()
 
-  def test_two_axes_split_what_one_can_not(self):
-    # 12 and 20 don't divide by 8, as 1152 and 4304 don't by 256, but by 4 and 2.
+  def test_two_axes_shard_what_one_can_not(self):
+    # 8 divides neither 12 nor 20, but 4 and 2 do; the same holds for 256, 1152 and 4304.
     assert _spec('mlp/kernel', (12, 20), _mesh()) == P()
     spec = _spec('mlp/kernel', (12, 20), _mesh(data=2, fsdp=4))
     assert spec == P('fsdp', 'data')
@@ -97,60 +99,60 @@ class TestParamShardings:
     mesh = _mesh(fsdp=4, tensor=2, strategy='fsdp_tensor')
     q = _spec('ar/layers/q/kernel', (3, 64, 4, 16), mesh, 'fsdp_tensor')
     assert q == P(None, 'fsdp', 'tensor')
-    # Three heads don't divide by two: heads stay whole, storage is still spread.
+    # Two doesn't divide three heads: heads stay whole, the width is sharded over both axes.
     q = _spec('ar/layers/q/kernel', (3, 64, 3, 16), mesh, 'fsdp_tensor')
     assert q == P(None, ('fsdp', 'tensor'))
     assert _spec('vocabulary', (128, 64), mesh, 'fsdp_tensor') == P('tensor', 'fsdp')
 
-  def test_state_uses_the_same_table(self):
+  def test_state_and_parameters_share_one_table(self):
     params = {'ar': {'layers': {'q': {'kernel': _shape(4, 64, 8, 16)}}, 'scale': _shape(64)}}
     state = {
       'params': params,
       'opt_state': ({'mu': params, 'count': _shape()}, (), [params]),
       'ema': params,
     }
-    places = sharding.by_path(sharding.param_shardings(state, TABLE, _mesh(), 'fsdp'))
-    assert places['opt_state/0/mu/ar/layers/q/kernel'].spec == P(None, 'fsdp')
-    assert places['opt_state/2/0/ar/scale'].spec == P('fsdp')
-    assert places['opt_state/0/count'].spec == P()
-    assert places['ema/ar/layers/q/kernel'] == places['params/ar/layers/q/kernel']
+    shardings = sharding.by_path(sharding.param_shardings(state, TABLE, _mesh(), 'fsdp'))
+    assert shardings['opt_state/0/mu/ar/layers/q/kernel'].spec == P(None, 'fsdp')
+    assert shardings['opt_state/2/0/ar/scale'].spec == P('fsdp')
+    assert shardings['opt_state/0/count'].spec == P()
+    assert shardings['ema/ar/layers/q/kernel'] == shardings['params/ar/layers/q/kernel']
 
-  def test_a_pattern_matches_whole_parts_of_a_path(self):
+  def test_pattern_matches_whole_components_of_a_path(self):
     with pytest.raises(UserError, match="no row of logical_axes matches 'a/postscale'"):
       _spec('a/postscale', (8,), _mesh())
 
-  def test_rows_that_do_not_fit(self):
+  def test_misfitting_table_row_is_refused(self):
     tree = {'scale': _shape(4, 4)}
     with pytest.raises(UserError, match=r"'scale' has shape \(4, 4\)"):
       sharding.param_shardings(tree, TABLE, _mesh(), 'fsdp')
     with pytest.raises(UserError, match="did you mean 'embed'"):
       sharding.param_shardings(tree, (('scale', ('embd', None)),), _mesh(), 'fsdp')
 
-  def test_dimensions_without_names_are_spread_too(self):
+  def test_unnamed_dimensions_are_sharded_too(self):
     for table in ((), (('.*', ()),)):
-      places = sharding.param_shardings({'a': _shape(3, 16)}, table, _mesh(), 'fsdp')
-      assert places['a'].spec == P(None, 'fsdp')
+      shardings = sharding.param_shardings({'a': _shape(3, 16)}, table, _mesh(), 'fsdp')
+      assert shardings['a'].spec == P(None, 'fsdp')
 
-  def test_every_leaf_lands_where_it_was_said(self):
+  def test_device_put_follows_the_sharding(self):
     mesh = _mesh(data=2, fsdp=4)
-    place = sharding.param_shardings({'mlp/kernel': _shape(16, 20)}, TABLE, mesh, 'fsdp')
-    leaf = jax.device_put(np.arange(320.0).reshape(16, 20), place['mlp/kernel'])
+    shardings = sharding.param_shardings({'mlp/kernel': _shape(16, 20)}, TABLE, mesh, 'fsdp')
+    leaf = jax.device_put(np.arange(320.0).reshape(16, 20), shardings['mlp/kernel'])
     assert {shard.data.shape for shard in leaf.addressable_shards} == {(2, 20)}
 
 
 class TestCheckSharded:
-  def test_a_replicated_leaf_is_named(self):
+  def test_error_names_a_replicated_leaf(self):
     tree = {'mlp/kernel': _shape(64, 64), 'vocabulary': _shape(13, 77)}
-    places = sharding.param_shardings(tree, TABLE, _mesh(), 'fsdp')
+    shardings = sharding.param_shardings(tree, TABLE, _mesh(), 'fsdp')
     with pytest.raises(UserError, match=r'least sharded: vocabulary \(13, 77\)'):
-      sharding.check_sharded_enough(tree, places)
+      sharding.check_sharded_enough(tree, shardings)
 
   def test_small_replicated_leaves_are_tolerated(self):
     tree = {'mlp/kernel': _shape(64, 64), 'scale': _shape(13)}
-    places = sharding.param_shardings(tree, TABLE, _mesh(), 'fsdp')
-    sharding.check_sharded_enough(tree, places)
+    shardings = sharding.param_shardings(tree, TABLE, _mesh(), 'fsdp')
+    sharding.check_sharded_enough(tree, shardings)
     with pytest.raises(UserError, match='scale'):
-      sharding.check_sharded_enough(tree, places, tolerance=0.001)
+      sharding.check_sharded_enough(tree, shardings, tolerance=0.001)
 
   def test_one_device_and_no_leaves(self):
     tree = {'scale': _shape(13)}
@@ -160,16 +162,16 @@ class TestCheckSharded:
 
 
 class TestBatch:
-  def test_rows_go_over_data_and_fsdp(self):
+  def test_batch_is_sharded_over_data_and_fsdp(self):
     mesh = _mesh(data=2, fsdp=2, tensor=2, strategy='fsdp_tensor')
-    rows = np.arange(24.0).reshape(8, 3)
-    batch = sharding.put_batch({'x': rows, 'none': None}, mesh)
+    x = np.arange(24.0).reshape(8, 3)
+    batch = sharding.put_batch({'x': x, 'none': None}, mesh)
     assert batch['none'] is None
-    np.testing.assert_array_equal(batch['x'], rows)
+    np.testing.assert_array_equal(batch['x'], x)
     assert {shard.data.shape for shard in batch['x'].addressable_shards} == {(2, 3)}
     assert sharding.host_rows(8, mesh) == slice(0, 8)
 
-  def test_divides(self):
+  def test_batch_size_must_divide_over_devices_and_microbatches(self):
     mesh = _mesh()
     sharding.check_divides(16, mesh, accumulate=2)
     with pytest.raises(UserError, match='batch_size 12 does not divide over 8 devices: use a mul'):
@@ -179,22 +181,22 @@ class TestBatch:
 
 
 class TestConstrain:
-  def test_without_a_mesh_nothing_happens(self):
+  def test_without_a_mesh_does_nothing(self):
     x = jnp.ones((8, 4))
     assert sharding.constrain(x, ('batch', None)) is x
 
-  def test_rows_are_pinned(self):
+  def test_batch_dimension_is_constrained(self):
     mesh = _mesh(data=2, fsdp=4)
     with jax.set_mesh(mesh):
       x = jax.jit(lambda x: sharding.constrain(x * 2, ('batch', None)))(jnp.ones((16, 4)))
     assert x.sharding.is_equivalent_to(sharding.batch_sharding(mesh), 2)
 
-  def test_axes_that_do_not_divide_are_left_out(self):
+  def test_axes_that_do_not_divide_are_skipped(self):
     mesh = _mesh(data=2, fsdp=4)
-    for rows, parts in ((4, 4), (2, 2), (3, 1)):
+    for batch_size, shards in ((4, 4), (2, 2), (3, 1)):
       with jax.set_mesh(mesh):
-        x = jax.jit(lambda x: sharding.constrain(x * 2, ('batch', None)))(jnp.ones((rows, 4)))
-      assert len({str(s.index) for s in x.addressable_shards}) == parts
+        x = jax.jit(lambda x: sharding.constrain(x * 2, ('batch', None)))(jnp.ones((batch_size, 4)))
+      assert len({str(s.index) for s in x.addressable_shards}) == shards
 
   def test_heads_take_the_tensor_axis(self):
     mesh = _mesh(tensor=2, strategy='fsdp_tensor')
@@ -202,12 +204,12 @@ class TestConstrain:
       x = jax.jit(lambda x: sharding.constrain(x, ('batch', None, 'heads')))(jnp.ones((4, 3, 6)))
     assert x.addressable_shards[0].data.shape == (1, 3, 3)
 
-  def test_a_vocabulary_is_cut_by_the_tensor_axis(self):
-    assert sharding.parts('vocab') == 1
+  def test_num_shards_counts_the_tensor_axis(self):
+    assert sharding.num_shards('vocab') == 1
     with jax.set_mesh(_mesh(tensor=2, strategy='fsdp_tensor')):
-      assert sharding.parts('vocab') == 2
+      assert sharding.num_shards('vocab') == 2
 
-  def test_inside_shard_map_nothing_happens(self):
+  def test_inside_shard_map_does_nothing(self):
     mesh = _mesh()
 
     def body(x):
@@ -227,7 +229,7 @@ def _start(code: str) -> subprocess.Popen:
 
 
 class TestDistributed:
-  def test_one_process_hears_of_sigterm(self):
+  def test_single_process_notices_sigterm(self):
     process = _start("""
       import time
       import jax
@@ -246,7 +248,7 @@ class TestDistributed:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, 'stops\n'), err
 
-  def test_half_of_the_variables_is_an_error(self, monkeypatch):
+  def test_incomplete_or_invalid_variables_are_refused(self, monkeypatch):
     monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
     with pytest.raises(UserError, match='JAX_COORDINATOR_ADDRESS'):
       sharding.initialize_distributed()

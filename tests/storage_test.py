@@ -1,4 +1,4 @@
-"""The cache folder and whole writes."""
+"""Tests of paths, atomic writes, renames and text files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
   assert storage.cache_dir() == tmp_path / '.cache' / 'vpe_jax'
 
 
-def test_write_replaces_and_leaves_nothing_else(tmp_path):
+def test_atomic_write_replaces_the_file_and_leaves_no_temporary(tmp_path):
   path = tmp_path / 'deep' / 'file'
   storage.write_atomic(path, b'old')
   storage.write_atomic(path, b'new')
@@ -37,23 +37,23 @@ def test_failed_write_keeps_the_old_file(tmp_path):
   path = tmp_path / 'file'
   storage.write_atomic(path, b'old')
   with pytest.raises(TypeError):
-    storage.write_atomic(path, 'text is no content')
+    storage.write_atomic(path, 'text, not bytes')
   assert path.read_bytes() == b'old'
   assert list(tmp_path.iterdir()) == [path]
 
 
-def test_files_of_other_people_beside_are_left_alone(tmp_path):
+def test_atomic_write_leaves_other_files_in_the_folder_alone(tmp_path):
   path, names = tmp_path / 'x.png', ('x.png.part', '.x.png.part', 'x.png.unfinished')
   for name in names:
     (tmp_path / name).write_text('mine')
   storage.write_atomic(path, b'new')
   with pytest.raises(TypeError):
-    storage.write_atomic(path, 'no bytes')
+    storage.write_atomic(path, 'text, not bytes')
   assert {(tmp_path / name).read_text() for name in names} == {'mine'}
   assert {item.name for item in tmp_path.iterdir()} == {'x.png', *names}
 
 
-def test_remote_places_are_told_by_their_scheme():
+def test_the_scheme_decides_whether_a_path_is_remote():
   assert storage.is_remote('gs://bucket/run') and not storage.is_remote('runs/t2i-tiny')
   with pytest.raises(UserError, match='https://host/x is out of reach'):
     storage.place('https://host/x')
@@ -61,35 +61,35 @@ def test_remote_places_are_told_by_their_scheme():
     storage.place('')
 
 
-def test_a_store_without_its_package_names_the_cure(monkeypatch):
-  monkeypatch.setitem(sys.modules, 'gcsfs', None)  # an import of it fails
+def test_missing_client_package_names_the_cure(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'gcsfs', None)  # makes its import fail
   place = storage.place('gs://bucket/run')
   with pytest.raises(UserError, match=r"gs://bucket/run.*pip install -e '.\[gcs\]'"):
     storage.reached(place, place.exists)
 
 
-def test_a_full_disk_is_one_line_with_its_cure():
+def test_full_disk_is_a_one_line_error_with_its_cure():
   with pytest.raises(UserError, match='cannot write x: No space left on device; free some space'):
     with storage.writing('x'):
       raise OSError(errno.ENOSPC, 'No space left on device')
 
 
-def test_what_is_put_aside_replaces_nothing(tmp_path):
+def test_move_aside_replaces_nothing(tmp_path):
   for name, joint in (('a', ''), ('b', '-')):
     (tmp_path / name).touch()
     (tmp_path / f'was-{name}').write_text('older')
-    found = storage.put_aside(epath.Path(tmp_path / name), f'was-{name}', joint)
-    assert found == f'was-{name}{joint}2' and (tmp_path / found).exists()
+    new_name = storage.move_aside(epath.Path(tmp_path / name), f'was-{name}', joint)
+    assert new_name == f'was-{name}{joint}2' and (tmp_path / new_name).exists()
     assert (tmp_path / f'was-{name}').read_text() == 'older'
 
 
 def test_stable_hash_never_changes():
-  # Held-out splits hang on these numbers: another value would move the splits.
+  # Held-out splits depend on these values.
   assert storage.stable_hash('colour', 'circle', 'red') == 6062675304412801978
   assert storage.stable_hash('a', 'b') != storage.stable_hash('ab')
 
 
-def test_lines_are_those_of_the_text_and_come_one_by_one(tmp_path):
+def test_read_lines_matches_read_text_and_streams(tmp_path):
   path = tmp_path / 'x.txt'
   path.write_bytes('\ufeffone\r\ntwo \u2028 and\x0c\n\nfour\rfive'.encode())
   assert list(storage.read_lines(path)) == storage.read_text(path).split('\n')
@@ -100,14 +100,14 @@ def test_lines_are_those_of_the_text_and_come_one_by_one(tmp_path):
     list(lines)
 
 
-def test_files_that_are_opened_in_place_are_local(monkeypatch, tmp_path):
+def test_local_expands_home_and_refuses_remote_paths(monkeypatch, tmp_path):
   monkeypatch.setenv('HOME', str(tmp_path))
   assert storage.local('~/x') == tmp_path / 'x'
   with pytest.raises(UserError, match='gs://b/x is on an object store.*gcsfuse'):
     storage.local('gs://b/x')
 
 
-def test_a_checksum_is_crc32_of_all_blocks(tmp_path):
+def test_checksum_is_crc32_over_all_blocks(tmp_path):
   content = bytes(range(256)) * 20_000
   (tmp_path / 'x').write_bytes(content)
   assert storage.checksum(tmp_path / 'x') == zlib.crc32(content)

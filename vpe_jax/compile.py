@@ -28,7 +28,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.training import config_file
 
 FLAGS = flags.FLAGS
-_overrides, _take_overrides = config_file.overrides_taker()
+_overrides, _parse_overrides = config_file.override_parser()
 
 
 def _define_flags() -> None:
@@ -71,4 +71,4 @@ def main() -> None:
 
 if __name__ == '__main__':
   _define_flags()
-  front_door.run(main, _take_overrides)
+  front_door.run(main, _parse_overrides)

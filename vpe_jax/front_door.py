@@ -35,15 +35,15 @@ def run(
     logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it reads or writes.
     plain = standard_logging.Formatter('%(levelname)s: %(message)s')
     logging.get_absl_handler().setFormatter(plain)
-    devices.leave_out_absent_tpu()
+    devices.skip_absent_tpu()
     main()
 
   try:
     app.run(quietly, flags_parser=lambda argv: parse(take(argv)))
   except (UserError, OSError) as error:
-    if not isinstance(error, UserError) and not storage.is_full(error):
+    if not isinstance(error, UserError) and not storage.is_disk_full(error):
       raise
-    said = error if isinstance(error, UserError) else storage.unwritable(error.filename, error)
+    said = error if isinstance(error, UserError) else storage.write_error(error.filename, error)
     print(f'error: {said}', file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:

@@ -24,7 +24,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.training import config_file, loop, reference
 
 FLAGS = flags.FLAGS
-_overrides, _take_overrides = config_file.overrides_taker()
+_overrides, _parse_overrides = config_file.override_parser()
 
 
 def _define_flags() -> None:
@@ -57,12 +57,12 @@ def main() -> None:
   sharding.initialize_distributed()  # Before anything can touch a device.
   config = config_file.load(FLAGS.config, _overrides)
   if config.get('quick_compile'):
-    devices.compile_quickly()
-  if warning := devices.idle_hardware():
+    devices.disable_optimizations()
+  if warning := devices.unused_accelerator_warning():
     print(warning, file=sys.stderr, flush=True)
   run(config, FLAGS.workdir or f'runs/{config["name"]}-{config["preset"]}', FLAGS.allow_change)
 
 
 if __name__ == '__main__':
   _define_flags()
-  front_door.run(main, _take_overrides)
+  front_door.run(main, _parse_overrides)

@@ -1,7 +1,7 @@
-"""Randomness as a function of names: nothing is carried, nothing is split along the way.
+"""Random keys derived from names: no key is carried along or split.
 
-What belongs to an example is f(seed, stream, example index), so that it doesn't depend on the
-number of hosts, microbatches or packed rows; the rest is f(seed, stream).
+The key of an example is f(seed, stream, example index), so it doesn't depend on the number of
+hosts, microbatches or packed sequences. All other keys are f(seed, stream).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import jax
 
 from vpe_jax.contracts import Array, UserError
 
-SEEDS = 2**31  # the seeds are 0 to SEEDS - 1: from 2**32 on, keys of smaller seeds come again
+SEEDS = 2**31  # valid seeds are 0 to SEEDS - 1; from 2**32 on, JAX's keys repeat
 
 
 def run_key(seed: int) -> Array:
-  """The key of a whole run.
+  """The root key of a run.
 
   Raises:
     UserError: see `check_seed`.
@@ -27,7 +27,7 @@ def run_key(seed: int) -> Array:
 
 
 def check_seed(seed: int) -> None:
-  """Refuses numbers that are no seeds, for front doors before they start.
+  """Checks a seed, for front doors before they start.
 
   Raises:
     UserError: the seed is negative or too large.
@@ -37,15 +37,15 @@ def check_seed(seed: int) -> None:
 
 
 def stream(key: Array, name: str) -> Array:
-  """The key of one named use of randomness, such as "noise"."""
+  """Derives the key of a named use of randomness, such as "noise"."""
   return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 
 def example_keys(key: Array, name: str, example: Array) -> Array:
-  """One key for each example index [B]: keys [B]."""
+  """Derives one key per example index [B]: keys [B]."""
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(stream(key, name), example)
 
 
-def per_example(draw: Callable[[Array], Array], key: Array, name: str, example: Array) -> Array:
-  """Calls `draw(key)` once for each example index [B] and stacks the results: [B, ...]."""
-  return jax.vmap(draw)(example_keys(key, name, example))
+def per_example(sample: Callable[[Array], Array], key: Array, name: str, example: Array) -> Array:
+  """Vectorizes `sample(key)` over example indices [B]: results [B, ...]."""
+  return jax.vmap(sample)(example_keys(key, name, example))

@@ -1,13 +1,13 @@
-"""Devices as a mesh, and which dimension of which array is spread over them.
+"""The device mesh, and the sharding of parameters, batches and activations over it.
 
-The mesh has three axes. `data` and `fsdp` together hold the batch and, split the same way, every
-leaf of parameters, optimizer state and average (fully sharded data parallelism). They are two
-axes rather than one because of dimensions such as 1152 and 4304, which no 256 devices divide but
-16 x 16 do, one axis each. `tensor` splits heads, hidden units and vocabulary within a layer.
+The mesh has three axes. `data` and `fsdp` shard the batch and also every leaf of parameters,
+optimizer state and EMA (fully sharded data parallelism). They are two axes because 256 devices
+can't divide dimensions such as 1152 and 4304, while 16 x 16 devices can, one axis for each
+dimension. `tensor` shards heads, hidden units and vocabulary within a layer.
 
-Networks name the dimensions of their parameters (the constants below); RULES says, for each
-strategy, which mesh axes a name prefers. Arrays carry no names: a table of (regular expression
-over parameter paths, names) does, so the same table serves optimizer state and averages, whose
+Networks name the dimensions of their parameters (the constants below). For each strategy, RULES
+lists the mesh axes that a name prefers. The names are in a table of (regular expression over
+parameter paths, names), not in the arrays, so the same table serves optimizer state and EMA, whose
 paths end in the parameter's path.
 """
 
@@ -34,25 +34,25 @@ DATA, FSDP, TENSOR = AXES = ('data', 'fsdp', 'tensor')
 BATCH_AXES = (DATA, FSDP)
 
 # Names of parameter dimensions.
-LAYERS = 'layers'  # stacked layers of a scanned network: never split, the scan slices it
+LAYERS = 'layers'  # stacked layers of a scanned network: never sharded, as the scan slices it
 EMBED = 'embed'  # model width
 HEADS = 'heads'  # query heads
 KV_HEADS = 'kv_heads'  # key/value heads
-HEAD = 'head'  # width of one head
+HEAD = 'head'  # head width
 MLP = 'mlp'  # hidden width of a feed-forward block
-VOCAB = 'vocab'  # rows of a token embedding or columns of a token head
-CODES = 'codes'  # rows of a codebook
-POSITION = 'position'  # rows of a position table
-FEATURES = 'features'  # width of what enters or leaves a network: patch pixels, latent channels
+VOCAB = 'vocab'  # vocabulary, in a token embedding or output head
+CODES = 'codes'  # codebook entries
+POSITION = 'position'  # entries of a position table
+FEATURES = 'features'  # input or output width of a network: patch pixels, latent channels
 CONV_IN = 'conv_in'  # input channels of a convolution
 CONV_OUT = 'conv_out'  # output channels of a convolution
-KERNEL = 'kernel'  # height or width of a convolution's window
+KERNEL = 'kernel'  # height or width of a convolution kernel
 NAMES = (
   LAYERS, EMBED, HEADS, KV_HEADS, HEAD, MLP, VOCAB, CODES, POSITION, FEATURES, CONV_IN, CONV_OUT,
   KERNEL,
 )  # fmt: skip
 
-# Names of activation dimensions, for `constrain`: batch, and any parameter name below.
+# Names of activation dimensions, for `constrain`, and their choices of mesh axes as in RULES.
 BATCH = 'batch'
 ACTIVATIONS = {
   BATCH: (BATCH_AXES, (FSDP,), (DATA,)),
@@ -62,40 +62,40 @@ ACTIVATIONS = {
   VOCAB: ((TENSOR,),),
 }
 
-_SPREAD = (BATCH_AXES, (FSDP,), (DATA,))
-# Strategy -> rows of (name, choices of mesh axes), most important name first. Of the choices, the
-# first is taken that divides the dimension and whose axes this leaf doesn't use yet. Axes that are
-# still free afterwards go to the largest dimension that they divide, LAYERS excepted.
+_BATCH_CHOICES = (BATCH_AXES, (FSDP,), (DATA,))
+# Strategy -> (name, choices of mesh axes) pairs, most important name first. A dimension gets the
+# first choice that divides it and whose axes the leaf doesn't use yet. Axes that are still free
+# afterwards go to the largest dimension that they divide, except LAYERS.
 RULES: dict[str, tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]] = {
   'fsdp': (
-    (EMBED, _SPREAD),
-    (MLP, _SPREAD),
-    (CONV_OUT, _SPREAD),
-    (CONV_IN, _SPREAD),
+    (EMBED, _BATCH_CHOICES),
+    (MLP, _BATCH_CHOICES),
+    (CONV_OUT, _BATCH_CHOICES),
+    (CONV_IN, _BATCH_CHOICES),
   ),
   'fsdp_tensor': (
     (HEADS, ((TENSOR,),)),
     (KV_HEADS, ((TENSOR,),)),
     (MLP, ((TENSOR,),)),
     (VOCAB, ((TENSOR,),)),
-    (EMBED, _SPREAD),
-    (CONV_OUT, _SPREAD),
-    (CONV_IN, _SPREAD),
+    (EMBED, _BATCH_CHOICES),
+    (CONV_OUT, _BATCH_CHOICES),
+    (CONV_IN, _BATCH_CHOICES),
   ),
 }
-_NEVER = 10_000_000  # seconds: four months
+_NO_TIMEOUT = 10_000_000  # seconds: four months
 _FALLBACK = (BATCH_AXES, (FSDP,), (DATA,), (TENSOR,))
 
 AxesTable = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
 def initialize_distributed() -> None:
-  """Joins the processes of a run; to be called before anything else asks JAX for devices.
+  """Initializes JAX's distributed runtime. Call it before anything else uses a device.
 
-  Who takes part comes from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or from
-  the cluster (TPU pods, Slurm, Open MPI, Kubernetes). A plain machine becomes a group of one
-  process on a free local port, since only members of a group hear of a SIGTERM in time to save
-  (see `preempted`). A second call does nothing.
+  The processes are given by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or
+  detected from the cluster (TPU pods, Slurm, Open MPI, Kubernetes). Without either, this process
+  forms a group of one on a free local port, because `preempted` needs the distributed runtime. A
+  second call does nothing.
 
   Raises:
     UserError: the variables are incomplete or not numbers.
@@ -103,12 +103,12 @@ def initialize_distributed() -> None:
   if jax.distributed.is_initialized():
     return
   names = ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
-  given = {name: os.environ[name] for name in names if os.environ.get(name)}
-  if not all(value.isdigit() for value in given.values()):
-    raise UserError(f'{", ".join(given)} must be whole numbers, not {list(given.values())}')
-  count, index = (int(given[name]) if name in given else None for name in names)
+  values = {name: os.environ[name] for name in names if os.environ.get(name)}
+  if not all(value.isdigit() for value in values.values()):
+    raise UserError(f'{", ".join(values)} must be whole numbers, not {list(values.values())}')
+  count, index = (int(values[name]) if name in values else None for name in names)
   address = os.environ.get('JAX_COORDINATOR_ADDRESS')
-  if given and (address is None or len(given) < len(names)):
+  if values and (address is None or len(values) < len(names)):
     raise UserError(
       'several processes need all of JAX_COORDINATOR_ADDRESS (host:port of process 0), '
       'JAX_NUM_PROCESSES and JAX_PROCESS_ID; only some are set'
@@ -119,17 +119,17 @@ def initialize_distributed() -> None:
     if address is not None or 'coordinator_address' not in str(error):
       raise
     address = f'127.0.0.1:{_free_port()}'
-    # Nobody else waits for this process: a laptop may sleep for days and go on.
+    # No other process waits for this one: a laptop may sleep for days and resume.
     jax.distributed.initialize(
-      address, 1, 0, coordinator_bind_address=address, heartbeat_timeout_seconds=_NEVER
+      address, 1, 0, coordinator_bind_address=address, heartbeat_timeout_seconds=_NO_TIMEOUT
     )
 
 
 def preempted(step: int) -> bool:
-  """Whether all processes should save and stop at this step: one of them received SIGTERM.
+  """Whether all processes should save and stop at this step, because one received SIGTERM.
 
-  Every process has to ask at every step; all get True at the same one. Always False where
-  `initialize_distributed` wasn't called.
+  Every process must call this at every step; it returns True at the same step in all of them. It
+  is always False without `initialize_distributed`.
   """
   return multihost_utils.reached_preemption_sync_point(step)
 
@@ -141,10 +141,9 @@ def _free_port() -> int:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Arranges devices (default: all) as `data x fsdp x tensor`, with Auto axis types.
+  """Makes a mesh `data x fsdp x tensor` of devices (default: all), with Auto axis types.
 
-  Several TPU slices lie one after the other along `data`: only that axis crosses the network
-  between them.
+  Several TPU slices are laid out along `data`, so only that axis crosses the network between them.
 
   Raises:
     UserError: the strategy is unknown, the sizes don't multiply to the number of devices,
@@ -155,34 +154,36 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     raise UserError(f"unknown mesh.strategy '{config.strategy}'{nearest(config.strategy, RULES)}")
   devices = list(jax.devices() if devices is None else devices)
   sizes = [config.data, config.fsdp, config.tensor]
-  asked = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))
+  shape = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise UserError(f'mesh {asked}: sizes are positive, and at most one is -1 (what is left)')
-  given = math.prod(size for size in sizes if size != -1)
-  if len(devices) % given or (-1 not in sizes and given != len(devices)):
     raise UserError(
-      f'mesh {asked} does not fit {len(devices)} devices: set one of --config.mesh.data, .fsdp, '
+      f'mesh {shape}: sizes must be positive, and at most one is -1 (all remaining devices)'
+    )
+  known = math.prod(size for size in sizes if size != -1)
+  if len(devices) % known or (-1 not in sizes and known != len(devices)):
+    raise UserError(
+      f'mesh {shape} does not fit {len(devices)} devices: set one of --config.mesh.data, .fsdp, '
       '.tensor to -1'
     )
-  sizes = [len(devices) // given if size == -1 else size for size in sizes]
+  sizes = [len(devices) // known if size == -1 else size for size in sizes]
   if sizes[2] > 1 and config.strategy == 'fsdp':
     raise UserError(
-      f'mesh.tensor={sizes[2]} needs --config.mesh.strategy=fsdp_tensor; strategy fsdp splits '
+      f'mesh.tensor={sizes[2]} needs --config.mesh.strategy=fsdp_tensor; strategy fsdp shards '
       'over data and fsdp only'
     )
   types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, 'slice_index', None) for device in devices})
-  # Axes such as 32 x 2 on 4 x 4 x 4 chips need part of a physical dimension each.
-  split = {'devices': devices, 'allow_split_physical_axes': True}
+  # A mesh of 32 x 2 on 4 x 4 x 4 chips splits a physical dimension between two axes.
+  options = {'devices': devices, 'allow_split_physical_axes': True}
   if slices == 1:
-    return Mesh(mesh_utils.create_device_mesh(sizes, **split), AXES, axis_types=types)
+    return Mesh(mesh_utils.create_device_mesh(sizes, **options), AXES, axis_types=types)
   if sizes[0] % slices:
     raise UserError(
-      f'{slices} slices are connected by the axis data, but mesh {asked} has data={sizes[0]}: set '
+      f'{slices} slices are connected by the axis data, but mesh {shape} has data={sizes[0]}: set '
       f'--config.mesh.data to a multiple of {slices}'
     )
-  within = (sizes[0] // slices, *sizes[1:])
-  grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), **split)
+  slice_shape = (sizes[0] // slices, *sizes[1:])
+  grid = mesh_utils.create_hybrid_device_mesh(slice_shape, (slices, 1, 1), **options)
   return Mesh(grid, AXES, axis_types=types)
 
 
@@ -193,15 +194,15 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 
 def param_shardings(abstract_tree: Any, table: AxesTable, mesh: Mesh, strategy: str) -> Any:
-  """Decides how each leaf of a tree is spread over the mesh.
+  """Chooses the sharding of each leaf of a tree.
 
   Args:
     abstract_tree: parameters, or any tree whose leaf paths end in parameter paths (optimizer
-      state, averages, a whole state): arrays or `jax.ShapeDtypeStruct`.
-    table: rows of (regular expression, name or None for each dimension). An expression has to
-      match the trailing parts of a path, from a `/` or its start to its end; the first row that
-      does is taken. Names `()` leave all dimensions unnamed, and so does an empty table (networks
-      that never train). Leaves without dimensions are replicated and need no row.
+      state, EMA, a whole state): arrays or `jax.ShapeDtypeStruct`.
+    table: rows of (regular expression, name or None for each dimension). An expression must match
+      the end of a path, beginning at a `/` or at the start of the path; the first matching row
+      counts. Names `()` or an empty table leave all dimensions unnamed (networks that never
+      train). Scalars are replicated and need no row.
     mesh: from `make_mesh`.
     strategy: a key of RULES.
 
@@ -209,7 +210,8 @@ def param_shardings(abstract_tree: Any, table: AxesTable, mesh: Mesh, strategy: 
     The same tree with a NamedSharding at each leaf.
 
   Raises:
-    UserError: a leaf has no row, or its row has an unknown name or another number of dimensions.
+    UserError: a leaf matches no row, or its row has an unknown name or the wrong number of
+      dimensions.
   """
   leaves = by_path(abstract_tree)
   shardings = [
@@ -220,17 +222,17 @@ def param_shardings(abstract_tree: Any, table: AxesTable, mesh: Mesh, strategy: 
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """A whole copy on every device."""
+  """The sharding of an array that every device holds whole."""
   return NamedSharding(mesh, P())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Rows of a batch over `data` and `fsdp`; the other dimensions whole."""
+  """The sharding of a batch: its first dimension over `data` and `fsdp`."""
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def put_batch(host_batch: Any, mesh: Mesh) -> Any:
-  """Puts the rows that this process has read (see `host_rows`) on the mesh as global arrays."""
+  """Makes global arrays on the mesh from this process's part of a batch (see `host_rows`)."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), host_batch
@@ -238,17 +240,17 @@ def put_batch(host_batch: Any, mesh: Mesh) -> Any:
 
 
 def host_rows(batch_size: int, mesh: Mesh) -> slice:
-  """The contiguous rows of a global batch that this process reads."""
+  """The contiguous range of batch elements that this process reads."""
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
   ranges = [index[0].indices(batch_size)[:2] for index in indices]
   return slice(min(start for start, _ in ranges), max(stop for _, stop in ranges))
 
 
 def check_divides(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-  """Refuses a global batch that doesn't divide over devices and microbatches.
+  """Checks that a global batch divides over devices and microbatches.
 
   Raises:
-    UserError: it doesn't; names the smallest multiple that fits.
+    UserError: it doesn't; names the unit of which the batch size must be a multiple.
   """
   shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   unit = shards * accumulate
@@ -261,45 +263,45 @@ def check_divides(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
 
 
 def constrain(x: Array, names: tuple[str | None, ...]) -> Array:
-  """Pins an activation's layout at a block boundary: ('batch', None, None) for [B, L, D].
+  """Constrains the sharding of an activation: ('batch', None, None) for [B, L, D].
 
-  Left to itself the compiler may carry a parameter's layout into the activations and replicate
-  the batch. Uses the mesh of `jax.set_mesh`; without one, or inside a `shard_map` over all of
-  its axes, x comes back as it is. An axis that doesn't divide its dimension is left out.
+  Without a constraint the compiler may propagate a parameter's sharding to the activations and
+  replicate the batch. Uses the mesh of `jax.set_mesh`. Returns x unchanged if there is no mesh, or
+  inside a `shard_map` over all of its axes. Skips an axis that doesn't divide its dimension.
   """
-  spec = placement(x.shape, names)
+  spec = activation_spec(x.shape, names)
   return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
 
 
 def compiler_options(platform: str | None = None) -> dict[str, Any] | None:
-  """How programs over spread parameters are compiled; None: as the compiler likes.
+  """XLA options for programs with sharded parameters; None for the defaults.
 
-  On TPU a product whose weights lie apart may run part by part as they arrive (a collective
-  matmul). Weights that are spread along the dimension that is summed over, as ours are, would then
-  read and write the whole result once for each part: a layer moves eight times the bytes to and
-  from HBM. So they are gathered whole first, beside other work.
+  They disable collective matmuls on TPU, which multiply by each weight shard as it arrives. Our
+  weights are sharded along the contracted dimension, so a collective matmul would read and write
+  the whole result once for each shard: a layer would move eight times the bytes to and from HBM.
+  Instead, the weights are all-gathered first, overlapped with other work.
 
   Args:
-    platform: of the devices (None: of this process).
+    platform: platform of the devices (None: this process's).
   """
   if (platform or jax.default_backend()) != 'tpu':
     return None
   return {'xla_jf_spmd_threshold_for_windowed_einsum_mib': 1_000_000}
 
 
-def parts(name: str) -> int:
-  """In how many parts the mesh of `jax.set_mesh` would cut an activation's dimension `name`."""
-  usable = _usable()
-  return math.prod(usable.get(axis, 1) for axis in ACTIVATIONS[name][0])
+def num_shards(name: str) -> int:
+  """Number of shards of an activation dimension `name` on the mesh of `jax.set_mesh`."""
+  sizes = _auto_axes()
+  return math.prod(sizes.get(axis, 1) for axis in ACTIVATIONS[name][0])
 
 
-def is_spread() -> bool:
-  """Whether the mesh of `jax.set_mesh` has several devices that the compiler may spread over."""
-  return math.prod(_usable().values()) > 1
+def is_sharded() -> bool:
+  """Whether the mesh of `jax.set_mesh` has several devices in axes that the compiler shards."""
+  return math.prod(_auto_axes().values()) > 1
 
 
-def _usable() -> dict[str, int]:
-  """Sizes of the mesh axes that activations may be placed on."""
+def _auto_axes() -> dict[str, int]:
+  """Sizes of the mesh axes over which the compiler shards activations."""
   mesh = jax.sharding.get_abstract_mesh()
   return {
     axis: mesh.shape[axis]
@@ -308,56 +310,58 @@ def _usable() -> dict[str, int]:
   }
 
 
-def placement(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P | None:
-  """How an activation of named dimensions lies on the mesh of `jax.set_mesh`.
+def activation_spec(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P | None:
+  """Partition spec of an activation on the mesh of `jax.set_mesh`; None without a mesh.
 
-  None where there is nothing to place it on; see `constrain`.
+  Args:
+    shape: of the activation.
+    names: name of each dimension, a key of ACTIVATIONS or None; see `constrain`.
   """
-  usable = _usable()
-  if not usable:
+  sizes = _auto_axes()
+  if not sizes:
     return None
   if len(names) != len(shape):
     raise ValueError(f'{len(names)} names {names} for an array of shape {shape}')
-  placed = _Placement(shape, usable)
+  assignment = _AxisAssignment(shape, sizes)
   for dimension, name in enumerate(names):
     if name is not None:
-      placed.first(dimension, ACTIVATIONS[name])
-  return placed.spec()
+      assignment.assign_first(dimension, ACTIVATIONS[name])
+  return assignment.spec()
 
 
 def check_sharded_enough(tree: Any, shardings: Any, tolerance: float = 0.02) -> None:
-  """Asserts that every device holds at most 1/n + tolerance of a tree's bytes.
+  """Checks that every device holds at most 1/n + tolerance of a tree's bytes.
 
   Args:
     tree: arrays or `jax.ShapeDtypeStruct`.
     shardings: the same tree with a sharding at each leaf.
-    tolerance: a share of all bytes.
+    tolerance: fraction of all bytes.
 
   Raises:
-    UserError: it holds more; names the leaves that take most beyond their share.
+    UserError: a device holds more; names the leaves that exceed their share most.
   """
-  leaves, places = by_path(tree), jax.tree.leaves(shardings)
+  leaves, leaf_shardings = by_path(tree), jax.tree.leaves(shardings)
   if not leaves:
     return
-  devices = places[0].num_devices
-  total = held = 0
+  devices = leaf_shardings[0].num_devices
+  total = per_device = 0
   excess = {}
-  for (path, leaf), place in zip(leaves.items(), places, strict=True):
+  for (path, leaf), sharding in zip(leaves.items(), leaf_shardings, strict=True):
     whole = math.prod(leaf.shape) * leaf.dtype.itemsize
-    part = math.prod(place.shard_shape(tuple(leaf.shape))) * leaf.dtype.itemsize
-    total, held = total + whole, held + part
-    excess[path] = part - whole / devices
-  if held > total * (1 / devices + tolerance):
+    shard = math.prod(sharding.shard_shape(tuple(leaf.shape))) * leaf.dtype.itemsize
+    total, per_device = total + whole, per_device + shard
+    excess[path] = shard - whole / devices
+  if per_device > total * (1 / devices + tolerance):
     worst = sorted(excess, key=excess.get, reverse=True)[:3]
     shapes = ', '.join(f'{path} {tuple(leaves[path].shape)}' for path in worst)
     raise UserError(
-      f'a device holds {held / total:.1%} of the state, {1 / devices:.1%} would be its share; '
+      f'a device holds {per_device / total:.1%} of the state instead of {1 / devices:.1%}; '
       f'least sharded: {shapes}; choose mesh sizes that divide these dimensions'
     )
 
 
-class _Placement:
-  """The mesh axes given to each dimension of one array, so far."""
+class _AxisAssignment:
+  """Assigns mesh axes to the dimensions of one array, each axis at most once."""
 
   def __init__(self, shape: tuple[int, ...], sizes: Mapping[str, int]):
     self._shape = shape
@@ -365,18 +369,19 @@ class _Placement:
     self._free = set(self._sizes)
     self._axes: list[tuple[str, ...]] = [() for _ in shape]
 
-  def put(self, dimension: int, axes: tuple[str, ...]) -> bool:
-    """Gives the dimension these axes too, if they are free and divide it."""
+  def assign(self, dimension: int, axes: tuple[str, ...]) -> bool:
+    """Adds axes to a dimension, if they are free and divide it; returns whether it did."""
     axes = tuple(axis for axis in axes if axis in self._sizes)
-    parts = math.prod(self._sizes[axis] for axis in self._axes[dimension] + axes)
-    if not axes or not self._free.issuperset(axes) or self._shape[dimension] % parts:
+    shards = math.prod(self._sizes[axis] for axis in self._axes[dimension] + axes)
+    if not axes or not self._free.issuperset(axes) or self._shape[dimension] % shards:
       return False
     self._axes[dimension] += axes
     self._free -= set(axes)
     return True
 
-  def first(self, dimension: int, choices: Sequence[tuple[str, ...]]) -> bool:
-    return any(self.put(dimension, axes) for axes in choices)
+  def assign_first(self, dimension: int, choices: Sequence[tuple[str, ...]]) -> bool:
+    """Adds the first choice that `assign` accepts."""
+    return any(self.assign(dimension, axes) for axes in choices)
 
   def spec(self) -> P:
     entries = [axes[0] if len(axes) == 1 else axes or None for axes in self._axes]
@@ -386,33 +391,33 @@ class _Placement:
 
 
 def _spec(shape: tuple[int, ...], names: tuple[str | None, ...], mesh: Mesh, strategy: str) -> P:
-  placed = _Placement(shape, mesh.shape)
+  assignment = _AxisAssignment(shape, mesh.shape)
   for name, choices in RULES[strategy]:
     for dimension in range(len(shape)):
       if names[dimension] == name:
-        placed.first(dimension, choices)
-  spreadable = [d for d in range(len(shape)) if names[d] != LAYERS]
-  spreadable.sort(key=lambda d: -shape[d])
+        assignment.assign_first(dimension, choices)
+  candidates = [d for d in range(len(shape)) if names[d] != LAYERS]
+  candidates.sort(key=lambda d: -shape[d])
   for axes in _FALLBACK:
-    any(placed.put(dimension, axes) for dimension in spreadable)
-  return placed.spec()
+    any(assignment.assign(dimension, axes) for dimension in candidates)
+  return assignment.spec()
 
 
 @functools.cache
-def _ending(pattern: str) -> re.Pattern[str]:
-  # Networks that were converted have a row a leaf: more than `re` itself remembers.
+def _suffix_pattern(pattern: str) -> re.Pattern[str]:
+  # Converted networks have one row per leaf: more patterns than the cache of `re` holds.
   return re.compile(f'(?:^|/)(?:{pattern})$')
 
 
 def axis_names(path: str, shape: tuple[int, ...], table: AxesTable) -> tuple[str | None, ...]:
-  """The name of each dimension of a leaf, None where it has none; see `param_shardings`.
+  """Names of a leaf's dimensions, None for an unnamed one; see `param_shardings`.
 
   Raises:
-    UserError: no row of the table fits.
+    UserError: no row of the table matches the path, or the row doesn't fit the leaf.
   """
   if not shape or not table:
     return (None,) * len(shape)
-  rows = (row for row in table if _ending(row[0]).search(path))
+  rows = (row for row in table if _suffix_pattern(row[0]).search(path))
   pattern, names = next(rows, ('', None))
   if names is None:
     raise UserError(

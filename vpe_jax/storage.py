@@ -1,4 +1,4 @@
-"""Files and folders, here and on object stores: where they are, and how they get there whole."""
+"""Files and folders, local or on object stores: paths, atomic writes, names, checksums."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AnyPath = str | os.PathLike[str]
 
 SHIPPED_ASSETS = Path(__file__).parent / 'assets'  # installed with the package
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 def cache_dir() -> Path:
@@ -37,28 +37,28 @@ def is_remote(path: AnyPath) -> bool:
 
 
 def place(path: AnyPath) -> epath.Path:
-  """A path that a user named: local (`~` is the home folder), or on an object store.
+  """Resolves a user's path: local (`~` expands to the home folder) or on an object store.
 
   Raises:
-    UserError: it is empty, or of a kind that nothing here reads or writes.
+    UserError: the path is empty, or its scheme is not supported.
   """
   if not str(path):
-    raise UserError('a file or folder is named by an empty text: give it a name')
+    raise UserError('the path of a file or folder is empty: name one')
   try:
     return epath.Path(path).expanduser()
-  except KeyError as error:  # etils knows schemes by a table.
-    raise UserError(f'{path} is out of reach: name a local place, or one on gs://') from error
+  except KeyError as error:  # etils looks the scheme up in a table.
+    raise UserError(f'{path} is out of reach: name a local path, or one on gs://') from error
 
 
 def reached(path: epath.Path, look: Callable[[], bool]) -> bool:
-  """The answer of a first look at a path, which may be on an object store.
+  """Evaluates a predicate of a path that may be on an object store.
 
   Args:
-    path: to be named in the error.
-    look: `path.exists` or the like.
+    path: named in the error.
+    look: the predicate, such as `path.exists`.
 
   Raises:
-    UserError: the package that speaks to such an object store is not installed.
+    UserError: the client package of the object store is not installed.
   """
   try:
     return look()
@@ -69,7 +69,7 @@ def reached(path: epath.Path, look: Callable[[], bool]) -> bool:
 
 @contextlib.contextmanager
 def writing(path: AnyPath) -> Iterator[None]:
-  """Says in one line what the system says when a file or folder can't be written.
+  """Context in which a failed write of a file or folder becomes a one-line error.
 
   Raises:
     UserError: the block raised an OSError.
@@ -77,30 +77,30 @@ def writing(path: AnyPath) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise UserError(unwritable(path, error)) from error
+    raise UserError(write_error(path, error)) from error
 
 
-def unwritable(path: AnyPath | None, error: OSError) -> str:
-  """Why a place (None: it isn't known) can't be written, and the cure."""
+def write_error(path: AnyPath | None, error: OSError) -> str:
+  """Error message for a failed write to `path` (None: unknown), with the cure."""
   cure = 'free some space and run the same command again'
-  cure = cure if is_full(error) else 'name another place'
+  cure = cure if is_disk_full(error) else 'name another path'
   return f'cannot write {path or "a file"}: {error.strerror or error}; {cure}'
 
 
-def is_full(error: OSError) -> bool:
-  """Whether a disk, or somebody's share of it, is full."""
-  return error.errno in _FULL
+def is_disk_full(error: OSError) -> bool:
+  """Whether an error means that the disk or the user's quota is full."""
+  return error.errno in _FULL_ERRNOS
 
 
 def read_text(path: AnyPath, name: str = '') -> str:
-  """A text in UTF-8, its lines ended by a newline alone; a byte order mark is left out.
+  r"""Reads a UTF-8 text file: line ends become `\n`, a byte order mark is dropped.
 
   Args:
-    path: local.
-    name: what an error calls it, if not by its path.
+    path: local file.
+    name: its name in the error; '' for the path.
 
   Raises:
-    UserError: it can't be read.
+    UserError: the file can't be read or is not UTF-8.
   """
   try:
     return Path(path).read_text(encoding='utf-8-sig')
@@ -109,10 +109,10 @@ def read_text(path: AnyPath, name: str = '') -> str:
 
 
 def read_lines(path: AnyPath) -> Iterator[str]:
-  """The lines of a text in UTF-8 one by one, as `read_text` reads it, without their newlines.
+  """Yields the lines of a UTF-8 text file, decoded as in `read_text`, without their newlines.
 
   Raises:
-    UserError: it can't be read.
+    UserError: the file can't be read or is not UTF-8.
   """
   try:
     with open(path, encoding='utf-8-sig') as file:
@@ -123,15 +123,15 @@ def read_lines(path: AnyPath) -> Iterator[str]:
 
 
 def local(path: AnyPath) -> Path:
-  """A path whose files are opened in place, with `~` for the home folder.
+  """Resolves a path that must be local; `~` expands to the home folder.
 
   Raises:
-    UserError: it is on an object store.
+    UserError: the path is on an object store.
   """
   if is_remote(path):
     raise UserError(
-      f'{path} is on an object store, and pictures are read from local files: mount it (gcsfuse) '
-      'or copy it, and name the local folder'
+      f'{path} is on an object store, but images are read from local files: mount it (gcsfuse) or '
+      'copy it, and name the local folder'
     )
   return Path(path).expanduser()
 
@@ -146,26 +146,26 @@ def checksum(path: AnyPath) -> int:
 
 
 def write_atomic(path: os.PathLike[str], content: bytes) -> None:
-  """Writes a file so that readers, also in other processes, see all of it or none.
+  """Writes a file atomically: readers, also in other processes, see all of it or none.
 
-  Nothing but the file itself is touched: what is written first has a name that nobody else has.
+  The content goes to a temporary file with a unique name, which then replaces `path`.
 
   Raises:
-    OSError: it can't be written; what was there is still there.
+    OSError: the write failed; an existing file is unchanged.
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  beside = _beside(path)
+  temporary = _temporary_path(path)
   try:
-    beside.write_bytes(content)
-    beside.replace(path)
+    temporary.write_bytes(content)
+    temporary.replace(path)
   except BaseException:
-    beside.unlink(missing_ok=True)
+    temporary.unlink(missing_ok=True)
     raise
 
 
-def _beside(path: epath.Path) -> epath.Path:
-  """A name in the same folder that no other process writes to."""
+def _temporary_path(path: epath.Path) -> epath.Path:
+  """A path in the same folder that no other process writes to."""
   if is_remote(path):
     return path.parent / f'.{path.name}.{os.getpid()}.part'
   handle, temporary = tempfile.mkstemp(dir=path.parent, prefix='.', suffix='.part')
@@ -174,25 +174,25 @@ def _beside(path: epath.Path) -> epath.Path:
   return epath.Path(temporary)
 
 
-def put_aside(path: epath.Path, name: str, joint: str = '') -> str:
-  """Renames a file or folder to `name`; where that is taken, `joint` and a number from 2 follow.
+def move_aside(path: epath.Path, name: str, joint: str = '') -> str:
+  """Renames a file or folder to `name`, or to the next free `name{joint}{number}`, from 2 on.
 
   Returns:
-    The name that it has now.
+    The new name.
   """
-  free = first_free(path, name, joint)
-  path.rename(free)
-  return free.name
+  target = first_free_path(path, name, joint)
+  path.rename(target)
+  return target.name
 
 
-def first_free(path: epath.Path, name: str, joint: str = '') -> epath.Path:
-  """The first name that nothing beside a path has yet: `name`, or with `joint` and a number."""
+def first_free_path(path: epath.Path, name: str, joint: str = '') -> epath.Path:
+  """The first unused path beside `path`: `name`, else `name{joint}2`, `name{joint}3`, ..."""
   numbered = (f'{name}{joint}{number}' for number in itertools.count(2))
   names = itertools.chain([name], numbered)
-  return next(found for one in names if not (found := path.parent / one).exists())
+  return next(target for one in names if not (target := path.parent / one).exists())
 
 
 def stable_hash(*parts: object) -> int:
-  """A 63-bit number that depends on the parts alone: not on process, platform or version."""
+  """A 63-bit hash of the parts that is the same in every process, platform and version."""
   text = '\x1f'.join(str(part) for part in parts)
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big') >> 1

@@ -22,14 +22,14 @@ OTHERWISE = {
 
 def test_they_fit_the_budget_and_none_is_unknown():
   files = {path.stem: path.stat().st_size for path in ASSETS.glob('*.safetensors')}
-  assert set(SHIPPED) <= set(files) <= set(weights.MADE_BY)
+  assert set(SHIPPED) <= set(files) <= set(weights.ASSET_CONFIGS)
   assert sum(files.values()) <= 24e6
 
 
 @pytest.mark.parametrize('name', SHIPPED)
 def test_each_is_what_its_config_makes(name):
   metadata = weights.load(f'assets:{name}')[1]
-  config = systems.build(config_file.load(weights.MADE_BY[name], {})).config
+  config = systems.build(config_file.load(weights.ASSET_CONFIGS[name], {})).config
   differing = differences(config, json.loads(metadata['config']))
   free = (*resume.FREE, *OTHERWISE.get(name, ()))
   assert not [field for field in differing if not field.startswith(free)]

@@ -1,4 +1,4 @@
-"""The engine: strict both ways, shapes and dtypes checked before anything is read or written."""
+"""Tests of conversion: all keys, shapes and dtypes are checked before tensors are read."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ TABLE = Table(
 
 
 @dataclasses.dataclass
-class Held:
-  """A tensor in memory; `reads` counts how often it was asked for its numbers."""
+class FakeTensor:
+  """A tensor in memory that counts its reads."""
 
   value: np.ndarray
   reads: int = 0
@@ -51,14 +51,14 @@ class Held:
     return self.value
 
 
-def _source(prefix: str = '') -> dict[str, Held]:
-  draw = np.random.default_rng(0)
+def _source(prefix: str = '') -> dict[str, FakeTensor]:
+  rng = np.random.default_rng(0)
   tensors = {
-    f'layers.{n}.qkv.weight': draw.standard_normal((8, 5)).astype(np.float32) for n in range(3)
+    f'layers.{n}.qkv.weight': rng.standard_normal((8, 5)).astype(np.float32) for n in range(3)
   }
-  tensors['norm.weight'] = draw.standard_normal(5).astype(np.float32)
+  tensors['norm.weight'] = rng.standard_normal(5).astype(np.float32)
   tensors['text.position_ids'] = np.arange(4)
-  return {prefix + key: Held(value) for key, value in tensors.items()}
+  return {prefix + key: FakeTensor(value) for key, value in tensors.items()}
 
 
 def _abstract():
@@ -75,7 +75,7 @@ def _import(tensors, abstract=None):
 
 
 @pytest.mark.parametrize('prefix', ['', 'model.'])
-def test_every_tensor_is_used_or_ignored_for_a_reason(prefix):
+def test_every_tensor_is_used_or_ignored(prefix):
   tensors = _source(prefix)
   plan, params = _import(tensors)
   assert plan.ignored == {f'{prefix}text.position_ids': 'a buffer'}
@@ -87,104 +87,105 @@ def test_every_tensor_is_used_or_ignored_for_a_reason(prefix):
   np.testing.assert_array_equal(params['layers']['k'][2, :, 0, 1], second[7])
 
 
-def test_narrow_floats_are_widened_exactly():
+def test_bfloat16_is_cast_to_float32_exactly():
   tensors = _source()
-  for held in tensors.values():
-    if held.value.dtype == np.float32:
-      held.value = held.value.astype(jnp.bfloat16)
+  for tensor in tensors.values():
+    if tensor.value.dtype == np.float32:
+      tensor.value = tensor.value.astype(jnp.bfloat16)
   params = _import(tensors)[1]
   assert params['norm']['scale'].dtype == jnp.float32
-  wanted = tensors['norm.weight'].value.astype(np.float32)
-  np.testing.assert_array_equal(params['norm']['scale'], wanted)
+  expected = tensors['norm.weight'].value.astype(np.float32)
+  np.testing.assert_array_equal(params['norm']['scale'], expected)
 
 
-def test_leaves_are_made_where_they_will_lie():
+def test_leaves_are_loaded_with_their_shardings():
   mesh = sharding.make_mesh(MeshConfig())
   table = ((r'layers/[qk]', ('layers', 'embed', 'heads', 'head')), (r'norm/scale', ('embed',)))
   shapes = {'layers': {'q': (3, 16, 3, 2), 'k': (3, 16, 1, 2)}, 'norm': {'scale': (16,)}}
   leaf = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   abstract = jax.tree.map(leaf, shapes, is_leaf=lambda x: isinstance(x, tuple))
-  spread = sharding.param_shardings(abstract, table, mesh, 'fsdp')
+  shardings = sharding.param_shardings(abstract, table, mesh, 'fsdp')
   abstract = jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     abstract,
-    spread,
+    shardings,
   )
-  draw = np.random.default_rng(0)
-  tensors = {f'layers.{n}.qkv.weight': Held(draw.standard_normal((8, 16))) for n in range(3)}
-  tensors['norm.weight'] = Held(draw.standard_normal(16))
-  for held in tensors.values():
-    held.value = held.value.astype(np.float32)
+  rng = np.random.default_rng(0)
+  tensors = {f'layers.{n}.qkv.weight': FakeTensor(rng.standard_normal((8, 16))) for n in range(3)}
+  tensors['norm.weight'] = FakeTensor(rng.standard_normal(16))
+  for tensor in tensors.values():
+    tensor.value = tensor.value.astype(np.float32)
   params = _import(tensors, abstract)[1]
   q = params['layers']['q']
   assert q.sharding == abstract['layers']['q'].sharding
   assert q.addressable_shards[0].data.size == q.size // 8
   for n in range(3):
-    rows = tensors[f'layers.{n}.qkv.weight'].value[:6]
-    np.testing.assert_array_equal(q[n], rows.T.reshape(16, 3, 2))
+    kernel = tensors[f'layers.{n}.qkv.weight'].value[:6]
+    np.testing.assert_array_equal(q[n], kernel.T.reshape(16, 3, 2))
 
 
-def _refused(tensors, abstract=None) -> str:
-  with pytest.raises(UserError) as caught:
+def _error(tensors, abstract=None) -> str:
+  """The one-line error of an import, which must not read large tensors."""
+  with pytest.raises(UserError) as error:
     _import(tensors, abstract)
-  assert '\n' not in str(caught.value)
-  assert all(held.reads == 0 for key, held in tensors.items() if 'layers' in key)
-  return str(caught.value)
+  assert '\n' not in str(error.value)
+  assert all(tensor.reads == 0 for key, tensor in tensors.items() if 'layers' in key)
+  return str(error.value)
 
 
-def test_missing_and_extra_keys_are_named_together():
+def test_error_lists_missing_and_unexpected_keys():
   tensors = _source()
   del tensors['layers.1.qkv.weight']
   tensors['layers.3.qkv.weight'] = tensors['layers.0.qkv.weight']
-  tensors['surprise'] = Held(np.zeros(2, np.float32))
-  said = _refused(tensors)
+  tensors['unexpected'] = FakeTensor(np.zeros(2, np.float32))
+  error = _error(tensors)
   for words in (
     "'layers.1.qkv.weight' is missing",
-    "'layers.3.qkv.weight' has no place",
-    "'surprise' has no place",
+    "'layers.3.qkv.weight' has no parameter",
+    "'unexpected' has no parameter",
   ):
-    assert words in said
+    assert words in error
 
 
-def test_a_wrong_shape_or_dtype_is_named():
+def test_error_names_wrong_shapes_and_dtypes():
   tensors = _source()
   tensors['layers.0.qkv.weight'].value = np.zeros((9, 5), np.float32)
   tensors['norm.weight'].value = np.zeros(5, np.int32)
-  said = _refused(tensors)
-  assert re.search(r"'layers.0.qkv.weight' has the wrong shape: \[9, 5\]", said)
-  assert "'norm.weight' holds int32" in said
+  error = _error(tensors)
+  assert re.search(r"'layers.0.qkv.weight' has the wrong shape: \[9, 5\]", error)
+  assert "'norm.weight' is int32" in error
 
 
-def test_a_parameter_that_nothing_fills_is_named():
+def test_error_names_a_parameter_without_a_tensor():
   abstract = _abstract() | {'new': jax.ShapeDtypeStruct((2,), jnp.float32)}
-  assert "nothing fills our 'new'" in _refused(_source(), abstract)
+  assert "no tensor fills our 'new'" in _error(_source(), abstract)
 
 
-def test_long_lists_of_differences_are_cut():
-  said = _refused({f'x.{n}': Held(np.zeros(1, np.float32)) for n in range(20)})
-  assert said.endswith('and 18 more')
+def test_long_lists_of_differences_are_truncated():
+  error = _error({f'x.{n}': FakeTensor(np.zeros(1, np.float32)) for n in range(20)})
+  assert error.endswith('and 18 more')
 
 
-def test_a_tie_must_hold_the_same_numbers():
+def test_tied_tensors_must_be_equal():
   tensors = _source()
-  tensors['head.weight'] = Held(tensors['norm.weight'].value.copy())
+  tensors['head.weight'] = FakeTensor(tensors['norm.weight'].value.copy())
   plan, _ = _import(tensors)
   assert plan.ignored['head.weight'] == 'the same tensor as norm.weight'
   tensors = _source()
-  tensors['head.weight'] = Held(tensors['norm.weight'].value + 1)
-  assert 'should be one tensor' in _refused(tensors)
+  tensors['head.weight'] = FakeTensor(tensors['norm.weight'].value + 1)
+  assert 'should be one tensor' in _error(tensors)
 
 
-def _filled(tensors):
+def _all_params(tensors):
   return _import(tensors)[1] | {'codes': jnp.zeros((7, 5))}
 
 
 @pytest.mark.parametrize('shard', [10**9, 200])
-def test_export_writes_what_was_read(tmp_path, shard):
+def test_export_equals_the_import(tmp_path, shard):
   tensors = _source()
   config = {'width': 5}
   folder = tmp_path / 'out'
-  keys = convert.export(_filled(tensors), TABLE, folder, config, {}, shard=shard)
+  keys = convert.export(_all_params(tensors), TABLE, folder, config, {}, shard=shard)
   assert keys == sorted(tensors.keys() - {'text.position_ids'})
   source = sources.open_source(str(folder))
   assert source.config == config and source.tensors.keys() == set(keys)
@@ -198,25 +199,25 @@ def test_export_writes_what_was_read(tmp_path, shard):
   assert [path.name for path in tmp_path.iterdir()] == ['out']
 
 
-def test_export_overwrites_nothing_and_leaves_nothing_half_written(tmp_path, monkeypatch):
-  params = _filled(_source())
-  (tmp_path / 'there').mkdir()
+def test_export_overwrites_nothing_and_is_atomic(tmp_path, monkeypatch):
+  params = _all_params(_source())
+  (tmp_path / 'existing').mkdir()
   with pytest.raises(UserError, match='exists'):
-    convert.export(params, TABLE, tmp_path / 'there', {}, {})
+    convert.export(params, TABLE, tmp_path / 'existing', {}, {})
   with pytest.raises(UserError, match="no tensor for 'extra'"):
     convert.export(params | {'extra': jnp.zeros(1)}, TABLE, tmp_path / 'out', {}, {})
 
   def full(*_, **__):
     raise OSError(28, 'No space left on device')
 
-  (tmp_path / 'out.unfinished').mkdir()  # somebody else's
+  (tmp_path / 'out.unfinished').mkdir()  # not ours
   monkeypatch.setattr(convert.safetensors.numpy, 'save_file', full)
   with pytest.raises(UserError, match='No space left'):
     convert.export(params, TABLE, tmp_path / 'out', {}, {})
-  assert {path.name for path in tmp_path.iterdir()} == {'there', 'out.unfinished'}
+  assert {path.name for path in tmp_path.iterdir()} == {'existing', 'out.unfinished'}
 
 
-def test_a_layout_of_which_we_keep_a_part_is_for_import_only(tmp_path):
+def test_partially_imported_layout_is_not_exported(tmp_path):
   table = Table('slices', (Row('conv.weight', 'conv', 'O I T -> I O', last='T'),))
   with pytest.raises(UserError, match='import only'):
     convert.export({'conv': jnp.zeros((2, 3))}, table, tmp_path / 'out', {}, {})

@@ -1,4 +1,4 @@
-"""Tests of frozen networks: those that don't fit the model are refused before any work."""
+"""Tests that frozen networks that don't fit the model are refused before any work."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def _check(system):
 
 
 @pytest.mark.parametrize('config_file', [t2i, codec])
-def test_the_shipped_networks_fit(config_file):
+def test_shipped_networks_fit(config_file):
   _check(_system(config_file, 'debug', {}))
 
 
@@ -45,13 +45,13 @@ def test_the_shipped_networks_fit(config_file):
     ),
   ],
 )
-def test_what_does_not_fit_is_one_line(config_file, arg, changes, message):
+def test_misfitting_networks_are_one_line_errors(config_file, arg, changes, message):
   with pytest.raises(UserError, match=message) as error:
     _check(_system(config_file, arg, changes))
   assert '\n' not in str(error.value)
 
 
-def test_a_whole_run_in_place_of_one_of_its_networks_does_not_fit(tmp_path):
+def test_all_networks_of_a_run_in_place_of_one_do_not_fit(tmp_path):
   path = str(tmp_path / 'run.safetensors')
   weights.save(path, {'image': weights.load('assets:image')[0], 'other': np.ones(2)}, {})
   with pytest.raises(UserError, match=f'image={path}.*do not fit'):

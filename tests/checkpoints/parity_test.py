@@ -1,4 +1,4 @@
-"""--check runs for every family that has a reference library."""
+"""Tests of --check for every family with a reference library."""
 
 from __future__ import annotations
 
@@ -66,24 +66,24 @@ _MODELS = {
 
 
 @pytest.mark.parametrize('name', _MODELS)
-def test_an_import_is_compared_with_its_reference(name, tmp_path):
+def test_import_matches_its_reference(name, tmp_path):
   package, make = _MODELS[name]
   torch.manual_seed(0)
   make(__import__(package)).save_pretrained(tmp_path)
   imported = families.load(name, sources.open_source(str(tmp_path)))
   errors = parity.compare(imported, tmp_path)
-  good, line = parity.verdict(name, errors)
-  assert good and 'holds' in line
-  # The control: one changed bias or scale is found.
-  leaf = next(iter(sorted(_leaves(imported.params))))
+  passed, line = parity.verdict(name, errors)
+  assert passed and 'holds' in line
+  # Negative control: a changed scale fails the check.
+  leaf = next(iter(sorted(_scale_paths(imported.params))))
   _change(imported.params, leaf)
   assert not parity.verdict(name, parity.compare(imported, tmp_path))[0], leaf
 
 
-def _leaves(tree, prefix=()):
+def _scale_paths(tree, prefix=()):
   for key, value in tree.items():
     if isinstance(value, dict):
-      yield from _leaves(value, (*prefix, key))
+      yield from _scale_paths(value, (*prefix, key))
     elif key == 'scale':
       yield (*prefix, key)
 
@@ -95,14 +95,14 @@ def _change(tree, path):
   tree[name] = tree[name] * 1.5
 
 
-def test_a_layout_without_a_reference_says_so(tmp_path):
+def test_layout_without_a_reference_is_refused(tmp_path):
   golden = Path(__file__).parents[1] / 'golden' / 'xomni_siglip_vq'
   plan = types.SimpleNamespace(table=types.SimpleNamespace(name='siglip_vq (X-Omni)'))
   with pytest.raises(UserError, match='X-Omni.*without --check'):
     parity.compare(families.Imported('siglip_vq', None, {}, plan), golden)
 
 
-def test_a_library_that_is_not_installed_is_named(monkeypatch, tmp_path):
+def test_error_names_a_missing_library(monkeypatch, tmp_path):
   imported = families.Imported('qwen2', None, {}, None)
   monkeypatch.setitem(parity._REFERENCES, 'qwen2', ('no_such_library', None))
   with pytest.raises(UserError, match='pip install no_such_library'):

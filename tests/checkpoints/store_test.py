@@ -1,4 +1,4 @@
-"""Tests of checkpoints: round trips, what is kept, damage, kills, other meshes."""
+"""Tests of checkpoints: round trips, retention, damage, kills and other meshes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _mesh(devices: int = 8) -> jax.sharding.Mesh:
 
 
 def _state(step: int, mesh: jax.sharding.Mesh, width: int = 64) -> dict[str, Any]:
-  """A state with an optax state that is no plain dict; every step has values of its own."""
+  """A state with a nested optax state; its values differ at every step."""
 
   def make(key):
     kernel, other = (jax.random.normal(k, (width, 48)) for k in jax.random.split(key))
@@ -47,9 +47,9 @@ def _state(step: int, mesh: jax.sharding.Mesh, width: int = 64) -> dict[str, Any
     }
 
   shapes = jax.eval_shape(make, jax.random.key(0))
-  places = sharding.param_shardings(shapes, TABLE, mesh, 'fsdp')
-  made = jax.jit(make, out_shardings=places)(jax.random.key(step))
-  return {'stage': 1, 'step': step, 'stage_step': step - 1, 'examples_seen': 8 * step, **made}
+  shardings = sharding.param_shardings(shapes, TABLE, mesh, 'fsdp')
+  arrays = jax.jit(make, out_shardings=shardings)(jax.random.key(step))
+  return {'stage': 1, 'step': step, 'stage_step': step - 1, 'examples_seen': 8 * step, **arrays}
 
 
 def _abstract(mesh: jax.sharding.Mesh, width: int = 64):
@@ -64,9 +64,9 @@ def _abstract(mesh: jax.sharding.Mesh, width: int = 64):
   return abstract_of
 
 
-def _equal(ours: Any, theirs: Any) -> None:
-  assert jax.tree.structure(ours) == jax.tree.structure(theirs)
-  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+def _assert_equal(actual: Any, expected: Any) -> None:
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def _save(directory: Path, *steps: int, **config: int) -> None:
@@ -85,18 +85,18 @@ def _restore(directory: Path, mesh: jax.sharding.Mesh | None = None) -> Any:
     store.close()
 
 
-def _largest(folder: Path) -> Path:
+def _largest_file(folder: Path) -> Path:
   return max((f for f in folder.rglob('*') if f.is_file()), key=lambda f: f.stat().st_size)
 
 
-def _flip(file: Path, place: int, bit: int = 3) -> None:
+def _flip_bit(file: Path, position: int, bit: int = 3) -> None:
   data = bytearray(file.read_bytes())
-  data[place] ^= 1 << bit
+  data[position] ^= 1 << bit
   file.write_bytes(data)
 
 
 class TestRoundTrip:
-  def test_bit_exact_with_record(self, tmp_path):
+  def test_state_and_record_are_restored_bit_exactly(self, tmp_path):
     state = _state(3, _mesh())
     store = Store(str(tmp_path / 'a' / 'b'), CheckpointConfig(every=3))
     assert store.restore(_abstract(_mesh())) is None
@@ -104,18 +104,18 @@ class TestRoundTrip:
     assert store.save(state, CONFIG)
     assert not store.save(state, CONFIG, force=True)  # just saved
     store.wait()
-    seen = []
-    fresh = Store(str(tmp_path / 'a' / 'b'), CheckpointConfig(every=3))
-    restored = fresh.restore(lambda meta: seen.append(meta) or _abstract(_mesh())(meta))
-    _equal(restored, state)
+    records = []
+    second = Store(str(tmp_path / 'a' / 'b'), CheckpointConfig(every=3))
+    restored = second.restore(lambda meta: records.append(meta) or _abstract(_mesh())(meta))
+    _assert_equal(restored, state)
     assert restored['params']['dit']['kernel'].sharding == state['params']['dit']['kernel'].sharding
-    assert seen[0]['config'] == CONFIG
-    counters = {name: seen[0][name] for name in store_lib.COUNTERS}
+    assert records[0]['config'] == CONFIG
+    counters = {name: records[0][name] for name in store_lib.COUNTERS}
     assert counters == {'stage': 1, 'step': 3, 'stage_step': 2, 'examples_seen': 24}
-    assert fresh.latest_meta() == seen[0]
-    assert not fresh.save(restored, CONFIG, force=True)  # just restored
+    assert second.latest_meta() == records[0]
+    assert not second.save(restored, CONFIG, force=True)  # just restored
     store.close()
-    fresh.close()
+    second.close()
 
   def test_counters_may_be_arrays(self, tmp_path):
     state = _state(2, _mesh())
@@ -126,7 +126,7 @@ class TestRoundTrip:
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     restored = store.restore(lambda meta: abstract)
     store.close()
-    _equal(restored, state)
+    _assert_equal(restored, state)
     assert store.latest_meta()['examples_seen'] == 16
 
   def test_saved_arrays_may_be_donated(self, tmp_path):
@@ -137,22 +137,22 @@ class TestRoundTrip:
     shift = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     jax.block_until_ready(shift(state['params']))
     store.close()
-    _equal(jax.device_get(_restore(tmp_path)['params']), copy)
+    _assert_equal(jax.device_get(_restore(tmp_path)['params']), copy)
 
-  @pytest.mark.parametrize(('saved', 'restored'), [(8, 4), (4, 8), (8, 1)])
-  def test_other_numbers_of_devices(self, tmp_path, saved, restored, caplog):
-    state = _state(1, _mesh(saved))
+  @pytest.mark.parametrize(('save_devices', 'load_devices'), [(8, 4), (4, 8), (8, 1)])
+  def test_number_of_devices_may_change(self, tmp_path, save_devices, load_devices, caplog):
+    state = _state(1, _mesh(save_devices))
     store = Store(str(tmp_path), CheckpointConfig(every=1))
-    with jax.set_mesh(_mesh(saved)):
+    with jax.set_mesh(_mesh(save_devices)):
       store.save(state, CONFIG)
       store.close()
-    mesh = _mesh(restored)
+    mesh = _mesh(load_devices)
     with jax.set_mesh(mesh):
-      other = _restore(tmp_path, mesh)
-    _equal(jax.device_get(other), jax.device_get(state))
-    assert len(other['params']['dit']['kernel'].sharding.device_set) == restored
+      restored = _restore(tmp_path, mesh)
+    _assert_equal(jax.device_get(restored), jax.device_get(state))
+    assert len(restored['params']['dit']['kernel'].sharding.device_set) == load_devices
 
-  def test_another_machine_is_reported(self, tmp_path, caplog, monkeypatch):
+  def test_warns_of_a_different_machine(self, tmp_path, caplog, monkeypatch):
     _save(tmp_path, 1)
     monkeypatch.setattr(store_lib, '_machine', lambda: {'cpu_threads': 999, 'devices': '8 x cpu'})
     with caplog.at_level(logging.WARNING):
@@ -170,7 +170,7 @@ class TestPolicy:
     assert sorted(item.name for item in tmp_path.iterdir()) == ['3', '6', '7']
     store.close()
 
-  def test_due(self, tmp_path):
+  def test_saves_when_due_or_forced(self, tmp_path):
     store = Store(str(tmp_path), CheckpointConfig(every=5))
     assert [step for step in range(12) if store.due(step)] == [5, 10]
     assert not store.save(_state(4, _mesh()), CONFIG)
@@ -181,15 +181,15 @@ class TestPolicy:
   def test_two_runs_are_not_mixed(self, tmp_path):
     _save(tmp_path, 5)
     store = Store(str(tmp_path), CheckpointConfig(every=1))
-    with pytest.raises(UserError, match='already holds a checkpoint of step 5'):
+    with pytest.raises(UserError, match='checkpoint of step 5'):
       store.save(_state(3, _mesh()), CONFIG)
     store.close()
 
-  def test_settings(self, tmp_path):
+  def test_invalid_settings_are_refused(self, tmp_path):
     with pytest.raises(UserError, match='at least 1'):
       Store(str(tmp_path), CheckpointConfig(keep=0))
 
-  def test_another_model_is_named(self, tmp_path):
+  def test_checkpoint_of_another_model_is_refused(self, tmp_path):
     _save(tmp_path, 5)
     store = Store(str(tmp_path), CheckpointConfig())
     with pytest.raises(UserError, match=r"of another model: 'ema/ar/q/kernel' is \(\[64, 48\]"):
@@ -199,13 +199,13 @@ class TestPolicy:
 
 
 def _truncate(folder: Path) -> None:
-  file = _largest(folder)
+  file = _largest_file(folder)
   file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def _flip_largest(folder: Path) -> None:
-  file = _largest(folder)
-  _flip(file, file.stat().st_size // 2)
+  file = _largest_file(folder)
+  _flip_bit(file, file.stat().st_size // 2)
 
 
 def _edit_record(folder: Path) -> None:
@@ -218,39 +218,39 @@ def _edit_record(folder: Path) -> None:
 DAMAGE = {
   'flipped bit': (_flip_largest, 'wrong checksum of '),
   'truncated': (_truncate, 'can not be read'),
-  'removed file': (lambda folder: _largest(folder).unlink(), 'can not be read'),
-  'emptied file': (lambda folder: _largest(folder).write_bytes(b''), 'can not be read'),
+  'removed file': (lambda folder: _largest_file(folder).unlink(), 'can not be read'),
+  'emptied file': (lambda folder: _largest_file(folder).write_bytes(b''), 'can not be read'),
   'removed marker': (lambda folder: (folder / 'commit_success.txt').unlink(), 'marker'),
   'edited record': (_edit_record, 'record was changed'),
   'removed record': (lambda folder: (folder / '_CHECKPOINT_METADATA').unlink(), 'can not be read'),
 }
 
 
-# Orbax drops what it was doing with other arrays when one can't be read.
+# Orbax abandons its pending reads when an array can't be read.
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 class TestDamage:
   @pytest.mark.parametrize('kind', DAMAGE)
-  def test_is_named_and_the_one_before_is_used(self, tmp_path, caplog, kind):
-    harm, message = DAMAGE[kind]
+  def test_is_reported_and_the_previous_checkpoint_is_used(self, tmp_path, caplog, kind):
+    damage, message = DAMAGE[kind]
     _save(tmp_path, 1, 2)
-    harm(tmp_path / '2')
+    damage(tmp_path / '2')
     store = Store(str(tmp_path), CheckpointConfig(every=1, keep=2))
     with caplog.at_level(logging.WARNING):
       restored = store.restore(_abstract(_mesh()))
-    _equal(restored, _state(1, _mesh()))
+    _assert_equal(restored, _state(1, _mesh()))
     (line,) = [r.message for r in caplog.records if 'damaged' in r.message]
     assert 'checkpoint 2' in line
     assert message in line
     assert '\n' not in line
-    # The run comes to step 2 again: the damaged folder is out of the way, not in the count.
+    # At step 2, the damaged folder is renamed and doesn't count as a checkpoint.
     assert store.save(_state(2, _mesh()), CONFIG)
     store.close()
     assert store.steps() == [1, 2]
-    _equal(_restore(tmp_path), _state(2, _mesh()))
-    aside = {item.name for item in tmp_path.iterdir()} - {'1', '2'}
-    assert aside == {'damaged-2'}  # whatever it was, somebody may want it back
+    _assert_equal(_restore(tmp_path), _state(2, _mesh()))
+    others = {item.name for item in tmp_path.iterdir()} - {'1', '2'}
+    assert others == {'damaged-2'}
 
-  def test_a_full_disk_is_one_line_and_the_one_before_is_whole(self, tmp_path, monkeypatch):
+  def test_full_disk_is_a_one_line_error_and_keeps_earlier_checkpoints(self, tmp_path, monkeypatch):
     _save(tmp_path, 1)
     store = Store(str(tmp_path), CheckpointConfig(every=1))
     store.restore(_abstract(_mesh()))
@@ -265,18 +265,18 @@ class TestDamage:
       store.wait()
     assert '\n' not in str(error.value)
     store.close()
-    _equal(_restore(tmp_path), _state(1, _mesh()))
+    _assert_equal(_restore(tmp_path), _state(1, _mesh()))
 
-  def test_a_record_that_is_cut_short_is_not_shown(self, tmp_path, caplog):
+  def test_truncated_record_is_not_logged(self, tmp_path, caplog):
     _save(tmp_path, 1, 2)
     file = tmp_path / '2' / '_CHECKPOINT_METADATA'
     file.write_text(file.read_text()[:-200])
     with caplog.at_level(logging.WARNING):
-      _equal(_restore(tmp_path), _state(1, _mesh()))
+      _assert_equal(_restore(tmp_path), _state(1, _mesh()))
     assert [r.message for r in caplog.records if 'custom_metadata' in r.message] == []
     assert len([r for r in caplog.records if 'damaged' in r.message]) == 1
 
-  def test_what_others_left_under_a_step_s_name_is_kept(self, tmp_path):
+  def test_foreign_files_named_like_steps_are_kept(self, tmp_path):
     _save(tmp_path, 1)
     for name in ('3', '9'):
       (tmp_path / name).mkdir()
@@ -286,20 +286,20 @@ class TestDamage:
     (tmp_path / 'damaged-3').mkdir()
     (tmp_path / 'old.orbax-checkpoint-tmp').mkdir()
     store = Store(str(tmp_path), CheckpointConfig(every=1, keep=2))
-    _equal(store.restore(_abstract(_mesh())), _state(1, _mesh()))
-    (tmp_path / '2').mkdir()  # while the run is on its way
+    _assert_equal(store.restore(_abstract(_mesh())), _state(1, _mesh()))
+    (tmp_path / '2').mkdir()  # appears during the run
     for step in (2, 3, 4):
       assert store.save(_state(step, _mesh()), CONFIG)
     store.close()
     assert store.steps() == [3, 4]
-    found = {item.name for item in tmp_path.iterdir()}
-    aside = {'damaged-2', 'damaged-3', 'damaged-3-2', 'damaged-4', 'damaged-9'}
-    assert found == {'3', '4', '007', 'old.orbax-checkpoint-tmp', *aside}
+    names = {item.name for item in tmp_path.iterdir()}
+    renamed = {'damaged-2', 'damaged-3', 'damaged-3-2', 'damaged-4', 'damaged-9'}
+    assert names == {'3', '4', '007', 'old.orbax-checkpoint-tmp', *renamed}
     for name in ('damaged-3-2', 'damaged-9'):
       assert (tmp_path / name / 'notes.txt').read_text() == 'mine'
     assert (tmp_path / 'damaged-4').read_text() == 'mine'
 
-  def test_a_deletion_that_was_interrupted_is_finished(self, tmp_path, monkeypatch):
+  def test_interrupted_deletion_is_completed(self, tmp_path, monkeypatch):
     _save(tmp_path, 1, 2)
     with monkeypatch.context() as patch:
       patch.setattr(type(store_lib.epath.Path(tmp_path)), 'rmtree', lambda path: None)
@@ -308,30 +308,30 @@ class TestDamage:
     _save(tmp_path, 4, keep=2)
     assert {item.name for item in tmp_path.iterdir()} == {'3', '4'}
 
-  def test_none_left(self, tmp_path):
+  def test_error_lists_all_damaged_checkpoints(self, tmp_path):
     _save(tmp_path, 1, 2)
     _truncate(tmp_path / '1')
     _flip_largest(tmp_path / '2')
     with pytest.raises(UserError, match='step 2: wrong checksum .*; step 1: it can not be read'):
       _restore(tmp_path)
 
-  def test_a_bit_anywhere_is_noticed_or_harmless(self, tmp_path):
-    """Flips one bit in each file in turn: the values never come back changed."""
+  def test_flipped_bit_in_any_file_is_detected_or_harmless(self, tmp_path):
+    """Flips one bit in each file in turn: restore never returns changed values."""
     _save(tmp_path, 1)
     state = _state(1, _mesh())
-    draw = random.Random(0)
+    rng = random.Random(0)
     files = [file for file in (tmp_path / '1').rglob('*') if file.is_file()]
-    noticed = 0
+    detected = 0
     for file in (file for file in files if file.stat().st_size):
       intact = file.read_bytes()
-      _flip(file, draw.randrange(len(intact)), draw.randrange(8))
+      _flip_bit(file, rng.randrange(len(intact)), rng.randrange(8))
       try:
-        _equal(_restore(tmp_path), state)
+        _assert_equal(_restore(tmp_path), state)
       except UserError:
-        noticed += 1
+        detected += 1
       file.write_bytes(intact)
-    assert noticed >= 3
-    _equal(_restore(tmp_path), state)
+    assert detected >= 3
+    _assert_equal(_restore(tmp_path), state)
 
   def test_object_store_without_a_finished_save_is_a_new_run(self, tmp_path, monkeypatch):
     _save(tmp_path, 1)
@@ -343,11 +343,11 @@ class TestDamage:
     assert store.restore(_abstract(_mesh())) is None
     assert store.save(_state(1, _mesh()), CONFIG)
     store.close()
-    _equal(_restore(tmp_path), _state(1, _mesh()))
+    _assert_equal(_restore(tmp_path), _state(1, _mesh()))
 
 
-# Saves a state of 50 MB at steps 1, 2, ... until it is killed; says before each save which.
-ENDLESS = """
+# Saves a state of 50 MB at steps 1, 2, ... until it is killed; prints each step.
+ENDLESS_SAVES = """
   import sys, time
   import jax, jax.numpy as jnp
   from vpe_jax.checkpoints.store import Store
@@ -368,39 +368,39 @@ ENDLESS = """
 """
 
 
-def _endless(directory: Path) -> subprocess.Popen:
+def _start_saving(directory: Path) -> subprocess.Popen:
   return subprocess.Popen(
-    [sys.executable, '-c', textwrap.dedent(ENDLESS), str(directory)], text=True,
+    [sys.executable, '-c', textwrap.dedent(ENDLESS_SAVES), str(directory)], text=True,
     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )  # fmt: skip
 
 
-def test_killed_while_saving(tmp_path):
-  done, unfinished = 0, 0
+def test_kill_during_a_save_loses_no_complete_checkpoint(tmp_path):
+  complete, unfinished = 0, 0
   for kill_at in (3, 2, 1):
-    process = _endless(tmp_path)
+    process = _start_saving(tmp_path)
     first = process.stdout.readline()
     assert first, process.stderr.read()
-    # What was saved to its end is there. Of the save that was under way, either all or nothing.
-    assert int(first.split()[1]) in (done, done + 1), first
-    done = int(first.split()[1])
+    # Complete saves exist; the interrupted save exists completely or not at all.
+    assert int(first.split()[1]) in (complete, complete + 1), first
+    complete = int(first.split()[1])
     for _ in range(kill_at):
       process.stdout.readline()
-    # `saving n` is printed while n is being written, in the background.
+    # `saving n` is printed while step n is written in the background.
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    done += kill_at - 1
+    complete += kill_at - 1
     unfinished += any('orbax-checkpoint-tmp' in item.name for item in tmp_path.iterdir())
-  assert unfinished, 'no kill came in the middle of a save'
+  assert unfinished, 'no kill interrupted a save'
   store = Store(str(tmp_path), CheckpointConfig(every=1, keep=2))
   arrays, meta = store.read(lambda path: True)
   store.close()
-  assert meta['step'] >= done
+  assert meta['step'] >= complete
   assert all((leaf == meta['step']).all() for leaf in arrays.values())
 
 
 # Two processes of four devices each: save, restore, damage, restore.
-TWO = """
+TWO_PROCESSES = """
   import pathlib, sys
   import jax, jax.numpy as jnp, numpy as np
   from absl import logging
@@ -411,14 +411,14 @@ TWO = """
   index, folder = jax.process_index(), pathlib.Path(sys.argv[1])
   mesh = sharding.make_mesh(MeshConfig())
   assert mesh.size == 8
-  rows = sharding.host_rows(16, mesh)
-  assert rows == slice(8 * index, 8 * index + 8)
-  batch = sharding.put_batch(np.arange(16.0)[rows], mesh)
+  local = sharding.host_rows(16, mesh)
+  assert local == slice(8 * index, 8 * index + 8)
+  batch = sharding.put_batch(np.arange(16.0)[local], mesh)
   assert float(jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))(batch)) == 120
   names = ('stage', 'step', 'stage_step', 'examples_seen')
-  place = {'w': jax.NamedSharding(mesh, jax.P('fsdp')), 'b': sharding.replicated(mesh)}
+  shardings = {'w': jax.NamedSharding(mesh, jax.P('fsdp')), 'b': sharding.replicated(mesh)}
   make = jax.jit(lambda key: {'w': jax.random.normal(key, (64, 32)), 'b': jnp.ones(3)},
-                 out_shardings=place)
+                 out_shardings=shardings)
 
   def state(step):
     return {**{name: step for name in names}, 'params': make(jax.random.key(step))}
@@ -428,9 +428,9 @@ TWO = """
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
       if isinstance(x, jax.Array) else x, state(1))
 
-  def same(ours, theirs):
-    equal = jax.jit(lambda a, b: jnp.all(a == b), out_shardings=sharding.replicated(mesh))
-    return all(map(bool, jax.tree.leaves(jax.tree.map(equal, ours, theirs))))
+  def equal(ours, theirs):
+    compare = jax.jit(lambda a, b: jnp.all(a == b), out_shardings=sharding.replicated(mesh))
+    return all(map(bool, jax.tree.leaves(jax.tree.map(compare, ours, theirs))))
 
   store = Store(str(folder), CheckpointConfig(every=1, keep=2))
   assert store.restore(abstract_of) is None
@@ -439,8 +439,8 @@ TWO = """
   store.close()
   store = Store(str(folder), CheckpointConfig(every=1, keep=2))
   restored = store.restore(abstract_of)
-  assert restored['step'] == 3 and same(restored['params'], state(3)['params'])
-  # Damage that only the second process reads: both must agree to go back.
+  assert restored['step'] == 3 and equal(restored['params'], state(3)['params'])
+  # Damages a file that only the second process reads: both must restore the previous checkpoint.
   if index == 0:
     files = [f for f in (folder / '3').rglob('ocdbt.process_1/d/*') if f.is_file()]
     largest = max(files, key=lambda f: f.stat().st_size)
@@ -448,15 +448,15 @@ TWO = """
   jax.experimental.multihost_utils.sync_global_devices('damaged')
   store = Store(str(folder), CheckpointConfig(every=1, keep=2))
   restored = store.restore(abstract_of)
-  assert restored['step'] == 2 and same(restored['params'], state(2)['params'])
+  assert restored['step'] == 2 and equal(restored['params'], state(2)['params'])
   assert store.save(state(3), {'seed': 0})
   store.close()
   assert store.steps() == [2, 3], store.steps()
-  print('fine')
+  print('done')
 """
 
 
-def test_two_processes(tmp_path):
+def test_two_processes_save_and_agree_on_damage(tmp_path):
   with sharding.socket.socket() as listener:
     listener.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{listener.getsockname()[1]}'
@@ -469,13 +469,13 @@ def test_two_processes(tmp_path):
       'JAX_NUM_PROCESSES': '2',
       'JAX_PROCESS_ID': str(index),
     }
-    code = [sys.executable, '-c', textwrap.dedent(TWO), str(tmp_path)]
+    command = [sys.executable, '-c', textwrap.dedent(TWO_PROCESSES), str(tmp_path)]
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    processes.append(subprocess.Popen(code, env=environment, **pipes))
+    processes.append(subprocess.Popen(command, env=environment, **pipes))
   try:
     for process in processes:
       out, err = process.communicate(timeout=120)
-      assert (process.returncode, out[-5:]) == (0, 'fine\n'), err[-3000:]
+      assert (process.returncode, out[-5:]) == (0, 'done\n'), err[-3000:]
   finally:
     for process in processes:
       process.kill()

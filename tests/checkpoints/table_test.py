@@ -1,4 +1,4 @@
-"""The words in which tables say how a published tensor lies in our parameters."""
+"""Tests of tables that map published tensors to our parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TABLE = Table(
 )
 
 
-def test_places_name_targets_and_entries():
+def test_place_gives_targets_and_index():
   place = tables.place(TABLE, 'block.12.qkv.weight')
   assert place.targets == ('layers/q', 'layers/k', 'layers/v') and place.index == 12
   place = tables.place(TABLE, 'conv.3.1.weight')
@@ -29,13 +29,13 @@ def test_places_name_targets_and_entries():
   assert tables.place(TABLE, 'block.1.qkv.weight2') is None
 
 
-def test_a_table_with_two_rows_for_a_key_is_wrong():
-  doubled = Table('test', (Row('a.{n}', 'x'), Row('a.{m}', 'y')))
+def test_table_with_two_rows_for_a_key_is_refused():
+  ambiguous = Table('test', (Row('a.{n}', 'x'), Row('a.{m}', 'y')))
   with pytest.raises(ValueError, match='two rows'):
-    tables.place(doubled, 'a.1')
+    tables.place(ambiguous, 'a.1')
 
 
-def test_keys_are_those_of_every_entry():
+def test_keys_enumerate_stacked_layers_and_numbered_paths():
   leaves = {'layers/q': (2, 6, 3, 2), 'conv_0/1': (3, 3, 1, 1), 'conv_7/0': (3, 3, 1, 1)}
   keys = {key: place.index for row in TABLE.rows for key, place in tables.keys(row, leaves)}
   assert keys == {
@@ -46,7 +46,7 @@ def test_keys_are_those_of_every_entry():
   }
 
 
-def test_grouped_heads_are_cut_and_joined_again():
+def test_fused_qkv_is_split_and_concatenated():
   tensor = np.random.default_rng(0).standard_normal((6 + 2 + 2, 5))
   place = tables.place(TABLE, 'block.0.qkv.weight')
   shapes = [(5, 3, 2), (5, 1, 2), (5, 1, 2)]
@@ -58,7 +58,7 @@ def test_grouped_heads_are_cut_and_joined_again():
   np.testing.assert_array_equal(tables.backward(place, [q, k, v], {}), tensor)
 
 
-def test_axes_that_our_leaf_hides_are_given_for_export():
+def test_export_takes_sizes_of_merged_axes():
   tensor = np.random.default_rng(0).standard_normal((4, 3, 2, 2))
   place = tables.place(TABLE, 'stem.weight')
   (kernel,) = tables.forward(place, tensor, [(12, 4)])
@@ -66,7 +66,7 @@ def test_axes_that_our_leaf_hides_are_given_for_export():
   np.testing.assert_array_equal(tables.backward(place, [kernel], {'p': 2, 'q': 2, 'x': 9}), tensor)
 
 
-def test_the_last_entry_of_an_axis_is_taken_and_never_given_back():
+def test_last_index_of_an_axis_is_imported_and_not_exported():
   tensor = np.random.default_rng(0).standard_normal((4, 3, 3, 2, 2))
   place = tables.place(TABLE, 'conv.0.0.weight')
   assert tables.misfit(place, tensor.shape, [(2, 2, 3, 4)]) == ''
@@ -76,7 +76,7 @@ def test_the_last_entry_of_an_axis_is_taken_and_never_given_back():
     tables.backward(place, [kernel], {})
 
 
-def test_a_scalar_has_no_axes():
+def test_vector_of_one_becomes_a_scalar():
   place = tables.place(TABLE, 'scale')
   (scalar,) = tables.forward(place, np.array([2.5]), [()])
   assert scalar.shape == () and tables.backward(place, [scalar], {}).shape == (1,)
@@ -96,7 +96,7 @@ def test_a_scalar_has_no_axes():
     ('scale', (2,), [()]),
   ],
 )
-def test_shapes_that_do_not_fit_are_found_without_numbers(key, source, shapes):
+def test_misfit_detects_wrong_shapes(key, source, shapes):
   place = tables.place(TABLE, key)
   assert tables.misfit(place, source, shapes)
   with pytest.raises(ValueError):

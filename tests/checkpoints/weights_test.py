@@ -18,20 +18,21 @@ from vpe_jax.config import CheckpointConfig
 from vpe_jax.contracts import UserError
 
 
-def _tree() -> dict:
+def _make_tree() -> dict:
   rng = np.random.default_rng(0)
   return {
     'ar': {'q': {'kernel': rng.normal(size=(6, 4)).astype(np.float32).T}, 'scale': jnp.ones(3)},
     'count': np.arange(3, dtype=np.int32),
-    'alone': np.float32(1.5).reshape(()),
+    'scalar': np.float32(1.5).reshape(()),
   }
 
 
-def _run(workdir, ema: bool = True) -> dict:
+def _save_run(workdir, ema: bool = True) -> dict:
+  """Saves a checkpoint of a run; returns its raw parameters."""
   params = {'a': {'w': jnp.arange(8.0), 'frozen': jnp.ones(3)}, 'b': jnp.zeros((2, 2))}
-  average = {'a': {'w': jnp.arange(8.0) + 0.5}} if ema else {}
+  averages = {'a': {'w': jnp.arange(8.0) + 0.5}} if ema else {}
   state = {'stage': 1, 'step': 4, 'stage_step': 2, 'examples_seen': 32, 'params': params}
-  state |= {'opt_state': {'mu': params, 'count': jnp.int32(4)}, 'ema': average}
+  state |= {'opt_state': {'mu': params, 'count': jnp.int32(4)}, 'ema': averages}
   store = Store(str(workdir / 'checkpoints'), CheckpointConfig())
   store.save(state, {'name': 't2i', 'steps': [3, 4]}, force=True)
   store.close()
@@ -41,15 +42,15 @@ def _run(workdir, ema: bool = True) -> dict:
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_file_round_trip(tmp_path, dtype):
   path = str(tmp_path / 'new' / 'w.safetensors')
-  weights.save(path, _tree(), {'config': '{"a": 1}'}, dtype)
+  weights.save(path, _make_tree(), {'config': '{"a": 1}'}, dtype)
   tree, metadata = weights.load(path)
   expected = jax.tree.map(
-    lambda x: np.asarray(jnp.asarray(x, dtype if x.dtype == np.float32 else x.dtype)), _tree()
+    lambda x: np.asarray(jnp.asarray(x, dtype if x.dtype == np.float32 else x.dtype)), _make_tree()
   )
   jax.tree.map(np.testing.assert_array_equal, tree, jax.tree.map(np.asarray, expected))
   assert tree['ar']['q']['kernel'].dtype == np.float32
   assert tree['count'].dtype == np.int32
-  assert tree['alone'].shape == ()
+  assert tree['scalar'].shape == ()
   assert metadata['config'] == '{"a": 1}'
   assert metadata['dtype'] == dtype
   assert metadata['version']
@@ -57,7 +58,7 @@ def test_file_round_trip(tmp_path, dtype):
   assert [item.name for item in (tmp_path / 'new').iterdir()] == ['w.safetensors']
 
 
-def test_nothing_is_overwritten_unasked(tmp_path):
+def test_existing_file_is_replaced_only_with_overwrite(tmp_path):
   path = str(tmp_path / 'w.safetensors')
   weights.save(path, {'a': np.ones(2, np.float32)}, {})
   with pytest.raises(UserError, match='exists'):
@@ -67,19 +68,19 @@ def test_nothing_is_overwritten_unasked(tmp_path):
   np.testing.assert_array_equal(weights.load(path)[0]['a'], np.zeros(2))
   with pytest.raises(UserError, match='dtypes are'):
     weights.save(path, {}, {}, dtype='int4', overwrite=True)
-  with pytest.raises(UserError, match='files end in'):
+  with pytest.raises(UserError, match='w.npz.*ends in .safetensors'):
     weights.save(str(tmp_path / 'w.npz'), {}, {})
 
 
-def test_files_beside_are_left_alone(tmp_path):
-  beside = tmp_path / 'w.safetensors.unfinished'
-  beside.write_text('mine')
+def test_other_files_in_the_folder_are_left_alone(tmp_path):
+  other = tmp_path / 'w.safetensors.unfinished'
+  other.write_text('mine')
   weights.save(str(tmp_path / 'w.safetensors'), {'a': np.ones(2, np.float32)}, {})
-  assert beside.read_text() == 'mine'
+  assert other.read_text() == 'mine'
   assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_fingerprint_knows_paths_shapes_and_bits():
+def test_fingerprint_depends_on_paths_shapes_and_bits():
   base = {'a': np.ones((2, 3), np.float32)}
   same = {'a': jnp.ones((2, 3))}
   others = [{'b': base['a']}, {'a': base['a'].reshape(3, 2)}, {'a': -base['a']}]
@@ -89,8 +90,8 @@ def test_fingerprint_knows_paths_shapes_and_bits():
   assert weights.fingerprint(base) == definition[:12]
 
 
-def test_run_ema_over_raw(tmp_path):
-  params = _run(tmp_path)
+def test_ema_weights_of_a_run_replace_raw_ones(tmp_path):
+  params = _save_run(tmp_path)
   raw, metadata = weights.load_run(str(tmp_path), 'raw')
   jax.tree.map(np.testing.assert_array_equal, raw, params)
   assert metadata['weights'] == 'raw'
@@ -102,22 +103,22 @@ def test_run_ema_over_raw(tmp_path):
   assert (metadata['weights'], metadata['step'], metadata['stage']) == ('ema', '4', '1')
 
 
-def test_the_home_folder_is_found(tmp_path, monkeypatch):
-  _run(tmp_path / 'run')
+def test_tilde_expands_to_the_home_folder(tmp_path, monkeypatch):
+  _save_run(tmp_path / 'run')
   monkeypatch.setenv('HOME', str(tmp_path))
   assert weights.load('~/run')[1]['step'] == weights.load_run('~/run')[1]['step'] == '4'
 
 
-def test_an_object_store_without_its_package_names_the_cure(monkeypatch):
-  monkeypatch.setitem(sys.modules, 'gcsfs', None)  # an import of it fails
+def test_missing_client_package_names_the_cure(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'gcsfs', None)  # makes its import fail
   for load in (weights.load, weights.load_run):
     with pytest.raises(UserError, match=r"gs://bucket/run.*pip install -e '.\[gcs\]'") as error:
       load('gs://bucket/run')
     assert '\n' not in str(error.value)
 
 
-def test_run_without_an_average_says_so(tmp_path):
-  params = _run(tmp_path, ema=False)
+def test_run_without_ema_gives_raw_weights(tmp_path):
+  params = _save_run(tmp_path, ema=False)
   tree, metadata = weights.load_run(str(tmp_path), 'ema')
   jax.tree.map(np.testing.assert_array_equal, tree, params)
   assert metadata['weights'] == 'raw'
@@ -138,7 +139,7 @@ def test_missing_weights_name_the_cure(tmp_path, source, message):
   assert '\n' not in str(error.value)
 
 
-def test_asset_that_is_not_there(tmp_path, monkeypatch):
+def test_missing_asset_names_the_config_that_trains_it(tmp_path, monkeypatch):
   monkeypatch.setattr(weights.importlib.resources, 'files', lambda _: tmp_path)
   with pytest.raises(UserError, match='--config=configs/siglip.py:judge'):
     weights.load('assets:judge')
@@ -147,7 +148,7 @@ def test_asset_that_is_not_there(tmp_path, monkeypatch):
   assert (tree['a'].dtype, metadata['config']) == (np.float32, '{}')
 
 
-def test_changed_numbers_are_noticed(tmp_path):
+def test_changed_bits_are_detected(tmp_path):
   path = tmp_path / 'w.safetensors'
   weights.save(str(path), {'a': np.ones(64, np.float32)}, {}, 'float32')
   data = bytearray(path.read_bytes())
@@ -155,25 +156,25 @@ def test_changed_numbers_are_noticed(tmp_path):
   path.write_bytes(data)
   with pytest.raises(UserError, match=r'w.safetensors. is damaged.*get it again'):
     weights.load(str(path))
-  name = safetensors.numpy.save({'a': np.ones(64, np.float32)}, {'config': '{}'})
-  path.write_bytes(name)  # Without a fingerprint there is nothing to compare with.
+  # A file without a fingerprint is not verified.
+  path.write_bytes(safetensors.numpy.save({'a': np.ones(64, np.float32)}, {'config': '{}'}))
   assert weights.load(str(path))[1] == {'config': '{}'}
 
 
-@pytest.mark.parametrize('name', weights.MADE_BY)
-def test_shipped_weights_are_as_they_were_written(name):
+@pytest.mark.parametrize('name', weights.ASSET_CONFIGS)
+def test_assets_are_intact(name):
   tree, metadata = weights.load(f'assets:{name}')
   assert metadata['fingerprint'] == weights.fingerprint(tree)
 
 
-def test_broken_file(tmp_path):
+def test_truncated_file_is_refused(tmp_path):
   path = tmp_path / 'w.safetensors'
-  weights.save(str(path), _tree(), {})
+  weights.save(str(path), _make_tree(), {})
   path.write_bytes(path.read_bytes()[:-1])
-  with pytest.raises(UserError, match='no whole safetensors file'):
+  with pytest.raises(UserError, match='w.safetensors'):
     weights.load(str(path))
 
 
-def test_wrong_word(tmp_path):
+def test_unknown_kind_of_weights_is_refused(tmp_path):
   with pytest.raises(UserError, match="neither 'ema' nor 'raw'"):
     weights.load_run(str(tmp_path), 'best')

@@ -44,13 +44,13 @@ def test_a_published_tower_comes_from_its_release_unless_told():
 
 
 def test_published_autoencoders_and_tokenizers_keep_the_sizes_of_their_family():
-  image = to_dict(wan_vae.BARE) | {'kind': 'wan_vae', 'weights': 'WAN'}
+  image = to_dict(wan_vae.RELEASED_SIZES) | {'kind': 'wan_vae', 'weights': 'WAN'}
   network = _latents(image=image).frozen['image']
-  assert (network.published.family, network.published.sizes) == ('wan_vae', wan_vae.BARE)
-  image = to_dict(ibq.BARE) | {'kind': 'ibq', 'weights': 'IBQ'}
+  assert (network.published.family, network.published.sizes) == ('wan_vae', wan_vae.RELEASED_SIZES)
+  image = to_dict(ibq.RELEASED_SIZES) | {'kind': 'ibq', 'weights': 'IBQ'}
   section = build_section(ImageCodeCodecs, {'image': image})
-  assert section.frozen['vqgan'].published.sizes == ibq.BARE
-  assert section.image.codec(512).codes == ibq.BARE.codes
+  assert section.frozen['vqgan'].published.sizes == ibq.RELEASED_SIZES
+  assert section.image.codec(512).codes == ibq.RELEASED_SIZES.codes
 
 
 def test_without_a_visual_prompt_there_are_no_codes_and_no_networks():

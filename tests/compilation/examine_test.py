@@ -1,4 +1,4 @@
-"""The whole command on virtual devices: its figures, and mistakes that are one line."""
+"""Tests of compilation reports on virtual devices and of one-line errors."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def _config(**data) -> dict:
   return config.to_dict()
 
 
-def test_a_step_on_virtual_devices(monkeypatch):
-  monkeypatch.setattr(examine, 'LARGE', 1000)  # bytes of an all-reduce that is worth a warning
-  found = examine.examine(_config(), Request('cpu:8', stage='plan', images_per_chip=2))
-  values = json.loads(json.dumps(found.as_dict()))
+def test_training_step_on_virtual_devices(monkeypatch):
+  monkeypatch.setattr(examine, 'LARGE', 1000)
+  report = examine.examine(_config(), Request('cpu:8', stage='plan', images_per_chip=2))
+  values = json.loads(json.dumps(report.as_dict()))
   assert values.keys() >= KEYS
   assert (values['chips'], values['images_per_step'], values['images_per_chip']) == (8, 16, 2)
   assert values['parameters'] > values['trainable_parameters'] > 0
@@ -37,32 +37,32 @@ def test_a_step_on_virtual_devices(monkeypatch):
   assert values['hlo_flops_per_step'] >= 0.97 * values['model_flops_per_step'] > 0
   assert values['collective_bytes'].keys() >= {'all-gather', 'all-reduce'}
   assert values['bound_by'] is None and values['hbm_fraction'] is None and values['fits']
-  (warning,) = found.warnings
+  (warning,) = report.warnings
   assert 'all-reduce' in warning and 'ar/layers/' in warning
-  text = found.text()
+  text = report.text()
   assert text.count('warning:') == 1
-  for part in ('peak', 'arguments', 'temporaries', 'parameters:', 'trainable', 'no figures'):
+  for part in ('peak', 'arguments', 'temporaries', 'parameters:', 'trainable', 'bound: none'):
     assert part in text
 
 
-def test_frozen_encoders_that_run_online_are_arguments():
-  asked = Request('cpu:2', stage='plan', images_per_chip=1)
-  online = examine.examine(_config(encode='online'), asked)
-  cached = examine.examine(_config(), asked)
-  # The image tower and the quantiser; captions' tower and autoencoder aren't read in this stage.
+def test_online_encoders_are_arguments_of_the_step():
+  request = Request('cpu:2', stage='plan', images_per_chip=1)
+  online = examine.examine(_config(encode='online'), request)
+  cached = examine.examine(_config(), request)
+  # Only the image tower and the quantizer: this stage uses neither text tower nor autoencoder.
   added = online.usage.arguments - cached.usage.arguments
   assert 0.2 * online.frozen_bytes < added < online.frozen_bytes
   assert online.work.flops > cached.work.flops and online.model_flops > cached.model_flops
 
 
-def test_drawing():
-  found = examine.examine(_config(), Request('cpu:2', what='sample', images_per_chip=1))
-  assert found.as_dict()['what'] == 'sample'
-  # Four flow steps and a plan, each token and each step once: the loops are counted.
-  assert found.work.flops * 2 == pytest.approx(found.model_flops, rel=0.15)
+def test_sampling_program():
+  report = examine.examine(_config(), Request('cpu:2', what='sample', images_per_chip=1))
+  assert report.as_dict()['what'] == 'sample'
+  # Loop bodies count once per token of the visual prompt and once per flow step.
+  assert report.work.flops * 2 == pytest.approx(report.model_flops, rel=0.15)
 
 
-def test_mistakes_are_one_line():
+def test_invalid_requests_are_one_line_errors():
   for request, message in (
     (Request('cpu:8', stage='plam'), "did you mean 'plan'"),
     (Request('cpu:8', what='draw'), 'train or sample'),
@@ -79,17 +79,17 @@ def test_mistakes_are_one_line():
   assert examine.parse_mesh('data=4,fsdp=-1') == {'data': 4, 'fsdp': -1}
 
 
-def test_encoders_of_other_sizes_than_the_models_are_refused():
+def test_encoders_that_do_not_fit_the_model_are_refused():
   with pytest.raises(UserError, match='data.image_size=70'):
     examine.examine(_config(encode='online', image_size=70), Request('cpu:8'))
 
 
-def test_activation_layouts_are_what_keeps_memory_small(monkeypatch):
+def test_sharding_constraints_reduce_memory(monkeypatch):
   """Without `sharding.constrain` at block boundaries the compiler replicates the batch."""
   config = t2i.get_config('debug')
   config.remat = 'full'
-  asked = Request('cpu:8', stage='plan', images_per_chip=16)
-  pinned = examine.examine(config.to_dict(), asked).usage.temporary
+  request = Request('cpu:8', stage='plan', images_per_chip=16)
+  constrained = examine.examine(config.to_dict(), request).usage.temporary
   jax.clear_caches()
   monkeypatch.setattr('vpe_jax.sharding.constrain', lambda x, names: x)
-  assert examine.examine(config.to_dict(), asked).usage.temporary > 1.5 * pinned
+  assert examine.examine(config.to_dict(), request).usage.temporary > 1.5 * constrained

@@ -1,4 +1,4 @@
-"""Tests of the table in a config's header."""
+"""Tests of the table of compilation reports in a config's header."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ REPORT = {
 
 @pytest.fixture
 def folder(tmp_path):
-  """A config with an old table, and reports on two configs."""
+  """A folder with a config that has an old table, and with reports of two configs."""
   text = f'"""A config.\n\n{headers.BEGIN}  old\n{headers.END}"""\n\nKEPT = 1\n'
   (tmp_path / 't2i.py').write_text(text)
   (tmp_path / 'a.json').write_text(json.dumps(REPORT))
@@ -31,7 +31,7 @@ def folder(tmp_path):
   return tmp_path
 
 
-def test_the_table_is_replaced_and_nothing_else(folder):
+def test_only_the_table_is_replaced(folder):
   path = folder / 't2i.py'
   assert headers.write(str(path), str(folder)) == 2
   text = path.read_text()
@@ -44,17 +44,17 @@ def test_the_table_is_replaced_and_nothing_else(folder):
   assert headers.write(str(path), str(folder)) == 2 and path.read_text() == text
 
 
-def test_mistakes_are_one_line(folder):
+def test_missing_files_or_markers_are_errors(folder):
   with pytest.raises(UserError, match='no such file'):
     headers.write(str(folder / 'x.py'), str(folder))
-  with pytest.raises(UserError, match='no reports on'):
+  with pytest.raises(UserError, match='no reports of'):
     headers.write(str(folder / 't2i.py'), str(folder / 'nowhere'))
   (folder / 't2i.py').write_text('"""No table."""\n')
   with pytest.raises(UserError, match='the header needs the lines'):
     headers.write(str(folder / 't2i.py'), str(folder))
 
 
-def test_what_is_not_known_has_no_figure(folder):
+def test_unknown_values_are_dashes(folder):
   unknown = dict.fromkeys(('hbm_fraction', 'step_time_bound_s', 'bound_by', 'mfu_bound'))
   (row,) = headers.table([REPORT | unknown]).splitlines()[1:]
   assert row.split()[-5:] == ['8.4', 'GB', '-', '-', '-']
@@ -68,16 +68,16 @@ def test_what_is_not_known_has_no_figure(folder):
     for text in ('x"""\nprint(1)\n"""y', 'a\\', 'a\nb', None)
   ],
 )
-def test_a_damaged_report_is_named_and_changes_nothing(folder, content):
+def test_error_names_a_damaged_report_and_keeps_the_config(folder, content):
   path, broken = folder / 't2i.py', folder / 'd.json'
   text = path.read_text()
   broken.mkdir() if content is None else broken.write_bytes(content)
-  with pytest.raises(UserError, match='d.json is no report of vpe_jax.compile') as error:
+  with pytest.raises(UserError, match='d.json is not a report of vpe_jax.compile') as error:
     headers.write(str(path), str(folder))
   assert '\n' not in str(error.value) and path.read_text() == text
 
 
-def test_a_full_disk_leaves_the_config_whole(folder, monkeypatch):
+def test_full_disk_keeps_the_config(folder, monkeypatch):
   path = folder / 't2i.py'
   text = path.read_text()
 
@@ -91,6 +91,6 @@ def test_a_full_disk_leaves_the_config_whole(folder, monkeypatch):
   assert path.read_text() == text
 
 
-def test_the_paper_config_has_a_place_for_it():
+def test_shipped_config_has_the_markers():
   text = pathlib.Path('configs/t2i.py').read_text(encoding='utf-8')
   assert headers.table([REPORT]) in headers.rewrite(text, [REPORT])

@@ -1,4 +1,4 @@
-"""Tests of reading compiled programs: what runs, how often, in real programs of this backend."""
+"""Tests of parsing HLO and counting FLOPs, in programs of this backend and of TPU."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _flops(function, *arguments) -> float:
   return traffic.work_of(_program(function, *arguments), [0]).flops
 
 
-def _times(count: int):
-  """x times w, `count` times over in a scan."""
+def _repeat(count: int):
+  """Multiplies x by w `count` times in a scan."""
 
   def run(x, w):
     return jax.lax.scan(lambda carry, _: (jnp.tanh(carry @ w), None), x, None, length=count)[0]
@@ -29,30 +29,30 @@ def _times(count: int):
   return run
 
 
-def test_a_dot_counts_two_for_each_multiply_add():
+def test_dot_counts_two_flops_per_multiply_add():
   left = jax.ShapeDtypeStruct((3, 8, 5), jnp.float32)
   right = jax.ShapeDtypeStruct((3, 5, 7), jnp.float32)
   assert _flops(jnp.matmul, left, right) == 2 * 3 * 8 * 5 * 7
 
 
 @pytest.mark.parametrize('count', [1, 5, 12])
-def test_a_loop_counts_as_often_as_it_runs(count):
-  assert _flops(_times(count), SQUARE, SQUARE) == count * DOT
+def test_loop_body_counts_as_often_as_it_runs(count):
+  assert _flops(_repeat(count), SQUARE, SQUARE) == count * DOT
 
 
-def test_loops_in_loops_multiply():
+def test_trip_counts_of_nested_loops_multiply():
   def run(x, w):
-    return jax.lax.scan(lambda c, _: (_times(4)(c, w), None), x, None, length=3)[0]
+    return jax.lax.scan(lambda c, _: (_repeat(4)(c, w), None), x, None, length=3)[0]
 
   assert _flops(run, SQUARE, SQUARE) == 3 * 4 * DOT
 
 
-def test_forward_and_backward_of_a_scan():
-  loss = lambda w, x: jnp.sum(_times(6)(x, w))
+def test_forward_and_backward_pass_of_a_scan():
+  loss = lambda w, x: jnp.sum(_repeat(6)(x, w))
   assert _flops(jax.grad(loss), SQUARE, SQUARE) == 6 * 3 * DOT
 
 
-def test_a_loop_that_depends_on_data_is_named_and_counted_once():
+def test_data_dependent_loop_is_reported_and_counts_once():
   def run(x, w):
     return jax.lax.while_loop(lambda c: jnp.sum(c) < 1e3, lambda c: c @ w + 1, x)
 
@@ -61,8 +61,8 @@ def test_a_loop_that_depends_on_data_is_named_and_counted_once():
   assert len(work.unknown_loops) == 1 and work.flops == DOT
 
 
-def test_a_convolution_counts_the_places_inside_the_picture():
-  picture = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+def test_convolution_counts_positions_inside_the_image():
+  image = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
   kernel = jax.ShapeDtypeStruct((3, 3, 3, 5), jnp.float32)
 
   def run(x, k):
@@ -70,11 +70,11 @@ def test_a_convolution_counts_the_places_inside_the_picture():
       x, k, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
 
-  # Along one side, 4 places of 3 taps, one of which falls outside once.
-  assert _flops(run, picture, kernel) == 2 * 2 * 3 * 5 * 11 * 11
+  # Along each side, 4 positions of 3 taps, of which one tap is outside: 11.
+  assert _flops(run, image, kernel) == 2 * 2 * 3 * 5 * 11 * 11
 
 
-# What TPU programs look like, which this backend doesn't write.
+# Constructs of TPU programs, which this backend doesn't generate.
 TPU = """HloModule jit_step, is_scheduled=true
 
 %gather_piece.1 (param_0.1: bf16[16,4]) -> bf16[16,16] {
@@ -125,23 +125,23 @@ lhs_dilate=3}, dim_labels=0bf_0oi->0bf
 """
 
 
-def test_a_counter_that_starts_at_one_and_grows_by_two():
+def test_trip_count_of_a_counter_with_start_and_step():
   program = hlo.parse(TPU)
   assert program.trips('main', program.computations['main']['while.1']) == 4
   assert program.unknown_loops() == []
 
 
-def test_a_collective_cut_over_two_fusions_counts_once():
+def test_collective_split_over_two_fusions_counts_once():
   (gather,) = traffic.work_of(hlo.parse(TPU), [0] * 8).collectives
   assert (gather.kind, gather.times, gather.size) == ('all-gather', 4, 4)
   assert gather.bytes == 4 * 16 * 16 * 2 * 3 / 4
 
 
-def test_a_batched_dot_written_as_a_dilated_convolution():
-  # Of the 9 pairs of window and place, only those that meet an element of the batch count: 3.
+def test_batched_dot_as_dilated_convolution():
+  # Of the 9 pairs of kernel position and output, only the 3 that meet a batch element count.
   assert traffic.work_of(hlo.parse(TPU), [0] * 8).flops == 2 * 3 * 8 * 16 * 4
 
 
-def test_text_of_something_else_is_refused():
+def test_text_other_than_hlo_is_refused():
   with pytest.raises(ValueError, match='no ENTRY'):
-    hlo.parse('a poem')
+    hlo.parse('not HLO')

@@ -1,4 +1,4 @@
-"""Tests of reading the compiler's own words about memory."""
+"""Tests of parsing the compiler's memory reports and errors."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ OVERFLOW = (
 )
 
 
-def test_the_largest_buffers_of_hbm():
+def test_largest_hbm_buffers_are_parsed():
   first, second = memory.buffers_of(REPORT)
   assert first == memory.Buffer(13 * 2**30, '5×f32[26,1,8,16,1024,1024]')
   assert second.bytes == 512 * 2**20
   assert memory.buffers_of('') == ()
 
 
-def test_a_program_that_does_not_fit(tmp_path):
+def test_out_of_memory_error_is_parsed(tmp_path):
   (tmp_path / 'm.after_optimizations-memory-usage-report.txt').write_text(REPORT)
   usage = memory.overflow(OVERFLOW, 2**30, tmp_path)
   assert not usage.fits and usage.limit == 15.75 * 2**30
@@ -41,12 +41,12 @@ def test_a_program_that_does_not_fit(tmp_path):
   assert memory.overflow('INTERNAL: something else', 0, tmp_path) is None
 
 
-def test_totals_are_xlas(tmp_path):
+def test_totals_equal_xlas_memory_analysis(tmp_path):
   leaf = jax.ShapeDtypeStruct((64, 64), jnp.float32)
   compiled = jax.jit(lambda x: (x @ x) @ x, donate_argnums=0).lower(leaf).compile()
-  usage, found = memory.usage(compiled, tmp_path), compiled.memory_analysis()
-  assert usage.arguments == found.argument_size_in_bytes == 64 * 64 * 4
-  assert usage.temporary == found.temp_size_in_bytes
+  usage, stats = memory.usage(compiled, tmp_path), compiled.memory_analysis()
+  assert usage.arguments == stats.argument_size_in_bytes == 64 * 64 * 4
+  assert usage.temporary == stats.temp_size_in_bytes
   assert usage.planned >= usage.arguments + usage.temporary
-  # XLA:CPU's peak leaves the temporaries out, of which there are two.
-  assert found.peak_memory_in_bytes < usage.temporary and usage.peak == usage.planned
+  # XLA:CPU's peak omits the two temporaries.
+  assert stats.peak_memory_in_bytes < usage.temporary and usage.peak == usage.planned

@@ -1,7 +1,7 @@
-"""No buffer of the compiled training step of both experts grows with the square of the row.
+"""Tests that no buffer of the compiled step is quadratic in the sequence length.
 
-The paper's row, remat and strategy, in narrow layers: what a layer's attention makes has
-the same two axes at any width, and these compile in a fraction of the time.
+The model has the paper's sequence, remat and strategy but narrow layers, which compile faster. The
+shapes of attention buffers have the same two sequence axes at any width.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from configs import t2i
 from vpe_jax.compilation import examine, hlo
 from vpe_jax.compilation.examine import Request
 
-BLOCK = 512  # the largest of the attention kernels
-TEXT = 549  # a caption's tokens: no width of the model is near the length of the row
-ROW = 1136 + 1040  # tokens of both experts, padded
+BLOCK = 512  # largest block of the attention kernels
+TEXT = 549  # caption tokens, chosen so that no width is close to the sequence length
+SEQUENCE = 1136 + 1040  # tokens of both experts, padded
 
 
 def _narrow(**changes) -> dict:
@@ -34,34 +34,34 @@ def _narrow(**changes) -> dict:
 
 
 def _squares(text: str) -> set[tuple[int, ...]]:
-  """Shapes with two axes of the row's length, or of that rounded up to a block."""
-  near = lambda size: ROW <= size <= -(-ROW // BLOCK) * BLOCK
+  """Shapes with two axes of the sequence length, or of the length rounded up to a block."""
+  is_sequence = lambda size: SEQUENCE <= size <= -(-SEQUENCE // BLOCK) * BLOCK
   shapes = {
     shape.dims
     for computation in hlo.parse(text).computations.values()
     for instruction in computation.values()
     for shape in instruction.shapes
   }
-  return {dims for dims in shapes if sum(map(near, dims)) > 1}
+  return {dims for dims in shapes if sum(map(is_sequence, dims)) > 1}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('topology', ['v5e:2x4', 'v5p:2x2x2'])
-def test_nothing_is_as_large_as_the_row_squared(topology):
-  built = examine.build(_narrow(), Request(topology, stage='joint'))
-  assert built.text and not _squares(built.text)
+def test_no_buffer_is_quadratic_in_the_sequence(topology):
+  compiled = examine.build(_narrow(), Request(topology, stage='joint'))
+  assert compiled.text and not _squares(compiled.text)
 
 
 @pytest.mark.slow
-def test_dense_attention_is_as_large_as_the_row_squared():
-  built = examine.build(_narrow(attention='reference'), Request('v5e:2x4', stage='joint'))
-  assert _squares(built.text)
+def test_reference_attention_has_quadratic_buffers():
+  compiled = examine.build(_narrow(attention='reference'), Request('v5e:2x4', stage='joint'))
+  assert _squares(compiled.text)
 
 
-def test_no_width_is_near_the_rows_length():
-  """Else squares that are found, or not, would mean nothing."""
+def test_no_width_is_close_to_the_sequence_length():
+  """Otherwise the shapes found above would be ambiguous."""
   model = _narrow()['model']
   parts = (model['ar'], model['dit'], model['head'], model['dual_path']['encoder'])
   sizes = {size for part in parts for size in part.values() if isinstance(size, int)}
-  rounded = -(-ROW // BLOCK) * BLOCK
-  assert not [a for a, b in itertools.product(sizes, (1, 2)) if ROW <= a * b <= rounded]
+  rounded = -(-SEQUENCE // BLOCK) * BLOCK
+  assert not [a for a, b in itertools.product(sizes, (1, 2)) if SEQUENCE <= a * b <= rounded]

@@ -1,4 +1,4 @@
-"""Tests of the names of TPU slices, and of what no slice is."""
+"""Tests of valid and invalid names of TPU slices."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from vpe_jax.devices import CHIPS, PEAK_FLOPS
     ('cpu:8', 'cpu:8', None, 8),
   ],
 )
-def test_both_kinds_of_names(text, name, cloud, chips):
-  found = topology.parse(text)
-  assert (found.name, found.cloud_name, found.chips) == (name, cloud, chips)
+def test_grid_and_cloud_names_are_parsed(text, name, cloud, chips):
+  target = topology.parse(text)
+  assert (target.name, target.cloud_name, target.chips) == (name, cloud, chips)
 
 
 def test_several_slices():
-  found = topology.parse('v5p:4x4x4', 4)
-  assert (found.name, found.chips, found.cloud_name) == ('4 x v5p:4x4x4', 256, 'v5p-128')
+  target = topology.parse('v5p:4x4x4', 4)
+  assert (target.name, target.chips, target.cloud_name) == ('4 x v5p:4x4x4', 256, 'v5p-128')
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,14 @@ def test_several_slices():
   [
     ('v5e:16x32', 1, 'largest slice of v5e is 16x16'),
     ('v5e:1x256', 1, 'largest slice of v5e is 16x16'),
-    ('v6e:32x32', 1, 'several slices: --slices=N'),
+    ('v6e:32x32', 1, '--slices=N'),
     ('v5p:16x16x32', 1, r'16x16x24 \(6,144 chips\)'),
     ('v5e:2x2x2', 1, 'v5e has 2 dimensions, such as v5e:4x4'),
     ('v5p:4x4', 1, 'v5p has 3 dimensions'),
     ('v5e:0x4', 1, 'dimensions'),
-    ('v5p-100', 1, 'no such slice; usual ones: v5p-8, v5p-16'),
+    ('v5p-100', 1, 'no such slice; use one of v5p-8, v5p-16'),
     ('v8:2x2', 1, "unknown chip 'v8'; did you mean"),
-    ('a pod', 1, 'v5p:4x4x8, a slice of Google Cloud such as v5p-256, or cpu:8'),
+    ('a pod', 1, 'v5p:4x4x8, a Google Cloud name such as v5p-256, or cpu:8'),
     ('v5e:2x2', 0, 'at least 1'),
     ('cpu:8', 2, 'single slice'),
     ('cpu:0', 1, 'from 1 to 4,096'),
@@ -56,7 +56,7 @@ def test_several_slices():
     ('cpu:\u0668', 1, 'from 1 to 4,096'),
   ],
 )
-def test_what_no_slice_is(text, slices, message):
+def test_invalid_names_are_one_line_errors(text, slices, message):
   with pytest.raises(UserError, match=message) as error:
     topology.parse(text, slices)
   assert '\n' not in str(error.value)
@@ -68,7 +68,7 @@ def test_virtual_devices():
     topology.devices(topology.parse('cpu:4096'))
 
 
-def test_without_libtpu_one_line_names_the_cure(monkeypatch):
+def test_missing_libtpu_names_the_cure(monkeypatch):
   find = importlib.util.find_spec
   monkeypatch.setattr(
     importlib.util, 'find_spec', lambda name: None if name == 'libtpu' else find(name)
@@ -77,8 +77,9 @@ def test_without_libtpu_one_line_names_the_cure(monkeypatch):
     topology.devices(topology.parse('v5e:2x2'))
 
 
-def test_figures_of_chips_are_plausible():
+def test_chip_specifications_are_plausible():
   for chip in CHIPS.values():
-    assert PEAK_FLOPS[chip.kind] == chip.flops
-    assert chip.hbm_rate > chip.ici_rate > chip.dcn_rate
-    assert 100 < chip.flops / chip.hbm_rate < 600  # FLOPs a byte at which HBM stops binding
+    assert PEAK_FLOPS[chip.device_kind] == chip.peak_flops
+    assert chip.hbm_bandwidth > chip.ici_bandwidth > chip.dcn_bandwidth
+    ridge_point = chip.peak_flops / chip.hbm_bandwidth  # FLOPs per byte
+    assert 100 < ridge_point < 600

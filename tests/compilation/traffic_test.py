@@ -1,4 +1,4 @@
-"""Tests of what a program moves: groups of chips, bytes of collectives, and HBM."""
+"""Tests of traffic: groups of chips, bytes of collectives, and HBM bytes."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def _work(body, into: P, out: P) -> traffic.Work:
     ),
   ],
 )
-def test_bytes_that_a_chip_receives(kind, body, into, out, received):
+def test_bytes_received_by_each_kind_of_collective(kind, body, into, out, received):
   assert _work(body, into, out).collective_bytes() == {kind: pytest.approx(BYTES * received)}
 
 
-def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
+def test_collective_in_a_loop_counts_as_often_as_it_runs():
   def body(x):
     step = lambda carry, _: (jnp.tanh(jax.lax.psum(carry, 'fsdp')), None)
     return jax.lax.scan(step, x, None, length=5)[0]
@@ -76,12 +76,12 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
     ('replica_groups={}, x=1', tuple(range(8))),
   ],
 )
-def test_groups(text, group):
+def test_group_formats_are_parsed(text, group):
   assert traffic.group_of(text, 8) == group
 
 
 def test_bytes_from_other_slices():
-  """Of an array, each slice needs the other slice's half once; its 4 chips share that."""
+  """Each slice receives the other slice's half of the array, shared by its 4 chips."""
   reduce = functools.partial(traffic.Collective, 'all-gather', 'x', '', (), 1.0, 8)
   assert reduce(2, bytes=800 * 7 / 8).dcn_bytes == pytest.approx(800 / 2 / 4)
   assert reduce(1, bytes=800 * 7 / 8).dcn_bytes == 0
@@ -114,12 +114,12 @@ is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_RE
 """
 
 
-def test_gradients_over_two_slices():
-  """As TPU programs write it: scattered within a slice, the parts summed over the network."""
+def test_gradient_reduction_over_two_slices():
+  """As in TPU programs: a reduce-scatter within a slice, then an all-reduce over the network."""
   work = traffic.work_of(hlo.parse(SLICES), [0, 0, 0, 0, 1, 1, 1, 1])
   whole = 256 * 512 * 4
   assert work.collective_bytes() == {'reduce-scatter': whole * 3 / 4, 'all-reduce': whole / 4}
-  assert sorted(one.dcn_bytes for one in work.collectives) == [0, whole / 4]
+  assert sorted(collective.dcn_bytes for collective in work.collectives) == [0, whole / 4]
 
 
 MEMORY = """HloModule m
@@ -149,14 +149,14 @@ ENTRY %main (x: f32[100,8], at: s32[]) -> f32[100,8] {
 """
 
 
-def test_hbm_bytes_leave_out_fast_memory_and_untouched_rows():
-  whole, row, index = 3200, 32, 4
-  expected = whole + (row + index + row) + (2 * row + row + index)
+def test_hbm_bytes_exclude_on_chip_memory_and_unused_slices():
+  whole, part, index = 3200, 32, 4
+  expected = whole + (part + index + part) + (2 * part + part + index)
   assert traffic.work_of(hlo.parse(MEMORY), [0]).hbm_bytes == expected
 
 
-# One gather of 64 rows, begun before a loop and carried on in every turn, beside other work.
-CARRIED = """HloModule m
+# An all-gather that starts before a loop and continues in every iteration, overlapped with work.
+CONTINUED = """HloModule m
 
 %begun (p: f32[8,16], w: f32[64,16], s: s32[2]) -> (f32[8,16], f32[64,16], s32[2]) {
   %p = f32[8,16]{1,0} parameter(0)
@@ -218,12 +218,12 @@ condition=%condition, body=%body
 """
 
 
-def test_a_collective_that_a_loop_carries_on_counts_once():
-  work = traffic.work_of(hlo.parse(CARRIED), [0] * 8)
+def test_collective_continued_in_a_loop_counts_once():
+  work = traffic.work_of(hlo.parse(CONTINUED), [0] * 8)
   part, whole, square = 8 * 16 * 4, 64 * 16 * 4, 4 * 4 * 4
   assert work.collective_bytes() == {'all-gather': whole * 7 / 8}
   assert work.hbm_bytes == (part + whole) + 5 * 2 * square
-  assert sum(count for _, count in work.movers) == work.hbm_bytes
+  assert sum(count for _, count in work.largest_traffic) == work.hbm_bytes
 
 
 BITCAST = """HloModule m
@@ -244,5 +244,5 @@ ENTRY %main (x: f32[100,8], at: s32[]) -> f32[1,8] {
 """
 
 
-def test_a_slice_of_another_name_for_an_array_is_a_slice_of_it():
+def test_slice_of_a_bitcast_counts_as_a_slice():
   assert traffic.work_of(hlo.parse(BITCAST), [0]).hbm_bytes == 32 + 4 + 32

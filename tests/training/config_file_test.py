@@ -1,4 +1,4 @@
-"""Tests of reading configs and overrides."""
+"""Tests of config files and overrides."""
 
 import pathlib
 
@@ -12,7 +12,7 @@ T2I = str(ROOT / 'configs' / 't2i.py')
 CODEC = str(ROOT / 'configs' / 'codec.py')
 
 
-def test_overrides_reach_fields_that_the_file_leaves_at_their_defaults():
+def test_overrides_set_fields_that_the_file_omits():
   values = config_file.load(
     f'{T2I}:debug',
     {
@@ -60,7 +60,7 @@ def test_overrides_reach_fields_that_the_file_leaves_at_their_defaults():
     (str(ROOT / 'configs' / 't3i.py'), {}, 'no such file; did you mean .*t2i.py'),
   ],
 )
-def test_mistakes_are_one_line_that_says_how_to_cure_them(spec, overrides, message):
+def test_invalid_configs_are_one_line_errors_with_a_cure(spec, overrides, message):
   with pytest.raises(UserError, match=message) as error:
     config_file.load(spec, overrides)
   assert '\n' not in str(error.value)
@@ -73,7 +73,10 @@ def test_mistakes_are_one_line_that_says_how_to_cure_them(spec, overrides, messa
     ('import no_such_package', 'fails in line 1 .*no_such_package'),
     ('x = 1', 'has no get_config'),
     ('get_config = 3', 'has no get_config'),
-    ('def get_config(arg):\n  return None', 'returns NoneType, not a ConfigDict or a dict'),
+    (
+      'def get_config(arg):\n  return None',
+      'returns NoneType: it must return a ConfigDict or a dict',
+    ),
     ('def get_config(arg):\n  return 1 / 0', 'fails in line 2 .*division'),
     ('def get_config():\n  return {}', 'fails .*TypeError'),
     ('raise SystemExit(0)', 'fails in line 1 .*SystemExit'),
@@ -83,7 +86,7 @@ def test_mistakes_are_one_line_that_says_how_to_cure_them(spec, overrides, messa
     ('raise ValueError("two\\nlines")', 'mine.py: two lines'),
   ],
 )
-def test_a_file_that_fails_is_one_line(tmp_path, code, message):
+def test_failing_config_file_is_a_one_line_error(tmp_path, code, message):
   path = tmp_path / 'mine.py'
   path.write_text(code)
   with pytest.raises(UserError, match=message) as error:
@@ -91,62 +94,61 @@ def test_a_file_that_fails_is_one_line(tmp_path, code, message):
   assert '\n' not in str(error.value)
 
 
-def test_a_plain_dict_is_a_config(tmp_path):
+def test_config_may_be_a_dict(tmp_path):
   values = config_file.load(f'{T2I}:debug', {})
   path = tmp_path / 'mine.py'
   path.write_text(f'def get_config(arg):\n  return {values!r}')
   assert config_file.load(str(path), {}) == values
 
 
-def test_overrides_are_taken_out_of_the_command_line():
-  found = config_file.split_overrides(
+def test_overrides_are_split_from_the_command_line():
+  overrides, others = config_file.split_overrides(
     ['main', '--config=a.py', '--config.optim.lr=1', '-config.seed', '--workdir=x', 'config.b=1']
   )
-  overrides, others = found
   assert overrides == {'optim.lr': '1', 'seed': 'true'}
   assert others == ['main', '--config=a.py', '--workdir=x', 'config.b=1']
   with pytest.raises(UserError, match="'seed' must be int, not True"):
     config_file.load(f'{T2I}:debug', overrides)
 
 
-def test_stages_that_stay_keep_their_own_numbers():
-  spec, start = f'{T2I}:debug,arch=external', {'start': 'RUN', 'stages': "('render',)"}
-  config = config_file.systems.build(config_file.load(spec, start)).config
+def test_selected_stages_keep_their_steps_and_batch_sizes():
+  spec, overrides = f'{T2I}:debug,arch=external', {'start': 'RUN', 'stages': "('render',)"}
+  config = config_file.systems.build(config_file.load(spec, overrides)).config
   assert (config.stages, config.steps, config.batch_size) == (('render',), (12,), (8,))
   values = config_file.load(f'{T2I}:debug', {'stages': 'plan', 'steps': '3'})
   config = config_file.systems.build(values).config
   assert (config.stages, config.steps, config.batch_size) == (('plan',), (3,), (8,))
   with pytest.raises(UserError, match="config.start_weights is 'emma'; known: raw, ema"):
-    config_file.load(spec, start | {'start_weights': 'emma'})
+    config_file.load(spec, overrides | {'start_weights': 'emma'})
   values = config_file.load(f'{T2I}:debug', {'stages': 'plan', 'optim.lr': '1e-4'})
   assert config_file.systems.build(values).config.optim.lr == 1e-4
 
 
-def test_a_stage_that_stays_keeps_its_own_rate(tmp_path):
+def test_selected_stage_keeps_its_learning_rate(tmp_path):
   values = config_file.load(f'{T2I}:debug', {'optim.lr': '(1e-4, 5e-5)', 'optim.warmup': '(7, 9)'})
   assert values['optim']['lr'] == (1e-4, 5e-5)
   path = tmp_path / 'mine.py'
   path.write_text(f'def get_config(arg):\n  return {values!r}')
-  kept = config_file.load(str(path), {'stages': 'joint', 'start': 'RUN', 'optim.warmup': '3'})
-  optim = config_file.systems.build(kept).config.optim
+  selected = config_file.load(str(path), {'stages': 'joint', 'start': 'RUN', 'optim.warmup': '3'})
+  optim = config_file.systems.build(selected).config.optim
   assert optim.of(0).lr == 5e-5 and optim.warmup == 3
 
 
 def test_text_fields_may_differ_between_stages():
-  given = {'optim.name': "('muon', 'adamw')", 'optim.multipliers': '(ar|dit)/=0.5'}
-  optim = config_file.systems.build(config_file.load(f'{T2I}:debug', given)).config.optim
+  overrides = {'optim.name': "('muon', 'adamw')", 'optim.multipliers': '(ar|dit)/=0.5'}
+  optim = config_file.systems.build(config_file.load(f'{T2I}:debug', overrides)).config.optim
   assert (optim.of(0).name, optim.of(1).name) == ('muon', 'adamw')
   assert optim.of(1).factors == (('(ar|dit)/', 0.5),)
 
 
-def test_a_section_of_another_kind_starts_from_its_defaults():
-  given = {
+def test_overridden_kind_resets_the_section_to_its_defaults():
+  overrides = {
     'model.visual_prompt.weights': 'OWNER/NAME',
     'model.visual_prompt.kind': 'siglip_vq',
     'model.visual_prompt.codes': '512',
     'model.inherit': '0.0',
   }
-  config = config_file.systems.build(config_file.load(f'{T2I}:tiny', given)).config
+  config = config_file.systems.build(config_file.load(f'{T2I}:tiny', overrides)).config
   prompt = config.model.visual_prompt
   assert (prompt.kind, prompt.weights, prompt.image_size) == ('siglip_vq', 'OWNER/NAME', 384)
   with pytest.raises(UserError, match="did you mean 'siglip_vq'"):

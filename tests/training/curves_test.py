@@ -1,4 +1,4 @@
-"""Tests of the picture of curves."""
+"""Tests of the plots of a run."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,10 @@ from PIL import Image
 from vpe_jax.training import curves, metrics
 
 
-def test_smoothed_is_a_trailing_mean():
+def test_smooth_is_a_trailing_mean():
   points = [(step, float(step)) for step in range(40)]
-  found = curves.smoothed(points)  # 5 % of 40 points: two
-  assert found[0] == (0, 0.0) and found[10] == (10, 9.5) and len(found) == 40
+  smooth = curves.smooth(points)  # window of 5 % of 40 points: two
+  assert smooth[0] == (0, 0.0) and smooth[10] == (10, 9.5) and len(smooth) == 40
 
 
 @pytest.mark.parametrize(
@@ -31,30 +31,30 @@ def test_panels_pair_training_with_held_out():
     {'step': 2, 'loss/flow': None, 'grad_norm': 1.0, 'eval/flow': 2.5},
     {'step': 3, 'sample/own/latent_distance': 1.0, 'sample/truth_plan/latent_distance': 0.5},
   ]
-  panels = {panel.title: panel for panel in curves.panels_of(records)}
+  panels = {panel.title: panel for panel in curves.make_panels(records)}
   assert panels.keys() == {'loss/flow', 'grad_norm', 'sample/own/latent_distance'}
-  assert panels['loss/flow'].trained == [(1, 2.0)]
+  assert panels['loss/flow'].training == [(1, 2.0)]
   assert panels['loss/flow'].held_out == [(2, 2.5)]
   assert panels['sample/own/latent_distance'].held_out == [(3, 0.5)]
 
 
-def test_what_is_only_held_out_has_a_panel_too():
+def test_metric_that_is_only_held_out_has_a_panel():
   records = [{'step': s, 'loss/next_token': 2.0, 'eval/next_token': 2.0, 'eval/flow': s / 10}
              for s in (1, 2)]  # fmt: skip
-  panels = {panel.title: panel for panel in curves.panels_of(records)}
+  panels = {panel.title: panel for panel in curves.make_panels(records)}
   assert list(panels) == ['loss/next_token', 'eval/flow']
-  assert panels['eval/flow'].trained == [(1, 0.1), (2, 0.2)]
+  assert panels['eval/flow'].training == [(1, 0.1), (2, 0.2)]
 
 
-def test_a_falling_curve_falls_in_the_picture():
+def test_falling_curve_falls_in_the_plot():
   falling = [(step, 5 - step / 100) for step in range(400)]
-  image = np.asarray(curves.picture([curves.Panel('loss/flow', falling, [])]))
+  image = np.asarray(curves.render([curves.Panel('loss/flow', falling, [])]))
   rows, columns = np.nonzero((image == curves._SMOOTH).all(-1))
   left, right = rows[columns < np.quantile(columns, 0.1)], rows[columns > np.quantile(columns, 0.9)]
   assert left.mean() + 100 < right.mean()
 
 
-def test_draw_writes_a_picture_next_to_the_metrics(tmp_path):
+def test_draw_writes_an_image_next_to_the_metrics(tmp_path):
   curves.draw(tmp_path)
   assert not (tmp_path / curves.FILE).exists()
   file = metrics.MetricsFile(tmp_path, 0)

@@ -1,4 +1,4 @@
-"""Tests of reading ahead."""
+"""Tests of prefetching."""
 
 import itertools
 import threading
@@ -9,7 +9,7 @@ from vpe_jax.training.feed import DEPTH, Feed
 
 
 class _Source:
-  """Counts, notes what was read, and can be closed."""
+  """An iterator over 1, 2, ... that counts reads and may raise an error."""
 
   def __init__(self, stop=None, error=None):
     self.read, self.closed, self._stop, self._error = 0, False, stop, error
@@ -27,7 +27,7 @@ class _Source:
     self.closed = True
 
 
-def test_batches_come_in_order_and_reading_ahead_is_bounded():
+def test_batches_are_in_order_and_prefetching_is_bounded():
   source = _Source()
   feed = Feed(source, lambda batch: -batch)
   assert list(itertools.islice(feed, 50)) == [-n for n in range(1, 51)]
@@ -36,7 +36,7 @@ def test_batches_come_in_order_and_reading_ahead_is_bounded():
   assert source.closed and not any(t.name == 'feed' for t in threading.enumerate())
 
 
-def test_an_error_reaches_the_reader_after_the_good_batches():
+def test_error_is_raised_after_the_preceding_batches():
   feed = Feed(_Source(stop=2, error=RuntimeError('disk')), lambda batch: batch)
   assert [next(feed), next(feed)] == [1, 2]
   with pytest.raises(RuntimeError, match='disk'):

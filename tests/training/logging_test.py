@@ -1,4 +1,4 @@
-"""Tests of the run's log: order of records, the progress line, the guard, TensorBoard."""
+"""Tests of the run's log: records, progress line, skipped steps and TensorBoard."""
 
 import sys
 import types
@@ -24,7 +24,7 @@ def _push(log, step, loss=1.5, skipped=0.0, **more):
   log.push(counters, values | more)
 
 
-def test_a_record_is_written_when_the_next_step_is_pushed(open_log, tmp_path):
+def test_record_is_written_by_the_next_push(open_log, tmp_path):
   log = open_log()
   _push(log, 1)
   assert metrics.read(tmp_path) == []
@@ -35,7 +35,7 @@ def test_a_record_is_written_when_the_next_step_is_pushed(open_log, tmp_path):
   log.close()
 
 
-def test_added_numbers_join_the_newest_record(open_log, tmp_path):
+def test_added_values_join_the_newest_record(open_log, tmp_path):
   log = open_log()
   _push(log, 1)
   _push(log, 2)
@@ -46,21 +46,21 @@ def test_added_numbers_join_the_newest_record(open_log, tmp_path):
   assert [record.get('eval/tokens') for record in metrics.read(tmp_path)] == [None, 0.25, None]
 
 
-def test_the_guard_counts_steps_in_a_row(open_log, tmp_path):
+def test_consecutive_skipped_steps_end_the_run(open_log, tmp_path):
   log = open_log()
-  for step in range(1, logging.PATIENCE):
+  for step in range(1, logging.MAX_SKIPPED):
     _push(log, step, skipped=1.0)
-  _push(log, logging.PATIENCE, skipped=0.0)
+  _push(log, logging.MAX_SKIPPED, skipped=0.0)
   for step in range(6, 10):
     _push(log, step, skipped=1.0)
   _push(log, 10, skipped=1.0)
-  with pytest.raises(UserError, match='not finite in 5 steps in a row .to step 10.'):
+  with pytest.raises(UserError, match='not finite in 5 consecutive steps .up to step 10.'):
     log.settle()
   log.close()
-  assert metrics.read(tmp_path)[-1]['step'] == 10  # the last skipped step is on record
+  assert metrics.read(tmp_path)[-1]['step'] == 10  # the last skipped step is recorded
 
 
-def test_progress_line_says_where_how_fast_and_how_long():
+def test_progress_line_gives_position_losses_speed_and_eta():
   record = {
     'stage': 'joint', 'stage_step': 20, 'loss': 1.25, 'loss/flow': 0.5, 'loss/next_token': 6.25,
     'step_time': 0.5, 'images_per_s': 128.0, 'tokens_per_s': 13_000.0, 'tflops_per_s': 2.0,
@@ -72,20 +72,20 @@ def test_progress_line_says_where_how_fast_and_how_long():
   assert 'MFU 41.0%' in logging.progress_line(record | {'mfu': 0.41}, 400, 0)
 
 
-def test_tensorboard_gets_every_number_where_it_is_installed(open_log, tmp_path, monkeypatch):
-  written = []
+def test_tensorboard_receives_every_float(open_log, tmp_path, monkeypatch):
+  calls = []
 
   class SummaryWriter:
-    """Records what tensorboardX would write."""
+    """Replaces tensorboardX and records its calls."""
 
     def __init__(self, folder):
       self.folder = folder
 
     def add_scalar(self, name, value, step):
-      written.append((name, value, step))
+      calls.append((name, value, step))
 
     def close(self):
-      written.append('closed')
+      calls.append('closed')
 
   module = types.ModuleType('tensorboardX')
   module.SummaryWriter = SummaryWriter
@@ -95,5 +95,5 @@ def test_tensorboard_gets_every_number_where_it_is_installed(open_log, tmp_path,
   _push(log, 1, loss=2.5)
   log.flush()
   log.close()
-  assert ('loss', 2.5, 1) in written and written[-1] == 'closed'
-  assert not any(entry[0] in ('stage', 'step') for entry in written[:-1])
+  assert ('loss', 2.5, 1) in calls and calls[-1] == 'closed'
+  assert not any(entry[0] in ('stage', 'step') for entry in calls[:-1])

@@ -1,4 +1,4 @@
-"""Tests of the metrics file: every step once, whatever happened before."""
+"""Tests of the metrics file: every step exactly once after resumes, crashes and damage."""
 
 import json
 
@@ -19,7 +19,7 @@ def _steps(folder, numbered=False):
 
 
 @pytest.mark.parametrize('numbered', [False, True])
-def test_resume_drops_what_lies_beyond(tmp_path, numbered):
+def test_resume_drops_later_records(tmp_path, numbered):
   _write(tmp_path, range(1, 6), 0, numbered)
   _write(tmp_path, range(4, 8), 3, numbered)
   assert _steps(tmp_path, numbered) == [1, 2, 3, 4, 5, 6, 7]
@@ -27,13 +27,13 @@ def test_resume_drops_what_lies_beyond(tmp_path, numbered):
 
 
 @pytest.mark.parametrize('numbered', [False, True])
-def test_a_new_run_keeps_what_it_finds(tmp_path, numbered, capsys):
+def test_new_run_renames_existing_files(tmp_path, numbered, capsys):
   for last in (3, 4, 5):
     _write(tmp_path, range(1, last), 0, numbered)
   assert _steps(tmp_path, numbered) == [1, 2, 3, 4]
   name = 'metrics-000000001.jsonl' if numbered else metrics.FILE
-  kept = [(tmp_path / f'{name}.{end}').read_text() for end in ('before', 'before2')]
-  assert [len(metrics.parse(text)) for text in kept] == [2, 3]
+  renamed = [(tmp_path / f'{name}.{end}').read_text() for end in ('before', 'before2')]
+  assert [len(metrics.parse(text)) for text in renamed] == [2, 3]
   assert f'{name} were renamed to {name}.before2' in capsys.readouterr().out
 
 
@@ -49,7 +49,7 @@ def test_files_of_other_names_are_left_alone(tmp_path, numbered):
   assert [(tmp_path / name).read_text() for name in others] == ['{"step": 9}\n'] * 3
 
 
-def test_a_damaged_line_stops_nothing(tmp_path, capsys):
+def test_damaged_lines_are_skipped_and_backed_up(tmp_path, capsys):
   _write(tmp_path, range(1, 6), 0)
   path = tmp_path / metrics.FILE
   lines = path.read_bytes().split(b'\n')
@@ -58,14 +58,14 @@ def test_a_damaged_line_stops_nothing(tmp_path, capsys):
   assert _steps(tmp_path) == [1, 3, 5]
   _write(tmp_path, [5, 6], 4)
   assert _steps(tmp_path) == [1, 3, 5, 6]
-  said = capsys.readouterr().out
-  assert f'{path} is damaged in line 2, 4' in said and f'is in {path.name}.damaged' in said
+  output = capsys.readouterr().out
+  assert f'{path} is damaged in line 2, 4' in output and f'is in {path.name}.damaged' in output
   assert (tmp_path / f'{path.name}.damaged').read_bytes() == damaged
   _write(tmp_path, [7], 6)
   assert not capsys.readouterr().out
 
 
-def test_a_line_cut_short_is_dropped(tmp_path):
+def test_truncated_line_is_dropped(tmp_path):
   _write(tmp_path, range(1, 4), 0)
   with open(tmp_path / metrics.FILE, 'a', encoding='utf-8') as stream:
     stream.write('{"step": 4, "loss": 1.')
@@ -74,7 +74,7 @@ def test_a_line_cut_short_is_dropped(tmp_path):
   assert _steps(tmp_path) == [1, 2, 3, 4]
 
 
-def test_lines_are_there_before_the_file_is_closed(tmp_path):
+def test_each_line_is_flushed(tmp_path):
   file = metrics.MetricsFile(tmp_path, 0)
   file.write({'step': 1, 'loss': 0.5})
   assert _steps(tmp_path) == [1]
@@ -95,7 +95,7 @@ def test_parts_are_numbered_by_their_first_step(tmp_path):
   assert _steps(tmp_path, numbered=True) == [1, 2, 3, 4]
 
 
-def test_numbers_survive_as_float32_and_nan_is_null(tmp_path):
+def test_values_keep_float32_precision_and_nan_is_null(tmp_path):
   value = 0.1234567890123
   file = metrics.MetricsFile(tmp_path, 0)
   file.write({'step': 1, 'loss': float('nan'), 'lr': value, 'stage': 'joint'})
@@ -104,5 +104,5 @@ def test_numbers_survive_as_float32_and_nan_is_null(tmp_path):
   assert record == {'step': 1, 'loss': None, 'lr': 0.123456789, 'stage': 'joint'}
 
 
-def test_remote_folders_are_told_by_their_scheme():
+def test_the_scheme_decides_whether_a_folder_is_remote():
   assert metrics.is_remote('gs://bucket/run') and not metrics.is_remote('runs/t2i-tiny')

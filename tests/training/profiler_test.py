@@ -1,4 +1,4 @@
-"""Tests of tracing a range of steps."""
+"""Tests of profiler traces of a range of steps."""
 
 import subprocess
 import sys
@@ -8,8 +8,7 @@ import pytest
 from vpe_jax.contracts import UserError
 from vpe_jax.training.profiler import Profiler
 
-# In a process of its own: where tests have loaded TPU's compiler, the profiler asks it too, and it
-# has no TPU to profile.
+# Runs in a separate process: after tests have loaded libtpu, the profiler would query it for a TPU.
 TRACE = """
 import sys
 import jax.numpy as jnp
@@ -24,20 +23,20 @@ assert active == [False, False, True, True, False, False, False], active
 """
 
 
-def test_traces_the_range_and_nothing_else(tmp_path):
+def test_only_the_range_is_traced(tmp_path):
   command = [sys.executable, '-c', TRACE, str(tmp_path)]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-  assert done.returncode == 0, done.stderr
+  process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+  assert process.returncode == 0, process.stderr
   assert list(tmp_path.rglob('*.xplane.pb'))
 
 
 @pytest.mark.parametrize('steps', ['5', '5:3', 'a:b', '0:2', '3:'])
-def test_a_bad_range_is_refused(steps, tmp_path):
+def test_invalid_range_is_refused(steps, tmp_path):
   with pytest.raises(UserError, match='such as 10:13'):
     Profiler(steps, str(tmp_path))
 
 
-def test_none_is_asked_for_by_default(tmp_path):
+def test_empty_range_never_traces(tmp_path):
   profiler = Profiler('', str(tmp_path))
   profiler.before(1)
   profiler.close()

@@ -1,4 +1,4 @@
-"""Tests of the comparison with the shipped run."""
+"""Tests of the comparison with the shipped reference run."""
 
 import json
 
@@ -19,12 +19,12 @@ def _records(scale, steps=60, change=30):
   ]
 
 
-def test_means_are_taken_within_the_stage_at_the_same_step():
+def test_means_are_within_the_stage_and_up_to_the_step():
   assert reference.trailing_means(_records(1.0), 'b', 10) == {'flow': 35.5}
   assert reference.trailing_means(_records(1.0), 'b', 30) == {'flow': 50.5}
 
 
-def test_line_compares_at_the_last_common_step_of_the_stage(tmp_path, monkeypatch, line_config):
+def test_comparison_is_at_the_last_common_step_of_the_stage(tmp_path, monkeypatch, line_config):
   monkeypatch.setattr(reference, 'ASSETS', tmp_path)
   config = line_config()
   assert reference.comparison(config, tmp_path) is None
@@ -40,7 +40,7 @@ def test_line_compares_at_the_last_common_step_of_the_stage(tmp_path, monkeypatc
   )
 
 
-def test_steps_without_a_number_are_left_out():
+def test_steps_without_a_value_are_skipped():
   records = _records(1.0, steps=3, change=0)
   records[1]['loss/flow'] = None
   assert reference.trailing_means(records, 'b', 3)['flow'] == 2.0

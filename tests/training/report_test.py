@@ -13,17 +13,17 @@ def test_parameter_table_has_a_row_for_each_group(line_system):
   mesh = sharding.make_mesh(MeshConfig())
   abstract = jax.eval_shape(system.init, jax.random.key(0))
   params = jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     abstract,
     sharding.param_shardings(abstract, system.logical_axes, mesh, 'fsdp'),
   )
   networks = report.Networks(system.networks(), {'encoder': 'assets:x'})
-  origins = {'backbone/kernel': 'a (ema)', 'head/kernel': 'b (raw)', 'head/bias': 'drawn'}
-  given = (params, networks, system.stages[0], OptimConfig(lr=0.25, multipliers='head/bias=2'))
-  text = report.parameters_text(*given, origins)
+  origins = {'backbone/kernel': 'a (ema)', 'head/kernel': 'b (raw)', 'head/bias': 'random'}
+  optim = OptimConfig(lr=0.25, multipliers='head/bias=2')
+  text = report.parameters_text(params, networks, system.stages[0], optim, origins)
   header, backbone, head, encoder = [line.split() for line in text.splitlines()]
   assert text.splitlines()[1].endswith('  a (ema)')
-  assert text.splitlines()[2].endswith('  b (raw) 96%, drawn 4%')
+  assert text.splitlines()[2].endswith('  b (raw) 96%, random 4%')
   assert header[:3] == ['group', 'parameters', 'state']
   assert backbone[:5] == ['backbone', '384', 'frozen', '-', 'float32'] and 'fsdp' in text
   assert head[:3] == ['head', '800', 'trains']
@@ -31,7 +31,7 @@ def test_parameter_table_has_a_row_for_each_group(line_system):
   assert encoder[:3] == ['encoder', '3,072', 'frozen'] and encoder[-1] == 'assets:x'
 
 
-def test_memory_is_what_the_compiler_planned():
+def test_memory_is_read_from_the_compiled_step():
   compiled = jax.jit(lambda x: (x @ x).sum()).lower(jnp.ones((256, 256))).compile()
   memory = report.memory_of(compiled)
   assert memory.arguments == 256 * 256 * 4
@@ -46,26 +46,25 @@ def test_sample_line_has_shapes_and_caption(line_system):
   assert "'a red fox'" in text
 
 
-def test_a_stage_says_what_it_does(line_system):
+def test_stage_lines_give_steps_rate_ema_and_losses(line_system):
   schedule = {'schedule': ('constant', 'cosine'), 'lr_end': 1e-4}
   system = line_system(optim={'lr': (1e-2, 5e-3), 'warmup': 2, 'ema': 0.99} | schedule)
   first, second = (
     report.stage_text(stage, system.config, index).splitlines()
     for index, stage in enumerate(system.stages)
   )
-  steps, rate = 'stage head (1 of 2): 2 steps of 8 examples', 'rate 0.01 after 2 steps of warm-up'
-  wanted = f'{steps}, adamw at {rate}, keeps no average'
-  assert first == [wanted, '  losses: tokens x 1; logged: watched']
-  assert '4 steps of 8 examples, adamw at rate 0.005 after' in second[0]
-  assert 'averages at 0.99' in second[0]
-  assert 'then cosine to 0.0001 at step 4' in second[0]
-  assert second[1] == '  losses: tokens x 1, noise x rising; logged: watched'
+  for part in ('stage head (1 of 2)', '2 steps of 8', 'adamw', 'rate 0.01 after 2', 'no EMA'):
+    assert part in first[0]
+  for part in ('4 steps of 8', 'rate 0.005 after', 'EMA decay 0.99', 'cosine to 0.0001 at step 4'):
+    assert part in second[0]
+  assert first[1] == '  losses: tokens x 1; logged only: watched'
+  assert second[1] == '  losses: tokens x 1, noise x rising; logged only: watched'
 
 
-def test_what_a_stage_trained_is_from_it(line_system):
-  first = {'backbone/kernel': 'a', 'head/kernel': 'b', 'head/bias': 'drawn'}
+def test_origin_is_the_last_stage_that_trained_a_parameter(line_system):
+  initial = {'backbone/kernel': 'a', 'head/kernel': 'b', 'head/bias': 'random'}
   stages = line_system().stages
-  assert report.origins_after((), first) == first
-  after = report.origins_after(stages[:1], first)
+  assert report.origins_after((), initial) == initial
+  after = report.origins_after(stages[:1], initial)
   assert after == {'backbone/kernel': 'a', 'head/kernel': 'stage head', 'head/bias': 'stage head'}
-  assert set(report.origins_after(stages, first).values()) == {'stage all'}
+  assert set(report.origins_after(stages, initial).values()) == {'stage all'}

@@ -1,4 +1,4 @@
-"""Two processes of four devices each train as one process of eight does, and stop together."""
+"""Tests of training in two processes of four devices: same losses as one, and joint stopping."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _start(workdir, weights, index, port, steps):
-  where = {
+  variables = {
     'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
     'JAX_NUM_PROCESSES': '2',
     'JAX_PROCESS_ID': str(index),
@@ -31,7 +31,7 @@ def _start(workdir, weights, index, port, steps):
   with open(workdir.parent / f'log{index}.txt', 'w', encoding='utf-8') as log:
     return subprocess.Popen(
       [sys.executable, str(SCRIPT), str(workdir), weights, str(steps)],
-      env=os.environ | where,
+      env=os.environ | variables,
       stdout=log,
       stderr=subprocess.STDOUT,
     )
@@ -62,21 +62,23 @@ def _logs(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_follow_one(pair, tmp_path, line_system, frozen):
+def test_two_processes_match_a_single_process(pair, tmp_path, line_system, frozen):
   for process in pair(4):
     assert process.wait(120) == 0, _logs(tmp_path)
   system = line_system()
   system.frozen = frozen
-  loop.train(system.config, system, str(tmp_path / 'alone'))
-  ours, alone = metrics.read(tmp_path / 'run'), metrics.read(tmp_path / 'alone')
-  assert [record['step'] for record in ours] == [1, 2, 3, 4, 5, 6]
+  loop.train(system.config, system, str(tmp_path / 'single'))
+  pair_records, single = metrics.read(tmp_path / 'run'), metrics.read(tmp_path / 'single')
+  assert [record['step'] for record in pair_records] == [1, 2, 3, 4, 5, 6]
   np.testing.assert_allclose(
-    [record['loss'] for record in ours], [record['loss'] for record in alone], rtol=1e-5
+    [record['loss'] for record in pair_records],
+    [record['loss'] for record in single],
+    rtol=1e-5,
   )
 
 
 @pytest.mark.slow
-def test_a_sigterm_to_one_stops_both_at_the_same_step(pair, tmp_path):
+def test_sigterm_to_one_process_stops_both_at_the_same_step(pair, tmp_path):
   processes, workdir = pair(100_000), tmp_path / 'run'
   deadline = time.monotonic() + 120
   while len(metrics.read(workdir)) <= 5:

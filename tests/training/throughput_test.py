@@ -1,4 +1,4 @@
-"""Tests of speeds, utilisation and the time that is left."""
+"""Tests of throughput, FLOPs utilization and remaining time."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def clock(monkeypatch):
   return times
 
 
-def test_rates_and_utilisation(clock):
+def test_rates_and_utilization(clock):
   meter = Meter(WORK, 4, 'TPU v5p')
   clock[0] = 2.0
   speeds = meter.lap(1)
@@ -24,13 +24,13 @@ def test_rates_and_utilisation(clock):
   assert speeds['mfu'] == pytest.approx(4e12 / (4 * 459e12))
 
 
-def test_no_utilisation_where_the_peak_is_unknown(clock):
+def test_no_utilization_if_the_peak_is_unknown(clock):
   meter = Meter(WORK, 1, 'cpu')
   clock[0] = 1.0
   assert 'mfu' not in meter.lap(0)
 
 
-def test_pauses_are_not_counted(clock):
+def test_restart_excludes_pauses(clock):
   meter = Meter(WORK, 1, 'cpu')
   clock[0] = 100.0
   meter.restart()
@@ -38,7 +38,7 @@ def test_pauses_are_not_counted(clock):
   assert meter.lap(0)['step_time'] == 1.0
 
 
-def test_what_is_left_scales_with_the_work_of_later_stages():
+def test_remaining_time_scales_with_the_flops_of_later_stages():
   meter = Meter(WORK, 1, 'cpu')
   # 4 steps of 3 s, then 20 steps with twice the FLOPs.
   assert meter.remaining(0, 6, 3.0) == pytest.approx(4 * 3 + 20 * 6)

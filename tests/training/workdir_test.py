@@ -1,4 +1,4 @@
-"""Tests of a run's folder: one run at a time, and mistakes before any work."""
+"""Tests of the lock on a run's folder and of folders that can't be written."""
 
 import subprocess
 import sys
@@ -9,11 +9,11 @@ from etils import epath
 from vpe_jax.contracts import UserError
 from vpe_jax.training import workdir
 
-_HOLD = """
+_HOLD_LOCK = """
 import fcntl, sys
 file = open(sys.argv[1], 'a')
 fcntl.flock(file, fcntl.LOCK_EX)
-print('held', flush=True)
+print('locked', flush=True)
 sys.stdin.read()
 """
 
@@ -23,7 +23,7 @@ def _claim(folder):
     pass
 
 
-def test_a_folder_is_free_again_when_the_run_ends(tmp_path):
+def test_folder_is_unlocked_when_the_run_ends(tmp_path):
   with pytest.raises(KeyError), workdir.claimed(epath.Path(tmp_path / 'new' / 'run')):
     with pytest.raises(UserError, match='new/run is in use by another process'):
       _claim(tmp_path / 'new' / 'run')
@@ -31,12 +31,12 @@ def test_a_folder_is_free_again_when_the_run_ends(tmp_path):
   _claim(tmp_path / 'new' / 'run')
 
 
-def test_a_killed_process_leaves_the_folder_free(tmp_path):
-  command = [sys.executable, '-c', _HOLD, str(tmp_path / workdir.LOCK)]
+def test_folder_is_unlocked_when_the_process_is_killed(tmp_path):
+  command = [sys.executable, '-c', _HOLD_LOCK, str(tmp_path / workdir.LOCK)]
   pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE}
   with subprocess.Popen(command, **pipes) as holder:
     try:
-      assert holder.stdout.readline() == b'held\n'
+      assert holder.stdout.readline() == b'locked\n'
       with pytest.raises(UserError, match='in use by another process'):
         _claim(tmp_path)
     finally:
@@ -44,7 +44,7 @@ def test_a_killed_process_leaves_the_folder_free(tmp_path):
   _claim(tmp_path)
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+def test_folder_that_cannot_be_created_is_a_one_line_error(tmp_path):
   (tmp_path / 'file').write_text('kept')
   for folder in (tmp_path / 'file', tmp_path / 'file' / 'run'):
     with pytest.raises(UserError, match='cannot write to .*choose another --workdir') as error:
@@ -53,7 +53,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
   assert (tmp_path / 'file').read_text() == 'kept'
 
 
-def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capsys):
   def refuse(*_):
     raise OSError(95, 'Operation not supported')
 

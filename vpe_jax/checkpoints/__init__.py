@@ -1,1 +1,1 @@
-"""Checkpoints of runs (`store`) and files of weights (`weights`)."""
+"""Run checkpoints (`store`), weight files (`weights`) and conversion of published weights."""

@@ -1,9 +1,9 @@
-"""A checksum per array that doesn't depend on how the array is spread over devices.
+"""A checksum per array that doesn't depend on the array's sharding.
 
-The bits of each element, as an unsigned integer, times an odd hash of its position, summed modulo
-2^32. Integer sums don't depend on their order, so any sharding gives the same number; and because
-the factor is odd, one flipped bit always changes it (a difference of 2^k times an odd number is
-no multiple of 2^32 for k < 32).
+Each element's bits, as an unsigned integer, are multiplied by an odd hash of the element's position
+and summed modulo 2^32. Integer sums don't depend on their order, so every sharding gives the same
+number. Because the factor is odd, one flipped bit always changes the sum: a difference of 2^k times
+an odd number is no multiple of 2^32 for k < 32.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from jax.sharding import PartitionSpec as P
 
 from vpe_jax.contracts import Array
 
-_LIMIT = 8  # arrays summed by one kernel: bounds what is read at once
+_MAX_GROUP = 8  # arrays summed by one kernel, which bounds the memory read at once
 
 
 def checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
-  """The checksum of each array, in one compiled call.
+  """Computes the checksum of each array in one compiled call.
 
   Args:
     leaves: name -> array (JAX or numpy) of any integer, boolean or floating dtype.
@@ -36,40 +36,40 @@ def checksums(leaves: Mapping[str, Any]) -> dict[str, int]:
   if not leaves:
     return {}
   groups = _groups(leaves)
-  ordered = [[leaves[name] for name in group] for group in groups]
-  sums = np.asarray(_compiled(_target(leaves))(ordered))
+  arrays = [[leaves[name] for name in group] for group in groups]
+  sums = np.asarray(_compiled(_output_sharding(leaves))(arrays))
   names = [name for group in groups for name in group]
   return {name: int(value) for name, value in zip(names, sums, strict=True)}
 
 
 def _groups(leaves: Mapping[str, Any]) -> list[list[str]]:
-  """Names of arrays that one reduction can sum: same shape, dtype and layout.
+  """Groups names of arrays that one reduction can sum: equal shape, dtype and sharding.
 
-  A parameter, its moments and its average are such a group: a quarter of the kernels to compile.
+  A parameter, its two moments and its EMA form one group, so a quarter of the kernels is compiled.
   """
-  alike: dict[Any, list[list[str]]] = {}
+  by_kind: dict[Any, list[list[str]]] = {}
   for name in sorted(leaves):
     leaf = leaves[name]
     key = (leaf.shape, str(leaf.dtype), getattr(leaf, 'sharding', None))
-    groups = alike.setdefault(key, [[]])
-    if len(groups[-1]) == _LIMIT:
+    groups = by_kind.setdefault(key, [[]])
+    if len(groups[-1]) == _MAX_GROUP:
       groups.append([])
     groups[-1].append(name)
-  return [group for groups in alike.values() for group in groups]
+  return [group for groups in by_kind.values() for group in groups]
 
 
-def _target(leaves: Mapping[str, Any]) -> NamedSharding | None:
-  """Where the sums go: whole on every device, so that each process can read them."""
+def _output_sharding(leaves: Mapping[str, Any]) -> NamedSharding | None:
+  """Replicated over the mesh of the leaves, so that each process can read the sums."""
   for leaf in leaves.values():
-    place = getattr(leaf, 'sharding', None)
-    if isinstance(place, NamedSharding):
-      return NamedSharding(place.mesh, P())
+    sharding = getattr(leaf, 'sharding', None)
+    if isinstance(sharding, NamedSharding):
+      return NamedSharding(sharding.mesh, P())
   return None
 
 
 @functools.cache
-def _compiled(target: NamedSharding | None) -> Any:
-  return jax.jit(_sums, out_shardings=target)
+def _compiled(sharding: NamedSharding | None) -> Any:
+  return jax.jit(_sums, out_shardings=sharding)
 
 
 def _sums(groups: list[list[Array]]) -> Array:
@@ -81,7 +81,7 @@ def _group_sums(group: list[Array]) -> tuple[Array, ...]:
   terms = []
   for leaf in group:
     bits = _bits(leaf)
-    # An element of 8 bytes is two words, side by side in a last axis of their own.
+    # The bitcast of an 8-byte element gives two words in an additional last axis.
     terms.append(bits * (factor if bits.shape == factor.shape else _position_hash(bits.shape)))
   zeros = (np.uint32(0),) * len(terms)
   axes = tuple(range(terms[0].ndim))
@@ -98,11 +98,11 @@ def _bits(leaf: Array) -> Array:
 
 
 def _position_hash(shape: tuple[int, ...]) -> Array:
-  """An odd uint32 for each position in row-major order, the same on any layout."""
-  place = jnp.zeros(shape, jnp.uint32)
+  """An odd uint32 for each row-major position, independent of the sharding."""
+  position = jnp.zeros(shape, jnp.uint32)
   for axis in range(len(shape)):
     stride = np.uint32(math.prod(shape[axis + 1 :]) % 2**32)
-    place = place + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-  place = (place ^ (place >> 16)) * np.uint32(0x7FEB352D)
-  place = (place ^ (place >> 15)) * np.uint32(0x846CA68B)
-  return (place ^ (place >> 16)) | np.uint32(1)
+    position = position + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+  position = (position ^ (position >> 16)) * np.uint32(0x7FEB352D)
+  position = (position ^ (position >> 15)) * np.uint32(0x846CA68B)
+  return (position ^ (position >> 16)) | np.uint32(1)

@@ -1,10 +1,10 @@
-"""Published tensors into parameters, and back: strict in both directions, one tensor at a time.
+"""Converts published tensors to parameters and back, one tensor at a time.
 
-What a family's tensors are called and how their axes lie is data (checkpoints/table.py and
-checkpoints/tables). This engine matches all of it before it reads a single number: every source
-key is used or ignored for a stated reason, every parameter is filled or absent for one, all shapes
-and dtypes fit. Then tensors stream from the mapped file into parameters that lie on their devices
-already, where each layer is written in place.
+The names and axes of a family's tensors are data (checkpoints/table.py and checkpoints/tables).
+Before any tensor is read, every source key must be used or ignored for a stated reason, every
+parameter must be filled or absent for a stated reason, and all shapes and dtypes must fit. Then
+tensors stream from the memory-mapped file to parameters on their devices, where each layer is
+written in place.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from vpe_jax.checkpoints.table import Place, Table
 from vpe_jax.contracts import Array, Params, UserError
 from vpe_jax.sharding import by_path
 
-SHARD = 5 * 10**9  # bytes of a file, as transformers' default
+SHARD = 5 * 10**9  # bytes of a file; transformers' default
 _LISTED = 6  # differences that an error lists
-_FEWER = 1000  # times fewer tensors than a config asks for: they aren't listed
+_FEWER = 1000  # a config may expect this many times the source's tensors before it is refused
 _FLOATS = tuple(np.dtype(name) for name in (np.float16, jnp.bfloat16, np.float32))
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Everything about an import that doesn't need the tensors' numbers.
+  """An import, determined from keys, shapes and dtypes alone.
 
   Attributes:
-    table: the key layout that fits.
-    places: source key -> where it goes.
-    ignored: source key -> why it isn't used.
-    absent: path of a parameter that no tensor fills -> why.
+    table: the key layout of the source.
+    places: source key -> its destination.
+    ignored: source key -> reason why it isn't used.
+    absent: path of a parameter that no tensor fills -> reason.
   """
 
   table: Table
@@ -57,16 +57,16 @@ class Plan:
 
 
 def plan(tensors: Mapping[str, Tensor], layouts: Sequence[Table], abstract: Params) -> Plan:
-  """Matches source tensors with parameters, strictly both ways.
+  """Matches all source tensors with all parameters.
 
   Args:
     tensors: the source.
-    layouts: key layouts of the family; the one that knows most of the keys is taken.
+    layouts: key layouts of the family; the one that matches most keys is used.
     abstract: the parameters, with `shape` and `dtype`.
 
   Raises:
-    UserError: keys without a place, parameters without a tensor, or shapes and dtypes that don't
-      fit: one line with all of it.
+    UserError: a key has no parameter, a parameter has no tensor, or shapes or dtypes don't fit;
+      lists the differences.
   """
   table = max(layouts, key=lambda one: sum(_known(one, key) for key in _bare(one, tensors)))
   prefix = _prefix(table, tensors)
@@ -83,26 +83,25 @@ def plan(tensors: Mapping[str, Tensor], layouts: Sequence[Table], abstract: Para
     elif why is not None:
       ignored[prefix + key] = why
     elif key not in tied:
-      problems.append(f"'{prefix}{key}' has no place here")
+      problems.append(f"'{prefix}{key}' has no parameter")
   problems += [f"'{prefix}{key}' is missing" for key in sorted(expected.keys() - tensors.keys())]
   filled = {path for place in expected.values() for path in place.targets}
   absent = {path: tables.reason(table.absent, path) for path in sorted(shapes.keys() - filled)}
-  problems += [f"nothing fills our '{path}'" for path, why in absent.items() if why is None]
+  problems += [f"no tensor fills our '{path}'" for path, why in absent.items() if why is None]
   if problems:
     raise UserError(_differences(table, problems))
   return Plan(table, places, ignored, absent)
 
 
 def load(tensors: Mapping[str, Tensor], plan: Plan, abstract: Params) -> dict[str, Array]:
-  """Reads all tensors of a plan into parameters.
+  """Loads all tensors of a plan into parameters.
 
-  Host memory beyond the parameters themselves is that of one source tensor and of the layer it
-  fills, whatever the size of the model.
+  In addition to the parameters, host memory holds only one source tensor and the layer it fills.
 
   Args:
-    tensors: the source that the plan was made for.
+    tensors: the source of the plan.
     plan: from `plan`.
-    abstract: the parameters, as `jax.ShapeDtypeStruct`; leaves with a sharding are made there.
+    abstract: the parameters, as `jax.ShapeDtypeStruct`; shardings are applied.
 
   Returns:
     Path -> array, for every leaf that is not absent.
@@ -114,7 +113,7 @@ def load(tensors: Mapping[str, Tensor], plan: Plan, abstract: Params) -> dict[st
     parts = tables.forward(place, tensors[key].read(), shapes)
     for path, part in zip(place.targets, parts, strict=True):
       leaf = leaves[path]
-      # A copy, never a view of the file: devices may keep a host array as it is.
+      # A copy rather than a view of the file, because devices may alias a host array.
       part = np.array(part, leaf.dtype, order='C')
       if place.index is None:
         made[path] = _placed(part, leaf)
@@ -127,7 +126,7 @@ def load(tensors: Mapping[str, Tensor], plan: Plan, abstract: Params) -> dict[st
 
 
 def tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Nested parameters from leaves by path."""
+  """Nests leaves by path."""
   nested: dict[str, Any] = {}
   for path, leaf in leaves.items():
     *parents, name = path.split('/')
@@ -148,22 +147,22 @@ def export(
   dtype: str = 'float32',
   shard: int = SHARD,
 ) -> list[str]:
-  """Writes parameters as published tensors: safetensors, an index if there are several files.
+  """Writes parameters as published tensors: safetensors, with an index for several files.
 
-  The folder appears whole or not at all.
+  The folder is written atomically.
 
   Args:
     params: every leaf of the model.
     table: the key layout to write.
-    folder: to be made.
-    config: becomes config.json.
-    axes: sizes of axes that our leaves don't show, such as the side of a patch.
-    stem: how the files' names begin (`diffusion_pytorch_model` for diffusers).
+    folder: output folder, which must not exist.
+    config: content of config.json.
+    axes: sizes of axes that can't be inferred from our leaves, such as the side of a patch.
+    stem: stem of file names (`diffusion_pytorch_model` for diffusers).
     dtype: float32, bfloat16 or float16.
-    shard: bytes of a file at most, unless one tensor is larger.
+    shard: maximum bytes of a file, unless one tensor is larger.
 
   Returns:
-    The keys that were written.
+    The keys of the written tensors.
 
   Raises:
     UserError: the folder exists, can't be written, or the layout can't be exported.
@@ -180,7 +179,7 @@ def export(
   with storage.writing(folder), _made_whole(folder) as unfinished:
     for name, keys in zip(names, files, strict=True):
       tensors = {key: _source_tensor(places[key], leaves, axes, kind) for key in keys}
-      # `format` is what transformers and diffusers look for.
+      # transformers and diffusers check `format`.
       safetensors.numpy.save_file(tensors, unfinished / name, metadata={'format': 'pt'})
     if len(names) > 1:
       total = sum(_size(place, shapes) for place in places.values()) * kind.itemsize
@@ -193,7 +192,7 @@ def export(
 
 @contextlib.contextmanager
 def _made_whole(folder: Path) -> Iterator[Path]:
-  """A folder of our own beside another, whose name it gets once all is in it."""
+  """A temporary folder next to `folder`, renamed to it if the block succeeds."""
   folder.parent.mkdir(parents=True, exist_ok=True)
   unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.', suffix='.part'))
   try:
@@ -209,7 +208,7 @@ def _known(table: Table, key: str) -> bool:
 
 
 def _prefix(table: Table, keys: Iterator[str] | Mapping[str, Any]) -> str:
-  """The beginning that all keys share, if the table knows it."""
+  """The table's prefix that all keys share; '' without one."""
   return next((p for p in table.prefixes if all(key.startswith(p) for key in keys)), '')
 
 
@@ -219,40 +218,40 @@ def _bare(table: Table, keys: Mapping[str, Any]) -> list[str]:
 
 
 def _expected(table: Table, shapes: _Shapes, most: int | None = None) -> dict[str, Place]:
-  """All source keys that fill these parameters, and where they go.
+  """All source keys that fill these parameters, and their destinations.
 
   Raises:
-    UserError: there are more than `most`: a config that asks for a billion layers ends here.
+    UserError: there are more than `most`, as for a config with a billion layers.
   """
   found = (item for row in table.rows for item in tables.keys(row, shapes))
   expected = dict(itertools.islice(found, most))
   if most is not None and next(found, None):
     raise UserError(
-      f"the weights don't fit the layout '{table.name}' of this configuration, which asks for over "
+      f"the weights don't fit the layout '{table.name}' of this configuration, which needs over "
       f'{most} tensors: is the config of another model?'
     )
   return expected
 
 
 def _parts(place: Place, shapes: _Shapes) -> list[tuple[int, ...]]:
-  """The shapes that a source tensor fills: of its targets, or of one entry of each."""
+  """Shapes of the targets of a source tensor, without the stacked axis."""
   whole = [shapes[path] for path in place.targets]
   return whole if place.index is None else [shape[1:] for shape in whole]
 
 
 def _size(place: Place, shapes: _Shapes) -> int:
-  """How many numbers the source tensor holds."""
+  """Number of elements of the source tensor."""
   return sum(int(np.prod(shape, dtype=np.int64)) for shape in _parts(place, shapes))
 
 
 def _misfits(key: str, tensor: Tensor, place: Place, shapes: _Shapes) -> list[str]:
   found = []
   if absent := [path for path in place.targets if path not in shapes]:
-    return [f"'{key}' has no place here: there is no '{absent[0]}'"]
+    return [f"'{key}' has no parameter: there is no '{absent[0]}'"]
   if words := tables.misfit(place, tensor.shape, _parts(place, shapes)):
     found.append(f"'{key}' has the wrong shape: {words}")
   if tensor.dtype not in _FLOATS:
-    found.append(f"'{key}' holds {tensor.dtype}, not floating-point numbers of 16 or 32 bits")
+    found.append(f"'{key}' is {tensor.dtype}, not a 16- or 32-bit floating-point dtype")
   return found
 
 
@@ -264,8 +263,8 @@ def _check_ties(
     if copy in tensors and original in tensors and copy not in expected:
       if not np.array_equal(tensors[copy].read(), tensors[original].read()):
         raise UserError(
-          f"'{copy}' and '{original}' should be one tensor, but hold different numbers: these "
-          'weights are of another model'
+          f"'{copy}' and '{original}' should be one tensor, but their values differ: these weights "
+          'are of another model'
         )
       dropped[copy] = f'the same tensor as {original}'
   return dropped
@@ -283,8 +282,8 @@ def _check_exportable(table: Table, places: Mapping[str, Place], shapes: _Shapes
   partial = sorted(key for key, place in places.items() if place.row.last)
   if partial:
     raise UserError(
-      f"layout '{table.name}' is for import only: of '{partial[0]}' and {len(partial) - 1} other "
-      'tensors we keep a part'
+      f"layout '{table.name}' is for import only: '{partial[0]}' and {len(partial) - 1} other "
+      'tensors are only imported in part'
     )
   used = {path for place in places.values() for path in place.targets}
   unsaid = [p for p in shapes if p not in used and tables.reason(table.absent, p) is None]
@@ -297,7 +296,7 @@ def _check_exportable(table: Table, places: Mapping[str, Place], shapes: _Shapes
 def _files(
   places: Mapping[str, Place], shapes: _Shapes, itemsize: int, shard: int
 ) -> list[list[str]]:
-  """Keys of each file, in order."""
+  """Assigns keys to files of at most `shard` bytes."""
   files: list[list[str]] = [[]]
   held = 0
   for key in sorted(places):
@@ -323,7 +322,7 @@ def _source_tensor(
   if place.index is not None:
     chosen = [leaf[place.index] for leaf in chosen]
   parts = [np.asarray(jax.device_get(leaf)) for leaf in chosen]
-  # Not ascontiguousarray, which makes a vector of a scalar.
+  # Not ascontiguousarray, which turns a scalar into a vector.
   return np.array(tables.backward(place, parts, axes), dtype, order='C')
 
 
@@ -339,7 +338,7 @@ def _placed(part: np.ndarray, leaf: Any) -> Array:
 
 
 def _placed_entry(part: np.ndarray, leaf: Any) -> Array:
-  """One entry of a stacked leaf, split as the leaf is."""
+  """One entry of a stacked leaf, with the leaf's sharding."""
   sharding = getattr(leaf, 'sharding', None)
   if isinstance(sharding, jax.sharding.NamedSharding):
     spec = jax.sharding.PartitionSpec(*sharding.spec[1:])
@@ -353,11 +352,11 @@ def _zeros(leaf: Any) -> Array:
 
 @functools.cache
 def _maker(shape: tuple[int, ...], dtype: np.dtype, sharding: Any) -> Any:
-  """Compiled once for all leaves of a kind."""
+  """Compiled once for all leaves of equal shape, dtype and sharding."""
   return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _written(leaf: Array, entry: Array, index: Array | int) -> Array:
-  """The leaf with one entry of its first axis replaced, in the same memory."""
+  """Replaces one entry of the leaf's first axis in place."""
   return jax.lax.dynamic_update_index_in_dim(leaf, entry, index, 0)

@@ -1,7 +1,7 @@
-"""Published networks kept as one of our checkpoints, and trained networks on their way out.
+"""Imports published networks as checkpoints, and exports trained networks.
 
-An import is a folder like a run's: one checkpoint with checksums, whose config names the family and
-its sizes. `weights.load` and whatever reads a run's workdir reads it too.
+An import is a folder in the format of a run: one checkpoint with checksums, whose config contains
+the family and its sizes. `weights.load` and other readers of a workdir can read it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ from vpe_jax.config import CheckpointConfig, build_section, to_dict
 from vpe_jax.contracts import Params, PretrainedWeights, UserError
 from vpe_jax.sharding import by_path
 
-# Systems that train a network of a published family, and the section of its sizes in their model.
+# System that trains a network of a published family -> (family, config.model section of its sizes).
 _TRAINED = {'siglip': ('siglip', 'siglip')}
 
 
 def bring_in(family: str, source: str, to: str, check: bool = False) -> list[str]:
-  """Imports published weights: vpe_jax.convert as a call.
+  """Imports published weights; the Python API of `vpe_jax.convert`.
 
-  With `check`, what the reference library computes from them is compared before anything is kept.
+  Args:
+    family: name of the family.
+    source: see `sources.open_source`.
+    to: output folder.
+    check: whether to compare outputs with the reference library before anything is written.
 
   Returns:
-    The report, a line each.
+    The lines of the report.
 
   Raises:
     UserError: see `check_target`, `sources.open_source`, `families.load`, `parity.compare` and
@@ -60,10 +64,16 @@ def bring_in(family: str, source: str, to: str, check: bool = False) -> list[str
 
 
 def send_out(family: str, source: str, to: str, dtype: str = 'float32') -> list[str]:
-  """Exports weights for the reference library: vpe_jax.convert as a call.
+  """Exports weights for the reference library; the Python API of `vpe_jax.convert`.
+
+  Args:
+    family: name of the family.
+    source: see `read`.
+    to: output folder.
+    dtype: float32, bfloat16 or float16.
 
   Returns:
-    The report, a line each.
+    The lines of the report.
 
   Raises:
     UserError: see `read` and `convert.export`.
@@ -78,19 +88,19 @@ def send_out(family: str, source: str, to: str, dtype: str = 'float32') -> list[
 
 def _summary(params: object, began: float) -> str:
   count = sum(leaf.size for leaf in by_path(params).values())
-  # Linux counts kilobytes. Mapped pages of the files are in it, which the system can take back.
+  # In kilobytes on Linux. Includes memory-mapped pages, which the system can reclaim.
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   seconds = time.monotonic() - began
   return f'{count:,} parameters, {seconds:.1f} s, peak memory {peak:.2f} GB'
 
 
 def write(imported: families.Imported, folder: str, source: str) -> None:
-  """Keeps an import as a checkpoint.
+  """Saves an import as a checkpoint.
 
   Args:
     imported: the network.
     folder: local or gs://; must not exist.
-    source: where it came from, for the record.
+    source: name of the source, saved in the config.
 
   Raises:
     UserError: the folder exists or can't be written.
@@ -109,10 +119,10 @@ def write(imported: families.Imported, folder: str, source: str) -> None:
 
 
 def check_target(folder: str, source: str = '') -> None:
-  """Refuses what would be overwritten, or would lie among the weights that it is made from.
+  """Checks that an output folder doesn't exist and is not inside the source.
 
   Raises:
-    UserError: something is there, or the folder is within the source.
+    UserError: it exists, or is inside the source.
   """
   place = storage.place(folder)
   if storage.reached(place, place.exists):
@@ -120,19 +130,19 @@ def check_target(folder: str, source: str = '') -> None:
   if source and not storage.is_remote(folder):
     origin = Path(source).expanduser().resolve()
     if origin.is_dir() and Path(place).resolve().is_relative_to(origin):
-      raise UserError(f"'{folder}' lies within the source '{source}': name a folder outside it")
+      raise UserError(f"'{folder}' is inside the source '{source}': name a folder outside it")
 
 
 def network(start: PretrainedWeights, place: Callable[[Params], Params]) -> Params:
-  """The parameters of a published network, from where it was published or from an import.
+  """Loads the parameters of a published network from published weights or from an import.
 
   Args:
-    start: what it is and where its weights lie.
-    place: gives the abstract parameters their shardings. Published tensors go straight there; what
-      an import holds comes back in numpy.
+    start: family, source and sizes of the network.
+    place: adds shardings to the abstract parameters. Published tensors are loaded with these
+      shardings; an import is loaded as numpy arrays.
 
   Raises:
-    UserError: weights are missing, don't fit, or are of another size.
+    UserError: weights are missing, don't fit, or have other sizes.
   """
   if not (epath.Path(start.source).expanduser() / FOLDER).is_dir():
     source = sources.open_source(start.source)
@@ -141,21 +151,21 @@ def network(start: PretrainedWeights, place: Callable[[Params], Params]) -> Para
   free = getattr(families.get(start.family), 'FREE', ())
   if sizes != dataclasses.replace(start.sizes, **{name: getattr(sizes, name) for name in free}):
     raise UserError(
-      f"'{start.source}' holds a {start.family} of other sizes than the config's: {sizes}, not "
+      f"the sizes of the {start.family} in '{start.source}' differ from the config's: {sizes}, not "
       f'{start.sizes}'
     )
   return params
 
 
 def read(source: str, family: str) -> tuple[Any, Params, Mapping[str, str]]:
-  """Sizes, parameters and metadata of an import, or of a network that was trained here.
+  """Loads sizes, parameters and metadata of an import or of a network trained with vpe_jax.
 
   Args:
-    source: the folder of an import, the workdir of a run, `assets:NAME` or a file of weights.
-    family: what it must be.
+    source: the folder of an import, the workdir of a run, `assets:NAME` or a weight file.
+    family: the expected family.
 
   Raises:
-    UserError: nothing is there, or it is of another family.
+    UserError: there are no weights, or they are of another family.
   """
   params, metadata = weights.load(source)
   config = json.loads(metadata.get('config', '{}'))
@@ -166,9 +176,9 @@ def read(source: str, family: str) -> tuple[Any, Params, Mapping[str, str]]:
     sizes = to_dict(getattr(systems.build(config).config.model, section))
   else:
     raise UserError(
-      f"'{source}' is no import, and a run of system '{config.get('system')}' trains no network of "
-      f'a published family (those that do: {", ".join(_TRAINED)})'
+      f"'{source}' is not an import, and system '{config.get('system')}' trains no network of a "
+      f'published family (systems that do: {", ".join(_TRAINED)})'
     )
   if found != family:
-    raise UserError(f"'{source}' is of family {found}, not {family}: give --family={found}")
+    raise UserError(f"'{source}' is of family {found}, not {family}: set --family={found}")
   return build_section(families.get(family).Sizes, sizes), params, metadata

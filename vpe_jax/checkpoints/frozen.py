@@ -1,4 +1,4 @@
-"""Networks that never train: loaded once, spread over the mesh, an argument of every call."""
+"""Frozen networks: loaded once, sharded over the mesh, and passed to every call as an argument."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Frozen:
   """Frozen networks by name.
 
   Attributes:
-    params: name -> tree, sharded; in no checkpoint, never closed over.
-    fingerprints: name -> a checksum of every bit of the tree.
+    params: name -> sharded parameters; not part of checkpoints, never closed over.
+    fingerprints: name -> hash of all bits of the parameters.
     encode: the system's `encode(params, inputs, rng)`, jitted once for all callers.
   """
 
@@ -38,7 +38,7 @@ class Frozen:
   encode: Encode
 
   def encoded(self, batch: Batch, rng: Array) -> Batch:
-    """A batch with the entries that the frozen encoders compute from its inputs."""
+    """Adds the entries that the frozen encoders compute from the inputs of a batch."""
     return dataclasses.replace(batch, encoded=self.encode(self.params, batch.inputs, rng))
 
 
@@ -57,23 +57,23 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
 
 
 def for_sampling(system: Samples) -> Params:
-  """The networks that a system generates images with, on one device.
+  """Loads the networks that a system samples with, on one device.
 
   Raises:
-    UserError: weights are missing, can't be read, or are of another size.
+    UserError: weights are missing, can't be read, or have other sizes.
   """
   return _on_one_device(system, system.samples_with)
 
 
 def for_drafts(system: Samples) -> Params:
-  """The networks that a system reads the drafts of given images with, on one device.
+  """Loads the networks that encode images to drafts, on one device.
 
   Raises:
-    UserError: it was trained without them; or see `for_sampling`.
+    UserError: the system was trained without them; or see `for_sampling`.
   """
   names = system.draft_encoders
   if not set(names) <= set(system.frozen):
-    raise UserError('this model was trained on synthetic codes: no encoder reads them from images')
+    raise UserError('this model was trained on synthetic codes, for which no encoder exists')
   networks, side = _on_one_device(system, names), system.config.data.image_size
   with _misfit(system, names):
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
@@ -87,15 +87,15 @@ def _on_one_device(system: System, names: Iterable[str]) -> Params:
 
 
 def check_sampling(system: Samples, params: Params, frozen: Params) -> None:
-  """Compares with the config in shapes alone: what doesn't fit is found before any work.
+  """Checks the shapes of parameters and frozen networks before sampling.
 
   Args:
-    system: the model.
+    system: a system that samples.
     params: its parameters.
-    frozen: the networks that it generates images with.
+    frozen: the networks that it samples with.
 
   Raises:
-    UserError: the parameters, or the frozen networks, are those of another model.
+    UserError: the parameters or the frozen networks don't fit the system's config.
   """
   check_shapes(by_path(jax.eval_shape(system.init, jax.random.key(0))), by_path(params))
   encoded = system.batch_spec(1).encoded
@@ -104,41 +104,45 @@ def check_sampling(system: Samples, params: Params, frozen: Params) -> None:
 
 
 def check_shapes(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-  """Compares parameters by path.
+  """Compares the shapes of parameters by path.
+
+  Args:
+    wanted: path -> leaf, from the config.
+    found: path -> leaf, from the weights.
 
   Raises:
-    UserError: one is missing, too many, or of another shape.
+    UserError: a parameter is missing, is unexpected, or has another shape.
   """
   if difference := weights.mismatch(wanted, found):
     path, ours, theirs = difference
     raise UserError(
-      f"the weights are not those of their config: '{path}' is {theirs} there, and the config "
-      f'asks for {ours}; get the file again, or name the run that it came from'
+      f"the weights don't fit their config: '{path}' is {theirs} instead of {ours}; get the file "
+      'again, or name the run that it was exported from'
     )
 
 
 @contextlib.contextmanager
 def _misfit(system: System, names: Iterable[str]) -> Iterator[None]:
-  """Says in one line that frozen networks don't fit."""
+  """Context in which errors of misfitting frozen networks become a one-line error."""
   try:
     yield
   except UserError:
     raise
-  # What a wrong tree ends in depends on the network: flax, einops, or a missing key.
+  # A wrong tree raises different exceptions, depending on the network (flax, einops, KeyError).
   except Exception as error:
     sources = ', '.join(f'{name}={system.frozen[name].source}' for name in names)
     reason = (str(error).splitlines() or [''])[0].split(' (https')[0]
     raise UserError(
       f'the frozen networks ({sources}) do not fit the sizes in config.model or '
       f'data.image_size={system.config.data.image_size}: name weights that were trained with these '
-      f'sizes, or set them to those of the weights ({type(error).__name__}: {reason})'
+      f'sizes, or change the sizes to those of the weights ({type(error).__name__}: {reason})'
     ) from error
 
 
 def _network(
   system: System, name: str, mesh: jax.sharding.Mesh, strategy: str
 ) -> tuple[Params, str]:
-  """A frozen network on the mesh, and what stands for every bit of it."""
+  """Loads a frozen network on the mesh; returns its parameters and fingerprint."""
   network = system.frozen[name]
   if network.published is None:
     tree = weights.load(network.source)[0]
@@ -147,21 +151,21 @@ def _network(
     network.published, functools.partial(_spread, mesh=mesh, strategy=strategy)
   )
   tree = jax.device_put(tree, shardings_of(tree, mesh, strategy))
-  # No host holds a large network whole: its checksums are summed where it lies.
+  # A large network doesn't fit on one host, so its checksums are computed on the devices.
   sums = json.dumps(checksum.checksums(by_path(tree)), sort_keys=True)
   return tree, hashlib.sha256(sums.encode()).hexdigest()[:12]
 
 
 def _spread(tree: Params, mesh: jax.sharding.Mesh, strategy: str) -> Params:
-  """Shapes with shardings."""
+  """Adds shardings to abstract parameters."""
   where = shardings_of(tree, mesh, strategy)
   shape = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
   return jax.tree.map(shape, tree, where)
 
 
 def shardings_of(networks: Params, mesh: jax.sharding.Mesh, strategy: str) -> Params:
-  """How frozen networks (arrays or shapes) lie on the mesh: split along the largest dimension."""
-  # No names: each leaf is split along its largest dimension that divides.
+  """Shardings of frozen networks (arrays or shapes)."""
+  # Without axis names, each leaf is sharded along its largest divisible dimension.
   table = [
     (re.escape(path), (None,) * len(leaf.shape))
     for path, leaf in sharding.by_path(networks).items()
@@ -170,21 +174,21 @@ def shardings_of(networks: Params, mesh: jax.sharding.Mesh, strategy: str) -> Pa
 
 
 def check_fits(system: System, loaded: Params) -> None:
-  """Encodes one example in shapes alone: a misfit is found before any work.
+  """Traces the frozen encoders on one example to check their shapes before any work.
 
   Args:
-    system: its encoders.
-    loaded: its frozen networks, name -> tree.
+    system: the system that encodes with them.
+    loaded: its frozen networks, name -> parameters.
 
   Raises:
-    UserError: the networks are of other sizes than the config says, or their outputs are not of
-      the shapes that the model takes.
+    UserError: the networks don't fit the sizes in the config, or the shapes of their outputs don't
+      fit the model.
   """
   data, spec = system.config.data, system.batch_spec(1)
   if not system.frozen:
     if spec.encoded and data.encode == 'online':
       raise UserError(
-        f'data.source={data.source} trains without encoders, which data.encode=online asks for: '
+        f'data.source={data.source} trains without encoders, but data.encode=online needs them: '
         'set data.encode=cached'
       )
     return
@@ -194,7 +198,7 @@ def check_fits(system: System, loaded: Params) -> None:
   for name, expected in spec.encoded.items():
     if outputs[name].shape != expected.shape:
       raise UserError(
-        f'an image of data.image_size={data.image_size} becomes {name} of shape '
+        f'an image of data.image_size={data.image_size} has {name} of shape '
         f'{list(outputs[name].shape[1:])}, but the model takes {list(expected.shape[1:])}: change '
         'data.image_size, or the sizes in config.model'
       )

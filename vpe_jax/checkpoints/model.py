@@ -1,4 +1,4 @@
-"""A trained model: its system and parameters, from a run or a file of weights."""
+"""A trained model: its system and parameters, from a run or a weight file."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class Model:
   """A trained model.
 
   Attributes:
-    system: built from the stored config.
-    params: as checkpoints store them.
+    system: built from the saved config.
+    params: in the layout of checkpoints.
     stage: index of the stage that the weights come from.
     weights: `ema` (averaged) or `raw`.
     source: the run, asset or file.
@@ -37,24 +37,24 @@ def load(source: str, weights: str = 'ema') -> Model:
   """Loads the newest checkpoint of a run, or shipped weights.
 
   Args:
-    source: the folder of a run (local or gs://), `assets:NAME`, or a file of weights.
-    weights: `ema` for the averaged parameters (raw ones where a run has no average yet), `raw`
-      for those of the last step.
+    source: the folder of a run (local or gs://), `assets:NAME`, or a weight file.
+    weights: `ema` for EMA parameters (raw ones if the run has no EMA), `raw` for the parameters of
+      the last step.
 
   Raises:
-    UserError: there is no such run, checkpoint or asset, or its weights are damaged.
+    UserError: the run, checkpoint or asset doesn't exist, or its weights are damaged.
   """
   if weights not in ('ema', 'raw'):
     raise UserError(f"weights is '{weights}': choose 'ema' (averaged) or 'raw' (last step)")
   if weights_io.is_file(source):
-    params, stored = weights_io.load(source)
+    params, metadata = weights_io.load(source)
   else:
-    params, stored = weights_io.load_run(source, weights)
-  kind = stored.get('weights', 'ema')
+    params, metadata = weights_io.load_run(source, weights)
+  kind = metadata.get('weights', 'ema')
   if weights == 'raw' and kind != 'raw':
     raise UserError(f"{source} holds averaged weights only: use weights 'ema'")
-  system = systems.build(weights_io.config_of(stored, source))
-  stage, last = stored.get('stage', '-1'), len(system.stages) - 1
+  system = systems.build(weights_io.config_of(metadata, source))
+  stage, last = metadata.get('stage', '-1'), len(system.stages) - 1
   known = {str(index): index for index in range(len(system.stages))} | {'-1': last}
   if stage not in known:
     raise UserError(

@@ -1,12 +1,12 @@
-"""Checkpoints of a run: saved in the background, verified on load, newest good one first.
+"""Checkpoints of a run: saved asynchronously, verified on load; the newest intact one is restored.
 
-A checkpoint is a folder named after its step. Orbax (v1 API; nothing else in the library knows
-it) writes the arrays of the state, each under its path such as `opt_state/mu/ar/layers/q/kernel`,
-and a record in JSON: counters, config, machine, and shape, dtype and checksum of every array.
+A checkpoint is a folder named after its step. Orbax (v1 API; only this module uses it) writes the
+arrays of the state, each under its path such as `opt_state/mu/ar/layers/q/kernel`, and a JSON
+record: counters, config, machine, and the shape, dtype and checksum of every array.
 
-What Orbax guarantees: a folder gets its name and its commit marker only when all is written, so
-an interrupted save is never taken for a checkpoint. What it does not notice: a missing marker on
-load, and changed bits in the data, which load as other values. Both are checked here.
+Orbax writes the folder's final name and commit marker last, so an interrupted save is never taken
+for a checkpoint. On load it detects neither a missing marker nor flipped bits in the data; this
+module checks both.
 """
 
 from __future__ import annotations
@@ -34,31 +34,35 @@ from vpe_jax.checkpoints.checksum import checksums
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.sharding import by_path
-from vpe_jax.storage import is_remote, put_aside, reached
+from vpe_jax.storage import is_remote, move_aside, reached
 
 COUNTERS = ('stage', 'step', 'stage_step', 'examples_seen')
-FOLDER = 'checkpoints'  # of a workdir
-_STATE = 'state'  # the part of a checkpoint that holds the arrays
-_MARKER = 'commit_success.txt'  # written by Orbax last of all
-_UNFINISHED = '.orbax-checkpoint-tmp'  # in the name of a folder that is written or deleted
+FOLDER = 'checkpoints'  # folder of a workdir
+_STATE = 'state'  # Orbax's name for the arrays of a checkpoint
+_MARKER = 'commit_success.txt'  # written by Orbax last
+_UNFINISHED = '.orbax-checkpoint-tmp'  # suffix of a folder that is being written or deleted
 
 State = dict[str, Any]
 Meta = dict[str, Any]
 
 
 class _Damaged(Exception):
-  """Why a checkpoint can't be used."""
+  """A checkpoint can't be used; the message gives the reason."""
 
 
 class Store:
-  """The checkpoints in one directory (local, or gs://...).
+  """The checkpoints in one directory (local or gs://...).
 
-  In a run of several processes every process makes the same calls in the same order, and the
-  directory is one that all of them see.
+  In a multi-process run, every process must make the same calls in the same order, and all must
+  share the directory.
   """
 
   def __init__(self, directory: str, config: CheckpointConfig):
-    """Names a directory; nothing is read or written yet.
+    """Opens a store; the directory is not accessed yet.
+
+    Args:
+      directory: of the checkpoints.
+      config: when to save, and which checkpoints to keep.
 
     Raises:
       UserError: `keep` or `every` is below 1, or `keep_every` is negative.
@@ -74,36 +78,36 @@ class Store:
     self._config = config
     self._worker = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending: concurrent.futures.Future[None] | None = None
-    self._newest: int | None = None  # the step saved or restored last; -1: there was none
-    self._damaged: set[int] = set()  # steps that restore passed over
+    self._newest: int | None = None  # last saved or restored step; -1: restore found none
+    self._damaged: set[int] = set()  # steps that restore skipped
 
   def due(self, step: int) -> bool:
     """Whether `save` without `force` saves at this step."""
     return step > 0 and step % self._config.every == 0
 
   def save(self, state: State, config_dict: Mapping[str, Any], force: bool = False) -> bool:
-    """Saves a state if it is due; returns when the arrays are copied, and writes behind that.
+    """Saves a state if it is due. Returns once the arrays are copied; a thread writes them.
 
-    The arrays may be donated or changed afterwards. Reading `step` out of a state waits until
-    the state is computed: a loop that counts itself asks `due` first.
+    The arrays may then be donated or changed. Reading `step` from the state waits for its
+    computation, so a loop with its own step counter should check `due` first.
 
     Args:
       state: {stage, step, stage_step, examples_seen, params, opt_state, ema}; counters may be
         Python numbers or arrays.
-      config_dict: the run's config, as from `vpe_jax.config.to_dict`.
+      config_dict: the run's config, from `vpe_jax.config.to_dict`.
       force: save at a step that isn't due (the last one, or after SIGTERM).
 
     Returns:
-      Whether a save was started; False too if this step was just saved or restored.
+      Whether a save was started; False also if this step was just saved or restored.
 
     Raises:
-      UserError: the directory holds this step or later ones and they weren't restored.
+      UserError: the directory contains this step or later ones and they weren't restored.
     """
     step = int(state['step'])
     if step == self._newest or not (force or self.due(step)):
       return False
     self.wait()
-    self._make_room(step)
+    self._prepare_directory(step)
     arrays = _arrays(state)
     record = {name: int(state[name]) for name in COUNTERS}
     record |= {'config': dict(config_dict), 'version': __version__, **_machine()}
@@ -112,56 +116,56 @@ class Store:
       path: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'checksum': sums[path]}
       for path, leaf in arrays.items()
     }
-    sealed = {'record': record, 'digest': _digest(record)}
-    with _full_disk_named(self._directory), _writing():
+    metadata = {'record': record, 'digest': _digest(record)}
+    with _full_disk_error(self._directory), _save_context():
       response = ocp.save_checkpointables_async(
-        self._directory / str(step), {_STATE: arrays}, custom_metadata=sealed
+        self._directory / str(step), {_STATE: arrays}, custom_metadata=metadata
       )
     self._newest = step
     self._pending = self._worker.submit(self._finish, response)
     return True
 
   def restore(self, abstract_of: Callable[[Meta], State]) -> State | None:
-    """Loads the newest checkpoint that is whole.
+    """Restores the newest intact checkpoint.
 
-    A damaged one is named in a warning and the one before it is tried. The next `save` puts it
-    aside, as `damaged-STEP`.
+    A damaged checkpoint is reported in a warning and the previous one is tried. The next `save`
+    renames the damaged one to `damaged-STEP`.
 
     Args:
-      abstract_of: from a checkpoint's record {stage, step, stage_step, examples_seen, config,
-        cpu_threads, devices, version, leaves} to the state that is wanted: arrays as
-        `jax.ShapeDtypeStruct` with shardings (of any mesh), counters also as plain numbers.
+      abstract_of: maps a checkpoint's record {stage, step, stage_step, examples_seen, config,
+        cpu_threads, devices, version, leaves} to the abstract state to restore: arrays as
+        `jax.ShapeDtypeStruct` with shardings (of any mesh); counters may be plain numbers.
 
     Returns:
       The state, or None if the directory has no checkpoint.
 
     Raises:
-      UserError: every checkpoint is damaged, or the wanted state has other leaves.
+      UserError: every checkpoint is damaged, or the abstract state has other leaves.
     """
 
     def load(step: int, meta: Meta) -> State:
       return self._load(step, meta, abstract_of(meta))
 
-    found = self._first_whole(load)
-    if found is None:
+    newest = self._newest_intact(load)
+    if newest is None:
       self._newest = -1
       return None
-    meta, state = found
+    meta, state = newest
     self._newest = meta['step']
-    for name, here in _machine().items():
-      decides = name != 'cpu_threads' or jax.default_backend() == 'cpu'
-      if decides and meta[name] != here:
+    for name, value in _machine().items():
+      matters = name != 'cpu_threads' or jax.default_backend() == 'cpu'
+      if matters and meta[name] != value:
         logging.warning(
-          'checkpoint %d was made with %s=%s, this process has %s: results may differ in their '
-          'last bits', meta['step'], name, meta[name], here,
+          'checkpoint %d was saved with %s=%s, this process has %s: results may differ in their '
+          'last bits', meta['step'], name, meta[name], value,
         )  # fmt: skip
     return state
 
-  def read(self, wanted: Callable[[str], bool]) -> tuple[dict[str, np.ndarray], Meta] | None:
-    """Loads some leaves of the newest checkpoint that is whole, on the host.
+  def read(self, select: Callable[[str], bool]) -> tuple[dict[str, np.ndarray], Meta] | None:
+    """Loads some leaves of the newest intact checkpoint as numpy arrays.
 
     Args:
-      wanted: whether a path such as `params/ar/layers/q/kernel` is to be loaded.
+      select: predicate of a path such as `params/ar/layers/q/kernel`; true for leaves to load.
 
     Returns:
       ({path: array}, record), or None if the directory has no checkpoint.
@@ -173,15 +177,15 @@ class Store:
     def load(step: int, meta: Meta) -> dict[str, np.ndarray]:
       leaves = meta['leaves'].items()
       targets = {
-        path: np.empty(leaf['shape'], leaf['dtype']) for path, leaf in leaves if wanted(path)
+        path: np.empty(leaf['shape'], leaf['dtype']) for path, leaf in leaves if select(path)
       }
-      return self._verified(step, meta, targets)
+      return self._load_verified(step, meta, targets)
 
-    found = self._first_whole(load)
-    return None if found is None else (found[1], found[0])
+    newest = self._newest_intact(load)
+    return None if newest is None else (newest[1], newest[0])
 
   def latest_meta(self) -> Meta | None:
-    """The record of the newest checkpoint that has a readable one, or None without any."""
+    """The newest readable record of a checkpoint, or None."""
     for step in reversed(self.steps()):
       try:
         return self._record(step)
@@ -190,22 +194,22 @@ class Store:
     return None
 
   def steps(self) -> list[int]:
-    """Steps of the complete checkpoints on disk, in ascending order."""
+    """Steps of all complete checkpoints, in ascending order."""
     return [step for step in self._folders() if (self._folder(step) / _MARKER).exists()]
 
   def wait(self) -> None:
-    """Returns when the last save is complete; raises what went wrong with it.
+    """Waits for the last save and raises its error, if any.
 
     Raises:
       UserError: the disk is full.
     """
     if self._pending is not None:
       pending, self._pending = self._pending, None
-      with _full_disk_named(self._directory):
+      with _full_disk_error(self._directory):
         pending.result()
 
   def close(self) -> None:
-    """Waits for the last save and ends the background thread. Belongs in a `finally`."""
+    """Waits for the last save and ends the background thread. Call it in a `finally` block."""
     try:
       self.wait()
     finally:
@@ -213,56 +217,56 @@ class Store:
 
   # Saving.
 
-  def _make_room(self, step: int) -> None:
-    """Before a save: refuses to mix two runs, and clears what a crash or damage left behind."""
+  def _prepare_directory(self, step: int) -> None:
+    """Before a save: refuses to mix two runs, and removes unfinished or damaged checkpoints."""
     if self._newest is None:
-      present = [other for other in self.steps() if other >= step]
-      if present:
+      later = [other for other in self.steps() if other >= step]
+      if later:
         raise UserError(
-          f'{self._directory} already holds a checkpoint of step {present[-1]}: resume from it or '
+          f'{self._directory} already contains a checkpoint of step {later[-1]}: resume from it or '
           'choose another --workdir'
         )
-    # Orbax lets no process go on to write before all have come to the save.
+    # In Orbax's save, no process writes before all processes have reached it.
     if jax.process_index() == 0:
       self._directory.mkdir(parents=True, exist_ok=True)
       for folder in self._directory.iterdir():
         if re.fullmatch(rf'\d+{re.escape(_UNFINISHED)}.*', folder.name):
           folder.rmtree()
-      # What has the name of this step and isn't a checkpoint would be in the way of the save.
+      # The save would fail on a folder of this step that isn't a checkpoint.
       for other in sorted(self._damaged | ({step} & set(self._folders()) - set(self.steps()))):
-        self._put_aside(self._folder(other))
+        self._move_aside(self._folder(other))
     self._damaged.clear()
 
-  def _put_aside(self, folder: epath.Path) -> None:
+  def _move_aside(self, folder: epath.Path) -> None:
     if self._is_unfinished(folder):
       folder.rmtree()
     else:
-      put_aside(folder, f'damaged-{folder.name}', '-')
+      move_aside(folder, f'damaged-{folder.name}', '-')
 
   def _is_unfinished(self, folder: epath.Path) -> bool:
-    """Whether a folder is a save of ours that was interrupted: there is nothing to save from it.
+    """Whether a folder is an interrupted save, which can be deleted.
 
-    Elsewhere than on object stores such a folder has another name, so one that is called like a
-    checkpoint and isn't one is damaged, or somebody else's.
+    Only on object stores does an interrupted save have the name of a checkpoint. Elsewhere, a
+    folder with such a name that isn't a checkpoint is damaged or was put there by someone else.
     """
-    ours = (folder / _STATE).exists() and not (folder / _MARKER).exists()
-    return ours and _writes_in_place(self._directory)
+    interrupted = (folder / _STATE).exists() and not (folder / _MARKER).exists()
+    return interrupted and _writes_in_place(self._directory)
 
   def _finish(self, response: Any) -> None:
-    """In the background: waits until a save is complete, then deletes what is no longer kept."""
+    """Waits for a save, then deletes old checkpoints. Runs in the background thread."""
     response.result()
     if jax.process_index() != 0:
       return
     complete, every = self.steps(), self._config.keep_every
-    kept = set(complete[-self._config.keep :])
-    kept |= {step for step in complete if every and step % every == 0}
+    keep = set(complete[-self._config.keep :])
+    keep |= {step for step in complete if every and step % every == 0}
     for step in self._folders():
       folder = self._folder(step)
-      if self._is_unfinished(folder) or (step in complete and step not in kept):
+      if self._is_unfinished(folder) or (step in complete and step not in keep):
         self._delete(folder)
 
   def _delete(self, folder: epath.Path) -> None:
-    """Deletes a checkpoint; where that is interrupted, what is left is no checkpoint."""
+    """Deletes a checkpoint so that an interrupted deletion leaves no valid checkpoint."""
     if _writes_in_place(self._directory):
       (folder / _MARKER).unlink(missing_ok=True)
       folder.rmtree()
@@ -271,7 +275,8 @@ class Store:
 
   # Loading.
 
-  def _first_whole(self, load: Callable[[int, Meta], Any]) -> tuple[Meta, Any] | None:
+  def _newest_intact(self, load: Callable[[int, Meta], Any]) -> tuple[Meta, Any] | None:
+    """Loads the newest intact checkpoint: its record and the result of `load(step, record)`."""
     self.wait()
     reasons = {}
     for step in reversed(self._folders()):
@@ -282,28 +287,28 @@ class Store:
         reasons[step] = str(reason)
         self._damaged.add(step)
         logging.warning(
-          'checkpoint %d in %s is damaged (%s): trying the one before it',
+          'checkpoint %d in %s is damaged (%s): trying the previous one',
           step, self._directory, reason,
         )  # fmt: skip
     if not reasons or (_writes_in_place(self._directory) and not self.steps()):
       return None
     listed = '; '.join(f'step {step}: {reason}' for step, reason in reasons.items())
     raise UserError(
-      f'no checkpoint in {self._directory} can be used ({listed}): put a good copy there, or '
+      f'no checkpoint in {self._directory} can be used ({listed}): restore one from a backup, or '
       'choose another --workdir'
     )
 
   def _record(self, step: int) -> Meta:
-    """A checkpoint's record, after the checks that don't read its arrays."""
+    """Reads and checks a checkpoint's record, without its arrays."""
     folder = self._folder(step)
     if not (folder / _MARKER).exists():
       raise _Damaged(f'its commit marker {_MARKER} is missing: the save was not finished')
-    with _silently():
-      sealed = _attempt(lambda: ocp.checkpointables_metadata(folder).custom_metadata)
-    if not isinstance(sealed, dict) or sealed.keys() != {'record', 'digest'}:
+    with _without_logging():
+      metadata = _attempt(lambda: ocp.checkpointables_metadata(folder).custom_metadata)
+    if not isinstance(metadata, dict) or metadata.keys() != {'record', 'digest'}:
       raise _Damaged('its record is missing')
-    record = sealed['record']
-    if sealed['digest'] != _digest(record):
+    record = metadata['record']
+    if metadata['digest'] != _digest(record):
       raise _Damaged('its record was changed: the digest does not match')
     if record['step'] != step:
       raise _Damaged(f'its record is that of step {record["step"]}')
@@ -311,17 +316,17 @@ class Store:
 
   def _load(self, step: int, meta: Meta, abstract: State) -> State:
     leaves = by_path(abstract)
-    targets = {path: _placed(leaf) for path, leaf in leaves.items() if hasattr(leaf, 'shape')}
+    targets = {path: _load_target(leaf) for path, leaf in leaves.items() if hasattr(leaf, 'shape')}
     _check_fits(self._folder(step), meta['leaves'], targets)
-    arrays = self._verified(step, meta, targets)
-    filled = [arrays[path] if path in arrays else meta[path] for path in leaves]
-    return jax.tree.unflatten(jax.tree.structure(abstract), filled)
+    arrays = self._load_verified(step, meta, targets)
+    values = [arrays[path] if path in arrays else meta[path] for path in leaves]
+    return jax.tree.unflatten(jax.tree.structure(abstract), values)
 
-  def _verified(self, step: int, meta: Meta, targets: Mapping[str, Any]) -> dict[str, Any]:
-    """Loads arrays and compares their checksums with the record; all processes agree on both."""
+  def _load_verified(self, step: int, meta: Meta, targets: Mapping[str, Any]) -> dict[str, Any]:
+    """Loads arrays and compares their checksums with the record; all processes agree."""
 
     def load() -> dict[str, Any]:
-      with _reading():
+      with _load_context():
         return ocp.load(self._folder(step), dict(targets), checkpointable_name=_STATE)
 
     arrays, problem = None, ''
@@ -335,13 +340,13 @@ class Store:
     if problem:
       raise _Damaged(problem)
     sums = checksums(arrays)
-    wrong = [path for path, total in sums.items() if total != meta['leaves'][path]['checksum']]
+    wrong = [path for path, value in sums.items() if value != meta['leaves'][path]['checksum']]
     if wrong:
       raise _Damaged(f'wrong checksum of {", ".join(wrong[:3])} ({len(wrong)} of {len(sums)})')
     return arrays
 
   def _folders(self) -> list[int]:
-    """Steps of all folders named like a checkpoint, complete or not, in ascending order."""
+    """Steps of all folders with a checkpoint's name, complete or not, in ascending order."""
     if not reached(self._directory, self._directory.exists):
       return []
     names = [folder.name.strip('/') for folder in self._directory.iterdir()]
@@ -352,15 +357,18 @@ class Store:
 
 
 def _writes_in_place(directory: epath.Path) -> bool:
-  """Object stores can't rename: there, an interrupted save has its name but no marker."""
+  """Whether saves write to the final folder: object stores can't rename.
+
+  There, an interrupted save has a checkpoint's name but no marker.
+  """
   return is_remote(directory)
 
 
 def _attempt(read: Callable[[], Any]) -> Any:
-  """Calls a function that reads a checkpoint; what it stumbles over is damage.
+  """Calls a function that reads a checkpoint; its exceptions become `_Damaged`.
 
-  Which exception a damaged file ends in depends on where the damage is, so all of them count but
-  those that say something about this process.
+  A damaged file may raise almost any exception, so all of them count as damage except those that
+  concern this process.
   """
   try:
     return read()
@@ -368,87 +376,87 @@ def _attempt(read: Callable[[], Any]) -> Any:
     raise
   except Exception as error:
     root = error
-    while root.__cause__ is not None:  # the innermost one names the file
+    while root.__cause__ is not None:  # the innermost cause names the file
       root = root.__cause__
-    words = ' '.join(str(root).split()) or type(root).__name__
-    raise _Damaged(f'it can not be read: {words[:180]}') from error
+    message = ' '.join(str(root).split()) or type(root).__name__
+    raise _Damaged(f'it can not be read: {message[:180]}') from error
 
 
 @contextlib.contextmanager
-def _full_disk_named(directory: epath.Path) -> Iterator[None]:
-  """Says in one line that a save doesn't fit on the disk; what is said deep down is no OSError."""
+def _full_disk_error(directory: epath.Path) -> Iterator[None]:
+  """Context in which a full disk becomes a one-line error; Orbax doesn't raise an OSError."""
   try:
     yield
   except Exception as error:
-    words = os.strerror(errno.ENOSPC)
-    if words not in str(error):
+    message = os.strerror(errno.ENOSPC)
+    if message not in str(error):
       raise
     raise UserError(
-      f'cannot write a checkpoint to {directory}: {words}; those before it are whole: free some '
+      f'cannot write a checkpoint to {directory}: {message}; earlier ones are intact: free some '
       'space and run the same command again'
     ) from error
 
 
 @contextlib.contextmanager
-def _silently() -> Iterator[None]:
-  """Keeps Orbax from showing the whole of a record that it can't read."""
-  before = logging.get_verbosity()
+def _without_logging() -> Iterator[None]:
+  """Suppresses logs, because Orbax logs the full content of a record that it can't read."""
+  verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.FATAL)
   try:
     yield
   finally:
-    logging.set_verbosity(before)
+    logging.set_verbosity(verbosity)
 
 
 def _arrays(state: State) -> dict[str, Any]:
   return {path: leaf for path, leaf in by_path(state).items() if hasattr(leaf, 'shape')}
 
 
-def _placed(leaf: Any) -> Any:
-  """The leaf as a load target; without a sharding of its own it goes to this process's first
-  device."""
+def _load_target(leaf: Any) -> Any:
+  """Load target of a leaf; the default sharding is this process's first device."""
   if getattr(leaf, 'sharding', None) is not None:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-  place = SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+  sharding = SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _check_fits(folder: epath.Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-  ours = {path: (list(leaf.shape), str(leaf.dtype)) for path, leaf in wanted.items()}
-  theirs = {path: (leaf['shape'], leaf['dtype']) for path, leaf in stored.items()}
+def _check_fits(folder: epath.Path, saved: Mapping[str, Any], targets: Mapping[str, Any]) -> None:
+  """Checks that a checkpoint has the leaves to load, in shape and dtype."""
+  ours = {path: (list(leaf.shape), str(leaf.dtype)) for path, leaf in targets.items()}
+  theirs = {path: (leaf['shape'], leaf['dtype']) for path, leaf in saved.items()}
   for path in sorted(ours.keys() | theirs.keys()):
     if ours.get(path) != theirs.get(path):
-      here, there = ours.get(path, 'absent'), theirs.get(path, 'absent')
+      model, checkpoint = ours.get(path, 'absent'), theirs.get(path, 'absent')
       raise UserError(
-        f"{folder} is of another model: '{path}' is {there} there and {here} here; choose another "
-        '--workdir or the config that it was made with'
+        f"{folder} is of another model: '{path}' is {checkpoint} in the checkpoint and {model} in "
+        'the model; choose another --workdir, or the config of the checkpoint'
       )
 
 
 def _machine() -> dict[str, Any]:
-  """What decides the last bits of a result: devices, and on CPUs the number of threads."""
+  """Properties that affect the last bits of a result: devices and, on CPUs, the thread count."""
   kinds = sorted({device.device_kind for device in jax.devices()})
   devices = f'{jax.device_count()} x {"+".join(kinds)}'
-  # Only Linux knows which cores a process may use.
-  usable = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  return {'cpu_threads': usable, 'devices': devices}
+  # Only Linux reports the cores that a process may use.
+  threads = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  return {'cpu_threads': threads, 'devices': devices}
 
 
 def _digest(record: Meta) -> str:
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _writing() -> ocp.Context:
+def _save_context() -> ocp.Context:
   context = ocp.Context()
   # Compression makes float weights 8 % smaller and a save twice as slow.
   context.array.saving.use_compression = False
-  # Otherwise a failed creation leaves the writing threads waiting for five minutes.
+  # With asynchronous creation, the writing threads would wait five minutes after a failure.
   context.async_options.create_directories_asynchronously = False
   return context
 
 
-def _reading() -> ocp.Context:
-  """Each process reads by itself: one that finds damage must not leave others at a barrier."""
+def _load_context() -> ocp.Context:
+  """Options for independent loads: a process that fails must not leave others at a barrier."""
   context = ocp.Context()
   context.multiprocessing_options.primary_host = jax.process_index()
   context.multiprocessing_options.active_processes = {jax.process_index()}

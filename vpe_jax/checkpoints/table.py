@@ -1,7 +1,7 @@
-"""How one family's published tensors become our parameters, and back: rows of plain data.
+"""Tables that map a family's published tensors to our parameters and back, as plain data.
 
-A `Row` ties a source key to a target path and says how their axes relate, in einops' words; the
-same words are read backwards on export. A `Table` is what a file in `tables/` holds.
+A `Row` maps a source key to a target path and gives an einops pattern for their axes; an export
+applies the pattern in reverse. Each file in `tables/` defines the `Table`s of a family.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ class Row:
   """One kind of source tensor.
 
   Attributes:
-    source: its key; `{n}` stands for a number, such as that of a layer.
-    target: path of the leaf that it fills. A number that the target doesn't name is an entry of
-      the leaf's first axis: layers are stacked there. Several targets share the source tensor,
-      cut along its first axis in this order (a fused `qkv`).
-    axes: `source axes -> target axes` without the stacked one, such as `(N H) D -> D N H`; empty
-      where both are alike.
-    last: axis of the source of which only the last entry is used (a causal convolution in time
-      that sees one frame); such a row can't be exported.
+    source: key template; `{n}` stands for a number, such as a layer index.
+    target: path template of the leaf that it fills. A number of the source that the target doesn't
+      contain is an index into the leaf's first axis, along which layers are stacked. Several
+      targets share the source tensor, which is split along its first axis in this order (a fused
+      `qkv`).
+    axes: einops pattern `source axes -> target axes` without the stacked axis, such as
+      `(N H) D -> D N H`; empty if the axes are equal.
+    last: source axis of which only the last index is used (a causal convolution in time that sees
+      one frame). Such a row can't be exported.
   """
 
   source: str
@@ -44,7 +45,7 @@ class Row:
 
   @property
   def stacked(self) -> str:
-    """Name of the number that counts entries of the target's first axis; '' where there is none."""
+    """Name of the number that indexes the target's first axis; '' if layers are not stacked."""
     names = [name for name in _NUMBER.findall(self.source) if f'{{{name}}}' not in self.targets[0]]
     return names[0] if names else ''
 
@@ -55,12 +56,12 @@ class Table:
 
   Attributes:
     name: of the layout, for reports and errors.
-    rows: each source key matches exactly one of them.
-    ignored: (regular expression over source keys, reason): tensors that we have no use for.
-    absent: (regular expression over target paths, reason): leaves that no source tensor fills.
-    ties: (key, key): where both are there, they must hold the same numbers, and the first is
-      dropped; unless our network has a leaf of its own for the first (an untied output).
-    prefixes: beginnings that all source keys may have in common; they are taken off.
+    rows: each source key matches exactly one row.
+    ignored: (regular expression over source keys, reason) of tensors that are not used.
+    absent: (regular expression over target paths, reason) of leaves that no source tensor fills.
+    ties: pairs of keys of tied tensors. If both exist, they must be equal and the first is dropped,
+      unless our network has a separate leaf for the first (an untied output).
+    prefixes: common prefixes of all source keys, which are removed.
   """
 
   name: str
@@ -73,12 +74,12 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-  """Where a source tensor goes: a row with its numbers put in.
+  """The destination of a source tensor: a row with its numbers filled in.
 
   Attributes:
-    row: the row that its key matches.
+    row: the row that matches the key.
     targets: paths of the leaves.
-    index: entry of their first axis (None: the whole leaf).
+    index: index into their first axis (None: the whole leaf).
   """
 
   row: Row
@@ -87,32 +88,37 @@ class Place:
 
 
 def place(table: Table, key: str) -> Place | None:
-  """Where the tensor of a source key goes; None if no row matches it.
+  """Finds the destination of a source key; None if no row matches.
 
   Raises:
-    ValueError: two rows match: the table is wrong.
+    ValueError: two rows match, so the table is wrong.
   """
-  found = []
+  matches = []
   for row in table.rows:
     match = _pattern(row.source).fullmatch(key)
     if match is None:
       continue
     numbers = match.groupdict()
     index = int(numbers.pop(row.stacked)) if row.stacked else None
-    found.append(Place(row, tuple(target.format(**numbers) for target in row.targets), index))
-  if len(found) > 1:
-    rows = ' and '.join(repr(one.row.source) for one in found)
+    matches.append(Place(row, tuple(target.format(**numbers) for target in row.targets), index))
+  if len(matches) > 1:
+    rows = ' and '.join(repr(match.row.source) for match in matches)
     raise ValueError(f"table '{table.name}' has two rows for '{key}': {rows}")
-  return found[0] if found else None
+  return matches[0] if matches else None
 
 
-def reason(listed: Sequence[tuple[str, str]], name: str) -> str | None:
-  """Why a key or path is listed as ignored or absent; None where it isn't."""
-  return next((why for pattern, why in listed if re.fullmatch(pattern, name)), None)
+def reason(rules: Sequence[tuple[str, str]], name: str) -> str | None:
+  """The reason why a key or path is ignored or absent; None if no rule matches.
+
+  Args:
+    rules: (regular expression, reason), as in `Table.ignored` and `Table.absent`.
+    name: source key or target path.
+  """
+  return next((why for pattern, why in rules if re.fullmatch(pattern, name)), None)
 
 
 def keys(row: Row, leaves: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Place]]:
-  """The source keys that a row stands for in a tree of leaves (path -> shape), and their places."""
+  """Yields (source key, place) of all tensors that a row expects for leaves (path -> shape)."""
   pattern = _pattern(row.targets[0])
   for path, shape in leaves.items():
     match = pattern.fullmatch(path)
@@ -128,10 +134,10 @@ def keys(row: Row, leaves: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str,
 
 
 def misfit(place: Place, source: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> str:
-  """Why a source tensor of this shape can't go there, in words; '' where it can.
+  """Explains why a source shape doesn't fit its targets; '' if it does.
 
   Args:
-    place: where the tensor goes.
+    place: destination of the tensor.
     source: its shape.
     shapes: of its targets, without the stacked axis.
   """
@@ -149,10 +155,10 @@ def misfit(place: Place, source: Sequence[int], shapes: Sequence[tuple[int, ...]
 def forward(
   place: Place, tensor: np.ndarray, shapes: Sequence[tuple[int, ...]]
 ) -> list[np.ndarray]:
-  """What a source tensor puts into each of its targets; views where axes allow.
+  """Converts a source tensor to the arrays of its targets; views where possible.
 
   Args:
-    place: where the tensor goes.
+    place: destination of the tensor.
     tensor: the source tensor.
     shapes: of its targets, without the stacked axis.
 
@@ -162,37 +168,37 @@ def forward(
   row = place.row
   axes, _ = _without_last(row, tensor.shape)
   if row.last:
-    tensor = np.take(tensor, -1, _named(row).index(row.last))
-  cuts = [tensor]
+    tensor = np.take(tensor, -1, _source_axes(row).index(row.last))
+  parts = [tensor]
   if len(shapes) > 1:
-    cuts = np.split(tensor, _ends(axes, tensor.shape, shapes)[:-1])
-  made = []
-  for cut, shape in zip(cuts, shapes, strict=True):
-    sizes = _solve(axes, cut.shape, shape)
-    made.append(einops.rearrange(cut, axes, **sizes) if axes else cut)
-  return made
+    parts = np.split(tensor, _ends(axes, tensor.shape, shapes)[:-1])
+  arrays = []
+  for part, shape in zip(parts, shapes, strict=True):
+    sizes = _solve(axes, part.shape, shape)
+    arrays.append(einops.rearrange(part, axes, **sizes) if axes else part)
+  return arrays
 
 
 def backward(place: Place, leaves: Sequence[np.ndarray], axes: Mapping[str, int]) -> np.ndarray:
-  """The source tensor from what its targets hold (without the stacked axis).
+  """Converts the arrays of a tensor's targets back to the source tensor.
 
   Args:
-    place: where the tensor went.
-    leaves: what its targets hold.
-    axes: sizes of axes by name, where our leaves don't show them.
+    place: destination of the tensor.
+    leaves: arrays of its targets, without the stacked axis.
+    axes: sizes of axes that can't be read off our leaves, by name.
 
   Raises:
-    ValueError: the row uses a part of the source tensor only.
+    ValueError: the row uses only a part of the source tensor.
   """
   row = place.row
   if row.last:
-    raise ValueError(f"'{row.source}' can't be exported: we keep only a part of it")
-  parts = [_reversed(row.axes, leaf, axes) for leaf in leaves]
+    raise ValueError(f"'{row.source}' can't be exported: only a part of it was imported")
+  parts = [_reverse(row.axes, leaf, axes) for leaf in leaves]
   return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _pattern(template: str) -> re.Pattern[str]:
-  """The template as a regular expression: literal but for its numbers."""
+  """Compiles a key or path template to a regular expression with a group for each number."""
   parts, seen = [], set()
   for part in re.split(r'(\{\w+\})', template):
     number = _NUMBER.fullmatch(part)
@@ -206,31 +212,31 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 def _groups(side: str) -> list[tuple[str, ...]]:
-  """The axes of one side of a pattern: `(N H) D` -> [('N', 'H'), ('D',)]."""
+  """Parses one side of an einops pattern: `(N H) D` -> [('N', 'H'), ('D',)]."""
   return [tuple(part.strip('()').split()) for part in re.findall(r'\([^)]*\)|\S+', side)]
 
 
-def _named(row: Row) -> list[str]:
+def _source_axes(row: Row) -> list[str]:
   return row.axes.split('->')[0].split()
 
 
 def _without_last(row: Row, shape: Sequence[int]) -> tuple[str, tuple[int, ...]]:
-  """The axes and the source shape once only the last entry of `row.last` is left."""
+  """The einops pattern and the source shape without the axis `row.last`."""
   if not row.last:
     return row.axes, tuple(shape)
-  names = _named(row)
+  names = _source_axes(row)
   if len(names) != len(shape):
-    return row.axes, tuple(shape)  # `_solve` says what is wrong.
-  kept = [(name, size) for name, size in zip(names, shape) if name != row.last]
-  axes = f'{" ".join(name for name, _ in kept)} ->{row.axes.split("->")[1]}'
-  return axes, tuple(size for _, size in kept)
+    return row.axes, tuple(shape)  # `_solve` raises the error.
+  remaining = [(name, size) for name, size in zip(names, shape) if name != row.last]
+  axes = f'{" ".join(name for name, _ in remaining)} ->{row.axes.split("->")[1]}'
+  return axes, tuple(size for _, size in remaining)
 
 
 def _solve(axes: str, source: Sequence[int], target: Sequence[int]) -> dict[str, int]:
-  """Sizes of all axes, from both shapes.
+  """Solves for the sizes of all axes, given both shapes.
 
   Raises:
-    ValueError: no sizes fit both.
+    ValueError: no sizes fit both shapes.
   """
   misfit = ValueError(f'{list(source)} does not become {list(target)}' + (axes and f' by {axes}'))
   if not axes:
@@ -242,20 +248,20 @@ def _solve(axes: str, source: Sequence[int], target: Sequence[int]) -> dict[str,
     raise misfit
   groups = [*zip(sides[0], source), *zip(sides[1], target)]
   sizes: dict[str, int] = {}
-  for _ in groups:  # Each pass can settle what the one before left open.
+  for _ in groups:  # A size found in one pass may determine others in the next.
     for group, total in groups:
       known = math.prod(int(name) if name.isdigit() else sizes.get(name, 1) for name in group)
-      open_ = [name for name in group if not name.isdigit() and name not in sizes]
-      if len(open_) == 1 and known and total % known == 0:
-        sizes[open_[0]] = total // known
-      elif not open_ and known != total:
+      unknown = [name for name in group if not name.isdigit() and name not in sizes]
+      if len(unknown) == 1 and known and total % known == 0:
+        sizes[unknown[0]] = total // known
+      elif not unknown and known != total:
         raise misfit
   if any(name not in sizes for group, _ in groups for name in group if not name.isdigit()):
     raise misfit
   return sizes
 
 
-def _reversed(axes: str, leaf: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
+def _reverse(axes: str, leaf: np.ndarray, sizes: Mapping[str, int]) -> np.ndarray:
   if not axes:
     return leaf
   left, right = axes.split('->')
@@ -265,25 +271,27 @@ def _reversed(axes: str, leaf: np.ndarray, sizes: Mapping[str, int]) -> np.ndarr
 
 
 def _ends(axes: str, source: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[int]:
-  """Where the shares of several targets end in the source's first axis.
+  """End indices of several targets' parts along the source's first axis.
 
   Raises:
-    ValueError: the shares don't add up to the source.
+    ValueError: the sizes of the parts don't add up to the source's.
   """
   ends, total = [], 0
   first = _groups(axes.split('->')[0])[0] if axes else ()
   for shape in shapes:
-    # The share's rows: what its own shape says of the first source axis.
-    rows = shape[0]
+    # Length of the part, which follows from the target's shape.
+    length = shape[0]
     if axes:
       right = _groups(axes.split('->')[1])
-      alone = {group[0]: size for group, size in zip(right, shape) if len(group) == 1}
-      if len(right) != len(shape) or any(name not in alone for name in first):
-        raise ValueError(f"{list(shape)} doesn't say how many rows of {list(source)} it takes")
-      rows = math.prod(alone[name] for name in first)
-    _solve(axes, (rows, *source[1:]), shape)
-    total += rows
+      sizes = {group[0]: size for group, size in zip(right, shape) if len(group) == 1}
+      if len(right) != len(shape) or any(name not in sizes for name in first):
+        raise ValueError(f'{list(shape)} does not determine its part of {list(source)}')
+      length = math.prod(sizes[name] for name in first)
+    _solve(axes, (length, *source[1:]), shape)
+    total += length
     ends.append(total)
   if not source or total != source[0]:
-    raise ValueError(f'{list(source)} is cut into {total} rows for {len(shapes)} targets')
+    raise ValueError(
+      f'{len(shapes)} targets need {total} entries, but the source is {list(source)}'
+    )
   return ends

@@ -1,4 +1,4 @@
-"""Files of weights: safetensors with flat paths, read and written without running any code."""
+"""Weight files: safetensors whose keys are parameter paths; loading never executes code."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from vpe_jax.storage import reached
 
 ASSETS = 'assets:'
 ENDING = '.safetensors'
-# What makes each file in vpe_jax/assets: a run of this config, whose weights `save` then writes.
-MADE_BY = {
+# Name of each file in vpe_jax/assets -> config of the run whose weights it contains.
+ASSET_CONFIGS = {
   'siglip': 'configs/siglip.py',
   'judge': 'configs/siglip.py:judge',
   'visual_prompt': 'configs/codec.py:tiny,stage=visual_prompt',
@@ -36,24 +36,24 @@ _DTYPES = {'bfloat16': np.dtype(jnp.bfloat16), 'float16': np.float16, 'float32':
 
 
 def is_file(source: str) -> bool:
-  """Whether a source that `load` reads is one file, shipped or not, and no run."""
+  """Whether a source of `load` is a single file (shipped or not) rather than a run."""
   return source.startswith(ASSETS) or source.endswith(ENDING)
 
 
 def load(source: str) -> tuple[Params, dict[str, str]]:
-  """Reads weights from wherever they are.
+  """Loads weights from a file, an asset or a run.
 
   Args:
     source: `assets:NAME` (shipped with the library), a path ending in `.safetensors`, or the
-      workdir of a run (its newest checkpoint, averaged weights before raw ones); `~` is the home
-      folder.
+      workdir of a run (EMA weights of its newest checkpoint, raw weights where there is no EMA);
+      `~` expands to the home folder.
 
   Returns:
     (nested dict of numpy arrays, floats as float32; metadata). The metadata of a run has `config`
     (JSON), `version`, `step`, `stage`, `weights` (ema or raw) and `source`.
 
   Raises:
-    UserError: nothing is there, it can't be read, or its numbers were changed; names the cure.
+    UserError: there are no weights, they can't be read, or they are damaged; names the cure.
   """
   if source.startswith(ASSETS):
     return _load_asset(source.removeprefix(ASSETS))
@@ -67,79 +67,86 @@ def load(source: str) -> tuple[Params, dict[str, str]]:
     )
   if not path.exists():
     raise UserError(
-      f"no file '{source}': python -m vpe_jax.main trains weights, and the workdir of a run can be "
-      'given in place of a file'
+      f"no file '{source}': name an existing file, or the workdir of a run of python -m "
+      'vpe_jax.main'
     )
   return _parse(path.read_bytes(), source)
 
 
 def load_run(workdir: str, which: str = 'ema') -> tuple[Params, dict[str, str]]:
-  """Reads the newest good checkpoint of a run; see `load` for what comes back.
+  """Loads the weights of a run's newest intact checkpoint; returns the same as `load`.
 
   Args:
-    workdir: of the run, local (`~` is the home folder) or gs://.
-    which: `ema` (averaged weights where the stage keeps an average, the others as they are) or
-      `raw`. What trained in an earlier stage only is at its average in both.
+    workdir: of the run, local (`~` expands to the home folder) or gs://.
+    which: `ema` (EMA weights, raw ones for parameters without an EMA) or `raw`. Parameters that
+      trained only in an earlier stage have their EMA value in both.
 
   Raises:
-    UserError: `which` is another word, the run has no (good) checkpoint, or is out of reach.
+    UserError: `which` is neither, the run has no intact checkpoint, or it can't be reached.
   """
   if which not in ('ema', 'raw'):
     raise UserError(f"--weights={which} is neither 'ema' nor 'raw'")
   leaves, meta = read_run(workdir, ('params/', 'ema/') if which == 'ema' else ('params/',))
   raw = _under('params/', leaves)
-  averaged = _under('ema/', leaves)
+  ema = _under('ema/', leaves)
   metadata = {
     'config': json.dumps(meta['config'], sort_keys=True),
     'version': meta['version'],
     'step': str(meta['step']),
     'stage': str(meta['stage']),
-    'weights': 'ema' if averaged else 'raw',
+    'weights': 'ema' if ema else 'raw',
     'source': str(workdir),
   }
-  return _nested({path: _widened(leaf) for path, leaf in (raw | averaged).items()}), metadata
+  return _nested({path: _to_float32(leaf) for path, leaf in (raw | ema).items()}), metadata
 
 
 def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
-  """The config in the metadata of weights, with which `systems.build` builds what they are for.
+  """The config in the metadata of weights, from which `systems.build` builds their system.
+
+  Args:
+    metadata: from `load`.
+    source: name of the weights in errors.
 
   Raises:
-    UserError: there is none, or it is damaged; the message calls the weights `source`.
+    UserError: the config is missing or damaged.
   """
   if 'config' not in metadata:
-    raise UserError(f'{source} holds weights without a config: name a run that trained them')
+    raise UserError(f'the weights of {source} have no config: name the run that trained them')
   try:
-    found = json.loads(metadata['config'])
+    config = json.loads(metadata['config'])
   except (ValueError, RecursionError):
-    found = None
-  if not isinstance(found, dict):
+    config = None
+  if not isinstance(config, dict):
     raise UserError(f'the config in {source} is damaged: get the weights again')
-  return found
+  return config
 
 
 def read_run(
-  workdir: str, beginnings: tuple[str, ...]
+  workdir: str, prefixes: tuple[str, ...]
 ) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
-  """Leaves of a run's state, from its newest good checkpoint, and what that says of itself.
+  """Reads leaves of a run's state from its newest intact checkpoint.
 
   Args:
-    workdir: of the run, local (`~` is the home folder) or gs://.
-    beginnings: of the paths of the leaves that are read.
+    workdir: of the run, local (`~` expands to the home folder) or gs://.
+    prefixes: path prefixes of the leaves to read.
+
+  Returns:
+    ({path: array}, the checkpoint's record).
 
   Raises:
-    UserError: the run has no (good) checkpoint, or is out of reach.
+    UserError: the run has no intact checkpoint, or it can't be reached.
   """
   store = Store(str(storage.place(workdir) / FOLDER), CheckpointConfig())
   try:
-    found = store.read(lambda path: path.startswith(beginnings))
+    contents = store.read(lambda path: path.startswith(prefixes))
   finally:
     store.close()
-  if found is None:
+  if contents is None:
     raise UserError(
       f'{workdir} has no checkpoint yet: python -m vpe_jax.main --config=... --workdir={workdir} '
       'makes one'
     )
-  return found
+  return contents
 
 
 def save(
@@ -152,69 +159,73 @@ def save(
   """Writes a nested dict of arrays as one safetensors file, its keys joined by `/`.
 
   Args:
-    path: ends in `.safetensors`, local (`~` is the home folder) or gs://; never half there.
-    tree: float leaves are stored as `dtype`, others as they are.
-    metadata: strings, such as `config` (JSON); `version`, `dtype` and `fingerprint` (of what a
-      reader will get) are added.
+    path: ends in `.safetensors`, local (`~` expands to the home folder) or gs://; written
+      atomically.
+    tree: float leaves are saved as `dtype`, others unchanged.
+    metadata: strings, such as `config` (JSON); `version`, `dtype` and `fingerprint` (of the tree
+      that `load` returns) are added.
     dtype: bfloat16, float16 or float32.
-    overwrite: whether a file that is there may be replaced.
+    overwrite: whether an existing file may be replaced.
 
   Raises:
-    UserError: see `check_target`; or another dtype, or the file can't be written.
+    UserError: see `check_target`; or the dtype is unknown, or the file can't be written.
   """
   check_target(path, overwrite)
   if dtype not in _DTYPES:
     raise UserError(f"can't write '{path}' as {dtype}: dtypes are {', '.join(_DTYPES)}")
   flat = {name: np.asarray(jax.device_get(leaf)) for name, leaf in by_path(tree).items()}
-  # The format takes arrays by their buffer: they have to be contiguous, in row-major order.
-  stored = {
-    name: np.ascontiguousarray(_narrowed(leaf, dtype)).reshape(leaf.shape)
+  # safetensors writes the buffer of an array, which must be contiguous and in row-major order.
+  arrays = {
+    name: np.ascontiguousarray(_cast(leaf, dtype)).reshape(leaf.shape)
     for name, leaf in flat.items()
   }
   strings = {'version': __version__, **metadata, 'dtype': dtype}
-  strings['fingerprint'] = fingerprint({name: _widened(leaf) for name, leaf in stored.items()})
+  strings['fingerprint'] = fingerprint({name: _to_float32(leaf) for name, leaf in arrays.items()})
   with storage.writing(path):
-    storage.write_atomic(storage.place(path), safetensors.numpy.save(stored, metadata=strings))
+    storage.write_atomic(storage.place(path), safetensors.numpy.save(arrays, metadata=strings))
 
 
 def check_target(path: str, overwrite: bool = False) -> None:
-  """Refuses what `save` wouldn't write to; front doors ask before the work starts.
+  """Checks that `save` can write to a path; front doors call it before the work starts.
 
   Raises:
-    UserError: the file exists (and `overwrite` is off), is a folder, or ends in something else.
+    UserError: the file exists (and `overwrite` is off), is a folder, or has another suffix.
   """
   target = storage.place(path)
   if not str(path).endswith(ENDING):
-    raise UserError(f"can't write '{path}': files end in {ENDING}")
+    raise UserError(f"can't write '{path}': name a file that ends in {ENDING}")
   if reached(target, target.is_dir):
     raise UserError(f"'{path}' is a folder: name another file")
   if target.exists() and not overwrite:
     raise UserError(f"'{path}' exists: name another file or replace it with --overwrite")
 
 
-def rounded(tree: Params, dtype: str = 'bfloat16') -> Params:
-  """What `load` returns after `save` wrote the tree as `dtype`: float32 of fewer digits."""
-  return jax.tree.map(lambda leaf: _widened(_narrowed(np.asarray(leaf), dtype)), tree)
+def round_to(tree: Params, dtype: str = 'bfloat16') -> Params:
+  """Rounds float leaves to `dtype` and casts them back to float32, as `save` and `load` do."""
+  return jax.tree.map(lambda leaf: _to_float32(_cast(np.asarray(leaf), dtype)), tree)
 
 
-def mismatch(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-  """The first path, in order, at which two trees differ in shape, or that only one of them has.
+def mismatch(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+  """Finds the first path, in sorted order, whose shape differs or that only one tree has.
+
+  Args:
+    expected: path -> leaf.
+    actual: path -> leaf.
 
   Returns:
-    The path, and the shape that is wanted and the one that is found, `absent` where there is none;
-    None where the trees agree.
+    (path, expected shape, actual shape), with `absent` for a missing leaf; None if the trees agree.
   """
-  for path in sorted(wanted.keys() | found.keys()):
-    ours, theirs = (
-      list(leaves[path].shape) if path in leaves else 'absent' for leaves in (wanted, found)
+  for path in sorted(expected.keys() | actual.keys()):
+    expected_shape, actual_shape = (
+      list(leaves[path].shape) if path in leaves else 'absent' for leaves in (expected, actual)
     )
-    if ours != theirs:
-      return path, ours, theirs
+    if expected_shape != actual_shape:
+      return path, expected_shape, actual_shape
   return None
 
 
 def fingerprint(tree: Params) -> str:
-  """Twelve hex digits that stand for paths, shapes, dtypes and every bit of a tree."""
+  """Hash of a tree's paths, shapes, dtypes and bits: twelve hex digits."""
   digest = hashlib.sha256()
   for path, leaf in sorted(by_path(tree).items()):
     array = np.ascontiguousarray(jax.device_get(leaf))
@@ -226,25 +237,25 @@ def fingerprint(tree: Params) -> str:
 def _load_asset(name: str) -> tuple[Params, dict[str, str]]:
   folder = importlib.resources.files('vpe_jax') / 'assets'
   resource = folder / f'{name}{ENDING}'
-  if name not in MADE_BY:
-    raise UserError(f"no shipped weights are called '{ASSETS}{name}'{nearest(name, MADE_BY)}")
+  if name not in ASSET_CONFIGS:
+    raise UserError(f"unknown asset '{ASSETS}{name}'{nearest(name, ASSET_CONFIGS)}")
   if not resource.is_file():
     raise UserError(
       f"'{ASSETS}{name}' is not installed (vpe_jax/assets/{name}{ENDING}): install vpe_jax again, "
-      f'or train it with python -m vpe_jax.main --config={MADE_BY[name]}'
+      f'or train it with python -m vpe_jax.main --config={ASSET_CONFIGS[name]}'
     )
   return _parse(resource.read_bytes(), f'{ASSETS}{name}')
 
 
 def _parse(data: bytes, source: str) -> tuple[Params, dict[str, str]]:
   tensors, metadata = sources.parse(data, source)
-  # Copies, as what is read is a view of the file that nothing can write to.
-  tree = _nested({name: _widened(tensor.read().copy()) for name, tensor in tensors.items()})
-  # What `save` wrote says what a reader must find; other files say nothing.
-  if metadata.get('fingerprint', found := fingerprint(tree)) != found:
+  # Copied, because a tensor is read as a read-only view of the file.
+  tree = _nested({name: _to_float32(tensor.read().copy()) for name, tensor in tensors.items()})
+  # Only files written by `save` have a fingerprint.
+  if metadata.get('fingerprint', actual := fingerprint(tree)) != actual:
     raise UserError(
-      f"'{source}' is damaged: its numbers are not those that were written (fingerprint {found}, "
-      f'not {metadata["fingerprint"]}): get it again, or export it again'
+      f"'{source}' is damaged: its fingerprint is {actual}, not {metadata['fingerprint']}: get it "
+      'again, or export it again'
     )
   return tree, metadata
 
@@ -253,11 +264,11 @@ def _under(prefix: str, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
   return {p.removeprefix(prefix): leaf for p, leaf in leaves.items() if p.startswith(prefix)}
 
 
-def _narrowed(leaf: np.ndarray, dtype: str) -> np.ndarray:
+def _cast(leaf: np.ndarray, dtype: str) -> np.ndarray:
   return leaf.astype(_DTYPES[dtype]) if _is_float(leaf) else leaf
 
 
-def _widened(leaf: np.ndarray) -> np.ndarray:
+def _to_float32(leaf: np.ndarray) -> np.ndarray:
   return leaf.astype(np.float32) if _is_float(leaf) else leaf
 
 

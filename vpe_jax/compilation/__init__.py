@@ -1,1 +1,1 @@
-"""What a program needs and what bounds it, from compiling it for machines that needn't be there."""
+"""Memory, traffic and time bounds of programs, compiled for devices that need not exist here."""

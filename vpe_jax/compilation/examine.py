@@ -1,4 +1,4 @@
-"""Compiles a program of a run for a topology and reads off what it needs and what bounds it."""
+"""Compiles a program of a run for a topology and reports its memory, traffic and time bound."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from vpe_jax.compilation.topology import Topology
 from vpe_jax.config import to_dict
 from vpe_jax.contracts import System, UserError
 
-LARGE = 2**20  # bytes from which an all-reduce is worth a warning
-DUMPED = 'after_optimizations.txt'
+LARGE = 2**20  # minimum bytes of an all-reduce for a warning
+_DUMP_SUFFIX = 'after_optimizations.txt'
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-  """What is asked.
+  """The program and topology to compile.
 
   Attributes:
     topology: such as `v5p:4x4x8`, `v5p-256` or `cpu:8`.
-    slices: how many slices of it.
-    mesh: axis -> size, in the place of the config's.
+    slices: number of slices.
+    mesh: axis -> size; overrides the config's mesh.
     what: `train` or `sample`.
     stage: name of the stage; None: the last one.
-    images_per_chip: in the place of the config's batch; None: the config's.
+    images_per_chip: overrides the config's batch size; None: the config's.
   """
 
   topology: str
@@ -46,36 +46,36 @@ class Request:
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-  """`data=4,fsdp=64` as {'data': 4, 'fsdp': 64}.
+  """Parses `data=4,fsdp=64` to {'data': 4, 'fsdp': 64}.
 
   Raises:
-    UserError: a part is no size of an axis.
+    UserError: an axis is unknown or repeated, or a size is not a positive integer or -1.
   """
   sizes = {}
   for part in filter(None, text.split(',')):
     axis, _, size = part.partition('=')
     if axis in sizes or axis not in sharding.AXES or not re.fullmatch(r'-1|[1-9]\d*', size):
-      listed = ', '.join(sharding.AXES)
-      raise UserError(f'--mesh={text}: name sizes of {listed}, each once, as data=4,fsdp=64')
+      axes = ', '.join(sharding.AXES)
+      raise UserError(f'--mesh={text}: give sizes of {axes}, each at most once: data=4,fsdp=64')
     sizes[axis] = int(size)
   return sizes
 
 
 @dataclasses.dataclass(frozen=True)
-class Built:
+class Compiled:
   """A compiled program.
 
   Attributes:
-    job: what was asked for.
-    place: the topology that it is for.
-    lowered: the program before, and what was known of it then.
-    usage: its memory on one chip.
-    text: of the optimised program; empty where the compiler gave up before it had one.
-    seconds: that compiling took.
+    job: the program that was compiled.
+    topology: its target.
+    lowered: the lowered program and its properties.
+    usage: memory on one chip.
+    text: optimized HLO; empty if compilation failed before it was available.
+    seconds: compilation time.
   """
 
   job: program.Job
-  place: Topology
+  topology: Topology
   lowered: program.Lowered
   usage: memory.Usage
   text: str
@@ -83,55 +83,60 @@ class Built:
 
 
 def examine(config: Mapping[str, Any], request: Request) -> Report:
-  """Compiles what a config (plain nested dicts) describes; the command as a call.
+  """Compiles and reports a program of a run; the Python API of `vpe_jax.compile`.
+
+  Args:
+    config: of the run, as nested dicts.
+    request: the program and topology.
 
   Raises:
-    UserError: a mistake in the config or the request, or libtpu is missing; one line.
+    UserError: the config or the request is invalid, or libtpu is missing.
   """
   return report(build(config, request))
 
 
-def build(config: Mapping[str, Any], request: Request) -> Built:
-  """The compiled program that `examine` reads off.
+def build(config: Mapping[str, Any], request: Request) -> Compiled:
+  """Compiles a program of a run; see `examine`.
 
   Raises:
-    UserError: as `examine`.
+    UserError: as in `examine`.
   """
   if request.what not in program.KINDS:
     raise UserError(f'--what={request.what}: {" or ".join(program.KINDS)}')
-  place = topology.parse(request.topology, request.slices)
-  system = _configured(systems.build(config), place, request)
+  target = topology.parse(request.topology, request.slices)
+  system = _configured(systems.build(config), target, request)
   stage = program.stage_index(system, request.stage)
-  devices = topology.devices(place)
+  devices = topology.devices(target)
   mesh = sharding.make_mesh(system.config.mesh, devices)
   images = system.config.batch_size[stage]
   started = time.perf_counter()
   job = program.Job(system, stage, request.what, images, mesh)
   lowered = program.lower(job)
-  print(f'lowered in {time.perf_counter() - started:.0f} s; compiling for {place.name}', flush=True)
+  seconds = time.perf_counter() - started
+  print(f'lowered in {seconds:.0f} s; compiling for {target.name}', flush=True)
   started = time.perf_counter()
   with tempfile.TemporaryDirectory() as folder:
-    usage, text = _compile(lowered, place, pathlib.Path(folder))
-  return Built(job, place, lowered, usage, text, time.perf_counter() - started)
+    usage, text = _compile(lowered, target, pathlib.Path(folder))
+  return Compiled(job, target, lowered, usage, text, time.perf_counter() - started)
 
 
-def _configured(system: System, place: Topology, request: Request) -> System:
-  """The system with the mesh and the batch that the request names."""
+def _configured(system: System, target: Topology, request: Request) -> System:
+  """Builds the system with the request's mesh and batch size."""
   values, config = to_dict(system.config), system.config
   values['mesh'] |= request.mesh
   if request.images_per_chip is not None:
     if request.images_per_chip < 1:
-      raise UserError(f'--images_per_chip={request.images_per_chip}: at least 1')
-    values['batch_size'] = [request.images_per_chip * place.chips] * len(config.stages)
+      raise UserError(f'--images_per_chip={request.images_per_chip}: it must be at least 1')
+    values['batch_size'] = [request.images_per_chip * target.chips] * len(config.stages)
   return systems.build(values)
 
 
 def _compile(
-  lowered: program.Lowered, place: Topology, folder: pathlib.Path
+  lowered: program.Lowered, target: Topology, folder: pathlib.Path
 ) -> tuple[memory.Usage, str]:
-  """Compiles, and takes the text from the program or, where it can't be printed, from the dump."""
+  """Compiles a program; returns its memory and HLO, from the dump if it can't be printed."""
   options: dict[str, Any] = {}
-  if place.chip is not None:
+  if target.chip is not None:
     options = {'xla_dump_to': str(folder), 'xla_dump_hlo_as_text': True}
     options |= sharding.compiler_options('tpu')
   try:
@@ -144,57 +149,57 @@ def _compile(
   usage = memory.usage(compiled, folder)
   try:
     return usage, compiled.as_text()
-  # Some v5p programs can't be printed: a check of asynchronous updates fails inside the compiler.
+  # Some v5p programs can't be printed: the compiler's check of asynchronous updates fails.
   except jax.errors.JaxRuntimeError:
     return usage, _dumped(folder)
 
 
 def _dumped(folder: pathlib.Path) -> str:
-  """The text of the optimised program in a dump; empty if the compiler never came that far."""
-  found = sorted(folder.glob(f'*.{DUMPED}'), key=lambda path: path.stat().st_size)
-  return found[-1].read_text(encoding='utf-8') if found else ''
+  """The optimized HLO in a dump; empty if compilation failed earlier."""
+  files = sorted(folder.glob(f'*.{_DUMP_SUFFIX}'), key=lambda path: path.stat().st_size)
+  return files[-1].read_text(encoding='utf-8') if files else ''
 
 
-def report(built: Built) -> Report:
-  """What a compiled program needs, and what bounds it."""
-  job, lowered, place = built.job, built.lowered, built.place
+def report(compiled: Compiled) -> Report:
+  """Reports the memory, traffic and time bound of a compiled program."""
+  job, lowered, target = compiled.job, compiled.lowered, compiled.topology
   slice_of = [getattr(device, 'slice_index', 0) or 0 for device in job.mesh.devices.flat]
-  work = traffic.work_of(hlo.parse(built.text), slice_of) if built.text else None
-  chips = place.chips
+  work = traffic.work_of(hlo.parse(compiled.text), slice_of) if compiled.text else None
+  chips = target.chips
   kernel_flops = lowered.kernel_flops if work and work.kernels else 0.0
-  found = None
-  if work and place.chip:
-    found = roofline.bound(work, kernel_flops / chips, lowered.flops / chips, place.chip)
+  bound = None
+  if work and target.chip:
+    bound = roofline.bound(work, kernel_flops / chips, lowered.flops / chips, target.chip)
   return Report(
     config=f'{job.system.config.name}:{job.system.config.preset}',
     stage=job.stage_of_run.name,
     what=job.what,
-    topology=place,
+    topology=target,
     mesh=dict(job.mesh.shape),
     settings=_settings(job),
     images=job.images,
     parameters=lowered.parameters,
     frozen_bytes=lowered.frozen_bytes,
-    usage=built.usage,
+    usage=compiled.usage,
     model_flops=lowered.flops,
     kernel_flops=kernel_flops,
     work=work,
-    bound=found,
+    bound=bound,
     warnings=_warnings(job, lowered, work),
-    compile_seconds=built.seconds,
+    compile_seconds=compiled.seconds,
     versions=_versions(),
   )
 
 
 def _settings(job: program.Job) -> dict[str, Any]:
   config = job.system.config
-  found = {
+  settings = {
     'strategy': config.mesh.strategy,
     'remat': config.remat,
     'accumulate': config.optim_of(job.stage).accumulate,
   }
   chunk = getattr(config.model, 'logits_chunk', None)
-  return found if chunk is None else {**found, 'logits_chunk': chunk}
+  return settings if chunk is None else {**settings, 'logits_chunk': chunk}
 
 
 def _warnings(
@@ -202,44 +207,46 @@ def _warnings(
 ) -> tuple[str, ...]:
   if work is None:
     return ()
-  found = []
+  warnings = []
   if work.unknown_loops:
-    found.append(
-      f'{len(work.unknown_loops)} loop(s) run as often as the data says: their bodies count once'
+    warnings.append(
+      f'{len(work.unknown_loops)} loop(s) have a trip count that depends on data: their bodies are '
+      'counted once'
     )
   if job.what == program.TRAIN:
-    found += _reductions(lowered.trainable, work)
-  return tuple(found)
+    warnings += _reductions(lowered.trainable, work)
+  return tuple(warnings)
 
 
 def _reductions(trainable: Mapping[str, tuple[int, ...]], work: traffic.Work) -> list[str]:
-  """One warning for all leaves that move whole by all-reduce, naming those with most bytes."""
+  """Warning about large all-reduces, with the leaves that have most bytes; empty without any."""
   leaves: dict[tuple[int, ...], str] = {}
   for path, shape in trainable.items():
-    for dims in (shape, shape[1:]):  # a scan's body reduces one layer
+    for dims in (shape, shape[1:]):  # the body of a scan reduces one layer
       leaves.setdefault(tuple(d for d in dims if d > 1), path)
-  total, named = 0.0, {}
-  for one in work.collectives:
-    if one.kind != 'all-reduce' or one.bytes < LARGE:
+  total, bytes_of = 0.0, {}
+  for collective in work.collectives:
+    if collective.kind != 'all-reduce' or collective.bytes < LARGE:
       continue
-    total += one.bytes
-    largest = max(one.shapes, key=lambda shape: shape.elements)
-    path = leaves.get(tuple(d for d in largest.dims if d > 1), one.op_name or one.name)
-    named[path] = named.get(path, 0.0) + one.bytes
-  if not named:
+    total += collective.bytes
+    largest = max(collective.shapes, key=lambda shape: shape.elements)
+    operation = collective.op_name or collective.name
+    path = leaves.get(tuple(d for d in largest.dims if d > 1), operation)
+    bytes_of[path] = bytes_of.get(path, 0.0) + collective.bytes
+  if not bytes_of:
     return []
-  worst = ', '.join(sorted(named, key=named.get, reverse=True)[:3])
+  worst = ', '.join(sorted(bytes_of, key=bytes_of.get, reverse=True)[:3])
   return [
-    f'{total / 1e6:,.1f} MB a chip move by all-reduce, at twice the bytes of a reduce-scatter (of '
+    f'{total / 1e6:,.1f} MB per chip move by all-reduce, twice the bytes of a reduce-scatter (of '
     f'gradients) or an all-gather (of weights): {worst}'
   ]
 
 
 def _versions() -> dict[str, str]:
-  found = {}
+  versions = {}
   for name in ('vpe_jax', 'jax', 'jaxlib', 'libtpu'):
     try:
-      found[name] = importlib.metadata.version(name)
+      versions[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      found[name] = 'none'
-  return found
+      versions[name] = 'none'
+  return versions

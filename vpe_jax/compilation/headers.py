@@ -1,6 +1,6 @@
-"""Writes what `vpe_jax.compile` found into the header of the config that it was asked about.
+"""Writes a table of `vpe_jax.compile` reports into the header of a config file.
 
-launch/compile_all.sh compiles every paper-size config and has this done at its end.
+launch/compile_all.sh compiles every paper-size config and then calls this.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TITLES = ('config', 'stage', 'topology', 'images', 'memory', 'HBM', 'step at le
 
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
-  """The lines between the marks, for reports as `Report.as_dict` makes them."""
+  """Formats reports (from `Report.as_dict`) as the lines between the markers."""
   rows = [_TITLES, *map(_row, reports)]
   widths = [max(len(row[i]) for row in rows) for i in range(len(_TITLES))]
   lines = (
@@ -31,10 +31,17 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def rewrite(text: str, reports: Sequence[Mapping[str, Any]]) -> str:
-  """A config file's text with the table of these reports in its header.
+  """Replaces the table in the header of a config file.
+
+  Args:
+    text: of the config file.
+    reports: from `Report.as_dict`.
+
+  Returns:
+    The new text of the file.
 
   Raises:
-    UserError: the header has no marks.
+    UserError: the header has no markers.
   """
   before, begin, rest = text.partition(BEGIN)
   _, end, after = rest.partition(END)
@@ -44,7 +51,7 @@ def rewrite(text: str, reports: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _row(report: Mapping[str, Any]) -> tuple[str, ...]:
-  """The cells of a report; '-' for what isn't known: of virtual devices, or of no program."""
+  """The cells of a report; '-' for unknown values (virtual devices, failed compilation)."""
   fits = '' if report['fits'] else ' (does not fit)'
   percent = lambda share: '-' if share is None else f'{share:.0%}'
   bound = report['step_time_bound_s']
@@ -58,16 +65,16 @@ def _row(report: Mapping[str, Any]) -> tuple[str, ...]:
     '-' if bound is None else f'{bound:.2f} s ({report["bound_by"]})',
     percent(report['mfu_bound']),
   )
-  if not all(_PLAIN.fullmatch(cell) for cell in cells):  # It becomes part of a Python file.
-    raise ValueError(f'a cell that is no plain text: {cells}')
+  if not all(_PLAIN.fullmatch(cell) for cell in cells):  # The table is part of a Python file.
+    raise ValueError(f'a cell is not plain text: {cells}')
   return cells
 
 
 def _report(file: pathlib.Path) -> Mapping[str, Any]:
-  """What a file of the folder holds.
+  """Reads a report.
 
   Raises:
-    UserError: it is no report, or not all of one.
+    UserError: the file is not a complete report.
   """
   try:
     report = json.loads(file.read_text('utf-8'))
@@ -76,31 +83,31 @@ def _report(file: pathlib.Path) -> Mapping[str, Any]:
   except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())
     raise UserError(
-      f'{file} is no report of vpe_jax.compile ({reason}): remove it, or compile again'
+      f'{file} is not a report of vpe_jax.compile ({reason}): remove it, or compile again'
     ) from error
 
 
 def write(config: str, folder: str) -> int:
-  """Rewrites a config file's header from the reports in a folder.
+  """Rewrites the table in a config file's header from the reports in a folder.
 
   Args:
-    config: the file.
-    folder: with JSON files of vpe_jax.compile; those of other configs are left out.
+    config: path of the config file.
+    folder: folder of JSON reports of vpe_jax.compile; reports of other configs are skipped.
 
   Returns:
-    The number of rows.
+    The number of table rows.
 
   Raises:
-    UserError: there is no such file, it has no marks or can't be written, the folder has no report
-      on it, or a file that is none.
+    UserError: the config file doesn't exist, has no markers or can't be written; the folder has no
+      report of the config, or a JSON file that is not a report.
   """
   path = pathlib.Path(config)
   if not path.is_file():
     raise UserError(f'{config}: no such file; name a config such as configs/t2i.py')
-  found = [_report(file) for file in sorted(pathlib.Path(folder).glob('*.json'))]
-  reports = [one for one in found if one['config'].partition(':')[0] == path.stem]
+  files = [_report(file) for file in sorted(pathlib.Path(folder).glob('*.json'))]
+  reports = [report for report in files if report['config'].partition(':')[0] == path.stem]
   if not reports:
-    raise UserError(f'{folder} has no reports on {config}: launch/compile_all.sh makes them')
+    raise UserError(f'{folder} has no reports of {config}: run launch/compile_all.sh')
   text = rewrite(path.read_text('utf-8'), reports)
   with storage.writing(path):
     storage.write_atomic(path, text.encode())

@@ -1,9 +1,8 @@
-"""Reads the text of a compiled XLA program: computations, instructions, and how often each runs.
+"""Parses a compiled XLA program: computations, instructions, and how often each runs.
 
-The text is what `compiled.as_text()` or a dump folder gives, after all of the compiler's passes.
-XLA's own cost analysis counts the body of a loop once and leaves out what it can't name, so the
-program is read here: a loop's trip count is the constant in its condition (TPU), or what the
-compiler noted (`known_trip_count`, CPU).
+The text is the optimized HLO from `compiled.as_text()` or a dump folder. XLA's cost analysis counts
+the body of a loop once and skips some operations, so the program is analyzed here instead. The trip
+count of a loop is the constant in its condition (TPU) or the compiler's `known_trip_count` (CPU).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Shape:
   Attributes:
     dtype: XLA's name, such as `bf16`.
     dims: its sizes.
-    on_chip: whether it lies in the chip's own memory (`S(1)` on TPU), not in HBM.
+    on_chip: whether it is in on-chip memory (`S(1)` on TPU) rather than in HBM.
   """
 
   dtype: str
@@ -45,7 +44,7 @@ class Shape:
 
   @property
   def bytes(self) -> float:
-    """Bytes without padding; a type that isn't known counts one byte (8-bit floats)."""
+    """Bytes without padding; an unknown dtype counts as one byte (8-bit floats)."""
     return self.elements * BYTES.get(self.dtype, 1)
 
 
@@ -58,38 +57,43 @@ class Instruction:
   shapes: tuple[Shape, ...]
   operands: tuple[str, ...]
   attributes: str
-  argument: str  # what stands between the parentheses: the value of a constant
+  argument: str  # text in the parentheses, such as the value of a constant
   is_root: bool
 
   @property
   def bytes(self) -> float:
-    """Bytes of the whole result."""
+    """Bytes of all results."""
     return sum(shape.bytes for shape in self.shapes)
 
   @property
   def op_name(self) -> str:
-    """Where in the Python program it comes from, such as `jit(step)/jvp()/while/body/dot`."""
-    found = re.search(r'op_name="([^"]*)"', self.attributes)
-    return found.group(1) if found else ''
+    """Its origin in the Python program, such as `jit(step)/jvp()/while/body/dot`."""
+    match = re.search(r'op_name="([^"]*)"', self.attributes)
+    return match.group(1) if match else ''
 
   def called(self) -> tuple[str, ...]:
-    """Names of the computations that it runs, conditions of loops left out."""
+    """Names of the computations that it calls, except loop conditions."""
     groups = _CALLS.findall(self.attributes)
     return tuple(name for group in groups for name in _NAME.findall(group))
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A module: computation -> instruction -> what it is, and the name of the entry."""
+  """An HLO module.
+
+  Attributes:
+    computations: computation -> instruction -> Instruction.
+    entry: name of the entry computation.
+  """
 
   computations: dict[str, dict[str, Instruction]]
   entry: str
 
   def runs(self) -> Iterator[tuple[str, float, bool]]:
-    """Every computation that runs: (name, times a step, whether it is inside a fusion).
+    """Yields every executed computation: (name, executions per call, whether in a fusion).
 
-    A computation that several instructions call comes once for each of them. Of the branches of a
-    conditional, all are taken: an upper bound, as which one runs is known at run time only.
+    A computation is yielded once for each instruction that calls it. All branches of a conditional
+    are counted, which is an upper bound.
     """
     yield from self._from(self.entry, 1.0, False)
 
@@ -103,11 +107,11 @@ class Program:
           yield from self._from(callee, times * count, inside)
 
   def trips(self, computation: str, loop: Instruction) -> int:
-    """How often a loop's body runs; 1 where the text doesn't say (see `unknown_loops`)."""
+    """Trip count of a loop; 1 if it is unknown (see `unknown_loops`)."""
     return self._trips(computation, loop) or 1
 
   def unknown_loops(self) -> list[str]:
-    """Loops whose trip count depends on data: their bodies are counted once."""
+    """Names of loops whose trip count depends on data; their bodies are counted once."""
     return [
       loop.name
       for name, computation in self.computations.items()
@@ -128,45 +132,46 @@ class Program:
     return max(0, -(-(limit - start) // step))
 
   def _limit(self, condition: dict[str, Instruction]) -> tuple[int | None, int | None]:
-    """The constant that the counter is compared with, and the counter's place in the state."""
+    """The constant that the counter is compared with, and the counter's index in the loop state."""
     root = next(i for i in condition.values() if i.is_root)
     numbers = [int(i.argument) for i in condition.values() if _is_number(i)]
     inner = [self.computations[name] for name in root.called()]
     compares = [root, *(i for c in inner for i in c.values())]
     if not any(i.opcode == 'compare' for i in compares) or len(numbers) != 1:
       return None, None
-    places = {_index(i) for i in condition.values() if i.opcode == 'get-tuple-element'}
+    indices = {_index(i) for i in condition.values() if i.opcode == 'get-tuple-element'}
     extra = 'direction=LE' in ''.join(i.attributes for i in compares)
-    return numbers[0] + extra, places.pop() if len(places) == 1 else None
+    return numbers[0] + extra, indices.pop() if len(indices) == 1 else None
 
   def _start(self, computation: str, loop: Instruction, index: int) -> int:
-    held = self.computations[computation].get(loop.operands[0])
-    if held is None or held.opcode != 'tuple':
+    """Initial value of the counter; 0 if it is not a constant."""
+    state = self.computations[computation].get(loop.operands[0])
+    if state is None or state.opcode != 'tuple':
       return 0
-    first = self.computations[computation].get(held.operands[index])
-    while first is not None and first.opcode in ('copy', 'bitcast'):
-      first = self.computations[computation].get(first.operands[0])
-    return int(first.argument) if first is not None and _is_number(first) else 0
+    counter = self.computations[computation].get(state.operands[index])
+    while counter is not None and counter.opcode in ('copy', 'bitcast'):
+      counter = self.computations[computation].get(counter.operands[0])
+    return int(counter.argument) if counter is not None and _is_number(counter) else 0
 
   def _step(self, body: str, index: int) -> int:
-    """What the counter grows by: 2 where the compiler has unrolled a loop by two."""
+    """Increment of the counter: 2 if the compiler unrolled the loop by two."""
     computation = self.computations[body]
     root = next(i for i in computation.values() if i.is_root)
-    grown = computation.get(root.operands[index]) if root.opcode == 'tuple' else None
-    while grown is not None and grown.opcode in ('copy', 'bitcast'):
-      grown = computation.get(grown.operands[0])
-    if grown is None:
+    counter = computation.get(root.operands[index]) if root.opcode == 'tuple' else None
+    while counter is not None and counter.opcode in ('copy', 'bitcast'):
+      counter = computation.get(counter.operands[0])
+    if counter is None:
       return 1
-    scopes = [computation, *(self.computations[name] for name in grown.called())]
-    reads = [scope[name] for scope in scopes for name in grown.operands if name in scope]
-    numbers = [int(i.argument) for i in reads if _is_number(i)]
+    scopes = [computation, *(self.computations[name] for name in counter.called())]
+    operands = [scope[name] for scope in scopes for name in counter.operands if name in scope]
+    numbers = [int(i.argument) for i in operands if _is_number(i)]
     inner = [i for scope in scopes[1:] for i in scope.values()]
     numbers += [int(i.argument) for i in inner if _is_number(i)]
     return numbers[0] if len(numbers) == 1 and numbers[0] > 0 else 1
 
 
 def parse(text: str) -> Program:
-  """The program in a text.
+  """Parses HLO text.
 
   Raises:
     ValueError: the text has no entry computation.
@@ -181,17 +186,17 @@ def parse(text: str) -> Program:
         entry = head.group(2) if head.group(1) else entry
     elif line.startswith('}'):
       current = None
-    elif found := _LINE.match(line):
-      instruction = _instruction(found.group(2), found.group(3), bool(found.group(1)))
+    elif match := _LINE.match(line):
+      instruction = _instruction(match.group(2), match.group(3), bool(match.group(1)))
       if instruction is not None:
         current[instruction.name] = instruction
   if not entry:
-    raise ValueError('this is no text of an XLA program: it has no ENTRY')
+    raise ValueError('the text is not an HLO module: it has no ENTRY')
   return Program(computations, entry)
 
 
 def shapes_of(text: str) -> tuple[Shape, ...]:
-  """The arrays that a type such as `(f32[2,3]{1,0}, s32[])` names."""
+  """Parses the arrays of a type such as `(f32[2,3]{1,0}, s32[])`."""
   return tuple(
     Shape(
       dtype,
@@ -216,12 +221,12 @@ def _instruction(name: str, text: str, is_root: bool) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-  """Where the parenthesis at `start` closes."""
+  """Index of the parenthesis that closes the one at `start`."""
   depth = 0
-  for place in re.finditer(r'[()]', text[start:]):
-    depth += 1 if place.group() == '(' else -1
+  for match in re.finditer(r'[()]', text[start:]):
+    depth += 1 if match.group() == '(' else -1
     if not depth:
-      return start + place.start()
+      return start + match.start()
   return len(text)
 
 

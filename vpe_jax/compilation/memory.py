@@ -1,7 +1,7 @@
-"""Memory of a compiled program on one chip: totals, and the largest buffers.
+"""Memory of a compiled program on one chip: totals and the largest buffers.
 
-Totals are XLA's own memory analysis or, where the program doesn't fit, what the compiler's error
-says. The buffers come from the report in the compiler's dump folder.
+The totals are from XLA's memory analysis or, if the program doesn't fit, from the compiler's error.
+The buffers are from the report in the compiler's dump folder.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 _UNITS = {'': 1, 'B': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 _REPORT = 'memory-usage-report.txt'
 _HBM = 'Memory Space: default'
-LISTED = 6  # buffers
+MAX_BUFFERS = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-  """A place in memory: its bytes, and what it holds."""
+  """A buffer: its bytes, and a description of the arrays that it holds."""
 
   bytes: float
   holds: str
@@ -31,14 +31,14 @@ class Usage:
 
   Attributes:
     arguments: state, frozen networks and batch.
-    outputs: results; what reuses an argument's memory is in `aliased` too.
-    aliased: outputs that reuse arguments.
-    temporary: what the program itself needs.
-    code: the program.
-    peak: the most that is alive at once, by XLA's analysis.
-    buffers: the largest, where the compiler lists them.
-    limit: the memory that the compiler plans with, where it says so.
-    fits: whether the compiler found room for everything.
+    outputs: results, including those in `aliased`.
+    aliased: outputs that reuse the memory of arguments.
+    temporary: temporary buffers.
+    code: the executable.
+    peak: maximum that is alive at once, by XLA's analysis.
+    buffers: the largest buffers, if the compiler lists them.
+    limit: the compiler's memory limit, if known.
+    fits: whether the compiler could allocate all buffers.
   """
 
   arguments: float
@@ -53,64 +53,64 @@ class Usage:
 
   @property
   def planned(self) -> float:
-    """What the program occupies while it runs: its blocks of memory, gaps in them included."""
+    """Bytes allocated while the program runs, including fragmentation."""
     return self.arguments + self.outputs - self.aliased + self.temporary + self.code
 
 
 def usage(compiled: Any, folder: pathlib.Path) -> Usage:
-  """The memory of a compiled program whose dump is in `folder` (which may be empty)."""
-  found = compiled.memory_analysis()
-  said = Usage(
-    found.argument_size_in_bytes,
-    found.output_size_in_bytes,
-    found.alias_size_in_bytes,
-    found.temp_size_in_bytes,
-    found.generated_code_size_in_bytes,
-    found.peak_memory_in_bytes,
-    _listed(folder),
+  """The memory of a compiled program; `folder` is its dump, which may be empty."""
+  stats = compiled.memory_analysis()
+  result = Usage(
+    stats.argument_size_in_bytes,
+    stats.output_size_in_bytes,
+    stats.alias_size_in_bytes,
+    stats.temp_size_in_bytes,
+    stats.generated_code_size_in_bytes,
+    stats.peak_memory_in_bytes,
+    _buffers_in(folder),
   )
-  # XLA:CPU's peak can leave out temporaries: it is no less than what must exist at one time.
-  least = max(said.arguments, said.temporary)
-  return said if said.peak >= least else dataclasses.replace(said, peak=said.planned)
+  # XLA:CPU's peak may omit temporaries; it can't be less than the arguments or the temporaries.
+  minimum = max(result.arguments, result.temporary)
+  return result if result.peak >= minimum else dataclasses.replace(result, peak=result.planned)
 
 
 def buffers_of(report: str) -> tuple[Buffer, ...]:
-  """The largest HBM buffers of a report, whose rows are `total; size; offset; uses; shapes`."""
-  found = []
-  inside = False
+  """Parses the largest HBM buffers of a report with lines `total; size; offset; uses; shapes`."""
+  buffers = []
+  in_hbm = False
   for line in report.splitlines():
     if line.startswith('Memory Space'):
-      inside = line.startswith(_HBM)
+      in_hbm = line.startswith(_HBM)
     cells = line.split(';')
-    if inside and len(cells) >= 5 and '(' in cells[0]:
-      # What one buffer holds in turn can be a long list: its beginning names it.
-      found.append(Buffer(_bytes(cells[1]), cells[4].strip()[:120]))
-  return tuple(sorted(found, key=lambda one: -one.bytes)[:LISTED])
+    if in_hbm and len(cells) >= 5 and '(' in cells[0]:
+      # The list of arrays that share a buffer can be long: it is truncated.
+      buffers.append(Buffer(_bytes(cells[1]), cells[4].strip()[:120]))
+  return tuple(sorted(buffers, key=lambda buffer: -buffer.bytes)[:MAX_BUFFERS])
 
 
 def overflow(message: str, arguments: float, folder: pathlib.Path) -> Usage | None:
-  """The memory of a program that doesn't fit; None if the message is about another thing.
+  """The memory of a program that doesn't fit; None if the message is another error.
 
   Args:
-    message: of the compiler; it names the bytes of temporaries, and of the memory.
-    arguments: bytes of the program's arguments on one chip, which the message leaves out.
+    message: error of the compiler, with the bytes of temporaries and the limit.
+    arguments: bytes of the program's arguments on one chip, which the message omits.
     folder: of the dump.
   """
-  found = re.search(r'\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)', message)
-  if found is None:
+  match = re.search(r'\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)', message)
+  if match is None:
     return None
-  temporary, limit = map(_bytes, found.groups())
+  temporary, limit = map(_bytes, match.groups())
   peak = arguments + temporary
-  buffers = _listed(folder)
+  buffers = _buffers_in(folder)
   return Usage(arguments, 0, 0, temporary, 0, peak, buffers, limit, fits=False)
 
 
-def _listed(folder: pathlib.Path) -> tuple[Buffer, ...]:
+def _buffers_in(folder: pathlib.Path) -> tuple[Buffer, ...]:
   reports = sorted(folder.glob(f'*{_REPORT}'), key=lambda path: path.stat().st_size)
   return buffers_of(reports[-1].read_text(encoding='utf-8')) if reports else ()
 
 
 def _bytes(text: str) -> float:
-  """`13.00GiB`, `15.75G` or `160B` as bytes."""
+  """Parses `13.00GiB`, `15.75G` or `160B` to bytes."""
   number, unit = re.fullmatch(r'([\d.]+)([KMGT]?)i?B?', text.strip()).groups()
   return float(number) * _UNITS[unit]

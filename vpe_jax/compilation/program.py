@@ -1,7 +1,7 @@
-"""The programs of a run, lowered for devices that needn't be there: a step, or the drawing.
+"""Lowers the programs of a run, a training step or sampling, for devices that need not exist here.
 
-Nothing is allocated: state, frozen networks and batch are shapes with shardings, and the step is
-the one that training compiles.
+Nothing is allocated: state, frozen networks and batch are shapes with shardings. The step is the
+same as in training.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ TRAIN, SAMPLE = KINDS = ('train', 'sample')
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What is compiled.
+  """The program to compile.
 
   Attributes:
     system: built from the run's config.
-    stage: place of the stage in the run.
-    what: `train`, the step of that stage, or `sample`, the drawing.
-    images: global batch.
-    mesh: of the devices to compile for.
+    stage: index of the stage.
+    what: `train` (the training step of the stage) or `sample`.
+    images: global batch size.
+    mesh: mesh of the devices to compile for.
   """
 
   system: System
@@ -60,17 +60,17 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-  """A program before it is compiled, and what was known of it then.
+  """A lowered program and its properties.
 
   Attributes:
-    lowered: to compile.
-    parameters: of the model, all and trainable ones; frozen networks aren't among them.
+    lowered: the program to compile.
+    parameters: number of parameters of the model without frozen networks: all, and trainable.
     trainable: path -> shape of each trainable leaf.
-    frozen_bytes: of the frozen networks, on one device.
-    argument_bytes: of state and frozen networks, on one device.
-    flops: of the whole batch by our own formula.
-    kernel_flops: of the whole batch, what attention amounts to where it is a kernel, whose inside
-      the program's text doesn't show.
+    frozen_bytes: bytes of the frozen networks on one device.
+    argument_bytes: bytes of state and frozen networks on one device.
+    flops: model FLOPs of the whole batch.
+    kernel_flops: FLOPs of the whole batch in attention, for the case that it is a custom kernel,
+      whose FLOPs HLO doesn't show.
   """
 
   lowered: jax.stages.Lowered
@@ -83,7 +83,7 @@ class Lowered:
 
 
 def stage_index(system: System, name: str | None) -> int:
-  """The place of a stage in a run; the last one is the default.
+  """Index of a stage; the last one by default.
 
   Raises:
     UserError: the run has no such stage.
@@ -100,8 +100,8 @@ def lower(job: Job) -> Lowered:
   """Traces and lowers a program.
 
   Raises:
-    UserError: the batch doesn't divide over the mesh, the state isn't spread over it, the frozen
-      networks don't fit the model, or the system doesn't draw.
+    UserError: the batch doesn't divide over the mesh, the state is not sharded enough, the frozen
+      networks don't fit the model, or the system doesn't sample.
   """
   config, system = job.system.config, job.system
   accumulate = config.optim_of(job.stage).accumulate if job.what == TRAIN else 1
@@ -129,7 +129,7 @@ def lower(job: Job) -> Lowered:
 
 
 def _held(tree: Any) -> float:
-  """Bytes of a tree of placed shapes on one device."""
+  """Bytes on one device of a tree of shapes with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
@@ -147,8 +147,8 @@ def _train(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, fl
   lowered = step.lower(state, frozen, batch, _key(job.mesh))
   attention = system.attention_flops(stage)
   frozen_attention = system.frozen_attention_flops(stage)
-  # Of two products each: one pass forward, three and a half backward (three products for the
-  # queries' gradient, four for the keys' and values'), and one forward again where all is remade.
+  # A forward pass has two products. The backward pass has seven (three for the gradient of the
+  # queries, four for those of keys and values): 3.5 passes. Full remat repeats the forward pass.
   passes = 5.5 if system.config.remat == 'full' else 4.5
   kernels = passes * (attention - frozen_attention) + frozen_attention
   return lowered, job.images * system.flops(stage), job.images * kernels

@@ -1,4 +1,4 @@
-"""What `python -m vpe_jax.compile` says: lines to read, and a dict to write as JSON."""
+"""The report of `python -m vpe_jax.compile`, as text and as a dict for JSON."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from vpe_jax.compilation.roofline import Bound
 from vpe_jax.compilation.topology import Topology
 from vpe_jax.compilation.traffic import Work
 
-FIT = 0.9  # share of HBM up to which a program is said to fit: the runtime needs some for itself
+FIT = 0.9  # fraction of HBM that a program may use; the runtime needs the rest
 _KNOBS = {
-  'remat': '--config.remat=full (now {remat})',
+  'remat': '--config.remat=full (currently {remat})',
   'accumulate': '--config.optim.accumulate={accumulate} or more microbatches',
   'images': '--images_per_chip={images} or fewer',
-  'chunk': '--config.model.logits_chunk=64 (logits of few tokens at a time)',
+  'chunk': '--config.model.logits_chunk=64 (computes logits of few tokens at a time)',
   'mesh': 'more chips, or --mesh with a larger tensor axis (--config.mesh.strategy=fsdp_tensor)',
 }
 
@@ -25,24 +25,24 @@ class Report:
   """One program on one topology.
 
   Attributes:
-    config: its name and, behind a colon, its preset or all that its file was asked for.
-    stage: of the run.
+    config: name of the config and, after a colon, its preset or whole argument.
+    stage: name of the stage.
     what: `train` or `sample`.
-    topology: what it was compiled for.
+    topology: target of the compilation.
     mesh: axis -> size.
-    settings: of the config, that memory depends on: `remat`, `accumulate`, `strategy`, and
-      `logits_chunk` where the model has it.
-    images: global batch.
-    parameters: of the model: all, and trainable in this stage.
-    frozen_bytes: of the frozen networks, on one chip.
-    usage: memory.
-    model_flops: of one step on all chips, by the system's formula.
-    kernel_flops: of one step on all chips, inside kernels that the program's text doesn't show.
-    work: what the program does; None where the compiler gave up before it had a program.
-    bound: None without `work` or figures of the chip.
-    warnings: a line each.
+    settings: fields of the config on which memory depends: `remat`, `accumulate`, `strategy`, and
+      `logits_chunk` if the model has it.
+    images: global batch size.
+    parameters: number of parameters of the model: all, and trainable in this stage.
+    frozen_bytes: bytes of the frozen networks on one chip.
+    usage: memory on one chip.
+    model_flops: of one step on all chips, by the system's count.
+    kernel_flops: of one step on all chips, in custom kernels, which HLO doesn't show.
+    work: FLOPs and traffic; None if compilation failed before there was a program.
+    bound: bound on the step time; None without `work` or the chip's specifications.
+    warnings: one line each.
     compile_seconds: on this machine.
-    versions: of the libraries.
+    versions: library -> version.
   """
 
   config: str
@@ -65,23 +65,23 @@ class Report:
 
   @property
   def hbm_bytes(self) -> float | None:
-    """Memory of a chip; None for virtual devices."""
+    """HBM of a chip; None for virtual devices."""
     return self.usage.limit or (self.topology.chip and self.topology.chip.hbm_bytes)
 
   @property
   def hbm_fraction(self) -> float | None:
-    """Share of the memory that is in use at the peak."""
+    """Fraction of HBM in use at the peak."""
     return self.usage.peak / self.hbm_bytes if self.hbm_bytes else None
 
   @property
   def fits(self) -> bool:
-    """Whether the compiler found room, with a reserve."""
+    """Whether the program fits in HBM, with a reserve for the runtime."""
     if not self.usage.fits or self.hbm_bytes is None:
       return self.usage.fits
     return max(self.usage.peak, self.usage.planned) <= FIT * self.hbm_bytes
 
   def as_dict(self) -> dict[str, Any]:
-    """For JSON; what isn't known is None. Bytes and rates are of one chip, FLOPs of all chips."""
+    """Values for JSON; None if unknown. Bytes are per chip, FLOPs are of all chips."""
     usage, work, bound = self.usage, self.work, self.bound
     chips = self.topology.chips
     return {
@@ -110,63 +110,63 @@ class Report:
       'temporary_bytes_per_chip': usage.temporary,
       'code_bytes_per_chip': usage.code,
       'frozen_bytes_per_chip': self.frozen_bytes,
-      'largest_buffers': [dataclasses.asdict(one) for one in usage.buffers],
+      'largest_buffers': [dataclasses.asdict(buffer) for buffer in usage.buffers],
       'model_flops_per_step': self.model_flops,
       'hlo_flops_per_step': work and work.flops * chips + self.kernel_flops,
       'kernel_flops_per_step': self.kernel_flops,
       'hbm_traffic_bytes': work and work.hbm_bytes,
-      'hbm_movers': work and [{'where': where, 'bytes': n} for where, n in work.movers],
+      'hbm_movers': work and [{'where': op, 'bytes': n} for op, n in work.largest_traffic],
       'collective_bytes': work and work.collective_bytes(),
-      'dcn_bytes': work and sum(one.dcn_bytes for one in work.collectives),
+      'dcn_bytes': work and sum(collective.dcn_bytes for collective in work.collectives),
       'bound_s': bound and bound.seconds,
       'step_time_bound_s': bound and bound.step_time,
       'mfu_bound': bound and bound.mfu,
-      'bound_by': bound and bound.by,
+      'bound_by': bound and bound.resource,
       'warnings': list(self.warnings),
       'compile_seconds': self.compile_seconds,
       'versions': self.versions,
     }
 
   def text(self) -> str:
-    """Lines to read."""
+    """The report as lines of text."""
     lines = [
-      f'{self.config}, {self._what()}, on {self._where()}',
+      f'{self.config}, {self._program_text()}, on {self._topology_text()}',
       f'mesh: {_mesh(self.mesh)}, strategy {self.settings["strategy"]}; remat '
       f'{self.settings["remat"]}, {self.settings["accumulate"]} microbatch(es)',
-      f'batch: {self.images:,} images a step, {self.images / self.topology.chips:g} a chip',
+      f'batch: {self.images:,} images per step, {self.images / self.topology.chips:g} per chip',
       f'parameters: {self.parameters[0] / 1e6:,.1f}M, trainable '
-      f'{self.parameters[1] / 1e6:,.1f}M; frozen networks {_gb(self.frozen_bytes)} a chip',
-      *self._memory(),
-      *self._work(),
+      f'{self.parameters[1] / 1e6:,.1f}M; frozen networks {_gb(self.frozen_bytes)} per chip',
+      *self._memory_lines(),
+      *self._work_lines(),
       *(f'warning: {warning}' for warning in self.warnings),
     ]
     return '\n'.join(lines)
 
-  def _what(self) -> str:
-    return f'training step of stage {self.stage}' if self.what == 'train' else 'drawing'
+  def _program_text(self) -> str:
+    return f'training step of stage {self.stage}' if self.what == 'train' else 'sampling'
 
-  def _where(self) -> str:
+  def _topology_text(self) -> str:
     cloud = self.topology.cloud_name
     return f'{self.topology.name}{f" ({cloud})" if cloud else ""}: {self.topology.chips} chips'
 
-  def _memory(self) -> list[str]:
+  def _memory_lines(self) -> list[str]:
     usage = self.usage
     share = f', {self.hbm_fraction:.1%} of {_gb(self.hbm_bytes)} HBM' if self.hbm_bytes else ''
     if usage.fits:
       lines = [
         f'memory per chip: peak {_gb(usage.peak)}{share} (arguments {_gb(usage.arguments)}, '
-        f'temporaries {_gb(usage.temporary)}, together {_gb(usage.planned)})'
+        f'temporaries {_gb(usage.temporary)}, total {_gb(usage.planned)})'
       ]
     else:
       lines = [f'memory per chip: the program needs {_gb(usage.peak)}{share}']
     if self.fits:
       return lines
     lines.append(f'DOES NOT FIT (within {FIT:.0%} of HBM). Largest buffers:')
-    lines += [f'  {_gb(one.bytes):>10}  {one.holds}' for one in usage.buffers]
-    return [*lines, 'what would help:', *(f'  {knob}' for knob in self.knobs())]
+    lines += [f'  {_gb(buffer.bytes):>10}  {buffer.holds}' for buffer in usage.buffers]
+    return [*lines, 'to reduce memory:', *(f'  {knob}' for knob in self.knobs())]
 
   def knobs(self) -> list[str]:
-    """Settings that would need less memory."""
+    """Settings that would reduce memory."""
     settings, chips = self.settings, self.topology.chips
     names = ['images', 'mesh'] if self.what == 'sample' else list(_KNOBS)
     if settings['remat'] == 'full':
@@ -182,27 +182,28 @@ class Report:
     }
     return [_KNOBS[name].format(**values) for name in names]
 
-  def _work(self) -> list[str]:
+  def _work_lines(self) -> list[str]:
     work, bound, chips = self.work, self.bound, self.topology.chips
     if work is None:
       return []
-    moved = ', '.join(f'{kind} {_gb(n)}' for kind, n in sorted(work.collective_bytes().items()))
+    received = ', '.join(f'{kind} {_gb(n)}' for kind, n in sorted(work.collective_bytes().items()))
     executed = work.flops * chips + self.kernel_flops
     lines = [
-      f'FLOPs a step: model {self.model_flops:.4g}, compiled program {executed:.4g} '
-      f'({executed / max(self.model_flops, 1.0):.2f} times: what is computed again is in it)',
-      f'a chip receives: {moved or "nothing"}; moves {_gb(work.hbm_bytes)} to and from HBM',
+      f'FLOPs per step: model {self.model_flops:.4g}, compiled program {executed:.4g} '
+      f'({executed / max(self.model_flops, 1.0):.2f} times, including recomputation)',
+      f'per chip: receives {received or "nothing"}; HBM traffic {_gb(work.hbm_bytes)}',
     ]
     if bound is None:
-      return [*lines, 'bound: none, as no figures of this chip are known']
-    each = ', '.join(f'{name} {_seconds(s)}' for name, s in bound.seconds.items() if s)
-    if bound.by == 'hbm':
-      lines.append('most of it:')
-      lines += [f'  {_gb(count):>10}  {where}' for where, count in work.movers]
+      return [*lines, "bound: none, because this chip's specifications are unknown"]
+    times = ', '.join(f'{name} {_seconds(s)}' for name, s in bound.seconds.items() if s)
+    if bound.resource == 'hbm':
+      lines.append('largest HBM traffic:')
+      lines += [f'  {_gb(count):>10}  {op}' for op, count in work.largest_traffic]
     return [
       *lines,
-      f'bound: a step takes at least {_seconds(bound.step_time)} (by {bound.by}), '
-      f'MFU at most {bound.mfu:.1%}, {self.images / bound.step_time:,.0f} images/s; alone: {each}',
+      f'bound: a step takes at least {_seconds(bound.step_time)} (limited by {bound.resource}), '
+      f'MFU at most {bound.mfu:.1%}, {self.images / bound.step_time:,.0f} images/s; '
+      f'per resource: {times}',
     ]
 
 

@@ -1,7 +1,7 @@
-"""The least time that a step can take, and what sets it.
+"""Roofline bound: the minimum time of a step and the resource that limits it.
 
-Each resource is taken to run at its peak the whole time, beside the others: no step is faster than
-the slowest of them alone. Real steps are slower, as work waits for other work.
+Each resource is assumed to run at its peak, fully overlapped with the others, so a step takes at
+least as long as the slowest resource. Real steps are slower because of dependencies.
 """
 
 from __future__ import annotations
@@ -14,42 +14,43 @@ from vpe_jax.devices import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-  """Seconds that each resource needs for one step.
+  """Lower bound on the time of a step.
 
   Attributes:
-    seconds: `compute`, `hbm`, `ici` and `dcn`.
-    mfu: share of the chips' peak that model FLOPs reach in a step of the bound's length.
+    seconds: time that each resource needs: `compute`, `hbm`, `ici` and `dcn`.
+    mfu: model FLOPs utilization of a step that takes the minimum time.
   """
 
   seconds: dict[str, float]
   mfu: float
 
   @property
-  def by(self) -> str:
-    """What binds."""
+  def resource(self) -> str:
+    """The limiting resource."""
     return max(self.seconds, key=self.seconds.get)
 
   @property
   def step_time(self) -> float:
-    """Seconds."""
-    return self.seconds[self.by]
+    """Minimum time of a step in seconds."""
+    return self.seconds[self.resource]
 
 
 def bound(work: Work, kernel_flops: float, model_flops: float, chip: Chip) -> Bound:
-  """The bound of a program.
+  """Computes the bound of a program.
 
   Args:
-    work: of one chip.
-    kernel_flops: on one chip, that `work` doesn't show.
-    model_flops: on one chip, by the system's formula.
-    chip: its figures.
+    work: FLOPs and traffic of one chip.
+    kernel_flops: FLOPs of one chip in custom kernels, which are not in `work`.
+    model_flops: of one chip, by the system's count.
+    chip: specifications of the chip.
   """
-  across = sum(one.dcn_bytes for one in work.collectives)
+  dcn_bytes = sum(collective.dcn_bytes for collective in work.collectives)
+  received = sum(collective.bytes for collective in work.collectives)
   seconds = {
-    'compute': (work.flops + kernel_flops) / chip.flops,
-    'hbm': work.hbm_bytes / chip.hbm_rate,
-    'ici': (sum(one.bytes for one in work.collectives) - across) / chip.ici_rate,
-    'dcn': across / chip.dcn_rate,
+    'compute': (work.flops + kernel_flops) / chip.peak_flops,
+    'hbm': work.hbm_bytes / chip.hbm_bandwidth,
+    'ici': (received - dcn_bytes) / chip.ici_bandwidth,
+    'dcn': dcn_bytes / chip.dcn_bandwidth,
   }
   slowest = max(seconds.values())
-  return Bound(seconds, model_flops / chip.flops / slowest if slowest else 0.0)
+  return Bound(seconds, model_flops / chip.peak_flops / slowest if slowest else 0.0)

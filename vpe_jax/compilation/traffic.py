@@ -1,21 +1,22 @@
-"""What a compiled program does in one call, on one chip: FLOPs, HBM bytes, and collectives.
+"""FLOPs, HBM traffic and collectives of one call of a compiled program on one chip.
 
-Everything is counted as often as it runs: a loop's body is multiplied by its trip count.
+Every instruction counts as often as it runs: loop bodies are multiplied by their trip counts.
 
-FLOPs: dots and convolutions only (TPU programs write dots as convolutions); a multiply-add is two.
-Of a convolution, only positions inside the (dilated, unpadded) input count, as in XLA's own
-analysis; without this the batched dots that TPU programs write as dilated convolutions would count
+FLOPs: dots and convolutions (TPU programs express dots as convolutions); a multiply-add counts two.
+Only kernel positions inside the (dilated, unpadded) input of a convolution count, as in XLA's
+analysis. Otherwise, batched dots that TPU programs express as dilated convolutions would be counted
 several times.
 
-HBM bytes: operands and results of every instruction and fusion that lie in HBM. What a fusion
-reads by slices, or writes into a larger array in place, counts by the slice.
+HBM bytes: operands and results in HBM of every instruction and fusion. If a fusion reads slices of
+an array, or updates a slice in place, only the slices count.
 
-Collectives: bytes that one chip receives, with n chips in a group and S the bytes of the whole
-array (an all-gather's result, any other's operand): all-gather, reduce-scatter and all-to-all
-S (n-1)/n, all-reduce 2 S (n-1)/n (a reduce-scatter and an all-gather), collective-permute S. A
-collective that the compiler has cut over several fusions to overlap it with their work keeps its
-channel id in all of them. It counts once, as often as the one that runs least (a loop may carry it
-on in every turn), and so do the arrays that it hands from one to the next.
+Collectives: bytes that one chip receives. With n chips in a group and S bytes of the whole array
+(the result of an all-gather, the operand of any other), these are S (n-1)/n for all-gather,
+reduce-scatter and all-to-all, 2 S (n-1)/n for all-reduce (a reduce-scatter and an all-gather), and
+S for collective-permute. The compiler may split a collective over several fusions to overlap it
+with their work; all parts have the same channel id. Such a collective, and the arrays passed
+between its parts, count once, with the smallest execution count of its parts (a loop may continue
+it in every iteration).
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ KINDS = (
   'collective-broadcast', 'ragged-all-to-all',
 )  # fmt: skip
 _FACTOR = {'all-reduce': 2.0}
-# What moves no bytes of its own: names of values, loops (their bodies are counted), and the second
-# half of what runs asynchronously.
-_FREE = {
+# Opcodes without HBM traffic: aliases, control flow (bodies are counted) and the second halves of
+# asynchronous operations.
+_NO_TRAFFIC = {
   'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call',
   'after-all', 'partition-id', 'replica-id', 'iota', 'opt-barrier', 'copy-done', 'async-start',
   'async-update', 'async-done', 'add-dependency', 'rng-get-and-update-state',
 }  # fmt: skip
-MOVERS = 8  # of HBM bytes, that are named
+MAX_LISTED = 8  # operations with the largest HBM traffic
 _SLICES = ('dynamic-slice', 'slice', 'gather')
 
 
@@ -51,14 +52,14 @@ class Collective:
   """One collective.
 
   Attributes:
-    kind: a word of KINDS.
+    kind: one of KINDS.
     name: of the instruction.
-    op_name: where in the Python program it comes from.
+    op_name: its origin in the Python program.
     shapes: of its result.
-    times: how often it runs.
-    size: chips in a group.
-    slices: slices that a group spans.
-    bytes: what one chip receives over all runs.
+    times: number of executions.
+    size: number of chips in a group.
+    slices: number of slices that a group spans.
+    bytes: bytes that one chip receives in all executions.
   """
 
   kind: str
@@ -72,10 +73,10 @@ class Collective:
 
   @property
   def dcn_bytes(self) -> float:
-    """What one chip receives from other slices, if they share the work evenly.
+    """Bytes that one chip receives from other slices, with the load balanced over chips.
 
-    Each slice needs the (slices - 1) / slices of the array that the others hold, once; its
-    size / slices chips of the group take equal parts.
+    Each slice receives the fraction (slices - 1) / slices of the array that the others hold. Its
+    size / slices chips of the group receive equal parts.
     """
     if self.slices == 1:
       return 0.0
@@ -88,12 +89,12 @@ class Work:
   """One call of a program on one chip.
 
   Attributes:
-    flops: of its dots and convolutions.
-    hbm_bytes: read and written.
+    flops: of dots and convolutions.
+    hbm_bytes: bytes read from and written to HBM.
     collectives: each channel once.
-    kernels: times that a custom kernel runs (Pallas), whose FLOPs the text doesn't show.
-    unknown_loops: loops whose bodies are counted once for want of a trip count.
-    movers: (where in the Python program, its share of `hbm_bytes`), most first.
+    kernels: number of executions of custom kernels (Pallas), whose FLOPs HLO doesn't show.
+    unknown_loops: loops without a known trip count, whose bodies count once.
+    largest_traffic: (operation, its part of `hbm_bytes`), largest first.
   """
 
   flops: float
@@ -101,176 +102,176 @@ class Work:
   collectives: tuple[Collective, ...]
   kernels: float
   unknown_loops: tuple[str, ...]
-  movers: tuple[tuple[str, float], ...] = ()
+  largest_traffic: tuple[tuple[str, float], ...] = ()
 
   def collective_bytes(self) -> dict[str, float]:
     """Bytes that one chip receives, by kind."""
     total: dict[str, float] = {}
-    for one in self.collectives:
-      total[one.kind] = total.get(one.kind, 0.0) + one.bytes
+    for collective in self.collectives:
+      total[collective.kind] = total.get(collective.kind, 0.0) + collective.bytes
     return total
 
 
 def work_of(program: Program, slice_of: Sequence[int]) -> Work:
-  """Counts a program.
+  """Counts the work of a program.
 
   Args:
-    program: as `hlo.parse` gives it.
-    slice_of: for each chip, in the order of the program's partitions, the slice that it is in.
+    program: from `hlo.parse`.
+    slice_of: index of each chip's slice, in the order of the program's partitions.
   """
   flops = kernels = 0.0
   channels: dict[str, Collective] = {}
-  moved: Counter[str] = Counter()
+  traffic: Counter[str] = Counter()
   overlapped: dict[str, tuple[str, float]] = {}
   for name, times, fused in program.runs():
     scope = program.computations[name]
-    for one in scope.values():
-      if one.opcode == 'convolution':
-        flops += times * _convolution_flops(one, scope)
-      elif one.opcode == 'dot':
-        flops += times * _dot_flops(one, scope)
-      elif one.opcode == 'custom-call' and 'tpu_custom_call' in one.attributes:
+    for op in scope.values():
+      if op.opcode == 'convolution':
+        flops += times * _convolution_flops(op, scope)
+      elif op.opcode == 'dot':
+        flops += times * _dot_flops(op, scope)
+      elif op.opcode == 'custom-call' and 'tpu_custom_call' in op.attributes:
         kernels += times
-      found = _received(one, scope, times, slice_of)
-      if found is not None:
-        channel = f'{found.kind} {_field(one, "channel_id") or f"{name}/{one.name}"}'
-        before = channels.get(channel)
-        if before is None or found.times < before.times:
-          channels[channel] = found
+      collective = _collective_of(op, scope, times, slice_of)
+      if collective is not None:
+        channel = f'{collective.kind} {_field(op, "channel_id") or f"{name}/{op.name}"}'
+        previous = channels.get(channel)
+        if previous is None or collective.times < previous.times:
+          channels[channel] = collective
           if fused:
-            # Of a reduce-scatter the fusion's own result is the part that is written.
-            result = _in_hbm(one.shapes) if found.kind == one.opcode else 0.0
-            count = times * (sum(_read(one, scope)) + result)
-            overlapped[channel] = (one.op_name or one.name, count)
+            # A fused reduce-scatter writes only its part, which is the fusion's result.
+            result = _in_hbm(op.shapes) if collective.kind == op.opcode else 0.0
+            count = times * (sum(_read(op, scope)) + result)
+            overlapped[channel] = (op.op_name or op.name, count)
       if not fused:
-        moved[one.op_name or one.name] += times * _hbm_bytes(program, one, scope)
-  for where, count in overlapped.values():
-    moved[where] += count
+        traffic[op.op_name or op.name] += times * _hbm_bytes(program, op, scope)
+  for operation, count in overlapped.values():
+    traffic[operation] += count
   unknown = tuple(program.unknown_loops())
-  movers = tuple(moved.most_common(MOVERS))
-  return Work(flops, sum(moved.values()), tuple(channels.values()), kernels, unknown, movers)
+  largest = tuple(traffic.most_common(MAX_LISTED))
+  return Work(flops, sum(traffic.values()), tuple(channels.values()), kernels, unknown, largest)
 
 
 def group_of(attributes: str, count: int) -> tuple[int, ...]:
-  """The first group of chips that a collective joins.
+  """Parses the first group of chips of a collective.
 
   Args:
     attributes: of the instruction. Groups are written as lists `{{0,1},{2,3}}`, as a reshaped and
-      transposed range `[2,4]<=[4,2]T(1,0)`, or by axes of a mesh `mesh['a'=2,'b'=4] {'b'}`; a
-      permutation as pairs `{{0,1},{1,0}}`.
-    count: chips of the program; without any groups they all are one.
+      transposed range `[2,4]<=[4,2]T(1,0)`, or as mesh axes `mesh['a'=2,'b'=4] {'b'}`; a
+      permutation is written as pairs `{{0,1},{1,0}}`.
+    count: number of chips of the program, which form one group if no groups are written.
   """
-  if found := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', attributes):
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
-    joined = re.findall(r"'(\w+)'", found.group(2))
-    ranges = [range(size if name in joined else 1) for name, size in sizes.items()]
-    steps = [math.prod(list(sizes.values())[i + 1 :]) for i in range(len(sizes))]
-    return tuple(sum(a * b for a, b in zip(place, steps)) for place in itertools.product(*ranges))
-  if found := re.search(
+  if match := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', attributes):
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
+    axes = re.findall(r"'(\w+)'", match.group(2))
+    ranges = [range(size if name in axes else 1) for name, size in sizes.items()]
+    strides = [math.prod(list(sizes.values())[i + 1 :]) for i in range(len(sizes))]
+    return tuple(sum(a * b for a, b in zip(index, strides)) for index in itertools.product(*ranges))
+  if match := re.search(
     r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes
   ):
-    dims = [int(d) for d in found.group(3).split(',')]
-    order = [int(d) for d in (found.group(4) or '').split(',') if d] or list(range(len(dims)))
-    steps = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
-    places = itertools.product(*(range(dims[axis]) for axis in order))
-    flat = (sum(a * steps[axis] for a, axis in zip(place, order)) for place in places)
-    return tuple(itertools.islice(flat, int(found.group(2))))
-  if found := re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', attributes):
-    return tuple(int(d) for d in found.group(1).split(','))
+    dims = [int(d) for d in match.group(3).split(',')]
+    order = [int(d) for d in (match.group(4) or '').split(',') if d] or list(range(len(dims)))
+    strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
+    indices = itertools.product(*(range(dims[axis]) for axis in order))
+    flat = (sum(a * strides[axis] for a, axis in zip(index, order)) for index in indices)
+    return tuple(itertools.islice(flat, int(match.group(2))))
+  if match := re.search(r'(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}', attributes):
+    return tuple(int(d) for d in match.group(1).split(','))
   return tuple(range(count))
 
 
-def _received(
-  one: Instruction, scope: dict[str, Instruction], times: float, slice_of: Sequence[int]
+def _collective_of(
+  op: Instruction, scope: dict[str, Instruction], times: float, slice_of: Sequence[int]
 ) -> Collective | None:
-  """The collective that an instruction is, or None."""
-  kind = one.opcode.removesuffix('-start')
+  """The collective of an instruction; None if it is not a collective."""
+  kind = op.opcode.removesuffix('-start')
   if kind in KINDS:
     sliced = (other for other in scope.values() if other.opcode == 'dynamic-slice')
-    if kind == 'all-reduce' and any(one.name in other.operands for other in sliced):
-      kind = 'reduce-scatter'  # how TPU programs write it, as a fusion of the two
-    return _collective(kind, one, scope, times, slice_of)
-  # Between slices, TPU programs hand one chip's part to the host's network.
-  sent = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.attributes)
-  if one.opcode != 'recv' or sent is None:
+    if kind == 'all-reduce' and any(op.name in other.operands for other in sliced):
+      kind = 'reduce-scatter'  # TPU programs fuse it from an all-reduce and a slice
+    return _collective(kind, op, scope, times, slice_of)
+  # Between slices, TPU programs send each chip's part over the host's network.
+  match = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)
+  if op.opcode != 'recv' or match is None:
     return None
-  kind = sent.group(1).lower().replace('_', '-')
+  kind = match.group(1).lower().replace('_', '-')
   slices = len(set(slice_of))
-  received = _FACTOR.get(kind, 1.0) * one.shapes[0].bytes * (slices - 1) / slices
-  shapes = one.shapes[:1]
-  return Collective(kind, one.name, one.op_name, shapes, times, slices, slices, times * received)
+  received = _FACTOR.get(kind, 1.0) * op.shapes[0].bytes * (slices - 1) / slices
+  shapes = op.shapes[:1]
+  return Collective(kind, op.name, op.op_name, shapes, times, slices, slices, times * received)
 
 
 def _collective(
   kind: str,
-  one: Instruction,
+  op: Instruction,
   scope: dict[str, Instruction],
   times: float,
   slice_of: Sequence[int],
 ) -> Collective:
-  group = group_of(one.attributes, len(slice_of))
-  given = sum(scope[name].bytes for name in one.operands if name in scope)
-  shapes = one.shapes
-  if one.opcode.endswith('-start') and kind != 'all-reduce':
-    # The result is (operands, results, ...).
-    shapes = shapes[len(one.operands) : 2 * len(one.operands)]
+  group = group_of(op.attributes, len(slice_of))
+  operands = sum(scope[name].bytes for name in op.operands if name in scope)
+  shapes = op.shapes
+  if op.opcode.endswith('-start') and kind != 'all-reduce':
+    # The result of a start operation is (operands, results, ...).
+    shapes = shapes[len(op.operands) : 2 * len(op.operands)]
   result = sum(shape.bytes for shape in shapes)
-  size, spanned = len(group), len({slice_of[chip] for chip in group})
+  size, slices = len(group), len({slice_of[chip] for chip in group})
   if kind == 'collective-permute':
     received = result
   else:
-    whole = given or result * size if kind == 'reduce-scatter' else result
+    whole = operands or result * size if kind == 'reduce-scatter' else result
     received = _FACTOR.get(kind, 1.0) * whole * (size - 1) / max(size, 1)
-  return Collective(kind, one.name, one.op_name, shapes, times, size, spanned, times * received)
+  return Collective(kind, op.name, op.op_name, shapes, times, size, slices, times * received)
 
 
-def _dot_flops(one: Instruction, scope: dict[str, Instruction]) -> float:
-  contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', one.attributes).group(1)
-  left = scope[one.operands[0]].shapes[0].dims
-  return 2.0 * one.shapes[0].elements * math.prod(left[int(d)] for d in contracted.split(',') if d)
+def _dot_flops(op: Instruction, scope: dict[str, Instruction]) -> float:
+  contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', op.attributes).group(1)
+  left = scope[op.operands[0]].shapes[0].dims
+  return 2.0 * op.shapes[0].elements * math.prod(left[int(d)] for d in contracted.split(',') if d)
 
 
-def _convolution_flops(one: Instruction, scope: dict[str, Instruction]) -> float:
-  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', one.attributes)
+def _convolution_flops(op: Instruction, scope: dict[str, Instruction]) -> float:
+  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', op.attributes)
   image, kernel, result = labels.groups()
-  given, weights = (scope[name].shapes[0].dims for name in one.operands[:2])
-  out = one.shapes[0].dims
-  window = dict(re.findall(r'(\w+)=([^ }]+)', _field(one, 'window') or ''))
+  inputs, weights = (scope[name].shapes[0].dims for name in op.operands[:2])
+  out = op.shapes[0].dims
+  window = dict(re.findall(r'(\w+)=([^ }]+)', _field(op, 'window') or ''))
   total = 2.0 * out[result.index('b')] * out[result.index('f')] * weights[kernel.index('i')]
   spatial = sorted(d for d in result if d.isdigit())
-  part = lambda name, default: (
+  values = lambda name, default: (
     window[name].split('x') if name in window else [default] * len(spatial)
   )
-  strides, pads = part('stride', '1'), part('pad', '0_0')
-  dilations = list(zip(part('lhs_dilate', '1'), part('rhs_dilate', '1'), strict=True))
-  for place, digit in enumerate(spatial):
+  strides, pads = values('stride', '1'), values('pad', '0_0')
+  dilations = list(zip(values('lhs_dilate', '1'), values('rhs_dilate', '1'), strict=True))
+  for axis, digit in enumerate(spatial):
     total *= window_positions(
-      given[image.index(digit)],
+      inputs[image.index(digit)],
       weights[kernel.index(digit)],
       out[result.index(digit)],
-      int(strides[place]),
-      int(pads[place].split('_')[0]),
-      tuple(map(int, dilations[place])),
+      int(strides[axis]),
+      int(pads[axis].split('_')[0]),
+      tuple(map(int, dilations[axis])),
     )
   return total
 
 
-def _hbm_bytes(program: Program, one: Instruction, scope: dict[str, Instruction]) -> float:
-  if one.opcode in _FREE or one.opcode.endswith('-done'):
+def _hbm_bytes(program: Program, op: Instruction, scope: dict[str, Instruction]) -> float:
+  if op.opcode in _NO_TRAFFIC or op.opcode.endswith('-done'):
     return 0.0
-  if one.opcode == 'custom-call' and 'AllocateBuffer' in one.attributes:
+  if op.opcode == 'custom-call' and 'AllocateBuffer' in op.attributes:
     return 0.0
-  if one.opcode == 'copy-start':  # the result is (destination, source, context)
-    return _in_hbm(one.shapes[:2])
-  read, written = _read(one, scope), _in_hbm(one.shapes)
-  if one.opcode.endswith('-start'):
+  if op.opcode == 'copy-start':  # the result is (destination, source, context)
+    return _in_hbm(op.shapes[:2])
+  read, written = _read(op, scope), _in_hbm(op.shapes)
+  if op.opcode.endswith('-start'):
     written = max(0.0, written - sum(read))
-  if one.opcode in _SLICES:
+  if op.opcode in _SLICES:
     return 2 * written
-  if one.opcode == 'dynamic-update-slice':
+  if op.opcode == 'dynamic-update-slice':
     return 2 * read[1]
-  if one.opcode == 'fusion':
-    return _fusion_bytes(program.computations[one.called()[0]], read, written)
+  if op.opcode == 'fusion':
+    return _fusion_bytes(program.computations[op.called()[0]], read, written)
   return sum(read) + written
 
 
@@ -278,55 +279,61 @@ def _in_hbm(shapes: Iterable[Shape]) -> float:
   return sum(shape.bytes for shape in shapes if not shape.on_chip)
 
 
-def _read(one: Instruction, scope: dict[str, Instruction]) -> list[float]:
-  """Bytes of each operand that lie in HBM."""
-  return [_in_hbm(scope[name].shapes) if name in scope else 0.0 for name in one.operands]
+def _read(op: Instruction, scope: dict[str, Instruction]) -> list[float]:
+  """Bytes in HBM of each operand."""
+  return [_in_hbm(scope[name].shapes) if name in scope else 0.0 for name in op.operands]
 
 
 def _fusion_bytes(inside: dict[str, Instruction], read: list[float], written: float) -> float:
-  """What a fusion moves, of operands that hold `read` bytes each and results of `written` bytes.
+  """HBM traffic of a fusion.
 
-  A collective that is carried on beside its work is left out, with what is handed on for it.
+  A collective that is overlapped with the fusion's work is excluded, and so are the arrays that the
+  fusion passes on for it.
+
+  Args:
+    inside: the fused computation.
+    read: bytes in HBM of each operand.
+    written: bytes in HBM of the results.
   """
   users: dict[str, list[Instruction]] = {}
-  for one in inside.values():
-    if not (one.is_root and one.opcode == 'tuple') and one.opcode not in KINDS:
-      for name in one.operands:
-        users.setdefault(name, []).append(one)
-  root = next((one for one in inside.values() if one.is_root), None)
+  for op in inside.values():
+    if not (op.is_root and op.opcode == 'tuple') and op.opcode not in KINDS:
+      for name in op.operands:
+        users.setdefault(name, []).append(op)
+  root = next((op for op in inside.values() if op.is_root), None)
   results = [root] if root else []
   if root and root.opcode == 'tuple':
     results = [inside[name] for name in root.operands if name in inside]
-  handed_on = (one for one in results if one.opcode in ('parameter', *KINDS))
-  total = written - sum(_in_hbm(one.shapes) for one in handed_on)
-  for one in inside.values():
-    if one.opcode != 'parameter':
+  passed_on = (op for op in results if op.opcode in ('parameter', *KINDS))
+  total = written - sum(_in_hbm(op.shapes) for op in passed_on)
+  for op in inside.values():
+    if op.opcode != 'parameter':
       continue
-    whole = read[int(one.argument)] if int(one.argument) < len(read) else 0.0
-    uses = _uses(one.name, users)
-    updated = [user for user, name in uses if _updates(user, name)]
+    whole = read[int(op.argument)] if int(op.argument) < len(read) else 0.0
+    uses = _uses(op.name, users)
+    updates = [user for user, name in uses if _updates(user, name)]
     if all(user.opcode in _SLICES for user, _ in uses):
       whole = min(whole, sum(user.bytes for user, _ in uses))
-    elif whole and updated:
-      # Written in place: neither read nor written but where the update goes.
-      total -= min(written, one.bytes)
-      whole = min(whole, 2 * sum(inside[user.operands[1]].bytes for user in updated))
+    elif whole and updates:
+      # An in-place update reads and writes only the updated slice.
+      total -= min(written, op.bytes)
+      whole = min(whole, 2 * sum(inside[user.operands[1]].bytes for user in updates))
     total += whole
   return max(total, 0.0)
 
 
 def _uses(name: str, users: Mapping[str, list[Instruction]]) -> list[tuple[Instruction, str]]:
-  """What reads a value, under that name or as a bitcast of it, and the name that it reads."""
-  found = []
+  """Instructions that read a value or a bitcast of it, each with the name of the operand."""
+  uses = []
   for user in users.get(name, []):
-    found += _uses(user.name, users) if user.opcode == 'bitcast' else [(user, name)]
-  return found
+    uses += _uses(user.name, users) if user.opcode == 'bitcast' else [(user, name)]
+  return uses
 
 
 def _updates(user: Instruction, name: str) -> bool:
   return user.opcode == 'dynamic-update-slice' and user.operands[0] == name
 
 
-def _field(one: Instruction, name: str) -> str | None:
-  found = re.search(rf'\b{name}=(\{{[^}}]*\}}|[^,\s]+)', one.attributes)
-  return found.group(1).strip('{}') if found else None
+def _field(op: Instruction, name: str) -> str | None:
+  match = re.search(rf'\b{name}=(\{{[^}}]*\}}|[^,\s]+)', op.attributes)
+  return match.group(1).strip('{}') if match else None

@@ -179,7 +179,7 @@ class Encoder(nn.Module):
   def _run(self, weights: list[Params], x: Array, mask: Array | None) -> Array:
     layer = Layer(self.config, self.dtype, parent=None)
     one = lambda x, params: layer.apply({'params': params}, x, mask)
-    if len(weights) < 2 or not sharding.is_spread():
+    if len(weights) < 2 or not sharding.is_sharded():
       one = jax.jit(one)
       return functools.reduce(one, weights, x)
 

@@ -41,7 +41,7 @@ def cross_entropy(
     return jnp.sum(loss * weight), jnp.sum(hit * weight)
 
   # Filled up with rows that are never right, so that each device of a layer computes its share.
-  table = jnp.pad(table.astype(hidden.dtype), ((0, -count % sharding.parts('vocab')), (0, 0)))
+  table = jnp.pad(table.astype(hidden.dtype), ((0, -count % sharding.num_shards('vocab')), (0, 0)))
   # Whole before the loop: inside, each chunk would gather the vocabulary from all devices again.
   table = sharding.constrain(table, ('vocab', None))
   if not chunk or chunk >= hidden.shape[1]:

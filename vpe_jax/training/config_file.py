@@ -1,7 +1,7 @@
-"""From `--config=configs/t2i.py:preset,args` and `--config.key=value` to plain nested dicts.
+"""Loads `--config=configs/t2i.py:preset,args` with `--config.key=value` overrides as nested dicts.
 
-Overrides may name every field of the configuration, also those that the file leaves at their
-defaults (ml_collections' own flags know only the keys that the file writes out).
+An override may set any field of the configuration, including fields that the file leaves at their
+defaults. (ml_collections' flags only accept keys that the file sets.)
 """
 
 from __future__ import annotations
@@ -27,35 +27,38 @@ _WORDS = {'true': True, 'false': False, 'none': None}
 
 
 def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
-  """The whole configuration as plain dicts.
+  """Loads the complete configuration as nested dicts.
 
   Args:
-    spec: `FILE.py` or `FILE.py:ARG`; the file's `get_config(ARG)` is called.
+    spec: `FILE.py` or `FILE.py:ARG`, for the result of the file's `get_config(ARG)`.
     overrides: dotted key -> value as text.
 
   Raises:
-    UserError: no such file, no config file, a bad argument, an unknown key, or a value of the
-      wrong type or out of range.
+    UserError: the file doesn't exist or is no config file, its argument is invalid, a key is
+      unknown, or a value has the wrong type or is out of range.
   """
   path, _, arg = spec.partition(':')
   try:
-    given = _given(Path(path), arg)
+    file_values = _file_values(Path(path), arg)
   except ValueError as error:
     raise UserError(f'--config={spec}: {" ".join(str(error).split())}') from error
-  before = to_dict(systems.build(given).config)
-  values = dict(before)
+  base = to_dict(systems.build(file_values).config)
+  values = dict(base)
   _change_kinds(values, overrides)
   for key, text in overrides.items():
     _override(values, key, text)
-  _keep_stages(values, before, overrides)
+  _select_stages(values, base, overrides)
   systems.build(values)  # Checks the overridden values.
   return values
 
 
 def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-  """Takes `--config.key=value` out of a command line: (overrides, the other arguments).
+  """Splits a command line into `--config.key=value` overrides and the other arguments.
 
-  As with other flags, `--config.key` alone means true.
+  As for other flags, `--config.key` without a value means true.
+
+  Returns:
+    (overrides: dotted key -> value as text, other arguments).
   """
   overrides, others = {}, []
   for argument in arguments:
@@ -68,40 +71,42 @@ def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
   return overrides, others
 
 
-def overrides_taker() -> tuple[dict[str, str], Callable[[list[str]], list[str]]]:
-  """For front doors: a dict, and a function that moves a command line's overrides into it."""
-  found: dict[str, str] = {}
+def override_parser() -> tuple[dict[str, str], Callable[[list[str]], list[str]]]:
+  """For front doors: a dict, and a function that moves overrides of a command line into it."""
+  collected: dict[str, str] = {}
 
-  def take(arguments: list[str]) -> list[str]:
+  def parse(arguments: list[str]) -> list[str]:
     overrides, others = split_overrides(arguments)
-    found.update(overrides)
+    collected.update(overrides)
     return others
 
-  return found, take
+  return collected, parse
 
 
-def _given(path: Path, arg: str) -> Mapping[str, Any]:
-  """What a config file returns for an argument, as plain dicts.
+def _file_values(path: Path, arg: str) -> Mapping[str, Any]:
+  """Calls a config file's `get_config(arg)`; returns nested dicts.
 
   Raises:
-    ValueError: a bad argument.
+    ValueError: the argument is invalid.
     UserError: the file is no config file, or fails.
   """
   try:
-    found = _get_config(path)(arg)
+    config = _get_config(path)(arg)
   except ValueError:
     raise
-  # A config file is code of the user's, so anything can go wrong in it, even an exit.
+  # A config file is user code that can raise anything, even SystemExit.
   except (Exception, SystemExit) as error:
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
              if frame.filename == str(path)]  # fmt: skip
     where = f' in line {lines[-1]}' if lines else ''
-    raise UserError(f'the file fails{where} ({reason}): mend it') from error
-  plain = found.to_dict() if isinstance(found, ConfigDict) else found
-  if not isinstance(plain, Mapping):
-    raise UserError(f'get_config returns {type(found).__name__}, not a ConfigDict or a dict')
-  return plain
+    raise UserError(f'the file fails{where} ({reason}): fix it') from error
+  values = config.to_dict() if isinstance(config, ConfigDict) else config
+  if not isinstance(values, Mapping):
+    raise UserError(
+      f'get_config returns {type(config).__name__}: it must return a ConfigDict or a dict'
+    )
+  return values
 
 
 def _get_config(path: Path) -> Any:
@@ -118,25 +123,35 @@ def _get_config(path: Path) -> Any:
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   if not callable(getattr(module, 'get_config', None)):
-    raise UserError('the file has no get_config(arg), as configs/t2i.py has')
+    raise UserError('the file has no get_config(arg): define it as in configs/t2i.py')
   return module.get_config
 
 
-def _keep_stages(values: dict[str, Any], before: Mapping[str, Any], given: Iterable[str]) -> None:
-  """Where stages were left out on the command line, those that stay keep their own numbers."""
-  names, stages = before['stages'], values['stages']
+def _select_stages(
+  values: dict[str, Any], base: Mapping[str, Any], overridden: Iterable[str]
+) -> None:
+  """If an override removes stages, selects the per-stage values of the remaining stages.
+
+  Args:
+    values: the overridden configuration, changed in place.
+    base: the configuration of the file.
+    overridden: dotted keys of the overrides, whose values are not changed.
+  """
+  names, stages = base['stages'], values['stages']
   stages = [stages] if isinstance(stages, str) else stages
   if not isinstance(stages, (list, tuple)) or not all(stage in names for stage in stages):
-    return  # Whatever it is, building the config says so.
-  of = lambda many: [many[names.index(stage)] for stage in stages]
-  for key in {'steps', 'batch_size'} - set(given):
-    values[key] = of(before[key])
-  kept = (key for key, value in before['optim'].items() if isinstance(value, list))
-  values['optim'] |= {key: of(before['optim'][key]) for key in kept if f'optim.{key}' not in given}
+    return  # Building the config raises the error.
+  select = lambda per_stage: [per_stage[names.index(stage)] for stage in stages]
+  for key in {'steps', 'batch_size'} - set(overridden):
+    values[key] = select(base[key])
+  lists = {key: value for key, value in base['optim'].items() if isinstance(value, list)}
+  values['optim'] |= {
+    key: select(value) for key, value in lists.items() if f'optim.{key}' not in overridden
+  }
 
 
 def _change_kinds(values: dict[str, Any], overrides: Mapping[str, str]) -> None:
-  """Gives sections of `model` whose kind is overridden the defaults of that kind."""
+  """Resets sections of `model` whose kind is overridden to the defaults of the new kind."""
   for key, kind in overrides.items():
     match = re.fullmatch(r'model\.(\w+)\.kind', key)
     section = values['model'].get(match[1]) if match else None
@@ -146,7 +161,7 @@ def _change_kinds(values: dict[str, Any], overrides: Mapping[str, str]) -> None:
 
 
 def _kind_defaults(model: type, name: str, kind: str) -> dict[str, Any]:
-  """A kind of section and its fields that have a default, as plain values."""
+  """A kind of a section and the defaults of its fields, as nested dicts."""
   kinds = typing.get_type_hints(model)[name].KINDS
   if kind not in kinds:
     raise UserError(f"config key 'model.{name}.kind' is '{kind}'{nearest(kind, kinds)}")
@@ -168,7 +183,7 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
       raise UserError(f"unknown config key '{key}': '{section}' is a single value")
     values = values[section]
   _check(values, name, key)
-  # A field of text may hold one for each stage.
+  # A text field may have a tuple with one value per stage.
   is_text = isinstance(values[name], str) and not text.startswith('(')
   values[name] = text if is_text else _literal(text)
 
@@ -184,4 +199,4 @@ def _literal(text: str) -> Any:
   try:
     return ast.literal_eval(text)
   except (ValueError, SyntaxError, RecursionError, MemoryError):
-    return text  # Names such as a,b: the field's type decides whether text will do.
+    return text  # A string such as a,b; the field's type decides whether it is valid.

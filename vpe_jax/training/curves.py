@@ -1,4 +1,4 @@
-"""RUN/curves.png: the curves of a run as one picture, drawn from its metrics with Pillow."""
+"""RUN/curves.png: plots of a run's metrics, drawn with Pillow."""
 
 from __future__ import annotations
 
@@ -17,46 +17,52 @@ FILE = 'curves.png'
 _WIDTH, _HEIGHT, _MARGIN, _COLUMNS = 460, 260, 56, 2
 _INK, _PAPER, _GRID = (30, 30, 30), (255, 255, 255), (226, 226, 226)
 _RAW, _SMOOTH, _HELD_OUT = (170, 200, 235), (25, 90, 170), (205, 90, 30)
-_SMOOTHING = 0.05  # share of a panel's points that a smoothed value averages over
+_SMOOTHING = 0.05  # window of the trailing mean, as a fraction of a panel's points
 
 Points = list[tuple[float, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-  """One panel: the training curve and, where there is one, the held-out curve of one quantity."""
+  """One plot.
+
+  Attributes:
+    title: name of the metric.
+    training: the training curve.
+    held_out: the held-out curve, or that of the ground-truth visual prompt; may be empty.
+  """
 
   title: str
-  trained: Points
+  training: Points
   held_out: Points
 
 
 def draw(workdir: epath.PathLike) -> None:
-  """Draws the curves of a run into its folder; without any record nothing is drawn."""
-  panels = panels_of(metrics.read(workdir))
+  """Writes the plots of a run to its folder; does nothing if there are no records."""
+  panels = make_panels(metrics.read(workdir))
   if not panels:
     return
   buffer = io.BytesIO()
-  picture(panels).save(buffer, format='PNG')
+  render(panels).save(buffer, format='PNG')
   (epath.Path(workdir) / FILE).write_bytes(buffer.getvalue())
 
 
-def panels_of(records: Sequence[Record]) -> list[Panel]:
-  """One panel for each loss, then gradient norm and previews' metrics, as far as recorded."""
+def make_panels(records: Sequence[Record]) -> list[Panel]:
+  """Makes panels of the recorded losses, gradient norm, held-out losses and sample metrics."""
   names = list(dict.fromkeys(name for record in records for name in record))
-  trained = [name for name in names if name.startswith('loss/')] + ['grad_norm']
-  shown = [Panel(n, _points(records, n), _points(records, f'eval/{n[5:]}')) for n in trained]
-  watched = [n for n in names if n.startswith('eval/') and f'loss/{n[5:]}' not in names]
-  shown += [Panel(n, _points(records, n), []) for n in watched]
+  training = [name for name in names if name.startswith('loss/')] + ['grad_norm']
+  panels = [Panel(n, _points(records, n), _points(records, f'eval/{n[5:]}')) for n in training]
+  eval_only = [n for n in names if n.startswith('eval/') and f'loss/{n[5:]}' not in names]
+  panels += [Panel(n, _points(records, n), []) for n in eval_only]
   for name in names:
     if name.startswith('sample/own/'):
       truth = name.replace('/own/', '/truth_plan/')
-      shown.append(Panel(name, _points(records, name), _points(records, truth)))
-  return [panel for panel in shown if panel.trained]
+      panels.append(Panel(name, _points(records, name), _points(records, truth)))
+  return [panel for panel in panels if panel.training]
 
 
-def picture(panels: Sequence[Panel]) -> Image.Image:
-  """All panels on one sheet, two in a row."""
+def render(panels: Sequence[Panel]) -> Image.Image:
+  """Renders all panels on one sheet with two columns."""
   rows = math.ceil(len(panels) / _COLUMNS)
   sheet = Image.new('RGB', (_COLUMNS * _WIDTH, rows * _HEIGHT), _PAPER)
   for index, panel in enumerate(panels):
@@ -65,8 +71,8 @@ def picture(panels: Sequence[Panel]) -> Image.Image:
   return sheet
 
 
-def smoothed(points: Points) -> Points:
-  """A trailing mean over a fixed share of the points."""
+def smooth(points: Points) -> Points:
+  """Trailing mean of the values over a fixed fraction of the points."""
   width = max(1, round(len(points) * _SMOOTHING))
   values = [value for _, value in points]
   result = []
@@ -78,7 +84,7 @@ def smoothed(points: Points) -> Points:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-  """Round numbers between two bounds, about `count` of them."""
+  """About `count` round numbers between two bounds."""
   rough = (high - low) / count
   power = 10.0 ** math.floor(math.log10(rough))
   spacing = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
@@ -93,9 +99,9 @@ def _points(records: Sequence[Record], name: str) -> Points:
 def _draw_panel(panel: Panel) -> Image.Image:
   image = Image.new('RGB', (_WIDTH, _HEIGHT), _PAPER)
   pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-  steps = [step for step, _ in panel.trained + panel.held_out]
-  curve = smoothed(panel.trained)
-  # Outliers of single steps may leave the panel: the smoothed and held-out curves set its range.
+  steps = [step for step, _ in panel.training + panel.held_out]
+  curve = smooth(panel.training)
+  # The smoothed and held-out curves set the range; outliers of single steps are clipped.
   values = [value for _, value in curve + panel.held_out]
   x_range, y_range = _bounds(steps), _bounds(values, 0.08)
   box = (_MARGIN, 28, _WIDTH - 14, _HEIGHT - 30)
@@ -108,7 +114,7 @@ def _draw_panel(panel: Panel) -> Image.Image:
     pen.line((x, box[1], x, box[3]), fill=_GRID)
     pen.text((x, box[3] + 5), f'{value:.6g}', fill=_INK, font=font, anchor='mt')
 
-  def place(points: Points) -> Points:
+  def to_pixels(points: Points) -> Points:
     return [
       (
         _scale(step, x_range, box[0], box[2]),
@@ -117,28 +123,30 @@ def _draw_panel(panel: Panel) -> Image.Image:
       for step, value in points
     ]
 
-  pen.line(place(panel.trained), fill=_RAW)
-  pen.line(place(curve), fill=_SMOOTH, width=2)
+  pen.line(to_pixels(panel.training), fill=_RAW)
+  pen.line(to_pixels(curve), fill=_SMOOTH, width=2)
   if len(curve) == 1:
-    ((x, y),) = place(curve)
+    ((x, y),) = to_pixels(curve)
     pen.ellipse((x - 3, y - 3, x + 3, y + 3), outline=_SMOOTH)
-  for x, y in place(panel.held_out):
+  for x, y in to_pixels(panel.held_out):
     pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=_HELD_OUT)
-  pen.line(place(panel.held_out), fill=_HELD_OUT)
+  pen.line(to_pixels(panel.held_out), fill=_HELD_OUT)
   pen.rectangle(box, outline=_INK)
   pen.text((box[0], 8), panel.title, fill=_INK, font=font)
   if panel.held_out:
-    second = 'from the true visual prompt' if panel.title.startswith('sample/') else 'held out'
-    pen.text((box[2], 8), second, fill=_HELD_OUT, font=font, anchor='ra')
+    is_sample = panel.title.startswith('sample/')
+    legend = 'ground-truth visual prompt' if is_sample else 'held out'
+    pen.text((box[2], 8), legend, fill=_HELD_OUT, font=font, anchor='ra')
   return image
 
 
-def _bounds(values: Sequence[float], room: float = 0.0) -> tuple[float, float]:
+def _bounds(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:
+  """Range of the values, extended on both sides by a fraction of itself."""
   low, high = min(values), max(values)
-  spread = (high - low) or abs(high) or 1.0
+  extent = (high - low) or abs(high) or 1.0
   if low == high:
-    return low - spread / 2, high + spread / 2
-  return low - room * spread, high + room * spread
+    return low - extent / 2, high + extent / 2
+  return low - margin * extent, high + margin * extent
 
 
 def _scale(value: float, bounds: tuple[float, float], start: float, end: float) -> float:

@@ -1,4 +1,4 @@
-"""Batches on the devices, read ahead by a thread while a step runs."""
+"""Prefetches batches to the devices in a background thread."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 from vpe_jax.contracts import Batch
 
-DEPTH = 2  # batches that wait on the devices
+DEPTH = 2  # prefetched batches
 
 
 class Feed:
-  """An endless iterator over device batches; `close` it to end its thread.
+  """An iterator over device batches; `close` ends its thread.
 
-  Reading ahead moves no position: a batch counts as seen when its step has run.
+  Prefetching doesn't advance the position in the data: a batch counts as seen after its step.
   """
 
   def __init__(self, batches: Iterator[Batch], put: Callable[[Batch], Batch]):
@@ -36,7 +36,7 @@ class Feed:
     return batch
 
   def close(self) -> None:
-    """Ends the thread and the iterator behind it."""
+    """Ends the thread and closes the underlying iterator."""
     self._stop.set()
     self._thread.join()
     close: Any = getattr(self._batches, 'close', None)
@@ -49,7 +49,7 @@ class Feed:
         if not self._offer((self._put(batch), None)):
           return
       self._offer((None, StopIteration('the data ended before the run did')))
-    except BaseException as error:  # Handed to the thread that asks for the batch.
+    except BaseException as error:  # Raised in the thread that requests the batch.
       self._offer((None, error))
 
   def _offer(self, item: tuple[Batch | None, BaseException | None]) -> bool:

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, a progress line, TensorBoard where installed."""
+"""Logs of a training run: metrics.jsonl, progress lines and TensorBoard if it is installed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from vpe_jax.storage import is_remote
 from vpe_jax.training import throughput
 from vpe_jax.training.metrics import MetricsFile, Record
 
-PATIENCE = 5  # steps in a row without a finite gradient that end a run
+MAX_SKIPPED = 5  # consecutive steps without a finite gradient that end a run
 
 
 class RunLog:
   """Collects the metrics of each step, one step late, so that devices never wait for the log.
 
-  `push` takes the device's metrics of a step and finishes the record of the step before. `settle`
-  waits for the newest step; `add` puts further numbers into its record; the record is written
-  when the next step is pushed or at `flush`. Processes other than 0 keep count but write nothing.
+  `push` takes a step's metrics and completes the record of the previous step. `settle` waits for
+  the newest step. `add` adds values to its record. The record is written by the next `push` or by
+  `flush`. Only process 0 writes.
   """
 
   def __init__(self, workdir: epath.PathLike, config: Config, system: System, resumed: int):
@@ -43,7 +43,7 @@ class RunLog:
     """Takes the metrics of a step that was just dispatched.
 
     Args:
-      counters: `stage` and, as counted after this step, `step` and `stage_step`.
+      counters: `stage`, and `step` and `stage_step` after this step.
       metrics: scalars on the devices.
     """
     self.settle()
@@ -54,7 +54,7 @@ class RunLog:
     """Waits for the newest step and makes its record.
 
     Raises:
-      UserError: the gradient was not finite for several steps in a row.
+      UserError: the gradient was not finite in MAX_SKIPPED consecutive steps.
     """
     if self._pending is None:
       return
@@ -65,27 +65,27 @@ class RunLog:
     self._recent.append(speeds['step_time'])
     self._record = {**counters, 'stage': self._names[stage], **values, **speeds}
     self._progress(stage, counters)
-    self._guard(counters['step'], values)
+    self._check_finite(counters['step'], values)
 
   def add(self, values: dict[str, float]) -> None:
-    """Puts further numbers into the record of the newest step."""
+    """Adds values to the record of the newest step."""
     self.settle()
     if self._record is not None:
       self._record |= values
 
   def resume_clock(self) -> None:
-    """Leaves the time since the newest step out of the next step's time."""
+    """Excludes the time since the newest step from the next step's time."""
     self._meter.restart()
 
   def flush(self) -> None:
-    """Writes every record up to the newest step durably."""
+    """Writes all records through the newest step to durable storage."""
     self.settle()
     self._write()
     if self._file is not None:
       self._file.flush()
 
   def close(self) -> None:
-    """Closes the files without waiting for a step that is still under way."""
+    """Closes the files without waiting for a pending step."""
     self._write()
     if self._file is not None:
       self._file.close()
@@ -110,24 +110,26 @@ class RunLog:
       return
     seconds = sum(self._recent) / len(self._recent)
     self._recent = []
-    left = self._meter.remaining(stage, stage_step, seconds)
-    print(progress_line(self._record, total, left), flush=True)
+    remaining = self._meter.remaining(stage, stage_step, seconds)
+    print(progress_line(self._record, total, remaining), flush=True)
 
-  def _guard(self, step: int, values: dict[str, float]) -> None:
+  def _check_finite(self, step: int, values: dict[str, float]) -> None:
+    """Warns of a skipped step, and ends the run after MAX_SKIPPED consecutive ones."""
     if not values['skipped']:
       self._skipped = []
       return
     self._skipped.append(step)
     print(f'warning: step {step} skipped: its gradient is not finite', flush=True)
-    if len(self._skipped) >= PATIENCE:
+    if len(self._skipped) >= MAX_SKIPPED:
       raise UserError(
-        f'the gradient was not finite in {PATIENCE} steps in a row (to step {step}), so the run '
-        'stops with its last good parameters: lower optim.lr, or look at the data of these steps'
+        f'the gradient was not finite in {MAX_SKIPPED} consecutive steps (up to step {step}); the '
+        'run stops with its last finite parameters: lower optim.lr, or check the data of these '
+        'steps'
       )
 
 
 def progress_line(record: Record, total: int, seconds_left: float) -> str:
-  """One line for a person: where the run is, its losses, its speed, when it ends."""
+  """Formats a record as one line: stage and step, losses, speed and remaining time."""
   losses = [f'{name[5:]} {value:.4f}' for name, value in record.items() if name[:5] == 'loss/']
   speed = [
     f'{record["step_time"]:.3g} s/step',
@@ -146,13 +148,13 @@ def progress_line(record: Record, total: int, seconds_left: float) -> str:
 
 
 def duration(seconds: float) -> str:
-  """Seconds as h:mm:ss."""
+  """Formats seconds as h:mm:ss."""
   whole = math.ceil(seconds)
   return f'{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}'
 
 
 def _open_board(workdir: epath.PathLike) -> Any:
-  """A TensorBoard writer of local event files, if tensorboardX is installed, else None."""
+  """A TensorBoard writer if tensorboardX is installed and the workdir is local, else None."""
   if is_remote(workdir) or importlib.util.find_spec('tensorboardX') is None:
     return None
   return importlib.import_module('tensorboardX').SummaryWriter(str(workdir))

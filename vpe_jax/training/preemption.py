@@ -1,4 +1,4 @@
-"""Notices that a run should end (SIGTERM, Ctrl-C), on all processes at one step."""
+"""Stops a run on SIGTERM or Ctrl-C, at the same step in all processes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from vpe_jax import sharding
 
 
 class Preemption:
-  """A context in which SIGTERM and Ctrl-C ask the loop to save and stop.
+  """Context in which SIGTERM and Ctrl-C make the loop save and stop.
 
-  Where JAX's coordination service runs (the front doors start it, also for one process) it
-  catches the signal, and all processes agree on the step at which they stop. A run that was
-  started from Python without it catches the signal itself. A second Ctrl-C stops at once.
+  If JAX's coordination service runs (the front doors start it, also for one process), it handles
+  the signal and all processes agree on the step at which they stop. Otherwise this context handles
+  the signal. A second Ctrl-C stops immediately.
   """
 
   def __init__(self) -> None:
-    self._asked = False
+    self._requested = False
     self._previous: dict[signal.Signals, Any] = {}
-    # Signal handlers belong to the main thread; elsewhere the owner of that thread decides.
+    # Only the main thread can set signal handlers.
     self._is_main = threading.current_thread() is threading.main_thread()
-    self._catches = self._is_main and not jax.distributed.is_initialized()
+    self._handles_sigterm = self._is_main and not jax.distributed.is_initialized()
 
   def __enter__(self) -> Preemption:
     if self._is_main:
       self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
-    if self._catches:
-      self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._ask)
+    if self._handles_sigterm:
+      self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._request)
     return self
 
   def __exit__(
@@ -45,13 +45,13 @@ class Preemption:
       signal.signal(number, handler)
 
   def reached(self, step: int) -> bool:
-    """Whether to save and stop after this step; the same answer in every process."""
-    return self._asked if self._catches else sharding.preempted(step)
+    """Whether to save and stop after this step; the same in every process."""
+    return self._requested if self._handles_sigterm else sharding.preempted(step)
 
   def _interrupt(self, number: int, frame: FrameType | None) -> None:
-    print('stops after this step, saved; Ctrl-C again stops at once', flush=True)
+    print('saving and stopping after this step; press Ctrl-C again to stop now', flush=True)
     signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
-    os.kill(os.getpid(), signal.SIGTERM)  # All processes hear of it, wherever it was caught.
+    os.kill(os.getpid(), signal.SIGTERM)  # SIGTERM reaches all processes.
 
-  def _ask(self, number: int, frame: FrameType | None) -> None:
-    self._asked = True
+  def _request(self, number: int, frame: FrameType | None) -> None:
+    self._requested = True

@@ -1,4 +1,4 @@
-"""A profiler trace of a range of steps, into RUN/profile."""
+"""Profiler traces of a range of steps, written to RUN/profile."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ class Profiler:
   """Traces the steps of a range such as `10:13`: from the start of step 10 to the end of 12."""
 
   def __init__(self, steps: str, folder: str):
-    """Reads the range; an empty one never traces.
+    """Parses the range.
+
+    Args:
+      steps: `FIRST:END`, steps FIRST to END - 1; '' never traces.
+      folder: output folder.
 
     Raises:
-      UserError: the range isn't two numbers, the first smaller than the second.
+      UserError: the range isn't two positive numbers in ascending order.
     """
     self._folder = folder
     self._active = False
@@ -26,20 +30,20 @@ class Profiler:
       self._first, self._last = int(first), int(last)
 
   def before(self, step: int) -> None:
-    """Called before each step (counted from 1)."""
+    """Starts the trace if it begins at this step. Call it before each step (from 1)."""
     if self._first <= step < self._last and not self._active:
       jax.profiler.start_trace(self._folder)
       self._active = True
 
   def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Called after each step was dispatched."""
+    """Ends the trace if this is its last step. Call it after dispatching each step."""
     if self._active and step + 1 >= self._last:
       jax.block_until_ready(metrics)
       self.close()
       print(f'profile: steps {self._first} to {step} in {self._folder}', flush=True)
 
   def close(self) -> None:
-    """Ends a trace that is under way."""
+    """Ends an active trace."""
     if self._active:
       jax.profiler.stop_trace()
       self._active = False

@@ -1,4 +1,4 @@
-"""Your loss against the shipped run's: is this run normal?"""
+"""Compares a run's losses with those of the shipped reference run."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from vpe_jax.config import Config
 from vpe_jax.training import metrics
 from vpe_jax.training.metrics import Record
 
-WINDOW = 20  # records averaged at the step that is compared
+WINDOW = 20  # number of records that are averaged
 ASSETS = epath.Path(__file__).parent.parent / 'assets'
 
 
 def comparison(config: Config, workdir: epath.PathLike) -> str | None:
-  """A line with `your loss / reference loss`; None where no shipped run has the stage."""
+  """A line with `your loss / reference loss`; None if no shipped run has the stage."""
   path = ASSETS / f'{config.name}-{config.preset}.metrics.jsonl'
   if not path.exists():
     return None
-  ours, theirs = metrics.read(workdir), metrics.parse(path.read_text())
-  stage = ours[-1]['stage']
-  lengths = [_stage_steps(records, stage) for records in (ours, theirs)]
-  step = min(lengths)
+  run_records, reference_records = metrics.read(workdir), metrics.parse(path.read_text())
+  both = (run_records, reference_records)
+  stage = run_records[-1]['stage']
+  step = min(_stage_steps(records, stage) for records in both)
   if not step:
     return None
-  mine, reference = (trailing_means(records, stage, step) for records in (ours, theirs))
-  names = [name for name in mine if name in reference]
-  parts = [f'{name} {mine[name]:.4f} / {reference[name]:.4f}' for name in names]
+  losses, reference = (trailing_means(records, stage, step) for records in both)
+  names = [name for name in losses if name in reference]
+  parts = [f'{name} {losses[name]:.4f} / {reference[name]:.4f}' for name in names]
   return f'your loss / reference loss after {step} steps of {stage}: {", ".join(parts)}'
 
 
 def trailing_means(records: Sequence[Record], stage: str, step: int) -> dict[str, float]:
-  """Means of each loss over the last records up to a step of a stage.
+  """Means of each loss over the last WINDOW records up to a step of a stage.
 
-  Their weighted sum is left out: a schedule of weights depends on how long a run is.
+  The weighted sum is excluded, because schedules of weights depend on the length of the run.
   """
   of_stage = [record for record in records if record['stage'] == stage]
   recent = [record for record in of_stage if record['stage_step'] <= step][-WINDOW:]
@@ -47,5 +47,5 @@ def trailing_means(records: Sequence[Record], stage: str, step: int) -> dict[str
 
 
 def _stage_steps(records: Sequence[Record], stage: str) -> int:
-  """Steps that a run has done of a stage."""
+  """Number of completed steps of a stage."""
   return max((record['stage_step'] for record in records if record['stage'] == stage), default=0)

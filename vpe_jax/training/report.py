@@ -1,4 +1,4 @@
-"""The report at the start of a run: devices, parameters, memory, data, and where things go."""
+"""The start-up report of a run: devices, stages, parameters, memory and data."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ from vpe_jax.training import optimizer
 from vpe_jax.training.state import split_trainable
 
 _MEBI = 2**20
-SHOWN = 3  # kinds of sharding, or places that a group's parameters are from, that a row shows
+MAX_LISTED = 3  # shardings or sources listed in a table row
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes on one device, as the compiler planned them for the step."""
+  """Memory of a compiled step on one device, in bytes.
+
+  Attributes:
+    arguments: state, frozen networks and batch.
+    outputs: results, including those in `aliased`.
+    aliased: outputs that reuse the memory of arguments.
+    temporary: temporary buffers.
+    code: the executable.
+  """
 
   arguments: int
   outputs: int
@@ -32,26 +40,26 @@ class Memory:
 
   @property
   def total(self) -> int:
-    """The most that is alive at once: results that reuse an argument's buffer count once."""
+    """Total bytes; outputs that reuse an argument's memory count once."""
     return self.arguments + self.outputs - self.aliased + self.temporary + self.code
 
 
 def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
-  """The memory of a compiled step (None where the backend does not say)."""
-  found = compiled.memory_analysis()
-  if found is None:
+  """The memory of a compiled step; None if the backend does not report it."""
+  stats = compiled.memory_analysis()
+  if stats is None:
     return None
   return Memory(
-    found.argument_size_in_bytes,
-    found.output_size_in_bytes,
-    found.alias_size_in_bytes,
-    found.temp_size_in_bytes,
-    found.generated_code_size_in_bytes,
+    stats.argument_size_in_bytes,
+    stats.output_size_in_bytes,
+    stats.alias_size_in_bytes,
+    stats.temp_size_in_bytes,
+    stats.generated_code_size_in_bytes,
   )
 
 
 def devices_text(mesh: jax.sharding.Mesh) -> str:
-  """Devices, processes and the mesh."""
+  """Line with devices, processes and mesh."""
   axes = ' x '.join(f'{name} {size}' for name, size in mesh.shape.items())
   return (
     f'devices: {jax.device_count()} x {jax.devices()[0].device_kind} '
@@ -60,48 +68,53 @@ def devices_text(mesh: jax.sharding.Mesh) -> str:
 
 
 def stage_text(stage: Stage, config: Config, index: int) -> str:
-  """What a stage does: its place in the run, steps, rate, average, losses and their weights."""
+  """Lines on a stage: its position, steps, learning rate, EMA decay, losses and their weights."""
   optim, count = config.optim_of(index), len(config.stages)
-  place = f' ({index + 1} of {count})' if count > 1 else ''
-  average = f'averages at {optim.ema:g}' if stage.ema else 'keeps no average'
-  drives = {name: weight for name, weight in stage.losses.items() if weight != 0.0}
-  shown = ', '.join(
+  position = f' ({index + 1} of {count})' if count > 1 else ''
+  ema = f'EMA decay {optim.ema:g}' if stage.ema else 'no EMA'
+  weights = {name: weight for name, weight in stage.losses.items() if weight != 0.0}
+  losses = ', '.join(
     f'{name} x {weight:g}' if isinstance(weight, (int, float)) else f'{name} x {weight}'
-    for name, weight in drives.items()
+    for name, weight in weights.items()
   )
-  logged = [name for name in stage.losses if name not in drives]
-  also = ''.join(
-    f'; {words}: {", ".join(names)}'
-    for words, names in (('logged', logged), ('held out alone', stage.monitored))
+  unweighted = [name for name in stage.losses if name not in weights]
+  others = ''.join(
+    f'; {label}: {", ".join(names)}'
+    for label, names in (('logged only', unweighted), ('held-out only', stage.monitored))
     if names
   )
   return (
-    f'stage {stage.name}{place}: {config.steps[index]:,} steps of {config.batch_size[index]:,} '
-    f'examples, {optim.name} at rate {_rate_text(optim)}, {average}\n'
-    f'  losses: {shown}{also}'
+    f'stage {stage.name}{position}: {config.steps[index]:,} steps of {config.batch_size[index]:,} '
+    f'examples, {optim.name} with learning rate {_rate_text(optim)}, {ema}\n'
+    f'  losses: {losses}{others}'
   )
 
 
 def _rate_text(optim: OptimConfig) -> str:
   """The learning rate of a stage: its peak, warm-up and decay."""
-  warmup = f'{optim.lr:g} after {optim.warmup:,} steps of warm-up'
+  warmup = f'{optim.lr:g} after {optim.warmup:,} warm-up steps'
   if optim.schedule == 'constant':
     return warmup
   length = '' if optim.schedule == 'rsqrt' else f' at step {optim.decay_steps:,}'
   return f'{warmup}, then {optim.schedule} to {optim.lr_end:g}{length}'
 
 
-def origins_after(stages: Sequence[Stage], first: Mapping[str, str]) -> dict[str, str]:
-  """Where each parameter is from once stages have run: the last that trained it, else as before."""
-  found = dict(first)
+def origins_after(stages: Sequence[Stage], initial: Mapping[str, str]) -> dict[str, str]:
+  """Origin of each parameter after some stages: the last stage that trained it, else its initial.
+
+  Args:
+    stages: the stages that have run.
+    initial: path -> origin before these stages.
+  """
+  origins = dict(initial)
   for stage in stages:
-    found |= {path: f'stage {stage.name}' for path in found if stage.trains(path)}
-  return found
+    origins |= {path: f'stage {stage.name}' for path in origins if stage.trains(path)}
+  return origins
 
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-  """Frozen networks by name, and where the weights of each are from."""
+  """Frozen networks and the sources of their weights, by name."""
 
   params: Mapping[str, Params]
   sources: Mapping[str, str]
@@ -110,34 +123,35 @@ class Networks:
 def parameters_text(
   params: Params, networks: Networks, stage: Stage, optim: OptimConfig, origins: Mapping[str, str]
 ) -> str:
-  """The table of parameter groups of one stage, frozen networks included.
+  """Table of the parameter groups of a stage, including frozen networks.
 
   Args:
     params: parameters (arrays or shapes with shardings).
-    networks: those that never train.
-    stage: which leaves train.
+    networks: networks that never train.
+    stage: selects the trainable parameters.
     optim: gives the learning rate and its multipliers.
-    origins: where each parameter is from, by its path.
+    origins: path -> origin of each parameter.
   """
-  leaves, is_trained = by_path(params), by_path(split_trainable(params, stage)[0]).keys()
+  leaves, trainable = by_path(params), by_path(split_trainable(params, stage)[0]).keys()
   groups: dict[tuple[str, bool], list[str]] = {}
   for path in leaves:
-    groups.setdefault((path.split('/')[0], path in is_trained), []).append(path)
+    groups.setdefault((path.split('/')[0], path in trainable), []).append(path)
   rows = [('group', 'parameters', 'state', 'rate', 'dtype', 'sharding', 'source')]
-  for (name, trained), paths in groups.items():
-    own = [leaves[path] for path in paths]
+  for (name, is_trainable), paths in groups.items():
+    group = [leaves[path] for path in paths]
     rates = (f'{optim.lr * optimizer.multiplier(path, optim):g}' for path in paths)
-    state = ('trains', _shares(rates, own)) if trained else ('frozen', '-')
-    source = _shares([origins[path] for path in paths], own)
-    rows.append((name, _count(own), *state, *_kinds(own), source))
+    state = ('trains', _fractions(rates, group)) if is_trainable else ('frozen', '-')
+    source = _fractions([origins[path] for path in paths], group)
+    rows.append((name, _count(group), *state, *_dtypes_and_shardings(group), source))
   for name, tree in networks.params.items():
-    own = jax.tree.leaves(tree)
-    rows.append((name, _count(own), 'frozen', '-', *_kinds(own), networks.sources[name]))
+    group = jax.tree.leaves(tree)
+    source = networks.sources[name]
+    rows.append((name, _count(group), 'frozen', '-', *_dtypes_and_shardings(group), source))
   return _table(rows)
 
 
 def memory_text(memory: Memory | None) -> str:
-  """The memory line."""
+  """Line with the memory of the compiled step."""
   if memory is None:
     return 'memory: this backend does not report it'
   return (
@@ -148,7 +162,7 @@ def memory_text(memory: Memory | None) -> str:
 
 
 def sample_text(batch: Batch, caption: str) -> str:
-  """One data sample: its caption and the shapes of the whole batch."""
+  """Lines with the shapes of a batch and its first caption."""
   arrays = {'example': batch.example, **batch.inputs, **batch.encoded}
   shapes = ', '.join(
     f'{name} {list(array.shape)} {np.dtype(array.dtype).name}' for name, array in arrays.items()
@@ -160,27 +174,33 @@ def _count(leaves: list[Any]) -> str:
   return f'{sum(int(np.prod(leaf.shape)) for leaf in leaves):,}'
 
 
-def _kinds(leaves: list[Any]) -> tuple[str, str]:
-  """Dtypes, and shardings by the share of parameters that has them, largest first."""
+def _dtypes_and_shardings(leaves: list[Any]) -> tuple[str, str]:
+  """Dtypes, and shardings with their fractions of the parameters."""
   dtypes = '/'.join(sorted({np.dtype(leaf.dtype).name for leaf in leaves}))
-  return dtypes, _shares(map(_spec, leaves), leaves, always=True)
+  return dtypes, _fractions(map(_spec, leaves), leaves, always=True)
 
 
-def _shares(words: Iterable[str], leaves: Sequence[Any], always: bool = False) -> str:
-  """Words that tell of one leaf each, with the share of parameters, largest first."""
+def _fractions(labels: Iterable[str], leaves: Sequence[Any], always: bool = False) -> str:
+  """Lists labels with their fractions of the parameters, largest first.
+
+  Args:
+    labels: one for each leaf.
+    leaves: the parameters.
+    always: whether to give the fraction if there is only one label.
+  """
   sizes: Counter[str] = Counter()
-  for word, leaf in zip(words, leaves, strict=True):
-    sizes[word] += int(np.prod(leaf.shape))
+  for label, leaf in zip(labels, leaves, strict=True):
+    sizes[label] += int(np.prod(leaf.shape))
   if len(sizes) == 1 and not always:
     return next(iter(sizes))
   total = max(sum(sizes.values()), 1)
-  return ', '.join(f'{word} {size / total:.0%}' for word, size in sizes.most_common(SHOWN))
+  return ', '.join(f'{label} {size / total:.0%}' for label, size in sizes.most_common(MAX_LISTED))
 
 
 def _spec(leaf: Any) -> str:
   spec = getattr(getattr(leaf, 'sharding', None), 'spec', ())
-  named = [str(axis) if axis else '-' for axis in spec]
-  return f'({" ".join(named)})' if any(axis != '-' for axis in named) else 'replicated'
+  axes = [str(axis) if axis else '-' for axis in spec]
+  return f'({" ".join(axes)})' if any(axis != '-' for axis in axes) else 'replicated'
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

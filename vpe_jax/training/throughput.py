@@ -1,7 +1,7 @@
-"""How fast a run is: step time, images and tokens per second, model FLOPs utilisation, ETA.
+"""Throughput of a run: step time, images and tokens per second, model FLOPs utilization, ETA.
 
-Utilisation comes from the system's own FLOP formula, never from XLA's count, which leaves out
-custom kernels and includes what rematerialisation repeats.
+Utilization is based on the system's FLOPs, not on XLA's count, which excludes custom kernels and
+includes rematerialization.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vpe_jax.devices import PEAK_FLOPS
 
 @dataclasses.dataclass(frozen=True)
 class StageWork:
-  """What one step of a stage amounts to: steps in the stage, and examples, tokens, FLOPs a step."""
+  """Work of a stage: number of steps, and examples, tokens and FLOPs per step."""
 
   steps: int
   examples: int
@@ -27,7 +27,7 @@ class StageWork:
 
 
 def work_of(config: Config, system: System) -> tuple[StageWork, ...]:
-  """The work of every stage of a run."""
+  """Work of each stage of a run."""
   return tuple(
     StageWork(steps, batch, batch * system.tokens(stage), batch * system.flops(stage))
     for stage, steps, batch in zip(system.stages, config.steps, config.batch_size, strict=True)
@@ -35,7 +35,7 @@ def work_of(config: Config, system: System) -> tuple[StageWork, ...]:
 
 
 class Meter:
-  """Times steps. What happens between `pause` and the next step's start isn't counted."""
+  """Measures the time of steps; `restart` excludes the time since the last step."""
 
   def __init__(self, work: tuple[StageWork, ...], device_count: int, device_kind: str):
     self._work = work
@@ -44,11 +44,11 @@ class Meter:
     self._mark = time.perf_counter()
 
   def restart(self) -> None:
-    """Starts the clock anew, after work that is no part of a step."""
+    """Restarts the clock after work that is not part of a step."""
     self._mark = time.perf_counter()
 
   def lap(self, stage: int) -> dict[str, float]:
-    """Speeds of the step that just ended: seconds, and rates per second over all devices."""
+    """Time of the step that just ended, in seconds, and rates per second over all devices."""
     now = time.perf_counter()
     seconds, self._mark = max(now - self._mark, 1e-9), now
     work = self._work[stage]
@@ -63,7 +63,7 @@ class Meter:
     return speeds
 
   def remaining(self, stage: int, stage_step: int, seconds: float) -> float:
-    """Seconds to the end of the run, if later stages run at the same FLOPs per second."""
+    """Seconds until the end of the run, if later stages run at the same FLOPs per second."""
     left = (self._work[stage].steps - stage_step) * seconds
     for work in self._work[stage + 1 :]:
       left += work.steps * seconds * work.flops / self._work[stage].flops
@@ -71,5 +71,5 @@ class Meter:
 
 
 def meter(config: Config, system: System) -> Meter:
-  """A meter for the devices that this process group has."""
+  """A meter for all devices of the run."""
   return Meter(work_of(config, system), jax.device_count(), jax.devices()[0].device_kind)

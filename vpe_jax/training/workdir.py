@@ -1,4 +1,4 @@
-"""A run's folder: it can be written, and one run at a time has it."""
+"""The lock on a run's folder: only one run at a time may use it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LOCK = '.lock'
 
 @contextlib.contextmanager
 def claimed(workdir: epath.Path) -> Iterator[None]:
-  """Makes a run's folder and keeps other runs out of it until the block or the process ends.
+  """Creates a run's folder and locks it until the block or the process ends.
 
-  The system frees the lock however a process ends; its empty file stays. Process 0 takes it for
-  all of its run. Object stores have no locks: there, nothing is done.
+  Process 0 holds the lock for all processes of a run. The system releases it when the process ends;
+  the empty lock file remains. Object stores have no locks, so remote folders are not locked.
 
   Raises:
-    UserError: the folder can't be written, or another process has it.
+    UserError: the folder can't be written, or another process holds its lock.
   """
   if is_remote(workdir) or jax.process_index() != 0:
     yield
@@ -48,5 +48,7 @@ def _lock(descriptor: int, workdir: epath.Path) -> None:
       f'{workdir} is in use by another process: wait for it, or choose another --workdir'
     ) from error
   except OSError as error:
-    # Some network file systems have no locks, which is no reason not to train there.
-    print(f'warning: {workdir} could not be locked ({error.strerror}): start no second run there')
+    # Some network file systems have no locks; training works there without one.
+    print(
+      f'warning: {workdir} could not be locked ({error.strerror}): do not start a second run in it'
+    )

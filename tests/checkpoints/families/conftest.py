@@ -1,4 +1,4 @@
-"""What the parity tests of all families share: redrawn reference models, and what to compare."""
+"""Shared code of the parity tests: randomized reference models and comparisons."""
 
 from __future__ import annotations
 
@@ -20,104 +20,104 @@ from tests.golden import pictures
 from vpe_jax.checkpoints import convert, families, sources
 from vpe_jax.sharding import by_path
 
-OUTPUTS = 2e-5  # of the largest absolute reference value
-GRADIENTS = 1e-4
+OUTPUT_TOLERANCE = 2e-5  # relative to the largest absolute reference value
+GRADIENT_TOLERANCE = 1e-4
 GOLDEN = Path(__file__).parents[2] / 'golden'
 KEYS = GOLDEN / 'keys'
 
 
 @dataclasses.dataclass(frozen=True)
 class Abstract:
-  """A published tensor of which only shape and dtype are known."""
+  """A published tensor with known shape and dtype but no values."""
 
   shape: tuple[int, ...]
   dtype: np.dtype = np.dtype(np.float32)
 
   def read(self) -> np.ndarray:
-    raise AssertionError('a plan reads no numbers')
+    raise AssertionError('a plan must not read tensors')
 
 
-def _redraw(model, seed: int = 0):
-  """Redraws every parameter of a torch module, in place, so that each of them matters.
+def _randomize(model, seed: int = 0):
+  """Randomizes every parameter of a torch module in place, so that each affects the output.
 
-  As a library initialises them (norms 1, biases 0, attention nearly uniform), many mistakes pass:
-  norms are 1 +- 0.3, biases and tables N(0, 0.3), queries and keys large enough for logits of
-  standard deviation 1 and more, other matrices of unit gain.
+  With a library's initialization (norms 1, biases 0, nearly uniform attention) many errors go
+  undetected. Here norms are 1 +- 0.3, biases and tables N(0, 0.3); queries and keys give logits of
+  standard deviation at least 1; other matrices have unit gain.
   """
   import torch
 
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, leaf in model.named_parameters():
-      draw = torch.randn(leaf.shape, generator=generator)
-      words = name.lower()
-      norm = leaf.ndim <= 1 or words.endswith('gamma')
-      if norm and 'bias' not in words and 'logit' not in words:
-        leaf.copy_(1 + 0.3 * draw)
-      elif leaf.ndim <= 1 or 'position' in words or 'embed' in words.split('.')[-2:][0]:
-        leaf.copy_(0.3 * draw)
+      noise = torch.randn(leaf.shape, generator=generator)
+      lower = name.lower()
+      norm = leaf.ndim <= 1 or lower.endswith('gamma')
+      if norm and 'bias' not in lower and 'logit' not in lower:
+        leaf.copy_(1 + 0.3 * noise)
+      elif leaf.ndim <= 1 or 'position' in lower or 'embed' in lower.split('.')[-2:][0]:
+        leaf.copy_(0.3 * noise)
       else:
         fan_in = max(1, leaf[0].numel())
-        sharp = any(
-          part in words
+        is_query_or_key = any(
+          part in lower
           for part in ('q_proj', 'k_proj', 'query', 'key', 'qkv', 'in_proj', 'to_q', 'to_k')
         )
-        leaf.copy_(draw * (2.0 if sharp else 1.0) / fan_in**0.5)
+        leaf.copy_(noise * (2.0 if is_query_or_key else 1.0) / fan_in**0.5)
   return model.eval()
 
 
-def _close(ours, theirs, tolerance: float = OUTPUTS) -> None:
+def _assert_close(ours, theirs, tolerance: float = OUTPUT_TOLERANCE) -> None:
   ours, theirs = np.asarray(ours), np.asarray(theirs)
   assert ours.shape == theirs.shape
   error = np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
   assert error < tolerance, f'relative error {error:.2e}'
 
 
-def _trip(name: str, folder: Path, imported: families.Imported, to: Path) -> None:
-  """Exports what was imported and compares every tensor bit by bit with the source."""
+def _check_round_trip(name: str, folder: Path, imported: families.Imported, to: Path) -> None:
+  """Exports an imported network and compares every tensor exactly with the source."""
   families.save(name, imported.sizes, imported.params, to)
-  before = sources.open_source(str(folder)).tensors
-  after = sources.open_source(str(to)).tensors
-  assert set(after) == set(imported.plan.places)
-  for key, tensor in after.items():
-    assert tensor.shape == before[key].shape, key
-    np.testing.assert_array_equal(tensor.read(), before[key].read(), err_msg=key)
+  imported_tensors = sources.open_source(str(folder)).tensors
+  exported = sources.open_source(str(to)).tensors
+  assert set(exported) == set(imported.plan.places)
+  for key, tensor in exported.items():
+    assert tensor.shape == imported_tensors[key].shape, key
+    np.testing.assert_array_equal(tensor.read(), imported_tensors[key].read(), err_msg=key)
 
 
-def _gradients(name: str, sizes, ours, theirs, to: Path) -> None:
+def _check_gradients(name: str, sizes, ours, theirs, to: Path) -> None:
   """Compares gradients of our parameters with those of a torch module.
 
-  Both are laid out as published: `ours`, a tree like the parameters, by the family's own table;
-  `theirs` by the module, with each gradient in its parameter's place.
+  Both are compared in the published layout: `ours`, a tree like the parameters, is exported with
+  the family's table; `theirs` is saved from a copy of the module whose parameters are gradients.
   """
   import torch
 
   families.save(name, sizes, ours, to)
-  found = sources.open_source(str(to)).tensors
+  actual = sources.open_source(str(to)).tensors
   copy = deepcopy(theirs)
   with torch.no_grad():
     for leaf, original in zip(copy.parameters(), theirs.parameters(), strict=True):
       gradient = original.grad
       leaf.copy_(torch.zeros_like(leaf) if gradient is None else gradient)
   copy.save_pretrained(to.with_name(f'{to.name}-reference'))
-  wanted = sources.open_source(str(to.with_name(f'{to.name}-reference'))).tensors
-  # What took no part has no gradient: the language model around a tokenizer.
-  wanted = {key: leaf for key, leaf in wanted.items() if np.any(leaf.read())}
-  shared = wanted.keys() & found.keys()
-  assert len(shared) >= 0.9 * len(wanted), sorted(wanted.keys() - found.keys())
-  largest = max(np.max(np.abs(leaf.read())) for leaf in wanted.values())
+  expected = sources.open_source(str(to.with_name(f'{to.name}-reference'))).tensors
+  # Unused networks, such as the language model around a tokenizer, have no gradient.
+  expected = {key: leaf for key, leaf in expected.items() if np.any(leaf.read())}
+  shared = expected.keys() & actual.keys()
+  assert len(shared) >= 0.9 * len(expected), sorted(expected.keys() - actual.keys())
+  largest = max(np.max(np.abs(leaf.read())) for leaf in expected.values())
   for key in sorted(shared):
-    gradient = wanted[key].read()
-    error = np.max(np.abs(found[key].read() - gradient)) / max(np.max(np.abs(gradient)), 1e-6)
-    # Softmax takes no notice of a shift by the key's bias: its gradient is rounding alone.
+    gradient = expected[key].read()
+    error = np.max(np.abs(actual[key].read() - gradient)) / max(np.max(np.abs(gradient)), 1e-6)
+    # Softmax ignores the bias of k: its gradient is only rounding error.
     rounding = np.max(np.abs(gradient)) < max(1e-5, 1e-6 * largest)
-    assert error < GRADIENTS or rounding, f'{key}: {error:.2e}'
+    assert error < GRADIENT_TOLERANCE or rounding, f'{key}: {error:.2e}'
 
 
-def _mutants(params, apply: Callable, tolerance: float = 10 * OUTPUTS) -> list[str]:
-  """Paths of biases and norm scales that can be dropped without the output changing."""
-  wanted = np.asarray(apply(params))
-  unnoticed = []
+def _insensitive(params, apply: Callable, tolerance: float = 10 * OUTPUT_TOLERANCE) -> list[str]:
+  """Paths of biases and norm scales whose removal doesn't change the output."""
+  expected = np.asarray(apply(params))
+  insensitive = []
   leaves, tree = jax.tree.flatten(params)
   for index, path in enumerate(by_path(params)):
     kind = path.split('/')[-1]
@@ -125,50 +125,50 @@ def _mutants(params, apply: Callable, tolerance: float = 10 * OUTPUTS) -> list[s
       continue
     changed = [*leaves]
     changed[index] = np.zeros_like(leaves[index]) if kind == 'bias' else np.ones_like(leaves[index])
-    found = np.asarray(apply(jax.tree.unflatten(tree, changed)))
-    if np.max(np.abs(found - wanted)) / np.max(np.abs(wanted)) < tolerance:
-      unnoticed.append(path)
-  return unnoticed
+    output = np.asarray(apply(jax.tree.unflatten(tree, changed)))
+    if np.max(np.abs(output - expected)) / np.max(np.abs(expected)) < tolerance:
+      insensitive.append(path)
+  return insensitive
 
 
-def _published(name: str) -> tuple[dict, dict[str, Abstract]]:
-  """config.json and all tensors of a published model, without numbers (tests/golden/keys)."""
-  said = json.loads((KEYS / f'{name}.config.json').read_text())
+def _load_published(name: str) -> tuple[dict, dict[str, Abstract]]:
+  """config.json and abstract tensors of a published model (tests/golden/keys)."""
+  config = json.loads((KEYS / f'{name}.config.json').read_text())
   shapes = json.loads(gzip.decompress((KEYS / f'{name}.json.gz').read_bytes()))
-  return said, {key: Abstract(tuple(shape)) for key, shape in shapes.items()}
+  return config, {key: Abstract(tuple(shape)) for key, shape in shapes.items()}
 
 
 def _count(params, pattern: str = '') -> int:
-  """Numbers in the leaves whose path begins as the regular expression says."""
+  """Number of parameters whose path starts with a match of the regular expression."""
   return sum(leaf.size for path, leaf in by_path(params).items() if re.match(pattern, path))
 
 
-def _codes(ours, theirs, features, codebook, error: float) -> None:
-  """Compares codes of tokens with those of a reference.
+def _check_codes(ours, theirs, features, codebook, error: float) -> None:
+  """Compares codes with those of a reference, up to ties in at most 0.1 % of tokens.
 
-  A mismatch counts as a tie if both rows' cosines with the reference's features [..., D] differ,
-  in float64, by less than 4 times the relative error of our features; at most 0.1 % of tokens.
+  A mismatch is a tie if the cosines of both codebook entries with the reference's features [..., D]
+  differ, in float64, by less than 4 times the relative error of our features.
   """
   unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
   features = unit(np.asarray(features, np.float64).reshape(np.size(ours), -1))
-  rows = unit(np.asarray(codebook, np.float64))
+  entries = unit(np.asarray(codebook, np.float64))
   ours, theirs = np.ravel(ours), np.ravel(theirs)
   wrong = np.flatnonzero(ours != theirs)
-  gaps = np.einsum('ND,ND->N', features[wrong], rows[theirs[wrong]] - rows[ours[wrong]])
+  gaps = np.einsum('ND,ND->N', features[wrong], entries[theirs[wrong]] - entries[ours[wrong]])
   assert len(wrong) <= 1e-3 * len(ours) and np.all(np.abs(gaps) < 4 * error), gaps
 
 
 @functools.cache
 def _abstract(name: str, sizes):
-  """The shapes of our parameters."""
+  """Abstract parameters of a network of these sizes."""
   return jax.eval_shape(lambda key: families.get(name).init(sizes, key), jax.random.key(0))
 
 
-def _real(name: str, keys: str, sizes) -> tuple[convert.Plan, int, int]:
-  """Plans the import of a real published network from its keys and shapes alone.
+def _plan_published(name: str, keys: str, sizes) -> tuple[convert.Plan, int, int]:
+  """Plans the import of a published network from its keys and shapes.
 
   Returns:
-    The plan, the number of source parameters, and that of ours.
+    The plan, the number of source parameters, and the number of our parameters.
   """
   with gzip.open(KEYS / f'{keys}.json.gz', 'rt') as file:
     tensors = {key: Abstract(tuple(shape)) for key, shape in json.load(file).items()}
@@ -181,20 +181,20 @@ def _real(name: str, keys: str, sizes) -> tuple[convert.Plan, int, int]:
 
 @pytest.fixture(scope='session')
 def parity() -> types.SimpleNamespace:
-  """The functions above, for tests of families."""
+  """The functions above as a fixture."""
   return types.SimpleNamespace(
-    redraw=_redraw,
-    close=_close,
-    trip=_trip,
-    gradients=_gradients,
-    mutants=_mutants,
-    published=_published,
+    randomize=_randomize,
+    assert_close=_assert_close,
+    check_round_trip=_check_round_trip,
+    check_gradients=_check_gradients,
+    insensitive=_insensitive,
+    load_published=_load_published,
     count=_count,
-    codes=_codes,
+    check_codes=_check_codes,
     renders=pictures.renders,
-    real=_real,
+    plan_published=_plan_published,
     golden=GOLDEN,
-    load=lambda name, folder, **given: families.load(
-      name, sources.open_source(str(folder)), **given
+    load=lambda name, folder, **options: families.load(
+      name, sources.open_source(str(folder)), **options
     ),
   )

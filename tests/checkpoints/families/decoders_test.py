@@ -1,4 +1,4 @@
-"""Qwen2 and Llama as transformers saves them: numbers, gradients, and tensors back again."""
+"""Tests of Qwen2 and Llama against transformers: outputs, gradients and exact round trips."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vpe_jax.models.decoder import Decoder
 
 pytestmark = pytest.mark.parity
 LENGTH = (14, 9)
-# The stretch bends within this many positions.
+# RoPE scaling that takes effect within these few positions.
 LLAMA3 = {
   'rope_type': 'llama3',
   'rope_theta': 100.0,
@@ -35,7 +35,7 @@ CASES = {
 
 
 def _model(parity, case: str):
-  """A small reference model, redrawn."""
+  """A small reference model with random parameters."""
   import transformers
 
   name, *tied = case.split()
@@ -43,7 +43,7 @@ def _model(parity, case: str):
     'qwen2': (transformers.Qwen2ForCausalLM, transformers.Qwen2Config),
     'llama': (transformers.LlamaForCausalLM, transformers.LlamaConfig),
   }[name]
-  given = {
+  base = {
     'vocab_size': 40,
     'hidden_size': 32,
     'intermediate_size': 48,
@@ -55,12 +55,12 @@ def _model(parity, case: str):
     'bos_token_id': 1,
     'eos_token_id': 2,
   }
-  return parity.redraw(kind(config(**given | CASES[case])))
+  return parity.randomize(kind(config(**base | CASES[case])))
 
 
 @functools.cache
 def _compiled(sizes):
-  """Logits and gradients for one set of sizes."""
+  """Jitted gradients of the logits weighted by `weights`; also the logits."""
 
   def total(params, ids, weights):
     logits = Decoder(sizes).__call__(params, ids, jnp.asarray(LENGTH))
@@ -71,7 +71,7 @@ def _compiled(sizes):
 
 @pytest.fixture(scope='module', params=('qwen2 tied', 'llama'))
 def case(parity, request, tmp_path_factory):
-  """Name of the family, reference model, folder it was saved to, and what we imported."""
+  """Name of the family, reference model, its folder, and the imported network."""
   model = _model(parity, request.param)
   folder = tmp_path_factory.mktemp('decoder')
   model.save_pretrained(folder)
@@ -81,10 +81,10 @@ def case(parity, request, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def inputs():
-  """Ids, and weights of the logits: 0 for those of padding."""
-  draw = np.random.default_rng(0)
-  ids = draw.integers(0, 40, (2, max(LENGTH))).astype(np.int32)
-  weights = draw.standard_normal((2, max(LENGTH), 40)).astype(np.float32)
+  """Token ids, weights of the logits (0 for padding), and the mask of real tokens."""
+  rng = np.random.default_rng(0)
+  ids = rng.integers(0, 40, (2, max(LENGTH))).astype(np.int32)
+  weights = rng.standard_normal((2, max(LENGTH), 40)).astype(np.float32)
   real = np.arange(max(LENGTH)) < np.asarray(LENGTH)[:, None]
   return ids, weights * real[..., None], real
 
@@ -100,71 +100,71 @@ def test_logits_and_gradients_equal_transformers(parity, case, inputs, tmp_path)
   ids, weights, real = inputs
   theirs = _reference(model, ids, real)
   (_, ours), gradients = _compiled(imported.sizes)(imported.params, ids, weights)
-  parity.close(np.asarray(ours)[real], theirs.detach().numpy()[real])
+  parity.assert_close(np.asarray(ours)[real], theirs.detach().numpy()[real])
   model.zero_grad()
   (theirs * theirs.new_tensor(weights)).sum().backward()
-  parity.gradients(name, imported.sizes, gradients, model, tmp_path / 'gradients')
+  parity.check_gradients(name, imported.sizes, gradients, model, tmp_path / 'gradients')
 
 
 def test_round_trip_is_exact_and_transformers_opens_it(parity, case, inputs, tmp_path):
   name, model, folder, imported = case
-  parity.trip(name, folder, imported, tmp_path / 'out')
-  opened, found = type(model).from_pretrained(tmp_path / 'out', output_loading_info=True)
-  assert not found['missing_keys'] and not found['unexpected_keys']
-  wanted = _reference(model, inputs[0], inputs[2]).detach().numpy()
-  parity.close(_reference(opened, inputs[0], inputs[2]).detach().numpy(), wanted, 1e-6)
+  parity.check_round_trip(name, folder, imported, tmp_path / 'out')
+  reloaded, info = type(model).from_pretrained(tmp_path / 'out', output_loading_info=True)
+  assert not info['missing_keys'] and not info['unexpected_keys']
+  expected = _reference(model, inputs[0], inputs[2]).detach().numpy()
+  parity.assert_close(_reference(reloaded, inputs[0], inputs[2]).detach().numpy(), expected, 1e-6)
 
 
-def test_every_bias_norm_and_rotation_matters(parity, case, inputs):
+def test_every_bias_norm_and_rope_setting_matters(parity, case, inputs):
   _, _, _, imported = case
   ids, weights, real = inputs
   run = lambda params, sizes: np.asarray(_compiled(sizes)(params, ids, weights)[0][1])[real]
-  assert not parity.mutants(imported.params, lambda params: run(params, imported.sizes))
-  wanted, body = run(imported.params, imported.sizes), imported.sizes.body
+  assert not parity.insensitive(imported.params, lambda params: run(params, imported.sizes))
+  expected, body = run(imported.params, imported.sizes), imported.sizes.body
   other = {'rope_scaling': None} if body.rope_scaling else {'rope_theta': 1e4}
   changed = dataclasses.replace(body, **other)
-  found = run(imported.params, dataclasses.replace(imported.sizes, body=changed))
-  assert np.max(np.abs(found - wanted)) > 1e-3 * np.max(np.abs(wanted))
+  outputs = run(imported.params, dataclasses.replace(imported.sizes, body=changed))
+  assert np.max(np.abs(outputs - expected)) > 1e-3 * np.max(np.abs(expected))
 
 
-@pytest.mark.parametrize('which', ['qwen2', 'llama tied'])
-def test_the_other_kind_of_output(parity, which, tmp_path):
-  model, (name, *tied) = _model(parity, which), which.split()
+@pytest.mark.parametrize('kind', ['qwen2', 'llama tied'])
+def test_tied_and_untied_output_heads(parity, kind, tmp_path):
+  model, (name, *tied) = _model(parity, kind), kind.split()
   model.save_pretrained(tmp_path / 'in')
   imported = parity.load(name, tmp_path / 'in')
   assert imported.sizes.tied == ('head' not in imported.params) == bool(tied)
-  parity.trip(name, tmp_path / 'in', imported, tmp_path / 'out')
+  parity.check_round_trip(name, tmp_path / 'in', imported, tmp_path / 'out')
   hidden = np.random.default_rng(0).standard_normal((1, 3, 32)).astype(np.float32)
   ours = Decoder(imported.sizes).logits(imported.params, hidden)
   theirs = model.lm_head(model.lm_head.weight.new_tensor(hidden))
-  parity.close(ours, theirs.detach().numpy())
+  parity.assert_close(ours, theirs.detach().numpy())
 
 
-def test_an_earlier_config_says_the_same(case):
-  """transformers up to 4 wrote rope_theta and rope_scaling, and no head_dim for Qwen2."""
+def test_config_of_an_earlier_transformers_is_read(case):
+  """transformers 4 wrote rope_theta and rope_scaling, and no head_dim for Qwen2."""
   name, model, folder, imported = case
-  said = json.loads((folder / 'config.json').read_text())
-  assert 'rope_theta' not in said
-  rope = said.pop('rope_parameters')
-  said['rope_theta'] = rope.pop('rope_theta')
-  said['rope_scaling'] = rope if rope['rope_type'] != 'default' else None
-  assert families.get(name).sizes(said) == imported.sizes
+  config = json.loads((folder / 'config.json').read_text())
+  assert 'rope_theta' not in config
+  rope = config.pop('rope_parameters')
+  config['rope_theta'] = rope.pop('rope_theta')
+  config['rope_scaling'] = rope if rope['rope_type'] != 'default' else None
+  assert families.get(name).sizes(config) == imported.sizes
 
 
 @pytest.mark.parametrize(
   ('name', 'field', 'words'),
   [
-    ('qwen2', {'use_sliding_window': True}, 'whole text'),
-    ('qwen2', {'hidden_act': 'gelu'}, "use 'gelu'"),
+    ('qwen2', {'use_sliding_window': True}, 'use_sliding_window'),
+    ('qwen2', {'hidden_act': 'gelu'}, 'hidden_act'),
     ('qwen2', {'rope_scaling': {'type': 'yarn', 'factor': 4.0}}, "'yarn'"),
     ('llama', {'attention_bias': True}, 'attention_bias'),
     ('llama', {'mlp_bias': True}, 'mlp_bias'),
   ],
 )
-def test_what_ours_cannot_express_is_refused(parity, name, field, words):
-  said = parity.published('qwen2_0.5b')[0] | field
+def test_unsupported_configs_are_refused(parity, name, field, words):
+  config = parity.load_published('qwen2_0.5b')[0] | field
   with pytest.raises(UserError, match=words):
-    families.get(name).sizes(said)
+    families.get(name).sizes(config)
 
 
 @pytest.mark.parametrize(
@@ -177,13 +177,13 @@ def test_what_ours_cannot_express_is_refused(parity, name, field, words):
     ('llama_8b', 6_979_588_096, 8_030_261_248),
   ],
 )
-def test_real_sizes(parity, real, body, total):
-  said, tensors = parity.published(real)
+def test_published_sizes(parity, real, body, total):
+  config, tensors = parity.load_published(real)
   family = families.get(real.split('_')[0])
-  sizes = family.sizes(said)
+  sizes = family.sizes(config)
   abstract = jax.eval_shape(lambda key: family.init(sizes, key), jax.random.key(0))
   plan = convert.plan(tensors, family.LAYOUTS, abstract)
   assert plan.places.keys() == tensors.keys() and not plan.absent
   assert parity.count(abstract, r'(layers|norm)/') == body
   assert parity.count(abstract) == total
-  assert family.sizes(family.published(sizes)) == sizes
+  assert family.sizes(family.config_json(sizes)) == sizes

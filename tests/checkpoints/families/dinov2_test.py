@@ -1,4 +1,4 @@
-"""DINOv2 as transformers saves it: the same numbers, gradients, and tensors back again."""
+"""Tests of DINOv2 against transformers: outputs, gradients and exact round trips."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME = 'dinov2'
 
 @pytest.fixture(scope='module', params=['mlp', 'swiglu'])
 def saved(parity, request, tmp_path_factory):
-  """A small reference model, redrawn, and the folder it was saved to."""
+  """A small reference model with random parameters, and its folder."""
   import transformers
 
   config = transformers.Dinov2Config(
@@ -33,7 +33,7 @@ def saved(parity, request, tmp_path_factory):
     patch_size=6,
     use_swiglu_ffn=request.param == 'swiglu',
   )
-  model = parity.redraw(transformers.Dinov2Model(config))
+  model = parity.randomize(transformers.Dinov2Model(config))
   folder = tmp_path_factory.mktemp('dinov2')
   model.save_pretrained(folder)
   return model, folder
@@ -46,7 +46,7 @@ def imported(parity, saved):
 
 @pytest.fixture(scope='module')
 def images():
-  """Pictures of another size than the position table's, with a margin that fills no patch."""
+  """Images whose size differs from the position table's and has pixels that fill no patch."""
   return np.random.default_rng(0).standard_normal((2, 38, 31, 3)).astype(np.float32)
 
 
@@ -73,68 +73,70 @@ def _weights():
 def test_features_and_gradients_equal_transformers(parity, saved, imported, images, tmp_path):
   theirs, pixels = _reference(saved[0], images)
   run = _compiled(imported.sizes)
-  (_, ours), (of_params, of_images) = run(imported.params, images, _weights())
+  (_, ours), (param_grads, image_grads) = run(imported.params, images, _weights())
   features = theirs.last_hidden_state
-  parity.close(ours, features.detach().numpy())
-  parity.close(ours[:, 0], theirs.pooler_output.detach().numpy())
+  parity.assert_close(ours, features.detach().numpy())
+  parity.assert_close(ours[:, 0], theirs.pooler_output.detach().numpy())
   saved[0].zero_grad()
   (features * features.new_tensor(_weights())).sum().backward()
-  parity.close(of_images, pixels.grad.permute(0, 2, 3, 1).numpy(), 1e-4)
-  parity.gradients(NAME, imported.sizes, of_params, saved[0], tmp_path / 'gradients')
+  parity.assert_close(image_grads, pixels.grad.permute(0, 2, 3, 1).numpy(), 1e-4)
+  parity.check_gradients(NAME, imported.sizes, param_grads, saved[0], tmp_path / 'gradients')
 
 
-def test_own_resolution_and_depth(parity, saved, imported, images):
+def test_features_at_the_config_resolution_and_at_a_layer(parity, saved, imported, images):
   square, model = images[:, :24, :24], Dinov2(imported.sizes)
   pixels = _reference(saved[0], square)[1]
   theirs = saved[0](pixel_values=pixels, output_hidden_states=True)
   run = lambda depth: model.apply({'params': imported.params}, square, depth, method='features')
-  parity.close(run(None), theirs.last_hidden_state.detach().numpy())
-  parity.close(run(1), theirs.hidden_states[1].detach().numpy())
+  parity.assert_close(run(None), theirs.last_hidden_state.detach().numpy())
+  parity.assert_close(run(1), theirs.hidden_states[1].detach().numpy())
 
 
 def test_round_trip_is_exact_and_transformers_opens_it(parity, saved, imported, images, tmp_path):
   import transformers
 
-  parity.trip(NAME, saved[1], imported, tmp_path / 'out')
+  parity.check_round_trip(NAME, saved[1], imported, tmp_path / 'out')
   assert list(imported.plan.ignored) == ['embeddings.mask_token']
-  opened, found = transformers.Dinov2Model.from_pretrained(
+  reloaded, info = transformers.Dinov2Model.from_pretrained(
     tmp_path / 'out', output_loading_info=True
   )
-  assert not found['missing_keys'] and not found['unexpected_keys']
-  wanted = _reference(saved[0], images)[0].last_hidden_state.detach().numpy()
-  parity.close(_reference(opened, images)[0].last_hidden_state.detach().numpy(), wanted, 1e-6)
+  assert not info['missing_keys'] and not info['unexpected_keys']
+  expected = _reference(saved[0], images)[0].last_hidden_state.detach().numpy()
+  parity.assert_close(
+    _reference(reloaded, images)[0].last_hidden_state.detach().numpy(), expected, 1e-6
+  )
 
 
 def test_every_bias_norm_scale_and_activation_matters(parity, imported, images):
   run = lambda params, sizes: np.asarray(_compiled(sizes)(params, images, _weights())[0][1])
-  unnoticed = parity.mutants(imported.params, lambda params: run(params, imported.sizes))
-  # A key's bias shifts all logits of a query alike, which softmax doesn't see.
-  assert not [path for path in unnoticed if not path.endswith('/k/bias')]
+  insensitive = parity.insensitive(imported.params, lambda params: run(params, imported.sizes))
+  # The bias of k shifts all logits of a query equally, which softmax ignores.
+  assert not [path for path in insensitive if not path.endswith('/k/bias')]
   encoder = imported.sizes.encoder
   if encoder.activation == 'gelu':
     other = dataclasses.replace(encoder, activation='quick_gelu')
-    wanted = run(imported.params, imported.sizes)
-    found = run(imported.params, dataclasses.replace(imported.sizes, encoder=other))
-    assert np.max(np.abs(found - wanted)) > 1e-3 * np.max(np.abs(wanted))
+    expected = run(imported.params, imported.sizes)
+    changed = run(imported.params, dataclasses.replace(imported.sizes, encoder=other))
+    assert np.max(np.abs(changed - expected)) > 1e-3 * np.max(np.abs(expected))
 
 
-def test_pixels_are_normalised_as_published():
+def test_pixel_normalisation_equals_transformers():
   from transformers import image_utils
 
-  picture = np.random.default_rng(0).integers(0, 256, (28, 28, 3)) / 255
+  image = np.random.default_rng(0).integers(0, 256, (28, 28, 3)) / 255
   mean, std = image_utils.IMAGENET_DEFAULT_MEAN, image_utils.IMAGENET_DEFAULT_STD
-  np.testing.assert_allclose(normalised(jnp.asarray(picture)), (picture - mean) / std, atol=2e-6)
+  np.testing.assert_allclose(normalised(jnp.asarray(image)), (image - mean) / std, atol=2e-6)
 
 
-def test_what_ours_cannot_express_is_refused(imported):
-  said = dinov2.published(imported.sizes)
+def test_unsupported_configs_are_refused(imported):
+  config = dinov2.config_json(imported.sizes)
   with pytest.raises(UserError, match='qkv_bias'):
-    dinov2.sizes(said | {'qkv_bias': False})
+    dinov2.sizes(config | {'qkv_bias': False})
   with pytest.raises(UserError, match='patch_size'):
-    dinov2.sizes(said | {'patch_size': [14, 7]})
+    dinov2.sizes(config | {'patch_size': [14, 7]})
   odd = dataclasses.replace(imported.sizes.encoder, mlp=25)
-  with pytest.raises(UserError, match='MLP of 25'):
-    dinov2.published(dataclasses.replace(imported.sizes, encoder=odd))
+  with pytest.raises(UserError, match='MLP width 25'):
+    dinov2.config_json(dataclasses.replace(imported.sizes, encoder=odd))
 
 
 @pytest.mark.parametrize(
@@ -146,13 +148,13 @@ def test_what_ours_cannot_express_is_refused(imported):
     ('dinov2_giant', 1_136_480_768),
   ],
 )
-def test_real_sizes(parity, real, total):
-  said, tensors = parity.published(real)
-  sizes = dinov2.sizes(said)
+def test_published_sizes(parity, real, total):
+  config, tensors = parity.load_published(real)
+  sizes = dinov2.sizes(config)
   abstract = jax.eval_shape(lambda key: dinov2.init(sizes, key), jax.random.key(0))
   plan = convert.plan(tensors, dinov2.LAYOUTS, abstract)
   assert plan.places.keys() | plan.ignored.keys() == tensors.keys() and not plan.absent
   assert list(plan.ignored) == ['embeddings.mask_token']
-  # The mask token, which only training reads, counts in the published total.
+  # The published total includes the mask token, which is only used in training.
   assert parity.count(abstract) + sizes.encoder.width == total
-  assert dinov2.sizes(dinov2.published(sizes)) == sizes
+  assert dinov2.sizes(dinov2.config_json(sizes)) == sizes

@@ -1,4 +1,4 @@
-"""KL autoencoders as diffusers saves them: the same numbers, gradients, and tensors back again."""
+"""Tests of KL autoencoders against diffusers: outputs, gradients and exact round trips."""
 
 from __future__ import annotations
 
@@ -24,9 +24,15 @@ SMALL = {
   'norm_num_groups': 8,
   'sample_size': 16,
 }
-BARE = {'use_quant_conv': False, 'use_post_quant_conv': False}
+WITHOUT_QUANT_CONV = {'use_quant_conv': False, 'use_post_quant_conv': False}
 KINDS = {
-  'flux': {**SMALL, **BARE, 'latent_channels': 6, 'scaling_factor': 0.36, 'shift_factor': 0.11},
+  'flux': {
+    **SMALL,
+    **WITHOUT_QUANT_CONV,
+    'latent_channels': 6,
+    'scaling_factor': 0.36,
+    'shift_factor': 0.11,
+  },
   'sdxl': {**SMALL, 'latent_channels': 4, 'scaling_factor': 0.13},
 }
 REAL = {'flux': (16, 83_819_683), 'sd3': (16, 83_819_683), 'sdxl': (4, 83_653_863)}
@@ -34,10 +40,10 @@ REAL = {'flux': (16, 83_819_683), 'sd3': (16, 83_819_683), 'sdxl': (4, 83_653_86
 
 @pytest.fixture(scope='module', params=KINDS)
 def saved(parity, tmp_path_factory, request):
-  """A small reference model, redrawn, and the folder it was saved to."""
+  """A small reference model with random parameters, and its folder."""
   import diffusers
 
-  model = parity.redraw(diffusers.AutoencoderKL(**KINDS[request.param]))
+  model = parity.randomize(diffusers.AutoencoderKL(**KINDS[request.param]))
   folder = tmp_path_factory.mktemp(request.param)
   model.save_pretrained(folder)
   return model, folder
@@ -69,10 +75,10 @@ def test_outputs_and_gradients_equal_diffusers(parity, saved, imported, images, 
   pixels = _nchw(signed).requires_grad_()
   posterior = model.encode(pixels).latent_dist
   decoded = model.decode(posterior.mean).sample
-  # What the gradients are of: the picture, and both moments.
+  # Gradients are taken of the decoded image and of both moments.
   theirs = (decoded, posterior.mean, posterior.logvar)
-  draw = np.random.default_rng(1)
-  weights = [draw.standard_normal(_nhwc(part).shape).astype(np.float32) for part in theirs]
+  rng = np.random.default_rng(1)
+  weights = [rng.standard_normal(_nhwc(part).shape).astype(np.float32) for part in theirs]
 
   def total(params, images):
     variables = {'params': params}
@@ -82,16 +88,16 @@ def test_outputs_and_gradients_equal_diffusers(parity, saved, imported, images, 
     return sum(jnp.sum(part * weight) for part, weight in zip(parts, weights)), parts
 
   run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
-  (_, ours), (of_params, of_images) = run(imported.params, signed)
-  for part, wanted in zip(ours, theirs, strict=True):
-    parity.close(part, _nhwc(wanted))
+  (_, ours), (param_grads, image_grads) = run(imported.params, signed)
+  for part, expected in zip(ours, theirs, strict=True):
+    parity.assert_close(part, _nhwc(expected))
   model.zero_grad()
   sum((part * _nchw(weight)).sum() for part, weight in zip(theirs, weights)).backward()
-  parity.close(of_images, _nhwc(pixels.grad), 1e-4)
-  parity.gradients(NAME, imported.sizes, of_params, model, tmp_path / 'gradients')
+  parity.assert_close(image_grads, _nhwc(pixels.grad), 1e-4)
+  parity.check_gradients(NAME, imported.sizes, param_grads, model, tmp_path / 'gradients')
 
 
-def test_codec_gives_the_latents_that_pipelines_use(parity, saved, imported, images):
+def test_codec_normalises_latents_like_diffusers_pipelines(parity, saved, imported, images):
   import torch
 
   model, config = saved[0], saved[0].config
@@ -101,31 +107,33 @@ def test_codec_gives_the_latents_that_pipelines_use(parity, saved, imported, ima
   with torch.no_grad():
     posterior = model.encode(2 * _nchw(images) - 1).latent_dist
     normal = lambda x: (x - (config.shift_factor or 0.0)) * config.scaling_factor
-    parity.close(encode(params, images), _nhwc(normal(posterior.mean)))
+    parity.assert_close(encode(params, images), _nhwc(normal(posterior.mean)))
     sample = posterior.mean + posterior.std * _nchw(noise)
-    parity.close(encode(params, images, noise), _nhwc(normal(sample)), 1e-4)  # std amplifies
+    parity.assert_close(encode(params, images, noise), _nhwc(normal(sample)), 1e-4)  # std amplifies
     latents = normal(posterior.mean)
     decoded = model.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
-    wanted = _nhwc((decoded / 2 + 0.5).clamp(0, 1))
-  parity.close(jax.jit(codec.decode)(params, _nhwc(latents)), wanted)
+    expected = _nhwc((decoded / 2 + 0.5).clamp(0, 1))
+  parity.assert_close(jax.jit(codec.decode)(params, _nhwc(latents)), expected)
   assert codec.factor == 2 and codec.weights == ('image',)
 
 
-def test_half_precision_stays_near(parity, imported, images):
+def test_bfloat16_stays_close_to_float32(parity, imported, images):
   params = {'image': imported.params}
-  exact, half = (KlVaeCodec(imported.sizes, dtype=kind) for kind in (jnp.float32, jnp.bfloat16))
-  latents = jax.jit(exact.encode)(params, images)
-  rounded = jax.jit(half.encode)(params, images)
+  float32, bfloat16 = (
+    KlVaeCodec(imported.sizes, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16)
+  )
+  latents = jax.jit(float32.encode)(params, images)
+  rounded = jax.jit(bfloat16.encode)(params, images)
   assert rounded.dtype == jnp.float32 and not np.array_equal(rounded, latents)
-  parity.close(rounded, latents, 0.05)
+  parity.assert_close(rounded, latents, 0.05)
 
 
-def test_sampling_can_leave_the_deviation_as_it_is(imported, images):
+def test_raw_deviation_scales_noise_without_normalisation(imported, images):
   raw = dataclasses.replace(imported.sizes, raw_deviation=True)
   params, noise = {'image': imported.params}, np.ones((2, 8, 12, imported.sizes.channels))
   mean, plain, quirk = (
-    np.asarray(jax.jit(KlVaeCodec(sizes).encode)(params, images, given))
-    for sizes, given in ((raw, None), (imported.sizes, noise), (raw, noise))
+    np.asarray(jax.jit(KlVaeCodec(sizes).encode)(params, images, normals))
+    for sizes, normals in ((raw, None), (imported.sizes, noise), (raw, noise))
   )
   np.testing.assert_allclose((quirk - mean) * raw.scale[0], plain - mean, rtol=1e-3, atol=1e-5)
 
@@ -133,14 +141,14 @@ def test_sampling_can_leave_the_deviation_as_it_is(imported, images):
 def test_round_trip_is_exact_and_diffusers_opens_it(parity, saved, imported, tmp_path):
   import diffusers
 
-  parity.trip(NAME, saved[1], imported, tmp_path / 'out')
-  model, found = diffusers.AutoencoderKL.from_pretrained(tmp_path / 'out', output_loading_info=True)
-  assert not found['missing_keys'] and not found['unexpected_keys']
+  parity.check_round_trip(NAME, saved[1], imported, tmp_path / 'out')
+  model, info = diffusers.AutoencoderKL.from_pretrained(tmp_path / 'out', output_loading_info=True)
+  assert not info['missing_keys'] and not info['unexpected_keys']
   for field in ('scaling_factor', 'shift_factor', 'use_quant_conv', 'norm_num_groups'):
     assert model.config[field] == saved[0].config[field]
 
 
-def test_old_names_of_attention_are_understood(parity, saved, imported, tmp_path):
+def test_old_names_of_attention_layers_are_imported(parity, saved, imported, tmp_path):
   names = {'to_q': 'query', 'to_k': 'key', 'to_v': 'value', 'to_out.0': 'proj_attn'}
   tensors = {}
   for key, leaf in saved[0].state_dict().items():
@@ -149,9 +157,9 @@ def test_old_names_of_attention_are_understood(parity, saved, imported, tmp_path
     tensors[key] = leaf.numpy()
   safetensors.numpy.save_file(tensors, tmp_path / 'diffusion_pytorch_model.safetensors')
   (tmp_path / 'config.json').write_text((saved[1] / 'config.json').read_text())
-  again = parity.load(NAME, tmp_path)
-  assert 'query' in str(sorted(again.plan.places))
-  jax.tree.map(np.testing.assert_array_equal, again.params, imported.params)
+  reloaded = parity.load(NAME, tmp_path)
+  assert 'query' in str(sorted(reloaded.plan.places))
+  jax.tree.map(np.testing.assert_array_equal, reloaded.params, imported.params)
 
 
 def test_every_bias_and_norm_matters(parity, imported, images):
@@ -159,31 +167,31 @@ def test_every_bias_and_norm_matters(parity, imported, images):
 
   @jax.jit
   def apply(params):
-    # Both ends have a say of their own: decoding alone is blind to the log-variance.
+    # The decoded image alone does not depend on the log-variance.
     posterior = network.apply({'params': params}, images, method='posterior')
     decoded = network.apply({'params': params}, posterior.mean, method='decode')
     return jnp.concatenate([part.ravel() for part in (*posterior, decoded)])
 
-  # A key's bias shifts all logits of a query alike, which softmax doesn't see.
-  unnoticed = [p for p in parity.mutants(imported.params, apply) if not p.endswith('/k/bias')]
-  assert not unnoticed
-  wanted = apply(imported.params)
+  # The bias of k shifts all logits of a query equally, which softmax ignores.
+  insensitive = [p for p in parity.insensitive(imported.params, apply) if not p.endswith('/k/bias')]
+  assert not insensitive
+  expected = apply(imported.params)
   body = dataclasses.replace(imported.sizes.body, groups=4)
   network = KlVae(dataclasses.replace(imported.sizes, body=body))
   other = jax.jit(lambda p: network.apply({'params': p}, images, method='posterior').mean.ravel())
-  found = other(imported.params)
-  assert np.max(np.abs(found - wanted[: found.size])) > 1e-3 * np.max(np.abs(wanted))
+  shifted = other(imported.params)
+  assert np.max(np.abs(shifted - expected[: shifted.size])) > 1e-3 * np.max(np.abs(expected))
 
 
 @pytest.mark.parametrize('kind', REAL)
-def test_real_size(parity, kind):
+def test_published_sizes(parity, kind):
   channels, total = REAL[kind]
   config = json.loads((parity.golden / 'keys' / f'kl_vae_{kind}.config.json').read_text())
   sizes = kl_vae.sizes(config)
-  plan, source, ours = parity.real(NAME, f'kl_vae_{kind}', sizes)
+  plan, source, ours = parity.plan_published(NAME, f'kl_vae_{kind}', sizes)
   assert source == ours == total and not plan.ignored and not plan.absent
   assert sizes.channels == channels and sizes.body.factor == 8
-  assert kl_vae.sizes(kl_vae.published(sizes)) == sizes
+  assert kl_vae.sizes(kl_vae.config_json(sizes)) == sizes
 
 
 @pytest.mark.parametrize(
@@ -194,6 +202,6 @@ def test_real_size(parity, kind):
     ({'down_block_types': ['AttnDownEncoderBlock2D']}, 'down_block_types'),
   ],
 )
-def test_other_networks_are_refused(change, words):
+def test_unsupported_configs_are_refused(change, words):
   with pytest.raises(UserError, match=words):
     kl_vae.sizes({**KINDS['flux'], **change})

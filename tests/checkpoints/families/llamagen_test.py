@@ -1,4 +1,4 @@
-"""LlamaGen's GPT: the original's logits on the golden weights, and every tensor in and out."""
+"""Tests of LlamaGen's GPT against golden logits of the original, and of exact round trips."""
 
 from __future__ import annotations
 
@@ -45,31 +45,31 @@ def _logits(sizes, params, golden):
 
 
 def test_logits_equal_the_original(parity, imported, golden):
-  parity.close(_logits(imported.sizes, imported.params, golden), golden['logits'])
+  parity.assert_close(_logits(imported.sizes, imported.params, golden), golden['logits'])
 
 
 def test_round_trip_is_exact(parity, imported, tmp_path):
-  parity.trip(NAME, GOLDEN, imported, tmp_path / 'out')
-  again = sources.open_source(str(tmp_path / 'out'))
-  assert set(again.tensors) == set(sources.open_source(str(GOLDEN)).tensors)
-  assert llamagen.sizes(again.config) == imported.sizes
+  parity.check_round_trip(NAME, GOLDEN, imported, tmp_path / 'out')
+  reloaded = sources.open_source(str(tmp_path / 'out'))
+  assert set(reloaded.tensors) == set(sources.open_source(str(GOLDEN)).tensors)
+  assert llamagen.sizes(reloaded.config) == imported.sizes
 
 
-def test_pickled_release(imported, tmp_path):
+def test_pickled_release_is_imported(imported, tmp_path):
   import safetensors.torch
   import torch
 
   weights = safetensors.torch.load_file(GOLDEN / 'model.safetensors')
   torch.save({'model': weights}, tmp_path / 'c2i_XL_384.pt')
   source = sources.open_source(str(tmp_path / 'c2i_XL_384.pt'))
-  found = by_path(families.load(NAME, source, sizes=imported.sizes).params)
+  loaded = by_path(families.load(NAME, source, sizes=imported.sizes).params)
   for path, leaf in by_path(imported.params).items():
-    np.testing.assert_array_equal(found[path], leaf, err_msg=path)
+    np.testing.assert_array_equal(loaded[path], leaf, err_msg=path)
 
 
-def test_every_norm_and_rotation_matters(parity, imported, golden):
+def test_every_norm_and_rope_setting_matters(parity, imported, golden):
   run = functools.partial(_logits, golden=golden)
-  assert not parity.mutants(imported.params, functools.partial(run, imported.sizes))
+  assert not parity.insensitive(imported.params, functools.partial(run, imported.sizes))
   body = imported.sizes.body
   for change in (
     {'class_turn': 'identity'},
@@ -77,23 +77,23 @@ def test_every_norm_and_rotation_matters(parity, imported, golden):
     {'body': dataclasses.replace(body, rope_adjacent=False)},
     {'side': 16},
   ):
-    found = run(dataclasses.replace(imported.sizes, **change), imported.params)
-    error = np.max(np.abs(found - golden['logits'])) / np.max(np.abs(golden['logits']))
-    assert error > 1e-3, f'{change} goes unnoticed: {error:.2e}'
+    changed = run(dataclasses.replace(imported.sizes, **change), imported.params)
+    error = np.max(np.abs(changed - golden['logits'])) / np.max(np.abs(golden['logits']))
+    assert error > 1e-3, f'{change} does not change the logits: {error:.2e}'
 
 
-def test_what_ours_cannot_express_is_refused():
-  said = json.loads((GOLDEN / 'config.json').read_text())
-  with pytest.raises(UserError, match='reads text'):
-    llamagen.sizes(said | {'model_type': 't2i', 'cls_token_num': 120})
+def test_unsupported_configs_are_refused():
+  config = json.loads((GOLDEN / 'config.json').read_text())
+  with pytest.raises(UserError, match='t2i'):
+    llamagen.sizes(config | {'model_type': 't2i', 'cls_token_num': 120})
   with pytest.raises(UserError, match='square'):
-    llamagen.sizes(said | {'block_size': 17})
+    llamagen.sizes(config | {'block_size': 17})
   with pytest.raises(UserError, match='class_turn'):
-    llamagen.sizes(said | {'class_turn': 'none'})
-  with pytest.raises(UserError, match='head of width 6'):
-    llamagen.sizes(said | {'n_head': 16})
+    llamagen.sizes(config | {'class_turn': 'none'})
+  with pytest.raises(UserError, match='head width is 6'):
+    llamagen.sizes(config | {'n_head': 16})
   with pytest.raises(KeyError, match='n_layer'):
-    llamagen.sizes({key: said[key] for key in said if key != 'n_layer'})
+    llamagen.sizes({key: config[key] for key in config if key != 'n_layer'})
 
 
 @pytest.mark.parametrize(
@@ -105,34 +105,34 @@ def test_what_ours_cannot_express_is_refused():
     ('llamagen_xxl', 1_359_103_488, 1_410_972_672),
   ],
 )
-def test_real_sizes(parity, real, body, total):
-  said, tensors = parity.published(real)
-  sizes = llamagen.sizes(said)
+def test_published_sizes(parity, real, body, total):
+  config, tensors = parity.load_published(real)
+  sizes = llamagen.sizes(config)
   abstract = jax.eval_shape(lambda key: llamagen.init(sizes, key), jax.random.key(0))
   plan = convert.plan(tensors, llamagen.LAYOUTS, abstract)
   assert plan.places.keys() == tensors.keys() and not plan.absent
   assert parity.count(abstract, r'(layers|norm)/') == body
   assert parity.count(abstract) == total
-  assert llamagen.sizes(llamagen.published(sizes)) == sizes
-  # The hub's copies leave the MLP to be worked out from the width.
+  assert llamagen.sizes(llamagen.config_json(sizes)) == sizes
+  # In the hub's copies, the MLP width follows from the model width.
   arguments = {'multiple_of': 256, 'ffn_dim_multiplier': None, 'n_kv_head': None}
-  hub = {key: said[key] for key in said if key not in ('ffn_hidden', 'model_type')}
+  hub = {key: config[key] for key in config if key not in ('ffn_hidden', 'model_type')}
   assert llamagen.sizes(hub | arguments | {'model_type': 'c2i', 'cls_token_num': 1}) == sizes
 
 
-def test_one_code_at_a_time_gives_the_same_logits(parity, imported, golden):
+def test_cached_decoding_equals_the_full_sequence(parity, imported, golden):
   model, params = LlamaGen(imported.sizes), imported.params
   params = {**params, 'layers': mot.unstack(params['layers'])}
-  row = model.stream(jnp.zeros((2, 16, imported.sizes.body.width)))
-  cache = mot.empty_cache(model.layer, params['layers'], row.visibility, jnp.float32)
+  stream = model.stream(jnp.zeros((2, 16, imported.sizes.body.width)))
+  cache = mot.empty_cache(model.layer, params['layers'], stream.visibility, jnp.float32)
 
   @jax.jit
   def step(x, cache, at):
     return model.run(params, model.stream(x, at), cache, at)
 
-  x, found = model.embed_classes(params, jnp.asarray(golden['classes'])), []
+  x, steps = model.embed_classes(params, jnp.asarray(golden['classes'])), []
   for at in range(16):
     logits, cache = step(x, cache, at)
-    found.append(logits)
+    steps.append(logits)
     x = model.embed_codes(params, jnp.asarray(golden['idx'][:, at : at + 1]))
-  parity.close(np.concatenate(found, axis=1), golden['logits'])
+  parity.assert_close(np.concatenate(steps, axis=1), golden['logits'])

@@ -1,4 +1,4 @@
-"""Show-o2 as released: every tensor in and out, from a pickle too, at the golden and real size."""
+"""Tests of the import of Show-o2: exact round trips, pickled releases and published sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vpe_jax.sharding import by_path
 
 pytestmark = pytest.mark.parity
 NAME = 'showo2'
-# What the original's code says of its 1.5B model for 512 pixels.
+# config.json of the released 1.5B model for 512 pixels.
 RELEASED = {
   '_class_name': 'Showo2Qwen2_5',
   'llm_vocab_size': 151669,
@@ -37,10 +37,10 @@ RELEASED = {
 
 
 def test_round_trip_is_exact(parity, show_o2, tmp_path):
-  parity.trip(NAME, show_o2.folder, show_o2.imported, tmp_path / 'out')
-  again = sources.open_source(str(tmp_path / 'out'))
-  assert set(again.tensors) == set(sources.open_source(str(show_o2.folder)).tensors)
-  assert showo2.sizes(again.config) == show_o2.sizes
+  parity.check_round_trip(NAME, show_o2.folder, show_o2.imported, tmp_path / 'out')
+  reloaded = sources.open_source(str(tmp_path / 'out'))
+  assert set(reloaded.tensors) == set(sources.open_source(str(show_o2.folder)).tensors)
+  assert showo2.sizes(reloaded.config) == show_o2.sizes
 
 
 def _state_dict(folder):
@@ -49,22 +49,22 @@ def _state_dict(folder):
   return safetensors.torch.load_file(folder / 'model.safetensors')
 
 
-def test_pickled_release_with_its_tied_output(show_o2, tmp_path):
+def test_pickled_release_with_a_tied_output_head(show_o2, tmp_path):
   import torch
 
   weights = _state_dict(show_o2.folder)
   weights['showo.lm_head.weight'] = weights['showo.model.embed_tokens.weight']
   torch.save(weights, tmp_path / 'pytorch_model.bin')
   (tmp_path / 'config.json').write_text((show_o2.folder / 'config.json').read_text())
-  found = families.load(NAME, sources.open_source(str(tmp_path)))
-  assert list(found.plan.ignored) == ['showo.lm_head.weight']
-  assert not found.plan.absent
-  wanted = by_path(show_o2.imported.params)
-  for path, leaf in by_path(found.params).items():
-    np.testing.assert_array_equal(leaf, wanted[path], err_msg=path)
+  loaded = families.load(NAME, sources.open_source(str(tmp_path)))
+  assert list(loaded.plan.ignored) == ['showo.lm_head.weight']
+  assert not loaded.plan.absent
+  expected = by_path(show_o2.imported.params)
+  for path, leaf in by_path(loaded.params).items():
+    np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
-def test_an_output_of_its_own_is_refused(show_o2, tmp_path):
+def test_untied_output_head_is_refused(show_o2, tmp_path):
   import torch
 
   weights = _state_dict(show_o2.folder)
@@ -74,21 +74,21 @@ def test_an_output_of_its_own_is_refused(show_o2, tmp_path):
     families.load(NAME, sources.open_source(str(tmp_path)), sizes=show_o2.sizes)
 
 
-def test_room_for_a_visual_prompt_is_the_callers(show_o2):
+def test_embeddings_of_a_visual_prompt_are_left_to_the_caller(show_o2):
   sizes = dataclasses.replace(show_o2.sizes, codes=5)
   abstract = jax.eval_shape(lambda key: showo2.init(sizes, key), jax.random.key(0))
-  found = families.load(NAME, sources.open_source(str(show_o2.folder)), sizes=sizes)
-  assert by_path(abstract).keys() - by_path(found.params).keys() == {'embed/codes'}
+  loaded = families.load(NAME, sources.open_source(str(show_o2.folder)), sizes=sizes)
+  assert by_path(abstract).keys() - by_path(loaded.params).keys() == {'embed/codes'}
   assert by_path(abstract)['embed/codes'].shape == (7, sizes.ar.width)
-  assert list(found.plan.absent) == ['embed/codes']
+  assert list(loaded.plan.absent) == ['embed/codes']
 
 
-def test_what_the_layout_cannot_hold_is_refused(show_o2):
-  said = json.loads((show_o2.folder / 'config.json').read_text())
-  with pytest.raises(UserError, match='not square'):
-    showo2.sizes(said | {'position_table': 730})
+def test_unsupported_configs_are_refused(show_o2):
+  config = json.loads((show_o2.folder / 'config.json').read_text())
+  with pytest.raises(UserError, match='position_table'):
+    showo2.sizes(config | {'position_table': 730})
   with pytest.raises(UserError, match='layout=patch'):
-    showo2.published(dataclasses.replace(show_o2.sizes, layout='patch'))
+    showo2.config_json(dataclasses.replace(show_o2.sizes, layout='patch'))
   with pytest.raises(UserError, match='width 3584'):
     showo2.sizes(RELEASED | {'hidden_size': 3584})
   with pytest.raises(UserError, match='add_time_embeds'):
@@ -96,25 +96,27 @@ def test_what_the_layout_cannot_hold_is_refused(show_o2):
   with pytest.raises(UserError, match='32 x 18 tokens'):
     showo2.sizes(RELEASED | {'image_latent_width': 18})
   with pytest.raises(KeyError, match='clip_layers'):
-    showo2.sizes({key: said[key] for key in said if key != 'clip_layers'})
+    showo2.sizes({key: config[key] for key in config if key != 'clip_layers'})
 
 
 def test_every_bias_and_norm_matters(parity, show_o2):
-  both = lambda out: np.concatenate([np.ravel(part) for part in out])
-  unnoticed = parity.mutants(show_o2.params(), lambda params: both(show_o2.run(params)))
+  concatenate = lambda out: np.concatenate([np.ravel(part) for part in out])
+  insensitive = parity.insensitive(
+    show_o2.params(), lambda params: concatenate(show_o2.run(params))
+  )
   encoder = 'dit/dual_path/encoder'
-  assert unnoticed == [
-    # Without rotation a key's bias shifts all logits of a query alike, which softmax doesn't see.
+  assert insensitive == [
+    # Without RoPE, the bias of k shifts all logits of a query equally, which softmax ignores.
     f'{encoder}/attention/k/bias',
-    # 1e-6 in the golden weights; siglip_test.py holds the same layer with larger ones.
+    # These are 1e-6 in the golden weights; siglip_test.py tests the layer with larger ones.
     f'{encoder}/mlp/down/bias',
     f'{encoder}/mlp/up/bias',
   ]
 
 
-def test_real_size(parity):
-  said, tensors = parity.published('showo2_1.5b')
-  sizes = showo2.sizes(said)
+def test_published_sizes(parity):
+  config, tensors = parity.load_published('showo2_1.5b')
+  sizes = showo2.sizes(config)
   assert showo2.sizes(RELEASED) == showo2.sizes(RELEASED | {'llm_vocab_size': None}) == sizes
   abstract = jax.eval_shape(lambda key: showo2.init(sizes, key), jax.random.key(0))
   plan = convert.plan(tensors, showo2.LAYOUTS, abstract)

@@ -1,4 +1,4 @@
-"""SigLIP as transformers saves it: the same numbers, gradients, and tensors back again."""
+"""Tests of SigLIP against transformers: outputs, gradients and exact round trips."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME = 'siglip'
 
 @pytest.fixture(scope='module')
 def saved(parity, tmp_path_factory):
-  """A small reference model, redrawn, and the folder it was saved to."""
+  """A small reference model with random parameters, and its folder."""
   import transformers
 
   tower = {'num_hidden_layers': 2, 'num_attention_heads': 2, 'intermediate_size': 40}
@@ -31,7 +31,7 @@ def saved(parity, tmp_path_factory):
       'projection_size': 24,
     },
   )
-  model = parity.redraw(transformers.SiglipModel(config))
+  model = parity.randomize(transformers.SiglipModel(config))
   folder = tmp_path_factory.mktemp('siglip')
   model.save_pretrained(folder)
   return model, folder
@@ -44,9 +44,9 @@ def imported(parity, saved):
 
 @pytest.fixture(scope='module')
 def inputs():
-  draw = np.random.default_rng(0)
-  images = draw.standard_normal((3, 24, 24, 3)).astype(np.float32)
-  return images, draw.integers(0, 50, (3, 6)).astype(np.int32)
+  rng = np.random.default_rng(0)
+  images = rng.standard_normal((3, 24, 24, 3)).astype(np.float32)
+  return images, rng.integers(0, 50, (3, 6)).astype(np.int32)
 
 
 def _logits(sizes, params, images, ids):
@@ -70,37 +70,37 @@ def test_outputs_and_gradients_equal_transformers(parity, saved, imported, input
     return jnp.sum(logits * weights), logits
 
   run = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
-  (_, ours), (of_params, of_images) = run(imported.params, inputs[0])
-  parity.close(ours, theirs.detach().numpy())
+  (_, ours), (param_grads, image_grads) = run(imported.params, inputs[0])
+  parity.assert_close(ours, theirs.detach().numpy())
   saved[0].zero_grad()
   (theirs * theirs.new_tensor(weights)).sum().backward()
-  parity.close(of_images, pixels.grad.permute(0, 2, 3, 1).numpy(), 1e-4)
-  parity.gradients(NAME, imported.sizes, of_params, saved[0], tmp_path / 'gradients')
+  parity.assert_close(image_grads, pixels.grad.permute(0, 2, 3, 1).numpy(), 1e-4)
+  parity.check_gradients(NAME, imported.sizes, param_grads, saved[0], tmp_path / 'gradients')
 
 
 def test_round_trip_is_exact_and_transformers_opens_it(parity, saved, imported, tmp_path):
   import transformers
 
-  parity.trip(NAME, saved[1], imported, tmp_path / 'out')
-  _, found = transformers.SiglipModel.from_pretrained(tmp_path / 'out', output_loading_info=True)
-  assert not found['missing_keys'] and not found['unexpected_keys']
+  parity.check_round_trip(NAME, saved[1], imported, tmp_path / 'out')
+  _, info = transformers.SiglipModel.from_pretrained(tmp_path / 'out', output_loading_info=True)
+  assert not info['missing_keys'] and not info['unexpected_keys']
 
 
 def test_every_bias_and_norm_matters(parity, imported, inputs):
   apply = jax.jit(lambda params: _logits(imported.sizes, params, *inputs))
-  # A key's bias shifts all logits of a query alike, which softmax doesn't see.
-  unnoticed = [p for p in parity.mutants(imported.params, apply) if not p.endswith('/k/bias')]
-  assert not unnoticed
+  # The bias of k shifts all logits of a query equally, which softmax ignores.
+  insensitive = [p for p in parity.insensitive(imported.params, apply) if not p.endswith('/k/bias')]
+  assert not insensitive
 
 
 @pytest.mark.parametrize(
   'real, total', [('siglip_so400m', 877_960_498), ('siglip_2_giant', 1_871_885_426)]
 )
-def test_real_sizes(parity, real, total):
-  said, tensors = parity.published(real)
-  sizes = siglip.sizes(said)
+def test_published_sizes(parity, real, total):
+  config, tensors = parity.load_published(real)
+  sizes = siglip.sizes(config)
   abstract = jax.eval_shape(lambda key: siglip.init(sizes, key), jax.random.key(0))
   plan = convert.plan(tensors, siglip.LAYOUTS, abstract)
   assert plan.places.keys() == tensors.keys() and not plan.absent
   assert parity.count(abstract) == total
-  assert siglip.sizes(siglip.published(sizes)) == sizes
+  assert siglip.sizes(siglip.config_json(sizes)) == sizes

@@ -1,4 +1,4 @@
-"""SigLIP-VQ against X-Omni's released code and GLM-Image's classes, from all three layouts."""
+"""Tests of SigLIP-VQ against X-Omni's code and transformers' GLM-Image, in all layouts."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from vpe_jax.models.vit import EncoderConfig
 
 pytestmark = pytest.mark.parity
 NAME = 'siglip_vq'
-GRID, SIDE = (3, 5), 64  # patches of the pictures that gradients are of; pixels of others
+GRID, SIDE = (3, 5), 64  # patches of images in gradient tests; pixels in others
 TOWER, CODEBOOK, POST = 1_159_607_808, 39_849_472, 84_953_088
 
 
 @pytest.fixture(scope='module')
 def saved(parity, tmp_path_factory):
-  """A small GLM-Image with its language model, redrawn, and the folder it was saved to."""
-  model = parity.redraw(small_models.glm_image())
+  """A small GLM-Image with language model and random parameters, and its folder."""
+  model = parity.randomize(small_models.glm_image())
   folder = tmp_path_factory.mktemp('glm')
   model.save_pretrained(folder)
   return model, folder
@@ -41,7 +41,7 @@ def imported(parity, saved):
 
 @pytest.fixture(scope='module')
 def run(imported):
-  """(params, pictures in [-1, 1], codes) -> features, their projections, decoded codes."""
+  """(params, images in [-1, 1], codes) -> features, projected features, decoded codes."""
   network = SiglipVq(imported.sizes)
 
   def forward(params, images, codes):
@@ -54,9 +54,9 @@ def run(imported):
 
 @pytest.fixture(scope='module')
 def inputs():
-  draw = np.random.default_rng(0)
-  images = draw.standard_normal((2, GRID[0] * 16, GRID[1] * 16, 3)).astype(np.float32)
-  return images, draw.integers(0, small_models.VQ['num_embeddings'], (2, *GRID)).astype(np.int32)
+  rng = np.random.default_rng(0)
+  images = rng.standard_normal((2, GRID[0] * 16, GRID[1] * 16, 3)).astype(np.float32)
+  return images, rng.integers(0, small_models.VQ['num_embeddings'], (2, *GRID)).astype(np.int32)
 
 
 @pytest.fixture(scope='module')
@@ -66,11 +66,11 @@ def golden(parity):
 
 @pytest.fixture(scope='module')
 def xomni(parity, tmp_path_factory):
-  """The golden network from two pickles, as X-Omni publishes it, tower and codebook apart."""
+  """The golden network, imported from two pickles like X-Omni's: tower and codebook."""
   import torch
 
   source = parity.golden / 'xomni_siglip_vq'
-  said = json.loads((source / 'config.json').read_text())
+  config = json.loads((source / 'config.json').read_text())
   tensors = safetensors.numpy.load_file(source / 'model.safetensors')
   folder = tmp_path_factory.mktemp('xomni')
   for name in ('visual', 'vqmodel'):
@@ -78,26 +78,26 @@ def xomni(parity, tmp_path_factory):
     torch.save({key: torch.tensor(leaf) for key, leaf in part.items()}, folder / f'{name}.pt')
   sizes = SiglipVqConfig(
     encoder=EncoderConfig(
-      said['width'], said['depth'], said['heads'], 4 * said['width'], activation='gelu'
+      config['width'], config['depth'], config['heads'], 4 * config['width'], activation='gelu'
     ),
-    table=said['position_grid'],
-    codes=said['codebook_size'],
-    width=said['codebook_dim'],
-    post_blocks=said['post_blocks'],
+    table=config['position_grid'],
+    codes=config['codebook_size'],
+    width=config['codebook_dim'],
+    post_blocks=config['post_blocks'],
   )
   return parity.load(NAME, folder, sizes=sizes)
 
 
 def _reference(model, images):
-  """Features [B, h, w, D] of GLM-Image's tower for pictures [B, H, W, 3], and their pixels."""
+  """Features [B, h, w, D] of GLM-Image's tower for images [B, H, W, 3], and their pixels."""
   import torch
 
   height, width = images.shape[1] // 16, images.shape[2] // 16
   pixels = torch.tensor(images).requires_grad_()
   order = 'B (h p) (w q) C -> (B h w) (C p q)'
   grid = torch.tensor([[1, height, width]] * len(images))
-  found = model.model.visual(einops.rearrange(pixels, order, p=16, q=16), grid_thw=grid)
-  features = found.last_hidden_state.reshape(len(images), height, width, -1)
+  outputs = model.model.visual(einops.rearrange(pixels, order, p=16, q=16), grid_thw=grid)
+  features = outputs.last_hidden_state.reshape(len(images), height, width, -1)
   return features, pixels
 
 
@@ -114,25 +114,25 @@ def test_outputs_and_gradients_equal_glm_image(parity, saved, imported, run, inp
   features, pixels = _reference(saved[0], images)
   decoded = _point(vq.post_quant_conv, vq.quantize.embedding(torch.tensor(codes)))
   theirs = (features, _point(vq.quant_conv, features), decoded)
-  draw = np.random.default_rng(1)
-  weights = [draw.standard_normal(part.shape).astype(np.float32) for part in theirs]
+  rng = np.random.default_rng(1)
+  weights = [rng.standard_normal(part.shape).astype(np.float32) for part in theirs]
 
   def total(params, images):
     parts = run(params, images, codes)
     return sum(jnp.sum(part * weight) for part, weight in zip(parts, weights)), parts
 
-  (_, ours), (of_params, of_images) = jax.jit(
+  (_, ours), (param_grads, image_grads) = jax.jit(
     jax.value_and_grad(total, argnums=(0, 1), has_aux=True)
   )(imported.params, images)
-  for part, wanted in zip(ours, theirs, strict=True):
-    parity.close(part, wanted.detach().numpy())
+  for part, expected in zip(ours, theirs, strict=True):
+    parity.assert_close(part, expected.detach().numpy())
   saved[0].zero_grad()
   sum((part * torch.tensor(weight)).sum() for part, weight in zip(theirs, weights)).backward()
-  parity.close(of_images, pixels.grad.numpy(), 1e-4)
-  parity.gradients(NAME, imported.sizes, of_params, saved[0], tmp_path / 'gradients')
+  parity.assert_close(image_grads, pixels.grad.numpy(), 1e-4)
+  parity.check_gradients(NAME, imported.sizes, param_grads, saved[0], tmp_path / 'gradients')
 
 
-def test_codes_equal_glm_image_on_drawings_and_noise(parity, saved, imported, run):
+def test_codes_equal_glm_image_on_emoji_and_noise(parity, saved, imported, run):
   import torch
 
   vq, images = saved[0].model.vqmodel, parity.renders(32, SIDE)
@@ -145,7 +145,7 @@ def test_codes_equal_glm_image_on_drawings_and_noise(parity, saved, imported, ru
     projected = _point(vq.quant_conv, features).numpy()
   ours = run(imported.params, signed, codes.reshape(-1, 4, 4))[1]
   error = np.max(np.abs(ours - projected)) / np.max(np.abs(projected))
-  parity.codes(codes, theirs.numpy(), projected, imported.params['codebook'], error)
+  parity.check_codes(codes, theirs.numpy(), projected, imported.params['codebook'], error)
   assert codes.shape == (64, codec.grid**2) and len(np.unique(codes)) > 10
 
 
@@ -153,30 +153,30 @@ def test_outputs_equal_xomni(parity, xomni, golden):
   images, network = np.moveaxis(golden['image'], 1, -1), SiglipVq(xomni.sizes)
   apply = lambda inputs, method: network.apply({'params': xomni.params}, inputs, method=method)
   features = jax.jit(lambda x: apply(x, 'features'))(images)
-  parity.close(features.reshape(golden['features'].shape), golden['features'])
+  parity.assert_close(features.reshape(golden['features'].shape), golden['features'])
   table = resample(xomni.params['position'], *golden['tokens'].shape[1:])
-  parity.close(table, golden['pos_embed_resized'][0])
+  parity.assert_close(table, golden['pos_embed_resized'][0])
   np.testing.assert_array_equal(apply(features, 'quantise'), golden['tokens'])
   decoded = jax.jit(lambda x: apply(x, 'decode'))(golden['tokens'].astype(np.int32))
-  parity.close(decoded, np.moveaxis(golden['decoded'], 1, -1))
+  parity.assert_close(decoded, np.moveaxis(golden['decoded'], 1, -1))
   assert xomni.plan.table.name.endswith('(X-Omni)') and xomni.sizes.post_blocks == 2
 
 
-def test_half_precision_stays_near(parity, imported, run, inputs):
+def test_bfloat16_stays_close_to_float32(parity, imported, run, inputs):
   network = SiglipVq(imported.sizes, jnp.bfloat16)
-  half = jax.jit(lambda p, x: network.apply({'params': p}, x, method='features'))
-  features = half(imported.params, inputs[0])
+  bfloat16 = jax.jit(lambda p, x: network.apply({'params': p}, x, method='features'))
+  features = bfloat16(imported.params, inputs[0])
   assert features.dtype == jnp.bfloat16
-  parity.close(features.astype(jnp.float32), run(imported.params, *inputs)[0], 0.05)
+  parity.assert_close(features.astype(jnp.float32), run(imported.params, *inputs)[0], 0.05)
 
 
 def test_codec_pads_with_white_and_decodes_to_features(parity, xomni):
   codec, params = SiglipVqCodec(xomni.sizes, 48), {NAME: xomni.params}
-  wide = parity.renders(1, 48)[:, 12:36]
+  crop = parity.renders(1, 48)[:, 12:36]
   square = np.full((2, 48, 48, 3), 255, np.uint8)
-  square[:, 12:36] = wide
+  square[:, 12:36] = crop
   encode = jax.jit(codec.encode)
-  np.testing.assert_array_equal(encode(params, wide), encode(params, square))
+  np.testing.assert_array_equal(encode(params, crop), encode(params, square))
   codes = encode(params, square / np.float32(255))
   np.testing.assert_array_equal(codes, encode(params, square))
   assert codec.decode(params, codes).shape == (2, 9, 64) and codec.codes == 160
@@ -185,64 +185,64 @@ def test_codec_pads_with_white_and_decodes_to_features(parity, xomni):
 def test_round_trips_are_exact_and_glm_image_opens_them(parity, saved, imported, xomni, tmp_path):
   import torch
 
-  parity.trip(NAME, saved[1], imported, tmp_path / 'out')
+  parity.check_round_trip(NAME, saved[1], imported, tmp_path / 'out')
   tensors = safetensors.numpy.load_file(tmp_path / 'out' / 'model.safetensors')
   for part in ('visual', 'vqmodel'):
     prefix = f'model.{part}.'
     state = {k.removeprefix(prefix): torch.tensor(v) for k, v in tensors.items() if prefix in k}
     getattr(saved[0].model, part).load_state_dict(state, strict=True)
-  said = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  config = json.loads((tmp_path / 'out' / 'config.json').read_text())
   vision = saved[0].config.vision_config.to_dict()
   for field in ('depth', 'num_heads', 'hidden_act', 'layer_norm_eps', 'image_size', 'patch_size'):
-    assert said['vision_config'][field] == vision[field]
-  for one in (imported, xomni):
-    folder = tmp_path / str(one.sizes.post_blocks)
-    families.save(NAME, one.sizes, one.params, folder)
-    again = parity.load(NAME, folder)
-    assert again.sizes == one.sizes and again.plan.table.name.endswith('(LLaDA2.0-Uni)')
-    jax.tree.map(np.testing.assert_array_equal, again.params, one.params)
+    assert config['vision_config'][field] == vision[field]
+  for original in (imported, xomni):
+    folder = tmp_path / str(original.sizes.post_blocks)
+    families.save(NAME, original.sizes, original.params, folder)
+    reloaded = parity.load(NAME, folder)
+    assert reloaded.sizes == original.sizes and reloaded.plan.table.name.endswith('(LLaDA2.0-Uni)')
+    jax.tree.map(np.testing.assert_array_equal, reloaded.params, original.params)
 
 
 def test_every_bias_and_norm_matters(parity, imported, run, inputs, xomni, golden):
   apply = lambda p: np.concatenate([np.ravel(part) for part in run(p, *inputs)])
-  # A key's bias shifts all logits of a query alike, which softmax doesn't see.
-  unnoticed = [p for p in parity.mutants(imported.params, apply) if not p.endswith('/k/bias')]
-  assert not unnoticed
+  # The bias of k shifts all logits of a query equally, which softmax ignores.
+  insensitive = [p for p in parity.insensitive(imported.params, apply) if not p.endswith('/k/bias')]
+  assert not insensitive
   decode = jax.jit(
     lambda post: SiglipVq(xomni.sizes).apply(
       {'params': {**xomni.params, **post}}, golden['tokens'].astype(np.int32), method='decode'
     )
   )
   post = {name: xomni.params[name] for name in ('post_0', 'post_1', 'post_quant')}
-  assert not parity.mutants(post, decode)
+  assert not parity.insensitive(post, decode)
   tanh = dataclasses.replace(imported.sizes.encoder, activation='gelu_tanh')
   network = SiglipVq(dataclasses.replace(imported.sizes, encoder=tanh))
   other = network.apply({'params': imported.params}, inputs[0], method='features')
-  wanted = run(imported.params, *inputs)[0]
-  assert np.max(np.abs(other - wanted)) / np.max(np.abs(wanted)) > 1e-4
+  expected = run(imported.params, *inputs)[0]
+  assert np.max(np.abs(other - expected)) / np.max(np.abs(expected)) > 1e-4
 
 
 @pytest.mark.parametrize('kind', ['xomni', 'glm', 'llada'])
-def test_real_size(parity, kind):
-  sizes = family.BARE if kind == 'xomni' else SiglipVqConfig()
-  plan, source, ours = parity.real(NAME, f'siglip_vq_{kind}', sizes)
+def test_published_sizes(parity, kind):
+  sizes = family.RELEASED_SIZES if kind == 'xomni' else SiglipVqConfig()
+  plan, source, ours = parity.plan_published(NAME, f'siglip_vq_{kind}', sizes)
   assert ours == TOWER + CODEBOOK + (POST if kind == 'xomni' else 0) and not plan.absent
   assert {'xomni': 'X-Omni', 'glm': 'GLM', 'llada': 'LLaDA'}[kind] in plan.table.name
   assert (source == ours) == (kind != 'glm')
   assert all('language_model' in key or 'lm_head' in key for key in plan.ignored)
-  assert family.sizes(family.published(sizes)) == sizes
+  assert family.sizes(family.config_json(sizes)) == sizes
 
 
-def test_sizes_are_read_from_each_config():
+def test_configs_of_all_three_releases_are_read():
   assert family.sizes({'vision_config': {}, 'vq_config': {}}) == SiglipVqConfig()
   encoder = {'siglip_name': 'siglip2_giant_patch16_384', 'codebook_size': 16384,
              'codebook_dim': 2048, 'z_channels': 1536}  # fmt: skip
-  assert family.sizes({'vision_config': {'encoder': encoder}}) == family.BARE
+  assert family.sizes({'vision_config': {'encoder': encoder}}) == family.RELEASED_SIZES
   for vision, words in (
     ({'encoder': {**encoder, 'siglip_name': 'other'}}, 'other'),
     ({'hidden_act': 'relu'}, 'relu'),
     ({'attention_bias': False}, 'attention_bias'),
-    ({'hidden_size': 64}, 'width 1536'),
+    ({'hidden_size': 64}, 'latent_channels is 1536'),
   ):
     with pytest.raises(UserError, match=words):
       family.sizes({'vision_config': vision, 'vq_config': {}})

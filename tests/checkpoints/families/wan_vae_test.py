@@ -1,4 +1,4 @@
-"""Wan 2.1's autoencoder as diffusers runs it on one frame, from both published layouts."""
+"""Tests of Wan 2.1's autoencoder against diffusers on one frame, in both layouts."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ pytestmark = pytest.mark.parity
 NAME = 'wan_vae'
 MEAN, DEVIATION = [0.3, -0.2, 0.1], [1.5, 0.7, 2.0]
 SMALL = {'base_dim': 8, 'z_dim': 3, 'latents_mean': MEAN, 'latents_std': DEVIATION}
-TOTAL, KEPT = 126_892_531, 44_599_603  # published parameters, and those that an image needs
+TOTAL, USED = 126_892_531, 44_599_603  # published parameters; those used for a still image
 
 
 @pytest.fixture(scope='module')
 def saved(parity, tmp_path_factory):
-  """A small reference model, redrawn, and the folder it was saved to."""
+  """A small reference model with random parameters, and its folder."""
   import diffusers
 
-  model = parity.redraw(diffusers.AutoencoderKLWan(**SMALL))
+  model = parity.randomize(diffusers.AutoencoderKLWan(**SMALL))
   folder = tmp_path_factory.mktemp('wan')
   model.save_pretrained(folder)
   return model, folder
@@ -47,7 +47,7 @@ def images():
 
 @pytest.fixture(scope='module')
 def run(imported):
-  """(params, images in [-1, 1]) -> mean and log-variance of latents, and the decoded picture."""
+  """(params, images in [-1, 1]) -> mean and log-variance of latents, and the decoded image."""
   network = KlVae(imported.sizes)
 
   def forward(params, images):
@@ -59,18 +59,18 @@ def run(imported):
 
 
 def _frame(array):
-  """[B, H, W, C] as a video of one frame."""
+  """Converts [B, H, W, C] to a video of one frame."""
   import torch
 
   return torch.tensor(np.asarray(array)).permute(0, 3, 1, 2)[:, :, None]
 
 
-def _picture(tensor):
+def _image(tensor):
   return tensor.detach()[:, :, 0].permute(0, 2, 3, 1).numpy()
 
 
 def _original(key: str) -> str:
-  """The key of Wan2.1_VAE.pth for one of diffusers, by the published numbering of both."""
+  """Converts a key of diffusers to that of Wan2.1_VAE.pth."""
   block = {'norm1': 'residual.0', 'conv1': 'residual.2', 'norm2': 'residual.3',
            'conv2': 'residual.6', 'conv_shortcut': 'shortcut'}  # fmt: skip
   if key.startswith(('quant_conv', 'post_quant_conv')):
@@ -95,32 +95,32 @@ def test_outputs_and_gradients_equal_diffusers(parity, saved, imported, images, 
   posterior = model.encode(pixels).latent_dist
   theirs = (posterior.mean, posterior.logvar, model.decode(posterior.mean).sample)
   ours = run(imported.params, signed)
-  for part, wanted in zip(ours, theirs, strict=True):
-    parity.close(part, _picture(wanted))
-  draw = np.random.default_rng(1)
-  weights = [draw.standard_normal(part.shape).astype(np.float32) for part in ours]
+  for part, expected in zip(ours, theirs, strict=True):
+    parity.assert_close(part, _image(expected))
+  rng = np.random.default_rng(1)
+  weights = [rng.standard_normal(part.shape).astype(np.float32) for part in ours]
   total = lambda p, x: sum(jnp.sum(part * weight) for part, weight in zip(run(p, x), weights))
-  of_params, of_images = jax.jit(jax.grad(total, argnums=(0, 1)))(imported.params, signed)
+  param_grads, image_grads = jax.jit(jax.grad(total, argnums=(0, 1)))(imported.params, signed)
   model.zero_grad()
   sum((part * _frame(weight)).sum() for part, weight in zip(theirs, weights)).backward()
-  parity.close(of_images, _picture(pixels.grad), 1e-4)
-  # Their gradients, read as if they were weights: slices in time that we drop have none.
+  parity.assert_close(image_grads, _image(pixels.grad), 1e-4)
+  # The reference gradients, imported like weights. Slices in time that we drop have none.
   grads = {k: np.zeros(p.shape, np.float32) if p.grad is None else p.grad.numpy()
            for k, p in model.named_parameters()}  # fmt: skip
   causal = [g for k, g in grads.items() if g.ndim == 5 and 'time_conv' not in k and g.shape[2] == 3]
   assert len(causal) > 20 and not any(g[:, :, :-1].any() for g in causal)
   assert not any(g.any() for k, g in grads.items() if 'time_conv' in k)
   safetensors.numpy.save_file(grads, tmp_path / 'model.safetensors')
-  wanted = parity.load(NAME, tmp_path, sizes=imported.sizes).params
-  largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(wanted))
+  expected = parity.load(NAME, tmp_path, sizes=imported.sizes).params
+  largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(expected))
 
-  def same(path, ours, theirs):
-    biggest = float(jnp.max(jnp.abs(theirs)))
-    error = float(jnp.max(jnp.abs(ours - theirs))) / max(biggest, 1e-9)
-    # Softmax takes no notice of a shift by the key's bias: its gradient is rounding alone.
-    assert error < 1e-4 or biggest < 1e-6 * largest, f'{path}: {error:.2e}'
+  def check(path, ours, theirs):
+    largest_entry = float(jnp.max(jnp.abs(theirs)))
+    error = float(jnp.max(jnp.abs(ours - theirs))) / max(largest_entry, 1e-9)
+    # Softmax ignores the bias of k: its gradient is only rounding error.
+    assert error < 1e-4 or largest_entry < 1e-6 * largest, f'{path}: {error:.2e}'
 
-  jax.tree_util.tree_map_with_path(same, of_params, wanted)
+  jax.tree_util.tree_map_with_path(check, param_grads, expected)
 
 
 def test_codec_normalises_each_channel(parity, saved, imported, images):
@@ -129,16 +129,14 @@ def test_codec_normalises_each_channel(parity, saved, imported, images):
   codec, params = KlVaeCodec(imported.sizes), {'image': imported.params}
   mean, deviation = np.float32(MEAN), np.float32(DEVIATION)
   with torch.no_grad():
-    latents = (
-      _picture(saved[0].encode(_frame(2 * images - 1)).latent_dist.mean) - mean
-    ) / deviation
-    decoded = _picture(saved[0].decode(_frame(latents * deviation + mean)).sample)
-  parity.close(jax.jit(codec.encode)(params, images), latents)
-  parity.close(jax.jit(codec.decode)(params, latents), 0.5 * decoded + 0.5)
+    latents = (_image(saved[0].encode(_frame(2 * images - 1)).latent_dist.mean) - mean) / deviation
+    decoded = _image(saved[0].decode(_frame(latents * deviation + mean)).sample)
+  parity.assert_close(jax.jit(codec.encode)(params, images), latents)
+  parity.assert_close(jax.jit(codec.decode)(params, latents), 0.5 * decoded + 0.5)
   assert codec.factor == 8 and codec.channels == 3
 
 
-def test_original_layout_gives_the_same_network(parity, saved, imported, tmp_path, monkeypatch):
+def test_both_layouts_give_the_same_network(parity, saved, imported, tmp_path, monkeypatch):
   import torch
 
   renamed = {_original(key): leaf for key, leaf in saved[0].state_dict().items()}
@@ -152,18 +150,18 @@ def test_original_layout_gives_the_same_network(parity, saved, imported, tmp_pat
   ):
     assert key in renamed
   torch.save(renamed, tmp_path / 'Wan2.1_VAE.pth')
-  monkeypatch.setattr(wan_vae, 'BARE', imported.sizes)  # there is no config.json
-  again = parity.load(NAME, tmp_path / 'Wan2.1_VAE.pth')
-  assert again.plan.table.name.endswith('(Wan2.1_VAE.pth)')
-  jax.tree.map(np.testing.assert_array_equal, again.params, imported.params)
+  monkeypatch.setattr(wan_vae, 'RELEASED_SIZES', imported.sizes)  # without a config.json
+  reloaded = parity.load(NAME, tmp_path / 'Wan2.1_VAE.pth')
+  assert reloaded.plan.table.name.endswith('(Wan2.1_VAE.pth)')
+  jax.tree.map(np.testing.assert_array_equal, reloaded.params, imported.params)
 
 
 def test_every_bias_and_norm_matters(parity, imported, images, run):
   signed = 2 * images - 1
   apply = lambda params: np.concatenate([np.ravel(part) for part in run(params, signed)])
-  # A key's bias shifts all logits of a query alike, which softmax doesn't see.
-  unnoticed = [p for p in parity.mutants(imported.params, apply) if not p.endswith('/k/bias')]
-  assert not unnoticed
+  # The bias of k shifts all logits of a query equally, which softmax ignores.
+  insensitive = [p for p in parity.insensitive(imported.params, apply) if not p.endswith('/k/bias')]
+  assert not insensitive
 
 
 def test_export_is_refused(imported, tmp_path):
@@ -172,23 +170,23 @@ def test_export_is_refused(imported, tmp_path):
 
 
 @pytest.mark.parametrize('rename', [lambda key: key, _original], ids=['diffusers', 'original'])
-def test_real_size(parity, rename, monkeypatch):
+def test_published_sizes(parity, rename, monkeypatch):
   read = json.load
   monkeypatch.setattr(json, 'load', lambda file: {rename(k): v for k, v in read(file).items()})
-  plan, source, ours = parity.real(NAME, 'wan_vae', wan_vae.BARE)
-  assert (source, ours) == (TOTAL, KEPT) and not plan.absent
+  plan, source, ours = parity.plan_published(NAME, 'wan_vae', wan_vae.RELEASED_SIZES)
+  assert (source, ours) == (TOTAL, USED) and not plan.absent
   assert len(plan.ignored) == 8 and all('time_conv' in key for key in plan.ignored)
 
 
 def test_sizes_come_from_the_config_or_the_family(parity, saved, imported):
   assert parity.load(NAME, saved[1]).sizes == imported.sizes
-  assert wan_vae.sizes(wan_vae.published(imported.sizes)) == imported.sizes
-  assert wan_vae.BARE.channels == 16 and len(wan_vae.BARE.shift) == 16
+  assert wan_vae.sizes(wan_vae.config_json(imported.sizes)) == imported.sizes
+  assert wan_vae.RELEASED_SIZES.channels == 16 and len(wan_vae.RELEASED_SIZES.shift) == 16
   for change in ({'is_residual': True}, {'patch_size': 2}, {'decoder_base_dim': 16}):
     with pytest.raises(UserError, match=next(iter(change))):
       wan_vae.sizes({**SMALL, **change})
   other = dataclasses.replace(
     imported.sizes, body=dataclasses.replace(imported.sizes.body, groups=8)
   )
-  with pytest.raises(UserError, match="nothing fills our '.*bias'"):
+  with pytest.raises(UserError, match="no tensor fills our '.*bias'"):
     parity.load(NAME, saved[1], sizes=other)

@@ -1,7 +1,7 @@
-"""Families of published networks: how each one's config.json, tensors and sizes map to ours.
+"""Families of published networks: maps their config.json and tensors to our sizes and parameters.
 
-A family is a module of this package with the attributes of `Family`; checkpoints/tables holds the
-key layouts, which are data.
+A family is a module of this package with the attributes of `Family`. The key layouts are in
+checkpoints/tables.
 """
 
 from __future__ import annotations
@@ -37,52 +37,52 @@ FAMILIES = (
 
 
 class Family(Protocol):
-  """What a module of this package offers.
+  """Interface of a module of this package.
 
   Attributes:
-    LAYOUTS: the key layouts that it is published in; exports are written in the first.
-    STEM: how the names of exported files begin.
-    Sizes: the frozen dataclass that holds the sizes of one network of the family.
+    LAYOUTS: key layouts of published weights; exports use the first.
+    STEM: stem of exported file names.
+    Sizes: frozen dataclass of a network's sizes.
 
-  A family may have `FREE`, too: fields of its sizes that no published tensor depends on; and, where
-  a network is published without a config.json, its sizes as `BARE`.
+  Two attributes are optional. `FREE` lists fields of the sizes on which no published tensor
+  depends. `RELEASED_SIZES` are the sizes of a network that was released without a config.json.
   """
 
   LAYOUTS: tuple[Table, ...]
   STEM: str
   Sizes: type
 
-  def sizes(self, published: Mapping[str, Any]) -> Any:
-    """Our sizes from config.json.
+  def sizes(self, config: Mapping[str, Any]) -> Any:
+    """Converts config.json to our sizes.
 
     Raises:
       KeyError: a field is missing.
-      UserError: the network differs from ours in a way that sizes can't express.
+      UserError: our implementation doesn't support the network.
     """
     ...
 
-  def published(self, sizes: Any) -> dict[str, Any]:
-    """A config.json that the reference library opens."""
+  def config_json(self, sizes: Any) -> dict[str, Any]:
+    """Makes a config.json for the reference library."""
     ...
 
   def init(self, sizes: Any, rng: Array) -> Params:
-    """Fresh parameters; only their shapes are used."""
+    """Initializes parameters; only their shapes are used."""
     ...
 
   def axes(self, sizes: Any) -> dict[str, int]:
-    """Sizes of axes that an export can't see in our leaves, such as the side of a patch."""
+    """Sizes of axes that an export can't infer from our leaves, such as the side of a patch."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-  """A published network in our hands.
+  """An imported network.
 
   Attributes:
-    family: its name.
+    family: name of the family.
     sizes: of the network.
     params: its parameters.
-    plan: which tensor went where, and what was left out.
+    plan: destination of each source tensor, and unused tensors.
   """
 
   family: str
@@ -92,10 +92,10 @@ class Imported:
 
 
 def get(name: str) -> Family:
-  """The module of a family.
+  """Imports the module of a family.
 
   Raises:
-    UserError: there is none of this name.
+    UserError: the family is unknown.
   """
   if name not in FAMILIES:
     raise UserError(f"unknown family '{name}'{nearest(name, FAMILIES)}")
@@ -108,17 +108,17 @@ def load(
   place: Callable[[Params], Params] | None = None,
   sizes: Any = None,
 ) -> Imported:
-  """Reads a published network.
+  """Loads a published network.
 
   Args:
     name: of the family.
-    source: its weights.
-    place: gives the abstract parameters their shardings (None: one device).
-    sizes: of the network (None: from the config.json beside the weights, or the family's `BARE`
-      where there is none).
+    source: the weights.
+    place: adds shardings to the abstract parameters (None: one device).
+    sizes: of the network (None: from the source's config.json, else the family's
+      `RELEASED_SIZES`).
 
   Raises:
-    UserError: nothing says the sizes, or the weights don't fit.
+    UserError: the sizes are unknown, or the weights don't fit them.
   """
   family = get(name)
   if sizes is None:
@@ -131,13 +131,13 @@ def load(
 
 
 def save(name: str, sizes: Any, params: Params, folder: Path, **options: Any) -> list[str]:
-  """Writes a network in the first layout of its family; see `convert.export` for the rest."""
+  """Exports a network in the first layout of its family; see `convert.export` for `options`."""
   family = get(name)
   return convert.export(
     params,
     family.LAYOUTS[0],
     folder,
-    family.published(sizes),
+    family.config_json(sizes),
     axes=family.axes(sizes),
     stem=family.STEM,
     **options,
@@ -145,36 +145,35 @@ def save(name: str, sizes: Any, params: Params, folder: Path, **options: Any) ->
 
 
 def _abstract(family: Family, name: str, sizes: Any) -> Params:
-  """The parameters of a network of these sizes, in shapes alone."""
+  """Abstract parameters of a network of these sizes."""
   try:
     return jax.eval_shape(lambda key: family.init(sizes, key), jax.random.key(0))
   except UserError:
     raise
-  # What sizes that don't fit each other end in depends on the network.
+  # Inconsistent sizes raise different exceptions, depending on the network.
   except Exception as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(
-      f'no {name} has these sizes: {sizes} ({reason}): get its config again'
-    ) from error
+    raise UserError(f'invalid sizes of {name}: {sizes} ({reason}): get its config again') from error
 
 
 def _sizes(family: Family, name: str, source: Source) -> Any:
-  if not source.config and hasattr(family, 'BARE'):
-    return family.BARE
+  if not source.config and hasattr(family, 'RELEASED_SIZES'):
+    return family.RELEASED_SIZES
   if not source.config:
     raise UserError(
-      f"'{source.path}' has no config.json beside it, which gives the sizes of {name}"
+      f"'{source.path}' has no config.json in its folder, which gives the sizes of {name}: get it "
+      'too'
     )
   try:
-    found = family.sizes(source.config)
-    return build_section(type(found), to_dict(found))  # Checks every value's type.
+    sizes = family.sizes(source.config)
+    return build_section(type(sizes), to_dict(sizes))  # Checks every value's type.
   except KeyError as error:
     raise UserError(
       f"config.json of '{source.path}' lacks {error}, which {name} needs: is it of another family?"
     ) from error
   except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-    # Sizes are computed from fields, whose values may be of any kind.
+    # The fields from which sizes are computed may have any value.
     reason = ' '.join(str(error).split())
     raise UserError(
-      f"config.json of '{source.path}' gives {name} sizes that can't be ({reason}): get it again"
+      f"config.json of '{source.path}' gives invalid sizes of {name} ({reason}): get it again"
     ) from error

@@ -1,4 +1,4 @@
-"""CLIP, both towers, as transformers' CLIPModel."""
+"""CLIP, both towers (transformers' CLIPModel)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vpe_jax.models.clip import Clip, ClipConfig
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = ClipConfig
-# transformers leaves out what equals its defaults.
+# transformers' defaults, which its config.json omits.
 _TOWER = {'num_hidden_layers': 12, 'layer_norm_eps': 1e-5, 'hidden_act': 'quick_gelu'}
 _VISION = {
   **_TOWER,
@@ -34,29 +34,29 @@ _TEXT = {
   'max_position_embeddings': 77,
   'eos_token_id': 49407,
 }
-_LARGEST = 2  # an eos_token_id that transformers reads as: the largest id of the row
+_LARGEST = 2  # with this eos_token_id, transformers takes the largest id of a sequence instead
 
 
-def sizes(published: Mapping[str, Any]) -> ClipConfig:
+def sizes(config: Mapping[str, Any]) -> ClipConfig:
   """Our sizes from config.json."""
-  vision = {**_VISION, **published['vision_config']}
-  text = {**_TEXT, **published['text_config']}
+  vision = {**_VISION, **config['vision_config']}
+  text = {**_TEXT, **config['text_config']}
   end = text['eos_token_id']
   if not isinstance(end, int):
-    raise UserError(f'eos_token_id is {end}: our text tower reads at one end token')
+    raise UserError(f'eos_token_id is {end}: our text tower supports a single end token')
   return ClipConfig(
     image_size=encoders.side(vision, 'image_size'),
     patch=encoders.side(vision, 'patch_size'),
     vocabulary=text['vocab_size'],
     text_length=text['max_position_embeddings'],
     end=None if end == _LARGEST else end,
-    width=published.get('projection_dim', 512),
+    width=config.get('projection_dim', 512),
     vision=encoders.tower(vision),
     text=encoders.tower(text),
   )
 
 
-def published(sizes: ClipConfig) -> dict[str, Any]:
+def config_json(sizes: ClipConfig) -> dict[str, Any]:
   """A config.json for CLIPModel."""
   vision = {'image_size': sizes.image_size, 'patch_size': sizes.patch}
   text = {

@@ -1,4 +1,4 @@
-"""What families with Qwen2's or Llama's layers read from config.json, and write."""
+"""Conversion of config.json for families with Qwen2's or Llama's layers."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ _SCALING = {
 
 
 def language_model(
-  published: Mapping[str, Any], defaults: Mapping[str, Any], qkv_bias: bool
+  config: Mapping[str, Any], defaults: Mapping[str, Any], qkv_bias: bool
 ) -> DecoderConfig:
-  """Sizes of a language model from its config.json.
+  """Converts config.json to the sizes of a language model.
 
   Args:
-    published: config.json.
-    defaults: of fields that the reference library may leave out.
+    config: config.json.
+    defaults: defaults of the reference library, for fields that are missing.
     qkv_bias: whether q, k and v have a bias.
 
   Raises:
     KeyError: a field is missing.
-    UserError: the layers differ from ours.
+    UserError: our implementation doesn't support the layers.
   """
-  said = {**defaults, **published}
+  fields = {**defaults, **config}
   return DecoderConfig(
-    vocabulary=said['vocab_size'],
-    body=body(said, qkv_bias),
-    tied=said['tie_word_embeddings'],
-    context=said['max_position_embeddings'],
+    vocabulary=fields['vocab_size'],
+    body=body(fields, qkv_bias),
+    tied=fields['tie_word_embeddings'],
+    context=fields['max_position_embeddings'],
   )
 
 
 def language_model_fields(sizes: DecoderConfig) -> dict[str, Any]:
-  """The fields that `language_model` reads."""
+  """Inverse of `language_model`: the fields of config.json."""
   return {
     **body_fields(sizes.body),
     'vocab_size': sizes.vocabulary,
@@ -51,39 +51,39 @@ def language_model_fields(sizes: DecoderConfig) -> dict[str, Any]:
   }
 
 
-def body(said: Mapping[str, Any], qkv_bias: bool) -> TransformerConfig:
-  """Sizes of the layers, from the fields of transformers' Qwen2Config and LlamaConfig.
+def body(fields: Mapping[str, Any], qkv_bias: bool) -> TransformerConfig:
+  """Converts fields of transformers' Qwen2Config or LlamaConfig to the sizes of the layers.
 
   Args:
-    said: the fields, defaults filled in.
+    fields: of config.json, with defaults filled in.
     qkv_bias: whether q, k and v have a bias.
 
   Raises:
     KeyError: a field is missing.
-    UserError: another activation or stretch of the rotary frequencies than ours.
+    UserError: our implementation doesn't support the activation or the RoPE scaling.
   """
-  if said.get('hidden_act', 'silu') != 'silu':
-    raise UserError(f"the layers use '{said['hidden_act']}', ours silu")
-  # transformers 5 writes both in rope_parameters, earlier versions apart.
-  rope = said.get('rope_parameters') or {}
-  scaling = rope if rope else said.get('rope_scaling')
-  heads = said['num_attention_heads']
+  if fields.get('hidden_act', 'silu') != 'silu':
+    raise UserError(f"hidden_act is '{fields['hidden_act']}': our layers use silu")
+  # transformers 5 writes theta and scaling in rope_parameters, earlier versions in two fields.
+  rope = fields.get('rope_parameters') or {}
+  scaling = rope if rope else fields.get('rope_scaling')
+  heads = fields['num_attention_heads']
   return TransformerConfig(
-    width=said['hidden_size'],
-    mlp=said['intermediate_size'],
-    layers=said['num_hidden_layers'],
+    width=fields['hidden_size'],
+    mlp=fields['intermediate_size'],
+    layers=fields['num_hidden_layers'],
     heads=heads,
-    kv_heads=said.get('num_key_value_heads') or heads,
-    head_width=said.get('head_dim') or said['hidden_size'] // heads,
-    rope_theta=float(rope['rope_theta'] if 'rope_theta' in rope else said['rope_theta']),
-    rope_scaling=stretch(scaling),
+    kv_heads=fields.get('num_key_value_heads') or heads,
+    head_width=fields.get('head_dim') or fields['hidden_size'] // heads,
+    rope_theta=float(rope['rope_theta'] if 'rope_theta' in rope else fields['rope_theta']),
+    rope_scaling=rope_scaling(scaling),
     qkv_bias=qkv_bias,
-    eps=said['rms_norm_eps'],
+    eps=fields['rms_norm_eps'],
   )
 
 
 def body_fields(body: TransformerConfig) -> dict[str, Any]:
-  """The fields that `body` reads."""
+  """Inverse of `body`: the fields of config.json."""
   scaling = body.rope_scaling
   return {
     'hidden_size': body.width,
@@ -93,26 +93,27 @@ def body_fields(body: TransformerConfig) -> dict[str, Any]:
     'num_key_value_heads': body.kv_heads,
     'head_dim': body.head_width,
     'rope_theta': body.rope_theta,
-    'rope_scaling': None if scaling is None else {'rope_type': 'llama3', **stretch_fields(scaling)},
+    'rope_scaling': scaling and {'rope_type': 'llama3', **rope_scaling_fields(scaling)},
     'rms_norm_eps': body.eps,
     'hidden_act': 'silu',
   }
 
 
-def stretch(said: Mapping[str, Any] | None) -> RopeScaling | None:
-  """The stretch of the rotary frequencies; None where there is none.
+def rope_scaling(fields: Mapping[str, Any] | None) -> RopeScaling | None:
+  """Converts the RoPE scaling in config.json; None for no scaling.
 
   Raises:
-    UserError: it is none of Llama 3's.
+    UserError: the type of scaling is not 'llama3'.
   """
-  kind = (said or {}).get('rope_type', (said or {}).get('type', 'llama3' if said else 'default'))
+  default = 'llama3' if fields else 'default'
+  kind = (fields or {}).get('rope_type', (fields or {}).get('type', default))
   if kind == 'default':
     return None
   if kind != 'llama3':
-    raise UserError(f"the rotary frequencies are stretched as '{kind}', ours only as 'llama3'")
-  return RopeScaling(**{ours: said[theirs] for ours, theirs in _SCALING.items()})
+    raise UserError(f"the type of RoPE scaling is '{kind}': our layers support only 'llama3'")
+  return RopeScaling(**{ours: fields[theirs] for ours, theirs in _SCALING.items()})
 
 
-def stretch_fields(scaling: RopeScaling) -> dict[str, Any]:
-  """The fields that `stretch` reads, but for the kind."""
+def rope_scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
+  """Inverse of `rope_scaling`, without the type."""
   return {theirs: getattr(scaling, ours) for ours, theirs in _SCALING.items()}

@@ -1,4 +1,4 @@
-"""DINOv2, small to giant, as transformers' Dinov2Model."""
+"""DINOv2, small to giant (transformers' Dinov2Model)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vpe_jax.models.vit import EncoderConfig
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = Dinov2Config
-# transformers leaves out what equals its defaults.
+# transformers' defaults, which its config.json omits.
 _DEFAULTS = {
   'hidden_size': 768,
   'num_hidden_layers': 12,
@@ -30,39 +30,42 @@ _DEFAULTS = {
 }
 
 
-def sizes(published: Mapping[str, Any]) -> Dinov2Config:
+def sizes(config: Mapping[str, Any]) -> Dinov2Config:
   """Our sizes from config.json."""
-  said = {**_DEFAULTS, **published}
-  if not said.get('qkv_bias', True):
-    raise UserError('qkv_bias is off: our layers have biases on q, k and v')
-  gated = said['use_swiglu_ffn']
-  width = said['hidden_size']
-  hidden = int(width * said['mlp_ratio'])
+  fields = {**_DEFAULTS, **config}
+  if not fields.get('qkv_bias', True):
+    raise UserError('qkv_bias is false: our layers have biases on q, k and v')
+  gated = fields['use_swiglu_ffn']
+  width = fields['hidden_size']
+  hidden = int(width * fields['mlp_ratio'])
   encoder = EncoderConfig(
     width=width,
-    layers=said['num_hidden_layers'],
-    heads=said['num_attention_heads'],
+    layers=fields['num_hidden_layers'],
+    heads=fields['num_attention_heads'],
     mlp=_hidden(hidden, gated),
-    eps=said['layer_norm_eps'],
-    activation='swiglu' if gated else encoders.activation(said['hidden_act']),
+    eps=fields['layer_norm_eps'],
+    activation='swiglu' if gated else encoders.activation(fields['hidden_act']),
     layer_scale=True,
   )
-  image, patch = encoders.side(said, 'image_size'), encoders.side(said, 'patch_size')
+  image, patch = encoders.side(fields, 'image_size'), encoders.side(fields, 'patch_size')
   return Dinov2Config(image, patch, encoder)
 
 
-def published(sizes: Dinov2Config) -> dict[str, Any]:
+def config_json(sizes: Dinov2Config) -> dict[str, Any]:
   """A config.json for Dinov2Model.
 
   Raises:
-    UserError: its config can't express the width of the MLP.
+    UserError: Dinov2Config can't express the width of the MLP.
   """
   encoder = sizes.encoder
   gated = encoder.activation == 'swiglu'
-  # transformers says the width of an MLP as a multiple, before a gate takes a third of it.
+  # transformers gives the MLP width as a multiple of the model width, before the reduction to two
+  # thirds for a gated MLP.
   ratio = next((n for n in range(1, 17) if _hidden(encoder.width * n, gated) == encoder.mlp), None)
   if ratio is None:
-    raise UserError(f'an MLP of {encoder.mlp} is no whole multiple of the width {encoder.width}')
+    raise UserError(
+      f'the MLP width {encoder.mlp} is not an integer multiple of the model width {encoder.width}'
+    )
   return {
     'architectures': ['Dinov2Model'],
     'model_type': 'dinov2',
@@ -75,7 +78,7 @@ def published(sizes: Dinov2Config) -> dict[str, Any]:
     'layer_norm_eps': encoder.eps,
     'image_size': sizes.image_size,
     'patch_size': sizes.patch,
-    # Our encoder has none: it serves training alone.
+    # Our encoder has no mask token, which is only used in training.
     'use_mask_token': False,
   }
 
@@ -92,5 +95,5 @@ def axes(sizes: Dinov2Config) -> dict[str, int]:
 
 
 def _hidden(multiple: int, gated: bool) -> int:
-  """Hidden width of the MLP: a gated one has two thirds, rounded up to a multiple of 8."""
+  """Hidden width of the MLP; for a gated MLP two thirds, rounded up to a multiple of 8."""
   return (int(multiple * 2 / 3) + 7) // 8 * 8 if gated else multiple

@@ -1,4 +1,4 @@
-"""What families with the layers of models/vit.py read from config.json, and write."""
+"""Conversion of config.json for families with the layers of models/vit.py."""
 
 from __future__ import annotations
 
@@ -14,54 +14,54 @@ _ACTIVATIONS = {'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'quick_gelu': 
 
 
 def activation(name: str) -> str:
-  """Our name of an activation.
+  """Converts transformers' name of an activation to ours.
 
   Raises:
-    UserError: our layers don't have it.
+    UserError: our layers don't support it.
   """
   if name not in _ACTIVATIONS:
-    raise UserError(f"the layers use '{name}', which ours lack{nearest(name, _ACTIVATIONS)}")
+    raise UserError(f"unsupported activation '{name}'{nearest(name, _ACTIVATIONS)}")
   return _ACTIVATIONS[name]
 
 
 def activation_field(name: str) -> str:
-  """The name that `activation` reads."""
+  """Inverse of `activation`: transformers' name."""
   return next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == name)
 
 
-def side(said: Mapping[str, Any], field: str) -> int:
-  """A side in pixels of something square.
+def side(fields: Mapping[str, Any], field: str) -> int:
+  """The side, in pixels, of a square image or patch.
 
   Raises:
-    UserError: it has two sides.
+    UserError: the field is not a single integer.
   """
-  if not isinstance(said[field], int):
-    raise UserError(f'{field} is {said[field]}: ours is square, one number')
-  return said[field]
+  if not isinstance(fields[field], int):
+    raise UserError(f'{field} is {fields[field]}: only squares are supported, given by one integer')
+  return fields[field]
 
 
-def tower(said: Mapping[str, Any]) -> EncoderConfig:
-  """Sizes of the layers, from the fields that SigLIP's and CLIP's towers share.
+def tower(fields: Mapping[str, Any]) -> EncoderConfig:
+  """Converts the fields of a SigLIP or CLIP tower to the sizes of its layers.
 
   Args:
-    said: the fields, defaults filled in.
+    fields: of config.json, with defaults filled in.
 
   Raises:
     KeyError: a field is missing.
-    UserError: the activation is none of ours.
+    UserError: our layers don't support the activation.
   """
   return EncoderConfig(
-    width=said['hidden_size'],
-    layers=said['num_hidden_layers'],
-    heads=said['num_attention_heads'],
-    mlp=said['intermediate_size'],
-    eps=said['layer_norm_eps'],
-    activation=activation(said['hidden_act']),
+    width=fields['hidden_size'],
+    layers=fields['num_hidden_layers'],
+    heads=fields['num_attention_heads'],
+    mlp=fields['intermediate_size'],
+    eps=fields['layer_norm_eps'],
+    activation=activation(fields['hidden_act']),
   )
 
 
 def tower_fields(tower: EncoderConfig) -> dict[str, Any]:
-  """The fields that `tower` reads."""
+  """Inverse of `tower`: the fields of config.json."""
   return {
     'hidden_size': tower.width,
     'num_hidden_layers': tower.layers,

@@ -20,32 +20,33 @@ init = llamagen_vq.init
 axes = llamagen_vq.axes
 
 
-def sizes(published: Mapping[str, Any]) -> VqGanConfig:
-  """Our sizes from the published config.yaml, or a config.json with its names.
+def sizes(config: Mapping[str, Any]) -> VqGanConfig:
+  """Our sizes from the published config.yaml, or from a config.json with the same fields.
 
-  Fields of the convolutional body may stand in a section `ddconfig`, as published, or outside.
+  Fields of the convolutional body may be in a section `ddconfig`, as published, or at the top
+  level.
   """
-  published = {**published, **published.get('ddconfig', {})}
+  config = {**config, **config.get('ddconfig', {})}
   for field, ours in _FIXED.items():
-    if published.get(field, ours) != ours:
-      raise UserError(f"the tokenizer has {field} '{published[field]}', ours {ours}")
-  if published['ch_mult'][0] != 1:
-    raise UserError(f'the tokenizer has ch_mult {published["ch_mult"]}, ours begins with 1')
-  widths = tuple(published['ch'] * factor for factor in published['ch_mult'])
-  sides = [published['resolution'] // 2**level for level in range(len(widths))]
+    if config.get(field, ours) != ours:
+      raise UserError(f"{field} is '{config[field]}': our tokenizer supports only {ours}")
+  if config['ch_mult'][0] != 1:
+    raise UserError(f'ch_mult is {config["ch_mult"]}: it must begin with 1 in our tokenizer')
+  widths = tuple(config['ch'] * factor for factor in config['ch_mult'])
+  sides = [config['resolution'] // 2**level for level in range(len(widths))]
   body = PyramidConfig(
     widths=widths,
-    blocks=published['num_res_blocks'],
-    outputs=published['z_channels'],
-    inputs=published['z_channels'],
-    attention=tuple(i for i, side in enumerate(sides) if side in published['attn_resolutions']),
+    blocks=config['num_res_blocks'],
+    outputs=config['z_channels'],
+    inputs=config['z_channels'],
+    attention=tuple(i for i, side in enumerate(sides) if side in config['attn_resolutions']),
     fine_first=True,
   )
-  return VqGanConfig(body, published['n_embed'], published['embed_dim'], normed=False)
+  return VqGanConfig(body, config['n_embed'], config['embed_dim'], normed=False)
 
 
-def published(sizes: VqGanConfig) -> dict[str, Any]:
-  """A config.json with the names of the published config.yaml."""
+def config_json(sizes: VqGanConfig) -> dict[str, Any]:
+  """A config.json with the fields of the published config.yaml."""
   body = sizes.body
   resolution = 16 * body.factor
   return {
@@ -62,8 +63,8 @@ def published(sizes: VqGanConfig) -> dict[str, Any]:
   }
 
 
-# For model.ckpt without the config.yaml beside it.
-BARE = sizes(
+# For model.ckpt without config.yaml.
+RELEASED_SIZES = sizes(
   {
     'ch': 256,
     'ch_mult': [1, 1, 2, 2, 4],

@@ -1,4 +1,4 @@
-"""KL autoencoders of FLUX.1, Stable Diffusion 3 and SDXL, as diffusers' AutoencoderKL."""
+"""KL autoencoders of FLUX.1, Stable Diffusion 3 and SDXL (diffusers' AutoencoderKL)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vpe_jax.contracts import Array, Params, UserError
 LAYOUTS = table.LAYOUTS
 STEM = 'diffusion_pytorch_model'
 Sizes = KlVaeConfig
-# diffusers' own; a config that says otherwise is of a network that ours is not.
+# Fields for which we support only diffusers' default.
 _FIXED = {
   'act_fn': 'silu',
   'latents_mean': None,
@@ -25,34 +25,36 @@ _FIXED = {
 }
 
 
-def sizes(published: Mapping[str, Any]) -> KlVaeConfig:
+def sizes(config: Mapping[str, Any]) -> KlVaeConfig:
   """Our sizes from config.json."""
   for field, ours in _FIXED.items():
-    if published.get(field, ours) != ours:
-      raise UserError(f"the autoencoder has {field} '{published[field]}', ours {ours}")
+    if config.get(field, ours) != ours:
+      raise UserError(f"{field} is '{config[field]}': our autoencoder supports only {ours}")
   for field, ours in (('down', 'DownEncoderBlock2D'), ('up', 'UpDecoderBlock2D')):
-    kinds = set(published[f'{field}_block_types'])
+    kinds = set(config[f'{field}_block_types'])
     if kinds != {ours}:
-      raise UserError(f"the autoencoder has {field}_block_types '{sorted(kinds)}', ours {ours}")
-  channels = published.get('latent_channels', 4)
+      raise UserError(
+        f"{field}_block_types are '{sorted(kinds)}': our autoencoder supports only {ours}"
+      )
+  channels = config.get('latent_channels', 4)
   body = PyramidConfig(
-    widths=tuple(published['block_out_channels']),
-    blocks=published.get('layers_per_block', 1),
+    widths=tuple(config['block_out_channels']),
+    blocks=config.get('layers_per_block', 1),
     outputs=2 * channels,
     inputs=channels,
-    middle=published.get('mid_block_add_attention', True),
-    groups=published.get('norm_num_groups', 32),
+    middle=config.get('mid_block_add_attention', True),
+    groups=config.get('norm_num_groups', 32),
   )
   return KlVaeConfig(
     body=body,
-    quant=published.get('use_quant_conv', True),
-    post_quant=published.get('use_post_quant_conv', True),
-    shift=(published.get('shift_factor') or 0.0,),
-    scale=(published.get('scaling_factor', 0.18215),),
+    quant=config.get('use_quant_conv', True),
+    post_quant=config.get('use_post_quant_conv', True),
+    shift=(config.get('shift_factor') or 0.0,),
+    scale=(config.get('scaling_factor', 0.18215),),
   )
 
 
-def published(sizes: KlVaeConfig) -> dict[str, Any]:
+def config_json(sizes: KlVaeConfig) -> dict[str, Any]:
   """A config.json for AutoencoderKL."""
   body = sizes.body
   levels = len(body.widths)
@@ -80,6 +82,6 @@ def init(sizes: KlVaeConfig, rng: Array) -> Params:
 
 
 def axes(sizes: KlVaeConfig) -> dict[str, int]:
-  """All axes show in our leaves."""
+  """No axes: an export infers all sizes from our leaves."""
   del sizes
   return {}

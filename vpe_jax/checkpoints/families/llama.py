@@ -1,4 +1,4 @@
-"""Llama 3, as transformers' LlamaForCausalLM; output tied or not."""
+"""Llama 3 with tied or untied output head (transformers' LlamaForCausalLM)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vpe_jax.models.decoder import Decoder, DecoderConfig
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = DecoderConfig
-# transformers leaves out what equals its defaults.
+# transformers' defaults, which its config.json omits.
 _DEFAULTS = {
   'rope_theta': 1e4,
   'rms_norm_eps': 1e-6,
@@ -22,15 +22,15 @@ _DEFAULTS = {
 }
 
 
-def sizes(published: Mapping[str, Any]) -> DecoderConfig:
+def sizes(config: Mapping[str, Any]) -> DecoderConfig:
   """Our sizes from config.json."""
   for field in ('attention_bias', 'mlp_bias'):
-    if published.get(field):
-      raise UserError(f'{field} is on: our layers have no such bias')
-  return decoders.language_model(published, _DEFAULTS, qkv_bias=False)
+    if config.get(field):
+      raise UserError(f'{field} is true: our layers have no such bias')
+  return decoders.language_model(config, _DEFAULTS, qkv_bias=False)
 
 
-def published(sizes: DecoderConfig) -> dict[str, Any]:
+def config_json(sizes: DecoderConfig) -> dict[str, Any]:
   """A config.json for LlamaForCausalLM."""
   return {
     'architectures': ['LlamaForCausalLM'],
@@ -45,6 +45,6 @@ def init(sizes: DecoderConfig, rng: Array) -> Params:
 
 
 def axes(sizes: DecoderConfig) -> dict[str, int]:
-  """None: all axes show in our leaves."""
+  """No axes: an export infers all sizes from our leaves."""
   del sizes
   return {}

@@ -1,18 +1,18 @@
 """LlamaGen's class-conditional GPT, B to XXL (arXiv 2406.06525).
 
 The release is a pickled state dict without a config.json; copies on the hub have one with the
-fields of the original's ModelArgs. These are the fields that we read and write; those with a
-default may be left out:
+fields of LlamaGen's ModelArgs. We read and write these fields; those with a default, given in
+parentheses, are optional:
 
   dim, n_layer, n_head, n_kv_head (n_head), norm_eps (1e-5), rope_base (1e4)
-  ffn_hidden: hidden width of the MLP; by default what the original makes of dim,
-    ffn_dim_multiplier (none) and multiple_of (256)
+  ffn_hidden: hidden width of the MLP; by default computed from dim, ffn_dim_multiplier (none) and
+    multiple_of (256) as in the original
   num_classes (1000): without the null class
   vocab_size (16384): entries of the codebook
-  block_size: codes of a picture, a square number: 256 at 256 pixels, 576 at 384
+  block_size: codes per image, a square number: 256 at 256 pixels, 576 at 384
   class_turn (zero): `zero` or `identity`, see LlamaGenConfig; all releases have zero
 
-Models that read text (model_type `t2i`) are refused.
+Text-conditional models (model_type `t2i`) are refused.
 """
 
 from __future__ import annotations
@@ -40,35 +40,36 @@ _DEFAULTS = {
 }
 
 
-def sizes(published: Mapping[str, Any]) -> LlamaGenConfig:
+def sizes(config: Mapping[str, Any]) -> LlamaGenConfig:
   """Our sizes from a config.json with the fields above."""
-  said = {**_DEFAULTS, **published}
-  if said.get('model_type') == 't2i' or said['cls_token_num'] != 1:
-    raise UserError('this LlamaGen reads text (t2i): ours reads a class, one token')
-  side = math.isqrt(said['block_size'])
-  if side**2 != said['block_size']:
-    raise UserError(f'block_size {said["block_size"]} is no square number of codes')
-  if said['class_turn'] not in ('zero', 'identity'):
-    raise UserError(f"class_turn is '{said['class_turn']}': it must be 'zero' or 'identity'")
-  heads = said['n_head']
+  fields = {**_DEFAULTS, **config}
+  if fields.get('model_type') == 't2i' or fields['cls_token_num'] != 1:
+    raise UserError('this LlamaGen is conditioned on text (t2i): ours on a class, one token')
+  side = math.isqrt(fields['block_size'])
+  if side**2 != fields['block_size']:
+    raise UserError(f'block_size is {fields["block_size"]}: it must be a square number')
+  if fields['class_turn'] not in ('zero', 'identity'):
+    raise UserError(f"class_turn is '{fields['class_turn']}': it must be 'zero' or 'identity'")
+  heads = fields['n_head']
   body = TransformerConfig(
-    width=said['dim'],
-    mlp=said.get('ffn_hidden') or _hidden(said),
-    layers=said['n_layer'],
+    width=fields['dim'],
+    mlp=fields.get('ffn_hidden') or _hidden(fields),
+    layers=fields['n_layer'],
     heads=heads,
-    kv_heads=said.get('n_kv_head') or heads,
-    head_width=said['dim'] // heads,
-    rope_theta=float(said['rope_base']),
+    kv_heads=fields.get('n_kv_head') or heads,
+    head_width=fields['dim'] // heads,
+    rope_theta=float(fields['rope_base']),
     qkv_bias=False,
-    eps=said['norm_eps'],
+    eps=fields['norm_eps'],
     rope_adjacent=True,
   )
   if body.head_width % 4:
-    raise UserError(f'a head of width {body.head_width} has no pairs for rows and columns alike')
-  return LlamaGenConfig(said['num_classes'], said['vocab_size'], side, body, said['class_turn'])
+    raise UserError(f'the head width is {body.head_width}: 2-D RoPE needs a multiple of 4')
+  classes, codes = fields['num_classes'], fields['vocab_size']
+  return LlamaGenConfig(classes, codes, side, body, fields['class_turn'])
 
 
-def published(sizes: LlamaGenConfig) -> dict[str, Any]:
+def config_json(sizes: LlamaGenConfig) -> dict[str, Any]:
   """A config.json with the fields above."""
   body = sizes.body
   return {
@@ -93,13 +94,13 @@ def init(sizes: LlamaGenConfig, rng: Array) -> Params:
 
 
 def axes(sizes: LlamaGenConfig) -> dict[str, int]:
-  """None: all axes show in our leaves."""
+  """No axes: an export infers all sizes from our leaves."""
   del sizes
   return {}
 
 
-def _hidden(said: Mapping[str, Any]) -> int:
-  """The original's hidden width: two thirds of 4 dim, scaled and rounded up."""
-  hidden = int((said.get('ffn_dim_multiplier') or 1) * int(8 * said['dim'] / 3))
-  multiple = said['multiple_of']
+def _hidden(fields: Mapping[str, Any]) -> int:
+  """Default hidden width of the MLP: two thirds of 4 dim, scaled and rounded up."""
+  hidden = int((fields.get('ffn_dim_multiplier') or 1) * int(8 * fields['dim'] / 3))
+  multiple = fields['multiple_of']
   return -(-hidden // multiple) * multiple

@@ -1,7 +1,7 @@
 """LlamaGen's VQ-16 and VQ-8 tokenizers.
 
-The release is a pickled state dict without a config.json. The fields that we read and write are
-those of the original's ModelArgs; with a default that may be left out:
+The release is a pickled state dict without a config.json. We read and write one with the fields of
+LlamaGen's ModelArgs; those with a default, given in parentheses, are optional:
 
   encoder_ch_mult, decoder_ch_mult (or ch_mult): channels of each level, in multiples of ch
   ch (128), num_res_blocks (2), z_channels (256)
@@ -33,27 +33,30 @@ _DEFAULTS = {
 }
 
 
-def sizes(published: Mapping[str, Any]) -> VqGanConfig:
+def sizes(config: Mapping[str, Any]) -> VqGanConfig:
   """Our sizes from a config.json with the fields above."""
-  said = {**_DEFAULTS, **published}
-  if not said['codebook_l2_norm']:
-    raise UserError('the codebook is not on the unit sphere (codebook_l2_norm), ours is')
-  factors = said['ch_mult'] if 'ch_mult' in said else said['encoder_ch_mult']
+  fields = {**_DEFAULTS, **config}
+  if not fields['codebook_l2_norm']:
+    raise UserError('codebook_l2_norm is false: our codebook entries have unit norm')
+  factors = fields['ch_mult'] if 'ch_mult' in fields else fields['encoder_ch_mult']
   if factors[0] != 1:
-    raise UserError(f'the tokenizer has ch_mult {factors}, ours begins with 1')
-  if said.get('decoder_ch_mult', factors) != factors:
-    raise UserError(f"decoder_ch_mult is {said['decoder_ch_mult']}, the encoder's is {factors}")
+    raise UserError(f'ch_mult is {factors}: it must begin with 1 in our tokenizer')
+  if fields.get('decoder_ch_mult', factors) != factors:
+    raise UserError(
+      f'decoder_ch_mult is {fields["decoder_ch_mult"]} and encoder_ch_mult {factors}: they must be '
+      'equal in our tokenizer'
+    )
   body = PyramidConfig(
-    widths=tuple(said['ch'] * factor for factor in factors),
-    blocks=said['num_res_blocks'],
-    outputs=said['z_channels'],
-    inputs=said['z_channels'],
+    widths=tuple(fields['ch'] * factor for factor in factors),
+    blocks=fields['num_res_blocks'],
+    outputs=fields['z_channels'],
+    inputs=fields['z_channels'],
     attention=(len(factors) - 1,),
   )
-  return VqGanConfig(body, said['codebook_size'], said['codebook_embed_dim'], normed=True)
+  return VqGanConfig(body, fields['codebook_size'], fields['codebook_embed_dim'], normed=True)
 
 
-def published(sizes: VqGanConfig) -> dict[str, Any]:
+def config_json(sizes: VqGanConfig) -> dict[str, Any]:
   """A config.json with the fields above."""
   widths = sizes.body.widths
   factors = [width // widths[0] for width in widths]
@@ -77,10 +80,10 @@ def init(sizes: VqGanConfig, rng: Array) -> Params:
 
 
 def axes(sizes: VqGanConfig) -> dict[str, int]:
-  """All axes show in our leaves."""
+  """No axes: an export infers all sizes from our leaves."""
   del sizes
   return {}
 
 
 # VQ-16, vq_ds16_c2i.pt.
-BARE = sizes({'encoder_ch_mult': [1, 1, 2, 2, 4]})
+RELEASED_SIZES = sizes({'encoder_ch_mult': [1, 1, 2, 2, 4]})

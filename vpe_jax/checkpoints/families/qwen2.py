@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, as transformers' Qwen2ForCausalLM; output tied or not."""
+"""Qwen2 and Qwen2.5 with tied or untied output head (transformers' Qwen2ForCausalLM)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vpe_jax.models.decoder import Decoder, DecoderConfig
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = DecoderConfig
-# transformers leaves out what equals its defaults.
+# transformers' defaults, which its config.json omits.
 _DEFAULTS = {
   'rope_theta': 1e4,
   'rms_norm_eps': 1e-6,
@@ -22,14 +22,14 @@ _DEFAULTS = {
 }
 
 
-def sizes(published: Mapping[str, Any]) -> DecoderConfig:
+def sizes(config: Mapping[str, Any]) -> DecoderConfig:
   """Our sizes from config.json."""
-  if published.get('use_sliding_window'):
-    raise UserError('use_sliding_window is on: our layers see the whole text')
-  return decoders.language_model(published, _DEFAULTS, qkv_bias=True)
+  if config.get('use_sliding_window'):
+    raise UserError('use_sliding_window is true: our layers attend to the whole sequence')
+  return decoders.language_model(config, _DEFAULTS, qkv_bias=True)
 
 
-def published(sizes: DecoderConfig) -> dict[str, Any]:
+def config_json(sizes: DecoderConfig) -> dict[str, Any]:
   """A config.json for Qwen2ForCausalLM."""
   return {
     'architectures': ['Qwen2ForCausalLM'],
@@ -44,6 +44,6 @@ def init(sizes: DecoderConfig, rng: Array) -> Params:
 
 
 def axes(sizes: DecoderConfig) -> dict[str, int]:
-  """None: all axes show in our leaves."""
+  """No axes: an export infers all sizes from our leaves."""
   del sizes
   return {}

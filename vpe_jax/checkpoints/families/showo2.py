@@ -1,22 +1,23 @@
-"""Show-o2 1.5B and its kin (arXiv 2506.15564): one expert for text and picture.
+"""Show-o2 1.5B (arXiv 2506.15564): a single expert for text and image tokens.
 
-The release is a pickled state dict. Its config.json holds the arguments of the original's
-Showo2Qwen2_5, which name a Qwen2.5 and a SigLIP in the place of sizes; we know those of the 1.5B
-models. Else, these are the fields that we read and write; those with a default may be left out:
+The release is a pickled state dict. Its config.json contains the arguments of Showo2Qwen2_5, which
+name a Qwen2.5 and a SigLIP instead of sizes; we know the sizes of the 1.5B models. For other models
+we read and write a config.json with these fields; those with a default, given in parentheses, are
+optional:
 
   hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads,
-    vocab_size, rope_theta (1e6), rms_norm_eps (1e-6): of the language model, as Qwen2's
-  bos_token_id (151644), boi_token_id (151652): rows that begin a sequence and a picture
-  clip_latent_dim, clip_intermediate, clip_layers, clip_heads: of the SigLIP layers
-  position_table (729): rows of their position table, a square
+    vocab_size, rope_theta (1e6), rms_norm_eps (1e-6): language model, as in Qwen2
+  bos_token_id (151644), boi_token_id (151652): first token of a sequence and of an image
+  clip_latent_dim, clip_intermediate, clip_layers, clip_heads: SigLIP layers
+  position_table (729): entries of the SigLIP position table, a square number
   head: hidden_size, head_dim, intermediate_size, num_attention_heads, num_key_value_heads,
     blocks, rope_theta, rope_scaling (factor, low_freq_factor, high_freq_factor,
     original_max_position_embeddings; null: none)
-  latent_channels, latent_size, patch_size (2): of the picture
+  latent_channels, latent_size, patch_size (2): image latents
 
-A released Show-o2 has no visual prompt: `sizes` gives it no codes, and so no `embed/codes`. Give
-sizes with codes to `families.load` to make room for a visual prompt; its rows are the caller's to
-draw.
+A released Show-o2 has no visual prompt, so `sizes` returns zero codes and the parameters have no
+`embed/codes`. To add a visual prompt, pass sizes with codes to `families.load`; the caller
+initializes the new embeddings.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from vpe_jax.ops.rope import RopeScaling
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = UnifiedConfig
-FREE = ('codes', 'multiple', 'latent_size')  # what no parameter that is published depends on
+FREE = ('codes', 'multiple', 'latent_size')  # sizes on which no published parameter depends
 _BODY = {'rope_theta': 1e6, 'rms_norm_eps': 1e-6, 'bos_token_id': 151644, 'boi_token_id': 151652}
-# Of Qwen2.5-1.5B, of SigLIP so400m-patch14-384 without its last layer, and of the head.
+# Sizes of Qwen2.5-1.5B and of SigLIP so400m-patch14-384 without its last layer.
 _RELEASED = {
   'intermediate_size': 8960,
   'num_hidden_layers': 28,
@@ -56,48 +57,48 @@ _RELEASED_HEAD = {
   'num_attention_heads': 32,
   'num_key_value_heads': 8,
   'rope_theta': 5e5,
-  'rope_scaling': decoders.stretch_fields(RopeScaling()),
+  'rope_scaling': decoders.rope_scaling_fields(RopeScaling()),
 }
 
 
-def sizes(published: Mapping[str, Any]) -> UnifiedConfig:
-  """Our sizes from a config.json with the fields above, or that of the 1.5B releases."""
-  if 'llm_vocab_size' in published:
-    published = _from_arguments(published)
-  said = {**_BODY, 'position_table': 729, 'patch_size': 2, **published}
-  side = math.isqrt(said['position_table'])
-  if side**2 != said['position_table']:
-    raise UserError(f'a position table of {said["position_table"]} rows is not square')
-  body = decoders.body(said, qkv_bias=True)
+def sizes(config: Mapping[str, Any]) -> UnifiedConfig:
+  """Our sizes from a config.json with the fields above, or from that of a 1.5B release."""
+  if 'llm_vocab_size' in config:
+    config = _from_arguments(config)
+  fields = {**_BODY, 'position_table': 729, 'patch_size': 2, **config}
+  side = math.isqrt(fields['position_table'])
+  if side**2 != fields['position_table']:
+    raise UserError(f'position_table is {fields["position_table"]}: it must be a square number')
+  body = decoders.body(fields, qkv_bias=True)
   encoder = EncoderConfig(
-    width=said['clip_latent_dim'],
-    layers=said['clip_layers'],
-    heads=said['clip_heads'],
-    mlp=said['clip_intermediate'],
+    width=fields['clip_latent_dim'],
+    layers=fields['clip_layers'],
+    heads=fields['clip_heads'],
+    mlp=fields['clip_intermediate'],
   )
   return UnifiedConfig(
     arch='single',
-    text_vocab=said['vocab_size'],
+    text_vocab=fields['vocab_size'],
     codes=0,
-    bos=said['bos_token_id'],
-    boi=said['boi_token_id'],
-    latent_size=said['latent_size'],
-    latent_channels=said['latent_channels'],
-    patch=said['patch_size'],
+    bos=fields['bos_token_id'],
+    boi=fields['boi_token_id'],
+    latent_size=fields['latent_size'],
+    latent_channels=fields['latent_channels'],
+    patch=fields['patch_size'],
     layout='raster',
     multiple=1,
     ar=body,
     dit=body,
     dual_path=DualPathConfig(encoder, side),
-    head=_head(said['head']),
+    head=_head(fields['head']),
   )
 
 
-def published(sizes: UnifiedConfig) -> dict[str, Any]:
+def config_json(sizes: UnifiedConfig) -> dict[str, Any]:
   """A config.json with the fields above.
 
   Raises:
-    UserError: the network is none that Show-o2's code can run.
+    UserError: Show-o2's code doesn't support the network.
   """
   if sizes.arch != 'single' or sizes.layout != 'raster':
     raise UserError(
@@ -124,7 +125,7 @@ def published(sizes: UnifiedConfig) -> dict[str, Any]:
       'num_key_value_heads': head.kv_heads,
       'blocks': head.layers,
       'rope_theta': head.rope_theta,
-      'rope_scaling': head.rope_scaling and decoders.stretch_fields(head.rope_scaling),
+      'rope_scaling': head.rope_scaling and decoders.rope_scaling_fields(head.rope_scaling),
     },
     'latent_channels': sizes.latent_channels,
     'latent_size': sizes.latent_size,
@@ -133,7 +134,7 @@ def published(sizes: UnifiedConfig) -> dict[str, Any]:
 
 
 def init(sizes: UnifiedConfig, rng: Array) -> Params:
-  """Fresh parameters, rows of the visual prompt included."""
+  """Fresh parameters, including embeddings of the visual prompt."""
   return Unified(sizes).init(rng)
 
 
@@ -142,44 +143,45 @@ def axes(sizes: UnifiedConfig) -> dict[str, int]:
   return {'p': sizes.patch, 'q': sizes.patch}
 
 
-def _from_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-  """Our fields from the arguments of Showo2Qwen2_5.
+def _from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+  """Converts the arguments of Showo2Qwen2_5 to the fields above.
 
   Raises:
-    UserError: they are those of another model than the 1.5B ones.
+    UserError: the arguments are not those of a 1.5B model.
   """
-  if (given['hidden_size'], given['clip_latent_dim']) != (1536, 1152):
+  if (arguments['hidden_size'], arguments['clip_latent_dim']) != (1536, 1152):
     raise UserError(
-      f'we know the sizes of Show-o2 1.5B alone, not of one of width {given["hidden_size"]}: '
-      'write a config.json with the fields that vpe_jax.checkpoints.families.showo2 lists'
+      f'the sizes of a Show-o2 of width {arguments["hidden_size"]} are unknown (only those of the '
+      '1.5B models are known): write a config.json with the fields that '
+      'vpe_jax.checkpoints.families.showo2 lists'
     )
-  if not given.get('add_time_embeds', True):
-    raise UserError('add_time_embeds is off: our model has a time token before the image tokens')
-  # Height and width of the original count image tokens.
-  side, patch = given['image_latent_height'], given['patch_size']
-  if side != given['image_latent_width']:
-    raise UserError(f'pictures of {side} x {given["image_latent_width"]} tokens: ours are square')
+  if not arguments.get('add_time_embeds', True):
+    raise UserError('add_time_embeds is false: our model has a time token before the image tokens')
+  # image_latent_height and image_latent_width count image tokens.
+  side, patch = arguments['image_latent_height'], arguments['patch_size']
+  if side != (width := arguments['image_latent_width']):
+    raise UserError(f'an image has {side} x {width} tokens: our model supports only square images')
   return {
     **_RELEASED,
-    'hidden_size': given['hidden_size'],
-    # Null where the tokenizer of the original's own code decides.
-    'vocab_size': given['llm_vocab_size'] or 151669,
-    'clip_latent_dim': given['clip_latent_dim'],
-    'head': {**_RELEASED_HEAD, 'blocks': given.get('num_diffusion_layers', 10)},
-    'latent_channels': given['image_latent_dim'],
+    'hidden_size': arguments['hidden_size'],
+    # Null if Show-o2's code takes the size from its tokenizer.
+    'vocab_size': arguments['llm_vocab_size'] or 151669,
+    'clip_latent_dim': arguments['clip_latent_dim'],
+    'head': {**_RELEASED_HEAD, 'blocks': arguments.get('num_diffusion_layers', 10)},
+    'latent_channels': arguments['image_latent_dim'],
     'latent_size': side * patch,
     'patch_size': patch,
   }
 
 
-def _head(said: Mapping[str, Any]) -> HeadConfig:
+def _head(fields: Mapping[str, Any]) -> HeadConfig:
   return HeadConfig(
-    width=said['hidden_size'],
-    mlp=said['intermediate_size'],
-    layers=said['blocks'],
-    heads=said['num_attention_heads'],
-    kv_heads=said['num_key_value_heads'],
-    head_width=said['head_dim'],
-    rope_theta=said['rope_theta'],
-    rope_scaling=decoders.stretch(said['rope_scaling']),
+    width=fields['hidden_size'],
+    mlp=fields['intermediate_size'],
+    layers=fields['blocks'],
+    heads=fields['num_attention_heads'],
+    kv_heads=fields['num_key_value_heads'],
+    head_width=fields['head_dim'],
+    rope_theta=fields['rope_theta'],
+    rope_scaling=decoders.rope_scaling(fields['rope_scaling']),
   )

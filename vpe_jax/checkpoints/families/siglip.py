@@ -1,4 +1,4 @@
-"""SigLIP and SigLIP 2 at fixed resolution, both towers, as transformers' SiglipModel."""
+"""SigLIP and SigLIP 2 at a fixed resolution, both towers (transformers' SiglipModel)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vpe_jax.models.siglip import Siglip, SiglipConfig
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = SiglipConfig
-# transformers leaves out what equals its defaults.
+# transformers' defaults, which its config.json omits.
 _DEFAULTS = {
   'hidden_size': 768,
   'intermediate_size': 3072,
@@ -26,21 +26,22 @@ _DEFAULTS = {
 }
 
 
-def sizes(published: Mapping[str, Any]) -> SiglipConfig:
+def sizes(config: Mapping[str, Any]) -> SiglipConfig:
   """Our sizes from config.json."""
-  vision, text = published['vision_config'], published['text_config']
+  vision, text = config['vision_config'], config['text_config']
   projection = text.get('projection_size', text.get('hidden_size', _DEFAULTS['hidden_size']))
   towers = {
-    name: encoders.tower({**_DEFAULTS, **said})
-    for name, said in (('vision', vision), ('text', text))
+    name: encoders.tower({**_DEFAULTS, **fields})
+    for name, fields in (('vision', vision), ('text', text))
   }
   if projection != towers['vision'].width:
     raise UserError(
-      f'the text tower ends at width {projection}, the image tower at {towers["vision"].width}'
+      f'the output width of the text tower is {projection}, that of the image tower '
+      f'{towers["vision"].width}: they must be equal'
     )
   patch = vision.get('patch_size', 16)
   return SiglipConfig(
-    # A margin that fills no patch is not looked at (so400m-patch14-384: 6 of 384 pixels).
+    # Pixels that fill no patch are cropped (so400m-patch14-384: 6 of 384 pixels).
     image_size=vision.get('image_size', 224) // patch * patch,
     patch=patch,
     vocabulary=text.get('vocab_size', 32000),
@@ -49,7 +50,7 @@ def sizes(published: Mapping[str, Any]) -> SiglipConfig:
   )
 
 
-def published(sizes: SiglipConfig) -> dict[str, Any]:
+def config_json(sizes: SiglipConfig) -> dict[str, Any]:
   """A config.json for SiglipModel."""
   vision = {'image_size': sizes.image_size, 'patch_size': sizes.patch}
   text = {

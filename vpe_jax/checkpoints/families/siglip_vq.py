@@ -16,7 +16,7 @@ LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = SiglipVqConfig
 _ACTIVATIONS = {'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh'}
-# transformers and X-Omni leave out what equals these.
+# Defaults of transformers and X-Omni, which their config.json omits.
 _VISION = {
   'depth': 40,
   'hidden_size': 1536,
@@ -29,27 +29,29 @@ _VISION = {
 }
 _FIXED = {'attention_bias': True, 'in_channels': 3, 'spatial_merge_size': 1}
 _VQ = {'num_embeddings': 16_384, 'embed_dim': 2048, 'latent_channels': 1536}
-_POST_BLOCKS = 2  # of X-Omni's; its config doesn't say
+_POST_BLOCKS = 2  # in X-Omni, whose config doesn't contain it
 _XOMNI = 'siglip2_giant_patch16_384'
 
-# X-Omni's pickles, put into a folder of their own.
-BARE = SiglipVqConfig(post_blocks=_POST_BLOCKS)
+# For X-Omni's pickled files in a folder without a config.json.
+RELEASED_SIZES = SiglipVqConfig(post_blocks=_POST_BLOCKS)
 
 
-def sizes(published: Mapping[str, Any]) -> SiglipVqConfig:
-  """Our sizes from config.json of GLM-Image, LLaDA2.0-Uni or X-Omni."""
-  vision = published['vision_config']
+def sizes(config: Mapping[str, Any]) -> SiglipVqConfig:
+  """Our sizes from the config.json of GLM-Image, LLaDA2.0-Uni or X-Omni."""
+  vision = config['vision_config']
   if 'encoder' in vision:
-    return _of_xomni(vision['encoder'])
-  vision, vq = {**_VISION, **_FIXED, **vision}, {**_VQ, **published['vq_config']}
+    return _xomni_sizes(vision['encoder'])
+  vision, vq = {**_VISION, **_FIXED, **vision}, {**_VQ, **config['vq_config']}
   for field, ours in _FIXED.items():
     if vision[field] != ours:
-      raise UserError(f"the tower has {field} '{vision[field]}', ours {ours}")
+      raise UserError(f"{field} is '{vision[field]}': our tower supports only {ours}")
   if vision['hidden_act'] not in _ACTIVATIONS:
-    raise UserError(f"the tower uses '{vision['hidden_act']}', ours one of {list(_ACTIVATIONS)}")
+    raise UserError(
+      f"hidden_act is '{vision['hidden_act']}': our tower supports {', '.join(_ACTIVATIONS)}"
+    )
   if vq['latent_channels'] != vision['hidden_size']:
     raise UserError(
-      f'the codebook is for features of width {vq["latent_channels"]}, the tower gives '
+      f'latent_channels is {vq["latent_channels"]}: it must equal the hidden_size of the tower, '
       f'{vision["hidden_size"]}'
     )
   encoder = EncoderConfig(
@@ -70,8 +72,8 @@ def sizes(published: Mapping[str, Any]) -> SiglipVqConfig:
   )
 
 
-def published(sizes: SiglipVqConfig) -> dict[str, Any]:
-  """A config.json with the fields of GLM-Image's that say something about the tokenizer."""
+def config_json(sizes: SiglipVqConfig) -> dict[str, Any]:
+  """A config.json with the tokenizer's fields of GLM-Image."""
   encoder = sizes.encoder
   names = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
   return {
@@ -93,7 +95,7 @@ def published(sizes: SiglipVqConfig) -> dict[str, Any]:
       'num_embeddings': sizes.codes,
       'embed_dim': sizes.width,
       'latent_channels': encoder.width,
-      'post_blocks': sizes.post_blocks,  # a field of our own: GLM-Image's has none
+      'post_blocks': sizes.post_blocks,  # our own field: GLM-Image has no such blocks
     },
   }
 
@@ -108,9 +110,11 @@ def axes(sizes: SiglipVqConfig) -> dict[str, int]:
   return {'p': sizes.patch, 'q': sizes.patch}
 
 
-def _of_xomni(encoder: Mapping[str, Any]) -> SiglipVqConfig:
+def _xomni_sizes(encoder: Mapping[str, Any]) -> SiglipVqConfig:
   if encoder['siglip_name'] != _XOMNI or encoder.get('z_channels', 1536) != 1536:
-    raise UserError(f"the tower is '{encoder['siglip_name']}', ours {_XOMNI} of width 1536")
+    raise UserError(
+      f"the tower is '{encoder['siglip_name']}': only {_XOMNI} of width 1536 is supported"
+    )
   return SiglipVqConfig(
     codes=encoder['codebook_size'], width=encoder['codebook_dim'], post_blocks=_POST_BLOCKS
   )

@@ -1,7 +1,7 @@
-"""Wan 2.1's autoencoder on still images: AutoencoderKLWan with one frame, as a 2-D network.
+"""Wan 2.1's autoencoder for still images: AutoencoderKLWan on one frame, as a 2-D network.
 
-On one frame every causal convolution is its last slice in time, and what mixes frames never runs,
-so 44.6M of the 126.9M published parameters are all that counts.
+On one frame a causal convolution uses only its last slice in time, and layers that mix frames never
+run. So only 44.6M of the 126.9M published parameters are used.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DEVIATION = (
   2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
   3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
-# diffusers leaves out what equals its defaults.
+# diffusers' defaults, which its config.json omits.
 _DEFAULTS = {
   'base_dim': 96,
   'z_dim': 16,
@@ -35,7 +35,7 @@ _DEFAULTS = {
   'latents_mean': _MEAN,
   'latents_std': _DEVIATION,
 }
-# Wan 2.2's autoencoder differs in the first two.
+# Fields of which only one value is supported. Wan 2.2's autoencoder differs in the first two.
 _FIXED = {
   'is_residual': False,
   'patch_size': None,
@@ -49,20 +49,20 @@ init = kl_vae.init
 axes = kl_vae.axes
 
 
-def sizes(published: Mapping[str, Any]) -> KlVaeConfig:
+def sizes(config: Mapping[str, Any]) -> KlVaeConfig:
   """Our sizes from config.json."""
-  said = {**_DEFAULTS, **published}
-  for field, ours in {**_FIXED, 'decoder_base_dim': said['base_dim']}.items():
-    found = said[field] if said.get(field) is not None else ours
-    if found != ours:
-      raise UserError(f"the autoencoder has {field} '{found}', ours {ours}")
-  if len(said['dim_mult']) != 4 or said['dim_mult'][0] != 1:
-    raise UserError(f'the autoencoder has dim_mult {said["dim_mult"]}, ours is 1 and three more')
+  fields = {**_DEFAULTS, **config}
+  for field, ours in {**_FIXED, 'decoder_base_dim': fields['base_dim']}.items():
+    value = fields[field] if fields.get(field) is not None else ours
+    if value != ours:
+      raise UserError(f"{field} is '{value}': our autoencoder supports only {ours}")
+  if len(fields['dim_mult']) != 4 or fields['dim_mult'][0] != 1:
+    raise UserError(f'dim_mult is {fields["dim_mult"]}: it must have 4 values and begin with 1')
   body = PyramidConfig(
-    widths=tuple(said['base_dim'] * factor for factor in said['dim_mult']),
-    blocks=said['num_res_blocks'],
-    outputs=2 * said['z_dim'],
-    inputs=said['z_dim'],
+    widths=tuple(fields['base_dim'] * factor for factor in fields['dim_mult']),
+    blocks=fields['num_res_blocks'],
+    outputs=2 * fields['z_dim'],
+    inputs=fields['z_dim'],
     groups=0,
     halve=True,
   )
@@ -70,12 +70,12 @@ def sizes(published: Mapping[str, Any]) -> KlVaeConfig:
     body=body,
     quant=True,
     post_quant=True,
-    shift=tuple(said['latents_mean']),
-    scale=tuple(1.0 / deviation for deviation in said['latents_std']),
+    shift=tuple(fields['latents_mean']),
+    scale=tuple(1.0 / deviation for deviation in fields['latents_std']),
   )
 
 
-def published(sizes: KlVaeConfig) -> dict[str, Any]:
+def config_json(sizes: KlVaeConfig) -> dict[str, Any]:
   """A config.json for AutoencoderKLWan."""
   base = sizes.body.widths[0]
   return {
@@ -90,4 +90,4 @@ def published(sizes: KlVaeConfig) -> dict[str, Any]:
 
 
 # Wan2.1_VAE.pth is published without a config.json.
-BARE = sizes({})
+RELEASED_SIZES = sizes({})

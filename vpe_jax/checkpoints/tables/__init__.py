@@ -1,1 +1,1 @@
-"""Key layouts of published networks: data only, one file for each family."""
+"""Key layouts of published networks as data, one file per family."""

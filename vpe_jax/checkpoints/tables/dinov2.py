@@ -1,4 +1,4 @@
-"""DINOv2 (transformers' Dinov2Model as it is saved)."""
+"""DINOv2 (transformers' Dinov2Model)."""
 
 from vpe_jax.checkpoints.table import Row, Table
 from vpe_jax.checkpoints.tables import rows
@@ -20,22 +20,22 @@ LAYOUTS = (
         for row in rows.dense(
           f'{_LAYER}.attention.attention.{source}',
           f'{_OURS}/attention/{target}',
-          rows.ONTO_HEADS,
+          rows.TO_HEADS,
           '(N H) -> N H',
         )
       ),
-      *rows.dense(f'{_LAYER}.attention.output.dense', f'{_OURS}/attention/o', rows.OFF_HEADS),
+      *rows.dense(f'{_LAYER}.attention.output.dense', f'{_OURS}/attention/o', rows.FROM_HEADS),
       *rows.layer_norm(f'{_LAYER}.norm1', f'{_OURS}/attention_norm'),
       *rows.layer_norm(f'{_LAYER}.norm2', f'{_OURS}/mlp_norm'),
       Row(f'{_LAYER}.layer_scale1.lambda1', f'{_OURS}/attention_scale/scale'),
       Row(f'{_LAYER}.layer_scale2.lambda1', f'{_OURS}/mlp_scale/scale'),
       *rows.mlp(f'{_LAYER}.mlp', f'{_OURS}/mlp'),
-      # The largest model has these instead.
+      # The giant model has a gated MLP.
       Row(f'{_LAYER}.mlp.weights_in.weight', tuple(f'{n}/kernel' for n in _GATED), 'O I -> I O'),
       Row(f'{_LAYER}.mlp.weights_in.bias', tuple(f'{n}/bias' for n in _GATED), 'O -> O'),
       *rows.dense(f'{_LAYER}.mlp.weights_out', f'{_OURS}/mlp/out'),
       *rows.layer_norm('layernorm', 'encoder/norm'),
     ),
-    ignored=((r'embeddings\.mask_token', 'stands for hidden patches in training; never read'),),
+    ignored=((r'embeddings\.mask_token', 'replaces masked patches in training only'),),
   ),
 )

@@ -1,11 +1,11 @@
-"""Emu3.5's IBQ tokenizer, laid out as VQGAN's own code."""
+"""Emu3.5's IBQ tokenizer, in the layout of VQGAN's code."""
 
 from vpe_jax.checkpoints.table import Row, Table
 from vpe_jax.checkpoints.tables import pyramid
 
 
 def _half(half: str, step: str) -> tuple[Row, ...]:
-  """The encoder or decoder; the decoder's levels count from the pictures' resolution."""
+  """The encoder or decoder; the decoder's levels are numbered from full resolution."""
   level, middle = f'{half}.{step}.{{i}}', f'{half}.mid'
   return (
     *pyramid.ends(half, 'norm_out'),

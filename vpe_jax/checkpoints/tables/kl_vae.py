@@ -13,7 +13,14 @@ def _attention(source: str, target: str, names: tuple[str, ...]) -> tuple[Row, .
 
 
 def _half(half: str, step: str, change: str, names: tuple[str, ...]) -> tuple[Row, ...]:
-  """The encoder or decoder; `step` is its direction, `change` how it leaves a level."""
+  """The encoder or decoder.
+
+  Args:
+    half: `encoder` or `decoder`.
+    step: `down` or `up`.
+    change: the source's name of the layer that changes the resolution.
+    names: the source's names of q, k, v and o.
+  """
   level, middle = f'{half}.{step}_blocks.{{i}}', f'{half}.mid_block'
   return (
     *pyramid.ends(half, 'conv_norm_out'),
@@ -25,7 +32,7 @@ def _half(half: str, step: str, change: str, names: tuple[str, ...]) -> tuple[Ro
 
 
 def _table(name: str, names: tuple[str, ...]) -> Table:
-  """A layout; `names` are its words for q, k, v and o."""
+  """A layout; `names` are its names of q, k, v and o."""
   return Table(
     name=name,
     rows=(
@@ -38,6 +45,6 @@ def _table(name: str, names: tuple[str, ...]) -> Table:
 
 LAYOUTS = (
   _table('kl_vae (diffusers)', ('to_q', 'to_k', 'to_v', 'to_out.0')),
-  # Files from before 2023, such as those of Stable Diffusion 1 and 2.
+  # Files saved before 2023, such as those of Stable Diffusion 1 and 2.
   _table('kl_vae (diffusers before 0.17)', ('query', 'key', 'value', 'proj_attn')),
 )

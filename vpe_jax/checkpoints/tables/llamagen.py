@@ -1,4 +1,4 @@
-"""LlamaGen's class-conditional GPT: the released state dict."""
+"""LlamaGen's class-conditional GPT (the released state dict)."""
 
 from vpe_jax.checkpoints.table import Row, Table
 from vpe_jax.checkpoints.tables import rows
@@ -14,9 +14,9 @@ LAYOUTS = (
       Row(
         f'{_LAYER}.attention.wqkv.weight',
         tuple(f'layers/{name}/kernel' for name in 'qkv'),
-        rows.ONTO_HEADS,
+        rows.TO_HEADS,
       ),
-      *rows.linear(f'{_LAYER}.attention.wo', 'layers/o', rows.OFF_HEADS),
+      *rows.linear(f'{_LAYER}.attention.wo', 'layers/o', rows.FROM_HEADS),
       *rows.rms_norm(f'{_LAYER}.attention_norm', 'layers/attention_norm'),
       *rows.rms_norm(f'{_LAYER}.ffn_norm', 'layers/mlp_norm'),
       *rows.linear(f'{_LAYER}.feed_forward.w1', 'layers/gate'),

@@ -5,7 +5,13 @@ from vpe_jax.checkpoints.tables import pyramid
 
 
 def _half(half: str, change: str, step: str) -> tuple[Row, ...]:
-  """The encoder or decoder; `change` is the source's word for how it leaves a level."""
+  """The encoder or decoder.
+
+  Args:
+    half: `encoder` or `decoder`.
+    change: the source's name of the layer that changes the resolution.
+    step: `down` or `up`.
+  """
   level, middle = f'{half}.conv_blocks.{{i}}', f'{half}.mid'
   return (
     *pyramid.ends(half, 'norm_out'),

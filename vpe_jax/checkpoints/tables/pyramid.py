@@ -1,9 +1,9 @@
-"""Rows for parts of codecs/pyramid.py, as VQGAN's code and what follows it name them."""
+"""Rows for the layers of codecs/pyramid.py, with the names of VQGAN's code and its successors."""
 
 from vpe_jax.checkpoints.table import Row
 from vpe_jax.checkpoints.tables import rows
 
-_POINT = 'O I 1 1 -> I O'  # a 1x1 convolution that is a dense layer of ours
+_POINTWISE = 'O I 1 1 -> I O'  # a 1x1 convolution, as a dense layer
 
 
 def conv(source: str, target: str) -> tuple[Row, ...]:
@@ -12,7 +12,7 @@ def conv(source: str, target: str) -> tuple[Row, ...]:
 
 
 def block(source: str, target: str, shortcut: str = 'nin_shortcut') -> tuple[Row, ...]:
-  """A residual block; `shortcut` is the source's word for its 1x1 convolution."""
+  """A residual block; `shortcut` is the source's name of its 1x1 convolution."""
   pairs = (
     row
     for i in (1, 2)
@@ -25,15 +25,15 @@ def block(source: str, target: str, shortcut: str = 'nin_shortcut') -> tuple[Row
 
 
 def attention(source: str, target: str) -> tuple[Row, ...]:
-  """Attention whose four dense layers are 1x1 convolutions."""
+  """Attention with 1x1 convolutions as projections."""
   layers = (('q', 'q'), ('k', 'k'), ('v', 'v'), ('proj_out', 'o'))
-  dense = (rows.dense(f'{source}.{a}', f'{target}/{b}', _POINT) for a, b in layers)
+  dense = (rows.dense(f'{source}.{a}', f'{target}/{b}', _POINTWISE) for a, b in layers)
   norm = rows.layer_norm(f'{source}.norm', f'{target}/norm')
   return (*norm, *(row for layer in dense for row in layer))
 
 
 def ends(half: str, norm: str) -> tuple[Row, ...]:
-  """First and last layers of the encoder or decoder; `norm` is the source's word for its norm."""
+  """First and last layers of the encoder or decoder; `norm` is the source's name of its norm."""
   return (
     *conv(f'{half}.conv_in', f'{half}/start'),
     *rows.layer_norm(f'{half}.{norm}', f'{half}/norm'),
@@ -42,5 +42,5 @@ def ends(half: str, norm: str) -> tuple[Row, ...]:
 
 
 def quant() -> tuple[Row, ...]:
-  """The 1x1 convolutions behind the encoder and before the decoder."""
+  """The 1x1 convolutions after the encoder and before the decoder."""
   return (*conv('quant_conv', 'quant'), *conv('post_quant_conv', 'post_quant'))

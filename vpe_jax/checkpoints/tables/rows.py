@@ -1,10 +1,10 @@
-"""What tables of several families share: layers, and models, with tensors of the same names."""
+"""Rows that tables of several families share: layers and models with equal tensor names."""
 
 from vpe_jax.checkpoints.table import Row, Table
 
-PATCHES = 'D C p q -> (p q C) D'  # a convolution of stride equal to its size
-ONTO_HEADS = '(N H) D -> D N H'
-OFF_HEADS = 'D (N H) -> N H D'
+PATCHES = 'D C p q -> (p q C) D'  # a convolution whose stride equals its kernel size
+TO_HEADS = '(N H) D -> D N H'  # a projection of q, k or v
+FROM_HEADS = 'D (N H) -> N H D'  # the output projection
 
 
 def linear(source: str, target: str, kernel: str = 'O I -> I O') -> tuple[Row, ...]:
@@ -18,7 +18,7 @@ def dense(source: str, target: str, kernel: str = 'O I -> I O', bias: str = '') 
 
 
 def patches(source: str, target: str) -> tuple[Row, ...]:
-  """A convolution of stride equal to its size, as a dense layer over patches."""
+  """A convolution whose stride equals its kernel size, as a dense layer over patches."""
   return dense(source, target, PATCHES)
 
 
@@ -38,17 +38,17 @@ def mlp(source: str, target: str) -> tuple[Row, ...]:
 
 
 def encoder_layer(source: str, target: str) -> tuple[Row, ...]:
-  """A layer of models/vit.py, as transformers names those of SigLIP and CLIP."""
+  """A layer of models/vit.py, with transformers' names for SigLIP and CLIP."""
   projections = (
     row
     for name in 'qkv'
     for row in dense(
-      f'{source}.self_attn.{name}_proj', f'{target}/attention/{name}', ONTO_HEADS, '(N H) -> N H'
+      f'{source}.self_attn.{name}_proj', f'{target}/attention/{name}', TO_HEADS, '(N H) -> N H'
     )
   )
   return (
     *projections,
-    *dense(f'{source}.self_attn.out_proj', f'{target}/attention/o', OFF_HEADS),
+    *dense(f'{source}.self_attn.out_proj', f'{target}/attention/o', FROM_HEADS),
     *layer_norm(f'{source}.layer_norm1', f'{target}/attention_norm'),
     *layer_norm(f'{source}.layer_norm2', f'{target}/mlp_norm'),
     *mlp(f'{source}.mlp', f'{target}/mlp'),
@@ -56,20 +56,20 @@ def encoder_layer(source: str, target: str) -> tuple[Row, ...]:
 
 
 def decoder_layer(source: str, target: str) -> tuple[Row, ...]:
-  """A layer of models/transformer.py, as transformers names those of Qwen2 and Llama.
+  """A layer of models/transformer.py, with transformers' names for Qwen2 and Llama.
 
-  Rows of biases and of norms of q and k stand for nothing in a network that lacks them.
+  Rows of biases and of q and k norms have no effect on networks without them.
   """
   projections = (
     row
     for name in 'qkv'
     for row in dense(
-      f'{source}.self_attn.{name}_proj', f'{target}/{name}', ONTO_HEADS, '(N H) -> N H'
+      f'{source}.self_attn.{name}_proj', f'{target}/{name}', TO_HEADS, '(N H) -> N H'
     )
   )
   return (
     *projections,
-    *linear(f'{source}.self_attn.o_proj', f'{target}/o', OFF_HEADS),
+    *linear(f'{source}.self_attn.o_proj', f'{target}/o', FROM_HEADS),
     *rms_norm(f'{source}.self_attn.q_norm', f'{target}/q_norm'),
     *rms_norm(f'{source}.self_attn.k_norm', f'{target}/k_norm'),
     *(
@@ -83,7 +83,7 @@ def decoder_layer(source: str, target: str) -> tuple[Row, ...]:
 
 
 def language_model(name: str) -> Table:
-  """models/decoder.py, as transformers names the tensors of Qwen2ForCausalLM and its kin."""
+  """A network of models/decoder.py, with transformers' names for Qwen2ForCausalLM."""
   return Table(
     name=name,
     rows=(
@@ -92,6 +92,6 @@ def language_model(name: str) -> Table:
       *rms_norm('model.norm', 'norm'),
       *linear('lm_head', 'head', 'V D -> D V'),
     ),
-    ignored=((r'model\..*\.rotary_emb\.inv_freq', 'frequencies, which follow from the sizes'),),
+    ignored=((r'model\..*\.rotary_emb\.inv_freq', 'RoPE frequencies, computed from the sizes'),),
     ties=(('lm_head.weight', 'model.embed_tokens.weight'),),
   )

@@ -1,4 +1,4 @@
-"""Show-o2: the released state dict of Showo2Qwen2_5."""
+"""Show-o2 (the released state dict of Showo2Qwen2_5)."""
 
 from vpe_jax.checkpoints.table import Row, Table
 from vpe_jax.checkpoints.tables import rows
@@ -32,9 +32,9 @@ LAYOUTS = (
     ),
     ignored=(
       (r'image_position_ids', 'a buffer of the numbers 0, 1, 2, ...'),
-      (r'showo\..*\.rotary_emb\.inv_freq', 'rotary frequencies, which follow from the sizes'),
+      (r'showo\..*\.rotary_emb\.inv_freq', 'RoPE frequencies, computed from the sizes'),
     ),
-    absent=((r'embed/codes', 'Show-o2 has no visual prompt: its rows start fresh'),),
+    absent=((r'embed/codes', 'Show-o2 has no visual prompt: its embeddings are new'),),
     ties=(('showo.lm_head.weight', 'showo.model.embed_tokens.weight'),),
   ),
 )

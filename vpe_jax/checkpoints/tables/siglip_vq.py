@@ -1,13 +1,13 @@
-"""SigLIP-VQ: X-Omni's pickles, and the copies in LLaDA2.0-Uni and GLM-Image."""
+"""SigLIP-VQ: X-Omni's pickled files, and the copies in LLaDA2.0-Uni and GLM-Image."""
 
 from vpe_jax.checkpoints.table import Row, Table
 from vpe_jax.checkpoints.tables import rows
 
-_POINT = 'O I 1 1 -> I O'
+_POINTWISE = 'O I 1 1 -> I O'
 
 
 def _fused(source: str, target: str) -> tuple[Row, ...]:
-  """One tensor for q, k and v."""
+  """A fused tensor of q, k and v."""
   names = lambda leaf: tuple(f'{target}/{name}/{leaf}' for name in 'qkv')
   return (
     Row(f'{source}.weight', names('kernel'), '(N H) D -> D N H'),
@@ -16,7 +16,7 @@ def _fused(source: str, target: str) -> tuple[Row, ...]:
 
 
 def _tower(source: str, position: Row) -> tuple[Row, ...]:
-  """The tower; keys begin with `source`."""
+  """The tower; `source` is the prefix of its keys."""
   layer, ours = f'{source}blocks.{{n}}', 'encoder/layers_{n}'
   return (
     *rows.patches(f'{source}patch_embed.proj', 'embed'),
@@ -30,7 +30,7 @@ def _tower(source: str, position: Row) -> tuple[Row, ...]:
 
 
 def _codebook(source: str) -> tuple[Row, ...]:
-  """The codebook and the layers around it; keys begin with `source`."""
+  """The codebook and adjacent layers; `source` is the prefix of their keys."""
   block, ours = f'{source}post_conv.{{n}}', 'post_{n}'
   post = (
     row
@@ -41,8 +41,8 @@ def _codebook(source: str) -> tuple[Row, ...]:
     )
   )
   return (
-    *rows.dense(f'{source}quant_conv', 'quant', _POINT),
-    *rows.dense(f'{source}post_quant_conv', 'post_quant', _POINT),
+    *rows.dense(f'{source}quant_conv', 'quant', _POINTWISE),
+    *rows.dense(f'{source}post_quant_conv', 'post_quant', _POINTWISE),
     Row(f'{source}quantize.embedding.weight', 'codebook'),
     *post,
   )
@@ -54,7 +54,7 @@ _TOWER = _tower(
 _COPY = (*_TOWER, *_codebook('model.vqmodel.'))
 
 LAYOUTS = (
-  # The published copy has no blocks after decoding; an export of X-Omni's has them here.
+  # The published copy has no post blocks; an export of X-Omni's network has them.
   Table(name='siglip_vq (LLaDA2.0-Uni)', rows=_COPY),
   Table(
     name='siglip_vq (GLM-Image)',
@@ -63,13 +63,13 @@ LAYOUTS = (
       (r'model\.language_model\..*|lm_head\.weight', 'the language model, which reads the codes'),
     ),
   ),
-  # Two files, one for the tower and one for the rest, in one folder.
+  # Two files in one folder: the tower, and the rest.
   Table(
     name='siglip_vq (X-Omni)',
     rows=(
       *_tower('', Row('pos_embed', 'position', '1 P D -> P D')),
       *_codebook(''),
     ),
-    ignored=((r'(norm|attn_pool)\..*', "comes after the last layer's raw output"),),
+    ignored=((r'(norm|attn_pool)\..*', 'follows the last layer, whose raw output is used'),),
   ),
 )

@@ -1,15 +1,13 @@
-"""Wan 2.1's autoencoder for still images, for import only.
+"""Wan 2.1's autoencoder for still images (import only).
 
-Its causal convolutions see one frame behind two frames of zeros, so only their last slice in time
-counts. Both layouts number the encoder's blocks and its steps down in one list.
+The causal convolutions see two frames of zeros and then the image, so only their last slice in time
+matters. Both layouts number the encoder's residual blocks and downsampling layers in one list.
 """
 
 from vpe_jax.checkpoints.table import Row, Table
 
 _LEVELS, _BLOCKS = 4, 2
-_IGNORED = (
-  (r'.*\.time_conv\.(weight|bias)', 'mixes frames from the second on; a still image has one'),
-)
+_IGNORED = ((r'.*\.time_conv\.(weight|bias)', 'mixes frames; a still image has one'),)
 
 
 def _causal(source: str, target: str) -> tuple[Row, ...]:
@@ -32,7 +30,7 @@ def _norm(source: str, target: str) -> tuple[Row, ...]:
 
 
 def _block(source: str, target: str, names: tuple[str, ...]) -> tuple[Row, ...]:
-  """A residual block; `names` are the source's words for both norms, both layers, the shortcut."""
+  """A residual block; `names` are the source's names of its layers in the order below."""
   return (
     *_norm(f'{source}.{names[0]}', f'{target}/norm_1'),
     *_causal(f'{source}.{names[1]}', f'{target}/conv_1'),
@@ -43,25 +41,25 @@ def _block(source: str, target: str, names: tuple[str, ...]) -> tuple[Row, ...]:
 
 
 def _attention(source: str, target: str) -> tuple[Row, ...]:
-  both = tuple(tuple(f'{target}/{name}/{leaf}' for name in 'qkv') for leaf in ('kernel', 'bias'))
+  paths = tuple(tuple(f'{target}/{name}/{leaf}' for name in 'qkv') for leaf in ('kernel', 'bias'))
   return (
     Row(f'{source}.norm.gamma', f'{target}/norm/scale', 'C 1 1 -> C'),
-    Row(f'{source}.to_qkv.weight', both[0], 'O I 1 1 -> I O'),
-    Row(f'{source}.to_qkv.bias', both[1]),
+    Row(f'{source}.to_qkv.weight', paths[0], 'O I 1 1 -> I O'),
+    Row(f'{source}.to_qkv.bias', paths[1]),
     *_conv(f'{source}.proj', f'{target}/o', 'O I 1 1 -> I O'),
   )
 
 
 def _list(source: str, half: str, step: str, blocks: int, names: tuple[str, ...]) -> list[Row]:
-  """Blocks, and the steps between levels, that stand in one list."""
-  found: list[Row] = []
+  """Residual blocks and the layers between levels, numbered in one list."""
+  rows: list[Row] = []
   for level in range(_LEVELS):
     first = level * (blocks + 1)
     for i in range(blocks):
-      found += _block(f'{source}.{first + i}', f'{half}/level_{level}/block_{i}', names)
+      rows += _block(f'{source}.{first + i}', f'{half}/level_{level}/block_{i}', names)
     if level + 1 < _LEVELS:
-      found += _conv(f'{source}.{first + blocks}.resample.1', f'{half}/{step}_{level}')
-  return found
+      rows += _conv(f'{source}.{first + blocks}.resample.1', f'{half}/{step}_{level}')
+  return rows
 
 
 _BLOCK = ('norm1', 'conv1', 'norm2', 'conv2', 'conv_shortcut')

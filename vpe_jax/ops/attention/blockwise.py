@@ -145,7 +145,7 @@ def _specs(operands: Operands) -> _Specs | None:
   """
   if operands.bias is not None:
     return None
-  spec = sharding.placement(operands.k.shape, (sharding.BATCH, None, sharding.KV_HEADS, None))
+  spec = sharding.activation_spec(operands.k.shape, (sharding.BATCH, None, sharding.KV_HEADS, None))
   if spec is None:
     return None
   entries = [*spec, *(None,) * 4]
