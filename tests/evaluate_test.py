@@ -1,4 +1,6 @@
-"""The evaluate command: mistakes are one line and status 2."""
+"""The evaluate command: mistakes are one line and status 2, reports go where they belong."""
+
+from __future__ import annotations
 
 import pathlib
 import subprocess
@@ -10,8 +12,8 @@ import pytest
 
 from vpe_jax import evaluate
 from vpe_jax.contracts import UserError
-from vpe_jax.evaluation import runner
-from vpe_jax.evaluation.report import Report, Row, Subject
+from vpe_jax.evaluation import retrieval
+from vpe_jax.evaluation.report import Report, Row
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -21,11 +23,12 @@ ROOT = pathlib.Path(__file__).parents[1]
   [
     ([], '--workdir is missing'),
     (['--workdir=w', '--benchmarks=retrival'], "did you mean 'retrieval'"),
-    (['--workdir=w', '--splits=concepts'], "did you mean 'concept'"),
+    (['--workdir=w', '--benchmarks=retrieval', '--splits=concepts'], "did you mean 'concept'"),
     (['--workdir=/no/such/run'], '/no/such/run'),
-    (['--workdir=w', '--best_of=1'], 'best_of is 1: at least 2 plans'),
-    (['--workdir=w', '--benchmarks=mixes'], 'mixes is 0: at least 2'),
-    (['--workdir=w', 'x'], "unexpected argument 'x'"),
+    (['--workdir=w', '--set=mixes.count=4'], '--benchmarks does not name mixes'),
+    (['--workdir=w', '--benchmarks=best_of', '--set=best_of.plans=1'], 'plans is 1'),
+    (['--workdir=w', '--benchmarks=mixes', '--set=mixes.counts=4'], "did you mean 'count'"),
+    (['--workdir=w', '--set=mixes'], 'NAME.OPTION=VALUE'),
   ],
 )
 def test_mistakes_are_one_line_and_status_2(args, message):
@@ -38,80 +41,62 @@ def test_mistakes_are_one_line_and_status_2(args, message):
 
 
 @pytest.fixture
-def commands(monkeypatch):
-  """The command with stand-ins for what takes minutes: sets its flags; what was evaluated."""
-  given = types.SimpleNamespace(
-    workdir=[],
-    benchmarks=[],
-    best_of=0,
-    mixes=0,
-    captions=2,
-    splits=['concept'],
-    seed=0,
-    judge='',
-    out=None,
-  )
-  monkeypatch.setattr(evaluate, 'FLAGS', given)
-  monkeypatch.setattr(evaluate.machine, 'use_compilation_cache', lambda: None)
-  said = lambda workdir: {'checkpoint': workdir.split('/')[-1]}
-  monkeypatch.setattr(evaluate, '_load', lambda workdir: Subject(np.zeros, 4, said(workdir)))
-  given.evaluated = []
+def command(monkeypatch, fake_subject):
+  """The command with stand-ins for models and evaluation; `evaluated` names the subjects."""
+  values = dict(workdir=[], benchmarks=[], set=[], captions=2, splits=['concept'], seed=0)
+  flags = types.SimpleNamespace(**values, judge='', out=None, evaluated=[], subjects={})
+  # FLAGS[name].value is the value of a flag.
+  cls = type('Flags', (types.SimpleNamespace,), {})
+  cls.__getitem__ = lambda self, name: types.SimpleNamespace(value=vars(self)[name])
+  flags = cls(**vars(flags))
+  monkeypatch.setattr(evaluate, 'FLAGS', flags)
+  monkeypatch.setattr(evaluate.devices, 'use_compilation_cache', lambda: None)
 
-  def run(names, subject, options):
-    given.evaluated.append(subject.description['checkpoint'])
-    given.names = names
-    image = np.full((1, 16, 16, 3), len(given.evaluated), np.uint8)
+  def load(workdir):
+    subject = fake_subject(None)
+    subject.description = {'checkpoint': workdir.split('/')[-1]}
+    return flags.subjects.get(workdir, subject)
+
+  def run(self, subject):
+    flags.evaluated.append(subject.description['checkpoint'])
+    image = np.full((1, 16, 16, 3), len(flags.evaluated), np.uint8)
     sheets = {'concept': (Row('generated', image),)}
-    return {'retrieval': Report((f'table of {given.evaluated[-1]}',), {}, sheets)}
+    return Report({}, (f'table of {flags.evaluated[-1]}',), {'a': 1}, sheets)
 
-  monkeypatch.setattr(runner, 'run', run)
-  return given
+  monkeypatch.setattr(evaluate, '_load', load)
+  monkeypatch.setattr(retrieval.Retrieval, 'run', run)
+  return flags
 
 
-def test_several_runs_have_a_table_and_a_folder_each(commands, tmp_path, capsys, monkeypatch):
+def test_several_runs_have_a_table_and_a_folder_each(command, tmp_path, capsys, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  commands.workdir = ['runs/a', 'b.safetensors']
+  command.workdir = ['runs/a', 'b.safetensors']
   evaluate.main()
-  said = capsys.readouterr().out
-  assert said.index('== runs/a\ntable of a\nwrote runs/a') < said.index('table of b.safetensors')
+  printed = capsys.readouterr().out
+  assert printed.index('table of a\nwrote runs/a') < printed.index('table of b.safetensors')
   written = sorted(path.name for path in (tmp_path / 'runs/a/evaluation').iterdir())
   assert [name for name in written if '-compared-' in name] == written[-1:] and len(written) == 3
   assert len(list((tmp_path / 'evaluation').iterdir())) == 2
-  assert commands.names == []
 
 
-def test_a_benchmark_that_does_not_fit_the_last_run_ends_before_the_first_draws(
-  commands, tmp_path, monkeypatch
+def test_an_evaluator_that_does_not_fit_the_last_run_ends_before_the_first_samples(
+  command, tmp_path, fake_subject
 ):
-  classes = Subject(np.zeros, 4, {'checkpoint': 'b', 'weights': 'runs/b (ema)'}, task='classes')
-  subjects = {'a': Subject(np.zeros, 4, {'checkpoint': 'a'}), 'b': classes}
-  monkeypatch.setattr(evaluate, '_load', subjects.get)
-  commands.workdir, commands.out, commands.benchmarks = ['a', 'b'], str(tmp_path), ['retrieval']
-  with pytest.raises(
-    UserError, match=r'and runs/b \(ema\) draws pictures of classes: it has classes'
-  ):
+  command.subjects['b'] = fake_subject(None, task='classes')
+  command.workdir, command.out, command.benchmarks = ['a', 'b'], str(tmp_path), ['retrieval']
+  with pytest.raises(UserError, match='retrieval is for captions, and this model takes classes'):
     evaluate.main()
-  assert not commands.evaluated and not list(tmp_path.iterdir())
+  assert not command.evaluated and not list(tmp_path.iterdir())
 
 
-def test_flags_of_benchmarks_ask_for_them(commands, tmp_path):
-  commands.workdir, commands.out = ['a'], str(tmp_path)
-  commands.best_of = commands.mixes = 2
-  evaluate.main()
-  assert commands.names == ['best_of', 'mixes']
-  commands.benchmarks = ['retrieval', 'mixes']
-  evaluate.main()
-  assert commands.names == ['retrieval', 'mixes', 'best_of']
-
-
-def test_a_folder_is_checked_before_drawing_and_the_table_outlives_a_failure(
-  commands, tmp_path, capsys, monkeypatch
+def test_a_folder_is_checked_before_sampling_and_the_table_outlives_a_failure(
+  command, tmp_path, capsys, monkeypatch
 ):
   (tmp_path / 'file').write_text('kept')
-  commands.workdir, commands.out = ['runs/a'], str(tmp_path / 'file')
+  command.workdir, command.out = ['runs/a'], str(tmp_path / 'file')
   with pytest.raises(UserError, match='cannot write to'):
     evaluate.main()
-  assert not commands.evaluated
+  assert not command.evaluated
   monkeypatch.setattr(evaluate.front_door, 'check_folder', lambda folder: None)
   with pytest.raises(UserError, match='cannot write'):
     evaluate.main()

@@ -14,7 +14,7 @@ from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data import recipes
 from vpe_jax.data.sources import open_source
-from vpe_jax.training import heldout
+from vpe_jax.evaluation import heldout
 
 
 @pytest.fixture(scope='module')

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from vpe_jax.contracts import UserError
-from vpe_jax.sampling import pictures
+from vpe_jax.sampling import images
 
 
 def _noise(seed, side=8):
@@ -14,21 +14,21 @@ def _noise(seed, side=8):
 
 def test_levels_round_to_the_nearest_and_clip():
   given = np.asarray([-0.1, 0.0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.0, 1.2])
-  assert pictures.to_uint8(given).tolist() == [0, 0, 0, 1, 255, 255, 255]
+  assert images.to_uint8(given).tolist() == [0, 0, 0, 1, 255, 255, 255]
   levels = np.arange(256, dtype=np.uint8)
-  np.testing.assert_array_equal(pictures.to_uint8(levels / np.float32(255)), levels)
+  np.testing.assert_array_equal(images.to_uint8(levels / np.float32(255)), levels)
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_no_picture(value):
   with pytest.raises(UserError, match='diverged'):
-    pictures.to_uint8(np.asarray([0.5, value]))
+    images.to_uint8(np.asarray([0.5, value]))
 
 
 def test_png_keeps_pixels_and_metadata(tmp_path):
   path = tmp_path / 'new' / 'x.png'
   metadata = {'prompt': 'a fox – 狐 & "quotes"', 'seed': '3', 'generated': 'true'}
-  pictures.save_png(_noise(0), path, metadata)
+  images.save_png(_noise(0), path, metadata)
   with Image.open(path) as stored:
     assert stored.text == metadata
     np.testing.assert_array_equal(np.asarray(stored), _noise(0))
@@ -37,54 +37,54 @@ def test_png_keeps_pixels_and_metadata(tmp_path):
 
 def test_existing_file_is_kept_unless_told(tmp_path):
   path = tmp_path / 'x.png'
-  pictures.save_png(_noise(0), path)
+  images.save_png(_noise(0), path)
   with pytest.raises(UserError, match='--overwrite'):
-    pictures.save_png(_noise(1), path)
+    images.save_png(_noise(1), path)
   np.testing.assert_array_equal(np.asarray(Image.open(path)), _noise(0))
-  pictures.save_png(_noise(1), path, overwrite=True)
+  images.save_png(_noise(1), path, overwrite=True)
   np.testing.assert_array_equal(np.asarray(Image.open(path)), _noise(1))
 
 
 def test_files_are_planned_before_the_work(tmp_path):
   folder = f'{tmp_path}/new/'
-  assert pictures.plan_files(folder, 2) == [folder + '000.png', folder + '001.png']
-  assert pictures.plan_files(f'{tmp_path}/x.png', 2) == [f'{tmp_path}/x.png']
-  pictures.save_png(_noise(0), folder + '001.png')
+  assert images.output_files(folder, 2) == [folder + '000.png', folder + '001.png']
+  assert images.output_files(f'{tmp_path}/x.png', 2) == [f'{tmp_path}/x.png']
+  images.save_png(_noise(0), folder + '001.png')
   with pytest.raises(UserError, match='001.png exists'):
-    pictures.plan_files(folder, 2)
-  assert len(pictures.plan_files(folder, 2, overwrite=True)) == 2
+    images.output_files(folder, 2)
+  assert len(images.output_files(folder, 2, overwrite=True)) == 2
   with pytest.raises(UserError, match='new is a folder'):
-    pictures.plan_files(f'{tmp_path}/new', 2, overwrite=True)
+    images.output_files(f'{tmp_path}/new', 2, overwrite=True)
 
 
 def test_a_folder_gets_a_file_a_picture_and_a_file_a_sheet(tmp_path):
   said = lambda n: {'prompt': 'a fox', 'index': str(n)}
-  drawn = [pictures.Picture(_noise(n), 'a fox', n, 0, np.zeros(0), said(n)) for n in range(2)]
-  pictures.save_all(drawn, f'{tmp_path}/each/')
+  drawn = [images.GeneratedImage(_noise(n), 'a fox', n, 0, np.zeros(0), said(n)) for n in range(2)]
+  images.save_all(drawn, f'{tmp_path}/each/')
   for n in range(2):
     with Image.open(tmp_path / f'each/00{n}.png') as stored:
       assert stored.text == said(n)
       np.testing.assert_array_equal(np.asarray(stored), _noise(n))
-  pictures.save_all(drawn, f'{tmp_path}/all.png', metadata=False)
+  images.save_all(drawn, f'{tmp_path}/all.png', metadata=False)
   with Image.open(tmp_path / 'all.png') as stored:
     assert not stored.text and stored.width > 2 * 8
   with pytest.raises(UserError, match='all.png exists'):
-    pictures.save_all(drawn, f'{tmp_path}/all.png')
+    images.save_all(drawn, f'{tmp_path}/all.png')
 
 
 def test_unwritable_place_is_one_clear_line(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match='cannot write'):
-    pictures.save_png(_noise(0), tmp_path / 'file' / 'x.png')
+    images.save_png(_noise(0), tmp_path / 'file' / 'x.png')
   (tmp_path / 'folder').mkdir()
   with pytest.raises(UserError, match='cannot write'):
-    pictures.save_png(_noise(0), tmp_path / 'folder', overwrite=True)
+    images.save_png(_noise(0), tmp_path / 'folder', overwrite=True)
   assert {path.name for path in tmp_path.iterdir()} == {'file', 'folder'}
 
 
 def test_grid_enlarges_by_a_whole_factor_without_smoothing():
   rows = [[_noise(0), _noise(1)], [_noise(2)]]
-  sheet = np.asarray(pictures.grid(rows, side=32))
+  sheet = np.asarray(images.grid(rows, side=32))
   enlarged = np.kron(_noise(1), np.ones((4, 4, 1), np.uint8))
   found = [
     (y, x)
@@ -97,24 +97,24 @@ def test_grid_enlarges_by_a_whole_factor_without_smoothing():
 
 def test_captions_and_labels_take_only_the_space_they_need():
   rows = [[_noise(0), _noise(1)]]
-  bare = pictures.grid(rows)
-  empty = pictures.grid(rows, [['', '']], [''])
-  short = pictures.grid(rows, [['a fox', '']])
-  long = pictures.grid(rows, [['a fox ' * 12, 'incomprehensibilities' * 4]])
-  labelled = pictures.grid(rows, row_labels=['ground truth'])
+  bare = images.grid(rows)
+  empty = images.grid(rows, [['', '']], [''])
+  short = images.grid(rows, [['a fox', '']])
+  long = images.grid(rows, [['a fox ' * 12, 'incomprehensibilities' * 4]])
+  labelled = images.grid(rows, row_labels=['ground truth'])
   assert bare.size == empty.size
   assert bare.height < short.height < long.height and bare.width == long.width
   assert labelled.width > bare.width
 
 
 def test_wrapped_text_fits_and_loses_nothing():
-  font = pictures.ImageFont.load_default(14)
+  font = images.ImageFont.load_default(14)
   text = 'two red foxes left of a ' + 'w' * 60 + ' on pale ground'
-  lines = pictures._wrap(text, font, 120)
+  lines = images._wrap(text, font, 120)
   assert all(font.getlength(line) <= 120 for line in lines)
   assert ''.join(lines).replace(' ', '') == text.replace(' ', '')
 
 
 def test_grid_refuses_pictures_of_two_sizes():
   with pytest.raises(ValueError, match='one size'):
-    pictures.grid([[_noise(0), _noise(1, side=9)]])
+    images.grid([[_noise(0), _noise(1, side=9)]])

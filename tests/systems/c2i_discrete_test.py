@@ -16,12 +16,12 @@ from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.compilation import program
 from vpe_jax.config import MeshConfig, to_dict
 from vpe_jax.contracts import Batch, UserError
+from vpe_jax.evaluation.heldout import make_eval_step
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.sampling.guidance import UNGUIDED
 from vpe_jax.systems import writing
 from vpe_jax.systems.c2i_discrete import Sampling
 from vpe_jax.training import encode
-from vpe_jax.training.step import make_eval_step
 
 KEY = rng.run_key(0)
 CODES, PLAN_CODES, CLASSES = 24, 16, 9

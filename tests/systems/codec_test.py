@@ -10,7 +10,7 @@ from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import MeshConfig, OptimConfig
 from vpe_jax.contracts import Batch, LossTerm, UserError
-from vpe_jax.training import heldout
+from vpe_jax.evaluation import heldout
 from vpe_jax.training import step as training_step
 from vpe_jax.training.state import first_state
 

@@ -14,6 +14,7 @@ from configs import edit as config_file
 from tests.small_systems import encoded_examples, request_of, with_encoded, with_inputs
 from vpe_jax import rng, systems
 from vpe_jax.contracts import UserError, visible
+from vpe_jax.evaluation import heldout
 from vpe_jax.models import unified
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.sampling import flow
@@ -23,7 +24,6 @@ from vpe_jax.sharding import by_path
 from vpe_jax.systems import editing, rendering
 from vpe_jax.systems.editing import Sampling
 from vpe_jax.systems.vpe import layouts
-from vpe_jax.training import heldout
 from vpe_jax.training.state import split_trainable
 
 KEY = rng.run_key(0)

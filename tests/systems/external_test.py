@@ -15,6 +15,7 @@ from tests.small_systems import encoded_examples, request_of
 from vpe_jax import rng, systems
 from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import Batch, UserError, Visibility
+from vpe_jax.evaluation import heldout
 from vpe_jax.models import mot, unified
 from vpe_jax.models.transformer import Layer
 from vpe_jax.ops import rope
@@ -26,7 +27,6 @@ from vpe_jax.sequence.layouts import cross_attention
 from vpe_jax.sharding import by_path, make_mesh, param_shardings
 from vpe_jax.systems import rendering
 from vpe_jax.systems.t2i import Sampling
-from vpe_jax.training import heldout
 from vpe_jax.training.state import first_state
 
 KEY = rng.run_key(0)

@@ -12,7 +12,7 @@ import pytest
 from configs import t2i
 from tests.small_systems import encoded_examples, redrawn, with_inputs
 from vpe_jax import rng, systems
-from vpe_jax.training import heldout
+from vpe_jax.evaluation import heldout
 
 KEY, B = rng.run_key(0), 8
 

@@ -9,8 +9,9 @@ import pytest
 
 from vpe_jax import rng as randomness
 from vpe_jax.contracts import Stage
+from vpe_jax.evaluation.heldout import make_eval_step
 from vpe_jax.training import state as state_lib
-from vpe_jax.training.step import make_eval_step, make_train_step, microbatches
+from vpe_jax.training.step import make_train_step, microbatches
 
 KEY = randomness.run_key(3)
 HEAD, ALL = 0, 1

@@ -18,7 +18,7 @@ from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data.preparing import Settings, prepare
 from vpe_jax.data.sources import open_source
-from vpe_jax.training import heldout
+from vpe_jax.evaluation import heldout
 
 NAMES = ('cat', 'dog')
 
