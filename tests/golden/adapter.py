@@ -1,0 +1,325 @@
+"""All that golden numbers ask of the library, in one place.
+
+Nothing else in record.py and check.py knows the library. Leaves of parameters, gradients and
+averages go in and out by their paths of the commit that was recorded (`renamed`), batches as plain
+arrays by name: example, text, text_length, image, codes, latents, near, near_length, reference,
+reference_latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.golden.cases import Case
+from vpe_jax import rng, sharding, systems
+from vpe_jax.checkpoints import convert, weights
+from vpe_jax.checkpoints import frozen as frozen_lib
+from vpe_jax.contracts import Batch, PlansVisually, supports
+from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.evaluation import heldout
+from vpe_jax.evaluation.evaluator import Subject
+from vpe_jax.generator import Generator
+from vpe_jax.sharding import by_path
+from vpe_jax.training import config_file, encode
+from vpe_jax.training.state import first_state, merge, split_trainable
+from vpe_jax.training.step import make_train_step
+
+Arrays = dict[str, np.ndarray]
+
+# Names in the record -> names of inputs and encoded entries.
+_INPUTS = {name: name for name in ('text', 'text_length', 'image', 'near', 'near_length')}
+_INPUTS |= {'reference': 'source_image'}
+_ENCODED = {
+  'codes': 'visual_prompt',
+  'latents': 'latents',
+  'reference_latents': 'source_latents',
+}
+
+DRAW_SEED = 7
+INIT_SEED = 0
+_CACHE = Path(tempfile.gettempdir()) / 'vpe_jax_golden_xla'
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+  """A system with its frozen networks, and the key of its run."""
+
+  config: Any
+  system: Any
+  frozen: Any
+  mesh: Any
+  key: Any
+
+
+def begin(folder: str) -> None:
+  """Sets this process up, once: codes and latents go to `folder`, compiled programs to a cache."""
+  os.environ['VPE_JAX_CACHE'] = folder
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update('jax_compilation_cache_dir', str(_CACHE))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+def renamed(path: str) -> str:
+  """The path that a leaf had in the commit that was recorded."""
+  return path
+
+
+def values_of(config: str, overrides: Mapping[str, str]) -> dict[str, Any]:
+  """A config as plain nested dicts; `overrides` name fields as the record does."""
+  ours = dict(overrides)
+  if shift := ours.pop('model.time_shift', None):
+    by_resolution = float(shift) == 0
+    ours['model.flow.shift'] = '1.0' if by_resolution else shift
+    ours['model.flow.shift_by'] = 'resolution' if by_resolution else 'constant'
+  return config_file.load(config, ours)
+
+
+def make(case: Case) -> Made:
+  """Builds the system of a case and reads its frozen networks."""
+  jax.clear_caches()  # Of the case before: a process that runs all of them stays small.
+  jax.config.update('jax_disable_most_optimizations', case.quick)
+  system = systems.build(values_of(case.config, case.overrides))
+  config = system.config
+  mesh = sharding.make_mesh(config.mesh)
+  frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
+  return Made(config, system, frozen, mesh, rng.run_key(config.seed))
+
+
+def stages(made: Made) -> list[str]:
+  """The names of a run's stages."""
+  return [stage.name for stage in made.system.stages]
+
+
+def shapes(made: Made) -> dict[str, tuple[int, ...]]:
+  """The shape of each parameter, by its old path."""
+  found = by_path(jax.eval_shape(made.system.init, rng.run_key(INIT_SEED)))
+  return {renamed(path): leaf.shape for path, leaf in found.items()}
+
+
+def same_name(made: Made) -> set[str]:
+  """Old paths that parameters still have."""
+  found = by_path(jax.eval_shape(made.system.init, rng.run_key(INIT_SEED)))
+  return {path for path in found if renamed(path) == path}
+
+
+def parameters(made: Made, leaves: Mapping[str, np.ndarray]) -> Any:
+  """A tree of parameters from leaves by their old paths."""
+  found = by_path(jax.eval_shape(made.system.init, rng.run_key(INIT_SEED)))
+  return convert.tree({path: jnp.asarray(leaves[renamed(path)]) for path in found})
+
+
+def leaves_of(tree: Any) -> Arrays:
+  """The leaves of parameters, a gradient or an average, by their old paths; in numpy."""
+  return {renamed(path): np.asarray(leaf) for path, leaf in by_path(tree).items()}
+
+
+def initial(made: Made) -> tuple[Arrays, Arrays | None]:
+  """Parameters as training begins with; and what they are with rows that they inherit, if any."""
+  params = jax.jit(made.system.init)(rng.run_key(INIT_SEED))
+  if not made.system.initialization.from_frozen:
+    return leaves_of(params), None
+  key = rng.stream(rng.run_key(INIT_SEED), 'inherit')
+  inherited = jax.jit(made.system.inherit)(params, made.frozen.params, key)
+  return leaves_of(params), leaves_of(inherited)
+
+
+def read_batches(made: Made, index: int, count: int) -> tuple[list[Arrays], Arrays, Arrays]:
+  """Batches of a stage from the real pipeline.
+
+  Args:
+    made: the system.
+    index: of the stage.
+    count: training batches that are read.
+
+  Returns:
+    The first training batches; the first held-out batch as the pipeline hands it over; and as
+    held-out evaluation takes it, with codes and latents.
+  """
+  config, size = made.config, made.config.batch_size[index]
+  data = encode.open_training_data(config, made.system, made.frozen, made.mesh)
+  with data.batches(0, size) as batches:
+    training = [_arrays(made, batch) for batch in itertools.islice(batches, count)]
+  with Pipeline.of(made.system, heldout.SPLIT).batches(0, size) as batches:
+    raw = _arrays(made, next(batches))
+  held_out = heldout.HeldOut(batches=1)._read(_subject(made, {}, index))[0]
+  return training, raw, _arrays(made, held_out)
+
+
+def batch_of(arrays: Mapping[str, np.ndarray]) -> Batch:
+  """A batch from plain arrays; codes [B, 0] are those of a model without visual prompts."""
+  leaves = {name: jnp.asarray(array) for name, array in arrays.items() if array.size}
+  inputs = {_INPUTS[name]: leaf for name, leaf in leaves.items() if name in _INPUTS}
+  encoded = {_ENCODED[name]: leaf for name, leaf in leaves.items() if name in _ENCODED}
+  return Batch(leaves['example'], inputs, encoded)
+
+
+def first_losses(
+  made: Made, index: int, params: Any, arrays: Mapping[str, np.ndarray]
+) -> tuple[dict[str, tuple[float, float, float]], Arrays]:
+  """Sum, count and weight of every loss term at the first step, and the gradient of the total."""
+  stage, system = made.system.stages[index], made.system
+  batch, step = batch_of(arrays), jnp.zeros((), jnp.int32)
+
+  def run(params: Any, frozen: Any, batch: Batch) -> Any:
+    trainable, fixed = split_trainable(params, stage)
+
+    def objective(trainable: Any) -> Any:
+      terms = system.losses(merge(trainable, fixed), frozen, batch, made.key, step, stage)
+      parts = [t.weight * t.sum / jnp.maximum(t.count, 1) for t in terms.values()
+               if not (isinstance(t.weight, (int, float)) and t.weight == 0.0)]  # fmt: skip
+      return sum(parts), {n: (t.sum, t.count, jnp.asarray(t.weight)) for n, t in terms.items()}
+
+    return jax.grad(objective, has_aux=True)(trainable)
+
+  gradient, terms = jax.device_get(jax.jit(run)(params, made.frozen.params, batch))
+  numbers = {name: tuple(map(float, term)) for name, term in terms.items()}
+  return numbers, leaves_of(gradient)
+
+
+def train(
+  made: Made, index: int, params: Any, batches: Sequence[Mapping[str, np.ndarray]], steps: int
+) -> tuple[list[dict[str, float]], Any]:
+  """Steps of a stage from these parameters, over the batches in turn.
+
+  Returns:
+    What each step logs, and the state after the last.
+  """
+  stage, optim = made.system.stages[index], made.config.optim_of(index)
+  step = make_train_step(made.system, stage, optim)
+  state = fresh_state(made, index, params)
+  ready, logged = [batch_of(arrays) for arrays in batches], []
+  for number in range(steps):
+    state, metrics = step(state, made.frozen.params, ready[number % len(ready)], made.key)
+    logged.append({name: float(value) for name, value in metrics.items()})
+  return logged, state
+
+
+def trained(state: Any) -> tuple[Arrays, Arrays]:
+  """Parameters and averages of a state."""
+  return leaves_of(state['params']), leaves_of(state['ema'])
+
+
+def fresh_state(made: Made, index: int, params: Any) -> Any:
+  """The state before the first step of a stage."""
+  # Copies, as steps take over what is in the state; compiled, or each leaf would be by itself.
+  state = jax.jit(lambda params: first_state(params, made.system.stages[index]))(params)
+  return state | {'stage': jnp.asarray(index, jnp.int32)}
+
+
+class HeldOut:
+  """Held-out losses of a stage on one batch, by the code that training calls."""
+
+  def __init__(self, made: Made, arrays: Mapping[str, np.ndarray]):
+    self._made = made
+    self._inner = heldout.HeldOut()
+    self._inner._read = lambda subject: [batch_of(arrays)]
+
+  def __call__(self, state: Any) -> dict[str, float]:
+    params, index = merge(state['ema'], state['params']), int(state['stage'])
+    subject = _subject(self._made, params, index, state['stage_step'])
+    return dict(self._inner.run(subject).numbers)
+
+
+class Drawer:
+  """Draws for four requests, with parameters laid out as a generator lays them out."""
+
+  def __init__(self, made: Made, params: Any, arrays: Mapping[str, np.ndarray]):
+    """Takes a held-out batch, whose first rows are the requests."""
+    self._system, self._frozen = made.system, made.frozen.params
+    prepared = made.system.prepare(jax.device_get(params), jax.default_backend())
+    self._params = jax.device_put(prepared)
+    names = ('example', 'text', 'text_length', 'reference_latents')
+    rows = {name: arrays[name][:4] for name in names if name in arrays}
+    self._request = batch_of(rows)
+    self._plans = supports(made.system, PlansVisually)
+    self._codes = jnp.asarray(arrays['codes'][:4]) if self._plans else None
+    self._run = jax.jit(made.system.generate, static_argnums=4)
+    self._own = made.config.sample
+
+  def __call__(self, name: str, overrides: Mapping[str, float]) -> Arrays:
+    """`codes`, `latents` and `image` (uint8) of one drawing."""
+    known = {field.name for field in dataclasses.fields(self._own)}
+    overrides = {name: value for name, value in overrides.items() if name in known}
+    settings = dataclasses.replace(self._own, **overrides)
+    request = self._given if name == 'given' else self._request
+    key = rng.run_key(DRAW_SEED)
+    drawn = self._run(self._params, self._frozen, request, key, settings)
+    image = np.asarray(drawn.image)
+    return {
+      'codes': np.asarray(drawn.encoded.get('visual_prompt', np.zeros((4, 0), np.int32))),
+      'latents': np.asarray(drawn.encoded['latents']),
+      'image': np.round(255 * np.clip(image, 0, 1)).astype(np.uint8),
+    }
+
+  def scores(self) -> Arrays:
+    """`plan`: visual prompts [4, P] drawn alone; and what the system says of true ones, [4]."""
+    system, found = self._system, {}
+    if not self._plans:
+      return found
+    draft, key = jax.jit(system.draft, static_argnums=3), rng.run_key(DRAW_SEED)
+    drafts = draft(self._params, self._request, key, self._own)
+    found['plan'] = np.asarray(drafts['visual_prompt'])
+    likelihood = jax.jit(system.plan_likelihood)(self._params, self._given)
+    found['plan_likelihood'] = np.asarray(likelihood)
+    if 'similarity' in system.plan_rankers:
+      similarity = jax.jit(system.plan_similarity)(self._frozen, self._given)
+      found['plan_similarity'] = np.asarray(similarity)
+    return found
+
+  @property
+  def _given(self) -> Batch:
+    encoded = {**self._request.encoded, 'visual_prompt': self._codes}
+    return dataclasses.replace(self._request, encoded=encoded)
+
+
+def figures(system: Any, index: int) -> dict[str, float]:
+  """FLOPs and tokens of one example of a stage; only those that the system tells."""
+  names = ('flops', 'attention_flops', 'frozen_attention_flops', 'tokens')
+  stage = system.stages[index]
+  return {name: float(getattr(system, name)(stage)) for name in names if hasattr(system, name)}
+
+
+def figures_of(config: str, overrides: Mapping[str, str]) -> dict[str, dict[str, float]]:
+  """`figures` of each stage of a config, whose networks needn't be there."""
+  system = systems.build(values_of(config, overrides))
+  return {stage.name: figures(system, index) for index, stage in enumerate(system.stages)}
+
+
+def shipped() -> Arrays:
+  """The leaves of `assets:tiny` by their old paths."""
+  return leaves_of(weights.load('assets:tiny')[0])
+
+
+def shipped_pictures(prompts: Sequence[str]) -> Arrays:
+  """Pictures and codes as `python -m vpe_jax.sample --seed=0` draws them."""
+  drawn = Generator.load('assets:tiny')(list(prompts), n=1, seed=0)
+  return {
+    'image': np.stack([image.image for image in drawn]),
+    'codes': np.stack([image.encoded['visual_prompt'] for image in drawn]),
+  }
+
+
+def _arrays(made: Made, batch: Batch) -> Arrays:
+  """A batch as plain arrays by the names of the record."""
+  arrays = {'example': np.asarray(batch.example)}
+  for names, leaves in ((_INPUTS, batch.inputs), (_ENCODED, batch.encoded)):
+    arrays |= {name: np.asarray(leaves[ours]) for name, ours in names.items() if ours in leaves}
+  if batch.encoded and 'codes' not in arrays:
+    arrays['codes'] = np.zeros((len(batch.example), 0), np.int32)
+  return arrays
+
+
+def _subject(made: Made, params: Any, index: int, stage_step: Any = 0) -> Subject:
+  return Subject(
+    made.system, params, index, made.mesh, stage_step=stage_step, frozen=lambda: made.frozen
+  )
