@@ -8,7 +8,7 @@ from configs import t2i
 from vpe_jax import config
 from vpe_jax.contracts import UserError
 from vpe_jax.models import mot
-from vpe_jax.systems import t2i as t2i_system
+from vpe_jax.systems.vpe import text_to_image as t2i_system
 
 
 @dataclasses.dataclass(frozen=True)

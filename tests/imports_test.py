@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
   'contracts config rng storage devices sharding data ops sequence models codecs objectives'
-  ' sampling systems checkpoints evaluation training compilation assets'
+  ' sampling systems checkpoints generator evaluation training compilation assets'
 ).split()
 SOURCES = sorted(
   path
@@ -51,8 +51,14 @@ def _imports(path: Path) -> Iterator[str]:
       yield from (f'{node.module}.{alias.name}' for alias in node.names)
 
 
+# Optional features of a system, which extend front doors and rank with them.
+FEATURES = ('vpe_jax.systems.vpe.visual_prompts',)
+
+
 def _rank(module: str) -> int:
-  """Place of a module's room in the order; front doors come last."""
+  """Place of a module's room in the order; front doors and features come last."""
+  if module.startswith(FEATURES):
+    return len(ROOMS)
   room = module.split('.')[1] if '.' in module else ''
   return ROOMS.index(room) if room in ROOMS else len(ROOMS)
 

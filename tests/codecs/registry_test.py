@@ -8,7 +8,7 @@ import pytest
 from vpe_jax.checkpoints.families import ibq, wan_vae
 from vpe_jax.codecs import registry
 from vpe_jax.config import build_section, to_dict
-from vpe_jax.systems.codec_sections import ImageCodeCodecs, LatentCodecs, NoVisualPrompt
+from vpe_jax.systems.vpe.codec_sections import ImageCodeCodecs, LatentCodecs, NoVisualPrompt
 
 SIGLIP_VQ = {'kind': 'siglip_vq', 'image_size': 160, 'weights': 'OWNER/NAME'}
 

@@ -2,7 +2,7 @@
 
 Squares of `patch` x `patch` latents take the number of the nearest row of a codebook, and decoding
 puts the rows in their place. The codebook is found by k-means, which the gradient of the distance
-to the nearest row is a step of (vpe_jax.systems.codec).
+to the nearest row is a step of (vpe_jax.systems.tokenizers.codec).
 """
 
 from __future__ import annotations

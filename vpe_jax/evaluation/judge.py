@@ -32,7 +32,7 @@ class Judge:
     """Wraps networks that are in memory already; most callers want `load`.
 
     Args:
-      system: a vpe_jax.systems.siglip.System.
+      system: a vpe_jax.systems.tokenizers.siglip.System.
       params: its parameters.
       tokenizer: turns captions into ids.
       fingerprint: of the parameters, for the protocol of a report.

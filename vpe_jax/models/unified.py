@@ -1,13 +1,13 @@
 """The model that plans and renders: text and visual prompt tokens in one expert, the picture in
 another, joined by attention (Internal+VPE, arXiv 2606.04457), each in a row of its own
-(`arch=external`: models/external.py runs it), or both in one expert (`arch=single`: Transfusion,
-Show-o2).
+(`arch=external`: systems/vpe/networks/external.py runs it), or both in one expert (`arch=single`:
+Transfusion, Show-o2).
 
 Parameter tree: `embed/{text,codes}`, `ar/{layers,norm}`, `dit/{layers,norm,dual_path,head}`; a
 single expert has no `dit/layers` and `dit/norm`, a model without visual prompt no `embed/codes`,
-and one that edits has `ar/dual_path` too (models/editing.py runs it). A picture expert with
-cross-attention has `dit/layers/cross`. `Unified` holds no arrays: every method is a pure function
-of the parameters.
+and one that edits has `ar/dual_path` too (systems/vpe/networks/editing.py runs it). A picture
+expert with cross-attention has `dit/layers/cross`. `Unified` holds no arrays: every method is a
+pure function of the parameters.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ class UnifiedConfig:
     references: whether the model edits: a dual path of its own embeds the picture before, among the
       token expert's tokens.
     condition: how the plan reaches the picture expert of `arch=external`, the only one that reads
-      it: `prefix` or `keys` (models/external.py), or `cross` (models/external_cross.py), which has
-      parameters beyond those of the other architectures.
+      it: `prefix` or `keys` (systems/vpe/networks/external.py), or `cross`
+        (systems/vpe/networks/external_cross.py), which has parameters beyond those of the other
+        architectures.
   """
 
   arch: str

@@ -2,7 +2,7 @@
 
 t = 0 is data, t = 1 is noise, x_t = (1 - t) x + t eps, and the velocity is v = eps - x, so an
 Euler step is x_{t-dt} = x_t - dt v. Show-o2's clock runs the other way (0 noise, 1 data, velocity
-x - eps): `time = 1 - clock` and `velocity = -theirs`, which systems/t2i.py applies.
+x - eps): `time = 1 - clock` and `velocity = -theirs`, which systems/vpe/text_to_image.py applies.
 
 A further law, shift, target or weighting is a function and an entry of its table in this file.
 """

@@ -4,12 +4,10 @@ from vpe_jax.systems.package import Package
 
 PACKAGE = Package(
   systems={
-    't2i': 'vpe_jax.systems.t2i',
-    'edit': 'vpe_jax.systems.editing',
-    'c2i_discrete': 'vpe_jax.systems.c2i_discrete',
-    'c2i_continuous': 'vpe_jax.systems.c2i_continuous',
-    'siglip': 'vpe_jax.systems.siglip',
-    'codec': 'vpe_jax.systems.codec',
+    't2i': 'vpe_jax.systems.vpe.text_to_image',
+    'edit': 'vpe_jax.systems.vpe.editing',
+    'c2i_discrete': 'vpe_jax.systems.vpe.class_discrete',
+    'c2i_continuous': 'vpe_jax.systems.vpe.class_continuous',
   },
   sample_options=('vpe_jax.systems.vpe.visual_prompts.flags',),
   evaluators={

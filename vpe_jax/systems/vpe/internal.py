@@ -14,9 +14,8 @@ from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params, Region, Stage
 from vpe_jax.models import unified
 from vpe_jax.sequence.spans import Layout
-from vpe_jax.systems import rendering
-from vpe_jax.systems.rows import Rows
-from vpe_jax.systems.vpe import layouts
+from vpe_jax.systems.vpe import layouts, unified_sampler
+from vpe_jax.systems.vpe.sequences import Rows
 
 PLAN = Stage('plan', ('ar/', 'embed/'), {'next_token': 1.0}, ema=False, samples=False)
 JOINT = Stage('joint', ('.*',), {'next_token': 1.0, 'flow': 1.0}, ema=True)
@@ -24,7 +23,7 @@ UNPLANNED = dataclasses.replace(JOINT, losses={'flow': 1.0})
 
 
 class Internal(Rows):
-  """The row, and what is done with it; systems/external.py has the same methods for two rows."""
+  """The sequence of both experts; external.py has the same methods for two sequences."""
 
   stages = {stage.name: stage for stage in (PLAN, JOINT)}
 
@@ -58,7 +57,7 @@ class Internal(Rows):
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of a batch of requests."""
-    return rendering.draw(self, settings, params, request, rng)
+    return unified_sampler.draw(self, settings, params, request, rng)
 
   def train_flops(self, stage: Stage, predicted: int) -> float:
     """Matrix FLOPs of one example; both stages train whatever they run.

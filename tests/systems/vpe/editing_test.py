@@ -21,9 +21,8 @@ from vpe_jax.sampling import flow
 from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.sharding import by_path
-from vpe_jax.systems import editing, rendering
-from vpe_jax.systems.editing import Sampling
-from vpe_jax.systems.vpe import layouts
+from vpe_jax.systems.vpe import editing, layouts, unified_sampler
+from vpe_jax.systems.vpe.editing import Sampling
 from vpe_jax.training.state import split_trainable
 
 KEY = rng.run_key(0)
@@ -119,11 +118,11 @@ def test_each_cached_branch_equals_its_whole_row():
 
   @jax.jit
   def cached(params):
-    _, prefix = rendering.plan(rows, settings, params, request, KEY)
+    _, prefix = unified_sampler.plan(rows, settings, params, request, KEY)
     branches = {
       'conditional': prefix,
       'reference': editing.reference_prefix(rows, params, request, prefix),
-      'null': rendering.null_prefix(rows, params, request),
+      'null': unified_sampler.null_prefix(rows, params, request),
     }
     step = lambda branch: _flow_step(system, params, branch, batch.encoded['latents'])
     return {name: step(branch) for name, branch in branches.items()}
@@ -151,12 +150,12 @@ def test_two_branches_draw_what_three_do_where_the_image_scale_is_1():
     weights = [branch.weight for branch in every[:count]]
 
     def run(params):
-      _, whole = rendering.plan(rows, settings, params, request, KEY)
+      _, whole = unified_sampler.plan(rows, settings, params, request, KEY)
       reference = editing.reference_prefix(rows, params, request, whole)
-      null = rendering.null_prefix(rows, params, request)
+      null = unified_sampler.null_prefix(rows, params, request)
       prefix = Prefix.stack([whole, reference, null][:count])
-      step = lambda x, time: rendering.velocity(rows, params, x, time, prefix)
-      noise = rendering.noise(rows.model, request, KEY)
+      step = lambda x, time: unified_sampler.velocity(rows, params, x, time, prefix)
+      noise = unified_sampler.noise(rows.model, request, KEY)
       parts = lambda x, time: jnp.split(step(x, time), count)
       velocity = lambda x, time, i: sum(w * v for w, v in zip(weights, parts(x, time)))
       return flow.integrate(velocity, noise, flow.time_grid(2))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from vpe_jax import rng
 from vpe_jax.config import Config, nearest
 from vpe_jax.contracts import PlansVisually, Samples, Stage, UserError, Weight
-from vpe_jax.systems.drawing import DrawingSystem
+from vpe_jax.systems.vpe.image_system import DrawingSystem
 
 
 class ClassToImage(DrawingSystem):

@@ -14,7 +14,7 @@ from vpe_jax.systems.vpe import layouts
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-  """The base of systems/internal.py and systems/external.py.
+  """The base of systems/vpe/internal.py and systems/vpe/external.py.
 
   These add `layout`, the row that the plan is written in, `regions`, `both`, `draw` and the figures
   of a stage: `train_flops`, `attention_flops` and `tokens`.

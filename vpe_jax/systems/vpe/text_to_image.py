@@ -1,12 +1,12 @@
 """Text to image with visual prompts: Internal+VPE and External+VPE (arXiv 2606.04457).
 
 The model writes a plan of the picture in discrete SigLIP tokens by next-token prediction, then
-renders it by flow matching. Two stages: `plan` trains the token expert on cross-entropy alone
-while the picture expert is frozen and not run. Then `joint` (`model.arch=internal` or `single`)
-trains both experts, flow matching at weight 1 and cross-entropy at the progressive weight of
-Eq. 3; text and plan are dropped together for guidance. Or `render` (`model.arch=external`) trains
-the picture expert alone, which sees the plan only, on flow matching; the plan is dropped. What
-differs between the two is in systems/internal.py and systems/external.py. Without visual prompt
+renders it by flow matching. Two stages: `plan` trains the token expert on cross-entropy alone while
+the picture expert is frozen and not run. Then `joint` (`model.arch=internal` or `single`) trains
+both experts, flow matching at weight 1 and cross-entropy at the progressive weight of Eq. 3; text
+and plan are dropped together for guidance. Or `render` (`model.arch=external`) trains the picture
+expert alone, which sees the plan only, on flow matching; the plan is dropped. What differs between
+the two is in systems/vpe/internal.py and systems/vpe/external.py. Without visual prompt
 (`model.vpe=False`) the picture is drawn from the text alone, in stage `joint`, on flow matching.
 """
 
@@ -44,12 +44,11 @@ from vpe_jax.objectives import flow_matching, next_token, schedules
 from vpe_jax.objectives.flow_matching import FlowConfig
 from vpe_jax.sampling import autoregressive
 from vpe_jax.sampling.settings import FlowSampling, TokenSampling, check_scales
-from vpe_jax.systems import rendering
-from vpe_jax.systems.codec_sections import LatentCodecs
-from vpe_jax.systems.drawing import DrawingSystem
-from vpe_jax.systems.external import External
-from vpe_jax.systems.internal import Internal, Unplanned
-from vpe_jax.systems.vpe import layouts
+from vpe_jax.systems.vpe import layouts, unified_sampler
+from vpe_jax.systems.vpe.codec_sections import LatentCodecs
+from vpe_jax.systems.vpe.external import External
+from vpe_jax.systems.vpe.image_system import DrawingSystem
+from vpe_jax.systems.vpe.internal import Internal, Unplanned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +287,7 @@ class System(DrawingSystem):
   def generate(
     self, params: Params, frozen: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> Generated:
-    """Plans, then renders; see vpe_jax.contracts.System and systems/rendering.py."""
+    """Plans, then renders; see vpe_jax.contracts.System and systems/vpe/unified_sampler.py."""
     codes, latents = self.rows.draw(params, request, rng, settings)
     encoded = {'visual_prompt': codes} if self.codes else {}
     image = self.image.decode(frozen, latents, rng)
@@ -300,7 +299,7 @@ class System(DrawingSystem):
     """Visual prompts [B, P]; the image expert isn't run."""
     if not self.codes:
       return {}
-    return {'visual_prompt': rendering.decode(self.rows, settings, params, request, rng)[0]}
+    return {'visual_prompt': unified_sampler.decode(self.rows, settings, params, request, rng)[0]}
 
   def plan_likelihood(self, params: Params, request: Batch) -> Array:
     """The mean log-probability of the plans given the texts: [B], nats."""

@@ -19,8 +19,8 @@ from vpe_jax.contracts import Batch, UserError
 from vpe_jax.evaluation.heldout import make_eval_step
 from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.sampling.guidance import UNGUIDED
-from vpe_jax.systems import writing
-from vpe_jax.systems.c2i_discrete import Sampling
+from vpe_jax.systems.vpe import llamagen_sampler
+from vpe_jax.systems.vpe.class_discrete import Sampling
 from vpe_jax.training import encode
 
 KEY = rng.run_key(0)
@@ -271,8 +271,8 @@ def test_nothing_is_dropped_in_drawing(system, dropping, params):
   settings = Sampling(guidance=2.0)
   run = lambda s: jax.jit(
     lambda p, b: (
-      writing.draw(s.model, settings, p, request_of(b), KEY),
-      writing.plan_likelihood(s.model, p, b),
+      llamagen_sampler.draw(s.model, settings, p, request_of(b), KEY),
+      llamagen_sampler.plan_likelihood(s.model, p, b),
       s.model(p, *_model_inputs(b)),
     )
   )(params, batch)
@@ -299,11 +299,11 @@ def test_cached_logits_equal_uncached(system, params, prepared):
 
   @jax.jit
   def one_by_one(weights):
-    prefix = writing._start(system.model, weights, batch, UNGUIDED.branches)
+    prefix = llamagen_sampler._start(system.model, weights, batch, UNGUIDED.branches)
 
     def step(prefix, at):
       token = jax.lax.dynamic_slice_in_dim(x, at, 1, 1)
-      return writing._feed(system.model, weights, token, prefix, at), prefix.state
+      return llamagen_sampler._feed(system.model, weights, token, prefix, at), prefix.state
 
     last, hidden = jax.lax.scan(step, prefix, jnp.arange(1, x.shape[1]))
     hidden = jnp.concatenate([hidden[:, :, 0], last.state[None, :, 0]]).swapaxes(0, 1)
@@ -318,7 +318,7 @@ def test_greedy_codes_are_the_likeliest_of_their_block(system, params, scales):
   """Each is the argmax of the uncached logits of its vocabulary, led away from the null class's."""
   batch = _batch(system)
   settings = Sampling(temperature=0.0, guidance=scales[0], plan_guidance=scales[1])
-  draw = jax.jit(lambda p, r: writing.draw(system.model, settings, p, r, KEY))
+  draw = jax.jit(lambda p, r: llamagen_sampler.draw(system.model, settings, p, r, KEY))
   encoded, codes = draw(params, request_of(batch))
   plan = encoded['visual_prompt']
   assert plan.shape == (4, 9) and codes.shape == (4, 16)
@@ -337,7 +337,7 @@ def test_greedy_codes_are_the_likeliest_of_their_block(system, params, scales):
 
 def test_rows_do_not_depend_on_neighbours(system, params):
   settings = Sampling(guidance=2.0, min_p=0.0)
-  draw = jax.jit(lambda r: writing.draw(system.model, settings, params, r, KEY))
+  draw = jax.jit(lambda r: llamagen_sampler.draw(system.model, settings, params, r, KEY))
   request = request_of(_batch(system))
   ours = draw(request)
   theirs = draw(jax.tree.map(lambda leaf: leaf[::-1], request))
@@ -350,7 +350,7 @@ def test_without_a_plan_the_picture_follows_the_class():
   system = _system('debug,vpe=false')
   params = jax.jit(system.init)(KEY)
   settings = Sampling(guidance=1.0, plan_guidance=3.0)
-  draw = jax.jit(lambda p, r: writing.draw(system.model, settings, p, r, KEY))
+  draw = jax.jit(lambda p, r: llamagen_sampler.draw(system.model, settings, p, r, KEY))
   encoded, codes = draw(params, request_of(_batch(system)))
   assert not encoded and codes.shape == (4, 16)
   assert set(system.config.model.frozen_weights) == {'image', 'image_codes'}

@@ -19,7 +19,7 @@ from vpe_jax.models.decoder import Decoder, DecoderConfig
 from vpe_jax.models.transfusion import grid_waves
 from vpe_jax.objectives import flow_matching
 from vpe_jax.sampling import flow
-from vpe_jax.systems import class_rendering
+from vpe_jax.systems.vpe import transfusion_sampler
 from vpe_jax.training import resume
 
 KEY = rng.run_key(0)
@@ -176,7 +176,7 @@ def test_without_a_plan_there_is_the_flow_alone():
 def test_drawing_with_a_cache_equals_whole_rows(system, params, scale, given):
   settings = dataclasses.replace(system.config.sample, guidance=scale, steps=3)
   request = request_of(_batch(system, 3), *(['visual_prompt'] if given else []))
-  draw = jax.jit(lambda p, r: class_rendering.draw(system.model, settings, p, r, KEY))
+  draw = jax.jit(lambda p, r: transfusion_sampler.draw(system.model, settings, p, r, KEY))
   encoded, latents = draw(system.prepare(params, 'cpu'), request)
   plan = encoded['visual_prompt']
   if given:
@@ -200,7 +200,7 @@ def test_drawing_with_a_cache_equals_whole_rows(system, params, scale, given):
 def test_a_greedy_plan_is_the_argmax_of_whole_rows(system, params):
   settings = dataclasses.replace(system.config.sample, guidance=1.0, temperature=0.0, steps=1)
   request = request_of(_batch(system, 4))
-  encoded, _ = class_rendering.draw(system.model, settings, params, request, KEY)
+  encoded, _ = transfusion_sampler.draw(system.model, settings, params, request, KEY)
   plan = encoded['visual_prompt']
   x = (jnp.zeros((4, 8, 8, 4)), jnp.ones((4,)))
   hidden, _ = system.model(params, request.inputs['text'][:, 0], plan, jnp.ones((4,), bool), x)
@@ -211,7 +211,7 @@ def test_a_greedy_plan_is_the_argmax_of_whole_rows(system, params):
 def test_a_plan_is_written_alone_and_scored(system, params):
   settings = dataclasses.replace(system.config.sample, steps=1)
   request = request_of(_batch(system, 4))
-  drawn, _ = class_rendering.draw(system.model, settings, params, request, KEY)
+  drawn, _ = transfusion_sampler.draw(system.model, settings, params, request, KEY)
   written = system.plan(params, request, KEY, settings)
   np.testing.assert_array_equal(written, drawn['visual_prompt'])
   scores = system.plan_likelihood(params, with_encoded(request, visual_prompt=written))

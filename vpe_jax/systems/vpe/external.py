@@ -1,6 +1,7 @@
-"""Tokens and picture in rows of their own: External+VPE, `arch=external` (models/external.py).
+"""External+VPE, `arch=external`: tokens and image in sequences of their own (networks/external.py).
 
-With `model.condition=cross` the picture expert has cross-attention (models/external_cross.py).
+With `model.condition=cross` the picture expert has cross-attention
+(systems/vpe/networks/external_cross.py).
 
 Stage `plan` trains the token expert as with `arch=internal`, and its checkpoint serves both: the
 row lacks internal's [boi], which comes last there, so that no other token sees it, and predicts
@@ -16,19 +17,19 @@ import jax.numpy as jnp
 
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params, Region, Stage
-from vpe_jax.models import external, external_cross, unified
+from vpe_jax.models import unified
 from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.sequence.spans import Layout
-from vpe_jax.systems import rendering
-from vpe_jax.systems.internal import PLAN
-from vpe_jax.systems.rows import Rows
-from vpe_jax.systems.vpe import layouts
+from vpe_jax.systems.vpe import layouts, unified_sampler
+from vpe_jax.systems.vpe.internal import PLAN
+from vpe_jax.systems.vpe.networks import external, external_cross
+from vpe_jax.systems.vpe.sequences import Rows
 
 RENDER = Stage('render', ('dit/',), {'flow': 1.0}, ema=True)
 
 
 class External(Rows):
-  """Both rows, and what is done with them; methods as those of systems/internal.py."""
+  """Both rows, and what is done with them; methods as those of systems/vpe/internal.py."""
 
   stages = {stage.name: stage for stage in (PLAN, RENDER)}
 
@@ -69,23 +70,23 @@ class External(Rows):
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of a batch of requests."""
-    codes, decoded = rendering.decode(self, settings, params, request, rng)
+    codes, decoded = unified_sampler.decode(self, settings, params, request, rng)
     conditional = self.prefix(params, request, codes, decoded)
     prefix = lambda dropped: self.null_prefix(params, request) if dropped else conditional
-    return codes, rendering.guided(self, settings, params, request, rng, prefix)
+    return codes, unified_sampler.guided(self, settings, params, request, rng, prefix)
 
   def prefix(self, params: Params, request: Batch, codes: Array, decoded: Prefix) -> Prefix:
     """The prefix of the flow in the picture expert's sequence, from a decoded visual prompt."""
-    region = rendering.build(self, request, codes)['ar']
+    region = unified_sampler.build(self, request, codes)['ar']
     plan = self.pair.plan(region, decoded.state, decoded.cache)
     regions = self.pair.placed(plan, self._row(codes.shape[0], keep=True))
-    caches = rendering.Caches(*self.pair.prefill(params, plan, regions))
+    caches = unified_sampler.Caches(*self.pair.prefill(params, plan, regions))
     return Prefix(caches, regions['dit'])
 
   def null_prefix(self, params: Params, request: Batch) -> Prefix:
     """The prefix without the visual prompt, computed once and repeated for the batch."""
     regions = self._row(1, keep=False)
-    caches = rendering.Caches(*self.pair.prefill_null(params, regions))
+    caches = unified_sampler.Caches(*self.pair.prefill_null(params, regions))
     return Prefix(caches, regions['dit']).repeat(request.example.shape[0])
 
   def train_flops(self, stage: Stage, predicted: int) -> float:

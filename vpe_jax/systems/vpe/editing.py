@@ -38,17 +38,17 @@ from vpe_jax.contracts import (
   UserError,
   concatenate,
 )
-from vpe_jax.models import editing, mot, unified
-from vpe_jax.models.editing import Editor
+from vpe_jax.models import mot, unified
 from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.sampling.settings import check_scales
 from vpe_jax.sequence.spans import Layout
-from vpe_jax.systems import rendering, t2i
-from vpe_jax.systems.external import External
-from vpe_jax.systems.internal import Internal
-from vpe_jax.systems.rows import Rows
-from vpe_jax.systems.vpe import layouts
+from vpe_jax.systems.vpe import layouts, text_to_image, unified_sampler
+from vpe_jax.systems.vpe.external import External
+from vpe_jax.systems.vpe.internal import Internal
+from vpe_jax.systems.vpe.networks import editing
+from vpe_jax.systems.vpe.networks.editing import Editor
+from vpe_jax.systems.vpe.sequences import Rows
 
 INTERNAL = Stage('edit', ('.*',), {'next_token': 1.0, 'flow': 1.0}, ema=True)
 EXTERNAL = dataclasses.replace(
@@ -57,7 +57,7 @@ EXTERNAL = dataclasses.replace(
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig(t2i.ModelConfig):
+class ModelConfig(text_to_image.ModelConfig):
   """Those of `t2i`, with a picture before, and conditions dropped in one draw an example.
 
   Attributes:
@@ -93,7 +93,7 @@ class ModelConfig(t2i.ModelConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling(t2i.Sampling):
+class Sampling(text_to_image.Sampling):
   """Those of `t2i`, with a second guidance scale.
 
   Attributes:
@@ -128,7 +128,7 @@ class Edited(Rows):
 
 
 class EditInternal(Edited, Internal):
-  """The row of Internal+VPE's edits; see systems/internal.py."""
+  """The row of Internal+VPE's edits; see systems/vpe/internal.py."""
 
   stages = {INTERNAL.name: INTERNAL}
 
@@ -152,19 +152,19 @@ class EditInternal(Edited, Internal):
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of a batch of requests, by the two scales' branches."""
-    codes, conditional = rendering.plan(self, settings, params, request, rng)
+    codes, conditional = unified_sampler.plan(self, settings, params, request, rng)
 
     def prefix(dropped: frozenset[str]) -> Prefix:
       if not dropped:
         return conditional
-      if dropped == rendering.ALL:
-        return rendering.null_prefix(self, params, request)
+      if dropped == unified_sampler.ALL:
+        return unified_sampler.null_prefix(self, params, request)
       return reference_prefix(self, params, request, conditional)
 
     scales = settings.guidance, settings.image_guidance
     guidance = Guidance.edit(*scales, layouts.PROMPT, layouts.SOURCE)
-    noise = rendering.noise(self.model, request, rng)
-    return codes, rendering.render(self, settings, params, noise, guidance, prefix)
+    noise = unified_sampler.noise(self.model, request, rng)
+    return codes, unified_sampler.render(self, settings, params, noise, guidance, prefix)
 
   def train_flops(self, stage: Stage, predicted: int) -> float:
     """Matrix FLOPs of one example, all of which trains."""
@@ -178,7 +178,7 @@ class EditInternal(Edited, Internal):
 
 
 class EditExternal(Edited, External):
-  """The rows of External+VPE's edits; see systems/external.py."""
+  """The rows of External+VPE's edits; see systems/vpe/external.py."""
 
   stages = {EXTERNAL.name: EXTERNAL}
 
@@ -230,7 +230,7 @@ def reference_prefix(rows: Edited, params: Params, request: Batch, whole: Prefix
   keys and values are taken from there, and [boi] alone is computed, at the place after them.
   """
   codes = jnp.zeros((request.example.shape[0], rows.codes), jnp.int32)
-  regions = rendering.build(rows, request, codes, frozenset({layouts.PROMPT}))
+  regions = unified_sampler.build(rows, request, codes, frozenset({layouts.PROMPT}))
   row, at, boi = regions['ar'], rows.layout.place('eoi')[1], rows.slot('boi')
   cut = lambda leaf, start, stop: jax.tree.map(lambda x: x[:, start:stop], leaf)
   last = cut(row, boi, boi + 1)
@@ -239,13 +239,13 @@ def reference_prefix(rows: Edited, params: Params, request: Batch, whole: Prefix
   key = concatenate([seen, last.visibility, rest, regions['dit'].visibility])
   caches = whole.cache.body, whole.cache.head
   body, head = (mot.Cache(cache.k, cache.v, key) for cache in caches)
-  hidden, body = rendering.tokens(rows.model, params, last, body, at)
+  hidden, body = unified_sampler.tokens(rows.model, params, last, body, at)
   stream = mot.Stream(hidden, last.positions, last.visibility)
   _, head = rows.model.head(params, {'ar': stream}, head, at)
-  return Prefix(rendering.Caches(body, head), regions['dit'])
+  return Prefix(unified_sampler.Caches(body, head), regions['dit'])
 
 
-class System(t2i.System):
+class System(text_to_image.System):
   """See vpe_jax.contracts.System; what it doesn't say is as in text to image."""
 
   def __init__(self, config: Config) -> None:

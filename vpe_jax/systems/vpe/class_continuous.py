@@ -32,9 +32,9 @@ from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import flow_matching, next_token, schedules
 from vpe_jax.objectives.flow_matching import FlowConfig
 from vpe_jax.sampling.settings import FlowSampling, TokenSampling
-from vpe_jax.systems import class_rendering
-from vpe_jax.systems.class_to_image import ClassToImage
-from vpe_jax.systems.codec_sections import LatentCodecs
+from vpe_jax.systems.vpe import transfusion_sampler
+from vpe_jax.systems.vpe.class_to_image import ClassToImage
+from vpe_jax.systems.vpe.codec_sections import LatentCodecs
 
 _PLAN_LOSSES = ('accuracy', 'next_token')
 _QWEN = {'vocabulary': 151_936, 'tied': True, 'context': 32_768}  # Qwen2.5-0.5B, beside its layers
@@ -180,14 +180,14 @@ class System(ClassToImage):
   def generate(
     self, params: Params, frozen: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> Generated:
-    """Writes the plan, then renders; see contracts.System and systems/class_rendering.py.
+    """Writes the plan, then renders; see contracts.System and systems/vpe/transfusion_sampler.py.
 
     Raises:
       UserError: guidance is asked for, and the model has no null class.
     """
     self._check_guidance(settings)
     given = (settings, params, request, rng, self.config.model.flow)
-    plan, latents = class_rendering.draw(self.model, *given)
+    plan, latents = transfusion_sampler.draw(self.model, *given)
     image = self.image.decode(frozen, latents, rng)
     return Generated(image, plan | {'latents': latents})
 
@@ -203,11 +203,11 @@ class System(ClassToImage):
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> dict[str, Array]:
     """Visual prompts [B, P]; the image isn't rendered."""
-    return class_rendering.prefill(self.model, settings, params, request, rng)[0]
+    return transfusion_sampler.prefill(self.model, settings, params, request, rng)[0]
 
   def plan_likelihood(self, params: Params, request: Batch) -> Array:
     """The mean log-probability of the plans given the classes: [B], nats."""
-    return class_rendering.plan_likelihood(self.model, params, request)
+    return transfusion_sampler.plan_likelihood(self.model, params, request)
 
   def flops(self, stage: Stage) -> float:
     """Forward and backward matrix FLOPs of one example; see contracts.System."""

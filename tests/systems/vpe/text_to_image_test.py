@@ -19,8 +19,8 @@ from vpe_jax.contracts import Batch, UserError
 from vpe_jax.models import mot
 from vpe_jax.sampling import flow
 from vpe_jax.sampling.guidance import Guidance
-from vpe_jax.systems import rendering
-from vpe_jax.systems.t2i import Sampling
+from vpe_jax.systems.vpe import unified_sampler
+from vpe_jax.systems.vpe.text_to_image import Sampling
 from vpe_jax.training import resume
 
 KEY = rng.run_key(0)
@@ -131,7 +131,7 @@ def test_cached_flow_step_equals_whole_sequence(system, params, prepared):
 
   @jax.jit
   def cached(weights):
-    _, prefix = rendering.plan(system.rows, _settings(), weights, batch, KEY)
+    _, prefix = unified_sampler.plan(system.rows, _settings(), weights, batch, KEY)
     stream, condition = system.model.picture_stream(weights, latents, clock, prefix.state)
     at = regions['ar'].ids.shape[1]
     hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
@@ -147,7 +147,8 @@ def test_greedy_decoding_equals_whole_sequence(system, params):
   """Each code is the argmax of the uncached model given the codes before it."""
   batch, settings = _batch(system), _settings(temperature=0.0)
   request = request_of(batch)
-  codes, prefix = jax.jit(lambda p: rendering.plan(system.rows, settings, p, request, KEY))(params)
+  plan = jax.jit(lambda p: unified_sampler.plan(system.rows, settings, p, request, KEY))
+  codes, prefix = plan(params)
   regions = system._regions(batch, codes, jnp.ones(4, bool))
   stream = system.model.token_stream(params, regions['ar'])
   hidden = jax.jit(system.model.backbone)(params, {'ar': stream})[0]['ar']
@@ -157,7 +158,7 @@ def test_greedy_decoding_equals_whole_sequence(system, params):
   np.testing.assert_allclose(picked, logits.max(-1), rtol=1e-5, atol=1e-5)
   # The caches hold the whole prefix, plan included.
   given = with_encoded(request, visual_prompt=codes)
-  _, again = jax.jit(lambda p: rendering.plan(system.rows, settings, p, given, KEY))(params)
+  _, again = jax.jit(lambda p: unified_sampler.plan(system.rows, settings, p, given, KEY))(params)
   for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(again), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -167,7 +168,8 @@ def test_guided_plan_is_led_away_from_the_plan_without_text(system, params):
   batch, scale = _batch(system), 2.5
   settings = _settings(temperature=0.0, plan_guidance=scale)
   request = request_of(batch)
-  codes, prefix = jax.jit(lambda p: rendering.plan(system.rows, settings, p, request, KEY))(params)
+  plan = jax.jit(lambda p: unified_sampler.plan(system.rows, settings, p, request, KEY))
+  codes, prefix = plan(params)
   first = system.rows.slot('bot')
 
   def logits(text_length):
@@ -184,7 +186,7 @@ def test_guided_plan_is_led_away_from_the_plan_without_text(system, params):
   assert (jnp.argmax(with_text, -1) != codes).any()
   # The picture is drawn from the rows with text alone.
   given = with_encoded(request, visual_prompt=codes)
-  _, again = jax.jit(lambda p: rendering.plan(system.rows, settings, p, given, KEY))(params)
+  _, again = jax.jit(lambda p: unified_sampler.plan(system.rows, settings, p, given, KEY))(params)
   for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(again), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -198,9 +200,9 @@ def test_null_prefix_equals_dropped_row(system, params, prepared):
 
   @jax.jit
   def null(weights):
-    prefix = lambda dropped: rendering.null_prefix(system.rows, weights, batch)
-    guidance = Guidance.classifier_free(0.0, rendering.ALL)
-    return rendering.render(system.rows, settings, weights, latents, guidance, prefix)
+    prefix = lambda dropped: unified_sampler.null_prefix(system.rows, weights, batch)
+    guidance = Guidance.classifier_free(0.0, unified_sampler.ALL)
+    return unified_sampler.render(system.rows, settings, weights, latents, guidance, prefix)
 
   regions = system._regions(batch, batch.encoded['visual_prompt'], jnp.zeros(4, bool))
 

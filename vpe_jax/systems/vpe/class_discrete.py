@@ -23,9 +23,9 @@ from vpe_jax.models.dropout import Dropout
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import next_token, schedules
 from vpe_jax.sampling.settings import TokenSampling, check_scales
-from vpe_jax.systems import writing
-from vpe_jax.systems.class_to_image import ClassToImage
-from vpe_jax.systems.codec_sections import ImageCodeCodecs
+from vpe_jax.systems.vpe import llamagen_sampler
+from vpe_jax.systems.vpe.class_to_image import ClassToImage
+from vpe_jax.systems.vpe.codec_sections import ImageCodeCodecs
 
 _LOSSES = {'accuracy': 0.0, 'next_token': 1.0}
 _PLAN_LOSSES = {'masked': 0.0, 'image': 0.0, 'plan': 0.0}  # beside them where there is a plan
@@ -198,8 +198,8 @@ class System(ClassToImage):
   def generate(
     self, params: Params, frozen: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> Generated:
-    """Writes the plan, then the picture; see vpe_jax.contracts.System and systems/writing.py."""
-    plan, codes = writing.draw(self.model, settings, params, request, rng)
+    """Samples the visual prompt, then the image's codes; see llamagen_sampler.py."""
+    plan, codes = llamagen_sampler.draw(self.model, settings, params, request, rng)
     image = self.image.decode(frozen, codes, rng)
     latents = codes.reshape(codes.shape[0], self.image.grid, -1)
     return Generated(image, plan | {'latents': latents})
@@ -210,11 +210,11 @@ class System(ClassToImage):
     """Visual prompts [B, P]; the image's codes aren't sampled."""
     if not self.codes:
       return {}
-    return {'visual_prompt': writing.plan(self.model, settings, params, request, rng)}
+    return {'visual_prompt': llamagen_sampler.plan(self.model, settings, params, request, rng)}
 
   def plan_likelihood(self, params: Params, request: Batch) -> Array:
     """The mean log-probability of the plans given the classes: [B], nats."""
-    return writing.plan_likelihood(self.model, params, request)
+    return llamagen_sampler.plan_likelihood(self.model, params, request)
 
   def flops(self, stage: Stage) -> float:
     """Forward and backward matrix FLOPs of one example; see contracts.System."""

@@ -14,7 +14,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.sources import open_source
 from vpe_jax.sampling import flow as flow_lib
 from vpe_jax.sharding import by_path
-from vpe_jax.systems.t2i import Sampling
+from vpe_jax.systems.vpe.text_to_image import Sampling
 
 KEY = rng.run_key(0)
 B = 4

@@ -35,7 +35,7 @@ from vpe_jax.data.tokenizers import bpe
 from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment
 
-# Layers of models/vit.py; systems/codec.py has the same ones in its decoder.
+# Layers of models/vit.py; systems/tokenizers/codec.py has the same ones in its decoder.
 ENCODER_AXES = (
   (r'(q|k|v)/kernel', ('embed', 'heads', 'head')),
   (r'(q|k|v)/bias', ('heads', 'head')),

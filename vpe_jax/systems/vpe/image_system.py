@@ -22,7 +22,7 @@ from vpe_jax.contracts import (
 from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
 from vpe_jax.models import dense
 from vpe_jax.ops.flops import matrix_flops
-from vpe_jax.systems.codec_sections import NoVisualPrompt
+from vpe_jax.systems.vpe.codec_sections import NoVisualPrompt
 
 
 class DrawingSystem(PlansVisually):

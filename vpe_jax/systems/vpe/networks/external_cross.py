@@ -24,8 +24,8 @@ import jax.numpy as jnp
 
 from vpe_jax.contracts import Params, Region
 from vpe_jax.models import mot
-from vpe_jax.models.external import External, Plan
 from vpe_jax.models.unified import Unified
+from vpe_jax.systems.vpe.networks.external import External, Plan
 
 
 def pair(model: Unified, codes: tuple[int, int]) -> External:

@@ -25,8 +25,8 @@ from vpe_jax.sampling import flow
 from vpe_jax.sequence.builder import build
 from vpe_jax.sequence.layouts import cross_attention
 from vpe_jax.sharding import by_path, make_mesh, param_shardings
-from vpe_jax.systems import rendering
-from vpe_jax.systems.t2i import Sampling
+from vpe_jax.systems.vpe import unified_sampler
+from vpe_jax.systems.vpe.text_to_image import Sampling
 from vpe_jax.training.state import first_state
 
 KEY = rng.run_key(0)
@@ -199,7 +199,7 @@ def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, gu
   @jax.jit
   def cached(weights):
     rows = system.rows
-    codes, decoded = rendering.decode(rows, settings, weights, request, KEY)
+    codes, decoded = unified_sampler.decode(rows, settings, weights, request, KEY)
     conditional = rows.prefix(weights, request, codes, decoded)
     prefixes = conditional, rows.null_prefix(weights, request)
     flows = [_flow_step(system, weights, prefix, batch.encoded['latents']) for prefix in prefixes]

@@ -13,7 +13,7 @@ knows of the plan, by `condition`:
 
 In both, what stands at the codes' places after the last layer goes through the head as rows that
 are not modulated; with `keys` these are the token expert's hidden states, as in `internal`. A third
-`condition`, `cross`, has parameters of its own: models/external_cross.py.
+`condition`, `cross`, has parameters of its own: systems/vpe/networks/external_cross.py.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from vpe_jax.contracts import System as SystemProtocol
 from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
 from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment, autoencoding
-from vpe_jax.systems.siglip import ENCODER_AXES, captioned_images
+from vpe_jax.systems.tokenizers.siglip import ENCODER_AXES, captioned_images
 
 STAGES = ('visual_prompt', 'image', 'image_codes')
 

@@ -2,9 +2,9 @@
 
 Prompt and visual prompt are computed once: each flow step runs the image's tokens against their
 cache. The null branch of guidance is `[bos] [boi]` with positions of its own: one sequence,
-repeated for the batch. Without visual prompt the image sees the prompt alone.
-With two sequences (`arch=external`) decoder and flow steps are the same, and systems/external.py
-makes the prefixes of the latter.
+repeated for the batch. Without visual prompt the image sees the prompt alone. With two sequences
+(`arch=external`) decoder and flow steps are the same, and systems/vpe/external.py makes the
+prefixes of the latter.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from vpe_jax.objectives.flow_matching import implied_velocity
 from vpe_jax.sampling import autoregressive, flow, guidance
 from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.sampling.prefix import Prefix
-from vpe_jax.systems.rows import Rows
 from vpe_jax.systems.vpe import layouts
+from vpe_jax.systems.vpe.sequences import Rows
 
 ALL = frozenset(layouts.CONDITIONS)
 TEXT = frozenset({'text'})  # the caption without the visual prompt
