@@ -43,12 +43,11 @@ def test_mistakes_are_one_line_and_status_2(args, message):
 @pytest.fixture
 def command(monkeypatch, fake_subject):
   """The command with stand-ins for models and evaluation; `evaluated` names the subjects."""
-  values = dict(workdir=[], benchmarks=[], set=[], captions=2, splits=['concept'], seed=0)
-  flags = types.SimpleNamespace(**values, judge='', out=None, evaluated=[], subjects={})
   # FLAGS[name].value is the value of a flag.
   cls = type('Flags', (types.SimpleNamespace,), {})
   cls.__getitem__ = lambda self, name: types.SimpleNamespace(value=vars(self)[name])
-  flags = cls(**vars(flags))
+  flags = cls(workdir=[], benchmarks=[], set=[], captions=2, splits=['concept'], seed=0)
+  flags.judge, flags.out, flags.evaluated, flags.subjects = '', None, [], {}
   monkeypatch.setattr(evaluate, 'FLAGS', flags)
   monkeypatch.setattr(evaluate.devices, 'use_compilation_cache', lambda: None)
 

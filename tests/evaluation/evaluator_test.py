@@ -43,7 +43,7 @@ def _subject(capabilities=(Samples,), **data):
   system = _Painter(capabilities, DataConfig(image_size=16, **data))
   generator = Generator(system, {}, {}, bpe.shipped(), {'checkpoint': 'abc'})
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  return Subject(system, {}, 0, mesh, generator=lambda: generator)
+  return Subject(system, {}, 0, mesh, load_generator=lambda: generator)
 
 
 @pytest.mark.parametrize(

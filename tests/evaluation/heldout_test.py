@@ -16,7 +16,8 @@ def _evaluate(system, index, times=1, change=lambda params: params):
   with jax.set_mesh(mesh):
     frozen = frozen_lib.load(system, mesh, 'fsdp')
     params = change(system.init(jax.random.key(0)))
-    subject = Subject(system, params, index, mesh, stage_step=np.int32(0), frozen=lambda: frozen)
+    step, load = np.int32(0), lambda: frozen
+    subject = Subject(system, params, index, mesh, stage_step=step, load_frozen=load)
     held_out = HeldOut()
     return [held_out.run(subject).numbers for _ in range(times)][-1]
 

@@ -20,7 +20,7 @@ def _run(system, grid=None):
   with jax.set_mesh(mesh):
     frozen = frozen_lib.load(system, mesh, 'fsdp')
     params = system.init(jax.random.key(0))
-    subject = Subject(system, params, 1, mesh, frozen=lambda: frozen)
+    subject = Subject(system, params, 1, mesh, load_frozen=lambda: frozen)
     return (grid or sample_grid.SampleGrid()).run(subject)
 
 

@@ -321,5 +321,5 @@ def _arrays(made: Made, batch: Batch) -> Arrays:
 
 def _subject(made: Made, params: Any, index: int, stage_step: Any = 0) -> Subject:
   return Subject(
-    made.system, params, index, made.mesh, stage_step=stage_step, frozen=lambda: made.frozen
+    made.system, params, index, made.mesh, stage_step=stage_step, load_frozen=lambda: made.frozen
   )

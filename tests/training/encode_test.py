@@ -224,7 +224,7 @@ def test_what_encoders_do_with_their_weights_is_in_the_fingerprint():
   settings = lambda: systems.build(config.to_dict()).encoder_settings
   before = settings()
   assert settings() == before
-  config.model.weights = {'image': 'elsewhere.safetensors'}
+  config.model.image = {'weights': 'elsewhere.safetensors'}
   assert settings() == before
   config.dtype = 'bfloat16'
   other = settings()

@@ -6,6 +6,7 @@ training loop, `vpe_jax.evaluate` runs the same ones on a finished run.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,7 @@ EVALUATORS: Mapping[str, str] = {
 }
 
 
+@dataclasses.dataclass(eq=False)
 class Subject:
   """A model under evaluation, at one point of its training.
 
@@ -41,49 +43,28 @@ class Subject:
     system: the model's system.
     params: as checkpoints store them; averaged where there are averages.
     stage_index: the stage of the run that the parameters come from.
-    stage_step: step within that stage.
-    key: the run's key.
     mesh: of the devices that evaluate.
-    settings: of sampling.
+    settings: of sampling; None stands for the run's own.
     seed: of sampling.
-    main: whether this process writes files and prints.
+    stage_step: step within the stage.
+    load_frozen: returns the frozen networks; None stands for those of the config.
+    load_generator: returns a generator of the model; None if it does not generate images.
   """
 
-  def __init__(
-    self,
-    system: System,
-    params: Params,
-    stage_index: int,
-    mesh: jax.sharding.Mesh,
-    *,
-    settings: SampleConfig | None = None,
-    seed: int = 0,
-    stage_step: int | jax.Array = 0,
-    frozen: Callable[[], Frozen] | None = None,
-    generator: Callable[[], Generator] | None = None,
-  ):
-    """Wraps a model; networks are loaded when an evaluator asks for them.
+  system: System
+  params: Params
+  stage_index: int
+  mesh: jax.sharding.Mesh
+  settings: SampleConfig | None = None
+  seed: int = 0
+  stage_step: int | jax.Array = 0
+  load_frozen: Callable[[], Frozen] | None = None
+  load_generator: Callable[[], Generator] | None = None
 
-    Args:
-      system: the model's system.
-      params: its parameters.
-      stage_index: see the class.
-      mesh: see the class.
-      settings: of sampling; None takes the run's own.
-      seed: of sampling.
-      stage_step: see the class.
-      frozen: returns the frozen networks, where they are loaded already.
-      generator: returns a generator of the model, where there is one already.
-    """
-    config: Config = system.config
-    self.system, self.params, self.mesh = system, params, mesh
-    self.stage_index, self.stage_step = stage_index, stage_step
-    self.settings = config.sample if settings is None else settings
-    self.seed = seed
-    self.key = jax.device_put(rng.run_key(config.seed), sharding.replicated(mesh))
-    self.main = jax.process_index() == 0
-    self._load_frozen = frozen or self._frozen_of_config
-    self._load_generator = generator
+  def __post_init__(self) -> None:
+    config: Config = self.system.config
+    if self.settings is None:
+      self.settings = config.sample
 
   @classmethod
   def load(
@@ -104,11 +85,22 @@ class Subject:
     model = model_lib.load(source, weights)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     subject = cls(model.system, model.params, model.stage, mesh, seed=seed)
-    if supports(model.system, Samples):
-      generator = Generator.of(model, batch_size)
-      subject.settings = generator.settings(**overrides)
-      subject._load_generator = lambda: generator
-    return subject
+    if not supports(model.system, Samples):
+      return subject
+    generator = Generator.of(model, batch_size)
+    settings = generator.settings(**overrides)
+    return dataclasses.replace(subject, settings=settings, load_generator=lambda: generator)
+
+  @functools.cached_property
+  def key(self) -> jax.Array:
+    """The run's key, on all devices."""
+    config: Config = self.system.config
+    return jax.device_put(rng.run_key(config.seed), sharding.replicated(self.mesh))
+
+  @property
+  def main(self) -> bool:
+    """Whether this process writes files and prints."""
+    return jax.process_index() == 0
 
   @property
   def stage(self) -> Stage:
@@ -118,7 +110,9 @@ class Subject:
   @functools.cached_property
   def frozen(self) -> Frozen:
     """All frozen networks of the system."""
-    return self._load_frozen()
+    if self.load_frozen is not None:
+      return self.load_frozen()
+    return frozen_lib.load(self.system, self.mesh, self.system.config.mesh.strategy)
 
   @functools.cached_property
   def generator(self) -> Generator:
@@ -128,7 +122,7 @@ class Subject:
       UserError: the model does not generate images.
     """
     require(self.system, Samples)
-    return self._load_generator()
+    return self.load_generator()
 
   @property
   def image_size(self) -> int:
@@ -173,20 +167,9 @@ class Subject:
   def editing(self, source: np.ndarray) -> Subject:
     """The model as an editor of images [N, R, R, 3] uint8, whose prompts are instructions."""
     generator = self.generator.editing(source)
-    return Subject(
-      self.system,
-      self.params,
-      self.stage_index,
-      self.mesh,
-      settings=self.settings,
-      seed=self.seed,
-      stage_step=self.stage_step,
-      frozen=lambda: self.frozen,
-      generator=lambda: generator,
+    return dataclasses.replace(
+      self, load_frozen=lambda: self.frozen, load_generator=lambda: generator
     )
-
-  def _frozen_of_config(self) -> Frozen:
-    return frozen_lib.load(self.system, self.mesh, self.system.config.mesh.strategy)
 
 
 class Evaluator(Protocol):

@@ -94,8 +94,8 @@ class Evaluations:
       stage,
       self._mesh,
       stage_step=stage_step,
-      frozen=lambda: self._frozen,
-      generator=self._generator_of(params),
+      load_frozen=lambda: self._frozen,
+      load_generator=self._generator_of(params),
     )
 
   def _generator_of(self, params: State) -> Callable[[], Generator]:

@@ -18,6 +18,7 @@ from vpe_jax.contracts import Batch, PlansVisually, UserError, supports, visible
 from vpe_jax.models.decoder import Decoder, DecoderConfig
 from vpe_jax.models.transfusion import grid_waves
 from vpe_jax.objectives import flow_matching
+from vpe_jax.objectives.flow_matching import FlowConfig
 from vpe_jax.sampling import flow
 from vpe_jax.systems.vpe import transfusion_sampler
 from vpe_jax.training import resume
@@ -139,7 +140,7 @@ def test_losses_are_the_flow_and_the_plans_cross_entropy(system, params, losses)
     'accuracy': P * int(keep.sum()),
   }
   codes, latents = batch.encoded['visual_prompt'], batch.encoded['latents']
-  x, time, target = flow_matching.noised(latents, c.time_shift, KEY, batch.example)
+  x, time, target = flow_matching.noised(latents, c.flow, KEY, batch.example, tokens=16)
   classes = jnp.where(keep, batch.inputs['text'][:, 0], CLASSES)
   hidden, velocity = system.model(params, classes, codes, keep, (x, time))
   error = float(jnp.sum(jnp.square(velocity - target)))
@@ -176,7 +177,9 @@ def test_without_a_plan_there_is_the_flow_alone():
 def test_drawing_with_a_cache_equals_whole_rows(system, params, scale, given):
   settings = dataclasses.replace(system.config.sample, guidance=scale, steps=3)
   request = request_of(_batch(system, 3), *(['visual_prompt'] if given else []))
-  draw = jax.jit(lambda p, r: transfusion_sampler.draw(system.model, settings, p, r, KEY))
+  draw = jax.jit(
+    lambda p, r: transfusion_sampler.draw(system.model, settings, p, r, KEY, FlowConfig())
+  )
   encoded, latents = draw(system.prepare(params, 'cpu'), request)
   plan = encoded['visual_prompt']
   if given:
@@ -200,7 +203,7 @@ def test_drawing_with_a_cache_equals_whole_rows(system, params, scale, given):
 def test_a_greedy_plan_is_the_argmax_of_whole_rows(system, params):
   settings = dataclasses.replace(system.config.sample, guidance=1.0, temperature=0.0, steps=1)
   request = request_of(_batch(system, 4))
-  encoded, _ = transfusion_sampler.draw(system.model, settings, params, request, KEY)
+  encoded, _ = transfusion_sampler.draw(system.model, settings, params, request, KEY, FlowConfig())
   plan = encoded['visual_prompt']
   x = (jnp.zeros((4, 8, 8, 4)), jnp.ones((4,)))
   hidden, _ = system.model(params, request.inputs['text'][:, 0], plan, jnp.ones((4,), bool), x)
@@ -211,7 +214,7 @@ def test_a_greedy_plan_is_the_argmax_of_whole_rows(system, params):
 def test_a_plan_is_written_alone_and_scored(system, params):
   settings = dataclasses.replace(system.config.sample, steps=1)
   request = request_of(_batch(system, 4))
-  drawn, _ = transfusion_sampler.draw(system.model, settings, params, request, KEY)
+  drawn, _ = transfusion_sampler.draw(system.model, settings, params, request, KEY, FlowConfig())
   written = system.plan(params, request, KEY, settings)
   np.testing.assert_array_equal(written, drawn['visual_prompt'])
   scores = system.plan_likelihood(params, with_encoded(request, visual_prompt=written))
@@ -228,15 +231,9 @@ def test_guidance_that_the_model_cannot_do_is_named(params):
     _system(drop=0.0, guidance=2.0)
   system = _system(drop=0.0, guidance=1.0)
   request = request_of(_batch(system, 1), 'visual_prompt')
-  sample = system.config.sample
-  cases = [
-    (dataclasses.replace(sample, guidance=2.0), 'without a null class'),
-    (dataclasses.replace(sample, guidance=1.0, plan_guidance=2.0), 'set sample.plan_guidance=1'),
-    (dataclasses.replace(sample, guidance=1.0, image_guidance=2.0), 'sample.image_guidance'),
-  ]
-  for settings, message in cases:
-    with pytest.raises(UserError, match=message):
-      system.generate(params, {}, request, KEY, settings)
+  settings = dataclasses.replace(system.config.sample, guidance=2.0)
+  with pytest.raises(UserError, match='without a null class'):
+    system.generate(params, {}, request, KEY, settings)
 
 
 def test_wrong_sections_are_named():
