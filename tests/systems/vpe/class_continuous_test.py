@@ -215,7 +215,7 @@ def test_a_plan_is_written_alone_and_scored(system, params):
   settings = dataclasses.replace(system.config.sample, steps=1)
   request = request_of(_batch(system, 4))
   drawn, _ = transfusion_sampler.draw(system.model, settings, params, request, KEY, FlowConfig())
-  written = system.plan(params, request, KEY, settings)
+  written = system.draft(params, request, KEY, settings)['visual_prompt']
   np.testing.assert_array_equal(written, drawn['visual_prompt'])
   scores = system.plan_likelihood(params, with_encoded(request, visual_prompt=written))
   x = (jnp.zeros((4, 8, 8, 4)), jnp.ones((4,)))

@@ -216,7 +216,7 @@ def test_external_plans_from_the_picture_before_and_draws_from_its_plan_alone():
   settings = Sampling(steps=2, guidance=2.5, temperature=0.0)
   codes, latents = jax.jit(lambda p: system.rows.draw(p, request, KEY, settings))(params)
   assert np.isfinite(latents).all() and float(jnp.abs(latents).max()) > 0
-  plan = jax.jit(lambda p, r: system.plan(p, r, KEY, settings))
+  plan = jax.jit(lambda p, r: system.draft(p, r, KEY, settings)['visual_prompt'])
   np.testing.assert_array_equal(plan(params, request), codes)
   assert (plan(params, other) != codes).any()
   names = [span.name for span in system.rows.diffusion_layout.spans]
