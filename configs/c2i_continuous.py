@@ -89,7 +89,7 @@ def _body(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict:
 
 
 def _embedded(config: ConfigDict) -> None:
-  """What `tiny` and `debug` share: pictures by group, the shipped codecs, and their grids."""
+  """Shared by `tiny` and `debug`: images by group, the shipped codecs, and their grids."""
   class_images.embed(config)
   config.model.update(latent_size=16, latent_channels=4, patch=2, drop=0.1)
 

@@ -87,7 +87,7 @@ def _body(width: int, mlp: int, layers: int, heads: int) -> dict:
 
 
 def _embedded(config: ConfigDict) -> None:
-  """What `tiny` and `debug` share: 64x64 pictures by group, and the shipped codecs."""
+  """Shared by `tiny` and `debug`: 64x64 images by group, and the shipped codecs."""
   class_images.embed(config)
   config.sample = {'guidance': 1.0, 'plan_guidance': 1.0, 'min_p': 0.0}
 

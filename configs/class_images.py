@@ -1,4 +1,4 @@
-"""What class-to-image configs share: pictures by class, and the names of their classes."""
+"""Shared by class-to-image configs: images by class, and the names of their classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What config files share: the argument behind the colon, as in `configs/t2i.py:debug`."""
+"""Shared by config files: parsing of the argument after the colon, as in `configs/t2i.py:debug`."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _expert(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dic
 
 
 def _embedded(config: ConfigDict) -> None:
-  """What `tiny` and `debug` share: 64x64 pictures, the shipped codecs, and their grids."""
+  """Shared by `tiny` and `debug`: 64x64 images, the shipped codecs, and their grids."""
   config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 24, 'encode': 'cached'}
   config.model = {
     'text_vocab': 1024,

@@ -275,7 +275,7 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture(scope='module')
 def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-  """What each mistaken command says; status and side effects are checked on the way."""
+  """The error of each mistaken command; status and side effects are checked on the way."""
   folder = tmp_path_factory.mktemp('mistakes')
   (folder / 'pictures').mkdir()
   (folder / 'pictures' / 'fox.png').write_bytes(b'no picture')

@@ -1,4 +1,4 @@
-"""What tests feed systems with: parameters of which nothing is the identity, and batches."""
+"""Inputs for tests of systems: parameters away from identity maps, and batches."""
 
 from __future__ import annotations
 

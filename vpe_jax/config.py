@@ -99,7 +99,7 @@ class Tagged:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """What is trained on.
+  """The training data.
 
   Attributes:
     source: `mixture` (OpenMoji and scenes), `openmoji`, `scenes`, `words` (pictures of words),

@@ -69,7 +69,7 @@ def parse(argv: list[str]) -> list[str]:
 
 
 def new_file(flag: str, given: str, overwrite: bool) -> str:
-  """What a flag names as a file to be written, looked at before the work starts.
+  """The output file that a flag names, checked before the work starts.
 
   Raises:
     UserError: see `target` and `check_folder`; or it is a folder, or it exists and `overwrite` is
@@ -166,7 +166,7 @@ def check_folder(folder: str) -> None:
 
 
 def target(flag: str, given: str) -> str:
-  """What a flag names to be written, as it is given; `~` is the home folder.
+  """The output path that a flag names; `~` is the home folder.
 
   Raises:
     UserError: it is empty, or nothing here writes to such a place.

@@ -1,4 +1,4 @@
-"""What all benchmarks share: a quiet machine, sides in turn, and a JSON of what was seen.
+"""Shared by all benchmarks: a quiet machine, sides in turn, and a JSON report.
 
 Sides run in turn (A B A B ...), so that a machine whose speed drifts slows both; a ratio is the
 median of the ratios of neighbours.

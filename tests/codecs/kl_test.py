@@ -65,7 +65,7 @@ def test_a_training_pass_without_noise_is_encode_and_decode(params):
 
 
 def test_far_places_do_not_touch_each_other(params):
-  """What lets crops train it: a change in one corner leaves the opposite one as it was."""
+  """Locality, which allows training on crops: one corner does not affect the opposite one."""
   codec, images = kl.KlCodec(SMALL), _images(1, 64)
   changed = images.at[:, :8, :8].set(255 - images[:, :8, :8])
   before, after = codec.encode(params, images), codec.encode(params, changed)

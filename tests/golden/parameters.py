@@ -46,5 +46,5 @@ def redrawn(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 
 def probe(path: str, shape: tuple[int, ...]) -> np.ndarray:
-  """What the gradient of the leaf at a path is multiplied with: numbers of their own, float64."""
+  """Probe for the gradient of the leaf at a path, float64."""
   return redraw(f'probe/{path}', shape).astype(np.float64)

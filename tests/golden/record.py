@@ -86,7 +86,7 @@ def measure(case: Case, made: Made, batches: Arrays, shapes: Mapping[str, tuple]
 
 
 def crc(array: np.ndarray) -> int:
-  """What stands for dtype, shape and every bit of an array."""
+  """A checksum of dtype, shape and every bit of an array."""
   head = f'{array.dtype} {array.shape}'.encode()
   return zlib.crc32(np.ascontiguousarray(array).tobytes(), zlib.crc32(head))
 

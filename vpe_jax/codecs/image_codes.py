@@ -68,7 +68,7 @@ class ImageCodesSection(ImageCodesConfig):
 
 
 class Quantised(NamedTuple):
-  """What the codebook says of squares of latents [B, P, W]."""
+  """Quantised squares of latents [B, P, W]."""
 
   codes: Array  # [B, P] int32
   chosen: Array  # [B, P, W]: the nearest rows
@@ -93,7 +93,7 @@ class ImageCodesCodec:
     return {'codebook': jax.random.normal(rng, (self.codes, self.width))}
 
   def squares(self, params: Params, images: Array) -> Array:
-    """What is quantised, [B, P, W], of pictures [B, R, R, 3]; raster order."""
+    """Squares of latents to quantise [B, P, W] of images [B, R, R, 3]; raster order."""
     latents = self.latents.encode(params, images)
     p = self.config.patch
     return einops.rearrange(latents, 'B (h p) (w q) C -> B (h w) (p q C)', p=p, q=p)

@@ -1,4 +1,4 @@
-"""What every codec offers.
+"""Interfaces of codecs.
 
 A codec holds sizes only; its weights are an argument. `params` maps network names to their
 trees, so a system hands over its whole `frozen` mapping and each codec takes what it names in

@@ -80,7 +80,7 @@ class Norm(nn.Module):
 
 
 class _Part(nn.Module):
-  """What all parts are built from."""
+  """Settings shared by all parts."""
 
   config: PyramidConfig
   dtype: jnp.dtype

@@ -121,7 +121,7 @@ class SiglipVq(nn.Module):
     return x.reshape(-1, height, width, c.encoder.width)
 
   def project(self, features: Array) -> Array:
-    """What is quantised, [..., width], of features [..., D]."""
+    """Vectors to quantise [..., width] of features [..., D]."""
     return self.quant(features)
 
   def quantise(self, features: Array) -> Array:

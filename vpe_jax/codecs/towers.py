@@ -44,7 +44,7 @@ class Siglip2Config(siglip.SiglipConfig):
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-  """What a tower sees of a picture, where that needn't be what it was trained on.
+  """Size of a tower's input image, where it may differ from training.
 
   Attributes:
     view: side of the view in pixels; positions are resampled where it isn't `image_size`.
@@ -126,7 +126,7 @@ class TowerConfig:
 
   @property
   def compares(self) -> bool:
-    """Whether what is quantised can be compared with our captions: the tower has read them."""
+    """Whether the features can be compared with our captions: the tower was trained on them."""
     return self.encoder == 'siglip' and self.depth < 0
 
   @property

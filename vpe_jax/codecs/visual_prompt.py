@@ -72,7 +72,7 @@ class TowerVqSection(VisualPromptConfig):
 
 
 class Quantised(NamedTuple):
-  """What the quantiser says of patch features [B, P, D]."""
+  """Quantised patch features [B, P, D]."""
 
   codes: Array  # [B, P] int32
   inputs: Array  # [B, P, W]: projected features, unit vectors
@@ -156,7 +156,7 @@ class VisualPromptCodec:
     return self.quantiser.apply(variables, rows, method='decode')
 
   def embed_codes(self, params: Params, codes: Array) -> Array:
-    """What SigLIP's pooling head sees in codes [B, P]: unit vectors [B, D] float32.
+    """SigLIP's pooled vectors of codes [B, P]: unit vectors [B, D] float32.
 
     The codes' features take the place of the image tower's normed last output, which they were
     trained to rebuild: only where `config.compares`.

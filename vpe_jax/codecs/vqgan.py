@@ -84,7 +84,7 @@ class VqGan(nn.Module):
     self.decoder = Decoder(c.body, jnp.float32)
 
   def features(self, images: Array) -> Array:
-    """What is quantised, [B, h, w, width], of pictures [B, H, W, 3]."""
+    """Vectors to quantise [B, h, w, width] of images [B, H, W, 3]."""
     with jax.default_matmul_precision('highest'):
       return self.quant(self.encoder(images))
 

@@ -24,7 +24,7 @@ ENGLISH = 'en'
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-  """What is kept.
+  """Criteria for the records to keep.
 
   Attributes:
     language: of records that are kept, such as `en` (empty: all). A record is in the language that

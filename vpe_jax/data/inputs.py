@@ -1,4 +1,4 @@
-"""What data sets are prepared from: pictures in the order of their places, one after the other.
+"""Inputs of vpe_jax.prepare: images in the order of their places, one after the other.
 
 A place says where a picture is (a name, or file and offset), in plain values. Places are cheap and
 come as a stream; reader processes take some of them and read what is there. Kinds of inputs:
@@ -68,7 +68,7 @@ class Input(Protocol):
     ...
 
   def read(self, places: Sequence[Place]) -> Iterator[Found | Unusable]:
-    """What is at some of the places, one for each."""
+    """The images at some of the places, one for each."""
     ...
 
 

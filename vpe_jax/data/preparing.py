@@ -56,7 +56,7 @@ _LONGEST = 100_000  # letters of a caption; a longer one is a mistake, and slow 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """What decides the content of a prepared folder; see the flags of vpe_jax.prepare.
+  """Options that decide the content of a prepared folder; see the flags of vpe_jax.prepare.
 
   Attributes:
     source: one of KINDS and where it is.
@@ -94,7 +94,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-  """What a shard holds, and what isn't in it.
+  """Content of a shard, and the records left out of it.
 
   Attributes:
     shard: the file; None where none of its pictures is kept.

@@ -135,7 +135,7 @@ def open_recipe(source: str, root: str, asked: Asked, keep: Filter) -> Recipe:
 
 
 def _missing(name: str, where: Path, asked: Asked) -> str:
-  """What belongs where nothing is."""
+  """Error message for a missing data set."""
   fields = (
     '"file", "caption" and "reference" (the picture before)'
     if asked.references

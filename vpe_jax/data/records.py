@@ -136,7 +136,7 @@ class Picture(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-  """What a record of editing knows of its change.
+  """Ground truth of an edit.
 
   Attributes:
     kind: what is done: `add`, `remove`, `recolour`, `replace` or `move` a thing of a scene; change
@@ -187,7 +187,7 @@ class Stored(Source, Protocol):
   """A source whose pictures are a user's own, in files that may change from run to run."""
 
   def stamps(self) -> Iterator[str]:
-    """What changes where the files do; read without opening a picture."""
+    """Stamps that change when the files do; read without opening an image."""
     ...
 
 
@@ -224,7 +224,7 @@ def render(record: Record, size: int) -> np.ndarray:
 
 
 def changed(record: Record, size: int) -> np.ndarray:
-  """What an edit changes: bool [size, size], true where the pictures before and after differ.
+  """The mask of an edit: bool [size, size], true where source and target image differ.
 
   In records that a program made it is exact: everything else is equal to the last bit.
   """

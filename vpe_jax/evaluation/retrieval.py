@@ -58,7 +58,7 @@ class Trial:
 
   @property
   def kinds(self) -> tuple[str, ...]:
-    """What each candidate is: `true`, the kind of a hard distractor, or `other`."""
+    """The kind of each candidate: `true`, the kind of a hard distractor, or `other`."""
     return ('true', *(kind for kind, _ in self.hard), *('other' for _ in self.others))
 
 
@@ -352,5 +352,5 @@ def _things(truth: Truth) -> collections.Counter[tuple[str, str | None]]:
 
 
 def _share(best: np.ndarray) -> float:
-  """What the true caption, the first candidate, gets where `best` [C] marks the highest."""
+  """The credit of the true caption, the first candidate, where `best` [C] marks the highest."""
   return float(best[0]) / float(best.sum())

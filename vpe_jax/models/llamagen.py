@@ -191,7 +191,7 @@ class LlamaGen(mot.OneExpert):
     plan: Array | None = None,
     masked: Array | None = None,
   ) -> Array:
-    """What the network runs over in training: all tokens of a row but the last, [B, P + N, D].
+    """Input embeddings in training: all tokens of a sequence but the last, [B, P + N, D].
 
     Args:
       params: the model's.

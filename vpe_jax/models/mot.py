@@ -131,7 +131,7 @@ def empty_cache(layer: Layer, params: Any, key: Visibility, dtype: jnp.dtype) ->
 
 
 def remember(layer: Layer, params: Any, told: Stream) -> Cache:
-  """What each layer's cross-attention keeps of the hidden states `told.x`: computed once."""
+  """Keys and values of each layer's cross-attention to the hidden states `told.x`."""
   tables = _tables(layer, told)
   one = lambda weights: layer.apply({'params': weights}, told.x, tables, method='remember')
   if isinstance(params, tuple):
@@ -245,7 +245,7 @@ class OneExpert:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-  """What is the same in every layer of one `run`."""
+  """Inputs that all layers of one `run` share."""
 
   layers: Mapping[str, Layer]
   tables: Mapping[str, tuple[Array, Array]]
@@ -342,7 +342,7 @@ def _layer(
 def _looking(
   call: _Call, name: str, memory: tuple[Array, Array]
 ) -> tuple[tuple[Array, Array], Callable[[Array], Array]]:
-  """What Layer.finish needs for cross-attention."""
+  """Arguments of Layer.finish for cross-attention."""
   query, key = call.memories[name]
   attend = lambda q: chooser.attention(q, *memory, query, key, call.attention)
   return call.tables[name], attend

@@ -133,7 +133,7 @@ class CrossAttention(nn.Module):
   def __call__(
     self, x: Array, tables: tuple[Array, Array], attend: Callable[[Array], Array]
   ) -> Array:
-    """What tokens [B, L, D] take from it; `attend` mixes its values by queries, [B, L, N, H]."""
+    """Cross-attention output of tokens [B, L, D]; `attend` mixes values by queries [B, L, N, H]."""
     q = rope.rotate(self.q(self.query_norm(x)), tables, self.config.rope_adjacent)
     return self.o(attend(q))
 

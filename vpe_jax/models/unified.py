@@ -258,7 +258,7 @@ class Unified:
     return mot.Stream(x, region.positions, region.visibility), condition
 
   def remember(self, params: Params, told: mot.Stream) -> mot.Cache:
-    """What the picture expert's cross-attention keeps of the token expert's states `told.x`."""
+    """Keys and values of the diffusion expert's cross-attention to the states `told.x`."""
     return mot.remember(self._layers()['dit'], params['dit']['layers'], told)
 
   def time(self, params: Params, clock: Array) -> tuple[Array, Array]:

@@ -1,1 +1,1 @@
-"""What is optimised: losses, targets and schedules."""
+"""Training objectives: losses, targets and schedules."""

@@ -37,7 +37,7 @@ def _flops(jaxpr: core.Jaxpr, needed: set[core.Var]) -> float:
 
 
 def _results(jaxpr: core.Jaxpr) -> set[core.Var]:
-  """What a program returns, but for constants."""
+  """The outputs of a program, without constants."""
   return {v for v in jaxpr.outvars if isinstance(v, core.Var)}
 
 

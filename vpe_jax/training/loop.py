@@ -30,7 +30,7 @@ from vpe_jax.training.workdir import claimed
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What stays the same from the first step of a run to its last.
+  """The constants of a run, from its first step to its last.
 
   `origins` says for each parameter, by its path, where this process has it from; `began` is the
   stage in which it took up the run.
@@ -50,7 +50,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Watchers:
-  """What looks at a run while it goes on."""
+  """Observers of a run: log, evaluators, profiler and preemption."""
 
   log: RunLog
   evaluations: Evaluations

@@ -27,7 +27,7 @@ Mine = Callable[[str], bool]  # whether a parameter, by its path, is to come fro
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-  """What a new run doesn't draw.
+  """Parameters loaded rather than initialized.
 
   Attributes:
     leaves: path in the state -> array, sharded as the state is.
@@ -86,7 +86,7 @@ def _published(starts: Sequence[PretrainedWeights], abstract: Params, mine: Mine
 
 
 def _from_run(system: System, run: str, abstract: State, mine: Mine) -> Loaded:
-  """What a new run takes from an earlier one's newest good checkpoint.
+  """Leaves that a new run takes from the newest good checkpoint of its parent run.
 
   With `config.start_weights` of `state` that is all of its state but for its steps: parameters,
   optimizer, average, and where it was in the data. Else the parameters alone.
@@ -164,7 +164,7 @@ def other_meanings(config: Config, run: str, stored: Mapping[str, Any]) -> list[
 def _grown(
   starts: Sequence[PretrainedWeights], found: Mapping[str, Any], abstract: Params, run: str
 ) -> Loaded:
-  """What a run lacks, by path in the state: published weights, or copies of its own leaves."""
+  """Leaves that the parent run lacks: published weights, or copies of its own leaves."""
   made = Loaded({}, {})
   for start in starts:
     if any(path.startswith(f'{_PARAMS}{ours}') for _, ours in start.paths for path in found):

@@ -112,7 +112,7 @@ def next_stage(
 
 
 def weights(state: State) -> Params:
-  """What a run is judged by: the averaged parameters where there are any, else the raw ones."""
+  """The parameters to evaluate: averaged where there are averages, else raw."""
   return merge(state['ema'], state['params'])
 
 

@@ -1,4 +1,4 @@
-"""What chunks alone can do: a bias, any length, and memory that grows with the row."""
+"""Features of the chunked implementation: a bias, any length, and linear memory."""
 
 from __future__ import annotations
 

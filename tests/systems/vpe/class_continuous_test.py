@@ -117,7 +117,7 @@ def test_places_of_the_grid_are_told_apart_by_column_and_row():
 
 
 def test_codes_are_predicted_from_those_before_and_the_flow_from_all(system, params):
-  """What each output depends on, by gradient, through the whole network."""
+  """Dependence of each output on each input, by gradient through the whole network."""
   model, keep = system.model, jnp.ones((1,), bool)
   x = jnp.zeros((1, 1 + P + N, model.config.body.width)) + jax.random.normal(KEY, (1, 1 + P + N, 1))
 

@@ -134,7 +134,7 @@ def test_stage_plan_is_that_of_internal(params):
 
 @pytest.mark.parametrize('condition', unified.CONDITIONS)
 def test_stage_render_trains_the_picture_expert_on_the_flow_alone(condition):
-  """What is held of it, what its gradient comes from, and what evaluation adds at weight 0."""
+  """Optimizer state, gradients, and the terms that evaluation adds at weight 0."""
   system = _made(condition)
   stage, batch = system.stages[1], _batch(system)
   assert stage.losses == {'flow': 1.0}

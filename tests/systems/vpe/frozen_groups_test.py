@@ -1,4 +1,4 @@
-"""What a stage freezes costs nothing: at paper size, by tracing the whole training step."""
+"""Frozen parameters cost nothing: at paper size, by tracing the whole training step."""
 
 from __future__ import annotations
 

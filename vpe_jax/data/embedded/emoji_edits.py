@@ -87,7 +87,7 @@ def _aspects(item: Emoji) -> tuple[tuple[str, ...], ...]:
 
 
 def _instruction(kind: str, before: Emoji, after: Emoji, wording: int) -> str:
-  """What to do to get from one drawing to the other, in the words that `wording` chooses."""
+  """The instruction that turns one drawing into the other, phrased as `wording` chooses."""
   choose = random.Random(stable_hash('wording of edits', wording))
   who = (_aspects(before)[2] or (_PERSON,))[0]
   tones, hair, genders = _aspects(after)

@@ -96,7 +96,7 @@ def of_split(split: Split) -> tuple[Emoji, ...]:
 
 
 def truth_of(item: Emoji) -> Truth:
-  """What is true of an emoji's picture; its box is the whole drawing, margins included."""
+  """Ground truth of an emoji's image; its box is the whole drawing, margins included."""
   cluster = Cluster(item.name, 'emoji', (_WHOLE,), code=item.code)
   return Truth((cluster,), base=item.base, variant=item.variant)
 

@@ -42,7 +42,7 @@ _CURE = 'copy it again from where it was prepared, or prepare the folder again'
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-  """What a prepared record holds.
+  """Content of a prepared record.
 
   Attributes:
     id: unique within the folder.
@@ -71,7 +71,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What a prepared folder says of itself.
+  """Manifest of a prepared folder.
 
   Attributes:
     shards: its files, in the order of the records.

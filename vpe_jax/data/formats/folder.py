@@ -33,7 +33,7 @@ Entry = tuple[Names, Mapping[str, Any], str]  # what a record is made of, other 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-  """What each picture of a source must come with, and what the fields are called that say it.
+  """Fields that each image of a source must have, and their names.
 
   Attributes:
     captions: whether each has a caption.
@@ -180,7 +180,7 @@ def first_of(total: int, count: int, path: str) -> int:
 
 
 def find(folder: Path, asked: Asked) -> Iterator[Entry]:
-  """What a folder says of its pictures, one after the other, in no order; opens none of them.
+  """Entries of a folder, one image after the other, in no order; opens no image.
 
   Args:
     folder: as `open_folder` reads it.

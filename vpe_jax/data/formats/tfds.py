@@ -157,7 +157,7 @@ def _find(root: Path, name: str) -> tuple[Path, str]:
 
 @functools.lru_cache(maxsize=8)
 def _builder(folder: str) -> Any:
-  """What TFDS knows of a data set on disk."""
+  """The TFDS metadata of a data set on disk."""
   # Importing it takes a second, which commands without such data sets needn't wait.
   import tensorflow_datasets as tfds
 

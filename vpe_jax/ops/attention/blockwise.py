@@ -1,4 +1,4 @@
-"""What the blockwise implementations share: one gradient rule, names for remat, and the mesh.
+"""Shared by the blockwise implementations: one gradient rule, names for remat, and the mesh.
 
 An implementation is a `Kernel`: a forward and a backward pass over `Operands`. Neither keeps more
 than O(L) between the two: the backward pass makes each block's weights again from the log-sum-exp.

@@ -64,7 +64,7 @@ def attention_and_lse(
   implementation: str = '',
   bias: Array | None = None,
 ) -> tuple[Array, Array]:
-  """What `attention` returns, and the log-sum-exp [B, L, N] float32; arguments as there.
+  """The result of `attention`, and the log-sum-exp [B, L, N] float32; arguments as there.
 
   Raises:
     UserError: as `attention`; and cuDNN returns none.

@@ -30,7 +30,7 @@ _LEAST = 64  # queries a block, however large the group
 def attention(
   q: Array, k: Array, v: Array, query: Visibility, key: Visibility, bias: Array | None = None
 ) -> tuple[Array, Array]:
-  """What `reference.attention` returns, within rounding, and with the same gradients."""
+  """Equals `reference.attention` within rounding, gradients included."""
   if bias is not None:
     bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
   group = q.shape[2] // k.shape[2]

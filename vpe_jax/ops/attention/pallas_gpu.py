@@ -25,7 +25,7 @@ WIDEST = 256  # head width
 def attention(
   q: Array, k: Array, v: Array, query: Visibility, key: Visibility
 ) -> tuple[Array, Array]:
-  """What `reference.attention` returns, within rounding, and with the same gradients.
+  """Equals `reference.attention` within rounding, gradients included.
 
   Args:
     q: queries [B, L, N, H], H at most 256.

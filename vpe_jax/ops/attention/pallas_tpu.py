@@ -46,7 +46,7 @@ _PACKED = 2  # entries of a schedule in one word
 def attention(
   q: Array, k: Array, v: Array, query: Visibility, key: Visibility, kind: str = ''
 ) -> tuple[Array, Array]:
-  """What `reference.attention` returns, within rounding, and with the same gradients.
+  """Equals `reference.attention` within rounding, gradients included.
 
   Args:
     q: queries [B, L, N, H], H at most 256.

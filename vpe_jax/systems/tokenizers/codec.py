@@ -242,7 +242,7 @@ class System(SystemProtocol):
   def _pooled_losses(
     self, frozen: Params, features: Array, rebuilt: Array, batch: Batch
   ) -> dict[str, Array]:
-    """What SigLIP's pooling head still sees in the rebuilt features, and the captions it finds."""
+    """Pooled vectors of the rebuilt features, and the captions that they retrieve."""
     variables = {'params': frozen['siglip']}
     network: siglip.Siglip = self.tokens_codec.siglip
     seen = network.apply(variables, rebuilt, method='pool')

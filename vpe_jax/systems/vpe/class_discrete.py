@@ -79,7 +79,7 @@ class ModelConfig(ImageCodeCodecs):
 
   @property
   def dropout(self) -> Dropout:
-    """What a training step drops of activations."""
+    """Dropout rates of a training step."""
     return Dropout(self.token_dropout, self.residual_dropout, self.mlp_dropout)
 
 

@@ -1,4 +1,4 @@
-"""What systems that draw from a class share: one stage, and a class as text."""
+"""Base of class-to-image systems: one stage, and a class in the place of the caption."""
 
 from __future__ import annotations
 

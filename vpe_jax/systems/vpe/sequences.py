@@ -1,4 +1,4 @@
-"""What the rows of tokens of a system are to it, whether it has one or two of them."""
+"""Base class of sequence layouts with one or two sequences."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from vpe_jax.models.unified import Unified, UnifiedConfig, row_visibility
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What the token expert knows of a plan; no gradient goes back through it.
+  """Visual-prompt features for the renderer; no gradient flows back through them.
 
   Attributes:
     hidden: final-norm hidden states at the codes' places [B, P, D].

@@ -231,7 +231,7 @@ def _check_ending(path: str) -> None:
 
 
 def _head(plans: VisualPrompts) -> dict[str, Any]:
-  """What a file says of all its plans."""
+  """The fields of a file beside its visual prompts."""
   return {
     'format': _FORMAT,
     'codebook': plans.codebook.fingerprint,
