@@ -8,7 +8,12 @@ from configs import t2i
 from vpe_jax import config
 from vpe_jax.contracts import UserError
 from vpe_jax.models import mot
-from vpe_jax.systems.vpe import text_to_image as t2i_system
+from vpe_jax.sampling.settings import FlowSampling, TokenSampling
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampling(FlowSampling, TokenSampling):
+  """Settings of flow and tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +28,7 @@ def _build(key, value):
   }  # fmt: skip
   section, dot, name = key.rpartition('.')
   values |= {section: {name: value}} if dot else {key: value}
-  return config.from_dict(values, _Model, t2i_system.Sampling)
+  return config.from_dict(values, _Model, _Sampling)
 
 
 def test_remat_names_are_those_of_the_networks():
@@ -45,8 +50,6 @@ def test_remat_names_are_those_of_the_networks():
     ('data.workers', 0, -1, "'data.workers' is -1"),
     ('data.image_size', 1, 0, "'data.image_size' is 0"),
     ('data.text_length', 1, 0, "'data.text_length' is 0"),
-    ('log.samples', 0, -1, "'log.samples' is -1"),
-    ('log.evaluate', 0, -5, "'log.evaluate' is -5"),
     ('log.every', 1, 0, "'log.every' is 0: it must be at least 1"),
     ('sample.steps', 1, 0, "'sample.steps' is 0: it must be at least 1"),
     ('optim.lr', 1e-3, 0.0, "'optim.lr' is 0.0: it must be above 0 and finite"),

@@ -20,7 +20,12 @@ from vpe_jax.contracts import BatchSpec, Generated, Samples, UserError
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.generator import Generator
 from vpe_jax.sampling import images
-from vpe_jax.systems.vpe.text_to_image import Sampling
+from vpe_jax.sampling.settings import FlowSampling, TokenSampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling(FlowSampling, TokenSampling):
+  """Settings of flow and tokens."""
 
 
 class _Dice(Samples):

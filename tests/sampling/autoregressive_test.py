@@ -11,9 +11,9 @@ from vpe_jax.contracts import UserError
 from vpe_jax.sampling import autoregressive
 from vpe_jax.sampling.guidance import UNGUIDED, Guidance
 from vpe_jax.sampling.prefix import Prefix
-from vpe_jax.systems.vpe.text_to_image import Sampling
+from vpe_jax.sampling.settings import TokenSampling
 
-PLAIN = Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+PLAIN = TokenSampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 LOGITS = jnp.log(jnp.asarray([0.05, 0.4, 0.3, 0.2, 0.05]))
 
 
