@@ -4,8 +4,8 @@ r"""Class to image by flow matching: Transfusion with and without visual prompt 
   python -m vpe_jax.main --config=configs/c2i_continuous.py:debug       (seconds)
   python -m vpe_jax.sample --workdir=runs/c2i_continuous-tiny --prompt=animals --n=8
 
-The paper's fork is three commands: the run that both share, and a branch each, which carry its
-parameters, optimizer, average and place in the data on:
+The paper's fork is three commands: a shared run, and a branch each way, which continue its
+parameters, optimizer, average and position in the data:
 
   python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,vpe=false --workdir=runs/shared
   python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,vpe=false,fork=runs/shared \
@@ -13,39 +13,8 @@ parameters, optimizer, average and place in the data on:
   python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,vpe=true,fork=runs/shared \
       --workdir=runs/vpe
 
-`vpe=false` trains `[cls] x`, `vpe=true` `[cls] s_1 .. s_P x`: 257 and 378 tokens at paper size. All
-rows of a run are equally long, so the paper's packs of 10,240 tokens are batches: 39 and 27 rows,
-times the 8 devices that `paper` assumes. 359.9M parameters, and 14.68M in rows of codes (the paper
-prints 0.36-0.37B and 0.02B). `tiny` and `debug` draw 64x64 pictures as configs/c2i_discrete.py
-does, `data=cifar10` included; `paper` is 256x256 on ImageNet, as described there.
-
-Left open by the paper, with what is the default here and what else there is:
-  the autoencoder                Wan 2.1's, patches of 2 x 2 latents: 256 tokens
-  pictures                       their middle (data.fit=crop), of which the plan's encoder sees
-                                 176 x 176 pixels
-  time and place                 embeddings of both are added to a picture's tokens, which share one
-                                 rotary position, the one after the plan's last (BAGEL)
-  the plan's rows                tied, in and out
-  S of Eq. 3                     the steps of the branch (config.steps); model.vp_schedule=sigmoid,
-                                 linear, constant (always model.ce_start), off (always 1)
-  the fork                       carries optimizer and average into both branches, without warm-up
-  times                          logit-normal, not shifted (model.flow)
-  the null class                 `paper` has none, as it draws without guidance; elsewhere one
-                                 example in ten (model.drop) has neither class nor plan
-
-`tiny`, all three trained on an H100 in float32: held-out flow loss .719 after the shared run, .576
-after the branch without and .544 after that with visual prompt, whose cross-entropy is 1.37. Of 512
-pictures (vpe_jax.evaluate) 59.0, 62.5 and 62.5 % have a picture of their own class nearest (95 %
-intervals of 4 points to each side; true pictures 68.9 %, classes permuted 34.5 %); Frechet distance
-of the judge's vectors .066, .045 and .077, between true pictures .017. A step takes 0.7 to 0.8 s on
-2 CPU cores: 19 minutes a run.
-
-Compiled for pods by launch/compile_all.sh, which writes this table:
-  config  stage  topology   images  memory  HBM  step at least     MFU at most
-  paper   train  v5e:2x4    216     2.6 GB  15%  0.14 s (compute)  82%
-  paper   train  v5p:2x2x2  216     2.7 GB  3%   0.06 s (compute)  82%
-  paper   train  v6e:2x4    216     2.7 GB  8%   0.03 s (hbm)      73%
-(end of the table)
+`vpe=false` trains `[cls] x`, `vpe=true` `[cls] s_1 .. s_P x`. `paper` is 256x256 on ImageNet.
+Results and open choices: configs/README.md.
 """
 
 from __future__ import annotations

@@ -7,46 +7,9 @@ r"""Class to image, discrete: LlamaGen's GPT with and without visual prompt (arX
   bash launch/cifar10.sh && python -m vpe_jax.main \
       --config=configs/c2i_discrete.py:tiny,data=cifar10 --workdir=runs/cifar10
 
-`vpe=true` trains `[cls] s_1 .. s_P z_1 .. z_N`, `vpe=false` the baseline `[cls] z_1 .. z_N`: 1,221
-and 1,025 tokens at paper size, 1,068.3M parameters and 41.9M more with visual prompt. `tiny` and
-`debug` draw 64x64 pictures of 36 and 256 codes: OpenMoji by its nine groups, or CIFAR-10, which
-launch/cifar10.sh puts into prepared/cifar10, by its ten classes (its codes come from an autoencoder
-that saw OpenMoji alone). `paper` is 512x512 on ImageNet: a folder of pictures in class folders
-(--config.data.source=folder:PATH) whose names stand, a line each, in the file that
---config.data.tokenizer=classes:FILE.txt names.
-
-Left open by the paper, with what is the default here and what else there is:
-  what one draw of Eq. 2 hides   a token (model.mask_by=token); the whole plan (sample)
-  how often                      a sigmoid from .95 to .05, k = 10, over all steps
-                                 (model.vp_schedule=sigmoid); linear, constant (always
-                                 model.mask_start), off (never)
-  what is hidden                 gets the pad row and no loss; what follows it keeps its own
-  the loss                       one mean over all targets that are left
-  positions of the plan          its own grid, stretched over the picture's
-                                 (model.positions=grid); places in the row (line)
-  the class token                is not turned (model.class_turn=identity); zero: as released
-  the null class                 one example in ten (model.drop), for guidance of the picture
-                                 (sample.guidance) and of the plan (sample.plan_guidance): 1 is off
-  dropout                        LlamaGen's in `paper`: a tenth of the embeddings (class and plan
-                                 included) and of what attention and MLP add in each layer, none of
-                                 the attention's weights (model.token_dropout, residual_dropout,
-                                 mlp_dropout); none in tiny and debug
-  tokenizers of `paper`          Emu3.5's IBQ (the one with 1,024 codes and 131,072 entries), and
-                                 X-Omni's SigLIP-VQ on 224x224, white-padded
-
-`tiny`, both trained on an H100 in float32: held-out cross-entropy of the picture's codes 1.25 with
-visual prompt and 1.21 without, and 1.57 of the plan's. Of 512 pictures (vpe_jax.evaluate) 54.5 %
-have a picture of their own class nearest, without visual prompt 51.6 % (95 % intervals 50.2 to 58.8
-and 47.2 to 55.9; true pictures 68.9 %, classes permuted 38.8 %); Frechet distance of the judge's
-vectors .056 and .072, between true pictures .017. A step takes 0.7 to 0.9 s on 2 CPU cores: 20
-minutes.
-
-Compiled for pods by launch/compile_all.sh, which writes this table:
-  config  stage  topology   images  memory  HBM  step at least     MFU at most
-  paper   train  v5e:8x8    128     2.6 GB  16%  0.09 s (compute)  83%
-  paper   train  v5p:4x4x4  128     2.3 GB  2%   0.04 s (compute)  83%
-  paper   train  v6e:8x8    128     2.3 GB  7%   0.03 s (ici)      59%
-(end of the table)
+`vpe=true` trains `[cls] s_1 .. s_P z_1 .. z_N`, `vpe=false` the baseline `[cls] z_1 .. z_N`.
+`paper` is 512x512 on ImageNet, a folder of class folders. Results and open choices:
+configs/README.md.
 """
 
 from __future__ import annotations

@@ -1,20 +1,9 @@
-"""SigLIP on pictures and captions; `judge` is a second one that only scores pictures.
+r"""SigLIP on images and captions; `judge` is a second one that only evaluates images.
 
   python -m vpe_jax.main --config=configs/siglip.py
   python -m vpe_jax.main --config=configs/siglip.py:judge
 
-Shipped weights, on 2 shared CPU cores, measured on held-out combinations: `tiny` (1.98M parameters,
-4.0 MB, 27 minutes) finds 97.9 % of captions among 32 of other pictures. `judge` (1.85M, 3.7 MB, 40
-minutes) finds 67.0 % of 512 where 16 of the 32 differ in one object, colour or count, as
-vpe_jax.evaluate asks, and 65.4 % with --seed=1, which no choice was made on.
-
-The judge's last 400 steps add to the command above: --config.steps="(2200,)"
---config.optim.lr=4e-4 --allow_change=steps,optim.lr. Its first ran before parts of this config
-existed: 987 at batch 192 with three near misses in the sigmoid loss and nothing hidden, then 452
-without `blind`. So the commands train such a judge, but not these very weights.
-
-`blind` exchanges the colours of training pictures, so the judge (no generator) has seen shapes of
-held-out combinations in their colours, never with a caption that names them.
+Results of the shipped weights: configs/README.md.
 """
 
 from __future__ import annotations

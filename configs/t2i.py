@@ -7,48 +7,10 @@ r"""Text to image with visual prompts: VPE in two stages (arXiv 2606.04457).
   python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=external --workdir=runs/render \
       --config.start=runs/plan --config.stages=render        (its second stage, from another run)
 
-`arch=internal`, the default, joins two experts by attention and trains both in its second stage,
-`joint`. `arch=external` has the same parameters and the same first stage, `plan`; its second,
-`render`, trains the picture expert alone on what the frozen token expert makes of true plans: as a
-prefix of its row, or layer by layer (`--config.model.condition=keys`). By cross-attention
-(`condition=cross`) it has parameters of its own, 4,320.6M in all at paper size where the others
-have 4,166.3M. `arch=single` has one expert. With one row, `vpe=false` leaves the visual prompt out:
-the caption alone draws the picture, and `joint` is the only stage.
-
-Presets build one module tree and differ in numbers. `paper` is what the paper ran: 512x512, 576
-codes, 1,024 image tokens, 4.17B parameters, 480 and 192 images a step. Both batches divide over 32
-devices and not over 64, so it runs on a multiple of 32 chips, and chips beyond 32 share the work
-within the layers (64: 32 x 2). `pod` is the same model at 8 images a chip, on the number of chips
-that `chips=` states (256): its learning rate grows with the square root of the batch over the
-paper's 192, and its stages see as many images as the paper's. Both read BLIP3o's 32M captioned
-pictures and the 6.35M with text of TextAtlas5M and AnyWord-3M, the paper's "39M", as folders in
-data.root (vpe_jax.data.recipes) that `python -m vpe_jax.prepare` writes.
-
-`tiny` (2.7M) goes beyond the paper in three ways: rows of words and codes start from the codecs,
-one caption in ten is left out in training, and the plan's logits are led away from those without a
-caption, as the picture is.
-
-On 2 CPU cores: launch/quickstart.sh took 15.4 and 17.4 minutes in two calls, set-up and sampling
-included; 13.5 and 15.0 % of 512 held-out captions find their pictures among 32 (vpe_jax.evaluate;
-true pictures 67.0 %). The shipped `assets:tiny` (71 minutes: --config.steps="(1600, 5000)"
---config.data.examples=65536): 36.3 %. Its settings of the drawing were chosen on 128 captions of
-another seed. `arch=external`, trained on an H100 in float32: 9.8 %, and held-out losses of .555
-(flow) and 1.09 (cross-entropy), where internal has .532 and 1.04.
-
-Compiled for pods by launch/compile_all.sh, which writes this table:
-  config               stage   topology   images  memory  HBM  step at least     MFU at most
-  paper,arch=external  render  v5e:16x16  192     3.4 GB  20%  0.20 s (compute)  54%
-  paper,arch=external  render  v5p:4x4x4  192     4.3 GB  4%   0.23 s (compute)  79%
-  paper                joint   v5e:16x16  192     4.7 GB  28%  0.21 s (compute)  55%
-  paper                joint   v5p:4x4x4  192     5.3 GB  5%   0.25 s (compute)  79%
-  paper                joint   v6e:8x8    192     5.1 GB  15%  0.12 s (compute)  79%
-  paper                plan    v5e:16x16  480     3.7 GB  22%  0.23 s (compute)  37%
-  paper                plan    v5p:4x4x4  480     3.5 GB  3%   0.19 s (compute)  77%
-  paper                plan    v6e:8x8    480     3.5 GB  11%  0.10 s (compute)  78%
-  pod,chips=256        joint   v5e:16x16  2,048   8.6 GB  51%  1.48 s (compute)  82%
-  pod,chips=64         joint   v5p:4x4x4  512     9.0 GB  9%   0.64 s (compute)  82%
-  pod,chips=256        joint   v6e:16x16  2,048   7.4 GB  22%  0.32 s (compute)  82%
-(end of the table)
+Stage `plan` trains the AR expert on visual prompts. `arch=internal`, the default, joins two experts
+by attention and trains both in stage `joint`; `arch=external` trains the diffusion expert alone in
+stage `render`, on features of the frozen AR expert; `arch=single` has one expert. `vpe=false`
+leaves the visual prompt out. Results and open choices: configs/README.md.
 """
 
 from __future__ import annotations

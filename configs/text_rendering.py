@@ -6,52 +6,9 @@ r"""Text rendering: Show-o2 with and without visual prompt (arXiv 2606.04457, se
   python -m vpe_jax.sample --workdir=runs/text_rendering-tiny --n=8 \
       --prompt='the words "hello fox" in a blue serif font'
 
-One expert has tokens and picture, as in Show-o2 (configs/t2i.py:arch=single). `vpe=true` trains
-`[bos] text [bot] s [eot] [boi] | time x`, `vpe=false` the baseline `[bos] text [boi] | time x`:
-with Show-o2's tail `[eoi] [eos]`, which nothing sees and we leave out, 1,856 and 1,280 tokens at
-paper size, and 2,855.9M and 2,830.8M parameters. Everything trains in one stage, on flow matching
-and, with visual prompt, on cross-entropy at the growing weight of Eq. 3.
-
-`tiny` and `debug` draw 64x64 pictures of 1 to 3 words in five fonts (`data.source=words`). In a
-held-out picture stand two words that training never shows together, or a word in a font that it
-never shows it in.
-
-`paper` fine-tunes Show-o2 on TextAtlas5M and AnyWord-3M, folders of pictures in data.root with
-their words and boxes (vpe_jax.data.recipes), or on your own (--config.data.source=folder:PATH): 8
-images a chip, and 12 without visual prompt, on 24 chips. On another number of them (`chips=N`) it
-sees as many images, and the learning rate grows with the square root of the batch.
-
-Left open by the paper, with what is the default here and what else there is:
-  the weight of the cross-entropy  a sigmoid from .03 to .1, k = 10, over all steps
-                                   (model.vp_schedule=sigmoid); linear, constant (always
-                                   model.ce_start), off (always 1)
-  the learning rate                1e-4 after 2,000 steps of warm-up, as in its Table 9, for both;
-                                   5e-5 would be safer for a fine-tune (optim.lr)
-  the average of the parameters    none (optim.ema=0)
-  dropping the condition           one example in ten loses text and plan (model.drop)
-  steps of the baseline            100,000 too: 4.5 epochs of its 6.35M pictures where 3 are 66,000
-                                   (--config.steps=66000)
-  excluding Chinese                records in English by their `language`, or by their letters where
-                                   they have none (data.language=en)
-  illegible once padded            text lower than 8 pixels, which is one latent
-                                   (data.least_text_height=8)
-
-`tiny`, both trained on an H100 in float32: held-out flow loss .588 with visual prompt
-(cross-entropy .876) and .612 without; after twice the steps (--config.steps="(3000,)") .529 (.823)
-and .555. Lines, inks and grounds come out, words don't yet: of 256 pictures of each held-out split
-of the longer runs an OCR reads no word right, where it reads 99.3 and 100 % of the words of true
-pictures (vpe_jax.evaluate; character error rates .94 and .95, without visual prompt .94 and .95). A
-step takes 0.85 s on 2 CPU cores: 21 minutes.
-
-Compiled for pods by launch/compile_all.sh, which writes this table:
-  config                     stage  topology   images  memory   HBM  step at least     MFU at most
-  paper,vpe=false,chips=256  joint  v5e:16x16  3,072   12.7 GB  75%  1.50 s (compute)  80%
-  paper,vpe=false,chips=64   joint  v5p:4x4x4  768     8.8 GB   9%   0.64 s (compute)  80%
-  paper,vpe=false,chips=64   joint  v6e:8x8    768     8.8 GB   26%  0.32 s (compute)  80%
-  paper,vpe=true,chips=256   joint  v5e:16x16  2,048   8.9 GB   53%  1.48 s (compute)  82%
-  paper,vpe=true,chips=64    joint  v5p:4x4x4  512     8.5 GB   8%   0.64 s (compute)  82%
-  paper,vpe=true,chips=64    joint  v6e:8x8    512     7.9 GB   24%  0.32 s (compute)  82%
-(end of the table)
+One expert processes tokens and image, as in Show-o2 (configs/t2i.py:arch=single). `tiny` and
+`debug` render 1 to 3 words in five fonts; `paper` fine-tunes Show-o2 on TextAtlas5M and
+AnyWord-3M, on `chips=N` chips. Results and open choices: configs/README.md.
 """
 
 from __future__ import annotations

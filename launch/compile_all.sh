@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compiles every paper-size config for the pods that it names, on this machine, and writes what they
-# need and what bounds them into the configs' headers. Each takes minutes on two CPU cores; a report
+# need and what bounds them into configs/README.md. Each takes minutes on two CPU cores; a report
 # that is there already is kept, so an interrupted call goes on where it was.
 #
 #   bash launch/compile_all.sh [FOLDER for the reports, default runs/compile]
@@ -58,5 +58,5 @@ for topology in v5p:4x4x4 v6e:8x8; do
   done
 done
 for config in t2i c2i_discrete c2i_continuous text_rendering edit; do
-  .venv/bin/python -m vpe_jax.compile --config="configs/$config.py" --write_header="$folder"
+  .venv/bin/python -m vpe_jax.compile --config="configs/$config.py" --write_card="$folder"
 done

@@ -29,7 +29,7 @@ PLAN, JOINT, EVERY = 30, 40, 10
 LENGTH = (
   f'--config.steps=({PLAN}, {JOINT})',
   f'--config.checkpoint.every={EVERY}',
-  '--config.log.samples=0',
+  '--config.evals.sample_grid.every=0',
 )
 SPEEDS = re.compile(r'time|_per_s|mfu')
 PATIENCE = 300.0  # seconds for a process to get where it is awaited
@@ -199,8 +199,8 @@ def test_own_pictures_train_with_encoders_online_and_are_shown(tmp_path: Path) -
     'data.source': f'folder:{folder}',
     'data.examples': 0,
     'data.encode': 'online',
-    'log.samples': 2,
-    'log.evaluate': 0,
+    'evals.sample_grid.every': 2,
+    'evals.heldout.every': 0,
   }
   changes = [f'--config.{name}={value}' for name, value in fields.items()]
   process = Process('main', CONFIG, f'--workdir={run}', *changes, log=tmp_path / 'log.txt')

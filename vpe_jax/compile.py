@@ -23,7 +23,7 @@ import jax
 from absl import flags
 
 from vpe_jax import front_door, storage
-from vpe_jax.compilation import examine, headers, program, topology
+from vpe_jax.compilation import cards, examine, program, topology
 from vpe_jax.contracts import UserError
 from vpe_jax.training import config_file
 
@@ -41,16 +41,16 @@ def _define_flags() -> None:
   flags.DEFINE_integer('images_per_chip', None, "in place of the config's batch")
   flags.DEFINE_string('json', None, 'a file for the figures, local or gs://')
   flags.DEFINE_bool('overwrite', False, 'replace that file where it exists')
-  flags.DEFINE_string('write_header', None, "of --config's file, from a folder of such files")
+  flags.DEFINE_string('write_card', None, "write the table of --config's card from this folder")
 
 
 def main() -> None:
   """Runs the command."""
-  for name in ('config', 'topology') if FLAGS.write_header is None else ('config', 'write_header'):
+  for name in ('config', 'topology') if FLAGS.write_card is None else ('config', 'write_card'):
     if not FLAGS[name].value:
       raise UserError(f'--{name} is missing: --help has examples')
-  if FLAGS.write_header:
-    print(f'{FLAGS.config}: {headers.write(FLAGS.config, FLAGS.write_header)} rows')
+  if FLAGS.write_card:
+    print(f'{FLAGS.config}: {cards.write(FLAGS.config, FLAGS.write_card)} rows')
     return
   place = topology.parse(FLAGS.topology, FLAGS.slices)
   out = None if FLAGS.json is None else front_door.new_file('json', FLAGS.json, FLAGS.overwrite)

@@ -1,4 +1,4 @@
-"""Evaluates trained models, and prints a table.
+r"""Evaluates trained models, and prints a table.
 
   python -m vpe_jax.evaluate --workdir=assets:tiny --benchmarks=retrieval
   python -m vpe_jax.evaluate --workdir=runs/t2i-tiny --captions=1024 --guidance=2

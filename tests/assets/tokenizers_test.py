@@ -1,4 +1,4 @@
-"""The shipped tokenizers do on held-out pictures what their configs' headers say."""
+"""The shipped tokenizers do on held-out pictures what configs/README.md states."""
 
 import dataclasses
 import json

@@ -146,9 +146,7 @@ class Pipeline:
 class Batches(contextlib.AbstractContextManager):
   """An endless iterator of batches that owns threads or processes until it is closed."""
 
-  def __init__(
-    self, stacked: grain.MapDataset, workers: int, assemble: Callable[[Arrays], Batch]
-  ):
+  def __init__(self, stacked: grain.MapDataset, workers: int, assemble: Callable[[Arrays], Batch]):
     if workers:
       if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's reader processes read absl flags.

@@ -104,6 +104,7 @@ class Result:
       'relation_pairs_right': self.relation,
     }
 
+
 @dataclasses.dataclass(frozen=True)
 class Retrieval:
   """Retrieval of held-out captions; see vpe_jax.evaluation.evaluator.Evaluator.

@@ -87,9 +87,7 @@ class SampleGrid:
       for name, label in labels.items():
         fixed = subject.system.drafts if name == TRUE_DRAFTS else ()
         request = _request(subject, truth, fixed)
-        generated = generate(
-          subject.params, subject.frozen.params, request, key, subject.settings
-        )
+        generated = generate(subject.params, subject.frozen.params, request, key, subject.settings)
         for measure, value in jax.device_get(
           compare(subject.frozen.params, generated, truth)
         ).items():

@@ -47,7 +47,8 @@ def _config(folders, **weights):
   prompt = {'kind': 'siglip_vq', 'image_size': VIEW, 'weights': sources['visual_prompt']}
   config.model.visual_prompt = to_dict(tower) | prompt
   config.model.image = to_dict(vae) | {'kind': 'wan_vae', 'weights': sources['image']}
-  config.steps, config.batch_size, config.log.samples = (2, 2), (8, 8), 0
+  config.steps, config.batch_size = (2, 2), (8, 8)
+  config.evals = {'heldout': {'every': config.evals.heldout.every}}
   return config
 
 

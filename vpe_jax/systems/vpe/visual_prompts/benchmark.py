@@ -230,7 +230,7 @@ def _mixes_lines(
 ) -> list[str]:
   lines = [
     f'{title} of the top {side // 2} of {side} rows of A over the others of B: share of codes '
-    f"read from the image that equal each (of an image of A alone, {own:.1%} equal those of A)",
+    f'read from the image that equal each (of an image of A alone, {own:.1%} equal those of A)',
     f'  {"mixed and rendered":28}{"the mix":>9}{"A":>8}{"B":>8}{"A and B":>9}'
     f'{"ahead of A":>26}{"of B":>26}',
   ]

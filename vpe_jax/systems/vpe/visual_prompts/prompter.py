@@ -58,9 +58,7 @@ class VisualPrompter:
     provenance = self.generator.describe(settings) | {'by': 'drawn', 'seed': str(seed)}
     return self._wrap(codes, items, provenance)
 
-  def read(
-    self, images: Sequence[np.ndarray], prompts: str | Sequence[str] = ''
-  ) -> VisualPrompts:
+  def read(self, images: Sequence[np.ndarray], prompts: str | Sequence[str] = '') -> VisualPrompts:
     """Reads the visual prompts of images, as the frozen encoder does in training.
 
     Args:
@@ -207,5 +205,3 @@ class VisualPrompter:
   ) -> VisualPrompts:
     prompts, index = zip(*items)
     return VisualPrompts(np.asarray(codes, np.int32), prompts, index, self.codebook, provenance)
-
-

@@ -1,4 +1,4 @@
-"""Writes a table of `vpe_jax.compile` reports into the header of a config file.
+"""Writes a table of `vpe_jax.compile` reports into the card of a config.
 
 launch/compile_all.sh compiles every paper-size config and then calls this.
 """
@@ -14,40 +14,41 @@ from typing import Any
 from vpe_jax import storage
 from vpe_jax.contracts import UserError
 
-BEGIN = 'Compiled for pods by launch/compile_all.sh, which writes this table:\n'
-END = '(end of the table)\n'
-_PLAIN = re.compile(r'[^"\\\x00-\x1f\x7f-\uffff]*')
+END = '<!-- end -->'
+_PLAIN = re.compile(r'[^|<>\x00-\x1f\x7f-\uffff]*')
 _TITLES = ('config', 'stage', 'topology', 'images', 'memory', 'HBM', 'step at least', 'MFU at most')
 
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
-  """Formats reports (from `Report.as_dict`) as the lines between the markers."""
-  rows = [_TITLES, *map(_row, reports)]
-  widths = [max(len(row[i]) for row in rows) for i in range(len(_TITLES))]
-  lines = (
-    '  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-  )
-  return ''.join(f'  {line.rstrip()}\n' for line in lines)
+  """Formats reports (from `Report.as_dict`) as a Markdown table."""
+  rows = [_TITLES, ('---',) * len(_TITLES), *map(_row, reports)]
+  return ''.join(f'| {" | ".join(row)} |\n' for row in rows)
 
 
-def rewrite(text: str, reports: Sequence[Mapping[str, Any]]) -> str:
-  """Replaces the table in the header of a config file.
+def begin(name: str) -> str:
+  """The line before the table of a config."""
+  return f'<!-- compiled: {name} -->\n'
+
+
+def rewrite(text: str, name: str, reports: Sequence[Mapping[str, Any]]) -> str:
+  """Replaces the table of a config in the text of the cards.
 
   Args:
-    text: of the config file.
+    text: of the file of cards.
+    name: of the config.
     reports: from `Report.as_dict`.
 
   Returns:
     The new text of the file.
 
   Raises:
-    UserError: the header has no markers.
+    UserError: the card has no markers.
   """
-  before, begin, rest = text.partition(BEGIN)
+  before, marker, rest = text.partition(begin(name))
   _, end, after = rest.partition(END)
-  if not begin or not end:
-    raise UserError(f'the header needs the lines "{BEGIN.strip()}" and "{END.strip()}"')
-  return before + begin + table(reports) + end + after
+  if not marker or not end:
+    raise UserError(f'the card needs the lines "{begin(name).strip()}" and "{END}"')
+  return before + marker + table(reports) + end + after
 
 
 def _row(report: Mapping[str, Any]) -> tuple[str, ...]:
@@ -65,7 +66,7 @@ def _row(report: Mapping[str, Any]) -> tuple[str, ...]:
     '-' if bound is None else f'{bound:.2f} s ({report["bound_by"]})',
     percent(report['mfu_bound']),
   )
-  if not all(_PLAIN.fullmatch(cell) for cell in cells):  # The table is part of a Python file.
+  if not all(_PLAIN.fullmatch(cell) for cell in cells):  # A cell must not break the table.
     raise ValueError(f'a cell is not plain text: {cells}')
   return cells
 
@@ -88,7 +89,7 @@ def _report(file: pathlib.Path) -> Mapping[str, Any]:
 
 
 def write(config: str, folder: str) -> int:
-  """Rewrites the table in a config file's header from the reports in a folder.
+  """Rewrites the table of a config in the README.md beside it, from the reports in a folder.
 
   Args:
     config: path of the config file.
@@ -98,17 +99,19 @@ def write(config: str, folder: str) -> int:
     The number of table rows.
 
   Raises:
-    UserError: the config file doesn't exist, has no markers or can't be written; the folder has no
-      report of the config, or a JSON file that is not a report.
+    UserError: the config or its cards don't exist, have no markers or can't be written; the folder
+      has no report of the config, or a JSON file that is not a report.
   """
   path = pathlib.Path(config)
-  if not path.is_file():
-    raise UserError(f'{config}: no such file; name a config such as configs/t2i.py')
+  cards = path.with_name('README.md')
+  for file in (path, cards):
+    if not file.is_file():
+      raise UserError(f'{file}: no such file; name a config such as configs/t2i.py')
   files = [_report(file) for file in sorted(pathlib.Path(folder).glob('*.json'))]
   reports = [report for report in files if report['config'].partition(':')[0] == path.stem]
   if not reports:
     raise UserError(f'{folder} has no reports of {config}: run launch/compile_all.sh')
-  text = rewrite(path.read_text('utf-8'), reports)
-  with storage.writing(path):
-    storage.write_atomic(path, text.encode())
+  text = rewrite(cards.read_text('utf-8'), path.stem, reports)
+  with storage.writing(cards):
+    storage.write_atomic(cards, text.encode())
   return len(reports)
