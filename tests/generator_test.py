@@ -225,7 +225,7 @@ def _tampered(path, change, **said):
   [
     (lambda p: p['embed'].pop('codes'), {}, "'embed/codes' is absent instead of"),
     (lambda p: p.update(extra=np.zeros(2)), {}, r"'extra' is \[2\] instead of absent"),
-    (lambda p: p['embed'].update(text=np.zeros((3, 2))), {}, r"'embed/text' is \[3, 2\] instead of"),
+    (lambda p: p['embed'].update(text=np.zeros((3, 2))), {}, r"'embed/text' is \[3, 2\]"),
     (lambda p: None, {'config': '{"a": '}, 'the config in .* is damaged'),
     (lambda p: None, {'config': '[' * 100_000}, 'the config in .* is damaged'),
     (lambda p: None, {'config': '[1]'}, 'the config in .* is damaged'),

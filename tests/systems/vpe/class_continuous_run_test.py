@@ -75,7 +75,7 @@ def test_a_branch_with_plan_carries_all_but_the_rows_of_codes(folder):
   for path, leaf in before.items():  # One small step from where the other run was.
     np.testing.assert_allclose(after[path], leaf, atol=3e-3)
   drawn = Generator.load(str(folder / 'vpe'))(['red', 'blue'], n=1, seed=1)
-  assert drawn[0].image.shape == (32, 32, 3) and drawn[0].codes.shape == (36,)
+  assert drawn[0].image.shape == (32, 32, 3) and drawn[0].encoded['visual_prompt'].shape == (36,)
 
 
 def test_forks_of_what_does_not_fit_are_named(folder):

@@ -67,8 +67,9 @@ def test_a_run_logs_draws_and_goes_on(folder, run):
 def test_classes_are_drawn_and_unknown_ones_named(generator):
   pictures = generator(['red', 'blue'], n=2, seed=1)
   assert len(pictures) == 4 and pictures[0].image.shape == (32, 32, 3)
-  assert pictures[0].codes.shape == (36,) and (pictures[0].codes != pictures[1].codes).any()
-  again = generator('red', n=2, seed=1, codes=pictures[0].codes)
+  first, second = (picture.encoded['visual_prompt'] for picture in pictures[:2])
+  assert first.shape == (36,) and (first != second).any()
+  again = generator('red', n=2, seed=1, fixed={'visual_prompt': first})
   np.testing.assert_array_equal(again[0].image, pictures[0].image)
   with pytest.raises(UserError, match="no class 'bleu'; did you mean 'blue'"):
     generator('bleu')

@@ -42,6 +42,7 @@ def test_cross_attention_trains_goes_on_and_draws(tmp_path):
   assert not any(jax.tree.leaves([moved['ar'], moved['embed']]))
   generator = Generator.load(run)
   one, two = generator(['a red circle', 'two green pears'])
-  assert one.image.shape == (64, 64, 3) and (one.codes != two.codes).any()
-  codes = one.codes
-  np.testing.assert_array_equal(generator('a dog', codes=codes)[0].codes, codes)
+  codes = one.encoded['visual_prompt']
+  assert one.image.shape == (64, 64, 3) and (codes != two.encoded['visual_prompt']).any()
+  again = generator('a dog', fixed={'visual_prompt': codes})[0]
+  np.testing.assert_array_equal(again.encoded['visual_prompt'], codes)

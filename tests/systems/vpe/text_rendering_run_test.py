@@ -31,7 +31,7 @@ def test_a_run_logs_evaluates_and_draws(tmp_path):
   assert last['eval/flow'] > 0 and 'eval/next_token' not in last
   generator = Generator.load(run)
   first, second = generator('the word "fox" in a red serif font', n=2)
-  assert first.image.shape == (64, 64, 3) and first.codes.shape == (0,)
+  assert first.image.shape == (64, 64, 3) and 'visual_prompt' not in first.encoded
   assert (first.image != second.image).any()
-  with pytest.raises(UserError, match='no visual prompts'):
-    generator('the word "fox"', codes=[1, 2, 3])
+  with pytest.raises(UserError, match="drafts no 'visual_prompt'"):
+    generator('the word "fox"', fixed={'visual_prompt': [1, 2, 3]})

@@ -57,7 +57,8 @@ def test_a_run_trains_on_them_and_its_generator_draws(folders, tmp_path):
   main.run(config.to_dict(), workdir)
   drawn = Generator.load(workdir)('a red circle')[0]
   assert drawn.image.shape == (SIDE, SIDE, 3)
-  assert drawn.codes.shape == ((VIEW // 16) ** 2,) and drawn.codes.max() < CODES
+  codes = drawn.encoded['visual_prompt']
+  assert codes.shape == ((VIEW // 16) ** 2,) and codes.max() < CODES
 
 
 def test_codes_and_latents_are_the_reference_models(folders):
