@@ -353,7 +353,7 @@ def test_without_a_plan_the_picture_follows_the_class():
   draw = jax.jit(lambda p, r: llamagen_sampler.draw(system.model, settings, p, r, KEY))
   encoded, codes = draw(params, request_of(_batch(system)))
   assert not encoded and codes.shape == (4, 16)
-  assert set(system.config.model.frozen_weights) == {'image', 'image_codes'}
+  assert set(system.batch_spec(4).encoded) == {'latents'}
 
 
 @pytest.mark.parametrize('what', program.KINDS)
