@@ -25,7 +25,6 @@ from vpe_jax import rng, systems
 from vpe_jax.contracts import Array, Batch, Params, System, concatenate
 from vpe_jax.sampling import flow
 from vpe_jax.sampling.guidance import Guidance, combine
-from vpe_jax.systems.vpe import unified_sampler
 
 REFERENCE = 1027  # tokens of a reference picture: begin, time, 1,024 of the picture, end
 TEXTS = {'drawing': 249, 'editing': 249 + REFERENCE}
@@ -53,20 +52,20 @@ def build(text: int) -> System:
 
 def cached(system: System, params: Params, request: Batch, noise: Array) -> Array:
   """Latents by rendering's own way: each branch's prefix once, then the image's tokens alone."""
-  rows, settings = system.rows, system.config.sample
-  _, conditional = unified_sampler.plan(rows, settings, params, request, rng.run_key(0))
-  null = lambda: unified_sampler.null_prefix(rows, params, request)
+  experts, settings = system.experts, system.config.sample
+  _, conditional = experts.prefix(params, request, rng.run_key(0), settings)
+  null = lambda: experts.null_prefix(params, request)
   prefix = lambda dropped: null() if dropped else conditional
-  guidance = Guidance.classifier_free(settings.guidance, unified_sampler.ALL)
-  return unified_sampler.render(rows, settings, params, noise, guidance, prefix)
+  guidance = Guidance.classifier_free(settings.guidance, system.experts.conditions)
+  return experts.renderer.render(params, noise, settings, guidance, prefix)
 
 
 def recomputed(system: System, params: Params, request: Batch, noise: Array) -> Array:
   """Latents with the whole sequences of both branches in every step."""
   settings, codes = system.config.sample, request.encoded['visual_prompt']
-  guidance = Guidance.classifier_free(settings.guidance, unified_sampler.ALL)
+  guidance = Guidance.classifier_free(settings.guidance, system.experts.conditions)
   branches = guidance.needed
-  build = lambda branch: unified_sampler.build(system.rows, request, codes, branch.dropped)
+  build = lambda branch: system.experts.ar.request_regions(request, codes, branch.dropped)
   parts = [build(branch) for branch in branches]
   regions = concatenate(parts, 0)
 

@@ -113,6 +113,11 @@ class Layout:
     """The experts, in the order in which the spans first name them."""
     return tuple(dict.fromkeys(span.expert for span in self.spans))
 
+  @property
+  def conditions(self) -> frozenset[str]:
+    """Names of the conditions that can be dropped."""
+    return frozenset(span.condition for span in self.spans if span.condition)
+
   def place(self, name: str) -> tuple[int, int]:
     """First slot of a span in its expert's region, and the slot after its last.
 

@@ -2,7 +2,7 @@
 
 Each package in this folder has a PACKAGE, which names its systems and what it adds to the front
 doors. A system's module has a `ModelConfig` and a `Sampling` (the types of the config's sections
-`model` and `sample`), and a `System` that follows vpe_jax.contracts.System.
+`model` and `sample`), and `build(config)`, which makes a vpe_jax.contracts.System.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build(values: Mapping[str, Any]) -> System:
   """
   module = _module(values.get('system'))
   config = from_dict(values, module.ModelConfig, module.Sampling)
-  system = module.System(config)
+  system = module.build(config)
   averages = lambda index: bool(config.optim_of(index).ema)
   system.stages = tuple(
     dataclasses.replace(stage, ema=stage.ema and averages(index))

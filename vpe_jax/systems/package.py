@@ -13,7 +13,7 @@ class Package:
   Modules are imported when they are used.
 
   Attributes:
-    systems: name in `config.system` -> module with `ModelConfig`, `Sampling` and `System`.
+    systems: name in `config.system` -> module with `ModelConfig`, `Sampling` and `build`.
     sample_options: modules that add flags to vpe_jax.sample. Each has `define()`, and
       `requested()`: None if none of its flags is given, else an object with `prompts_optional`,
       `with_prompts`, `count`, `generate` and `save` (vpe_jax.sample shows how they are called).

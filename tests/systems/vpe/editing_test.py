@@ -21,7 +21,7 @@ from vpe_jax.sampling import flow
 from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.sharding import by_path
-from vpe_jax.systems.vpe import editing, layouts, unified_sampler
+from vpe_jax.systems.vpe import layouts
 from vpe_jax.systems.vpe.editing import Sampling
 from vpe_jax.training.state import split_trainable
 
@@ -76,7 +76,7 @@ def test_parameters_are_the_papers_and_the_same_in_both_architectures():
 def test_conditions_are_dropped_as_often_as_in_appendix_d_and_by_one_draw(arch):
   system = _made(arch)
   many = dataclasses.replace(_batch(system), example=jnp.arange(8192))
-  keep = system._keep(many, KEY, system.stages[0])
+  keep = system.dropping.keep(many, KEY, system.stages[0])
   told, reference = (np.asarray(keep[name]) for name in layouts.CONDITIONS)
   shares = [np.mean(x) for x in (~told & reference, told & ~reference, ~told & ~reference)]
   wanted = [0.05, 0.05, 0.05 if arch == 'internal' else 0.0]
@@ -88,8 +88,10 @@ def _whole(system, params, batch, keep):
   """Hidden states and velocity of whole rows at CLOCK, compiled."""
 
   def run(params):
-    regions = system._regions(batch, batch.encoded['visual_prompt'], keep)
-    return system._forward(params, regions, (batch.encoded['latents'], CLOCK), batch)
+    regions = system.experts.regions(batch, batch.encoded['visual_prompt'], keep)
+    return system.experts.forward(
+      params, regions, (batch.encoded['latents'], CLOCK), batch.encoded['source_latents']
+    )
 
   return jax.jit(run)(params)
 
@@ -113,16 +115,16 @@ def test_each_cached_branch_equals_its_whole_row():
   """Full, without instruction and plan, and null; and the first two aren't alike."""
   system, params = _made('internal'), _params()
   batch = _batch(system)
-  rows, settings = system.rows, Sampling(steps=2)
+  experts, settings = system.experts, Sampling(steps=2)
   request = request_of(batch, 'visual_prompt', 'source_latents')
 
   @jax.jit
   def cached(params):
-    _, prefix = unified_sampler.plan(rows, settings, params, request, KEY)
+    _, prefix = experts.prefix(params, request, KEY, settings)
     branches = {
       'conditional': prefix,
-      'reference': editing.reference_prefix(rows, params, request, prefix),
-      'null': unified_sampler.null_prefix(rows, params, request),
+      'reference': experts.source_prefix(params, request, prefix),
+      'null': experts.null_prefix(params, request),
     }
     step = lambda branch: _flow_step(system, params, branch, batch.encoded['latents'])
     return {name: step(branch) for name, branch in branches.items()}
@@ -146,16 +148,16 @@ def test_two_branches_draw_what_three_do_where_the_image_scale_is_1():
   def drawn(count, image=1.0):
     """Each branch has its weight, and the last of three counts even at weight 0."""
     settings = Sampling(steps=2, shift=1.0, guidance=2.5, image_guidance=image)
-    rows, every = system.rows, Guidance.edit(2.5, image, *layouts.CONDITIONS).branches
+    experts, every = system.experts, Guidance.edit(2.5, image, *layouts.CONDITIONS).branches
     weights = [branch.weight for branch in every[:count]]
 
     def run(params):
-      _, whole = unified_sampler.plan(rows, settings, params, request, KEY)
-      reference = editing.reference_prefix(rows, params, request, whole)
-      null = unified_sampler.null_prefix(rows, params, request)
+      _, whole = experts.prefix(params, request, KEY, settings)
+      reference = experts.source_prefix(params, request, whole)
+      null = experts.null_prefix(params, request)
       prefix = Prefix.stack([whole, reference, null][:count])
-      step = lambda x, time: unified_sampler.velocity(rows, params, x, time, prefix)
-      noise = unified_sampler.noise(rows.model, request, KEY)
+      step = lambda x, time: experts.renderer.velocity(params, x, time, prefix)
+      noise = experts.renderer.noise(request, KEY)
       parts = lambda x, time: jnp.split(step(x, time), count)
       velocity = lambda x, time, i: sum(w * v for w, v in zip(weights, parts(x, time)))
       return flow.integrate(velocity, noise, flow.time_grid(2))
@@ -167,7 +169,7 @@ def test_two_branches_draw_what_three_do_where_the_image_scale_is_1():
   _close(two, three, 1e-5)
   led, by_both = drawn(3, image=1.5)
   for wanted, asked in ((two, settings), (led, by_both)):
-    _, latents = jax.jit(lambda p, asked=asked: system.rows.draw(p, request, KEY, asked))(params)
+    _, latents = jax.jit(lambda p, asked=asked: system.sample(p, request, KEY, asked))(params)
     _close(latents, wanted, 1e-5)
 
 
@@ -214,16 +216,16 @@ def test_external_plans_from_the_picture_before_and_draws_from_its_plan_alone():
   request = request_of(_batch(system), 'source_latents')
   other = with_encoded(request, source_latents=-request.encoded['source_latents'])
   settings = Sampling(steps=2, guidance=2.5, temperature=0.0)
-  codes, latents = jax.jit(lambda p: system.rows.draw(p, request, KEY, settings))(params)
+  codes, latents = jax.jit(lambda p: system.sample(p, request, KEY, settings))(params)
   assert np.isfinite(latents).all() and float(jnp.abs(latents).max()) > 0
   plan = jax.jit(lambda p, r: system.draft(p, r, KEY, settings)['visual_prompt'])
   np.testing.assert_array_equal(plan(params, request), codes)
   assert (plan(params, other) != codes).any()
-  names = [span.name for span in system.rows.diffusion_layout.spans]
+  names = [span.name for span in system.experts.layout.spans]
   assert names == ['codes', 'boi', 'time', 'latents']
   with pytest.raises(UserError, match='image_guidance is 1.5, .* set it to 1'):
     led = dataclasses.replace(settings, image_guidance=1.5)
-    jax.eval_shape(lambda p: system.rows.draw(p, request, KEY, led), params)
+    jax.eval_shape(lambda p: system.sample(p, request, KEY, led), params)
 
 
 @pytest.mark.parametrize('arch', ['internal', 'external'])
@@ -243,7 +245,7 @@ def test_flops_are_those_of_the_traced_step(arch):
   # Of attention, pairs that see each other: counted on the masks.
   c = system.config.model
   full = with_inputs(batch, text_length=jnp.full((B,), system.config.data.text_length))
-  regions = system._regions(full, batch.encoded['visual_prompt'], ALL)
+  regions = system.experts.regions(full, batch.encoded['visual_prompt'], ALL)
   kept = ('ar', 'dit') if arch == 'internal' else ('ar',)
   row = unified.row_visibility({name: regions[name] for name in kept})
   seen, tokens = np.asarray(visible(row, row))[0].sum(1), regions['ar'].ids.shape[1]

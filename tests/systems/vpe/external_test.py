@@ -25,7 +25,6 @@ from vpe_jax.sampling import flow
 from vpe_jax.sequence.builder import build
 from vpe_jax.sequence.layouts import cross_attention
 from vpe_jax.sharding import by_path, make_mesh, param_shardings
-from vpe_jax.systems.vpe import unified_sampler
 from vpe_jax.systems.vpe.text_to_image import Sampling
 from vpe_jax.training.state import first_state
 
@@ -52,6 +51,11 @@ def _batch(system) -> Batch:
   return encoded_examples(system, B)
 
 
+def _regions(system, batch, codes, keep):
+  """Those of a batch; where `keep` [B] is False, the image has no visual prompt."""
+  return system.experts.regions(batch, codes, {'prompt': jnp.ones(B, bool), 'visual_prompt': keep})
+
+
 @functools.cache
 def _made(condition: str):
   return _system(condition=condition)
@@ -63,8 +67,8 @@ def _whole(condition: str):
 
   def run(params, codes, keep, latents, clock):
     system = _made(condition)
-    regions = system._regions(_batch(system), codes, keep)
-    return system.rows.forward(params, regions, (latents, clock))
+    regions = _regions(system, _batch(system), codes, keep)
+    return system.experts.forward(params, regions, (latents, clock), None)
 
   return jax.jit(run)
 
@@ -160,8 +164,10 @@ def test_the_plan_alone_is_dropped_as_often_as_asked():
   system = _made('prefix')
   batch, codes = _batch(system), system.config.model.plan_tokens
   many = dataclasses.replace(batch, example=jnp.arange(4096))
-  assert abs(np.mean(system._keep(many, KEY, system.stages[1])) - 0.9) < 0.02
-  regions = jax.jit(lambda: system._regions(batch, batch.encoded['visual_prompt'], KEEP))()
+  assert (
+    abs(np.mean(system.dropping.keep(many, KEY, system.stages[1])['visual_prompt']) - 0.9) < 0.02
+  )
+  regions = jax.jit(lambda: _regions(system, batch, batch.encoded['visual_prompt'], KEEP))()
   present = {name: np.asarray(region.visibility.until) > 0 for name, region in regions.items()}
   assert (present['prefix'][:, :codes] == np.asarray(KEEP)[:, None]).all()
   assert present['prefix'][:, codes].all() and present['dit'].all()
@@ -198,10 +204,10 @@ def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, gu
 
   @jax.jit
   def cached(weights):
-    rows = system.rows
-    codes, decoded = unified_sampler.decode(rows, settings, weights, request, KEY)
-    conditional = rows.prefix(weights, request, codes, decoded)
-    prefixes = conditional, rows.null_prefix(weights, request)
+    experts = system.experts
+    codes, decoded = experts.ar.decode(weights, request, KEY, settings)
+    conditional = experts.prefix(weights, request, codes, decoded)
+    prefixes = conditional, experts.null_prefix(weights, request)
     flows = [_flow_step(system, weights, prefix, batch.encoded['latents']) for prefix in prefixes]
     return codes, decoded.state, flows
 
@@ -210,7 +216,7 @@ def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, gu
     params, codes, keep, latents, CLOCK
   )
   hidden, wanted = whole(codes, ALL)
-  first, last = system.rows.pair.codes
+  first, last = system.experts.pair.codes
   _close(states[:, first:last], hidden[:, first:last])
   _close(told, wanted)
   same, dropped = whole(codes, ~ALL)
@@ -228,7 +234,7 @@ def test_given_codes_are_rendered_along_the_whole_rows_velocity(condition):
   system, params = _made(condition), _params(condition)
   batch, scale = _batch(system), 2.0
   settings = Sampling(steps=2, guidance=scale)
-  run = jax.jit(lambda request: system.rows.draw(params, request, KEY, settings))
+  run = jax.jit(lambda request: system.sample(params, request, KEY, settings))
   codes, latents = run(request_of(batch, 'visual_prompt'))
   np.testing.assert_array_equal(codes, batch.encoded['visual_prompt'])
 
@@ -249,8 +255,8 @@ def test_given_codes_are_rendered_along_the_whole_rows_velocity(condition):
 
 def _eq_4(system, params, batch):
   """Both experts in one row, where the picture's tokens see of the other's the codes alone."""
-  model, (first, last) = system.model, system.rows.pair.codes
-  regions = system._regions(batch, batch.encoded['visual_prompt'], KEEP)
+  model, (first, last) = system.model, system.experts.pair.codes
+  regions = _regions(system, batch, batch.encoded['visual_prompt'], KEEP)
   ar, prefix, dit = (regions[name] for name in ('ar', 'prefix', 'dit'))
   place, count = jnp.arange(ar.ids.shape[1]), last - first
   is_seen = (place >= first) & (place < last) & KEEP[:, None]

@@ -51,7 +51,7 @@ def test_a_row_with_its_tail_is_the_same_row():
   rows = (*batch.inputs.values(), batch.encoded['visual_prompt'])
 
   def run(params, layout):
-    regions = layouts.build(layout, system.vocabulary, *rows, keep)
+    regions = layouts.build(layout, system.experts.ar.vocabulary, *rows, keep)
     hidden, velocity = system.model(params, regions, batch.encoded['latents'], jnp.full((4,), 0.3))
     tokens = system.layout.region_length('ar')
     seen = regions['ar'].visibility.reach[:, :tokens, None] > 0
@@ -68,6 +68,6 @@ def test_a_row_with_its_tail_is_the_same_row():
   for one, other in zip(jax.tree.leaves(without), jax.tree.leaves(kept), strict=True):
     np.testing.assert_allclose(one, other, atol=1e-5 * (1 + largest(one)))
   # The tail itself does see the picture: a row that ended in a token of text wouldn't.
-  row = layouts.build(_with_tail(system.layout), system.vocabulary, *rows, keep)
+  row = layouts.build(_with_tail(system.layout), system.experts.ar.vocabulary, *rows, keep)
   last = row['ar'].visibility.reach[:, -1]
   assert (last > row['dit'].visibility.order.max(1)).all()

@@ -137,11 +137,11 @@ def test_pictures_are_drawn_along_the_whole_rows_velocity(plain, params):
   def both(params, text):
     told = with_inputs(batch, text=text)
     request = request_of(told)
-    codes, latents = plain.rows.draw(params, request, KEY, settings)
+    codes, latents = plain.sample(params, request, KEY, settings)
 
     def velocity(x, time, step):
       clock = jnp.full((B,), 1.0 - time)
-      rows = (plain._regions(told, no_codes, keep) for keep in (ALL, ~ALL))
+      rows = (plain.experts.regions(told, no_codes, keep) for keep in (ALL, ~ALL))
       flow, null = (plain.model(params, row, x, clock)[1] for row in rows)
       return -(null + scale * (flow - null))
 

@@ -55,15 +55,17 @@ def test_losses_are_those_of_the_definitions(arch, name):
   shown = with_inputs(batch, text_length=jnp.where(told, batch.inputs['text_length'], 0))
   shift = float(np.exp(0.5 + (1.15 - 0.5) / (4096 - 256) * (65 - 256)))  # of 64 tokens and time's
   x, time, wanted = _noisy(batch.encoded['latents'], shift)
-  regions = system.rows.regions(shown, batch.encoded['visual_prompt'], jnp.asarray(keep))
+  keeps = dict.fromkeys(('prompt', 'visual_prompt'), jnp.ones(B, bool))
+  keeps['prompt' if arch == 'internal' else 'visual_prompt'] = jnp.asarray(keep)
+  regions = system.experts.regions(shown, batch.encoded['visual_prompt'], keeps)
   # Show-o2's clock is 1 at data, and its velocity leads there.
-  call = jax.jit(lambda p: system.rows.both(p, regions, (x, 1 - time), None))
+  call = jax.jit(lambda p: system.experts.forward(p, regions, (x, 1 - time), None))
   hidden, velocity = call(params)
   error = float(jnp.sum(jnp.square(velocity - wanted)))
   np.testing.assert_allclose(float(terms['flow'].sum), error, rtol=1e-5)
 
   # [bot] predicts the first code, each code the next, and the last [eot].
-  vocabulary, P = system.vocabulary, batch.encoded['visual_prompt'].shape[1]
+  vocabulary, P = system.experts.ar.vocabulary, batch.encoded['visual_prompt'].shape[1]
   bot = system.layout.place('bot')[0]
   table = jnp.concatenate([params['embed']['text'], params['embed']['codes']])
   logits = jax.nn.log_softmax(hidden[:, bot : bot + P + 1] @ table.T)

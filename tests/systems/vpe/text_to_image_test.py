@@ -19,7 +19,6 @@ from vpe_jax.contracts import Batch, UserError
 from vpe_jax.models import mot
 from vpe_jax.sampling import flow
 from vpe_jax.sampling.guidance import Guidance
-from vpe_jax.systems.vpe import unified_sampler
 from vpe_jax.systems.vpe.text_to_image import Sampling
 from vpe_jax.training import resume
 
@@ -107,9 +106,11 @@ def test_plan_is_independent_of_noise_and_flow_reaches_tokens(system, params):
   batch = _batch(system)
   joint = system.stages[1]
   loss = jax.jit(lambda key: system.losses(params, {}, batch, key, 0, joint)['next_token'].sum)
-  kept = np.asarray(system._keep(batch, KEY, joint))
+  kept = np.asarray(system.dropping.keep(batch, KEY, joint)['prompt'])
   others = map(rng.run_key, range(1, 50))
-  other = next(key for key in others if (system._keep(batch, key, joint) == kept).all())
+  other = next(
+    key for key in others if (system.dropping.keep(batch, key, joint)['prompt'] == kept).all()
+  )
   np.testing.assert_allclose(loss(KEY), loss(other), rtol=1e-6)
   flow = lambda p: system.losses(p, {}, batch, KEY, 0, joint)['flow'].sum
   gradient = jax.jit(jax.grad(flow))(params)
@@ -124,14 +125,14 @@ def _settings(**settings):
 def test_cached_flow_step_equals_whole_sequence(system, params, prepared):
   batch = _batch(system)
   codes, latents = batch.encoded['visual_prompt'], batch.encoded['latents']
-  regions = system._regions(batch, codes, jnp.ones(4, bool))
+  regions = system.experts.regions(batch, codes, jnp.ones(4, bool))
   clock = jnp.full((4,), 0.3)
   _, whole = jax.jit(system.model)(params, regions, latents, clock)
   weights = system.prepare(params, 'cpu') if prepared else params
 
   @jax.jit
   def cached(weights):
-    _, prefix = unified_sampler.plan(system.rows, _settings(), weights, batch, KEY)
+    _, prefix = system.experts.prefix(weights, batch, KEY, _settings())
     stream, condition = system.model.picture_stream(weights, latents, clock, prefix.state)
     at = regions['ar'].ids.shape[1]
     hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
@@ -147,18 +148,18 @@ def test_greedy_decoding_equals_whole_sequence(system, params):
   """Each code is the argmax of the uncached model given the codes before it."""
   batch, settings = _batch(system), _settings(temperature=0.0)
   request = request_of(batch)
-  plan = jax.jit(lambda p: unified_sampler.plan(system.rows, settings, p, request, KEY))
+  plan = jax.jit(lambda p: system.experts.prefix(p, request, KEY, settings))
   codes, prefix = plan(params)
-  regions = system._regions(batch, codes, jnp.ones(4, bool))
+  regions = system.experts.regions(batch, codes, jnp.ones(4, bool))
   stream = system.model.token_stream(params, regions['ar'])
   hidden = jax.jit(system.model.backbone)(params, {'ar': stream})[0]['ar']
-  first = system.rows.slot('bot')
+  first = system.experts.ar.slot('bot')
   logits = system.model.code_logits(params, hidden[:, first : first + codes.shape[1]])
   picked = jnp.take_along_axis(logits, codes[..., None], -1)[..., 0]
   np.testing.assert_allclose(picked, logits.max(-1), rtol=1e-5, atol=1e-5)
   # The caches hold the whole prefix, plan included.
   given = with_encoded(request, visual_prompt=codes)
-  _, again = jax.jit(lambda p: unified_sampler.plan(system.rows, settings, p, given, KEY))(params)
+  _, again = jax.jit(lambda p: system.experts.prefix(p, given, KEY, settings))(params)
   for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(again), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -168,13 +169,13 @@ def test_guided_plan_is_led_away_from_the_plan_without_text(system, params):
   batch, scale = _batch(system), 2.5
   settings = _settings(temperature=0.0, plan_guidance=scale)
   request = request_of(batch)
-  plan = jax.jit(lambda p: unified_sampler.plan(system.rows, settings, p, request, KEY))
+  plan = jax.jit(lambda p: system.experts.prefix(p, request, KEY, settings))
   codes, prefix = plan(params)
-  first = system.rows.slot('bot')
+  first = system.experts.ar.slot('bot')
 
   def logits(text_length):
     told = with_inputs(batch, text_length=text_length)
-    regions = system._regions(told, codes, jnp.ones(4, bool))
+    regions = system.experts.regions(told, codes, jnp.ones(4, bool))
     stream = system.model.token_stream(params, regions['ar'])
     hidden = jax.jit(system.model.backbone)(params, {'ar': stream})[0]['ar']
     return system.model.code_logits(params, hidden[:, first : first + codes.shape[1]])
@@ -186,7 +187,7 @@ def test_guided_plan_is_led_away_from_the_plan_without_text(system, params):
   assert (jnp.argmax(with_text, -1) != codes).any()
   # The picture is drawn from the rows with text alone.
   given = with_encoded(request, visual_prompt=codes)
-  _, again = jax.jit(lambda p: unified_sampler.plan(system.rows, settings, p, given, KEY))(params)
+  _, again = jax.jit(lambda p: system.experts.prefix(p, given, KEY, settings))(params)
   for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(again), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -200,11 +201,11 @@ def test_null_prefix_equals_dropped_row(system, params, prepared):
 
   @jax.jit
   def null(weights):
-    prefix = lambda dropped: unified_sampler.null_prefix(system.rows, weights, batch)
-    guidance = Guidance.classifier_free(0.0, unified_sampler.ALL)
-    return unified_sampler.render(system.rows, settings, weights, latents, guidance, prefix)
+    prefix = lambda dropped: system.experts.null_prefix(weights, batch)
+    guidance = Guidance.classifier_free(0.0, system.experts.conditions)
+    return system.experts.renderer.render(weights, latents, settings, guidance, prefix)
 
-  regions = system._regions(batch, batch.encoded['visual_prompt'], jnp.zeros(4, bool))
+  regions = system.experts.regions(batch, batch.encoded['visual_prompt'], jnp.zeros(4, bool))
 
   @jax.jit
   def dropped(params):
@@ -221,7 +222,7 @@ def test_guidance_one_is_conditional_and_zero_is_null(system, params):
 
   def draw(scale: float):
     settings = _settings(guidance=scale)
-    return jax.jit(lambda p: system.rows.draw(p, batch, KEY, settings))(params)[1]
+    return jax.jit(lambda p: system.sample(p, batch, KEY, settings))(params)[1]
 
   one, null, two = draw(1.0), draw(0.0), draw(2.0)
   assert float(jnp.abs(one - null).max()) > 1e-3
@@ -233,7 +234,7 @@ def test_guidance_one_is_conditional_and_zero_is_null(system, params):
 def test_rows_do_not_depend_on_neighbours(system, params):
   batch, settings = _batch(system), _settings(guidance=2.0)
   request = request_of(batch)
-  run = jax.jit(lambda r: system.rows.draw(params, r, KEY, settings))
+  run = jax.jit(lambda r: system.sample(params, r, KEY, settings))
   codes, latents = run(request)
   turned = jax.tree.map(lambda leaf: leaf[::-1], request)
   again, other = run(turned)
@@ -375,11 +376,13 @@ def test_unrolled_layers_train_as_scanned_ones(arg):
 def test_text_and_plan_are_dropped_as_often_as_asked(system):
   plan, joint = system.stages
   batch = dataclasses.replace(_batch(system), example=jnp.arange(4096))
-  share = lambda drop: float(jnp.mean(_system(drop=drop)._keep(batch, KEY, joint)))
+  keep = lambda drop: _system(drop=drop).dropping.keep(batch, KEY, joint)['prompt']
+  share = lambda drop: float(jnp.mean(keep(drop)))
   assert abs(share(0.1) - 0.9) < 0.02 and share(0.0) == 1.0 and share(1.0) == 0.0
-  assert system._keep(batch, KEY, plan).all()
+  assert system.dropping.keep(batch, KEY, plan)['prompt'].all()
   batch = with_inputs(batch, text_length=jnp.full(4096, 5))
-  told = lambda drop: np.asarray(_system(drop_text=drop)._told(batch, KEY).inputs['text_length'])
+  captions = lambda drop: _system(drop_text=drop).dropping.captions(batch, KEY)
+  told = lambda drop: np.asarray(captions(drop).inputs['text_length'])
   assert abs((told(0.1) == 5).mean() - 0.9) < 0.02 and set(told(0.1)) == {0, 5}
   assert (told(0.0) == 5).all() and (told(1.0) == 0).all()
 

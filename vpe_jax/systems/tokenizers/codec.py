@@ -321,3 +321,8 @@ class System(SystemProtocol):
     if stage.name == 'image_codes':
       return self.picture_codec.grid**2
     return self.config.model.visual_prompt.patches
+
+
+def build(config: Config) -> System:
+  """The system of a config."""
+  return System(config)

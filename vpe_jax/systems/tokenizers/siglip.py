@@ -237,3 +237,8 @@ def captioned_images(config: Config, batch_size: int) -> BatchSpec:
   if M := config.data.near_misses:
     inputs |= {'near': ints(B, M, T), 'near_length': ints(B, M)}
   return BatchSpec(inputs)
+
+
+def build(config: Config) -> System:
+  """The system of a config."""
+  return System(config)

@@ -32,9 +32,9 @@ from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import flow_matching, next_token, schedules
 from vpe_jax.objectives.flow_matching import FlowConfig
 from vpe_jax.sampling.settings import FlowSampling, TokenSampling
-from vpe_jax.systems.vpe import transfusion_sampler
-from vpe_jax.systems.vpe.class_to_image import ClassToImage
+from vpe_jax.systems.vpe import class_to_image, transfusion_sampler
 from vpe_jax.systems.vpe.codec_sections import LatentCodecs
+from vpe_jax.systems.vpe.image_system import ImageSystem
 
 _PLAN_LOSSES = ('accuracy', 'next_token')
 _QWEN = {'vocabulary': 151_936, 'tied': True, 'context': 32_768}  # Qwen2.5-0.5B, beside its layers
@@ -92,10 +92,11 @@ class Sampling(FlowSampling, TokenSampling):
   """Settings of the visual prompt's tokens and of the image's flow."""
 
 
-class System(ClassToImage):
+class System(ImageSystem):
   """See vpe_jax.contracts.System."""
 
   samples_with = ('image',)
+  plan_rankers = ('likelihood',)  # A class is a number, which no text tower compares.
   logical_axes = (
     (r'embed/(classes|plan)', ('vocab', 'embed')),
     (r'time/hidden/kernel', (None, 'embed')),
@@ -114,9 +115,14 @@ class System(ClassToImage):
     if c.vpe:
       given = (c.vp_schedule, config.steps[0], c.ce_start, c.ce_end)
       losses |= {'next_token': schedules.Schedule(*given, off=1.0), 'accuracy': 0.0}
-    super().__init__(config, losses)
+    super().__init__(
+      config,
+      (class_to_image.train_stage(config, losses),),
+      class_to_image.capabilities(config),
+      c.image.codec(),
+      ('model.classes', c.classes),
+    )
     self._check_guidance(config.sample)
-    self.image = c.image.codec()
     sizes = transfusion.TransfusionConfig(
       classes=c.classes + bool(c.drop),
       plan_codes=self.codes,
@@ -209,19 +215,6 @@ class System(ClassToImage):
     """The mean log-probability of the plans given the classes: [B], nats."""
     return transfusion_sampler.plan_likelihood(self.model, params, request)
 
-  def flops(self, stage: Stage) -> float:
-    """Forward and backward matrix FLOPs of one example; see contracts.System."""
-    del stage
-    blocks = transfusion.forward_flops(self.model.config)
-    # What reads data needs no gradient of its input.
-    trained = sum((2.0 if name in ('latents', 'clock') else 3.0) * n for name, n in blocks.items())
-    return trained + self.encoder_flops()
-
-  def attention_flops(self, stage: Stage) -> float:
-    """Of the forward pass, what attention amounts to."""
-    del stage
-    return transfusion.attention_flops(self.model.config)
-
   def tokens(self, stage: Stage) -> int:
     """Tokens of a row."""
     del stage
@@ -231,3 +224,8 @@ class System(ClassToImage):
     """Which examples [B] keep class and plan."""
     draw = lambda key: jax.random.uniform(key) >= self.config.model.drop
     return rng_lib.per_example(draw, rng, 'drop', batch.example)
+
+
+def build(config: Config) -> System:
+  """The system of a config."""
+  return System(config)

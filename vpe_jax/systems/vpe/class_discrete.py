@@ -23,9 +23,9 @@ from vpe_jax.models.dropout import Dropout
 from vpe_jax.models.transformer import LAYER_AXES, TransformerConfig
 from vpe_jax.objectives import next_token, schedules
 from vpe_jax.sampling.settings import TokenSampling, check_scales
-from vpe_jax.systems.vpe import llamagen_sampler
-from vpe_jax.systems.vpe.class_to_image import ClassToImage
+from vpe_jax.systems.vpe import class_to_image, llamagen_sampler
 from vpe_jax.systems.vpe.codec_sections import ImageCodeCodecs
+from vpe_jax.systems.vpe.image_system import ImageSystem
 
 _LOSSES = {'accuracy': 0.0, 'next_token': 1.0}
 _PLAN_LOSSES = {'masked': 0.0, 'image': 0.0, 'plan': 0.0}  # beside them where there is a plan
@@ -100,8 +100,10 @@ class Sampling(TokenSampling):
     check_scales(self, 'guidance', 'plan_guidance')
 
 
-class System(ClassToImage):
+class System(ImageSystem):
   """See vpe_jax.contracts.System."""
+
+  plan_rankers = ('likelihood',)  # A class is a number, which no text tower compares.
 
   logical_axes = (
     (r'embed/(classes|codes|plan)', ('vocab', 'embed')),
@@ -113,8 +115,14 @@ class System(ClassToImage):
 
   def __init__(self, config: Config) -> None:
     c: ModelConfig = config.model
-    super().__init__(config, _LOSSES | (_PLAN_LOSSES if c.vpe else {}))
-    self.image = c.image.codec(config.data.image_size)
+    losses = _LOSSES | (_PLAN_LOSSES if c.vpe else {})
+    super().__init__(
+      config,
+      (class_to_image.train_stage(config, losses),),
+      class_to_image.capabilities(config),
+      c.image.codec(config.data.image_size),
+      ('model.classes', c.classes),
+    )
     self.samples_with = self.image.weights
     sizes = llamagen.LlamaGenConfig(
       classes=c.classes,
@@ -216,16 +224,6 @@ class System(ClassToImage):
     """The mean log-probability of the plans given the classes: [B], nats."""
     return llamagen_sampler.plan_likelihood(self.model, params, request)
 
-  def flops(self, stage: Stage) -> float:
-    """Forward and backward matrix FLOPs of one example; see contracts.System."""
-    del stage
-    return 3.0 * llamagen.forward_flops(self.model.config) + self.encoder_flops()
-
-  def attention_flops(self, stage: Stage) -> float:
-    """Of the forward pass, what attention amounts to."""
-    del stage
-    return llamagen.attention_flops(self.model.config)
-
   def tokens(self, stage: Stage) -> int:
     """Tokens that the network runs over: all of a row but the last."""
     del stage
@@ -259,3 +257,8 @@ class System(ClassToImage):
   ) -> tuple[Array, Array]:
     table, chunk = params['head']['kernel'].T, self.config.model.logits_chunk
     return next_token.cross_entropy(hidden, table, targets, weights, chunk)
+
+
+def build(config: Config) -> System:
+  """The system of a config."""
+  return System(config)

@@ -1,9 +1,9 @@
-"""Base of the systems that generate images: frozen codecs, batches of prompts and images."""
+"""Contract methods that all systems here share: frozen codecs, batches of prompts and images."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,15 +18,15 @@ from vpe_jax.contracts import (
   FrozenNetwork,
   Params,
   PlansVisually,
+  Stage,
 )
 from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
 from vpe_jax.models import dense
-from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.systems.vpe.codec_sections import NoVisualPrompt
 
 
-class DrawingSystem(PlansVisually):
-  """The base of such a system; see vpe_jax.contracts for the methods.
+class ImageSystem(PlansVisually):
+  """Contract methods that codecs and data answer; see vpe_jax.contracts.
 
   Attributes:
     config: the whole run's.
@@ -41,6 +41,20 @@ class DrawingSystem(PlansVisually):
   visual_prompt: PlanCodec | NoVisualPrompt
   image: LatentCodec | PictureCodec
   table: tuple[str, int]
+
+  def __init__(
+    self,
+    config: Config,
+    stages: tuple[Stage, ...],
+    capabilities: tuple[type, ...],
+    image: LatentCodec | PictureCodec,
+    table: tuple[str, int],
+  ) -> None:
+    self.config, self.stages, self.capabilities = config, stages, capabilities
+    self.image, self.table = image, table
+    self.visual_prompt = config.model.prompt_codec(jnp.dtype(config.dtype))
+    self.codes = config.model.plan_codes
+    self.drafts = ('visual_prompt',) if self.codes else ()
 
   @property
   def frozen(self) -> Mapping[str, FrozenNetwork]:
@@ -136,11 +150,3 @@ class DrawingSystem(PlansVisually):
     """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""
     del rng
     return self.image.decode(frozen, encoded['latents'])
-
-  def _online_flops(self, encode: Callable[[Params, Array], Any]) -> float:
-    """Matrix FLOPs of `encode(frozen, images)` for one image; 0 where no encoder runs online."""
-    data = self.config.data
-    if data.encode != 'online' or not self.frozen:
-      return 0.0
-    image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
-    return matrix_flops(encode, self.frozen_shapes(), image)

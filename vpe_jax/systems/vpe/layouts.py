@@ -18,7 +18,9 @@ from vpe_jax.contracts import Array, Region
 from vpe_jax.sequence import builder
 from vpe_jax.sequence.spans import Layout, Span
 
-CONDITIONS = PROMPT, SOURCE = 'prompt', 'source'  # conditions that may be dropped
+# Conditions that may be dropped: of the AR expert's sequences, and of the diffusion expert's own.
+CONDITIONS = PROMPT, SOURCE = 'prompt', 'source'
+VISUAL_PROMPT = 'visual_prompt'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ def diffusion_sequence(vocabulary: Vocabulary, codes: int, latents: int) -> Layo
 
   Without its condition the sequence is `[boi] | time x`, with positions from 0.
   """
-  prompt = Span('codes', codes, 'prefix', condition=PROMPT)
+  prompt = Span('codes', codes, 'prefix', condition=VISUAL_PROMPT)
   return Layout((prompt, *_image(vocabulary, latents, 'prefix')))
 
 

@@ -131,10 +131,11 @@ def _log_probabilities(prompter, plans):
     c = system.model.config
     logits = logits[:, : c.plan_tokens, c.codes :]
   else:
-    regions = system._regions(request, codes, jnp.ones(len(plans), bool))
+    regions = system.experts.regions(request, codes, jnp.ones(len(plans), bool))
     latents = jnp.zeros((len(plans), *system.batch_spec(1).encoded['latents'].shape[1:]))
     noisy = (latents, jnp.zeros(len(plans)))
-    hidden, _ = jax.jit(system.rows.forward)(params, regions, noisy)
+    forward = jax.jit(lambda p: system.experts.forward(p, regions, noisy, None))
+    hidden, _ = forward(params)
     first = system.layout.place('bot')[0]
     logits = system.model.code_logits(params, hidden[:, first : first + plans.codes.shape[1]])
   logits = np.asarray(logits, np.float64)
