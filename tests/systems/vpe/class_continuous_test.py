@@ -178,7 +178,7 @@ def test_drawing_with_a_cache_equals_whole_rows(system, params, scale, given):
   settings = dataclasses.replace(system.config.sample, guidance=scale, steps=3)
   request = request_of(_batch(system, 3), *(['visual_prompt'] if given else []))
   draw = jax.jit(
-    lambda p, r: transfusion_sampler.draw(system.model, settings, p, r, KEY, FlowConfig())
+    lambda p, r: transfusion_sampler.sample(system.model, settings, p, r, KEY, FlowConfig())
   )
   encoded, latents = draw(system.prepare(params, 'cpu'), request)
   plan = encoded['visual_prompt']
@@ -203,7 +203,9 @@ def test_drawing_with_a_cache_equals_whole_rows(system, params, scale, given):
 def test_a_greedy_plan_is_the_argmax_of_whole_rows(system, params):
   settings = dataclasses.replace(system.config.sample, guidance=1.0, temperature=0.0, steps=1)
   request = request_of(_batch(system, 4))
-  encoded, _ = transfusion_sampler.draw(system.model, settings, params, request, KEY, FlowConfig())
+  encoded, _ = transfusion_sampler.sample(
+    system.model, settings, params, request, KEY, FlowConfig()
+  )
   plan = encoded['visual_prompt']
   x = (jnp.zeros((4, 8, 8, 4)), jnp.ones((4,)))
   hidden, _ = system.model(params, request.inputs['text'][:, 0], plan, jnp.ones((4,), bool), x)
@@ -214,7 +216,7 @@ def test_a_greedy_plan_is_the_argmax_of_whole_rows(system, params):
 def test_a_plan_is_written_alone_and_scored(system, params):
   settings = dataclasses.replace(system.config.sample, steps=1)
   request = request_of(_batch(system, 4))
-  drawn, _ = transfusion_sampler.draw(system.model, settings, params, request, KEY, FlowConfig())
+  drawn, _ = transfusion_sampler.sample(system.model, settings, params, request, KEY, FlowConfig())
   written = system.draft(params, request, KEY, settings)['visual_prompt']
   np.testing.assert_array_equal(written, drawn['visual_prompt'])
   scores = system.plan_likelihood(params, with_encoded(request, visual_prompt=written))

@@ -271,7 +271,7 @@ def test_nothing_is_dropped_in_drawing(system, dropping, params):
   settings = Sampling(guidance=2.0)
   run = lambda s: jax.jit(
     lambda p, b: (
-      llamagen_sampler.draw(s.model, settings, p, request_of(b), KEY),
+      llamagen_sampler.sample(s.model, settings, p, request_of(b), KEY),
       llamagen_sampler.plan_likelihood(s.model, p, b),
       s.model(p, *_model_inputs(b)),
     )
@@ -318,7 +318,7 @@ def test_greedy_codes_are_the_likeliest_of_their_block(system, params, scales):
   """Each is the argmax of the uncached logits of its vocabulary, led away from the null class's."""
   batch = _batch(system)
   settings = Sampling(temperature=0.0, guidance=scales[0], plan_guidance=scales[1])
-  draw = jax.jit(lambda p, r: llamagen_sampler.draw(system.model, settings, p, r, KEY))
+  draw = jax.jit(lambda p, r: llamagen_sampler.sample(system.model, settings, p, r, KEY))
   encoded, codes = draw(params, request_of(batch))
   plan = encoded['visual_prompt']
   assert plan.shape == (4, 9) and codes.shape == (4, 16)
@@ -337,7 +337,7 @@ def test_greedy_codes_are_the_likeliest_of_their_block(system, params, scales):
 
 def test_rows_do_not_depend_on_neighbours(system, params):
   settings = Sampling(guidance=2.0, min_p=0.0)
-  draw = jax.jit(lambda r: llamagen_sampler.draw(system.model, settings, params, r, KEY))
+  draw = jax.jit(lambda r: llamagen_sampler.sample(system.model, settings, params, r, KEY))
   request = request_of(_batch(system))
   ours = draw(request)
   theirs = draw(jax.tree.map(lambda leaf: leaf[::-1], request))
@@ -350,7 +350,7 @@ def test_without_a_plan_the_picture_follows_the_class():
   system = _system('debug,vpe=false')
   params = jax.jit(system.init)(KEY)
   settings = Sampling(guidance=1.0, plan_guidance=3.0)
-  draw = jax.jit(lambda p, r: llamagen_sampler.draw(system.model, settings, p, r, KEY))
+  draw = jax.jit(lambda p, r: llamagen_sampler.sample(system.model, settings, p, r, KEY))
   encoded, codes = draw(params, request_of(_batch(system)))
   assert not encoded and codes.shape == (4, 16)
   assert set(system.batch_spec(4).encoded) == {'latents'}

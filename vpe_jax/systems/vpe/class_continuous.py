@@ -1,9 +1,9 @@
 """Class to image by flow matching: Transfusion, with and without a visual prompt.
 
-Imagine Before You Draw (arXiv 2606.04457) forks a run of the baseline `[cls] x`: one branch goes on
-as it was, the other puts the codes of a visual prompt in between, `[cls] s_1 .. s_P x`, and adds
-their cross-entropy at the progressive weight of Eq. 3. Both carry optimizer and average on
-(`config.start_weights=state`); the rows of the codes are new.
+Imagine Before You Draw (arXiv 2606.04457) forks a run of the baseline `[cls] x`: one branch
+continues unchanged, the other inserts the codes of a visual prompt, `[cls] s_1 .. s_P x`, and adds
+their cross-entropy at the progressive weight of Eq. 3. Both continue with the optimizer state and
+EMA of the parent run (`config.start_weights=state`); the embeddings of the codes are new.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vpe_jax.systems.vpe import class_to_image, transfusion_sampler
 from vpe_jax.systems.vpe.codec_sections import LatentCodecs
 from vpe_jax.systems.vpe.image_system import ImageSystem
 
-_PLAN_LOSSES = ('accuracy', 'next_token')
+_CODE_LOSSES = ('accuracy', 'next_token')
 _QWEN = {'vocabulary': 151_936, 'tied': True, 'context': 32_768}  # Qwen2.5-0.5B, beside its layers
 
 
@@ -45,20 +45,20 @@ class ModelConfig(LatentCodecs):
   """The `model` section.
 
   Attributes:
-    classes: of pictures.
+    classes: number of classes.
     latent_size: side of the latent grid.
     latent_channels: channels of a latent.
-    patch: side of the latent patch that one picture token covers.
+    patch: side of the latent patch that one image token covers.
     body: the layers.
-    drop: share of examples with the null class and no visual prompt, which guidance leads away
-      from; with 0 there is no null class.
+    drop: share of examples with the null class and no visual prompt, the null branch of guidance;
+      with 0 there is no null class.
     vp_schedule: how the weight of the visual prompt's cross-entropy grows: `sigmoid` (Eq. 3),
       `linear`, `constant` (`ce_start` at every step) or `off` (1 at every step).
     ce_start: weight at the start of the stage (lambda_0).
     ce_end: at its end (lambda_1).
     flow: training times and target of the flow.
-    init_from: a Qwen2.5-0.5B whose layers and last norm the body starts from: a folder in the
-      released layout, an import, or a hub id (empty: all is drawn at random).
+    init_from: a Qwen2.5-0.5B whose layers and last norm initialize the body: a folder in the
+      released layout, an import, or a hub id (empty: random initialization).
     logits_chunk: predicted codes whose logits exist at a time (0: all).
   """
 
@@ -113,8 +113,8 @@ class System(ImageSystem):
     c: ModelConfig = config.model
     losses = {'flow': 1.0}
     if c.vpe:
-      given = (c.vp_schedule, config.steps[0], c.ce_start, c.ce_end)
-      losses |= {'next_token': schedules.Schedule(*given, off=1.0), 'accuracy': 0.0}
+      weight = schedules.Schedule(c.vp_schedule, config.steps[0], c.ce_start, c.ce_end, off=1.0)
+      losses |= {'next_token': weight, 'accuracy': 0.0}
     super().__init__(
       config,
       (class_to_image.train_stage(config, losses),),
@@ -132,8 +132,9 @@ class System(ImageSystem):
       patch=c.patch,
       body=c.body,
     )
-    given = (jnp.dtype(config.dtype), config.remat, config.attention)
-    self.model = transfusion.Transfusion(sizes, *given)
+    self.model = transfusion.Transfusion(
+      sizes, jnp.dtype(config.dtype), config.remat, config.attention
+    )
 
   @property
   def initialization(self) -> Initialization:
@@ -147,14 +148,14 @@ class System(ImageSystem):
     return Initialization(pretrained, optional=('embed/plan',))
 
   def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
-    """Latent elements, and codes that are predicted: those of plans that aren't dropped."""
+    """Latent elements, and predicted codes: those of visual prompts that aren't dropped."""
     del step, stage
     c = self.model.config
     elements = batch.example.shape[0] * c.latent_size**2 * c.latent_channels
     counts = {'flow': jnp.float32(elements)}
     if c.plan_tokens:
-      kept = jnp.sum(self._keep(batch, rng), dtype=jnp.float32)
-      counts |= dict.fromkeys(_PLAN_LOSSES, c.plan_tokens * kept)
+      examples = jnp.sum(self._keep(batch, rng), dtype=jnp.float32)
+      counts |= dict.fromkeys(_CODE_LOSSES, c.plan_tokens * examples)
     return {name: counts[name] for name in sorted(counts)}
 
   def losses(
@@ -164,20 +165,20 @@ class System(ImageSystem):
     if self.config.unroll:
       params = self.model.prepare(params)
     encoded = self.encoded(frozen, batch, rng)
-    plan, latents = encoded.get('visual_prompt'), encoded['latents']
+    codes, latents = encoded.get('visual_prompt'), encoded['latents']
     c, keep = self.config.model, self._keep(batch, rng)
     # Where nothing is dropped there is no null class, and no class has its number.
     classes = jnp.where(keep, batch.inputs['text'][:, 0], c.classes)
-    given = (c.flow, rng, batch.example, self.model.config.image_tokens)
-    x, time, target = flow_matching.noised(latents, *given)
-    hidden, velocity = self.model(params, classes, plan, keep, (x, time))
+    image_tokens = self.model.config.image_tokens
+    x, time, target = flow_matching.noised(latents, c.flow, rng, batch.example, image_tokens)
+    hidden, velocity = self.model(params, classes, codes, keep, (x, time))
     counts = self.counts(batch, rng, step, stage)
     error = flow_matching.loss(c.flow, velocity, target, time)
     terms = {'flow': LossTerm(error, counts['flow'], stage.weight('flow', step))}
     if c.vpe:
       table = params['embed']['plan']
-      weights = jnp.broadcast_to(keep[:, None].astype(jnp.float32), plan.shape)
-      loss, hits = next_token.cross_entropy(hidden[:, :-1], table, plan, weights, c.logits_chunk)
+      weights = jnp.broadcast_to(keep[:, None].astype(jnp.float32), codes.shape)
+      loss, hits = next_token.cross_entropy(hidden[:, :-1], table, codes, weights, c.logits_chunk)
       weight = stage.weight('next_token', step)
       terms['next_token'] = LossTerm(loss, counts['next_token'], weight)
       terms['accuracy'] = LossTerm(hits, counts['accuracy'], 0.0)
@@ -186,19 +187,20 @@ class System(ImageSystem):
   def generate(
     self, params: Params, frozen: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> Generated:
-    """Writes the plan, then renders; see contracts.System and systems/vpe/transfusion_sampler.py.
+    """Samples the visual prompt, then renders; see contracts.Samples and transfusion_sampler.py.
 
     Raises:
-      UserError: guidance is asked for, and the model has no null class.
+      UserError: the settings have guidance, and the model has no null class.
     """
     self._check_guidance(settings)
-    given = (settings, params, request, rng, self.config.model.flow)
-    plan, latents = transfusion_sampler.draw(self.model, *given)
+    visual_prompt, latents = transfusion_sampler.sample(
+      self.model, settings, params, request, rng, self.config.model.flow
+    )
     image = self.image.decode(frozen, latents, rng)
-    return Generated(image, plan | {'latents': latents})
+    return Generated(image, visual_prompt | {'latents': latents})
 
   def _check_guidance(self, settings: SampleConfig) -> None:
-    """Refuses guidance that this model can't do: before it trains, too, as previews would."""
+    """Raises UserError for guidance without a null class, also before training renders samples."""
     if settings.guidance != 1.0 and not self.config.model.drop:
       raise UserError(
         f'sample.guidance is {settings.guidance:g}, but this model was trained without a null '
@@ -212,16 +214,16 @@ class System(ImageSystem):
     return transfusion_sampler.prefill(self.model, settings, params, request, rng)[0]
 
   def plan_likelihood(self, params: Params, request: Batch) -> Array:
-    """The mean log-probability of the plans given the classes: [B], nats."""
+    """Mean log-probability of the visual prompts given the classes: [B], nats."""
     return transfusion_sampler.plan_likelihood(self.model, params, request)
 
   def tokens(self, stage: Stage) -> int:
-    """Tokens of a row."""
+    """Tokens of a sequence."""
     del stage
     return self.model.config.first + self.model.config.image_tokens
 
   def _keep(self, batch: Batch, rng: Array) -> Array:
-    """Which examples [B] keep class and plan."""
+    """Which examples [B] keep class and visual prompt."""
     draw = lambda key: jax.random.uniform(key) >= self.config.model.drop
     return rng_lib.per_example(draw, rng, 'drop', batch.example)
 

@@ -1,10 +1,10 @@
 """Class to image in discrete codes: LlamaGen's GPT, with and without a visual prompt.
 
 Imagine Before You Draw (arXiv 2606.04457) puts the codes of a visual prompt between the class and
-the picture's own codes: `[cls] s_1 .. s_P z_1 .. z_N`, no tokens between. In training each s_j is
-hidden from the network with a probability that falls over the steps (Eq. 2): a pad row takes its
-place, and nothing asks for it. Early on the network learns to draw from the class alone, later from
-the plan that it has learned to write.
+the image's own codes: `[cls] s_1 .. s_P z_1 .. z_N`, no tokens between. In training each s_j is
+masked with a probability that falls over the steps (Eq. 2): a pad embedding replaces it, and it is
+no target. Early on the network learns to generate from the class alone, later from the visual
+prompt that it has learned to write.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vpe_jax.systems.vpe.codec_sections import ImageCodeCodecs
 from vpe_jax.systems.vpe.image_system import ImageSystem
 
 _LOSSES = {'accuracy': 0.0, 'next_token': 1.0}
-_PLAN_LOSSES = {'masked': 0.0, 'image': 0.0, 'plan': 0.0}  # beside them where there is a plan
+_VISUAL_PROMPT_LOSSES = {'masked': 0.0, 'image': 0.0, 'plan': 0.0}  # of models with a visual prompt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,20 +36,19 @@ class ModelConfig(ImageCodeCodecs):
   """The `model` section; the sizes of the grids and of the vocabularies are those of the codecs.
 
   Attributes:
-    classes: of pictures.
+    classes: number of classes.
     body: the layers.
     positions: `grid` or `line`, see models.llamagen.
     class_turn: of the class token, see models.llamagen.
-    drop: share of examples whose class is the null class, which guidance leads away from.
-    token_dropout: share of the embeddings that a training step drops, element by element; this
-      and the next two are nothing but that, see models.dropout.
-    residual_dropout: of what attention adds in each layer.
-    mlp_dropout: of what the MLP adds in each layer.
-    vp_schedule: how the probability of hiding a code of the plan falls: `sigmoid` (the paper's),
-      `linear`, `constant` (`mask_start` at every step) or `off` (nothing is ever hidden).
+    drop: share of examples with the null class, the null branch of guidance.
+    token_dropout: dropout rate of the embeddings, element by element; see models.dropout.
+    residual_dropout: dropout rate of each layer's attention output.
+    mlp_dropout: dropout rate of each layer's MLP output.
+    vp_schedule: decay of the probability of masking a code of the visual prompt: `sigmoid` (the
+      paper's), `linear`, `constant` (`mask_start` at every step) or `off` (no masking).
     mask_start: probability at the start of the stage (Eq. 2, p_0).
     mask_end: at its end (p_1).
-    mask_by: what is hidden by one draw: a `token`, or the whole plan of a `sample`.
+    mask_by: unit of masking: a `token`, or the whole visual prompt of a `sample`.
     logits_chunk: predicted tokens whose logits exist at a time (0: all of a block).
   """
 
@@ -115,7 +114,7 @@ class System(ImageSystem):
 
   def __init__(self, config: Config) -> None:
     c: ModelConfig = config.model
-    losses = _LOSSES | (_PLAN_LOSSES if c.vpe else {})
+    losses = _LOSSES | (_VISUAL_PROMPT_LOSSES if c.vpe else {})
     super().__init__(
       config,
       (class_to_image.train_stage(config, losses),),
@@ -161,43 +160,43 @@ class System(ImageSystem):
     return self.image.decode(frozen, codes.reshape(codes.shape[0], -1), rng)
 
   def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
-    """Tokens that are predicted: all of the picture, and those of the plan that aren't hidden."""
+    """Predicted tokens: all of the image, and the unmasked ones of the visual prompt."""
     del stage
     B = batch.example.shape[0]
-    image, places = jnp.float32(B * self.model.config.image_tokens), self.model.config.plan_tokens
-    if not places:
+    image, P = jnp.float32(B * self.model.config.image_tokens), self.model.config.plan_tokens
+    if not P:
       return dict.fromkeys(_LOSSES, image)
-    plan = jnp.sum(~self._masked(batch, rng, step), dtype=jnp.float32)
-    counts = dict.fromkeys(_LOSSES, image + plan)
-    counts |= {'image': image, 'plan': plan, 'masked': jnp.float32(B * places)}
+    unmasked = jnp.sum(~self._masked(batch, rng, step), dtype=jnp.float32)
+    counts = dict.fromkeys(_LOSSES, image + unmasked)
+    counts |= {'image': image, 'plan': unmasked, 'masked': jnp.float32(B * P)}
     return {name: counts[name] for name in sorted(counts)}
 
   def losses(
     self, params: Params, frozen: Params, batch: Batch, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
-    """`next_token` (nats), one mean over all targets that aren't hidden, drives the training.
+    """`next_token` (nats), one mean over all unmasked targets, is the training loss.
 
-    Logged beside it: `accuracy` of its argmax; with a visual prompt also its two parts, `plan` and
-    `image`, each a mean of its own, and `masked`, the share of the plan that is hidden.
+    Logged besides: `accuracy` of its argmax; with a visual prompt also its two parts, `plan` and
+    `image`, each a mean of its own, and `masked`, the masked share of the visual prompt.
     """
     if self.config.unroll:
       params = self.model.prepare(params)
     encoded = self.encoded(frozen, batch, rng)
-    plan, codes = encoded.get('visual_prompt'), encoded['latents']
+    visual_prompt, codes = encoded.get('visual_prompt'), encoded['latents']
     codes = codes.reshape(codes.shape[0], -1)
     P = self.model.config.plan_tokens
     masked = self._masked(batch, rng, step) if P else None
-    x = self.model.inputs(params, self._classes(batch, rng), codes, plan, masked)
+    x = self.model.inputs(params, self._classes(batch, rng), codes, visual_prompt, masked)
     stream = self.model.stream(x, keys=self._dropout_keys(batch, rng, stage))
     hidden, _ = self.model.states(params, stream)
     loss, hits = self._cross_entropy(params, hidden[:, P:], codes, jnp.ones(codes.shape))
     sums = {'image': loss}
     if P:
-      targets = plan + self.model.config.codes
-      kept = 1.0 - masked.astype(jnp.float32)
-      sums['plan'], found = self._cross_entropy(params, hidden[:, :P], targets, kept)
+      targets = visual_prompt + self.model.config.codes
+      weights = 1.0 - masked.astype(jnp.float32)
+      sums['plan'], code_hits = self._cross_entropy(params, hidden[:, :P], targets, weights)
       sums['masked'] = jnp.sum(masked, dtype=jnp.float32)
-      loss, hits = loss + sums['plan'], hits + found
+      loss, hits = loss + sums['plan'], hits + code_hits
     sums |= {'next_token': loss, 'accuracy': hits}
     counts = self.counts(batch, rng, step, stage)
     weight = lambda name: stage.weight(name, step)
@@ -207,10 +206,10 @@ class System(ImageSystem):
     self, params: Params, frozen: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> Generated:
     """Samples the visual prompt, then the image's codes; see llamagen_sampler.py."""
-    plan, codes = llamagen_sampler.draw(self.model, settings, params, request, rng)
+    visual_prompt, codes = llamagen_sampler.sample(self.model, settings, params, request, rng)
     image = self.image.decode(frozen, codes, rng)
     latents = codes.reshape(codes.shape[0], self.image.grid, -1)
-    return Generated(image, plan | {'latents': latents})
+    return Generated(image, visual_prompt | {'latents': latents})
 
   def draft(
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig
@@ -218,29 +217,29 @@ class System(ImageSystem):
     """Visual prompts [B, P]; the image's codes aren't sampled."""
     if not self.codes:
       return {}
-    return {'visual_prompt': llamagen_sampler.plan(self.model, settings, params, request, rng)}
+    return {'visual_prompt': llamagen_sampler.draft(self.model, settings, params, request, rng)}
 
   def plan_likelihood(self, params: Params, request: Batch) -> Array:
-    """The mean log-probability of the plans given the classes: [B], nats."""
+    """Mean log-probability of the visual prompts given the classes: [B], nats."""
     return llamagen_sampler.plan_likelihood(self.model, params, request)
 
   def tokens(self, stage: Stage) -> int:
-    """Tokens that the network runs over: all of a row but the last."""
+    """Tokens that the network runs over: all of a sequence but the last."""
     del stage
     return self.model.config.plan_tokens + self.model.config.image_tokens
 
   def _masked(self, batch: Batch, rng: Array, step: Array) -> Array:
-    """Which codes of the plans [B, P] the network doesn't get to see (Eq. 2): bool."""
+    """Masked codes of the visual prompts (Eq. 2): bool [B, P]."""
     c, P = self.config.model, self.model.config.plan_tokens
     total = self.config.steps[0]
     share = schedules.Schedule(c.vp_schedule, total, c.mask_start, c.mask_end, off=0.0).at(step)
     shape = (P,) if c.mask_by == 'token' else (1,)
     draw = lambda key: jax.random.uniform(key, shape)
-    drawn = rng_lib.per_example(draw, rng, 'mask', batch.example)
-    return jnp.broadcast_to(drawn < share, (batch.example.shape[0], P))
+    values = rng_lib.per_example(draw, rng, 'mask', batch.example)
+    return jnp.broadcast_to(values < share, (batch.example.shape[0], P))
 
   def _dropout_keys(self, batch: Batch, rng: Array, stage: Stage) -> Array | None:
-    """One key an example [B]; None where nothing is dropped, as in evaluation."""
+    """One key for each example [B]; None without dropout, as in evaluation."""
     if not (stage.training and self.model.dropout):
       return None
     return rng_lib.example_keys(rng, 'dropout', batch.example)

@@ -23,7 +23,7 @@ from vpe_jax.sampling.prefix import Prefix
 CLASS = frozenset({'class'})  # the condition that guidance drops
 
 
-def draw(
+def sample(
   model: LlamaGen, settings: SampleConfig, params: Params, request: Batch, rng: Array
 ) -> tuple[dict[str, Array], Array]:
   """The visual prompt [B, P], where the model has one, and the image's codes [B, N]: int32.
@@ -35,30 +35,30 @@ def draw(
     request: `text[:, 0]` is the class; an encoded `visual_prompt` is used instead of the model's.
     rng: the key of the call.
   """
-  encoded, has_plan = dict(request.encoded), bool(model.config.plan_tokens)
-  blocks = ('plan', 'codes') if has_plan and not encoded else ('codes',)
+  encoded, has_visual_prompt = dict(request.encoded), bool(model.config.plan_tokens)
+  blocks = ('plan', 'codes') if has_visual_prompt and not encoded else ('codes',)
   branches = guidance.stacked(*(_guidance(settings, block) for block in blocks))
   prefix = _start(model, params, request, branches)
   if 'plan' in blocks:
-    codes, prefix = _write(model, settings, params, request, rng, 'plan', branches, prefix)
+    codes, prefix = _sample_block(model, settings, params, request, rng, 'plan', branches, prefix)
     encoded = {'visual_prompt': codes}
-  elif has_plan:
+  elif has_visual_prompt:
     codes = jnp.concatenate([encoded['visual_prompt']] * len(branches))
     prefix = _feed(model, params, model.embed_plan(params, codes), prefix, 1)
-  return encoded, _write(model, settings, params, request, rng, 'codes', branches, prefix)[0]
+  return encoded, _sample_block(model, settings, params, request, rng, 'codes', branches, prefix)[0]
 
 
-def plan(
+def draft(
   model: LlamaGen, settings: SampleConfig, params: Params, request: Batch, rng: Array
 ) -> Array:
-  """The visual prompt alone [B, P] int32, of a model that has one; arguments as of `draw`."""
+  """The visual prompt alone [B, P] int32, of a model that has one; arguments as of `sample`."""
   branches = guidance.stacked(_guidance(settings, 'plan'))
   prefix = _start(model, params, request, branches)
-  return _write(model, settings, params, request, rng, 'plan', branches, prefix)[0]
+  return _sample_block(model, settings, params, request, rng, 'plan', branches, prefix)[0]
 
 
 def plan_likelihood(model: LlamaGen, params: Params, request: Batch) -> Array:
-  """The mean log-probability [B] of the request's visual prompts given the classes, in nats."""
+  """Mean log-probability [B] of the request's visual prompts given the classes, in nats."""
   codes = request.encoded['visual_prompt']
   before = model.embed_plan(params, codes[:, :-1])
   x = jnp.concatenate([model.embed_classes(params, request.inputs['text'][:, 0]), before], axis=1)
@@ -67,7 +67,7 @@ def plan_likelihood(model: LlamaGen, params: Params, request: Batch) -> Array:
 
 
 def _guidance(settings: SampleConfig, block: str) -> Guidance:
-  """Guidance of the block `plan` or `codes`."""
+  """Guidance of a block: `plan` (the visual prompt) or `codes` (the image)."""
   scale = settings.plan_guidance if block == 'plan' else settings.guidance
   return Guidance.classifier_free(scale, CLASS)
 
@@ -93,7 +93,7 @@ def _feed(model: LlamaGen, params: Params, x: Array, prefix: Prefix, at: Array |
   return Prefix(cache, hidden[:, -1:])
 
 
-def _write(
+def _sample_block(
   model: LlamaGen,
   settings: SampleConfig,
   params: Params,
@@ -104,15 +104,15 @@ def _write(
   prefix: Prefix,
 ) -> tuple[Array, Prefix]:
   """Samples the codes [B, L] of the block `plan` or `codes`, with randomness of its own."""
-  c, is_plan = model.config, block == 'plan'
-  first, length = (1, c.plan_tokens) if is_plan else (1 + c.plan_tokens, c.image_tokens)
-  embed = model.embed_plan if is_plan else model.embed_codes
+  c, is_visual_prompt = model.config, block == 'plan'
+  first, length = (1, c.plan_tokens) if is_visual_prompt else (1 + c.plan_tokens, c.image_tokens)
+  embed = model.embed_plan if is_visual_prompt else model.embed_codes
 
   def feed(prefix: Prefix, codes: Array, index: Array) -> Prefix:
     return _feed(model, params, embed(params, codes[:, None]), prefix, first + index)
 
   logits = lambda hidden: model.logits(params, hidden, block)[:, -1]
   guided = _guidance(settings, block)
-  draw = autoregressive.categorical(logits, settings, guided, branches, length)
+  choose = autoregressive.categorical(logits, settings, guided, branches, length)
   keys = rng_lib.example_keys(rng, block, request.example)
-  return autoregressive.generate(feed, prefix, length, keys, draw, len(branches))
+  return autoregressive.generate(feed, prefix, length, keys, choose, len(branches))

@@ -23,7 +23,7 @@ from vpe_jax.sampling.prefix import Prefix
 CLASS = frozenset({'class'})  # the condition that guidance drops
 
 
-def draw(
+def sample(
   model: Transfusion,
   settings: SampleConfig,
   params: Params,
@@ -67,7 +67,8 @@ def prefill(
   """Samples the visual prompt, or takes the request's; none where the model has none.
 
   Returns:
-    It, and the prefix of the flow: the keys and values before the image, and the whole `Row`s.
+    The visual prompt, and the prefix of the flow: keys and values before the image, and the
+    positions and visibility of the whole sequences.
   """
   length = model.config.plan_tokens
   row, prefix = _start(model, params, request.inputs['text'][:, 0], keep=True)
@@ -84,13 +85,13 @@ def prefill(
 
   logits = lambda hidden: model.logits(params, hidden)[:, -1]
   keys = rng_lib.example_keys(rng, 'plan', request.example)
-  draw = autoregressive.categorical(logits, settings, UNGUIDED, UNGUIDED.branches)
-  codes, prefix = autoregressive.generate(feed, prefix, length, keys, draw)
+  choose = autoregressive.categorical(logits, settings, UNGUIDED, UNGUIDED.branches)
+  codes, prefix = autoregressive.generate(feed, prefix, length, keys, choose)
   return {'visual_prompt': codes}, Prefix(prefix.cache, row)
 
 
 def plan_likelihood(model: Transfusion, params: Params, request: Batch) -> Array:
-  """The mean log-probability [B] of the request's visual prompts given the classes, in nats."""
+  """Mean log-probability [B] of the request's visual prompts given the classes, in nats."""
   codes = request.encoded['visual_prompt']
   before = model.embed_plan(params, codes[:, :-1])
   x = jnp.concatenate([model.embed_classes(params, request.inputs['text'][:, 0]), before], axis=1)

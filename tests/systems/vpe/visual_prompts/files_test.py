@@ -190,9 +190,9 @@ def test_plans_of_another_codebook_or_grid_are_refused():
 def test_plans_know_what_they_are():
   with pytest.raises(UserError, match='codes go from 0 to 40: the codebook has 0 to 39'):
     dataclasses.replace(_plans(n=1, side=2), codes=np.asarray([[0, 1, 2, 40]]))
-  with pytest.raises(UserError, match='1 plans of 3 codes: .* a square grid'):
+  with pytest.raises(UserError, match='1 visual prompts of 3 codes: .* a square grid'):
     files.VisualPrompts(np.zeros((1, 3), np.int32), ('',), (0,), BOOK, {})
-  with pytest.raises(UserError, match='3 plans with 2 prompts and 3 places'):
+  with pytest.raises(UserError, match='3 visual prompts with 2 prompts'):
     dataclasses.replace(_plans(), prompts=('a', 'b'))
   picked = _plans().take([2, 0, 2])
   np.testing.assert_array_equal(picked.codes, _plans().codes[[2, 0, 2]])

@@ -94,7 +94,7 @@ def test_a_kept_plan_gives_the_same_picture_again(prompter, prompts, tmp_path, e
   kept = files.load(path)
   again = prompter.render(kept, seed=3)
   _equal(again, drawn)
-  assert again[0].metadata == {**drawn[0].metadata, 'visual_prompt': 'drawn'}
+  assert again[0].metadata == {**drawn[0].metadata, 'visual_prompt': 'sampled'}
   assert kept.provenance['seed'] == '3' and json.loads(kept.provenance['settings'])
   written = prompter.write(prompts, n=2, seed=3)
   np.testing.assert_array_equal(written.codes, kept.codes)

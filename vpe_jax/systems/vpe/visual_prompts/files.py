@@ -8,7 +8,7 @@ codebook. A `.json` file is meant to be read and edited; each line is one row of
    "codebook": "0f3a5c7e9b1d",
    "codes": 512,
    "side": 2,
-   "made": {"by": "drawn", "seed": "0"},
+   "made": {"by": "sampled", "seed": "0"},
    "plans": [
     {"prompt": "a red fox", "index": 0, "grid": [
      [ 12, 507],
@@ -66,7 +66,7 @@ class VisualPrompts:
     index: n indices among the images of a text prompt. Prompt, index and seed key the noise that a
       visual prompt is rendered from, so the same index gives the same image again.
     codebook: of the codes.
-    provenance: `by` (`drawn`, `read`, `given`, `mixed`), seed, settings, checkpoint and the like.
+    provenance: `by` (`sampled`, `read`, `given`, `mixed`), seed, settings, checkpoint and the like.
 
   Raises:
     UserError: a grid isn't square, a code lies outside the codebook, or there is none.
@@ -81,9 +81,13 @@ class VisualPrompts:
   def __post_init__(self) -> None:
     n, P = self.codes.shape
     if not n or not P or math.isqrt(P) ** 2 != P:
-      raise UserError(f'{n} plans of {P} codes: at least one is needed, each a square grid')
+      raise UserError(
+        f'{n} visual prompts of {P} codes: at least one is needed, each a square grid'
+      )
     if len(self.prompts) != n or len(self.index) != n:
-      raise UserError(f'{n} plans with {len(self.prompts)} prompts and {len(self.index)} places')
+      raise UserError(
+        f'{n} visual prompts with {len(self.prompts)} prompts and {len(self.index)} indices'
+      )
     least, most, last = self.codes.min(), self.codes.max(), self.codebook.size - 1
     if least < 0 or most > last:
       raise UserError(f'codes go from {least} to {most}: the codebook has 0 to {last}')
@@ -122,7 +126,7 @@ class VisualPrompts:
       )
     return dataclasses.replace(self, prompts=prompts * (len(self) // len(prompts)))
 
-  def check(self, codebook: Codebook, side: int, name: str = 'these plans') -> None:
+  def check(self, codebook: Codebook, side: int, name: str = 'these visual prompts') -> None:
     """Compares with the codebook and the grid of a model.
 
     Raises:
@@ -137,7 +141,7 @@ class VisualPrompts:
       )
     if self.side != side:
       raise UserError(
-        f'{name} have {self.side} x {self.side} codes and this model draws from {side} x {side}: '
+        f'{name} have {self.side} x {self.side} codes and those of this model {side} x {side}: '
         'render them with the model that they were made with'
       )
 
@@ -164,7 +168,7 @@ def load(path: str) -> VisualPrompts:
     path: ends in .json or .npz, local (`~` is the home folder) or gs://.
 
   Raises:
-    UserError: there is no such file, or it is no whole file of plans; says where it goes wrong.
+    UserError: the file is absent or damaged; names the first fault.
   """
   _check_ending(path)
   place = storage.place(path)
@@ -207,12 +211,12 @@ def mixed(upper: VisualPrompts, lower: VisualPrompts, rows: int | None = None) -
   Raises:
     UserError: the two don't fit together, or have no such rows.
   """
-  lower.check(upper.codebook, upper.side, 'the lower plans')
+  lower.check(upper.codebook, upper.side, 'the lower visual prompts')
   rows = upper.side // 2 if rows is None else rows
   if len(upper) != len(lower) or not 0 <= rows <= upper.side:
     raise UserError(
-      f'cannot mix the top {rows} rows of {len(upper)} plans with {len(lower)} others: mix as many '
-      f'of each, and 0 to {upper.side} rows'
+      f'cannot mix the top {rows} rows of {len(upper)} visual prompts with {len(lower)} others: '
+      f'mix as many of each, and 0 to {upper.side} rows'
     )
   grids = np.concatenate([upper.grids[:, :rows], lower.grids[:, rows:]], axis=1)
   provenance = {'by': 'mixed', 'rows': str(rows)}
@@ -230,38 +234,39 @@ def _check_ending(path: str) -> None:
     raise UserError(f"'{path}' is no file of visual prompts: these end in {' or '.join(ENDINGS)}")
 
 
-def _head(plans: VisualPrompts) -> dict[str, Any]:
+def _head(visual_prompts: VisualPrompts) -> dict[str, Any]:
   """The fields of a file beside its visual prompts."""
   return {
     'format': _FORMAT,
-    'codebook': plans.codebook.fingerprint,
-    'codes': plans.codebook.size,
-    'side': plans.side,
-    'made': dict(plans.provenance),
+    'codebook': visual_prompts.codebook.fingerprint,
+    'codes': visual_prompts.codebook.size,
+    'side': visual_prompts.side,
+    'made': dict(visual_prompts.provenance),
   }
 
 
-def _json(plans: VisualPrompts) -> bytes:
-  width = len(str(plans.codebook.size - 1))
+def _json(visual_prompts: VisualPrompts) -> bytes:
+  width = len(str(visual_prompts.codebook.size - 1))
   line = lambda row: f'   [{", ".join(f"{code:{width}d}" for code in row)}]'
   entries = []
-  for prompt, index, grid in zip(plans.prompts, plans.index, plans.grids, strict=True):
-    said = json.dumps(prompt, ensure_ascii=False)
+  v = visual_prompts
+  for prompt, index, grid in zip(v.prompts, v.index, v.grids, strict=True):
+    text = json.dumps(prompt, ensure_ascii=False)
     rows = ',\n'.join(map(line, grid.tolist()))
-    entries.append(f'  {{"prompt": {said}, "index": {index}, "grid": [\n{rows}\n  ]}}')
-  head = json.dumps(_head(plans), indent=1, ensure_ascii=False).removesuffix('\n}')
+    entries.append(f'  {{"prompt": {text}, "index": {index}, "grid": [\n{rows}\n  ]}}')
+  head = json.dumps(_head(visual_prompts), indent=1, ensure_ascii=False).removesuffix('\n}')
   listed = ',\n'.join(entries)
   return f'{head},\n "plans": [\n{listed}\n ]\n}}\n'.encode()
 
 
-def _npz(plans: VisualPrompts) -> bytes:
+def _npz(visual_prompts: VisualPrompts) -> bytes:
   buffer = io.BytesIO()
   np.savez(
     buffer,
-    codes=plans.codes.astype(np.int32),
-    prompts=np.asarray(plans.prompts, np.str_),
-    index=np.asarray(plans.index, np.int32),
-    head=np.asarray(json.dumps(_head(plans))),
+    codes=visual_prompts.codes.astype(np.int32),
+    prompts=np.asarray(visual_prompts.prompts, np.str_),
+    index=np.asarray(visual_prompts.index, np.int32),
+    head=np.asarray(json.dumps(_head(visual_prompts))),
   )
   return buffer.getvalue()
 
@@ -271,47 +276,49 @@ def _from_json(content: bytes) -> VisualPrompts:
   head = _read_head(values)
   entries = _field(values, 'plans', list)
   prompts, index, grids, side = [], [], [], head['side']
-  seen: dict[str, int] = {}
+  counts: dict[str, int] = {}  # entries of each prompt so far
   for number, entry in enumerate(entries):
     where = f'plan {number}: '
     if not isinstance(entry, dict):
       raise UserError(f'{where}it must be {{"prompt": ..., "grid": ...}}')
     prompt = _field(entry, 'prompt', str, where) if 'prompt' in entry else ''
-    place = _number(entry, 'index', where) if 'index' in entry else seen.get(prompt, 0)
-    seen[prompt] = seen.get(prompt, 0) + 1
+    default = counts.get(prompt, 0)
+    index.append(_number(entry, 'index', where) if 'index' in entry else default)
+    counts[prompt] = default + 1
     grids.append(_grid(_field(entry, 'grid', list, where), side, head['codes'], where))
     prompts.append(prompt)
-    index.append(place)
   codes = np.asarray(grids, np.int32).reshape(len(grids), side * side)
-  return _plans(head, codes, prompts, index)
+  return _visual_prompts(head, codes, prompts, index)
 
 
 def _from_npz(content: bytes) -> VisualPrompts:
-  wanted = {'codes': 'i', 'prompts': 'U', 'index': 'i', 'head': 'U'}
+  kinds = {'codes': 'i', 'prompts': 'U', 'index': 'i', 'head': 'U'}
   try:
     with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-      found = {name: archive[name] for name in wanted}
-  # What a damaged archive ends in depends on where the damage is; a TypeError is a lone array.
+      arrays = {name: archive[name] for name in kinds}
+  # The exception depends on where an archive is damaged; a TypeError is a lone array.
   except (KeyError, ValueError, TypeError, OSError, EOFError, *_ZIP) as error:
     reason = (' '.join(str(error).split()) or 'it is cut off').rstrip('.')
     raise UserError(f'{reason}; save the plans again') from error
-  for name, kind in wanted.items():
-    if found[name].dtype.kind != kind:
-      raise UserError(f"'{name}' holds {found[name].dtype}; save the plans again")
-  head = _read_head(_parsed(str(found['head']).encode()))
-  codes, n, side = found['codes'], len(found['prompts'].reshape(-1)), head['side']
-  if codes.shape != (n, side * side) or found['index'].shape != (n,):
+  for name, kind in kinds.items():
+    if arrays[name].dtype.kind != kind:
+      raise UserError(f"'{name}' holds {arrays[name].dtype}; save the visual prompts again")
+  head = _read_head(_parsed(str(arrays['head']).encode()))
+  codes, prompts, side = arrays['codes'], arrays['prompts'].reshape(-1), head['side']
+  n = len(prompts)
+  if codes.shape != (n, side * side) or arrays['index'].shape != (n,):
     raise UserError(
-      f'codes {list(codes.shape)}, {n} prompts and side {side} do not fit; save the plans again'
+      f'codes {list(codes.shape)}, {n} prompts and side {side} do not fit; save the visual prompts '
+      'again'
     )
-  return _plans(head, codes, found['prompts'].reshape(-1).tolist(), found['index'].tolist())
+  return _visual_prompts(head, codes, prompts.tolist(), arrays['index'].tolist())
 
 
-def _plans(
+def _visual_prompts(
   head: Mapping[str, Any], codes: np.ndarray, prompts: Sequence[str], index: Sequence[int]
 ) -> VisualPrompts:
   if min(index, default=0) < 0:
-    raise UserError(f'an index is {min(index)}: places count from 0')
+    raise UserError(f'an index is {min(index)}: indices count from 0')
   codebook = Codebook(head['codes'], head['codebook'])
   if codes.size and not 0 <= codes.min() <= codes.max() < codebook.size:
     raise UserError(f'codes go from {codes.min()} to {codes.max()}: 0 to {codebook.size - 1} exist')
@@ -323,15 +330,16 @@ def _parsed(content: bytes) -> dict[str, Any]:
   try:
     values = json.loads(content.decode('utf-8-sig'))
   except (ValueError, RecursionError) as error:  # Cut off, no UTF-8, too many brackets or digits.
-    raise UserError(f'it is not JSON ({error}); fix it or save the plans again') from error
+    raise UserError(f'it is not JSON ({error}); fix it or save the visual prompts again') from error
   if not isinstance(values, dict):
-    raise UserError('it is JSON of something else; save the plans again')
+    raise UserError('it is JSON of something else; save the visual prompts again')
   return values
 
 
 def _read_head(values: Mapping[str, Any]) -> dict[str, Any]:
   if values.get('format') != _FORMAT:
-    raise UserError(f'"format" is {values.get("format")!r}, not {_FORMAT!r}; save the plans again')
+    format_ = values.get('format')
+    raise UserError(f'"format" is {format_!r}, not {_FORMAT!r}; save the visual prompts again')
   made = _field(values, 'made', dict) if 'made' in values else {}
   return {
     'codebook': _field(values, 'codebook', str),
@@ -343,28 +351,28 @@ def _read_head(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _field(values: Mapping[str, Any], name: str, kind: type, where: str = '') -> Any:
   """A field of one type."""
-  words = {str: 'a text', list: 'a list', dict: 'an object'}[kind]
-  if not isinstance(found := values.get(name), kind):
-    said = 'absent' if name not in values else f'{found!r:.40}'
-    raise UserError(f'{where}"{name}" is {said}: it must be {words}')
-  return found
+  noun = {str: 'a text', list: 'a list', dict: 'an object'}[kind]
+  if not isinstance(value := values.get(name), kind):
+    shown = 'absent' if name not in values else f'{value!r:.40}'
+    raise UserError(f'{where}"{name}" is {shown}: it must be {noun}')
+  return value
 
 
 def _number(values: Mapping[str, Any], name: str, where: str = '', least: int = 0) -> int:
   """A field that is a whole number."""
-  if not _whole(found := values.get(name)) or not least <= found <= _INT32_MAX:
-    raise UserError(f'{where}"{name}" is {found!r:.40}: it must be a whole number from {least}')
-  return found
+  if not _whole(value := values.get(name)) or not least <= value <= _INT32_MAX:
+    raise UserError(f'{where}"{name}" is {value!r:.40}: it must be a whole number from {least}')
+  return value
 
 
 def _grid(rows: list[Any], side: int, codes: int, where: str) -> list[list[int]]:
-  """The codes of one plan, row by row."""
+  """The codes of one visual prompt, row by row."""
   if len(rows) != side:
     raise UserError(f'{where}its grid has {len(rows)} rows: "side" says {side}')
   for number, row in enumerate(rows):
     if not isinstance(row, list) or len(row) != side:
-      found = len(row) if isinstance(row, list) else f'{row!r:.40}, not'
-      raise UserError(f'{where}row {number} has {found} codes: "side" says {side}')
+      count = len(row) if isinstance(row, list) else f'{row!r:.40}, not'
+      raise UserError(f'{where}row {number} has {count} codes: "side" says {side}')
     for code in row:
       if not _whole(code) or not 0 <= code < codes:
         raise UserError(

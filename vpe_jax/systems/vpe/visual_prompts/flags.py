@@ -153,6 +153,6 @@ def _check_together() -> None:
   guided = any(FLAGS[name].value is not None for name in names)
   if guided and sources and sources != ['plans']:
     raise UserError(
-      f'--plan_guidance guides visual prompts that the model writes, and --{sources[0]} gives one: '
-      'leave it out'
+      f'--plan_guidance guides visual prompts that the model writes, and --{sources[0]} supplies '
+      'one: leave it out'
     )

@@ -55,7 +55,7 @@ class VisualPrompter:
     """
     items, settings = items_of(prompts, n), settings or self.generator.settings()
     codes = self.generator.draft(items, seed, settings)[ENTRY]
-    provenance = self.generator.describe(settings) | {'by': 'drawn', 'seed': str(seed)}
+    provenance = self.generator.describe(settings) | {'by': 'sampled', 'seed': str(seed)}
     return self._wrap(codes, items, provenance)
 
   def read(self, images: Sequence[np.ndarray], prompts: str | Sequence[str] = '') -> VisualPrompts:
@@ -70,7 +70,7 @@ class VisualPrompter:
       UserError: the model was trained on synthetic codes.
     """
     codes = self.generator.read_drafts(images)[ENTRY]
-    provenance = self.generator.metadata | {'by': 'read from a picture'}
+    provenance = self.generator.metadata | {'by': 'read from an image'}
     items = [Item('', index) for index in range(len(codes))]
     prompts = [prompts] if isinstance(prompts, str) else prompts
     return self._wrap(codes, items, provenance).with_prompts(prompts)
@@ -152,7 +152,7 @@ class VisualPrompter:
   def of(self, images: Sequence[GeneratedImage]) -> VisualPrompts:
     """The visual prompts of generated images: rendered again, they give the same images."""
     shared = {k: v for k, v in images[0].metadata.items() if k not in _OWN_METADATA}
-    provenance = shared | {'by': shared.pop('visual_prompt', 'drawn')}
+    provenance = shared | {'by': shared.pop('visual_prompt', 'sampled')}
     items = [Item(image.prompt, image.index) for image in images]
     return self._wrap(np.stack([image.encoded[ENTRY] for image in images]), items, provenance)
 
@@ -168,7 +168,7 @@ class VisualPrompter:
     return Codebook(len(entries), weights.fingerprint({'codebook': entries}))
 
   def check_ranker(self, name: str) -> None:
-    """Refuses a ranker that this model does not have; front doors ask before the work starts.
+    """Checks that this model has a ranker; front doors call it before the work starts.
 
     Raises:
       UserError: names those that it has.
@@ -182,7 +182,7 @@ class VisualPrompter:
       )
 
   def check_codebook(self) -> None:
-    """Compares the codebook with the model; front doors ask before the work starts.
+    """Compares the codebook with the model; front doors call it before the work starts.
 
     Raises:
       UserError: the networks that read visual prompts are not those of training.
