@@ -260,8 +260,8 @@ def test_flops_are_those_of_the_traced_step(arch):
 @pytest.mark.parametrize(
   'changes, message',
   [
-    ({'start': ''}, 'goes on from a run that draws'),
-    ({'start': 'ar=a run'}, 'goes on from a run that draws'),
+    ({'start': ''}, 'continues a run that generates images'),
+    ({'start': 'ar=a run'}, 'continues a run that generates images'),
     ({'stages': ('joint',)}, "this system has one stage, 'edit'"),
   ],
 )

@@ -319,7 +319,7 @@ def test_the_plan_may_be_weighed_otherwise(schedule, weights):
     ({'image': {'channels': 3}}, 'latent_channels'),
     ({'inherit': 0.02, 'text_vocab': 2048}, 'model.inherit=0'),
     ({'inherit': 0.02, 'vpe': False}, 'model.vpe=False leaves them out: set model.inherit=0'),
-    ({'arch': 'external', 'vpe': False}, 'arch=external draws from a visual prompt alone'),
+    ({'arch': 'external', 'vpe': False}, 'arch=external renders a visual prompt alone'),
     ({'vpe': False}, "stage 'plan' learns to write visual prompts, and model.vpe=False"),
     ({'vp_schedule': 'cosine'}, "'model.vp_schedule' is 'cosine': it must be one of sigmoid"),
     ({'patch': 3}, "'model.patch' is 3: it must be a divisor of latent_size=16"),
