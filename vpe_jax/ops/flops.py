@@ -150,9 +150,12 @@ class _Count:
       reached: for each result, whether a gradient comes back through it.
     """
     self._scope = scope
-    outputs = scope.jaxpr.outvars
-    self._read = {v for v, flag in zip(outputs, read, strict=True) if flag and _is_variable(v)}
-    self._reached = {v for v, flag in zip(outputs, reached, strict=True) if flag and _is_variable(v)}
+    chosen = lambda flags: {
+      atom
+      for atom, flag in zip(scope.jaxpr.outvars, flags, strict=True)
+      if flag and _is_variable(atom)
+    }
+    self._read, self._reached = chosen(read), chosen(reached)
     self.flops = Flops()
     for index in reversed(range(len(scope.jaxpr.eqns))):
       self._equation(index)
@@ -210,26 +213,31 @@ def _inner(
     return flops, [True] * len(equation.invars), _none(equation.invars)
   counts = [_Count(scope, read, reached) for scope in inside]
   flops = max((count.flops for count in counts), key=lambda flops: flops.total)
-  either = lambda rows: [any(flags) for flags in zip(*rows, strict=True)]
-  read, reached = either([c.read for c in counts]), either([c.reached for c in counts])
+  read = _either(*(count.read for count in counts))
+  reached = _either(*(count.reached for count in counts))
   return (flops, [True, *read], [False, *reached]) if name == 'cond' else (flops, read, reached)
 
 
 def _scan(
   equation: core.JaxprEqn, body: Scope, read: list[bool], reached: list[bool]
 ) -> _Counted:
-  """A scan: a step's results are used and differentiated as the next step's inputs are."""
+  """A scan, step by step from the last one, until a step needs the same as the step after it."""
   first, carries = equation.params['num_consts'], equation.params['num_carry']
-  while True:
+  flops, remaining = Flops(), equation.params['length']
+  inputs = [_none(body.jaxpr.invars)] * 2
+  carried = lambda flags, results: flags[first : first + carries] + results[carries:]
+  while remaining:
     count = _Count(body, read, reached)
-    later = [
-      [flag or before for flag, before in zip(flags, inputs[first : first + carries])]
-      + flags[carries:]
-      for flags, inputs in ((read, count.read), (reached, count.reached))
-    ]
-    if later == [read, reached]:
-      return count.flops.times(equation.params['length']), count.read, count.reached
-    read, reached = later
+    inputs = [_either(inputs[0], count.read), _either(inputs[1], count.reached)]
+    before = carried(count.read, read), carried(count.reached, reached)
+    steps = remaining if before == (read, reached) else 1
+    flops, remaining = flops + count.flops.times(steps), remaining - steps
+    read, reached = before
+  return flops, inputs[0], inputs[1]
+
+
+def _either(*rows: Sequence[bool]) -> list[bool]:
+  return [any(flags) for flags in zip(*rows, strict=True)]
 
 
 def _none(items: Sequence[Any]) -> list[bool]:

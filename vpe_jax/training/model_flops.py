@@ -33,8 +33,9 @@ def step_flops(
   """
   params = jax.eval_shape(system.init, rng_lib.abstract_key())
   trainable, fixed = split_trainable(params, stage)
-  batch = jax.tree.map(_full, system.batch_spec(images).batch(system.config.data.encode == 'cached'))
-  arguments = (fixed, system.frozen_shapes(), batch, key)
+  batch = system.batch_spec(images).batch(system.config.data.encode == 'cached')
+  key = rng_lib.abstract_key() if key is None else key
+  arguments = (fixed, system.frozen_shapes(), jax.tree.map(_full, batch), key)
 
   def loss(trainable: Params, fixed: Params, frozen: Params, batch: Batch, key: Array) -> Array:
     step = jnp.int32(0)

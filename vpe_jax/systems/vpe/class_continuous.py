@@ -209,19 +209,6 @@ class System(ClassToImage):
     """The mean log-probability of the plans given the classes: [B], nats."""
     return transfusion_sampler.plan_likelihood(self.model, params, request)
 
-  def flops(self, stage: Stage) -> float:
-    """Forward and backward matrix FLOPs of one example; see contracts.System."""
-    del stage
-    blocks = transfusion.forward_flops(self.model.config)
-    # What reads data needs no gradient of its input.
-    trained = sum((2.0 if name in ('latents', 'clock') else 3.0) * n for name, n in blocks.items())
-    return trained + self.encoder_flops()
-
-  def attention_flops(self, stage: Stage) -> float:
-    """Of the forward pass, what attention amounts to."""
-    del stage
-    return transfusion.attention_flops(self.model.config)
-
   def tokens(self, stage: Stage) -> int:
     """Tokens of a row."""
     del stage

@@ -216,16 +216,6 @@ class System(ClassToImage):
     """The mean log-probability of the plans given the classes: [B], nats."""
     return llamagen_sampler.plan_likelihood(self.model, params, request)
 
-  def flops(self, stage: Stage) -> float:
-    """Forward and backward matrix FLOPs of one example; see contracts.System."""
-    del stage
-    return 3.0 * llamagen.forward_flops(self.model.config) + self.encoder_flops()
-
-  def attention_flops(self, stage: Stage) -> float:
-    """Of the forward pass, what attention amounts to."""
-    del stage
-    return llamagen.attention_flops(self.model.config)
-
   def tokens(self, stage: Stage) -> int:
     """Tokens that the network runs over: all of a row but the last."""
     del stage

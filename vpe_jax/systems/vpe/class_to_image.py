@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 
-from vpe_jax import rng
 from vpe_jax.config import Config, nearest
 from vpe_jax.contracts import PlansVisually, Samples, Stage, UserError, Weight
 from vpe_jax.systems.vpe.image_system import DrawingSystem
@@ -37,8 +36,3 @@ class ClassToImage(DrawingSystem):
     self.drafts = ('visual_prompt',) if self.codes else ()
     self.capabilities = (Samples, PlansVisually) if self.codes else (Samples,)
     self.table = ('model.classes', config.model.classes)
-
-  def encoder_flops(self) -> float:
-    """Matrix FLOPs of the frozen encoders for one example, where they run online."""
-    key = rng.run_key(0)
-    return self._online_flops(lambda frozen, image: self.encode(frozen, {'image': image}, key))

@@ -38,7 +38,7 @@ from vpe_jax.contracts import (
   UserError,
   concatenate,
 )
-from vpe_jax.models import mot, unified
+from vpe_jax.models import mot
 from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.sampling.settings import check_scales
@@ -46,7 +46,6 @@ from vpe_jax.sequence.spans import Layout
 from vpe_jax.systems.vpe import layouts, text_to_image, unified_sampler
 from vpe_jax.systems.vpe.external import External
 from vpe_jax.systems.vpe.internal import Internal
-from vpe_jax.systems.vpe.networks import editing
 from vpe_jax.systems.vpe.networks.editing import Editor
 from vpe_jax.systems.vpe.sequences import Rows
 
@@ -166,16 +165,6 @@ class EditInternal(Edited, Internal):
     noise = unified_sampler.noise(self.model, request, rng)
     return codes, unified_sampler.render(self, settings, params, noise, guidance, prefix)
 
-  def train_flops(self, stage: Stage, predicted: int) -> float:
-    """Matrix FLOPs of one example, all of which trains."""
-    reference = unified.with_backward(editing.reference_flops(self.model.config))
-    return super().train_flops(stage, predicted) + reference
-
-  def attention_flops(self, stage: Stage) -> tuple[float, float]:
-    """Of one forward pass, what attention amounts to: where all is frozen, and elsewhere."""
-    frozen, trained = super().attention_flops(stage)
-    return frozen, trained + editing.reference_attention_flops(self.model.config, head=True)
-
 
 class EditExternal(Edited, External):
   """The rows of External+VPE's edits; see systems/vpe/external.py."""
@@ -208,19 +197,6 @@ class EditExternal(Edited, External):
         'image expert sees no source image: set it to 1'
       )
     return super().draw(params, request, rng, settings)
-
-  def train_flops(self, stage: Stage, predicted: int) -> float:
-    """Matrix FLOPs of one example; the time embedding is frozen, and the head doesn't run."""
-    blocks = editing.reference_flops(self.model.config)
-    del blocks['modulation']
-    frozen = blocks.pop('clock') + blocks.pop('time')
-    trained = unified.with_backward(blocks)
-    return super().train_flops(stage, predicted) + trained + frozen
-
-  def attention_flops(self, stage: Stage) -> tuple[float, float]:
-    """Of one forward pass, what attention amounts to: where all is frozen, and elsewhere."""
-    frozen, trained = super().attention_flops(stage)
-    return frozen, trained + editing.reference_attention_flops(self.model.config, head=False)
 
 
 def reference_prefix(rows: Edited, params: Params, request: Batch, whole: Prefix) -> Prefix:
@@ -310,10 +286,6 @@ class System(text_to_image.System):
   def encode_source(self, frozen: Params, images: Array) -> dict[str, Array]:
     """Latents [B, h, w, C] of source images [B, R, R, 3] uint8."""
     return {'source_latents': self.image.encode(frozen, images)}
-
-  def encoder_flops(self, stage: Stage) -> float:
-    """Matrix FLOPs of the frozen encoders for one example, where they run online."""
-    return super().encoder_flops(stage) + self._online_flops(self.encode_source)
 
   def _keep(self, batch: Batch, rng: Array, stage: Stage) -> dict[str, Array]:
     """Of each condition, which examples keep it: one draw decides on both."""

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params, Region, Stage
-from vpe_jax.models import unified
 from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.sequence.spans import Layout
 from vpe_jax.systems.vpe import layouts, unified_sampler
@@ -88,18 +87,6 @@ class External(Rows):
     regions = self._row(1, keep=False)
     caches = unified_sampler.Caches(*self.pair.prefill_null(params, regions))
     return Prefix(caches, regions['dit']).repeat(request.example.shape[0])
-
-  def train_flops(self, stage: Stage, predicted: int) -> float:
-    """Matrix FLOPs of one example; in `render` the token expert runs forward alone."""
-    lengths = self._lengths()
-    if 'flow' not in stage.losses:
-      return unified.train_flops(self.model.config, lengths.tokens, 0, predicted)
-    return external.train_flops(self.model.config, lengths)
-
-  def attention_flops(self, stage: Stage) -> tuple[float, float]:
-    """Of one forward pass, what attention amounts to: where all is frozen, and elsewhere."""
-    reading, drawing = external.attention_flops(self.model.config, self._lengths())
-    return (reading, drawing) if 'flow' in stage.losses else (0.0, reading)
 
   def tokens(self, stage: Stage) -> int:
     """Tokens of the token expert, and in `render` those that pass the picture expert's layers."""

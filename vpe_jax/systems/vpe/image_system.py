@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,6 @@ from vpe_jax.contracts import (
 )
 from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
 from vpe_jax.models import dense
-from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.systems.vpe.codec_sections import NoVisualPrompt
 
 
@@ -136,11 +135,3 @@ class DrawingSystem(PlansVisually):
     """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""
     del rng
     return self.image.decode(frozen, encoded['latents'])
-
-  def _online_flops(self, encode: Callable[[Params, Array], Any]) -> float:
-    """Matrix FLOPs of `encode(frozen, images)` for one image; 0 where no encoder runs online."""
-    data = self.config.data
-    if data.encode != 'online' or not self.frozen:
-      return 0.0
-    image = jax.ShapeDtypeStruct((1, data.image_size, data.image_size, 3), jnp.uint8)
-    return matrix_flops(encode, self.frozen_shapes(), image)

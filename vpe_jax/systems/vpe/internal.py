@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params, Region, Stage
-from vpe_jax.models import unified
 from vpe_jax.sequence.spans import Layout
 from vpe_jax.systems.vpe import layouts, unified_sampler
 from vpe_jax.systems.vpe.sequences import Rows
@@ -58,17 +57,6 @@ class Internal(Rows):
   ) -> tuple[Array, Array]:
     """Codes [B, P] and latents [B, h, w, C] of a batch of requests."""
     return unified_sampler.draw(self, settings, params, request, rng)
-
-  def train_flops(self, stage: Stage, predicted: int) -> float:
-    """Matrix FLOPs of one example; both stages train whatever they run.
-
-    In `plan` the frozen picture expert doesn't run at all.
-    """
-    return unified.train_flops(self.model.config, *self._lengths(stage), predicted)
-
-  def attention_flops(self, stage: Stage) -> tuple[float, float]:
-    """Of one forward pass, what attention amounts to: where all is frozen, and elsewhere."""
-    return 0.0, unified.attention_flops(self.model.config, *self._lengths(stage))
 
   def tokens(self, stage: Stage) -> int:
     """Tokens of both experts, or of the token expert alone in stage `plan`."""

@@ -328,31 +328,6 @@ class System(DrawingSystem):
     caption = self.visual_prompt.embed_text(frozen, inputs['text'], inputs['text_length'])
     return jnp.einsum('BD,VD->BV', image, caption)
 
-  def flops(self, stage: Stage) -> float:
-    """Matrix FLOPs of one example, forward and what trains backward; see contracts.System."""
-    predicted = self.config.model.plan_tokens + 1
-    return self.rows.train_flops(stage, predicted) + self.encoder_flops(stage)
-
-  def encoder_flops(self, stage: Stage) -> float:
-    """Matrix FLOPs of the frozen encoders for one example: those that the stage needs, online."""
-    # Without a flow loss nothing reads the latents, and their encoder is compiled away.
-    used = ('visual_prompt', 'latents') if 'flow' in stage.losses else ('visual_prompt',)
-    key = rng_lib.run_key(0)
-
-    def encode(frozen: Params, image: Array) -> dict[str, Array]:
-      encoded = self.encode(frozen, {'image': image, 'source_image': image}, key)
-      return {name: leaf for name, leaf in encoded.items() if name in used}
-
-    return self._online_flops(encode)
-
-  def attention_flops(self, stage: Stage) -> float:
-    """Of the forward pass, what attention amounts to: see unified.attention_flops."""
-    return sum(self.rows.attention_flops(stage))
-
-  def frozen_attention_flops(self, stage: Stage) -> float:
-    """Of these, what no gradient goes back through."""
-    return self.rows.attention_flops(stage)[0]
-
   def tokens(self, stage: Stage) -> int:
     """Tokens of both experts, or of the token expert alone in stage `plan`."""
     return self.rows.tokens(stage)
