@@ -90,23 +90,14 @@ class External(Rows):
 
   def tokens(self, stage: Stage) -> int:
     """Tokens of the token expert, and in `render` those that pass the picture expert's layers."""
-    lengths = self._lengths()
-    if 'flow' not in stage.losses:
-      return lengths.tokens
-    return lengths.tokens + lengths.prefix - lengths.held + lengths.image
-
-  def _lengths(self) -> external.Lengths:
-    first, last = self.pair.codes
     length = lambda layout, expert: layout.region_length(expert, self.model.config.multiple)
-    codes, condition = last - first, self.model.config.condition
-    prefix, seen = length(self.diffusion_layout, 'prefix'), codes if condition == 'cross' else 0
-    return external.Lengths(
-      length(self.layout, 'ar'),
-      prefix - seen,
-      length(self.diffusion_layout, 'dit'),
-      codes if condition == 'keys' else 0,
-      seen,
-    )
+    if 'flow' not in stage.losses:
+      return length(self.layout, 'ar')
+    first, last = self.pair.codes
+    # Only with the condition `prefix` do the codes pass the picture expert's layers.
+    codes = 0 if self.model.config.condition == 'prefix' else last - first
+    own = sum(length(self.diffusion_layout, expert) for expert in ('prefix', 'dit'))
+    return length(self.layout, 'ar') + own - codes
 
   def _row(self, B: int, keep: bool) -> dict[str, Region]:
     """The picture expert's rows of any plans: the codes' ids aren't read there."""

@@ -16,8 +16,8 @@ from vpe_jax.systems.vpe import layouts
 class Rows:
   """The base of systems/vpe/internal.py and systems/vpe/external.py.
 
-  These add `layout`, the row that the plan is written in, `regions`, `both`, `draw` and the figures
-  of a stage: `train_flops`, `attention_flops` and `tokens`.
+  These add `layout`, the row that the plan is written in, `regions`, `both`, `draw` and
+  `tokens`.
 
   Attributes:
     model: the network.

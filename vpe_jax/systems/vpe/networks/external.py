@@ -207,22 +207,3 @@ def _joined(told: mot.Stream, picture: mot.Stream) -> mot.Stream:
   """Two stretches of one expert's row as one: each layer's weights are read once."""
   parts = [(s.x, s.positions, s.visibility) for s in (told, picture)]
   return mot.Stream(*concatenate(parts), memory=told.memory)
-
-
-@dataclasses.dataclass(frozen=True)
-class Lengths:
-  """Tokens of both rows.
-
-  Attributes:
-    tokens: of the token expert's row.
-    prefix: of the prefix in the picture expert's row.
-    image: of the picture there.
-    held: of the prefix, those whose keys and values the token expert gives.
-    memory: codes that the row's cross-attention looks at.
-  """
-
-  tokens: int
-  prefix: int
-  image: int
-  held: int = 0
-  memory: int = 0
