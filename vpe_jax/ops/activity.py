@@ -154,16 +154,20 @@ def _results(
   known = [None] * len(active)
   if all(value.known for value in inputs) and not equation.effects:
     compute = functools.cache(lambda: _evaluate(equation, inputs))
-    known = [functools.partial(lambda i: compute()[i], i) for i in range(len(active))]
+    known = [functools.partial(lambda v: compute()[v], v) for v in equation.outvars]
   is_float = [jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in equation.outvars]
   return [Value(a and f, k) for a, f, k in zip(active, is_float, known, strict=True)]
 
 
-def _evaluate(equation: core.JaxprEqn, inputs: Sequence[Value]) -> Sequence[Any]:
+def _evaluate(equation: core.JaxprEqn, inputs: Sequence[Value]) -> dict[core.Var, Any]:
   """The results of an equation whose inputs are known."""
-  values = [value.known() for value in inputs]
+  values = {
+    atom: value.known()
+    for atom, value in zip(equation.invars, inputs, strict=True)
+    if isinstance(atom, core.Var)
+  }
   if equation.primitive.name == 'sharding_constraint':
-    return values
-  functions, parameters = equation.primitive.get_bind_params(equation.params)
-  results = equation.primitive.bind(*functions, *values, **parameters)
-  return results if equation.primitive.multiple_results else [results]
+    return dict(zip(equation.outvars, values.values(), strict=True))
+  outputs = [v for v in equation.outvars if not isinstance(v, core.DropVar)]
+  alone = core.ClosedJaxpr(core.Jaxpr((), list(values), outputs, [equation]), ())
+  return dict(zip(outputs, core.jaxpr_as_fun(alone)(*values.values()), strict=True))
