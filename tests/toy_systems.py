@@ -19,6 +19,7 @@ from vpe_jax.contracts import (
   FrozenNetwork,
   Generated,
   LossTerm,
+  Params,
   PlansVisually,
   Samples,
   ScoresImages,
@@ -85,6 +86,9 @@ class LineSystem(System):
     """The parameters of `frozen`."""
     return {'encoder': {'kernel': 0.1 * jax.random.normal(jax.random.key(7), (PIXELS, WIDTH))}}
 
+  def frozen_shapes(self) -> Params:
+    return jax.eval_shape(self.networks)
+
   def batch_spec(self, batch_size: int) -> BatchSpec:
     leaf = lambda dtype, *shape: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
     text = {'text': leaf(jnp.int32, TEXT), 'text_length': leaf(jnp.int32)}
@@ -131,9 +135,6 @@ class LineSystem(System):
       distance = jnp.sum(jnp.square(hidden.astype(jnp.float32) - noise))
       terms['noise'] = LossTerm(distance, counts['noise'], weight)
     return terms
-
-  def flops(self, stage):
-    return 6.0 * (PIXELS * WIDTH + WIDTH * HIDDEN + HIDDEN * TEXT)
 
   def tokens(self, stage):
     return TEXT

@@ -355,25 +355,6 @@ class System(Protocol):
     """Tokens that the transformer processes for one training example."""
     ...
 
-  def flops(self, stage: Stage) -> float:
-    """Model FLOPs of one training example: forward and backward, nothing recomputed.
-
-    Matrix products only, a multiply-add being two, of what the stage runs, frozen encoders that
-    run online included. A product whose input needs no gradient costs one product backward, not
-    two, and so does one whose weight is frozen.
-    """
-    ...
-
-  def attention_flops(self, stage: Stage) -> float:
-    """FLOPs of attention between visible pairs, in one forward pass over one example."""
-    del stage
-    return 0.0
-
-  def frozen_attention_flops(self, stage: Stage) -> float:
-    """The part of `attention_flops` that no gradient goes back through."""
-    del stage
-    return 0.0
-
 
 class Samples(System, Protocol):
   """Capability: generates images from requests.

@@ -26,6 +26,11 @@ def run_key(seed: int) -> Array:
   return jax.random.key(seed)
 
 
+def abstract_key() -> jax.ShapeDtypeStruct:
+  """The shape and dtype of a root key, for tracing: nothing runs on a device."""
+  return jax.eval_shape(lambda: run_key(0))
+
+
 def check_seed(seed: int) -> None:
   """Checks a seed, for front doors before they start.
 

@@ -83,20 +83,3 @@ def test_the_shipped_size_keeps_its_budget():
   config = kl.KlConfig()
   params = jax.eval_shape(lambda: _init(config, 64))
   assert 0.9e6 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 1.3e6
-  assert kl.encode_flops(config, 64) < 0.25e9
-  assert kl.decode_flops(config, 64) < 0.6e9
-
-
-def test_flops_match_the_compiled_program():
-  config = kl.KlConfig()
-  codec = kl.KlCodec(config)
-  params = {'image': jax.eval_shape(lambda: _init(config, 64))}
-  image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-  latent = jax.ShapeDtypeStruct((1, 16, 16, config.channels), jnp.float32)
-  for call, leaf, formula in (
-    (codec.encode, image, kl.encode_flops),
-    (codec.decode, latent, kl.decode_flops),
-  ):
-    counted = jax.jit(call).lower(params, leaf).cost_analysis()['flops']
-    # XLA leaves out the zeros at the borders; the rest are norms and activations.
-    assert 0.9 < formula(config, 64) / counted < 1.1

@@ -1,7 +1,6 @@
 """The table of golden cases: a config each, with the settings that pictures are drawn with.
 
 Together they have every config file, every architecture and every stage, at the size `debug`.
-`FLOPS` lists further configs of which only the figures are kept.
 """
 
 from __future__ import annotations
@@ -128,22 +127,6 @@ CASES = (
 )
 
 PROMPTS = ('three red circles', 'a blue star above a green square', 'a dog', 'two yellow hearts')
-
-_OF_T2I = ('', ',arch=single', ',arch=external', ',vpe=false', ',arch=single,vpe=false')
-FLOPS = (
-  *(f'configs/t2i.py:{size}{option}' for size in ('tiny', 'paper') for option in _OF_T2I),
-  'configs/t2i.py:pod,chips=64',
-  *(f'configs/edit.py:{size},arch={arch}'
-    for size in ('tiny', 'paper') for arch in ('internal', 'external')),
-  *(f'configs/{file}.py:{size},vpe={vpe}'
-    for file in ('text_rendering', 'c2i_discrete', 'c2i_continuous')
-    for size in ('tiny', 'paper') for vpe in ('true', 'false')),
-  'configs/siglip.py:tiny',
-  'configs/siglip.py:judge',
-  *(f'configs/codec.py:tiny,stage={stage}' for stage in ('visual_prompt', 'image', 'image_codes')),
-)  # fmt: skip
-# Further ways in which the plan reaches external's picture expert.
-FLOPS_CONDITIONS = ('keys', 'cross')
 
 
 def chosen(names: list[str]) -> list[Case]:

@@ -1,7 +1,7 @@
 """Records golden numbers: python -m tests.golden.record [case ...]
 
 Writes CASE.npz of each case, batches.npz with the arrays of all batches (each once, whatever cases
-share it), and flops.json. Run it on the commit whose numbers are to be kept; check.py compares
+share it), and commit.json. Run it on the commit whose numbers are to be kept; check.py compares
 others with them.
 """
 
@@ -21,11 +21,11 @@ import numpy as np
 
 from tests.golden import adapter, parameters
 from tests.golden.adapter import Arrays, Made
-from tests.golden.cases import FLOPS, FLOPS_CONDITIONS, PROMPTS, Case, chosen
+from tests.golden.cases import PROMPTS, Case, chosen
 
 FOLDER = Path(__file__).parent
 BATCHES = FOLDER / 'batches.npz'
-FIGURES = FOLDER / 'flops.json'
+COMMIT = FOLDER / 'commit.json'
 STEPS = 10
 _TRAINING, _SEEN = 2, 3  # batches that steps run over, and that are read
 
@@ -113,16 +113,6 @@ def read(case: Case) -> tuple[Arrays, Arrays]:
           if key.startswith('batch/')}  # fmt: skip
   with np.load(BATCHES) as stored:
     return found, {key: stored[name] for key, name in keys.items()}
-
-
-def figures() -> dict[str, dict[str, dict[str, float]]]:
-  """FLOPs and tokens of many configs: config -> stage -> name -> number."""
-  found = {config: adapter.figures_of(config, {}) for config in FLOPS}
-  for condition in FLOPS_CONDITIONS:
-    for size in ('tiny', 'paper'):
-      config, change = f'configs/t2i.py:{size},arch=external', {'model.condition': condition}
-      found[f'{config} {json.dumps(change)}'] = adapter.figures_of(config, change)
-  return found
 
 
 def _initial(made: Made, paths: list[str]) -> Arrays:
@@ -218,8 +208,8 @@ def main(names: list[str]) -> None:
       seconds = time.monotonic() - start
       print(f'{case.name}: {size / 1000:.0f} kB, {seconds:.0f} s', *bad, flush=True)
   if not names:
-    said = {'commit': _commit(), 'jax': jax.__version__, 'figures': figures()}
-    FIGURES.write_text(json.dumps(said, indent=1, sort_keys=True) + '\n', encoding='utf-8')
+    versions = {'commit': _commit(), 'jax': jax.__version__}
+    COMMIT.write_text(json.dumps(versions, indent=1, sort_keys=True) + '\n', encoding='utf-8')
 
 
 def _is_broken(key: str, value: np.ndarray) -> bool:

@@ -267,17 +267,3 @@ def test_bfloat16_follows_float32(pair):
 def test_a_patch_that_does_not_divide_the_view_is_named():
   with pytest.raises(UserError, match='image_size 20 is no multiple of model.patch 8'):
     siglip.SiglipConfig(image_size=20).patches  # noqa: B018
-
-
-def test_flops_match_the_compiled_program():
-  config = siglip.SiglipConfig()
-  net = siglip.Siglip(config)
-  shapes = (
-    jax.ShapeDtypeStruct((1, 48, 48, 3), jnp.float32),
-    jax.ShapeDtypeStruct((1, 32), jnp.int32),
-    jax.ShapeDtypeStruct((1,), jnp.int32),
-  )
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  params = jax.eval_shape(net.init, key, *shapes)
-  counted = jax.jit(net.apply).lower(params, *shapes).cost_analysis()['flops']
-  assert 0.85 < siglip.flops(config) / counted <= 1.0

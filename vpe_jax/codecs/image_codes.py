@@ -120,9 +120,3 @@ class ImageCodesCodec:
     """Both networks' parameters as shapes; see protocol.TokenCodec."""
     own = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
     return {**self.latents.abstract_params(), 'image_codes': own}
-
-
-def flops(config: ImageCodesConfig, image: kl.KlConfig, image_size: int) -> float:
-  """Matrix FLOPs of the soft choice for one picture of a side in pixels."""
-  squares = (image_size // (kl.FACTOR * config.patch)) ** 2
-  return 2.0 * squares * config.patch**2 * image.channels * config.codes

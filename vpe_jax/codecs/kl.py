@@ -195,24 +195,6 @@ class KlCodec:
     return jax.eval_shape(init)
 
 
-def encode_flops(config: KlConfig, image_size: int) -> float:
-  """Matrix FLOPs of encoding one picture."""
-  c, half = config, (image_size // 2) ** 2
-  first = 12 * c.encoder[0] + c.encoder_blocks[0] * 2 * c.encoder[0] ** 2
-  second = c.encoder[0] * c.encoder[1] + c.encoder_blocks[1] * 2 * c.encoder[1] ** 2
-  second += c.encoder[1] * 2 * c.channels
-  return 2.0 * 9 * (half * first + half / 4 * second)
-
-
-def decode_flops(config: KlConfig, image_size: int) -> float:
-  """Matrix FLOPs of decoding one picture."""
-  c, half = config, (image_size // 2) ** 2
-  first = c.channels * c.decoder[0] + c.decoder_blocks[0] * 2 * c.decoder[0] ** 2
-  second = c.decoder_blocks[1] * 2 * c.decoder[1] ** 2 + c.decoder[1] * 12
-  up = c.decoder[0] * 4 * c.decoder[1]
-  return 2.0 * (half / 4 * (9 * first + up) + half * 9 * second)
-
-
 def _to_pixels(x: Array) -> Array:
   """Four times fewer channels at twice the resolution."""
   return einops.rearrange(x, 'B h w (p q C) -> B (h p) (w q) C', p=2, q=2)

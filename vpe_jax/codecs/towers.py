@@ -17,7 +17,7 @@ from vpe_jax.codecs import pixels
 from vpe_jax.config import base_section, check, check_sizes
 from vpe_jax.contracts import Array, FrozenNetwork, Params, PretrainedWeights
 from vpe_jax.models import clip, dinov2, siglip
-from vpe_jax.models.vit import EncoderConfig, forward_flops
+from vpe_jax.models.vit import EncoderConfig
 
 # Default weights of each tower: the shipped SigLIP, and the releases that have the default sizes.
 SOURCES = {
@@ -196,16 +196,3 @@ def tower(config: TowerConfig) -> Tower:
     return Tower(clip.Clip(c), side, clip.normalised, 1, last, (text,))
   given = (text, jnp.ones((1,), jnp.int32))
   return Tower(siglip.Siglip(c), side, pixels.to_signed, 0, depth, given)
-
-
-def flops(config: TowerConfig) -> float:
-  """Matrix FLOPs of one picture's features; of `siglip`, whose pooling is read too, of all."""
-  if config.encoder == 'siglip':
-    return siglip.flops(config.siglip)
-  body, patch = config.body, config.sizes.patch
-  layers = body.layers if config.depth < 0 else config.depth
-  if config.encoder == 'clip' and config.depth < 0:
-    layers -= 1
-  tokens = config.patches + (config.encoder != 'siglip2')
-  embedding = 2.0 * config.patches * patch**2 * 3 * body.width
-  return embedding + layers * forward_flops(dataclasses.replace(body, layers=1), tokens)

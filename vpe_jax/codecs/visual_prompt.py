@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from vpe_jax.codecs import towers
 from vpe_jax.contracts import Array, FrozenNetwork, Params
 from vpe_jax.models.siglip import Siglip, unit
-from vpe_jax.models.vit import Encoder, EncoderConfig, LayerNorm, forward_flops
+from vpe_jax.models.vit import Encoder, EncoderConfig, LayerNorm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,10 +186,3 @@ class VisualPromptCodec:
       }
 
     return jax.eval_shape(init)
-
-
-def flops(config: VisualPromptConfig) -> float:
-  """Matrix FLOPs of one forward pass of the quantiser and its decoder over one picture."""
-  c, D, H = config, config.body.width, config.decoder.width
-  dense = D * H + H * c.code_width + c.code_width * c.codes + c.code_width * H + H * D
-  return 2.0 * c.patches * dense + forward_flops(c.decoder, c.patches)

@@ -26,8 +26,9 @@ from vpe_jax.contracts import (
   UserError,
   require,
 )
-from vpe_jax.ops.flops import matrix_flops
+from vpe_jax.ops.flops import Flops, matrix_flops
 from vpe_jax.training import resume
+from vpe_jax.training.model_flops import step_flops
 from vpe_jax.training.state import split_trainable
 from vpe_jax.training.step import make_train_step
 
@@ -69,8 +70,7 @@ class Lowered:
     frozen_bytes: bytes of the frozen networks on one device.
     argument_bytes: bytes of state and frozen networks on one device.
     flops: model FLOPs of the whole batch.
-    kernel_flops: FLOPs of the whole batch in attention, for the case that it is a custom kernel,
-      whose FLOPs HLO doesn't show.
+    kernel_flops: FLOPs of the whole batch in attention kernels, which HLO doesn't show.
   """
 
   lowered: jax.stages.Lowered
@@ -111,9 +111,10 @@ def lower(job: Job) -> Lowered:
   if config.data.encode == 'online' and networks:
     frozen_lib.check_fits(system, networks)
   frozen = _placed(networks, frozen_lib.shardings_of(networks, job.mesh, config.mesh.strategy))
+  key = rng.run_key(0)  # made before the mesh, whose devices may be absent
   with jax.set_mesh(job.mesh):
     make = _train if job.what == TRAIN else _sample
-    lowered, flops, kernel_flops = make(job, state, frozen)
+    lowered, flops = make(job, state, frozen, key)
   trainable, _ = split_trainable(state['params'], job.stage_of_run)
   shapes = {path: tuple(leaf.shape) for path, leaf in sharding.by_path(trainable).items()}
   count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
@@ -123,8 +124,8 @@ def lower(job: Job) -> Lowered:
     shapes,
     _held(frozen),
     _held(frozen) + _held(state if job.what == TRAIN else state['params']),
-    flops,
-    kernel_flops,
+    flops.total,
+    _kernel_flops(flops, config.remat),
   )
 
 
@@ -136,7 +137,20 @@ def _held(tree: Any) -> float:
   )
 
 
-def _train(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, float, float]:
+def _kernel_flops(flops: Flops, remat: str) -> float:
+  """FLOPs that attention kernels execute in a training step.
+
+  A forward pass has two products. The backward pass has seven (three for the gradient of the
+  queries, four for those of keys and values): 3.5 passes. Full remat repeats the forward pass.
+  """
+  backward = 4.5 if remat == 'full' else 3.5
+  passes = lambda kernel: kernel.calls + backward * kernel.trained
+  return sum(passes(kernel) * kernel.flops() for kernel in flops.kernels)
+
+
+def _train(
+  job: Job, state: Any, frozen: Params, key: Array
+) -> tuple[jax.stages.Lowered, Flops]:
   system, stage = job.system, job.stage_of_run
   optim = system.config.optim_of(job.stage)
   step = make_train_step(system, stage, optim, resume.shardings_of(state))
@@ -145,16 +159,13 @@ def _train(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, fl
   spread = sharding.batch_sharding(job.mesh)
   batch = _placed(batch, jax.tree.map(lambda _: spread, batch))
   lowered = step.lower(state, frozen, batch, _key(job.mesh))
-  attention = system.attention_flops(stage)
-  frozen_attention = system.frozen_attention_flops(stage)
-  # A forward pass has two products. The backward pass has seven (three for the gradient of the
-  # queries, four for those of keys and values): 3.5 passes. Full remat repeats the forward pass.
-  passes = 5.5 if system.config.remat == 'full' else 4.5
-  kernels = passes * (attention - frozen_attention) + frozen_attention
-  return lowered, job.images * system.flops(stage), job.images * kernels
+  return lowered, step_flops(system, stage, job.images, key)
 
 
-def _sample(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, float, float]:
+def _sample(
+  job: Job, state: Any, frozen: Params, key: Array
+) -> tuple[jax.stages.Lowered, Flops]:
+  del key
   system = require(job.system, Samples)
 
   def draw(params: Params, frozen: Params, request: Batch, key: Array) -> Generated:
@@ -166,11 +177,11 @@ def _sample(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, f
   frozen = {name: frozen[name] for name in system.samples_with if name in frozen}
   arguments = (state['params'], frozen, request, _key(job.mesh))
   lowered = jax.jit(draw, out_shardings=spread).lower(*arguments)
-  return lowered, matrix_flops(draw, *arguments), 0.0
+  return lowered, Flops(matrix_flops(draw, *arguments))
 
 
 def _key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
-  shape = jax.eval_shape(lambda: rng.run_key(0))
+  shape = rng.abstract_key()
   return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding.replicated(mesh))
 
 

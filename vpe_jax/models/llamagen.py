@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array, Params
-from vpe_jax.models import dense, mot, transformer
+from vpe_jax.models import dense, mot
 from vpe_jax.models.dropout import Dropout, drop
 from vpe_jax.models.transformer import Layer, TransformerConfig
 from vpe_jax.ops import rope
@@ -216,16 +216,3 @@ class LlamaGen(mot.OneExpert):
     """Logits [B, P + N, V] float32 of a row's ids from those before each; see `inputs`."""
     x = self.inputs(params, classes, codes, plan, masked)
     return self.run(params, self.stream(x))[0]
-
-
-def forward_flops(config: LlamaGenConfig) -> float:
-  """Matrix FLOPs of one forward pass over one row in training; attention is dense."""
-  tokens = config.plan_tokens + config.image_tokens
-  layers = transformer.forward_flops(config.body, tokens, tokens)
-  return layers + 2.0 * tokens * config.body.width * config.vocabulary
-
-
-def attention_flops(config: LlamaGenConfig) -> float:
-  """Of that, what attention amounts to between tokens that see each other: each what is before."""
-  tokens, body = config.plan_tokens + config.image_tokens, config.body
-  return 4.0 * body.layers * tokens * (tokens + 1) / 2 * body.heads * body.head_width

@@ -18,9 +18,7 @@ from vpe_jax.models.vit import (
   AttentionPool,
   Encoder,
   EncoderConfig,
-  forward_flops,
   patches,
-  pool_flops,
 )
 
 
@@ -174,12 +172,3 @@ def unit(x: Array) -> Array:
   """x / |x| over the last axis, in float32."""
   x = x.astype(jnp.float32)
   return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-def flops(config: SiglipConfig, captions: int = 1) -> float:
-  """Matrix FLOPs of one forward pass over one picture and its captions."""
-  c, P = config, config.patches
-  vision = 2.0 * P * c.patch**2 * 3 * c.vision.width
-  vision += forward_flops(c.vision, P) + pool_flops(c.vision, P)
-  text = forward_flops(c.text, c.text_length) + 2.0 * c.text.width * c.vision.width
-  return vision + captions * text

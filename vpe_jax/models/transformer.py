@@ -236,17 +236,3 @@ class Layer(nn.Module):
 
 def _gated(y: Array, gate: Array | None) -> Array:
   return y if gate is None else (y.astype(jnp.float32) * gate).astype(y.dtype)
-
-
-def forward_flops(config: TransformerConfig, tokens: int, keys: int) -> float:
-  """Matrix FLOPs of all layers over one row of `tokens` queries, attention to all `keys`."""
-  c = config
-  dense = c.width * c.head_width * (2 * c.heads + 2 * c.kv_heads) + 3 * c.width * c.mlp
-  return 2.0 * c.layers * tokens * (dense + 2 * keys * c.heads * c.head_width)
-
-
-def cross_flops(config: TransformerConfig, tokens: int, memory: int) -> float:
-  """Matrix FLOPs of all layers' cross-attention of `tokens` queries to `memory` hidden states."""
-  c = config
-  queries = tokens * 2 * c.heads * c.head_width * (c.width + memory)
-  return 2.0 * c.layers * (queries + memory * 2 * c.width * c.kv_heads * c.head_width)

@@ -28,7 +28,7 @@ from einops import rearrange
 
 from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array, Params, Visibility
-from vpe_jax.models import mot, transformer
+from vpe_jax.models import mot
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.diffusion_head import FREQUENCIES, waves
 from vpe_jax.models.transformer import TransformerConfig
@@ -235,29 +235,3 @@ def grid_waves(side: int, width: int) -> np.ndarray:
   angles = [axis[:, None] * freq for axis in (columns, rows)]
   parts = [turn(angle) for angle in angles for turn in (np.sin, np.cos)]
   return np.concatenate(parts, axis=1).astype(np.float32)
-
-
-def forward_flops(config: TransfusionConfig) -> dict[str, float]:
-  """Matrix FLOPs of each block in one forward pass over one row; attention is dense.
-
-  Returns:
-    `latents` and `clock`: the products that read data; `time`: the rest of the time's embedding;
-    `layers`; `logits` of the plan; `velocity`.
-  """
-  c, D = config, config.body.width
-  length = c.first + c.image_tokens
-  return {
-    'latents': 2.0 * c.image_tokens * c.channels * D,
-    'clock': 2.0 * 2 * FREQUENCIES * D,
-    'time': 2.0 * D**2,
-    'layers': transformer.forward_flops(c.body, length, length),
-    'logits': 2.0 * c.plan_tokens * D * c.plan_codes,
-    'velocity': 2.0 * c.image_tokens * D * c.channels,
-  }
-
-
-def attention_flops(config: TransfusionConfig) -> float:
-  """Of that, what attention amounts to between tokens that see each other."""
-  c, body = config, config.body
-  pairs = c.first * (c.first + 1) / 2 + c.image_tokens * (c.first + c.image_tokens)
-  return 4.0 * body.layers * pairs * body.heads * body.head_width

@@ -22,8 +22,8 @@ from einops import rearrange
 
 from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array, Params, Region, UserError, Visibility, concatenate
-from vpe_jax.models import mot, transformer, vit
-from vpe_jax.models.diffusion_head import FREQUENCIES, Entry, Exit, HeadConfig, TimeEmbedding
+from vpe_jax.models import mot, transformer
+from vpe_jax.models.diffusion_head import Entry, Exit, HeadConfig, TimeEmbedding
 from vpe_jax.models.dual_path import DualPath, DualPathConfig
 from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
 from vpe_jax.ops.matmul import turned_product
@@ -354,79 +354,3 @@ class Unified:
 def row_visibility(regions: Mapping[str, Region]) -> Visibility:
   """The visibility of a whole stored row: the token expert's region, then the picture's."""
   return concatenate([region.visibility for region in regions.values()])
-
-
-def forward_flops(
-  config: UnifiedConfig, tokens: int, image: int, predicted: int
-) -> dict[str, float]:
-  """Matrix FLOPs of each block in one forward pass over one row; attention is dense.
-
-  Args:
-    config: the network's sizes.
-    tokens: length of the token expert's region.
-    image: length of the picture expert's region; 0 where it doesn't run.
-    predicted: tokens whose logits are computed.
-
-  Returns:
-    `ar`: the token expert. `logits`: hidden states times the joint vocabulary. With a picture
-    also `latents`: the dual path's two patch embeddings; `clock`: the first layer of the time
-    embedding; `dual_path`: its encoder and fusion; `dit`: the picture expert; `time`: the rest of
-    the time embedding; `entry`: both regions brought to the head's width; `modulation`; `head`:
-    its layers, but for the last one's second half on token rows, which nothing reads; `velocity`:
-    the map to latents.
-  """
-  c, keys = config, tokens + image
-  ar = transformer.forward_flops(c.ar, tokens, keys)
-  logits = 2.0 * predicted * c.ar.width * (c.text_vocab + c.plan_rows)
-  if not image:
-    return {'ar': ar, 'logits': logits}
-  patches, und, D, H = c.image_tokens, c.dual_path.encoder.width, c.dit.width, c.head.width
-  inputs = c.patch**2 * c.latent_channels
-  head = transformer.forward_flops(c.head.blocks, keys, keys)
-  unread = 2.0 * tokens * H * (c.head.heads * c.head.head_width + 3 * c.head.mlp)
-  encoder = vit.forward_flops(c.dual_path.encoder, patches)
-  return {
-    'ar': ar,
-    'logits': logits,
-    'latents': 2.0 * patches * inputs * (und + D),
-    'clock': 2.0 * 2 * FREQUENCIES * H,
-    'dual_path': encoder + 2.0 * patches * ((und + D) * D + D**2),
-    'dit': transformer.forward_flops(c.dit, image, keys),
-    'time': 2.0 * (H**2 + H * D),
-    'entry': 2.0 * (tokens * c.ar.width + image * D + keys * H) * H,
-    'modulation': 2.0 * H**2 * (6 * c.head.layers + 2),
-    'head': head - unread,
-    'velocity': 2.0 * patches * H * inputs,
-  }
-
-
-def train_flops(config: UnifiedConfig, tokens: int, image: int, predicted: int) -> float:
-  """Matrix FLOPs of one row forward and backward, where every block that runs is trained.
-
-  Arguments as `forward_flops`.
-  """
-  return with_backward(forward_flops(config, tokens, image, predicted))
-
-
-def with_backward(blocks: Mapping[str, float]) -> float:
-  """FLOPs forward and backward of blocks that train, from `forward_flops`.
-
-  Backward, each product costs two more, one for the gradient of its input and one for that of its
-  weight; `latents` and `clock` read data and need the second only.
-  """
-  return sum((2.0 if name in ('latents', 'clock') else 3.0) * n for name, n in blocks.items())
-
-
-def attention_flops(config: UnifiedConfig, tokens: int, image: int) -> float:
-  """Matrix FLOPs of attention in one forward pass over one row, of pairs that see each other.
-
-  What the text of a compiled program doesn't show where attention is a kernel of its own, which
-  leaves the other pairs out. Token rows see what came before them, picture rows the whole row, and
-  patches in the dual path each other. Arguments as `forward_flops`.
-  """
-  before, whole = tokens * (tokens + 1) / 2, image * (tokens + image)
-  stacks = [(config.ar, before), (config.dit, whole), (config.head, before + whole)]
-  used = stacks if image else stacks[:1]
-  total = sum(4.0 * c.layers * pairs * c.heads * c.head_width for c, pairs in used)
-  encoder = config.dual_path.encoder
-  return total + (4.0 * encoder.layers * config.image_tokens**2 * encoder.width if image else 0.0)

@@ -250,18 +250,3 @@ class ClassTokens(nn.Module):
     table = resize_positions(position[1:], self.side, height, width)
     table = jnp.concatenate([position[:1], table])
     return jnp.concatenate([first, x], axis=1) + table.astype(self.dtype)
-
-
-def forward_flops(config: EncoderConfig, tokens: int) -> float:
-  """Matrix FLOPs of one forward pass over one row of `tokens` tokens."""
-  c = config
-  mlp = 3 if c.activation == 'swiglu' else 2
-  dense = 4 * c.width * c.width + mlp * c.width * c.mlp
-  return 2.0 * tokens * c.layers * (dense + 2 * tokens * c.width)
-
-
-def pool_flops(config: EncoderConfig, tokens: int) -> float:
-  """Matrix FLOPs of one forward pass of AttentionPool over one row of `tokens` tokens."""
-  c = config
-  once = 2 * c.width * c.width + 2 * c.width * c.mlp
-  return 2.0 * (once + tokens * (2 * c.width * c.width + 2 * c.width))

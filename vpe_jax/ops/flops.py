@@ -1,13 +1,95 @@
-"""FLOPs of the matrix products in a function, by tracing it: nothing is compiled, nothing runs."""
+"""FLOPs of the matrix products in a function, by tracing it: nothing is compiled, nothing runs.
+
+Model FLOPs are those of a forward and a backward pass in which nothing is recomputed: each product
+costs one more of its size for every operand that needs a gradient, where a gradient reaches its
+result. Attention counts all pairs of query and key, masked or not, whichever implementation runs.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
+
+from vpe_jax.contracts import Array, Visibility, visible
+from vpe_jax.ops.activity import Scope, Value, contains, is_attention
+
+_EXAMPLES = 8  # of a batch, in counting visible pairs
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionKernel:
+  """An attention call in a Pallas kernel, whose FLOPs compiled programs don't show.
+
+  Attributes:
+    calls: how often it runs in one forward pass.
+    trained: the part of `calls` that a gradient flows back through.
+    shape: of the queries, [B, L, N, H].
+    keys: number of keys S.
+    visibility: of queries and keys, order, since, reach and until each.
+  """
+
+  calls: float
+  trained: float
+  shape: tuple[int, ...]
+  keys: int
+  visibility: tuple[Value, ...]
+
+  def pairs(self) -> int:
+    """Visible pairs of the example that sees most; all pairs if the visibility is not known."""
+    L = self.shape[1]
+    if not all(value.known for value in self.visibility):
+      return L * self.keys
+    leaves = [np.asarray(value.known())[:_EXAMPLES] for value in self.visibility]
+    query, key = Visibility(*leaves[:4]), Visibility(*leaves[4:])
+    return max(int(_count(query[i : i + 1], key[i : i + 1])) for i in range(len(leaves[0])))
+
+  def flops(self) -> float:
+    """FLOPs of one call of the forward pass between visible pairs."""
+    B, _, N, H = self.shape
+    return 4.0 * B * N * H * self.pairs()
+
+
+def _count(query: Visibility, key: Visibility) -> Array:
+  return visible(query, key).sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+  """FLOPs of matrix products; a multiply-add is two.
+
+  Attributes:
+    forward: of the forward pass.
+    backward: of the gradients.
+    kernels: attention calls in Pallas kernels, which `forward` and `backward` include.
+  """
+
+  forward: float = 0.0
+  backward: float = 0.0
+  kernels: tuple[AttentionKernel, ...] = ()
+
+  @property
+  def total(self) -> float:
+    """Forward and backward."""
+    return self.forward + self.backward
+
+  def __add__(self, other: Flops) -> Flops:
+    kernels = self.kernels + other.kernels
+    return Flops(self.forward + other.forward, self.backward + other.backward, kernels)
+
+  def times(self, count: float) -> Flops:
+    """FLOPs of `count` executions."""
+    kernels = tuple(
+      dataclasses.replace(kernel, calls=count * kernel.calls, trained=count * kernel.trained)
+      for kernel in self.kernels
+    )
+    return Flops(count * self.forward, count * self.backward, kernels)
 
 
 def matrix_flops(function: Callable[..., Any], *arguments: Any) -> float:
@@ -15,49 +97,179 @@ def matrix_flops(function: Callable[..., Any], *arguments: Any) -> float:
 
   A multiply-add is two. The body of a scan counts as often as it runs, that of a while loop once,
   and of a conditional the most expensive branch. Of a convolution, places of the window outside the
-  picture don't count.
+  image don't count.
 
   Args:
     function: pure.
     *arguments: arrays or `jax.ShapeDtypeStruct`, as trees.
   """
-  traced = jax.make_jaxpr(function)(*arguments).jaxpr
-  return _flops(traced, _results(traced))
+  traced = jax.make_jaxpr(function)(*arguments)
+  return _trace(traced, [Value()] * len(traced.jaxpr.invars)).forward
 
 
-def _flops(jaxpr: core.Jaxpr, needed: set[core.Var]) -> float:
-  """FLOPs of the equations that `needed` depends on."""
-  total = 0.0
-  for equation in reversed(jaxpr.eqns):
-    if not needed.intersection(equation.outvars) and not equation.effects:
-      continue
-    needed = needed.union(v for v in equation.invars if isinstance(v, core.Var))
-    total += _equation_flops(equation)
-  return total
+def training_flops(loss: Callable[..., Array], trainable: Any, *arguments: Any) -> Flops:
+  """FLOPs of a loss and its gradient with respect to `trainable`, nothing recomputed.
+
+  Products count as in `matrix_flops`.
+
+  Args:
+    loss: pure; its result is differentiated.
+    trainable: first argument of `loss`, as arrays or `jax.ShapeDtypeStruct`.
+    *arguments: further arguments. Where leaves are arrays, masks that depend on them alone are
+      known (AttentionKernel.pairs).
+  """
+  traced = jax.make_jaxpr(loss)(trainable, *arguments)
+  inputs = [Value(active=True)] * len(jax.tree.leaves(trainable))
+  return _trace(traced, inputs + [_argument(leaf) for leaf in jax.tree.leaves(arguments)])
 
 
-def _results(jaxpr: core.Jaxpr) -> set[core.Var]:
-  """The outputs of a program, without constants."""
-  return {v for v in jaxpr.outvars if isinstance(v, core.Var)}
+def _argument(leaf: Any) -> Value:
+  return Value() if isinstance(leaf, jax.ShapeDtypeStruct) else Value(known=lambda: leaf)
 
 
-def _equation_flops(equation: core.JaxprEqn) -> float:
-  name, parameters = equation.primitive.name, equation.params
-  if name == 'dot_general':
-    (contracted, _), _ = parameters['dimension_numbers']
-    left = equation.invars[0].aval.shape
-    out = math.prod(equation.outvars[0].aval.shape)
-    return 2.0 * out * math.prod(left[axis] for axis in contracted)
-  if name == 'conv_general_dilated':
-    return _convolution_flops(equation)
-  inner = [_flops(jaxpr, _results(jaxpr)) for jaxpr in _inside(parameters)]
-  if name == 'cond':
-    return max(inner)
-  return sum(inner) * (parameters['length'] if name == 'scan' else 1)
+def _trace(traced: core.ClosedJaxpr, inputs: Sequence[Value]) -> Flops:
+  results = [True] * len(traced.jaxpr.outvars)
+  return _Count(Scope(traced, inputs), results, results).flops
 
 
-def _convolution_flops(equation: core.JaxprEqn) -> float:
-  given, kernel = (v.aval.shape for v in equation.invars)
+class _Count:
+  """FLOPs of a scope, from its results backward.
+
+  Attributes:
+    flops: of the equations that the results in use depend on.
+    read: for each input, whether a result in use depends on it.
+    reached: for each input, whether a gradient reaches it.
+  """
+
+  def __init__(self, scope: Scope, read: Sequence[bool], reached: Sequence[bool]) -> None:
+    """Counts.
+
+    Args:
+      scope: the program.
+      read: for each result, whether it is used.
+      reached: for each result, whether a gradient comes back through it.
+    """
+    self._scope = scope
+    chosen = lambda flags: {
+      atom
+      for atom, flag in zip(scope.jaxpr.outvars, flags, strict=True)
+      if flag and _is_variable(atom)
+    }
+    self._read, self._reached = chosen(read), chosen(reached)
+    self.flops = Flops()
+    for index in reversed(range(len(scope.jaxpr.eqns))):
+      self._equation(index)
+    self.read = [v in self._read for v in scope.jaxpr.invars]
+    self.reached = [v in self._reached for v in scope.jaxpr.invars]
+
+  def _equation(self, index: int) -> None:
+    equation = self._scope.jaxpr.eqns[index]
+    used = [v in self._read for v in equation.outvars]
+    if not any(used) and not equation.effects:
+      return
+    active = [self._scope.value(v).active for v in equation.outvars]
+    pairs = zip(equation.outvars, active, strict=True)
+    differentiated = [v in self._reached and is_active for v, is_active in pairs]
+    inside = self._scope.inside.get(index)
+    if inside is None:
+      self.flops += self._product(equation, any(differentiated))
+      read = [True] * len(equation.invars)
+      reached = [any(differentiated)] * len(equation.invars)
+    else:
+      flops, read, reached = _inner(equation, inside, used, differentiated)
+      self.flops += flops
+    for atom, is_read, is_reached in zip(equation.invars, read, reached, strict=True):
+      if _is_variable(atom) and is_read:
+        self._read.add(atom)
+      if _is_variable(atom) and is_reached and self._scope.value(atom).active:
+        self._reached.add(atom)
+
+  def _product(self, equation: core.JaxprEqn, differentiated: bool) -> Flops:
+    """FLOPs of an equation without a jaxpr inside, or of attention."""
+    values = [self._scope.value(atom) for atom in equation.invars]
+    if is_attention(equation):
+      return _attention(equation, values, differentiated)
+    sizes = {'dot_general': _dot, 'conv_general_dilated': _convolution}
+    if equation.primitive.name not in sizes:
+      return Flops()
+    forward = sizes[equation.primitive.name](equation)
+    operands = sum(value.active for value in values) if differentiated else 0
+    return Flops(forward, operands * forward)
+
+
+_Counted = tuple[Flops, list[bool], list[bool]]
+
+
+def _inner(
+  equation: core.JaxprEqn, inside: Sequence[Scope], read: list[bool], reached: list[bool]
+) -> _Counted:
+  """FLOPs within an equation; which inputs its results depend on; which a gradient reaches."""
+  name = equation.primitive.name
+  if name == 'scan':
+    return _scan(equation, inside[0], read, reached)
+  if name == 'while':
+    counts = [_Count(s, [True] * len(s.jaxpr.outvars), _none(s.jaxpr.outvars)) for s in inside]
+    flops = functools.reduce(Flops.__add__, (count.flops for count in counts))
+    return flops, [True] * len(equation.invars), _none(equation.invars)
+  counts = [_Count(scope, read, reached) for scope in inside]
+  flops = max((count.flops for count in counts), key=lambda flops: flops.total)
+  read = _either(*(count.read for count in counts))
+  reached = _either(*(count.reached for count in counts))
+  return (flops, [True, *read], [False, *reached]) if name == 'cond' else (flops, read, reached)
+
+
+def _scan(
+  equation: core.JaxprEqn, body: Scope, read: list[bool], reached: list[bool]
+) -> _Counted:
+  """A scan, step by step from the last one, until a step needs the same as the step after it."""
+  first, carries = equation.params['num_consts'], equation.params['num_carry']
+  flops, remaining = Flops(), equation.params['length']
+  inputs = [_none(body.jaxpr.invars)] * 2
+  carried = lambda flags, results: flags[first : first + carries] + results[carries:]
+  while remaining:
+    count = _Count(body, read, reached)
+    inputs = [_either(inputs[0], count.read), _either(inputs[1], count.reached)]
+    before = carried(count.read, read), carried(count.reached, reached)
+    steps = remaining if before == (read, reached) else 1
+    flops, remaining = flops + count.flops.times(steps), remaining - steps
+    read, reached = before
+  return flops, inputs[0], inputs[1]
+
+
+def _either(*rows: Sequence[bool]) -> list[bool]:
+  return [any(flags) for flags in zip(*rows, strict=True)]
+
+
+def _none(items: Sequence[Any]) -> list[bool]:
+  return [False] * len(items)
+
+
+def _is_variable(atom: Any) -> bool:
+  return isinstance(atom, core.Var)
+
+
+def _attention(equation: core.JaxprEqn, values: Sequence[Value], differentiated: bool) -> Flops:
+  """FLOPs of blockwise.attend: logits from q and k, and mixed values from weights and v."""
+  q, k = (atom.aval.shape for atom in equation.invars[:2])
+  active = [value.active for value in values]
+  weights = any(active[:2] + active[11:])  # after q, k, v and two visibilities: the bias
+  product = 2.0 * math.prod(q) * k[1]
+  operands = sum(active[:3]) + weights if differentiated else 0
+  kernels = ()
+  if contains(equation.params['call_jaxpr'], {'pallas_call'}):
+    kernels = (AttentionKernel(1.0, float(operands > 0), q, k[1], tuple(values[3:11])),)
+  return Flops(2.0 * product, operands * product, kernels)
+
+
+def _dot(equation: core.JaxprEqn) -> float:
+  (contracted, _), _ = equation.params['dimension_numbers']
+  left = equation.invars[0].aval.shape
+  out = math.prod(equation.outvars[0].aval.shape)
+  return 2.0 * out * math.prod(left[axis] for axis in contracted)
+
+
+def _convolution(equation: core.JaxprEqn) -> float:
+  image, kernel = (v.aval.shape for v in equation.invars)
   out, p = equation.outvars[0].aval.shape, equation.params
   dims = p['dimension_numbers']
   total = 2.0 * out[dims.out_spec[0]] * out[dims.out_spec[1]] * kernel[dims.rhs_spec[1]]
@@ -65,17 +277,17 @@ def _convolution_flops(equation: core.JaxprEqn) -> float:
   for i, (x, k, y) in enumerate(spatial):
     dilation = p['lhs_dilation'][i], p['rhs_dilation'][i]
     pad, stride = p['padding'][i][0], p['window_strides'][i]
-    total *= window_positions(given[x], kernel[k], out[y], stride, pad, dilation)
+    total *= window_positions(image[x], kernel[k], out[y], stride, pad, dilation)
   return total
 
 
 def window_positions(
-  given: int, kernel: int, out: int, stride: int, pad: int, dilation: tuple[int, int]
+  length: int, kernel: int, out: int, stride: int, pad: int, dilation: tuple[int, int]
 ) -> int:
   """Pairs of a result and a place of its window that meet an element of the input, along one axis.
 
   Args:
-    given: length of the input.
+    length: of the input.
     kernel: length of the window.
     out: number of results.
     stride: from a result's window to the next one's.
@@ -92,16 +304,7 @@ def window_positions(
     if shift % common:
       continue
     first = max(0, -(shift // stride))  # the least o with o * stride + shift >= 0
-    last = min(out - 1, ((given - 1) * dilation[0] - shift) // stride)
+    last = min(out - 1, ((length - 1) * dilation[0] - shift) // stride)
     start = first + (-(shift // common) * inverse - first) % period
     count += max(0, (last - start) // period + 1)
   return count
-
-
-def _inside(parameters: dict[str, Any]) -> Iterator[core.Jaxpr]:
-  for value in parameters.values():
-    for one in value if isinstance(value, (tuple, list)) else (value,):
-      if isinstance(one, core.ClosedJaxpr):
-        yield one.jaxpr
-      elif isinstance(one, core.Jaxpr):
-        yield one

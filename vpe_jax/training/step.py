@@ -51,7 +51,7 @@ def make_train_step(
     def objective(trainable: Params, part: Batch) -> tuple[Array, tuple[Sums, Metrics]]:
       params = merge(trainable, fixed)
       terms = system.losses(params, frozen, part, rng, state['stage_step'], stage)
-      return _total(terms, counts), (_sums(terms), _scheduled_weights(terms))
+      return total(terms, counts), (_sums(terms), _scheduled_weights(terms))
 
     gradient, loss, sums, scheduled = _differentiate(
       objective, trainable, batch, optim.accumulate, place
@@ -143,7 +143,12 @@ def _drives(term: LossTerm) -> bool:
   return not (isinstance(term.weight, (int, float)) and term.weight == 0.0)
 
 
-def _total(terms: dict[str, LossTerm], counts: Sums) -> Array:
+def total(terms: dict[str, LossTerm], counts: Sums) -> Array:
+  """The weighted sum of the mean losses, which training minimizes.
+
+  Raises:
+    ValueError: terms and counts have different names.
+  """
   if terms.keys() != counts.keys():
     raise ValueError(f'losses {sorted(terms)} but counts {sorted(counts)}: they must agree')
   parts = [

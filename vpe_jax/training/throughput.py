@@ -1,7 +1,7 @@
 """Throughput of a run: step time, images and tokens per second, model FLOPs utilization, ETA.
 
-Utilization is based on the system's FLOPs, not on XLA's count, which excludes custom kernels and
-includes rematerialization.
+Utilization is based on model FLOPs (model_flops.py), not on XLA's count, which excludes custom
+kernels and includes rematerialization.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import jax
 from vpe_jax.config import Config
 from vpe_jax.contracts import System
 from vpe_jax.devices import PEAK_FLOPS
+from vpe_jax.training.model_flops import step_flops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class StageWork:
 def work_of(config: Config, system: System) -> tuple[StageWork, ...]:
   """Work of each stage of a run."""
   return tuple(
-    StageWork(steps, batch, batch * system.tokens(stage), batch * system.flops(stage))
+    StageWork(steps, batch, batch * system.tokens(stage), step_flops(system, stage, batch).total)
     for stage, steps, batch in zip(system.stages, config.steps, config.batch_size, strict=True)
   )
 

@@ -202,7 +202,7 @@ def test_shipped_sizes_shard_evenly_and_keep_their_budget(preset):
   mesh = sharding.make_mesh(MeshConfig())
   shardings = sharding.param_shardings(params, system.logical_axes, mesh, 'fsdp')
   sharding.check_sharded_enough(params, shardings)
-  assert system.flops(system.stages[0]) > 0 and system.tokens(system.stages[0]) > 0
+  assert system.tokens(system.stages[0]) > 0
 
 
 def test_the_judge_differs_from_the_tokenizer_in_seed_and_patch():

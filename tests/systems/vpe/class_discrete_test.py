@@ -262,7 +262,6 @@ def test_nothing_is_dropped_at_rate_0_or_in_evaluation(system, dropping, params)
   jax.tree.map(np.testing.assert_array_equal, *found)
   loss = lambda s: jax.grad(lambda p: s.losses(p, {}, batch, KEY, 4, stage)['next_token'].sum)
   assert matrix_flops(loss(dropping), params) == matrix_flops(loss(system), params)
-  assert dropping.flops(stage) == system.flops(stage)
 
 
 def test_nothing_is_dropped_in_drawing(system, dropping, params):

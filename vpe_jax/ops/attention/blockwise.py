@@ -105,6 +105,8 @@ def _differentiate(kernel: Kernel, saved: Any, gradients: tuple[Array, Array]) -
   return (Operands(q, k, v, None, None, bias),)
 
 
+# The name by which ops/flops.py knows a call in a jaxpr.
+CALL = _attend.__name__
 _attend.defvjp(_remember, _differentiate)
 
 

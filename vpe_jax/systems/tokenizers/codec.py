@@ -166,6 +166,11 @@ class System(SystemProtocol):
       params['image_codes'] = self.picture_codec.init(randomness.stream(rng, 'image_codes'))
     return params
 
+  def frozen_shapes(self) -> Params:
+    """The tower and the autoencoder of `frozen` as shapes."""
+    known = self.tokens_codec.abstract_params() | self.latents_codec.abstract_params()
+    return {name: known[name] for name in self.frozen}
+
   @functools.cached_property
   def preprocess(self) -> PromptAndImage:
     """Caption tokens and images."""
@@ -303,16 +308,6 @@ class System(SystemProtocol):
     mean, _ = jax.jit(lambda p, x: network.apply(p, x, method='moments'))({'params': image}, signed)
     shift, scale = jnp.mean(mean, (0, 1, 2)), jnp.std(mean, (0, 1, 2))
     return {**image, 'shift': shift, 'scale': scale}
-
-  def flops(self, stage: Stage) -> float:
-    """Forward and backward of what trains, forward of what is frozen."""
-    c, size = self.config.model, self.config.data.image_size
-    if stage.name == 'image_codes':
-      return kl.encode_flops(c.image, size) + 3.0 * image_codes.flops(c.image_codes, c.image, size)
-    if stage.name == 'image':
-      side = c.crop
-      return 3.0 * (kl.encode_flops(c.image, side) + kl.decode_flops(c.image, side))
-    return towers.flops(c.visual_prompt) + 3.0 * visual_prompt.flops(c.visual_prompt)
 
   def tokens(self, stage: Stage) -> int:
     """Latents, squares of them, or patches, of one picture."""

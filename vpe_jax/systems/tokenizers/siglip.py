@@ -212,10 +212,6 @@ class System(SystemProtocol):
     logits = apply(images, vectors.reshape(B, M, -1), method='own_logits')
     return logits[:, 0], logits[:, 1:]
 
-  def flops(self, stage: Stage) -> float:
-    """Three forward passes' worth: the backward pass costs two."""
-    return 3.0 * siglip.flops(self.config.model.siglip, self._captions)
-
   def tokens(self, stage: Stage) -> int:
     """Patches and caption tokens."""
     c = self.config.model.siglip

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.contracts import Array, Params, Region
-from vpe_jax.models import mot, vit
-from vpe_jax.models.diffusion_head import FREQUENCIES
-from vpe_jax.models.unified import Unified, UnifiedConfig
+from vpe_jax.models import mot
+from vpe_jax.models.unified import Unified
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,33 +81,3 @@ class Editor:
   def clean(self, params: Params, count: int) -> tuple[Array, Array]:
     """The head's condition and the time token of finished pictures."""
     return self.model.time(params, jnp.ones((count,)))
-
-
-def reference_flops(config: UnifiedConfig) -> dict[str, float]:
-  """Matrix FLOPs of embedding the picture before once, in blocks as of unified.forward_flops.
-
-  Its rows in experts and head count as tokens there. `modulation` is what the head's layers take
-  from its clock; the token expert alone needs none.
-  """
-  patches, D, H = config.image_tokens, config.ar.width, config.head.width
-  und, inputs = config.dual_path.encoder.width, config.patch**2 * config.latent_channels
-  encoder = vit.forward_flops(config.dual_path.encoder, patches)
-  return {
-    'latents': 2.0 * patches * inputs * (und + D),
-    'dual_path': encoder + 2.0 * patches * ((und + D) * D + D**2),
-    'clock': 2.0 * 2 * FREQUENCIES * H,
-    'time': 2.0 * (H**2 + H * D),
-    'modulation': 2.0 * H**2 * 6 * config.head.layers,
-  }
-
-
-def reference_attention_flops(config: UnifiedConfig, head: bool) -> float:
-  """Matrix FLOPs of attention that the picture before adds to those of a causal row; see unified's.
-
-  Its patches see each other in its dual path; and its tokens those behind them in the expert and,
-  where it runs, in the head.
-  """
-  encoder, seen = config.dual_path.encoder, config.image_tokens * (config.image_tokens + 1) / 2
-  stacks = (config.ar, config.head) if head else (config.ar,)
-  rows = sum(4.0 * c.layers * seen * c.heads * c.head_width for c in stacks)
-  return rows + 4.0 * encoder.layers * config.image_tokens**2 * encoder.width

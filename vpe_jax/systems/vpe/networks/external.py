@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.contracts import Array, Params, Region, concatenate
-from vpe_jax.models import mot, transformer, unified
-from vpe_jax.models.unified import Unified, UnifiedConfig, row_visibility
+from vpe_jax.models import mot
+from vpe_jax.models.unified import Unified, row_visibility
 
 
 @jax.tree_util.register_dataclass
@@ -207,66 +207,3 @@ def _joined(told: mot.Stream, picture: mot.Stream) -> mot.Stream:
   """Two stretches of one expert's row as one: each layer's weights are read once."""
   parts = [(s.x, s.positions, s.visibility) for s in (told, picture)]
   return mot.Stream(*concatenate(parts), memory=told.memory)
-
-
-@dataclasses.dataclass(frozen=True)
-class Lengths:
-  """Tokens of both rows.
-
-  Attributes:
-    tokens: of the token expert's row.
-    prefix: of the prefix in the picture expert's row.
-    image: of the picture there.
-    held: of the prefix, those whose keys and values the token expert gives.
-    memory: codes that the row's cross-attention looks at.
-  """
-
-  tokens: int
-  prefix: int
-  image: int
-  held: int = 0
-  memory: int = 0
-
-
-def forward_flops(config: UnifiedConfig, lengths: Lengths) -> dict[str, float]:
-  """Matrix FLOPs of each block of the picture expert in one forward pass; attention is dense.
-
-  Returns:
-    Names and meanings as of unified.forward_flops, without `ar` and `logits`; the prefix's rows are
-    in `dit`, but for those `held`, and take the token rows' part in `entry` and `head`. With a
-    memory also `cross`: the cross-attention of all layers.
-  """
-  blocks = unified.forward_flops(config, lengths.prefix, lengths.image, 0)
-  row = lengths.prefix + lengths.image
-  blocks['dit'] = transformer.forward_flops(config.dit, row - lengths.held, row)
-  if lengths.memory:
-    blocks['cross'] = transformer.cross_flops(config.dit, row, lengths.memory)
-  return {name: n for name, n in blocks.items() if name not in ('ar', 'logits')}
-
-
-def train_flops(config: UnifiedConfig, lengths: Lengths) -> float:
-  """Matrix FLOPs of one example: the frozen token expert forward, the picture expert both ways.
-
-  The keys and values that the token expert gives count like others, as what attends to them
-  computes the gradients of a whole row.
-  """
-  reading = transformer.forward_flops(config.ar, lengths.tokens, lengths.tokens)
-  return reading + unified.with_backward(forward_flops(config, lengths))
-
-
-def attention_flops(config: UnifiedConfig, lengths: Lengths) -> tuple[float, float]:
-  """Matrix FLOPs of attention, of pairs that see each other, in one forward pass.
-
-  Returns:
-    Of the token expert, and of the picture expert with head and dual path.
-  """
-  causal = lambda count: count * (count + 1) / 2
-  row = lengths.prefix + lengths.image
-  before, picture = causal(lengths.prefix), lengths.image * row
-  pairs = lambda stack, seen: 4.0 * stack.layers * seen * stack.heads * stack.head_width
-  encoder = config.dual_path.encoder
-  return pairs(config.ar, causal(lengths.tokens)), (
-    pairs(config.dit, before - causal(lengths.held) + picture + row * lengths.memory)
-    + pairs(config.head, before + picture)
-    + 4.0 * encoder.layers * config.image_tokens**2 * encoder.width
-  )
