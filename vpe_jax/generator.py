@@ -402,4 +402,4 @@ def _untrained(system: System, params: Params) -> list[str]:
   paths = sharding.by_path(params)
   trained = {p.split('/')[0] for p in paths for stage in system.stages if stage.trains(p)}
   groups = dict.fromkeys(path.split('/')[0] for path in paths)
-  return [g for g in groups if g not in trained and not system.config.is_started(f'{g}/')]
+  return [g for g in groups if g not in trained and not system.config.has_parent(f'{g}/')]

@@ -45,7 +45,7 @@ class Judge:
 
     def embed_images(params: Params, images: Array) -> Array:
       step = round(_MOVE * images.shape[1])
-      views = [pixels.moved(images, step * y, step * x) for y in _MOVES for x in _MOVES]
+      views = [pixels.translate(images, step * y, step * x) for y in _MOVES for x in _MOVES]
       seen = pixels.to_signed(pixels.view(jnp.concatenate(views), side))
       vectors = network.apply({'params': params}, seen, method='embed_images')
       return siglip.unit(jnp.mean(vectors.reshape(len(views), len(images), -1), 0))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.codecs.protocol import LatentCodec, PictureCodec, PlanCodec
+from vpe_jax.codecs.protocol import FeatureCodec, ImageCodec, LatentCodec
 from vpe_jax.config import Config, to_dict
 from vpe_jax.contracts import (
   Array,
@@ -38,8 +38,8 @@ class DrawingSystem(PlansVisually):
 
   config: Config
   model: Any
-  visual_prompt: PlanCodec | NoVisualPrompt
-  image: LatentCodec | PictureCodec
+  visual_prompt: FeatureCodec | NoVisualPrompt
+  image: LatentCodec | ImageCodec
   table: tuple[str, int]
 
   @property

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
 from vpe_jax.codecs import pixels
-from vpe_jax.codecs.visual_prompt import TowerVqSection
+from vpe_jax.codecs.feature_vq import FeatureVqSection
 from vpe_jax.config import Config, SampleConfig, check, nearest
 from vpe_jax.contracts import (
   Array,
@@ -113,7 +113,7 @@ class ModelConfig(unified.UnifiedConfig, LatentCodecs):
         'model.inherit takes rows from the codecs of the visual prompt, and model.vpe=False leaves '
         'them out: set model.inherit=0'
       )
-    if self.inherit and not isinstance(self.visual_prompt, TowerVqSection):
+    if self.inherit and not isinstance(self.visual_prompt, FeatureVqSection):
       raise UserError(
         'model.inherit takes rows from a quantiser that was trained here, and '
         f'model.visual_prompt.kind={self.visual_prompt.kind} is none: set model.inherit=0'
@@ -164,9 +164,9 @@ class System(DrawingSystem):
     self.table = ('model.text_vocab', c.text_vocab)
     # Published tokenizers and towers come without a text tower of our words to compare with.
     tower = c.visual_prompt
-    embedded = c.vpe and isinstance(tower, TowerVqSection) and tower.encoder == 'siglip'
+    embedded = c.vpe and isinstance(tower, FeatureVqSection) and tower.encoder == 'siglip'
     # The pooling head reads the last output alone, and the text tower its own words.
-    compares = embedded and tower.compares and c.text_vocab <= tower.siglip.vocabulary
+    compares = embedded and tower.has_text_tower and c.text_vocab <= tower.siglip.vocabulary
     self.plan_rankers = ('likelihood', 'similarity') if compares else ('likelihood',)
     self.drafts = ('visual_prompt',) if c.vpe else ()
     self.capabilities = (
@@ -228,7 +228,7 @@ class System(DrawingSystem):
       return params
     embed, keys = params['embed'], jax.random.split(rng)
     text = self._turned(frozen['siglip']['text']['token'], keys[0])
-    codes = self._turned(unit(frozen['visual_prompt']['codebook']), keys[1])
+    codes = self._turned(unit(frozen['feature_vq']['codebook']), keys[1])
     embed = embed | {'text': text, 'codes': embed['codes'].at[: self.codes].set(codes)}
     return params | {'embed': embed}
 
@@ -442,7 +442,7 @@ def _check_stages(config: Config, known: tuple[str, ...]) -> None:
       f'config.stages is {config.stages}: each stage goes on from the one before, in the order '
       f'{", ".join(known)}'
     )
-  if config.stages[0] == 'render' and not config.is_started('ar/', 'embed/'):
+  if config.stages[0] == 'render' and not config.has_parent('ar/', 'embed/'):
     raise UserError(
       "stage 'render' freezes the token expert (ar, embed), and nothing has trained it: name a run "
       'that has, with --config.start=RUN, or run stage plan first'
