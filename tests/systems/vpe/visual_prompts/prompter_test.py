@@ -257,7 +257,7 @@ def test_models_say_what_they_cannot_do():
   with pytest.raises(UserError, match='by similarity: .*rank by likelihood'):
     VisualPrompter(bare).check_ranker('similarity')
   bare.system = _c2i('debug,vpe=false')
-  with pytest.raises(UserError, match='writes no visual prompts'):
+  with pytest.raises(UserError, match='does not write visual prompts'):
     VisualPrompter(bare)
   config = t2i.get_config('debug')
   config.data.source = 'synthetic'
