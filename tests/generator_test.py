@@ -284,7 +284,7 @@ def test_load_warns_of_a_run_that_trained_nothing_that_draws(
   monkeypatch.setattr(Generator, '__init__', lambda *_: None)
   monkeypatch.setattr(generator_lib.frozen_lib, 'check_sampling', lambda *_: None)
   Generator.load(path)
-  said = f"{path} has no stage after 'plan', and nothing has trained its dit: its images are "
+  said = f"{path} has no stage after 'plan', and its dit is untrained"
   assert [said in r.getMessage() for r in caplog.records] == ([True] if warned else [])
 
 
