@@ -16,14 +16,14 @@ IMAGENET = 1_281_167  # pictures
 def embed(config: ConfigDict) -> None:
   """64x64 pictures by group, for the shipped codecs: what `tiny` and `debug` train on."""
   config.data = {'source': 'openmoji', 'image_size': 64, 'text_length': 1, 'encode': 'cached'}
-  config.data.update(words='group', tokenizer=f'classes:{OPENMOJI}')
+  config.data.update(prompt_field='group', tokenizer=f'classes:{OPENMOJI}')
   config.model = {'classes': 9}
 
 
 def imagenet(config: ConfigDict, image_size: int, fit: str) -> None:
   """A folder of class folders, named by --config.data.source; 1,000 classes."""
   config.data = {'source': 'folder:imagenet/train', 'image_size': image_size, 'text_length': 1}
-  config.data.update(encode='cached', words='group', tokenizer='classes:1000', fit=fit)
+  config.data.update(encode='cached', prompt_field='group', tokenizer='classes:1000', fit=fit)
 
 
 def choose(config: ConfigDict, options: Mapping[str, str]) -> None:

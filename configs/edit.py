@@ -32,7 +32,7 @@ def get_config(arg: str = '') -> ConfigDict:
   config.stages = ('edit',)
   for field in ('steps', 'batch_size'):
     config[field] = config[field][-1:]
-  config.data.references = True
+  config.data.source_images = True
   config.model.update(inherit=0.0, drop=0.0 if external else 0.05, drop_text=0.05)
   config.sample.update(guidance=2.5, image_guidance=1.0, plan_guidance=1.0)
   presets[preset](config)

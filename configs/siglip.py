@@ -39,7 +39,7 @@ def _judge(config: ConfigDict) -> None:
   config.batch_size = (128,)
   config.data.update(source='scenes', text_length=24, near_misses=4)
   config.model = {'siglip': {'image_size': 60, 'patch': 12, 'text_length': 24}}
-  config.model.update(hide=0.4, blind=0.4)
+  config.model.update(mask_tokens=0.4, recolour=0.4)
   config.model.siglip.text = {'width': 128, 'layers': 2, 'heads': 4, 'mlp': 384}
   config.optim.ema = 0.995
 

@@ -69,7 +69,7 @@ def test_remat_names_are_those_of_the_networks():
     ('data.source', 'folder:x', 'scene', "config.data.source 'scene'; did you mean 'scenes'"),
     ('data.tokenizer', 'OWNER/NAME', 'assets:bpf', "'data.tokenizer' is 'assets:bpf'"),
     ('data.tokenizer', 'classes:cat,dog', 'class:cat', "'data.tokenizer' is 'class:cat'"),
-    ('data.words', 'group', 'class', "'data.words' is 'class': it must be one of caption, group"),
+    ('data.prompt_field', 'group', 'class', "'data.prompt_field' is 'class': it must be"),
     ('data.image_size', 8, 10**9, "'data.image_size' is 1000000000: it must be at most"),
     ('stages', ('b', 'c'), (), 'config.stages is empty'),
     ('sample.top_p', 1.0, 0.0, "'sample.top_p' is 0.0"),

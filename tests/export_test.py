@@ -75,7 +75,7 @@ def test_latents_of_exported_weights_are_normalised(run, tmp_path):
   export.export('runs/x', to, 'image')
   loaded, _ = weights.load(to)
   data = Pipeline.of(system)
-  latents = system.latents_codec.encode({'image': loaded}, data.examples(range(64)).inputs['image'])
+  latents = system.latent_codec.encode({'image': loaded}, data.examples(range(64)).inputs['image'])
   # The moments themselves are rounded to bfloat16: 8 bits of mantissa.
   np.testing.assert_allclose(jnp.mean(latents, (0, 1, 2)), 0.0, atol=2e-2)
   np.testing.assert_allclose(jnp.std(latents, (0, 1, 2)), 1.0, atol=2e-2)
@@ -98,7 +98,7 @@ def test_failed_export_keeps_the_existing_file(run, tmp_path, monkeypatch):
 def test_commit_is_none_without_git(run, tmp_path, monkeypatch):
   monkeypatch.setenv('PATH', str(tmp_path))
   to = str(tmp_path / 'image.safetensors')
-  monkeypatch.setattr(type(run[0]), 'normalised', lambda self, image, images: image)
+  monkeypatch.setattr(type(run[0]), 'normalize_latents', lambda self, image, images: image)
   assert export.export('runs/x', to, 'image')['commit'] == 'none'
 
 

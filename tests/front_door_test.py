@@ -67,8 +67,12 @@ def test_a_mistake_is_one_line_and_status_2(argument, message):
 def settings(monkeypatch):
   """Reads a command line and returns the sampling settings in it."""
   values = flags.FlagValues()
-  kinds = (flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool)
-  own = {one.__name__: functools.partial(one, flag_values=values) for one in kinds}
+  kinds = {
+    'DEFINE_integer': flags.DEFINE_integer,
+    'DEFINE_float': flags.DEFINE_float,
+    'DEFINE_bool': flags.DEFINE_bool,
+  }
+  own = {name: functools.partial(define, flag_values=values) for name, define in kinds.items()}
   monkeypatch.setattr(front_door, 'flags', types.SimpleNamespace(FLAGS=values, **own))
   own['DEFINE_integer']('steps', 7, 'of the command')
   front_door.define_settings()

@@ -242,9 +242,9 @@ def test_load_refuses_damaged_weights_in_one_line(tmp_path, change, said, messag
 
 def test_load_refuses_networks_that_do_not_draw_for_it(tmp_path):
   config = json.loads(weights.load('assets:tiny')[1]['config'])
-  config['model']['image']['weights'] = 'assets:visual_prompt'
+  config['model']['image']['weights'] = 'assets:feature_vq'
   path = _tampered(str(tmp_path / 'x.safetensors'), lambda p: None, config=json.dumps(config))
-  with pytest.raises(UserError, match='image=assets:visual_prompt.* do not fit') as error:
+  with pytest.raises(UserError, match='image=assets:feature_vq.* do not fit') as error:
     Generator.load(path)
   assert '\n' not in str(error.value)
 
@@ -284,7 +284,7 @@ def test_load_warns_of_a_run_that_trained_nothing_that_draws(
   monkeypatch.setattr(Generator, '__init__', lambda *_: None)
   monkeypatch.setattr(generator_lib.frozen_lib, 'check_sampling', lambda *_: None)
   Generator.load(path)
-  said = f"{path} has no stage after 'plan', and nothing has trained its dit: its images are "
+  said = f"{path} has no stage after 'plan', and its dit is untrained"
   assert [said in r.getMessage() for r in caplog.records] == ([True] if warned else [])
 
 

@@ -18,7 +18,7 @@ def _run(*args):
   'args, message',
   [
     (['--prompt=x'], '--workdir is missing'),
-    (['--workdir=w'], 'what to draw is missing'),
+    (['--workdir=w'], 'the prompt is missing'),
     (['--workdir=w', '--prompt=x', 'y'], "unexpected argument 'y'"),
     (['--workdir=w', '--promt=x'], "Unknown command line flag 'promt'"),
     (['--workdir=w', '--prompt=x', '--steps=many'], '--steps=many'),
@@ -27,7 +27,7 @@ def _run(*args):
     (['--workdir=w', '--prompt= '], 'a prompt is blank'),
     (['--workdir=w', '--prompts={tmp}/old.png'], 'old.png is blank'),
     (['--workdir=w', '--prompt=x', '--out='], '--out is empty'),
-    (['--workdir=w', '--prompt=x', '--out={tmp}/x.jpg'], 'x.jpg: files of pictures end in .png'),
+    (['--workdir=w', '--prompt=x', '--out={tmp}/x.jpg'], 'x.jpg: image files end in .png'),
     (['--workdir=w', '--prompt=x', '--out=s3://b/x.png'], 's3://b is out of reach'),
     (['--workdir=w', '--prompt=x', '--out=https://h/x.png'], 'https://h/x.png is out of reach'),
     (['--workdir=/no/such/run', '--prompt=x', '--out={tmp}/new.png'], '/no/such/run'),

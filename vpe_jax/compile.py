@@ -1,4 +1,4 @@
-r"""Compiles a run for a TPU pod that you needn't have: does it fit, and what bounds its speed?
+r"""Compiles a run for a TPU pod without having one: does it fit, and what limits its speed?
 
 Examples:
   python -m vpe_jax.compile --config=configs/t2i.py:paper --topology=v5p:4x4x4
@@ -10,7 +10,7 @@ Examples:
       --images_per_chip=1
   python -m vpe_jax.compile --config=configs/t2i.py:debug --topology=cpu:8
 
-Needs `pip install libtpu`, on any machine; a paper-size program takes minutes on two CPU cores.
+Runs on any machine with `pip install libtpu`; a paper-size program takes minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _overrides, _parse_overrides = config_file.override_parser()
 def _define_flags() -> None:
   flags.DEFINE_string('config', None, 'config file and preset; --config.KEY=VALUE changes a field')
   flags.DEFINE_string('topology', None, 'v5p:4x4x8, a Cloud name such as v5p-256, or cpu:8')
-  flags.DEFINE_integer('slices', 1, 'slices of this topology, along the mesh axis data')
-  flags.DEFINE_string('mesh', '', "sizes in place of the config's, such as data=4,fsdp=16")
-  flags.DEFINE_enum('what', program.TRAIN, program.KINDS, 'the training step, or the drawing')
-  flags.DEFINE_string('stage', None, 'of the run (default: its last)')
-  flags.DEFINE_integer('images_per_chip', None, "in place of the config's batch")
-  flags.DEFINE_string('json', None, 'a file for the figures, local or gs://')
-  flags.DEFINE_bool('overwrite', False, 'replace that file where it exists')
-  flags.DEFINE_string('write_card', None, "write the table of --config's card from this folder")
+  flags.DEFINE_integer('slices', 1, 'number of slices of this topology, along the mesh axis data')
+  flags.DEFINE_string('mesh', '', "axis sizes that override the config's, such as data=4,fsdp=16")
+  flags.DEFINE_enum('what', program.TRAIN, program.KINDS, 'the training step, or sampling')
+  flags.DEFINE_string('stage', None, 'stage of the run (default: its last)')
+  flags.DEFINE_integer('images_per_chip', None, "overrides the config's batch size")
+  flags.DEFINE_string('json', None, 'file for the report, local or gs://')
+  flags.DEFINE_bool('overwrite', False, 'replace an existing file')
+  flags.DEFINE_string('write_card', None, "write the table of --config's card from these reports")
 
 
 def main() -> None:
@@ -52,16 +52,16 @@ def main() -> None:
   if FLAGS.write_card:
     print(f'{FLAGS.config}: {cards.write(FLAGS.config, FLAGS.write_card)} rows')
     return
-  place = topology.parse(FLAGS.topology, FLAGS.slices)
+  target = topology.parse(FLAGS.topology, FLAGS.slices)
   out = None if FLAGS.json is None else front_door.new_file('json', FLAGS.json, FLAGS.overwrite)
-  jax.config.update('jax_platforms', 'cpu')  # The chips to compile for aren't here.
-  if place.chip is None and 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-    jax.config.update('jax_num_cpu_devices', place.chips)
+  jax.config.update('jax_platforms', 'cpu')  # the target devices are not on this machine
+  if target.chip is None and 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+    jax.config.update('jax_num_cpu_devices', target.chips)
   config = config_file.load(FLAGS.config, _overrides)
   names = ('topology', 'slices', 'what', 'stage', 'images_per_chip')
-  asked = {name: FLAGS[name].value for name in names}
-  report = examine.examine(config, examine.Request(mesh=examine.parse_mesh(FLAGS.mesh), **asked))
-  if argument := FLAGS.config.partition(':')[2]:  # Of one preset there are several programs.
+  values = {name: FLAGS[name].value for name in names}
+  report = examine.examine(config, examine.Request(mesh=examine.parse_mesh(FLAGS.mesh), **values))
+  if argument := FLAGS.config.partition(':')[2]:  # options of a preset select different programs
     report = dataclasses.replace(report, config=f'{config["name"]}:{argument}')
   print(report.text(), flush=True)
   if out:

@@ -41,15 +41,15 @@ class Visibility:
   """Who may attend to whom: four int32 per token, all `[B, L]`.
 
   A query sees a key if since[q] <= order[k] < reach[q] and order[q] < until[k]. `order` is the
-  place in the logical sequence and runs on over a packed row; storage order is free. An absent
+  index in the logical sequence and continues over packed samples; storage order is free. An absent
   token has since = reach = until = 0: it sees nothing and nothing sees it.
 
-  A row of text `a b`, an absent token `.`, and a bidirectional image `x y`:
+  A sequence of text `a b`, an absent token `.`, and a bidirectional image `x y`:
 
           a b . x y      order 0 1 0 2 3
       a   1 0 0 0 0      since 0 0 0 0 0
       b   1 1 0 0 0      reach 1 2 0 4 4
-      .   0 0 0 0 0      until 9 9 0 9 9   (9 stands for the largest int32)
+      .   0 0 0 0 0      until 9 9 0 9 9   (9 is the largest int32)
       x   1 1 0 1 1
       y   1 1 0 1 1
 
@@ -67,7 +67,7 @@ class Visibility:
 
 
 def visible(query: Visibility, key: Visibility) -> Array:
-  """The mask that `query` rows [B, L] and `key` rows [B, S] stand for: bool [B, L, S]."""
+  """The attention mask of queries [B, L] and keys [B, S]: bool [B, L, S]."""
   order = key.order[:, None, :]
   return (
     (query.since[:, :, None] <= order)
@@ -77,7 +77,7 @@ def visible(query: Visibility, key: Visibility) -> Array:
 
 
 def concatenate(parts: list[Any], axis: int = 1) -> Any:
-  """Joins equal pytrees of arrays (Visibility, Region) along one axis."""
+  """Concatenates pytrees of equal structure (Visibility, Region) along an axis."""
   return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis), *parts)
 
 
@@ -88,8 +88,8 @@ class Batch:
   Attributes:
     example: [B] int32, the position in the data stream; keys the randomness of each example.
     inputs: arrays that the data pipeline yields, by name, each `[B, ...]`.
-    encoded: outputs of frozen encoders, by name, each `[B, ...]`: read from the cache, or empty
-      where the encoders run online. In a request, entries that the caller fixes.
+    encoded: outputs of frozen encoders, by name, each `[B, ...]`: read from the cache, or empty if
+      the encoders run online. In a request: entries that the caller fixes.
   """
 
   example: Array
@@ -103,7 +103,7 @@ class BatchSpec:
 
   Attributes:
     inputs: arrays that every batch has.
-    encoder_inputs: arrays that only frozen encoders read, such as images; a batch lacks them where
+    encoder_inputs: arrays that only frozen encoders read, such as images; a batch lacks them if
       all encoded entries come from the cache.
     encoded: outputs of the frozen encoders.
     cacheable: names of the encoded entries that the cache may store: those that depend on the
@@ -118,12 +118,12 @@ class BatchSpec:
   codebooks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def input_names(self, cached: bool) -> frozenset[str]:
-    """Arrays that the pipeline yields, with or without a cache."""
+    """Names of the arrays that the pipeline yields, with or without a cache."""
     complete = cached and self.cacheable == self.encoded.keys()
     return frozenset(self.inputs) | (frozenset() if complete else frozenset(self.encoder_inputs))
 
   def batch(self, cached: bool) -> Batch:
-    """The batch that the training step sees, as shapes."""
+    """The input of the training step, as shapes."""
     names, known = self.input_names(cached), {**self.inputs, **self.encoder_inputs}
     size, *_ = next(iter(known.values())).shape
     example = jax.ShapeDtypeStruct((size,), jnp.int32)
@@ -133,11 +133,11 @@ class BatchSpec:
 
 @_pytree
 class Region:
-  """The tokens of one expert, all `[B, L]`: storage is expert by expert.
+  """The tokens of one expert, all `[B, L]`; each expert's tokens are stored separately.
 
-  `ids` index the joint vocabulary; slots that get their embedding from elsewhere hold 0. `targets`
-  is the id that this token's output must predict, `weights` (float32) its weight in the loss; 0
-  where nothing is predicted.
+  `ids` index the joint vocabulary; they are 0 in slots whose embedding doesn't come from it.
+  `targets` are the ids to predict from these tokens, `weights` (float32) their weights in the loss;
+  both are 0 where nothing is predicted.
   """
 
   ids: Array
@@ -149,11 +149,11 @@ class Region:
 
 @_pytree
 class LossTerm:
-  """A loss as a sum over elements, their count, and the weight of sum / count in the total.
+  """A loss: a sum over elements, their count, and the weight of sum / count in the total loss.
 
-  Counts depend on batch, rng and step only, never on parameters: they are known for a whole step
-  before its first microbatch. A weight of exactly 0.0 (a Python float) marks a term that is
-  logged and takes no part in the gradient.
+  Counts depend on batch, rng and step only, never on parameters, so they are known for all
+  microbatches of a step before the first one runs. A term with a weight of exactly 0.0 (a Python
+  float) is logged only and computes no gradient.
   """
 
   sum: Array
@@ -176,7 +176,7 @@ class Generated:
 
 
 class Weight(Protocol):
-  """The weight of a loss that depends on the step of the stage; `str` says how."""
+  """A loss weight that depends on the step of the stage; `str` describes the schedule."""
 
   def at(self, step: Array | int) -> Array:
     """The weight at a step, a float32 scalar."""
@@ -188,11 +188,11 @@ class Stage:
   """One stage of a run: which parameters train, and which losses drive them.
 
   Attributes:
-    name: word used on the command line and in the logs.
+    name: name on the command line and in logs.
     trainable: regular expressions over parameter paths such as `ar/layers/q/kernel`; a leaf
       that none of them matches from its start (`re.match`) is frozen.
-    losses: the loss terms that this stage computes, and the weight of each; 0.0 is only logged.
-    ema: whether a moving average of the trainable leaves is kept (with `optim.ema` of 0 none is).
+    losses: weights of the loss terms that this stage computes; 0.0: logged only.
+    ema: whether the trainable leaves have a moving average (`optim.ema` of 0 disables it).
     samples: whether to render samples during the stage; false until the renderer has trained.
     monitored: names of further loss terms that held-out evaluation computes, at weight 0.
     training: true in a training step; false in held-out evaluation, which drops no activations.
@@ -216,7 +216,7 @@ class Stage:
     return weight if isinstance(weight, (int, float)) else weight.at(step)
 
 
-PARENT = 'run'  # the family of a PretrainedWeights whose source is the parent run
+PARENT = 'run'  # `PretrainedWeights.family` if the source is the parent run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,12 +239,12 @@ class PretrainedWeights:
 
 @dataclasses.dataclass(frozen=True)
 class FrozenNetwork:
-  """A network that never trains: encoders and decoders.
+  """A network that never trains, such as an encoder or decoder.
 
   Attributes:
-    source: where its weights are: `assets:NAME`, a path or a hub id.
-    published: the published network, read by its family; None for a file of our own weights.
-    dtype: of its parameters: they are loaded, converted and sharded at this dtype.
+    source: of its weights: `assets:NAME`, a path or a hub id.
+    published: the published network; None for weights trained by this library.
+    dtype: of its parameters, in which they are loaded, converted and sharded.
   """
 
   source: str
@@ -254,15 +254,15 @@ class FrozenNetwork:
 
 @dataclasses.dataclass(frozen=True)
 class Initialization:
-  """Where a run's first parameters come from, beside random initialization and a parent run.
+  """Sources of a run's initial parameters, beside random initialization and a parent run.
 
   Attributes:
     pretrained: published weights for a run without a parent run.
-    grown: weights for parameters that the parent run lacks.
-    optional: regular expressions over paths of parameters that the parent run may lack; they are
-      initialized at random then.
-    from_frozen: pairs (path prefix, origin in words) of parameters that `System.inherit` takes from
-      frozen networks.
+    grown: initializers for parameters missing from the parent run.
+    optional: regular expressions over paths of parameters that may be missing from the parent run;
+      they are then initialized randomly.
+    from_frozen: pairs (path prefix, description of the origin) of parameters that `System.inherit`
+      takes from frozen networks.
   """
 
   pretrained: tuple[PretrainedWeights, ...] = ()
@@ -272,10 +272,10 @@ class Initialization:
 
 
 class Preprocess(Protocol):
-  """The host side of a system: from a record to named arrays. Travels to reader processes.
+  """The host side of a system: converts a record to named arrays. Pickled for reader processes.
 
   Attributes:
-    tokenizer: turns prompts into token ids.
+    tokenizer: converts prompts to token ids.
   """
 
   tokenizer: Any
@@ -294,20 +294,21 @@ class Preprocess(Protocol):
 class System(Protocol):
   """One way of joining a language model and an image generator: the core of every system.
 
-  `params` is the tree that checkpoints store; `frozen` holds the networks that never train: an
-  argument of every jitted call, in no checkpoint, never closed over. Systems subclass this protocol
-  and the capabilities below, and list the capabilities they have.
+  `params` is the tree that checkpoints store. `frozen` has the networks that never train; it is an
+  argument of every jitted call, is never closed over, and is not part of checkpoints. Systems
+  subclass this protocol and the capabilities below, and list the capabilities that they have.
 
   Attributes:
-    config: the whole run's configuration (vpe_jax.config.Config).
-    stages: the stages that the config asks for, in order.
-    logical_axes: pairs (regex over parameter paths, axis names of that leaf), first match wins;
-      the names are those of vpe_jax.sharding.
+    config: the configuration of the run (vpe_jax.config.Config).
+    stages: the stages of the config, in order.
+    logical_axes: pairs (regular expression over parameter paths, axis names of that leaf); the
+      first match counts. The names are those of vpe_jax.sharding.
     frozen: the frozen networks by name.
-    initialization: where the first parameters come from.
+    initialization: sources of the initial parameters.
     capabilities: the capability protocols that this system implements with its config.
     preprocess: host-side function from records to the inputs of `batch_spec`.
-    encoder_settings: JSON-able settings that, beside the weights, decide the encoded entries.
+    encoder_settings: JSON-serializable settings that, beside the weights, determine the encoded
+      entries.
   """
 
   config: Any
@@ -333,16 +334,16 @@ class System(Protocol):
     ...
 
   def frozen_shapes(self) -> Params:
-    """The frozen networks as `jax.ShapeDtypeStruct` trees by name, of the sizes in the config."""
+    """Parameters of the frozen networks by name, as trees of `jax.ShapeDtypeStruct`."""
     return {}
 
   def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
-    """The encoded entries of `batch_spec` from its inputs, by the frozen networks."""
+    """Computes the encoded entries of `batch_spec` from its inputs with the frozen networks."""
     del frozen, inputs, rng
     return {}
 
   def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
-    """The counts that `losses` would return for this batch: parameters are not needed."""
+    """The counts that `losses` returns for this batch, computed without parameters."""
     ...
 
   def losses(
@@ -361,7 +362,7 @@ class Samples(System, Protocol):
 
   Attributes:
     samples_with: names of the frozen networks that `generate` reads.
-    drafts: encoded entries that `draft` samples before rendering, such as a plan of the image.
+    drafts: encoded entries that `draft` samples before rendering, such as codes of image features.
     draft_encoders: names of the frozen networks that `encode_drafts` reads.
   """
 
@@ -372,7 +373,7 @@ class Samples(System, Protocol):
   draft_encoders: tuple[str, ...] = ()
 
   def prepare(self, params: Params, platform: str = '') -> Params:
-    """Parameters in the layout in which sampling is fast on a platform; called once."""
+    """Converts parameters to the layout in which sampling is fast on a platform; called once."""
     del platform
     return params
 
@@ -382,28 +383,28 @@ class Samples(System, Protocol):
     return Batch(example, self.batch_spec(batch_size).inputs)
 
   def draft(self, params: Params, request: Batch, rng: Array, settings: Any) -> dict[str, Array]:
-    """The entries `drafts` of requests that lack them; nothing is rendered."""
+    """Samples the entries `drafts` for requests that lack them, without rendering."""
     del params, request, rng, settings
     return {}
 
   def encode_drafts(self, frozen: Params, images: Array) -> dict[str, Array]:
-    """The entries `drafts` of given images [B, R, R, 3] uint8, as in training."""
+    """Encodes images [B, R, R, 3] uint8 to the entries `drafts`, as in training."""
     del frozen, images
     return {}
 
   def generate(
     self, params: Params, frozen: Params, request: Batch, rng: Array, settings: Any
   ) -> Generated:
-    """One image for each request, drafts included; pure and jittable with `settings` static.
+    """Generates one image per request; pure and jittable with `settings` static.
 
-    `request.inputs` has the prompts, `request.example` keys each element's randomness, so that it
-    does not depend on its neighbours. Entries of `request.encoded` are used instead of the model's
-    own.
+    `request.inputs` has the prompts. `request.example` keys the randomness of each element, which
+    therefore doesn't depend on the other elements. Entries of `request.encoded` replace those that
+    the model would sample.
     """
     ...
 
   def decode(self, frozen: Params, encoded: Mapping[str, Array], rng: Array) -> Array:
-    """Images [B, R, R, 3] float32 in [0, 1] of encoded entries."""
+    """Decodes encoded entries to images [B, R, R, 3] float32 in [0, 1]."""
     ...
 
 
@@ -413,33 +414,34 @@ class Edits(Samples, Protocol):
   MISSING: ClassVar[str] = 'does not edit images'
 
   def encode_source(self, frozen: Params, images: Array) -> dict[str, Array]:
-    """The encoded entries of source images [B, R, R, 3] uint8, by networks of `samples_with`."""
+    """Encodes source images [B, R, R, 3] uint8 with the networks of `samples_with`."""
     ...
 
 
 class ScoresImages(Samples, Protocol):
-  """Capability: scores how well images fit prompts, by its own frozen networks.
+  """Capability: scores how well images fit prompts, with the system's own frozen networks.
 
-  Good for following a run, not for judging it: vpe_jax.evaluation has an independent network.
+  The scores serve to monitor a run. To evaluate one, use the independent evaluator network of
+  vpe_jax.evaluation.
   """
 
   MISSING: ClassVar[str] = 'has no text tower that compares images with prompts'
 
   def similarity(self, frozen: Params, images: Array, inputs: Mapping[str, Array]) -> Array:
-    """Cosines [B, B] of images [B, R, R, 3] in [0, 1] (rows) and prompts (columns)."""
+    """Cosine similarities [B, B]: images [B, R, R, 3] in [0, 1] (axis 0) x prompts (axis 1)."""
     ...
 
 
 class PlansVisually(Samples, Protocol):
-  """Capability: drafts a visual prompt, a plan of the image in discrete codes [B, P].
+  """Capability: drafts a visual prompt, the image's content in discrete codes [B, P].
 
   Attributes:
-    visual_prompt: the codec of visual prompts (vpe_jax.codecs.protocol).
-    codes: entries of its codebook.
+    visual_prompt: the codec of visual prompts (vpe_jax.codecs.protocol.FeatureCodec).
+    codes: size V of its codebook.
     plan_rankers: ranking criteria: `likelihood`, and `similarity` where `plan_similarity` exists.
   """
 
-  MISSING: ClassVar[str] = 'writes no visual prompts apart from its images'
+  MISSING: ClassVar[str] = 'does not write visual prompts'
 
   visual_prompt: Any
   codes: int
@@ -448,12 +450,12 @@ class PlansVisually(Samples, Protocol):
   def plan_likelihood(self, params: Params, request: Batch) -> Array:
     """Mean log-probability [B], in nats, of the request's visual prompts given its prompts.
 
-    Of the conditional model at temperature 1, in one pass over the whole sequence.
+    It is computed by the conditional model at temperature 1, in one pass over the sequence.
     """
     ...
 
   def plan_similarity(self, frozen: Params, request: Batch) -> Array:
-    """Cosines [B] of the request's visual prompts and its prompts; of `plan_rankers` only."""
+    """Cosine similarities [B] of the request's visual prompts and prompts; see `plan_rankers`."""
     ...
 
 

@@ -1,4 +1,4 @@
-"""How every command starts and ends: flags are read, and a user's mistake is one line, status 2."""
+"""The entry point of every command: parses flags, and reports user errors as one line, status 2."""
 
 from __future__ import annotations
 
@@ -20,65 +20,65 @@ _SAMPLE = 'sample.'  # prefix of the flags of sampling settings
 
 
 def run(
-  main: Callable[[], None], take: Callable[[list[str]], list[str]] = lambda argv: argv
+  main: Callable[[], None], parse_first: Callable[[list[str]], list[str]] = lambda argv: argv
 ) -> None:
-  """Reads the flags and runs a command; a UserError ends it with `error: ...` and status 2.
+  """Parses the flags and runs a command.
 
-  So does a disk that is full, wherever it is noticed.
+  A UserError, or a full disk, ends the command with `error: ...` and status 2.
 
   Args:
-    main: the command; it finds its flags in `absl.flags.FLAGS`.
-    take: takes out of a command line what absl's flags don't know, and returns the rest.
+    main: the command; its flags are in `absl.flags.FLAGS`.
+    parse_first: parses arguments that absl doesn't know, and returns the others.
   """
 
   def quietly(_: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells of every file that it reads or writes.
+    logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads or writes.
     plain = standard_logging.Formatter('%(levelname)s: %(message)s')
     logging.get_absl_handler().setFormatter(plain)
     devices.skip_absent_tpu()
     main()
 
   try:
-    app.run(quietly, flags_parser=lambda argv: parse(take(argv)))
+    app.run(quietly, flags_parser=lambda argv: parse(parse_first(argv)))
   except (UserError, OSError) as error:
     if not isinstance(error, UserError) and not storage.is_disk_full(error):
       raise
-    said = error if isinstance(error, UserError) else storage.write_error(error.filename, error)
-    print(f'error: {said}', file=sys.stderr)
+    message = error if isinstance(error, UserError) else storage.write_error(error.filename, error)
+    print(f'error: {message}', file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
-    sys.exit(130)  # What a shell says of a command that Ctrl-C ended.
+    sys.exit(130)  # the shell's status of a command that Ctrl-C ended
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Gives absl's flags the values of a command line (its first word is the program).
+  """Parses a command line (whose first word is the program) into absl's flags.
 
   Raises:
-    UserError: a flag is unknown or has a bad value, or a word isn't a flag.
+    UserError: a flag is unknown or has an invalid value, or an argument is not a flag.
   """
   try:
     rest = flags.FLAGS(argv)
   except flags.Error as error:
     raise UserError(f'{" ".join(str(error).split())} (--help lists the flags)') from error
-  except SystemExit:  # Only --help ends here, and absl takes it for a mistake.
+  except SystemExit:  # raised by --help, with absl's status of an error
     sys.exit(0)
   if len(rest) > 1:
     raise UserError(f"unexpected argument '{rest[1]}': every option is a --flag=value")
   return rest
 
 
-def new_file(flag: str, given: str, overwrite: bool) -> str:
-  """The output file that a flag names, checked before the work starts.
+def new_file(flag: str, value: str, overwrite: bool) -> str:
+  """Checks the output file that a flag names before the work starts; returns its path.
 
   Raises:
-    UserError: see `target` and `check_folder`; or it is a folder, or it exists and `overwrite` is
-      off.
+    UserError: see `target` and `check_folder`; or the path is a folder, or it exists and
+      `overwrite` is off.
   """
-  path = target(flag, given)
+  path = target(flag, value)
   place = storage.place(path)
   if path.endswith('/') or storage.reached(place, place.is_dir):
-    raise UserError(f'--{flag}={given} is a folder: name a file')
+    raise UserError(f'--{flag}={value} is a folder: name a file')
   check_folder(os.path.dirname(path))
   if place.exists() and not overwrite:
     raise UserError(f'{path} exists: name another file, or replace it (--overwrite)')
@@ -86,34 +86,34 @@ def new_file(flag: str, given: str, overwrite: bool) -> str:
 
 
 def define_settings() -> None:
-  """Defines the flags --NAME and --sample.NAME for every sampling setting of any system.
+  """Defines flags --NAME and --sample.NAME for all sampling settings of all systems.
 
-  Settings that are not given keep the run's value. A name that another flag of the command has
-  is a setting as --sample.NAME alone.
+  Settings without a flag on the command line have the run's value. If another flag of the command
+  has the same name, only --sample.NAME is defined.
   """
   define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
   for name, (kind, text) in _all_settings().items():
-    for flag, words in ((name, text), (f'{_SAMPLE}{name}', f'as --{name}')):
+    for flag, help_text in ((name, text), (f'{_SAMPLE}{name}', f'as --{name}')):
       if flag not in flags.FLAGS:
-        define[kind](flag, None, words)
+        define[kind](flag, None, help_text)
 
 
 def settings() -> dict[str, int | float | bool]:
-  """The settings that these flags give, by name.
+  """The sampling settings on the command line, by name.
 
   Raises:
-    UserError: one is given twice, with different values.
+    UserError: a setting occurs twice with different values.
   """
-  given: dict[str, int | float | bool] = {}
+  overrides: dict[str, int | float | bool] = {}
   for name in _all_settings():
-    ours = [flag for flag in (name, f'{_SAMPLE}{name}') if _is_setting(flag)]
-    values = {flag: flags.FLAGS[flag].value for flag in ours if flags.FLAGS[flag].present}
+    names = [flag for flag in (name, f'{_SAMPLE}{name}') if _is_setting(flag)]
+    values = {flag: flags.FLAGS[flag].value for flag in names if flags.FLAGS[flag].present}
     if len(set(values.values())) > 1:
       listed = ' and '.join(f'--{flag}={value}' for flag, value in values.items())
       raise UserError(f'{listed} are the same setting: give one of them')
     if values:
-      given[name] = next(iter(values.values()))
-  return given
+      overrides[name] = next(iter(values.values()))
+  return overrides
 
 
 def _is_setting(flag: str) -> bool:
@@ -123,16 +123,16 @@ def _is_setting(flag: str) -> bool:
 
 def _all_settings() -> dict[str, tuple[type, str]]:
   """Type and documentation of every sampling setting of any system, by name."""
-  found: dict[str, tuple[type, str]] = {}
+  settings: dict[str, tuple[type, str]] = {}
   for section in systems.sampling_sections().values():
     hints, docs = typing.get_type_hints(section), _field_docs(section)
     for field in dataclasses.fields(section):
-      found.setdefault(field.name, (hints[field.name], docs[field.name]))
-  return found
+      settings.setdefault(field.name, (hints[field.name], docs[field.name]))
+  return settings
 
 
 def _field_docs(section: type) -> dict[str, str]:
-  """The documentation of a dataclass's fields, from the `Attributes` of it and its bases."""
+  """Documentation of a dataclass's fields, from the docstrings of the class and its bases."""
   docs: dict[str, str] = {}
   for base in reversed(section.__mro__):
     _, _, attributes = inspect.cleandoc(base.__doc__ or '').partition('Attributes:\n')
@@ -142,10 +142,10 @@ def _field_docs(section: type) -> dict[str, str]:
 
 
 def check_folder(folder: str) -> None:
-  """Finds out before the work whether files can be written to a folder; it needn't exist yet.
+  """Checks before the work starts that files can be written to a folder, which may not exist yet.
 
   Args:
-    folder: local (`~` is the home folder) or gs://; nothing stays in it.
+    folder: local (`~` expands to the home folder) or gs://; a probe file is written and deleted.
 
   Raises:
     UserError: files can't be written there.
@@ -154,7 +154,7 @@ def check_folder(folder: str) -> None:
   storage.reached(place, place.exists)
   probe = f'.{os.getpid()}.probe'
   try:
-    # A bucket has no folders; elsewhere the nearest one that exists decides.
+    # Buckets have no folders; elsewhere, the nearest existing parent folder is probed.
     while not storage.is_remote(folder) and not place.exists():
       place = place.parent
     (place / probe).write_bytes(b'')
@@ -165,13 +165,13 @@ def check_folder(folder: str) -> None:
     ) from error
 
 
-def target(flag: str, given: str) -> str:
-  """The output path that a flag names; `~` is the home folder.
+def target(flag: str, value: str) -> str:
+  """The output path that a flag names; `~` expands to the home folder.
 
   Raises:
-    UserError: it is empty, or nothing here writes to such a place.
+    UserError: the path is empty, or its scheme is not supported.
   """
-  if not given:
-    raise UserError(f'--{flag} is empty: name what is to be written')
-  # A path loses the slash that makes it a folder.
-  return f'{storage.place(given)}{"/" if given.endswith("/") else ""}'
+  if not value:
+    raise UserError(f'--{flag} is empty: name a file or folder to write')
+  # A path object loses the trailing slash, which marks a folder.
+  return f'{storage.place(value)}{"/" if value.endswith("/") else ""}'

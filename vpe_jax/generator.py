@@ -1,7 +1,8 @@
-"""Generates images from prompts with the weights of a run: the Python side of vpe_jax.sample.
+"""Generates images from prompts with the weights of a run: the Python API of vpe_jax.sample.
 
-An image takes two programs: one samples the entries that the system drafts first, such as a plan,
-the other renders. A saved draft is rendered by that same second program and gives the same image.
+Generation takes two programs: the first samples the entries that the system drafts, the second
+renders the image from them. A saved draft is rendered by the same second program, so it gives the
+same image again.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Item(NamedTuple):
 
 
 class SourceImages(NamedTuple):
-  """Encoded entries of the images to edit, by name, and a hash of them.
+  """Encoded entries of the source images of editing, by name, and a hash of them.
 
   Each entry is [N, ...]: N is 1 (one image for all requests) or the number of requests.
   """
@@ -87,15 +88,15 @@ class Generator:
     batch_size: int = 4,
     mesh: jax.sharding.Mesh | None = None,
   ):
-    """Wraps networks that are in memory already; most callers want `load`.
+    """Wraps networks that are already in memory; most callers need `load` instead.
 
     Args:
       system: a system that supports Samples.
       params: its parameters, as checkpoints store them.
       frozen: its frozen networks.
-      tokenizer: turns prompts into ids.
+      tokenizer: converts prompts to token ids.
       metadata: provenance of the weights (keys `checkpoint` and `weights`).
-      batch_size: at least 4: matrix products with fewer rows round differently.
+      batch_size: at least 4, because smaller matrix products round differently.
       mesh: of the devices that hold the parameters; None for one device.
     """
     if batch_size < 4:
@@ -117,23 +118,23 @@ class Generator:
   def load(cls, workdir: str, weights: str = 'ema', batch_size: int = 4) -> Generator:
     """Loads the newest checkpoint of a run, or shipped weights.
 
-    Warns where the run has not reached its last stage: what that stage trains is still random.
+    Logs a warning if parameters are still random because the run has not reached its last stage.
 
     Args:
-      workdir: the folder of a run (local or gs://), `assets:tiny`, or a file of weights.
-      weights: `ema` for the averaged parameters (raw ones where a run has no average yet), `raw`
-        for those of the last step.
+      workdir: the folder of a run (local or gs://), `assets:tiny`, or a weight file.
+      weights: `ema` (the moving average, raw parameters without one) or `raw` (the parameters of
+        the last step).
       batch_size: images per batch, at least 4.
 
     Raises:
-      UserError: there is no such run, checkpoint or asset, its system does not generate images, or
-        its weights are damaged or not those of its config.
+      UserError: the run, checkpoint or asset doesn't exist, its system does not generate images,
+        or its weights are damaged or don't fit its config.
     """
     return cls.of(model_lib.load(workdir, weights), batch_size)
 
   @classmethod
   def of(cls, model: Model, batch_size: int = 4) -> Generator:
-    """The generator of a loaded model; warnings and errors as those of `load`."""
+    """Makes the generator of a loaded model; warnings and errors are those of `load`."""
     system = require(model.system, Samples)
     if not set(system.samples_with) <= set(system.frozen):
       raise UserError(f'{model.source} was trained on synthetic latents: no decoder is available')
@@ -145,34 +146,33 @@ class Generator:
     return cls(system, model.params, frozen, tokenizer, metadata, batch_size)
 
   def editing(self, source: np.ndarray) -> Generator:
-    """A generator whose prompts are instructions for editing images.
+    """Makes a generator whose prompts are instructions for editing images.
 
     Args:
-      source: uint8 [H, W, 3] for all requests, or [N, H, W, 3], one for each image of a call that
-        generates N; made square as in training.
+      source: source images, uint8: [H, W, 3] for all requests, or [N, H, W, 3] for a call that
+        generates N images. They are made square as in training.
 
     Raises:
-      UserError: the model does not edit, or these are no images.
+      UserError: the model does not edit images, or `source` has another shape or dtype.
     """
     if not supports(self.system, Edits):
       raise UserError(
-        'this model generates from prompts alone, and an image to edit was given: leave it out, or '
-        'name a run of configs/edit.py'
+        'this model generates images from prompts only: leave the image to edit out, or name a run '
+        'of configs/edit.py'
       )
     encode = jax.jit(self.system.encode_source)
     squares = _source_squares(self.system, source)
     encoded = self.batched(lambda batch: encode(self.frozen, batch), squares)
-    other = copy.copy(self)
-    other._source = SourceImages(encoded, weights_io.fingerprint(encoded))
-    other.metadata = self.metadata | {'before': other._source.fingerprint}
-    return other
+    editor = copy.copy(self)
+    editor._source = SourceImages(encoded, weights_io.fingerprint(encoded))
+    editor.metadata = self.metadata | {'source_image': editor._source.fingerprint}
+    return editor
 
   def settings(self, **overrides: Any) -> SampleConfig:
-    """The run's own sampling settings, with some fields replaced; None keeps the run's own.
+    """The run's sampling settings, with overrides; None keeps the run's value.
 
     Raises:
-      UserError: a name that isn't a field of the system's sampling settings, or a value that is
-        out of range.
+      UserError: a name is not a sampling setting of the system, or a value is out of range.
     """
     own = self.system.config.sample
     known = [field.name for field in dataclasses.fields(own)]
@@ -194,17 +194,18 @@ class Generator:
     """Generates `n` images for each prompt, prompt by prompt.
 
     Args:
-      prompts: a prompt or several; a repeated one continues with its next `n` images.
+      prompts: one or several prompts; a repeated prompt continues with its next `n` images.
       n: images per prompt.
-      seed: changes every image.
-      settings: from `self.settings(...)`; None takes the run's own.
-      fixed: encoded entries that replace the model's own drafts, by name: one array for all images,
-        or [len(prompts) * n, ...].
-      progress: called with (images done, images in all) after each batch.
+      seed: of all images.
+      settings: from `self.settings(...)`; None: those of the run.
+      fixed: encoded entries that replace the model's drafts, by name: one array for all images, or
+        [len(prompts) * n, ...].
+      progress: called with (images finished, total images) after each batch.
 
     Raises:
-      UserError: no prompt, one that is blank, too long or no text, a setting out of range, an entry
-        that the model does not draft or of another shape, or an image that isn't finite.
+      UserError: there is no prompt; a prompt is blank, too long or not text; a setting is out of
+        range; a fixed entry is not a draft of the model or has the wrong shape; or an image is not
+        finite.
     """
     items = items_of(prompts, n)
     request = self.request(items)
@@ -215,19 +216,19 @@ class Generator:
   def draft(
     self, items: Sequence[Item], seed: int = 0, settings: SampleConfig | None = None
   ) -> dict[str, np.ndarray]:
-    """The entries [N, ...] that the system drafts before rendering, for each item."""
+    """Samples the system's drafts [N, ...] for each item, without rendering."""
     key, settings = rng.run_key(seed), settings or self.settings()
-    write = lambda batch: self._draft(self.params, batch, key, settings)
-    return self.batched(write, self.request(items))
+    draft = lambda batch: self._draft(self.params, batch, key, settings)
+    return self.batched(draft, self.request(items))
 
   def read_drafts(self, source: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """The drafts [N, ...] of given images, as the frozen encoders read them in training.
+    """Encodes images to drafts [N, ...] with the frozen encoders, as in training.
 
     Args:
-      source: uint8 [H, W, 3] each, of any shape: made square as in training.
+      source: images, uint8 [H, W, 3], of any shape. They are made square as in training.
 
     Raises:
-      UserError: the model was trained on synthetic drafts, or their networks can't be read.
+      UserError: the model was trained on synthetic drafts, or the encoders can't be loaded.
     """
     data = self.system.config.data
     squares = np.stack([to_square(image, data.image_size, data.fit) for image in source])
@@ -235,17 +236,17 @@ class Generator:
 
   @functools.cached_property
   def draft_networks(self) -> Params:
-    """The networks that read drafts; sampling does not need them."""
+    """The networks that encode images to drafts; sampling does not need them."""
     names = self.system.draft_encoders
     if all(name in self.frozen for name in names):
       return {name: self.frozen[name] for name in names}
     return jax.device_put(frozen_lib.for_drafts(self.system))
 
   def with_params(self, params: Params) -> Generator:
-    """The generator of other parameters, which shares the compiled programs."""
-    other = copy.copy(self)
-    other.params = jax.device_put(self.system.prepare(params, jax.default_backend()))
-    return other
+    """Makes a generator with other parameters that shares the compiled programs."""
+    generator = copy.copy(self)
+    generator.params = jax.device_put(self.system.prepare(params, jax.default_backend()))
+    return generator
 
   def render(
     self,
@@ -255,7 +256,18 @@ class Generator:
     settings: SampleConfig | None = None,
     progress: Progress | None = None,
   ) -> list[GeneratedImage]:
-    """Generates an image for each element of a request; its encoded entries are kept fixed."""
+    """Generates an image for each element of a request from its encoded entries.
+
+    Args:
+      request: from `self.request`. Drafts that it lacks are sampled first.
+      items: prompt and index of each element.
+      seed: of all images.
+      settings: from `self.settings(...)`; None: those of the run.
+      progress: called with (images finished, total images) after each batch.
+
+    Raises:
+      UserError: an image is not finite.
+    """
     key, settings = rng.run_key(seed), settings or self.settings()
 
     def generate(batch: Batch) -> tuple[Array, Mapping[str, Array]]:
@@ -282,18 +294,18 @@ class Generator:
   def batched(
     self, run: Callable[[Any], Any], inputs: Any, progress: Progress | None = None
   ) -> Any:
-    """Results of `run` for all inputs, trees of arrays [N, ...], `batch_size` at a time."""
-    return batches.by_rows(run, inputs, self.batch_size, progress)
+    """Maps `run` over inputs [N, ...] in batches of `batch_size`; see sampling.batches."""
+    return batches.in_batches(run, inputs, self.batch_size, progress)
 
   def request(self, items: Sequence[Item], **encoded: np.ndarray) -> Batch:
-    """One request for each item, as numpy leaves, with some encoded entries fixed."""
+    """Makes a batch of requests, one per item, as numpy arrays, with fixed encoded entries."""
     prompts = list(dict.fromkeys(item.prompt for item in items))
     ids, lengths = self._tokenizer.encode_batch(prompts, self.system.config.data.text_length)
-    row_of = {prompt: row for row, prompt in enumerate(prompts)}
-    rows = [row_of[item.prompt] for item in items]
+    index_of = {prompt: index for index, prompt in enumerate(prompts)}
+    indices = [index_of[item.prompt] for item in items]
     example = np.asarray([_identity(item) for item in items], np.int32)
     source = self._source_entries(len(items))
-    inputs = {'text': ids[rows], 'text_length': lengths[rows]}
+    inputs = {'text': ids[indices], 'text_length': lengths[indices]}
     return Batch(example, inputs, {**source, **encoded})
 
   def describe(self, settings: SampleConfig) -> dict[str, str]:
@@ -310,19 +322,19 @@ class Generator:
       return {}
     if self._source is None:
       raise UserError(
-        'this model edits, and the image to edit is missing: give --image=FILE (in Python: '
+        'this model edits images: name a source image with --image=FILE (in Python: '
         'generator.editing(image))'
       )
     encoded = self._source.encoded
-    given = len(next(iter(encoded.values())))
-    if given not in (1, count):
+    sources = len(next(iter(encoded.values())))
+    if sources not in (1, count):
       raise UserError(
-        f'{given} images to edit and {count} to generate: give one for all, or one for each'
+        f'{sources} images to edit and {count} to generate: give one for all, or one for each'
       )
     return {name: np.broadcast_to(x, (count, *x.shape[1:])) for name, x in encoded.items()}
 
   def _with_fixed(self, request: Batch, fixed: Mapping[str, np.ndarray]) -> Batch:
-    """The request with checked entries in the place of drafts."""
+    """Adds fixed entries to a request after checking them."""
     count, spec = len(request.example), self.system.batch_spec(1)
     encoded = dict(request.encoded)
     for name, array in fixed.items():
@@ -345,7 +357,7 @@ def items_of(prompts: str | Sequence[str], n: int) -> list[Item]:
   """Prompt and index of each image, prompt by prompt.
 
   Raises:
-    UserError: there is nothing to generate, or a prompt is blank or no text.
+    UserError: there is nothing to generate, or a prompt is blank or not text.
   """
   prompts = bpe.tidied([prompts] if isinstance(prompts, str) else prompts)
   if not prompts or n < 1:
@@ -355,12 +367,12 @@ def items_of(prompts: str | Sequence[str], n: int) -> list[Item]:
 
 
 def _identity(item: Item) -> int:
-  """The int32 that, beside the seed, keys an image's randomness."""
+  """The int32 that keys the randomness of an image, together with the seed."""
   return zlib.crc32(f'{item.prompt}\0{item.index}'.encode()) & 0x7FFFFFFF
 
 
 def _source_squares(system: System, source: np.ndarray) -> np.ndarray:
-  """Source images as the encoder takes them: uint8 [N, R, R, 3]."""
+  """Checks source images and makes them square: uint8 [N, R, R, 3]."""
   source = np.asarray(source)
   if source.dtype != np.uint8:
     raise UserError(
@@ -377,20 +389,20 @@ def _source_squares(system: System, source: np.ndarray) -> np.ndarray:
 
 
 def _warn_if_untrained(model: Model) -> None:
-  """Warns where images would be noise: a later stage, or another run, has to train first."""
+  """Logs a warning if images would be noise because the renderer has not been trained."""
   stage, last = model.system.stages[model.stage], model.system.stages[-1]
   if stage is not last:
     logging.warning(
-      "%s stopped in stage '%s' and its images are noise before '%s' has trained: the command "
-      'that started it continues it',
+      "%s stopped in stage '%s'; its images are noise until stage '%s' has trained: the command "
+      'that started the run continues it',
       model.source,
       stage.name,
       last.name,
     )
   elif not last.samples and (untrained := _untrained(model.system, model.params)):
     logging.warning(
-      "%s has no stage after '%s', and nothing has trained its %s: its images are noise. "
-      'Another run, with a stage that does, can start from it (config.start)',
+      "%s has no stage after '%s', and its %s is untrained: its images are noise. Start another "
+      'run, with a stage that trains it, from this one (config.start)',
       model.source,
       stage.name,
       ', '.join(untrained),
@@ -402,4 +414,4 @@ def _untrained(system: System, params: Params) -> list[str]:
   paths = sharding.by_path(params)
   trained = {p.split('/')[0] for p in paths for stage in system.stages if stage.trains(p)}
   groups = dict.fromkeys(path.split('/')[0] for path in paths)
-  return [g for g in groups if g not in trained and not system.config.is_started(f'{g}/')]
+  return [g for g in groups if g not in trained and not system.config.has_parent(f'{g}/')]

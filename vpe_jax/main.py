@@ -7,7 +7,7 @@ Examples:
       --config.data.source=folder:PATH --config.data.examples=0 --workdir=runs/mine
   python -m vpe_jax.main --config=configs/t2i.py --config.steps="(600, 900)" --allow_change=steps
 
-The same command continues a run that was interrupted.
+The same command continues an interrupted run.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def _define_flags() -> None:
     'workdir', None, 'where the run is written, local or gs:// (default: runs/<config>-<preset>)'
   )
   flags.DEFINE_list(
-    'allow_change', [], 'config fields that may differ from those that the run was started with'
+    'allow_change', [], 'config fields that may differ from those of the interrupted run'
   )
 
 
 def run(config: Mapping[str, Any], workdir: str, allow_change: Sequence[str] = ()) -> None:
-  """Trains what a config (plain nested dicts) describes, or continues it; the command as a call.
+  """Starts or continues the run of a config (nested dicts); the Python API of this command.
 
   Raises:
-    UserError: a mistake in the config, the folder, the data or the machine, in one line.
+    UserError: the config, the folder, the data or the machine is unsuitable.
   """
   system = systems.build(config)
   finished = loop.train(system.config, system, workdir, allow_change)
@@ -54,7 +54,7 @@ def main() -> None:
   if FLAGS.config is None:
     raise UserError('--config is missing: try --config=configs/t2i.py')
   devices.use_compilation_cache()
-  sharding.initialize_distributed()  # Before anything can touch a device.
+  sharding.initialize_distributed()  # before anything uses a device
   config = config_file.load(FLAGS.config, _overrides)
   if config.get('quick_compile'):
     devices.disable_optimizations()

@@ -8,8 +8,8 @@ r"""Generates images from prompts with a trained model.
   python -m vpe_jax.sample --workdir=RUN --visual_prompt=foxes.json --out=again.png
   python -m vpe_jax.sample --workdir=runs/edit-tiny --image=before.png --prompt="remove the fox"
 
-A file gets a grid, a folder (it ends in /) one file an image; PNG text chunks record how each was
-made.
+The output is a grid (a file) or one file per image (a folder, ending in /). PNG text chunks record
+how each image was made.
 """
 
 import os
@@ -32,17 +32,17 @@ def _define_flags() -> None:
   flags.DEFINE_string('prompts', None, 'a text file with one prompt a line')
   flags.DEFINE_string('image', None, 'an image to edit: the prompt is the instruction')
   flags.DEFINE_integer('n', 1, 'images per prompt')
-  flags.DEFINE_integer('seed', 0, 'another seed gives other images')
+  flags.DEFINE_integer('seed', 0, 'seed of all images')
   flags.DEFINE_string('out', 'sample.png', 'a PNG file for a grid, or a folder ending in /')
-  flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'averaged weights, or those of the last step')
-  flags.DEFINE_bool('overwrite', False, 'replace files that exist')
-  flags.DEFINE_bool('no_metadata', False, 'leave the text chunks out')
+  flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'moving average, or weights of the last step')
+  flags.DEFINE_bool('overwrite', False, 'replace existing files')
+  flags.DEFINE_bool('no_metadata', False, 'write no text chunks')
   front_door.define_settings()
   options = systems.sample_options()
   for option in options:
     option.define()
   for module in (front_door, *options):
-    flags.adopt_module_key_flags(module)  # So that --help lists them.
+    flags.adopt_module_key_flags(module)  # so that --help lists them
 
 
 def _prompts(optional: bool) -> list[str]:
@@ -59,7 +59,8 @@ def main() -> None:
   """Runs the command."""
   if not FLAGS.workdir:
     raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
-  requests = [request for one in systems.sample_options() if (request := one.requested())]
+  options = systems.sample_options()
+  requests = [request for option in options if (request := option.requested())]
   request = requests[0] if requests else None
   prompts = _prompts(optional=request is not None and request.prompts_optional)
   out, count = front_door.target('out', FLAGS.out), len(prompts) * FLAGS.n

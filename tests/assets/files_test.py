@@ -11,12 +11,12 @@ from vpe_jax.config import differences
 from vpe_jax.training import config_file, resume
 
 ASSETS = pathlib.Path(weights.__file__).parents[1] / 'assets'
-SHIPPED = ('siglip', 'judge', 'visual_prompt', 'image', 'image_codes', 'tiny')
+SHIPPED = ('siglip', 'judge', 'feature_vq', 'image', 'image_codes', 'tiny')
 # What a file's config may have otherwise, as the config's header says, or for another stage.
 OTHERWISE = {
   'judge': ('steps', 'optim.lr'),
   'tiny': ('steps', 'data.examples'),
-  'image': ('model.usage', 'model.visual_prompt.temperature'),
+  'image': ('model.usage', 'model.feature_vq.temperature'),
 }
 
 

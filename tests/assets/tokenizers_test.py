@@ -29,7 +29,7 @@ def codec():
 
 @pytest.fixture(scope='module')
 def frozen():
-  return {name: weights.load(f'assets:{name}')[0] for name in ('siglip', 'visual_prompt', 'image')}
+  return {name: weights.load(f'assets:{name}')[0] for name in ('siglip', 'feature_vq', 'image')}
 
 
 @pytest.fixture(scope='module')
@@ -46,7 +46,7 @@ def _model(name):
 @pytest.mark.parametrize('preset, name', [('tiny', 'siglip'), ('judge', 'judge')])
 def test_shipped_towers_retrieve_held_out_captions(preset, name):
   config = siglip_config.get_config(preset)
-  config.model.update(hide=0.0, blind=0.0)  # whole captions and true colours
+  config.model.update(mask_tokens=0.0, recolour=0.0)  # whole captions and true colours
   system = _system(config)
   params, _ = weights.load(f'assets:{name}')
   assert _model(name)['siglip'] == dataclasses.asdict(system.config.model.siglip)
@@ -61,13 +61,13 @@ def test_shipped_towers_retrieve_held_out_captions(preset, name):
 
 
 def test_shipped_codes_use_the_codebook_and_keep_the_caption(codec, frozen, batch):
-  stored = _model('visual_prompt')['visual_prompt']
-  shape = dataclasses.asdict(codec.config.model.visual_prompt)
+  stored = _model('feature_vq')['feature_vq']
+  shape = dataclasses.asdict(codec.config.model.feature_vq)
   assert {**stored, 'temperature': 0} == {**shape, 'temperature': 0}
-  tokens = codec.tokens_codec
+  tokens = codec.feature_codec
   codes = jax.jit(tokens.encode)(frozen, batch.inputs['image'])
   assert float(autoencoding.perplexity(codes, tokens.codes)) >= 0.25 * tokens.codes
-  stage = next(s for s in codec.stages if s.name == 'visual_prompt')
+  stage = next(s for s in codec.stages if s.name == 'feature_vq')
   terms = jax.jit(lambda p, f, b: codec.losses(p, f, b, rng.run_key(0), jnp.int32(0), stage))(
     frozen, frozen, batch
   )
@@ -78,7 +78,7 @@ def test_shipped_codes_use_the_codebook_and_keep_the_caption(codec, frozen, batc
 def test_shipped_autoencoder_is_sharp_and_normalised(codec, frozen, batch):
   stored = _model('image')['image']
   assert stored == dataclasses.asdict(codec.config.model.image)
-  images = codec.latents_codec
+  images = codec.latent_codec
   latents = jax.jit(images.encode)(frozen, batch.inputs['image'])
   rebuilt = jax.jit(images.decode)(frozen, latents)
   wanted = jnp.asarray(batch.inputs['image']) / 255.0
@@ -90,7 +90,7 @@ def test_shipped_autoencoder_is_sharp_and_normalised(codec, frozen, batch):
 def test_shipped_codes_of_pictures_cost_little_and_are_in_use(codec, frozen, batch):
   assert _model('image_codes')['image_codes'] == dataclasses.asdict(codec.config.model.image_codes)
   networks = {**frozen, 'image_codes': weights.load('assets:image_codes')[0]}
-  codes = jax.jit(codec.picture_codec.encode)(networks, batch.inputs['image'])
-  rebuilt = jax.jit(codec.picture_codec.decode)(networks, codes)
+  codes = jax.jit(codec.image_codec.encode)(networks, batch.inputs['image'])
+  rebuilt = jax.jit(codec.image_codec.decode)(networks, codes)
   assert float(jnp.mean(autoencoding.psnr(rebuilt, batch.inputs['image'] / 255.0))) >= 27.0
-  assert len(np.unique(codes)) > 0.9 * codec.picture_codec.codes
+  assert len(np.unique(codes)) > 0.9 * codec.image_codec.codes

@@ -33,14 +33,14 @@ def images():
 
 def test_codes_are_the_nearest_rows(codec, params, images):
   codes = jax.jit(codec.encode)(params, images)
-  squares, rows = jax.jit(codec.squares)(params, images), params['image_codes']['codebook']
+  squares, rows = jax.jit(codec.latent_patches)(params, images), params['image_codes']['codebook']
   distance = jnp.sum(jnp.square(squares[:, :, None] - rows), -1)
   np.testing.assert_array_equal(codes, jnp.argmin(distance, -1))
   assert codes.shape == (3, codec.grid**2) and codes.dtype == jnp.int32
-  quantised = codec.quantise(rows, squares)
-  np.testing.assert_array_equal(quantised.codes, codes)
-  np.testing.assert_allclose(jnp.sum(quantised.probabilities, -1), 1.0, rtol=1e-5)
-  np.testing.assert_array_equal(jnp.argmax(quantised.probabilities, -1), codes)
+  quantized = codec.quantize(rows, squares)
+  np.testing.assert_array_equal(quantized.codes, codes)
+  np.testing.assert_allclose(jnp.sum(quantized.probabilities, -1), 1.0, rtol=1e-5)
+  np.testing.assert_array_equal(jnp.argmax(quantized.probabilities, -1), codes)
 
 
 def test_rows_decode_where_their_squares_were(codec, params):

@@ -102,19 +102,19 @@ def test_crops_are_squares_of_the_picture_at_the_example_s_place():
 def test_channels_change_places_and_never_stay():
   images = jnp.broadcast_to(jnp.array([0.1, 0.5, 0.9]), (64, 2, 2, 3))
   example = jnp.arange(64)
-  exchanged = np.asarray(pixels.exchanged_channels(images, rng.run_key(0), example))
+  exchanged = np.asarray(pixels.permute_channels(images, rng.run_key(0), example))
   assert (exchanged == exchanged[:, :1, :1]).all()
   colours = {tuple(round(c, 1) for c in row) for row in exchanged[:, 0, 0].tolist()}
   assert len(colours) == 5 and (0.1, 0.5, 0.9) not in colours
   assert all(sorted(colour) == [0.1, 0.5, 0.9] for colour in colours)
-  alone = pixels.exchanged_channels(images[:3], rng.run_key(0), example[5:8])
+  alone = pixels.permute_channels(images[:3], rng.run_key(0), example[5:8])
   np.testing.assert_array_equal(alone, exchanged[5:8])
 
 
 def test_moved_by_whole_pixels_with_the_border_repeated():
   images = jnp.arange(2 * 5 * 5 * 1).reshape(2, 5, 5, 1)
-  there = pixels.moved(images, 2, -1)
+  there = pixels.translate(images, 2, -1)
   np.testing.assert_array_equal(there[:, 2:, :4], images[:, :3, 1:])
   np.testing.assert_array_equal(there[:, 0], there[:, 2])
   np.testing.assert_array_equal(there[:, :, 4], there[:, :, 3])
-  np.testing.assert_array_equal(pixels.moved(images, 0, 0), images)
+  np.testing.assert_array_equal(pixels.translate(images, 0, 0), images)

@@ -10,7 +10,7 @@ from configs import codec as codec_file
 from configs import t2i as t2i_file
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import exported, frozen
-from vpe_jax.codecs.visual_prompt import VisualPromptConfig
+from vpe_jax.codecs.feature_vq import FeatureVqConfig
 from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import ScoresImages, UserError, supports
 from vpe_jax.training import loop, metrics
@@ -70,8 +70,8 @@ def saved(request, tmp_path_factory):
 
 def _codec_system(saved, depth=-1):
   encoder, _, folder = saved
-  config = codec_file.get_config(f'debug,stage=visual_prompt,encoder={encoder}')
-  config.model.visual_prompt.update({encoder: SIZES[encoder], 'depth': depth, 'codes': 64})
+  config = codec_file.get_config(f'debug,stage=feature_vq,encoder={encoder}')
+  config.model.feature_vq.update({encoder: SIZES[encoder], 'depth': depth, 'codes': 64})
   config.model.encoder_weights = str(folder)
   return systems.build(config.to_dict())
 
@@ -113,8 +113,8 @@ def test_a_quantiser_is_trained_and_a_generator_reads_its_codes(saved, tmp_path)
   loop.train(system.config, system, str(tmp_path / 'run'))
   losses = [record['loss/features'] for record in metrics.read(tmp_path / 'run')]
   assert losses[-1] < losses[0]
-  kept = str(tmp_path / 'visual_prompt.safetensors')
-  exported.export(str(tmp_path / 'run'), kept, 'visual_prompt', 'ema', False)
+  kept = str(tmp_path / 'feature_vq.safetensors')
+  exported.export(str(tmp_path / 'run'), kept, 'feature_vq', 'ema', False)
 
   config = t2i_file.get_config('debug')
   config.model.codes, config.data.encode = 64, 'online'
@@ -130,14 +130,14 @@ def test_a_quantiser_is_trained_and_a_generator_reads_its_codes(saved, tmp_path)
   assert not supports(reader, ScoresImages) and reader.plan_rankers == ('likelihood',)
   assert reader.config.model.plan_tokens == (VIEW // PATCH) ** 2
   networks = frozen.load(reader, sharding.make_mesh(MeshConfig()), 'fsdp').params
-  assert set(networks) == {encoder, 'visual_prompt', 'image'}
+  assert set(networks) == {encoder, 'feature_vq', 'image'}
   squares = np.random.default_rng(1).choice([0, 255], (4, 4, 4, 3)).astype(np.uint8)
   images = squares.repeat(16, axis=1).repeat(16, axis=2)
   encoded = jax.jit(reader.encode)(networks, {'image': images}, rng.run_key(0))
   codes = encoded['visual_prompt']
   assert codes.shape == (4, 16) and 0 <= codes.min() and codes.max() < 64
   # They are the codes of the run, and not one for all.
-  again = jax.jit(system.tokens_codec.encode)(networks, images)
+  again = jax.jit(system.feature_codec.encode)(networks, images)
   np.testing.assert_array_equal(codes, again)
   assert len(np.unique(codes)) > 1
 
@@ -146,9 +146,9 @@ def test_mistakes_are_named():
   with pytest.raises(ValueError, match="encoder=dino; did you mean 'dinov2'"):
     codec_file.get_config('debug,encoder=dino')
   with pytest.raises(UserError, match="'dino': it must be one of siglip, siglip2, dinov2, clip"):
-    VisualPromptConfig(encoder='dino')
+    FeatureVqConfig(encoder='dino')
   with pytest.raises(UserError, match='at most the 24 layers of encoder=clip'):
-    VisualPromptConfig(encoder='clip', depth=25)
+    FeatureVqConfig(encoder='clip', depth=25)
   config = t2i_file.get_config('tiny')
   config.model.visual_prompt = {'encoder': 'dinov2'}
   with pytest.raises(UserError, match='encoder=dinov2 takes its place: set model.inherit=0'):

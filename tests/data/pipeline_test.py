@@ -111,7 +111,7 @@ def test_encoded_entries_from_a_cache(monkeypatch, tmp_path):
 
 
 def test_source_images_come_beside_the_others():
-  config = DataConfig(source='edits', examples=12, image_size=16, references=True)
+  config = DataConfig(source='edits', examples=12, image_size=16, source_images=True)
   pipeline = small_pipeline(config, 0, ('image', 'source_image'))
   (batch,) = _take(pipeline, 1, 4, 4)
   images, sources = batch.inputs['image'], batch.inputs['source_image']
@@ -180,7 +180,7 @@ def test_a_class_is_what_a_picture_is_drawn_from():
     examples=12,
     image_size=8,
     text_length=1,
-    words='group',
+    prompt_field='group',
     tokenizer=f'classes:{names}',
   )
   pipeline = small_pipeline(config, 0)
@@ -189,5 +189,6 @@ def test_a_class_is_what_a_picture_is_drawn_from():
   assert [names.split(',')[ids[0]] for ids in batch['text']] == groups
   assert (batch['text_length'] == 1).all() and len(set(groups)) > 2
   assert [pipeline.prompt(index) for index in range(12)] == groups
-  captions = small_pipeline(dataclasses.replace(config, words='caption', tokenizer='assets:bpe'))
+  config = dataclasses.replace(config, prompt_field='caption', tokenizer='assets:bpe')
+  captions = small_pipeline(config)
   assert captions.prompt(3) == captions.record(3).caption != groups[3]

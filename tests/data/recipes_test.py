@@ -37,7 +37,7 @@ def _open(root, recipe, **data):
 
 
 def test_a_folder_counts_as_often_as_it_is_asked_for(root):
-  source = _open(root, 'warm*3, cold', references=True)
+  source = _open(root, 'warm*3, cold', source_images=True)
   found = [source[index] for index in range(len(source))]
   captions = [record.caption for record in found]
   warm, cold = ['make it orange', 'make it red'], ['make it blue', 'make it cyan', 'make it navy']
@@ -73,7 +73,7 @@ def test_an_epoch_reads_every_record_as_often_as_it_counts(root):
     ('warm,cold,warm*2', {}, 'different names'),
     ('warm,,cold', {}, 'different names'),
     ('warm,hot', {}, 'the data set hot is missing: .*hot, with a captions.jsonl .* "caption";'),
-    ('nhr_edit*3', {'references': True}, 'data set NHR-Edit is missing: .*/nhr_edit.*"reference"'),
+    ('nhr_edit*3', {'source_images': True}, 'data set NHR-Edit is missing: .*"reference"'),
     ('warm,cold', {'examples': 4}, 'data.examples=4 keeps .* several: set it to 0'),
   ],
 )

@@ -23,7 +23,7 @@ def test_mixture_has_its_shares_all_along(split, share):
 
 @pytest.mark.parametrize('split', SPLITS)
 def test_edits_are_of_scenes_and_of_emoji(split):
-  config = DataConfig(source='edits', scenes_share=0.6, examples=50, references=True)
+  config = DataConfig(source='edits', scenes_share=0.6, examples=50, source_images=True)
   source = open_source(config, split)
   assert len(source) == 50
   assert sum(source[i].group == 'scene edit' for i in range(50)) == 30
@@ -56,7 +56,7 @@ def test_mixture_ends():
     ({'scenes_share': 1.5}, 'train', 'between 0 and 1'),
     ({'source': 'synthetic'}, 'concept', 'no held-out split'),
     ({'source': 'edits'}, 'train', 'which this system does not see'),
-    ({'references': True}, 'train', 'mixture has no pictures before and after'),
+    ({'source_images': True}, 'train', 'mixture has no pictures before and after'),
     ({'source': 'folder:/nowhere'}, 'train', 'does not exist'),
     ({'source': 'folder:/nowhere'}, 'concept', 'no held-out split'),
   ],

@@ -13,7 +13,7 @@ from vpe_jax.evaluation.judge import Judge
 
 BENCHMARK = classes.ClassBenchmark(captions=20, seed=1)
 DATA = DataConfig(
-  source='openmoji', image_size=16, words='group', tokenizer='classes:food', examples=300
+  source='openmoji', image_size=16, prompt_field='group', tokenizer='classes:food', examples=300
 )
 
 

@@ -51,8 +51,8 @@ def _subject(capabilities=(Samples,), **data):
   [
     ((Samples,), {}, 'captions'),
     ((Samples,), {'source': 'words'}, 'words'),
-    ((Samples,), {'words': 'group', 'tokenizer': 'classes:a,b'}, 'classes'),
-    ((Samples, Edits), {'source': 'edits', 'references': True}, 'edits'),
+    ((Samples,), {'prompt_field': 'group', 'tokenizer': 'classes:a,b'}, 'classes'),
+    ((Samples, Edits), {'source': 'edits', 'source_images': True}, 'edits'),
   ],
 )
 def test_the_kind_of_prompt(capabilities, data, task):
@@ -72,6 +72,6 @@ def test_a_repeated_prompt_gives_another_image():
 
 def test_each_edit_has_its_own_source_image():
   source = np.stack([np.full((16, 16, 3), shade, np.uint8) for shade in (10, 200, 30)])
-  subject = _subject((Samples, Edits), references=True).editing(source)
+  subject = _subject((Samples, Edits), source_images=True).editing(source)
   images = subject.sample(['make it red', 'make it blue', 'make it red'])
   assert images[:, 0, 0, 1].tolist() == [10, 200, 30]

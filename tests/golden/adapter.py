@@ -44,6 +44,8 @@ _ENCODED = {
   'latents': 'latents',
   'reference_latents': 'source_latents',
 }
+# Networks and stages -> their names in the record.
+_RECORDED = {'feature_vq': 'visual_prompt'}
 
 DRAW_SEED = 7
 INIT_SEED = 0
@@ -71,7 +73,8 @@ def begin(folder: str) -> None:
 
 def renamed(path: str) -> str:
   """The path that a leaf had in the commit that was recorded."""
-  return path
+  network, slash, rest = path.partition('/')
+  return f'{_RECORDED.get(network, network)}{slash}{rest}'
 
 
 def values_of(config: str, overrides: Mapping[str, str]) -> dict[str, Any]:
@@ -96,8 +99,8 @@ def make(case: Case) -> Made:
 
 
 def stages(made: Made) -> list[str]:
-  """The names of a run's stages."""
-  return [stage.name for stage in made.system.stages]
+  """The names that a run's stages had in the commit that was recorded."""
+  return [_RECORDED.get(stage.name, stage.name) for stage in made.system.stages]
 
 
 def shapes(made: Made) -> dict[str, tuple[int, ...]]:

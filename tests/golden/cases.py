@@ -82,8 +82,8 @@ _JUDGE = {
   'model.siglip.image_size': '60',
   'model.siglip.patch': '12',
   'model.siglip.text_length': '24',
-  'model.hide': '0.4',
-  'model.blind': '0.4',
+  'model.mask_tokens': '0.4',
+  'model.recolour': '0.4',
 }
 _T2I, _EDIT = 'configs/t2i.py:debug', 'configs/edit.py:debug'
 _TEXT, _SIGLIP = 'configs/text_rendering.py:debug', 'configs/siglip.py:debug'
@@ -114,7 +114,7 @@ CASES = (
   Case('c2i_continuous_options', _CONTINUOUS_FILE, _CONTINUOUS_OPTIONS, {'own': {}}),
   Case('siglip', _SIGLIP),
   Case('siglip_judge', _SIGLIP, _JUDGE),
-  Case('codec_visual_prompt', f'{_CODEC},stage=visual_prompt'),
+  Case('codec_feature_vq', f'{_CODEC},stage=feature_vq'),
   Case('codec_image', f'{_CODEC},stage=image'),
   Case('codec_image_codes', f'{_CODEC},stage=image_codes'),
   Case(

@@ -69,7 +69,7 @@ def test_laws_have_their_moments():
   time = _times(FlowConfig(mean=0.7, std=0.5))
   logit = jnp.log(time / (1 - time))
   assert abs(float(logit.mean()) - 0.7) < 0.02 and abs(float(logit.std()) - 0.5) < 0.02
-  time = _times(FlowConfig(law='uniform'))
+  time = _times(FlowConfig(time_distribution='uniform'))
   assert abs(float(time.mean()) - 0.5) < 0.01 and abs(float(time.var()) - 1 / 12) < 0.003
 
 
@@ -77,9 +77,10 @@ def test_laws_have_their_moments():
 def test_every_target_implies_the_velocity(target):
   """A perfect prediction of the target takes a sampler along the path."""
   data, example = jax.random.normal(jax.random.key(3), (64, 4, 4, 2)), jnp.arange(64)
-  flow = FlowConfig(target=target, law='uniform')
+  flow = FlowConfig(target=target, time_distribution='uniform')
   x, time, wanted = flow_matching.noised(data, flow, KEY, example, tokens=16)
-  _, _, velocity = flow_matching.noised(data, FlowConfig(law='uniform'), KEY, example, tokens=16)
+  plain = FlowConfig(time_distribution='uniform')
+  _, _, velocity = flow_matching.noised(data, plain, KEY, example, tokens=16)
   far = (time > 0.05) & (time < 0.95)  # nearer to the ends, divisions are bounded
   found = flow_matching.implied_velocity(flow, wanted, x, time)
   np.testing.assert_allclose(found[far], velocity[far], rtol=1e-4, atol=1e-4)
@@ -108,8 +109,8 @@ def test_squared_error_sums():
 @pytest.mark.parametrize(
   'field, value',
   [
-    ('law', 'normal'), ('target', 'score'), ('weighting', 'snr'), ('shift_by', 'size'),
-    ('shift', 0.0), ('std', 0.0), ('mean', float('nan')),
+    ('time_distribution', 'normal'), ('target', 'score'), ('weighting', 'snr'),
+    ('shift_by', 'size'), ('shift', 0.0), ('std', 0.0), ('mean', float('nan')),
   ],
 )  # fmt: skip
 def test_a_wrong_field_is_named(field, value):

@@ -17,7 +17,7 @@ def test_each_row_has_its_result_and_batches_have_one_size(count):
     sizes.append(batch['b'].shape)
     return batch['a'] * 10, batch['b'].sum(-1)
 
-  tens, sums = batches.by_rows(run, inputs, 4, lambda *said: told.append(said))
+  tens, sums = batches.in_batches(run, inputs, 4, lambda *said: told.append(said))
   np.testing.assert_array_equal(tens, 10 * np.arange(count))
   np.testing.assert_array_equal(sums, inputs['b'].sum(-1))
   starts = range(0, count, 4)

@@ -183,7 +183,7 @@ def test_source_images_are_encoded_too(tmp_path, drawing_system):
       source = super().encode(frozen, {'image': inputs['source_image']}, rng)['latents']
       return super().encode(frozen, inputs, rng) | {'source_latents': source}
 
-  data = {'encode': 'cached', 'source': 'edits', 'examples': 9, 'references': True}
+  data = {'encode': 'cached', 'source': 'edits', 'examples': 9, 'source_images': True}
   plain = drawing_system(data=data)
   system = Editing(plain.config, plain.frozen)
   images = Pipeline.of(system)

@@ -142,11 +142,11 @@ def test_what_another_tokenizer_or_codebook_makes_of_a_run_is_said(plan_run):
   codec = dataclasses.replace(same.model.visual_prompt, weights='other.safetensors')
   ours = dataclasses.replace(same, model=dataclasses.replace(same.model, visual_prompt=codec))
   (line,) = pretrained.other_meanings(ours, str(folder), stored)
-  assert line.startswith(f'{folder} was trained with model.visual_prompt.weights=assets:visual_pro')
+  assert line.startswith(f'{folder} was trained with model.visual_prompt.weights=assets:feature_vq')
   assert 'other.safetensors' in line
   other = dataclasses.replace(same.model, visual_prompt=SiglipVqSection(codes=same.model.codes))
   (line,) = pretrained.other_meanings(dataclasses.replace(same, model=other), 'RUN', stored)
-  assert line.startswith('RUN was trained with model.visual_prompt.kind=tower_vq')
+  assert line.startswith('RUN was trained with model.visual_prompt.kind=feature_vq')
 
 
 def test_cross_attention_is_drawn_where_the_plan_was_learned_without(plan_run):

@@ -30,7 +30,7 @@ def export(
   Args:
     workdir: of the run.
     to: output file, ending in `.safetensors`.
-    network: required for a codec run: `visual_prompt`, `image` or `image_codes`; '' for all
+    network: required for a codec run: `feature_vq`, `image` or `image_codes`; '' for all
       parameters.
     which: `ema` or `raw`.
     overwrite: whether an existing file may be replaced.
@@ -60,7 +60,7 @@ def export(
     system = systems.build(config)
     data = Pipeline.of(system)
     images = data.examples(range(min(_MOMENT_IMAGES, len(data)))).inputs['image']
-    tree = system.normalised(weights.round_to(tree), images)
+    tree = system.normalize_latents(weights.round_to(tree), images)
   extra = {'config': json.dumps(config, sort_keys=True), 'network': network, 'commit': _commit()}
   weights.save(to, tree, metadata | extra, overwrite=overwrite)
   return weights.load(to)[1]

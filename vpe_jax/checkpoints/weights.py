@@ -27,7 +27,7 @@ ENDING = '.safetensors'
 ASSET_CONFIGS = {
   'siglip': 'configs/siglip.py',
   'judge': 'configs/siglip.py:judge',
-  'visual_prompt': 'configs/codec.py:tiny,stage=visual_prompt',
+  'feature_vq': 'configs/codec.py:tiny,stage=feature_vq',
   'image': 'configs/codec.py:tiny,stage=image',
   'image_codes': 'configs/codec.py:tiny,stage=image_codes',
   'tiny': 'configs/t2i.py',

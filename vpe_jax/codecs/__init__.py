@@ -1,1 +1,1 @@
-"""Pictures <-> tokens or latents: one protocol, one file per codec."""
+"""Images <-> codes or latents: one protocol, one file per codec."""

@@ -1,8 +1,8 @@
-"""A picture as a grid of discrete codes: the embedded autoencoder's latents, vector-quantised.
+"""An image as a grid of discrete codes: vector-quantized latents of the embedded autoencoder.
 
-Squares of `patch` x `patch` latents take the number of the nearest row of a codebook, and decoding
-puts the rows in their place. The codebook is found by k-means, which the gradient of the distance
-to the nearest row is a step of (vpe_jax.systems.tokenizers.codec).
+Each patch of `patch` x `patch` latents is replaced by the nearest entry of a codebook. The codebook
+is trained by k-means: the gradient of the distance to the nearest entry is a k-means step
+(vpe_jax.systems.tokenizers.codec).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from vpe_jax.contracts import Array, FrozenNetwork, Params
 
 @dataclasses.dataclass(frozen=True)
 class ImageCodesConfig:
-  """Sizes of the quantiser; the defaults are the embedded one's.
+  """Sizes of the quantizer; the defaults are those of the shipped weights.
 
   Attributes:
-    codes: rows V of the codebook.
-    patch: side of the square of latents that one code stands for.
-    temperature: of the soft choice that keeps every row in use while training.
+    codes: number V of codebook entries.
+    patch: side of the square of latents that one code represents.
+    temperature: of the soft assignment, whose entropies keep all entries in use during training.
   """
 
   codes: int = 1024
@@ -45,7 +45,7 @@ class ImageCodesSection(ImageCodesConfig):
   Attributes:
     kind: `image_codes`.
     weights: source of the codebook: `assets:NAME`, a path or the workdir of a run.
-    autoencoder: sizes of the autoencoder whose latents are quantised.
+    autoencoder: sizes of the autoencoder whose latents are quantized.
     autoencoder_weights: source of its weights.
   """
 
@@ -63,25 +63,31 @@ class ImageCodesSection(ImageCodesConfig):
     }
 
   def codec(self, image_size: int) -> ImageCodesCodec:
-    """The codec, in float32, for images of so many pixels a side."""
+    """The codec, in float32, for images with a side of `image_size` pixels."""
     return ImageCodesCodec(self, self.autoencoder, image_size)
 
 
-class Quantised(NamedTuple):
-  """Quantised squares of latents [B, P, W]."""
+class Quantized(NamedTuple):
+  """Quantized latent patches [B, P, W]."""
 
   codes: Array  # [B, P] int32
-  chosen: Array  # [B, P, W]: the nearest rows
-  probabilities: Array  # [B, P, V] float32: soft choice
+  entries: Array  # [B, P, W]: the nearest codebook entries
+  probabilities: Array  # [B, P, V] float32: soft assignment
 
 
 class ImageCodesCodec:
-  """A protocol.PictureCodec over the networks `image` and `image_codes`."""
+  """A protocol.ImageCodec over the networks `image` and `image_codes`."""
 
   weights = ('image', 'image_codes')
 
   def __init__(self, config: ImageCodesConfig, image: kl.KlConfig, image_size: int):
-    """Takes the sizes of the quantiser and of the autoencoder, and the picture's side in pixels."""
+    """Builds the codec.
+
+    Args:
+      config: sizes of the quantizer.
+      image: sizes of the autoencoder.
+      image_size: side of the images in pixels.
+    """
     self.config = config
     self.codes = config.codes
     self.grid = image_size // (kl.FACTOR * config.patch)
@@ -89,34 +95,35 @@ class ImageCodesCodec:
     self.latents = kl.KlCodec(image)
 
   def init(self, rng: Array) -> Params:
-    """A fresh codebook: rows like the latents, which have mean 0 and variance 1."""
+    """A random codebook, distributed as the latents: mean 0, variance 1."""
     return {'codebook': jax.random.normal(rng, (self.codes, self.width))}
 
-  def squares(self, params: Params, images: Array) -> Array:
-    """Squares of latents to quantise [B, P, W] of images [B, R, R, 3]; raster order."""
+  def latent_patches(self, params: Params, images: Array) -> Array:
+    """Patches of latents [B, P, W] of images [B, R, R, 3], in raster order."""
     latents = self.latents.encode(params, images)
     p = self.config.patch
     return einops.rearrange(latents, 'B (h p) (w q) C -> B (h w) (p q C)', p=p, q=p)
 
-  def quantise(self, rows: Array, squares: Array) -> Quantised:
-    """The nearest row of each square [B, P, W] among the rows [V, W]."""
-    codes = codebook.closest(jax.lax.stop_gradient(squares), jax.lax.stop_gradient(rows))
-    distance = jnp.sum(jnp.square(rows), -1) - 2 * jnp.einsum('BPW,VW->BPV', squares, rows)
+  def quantize(self, entries: Array, patches: Array) -> Quantized:
+    """Quantizes latent patches [B, P, W] by codebook entries [V, W]."""
+    codes = codebook.closest(jax.lax.stop_gradient(patches), jax.lax.stop_gradient(entries))
+    distance = jnp.sum(jnp.square(entries), -1) - 2 * jnp.einsum('BPW,VW->BPV', patches, entries)
     soft = jax.nn.softmax(-distance / self.config.temperature, -1)
-    return Quantised(codes, jnp.take(rows, codes, axis=0), soft)
+    return Quantized(codes, jnp.take(entries, codes, axis=0), soft)
 
   def encode(self, params: Params, images: Array) -> Array:
     """Codes [B, P] int32, raster order; see protocol.TokenCodec."""
-    return codebook.closest(self.squares(params, images), params['image_codes']['codebook'])
+    return codebook.closest(self.latent_patches(params, images), params['image_codes']['codebook'])
 
   def decode(self, params: Params, codes: Array, rng: Array | None = None) -> Array:
-    """Pictures [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see protocol.PictureCodec."""
-    rows = jnp.take(params['image_codes']['codebook'], codes, axis=0)
-    p, side = self.config.patch, self.grid
-    latents = einops.rearrange(rows, 'B (h w) (p q C) -> B (h p) (w q) C', h=side, w=side, p=p, q=p)
+    """Images [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see protocol.ImageCodec."""
+    patches = jnp.take(params['image_codes']['codebook'], codes, axis=0)
+    h = w = self.grid
+    p = q = self.config.patch
+    latents = einops.rearrange(patches, 'B (h w) (p q C) -> B (h p) (w q) C', h=h, w=w, p=p, q=q)
     return self.latents.decode(params, latents, rng)
 
   def abstract_params(self) -> Params:
-    """Both networks' parameters as shapes; see protocol.TokenCodec."""
-    own = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
-    return {**self.latents.abstract_params(), 'image_codes': own}
+    """Shapes of both networks' parameters; see protocol.TokenCodec."""
+    codebook_shape = jax.eval_shape(self.init, jax.eval_shape(lambda: jax.random.key(0)))
+    return {**self.latents.abstract_params(), 'image_codes': codebook_shape}

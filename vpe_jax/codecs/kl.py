@@ -1,10 +1,10 @@
-"""A small KL autoencoder: pictures <-> 4x smaller grids of latents.
+"""A small KL autoencoder: images <-> grids of latents, four times smaller per side.
 
-Residual convolutional blocks as in latent diffusion's autoencoder (arXiv 2112.10752), but each
-place is normalised over its own channels, as in Wan's: no place depends on far ones, so crops
-train it as well as whole pictures do, for a quarter of the work. The first and last layers work
-on squares of 2x2 pixels, which saves the costly full resolution; the encoder is the cheaper half,
-because training runs it online.
+It has the residual convolutional blocks of latent diffusion's autoencoder (arXiv 2112.10752), but
+normalizes each position over its own channels, as Wan's does. So no position depends on distant
+ones, and training on crops is as good as on whole images, at a quarter of the cost. The first and
+last layers work on patches of 2x2 pixels, which avoids convolutions at full resolution. The encoder
+is smaller than the decoder, because training of generators runs it online.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, FrozenNetwork, Params
 from vpe_jax.ops import norms
 
-FACTOR = 4  # pixels per latent, per side
+FACTOR = 4  # pixels per latent along each side
 
 
 @dataclasses.dataclass(frozen=True)
 class KlConfig:
-  """Sizes of the autoencoder; the defaults are the embedded one's.
+  """Sizes of the autoencoder; the defaults are those of the shipped weights.
 
   Attributes:
-    channels: numbers C per latent.
+    channels: channels C of the latents.
     encoder: channels at half and at quarter resolution.
     decoder: channels at quarter and at half resolution.
     encoder_blocks: residual blocks at half and at quarter resolution.
@@ -70,7 +70,7 @@ class KlSection(KlConfig):
 
 
 class Norm(nn.Module):
-  """RMS normalisation over the channels of each place, with a learned scale, then SiLU."""
+  """RMS normalization over the channels of each position, with a learned scale, then SiLU."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -79,7 +79,7 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-  """x + conv(norm(conv(norm(x)))) at constant width; starts as the identity."""
+  """x + conv(norm(conv(norm(x)))) at constant width; the identity at initialization."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Pictures [B, R, R, 3] in [-1, 1] -> mean and log-variance [B, R/4, R/4, C] of latents."""
+  """Images [B, R, R, 3] in [-1, 1] -> mean and log-variance [B, R/4, R/4, C] of latents."""
 
   config: KlConfig
 
@@ -110,7 +110,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latents [B, R/4, R/4, C] -> pictures [B, R, R, 3] around [-1, 1], not clipped."""
+  """Latents [B, R/4, R/4, C] -> images [B, R, R, 3] in about [-1, 1], not clipped."""
 
   config: KlConfig
 
@@ -127,10 +127,10 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-  """Encoder, decoder, and the latents' moments.
+  """Encoder, decoder, and moments of the latents.
 
-  `shift` and `scale` [C] are not trained: export measures them, so that shipped latents have mean
-  0 and variance 1 in each channel.
+  `shift` and `scale` [C] are not trained: export sets them to the measured moments, so that
+  exported latents have mean 0 and variance 1 in each channel.
   """
 
   config: KlConfig
@@ -142,19 +142,19 @@ class Autoencoder(nn.Module):
     self.scale = self.param('scale', nn.initializers.ones, (self.config.channels,))
 
   def moments(self, images: Array) -> tuple[Array, Array]:
-    """Mean and log-variance of the raw latents of pictures in [-1, 1]."""
+    """Mean and log-variance of the raw latents of images in [-1, 1]."""
     return self.encoder(images)
 
   def encode(self, images: Array) -> Array:
-    """The mode of the latents, normalised."""
+    """Normalized latents: the mean, without sampling."""
     return (self.encoder(images)[0] - self.shift) / self.scale
 
   def decode(self, latents: Array) -> Array:
-    """Pictures around [-1, 1] from normalised latents."""
+    """Images in about [-1, 1] from normalized latents."""
     return self.decoder(latents * self.scale + self.shift)
 
   def __call__(self, images: Array, noise: Array) -> tuple[Array, Array, Array]:
-    """A training pass: the picture decoded from mean + deviation * noise, and the moments.
+    """A training pass: images decoded from mean + std * noise; mean and log-variance.
 
     `noise` [B, R/4, R/4, C] is standard normal.
     """
@@ -185,7 +185,7 @@ class KlCodec:
     return jnp.clip(0.5 * (signed + 1.0), 0.0, 1.0)
 
   def abstract_params(self) -> Params:
-    """The network's parameters as shapes; see protocol.LatentCodec."""
+    """Shapes of the network's parameters; see protocol.LatentCodec."""
 
     def init() -> Params:
       images = jnp.zeros((1, 4 * FACTOR, 4 * FACTOR, 3))

@@ -1,8 +1,8 @@
-"""Published KL autoencoders: FLUX.1's, Stable Diffusion's, and Wan's on still images.
+"""Published KL autoencoders: those of FLUX.1, Stable Diffusion, and Wan (for still images).
 
-An encoder gives mean and log-variance of each latent, a decoder maps latents back to pictures.
-Latent diffusion (arXiv 2112.10752), laid out as diffusers' AutoencoderKL, with which it agrees in
-float32; with the config of `checkpoints/families/wan_vae.py`, as AutoencoderKLWan on one frame.
+The encoder gives mean and log-variance of each latent; the decoder maps latents to images. The
+network (latent diffusion, arXiv 2112.10752) agrees with diffusers' AutoencoderKL in float32, and,
+with the config of `checkpoints/families/wan_vae.py`, with AutoencoderKLWan on a single frame.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ class KlVaeConfig:
   """Sizes of an autoencoder and the moments of its latents.
 
   Attributes:
-    body: of encoder and decoder; `outputs` is twice `inputs`.
+    body: sizes of encoder and decoder; `outputs` is twice `inputs`.
     quant: whether a 1x1 convolution follows the encoder.
     post_quant: whether a 1x1 convolution precedes the decoder.
-    shift: mean of the latents: one number, or one per channel.
-    scale: 1 / deviation of the latents: one number, or one per channel. Normalised latents are
-      (latents - shift) * scale.
-    raw_deviation: whether sampling adds the posterior's deviation after normalisation, unscaled.
-      Show-o2 trained on such latents (wan21_vae.py, `sample`); the mean is what others use.
+    shift: mean of the latents: one value, or one per channel.
+    scale: 1 / standard deviation of the latents: one value, or one per channel. Normalized latents
+      are (latents - shift) * scale.
+    raw_deviation: whether sampling adds the posterior's noise after normalization, unscaled.
+      Show-o2 was trained on such latents (wan21_vae.py, `sample`); other models use the mean.
   """
 
   body: PyramidConfig
@@ -45,7 +45,7 @@ class KlVaeConfig:
 
   @property
   def channels(self) -> int:
-    """Numbers C per latent."""
+    """Channels C of the latents."""
     return self.body.inputs
 
 
@@ -80,7 +80,7 @@ class Posterior(NamedTuple):
 
 
 class KlVae(nn.Module):
-  """Encoder and decoder around raw latents; pictures in [-1, 1]."""
+  """Encoder and decoder between images in [-1, 1] and raw latents."""
 
   config: KlVaeConfig
   dtype: jnp.dtype = jnp.float32
@@ -95,25 +95,25 @@ class KlVae(nn.Module):
       self.post_quant = nn.Conv(c.channels, (1, 1), dtype=self.dtype)
 
   def posterior(self, images: Array) -> Posterior:
-    """The raw latents' distribution of pictures [B, H, W, 3] in [-1, 1]."""
+    """The distribution of raw latents of images [B, H, W, 3] in [-1, 1]."""
     x = self.encoder(images)
     x = self.quant(x) if self.config.quant else x
     mean, log_variance = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
   def decode(self, latents: Array) -> Array:
-    """Pictures [B, H, W, 3] float32 around [-1, 1] from raw latents; not clipped."""
+    """Images [B, H, W, 3] float32 in about [-1, 1] from raw latents; not clipped."""
     latents = latents.astype(self.dtype)
     x = self.post_quant(latents) if self.config.post_quant else latents
     return self.decoder(x).astype(jnp.float32)
 
   def __call__(self, images: Array) -> Array:
-    """The picture that the mean decodes to; touches every parameter."""
+    """The image decoded from the mean; uses every parameter."""
     return self.decode(self.posterior(images).mean)
 
 
 class KlVaeCodec:
-  """A protocol.LatentCodec over one network of `params`, called `name`."""
+  """A protocol.LatentCodec over the network `name` of `params`."""
 
   def __init__(self, config: KlVaeConfig, name: str = 'image', dtype: jnp.dtype = jnp.float32):
     self.config = config
@@ -123,13 +123,12 @@ class KlVaeCodec:
     self.network = KlVae(config, dtype)
 
   def encode(self, params: Params, images: Array, noise: Array | None = None) -> Array:
-    """Normalised latents [B, H / factor, W / factor, C] float32.
+    """Normalized latents [B, H / factor, W / factor, C] float32.
 
     Args:
       params: network name -> parameters.
       images: [B, H, W, 3], uint8 or float in [0, 1]; sides are multiples of `factor`.
-      noise: standard normal numbers, shaped as the latents, to sample them with; None for their
-        mean.
+      noise: standard normal, of the latents' shape, for sampling; None for the mean.
     """
     c = self.config
     signed = pixels.to_signed(pixels.to_unit(images))
@@ -137,17 +136,17 @@ class KlVaeCodec:
     shift, scale = jnp.asarray(c.shift), jnp.asarray(c.scale)
     if noise is None:
       return (mean - shift) * scale
-    spread = jnp.exp(0.5 * log_variance) * noise
-    return (mean - shift) * scale + (spread if c.raw_deviation else spread * scale)
+    deviation = jnp.exp(0.5 * log_variance) * noise
+    return (mean - shift) * scale + (deviation if c.raw_deviation else deviation * scale)
 
   def decode(self, params: Params, latents: Array, rng: Array | None = None) -> Array:
-    """Images [B, H, W, 3] float32 in [0, 1] from normalised latents; see protocol.LatentCodec."""
+    """Images [B, H, W, 3] float32 in [0, 1] from normalized latents; see protocol.LatentCodec."""
     del rng
     raw = latents / jnp.asarray(self.config.scale) + jnp.asarray(self.config.shift)
     return jnp.clip(0.5 * (self._apply(params, raw, 'decode') + 1.0), 0.0, 1.0)
 
   def abstract_params(self) -> Params:
-    """The network's parameters as shapes; see protocol.LatentCodec."""
+    """Shapes of the network's parameters; see protocol.LatentCodec."""
 
     def init() -> Params:
       images = jnp.zeros((1, 4 * self.factor, 4 * self.factor, 3))

@@ -1,4 +1,4 @@
-"""Pixels on the device: value ranges, and the smaller view that an encoder sees."""
+"""Pixel operations on the device: value ranges, resizing, and augmentation of encoder inputs."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vpe_jax.contracts import Array
 
 @dataclasses.dataclass(frozen=True)
 class Jitter:
-  """How far a view may stray from the picture while an encoder trains.
+  """Random shift and zoom of images in training.
 
   Attributes:
-    shift: largest move along each axis, as a share of the side.
-    zoom: largest relative change of size, up or down.
+    shift: maximum shift along each axis, as a fraction of the side.
+    zoom: maximum relative change of size, up or down.
   """
 
   shift: float = 0.06
@@ -25,24 +25,24 @@ class Jitter:
 
 
 def to_unit(images: Array) -> Array:
-  """Float32 pictures in [0, 1] from uint8 ones, or from floats that are in [0, 1] already."""
+  """Converts uint8 images, or float images in [0, 1], to float32 in [0, 1]."""
   if images.dtype == jnp.uint8:
     return images.astype(jnp.float32) / 255.0
   return images.astype(jnp.float32)
 
 
 def to_signed(images: Array) -> Array:
-  """[0, 1] -> [-1, 1], the range that networks see; white is 1."""
+  """Maps [0, 1] to [-1, 1], the input range of networks; white is 1."""
   return 2.0 * images - 1.0
 
 
 def view(images: Array, size: int) -> Array:
-  """The whole picture at another size: antialiased cubic, as Pillow's BICUBIC, in [0, 1].
+  """Resizes square images to a side of `size`, antialiased cubic as Pillow's BICUBIC, in [0, 1].
 
   Args:
-    images: [B, R, R, 3], uint8 or float in [0, 1]. The pipeline has padded them to squares with
-      white, so the view has the same geometry and grids of picture and view stay aligned.
-    size: side of the view in pixels.
+    images: [B, R, R, 3], uint8 or float in [0, 1]. They are squares already (the pipeline pads or
+      crops them), so patch grids of image and result are aligned.
+    size: side of the result in pixels.
   """
   images = to_unit(images)
   if images.shape[1:3] == (size, size):
@@ -52,10 +52,10 @@ def view(images: Array, size: int) -> Array:
 
 
 def padded_view(images: Array, size: int) -> Array:
-  """The whole picture of any shape, centred on a white square of side `size`, in [0, 1].
+  """Resizes images of any shape and centres them on a white square of side `size`, in [0, 1].
 
-  The geometry of data/transforms.pad_to_square: the longer side becomes `size`, an odd pixel left
-  over goes to the right and the bottom.
+  The geometry is that of data/transforms.pad_to_square: the longer side becomes `size`, and an odd
+  pixel of padding goes to the right and the bottom.
 
   Args:
     images: [B, H, W, 3], uint8 or float in [0, 1].
@@ -74,52 +74,52 @@ def padded_view(images: Array, size: int) -> Array:
 
 
 def jittered_view(images: Array, size: int, jitter: Jitter, key: Array, example: Array) -> Array:
-  """A view that is moved and zoomed at random on white ground, by one draw per example.
+  """Resizes images with a random shift and zoom of each example, on a white background.
 
-  Mirroring is left out on purpose: captions say left and right.
+  Images are never mirrored, because captions say left and right.
 
   Args:
     images: [B, R, R, 3], uint8 or float in [0, 1].
-    size: side of the view in pixels.
-    jitter: how far.
+    size: side of the result in pixels.
+    jitter: maximum shift and zoom.
     key: the run's key.
-    example: [B] int32, places in the data stream.
+    example: example indices [B] int32.
   """
-  draw = lambda k: jax.random.uniform(k, (3,), minval=-1.0, maxval=1.0)
-  draws = rng.per_example(draw, key, 'view', example)
+  sample = lambda k: jax.random.uniform(k, (3,), minval=-1.0, maxval=1.0)
+  amounts = rng.per_example(sample, key, 'view', example)
 
-  def one(picture: Array, amount: Array) -> Array:
+  def transform(image: Array, amount: Array) -> Array:
     zoom = 1.0 + jitter.zoom * amount[0]
     offset = size * (0.5 * (1.0 - zoom) + jitter.shift * amount[1:])
-    shape, ratio = (size, size, picture.shape[-1]), size / picture.shape[0]
+    shape, ratio = (size, size, image.shape[-1]), size / image.shape[0]
     scale = jnp.full((2,), ratio * zoom)
-    return jax.image.scale_and_translate(picture, shape, (0, 1), scale, offset, 'cubic')
+    return jax.image.scale_and_translate(image, shape, (0, 1), scale, offset, 'cubic')
 
-  # Outside of the picture the resampler reads 0: inverted colours make that white.
-  return jnp.clip(1.0 - jax.vmap(one)(1.0 - to_unit(images), draws), 0.0, 1.0)
+  # The resampler pads with 0, which inverted colours turn to white.
+  return jnp.clip(1.0 - jax.vmap(transform)(1.0 - to_unit(images), amounts), 0.0, 1.0)
 
 
-def moved(images: Array, down: int, right: int) -> Array:
-  """Pictures [B, R, R, C] moved by whole pixels; what comes into view repeats the border."""
+def translate(images: Array, down: int, right: int) -> Array:
+  """Translates images [B, R, R, C] by whole pixels; the border is repeated."""
   reach = max(abs(down), abs(right))
   padded = jnp.pad(images, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode='edge')
   top, left, side = reach - down, reach - right, images.shape[1]
   return padded[:, top : top + side, left : left + side]
 
 
-def exchanged_channels(images: Array, key: Array, example: Array) -> Array:
-  """Pictures [B, H, W, 3] whose red, green and blue change places, one order per example."""
-  orders = jnp.asarray([[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
-  draw = lambda k: jax.random.randint(k, (), 0, len(orders))
-  chosen = orders[rng.per_example(draw, key, 'channels', example)]
-  return jnp.take_along_axis(images, chosen[:, None, None], axis=-1)
+def permute_channels(images: Array, key: Array, example: Array) -> Array:
+  """Permutes the channels of images [B, H, W, 3], with a random permutation of each example."""
+  permutations = jnp.asarray([[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
+  sample = lambda k: jax.random.randint(k, (), 0, len(permutations))
+  order = permutations[rng.per_example(sample, key, 'channels', example)]
+  return jnp.take_along_axis(images, order[:, None, None], axis=-1)
 
 
 def random_crops(images: Array, size: int, key: Array, example: Array) -> Array:
-  """A square of side `size` from each picture [B, R, R, C], at a place drawn per example."""
-  room = images.shape[1] - size + 1
-  draw = lambda k: jax.random.randint(k, (2,), 0, room)
-  corners = rng.per_example(draw, key, 'crop', example)
+  """Crops a square of side `size` from each image [B, R, R, C], at a random position."""
+  positions = images.shape[1] - size + 1
+  sample = lambda k: jax.random.randint(k, (2,), 0, positions)
+  corners = rng.per_example(sample, key, 'crop', example)
   shape = (size, size, images.shape[3])
-  cut = lambda picture, at: jax.lax.dynamic_slice(picture, (at[0], at[1], 0), shape)
-  return jax.vmap(cut)(images, corners)
+  crop = lambda image, corner: jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), shape)
+  return jax.vmap(crop)(images, corners)

@@ -1,8 +1,8 @@
 """Interfaces of codecs.
 
-A codec holds sizes only; its weights are an argument. `params` maps network names to their
-trees, so a system hands over its whole `frozen` mapping and each codec takes what it names in
-`weights`. All calls are pure and jittable, and work on sharded batches.
+A codec holds sizes only; weights are an argument. `params` maps network names to parameters, so a
+system passes its whole `frozen` mapping, and each codec reads the networks in its `weights`. All
+methods are pure and jittable, and work on sharded batches.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from vpe_jax.contracts import Array, FrozenNetwork, Params
 
 
 class TokenCodec(Protocol):
-  """Pictures -> a grid of discrete codes.
+  """Images -> a grid of discrete codes.
 
   Attributes:
     weights: names of the networks in `params` that the codec reads.
-    codes: number of different codes.
-    grid: codes per side; P = grid * grid, raster order.
+    codes: size V of the codebook.
+    grid: codes along each side; P = grid * grid, in raster order.
   """
 
   weights: tuple[str, ...]
@@ -29,26 +29,26 @@ class TokenCodec(Protocol):
   grid: int
 
   def encode(self, params: Params, images: Array) -> Array:
-    """Codes [B, P] int32 of pictures [B, R, R, 3], uint8 or float in [0, 1]; in float32."""
+    """Codes [B, P] int32 of images [B, R, R, 3], uint8 or float in [0, 1]."""
     ...
 
   def abstract_params(self) -> Params:
-    """The networks in `weights` as shapes: what `params` must hold, as `jax.ShapeDtypeStruct`."""
+    """Parameters of the networks in `weights`, as `jax.ShapeDtypeStruct`, by network."""
     ...
 
 
-class PlanCodec(TokenCodec, Protocol):
-  """Pictures -> the codes of a visual prompt.
+class FeatureCodec(TokenCodec, Protocol):
+  """Images -> codes of their features: what the image shows, without its pixels.
 
   Attributes:
-    codebook: path of the array [V, W] that codes index in `params`, the network's name first.
+    codebook: path in `params` of the codebook [V, W], beginning with the network's name.
   """
 
   codebook: str
 
 
-class PictureCodec(TokenCodec, Protocol):
-  """Pictures <-> a grid of discrete codes that say everything about them."""
+class ImageCodec(TokenCodec, Protocol):
+  """Images <-> a grid of discrete codes, from which they are reconstructed."""
 
   def decode(self, params: Params, codes: Array, rng: Array | None = None) -> Array:
     """Images [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see LatentCodec.decode."""
@@ -56,12 +56,12 @@ class PictureCodec(TokenCodec, Protocol):
 
 
 class LatentCodec(Protocol):
-  """Pictures <-> a small grid of numbers with mean 0 and variance 1.
+  """Images <-> a small grid of continuous latents with mean 0 and variance 1.
 
   Attributes:
     weights: names of the networks in `params` that the codec reads.
-    factor: pixels per latent, per side.
-    channels: numbers C per latent.
+    factor: pixels per latent along each side.
+    channels: channels C of the latents.
   """
 
   weights: tuple[str, ...]
@@ -69,7 +69,7 @@ class LatentCodec(Protocol):
   channels: int
 
   def encode(self, params: Params, images: Array) -> Array:
-    """Latents [B, R / factor, R / factor, C] float32 of pictures [B, R, R, 3]."""
+    """Latents [B, R / factor, R / factor, C] float32 of images [B, R, R, 3]."""
     ...
 
   def decode(self, params: Params, latents: Array, rng: Array | None = None) -> Array:
@@ -80,7 +80,7 @@ class LatentCodec(Protocol):
     ...
 
   def abstract_params(self) -> Params:
-    """The networks in `weights` as shapes: what `params` must hold, as `jax.ShapeDtypeStruct`."""
+    """Parameters of the networks in `weights`, as `jax.ShapeDtypeStruct`, by network."""
     ...
 
 
@@ -96,27 +96,27 @@ class Section(Protocol):
   frozen: Mapping[str, FrozenNetwork]
 
 
-class VisualPromptSection(Section, Protocol):
-  """The section of a codec of visual prompts.
+class FeatureCodeSection(Section, Protocol):
+  """The section of a FeatureCodec.
 
   Attributes:
-    codes: number of different codes.
-    tokens: codes P of a visual prompt.
+    codes: size V of the codebook.
+    tokens: codes P per image.
   """
 
   codes: int
   tokens: int
 
-  def codec(self, dtype: jnp.dtype) -> PlanCodec:
+  def codec(self, dtype: jnp.dtype) -> FeatureCodec:
     """The codec; `dtype` is the compute dtype of a published network."""
     ...
 
 
 class LatentSection(Section, Protocol):
-  """The section of a codec of latents.
+  """The section of a LatentCodec.
 
   Attributes:
-    channels: numbers C per latent.
+    channels: channels C of the latents.
   """
 
   channels: int
@@ -127,8 +127,8 @@ class LatentSection(Section, Protocol):
 
 
 class ImageCodeSection(Section, Protocol):
-  """The section of a codec of discrete images."""
+  """The section of an ImageCodec."""
 
-  def codec(self, image_size: int) -> PictureCodec:
-    """The codec, in float32, for images of so many pixels a side."""
+  def codec(self, image_size: int) -> ImageCodec:
+    """The codec, in float32, for images with a side of `image_size` pixels."""
     ...

@@ -1,9 +1,9 @@
 """The convolutional encoder and decoder that most image autoencoders share.
 
-VQGAN's (arXiv 2012.09841) residual blocks at ever lower resolution, attention in the middle, and
-the mirror image back. Latent diffusion's and FLUX's KL autoencoders, LlamaGen's and Emu3.5's
-tokenizers, and Wan's autoencoder on a still image are this network; they differ in the fields of
-`PyramidConfig`.
+The encoder has VQGAN's (arXiv 2012.09841) residual blocks at decreasing resolutions, with attention
+at the lowest one; the decoder mirrors it. The KL autoencoders of latent diffusion and FLUX, the
+tokenizers of LlamaGen and Emu3.5, and Wan's autoencoder (for a still image) are this network with
+different values of `PyramidConfig`.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class PyramidConfig:
   """Sizes of an encoder and its decoder.
 
   Attributes:
-    widths: channels of each level, from the pictures' resolution down; each level has half the
-      resolution of the one before.
+    widths: channels of each level, from the resolution of the image down; each level has half the
+      resolution of the previous one.
     blocks: residual blocks per level of the encoder; the decoder has one more.
-    outputs: channels that the encoder gives.
-    inputs: channels that the decoder takes.
-    colours: channels of a picture.
-    attention: levels (0 is the pictures' resolution) with attention after each block.
+    outputs: output channels of the encoder.
+    inputs: input channels of the decoder.
+    colours: channels of an image.
+    attention: levels (0 has the resolution of the image) with attention after each block.
     middle: whether the lowest resolution has attention between its last two blocks.
-    groups: groups of channels that are normalised together over the whole picture; 0: each place
-      is divided by the root mean square of its own channels, without a bias (Wan).
-    halve: whether going up a level halves the channels (Wan) or leaves that to the next block.
-    fine_first: whether the names of the decoder's levels count from the pictures' resolution
-      (VQGAN's own code) or in the order in which they run.
+    groups: groups of group normalization; 0: RMS normalization over the channels of each position,
+      without a bias (Wan).
+    halve: whether upsampling halves the channels (Wan) or the next block changes them.
+    fine_first: whether the names of the decoder's levels count from the resolution of the image
+      (VQGAN's code) or in the order in which they run.
   """
 
   widths: tuple[int, ...]
@@ -53,50 +53,52 @@ class PyramidConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self, attention=0, groups=0, blocks=0)
-    uneven = [width for width in self.widths if self.groups and width % self.groups]
-    if uneven:
-      raise UserError(f'{uneven[0]} channels are not {self.groups} groups of equal size')
+    for width in self.widths:
+      if self.groups and width % self.groups:
+        raise UserError(f'{width} channels do not divide into {self.groups} groups')
 
   @property
   def factor(self) -> int:
-    """Pixels per latent, per side."""
+    """Pixels per latent along each side."""
     return 2 ** (len(self.widths) - 1)
 
 
 class Norm(nn.Module):
-  """Normalisation with a learned scale, and a bias where groups are normalised."""
+  """Group normalization with scale and bias, or RMS normalization with a scale."""
 
-  groups: int
-  eps: float = 1e-6  # of group normalisation
+  groups: int  # 0: RMS normalization
+  eps: float = 1e-6  # of group normalization
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
     if not self.groups:
-      # x / |x| * sqrt(C): the smallest eps that keeps a black place finite.
+      # x / |x| * sqrt(C); the tiny eps only keeps positions of zeros finite.
       return norms.rms_norm(x, scale, 1e-24)
     bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
     return norms.group_norm(x, scale, bias, self.groups, self.eps)
 
 
-class _Part(nn.Module):
-  """Settings shared by all parts."""
+class _Module(nn.Module):
+  """Base class of the modules below: shared settings and constructors of submodules."""
 
   config: PyramidConfig
   dtype: jnp.dtype
 
   def conv(self, width: int, name: str, side: int = 3, **options) -> nn.Conv:
-    """A convolution that keeps the resolution unless options say otherwise."""
+    """A convolution that preserves the resolution unless options change that."""
     return nn.Conv(width, (side, side), dtype=self.dtype, name=name, **options)
 
   def norm(self, name: str) -> Norm:
+    """The normalization of the config."""
     return Norm(self.config.groups, name=name)
 
-  def part(self, kind: type[_Part], name: str, **given) -> _Part:
-    return kind(self.config, self.dtype, name=name, **given)
+  def module(self, kind: type[_Module], name: str, **options) -> _Module:
+    """A submodule with the same config and dtype."""
+    return kind(self.config, self.dtype, name=name, **options)
 
 
-class Block(_Part):
+class Block(_Module):
   """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1 convolution of x where the width changes."""
 
   width: int = 0
@@ -110,8 +112,8 @@ class Block(_Part):
     return x + y
 
 
-class Attention(_Part):
-  """x + attention over all places, with one head."""
+class Attention(_Module):
+  """x + attention over all positions, with one head."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -125,8 +127,8 @@ class Attention(_Part):
     return x + y.reshape(x.shape)
 
 
-class Level(_Part):
-  """The blocks of one resolution, each followed by attention where the config says so."""
+class Level(_Module):
+  """The blocks of one resolution, each followed by attention if the config has it."""
 
   level: int = 0
   blocks: int = 0
@@ -135,51 +137,51 @@ class Level(_Part):
   def __call__(self, x: Array) -> Array:
     c = self.config
     for i in range(self.blocks):
-      x = self.part(Block, f'block_{i}', width=c.widths[self.level])(x)
+      x = self.module(Block, f'block_{i}', width=c.widths[self.level])(x)
       if self.level in c.attention:
-        x = self.part(Attention, f'attention_{i}')(x)
+        x = self.module(Attention, f'attention_{i}')(x)
     return x
 
 
-class Middle(_Part):
+class Middle(_Module):
   """Two blocks at the lowest resolution, with attention between them."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    x = self.part(Block, 'block_0', width=x.shape[-1])(x)
+    x = self.module(Block, 'block_0', width=x.shape[-1])(x)
     if self.config.middle:
-      x = self.part(Attention, 'attention')(x)
-    return self.part(Block, 'block_1', width=x.shape[-1])(x)
+      x = self.module(Attention, 'attention')(x)
+    return self.module(Block, 'block_1', width=x.shape[-1])(x)
 
 
-class Encoder(_Part):
-  """Pictures [B, H, W, 3] -> [B, H / factor, W / factor, outputs]."""
+class Encoder(_Module):
+  """Images [B, H, W, 3] -> [B, H / factor, W / factor, outputs]."""
 
   @nn.compact
   def __call__(self, images: Array) -> Array:
     c = self.config
     x = self.conv(c.widths[0], 'start')(images.astype(self.dtype))
     for level in range(len(c.widths)):
-      x = self.part(Level, f'level_{level}', level=level, blocks=c.blocks)(x)
+      x = self.module(Level, f'level_{level}', level=level, blocks=c.blocks)(x)
       if level + 1 < len(c.widths):
-        # One row and column of zeros, below and to the right only.
+        # Zero padding at the bottom and the right only.
         down = self.conv(x.shape[-1], f'down_{level}', strides=2, padding=((0, 1), (0, 1)))
         x = down(x)
-    x = self.part(Middle, 'middle')(x)
+    x = self.module(Middle, 'middle')(x)
     return self.conv(c.outputs, 'end')(jax.nn.silu(self.norm('norm')(x)))
 
 
-class Decoder(_Part):
-  """[B, h, w, inputs] -> pictures [B, h * factor, w * factor, 3], not clipped."""
+class Decoder(_Module):
+  """[B, h, w, inputs] -> images [B, h * factor, w * factor, 3], not clipped."""
 
   @nn.compact
   def __call__(self, latents: Array) -> Array:
     c = self.config
     x = self.conv(c.widths[-1], 'start')(latents.astype(self.dtype))
-    x = self.part(Middle, 'middle')(x)
+    x = self.module(Middle, 'middle')(x)
     for step, level in enumerate(reversed(range(len(c.widths)))):
       name = level if c.fine_first else step
-      x = self.part(Level, f'level_{name}', level=level, blocks=c.blocks + 1)(x)
+      x = self.module(Level, f'level_{name}', level=level, blocks=c.blocks + 1)(x)
       if level:
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
         x = self.conv(x.shape[-1] // (2 if c.halve else 1), f'up_{name}')(x)

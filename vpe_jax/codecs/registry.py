@@ -1,26 +1,27 @@
-"""The codecs that a config section can name by its `kind`.
+"""The codecs that a config section can select by its `kind`.
 
-A codec is a line here, its network and config section in a file of this folder, and, where it is
-published, a family and a table in checkpoints/. Sections follow vpe_jax.codecs.protocol.
+To add a codec, write its network and config section in a file of this folder and add a line here; a
+published codec also needs a family and a table in checkpoints/. Sections implement the protocols of
+vpe_jax.codecs.protocol.
 """
 
 from __future__ import annotations
 
-from vpe_jax.codecs import image_codes, kl, kl_vae, siglip_vq, visual_prompt, vqgan
+from vpe_jax.codecs import feature_vq, image_codes, kl, kl_vae, siglip_vq, vqgan
 from vpe_jax.config import Tagged
 
 
-class VisualPromptSection(Tagged):
-  """A codec of visual prompts; its section is a protocol.VisualPromptSection."""
+class FeatureCodeSection(Tagged):
+  """The section of a FeatureCodec (protocol.FeatureCodeSection)."""
 
   KINDS = {
-    'tower_vq': visual_prompt.TowerVqSection,
+    'feature_vq': feature_vq.FeatureVqSection,
     'siglip_vq': siglip_vq.SiglipVqSection,
   }
 
 
 class LatentSection(Tagged):
-  """A codec of latents; its section is a protocol.LatentSection."""
+  """The section of a LatentCodec (protocol.LatentSection)."""
 
   KINDS = {
     'kl': kl.KlSection,
@@ -30,7 +31,7 @@ class LatentSection(Tagged):
 
 
 class ImageCodeSection(Tagged):
-  """A codec of discrete images; its section is a protocol.ImageCodeSection."""
+  """The section of an ImageCodec (protocol.ImageCodeSection)."""
 
   KINDS = {
     'image_codes': image_codes.ImageCodesSection,

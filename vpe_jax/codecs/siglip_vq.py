@@ -1,9 +1,9 @@
-"""SigLIP-VQ: X-Omni's tokenizer of pictures into codes that say what they show.
+"""SigLIP-VQ: X-Omni's semantic image tokenizer.
 
-A SigLIP 2 tower (giant) gives the raw features of its last layer; a projection of each is replaced
-by the nearest row of a codebook, on the unit sphere. Decoding gives features, not pixels. X-Omni
-(arXiv 2507.22058) trained it; GLM-Image and LLaDA2.0-Uni publish copies without the convolutional
-blocks at the end of the decoder, which only X-Omni's painter reads.
+The features of the last layer of a SigLIP 2 tower (giant) are projected, and each is replaced by
+the nearest entry of a codebook on the unit sphere. Decoding gives features, not pixels. X-Omni
+(arXiv 2507.22058) trained the tokenizer; GLM-Image and LLaDA2.0-Uni publish copies without the
+convolutional blocks at the end of the decoder, which only X-Omni's image generator uses.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ class SiglipVqConfig:
   """Sizes of the tokenizer; the defaults are the published ones.
 
   Attributes:
-    encoder: the tower; the published one uses the exact GELU, not the tanh of other SigLIPs.
+    encoder: the tower; the published one uses the exact GELU, not the tanh approximation of other
+      SigLIPs.
     patch: side of a patch in pixels.
-    table: side of the square position table, in patches; other grids resample it.
-    codes: rows V of the codebook.
-    width: numbers per row.
-    post_blocks: convolutional blocks after decoding.
+    table: side of the square table of position embeddings, in patches; it is resampled for other
+      grids.
+    codes: number V of codebook entries.
+    width: width of a codebook entry.
+    post_blocks: convolutional blocks at the end of the decoder.
   """
 
   encoder: EncoderConfig = EncoderConfig(1536, 40, 16, 6144, activation='gelu')
@@ -49,11 +51,11 @@ class SiglipVqConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SiglipVqSection(SiglipVqConfig):
-  """The config section of SiglipVqCodec; see protocol.VisualPromptSection.
+  """The config section of SiglipVqCodec; see protocol.FeatureCodeSection.
 
   Attributes:
     kind: `siglip_vq`.
-    image_size: side in pixels of the view of the image that the tower sees.
+    image_size: side of the tower's input image in pixels.
     weights: source of the weights: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`).
   """
 
@@ -63,7 +65,7 @@ class SiglipVqSection(SiglipVqConfig):
 
   @property
   def tokens(self) -> int:
-    """Codes P of a visual prompt."""
+    """Codes P per image."""
     return (self.image_size // self.patch) ** 2
 
   @property
@@ -92,10 +94,10 @@ class PostBlock(nn.Module):
 
 
 class SiglipVq(nn.Module):
-  """Tower, codebook and decoder; pictures in [-1, 1].
+  """Tower, codebook and decoder; images in [-1, 1].
 
-  With `dtype` float32, codes are chosen from exact features on every device; the released code
-  runs in bfloat16, where tokens near a tie may choose another row.
+  With `dtype` float32, features are exact on every device. The released code runs in bfloat16,
+  where features that are nearly tied between two entries may get the other code.
   """
 
   config: SiglipVqConfig
@@ -112,7 +114,7 @@ class SiglipVq(nn.Module):
     self.post = [PostBlock(self.dtype) for _ in range(c.post_blocks)]
 
   def features(self, images: Array) -> Array:
-    """Raw features [B, h, w, D] of the last layer; sides of pictures are multiples of `patch`."""
+    """Raw features [B, h, w, D] of the last layer; sides of images are multiples of `patch`."""
     c = self.config
     height, width = (side // c.patch for side in images.shape[1:3])
     x = self.embed(patches(images.astype(self.dtype), c.patch))
@@ -121,32 +123,32 @@ class SiglipVq(nn.Module):
     return x.reshape(-1, height, width, c.encoder.width)
 
   def project(self, features: Array) -> Array:
-    """Vectors to quantise [..., width] of features [..., D]."""
+    """Vectors [..., width] to quantize, of features [..., D]."""
     return self.quant(features)
 
-  def quantise(self, features: Array) -> Array:
+  def quantize(self, features: Array) -> Array:
     """Codes [...] int32 of features [..., D]."""
     return codebook.nearest(self.project(features), self.codebook, normed=True)
 
   def encode(self, images: Array) -> Array:
-    """Codes [B, h, w] int32 of pictures [B, H, W, 3]."""
+    """Codes [B, h, w] int32 of images [B, H, W, 3]."""
     with jax.default_matmul_precision('highest'):
-      return self.quantise(self.features(images))
+      return self.quantize(self.features(images))
 
   def decode(self, codes: Array) -> Array:
-    """Features [B, h, w, D] of codes [B, h, w]; rows keep their own length."""
+    """Features [B, h, w, D] of codes [B, h, w]; codebook entries are not normalized."""
     x = self.post_quant(jnp.take(self.codebook, codes, axis=0).astype(self.dtype))
     for block in self.post:
       x = block(x)
     return x
 
   def __call__(self, images: Array) -> Array:
-    """The features that the codes decode to; touches every parameter."""
+    """The features decoded from the codes; uses every parameter."""
     return self.decode(self.encode(images))
 
 
 class SiglipVqCodec:
-  """A protocol.PlanCodec over one network of `params`, called `name`, that can also decode."""
+  """A protocol.FeatureCodec over the network `name` of `params`; it can also decode features."""
 
   def __init__(
     self,
@@ -168,22 +170,22 @@ class SiglipVqCodec:
 
     Args:
       params: network name -> parameters.
-      images: [B, H, W, 3] of any shape, uint8 or float in [0, 1]: centred on a white square of
-        side `image_size`, then to [-1, 1], with the geometry of the pictures that are painted.
+      images: [B, H, W, 3] of any shape, uint8 or float in [0, 1]. They are padded with white to
+        squares and resized to `image_size`, as the pipeline does with training images.
     """
     signed = pixels.to_signed(pixels.padded_view(images, self.image_size))
     codes = self.network.apply({'params': params[self.weights[0]]}, signed, method='encode')
     return codes.reshape(codes.shape[0], -1)
 
   def decode(self, params: Params, codes: Array) -> Array:
-    """Features [B, P, D] that codes [B, P] stand for."""
+    """Features [B, P, D] decoded from codes [B, P]."""
     variables = {'params': params[self.weights[0]]}
     square = codes.reshape(-1, self.grid, self.grid)
     features = self.network.apply(variables, square, method='decode')
     return features.reshape(*codes.shape, -1)
 
   def abstract_params(self) -> Params:
-    """The network's parameters as shapes; see protocol.TokenCodec."""
+    """Shapes of the network's parameters; see protocol.TokenCodec."""
 
     def init() -> Params:
       images = jnp.zeros((1, self.image_size, self.image_size, 3))
@@ -193,10 +195,10 @@ class SiglipVqCodec:
 
 
 def resample(table: Array, height: int, width: int) -> Array:
-  """A square position table [side^2, D], bilinearly resampled to [height * width, D].
+  """Resamples a square table of positions [side^2, D] bilinearly to [height * width, D].
 
-  Pixel centres, no antialiasing; beyond the outermost centres the border counts (X-Omni's
-  `align_corners=False`).
+  Without antialiasing, with aligned pixel centres, and with the border repeated outside of them
+  (PyTorch's `align_corners=False`, as X-Omni).
   """
   side = round(table.shape[0] ** 0.5)
   square = table.reshape(side, side, -1)

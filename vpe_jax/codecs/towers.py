@@ -1,7 +1,7 @@
-"""The frozen image towers whose patch features a visual prompt quantises (VPE, Appendix F).
+"""Frozen vision transformers whose patch features codecs/feature_vq.py quantizes.
 
-`siglip` is the one that this library trains; `siglip2`, `dinov2` and `clip` are published. Each
-gives one feature a patch, in raster order, without a class token.
+`siglip` is trained by this library; `siglip2`, `dinov2` and `clip` are published. Each gives one
+feature per patch, in raster order, without a class token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vpe_jax.contracts import Array, FrozenNetwork, Params, PretrainedWeights
 from vpe_jax.models import clip, dinov2, siglip
 from vpe_jax.models.vit import EncoderConfig
 
-# Default weights of each tower: the shipped SigLIP, and the releases that have the default sizes.
+# Default weights of each tower: the shipped SigLIP, and published ones with the default sizes.
 SOURCES = {
   'siglip': 'assets:siglip',
   'siglip2': 'google/siglip2-base-patch16-256',
@@ -44,10 +44,11 @@ class Siglip2Config(siglip.SiglipConfig):
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-  """Size of a tower's input image, where it may differ from training.
+  """Size of a tower's input image, if it differs from training.
 
   Attributes:
-    view: side of the view in pixels; positions are resampled where it isn't `image_size`.
+    view: side of the input image in pixels; position embeddings are resampled if it is not
+      `image_size`.
   """
 
   view: int = 224
@@ -55,7 +56,7 @@ class _View:
 
 @dataclasses.dataclass(frozen=True)
 class Dinov2View(_View, dinov2.Dinov2Config):
-  """Sizes of a published DINOv2 (the base model's), and of its view."""
+  """Sizes of a published DINOv2 and its input; the defaults are those of the base model."""
 
   image_size: int = 518
   patch: int = 14
@@ -64,7 +65,7 @@ class Dinov2View(_View, dinov2.Dinov2Config):
 
 @dataclasses.dataclass(frozen=True)
 class ClipView(_View, clip.ClipConfig):
-  """Sizes of a published CLIP (OpenAI's L/14), and of its view."""
+  """Sizes of a published CLIP and its input; the defaults are those of OpenAI's L/14."""
 
   image_size: int = 224
   patch: int = 14
@@ -78,17 +79,18 @@ class ClipView(_View, clip.ClipConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-  """Which tower, and which of its features.
+  """The tower and the layer of its features.
 
   Attributes:
     encoder: one of ENCODERS.
-    depth: layers of the tower whose raw output is quantised; -1 for the tower's own: the normed
-      last output of SigLIP (which its pooling head reads) and DINOv2, and the last but one of CLIP,
-      whose last layer serves the class token alone.
-    siglip: sizes of the embedded SigLIP.
-    siglip2: sizes of a published SigLIP 2; like those below, read if `encoder` says so.
-    dinov2: sizes of a published DINOv2.
-    clip: sizes of a published CLIP.
+    depth: number of layers whose raw output gives the features; -1 for the usual features of a
+      tower: the normalized last output of SigLIP (the input of its pooling head) and of DINOv2, and
+      the output of the last layer but one of CLIP, whose last layer is trained for the class token
+      only.
+    siglip: sizes of the embedded SigLIP; used if `encoder` is `siglip`.
+    siglip2: sizes of a published SigLIP 2, likewise.
+    dinov2: sizes of a published DINOv2, likewise.
+    clip: sizes of a published CLIP, likewise.
   """
 
   encoder: str = 'siglip'
@@ -101,32 +103,32 @@ class TowerConfig:
   def __post_init__(self) -> None:
     check_sizes(self)
     check(self, '', 'encoder', self.encoder in ENCODERS, f'one of {", ".join(ENCODERS)}')
-    good, layers = self.depth <= self.body.layers, self.body.layers
-    check(self, '', 'depth', good, f'at most the {layers} layers of encoder={self.encoder}')
+    valid, layers = self.depth <= self.body.layers, self.body.layers
+    check(self, '', 'depth', valid, f'at most the {layers} layers of encoder={self.encoder}')
 
   @property
   def sizes(self) -> Any:
-    """The section of the tower."""
+    """The sizes of the selected tower."""
     return getattr(self, self.encoder)
 
   @property
   def body(self) -> EncoderConfig:
-    """The tower's layers."""
+    """Sizes of the tower's transformer."""
     return self.sizes.encoder if self.encoder == 'dinov2' else self.sizes.vision
 
   @property
   def grid(self) -> int:
-    """Features along each side of the picture."""
+    """Features along each side of the image."""
     return getattr(self.sizes, 'view', self.sizes.image_size) // self.sizes.patch
 
   @property
   def patches(self) -> int:
-    """Features P of a picture."""
+    """Features P per image."""
     return self.sizes.patches if self.encoder == 'siglip' else self.grid**2
 
   @property
-  def compares(self) -> bool:
-    """Whether the features can be compared with our captions: the tower was trained on them."""
+  def has_text_tower(self) -> bool:
+    """Whether a text tower for our token ids embeds captions in the space of the features."""
     return self.encoder == 'siglip' and self.depth < 0
 
   @property
@@ -154,32 +156,32 @@ def frozen(config: TowerConfig, weights: str) -> FrozenNetwork:
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-  """A tower, and how it is called.
+  """A tower with its calling convention.
 
   Attributes:
-    network: its module.
-    side: of the view in pixels.
-    normalise: brings pixels in [0, 1] to what the module reads.
-    first: where the patches begin among its tokens.
-    depth: what the module's `features` is asked for.
-    inputs: further arguments of the module's `init`, after pictures.
+    network: the module.
+    side: side of the input image in pixels.
+    normalize: maps pixels in [0, 1] to the module's input.
+    first: index of the first patch among the module's tokens.
+    depth: argument `depth` of the module's `features`.
+    inputs: arguments of the module's `init` after the images.
   """
 
   network: nn.Module
   side: int
-  normalise: Callable[[Array], Array]
+  normalize: Callable[[Array], Array]
   first: int
   depth: int | None
   inputs: tuple[Array, ...]
 
   def features(self, params: Params, images: Array) -> Array:
-    """Patch features [B, P, D] of pictures [B, R, R, 3], uint8 or float in [0, 1]."""
-    seen = self.normalise(pixels.view(images, self.side))
-    found = self.network.apply({'params': params}, seen, self.depth, method='features')
-    return found[:, self.first :]
+    """Patch features [B, P, D] of images [B, R, R, 3], uint8 or float in [0, 1]."""
+    inputs = self.normalize(pixels.view(images, self.side))
+    features = self.network.apply({'params': params}, inputs, self.depth, method='features')
+    return features[:, self.first :]
 
   def init(self, rng: Array) -> Params:
-    """Fresh parameters."""
+    """Random initial parameters."""
     images = jnp.zeros((1, self.side, self.side, 3))
     return self.network.init(rng, images, *self.inputs)['params']
 
@@ -194,5 +196,5 @@ def tower(config: TowerConfig) -> Tower:
   if config.encoder == 'clip':
     last = c.vision.layers - 1 if depth is None else depth
     return Tower(clip.Clip(c), side, clip.normalised, 1, last, (text,))
-  given = (text, jnp.ones((1,), jnp.int32))
-  return Tower(siglip.Siglip(c), side, pixels.to_signed, 0, depth, given)
+  inputs = (text, jnp.ones((1,), jnp.int32))
+  return Tower(siglip.Siglip(c), side, pixels.to_signed, 0, depth, inputs)

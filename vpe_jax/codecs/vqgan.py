@@ -1,8 +1,8 @@
 """Published VQGAN tokenizers: LlamaGen's VQ-16 and Emu3.5's IBQ.
 
-A convolutional encoder, a codebook, and a decoder that paints the picture back. LlamaGen
-(arXiv 2406.06525) seeks the nearest row on the unit sphere; IBQ (arXiv 2412.02692) takes the row
-with the largest dot product.
+A convolutional encoder, a codebook, and a convolutional decoder. LlamaGen (arXiv 2406.06525) uses
+the nearest codebook entry on the unit sphere; IBQ (arXiv 2412.02692) uses the entry with the
+largest dot product.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class VqGanConfig:
   """Sizes of a tokenizer.
 
   Attributes:
-    body: of encoder and decoder.
-    codes: rows V of the codebook.
-    width: numbers per row.
-    normed: whether features and rows are brought to length 1, for the choice and for decoding.
+    body: sizes of encoder and decoder.
+    codes: number V of codebook entries.
+    width: width of a codebook entry.
+    normed: whether features and entries are normalized to length 1, for search and decoding.
   """
 
   body: PyramidConfig
@@ -68,7 +68,7 @@ class VqGanSection(VqGanConfig):
 
 
 class VqGan(nn.Module):
-  """The network; pictures in [-1, 1].
+  """The network; images in [-1, 1].
 
   Features are exact float32 on every device: rounded products change codes.
   """
@@ -84,30 +84,30 @@ class VqGan(nn.Module):
     self.decoder = Decoder(c.body, jnp.float32)
 
   def features(self, images: Array) -> Array:
-    """Vectors to quantise [B, h, w, width] of images [B, H, W, 3]."""
+    """Vectors [B, h, w, width] to quantize, of images [B, H, W, 3]."""
     with jax.default_matmul_precision('highest'):
       return self.quant(self.encoder(images))
 
   def encode(self, images: Array) -> Array:
-    """Codes [B, h, w] int32 of pictures [B, H, W, 3]."""
+    """Codes [B, h, w] int32 of images [B, H, W, 3]."""
     return codebook.nearest(self.features(images), self.codebook, self.config.normed)
 
   def lookup(self, codes: Array) -> Array:
-    """The rows [B, h, w, width] that codes [B, h, w] stand for."""
-    rows = jnp.take(self.codebook, codes, axis=0)
-    return unit(rows) if self.config.normed else rows
+    """Codebook entries [B, h, w, width] of codes [B, h, w]."""
+    entries = jnp.take(self.codebook, codes, axis=0)
+    return unit(entries) if self.config.normed else entries
 
   def decode(self, codes: Array) -> Array:
-    """Pictures [B, H, W, 3] around [-1, 1], not clipped, of codes [B, h, w]."""
+    """Images [B, H, W, 3] in about [-1, 1], not clipped, of codes [B, h, w]."""
     return self.decoder(self.post_quant(self.lookup(codes)))
 
   def __call__(self, images: Array) -> Array:
-    """The picture that the codes decode to; touches every parameter."""
+    """The image decoded from the codes; uses every parameter."""
     return self.decode(self.encode(images))
 
 
 class VqGanCodec:
-  """A protocol.PictureCodec over one network of `params`, called `name`."""
+  """A protocol.ImageCodec over the network `name` of `params`."""
 
   def __init__(self, config: VqGanConfig, image_size: int = 512, name: str = 'tokens'):
     self.config = config
@@ -124,14 +124,14 @@ class VqGanCodec:
     return codes.reshape(codes.shape[0], -1)
 
   def decode(self, params: Params, codes: Array, rng: Array | None = None) -> Array:
-    """Images [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see protocol.PictureCodec."""
+    """Images [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see protocol.ImageCodec."""
     del rng
     square = codes.reshape(-1, self.grid, self.grid)
     signed = self.network.apply({'params': params[self.weights[0]]}, square, method='decode')
     return jnp.clip(0.5 * (signed + 1.0), 0.0, 1.0)
 
   def abstract_params(self) -> Params:
-    """The network's parameters as shapes; see protocol.TokenCodec."""
+    """Shapes of the network's parameters; see protocol.TokenCodec."""
     side = self.config.body.factor
 
     def init() -> Params:

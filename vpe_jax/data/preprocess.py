@@ -32,8 +32,8 @@ class PromptAndImage:
   data: DataConfig
 
   def prompt(self, record: Record) -> str:
-    """The caption of a record, or the name of its group (`data.words`)."""
-    return record.caption if self.data.words == 'caption' else record.group
+    """The caption of a record, or the name of its group (`data.prompt_field`)."""
+    return record.caption if self.data.prompt_field == 'caption' else record.group
 
   def __call__(
     self, record: Record, names: Collection[str], rng: np.random.Generator

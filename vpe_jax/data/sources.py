@@ -81,8 +81,8 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
       'and openmoji do'
     )
   if config.source == 'synthetic':
-    return Synthetic(count or ENDLESS, config.references)
-  asked = Asked(config.words == 'caption', config.references)
+    return Synthetic(count or ENDLESS, config.source_images)
+  asked = Asked(config.prompt_field == 'caption', config.source_images)
   if config.source.startswith(TFDS):
     return open_tfds(config.source.removeprefix(TFDS), config.root, count, asked, config.fit)
   if not config.source.startswith(FOLDERS):
@@ -106,13 +106,13 @@ def _mixture(config: DataConfig, count: int, split: Split, seed: int) -> Mixture
 def _check_references(config: DataConfig) -> None:
   """Refuses pictures before where a source has none, and edits without them."""
   pairs = config.source in ('edits', 'synthetic') or config.in_folders
-  if config.references and not pairs:
+  if config.source_images and not pairs:
     raise UserError(
       f'config.data.source={config.source} has no pictures before and after an edit, which this '
       'system trains on: set data.source to edits, or to a folder whose captions.jsonl has a '
       '"reference" in each line'
     )
-  if config.source == 'edits' and not config.references:
+  if config.source == 'edits' and not config.source_images:
     raise UserError(
       'config.data.source=edits has instructions for pictures before, which this system does not '
       'see: choose another data.source, or train configs/edit.py on it'

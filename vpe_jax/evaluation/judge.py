@@ -45,7 +45,7 @@ class Judge:
 
     def embed_images(params: Params, images: Array) -> Array:
       step = round(_MOVE * images.shape[1])
-      views = [pixels.moved(images, step * y, step * x) for y in _MOVES for x in _MOVES]
+      views = [pixels.translate(images, step * y, step * x) for y in _MOVES for x in _MOVES]
       seen = pixels.to_signed(pixels.view(jnp.concatenate(views), side))
       vectors = network.apply({'params': params}, seen, method='embed_images')
       return siglip.unit(jnp.mean(vectors.reshape(len(views), len(images), -1), 0))
@@ -72,7 +72,7 @@ class Judge:
   def images(self, images: np.ndarray) -> np.ndarray:
     """Unit vectors [N, D] of images [N, R, R, 3] uint8."""
     embed = lambda batch: self._embed_images(self._params, batch)
-    return batches.by_rows(embed, images, _BATCH)
+    return batches.in_batches(embed, images, _BATCH)
 
   def captions(self, captions: Sequence[str]) -> np.ndarray:
     """Unit vectors [N, D] of N captions.
@@ -83,4 +83,4 @@ class Judge:
     length = self._config.data.text_length
     encoded = self._tokenizer.encode_batch(list(captions), length)
     embed = lambda batch: self._embed_text(self._params, *batch)
-    return batches.by_rows(embed, encoded, _BATCH)
+    return batches.in_batches(embed, encoded, _BATCH)

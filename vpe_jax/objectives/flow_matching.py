@@ -1,10 +1,11 @@
-"""Flow matching: path, law of the training times, shift, target, weight and loss, all of it.
+"""Flow matching: path, distribution and shift of the training times, target, weighting and loss.
 
 t = 0 is data, t = 1 is noise, x_t = (1 - t) x + t eps, and the velocity is v = eps - x, so an
-Euler step is x_{t-dt} = x_t - dt v. Show-o2's clock runs the other way (0 noise, 1 data, velocity
-x - eps): `time = 1 - clock` and `velocity = -theirs`, which systems/vpe/text_to_image.py applies.
+Euler step is x_{t-dt} = x_t - dt v. Code with the opposite convention (Show-o2: 0 is noise, 1 is
+data, velocity x - eps) is adapted by t = 1 - t' and v = -v'.
 
-A further law, shift, target or weighting is a function and an entry of its table in this file.
+To add a time distribution, shift, target or weighting, write a function and add it to its table in
+this file.
 """
 
 from __future__ import annotations
@@ -20,28 +21,28 @@ from vpe_jax import rng as rng_lib
 from vpe_jax.config import check
 from vpe_jax.contracts import Array
 
-LEAST = 0.05  # lower bound of t and 1 - t where a prediction is divided by them (arXiv 2511.13720)
+MIN_DIVISOR = 0.05  # lower bound of t and 1 - t as divisors of a prediction (arXiv 2511.13720)
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
-  """How a flow is trained.
+  """Training settings of a flow.
 
   Attributes:
-    law: distribution of the training times before the shift, a key of LAWS: `logit_normal` (the
-      sigmoid of a normal draw) or `uniform`.
-    mean: of the normal draw of `logit_normal`; above 0 it favours noise.
-    std: standard deviation of this draw.
-    shift: factor s of the shift towards noise, s t / (1 + (s - 1) t); 1 leaves the times alone.
-    shift_by: a further factor of the shift, a key of SHIFTS: `constant` (1), `resolution` (grows
+    time_distribution: distribution of the training times before the shift, a key of
+      TIME_DISTRIBUTIONS: `logit_normal` (the sigmoid of a normal sample) or `uniform`.
+    mean: mean of the normal distribution of `logit_normal`; values above 0 favour noise.
+    std: its standard deviation.
+    shift: factor s of the shift towards noise, s t / (1 + (s - 1) t); 1 is no shift.
+    shift_by: a second factor of the shift, a key of SHIFTS: `constant` (1), `resolution` (grows
       with the number of image tokens, as in Show-o2 and FLUX), or `dimension` (the square root of
-      the latent's numbers over 4096, as in RAE and VGT).
-    target: what the network predicts, a key of TARGETS: `velocity`, `data` or `noise`.
-    weighting: weight of the squared error at a time, a key of WEIGHTINGS: `uniform` (the error of
-      the target itself), or `velocity` (the error of the velocity that the prediction implies).
+      the latent's dimension over 4096, as in RAE and VGT).
+    target: prediction target of the network, a key of TARGETS: `velocity`, `data` or `noise`.
+    weighting: weight of the squared error by time, a key of WEIGHTINGS: `uniform` (the error of the
+      target itself), or `velocity` (the error of the velocity that the prediction implies).
   """
 
-  law: str = 'logit_normal'
+  time_distribution: str = 'logit_normal'
   mean: float = 0.0
   std: float = 1.0
   shift: float = 1.0
@@ -50,21 +51,26 @@ class FlowConfig:
   weighting: str = 'uniform'
 
   def __post_init__(self) -> None:
-    tables = {'law': LAWS, 'shift_by': SHIFTS, 'target': TARGETS, 'weighting': WEIGHTINGS}
+    tables = {
+      'time_distribution': TIME_DISTRIBUTIONS,
+      'shift_by': SHIFTS,
+      'target': TARGETS,
+      'weighting': WEIGHTINGS,
+    }
     for name, table in tables.items():
       check(self, '', name, getattr(self, name) in table, f'one of {", ".join(table)}')
     check(self, '', 'mean', math.isfinite(self.mean), 'a finite number')
     for name in ('std', 'shift'):
       check(self, '', name, 0 < getattr(self, name) < math.inf, 'a positive number')
 
-  def total_shift(self, tokens: int, numbers: int) -> float:
-    """The factor by which times are shifted.
+  def total_shift(self, tokens: int, dimension: int) -> float:
+    """The factor s of the shift of times.
 
     Args:
-      tokens: of the network's image sequence, for one image.
-      numbers: of one image's latents.
+      tokens: number of image tokens of one image.
+      dimension: number of values in the latents of one image.
     """
-    return self.shift * SHIFTS[self.shift_by](tokens, numbers)
+    return self.shift * SHIFTS[self.shift_by](tokens, dimension)
 
 
 def path(data: Array, noise: Array, time: Array) -> Array:
@@ -79,38 +85,40 @@ def velocity(data: Array, noise: Array) -> Array:
 
 
 def shift_time(time: Array, shift: float | Array) -> Array:
-  """Moves times towards noise: s t / (1 + (s - 1) t)."""
+  """Shifts times towards noise: s t / (1 + (s - 1) t)."""
   return shift * time / (1.0 + (shift - 1.0) * time)
 
 
 def token_shift(tokens: int) -> float:
-  """Show-o2's shift for an image of so many tokens: e^mu, mu linear from .5 at 256 to 1.15 at 4096
-  (released transport code)."""
+  """Show-o2's shift by number of image tokens: e^mu, mu linear from .5 at 256 to 1.15 at 4096.
+
+  Source: its released transport code.
+  """
   slope = (1.15 - 0.5) / (4096 - 256)
   return math.exp(0.5 + slope * (tokens - 256))
 
 
-def dimension_shift(numbers: int) -> float:
-  """The shift for latents of so many numbers: sqrt(numbers / 4096) (RAE, arXiv 2510.11690)."""
-  return math.sqrt(numbers / 4096)
+def dimension_shift(dimension: int) -> float:
+  """The shift for latents of a dimension: sqrt(dimension / 4096) (RAE, arXiv 2510.11690)."""
+  return math.sqrt(dimension / 4096)
 
 
 def sample_time(key: Array, flow: FlowConfig, shift: float) -> Array:
-  """One training time: a draw from the law, shifted by `shift`; float32 scalar."""
-  return shift_time(LAWS[flow.law](key, flow), shift)
+  """Samples a training time, shifted by `shift`; float32 scalar."""
+  return shift_time(TIME_DISTRIBUTIONS[flow.time_distribution](key, flow), shift)
 
 
 def noised(
   data: Array, flow: FlowConfig, key: Array, example: Array, tokens: int
 ) -> tuple[Array, Array, Array]:
-  """The network's input and target for a batch in training.
+  """The network's input and target for a training batch.
 
   Args:
     data: [B, ...].
-    flow: law of the times, shift and target.
-    key: of the run.
-    example: indices [B], which key each example's time and noise.
-    tokens: of the network's image sequence, for one image.
+    flow: time distribution, shift and target.
+    key: the run's key.
+    example: example indices [B], which key each example's time and noise.
+    tokens: number of image tokens of one image.
 
   Returns:
     x_t [B, ...], times [B] and targets [B, ...], float32.
@@ -123,12 +131,12 @@ def noised(
 
 
 def loss(flow: FlowConfig, prediction: Array, target: Array, time: Array) -> Array:
-  """The weighted squared error summed over a batch, a float32 scalar.
+  """The weighted squared error, summed over a batch; float32 scalar.
 
   Args:
     flow: target and weighting.
-    prediction: of the target [B, ...], any float dtype.
-    target: [B, ...] as from `noised`; its size is the count that divides the sum.
+    prediction: the network's output [B, ...], any float dtype.
+    target: [B, ...] from `noised`; its size is the count of the LossTerm.
     time: [B].
   """
   weight = WEIGHTINGS[flow.weighting](flow, time)
@@ -139,7 +147,7 @@ def loss(flow: FlowConfig, prediction: Array, target: Array, time: Array) -> Arr
 
 
 def squared_error(prediction: Array, target: Array) -> Array:
-  """Summed squared error, a float32 scalar; the count that divides it is `target.size`."""
+  """The summed squared error, a float32 scalar; its count is `target.size`."""
   error = prediction.astype(jnp.float32) - target.astype(jnp.float32)
   return jnp.sum(jnp.square(error))
 
@@ -148,8 +156,8 @@ def implied_velocity(flow: FlowConfig, prediction: Array, x: Array, time: Array)
   """The velocity that a network's prediction implies, for a sampler.
 
   Args:
-    flow: its target.
-    prediction: [B, ...].
+    flow: prediction target of the network.
+    prediction: the network's output [B, ...].
     x: x_t [B, ...].
     time: [B], or a scalar.
   """
@@ -172,14 +180,14 @@ def _uniform(key: Array, flow: FlowConfig) -> Array:
   return jax.random.uniform(key)
 
 
-LAWS: dict[str, Callable[[Array, FlowConfig], Array]] = {
+TIME_DISTRIBUTIONS: dict[str, Callable[[Array, FlowConfig], Array]] = {
   'logit_normal': _logit_normal,
   'uniform': _uniform,
 }
 SHIFTS: dict[str, Callable[[int, int], float]] = {
-  'constant': lambda tokens, numbers: 1.0,
-  'resolution': lambda tokens, numbers: token_shift(tokens),
-  'dimension': lambda tokens, numbers: dimension_shift(numbers),
+  'constant': lambda tokens, dimension: 1.0,
+  'resolution': lambda tokens, dimension: token_shift(tokens),
+  'dimension': lambda tokens, dimension: dimension_shift(dimension),
 }
 
 
@@ -190,7 +198,7 @@ class _Target:
   Attributes:
     of: data and noise -> the quantity.
     velocity: prediction, x_t and t -> the velocity.
-    scale: t -> error of the velocity per error of the prediction.
+    scale: t -> ratio of the velocity's error to the prediction's error.
   """
 
   of: Callable[[Array, Array], Array]
@@ -202,13 +210,13 @@ TARGETS = {
   'velocity': _Target(velocity, lambda prediction, x, t: prediction, jnp.ones_like),
   'data': _Target(
     lambda data, noise: data,
-    lambda prediction, x, t: (x - prediction) / jnp.maximum(t, LEAST),
-    lambda t: 1.0 / jnp.maximum(t, LEAST),
+    lambda prediction, x, t: (x - prediction) / jnp.maximum(t, MIN_DIVISOR),
+    lambda t: 1.0 / jnp.maximum(t, MIN_DIVISOR),
   ),
   'noise': _Target(
     lambda data, noise: noise,
-    lambda prediction, x, t: (prediction - x) / jnp.maximum(1.0 - t, LEAST),
-    lambda t: 1.0 / jnp.maximum(1.0 - t, LEAST),
+    lambda prediction, x, t: (prediction - x) / jnp.maximum(1.0 - t, MIN_DIVISOR),
+    lambda t: 1.0 / jnp.maximum(1.0 - t, MIN_DIVISOR),
   ),
 }
 

@@ -12,45 +12,45 @@ from vpe_jax.contracts import Array
 def cross_entropy(
   hidden: Array, table: Array, targets: Array, weights: Array, chunk: int = 0
 ) -> tuple[Array, Array]:
-  """Summed cross-entropy of the logits `hidden @ table.T`, and of its argmax being right.
+  """Summed cross-entropy and accuracy of the logits `hidden @ table.T`.
 
   Args:
-    hidden: outputs [B, L, D] of the positions that predict.
-    table: vocabulary rows [V, D].
+    hidden: outputs [B, L, D] of the predicting positions.
+    table: vocabulary embeddings [V, D].
     targets: ids to predict [B, L].
     weights: float32 [B, L]; 0 where nothing is predicted.
-    chunk: tokens of a row whose logits exist at a time (0: all); each chunk's logits are computed
-      again in the backward pass, so that [B, L, V] never exists. Where it doesn't divide L, the
-      last chunk is filled up with rows of weight 0.
+    chunk: tokens of a sequence whose logits exist at a time (0: all). The logits of each chunk are
+      recomputed in the backward pass, so that [B, L, V] never exists. If it doesn't divide L, the
+      last chunk is padded with tokens of weight 0.
 
   Returns:
-    Weighted sums over the batch, float32 scalars: of the cross-entropy in nats, and of hits.
+    Weighted sums over the batch, float32 scalars: of the cross-entropy in nats, and of correct
+    predictions.
   """
-
   count = table.shape[0]
 
-  def one(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-    rows, wanted, weight = args
-    logits = jnp.einsum('BLD,VD->BLV', rows, table)
+  def chunk_sums(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    hidden, targets, weights = args
+    logits = jnp.einsum('BLD,VD->BLV', hidden, table)
     logits = logits.astype(jnp.float32)
     if table.shape[0] > count:
       logits = jnp.where(jnp.arange(table.shape[0]) < count, logits, -jnp.inf)
-    picked = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
-    loss = jax.nn.logsumexp(logits, axis=-1) - picked
-    hit = (jnp.argmax(logits, -1) == wanted).astype(jnp.float32)
-    return jnp.sum(loss * weight), jnp.sum(hit * weight)
+    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    loss = jax.nn.logsumexp(logits, axis=-1) - target_logits
+    hit = (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
+    return jnp.sum(loss * weights), jnp.sum(hit * weights)
 
-  # Filled up with rows that are never right, so that each device of a layer computes its share.
+  # Padded so that it divides over the devices of the axis `tensor`; padding has logits of -inf.
   table = jnp.pad(table.astype(hidden.dtype), ((0, -count % sharding.num_shards('vocab')), (0, 0)))
-  # Whole before the loop: inside, each chunk would gather the vocabulary from all devices again.
+  # Gathered before the loop: inside it, every chunk would gather the table again.
   table = sharding.constrain(table, ('vocab', None))
   if not chunk or chunk >= hidden.shape[1]:
-    return one((hidden, targets, weights))
+    return chunk_sums((hidden, targets, weights))
 
-  def cut(x: Array) -> Array:
+  def split(x: Array) -> Array:
     x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk), *([(0, 0)] * (x.ndim - 2))))
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
-  pieces = tuple(cut(x) for x in (hidden, targets, weights))
-  losses, hits = jax.lax.map(jax.checkpoint(one), pieces)
+  chunks = tuple(split(x) for x in (hidden, targets, weights))
+  losses, hits = jax.lax.map(jax.checkpoint(chunk_sums), chunks)
   return jnp.sum(losses), jnp.sum(hits)

@@ -1,7 +1,7 @@
-"""Step-dependent weights: the progressive schedule of VPE (arXiv 2606.04457, Eq. 2 and 3).
+"""Schedules of step-dependent values, such as mask rates and loss weights.
 
-Eq. 2 hides less and less of a discrete visual prompt, Eq. 3 gives the cross-entropy beside a flow
-loss more and more weight. Both go from a start to an end value along the same curve.
+The sigmoid is the progressive schedule of arXiv 2606.04457: Eq. 2 decreases the fraction of masked
+tokens, Eq. 3 increases the weight of the cross-entropy beside a flow loss.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ STEEPNESS = 10.0  # k of the paper
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """A value by any of the schedules that the paper compares or that control for them.
+  """A value that depends on the step of a stage.
 
   Attributes:
-    kind: `sigmoid` (the paper's), `linear`, `constant` (the start value at every step), or `off`.
+    kind: `sigmoid`, `linear`, `constant` (the start value at every step), or `off`.
     total: steps S of the stage.
-    start: value that the curve comes from.
-    end: value that it goes to. The sigmoid comes near both and reaches neither.
-    off: value of a run that has no schedule: 0 where Eq. 2 hides tokens, 1 where Eq. 3 weighs a
-      loss.
+    start: start value. The sigmoid approaches start and end value without reaching them.
+    end: end value.
+    off: value of kind `off`: 0 for a mask rate, 1 for a loss weight.
   """
 
   kind: str
@@ -37,10 +36,10 @@ class Schedule:
   off: float
 
   def at(self, step: Array | int) -> Array:
-    """The value at a step of the stage, a float32 scalar; beyond `total` the one there holds.
+    """The value at a step of the stage, a float32 scalar; constant from step `total` on.
 
     Raises:
-      KeyError: there is no such schedule.
+      KeyError: the kind is unknown.
     """
     fixed = {'constant': self.start, 'off': self.off}
     if self.kind in fixed:
@@ -59,7 +58,7 @@ def sigmoid_schedule(
 ) -> Array:
   """start (1 - s) + end s with s = sigmoid(steepness (step / total - 1/2)); float32.
 
-  Beyond `total` the value at `total` holds.
+  It is constant from step `total` on.
   """
   return _between(jax.nn.sigmoid(steepness * (_progress(step, total) - 0.5)), start, end)
 
@@ -69,7 +68,7 @@ def linear_schedule(step: Array | int, total: int, start: float, end: float) -> 
   return _between(_progress(step, total), start, end)
 
 
-# Curves from a start to an end value, by step and number of steps.
+# (step, total, start, end) -> value
 CURVES: dict[str, Callable[[Array | int, int, float, float], Array]] = {
   'sigmoid': sigmoid_schedule,
   'linear': linear_schedule,

@@ -1,1 +1,1 @@
-"""Samplers and guidance: they know networks as functions on cached prefixes, and no system."""
+"""Samplers and guidance over networks as functions of cached prefixes, for any system."""

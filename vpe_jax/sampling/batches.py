@@ -1,4 +1,4 @@
-"""Many rows in batches of one size: one compiled program serves them all."""
+"""Maps a function over many batch elements in batches of one size, with one compiled program."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ import numpy as np
 Progress = Callable[[int, int], None]
 
 
-def by_rows(
-  run: Callable[[Any], Any], inputs: Any, rows: int, progress: Progress | None = None
+def in_batches(
+  run: Callable[[Any], Any], inputs: Any, batch_size: int, progress: Progress | None = None
 ) -> Any:
-  """Calls `run` on `rows` rows at a time, and returns what it does for each row, in numpy.
+  """Calls `run` on `batch_size` elements at a time; returns the results [N, ...] as numpy arrays.
 
   Results are fetched while the next batch is computed.
 
   Args:
-    run: from a batch to its results, both trees of arrays [rows, ...].
+    run: maps a batch to its results, both trees of arrays [batch_size, ...].
     inputs: a tree of arrays [N, ...].
-    rows: of a batch. A short one is filled up with its first row.
-    progress: called with (rows done, rows in all) after each batch.
+    batch_size: elements per call; the last batch is padded with its first element.
+    progress: called with (elements finished, N) after each batch.
   """
-  count, waiting, found = len(jax.tree.leaves(inputs)[0]), None, []
+  count, pending, results = len(jax.tree.leaves(inputs)[0]), None, []
 
-  def fetch(done: int) -> None:
-    if waiting is not None:
-      found.append(jax.device_get(waiting))
+  def fetch(finished: int) -> None:
+    if pending is not None:
+      results.append(jax.device_get(pending))
       if progress:
-        progress(done, count)
+        progress(finished, count)
 
-  for start in range(0, count, rows):
-    chosen = np.arange(start, start + rows)
-    chosen[chosen >= count] = start
-    begun = run(jax.tree.map(lambda leaf, chosen=chosen: jnp.asarray(leaf[chosen]), inputs))
+  for start in range(0, count, batch_size):
+    indices = np.arange(start, start + batch_size)
+    indices[indices >= count] = start
+    result = run(jax.tree.map(lambda leaf, indices=indices: jnp.asarray(leaf[indices]), inputs))
     fetch(start)
-    waiting = begun
+    pending = result
   fetch(count)
-  return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *found)
+  return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *results)

@@ -1,8 +1,7 @@
-"""Samples by following a flow from noise (t = 1) to data (t = 0), as an ODE or an SDE.
+"""Flow sampling from noise (t = 1) to data (t = 0), as an ODE or an SDE.
 
-Every step calls a velocity network against cached prefixes, with all branches of guidance in one
-batch. Steps that differ in which branches count, or in what the prefixes hold, are separate scans
-of one program.
+Every step calls a velocity network on cached prefixes, with all guidance branches in one batch.
+Steps with different branches or prefixes are separate scans of one program.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ Network = Callable[[Array, Array, Prefix], Array]
 
 
 def time_grid(steps: int, shift: float = 1.0) -> np.ndarray:
-  """Times from 1 (noise) to 0 (data) for `steps` calls of the network.
+  """Times from 1 (noise) to 0 (data) for a number of steps.
 
-  A uniform grid t is moved towards noise by t' = s t / (1 + (s - 1) t). Show-o2
-  (transport/integrators.py) spaces K points u in its own clock u = 1 - t as u / (u + s - s u),
-  s = 3, which is the same grid; its K points make K - 1 calls: `time_grid(K - 1, 3.0)`.
+  A uniform grid t is shifted towards noise by t' = s t / (1 + (s - 1) t). Show-o2
+  (transport/integrators.py) spaces K points u = 1 - t as u / (u + s - s u) with s = 3, which is the
+  grid of `time_grid(K - 1, 3.0)`.
 
   Args:
-    steps: number of steps, each one call of the network by `euler` and `sde`.
-    shift: s, above 0; 1 leaves the grid uniform and larger values spend more steps near noise.
+    steps: number of steps; `euler` and `sde` call the network once per step.
+    shift: s, above 0; 1 gives a uniform grid, larger values more steps near noise.
 
   Returns:
-    float32 [steps + 1], strictly falling, with exact ends 1 and 0.
+    float32 [steps + 1], strictly decreasing, exactly 1 and 0 at the ends.
 
   Raises:
-    UserError: no step at all, or a shift that isn't positive.
+    UserError: there are no steps, or the shift is not positive.
   """
   _check_steps(steps)
   if not 0 < shift < float('inf'):
@@ -52,17 +51,17 @@ def time_grid(steps: int, shift: float = 1.0) -> np.ndarray:
 
 
 def power_grid(steps: int, power: float = 2.0) -> np.ndarray:
-  """A uniform grid to a power: with 2, SSDD's, which spends more steps near data.
+  """A power of a uniform grid; a power of 2 is SSDD's grid, with more steps near data.
 
   Args:
     steps: number of steps.
-    power: above 0; 1 leaves the grid uniform.
+    power: above 0; 1 gives a uniform grid.
 
   Returns:
-    float32 [steps + 1], strictly falling, with exact ends 1 and 0.
+    float32 [steps + 1], strictly decreasing, exactly 1 and 0 at the ends.
 
   Raises:
-    UserError: no step at all, or a power that isn't positive.
+    UserError: there are no steps, or the power is not positive.
   """
   _check_steps(steps)
   if not 0 < power < float('inf'):
@@ -71,29 +70,29 @@ def power_grid(steps: int, power: float = 2.0) -> np.ndarray:
 
 
 def last_step_grid(steps: int, last: float = 0.04) -> np.ndarray:
-  """A uniform grid down to `last`, and one step from there to 0: that of VGT's flow head.
+  """A uniform grid from 1 to `last`, then one step to 0, as in VGT's flow head.
 
-  VGT (src/models/flow_head.py) spaces `steps` points in its own clock 1 - t from 0 to 1 - last.
+  VGT (src/models/flow_head.py) spaces `steps` values of 1 - t from 0 to 1 - last.
 
   Args:
     steps: number of steps, at least 2.
     last: size of the last step, between 0 and 1.
 
   Returns:
-    float32 [steps + 1], strictly falling, with exact ends 1 and 0.
+    float32 [steps + 1], strictly decreasing, exactly 1 and 0 at the ends.
 
   Raises:
-    UserError: fewer than 2 steps, or an impossible last step.
+    UserError: there are fewer than 2 steps, or the last step is out of range.
   """
   _check_steps(steps, 2)
   if not 0 < last < 1:
-    raise UserError(f'the last step is {last}: it must lie between 0 and 1')
+    raise UserError(f'the last step is {last}: it must be between 0 and 1')
   return np.append(np.linspace(1.0, last, steps), 0.0).astype(np.float32)
 
 
-def _check_steps(steps: int, least: int = 1) -> None:
-  if steps < least:
-    raise UserError(f'steps is {steps}: this sampler needs at least {least}')
+def _check_steps(steps: int, minimum: int = 1) -> None:
+  if steps < minimum:
+    raise UserError(f'steps is {steps}: this sampler needs at least {minimum}')
 
 
 def integrate(
@@ -104,29 +103,30 @@ def integrate(
   keys: Array | None = None,
   steps: range | None = None,
 ) -> Array:
-  """Follows v = eps - x along falling times, for one velocity function.
+  """Integrates v = eps - x along decreasing times.
 
-  With d = t - t' the step from t to t' is, by `method`:
+  The step from t to t' = t - d is, by `method`:
     euler: x - d v(x, t).
-    heun: the mean of two Euler steps, along v(x, t) and along v at their end; two network calls.
-    sde: x - d [(2 - t) v + x] + sqrt(2 t d) xi, Euler-Maruyama with the score that v implies: VGT's
-      sampler. It draws from the same marginals as the ODE. The very last step is Euler's.
+    heun: the mean of two Euler steps, with v(x, t) and with v at the end of that step; it calls the
+      network twice.
+    sde: x - d [(2 - t) v + x] + sqrt(2 t d) xi, Euler-Maruyama with the score implied by v (VGT's
+      sampler). It has the same marginals as the ODE. The last step to 0 is an Euler step.
 
   Args:
-    velocity: in any float dtype.
-    state: the state at the first time, [B, ...].
-    times: falling times [S + 1].
-    method: a name of METHODS.
-    keys: [B], one key a batch element; read by `sde`: xi of step i comes from `fold_in(key, i)`.
+    velocity: the velocity function; any float dtype.
+    state: [B, ...] at the first time.
+    times: decreasing times [S + 1].
+    method: a name in METHODS.
+    keys: [B], one key per batch element, for `sde`: xi of step i comes from `fold_in(key, i)`.
     steps: consecutive steps of 0 .. S - 1 to take; None: all.
 
   Returns:
-    The state at the end of the last step, float32 whatever the network computes in.
+    The state after the last step, float32.
   """
   if method not in METHODS:
     raise UserError(f'the flow sampler is {method!r}: it must be one of {", ".join(METHODS)}')
   if method == 'sde' and keys is None:
-    raise ValueError('the SDE sampler needs one key a batch element')
+    raise ValueError('the SDE sampler needs one key per batch element')
   total = len(times) - 1
   steps = range(total) if steps is None else steps
   at = lambda state, time, step: velocity(state, time, step).astype(jnp.float32)
@@ -151,21 +151,22 @@ def integrate(
     noise = jnp.sqrt(2.0 * start * (start - end)) * jax.vmap(normal)(keys)
     return state - (start - end) * drift + random * noise, None
 
-  here = slice(steps.start, steps.stop)
-  spans = times[:-1][here], times[1:][here], jnp.arange(steps.start, steps.stop, dtype=jnp.int32)
+  selected = slice(steps.start, steps.stop)
+  indices = jnp.arange(steps.start, steps.stop, dtype=jnp.int32)
+  spans = times[:-1][selected], times[1:][selected], indices
   body = {'euler': euler, 'heun': heun, 'sde': sde}[method]
   return jax.lax.scan(body, state.astype(jnp.float32), spans)[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-  """Consecutive steps under the same conditions.
+  """Consecutive steps with the same prefixes.
 
   Attributes:
-    steps: their number.
+    steps: number of steps.
     guidance: of these steps.
     prefix: makes the prefix [B] of a branch from the names of the conditions that it drops. It is
-      called once for each branch that counts in these steps.
+      called once for each branch that these steps need.
   """
 
   steps: int
@@ -181,23 +182,23 @@ def sample(
   method: str = 'euler',
   keys: Array | None = None,
 ) -> Array:
-  """Guided data [B, ...] float32 from noise: `integrate` with branches and prefixes.
+  """Samples data [B, ...] float32 from noise with guidance; see `integrate`.
 
   Args:
-    network: takes the state, a time and the stacked prefixes of all branches; it may share among
-      branches what doesn't depend on them.
-    noise: the state at the first time, [B, ...].
-    times: falling times [S + 1], static: see `time_grid`.
-    phases: in the order of the steps, of which they take S together.
+    network: velocities from the state, a time and the stacked prefixes of all branches; it can
+      share computation between branches.
+    noise: [B, ...], the state at the first time.
+    times: decreasing times [S + 1], static; see `time_grid`.
+    phases: in order; together they have S steps.
     method: see `integrate`.
     keys: see `integrate`.
 
   Raises:
-    ValueError: the phases take more or fewer steps than there are.
+    ValueError: the phases don't have S steps.
   """
   total, first, state = len(times) - 1, 0, noise
-  if (taken := sum(phase.steps for phase in phases)) != total:
-    raise ValueError(f'the phases take {taken} steps of {total}')
+  if (steps := sum(phase.steps for phase in phases)) != total:
+    raise ValueError(f'the phases have {steps} steps instead of {total}')
   for phase in phases:
     prefix = functools.cache(phase.prefix)
     for steps, guidance in _segments(phase, times, first):
@@ -216,7 +217,7 @@ def sample(
 
 
 def _segments(phase: Phase, times: np.ndarray, first: int) -> Iterator[tuple[range, Guidance]]:
-  """Runs of steps of a phase within which guidance acts, or doesn't act, throughout."""
+  """Splits the steps of a phase into runs in which guidance is on or off throughout."""
   acts = phase.guidance.acts(times[first : first + phase.steps])
   ends = [*(np.flatnonzero(acts[1:] != acts[:-1]) + 1), phase.steps]
   for start, end in zip([0, *ends[:-1]], ends):

@@ -1,7 +1,7 @@
 """Guidance: a weighted sum of branches, each the network without some of its conditions.
 
-Branches are stacked along the batch, so that one call of the network computes all of them. Which
-branches exist is static: one that never counts is never computed.
+Branches are stacked along the batch, so that one call of the network computes all of them. The set
+of branches is static; a branch without weight is never computed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vpe_jax.contracts import Array, UserError
 
 SCHEDULES = ('constant', 'linear')
 RENORMALIZATIONS = ('', 'global', 'channel')
-_SMALLEST_NORM = 1e-8  # BAGEL's: keeps the quotient of two norms finite
+_MIN_NORM = 1e-8  # as in BAGEL; keeps the quotient of two norms finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Branch:
 
   Attributes:
     name: such as `conditional` or `null`.
-    weight: its weight where guidance has its full strength.
-    dropped: names of the conditions that the network doesn't see in this branch.
+    weight: weight at full strength of guidance.
+    dropped: names of the conditions that this branch drops.
   """
 
   name: str
@@ -41,16 +41,16 @@ class Guidance:
   """Branches, and how their weights depend on time and step. Static under jit.
 
   Attributes:
-    branches: the conditional one, which drops nothing, and others; their weights sum to 1.
-    interval: times (lowest, highest] within which guidance acts (arXiv 2404.07724; BAGEL's
-      `cfg_interval`); outside it the conditional branch is the only one.
-    schedule: strength over the steps, or over the groups of a decoder: `constant`, or `linear`,
-      from 1 at the first step to 1/G at the last of G. Strength f gives a branch the weight
-      f w, and the conditional one 1 + f (w - 1): VGT's scale 1 + (s - 1)(G - g)/G.
-    renormalize: shrinks what is guided to the norm of the conditional branch, as BAGEL's
-      `cfg_renorm_type`: `global` (one norm per batch element), `channel` (one per vector of the
-      last axis; BAGEL's vectors are the tokens of its patches), or '' (off).
-    renormalize_min: the smallest factor of that, BAGEL's `cfg_renorm_min`.
+    branches: the conditional branch, which drops nothing, then the others; the weights sum to 1.
+    interval: times (lowest, highest] in which guidance is on (arXiv 2404.07724; BAGEL's
+      `cfg_interval`); elsewhere only the conditional branch is used.
+    schedule: strength f over the G steps (or the groups of a decoder): `constant`, or `linear`,
+      from 1 at the first to 1/G at the last. A branch has the weight f w, the conditional branch
+      1 + f (w - 1). This is VGT's scale 1 + (s - 1)(G - g)/G.
+    renormalize: scales the guided output down to the norm of the conditional branch, as BAGEL's
+      `cfg_renorm_type`: `global` (one norm per batch element), `channel` (one norm per vector along
+      the last axis, in BAGEL a patch token), or '' (off).
+    renormalize_min: minimum of that scale factor, BAGEL's `cfg_renorm_min`.
 
   Raises:
     UserError: a setting is out of range.
@@ -81,22 +81,22 @@ class Guidance:
         raise UserError(f'guidance {name} is {value!r}: it must be one of {listed}')
     if not 0 <= self.renormalize_min <= 1:
       raise UserError(
-        f'guidance renormalize_min is {self.renormalize_min}: it must lie between 0 and 1'
+        f'guidance renormalize_min is {self.renormalize_min}: it must be between 0 and 1'
       )
 
   @classmethod
   def classifier_free(
     cls, scale: float, dropped: frozenset[str] = frozenset({'condition'}), **settings: Any
   ) -> Guidance:
-    """null + scale (conditional - null), in the convention of Show-o2 and BAGEL: 1 is off.
+    """Classifier-free guidance (arXiv 2207.12598): null + scale (conditional - null).
 
-    As a weighted sum it is exactly the conditional branch at scale 1, and exactly the null branch
-    at 0 (Ho and Salimans, arXiv 2207.12598).
+    As in Show-o2 and BAGEL, scale 1 is off. Because it is computed as a weighted sum, scale 1 is
+    exactly the conditional branch, and scale 0 exactly the null branch.
 
     Args:
       scale: guidance scale.
-      dropped: the conditions that the null branch lacks.
-      settings: further fields of `Guidance`.
+      dropped: the conditions that the null branch drops.
+      settings: other fields of `Guidance`.
     """
     branches = Branch('conditional', scale), Branch('null', 1.0 - scale, dropped)
     return cls(branches, **settings)
@@ -105,18 +105,18 @@ class Guidance:
   def edit(
     cls, text: float, image: float, instruction: str, source: str, **settings: Any
   ) -> Guidance:
-    """null + image (reference - null) + text (conditional - reference): InstructPix2Pix.
+    """InstructPix2Pix: null + image (reference - null) + text (conditional - reference).
 
-    The reference branch sees the source image and no instruction, the null branch neither (arXiv
-    2211.09800). As a weighted sum it needs no null branch where `image` is 1, no reference branch
-    where both scales are equal, and only the conditional branch where both are 1.
+    The reference branch has the source image but no instruction, the null branch has neither (arXiv
+    2211.09800). No null branch is computed if `image` is 1, no reference branch if both scales are
+    equal, and only the conditional branch if both are 1.
 
     Args:
       text: scale of the instruction.
       image: scale of the source image.
       instruction: name of the condition that the reference branch drops.
       source: name of the other condition that the null branch drops.
-      settings: further fields of `Guidance`.
+      settings: other fields of `Guidance`.
     """
     branches = (
       Branch('conditional', text),
@@ -132,19 +132,19 @@ class Guidance:
 
   @property
   def needed(self) -> tuple[Branch, ...]:
-    """The branches that count, in their order."""
+    """The branches with weight, in order."""
     needed = {branch.name for branch in self.branches if branch.weight}
     if self.renormalize or self.schedule != 'constant':
       needed.add(self.conditional.name)
     return tuple(branch for branch in self.branches if branch.name in needed)
 
   def acts(self, times: np.ndarray) -> np.ndarray:
-    """At which times [S] guidance acts: bool [S]."""
+    """Whether guidance is on at times [S]: bool [S]."""
     low, high = self.interval
     return (low < times) & (times <= high)
 
   def weights(self, step: Array | int = 0, steps: int = 1) -> dict[str, Array | float]:
-    """Branch name -> its weight at `step` of `steps`: numbers where the schedule is constant."""
+    """Weights by branch name at `step` of `steps`; Python floats for a constant schedule."""
     if self.schedule == 'constant':
       return {branch.name: branch.weight for branch in self.branches}
     strength = (steps - jnp.asarray(step, jnp.float32)) / steps
@@ -157,11 +157,10 @@ UNGUIDED = Guidance((Branch('conditional', 1.0),))  # the conditional branch alo
 
 
 def stacked(*guidances: Guidance) -> tuple[Branch, ...]:
-  """The branches of a decoder's batch: the conditional one, and all that any guidance needs.
+  """The stacked branches of a decoder: the conditional one, and all that any guidance needs.
 
   Args:
-    guidances: of the runs of tokens that follow one another; their branches are the same, and
-      their weights may differ.
+    guidances: of consecutive runs of tokens; they have the same branches with different weights.
   """
   names = {branch.name for guidance in guidances for branch in guidance.needed}
   first, *others = guidances[0].branches
@@ -180,9 +179,9 @@ def combine(
   Args:
     guidance: weights of the branches.
     stacked: outputs of n branches, [n B, ...]: B of the first, B of the second, and so on.
-    branches: those n branches; at least all that `guidance` needs.
-    step: for the schedule, counted from 0.
-    steps: their number.
+    branches: the n branches, including all that `guidance` needs.
+    step: index of the step, from 0, for the schedule.
+    steps: number of steps.
   """
   weights = guidance.weights(step, steps)
   parts = jnp.split(stacked.astype(jnp.float32), len(branches))
@@ -193,5 +192,5 @@ def combine(
     return guided
   axes = tuple(range(1, guided.ndim)) if guidance.renormalize == 'global' else (-1,)
   norm = lambda x: jnp.sqrt(jnp.sum(x**2, axes, keepdims=True))
-  factor = norm(outputs[guidance.conditional.name]) / (norm(guided) + _SMALLEST_NORM)
+  factor = norm(outputs[guidance.conditional.name]) / (norm(guided) + _MIN_NORM)
   return guided * jnp.clip(factor, guidance.renormalize_min, 1.0)

@@ -15,8 +15,8 @@ from vpe_jax import storage
 from vpe_jax.contracts import UserError
 
 _INK, _PAPER, _FAINT = (20, 20, 20), (255, 255, 255), (110, 110, 110)
-_GAP = 12  # pixels between pictures and around the grid
-_COLUMNS = 8  # pictures in a row of a sheet
+_GAP = 12  # pixels between images and around the grid
+_COLUMNS = 8  # images per row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +75,14 @@ def grid(
 
   Args:
     rows: uint8 images [H, W, 3], all of one size; rows may differ in length.
-    captions: a text for each image (may be empty); a row without captions takes no space for them.
+    captions: a text for each image (may be empty); rows without captions have no space for them.
     row_labels: a text for each row.
     side: smaller images are enlarged by the nearest integer factor, without smoothing.
     text_size: font size in pixels.
   """
   shapes = {np.shape(image) for row in rows for image in row}
   if len(shapes) != 1:
-    raise ValueError(f'a grid needs images of one size, at least one; these are {shapes}')
+    raise ValueError(f'a grid needs one or more images of one size, not of {shapes}')
   height, width, _ = shapes.pop()
   factor = max(1, round(side / max(height, width)))
   cell_w, cell_h = width * factor, height * factor
@@ -115,24 +115,25 @@ def grid(
 
 
 def sheet(images: Sequence[GeneratedImage]) -> tuple[Image.Image, dict[str, str]]:
-  """All images in one, and its text chunks.
+  """A grid of all images, and its text chunks.
 
-  It has a row for each prompt, or captioned columns where each prompt has one image. A chunk in
-  which the images differ lists their values, one a line.
+  The grid has a row for each prompt, or captioned images if each prompt has a single one. A text
+  chunk whose value differs between images lists all values, one per line.
   """
   metadata = {
-    key: '\n'.join(dict.fromkeys(one.metadata[key] for one in images)) for key in images[0].metadata
+    key: '\n'.join(dict.fromkeys(item.metadata[key] for item in images))
+    for key in images[0].metadata
   }
-  prompts = list(dict.fromkeys(one.prompt for one in images))
+  prompts = list(dict.fromkeys(item.prompt for item in images))
   if len(prompts) == len(images):
     lines = [images[start : start + _COLUMNS] for start in range(0, len(images), _COLUMNS)]
-    rows = [[one.image for one in line] for line in lines]
-    return grid(rows, [[one.prompt for one in line] for line in lines]), metadata
+    rows = [[item.image for item in line] for line in lines]
+    return grid(rows, [[item.prompt for item in line] for line in lines]), metadata
   rows, labels = [], []
   for prompt in prompts:
-    own = [one.image for one in images if one.prompt == prompt]
-    starts = range(0, len(own), _COLUMNS)
-    rows += [own[start : start + _COLUMNS] for start in starts]
+    prompt_images = [item.image for item in images if item.prompt == prompt]
+    starts = range(0, len(prompt_images), _COLUMNS)
+    rows += [prompt_images[start : start + _COLUMNS] for start in starts]
     labels += [prompt] + [''] * (len(starts) - 1)
   return grid(rows, row_labels=labels), metadata
 
@@ -143,13 +144,13 @@ def save_png(
   metadata: Mapping[str, str] | None = None,
   overwrite: bool = False,
 ) -> None:
-  """Writes a PNG, whole or not at all, with `metadata` in its text chunks.
+  """Writes a PNG atomically, with `metadata` in its text chunks.
 
   Args:
     image: uint8 [H, W, 3], or a Pillow image.
-    path: file to write, local or gs://; its folder is made.
-    metadata: keyword to text (any Unicode); read it back with `PIL.Image.open(path).text`.
-    overwrite: replaces an existing file.
+    path: file to write, local or gs://; its folder is created.
+    metadata: keyword -> text (any Unicode); `PIL.Image.open(path).text` reads it.
+    overwrite: whether to replace an existing file.
 
   Raises:
     UserError: the file exists (and `overwrite` is off), or can't be written.
@@ -168,22 +169,23 @@ def save_png(
 
 
 def output_files(out: str, count: int, overwrite: bool = False) -> list[str]:
-  """The files that `out` names; front doors check them before the work starts.
+  """The paths of output files; front doors check them before the work starts.
 
   Args:
-    out: a file for everything (it ends in .png), or a folder (in /) for `count` files 000.png, ...
+    out: a file for a grid of all images (ends in .png), or a folder (ends in /) for one file per
+      image: 000.png, ...
     count: number of images.
     overwrite: whether files may be replaced.
 
   Raises:
-    UserError: a file exists (and `overwrite` is off), is a folder, or ends in something else.
+    UserError: a file exists (and `overwrite` is off), is a folder, or has another suffix.
   """
   if not out.lower().endswith(('.png', '/')) and not epath.Path(out).is_dir():
     raise UserError(f'{out}: image files end in .png, and a folder of them in /')
   paths = [f'{out}{index:03d}.png' for index in range(count)] if out.endswith('/') else [out]
   for path in paths:
     if epath.Path(path).is_dir():
-      raise UserError(f'{path} is a folder: name another file, or {path}/ for one file an image')
+      raise UserError(f'{path} is a folder: name another file, or {path}/ for one file per image')
     _refuse_existing(epath.Path(path), overwrite)
   return paths
 
@@ -191,18 +193,18 @@ def output_files(out: str, count: int, overwrite: bool = False) -> list[str]:
 def save_all(
   images: Sequence[GeneratedImage], out: str, metadata: bool = True, overwrite: bool = False
 ) -> None:
-  """Writes images to the files that `out` names: one sheet, or a file each.
+  """Writes images to one grid or to one file per image.
 
   Args:
     images: the images.
     out: see `output_files`.
     metadata: whether text chunks record the provenance.
-    overwrite: replaces existing files.
+    overwrite: whether to replace existing files.
 
   Raises:
     UserError: see `output_files` and `save_png`.
   """
-  files = [(one.image, one.metadata) for one in images]
+  files = [(item.image, item.metadata) for item in images]
   if not out.endswith('/'):
     files = [sheet(images)]
   paths = output_files(out, len(images), overwrite)
@@ -218,7 +220,7 @@ def _refuse_existing(path: epath.Path, overwrite: bool) -> None:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-  """Breaks a text into lines of at most `width` pixels; a longer word is broken inside."""
+  """Breaks a text into lines of at most `width` pixels; longer words are broken."""
   lines = ['']
   for word in text.split():
     joined = f'{lines[-1]} {word}'.strip()

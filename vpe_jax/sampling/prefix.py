@@ -1,7 +1,7 @@
-"""The cached prefix: what a network keeps of the tokens that it has processed.
+"""The cached prefix: a network's state after the tokens that it has processed.
 
-A prefix is computed once, and every later call reuses it: each step of a decoder extends it, each
-step of a flow reads it. Branches of guidance are prefixes that are stacked along the batch.
+A prefix is computed once and reused by later calls: each step of a decoder extends it, each step of
+a flow reads it. Guidance branches are prefixes stacked along the batch.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from vpe_jax.contracts import Array
 
 @runtime_checkable
 class Batched(Protocol):
-  """A pytree node whose leaves don't all have the batch in front, such as a cache by layers."""
+  """A pytree node whose batch axis isn't always the first, such as a cache stacked by layers."""
 
   def map_batch(self, change: Callable[..., Array], *others: Any) -> Any:
-    """The node of `change(*leaves, axis)`, where `axis` is the batch axis of the leaves.
+    """Maps `change(*leaves, axis)` over the leaves, where `axis` is their batch axis.
 
     Args:
-      change: takes a leaf of this node, the same leaf of each other one, and their batch axis.
+      change: takes a leaf of this node, the same leaf of each other node, and their batch axis.
       others: nodes of the same structure.
     """
     ...
@@ -33,14 +33,14 @@ class Batched(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-  """Processed tokens of a batch of sequences.
+  """A network's state after the tokens of a batch of sequences.
 
-  In every leaf the batch is the leading axis, unless the leaf belongs to a `Batched` node.
+  The batch is the first axis of every leaf, except for leaves of `Batched` nodes.
 
   Attributes:
-    cache: keys and values, or whatever else the network reuses.
-    state: what the next call reads besides: the hidden state of the last token, from which a
-      decoder draws the next; or positions and visibility of the tokens that a flow runs over.
+    cache: keys and values, or other cached activations.
+    state: other inputs of the next call: for a decoder, the hidden state of the last token, from
+      which the next one is sampled; for a flow, positions and visibility of its tokens.
   """
 
   cache: Any
@@ -48,13 +48,13 @@ class Prefix:
 
   @staticmethod
   def stack(prefixes: Sequence[Prefix]) -> Prefix:
-    """Joins prefixes along the batch, in their order."""
+    """Concatenates prefixes along the batch."""
     if len(prefixes) == 1:
       return prefixes[0]
     return _map_batch(lambda *leaves: jnp.concatenate(leaves[:-1], leaves[-1]), *prefixes)
 
   def repeat(self, count: int) -> Prefix:
-    """The prefix of one batch element, for a batch of `count`."""
+    """Repeats each batch element `count` times."""
     return _map_batch(lambda leaf, axis: jnp.repeat(leaf, count, axis), self)
 
   def first(self, count: int) -> Prefix:

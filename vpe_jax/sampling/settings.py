@@ -1,7 +1,7 @@
-"""Sampling settings that systems compose: the fields of a config's `sample` section.
+"""Groups of sampling settings, from which systems compose a config's `sample` section.
 
-A system names its section `Sampling`: a dataclass that inherits the groups below which its sampler
-reads, and adds its own fields. Flags of the front doors derive from the fields and their docs.
+The section of a system is its class `Sampling`, a dataclass that inherits the groups below and adds
+its own fields. Flags of the front doors are derived from the fields and their documentation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class FlowSampling(SampleConfig):
   Attributes:
     steps: number of steps of the flow.
     shift: factor by which the flow's times are shifted towards noise; 1 leaves them evenly spaced.
-    guidance: classifier-free guidance scale of the image; 1 is off, 0 leaves the condition out.
+    guidance: classifier-free guidance scale of the image; 1 is off, 0 is unconditional.
   """
 
   steps: int = 25
@@ -38,9 +38,9 @@ class TokenSampling(SampleConfig):
 
   Attributes:
     temperature: divisor of the tokens' logits; 0 is greedy.
-    top_k: sample from the k likeliest tokens; 0 is off.
-    top_p: sample from the likeliest tokens up to this total probability; 1 is off.
-    min_p: sample from tokens of at least this share of the likeliest one's probability; 0 is off.
+    top_k: sample from the k most likely tokens; 0 is off.
+    top_p: sample from the most likely tokens up to this total probability; 1 is off.
+    min_p: sample from tokens with at least this fraction of the largest probability; 0 is off.
   """
 
   temperature: float = 1.0
@@ -50,13 +50,13 @@ class TokenSampling(SampleConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    good = 0 <= self.temperature < math.inf
-    check(self, 'sample.', 'temperature', good, '0 (greedy) or a positive number')
+    valid = 0 <= self.temperature < math.inf
+    check(self, 'sample.', 'temperature', valid, '0 (greedy) or a positive number')
     check(self, 'sample.', 'top_p', 0 < self.top_p <= 1, 'above 0 and at most 1 (off)')
     check(self, 'sample.', 'min_p', 0 <= self.min_p <= 1, 'between 0 (off) and 1')
 
 
 def check_scales(section: SampleConfig, *names: str) -> None:
-  """Refuses guidance scales that are infinite or NaN."""
+  """Raises a UserError if a guidance scale is infinite or NaN."""
   for name in names:
     check(section, 'sample.', name, math.isfinite(getattr(section, name)), 'a finite number')

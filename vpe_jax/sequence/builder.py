@@ -1,7 +1,7 @@
 """The builder of token sequences: ids, rotary positions, visibility, targets and loss weights.
 
-Absent tokens (padding of a short caption, spans of a dropped condition) keep their slots, are seen
-by no token and take no position: order and rotary positions count present tokens without gaps.
+Absent tokens (padding of a short caption, spans of a dropped condition) occupy slots, but no token
+sees them and they have no position: order and rotary positions count present tokens only.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def build(
 
   Args:
     layout: the spans.
-    contents: joint-vocabulary ids [B, length] of the spans whose ids the batch gives, by name.
-    lengths: number of present tokens [B] of padded spans, by name; those of the others are all
+    contents: joint-vocabulary ids [B, length] of the spans whose ids are in the batch, by name.
+    lengths: number of present tokens [B] of padded spans, by name; all tokens of other spans are
       present. Padding is stored last.
-    keep: bool [B], by condition; False removes the spans that have the condition. One array
-      stands for all conditions.
-    multiple: regions are padded with absent tokens to a multiple of this.
+    keep: bool [B] by condition; False removes the spans of the condition. A single array applies to
+      all conditions.
+    multiple: regions are padded with absent tokens to a multiple of this length.
 
   Returns:
     The region of each expert, in the order of `layout.experts`. Targets are 0 where nothing is
@@ -43,7 +43,7 @@ def build(
 
   Raises:
     ValueError: a name is not in the layout, a condition is missing in `keep`, an array has the
-      wrong shape, or no array tells the batch size.
+      wrong shape, or there is no array from which to read the batch size.
   """
   contents = {name: jnp.asarray(x, jnp.int32) for name, x in (contents or {}).items()}
   lengths = lengths or {}
@@ -72,7 +72,7 @@ def build(
 
 
 class _Orders:
-  """Visibility of spans, given how many of their tokens are present.
+  """Visibility of spans, from their numbers of present tokens.
 
   Attributes:
     starts: per span, order of its first present token [B, 1].
@@ -116,8 +116,8 @@ def _present(
   if span.name in lengths:
     count = jnp.minimum(jnp.asarray(lengths[span.name], jnp.int32), count)
   if span.condition:
-    kept = keep[span.condition] if isinstance(keep, Mapping) else keep
-    count = jnp.where(kept, count, 0)
+    present = keep[span.condition] if isinstance(keep, Mapping) else keep
+    count = jnp.where(present, count, 0)
   return count[:, None]
 
 
@@ -134,14 +134,14 @@ def _runs(spans: Sequence[Span], joined: Callable[[Span, Span], bool]) -> list[t
 
 def _first_positions(spans: Sequence[Span], counts: Sequence[Array]) -> Iterator[Array]:
   """Rotary position [B, 1] of each span's first token."""
-  alike = lambda a, b: (
+  shares_position = lambda a, b: (
     a.shared_position
     and b.shared_position
     and a.frame == b.frame
     and (a.seen_by == 'token') == (b.seen_by == 'token')
   )
   position, positions = jnp.zeros_like(counts[0]), []
-  for i, (first, last) in enumerate(_runs(spans, alike)):
+  for i, (first, last) in enumerate(_runs(spans, shares_position)):
     positions.append(position)
     if not spans[i].shared_position:
       position = position + counts[i]
@@ -189,7 +189,7 @@ def _batch_size(
   lengths: Mapping[str, Array],
   keep: Array | Mapping[str, Array] | None,
 ) -> int:
-  """The batch size B of all arrays, whose names and shapes are checked."""
+  """Checks names and shapes of all arrays; returns their batch size B."""
   names = [span.name for span in layout.spans]
   for name in (*contents, *lengths):
     if name not in names:
@@ -200,13 +200,13 @@ def _batch_size(
       if span.condition and span.condition not in by_condition:
         raise ValueError(f"span '{span.name}': keep has no condition '{span.condition}'")
   sizes = {span.name: span.length for span in layout.spans}
-  rows = [(f'ids of {name}', x.shape, (sizes[name],)) for name, x in contents.items()]
-  rows += [(f'length of {name}', jnp.shape(x), ()) for name, x in lengths.items()]
-  rows += [(f'keep of {name}', jnp.shape(x), ()) for name, x in by_condition.items()]
-  if not rows:
+  shapes = [(f'ids of {name}', x.shape, (sizes[name],)) for name, x in contents.items()]
+  shapes += [(f'length of {name}', jnp.shape(x), ()) for name, x in lengths.items()]
+  shapes += [(f'keep of {name}', jnp.shape(x), ()) for name, x in by_condition.items()]
+  if not shapes:
     raise ValueError('no contents, lengths or keep: the batch size is unknown')
-  B = rows[0][1][0]
-  for name, shape, rest in rows:
+  B = shapes[0][1][0]
+  for name, shape, rest in shapes:
     if shape != (B, *rest):
       raise ValueError(f'{name} have shape {shape}, but must have {(B, *rest)}')
   return B

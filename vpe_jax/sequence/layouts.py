@@ -1,4 +1,4 @@
-"""Layouts that several systems share. Masks are drawn with queries as rows and keys as columns."""
+"""Layouts that several systems share. In the masks shown, rows are queries and columns keys."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def teacher_forced_frames(
 def position_queries(text: int, groups: int, queries: int, expert: str = 'decoder') -> Layout:
   """Text, then groups of latents that are predicted in parallel from position queries.
 
-  The queries of a group see all that is finished, but not each other, and no other token sees them;
-  all are at the next position. Once their latents are known, the group is stored as pairs of query
-  and latent, which are causal and take that position and those after it. Spans: `text`,
+  The queries of a group see the text and all finished groups, but not each other, and no other
+  token sees them; all have the next position. Once their latents are predicted, the group is stored
+  as causal pairs of query and latent, at that position and the following ones. Spans: `text`,
   `group0/queries`, `group0/pairs`, `group1/queries`, and so on. One text token, one group of two
   queries (p, q) and their pairs (p x, q y):
 

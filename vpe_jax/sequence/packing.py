@@ -63,12 +63,12 @@ def assign(lengths: Mapping[str, np.ndarray], budgets: Mapping[str, int]) -> lis
           f'{budget}: raise the budget, or shorten the sample'
         )
     fitting = (i for i, left in enumerate(free) if np.all(need <= left))
-    place = next(fitting, len(bins))
-    if place == len(bins):
+    index = next(fitting, len(bins))
+    if index == len(bins):
       bins.append([])
       free.append(limits)
-    bins[place].append(sample)
-    free[place] = free[place] - need
+    bins[index].append(sample)
+    free[index] = free[index] - need
   return bins
 
 
@@ -123,9 +123,9 @@ def gather(values: Array | np.ndarray, source: Source) -> Array | np.ndarray:
   NumPy arrays give NumPy arrays; others may be traced.
   """
   where = np.where if isinstance(values, np.ndarray) else jnp.where
-  picked = values[source.sample, source.slot]
-  present = (source.sample >= 0).reshape(source.sample.shape + (1,) * (picked.ndim - 2))
-  return where(present, picked, np.zeros((), picked.dtype))
+  gathered = values[source.sample, source.slot]
+  present = (source.sample >= 0).reshape(source.sample.shape + (1,) * (gathered.ndim - 2))
+  return where(present, gathered, np.zeros((), gathered.dtype))
 
 
 def _present(region: Region) -> np.ndarray:
@@ -141,15 +141,15 @@ def _sources(
   """The source of each packed slot, and the order [R, budget] at which its sample starts."""
   sample, slot = (np.full((len(bins), budget), -1, np.int32) for _ in range(2))
   shift = np.zeros((len(bins), budget), np.int32)
-  for row, (samples, starts) in enumerate(zip(bins, offsets, strict=True)):
+  for sequence, (samples, starts) in enumerate(zip(bins, offsets, strict=True)):
     used = 0
     for index, start in zip(samples, starts):
       slots = np.flatnonzero(present[index])
-      here = slice(used, used + len(slots))
+      target = sequence, slice(used, used + len(slots))
       used += len(slots)
       if used > budget:
         raise ValueError(f'samples {list(samples)} exceed the budget of {budget} tokens')
-      sample[row, here], slot[row, here], shift[row, here] = index, slots, start
+      sample[target], slot[target], shift[target] = index, slots, start
   return Source(sample, slot), shift
 
 

@@ -15,32 +15,32 @@ SEEN_BY = ('all', 'frame', 'block', 'token')
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-  """A run of tokens that are treated alike.
+  """A run of tokens with the same properties.
 
   A token sees the tokens before it; a token of a full span sees its whole bidirectional block.
   `sees`, `seen_by` and `window` restrict this.
 
   Attributes:
-    name: unique in its layout; several spans of one kind are told apart by it (`frame1/text`).
+    name: unique in its layout, such as `frame1/text`.
     length: number of slots, filled or not.
     expert: region that stores the tokens.
     full: whether the span is bidirectional; neighbouring full spans of one frame form one block.
     predicts: whether each token's output predicts the id of the next token that is present.
-    condition: name of the condition whose dropping removes the span; '' if none does.
+    condition: name of the condition that removes the span if it is dropped; '' for none.
     frame: frame that the span belongs to; None if none.
     sees: `all` tokens before it, or only those since the start of its `frame`.
     seen_by: `all` tokens after it, those up to the end of its `frame` or of its bidirectional
       `block` (of a causal span: the span), or only the `token` itself.
-    window: number of tokens that a token sees back, itself included; a bidirectional block is
-      always seen whole; 0: no limit.
+    window: maximum number of tokens that a token sees, counted back from itself (0: no limit); its
+      own bidirectional block is always seen whole.
     shared_position: whether all tokens have one rotary position, which neighbouring spans of this
       kind and frame share. The next span continues at the position after it, or at the same one if
       no other token sees the span (`seen_by='token'`).
-    id: joint-vocabulary id of tokens that the batch gives no ids for; 0 for slots whose embedding
+    id: joint-vocabulary id of tokens whose ids are not in the batch; 0 for slots whose embedding
       doesn't come from the vocabulary.
 
   Raises:
-    ValueError: a field has no meaning, alone or together with another.
+    ValueError: a field is invalid, or fields contradict each other.
   """
 
   name: str
@@ -101,8 +101,8 @@ class Layout:
         finished.add(span.frame)
         if following.frame is not None and following.frame in finished:
           raise ValueError(
-            f"span '{following.name}' is apart from the other spans of frame {following.frame!r}: "
-            'spans of one frame must be neighbours'
+            f"span '{following.name}' is not next to the other spans of frame "
+            f'{following.frame!r}: spans of one frame must be neighbours'
           )
 
   def __contains__(self, name: str) -> bool:

@@ -1,6 +1,6 @@
 """Systems: a package for each way of joining a language model to an image generator.
 
-Each package in this folder has a PACKAGE, which names its systems and what it adds to the front
+Each package in this folder has a PACKAGE, which names its systems and its additions to the front
 doors. A system's module has a `ModelConfig` and a `Sampling` (the types of the config's sections
 `model` and `sample`), and `build(config)`, which makes a vpe_jax.contracts.System.
 """
@@ -29,7 +29,7 @@ def packages() -> dict[str, Package]:
 
 def known() -> dict[str, str]:
   """Name of each system -> its module."""
-  return {name: path for one in packages().values() for name, path in one.systems.items()}
+  return {name: path for package in packages().values() for name, path in package.systems.items()}
 
 
 def sample_options() -> list[ModuleType]:
@@ -47,16 +47,16 @@ def model_section(name: str) -> type:
   """The type of the `model` section of a system.
 
   Raises:
-    UserError: there is no such system.
+    UserError: the system is unknown.
   """
   return _module(name).ModelConfig
 
 
 def build(values: Mapping[str, Any]) -> System:
-  """The system that a config (as plain nested dicts) asks for.
+  """Builds the system of a config (nested dicts).
 
   Raises:
-    UserError: the config names no known system, or has a wrong key or value.
+    UserError: the system is unknown, or the config has a wrong key or value.
   """
   module = _module(values.get('system'))
   config = from_dict(values, module.ModelConfig, module.Sampling)

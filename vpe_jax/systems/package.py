@@ -1,4 +1,4 @@
-"""The description that a package of systems gives of itself."""
+"""The description of a package of systems."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-  """Systems of one package, and its additions to the front doors, as module paths.
+  """Systems of a package and its additions to the front doors, as module paths.
 
-  Modules are imported when they are used.
+  Modules are imported on first use.
 
   Attributes:
     systems: name in `config.system` -> module with `ModelConfig`, `Sampling` and `build`.
-    sample_options: modules that add flags to vpe_jax.sample. Each has `define()`, and
-      `requested()`: None if none of its flags is given, else an object with `prompts_optional`,
-      `with_prompts`, `count`, `generate` and `save` (vpe_jax.sample shows how they are called).
+    sample_options: modules that add flags to vpe_jax.sample. Each has `define()` and `requested()`,
+      which returns None without any of its flags on the command line, else an object with
+      `prompts_optional`, `with_prompts`, `count`, `generate` and `save` (see vpe_jax.sample).
     evaluators: name -> `module:Class` of evaluators (vpe_jax.evaluation).
   """
 

@@ -1,4 +1,4 @@
-"""RUN/curves.png: plots of a run's metrics, drawn with Pillow."""
+"""RUN/curves.png: plots of a run's metrics, rendered with Pillow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Panel:
   Attributes:
     title: name of the metric.
     training: the training curve.
-    held_out: the held-out curve, or that of the ground-truth visual prompt; may be empty.
+    held_out: the held-out curve, or the curve of ground-truth drafts; may be empty.
   """
 
   title: str
@@ -135,7 +135,7 @@ def _draw_panel(panel: Panel) -> Image.Image:
   pen.text((box[0], 8), panel.title, fill=_INK, font=font)
   if panel.held_out:
     is_sample = panel.title.startswith('sample/')
-    legend = 'ground-truth visual prompt' if is_sample else 'held out'
+    legend = 'ground-truth drafts' if is_sample else 'held out'
     pen.text((box[2], 8), legend, fill=_HELD_OUT, font=font, anchor='ra')
   return image
 

@@ -81,7 +81,7 @@ def fingerprint(
     'encoders': frozen.fingerprints,
     'settings': dict(settings),
   }
-  if config.references:
+  if config.source_images:
     parts['references'] = True
   return json.dumps(parts, sort_keys=True)
 

@@ -51,7 +51,7 @@ def load(system: System, abstract: State) -> Loaded:
   Raises:
     UserError: runs or weights are missing, don't fit, or are of another size.
   """
-  runs = system.config.starts
+  runs = system.config.parents
   _check_groups(runs, abstract['params'])
   groups = tuple(filter(None, runs))
   found = Loaded({}, {})

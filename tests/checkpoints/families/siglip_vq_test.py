@@ -156,7 +156,7 @@ def test_outputs_equal_xomni(parity, xomni, golden):
   parity.assert_close(features.reshape(golden['features'].shape), golden['features'])
   table = resample(xomni.params['position'], *golden['tokens'].shape[1:])
   parity.assert_close(table, golden['pos_embed_resized'][0])
-  np.testing.assert_array_equal(apply(features, 'quantise'), golden['tokens'])
+  np.testing.assert_array_equal(apply(features, 'quantize'), golden['tokens'])
   decoded = jax.jit(lambda x: apply(x, 'decode'))(golden['tokens'].astype(np.int32))
   parity.assert_close(decoded, np.moveaxis(golden['decoded'], 1, -1))
   assert xomni.plan.table.name.endswith('(X-Omni)') and xomni.sizes.post_blocks == 2

@@ -78,8 +78,8 @@ def _same(one, other):
 @pytest.mark.parametrize('workers', [0, 1])
 def test_batches_are_those_of_the_folder_to_the_last_bit(folder, made, workers):
   """Whatever the config asks for, also from reader processes."""
-  fields = {'image_size': 16, 'text_length': 8, 'references': True, 'fit': 'crop', 'examples': 9}
-  for extra in ({'words': 'group', 'tokenizer': 'classes:cat,dog'}, {}):
+  fields = {'image_size': 16, 'text_length': 8, 'source_images': True, 'fit': 'crop', 'examples': 9}
+  for extra in ({'prompt_field': 'group', 'tokenizer': 'classes:cat,dog'}, {}):
     if workers and extra:
       continue
     batches = []
@@ -207,11 +207,11 @@ def test_what_it_was_prepared_without_is_named(folder, tmp_path):
   (tmp_path / 'in' / 'cat').mkdir(parents=True)
   Image.new('RGB', (4, 4)).save(tmp_path / 'in' / 'cat' / 'x.png')
   prepare(Settings(f'folder:{tmp_path}/in', captions=False), str(tmp_path / 'to'))
-  assert _open(tmp_path / 'to', words='group')[0].group == 'cat'
+  assert _open(tmp_path / 'to', prompt_field='group')[0].group == 'cat'
   with pytest.raises(UserError, match='to was prepared without captions'):
     _open(tmp_path / 'to')
   with pytest.raises(UserError, match='to was prepared without pictures before an edit'):
-    _open(tmp_path / 'to', words='group', references=True)
+    _open(tmp_path / 'to', prompt_field='group', source_images=True)
 
 
 def _shorten(folder):

@@ -79,7 +79,7 @@ def _drawn(source):
 
 
 def test_labels_are_groups(root):
-  source = _open(root, 'animals:1.2.0/train', words='group')
+  source = _open(root, 'animals:1.2.0/train', prompt_field='group')
   assert len(source) == 12
   assert sorted(source[i].group for i in range(12)) == ['cat'] * 6 + ['dog'] * 6
   pairs = {(source[i].group, source[i].picture.content) for i in range(12)}
@@ -107,7 +107,7 @@ def test_a_class_conditional_model_trains_on_it(root, workers):
   config = DataConfig(
     source='tfds:animals/1.2.0',
     root=str(root),
-    words='group',
+    prompt_field='group',
     tokenizer='classes:cat,dog',
     image_size=8,
     text_length=2,
@@ -123,7 +123,7 @@ def test_it_is_prepared_with_everything(root, tmp_path):
   settings = Settings('tfds:animals/1.2.0/train', str(root), captions=False, shard_records=5)
   prepare(settings, str(tmp_path / 'to'))
   ours, theirs = (
-    open_source(DataConfig(source=source, root=str(root), words='group'))
+    open_source(DataConfig(source=source, root=str(root), prompt_field='group'))
     for source in (f'folder:{tmp_path}/to', 'tfds:animals/1.2.0/train')
   )
   assert len(ours) == len(theirs) == 12
@@ -168,10 +168,10 @@ def test_stamps_follow_the_files(root, tmp_path):
     ('animals/train[', {}, 'has no split'),
     ('../animals', {}, 'names no data set: write tfds:NAME/SPLIT'),
     ('/train', {}, 'is not in'),
-    ('animals/1.2.0', {}, 'has no caption among its features .*set data.words=group'),
-    ('animals/1.10.0', {'words': 'group'}, 'has no label with names; its features: '),
+    ('animals/1.2.0', {}, 'has no caption among its features .*set data.prompt_field=group'),
+    ('animals/1.10.0', {'prompt_field': 'group'}, 'has no label with names; its features: '),
     ('animals', {'language': 'en'}, 'choose records of a folder'),
-    ('animals', {'references': True}, 'has no pictures before and after an edit'),
+    ('animals', {'source_images': True}, 'has no pictures before and after an edit'),
   ],
 )
 def test_mistakes_are_one_line(root, name, fields, message):

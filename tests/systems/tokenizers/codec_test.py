@@ -22,7 +22,7 @@ def _system(arg='debug', **model):
   config = config_file.get_config(arg)
   config.model.update(model)
   if arg.startswith('debug'):
-    config.model.visual_prompt.siglip = {'vision': dict(TOWER), 'text': dict(TOWER)}
+    config.model.feature_vq.siglip = {'vision': dict(TOWER), 'text': dict(TOWER)}
   return systems.build(config.to_dict())
 
 
@@ -40,7 +40,7 @@ def params(system):
 def frozen(system):
   images, text = jnp.zeros((1, 48, 48, 3)), jnp.zeros((1, 32), jnp.int32)
   length = jnp.ones((1,), jnp.int32)
-  init = jax.jit(system.tokens_codec.siglip.init)
+  init = jax.jit(system.feature_codec.siglip.init)
   return {'siglip': init(jax.random.key(5), images, text, length)['params']}
 
 
@@ -113,7 +113,7 @@ def test_the_codebook_moves_to_the_latents():
   assert set(params) == {'image_codes'} and set(system.frozen) == {'image'}
   terms = _losses(system, params, frozen, batch, stage)
   assert list(terms) == list(system.counts(batch, KEY, 0, stage)) == list(stage.losses)
-  squares = jax.eval_shape(system.encode, frozen, batch.inputs, KEY)['squares']
+  squares = jax.eval_shape(system.encode, frozen, batch.inputs, KEY)['latent_patches']
   assert squares.shape == (8, system.tokens(stage), 4)
   run = training_step.make_train_step(system, stage, OptimConfig(lr=3e-2, warmup=1))
   state, first = run(first_state(params, stage), frozen, batch, KEY)
@@ -124,26 +124,26 @@ def test_the_codebook_moves_to_the_latents():
 
 
 def test_a_run_holds_the_networks_of_its_stages_only():
-  tokens, latents = _system('debug,stage=visual_prompt'), _system('debug,stage=image')
+  tokens, latents = _system('debug,stage=feature_vq'), _system('debug,stage=image')
   shapes = lambda s: jax.eval_shape(s.init, jax.eval_shape(lambda: rng.run_key(0)))
-  assert set(shapes(tokens)) == {'visual_prompt'} and set(shapes(latents)) == {'image'}
+  assert set(shapes(tokens)) == {'feature_vq'} and set(shapes(latents)) == {'image'}
   assert set(tokens.frozen) == {'siglip'} and not latents.frozen
 
 
 def test_normalised_latents_have_mean_zero_and_variance_one(system, params):
   pictures = _batch(64).inputs['image']
-  shipped = system.normalised(params['image'], pictures)
-  latents = system.latents_codec.encode({'image': shipped}, pictures)
+  shipped = system.normalize_latents(params['image'], pictures)
+  latents = system.latent_codec.encode({'image': shipped}, pictures)
   np.testing.assert_allclose(jnp.mean(latents, (0, 1, 2)), 0.0, atol=1e-3)
   np.testing.assert_allclose(jnp.std(latents, (0, 1, 2)), 1.0, atol=1e-3)
-  before = system.latents_codec.decode(params, system.latents_codec.encode(params, pictures[:4]))
-  after = system.latents_codec.decode({'image': shipped}, latents[:4])
+  before = system.latent_codec.decode(params, system.latent_codec.encode(params, pictures[:4]))
+  after = system.latent_codec.decode({'image': shipped}, latents[:4])
   np.testing.assert_allclose(before, after, atol=1e-4)
 
 
 def test_raw_features_have_no_pooled_losses():
-  model = {'visual_prompt': {'depth': 1, 'decoder': dict(TOWER)}}
-  system = _system('debug,stage=visual_prompt', **model)
+  model = {'feature_vq': {'depth': 1, 'decoder': dict(TOWER)}}
+  system = _system('debug,stage=feature_vq', **model)
   assert 'pooled' not in system.stages[0].losses
 
 
@@ -151,7 +151,7 @@ def test_shipped_sizes_shard_evenly_and_keep_their_budget():
   system = _system('tiny')
   params = jax.eval_shape(system.init, jax.eval_shape(lambda: rng.run_key(0)))
   size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-  assert size(params['visual_prompt']) < 0.3e6 and size(params['image']) < 1.3e6
+  assert size(params['feature_vq']) < 0.3e6 and size(params['image']) < 1.3e6
   mesh = sharding.make_mesh(MeshConfig())
   shardings = sharding.param_shardings(params, system.logical_axes, mesh, 'fsdp')
   sharding.check_sharded_enough(params, shardings)

@@ -100,9 +100,9 @@ def test_near_misses_join_the_loss(system, params):
 
 
 def test_hidden_words_are_hidden_in_the_own_and_the_wrong_caption(system, params):
-  plain, hiding = _ranking(), _ranking(hide=1.0)
+  plain, hiding = _ranking(), _ranking(mask_tokens=1.0)
   batch = _near(_batch(), plain)
-  ranked = lambda system: system._ranked(apply, images, batch, KEY)
+  ranked = lambda system: system._ranking_logits(apply, images, batch, KEY)
   apply = lambda *inputs, method: system.network.apply({'params': params}, *inputs, method=method)
   images = apply(batch.inputs['image'][:, :48, :48] / 127.5 - 1.0, method='embed_images')
   (own, wrong), (hidden_own, hidden_wrong) = ranked(plain), ranked(hiding)
@@ -117,15 +117,15 @@ def test_hidden_words_are_hidden_in_the_own_and_the_wrong_caption(system, params
 
 
 def test_blind_pictures_change_colour_and_hide_its_words(system, params):
-  plain, blinding = _ranking(), _ranking(blind=0.5)
+  plain, blinding = _ranking(), _ranking(recolour=0.5)
   words = bpe.shipped().encode_batch([f'a {name} ring' for name in shapes.COLOURS] * 2, 32)
   ids, length = (jnp.asarray(leaf[:16]) for leaf in words)
   ids = ids.at[8:, 1].set(bpe.shipped().encode('dog')[0])  # no word for a colour
   wrong = ids[:, None].at[:, :, 2].set(bpe.shipped().encode('star')[0])
   near = {'near': wrong, 'near_length': length[:, None]}
   batch = with_inputs(_batch(), text=ids, text_length=length, **near)
-  blind = np.asarray(blinding._blind(batch, KEY))
-  assert 0 < blind[:8].sum() < 8 and not blind[8:].any() and not plain._blind(batch, KEY).any()
+  blind = np.asarray(blinding._recoloured(batch, KEY))
+  assert 0 < blind[:8].sum() < 8 and not blind[8:].any() and not plain._recoloured(batch, KEY).any()
   terms, all_terms = _losses(blinding, params, batch), _losses(plain, params, batch)
   assert float(terms['sigmoid'].count) == float(terms['retrieval'].count) == 16 - blind.sum()
   assert float(terms['near'].count) == float(all_terms['near'].count) == 16

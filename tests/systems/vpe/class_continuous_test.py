@@ -164,7 +164,7 @@ def test_without_a_plan_there_is_the_flow_alone():
   system = _system('debug,vpe=false')
   batch = _batch(system)
   assert batch.encoded.keys() == {'latents'} and not supports(system, PlansVisually)
-  assert 'visual_prompt' not in system.config.model.frozen_weights
+  assert system.config.model.frozen.keys() == {'image'}
   params = redrawn(jax.jit(system.init)(KEY), 0.2)
   assert 'plan' not in params['embed']
   terms = system.losses(params, {}, batch, KEY, jnp.int32(0), system.stages[0])
@@ -245,7 +245,7 @@ def test_wrong_sections_are_named():
     ({'patch': 3}, 'patch'),
     ({'latent_channels': 5}, 'model.latent_channels is 5'),
     ({'flow': {'shift': 0.0}}, 'model.flow.shift'),
-    ({'flow': {'law': 'normal'}}, 'model.flow.law'),
+    ({'flow': {'time_distribution': 'normal'}}, 'model.flow.time_distribution'),
   ):
     with pytest.raises(UserError, match=message):
       _system(**wrong)

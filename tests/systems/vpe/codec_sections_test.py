@@ -19,7 +19,7 @@ def _latents(**values):
 
 def test_the_default_codecs_are_the_shipped_ones():
   sources = {name: network.source for name, network in _latents().frozen.items()}
-  shipped = {name: f'assets:{name}' for name in ('siglip', 'visual_prompt', 'image')}
+  shipped = {name: f'assets:{name}' for name in ('siglip', 'feature_vq', 'image')}
   assert sources == shipped
   codes = build_section(ImageCodeCodecs, {}).frozen
   assert {name: one.source for name, one in codes.items()} == shipped | {
@@ -61,7 +61,7 @@ def test_without_a_visual_prompt_there_are_no_codes_and_no_networks():
 
 
 @pytest.mark.parametrize(
-  'role', [registry.VisualPromptSection, registry.LatentSection, registry.ImageCodeSection]
+  'role', [registry.FeatureCodeSection, registry.LatentSection, registry.ImageCodeSection]
 )
 def test_every_kind_is_a_dataclass_that_names_itself(role):
   for kind, section in role.KINDS.items():

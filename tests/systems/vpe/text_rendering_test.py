@@ -103,7 +103,7 @@ def test_the_visual_prompt_adds_its_rows_alone(preset):
 
 def test_only_what_is_used_is_loaded():
   embedded = lambda arg: set(_networks(arg).frozen)
-  assert embedded('debug') == {'siglip', 'visual_prompt', 'image'}
+  assert embedded('debug') == {'siglip', 'feature_vq', 'image'}
   assert embedded('debug,vpe=false') == {'image'}
   paper = _networks('paper,vpe=false')
   assert set(paper.frozen) == set(paper.frozen_shapes()) == {'image'}

@@ -267,7 +267,7 @@ def test_rows_start_in_the_relations_that_the_codecs_found():
   frozen = {name: weights.load(network.source)[0] for name, network in system.frozen.items()}
   drawn = jax.jit(system.init)(KEY)
   taken = jax.jit(system.inherit)(drawn, frozen, KEY)
-  codebook = np.asarray(frozen['visual_prompt']['codebook'], np.float32)
+  codebook = np.asarray(frozen['feature_vq']['codebook'], np.float32)
   codebook /= np.linalg.norm(codebook, axis=1, keepdims=True)
   text, codes = taken['embed']['text'], taken['embed']['codes']
   np.testing.assert_allclose(_gram(codes[: system.codes]), _gram(codebook), atol=1e-7)

@@ -120,8 +120,8 @@ def open_tfds(name: str, root: str, count: int, asked: Asked, fit: str) -> Tfds:
   labels = tuple(getattr(features[_LABEL], 'names', None) or ()) if _LABEL in features else ()
   if asked.captions and not caption:
     raise UserError(
-      f'{folder} has no caption among its features ({", ".join(features)}): set data.words=group '
-      'to draw from the names of its labels'
+      f'{folder} has no caption among its features ({", ".join(features)}): set '
+      'data.prompt_field=group to use the names of its labels as prompts'
     )
   if not asked.captions and not labels:
     raise UserError(f'{folder} has no label with names; its features: {", ".join(features)}')

@@ -1,4 +1,4 @@
-"""Training of tokenizers: SigLIP, the codebook of its features, the autoencoder and its codes."""
+"""Training of tokenizers: SigLIP, a codebook of image features, autoencoder, image codes."""
 
 from vpe_jax.systems.package import Package
 

@@ -1,9 +1,9 @@
-"""The codec system: trains the tokenizers that turn pictures into codes and latents.
+"""The codec system: trains the tokenizers that convert images to codes and latents.
 
-Three stages that share nothing but the data. `visual_prompt` trains the quantiser of
-codecs/visual_prompt.py on the features of a frozen SigLIP or another tower, `image` the autoencoder
-of codecs/kl.py, and `image_codes` finds the codebook of codecs/image_codes.py for the latents of a
-frozen autoencoder. A run holds the parameters of the stages that its config names.
+It has three independent stages. `feature_vq` trains the quantizer of codecs/feature_vq.py on the
+features of a frozen SigLIP or another tower, `image` trains the autoencoder of codecs/kl.py, and
+`image_codes` trains the codebook of codecs/image_codes.py on the latents of a frozen autoencoder. A
+run has parameters only for the stages in its config.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as randomness
-from vpe_jax.codecs import image_codes, kl, pixels, towers, visual_prompt
+from vpe_jax.codecs import feature_vq, image_codes, kl, pixels, towers
 from vpe_jax.config import Config, SampleConfig, check_sizes, nearest
 from vpe_jax.contracts import (
   Array,
@@ -34,7 +34,7 @@ from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment, autoencoding
 from vpe_jax.systems.tokenizers.siglip import ENCODER_AXES, captioned_images
 
-STAGES = ('visual_prompt', 'image', 'image_codes')
+STAGES = ('feature_vq', 'image', 'image_codes')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,26 +42,26 @@ class ModelConfig:
   """The `model` section.
 
   Attributes:
-    siglip_weights: where the frozen SigLIP comes from.
-    encoder_weights: where a published tower comes from that takes its place
-      (`visual_prompt.encoder`): a folder, an import, or a hub id; empty for its release.
-    image_weights: where the frozen autoencoder comes from, for `image_codes`.
-    visual_prompt: sizes of the quantiser.
+    siglip_weights: source of the frozen SigLIP.
+    encoder_weights: source of a published tower (`feature_vq.encoder`) that replaces SigLIP: a
+      folder, an import, or a hub id; empty for its release.
+    image_weights: source of the frozen autoencoder of stage `image_codes`.
+    feature_vq: sizes of the quantizer of features.
     image: sizes of the autoencoder.
-    image_codes: sizes of the quantiser of its latents.
-    pooled: weight of the error in the picture's pooled vector, beside 1 for patch features.
-    commitment: weight of the distance between features and codes.
-    usage: weight of the entropies that keep all codes in use.
-    codes_usage: the same, in stage `image_codes`.
-    squared: weight of the squared error, beside 1 for the absolute one.
-    divergence: weight of the latents' distance from a standard normal.
-    crop: side of the squares, cut at random places, that the autoencoder trains on.
+    image_codes: sizes of the quantizer of latents.
+    pooled: weight of the error of the pooled vector; the error of patch features has weight 1.
+    commitment: weight of the distance between features and codebook entries.
+    usage: weight of the entropy loss that keeps all codes in use.
+    codes_usage: its weight in stage `image_codes`.
+    squared: weight of the squared error; the absolute error has weight 1.
+    divergence: weight of the KL divergence of the latents from a standard normal.
+    crop: side of the random crops that the autoencoder trains on, in pixels.
   """
 
   siglip_weights: str = 'assets:siglip'
   encoder_weights: str = ''
   image_weights: str = 'assets:image'
-  visual_prompt: visual_prompt.VisualPromptConfig = visual_prompt.VisualPromptConfig()
+  feature_vq: feature_vq.FeatureVqConfig = feature_vq.FeatureVqConfig()
   image: kl.KlConfig = kl.KlConfig()
   image_codes: image_codes.ImageCodesConfig = image_codes.ImageCodesConfig()
   pooled: float = 1.0
@@ -76,11 +76,11 @@ class ModelConfig:
     check_sizes(self, 'model.')
 
 
-Sampling = SampleConfig  # no sampler, no settings
+Sampling = SampleConfig  # the system does not sample
 
 
 class System(SystemProtocol):
-  """Trains `params` = {visual_prompt, image, image_codes}, as far as named.
+  """Trains `feature_vq`, `image` and `image_codes`, as the config's stages name them.
 
   See vpe_jax.contracts.System.
   """
@@ -90,7 +90,7 @@ class System(SystemProtocol):
     (r'image/.*/(bias|scale)', ('conv_out',)),
     (r'image/(shift|scale)', ('features',)),
     *ENCODER_AXES,
-    (r'(visual_prompt|image_codes)/codebook', ('codes', 'features')),
+    (r'(feature_vq|image_codes)/codebook', ('codes', 'features')),
     (r'(hidden|expand)/kernel', ('features', 'embed')),
     (r'(project|features)/kernel', ('embed', 'features')),
     (r'(bias|scale)', ('embed',)),
@@ -100,7 +100,7 @@ class System(SystemProtocol):
     """Builds the networks of the config's stages.
 
     Raises:
-      UserError: an unknown stage, or crops that don't fit.
+      UserError: a stage is unknown, or the size of crops is invalid.
     """
     for name in config.stages:
       if name not in STAGES:
@@ -113,17 +113,17 @@ class System(SystemProtocol):
     self.config = config
     self.stages = tuple(self._stage(name) for name in config.stages)
     self.frozen = self._frozen_networks()
-    self.tokens_codec = visual_prompt.VisualPromptCodec(config.model.visual_prompt)
-    self.latents_codec = kl.KlCodec(config.model.image)
-    self.picture_codec = image_codes.ImageCodesCodec(
+    self.feature_codec = feature_vq.FeatureVqCodec(config.model.feature_vq)
+    self.latent_codec = kl.KlCodec(config.model.image)
+    self.image_codec = image_codes.ImageCodesCodec(
       config.model.image_codes, config.model.image, config.data.image_size
     )
 
   def _frozen_networks(self) -> dict[str, FrozenNetwork]:
-    """The tower whose features are quantised, and the autoencoder whose latents are."""
+    """The encoders whose features or latents are quantized."""
     c, frozen = self.config.model, {}
-    if 'visual_prompt' in self.config.stages:
-      tower = c.visual_prompt
+    if 'feature_vq' in self.config.stages:
+      tower = c.feature_vq
       weights = c.siglip_weights if tower.encoder == 'siglip' else c.encoder_weights
       frozen = {tower.encoder: towers.frozen(tower, weights)}
     if 'image_codes' in self.config.stages:
@@ -133,7 +133,7 @@ class System(SystemProtocol):
   def _stage(self, name: str) -> Stage:
     c = self.config.model
     losses = {
-      'visual_prompt': {
+      'feature_vq': {
         'features': 1.0,
         'commitment': c.commitment,
         'usage': c.usage,
@@ -142,33 +142,34 @@ class System(SystemProtocol):
       'image': {'absolute': 1.0, 'squared': c.squared, 'divergence': c.divergence, 'psnr': 0.0},
       'image_codes': {'distance': 1.0, 'codes_usage': c.codes_usage, 'codes_perplexity': 0.0},
     }[name]
-    if name == 'visual_prompt' and c.visual_prompt.compares:
-      # The pooling head reads the normed last output only, and a published tower other words.
+    if name == 'feature_vq' and c.feature_vq.has_text_tower:
+      # The pooling head takes only the normalized last output, and the text towers of published
+      # encoders use other token ids.
       losses |= {'pooled': c.pooled, 'retrieval': 0.0}
     trains = r'image/(encoder|decoder)/' if name == 'image' else f'{name}/'
     return Stage(name, (trains,), losses, ema=True)
 
   def init(self, rng: Array) -> Params:
-    """Fresh networks of the stages of this run."""
+    """Random initial parameters of the run's stages."""
     c, params = self.config.model, {}
-    if 'visual_prompt' in self.config.stages:
-      tower = c.visual_prompt
+    if 'feature_vq' in self.config.stages:
+      tower = c.feature_vq
       features = jnp.zeros((1, tower.patches, tower.body.width))
-      key = randomness.stream(rng, 'visual_prompt')
-      params['visual_prompt'] = self.tokens_codec.quantiser.init(key, features)['params']
+      key = randomness.stream(rng, 'visual_prompt')  # the stream of the shipped weights
+      params['feature_vq'] = self.feature_codec.quantizer.init(key, features)['params']
     if 'image' in self.config.stages:
       side = c.crop
       noise = jnp.zeros((1, side // kl.FACTOR, side // kl.FACTOR, c.image.channels))
       key = randomness.stream(rng, 'image')
       image = jnp.zeros((1, side, side, 3))
-      params['image'] = self.latents_codec.network.init(key, image, noise)['params']
+      params['image'] = self.latent_codec.network.init(key, image, noise)['params']
     if 'image_codes' in self.config.stages:
-      params['image_codes'] = self.picture_codec.init(randomness.stream(rng, 'image_codes'))
+      params['image_codes'] = self.image_codec.init(randomness.stream(rng, 'image_codes'))
     return params
 
   def frozen_shapes(self) -> Params:
     """The tower and the autoencoder of `frozen` as shapes."""
-    known = self.tokens_codec.abstract_params() | self.latents_codec.abstract_params()
+    known = self.feature_codec.abstract_params() | self.latent_codec.abstract_params()
     return {name: known[name] for name in self.frozen}
 
   @functools.cached_property
@@ -177,90 +178,89 @@ class System(SystemProtocol):
     return prompt_and_image(self.config.data)
 
   def batch_spec(self, batch_size: int) -> BatchSpec:
-    """Images, captions, and the features that quantisers train on, which are computed online."""
+    """Images, captions, and the quantizers' inputs, which are computed online."""
     spec = captioned_images(self.config, batch_size)
     c, encoded = self.config.model, {}
-    if 'visual_prompt' in self.config.stages:
-      shape = (batch_size, c.visual_prompt.patches, c.visual_prompt.body.width)
+    if 'feature_vq' in self.config.stages:
+      shape = (batch_size, c.feature_vq.patches, c.feature_vq.body.width)
       encoded['features'] = jax.ShapeDtypeStruct(shape, jnp.float32)
     if 'image_codes' in self.config.stages:
-      shape = (batch_size, self.picture_codec.grid**2, self.picture_codec.width)
-      encoded['squares'] = jax.ShapeDtypeStruct(shape, jnp.float32)
+      shape = (batch_size, self.image_codec.grid**2, self.image_codec.width)
+      encoded['latent_patches'] = jax.ShapeDtypeStruct(shape, jnp.float32)
     return dataclasses.replace(spec, encoded=encoded)
 
   def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
-    """`features` [B, P, D] of the frozen tower; `squares` [B, P, W] of latents."""
+    """`features` [B, P, D] of the frozen tower; `latent_patches` [B, P, W]."""
     del rng
     encoded = {}
-    if 'visual_prompt' in self.config.stages:
-      encoded['features'] = self.tokens_codec.features(frozen, inputs['image'])
+    if 'feature_vq' in self.config.stages:
+      encoded['features'] = self.feature_codec.features(frozen, inputs['image'])
     if 'image_codes' in self.config.stages:
-      encoded['squares'] = self.picture_codec.squares(frozen, inputs['image'])
+      encoded['latent_patches'] = self.image_codec.latent_patches(frozen, inputs['image'])
     return encoded
 
   def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
-    """One a picture; every loss is a mean over pictures."""
+    """The batch size: every loss is a mean over images."""
     return {name: jnp.float32(batch.example.shape[0]) for name in stage.losses}
 
   def losses(
     self, params: Params, frozen: Params, batch: Batch, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
-    """The loss terms that `stage.losses` names, as sums over pictures."""
-    parts = {
-      'visual_prompt': lambda: self._prompt_losses(params, frozen, batch),
+    """The loss terms in `stage.losses`, as sums over images."""
+    losses = {
+      'feature_vq': lambda: self._feature_losses(params, frozen, batch),
       'image': lambda: self._image_losses(params, batch, rng),
       'image_codes': lambda: self._codes_losses(params, frozen, batch),
     }
     sums = {}
     for own in self.stages:
       if not own.losses.keys().isdisjoint(stage.losses):
-        sums |= parts[own.name]()
-    pictures = batch.example.shape[0]
+        sums |= losses[own.name]()
+    count = batch.example.shape[0]
     weight = lambda loss: stage.weight(loss, step)
-    return {loss: LossTerm(sums[loss], pictures, weight(loss)) for loss in stage.losses}
+    return {loss: LossTerm(sums[loss], count, weight(loss)) for loss in stage.losses}
 
-  def _prompt_losses(self, params: Params, frozen: Params, batch: Batch) -> dict[str, Array]:
-    """Features and pooled vector rebuilt from codes, and the codebook's own terms.
+  def _feature_losses(self, params: Params, frozen: Params, batch: Batch) -> dict[str, Array]:
+    """Errors of the features reconstructed from codes, and losses of the codebook.
 
-    `usage` and `perplexity` are figures of a whole batch, counted once a picture so that they
-    divide like the others.
+    `usage` and `perplexity` are properties of a whole batch, multiplied by its size because all
+    terms are divided by it.
     """
-    c, pictures = self.config.model.visual_prompt, batch.example.shape[0]
-    features = self.tokens_codec.features(frozen, batch.inputs['image'])
+    c, count = self.config.model.feature_vq, batch.example.shape[0]
+    features = self.feature_codec.features(frozen, batch.inputs['image'])
     features = jax.lax.stop_gradient(features)
-    quantised, rebuilt = self.tokens_codec.quantiser.apply(
-      {'params': params['visual_prompt']}, features
+    quantized, reconstruction = self.feature_codec.quantizer.apply(
+      {'params': params['feature_vq']}, features
     )
-    error = autoencoding.squared_error(rebuilt, features) / jnp.var(features)
-    sure, spread = autoencoding.code_entropies(quantised.probabilities)
-    used = autoencoding.perplexity(quantised.codes, c.codes)
+    error = autoencoding.squared_error(reconstruction, features) / jnp.var(features)
+    token_entropy, mean_entropy = autoencoding.code_entropies(quantized.probabilities)
     sums = {
       'features': jnp.sum(error),
-      'commitment': jnp.sum(autoencoding.commitment(quantised.inputs, quantised.chosen)),
-      'usage': pictures * (sure - spread),
-      'perplexity': pictures * used,
+      'commitment': jnp.sum(autoencoding.commitment(quantized.inputs, quantized.entries)),
+      'usage': count * (token_entropy - mean_entropy),
+      'perplexity': count * autoencoding.perplexity(quantized.codes, c.codes),
     }
-    if c.compares:
-      sums |= self._pooled_losses(frozen, features, rebuilt, batch)
+    if c.has_text_tower:
+      sums |= self._pooled_losses(frozen, features, reconstruction, batch)
     return sums
 
   def _pooled_losses(
-    self, frozen: Params, features: Array, rebuilt: Array, batch: Batch
+    self, frozen: Params, features: Array, reconstruction: Array, batch: Batch
   ) -> dict[str, Array]:
-    """Pooled vectors of the rebuilt features, and the captions that they retrieve."""
+    """Error of the pooled vectors of reconstructed features, and their caption retrieval."""
     variables = {'params': frozen['siglip']}
-    network: siglip.Siglip = self.tokens_codec.siglip
-    seen = network.apply(variables, rebuilt, method='pool')
-    meant = network.apply(variables, features, method='pool')
+    network: siglip.Siglip = self.feature_codec.siglip
+    pooled = network.apply(variables, reconstruction, method='pool')
+    target = network.apply(variables, features, method='pool')
     caption = (batch.inputs['text'], batch.inputs['text_length'])
     text = network.apply(variables, *caption, method='embed_text')
-    logits = network.apply(variables, seen, text, method='logits')
+    logits = network.apply(variables, pooled, text, method='logits')
     hits = alignment.retrieval_hits(logits, alignment.same_caption(batch.inputs['text']))
-    distance = 1.0 - jnp.sum(seen * meant, -1)
+    distance = 1.0 - jnp.sum(pooled * target, -1)
     return {'pooled': jnp.sum(distance), 'retrieval': jnp.sum(hits)}
 
   def _image_losses(self, params: Params, batch: Batch, rng: Array) -> dict[str, Array]:
-    """Reconstruction from sampled latents, and their distance from a standard normal."""
+    """Reconstruction from sampled latents, and their divergence from a standard normal."""
     c = self.config.model
     images = pixels.random_crops(pixels.to_unit(batch.inputs['image']), c.crop, rng, batch.example)
     side = images.shape[1] // kl.FACTOR
@@ -268,54 +268,54 @@ class System(SystemProtocol):
     noise = randomness.per_example(
       lambda key: jax.random.normal(key, shape), rng, 'posterior', batch.example
     )
-    rebuilt, mean, log_variance = self.latents_codec.network.apply(
+    reconstruction, mean, log_variance = self.latent_codec.network.apply(
       {'params': params['image']}, pixels.to_signed(images), noise
     )
-    rebuilt = 0.5 * (rebuilt + 1.0)
+    reconstruction = 0.5 * (reconstruction + 1.0)
     values = {
-      'absolute': autoencoding.absolute_error(rebuilt, images),
-      'squared': autoencoding.squared_error(rebuilt, images),
+      'absolute': autoencoding.absolute_error(reconstruction, images),
+      'squared': autoencoding.squared_error(reconstruction, images),
       'divergence': autoencoding.gaussian_divergence(mean, log_variance),
-      'psnr': autoencoding.psnr(rebuilt, images),
+      'psnr': autoencoding.psnr(reconstruction, images),
     }
     return {name: jnp.sum(value) for name, value in values.items()}
 
   def _codes_losses(self, params: Params, frozen: Params, batch: Batch) -> dict[str, Array]:
-    """K-means: the distance of latents, whose variance is 1, from the nearest rows.
+    """K-means: the squared distance of normalized latents from the nearest codebook entries.
 
-    A row that is nearest to nothing has no gradient of it; `codes_usage` draws it to the data.
+    An entry that is nearest to no latent gets no gradient from the distance; `codes_usage` moves it
+    towards the data.
     """
-    codec, pictures = self.picture_codec, batch.example.shape[0]
-    squares = jax.lax.stop_gradient(codec.squares(frozen, batch.inputs['image']))
-    quantised = codec.quantise(params['image_codes']['codebook'], squares)
-    sure, spread = autoencoding.code_entropies(quantised.probabilities)
-    used = autoencoding.perplexity(quantised.codes, codec.codes)
+    codec, count = self.image_codec, batch.example.shape[0]
+    patches = jax.lax.stop_gradient(codec.latent_patches(frozen, batch.inputs['image']))
+    quantized = codec.quantize(params['image_codes']['codebook'], patches)
+    token_entropy, mean_entropy = autoencoding.code_entropies(quantized.probabilities)
     return {
-      'distance': jnp.sum(autoencoding.squared_error(quantised.chosen, squares)),
-      'codes_usage': pictures * (sure - spread),
-      'codes_perplexity': pictures * used,
+      'distance': jnp.sum(autoencoding.squared_error(quantized.entries, patches)),
+      'codes_usage': count * (token_entropy - mean_entropy),
+      'codes_perplexity': count * autoencoding.perplexity(quantized.codes, codec.codes),
     }
 
-  def normalised(self, image: Params, images: Array) -> Params:
-    """The autoencoder with `shift` and `scale` set so that latents have mean 0 and variance 1.
+  def normalize_latents(self, image: Params, images: Array) -> Params:
+    """Sets `shift` and `scale` of the autoencoder so that latents have mean 0 and variance 1.
 
     Args:
-      image: the network `image`, rounded to the dtype in which it will be shipped.
-      images: pictures [B, R, R, 3] to measure on.
+      image: parameters of the network `image`, rounded to the dtype in which they are exported.
+      images: [B, R, R, 3], from which the moments are computed.
     """
     signed = pixels.to_signed(pixels.to_unit(images))
-    network = self.latents_codec.network
+    network = self.latent_codec.network
     mean, _ = jax.jit(lambda p, x: network.apply(p, x, method='moments'))({'params': image}, signed)
     shift, scale = jnp.mean(mean, (0, 1, 2)), jnp.std(mean, (0, 1, 2))
     return {**image, 'shift': shift, 'scale': scale}
 
   def tokens(self, stage: Stage) -> int:
-    """Latents, squares of them, or patches, of one picture."""
+    """Latents, latent patches, or image patches of one image."""
     if stage.name == 'image':
       return (self.config.model.crop // kl.FACTOR) ** 2
     if stage.name == 'image_codes':
-      return self.picture_codec.grid**2
-    return self.config.model.visual_prompt.patches
+      return self.image_codec.grid**2
+    return self.config.model.feature_vq.patches
 
 
 def build(config: Config) -> System:

@@ -1,7 +1,7 @@
-"""The SigLIP system: two towers trained on pictures and captions by the sigmoid loss.
+"""The SigLIP system: image and text towers trained with the sigmoid loss.
 
-One stage, `align`. The same system, with another seed and patch size, makes the judge that
-scores generated pictures and that no generator ever sees in training.
+It has one stage, `align`. With another seed and patch size it also trains the evaluator network,
+which scores generated images and takes no part in the training of any generator.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vpe_jax.data.tokenizers import bpe
 from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment
 
-# Layers of models/vit.py; systems/tokenizers/codec.py has the same ones in its decoder.
+# Parameters of models/vit.py; the decoder in systems/tokenizers/codec.py has the same ones.
 ENCODER_AXES = (
   (r'(q|k|v)/kernel', ('embed', 'heads', 'head')),
   (r'(q|k|v)/bias', ('heads', 'head')),
@@ -49,37 +49,39 @@ ENCODER_AXES = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The `model` section: sizes of the towers, and how training pairs are varied.
+  """The `model` section: sizes of the towers, and augmentation of the training pairs.
 
   Attributes:
-    siglip: both towers.
-    jitter: how far training views are moved and zoomed.
-    hide: share of tokens hidden where a caption is ranked among its near misses, the same places
-      in all of them, for every other picture. What is left of the caption is still true, so
-      each word has to count by itself: combinations that training lacks are understood by parts.
-    blind: share of pictures, among those whose caption names a colour, that are shown in exchanged
-      colours and ranked with all words for colours hidden: a shape is a shape in any colour. Such
-      a caption fits many pictures, so they take no part in the sigmoid loss.
-    init_from: a SigLIP that training starts from: a folder as transformers saves it, an import, or
-      a hub id (empty: random initialisation).
+    siglip: sizes of both towers.
+    jitter: random shift and zoom of training images.
+    mask_tokens: for half of the images, the share of caption tokens that is masked where a caption
+      is ranked among its near misses; the same positions in all of them. A masked caption is still
+      true of its image, so the towers learn each word by itself and generalize to unseen
+      combinations of words.
+    recolour: share of images, among those whose caption names a colour, whose colour channels are
+      permuted and whose colour words are masked for the ranking, so that the towers learn shapes
+      in every colour. Such captions fit many images, so these pairs are left out of the sigmoid
+      loss.
+    init_from: SigLIP weights to start from: a folder saved by transformers, an import, or a hub id
+      (empty: random initialization).
   """
 
   siglip: siglip.SiglipConfig = siglip.SiglipConfig()
   jitter: pixels.Jitter = pixels.Jitter()
-  hide: float = 0.0
-  blind: float = 0.0
+  mask_tokens: float = 0.0
+  recolour: float = 0.0
   init_from: str = ''
 
   def __post_init__(self) -> None:
-    for name in ('hide', 'blind'):
+    for name in ('mask_tokens', 'recolour'):
       check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
 
 
-Sampling = SampleConfig  # no sampler, no settings
+Sampling = SampleConfig  # the system does not sample
 
 
 class System(SystemProtocol):
-  """Trains `params` = the towers of models/siglip.py; see vpe_jax.contracts.System."""
+  """Trains the towers of models/siglip.py; see vpe_jax.contracts.System."""
 
   logical_axes = (
     *ENCODER_AXES,
@@ -91,10 +93,10 @@ class System(SystemProtocol):
   )
 
   def __init__(self, config: Config):
-    """Checks the sizes against the data.
+    """Builds the towers of a config.
 
     Raises:
-      UserError: captions of the data are longer than the text tower reads, or an unknown stage.
+      UserError: captions are longer than the text tower allows, or a stage is unknown.
     """
     self.config = config
     c = config.model.siglip
@@ -105,8 +107,8 @@ class System(SystemProtocol):
       )
     self.stages = tuple(self._stage(name) for name in config.stages)
     self.network = siglip.Siglip(c, jnp.dtype(config.dtype))
-    words = ' '.join((*shapes.COLOURS, *shapes.TINTS))
-    self._colours = np.unique(bpe.shipped().encode(words)).astype(np.int32)
+    colours = ' '.join((*shapes.COLOURS, *shapes.TINTS))
+    self._colour_ids = np.unique(bpe.shipped().encode(colours)).astype(np.int32)
 
   def _stage(self, name: str) -> Stage:
     if name != 'align':
@@ -118,7 +120,7 @@ class System(SystemProtocol):
 
   @property
   def initialization(self) -> Initialization:
-    """Published towers, where `model.init_from` names some."""
+    """Published towers if `model.init_from` names them."""
     c = self.config.model
     if not c.init_from:
       return Initialization()
@@ -130,7 +132,7 @@ class System(SystemProtocol):
     return prompt_and_image(self.config.data)
 
   def init(self, rng: Array) -> Params:
-    """Fresh towers."""
+    """Random initial towers."""
     c = self.config.model.siglip
     images = jnp.zeros((1, c.image_size, c.image_size, 3))
     ids, length = jnp.zeros((1, c.text_length), jnp.int32), jnp.ones((1,), jnp.int32)
@@ -141,12 +143,12 @@ class System(SystemProtocol):
     return captioned_images(self.config, batch_size)
 
   def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
-    """One a picture; the near misses' terms count the pictures that have any."""
-    plain = ~self._blind(batch, rng)
-    counts = dict.fromkeys(stage.losses, jnp.sum(plain, dtype=jnp.float32))
+    """Images that are not recoloured; for `near` and `near_retrieval`, images with near misses."""
+    unchanged = ~self._recoloured(batch, rng)
+    counts = dict.fromkeys(stage.losses, jnp.sum(unchanged, dtype=jnp.float32))
     if 'near' in stage.losses:
-      having = jnp.sum(jnp.any(batch.inputs['near_length'] > 0, -1), dtype=jnp.float32)
-      counts['near'] = counts['near_retrieval'] = having
+      with_misses = jnp.sum(jnp.any(batch.inputs['near_length'] > 0, -1), dtype=jnp.float32)
+      counts['near'] = counts['near_retrieval'] = with_misses
     return counts
 
   def losses(
@@ -154,60 +156,61 @@ class System(SystemProtocol):
   ) -> dict[str, LossTerm]:
     """The sigmoid loss over all pairs of the batch, and in-batch retrieval (logged only).
 
-    With gradient accumulation the pairs are those within a microbatch. Near misses
-    (`data.near_misses`) compete for their own picture alone: `near` ranks its caption among them,
-    `near_retrieval` is the share of pictures whose own caption beats all of them (logged).
+    With gradient accumulation, the pairs are those within a microbatch. Near misses
+    (`data.near_misses`) are compared with their own image only: `near` is the loss of ranking its
+    caption among them, `near_retrieval` (logged only) the share of images whose own caption has the
+    largest logit.
     """
     model, variables = self.config.model, {'params': params}
     views = pixels.jittered_view(
       batch.inputs['image'], model.siglip.image_size, model.jitter, rng, batch.example
     )
-    blind = self._blind(batch, rng)
-    if model.blind:
-      other = pixels.exchanged_channels(views, rng, batch.example)
-      views = jnp.where(blind[:, None, None, None], other, views)
+    recoloured = self._recoloured(batch, rng)
+    if model.recolour:
+      permuted = pixels.permute_channels(views, rng, batch.example)
+      views = jnp.where(recoloured[:, None, None, None], permuted, views)
     apply = functools.partial(self.network.apply, variables)
     text, length = batch.inputs['text'], batch.inputs['text_length']
     images = apply(pixels.to_signed(views), method='embed_images')
     captions = apply(text, length, method='embed_text')
     logits = apply(images, captions, method='logits')
-    positive, plain = alignment.same_caption(text), ~blind
-    loss = alignment.sigmoid_loss(logits, positive, plain[:, None] & plain)
-    hits = alignment.retrieval_hits(jnp.where(plain, logits, -jnp.inf), positive) * plain
+    positive, unchanged = alignment.same_caption(text), ~recoloured
+    loss = alignment.sigmoid_loss(logits, positive, unchanged[:, None] & unchanged)
+    hits = alignment.retrieval_hits(jnp.where(unchanged, logits, -jnp.inf), positive) * unchanged
     values = {'sigmoid': loss, 'retrieval': hits}
     if 'near' in stage.losses:
-      own, wrong = self._ranked(apply, images, batch, rng)
-      exists = batch.inputs['near_length'] > 0
-      values['near'] = alignment.near_loss(own, wrong, exists)
-      values['near_retrieval'] = alignment.near_hits(own, wrong, exists)
+      own, wrong = self._ranking_logits(apply, images, batch, rng)
+      present = batch.inputs['near_length'] > 0
+      values['near'] = alignment.near_loss(own, wrong, present)
+      values['near_retrieval'] = alignment.near_hits(own, wrong, present)
     counts, weight = self.counts(batch, rng, step, stage), lambda name: stage.weight(name, step)
     return {n: LossTerm(jnp.sum(value), counts[n], weight(n)) for n, value in values.items()}
 
-  def _blind(self, batch: Batch, rng: Array) -> Array:
-    """Which pictures [B] are shown in exchanged colours."""
-    share = self.config.model.blind
-    draw = lambda key: jax.random.bernoulli(key, share)
-    drawn = rng_lib.per_example(draw, rng, 'blind', batch.example)
-    return drawn & jnp.any(jnp.isin(batch.inputs['text'], self._colours), -1)
+  def _recoloured(self, batch: Batch, rng: Array) -> Array:
+    """Which images have permuted colour channels: bool [B]."""
+    share = self.config.model.recolour
+    sample = lambda key: jax.random.bernoulli(key, share)
+    selected = rng_lib.per_example(sample, rng, 'blind', batch.example)
+    return selected & jnp.any(jnp.isin(batch.inputs['text'], self._colour_ids), -1)
 
-  def _ranked(
+  def _ranking_logits(
     self, apply: Callable[..., Array], images: Array, batch: Batch, rng: Array
   ) -> tuple[Array, Array]:
-    """Logits of pictures [B, D] with their own captions [B] and their near misses [B, M]."""
+    """Logits of images [B, D] with their own captions [B] and with their near misses [B, M]."""
     ids = jnp.concatenate([batch.inputs['text'][:, None], batch.inputs['near']], 1)
     B, M, T = ids.shape
     length = jnp.concatenate([batch.inputs['text_length'][:, None], batch.inputs['near_length']], 1)
-    if share := self.config.model.hide:
+    if share := self.config.model.mask_tokens:
 
-      def draw(key: Array) -> Array:
-        hides, where = jax.random.split(key)
-        return jax.random.bernoulli(where, share, (T,)) & jax.random.bernoulli(hides)
+      def sample_mask(key: Array) -> Array:
+        image_key, token_key = jax.random.split(key)
+        return jax.random.bernoulli(token_key, share, (T,)) & jax.random.bernoulli(image_key)
 
-      hidden = rng_lib.per_example(draw, rng, 'hide', batch.example)
-      ids = jnp.where(hidden[:, None], bpe.UNK, ids)
-    if self.config.model.blind:
-      coloured = self._blind(batch, rng)[:, None, None] & jnp.isin(ids, self._colours)
-      ids = jnp.where(coloured, bpe.UNK, ids)
+      mask = rng_lib.per_example(sample_mask, rng, 'hide', batch.example)
+      ids = jnp.where(mask[:, None], bpe.UNK, ids)
+    if self.config.model.recolour:
+      recoloured = self._recoloured(batch, rng)[:, None, None]
+      ids = jnp.where(recoloured & jnp.isin(ids, self._colour_ids), bpe.UNK, ids)
     vectors = apply(ids.reshape(B * M, T), length.reshape(B * M), method='embed_text')
     logits = apply(images, vectors.reshape(B, M, -1), method='own_logits')
     return logits[:, 0], logits[:, 1:]
@@ -219,13 +222,13 @@ class System(SystemProtocol):
 
   @property
   def _captions(self) -> int:
-    """Captions that are embedded for each picture: near misses are ranked beside its own."""
+    """Embedded captions per image; with near misses, its own caption is embedded twice."""
     misses = self.config.data.near_misses
     return 2 + misses if misses else 1
 
 
 def captioned_images(config: Config, batch_size: int) -> BatchSpec:
-  """The batch of systems that read images and captions, and near misses where there are any."""
+  """The batch of systems that read images and captions, with near misses if the data has them."""
   B, R, T = batch_size, config.data.image_size, config.data.text_length
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   inputs = {'text': ints(B, T), 'text_length': ints(B)}

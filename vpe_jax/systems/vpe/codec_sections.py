@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 
 from vpe_jax.codecs import registry
+from vpe_jax.codecs.feature_vq import FeatureVqSection
 from vpe_jax.codecs.image_codes import ImageCodesSection
 from vpe_jax.codecs.kl import KlSection
-from vpe_jax.codecs.protocol import PlanCodec
-from vpe_jax.codecs.visual_prompt import TowerVqSection
+from vpe_jax.codecs.protocol import FeatureCodec
 from vpe_jax.contracts import Array, FrozenNetwork, Params
 
 
@@ -26,7 +26,7 @@ class PromptCodecs:
   """
 
   vpe: bool = True
-  visual_prompt: registry.VisualPromptSection = TowerVqSection()
+  visual_prompt: registry.FeatureCodeSection = FeatureVqSection()
 
   @property
   def plan_codes(self) -> int:
@@ -43,7 +43,7 @@ class PromptCodecs:
     """The codecs' networks, by name."""
     return self.visual_prompt.frozen if self.vpe else {}
 
-  def prompt_codec(self, dtype: jnp.dtype) -> PlanCodec | NoVisualPrompt:
+  def prompt_codec(self, dtype: jnp.dtype) -> FeatureCodec | NoVisualPrompt:
     """The visual prompt's codec; `dtype` is the compute dtype of a published tower."""
     return self.visual_prompt.codec(dtype) if self.vpe else NoVisualPrompt()
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.codecs.protocol import LatentCodec, PictureCodec, PlanCodec
+from vpe_jax.codecs.protocol import FeatureCodec, ImageCodec, LatentCodec
 from vpe_jax.config import Config, to_dict
 from vpe_jax.contracts import (
   Array,
@@ -38,8 +38,8 @@ class ImageSystem(PlansVisually):
 
   config: Config
   model: Any
-  visual_prompt: PlanCodec | NoVisualPrompt
-  image: LatentCodec | PictureCodec
+  visual_prompt: FeatureCodec | NoVisualPrompt
+  image: LatentCodec | ImageCodec
   table: tuple[str, int]
 
   def __init__(
@@ -47,7 +47,7 @@ class ImageSystem(PlansVisually):
     config: Config,
     stages: tuple[Stage, ...],
     capabilities: tuple[type, ...],
-    image: LatentCodec | PictureCodec,
+    image: LatentCodec | ImageCodec,
     table: tuple[str, int],
   ) -> None:
     self.config, self.stages, self.capabilities = config, stages, capabilities

@@ -18,7 +18,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from vpe_jax.codecs.visual_prompt import TowerVqSection
+from vpe_jax.codecs.feature_vq import FeatureVqSection
 from vpe_jax.config import Config, check, nearest
 from vpe_jax.contracts import (
   Initialization,
@@ -106,7 +106,7 @@ class ModelConfig(unified.UnifiedConfig, LatentCodecs):
         'model.inherit takes embeddings from the codecs of the visual prompt, and model.vpe=False '
         'leaves them out: set model.inherit=0'
       )
-    if self.inherit and not isinstance(self.visual_prompt, TowerVqSection):
+    if self.inherit and not isinstance(self.visual_prompt, FeatureVqSection):
       raise UserError(
         'model.inherit takes embeddings from a quantiser that was trained here, and '
         f'model.visual_prompt.kind={self.visual_prompt.kind} is none: set model.inherit=0'
@@ -157,7 +157,7 @@ def build(config: Config) -> UnifiedSystem:
   condition = layouts.VISUAL_PROMPT if external else layouts.PROMPT
   # Published tokenizers and towers have no text tower for our words.
   tower = c.visual_prompt
-  embedded = c.vpe and isinstance(tower, TowerVqSection) and tower.encoder == 'siglip'
+  embedded = c.vpe and isinstance(tower, FeatureVqSection) and tower.encoder == 'siglip'
   # Visual prompts are compared by the pooling head, which reads the last output alone, and captions
   # by the text tower, which has words of its own.
   compares = embedded and tower.compares and c.text_vocab <= tower.siglip.vocabulary
@@ -257,7 +257,7 @@ def _check_stages(config: Config, known: tuple[str, ...]) -> None:
       f'config.stages is {config.stages}: each stage goes on from the one before, in the order '
       f'{", ".join(known)}'
     )
-  if config.stages[0] == 'render' and not config.is_started('ar/', 'embed/'):
+  if config.stages[0] == 'render' and not config.has_parent('ar/', 'embed/'):
     raise UserError(
       "stage 'render' freezes the token expert (ar, embed), and nothing has trained it: name a run "
       'that has, with --config.start=RUN, or run stage plan first'

@@ -216,7 +216,7 @@ def test_a_fingerprint_is_of_the_codebook_s_values(internal, tmp_path):
   devices = np.asarray(jax.devices()).reshape(-1)[:8]
   mesh = jax.sharding.Mesh(devices, ('x',))
   sharded = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x'))
-  reader = dict(internal.generator.frozen['visual_prompt'])
+  reader = dict(internal.generator.frozen['feature_vq'])
   path = str(tmp_path / 'x.safetensors')
   weights.save(path, reader, {}, dtype='float32')
   changed = reader['codebook'].at[3, 0].add(1e-3)
@@ -227,7 +227,7 @@ def test_a_fingerprint_is_of_the_codebook_s_values(internal, tmp_path):
   ):
     other = copy.copy(internal.generator)
     other.__dict__.pop('draft_networks', None)
-    other.frozen = {**other.frozen, 'visual_prompt': {**reader, 'codebook': values}}
+    other.frozen = {**other.frozen, 'feature_vq': {**reader, 'codebook': values}}
     assert (VisualPrompter(other).codebook == book) == same
 
 
@@ -258,7 +258,7 @@ def test_models_say_what_they_cannot_do():
   with pytest.raises(UserError, match='by similarity: .*rank by likelihood'):
     VisualPrompter(bare).check_ranker('similarity')
   bare.system = _c2i('debug,vpe=false')
-  with pytest.raises(UserError, match='writes no visual prompts'):
+  with pytest.raises(UserError, match='does not write visual prompts'):
     VisualPrompter(bare)
   config = t2i.get_config('debug')
   config.data.source = 'synthetic'

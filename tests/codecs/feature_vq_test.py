@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from vpe_jax.codecs import visual_prompt
+from vpe_jax.codecs import feature_vq
 from vpe_jax.models.siglip import SiglipConfig
 from vpe_jax.models.vit import EncoderConfig
 from vpe_jax.objectives import autoencoding
 
-CONFIG = visual_prompt.VisualPromptConfig(
+CONFIG = feature_vq.FeatureVqConfig(
   codes=32,
   code_width=8,
   decoder=EncoderConfig(width=16, layers=1, heads=2, mlp=32),
@@ -25,15 +25,15 @@ CONFIG = visual_prompt.VisualPromptConfig(
 
 @pytest.fixture(scope='module')
 def codec():
-  return visual_prompt.VisualPromptCodec(CONFIG)
+  return feature_vq.FeatureVqCodec(CONFIG)
 
 
 @pytest.fixture(scope='module')
 def params(codec):
   images, text = jnp.zeros((1, 24, 24, 3)), jnp.zeros((1, 32), jnp.int32)
   siglip = jax.jit(codec.siglip.init)(jax.random.key(0), images, text, jnp.ones((1,), jnp.int32))
-  quantiser = jax.jit(codec.quantiser.init)(jax.random.key(1), jnp.zeros((1, 9, 24)))
-  return {'siglip': siglip['params'], 'visual_prompt': quantiser['params'], 'image': {}}
+  quantizer = jax.jit(codec.quantizer.init)(jax.random.key(1), jnp.zeros((1, 9, 24)))
+  return {'siglip': siglip['params'], 'feature_vq': quantizer['params'], 'image': {}}
 
 
 def _images(count=4, seed=0):
@@ -49,13 +49,13 @@ def test_codes_are_in_raster_order_and_of_the_stated_kind(codec, params):
 
 def test_codes_are_the_nearest_rows_by_cosine(codec, params):
   features = codec.features(params, _images())
-  variables = {'params': params['visual_prompt']}
-  out = codec.quantiser.apply(variables, features, method='quantise')
-  rows = np.asarray(params['visual_prompt']['codebook'], np.float64)
+  variables = {'params': params['feature_vq']}
+  out = codec.quantizer.apply(variables, features, method='quantize')
+  rows = np.asarray(params['feature_vq']['codebook'], np.float64)
   rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
   distance = ((np.asarray(out.inputs)[..., None, :] - rows) ** 2).sum(-1)
   np.testing.assert_array_equal(out.codes, distance.argmin(-1))
-  np.testing.assert_allclose(out.chosen, rows[np.asarray(out.codes)], atol=1e-6)
+  np.testing.assert_allclose(out.entries, rows[np.asarray(out.codes)], atol=1e-6)
   np.testing.assert_array_equal(out.codes, codec.encode(params, _images()))
 
 
@@ -74,8 +74,8 @@ def test_a_picture_s_codes_do_not_depend_on_its_neighbours(codec, params):
 
 def test_depth_chooses_the_features(codec, params):
   """Raw features of the last layer differ from the normed ones by exactly the closing norm."""
-  raw = visual_prompt.VisualPromptCodec(
-    visual_prompt.VisualPromptConfig(**{**vars(CONFIG), 'depth': 2})
+  raw = feature_vq.FeatureVqCodec(
+    feature_vq.FeatureVqConfig(**{**vars(CONFIG), 'depth': 2})
   ).features(params, _images())
   centred = raw - raw.mean(-1, keepdims=True)
   norm = params['siglip']['vision']['encoder']['norm']
@@ -86,15 +86,15 @@ def test_depth_chooses_the_features(codec, params):
 def test_straight_through_passes_the_decoder_s_gradient(codec, params):
   """The projection gets the gradient as if decoding started from the chosen rows."""
   features = codec.features(params, _images())
-  variables = {'params': params['visual_prompt']}
-  quantised, rebuilt = codec.quantiser.apply(variables, features)
-  from_codes = codec.decode(params, quantised.codes)
+  variables = {'params': params['feature_vq']}
+  quantized, rebuilt = codec.quantizer.apply(variables, features)
+  from_codes = codec.decode(params, quantized.codes)
   np.testing.assert_allclose(rebuilt, from_codes, atol=1e-5)
 
   def loss(p):
-    return jnp.sum(jnp.square(codec.quantiser.apply({'params': p}, features)[1] - features))
+    return jnp.sum(jnp.square(codec.quantizer.apply({'params': p}, features)[1] - features))
 
-  gradient = jax.grad(loss)(params['visual_prompt'])
+  gradient = jax.grad(loss)(params['feature_vq'])
   assert float(jnp.abs(gradient['project']['kernel']).max()) > 0
   np.testing.assert_array_equal(gradient['codebook'], 0)
 
@@ -102,22 +102,22 @@ def test_straight_through_passes_the_decoder_s_gradient(codec, params):
 def test_dead_codes_come_back(codec, params):
   """With all codes but one far from the data, the entropy bonus spreads them over it."""
   features = jax.random.normal(jax.random.key(3), (64, 9, 24))
-  start = dict(params['visual_prompt'])
-  inputs = codec.quantiser.apply({'params': start}, features, method='quantise').inputs
+  start = dict(params['feature_vq'])
+  inputs = codec.quantizer.apply({'params': start}, features, method='quantize').inputs
   away = -jnp.mean(inputs, (0, 1))
   start['codebook'] = away + 0.05 * jax.random.normal(jax.random.key(4), (32, 8))
   start['codebook'] = start['codebook'].at[0].set(inputs[0, 0])
   used = lambda p: float(
     autoencoding.perplexity(
-      codec.quantiser.apply({'params': p}, features, method='quantise').codes, 32
+      codec.quantizer.apply({'params': p}, features, method='quantize').codes, 32
     )
   )
   assert used(start) < 5
 
   def loss(p):
-    out, rebuilt = codec.quantiser.apply({'params': p}, features)
+    out, rebuilt = codec.quantizer.apply({'params': p}, features)
     sure, spread = autoencoding.code_entropies(out.probabilities)
-    commitment = jnp.mean(autoencoding.commitment(out.inputs, out.chosen))
+    commitment = jnp.mean(autoencoding.commitment(out.inputs, out.entries))
     return jnp.mean(jnp.square(rebuilt - features)) + commitment + 0.1 * (sure - spread)
 
   optimizer = optax.adam(1e-2)

@@ -1,0 +1,187 @@
+"""A codebook over the patch features of a frozen vision transformer: one code per patch.
+
+Patch features of a SigLIP or another tower (codecs/towers.py) are projected to a few dimensions,
+and the nearest codebook entry on the unit sphere gives the code, as in X-Omni's SigLIP-VQ. A
+transformer decoder reconstructs the features from all codes of an image; its error trains
+projection and codebook. VPE (arXiv 2606.04457, Appendix F) compares the towers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vpe_jax.codecs import towers
+from vpe_jax.contracts import Array, FrozenNetwork, Params
+from vpe_jax.models.siglip import Siglip, unit
+from vpe_jax.models.vit import Encoder, EncoderConfig, LayerNorm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureVqConfig(towers.TowerConfig):
+  """Sizes of the tokenizer; the defaults are those of the shipped weights.
+
+  Attributes:
+    codes: number V of codebook entries.
+    code_width: width W of a codebook entry.
+    temperature: of the soft assignment, whose entropies keep all codes in use during training.
+    decoder: sizes of the decoder from codes to features.
+  """
+
+  codes: int = 512
+  code_width: int = 32
+  temperature: float = 0.03
+  decoder: EncoderConfig = EncoderConfig(width=128, layers=1, heads=4, mlp=256)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureVqSection(FeatureVqConfig):
+  """The config section of FeatureVqCodec; see protocol.FeatureCodeSection.
+
+  Attributes:
+    kind: `feature_vq`.
+    weights: source of the quantizer's weights: `assets:NAME`, a path or a hub id.
+    tower_weights: source of the tower's weights; empty: that of towers.SOURCES.
+  """
+
+  kind: str = 'feature_vq'
+  weights: str = 'assets:feature_vq'
+  tower_weights: str = ''
+
+  @property
+  def tokens(self) -> int:
+    """Codes P per image."""
+    return self.patches
+
+  @property
+  def frozen(self) -> Mapping[str, FrozenNetwork]:
+    """Tower and quantizer."""
+    tower = {self.encoder: towers.frozen(self, self.tower_weights)}
+    return {**tower, 'feature_vq': FrozenNetwork(self.weights)}
+
+  def codec(self, dtype: jnp.dtype) -> FeatureVqCodec:
+    """The codec; always in float32, for exact codes."""
+    del dtype
+    return FeatureVqCodec(self)
+
+
+class Quantized(NamedTuple):
+  """Quantized patch features [B, P, D]."""
+
+  codes: Array  # [B, P] int32
+  inputs: Array  # [B, P, W]: projected features, unit vectors
+  entries: Array  # [B, P, W]: the nearest codebook entries, unit vectors
+  probabilities: Array  # [B, P, V] float32: soft assignment
+
+
+class Quantizer(nn.Module):
+  """Projection, codebook and decoder of features, in float32."""
+
+  config: FeatureVqConfig
+
+  def setup(self) -> None:
+    c = self.config
+    self.norm = LayerNorm(c.decoder.eps)
+    self.hidden = nn.Dense(c.decoder.width)
+    self.project = nn.Dense(c.code_width)
+    self.codebook = self.param('codebook', nn.initializers.normal(1.0), (c.codes, c.code_width))
+    near = nn.initializers.normal(0.02)
+    self.position = self.param('position', near, (c.patches, c.decoder.width))
+    self.expand = nn.Dense(c.decoder.width)
+    self.decoder = Encoder(c.decoder, jnp.float32)
+    self.features = nn.Dense(c.body.width)
+
+  def quantize(self, features: Array) -> Quantized:
+    """Replaces each patch feature by the nearest codebook entry."""
+    inputs = unit(self.project(jax.nn.gelu(self.hidden(self.norm(features)))))
+    entries = unit(self.codebook)
+    cosine = jnp.einsum('BPW,VW->BPV', inputs, entries)
+    codes = jnp.argmax(cosine, -1).astype(jnp.int32)
+    soft = jax.nn.softmax(cosine / self.config.temperature, -1)
+    return Quantized(codes, inputs, jnp.take(entries, codes, axis=0), soft)
+
+  def lookup(self, codes: Array) -> Array:
+    """Codebook entries [B, P, W] of codes [B, P], as unit vectors."""
+    return unit(jnp.take(self.codebook, codes, axis=0))
+
+  def decode(self, entries: Array) -> Array:
+    """Patch features [B, P, D] from codebook entries [B, P, W]."""
+    return self.features(self.decoder(self.expand(entries) + self.position))
+
+  def __call__(self, features: Array) -> tuple[Quantized, Array]:
+    """Quantizes and decodes, with the straight-through gradient of quantization."""
+    quantized = self.quantize(features)
+    difference = jax.lax.stop_gradient(quantized.entries - quantized.inputs)
+    return quantized, self.decode(quantized.inputs + difference)
+
+
+class FeatureVqCodec:
+  """A protocol.FeatureCodec over two networks: the tower `config.encoder`, and `feature_vq`."""
+
+  codebook = 'feature_vq/codebook'
+
+  def __init__(self, config: FeatureVqConfig):
+    self.config = config
+    self.weights = (config.encoder, 'feature_vq')
+    self.codes = config.codes
+    self.grid = config.grid
+    self.tower = towers.tower(config)
+    self.quantizer = Quantizer(config)
+
+  @property
+  def siglip(self) -> Siglip:
+    """The SigLIP; only if `config.encoder` is `siglip`."""
+    return self.tower.network
+
+  def features(self, params: Params, images: Array) -> Array:
+    """The tower's patch features [B, P, D] of images [B, R, R, 3]."""
+    return self.tower.features(params[self.config.encoder], images)
+
+  def encode(self, params: Params, images: Array) -> Array:
+    """Codes [B, P] int32; see protocol.TokenCodec."""
+    variables = {'params': params['feature_vq']}
+    features = self.features(params, images)
+    return self.quantizer.apply(variables, features, method='quantize').codes
+
+  def decode(self, params: Params, codes: Array) -> Array:
+    """Patch features [B, P, D] decoded from codes [B, P]."""
+    variables = {'params': params['feature_vq']}
+    entries = self.quantizer.apply(variables, codes, method='lookup')
+    return self.quantizer.apply(variables, entries, method='decode')
+
+  def embed_codes(self, params: Params, codes: Array) -> Array:
+    """SigLIP's image embedding of codes [B, P]: unit vectors [B, D] float32.
+
+    The pooling head reads the decoded features in place of the image tower's normalized last
+    output. Requires `config.has_text_tower`.
+    """
+    features = self.decode(params, codes)
+    return self.siglip.apply({'params': params['siglip']}, features, method='pool')
+
+  def embed_text(self, params: Params, text: Array, length: Array) -> Array:
+    """SigLIP's text embedding of captions [B, T] with `length` [B] tokens: unit vectors [B, D].
+
+    Captions that are longer than the text tower's input are cut. Requires `config.has_text_tower`.
+    """
+    limit = self.config.siglip.text_length
+    length = jnp.minimum(length, limit)
+    variables = {'params': params['siglip']}
+    return self.siglip.apply(variables, text[:, :limit], length, method='embed_text')
+
+  def abstract_params(self) -> Params:
+    """Shapes of both networks' parameters; see protocol.TokenCodec."""
+    c = self.config
+
+    def init() -> Params:
+      key, features = jax.random.key(0), jnp.zeros((1, c.patches, c.body.width))
+      return {
+        c.encoder: self.tower.init(key),
+        'feature_vq': self.quantizer.init(key, features)['params'],
+      }
+
+    return jax.eval_shape(init)
