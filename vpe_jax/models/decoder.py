@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, Params
 from vpe_jax.models import dense, mot
+from vpe_jax.models.taps import Tapped, Taps
 from vpe_jax.models.transformer import TransformerConfig
 from vpe_jax.ops.matmul import turned_product
 from vpe_jax.sequence.builder import build
@@ -66,9 +67,16 @@ class Decoder(mot.OneExpert):
 
   def hidden(self, params: Params, ids: Array, length: Array) -> Array:
     """Final-norm hidden states [B, L, D] of ids [B, L], of which `length` [B] are real."""
+    return self.hidden_tapped(params, ids, length, Taps())[0]
+
+  def hidden_tapped(
+    self, params: Params, ids: Array, length: Array, taps: Taps
+  ) -> tuple[Array, Tapped]:
+    """The output of `hidden`, and the inner states of the same tokens that `taps` asks for."""
     text = build(causal_text(ids.shape[1]), {'text': ids}, {'text': length})['text']
     stream = mot.Stream(self.embed(params, text.ids), text.positions, text.visibility)
-    return self.states(params, stream)[0]
+    hidden, _, tapped = self.states_tapped(params, stream, taps)
+    return hidden, tapped
 
   def logits(self, params: Params, hidden: Array) -> Array:
     """Logits [B, L, V] float32 from final-norm hidden states [B, L, D]."""

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 
 from vpe_jax import sharding
 from vpe_jax.contracts import Array, Params, Visibility, concatenate
+from vpe_jax.models.taps import Tapped, Taps
 from vpe_jax.models.transformer import Layer, RMSNorm
 from vpe_jax.ops import rope
 from vpe_jax.ops.attention import blockwise, chooser
 
 _KeysValues = tuple[Any, Any] | None
+_Carry = tuple[dict[str, Array], dict[str, Tapped]]  # hidden states, and buffers of inner ones
 
 _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names(*blockwise.SAVED)
@@ -167,6 +169,39 @@ def run(
   Returns:
     Hidden states of each stream after the last layer, not normalised, and the written cache.
   """
+  return run_tapped(layers, params, streams, {}, cache, at, remat, attention)[:2]
+
+
+def run_tapped(
+  layers: Mapping[str, Layer],
+  params: Mapping[str, Any],
+  streams: Mapping[str, Stream],
+  taps: Mapping[str, Taps],
+  cache: Cache | None = None,
+  at: Array | int = 0,
+  remat: str = 'none',
+  attention: str = '',
+) -> tuple[dict[str, Array], Cache | None, dict[str, Tapped]]:
+  """`run` that also returns inner states.
+
+  Args:
+    layers: this and the arguments not described here are those of `run`.
+    params: see `run`.
+    streams: see `run`.
+    taps: per expert, its inner states to return; experts without any are left out.
+    cache: see `run`.
+    at: see `run`.
+    remat: see `run`.
+    attention: see `run`.
+
+  Returns:
+    The outputs of `run`, and the inner states of each expert in `taps`.
+
+  Raises:
+    UserError: an expert lacks a layer that its taps name.
+    ValueError: taps of an expert without a stream, or of normed states: layers have no final norm.
+  """
+  _check_taps(layers, streams, taps)
   query = concatenate([stream.visibility for stream in streams.values()])
   call = _Call(
     layers,
@@ -177,6 +212,7 @@ def run(
     key=query if cache is None else cache.key,
     at=at,
     attention=attention if query.order.shape[1] >= chooser.SHORT else '',
+    taps=taps,
   )
 
   def one(
@@ -191,16 +227,25 @@ def run(
 
   if REMAT[remat] is not None:
     one = jax.checkpoint(one, policy=REMAT[remat])
+
+  def step(carry: _Carry, inputs: tuple[Any, ...]) -> tuple[_Carry, _KeysValues]:
+    (hidden, buffers), (*rest, slots) = carry, inputs
+    hidden, held, kv = one(hidden, *rest)
+    states = {n: t.select(hidden[n], *kv.get(n, ())) for n, t in taps.items()}
+    return (hidden, {n: buffers[n].write(states[n], slots[n]) for n in taps}), held
+
   hidden = {name: stream.x for name, stream in streams.items()}
-  chosen = {name: params[name] for name in streams}
-  held = None if cache is None else (cache.k, cache.v)
-  memories = {n: (s.memory.k, s.memory.v) for n, s in streams.items() if s.memory}
-  keys = {n: _of_layers(layers[n], s.keys) for n, s in streams.items() if s.keys is not None}
-  if any(isinstance(stack, tuple) for stack in chosen.values()):
-    hidden, held = _unrolled(one, hidden, chosen, memories, keys, held)
-  else:
-    hidden, held = jax.lax.scan(lambda h, x: one(h, *x), hidden, (chosen, memories, keys, held))
-  return hidden, None if cache is None else Cache(held[0], held[1], cache.key)
+  inputs = (
+    {name: params[name] for name in streams},
+    {n: (s.memory.k, s.memory.v) for n, s in streams.items() if s.memory},
+    {n: _of_layers(layers[n], s.keys) for n, s in streams.items() if s.keys is not None},
+    None if cache is None else (cache.k, cache.v),
+    {n: t.slots(layers[n].config.layers) for n, t in taps.items()},
+  )
+  carry = hidden, {n: _buffers(layers[n], t, hidden[n]) for n, t in taps.items()}
+  unstacked = any(isinstance(stack, tuple) for stack in inputs[0].values())
+  (hidden, tapped), held = (_unrolled if unstacked else jax.lax.scan)(step, carry, inputs)
+  return hidden, None if cache is None else Cache(held[0], held[1], cache.key), tapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,10 +282,28 @@ class OneExpert:
 
     `cache` and `at` are those of `run`.
     """
+    return self.states_tapped(params, stream, Taps(), cache, at)[:2]
+
+  def states_tapped(
+    self,
+    params: Params,
+    stream: Stream,
+    taps: Taps,
+    cache: Cache | None = None,
+    at: Array | int = 0,
+  ) -> tuple[Array, Cache | None, Tapped]:
+    """The outputs of `states`, and the inner states that `taps` asks for; see `run_tapped`."""
+    raw = dataclasses.replace(taps, normed=False)
     layers, stacks = {'row': self.layer}, {'row': params['layers']}
-    hidden, cache = run(layers, stacks, {'row': stream}, cache, at, self.remat, self.attention)
+    hidden, cache, tapped = run_tapped(
+      layers, stacks, {'row': stream}, {'row': raw}, cache, at, self.remat, self.attention
+    )
     norm = RMSNorm(self.config.body.eps)
-    return norm.apply({'params': params['norm']}, hidden['row']), cache
+    normed = lambda x: norm.apply({'params': params['norm']}, x)
+    states = tapped['row']
+    if taps.normed and taps.hidden:
+      states = dataclasses.replace(states, hidden=normed(states.hidden))
+    return normed(hidden['row']), cache, states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +318,7 @@ class _Call:
   key: Visibility
   at: Array | int
   attention: str
+  taps: Mapping[str, Taps]
 
 
 def _tables(layer: Layer, stream: Stream) -> tuple[Array, Array]:
@@ -269,26 +333,42 @@ def _of_layers(layer: Layer, keys: Array) -> Array:
   return jax.vmap(lambda key: jax.random.split(key, layer.config.layers), out_axes=1)(keys)
 
 
+def _check_taps(
+  layers: Mapping[str, Layer], streams: Mapping[str, Stream], taps: Mapping[str, Taps]
+) -> None:
+  if strangers := taps.keys() - streams.keys():
+    raise ValueError(f'taps of {sorted(strangers)}: this call has streams of {sorted(streams)}')
+  for name, request in taps.items():
+    request.check(layers[name].config.layers)
+    if request.normed:
+      raise ValueError(f"taps of '{name}' are normed: a stack of layers has no final norm")
+
+
+def _buffers(layer: Layer, taps: Taps, x: Array) -> Tapped:
+  """Buffers of the inner states of tokens x [B, L, D]."""
+  shape = (*x.shape[:2], layer.config.kv_heads, layer.config.head_width)
+  return taps.buffers(x, jax.ShapeDtypeStruct(shape, layer.dtype))
+
+
 def _unrolled(
-  one: Any,
-  hidden: dict[str, Array],
-  params: Mapping[str, Any],
-  memories: Mapping[str, tuple[Any, Any]],
-  keys: Mapping[str, Array],
-  held: _KeysValues,
-) -> tuple[dict[str, Array], _KeysValues]:
-  """The layer loop over unstacked parameters and caches."""
+  step: Callable[[_Carry, tuple[Any, ...]], tuple[_Carry, _KeysValues]],
+  carry: _Carry,
+  inputs: tuple[Any, ...],
+) -> tuple[_Carry, _KeysValues]:
+  """The `jax.lax.scan` of `run_tapped` for unstacked parameters and caches."""
+  params, memories, keys, held, slots = inputs
   written = []
   for i in range(len(next(iter(params.values())))):
     weights = {name: stack[i] for name, stack in params.items()}
     seen = {name: (k[i], v[i]) for name, (k, v) in memories.items()}
     own = {name: layers[i] for name, layers in keys.items()}
     kv = None if held is None else (held[0][i], held[1][i])
-    hidden, kv = one(hidden, weights, seen, own, kv)
+    slot = {name: tables.layer(i) for name, tables in slots.items()}
+    carry, kv = step(carry, (weights, seen, own, kv, slot))
     written.append(kv)
   if held is None:
-    return hidden, None
-  return hidden, (tuple(k for k, _ in written), tuple(v for _, v in written))
+    return carry, None
+  return carry, (tuple(k for k, _ in written), tuple(v for _, v in written))
 
 
 def _layer(
@@ -298,12 +378,13 @@ def _layer(
   keys: Mapping[str, Array],
   hidden: dict[str, Array],
   held: _KeysValues,
-) -> tuple[dict[str, Array], _KeysValues]:
+) -> tuple[dict[str, Array], _KeysValues, dict[str, tuple[Array, Array]]]:
   """Eq. 4: own projections, one attention over all keys, own output projection and MLP.
 
-  An expert with a memory looks at it between the two halves.
+  An expert with a memory looks at it between the two halves. Also returns the keys and values of
+  the experts whose taps ask for them.
   """
-  projected, modulation = {}, {}
+  projected, modulation, tapped = {}, {}, {}
   for name in call.tables:  # The order of the streams: a scan sorts what it carries by name.
     x = hidden[name]
     variables, condition = {'params': weights[name]}, call.conditions[name]
@@ -311,9 +392,10 @@ def _layer(
     modulation[name] = (
       None if condition is None else layer.apply(variables, condition, method='modulate')
     )
-    projected[name] = layer.apply(
-      variables, x, call.tables[name], modulation[name], method='project'
-    )
+    q, k, v = layer.apply(variables, x, modulation[name], method='project')
+    projected[name] = layer.rotate(q, call.tables[name]), layer.rotate(k, call.tables[name]), v
+    if name in call.taps and call.taps[name].kv:
+      tapped[name] = (projected[name][1] if call.taps[name].rotated else k), v
   q, k, v = (jnp.concatenate(parts, 1) for parts in zip(*projected.values(), strict=True))
   if held is not None:
     held = tuple(
@@ -336,7 +418,7 @@ def _layer(
       method='finish',
     )
     start = stop
-  return out, held
+  return out, held, tapped
 
 
 def _looking(

@@ -141,11 +141,11 @@ class CrossAttention(nn.Module):
 class Layer(nn.Module):
   """A pre-norm layer in two halves, so that several experts can share one attention between them.
 
-  `project` gives rotated q, k and v of this expert's tokens; `finish` takes the mixed values
-  back. With `modulated`, both need `modulation`: six parts [B, 1, D] float32 in the order
-  shift, scale, gate of the attention, then of the MLP (Show-o2's diffusion head), or None for
-  rows that are not modulated. With `crossed`, `finish` looks at a memory between the two. Where it
-  is given keys, it drops what `dropout` says.
+  `project` gives q, k and v of this expert's tokens and `rotate` the positions of q and k;
+  `finish` takes the mixed values back. With `modulated`, `project` and `finish` need `modulation`:
+  six parts [B, 1, D] float32 in the order shift, scale, gate of the attention, then of the MLP
+  (Show-o2's diffusion head), or None for tokens that are not modulated. With `crossed`, `finish`
+  looks at a memory between the two. Where it is given keys, it drops what `dropout` says.
   """
 
   config: TransformerConfig
@@ -179,18 +179,19 @@ class Layer(nn.Module):
     """The six parts of the modulation, from the condition [B, 1, D]."""
     return self.modulation(condition)
 
-  def project(
-    self, x: Array, tables: tuple[Array, Array], modulation: list[Array] | None = None
-  ) -> tuple[Array, Array, Array]:
-    """q [B, L, N, H], k and v [B, L, K, H] of tokens x [B, L, D]; `tables` are rope.rotary's."""
+  def project(self, x: Array, modulation: list[Array] | None = None) -> tuple[Array, Array, Array]:
+    """q [B, L, N, H], k and v [B, L, K, H] of tokens x [B, L, D], not rotated."""
     y = self.attention_norm(x)
     if modulation is not None:
       y = norms.modulate(y, modulation[0], modulation[1])
     q, k, v = self.q(y), self.k(y), self.v(y)
     if self.config.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
-    turn = lambda heads: rope.rotate(heads, tables, self.config.rope_adjacent)
-    return turn(q), turn(k), v
+    return q, k, v
+
+  def rotate(self, heads: Array, tables: tuple[Array, Array]) -> Array:
+    """q or k [B, L, N, H] after the rotary embedding; `tables` are those of rope.rotary."""
+    return rope.rotate(heads, tables, self.config.rope_adjacent)
 
   def remember(self, memory: Array, tables: tuple[Array, Array]) -> tuple[Array, Array]:
     """Keys and values of a memory; see CrossAttention."""
@@ -227,7 +228,8 @@ class Layer(nn.Module):
   ) -> Array:
     """Touches every parameter, for `init`: q stands in for the mixed values."""
     modulation = self.modulate(condition) if self.modulated else None
-    q, _, _ = self.project(x, tables, modulation)
+    q, _, _ = self.project(x, modulation)
+    q = self.rotate(q, tables)
     if not self.crossed:
       return self.finish(x, q, modulation)
     self.remember(x, tables)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+from typing import Any
 
 import einops
 import flax.linen as nn
@@ -14,6 +14,7 @@ from vpe_jax import sharding
 from vpe_jax.config import check, check_sizes, nearest
 from vpe_jax.contracts import Array, Params, UserError
 from vpe_jax.models.dense import Dense, DenseGeneral
+from vpe_jax.models.taps import Tapped, Taps
 from vpe_jax.ops import norms
 from vpe_jax.ops.attention import chooser
 from vpe_jax.sequence.builder import build
@@ -173,20 +174,45 @@ class Encoder(nn.Module):
       for layer in layers:
         x = layer(x, mask)
     else:
-      x = self._run([layer.variables['params'] for layer in layers], x, mask)
+      x, _ = self._run(layers, x, mask, Taps())
     return self.norm(x) if depth is None else x
 
-  def _run(self, weights: list[Params], x: Array, mask: Array | None) -> Array:
+  def tapped(self, x: Array, taps: Taps, mask: Array | None = None) -> Array:
+    """Hidden states [n, B, L, D] after `taps.hidden` layers; layers after the last don't run.
+
+    Raises:
+      UserError: the encoder lacks a layer, or `taps` names none, or keys and values of some.
+    """
+    taps.check(self.config.layers)
+    if taps.kv or not taps.hidden:
+      raise UserError(
+        f'taps.hidden is {taps.hidden} and taps.kv {taps.kv}: an encoder returns hidden states '
+        'alone, of at least one layer'
+      )
+    _, states = self._run(self.layers[: max(taps.hidden)], x, mask, taps)
+    return self.norm(states.hidden) if taps.normed else states.hidden
+
+  def _run(
+    self, layers: list[Layer], x: Array, mask: Array | None, taps: Taps
+  ) -> tuple[Array, Tapped]:
+    """The raw output of the last of `layers`, and the hidden states that `taps` names."""
+    weights = [layer.variables['params'] for layer in layers]
     layer = Layer(self.config, self.dtype, parent=None)
     one = lambda x, params: layer.apply({'params': params}, x, mask)
+    tapped, slots = taps.buffers(x), taps.slots(len(layers))
     if len(weights) < 2 or not sharding.is_sharded():
       one = jax.jit(one)
-      return functools.reduce(one, weights, x)
+      for i, params in enumerate(weights):
+        x = one(x, params)
+        tapped = tapped.write(taps.select(x), slots.layer(i))
+      return x, tapped
 
-    def step(x: Array, params: Params) -> tuple[Array, None]:
-      return one(sharding.constrain(x, ('batch', None, None)), params), None
+    def step(carry: tuple[Array, Tapped], inputs: tuple[Params, Tapped]) -> Any:
+      x = one(sharding.constrain(carry[0], ('batch', None, None)), inputs[0])
+      return (x, carry[1].write(taps.select(x), inputs[1])), None
 
-    return jax.lax.scan(step, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights))[0]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+    return jax.lax.scan(step, (x, tapped), (stacked, slots))[0]
 
 
 class AttentionPool(nn.Module):
