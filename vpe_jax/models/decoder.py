@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, Params
-from vpe_jax.models import dense, mot
+from vpe_jax.models import kernel_layout, mot
 from vpe_jax.models.taps import Tapped, Taps
 from vpe_jax.models.transformer import TransformerConfig
-from vpe_jax.ops.matmul import turned_product
+from vpe_jax.ops.matmul import matmul_transposed
 from vpe_jax.sequence.builder import build
 from vpe_jax.sequence.layouts import causal_text
 
@@ -82,8 +82,8 @@ class Decoder(mot.OneExpert):
     """Logits [B, L, V] float32 from final-norm hidden states [B, L, D]."""
     if self.config.tied:
       rows = params['embed'].astype(hidden.dtype)
-      return turned_product(hidden, rows).astype(jnp.float32)
-    return dense.columns(params['head'], hidden).astype(jnp.float32)
+      return matmul_transposed(hidden, rows).astype(jnp.float32)
+    return kernel_layout.columns(params['head'], hidden).astype(jnp.float32)
 
   def __call__(self, params: Params, ids: Array, length: Array) -> Array:
     """Logits [B, L, V] float32 of ids [B, L], of which `length` [B] are real."""

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array, Params
-from vpe_jax.models import dense, mot, transformer
+from vpe_jax.models import kernel_layout, mot, transformer
 from vpe_jax.models.dropout import Dropout, drop
 from vpe_jax.models.transformer import Layer, TransformerConfig
 from vpe_jax.ops import rope
@@ -170,7 +170,7 @@ class LlamaGen(mot.OneExpert):
     first, last = 0, self.config.vocabulary
     if block:
       first, last = (0, self.config.codes) if block == 'codes' else (self.config.codes, last)
-    return dense.columns(params['head'], hidden, first, last).astype(jnp.float32)
+    return kernel_layout.columns(params['head'], hidden, first, last).astype(jnp.float32)
 
   def run(
     self,

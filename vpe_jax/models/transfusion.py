@@ -32,7 +32,7 @@ from vpe_jax.models import mot, transformer
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.diffusion_head import FREQUENCIES, waves
 from vpe_jax.models.transformer import TransformerConfig
-from vpe_jax.ops.matmul import turned_product
+from vpe_jax.ops.matmul import matmul_transposed
 from vpe_jax.sequence.builder import build
 from vpe_jax.sequence.spans import Layout, Span
 
@@ -180,7 +180,7 @@ class Transfusion(mot.OneExpert):
   def logits(self, params: Params, hidden: Array) -> Array:
     """Logits [B, L, V] float32 of the plan's next code."""
     rows = params['embed']['plan'].astype(hidden.dtype)
-    return turned_product(hidden, rows).astype(jnp.float32)
+    return matmul_transposed(hidden, rows).astype(jnp.float32)
 
   def velocity(self, params: Params, hidden: Array) -> Array:
     """The velocity [B, h, w, C] float32, noise minus data, from picture states [B, N, D]."""

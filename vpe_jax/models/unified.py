@@ -26,7 +26,7 @@ from vpe_jax.models import mot, transformer, vit
 from vpe_jax.models.diffusion_head import FREQUENCIES, Entry, Exit, HeadConfig, TimeEmbedding
 from vpe_jax.models.dual_path import DualPath, DualPathConfig
 from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
-from vpe_jax.ops.matmul import turned_product
+from vpe_jax.ops.matmul import matmul_transposed
 
 ARCHS = ('internal', 'external', 'single')
 CONDITIONS = ('prefix', 'keys', 'cross')
@@ -239,7 +239,7 @@ class Unified:
   def code_logits(self, params: Params, hidden: Array) -> Array:
     """Logits over the codes alone [B, L, codes] float32: the only ids that sampling may draw."""
     rows = params['embed']['codes'][: self.config.codes].astype(hidden.dtype)
-    return turned_product(hidden, rows).astype(jnp.float32)
+    return matmul_transposed(hidden, rows).astype(jnp.float32)
 
   def token_stream(self, params: Params, region: Region) -> mot.Stream:
     """The token expert's input."""
