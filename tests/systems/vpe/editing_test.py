@@ -96,7 +96,7 @@ def _whole(system, params, batch, keep):
 
 def _flow_step(system, weights, prefix, latents):
   """The velocity of one cached flow step."""
-  stream, condition = system.model.picture_stream(weights, latents, CLOCK, prefix.state)
+  stream, condition = system.model.image_stream(weights, latents, CLOCK, prefix.state)
   at = prefix.cache.body.key.order.shape[1] - prefix.state.ids.shape[1]
   hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
   stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
@@ -245,7 +245,7 @@ def test_flops_are_those_of_the_traced_step(arch):
   full = with_inputs(batch, text_length=jnp.full((B,), system.config.data.text_length))
   regions = system._regions(full, batch.encoded['visual_prompt'], ALL)
   kept = ('ar', 'dit') if arch == 'internal' else ('ar',)
-  row = unified.row_visibility({name: regions[name] for name in kept})
+  row = unified.sequence_visibility({name: regions[name] for name in kept})
   seen, tokens = np.asarray(visible(row, row))[0].sum(1), regions['ar'].ids.shape[1]
   wide = lambda part, pairs: 4 * part.layers * part.heads * part.head_width * pairs
   encoder = 4 * c.dual_path.encoder.layers * c.dual_path.encoder.width * c.image_tokens**2

@@ -104,7 +104,7 @@ class System(ClassToImage):
   """See vpe_jax.contracts.System."""
 
   logical_axes = (
-    (r'embed/(classes|codes|plan)', ('vocab', 'embed')),
+    (r'embed/(classes|codes|prefix)', ('vocab', 'embed')),
     (r'embed/pad', (None, 'embed')),
     *((rf'layers/{path}', axes) for path, axes in LAYER_AXES),
     (r'norm/scale', ('embed',)),
@@ -122,8 +122,8 @@ class System(ClassToImage):
       side=self.image.grid,
       body=c.body,
       class_turn=c.class_turn,
-      plan_codes=self.codes,
-      plan_side=self.visual_prompt.grid,
+      prefix_codes=self.codes,
+      prefix_side=self.visual_prompt.grid,
       positions=c.positions,
     )
     self.model = llamagen.LlamaGen(
@@ -156,7 +156,7 @@ class System(ClassToImage):
     """Tokens that are predicted: all of the picture, and those of the plan that aren't hidden."""
     del stage
     B = batch.example.shape[0]
-    image, places = jnp.float32(B * self.model.config.image_tokens), self.model.config.plan_tokens
+    image, places = jnp.float32(B * self.model.config.image_tokens), self.model.config.prefix_tokens
     if not places:
       return dict.fromkeys(_LOSSES, image)
     plan = jnp.sum(~self._masked(batch, rng, step), dtype=jnp.float32)
@@ -177,7 +177,7 @@ class System(ClassToImage):
     encoded = self.encoded(frozen, batch, rng)
     plan, codes = encoded.get('visual_prompt'), encoded['latents']
     codes = codes.reshape(codes.shape[0], -1)
-    P = self.model.config.plan_tokens
+    P = self.model.config.prefix_tokens
     masked = self._masked(batch, rng, step) if P else None
     x = self.model.inputs(params, self._classes(batch, rng), codes, plan, masked)
     stream = self.model.stream(x, keys=self._dropout_keys(batch, rng, stage))
@@ -229,11 +229,11 @@ class System(ClassToImage):
   def tokens(self, stage: Stage) -> int:
     """Tokens that the network runs over: all of a row but the last."""
     del stage
-    return self.model.config.plan_tokens + self.model.config.image_tokens
+    return self.model.config.prefix_tokens + self.model.config.image_tokens
 
   def _masked(self, batch: Batch, rng: Array, step: Array) -> Array:
     """Which codes of the plans [B, P] the network doesn't get to see (Eq. 2): bool."""
-    c, P = self.config.model, self.model.config.plan_tokens
+    c, P = self.config.model, self.model.config.prefix_tokens
     total = self.config.steps[0]
     share = schedules.Schedule(c.vp_schedule, total, c.mask_start, c.mask_end, off=0.0).at(step)
     shape = (P,) if c.mask_by == 'token' else (1,)

@@ -1,12 +1,12 @@
 """External+VPE, `arch=external`: tokens and image in sequences of their own (networks/external.py).
 
-With `model.condition=cross` the picture expert has cross-attention
+With `model.condition=cross` the diffusion expert has cross-attention
 (systems/vpe/networks/external_cross.py).
 
-Stage `plan` trains the token expert as with `arch=internal`, and its checkpoint serves both: the
-row lacks internal's [boi], which comes last there, so that no other token sees it, and predicts
-nothing. Stage `render` trains the picture expert alone, on what the frozen token expert makes of
-true plans.
+Stage `plan` trains the AR expert as with `arch=internal`, and its checkpoint serves both: the
+sequence lacks internal's [boi], which comes last there, so that no other token sees it, and
+predicts nothing. Stage `render` trains the diffusion expert alone, on the frozen AR expert's
+features of ground-truth visual prompts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ RENDER = Stage('render', ('dit/',), {'flow': 1.0}, ema=True)
 
 
 class External(Rows):
-  """Both rows, and what is done with them; methods as those of systems/vpe/internal.py."""
+  """Both sequences and their networks; methods as those of systems/vpe/internal.py."""
 
   stages = {stage.name: stage for stage in (PLAN, RENDER)}
 
@@ -46,11 +46,11 @@ class External(Rows):
 
   @functools.cached_property
   def pair(self) -> external.External:
-    """The two networks, and what passes from one to the other."""
+    """The two networks, and the features that one hands to the other."""
     return external_cross.pair(self.model, self.layout.place('codes'))
 
   def regions(self, batch: Batch, codes: Array, keep: Array) -> dict[str, Region]:
-    """`ar`, `prefix` and `dit` of a batch; where `keep` [B] is False, the picture has no plan."""
+    """`ar`, `prefix` and `dit` of a batch; without the visual prompt where not `keep` [B]."""
     return self.build(batch, codes, jnp.ones_like(keep)) | self._picture(codes, keep)
 
   def both(
@@ -60,11 +60,11 @@ class External(Rows):
     noisy: tuple[Array, Array],
     reference: Array | None,
   ) -> tuple[Array, Array]:
-    """The token expert over its row, then the other over its own; see Rows.forward."""
+    """The AR expert over its sequence, then the other over its own; see Rows.forward."""
     stream = self.token_stream(params, regions['ar'], reference)
-    hidden, plan = self.pair.read(params, regions['ar'], stream)
-    row = {name: regions[name] for name in ('prefix', 'dit')}
-    return hidden, self.pair(params, plan, row, *noisy)
+    hidden, features = self.pair.read(params, regions['ar'], stream)
+    sequence = {name: regions[name] for name in ('prefix', 'dit')}
+    return hidden, self.pair(params, features, sequence, *noisy)
 
   def draw(
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig
@@ -76,16 +76,16 @@ class External(Rows):
     return codes, unified_sampler.guided(self, settings, params, request, rng, prefix)
 
   def prefix(self, params: Params, request: Batch, codes: Array, decoded: Prefix) -> Prefix:
-    """The prefix of the flow in the picture expert's sequence, from a decoded visual prompt."""
+    """The prefix of the flow in the diffusion expert's sequence, from a decoded visual prompt."""
     region = unified_sampler.build(self, request, codes)['ar']
-    plan = self.pair.plan(region, decoded.state, decoded.cache)
-    regions = self.pair.placed(plan, self._row(codes.shape[0], keep=True))
-    caches = unified_sampler.Caches(*self.pair.prefill(params, plan, regions))
+    features = self.pair.features(region, decoded.state, decoded.cache)
+    regions = self.pair.shifted(features, self._sequence(codes.shape[0], keep=True))
+    caches = unified_sampler.Caches(*self.pair.prefill(params, features, regions))
     return Prefix(caches, regions['dit'])
 
   def null_prefix(self, params: Params, request: Batch) -> Prefix:
     """The prefix without the visual prompt, computed once and repeated for the batch."""
-    regions = self._row(1, keep=False)
+    regions = self._sequence(1, keep=False)
     caches = unified_sampler.Caches(*self.pair.prefill_null(params, regions))
     return Prefix(caches, regions['dit']).repeat(request.example.shape[0])
 
@@ -121,8 +121,8 @@ class External(Rows):
       seen,
     )
 
-  def _row(self, B: int, keep: bool) -> dict[str, Region]:
-    """The picture expert's rows of any plans: the codes' ids aren't read there."""
+  def _sequence(self, B: int, keep: bool) -> dict[str, Region]:
+    """The diffusion expert's sequence, which doesn't read the ids of the codes."""
     first, last = self.pair.codes
     return self._picture(jnp.zeros((B, last - first), jnp.int32), jnp.full((B,), keep))
 

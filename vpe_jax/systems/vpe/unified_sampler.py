@@ -21,7 +21,7 @@ from vpe_jax import rng as rng_lib
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params, Region, concatenate
 from vpe_jax.models import mot
-from vpe_jax.models.unified import Unified, row_visibility
+from vpe_jax.models.unified import Unified, sequence_visibility
 from vpe_jax.objectives.flow_matching import implied_velocity
 from vpe_jax.sampling import autoregressive, flow, guidance
 from vpe_jax.sampling.guidance import Guidance
@@ -41,12 +41,12 @@ class Caches(NamedTuple):
   Attributes:
     body: of the backbone.
     head: of the head.
-    memory: of the cross-attention, in a model that has any.
+    context: of the cross-attention, in a model that has any.
   """
 
   body: mot.Cache
   head: mot.Cache
-  memory: mot.Cache | None = None
+  context: mot.Cache | None = None
 
 
 def draw(
@@ -99,7 +99,7 @@ def unplanned(
   del settings, rng
   codes = jnp.zeros((request.example.shape[0], 0), jnp.int32)
   regions = build(rows, request, codes)
-  body, _ = rows.model.caches(params, row_visibility(regions))
+  body, _ = rows.model.caches(params, sequence_visibility(regions))
   hidden, body = _begin(rows, params, request, regions['ar'], body)
   return codes, _prefix(rows, params, regions, hidden, body)
 
@@ -120,7 +120,7 @@ def decode(
   if 'visual_prompt' in request.encoded:
     codes = request.encoded['visual_prompt']
     regions = build(rows, request, codes)
-    body, _ = model.caches(params, row_visibility(regions))
+    body, _ = model.caches(params, sequence_visibility(regions))
     hidden, body = _begin(rows, params, request, _slots(regions['ar'], 0, end), body)
     return codes, Prefix(body, hidden)
 
@@ -156,7 +156,7 @@ def _prefill(
   """All before the codes: regions, cache, hidden states of the slots before [eot], first slot."""
   first, count = rows.slot('codes'), request.example.shape[0]
   regions = build(rows, request, jnp.zeros((count, rows.codes), jnp.int32))
-  body, _ = rows.model.caches(params, row_visibility(regions))
+  body, _ = rows.model.caches(params, sequence_visibility(regions))
   start, body = _begin(rows, params, request, _slots(regions['ar'], 0, first), body)
   hidden = jnp.zeros((count, rows.slot('eot'), rows.model.config.ar.width), rows.model.dtype)
   return regions, body, hidden.at[:, :first].set(start), first
@@ -201,10 +201,10 @@ def velocity(rows: Rows, params: Params, x: Array, time: Array, prefix: Prefix) 
   at = caches.body.key.order.shape[1] - image.ids.shape[1]
   # All branches see the same image: it is embedded once.
   shared = jax.tree.map(lambda leaf: leaf[:B], image)
-  stream, condition = model.picture_stream(params, x, jnp.full((B,), 1.0 - time), shared)
+  stream, condition = model.image_stream(params, x, jnp.full((B,), 1.0 - time), shared)
   repeat = lambda leaf: jnp.concatenate([leaf] * (image.ids.shape[0] // B))
   tokens, condition = repeat(stream.x), repeat(condition)
-  stream = mot.Stream(tokens, image.positions, image.visibility, memory=caches.memory)
+  stream = mot.Stream(tokens, image.positions, image.visibility, context=caches.context)
   hidden, _ = model.backbone(params, {'dit': stream}, caches.body, at)
   stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
   out, _ = model.head(params, {'dit': stream}, caches.head, at)
