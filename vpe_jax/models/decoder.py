@@ -26,7 +26,7 @@ class DecoderConfig:
   """Sizes of a language model.
 
   Attributes:
-    vocabulary: rows V of the token table.
+    vocabulary: entries V of the token table.
     body: the layers.
     tied: whether the output is the token table itself.
     context: longest text that it was trained on, in tokens; nothing here depends on it.
@@ -81,8 +81,8 @@ class Decoder(mot.OneExpert):
   def logits(self, params: Params, hidden: Array) -> Array:
     """Logits [B, L, V] float32 from final-norm hidden states [B, L, D]."""
     if self.config.tied:
-      rows = params['embed'].astype(hidden.dtype)
-      return matmul_transposed(hidden, rows).astype(jnp.float32)
+      table = params['embed'].astype(hidden.dtype)
+      return matmul_transposed(hidden, table).astype(jnp.float32)
     return kernel_layout.columns(params['head'], hidden).astype(jnp.float32)
 
   def __call__(self, params: Params, ids: Array, length: Array) -> Array:

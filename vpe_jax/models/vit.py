@@ -38,7 +38,7 @@ class EncoderConfig:
     mlp: hidden width of the MLP.
     eps: of the layer norms.
     activation: of the MLP, a key of ACTIVATIONS, or `swiglu` for a gated one.
-    layer_scale: whether a learned vector scales what each half of a layer adds (DINOv2).
+    layer_scale: whether a learned vector scales the output of each half of a layer (DINOv2).
   """
 
   width: int
@@ -82,7 +82,7 @@ class Attention(nn.Module):
     """Mixed tokens [B, L, D].
 
     `mask` [B, S] says which tokens exist (those that don't are stored last), or [B or 1, L, S]
-    which of them each query sees (None: all). The latter is dense: for short rows alone.
+    which of them each query sees (None: all). The latter is dense: for short sequences alone.
     """
     c = self.config
     heads = lambda name: DenseGeneral((c.heads, c.width // c.heads), dtype=self.dtype, name=name)
@@ -157,7 +157,7 @@ class Encoder(nn.Module):
 
   Layers are separate subtrees (`layers_0`, ...). On one device they run in a Python loop, all as
   calls of one function, which is traced and lowered once. Over several devices they are stacked
-  and scanned, so that one layer is compiled too; what that copies is a chip's share of the weights.
+  and scanned, so that one layer is compiled too; the copy is a chip's share of the weights.
   """
 
   config: EncoderConfig
@@ -240,7 +240,7 @@ def resize_positions(table: Array, side: int, height: int, width: int) -> Array:
   """A square position table [side^2, D], bicubically resampled to [height * width, D].
 
   Torch's bicubic kernel (a = -0.75), pixel centres, no antialiasing; a grid of the table's own
-  size is returned as it is (Show-o2, misc.py; DINOv2 and CLIP of transformers).
+  size is returned unchanged (Show-o2, misc.py; DINOv2 and CLIP of transformers).
   """
   if (height, width) == (side, side):
     return table
@@ -251,7 +251,7 @@ def resize_positions(table: Array, side: int, height: int, width: int) -> Array:
 
 
 class ClassTokens(nn.Module):
-  """Pictures [B, H, W, C] -> a class token and patches, with positions [B, 1 + P, width].
+  """Images [B, H, W, C] -> a class token and patches, with positions [B, 1 + P, width].
 
   At other sizes than `side * patch` pixels the patches' positions are resampled bicubically.
   """
@@ -269,7 +269,7 @@ class ClassTokens(nn.Module):
     position = self.param('position', normal, (1 + self.side**2, self.width))
     embed = Dense(self.width, use_bias=self.use_bias, dtype=self.dtype, name='patch')
     height, width = (side // self.patch for side in images.shape[1:3])
-    # A convolution leaves out what doesn't fill a patch.
+    # A convolution leaves out pixels that don't fill a patch.
     images = images[:, : height * self.patch, : width * self.patch].astype(self.dtype)
     x = embed(patches(images, self.patch))
     first = jnp.broadcast_to(first.astype(self.dtype), (x.shape[0], 1, self.width))
