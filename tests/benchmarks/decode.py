@@ -28,11 +28,10 @@ from transformers import Qwen2ForCausalLM
 from tests.benchmarks import timing
 from vpe_jax.checkpoints import families
 from vpe_jax.contracts import Array, Params, UserError
-from vpe_jax.models import mot
+from vpe_jax.models import kernel_layout, mot
 from vpe_jax.models.decoder import Decoder, DecoderConfig
-from vpe_jax.models.dense import TURNED, turned
 from vpe_jax.models.transformer import TransformerConfig
-from vpe_jax.ops.matmul import turned_product
+from vpe_jax.ops.matmul import matmul_transposed
 from vpe_jax.sampling import autoregressive
 from vpe_jax.sampling.guidance import UNGUIDED
 from vpe_jax.sampling.prefix import Prefix
@@ -113,7 +112,7 @@ def products(params: Params, batch: int) -> Callable[[], Any]:
     leaf.reshape(leaf.shape[0] if path.startswith('o/') else math.prod(leaf.shape[:-1]), -1)
     for layer in params['layers']
     for path, leaf in by_path(layer).items()
-    if path.endswith(TURNED)
+    if path.endswith(kernel_layout.TRANSPOSED)
   ]
   widths = {kernel.shape[1] for kernel in body}
   draw = lambda width: jax.random.normal(jax.random.key(width), (batch, width))
@@ -124,8 +123,8 @@ def products(params: Params, batch: int) -> Callable[[], Any]:
   def run(body: list[Array], table: Array, rows: dict[int, Array]) -> Array:
     def step(_: Array, last: Array) -> Array:
       for kernel in body:
-        last = jnp.tanh(jnp.max(turned_product(rows[kernel.shape[1]] + last, kernel)))
-      return jnp.tanh(jnp.max(turned_product(rows[table.shape[1]] + last, table)))
+        last = jnp.tanh(jnp.max(matmul_transposed(rows[kernel.shape[1]] + last, kernel)))
+      return jnp.tanh(jnp.max(matmul_transposed(rows[table.shape[1]] + last, table)))
 
     return jax.lax.fori_loop(0, TOKENS, step, jnp.float32(0))
 
@@ -137,7 +136,8 @@ def measure_body(name: str, batch: int) -> dict[str, Any]:
   model = decoder(BODIES[name])
   params = drawn(model)
   theirs = peer(model, params)
-  fast = turned(params | {'layers': mot.unstack(params['layers'])})
+  unstacked = params | {'layers': mot.unstack(params['layers'])}
+  fast = kernel_layout.for_decoding(unstacked, 'cpu')
   prompt = np.random.default_rng(0).integers(0, VOCABULARY, (batch, PROMPT)).astype(np.int32)
   run = jax.jit(functools.partial(generate, model))
   given = torch.tensor(prompt, dtype=torch.long)

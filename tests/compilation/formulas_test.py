@@ -62,7 +62,7 @@ def test_model_flops_of_classes_to_images_are_those_of_the_dots(config_file, arg
   if config_file is c2i_discrete:
     row = system.model.stream(jnp.zeros((1, system.tokens(stage), 1))).visibility
   else:
-    row = system.model.row(jnp.ones((1,), bool)).visibility
+    row = system.model.slots(jnp.ones((1,), bool)).visibility
   seen, body = int(visible(row, row).sum()), system.config.model.body
   assert system.attention_flops(stage) == 4 * body.layers * body.heads * body.head_width * seen
 
@@ -86,7 +86,7 @@ def test_attention_is_counted_by_the_pairs_that_see_each_other():
   regions = layouts.build(
     system.layout, system.vocabulary, text, lengths, codes, np.ones(1, bool), c.multiple
   )
-  row = unified.row_visibility(regions)
+  row = unified.sequence_visibility(regions)
   seen, tokens = np.asarray(visible(row, row))[0].sum(1), regions['ar'].ids.shape[1]
   before, whole, patches = seen[:tokens].sum(), seen[tokens:].sum(), c.image_tokens
   wide = lambda part: 4 * part.layers * part.heads * part.head_width
@@ -176,7 +176,7 @@ def test_stage_render_runs_the_token_expert_forward_alone(condition):
   inputs = {'text': text, 'text_length': np.full(1, text.shape[1], np.int32)}
   batch = Batch(np.zeros(1, np.int32), inputs)
   rows = system._regions(batch, np.zeros((1, c.plan_tokens), np.int32), np.ones(1, bool))
-  sees = lambda *rows: int(np.sum(visible(*(unified.row_visibility(r) for r in rows))))
+  sees = lambda *rows: int(np.sum(visible(*(unified.sequence_visibility(r) for r in rows))))
   ar, picture = {'ar': rows.pop('ar')}, rows
   causal = c.plan_tokens * (c.plan_tokens + 1) // 2
   # With `keys` the codes see each other in the token expert, with `cross` in no other.

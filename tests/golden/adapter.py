@@ -71,10 +71,17 @@ def begin(folder: str) -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
+# Names in paths -> names in the record.
+_PATHS = {'cross/context_norm/': 'cross/memory_norm/', 'embed/prefix': 'embed/plan'}
+
+
 def renamed(path: str) -> str:
   """The path that a leaf had in the commit that was recorded."""
   network, slash, rest = path.partition('/')
-  return f'{_RECORDED.get(network, network)}{slash}{rest}'
+  path = f'{_RECORDED.get(network, network)}{slash}{rest}'
+  for name, recorded in _PATHS.items():
+    path = path.replace(name, recorded)
+  return path
 
 
 def values_of(config: str, overrides: Mapping[str, str]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from vpe_jax.models.llamagen import LlamaGen, LlamaGenConfig
 from vpe_jax.models.transformer import TransformerConfig
 
 BODY = TransformerConfig(16, 24, 2, 2, 2, 8, rope_theta=1e4, qkv_bias=False, rope_adjacent=True)
-SIZES = LlamaGenConfig(3, 7, 3, BODY, 'identity', plan_codes=5, plan_side=2)
+SIZES = LlamaGenConfig(3, 7, 3, BODY, 'identity', prefix_codes=5, prefix_side=2)
 KEYS = jax.random.split(jax.random.key(3), 4)
 ALL = 1.0 - 1e-6  # so much that none of a few thousand elements is left
 

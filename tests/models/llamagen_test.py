@@ -1,4 +1,4 @@
-"""LlamaGen with a plan: who sees whom, vocabularies and their blocks."""
+"""LlamaGen with prefix codes: causality, vocabularies and their blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vpe_jax.models.llamagen import LlamaGen, LlamaGenConfig
 from vpe_jax.models.transformer import TransformerConfig
 
 BODY = TransformerConfig(16, 24, 2, 2, 2, 8, rope_theta=1e4, qkv_bias=False, rope_adjacent=True)
-SIZES = LlamaGenConfig(3, 7, 3, BODY, 'identity', plan_codes=5, plan_side=2)
+SIZES = LlamaGenConfig(3, 7, 3, BODY, 'identity', prefix_codes=5, prefix_side=2)
 MODEL = LlamaGen(SIZES)
 
 
@@ -31,13 +31,13 @@ ROW = (jnp.array([1, 2]), jnp.arange(18).reshape(2, 9) % 7, jnp.arange(8).reshap
 
 
 def test_logits_are_of_what_comes_next_and_see_what_came_before(run):
-  """A code at place n (class 0, plan 1 to 4, picture 5 to 13) changes logits from n on alone."""
+  """A code at index n (class 0, prefix 1 to 4, image 5 to 13) changes logits from n on alone."""
   before = run(*ROW)
   assert before.shape == (2, 13, 12)
-  classes, codes, plan = ROW
+  classes, codes, prefix = ROW
   changes = {
     0: (classes + 1) % 3,
-    2: plan.at[:, 1].add(1) % 5,
+    2: prefix.at[:, 1].add(1) % 5,
     7: codes.at[:, 2].add(1) % 7,
   }
   for place, other in changes.items():
@@ -45,15 +45,15 @@ def test_logits_are_of_what_comes_next_and_see_what_came_before(run):
     moved = np.abs(run(*row) - before).max((0, 2)) > 1e-6
     assert not moved[:place].any() and moved[place:].all(), place
   # The last code is never fed.
-  last = run(classes, codes.at[:, -1].add(1) % 7, plan)
+  last = run(classes, codes.at[:, -1].add(1) % 7, prefix)
   np.testing.assert_array_equal(last, before)
 
 
 def test_a_masked_code_becomes_the_pad_row(params, run):
   masked = jnp.zeros((2, 4), bool).at[0, 2].set(True)
-  tokens = MODEL.embed_plan(params, ROW[2], masked)
+  tokens = MODEL.embed_prefix(params, ROW[2], masked)
   np.testing.assert_array_equal(tokens[0, 2], params['embed']['pad'][0])
-  np.testing.assert_array_equal(tokens[1], MODEL.embed_plan(params, ROW[2])[1])
+  np.testing.assert_array_equal(tokens[1], MODEL.embed_prefix(params, ROW[2])[1])
   plain, other = run(*ROW), run(*ROW, masked)
   assert np.abs(plain - other)[0, 3:].max() > 1e-3
   np.testing.assert_allclose(plain[1], other[1], atol=1e-6)
@@ -63,7 +63,7 @@ def test_blocks_are_parts_of_the_joint_vocabulary(params):
   hidden = jax.random.normal(jax.random.key(2), (2, 3, 16))
   whole = MODEL.logits(params, hidden)
   np.testing.assert_allclose(MODEL.logits(params, hidden, 'codes'), whole[..., :7], atol=1e-6)
-  np.testing.assert_allclose(MODEL.logits(params, hidden, 'plan'), whole[..., 7:], atol=1e-6)
+  np.testing.assert_allclose(MODEL.logits(params, hidden, 'prefix'), whole[..., 7:], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_blocks_are_parts_of_the_joint_vocabulary(params):
   [
     ({'class_turn': 'half'}, "'class_turn' is 'half'"),
     ({'positions': 'circle'}, "'positions' is 'circle'"),
-    ({'plan_codes': 5}, "'plan_side' is 0"),
+    ({'prefix_codes': 5}, "'prefix_side' is 0"),
   ],
 )
 def test_mistakes_are_named(change, message):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vpe_jax.contracts import visible
-from vpe_jax.models.unified import Unified, row_visibility
+from vpe_jax.models.unified import Unified, sequence_visibility
 from vpe_jax.models.vit import resize_positions
 
 pytestmark = pytest.mark.parity
@@ -28,7 +28,7 @@ def test_velocity_and_logits_equal_show_o2(show_o2):
 
 
 def test_mask_equals_show_o2(show_o2):
-  row = row_visibility(show_o2.regions)
+  row = sequence_visibility(show_o2.regions)
   length = row.order.shape[1]
   wanted = show_o2.io['dense_mask'][:, 0, :length, :length]
   np.testing.assert_array_equal(visible(row, row), wanted)

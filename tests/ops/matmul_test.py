@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpe_jax.ops.matmul import dot_general, turned_product
+from vpe_jax.ops.matmul import dot_general, matmul_transposed
 
 CASES = {
   'dense': ((2, 5, 8), (8, 6), (((2,), (0,)), ((), ()))),
@@ -36,12 +36,12 @@ def test_refuses_other_products():
     dot_general(x, kernel, (((2,), (1,)), ((), ())))
 
 
-@pytest.mark.parametrize('rows', [(1,), (2, 3), (129,)])
-def test_a_turned_product_and_its_gradients(rows):
-  x = jax.random.normal(jax.random.key(0), (*rows, 8))
+@pytest.mark.parametrize('shape', [(1,), (2, 3), (129,)])
+def test_a_transposed_product_and_its_gradients(shape):
+  x = jax.random.normal(jax.random.key(0), (*shape, 8))
   kernel = jax.random.normal(jax.random.key(1), (6, 8))
   results = []
-  for product in (turned_product, lambda x, kernel: x @ kernel.T):
+  for product in (matmul_transposed, lambda x, kernel: x @ kernel.T):
     loss = lambda x, kernel, product=product: jnp.sum(jnp.sin(product(x, kernel)))
     results.append((jax.jit(product)(x, kernel), *jax.jit(jax.grad(loss, (0, 1)))(x, kernel)))
   for ours, theirs in zip(*results, strict=True):
@@ -49,9 +49,9 @@ def test_a_turned_product_and_its_gradients(rows):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_few_rows_are_multiplied_as_columns_on_a_cpu_and_nowhere_else():
-  def barriers(rows, platform):
-    traced = jax.jit(turned_product).trace(jnp.ones((rows, 8)), jnp.ones((6, 8)))
+def test_few_vectors_are_multiplied_as_columns_on_a_cpu_and_nowhere_else():
+  def barriers(count, platform):
+    traced = jax.jit(matmul_transposed).trace(jnp.ones((count, 8)), jnp.ones((6, 8)))
     return traced.lower(lowering_platforms=(platform,)).as_text().count('optimization_barrier')
 
   assert barriers(2, 'cpu') == barriers(128, 'cpu') == 2  # one on either side of the product

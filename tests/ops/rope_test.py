@@ -43,8 +43,8 @@ def test_equals_transformers(scaled):
 
 def test_products_depend_on_distance_alone():
   x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, WIDTH))
-  turned = lambda z, place: rope.rotate(z, rope.rotary(jnp.array([[place]]), WIDTH, 1e4))
-  product = lambda a, b: jnp.sum(turned(x, a) * turned(y, b))
+  rotated = lambda z, place: rope.rotate(z, rope.rotary(jnp.array([[place]]), WIDTH, 1e4))
+  product = lambda a, b: jnp.sum(rotated(x, a) * rotated(y, b))
   np.testing.assert_allclose(product(3, 8), product(13, 18), rtol=1e-5)
   assert abs(float(product(3, 8) - product(3, 9))) > 1e-4
 
@@ -59,8 +59,8 @@ def test_adjacent_pairs_are_the_halves_in_another_order():
 
 def test_grid_turns_half_of_the_pairs_by_row_and_half_by_column():
   x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, WIDTH))
-  turned = lambda z, *at: rope.rotate(z, rope.rotary_grid(jnp.array([[at]]), WIDTH, 1e4))
-  product = lambda a, b: jnp.sum(turned(x, *a) * turned(y, *b))
+  rotated = lambda z, *at: rope.rotate(z, rope.rotary_grid(jnp.array([[at]]), WIDTH, 1e4))
+  product = lambda a, b: jnp.sum(rotated(x, *a) * rotated(y, *b))
   np.testing.assert_allclose(product((3, 8), (1, 9)), product((5, 2), (3, 3)), rtol=1e-4)
   assert abs(float(product((3, 8), (1, 9)) - product((3, 8), (9, 1)))) > 1e-4
   cos, _ = rope.rotary_grid(jnp.array([[[0, 5]]]), WIDTH, 1e4)

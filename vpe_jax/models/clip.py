@@ -1,4 +1,4 @@
-"""CLIP: an image tower and a text tower whose embeddings agree for a picture and its caption.
+"""CLIP: an image tower and a text tower whose embeddings agree for an image and its caption.
 
 Learning Transferable Visual Models From Natural Language Supervision (arXiv 2103.00020), laid out
 as transformers' CLIPModel, with which it agrees in float32.
@@ -17,7 +17,7 @@ from vpe_jax.models.dense import Dense
 from vpe_jax.models.siglip import unit
 from vpe_jax.models.vit import ClassTokens, Encoder, EncoderConfig, LayerNorm
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels of its training pictures
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels of its training images
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -28,9 +28,9 @@ class ClipConfig:
   Attributes:
     image_size: side of the view that the position table was made for, a multiple of `patch`.
     patch: side of a patch in pixels.
-    vocabulary: rows of the token table.
+    vocabulary: entries of the token table.
     text_length: tokens of a caption at most.
-    end: id of the token that ends a caption; None: the largest id of a row (OpenAI's releases).
+    end: id of the token that ends a caption; None: the largest id of a caption (OpenAI's releases).
     width: of the embeddings that both towers end in.
     vision: the image tower.
     text: the text tower.
@@ -50,21 +50,21 @@ class ClipConfig:
 
 
 def normalised(images: Array) -> Array:
-  """Pictures [..., C] in [0, 1] as the image tower reads them."""
+  """Images [..., C] in [0, 1] as the image tower reads them."""
   return (images.astype(jnp.float32) - jnp.asarray(MEAN)) / jnp.asarray(STD)
 
 
 def at_end(text: Array, features: Array, end: int | None) -> Array:
   """Features [B, D] at the first end token of captions [B, T], from those of all tokens [B, T, D].
 
-  `end` is its id; None: the largest id of a row.
+  `end` is its id; None: the largest id of a caption.
   """
   last = jnp.argmax(text if end is None else text == end, axis=1)
   return jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
 
 
 class VisionTower(nn.Module):
-  """Pictures [B, H, W, C], `normalised`, -> tokens [B, 1 + P, D] and one embedding a picture."""
+  """Images [B, H, W, C], `normalised`, -> tokens [B, 1 + P, D] and one embedding an image."""
 
   config: ClipConfig
   dtype: jnp.dtype
@@ -96,8 +96,8 @@ class VisionTower(nn.Module):
 class TextTower(nn.Module):
   """Captions [B, T] -> token features [B, T, D] and one embedding a caption.
 
-  Attention is causal, and the embedding is read at the first end token, so it doesn't matter what
-  a caption is padded with.
+  Attention is causal, and the embedding is read at the first end token, so padding doesn't
+  matter.
   """
 
   config: ClipConfig
@@ -142,7 +142,7 @@ class Clip(nn.Module):
     return self.text.features(text, depth)
 
   def embed_images(self, images: Array) -> Array:
-    """Unit vectors [B, width] float32 of pictures [B, H, W, C], `normalised`."""
+    """Unit vectors [B, width] float32 of images [B, H, W, C], `normalised`."""
     return unit(self.vision(images))
 
   def embed_text(self, text: Array) -> Array:
@@ -150,6 +150,6 @@ class Clip(nn.Module):
     return unit(self.text(text))
 
   def __call__(self, images: Array, text: Array) -> Array:
-    """Logits [B, V] of every picture [B, H, W, C] with every caption [V, T]."""
+    """Logits [B, V] of every image [B, H, W, C] with every caption [V, T]."""
     cosine = jnp.einsum('BD,VD->BV', self.embed_images(images), self.embed_text(text))
     return cosine * jnp.exp(self.logit_scale)

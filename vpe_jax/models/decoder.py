@@ -13,9 +13,10 @@ import jax.numpy as jnp
 
 from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array, Params
-from vpe_jax.models import dense, mot
+from vpe_jax.models import kernel_layout, mot
+from vpe_jax.models.taps import Tapped, Taps
 from vpe_jax.models.transformer import TransformerConfig
-from vpe_jax.ops.matmul import turned_product
+from vpe_jax.ops.matmul import matmul_transposed
 from vpe_jax.sequence.builder import build
 from vpe_jax.sequence.layouts import causal_text
 
@@ -25,7 +26,7 @@ class DecoderConfig:
   """Sizes of a language model.
 
   Attributes:
-    vocabulary: rows V of the token table.
+    vocabulary: entries V of the token table.
     body: the layers.
     tied: whether the output is the token table itself.
     context: longest text that it was trained on, in tokens; nothing here depends on it.
@@ -66,16 +67,23 @@ class Decoder(mot.OneExpert):
 
   def hidden(self, params: Params, ids: Array, length: Array) -> Array:
     """Final-norm hidden states [B, L, D] of ids [B, L], of which `length` [B] are real."""
+    return self.hidden_tapped(params, ids, length, Taps())[0]
+
+  def hidden_tapped(
+    self, params: Params, ids: Array, length: Array, taps: Taps
+  ) -> tuple[Array, Tapped]:
+    """The output of `hidden`, and the inner states of the same tokens that `taps` asks for."""
     text = build(causal_text(ids.shape[1]), {'text': ids}, {'text': length})['text']
     stream = mot.Stream(self.embed(params, text.ids), text.positions, text.visibility)
-    return self.states(params, stream)[0]
+    hidden, _, tapped = self.states_tapped(params, stream, taps)
+    return hidden, tapped
 
   def logits(self, params: Params, hidden: Array) -> Array:
     """Logits [B, L, V] float32 from final-norm hidden states [B, L, D]."""
     if self.config.tied:
-      rows = params['embed'].astype(hidden.dtype)
-      return turned_product(hidden, rows).astype(jnp.float32)
-    return dense.columns(params['head'], hidden).astype(jnp.float32)
+      table = params['embed'].astype(hidden.dtype)
+      return matmul_transposed(hidden, table).astype(jnp.float32)
+    return kernel_layout.columns(params['head'], hidden).astype(jnp.float32)
 
   def __call__(self, params: Params, ids: Array, length: Array) -> Array:
     """Logits [B, L, V] float32 of ids [B, L], of which `length` [B] are real."""

@@ -66,8 +66,8 @@ def waves(clock: Array) -> Array:
 class TimeEmbedding(nn.Module):
   """Show-o2's clock (0 noise, 1 data; not multiplied by anything) as a vector.
 
-  Gives the condition of the modulation, in float32 as it scales every row of the picture, and
-  the time token that stands before the image tokens.
+  Gives the condition of the modulation, in float32 as it scales every token of the image, and the
+  time token that precedes the image tokens.
   """
 
   config: HeadConfig

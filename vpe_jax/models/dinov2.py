@@ -24,7 +24,7 @@ class Dinov2Config:
   """Sizes of the encoder.
 
   Attributes:
-    image_size: side of the picture that the position table was made for, a multiple of `patch`.
+    image_size: side of the image that the position table was made for, a multiple of `patch`.
     patch: side of a patch in pixels.
     encoder: the layers.
   """
@@ -38,12 +38,12 @@ class Dinov2Config:
 
 
 def normalised(images: Array) -> Array:
-  """Pictures [..., C] in [0, 1] as the encoder reads them."""
+  """Images [..., C] in [0, 1] as the encoder reads them."""
   return (images.astype(jnp.float32) - jnp.asarray(MEAN)) / jnp.asarray(STD)
 
 
 class Dinov2(nn.Module):
-  """Pictures [B, H, W, C], `normalised`, -> tokens [B, 1 + P, D] and one vector a picture."""
+  """Images [B, H, W, C], `normalised`, -> tokens [B, 1 + P, D] and one vector an image."""
 
   config: Dinov2Config
   dtype: jnp.dtype = jnp.float32
@@ -58,7 +58,7 @@ class Dinov2(nn.Module):
     """The class token, then patches in raster order [B, 1 + P, D].
 
     Normed (transformers' last hidden state), or raw after the first `depth` layers. Sides of the
-    pictures may differ from `image_size`.
+    images may differ from `image_size`.
     """
     return self.encoder(self.tokens(images), depth=depth)
 

@@ -1,6 +1,6 @@
-"""Dropout of activations: what is dropped of a row is a function of the row's own key.
+"""Dropout of activations, a function of a sequence's own key.
 
-So it depends neither on the row's neighbours nor on how a batch is cut or spread.
+So it depends neither on other sequences of the batch nor on how the batch is sharded.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from vpe_jax.contracts import Array
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-  """Shares of activations that training drops, by where they are.
+  """Shares of activations that training drops, by their place in the network.
 
   Attributes:
     token: of the embeddings that enter the first layer.
-    residual: of what attention adds to the residual stream, after its output projection.
-    mlp: of what the MLP adds to it.
+    residual: of the attention's output projection, before it is added to the residual stream.
+    mlp: of the MLP's output, before it is added.
   """
 
   token: float = 0.0
@@ -29,7 +29,7 @@ class Dropout:
   mlp: float = 0.0
 
   def __bool__(self) -> bool:
-    """Whether anything is dropped at all."""
+    """Whether a share is above 0."""
     return any(dataclasses.astuple(self))
 
 
@@ -39,10 +39,10 @@ def drop(x: Array, rate: float, keys: Array | None, name: str) -> Array:
   Args:
     x: [B, L, D].
     rate: the share, below 1.
-    keys: one a row [B]; None: nothing is dropped.
+    keys: one a sequence [B]; None: nothing is dropped.
     name: of this use of the keys; another one drops other elements.
   """
   if keys is None or not rate:
     return x
-  kept = lambda key: jax.random.bernoulli(rng.stream(key, name), 1.0 - rate, x.shape[1:])
-  return jnp.where(jax.vmap(kept)(keys), x / (1.0 - rate), 0.0).astype(x.dtype)
+  mask = lambda key: jax.random.bernoulli(rng.stream(key, name), 1.0 - rate, x.shape[1:])
+  return jnp.where(jax.vmap(mask)(keys), x / (1.0 - rate), 0.0).astype(x.dtype)

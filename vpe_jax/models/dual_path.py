@@ -1,4 +1,4 @@
-"""Show-o2's dual-path embedding: latents as what they mean and as what they are, fused.
+"""Show-o2's dual-path embedding: semantic and low-level features of latents, fused.
 
 Source: reference implementation Show-o2 (third_party/show_o2): `image_embedder_und`,
 `position_embedding`, `und_trans` (a SigLIP encoder), `image_embedder_gen` and `fusion_proj`.

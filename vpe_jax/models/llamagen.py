@@ -1,17 +1,17 @@
-"""LlamaGen's GPT: the codes of a picture, one after the other, from its class.
+"""LlamaGen's GPT: the codes of an image, one after the other, from its class.
 
-Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation (arXiv 2406.06525). A row
-is a class token and the picture's codes in raster order; positions are rotary on the codes' grid.
-With a visual prompt (arXiv 2606.04457) the codes of a plan stand between the two:
+Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation (arXiv 2406.06525). A
+sequence is a class token and the image's codes in raster order; positions are rotary on the codes'
+grid. Prefix codes, those of a first image, may come between the two:
 
-  row      [cls] s_1 ... s_P z_1 ... z_N     the network runs over all but the last
+  sequence [cls] s_1 ... s_P z_1 ... z_N     the network runs over all but the last
   predicts  s_1  ...     z_1 ...     z_N
 
-Vocabularies: the joint ids of the head are the picture's codes, then the plan's. Inputs have a
-table each, and one row that stands for a code of the plan that is hidden.
+Vocabularies: the joint ids of the head are the image's codes, then the prefix codes. Inputs have a
+table each, and a pad embedding for masked prefix codes.
 
-Parameter tree: `embed/{classes,codes}`, with a plan also `embed/{plan,pad}`; `layers` (stacked),
-`norm`, `head/kernel`. `LlamaGen` holds no arrays: every method is a pure function of the
+Parameter tree: `embed/{classes,codes}`, with prefix codes also `embed/{prefix,pad}`; `layers`
+(stacked), `norm`, `head/kernel`. `LlamaGen` holds no arrays: every method is a pure function of the
 parameters.
 """
 
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array, Params
-from vpe_jax.models import dense, mot
+from vpe_jax.models import kernel_layout, mot
 from vpe_jax.models.dropout import Dropout, drop
 from vpe_jax.models.transformer import Layer, TransformerConfig
 from vpe_jax.ops import rope
@@ -37,16 +37,16 @@ class LlamaGenConfig:
   """Sizes of the model.
 
   Attributes:
-    classes: of pictures; row `classes` of their table is the null class, for guidance.
+    classes: number of classes; their table has one more entry, the null class, for guidance.
     codes: entries V of the codebook.
     side: of the square grid of codes.
-    body: the layers; neighbours turn together (`rope_adjacent`).
-    class_turn: what its rotation does to the class token's queries and keys: `zero` (all released
-      weights: every code gives it the logit 0) or `identity`.
-    plan_codes: entries of the visual prompt's codebook; 0: there is none.
-    plan_side: of its square grid of codes.
-    positions: `grid`, rows and columns, those of the plan stretched so that its cells lie where the
-      picture's do; or `line`, places in the row.
+    body: the layers, with `rope_adjacent`.
+    class_turn: the rotary embedding of the class token: `zero` sets its queries and keys to zero
+      (all released weights: every code gives it the logit 0), `identity` leaves them unrotated.
+    prefix_codes: entries of the codebook of prefix codes; 0: there are none.
+    prefix_side: of their square grid.
+    positions: rotary positions. `grid`: row and column, where the grid of the prefix codes is
+      scaled to the image's; `line`: index in the sequence.
   """
 
   classes: int
@@ -54,8 +54,8 @@ class LlamaGenConfig:
   side: int
   body: TransformerConfig
   class_turn: str = 'zero'
-  plan_codes: int = 0
-  plan_side: int = 0
+  prefix_codes: int = 0
+  prefix_side: int = 0
   positions: str = 'grid'
 
   def __post_init__(self) -> None:
@@ -63,41 +63,47 @@ class LlamaGenConfig:
     turns, kinds = ('zero', 'identity'), ('grid', 'line')
     check(self, '', 'class_turn', self.class_turn in turns, "'zero' or 'identity'")
     check(self, '', 'positions', self.positions in kinds, "'grid' or 'line'")
-    both = bool(self.plan_codes) == bool(self.plan_side)
-    check(self, '', 'plan_side', both, f'0 where plan_codes is, and plan_codes={self.plan_codes}')
+    both = bool(self.prefix_codes) == bool(self.prefix_side)
+    check(
+      self,
+      '',
+      'prefix_side',
+      both,
+      f'0 where prefix_codes is, and prefix_codes={self.prefix_codes}',
+    )
 
   @property
-  def plan_tokens(self) -> int:
-    """Codes P of a plan; 0 without one."""
-    return self.plan_side**2
+  def prefix_tokens(self) -> int:
+    """Number P of prefix codes; 0 without any."""
+    return self.prefix_side**2
 
   @property
   def image_tokens(self) -> int:
-    """Codes N of a picture."""
+    """Codes N of an image."""
     return self.side**2
 
   @property
   def layout(self) -> Layout:
-    """The sequence: class token, codes of the visual prompt, codes of the image; all causal."""
-    spans = [('class', 1), ('visual_prompt', self.plan_tokens), ('image', self.image_tokens)]
+    """The sequence: class token, prefix codes, codes of the image; all causal."""
+    spans = [('class', 1), ('prefix', self.prefix_tokens), ('image', self.image_tokens)]
     return Layout(tuple(Span(name, length, 'decoder') for name, length in spans if length))
 
   @property
   def vocabulary(self) -> int:
-    """Ids that the head knows: the picture's codes, then the plan's."""
-    return self.codes + self.plan_codes
+    """Ids of the head: the image's codes, then the prefix codes."""
+    return self.codes + self.prefix_codes
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaGen(mot.OneExpert):
-  """The network of one configuration, computing in `dtype`; `dropout` acts where keys are given."""
+  """The network of one configuration, computing in `dtype`; streams with keys have `dropout`."""
 
   config: LlamaGenConfig
   dropout: Dropout = Dropout()
 
   @property
   def layer(self) -> Layer:
-    """The layer module, which `mot.empty_cache` asks for."""
+    """The layer module, an argument of `mot.empty_cache`."""
     return Layer(self.config.body, self.dtype, dropout=self.dropout)
 
   def init(self, rng: Array) -> Params:
@@ -106,8 +112,8 @@ class LlamaGen(mot.OneExpert):
     keys = jax.random.split(rng, 5)
     table = lambda key, rows: 0.02 * jax.random.normal(key, (rows, c.body.width))
     embed = {'classes': table(keys[0], c.classes + 1), 'codes': table(keys[1], c.codes)}
-    if c.plan_codes:
-      embed |= {'plan': table(keys[3], c.plan_codes), 'pad': table(keys[4], 1)}
+    if c.prefix_codes:
+      embed |= {'prefix': table(keys[3], c.prefix_codes), 'pad': table(keys[4], 1)}
     return {
       'embed': embed,
       'layers': mot.init_layers(self.layer, keys[2]),
@@ -121,22 +127,22 @@ class LlamaGen(mot.OneExpert):
     return jnp.take(params['embed']['classes'], classes, axis=0)[:, None].astype(self.dtype)
 
   def embed_codes(self, params: Params, codes: Array) -> Array:
-    """Tokens [B, L, D] of a picture's codes [B, L]."""
+    """Tokens [B, L, D] of an image's codes [B, L]."""
     return jnp.take(params['embed']['codes'], codes, axis=0).astype(self.dtype)
 
-  def embed_plan(self, params: Params, plan: Array, masked: Array | None = None) -> Array:
-    """Tokens [B, L, D] of a plan's codes [B, L]; where `masked` (bool [B, L]), the pad row."""
-    tokens = jnp.take(params['embed']['plan'], plan, axis=0)
+  def embed_prefix(self, params: Params, codes: Array, masked: Array | None = None) -> Array:
+    """Tokens [B, L, D] of prefix codes [B, L]; the pad embedding where `masked` (bool [B, L])."""
+    tokens = jnp.take(params['embed']['prefix'], codes, axis=0)
     if masked is not None:
       tokens = jnp.where(masked[..., None], params['embed']['pad'], tokens)
     return tokens.astype(self.dtype)
 
   def stream(self, x: Array, start: Array | int = 0, keys: Array | None = None) -> mot.Stream:
-    """Tokens [B, L, D] at the places `start`, `start` + 1, ... of their rows.
+    """Tokens [B, L, D] at the indices `start`, `start` + 1, ... of their sequences.
 
-    Place 0 is the class token's, then come the plan's codes, if there are any, and the picture's.
-    The visibility of a whole row is what `mot.empty_cache` asks for. `keys` [B], one a row, are
-    those of the dropout, of tokens and within the layers; without them nothing is dropped.
+    Index 0 is the class token's, followed by prefix codes, if any, and the image's codes. `keys`
+    [B], one a sequence, are those of the dropout, of tokens and within the layers; without them
+    nothing is dropped.
     """
     x = drop(x, self.dropout.token, keys, 'token')
     region = build(self.config.layout, keep=jnp.ones(x.shape[:1], bool))['decoder']
@@ -145,7 +151,7 @@ class LlamaGen(mot.OneExpert):
     return mot.Stream(x, order, visibility, rotation=self._rotation(order), keys=keys)
 
   def _rotation(self, order: Array) -> tuple[Array, Array]:
-    """Rotary tables [B, L, 1, H / 2] of places [B, L]."""
+    """Rotary tables [B, L, 1, H / 2] of indices [B, L]."""
     c = self.config
     is_class = (order == 0)[..., None, None]
     if c.positions == 'line':
@@ -156,21 +162,21 @@ class LlamaGen(mot.OneExpert):
     return cos, jnp.where(is_class, 0.0, sin)
 
   def _grid(self, order: Array) -> Array:
-    """Row and column [B, L, 2] on the picture's grid; those of the class token mean nothing."""
+    """Row and column [B, L, 2] on the image's grid; those of the class token have no meaning."""
     c = self.config
     cell = lambda at, side: jnp.stack([at // side, at % side], axis=-1).astype(jnp.float32)
-    picture = cell(jnp.maximum(order - 1 - c.plan_tokens, 0), c.side)
-    if not c.plan_side:
-      return picture
-    plan = cell(jnp.maximum(order - 1, 0), c.plan_side) * (c.side / c.plan_side)
-    return jnp.where((order <= c.plan_tokens)[..., None], plan, picture)
+    image = cell(jnp.maximum(order - 1 - c.prefix_tokens, 0), c.side)
+    if not c.prefix_side:
+      return image
+    prefix = cell(jnp.maximum(order - 1, 0), c.prefix_side) * (c.side / c.prefix_side)
+    return jnp.where((order <= c.prefix_tokens)[..., None], prefix, image)
 
   def logits(self, params: Params, hidden: Array, block: str = '') -> Array:
-    """Logits [B, L, V] float32 from hidden states, of all ids or of the block `plan` or `codes`."""
+    """Logits [B, L, V] float32 of hidden states: all ids, or the block `prefix` or `codes`."""
     first, last = 0, self.config.vocabulary
     if block:
       first, last = (0, self.config.codes) if block == 'codes' else (self.config.codes, last)
-    return dense.columns(params['head'], hidden, first, last).astype(jnp.float32)
+    return kernel_layout.columns(params['head'], hidden, first, last).astype(jnp.float32)
 
   def run(
     self,
@@ -188,7 +194,7 @@ class LlamaGen(mot.OneExpert):
     params: Params,
     classes: Array,
     codes: Array,
-    plan: Array | None = None,
+    prefix: Array | None = None,
     masked: Array | None = None,
   ) -> Array:
     """Input embeddings in training: all tokens of a sequence but the last, [B, P + N, D].
@@ -196,13 +202,13 @@ class LlamaGen(mot.OneExpert):
     Args:
       params: the model's.
       classes: [B].
-      codes: of the pictures [B, N].
-      plan: codes of the visual prompts [B, P]; None where the model has none.
-      masked: bool [B, P]: the codes of the plan that the network doesn't get to see.
+      codes: of the images [B, N].
+      prefix: prefix codes [B, P]; None where the model has none.
+      masked: bool [B, P]: prefix codes that are hidden from the network.
     """
     tokens = [self.embed_classes(params, classes)]
-    if self.config.plan_codes:
-      tokens.append(self.embed_plan(params, plan, masked))
+    if self.config.prefix_codes:
+      tokens.append(self.embed_prefix(params, prefix, masked))
     return jnp.concatenate([*tokens, self.embed_codes(params, codes[:, :-1])], axis=1)
 
   def __call__(
@@ -210,9 +216,9 @@ class LlamaGen(mot.OneExpert):
     params: Params,
     classes: Array,
     codes: Array,
-    plan: Array | None = None,
+    prefix: Array | None = None,
     masked: Array | None = None,
   ) -> Array:
-    """Logits [B, P + N, V] float32 of a row's ids from those before each; see `inputs`."""
-    x = self.inputs(params, classes, codes, plan, masked)
+    """Logits [B, P + N, V] float32 of each id from those before it; see `inputs`."""
+    x = self.inputs(params, classes, codes, prefix, masked)
     return self.run(params, self.stream(x))[0]

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 
 from vpe_jax import sharding
 from vpe_jax.contracts import Array, Params, Visibility, concatenate
+from vpe_jax.models.taps import Tapped, Taps
 from vpe_jax.models.transformer import Layer, RMSNorm
 from vpe_jax.ops import rope
 from vpe_jax.ops.attention import blockwise, chooser
 
 _KeysValues = tuple[Any, Any] | None
+_Carry = tuple[dict[str, Array], dict[str, Tapped]]  # hidden states, and buffers of inner ones
 
 _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names(*blockwise.SAVED)
@@ -40,11 +42,10 @@ class Stream:
     x: embeddings or hidden states [B, L, D].
     positions: rotary positions [B, L].
     visibility: of these tokens [B, L].
-    condition: of the modulation [B, 1, D], or None for rows that are not modulated.
-    rotation: rotary tables [B, L, 1, H / 2], cosine and sine, in the place of those that the layer
-      makes from `positions`; None: the layer's.
-    memory: what each layer's cross-attention looks at (see `remember`), or None.
-    keys: of the layers' dropout [B], one a row; None: nothing is dropped.
+    condition: of the modulation [B, 1, D], or None for tokens that are not modulated.
+    rotation: rotary tables [B, L, 1, H / 2], cosine and sine; None: those of `positions`.
+    context: keys and values of each layer's cross-attention (see `context_kv`), or None.
+    keys: of the layers' dropout [B], one a sequence; None: nothing is dropped.
   """
 
   x: Array
@@ -52,18 +53,18 @@ class Stream:
   visibility: Visibility
   condition: Array | None = None
   rotation: tuple[Array, Array] | None = None
-  memory: Cache | None = None
+  context: Cache | None = None
   keys: Array | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-  """Keys and values of a whole row, preallocated: what decoding and flow steps reuse.
+  """Keys and values of a whole sequence, preallocated; decoding and flow steps reuse them.
 
   `k` and `v` are [layers, B, S, K, H] where parameters are stacked over layers, else tuples of
   [B, S, K, H]. `key` is the visibility of all S slots, known from the start; slots not yet
-  written are never seen, as no query reaches their order before they are.
+  written are never seen: no query reaches their order before they are.
   """
 
   k: Any
@@ -71,9 +72,9 @@ class Cache:
   key: Visibility
 
   def map_batch(self, change: Callable[..., Array], *others: Cache) -> Cache:
-    """The cache of `change(*leaves, axis)`: stacked layers are in front of the batch axis."""
+    """The cache of `change(*leaves, axis)`, where `axis` is the batch axis of the leaves."""
     caches, axis = (self, *others), 0 if isinstance(self.k, tuple) else 1
-    along = lambda place: lambda *leaves: change(*leaves, place)
+    along = lambda axis: lambda *leaves: change(*leaves, axis)
     kv = jax.tree.map(along(axis), *((cache.k, cache.v) for cache in caches))
     return Cache(*kv, jax.tree.map(along(0), *(cache.key for cache in caches)))
 
@@ -94,33 +95,33 @@ def unstack(params: Params) -> tuple[Params, ...]:
   Outside jit and once for fast decoding; inside it for a backward pass without a scan.
   """
   leaves, tree = jax.tree.flatten(params)
-  layers = zip(*(_apart(leaf) for leaf in leaves), strict=True)
+  layers = zip(*(_entries(leaf) for leaf in leaves), strict=True)
   return tuple(jax.tree.unflatten(tree, layer) for layer in layers)
 
 
 @jax.custom_vjp
-def _apart(leaf: Array) -> tuple[Array, ...]:
-  """The entries of the leading axis.
+def _entries(leaf: Array) -> tuple[Array, ...]:
+  """The entries of the leading axis, whose gradients are stacked.
 
-  Their gradients are stacked as they are; of an index, JAX would make each a whole leaf of zeros
-  around one layer's, and add those up.
+  JAX's gradient of an index is a whole leaf of zeros around one entry's gradient, and a sum of
+  such leaves for all entries.
   """
   return tuple(leaf[i] for i in range(leaf.shape[0]))
 
 
-def _apart_forward(leaf: Array) -> tuple[tuple[Array, ...], None]:
-  return _apart(leaf), None
+def _entries_forward(leaf: Array) -> tuple[tuple[Array, ...], None]:
+  return _entries(leaf), None
 
 
-def _apart_backward(_: None, gradients: tuple[Array, ...]) -> tuple[Array]:
+def _entries_backward(_: None, gradients: tuple[Array, ...]) -> tuple[Array]:
   return (jnp.stack(gradients),)
 
 
-_apart.defvjp(_apart_forward, _apart_backward)
+_entries.defvjp(_entries_forward, _entries_backward)
 
 
 def empty_cache(layer: Layer, params: Any, key: Visibility, dtype: jnp.dtype) -> Cache:
-  """A cache for rows of visibility `key` [B, S], in the layout (stacked or not) of `params`."""
+  """A cache for sequences of visibility `key` [B, S], stacked over layers as `params` are."""
   c = layer.config
   shape = (*key.order.shape, c.kv_heads, c.head_width)
   if isinstance(params, tuple):
@@ -130,15 +131,15 @@ def empty_cache(layer: Layer, params: Any, key: Visibility, dtype: jnp.dtype) ->
   return Cache(zeros(), zeros(), key)
 
 
-def remember(layer: Layer, params: Any, told: Stream) -> Cache:
-  """Keys and values of each layer's cross-attention to the hidden states `told.x`."""
-  tables = _tables(layer, told)
-  one = lambda weights: layer.apply({'params': weights}, told.x, tables, method='remember')
+def context_kv(layer: Layer, params: Any, context: Stream) -> Cache:
+  """Keys and values of each layer's cross-attention to the hidden states `context.x`."""
+  tables = _tables(layer, context)
+  one = lambda weights: layer.apply({'params': weights}, context.x, tables, method='context_kv')
   if isinstance(params, tuple):
     k, v = zip(*map(one, params), strict=True)
   else:
     k, v = jax.vmap(one)(params)
-  return Cache(k, v, told.visibility)
+  return Cache(k, v, context.visibility)
 
 
 def run(
@@ -157,8 +158,8 @@ def run(
     params: per expert, layer parameters stacked on a leading axis, or a tuple of single layers.
       Two experts may share one entry's arrays (`arch=single`).
     streams: per expert, its tokens; experts without tokens in this call are left out.
-    cache: keys and values of the whole row. The streams' own are written at slot `at` (in the
-      order of `streams`) before attention; without a cache the streams see each other only.
+    cache: keys and values of the whole sequence. The streams' own are written at slot `at` (in
+      the order of `streams`) before attention; without a cache the streams see each other only.
     at: first slot to write.
     remat: what the backward pass recomputes, a key of REMAT.
     attention: implementation, a name of `config.ATTENTIONS`; '' chooses, as calls of a few tokens
@@ -167,51 +168,94 @@ def run(
   Returns:
     Hidden states of each stream after the last layer, not normalised, and the written cache.
   """
+  return run_tapped(layers, params, streams, {}, cache, at, remat, attention)[:2]
+
+
+def run_tapped(
+  layers: Mapping[str, Layer],
+  params: Mapping[str, Any],
+  streams: Mapping[str, Stream],
+  taps: Mapping[str, Taps],
+  cache: Cache | None = None,
+  at: Array | int = 0,
+  remat: str = 'none',
+  attention: str = '',
+) -> tuple[dict[str, Array], Cache | None, dict[str, Tapped]]:
+  """`run` that also returns inner states.
+
+  Args:
+    layers: this and the arguments not described here are those of `run`.
+    params: see `run`.
+    streams: see `run`.
+    taps: per expert, its inner states to return; experts without any are left out.
+    cache: see `run`.
+    at: see `run`.
+    remat: see `run`.
+    attention: see `run`.
+
+  Returns:
+    The outputs of `run`, and the inner states of each expert in `taps`.
+
+  Raises:
+    UserError: an expert lacks a layer that its taps name.
+    ValueError: taps of an expert without a stream, or of normed states: layers have no final norm.
+  """
+  _check_taps(layers, streams, taps)
   query = concatenate([stream.visibility for stream in streams.values()])
   call = _Call(
     layers,
     tables={name: _tables(layers[name], stream) for name, stream in streams.items()},
     conditions={name: stream.condition for name, stream in streams.items()},
-    memories={n: (s.visibility, s.memory.key) for n, s in streams.items() if s.memory},
+    contexts={n: (s.visibility, s.context.key) for n, s in streams.items() if s.context},
     query=query,
     key=query if cache is None else cache.key,
     at=at,
     attention=attention if query.order.shape[1] >= chooser.SHORT else '',
+    taps=taps,
   )
 
   def one(
     hidden: dict[str, Array],
     weights: Mapping[str, Params],
-    memories: Mapping[str, tuple[Any, Any]],
+    contexts: Mapping[str, tuple[Any, Any]],
     keys: Mapping[str, Array],
-    held: _KeysValues,
+    cached: _KeysValues,
   ) -> Any:
     hidden = {n: sharding.constrain(x, ('batch', None, None)) for n, x in hidden.items()}
-    return _layer(call, weights, memories, keys, hidden, held)
+    return _layer(call, weights, contexts, keys, hidden, cached)
 
   if REMAT[remat] is not None:
     one = jax.checkpoint(one, policy=REMAT[remat])
+
+  def step(carry: _Carry, inputs: tuple[Any, ...]) -> tuple[_Carry, _KeysValues]:
+    (hidden, buffers), (*rest, slots) = carry, inputs
+    hidden, cached, kv = one(hidden, *rest)
+    states = {n: t.select(hidden[n], *kv.get(n, ())) for n, t in taps.items()}
+    return (hidden, {n: buffers[n].write(states[n], slots[n]) for n in taps}), cached
+
   hidden = {name: stream.x for name, stream in streams.items()}
-  chosen = {name: params[name] for name in streams}
-  held = None if cache is None else (cache.k, cache.v)
-  memories = {n: (s.memory.k, s.memory.v) for n, s in streams.items() if s.memory}
-  keys = {n: _of_layers(layers[n], s.keys) for n, s in streams.items() if s.keys is not None}
-  if any(isinstance(stack, tuple) for stack in chosen.values()):
-    hidden, held = _unrolled(one, hidden, chosen, memories, keys, held)
-  else:
-    hidden, held = jax.lax.scan(lambda h, x: one(h, *x), hidden, (chosen, memories, keys, held))
-  return hidden, None if cache is None else Cache(held[0], held[1], cache.key)
+  inputs = (
+    {name: params[name] for name in streams},
+    {n: (s.context.k, s.context.v) for n, s in streams.items() if s.context},
+    {n: _of_layers(layers[n], s.keys) for n, s in streams.items() if s.keys is not None},
+    None if cache is None else (cache.k, cache.v),
+    {n: t.slots(layers[n].config.layers) for n, t in taps.items()},
+  )
+  carry = hidden, {n: _buffers(layers[n], t, hidden[n]) for n, t in taps.items()}
+  unstacked = any(isinstance(stack, tuple) for stack in inputs[0].values())
+  (hidden, tapped), cached = (_unrolled if unstacked else jax.lax.scan)(step, carry, inputs)
+  return hidden, None if cache is None else Cache(*cached, cache.key), tapped
 
 
 @dataclasses.dataclass(frozen=True)
 class OneExpert:
-  """A network of one expert; its parameters have `layers` (stacked) and `norm`.
+  """A network of one expert, whose parameters have `layers` (stacked) and `norm`.
 
   It holds no arrays: every method is a pure function of the parameters.
 
   Attributes:
-    config: its sizes, of which `body` are those of the layers.
-    dtype: what it computes in.
+    config: the sizes; `config.body` are those of the layers.
+    dtype: of the arithmetic.
     remat: as in `run`.
     attention: as in `run`.
   """
@@ -223,11 +267,11 @@ class OneExpert:
 
   @property
   def layer(self) -> Layer:
-    """The layer module, which `empty_cache` asks for."""
+    """The layer module, an argument of `empty_cache`."""
     return Layer(self.config.body, self.dtype)
 
   def prepare(self, params: Params) -> Params:
-    """Stacked layers taken apart: outside jit for decoding, inside it for unrolled training."""
+    """Unstacks the layers: outside jit for decoding, inside it for unrolled training."""
     return {**params, 'layers': unstack(params['layers'])}
 
   def states(
@@ -237,10 +281,29 @@ class OneExpert:
 
     `cache` and `at` are those of `run`.
     """
-    layers, stacks = {'row': self.layer}, {'row': params['layers']}
-    hidden, cache = run(layers, stacks, {'row': stream}, cache, at, self.remat, self.attention)
+    return self.states_tapped(params, stream, Taps(), cache, at)[:2]
+
+  def states_tapped(
+    self,
+    params: Params,
+    stream: Stream,
+    taps: Taps,
+    cache: Cache | None = None,
+    at: Array | int = 0,
+  ) -> tuple[Array, Cache | None, Tapped]:
+    """The outputs of `states`, and the inner states that `taps` asks for; see `run_tapped`."""
+    raw = dataclasses.replace(taps, normed=False)
+    layers, stacks = {'decoder': self.layer}, {'decoder': params['layers']}
+    streams, request = {'decoder': stream}, {'decoder': raw}
+    hidden, cache, tapped = run_tapped(
+      layers, stacks, streams, request, cache, at, self.remat, self.attention
+    )
     norm = RMSNorm(self.config.body.eps)
-    return norm.apply({'params': params['norm']}, hidden['row']), cache
+    normed = lambda x: norm.apply({'params': params['norm']}, x)
+    states = tapped['decoder']
+    if taps.normed and taps.hidden:
+      states = dataclasses.replace(states, hidden=normed(states.hidden))
+    return normed(hidden['decoder']), cache, states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,11 +313,12 @@ class _Call:
   layers: Mapping[str, Layer]
   tables: Mapping[str, tuple[Array, Array]]
   conditions: Mapping[str, Array | None]
-  memories: Mapping[str, tuple[Visibility, Visibility]]
+  contexts: Mapping[str, tuple[Visibility, Visibility]]
   query: Visibility
   key: Visibility
   at: Array | int
   attention: str
+  taps: Mapping[str, Taps]
 
 
 def _tables(layer: Layer, stream: Stream) -> tuple[Array, Array]:
@@ -265,45 +329,62 @@ def _tables(layer: Layer, stream: Stream) -> tuple[Array, Array]:
 
 
 def _of_layers(layer: Layer, keys: Array) -> Array:
-  """Keys [layers, B] from those of the rows [B]."""
+  """Dropout keys [layers, B] from those of the sequences [B]."""
   return jax.vmap(lambda key: jax.random.split(key, layer.config.layers), out_axes=1)(keys)
 
 
+def _check_taps(
+  layers: Mapping[str, Layer], streams: Mapping[str, Stream], taps: Mapping[str, Taps]
+) -> None:
+  if strangers := taps.keys() - streams.keys():
+    raise ValueError(f'taps of {sorted(strangers)}: this call has streams of {sorted(streams)}')
+  for name, request in taps.items():
+    request.check(layers[name].config.layers)
+    if request.normed:
+      raise ValueError(f"taps of '{name}' are normed: a stack of layers has no final norm")
+
+
+def _buffers(layer: Layer, taps: Taps, x: Array) -> Tapped:
+  """Buffers of the inner states of tokens x [B, L, D]."""
+  shape = (*x.shape[:2], layer.config.kv_heads, layer.config.head_width)
+  return taps.buffers(x, jax.ShapeDtypeStruct(shape, layer.dtype))
+
+
 def _unrolled(
-  one: Any,
-  hidden: dict[str, Array],
-  params: Mapping[str, Any],
-  memories: Mapping[str, tuple[Any, Any]],
-  keys: Mapping[str, Array],
-  held: _KeysValues,
-) -> tuple[dict[str, Array], _KeysValues]:
-  """The layer loop over unstacked parameters and caches."""
+  step: Callable[[_Carry, tuple[Any, ...]], tuple[_Carry, _KeysValues]],
+  carry: _Carry,
+  inputs: tuple[Any, ...],
+) -> tuple[_Carry, _KeysValues]:
+  """The `jax.lax.scan` of `run_tapped` for unstacked parameters and caches."""
+  params, contexts, keys, cached, slots = inputs
   written = []
   for i in range(len(next(iter(params.values())))):
     weights = {name: stack[i] for name, stack in params.items()}
-    seen = {name: (k[i], v[i]) for name, (k, v) in memories.items()}
-    own = {name: layers[i] for name, layers in keys.items()}
-    kv = None if held is None else (held[0][i], held[1][i])
-    hidden, kv = one(hidden, weights, seen, own, kv)
+    context = {name: (k[i], v[i]) for name, (k, v) in contexts.items()}
+    key = {name: layers[i] for name, layers in keys.items()}
+    kv = None if cached is None else (cached[0][i], cached[1][i])
+    slot = {name: tables.layer(i) for name, tables in slots.items()}
+    carry, kv = step(carry, (weights, context, key, kv, slot))
     written.append(kv)
-  if held is None:
-    return hidden, None
-  return hidden, (tuple(k for k, _ in written), tuple(v for _, v in written))
+  if cached is None:
+    return carry, None
+  return carry, (tuple(k for k, _ in written), tuple(v for _, v in written))
 
 
 def _layer(
   call: _Call,
   weights: Mapping[str, Params],
-  memories: Mapping[str, tuple[Array, Array]],
+  contexts: Mapping[str, tuple[Array, Array]],
   keys: Mapping[str, Array],
   hidden: dict[str, Array],
-  held: _KeysValues,
-) -> tuple[dict[str, Array], _KeysValues]:
+  cached: _KeysValues,
+) -> tuple[dict[str, Array], _KeysValues, dict[str, tuple[Array, Array]]]:
   """Eq. 4: own projections, one attention over all keys, own output projection and MLP.
 
-  An expert with a memory looks at it between the two halves.
+  Cross-attention of an expert with a context runs between the two halves. Also returns the keys
+  and values of the experts whose taps select some.
   """
-  projected, modulation = {}, {}
+  projected, modulation, tapped = {}, {}, {}
   for name in call.tables:  # The order of the streams: a scan sorts what it carries by name.
     x = hidden[name]
     variables, condition = {'params': weights[name]}, call.conditions[name]
@@ -311,16 +392,17 @@ def _layer(
     modulation[name] = (
       None if condition is None else layer.apply(variables, condition, method='modulate')
     )
-    projected[name] = layer.apply(
-      variables, x, call.tables[name], modulation[name], method='project'
-    )
+    q, k, v = layer.apply(variables, x, modulation[name], method='project')
+    projected[name] = layer.rotate(q, call.tables[name]), layer.rotate(k, call.tables[name]), v
+    if name in call.taps and call.taps[name].kv:
+      tapped[name] = (projected[name][1] if call.taps[name].rotated else k), v
   q, k, v = (jnp.concatenate(parts, 1) for parts in zip(*projected.values(), strict=True))
-  if held is not None:
-    held = tuple(
+  if cached is not None:
+    cached = tuple(
       jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), call.at, 1)
-      for old, new in zip(held, (k, v), strict=True)
+      for old, new in zip(cached, (k, v), strict=True)
     )
-    k, v = held
+    k, v = cached
   mixed = chooser.attention(q, k, v, call.query, call.key, call.attention)
   out, start = {}, 0
   for name in call.tables:
@@ -331,18 +413,18 @@ def _layer(
       x,
       mixed[:, start:stop],
       modulation[name],
-      *(_looking(call, name, memories[name]) if name in memories else ()),
+      *(_cross_attention(call, name, contexts[name]) if name in contexts else ()),
       keys=keys.get(name),
       method='finish',
     )
     start = stop
-  return out, held
+  return out, cached, tapped
 
 
-def _looking(
-  call: _Call, name: str, memory: tuple[Array, Array]
+def _cross_attention(
+  call: _Call, name: str, context: tuple[Array, Array]
 ) -> tuple[tuple[Array, Array], Callable[[Array], Array]]:
-  """Arguments of Layer.finish for cross-attention."""
-  query, key = call.memories[name]
-  attend = lambda q: chooser.attention(q, *memory, query, key, call.attention)
+  """Arguments `tables` and `attend` of Layer.finish."""
+  query, key = call.contexts[name]
+  attend = lambda q: chooser.attention(q, *context, query, key, call.attention)
   return call.tables[name], attend

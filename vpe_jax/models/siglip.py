@@ -1,4 +1,4 @@
-"""SigLIP: an image tower and a text tower whose embeddings agree for a picture and its caption.
+"""SigLIP: an image tower and a text tower whose embeddings agree for an image and its caption.
 
 Sigmoid Loss for Language Image Pre-Training (arXiv 2303.15343), laid out as transformers'
 SiglipModel, with which it agrees in float32.
@@ -29,7 +29,7 @@ class SiglipConfig:
   Attributes:
     image_size: side of the view that the image tower sees, a multiple of `patch`.
     patch: side of a patch in pixels.
-    vocabulary: rows of the token table.
+    vocabulary: entries of the token table.
     text_length: tokens of a caption, padding included.
     vision: the image tower.
     text: the text tower; its last dense layer maps to the width of the image tower.
@@ -47,7 +47,7 @@ class SiglipConfig:
 
   @property
   def patches(self) -> int:
-    """Patches P of one picture.
+    """Patches P of one image.
 
     Raises:
       UserError: the patch doesn't divide the view.
@@ -61,7 +61,7 @@ class SiglipConfig:
 
 
 class VisionTower(nn.Module):
-  """Pictures [B, H, W, C] in [-1, 1] -> patch features [B, P, D] and one vector a picture."""
+  """Images [B, H, W, C] in [-1, 1] -> patch features [B, P, D] and one vector an image."""
 
   config: SiglipConfig
   dtype: jnp.dtype
@@ -86,7 +86,7 @@ class VisionTower(nn.Module):
     return self.encoder(x + self.position.astype(self.dtype), depth=depth)
 
   def pool(self, features: Array) -> Array:
-    """The picture's vector [B, D] from the normed patch features [B, P, D]."""
+    """The image's vector [B, D] from the normed patch features [B, P, D]."""
     return self.pooling(features)
 
   def __call__(self, images: Array) -> Array:
@@ -146,7 +146,7 @@ class Siglip(nn.Module):
     return unit(self.vision.pool(features))
 
   def embed_images(self, images: Array) -> Array:
-    """Unit vectors [B, D] float32 of pictures [B, H, W, C] in [-1, 1]."""
+    """Unit vectors [B, D] float32 of images [B, H, W, C] in [-1, 1]."""
     return unit(self.vision(images))
 
   def embed_text(self, text: Array, length: Array) -> Array:
@@ -154,11 +154,11 @@ class Siglip(nn.Module):
     return unit(self.text(text, length))
 
   def logits(self, image: Array, text: Array) -> Array:
-    """Logits [B, V] of every picture's unit vector [B, D] with every caption's [V, D]."""
+    """Logits [B, V] of every image's unit vector [B, D] with every caption's [V, D]."""
     return self._scaled(jnp.einsum('BD,VD->BV', image, text))
 
   def own_logits(self, image: Array, text: Array) -> Array:
-    """Logits [B, M] of every picture's unit vector [B, D] with captions of its own [B, M, D]."""
+    """Logits [B, M] of every image's unit vector [B, D] with captions of its own [B, M, D]."""
     return self._scaled(jnp.einsum('BD,BMD->BM', image, text))
 
   def _scaled(self, cosine: Array) -> Array:

@@ -27,7 +27,7 @@ LAYER_AXES = (
   (r'(gate|up)/kernel', ('layers', 'embed', 'mlp')),
   (r'down/kernel', ('layers', 'mlp', 'embed')),
   (r'[qk]_norm/scale', ('layers', 'head')),
-  (r'(attention|mlp|cross/query|cross/memory)_norm/scale', ('layers', 'embed')),
+  (r'(attention|mlp|cross/query|cross/context)_norm/scale', ('layers', 'embed')),
 )
 
 
@@ -47,7 +47,8 @@ class TransformerConfig:
     qkv_bias: whether q, k and v have a bias (Qwen2).
     qk_norm: whether each head's q and k are RMS-normalised before rotation.
     eps: of the layer norms.
-    rope_adjacent: whether neighbours in a head turn together (LlamaGen), not its two halves.
+    rope_adjacent: whether the rotary embedding pairs neighbouring channels of a head (LlamaGen)
+      instead of its two halves.
   """
 
   width: int
@@ -94,16 +95,16 @@ class Modulation(nn.Module):
   def __call__(self, condition: Array) -> list[Array]:
     zeros = nn.initializers.zeros
     out = Dense(self.parts * self.width, kernel_init=zeros, bias_init=zeros, name='out')
-    # Modulation stays in float32: it scales every row of the picture.
+    # Modulation stays in float32: it scales every token of the image.
     return jnp.split(out(jax.nn.silu(condition.astype(jnp.float32))), self.parts, axis=-1)
 
 
 class CrossAttention(nn.Module):
-  """Tokens look at a memory: hidden states of another row, which doesn't look back.
+  """Attention of tokens to a context: hidden states of another sequence.
 
   Both are RMS-normalised first, each with a scale of its own; queries and keys are rotated as in
-  self-attention, so that the memory has an order. The output projection starts at zero: a fresh
-  layer does what it would do without.
+  self-attention, so that the context has an order. The output projection starts at zero: a fresh
+  layer computes the same as one without cross-attention.
   """
 
   config: TransformerConfig
@@ -113,7 +114,7 @@ class CrossAttention(nn.Module):
     c = self.config
     heads = lambda n: DenseGeneral((n, c.head_width), use_bias=c.qkv_bias, dtype=self.dtype)
     self.query_norm = RMSNorm(c.eps)
-    self.memory_norm = RMSNorm(c.eps)
+    self.context_norm = RMSNorm(c.eps)
     self.q = heads(c.heads)
     self.k = heads(c.kv_heads)
     self.v = heads(c.kv_heads)
@@ -125,9 +126,9 @@ class CrossAttention(nn.Module):
       kernel_init=nn.initializers.zeros,
     )
 
-  def remember(self, memory: Array, tables: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Keys and values [B, P, K, H] of a memory [B, P, D]; `tables` are rope.rotary's."""
-    y = self.memory_norm(memory)
+  def keys_values(self, context: Array, tables: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Keys and values [B, S, K, H] of a context [B, S, D]; `tables` are those of rope.rotary."""
+    y = self.context_norm(context)
     return rope.rotate(self.k(y), tables, self.config.rope_adjacent), self.v(y)
 
   def __call__(
@@ -141,11 +142,11 @@ class CrossAttention(nn.Module):
 class Layer(nn.Module):
   """A pre-norm layer in two halves, so that several experts can share one attention between them.
 
-  `project` gives rotated q, k and v of this expert's tokens; `finish` takes the mixed values
-  back. With `modulated`, both need `modulation`: six parts [B, 1, D] float32 in the order
-  shift, scale, gate of the attention, then of the MLP (Show-o2's diffusion head), or None for
-  rows that are not modulated. With `crossed`, `finish` looks at a memory between the two. Where it
-  is given keys, it drops what `dropout` says.
+  `project` gives q, k and v of this expert's tokens and `rotate` the positions of q and k;
+  `finish` takes the mixed values back. With `modulated`, `project` and `finish` need `modulation`:
+  six parts [B, 1, D] float32 in the order shift, scale, gate of the attention, then of the MLP
+  (Show-o2's diffusion head), or None for tokens that are not modulated. With `crossed`,
+  `finish` runs cross-attention between the halves. With keys, it applies `dropout`.
   """
 
   config: TransformerConfig
@@ -179,22 +180,23 @@ class Layer(nn.Module):
     """The six parts of the modulation, from the condition [B, 1, D]."""
     return self.modulation(condition)
 
-  def project(
-    self, x: Array, tables: tuple[Array, Array], modulation: list[Array] | None = None
-  ) -> tuple[Array, Array, Array]:
-    """q [B, L, N, H], k and v [B, L, K, H] of tokens x [B, L, D]; `tables` are rope.rotary's."""
+  def project(self, x: Array, modulation: list[Array] | None = None) -> tuple[Array, Array, Array]:
+    """q [B, L, N, H], k and v [B, L, K, H] of tokens x [B, L, D], not rotated."""
     y = self.attention_norm(x)
     if modulation is not None:
       y = norms.modulate(y, modulation[0], modulation[1])
     q, k, v = self.q(y), self.k(y), self.v(y)
     if self.config.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
-    turn = lambda heads: rope.rotate(heads, tables, self.config.rope_adjacent)
-    return turn(q), turn(k), v
+    return q, k, v
 
-  def remember(self, memory: Array, tables: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Keys and values of a memory; see CrossAttention."""
-    return self.cross.remember(memory, tables)
+  def rotate(self, heads: Array, tables: tuple[Array, Array]) -> Array:
+    """q or k [B, L, N, H] after the rotary embedding; `tables` are those of rope.rotary."""
+    return rope.rotate(heads, tables, self.config.rope_adjacent)
+
+  def context_kv(self, context: Array, tables: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Keys and values of cross-attention; see CrossAttention.keys_values."""
+    return self.cross.keys_values(context, tables)
 
   def finish(
     self,
@@ -207,8 +209,8 @@ class Layer(nn.Module):
   ) -> Array:
     """The layer's output [B, L, D] from its input and the mixed values [B, L, N, H].
 
-    `tables` and `attend` are those of CrossAttention; without the latter there is no memory. `keys`
-    [B] are those of the dropout; without them nothing is dropped.
+    `tables` and `attend` are those of CrossAttention; without the latter it doesn't run. `keys` [B]
+    are those of the dropout; without them nothing is dropped.
     """
     shift_gate = modulation[2:] if modulation is not None else None
     y = drop(self.o(mixed), self.dropout.residual, keys, 'residual')
@@ -227,10 +229,11 @@ class Layer(nn.Module):
   ) -> Array:
     """Touches every parameter, for `init`: q stands in for the mixed values."""
     modulation = self.modulate(condition) if self.modulated else None
-    q, _, _ = self.project(x, tables, modulation)
+    q, _, _ = self.project(x, modulation)
+    q = self.rotate(q, tables)
     if not self.crossed:
       return self.finish(x, q, modulation)
-    self.remember(x, tables)
+    self.context_kv(x, tables)
     return self.finish(x, q, modulation, tables, lambda queries: queries)
 
 

@@ -1,17 +1,17 @@
-"""Transfusion: a class, the codes of a plan, and a noisy picture in one decoder.
+"""Transfusion: a class, prefix codes, and a noisy image in one decoder.
 
 Transfusion: Predict the Next Token and Diffuse Images with One Multi-Modal Model (arXiv 2408.11039)
-without text, and with the visual prompt of arXiv 2606.04457 between class and picture:
+without text. Prefix codes, those of a first image, may come between class and image:
 
-  row       [cls] s_1 ... s_P   x_1 ... x_N
-  sees       what is before      the whole row
+  sequence  [cls] s_1 ... s_P   x_1 ... x_N
+  attends    to earlier tokens   to all tokens
   position   0    1  ...  P      P + 1, all of them
 
-A picture token is a patch of noisy latents, to which an embedding of the time and one of its place,
-sines and cosines of row and column, are added; all share one rotary position (BAGEL's layout,
-third_party/bagel). Time and velocity are those of vpe_jax.contracts.
+An image token is a patch of noisy latents plus an embedding of the time and one of its row and
+column, by sines and cosines; all share one rotary position (BAGEL's layout, third_party/bagel).
+Time and velocity are those of vpe_jax.contracts.
 
-Parameter tree: `embed/classes`, with a plan also `embed/plan` (tied: it writes the plan, too);
+Parameter tree: `embed/classes`, with prefix codes also `embed/prefix`, tied in and out;
 `time/{hidden,out}`, `latents/{in,out}`, `layers` (stacked), `norm`. `Transfusion` holds no arrays:
 every method is a pure function of the parameters.
 """
@@ -32,7 +32,7 @@ from vpe_jax.models import mot
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.diffusion_head import FREQUENCIES, waves
 from vpe_jax.models.transformer import TransformerConfig
-from vpe_jax.ops.matmul import turned_product
+from vpe_jax.ops.matmul import matmul_transposed
 from vpe_jax.sequence.builder import build
 from vpe_jax.sequence.spans import Layout, Span
 
@@ -42,25 +42,25 @@ class TransfusionConfig:
   """Sizes of the model.
 
   Attributes:
-    classes: rows of their table, that of the null class included, where there is one.
-    plan_codes: entries of the visual prompt's codebook; 0: there is none.
-    plan_tokens: codes P of a plan; 0 without one.
+    classes: entries of their table, with that of the null class, where there is one.
+    prefix_codes: entries of the codebook of prefix codes; 0: there are none.
+    prefix_tokens: number P of prefix codes; 0 without any.
     latent_size: side of the latent grid.
     latent_channels: channels C of a latent.
-    patch: side of the latent patch that one picture token covers.
+    patch: side of the latent patch that one image token covers.
     body: the layers.
   """
 
   classes: int
-  plan_codes: int
-  plan_tokens: int
+  prefix_codes: int
+  prefix_tokens: int
   latent_size: int
   latent_channels: int
   patch: int
   body: TransformerConfig
 
   def __post_init__(self) -> None:
-    check_sizes(self, plan_codes=0, plan_tokens=0)
+    check_sizes(self, prefix_codes=0, prefix_tokens=0)
     divides = self.latent_size % self.patch == 0
     check(self, '', 'patch', divides, f'a divisor of latent_size={self.latent_size}')
     quarters = self.body.width % 4 == 0
@@ -68,44 +68,44 @@ class TransfusionConfig:
 
   @property
   def side(self) -> int:
-    """Of the grid of picture tokens."""
+    """Side of the grid of image tokens."""
     return self.latent_size // self.patch
 
   @property
   def image_tokens(self) -> int:
-    """Tokens N of a picture."""
+    """Tokens N of an image."""
     return self.side**2
 
   @property
   def first(self) -> int:
-    """Place of the first picture token in the row."""
-    return 1 + self.plan_tokens
+    """Index of the first image token in the sequence."""
+    return 1 + self.prefix_tokens
 
   @property
   def layout(self) -> Layout:
-    """The sequence: class token, codes of the visual prompt, and the image at one position."""
+    """The sequence: class token, prefix codes, and the image at one position."""
     spans = [Span('class', 1, 'decoder')]
-    if self.plan_tokens:
-      spans.append(Span('visual_prompt', self.plan_tokens, 'decoder', condition='visual_prompt'))
+    if self.prefix_tokens:
+      spans.append(Span('prefix', self.prefix_tokens, 'decoder', condition='prefix'))
     image = Span('image', self.image_tokens, 'decoder', full=True, shared_position=True)
     return Layout((*spans, image))
 
   @property
   def channels(self) -> int:
-    """Numbers of a picture token."""
+    """Numbers of an image token."""
     return self.patch**2 * self.latent_channels
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Row:
-  """Positions and visibility of whole rows [B, 1 + P + N]."""
+class Slots:
+  """Positions and visibility of all slots of sequences [B, 1 + P + N]."""
 
   positions: Array
   visibility: Visibility
 
   def stream(self, x: Array, start: Array | int = 0) -> mot.Stream:
-    """Tokens x [B, L, D] at the places from `start`."""
+    """Tokens x [B, L, D] in the slots from `start`."""
     cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, x.shape[1], 1)
     return mot.Stream(x, cut(self.positions), jax.tree.map(cut, self.visibility))
 
@@ -135,8 +135,8 @@ class Transfusion(mot.OneExpert):
     table = lambda key, rows: 0.02 * jax.random.normal(key, (rows, D))
     fresh = lambda name, key, inputs: dense[name].init(key, jnp.zeros((1, inputs)))['params']
     embed = {'classes': table(keys[0], c.classes)}
-    if c.plan_codes:
-      embed['plan'] = table(keys[1], c.plan_codes)
+    if c.prefix_codes:
+      embed['prefix'] = table(keys[1], c.prefix_codes)
     return {
       'embed': embed,
       'time': {
@@ -151,24 +151,24 @@ class Transfusion(mot.OneExpert):
       'norm': {'scale': jnp.ones((D,))},
     }
 
-  def row(self, keep: Array) -> Row:
-    """The rows of a batch; where `keep` [B] is False, the plan is absent.
+  def slots(self, keep: Array) -> Slots:
+    """The slots of a batch; where `keep` [B] is False, prefix codes are absent.
 
-    The picture then takes the position after the class: positions are recounted without gaps.
+    The image then takes the position after the class: positions count present tokens.
     """
     region = build(self.config.layout, keep=keep)['decoder']
-    return Row(region.positions, region.visibility)
+    return Slots(region.positions, region.visibility)
 
   def embed_classes(self, params: Params, classes: Array) -> Array:
     """Class tokens [B, 1, D] of classes [B]."""
     return jnp.take(params['embed']['classes'], classes, axis=0)[:, None].astype(self.dtype)
 
-  def embed_plan(self, params: Params, plan: Array) -> Array:
-    """Tokens [B, L, D] of a plan's codes [B, L]."""
-    return jnp.take(params['embed']['plan'], plan, axis=0).astype(self.dtype)
+  def embed_prefix(self, params: Params, codes: Array) -> Array:
+    """Tokens [B, L, D] of prefix codes [B, L]."""
+    return jnp.take(params['embed']['prefix'], codes, axis=0).astype(self.dtype)
 
-  def embed_picture(self, params: Params, latents: Array, time: Array) -> Array:
-    """Picture tokens [B, N, D] of noisy latents [B, h, w, C] at times [B]."""
+  def embed_image(self, params: Params, latents: Array, time: Array) -> Array:
+    """Image tokens [B, N, D] of noisy latents [B, h, w, C] at times [B]."""
     c, dense = self.config, self._dense()
     p = c.patch
     patches = rearrange(latents, 'B (h p) (w q) C -> B (h w) (p q C)', p=p, q=p)
@@ -178,12 +178,12 @@ class Transfusion(mot.OneExpert):
     return x + (clock + grid_waves(c.side, c.body.width)).astype(self.dtype)
 
   def logits(self, params: Params, hidden: Array) -> Array:
-    """Logits [B, L, V] float32 of the plan's next code."""
-    rows = params['embed']['plan'].astype(hidden.dtype)
-    return turned_product(hidden, rows).astype(jnp.float32)
+    """Logits [B, L, V] float32 of the next prefix code."""
+    table = params['embed']['prefix'].astype(hidden.dtype)
+    return matmul_transposed(hidden, table).astype(jnp.float32)
 
   def velocity(self, params: Params, hidden: Array) -> Array:
-    """The velocity [B, h, w, C] float32, noise minus data, from picture states [B, N, D]."""
+    """The velocity [B, h, w, C] float32, noise minus data, from image states [B, N, D]."""
     c = self.config
     out = self._dense()['latents_out'].apply({'params': params['latents']['out']}, hidden)
     return rearrange(
@@ -198,27 +198,27 @@ class Transfusion(mot.OneExpert):
     self,
     params: Params,
     classes: Array,
-    plan: Array,
+    prefix: Array,
     keep: Array,
     noisy: tuple[Array, Array],
   ) -> tuple[Array, Array]:
-    """Whole rows at once, as in training.
+    """Whole sequences at once, as in training.
 
     Args:
       params: the model's.
       classes: [B].
-      plan: codes [B, P]; P = 0 without a plan.
-      keep: bool [B]: whose plan is there.
+      prefix: prefix codes [B, P]; P = 0 in a model without any.
+      keep: bool [B]: whether an example has its prefix codes.
       noisy: latents [B, h, w, C] and their times [B].
 
     Returns:
-      Final-norm hidden states of class and plan [B, 1 + P, D], and the velocity [B, h, w, C].
+      Final-norm hidden states of class and prefix [B, 1 + P, D], and the velocity [B, h, w, C].
     """
     tokens = [self.embed_classes(params, classes)]
-    if self.config.plan_codes:
-      tokens.append(self.embed_plan(params, plan))
-    x = jnp.concatenate([*tokens, self.embed_picture(params, *noisy)], axis=1)
-    hidden, _ = self.states(params, self.row(keep).stream(x))
+    if self.config.prefix_codes:
+      tokens.append(self.embed_prefix(params, prefix))
+    x = jnp.concatenate([*tokens, self.embed_image(params, *noisy)], axis=1)
+    hidden, _ = self.states(params, self.slots(keep).stream(x))
     first = self.config.first
     return hidden[:, :first], self.velocity(params, hidden[:, first:])
 

@@ -1,13 +1,16 @@
-"""The model that plans and renders: text and visual prompt tokens in one expert, the picture in
-another, joined by attention (Internal+VPE, arXiv 2606.04457), each in a row of its own
-(`arch=external`: systems/vpe/networks/external.py runs it), or both in one expert (`arch=single`:
-Transfusion, Show-o2).
+"""A unified model of text and images: tokens autoregressively, latents by flow matching.
+
+The AR expert has the text tokens and prefix codes, which are the codes of another image; the
+diffusion expert has the image tokens. Three architectures:
+
+  internal: both experts in one sequence, joined by attention (Mixture-of-Transformers).
+  external: an expert and a sequence each.
+  single: one expert for all tokens (Transfusion, Show-o2).
 
 Parameter tree: `embed/{text,codes}`, `ar/{layers,norm}`, `dit/{layers,norm,dual_path,head}`; a
-single expert has no `dit/layers` and `dit/norm`, a model without visual prompt no `embed/codes`,
-and one that edits has `ar/dual_path` too (systems/vpe/networks/editing.py runs it). A picture
-expert with cross-attention has `dit/layers/cross`. `Unified` holds no arrays: every method is a
-pure function of the parameters.
+single expert has no `dit/layers` and `dit/norm`, a model without prefix codes no `embed/codes`, and
+one with source images has `ar/dual_path`. A diffusion expert with cross-attention has
+`dit/layers/cross`. `Unified` holds no arrays: every method is a pure function of the parameters.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from vpe_jax.models import mot, transformer
 from vpe_jax.models.diffusion_head import Entry, Exit, HeadConfig, TimeEmbedding
 from vpe_jax.models.dual_path import DualPath, DualPathConfig
 from vpe_jax.models.transformer import Layer, RMSNorm, TransformerConfig
-from vpe_jax.ops.matmul import turned_product
+from vpe_jax.ops.matmul import matmul_transposed
 
 ARCHS = ('internal', 'external', 'single')
 CONDITIONS = ('prefix', 'keys', 'cross')
@@ -64,29 +67,27 @@ class UnifiedConfig:
   """Sizes and choices of the model.
 
   Attributes:
-    arch: `internal` (an expert each for tokens and picture), `external` (the same two, which attend
-      apart) or `single` (one for both).
-    text_vocab: rows of the text table.
-    codes: rows of the visual prompt's codebook; two more rows are its begin and end (0: there is
-      no visual prompt, and none of these rows).
-    bos: id of the text row that begins a sequence.
-    boi: id of the text row that begins the picture.
+    arch: `internal`, `external` or `single`; see the module.
+    text_vocab: size of the text vocabulary.
+    codes: entries of the codebook of prefix codes; two more ids are the begin and end of the codes.
+      0: the model has no prefix codes and none of these ids.
+    bos: text id of the token that begins a sequence.
+    boi: text id of the token that begins the image.
     latent_size: side of the latent grid.
     latent_channels: channels C of a latent.
     patch: side of the latent patch that one image token covers.
     layout: which latents token n predicts: `patch` (its own patch) or `raster` (Show-o2: the
       4 consecutive latents 4n .. 4n + 3 of the flattened grid; reference of its released weights).
     multiple: regions are padded to a multiple of this many tokens.
-    ar: the expert of text and visual prompt.
-    dit: the expert of the picture; shares layers, heads and head width with `ar`.
+    ar: the AR expert, of text tokens and prefix codes.
+    dit: the diffusion expert, of image tokens; shares layers, heads and head width with `ar`.
     dual_path: the embedding of noisy latents.
     head: the flow head.
-    references: whether the model edits: a dual path of its own embeds the picture before, among the
-      token expert's tokens.
-    condition: how the plan reaches the picture expert of `arch=external`, the only one that reads
-      it: `prefix` or `keys` (systems/vpe/networks/external.py), or `cross`
-        (systems/vpe/networks/external_cross.py), which has parameters beyond those of the other
-        architectures.
+    references: whether the model edits: a dual path of its own embeds a source image for the AR
+      expert.
+    condition: how the prefix codes condition the diffusion expert of `arch=external`; the other
+      architectures don't read it. `prefix`: by the AR expert's hidden states in the sequence;
+      `keys`: by its keys and values; `cross`: by cross-attention, which adds parameters.
   """
 
   arch: str
@@ -128,23 +129,23 @@ class UnifiedConfig:
       )
     if self.references and self.ar.width != self.dit.width:
       raise UserError(
-        'model.references gives both experts pictures with one time token: model.ar.width and '
+        'model.references gives both experts images with one time token: model.ar.width and '
         'model.dit.width must be equal'
       )
 
   @property
   def crosses(self) -> bool:
-    """Whether the picture expert looks at the plan by cross-attention."""
+    """Whether the diffusion expert has cross-attention to the prefix codes."""
     return self.arch == 'external' and self.condition == 'cross'
 
   @property
   def image_tokens(self) -> int:
-    """Tokens of a picture, without the time token."""
+    """Tokens of an image, without the time token."""
     return (self.latent_size // self.patch) ** 2
 
   @property
-  def plan_rows(self) -> int:
-    """Rows of the visual prompt in the joint vocabulary."""
+  def code_rows(self) -> int:
+    """Ids of the prefix codes, their begin and their end in the joint vocabulary."""
     return self.codes + 2 if self.codes else 0
 
 
@@ -196,7 +197,7 @@ class Unified:
       ar['dual_path'] = self._dual_path().init(jax.random.fold_in(keys['dual'], 1), latents)
     embed = {'text': table(keys['text'], c.text_vocab)}
     if c.codes:
-      embed['codes'] = table(keys['codes'], c.plan_rows)
+      embed['codes'] = table(keys['codes'], c.code_rows)
     return {'embed': embed, 'ar': ar, 'dit': dit}
 
   def _init_head(self, rng: Array) -> Params:
@@ -212,23 +213,23 @@ class Unified:
     }
 
   def prepare(self, params: Params) -> Params:
-    """Stacked layers taken apart: outside jit for decoding, inside it for unrolled training."""
+    """Unstacks all layers: outside jit for decoding, inside it for unrolled training."""
 
-    def apart(tree: Mapping[str, Any]) -> dict[str, Any]:
+    def unstacked(tree: Mapping[str, Any]) -> dict[str, Any]:
       stacks = ('layers', 'blocks', 'encoder')
       return {
         name: mot.unstack(value)
         if name in stacks
-        else apart(value)
+        else unstacked(value)
         if isinstance(value, Mapping)
         else value
         for name, value in tree.items()
       }
 
-    return apart(params)
+    return unstacked(params)
 
   def table(self, params: Params) -> Array:
-    """The joint vocabulary, tied in and out: text rows, code rows, [bot], [eot]: [V, D]."""
+    """The joint vocabulary [V, D], tied in and out: text, codes, their begin and their end."""
     text = params['embed']['text']
     return jnp.concatenate([text, params['embed']['codes']]) if self.config.codes else text
 
@@ -237,37 +238,37 @@ class Unified:
     return jnp.take(self.table(params), ids, axis=0).astype(self.dtype)
 
   def code_logits(self, params: Params, hidden: Array) -> Array:
-    """Logits over the codes alone [B, L, codes] float32: the only ids that sampling may draw."""
-    rows = params['embed']['codes'][: self.config.codes].astype(hidden.dtype)
-    return turned_product(hidden, rows).astype(jnp.float32)
+    """Logits [B, L, codes] float32 of the prefix codes alone, the only ids that are sampled."""
+    table = params['embed']['codes'][: self.config.codes].astype(hidden.dtype)
+    return matmul_transposed(hidden, table).astype(jnp.float32)
 
   def token_stream(self, params: Params, region: Region) -> mot.Stream:
-    """The token expert's input."""
+    """The AR expert's input."""
     return mot.Stream(self.embed(params, region.ids), region.positions, region.visibility)
 
-  def picture_stream(
+  def image_stream(
     self, params: Params, latents: Array, clock: Array, region: Region
   ) -> tuple[mot.Stream, Array]:
-    """The picture expert's input, and the head's condition [B, 1, head width].
+    """The diffusion expert's input, and the head's condition [B, 1, head width].
 
     `latents` [B, h, w, C] are noisy; `clock` [B] is Show-o2's, 0 at noise and 1 at data.
     """
     condition, token = self.time(params, clock)
-    x = self.picture_tokens(params['dit'], token, latents)
+    x = self.embed_image(params['dit'], token, latents)
     x = jnp.pad(x, ((0, 0), (0, region.ids.shape[1] - x.shape[1]), (0, 0)))
     return mot.Stream(x, region.positions, region.visibility), condition
 
-  def remember(self, params: Params, told: mot.Stream) -> mot.Cache:
-    """Keys and values of the diffusion expert's cross-attention to the states `told.x`."""
-    return mot.remember(self._layers()['dit'], params['dit']['layers'], told)
+  def context_kv(self, params: Params, context: mot.Stream) -> mot.Cache:
+    """Keys and values of the diffusion expert's cross-attention to the states `context.x`."""
+    return mot.context_kv(self._layers()['dit'], params['dit']['layers'], context)
 
   def time(self, params: Params, clock: Array) -> tuple[Array, Array]:
     """The head's condition [B, 1, head width] and the time token [B, 1, D], for clocks [B]."""
     time, _, _ = self._ends()
     return time.apply({'params': params['dit']['head']['time']}, clock)
 
-  def picture_tokens(self, expert: Params, token: Array, latents: Array) -> Array:
-    """A time token and the image tokens behind it [B, 1 + P, D], by an expert's dual path."""
+  def embed_image(self, expert: Params, token: Array, latents: Array) -> Array:
+    """A time token, then image tokens from an expert's dual path: [B, 1 + P, D]."""
     image = self._dual_path()(expert['dual_path'], latents)
     return jnp.concatenate([token.astype(self.dtype), image.astype(self.dtype)], axis=1)
 
@@ -295,13 +296,13 @@ class Unified:
   ) -> tuple[dict[str, Array], mot.Cache | None]:
     """The head's layers over final-norm hidden states (`x` of each stream).
 
-    Rows of the token expert pass through unmodulated, as in Show-o2; rows of the picture carry
-    `condition`. Returns the rows at the head's width and the written cache.
+    Tokens of the AR expert are not modulated, as in Show-o2; those of the image carry `condition`.
+    Returns hidden states at the head's width, and the written cache.
     """
     _, entry, _ = self._ends()
     weights = params['dit']['head']
     entered = {
-      name: dataclasses.replace(s, x=entry.apply({'params': weights['entry']}, s.x), memory=None)
+      name: dataclasses.replace(s, x=entry.apply({'params': weights['entry']}, s.x), context=None)
       for name, s in streams.items()
     }
     block = self._block()
@@ -309,11 +310,11 @@ class Unified:
     stacks = dict.fromkeys(streams, weights['blocks'])
     return mot.run(blocks, stacks, entered, cache, at, self.remat, self.attention)
 
-  def velocity(self, params: Params, rows: Array, condition: Array) -> Array:
-    """Show-o2's velocity (data - noise) [B, h, w, C] from the head's picture rows [B, L, D]."""
+  def velocity(self, params: Params, hidden: Array, condition: Array) -> Array:
+    """Show-o2's velocity (data - noise) [B, h, w, C] from the head's image states [B, L, D]."""
     c = self.config
     _, _, exit_ = self._ends()
-    image = rows[:, 1 : 1 + c.image_tokens]
+    image = hidden[:, 1 : 1 + c.image_tokens]
     out = exit_.apply({'params': params['dit']['head']['exit']}, image, condition)
     if c.layout == 'raster':
       return out.reshape(out.shape[0], c.latent_size, c.latent_size, c.latent_channels)
@@ -323,7 +324,7 @@ class Unified:
     )
 
   def caches(self, params: Params, key: Visibility) -> tuple[mot.Cache, mot.Cache]:
-    """Empty caches of backbone and head for rows of visibility `key` [B, S]."""
+    """Empty caches of backbone and head for sequences of visibility `key` [B, S]."""
     layers = self._expert(params, 'ar')['layers']
     blocks = params['dit']['head']['blocks']
     return (
@@ -337,20 +338,20 @@ class Unified:
     """The whole sequence at once, as in training.
 
     Returns:
-      Hidden states of the token expert [B, L, D] and Show-o2's velocity [B, h, w, C] float32.
+      Hidden states of the AR expert [B, L, D] and Show-o2's velocity [B, h, w, C] float32.
     """
-    picture, condition = self.picture_stream(params, latents, clock, regions['dit'])
-    streams = {'ar': self.token_stream(params, regions['ar']), 'dit': picture}
+    image, condition = self.image_stream(params, latents, clock, regions['dit'])
+    streams = {'ar': self.token_stream(params, regions['ar']), 'dit': image}
     hidden, _ = self.backbone(params, streams)
     streams = {name: dataclasses.replace(streams[name], x=hidden[name]) for name in streams}
     streams['dit'] = dataclasses.replace(streams['dit'], condition=condition)
-    rows, _ = self.head(params, streams)
-    return hidden['ar'], self.velocity(params, rows['dit'], condition)
+    out, _ = self.head(params, streams)
+    return hidden['ar'], self.velocity(params, out['dit'], condition)
 
   def _expert(self, params: Params, name: str) -> Params:
     return params['ar' if self.config.arch == 'single' else name]
 
 
-def row_visibility(regions: Mapping[str, Region]) -> Visibility:
-  """The visibility of a whole stored row: the token expert's region, then the picture's."""
+def sequence_visibility(regions: Mapping[str, Region]) -> Visibility:
+  """The visibility of a whole sequence as it is stored: region by region."""
   return concatenate([region.visibility for region in regions.values()])

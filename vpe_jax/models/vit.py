@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+from typing import Any
 
 import einops
 import flax.linen as nn
@@ -14,6 +14,7 @@ from vpe_jax import sharding
 from vpe_jax.config import check, check_sizes, nearest
 from vpe_jax.contracts import Array, Params, UserError
 from vpe_jax.models.dense import Dense, DenseGeneral
+from vpe_jax.models.taps import Tapped, Taps
 from vpe_jax.ops import norms
 from vpe_jax.ops.attention import chooser
 from vpe_jax.sequence.builder import build
@@ -37,7 +38,7 @@ class EncoderConfig:
     mlp: hidden width of the MLP.
     eps: of the layer norms.
     activation: of the MLP, a key of ACTIVATIONS, or `swiglu` for a gated one.
-    layer_scale: whether a learned vector scales what each half of a layer adds (DINOv2).
+    layer_scale: whether a learned vector scales the output of each half of a layer (DINOv2).
   """
 
   width: int
@@ -81,7 +82,7 @@ class Attention(nn.Module):
     """Mixed tokens [B, L, D].
 
     `mask` [B, S] says which tokens exist (those that don't are stored last), or [B or 1, L, S]
-    which of them each query sees (None: all). The latter is dense: for short rows alone.
+    which of them each query sees (None: all). The latter is dense: for short sequences alone.
     """
     c = self.config
     heads = lambda name: DenseGeneral((c.heads, c.width // c.heads), dtype=self.dtype, name=name)
@@ -156,7 +157,7 @@ class Encoder(nn.Module):
 
   Layers are separate subtrees (`layers_0`, ...). On one device they run in a Python loop, all as
   calls of one function, which is traced and lowered once. Over several devices they are stacked
-  and scanned, so that one layer is compiled too; what that copies is a chip's share of the weights.
+  and scanned, so that one layer is compiled too; the copy is a chip's share of the weights.
   """
 
   config: EncoderConfig
@@ -173,20 +174,45 @@ class Encoder(nn.Module):
       for layer in layers:
         x = layer(x, mask)
     else:
-      x = self._run([layer.variables['params'] for layer in layers], x, mask)
+      x, _ = self._run(layers, x, mask, Taps())
     return self.norm(x) if depth is None else x
 
-  def _run(self, weights: list[Params], x: Array, mask: Array | None) -> Array:
+  def tapped(self, x: Array, taps: Taps, mask: Array | None = None) -> Array:
+    """Hidden states [n, B, L, D] after `taps.hidden` layers; layers after the last don't run.
+
+    Raises:
+      UserError: the encoder lacks a layer, or `taps` names none, or keys and values of some.
+    """
+    taps.check(self.config.layers)
+    if taps.kv or not taps.hidden:
+      raise UserError(
+        f'taps.hidden is {taps.hidden} and taps.kv {taps.kv}: an encoder returns hidden states '
+        'alone, of at least one layer'
+      )
+    _, states = self._run(self.layers[: max(taps.hidden)], x, mask, taps)
+    return self.norm(states.hidden) if taps.normed else states.hidden
+
+  def _run(
+    self, layers: list[Layer], x: Array, mask: Array | None, taps: Taps
+  ) -> tuple[Array, Tapped]:
+    """The raw output of the last of `layers`, and the hidden states that `taps` names."""
+    weights = [layer.variables['params'] for layer in layers]
     layer = Layer(self.config, self.dtype, parent=None)
     one = lambda x, params: layer.apply({'params': params}, x, mask)
+    tapped, slots = taps.buffers(x), taps.slots(len(layers))
     if len(weights) < 2 or not sharding.is_sharded():
       one = jax.jit(one)
-      return functools.reduce(one, weights, x)
+      for i, params in enumerate(weights):
+        x = one(x, params)
+        tapped = tapped.write(taps.select(x), slots.layer(i))
+      return x, tapped
 
-    def step(x: Array, params: Params) -> tuple[Array, None]:
-      return one(sharding.constrain(x, ('batch', None, None)), params), None
+    def step(carry: tuple[Array, Tapped], inputs: tuple[Params, Tapped]) -> Any:
+      x = one(sharding.constrain(carry[0], ('batch', None, None)), inputs[0])
+      return (x, carry[1].write(taps.select(x), inputs[1])), None
 
-    return jax.lax.scan(step, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights))[0]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+    return jax.lax.scan(step, (x, tapped), (stacked, slots))[0]
 
 
 class AttentionPool(nn.Module):
@@ -214,7 +240,7 @@ def resize_positions(table: Array, side: int, height: int, width: int) -> Array:
   """A square position table [side^2, D], bicubically resampled to [height * width, D].
 
   Torch's bicubic kernel (a = -0.75), pixel centres, no antialiasing; a grid of the table's own
-  size is returned as it is (Show-o2, misc.py; DINOv2 and CLIP of transformers).
+  size is returned unchanged (Show-o2, misc.py; DINOv2 and CLIP of transformers).
   """
   if (height, width) == (side, side):
     return table
@@ -225,7 +251,7 @@ def resize_positions(table: Array, side: int, height: int, width: int) -> Array:
 
 
 class ClassTokens(nn.Module):
-  """Pictures [B, H, W, C] -> a class token and patches, with positions [B, 1 + P, width].
+  """Images [B, H, W, C] -> a class token and patches, with positions [B, 1 + P, width].
 
   At other sizes than `side * patch` pixels the patches' positions are resampled bicubically.
   """
@@ -243,7 +269,7 @@ class ClassTokens(nn.Module):
     position = self.param('position', normal, (1 + self.side**2, self.width))
     embed = Dense(self.width, use_bias=self.use_bias, dtype=self.dtype, name='patch')
     height, width = (side // self.patch for side in images.shape[1:3])
-    # A convolution leaves out what doesn't fill a patch.
+    # A convolution leaves out pixels that don't fill a patch.
     images = images[:, : height * self.patch, : width * self.patch].astype(self.dtype)
     x = embed(patches(images, self.patch))
     first = jnp.broadcast_to(first.astype(self.dtype), (x.shape[0], 1, self.width))

@@ -1,7 +1,7 @@
 """Matrix products of dense layers: forward and backward in the order that is fast.
 
-`dot_general` has a weight gradient that every backend runs at full speed; `turned_product` is for
-decoding, where a few rows meet a large kernel.
+`dot_general` has a weight gradient that every backend runs at full speed; `matmul_transposed` is
+for decoding, where a few vectors are multiplied by a large kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from vpe_jax.contracts import Array
 
-_FEW = 128  # rows; of more, `x @ kernel.T` is as fast
+_MAX_VECTORS = 128  # with more of them, `x @ kernel.T` is as fast on a CPU
 
 
 def dot_general(
@@ -38,22 +38,22 @@ def dot_general(
   trailing, leading = tuple(range(x.ndim - count, x.ndim)), tuple(range(count))
   if tuple(ours) != trailing or tuple(theirs) != leading or any(map(len, batch)):
     raise ValueError(f'not the product of a dense layer: {dimension_numbers}')
-  rows, columns = x.shape[: x.ndim - count], kernel.shape[count:]
+  batch, features = x.shape[: x.ndim - count], kernel.shape[count:]
   inner = math.prod(kernel.shape[:count])
-  flat = _product(x.reshape(*rows, inner), kernel.reshape(inner, -1), precision)
+  flat = _product(x.reshape(*batch, inner), kernel.reshape(inner, -1), precision)
   out = flat if preferred_element_type is None else flat.astype(preferred_element_type)
-  return out.reshape(*rows, *columns)
+  return out.reshape(*batch, *features)
 
 
-def turned_product(x: Array, kernel: Array) -> Array:
-  """`x @ kernel.T`: rows [..., K] with a kernel [N, K] that lies output by output, as tables do.
+def matmul_transposed(x: Array, kernel: Array) -> Array:
+  """`x @ kernel.T`: vectors [..., K] times a kernel [N, K] stored output by output, as tables are.
 
-  On CPU a few rows are fastest as `kernel @ x.T`: at the sizes of Qwen2.5-0.5B 1 to 16 of them take
-  0.6 to 0.8 of the time of a product with a kernel [K, N], and from 2 on half that of
-  `x @ kernel.T`, which the barriers keep XLA from making of it again.
+  On CPU few vectors are fastest as `kernel @ x.T`: at the sizes of Qwen2.5-0.5B, 1 to 16 of them
+  take 0.6 to 0.8 of the time of a product with a kernel [K, N], and from 2 on half that of
+  `x @ kernel.T`, to which XLA would rewrite it without the barriers.
   """
   many = lambda x, kernel: jnp.einsum('...K,NK->...N', x, kernel)
-  if math.prod(x.shape[:-1]) > _FEW:
+  if math.prod(x.shape[:-1]) > _MAX_VECTORS:
     return many(x, kernel)
 
   def few(x: Array, kernel: Array) -> Array:
@@ -79,10 +79,10 @@ def _with_gradient(precision: Any) -> Any:
   def backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = saved
     to_x = jnp.einsum('...m,km->...k', gradient, kernel, precision=precision)
-    rows = math.prod(x.shape[:-1])
+    count = math.prod(x.shape[:-1])
     to_kernel = jax.lax.dot_general(
-      x.reshape(rows, x.shape[-1]),
-      gradient.reshape(rows, gradient.shape[-1]),
+      x.reshape(count, x.shape[-1]),
+      gradient.reshape(count, gradient.shape[-1]),
       (((0,), (0,)), ((), ())),
       precision=precision,
     )

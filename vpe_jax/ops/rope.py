@@ -45,10 +45,10 @@ def rotary(
 
 
 def rotary_grid(positions: Array, width: int, theta: float) -> tuple[Array, Array]:
-  """Tables of rows and columns [B, L, 2]: two float32 [B, L, 1, width // 2].
+  """Tables of grid rows and columns [B, L, 2]: two float32 [B, L, 1, width // 2].
 
-  The first half of the pairs turns with the row, the second with the column, each half through
-  all frequencies of a head half as wide (LlamaGen).
+  The first half of the pairs is rotated by the row, the second by the column, each half with all
+  frequencies of a head half as wide (LlamaGen).
   """
   parts = [rotary(positions[..., axis], width // 2, theta) for axis in (0, 1)]
   cos, sin = (jnp.concatenate(both, axis=-1) for both in zip(*parts))
@@ -63,7 +63,7 @@ def rotate(x: Array, tables: tuple[Array, Array], adjacent: bool = False) -> Arr
   cos, sin = tables
   wide = x.astype(jnp.float32)
   first, second = (wide[..., 0::2], wide[..., 1::2]) if adjacent else jnp.split(wide, 2, axis=-1)
-  turned = first * cos - second * sin, second * cos + first * sin
+  rotated = first * cos - second * sin, second * cos + first * sin
   if adjacent:
-    return jnp.stack(turned, axis=-1).reshape(x.shape).astype(x.dtype)
-  return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    return jnp.stack(rotated, axis=-1).reshape(x.shape).astype(x.dtype)
+  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

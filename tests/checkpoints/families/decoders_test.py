@@ -14,6 +14,7 @@ import pytest
 from vpe_jax.checkpoints import convert, families
 from vpe_jax.contracts import UserError
 from vpe_jax.models.decoder import Decoder
+from vpe_jax.models.taps import Taps
 
 pytestmark = pytest.mark.parity
 LENGTH = (14, 9)
@@ -34,7 +35,7 @@ CASES = {
 }
 
 
-def _model(parity, case: str):
+def _model(parity, case: str, layers: int = 2):
   """A small reference model with random parameters."""
   import transformers
 
@@ -47,7 +48,7 @@ def _model(parity, case: str):
     'vocab_size': 40,
     'hidden_size': 32,
     'intermediate_size': 48,
-    'num_hidden_layers': 2,
+    'num_hidden_layers': layers,
     'num_attention_heads': 4,
     'num_key_value_heads': 2,
     'rope_parameters': {'rope_type': 'default', 'rope_theta': 1e3},
@@ -125,6 +126,71 @@ def test_every_bias_norm_and_rope_setting_matters(parity, case, inputs):
   changed = dataclasses.replace(body, **other)
   outputs = run(imported.params, dataclasses.replace(imported.sizes, body=changed))
   assert np.max(np.abs(outputs - expected)) > 1e-3 * np.max(np.abs(expected))
+
+
+def test_inner_states_equal_transformers(parity, inputs, tmp_path):
+  """Hidden states, keys and values of all layers, none of which equals its neighbour's."""
+  model, layers = _model(parity, 'qwen2', layers=4), 4
+  model.save_pretrained(tmp_path)
+  imported = parity.load('qwen2', tmp_path)
+  ids, _, real = inputs
+  theirs = _inner_states(model, ids, real)
+  every = Taps(hidden=tuple(range(layers + 1)), kv=tuple(range(layers)))
+
+  def ours(**options):
+    taps = dataclasses.replace(every, **options)
+    run = jax.jit(
+      lambda params: Decoder(imported.sizes).hidden_tapped(params, ids, jnp.asarray(LENGTH), taps)[
+        1
+      ]
+    )
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:, real], run(imported.params))
+
+  raw, before = ours(), ours(normed=True, rotated=False)
+  pairs = {
+    'hidden': raw.hidden,
+    'normed': before.hidden,
+    'keys': raw.k,
+    'keys before rotation': before.k,
+    'values': raw.v,
+  }
+  for name, states in pairs.items():
+    expected = theirs[name][:, real]
+    for state, same in zip(states, expected, strict=True):
+      parity.assert_close(state, same)
+    steps = np.abs(np.diff(expected, axis=0)).reshape(len(expected) - 1, -1)
+    assert np.min(np.max(steps, axis=1)) > 0.1 * np.max(np.abs(expected)), name
+  assert np.max(np.abs(raw.k - before.k)) > 0.1 * np.max(np.abs(raw.k))
+
+
+def _inner_states(model, ids, real):
+  """Inner states of transformers' model [layers, B, L, ...], by name."""
+  import torch
+
+  last, projected = [], []
+  model.model.norm.register_forward_pre_hook(lambda _, inputs: last.append(inputs[0]))
+  for layer in model.model.layers:
+    layer.self_attn.k_proj.register_forward_hook(lambda *call: projected.append(call[-1]))
+  with torch.no_grad():
+    output = model(
+      input_ids=torch.tensor(ids),
+      attention_mask=torch.tensor(real),
+      use_cache=True,
+      output_hidden_states=True,
+    )
+    hidden = [*output.hidden_states[:-1], last[0]]
+    normed = [*(model.model.norm(x) for x in output.hidden_states[:-1]), output.hidden_states[-1]]
+  keys, values = (
+    [getattr(layer, name) for layer in output.past_key_values.layers] for name in ('keys', 'values')
+  )
+  heads = lambda leaves: torch.stack(leaves).transpose(2, 3).numpy()
+  return {
+    'hidden': torch.stack(hidden).numpy(),
+    'normed': torch.stack(normed).numpy(),
+    'keys': heads(keys),
+    'keys before rotation': torch.stack(projected).unflatten(-1, (2, -1)).numpy(),
+    'values': heads(values),
+  }
 
 
 @pytest.mark.parametrize('kind', ['qwen2', 'llama tied'])

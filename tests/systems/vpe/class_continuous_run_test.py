@@ -65,13 +65,13 @@ def test_a_branch_with_plan_carries_all_but_the_rows_of_codes(folder):
   fork = f'debug,vpe=true,fork={folder / "shared"}'
   state = _train(folder, 'vpe', fork, 1, log={'every': 1, 'samples': 1, 'evaluate': 0})
   assert int(state['opt_state']['count']) == SHARED + 1
-  assert 'plan' in state['params']['embed'] and 'plan' in state['ema']['embed']
+  assert 'prefix' in state['params']['embed'] and 'prefix' in state['ema']['embed']
   record = metrics.read(folder / 'vpe')[0]
   assert {'loss/flow', 'loss/next_token'} <= set(record)
   assert abs(record['loss/next_token'] - np.log(512)) < 0.5  # Fresh rows know nothing yet.
   before, _ = weights.load_run(str(folder / 'shared'), 'raw')
   before, after = by_path(before), by_path(state['params'])
-  assert set(after) - set(before) == {'embed/plan'}
+  assert set(after) - set(before) == {'embed/prefix'}
   for path, leaf in before.items():  # One small step from where the other run was.
     np.testing.assert_allclose(after[path], leaf, atol=3e-3)
   drawn = Generator.load(str(folder / 'vpe'))(['red', 'blue'], n=1, seed=1)
@@ -79,7 +79,7 @@ def test_a_branch_with_plan_carries_all_but_the_rows_of_codes(folder):
 
 
 def test_forks_of_what_does_not_fit_are_named(folder):
-  with pytest.raises(UserError, match="other parameters than this config: 'embed/plan' is"):
+  with pytest.raises(UserError, match="other parameters than this config: 'embed/prefix' is"):
     # A run with a plan isn't the beginning of one without.
     _train(folder, 'back', f'debug,vpe=false,fork={folder / "vpe"}', 1)
   with pytest.raises(UserError, match='ema/embed/classes.* is absent there'):

@@ -81,13 +81,13 @@ def test_paper_totals_lengths_and_batches_are_the_papers():
     assert system.tokens(system.stages[0]) == length and 10_240 // length == rows
     assert system.config.batch_size == (8 * rows,)
     assert system.model.config.image_tokens == 256
-    assert system.model.config.plan_tokens == length - 257
+    assert system.model.config.prefix_tokens == length - 257
 
 
 def test_presets_build_one_module_tree_that_shards_evenly():
   trees = [set(sharding.by_path(_abstract(arg))) for arg in ('debug', 'tiny', 'paper')]
   assert trees[0] == trees[1] == trees[2]
-  assert trees[0] - set(sharding.by_path(_abstract('paper,vpe=false'))) == {'embed/plan'}
+  assert trees[0] - set(sharding.by_path(_abstract('paper,vpe=false'))) == {'embed/prefix'}
   mesh, params = sharding.make_mesh(MeshConfig()), _abstract('paper')
   axes = _system('paper').logical_axes
   shardings = sharding.param_shardings(params, axes, mesh, 'fsdp')
@@ -95,7 +95,7 @@ def test_presets_build_one_module_tree_that_shards_evenly():
 
 
 def test_a_row_is_causal_but_for_its_picture(system):
-  row = system.model.row(jnp.array([True, False]))
+  row = system.model.slots(jnp.array([True, False]))
   mask, first = np.asarray(visible(row.visibility, row.visibility)), 1 + P
   wanted = np.tril(np.ones((first + N, first + N), bool))
   wanted[first:] = True
@@ -122,11 +122,11 @@ def test_codes_are_predicted_from_those_before_and_the_flow_from_all(system, par
   x = jnp.zeros((1, 1 + P + N, model.config.body.width)) + jax.random.normal(KEY, (1, 1 + P + N, 1))
 
   def states(x):
-    return model.states(params, model.row(keep).stream(x))[0]
+    return model.states(params, model.slots(keep).stream(x))[0]
 
   jacobian = jax.jacrev(lambda x: jnp.sum(jnp.square(states(x)), -1)[0])(x)
   depends = np.abs(np.asarray(jacobian[:, 0])).max(-1) > 0
-  row = model.row(keep)
+  row = model.slots(keep)
   np.testing.assert_array_equal(depends, np.asarray(visible(row.visibility, row.visibility)[0]))
 
 
@@ -166,7 +166,7 @@ def test_without_a_plan_there_is_the_flow_alone():
   assert batch.encoded.keys() == {'latents'} and not supports(system, PlansVisually)
   assert system.config.model.frozen.keys() == {'image'}
   params = redrawn(jax.jit(system.init)(KEY), 0.2)
-  assert 'plan' not in params['embed']
+  assert 'prefix' not in params['embed']
   terms = system.losses(params, {}, batch, KEY, jnp.int32(0), system.stages[0])
   assert set(terms) == {'flow'} and float(terms['flow'].weight) == 1.0
   assert set(system.counts(batch, KEY, 0, system.stages[0])) == {'flow'}

@@ -66,7 +66,7 @@ def test_presets_build_one_module_tree():
   trees = [set(sharding.by_path(_abstract(arg))) for arg in ('debug', 'tiny', 'paper')]
   assert trees[0] == trees[1] == trees[2]
   assert trees[0] - set(sharding.by_path(_abstract('paper,vpe=false'))) == {
-    'embed/plan',
+    'embed/prefix',
     'embed/pad',
   }
 

@@ -96,7 +96,7 @@ def _whole(system, params, batch, keep):
 
 def _flow_step(system, weights, prefix, latents):
   """The velocity of one cached flow step."""
-  stream, condition = system.model.picture_stream(weights, latents, CLOCK, prefix.state)
+  stream, condition = system.model.image_stream(weights, latents, CLOCK, prefix.state)
   at = prefix.cache.body.key.order.shape[1] - prefix.state.ids.shape[1]
   hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
   stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)

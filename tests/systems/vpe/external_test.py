@@ -178,8 +178,8 @@ def test_the_plan_alone_is_dropped_as_often_as_asked():
 
 def _flow_step(system, weights, prefix, latents):
   """The velocity of one cached flow step."""
-  stream, condition = system.model.picture_stream(weights, latents, CLOCK, prefix.state)
-  stream = dataclasses.replace(stream, memory=prefix.cache.memory)
+  stream, condition = system.model.image_stream(weights, latents, CLOCK, prefix.state)
+  stream = dataclasses.replace(stream, context=prefix.cache.context)
   at = prefix.cache.body.key.order.shape[1] - prefix.state.ids.shape[1]
   hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
   stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
@@ -268,7 +268,7 @@ def _eq_4(system, params, batch):
   shift = end - count * KEEP[:, None]
   moved = lambda seen: Visibility(seen.order + shift, seen.since, seen.reach + shift, seen.until)
   start = ar.positions[:, first : first + 1]
-  picture, condition = model.picture_stream(params, batch.encoded['latents'], CLOCK, dit)
+  picture, condition = model.image_stream(params, batch.encoded['latents'], CLOCK, dit)
   boi = jax.tree.map(lambda leaf: leaf[:, count:], prefix)
   own = mot.Stream(
     jnp.concatenate([model.embed(params, boi.ids), picture.x], 1),
@@ -321,10 +321,14 @@ def test_cross_attention_stands_between_the_halves_of_a_layer():
   run = lambda *given, **method: layer.apply({'params': weights}, *given, **method)
   draw = np.random.default_rng(2)
   normal = lambda *shape: jnp.asarray(draw.standard_normal(shape), jnp.float32)
-  x, own, memory = normal(1, 3, c.width), normal(1, 3, c.heads, c.head_width), normal(1, 5, c.width)
+  x, own, context = (
+    normal(1, 3, c.width),
+    normal(1, 3, c.heads, c.head_width),
+    normal(1, 5, c.width),
+  )
   places = lambda first, count: jnp.arange(first, first + count)[None]
   tables = lambda *span: rope.rotary(places(*span), c.head_width, c.rope_theta)
-  k, v = run(memory, tables(0, 5), method='remember')
+  k, v = run(context, tables(0, 5), method='context_kv')
   sides = build(cross_attention(queries=3, keys=5), lengths={'keys': jnp.array([4])})
   seen = [sides[side].visibility for side in ('queries', 'keys')]
   attend = lambda q: reference.attention(q, k, v, *seen)[0]
@@ -337,8 +341,8 @@ def test_cross_attention_stands_between_the_halves_of_a_layer():
   heads = lambda y, name: np.einsum('BLD,DNH->BLNH', y, cross[name]['kernel']) + cross[name]['bias']
   between = np.asarray(x + np.einsum('BLNH,NHD->BLD', own, weights['o']['kernel']))
   q = rope.rotate(heads(norm(between, 'query_norm'), 'q'), tables(5, 3))
-  told = norm(np.asarray(memory), 'memory_norm')
-  k, v = rope.rotate(heads(told, 'k'), tables(0, 5)), heads(told, 'v')
+  y = norm(np.asarray(context), 'context_norm')
+  k, v = rope.rotate(heads(y, 'k'), tables(0, 5)), heads(y, 'v')
   for n in range(c.heads):
     logits = q[0, :, n] @ k[0, :4, n * c.kv_heads // c.heads].T / np.sqrt(c.head_width)
     shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)

@@ -133,7 +133,7 @@ def test_cached_flow_step_equals_whole_sequence(system, params, prepared):
   @jax.jit
   def cached(weights):
     _, prefix = system.experts.prefix(weights, batch, KEY, _settings())
-    stream, condition = system.model.picture_stream(weights, latents, clock, prefix.state)
+    stream, condition = system.model.image_stream(weights, latents, clock, prefix.state)
     at = regions['ar'].ids.shape[1]
     hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
     stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)

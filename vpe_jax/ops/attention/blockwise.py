@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from vpe_jax import sharding
 from vpe_jax.contracts import Array, Visibility
 
-# What a remat policy may save, so that the backward pass doesn't attend a second time.
+# Names that a remat policy may save, so that the backward pass doesn't attend a second time.
 SAVED = ('attention', 'attention_lse')
 
 
@@ -62,8 +62,8 @@ class Kernel(Protocol):
       operands: as in `forward`.
       mixed: gradient of the mixed values [B, L, N, H].
       lse: log-sum-exp [B, N, L]; 0 for queries that see no key.
-      delta: what each row's weights have in common [B, N, L]: the gradient of a logit is
-        its weight times (gradient of the weight - delta).
+      delta: the term that all weights of a query share [B, N, L]: the gradient of a logit is its
+        weight times (gradient of the weight - delta).
     """
     ...
 
@@ -83,18 +83,18 @@ def _attend(kernel: Kernel, operands: Operands) -> tuple[Array, Array]:
   return run(operands)
 
 
-def _remember(kernel: Kernel, operands: Operands) -> tuple[Any, Any]:
+def _forward_rule(kernel: Kernel, operands: Operands) -> tuple[Any, Any]:
   mixed, lse = _attend(kernel, operands)
   mixed, lse = (checkpoint_name(x, name) for x, name in zip((mixed, lse), SAVED))
   return (mixed, lse), (operands, mixed, lse)
 
 
-def _differentiate(kernel: Kernel, saved: Any, gradients: tuple[Array, Array]) -> tuple[Operands]:
+def _backward_rule(kernel: Kernel, saved: Any, gradients: tuple[Array, Array]) -> tuple[Operands]:
   operands, mixed, lse = saved
   d_mixed, d_lse = gradients
   product = d_mixed.astype(jnp.float32) * mixed.astype(jnp.float32)
   delta = jnp.sum(product, -1).transpose(0, 2, 1) - d_lse
-  # Queries that see no key have no weights: anything finite will do, and nothing else.
+  # Queries that see no key have no weights: any finite number will do.
   seen = lse > -jnp.inf
   lse, delta = jnp.where(seen, lse, 0.0), jnp.where(seen, delta, 0.0)
   specs = _specs(operands)
@@ -107,12 +107,12 @@ def _differentiate(kernel: Kernel, saved: Any, gradients: tuple[Array, Array]) -
 
 # The name by which ops/flops.py knows a call in a jaxpr.
 CALL = _attend.__name__
-_attend.defvjp(_remember, _differentiate)
+_attend.defvjp(_forward_rule, _backward_rule)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Specs:
-  """Where the arrays of a call lie on the mesh."""
+  """Shardings of the arrays of a call."""
 
   batch: Any
   heads: Any

@@ -42,12 +42,12 @@ def attention(
       shape and hint, and logs what it chose, once a shape.
     bias: added to the logits, broadcastable to [B, N, L, S]; `reference` and `chunked` alone
       take one.
-    hint: what the caller knows about the mask: `causal` (every token sees itself and those stored
+    hint: a property of the mask: `causal` (every token sees itself and those stored
       before it, none is absent), or `padding` (every query sees every present key, and absent
-      ones are stored last). cuDNN runs only where it is given.
+      ones are stored last). cuDNN runs only with a hint.
 
   Raises:
-    UserError: the name is unknown, or what it stands for can't do this call here.
+    UserError: the name is unknown, or the implementation can't do this call here.
   """
   name = _choose(q, k, implementation, bias, hint)
   if name == 'cudnn':
@@ -114,7 +114,7 @@ def _choose(q: Array, k: Array, implementation: str, bias: Array | None, hint: s
 
 
 def _refusal(name: str, q: Array, platform: str, bias: Array | None, hint: str) -> str:
-  """Why an implementation can't do a call, and what cures it; '' if it can."""
+  """The reason why an implementation can't do a call, with the cure; '' if it can."""
   H = q.shape[-1]
   if name not in ATTENTIONS:
     return f'is no implementation{nearest(name, ATTENTIONS)}'
@@ -145,6 +145,6 @@ def _automatic(q: Array, k: Array, platform: str, bias: Array | None, hint: str)
 
 @functools.cache
 def _log(name: str, q: tuple[int, ...], k: tuple[int, ...], dtype: str, hint: str, kind: str):
-  """Says which implementation was chosen: the cache keeps it from saying so twice."""
+  """Logs the implementation that was chosen; the cache prevents a second line."""
   mask = f', {hint} mask' if hint else ''
   logging.info('attention: %s for q %s, k %s, %s%s on %s', name, q, k, dtype, mask, kind)

@@ -3,8 +3,8 @@
 The softmax runs online over blocks of keys, and the gradient makes each block's weights again
 (FlashAttention-2, arXiv 2307.08691). Block pairs that Visibility rules out are not visited: the
 inner loops run over the schedule's visited blocks, as many as there are, first over those that need
-no mask. Rows of a batch are attended one after another, each by its own schedule: a dropped
-condition costs nothing, and what the loops hold stays in a CPU's cache however large the batch.
+no mask. Sequences of a batch are attended one after another, each by its own schedule: a dropped
+condition costs nothing, and the loops' operands stay in a CPU's cache however large the batch.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from vpe_jax.contracts import Array, Visibility, visible
 from vpe_jax.ops.attention import schedule
 from vpe_jax.ops.attention.blockwise import Gradients, Operands, attend
 
-# Rows of a block of queries with its group's heads folded in, and keys of a block: what ran fastest
-# on CPU, where a block of logits (1 MB) stays in the cache. Longer blocks of keys gain nothing in
-# rows that see only what is before them: less of those is skipped.
+# Rows of a block of queries with its group's heads folded in, and keys of a block: the fastest on
+# CPU, where a block of logits (1 MB) stays in the cache. Longer blocks of keys gain nothing with
+# causal masks, of which they skip less.
 ROWS, COLUMNS = 1024, 256
 _LEAST = 64  # queries a block, however large the group
 
@@ -56,7 +56,7 @@ class Chunked:
   def forward(self, operands: Operands) -> tuple[Array, Array]:
     """See blockwise.Kernel."""
     mixed, lse = jax.lax.map(
-      lambda b: self._forward(_row(operands, b)), jnp.arange(operands.q.shape[0])
+      lambda b: self._forward(_sequence(operands, b)), jnp.arange(operands.q.shape[0])
     )
     return mixed[:, 0], lse[:, 0]
 
@@ -64,9 +64,9 @@ class Chunked:
     """See blockwise.Kernel."""
     bias = operands.bias
 
-    def row(d_bias: Array | None, b: Array) -> tuple[Array | None, tuple[Array, ...]]:
-      given = (_at(x, b) for x in (mixed, lse, delta))
-      *d_qkv, more = self._backward(_row(operands, b), *given)
+    def sequence(d_bias: Array | None, b: Array) -> tuple[Array | None, tuple[Array, ...]]:
+      saved = (_at(x, b) for x in (mixed, lse, delta))
+      *d_qkv, more = self._backward(_sequence(operands, b), *saved)
       if d_bias is None:
         return None, tuple(d_qkv)
       start = (b if bias.shape[0] > 1 else 0, 0, 0, 0)
@@ -74,12 +74,12 @@ class Chunked:
       return jax.lax.dynamic_update_slice(d_bias, more, start), tuple(d_qkv)
 
     start = None if bias is None else jnp.zeros(bias.shape)
-    d_bias, d_qkv = jax.lax.scan(row, start, jnp.arange(operands.q.shape[0]))
+    d_bias, d_qkv = jax.lax.scan(sequence, start, jnp.arange(operands.q.shape[0]))
     d_q, d_k, d_v = (x[:, 0] for x in d_qkv)
     return d_q, d_k, d_v, None if bias is None else d_bias.astype(bias.dtype)
 
   def _forward(self, operands: Operands) -> tuple[Array, Array]:
-    """`forward` of one row: B is 1."""
+    """`forward` of one sequence: B is 1."""
     blocks = _Blocks(self, operands)
     B, K, R, H = blocks.q.shape[1:]
     empty = (
@@ -88,33 +88,33 @@ class Chunked:
       jnp.zeros((B, K, R, H)),
     )
 
-    def row(i: Array) -> tuple[Array, Array]:
+    def block(i: Array) -> tuple[Array, Array]:
       q = blocks.q[i]
 
       def step(j: Array, masked: bool, carry: tuple[Array, ...]) -> tuple[Array, ...]:
         top, total, mixed = carry
         logits = blocks.logits(i, j, q, masked)
         new = jnp.maximum(top, jnp.max(logits, -1))
-        # A row that has seen nothing yet stays at -inf; 0 in its place keeps exp() free of NaN.
+        # A query that has seen nothing yet stays at -inf; 0 in its place keeps exp() free of NaN.
         safe = jnp.where(new > -jnp.inf, new, 0.0)
         weights = jnp.exp(logits - safe[..., None])
-        kept = jnp.exp(top - safe)
-        total = total * kept + jnp.sum(weights, -1)
+        decay = jnp.exp(top - safe)
+        total = total * decay + jnp.sum(weights, -1)
         v = blocks.v[j]
         more = _dot('BKLS,BKSH->BKLH', weights.astype(v.dtype), v)
-        return new, total, mixed * kept[..., None] + more
+        return new, total, mixed * decay[..., None] + more
 
       top, total, mixed = blocks.visit(i, step, empty)
       safe = jnp.where(total > 0, total, 1.0)
       # total is 0 where top is -inf.
       return (mixed / safe[..., None]).astype(q.dtype), top + jnp.log(safe)
 
-    mixed, lse = jax.lax.map(row, jnp.arange(blocks.q.shape[0]))
+    mixed, lse = jax.lax.map(block, jnp.arange(blocks.q.shape[0]))
     return blocks.unfold(mixed, operands.q.shape), blocks.unfold_row(lse, operands.q.shape)
 
   def _backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
-    """`backward` of one row, the bias's in float32."""
-    blocks = _Blocks(self, operands, turned=True)
+    """`backward` of one sequence, with the bias's gradient in float32."""
+    blocks = _Blocks(self, operands, by_keys=True)
     d_mixed = _fold(mixed, operands.k.shape[2], self.rows)
     lse, delta = (_fold_row(x, operands.k.shape[2], self.rows) for x in (lse, delta))
     zeros = jnp.zeros(blocks.k.shape[1:])
@@ -124,10 +124,10 @@ class Chunked:
 
       def step(i: Array, masked: bool, carry: Any) -> Any:
         d_q, d_bias, d_k, d_v = carry
-        q, given = blocks.q[i], d_mixed[i]
+        q, gradient = blocks.q[i], d_mixed[i]
         weights = jnp.exp(blocks.logits(i, j, q, masked) - lse[i][..., None])
-        d_v += _dot('BKLS,BKLH->BKSH', weights.astype(v.dtype), given)
-        d_weights = _dot('BKLH,BKSH->BKLS', given, v)
+        d_v += _dot('BKLS,BKLH->BKSH', weights.astype(v.dtype), gradient)
+        d_weights = _dot('BKLH,BKSH->BKLS', gradient, v)
         exact = weights * (d_weights - delta[i][..., None])
         d_logits = exact.astype(q.dtype)
         d_k += _dot('BKLS,BKLH->BKSH', d_logits, q)
@@ -152,17 +152,17 @@ class _Blocks:
   """Operands cut into blocks, blocks in front, and the schedule over them.
 
   `q` is [I, B, K, G * rows, H] (the queries of a group are rows of one matrix, see `reference`),
-  `k` and `v` [J, B, K, columns, H]; B is 1. `visit` goes over the visits of a block of queries, or,
-  `turned`, of keys.
+  `k` and `v` [J, B, K, columns, H]; B is 1. `visit` runs over the visits of a block of queries or,
+  if `by_keys`, of a block of keys.
   """
 
-  def __init__(self, kernel: Chunked, operands: Operands, turned: bool = False) -> None:
+  def __init__(self, kernel: Chunked, operands: Operands, by_keys: bool = False) -> None:
     o, K = operands, operands.k.shape[2]
     self.rows, self.columns = kernel.rows, kernel.columns
     self.q = _fold(o.q, K, self.rows)
     self.k, self.v = (_fold(x, K, self.columns) for x in (o.k, o.v))
     status = schedule.pairs(o.query, o.key, self.rows, self.columns)
-    status = status.transpose(0, 2, 1) if turned else status
+    status = status.transpose(0, 2, 1) if by_keys else status
     self._visits = {}
     for kind in (schedule.FULL, schedule.PARTIAL):
       of_kind = jnp.where(status == kind, kind, schedule.SKIP)
@@ -201,7 +201,7 @@ class _Blocks:
     return grouped.reshape(plain.shape)
 
   def add_to_bias(self, total: Array | None, i: Array, j: Array, d_logits: Array) -> Array | None:
-    """Adds a block pair's gradient, summed over what the bias broadcasts over."""
+    """Adds a block pair's gradient, summed over the axes that the bias broadcasts over."""
     if total is None:
       return None
     start, sizes = self._window(i, j)
@@ -209,8 +209,8 @@ class _Blocks:
     d_logits = d_logits.reshape(B, K * R // self.rows, self.rows, S)
     once = tuple(axis for axis in range(4) if sizes[axis] == 1)
     d_bias = jnp.sum(d_logits, once, keepdims=True)
-    held = jax.lax.dynamic_slice(total, start, sizes)
-    return jax.lax.dynamic_update_slice(total, held + d_bias, start)
+    old = jax.lax.dynamic_slice(total, start, sizes)
+    return jax.lax.dynamic_update_slice(total, old + d_bias, start)
 
   def _window(self, i: Array, j: Array) -> tuple[tuple[Any, ...], tuple[int, ...]]:
     """Start and size of a block pair's part of the bias."""
@@ -241,12 +241,12 @@ class _Blocks:
 
 
 def _at(x: Array, b: Array) -> Array:
-  """One row of a batch, [1, ...]."""
+  """One element of a batch, [1, ...]."""
   return jax.lax.dynamic_slice_in_dim(x, b, 1)
 
 
-def _row(operands: Operands, b: Array) -> Operands:
-  """One row of a batch; a bias may be of all."""
+def _sequence(operands: Operands, b: Array) -> Operands:
+  """One sequence of a batch; all may share a bias."""
   return jax.tree.map(lambda x: _at(x, b) if x.shape[0] > 1 else x, operands)
 
 

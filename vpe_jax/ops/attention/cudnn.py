@@ -34,11 +34,11 @@ def attention(q: Array, k: Array, v: Array, query: Visibility, key: Visibility, 
   """
   if hint == 'causal':
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation='cudnn')
-  held = jnp.sum(key.until > 0, 1, dtype=jnp.int32)
-  # A row without keys reads its first one, which is then taken out: a softmax of none is NaN.
-  lengths = jnp.maximum(held, 1)
+  count = jnp.sum(key.until > 0, 1, dtype=jnp.int32)
+  # A sequence without keys reads its first one and is zeroed below: a softmax of none is NaN.
+  lengths = jnp.maximum(count, 1)
   mixed = jax.nn.dot_product_attention(
     q, k, v, key_value_seq_lengths=lengths, implementation='cudnn'
   )
-  seen = (query.reach > query.since) & (held > 0)[:, None]
+  seen = (query.reach > query.since) & (count > 0)[:, None]
   return jnp.where(seen[:, :, None, None], mixed, 0.0)

@@ -58,27 +58,27 @@ class Gpu:
 
   def forward(self, operands: Operands) -> tuple[Array, Array]:
     """See blockwise.Kernel."""
-    x = _Inputs(self, operands, turned=False)
+    x = _Inputs(self, operands, by_keys=False)
     out = {'q': x.arrays['q'], 'row': jax.ShapeDtypeStruct(x.arrays['q'].shape[:3], jnp.float32)}
     names = ('entries', 'count', 'q', 'k', 'v', 'query', 'key')
     mixed, lse = x.run(_attention_forward, names, out)
-    return _turn_back(mixed, operands.q.shape), lse[:, :, : operands.q.shape[1]]
+    return _from_kernel(mixed, operands.q.shape), lse[:, :, : operands.q.shape[1]]
 
   def backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
     """See blockwise.Kernel."""
     gradients: list[Array] = []
-    for turned in (False, True):
-      x = _Inputs(self, operands, turned)
+    for by_keys in (False, True):
+      x = _Inputs(self, operands, by_keys)
       length = x.arrays['q'].shape[2]
       row = lambda y, length=length: jnp.pad(y, ((0, 0), (0, 0), (0, length - y.shape[2])))
-      x.arrays |= {'given': _turn(mixed, length), 'lse': row(lse), 'delta': row(delta)}
-      names = ('entries', 'count', 'q', 'k', 'v', 'query', 'key', 'given', 'lse', 'delta')
-      if turned:
+      x.arrays |= {'d_mixed': _to_kernel(mixed, length), 'lse': row(lse), 'delta': row(delta)}
+      names = ('entries', 'count', 'q', 'k', 'v', 'query', 'key', 'd_mixed', 'lse', 'delta')
+      if by_keys:
         gradients += x.run(_attention_dkv, names, {'k': x.arrays['k'], 'v': x.arrays['v']})
       else:
         gradients += x.run(_attention_dq, names, {'q': x.arrays['q']})
     shapes = (operands.q.shape, operands.k.shape, operands.v.shape)
-    return *(_turn_back(x, shape) for x, shape in zip(gradients, shapes)), None
+    return *(_from_kernel(x, shape) for x, shape in zip(gradients, shapes)), None
 
 
 # Up to a head width: registers and shared memory hold the blocks. Widths and blocks are powers of
@@ -89,24 +89,25 @@ SIZES = {64: Gpu(128, 64, 4, 2), 128: Gpu(64, 64, 4, 3), WIDEST: Gpu(32, 32, 8, 
 class _Inputs:
   """The arrays of a call, [B, heads, tokens, H] and padded, and how a program sees them.
 
-  A program has its own block of one side, and all blocks of the other; `turned` programs belong
-  to key blocks. `entries` [B, blocks, visits] and `count` [B, blocks] list what it visits.
+  A program has its own block of one side, and all blocks of the other; the own block is of keys
+  if `by_keys`, else of queries. `entries` [B, blocks, visits] and `count` [B, blocks] list the
+  blocks that it visits.
   """
 
-  def __init__(self, sizes: Gpu, operands: Operands, turned: bool) -> None:
-    o, self.sizes, self.turned = operands, sizes, turned
+  def __init__(self, sizes: Gpu, operands: Operands, by_keys: bool) -> None:
+    o, self.sizes, self.by_keys = operands, sizes, by_keys
     L, S = o.q.shape[1], o.k.shape[1]
     length, keys = -(-L // sizes.rows) * sizes.rows, -(-S // sizes.columns) * sizes.columns
     status = schedule.pairs(o.query, o.key, sizes.rows, sizes.columns)
-    status = status.transpose(0, 2, 1) if turned else status
+    status = status.transpose(0, 2, 1) if by_keys else status
     tokens = lambda side, length: jnp.stack(jax.tree.leaves(schedule.padded(side, length)), 1)
     self.group = o.q.shape[2] // o.k.shape[2]
     self.arrays = {
       'entries': schedule.visits(status),
       'count': jnp.sum(status != schedule.SKIP, -1, dtype=jnp.int32),
-      'q': _turn(o.q, length),
-      'k': _turn(o.k, keys),
-      'v': _turn(o.v, keys),
+      'q': _to_kernel(o.q, length),
+      'k': _to_kernel(o.k, keys),
+      'v': _to_kernel(o.v, keys),
       'query': tokens(o.query, length),
       'key': tokens(o.key, keys),
     }
@@ -114,8 +115,8 @@ class _Inputs:
   def run(self, body: Any, names: tuple[str, ...], out: dict[str, Any]) -> Any:
     """Calls a kernel on the arrays of these names; `out` maps kinds of arrays to their shapes."""
     q, k = self.arrays['q'], self.arrays['k']
-    B, heads, length, _ = k.shape if self.turned else q.shape
-    blocks = length // (self.sizes.columns if self.turned else self.sizes.rows)
+    B, heads, length, _ = k.shape if self.by_keys else q.shape
+    blocks = length // (self.sizes.columns if self.by_keys else self.sizes.rows)
     return pl.pallas_call(
       functools.partial(body, self.sizes, self.group),
       grid=(blocks, heads, B),
@@ -131,14 +132,14 @@ class _Inputs:
 
   def _spec(self, name: str) -> pl.BlockSpec:
     """The part of an array that one program sees."""
-    group, turned = self.group, self.turned
+    group, by_keys = self.group, self.by_keys
     if name == 'entries':
       visits = self.arrays['entries'].shape[2]
       return pl.BlockSpec((None, None, visits), lambda block, head, b: (b, block, 0))
     if name == 'count':
       return pl.BlockSpec((None, None), lambda block, head, b: (b, block))
     of_keys = name in ('k', 'v', 'key')
-    own = of_keys == turned
+    own = of_keys == by_keys
     size = self.sizes.columns if of_keys else self.sizes.rows
     size = size if own else self.arrays['k' if of_keys else 'q'].shape[2]
     at = lambda block: block if own else 0
@@ -146,21 +147,21 @@ class _Inputs:
       return pl.BlockSpec((None, 4, size), lambda block, head, b: (b, 0, at(block)))
     H = self.arrays['q'].shape[3]
     rest, zeros = ((), ()) if name in ('lse', 'delta', 'row') else ((H,), (0,))
-    if own or turned:
+    if own or by_keys:
       # A key head's program reads all query heads of its group.
-      heads = group if turned and not own else None
+      heads = group if by_keys and not own else None
       return pl.BlockSpec((None, heads, size, *rest), lambda block, h, b: (b, h, at(block), *zeros))
     return pl.BlockSpec((None, None, size, *rest), lambda block, h, b: (b, h // group, 0, *zeros))
 
 
-def _turn(x: Array, length: int) -> Array:
-  """[B, L, N, H] -> [B, N, length, width], padded with zeros to a width that Triton takes."""
+def _to_kernel(x: Array, length: int) -> Array:
+  """[B, L, N, H] -> [B, N, length, width], padded with zeros to a width that Triton accepts."""
   H = x.shape[3]
   pad = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, max(16, pl.next_power_of_2(H)) - H))
   return jnp.pad(x, pad).transpose(0, 2, 1, 3)
 
 
-def _turn_back(x: Array, shape: tuple[int, ...]) -> Array:
+def _from_kernel(x: Array, shape: tuple[int, ...]) -> Array:
   """[B, N, L, H] -> `shape`, which is [B, L, N, H]."""
   return x.transpose(0, 2, 1, 3)[:, : shape[1], :, : shape[3]]
 
@@ -203,10 +204,10 @@ def _attention_forward(sizes: Gpu, group: int, *refs: Any) -> None:
     # A query that has seen nothing yet stays at -inf; 0 in its place keeps exp() free of NaN.
     safe = jnp.where(new > -jnp.inf, new, 0.0)
     weights = jnp.exp(logits - safe[:, None])
-    kept = jnp.exp(top - safe)
+    decay = jnp.exp(top - safe)
     v = v_ref[keys, :]
-    mixed = mixed * kept[:, None] + _product(weights.astype(v.dtype), v)
-    return new, total * kept + jnp.sum(weights, 1), mixed
+    mixed = mixed * decay[:, None] + _product(weights.astype(v.dtype), v)
+    return new, total * decay + jnp.sum(weights, 1), mixed
 
   start = (
     jnp.full((rows,), -jnp.inf, jnp.float32),
@@ -221,9 +222,9 @@ def _attention_forward(sizes: Gpu, group: int, *refs: Any) -> None:
 
 def _attention_dq(sizes: Gpu, group: int, *refs: Any) -> None:
   del group
-  entries, count, q_ref, k_ref, v_ref, query_ref, key_ref, given_ref, lse_ref, delta_ref, out = refs
+  entries, count, q_ref, k_ref, v_ref, query_ref, key_ref, grad_ref, lse_ref, delta_ref, out = refs
   rows, columns = sizes.rows, sizes.columns
-  q, given, query = q_ref[...], given_ref[...], _part(query_ref, 0, rows)
+  q, d_mixed, query = q_ref[...], grad_ref[...], _part(query_ref, 0, rows)
   lse, delta = lse_ref[...][:, None], delta_ref[...][:, None]
 
   def step(n: Any, d_q: Array) -> Array:
@@ -232,7 +233,7 @@ def _attention_dq(sizes: Gpu, group: int, *refs: Any) -> None:
     k = k_ref[keys, :]
     key = _part(key_ref, j * columns, columns)
     logits = _masked(_product(q, k.T), query, key, status == schedule.FULL)
-    d_weights = _product(given, v_ref[keys, :].T)
+    d_weights = _product(d_mixed, v_ref[keys, :].T)
     d_logits = jnp.exp(logits - lse) * (d_weights - delta)
     return d_q + _product(d_logits.astype(k.dtype), k)
 
@@ -241,7 +242,7 @@ def _attention_dq(sizes: Gpu, group: int, *refs: Any) -> None:
 
 
 def _attention_dkv(sizes: Gpu, group: int, *refs: Any) -> None:
-  entries, count, q_ref, k_ref, v_ref, query_ref, key_ref, given_ref, lse_ref, delta_ref = refs[:10]
+  entries, count, q_ref, k_ref, v_ref, query_ref, key_ref, grad_ref, lse_ref, delta_ref = refs[:10]
   rows, columns = sizes.rows, sizes.columns
   k, v, key = k_ref[...], v_ref[...], _part(key_ref, 0, columns)
   visits = count[...]
@@ -251,12 +252,12 @@ def _attention_dkv(sizes: Gpu, group: int, *refs: Any) -> None:
     head, n = n // visits, n % visits
     i, status = schedule.block_of(entries[n])
     tokens = pl.ds(i * rows, rows)
-    q, given = q_ref[head, tokens, :], given_ref[head, tokens, :]
+    q, d_mixed = q_ref[head, tokens, :], grad_ref[head, tokens, :]
     query = _part(query_ref, i * rows, rows)
     logits = _masked(_product(q, k.T), query, key, status == schedule.FULL)
     weights = jnp.exp(logits - lse_ref[head, tokens][:, None])
-    d_v += _product(weights.T.astype(given.dtype), given)
-    d_weights = _product(given, v.T)
+    d_v += _product(weights.T.astype(d_mixed.dtype), d_mixed)
+    d_weights = _product(d_mixed, v.T)
     d_logits = weights * (d_weights - delta_ref[head, tokens][:, None])
     return d_k + _product(d_logits.T.astype(q.dtype), q), d_v
 

@@ -1,8 +1,8 @@
 """Attention on TPU: Pallas kernels forward, for dq, and for dk and dv.
 
 Everything inside is transposed: heads are [H, L], so no head width is padded to 128 lanes, and a
-block of logits is [keys, queries], so what belongs to a query (maximum, total, log-sum-exp) is a
-row, the shape in which it is also stored. The schedule comes in through scalar prefetch: block
+block of logits is [keys, queries], so figures of queries (maximum, total, log-sum-exp) are a row,
+as they are stored. The schedule comes in through scalar prefetch: block
 index maps read which block to fetch next, and a pair that is ruled out costs neither a fetch nor
 arithmetic. The batch is an axis of the grid (`vmap` would turn the kernel into a loop).
 """
@@ -25,10 +25,10 @@ from vpe_jax.ops.attention.chunked import even
 
 LANES = 128
 WIDEST = 256  # head width
-# Queries x keys of a block, by what a device calls its kind. A visit fetches its keys and values:
+# Queries x keys of a block, by the device's kind. A visit fetches its keys and values:
 # enough queries keep arithmetic (4 * rows * columns * H) above that (4 * columns * H bytes at
-# bfloat16), which takes 240 queries on v5e and 560 on v6e. Blocks of logits in float32, and what is
-# made of them, have to fit the compiler's share of VMEM (16 MB on v4 and v5e).
+# bfloat16), which takes 240 queries on v5e and 560 on v6e. Blocks of logits in float32,
+# and of their exponentials, have to fit the compiler's share of VMEM (16 MB on v4 and v5e).
 TILES = {
   'TPU v4': (512, 512),
   'TPU v5 lite': (512, 512),
@@ -96,25 +96,25 @@ def _by_batch(run: Any, sizes: Tpu, operands: Operands, *more: Array) -> Any:
 class _Call:
   """The static side of one kernel call.
 
-  The grid's last axis runs over visits: of key blocks for a block of queries, or `turned`, of
+  The grid's last axis runs over visits: of key blocks for a block of queries or, if `by_keys`, of
   query blocks for a block of keys (times the query heads of its group).
   """
 
   sizes: Tpu
   shape: tuple[int, int, int, int, int, int]  # B, N, K, H, I, J
   dtype: Any
-  turned: bool = False
+  by_keys: bool = False
 
   @property
   def grid(self) -> tuple[int, ...]:
     B, N, K, _, I, J = self.shape
-    return (B, K, J, N // K * I) if self.turned else (B, N, I, J)
+    return (B, K, J, N // K * I) if self.by_keys else (B, N, I, J)
 
   def entry(self, table: Any, b: Any, fixed: Any, step: Any) -> tuple[Any, Any]:
     """The block that a step visits, and the status of the pair."""
     _, _, _, _, I, J = self.shape
-    fixed_count, count = (J, I) if self.turned else (I, J)
-    n = jax.lax.rem(step, count) if self.turned else step
+    fixed_count, count = (J, I) if self.by_keys else (I, J)
+    n = jax.lax.rem(step, count) if self.by_keys else step
     words = -(-count // _PACKED)
     word = table[(b * fixed_count + fixed) * words + n // _PACKED]
     return schedule.block_of((word >> (16 * (n % _PACKED))) & 0xFFFF)
@@ -123,7 +123,7 @@ class _Call:
     """Query head, key/value head, query block and key block of a grid step."""
     _, N, K, _, I, _ = self.shape
     visited, _ = self.entry(table, b, fixed, step)
-    if self.turned:
+    if self.by_keys:
       return head * (N // K) + step // I, head, visited, fixed
     return head, head // (N // K), fixed, visited
 
@@ -187,24 +187,24 @@ class _Call:
     )(table, *arrays)
 
 
-def _prepare(sizes: Tpu, operands: Operands, turned: bool) -> tuple[_Call, dict[str, Array]]:
+def _prepare(sizes: Tpu, operands: Operands, by_keys: bool) -> tuple[_Call, dict[str, Array]]:
   """The call's static side, and its inputs: transposed, padded, and the packed schedule."""
   o = operands
   B, L, N, H = o.q.shape
   S, K = o.k.shape[1], o.k.shape[2]
   I, J = -(-L // sizes.rows), -(-S // sizes.columns)
   status = schedule.pairs(o.query, o.key, sizes.rows, sizes.columns)
-  table = _pack(schedule.visits(status.transpose(0, 2, 1) if turned else status))
+  table = _pack(schedule.visits(status.transpose(0, 2, 1) if by_keys else status))
   tokens = lambda side, length: jnp.stack(jax.tree.leaves(schedule.padded(side, length)), 1)
   inputs = {
     'table': table,
-    'q': _turn(o.q, I * sizes.rows),
-    'k': _turn(o.k, J * sizes.columns),
-    'v': _turn(o.v, J * sizes.columns),
+    'q': _to_kernel(o.q, I * sizes.rows),
+    'k': _to_kernel(o.k, J * sizes.columns),
+    'v': _to_kernel(o.v, J * sizes.columns),
     'query': tokens(o.query, I * sizes.rows),
     'key': tokens(o.key, J * sizes.columns),
   }
-  return _Call(sizes, (B, N, K, _width(H), I, J), o.q.dtype, turned), inputs
+  return _Call(sizes, (B, N, K, _width(H), I, J), o.q.dtype, by_keys), inputs
 
 
 def _width(H: int) -> int:
@@ -212,13 +212,13 @@ def _width(H: int) -> int:
   return -(-H // 16) * 16
 
 
-def _turn(x: Array, length: int) -> Array:
+def _to_kernel(x: Array, length: int) -> Array:
   """[B, L, N, H] -> [B, N, H, L], padded with zeros."""
   pad = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, _width(x.shape[3]) - x.shape[3]))
   return jnp.pad(x, pad).transpose(0, 2, 3, 1)
 
 
-def _turn_back(x: Array, shape: tuple[int, ...]) -> Array:
+def _from_kernel(x: Array, shape: tuple[int, ...]) -> Array:
   """[B, N, H, L] -> `shape`, which is [B, L, N, H]."""
   return x.transpose(0, 3, 1, 2)[:, : shape[1], :, : shape[3]]
 
@@ -236,7 +236,7 @@ def _pack(entries: Array) -> Array:
 
 
 def _forward(sizes: Tpu, operands: Operands) -> tuple[Array, Array]:
-  call, x = _prepare(sizes, operands, turned=False)
+  call, x = _prepare(sizes, operands, by_keys=False)
   B, N, _, H, _, _ = call.shape
   rows = x['q'].shape[3]
   inputs = [('table', x['table']), ('q', x['q']), ('kv', x['k']), ('kv', x['v'])]
@@ -247,32 +247,32 @@ def _forward(sizes: Tpu, operands: Operands) -> tuple[Array, Array]:
   ]
   scratch = [(H, sizes.rows), (1, sizes.rows), (1, sizes.rows)]
   mixed, lse = call.run(_attention_forward, inputs, out, scratch)
-  return _turn_back(mixed, operands.q.shape), lse[:, :, 0, : operands.q.shape[1]]
+  return _from_kernel(mixed, operands.q.shape), lse[:, :, 0, : operands.q.shape[1]]
 
 
 def _backward(
   sizes: Tpu, operands: Operands, mixed: Array, lse: Array, delta: Array
 ) -> tuple[Array, Array, Array]:
   gradients = []
-  for turned in (False, True):
-    call, x = _prepare(sizes, operands, turned)
+  for by_keys in (False, True):
+    call, x = _prepare(sizes, operands, by_keys)
     H = call.shape[3]
     rows = x['q'].shape[3]
     inputs = [('table', x['table']), ('q', x['q']), ('kv', x['k']), ('kv', x['v'])]
-    inputs += [('query', x['query']), ('key', x['key']), ('q', _turn(mixed, rows))]
+    inputs += [('query', x['query']), ('key', x['key']), ('q', _to_kernel(mixed, rows))]
     inputs += [('row', _row(lse, rows)), ('row', _row(delta, rows))]
     like = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype)
-    if turned:
+    if by_keys:
       out = [('kv', like(x['k'])), ('kv', like(x['v']))]
       gradients += call.run(_attention_dkv, inputs, out, [(H, sizes.columns)] * 2)
     else:
       gradients += call.run(_attention_dq, inputs, [('q', like(x['q']))], [(H, sizes.rows)])
   shapes = (operands.q.shape, operands.k.shape, operands.v.shape)
-  return tuple(_turn_back(x, shape) for x, shape in zip(gradients, shapes))
+  return tuple(_from_kernel(x, shape) for x, shape in zip(gradients, shapes))
 
 
 # Bodies of the kernels. Blocks of q, k, v and their gradients are [H, tokens], logits
-# [keys, queries], and what belongs to queries [1, queries].
+# [keys, queries], and figures of queries [1, queries].
 
 
 def _visit(call: _Call, table: Any, one: Any) -> Any:
@@ -307,12 +307,12 @@ def _product(a: Array, b: Array, left: int, right: int) -> Array:
 
 
 def _attention_forward(call: _Call, table: Any, *refs: Any) -> None:
-  q, k, v, query, key, mixed, lse, held, top, total = refs
+  q, k, v, query, key, mixed, lse, acc, top, total = refs
   step, last = pl.program_id(3), call.grid[3] - 1
 
   @pl.when(step == 0)
   def _start() -> None:
-    held[...] = jnp.zeros_like(held)
+    acc[...] = jnp.zeros_like(acc)
     top[...] = jnp.full_like(top, -jnp.inf)
     total[...] = jnp.zeros_like(total)
 
@@ -322,9 +322,9 @@ def _attention_forward(call: _Call, table: Any, *refs: Any) -> None:
     # A query that has seen nothing yet stays at -inf; 0 in its place keeps exp() free of NaN.
     safe = jnp.where(new > -jnp.inf, new, 0.0)
     weights = jnp.exp(logits - safe)
-    kept = jnp.exp(top[...] - safe)
-    total[...] = total[...] * kept + jnp.sum(weights, 0, keepdims=True)
-    held[...] = held[...] * kept + _product(v[...], weights.astype(v.dtype), 1, 0)
+    decay = jnp.exp(top[...] - safe)
+    total[...] = total[...] * decay + jnp.sum(weights, 0, keepdims=True)
+    acc[...] = acc[...] * decay + _product(v[...], weights.astype(v.dtype), 1, 0)
     top[...] = new
 
   _visit(call, table, one)
@@ -332,53 +332,53 @@ def _attention_forward(call: _Call, table: Any, *refs: Any) -> None:
   @pl.when(step == last)
   def _finish() -> None:
     safe = jnp.where(total[...] > 0, total[...], 1.0)
-    mixed[...] = (held[...] / safe).astype(mixed.dtype)
+    mixed[...] = (acc[...] / safe).astype(mixed.dtype)
     lse[...] = top[...] + jnp.log(safe)
 
 
 def _attention_dq(call: _Call, table: Any, *refs: Any) -> None:
-  q, k, v, query, key, given, lse, delta, d_q, held = refs
+  q, k, v, query, key, d_mixed, lse, delta, d_q, acc = refs
   step, last = pl.program_id(3), call.grid[3] - 1
 
   @pl.when(step == 0)
   def _start() -> None:
-    held[...] = jnp.zeros_like(held)
+    acc[...] = jnp.zeros_like(acc)
 
   def one(masked: bool) -> None:
     weights = jnp.exp(_logits(q, k, query, key, masked) - lse[...])
-    d_weights = _product(v[...], given[...], 0, 0)
+    d_weights = _product(v[...], d_mixed[...], 0, 0)
     d_logits = weights * (d_weights - delta[...])
-    held[...] += _product(k[...], d_logits.astype(k.dtype), 1, 0)
+    acc[...] += _product(k[...], d_logits.astype(k.dtype), 1, 0)
 
   _visit(call, table, one)
 
   @pl.when(step == last)
   def _finish() -> None:
-    d_q[...] = held[...].astype(d_q.dtype)
+    d_q[...] = acc[...].astype(d_q.dtype)
 
 
 def _attention_dkv(call: _Call, table: Any, *refs: Any) -> None:
-  q, k, v, query, key, given, lse, delta, d_k, d_v, held_k, held_v = refs
+  q, k, v, query, key, d_mixed, lse, delta, d_k, d_v, acc_k, acc_v = refs
   step, last = pl.program_id(3), call.grid[3] - 1
 
   @pl.when(step == 0)
   def _start() -> None:
-    held_k[...] = jnp.zeros_like(held_k)
-    held_v[...] = jnp.zeros_like(held_v)
+    acc_k[...] = jnp.zeros_like(acc_k)
+    acc_v[...] = jnp.zeros_like(acc_v)
 
   def one(masked: bool) -> None:
     weights = jnp.exp(_logits(q, k, query, key, masked) - lse[...])
-    held_v[...] += _product(given[...], weights.astype(given.dtype), 1, 1)
-    d_weights = _product(v[...], given[...], 0, 0)
+    acc_v[...] += _product(d_mixed[...], weights.astype(d_mixed.dtype), 1, 1)
+    d_weights = _product(v[...], d_mixed[...], 0, 0)
     d_logits = weights * (d_weights - delta[...])
-    held_k[...] += _product(q[...], d_logits.astype(q.dtype), 1, 1)
+    acc_k[...] += _product(q[...], d_logits.astype(q.dtype), 1, 1)
 
   _visit(call, table, one)
 
   @pl.when(step == last)
   def _finish() -> None:
-    d_k[...] = held_k[...].astype(d_k.dtype)
-    d_v[...] = held_v[...].astype(d_v.dtype)
+    d_k[...] = acc_k[...].astype(d_k.dtype)
+    d_v[...] = acc_v[...].astype(d_v.dtype)
 
 
 # Matrix products a visited pair of blocks.

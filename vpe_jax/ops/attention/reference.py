@@ -38,7 +38,7 @@ def attention(
     logits = logits + jnp.broadcast_to(bias, (B, N, L, S)).reshape(logits.shape)
   mask = visible(query, key)[:, None, None]
   # exp(-inf) is 0, so one mask does for logits and weights, forward and backward; the floor keeps
-  # the difference defined in rows that see nothing.
+  # the difference defined for queries that see no key.
   logits = jnp.where(mask, logits, -jnp.inf)
   top = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
   top = jnp.maximum(top, jnp.finfo(jnp.float32).min)
@@ -46,10 +46,10 @@ def attention(
   total = jnp.sum(weights, -1, keepdims=True)
   seen = total > 0
   safe = jnp.where(seen, total, 1.0)
-  rows = weights.astype(v.dtype).reshape(B, K, -1, S)
-  mixed = jnp.einsum('BKLS,BKSH->BKLH', rows, values, preferred_element_type=jnp.float32)
+  folded = weights.astype(v.dtype).reshape(B, K, -1, S)
+  mixed = jnp.einsum('BKLS,BKSH->BKLH', folded, values, preferred_element_type=jnp.float32)
   mixed = (mixed.reshape(B, K, N // K, L, H) / safe).transpose(0, 3, 1, 2, 4)
   lse = jnp.where(seen, top + jnp.log(safe), -jnp.inf)[..., 0]
   mixed = mixed.reshape(B, L, N, H).astype(q.dtype)
-  # The name by which remat policies know it (blockwise.SAVED).
+  # The name that remat policies save (blockwise.SAVED).
   return checkpoint_name(mixed, 'attention'), lse.transpose(0, 3, 1, 2).reshape(B, L, N)

@@ -14,7 +14,7 @@ import numpy as np
 
 from vpe_jax.contracts import Array, Visibility
 
-SKIP, PARTIAL, FULL = 0, 1, 2  # what to do with a pair of blocks
+SKIP, PARTIAL, FULL = 0, 1, 2  # status of a pair of blocks
 _SMALLEST, _LARGEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
 _SHIFT = 2  # bits of an entry of `visits` below the block's number
 
@@ -29,7 +29,7 @@ def pairs(query: Visibility, key: Visibility, rows: int, columns: int) -> Array:
   """SKIP, PARTIAL or FULL for each pair of blocks.
 
   Never SKIP where a query sees a key, and FULL only where all queries of the block see all its
-  keys; PARTIAL stands for everything that minima and maxima leave open.
+  keys; PARTIAL where minima and maxima don't decide.
 
   Args:
     query: visibility of the queries [B, L].
@@ -40,21 +40,21 @@ def pairs(query: Visibility, key: Visibility, rows: int, columns: int) -> Array:
   Returns:
     int32 [B, ceil(L / rows), ceil(S / columns)].
   """
-  there, least, most = _bounds(query, rows, query.reach > query.since)
-  held, low, high = _bounds(key, columns, key.until > 0)
+  present, least, most = _bounds(query, rows, query.reach > query.since)
+  stored, low, high = _bounds(key, columns, key.until > 0)
   # The query side varies along axis 1, the key side along axis 2.
   least, most = (jax.tree.map(lambda x: x[:, :, None], side) for side in (least, most))
   low, high = (jax.tree.map(lambda x: x[:, None, :], side) for side in (low, high))
   some = (
-    jnp.any(there, -1)[:, :, None]
-    & jnp.any(held, -1)[:, None, :]
+    jnp.any(present, -1)[:, :, None]
+    & jnp.any(stored, -1)[:, None, :]
     & (least.since <= high.order)
     & (low.order < most.reach)
     & (least.order < high.until)
   )
   every = (
-    jnp.all(there, -1)[:, :, None]
-    & jnp.all(held, -1)[:, None, :]
+    jnp.all(present, -1)[:, :, None]
+    & jnp.all(stored, -1)[:, None, :]
     & (most.since <= low.order)
     & (high.order < least.reach)
     & (most.order < low.until)
@@ -84,12 +84,12 @@ def block_of(entry: Array) -> tuple[Array, Array]:
 def _bounds(
   visibility: Visibility, block: int, present: Array
 ) -> tuple[Array, Visibility, Visibility]:
-  """Which tokens of each block are present, and minima and maxima over those."""
+  """Presence of each block's tokens [B, I, block], and minima and maxima over present ones."""
   B, L = present.shape
   blocks = -(-L // block)
   cut = lambda x: x.reshape(B, blocks, block)
-  there = cut(jnp.pad(present, ((0, 0), (0, blocks * block - L))))
+  mask = cut(jnp.pad(present, ((0, 0), (0, blocks * block - L))))
   tokens = jax.tree.map(cut, padded(visibility, blocks * block))
-  least = jax.tree.map(lambda x: jnp.min(jnp.where(there, x, _LARGEST), -1), tokens)
-  most = jax.tree.map(lambda x: jnp.max(jnp.where(there, x, _SMALLEST), -1), tokens)
-  return there, least, most
+  least = jax.tree.map(lambda x: jnp.min(jnp.where(mask, x, _LARGEST), -1), tokens)
+  most = jax.tree.map(lambda x: jnp.max(jnp.where(mask, x, _SMALLEST), -1), tokens)
+  return mask, least, most

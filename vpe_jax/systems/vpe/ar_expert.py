@@ -17,7 +17,7 @@ from vpe_jax import rng as rng_lib
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params, Region, concatenate
 from vpe_jax.models import mot
-from vpe_jax.models.unified import Unified, row_visibility
+from vpe_jax.models.unified import Unified, sequence_visibility
 from vpe_jax.sampling import autoregressive, guidance
 from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.sampling.prefix import Prefix
@@ -128,7 +128,7 @@ class ArExpert:
     if 'visual_prompt' in request.encoded:
       codes = request.encoded['visual_prompt']
       regions = self.request_regions(request, codes)
-      body, _ = self.model.caches(params, row_visibility(regions))
+      body, _ = self.model.caches(params, sequence_visibility(regions))
       hidden, body = self.begin(params, request, slots(regions['ar'], 0, end), body)
       return codes, Prefix(body, hidden)
 
@@ -158,7 +158,7 @@ class ArExpert:
     """Regions, cache, hidden states of the slots before [eot], and the first slot of the codes."""
     first, B = self.slot('codes'), request.example.shape[0]
     regions = self.request_regions(request, jnp.zeros((B, self.codes), jnp.int32))
-    body, _ = self.model.caches(params, row_visibility(regions))
+    body, _ = self.model.caches(params, sequence_visibility(regions))
     start, body = self.begin(params, request, slots(regions['ar'], 0, first), body)
     hidden = jnp.zeros((B, self.slot('eot'), self.model.config.ar.width), self.model.dtype)
     return regions, body, hidden.at[:, :first].set(start), first

@@ -98,7 +98,7 @@ class System(ImageSystem):
   samples_with = ('image',)
   plan_rankers = ('likelihood',)  # A class is a number, which no text tower compares.
   logical_axes = (
-    (r'embed/(classes|plan)', ('vocab', 'embed')),
+    (r'embed/(classes|prefix)', ('vocab', 'embed')),
     (r'time/hidden/kernel', (None, 'embed')),
     (r'time/out/kernel', ('mlp', 'embed')),
     (r'latents/in/kernel', (None, 'embed')),
@@ -125,8 +125,8 @@ class System(ImageSystem):
     self._check_guidance(config.sample)
     sizes = transfusion.TransfusionConfig(
       classes=c.classes + bool(c.drop),
-      plan_codes=self.codes,
-      plan_tokens=c.plan_tokens,
+      prefix_codes=self.codes,
+      prefix_tokens=c.plan_tokens,
       latent_size=c.latent_size,
       latent_channels=c.latent_channels,
       patch=c.patch,
@@ -141,11 +141,11 @@ class System(ImageSystem):
     """The layers of the language model that `model.init_from` names; a fork adds a codebook."""
     c = self.config.model
     if not c.init_from:
-      return Initialization(optional=('embed/plan',))
+      return Initialization(optional=('embed/prefix',))
     sizes = DecoderConfig(body=c.body, **_QWEN)
     paths = (('layers/', 'layers/'), ('norm/', 'norm/'))
     pretrained = (PretrainedWeights('qwen2', c.init_from, sizes, paths),)
-    return Initialization(pretrained, optional=('embed/plan',))
+    return Initialization(pretrained, optional=('embed/prefix',))
 
   def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """Latent elements, and predicted codes: those of visual prompts that aren't dropped."""
@@ -153,9 +153,9 @@ class System(ImageSystem):
     c = self.model.config
     elements = batch.example.shape[0] * c.latent_size**2 * c.latent_channels
     counts = {'flow': jnp.float32(elements)}
-    if c.plan_tokens:
+    if c.prefix_tokens:
       examples = jnp.sum(self._keep(batch, rng), dtype=jnp.float32)
-      counts |= dict.fromkeys(_CODE_LOSSES, c.plan_tokens * examples)
+      counts |= dict.fromkeys(_CODE_LOSSES, c.prefix_tokens * examples)
     return {name: counts[name] for name in sorted(counts)}
 
   def losses(
@@ -176,7 +176,7 @@ class System(ImageSystem):
     error = flow_matching.loss(c.flow, velocity, target, time)
     terms = {'flow': LossTerm(error, counts['flow'], stage.weight('flow', step))}
     if c.vpe:
-      table = params['embed']['plan']
+      table = params['embed']['prefix']
       weights = jnp.broadcast_to(keep[:, None].astype(jnp.float32), codes.shape)
       loss, hits = next_token.cross_entropy(hidden[:, :-1], table, codes, weights, c.logits_chunk)
       weight = stage.weight('next_token', step)

@@ -105,7 +105,7 @@ class System(ImageSystem):
   plan_rankers = ('likelihood',)  # A class is a number, which no text tower compares.
 
   logical_axes = (
-    (r'embed/(classes|codes|plan)', ('vocab', 'embed')),
+    (r'embed/(classes|codes|prefix)', ('vocab', 'embed')),
     (r'embed/pad', (None, 'embed')),
     *((rf'layers/{path}', axes) for path, axes in LAYER_AXES),
     (r'norm/scale', ('embed',)),
@@ -129,8 +129,8 @@ class System(ImageSystem):
       side=self.image.grid,
       body=c.body,
       class_turn=c.class_turn,
-      plan_codes=self.codes,
-      plan_side=self.visual_prompt.grid,
+      prefix_codes=self.codes,
+      prefix_side=self.visual_prompt.grid,
       positions=c.positions,
     )
     self.model = llamagen.LlamaGen(
@@ -163,7 +163,7 @@ class System(ImageSystem):
     """Predicted tokens: all of the image, and the unmasked ones of the visual prompt."""
     del stage
     B = batch.example.shape[0]
-    image, P = jnp.float32(B * self.model.config.image_tokens), self.model.config.plan_tokens
+    image, P = jnp.float32(B * self.model.config.image_tokens), self.model.config.prefix_tokens
     if not P:
       return dict.fromkeys(_LOSSES, image)
     unmasked = jnp.sum(~self._masked(batch, rng, step), dtype=jnp.float32)
@@ -184,7 +184,7 @@ class System(ImageSystem):
     encoded = self.encoded(frozen, batch, rng)
     visual_prompt, codes = encoded.get('visual_prompt'), encoded['latents']
     codes = codes.reshape(codes.shape[0], -1)
-    P = self.model.config.plan_tokens
+    P = self.model.config.prefix_tokens
     masked = self._masked(batch, rng, step) if P else None
     x = self.model.inputs(params, self._classes(batch, rng), codes, visual_prompt, masked)
     stream = self.model.stream(x, keys=self._dropout_keys(batch, rng, stage))
@@ -226,11 +226,11 @@ class System(ImageSystem):
   def tokens(self, stage: Stage) -> int:
     """Tokens that the network runs over: all of a sequence but the last."""
     del stage
-    return self.model.config.plan_tokens + self.model.config.image_tokens
+    return self.model.config.prefix_tokens + self.model.config.image_tokens
 
   def _masked(self, batch: Batch, rng: Array, step: Array) -> Array:
     """Masked codes of the visual prompts (Eq. 2): bool [B, P]."""
-    c, P = self.config.model, self.model.config.plan_tokens
+    c, P = self.config.model, self.model.config.prefix_tokens
     total = self.config.steps[0]
     share = schedules.Schedule(c.vp_schedule, total, c.mask_start, c.mask_end, off=0.0).at(step)
     shape = (P,) if c.mask_by == 'token' else (1,)

@@ -87,8 +87,8 @@ class External:
   def prefix(self, params: Params, request: Batch, codes: Array, decoded: Prefix) -> Prefix:
     """The prefix of the flow in the diffusion expert's sequence, from a decoded visual prompt."""
     region = self.ar.request_regions(request, codes)['ar']
-    features = self.pair.plan(region, decoded.state, decoded.cache)
-    regions = self.pair.placed(features, self._empty_regions(codes.shape[0], keep=True))
+    features = self.pair.features(region, decoded.state, decoded.cache)
+    regions = self.pair.shifted(features, self._empty_regions(codes.shape[0], keep=True))
     caches = Caches(*self.pair.prefill(params, features, regions))
     return Prefix(caches, regions['dit'])
 

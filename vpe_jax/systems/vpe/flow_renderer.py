@@ -28,12 +28,12 @@ class Caches(NamedTuple):
   Attributes:
     body: of the backbone.
     head: of the flow head.
-    memory: of the cross-attention, in a model that has any.
+    context: of the cross-attention, in a model that has any.
   """
 
   body: mot.Cache
   head: mot.Cache
-  memory: mot.Cache | None = None
+  context: mot.Cache | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +74,10 @@ class FlowRenderer:
     at = caches.body.key.order.shape[1] - image.ids.shape[1]
     # All branches see the same image: it is embedded once.
     shared = jax.tree.map(lambda leaf: leaf[:B], image)
-    stream, condition = model.picture_stream(params, x, jnp.full((B,), 1.0 - time), shared)
+    stream, condition = model.image_stream(params, x, jnp.full((B,), 1.0 - time), shared)
     repeat = lambda leaf: jnp.concatenate([leaf] * (image.ids.shape[0] // B))
     tokens, condition = repeat(stream.x), repeat(condition)
-    stream = mot.Stream(tokens, image.positions, image.visibility, memory=caches.memory)
+    stream = mot.Stream(tokens, image.positions, image.visibility, context=caches.context)
     hidden, _ = model.backbone(params, {'dit': stream}, caches.body, at)
     stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
     out, _ = model.head(params, {'dit': stream}, caches.head, at)

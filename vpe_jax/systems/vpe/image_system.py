@@ -21,7 +21,7 @@ from vpe_jax.contracts import (
   Stage,
 )
 from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
-from vpe_jax.models import dense
+from vpe_jax.models import kernel_layout
 from vpe_jax.systems.vpe.codec_sections import NoVisualPrompt
 
 
@@ -84,8 +84,7 @@ class ImageSystem(PlansVisually):
 
   def prepare(self, params: Params, platform: str = '') -> Params:
     """Parameters in the layout in which sampling is fast on a platform; outside jit, once."""
-    unstacked = self.model.prepare(params)
-    return dense.turned(unstacked) if platform == 'cpu' else unstacked
+    return kernel_layout.for_decoding(self.model.prepare(params), platform)
 
   def batch_spec(self, batch_size: int) -> BatchSpec:
     """Prompts; images, which only the codecs read; visual prompts and latents."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params, Region, Stage, concatenate
 from vpe_jax.models import mot
-from vpe_jax.models.unified import row_visibility
+from vpe_jax.models.unified import sequence_visibility
 from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.systems.vpe import layouts
@@ -156,7 +156,7 @@ class Internal:
     """No codes [B, 0], and the prefix `[bos] text [boi]`, of a model without visual prompt."""
     codes = jnp.zeros((request.example.shape[0], 0), jnp.int32)
     regions = self.ar.request_regions(request, codes)
-    body, _ = self.ar.model.caches(params, row_visibility(regions))
+    body, _ = self.ar.model.caches(params, sequence_visibility(regions))
     hidden, body = self.ar.begin(params, request, regions['ar'], body)
     return codes, self._prefix(params, regions, hidden, body)
 

@@ -35,7 +35,7 @@ def sample(
     request: `text[:, 0]` is the class; an encoded `visual_prompt` is used instead of the model's.
     rng: the key of the call.
   """
-  encoded, has_visual_prompt = dict(request.encoded), bool(model.config.plan_tokens)
+  encoded, has_visual_prompt = dict(request.encoded), bool(model.config.prefix_tokens)
   blocks = ('plan', 'codes') if has_visual_prompt and not encoded else ('codes',)
   branches = guidance.stacked(*(_guidance(settings, block) for block in blocks))
   prefix = _start(model, params, request, branches)
@@ -44,7 +44,7 @@ def sample(
     encoded = {'visual_prompt': codes}
   elif has_visual_prompt:
     codes = jnp.concatenate([encoded['visual_prompt']] * len(branches))
-    prefix = _feed(model, params, model.embed_plan(params, codes), prefix, 1)
+    prefix = _feed(model, params, model.embed_prefix(params, codes), prefix, 1)
   return encoded, _sample_block(model, settings, params, request, rng, 'codes', branches, prefix)[0]
 
 
@@ -60,10 +60,10 @@ def draft(
 def plan_likelihood(model: LlamaGen, params: Params, request: Batch) -> Array:
   """Mean log-probability [B] of the request's visual prompts given the classes, in nats."""
   codes = request.encoded['visual_prompt']
-  before = model.embed_plan(params, codes[:, :-1])
+  before = model.embed_prefix(params, codes[:, :-1])
   x = jnp.concatenate([model.embed_classes(params, request.inputs['text'][:, 0]), before], axis=1)
   hidden, _ = model.states(params, model.stream(x))
-  return autoregressive.log_likelihood(model.logits(params, hidden, 'plan'), codes)
+  return autoregressive.log_likelihood(model.logits(params, hidden, 'prefix'), codes)
 
 
 def _guidance(settings: SampleConfig, block: str) -> Guidance:
@@ -77,7 +77,7 @@ def _start(model: LlamaGen, params: Params, request: Batch, branches: Sequence[B
   c, classes = model.config, request.inputs['text'][:, 0]
   null = jnp.full_like(classes, c.classes)
   classes = jnp.concatenate([null if branch.dropped else classes for branch in branches])
-  slots = 1 + c.plan_tokens + c.image_tokens
+  slots = 1 + c.prefix_tokens + c.image_tokens
   whole = model.stream(jnp.zeros((classes.shape[0], slots, c.body.width)))
   cache = mot.empty_cache(model.layer, params['layers'], whole.visibility, model.dtype)
   x = model.embed_classes(params, classes)
@@ -105,13 +105,13 @@ def _sample_block(
 ) -> tuple[Array, Prefix]:
   """Samples the codes [B, L] of the block `plan` or `codes`, with randomness of its own."""
   c, is_visual_prompt = model.config, block == 'plan'
-  first, length = (1, c.plan_tokens) if is_visual_prompt else (1 + c.plan_tokens, c.image_tokens)
-  embed = model.embed_plan if is_visual_prompt else model.embed_codes
+  first, length = (1, c.prefix_tokens) if is_visual_prompt else (1 + c.prefix_tokens, c.image_tokens)
+  embed = model.embed_prefix if is_visual_prompt else model.embed_codes
 
   def feed(prefix: Prefix, codes: Array, index: Array) -> Prefix:
     return _feed(model, params, embed(params, codes[:, None]), prefix, first + index)
 
-  logits = lambda hidden: model.logits(params, hidden, block)[:, -1]
+  logits = lambda hidden: model.logits(params, hidden, 'prefix' if is_plan else block)[:, -1]
   guided = _guidance(settings, block)
   choose = autoregressive.categorical(logits, settings, guided, branches, length)
   keys = rng_lib.example_keys(rng, block, request.example)

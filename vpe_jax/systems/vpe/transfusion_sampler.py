@@ -14,7 +14,7 @@ from vpe_jax import rng as rng_lib
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import Array, Batch, Params
 from vpe_jax.models import mot
-from vpe_jax.models.transfusion import Row, Transfusion
+from vpe_jax.models.transfusion import Slots, Transfusion
 from vpe_jax.objectives.flow_matching import FlowConfig, implied_velocity
 from vpe_jax.sampling import autoregressive, flow
 from vpe_jax.sampling.guidance import UNGUIDED, Guidance
@@ -48,7 +48,7 @@ def sample(
 
   def network(x: Array, time: Array, prefix: Prefix) -> Array:
     # All branches see the same image: it is embedded once.
-    tokens = model.embed_picture(params, x, jnp.full((B,), time))
+    tokens = model.embed_image(params, x, jnp.full((B,), time))
     branches = prefix.state.positions.shape[0] // B
     stream = prefix.state.stream(jnp.concatenate([tokens] * branches), c.first)
     hidden, _ = model.states(params, stream, prefix.cache, c.first)
@@ -70,57 +70,57 @@ def prefill(
     The visual prompt, and the prefix of the flow: keys and values before the image, and the
     positions and visibility of the whole sequences.
   """
-  length = model.config.plan_tokens
-  row, prefix = _start(model, params, request.inputs['text'][:, 0], keep=True)
+  length = model.config.prefix_tokens
+  slots, prefix = _start(model, params, request.inputs['text'][:, 0], keep=True)
   if not length:
-    return {}, Prefix(prefix.cache, row)
+    return {}, Prefix(prefix.cache, slots)
   if 'visual_prompt' in request.encoded:
     codes = request.encoded['visual_prompt']
-    prefix = _feed(model, params, row, model.embed_plan(params, codes), prefix, 1)
-    return {'visual_prompt': codes}, Prefix(prefix.cache, row)
+    prefix = _feed(model, params, slots, model.embed_prefix(params, codes), prefix, 1)
+    return {'visual_prompt': codes}, Prefix(prefix.cache, slots)
 
   def feed(prefix: Prefix, codes: Array, index: Array) -> Prefix:
-    x = model.embed_plan(params, codes[:, None])
-    return _feed(model, params, row, x, prefix, 1 + index)
+    x = model.embed_prefix(params, codes[:, None])
+    return _feed(model, params, slots, x, prefix, 1 + index)
 
   logits = lambda hidden: model.logits(params, hidden)[:, -1]
   keys = rng_lib.example_keys(rng, 'plan', request.example)
   choose = autoregressive.categorical(logits, settings, UNGUIDED, UNGUIDED.branches)
   codes, prefix = autoregressive.generate(feed, prefix, length, keys, choose)
-  return {'visual_prompt': codes}, Prefix(prefix.cache, row)
+  return {'visual_prompt': codes}, Prefix(prefix.cache, slots)
 
 
 def plan_likelihood(model: Transfusion, params: Params, request: Batch) -> Array:
   """Mean log-probability [B] of the request's visual prompts given the classes, in nats."""
   codes = request.encoded['visual_prompt']
-  before = model.embed_plan(params, codes[:, :-1])
+  before = model.embed_prefix(params, codes[:, :-1])
   x = jnp.concatenate([model.embed_classes(params, request.inputs['text'][:, 0]), before], axis=1)
-  row = model.row(jnp.ones(request.example.shape, bool))
-  hidden, _ = model.states(params, row.stream(x))
+  slots = model.slots(jnp.ones(request.example.shape, bool))
+  hidden, _ = model.states(params, slots.stream(x))
   return autoregressive.log_likelihood(model.logits(params, hidden), codes)
 
 
 def null_prefix(model: Transfusion, params: Params, count: int) -> Prefix:
   """The null class without a visual prompt, computed once and repeated for a batch of `count`."""
   classes = jnp.full((1,), model.config.classes - 1, jnp.int32)
-  row, prefix = _start(model, params, classes, keep=False)
-  return Prefix(prefix.cache, row).repeat(count)
+  slots, prefix = _start(model, params, classes, keep=False)
+  return Prefix(prefix.cache, slots).repeat(count)
 
 
-def _start(model: Transfusion, params: Params, classes: Array, keep: bool) -> tuple[Row, Prefix]:
+def _start(model: Transfusion, params: Params, classes: Array, keep: bool) -> tuple[Slots, Prefix]:
   """Feeds the class token to an empty cache, which has a slot for each token of the sequence."""
-  row = model.row(jnp.full(classes.shape, keep))
-  cache = mot.empty_cache(model.layer, params['layers'], row.visibility, model.dtype)
+  slots = model.slots(jnp.full(classes.shape, keep))
+  cache = mot.empty_cache(model.layer, params['layers'], slots.visibility, model.dtype)
   x = model.embed_classes(params, classes)
-  return row, _feed(model, params, row, x, Prefix(cache, x), 0)
+  return slots, _feed(model, params, slots, x, Prefix(cache, x), 0)
 
 
 def _feed(
-  model: Transfusion, params: Params, row: Row, x: Array, prefix: Prefix, at: Array | int
+  model: Transfusion, params: Params, slots: Slots, x: Array, prefix: Prefix, at: Array | int
 ) -> Prefix:
   """Runs tokens [B, L, D] whose keys and values go to slots from `at`.
 
   The prefix's state is the hidden state [B, 1, D] of the last of them.
   """
-  hidden, cache = model.states(params, row.stream(x, at), prefix.cache, at)
+  hidden, cache = model.states(params, slots.stream(x, at), prefix.cache, at)
   return Prefix(cache, hidden[:, -1:])

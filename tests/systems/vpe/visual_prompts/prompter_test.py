@@ -129,7 +129,7 @@ def _log_probabilities(prompter, plans):
     picture = jnp.zeros((len(plans), system.model.config.image_tokens), jnp.int32)
     logits = jax.jit(system.model)(params, request.inputs['text'][:, 0], picture, codes)
     c = system.model.config
-    logits = logits[:, : c.plan_tokens, c.codes :]
+    logits = logits[:, : c.prefix_tokens, c.codes :]
   else:
     regions = system.experts.regions(request, codes, jnp.ones(len(plans), bool))
     latents = jnp.zeros((len(plans), *system.batch_spec(1).encoded['latents'].shape[1:]))

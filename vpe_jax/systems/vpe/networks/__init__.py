@@ -1,1 +1,1 @@
-"""Networks of VPE: the renderer in a sequence of its own, and the source image of an edit."""
+"""Networks of VPE: the diffusion expert in its own sequence, and the source image of an edit."""

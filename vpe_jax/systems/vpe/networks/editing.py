@@ -1,10 +1,9 @@
-"""The picture before an edit, among the tokens of a unified model (arXiv 2606.04457, App. C and D).
+"""The source image of an edit, among the tokens of a unified model (arXiv 2606.04457, App. C, D).
 
-A second dual path, `ar/dual_path`, embeds its clean latents for the token expert, which stores them
-in the sequence `[bos] [boi] time x_src [eoi] ...` (vpe_jax.systems.vpe.layouts.edit). It is clean,
-so its clock is 1: its time token comes from the embedding that the picture's comes from, and the
-head modulates its rows by the condition of that clock, as Show-o2's does pictures that it
-understands.
+A second dual path, `ar/dual_path`, embeds its clean latents for the AR expert, whose sequence is
+`[bos] [boi] time x_src [eoi] ...` (vpe_jax.systems.vpe.layouts.edit). It is clean, so its clock is
+1: the time embedding of the generated image makes its time token, too, and the head modulates its
+tokens by the condition of that clock, as Show-o2's does for images that it understands.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from vpe_jax.models.unified import Unified
 
 @dataclasses.dataclass(frozen=True)
 class Editor:
-  """The network of one configuration, whose token rows have a picture before in them.
+  """The network of one configuration, whose AR expert reads a source image.
 
   Attributes:
     model: of a configuration with `references`.
-    reference: first slot of the picture before in the token expert's region (its time token), and
-      the slot after its last.
+    reference: first slot of the source image in the AR expert's region (its time token), and the
+      slot after its last.
   """
 
   model: Unified
@@ -36,22 +35,22 @@ class Editor:
   def token_stream(
     self, params: Params, region: Region, latents: Array
   ) -> tuple[mot.Stream, Array]:
-    """The token expert's input, and the head's condition of the picture before.
+    """The AR expert's input, and the head's condition of the source image.
 
     Args:
       params: of the model.
-      region: its rows, or their slots up to some place behind the picture before.
-      latents: of the picture before [B, h, w, C].
+      region: the AR expert's, or its first slots, the source image included.
+      latents: of the source image [B, h, w, C].
     """
     stream = self.model.token_stream(params, region)
     condition, token = self.clean(params, latents.shape[0])
-    seen = self.model.picture_tokens(params['ar'], token, latents)
+    source = self.model.embed_image(params['ar'], token, latents)
     first, last = self.reference
-    x = jnp.concatenate([stream.x[:, :first], seen, stream.x[:, last:]], 1)
+    x = jnp.concatenate([stream.x[:, :first], source, stream.x[:, last:]], 1)
     return dataclasses.replace(stream, x=x), condition
 
   def head_streams(self, stream: mot.Stream, condition: Array) -> dict[str, mot.Stream]:
-    """Token rows as the head takes them, from their first: it modulates the picture before."""
+    """The head's inputs from the AR expert's tokens: it modulates the source image alone."""
     first, last = self.reference
     cut = lambda start, stop: jax.tree.map(lambda leaf: leaf[:, start:stop], stream)
     reference = dataclasses.replace(cut(first, last), condition=condition)
@@ -67,17 +66,17 @@ class Editor:
   ) -> tuple[Array, Array]:
     """The whole sequence at once, as in training; see Unified.__call__.
 
-    `reference` are the clean latents of the picture before, `latents` the noisy ones of the other:
-    both [B, h, w, C].
+    `reference` are the clean latents of the source image, `latents` the noisy ones of the edited
+    image: both [B, h, w, C].
     """
-    picture, condition = self.model.picture_stream(params, latents, clock, regions['dit'])
+    image, condition = self.model.image_stream(params, latents, clock, regions['dit'])
     tokens, clean = self.token_stream(params, regions['ar'], reference)
-    hidden, _ = self.model.backbone(params, {'ar': tokens, 'dit': picture})
+    hidden, _ = self.model.backbone(params, {'ar': tokens, 'dit': image})
     streams = self.head_streams(dataclasses.replace(tokens, x=hidden['ar']), clean)
-    streams['dit'] = dataclasses.replace(picture, x=hidden['dit'], condition=condition)
-    rows, _ = self.model.head(params, streams)
-    return hidden['ar'], self.model.velocity(params, rows['dit'], condition)
+    streams['dit'] = dataclasses.replace(image, x=hidden['dit'], condition=condition)
+    out, _ = self.model.head(params, streams)
+    return hidden['ar'], self.model.velocity(params, out['dit'], condition)
 
   def clean(self, params: Params, count: int) -> tuple[Array, Array]:
-    """The head's condition and the time token of finished pictures."""
+    """The head's condition and the time token of clean images."""
     return self.model.time(params, jnp.ones((count,)))

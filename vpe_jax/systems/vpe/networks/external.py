@@ -1,19 +1,18 @@
-"""Two experts that attend apart: one writes the plan, the other renders what the first made of it.
+"""Two experts with a sequence each: one samples the visual prompt, the other renders it.
 
-External+VPE (arXiv 2606.04457, Table 4): the parameters are those of `arch=internal`, not one more
-or less, and the experts share none that trains. The token expert has the row `[bos] text [bot] s
-[eot]`. The picture expert has `s [boi] | time x` (diffusion_sequence of
-vpe_jax.systems.vpe.layouts draws its mask), where the codes' places hold what the token expert
-knows of the plan, by `condition`:
+External+VPE (arXiv 2606.04457, Table 4). The parameters are those of `arch=internal`, and the
+experts share none that trains. The AR expert has the sequence `[bos] text [bot] s [eot]`. The
+diffusion expert has `s [boi] | time x` (diffusion_sequence of vpe_jax.systems.vpe.layouts shows its
+mask), whose slots of codes hold features of the AR expert, by `condition`:
 
-  `prefix`: its final-norm hidden states at the codes' own places (input = that code) enter the
-    picture expert's first layer like embeddings, and go through all of its layers.
-  `keys`: its keys and values of the codes stand in each layer in the place of the picture expert's
-    own: Eq. 4, restricted to the codes. So no hidden state enters layers that never saw its scale.
+  `prefix`: its final-norm hidden states at the codes (input = that code) enter the first layer of
+    the diffusion expert like embeddings, and go through all of its layers.
+  `keys`: its keys and values of the codes replace the diffusion expert's own in each layer: Eq. 4,
+    restricted to the codes. So no hidden state enters layers that were not trained at its scale.
 
-In both, what stands at the codes' places after the last layer goes through the head as rows that
-are not modulated; with `keys` these are the token expert's hidden states, as in `internal`. A third
-`condition`, `cross`, has parameters of its own: systems/vpe/networks/external_cross.py.
+In both, the head reads the codes' states after the last layer without modulation; with `keys` these
+are the AR expert's hidden states, as in `internal`. A third `condition`, `cross`, has parameters of
+its own: systems/vpe/networks/external_cross.py.
 """
 
 from __future__ import annotations
@@ -27,34 +26,35 @@ import jax.numpy as jnp
 
 from vpe_jax.contracts import Array, Params, Region, concatenate
 from vpe_jax.models import mot
-from vpe_jax.models.unified import Unified, row_visibility
+from vpe_jax.models.unified import Unified, sequence_visibility
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """Visual-prompt features for the renderer; no gradient flows back through them.
+class PromptFeatures:
+  """Visual-prompt features for the diffusion expert; no gradient flows back through them.
 
   Attributes:
-    hidden: final-norm hidden states at the codes' places [B, P, D].
-    keys: its keys there in each layer, laid out as those of mot.Cache; None but for `keys`.
-    values: its values, alike.
-    start: rotary position [B, 1] of the first code that `keys` are turned by, else 0.
+    hidden: final-norm hidden states of the codes [B, P, D].
+    keys: the AR expert's keys of the codes in each layer, laid out as in mot.Cache; None unless
+      the condition is `keys`.
+    values: its values, likewise.
+    position: rotary position [B, 1] of the first code in `keys`, else 0.
   """
 
   hidden: Array
   keys: Any
   values: Any
-  start: Array
+  position: Array
 
 
 @dataclasses.dataclass(frozen=True)
 class External:
-  """The two networks of one configuration, and what passes from one to the other.
+  """The two networks of one configuration, and the features that one hands to the other.
 
   Attributes:
-    model: both experts' parts; its parameter tree is that of `internal`.
-    codes: first slot of the codes in the token expert's row, and the slot after their last.
+    model: both experts' networks; its parameter tree is that of `internal`.
+    codes: first slot of the codes in the AR expert's sequence, and the slot after their last.
   """
 
   model: Unified
@@ -62,148 +62,173 @@ class External:
 
   @property
   def condition(self) -> str:
-    """How the plan reaches the picture expert."""
+    """How the visual prompt conditions the diffusion expert."""
     return self.model.config.condition
 
-  def read(self, params: Params, region: Region, stream: mot.Stream) -> tuple[Array, Plan]:
-    """The token expert over its whole row: final-norm hidden states [B, L, D], and the plan.
+  def read(
+    self, params: Params, region: Region, stream: mot.Stream
+  ) -> tuple[Array, PromptFeatures]:
+    """Runs the AR expert over its whole sequence.
 
-    `stream` is its input: the region's ids, and what an edit adds to them.
+    Args:
+      params: of both experts.
+      region: the sequence.
+      stream: its input: embeddings of the region's ids, and the source image of an edit.
+
+    Returns:
+      Final-norm hidden states [B, L, D], and the features of the codes.
     """
     cache = None
     if self.condition == 'keys':
       cache, _ = self.model.caches(params, region.visibility)
     hidden, cache = self.model.backbone(params, {'ar': stream}, cache)
-    return hidden['ar'], self.plan(region, hidden['ar'], cache)
+    return hidden['ar'], self.features(region, hidden['ar'], cache)
 
-  def plan(self, region: Region, hidden: Array, cache: mot.Cache | None) -> Plan:
-    """Cuts the codes out of the token expert's row.
+  def features(self, region: Region, hidden: Array, cache: mot.Cache | None) -> PromptFeatures:
+    """The codes' features, cut out of the AR expert's sequence.
 
     Args:
-      region: the row.
+      region: the sequence.
       hidden: final-norm hidden states of at least its slots up to the last code [B, L, D].
-      cache: the token expert's keys and values; read by `keys` alone.
+      cache: the AR expert's keys and values; read with the condition `keys` alone.
     """
     first, last = self.codes
     keys = values = None
-    start = jnp.zeros_like(region.positions[:, :1])
+    position = jnp.zeros_like(region.positions[:, :1])
     if self.condition == 'keys':
       cut = lambda leaf: jax.lax.slice_in_dim(leaf, first, last, axis=leaf.ndim - 3)
       keys, values = jax.tree.map(cut, (cache.k, cache.v))
-      start = region.positions[:, first : first + 1]
-    plan = Plan(hidden[:, first:last], keys, values, start)
-    # Two networks that share nothing: the flow loss never reaches what wrote the plan.
-    return jax.lax.stop_gradient(plan)
+      position = region.positions[:, first : first + 1]
+    features = PromptFeatures(hidden[:, first:last], keys, values, position)
+    # The experts train apart: the flow loss never reaches the one that samples visual prompts.
+    return jax.lax.stop_gradient(features)
 
   def __call__(
     self,
     params: Params,
-    plan: Plan,
+    features: PromptFeatures,
     regions: Mapping[str, Region],
     latents: Array,
     clock: Array,
   ) -> Array:
-    """The picture expert over its whole row, as in training.
+    """Runs the diffusion expert over its whole sequence, as in training.
 
     Args:
       params: of both experts.
-      plan: see `read`.
-      regions: `prefix` (the codes' places and [boi]) and `dit` of the picture expert's row.
+      features: see `read`.
+      regions: `prefix` (the codes and [boi]) and `dit` of the diffusion expert's sequence.
       latents: noisy [B, h, w, C].
       clock: Show-o2's [B], 0 at noise and 1 at data.
 
     Returns:
       Show-o2's velocity [B, h, w, C] float32.
     """
-    regions = self.placed(plan, regions)
-    told, at = self._told(params, plan, regions['prefix'])
-    picture, condition = self.model.picture_stream(params, latents, clock, regions['dit'])
-    cache = self._held(plan, regions)
-    hidden, _ = self.model.backbone(params, {'dit': _joined(told, picture)}, cache, at)
-    count = told.x.shape[1]
+    regions = self.shifted(features, regions)
+    prefix, at = self._prefix_stream(params, features, regions['prefix'])
+    image, condition = self.model.image_stream(params, latents, clock, regions['dit'])
+    cache = self._prefix_cache(features, regions)
+    hidden, _ = self.model.backbone(params, {'dit': _joined(prefix, image)}, cache, at)
+    count = prefix.x.shape[1]
     streams = {
-      'prefix': self._entering(plan, regions['prefix'], hidden['dit'][:, :count]),
-      'dit': dataclasses.replace(picture, x=hidden['dit'][:, count:], condition=condition),
+      'prefix': self._head_prefix(features, regions['prefix'], hidden['dit'][:, :count]),
+      'dit': dataclasses.replace(image, x=hidden['dit'][:, count:], condition=condition),
     }
-    rows, _ = self.model.head(params, streams)
-    return self.model.velocity(params, rows['dit'], condition)
+    out, _ = self.model.head(params, streams)
+    return self.model.velocity(params, out['dit'], condition)
 
   def prefill(
-    self, params: Params, plan: Plan, regions: Mapping[str, Region]
+    self, params: Params, features: PromptFeatures, regions: Mapping[str, Region]
   ) -> tuple[mot.Cache | None, ...]:
-    """The caches of body and head, with all in them that flow steps share; `regions` placed.
+    """The prefix KV caches that all flow steps share.
 
-    And what cross-attention looks at in all flow steps, or None.
+    Args:
+      params: of both experts.
+      features: see `read`.
+      regions: as `shifted` returns them.
+
+    Returns:
+      The caches of body and head, and the keys and values of cross-attention, or None.
     """
-    told, at = self._told(params, plan, regions['prefix'])
-    key = row_visibility({**regions, 'prefix': self._stored(regions['prefix'])})
+    prefix, at = self._prefix_stream(params, features, regions['prefix'])
+    key = sequence_visibility({**regions, 'prefix': self._prefix_region(regions['prefix'])})
     body, head = self.model.caches(params, key)
-    hidden, body = self.model.backbone(params, {'dit': told}, self._held(plan, regions) or body, at)
-    stream = self._entering(plan, regions['prefix'], hidden['dit'])
-    return body, self.model.head(params, {'prefix': stream}, head)[1], told.memory
+    cache = self._prefix_cache(features, regions) or body
+    hidden, body = self.model.backbone(params, {'dit': prefix}, cache, at)
+    stream = self._head_prefix(features, regions['prefix'], hidden['dit'])
+    return body, self.model.head(params, {'prefix': stream}, head)[1], prefix.context
 
   def prefill_null(self, params: Params, regions: Mapping[str, Region]) -> tuple[mot.Cache, ...]:
-    """As `prefill`, of a row whose plan is dropped: `[boi]` alone, at the front."""
+    """As `prefill`, of a sequence without the visual prompt: `[boi]` alone, at the front."""
     at = self.codes[1] - self.codes[0]
     boi = jax.tree.map(lambda leaf: leaf[:, at : at + 1], regions['prefix'])
     absent = regions['prefix'].ids.shape[1] - 1
     rest = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, shape=(1, absent)), boi.visibility)
     key = concatenate([boi.visibility, rest, regions['dit'].visibility])
     body, head = self.model.caches(params, key)
-    stream = mot.Stream(self.rows(params, boi.ids), boi.positions, boi.visibility)
+    stream = mot.Stream(self.embed_text(params, boi.ids), boi.positions, boi.visibility)
     hidden, body = self.model.backbone(params, {'dit': stream}, body)
     stream = dataclasses.replace(stream, x=hidden['dit'])
     return body, self.model.head(params, {'prefix': stream}, head)[1]
 
-  def placed(self, plan: Plan, regions: Mapping[str, Region]) -> dict[str, Region]:
-    """The row where the codes keep the rotary positions that `keys` were turned by.
+  def shifted(self, features: PromptFeatures, regions: Mapping[str, Region]) -> dict[str, Region]:
+    """The sequence at the rotary positions of `features.keys`.
 
-    Only distances matter to attention, and they stay as they are: each code, [boi], the time token
-    and the picture follow one another without gaps.
+    Attention depends on distances alone, and these don't change: the codes, [boi], the time token
+    and the image follow one another without gaps.
     """
-    move = lambda region: dataclasses.replace(region, positions=region.positions + plan.start)
-    return {name: move(region) for name, region in regions.items()}
+    shift = lambda region: dataclasses.replace(
+      region, positions=region.positions + features.position
+    )
+    return {name: shift(region) for name, region in regions.items()}
 
-  def _told(self, params: Params, plan: Plan, prefix: Region) -> tuple[mot.Stream, int]:
-    """The prefix as the picture expert's layers take it, and its first slot in the row."""
+  def _prefix_stream(
+    self, params: Params, features: PromptFeatures, prefix: Region
+  ) -> tuple[mot.Stream, int]:
+    """The prefix that runs through the diffusion expert's layers, and its first slot."""
     count = self.codes[1] - self.codes[0]
     at = count if self.condition == 'keys' else 0
-    x = jnp.concatenate([plan.hidden[:, at:], self.rows(params, prefix.ids[:, count:])], 1)
+    boi = self.embed_text(params, prefix.ids[:, count:])
+    x = jnp.concatenate([features.hidden[:, at:], boi], 1)
     own = jax.tree.map(lambda leaf: leaf[:, at:], prefix)
     return mot.Stream(x, own.positions, own.visibility), at
 
-  def _stored(self, prefix: Region) -> Region:
-    """Of the prefix, what stands in the picture expert's row."""
+  def _prefix_region(self, prefix: Region) -> Region:
+    """The part of the prefix that the diffusion expert's sequence contains."""
     return prefix
 
-  def _entering(self, plan: Plan, prefix: Region, hidden: Array) -> mot.Stream:
-    """The prefix as the head takes it: `hidden` of its last tokens, behind those held."""
-    stored = self._stored(prefix)
-    held = stored.ids.shape[1] - hidden.shape[1]
-    rows = jnp.concatenate([plan.hidden[:, :held], hidden], 1)
-    return mot.Stream(rows, stored.positions, stored.visibility)
+  def _head_prefix(self, features: PromptFeatures, prefix: Region, hidden: Array) -> mot.Stream:
+    """The head's input for the prefix.
 
-  def rows(self, params: Params, ids: Array) -> Array:
-    """Embeddings [B, L, D] of text ids: [boi], whose row the picture expert only reads."""
-    rows = jnp.take(params['embed']['text'], ids, axis=0)
-    return jax.lax.stop_gradient(rows).astype(self.model.dtype)
+    `hidden` are the states of its last tokens; those before them come from `features`.
+    """
+    region = self._prefix_region(prefix)
+    count = region.ids.shape[1] - hidden.shape[1]
+    x = jnp.concatenate([features.hidden[:, :count], hidden], 1)
+    return mot.Stream(x, region.positions, region.visibility)
 
-  def _held(self, plan: Plan, regions: Mapping[str, Region]) -> mot.Cache | None:
-    """The body's cache with the token expert's keys and values at the codes' places."""
-    if plan.keys is None:
+  def embed_text(self, params: Params, ids: Array) -> Array:
+    """Embeddings [B, L, D] of text ids ([boi]); the diffusion expert doesn't train their table."""
+    x = jnp.take(params['embed']['text'], ids, axis=0)
+    return jax.lax.stop_gradient(x).astype(self.model.dtype)
+
+  def _prefix_cache(
+    self, features: PromptFeatures, regions: Mapping[str, Region]
+  ) -> mot.Cache | None:
+    """The body's cache with the AR expert's keys and values in the slots of the codes."""
+    if features.keys is None:
       return None
-    key = row_visibility(regions)
-    rest = key.order.shape[1] - plan.hidden.shape[1]
+    key = sequence_visibility(regions)
+    rest = key.order.shape[1] - features.hidden.shape[1]
 
     def longer(leaf: Array) -> Array:
       sides = [(0, 0)] * leaf.ndim
       sides[-3] = (0, rest)
       return jnp.pad(leaf, sides)
 
-    return mot.Cache(*jax.tree.map(longer, (plan.keys, plan.values)), key)
+    return mot.Cache(*jax.tree.map(longer, (features.keys, features.values)), key)
 
 
-def _joined(told: mot.Stream, picture: mot.Stream) -> mot.Stream:
-  """Two stretches of one expert's row as one: each layer's weights are read once."""
-  parts = [(s.x, s.positions, s.visibility) for s in (told, picture)]
-  return mot.Stream(*concatenate(parts), memory=told.memory)
+def _joined(prefix: mot.Stream, image: mot.Stream) -> mot.Stream:
+  """Two parts of one expert's sequence as one stream: each layer's weights are read once."""
+  parts = [(s.x, s.positions, s.visibility) for s in (prefix, image)]
+  return mot.Stream(*concatenate(parts), context=prefix.context)

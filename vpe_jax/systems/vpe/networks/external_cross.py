@@ -1,18 +1,18 @@
 """External+VPE with cross-attention: `model.condition=cross`, outside the size-matched comparison.
 
-The picture expert's row is `[boi] | time x`; the plan is not in it. Between self-attention and MLP
-each of its layers looks at what the token expert knows of the plan: its final-norm hidden states at
-the codes' own places, by keys and values of the layer's own (vpe_jax.models.transformer's
-CrossAttention, whose output projection starts at zero, so that training begins with a picture that
-no plan disturbs). The head sees the row alone.
+The diffusion expert's sequence is `[boi] | time x`, without the visual prompt. Between
+self-attention and MLP, each of its layers attends to the AR expert's final-norm hidden states of
+the codes, with keys and values of its own (CrossAttention of vpe_jax.models.transformer, whose
+output projection starts at zero: training begins with images that don't depend on a visual prompt).
+The head reads this sequence alone.
 
-  places          0  1   2   3  4  5
+  positions       0  1   2   3  4  5
                  s1 s2 boi   t  x  y
       boi         c  c   1   0  0  0       c: seen by cross-attention
-      t, x, y     c  c   1   1  1  1       1: by self-attention
+      t, x, y     c  c   1   1  1  1       1: seen by self-attention
 
-The places are those that the row has with the plan in front, so the codes have an order there. They
-are absent where the plan is dropped: cross-attention adds zeros.
+Positions are those of a sequence with the codes in front, so the codes have an order there. Codes
+are absent where the visual prompt is dropped: cross-attention then adds zeros.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ import jax.numpy as jnp
 from vpe_jax.contracts import Params, Region
 from vpe_jax.models import mot
 from vpe_jax.models.unified import Unified
-from vpe_jax.systems.vpe.networks.external import External, Plan
+from vpe_jax.systems.vpe.networks.external import External, PromptFeatures
 
 
 def pair(model: Unified, codes: tuple[int, int]) -> External:
-  """The two networks, joined as `model.condition` says; see External."""
+  """The two networks, joined by `model.condition`; see External."""
   return (Crossed if model.config.condition == 'cross' else External)(model, codes)
 
 
@@ -39,22 +39,25 @@ class Crossed(External):
   def prefill_null(
     self, params: Params, regions: Mapping[str, Region]
   ) -> tuple[mot.Cache | None, ...]:
-    """As `prefill`, of a row whose plan is dropped: nothing sees what its memory holds."""
+    """As `prefill`, without the visual prompt: no token attends to the codes."""
     first, last = self.codes
     shape = (regions['prefix'].ids.shape[0], last - first, self.model.config.ar.width)
-    nothing = jnp.zeros(shape, self.model.dtype)
-    plan = Plan(nothing, None, None, jnp.zeros((shape[0], 1), jnp.int32))
-    return self.prefill(params, plan, regions)
+    hidden = jnp.zeros(shape, self.model.dtype)
+    features = PromptFeatures(hidden, None, None, jnp.zeros((shape[0], 1), jnp.int32))
+    return self.prefill(params, features, regions)
 
-  def _told(self, params: Params, plan: Plan, prefix: Region) -> tuple[mot.Stream, int]:
-    """[boi], and the plan as each layer's cross-attention looks at it."""
-    codes = jax.tree.map(lambda leaf: leaf[:, : plan.hidden.shape[1]], prefix)
-    memory = self.model.remember(params, mot.Stream(plan.hidden, codes.positions, codes.visibility))
-    boi = self._stored(prefix)
-    x = self.rows(params, boi.ids)
-    return mot.Stream(x, boi.positions, boi.visibility, memory=memory), 0
+  def _prefix_stream(
+    self, params: Params, features: PromptFeatures, prefix: Region
+  ) -> tuple[mot.Stream, int]:
+    """[boi], with the codes as the context of cross-attention."""
+    codes = jax.tree.map(lambda leaf: leaf[:, : features.hidden.shape[1]], prefix)
+    stream = mot.Stream(features.hidden, codes.positions, codes.visibility)
+    context = self.model.context_kv(params, stream)
+    boi = self._prefix_region(prefix)
+    x = self.embed_text(params, boi.ids)
+    return mot.Stream(x, boi.positions, boi.visibility, context=context), 0
 
-  def _stored(self, prefix: Region) -> Region:
-    """The prefix without the codes' places."""
+  def _prefix_region(self, prefix: Region) -> Region:
+    """The prefix without the codes."""
     first, last = self.codes
     return jax.tree.map(lambda leaf: leaf[:, last - first :], prefix)
