@@ -104,14 +104,14 @@ def _sample_block(
   prefix: Prefix,
 ) -> tuple[Array, Prefix]:
   """Samples the codes [B, L] of the block `plan` or `codes`, with randomness of its own."""
-  c, is_visual_prompt = model.config, block == 'plan'
-  first, length = (1, c.prefix_tokens) if is_visual_prompt else (1 + c.prefix_tokens, c.image_tokens)
-  embed = model.embed_prefix if is_visual_prompt else model.embed_codes
+  c, is_prefix = model.config, block == 'plan'
+  first, length = (1, c.prefix_tokens) if is_prefix else (1 + c.prefix_tokens, c.image_tokens)
+  embed = model.embed_prefix if is_prefix else model.embed_codes
 
   def feed(prefix: Prefix, codes: Array, index: Array) -> Prefix:
     return _feed(model, params, embed(params, codes[:, None]), prefix, first + index)
 
-  logits = lambda hidden: model.logits(params, hidden, 'prefix' if is_plan else block)[:, -1]
+  logits = lambda hidden: model.logits(params, hidden, 'prefix' if is_prefix else block)[:, -1]
   guided = _guidance(settings, block)
   choose = autoregressive.categorical(logits, settings, guided, branches, length)
   keys = rng_lib.example_keys(rng, block, request.example)
