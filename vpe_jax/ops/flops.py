@@ -218,9 +218,7 @@ def _inner(
   return (flops, [True, *read], [False, *reached]) if name == 'cond' else (flops, read, reached)
 
 
-def _scan(
-  equation: core.JaxprEqn, body: Scope, read: list[bool], reached: list[bool]
-) -> _Counted:
+def _scan(equation: core.JaxprEqn, body: Scope, read: list[bool], reached: list[bool]) -> _Counted:
   """A scan, step by step from the last one, until a step needs the same as the step after it."""
   first, carries = equation.params['num_consts'], equation.params['num_carry']
   flops, remaining = Flops(), equation.params['length']
