@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpe_jax.ops.attention import chooser
+from vpe_jax.ops.attention import chooser, cudnn
 from vpe_jax.ops.flops import matrix_flops, training_flops, window_positions
 from vpe_jax.sequence.builder import build
 from vpe_jax.sequence.layouts import causal_text
@@ -212,3 +212,12 @@ def test_kernels_without_a_gradient(monkeypatch):
   flops = training_flops(_loss(stopped), q, k, v, lengths)
   (kernel,) = flops.kernels
   assert (kernel.calls, kernel.trained, flops.backward) == (1, 0, 0)
+
+
+@pytest.mark.parametrize('hint', ['causal', 'padding'])
+def test_cudnn_counts_all_pairs(hint, monkeypatch):
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', lambda q, k, v, **_: q + k + v)
+  q = jax.ShapeDtypeStruct((B, L, N, H), jnp.bfloat16)
+  row = build(causal_text(L), keep=jnp.ones(B, bool))['text'].visibility
+  flops = training_flops(_loss(lambda q, k, v: cudnn.attention(q, k, v, row, row, hint)), q, q, q)
+  assert (flops.forward, flops.backward) == (2 * PRODUCT, 2 * PRODUCT)
