@@ -113,8 +113,8 @@ def lower(job: Job) -> Lowered:
   frozen = _placed(networks, frozen_lib.shardings_of(networks, job.mesh, config.mesh.strategy))
   key = rng.run_key(0)  # made before the mesh, whose devices may be absent
   with jax.set_mesh(job.mesh):
-    make = _train if job.what == TRAIN else _sample
-    lowered, flops = make(job, state, frozen, key)
+    is_training = job.what == TRAIN
+    lowered, flops = _train(job, state, frozen, key) if is_training else _sample(job, state, frozen)
   trainable, _ = split_trainable(state['params'], job.stage_of_run)
   shapes = {path: tuple(leaf.shape) for path, leaf in sharding.by_path(trainable).items()}
   count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
@@ -125,7 +125,7 @@ def lower(job: Job) -> Lowered:
     _held(frozen),
     _held(frozen) + _held(state if job.what == TRAIN else state['params']),
     flops.total,
-    _kernel_flops(flops, config.remat),
+    kernel_flops(flops, config.remat),
   )
 
 
@@ -137,7 +137,7 @@ def _held(tree: Any) -> float:
   )
 
 
-def _kernel_flops(flops: Flops, remat: str) -> float:
+def kernel_flops(flops: Flops, remat: str) -> float:
   """FLOPs that attention kernels execute in a training step.
 
   A forward pass has two products. The backward pass has seven (three for the gradient of the
@@ -148,9 +148,7 @@ def _kernel_flops(flops: Flops, remat: str) -> float:
   return sum(passes(kernel) * kernel.flops() for kernel in flops.kernels)
 
 
-def _train(
-  job: Job, state: Any, frozen: Params, key: Array
-) -> tuple[jax.stages.Lowered, Flops]:
+def _train(job: Job, state: Any, frozen: Params, key: Array) -> tuple[jax.stages.Lowered, Flops]:
   system, stage = job.system, job.stage_of_run
   optim = system.config.optim_of(job.stage)
   step = make_train_step(system, stage, optim, resume.shardings_of(state))
@@ -162,10 +160,7 @@ def _train(
   return lowered, step_flops(system, stage, job.images, key)
 
 
-def _sample(
-  job: Job, state: Any, frozen: Params, key: Array
-) -> tuple[jax.stages.Lowered, Flops]:
-  del key
+def _sample(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, Flops]:
   system = require(job.system, Samples)
 
   def draw(params: Params, frozen: Params, request: Batch, key: Array) -> Generated:

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
-from vpe_jax.ops.attention import blockwise
+from vpe_jax.ops.attention import blockwise, cudnn
 
 PRODUCTS = frozenset({'dot_general', 'conv_general_dilated'})
 # Primitives whose derivative is zero.
@@ -101,10 +101,14 @@ def contains(jaxpr: core.ClosedJaxpr | core.Jaxpr, primitives: Collection[str]) 
 
 
 def is_attention(equation: core.JaxprEqn) -> bool:
-  """Whether an equation is a call of `blockwise.attend`; its jaxpr depends on the platform."""
-  if equation.primitive.name != 'custom_vjp_call':
-    return False
-  return equation.params['call_jaxpr'].jaxpr.debug_info.func_name == blockwise.CALL
+  """Whether an equation is a call of an attention kernel, whose jaxpr shows other FLOPs.
+
+  Its inputs begin with q, k and v; those of `blockwise.attend` go on with the visibility of queries
+  and keys, and the bias.
+  """
+  if equation.primitive.name == 'custom_vjp_call':
+    return equation.params['call_jaxpr'].jaxpr.debug_info.func_name == blockwise.CALL
+  return equation.primitive.name == 'jit' and equation.params['name'] == cudnn.CALL
 
 
 def _same(x: Any) -> Any:

@@ -218,9 +218,7 @@ def _inner(
   return (flops, [True, *read], [False, *reached]) if name == 'cond' else (flops, read, reached)
 
 
-def _scan(
-  equation: core.JaxprEqn, body: Scope, read: list[bool], reached: list[bool]
-) -> _Counted:
+def _scan(equation: core.JaxprEqn, body: Scope, read: list[bool], reached: list[bool]) -> _Counted:
   """A scan, step by step from the last one, until a step needs the same as the step after it."""
   first, carries = equation.params['num_consts'], equation.params['num_carry']
   flops, remaining = Flops(), equation.params['length']
@@ -249,14 +247,14 @@ def _is_variable(atom: Any) -> bool:
 
 
 def _attention(equation: core.JaxprEqn, values: Sequence[Value], differentiated: bool) -> Flops:
-  """FLOPs of blockwise.attend: logits from q and k, and mixed values from weights and v."""
+  """FLOPs of an attention call: logits from q and k, and mixed values from weights and v."""
   q, k = (atom.aval.shape for atom in equation.invars[:2])
   active = [value.active for value in values]
   weights = any(active[:2] + active[11:])  # after q, k, v and two visibilities: the bias
   product = 2.0 * math.prod(q) * k[1]
   operands = sum(active[:3]) + weights if differentiated else 0
   kernels = ()
-  if contains(equation.params['call_jaxpr'], {'pallas_call'}):
+  if any(contains(body, {'pallas_call'}) for body in core.jaxprs_in_params(equation.params)):
     kernels = (AttentionKernel(1.0, float(operands > 0), q, k[1], tuple(values[3:11])),)
   return Flops(2.0 * product, operands * product, kernels)
 

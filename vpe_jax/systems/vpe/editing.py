@@ -100,12 +100,12 @@ def build(config: Config) -> UnifiedSystem:
   c: ModelConfig = config.model
   if config.stages != (INTERNAL.name,):
     raise UserError(f"config.stages is {config.stages}: this system has one stage, 'edit'")
-  if not config.data.references:
+  if not config.data.source_images:
     raise UserError(
-      'this system trains on images before and after an edit: set data.references=True, and '
+      'this system trains on images before and after an edit: set data.source_images=True, and '
       'data.source to edits or to a folder'
     )
-  if not config.is_started('ar/', 'dit/', 'embed/'):
+  if not config.has_parent('ar/', 'dit/', 'embed/'):
     raise UserError(
       "stage 'edit' continues a run that generates images: name one of configs/t2i.py of the same "
       'sizes, with --config.start=RUN'

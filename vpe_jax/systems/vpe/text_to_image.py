@@ -160,7 +160,7 @@ def build(config: Config) -> UnifiedSystem:
   embedded = c.vpe and isinstance(tower, FeatureVqSection) and tower.encoder == 'siglip'
   # Visual prompts are compared by the pooling head, which reads the last output alone, and captions
   # by the text tower, which has words of its own.
-  compares = embedded and tower.compares and c.text_vocab <= tower.siglip.vocabulary
+  compares = embedded and tower.has_text_tower and c.text_vocab <= tower.siglip.vocabulary
   return UnifiedSystem(
     config,
     Parts(

@@ -97,7 +97,7 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     c, keys = self.config.model, jax.random.split(rng)
     rows = lambda table, key: _rotated(table, key, c.ar.width, c.inherit)
     text = rows(frozen['siglip']['text']['token'], keys[0])
-    codes = rows(unit(frozen['visual_prompt']['codebook']), keys[1])
+    codes = rows(unit(frozen['feature_vq']['codebook']), keys[1])
     embed = params['embed']
     embed = embed | {'text': text, 'codes': embed['codes'].at[: self.codes].set(codes)}
     return params | {'embed': embed}
