@@ -216,6 +216,7 @@ class Stage:
     return weight if isinstance(weight, (int, float)) else weight.at(step)
 
 
+FROZEN_DTYPES = ('float32', 'bfloat16')
 PARENT = 'run'  # the family of a PretrainedWeights whose source is the parent run
 
 
@@ -244,12 +245,20 @@ class FrozenNetwork:
   Attributes:
     source: where its weights are: `assets:NAME`, a path or a hub id.
     published: the published network, read by its family; None for a file of our own weights.
-    dtype: of its parameters: they are loaded, converted and sharded at this dtype.
+    dtype: of its parameters, `float32` or `bfloat16`: they are loaded, converted and sharded at
+      this dtype. The network computes in its own dtype.
   """
 
   source: str
   published: PretrainedWeights | None = None
   dtype: str = 'float32'
+
+  def __post_init__(self) -> None:
+    if self.dtype not in FROZEN_DTYPES:
+      raise UserError(
+        f"weights_dtype={self.dtype} of the frozen network '{self.source}' is unknown: choose "
+        f'one of {", ".join(FROZEN_DTYPES)}'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,7 +342,10 @@ class System(Protocol):
     ...
 
   def frozen_shapes(self) -> Params:
-    """The frozen networks as `jax.ShapeDtypeStruct` trees by name, of the sizes in the config."""
+    """The frozen networks as `jax.ShapeDtypeStruct` trees by name, of the sizes in the config.
+
+    They have the dtypes of initialization; `checkpoints.frozen.abstract` applies the declared ones.
+    """
     return {}
 
   def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:

@@ -25,7 +25,7 @@ def _define_flags() -> None:
   flags.DEFINE_string('to', None, 'folder to make')
   flags.DEFINE_bool('export', False, 'write published tensors from ours')
   flags.DEFINE_bool('check', False, 'compare with the reference library before writing')
-  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'of exported tensors')
+  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'of written tensors')
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
   if FLAGS.export:
     lines = send_out(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.dtype)
   else:
-    lines = bring_in(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.check)
+    lines = bring_in(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.check, FLAGS.dtype)
   print('\n'.join(lines), flush=True)
 
 

@@ -393,7 +393,7 @@ def test_kill_during_a_save_loses_no_complete_checkpoint(tmp_path):
     unfinished += any('orbax-checkpoint-tmp' in item.name for item in tmp_path.iterdir())
   assert unfinished, 'no kill interrupted a save'
   store = Store(str(tmp_path), CheckpointConfig(every=1, keep=2))
-  arrays, meta = store.read(lambda path: True)
+  arrays, meta = store.read(lambda paths: paths)
   store.close()
   assert meta['step'] >= complete
   assert all((leaf == meta['step']).all() for leaf in arrays.values())

@@ -26,6 +26,7 @@ import numpy as np
 import safetensors.numpy
 
 from vpe_jax import storage
+from vpe_jax.checkpoints import dtypes
 from vpe_jax.checkpoints import table as tables
 from vpe_jax.checkpoints.sources import Tensor
 from vpe_jax.checkpoints.table import Place, Table
@@ -35,7 +36,6 @@ from vpe_jax.sharding import by_path
 SHARD = 5 * 10**9  # bytes of a file; transformers' default
 _LISTED = 6  # differences that an error lists
 _FEWER = 1000  # a config may expect this many times the source's tensors before it is refused
-_FLOATS = tuple(np.dtype(name) for name in (np.float16, jnp.bfloat16, np.float32))
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -173,7 +173,7 @@ def export(
   shapes = {path: tuple(np.shape(leaf)) for path, leaf in leaves.items()}
   places = _expected(table, shapes)
   _check_exportable(table, places, shapes)
-  kind = np.dtype(getattr(jnp, dtype))
+  kind = dtypes.parse(dtype)
   files = _files(places, shapes, kind.itemsize, shard)
   names = _file_names(stem, len(files))
   with storage.writing(folder), _made_whole(folder) as unfinished:
@@ -250,7 +250,7 @@ def _misfits(key: str, tensor: Tensor, place: Place, shapes: _Shapes) -> list[st
     return [f"'{key}' has no parameter: there is no '{absent[0]}'"]
   if words := tables.misfit(place, tensor.shape, _parts(place, shapes)):
     found.append(f"'{key}' has the wrong shape: {words}")
-  if tensor.dtype not in _FLOATS:
+  if tensor.dtype not in dtypes.FLOATS.values():
     found.append(f"'{key}' is {tensor.dtype}, not a 16- or 32-bit floating-point dtype")
   return found
 

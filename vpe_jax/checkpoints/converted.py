@@ -27,7 +27,9 @@ from vpe_jax.sharding import by_path
 _TRAINED = {'siglip': ('siglip', 'siglip')}
 
 
-def bring_in(family: str, source: str, to: str, check: bool = False) -> list[str]:
+def bring_in(
+  family: str, source: str, to: str, check: bool = False, dtype: str = 'float32'
+) -> list[str]:
   """Imports published weights; the Python API of `vpe_jax.convert`.
 
   Args:
@@ -35,18 +37,22 @@ def bring_in(family: str, source: str, to: str, check: bool = False) -> list[str
     source: see `sources.open_source`.
     to: output folder.
     check: whether to compare outputs with the reference library before anything is written.
+    dtype: of the saved parameters: float32, bfloat16 or float16.
 
   Returns:
     The lines of the report.
 
   Raises:
     UserError: see `check_target`, `sources.open_source`, `families.load`, `parity.compare` and
-      `write`; or the comparison fails.
+      `write`; the dtype is unknown; or the comparison fails, or is requested in another dtype
+      than float32.
   """
   check_target(to, source)
+  if check and dtype != 'float32':
+    raise UserError(f'--check compares in float32: import with --dtype=float32, not {dtype}')
   began = time.monotonic()
   opened = sources.open_source(source)
-  imported = families.load(family, opened)
+  imported = families.load(family, opened, dtype=dtype)
   said = []
   if check:
     folder = opened.path if opened.path.is_dir() else opened.path.parent
@@ -133,21 +139,24 @@ def check_target(folder: str, source: str = '') -> None:
       raise UserError(f"'{folder}' is inside the source '{source}': name a folder outside it")
 
 
-def network(start: PretrainedWeights, place: Callable[[Params], Params]) -> Params:
+def network(
+  start: PretrainedWeights, place: Callable[[Params], Params], dtype: str = 'float32'
+) -> Params:
   """Loads the parameters of a published network from published weights or from an import.
 
   Args:
     start: family, source and sizes of the network.
     place: adds shardings to the abstract parameters. Published tensors are loaded with these
       shardings; an import is loaded as numpy arrays.
+    dtype: of the parameters.
 
   Raises:
-    UserError: weights are missing, don't fit, or have other sizes.
+    UserError: weights are missing, don't fit, or have other sizes, or the dtype is unknown.
   """
   if not (epath.Path(start.source).expanduser() / FOLDER).is_dir():
     source = sources.open_source(start.source)
-    return families.load(start.family, source, place, start.sizes).params
-  sizes, params, _ = read(start.source, start.family)
+    return families.load(start.family, source, place, start.sizes, dtype).params
+  sizes, params, _ = read(start.source, start.family, dtype)
   free = getattr(families.get(start.family), 'FREE', ())
   if sizes != dataclasses.replace(start.sizes, **{name: getattr(sizes, name) for name in free}):
     raise UserError(
@@ -157,17 +166,18 @@ def network(start: PretrainedWeights, place: Callable[[Params], Params]) -> Para
   return params
 
 
-def read(source: str, family: str) -> tuple[Any, Params, Mapping[str, str]]:
+def read(source: str, family: str, dtype: str = 'float32') -> tuple[Any, Params, Mapping[str, str]]:
   """Loads sizes, parameters and metadata of an import or of a network trained with vpe_jax.
 
   Args:
     source: the folder of an import, the workdir of a run, `assets:NAME` or a weight file.
     family: the expected family.
+    dtype: of the parameters.
 
   Raises:
-    UserError: there are no weights, or they are of another family.
+    UserError: there are no weights, they are of another family, or the dtype is unknown.
   """
-  params, metadata = weights.load(source)
+  params, metadata = weights.load(source, dtype)
   config = json.loads(metadata.get('config', '{}'))
   if 'family' in config:
     found, sizes = config['family'], config['sizes']

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import sharding
-from vpe_jax.checkpoints import checksum, converted, weights
+from vpe_jax.checkpoints import checksum, converted, dtypes, weights
 from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import Array, Batch, Params, Samples, System, UserError
 from vpe_jax.sharding import by_path
@@ -54,6 +54,14 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
   fingerprints = {name: fingerprint for name, (_, fingerprint) in networks.items()}
   encode = jax.jit(system.encode, compiler_options=sharding.compiler_options())
   return Frozen(params, fingerprints, encode)
+
+
+def abstract(system: System) -> Params:
+  """The frozen networks by name, as `jax.ShapeDtypeStruct` trees of the dtypes they declare."""
+  return {
+    name: dtypes.cast_shapes(tree, dtypes.parse(system.frozen[name].dtype))
+    for name, tree in system.frozen_shapes().items()
+  }
 
 
 def for_sampling(system: Samples) -> Params:
@@ -145,11 +153,10 @@ def _network(
   """Loads a frozen network on the mesh; returns its parameters and fingerprint."""
   network = system.frozen[name]
   if network.published is None:
-    tree = weights.load(network.source)[0]
+    tree = weights.load(network.source, network.dtype)[0]
     return jax.device_put(tree, shardings_of(tree, mesh, strategy)), weights.fingerprint(tree)
-  tree = converted.network(
-    network.published, functools.partial(_spread, mesh=mesh, strategy=strategy)
-  )
+  place = functools.partial(_spread, mesh=mesh, strategy=strategy)
+  tree = converted.network(network.published, place, network.dtype)
   tree = jax.device_put(tree, shardings_of(tree, mesh, strategy))
   # A large network doesn't fit on one host, so its checksums are computed on the devices.
   sums = json.dumps(checksum.checksums(by_path(tree)), sort_keys=True)

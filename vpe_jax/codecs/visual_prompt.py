@@ -48,11 +48,13 @@ class TowerVqSection(VisualPromptConfig):
     weights: source of the quantiser's weights: `assets:NAME`, a path or a hub id.
     tower_weights: source of the tower's; empty: the shipped SigLIP, or the release of a published
       tower (towers.SOURCES).
+    weights_dtype: dtype of the loaded weights of both: float32, or bfloat16 for a large tower.
   """
 
   kind: str = 'tower_vq'
   weights: str = 'assets:visual_prompt'
   tower_weights: str = ''
+  weights_dtype: str = 'float32'
 
   @property
   def tokens(self) -> int:
@@ -62,8 +64,8 @@ class TowerVqSection(VisualPromptConfig):
   @property
   def frozen(self) -> Mapping[str, FrozenNetwork]:
     """Tower and quantiser."""
-    tower = {self.encoder: towers.frozen(self, self.tower_weights)}
-    return {**tower, 'visual_prompt': FrozenNetwork(self.weights)}
+    tower = {self.encoder: towers.frozen(self, self.tower_weights, self.weights_dtype)}
+    return {**tower, 'visual_prompt': FrozenNetwork(self.weights, dtype=self.weights_dtype)}
 
   def codec(self, dtype: jnp.dtype) -> VisualPromptCodec:
     """The codec, in float32: its tower is small or chosen for exact codes."""

@@ -107,7 +107,7 @@ def lower(job: Job) -> Lowered:
   accumulate = config.optim_of(job.stage).accumulate if job.what == TRAIN else 1
   sharding.check_divides(job.images, job.mesh, accumulate)
   state = resume.abstract_state(config, system, job.stage, job.mesh)
-  networks = system.frozen_shapes()
+  networks = frozen_lib.abstract(system)
   if config.data.encode == 'online' and networks:
     frozen_lib.check_fits(system, networks)
   frozen = _placed(networks, frozen_lib.shardings_of(networks, job.mesh, config.mesh.strategy))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import jax
 
-from vpe_jax.checkpoints import convert
+from vpe_jax.checkpoints import convert, dtypes
 from vpe_jax.checkpoints.sources import Source
 from vpe_jax.checkpoints.table import Table
 from vpe_jax.config import build_section, nearest, to_dict
@@ -107,6 +107,7 @@ def load(
   source: Source,
   place: Callable[[Params], Params] | None = None,
   sizes: Any = None,
+  dtype: str = 'float32',
 ) -> Imported:
   """Loads a published network.
 
@@ -116,14 +117,15 @@ def load(
     place: adds shardings to the abstract parameters (None: one device).
     sizes: of the network (None: from the source's config.json, else the family's
       `RELEASED_SIZES`).
+    dtype: of the parameters: float32, bfloat16 or float16. Tensors are cast one at a time.
 
   Raises:
-    UserError: the sizes are unknown, or the weights don't fit them.
+    UserError: the sizes or the dtype are unknown, or the weights don't fit the sizes.
   """
   family = get(name)
   if sizes is None:
     sizes = _sizes(family, name, source)
-  abstract = _abstract(family, name, sizes)
+  abstract = dtypes.cast_shapes(_abstract(family, name, sizes), dtypes.parse(dtype))
   if place is not None:
     abstract = place(abstract)
   plan = convert.plan(source.tensors, family.LAYOUTS, abstract)

@@ -46,6 +46,7 @@ class ModelConfig:
     encoder_weights: where a published tower comes from that takes its place
       (`visual_prompt.encoder`): a folder, an import, or a hub id; empty for its release.
     image_weights: where the frozen autoencoder comes from, for `image_codes`.
+    weights_dtype: dtype of the loaded weights of frozen networks: float32 or bfloat16.
     visual_prompt: sizes of the quantiser.
     image: sizes of the autoencoder.
     image_codes: sizes of the quantiser of its latents.
@@ -61,6 +62,7 @@ class ModelConfig:
   siglip_weights: str = 'assets:siglip'
   encoder_weights: str = ''
   image_weights: str = 'assets:image'
+  weights_dtype: str = 'float32'
   visual_prompt: visual_prompt.VisualPromptConfig = visual_prompt.VisualPromptConfig()
   image: kl.KlConfig = kl.KlConfig()
   image_codes: image_codes.ImageCodesConfig = image_codes.ImageCodesConfig()
@@ -125,9 +127,9 @@ class System(SystemProtocol):
     if 'visual_prompt' in self.config.stages:
       tower = c.visual_prompt
       weights = c.siglip_weights if tower.encoder == 'siglip' else c.encoder_weights
-      frozen = {tower.encoder: towers.frozen(tower, weights)}
+      frozen = {tower.encoder: towers.frozen(tower, weights, c.weights_dtype)}
     if 'image_codes' in self.config.stages:
-      frozen['image'] = FrozenNetwork(c.image_weights)
+      frozen['image'] = FrozenNetwork(c.image_weights, dtype=c.weights_dtype)
     return frozen
 
   def _stage(self, name: str) -> Stage:
