@@ -13,7 +13,7 @@ from absl import flags
 
 from vpe_jax import front_door
 from vpe_jax.checkpoints import families
-from vpe_jax.checkpoints.converted import bring_in, send_out
+from vpe_jax.checkpoints.imports import export_weights, import_weights
 from vpe_jax.contracts import UserError
 
 FLAGS = flags.FLAGS
@@ -34,9 +34,9 @@ def main() -> None:
     if not FLAGS[name].value:
       raise UserError(f'--{name} is missing (--help shows examples)')
   if FLAGS.export:
-    lines = send_out(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.dtype)
+    lines = export_weights(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.dtype)
   else:
-    lines = bring_in(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.check, FLAGS.dtype)
+    lines = import_weights(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.check, FLAGS.dtype)
   print('\n'.join(lines), flush=True)
 
 

@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 
 from vpe_jax import front_door
-from vpe_jax.checkpoints.exported import export
+from vpe_jax.checkpoints.exports import export
 from vpe_jax.contracts import UserError
 
 FLAGS = flags.FLAGS

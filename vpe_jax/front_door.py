@@ -76,8 +76,8 @@ def new_file(flag: str, given: str, overwrite: bool) -> str:
       off.
   """
   path = target(flag, given)
-  place = storage.place(path)
-  if path.endswith('/') or storage.reached(place, place.is_dir):
+  place = storage.resolve(path)
+  if path.endswith('/') or storage.probe(place, place.is_dir):
     raise UserError(f'--{flag}={given} is a folder: name a file')
   check_folder(os.path.dirname(path))
   if place.exists() and not overwrite:
@@ -150,8 +150,8 @@ def check_folder(folder: str) -> None:
   Raises:
     UserError: files can't be written there.
   """
-  place = storage.place(folder or '.')
-  storage.reached(place, place.exists)
+  place = storage.resolve(folder or '.')
+  storage.probe(place, place.exists)
   probe = f'.{os.getpid()}.probe'
   try:
     # A bucket has no folders; elsewhere the nearest one that exists decides.
@@ -174,4 +174,4 @@ def target(flag: str, given: str) -> str:
   if not given:
     raise UserError(f'--{flag} is empty: name what is to be written')
   # A path loses the slash that makes it a folder.
-  return f'{storage.place(given)}{"/" if given.endswith("/") else ""}'
+  return f'{storage.resolve(given)}{"/" if given.endswith("/") else ""}'

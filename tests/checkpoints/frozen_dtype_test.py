@@ -12,13 +12,13 @@ import safetensors.numpy
 
 from configs import t2i
 from vpe_jax import rng, sharding, systems
-from vpe_jax.checkpoints import converted, families, frozen, sources, weights
+from vpe_jax.checkpoints import families, frozen, imports, sources, weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.compilation import program
 from vpe_jax.config import CheckpointConfig, MeshConfig, to_dict
 from vpe_jax.contracts import FrozenNetwork, PretrainedWeights, UserError
 from vpe_jax.models.siglip import Siglip
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 
 BF16 = np.dtype(jnp.bfloat16)
 LEAVES, SIZE = 8, 2**20  # of the files whose loading is measured
@@ -33,11 +33,11 @@ def _system(dtype: str):
 
 
 def _dtypes(tree) -> set:
-  return {leaf.dtype for leaf in by_path(tree).values()}
+  return {leaf.dtype for leaf in leaves_by_path(tree).values()}
 
 
 def _bytes(tree) -> int:
-  return sum(leaf.nbytes for leaf in by_path(tree).values())
+  return sum(leaf.nbytes for leaf in leaves_by_path(tree).values())
 
 
 def _peak(load) -> tuple[dict, int]:
@@ -66,7 +66,7 @@ def loaded():
 def published(tmp_path_factory):
   """Folder of a published SigLIP with float32 weights that bfloat16 can't represent."""
   folder = tmp_path_factory.mktemp('published') / 'siglip'
-  converted.send_out('siglip', 'assets:siglip', str(folder))
+  imports.export_weights('siglip', 'assets:siglip', str(folder))
   (file,) = folder.glob('*.safetensors')
   tensors = safetensors.numpy.load_file(file)
   generator = np.random.default_rng(0)
@@ -80,11 +80,11 @@ def published(tmp_path_factory):
 def _rounded(folder) -> dict[str, np.ndarray]:
   """Parameters of a published SigLIP, rounded after they were loaded in float32."""
   params = families.load('siglip', sources.open_source(str(folder))).params
-  return {path: np.asarray(leaf).astype(BF16) for path, leaf in by_path(params).items()}
+  return {path: np.asarray(leaf).astype(BF16) for path, leaf in leaves_by_path(params).items()}
 
 
 def _assert_equal(tree, expected) -> None:
-  leaves = by_path(tree)
+  leaves = leaves_by_path(tree)
   assert leaves.keys() == expected.keys()
   for path, leaf in leaves.items():
     assert leaf.dtype == expected[path].dtype, path
@@ -128,13 +128,13 @@ def test_published_weights_and_imports_are_rounded_once(published, tmp_path, sto
   source = published
   if stored != 'published':
     source = tmp_path / 'imported'
-    converted.bring_in('siglip', str(published), str(source), dtype=stored)
+    imports.import_weights('siglip', str(published), str(source), dtype=stored)
     store = Store(str(source / FOLDER), CheckpointConfig())
     assert {leaf['dtype'] for leaf in store.latest_meta()['leaves'].values()} == {stored}
     store.close()
   sizes = families.load('siglip', sources.open_source(str(published))).sizes
   start = PretrainedWeights('siglip', str(source), sizes)
-  _assert_equal(converted.network(start, lambda tree: tree, 'bfloat16'), _rounded(published))
+  _assert_equal(imports.network(start, lambda tree: tree, 'bfloat16'), _rounded(published))
 
 
 def test_outputs_of_rounded_weights_are_within_their_precision(published):
@@ -189,7 +189,7 @@ def test_files_in_bfloat16_round_trip(tmp_path):
   assert _dtypes(tree) == {BF16, np.dtype(np.int64)}
   weights.save(str(second), tree, metadata)
   copy, copied_metadata = weights.load(str(second), 'bfloat16')
-  _assert_equal(copy, by_path(tree))
+  _assert_equal(copy, leaves_by_path(tree))
   assert copied_metadata == metadata
   content = bytearray(first.read_bytes())
   content[-6] ^= 4
@@ -206,7 +206,7 @@ def test_unknown_dtypes_are_one_line_errors(published, tmp_path):
     lambda: frozen.load(_system('int4'), mesh, 'fsdp'),
     lambda: FrozenNetwork(path, dtype='int4'),
     lambda: weights.load(path, 'int4'),
-    lambda: converted.bring_in('siglip', str(published), str(tmp_path / 'out'), dtype='int4'),
+    lambda: imports.import_weights('siglip', str(published), str(tmp_path / 'out'), dtype='int4'),
   ):
     with pytest.raises(UserError, match='int4.*choose') as error:
       call()

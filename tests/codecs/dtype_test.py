@@ -11,7 +11,7 @@ from vpe_jax.codecs import image_codes, kl, kl_vae, siglip_vq, towers, visual_pr
 from vpe_jax.codecs.pyramid import PyramidConfig
 from vpe_jax.models import clip, siglip
 from vpe_jax.models.vit import EncoderConfig
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 
 SIDE = 32
 BODY = PyramidConfig((32, 32), blocks=1, outputs=8, inputs=4, attention=(1,))
@@ -65,7 +65,7 @@ def test_codecs_compute_in_float32(kind):
 
 
 def _pairs(one, other):
-  return zip(by_path(one).values(), by_path(other).values(), strict=True)
+  return zip(leaves_by_path(one).values(), leaves_by_path(other).values(), strict=True)
 
 
 @pytest.mark.parametrize('encoder', ['siglip', 'siglip2', 'dinov2', 'clip'])

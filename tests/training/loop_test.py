@@ -185,7 +185,7 @@ def test_a_folder_in_use_is_refused_before_anything_is_loaded(build, tmp_path, m
   config, system = build()
   monkeypatch.setenv('HOME', str(tmp_path))
   monkeypatch.setattr(loop.frozen_lib, 'load', lambda *_: pytest.fail('loaded'))
-  with workdir.claimed(epath.Path(tmp_path / 'run')):
+  with workdir.locked(epath.Path(tmp_path / 'run')):
     with pytest.raises(UserError, match='run is in use by another process'):
       loop.train(config, system, '~/run')
   assert [path.name for path in (tmp_path / 'run').iterdir()] == [workdir.LOCK]

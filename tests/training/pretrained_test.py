@@ -17,7 +17,7 @@ from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.codecs.siglip_vq import SiglipVqSection
 from vpe_jax.config import CheckpointConfig, to_dict
 from vpe_jax.contracts import UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import pretrained, report, resume
 from vpe_jax.training.state import COUNTERS
 
@@ -25,7 +25,7 @@ from vpe_jax.training.state import COUNTERS
 @pytest.fixture(scope='module')
 def published(tmp_path_factory):
   folder = tmp_path_factory.mktemp('out') / 'siglip'
-  convert.send_out('siglip', 'assets:siglip', str(folder))
+  convert.export_weights('siglip', 'assets:siglip', str(folder))
   return folder
 
 
@@ -42,12 +42,12 @@ def _started(source, **siglip):
 
 def _check(found):
   system, abstract, state, origins = found
-  wanted = by_path(weights.load('assets:siglip')[0])
-  leaves, placed = by_path(state['params']), by_path(abstract['params'])
+  wanted = leaves_by_path(weights.load('assets:siglip')[0])
+  leaves, placed = leaves_by_path(state['params']), leaves_by_path(abstract['params'])
   for path, leaf in leaves.items():
     np.testing.assert_array_equal(leaf, wanted[path])
     assert leaf.sharding == placed[path].sharding
-  for path, leaf in by_path(state['ema']).items():
+  for path, leaf in leaves_by_path(state['ema']).items():
     np.testing.assert_array_equal(leaf, wanted[path])
   assert origins == dict.fromkeys(leaves, system.config.model.init_from)
 
@@ -58,9 +58,9 @@ def test_a_run_starts_from_published_weights(published):
 
 def test_a_run_starts_from_an_import(published, tmp_path):
   kept = tmp_path / 'kept'
-  convert.bring_in('siglip', str(published), str(kept))
+  convert.import_weights('siglip', str(published), str(kept))
   _check(_started(kept))
-  with pytest.raises(UserError, match='other sizes'):
+  with pytest.raises(UserError, match='the sizes of the siglip'):
     _started(kept, patch=12)
 
 
@@ -109,7 +109,7 @@ def plan_run(tmp_path_factory):
   normal = lambda leaf: draw.standard_normal(leaf.shape, np.float32)
   params = jax.tree.map(normal, jax.eval_shape(system.init, rng.run_key(0)))
   _keep({'params': params, 'opt_state': {}, 'ema': {}}, system, folder)
-  return folder, by_path(params)
+  return folder, leaves_by_path(params)
 
 
 @pytest.mark.parametrize('arch, stage', [('internal', 'joint'), ('external', 'render')])
@@ -117,13 +117,13 @@ def test_both_architectures_go_on_from_one_plan(plan_run, arch, stage):
   folder, wanted = plan_run
   system = _t2i(arch, start=str(folder), stages=[stage], seed=3)
   abstract, state, origins = _first(system)
-  found, placed = by_path(state['params']), by_path(abstract['params'])
+  found, placed = leaves_by_path(state['params']), leaves_by_path(abstract['params'])
   assert found.keys() == wanted.keys()
   for path, leaf in found.items():
     np.testing.assert_array_equal(leaf, wanted[path])
     assert leaf.sharding == placed[path].sharding
   # Optimizer, average and counters begin afresh.
-  for path, leaf in by_path(state['ema']).items():
+  for path, leaf in leaves_by_path(state['ema']).items():
     np.testing.assert_array_equal(leaf, wanted[path])
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(state['opt_state']))
   assert int(state['step']) == int(state['examples_seen']) == 0
@@ -154,7 +154,7 @@ def test_cross_attention_is_drawn_where_the_plan_was_learned_without(plan_run):
   config = t2i_file.get_config('debug,arch=external')
   model = config.model.to_dict() | {'condition': 'cross'}
   system = _t2i('external', start=str(folder), stages=['render'], model=model)
-  found = by_path(_first(system)[1]['params'])
+  found = leaves_by_path(_first(system)[1]['params'])
   drawn = {path for path in found if path not in wanted}
   assert drawn and all(path.startswith('dit/layers/cross/') for path in drawn)
   for path, leaf in wanted.items():
@@ -169,10 +169,10 @@ def test_a_run_starts_from_raw_or_averaged_weights(line_system, tmp_path):
   # An average of what trains; the rest is as it is.
   average = {'head': jax.tree.map(lambda leaf: leaf + 1, params['head'])}
   _keep({'params': params, 'opt_state': {}, 'ema': average}, other, tmp_path)
-  raw = by_path(params)
+  raw = leaves_by_path(params)
   for which, shift in (('raw', 0), ('ema', 1)):
     found = _first(line_system(start=str(tmp_path), start_weights=which))[1]['params']
-    for path, leaf in by_path(found).items():
+    for path, leaf in leaves_by_path(found).items():
       np.testing.assert_array_equal(leaf, raw[path] + (shift if path.startswith('head') else 0))
 
 
@@ -196,7 +196,7 @@ def test_groups_of_parameters_come_from_different_runs(plan_run, tmp_path):
   _keep({'params': shifted, 'opt_state': {}, 'ema': {}}, other, tmp_path)
   for start in (f'{folder}, dit={tmp_path}', f'dit={tmp_path},embed={folder},ar={folder}'):
     _, state, origins = _first(_t2i('external', start=start, stages=['render']))
-    for path, leaf in by_path(state['params']).items():
+    for path, leaf in leaves_by_path(state['params']).items():
       moved = path.startswith('dit/')
       np.testing.assert_array_equal(leaf, wanted[path] + moved)
       assert origins[path] == f'{tmp_path if moved else folder} (raw)'
@@ -208,7 +208,7 @@ def test_groups_that_no_run_is_named_for_are_drawn_as_without_a_start(plan_run):
   assert {path for path, origin in origins.items() if origin != 'drawn'} == {
     path for path in wanted if path.startswith('ar/')
   }
-  found = by_path(state['params'])
+  found = leaves_by_path(state['params'])
   assert np.array_equal(found['ar/norm/scale'], wanted['ar/norm/scale'])
   assert not np.array_equal(found['embed/codes'], wanted['embed/codes'])
 

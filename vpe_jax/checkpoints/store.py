@@ -34,8 +34,8 @@ from vpe_jax import __version__
 from vpe_jax.checkpoints.checksum import checksums
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.contracts import UserError
-from vpe_jax.sharding import by_path
-from vpe_jax.storage import is_remote, move_aside, reached
+from vpe_jax.sharding import leaves_by_path
+from vpe_jax.storage import is_remote, move_aside, probe
 
 COUNTERS = ('stage', 'step', 'stage_step', 'examples_seen')
 FOLDER = 'checkpoints'  # folder of a workdir
@@ -166,16 +166,16 @@ class Store:
   def read(
     self,
     choose: Callable[[Collection[str]], Iterable[str]],
-    convert: Callable[[np.ndarray], np.ndarray] = lambda leaf: leaf,
+    transform: Callable[[np.ndarray], np.ndarray] = lambda leaf: leaf,
   ) -> tuple[dict[str, np.ndarray], Meta] | None:
     """Loads some leaves of the newest intact checkpoint as numpy arrays.
 
-    Leaves are loaded, verified and converted in groups, so host memory holds at most one group in
+    Leaves are loaded, verified and transformed in groups, so host memory holds at most one group in
     addition to the result.
 
     Args:
       choose: selects the leaves to load from all paths, such as `params/ar/layers/q/kernel`.
-      convert: is applied to each leaf, for instance to round it.
+      transform: is applied to each leaf, for instance to round it.
 
     Returns:
       ({path: array}, record), or None if the directory has no checkpoint.
@@ -193,7 +193,7 @@ class Store:
         leaves = self._load_verified(step, meta, targets)
         while leaves:
           path, leaf = leaves.popitem()
-          arrays[path] = convert(leaf)
+          arrays[path] = transform(leaf)
       return arrays
 
     newest = self._newest_intact(load)
@@ -330,7 +330,7 @@ class Store:
     return record
 
   def _load(self, step: int, meta: Meta, abstract: State) -> State:
-    leaves = by_path(abstract)
+    leaves = leaves_by_path(abstract)
     targets = {path: _load_target(leaf) for path, leaf in leaves.items() if hasattr(leaf, 'shape')}
     _check_fits(self._folder(step), meta['leaves'], targets)
     arrays = self._load_verified(step, meta, targets)
@@ -362,7 +362,7 @@ class Store:
 
   def _folders(self) -> list[int]:
     """Steps of all folders with a checkpoint's name, complete or not, in ascending order."""
-    if not reached(self._directory, self._directory.exists):
+    if not probe(self._directory, self._directory.exists):
       return []
     names = [folder.name.strip('/') for folder in self._directory.iterdir()]
     return sorted(int(name) for name in names if re.fullmatch('0|[1-9][0-9]*', name))
@@ -424,7 +424,7 @@ def _without_logging() -> Iterator[None]:
 
 
 def _arrays(state: State) -> dict[str, Any]:
-  return {path: leaf for path, leaf in by_path(state).items() if hasattr(leaf, 'shape')}
+  return {path: leaf for path, leaf in leaves_by_path(state).items() if hasattr(leaf, 'shape')}
 
 
 def _groups(saved: Mapping[str, Any], paths: Iterable[str]) -> list[list[str]]:

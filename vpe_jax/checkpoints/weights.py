@@ -14,13 +14,13 @@ import numpy as np
 import safetensors.numpy
 
 from vpe_jax import __version__, storage
-from vpe_jax.checkpoints import dtypes, sources
+from vpe_jax.checkpoints import convert, dtypes, sources
 from vpe_jax.checkpoints.sources import Tensor
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, nearest
 from vpe_jax.contracts import Params, UserError
-from vpe_jax.sharding import by_path
-from vpe_jax.storage import reached
+from vpe_jax.sharding import leaves_by_path
+from vpe_jax.storage import probe
 
 ASSETS = 'assets:'
 ENDING = '.safetensors'
@@ -64,8 +64,8 @@ def load(source: str, dtype: str = 'float32') -> tuple[Params, dict[str, str]]:
   """
   if source.startswith(ASSETS):
     return _load_asset(source.removeprefix(ASSETS), dtype)
-  path = storage.place(source)
-  if reached(path, path.is_dir):
+  path = storage.resolve(source)
+  if probe(path, path.is_dir):
     return load_run(source, dtype=dtype)
   if not source.endswith(ENDING):
     raise UserError(
@@ -109,7 +109,7 @@ def load_run(
     'weights': 'ema' if averaged else 'raw',
     'source': str(workdir),
   }
-  return _nested({path.partition('/')[2]: leaf for path, leaf in leaves.items()}), metadata
+  return convert.tree({path.partition('/')[2]: leaves[path] for path in sorted(leaves)}), metadata
 
 
 def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
@@ -154,12 +154,12 @@ def read_run(
 def _read_checkpoint(
   workdir: str,
   choose: Callable[[Collection[str]], Iterable[str]],
-  convert: Callable[[np.ndarray], np.ndarray] = lambda leaf: leaf,
+  transform: Callable[[np.ndarray], np.ndarray] = lambda leaf: leaf,
 ) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
   """`Store.read` of a run's checkpoints; a run without any is an error."""
-  store = Store(str(storage.place(workdir) / FOLDER), CheckpointConfig())
+  store = Store(str(storage.resolve(workdir) / FOLDER), CheckpointConfig())
   try:
-    contents = store.read(choose, convert)
+    contents = store.read(choose, transform)
   finally:
     store.close()
   if contents is None:
@@ -193,7 +193,7 @@ def save(
   """
   check_target(path, overwrite)
   kind = dtypes.parse(dtype)
-  flat = {name: np.asarray(jax.device_get(leaf)) for name, leaf in by_path(tree).items()}
+  flat = {name: np.asarray(jax.device_get(leaf)) for name, leaf in leaves_by_path(tree).items()}
   # safetensors writes the buffer of an array, which must be contiguous and in row-major order.
   arrays = {
     name: np.ascontiguousarray(dtypes.cast(leaf, kind)).reshape(leaf.shape)
@@ -202,7 +202,7 @@ def save(
   strings = {'version': __version__, **metadata, 'dtype': dtype}
   strings['fingerprint'] = fingerprint(arrays, 'float32')
   with storage.writing(path):
-    storage.write_atomic(storage.place(path), safetensors.numpy.save(arrays, metadata=strings))
+    storage.write_atomic(storage.resolve(path), safetensors.numpy.save(arrays, metadata=strings))
 
 
 def check_target(path: str, overwrite: bool = False) -> None:
@@ -211,10 +211,10 @@ def check_target(path: str, overwrite: bool = False) -> None:
   Raises:
     UserError: the file exists (and `overwrite` is off), is a folder, or has another suffix.
   """
-  target = storage.place(path)
+  target = storage.resolve(path)
   if not str(path).endswith(ENDING):
     raise UserError(f"can't write '{path}': name a file that ends in {ENDING}")
-  if reached(target, target.is_dir):
+  if probe(target, target.is_dir):
     raise UserError(f"'{path}' is a folder: name another file")
   if target.exists() and not overwrite:
     raise UserError(f"'{path}' exists: name another file or replace it with --overwrite")
@@ -253,7 +253,7 @@ def fingerprint(tree: Params, dtype: str | None = None) -> str:
     dtype: dtype to which float leaves are cast before hashing, in parts (None: their own).
   """
   digest = hashlib.sha256()
-  for path, leaf in sorted(by_path(tree).items()):
+  for path, leaf in sorted(leaves_by_path(tree).items()):
     _hash_leaf(digest, path, np.asarray(jax.device_get(leaf)), dtype)
   return digest.hexdigest()[:12]
 
@@ -298,7 +298,7 @@ def _read(
       f"'{source}' is damaged: its fingerprint is {actual}, not {metadata['fingerprint']}: get it "
       'again, or export it again'
     )
-  return _nested(leaves), metadata
+  return convert.tree(leaves), metadata
 
 
 def _weight_paths(paths: Collection[str], averaged: bool) -> list[str]:
@@ -306,14 +306,3 @@ def _weight_paths(paths: Collection[str], averaged: bool) -> list[str]:
   ema = {path for path in paths if averaged and path.startswith(_EMA)}
   raw = [path for path in paths if path.startswith(_PARAMS)]
   return [*ema, *(path for path in raw if _EMA + path.removeprefix(_PARAMS) not in ema)]
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for path in sorted(flat):
-    *parents, name = path.split('/')
-    branch = tree
-    for parent in parents:
-      branch = branch.setdefault(parent, {})
-    branch[name] = flat[path]
-  return tree

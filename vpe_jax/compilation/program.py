@@ -115,7 +115,7 @@ def lower(job: Job) -> Lowered:
     make = _train if job.what == TRAIN else _sample
     lowered, flops, kernel_flops = make(job, state, frozen)
   trainable, _ = split_trainable(state['params'], job.stage_of_run)
-  shapes = {path: tuple(leaf.shape) for path, leaf in sharding.by_path(trainable).items()}
+  shapes = {path: tuple(leaf.shape) for path, leaf in sharding.leaves_by_path(trainable).items()}
   count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
   return Lowered(
     lowered,

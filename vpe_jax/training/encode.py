@@ -151,7 +151,7 @@ def _encode_all(
   """Encoded entries of consecutive records, chunk by chunk, whole in every process."""
   gather = jax.jit(lambda encoded: encoded, out_shardings=sharding.replicated(mesh))
   chunk = -(-CHUNK // mesh.size) * mesh.size
-  local = sharding.host_rows(chunk, mesh)
+  local = sharding.host_slice(chunk, mesh)
   key = jax.device_put(rng.run_key(seed), sharding.replicated(mesh))
   total, start_time, reported = len(images), time.monotonic(), 0.0
 

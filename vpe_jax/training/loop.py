@@ -25,7 +25,7 @@ from vpe_jax.training.preemption import Preemption
 from vpe_jax.training.profiler import Profiler
 from vpe_jax.training.state import State, next_stage
 from vpe_jax.training.step import make_train_step
-from vpe_jax.training.workdir import claimed
+from vpe_jax.training.workdir import locked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def train(
   _say(report.devices_text(mesh))
   folder = epath.Path(workdir).expanduser()
   with jax.set_mesh(mesh), contextlib.ExitStack() as cleanup:
-    cleanup.enter_context(claimed(folder))
+    cleanup.enter_context(locked(folder))
     key = jax.device_put(rng.run_key(config.seed), sharding.replicated(mesh))
     store = Store(str(folder / FOLDER), config.checkpoint)
     cleanup.callback(store.close)  # Waits for a save under way, however the run ends.
@@ -120,7 +120,7 @@ def _start(
     return resume.fresh_state(system, abstract, frozen.params, key)
   _say(f'run: resumes after step {int(state["step"])}, writes to {workdir}')
   origin = f'this run, step {int(state["step"])}'
-  return state, dict.fromkeys(sharding.by_path(state['params']), origin)
+  return state, dict.fromkeys(sharding.leaves_by_path(state['params']), origin)
 
 
 def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:

@@ -29,7 +29,7 @@ from vpe_jax import sharding
 from vpe_jax.checkpoints import convert
 from vpe_jax.config import OptimConfig
 from vpe_jax.contracts import Array, Params, UserError
-from vpe_jax.sharding import AxesTable, by_path
+from vpe_jax.sharding import AxesTable, leaves_by_path
 
 OptState = dict[str, Any]
 
@@ -140,7 +140,7 @@ def logical_axes(trainable: Params, axes: AxesTable) -> AxesTable:
     axes: the system's `logical_axes`.
   """
   rows = []
-  for path, leaf in by_path(trainable).items():
+  for path, leaf in leaves_by_path(trainable).items():
     matrix = _factored(path, leaf, axes)
     if matrix is not None:
       # Like optax, which takes the larger side's mean for `v_row`, the columns' at a tie.
@@ -289,7 +289,7 @@ def _adafactor(factored: bool) -> optax.GradientTransformation:
 def _init_adafactor(trainable: Params, config: OptimConfig, axes: AxesTable) -> OptState:
   del config
   memory: dict[str, dict[str, Array]] = {'v_row': {}, 'v_col': {}, 'v': {}}
-  for path, leaf in by_path(trainable).items():
+  for path, leaf in leaves_by_path(trainable).items():
     matrix = _factored(path, leaf, axes)
     if matrix is None:
       memory['v'][path] = jnp.zeros_like(leaf)
@@ -306,10 +306,10 @@ def _direct_adafactor(
   gradient: Params, state: OptState, trainable: Params, config: OptimConfig, axes: AxesTable
 ) -> tuple[Params, OptState]:
   del config
-  params, count = by_path(trainable), state['count']
-  memory = {name: by_path(state[name]) for name in ('v_row', 'v_col', 'v')}
+  params, count = leaves_by_path(trainable), state['count']
+  memory = {name: leaves_by_path(state[name]) for name in ('v_row', 'v_col', 'v')}
   direction, after = {}, {name: {} for name in memory}
-  for path, leaf in by_path(gradient).items():
+  for path, leaf in leaves_by_path(gradient).items():
     param, matrix = params[path], _factored(path, leaf, axes)
     names = ('v',) if matrix is None else ('v_row', 'v_col')
     stacked = _is_stacked(sharding.axis_names(path, leaf.shape, axes))
@@ -348,9 +348,9 @@ def _inner(params: Mapping[str, Any], axes: AxesTable) -> dict[str, _Matrix]:
 
 
 def _init_muon(trainable: Params, config: OptimConfig, axes: AxesTable) -> OptState:
-  moments, params = _init_adamw(trainable, config, axes), by_path(trainable)
+  moments, params = _init_adamw(trainable, config, axes), leaves_by_path(trainable)
   inner = _inner(params, axes)
-  others = {path: leaf for path, leaf in by_path(moments['nu']).items() if path not in inner}
+  others = {path: leaf for path, leaf in leaves_by_path(moments['nu']).items() if path not in inner}
   return moments | {'nu': convert.tree(others)}
 
 
@@ -358,7 +358,7 @@ def _direct_muon(
   gradient: Params, state: OptState, trainable: Params, config: OptimConfig, axes: AxesTable
 ) -> tuple[Params, OptState]:
   del trainable
-  gradients, mu, count = by_path(gradient), by_path(state['mu']), state['count']
+  gradients, mu, count = leaves_by_path(gradient), leaves_by_path(state['mu']), state['count']
   inner = _inner(gradients, axes)
   matrices = lambda leaves: {path: leaves[path] for path in inner}
   others = lambda leaves: {path: leaf for path, leaf in leaves.items() if path not in inner}
@@ -375,7 +375,7 @@ def _direct_muon(
   orthogonal, momentum = muon.update(matrices(gradients), before)
   scale = lambda matrix: MUON_RMS * math.sqrt(max(matrix.rows, matrix.columns))
   direction = {path: scale(inner[path]) * leaf for path, leaf in orthogonal.items()}
-  before = optax.ScaleByAdamState(count, others(mu), by_path(state['nu']))
+  before = optax.ScaleByAdamState(count, others(mu), leaves_by_path(state['nu']))
   rest, moments = _adam(config).update(others(gradients), before)
   return convert.tree(direction | rest), {
     'count': moments.count,

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from vpe_jax.checkpoints import convert, converted, weights
+from vpe_jax.checkpoints import convert, imports, weights
 from vpe_jax.config import Config, differences, nearest
 from vpe_jax.contracts import PARENT, Array, Params, PretrainedWeights, System, UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training.state import State
 
 _CARRIED = ('params/', 'opt_state/', 'ema/', 'examples_seen')  # of the state of a run
@@ -76,9 +76,9 @@ def _check_groups(runs: Mapping[str, str], abstract: Params) -> None:
 
 def _published(starts: Sequence[PretrainedWeights], abstract: Params, mine: Mine) -> Loaded:
   """The weights that a system starts from, for every parameter of `mine` that they fill."""
-  wanted, leaves, origins = by_path(abstract), {}, {}
+  wanted, leaves, origins = leaves_by_path(abstract), {}, {}
   for start in starts:
-    for path, leaf in by_path(_read(start, wanted)).items():
+    for path, leaf in leaves_by_path(_read(start, wanted)).items():
       for target in filter(mine, _targets(start, path)):
         leaves[_PARAMS + target] = _as(leaf, wanted[target], start.source, target)
         origins[target] = start.source
@@ -106,10 +106,10 @@ def _from_run(system: System, run: str, abstract: State, mine: Mine) -> Loaded:
   if carries:
     found, said = weights.read_run(run, _CARRIED)
     theirs = said['config']
-    _check_optimizer(found, by_path(abstract), run)
+    _check_optimizer(found, leaves_by_path(abstract), run)
   else:
     params, metadata = weights.load_run(run, config.start_weights)
-    found, theirs = by_path({'params': params}), weights.config_of(metadata, run)
+    found, theirs = leaves_by_path({'params': params}), weights.config_of(metadata, run)
     grown = _grown(system.initialization.grown, found, abstract['params'], run)
   for line in other_meanings(config, run, theirs):
     logging.warning('%s', line)
@@ -120,7 +120,7 @@ def _from_run(system: System, run: str, abstract: State, mine: Mine) -> Loaded:
     known = path.startswith(_CARRIED if carries else _PARAMS) and _of(path, mine)
     return known and (path in found or not fresh)
 
-  wanted = {path: leaf for path, leaf in by_path(abstract).items() if is_wanted(path)}
+  wanted = {path: leaf for path, leaf in leaves_by_path(abstract).items() if is_wanted(path)}
   _check(wanted, found, run)
   leaves = {path: _as(leaf, wanted[path], run, path) for path, leaf in found.items()}
   taken = [path.removeprefix(_PARAMS) for path in leaves if path.startswith(_PARAMS)]
@@ -197,14 +197,14 @@ def _read(start: PretrainedWeights, wanted: Mapping[str, Any]) -> Params:
   """The family's parameters; from published weights, each where its first target lies."""
 
   def place(tree: Params) -> Params:
-    leaves = by_path(tree)
+    leaves = leaves_by_path(tree)
     for path, leaf in leaves.items():
       for target in _targets(start, path)[:1]:
         where = getattr(wanted[target], 'sharding', None)
         leaves[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
     return convert.tree(leaves)
 
-  return converted.network(start, place)
+  return imports.network(start, place)
 
 
 def _targets(start: PretrainedWeights, path: str) -> list[str]:

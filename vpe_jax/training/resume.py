@@ -15,7 +15,7 @@ from vpe_jax import rng, sharding
 from vpe_jax.checkpoints import convert
 from vpe_jax.config import Config, differences, flatten, nearest, to_dict
 from vpe_jax.contracts import Array, Params, System, UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import optimizer, pretrained
 from vpe_jax.training.state import COUNTERS, State, first_state, merge, split_trainable
 
@@ -80,7 +80,7 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
   shapes = jax.eval_shape(
     lambda: first_state(system.init(rng.run_key(config.seed)), system.stages[stage], optim, axes)
   )
-  optimizer.check_multipliers(optim, by_path(shapes['params']))
+  optimizer.check_multipliers(optim, leaves_by_path(shapes['params']))
   whole = sharding.replicated(mesh)
 
   def place(tree: Any, axes: sharding.AxesTable = axes) -> Any:
@@ -114,7 +114,7 @@ def fresh_state(
     UserError: weights that the run starts from are missing or don't fit.
   """
   loaded = pretrained.load(system, abstract)
-  origins = dict.fromkeys(by_path(abstract['params']), DRAWN)
+  origins = dict.fromkeys(leaves_by_path(abstract['params']), DRAWN)
   for prefix, origin in system.initialization.from_frozen:
     origins |= {path: origin for path in origins if path.startswith(prefix)}
 

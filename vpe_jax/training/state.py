@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from vpe_jax.config import OptimConfig
 from vpe_jax.contracts import Params, Stage, UserError
-from vpe_jax.sharding import AxesTable, by_path
+from vpe_jax.sharding import AxesTable, leaves_by_path
 from vpe_jax.training import optimizer
 
 State = dict[str, Any]
@@ -31,7 +31,7 @@ def split_trainable(params: Params, stage: Stage) -> tuple[Params, Params]:
   Raises:
     UserError: a regular expression of the stage matches no parameter.
   """
-  paths = list(by_path(params))
+  paths = list(leaves_by_path(params))
   for pattern in stage.trainable:
     if not any(re.match(pattern, path) for path in paths):
       heads = ', '.join(sorted({path.split('/')[0] for path in paths}))
@@ -91,7 +91,7 @@ def next_stage(
     axes: the system's `logical_axes`.
     shardings: of every leaf of the new state (None: one device).
   """
-  before, average = by_path(state['params']), by_path(state['ema'])
+  before, average = leaves_by_path(state['params']), leaves_by_path(state['ema'])
   ends = {path for path in average if not stage.trains(path)}
   kept = _select(state['ema'], lambda path: path in ends)
   gone = [before[path] for path in ends]

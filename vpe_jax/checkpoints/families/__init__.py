@@ -82,13 +82,13 @@ class Imported:
     family: name of the family.
     sizes: of the network.
     params: its parameters.
-    plan: destination of each source tensor, and unused tensors.
+    tensor_map: destination of each source tensor, and unused tensors.
   """
 
   family: str
   sizes: Any
   params: Params
-  plan: convert.Plan
+  tensor_map: convert.TensorMap
 
 
 def get(name: str) -> Family:
@@ -105,7 +105,7 @@ def get(name: str) -> Family:
 def load(
   name: str,
   source: Source,
-  place: Callable[[Params], Params] | None = None,
+  shard: Callable[[Params], Params] | None = None,
   sizes: Any = None,
   dtype: str = 'float32',
 ) -> Imported:
@@ -114,7 +114,7 @@ def load(
   Args:
     name: of the family.
     source: the weights.
-    place: adds shardings to the abstract parameters (None: one device).
+    shard: adds shardings to the abstract parameters (None: one device).
     sizes: of the network (None: from the source's config.json, else the family's
       `RELEASED_SIZES`).
     dtype: of the parameters: float32, bfloat16 or float16. Tensors are cast one at a time.
@@ -126,10 +126,11 @@ def load(
   if sizes is None:
     sizes = _sizes(family, name, source)
   abstract = dtypes.cast_shapes(_abstract(family, name, sizes), dtypes.parse(dtype))
-  if place is not None:
-    abstract = place(abstract)
-  plan = convert.plan(source.tensors, family.LAYOUTS, abstract)
-  return Imported(name, sizes, convert.tree(convert.load(source.tensors, plan, abstract)), plan)
+  if shard is not None:
+    abstract = shard(abstract)
+  tensor_map = convert.match_tensors(source.tensors, family.LAYOUTS, abstract)
+  leaves = convert.load(source.tensors, tensor_map, abstract)
+  return Imported(name, sizes, convert.tree(leaves), tensor_map)
 
 
 def save(name: str, sizes: Any, params: Params, folder: Path, **options: Any) -> list[str]:
