@@ -6,7 +6,7 @@ Examples:
   python -m vpe_jax.compile --config=configs/t2i.py:pod,chips=256 --topology=v5p:4x4x4 --slices=4 \
       --mesh=data=4,fsdp=64
   python -m vpe_jax.compile --config=configs/t2i.py:paper --topology=v6e:8x8 --stage=plan
-  python -m vpe_jax.compile --config=configs/t2i.py:paper --topology=v5e:4x4 --what=sample \
+  python -m vpe_jax.compile --config=configs/t2i.py:paper --topology=v5e:4x4 --program=sample \
       --images_per_chip=1
   python -m vpe_jax.compile --config=configs/t2i.py:debug --topology=cpu:8
 
@@ -36,7 +36,7 @@ def _define_flags() -> None:
   flags.DEFINE_string('topology', None, 'v5p:4x4x8, a Cloud name such as v5p-256, or cpu:8')
   flags.DEFINE_integer('slices', 1, 'slices of this topology, along the mesh axis data')
   flags.DEFINE_string('mesh', '', "sizes in place of the config's, such as data=4,fsdp=16")
-  flags.DEFINE_enum('what', program.TRAIN, program.KINDS, 'the training step, or the drawing')
+  flags.DEFINE_enum('program', program.TRAIN, program.KINDS, 'training step or sampling')
   flags.DEFINE_string('stage', None, 'of the run (default: its last)')
   flags.DEFINE_integer('images_per_chip', None, "in place of the config's batch")
   flags.DEFINE_string('json', None, 'a file for the figures, local or gs://')
@@ -58,7 +58,7 @@ def main() -> None:
   if place.chip is None and 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', place.chips)
   config = config_file.load(FLAGS.config, _overrides)
-  names = ('topology', 'slices', 'what', 'stage', 'images_per_chip')
+  names = ('topology', 'slices', 'program', 'stage', 'images_per_chip')
   asked = {name: FLAGS[name].value for name in names}
   report = examine.examine(config, examine.Request(mesh=examine.parse_mesh(FLAGS.mesh), **asked))
   if argument := FLAGS.config.partition(':')[2]:  # Of one preset there are several programs.

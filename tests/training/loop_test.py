@@ -240,9 +240,9 @@ def test_each_stage_has_its_own_rate_average_and_microbatches(build, tmp_path, c
   said = capsys.readouterr().out
   assert 'stage head (1 of 2): 2 steps of 16 examples, adamw at rate 0.01' in said
   table = [line.split('  ')[-1] for line in said.splitlines() if line.startswith('  backbone')]
-  assert table[:2] == ['drawn', 'drawn']
+  assert table[:2] == ['initialized', 'initialized']
   heads = [line.split('  ')[-1] for line in said.splitlines() if line.startswith('  head ')]
-  assert heads[:2] == ['drawn', 'stage head']
+  assert heads[:2] == ['initialized', 'stage head']
 
 
 def test_a_resumed_run_has_its_parameters_from_itself(build, tmp_path, capsys):

@@ -205,7 +205,7 @@ def test_groups_of_parameters_come_from_different_runs(plan_run, tmp_path):
 def test_groups_that_no_run_is_named_for_are_drawn_as_without_a_start(plan_run):
   folder, wanted = plan_run
   _, state, origins = _first(_t2i('internal', start=f'ar = {folder}', stages=['joint']))
-  assert {path for path, origin in origins.items() if origin != 'drawn'} == {
+  assert {path for path, origin in origins.items() if origin != 'initialized'} == {
     path for path in wanted if path.startswith('ar/')
   }
   found = leaves_by_path(state['params'])

@@ -51,7 +51,7 @@ def test_fresh_state_has_the_shardings_and_values_of_its_plan(line_system):
   abstract = resume.abstract_state(system.config, system, 0, mesh)
   key = rng.run_key(0)
   state, origins = resume.fresh_state(system, abstract, {}, key)
-  assert origins == dict.fromkeys(sharding.leaves_by_path(state['params']), 'drawn')
+  assert origins == dict.fromkeys(sharding.leaves_by_path(state['params']), 'initialized')
   jax.tree.map(lambda leaf, plan: leaf.sharding == plan.sharding or pytest.fail(), state, abstract)
   sharding.check_sharded_enough(
     {'kernel': state['params']['backbone']['kernel']},

@@ -151,7 +151,7 @@ def _run_stages(run: Run, watchers: Watchers, state: State) -> State | None:
     given = (run.system.stages[index], run.config.optim_of(index), run.system.logical_axes)
     state = next_stage(state, *given, resume.shardings_of(abstract))
   if jax.process_index() == 0:
-    curves.draw(run.workdir)
+    curves.write(run.workdir)
   run.store.wait()
   return state
 
@@ -225,7 +225,7 @@ def _evaluate(run: Run, watchers: Watchers, state: State, step: int, is_last: bo
   watchers.log.flush()  # The curves show these numbers too.
   watchers.log.resume_clock()
   if jax.process_index() == 0:
-    curves.draw(run.workdir)
+    curves.write(run.workdir)
 
 
 def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Batch) -> None:

@@ -22,7 +22,7 @@ from vpe_jax.training.state import COUNTERS, State, first_state, merge, split_tr
 # What a run shows, keeps and runs on, as against what it computes.
 FREE = ('checkpoint', 'log', 'evals', 'sample', 'data.workers', 'mesh')
 SMALL = 2**30  # bytes of state that may be replicated, as small leaves on odd meshes are
-DRAWN = 'drawn'  # where parameters are from that nothing gives
+INITIALIZED = 'initialized'  # origin label of randomly initialized parameters
 LISTED = 8  # differences that an error lists
 
 
@@ -114,7 +114,7 @@ def fresh_state(
     UserError: weights that the run starts from are missing or don't fit.
   """
   loaded = pretrained.load(system, abstract)
-  origins = dict.fromkeys(leaves_by_path(abstract['params']), DRAWN)
+  origins = dict.fromkeys(leaves_by_path(abstract['params']), INITIALIZED)
   for prefix, origin in system.initialization.from_frozen:
     origins |= {path: origin for path in origins if path.startswith(prefix)}
 
