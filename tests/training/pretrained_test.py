@@ -138,14 +138,14 @@ def test_what_another_tokenizer_or_codebook_makes_of_a_run_is_said(plan_run):
   folder, _ = plan_run
   same = _t2i('external', start=str(folder), stages=['render']).config
   stored = to_dict(_t2i('internal', stages=['plan']).config)
-  assert not pretrained.other_meanings(same, str(folder), stored)
+  assert not pretrained.encoding_differences(same, str(folder), stored)
   codec = dataclasses.replace(same.model.visual_prompt, weights='other.safetensors')
   ours = dataclasses.replace(same, model=dataclasses.replace(same.model, visual_prompt=codec))
-  (line,) = pretrained.other_meanings(ours, str(folder), stored)
+  (line,) = pretrained.encoding_differences(ours, str(folder), stored)
   assert line.startswith(f'{folder} was trained with model.visual_prompt.weights=assets:visual_pro')
   assert 'other.safetensors' in line
   other = dataclasses.replace(same.model, visual_prompt=SiglipVqSection(codes=same.model.codes))
-  (line,) = pretrained.other_meanings(dataclasses.replace(same, model=other), 'RUN', stored)
+  (line,) = pretrained.encoding_differences(dataclasses.replace(same, model=other), 'RUN', stored)
   assert line.startswith('RUN was trained with model.visual_prompt.kind=tower_vq')
 
 
