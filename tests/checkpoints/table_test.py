@@ -20,7 +20,7 @@ TABLE = Table(
 )
 
 
-def test_place_gives_targets_and_index():
+def test_destination_has_targets_and_index():
   destination = tables.destination(TABLE, 'block.12.qkv.weight')
   assert destination.targets == ('layers/q', 'layers/k', 'layers/v') and destination.index == 12
   destination = tables.destination(TABLE, 'conv.3.1.weight')

@@ -54,7 +54,7 @@ def test_falling_curve_falls_in_the_plot():
   assert left.mean() + 100 < right.mean()
 
 
-def test_draw_writes_an_image_next_to_the_metrics(tmp_path):
+def test_write_saves_an_image_next_to_the_metrics(tmp_path):
   curves.write(tmp_path)
   assert not (tmp_path / curves.FILE).exists()
   file = metrics.MetricsFile(tmp_path, 0)

@@ -97,7 +97,7 @@ class TestAdamW:
       np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6)
     assert int(state['count']) == 5
 
-  def test_memory_is_two_moments_and_a_count(self):
+  def test_state_has_two_moments_and_a_count(self):
     params = _tree(0)
     state = optimizer.init(params, OptimConfig(mu_dtype='bfloat16'), AXES)
     assert state.keys() == {'count', 'mu', 'nu'}
@@ -120,7 +120,7 @@ class TestAdamW:
 class TestAdafactor:
   CONFIG = OptimConfig(name='adafactor', lr=1e-2, warmup=0)
 
-  def test_equals_optax_where_that_sees_the_same_matrices(self):
+  def test_equals_optax_on_two_dimensional_leaves(self):
     ours = leaves_by_path(_run(self.CONFIG)[0])
     paths = ('mlp/kernel', 'embed/rows', 'mlp/bias')
     theirs = _optax_run(
@@ -129,7 +129,7 @@ class TestAdafactor:
     for path in paths:
       np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-5, atol=1e-7)
 
-  def test_stacked_layers_train_like_layers_of_their_own(self):
+  def test_stacked_layers_train_like_separate_leaves(self):
     ours = leaves_by_path(_run(self.CONFIG)[0])
     for path, shape in (('q/kernel', (256, 128)), ('norm/scale', (256,))):
       for layer in range(3):
@@ -142,7 +142,7 @@ class TestAdafactor:
         found = ours[path][layer].reshape(shape)
         np.testing.assert_allclose(found, params, rtol=1e-5, atol=1e-7)
 
-  def test_memory_is_rows_and_columns(self):
+  def test_state_has_rows_and_columns(self):
     _, state = _run(self.CONFIG)
     assert state.keys() == {'count', 'v_row', 'v_col', 'v'} and int(state['count']) == 3
     rows, columns = leaves_by_path(state['v_row']), leaves_by_path(state['v_col'])
@@ -249,7 +249,7 @@ class TestLearningRate:
 
 
 class TestMultipliers:
-  def test_scale_the_rate_of_what_they_match(self):
+  def test_matching_parameters_have_a_scaled_rate(self):
     config = OptimConfig(lr=1e-2, warmup=0, multipliers=r'mlp/kernel=0.5, .*/(bias|rows)=2')
     scaled, plain = _run(config, steps=1)[0], _run(OptimConfig(lr=1e-2, warmup=0), steps=1)[0]
     start, scaled, plain = (leaves_by_path(tree) for tree in (_tree(0), scaled, plain))
@@ -258,7 +258,7 @@ class TestMultipliers:
       moved, usual = scaled[path] - start[path], plain[path] - start[path]
       np.testing.assert_allclose(moved, wanted.get(path, 1.0) * usual, rtol=1e-3, atol=1e-6)
 
-  def test_one_without_parameters_is_named(self):
+  def test_multiplier_without_parameters_is_refused(self):
     config = OptimConfig(multipliers='q/=2,kernel=0.5')
     with pytest.raises(UserError, match="'kernel', which matches no parameter.*embed, mlp"):
       optimizer.check_multipliers(config, leaves_by_path(_tree(0)))

@@ -1,4 +1,4 @@
-"""Runs that start from published weights, from an import of them or from another run."""
+"""Tests of runs initialized from published weights, an import or a parent run."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def _check(found):
   assert origins == dict.fromkeys(leaves, system.config.model.init_from)
 
 
-def test_a_run_starts_from_published_weights(published):
+def test_run_is_initialized_from_published_weights(published):
   _check(_started(published))
 
 
-def test_a_run_starts_from_an_import(published, tmp_path):
+def test_run_is_initialized_from_an_import(published, tmp_path):
   kept = tmp_path / 'kept'
   convert.import_weights('siglip', str(published), str(kept))
   _check(_started(kept))
@@ -71,7 +71,7 @@ def test_weights_of_another_size_or_none_are_refused(published, tmp_path):
     _started(tmp_path / 'none')
 
 
-def test_without_weights_to_start_from_parameters_are_drawn():
+def test_parameters_are_random_without_initial_weights():
   state = _started('')[2]
   token = weights.load('assets:siglip')[0]['text']['token']
   assert not np.array_equal(state['params']['text']['token'], token)
@@ -87,7 +87,7 @@ def _t2i(arch, **changes):
 
 
 def _first(system):
-  """The shapes of a run's first state, the state, and where its parameters are from."""
+  """(abstract state, state, origins) of a new run."""
   mesh = sharding.make_mesh(system.config.mesh)
   with jax.set_mesh(mesh):
     abstract = resume.abstract_state(system.config, system, 0, mesh)
@@ -113,7 +113,7 @@ def plan_run(tmp_path_factory):
 
 
 @pytest.mark.parametrize('arch, stage', [('internal', 'joint'), ('external', 'render')])
-def test_both_architectures_go_on_from_one_plan(plan_run, arch, stage):
+def test_both_architectures_continue_from_one_parent_run(plan_run, arch, stage):
   folder, wanted = plan_run
   system = _t2i(arch, start=str(folder), stages=[stage], seed=3)
   abstract, state, origins = _first(system)
@@ -134,7 +134,7 @@ def test_both_architectures_go_on_from_one_plan(plan_run, arch, stage):
   assert 'trains' in rows['dit'] and ('frozen' in rows['ar']) == (arch == 'external')
 
 
-def test_what_another_tokenizer_or_codebook_makes_of_a_run_is_said(plan_run):
+def test_other_tokenizers_and_codecs_of_a_parent_run_are_reported(plan_run):
   folder, _ = plan_run
   same = _t2i('external', start=str(folder), stages=['render']).config
   stored = to_dict(_t2i('internal', stages=['plan']).config)
@@ -149,7 +149,7 @@ def test_what_another_tokenizer_or_codebook_makes_of_a_run_is_said(plan_run):
   assert line.startswith('RUN was trained with model.visual_prompt.kind=tower_vq')
 
 
-def test_cross_attention_is_drawn_where_the_plan_was_learned_without(plan_run):
+def test_cross_attention_that_the_parent_run_lacks_is_random(plan_run):
   folder, wanted = plan_run
   config = t2i_file.get_config('debug,arch=external')
   model = config.model.to_dict() | {'condition': 'cross'}
@@ -163,7 +163,7 @@ def test_cross_attention_is_drawn_where_the_plan_was_learned_without(plan_run):
   assert np.any(found['dit/layers/cross/q/kernel'])
 
 
-def test_a_run_starts_from_raw_or_averaged_weights(line_system, tmp_path):
+def test_run_is_initialized_from_raw_or_ema_weights(line_system, tmp_path):
   other = line_system()
   params = other.init(rng.run_key(0))
   # An average of what trains; the rest is as it is.
@@ -176,7 +176,7 @@ def test_a_run_starts_from_raw_or_averaged_weights(line_system, tmp_path):
       np.testing.assert_array_equal(leaf, raw[path] + (shift if path.startswith('head') else 0))
 
 
-def test_a_start_that_is_no_run_or_another_ones_is_named(plan_run, line_system, tmp_path):
+def test_missing_or_misfitting_parent_run_is_refused(plan_run, line_system, tmp_path):
   folder = plan_run[0]
   cases = [
     (_t2i('single', start=str(folder)), "config.start .*'dit/layers/.*' is .* there and absent"),
@@ -189,7 +189,7 @@ def test_a_start_that_is_no_run_or_another_ones_is_named(plan_run, line_system, 
     assert '\n' not in str(error.value)
 
 
-def test_groups_of_parameters_come_from_different_runs(plan_run, tmp_path):
+def test_parameter_groups_come_from_different_parent_runs(plan_run, tmp_path):
   folder, wanted = plan_run
   other = _t2i('internal', stages=['plan'])
   shifted = jax.tree.map(lambda leaf: leaf + 1, paths.tree(wanted))
@@ -202,7 +202,7 @@ def test_groups_of_parameters_come_from_different_runs(plan_run, tmp_path):
       assert origins[path] == f'{tmp_path if moved else folder} (raw)'
 
 
-def test_groups_that_no_run_is_named_for_are_drawn_as_without_a_start(plan_run):
+def test_groups_without_a_parent_run_are_random(plan_run):
   folder, wanted = plan_run
   _, state, origins = _first(_t2i('internal', start=f'ar = {folder}', stages=['joint']))
   assert {path for path, origin in origins.items() if origin != 'initialized'} == {
@@ -223,7 +223,7 @@ def test_groups_that_no_run_is_named_for_are_drawn_as_without_a_start(plan_run):
     ('internal', 'RUN, dit=', 'name a run after dit='),
   ],
 )
-def test_a_start_of_groups_that_can_not_be_is_one_line(plan_run, arch, start, message):
+def test_invalid_groups_of_parent_runs_are_one_line_errors(plan_run, arch, start, message):
   stage, folder = {'external': 'render', 'internal': 'joint'}[arch], str(plan_run[0])
   with pytest.raises(UserError, match=message.replace('RUN', folder)) as error:
     _first(_t2i(arch, start=start.replace('RUN', folder), stages=[stage]))

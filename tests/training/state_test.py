@@ -63,7 +63,7 @@ def test_next_stage_starts_optimizer_and_average_from_current_parameters():
   np.testing.assert_array_equal(after['ema']['dit']['q']['kernel'], np.full(5, 7.0))
 
 
-def test_what_trains_no_further_is_kept_at_its_average():
+def test_finished_parameters_keep_their_ema_value():
   state = state_lib.first_state(_params(), _stage('ar/', ema=True))
   state['ema'] = jax.tree.map(lambda leaf: leaf * 3, state['ema'])
   after = state_lib.next_stage(state, _stage('ar/norm', 'dit/', ema=True))

@@ -99,7 +99,7 @@ def export_weights(family: str, source: str, to: str, dtype: str = 'float32') ->
 
 def _summary(params: object, began: float) -> str:
   count = sum(leaf.size for leaf in leaves_by_path(params).values())
-  # In kilobytes on Linux. Includes memory-mapped pages, which the system can reclaim.
+  # ru_maxrss is in KiB on Linux and includes memory-mapped pages, which the system can reclaim.
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   seconds = time.monotonic() - began
   return f'{count:,} parameters, {seconds:.1f} s, peak memory {peak:.2f} GB'

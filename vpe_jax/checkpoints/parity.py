@@ -62,7 +62,7 @@ def verdict(family: str, errors: dict[str, float]) -> tuple[bool, str]:
   limit = DEEP_TOLERANCE.get(family, TOLERANCE)
   listed = ', '.join(f'{name} {error:.1e}' for name, error in errors.items())
   passed = all(error < limit for error in errors.values())
-  result = 'holds' if passed else 'FAILS'
+  result = 'passes' if passed else 'FAILS'
   return passed, f'parity with the reference {result} (limit {limit}): {listed}'
 
 
