@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up this clone, trains the default config on its embedded data and draws a picture with it.
-# Can be run again: what is installed or trained already is not done twice.
+# Sets up this clone, trains the default config on its embedded data and samples images from it.
+# Can be run again: finished installation and training steps are skipped.
 #
 #   bash launch/quickstart.sh [flags for vpe_jax.main, such as --config.seed=1]
 set -euo pipefail
@@ -12,16 +12,16 @@ prompt='three red circles'
 python=$(find_python)
 
 phase 'set-up' install .venv "$python" "$(accelerator)"
-said=$(mktemp)
-trap 'rm -f "$said"' EXIT
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 
 train() {
-  # An interrupt is for the training, which saves and says so; what it says is still to be written.
-  .venv/bin/python -m vpe_jax.main --config=configs/t2i.py --workdir="$run" "$@" | tee -i "$said"
+  # `tee -i` ignores an interrupt, so the last lines of the interrupted training are still written.
+  .venv/bin/python -m vpe_jax.main --config=configs/t2i.py --workdir="$run" "$@" | tee -i "$log"
 }
 
 phase 'training' train "$@"
-if grep -q '^preempted:' "$said"; then
+if grep -q '^preempted:' "$log"; then
   echo 'stopped before the end: run this command again to go on from there'
   exit 1
 fi
@@ -31,9 +31,9 @@ phase 'sampling' .venv/bin/python -m vpe_jax.sample --workdir="$run" --prompt="$
 cat <<END
 
 Done in $SECONDS s. Look at:
-  $run/samples/      pictures drawn while training, beside the truth, newest last
-  $run/sample.png    four pictures of "$prompt"
+  $run/samples/      images sampled during training beside the ground truth, newest last
+  $run/sample.png    four images of "$prompt"
   $run/curves.png    the losses
   $run/metrics.jsonl every number of every step
-Draw your own: .venv/bin/python -m vpe_jax.sample --workdir=$run --prompt="a blue star" --out=star.png
+Sample your own: .venv/bin/python -m vpe_jax.sample --workdir=$run --prompt="a blue star" --out=star.png
 END

@@ -14,14 +14,14 @@ import pytest
 from vpe_jax import convert
 from vpe_jax.checkpoints import parity, sources, weights
 from vpe_jax.contracts import UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 
 
 @pytest.fixture(scope='module')
 def published(tmp_path_factory):
   """The shipped SigLIP, exported for transformers."""
   folder = tmp_path_factory.mktemp('out') / 'siglip'
-  lines = convert.send_out('siglip', 'assets:siglip', str(folder))
+  lines = convert.export_weights('siglip', 'assets:siglip', str(folder))
   assert '1,9' in lines[0] and lines[-1] == f'wrote {folder}'
   return folder
 
@@ -39,14 +39,14 @@ def test_transformers_opens_an_export(published):
 
 def test_import_and_export_are_exact(published, tmp_path):
   imported, exported = str(tmp_path / 'imported'), str(tmp_path / 'exported')
-  lines = convert.bring_in('siglip', str(published), imported)
+  lines = convert.import_weights('siglip', str(published), imported)
   assert 'tensors (float32)' in lines[0] and 'parameters' in lines[0]
   params, metadata = weights.load(imported)
   assert json.loads(metadata['config'])['family'] == 'siglip'
-  expected = by_path(weights.load('assets:siglip')[0])
-  for path, leaf in by_path(params).items():
+  expected = leaves_by_path(weights.load('assets:siglip')[0])
+  for path, leaf in leaves_by_path(params).items():
     np.testing.assert_array_equal(leaf, expected[path])
-  convert.send_out('siglip', imported, exported)
+  convert.export_weights('siglip', imported, exported)
   original, copy = (sources.open_source(str(folder)) for folder in (published, exported))
   assert original.config == copy.config
   for key, tensor in original.tensors.items():
@@ -54,27 +54,27 @@ def test_import_and_export_are_exact(published, tmp_path):
 
 
 def test_check_compares_with_the_reference_before_writing(published, tmp_path, monkeypatch):
-  lines = convert.bring_in('siglip', str(published), str(tmp_path / 'out'), check=True)
-  assert 'parity with the reference holds' in lines[-2]
+  lines = convert.import_weights('siglip', str(published), str(tmp_path / 'out'), check=True)
+  assert 'parity with the reference passes' in lines[-2]
   monkeypatch.setattr(parity, 'TOLERANCE', 0.0)
   with pytest.raises(UserError, match='FAILS'):
-    convert.bring_in('siglip', str(published), str(tmp_path / 'other'), check=True)
+    convert.import_weights('siglip', str(published), str(tmp_path / 'other'), check=True)
   assert not (tmp_path / 'other').exists()
   golden = pathlib.Path(__file__).parent / 'golden' / 'showo2'
   with pytest.raises(UserError, match='no reference library'):
-    convert.bring_in('showo2', str(golden), str(tmp_path / 'other'), check=True)
+    convert.import_weights('showo2', str(golden), str(tmp_path / 'other'), check=True)
 
 
 def test_export_in_bfloat16(tmp_path):
-  convert.send_out('siglip', 'assets:siglip', str(tmp_path / 'out'), 'bfloat16')
+  convert.export_weights('siglip', 'assets:siglip', str(tmp_path / 'out'), 'bfloat16')
   dtypes = {str(t.dtype) for t in sources.open_source(str(tmp_path / 'out')).tensors.values()}
   assert dtypes == {'bfloat16'}
 
 
 def test_existing_folder_is_not_overwritten(published, tmp_path):
   for call in (
-    lambda: convert.send_out('siglip', 'assets:siglip', str(tmp_path)),
-    lambda: convert.bring_in('siglip', str(published), str(tmp_path)),
+    lambda: convert.export_weights('siglip', 'assets:siglip', str(tmp_path)),
+    lambda: convert.import_weights('siglip', str(published), str(tmp_path)),
   ):
     with pytest.raises(UserError, match='exists'):
       call()
@@ -82,7 +82,7 @@ def test_existing_folder_is_not_overwritten(published, tmp_path):
 
 def test_export_of_a_network_without_family_is_refused(tmp_path):
   with pytest.raises(UserError, match='trains no network of a published family'):
-    convert.send_out('siglip', 'assets:image', str(tmp_path / 'out'))
+    convert.export_weights('siglip', 'assets:image', str(tmp_path / 'out'))
   assert not list(tmp_path.iterdir())
 
 
@@ -91,15 +91,15 @@ def test_missing_or_wrong_config_json_is_refused(published, tmp_path):
   folder.mkdir()
   (folder / 'model.safetensors').write_bytes((published / 'model.safetensors').read_bytes())
   with pytest.raises(UserError, match=r'no config\.json'):
-    convert.bring_in('siglip', str(folder), str(tmp_path / 'out'))
+    convert.import_weights('siglip', str(folder), str(tmp_path / 'out'))
   (folder / 'config.json').write_text('{"model_type": "qwen2"}')
   with pytest.raises(UserError, match='another family'):
-    convert.bring_in('siglip', str(folder), str(tmp_path / 'out'))
+    convert.import_weights('siglip', str(folder), str(tmp_path / 'out'))
   config = json.loads((published / 'config.json').read_text())
   config['vision_config']['num_hidden_layers'] += 1
   (folder / 'config.json').write_text(json.dumps(config))
   with pytest.raises(UserError, match='encoder.layers.4.*is missing'):
-    convert.bring_in('siglip', str(folder), str(tmp_path / 'out'))
+    convert.import_weights('siglip', str(folder), str(tmp_path / 'out'))
   assert [path.name for path in tmp_path.iterdir()] == ['copy']
 
 
@@ -118,7 +118,7 @@ def test_invalid_config_field_is_a_quick_one_line_error(published, tmp_path, fie
   (folder / 'config.json').write_text(json.dumps(config))
   started = time.monotonic()
   with pytest.raises(UserError) as error:
-    convert.bring_in('siglip', str(folder), str(tmp_path / 'out'))
+    convert.import_weights('siglip', str(folder), str(tmp_path / 'out'))
   assert '\n' not in str(error.value) and len(str(error.value)) < 1000
   assert time.monotonic() - started < 60
   assert [path.name for path in tmp_path.iterdir()] == ['copy']
@@ -126,7 +126,7 @@ def test_invalid_config_field_is_a_quick_one_line_error(published, tmp_path, fie
 
 def test_output_inside_the_source_is_refused(published):
   with pytest.raises(UserError, match='inside the source'):
-    convert.bring_in('siglip', str(published), str(published / 'out'))
+    convert.import_weights('siglip', str(published), str(published / 'out'))
 
 
 @pytest.mark.parametrize(

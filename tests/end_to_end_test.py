@@ -144,7 +144,7 @@ def _resumed(process: Process) -> int:
 def _assert_same_run(workdir: Path, reference: Path) -> None:
   """Every bit of the last checkpoints, and every number of every step."""
   (ours, meta), (wanted, wanted_meta) = (
-    Store(str(run / FOLDER), CheckpointConfig()).read(lambda path: True)
+    Store(str(run / FOLDER), CheckpointConfig()).read(lambda paths: paths)
     for run in (workdir, reference)
   )
   for counter in ('stage', 'step', 'stage_step', 'examples_seen'):

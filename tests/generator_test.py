@@ -201,7 +201,7 @@ def test_load_refuses_files_that_hold_something_else(tmp_path):
   with pytest.raises(UserError, match='have no config'):
     Generator.load(path)
   weights.save(path, {'a': np.zeros(2)}, {'config': '{}', 'weights': 'ema'}, overwrite=True)
-  with pytest.raises(UserError, match='averaged weights only'):
+  with pytest.raises(UserError, match='EMA weights only'):
     Generator.load(path, weights='raw')
   config = t2i.get_config('debug')
   config.data.source = 'synthetic'

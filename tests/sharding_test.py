@@ -111,7 +111,7 @@ class TestParamShardings:
       'opt_state': ({'mu': params, 'count': _shape()}, (), [params]),
       'ema': params,
     }
-    shardings = sharding.by_path(sharding.param_shardings(state, TABLE, _mesh(), 'fsdp'))
+    shardings = sharding.leaves_by_path(sharding.param_shardings(state, TABLE, _mesh(), 'fsdp'))
     assert shardings['opt_state/0/mu/ar/layers/q/kernel'].spec == P(None, 'fsdp')
     assert shardings['opt_state/2/0/ar/scale'].spec == P('fsdp')
     assert shardings['opt_state/0/count'].spec == P()
@@ -169,7 +169,7 @@ class TestBatch:
     assert batch['none'] is None
     np.testing.assert_array_equal(batch['x'], x)
     assert {shard.data.shape for shard in batch['x'].addressable_shards} == {(2, 3)}
-    assert sharding.host_rows(8, mesh) == slice(0, 8)
+    assert sharding.host_slice(8, mesh) == slice(0, 8)
 
   def test_batch_size_must_divide_over_devices_and_microbatches(self):
     mesh = _mesh()

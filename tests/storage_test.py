@@ -56,16 +56,16 @@ def test_atomic_write_leaves_other_files_in_the_folder_alone(tmp_path):
 def test_the_scheme_decides_whether_a_path_is_remote():
   assert storage.is_remote('gs://bucket/run') and not storage.is_remote('runs/t2i-tiny')
   with pytest.raises(UserError, match='https://host/x is out of reach'):
-    storage.place('https://host/x')
+    storage.resolve('https://host/x')
   with pytest.raises(UserError, match='empty'):
-    storage.place('')
+    storage.resolve('')
 
 
 def test_missing_client_package_names_the_cure(monkeypatch):
   monkeypatch.setitem(sys.modules, 'gcsfs', None)  # makes its import fail
-  place = storage.place('gs://bucket/run')
+  place = storage.resolve('gs://bucket/run')
   with pytest.raises(UserError, match=r"gs://bucket/run.*pip install -e '.\[gcs\]'"):
-    storage.reached(place, place.exists)
+    storage.probe(place, place.exists)
 
 
 def test_full_disk_is_a_one_line_error_with_its_cure():
@@ -102,9 +102,9 @@ def test_read_lines_matches_read_text_and_streams(tmp_path):
 
 def test_local_expands_home_and_refuses_remote_paths(monkeypatch, tmp_path):
   monkeypatch.setenv('HOME', str(tmp_path))
-  assert storage.local('~/x') == tmp_path / 'x'
+  assert storage.local_path('~/x') == tmp_path / 'x'
   with pytest.raises(UserError, match='gs://b/x is on an object store.*gcsfuse'):
-    storage.local('gs://b/x')
+    storage.local_path('gs://b/x')
 
 
 def test_checksum_is_crc32_over_all_blocks(tmp_path):

@@ -6,7 +6,7 @@ Examples:
   python -m vpe_jax.compile --config=configs/t2i.py:pod,chips=256 --topology=v5p:4x4x4 --slices=4 \
       --mesh=data=4,fsdp=64
   python -m vpe_jax.compile --config=configs/t2i.py:paper --topology=v6e:8x8 --stage=plan
-  python -m vpe_jax.compile --config=configs/t2i.py:paper --topology=v5e:4x4 --what=sample \
+  python -m vpe_jax.compile --config=configs/t2i.py:paper --topology=v5e:4x4 --program=sample \
       --images_per_chip=1
   python -m vpe_jax.compile --config=configs/t2i.py:debug --topology=cpu:8
 
@@ -36,7 +36,7 @@ def _define_flags() -> None:
   flags.DEFINE_string('topology', None, 'v5p:4x4x8, a Cloud name such as v5p-256, or cpu:8')
   flags.DEFINE_integer('slices', 1, 'number of slices of this topology, along the mesh axis data')
   flags.DEFINE_string('mesh', '', "axis sizes that override the config's, such as data=4,fsdp=16")
-  flags.DEFINE_enum('what', program.TRAIN, program.KINDS, 'the training step, or sampling')
+  flags.DEFINE_enum('program', program.TRAIN, program.KINDS, 'the training step, or sampling')
   flags.DEFINE_string('stage', None, 'stage of the run (default: its last)')
   flags.DEFINE_integer('images_per_chip', None, "overrides the config's batch size")
   flags.DEFINE_string('json', None, 'file for the report, local or gs://')
@@ -58,7 +58,7 @@ def main() -> None:
   if target.chip is None and 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', target.chips)
   config = config_file.load(FLAGS.config, _overrides)
-  names = ('topology', 'slices', 'what', 'stage', 'images_per_chip')
+  names = ('topology', 'slices', 'program', 'stage', 'images_per_chip')
   values = {name: FLAGS[name].value for name in names}
   report = examine.examine(config, examine.Request(mesh=examine.parse_mesh(FLAGS.mesh), **values))
   if argument := FLAGS.config.partition(':')[2]:  # options of a preset select different programs

@@ -216,6 +216,7 @@ class Stage:
     return weight if isinstance(weight, (int, float)) else weight.at(step)
 
 
+FROZEN_DTYPES = ('float32', 'bfloat16')
 PARENT = 'run'  # `PretrainedWeights.family` if the source is the parent run
 
 
@@ -244,12 +245,20 @@ class FrozenNetwork:
   Attributes:
     source: of its weights: `assets:NAME`, a path or a hub id.
     published: the published network; None for weights trained by this library.
-    dtype: of its parameters, in which they are loaded, converted and sharded.
+    dtype: of its parameters, `float32` or `bfloat16`: they are loaded, converted and sharded at
+      this dtype. The network computes in its own dtype.
   """
 
   source: str
   published: PretrainedWeights | None = None
   dtype: str = 'float32'
+
+  def __post_init__(self) -> None:
+    if self.dtype not in FROZEN_DTYPES:
+      raise UserError(
+        f"weights_dtype={self.dtype} of the frozen network '{self.source}' is unknown: choose "
+        f'one of {", ".join(FROZEN_DTYPES)}'
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,7 +343,10 @@ class System(Protocol):
     ...
 
   def frozen_shapes(self) -> Params:
-    """Parameters of the frozen networks by name, as trees of `jax.ShapeDtypeStruct`."""
+    """Parameters of the frozen networks by name, as trees of `jax.ShapeDtypeStruct`.
+
+    They have the dtypes of initialization; `checkpoints.frozen.abstract` applies the declared ones.
+    """
     return {}
 
   def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:

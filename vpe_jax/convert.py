@@ -1,31 +1,32 @@
-"""Published weights in and out, strict both ways.
+"""Imports published weights and exports trained networks.
 
   python -m vpe_jax.convert --family=qwen2 --source=Qwen/Qwen2.5-0.5B --to=weights/qwen
   python -m vpe_jax.convert --family=siglip --source=FOLDER_OR_FILE --to=weights/siglip
   python -m vpe_jax.convert --export --family=siglip --source=assets:siglip --to=siglip_hf
 
-A source is a folder as save_pretrained writes it, a file (.safetensors, .bin, .pth, .ckpt) with its
-config.json beside it, or an id on the Hugging Face hub. What is written is a checkpoint that every
-`init_from` reads, or with --export, safetensors and a config.json for the reference library.
+A source is a folder in the format of save_pretrained, a file (.safetensors, .bin, .pth, .ckpt) with
+its config.json in the same folder, or an id on the Hugging Face hub. An import is a checkpoint that
+every `init_from` reads; an export is safetensors and a config.json for the reference library. A
+tensor without a parameter, or a parameter without a tensor, is an error.
 """
 
 from absl import flags
 
 from vpe_jax import front_door
 from vpe_jax.checkpoints import families
-from vpe_jax.checkpoints.converted import bring_in, send_out
+from vpe_jax.checkpoints.imports import export_weights, import_weights
 from vpe_jax.contracts import UserError
 
 FLAGS = flags.FLAGS
 
 
 def _define_flags() -> None:
-  flags.DEFINE_enum('family', None, families.FAMILIES, 'what kind of network it is')
+  flags.DEFINE_enum('family', None, families.FAMILIES, 'family of the network')
   flags.DEFINE_string('source', None, 'folder, file or hub id; with --export, an import or a run')
-  flags.DEFINE_string('to', None, 'folder to make')
-  flags.DEFINE_bool('export', False, 'write published tensors from ours')
+  flags.DEFINE_string('to', None, 'output folder')
+  flags.DEFINE_bool('export', False, 'export instead of import')
   flags.DEFINE_bool('check', False, 'compare with the reference library before writing')
-  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'of exported tensors')
+  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'of written tensors')
 
 
 def main() -> None:
@@ -34,9 +35,9 @@ def main() -> None:
     if not FLAGS[name].value:
       raise UserError(f'--{name} is missing (--help shows examples)')
   if FLAGS.export:
-    lines = send_out(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.dtype)
+    lines = export_weights(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.dtype)
   else:
-    lines = bring_in(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.check)
+    lines = import_weights(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.check, FLAGS.dtype)
   print('\n'.join(lines), flush=True)
 
 

@@ -1,4 +1,4 @@
-r"""Writes one network of a run as shipped weights: python -m vpe_jax.export --workdir=RUN --to=FILE
+r"""Exports the weights of a run, or of one of its networks, to a file.
 
 Examples:
   python -m vpe_jax.export --workdir=runs/siglip-tiny --to=vpe_jax/assets/siglip.safetensors
@@ -14,18 +14,18 @@ from absl import flags
 from etils import epath
 
 from vpe_jax import front_door
-from vpe_jax.checkpoints.exported import export
+from vpe_jax.checkpoints.exports import export
 from vpe_jax.contracts import UserError
 
 FLAGS = flags.FLAGS
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string('workdir', None, 'the run, local or gs://')
-  flags.DEFINE_string('to', None, 'file to write, ending in .safetensors, local or gs://')
-  flags.DEFINE_string('network', '', 'one network of a run that trains several')
-  flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'averaged parameters, or the last')
-  flags.DEFINE_bool('overwrite', False, 'replaces an existing file')
+  flags.DEFINE_string('workdir', None, 'folder of the run, local or gs://')
+  flags.DEFINE_string('to', None, 'output file, ending in .safetensors, local or gs://')
+  flags.DEFINE_string('network', '', 'network to export, if the run trains several')
+  flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'EMA or last parameters')
+  flags.DEFINE_bool('overwrite', False, 'replace an existing file')
   front_door.define_settings()
   flags.adopt_module_key_flags(front_door)  # So that --help lists them.
 
@@ -37,8 +37,8 @@ def main() -> None:
       raise UserError(f'--{name} is missing: see python -m vpe_jax.export --help')
   to = front_door.target('to', FLAGS.to)
   front_door.check_folder(os.path.dirname(to))
-  given = (FLAGS.workdir, to, FLAGS.network, FLAGS.weights, FLAGS.overwrite)
-  metadata = export(*given, **front_door.settings())
+  settings = front_door.settings()
+  metadata = export(FLAGS.workdir, to, FLAGS.network, FLAGS.weights, FLAGS.overwrite, **settings)
   size = epath.Path(to).stat().length / 1e6
   print(f'{to}: {size:.2f} MB, step {metadata["step"]}, {metadata["fingerprint"]}')
 

@@ -76,8 +76,8 @@ def new_file(flag: str, value: str, overwrite: bool) -> str:
       `overwrite` is off.
   """
   path = target(flag, value)
-  place = storage.place(path)
-  if path.endswith('/') or storage.reached(place, place.is_dir):
+  place = storage.resolve(path)
+  if path.endswith('/') or storage.probe(place, place.is_dir):
     raise UserError(f'--{flag}={value} is a folder: name a file')
   check_folder(os.path.dirname(path))
   if place.exists() and not overwrite:
@@ -150,8 +150,8 @@ def check_folder(folder: str) -> None:
   Raises:
     UserError: files can't be written there.
   """
-  place = storage.place(folder or '.')
-  storage.reached(place, place.exists)
+  place = storage.resolve(folder or '.')
+  storage.probe(place, place.exists)
   probe = f'.{os.getpid()}.probe'
   try:
     # Buckets have no folders; elsewhere, the nearest existing parent folder is probed.
@@ -174,4 +174,4 @@ def target(flag: str, value: str) -> str:
   if not value:
     raise UserError(f'--{flag} is empty: name a file or folder to write')
   # A path object loses the trailing slash, which marks a folder.
-  return f'{storage.place(value)}{"/" if value.endswith("/") else ""}'
+  return f'{storage.resolve(value)}{"/" if value.endswith("/") else ""}'

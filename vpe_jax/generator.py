@@ -411,7 +411,7 @@ def _warn_if_untrained(model: Model) -> None:
 
 def _untrained(system: System, params: Params) -> list[str]:
   """The groups of parameters that no stage of a run trains and no parent run provides."""
-  paths = sharding.by_path(params)
+  paths = sharding.leaves_by_path(params)
   trained = {p.split('/')[0] for p in paths for stage in system.stages if stage.trains(p)}
   groups = dict.fromkeys(path.split('/')[0] for path in paths)
   return [g for g in groups if g not in trained and not system.config.has_parent(f'{g}/')]

@@ -22,7 +22,7 @@ from vpe_jax.config import FITS
 from vpe_jax.contracts import UserError
 from vpe_jax.data.formats.array_record import MANIFEST, verify
 from vpe_jax.data.preparing import SHARD_RECORDS, SKIPPED, Settings, prepare
-from vpe_jax.storage import local
+from vpe_jax.storage import local_path
 
 FLAGS = flags.FLAGS
 
@@ -53,14 +53,14 @@ def main() -> None:
     if not FLAGS[name].value:
       raise UserError(f'--{name} is missing (--help shows examples)')
   if FLAGS.verify:
-    good = list(verify(local(FLAGS.to)))
+    good = list(verify(local_path(FLAGS.to)))
     print(f'{FLAGS.to}: {len(good)} files with {sum(s.records for s in good):,} records are good')
     return
   names = ('root', 'captions', 'image', 'caption', 'reference', 'language', 'least_text_height')
   names += ('image_size', 'fit', 'count', 'shard_records')
   source = f'{FLAGS.source}/{FLAGS.split}' if FLAGS.split else FLAGS.source
   settings = Settings(source, **{name: FLAGS[name].value for name in names})
-  there = (local(FLAGS.to) / MANIFEST).exists()
+  there = (local_path(FLAGS.to) / MANIFEST).exists()
   found = prepare(settings, FLAGS.to, FLAGS.workers, FLAGS.most_skipped)
   size = sum(shard.bytes for shard in found.shards) / 1e6
   print(f'{FLAGS.to}: {found.count:,} pictures in {len(found.shards)} files, {size:,.1f} MB')

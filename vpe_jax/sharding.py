@@ -187,7 +187,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   return Mesh(grid, AXES, axis_types=types)
 
 
-def by_path(tree: Any) -> dict[str, Any]:
+def leaves_by_path(tree: Any) -> dict[str, Any]:
   """The leaves of any pytree as {'0/mu/ar/layers/q/kernel': leaf}, in the tree's order."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
   return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
@@ -213,7 +213,7 @@ def param_shardings(abstract_tree: Any, table: AxesTable, mesh: Mesh, strategy: 
     UserError: a leaf matches no row, or its row has an unknown name or the wrong number of
       dimensions.
   """
-  leaves = by_path(abstract_tree)
+  leaves = leaves_by_path(abstract_tree)
   shardings = [
     NamedSharding(mesh, _spec(leaf.shape, axis_names(path, leaf.shape, table), mesh, strategy))
     for path, leaf in leaves.items()
@@ -232,14 +232,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(host_batch: Any, mesh: Mesh) -> Any:
-  """Makes global arrays on the mesh from this process's part of a batch (see `host_rows`)."""
+  """Makes global arrays on the mesh from this process's part of a batch (see `host_slice`)."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), host_batch
   )
 
 
-def host_rows(batch_size: int, mesh: Mesh) -> slice:
+def host_slice(batch_size: int, mesh: Mesh) -> slice:
   """The contiguous range of batch elements that this process reads."""
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
   ranges = [index[0].indices(batch_size)[:2] for index in indices]
@@ -340,7 +340,7 @@ def check_sharded_enough(tree: Any, shardings: Any, tolerance: float = 0.02) -> 
   Raises:
     UserError: a device holds more; names the leaves that exceed their share most.
   """
-  leaves, leaf_shardings = by_path(tree), jax.tree.leaves(shardings)
+  leaves, leaf_shardings = leaves_by_path(tree), jax.tree.leaves(shardings)
   if not leaves:
     return
   devices = leaf_shardings[0].num_devices

@@ -36,7 +36,7 @@ def is_remote(path: AnyPath) -> bool:
   return '://' in str(path)
 
 
-def place(path: AnyPath) -> epath.Path:
+def resolve(path: AnyPath) -> epath.Path:
   """Resolves a user's path: local (`~` expands to the home folder) or on an object store.
 
   Raises:
@@ -50,18 +50,18 @@ def place(path: AnyPath) -> epath.Path:
     raise UserError(f'{path} is out of reach: name a local path, or one on gs://') from error
 
 
-def reached(path: epath.Path, look: Callable[[], bool]) -> bool:
+def probe(path: epath.Path, predicate: Callable[[], bool]) -> bool:
   """Evaluates a predicate of a path that may be on an object store.
 
   Args:
     path: named in the error.
-    look: the predicate, such as `path.exists`.
+    predicate: such as `path.exists`.
 
   Raises:
     UserError: the client package of the object store is not installed.
   """
   try:
-    return look()
+    return predicate()
   except ImportError as error:
     cure = "pip install -e '.[gcs]'" if str(path).startswith('gs://') else 'install that package'
     raise UserError(f'{path} is out of reach ({error}): {cure}, or name a local folder') from error
@@ -122,7 +122,7 @@ def read_lines(path: AnyPath) -> Iterator[str]:
     raise UserError(f'cannot read {path} ({error}): save it as text in UTF-8') from error
 
 
-def local(path: AnyPath) -> Path:
+def local_path(path: AnyPath) -> Path:
   """Resolves a path that must be local; `~` expands to the home folder.
 
   Raises:

@@ -38,7 +38,7 @@ from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.sampling.settings import TokenSampling
 from vpe_jax.sequence.builder import build
 from vpe_jax.sequence.layouts import causal_text
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 
 VOCABULARY, PROMPT, TOKENS = 16_384, 32, 576
 BODIES = {
@@ -111,7 +111,7 @@ def products(params: Params, batch: int) -> Callable[[], Any]:
   body = [
     leaf.reshape(leaf.shape[0] if path.startswith('o/') else math.prod(leaf.shape[:-1]), -1)
     for layer in params['layers']
-    for path, leaf in by_path(layer).items()
+    for path, leaf in leaves_by_path(layer).items()
     if path.endswith(kernel_layout.TRANSPOSED)
   ]
   widths = {kernel.shape[1] for kernel in body}

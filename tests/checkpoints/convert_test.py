@@ -16,7 +16,7 @@ from vpe_jax.checkpoints import convert, sources
 from vpe_jax.checkpoints.table import Row, Table
 from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 
 TABLE = Table(
   name='test',
@@ -70,18 +70,18 @@ def _abstract():
 
 def _import(tensors, abstract=None):
   abstract = abstract or _abstract()
-  plan = convert.plan(tensors, (TABLE,), abstract)
-  return plan, convert.tree(convert.load(tensors, plan, abstract))
+  tensor_map = convert.match_tensors(tensors, (TABLE,), abstract)
+  return tensor_map, convert.tree(convert.load(tensors, tensor_map, abstract))
 
 
 @pytest.mark.parametrize('prefix', ['', 'model.'])
 def test_every_tensor_is_used_or_ignored(prefix):
   tensors = _source(prefix)
-  plan, params = _import(tensors)
-  assert plan.ignored == {f'{prefix}text.position_ids': 'a buffer'}
-  assert plan.absent == {'codes': 'the published network has no codes'}
-  assert plan.places.keys() == tensors.keys() - plan.ignored.keys()
-  assert by_path(params).keys() == {'layers/q', 'layers/k', 'norm/scale'}
+  tensor_map, params = _import(tensors)
+  assert tensor_map.ignored == {f'{prefix}text.position_ids': 'a buffer'}
+  assert tensor_map.absent == {'codes': 'the published network has no codes'}
+  assert tensor_map.destinations.keys() == tensors.keys() - tensor_map.ignored.keys()
+  assert leaves_by_path(params).keys() == {'layers/q', 'layers/k', 'norm/scale'}
   second = tensors[f'{prefix}layers.2.qkv.weight'].value
   np.testing.assert_array_equal(params['layers']['q'][2, :, 1, 0], second[2])
   np.testing.assert_array_equal(params['layers']['k'][2, :, 0, 1], second[7])
@@ -152,7 +152,7 @@ def test_error_names_wrong_shapes_and_dtypes():
   tensors['layers.0.qkv.weight'].value = np.zeros((9, 5), np.float32)
   tensors['norm.weight'].value = np.zeros(5, np.int32)
   error = _error(tensors)
-  assert re.search(r"'layers.0.qkv.weight' has the wrong shape: \[9, 5\]", error)
+  assert re.search(r"'layers.0.qkv.weight' has the wrong shape: .*\[9, 5\]", error)
   assert "'norm.weight' is int32" in error
 
 
@@ -169,8 +169,8 @@ def test_long_lists_of_differences_are_truncated():
 def test_tied_tensors_must_be_equal():
   tensors = _source()
   tensors['head.weight'] = FakeTensor(tensors['norm.weight'].value.copy())
-  plan, _ = _import(tensors)
-  assert plan.ignored['head.weight'] == 'the same tensor as norm.weight'
+  tensor_map, _ = _import(tensors)
+  assert tensor_map.ignored['head.weight'] == 'the same tensor as norm.weight'
   tensors = _source()
   tensors['head.weight'] = FakeTensor(tensors['norm.weight'].value + 1)
   assert 'should be one tensor' in _error(tensors)
@@ -185,7 +185,7 @@ def test_export_equals_the_import(tmp_path, shard):
   tensors = _source()
   config = {'width': 5}
   folder = tmp_path / 'out'
-  keys = convert.export(_all_params(tensors), TABLE, folder, config, {}, shard=shard)
+  keys = convert.export(_all_params(tensors), TABLE, folder, config, {}, max_file_size=shard)
   assert keys == sorted(tensors.keys() - {'text.position_ids'})
   source = sources.open_source(str(folder))
   assert source.config == config and source.tensors.keys() == set(keys)

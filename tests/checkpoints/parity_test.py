@@ -97,9 +97,9 @@ def _change(tree, path):
 
 def test_layout_without_a_reference_is_refused(tmp_path):
   golden = Path(__file__).parents[1] / 'golden' / 'xomni_siglip_vq'
-  plan = types.SimpleNamespace(table=types.SimpleNamespace(name='siglip_vq (X-Omni)'))
+  tensor_map = types.SimpleNamespace(table=types.SimpleNamespace(name='siglip_vq (X-Omni)'))
   with pytest.raises(UserError, match='X-Omni.*without --check'):
-    parity.compare(families.Imported('siglip_vq', None, {}, plan), golden)
+    parity.compare(families.Imported('siglip_vq', None, {}, tensor_map), golden)
 
 
 def test_error_names_a_missing_library(monkeypatch, tmp_path):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from etils import epath
 
+from vpe_jax import storage
 from vpe_jax.checkpoints import sources
 from vpe_jax.contracts import UserError
 
@@ -44,6 +46,15 @@ def test_single_file_and_its_config(tmp_path):
     source = sources.open_source(str(name))
     _check(source)
     assert source.config == {'width': 3}
+
+
+def test_remote_file_is_read_in_ranges(tmp_path, monkeypatch):
+  path = epath.Path(tmp_path / 'model.safetensors')
+  safetensors.torch.save_file(TENSORS, path)
+  monkeypatch.setattr(storage, 'is_remote', lambda path: True)
+  monkeypatch.setattr(epath.Path, 'read_bytes', None)
+  tensors, _ = sources.open_file(path)
+  _check(sources.Source(tmp_path, tensors, {}))
 
 
 def test_shards_listed_by_an_index(tmp_path):

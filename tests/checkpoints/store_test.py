@@ -393,7 +393,7 @@ def test_kill_during_a_save_loses_no_complete_checkpoint(tmp_path):
     unfinished += any('orbax-checkpoint-tmp' in item.name for item in tmp_path.iterdir())
   assert unfinished, 'no kill interrupted a save'
   store = Store(str(tmp_path), CheckpointConfig(every=1, keep=2))
-  arrays, meta = store.read(lambda path: True)
+  arrays, meta = store.read(lambda paths: paths)
   store.close()
   assert meta['step'] >= complete
   assert all((leaf == meta['step']).all() for leaf in arrays.values())
@@ -411,7 +411,7 @@ TWO_PROCESSES = """
   index, folder = jax.process_index(), pathlib.Path(sys.argv[1])
   mesh = sharding.make_mesh(MeshConfig())
   assert mesh.size == 8
-  local = sharding.host_rows(16, mesh)
+  local = sharding.host_slice(16, mesh)
   assert local == slice(8 * index, 8 * index + 8)
   batch = sharding.put_batch(np.arange(16.0)[local], mesh)
   assert float(jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))(batch)) == 120

@@ -20,24 +20,26 @@ TABLE = Table(
 )
 
 
-def test_place_gives_targets_and_index():
-  place = tables.place(TABLE, 'block.12.qkv.weight')
-  assert place.targets == ('layers/q', 'layers/k', 'layers/v') and place.index == 12
-  place = tables.place(TABLE, 'conv.3.1.weight')
-  assert place.targets == ('conv_3/1',) and place.index is None
-  assert tables.place(TABLE, 'block.x.qkv.weight') is None
-  assert tables.place(TABLE, 'block.1.qkv.weight2') is None
+def test_destination_has_targets_and_index():
+  destination = tables.destination(TABLE, 'block.12.qkv.weight')
+  assert destination.targets == ('layers/q', 'layers/k', 'layers/v') and destination.index == 12
+  destination = tables.destination(TABLE, 'conv.3.1.weight')
+  assert destination.targets == ('conv_3/1',) and destination.index is None
+  assert tables.destination(TABLE, 'block.x.qkv.weight') is None
+  assert tables.destination(TABLE, 'block.1.qkv.weight2') is None
 
 
 def test_table_with_two_rows_for_a_key_is_refused():
   ambiguous = Table('test', (Row('a.{n}', 'x'), Row('a.{m}', 'y')))
   with pytest.raises(ValueError, match='two rows'):
-    tables.place(ambiguous, 'a.1')
+    tables.destination(ambiguous, 'a.1')
 
 
 def test_keys_enumerate_stacked_layers_and_numbered_paths():
   leaves = {'layers/q': (2, 6, 3, 2), 'conv_0/1': (3, 3, 1, 1), 'conv_7/0': (3, 3, 1, 1)}
-  keys = {key: place.index for row in TABLE.rows for key, place in tables.keys(row, leaves)}
+  keys = {
+    key: destination.index for row in TABLE.rows for key, destination in tables.keys(row, leaves)
+  }
   assert keys == {
     'block.0.qkv.weight': 0,
     'block.1.qkv.weight': 1,
@@ -48,38 +50,40 @@ def test_keys_enumerate_stacked_layers_and_numbered_paths():
 
 def test_fused_qkv_is_split_and_concatenated():
   tensor = np.random.default_rng(0).standard_normal((6 + 2 + 2, 5))
-  place = tables.place(TABLE, 'block.0.qkv.weight')
+  destination = tables.destination(TABLE, 'block.0.qkv.weight')
   shapes = [(5, 3, 2), (5, 1, 2), (5, 1, 2)]
-  assert tables.misfit(place, tensor.shape, shapes) == ''
-  q, k, v = tables.forward(place, tensor, shapes)
+  assert tables.misfit(destination, tensor.shape, shapes) == ''
+  q, k, v = tables.forward(destination, tensor, shapes)
   np.testing.assert_array_equal(q[:, 1, 0], tensor[2])
   np.testing.assert_array_equal(k[:, 0, 1], tensor[7])
   np.testing.assert_array_equal(v[:, 0], tensor[8:].T)
-  np.testing.assert_array_equal(tables.backward(place, [q, k, v], {}), tensor)
+  np.testing.assert_array_equal(tables.backward(destination, [q, k, v], {}), tensor)
 
 
 def test_export_takes_sizes_of_merged_axes():
   tensor = np.random.default_rng(0).standard_normal((4, 3, 2, 2))
-  place = tables.place(TABLE, 'stem.weight')
-  (kernel,) = tables.forward(place, tensor, [(12, 4)])
+  destination = tables.destination(TABLE, 'stem.weight')
+  (kernel,) = tables.forward(destination, tensor, [(12, 4)])
   np.testing.assert_array_equal(kernel[3 * 1 + 2], tensor[:, 2, 0, 1])
-  np.testing.assert_array_equal(tables.backward(place, [kernel], {'p': 2, 'q': 2, 'x': 9}), tensor)
+  np.testing.assert_array_equal(
+    tables.backward(destination, [kernel], {'p': 2, 'q': 2, 'x': 9}), tensor
+  )
 
 
 def test_last_index_of_an_axis_is_imported_and_not_exported():
   tensor = np.random.default_rng(0).standard_normal((4, 3, 3, 2, 2))
-  place = tables.place(TABLE, 'conv.0.0.weight')
-  assert tables.misfit(place, tensor.shape, [(2, 2, 3, 4)]) == ''
-  (kernel,) = tables.forward(place, tensor, [(2, 2, 3, 4)])
+  destination = tables.destination(TABLE, 'conv.0.0.weight')
+  assert tables.misfit(destination, tensor.shape, [(2, 2, 3, 4)]) == ''
+  (kernel,) = tables.forward(destination, tensor, [(2, 2, 3, 4)])
   np.testing.assert_array_equal(kernel[1, 0, 2, 3], tensor[3, 2, -1, 1, 0])
   with pytest.raises(ValueError, match="can't be exported"):
-    tables.backward(place, [kernel], {})
+    tables.backward(destination, [kernel], {})
 
 
 def test_vector_of_one_becomes_a_scalar():
-  place = tables.place(TABLE, 'scale')
-  (scalar,) = tables.forward(place, np.array([2.5]), [()])
-  assert scalar.shape == () and tables.backward(place, [scalar], {}).shape == (1,)
+  destination = tables.destination(TABLE, 'scale')
+  (scalar,) = tables.forward(destination, np.array([2.5]), [()])
+  assert scalar.shape == () and tables.backward(destination, [scalar], {}).shape == (1,)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +101,7 @@ def test_vector_of_one_becomes_a_scalar():
   ],
 )
 def test_misfit_detects_wrong_shapes(key, source, shapes):
-  place = tables.place(TABLE, key)
-  assert tables.misfit(place, source, shapes)
+  destination = tables.destination(TABLE, key)
+  assert tables.misfit(destination, source, shapes)
   with pytest.raises(ValueError):
-    tables.forward(place, np.zeros(source), shapes)
+    tables.forward(destination, np.zeros(source), shapes)

@@ -9,7 +9,7 @@ import pytest
 
 from vpe_jax.codecs import kl
 from vpe_jax.codecs.image_codes import ImageCodesCodec, ImageCodesConfig
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 
 SMALL = kl.KlConfig(channels=2, encoder=(8, 8), decoder=(8, 8))
 
@@ -58,5 +58,5 @@ def test_rows_decode_where_their_squares_were(codec, params):
 
 
 def test_abstract_params_are_those_it_reads(codec, params):
-  shapes = {path: leaf.shape for path, leaf in by_path(codec.abstract_params()).items()}
-  assert shapes == {path: leaf.shape for path, leaf in by_path(params).items()}
+  shapes = {path: leaf.shape for path, leaf in leaves_by_path(codec.abstract_params()).items()}
+  assert shapes == {path: leaf.shape for path, leaf in leaves_by_path(params).items()}

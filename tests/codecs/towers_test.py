@@ -9,7 +9,7 @@ import pytest
 from configs import codec as codec_file
 from configs import t2i as t2i_file
 from vpe_jax import rng, sharding, systems
-from vpe_jax.checkpoints import exported, frozen
+from vpe_jax.checkpoints import exports, frozen
 from vpe_jax.codecs.feature_vq import FeatureVqConfig
 from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import ScoresImages, UserError, supports
@@ -114,7 +114,7 @@ def test_a_quantiser_is_trained_and_a_generator_reads_its_codes(saved, tmp_path)
   losses = [record['loss/features'] for record in metrics.read(tmp_path / 'run')]
   assert losses[-1] < losses[0]
   kept = str(tmp_path / 'feature_vq.safetensors')
-  exported.export(str(tmp_path / 'run'), kept, 'feature_vq', 'ema', False)
+  exports.export(str(tmp_path / 'run'), kept, 'feature_vq', 'ema', False)
 
   config = t2i_file.get_config('debug')
   config.model.codes, config.data.encode = 64, 'online'

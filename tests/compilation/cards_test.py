@@ -13,7 +13,7 @@ from vpe_jax.compilation import cards
 from vpe_jax.contracts import UserError
 
 REPORT = {
-  'config': 't2i:paper', 'stage': 'joint', 'what': 'train', 'topology': 'v5p:4x4x4',
+  'config': 't2i:paper', 'stage': 'joint', 'program': 'train', 'topology': 'v5p:4x4x4',
   'images_per_step': 1920, 'peak_bytes_per_chip': 8.44e9, 'hbm_fraction': 0.081, 'fits': True,
   'step_time_bound_s': 0.6128, 'bound_by': 'hbm', 'mfu_bound': 0.4321,
 }  # fmt: skip
@@ -26,7 +26,7 @@ def folder(tmp_path):
   (tmp_path / 'README.md').write_text(text)
   (tmp_path / 't2i.py').write_text('"""A config."""\n')
   (tmp_path / 'a.json').write_text(json.dumps(REPORT))
-  (tmp_path / 'b.json').write_text(json.dumps(REPORT | {'what': 'sample', 'fits': False}))
+  (tmp_path / 'b.json').write_text(json.dumps(REPORT | {'program': 'sample', 'fits': False}))
   (tmp_path / 'c.json').write_text(json.dumps(REPORT | {'config': 'codec:tiny'}))
   return tmp_path
 

@@ -56,8 +56,8 @@ def test_online_encoders_are_arguments_of_the_step():
 
 
 def test_sampling_program():
-  report = examine.examine(_config(), Request('cpu:2', what='sample', images_per_chip=1))
-  assert report.as_dict()['what'] == 'sample'
+  report = examine.examine(_config(), Request('cpu:2', program='sample', images_per_chip=1))
+  assert report.as_dict()['program'] == 'sample'
   # Loop bodies count once per token of the visual prompt and once per flow step.
   assert report.work.flops * 2 == pytest.approx(report.model_flops, rel=0.15)
 
@@ -65,7 +65,7 @@ def test_sampling_program():
 def test_invalid_requests_are_one_line_errors():
   for request, message in (
     (Request('cpu:8', stage='plam'), "did you mean 'plan'"),
-    (Request('cpu:8', what='draw'), 'train or sample'),
+    (Request('cpu:8', program='draw'), 'train or sample'),
     (Request('cpu:8', images_per_chip=0), 'at least 1'),
     (Request('cpu:8', mesh={'data': 3}), 'does not fit 8 devices'),
     (Request('cpu:3'), 'batch_size 8 does not divide over 3 devices'),

@@ -140,7 +140,7 @@ def test_fsdp_moves_what_the_formula_says(stage):
   work = traffic.work_of(hlo.parse(lowered.lowered.compile().as_text()), [0] * 8)
   state = resume.abstract_state(system.config, system, stage, mesh)
   gathered = reduced = 0.0
-  for path, leaf in sharding.by_path(state['params']).items():
+  for path, leaf in sharding.leaves_by_path(state['params']).items():
     if path not in lowered.trainable:  # in stage `plan` they don't run at all
       continue
     size = 4 * np.prod(leaf.shape) * 7 / 8

@@ -47,7 +47,7 @@ def fitting_report() -> report.Report:
   usage = memory.Usage(4e9, 3e9, 3e9, 4e9, 1e6, 7.5e9)
   work = _work(CHIP.peak_flops, CHIP.hbm_bandwidth, _collective(2e9))
   return report.Report(
-    config='t2i:pod', stage='joint', what='train', topology=topology.parse('v5e:4x4'),
+    config='t2i:pod', stage='joint', program='train', topology=topology.parse('v5e:4x4'),
     mesh={'data': 4, 'fsdp': 4, 'tensor': 1},
     settings={'strategy': 'fsdp', 'remat': 'full', 'accumulate': 1, 'logits_chunk': 193},
     images=128, parameters=(4_166_286_560, 4_166_286_560), frozen_bytes=0.0, usage=usage,
@@ -90,5 +90,5 @@ def test_suggested_settings_reduce_memory(fitting_report):
   knobs = ' '.join(dataclasses.replace(fitting_report, settings=settings).knobs())
   for part in ('remat=full', 'accumulate=4', 'images_per_chip=4', 'logits_chunk', 'mesh'):
     assert part in knobs, part
-  sampling = dataclasses.replace(fitting_report, what='sample', images=16).knobs()
+  sampling = dataclasses.replace(fitting_report, program='sample', images=16).knobs()
   assert len(sampling) == 1 and 'mesh' in sampling[0]  # one image per chip, no backward pass

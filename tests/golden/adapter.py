@@ -29,7 +29,7 @@ from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.evaluation import heldout
 from vpe_jax.evaluation.evaluator import Subject
 from vpe_jax.generator import Generator
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import config_file, encode
 from vpe_jax.training.state import first_state, merge, split_trainable
 from vpe_jax.training.step import make_train_step
@@ -112,25 +112,25 @@ def stages(made: Made) -> list[str]:
 
 def shapes(made: Made) -> dict[str, tuple[int, ...]]:
   """The shape of each parameter, by its old path."""
-  found = by_path(jax.eval_shape(made.system.init, rng.run_key(INIT_SEED)))
+  found = leaves_by_path(jax.eval_shape(made.system.init, rng.run_key(INIT_SEED)))
   return {renamed(path): leaf.shape for path, leaf in found.items()}
 
 
 def same_name(made: Made) -> set[str]:
   """Old paths that parameters still have."""
-  found = by_path(jax.eval_shape(made.system.init, rng.run_key(INIT_SEED)))
+  found = leaves_by_path(jax.eval_shape(made.system.init, rng.run_key(INIT_SEED)))
   return {path for path in found if renamed(path) == path}
 
 
 def parameters(made: Made, leaves: Mapping[str, np.ndarray]) -> Any:
   """A tree of parameters from leaves by their old paths."""
-  found = by_path(jax.eval_shape(made.system.init, rng.run_key(INIT_SEED)))
+  found = leaves_by_path(jax.eval_shape(made.system.init, rng.run_key(INIT_SEED)))
   return convert.tree({path: jnp.asarray(leaves[renamed(path)]) for path in found})
 
 
 def leaves_of(tree: Any) -> Arrays:
   """The leaves of parameters, a gradient or an average, by their old paths; in numpy."""
-  return {renamed(path): np.asarray(leaf) for path, leaf in by_path(tree).items()}
+  return {renamed(path): np.asarray(leaf) for path, leaf in leaves_by_path(tree).items()}
 
 
 def initial(made: Made) -> tuple[Arrays, Arrays | None]:

@@ -54,13 +54,13 @@ def test_falling_curve_falls_in_the_plot():
   assert left.mean() + 100 < right.mean()
 
 
-def test_draw_writes_an_image_next_to_the_metrics(tmp_path):
-  curves.draw(tmp_path)
+def test_write_saves_an_image_next_to_the_metrics(tmp_path):
+  curves.write(tmp_path)
   assert not (tmp_path / curves.FILE).exists()
   file = metrics.MetricsFile(tmp_path, 0)
   for step in (1, 2, 3):
     file.write({'step': step, 'loss/a': 1.0, 'loss/b': float(step), 'grad_norm': 0.0})
   file.close()
-  curves.draw(tmp_path)
+  curves.write(tmp_path)
   with Image.open(tmp_path / curves.FILE) as image:
     assert image.size == (2 * 460, 2 * 260)

@@ -62,7 +62,7 @@ def _folders(tmp_path):
   return sorted(path.name for path in (tmp_path / 'cache' / 'encoded').iterdir())
 
 
-def test_cached_examples_are_what_the_encoders_say(open_data, capsys):
+def test_cached_entries_equal_encoded_ones(open_data, capsys):
   data, system = open_data()
   online, _ = open_data(encode='online')
   assert '70/70' in capsys.readouterr().out
@@ -74,7 +74,7 @@ def test_cached_examples_are_what_the_encoders_say(open_data, capsys):
     np.testing.assert_array_equal(ours.inputs['text'], theirs.inputs['text'])
 
 
-def test_the_cache_is_found_again_and_follows_data_and_encoders(open_data, tmp_path):
+def test_cache_is_reused_and_depends_on_data_and_encoders(open_data, tmp_path):
   _, first = open_data()
   _, again = open_data()
   assert first.encodings == 1 and again.encodings == 0 and len(_folders(tmp_path)) == 1
@@ -83,7 +83,7 @@ def test_the_cache_is_found_again_and_follows_data_and_encoders(open_data, tmp_p
   assert len(_folders(tmp_path)) == 3
 
 
-def test_a_damaged_cache_is_named_and_made_again(open_data, tmp_path, capsys):
+def test_damaged_cache_is_reported_and_rebuilt(open_data, tmp_path, capsys):
   open_data()
   shard = next((tmp_path / 'cache' / 'encoded').rglob('visual_prompt-*.npy'))
   content = bytearray(shard.read_bytes())
@@ -94,13 +94,13 @@ def test_a_damaged_cache_is_named_and_made_again(open_data, tmp_path, capsys):
   assert f'warning: cache file {shard} is damaged' in capsys.readouterr().out
 
 
-def test_a_cache_that_other_hosts_do_not_see_is_an_error(open_data, monkeypatch):
+def test_cache_invisible_to_other_hosts_is_an_error(open_data, monkeypatch):
   monkeypatch.setattr(cache, 'open_cache', lambda name: None)
   with pytest.raises(UserError, match='not visible to all hosts: set VPE_JAX_CACHE'):
     open_data()
 
 
-def test_mistakes(open_data, line_system, drawing_system):
+def test_invalid_settings_are_one_line_errors(open_data, line_system, drawing_system):
   with pytest.raises(UserError, match="'data.encode' is 'before': it must be one of online"):
     open_data(encode='before')
   system = line_system()
@@ -111,7 +111,7 @@ def test_mistakes(open_data, line_system, drawing_system):
     encode.open_training_data(config, system, frozen_lib.Frozen({}, {}, None), None)
 
 
-def test_a_changed_picture_in_a_folder_changes_the_fingerprint(tmp_path, drawing_system):
+def test_changed_image_in_a_folder_changes_the_fingerprint(tmp_path, drawing_system):
   for name, value in (('a', 10), ('b', 20)):
     Image.new('RGB', (8, 8), (value,) * 3).save(tmp_path / f'{name}.png')
     (tmp_path / f'{name}.txt').write_text('a red fox')
@@ -127,7 +127,7 @@ def test_a_changed_picture_in_a_folder_changes_the_fingerprint(tmp_path, drawing
   assert found() != before
 
 
-def test_a_folder_that_counts_several_times_is_encoded_once(open_data, tmp_path, capsys):
+def test_repeated_folder_of_a_recipe_is_encoded_once(open_data, tmp_path, capsys):
   for name, values in (('warm', (10, 20)), ('cold', (30, 40, 50))):
     (tmp_path / name).mkdir()
     for value in values:
@@ -145,7 +145,7 @@ def test_a_folder_that_counts_several_times_is_encoded_once(open_data, tmp_path,
   assert len(_folders(tmp_path)) == 1  # The same pictures, however often they count.
 
 
-def test_a_prepared_folder_is_known_by_its_manifest(tmp_path, drawing_system):
+def test_prepared_folder_is_identified_by_its_manifest(tmp_path, drawing_system):
   """Its files' dates say nothing: a copy of it is the same data."""
   (tmp_path / 'in').mkdir()
   for name, value in (('a', 10), ('b', 20)):
@@ -199,7 +199,7 @@ def test_source_images_are_encoded_too(tmp_path, drawing_system):
   assert references not in encode.fingerprint(other.config.data, 0, frozen, Pipeline.of(other), {})
 
 
-def test_what_can_not_be_cached_is_computed_online(drawing_system):
+def test_entries_that_are_not_cacheable_are_computed_online(drawing_system):
   class Partly(type(drawing_system())):
     """Its latents depend on more than the example."""
 
@@ -219,7 +219,7 @@ def test_what_can_not_be_cached_is_computed_online(drawing_system):
     _assert_encoded(next(batches), plain, batch.inputs)
 
 
-def test_what_encoders_do_with_their_weights_is_in_the_fingerprint():
+def test_encoder_settings_change_the_fingerprint():
   config = t2i.get_config('debug')
   settings = lambda: systems.build(config.to_dict()).encoder_settings
   before = settings()

@@ -10,7 +10,7 @@ from vpe_jax import config as config_lib
 from vpe_jax import sharding
 from vpe_jax.config import MeshConfig, OptimConfig
 from vpe_jax.contracts import UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import optimizer
 
 AXES = (
@@ -68,7 +68,7 @@ def _optax_run(rule, params, steps=3):
     return optax.apply_updates(params, change), state
 
   for step in range(steps):
-    gradient = {path: by_path(_tree(step + 1))[path] for path in params}
+    gradient = {path: leaves_by_path(_tree(step + 1))[path] for path in params}
     params, state = update(gradient, state, params)
   return params
 
@@ -97,11 +97,15 @@ class TestAdamW:
       np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6)
     assert int(state['count']) == 5
 
-  def test_memory_is_two_moments_and_a_count(self):
+  def test_state_has_two_moments_and_a_count(self):
     params = _tree(0)
     state = optimizer.init(params, OptimConfig(mu_dtype='bfloat16'), AXES)
     assert state.keys() == {'count', 'mu', 'nu'}
-    assert by_path(state['mu']).keys() == by_path(state['nu']).keys() == by_path(params).keys()
+    assert (
+      leaves_by_path(state['mu']).keys()
+      == leaves_by_path(state['nu']).keys()
+      == leaves_by_path(params).keys()
+    )
     assert _size(state) == 2 * _size(params) + 1
 
   def test_first_moments_may_be_bfloat16(self):
@@ -116,45 +120,49 @@ class TestAdamW:
 class TestAdafactor:
   CONFIG = OptimConfig(name='adafactor', lr=1e-2, warmup=0)
 
-  def test_equals_optax_where_that_sees_the_same_matrices(self):
-    ours = by_path(_run(self.CONFIG)[0])
+  def test_equals_optax_on_two_dimensional_leaves(self):
+    ours = leaves_by_path(_run(self.CONFIG)[0])
     paths = ('mlp/kernel', 'embed/rows', 'mlp/bias')
-    theirs = _optax_run(optax.adafactor(1e-2), {path: by_path(_tree(0))[path] for path in paths})
+    theirs = _optax_run(
+      optax.adafactor(1e-2), {path: leaves_by_path(_tree(0))[path] for path in paths}
+    )
     for path in paths:
       np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-5, atol=1e-7)
 
-  def test_stacked_layers_train_like_layers_of_their_own(self):
-    ours = by_path(_run(self.CONFIG)[0])
+  def test_stacked_layers_train_like_separate_leaves(self):
+    ours = leaves_by_path(_run(self.CONFIG)[0])
     for path, shape in (('q/kernel', (256, 128)), ('norm/scale', (256,))):
       for layer in range(3):
-        rule, params = optax.adafactor(1e-2), by_path(_tree(0))[path][layer].reshape(shape)
+        rule, params = optax.adafactor(1e-2), leaves_by_path(_tree(0))[path][layer].reshape(shape)
         state = rule.init(params)
         for step in range(3):
-          gradient = by_path(_tree(step + 1))[path][layer].reshape(shape)
+          gradient = leaves_by_path(_tree(step + 1))[path][layer].reshape(shape)
           change, state = rule.update(gradient, state, params)
           params = params + change
         found = ours[path][layer].reshape(shape)
         np.testing.assert_allclose(found, params, rtol=1e-5, atol=1e-7)
 
-  def test_memory_is_rows_and_columns(self):
+  def test_state_has_rows_and_columns(self):
     _, state = _run(self.CONFIG)
     assert state.keys() == {'count', 'v_row', 'v_col', 'v'} and int(state['count']) == 3
-    rows, columns = by_path(state['v_row']), by_path(state['v_col'])
+    rows, columns = leaves_by_path(state['v_row']), leaves_by_path(state['v_col'])
     assert {path: (leaf.shape, columns[path].shape) for path, leaf in rows.items()} == {
       'q/kernel': ((3, 128), (3, 256)),
       'mlp/kernel': ((128,), (384,)),
       'window/kernel': ((128,), (128,)),
       'embed/rows': ((128,), (160,)),
     }
-    assert by_path(state['v']).keys() == {'norm/scale', 'mlp/bias'}
+    assert leaves_by_path(state['v']).keys() == {'norm/scale', 'mlp/bias'}
 
   def test_factored_memory_is_sharded_by_the_names_of_its_axes(self):
     params = _tree(0)
     state = optimizer.init(params, self.CONFIG, AXES)
     axes = optimizer.logical_axes(params, AXES)
     mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2, strategy='fsdp_tensor'))
-    found = by_path(sharding.param_shardings(state, axes, mesh, 'fsdp_tensor'))
-    part = {path: place.shard_shape(by_path(state)[path].shape) for path, place in found.items()}
+    found = leaves_by_path(sharding.param_shardings(state, axes, mesh, 'fsdp_tensor'))
+    part = {
+      path: place.shard_shape(leaves_by_path(state)[path].shape) for path, place in found.items()
+    }
     assert part['v_row/q/kernel'] == (3, 16)  # heads over both axes, layers whole
     assert part['v_col/q/kernel'] == (3, 32)
     assert part['v_row/mlp/kernel'] == (16,) and part['v_col/mlp/kernel'] == (48,)
@@ -171,22 +179,22 @@ class TestMuon:
       'mlp/kernel': optax.contrib.MuonDimensionNumbers(0, 1),
       'window/kernel': optax.contrib.MuonDimensionNumbers((0, 1, 2), (3,)),
     }
-    params = {path: by_path(_tree(0))[path] for path in numbers}
+    params = {path: leaves_by_path(_tree(0))[path] for path in numbers}
     muon = optax.contrib.muon(
       1e-2, muon_weight_dimension_numbers=numbers, consistent_rms=optimizer.MUON_RMS
     )
-    others = {path: leaf for path, leaf in by_path(_tree(0)).items() if path not in numbers}
+    others = {path: leaf for path, leaf in leaves_by_path(_tree(0)).items() if path not in numbers}
     adam = optax.adam(1e-2, 0.8, 0.95)
     theirs = _optax_run(muon, params) | _optax_run(adam, others)
-    for path, leaf in by_path(ours).items():
+    for path, leaf in leaves_by_path(ours).items():
       np.testing.assert_allclose(leaf, theirs[path], rtol=1e-5, atol=1e-6)
     assert int(state['count']) == 3
 
   def test_matrices_have_no_second_moment(self):
     params = _tree(0)
     state = optimizer.init(params, OptimConfig(name='muon', mu_dtype='bfloat16'), AXES)
-    assert by_path(state['mu']).keys() == by_path(params).keys()
-    assert by_path(state['nu']).keys() == {'embed/rows', 'norm/scale', 'mlp/bias'}
+    assert leaves_by_path(state['mu']).keys() == leaves_by_path(params).keys()
+    assert leaves_by_path(state['nu']).keys() == {'embed/rows', 'norm/scale', 'mlp/bias'}
     assert {leaf.dtype for leaf in jax.tree.leaves(state['mu'])} == {jnp.dtype('bfloat16')}
 
 
@@ -196,7 +204,7 @@ def test_weight_decay_shrinks_kernels_in_units_of_the_rate(name):
   config = OptimConfig(name=name, lr=0.1, warmup=0, weight_decay=0.5)
   state = optimizer.init(_tree(0), config, AXES)
   after, _ = optimizer.update(still, state, _tree(0), jnp.int32(0), config, AXES)
-  before, after = by_path(_tree(0)), by_path(after)
+  before, after = leaves_by_path(_tree(0)), leaves_by_path(after)
   np.testing.assert_allclose(after['mlp/kernel'], 0.95 * before['mlp/kernel'], rtol=1e-5)
   np.testing.assert_allclose(after['mlp/bias'], before['mlp/bias'], rtol=1e-6)
 
@@ -241,19 +249,19 @@ class TestLearningRate:
 
 
 class TestMultipliers:
-  def test_scale_the_rate_of_what_they_match(self):
+  def test_matching_parameters_have_a_scaled_rate(self):
     config = OptimConfig(lr=1e-2, warmup=0, multipliers=r'mlp/kernel=0.5, .*/(bias|rows)=2')
     scaled, plain = _run(config, steps=1)[0], _run(OptimConfig(lr=1e-2, warmup=0), steps=1)[0]
-    start, scaled, plain = (by_path(tree) for tree in (_tree(0), scaled, plain))
+    start, scaled, plain = (leaves_by_path(tree) for tree in (_tree(0), scaled, plain))
     wanted = {'mlp/kernel': 0.5, 'mlp/bias': 2.0, 'embed/rows': 2.0}
     for path in SHAPES:
       moved, usual = scaled[path] - start[path], plain[path] - start[path]
       np.testing.assert_allclose(moved, wanted.get(path, 1.0) * usual, rtol=1e-3, atol=1e-6)
 
-  def test_one_without_parameters_is_named(self):
+  def test_multiplier_without_parameters_is_refused(self):
     config = OptimConfig(multipliers='q/=2,kernel=0.5')
     with pytest.raises(UserError, match="'kernel', which matches no parameter.*embed, mlp"):
-      optimizer.check_multipliers(config, by_path(_tree(0)))
+      optimizer.check_multipliers(config, leaves_by_path(_tree(0)))
 
 
 def test_clip_leaves_small_gradients_and_bounds_large_ones():

@@ -1,4 +1,4 @@
-"""Runs that start from published weights, from an import of them or from another run."""
+"""Tests of runs initialized from published weights, an import or a parent run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.codecs.siglip_vq import SiglipVqSection
 from vpe_jax.config import CheckpointConfig, to_dict
 from vpe_jax.contracts import UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import pretrained, report, resume
 from vpe_jax.training.state import COUNTERS
 
@@ -25,7 +25,7 @@ from vpe_jax.training.state import COUNTERS
 @pytest.fixture(scope='module')
 def published(tmp_path_factory):
   folder = tmp_path_factory.mktemp('out') / 'siglip'
-  convert.send_out('siglip', 'assets:siglip', str(folder))
+  convert.export_weights('siglip', 'assets:siglip', str(folder))
   return folder
 
 
@@ -42,25 +42,25 @@ def _started(source, **siglip):
 
 def _check(found):
   system, abstract, state, origins = found
-  wanted = by_path(weights.load('assets:siglip')[0])
-  leaves, placed = by_path(state['params']), by_path(abstract['params'])
+  wanted = leaves_by_path(weights.load('assets:siglip')[0])
+  leaves, placed = leaves_by_path(state['params']), leaves_by_path(abstract['params'])
   for path, leaf in leaves.items():
     np.testing.assert_array_equal(leaf, wanted[path])
     assert leaf.sharding == placed[path].sharding
-  for path, leaf in by_path(state['ema']).items():
+  for path, leaf in leaves_by_path(state['ema']).items():
     np.testing.assert_array_equal(leaf, wanted[path])
   assert origins == dict.fromkeys(leaves, system.config.model.init_from)
 
 
-def test_a_run_starts_from_published_weights(published):
+def test_run_is_initialized_from_published_weights(published):
   _check(_started(published))
 
 
-def test_a_run_starts_from_an_import(published, tmp_path):
+def test_run_is_initialized_from_an_import(published, tmp_path):
   kept = tmp_path / 'kept'
-  convert.bring_in('siglip', str(published), str(kept))
+  convert.import_weights('siglip', str(published), str(kept))
   _check(_started(kept))
-  with pytest.raises(UserError, match='other sizes'):
+  with pytest.raises(UserError, match='the sizes of the siglip'):
     _started(kept, patch=12)
 
 
@@ -71,7 +71,7 @@ def test_weights_of_another_size_or_none_are_refused(published, tmp_path):
     _started(tmp_path / 'none')
 
 
-def test_without_weights_to_start_from_parameters_are_drawn():
+def test_parameters_are_random_without_initial_weights():
   state = _started('')[2]
   token = weights.load('assets:siglip')[0]['text']['token']
   assert not np.array_equal(state['params']['text']['token'], token)
@@ -87,7 +87,7 @@ def _t2i(arch, **changes):
 
 
 def _first(system):
-  """The shapes of a run's first state, the state, and where its parameters are from."""
+  """(abstract state, state, origins) of a new run."""
   mesh = sharding.make_mesh(system.config.mesh)
   with jax.set_mesh(mesh):
     abstract = resume.abstract_state(system.config, system, 0, mesh)
@@ -109,21 +109,21 @@ def plan_run(tmp_path_factory):
   normal = lambda leaf: draw.standard_normal(leaf.shape, np.float32)
   params = jax.tree.map(normal, jax.eval_shape(system.init, rng.run_key(0)))
   _keep({'params': params, 'opt_state': {}, 'ema': {}}, system, folder)
-  return folder, by_path(params)
+  return folder, leaves_by_path(params)
 
 
 @pytest.mark.parametrize('arch, stage', [('internal', 'joint'), ('external', 'render')])
-def test_both_architectures_go_on_from_one_plan(plan_run, arch, stage):
+def test_both_architectures_continue_from_one_parent_run(plan_run, arch, stage):
   folder, wanted = plan_run
   system = _t2i(arch, start=str(folder), stages=[stage], seed=3)
   abstract, state, origins = _first(system)
-  found, placed = by_path(state['params']), by_path(abstract['params'])
+  found, placed = leaves_by_path(state['params']), leaves_by_path(abstract['params'])
   assert found.keys() == wanted.keys()
   for path, leaf in found.items():
     np.testing.assert_array_equal(leaf, wanted[path])
     assert leaf.sharding == placed[path].sharding
   # Optimizer, average and counters begin afresh.
-  for path, leaf in by_path(state['ema']).items():
+  for path, leaf in leaves_by_path(state['ema']).items():
     np.testing.assert_array_equal(leaf, wanted[path])
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(state['opt_state']))
   assert int(state['step']) == int(state['examples_seen']) == 0
@@ -134,27 +134,27 @@ def test_both_architectures_go_on_from_one_plan(plan_run, arch, stage):
   assert 'trains' in rows['dit'] and ('frozen' in rows['ar']) == (arch == 'external')
 
 
-def test_what_another_tokenizer_or_codebook_makes_of_a_run_is_said(plan_run):
+def test_other_tokenizers_and_codecs_of_a_parent_run_are_reported(plan_run):
   folder, _ = plan_run
   same = _t2i('external', start=str(folder), stages=['render']).config
   stored = to_dict(_t2i('internal', stages=['plan']).config)
-  assert not pretrained.other_meanings(same, str(folder), stored)
+  assert not pretrained.encoding_differences(same, str(folder), stored)
   codec = dataclasses.replace(same.model.visual_prompt, weights='other.safetensors')
   ours = dataclasses.replace(same, model=dataclasses.replace(same.model, visual_prompt=codec))
-  (line,) = pretrained.other_meanings(ours, str(folder), stored)
+  (line,) = pretrained.encoding_differences(ours, str(folder), stored)
   assert line.startswith(f'{folder} was trained with model.visual_prompt.weights=assets:feature_vq')
   assert 'other.safetensors' in line
   other = dataclasses.replace(same.model, visual_prompt=SiglipVqSection(codes=same.model.codes))
-  (line,) = pretrained.other_meanings(dataclasses.replace(same, model=other), 'RUN', stored)
+  (line,) = pretrained.encoding_differences(dataclasses.replace(same, model=other), 'RUN', stored)
   assert line.startswith('RUN was trained with model.visual_prompt.kind=feature_vq')
 
 
-def test_cross_attention_is_drawn_where_the_plan_was_learned_without(plan_run):
+def test_cross_attention_that_the_parent_run_lacks_is_random(plan_run):
   folder, wanted = plan_run
   config = t2i_file.get_config('debug,arch=external')
   model = config.model.to_dict() | {'condition': 'cross'}
   system = _t2i('external', start=str(folder), stages=['render'], model=model)
-  found = by_path(_first(system)[1]['params'])
+  found = leaves_by_path(_first(system)[1]['params'])
   drawn = {path for path in found if path not in wanted}
   assert drawn and all(path.startswith('dit/layers/cross/') for path in drawn)
   for path, leaf in wanted.items():
@@ -163,20 +163,20 @@ def test_cross_attention_is_drawn_where_the_plan_was_learned_without(plan_run):
   assert np.any(found['dit/layers/cross/q/kernel'])
 
 
-def test_a_run_starts_from_raw_or_averaged_weights(line_system, tmp_path):
+def test_run_is_initialized_from_raw_or_ema_weights(line_system, tmp_path):
   other = line_system()
   params = other.init(rng.run_key(0))
   # An average of what trains; the rest is as it is.
   average = {'head': jax.tree.map(lambda leaf: leaf + 1, params['head'])}
   _keep({'params': params, 'opt_state': {}, 'ema': average}, other, tmp_path)
-  raw = by_path(params)
+  raw = leaves_by_path(params)
   for which, shift in (('raw', 0), ('ema', 1)):
     found = _first(line_system(start=str(tmp_path), start_weights=which))[1]['params']
-    for path, leaf in by_path(found).items():
+    for path, leaf in leaves_by_path(found).items():
       np.testing.assert_array_equal(leaf, raw[path] + (shift if path.startswith('head') else 0))
 
 
-def test_a_start_that_is_no_run_or_another_ones_is_named(plan_run, line_system, tmp_path):
+def test_missing_or_misfitting_parent_run_is_refused(plan_run, line_system, tmp_path):
   folder = plan_run[0]
   cases = [
     (_t2i('single', start=str(folder)), "config.start .*'dit/layers/.*' is .* there and absent"),
@@ -189,26 +189,26 @@ def test_a_start_that_is_no_run_or_another_ones_is_named(plan_run, line_system, 
     assert '\n' not in str(error.value)
 
 
-def test_groups_of_parameters_come_from_different_runs(plan_run, tmp_path):
+def test_parameter_groups_come_from_different_parent_runs(plan_run, tmp_path):
   folder, wanted = plan_run
   other = _t2i('internal', stages=['plan'])
   shifted = jax.tree.map(lambda leaf: leaf + 1, paths.tree(wanted))
   _keep({'params': shifted, 'opt_state': {}, 'ema': {}}, other, tmp_path)
   for start in (f'{folder}, dit={tmp_path}', f'dit={tmp_path},embed={folder},ar={folder}'):
     _, state, origins = _first(_t2i('external', start=start, stages=['render']))
-    for path, leaf in by_path(state['params']).items():
+    for path, leaf in leaves_by_path(state['params']).items():
       moved = path.startswith('dit/')
       np.testing.assert_array_equal(leaf, wanted[path] + moved)
       assert origins[path] == f'{tmp_path if moved else folder} (raw)'
 
 
-def test_groups_that_no_run_is_named_for_are_drawn_as_without_a_start(plan_run):
+def test_groups_without_a_parent_run_are_random(plan_run):
   folder, wanted = plan_run
   _, state, origins = _first(_t2i('internal', start=f'ar = {folder}', stages=['joint']))
-  assert {path for path, origin in origins.items() if origin != 'drawn'} == {
+  assert {path for path, origin in origins.items() if origin != 'initialized'} == {
     path for path in wanted if path.startswith('ar/')
   }
-  found = by_path(state['params'])
+  found = leaves_by_path(state['params'])
   assert np.array_equal(found['ar/norm/scale'], wanted['ar/norm/scale'])
   assert not np.array_equal(found['embed/codes'], wanted['embed/codes'])
 
@@ -223,7 +223,7 @@ def test_groups_that_no_run_is_named_for_are_drawn_as_without_a_start(plan_run):
     ('internal', 'RUN, dit=', 'name a run after dit='),
   ],
 )
-def test_a_start_of_groups_that_can_not_be_is_one_line(plan_run, arch, start, message):
+def test_invalid_groups_of_parent_runs_are_one_line_errors(plan_run, arch, start, message):
   stage, folder = {'external': 'render', 'internal': 'joint'}[arch], str(plan_run[0])
   with pytest.raises(UserError, match=message.replace('RUN', folder)) as error:
     _first(_t2i(arch, start=start.replace('RUN', folder), stages=[stage]))

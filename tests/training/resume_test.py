@@ -1,4 +1,4 @@
-"""Tests of where a run starts."""
+"""Tests of the initial state of a run and of resuming."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def test_allowing_a_section_allows_its_fields_only(line_config):
   assert len(resume.check_config(ours, to_dict(config), 'RUN', ('optim.lr', 'seed'))) == 2
 
 
-def test_a_word_that_is_no_field_is_named(line_config):
+def test_unknown_allowed_field_is_refused(line_config):
   config = line_config()
   for word, hint in (('optim.l', 'optim.lr'), ('optin', 'optim'), ('step', 'steps')):
     with pytest.raises(UserError, match=f"names '{word}', .*did you mean '{hint}'"):
@@ -38,20 +38,20 @@ def test_a_word_that_is_no_field_is_named(line_config):
   resume.check_config(config, to_dict(config), 'RUN', ('data', 'optim.lr'))
 
 
-def test_many_differences_are_cut(line_config):
+def test_long_lists_of_differences_are_truncated(line_config):
   config = line_config()
   stored = dict.fromkeys(to_dict(config))
   with pytest.raises(UserError, match=r'and \d+ more\. Choose another --workdir'):
     resume.check_config(config, stored, 'RUN', ())
 
 
-def test_fresh_state_has_the_shardings_and_values_of_its_plan(line_system):
+def test_fresh_state_has_the_abstract_shapes_and_shardings(line_system):
   system = line_system()
   mesh = sharding.make_mesh(system.config.mesh)
   abstract = resume.abstract_state(system.config, system, 0, mesh)
   key = rng.run_key(0)
   state, origins = resume.fresh_state(system, abstract, {}, key)
-  assert origins == dict.fromkeys(sharding.by_path(state['params']), 'drawn')
+  assert origins == dict.fromkeys(sharding.leaves_by_path(state['params']), 'initialized')
   jax.tree.map(lambda leaf, plan: leaf.sharding == plan.sharding or pytest.fail(), state, abstract)
   sharding.check_sharded_enough(
     {'kernel': state['params']['backbone']['kernel']},
@@ -76,7 +76,7 @@ def test_a_multiplier_that_matches_nothing_is_named(line_system):
     resume.abstract_state(system.config, system, 0, sharding.make_mesh(system.config.mesh))
 
 
-def test_a_field_that_did_not_exist_yet_counts_as_its_default(line_config):
+def test_field_missing_from_the_stored_config_has_its_default(line_config):
   config = line_config()
   stored = to_dict(config)
   del stored['quick_compile'], stored['optim']['ema']

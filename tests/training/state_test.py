@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vpe_jax.contracts import Stage, UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import state as state_lib
 
 
@@ -25,8 +25,8 @@ def _stage(*patterns, ema=False):
 def test_split_matches_from_the_start_of_the_path_and_merges_back():
   params = _params()
   trainable, frozen = state_lib.split_trainable(params, _stage('ar/', 'dit/q'))
-  assert sorted(by_path(trainable)) == ['ar/norm/scale', 'ar/q/kernel', 'dit/q/kernel']
-  assert sorted(by_path(frozen)) == ['arctic']
+  assert sorted(leaves_by_path(trainable)) == ['ar/norm/scale', 'ar/q/kernel', 'dit/q/kernel']
+  assert sorted(leaves_by_path(frozen)) == ['arctic']
   merged = state_lib.merge(trainable, frozen)
   assert jax.tree.structure(merged) == jax.tree.structure(params)
   assert all(a is b for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(params)))
@@ -47,7 +47,7 @@ def test_a_pattern_that_matches_nothing_is_an_error():
 def test_frozen_leaves_have_no_optimizer_or_average():
   state = state_lib.first_state(_params(), _stage('dit/', ema=True))
   for tree in (state['opt_state']['mu'], state['opt_state']['nu'], state['ema']):
-    assert list(by_path(tree)) == ['dit/q/kernel']
+    assert list(leaves_by_path(tree)) == ['dit/q/kernel']
   assert state_lib.first_state(_params(), _stage('dit/'))['ema'] == {}
 
 
@@ -59,27 +59,27 @@ def test_next_stage_starts_optimizer_and_average_from_current_parameters():
   after = state_lib.next_stage(state, _stage('dit/', ema=True))
   assert [int(after[name]) for name in state_lib.COUNTERS] == [4, 4, 0, 6]
   assert int(after['opt_state']['count']) == 0
-  assert list(by_path(after['opt_state']['mu'])) == ['dit/q/kernel']
+  assert list(leaves_by_path(after['opt_state']['mu'])) == ['dit/q/kernel']
   np.testing.assert_array_equal(after['ema']['dit']['q']['kernel'], np.full(5, 7.0))
 
 
-def test_what_trains_no_further_is_kept_at_its_average():
+def test_finished_parameters_keep_their_ema_value():
   state = state_lib.first_state(_params(), _stage('ar/', ema=True))
   state['ema'] = jax.tree.map(lambda leaf: leaf * 3, state['ema'])
   after = state_lib.next_stage(state, _stage('ar/norm', 'dit/', ema=True))
-  params = by_path(after['params'])
+  params = leaves_by_path(after['params'])
   assert {path: float(leaf[0]) for path, leaf in params.items()} == {
     'ar/q/kernel': 3.0,  # its last average
     'ar/norm/scale': 1.0,  # goes on from where it is
     'arctic': 1.0,
     'dit/q/kernel': 1.0,
   }
-  assert sorted(by_path(after['ema'])) == ['ar/norm/scale', 'dit/q/kernel']
+  assert sorted(leaves_by_path(after['ema'])) == ['ar/norm/scale', 'dit/q/kernel']
   np.testing.assert_array_equal(after['ema']['ar']['norm']['scale'], np.ones(3))
 
 
 def test_weights_are_the_average_where_there_is_one():
   state = state_lib.first_state(_params(), _stage('dit/', ema=True))
   state['ema'] = jax.tree.map(lambda leaf: leaf * 3, state['ema'])
-  judged = by_path(state_lib.weights(state))
+  judged = leaves_by_path(state_lib.weights(state))
   assert float(judged['dit/q/kernel'][0]) == 3 and float(judged['arctic'][0]) == 1

@@ -84,7 +84,7 @@ def test_one_batch_of_8_equals_4_microbatches_of_2(line_system, optim, index):
   assert _gap(gradients[1][2], gradients[4][2]) < 1e-6
 
 
-def test_microbatches_take_rows_in_turn():
+def test_microbatches_are_strided():
   rows = jnp.arange(8)
   np.testing.assert_array_equal(microbatches(rows, 2), [[0, 2, 4, 6], [1, 3, 5, 7]])
 

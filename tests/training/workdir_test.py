@@ -19,12 +19,12 @@ sys.stdin.read()
 
 
 def _claim(folder):
-  with workdir.claimed(epath.Path(folder)):
+  with workdir.locked(epath.Path(folder)):
     pass
 
 
 def test_folder_is_unlocked_when_the_run_ends(tmp_path):
-  with pytest.raises(KeyError), workdir.claimed(epath.Path(tmp_path / 'new' / 'run')):
+  with pytest.raises(KeyError), workdir.locked(epath.Path(tmp_path / 'new' / 'run')):
     with pytest.raises(UserError, match='new/run is in use by another process'):
       _claim(tmp_path / 'new' / 'run')
     raise KeyError

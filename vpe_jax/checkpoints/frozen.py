@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import sharding
-from vpe_jax.checkpoints import checksum, converted, weights
+from vpe_jax.checkpoints import checksum, dtypes, imports, weights
 from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import Array, Batch, Params, Samples, System, UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 
 Encode = Callable[[Params, Mapping[str, Array], Array], dict[str, Array]]
 
@@ -54,6 +54,14 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
   fingerprints = {name: fingerprint for name, (_, fingerprint) in networks.items()}
   encode = jax.jit(system.encode, compiler_options=sharding.compiler_options())
   return Frozen(params, fingerprints, encode)
+
+
+def abstract(system: System) -> Params:
+  """The frozen networks by name, as `jax.ShapeDtypeStruct` trees of the dtypes they declare."""
+  return {
+    name: dtypes.cast_shapes(tree, dtypes.parse(system.frozen[name].dtype))
+    for name, tree in system.frozen_shapes().items()
+  }
 
 
 def for_sampling(system: Samples) -> Params:
@@ -97,27 +105,29 @@ def check_sampling(system: Samples, params: Params, frozen: Params) -> None:
   Raises:
     UserError: the parameters or the frozen networks don't fit the system's config.
   """
-  check_shapes(by_path(jax.eval_shape(system.init, jax.random.key(0))), by_path(params))
+  check_shapes(
+    leaves_by_path(jax.eval_shape(system.init, jax.random.key(0))), leaves_by_path(params)
+  )
   encoded = system.batch_spec(1).encoded
   with _misfit(system, system.samples_with):
     jax.eval_shape(system.decode, frozen, encoded, jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def check_shapes(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def check_shapes(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
   """Compares the shapes of parameters by path.
 
   Args:
-    wanted: path -> leaf, from the config.
-    found: path -> leaf, from the weights.
+    expected: path -> leaf, from the config.
+    actual: path -> leaf, from the weights.
 
   Raises:
     UserError: a parameter is missing, is unexpected, or has another shape.
   """
-  if difference := weights.mismatch(wanted, found):
-    path, ours, theirs = difference
+  if difference := weights.mismatch(expected, actual):
+    path, expected_shape, shape = difference
     raise UserError(
-      f"the weights don't fit their config: '{path}' is {theirs} instead of {ours}; get the file "
-      'again, or name the run that it was exported from'
+      f"the weights don't fit their config: '{path}' is {shape}, not {expected_shape}; get the "
+      'file again, or name the run that it was exported from'
     )
 
 
@@ -145,22 +155,23 @@ def _network(
   """Loads a frozen network on the mesh; returns its parameters and fingerprint."""
   network = system.frozen[name]
   if network.published is None:
-    tree = weights.load(network.source)[0]
+    tree = weights.load(network.source, network.dtype)[0]
     return jax.device_put(tree, shardings_of(tree, mesh, strategy)), weights.fingerprint(tree)
-  tree = converted.network(
-    network.published, functools.partial(_spread, mesh=mesh, strategy=strategy)
-  )
+  shard = functools.partial(_with_shardings, mesh=mesh, strategy=strategy)
+  tree = imports.network(network.published, shard, network.dtype)
   tree = jax.device_put(tree, shardings_of(tree, mesh, strategy))
   # A large network doesn't fit on one host, so its checksums are computed on the devices.
-  sums = json.dumps(checksum.checksums(by_path(tree)), sort_keys=True)
+  sums = json.dumps(checksum.checksums(leaves_by_path(tree)), sort_keys=True)
   return tree, hashlib.sha256(sums.encode()).hexdigest()[:12]
 
 
-def _spread(tree: Params, mesh: jax.sharding.Mesh, strategy: str) -> Params:
+def _with_shardings(tree: Params, mesh: jax.sharding.Mesh, strategy: str) -> Params:
   """Adds shardings to abstract parameters."""
-  where = shardings_of(tree, mesh, strategy)
-  shape = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
-  return jax.tree.map(shape, tree, where)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    tree,
+    shardings_of(tree, mesh, strategy),
+  )
 
 
 def shardings_of(networks: Params, mesh: jax.sharding.Mesh, strategy: str) -> Params:
@@ -168,7 +179,7 @@ def shardings_of(networks: Params, mesh: jax.sharding.Mesh, strategy: str) -> Pa
   # Without axis names, each leaf is sharded along its largest divisible dimension.
   table = [
     (re.escape(path), (None,) * len(leaf.shape))
-    for path, leaf in sharding.by_path(networks).items()
+    for path, leaf in sharding.leaves_by_path(networks).items()
   ]
   return sharding.param_shardings(networks, table, mesh, strategy)
 

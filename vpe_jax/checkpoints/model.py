@@ -17,7 +17,7 @@ class Model:
     system: built from the saved config.
     params: in the layout of checkpoints.
     stage: index of the stage that the weights come from.
-    weights: `ema` (averaged) or `raw`.
+    weights: `ema` or `raw`.
     source: the run, asset or file.
   """
 
@@ -52,7 +52,7 @@ def load(source: str, weights: str = 'ema') -> Model:
     params, metadata = weights_io.load_run(source, weights)
   kind = metadata.get('weights', 'ema')
   if weights == 'raw' and kind != 'raw':
-    raise UserError(f"{source} holds averaged weights only: use weights 'ema'")
+    raise UserError(f"{source} has EMA weights only: use weights 'ema'")
   system = systems.build(weights_io.config_of(metadata, source))
   stage, last = metadata.get('stage', '-1'), len(system.stages) - 1
   known = {str(index): index for index in range(len(system.stages))} | {'-1': last}

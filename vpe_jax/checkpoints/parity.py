@@ -62,7 +62,7 @@ def verdict(family: str, errors: dict[str, float]) -> tuple[bool, str]:
   limit = DEEP_TOLERANCE.get(family, TOLERANCE)
   listed = ', '.join(f'{name} {error:.1e}' for name, error in errors.items())
   passed = all(error < limit for error in errors.values())
-  result = 'holds' if passed else 'FAILS'
+  result = 'passes' if passed else 'FAILS'
   return passed, f'parity with the reference {result} (limit {limit}): {listed}'
 
 
@@ -149,10 +149,10 @@ def _autoencoder(name: str) -> Callable[..., _Pairs]:
 
 def _siglip_vq(torch: Any, transformers: Any, folder: Path, imported: Imported) -> _Pairs:
   """GLM-Image's copy of SigLIP-VQ; no library implements X-Omni's or LLaDA2.0-Uni's."""
-  if 'GLM' not in imported.plan.table.name:
+  if 'GLM' not in imported.tensor_map.table.name:
     raise UserError(
       f"--check of siglip_vq compares with transformers' GLM-Image, but the layout of '{folder}' "
-      f'is {imported.plan.table.name}: import it without --check'
+      f'is {imported.tensor_map.table.name}: import it without --check'
     )
   kind = transformers.GlmImageForConditionalGeneration
   model = kind.from_pretrained(folder, dtype=torch.float32).eval().model

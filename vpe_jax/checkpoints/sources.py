@@ -17,7 +17,9 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from etils import epath
 
+from vpe_jax import storage
 from vpe_jax.checkpoints import pickles
 from vpe_jax.contracts import UserError
 
@@ -69,12 +71,33 @@ class _Mapped:
 
   shape: tuple[int, ...]
   dtype: np.dtype
-  _bytes: bytes | mmap.mmap
+  _content: _Content
   _start: int
 
   def read(self) -> np.ndarray:
-    count = int(np.prod(self.shape, dtype=np.int64))
-    return np.frombuffer(self._bytes, self.dtype, count, self._start).reshape(self.shape)
+    count = math.prod(self.shape)
+    content = self._content[self._start : self._start + count * self.dtype.itemsize]
+    return np.frombuffer(content, self.dtype, count).reshape(self.shape)
+
+
+class _RemoteFile:
+  """A file on an object store, of which only the requested ranges are read."""
+
+  def __init__(self, path: epath.Path):
+    self._path = path
+    self._size = path.stat().length
+
+  def __len__(self) -> int:
+    return self._size
+
+  def __getitem__(self, part: slice) -> bytes:
+    start, stop, _ = part.indices(self._size)
+    with self._path.open('rb') as file:
+      file.seek(start)
+      return file.read(stop - start)
+
+
+_Content = memoryview | _RemoteFile
 
 
 def open_source(name: str) -> Source:
@@ -102,25 +125,28 @@ def open_source(name: str) -> Source:
   )
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-  """Reads the tensors of one file by key.
+def open_file(path: epath.PathLike, name: str = '') -> tuple[dict[str, Tensor], dict[str, str]]:
+  """Opens a safetensors file, local or on an object store; see `parse`.
 
   Raises:
-    UserError: the file is not a complete safetensors file.
+    UserError: the file can't be read, or is not a complete safetensors file.
   """
+  name = name or str(path)
+  if storage.is_remote(path):
+    return parse(_RemoteFile(epath.Path(path)), name)
   try:
-    with path.open('rb') as file:
+    with open(path, 'rb') as file:
       content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
   except (ValueError, OSError) as error:  # An empty file can't be mapped.
-    raise UserError(f"'{path}' can't be read ({error}): get it again") from error
-  return parse(content, str(path))[0]
+    raise UserError(f"'{name}' can't be read ({error}): get it again") from error
+  return parse(memoryview(content), name)
 
 
-def parse(content: bytes | mmap.mmap, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def parse(content: bytes | _Content, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
   """Parses a safetensors file.
 
   Args:
-    content: bytes of the file.
+    content: bytes of the file, of which tensors read their own when they are needed.
     name: name of the file in errors.
 
   Returns:
@@ -129,11 +155,12 @@ def parse(content: bytes | mmap.mmap, name: str) -> tuple[dict[str, Tensor], dic
   Raises:
     UserError: the content is not a complete safetensors file.
   """
+  content = memoryview(content) if isinstance(content, bytes) else content
   try:
     length = int.from_bytes(content[:8], 'little')
     if len(content) < 8 or not 0 < length <= min(_MAX_HEADER, len(content) - 8):
       raise ValueError('its header is truncated')
-    header, metadata = _header(content[8 : 8 + length])
+    header, metadata = _header(bytes(content[8 : 8 + length]))
     _check_offsets(header, len(content) - 8 - length)
     tensors = {key: _mapped(content, 8 + length, entry) for key, entry in header.items()}
   except ValueError as error:
@@ -177,7 +204,7 @@ def _check_offsets(header: Mapping[str, Any], size: int) -> None:
     raise ValueError('it has bytes that belong to no tensor')
 
 
-def _mapped(content: bytes | mmap.mmap, base: int, entry: Mapping[str, Any]) -> _Mapped:
+def _mapped(content: _Content, base: int, entry: Mapping[str, Any]) -> _Mapped:
   shape, dtype = tuple(entry['shape']), np.dtype(DTYPES[entry['dtype']])
   start, stop = entry['data_offsets']
   if stop - start != math.prod(shape) * dtype.itemsize:
@@ -187,7 +214,7 @@ def _mapped(content: bytes | mmap.mmap, base: int, entry: Mapping[str, Any]) -> 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
   if path.suffix == '.safetensors':
-    return read_safetensors(path)
+    return open_file(path)[0]
   if path.suffix in PICKLED:
     return pickles.read(path)
   suffixes = ', '.join(('.safetensors', *PICKLED))

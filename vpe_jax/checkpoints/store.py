@@ -16,9 +16,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,13 +34,14 @@ from vpe_jax import __version__
 from vpe_jax.checkpoints.checksum import checksums
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.contracts import UserError
-from vpe_jax.sharding import by_path
-from vpe_jax.storage import is_remote, move_aside, reached
+from vpe_jax.sharding import leaves_by_path
+from vpe_jax.storage import is_remote, move_aside, probe
 
 COUNTERS = ('stage', 'step', 'stage_step', 'examples_seen')
 FOLDER = 'checkpoints'  # folder of a workdir
 _STATE = 'state'  # Orbax's name for the arrays of a checkpoint
 _MARKER = 'commit_success.txt'  # written by Orbax last
+_GROUP = 2**30  # bytes of leaves that `Store.read` loads at a time
 _UNFINISHED = '.orbax-checkpoint-tmp'  # suffix of a folder that is being written or deleted
 
 State = dict[str, Any]
@@ -161,11 +163,19 @@ class Store:
         )  # fmt: skip
     return state
 
-  def read(self, select: Callable[[str], bool]) -> tuple[dict[str, np.ndarray], Meta] | None:
+  def read(
+    self,
+    choose: Callable[[Collection[str]], Iterable[str]],
+    transform: Callable[[np.ndarray], np.ndarray] = lambda leaf: leaf,
+  ) -> tuple[dict[str, np.ndarray], Meta] | None:
     """Loads some leaves of the newest intact checkpoint as numpy arrays.
 
+    Leaves are loaded, verified and transformed in groups, so host memory holds at most one group in
+    addition to the result.
+
     Args:
-      select: predicate of a path such as `params/ar/layers/q/kernel`; true for leaves to load.
+      choose: selects the leaves to load from all paths, such as `params/ar/layers/q/kernel`.
+      transform: is applied to each leaf, for instance to round it.
 
     Returns:
       ({path: array}, record), or None if the directory has no checkpoint.
@@ -175,11 +185,16 @@ class Store:
     """
 
     def load(step: int, meta: Meta) -> dict[str, np.ndarray]:
-      leaves = meta['leaves'].items()
-      targets = {
-        path: np.empty(leaf['shape'], leaf['dtype']) for path, leaf in leaves if select(path)
-      }
-      return self._load_verified(step, meta, targets)
+      arrays = {}
+      for group in _groups(meta['leaves'], choose(meta['leaves'])):
+        # The values of `targets` are never written, so they take no memory.
+        shapes = {path: meta['leaves'][path] for path in group}
+        targets = {path: np.empty(leaf['shape'], leaf['dtype']) for path, leaf in shapes.items()}
+        leaves = self._load_verified(step, meta, targets)
+        while leaves:
+          path, leaf = leaves.popitem()
+          arrays[path] = transform(leaf)
+      return arrays
 
     newest = self._newest_intact(load)
     return None if newest is None else (newest[1], newest[0])
@@ -315,7 +330,7 @@ class Store:
     return record
 
   def _load(self, step: int, meta: Meta, abstract: State) -> State:
-    leaves = by_path(abstract)
+    leaves = leaves_by_path(abstract)
     targets = {path: _load_target(leaf) for path, leaf in leaves.items() if hasattr(leaf, 'shape')}
     _check_fits(self._folder(step), meta['leaves'], targets)
     arrays = self._load_verified(step, meta, targets)
@@ -347,7 +362,7 @@ class Store:
 
   def _folders(self) -> list[int]:
     """Steps of all folders with a checkpoint's name, complete or not, in ascending order."""
-    if not reached(self._directory, self._directory.exists):
+    if not probe(self._directory, self._directory.exists):
       return []
     names = [folder.name.strip('/') for folder in self._directory.iterdir()]
     return sorted(int(name) for name in names if re.fullmatch('0|[1-9][0-9]*', name))
@@ -409,7 +424,21 @@ def _without_logging() -> Iterator[None]:
 
 
 def _arrays(state: State) -> dict[str, Any]:
-  return {path: leaf for path, leaf in by_path(state).items() if hasattr(leaf, 'shape')}
+  return {path: leaf for path, leaf in leaves_by_path(state).items() if hasattr(leaf, 'shape')}
+
+
+def _groups(saved: Mapping[str, Any], paths: Iterable[str]) -> list[list[str]]:
+  """Groups paths so that the leaves of a group fill at most `_GROUP` bytes, or are one."""
+  groups: list[list[str]] = []
+  size = _GROUP
+  for path in paths:
+    leaf_size = math.prod(saved[path]['shape']) * np.dtype(saved[path]['dtype']).itemsize
+    if size + leaf_size > _GROUP:
+      groups.append([])
+      size = 0
+    groups[-1].append(path)
+    size += leaf_size
+  return groups
 
 
 def _load_target(leaf: Any) -> Any:

@@ -73,7 +73,7 @@ class Table:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class Destination:
   """The destination of a source tensor: a row with its numbers filled in.
 
   Attributes:
@@ -87,7 +87,7 @@ class Place:
   index: int | None
 
 
-def place(table: Table, key: str) -> Place | None:
+def destination(table: Table, key: str) -> Destination | None:
   """Finds the destination of a source key; None if no row matches.
 
   Raises:
@@ -100,7 +100,9 @@ def place(table: Table, key: str) -> Place | None:
       continue
     numbers = match.groupdict()
     index = int(numbers.pop(row.stacked)) if row.stacked else None
-    matches.append(Place(row, tuple(target.format(**numbers) for target in row.targets), index))
+    matches.append(
+      Destination(row, tuple(target.format(**numbers) for target in row.targets), index)
+    )
   if len(matches) > 1:
     rows = ' and '.join(repr(match.row.source) for match in matches)
     raise ValueError(f"table '{table.name}' has two rows for '{key}': {rows}")
@@ -117,8 +119,13 @@ def reason(rules: Sequence[tuple[str, str]], name: str) -> str | None:
   return next((why for pattern, why in rules if re.fullmatch(pattern, name)), None)
 
 
-def keys(row: Row, leaves: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Place]]:
-  """Yields (source key, place) of all tensors that a row expects for leaves (path -> shape)."""
+def keys(row: Row, leaves: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Destination]]:
+  """Yields (source key, destination) of all tensors that a row expects.
+
+  Args:
+    row: of a table.
+    leaves: path -> shape.
+  """
   pattern = _pattern(row.targets[0])
   for path, shape in leaves.items():
     match = pattern.fullmatch(path)
@@ -127,21 +134,23 @@ def keys(row: Row, leaves: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str,
     numbers = match.groupdict()
     targets = tuple(target.format(**numbers) for target in row.targets)
     if not row.stacked:
-      yield row.source.format(**numbers), Place(row, targets, None)
+      yield row.source.format(**numbers), Destination(row, targets, None)
       continue
     for index in range(shape[0]):
-      yield row.source.format(**numbers, **{row.stacked: index}), Place(row, targets, index)
+      yield row.source.format(**numbers, **{row.stacked: index}), Destination(row, targets, index)
 
 
-def misfit(place: Place, source: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> str:
+def misfit(
+  destination: Destination, source: Sequence[int], shapes: Sequence[tuple[int, ...]]
+) -> str:
   """Explains why a source shape doesn't fit its targets; '' if it does.
 
   Args:
-    place: destination of the tensor.
+    destination: of the tensor.
     source: its shape.
     shapes: of its targets, without the stacked axis.
   """
-  axes, source = _without_last(place.row, source)
+  axes, source = _without_last(destination.row, source)
   try:
     if len(shapes) == 1:
       _solve(axes, source, shapes[0])
@@ -153,19 +162,19 @@ def misfit(place: Place, source: Sequence[int], shapes: Sequence[tuple[int, ...]
 
 
 def forward(
-  place: Place, tensor: np.ndarray, shapes: Sequence[tuple[int, ...]]
+  destination: Destination, tensor: np.ndarray, shapes: Sequence[tuple[int, ...]]
 ) -> list[np.ndarray]:
   """Converts a source tensor to the arrays of its targets; views where possible.
 
   Args:
-    place: destination of the tensor.
+    destination: of the tensor.
     tensor: the source tensor.
     shapes: of its targets, without the stacked axis.
 
   Raises:
     ValueError: the tensor's shape doesn't fit.
   """
-  row = place.row
+  row = destination.row
   axes, _ = _without_last(row, tensor.shape)
   if row.last:
     tensor = np.take(tensor, -1, _source_axes(row).index(row.last))
@@ -179,18 +188,20 @@ def forward(
   return arrays
 
 
-def backward(place: Place, leaves: Sequence[np.ndarray], axes: Mapping[str, int]) -> np.ndarray:
+def backward(
+  destination: Destination, leaves: Sequence[np.ndarray], axes: Mapping[str, int]
+) -> np.ndarray:
   """Converts the arrays of a tensor's targets back to the source tensor.
 
   Args:
-    place: destination of the tensor.
+    destination: of the tensor.
     leaves: arrays of its targets, without the stacked axis.
     axes: sizes of axes that can't be read off our leaves, by name.
 
   Raises:
     ValueError: the row uses only a part of the source tensor.
   """
-  row = place.row
+  row = destination.row
   if row.last:
     raise ValueError(f"'{row.source}' can't be exported: only a part of it was imported")
   parts = [_reverse(row.axes, leaf, axes) for leaf in leaves]

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
 from vpe_jax import __version__, storage
-from vpe_jax.checkpoints import sources
+from vpe_jax.checkpoints import convert, dtypes, sources
+from vpe_jax.checkpoints.sources import Tensor
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, nearest
 from vpe_jax.contracts import Params, UserError
-from vpe_jax.sharding import by_path
-from vpe_jax.storage import reached
+from vpe_jax.sharding import leaves_by_path
+from vpe_jax.storage import probe
 
 ASSETS = 'assets:'
 ENDING = '.safetensors'
@@ -32,7 +33,8 @@ ASSET_CONFIGS = {
   'image_codes': 'configs/codec.py:tiny,stage=image_codes',
   'tiny': 'configs/t2i.py',
 }
-_DTYPES = {'bfloat16': np.dtype(jnp.bfloat16), 'float16': np.float16, 'float32': np.float32}
+_PARAMS, _EMA = 'params/', 'ema/'  # prefixes of parameters and their EMA in a state
+_HASHED = 2**20  # elements that a fingerprint casts at a time
 
 
 def is_file(source: str) -> bool:
@@ -40,26 +42,31 @@ def is_file(source: str) -> bool:
   return source.startswith(ASSETS) or source.endswith(ENDING)
 
 
-def load(source: str) -> tuple[Params, dict[str, str]]:
+def load(source: str, dtype: str = 'float32') -> tuple[Params, dict[str, str]]:
   """Loads weights from a file, an asset or a run.
+
+  Each leaf is cast when it is read: host memory holds the tree at `dtype`, never a second copy of
+  it at the dtype of the file.
 
   Args:
     source: `assets:NAME` (shipped with the library), a path ending in `.safetensors`, or the
       workdir of a run (EMA weights of its newest checkpoint, raw weights where there is no EMA);
       `~` expands to the home folder.
+    dtype: of the float leaves: float32, bfloat16 or float16.
 
   Returns:
-    (nested dict of numpy arrays, floats as float32; metadata). The metadata of a run has `config`
-    (JSON), `version`, `step`, `stage`, `weights` (ema or raw) and `source`.
+    (nested dict of numpy arrays; metadata). The metadata of a run has `config` (JSON), `version`,
+    `step`, `stage`, `weights` (ema or raw) and `source`.
 
   Raises:
-    UserError: there are no weights, they can't be read, or they are damaged; names the cure.
+    UserError: there are no weights, they can't be read, they are damaged, or the dtype is unknown;
+      names the cure.
   """
   if source.startswith(ASSETS):
-    return _load_asset(source.removeprefix(ASSETS))
-  path = storage.place(source)
-  if reached(path, path.is_dir):
-    return load_run(source)
+    return _load_asset(source.removeprefix(ASSETS), dtype)
+  path = storage.resolve(source)
+  if probe(path, path.is_dir):
+    return load_run(source, dtype=dtype)
   if not source.endswith(ENDING):
     raise UserError(
       f"no weights at '{source}': it is neither {ASSETS}NAME, nor a {ENDING} file, nor the workdir "
@@ -70,34 +77,39 @@ def load(source: str) -> tuple[Params, dict[str, str]]:
       f"no file '{source}': name an existing file, or the workdir of a run of python -m "
       'vpe_jax.main'
     )
-  return _parse(path.read_bytes(), source)
+  return _read(*sources.open_file(path, source), source, dtype)
 
 
-def load_run(workdir: str, which: str = 'ema') -> tuple[Params, dict[str, str]]:
+def load_run(
+  workdir: str, which: str = 'ema', dtype: str = 'float32'
+) -> tuple[Params, dict[str, str]]:
   """Loads the weights of a run's newest intact checkpoint; returns the same as `load`.
 
   Args:
     workdir: of the run, local (`~` expands to the home folder) or gs://.
     which: `ema` (EMA weights, raw ones for parameters without an EMA) or `raw`. Parameters that
       trained only in an earlier stage have their EMA value in both.
+    dtype: of the float leaves; see `load`.
 
   Raises:
-    UserError: `which` is neither, the run has no intact checkpoint, or it can't be reached.
+    UserError: `which` or the dtype is unknown, the run has no intact checkpoint, or it can't be
+      reached.
   """
   if which not in ('ema', 'raw'):
     raise UserError(f"--weights={which} is neither 'ema' nor 'raw'")
-  leaves, meta = read_run(workdir, ('params/', 'ema/') if which == 'ema' else ('params/',))
-  raw = _under('params/', leaves)
-  ema = _under('ema/', leaves)
+  kind = dtypes.parse(dtype)
+  choose = functools.partial(_weight_paths, averaged=which == 'ema')
+  leaves, meta = _read_checkpoint(workdir, choose, lambda leaf: dtypes.cast(leaf, kind))
+  averaged = any(path.startswith(_EMA) for path in leaves)
   metadata = {
     'config': json.dumps(meta['config'], sort_keys=True),
     'version': meta['version'],
     'step': str(meta['step']),
     'stage': str(meta['stage']),
-    'weights': 'ema' if ema else 'raw',
+    'weights': 'ema' if averaged else 'raw',
     'source': str(workdir),
   }
-  return _nested({path: _to_float32(leaf) for path, leaf in (raw | ema).items()}), metadata
+  return convert.tree({path.partition('/')[2]: leaves[path] for path in sorted(leaves)}), metadata
 
 
 def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
@@ -136,9 +148,18 @@ def read_run(
   Raises:
     UserError: the run has no intact checkpoint, or it can't be reached.
   """
-  store = Store(str(storage.place(workdir) / FOLDER), CheckpointConfig())
+  return _read_checkpoint(workdir, lambda paths: [p for p in paths if p.startswith(prefixes)])
+
+
+def _read_checkpoint(
+  workdir: str,
+  choose: Callable[[Collection[str]], Iterable[str]],
+  transform: Callable[[np.ndarray], np.ndarray] = lambda leaf: leaf,
+) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
+  """`Store.read` of a run's checkpoints; a run without any is an error."""
+  store = Store(str(storage.resolve(workdir) / FOLDER), CheckpointConfig())
   try:
-    contents = store.read(lambda path: path.startswith(prefixes))
+    contents = store.read(choose, transform)
   finally:
     store.close()
   if contents is None:
@@ -163,7 +184,7 @@ def save(
       atomically.
     tree: float leaves are saved as `dtype`, others unchanged.
     metadata: strings, such as `config` (JSON); `version`, `dtype` and `fingerprint` (of the tree
-      that `load` returns) are added.
+      that `load` returns in float32) are added.
     dtype: bfloat16, float16 or float32.
     overwrite: whether an existing file may be replaced.
 
@@ -171,18 +192,17 @@ def save(
     UserError: see `check_target`; or the dtype is unknown, or the file can't be written.
   """
   check_target(path, overwrite)
-  if dtype not in _DTYPES:
-    raise UserError(f"can't write '{path}' as {dtype}: dtypes are {', '.join(_DTYPES)}")
-  flat = {name: np.asarray(jax.device_get(leaf)) for name, leaf in by_path(tree).items()}
+  kind = dtypes.parse(dtype)
+  flat = {name: np.asarray(jax.device_get(leaf)) for name, leaf in leaves_by_path(tree).items()}
   # safetensors writes the buffer of an array, which must be contiguous and in row-major order.
   arrays = {
-    name: np.ascontiguousarray(_cast(leaf, dtype)).reshape(leaf.shape)
+    name: np.ascontiguousarray(dtypes.cast(leaf, kind)).reshape(leaf.shape)
     for name, leaf in flat.items()
   }
   strings = {'version': __version__, **metadata, 'dtype': dtype}
-  strings['fingerprint'] = fingerprint({name: _to_float32(leaf) for name, leaf in arrays.items()})
+  strings['fingerprint'] = fingerprint(arrays, 'float32')
   with storage.writing(path):
-    storage.write_atomic(storage.place(path), safetensors.numpy.save(arrays, metadata=strings))
+    storage.write_atomic(storage.resolve(path), safetensors.numpy.save(arrays, metadata=strings))
 
 
 def check_target(path: str, overwrite: bool = False) -> None:
@@ -191,10 +211,10 @@ def check_target(path: str, overwrite: bool = False) -> None:
   Raises:
     UserError: the file exists (and `overwrite` is off), is a folder, or has another suffix.
   """
-  target = storage.place(path)
+  target = storage.resolve(path)
   if not str(path).endswith(ENDING):
     raise UserError(f"can't write '{path}': name a file that ends in {ENDING}")
-  if reached(target, target.is_dir):
+  if probe(target, target.is_dir):
     raise UserError(f"'{path}' is a folder: name another file")
   if target.exists() and not overwrite:
     raise UserError(f"'{path}' exists: name another file or replace it with --overwrite")
@@ -202,7 +222,8 @@ def check_target(path: str, overwrite: bool = False) -> None:
 
 def round_to(tree: Params, dtype: str = 'bfloat16') -> Params:
   """Rounds float leaves to `dtype` and casts them back to float32, as `save` and `load` do."""
-  return jax.tree.map(lambda leaf: _to_float32(_cast(np.asarray(leaf), dtype)), tree)
+  kind, wide = dtypes.parse(dtype), dtypes.FLOATS['float32']
+  return jax.tree.map(lambda leaf: dtypes.cast(dtypes.cast(np.asarray(leaf), kind), wide), tree)
 
 
 def mismatch(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
@@ -224,17 +245,29 @@ def mismatch(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> tuple[st
   return None
 
 
-def fingerprint(tree: Params) -> str:
-  """Hash of a tree's paths, shapes, dtypes and bits: twelve hex digits."""
+def fingerprint(tree: Params, dtype: str | None = None) -> str:
+  """Hash of a tree's paths, shapes, dtypes and bits: twelve hex digits.
+
+  Args:
+    tree: nested dict of arrays.
+    dtype: dtype to which float leaves are cast before hashing, in parts (None: their own).
+  """
   digest = hashlib.sha256()
-  for path, leaf in sorted(by_path(tree).items()):
-    array = np.ascontiguousarray(jax.device_get(leaf))
-    digest.update(f'{path} {np.shape(leaf)} {array.dtype}\n'.encode())
-    digest.update(array.tobytes())
+  for path, leaf in sorted(leaves_by_path(tree).items()):
+    _hash_leaf(digest, path, np.asarray(jax.device_get(leaf)), dtype)
   return digest.hexdigest()[:12]
 
 
-def _load_asset(name: str) -> tuple[Params, dict[str, str]]:
+def _hash_leaf(digest: Any, path: str, leaf: np.ndarray, dtype: str | None) -> None:
+  kind = dtypes.FLOATS[dtype] if dtype and dtypes.is_float(leaf) else leaf.dtype
+  digest.update(f'{path} {leaf.shape} {kind}\n'.encode())
+  flat = leaf.reshape(-1)
+  for start in range(0, flat.size, _HASHED):
+    part = np.ascontiguousarray(flat[start : start + _HASHED].astype(kind, copy=False))
+    digest.update(part.view(np.uint8))
+
+
+def _load_asset(name: str, dtype: str) -> tuple[Params, dict[str, str]]:
   folder = importlib.resources.files('vpe_jax') / 'assets'
   resource = folder / f'{name}{ENDING}'
   if name not in ASSET_CONFIGS:
@@ -244,44 +277,32 @@ def _load_asset(name: str) -> tuple[Params, dict[str, str]]:
       f"'{ASSETS}{name}' is not installed (vpe_jax/assets/{name}{ENDING}): install vpe_jax again, "
       f'or train it with python -m vpe_jax.main --config={ASSET_CONFIGS[name]}'
     )
-  return _parse(resource.read_bytes(), f'{ASSETS}{name}')
+  name = f'{ASSETS}{name}'
+  return _read(*sources.parse(resource.read_bytes(), name), name, dtype)
 
 
-def _parse(data: bytes, source: str) -> tuple[Params, dict[str, str]]:
-  tensors, metadata = sources.parse(data, source)
-  # Copied, because a tensor is read as a read-only view of the file.
-  tree = _nested({name: _to_float32(tensor.read().copy()) for name, tensor in tensors.items()})
+def _read(
+  tensors: Mapping[str, Tensor], metadata: dict[str, str], source: str, dtype: str
+) -> tuple[Params, dict[str, str]]:
+  """Reads, verifies and casts the tensors of a weight file, one at a time."""
+  kind, digest, leaves = dtypes.parse(dtype), hashlib.sha256(), {}
+  for path in sorted(tensors):
+    leaf = tensors[path].read()
+    _hash_leaf(digest, path, leaf, 'float32')
+    # A copy, because `read` returns a read-only view of the file.
+    leaves[path] = np.array(leaf, kind if dtypes.is_float(leaf) else leaf.dtype)
   # Only files written by `save` have a fingerprint.
-  if metadata.get('fingerprint', actual := fingerprint(tree)) != actual:
+  actual = digest.hexdigest()[:12]
+  if metadata.get('fingerprint', actual) != actual:
     raise UserError(
       f"'{source}' is damaged: its fingerprint is {actual}, not {metadata['fingerprint']}: get it "
       'again, or export it again'
     )
-  return tree, metadata
+  return convert.tree(leaves), metadata
 
 
-def _under(prefix: str, leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  return {p.removeprefix(prefix): leaf for p, leaf in leaves.items() if p.startswith(prefix)}
-
-
-def _cast(leaf: np.ndarray, dtype: str) -> np.ndarray:
-  return leaf.astype(_DTYPES[dtype]) if _is_float(leaf) else leaf
-
-
-def _to_float32(leaf: np.ndarray) -> np.ndarray:
-  return leaf.astype(np.float32) if _is_float(leaf) else leaf
-
-
-def _is_float(leaf: np.ndarray) -> bool:
-  return jnp.issubdtype(leaf.dtype, np.floating)
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for path in sorted(flat):
-    *parents, name = path.split('/')
-    branch = tree
-    for parent in parents:
-      branch = branch.setdefault(parent, {})
-    branch[name] = flat[path]
-  return tree
+def _weight_paths(paths: Collection[str], averaged: bool) -> list[str]:
+  """Paths of a state's parameters; if `averaged`, those with an EMA are replaced by it."""
+  ema = {path for path in paths if averaged and path.startswith(_EMA)}
+  raw = [path for path in paths if path.startswith(_PARAMS)]
+  return [*ema, *(path for path in raw if _EMA + path.removeprefix(_PARAMS) not in ema)]

@@ -47,11 +47,13 @@ class FeatureVqSection(FeatureVqConfig):
     kind: `feature_vq`.
     weights: source of the quantizer's weights: `assets:NAME`, a path or a hub id.
     tower_weights: source of the tower's weights; empty: that of towers.SOURCES.
+    weights_dtype: dtype of the loaded weights of both: float32, or bfloat16 for a large tower.
   """
 
   kind: str = 'feature_vq'
   weights: str = 'assets:feature_vq'
   tower_weights: str = ''
+  weights_dtype: str = 'float32'
 
   @property
   def tokens(self) -> int:
@@ -61,8 +63,8 @@ class FeatureVqSection(FeatureVqConfig):
   @property
   def frozen(self) -> Mapping[str, FrozenNetwork]:
     """Tower and quantizer."""
-    tower = {self.encoder: towers.frozen(self, self.tower_weights)}
-    return {**tower, 'feature_vq': FrozenNetwork(self.weights)}
+    tower = {self.encoder: towers.frozen(self, self.tower_weights, self.weights_dtype)}
+    return {**tower, 'feature_vq': FrozenNetwork(self.weights, dtype=self.weights_dtype)}
 
   def codec(self, dtype: jnp.dtype) -> FeatureVqCodec:
     """The codec; always in float32, for exact codes."""

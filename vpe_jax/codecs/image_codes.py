@@ -47,19 +47,21 @@ class ImageCodesSection(ImageCodesConfig):
     weights: source of the codebook: `assets:NAME`, a path or the workdir of a run.
     autoencoder: sizes of the autoencoder whose latents are quantized.
     autoencoder_weights: source of its weights.
+    weights_dtype: dtype of the loaded weights of both: float32 or bfloat16.
   """
 
   kind: str = 'image_codes'
   weights: str = 'assets:image_codes'
   autoencoder: kl.KlConfig = kl.KlConfig()
   autoencoder_weights: str = 'assets:image'
+  weights_dtype: str = 'float32'
 
   @property
   def frozen(self) -> Mapping[str, FrozenNetwork]:
     """Autoencoder and codebook."""
     return {
-      'image': FrozenNetwork(self.autoencoder_weights),
-      'image_codes': FrozenNetwork(self.weights),
+      'image': FrozenNetwork(self.autoencoder_weights, dtype=self.weights_dtype),
+      'image_codes': FrozenNetwork(self.weights, dtype=self.weights_dtype),
     }
 
   def codec(self, image_size: int) -> ImageCodesCodec:
@@ -117,7 +119,7 @@ class ImageCodesCodec:
 
   def decode(self, params: Params, codes: Array, rng: Array | None = None) -> Array:
     """Images [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see protocol.ImageCodec."""
-    patches = jnp.take(params['image_codes']['codebook'], codes, axis=0)
+    patches = jnp.take(params['image_codes']['codebook'], codes, axis=0).astype(jnp.float32)
     h = w = self.grid
     p = q = self.config.patch
     latents = einops.rearrange(patches, 'B (h w) (p q C) -> B (h p) (w q) C', h=h, w=w, p=p, q=q)

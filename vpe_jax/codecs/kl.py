@@ -54,15 +54,17 @@ class KlSection(KlConfig):
   Attributes:
     kind: `kl`.
     weights: source of the weights: `assets:NAME`, a path or the workdir of a run.
+    weights_dtype: dtype of the loaded weights: float32, or bfloat16 for a large network.
   """
 
   kind: str = 'kl'
   weights: str = 'assets:image'
+  weights_dtype: str = 'float32'
 
   @property
   def frozen(self) -> Mapping[str, FrozenNetwork]:
     """The autoencoder."""
-    return {'image': FrozenNetwork(self.weights)}
+    return {'image': FrozenNetwork(self.weights, dtype=self.weights_dtype)}
 
   def codec(self) -> KlCodec:
     """The codec, in float32."""

@@ -56,16 +56,18 @@ class KlVaeSection(KlVaeConfig):
   Attributes:
     kind: its family: `kl_vae` or `wan_vae`.
     weights: source of the weights: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`).
+    weights_dtype: dtype of the loaded weights: float32, or bfloat16 for a large network.
   """
 
   kind: str = 'kl_vae'
   weights: str = ''
+  weights_dtype: str = 'float32'
 
   @property
   def frozen(self) -> Mapping[str, FrozenNetwork]:
     """The autoencoder."""
     published = PretrainedWeights(self.kind, self.weights, base_section(self, KlVaeConfig))
-    return {'image': FrozenNetwork(self.weights, published)}
+    return {'image': FrozenNetwork(self.weights, published, self.weights_dtype)}
 
   def codec(self) -> KlVaeCodec:
     """The codec, in float32."""

@@ -57,11 +57,13 @@ class SiglipVqSection(SiglipVqConfig):
     kind: `siglip_vq`.
     image_size: side of the tower's input image in pixels.
     weights: source of the weights: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`).
+    weights_dtype: dtype of the loaded weights: float32, or bfloat16 for a large network.
   """
 
   kind: str = 'siglip_vq'
   image_size: int = 384
   weights: str = ''
+  weights_dtype: str = 'float32'
 
   @property
   def tokens(self) -> int:
@@ -72,7 +74,7 @@ class SiglipVqSection(SiglipVqConfig):
   def frozen(self) -> Mapping[str, FrozenNetwork]:
     """The tokenizer."""
     published = PretrainedWeights(self.kind, self.weights, base_section(self, SiglipVqConfig))
-    return {'siglip_vq': FrozenNetwork(self.weights, published)}
+    return {'siglip_vq': FrozenNetwork(self.weights, published, self.weights_dtype)}
 
   def codec(self, dtype: jnp.dtype) -> SiglipVqCodec:
     """The codec; `dtype` is its compute dtype."""
@@ -201,6 +203,6 @@ def resample(table: Array, height: int, width: int) -> Array:
   (PyTorch's `align_corners=False`, as X-Omni).
   """
   side = round(table.shape[0] ** 0.5)
-  square = table.reshape(side, side, -1)
+  square = table.astype(jnp.float32).reshape(side, side, -1)
   shape = (height, width, table.shape[-1])
   return jax.image.resize(square, shape, 'linear', antialias=False).reshape(height * width, -1)

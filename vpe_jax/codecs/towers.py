@@ -141,17 +141,19 @@ class TowerConfig:
     return family, base_section(self.sizes, base[self.encoder])
 
 
-def frozen(config: TowerConfig, weights: str) -> FrozenNetwork:
+def frozen(config: TowerConfig, weights: str, dtype: str) -> FrozenNetwork:
   """The tower as a frozen network.
 
   Args:
     config: the tower and its sizes.
     weights: their source: `assets:NAME`, a path or a hub id; empty: that in SOURCES.
+    dtype: of the loaded weights.
   """
   source = weights or SOURCES[config.encoder]
   if config.published is None:
-    return FrozenNetwork(source)
-  return FrozenNetwork(source, PretrainedWeights(config.published[0], source, config.published[1]))
+    return FrozenNetwork(source, dtype=dtype)
+  family, sizes = config.published
+  return FrozenNetwork(source, PretrainedWeights(family, source, sizes), dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,17 +49,19 @@ class VqGanSection(VqGanConfig):
     kind: its family: `ibq` or `llamagen_vq`.
     image_size: side of the images in pixels.
     weights: source of the weights: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`).
+    weights_dtype: dtype of the loaded weights: float32, or bfloat16 for a large network.
   """
 
   kind: str = 'ibq'
   image_size: int = 512
   weights: str = ''
+  weights_dtype: str = 'float32'
 
   @property
   def frozen(self) -> Mapping[str, FrozenNetwork]:
     """The tokenizer."""
     published = PretrainedWeights(self.kind, self.weights, base_section(self, VqGanConfig))
-    return {'vqgan': FrozenNetwork(self.weights, published)}
+    return {'vqgan': FrozenNetwork(self.weights, published, self.weights_dtype)}
 
   def codec(self, image_size: int) -> VqGanCodec:
     """The codec, in float32; it resizes images to its own size."""
@@ -94,7 +96,7 @@ class VqGan(nn.Module):
 
   def lookup(self, codes: Array) -> Array:
     """Codebook entries [B, h, w, width] of codes [B, h, w]."""
-    entries = jnp.take(self.codebook, codes, axis=0)
+    entries = jnp.take(self.codebook, codes, axis=0).astype(jnp.float32)
     return unit(entries) if self.config.normed else entries
 
   def decode(self, codes: Array) -> Array:

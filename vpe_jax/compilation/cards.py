@@ -58,7 +58,7 @@ def _row(report: Mapping[str, Any]) -> tuple[str, ...]:
   bound = report['step_time_bound_s']
   cells = (
     report['config'].partition(':')[2],
-    report['stage'] if report['what'] == 'train' else report['what'],
+    report['stage'] if report['program'] == 'train' else report['program'],
     report['topology'],
     f'{report["images_per_step"]:,}',
     f'{report["peak_bytes_per_chip"] / 1e9:.1f} GB',

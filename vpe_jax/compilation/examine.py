@@ -15,6 +15,7 @@ import jax
 
 from vpe_jax import sharding, systems
 from vpe_jax.compilation import hlo, memory, program, roofline, topology, traffic
+from vpe_jax.compilation.program import KINDS, TRAIN
 from vpe_jax.compilation.report import Report
 from vpe_jax.compilation.topology import Topology
 from vpe_jax.config import to_dict
@@ -32,7 +33,7 @@ class Request:
     topology: such as `v5p:4x4x8`, `v5p-256` or `cpu:8`.
     slices: number of slices.
     mesh: axis -> size; overrides the config's mesh.
-    what: `train` or `sample`.
+    program: `train` or `sample`.
     stage: name of the stage; None: the last one.
     images_per_chip: overrides the config's batch size; None: the config's.
   """
@@ -40,7 +41,7 @@ class Request:
   topology: str
   slices: int = 1
   mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
-  what: str = program.TRAIN
+  program: str = TRAIN
   stage: str | None = None
   images_per_chip: int | None = None
 
@@ -101,8 +102,8 @@ def build(config: Mapping[str, Any], request: Request) -> Compiled:
   Raises:
     UserError: as in `examine`.
   """
-  if request.what not in program.KINDS:
-    raise UserError(f'--what={request.what}: {" or ".join(program.KINDS)}')
+  if request.program not in KINDS:
+    raise UserError(f'--program={request.program}: {" or ".join(KINDS)}')
   target = topology.parse(request.topology, request.slices)
   system = _configured(systems.build(config), target, request)
   stage = program.stage_index(system, request.stage)
@@ -110,7 +111,7 @@ def build(config: Mapping[str, Any], request: Request) -> Compiled:
   mesh = sharding.make_mesh(system.config.mesh, devices)
   images = system.config.batch_size[stage]
   started = time.perf_counter()
-  job = program.Job(system, stage, request.what, images, mesh)
+  job = program.Job(system, stage, request.program, images, mesh)
   lowered = program.lower(job)
   seconds = time.perf_counter() - started
   print(f'lowered in {seconds:.0f} s; compiling for {target.name}', flush=True)
@@ -173,7 +174,7 @@ def report(compiled: Compiled) -> Report:
   return Report(
     config=f'{job.system.config.name}:{job.system.config.preset}',
     stage=job.stage_of_run.name,
-    what=job.what,
+    program=job.program,
     topology=target,
     mesh=dict(job.mesh.shape),
     settings=_settings(job),
@@ -213,7 +214,7 @@ def _warnings(
       f'{len(work.unknown_loops)} loop(s) have a trip count that depends on data: their bodies are '
       'counted once'
     )
-  if job.what == program.TRAIN:
+  if job.program == TRAIN:
     warnings += _reductions(lowered.trainable, work)
   return tuple(warnings)
 

@@ -42,14 +42,14 @@ class Job:
   Attributes:
     system: built from the run's config.
     stage: index of the stage.
-    what: `train` (the training step of the stage) or `sample`.
+    program: `train` (the training step of the stage) or `sample`.
     images: global batch size.
     mesh: mesh of the devices to compile for.
   """
 
   system: System
   stage: int
-  what: str
+  program: str
   images: int
   mesh: jax.sharding.Mesh
 
@@ -104,33 +104,38 @@ def lower(job: Job) -> Lowered:
       networks don't fit the model, or the system doesn't sample.
   """
   config, system = job.system.config, job.system
-  accumulate = config.optim_of(job.stage).accumulate if job.what == TRAIN else 1
+  accumulate = config.optim_of(job.stage).accumulate if job.program == TRAIN else 1
   sharding.check_divides(job.images, job.mesh, accumulate)
   state = resume.abstract_state(config, system, job.stage, job.mesh)
-  networks = system.frozen_shapes()
+  networks = frozen_lib.abstract(system)
   if config.data.encode == 'online' and networks:
     frozen_lib.check_fits(system, networks)
-  frozen = _placed(networks, frozen_lib.shardings_of(networks, job.mesh, config.mesh.strategy))
+  frozen = _with_shardings(
+    networks, frozen_lib.shardings_of(networks, job.mesh, config.mesh.strategy)
+  )
   key = rng.run_key(0)  # made before the mesh, whose devices may be absent
   with jax.set_mesh(job.mesh):
-    is_training = job.what == TRAIN
-    lowered, flops = _train(job, state, frozen, key) if is_training else _sample(job, state, frozen)
+    if job.program == TRAIN:
+      lowered, flops = _lower_train(job, state, frozen, key)
+    else:
+      lowered, flops = _lower_sample(job, state, frozen)
+  arguments = state if job.program == TRAIN else state['params']
   trainable, _ = split_trainable(state['params'], job.stage_of_run)
-  shapes = {path: tuple(leaf.shape) for path, leaf in sharding.by_path(trainable).items()}
+  shapes = {path: tuple(leaf.shape) for path, leaf in sharding.leaves_by_path(trainable).items()}
   count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
   return Lowered(
     lowered,
     (count(state['params']), count(trainable)),
     shapes,
-    _held(frozen),
-    _held(frozen) + _held(state if job.what == TRAIN else state['params']),
+    _bytes_per_device(frozen),
+    _bytes_per_device(frozen) + _bytes_per_device(arguments),
     flops.total,
     kernel_flops(flops, config.remat),
   )
 
 
-def _held(tree: Any) -> float:
-  """Bytes on one device of a tree of shapes with shardings."""
+def _bytes_per_device(tree: Any) -> float:
+  """Bytes on one device of a tree of `jax.ShapeDtypeStruct` with shardings."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
@@ -148,31 +153,33 @@ def kernel_flops(flops: Flops, remat: str) -> float:
   return sum(passes(kernel) * kernel.flops() for kernel in flops.kernels)
 
 
-def _train(job: Job, state: Any, frozen: Params, key: Array) -> tuple[jax.stages.Lowered, Flops]:
+def _lower_train(
+  job: Job, state: Any, frozen: Params, key: Array
+) -> tuple[jax.stages.Lowered, Flops]:
   system, stage = job.system, job.stage_of_run
   optim = system.config.optim_of(job.stage)
   step = make_train_step(system, stage, optim, resume.shardings_of(state))
   cached = system.config.data.encode == 'cached'
   batch = system.batch_spec(job.images).batch(cached)
-  spread = sharding.batch_sharding(job.mesh)
-  batch = _placed(batch, jax.tree.map(lambda _: spread, batch))
+  batch_sharding = sharding.batch_sharding(job.mesh)
+  batch = _with_shardings(batch, jax.tree.map(lambda _: batch_sharding, batch))
   lowered = step.lower(state, frozen, batch, _key(job.mesh))
   return lowered, step_flops(system, stage, job.images, key)
 
 
-def _sample(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, Flops]:
+def _lower_sample(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, Flops]:
   system = require(job.system, Samples)
 
-  def draw(params: Params, frozen: Params, request: Batch, key: Array) -> Generated:
+  def sample(params: Params, frozen: Params, request: Batch, key: Array) -> Generated:
     return system.generate(system.prepare(params), frozen, request, key, system.config.sample)
 
-  batch = system.request_spec(job.images)
-  spread = sharding.batch_sharding(job.mesh)
-  request = _placed(batch, jax.tree.map(lambda _: spread, batch))
+  request = system.request_spec(job.images)
+  batch_sharding = sharding.batch_sharding(job.mesh)
+  request = _with_shardings(request, jax.tree.map(lambda _: batch_sharding, request))
   frozen = {name: frozen[name] for name in system.samples_with if name in frozen}
   arguments = (state['params'], frozen, request, _key(job.mesh))
-  lowered = jax.jit(draw, out_shardings=spread).lower(*arguments)
-  return lowered, Flops(matrix_flops(draw, *arguments))
+  lowered = jax.jit(sample, out_shardings=batch_sharding).lower(*arguments)
+  return lowered, Flops(matrix_flops(sample, *arguments))
 
 
 def _key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
@@ -180,9 +187,9 @@ def _key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding.replicated(mesh))
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
+def _with_shardings(tree: Any, shardings: Any) -> Any:
   return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     tree,
     shardings,
   )

@@ -27,7 +27,7 @@ class Report:
   Attributes:
     config: name of the config and, after a colon, its preset or whole argument.
     stage: name of the stage.
-    what: `train` or `sample`.
+    program: `train` or `sample`.
     topology: target of the compilation.
     mesh: axis -> size.
     settings: fields of the config on which memory depends: `remat`, `accumulate`, `strategy`, and
@@ -47,7 +47,7 @@ class Report:
 
   config: str
   stage: str
-  what: str
+  program: str
   topology: Topology
   mesh: dict[str, int]
   settings: dict[str, Any]
@@ -87,7 +87,7 @@ class Report:
     return {
       'config': self.config,
       'stage': self.stage,
-      'what': self.what,
+      'program': self.program,
       'topology': self.topology.name,
       'cloud_name': self.topology.cloud_name,
       'slices': self.topology.slices,
@@ -143,7 +143,7 @@ class Report:
     return '\n'.join(lines)
 
   def _program_text(self) -> str:
-    return f'training step of stage {self.stage}' if self.what == 'train' else 'sampling'
+    return f'training step of stage {self.stage}' if self.program == 'train' else 'sampling'
 
   def _topology_text(self) -> str:
     cloud = self.topology.cloud_name
@@ -168,7 +168,7 @@ class Report:
   def knobs(self) -> list[str]:
     """Settings that would reduce memory."""
     settings, chips = self.settings, self.topology.chips
-    names = ['images', 'mesh'] if self.what == 'sample' else list(_KNOBS)
+    names = ['images', 'mesh'] if self.program == 'sample' else list(_KNOBS)
     if settings['remat'] == 'full':
       names = [name for name in names if name != 'remat']
     if settings.get('logits_chunk', 1):

@@ -22,7 +22,7 @@ from vpe_jax.data.filters import FIELDS
 from vpe_jax.data.formats.array_record import MANIFEST, Content
 from vpe_jax.data.formats.folder import Asked, find, group_of, record_id
 from vpe_jax.data.formats.tfds import Tfds
-from vpe_jax.storage import local
+from vpe_jax.storage import local_path
 
 Place = Sequence[Any]  # values that JSON knows
 
@@ -140,7 +140,7 @@ def open_folder_input(path: str, asked: Asked) -> FolderInput:
   Raises:
     UserError: it is prepared already.
   """
-  folder = local(path)
+  folder = local_path(path)
   if (folder / MANIFEST).exists():
     raise UserError(f'{folder} is prepared already: config.data.source=folder:{folder} reads it')
   return FolderInput(str(folder), asked)
@@ -159,7 +159,7 @@ def matching(pattern: str, ending: str) -> dict[str, str]:
   Raises:
     UserError: there are none.
   """
-  place = local(pattern)
+  place = local_path(pattern)
   every = place.rglob(f'*{ending}') if place.is_dir() else glob.iglob(str(place), recursive=True)
   paths = sorted(str(path) for path in every if Path(path).is_file())
   if not paths:

@@ -154,7 +154,7 @@ def prepare(settings: Settings, to: str, workers: int = 0, most_skipped: float =
   Raises:
     UserError: the input or the folder can't be used, or too many pictures can't.
   """
-  folder = storage.local(to)
+  folder = storage.local_path(to)
   if not (folder / MANIFEST).exists():
     work = _claim(folder, settings)
     with _locked(work / _SETTINGS):

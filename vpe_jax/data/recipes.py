@@ -22,7 +22,7 @@ from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.array_record import open_pictures
 from vpe_jax.data.formats.folder import Asked
 from vpe_jax.data.records import Record, Stored
-from vpe_jax.storage import local
+from vpe_jax.storage import local_path
 
 # The folders that configs name -> the data set that belongs there.
 TITLES = {
@@ -126,7 +126,7 @@ def open_recipe(source: str, root: str, asked: Asked, keep: Filter) -> Recipe:
     UserError: a folder is missing, or see open_pictures.
   """
   entries = parse(source)
-  paths = {name: local(root) / name for name in entries}
+  paths = {name: local_path(root) / name for name in entries}
   for name, path in paths.items():
     if not path.is_dir():
       raise UserError(_missing(name, path, asked))

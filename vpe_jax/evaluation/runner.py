@@ -95,13 +95,13 @@ def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:
   written = []
   for name, report in reports.items():
     if report.protocol:
-      path = storage.place(folder) / f'{name}-{stem}.json'
+      path = storage.resolve(folder) / f'{name}-{stem}.json'
       with storage.writing(path):
         storage.write_atomic(path, json.dumps(report.protocol, indent=1).encode())
       written.append(str(path))
     for split, sheet in report.sheets.items():
       suffix = f'-{split}' if split else ''
-      path = storage.place(folder) / f'{name}-{stem}{suffix}.png'
+      path = storage.resolve(folder) / f'{name}-{stem}{suffix}.png'
       images.save_png(layout(sheet), path, overwrite=True)
       written.append(str(path))
   return written
@@ -131,6 +131,6 @@ def save_together(
   for (name, split), of_runs in sheets.items():
     if len(of_runs) > 1:
       suffix = f'-{split}' if split else ''
-      written.append(str(storage.place(folder) / f'{name}-compared-{mark}{suffix}.png'))
+      written.append(str(storage.resolve(folder) / f'{name}-compared-{mark}{suffix}.png'))
       images.save_png(layout(together(of_runs)), written[-1], overwrite=True)
   return written

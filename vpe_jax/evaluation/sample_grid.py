@@ -137,7 +137,7 @@ class SampleGrid:
       data = Pipeline.of(subject.system, split)
       count = -(-COUNT // subject.mesh.size) * subject.mesh.size
       positions = _positions(data, count)
-      local = positions[sharding.host_rows(count, subject.mesh)]
+      local = positions[sharding.host_slice(count, subject.mesh)]
       batch = data.examples([data.index_at(position) for position in local])
       batch = dataclasses.replace(batch, example=np.asarray(local, np.int32))
       placed = sharding.put_batch(batch, subject.mesh)

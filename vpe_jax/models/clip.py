@@ -114,7 +114,7 @@ class TextTower(nn.Module):
   def features(self, text: Array, depth: int | None = None) -> Array:
     """Normed token features [B, T, D] of captions [B, T], or raw ones after `depth` layers."""
     T = text.shape[1]
-    x = jnp.take(self.token, text, axis=0) + self.position[:T]
+    x = jnp.take(self.token, text, axis=0).astype(jnp.float32) + self.position[:T]
     return self.encoder(x.astype(self.dtype), jnp.tri(T, dtype=bool)[None], depth)
 
   def __call__(self, text: Array) -> Array:

@@ -115,7 +115,7 @@ class TextTower(nn.Module):
   def features(self, text: Array, length: Array) -> Array:
     """Normed token features [B, T, D] of captions [B, T] with `length` [B] real tokens."""
     T = text.shape[1]
-    x = jnp.take(self.token, text, axis=0) + self.position[:T]
+    x = jnp.take(self.token, text, axis=0).astype(jnp.float32) + self.position[:T]
     return self.encoder(x.astype(self.dtype), jnp.arange(T) < length[:, None])
 
   def __call__(self, text: Array, length: Array) -> Array:

@@ -244,7 +244,7 @@ def resize_positions(table: Array, side: int, height: int, width: int) -> Array:
   """
   if (height, width) == (side, side):
     return table
-  square = table.reshape(side, side, -1)
+  square = table.astype(jnp.float32).reshape(side, side, -1)
   shape = (height, width, square.shape[-1])
   method = jax.image.ResizeMethod.CUBIC_PYTORCH
   return jax.image.resize(square, shape, method, antialias=False).reshape(height * width, -1)

@@ -1,1 +1,1 @@
-"""Training: state, optimizer, step, loop, and everything that a person sees of a run."""
+"""Training: state, optimizer, step, loop, logs and reports."""

@@ -37,7 +37,7 @@ class Panel:
   held_out: Points
 
 
-def draw(workdir: epath.PathLike) -> None:
+def write(workdir: epath.PathLike) -> None:
   """Writes the plots of a run to its folder; does nothing if there are no records."""
   panels = make_panels(metrics.read(workdir))
   if not panels:

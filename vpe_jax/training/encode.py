@@ -38,10 +38,10 @@ REPORT_EVERY = 10.0  # seconds
 def open_training_data(
   config: Config, system: System, frozen: Frozen, mesh: jax.sharding.Mesh
 ) -> Pipeline:
-  """The training split, with encoded entries from a cache where the config asks for it.
+  """Opens the training split, with encoded entries from a cache if `data.encode` is `cached`.
 
   Raises:
-    UserError: nothing of the system can be cached, its tokenizer has more tokens than the model has
+    UserError: the system has nothing to cache, its tokenizer has more tokens than the model has
       embeddings, or other hosts can't see the cache.
   """
   images = Pipeline.of(system)
@@ -71,7 +71,7 @@ def fingerprint(
   images: Pipeline,
   settings: Mapping[str, Any],
 ) -> str:
-  """Everything that decides a cache's content: data, resolution, encoder weights and settings."""
+  """Name of a cache: all that determines its content (data, encoder weights and settings)."""
   parts = {
     'version': __version__,
     'layout': cache.LAYOUT,
@@ -148,10 +148,10 @@ def _encode_all(
   images: Pipeline,
   cacheable: frozenset[str],
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Encoded entries of consecutive records, chunk by chunk, whole in every process."""
+  """Yields the encoded entries of consecutive chunks of records, replicated to every process."""
   gather = jax.jit(lambda encoded: encoded, out_shardings=sharding.replicated(mesh))
   chunk = -(-CHUNK // mesh.size) * mesh.size
-  local = sharding.host_rows(chunk, mesh)
+  local = sharding.host_slice(chunk, mesh)
   key = jax.device_put(rng.run_key(seed), sharding.replicated(mesh))
   total, start_time, reported = len(images), time.monotonic(), 0.0
 

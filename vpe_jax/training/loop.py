@@ -1,4 +1,4 @@
-"""The training loop: stages, steps, and everything that happens between two steps."""
+"""The training loop: stages, steps, and the log, evaluations and checkpoints between steps."""
 
 from __future__ import annotations
 
@@ -25,15 +25,24 @@ from vpe_jax.training.preemption import Preemption
 from vpe_jax.training.profiler import Profiler
 from vpe_jax.training.state import State, next_stage
 from vpe_jax.training.step import make_train_step
-from vpe_jax.training.workdir import claimed
+from vpe_jax.training.workdir import locked
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """The constants of a run, from its first step to its last.
+  """The constants of a run.
 
-  `origins` says for each parameter, by its path, where this process has it from; `began` is the
-  stage in which it took up the run.
+  Attributes:
+    config: configuration of the run.
+    system: built from it.
+    workdir: the run's folder.
+    mesh: of all devices.
+    key: key of the run.
+    frozen: the frozen networks.
+    data: the training split.
+    store: the checkpoints.
+    origins: path of a parameter -> description of its source when this process started.
+    first_stage: index of the stage in which this process started.
   """
 
   config: Config
@@ -45,7 +54,7 @@ class Run:
   data: Pipeline
   store: Store
   origins: dict[str, str]
-  began: int
+  first_stage: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +73,18 @@ def train(
   """Trains all stages of a run, or continues one that was interrupted.
 
   Args:
-    config: the run.
-    system: what trains, built from the same config.
-    workdir: where everything is written: a local folder (`~` is the home folder) or gs://.
+    config: configuration of the run.
+    system: the system to train, built from the same config.
+    workdir: output folder, local (`~` expands to the home folder) or gs://.
     allow_change: config fields that may differ from those the run was started with.
 
   Returns:
-    The final state, or None if the machine is being taken away (the run is saved then).
+    The final state, or None if the run was preempted (and saved).
 
   Raises:
-    UserError: the batch doesn't divide over the devices, the folder can't be written, is in use or
-      holds another run, weights are missing or don't fit, or the gradient stays non-finite.
+    UserError: the batch doesn't divide over the devices; the folder can't be written, is in use or
+      contains another run; weights are missing or don't fit; or the gradient is repeatedly not
+      finite.
   """
   mesh = sharding.make_mesh(config.mesh)
   for index, batch_size in enumerate(config.batch_size):
@@ -82,16 +92,17 @@ def train(
   _say(report.devices_text(mesh))
   folder = epath.Path(workdir).expanduser()
   with jax.set_mesh(mesh), contextlib.ExitStack() as cleanup:
-    cleanup.enter_context(claimed(folder))
+    cleanup.enter_context(locked(folder))
     key = jax.device_put(rng.run_key(config.seed), sharding.replicated(mesh))
     store = Store(str(folder / FOLDER), config.checkpoint)
-    cleanup.callback(store.close)  # Waits for a save under way, however the run ends.
-    # First what is quick and may not fit: a big model is initialised for minutes.
+    cleanup.callback(store.close)  # Waits for the current save, however the run ends.
+    # Frozen networks are loaded first, because misfits are found quickly, and initialization of a
+    # large model takes minutes.
     frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
     state, origins = _start(config, system, frozen, str(folder), mesh, store, allow_change, key)
     data = encode.open_training_data(config, system, frozen, mesh)
-    began = int(state['stage'])
-    run = Run(config, system, folder, mesh, key, frozen, data, store, origins, began)
+    stage = int(state['stage'])
+    run = Run(config, system, folder, mesh, key, frozen, data, store, origins, stage)
     watchers = _watch(run, int(state['step']), cleanup)
     return _run_stages(run, watchers, state)
 
@@ -106,7 +117,7 @@ def _start(
   allow_change: Sequence[str],
   key: Array,
 ) -> tuple[State, dict[str, str]]:
-  """The state to go on from, the newest good checkpoint's or a new run's, and where it is from."""
+  """Restores the newest intact checkpoint or creates a new state; returns state and origins."""
 
   def abstract_of(meta: Mapping[str, Any]) -> State:
     for note in resume.check_config(config, meta['config'], workdir, allow_change):
@@ -120,11 +131,11 @@ def _start(
     return resume.fresh_state(system, abstract, frozen.params, key)
   _say(f'run: resumes after step {int(state["step"])}, writes to {workdir}')
   origin = f'this run, step {int(state["step"])}'
-  return state, dict.fromkeys(sharding.by_path(state['params']), origin)
+  return state, dict.fromkeys(sharding.leaves_by_path(state['params']), origin)
 
 
 def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
-  """Opens the log and everything else that looks at the run; `cleanup` closes them."""
+  """Opens the log and the other observers of the run; `cleanup` closes them."""
   profiler = Profiler(run.config.log.profile, str(run.workdir / 'profile'))
   cleanup.callback(profiler.close)
   log = RunLog(run.workdir, run.config, run.system, resumed)
@@ -138,7 +149,7 @@ def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
 
 
 def _run_stages(run: Run, watchers: Watchers, state: State) -> State | None:
-  """Runs what is left of each stage; between two stages the optimizer and the average restart."""
+  """Runs the remaining stages; each starts with a new optimizer state and EMA."""
   while True:
     state = _run_stage(run, watchers, state)
     if state is None:
@@ -146,18 +157,19 @@ def _run_stages(run: Run, watchers: Watchers, state: State) -> State | None:
     index = int(state['stage']) + 1
     if index == len(run.system.stages):
       break
-    run.store.wait()  # The last save may still read the buffers that are about to go.
+    run.store.wait()  # The last save may still read buffers that `next_stage` deletes.
     abstract = resume.abstract_state(run.config, run.system, index, run.mesh)
-    given = (run.system.stages[index], run.config.optim_of(index), run.system.logical_axes)
-    state = next_stage(state, *given, resume.shardings_of(abstract))
+    stage, optim = run.system.stages[index], run.config.optim_of(index)
+    shardings = resume.shardings_of(abstract)
+    state = next_stage(state, stage, optim, run.system.logical_axes, shardings)
   if jax.process_index() == 0:
-    curves.draw(run.workdir)
+    curves.write(run.workdir)
   run.store.wait()
   return state
 
 
 def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
-  """All steps that are left of the state's stage; None if the machine is being taken away."""
+  """Runs the remaining steps of the state's stage; returns None if the run was preempted."""
   counters = {name: int(state[name]) for name in ('stage', 'step', 'stage_step')}
   index, total = counters['stage'], run.config.steps[counters['stage']]
   if counters['stage_step'] >= total:
@@ -171,19 +183,19 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
     _report(run, step, state, batch)
     watchers.log.resume_clock()
     while True:
-      # 1. The step: dispatched, not awaited. It runs the one executable compiled above, which
-      #    takes these shapes and shardings only: a recompilation is impossible.
+      # 1. Dispatch the step without waiting for it. The executable compiled above accepts only
+      #    these shapes and shardings, so nothing is ever recompiled.
       watchers.profiler.before(counters['step'] + 1)
       with jax.transfer_guard('disallow'):
         state, metrics = step(state, run.frozen.params, batch, run.key)
       counters = counters | {name: counters[name] + 1 for name in ('step', 'stage_step')}
       watchers.profiler.after(counters['step'], metrics)
-      # 2. The log: writes the step before this one, which is done.
+      # 2. Log the previous step, which is complete.
       watchers.log.push(counters, metrics)
-      # 3. Evaluators: their numbers join this step's record.
+      # 3. Run evaluators, whose numbers are added to this step's record.
       is_last = counters['stage_step'] == total
       _evaluate(run, watchers, state, counters['step'], is_last)
-      # 4. The save: never before the records of all its steps are on disk.
+      # 4. Save a checkpoint, after the records of all its steps are on disk.
       is_leaving = watchers.preemption.reached(counters['step'])
       if is_last or is_leaving or run.store.due(counters['step']):
         watchers.log.flush()
@@ -195,14 +207,15 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
         return None
       if is_last:
         return state
-      # 5. The next batch, after the save: the saved state never counts a batch it has not seen.
+      # 5. Get the next batch, after the save, so that the saved state counts only batches it has
+      #    seen.
       batch = next(feed)
   finally:
     feed.close()
 
 
 def _compile(run: Run, state: State, batch: Batch) -> jax.stages.Compiled:
-  """The stage's step, compiled ahead of time for exactly this state and batch."""
+  """Compiles the stage's step ahead of time for the shapes and shardings of state and batch."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
   index = int(state['stage'])
   stage, optim = run.system.stages[index], run.config.optim_of(index)
@@ -220,19 +233,19 @@ def _evaluate(run: Run, watchers: Watchers, state: State, step: int, is_last: bo
   names = watchers.evaluations.due(int(state['stage']), step, is_last)
   if not names:
     return
-  watchers.log.settle()  # The step's own time ends here.
+  watchers.log.settle()  # Evaluation doesn't count as time of the step.
   watchers.log.add(watchers.evaluations.run(names, state, step))
-  watchers.log.flush()  # The curves show these numbers too.
+  watchers.log.flush()  # The curves also show these numbers.
   watchers.log.resume_clock()
   if jax.process_index() == 0:
-    curves.draw(run.workdir)
+    curves.write(run.workdir)
 
 
 def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Batch) -> None:
-  """The start-up report of a stage."""
+  """Prints the start-up report of a stage."""
   index, stages = int(state['stage']), run.system.stages
   stage, optim = stages[index], run.config.optim_of(index)
-  origins = report.origins_after(stages[run.began : index], run.origins)
+  origins = report.origins_after(stages[run.first_stage : index], run.origins)
   sources = {name: network.source for name, network in run.system.frozen.items()}
   networks = report.Networks(run.frozen.params, sources)
   _say(report.stage_text(stage, run.config, index))

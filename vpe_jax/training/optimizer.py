@@ -1,16 +1,16 @@
-"""Optimizers by name, on optax: AdamW, Adafactor and Muon; learning rates and their multipliers.
+"""Optimizers on top of optax (AdamW, Adafactor, Muon), learning rates and their multipliers.
 
-The state of an optimizer is a plain nested dict, which checkpoints store by path. It holds `count`
-(updates so far) and one tree of memory per kind, each under the paths of the parameters that have
-it; nothing is stored for clipping, weight decay and learning rate, which follows the stage's step:
+The state of an optimizer is a plain nested dict, which checkpoints store by path. It has `count`
+(number of updates) and one tree per kind of moment, under the paths of the parameters. Clipping,
+weight decay and the learning rate, a function of the stage's step, have no state.
 
   adamw      mu and nu of every parameter
   adafactor  v_row and v_col of large matrices, v of every other parameter
-  muon       mu of every parameter, nu of those that are no matrices inside the network
+  muon       mu of every parameter, nu of parameters that are not matrices inside the network
 
-Adafactor and Muon see a parameter as a matrix (rows are its input, columns its output). Which axes
-belong to which side follows from the names in the system's `logical_axes`; stacked layers are
-matrices of their own.
+Adafactor and Muon treat a parameter as a matrix: rows are its input, columns its output. The names
+in the system's `logical_axes` determine which axes are rows. Each stacked layer is a separate
+matrix.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from vpe_jax import sharding
 from vpe_jax.checkpoints import convert
 from vpe_jax.config import OptimConfig
 from vpe_jax.contracts import Array, Params, UserError
-from vpe_jax.sharding import AxesTable, by_path
+from vpe_jax.sharding import AxesTable, leaves_by_path
 
 OptState = dict[str, Any]
 
-UNDECAYED = ('bias', 'scale')  # last names of leaves that weight decay leaves alone
-MIN_FACTORED = 128  # Adafactor factors matrices with at least so many rows and columns
-MUON_RMS = 0.2  # root mean square of AdamW's updates, to which Muon's are scaled (arXiv 2502.16982)
+UNDECAYED = ('bias', 'scale')  # last path component of leaves without weight decay
+MIN_FACTORED = 128  # minimum rows and columns of a matrix that Adafactor factors
+MUON_RMS = 0.2  # root mean square of Muon's updates, equal to AdamW's (arXiv 2502.16982)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the reference implementation of Muon
-# Axes of tables and of projections into and out of a network, which Muon leaves to AdamW.
+# Axes of embedding tables and of input and output projections, which Muon updates with AdamW.
 _OUTER = {sharding.VOCAB, sharding.CODES, sharding.POSITION, sharding.FEATURES}
-# (an axis, the axis before it) of one side of a matrix.
+# (an axis, the previous axis) that belong to the same side of a matrix.
 _SAME_SIDE = {
   (sharding.HEAD, sharding.HEADS),
   (sharding.HEAD, sharding.KV_HEADS),
@@ -49,7 +49,7 @@ _SAME_SIDE = {
 
 
 def init(trainable: Params, config: OptimConfig | None = None, axes: AxesTable = ()) -> OptState:
-  """The state before the first update, for the trainable leaves only.
+  """Initializes the optimizer state of the trainable leaves.
 
   Args:
     trainable: nested dict of parameters.
@@ -68,11 +68,11 @@ def update(
   config: OptimConfig,
   axes: AxesTable = (),
 ) -> tuple[Params, OptState]:
-  """One step on a clipped gradient: the new trainable leaves and optimizer state.
+  """Applies a clipped gradient; returns the new trainable leaves and optimizer state.
 
   Args:
-    gradient: as `trainable`.
-    opt_state: from `init`, or the step before.
+    gradient: same structure as `trainable`.
+    opt_state: from `init` or the previous step.
     trainable: nested dict of parameters.
     stage_step: step of the stage, from 0.
     config: settings of one stage.
@@ -94,9 +94,10 @@ def update(
 
 
 def learning_rate(stage_step: Array | int, config: OptimConfig) -> Array:
-  """The rate at a step of the stage (from 0): warm-up reaches `lr` at step `warmup - 1`.
+  """The learning rate at a step of the stage (from 0).
 
-  A decay begins there. `cosine` and `linear` would be at `lr_end` at step `decay_steps`.
+  Warm-up reaches `lr` at step `warmup - 1`, where a decay begins. `cosine` and `linear` reach
+  `lr_end` at step `decay_steps`.
 
   Raises:
     ValueError: the schedule decays and `decay_steps` is 0 (see Config.optim_of).
@@ -107,20 +108,20 @@ def learning_rate(stage_step: Array | int, config: OptimConfig) -> Array:
 
 
 def multiplier(path: str, config: OptimConfig) -> float:
-  """The factor of a parameter's learning rate."""
-  found = (factor for pattern, factor in config.factors if re.match(pattern, path))
-  return next(found, 1.0)
+  """The multiplier of a parameter's learning rate."""
+  factors = (factor for pattern, factor in config.factors if re.match(pattern, path))
+  return next(factors, 1.0)
 
 
 def check_multipliers(config: OptimConfig, paths: Iterable[str]) -> None:
-  """Refuses a multiplier that matches no parameter.
+  """Checks that each multiplier matches a parameter.
 
   Args:
     config: settings of one stage.
     paths: of all parameters, trainable or not.
 
   Raises:
-    UserError: names the pattern.
+    UserError: a multiplier matches none; names its pattern.
   """
   paths = list(paths)
   for pattern, _ in config.factors:
@@ -133,17 +134,17 @@ def check_multipliers(config: OptimConfig, paths: Iterable[str]) -> None:
 
 
 def logical_axes(trainable: Params, axes: AxesTable) -> AxesTable:
-  """The axis names of the optimizer's state: those of parameters, and of factored memory.
+  """Axis names of the optimizer's state: those of parameters and of factored moments.
 
   Args:
     trainable: nested dict of parameters, or of their shapes.
     axes: the system's `logical_axes`.
   """
   rows = []
-  for path, leaf in by_path(trainable).items():
+  for path, leaf in leaves_by_path(trainable).items():
     matrix = _factored(path, leaf, axes)
     if matrix is not None:
-      # Like optax, which takes the larger side's mean for `v_row`, the columns' at a tie.
+      # As in optax, `v_row` is the mean over the larger side (over columns at a tie).
       short, long = matrix.names if matrix.rows <= matrix.columns else matrix.names[::-1]
       layers = (sharding.LAYERS,) * matrix.stacked
       rows.append((f'v_row/{re.escape(path)}', (*layers, short)))
@@ -152,7 +153,7 @@ def logical_axes(trainable: Params, axes: AxesTable) -> AxesTable:
 
 
 def clip(gradient: Params, norm: Array, limit: float) -> Params:
-  """Scales the gradient so that its global norm is at most `limit` (0: as it is)."""
+  """Scales the gradient so that its global norm is at most `limit` (0: no limit)."""
   if not limit:
     return gradient
   scale = jnp.minimum(1.0, limit / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
@@ -212,11 +213,11 @@ class _Matrix:
   """A parameter as a matrix, or as one per stacked layer.
 
   Attributes:
-    stacked: whether its first axis is that of stacked layers.
-    sides: its axes that are rows, and those that are columns.
+    stacked: whether the first axis is that of stacked layers.
+    sides: axes of the rows, and axes of the columns.
     rows: number of rows.
     columns: number of columns.
-    names: axis name of the rows and of the columns.
+    names: axis names of the rows and of the columns.
   """
 
   stacked: bool
@@ -231,7 +232,7 @@ class _Matrix:
 
 
 def _matrix(path: str, leaf: Any, axes: AxesTable) -> _Matrix | None:
-  """How a parameter is a matrix; None where its axes have not exactly two sides."""
+  """A parameter as a matrix; None if its axes don't form exactly two sides."""
   names = sharding.axis_names(path, tuple(leaf.shape), axes)
   stacked = _is_stacked(names)
   sides: list[list[int]] = []
@@ -243,9 +244,10 @@ def _matrix(path: str, leaf: Any, axes: AxesTable) -> _Matrix | None:
   if len(sides) != 2:
     return None
   rows, columns = (math.prod(leaf.shape[axis] for axis in side) for side in sides)
-  # Heads are named by their number, which tensor parallelism splits; windows by their channels.
-  of = lambda side: names[side[-1]] if names[side[0]] == sharding.KERNEL else names[side[0]]
-  return _Matrix(stacked, tuple(map(tuple, sides)), rows, columns, tuple(map(of, sides)))
+  # A side of (heads, head width) has the name of the heads, which tensor parallelism shards; a side
+  # of (kernel, kernel, channels) has that of the channels.
+  name_of = lambda side: names[side[-1]] if names[side[0]] == sharding.KERNEL else names[side[0]]
+  return _Matrix(stacked, tuple(map(tuple, sides)), rows, columns, tuple(map(name_of, sides)))
 
 
 def _is_stacked(names: tuple[str | None, ...]) -> bool:
@@ -278,8 +280,8 @@ def _adam(config: OptimConfig) -> optax.GradientTransformation:
   return optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.mu_dtype)
 
 
-# Adafactor: each leaf by itself, as optax clips and scales it by its own root mean square. The
-# layers of a stacked leaf are leaves of their own, so a scanned network trains like any other.
+# Adafactor: optax clips and scales each leaf by its own root mean square. The layers of a stacked
+# leaf are updated as separate leaves, so a scanned network trains like an unrolled one.
 
 
 def _adafactor(factored: bool) -> optax.GradientTransformation:
@@ -289,7 +291,7 @@ def _adafactor(factored: bool) -> optax.GradientTransformation:
 def _init_adafactor(trainable: Params, config: OptimConfig, axes: AxesTable) -> OptState:
   del config
   memory: dict[str, dict[str, Array]] = {'v_row': {}, 'v_col': {}, 'v': {}}
-  for path, leaf in by_path(trainable).items():
+  for path, leaf in leaves_by_path(trainable).items():
     matrix = _factored(path, leaf, axes)
     if matrix is None:
       memory['v'][path] = jnp.zeros_like(leaf)
@@ -306,10 +308,10 @@ def _direct_adafactor(
   gradient: Params, state: OptState, trainable: Params, config: OptimConfig, axes: AxesTable
 ) -> tuple[Params, OptState]:
   del config
-  params, count = by_path(trainable), state['count']
-  memory = {name: by_path(state[name]) for name in ('v_row', 'v_col', 'v')}
+  params, count = leaves_by_path(trainable), state['count']
+  memory = {name: leaves_by_path(state[name]) for name in ('v_row', 'v_col', 'v')}
   direction, after = {}, {name: {} for name in memory}
-  for path, leaf in by_path(gradient).items():
+  for path, leaf in leaves_by_path(gradient).items():
     param, matrix = params[path], _factored(path, leaf, axes)
     names = ('v',) if matrix is None else ('v_row', 'v_col')
     stacked = _is_stacked(sharding.axis_names(path, leaf.shape, axes))
@@ -338,19 +340,19 @@ def _direct_adafactor(
 
 
 def _inner(params: Mapping[str, Any], axes: AxesTable) -> dict[str, _Matrix]:
-  """The parameters by path that Muon updates: matrices inside the network."""
-  found = {path: _matrix(path, leaf, axes) for path, leaf in params.items()}
+  """The matrices inside the network by path, which Muon updates."""
+  matrices = {path: _matrix(path, leaf, axes) for path, leaf in params.items()}
   return {
     path: matrix
-    for path, matrix in found.items()
+    for path, matrix in matrices.items()
     if matrix is not None and not _OUTER.intersection(matrix.names)
   }
 
 
 def _init_muon(trainable: Params, config: OptimConfig, axes: AxesTable) -> OptState:
-  moments, params = _init_adamw(trainable, config, axes), by_path(trainable)
+  moments, params = _init_adamw(trainable, config, axes), leaves_by_path(trainable)
   inner = _inner(params, axes)
-  others = {path: leaf for path, leaf in by_path(moments['nu']).items() if path not in inner}
+  others = {path: leaf for path, leaf in leaves_by_path(moments['nu']).items() if path not in inner}
   return moments | {'nu': convert.tree(others)}
 
 
@@ -358,7 +360,7 @@ def _direct_muon(
   gradient: Params, state: OptState, trainable: Params, config: OptimConfig, axes: AxesTable
 ) -> tuple[Params, OptState]:
   del trainable
-  gradients, mu, count = by_path(gradient), by_path(state['mu']), state['count']
+  gradients, mu, count = leaves_by_path(gradient), leaves_by_path(state['mu']), state['count']
   inner = _inner(gradients, axes)
   matrices = lambda leaves: {path: leaves[path] for path in inner}
   others = lambda leaves: {path: leaf for path, leaf in leaves.items() if path not in inner}
@@ -375,7 +377,7 @@ def _direct_muon(
   orthogonal, momentum = muon.update(matrices(gradients), before)
   scale = lambda matrix: MUON_RMS * math.sqrt(max(matrix.rows, matrix.columns))
   direction = {path: scale(inner[path]) * leaf for path, leaf in orthogonal.items()}
-  before = optax.ScaleByAdamState(count, others(mu), by_path(state['nu']))
+  before = optax.ScaleByAdamState(count, others(mu), leaves_by_path(state['nu']))
   rest, moments = _adam(config).update(others(gradients), before)
   return convert.tree(direction | rest), {
     'count': moments.count,
@@ -386,12 +388,12 @@ def _direct_muon(
 
 @dataclasses.dataclass(frozen=True)
 class _Optimizer:
-  """How an optimizer begins, and turns a gradient into a direction without learning rate.
+  """An optimizer without its learning rate.
 
   Attributes:
-    init: from trainable parameters, settings and axes to the state.
-    direct: from gradient, state, trainable parameters, settings and axes to the direction that
-      the learning rate scales and that is subtracted, and the state.
+    init: (trainable parameters, settings, axes) -> state.
+    direct: (gradient, state, trainable parameters, settings, axes) -> (direction, state). The
+      update is the negative direction times the learning rate.
   """
 
   init: Callable[[Params, OptimConfig, AxesTable], OptState]

@@ -1,4 +1,4 @@
-"""Parameters that a run starts from, put where they go: published weights, or earlier runs'."""
+"""Loads initial parameters of a run from parent runs and from published weights."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from vpe_jax.checkpoints import convert, converted, weights
-from vpe_jax.config import Config, differences, nearest
+from vpe_jax.checkpoints import convert, imports, weights
+from vpe_jax.config import Config, differences, flatten, nearest, to_dict
 from vpe_jax.contracts import PARENT, Array, Params, PretrainedWeights, System, UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training.state import State
 
-_CARRIED = ('params/', 'opt_state/', 'ema/', 'examples_seen')  # of the state of a run
-_MEANING = ('data.tokenizer', 'model.visual_prompt.', 'model.image.')
-_TREES = '(?:params|opt_state/[a-z_]+|ema)/'  # prefixes of a parameter's path in the state
 _PARAMS = 'params/'
+_INHERITED = (_PARAMS, 'opt_state/', 'ema/', 'examples_seen')  # with config.start_weights=state
+_TREES = '(?:params|opt_state/[a-z_]+|ema)/'  # prefixes of a parameter's path in the state
 
-Mine = Callable[[str], bool]  # whether a parameter, by its path, is to come from a place
+PathFilter = Callable[[str], bool]  # predicate over parameter paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Loaded:
 
   Attributes:
     leaves: path in the state -> array, sharded as the state is.
-    origins: path of a parameter -> where it is from, in words.
+    origins: path of a parameter -> description of its source.
   """
 
   leaves: dict[str, Array]
@@ -42,26 +41,26 @@ class Loaded:
 
 
 def load(system: System, abstract: State) -> Loaded:
-  """Reads everything that a new run starts from: earlier runs, else published weights.
+  """Loads the initial parameters of a new run from its parent runs, else from published weights.
 
   Args:
-    system: its config names the parent runs, its `initialization` the rest.
-    abstract: the first state, with its shardings.
+    system: its config names the parent runs, its `initialization` the published weights.
+    abstract: the first state, with shardings.
 
   Raises:
-    UserError: runs or weights are missing, don't fit, or are of another size.
+    UserError: runs or weights are missing, don't fit, or have other sizes.
   """
   runs = system.config.parents
   _check_groups(runs, abstract['params'])
   groups = tuple(filter(None, runs))
-  found = Loaded({}, {})
+  loaded = Loaded({}, {})
   if '' not in runs:
-    rest = lambda path: not path.startswith(groups)
-    found = _published(system.initialization.pretrained, abstract['params'], rest)
+    is_rest = lambda path: not path.startswith(groups)
+    loaded = _load_published(system.initialization.pretrained, abstract['params'], is_rest)
   for group, run in runs.items():
-    mine = lambda path, g=group: path.startswith(g) if g else not path.startswith(groups)
-    found |= _from_run(system, run, abstract, mine)
-  return found
+    in_group = lambda path, g=group: path.startswith(g) if g else not path.startswith(groups)
+    loaded |= _load_run(system, run, abstract, in_group)
+  return loaded
 
 
 def _check_groups(runs: Mapping[str, str], abstract: Params) -> None:
@@ -69,156 +68,170 @@ def _check_groups(runs: Mapping[str, str], abstract: Params) -> None:
   for group in filter(None, runs):
     if group not in known:
       raise UserError(
-        f'config.start takes {group} from {runs[group]}, and no parameter begins so'
+        f'config.start takes {group} from {runs[group]}, and no parameter path begins with it'
         f'{nearest(group, known)}'
       )
 
 
-def _published(starts: Sequence[PretrainedWeights], abstract: Params, mine: Mine) -> Loaded:
-  """The weights that a system starts from, for every parameter of `mine` that they fill."""
-  wanted, leaves, origins = by_path(abstract), {}, {}
-  for start in starts:
-    for path, leaf in by_path(_read(start, wanted)).items():
-      for target in filter(mine, _targets(start, path)):
-        leaves[_PARAMS + target] = _as(leaf, wanted[target], start.source, target)
-        origins[target] = start.source
+def _load_published(
+  sources: Sequence[PretrainedWeights], abstract: Params, select: PathFilter
+) -> Loaded:
+  """Loads published weights into the selected parameters."""
+  targets, leaves, origins = leaves_by_path(abstract), {}, {}
+  for source in sources:
+    for path, leaf in leaves_by_path(_read(source, targets)).items():
+      for target in filter(select, _target_paths(source, path)):
+        leaves[_PARAMS + target] = _to_devices(leaf, targets[target], source.source, target)
+        origins[target] = source.source
   return Loaded(leaves, origins)
 
 
-def _from_run(system: System, run: str, abstract: State, mine: Mine) -> Loaded:
-  """Leaves that a new run takes from the newest good checkpoint of its parent run.
+def _load_run(system: System, run: str, abstract: State, select: PathFilter) -> Loaded:
+  """Loads leaves from the newest intact checkpoint of a parent run.
 
-  With `config.start_weights` of `state` that is all of its state but for its steps: parameters,
-  optimizer, average, and where it was in the data. Else the parameters alone.
+  With `config.start_weights=state`, loads the whole state except the step counters: parameters,
+  optimizer state, EMA and the position in the data. Otherwise, loads only parameters.
 
   Args:
-    system: its `initialization` has what the parent run may lack.
-    run: the other's workdir.
-    abstract: our first state, with its shardings.
-    mine: tells by its path whether a parameter is to come from this run.
+    system: its `initialization` names parameters that the parent run may lack.
+    run: the parent run's workdir.
+    abstract: our first state, with shardings.
+    select: selects the parameters to load from this run.
 
   Raises:
-    UserError: there is no such run, its parameters are not ours in paths and shapes, or the state
-      that is carried on is that of another optimizer.
+    UserError: the run doesn't exist, its parameters have other paths or shapes, or its optimizer
+      state is that of another optimizer.
   """
   config, grown = system.config, Loaded({}, {})
-  carries = config.start_weights == 'state'
-  if carries:
-    found, said = weights.read_run(run, _CARRIED)
-    theirs = said['config']
-    _check_optimizer(found, by_path(abstract), run)
+  whole_state = config.start_weights == 'state'
+  if whole_state:
+    leaves, record = weights.read_run(run, _INHERITED)
+    parent_config = record['config']
+    _check_optimizer(leaves, leaves_by_path(abstract), run)
   else:
     params, metadata = weights.load_run(run, config.start_weights)
-    found, theirs = by_path({'params': params}), weights.config_of(metadata, run)
-    grown = _grown(system.initialization.grown, found, abstract['params'], run)
-  for line in other_meanings(config, run, theirs):
+    leaves = leaves_by_path({'params': params})
+    parent_config = weights.config_of(metadata, run)
+    grown = _grow(system.initialization.grown, leaves, abstract['params'], run)
+  for line in encoding_differences(config, run, parent_config):
     logging.warning('%s', line)
-  found = {path: leaf for path, leaf in (found | grown.leaves).items() if _of(path, mine)}
+  leaves = {path: x for path, x in (leaves | grown.leaves).items() if _is_selected(path, select)}
 
-  def is_wanted(path: str) -> bool:
-    fresh = any(re.match(f'{_TREES}(?:{one})', path) for one in system.initialization.optional)
-    known = path.startswith(_CARRIED if carries else _PARAMS) and _of(path, mine)
-    return known and (path in found or not fresh)
+  def is_expected(path: str) -> bool:
+    optional = any(re.match(f'{_TREES}(?:{p})', path) for p in system.initialization.optional)
+    inherited = path.startswith(_INHERITED if whole_state else _PARAMS)
+    return inherited and _is_selected(path, select) and (path in leaves or not optional)
 
-  wanted = {path: leaf for path, leaf in by_path(abstract).items() if is_wanted(path)}
-  _check(wanted, found, run)
-  leaves = {path: _as(leaf, wanted[path], run, path) for path, leaf in found.items()}
-  taken = [path.removeprefix(_PARAMS) for path in leaves if path.startswith(_PARAMS)]
+  expected = {path: leaf for path, leaf in leaves_by_path(abstract).items() if is_expected(path)}
+  _check_same_shapes(expected, leaves, run)
+  loaded = {path: _to_devices(leaf, expected[path], run, path) for path, leaf in leaves.items()}
+  params = [path.removeprefix(_PARAMS) for path in loaded if path.startswith(_PARAMS)]
   origin = f'{run} ({config.start_weights})'
-  return Loaded(leaves, {path: grown.origins.get(path, origin) for path in taken})
+  return Loaded(loaded, {path: grown.origins.get(path, origin) for path in params})
 
 
 def _check_optimizer(theirs: Mapping[str, Any], ours: Mapping[str, Any], run: str) -> None:
-  """Refuses the state of another optimizer: it would be of no use to ours."""
+  """Checks that the optimizer state of a parent run has the same trees as ours."""
   trees = lambda leaves: {path.split('/')[1] for path in leaves if path.startswith('opt_state/')}
   if trees(theirs) != trees(ours):
     raise UserError(
-      f'config.start_weights is state, and {run} holds that of another optimizer '
+      f'config.start_weights is state, but {run} has the state of another optimizer '
       f'({", ".join(sorted(trees(theirs)))}; ours has {", ".join(sorted(trees(ours)))}): set '
       'config.optim.name as in that run, or config.start_weights=ema'
     )
 
 
-def _of(path: str, mine: Mine) -> bool:
-  """Whether a leaf of the state is of a parameter that is `mine`; what is of none, is."""
+def _is_selected(path: str, select: PathFilter) -> bool:
+  """Whether a leaf of the state belongs to a selected parameter, or to no parameter at all."""
   parameter = re.sub(f'^{_TREES}', '', path)
-  return parameter == path or mine(parameter)
+  return parameter == path or select(parameter)
 
 
-def other_meanings(config: Config, run: str, stored: Mapping[str, Any]) -> list[str]:
-  """Lines on what a run and the one that it starts from read with different networks.
+def encoding_differences(config: Config, run: str, stored: Mapping[str, Any]) -> list[str]:
+  """Lines about tokenizers and codecs that differ between a run and its parent run.
 
-  Words, codes and latents are numbers, whose shapes don't say what they stand for.
+  Token ids, codes and latents of different networks have the same shapes, so no other check
+  notices that their meaning has changed.
+
+  Args:
+    config: our configuration.
+    run: name of the parent run.
+    stored: its configuration.
   """
-  found = differences(config, stored)
-  # Of codecs of different kinds the kinds alone: their other fields are not comparable.
-  others = tuple(field.removesuffix('kind') for field in found if field.endswith('.kind'))
+  fields = flatten(to_dict(config)).keys() | flatten(stored).keys()
+  # Codecs are the sections of the model that have a kind.
+  codecs = tuple(f.removesuffix('kind') for f in fields if re.fullmatch(r'model\.\w+\.kind', f))
+  changes = differences(config, stored)
+  # Fields of codecs of different kinds are not comparable, so only their kinds are listed.
+  other_kinds = tuple(field.removesuffix('kind') for field in changes if field.endswith('.kind'))
   return [
-    f'{run} was trained with {field}={theirs}, and this run has {ours}: unless both name '
-    'the same, what it learned means something else here'
-    for field, (theirs, ours) in found.items()
-    if field.startswith(_MEANING) and (field.endswith('.kind') or not field.startswith(others))
+    f'{run} was trained with {field}={theirs}, and this run has {ours}: unless both name the same '
+    'network, its parameters read token ids, codes or latents of another meaning'
+    for field, (theirs, ours) in changes.items()
+    if field.startswith(('data.tokenizer', *codecs))
+    and not field.endswith('weights_dtype')
+    and (field.endswith('.kind') or not field.startswith(other_kinds))
   ]
 
 
-def _grown(
-  starts: Sequence[PretrainedWeights], found: Mapping[str, Any], abstract: Params, run: str
+def _grow(
+  sources: Sequence[PretrainedWeights], leaves: Mapping[str, Any], abstract: Params, run: str
 ) -> Loaded:
   """Leaves that the parent run lacks: published weights, or copies of its own leaves."""
-  made = Loaded({}, {})
-  for start in starts:
-    if any(path.startswith(f'{_PARAMS}{ours}') for _, ours in start.paths for path in found):
+  grown = Loaded({}, {})
+  for source in sources:
+    if any(path.startswith(f'{_PARAMS}{ours}') for _, ours in source.paths for path in leaves):
       continue
-    if start.family != PARENT:
-      made |= _published([start], abstract, lambda path: True)
+    if source.family != PARENT:
+      grown |= _load_published([source], abstract, lambda path: True)
       continue
-    for path, leaf in found.items():
-      own = path.removeprefix(_PARAMS)
-      targets = _targets(start, own)
-      origins = {ours: f"{run}'s {own.split('/')[0]}" for ours in targets}
-      made |= Loaded({_PARAMS + ours: leaf for ours in targets}, origins)
-  return made
+    for path, leaf in leaves.items():
+      parent_path = path.removeprefix(_PARAMS)
+      targets = _target_paths(source, parent_path)
+      origins = {target: f"{run}'s {parent_path.split('/')[0]}" for target in targets}
+      grown |= Loaded({_PARAMS + target: leaf for target in targets}, origins)
+  return grown
 
 
-def _check(wanted: Mapping[str, Any], found: Mapping[str, Any], source: str) -> None:
-  """Refuses the state of another run unless it is ours in paths and shapes."""
-  for beginning in ('params/', ''):  # Parameters come first: what else there is follows them.
-    of = lambda leaves, b=beginning: {path: leaves[path] for path in leaves if path.startswith(b)}
-    if difference := weights.mismatch(of(wanted), of(found)):
+def _check_same_shapes(expected: Mapping[str, Any], actual: Mapping[str, Any], source: str) -> None:
+  """Checks that leaves of a parent run have our paths and shapes; parameters are compared first."""
+  for prefix in (_PARAMS, ''):
+    under = lambda leaves, p=prefix: {path: leaves[path] for path in leaves if path.startswith(p)}
+    if difference := weights.mismatch(under(expected), under(actual)):
       path, ours, theirs = difference
       raise UserError(
         f'the run {source} of config.start has other parameters than this config: '
-        f"'{path.removeprefix('params/')}' is {theirs} there and {ours} here; name a run of the "
+        f"'{path.removeprefix(_PARAMS)}' is {theirs} there and {ours} here; name a run of the "
         'same sizes, or give config.model its sizes'
       )
 
 
-def _read(start: PretrainedWeights, wanted: Mapping[str, Any]) -> Params:
-  """The family's parameters; from published weights, each where its first target lies."""
+def _read(source: PretrainedWeights, targets: Mapping[str, Any]) -> Params:
+  """Parameters of the family, each with the sharding of its first target."""
 
-  def place(tree: Params) -> Params:
-    leaves = by_path(tree)
+  def shard(tree: Params) -> Params:
+    leaves = leaves_by_path(tree)
     for path, leaf in leaves.items():
-      for target in _targets(start, path)[:1]:
-        where = getattr(wanted[target], 'sharding', None)
-        leaves[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+      for target in _target_paths(source, path)[:1]:
+        sharding = targets[target].sharding
+        leaves[path] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     return convert.tree(leaves)
 
-  return converted.network(start, place)
+  return imports.network(source, shard)
 
 
-def _targets(start: PretrainedWeights, path: str) -> list[str]:
-  """Where a leaf of the family's tree goes in ours."""
+def _target_paths(source: PretrainedWeights, path: str) -> list[str]:
+  """Paths in our tree of a leaf of the family's tree."""
   return [
-    ours + path.removeprefix(theirs) for theirs, ours in start.paths if path.startswith(theirs)
+    ours + path.removeprefix(theirs) for theirs, ours in source.paths if path.startswith(theirs)
   ]
 
 
-def _as(leaf: Array, wanted: Any, source: str, path: str) -> Array:
-  """A leaf in its place: a copy, as one that fills several places may share memory with none."""
-  if leaf.shape != wanted.shape:
+def _to_devices(leaf: Array, target: jax.ShapeDtypeStruct, source: str, path: str) -> Array:
+  """Copies a leaf to the devices of its target; targets with the same source share no memory."""
+  if leaf.shape != target.shape:
     raise UserError(
-      f"'{source}' has {list(leaf.shape)} for our '{path}' of {list(wanted.shape)}: it is of "
+      f"'{source}' has {list(leaf.shape)} for our '{path}' of {list(target.shape)}: it is of "
       'another size than the config says'
     )
-  return jnp.copy(jax.device_put(leaf, getattr(wanted, 'sharding', None)))
+  return jnp.copy(jax.device_put(leaf, target.sharding))

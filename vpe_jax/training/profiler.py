@@ -26,7 +26,7 @@ class Profiler:
     if steps:
       first, _, last = steps.partition(':')
       if not (first.isdecimal() and last.isdecimal() and 0 < int(first) < int(last)):
-        raise UserError(f"log.profile is '{steps}': give a range of steps such as 10:13")
+        raise UserError(f"log.profile is '{steps}': name a range of steps such as 10:13")
       self._first, self._last = int(first), int(last)
 
   def before(self, step: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from vpe_jax.config import Config, OptimConfig
 from vpe_jax.contracts import Batch, Params, Stage
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import optimizer
 from vpe_jax.training.state import split_trainable
 
@@ -132,7 +132,8 @@ def parameters_text(
     optim: gives the learning rate and its multipliers.
     origins: path -> origin of each parameter.
   """
-  leaves, trainable = by_path(params), by_path(split_trainable(params, stage)[0]).keys()
+  leaves = leaves_by_path(params)
+  trainable = leaves_by_path(split_trainable(params, stage)[0]).keys()
   groups: dict[tuple[str, bool], list[str]] = {}
   for path in leaves:
     groups.setdefault((path.split('/')[0], path in trainable), []).append(path)

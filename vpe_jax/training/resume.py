@@ -1,7 +1,7 @@
-"""Where a run starts: from its newest good checkpoint if there is one, else from fresh parameters.
+"""The initial state of a run, and the conditions under which a run may resume.
 
-A run continues only with the configuration that it was started with. Fields that change nothing
-about what is learned may differ; any other difference must be named with `--allow_change`.
+A run resumes only with the configuration that it was started with. Fields that don't affect the
+parameters may differ; any other difference must be named with `--allow_change`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from vpe_jax import rng, sharding
 from vpe_jax.checkpoints import convert
 from vpe_jax.config import Config, differences, flatten, nearest, to_dict
 from vpe_jax.contracts import Array, Params, System, UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import optimizer, pretrained
 from vpe_jax.training.state import COUNTERS, State, first_state, merge, split_trainable
 
-# What a run shows, keeps and runs on, as against what it computes.
+# Sections and fields that don't affect the parameters: logs, saved files, machines.
 FREE = ('checkpoint', 'log', 'evals', 'sample', 'data.workers', 'mesh')
-SMALL = 2**30  # bytes of state that may be replicated, as small leaves on odd meshes are
-DRAWN = 'drawn'  # where parameters are from that nothing gives
-LISTED = 8  # differences that an error lists
+SMALL = 2**30  # bytes of a state that may be replicated; small leaves on odd meshes are
+INITIALIZED = 'initialized'  # origin label of randomly initialized parameters
+MAX_LISTED = 8  # differences that an error lists
 
 
 def check_config(
@@ -35,8 +35,8 @@ def check_config(
     A line for each difference that is accepted.
 
   Raises:
-    UserError: fields differ that are neither free nor named in `allow_change`, or that names
-      something else.
+    UserError: fields differ that are neither in FREE nor in `allow_change`, or `allow_change`
+      names an unknown field.
   """
   known = flatten(to_dict(config)) | flatten(stored)
   sections = {field[:end] for field in known for end, dot in enumerate(field) if dot == '.'}
@@ -52,12 +52,12 @@ def check_config(
     allowed = any(_within(field, name) for name in (*FREE, *allow_change))
     (accepted if allowed else refused).append((field, text))
   if refused:
-    more = f' and {len(refused) - LISTED} more' if len(refused) > LISTED else ''
-    fields = ','.join(field for field, _ in refused[:LISTED])
+    more = f' and {len(refused) - MAX_LISTED} more' if len(refused) > MAX_LISTED else ''
+    fields = ','.join(field for field, _ in refused[:MAX_LISTED])
     raise UserError(
-      f'{workdir} holds a run with another config: '
-      f'{"; ".join(text for _, text in refused[:LISTED])}{more}. Choose another --workdir, or, '
-      f'where its parameters and stages stay the same, continue it with --allow_change={fields}'
+      f'{workdir} contains a run with another config: '
+      f'{"; ".join(text for _, text in refused[:MAX_LISTED])}{more}. Choose another --workdir, or, '
+      f'if its parameters and stages stay the same, continue it with --allow_change={fields}'
     )
   return [text for _, text in accepted]
 
@@ -75,28 +75,28 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
       f'the run is in its stage {stage + 1}, but the config names only {len(system.stages)} '
       f'({names}): name the stages that the run was started with, or choose another --workdir'
     )
-  # The key is made inside as well: nothing runs, so the mesh may be of devices that aren't there.
+  # The key is also made inside: nothing runs, so the mesh may consist of devices that don't exist.
   optim, axes = config.optim_of(stage), system.logical_axes
   shapes = jax.eval_shape(
     lambda: first_state(system.init(rng.run_key(config.seed)), system.stages[stage], optim, axes)
   )
-  optimizer.check_multipliers(optim, by_path(shapes['params']))
-  whole = sharding.replicated(mesh)
+  optimizer.check_multipliers(optim, leaves_by_path(shapes['params']))
+  replicated = sharding.replicated(mesh)
 
-  def place(tree: Any, axes: sharding.AxesTable = axes) -> Any:
+  def shard(tree: Any, axes: sharding.AxesTable = axes) -> Any:
     return sharding.param_shardings(tree, axes, mesh, config.mesh.strategy)
 
   trainable, _ = split_trainable(shapes['params'], system.stages[stage])
   shardings = {
-    **dict.fromkeys(COUNTERS, whole),
-    'params': place(shapes['params']),
-    'opt_state': place(shapes['opt_state'], optimizer.logical_axes(trainable, axes)),
-    'ema': place(shapes['ema']),
+    **dict.fromkeys(COUNTERS, replicated),
+    'params': shard(shapes['params']),
+    'opt_state': shard(shapes['opt_state'], optimizer.logical_axes(trainable, axes)),
+    'ema': shard(shapes['ema']),
   }
   if sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) > SMALL:
     sharding.check_sharded_enough(shapes, shardings)
   return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,
     shardings,
   )
@@ -105,38 +105,44 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
 def fresh_state(
   system: System, abstract: State, frozen: Params, key: Array
 ) -> tuple[State, dict[str, str]]:
-  """The state of a new run, made in place on its devices.
+  """Creates the state of a new run, sharded over its devices.
+
+  Args:
+    system: the system to train.
+    abstract: the state, with shardings.
+    frozen: the frozen networks.
+    key: key of the run.
 
   Returns:
-    The state; and for each parameter, by its path, where it is from, in words.
+    (state, origins: path of a parameter -> description of its source).
 
   Raises:
-    UserError: weights that the run starts from are missing or don't fit.
+    UserError: initial weights are missing or don't fit.
   """
   loaded = pretrained.load(system, abstract)
-  origins = dict.fromkeys(by_path(abstract['params']), DRAWN)
+  origins = dict.fromkeys(leaves_by_path(abstract['params']), INITIALIZED)
   for prefix, origin in system.initialization.from_frozen:
     origins |= {path: origin for path in origins if path.startswith(prefix)}
 
   def init(key: Array, frozen: Params, loaded: dict[str, Array]) -> State:
     params = system.init(rng.stream(key, 'init'))
     params = system.inherit(params, frozen, rng.stream(key, 'inherit'))
-    # What is loaded is never drawn: the compiler leaves out what nothing reads.
-    given = dict(convert.tree(loaded))
-    params = merge(given.pop('params', {}), params)
+    # The compiler removes the initialization of loaded parameters, whose result nothing reads.
+    loaded_state = dict(convert.tree(loaded))
+    params = merge(loaded_state.pop('params', {}), params)
     state = first_state(params, system.stages[0], system.config.optim_of(0), system.logical_axes)
-    return merge(given, state)
+    return merge(loaded_state, state)
 
-  # A CPU compiles this program for longer than it runs, more so if it is to run fast.
-  quickly = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+  # On a CPU, compiling this program takes longer than running it, so it is not optimized.
+  options = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
   run = jax.jit(
-    init, out_shardings=shardings_of(abstract), compiler_options=quickly, donate_argnums=2
+    init, out_shardings=shardings_of(abstract), compiler_options=options, donate_argnums=2
   )
   return run(key, frozen, loaded.leaves), origins | loaded.origins
 
 
 def shardings_of(abstract: State) -> State:
-  """The sharding of every leaf."""
+  """The sharding of each leaf of a state."""
   return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 

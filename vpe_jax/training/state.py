@@ -1,8 +1,8 @@
-"""The state of a run, and how a stage divides parameters into trainable and frozen leaves.
+"""The state of a run, and its division into trainable and frozen parameters in a stage.
 
-State is a plain dict: {stage, step, stage_step, examples_seen, params, opt_state, ema}. `params`
-holds every parameter; `opt_state` (see training/optimizer.py) and `ema` hold trainable leaves
-only, under the same paths. `ema` is an empty dict in a stage that keeps no average.
+A state is a plain dict: {stage, step, stage_step, examples_seen, params, opt_state, ema}. `params`
+has all parameters; `opt_state` (see training/optimizer.py) and `ema` have trainable leaves only,
+under the same paths. `ema` is empty in a stage without EMA.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from vpe_jax.config import OptimConfig
 from vpe_jax.contracts import Params, Stage, UserError
-from vpe_jax.sharding import AxesTable, by_path
+from vpe_jax.sharding import AxesTable, leaves_by_path
 from vpe_jax.training import optimizer
 
 State = dict[str, Any]
@@ -26,12 +26,12 @@ COUNTERS = ('stage', 'step', 'stage_step', 'examples_seen')
 def split_trainable(params: Params, stage: Stage) -> tuple[Params, Params]:
   """Divides parameters by the stage's regular expressions into (trainable, frozen).
 
-  Both are nested dicts without empty branches; `merge` puts them together again.
+  Both are nested dicts without empty branches; `merge` is the inverse.
 
   Raises:
     UserError: a regular expression of the stage matches no parameter.
   """
-  paths = list(by_path(params))
+  paths = list(leaves_by_path(params))
   for pattern in stage.trainable:
     if not any(re.match(pattern, path) for path in paths):
       heads = ', '.join(sorted({path.split('/')[0] for path in paths}))
@@ -39,9 +39,8 @@ def split_trainable(params: Params, stage: Stage) -> tuple[Params, Params]:
         f"stage '{stage.name}' trains '{pattern}', which matches no parameter; "
         f'paths begin with: {heads}'
       )
-
-  chosen = _select(params, lambda path: stage.trains(path))
-  return chosen, _select(params, lambda path: not stage.trains(path))
+  trainable = _select(params, lambda path: stage.trains(path))
+  return trainable, _select(params, lambda path: not stage.trains(path))
 
 
 def merge(ours: Params, others: Params) -> Params:
@@ -58,11 +57,11 @@ def merge(ours: Params, others: Params) -> Params:
 def first_state(
   params: Params, stage: Stage, optim: OptimConfig | None = None, axes: AxesTable = ()
 ) -> State:
-  """The state before the first step of a run; `params` is owned by the state from here on.
+  """The state before the first step of a run.
 
   Args:
-    params: every parameter.
-    stage: the first.
+    params: all parameters; the state takes ownership of them.
+    stage: the first stage.
     optim: its optimizer settings (None: the defaults).
     axes: the system's `logical_axes`.
   """
@@ -77,28 +76,28 @@ def next_stage(
   axes: AxesTable = (),
   shardings: State | None = None,
 ) -> State:
-  """The state before the first step of the stage that follows: optimizer and average afresh.
+  """The state before the first step of the next stage, with a new optimizer state and EMA.
 
-  What has an average and trains no further is kept at it, as later nothing else remembers it: a
-  run is judged, and its networks are exported, by their averages. What goes on training goes on
-  from the raw parameters.
+  Parameters that stop training keep their EMA value, because evaluators and exports use EMA
+  values and later states have no EMA of these parameters. Parameters that continue to train start
+  from their raw values.
 
   Args:
-    state: the last of the stage before; its optimizer, average, and the raw parameters in whose
-      place an average is kept are given up.
-    stage: the stage that follows.
+    state: the last state of the previous stage. The buffers of its optimizer state, of its EMA
+      and of the raw parameters that an EMA value replaces are deleted.
+    stage: the next stage.
     optim: its optimizer settings (None: the defaults).
     axes: the system's `logical_axes`.
-    shardings: of every leaf of the new state (None: one device).
+    shardings: of each leaf of the new state (None: one device).
   """
-  before, average = by_path(state['params']), by_path(state['ema'])
-  ends = {path for path in average if not stage.trains(path)}
-  kept = _select(state['ema'], lambda path: path in ends)
-  gone = [before[path] for path in ends]
-  gone += [leaf for path, leaf in average.items() if path not in ends]
-  for leaf in [*gone, *jax.tree.leaves(state['opt_state'])]:
+  raw, average = leaves_by_path(state['params']), leaves_by_path(state['ema'])
+  finished = {path for path in average if not stage.trains(path)}
+  final = _select(state['ema'], lambda path: path in finished)
+  unused = [raw[path] for path in finished]
+  unused += [leaf for path, leaf in average.items() if path not in finished]
+  for leaf in [*unused, *jax.tree.leaves(state['opt_state'])]:
     leaf.delete()
-  params = merge(kept, state['params'])
+  params = merge(final, state['params'])
   out = shardings and {name: shardings[name] for name in ('opt_state', 'ema')}
   fresh = jax.jit(lambda params: _fresh(params, stage, optim, axes), out_shardings=out)(params)
   return {
@@ -112,7 +111,7 @@ def next_stage(
 
 
 def weights(state: State) -> Params:
-  """The parameters to evaluate: averaged where there are averages, else raw."""
+  """Parameters for evaluation: EMA values, and raw values of parameters without EMA."""
   return merge(state['ema'], state['params'])
 
 
@@ -120,18 +119,19 @@ def _fresh(
   params: Params, stage: Stage, optim: OptimConfig | None, axes: AxesTable
 ) -> dict[str, Any]:
   trainable, _ = split_trainable(params, stage)
-  # Copies: a buffer that sits in the state twice could not be donated to the step.
+  # Copies, because a buffer that is in the state twice can't be donated to the step.
   average = jax.tree.map(jnp.copy, trainable) if stage.ema else {}
   return {'opt_state': optimizer.init(trainable, optim, axes), 'ema': average}
 
 
-def _select(tree: Params, keep: Callable[[str], bool], prefix: str = '') -> dict[str, Any]:
-  kept = {}
+def _select(tree: Params, predicate: Callable[[str], bool], prefix: str = '') -> dict[str, Any]:
+  """The leaves whose paths satisfy a predicate, without empty branches."""
+  selected = {}
   for key, value in tree.items():
     if isinstance(value, Mapping):
-      branch = _select(value, keep, f'{prefix}{key}/')
+      branch = _select(value, predicate, f'{prefix}{key}/')
       if branch:
-        kept[key] = branch
-    elif keep(f'{prefix}{key}'):
-      kept[key] = value
-  return kept
+        selected[key] = branch
+    elif predicate(f'{prefix}{key}'):
+      selected[key] = value
+  return selected

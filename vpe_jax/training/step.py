@@ -1,9 +1,9 @@
 """The training step: a pure function from state and batch to state and metrics.
 
-Trainable leaves are split off before differentiation, so the compiled step holds no weight
-gradient of a frozen leaf. The counts of all losses are known for the whole step before its first
-microbatch, so each microbatch's gradient is divided by the global count and the sum over
-microbatches is the gradient of the whole batch, however it was cut.
+Trainable leaves are separated before differentiation, so the compiled step computes no weight
+gradient of a frozen leaf. The counts of all losses in the whole batch are known before the first
+microbatch. Each microbatch's gradient is divided by these counts, so the sum over microbatches is
+the gradient of the whole batch, whatever the number of microbatches.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ Sums = dict[str, Array]
 def make_train_step(
   system: System, stage: Stage, optim: OptimConfig, shardings: State | None = None
 ) -> Callable[[State, Params, Batch, Array], tuple[State, Metrics]]:
-  """Builds the jitted step of one stage; it takes over (donates) the state's buffers.
+  """Builds the jitted step of one stage, which donates the state's buffers.
 
   Args:
-    system: whose losses are minimised.
-    stage: which leaves train and which losses drive them.
-    optim: optimizer settings of the stage (Config.optim_of); `accumulate` microbatches a step.
-    shardings: of every leaf of the state (None: one device). Gradients take the sharding of
-      their parameters, inside the accumulation too.
+    system: defines the losses.
+    stage: selects the trainable leaves and the losses.
+    optim: optimizer settings of the stage (Config.optim_of); `accumulate` is the number of
+      microbatches of a step.
+    shardings: of each leaf of the state (None: one device). Gradients have the sharding of their
+      parameters, also during accumulation.
 
   Returns:
     step(state, frozen, batch, rng) -> (state, metrics). Metrics are float32 scalars: `loss` (the
     weighted total), `loss/<name>`, `weight/<name>` of scheduled terms, `grad_norm` before
-    clipping, `lr`, and `skipped` (1 where the gradient was not finite and nothing was updated).
+    clipping, `lr`, and `skipped` (1 if the gradient was not finite, so nothing was updated).
   """
-  place = _placement(shardings, stage)
+  constrain = _gradient_constraint(shardings, stage)
 
   def step(state: State, frozen: Params, batch: Batch, rng: Array) -> tuple[State, Metrics]:
     trainable, fixed = split_trainable(state['params'], stage)
@@ -54,7 +55,7 @@ def make_train_step(
       return total(terms, counts), (_sums(terms), _scheduled_weights(terms))
 
     gradient, loss, sums, scheduled = _differentiate(
-      objective, trainable, batch, optim.accumulate, place
+      objective, trainable, batch, optim.accumulate, constrain
     )
     norm = optax.global_norm(gradient)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -68,15 +69,15 @@ def make_train_step(
     }
     clipped = optimizer.clip(gradient, norm, optim.clip)
     updated = _updated(state, trainable, clipped, optim, system.logical_axes)
-    kept = {'params': trainable, 'opt_state': state['opt_state'], 'ema': state['ema']}
-    chosen = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
+    previous = {'params': trainable, 'opt_state': state['opt_state'], 'ema': state['ema']}
+    selected = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, previous)
     return {
       'stage': state['stage'],
       'step': state['step'] + 1,
       'stage_step': state['stage_step'] + 1,
       'examples_seen': state['examples_seen'] + batch.example.shape[0],
-      **chosen,
-      'params': merge(chosen['params'], fixed),
+      **selected,
+      'params': merge(selected['params'], fixed),
     }, {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
 
   out = None if shardings is None else (shardings, None)
@@ -89,37 +90,38 @@ def _differentiate(
   trainable: Params,
   batch: Batch,
   accumulate: int,
-  place: Callable[[Params], Params],
+  constrain: Callable[[Params], Params],
 ) -> tuple[Params, Array, Sums, Metrics]:
   """Gradient, loss, loss sums and scheduled weights of the whole batch."""
   with_gradient = jax.value_and_grad(objective, has_aux=True)
   if accumulate == 1:
     (loss, (sums, scheduled)), gradient = with_gradient(trainable, batch)
-    return place(gradient), loss, sums, scheduled
+    return constrain(gradient), loss, sums, scheduled
 
   def body(carry: Params, part: Batch) -> tuple[Params, Any]:
     (loss, (sums, scheduled)), gradient = with_gradient(trainable, part)
-    # Placed inside the scan: reduced once a microbatch into shards, never kept whole.
-    return place(jax.tree.map(jnp.add, carry, place(gradient))), (loss, sums, scheduled)
+    # Constrained inside the scan, so that each microbatch's gradient is reduced into shards and
+    # never stored whole.
+    return constrain(jax.tree.map(jnp.add, carry, constrain(gradient))), (loss, sums, scheduled)
 
-  zeros = place(jax.tree.map(jnp.zeros_like, trainable))
+  zeros = constrain(jax.tree.map(jnp.zeros_like, trainable))
   gradient, (loss, sums, scheduled) = jax.lax.scan(body, zeros, microbatches(batch, accumulate))
   sums = jax.tree.map(lambda leaf: leaf.sum(0), sums)
   return gradient, loss.sum(), sums, jax.tree.map(lambda leaf: leaf[0], scheduled)
 
 
 def microbatches(batch: Batch, accumulate: int) -> Batch:
-  """Cuts [B, ...] leaves into [accumulate, B / accumulate, ...]: microbatch a has rows a::n.
+  """Splits [B, ...] leaves into [n, B / n, ...]; microbatch i has batch elements i, i + n, ...
 
-  Rows are dealt out in turn because each device holds consecutive rows: so every device keeps
-  its own rows and takes an equal share of every microbatch.
+  Each device has consecutive batch elements. With this stride, every microbatch has the same number
+  of elements on each device, and no element moves between devices.
   """
 
-  def cut(leaf: Array) -> Array:
-    dealt = leaf.reshape(leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:])
-    return jnp.moveaxis(dealt, 1, 0)
+  def split(leaf: Array) -> Array:
+    strided = leaf.reshape(leaf.shape[0] // accumulate, accumulate, *leaf.shape[1:])
+    return jnp.moveaxis(strided, 1, 0)
 
-  return jax.tree.map(cut, batch)
+  return jax.tree.map(split, batch)
 
 
 def _updated(
@@ -134,12 +136,13 @@ def _updated(
   )
   average = state['ema']
   if average:
-    # Not the stage's step: a run that carries another's average on has more updates behind it.
+    # The number of updates exceeds the stage's step if the EMA was inherited from a parent run.
     average = ema.update(average, params, state['opt_state']['count'], optim.ema)
   return {'params': params, 'opt_state': opt_state, 'ema': average}
 
 
-def _drives(term: LossTerm) -> bool:
+def _has_weight(term: LossTerm) -> bool:
+  """Whether a term contributes to the loss."""
   return not (isinstance(term.weight, (int, float)) and term.weight == 0.0)
 
 
@@ -154,13 +157,13 @@ def total(terms: dict[str, LossTerm], counts: Sums) -> Array:
   parts = [
     term.weight * term.sum / jnp.maximum(counts[name], 1).astype(jnp.float32)
     for name, term in terms.items()
-    if _drives(term)
+    if _has_weight(term)
   ]
   return jnp.asarray(sum(parts), jnp.float32)
 
 
 def _sums(terms: dict[str, LossTerm]) -> Sums:
-  # A term of weight 0 is only read here, behind stop_gradient: it costs no backward pass.
+  # A term of weight 0 is used only here, inside stop_gradient, so it has no backward pass.
   return {name: jax.lax.stop_gradient(jnp.float32(term.sum)) for name, term in terms.items()}
 
 
@@ -179,7 +182,8 @@ def _scheduled_weights(terms: dict[str, LossTerm]) -> Metrics:
   }
 
 
-def _placement(shardings: State | None, stage: Stage) -> Callable[[Params], Params]:
+def _gradient_constraint(shardings: State | None, stage: Stage) -> Callable[[Params], Params]:
+  """Constrains gradients to the shardings of their parameters."""
   if shardings is None:
     return lambda gradient: gradient
   target, _ = split_trainable(shardings['params'], stage)

@@ -16,7 +16,7 @@ LOCK = '.lock'
 
 
 @contextlib.contextmanager
-def claimed(workdir: epath.Path) -> Iterator[None]:
+def locked(workdir: epath.Path) -> Iterator[None]:
   """Creates a run's folder and locks it until the block or the process ends.
 
   Process 0 holds the lock for all processes of a run. The system releases it when the process ends;

@@ -162,7 +162,7 @@ def test_published_sizes(parity, real, total):
   config, tensors = parity.load_published(real)
   sizes = clip.sizes(config)
   abstract = jax.eval_shape(lambda key: clip.init(sizes, key), jax.random.key(0))
-  plan = convert.plan(tensors, clip.LAYOUTS, abstract)
-  assert plan.places.keys() == tensors.keys() and not plan.absent
+  tensor_map = convert.match_tensors(tensors, clip.LAYOUTS, abstract)
+  assert tensor_map.destinations.keys() == tensors.keys() and not tensor_map.absent
   assert parity.count(abstract) == total
   assert clip.sizes(clip.config_json(sizes)) == sizes

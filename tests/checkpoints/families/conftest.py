@@ -18,7 +18,7 @@ import pytest
 
 from tests.golden import pictures
 from vpe_jax.checkpoints import convert, families, sources
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 
 OUTPUT_TOLERANCE = 2e-5  # relative to the largest absolute reference value
 GRADIENT_TOLERANCE = 1e-4
@@ -34,7 +34,7 @@ class Abstract:
   dtype: np.dtype = np.dtype(np.float32)
 
   def read(self) -> np.ndarray:
-    raise AssertionError('a plan must not read tensors')
+    raise AssertionError('matching must not read tensors')
 
 
 def _randomize(model, seed: int = 0):
@@ -78,7 +78,7 @@ def _check_round_trip(name: str, folder: Path, imported: families.Imported, to: 
   families.save(name, imported.sizes, imported.params, to)
   imported_tensors = sources.open_source(str(folder)).tensors
   exported = sources.open_source(str(to)).tensors
-  assert set(exported) == set(imported.plan.places)
+  assert set(exported) == set(imported.tensor_map.destinations)
   for key, tensor in exported.items():
     assert tensor.shape == imported_tensors[key].shape, key
     np.testing.assert_array_equal(tensor.read(), imported_tensors[key].read(), err_msg=key)
@@ -119,7 +119,7 @@ def _insensitive(params, apply: Callable, tolerance: float = 10 * OUTPUT_TOLERAN
   expected = np.asarray(apply(params))
   insensitive = []
   leaves, tree = jax.tree.flatten(params)
-  for index, path in enumerate(by_path(params)):
+  for index, path in enumerate(leaves_by_path(params)):
     kind = path.split('/')[-1]
     if kind not in ('bias', 'scale'):
       continue
@@ -140,7 +140,7 @@ def _load_published(name: str) -> tuple[dict, dict[str, Abstract]]:
 
 def _count(params, pattern: str = '') -> int:
   """Number of parameters whose path starts with a match of the regular expression."""
-  return sum(leaf.size for path, leaf in by_path(params).items() if re.match(pattern, path))
+  return sum(leaf.size for path, leaf in leaves_by_path(params).items() if re.match(pattern, path))
 
 
 def _check_codes(ours, theirs, features, codebook, error: float) -> None:
@@ -164,19 +164,19 @@ def _abstract(name: str, sizes):
   return jax.eval_shape(lambda key: families.get(name).init(sizes, key), jax.random.key(0))
 
 
-def _plan_published(name: str, keys: str, sizes) -> tuple[convert.Plan, int, int]:
+def _match_published(name: str, keys: str, sizes) -> tuple[convert.TensorMap, int, int]:
   """Plans the import of a published network from its keys and shapes.
 
   Returns:
-    The plan, the number of source parameters, and the number of our parameters.
+    The map, the number of source parameters, and the number of our parameters.
   """
   with gzip.open(KEYS / f'{keys}.json.gz', 'rt') as file:
     tensors = {key: Abstract(tuple(shape)) for key, shape in json.load(file).items()}
   family = families.get(name)
   abstract = _abstract(name, sizes)
   count = lambda leaves: sum(int(np.prod(leaf.shape, dtype=np.int64)) for leaf in leaves)
-  plan = convert.plan(tensors, family.LAYOUTS, abstract)
-  return plan, count(tensors.values()), count(jax.tree.leaves(abstract))
+  tensor_map = convert.match_tensors(tensors, family.LAYOUTS, abstract)
+  return tensor_map, count(tensors.values()), count(jax.tree.leaves(abstract))
 
 
 @pytest.fixture(scope='session')
@@ -192,7 +192,7 @@ def parity() -> types.SimpleNamespace:
     count=_count,
     check_codes=_check_codes,
     renders=pictures.renders,
-    plan_published=_plan_published,
+    match_published=_match_published,
     golden=GOLDEN,
     load=lambda name, folder, **options: families.load(
       name, sources.open_source(str(folder)), **options

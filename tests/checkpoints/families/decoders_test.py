@@ -248,8 +248,8 @@ def test_published_sizes(parity, real, body, total):
   family = families.get(real.split('_')[0])
   sizes = family.sizes(config)
   abstract = jax.eval_shape(lambda key: family.init(sizes, key), jax.random.key(0))
-  plan = convert.plan(tensors, family.LAYOUTS, abstract)
-  assert plan.places.keys() == tensors.keys() and not plan.absent
+  tensor_map = convert.match_tensors(tensors, family.LAYOUTS, abstract)
+  assert tensor_map.destinations.keys() == tensors.keys() and not tensor_map.absent
   assert parity.count(abstract, r'(layers|norm)/') == body
   assert parity.count(abstract) == total
   assert family.sizes(family.config_json(sizes)) == sizes

@@ -96,7 +96,7 @@ def test_round_trip_is_exact_and_transformers_opens_it(parity, saved, imported, 
   import transformers
 
   parity.check_round_trip(NAME, saved[1], imported, tmp_path / 'out')
-  assert list(imported.plan.ignored) == ['embeddings.mask_token']
+  assert list(imported.tensor_map.ignored) == ['embeddings.mask_token']
   reloaded, info = transformers.Dinov2Model.from_pretrained(
     tmp_path / 'out', output_loading_info=True
   )
@@ -152,9 +152,12 @@ def test_published_sizes(parity, real, total):
   config, tensors = parity.load_published(real)
   sizes = dinov2.sizes(config)
   abstract = jax.eval_shape(lambda key: dinov2.init(sizes, key), jax.random.key(0))
-  plan = convert.plan(tensors, dinov2.LAYOUTS, abstract)
-  assert plan.places.keys() | plan.ignored.keys() == tensors.keys() and not plan.absent
-  assert list(plan.ignored) == ['embeddings.mask_token']
+  tensor_map = convert.match_tensors(tensors, dinov2.LAYOUTS, abstract)
+  assert (
+    tensor_map.destinations.keys() | tensor_map.ignored.keys() == tensors.keys()
+    and not tensor_map.absent
+  )
+  assert list(tensor_map.ignored) == ['embeddings.mask_token']
   # The published total includes the mask token, which is only used in training.
   assert parity.count(abstract) + sizes.encoder.width == total
   assert dinov2.sizes(dinov2.config_json(sizes)) == sizes

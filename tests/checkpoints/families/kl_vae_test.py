@@ -158,7 +158,7 @@ def test_old_names_of_attention_layers_are_imported(parity, saved, imported, tmp
   safetensors.numpy.save_file(tensors, tmp_path / 'diffusion_pytorch_model.safetensors')
   (tmp_path / 'config.json').write_text((saved[1] / 'config.json').read_text())
   reloaded = parity.load(NAME, tmp_path)
-  assert 'query' in str(sorted(reloaded.plan.places))
+  assert 'query' in str(sorted(reloaded.tensor_map.destinations))
   jax.tree.map(np.testing.assert_array_equal, reloaded.params, imported.params)
 
 
@@ -188,8 +188,8 @@ def test_published_sizes(parity, kind):
   channels, total = REAL[kind]
   config = json.loads((parity.golden / 'keys' / f'kl_vae_{kind}.config.json').read_text())
   sizes = kl_vae.sizes(config)
-  plan, source, ours = parity.plan_published(NAME, f'kl_vae_{kind}', sizes)
-  assert source == ours == total and not plan.ignored and not plan.absent
+  tensor_map, source, ours = parity.match_published(NAME, f'kl_vae_{kind}', sizes)
+  assert source == ours == total and not tensor_map.ignored and not tensor_map.absent
   assert sizes.channels == channels and sizes.body.factor == 8
   assert kl_vae.sizes(kl_vae.config_json(sizes)) == sizes
 

@@ -17,7 +17,7 @@ from vpe_jax.checkpoints.families import llamagen
 from vpe_jax.contracts import UserError
 from vpe_jax.models import mot
 from vpe_jax.models.llamagen import LlamaGen
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 
 pytestmark = pytest.mark.parity
 NAME = 'llamagen'
@@ -62,8 +62,8 @@ def test_pickled_release_is_imported(imported, tmp_path):
   weights = safetensors.torch.load_file(GOLDEN / 'model.safetensors')
   torch.save({'model': weights}, tmp_path / 'c2i_XL_384.pt')
   source = sources.open_source(str(tmp_path / 'c2i_XL_384.pt'))
-  loaded = by_path(families.load(NAME, source, sizes=imported.sizes).params)
-  for path, leaf in by_path(imported.params).items():
+  loaded = leaves_by_path(families.load(NAME, source, sizes=imported.sizes).params)
+  for path, leaf in leaves_by_path(imported.params).items():
     np.testing.assert_array_equal(loaded[path], leaf, err_msg=path)
 
 
@@ -109,8 +109,8 @@ def test_published_sizes(parity, real, body, total):
   config, tensors = parity.load_published(real)
   sizes = llamagen.sizes(config)
   abstract = jax.eval_shape(lambda key: llamagen.init(sizes, key), jax.random.key(0))
-  plan = convert.plan(tensors, llamagen.LAYOUTS, abstract)
-  assert plan.places.keys() == tensors.keys() and not plan.absent
+  tensor_map = convert.match_tensors(tensors, llamagen.LAYOUTS, abstract)
+  assert tensor_map.destinations.keys() == tensors.keys() and not tensor_map.absent
   assert parity.count(abstract, r'(layers|norm)/') == body
   assert parity.count(abstract) == total
   assert llamagen.sizes(llamagen.config_json(sizes)) == sizes

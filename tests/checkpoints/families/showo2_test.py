@@ -12,7 +12,7 @@ import pytest
 from vpe_jax.checkpoints import convert, families, sources
 from vpe_jax.checkpoints.families import showo2
 from vpe_jax.contracts import UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 
 pytestmark = pytest.mark.parity
 NAME = 'showo2'
@@ -57,10 +57,10 @@ def test_pickled_release_with_a_tied_output_head(show_o2, tmp_path):
   torch.save(weights, tmp_path / 'pytorch_model.bin')
   (tmp_path / 'config.json').write_text((show_o2.folder / 'config.json').read_text())
   loaded = families.load(NAME, sources.open_source(str(tmp_path)))
-  assert list(loaded.plan.ignored) == ['showo.lm_head.weight']
-  assert not loaded.plan.absent
-  expected = by_path(show_o2.imported.params)
-  for path, leaf in by_path(loaded.params).items():
+  assert list(loaded.tensor_map.ignored) == ['showo.lm_head.weight']
+  assert not loaded.tensor_map.absent
+  expected = leaves_by_path(show_o2.imported.params)
+  for path, leaf in leaves_by_path(loaded.params).items():
     np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
 
 
@@ -78,9 +78,9 @@ def test_embeddings_of_a_visual_prompt_are_left_to_the_caller(show_o2):
   sizes = dataclasses.replace(show_o2.sizes, codes=5)
   abstract = jax.eval_shape(lambda key: showo2.init(sizes, key), jax.random.key(0))
   loaded = families.load(NAME, sources.open_source(str(show_o2.folder)), sizes=sizes)
-  assert by_path(abstract).keys() - by_path(loaded.params).keys() == {'embed/codes'}
-  assert by_path(abstract)['embed/codes'].shape == (7, sizes.ar.width)
-  assert list(loaded.plan.absent) == ['embed/codes']
+  assert leaves_by_path(abstract).keys() - leaves_by_path(loaded.params).keys() == {'embed/codes'}
+  assert leaves_by_path(abstract)['embed/codes'].shape == (7, sizes.ar.width)
+  assert list(loaded.tensor_map.absent) == ['embed/codes']
 
 
 def test_unsupported_configs_are_refused(show_o2):
@@ -119,8 +119,12 @@ def test_published_sizes(parity):
   sizes = showo2.sizes(config)
   assert showo2.sizes(RELEASED) == showo2.sizes(RELEASED | {'llm_vocab_size': None}) == sizes
   abstract = jax.eval_shape(lambda key: showo2.init(sizes, key), jax.random.key(0))
-  plan = convert.plan(tensors, showo2.LAYOUTS, abstract)
-  assert plan.places.keys() == tensors.keys() and not plan.ignored and not plan.absent
+  tensor_map = convert.match_tensors(tensors, showo2.LAYOUTS, abstract)
+  assert (
+    tensor_map.destinations.keys() == tensors.keys()
+    and not tensor_map.ignored
+    and not tensor_map.absent
+  )
   assert parity.count(abstract, r'') == 2_830_777_056
   assert parity.count(abstract, r'dit/dual_path/encoder/') == 396_227_104
   assert parity.count(abstract, r'dit/dual_path/ends/fusion') == 6_493_824

@@ -100,7 +100,7 @@ def test_published_sizes(parity, real, total):
   config, tensors = parity.load_published(real)
   sizes = siglip.sizes(config)
   abstract = jax.eval_shape(lambda key: siglip.init(sizes, key), jax.random.key(0))
-  plan = convert.plan(tensors, siglip.LAYOUTS, abstract)
-  assert plan.places.keys() == tensors.keys() and not plan.absent
+  tensor_map = convert.match_tensors(tensors, siglip.LAYOUTS, abstract)
+  assert tensor_map.destinations.keys() == tensors.keys() and not tensor_map.absent
   assert parity.count(abstract) == total
   assert siglip.sizes(siglip.config_json(sizes)) == sizes

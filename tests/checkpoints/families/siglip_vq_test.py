@@ -159,7 +159,7 @@ def test_outputs_equal_xomni(parity, xomni, golden):
   np.testing.assert_array_equal(apply(features, 'quantize'), golden['tokens'])
   decoded = jax.jit(lambda x: apply(x, 'decode'))(golden['tokens'].astype(np.int32))
   parity.assert_close(decoded, np.moveaxis(golden['decoded'], 1, -1))
-  assert xomni.plan.table.name.endswith('(X-Omni)') and xomni.sizes.post_blocks == 2
+  assert xomni.tensor_map.table.name.endswith('(X-Omni)') and xomni.sizes.post_blocks == 2
 
 
 def test_bfloat16_stays_close_to_float32(parity, imported, run, inputs):
@@ -199,7 +199,9 @@ def test_round_trips_are_exact_and_glm_image_opens_them(parity, saved, imported,
     folder = tmp_path / str(original.sizes.post_blocks)
     families.save(NAME, original.sizes, original.params, folder)
     reloaded = parity.load(NAME, folder)
-    assert reloaded.sizes == original.sizes and reloaded.plan.table.name.endswith('(LLaDA2.0-Uni)')
+    assert reloaded.sizes == original.sizes and reloaded.tensor_map.table.name.endswith(
+      '(LLaDA2.0-Uni)'
+    )
     jax.tree.map(np.testing.assert_array_equal, reloaded.params, original.params)
 
 
@@ -225,11 +227,11 @@ def test_every_bias_and_norm_matters(parity, imported, run, inputs, xomni, golde
 @pytest.mark.parametrize('kind', ['xomni', 'glm', 'llada'])
 def test_published_sizes(parity, kind):
   sizes = family.RELEASED_SIZES if kind == 'xomni' else SiglipVqConfig()
-  plan, source, ours = parity.plan_published(NAME, f'siglip_vq_{kind}', sizes)
-  assert ours == TOWER + CODEBOOK + (POST if kind == 'xomni' else 0) and not plan.absent
-  assert {'xomni': 'X-Omni', 'glm': 'GLM', 'llada': 'LLaDA'}[kind] in plan.table.name
+  tensor_map, source, ours = parity.match_published(NAME, f'siglip_vq_{kind}', sizes)
+  assert ours == TOWER + CODEBOOK + (POST if kind == 'xomni' else 0) and not tensor_map.absent
+  assert {'xomni': 'X-Omni', 'glm': 'GLM', 'llada': 'LLaDA'}[kind] in tensor_map.table.name
   assert (source == ours) == (kind != 'glm')
-  assert all('language_model' in key or 'lm_head' in key for key in plan.ignored)
+  assert all('language_model' in key or 'lm_head' in key for key in tensor_map.ignored)
   assert family.sizes(family.config_json(sizes)) == sizes
 
 

@@ -133,9 +133,9 @@ def test_only_llamagen_ignores_the_norm_of_codebook_entries(name, imported, gold
 
 def test_published_sizes(parity, name):
   family = families.get(name)
-  plan, source, ours = parity.plan_published(name, name, family.RELEASED_SIZES)
-  assert (ours, source - ours) == REAL[name] and not plan.absent
-  assert set(plan.ignored) == ({'quantize.codebook_used'} if name == 'llamagen_vq' else set())
+  tensor_map, source, ours = parity.match_published(name, name, family.RELEASED_SIZES)
+  assert (ours, source - ours) == REAL[name] and not tensor_map.absent
+  assert set(tensor_map.ignored) == ({'quantize.codebook_used'} if name == 'llamagen_vq' else set())
   assert family.RELEASED_SIZES.body.factor == 16
   assert family.sizes(family.config_json(family.RELEASED_SIZES)) == family.RELEASED_SIZES
 

@@ -152,7 +152,7 @@ def test_both_layouts_give_the_same_network(parity, saved, imported, tmp_path, m
   torch.save(renamed, tmp_path / 'Wan2.1_VAE.pth')
   monkeypatch.setattr(wan_vae, 'RELEASED_SIZES', imported.sizes)  # without a config.json
   reloaded = parity.load(NAME, tmp_path / 'Wan2.1_VAE.pth')
-  assert reloaded.plan.table.name.endswith('(Wan2.1_VAE.pth)')
+  assert reloaded.tensor_map.table.name.endswith('(Wan2.1_VAE.pth)')
   jax.tree.map(np.testing.assert_array_equal, reloaded.params, imported.params)
 
 
@@ -173,9 +173,9 @@ def test_export_is_refused(imported, tmp_path):
 def test_published_sizes(parity, rename, monkeypatch):
   read = json.load
   monkeypatch.setattr(json, 'load', lambda file: {rename(k): v for k, v in read(file).items()})
-  plan, source, ours = parity.plan_published(NAME, 'wan_vae', wan_vae.RELEASED_SIZES)
-  assert (source, ours) == (TOTAL, USED) and not plan.absent
-  assert len(plan.ignored) == 8 and all('time_conv' in key for key in plan.ignored)
+  tensor_map, source, ours = parity.match_published(NAME, 'wan_vae', wan_vae.RELEASED_SIZES)
+  assert (source, ours) == (TOTAL, USED) and not tensor_map.absent
+  assert len(tensor_map.ignored) == 8 and all('time_conv' in key for key in tensor_map.ignored)
 
 
 def test_sizes_come_from_the_config_or_the_family(parity, saved, imported):

@@ -11,7 +11,7 @@ from vpe_jax import systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.contracts import UserError
 from vpe_jax.generator import Generator
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import loop, metrics
 
 pytestmark = pytest.mark.slow
@@ -56,7 +56,7 @@ def test_a_branch_without_plan_is_the_run_that_goes_on(folder):
   fork = f'debug,vpe=false,fork={folder / "shared"}'
   branch = _train(folder, 'baseline', fork, BRANCH)
   for tree in ('params', 'ema', 'opt_state'):
-    _same(by_path(branch[tree]), by_path(long[tree]))
+    _same(leaves_by_path(branch[tree]), leaves_by_path(long[tree]))
   assert int(branch['step']) == BRANCH and int(long['step']) == SHARED + BRANCH
   assert int(branch['examples_seen']) == int(long['examples_seen'])
 
@@ -70,7 +70,7 @@ def test_a_branch_with_plan_carries_all_but_the_rows_of_codes(folder):
   assert {'loss/flow', 'loss/next_token'} <= set(record)
   assert abs(record['loss/next_token'] - np.log(512)) < 0.5  # Fresh rows know nothing yet.
   before, _ = weights.load_run(str(folder / 'shared'), 'raw')
-  before, after = by_path(before), by_path(state['params'])
+  before, after = leaves_by_path(before), leaves_by_path(state['params'])
   assert set(after) - set(before) == {'embed/prefix'}
   for path, leaf in before.items():  # One small step from where the other run was.
     np.testing.assert_allclose(after[path], leaf, atol=3e-3)

@@ -85,9 +85,9 @@ def test_paper_totals_lengths_and_batches_are_the_papers():
 
 
 def test_presets_build_one_module_tree_that_shards_evenly():
-  trees = [set(sharding.by_path(_abstract(arg))) for arg in ('debug', 'tiny', 'paper')]
+  trees = [set(sharding.leaves_by_path(_abstract(arg))) for arg in ('debug', 'tiny', 'paper')]
   assert trees[0] == trees[1] == trees[2]
-  assert trees[0] - set(sharding.by_path(_abstract('paper,vpe=false'))) == {'embed/prefix'}
+  assert trees[0] - set(sharding.leaves_by_path(_abstract('paper,vpe=false'))) == {'embed/prefix'}
   mesh, params = sharding.make_mesh(MeshConfig()), _abstract('paper')
   axes = _system('paper').logical_axes
   shardings = sharding.param_shardings(params, axes, mesh, 'fsdp')
@@ -265,7 +265,7 @@ def test_layers_and_norm_start_from_qwen2(tmp_path):
     abstract = resume.abstract_state(system.config, system, 0, mesh)
     state, origins = resume.fresh_state(system, abstract, {}, KEY)
   for part in ('layers', 'norm'):
-    ours, theirs = (sharding.by_path(tree[part]) for tree in (state['params'], given))
+    ours, theirs = (sharding.leaves_by_path(tree[part]) for tree in (state['params'], given))
     assert ours.keys() == theirs.keys()
     for path, leaf in ours.items():
       np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)

@@ -63,9 +63,9 @@ def _total(tree) -> int:
 
 
 def test_presets_build_one_module_tree():
-  trees = [set(sharding.by_path(_abstract(arg))) for arg in ('debug', 'tiny', 'paper')]
+  trees = [set(sharding.leaves_by_path(_abstract(arg))) for arg in ('debug', 'tiny', 'paper')]
   assert trees[0] == trees[1] == trees[2]
-  assert trees[0] - set(sharding.by_path(_abstract('paper,vpe=false'))) == {
+  assert trees[0] - set(sharding.leaves_by_path(_abstract('paper,vpe=false'))) == {
     'embed/prefix',
     'embed/pad',
   }

@@ -18,7 +18,7 @@ from vpe_jax.evaluation import heldout
 from vpe_jax.sampling import flow
 from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.sampling.prefix import Prefix
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.systems.vpe import layouts
 from vpe_jax.systems.vpe.editing import Sampling
 from vpe_jax.training.state import split_trainable
@@ -60,7 +60,7 @@ def _params(arch='internal'):
 
 def test_parameters_are_the_papers_and_the_same_in_both_architectures():
   ours, theirs = (
-    {path: leaf.shape for path, leaf in by_path(jax.eval_shape(made.init, KEY)).items()}
+    {path: leaf.shape for path, leaf in leaves_by_path(jax.eval_shape(made.init, KEY)).items()}
     for made in (_system(arch, 'paper') for arch in ('internal', 'external'))
   )
   assert ours == theirs

@@ -24,7 +24,7 @@ from vpe_jax.ops.flops import matrix_flops
 from vpe_jax.sampling import flow
 from vpe_jax.sequence.builder import build
 from vpe_jax.sequence.layouts import cross_attention
-from vpe_jax.sharding import by_path, make_mesh, param_shardings
+from vpe_jax.sharding import leaves_by_path, make_mesh, param_shardings
 from vpe_jax.systems.vpe.text_to_image import Sampling
 from vpe_jax.training.state import first_state
 
@@ -92,7 +92,7 @@ def params():
 @pytest.mark.parametrize('preset', ['debug', 'tiny', 'paper', 'pod'])
 def test_parameters_are_those_of_internal(preset):
   ours, theirs = (
-    {path: leaf.shape for path, leaf in by_path(jax.eval_shape(made.init, KEY)).items()}
+    {path: leaf.shape for path, leaf in leaves_by_path(jax.eval_shape(made.init, KEY)).items()}
     for made in (_system(preset=preset), _system('internal', preset))
   )
   assert ours == theirs
@@ -105,7 +105,7 @@ def test_cross_attention_has_parameters_of_its_own(preset):
   """In each layer of the picture expert, and all of them named for sharding."""
   system = _system(preset=preset, condition='cross')
   ours, others = (
-    by_path(jax.eval_shape(made.init, KEY)) for made in (system, _system(preset=preset))
+    leaves_by_path(jax.eval_shape(made.init, KEY)) for made in (system, _system(preset=preset))
   )
   more = {path: leaf for path, leaf in ours.items() if path not in others}
   assert all(path.startswith('dit/layers/cross/') for path in more)
@@ -146,7 +146,7 @@ def test_stage_render_trains_the_picture_expert_on_the_flow_alone(condition):
   shapes = jax.eval_shape(system.init, KEY)
   state = jax.eval_shape(lambda p: first_state(p, stage), shapes)
   for held in (state['ema'], state['opt_state']['mu'], state['opt_state']['nu']):
-    assert {path.split('/')[0] for path in by_path(held)} == {'dit'}
+    assert {path.split('/')[0] for path in leaves_by_path(held)} == {'dit'}
   # As held-out evaluation runs it.
   stage = heldout.with_all_losses(system.stages, 1)
   losses = lambda p: system.losses(p, {}, batch, KEY, 0, stage)

@@ -11,7 +11,7 @@ from configs import edit, t2i
 from vpe_jax import rng, systems
 from vpe_jax.contracts import Stage, System
 from vpe_jax.ops.flops import matrix_flops
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training.model_flops import step_flops
 from vpe_jax.training.state import first_state
 from vpe_jax.training.step import make_train_step
@@ -51,7 +51,7 @@ def test_a_frozen_group_has_no_gradient_and_no_memory(config_file, arch, name, g
   assert set(state['params']) == {'ar', 'dit', 'embed'}
   for tree in (state['opt_state']['mu'], state['opt_state']['nu'], state['ema']):
     assert not groups & set(tree)
-  trained = {path for path in by_path(state['params']) if path.split('/')[0] not in groups}
-  assert set(by_path(state['opt_state']['mu'])) == trained
+  trained = {path for path in leaves_by_path(state['params']) if path.split('/')[0] not in groups}
+  assert set(leaves_by_path(state['opt_state']['mu'])) == trained
   # The weight gradient of a frozen body would be 8 % and more.
   assert 0.98 < _executed_flops(system, stage) / step_flops(system, stage, 2).total < 1.02

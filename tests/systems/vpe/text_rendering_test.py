@@ -13,7 +13,7 @@ from vpe_jax import rng, systems
 from vpe_jax.contracts import UserError
 from vpe_jax.data.sources import open_source
 from vpe_jax.sampling import flow as flow_lib
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.systems.vpe.text_to_image import Sampling
 
 KEY = rng.run_key(0)
@@ -52,7 +52,7 @@ def params(plain):
 
 
 def _tree(arg: str):
-  return by_path(jax.eval_shape(_system(arg).init, KEY))
+  return leaves_by_path(jax.eval_shape(_system(arg).init, KEY))
 
 
 # Tokens of the row as App. D draws it, of which the tail [eoi] [eos] is left out.

@@ -13,12 +13,12 @@ import torch
 from configs import t2i as config_file
 from tests import small_models
 from vpe_jax import main, rng, sharding, systems
-from vpe_jax.checkpoints import converted, frozen
+from vpe_jax.checkpoints import frozen, imports
 from vpe_jax.checkpoints.families import siglip_vq, wan_vae
 from vpe_jax.config import to_dict
 from vpe_jax.contracts import UserError
 from vpe_jax.generator import Generator
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 
 pytestmark = pytest.mark.parity
 CODES = small_models.VQ['num_embeddings']
@@ -80,11 +80,13 @@ def test_codes_and_latents_are_the_reference_models(folders):
 
 
 def test_an_import_serves_as_well_as_the_folder(folders, tmp_path):
-  converted.bring_in('siglip_vq', str(folders / 'glm'), str(tmp_path / 'glm'))
+  imports.import_weights('siglip_vq', str(folders / 'glm'), str(tmp_path / 'glm'))
   load = lambda **weights: _loaded(systems.build(_config(folders, **weights).to_dict()))
   direct, imported = load(), load(visual_prompt=str(tmp_path / 'glm'))
-  for path, leaf in by_path(direct.params['siglip_vq']).items():
-    np.testing.assert_array_equal(leaf, by_path(imported.params['siglip_vq'])[path], err_msg=path)
+  for path, leaf in leaves_by_path(direct.params['siglip_vq']).items():
+    np.testing.assert_array_equal(
+      leaf, leaves_by_path(imported.params['siglip_vq'])[path], err_msg=path
+    )
   assert direct.fingerprints == imported.fingerprints
 
 

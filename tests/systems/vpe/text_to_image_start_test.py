@@ -17,7 +17,7 @@ from vpe_jax.checkpoints import sources
 from vpe_jax.config import to_dict
 from vpe_jax.contracts import UserError
 from vpe_jax.models.unified import UnifiedConfig
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import resume
 
 pytestmark = pytest.mark.parity
@@ -44,7 +44,7 @@ def _started(system):
 
 
 def _same(ours, others):
-  ours, others = by_path(ours), by_path(others)
+  ours, others = leaves_by_path(ours), leaves_by_path(others)
   assert ours.keys() == others.keys()
   for path, leaf in ours.items():
     np.testing.assert_array_equal(leaf, others[path], err_msg=path)
@@ -95,7 +95,7 @@ def test_an_import_serves_as_well(show_o2, tmp_path):
   ours = config_file.get_config('debug').model
   said |= {'bos_token_id': ours.bos, 'boi_token_id': ours.boi}
   (published / 'config.json').write_text(json.dumps(said))
-  convert.bring_in('showo2', str(published), kept)
+  convert.import_weights('showo2', str(published), kept)
   _check(show_o2, _system(show_o2, kept))
   with pytest.raises(UserError, match='other sizes'):
     _started(_system(show_o2, kept, arch='single', bos=7))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import jax
 
-from vpe_jax.checkpoints import convert
+from vpe_jax.checkpoints import convert, dtypes
 from vpe_jax.checkpoints.sources import Source
 from vpe_jax.checkpoints.table import Table
 from vpe_jax.config import build_section, nearest, to_dict
@@ -82,13 +82,13 @@ class Imported:
     family: name of the family.
     sizes: of the network.
     params: its parameters.
-    plan: destination of each source tensor, and unused tensors.
+    tensor_map: destination of each source tensor, and unused tensors.
   """
 
   family: str
   sizes: Any
   params: Params
-  plan: convert.Plan
+  tensor_map: convert.TensorMap
 
 
 def get(name: str) -> Family:
@@ -105,29 +105,32 @@ def get(name: str) -> Family:
 def load(
   name: str,
   source: Source,
-  place: Callable[[Params], Params] | None = None,
+  shard: Callable[[Params], Params] | None = None,
   sizes: Any = None,
+  dtype: str = 'float32',
 ) -> Imported:
   """Loads a published network.
 
   Args:
     name: of the family.
     source: the weights.
-    place: adds shardings to the abstract parameters (None: one device).
+    shard: adds shardings to the abstract parameters (None: one device).
     sizes: of the network (None: from the source's config.json, else the family's
       `RELEASED_SIZES`).
+    dtype: of the parameters: float32, bfloat16 or float16. Tensors are cast one at a time.
 
   Raises:
-    UserError: the sizes are unknown, or the weights don't fit them.
+    UserError: the sizes or the dtype are unknown, or the weights don't fit the sizes.
   """
   family = get(name)
   if sizes is None:
     sizes = _sizes(family, name, source)
-  abstract = _abstract(family, name, sizes)
-  if place is not None:
-    abstract = place(abstract)
-  plan = convert.plan(source.tensors, family.LAYOUTS, abstract)
-  return Imported(name, sizes, convert.tree(convert.load(source.tensors, plan, abstract)), plan)
+  abstract = dtypes.cast_shapes(_abstract(family, name, sizes), dtypes.parse(dtype))
+  if shard is not None:
+    abstract = shard(abstract)
+  tensor_map = convert.match_tensors(source.tensors, family.LAYOUTS, abstract)
+  leaves = convert.load(source.tensors, tensor_map, abstract)
+  return Imported(name, sizes, convert.tree(leaves), tensor_map)
 
 
 def save(name: str, sizes: Any, params: Params, folder: Path, **options: Any) -> list[str]:

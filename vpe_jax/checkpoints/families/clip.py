@@ -85,7 +85,7 @@ def config_json(sizes: ClipConfig) -> dict[str, Any]:
 
 
 def init(sizes: ClipConfig, rng: Array) -> Params:
-  """Fresh parameters."""
+  """Random initial parameters."""
   images = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
   return Clip(sizes).init(rng, images, jnp.zeros((1, sizes.text_length), jnp.int32))['params']
 

@@ -84,7 +84,7 @@ def config_json(sizes: Dinov2Config) -> dict[str, Any]:
 
 
 def init(sizes: Dinov2Config, rng: Array) -> Params:
-  """Fresh parameters."""
+  """Random initial parameters."""
   images = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
   return Dinov2(sizes).init(rng, images)['params']
 

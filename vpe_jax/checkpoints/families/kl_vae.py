@@ -76,7 +76,7 @@ def config_json(sizes: KlVaeConfig) -> dict[str, Any]:
 
 
 def init(sizes: KlVaeConfig, rng: Array) -> Params:
-  """Fresh parameters."""
+  """Random initial parameters."""
   side = sizes.body.factor
   return KlVae(sizes).init(rng, jnp.zeros((1, side, side, 3)))['params']
 

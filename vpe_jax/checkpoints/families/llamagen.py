@@ -89,7 +89,7 @@ def config_json(sizes: LlamaGenConfig) -> dict[str, Any]:
 
 
 def init(sizes: LlamaGenConfig, rng: Array) -> Params:
-  """Fresh parameters."""
+  """Random initial parameters."""
   return LlamaGen(sizes).init(rng)
 
 

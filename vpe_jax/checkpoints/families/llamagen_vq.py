@@ -74,7 +74,7 @@ def config_json(sizes: VqGanConfig) -> dict[str, Any]:
 
 
 def init(sizes: VqGanConfig, rng: Array) -> Params:
-  """Fresh parameters."""
+  """Random initial parameters."""
   side = sizes.body.factor
   return VqGan(sizes).init(rng, jnp.zeros((1, side, side, 3)))['params']
 

@@ -39,7 +39,7 @@ def config_json(sizes: DecoderConfig) -> dict[str, Any]:
 
 
 def init(sizes: DecoderConfig, rng: Array) -> Params:
-  """Fresh parameters."""
+  """Random initial parameters."""
   return Decoder(sizes).init(rng)
 
 

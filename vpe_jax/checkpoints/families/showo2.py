@@ -134,7 +134,7 @@ def config_json(sizes: UnifiedConfig) -> dict[str, Any]:
 
 
 def init(sizes: UnifiedConfig, rng: Array) -> Params:
-  """Fresh parameters, including embeddings of the visual prompt."""
+  """Random initial parameters, including embeddings of the visual prompt."""
   return Unified(sizes).init(rng)
 
 

@@ -71,7 +71,7 @@ def config_json(sizes: SiglipConfig) -> dict[str, Any]:
 
 
 def init(sizes: SiglipConfig, rng: Array) -> Params:
-  """Fresh parameters."""
+  """Random initial parameters."""
   images = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
   ids, length = jnp.zeros((1, sizes.text_length), jnp.int32), jnp.ones((1,), jnp.int32)
   return Siglip(sizes).init(rng, images, ids, length)['params']

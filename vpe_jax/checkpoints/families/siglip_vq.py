@@ -101,7 +101,7 @@ def config_json(sizes: SiglipVqConfig) -> dict[str, Any]:
 
 
 def init(sizes: SiglipVqConfig, rng: Array) -> Params:
-  """Fresh parameters."""
+  """Random initial parameters."""
   return SiglipVq(sizes).init(rng, jnp.zeros((1, sizes.patch, sizes.patch, 3)))['params']
 
 

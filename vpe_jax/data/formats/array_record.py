@@ -29,7 +29,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.folder import Asked, Bytes, first_of, open_folder
 from vpe_jax.data.records import Record, Stored
-from vpe_jax.storage import checksum, local
+from vpe_jax.storage import checksum, local_path
 
 MANIFEST = 'prepared.json'
 FORMAT = 1  # of manifest and records
@@ -175,7 +175,7 @@ def open_pictures(path: str, count: int, asked: Asked, keep: Filter) -> Stored:
   Raises:
     UserError: the folder can't be read, or lacks what is asked for.
   """
-  folder = local(path)
+  folder = local_path(path)
   if not (folder / MANIFEST).exists():
     return open_folder(path, count, asked, keep)
   manifest, digest = read_manifest(folder)

@@ -21,7 +21,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import EVERYTHING, Filter
 from vpe_jax.data.records import Record
 from vpe_jax.data.transforms import read_image, to_square
-from vpe_jax.storage import local, read_lines, read_text
+from vpe_jax.storage import local_path, read_lines, read_text
 
 _ENDINGS = frozenset({'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'})
 _CAPTIONS = 'captions.jsonl'
@@ -147,7 +147,7 @@ def open_folder(
     UserError: the folder is missing or empty, an image has no caption, a text or a line can't be
       read, or the filter finds nothing, or not what it needs.
   """
-  folder = local(path)
+  folder = local_path(path)
   kept, read = set(), 0
   for names, values, where in find(folder, asked):
     read += 1

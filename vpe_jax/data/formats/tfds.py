@@ -19,7 +19,7 @@ from typing import Any
 from vpe_jax.contracts import UserError
 from vpe_jax.data.formats.folder import Asked, Bytes, first_of, valid
 from vpe_jax.data.records import Record
-from vpe_jax.storage import local
+from vpe_jax.storage import local_path
 
 _INFO = 'dataset_info.json'
 _FEATURES = 'features.json'
@@ -107,7 +107,7 @@ def open_tfds(name: str, root: str, count: int, asked: Asked, fit: str) -> Tfds:
     UserError: there is no such data set or split, it isn't in ArrayRecord, or it lacks what is
       asked for.
   """
-  folder, split = _find(local(root), name)
+  folder, split = _find(local_path(root), name)
   builder = _builder(str(folder))
   features = builder.info.features
   image = _picture(folder, asked.image, features)

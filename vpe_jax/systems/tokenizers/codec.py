@@ -46,6 +46,7 @@ class ModelConfig:
     encoder_weights: source of a published tower (`feature_vq.encoder`) that replaces SigLIP: a
       folder, an import, or a hub id; empty for its release.
     image_weights: source of the frozen autoencoder of stage `image_codes`.
+    weights_dtype: dtype of the loaded weights of frozen networks: float32 or bfloat16.
     feature_vq: sizes of the quantizer of features.
     image: sizes of the autoencoder.
     image_codes: sizes of the quantizer of latents.
@@ -61,6 +62,7 @@ class ModelConfig:
   siglip_weights: str = 'assets:siglip'
   encoder_weights: str = ''
   image_weights: str = 'assets:image'
+  weights_dtype: str = 'float32'
   feature_vq: feature_vq.FeatureVqConfig = feature_vq.FeatureVqConfig()
   image: kl.KlConfig = kl.KlConfig()
   image_codes: image_codes.ImageCodesConfig = image_codes.ImageCodesConfig()
@@ -125,9 +127,9 @@ class System(SystemProtocol):
     if 'feature_vq' in self.config.stages:
       tower = c.feature_vq
       weights = c.siglip_weights if tower.encoder == 'siglip' else c.encoder_weights
-      frozen = {tower.encoder: towers.frozen(tower, weights)}
+      frozen = {tower.encoder: towers.frozen(tower, weights, c.weights_dtype)}
     if 'image_codes' in self.config.stages:
-      frozen['image'] = FrozenNetwork(c.image_weights)
+      frozen['image'] = FrozenNetwork(c.image_weights, dtype=c.weights_dtype)
     return frozen
 
   def _stage(self, name: str) -> Stage:

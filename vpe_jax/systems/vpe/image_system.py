@@ -73,8 +73,8 @@ class ImageSystem(PlansVisually):
     """The codecs' settings."""
     c = self.config.model
     settings = {'visual_prompt': to_dict(c.visual_prompt), 'image': to_dict(c.image)}
-    for section in settings.values():  # Weights are known by their fingerprints.
-      for name in [name for name in section if name.endswith('weights')]:
+    for section in settings.values():  # Weights and their dtype are known by their fingerprints.
+      for name in [name for name in section if name.endswith(('weights', 'weights_dtype'))]:
         del section[name]
     return settings | {'vpe': c.vpe, 'dtype': self.config.dtype}
 

@@ -158,7 +158,7 @@ class VisualPrompts:
     check_target(path, overwrite)
     content = _json(self) if path.endswith('.json') else _npz(self)
     with storage.writing(path):
-      storage.write_atomic(storage.place(path), content)
+      storage.write_atomic(storage.resolve(path), content)
 
 
 def load(path: str) -> VisualPrompts:
@@ -171,7 +171,7 @@ def load(path: str) -> VisualPrompts:
     UserError: the file is absent or damaged; names the first fault.
   """
   _check_ending(path)
-  place = storage.place(path)
+  place = storage.resolve(path)
   try:
     content = place.read_bytes()
   except OSError as error:
@@ -191,8 +191,8 @@ def check_target(path: str, overwrite: bool = False) -> None:
     UserError: the file exists (and `overwrite` is off), is a folder, or ends in something else.
   """
   _check_ending(path)
-  place = storage.place(path)
-  if storage.reached(place, place.is_dir):
+  place = storage.resolve(path)
+  if storage.probe(place, place.is_dir):
     raise UserError(f'{path} is a folder: name a file')
   if place.exists() and not overwrite:
     raise UserError(

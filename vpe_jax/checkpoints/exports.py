@@ -32,7 +32,7 @@ def export(
     to: output file, ending in `.safetensors`.
     network: required for a codec run: `feature_vq`, `image` or `image_codes`; '' for all
       parameters.
-    which: `ema` or `raw`.
+    which: `ema` or `raw` (the last) parameters.
     overwrite: whether an existing file may be replaced.
     settings: sampling settings that override the run's; None keeps the run's.
 
@@ -41,8 +41,8 @@ def export(
     adds.
 
   Raises:
-    UserError: the run or network doesn't exist, a setting is out of range, or the file exists or
-      can't be written.
+    UserError: the run or network doesn't exist, several networks would be exported, a setting is
+      out of range, or the file exists or can't be written.
   """
   weights.check_target(to, overwrite)
   params, metadata = weights.load_run(workdir, which)

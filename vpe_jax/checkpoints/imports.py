@@ -21,13 +21,15 @@ from vpe_jax.checkpoints import families, parity, sources, weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, build_section, to_dict
 from vpe_jax.contracts import Params, PretrainedWeights, UserError
-from vpe_jax.sharding import by_path
+from vpe_jax.sharding import leaves_by_path
 
 # System that trains a network of a published family -> (family, config.model section of its sizes).
 _TRAINED = {'siglip': ('siglip', 'siglip')}
 
 
-def bring_in(family: str, source: str, to: str, check: bool = False) -> list[str]:
+def import_weights(
+  family: str, source: str, to: str, check: bool = False, dtype: str = 'float32'
+) -> list[str]:
   """Imports published weights; the Python API of `vpe_jax.convert`.
 
   Args:
@@ -35,35 +37,44 @@ def bring_in(family: str, source: str, to: str, check: bool = False) -> list[str
     source: see `sources.open_source`.
     to: output folder.
     check: whether to compare outputs with the reference library before anything is written.
+    dtype: of the saved parameters: float32, bfloat16 or float16.
 
   Returns:
     The lines of the report.
 
   Raises:
     UserError: see `check_target`, `sources.open_source`, `families.load`, `parity.compare` and
-      `write`; or the comparison fails.
+      `write`; the dtype is unknown; or the comparison fails, or is requested in another dtype
+      than float32.
   """
   check_target(to, source)
+  if check and dtype != 'float32':
+    raise UserError(f'--check compares in float32: import with --dtype=float32, not {dtype}')
   began = time.monotonic()
   opened = sources.open_source(source)
-  imported = families.load(family, opened)
-  said = []
+  imported = families.load(family, opened, dtype=dtype)
+  check_lines = []
   if check:
     folder = opened.path if opened.path.is_dir() else opened.path.parent
-    good, line = parity.verdict(family, parity.compare(imported, folder))
-    if not good:
+    passed, line = parity.verdict(family, parity.compare(imported, folder))
+    if not passed:
       raise UserError(line)
-    said = [line]
+    check_lines = [line]
   write(imported, to, source)
-  plan = imported.plan
-  kinds = sorted({str(opened.tensors[key].dtype) for key in plan.places})
-  left = [f'  {key}: not used, {why}' for key, why in sorted(plan.ignored.items())]
-  left += [f'  {path}: not in the source, {why}' for path, why in sorted(plan.absent.items())]
-  head = f"{family}, layout '{plan.table.name}': {len(plan.places)} tensors ({', '.join(kinds)})"
-  return [f'{head}, {_summary(imported.params, began)}', *left, *said, f'wrote {to}']
+  tensor_map = imported.tensor_map
+  kinds = sorted({str(opened.tensors[key].dtype) for key in tensor_map.destinations})
+  ignored, absent = sorted(tensor_map.ignored.items()), sorted(tensor_map.absent.items())
+  tensors = f'{len(tensor_map.destinations)} tensors ({", ".join(kinds)})'
+  return [
+    f"{family}, layout '{tensor_map.table.name}': {tensors}, {_summary(imported.params, began)}",
+    *(f'  {key}: not used, {why}' for key, why in ignored),
+    *(f'  {path}: not in the source, {why}' for path, why in absent),
+    *check_lines,
+    f'wrote {to}',
+  ]
 
 
-def send_out(family: str, source: str, to: str, dtype: str = 'float32') -> list[str]:
+def export_weights(family: str, source: str, to: str, dtype: str = 'float32') -> list[str]:
   """Exports weights for the reference library; the Python API of `vpe_jax.convert`.
 
   Args:
@@ -81,14 +92,14 @@ def send_out(family: str, source: str, to: str, dtype: str = 'float32') -> list[
   check_target(to, source)
   began = time.monotonic()
   sizes, params, _ = read(source, family)
-  keys = families.save(family, sizes, params, Path(storage.place(to)), dtype=dtype)
+  keys = families.save(family, sizes, params, Path(storage.resolve(to)), dtype=dtype)
   summary = _summary(params, began)
   return [f'{family}: {len(keys)} tensors ({dtype}), {summary}', f'wrote {to}']
 
 
 def _summary(params: object, began: float) -> str:
-  count = sum(leaf.size for leaf in by_path(params).values())
-  # In kilobytes on Linux. Includes memory-mapped pages, which the system can reclaim.
+  count = sum(leaf.size for leaf in leaves_by_path(params).values())
+  # ru_maxrss is in KiB on Linux and includes memory-mapped pages, which the system can reclaim.
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   seconds = time.monotonic() - began
   return f'{count:,} parameters, {seconds:.1f} s, peak memory {peak:.2f} GB'
@@ -109,7 +120,7 @@ def write(imported: families.Imported, folder: str, source: str) -> None:
   config = {'family': imported.family, 'sizes': to_dict(imported.sizes), 'source': source}
   state = {'stage': 0, 'step': 0, 'stage_step': 0, 'examples_seen': 0}
   state |= {'params': imported.params, 'opt_state': {}, 'ema': {}}
-  store = Store(str(storage.place(folder) / FOLDER), CheckpointConfig())
+  store = Store(str(storage.resolve(folder) / FOLDER), CheckpointConfig())
   try:
     with storage.writing(folder):
       store.save(state, config, force=True)
@@ -124,61 +135,66 @@ def check_target(folder: str, source: str = '') -> None:
   Raises:
     UserError: it exists, or is inside the source.
   """
-  place = storage.place(folder)
-  if storage.reached(place, place.exists):
+  target = storage.resolve(folder)
+  if storage.probe(target, target.exists):
     raise UserError(f"'{folder}' exists: name another folder")
   if source and not storage.is_remote(folder):
     origin = Path(source).expanduser().resolve()
-    if origin.is_dir() and Path(place).resolve().is_relative_to(origin):
+    if origin.is_dir() and Path(target).resolve().is_relative_to(origin):
       raise UserError(f"'{folder}' is inside the source '{source}': name a folder outside it")
 
 
-def network(start: PretrainedWeights, place: Callable[[Params], Params]) -> Params:
+def network(
+  pretrained: PretrainedWeights, shard: Callable[[Params], Params], dtype: str = 'float32'
+) -> Params:
   """Loads the parameters of a published network from published weights or from an import.
 
   Args:
-    start: family, source and sizes of the network.
-    place: adds shardings to the abstract parameters. Published tensors are loaded with these
+    pretrained: family, source and sizes of the network.
+    shard: adds shardings to the abstract parameters. Published tensors are loaded with these
       shardings; an import is loaded as numpy arrays.
+    dtype: of the parameters.
 
   Raises:
-    UserError: weights are missing, don't fit, or have other sizes.
+    UserError: weights are missing, don't fit, or have other sizes, or the dtype is unknown.
   """
-  if not (epath.Path(start.source).expanduser() / FOLDER).is_dir():
-    source = sources.open_source(start.source)
-    return families.load(start.family, source, place, start.sizes).params
-  sizes, params, _ = read(start.source, start.family)
-  free = getattr(families.get(start.family), 'FREE', ())
-  if sizes != dataclasses.replace(start.sizes, **{name: getattr(sizes, name) for name in free}):
+  family, expected = pretrained.family, pretrained.sizes
+  if not (epath.Path(pretrained.source).expanduser() / FOLDER).is_dir():
+    source = sources.open_source(pretrained.source)
+    return families.load(family, source, shard, expected, dtype).params
+  sizes, params, _ = read(pretrained.source, family, dtype)
+  free = getattr(families.get(family), 'FREE', ())
+  if sizes != dataclasses.replace(expected, **{name: getattr(sizes, name) for name in free}):
     raise UserError(
-      f"the sizes of the {start.family} in '{start.source}' differ from the config's: {sizes}, not "
-      f'{start.sizes}'
+      f"the sizes of the {family} in '{pretrained.source}' differ from the config's: {sizes}, not "
+      f'{expected}'
     )
   return params
 
 
-def read(source: str, family: str) -> tuple[Any, Params, Mapping[str, str]]:
+def read(source: str, family: str, dtype: str = 'float32') -> tuple[Any, Params, Mapping[str, str]]:
   """Loads sizes, parameters and metadata of an import or of a network trained with vpe_jax.
 
   Args:
     source: the folder of an import, the workdir of a run, `assets:NAME` or a weight file.
     family: the expected family.
+    dtype: of the parameters.
 
   Raises:
-    UserError: there are no weights, or they are of another family.
+    UserError: there are no weights, they are of another family, or the dtype is unknown.
   """
-  params, metadata = weights.load(source)
+  params, metadata = weights.load(source, dtype)
   config = json.loads(metadata.get('config', '{}'))
   if 'family' in config:
-    found, sizes = config['family'], config['sizes']
+    actual, sizes = config['family'], config['sizes']
   elif config.get('system') in _TRAINED:
-    found, section = _TRAINED[config['system']]
+    actual, section = _TRAINED[config['system']]
     sizes = to_dict(getattr(systems.build(config).config.model, section))
   else:
     raise UserError(
       f"'{source}' is not an import, and system '{config.get('system')}' trains no network of a "
       f'published family (systems that do: {", ".join(_TRAINED)})'
     )
-  if found != family:
-    raise UserError(f"'{source}' is of family {found}, not {family}: set --family={found}")
+  if actual != family:
+    raise UserError(f"'{source}' is of family {actual}, not {family}: set --family={actual}")
   return build_section(families.get(family).Sizes, sizes), params, metadata

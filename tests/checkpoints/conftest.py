@@ -1,0 +1,3 @@
+"""Fixtures of toy systems."""
+
+from tests.toy_systems import line_system  # noqa: F401
