@@ -36,7 +36,7 @@ def _run(*arguments):
 def test_a_folder_is_prepared_verified_and_trained_on(pictures, tmp_path):
   to = tmp_path / 'to'
   command = [f'--source=folder:{pictures}', f'--to={to}', '--caption=words', '--language=en']
-  command += ['--shard_records=8', '--most_skipped=0.05', '--workers=0']
+  command += ['--shard_records=8', '--max_skipped=0.05', '--workers=0']
   done = _run(*command)
   assert done.returncode == 0, done.stderr
   said = done.stdout.splitlines()
@@ -74,5 +74,5 @@ def test_a_mistake_is_one_line_and_status_2(pictures, tmp_path, arguments, messa
 def test_help_shows_examples_and_every_flag():
   done = _run('--help')
   assert done.returncode == 0
-  for words in ('webdataset:', '--caption', '--[no]captions', '--most_skipped', '--verify'):
+  for words in ('webdataset:', '--caption', '--[no]captions', '--max_skipped', '--verify'):
     assert words in done.stdout

@@ -43,7 +43,7 @@ def _define_flags() -> None:
   flags.DEFINE_integer('count', 0, 'takes the first pictures of the source, before filters', 0)
   flags.DEFINE_integer('shard_records', SHARD_RECORDS, 'pictures of the source in a file', 1)
   flags.DEFINE_integer('workers', os.cpu_count(), 'processes; 0: this one alone', 0)
-  flags.DEFINE_float('most_skipped', 0.01, 'share of pictures that may be unusable', 0, 1)
+  flags.DEFINE_float('max_skipped', 0.01, 'share of pictures that may be unusable', 0, 1)
   flags.DEFINE_bool('verify', False, 'reads all files of --to and compares their checksums')
 
 
@@ -61,7 +61,7 @@ def main() -> None:
   source = f'{FLAGS.source}/{FLAGS.split}' if FLAGS.split else FLAGS.source
   settings = Settings(source, **{name: FLAGS[name].value for name in names})
   there = (local(FLAGS.to) / MANIFEST).exists()
-  found = prepare(settings, FLAGS.to, FLAGS.workers, FLAGS.most_skipped)
+  found = prepare(settings, FLAGS.to, FLAGS.workers, FLAGS.max_skipped)
   size = sum(shard.bytes for shard in found.shards) / 1e6
   print(f'{FLAGS.to}: {found.count:,} pictures in {len(found.shards)} files, {size:,.1f} MB')
   if there:

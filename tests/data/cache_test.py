@@ -18,9 +18,9 @@ def _fresh(monkeypatch, tmp_path):
 
 
 def _arrays(count=23, plus=0):
-  draw = np.random.default_rng(0)
-  codes = draw.integers(0, 99, (count, 6), np.int32) + plus
-  return {'codes': codes, 'latents': draw.normal(size=(count, 2, 2, 4))}
+  rng = np.random.default_rng(0)
+  codes = rng.integers(0, 99, (count, 6), np.int32) + plus
+  return {'codes': codes, 'latents': rng.normal(size=(count, 2, 2, 4))}
 
 
 def _write(fingerprint='one', plus=0):

@@ -118,7 +118,7 @@ def test_source_images_come_beside_the_others():
   for row, place in enumerate(batch.example):
     record = pipeline.record(pipeline.index_at(int(place)))
     np.testing.assert_array_equal(images[row], render(record, 16))
-    np.testing.assert_array_equal(sources[row], record.reference.draw(16))
+    np.testing.assert_array_equal(sources[row], record.reference.render(16))
     assert (images[row] != sources[row]).any()
 
 

@@ -97,12 +97,12 @@ def test_what_cannot_be_used_is_skipped_and_listed(tmp_path):
       file.write('\n' + json.dumps({'file': name, 'caption': 'a name that no file has'}))
   settings = Settings(source, shard_records=16)
   with pytest.raises(
-    UserError, match='[1-9] of [1-9][0-9] pictures can not be used, more than --most_skipped=0.01'
+    UserError, match='[1-9] of [1-9][0-9] pictures can not be used, more than --max_skipped=0.01'
   ) as error:
     prepare(settings, str(tmp_path / 'to'))
   assert 'folder/001.png: ' in str(error.value) and 'skipped.jsonl' in str(error.value)
   assert not (tmp_path / 'to' / 'prepared.json').exists()
-  made = prepare(settings, str(tmp_path / 'to'), most_skipped=0.1)
+  made = prepare(settings, str(tmp_path / 'to'), max_skipped=0.1)
   assert (made.count, made.skipped) == (57, 5)
   assert _captions(tmp_path / 'to') == _numbers(n for n in range(60) if n not in (1, 2, 7))
   listed = _skipped(tmp_path / 'to')
@@ -116,7 +116,7 @@ def test_a_mistake_in_the_flags_ends_it_at_the_first_shard(tmp_path):
   for name in range(3):
     (tmp_path / 'in' / f'{name:03d}.png').write_bytes(b'none')
   with pytest.raises(UserError, match='3 of 3 pictures can not be used'):
-    prepare(Settings(source, shard_records=3), str(tmp_path / 'to'), most_skipped=0.5)
+    prepare(Settings(source, shard_records=3), str(tmp_path / 'to'), max_skipped=0.5)
   assert prepare(Settings(source, shard_records=3), str(tmp_path / 'to'), 0, 1.0).count == 6
 
 
@@ -244,7 +244,7 @@ def test_a_picture_without_a_caption_is_left_out_and_listed(tmp_path):
     r'{"file": "002.png", "text": "\ud800"}',
   )
   (tmp_path / 'in' / 'captions.jsonl').write_text('\n'.join(lines))
-  assert prepare(Settings(source), str(tmp_path / 'to'), most_skipped=0.5).count == 2
+  assert prepare(Settings(source), str(tmp_path / 'to'), max_skipped=0.5).count == 2
   blank, broken = _skipped(tmp_path / 'to')
   assert 'line 2 has no caption' in blank['reason'] and '--nocaptions' in blank['reason']
   assert 'line 3: the caption is not valid text' in broken['reason']
@@ -256,10 +256,10 @@ def test_settings_of_an_unfinished_folder_hold_too(tmp_path):
   with pytest.raises(UserError, match='1 of 2'):
     prepare(Settings(source), str(tmp_path / 'to'))
   with pytest.raises(UserError, match="other settings .caption='', now 'text'"):
-    prepare(Settings(source, caption='text'), str(tmp_path / 'to'), most_skipped=1.0)
+    prepare(Settings(source, caption='text'), str(tmp_path / 'to'), max_skipped=1.0)
   (tmp_path / 'to' / 'preparing' / 'settings.json').write_text('{')
   with pytest.raises(UserError, match='settings.json can not be read'):
-    prepare(Settings(source), str(tmp_path / 'to'), most_skipped=1.0)
+    prepare(Settings(source), str(tmp_path / 'to'), max_skipped=1.0)
 
 
 def test_two_calls_do_not_write_to_one_folder(tmp_path):

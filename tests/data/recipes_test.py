@@ -44,7 +44,7 @@ def test_a_folder_counts_as_often_as_it_is_asked_for(root):
   assert captions == 3 * warm + cold
   assert found[0].id == 'warm/folder/orange.png' and found[8].id == 'cold/folder/navy.png'
   assert all(record.reference is not None for record in found)
-  assert found[6].picture.draw(8)[4, 4].tolist() == [0, 0, 255]
+  assert found[6].image.render(8)[4, 4].tolist() == [0, 0, 255]
   for index in (-1, 9):
     with pytest.raises(IndexError):
       source[index]

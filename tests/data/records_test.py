@@ -34,4 +34,4 @@ def test_counts_add_up_over_clusters():
 
 def test_render_draws_the_picture():
   record = Record('x', 'x', 'x', 'train', Noise(3))
-  np.testing.assert_array_equal(render(record, 16), Noise(3).draw(16))
+  np.testing.assert_array_equal(render(record, 16), Noise(3).render(16))

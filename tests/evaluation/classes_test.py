@@ -9,7 +9,7 @@ import pytest
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import classes
-from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 
 BENCHMARK = classes.ClassBenchmark(captions=20, seed=1)
 DATA = DataConfig(
@@ -38,12 +38,12 @@ def test_too_little_data_is_an_error():
 
 
 def test_chance_and_the_control_count_pairs():
-  reference, asked = np.asarray(['a', 'a', 'b', 'c']), np.asarray(['a', 'b', 'b'])
-  by_hand = np.mean([[r == a for r in reference] for a in asked])
-  assert classes.agreement(reference, asked) == by_hand == pytest.approx(4 / 12)
+  reference, fields = np.asarray(['a', 'a', 'b', 'c']), np.asarray(['a', 'b', 'b'])
+  by_hand = np.mean([[r == a for r in reference] for a in fields])
+  assert classes.agreement(reference, fields) == by_hand == pytest.approx(4 / 12)
   nearest = np.asarray(['b', 'b', 'a'])
-  pairs = [nearest[i] == asked[j] for i in range(3) for j in range(3) if i != j]
-  assert classes.permuted(nearest, asked) == pytest.approx(np.mean(pairs))
+  pairs = [nearest[i] == fields[j] for i in range(3) for j in range(3) if i != j]
+  assert classes.permuted(nearest, fields) == pytest.approx(np.mean(pairs))
 
 
 class _Judge:
@@ -65,16 +65,16 @@ def test_images_of_their_class_are_told_from_others(true, monkeypatch, fake_subj
     return np.tile((places % len(order)).astype(np.uint8)[:, None, None, None], (1, 16, 16, 3))
 
   monkeypatch.setattr(classes, 'true_images', lambda *_: (paint(true[1]), true[1]))
-  monkeypatch.setattr(Judge, 'load', lambda source: _Judge())
+  monkeypatch.setattr(EvaluatorNetwork, 'load', lambda source: _Judge())
   subject = fake_subject(lambda names: paint(names, right), task='classes', data=DATA)
   report = BENCHMARK.run(subject)
   rows = report.protocol['results']['rows']
-  known, asked = true[1][:20], true[1][20:]
-  seen = np.mean(np.isin(asked, known))
+  known, fields = true[1][:20], true[1][20:]
+  seen = np.mean(np.isin(fields, known))
   assert rows['true images']['right'] == pytest.approx(seen) and seen > 0.5
   assert (rows['generated']['right'] == rows['true images']['right']) == right
   assert (rows['generated']['frechet'] > rows['true images']['frechet']) == (not right)
   assert rows['generated, classes permuted']['frechet'] is None
-  assert report.protocol['results']['asked'] == dict(collections.Counter(asked.tolist()))
+  assert report.protocol['results']['fields'] == dict(collections.Counter(fields.tolist()))
   assert len(report.lines) == 5 and report.lines[-1].endswith('-')
   assert [row.label for row in report.sheets['train']] == ['true', 'generated']

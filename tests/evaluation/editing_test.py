@@ -1,4 +1,4 @@
-"""The benchmark of edits: what counts as done, controls, and what is asked for."""
+"""The benchmark of edits: what counts as done, controls, and what is fields for."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 
 from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import editing
-from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 
 BENCHMARK = editing.EditBenchmark(captions=16, splits=('combination',), seed=1)
 
@@ -24,53 +24,53 @@ class _Judge:
 
 
 @pytest.fixture(scope='module')
-def asked():
+def fields():
   return editing.make_edits(BENCHMARK.captions, 'combination', BENCHMARK.seed, 32)
 
 
-def test_edits_are_held_out_and_told_differently(asked):
-  assert len(set(asked.instructions)) == BENCHMARK.captions
-  assert set(asked.kinds) <= {'add', 'remove', 'recolour', 'replace', 'move'}
-  assert asked.mask.any((1, 2)).all() and asked.source.shape == (BENCHMARK.captions, 32, 32, 3)
-  np.testing.assert_array_equal(asked.source[~asked.mask], asked.target[~asked.mask])
-  assert (asked.source[asked.mask] != asked.target[asked.mask]).any(-1).all()
+def test_edits_are_held_out_and_told_differently(fields):
+  assert len(set(fields.instructions)) == BENCHMARK.captions
+  assert set(fields.kinds) <= {'add', 'remove', 'recolour', 'replace', 'move'}
+  assert fields.mask.any((1, 2)).all() and fields.source.shape == (BENCHMARK.captions, 32, 32, 3)
+  np.testing.assert_array_equal(fields.source[~fields.mask], fields.target[~fields.mask])
+  assert (fields.source[fields.mask] != fields.target[fields.mask]).any(-1).all()
 
 
-def test_the_picture_after_is_done_and_the_one_before_is_not(asked):
-  done, copied = (editing.measure(x, asked, _embed) for x in (asked.target, asked.source))
+def test_the_picture_after_is_done_and_the_one_before_is_not(fields):
+  done, copied = (editing.measure(x, fields, _embed) for x in (fields.target, fields.source))
   assert done.done.all() and done.close.all() and done.like_after.all()
   assert done.error_inside == done.error_outside == 0
   assert not copied.done.any() and not copied.close.any() and not copied.like_after.any()
-  apart = np.square(asked.target.astype(float) - asked.source)[asked.mask].mean()
+  apart = np.square(fields.target.astype(float) - fields.source)[fields.mask].mean()
   assert copied.error_inside == pytest.approx(apart, rel=1e-5) and copied.error_outside == 0
-  summary = json.loads(json.dumps(done.summary(asked.kinds)))
+  summary = json.loads(json.dumps(done.summary(fields.kinds)))
   assert summary['psnr_inside'] is None and summary['done']['share'] == 1
   assert sum(kind['done']['share'] * kind['edits'] for kind in summary['kinds'].values()) == 16
 
 
-def test_more_than_half_of_the_way_is_done_and_close(asked):
+def test_more_than_half_of_the_way_is_done_and_close(fields):
   for way in (0.4, 0.6):
-    part = np.rint(asked.source + way * (asked.target - asked.source.astype(float)))
-    result = editing.measure(part.astype(np.uint8), asked, _embed)
+    part = np.rint(fields.source + way * (fields.target - fields.source.astype(float)))
+    result = editing.measure(part.astype(np.uint8), fields, _embed)
     assert result.done.mean() == result.close.mean() == (way > 0.5)
 
 
 def test_half_of_noise_is_done_and_none_of_it_is_close():
-  asked = editing.make_edits(128, 'combination', 0, 16)
-  noise = np.random.default_rng(0).integers(0, 256, asked.source.shape, np.uint8)
-  result = editing.measure(noise, asked, _embed)
+  fields = editing.make_edits(128, 'combination', 0, 16)
+  noise = np.random.default_rng(0).integers(0, 256, fields.source.shape, np.uint8)
+  result = editing.measure(noise, fields, _embed)
   assert 0.3 < result.done.mean() < 0.7 and result.close.mean() < 0.05
 
 
-def test_what_is_spoilt_outside_shows_there_alone(asked):
-  spoilt = np.where(asked.mask[..., None], asked.target, asked.target ^ 10)
-  result = editing.measure(spoilt, asked, _embed)
+def test_what_is_spoilt_outside_shows_there_alone(fields):
+  spoilt = np.where(fields.mask[..., None], fields.target, fields.target ^ 10)
+  result = editing.measure(spoilt, fields, _embed)
   assert result.done.all() and result.error_inside == 0 and result.error_outside > 0
-  spoilt = np.where(asked.mask[..., None], asked.target, 255 - asked.target)
-  assert editing.measure(spoilt, asked, _embed).close.all()
-  half = np.where(asked.mask[..., None], asked.source, asked.target)
-  half[:8] = asked.target[:8]
-  assert editing.measure(half, asked, _embed).done.tolist() == [True] * 8 + [False] * 8
+  spoilt = np.where(fields.mask[..., None], fields.target, 255 - fields.target)
+  assert editing.measure(spoilt, fields, _embed).close.all()
+  half = np.where(fields.mask[..., None], fields.source, fields.target)
+  half[:8] = fields.target[:8]
+  assert editing.measure(half, fields, _embed).done.tolist() == [True] * 8 + [False] * 8
 
 
 def test_the_table_tells_kinds_apart():
@@ -81,7 +81,7 @@ def test_the_table_tells_kinds_apart():
 
 
 def test_the_report_separates_copies_from_true_drafts(monkeypatch, fake_subject):
-  monkeypatch.setattr(Judge, 'load', lambda source: _Judge())
+  monkeypatch.setattr(EvaluatorNetwork, 'load', lambda source: _Judge())
   edit = lambda source: fake_subject(
     lambda prompts: source, image_size=32, from_true_drafts=lambda prompts, images: images
   )

@@ -14,19 +14,19 @@ BENCHMARK = ocr.Ocr(captions=6, splits=('combination',), seed=1)
 
 
 @pytest.mark.parametrize(
-  'read, asked, counted',
+  'read, fields, counted',
   [
     ('hello fox', 'hello fox', (2, 2, 2)),
     ('FOX Hello', 'hello fox', (2, 2, 2)),  # in any order and case
     ('hallo', 'hello', (1, 1, 1)),  # 80 of 100
     ('hxllx', 'hello', (1, 1, 0)),
     ('hellofox', 'hello fox', (2, 1, 0)),
-    ('fox fox', 'fox', (1, 2, 1)),  # each word asked for is found once
+    ('fox fox', 'fox', (1, 2, 1)),  # each word fields for is found once
     ('', 'fox', (1, 0, 0)),
   ],
 )
-def test_words_are_matched_as_in_textatlas(read, asked, counted):
-  assert ocr.matches(read, asked) == counted
+def test_words_are_matched_as_in_textatlas(read, fields, counted):
+  assert ocr.matches(read, fields) == counted
 
 
 def test_words_are_pooled_and_characters_are_means_over_pictures():
@@ -67,7 +67,7 @@ def test_the_report_has_a_ceiling_and_true_drafts(monkeypatch, fake_subject):
   recall = {name: row['recall'] for name, row in found['rows'].items()}
   assert recall == {'true images': 1, 'generated': 0, FROM_TRUE: 1}
   assert found['pictures'][0]['generated'] == 'nothing'
-  assert found['pictures'][0]['true images'] == found['pictures'][0]['asked']
+  assert found['pictures'][0]['true images'] == found['pictures'][0]['fields']
   assert len(report.lines) == 5
   true, drawn, _ = report.sheets['combination']
   assert true.captions[0] == records[0].caption and drawn.captions[0] == '"nothing"'

@@ -13,7 +13,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation import retrieval, runner
-from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.evaluation.report import Report, Row
 
 _RETRIEVAL = retrieval.Retrieval(captions=12, splits=('combination',), seed=1)
@@ -39,7 +39,7 @@ class _Knowing:
 
 @pytest.fixture
 def subject(monkeypatch, fake_subject):
-  monkeypatch.setattr(Judge, 'load', lambda source: _Knowing())
+  monkeypatch.setattr(EvaluatorNetwork, 'load', lambda source: _Knowing())
   return fake_subject(lambda prompts: np.full((len(prompts), 16, 16, 3), 128, np.uint8))
 
 

@@ -36,11 +36,11 @@ from vpe_jax.config import FOLDER, TFDS, nearest
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.array_record import MANIFEST, Manifest, Shard, Writer, read_manifest
-from vpe_jax.data.formats.folder import Asked, valid
+from vpe_jax.data.formats.folder import FieldSpec, valid
 from vpe_jax.data.formats.parquet import open_parquet
 from vpe_jax.data.formats.tfds import open_tfds
 from vpe_jax.data.formats.webdataset import open_tars
-from vpe_jax.data.inputs import Found, Input, Place, TfdsInput, Unusable, open_folder_input
+from vpe_jax.data.inputs import RawRecord, Input, Location, TfdsInput, UnusableRecord, open_folder_input
 from vpe_jax.data.transforms import read_image
 
 SKIPPED = 'skipped.jsonl'
@@ -93,7 +93,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Note:
+class ShardNote:
   """Content of a shard, and the records left out of it.
 
   Attributes:
@@ -118,7 +118,7 @@ def open_input(settings: Settings) -> Input:
     UserError: there is none of that kind, or it can't be read.
   """
   kind, _, place = settings.source.partition(':')
-  asked = Asked(
+  fields = FieldSpec(
     settings.captions,
     bool(settings.reference),
     settings.image,
@@ -131,22 +131,22 @@ def open_input(settings: Settings) -> Input:
       f'--source={settings.source}: write {", ".join(KINDS)} and where the pictures are{hint}'
     )
   if f'{kind}:' == FOLDER:
-    return open_folder_input(place, asked)
+    return open_folder_input(place, fields)
   if f'{kind}:' == WEBDATASET:
-    return open_tars(place, asked)
+    return open_tars(place, fields)
   if f'{kind}:' == PARQUET:
-    return open_parquet(place, asked)
-  return TfdsInput(open_tfds(place, settings.root, 0, asked, settings.fit))
+    return open_parquet(place, fields)
+  return TfdsInput(open_tfds(place, settings.root, 0, fields, settings.fit))
 
 
-def prepare(settings: Settings, to: str, workers: int = 0, most_skipped: float = 0.01) -> Manifest:
+def prepare(settings: Settings, to: str, workers: int = 0, max_skipped: float = 0.01) -> Manifest:
   """Writes a prepared folder, or what is still missing of one.
 
   Args:
     settings: what to write.
     to: the folder: new, empty, or left by an earlier call with the same settings.
     workers: processes that read and write; 0 for this one alone.
-    most_skipped: share of the pictures that may be unusable. They are listed in SKIPPED.
+    max_skipped: share of the pictures that may be unusable. They are listed in SKIPPED.
 
   Returns:
     What it holds.
@@ -159,7 +159,7 @@ def prepare(settings: Settings, to: str, workers: int = 0, most_skipped: float =
     work = _claim(folder, settings)
     with _locked(work / _SETTINGS):
       try:
-        _write(settings, folder, workers, most_skipped)
+        _write(settings, folder, workers, max_skipped)
       except UserError:
         # No picture is written yet, so the corrected call may have other settings.
         if {path.name for path in folder.iterdir()} == {_WORK}:
@@ -214,13 +214,13 @@ def _locked(path: Path) -> Iterator[None]:
     yield
 
 
-def _write(settings: Settings, folder: Path, workers: int, most_skipped: float) -> None:
+def _write(settings: Settings, folder: Path, workers: int, max_skipped: float) -> None:
   """Writes all shards, the list of what was skipped, and the manifest."""
   source = open_input(settings)
   total = source.count()
   if settings.count and total:
     total = min(total, settings.count)
-  notes: list[Note] = []
+  notes: list[ShardNote] = []
   seen = skipped = 0
   with tqdm(total=total, desc='preparing', unit='picture') as bar:
     for note in _notes(settings, source, folder, workers):
@@ -228,16 +228,16 @@ def _write(settings: Settings, folder: Path, workers: int, most_skipped: float) 
       seen, skipped = seen + note.places, skipped + len(note.skipped)
       bar.update(note.places)
       # Not after a night: where it is certain already, or looks like a mistake in the flags.
-      hopeless = len(note.skipped) == seen and most_skipped < 1
-      if hopeless or skipped > most_skipped * (total or math.inf):
+      hopeless = len(note.skipped) == seen and max_skipped < 1
+      if hopeless or skipped > max_skipped * (total or math.inf):
         break
   # A list alone would take the folder for these settings; one that is there is the user's.
   listed = folder if any(note.shard for note in notes) else folder / _WORK
   _write_skipped(listed, notes)
-  if skipped > most_skipped * seen:
+  if skipped > max_skipped * seen:
     name, reason = next(bad for note in notes for bad in note.skipped)
     raise UserError(
-      f'{skipped:,} of {seen:,} pictures can not be used, more than --most_skipped={most_skipped}; '
+      f'{skipped:,} of {seen:,} pictures can not be used, more than --max_skipped={max_skipped}; '
       f'the first: {name}: {reason} (all: {listed / SKIPPED})'
     )
   shards = tuple(note.shard for note in notes if note.shard is not None)
@@ -261,7 +261,7 @@ def _write(settings: Settings, folder: Path, workers: int, most_skipped: float) 
     storage.write_atomic(folder / MANIFEST, manifest.to_json().encode())
 
 
-def _write_skipped(folder: Path, notes: Sequence[Note]) -> None:
+def _write_skipped(folder: Path, notes: Sequence[ShardNote]) -> None:
   """Lists what can't be used, if anything."""
   listed = [{'id': name, 'reason': reason} for note in notes for name, reason in note.skipped]
   with storage.writing(folder):
@@ -272,7 +272,7 @@ def _write_skipped(folder: Path, notes: Sequence[Note]) -> None:
       (folder / SKIPPED).unlink(missing_ok=True)  # of an earlier call
 
 
-def _notes(settings: Settings, source: Input, folder: Path, workers: int) -> Iterator[Note]:
+def _notes(settings: Settings, source: Input, folder: Path, workers: int) -> Iterator[ShardNote]:
   """A note of each shard in turn, once it is whole."""
   jobs = (
     (number, places, _digest(places)) for number, places in _runs(settings, source, folder / _WORK)
@@ -283,7 +283,7 @@ def _notes(settings: Settings, source: Input, folder: Path, workers: int) -> Ite
     return
   context = multiprocessing.get_context('spawn')
   pool = ProcessPoolExecutor(workers, context, initializer=_end_with, initargs=(os.getpid(),))
-  waiting: deque[Future[Note]] = deque()
+  waiting: deque[Future[ShardNote]] = deque()
   try:
     for number, places, digest in jobs:
       if whole := _note(folder, number, digest):
@@ -319,7 +319,7 @@ def _end_with(first: int) -> None:
   threading.Thread(target=watch, daemon=True).start()
 
 
-def _runs(settings: Settings, source: Input, work: Path) -> Iterator[tuple[int, list[Place]]]:
+def _runs(settings: Settings, source: Input, work: Path) -> Iterator[tuple[int, list[Location]]]:
   """The places of each shard, numbered."""
   places = itertools.islice(source.places(work), settings.count or None)
   for number in itertools.count():
@@ -329,16 +329,16 @@ def _runs(settings: Settings, source: Input, work: Path) -> Iterator[tuple[int, 
     yield number, run
 
 
-def _digest(places: Sequence[Place]) -> str:
+def _digest(places: Sequence[Location]) -> str:
   return hashlib.blake2b(json.dumps(places).encode(), digest_size=16).hexdigest()
 
 
-def _note(folder: Path, number: int, digest: str) -> Note | None:
+def _note(folder: Path, number: int, digest: str) -> ShardNote | None:
   """The note of a shard that is whole and of these places, if it is."""
   try:
     values = json.loads(_note_path(folder, number).read_bytes())
     shard = values.pop('shard')
-    note = Note(Shard(**shard) if shard else None, **values)
+    note = ShardNote(Shard(**shard) if shard else None, **values)
     size = note.shard and (folder / note.shard.file).stat().st_size
   except (OSError, ValueError, KeyError, TypeError):  # Absent, or not whole: written again.
     return None
@@ -351,8 +351,8 @@ def _note_path(folder: Path, number: int) -> Path:
 
 
 def _write_shard(
-  settings: Settings, source: Input, folder: Path, number: int, places: Sequence[Place]
-) -> Note:
+  settings: Settings, source: Input, folder: Path, number: int, places: Sequence[Location]
+) -> ShardNote:
   """Writes a shard and its note.
 
   Raises:
@@ -365,7 +365,7 @@ def _write_shard(
   with storage.writing(folder), Writer(part) as writer:
     for found in source.read(places):
       try:
-        if isinstance(found, Unusable):
+        if isinstance(found, UnusableRecord):
           skipped.append((found.id, found.reason))
         elif _is_kept(settings, found):
           writer.write(found.content)
@@ -379,13 +379,13 @@ def _write_shard(
       part.replace(folder / name)
     else:
       part.unlink()
-    note = Note(shard, len(places), captionless, tuple(skipped), _digest(places))
+    note = ShardNote(shard, len(places), captionless, tuple(skipped), _digest(places))
     values = json.dumps(dataclasses.asdict(note))
     storage.write_atomic(_note_path(folder, number), values.encode())
   return note
 
 
-def _is_kept(settings: Settings, found: Found) -> bool:
+def _is_kept(settings: Settings, found: RawRecord) -> bool:
   """Whether the filters keep a picture.
 
   Raises:

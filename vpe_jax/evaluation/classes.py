@@ -25,7 +25,7 @@ from vpe_jax.data.preprocess import prompt_and_image
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import frechet
 from vpe_jax.evaluation.evaluator import Subject
-from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.evaluation.report import Report, Row, check_options, protocol
 from vpe_jax.evaluation.retrieval import wilson
 
@@ -80,7 +80,7 @@ class ClassBenchmark:
     Raises:
       UserError: the data has too few images.
     """
-    judge, count = Judge.load(self.judge), self.captions
+    judge, count = EvaluatorNetwork.load(self.judge), self.captions
     data = subject.system.config.data
     images, names = true_images(data, 2 * count, self.seed)
     reference, classes = names[:count], names[count:]
@@ -97,7 +97,7 @@ class ClassBenchmark:
     results = {
       'rows': {row: result.summary() for row, result in outcomes.items()},
       'chance': chance,
-      'asked': dict(collections.Counter(classes.tolist()).most_common()),
+      'fields': dict(collections.Counter(classes.tolist()).most_common()),
       'reference': dict(collections.Counter(reference.tolist()).most_common()),
     }
     measured = {

@@ -21,9 +21,9 @@ import numpy as np
 
 from vpe_jax.contracts import Edits
 from vpe_jax.data.embedded import edits
-from vpe_jax.data.records import Split, changed, render
+from vpe_jax.data.records import Split, edit_mask, render
 from vpe_jax.evaluation.evaluator import Subject
-from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.evaluation.report import HELD_OUT, Report, Row, check_options, distinct, protocol
 from vpe_jax.evaluation.retrieval import wilson
 
@@ -121,7 +121,7 @@ class EditBenchmark:
 
   def run(self, subject: Subject) -> Report:
     """Edits by the model, from its own drafts and from those of the target images."""
-    judge = Judge.load(self.judge)
+    judge = EvaluatorNetwork.load(self.judge)
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
       held_out = make_edits(self.captions, split, self.seed, subject.image_size)
@@ -159,13 +159,13 @@ class EditBenchmark:
     return Report(numbers, tuple(lines), record, sheets)
 
 
-def _generated(subject: Subject, asked: HeldOutEdits) -> dict[str, np.ndarray]:
+def _generated(subject: Subject, fields: HeldOutEdits) -> dict[str, np.ndarray]:
   """Images of the model, by row."""
-  model = subject.editing(asked.source)
-  rows = {'generated': model.sample(asked.instructions)}
+  model = subject.editing(fields.source)
+  rows = {'generated': model.sample(fields.instructions)}
   rows[OTHERS] = np.roll(rows['generated'], 1, axis=0)
   if subject.generator.system.drafts:
-    rows[FROM_TRUE] = model.sample_from_true_drafts(asked.instructions, asked.target)
+    rows[FROM_TRUE] = model.sample_from_true_drafts(fields.instructions, fields.target)
   return rows
 
 
@@ -177,31 +177,31 @@ def make_edits(count: int, split: Split, seed: int, size: int) -> HeldOutEdits:
   """
   records = distinct(edits.Edits(max(_POOL * count, 256), split, seed), count)
   return HeldOutEdits(
-    source=np.stack([record.reference.draw(size) for record in records]),
+    source=np.stack([record.reference.render(size) for record in records]),
     target=np.stack([render(record, size) for record in records]),
-    mask=np.stack([changed(record, size) for record in records]),
+    mask=np.stack([edit_mask(record, size) for record in records]),
     instructions=[record.caption for record in records],
     kinds=np.asarray([record.edit.kind for record in records]),
   )
 
 
-def measure(images: np.ndarray, asked: HeldOutEdits, embed: Embed) -> Result:
+def measure(images: np.ndarray, fields: HeldOutEdits, embed: Embed) -> Result:
   """Compares edited images [N, R, R, 3] uint8 with sources and targets.
 
   Args:
-    images: edits of `asked.source`.
-    asked: the edits.
+    images: edits of `fields.source`.
+    fields: the edits.
     embed: images -> unit vectors.
   """
-  to_before, to_after = (_squared(images, other) for other in (asked.source, asked.target))
-  inside = lambda error: np.sum(error * asked.mask, axis=(1, 2))
-  vectors, before, after = (embed(x) for x in (images, asked.source, asked.target))
+  to_before, to_after = (_squared(images, other) for other in (fields.source, fields.target))
+  inside = lambda error: np.sum(error * fields.mask, axis=(1, 2))
+  vectors, before, after = (embed(x) for x in (images, fields.source, fields.target))
   return Result(
     done=inside(to_after) < inside(to_before),
-    close=inside(to_after) < _CLOSE**2 * inside(_squared(asked.source, asked.target)),
+    close=inside(to_after) < _CLOSE**2 * inside(_squared(fields.source, fields.target)),
     like_after=np.sum(vectors * after, 1) > np.sum(vectors * before, 1),
-    error_inside=float(to_after[asked.mask].mean()),
-    error_outside=float(to_before[~asked.mask].mean()),
+    error_inside=float(to_after[fields.mask].mean()),
+    error_outside=float(to_before[~fields.mask].mean()),
   )
 
 

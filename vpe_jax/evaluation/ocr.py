@@ -146,7 +146,7 @@ class Ocr:
       results[split] = {
         'rows': {name: result.summary() for name, result in outcomes.items()},
         'pictures': [
-          {'caption': caption, 'asked': words, **{name: texts[name][i] for name in texts}}
+          {'caption': caption, 'fields': words, **{name: texts[name][i] for name in texts}}
           for i, (caption, words) in enumerate(zip(prompts, expected))
         ],
       }

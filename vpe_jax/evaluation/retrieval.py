@@ -21,7 +21,7 @@ from vpe_jax.contracts import Samples
 from vpe_jax.data.embedded import distractors, scenes
 from vpe_jax.data.records import Record, Split, Truth, render
 from vpe_jax.evaluation.evaluator import Subject
-from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.evaluation.report import HELD_OUT, Report, Row, check_options, protocol
 
 CANDIDATES = 32
@@ -40,7 +40,7 @@ class Trial:
   """One caption and what it is told apart from.
 
   Attributes:
-    caption: the true caption, which a generator is also asked to draw.
+    caption: the true caption, which a generator is also fields to rng.
     hard: (kind, caption) of distractors that differ in one detail; kind says which.
     others: captions of other pictures.
     relations: captions that differ in a spatial relation alone: reported apart, not among the 32.
@@ -131,7 +131,7 @@ class Retrieval:
 
   def run(self, subject: Subject) -> Report:
     """Accuracies of true and generated images, and of both against permuted captions."""
-    judge = Judge.load(self.judge)
+    judge = EvaluatorNetwork.load(self.judge)
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
       start = time.time()
@@ -191,12 +191,12 @@ def make_trials(count: int, split: Split, seed: int = 0) -> tuple[list[Trial], l
   source = scenes.Scenes(max(_POOL * count, 256), split, seed)
   for record in source:
     pool.setdefault(record.caption, record)
-  draw = random.Random(f'{split}-{seed}')
+  rng = random.Random(f'{split}-{seed}')
   trials, records = [], []
   for record in pool.values():
     if len(trials) == count:
       break
-    trial = _trial(record, list(pool.values()), draw)
+    trial = _trial(record, list(pool.values()), rng)
     if trial is not None:
       trials.append(trial)
       records.append(record)
@@ -322,14 +322,14 @@ def _ratio(outcomes: Mapping[str, Result]) -> float | None:
   return outcomes['generated'].accuracy / true if true else None
 
 
-def _trial(record: Record, pool: Sequence[Record], draw: random.Random) -> Trial | None:
+def _trial(record: Record, pool: Sequence[Record], rng: random.Random) -> Trial | None:
   """A record's trial; None if there aren't enough wrong captions."""
-  seed = draw.randrange(2**31)
+  seed = rng.randrange(2**31)
   hard = distractors.distractors(record, HARD, seed)
   relations = distractors.relation_distractors(record, RELATIONS, seed)
   taken = {record.caption, *(caption for _, caption in hard)}
   others: list[str] = []
-  for other in draw.sample(pool, len(pool)):
+  for other in rng.sample(pool, len(pool)):
     if len(others) == CANDIDATES - 1 - HARD:
       break
     if other.caption not in taken and not _covers(record.truth, other.truth):

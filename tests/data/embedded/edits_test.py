@@ -73,7 +73,7 @@ def test_one_cluster_differs_and_the_instruction_names_it(sample):
 def test_the_mask_is_where_the_changed_things_are(sample):
   """Every changed pixel lies in a box of what has gone or come, and each such box has some."""
   for record in sample[:120]:
-    mask = changed(record, SIZE)
+    mask = edit_mask(record, SIZE)
     before, after = _looks(record.edit.before), _looks(record.truth)
     boxes = [box for *_, box in (*(before - after), *(after - before))]
     near = np.zeros_like(mask)
@@ -85,7 +85,7 @@ def test_the_mask_is_where_the_changed_things_are(sample):
       assert mask[area].any(), record.caption
       near[area] = True
     assert mask.any() and not (mask & ~near).any(), record.caption
-    unchanged = render(record, SIZE)[~mask] == record.reference.draw(SIZE)[~mask]
+    unchanged = render(record, SIZE)[~mask] == record.reference.render(SIZE)[~mask]
     assert unchanged.all()
 
 

@@ -36,7 +36,7 @@ def test_known_pairs(before, after, kind, said):
   assert all(word in record.caption for word in said.split()), record.caption
   assert record.truth == openmoji.truth_of(openmoji.emojis()[after])
   assert record.edit.before == openmoji.truth_of(openmoji.emojis()[before])
-  mask = changed(record, 32)
+  mask = edit_mask(record, 32)
   assert mask.any() and not mask.all()
 
 

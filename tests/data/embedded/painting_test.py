@@ -21,7 +21,7 @@ def test_things_fill_their_boxes_on_the_ground(size):
     ),
     ground='light gray',
   )
-  picture = Painting(truth).draw(size)
+  picture = Painting(truth).render(size)
   assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
   assert tuple(picture[0, 0]) == shapes.TINTS['light gray']
   for (left, top, right, bottom), colour in ((_LEFT, 'red'), (_RIGHT, 'blue')):
@@ -33,12 +33,12 @@ def test_things_fill_their_boxes_on_the_ground(size):
 def test_no_pixel_wraps_around():
   """Ink over light ground never comes out lighter than both."""
   truth = Truth((Cluster('bear', 'emoji', ((0.1, 0.1, 0.9, 0.9),), code='1F43B'),))
-  small, large = Painting(truth).draw(40), Painting(truth).draw(640)
+  small, large = Painting(truth).render(40), Painting(truth).render(640)
   reference = large.reshape(40, 16, 40, 16, 3).mean((1, 3))
   assert np.abs(reference - small).mean() < 8
   assert np.abs(reference - small).max() < 140
 
 
 def test_drawing_is_on_white():
-  picture = Drawing('1F415').draw(64)
+  picture = Drawing('1F415').render(64)
   assert (picture[0] == 255).all() and (picture < 128).any()

@@ -72,7 +72,7 @@ def _same(one, other):
     other.group,
     other.split,
   )
-  np.testing.assert_array_equal(one.picture.draw(12), other.picture.draw(12))
+  np.testing.assert_array_equal(one.image.render(12), other.image.render(12))
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -97,7 +97,7 @@ def test_records_in_any_order_and_no_others(folder, made):
   assert len(plain) == len(ours) == COUNT
   for index in np.random.default_rng(1).permutation(COUNT):
     _same(plain[int(index)], ours[int(index)])
-    assert ours[int(index)].reference is None  # Not asked for.
+    assert ours[int(index)].reference is None  # Not fields for.
   for index in (-1, COUNT):
     with pytest.raises(IndexError):
       ours[index]
@@ -287,7 +287,7 @@ def test_a_record_whose_picture_is_none_is_named(tmp_path):
   shard = Shard('a', 1, (tmp_path / 'a').stat().st_size, 0)
   source = array_record.Prepared(str(tmp_path), (shard,), 1, 'pad', False, '')
   with pytest.raises(UserError, match='unreadable image fox in .*/a'):
-    source[0].picture.draw(8)
+    source[0].image.render(8)
 
 
 def test_object_stores_are_refused_with_the_cure():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vpe_jax.contracts import UserError
-from vpe_jax.data.formats.folder import Asked, open_folder
+from vpe_jax.data.formats.folder import FieldSpec, open_folder
 from vpe_jax.data.records import render
 
 
@@ -138,7 +138,7 @@ def test_unreadable_image_is_named_when_drawn(tmp_path):
 def test_pictures_in_folders_of_classes_need_no_captions(tmp_path):
   for name in ('cat/1.png', 'cat/deep/2.png', 'dog/3.png'):
     _image(tmp_path / name)
-  source = open_folder(str(tmp_path), asked=Asked(captions=False))
+  source = open_folder(str(tmp_path), fields=FieldSpec(captions=False))
   assert [record.group for record in source] == ['cat', 'deep', 'dog']
   assert [record.caption for record in source] == [''] * 3
   with pytest.raises(UserError, match='has no caption'):
@@ -150,15 +150,15 @@ def test_a_picture_before_is_named_by_its_line(tmp_path):
     _image(tmp_path / name)
   line = {'file': 'x.png', 'caption': 'make it red', 'reference': 'before/x.png'}
   (tmp_path / 'captions.jsonl').write_text(json.dumps(line))
-  (record,) = open_folder(str(tmp_path), asked=Asked(references=True))
+  (record,) = open_folder(str(tmp_path), fields=FieldSpec(references=True))
   assert record.reference.path == str(tmp_path / 'before' / 'x.png')
-  np.testing.assert_array_equal(record.reference.draw(16), record.picture.draw(16))
+  np.testing.assert_array_equal(record.reference.render(16), record.image.render(16))
   (plain,) = open_folder(str(tmp_path))
   assert plain.reference is None
   for other, message in (('', 'line 1 names no picture before'), ('y.png', 'y.png does not exist')):
     (tmp_path / 'captions.jsonl').write_text(json.dumps(line | {'reference': other}))
     with pytest.raises(UserError, match=message):
-      open_folder(str(tmp_path), asked=Asked(references=True))
+      open_folder(str(tmp_path), fields=FieldSpec(references=True))
   (tmp_path / 'captions.jsonl').unlink()
   with pytest.raises(UserError, match='only its lines name pictures before'):
-    open_folder(str(tmp_path), asked=Asked(references=True))
+    open_folder(str(tmp_path), fields=FieldSpec(references=True))

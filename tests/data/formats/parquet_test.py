@@ -13,11 +13,11 @@ from pyarrow import parquet as pq
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data.formats import parquet
-from vpe_jax.data.formats.folder import Asked
-from vpe_jax.data.inputs import Found
+from vpe_jax.data.formats.folder import FieldSpec
+from vpe_jax.data.inputs import RawRecord
 from vpe_jax.data.preparing import Settings, prepare
 
-ASKED = Asked()
+ASKED = FieldSpec()
 
 
 def _picture(number):
@@ -37,8 +37,8 @@ def _write(path, count, rows=3, **columns):
   return path
 
 
-def _read(path, asked=ASKED, part=slice(None)):
-  source = parquet.open_parquet(str(path), asked)
+def _read(path, fields=ASKED, part=slice(None)):
+  source = parquet.open_parquet(str(path), fields)
   places = list(source.places(path))
   assert len(places) == source.count()
   return list(source.read(places[part]))
@@ -67,7 +67,7 @@ def test_plain_bytes_large_types_and_other_names(tmp_path):
     annotation=pyarrow.array(list('abcd'), pyarrow.large_string()),
     language=['en'] * 4,
   )
-  found = _read(path, Asked(True, True, 'after', 'annotation', 'before'))
+  found = _read(path, FieldSpec(True, True, 'after', 'annotation', 'before'))
   assert [one.content.caption for one in found] == list('abcd')
   assert [one.content.image for one in found] == pictures
   assert [one.content.reference for one in found] == pictures[::-1]
@@ -83,7 +83,7 @@ def test_rows_without_bytes_are_unusable_and_no_path_is_opened(tmp_path):
   ]
   path = _write(tmp_path / 'a.parquet', 3, image=image, caption=[None, 'x', None])
   found = _read(path)
-  assert [isinstance(one, Found) for one in found] == [False, False, True]
+  assert [isinstance(one, RawRecord) for one in found] == [False, False, True]
   assert 'row 0 of ' in found[0].reason and 'no bytes of a picture' in found[1].reason
   assert found[2].content.caption == ''
 
@@ -92,9 +92,9 @@ def test_text_that_is_not_utf_8_costs_its_row(tmp_path):
   texts = pyarrow.array([b'a', b'\xff\xfe', b'c', b'd'], pyarrow.binary())
   caption = pyarrow.Array.from_buffers(pyarrow.string(), 4, texts.buffers())
   found = _read(_write(tmp_path / 'a.parquet', 4, rows=4, caption=caption))
-  assert [isinstance(one, Found) for one in found] == [True, False, True, True]
+  assert [isinstance(one, RawRecord) for one in found] == [True, False, True, True]
   assert 'row 1 of' in found[1].reason and 'not UTF-8' in found[1].reason
-  assert [one.content.caption for one in found if isinstance(one, Found)] == ['a', 'c', 'd']
+  assert [one.content.caption for one in found if isinstance(one, RawRecord)] == ['a', 'c', 'd']
 
 
 def test_a_damaged_row_group_costs_its_rows(tmp_path):
@@ -104,7 +104,7 @@ def test_a_damaged_row_group_costs_its_rows(tmp_path):
   content[start : start + 40] = b'\xff' * 40
   path.write_bytes(content)
   found = _read(path)
-  assert [isinstance(one, Found) for one in found] == [False] * 3 + [True] * 3
+  assert [isinstance(one, RawRecord) for one in found] == [False] * 3 + [True] * 3
   assert 'row group 0 of ' in found[0].reason
 
 
@@ -115,13 +115,13 @@ def test_files_are_prepared_in_order(tmp_path):
   settings = Settings(f'parquet:{tmp_path}', shard_records=4)
   made = prepare(settings, str(tmp_path / 'to'))
   assert made.count == 15 and [shard.records for shard in made.shards] == [4, 4, 4, 3]
-  source = parquet.open_parquet(str(tmp_path), Asked())
+  source = parquet.open_parquet(str(tmp_path), FieldSpec())
   assert list(source.names.values()) == ['a', 'b', 'deep/a']
   assert pickle.loads(pickle.dumps(source)) == source  # It travels to reader processes.
 
 
 @pytest.mark.parametrize(
-  'columns, asked, message',
+  'columns, fields, message',
   [
     ({'image': None}, {}, 'has no image in a column image or jpg .*--image, of caption .string.'),
     ({'caption': None}, {}, 'has no caption in a column caption or text or prompt: name it with'),
@@ -131,14 +131,14 @@ def test_files_are_prepared_in_order(tmp_path):
     ({}, {'references': True, 'reference': 'before'}, 'has no reference in a column before'),
   ],
 )
-def test_columns_that_are_missing_are_named(tmp_path, columns, asked, message):
+def test_columns_that_are_missing_are_named(tmp_path, columns, fields, message):
   with pytest.raises(UserError, match=message) as error:
-    _read(_write(tmp_path / 'a.parquet', 2, **columns), Asked(**asked))
+    _read(_write(tmp_path / 'a.parquet', 2, **columns), FieldSpec(**fields))
   assert '\n' not in str(error.value)
 
 
 def test_captions_are_not_needed_for_classes(tmp_path):
-  (one,) = _read(_write(tmp_path / 'a.parquet', 1, caption=None), Asked(captions=False))
+  (one,) = _read(_write(tmp_path / 'a.parquet', 1, caption=None), FieldSpec(captions=False))
   assert one.content.caption == ''
 
 
@@ -155,4 +155,4 @@ def test_files_that_are_none_or_differ_are_named(tmp_path):
 def test_without_pyarrow_the_cure_is_named(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'pyarrow', None)
   with pytest.raises(UserError, match=r'pip install -e .\[prepare\]'):
-    parquet.open_parquet(str(tmp_path), Asked())
+    parquet.open_parquet(str(tmp_path), FieldSpec())

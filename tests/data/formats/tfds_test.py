@@ -75,14 +75,14 @@ def _open(root, name, **fields):
 
 
 def _drawn(source):
-  return {source[i].picture.draw(16).tobytes() for i in range(len(source))}
+  return {source[i].image.render(16).tobytes() for i in range(len(source))}
 
 
 def test_labels_are_groups(root):
   source = _open(root, 'animals:1.2.0/train', words='group')
   assert len(source) == 12
   assert sorted(source[i].group for i in range(12)) == ['cat'] * 6 + ['dog'] * 6
-  pairs = {(source[i].group, source[i].picture.content) for i in range(12)}
+  pairs = {(source[i].group, source[i].image.content) for i in range(12)}
   assert pairs == {(NAMES[n % 2], _picture(n, ('png', 'jpeg')[n % 3 == 0])) for n in range(12)}
   assert len({source[i].id for i in range(12)}) == 12
   assert {source[i].caption for i in range(12)} == {''}
@@ -129,7 +129,7 @@ def test_it_is_prepared_with_everything(root, tmp_path):
   assert len(ours) == len(theirs) == 12
   for index in range(12):
     assert (ours[index].id, ours[index].group) == (theirs[index].id, theirs[index].group)
-    np.testing.assert_array_equal(ours[index].picture.draw(8), theirs[index].picture.draw(8))
+    np.testing.assert_array_equal(ours[index].image.render(8), theirs[index].image.render(8))
 
 
 def test_it_travels_small_and_needs_no_tensorflow(root):
@@ -139,7 +139,7 @@ def test_it_travels_small_and_needs_no_tensorflow(root):
     'import sys\nfrom vpe_jax.config import DataConfig\n'
     'from vpe_jax.data.sources import open_source\n'
     f'source = open_source(DataConfig(source="tfds:animals", root="{root}"))\n'
-    'source[3].picture.draw(8)\n'
+    'source[3].image.render(8)\n'
     'assert not {"tensorflow", "cv2"} & set(sys.modules)'
   )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from vpe_jax.data.formats import webdataset
-from vpe_jax.data.formats.folder import Asked
-from vpe_jax.data.inputs import Found, Unusable
+from vpe_jax.data.formats.folder import FieldSpec
+from vpe_jax.data.inputs import RawRecord, UnusableRecord
 from vpe_jax.data.preparing import Settings, prepare
 
-ASKED = Asked()
+ASKED = FieldSpec()
 
 
 def _picture(colour='red', ending='png'):
@@ -40,14 +40,14 @@ def _tar(path, members, **format):
   return path
 
 
-def _read(path, asked=ASKED):
-  source = webdataset.open_tars(str(path), asked)
+def _read(path, fields=ASKED):
+  source = webdataset.open_tars(str(path), fields)
   return list(source.read(list(source.places(path.parent))))
 
 
 def _said(found):
   return [
-    (one.content.id, one.content.caption) if isinstance(one, Found) else one.reason for one in found
+    (one.content.id, one.content.caption) if isinstance(one, RawRecord) else one.reason for one in found
   ]
 
 
@@ -75,12 +75,12 @@ def test_fields_and_endings_are_chosen(tmp_path):
   members = [('1.after.png', PICTURE), ('1.png', b'before'), ('1.txt', b'text')]
   members.append(('1.json', b'{"caption": "usual", "long": "chosen"}'))
   path = _tar(tmp_path / 'a.tar', members)
-  (one,) = _read(path, Asked(True, True, 'after.png', 'long', 'png'))
+  (one,) = _read(path, FieldSpec(True, True, 'after.png', 'long', 'png'))
   assert one.content.caption == 'chosen'
   assert (one.content.image, one.content.reference) == (PICTURE, b'before')
-  (one,) = _read(path, Asked(caption='txt'))
+  (one,) = _read(path, FieldSpec(caption='txt'))
   assert one.content.caption == 'text'
-  (one,) = _read(path, Asked(True, True, reference='before.png'))
+  (one,) = _read(path, FieldSpec(True, True, reference='before.png'))
   assert 'has no .before.png, but .after.png, .png, .txt, .json' in one.reason
 
 
@@ -106,7 +106,7 @@ def test_two_of_one_name_are_never_mixed_up(tmp_path):
 )
 def test_a_record_that_cannot_be_used_says_why(tmp_path, members, message):
   (one,) = _read(_tar(tmp_path / 'a.tar', members))
-  assert isinstance(one, Unusable) and one.id == 'a/1' and message in one.reason
+  assert isinstance(one, UnusableRecord) and one.id == 'a/1' and message in one.reason
 
 
 def test_no_name_is_a_path(tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def test_no_name_is_a_path(tmp_path, monkeypatch):
   (tmp_path / 'in').mkdir()
   path = _tar(tmp_path / 'in' / 'a.tar', members)
   monkeypatch.chdir(tmp_path / 'in')
-  found = _read(path, Asked(captions=False))
+  found = _read(path, FieldSpec(captions=False))
   assert [one.content.caption for one in found] == ['one', 'two', '', '']
   assert found[0].content.id == f'a/{tmp_path}/1' and found[3].content.id == 'a/5\ufffd'
   prepare(Settings(f'webdataset:{path}', captions=False), str(tmp_path / 'to'))
@@ -151,8 +151,8 @@ def test_a_tar_that_was_cut_short_loses_what_is_missing_and_says_so(tmp_path, ca
     (9, 0),
   ):
     (tmp_path / 'a.tar').write_bytes(whole[:length])
-    found = _read(tmp_path / 'a.tar', Asked(captions=False))
-    assert sum(isinstance(one, Found) for one in found) >= good
+    found = _read(tmp_path / 'a.tar', FieldSpec(captions=False))
+    assert sum(isinstance(one, RawRecord) for one in found) >= good
     assert 'can not be read to its end' in found[-1].reason
     assert 'get it again' in caplog.records[-1].getMessage()
   for place in (0, 4 * 512):  # Damaged heads: of the first member, and of the second picture.
@@ -176,7 +176,7 @@ def test_a_set_of_tars_is_prepared_in_order(tmp_path, format):
     _tar(tmp_path / f'{part}.tar', members, format=format)
   made = prepare(Settings(f'webdataset:{tmp_path}', shard_records=3), str(tmp_path / 'to'))
   assert made.count == 10 and len(made.shards) == 4
-  source = webdataset.open_tars(str(tmp_path / '?.tar'), Asked())
+  source = webdataset.open_tars(str(tmp_path / '?.tar'), FieldSpec())
   found = list(source.read(list(source.places(tmp_path))))
   assert [one.content.id for one in found] == [f'{p}/{name}{n}' for p in (0, 1) for n in range(5)]
   assert json.loads((tmp_path / 'to' / 'prepared.json').read_text())['captions']
@@ -184,8 +184,8 @@ def test_a_set_of_tars_is_prepared_in_order(tmp_path, format):
 
 def test_a_tar_that_is_gone_when_it_is_read(tmp_path):
   path = _tar(tmp_path / 'a.tar', [('1.png', PICTURE)])
-  source = webdataset.open_tars(str(path), Asked())
+  source = webdataset.open_tars(str(path), FieldSpec())
   places = list(source.places(tmp_path))
   path.unlink()
   (one,) = source.read(places)
-  assert isinstance(one, Unusable) and one.id == 'a/1'
+  assert isinstance(one, UnusableRecord) and one.id == 'a/1'

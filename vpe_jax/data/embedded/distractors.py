@@ -45,11 +45,11 @@ def _in_turn(
 ) -> list[tuple[str, str]]:
   if record.truth is None:
     raise UserError(f'record {record.id} has no known content to make distractors from')
-  draw = random.Random(stable_hash('distractors', seed, record.id))
+  rng = random.Random(stable_hash('distractors', seed, record.id))
   waiting = {}
   for kind in kinds:
     captions = sorted(set(_captions(record, kind)) - {record.caption})
-    draw.shuffle(captions)
+    rng.shuffle(captions)
     waiting[kind] = captions
   chosen: list[tuple[str, str]] = []
   while len(chosen) < count and any(waiting.values()):

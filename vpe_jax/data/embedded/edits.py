@@ -13,7 +13,7 @@ from collections.abc import Callable
 from vpe_jax.data.embedded import scenes, shapes, splits
 from vpe_jax.data.embedded.painting import Painting
 from vpe_jax.data.embedded.wording import known_phrase, noun_phrase, relation_phrase
-from vpe_jax.data.records import Cluster, Composed, Edit, Record, Relation, Split, Truth
+from vpe_jax.data.records import Cluster, ProceduralSource, Edit, Record, Relation, Split, Truth
 from vpe_jax.storage import stable_hash
 
 GROUP = 'scene edit'
@@ -40,90 +40,90 @@ class _Change:
   words: str
 
 
-class Edits(Composed):
+class Edits(ProceduralSource):
   """Edits of scenes of one split: training holds none of which a picture is held out."""
 
   def compose(self, index: int) -> Record:
-    """See Composed."""
+    """See ProceduralSource."""
     return edit(self.seed, index, self.split)
 
 
 def edit(seed: int, index: int, split: Split = 'train') -> Record:
   """Edit number `index` of a seed and split."""
-  draw = random.Random(stable_hash('edit', seed, split, index))
-  kind = draw.choice(tuple(_KINDS))
+  rng = random.Random(stable_hash('edit', seed, split, index))
+  kind = rng.choice(tuple(_KINDS))
   change = None
   while change is None or splits.split_of_edit(change.before, change.after) != split:
-    change = _KINDS[kind](draw, scenes.compose(draw, split))
+    change = _KINDS[kind](rng, scenes.compose(rng, split))
   return Record(
     id=f'edit/{split}/{seed}/{index}',
     caption=change.words,
     group=GROUP,
     split=split,
-    picture=Painting(change.after),
+    image=Painting(change.after),
     truth=change.after,
-    wording=draw.randrange(_WORDINGS),
+    wording=rng.randrange(_WORDINGS),
     reference=Painting(change.before),
     edit=Edit(kind, change.before),
   )
 
 
-def _added(draw: random.Random, truth: Truth) -> _Change | None:
+def _added(rng: random.Random, truth: Truth) -> _Change | None:
   if len(truth.clusters) < 2:
     return None
-  place = draw.randrange(2)
+  place = rng.randrange(2)
   new, other = truth.clusters[place], truth.clusters[1 - place]
   relation = dataclasses.replace(truth.relations[0], stated=True)
   word = relation.word if place == 0 else splits.OPPOSITE[relation.word]
-  words = draw.choice(_ADDING).format(noun_phrase(new))
-  words = f'{words} {relation_phrase(word, draw.random())} {known_phrase(other)}'
+  words = rng.choice(_ADDING).format(noun_phrase(new))
+  words = f'{words} {relation_phrase(word, rng.random())} {known_phrase(other)}'
   after = dataclasses.replace(truth, relations=(relation,))
   return _Change(Truth((other,), ground=truth.ground), after, words)
 
 
-def _removed(draw: random.Random, truth: Truth) -> _Change | None:
+def _removed(rng: random.Random, truth: Truth) -> _Change | None:
   if len(truth.clusters) < 2:
     return None
-  place = draw.randrange(2)
-  words = draw.choice(_REMOVING).format(known_phrase(truth.clusters[place]))
+  place = rng.randrange(2)
+  words = rng.choice(_REMOVING).format(known_phrase(truth.clusters[place]))
   return _Change(truth, Truth((truth.clusters[1 - place],), ground=truth.ground), words)
 
 
-def _recoloured(draw: random.Random, truth: Truth) -> _Change | None:
-  place = draw.randrange(len(truth.clusters))
+def _recoloured(rng: random.Random, truth: Truth) -> _Change | None:
+  place = rng.randrange(len(truth.clusters))
   old = truth.clusters[place]
   if not old.colour:
     return None
-  new = dataclasses.replace(old, colour=draw.choice(tuple(shapes.COLOURS)))
+  new = dataclasses.replace(old, colour=rng.choice(tuple(shapes.COLOURS)))
   after = _with(truth, place, new)
-  words = draw.choice(_RECOLOURING).format(known_phrase(old), new.colour)
+  words = rng.choice(_RECOLOURING).format(known_phrase(old), new.colour)
   return after and _Change(truth, after, words)
 
 
-def _replaced(draw: random.Random, truth: Truth) -> _Change | None:
-  place = draw.randrange(len(truth.clusters))
+def _replaced(rng: random.Random, truth: Truth) -> _Change | None:
+  place = rng.randrange(len(truth.clusters))
   old = truth.clusters[place]
-  new = scenes.things(draw, draw.choice(('shape', 'emoji')))
+  new = scenes.things(rng, rng.choice(('shape', 'emoji')))
   sides = [max(right - left, bottom - top) for left, top, right, bottom in old.boxes]
   new = scenes.placed(dataclasses.replace(new, size=old.size), _centres(old), sides)
   after = _with(truth, place, new)
   if after is None:
     return None
-  if draw.random() < 0.5:  # What is held out may be what comes, or what goes.
+  if rng.random() < 0.5:  # What is held out may be what comes, or what goes.
     truth, after, old, new = after, truth, new, old
   told = noun_phrase(dataclasses.replace(new, size=None))
-  return _Change(truth, after, draw.choice(_REPLACING).format(known_phrase(old), told))
+  return _Change(truth, after, rng.choice(_REPLACING).format(known_phrase(old), told))
 
 
-def _moved(draw: random.Random, truth: Truth) -> _Change | None:
+def _moved(rng: random.Random, truth: Truth) -> _Change | None:
   """One thing goes from a corner to another; the thing beside it both times stays where it is."""
   single = [dataclasses.replace(c, boxes=c.boxes[:1], size=None) for c in truth.clusters]
-  draw.shuffle(single)
-  corner = lambda: (draw.choice((_LOW, _HIGH)), draw.choice((_LOW, _HIGH)))
+  rng.shuffle(single)
+  corner = lambda: (rng.choice((_LOW, _HIGH)), rng.choice((_LOW, _HIGH)))
   put = lambda cluster, at, side: scenes.placed(cluster, (at,), side)
-  side, here = draw.uniform(*_SIDES), corner()
-  words = draw.choice(_MOVING).format(known_phrase(single[0]))
-  if len(single) == 1 or draw.random() > _ACCOMPANIED:
+  side, here = rng.uniform(*_SIDES), corner()
+  words = rng.choice(_MOVING).format(known_phrase(single[0]))
+  if len(single) == 1 or rng.random() > _ACCOMPANIED:
     there = corner()
     if here == there:
       return None
@@ -131,16 +131,16 @@ def _moved(draw: random.Random, truth: Truth) -> _Change | None:
       Truth((put(single[0], at, side),), ground=truth.ground) for at in (here, there)
     )
     return _Change(first, second, f'{words} to the {_corner(there)} corner')
-  still = put(single[1], here, draw.uniform(*_SIDES))
+  still = put(single[1], here, rng.uniform(*_SIDES))
   x, y = here
   ends = [((_LOW + _HIGH - x, y), 'left' if x == _HIGH else 'right')]
   ends += [((x, _LOW + _HIGH - y), 'above' if y == _HIGH else 'below')]
-  draw.shuffle(ends)
+  rng.shuffle(ends)
   first, second = (
     Truth((put(single[0], at, side), still), (Relation(0, word, 1, True),), truth.ground)
     for at, word in ends
   )
-  said = relation_phrase(ends[1][1], draw.random())
+  said = relation_phrase(ends[1][1], rng.random())
   return _Change(first, second, f'{words} {said} {known_phrase(still)}')
 
 

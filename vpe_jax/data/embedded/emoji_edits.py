@@ -52,7 +52,7 @@ class EmojiEdits:
       caption=_instruction(kind, before, after, words),
       group=after.group,
       split=self.split,
-      picture=Drawing(after.code),
+      image=Drawing(after.code),
       truth=openmoji.truth_of(after),
       wording=words,
       reference=Drawing(before.code),

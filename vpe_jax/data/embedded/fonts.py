@@ -68,7 +68,7 @@ def _font(name: str, em: int) -> ImageFont.FreeTypeFont:
 
 def _file(name: str) -> Path:
   package, file = _FILES[name]
-  # Found and not imported: these packages hold files and no code that is of use.
+  # RawRecord and not imported: these packages hold files and no code that is of use.
   found = importlib.util.find_spec(package)
   if found is None or found.origin is None:
     raise UserError(

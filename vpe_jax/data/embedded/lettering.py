@@ -20,7 +20,7 @@ class Lettering:
 
   truth: Truth
 
-  def draw(self, size: int) -> np.ndarray:
+  def render(self, size: int) -> np.ndarray:
     """The words on their ground as uint8 [size, size, 3]."""
     truth = self.truth
     top = np.array(shapes.ground_colour(truth.ground), np.float32)

@@ -27,12 +27,12 @@ def near_misses(record: Record, count: int) -> list[str]:
   """
   if record.group != scenes.GROUP or record.truth is None:
     return []
-  draw = random.Random(stable_hash('near misses', record.id))
+  rng = random.Random(stable_hash('near misses', record.id))
   found: dict[str, None] = {}
   for _ in range(_TRIES * count):
     if len(found) == count:
       break
-    truth = _changed(record.truth, draw)
+    truth = _changed(record.truth, rng)
     caption = wording.caption(truth, record.wording)
     looks = {(c.name, c.colour, c.size) for c in truth.clusters}
     is_wrong = caption != record.caption and len(looks) == len(truth.clusters)
@@ -41,28 +41,28 @@ def near_misses(record: Record, count: int) -> list[str]:
   return list(found)
 
 
-def _changed(truth: Truth, draw: random.Random) -> Truth:
+def _changed(truth: Truth, rng: random.Random) -> Truth:
   """The scene with one thing drawn anew; it may come out the same."""
-  kind = draw.choice(_KINDS)
-  place = draw.randrange(len(truth.clusters))
+  kind = rng.choice(_KINDS)
+  place = rng.randrange(len(truth.clusters))
   cluster = truth.clusters[place]
-  if kind == 'colour' and (not cluster.colour or (truth.ground != 'white' and draw.random() < 0.4)):
+  if kind == 'colour' and (not cluster.colour or (truth.ground != 'white' and rng.random() < 0.4)):
     if truth.ground == 'white':
       return truth
-    return dataclasses.replace(truth, ground=draw.choice(tuple(shapes.TINTS)))
+    return dataclasses.replace(truth, ground=rng.choice(tuple(shapes.TINTS)))
   if kind == 'colour':
-    other = dataclasses.replace(cluster, colour=draw.choice(tuple(shapes.COLOURS)))
+    other = dataclasses.replace(cluster, colour=rng.choice(tuple(shapes.COLOURS)))
   elif kind == 'count':
     room = scenes.MOST - sum(c.count for c in truth.clusters) + cluster.count
-    other = dataclasses.replace(cluster, boxes=(_NOWHERE,) * draw.randint(1, room))
+    other = dataclasses.replace(cluster, boxes=(_NOWHERE,) * rng.randint(1, room))
   else:
-    other = _other_object(cluster, draw)
+    other = _other_object(cluster, rng)
   clusters = truth.clusters[:place] + (other,) + truth.clusters[place + 1 :]
   return dataclasses.replace(truth, clusters=clusters)
 
 
-def _other_object(cluster: Cluster, draw: random.Random) -> Cluster:
+def _other_object(cluster: Cluster, rng: random.Random) -> Cluster:
   if cluster.kind == 'shape':
-    return dataclasses.replace(cluster, name=draw.choice(shapes.SHAPES))
-  name = draw.choice(splits.trained_concepts())
+    return dataclasses.replace(cluster, name=rng.choice(shapes.SHAPES))
+  name = rng.choice(splits.trained_concepts())
   return dataclasses.replace(cluster, name=name, code=vocabulary.emoji()[name])

@@ -136,7 +136,7 @@ class OpenMoji:
       caption=caption_of(item, words),
       group=item.group,
       split=self.split,
-      picture=Drawing(item.code),
+      image=Drawing(item.code),
       truth=truth_of(item),
       wording=words,
     )

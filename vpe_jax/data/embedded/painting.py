@@ -16,7 +16,7 @@ class Painting:
 
   truth: Truth
 
-  def draw(self, size: int) -> np.ndarray:
+  def render(self, size: int) -> np.ndarray:
     """The scene as uint8 [size, size, 3]."""
     canvas = np.empty((size, size, 3), np.uint8)
     canvas[:] = shapes.ground_colour(self.truth.ground)
@@ -34,7 +34,7 @@ class Drawing:
 
   code: str
 
-  def draw(self, size: int) -> np.ndarray:
+  def render(self, size: int) -> np.ndarray:
     """The drawing as uint8 [size, size, 3]."""
     canvas = np.full((size, size, 3), 255, np.uint8)
     _paste(canvas, raster.raster(drawings.svg(self.code), size), size / 2, size / 2)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from vpe_jax.data.embedded import raster, shapes, splits, vocabulary, wording
 from vpe_jax.data.embedded.painting import Painting, svg_of
-from vpe_jax.data.records import Box, Cluster, Composed, Record, Relation, Split, Truth
+from vpe_jax.data.records import Box, Cluster, ProceduralSource, Record, Relation, Split, Truth
 from vpe_jax.storage import stable_hash
 
 MOST = 4  # things in one scene
@@ -65,88 +65,88 @@ _SINGLE = {None: (0.48, 0.62), 'small': (0.3, 0.36), 'large': (0.78, 0.9)}
 _PAIRED = {None: (0.34, 0.42), 'small': (0.22, 0.26), 'large': (0.44, 0.46)}
 
 
-class Scenes(Composed):
+class Scenes(ProceduralSource):
   """Scenes of one split: training holds neither held-out combinations nor concepts."""
 
   def compose(self, index: int) -> Record:
-    """See Composed."""
+    """See ProceduralSource."""
     return scene(self.seed, index, self.split)
 
 
 def scene(seed: int, index: int, split: Split = 'train') -> Record:
   """Scene number `index` of a seed and split."""
-  draw = random.Random(stable_hash('scene', seed, split, index))
-  truth = splits.first_of(split, lambda: compose(draw, split))
-  words = draw.randrange(_WORDINGS)
+  rng = random.Random(stable_hash('scene', seed, split, index))
+  truth = splits.first_of(split, lambda: compose(rng, split))
+  words = rng.randrange(_WORDINGS)
   return Record(
     id=f'scene/{split}/{seed}/{index}',
     caption=wording.caption(truth, words),
     group=GROUP,
     split=split,
-    picture=Painting(truth),
+    image=Painting(truth),
     truth=truth,
     wording=words,
   )
 
 
-def compose(draw: random.Random, split: Split) -> Truth:
+def compose(rng: random.Random, split: Split) -> Truth:
   """A scene made up by `draw`, of any split; for `concept`, with a held-out one in it."""
-  plan = _weighted(draw)
+  plan = _weighted(rng)
   while split == 'concept' and not any(kind.startswith('emoji') for kind in plan):
-    plan = _weighted(draw)
-  clusters = [things(draw, kind) for kind in plan]
+    plan = _weighted(rng)
+  clusters = [things(rng, kind) for kind in plan]
   if split == 'concept':
     places = [i for i, cluster in enumerate(clusters) if cluster.kind == 'emoji']
-    name = draw.choice(splits.held_out_concepts())
-    place = draw.choice(places)
+    name = rng.choice(splits.held_out_concepts())
+    place = rng.choice(places)
     clusters[place] = dataclasses.replace(clusters[place], name=name, code=vocabulary.emoji()[name])
-  draw.shuffle(clusters)
-  ground = draw.choice(tuple(shapes.TINTS)) if draw.random() < _TINTED else 'white'
+  rng.shuffle(clusters)
+  ground = rng.choice(tuple(shapes.TINTS)) if rng.random() < _TINTED else 'white'
   if any((cluster.colour, ground) in shapes.CLASHES for cluster in clusters):
     ground = 'white'
   if len(clusters) == 1:
-    return Truth((_alone(draw, clusters[0]),), ground=ground)
+    return Truth((_alone(rng, clusters[0]),), ground=ground)
   if clusters[0].name == clusters[1].name and clusters[0].colour == clusters[1].colour:
-    return compose(draw, split)
-  word = draw.choice(tuple(splits.OPPOSITE))
-  pair = _side_by_side(draw, clusters, word)
-  return Truth(pair, (Relation(0, word, 1, draw.random() < _STATED),), ground)
+    return compose(rng, split)
+  word = rng.choice(tuple(splits.OPPOSITE))
+  pair = _side_by_side(rng, clusters, word)
+  return Truth(pair, (Relation(0, word, 1, rng.random() < _STATED),), ground)
 
 
-def _weighted(draw: random.Random) -> tuple[str, ...]:
-  (plan,) = draw.choices([p for _, p in _PLANS], [share for share, _ in _PLANS])
+def _weighted(rng: random.Random) -> tuple[str, ...]:
+  (plan,) = rng.choices([p for _, p in _PLANS], [share for share, _ in _PLANS])
   return plan
 
 
-def things(draw: random.Random, kind: str) -> Cluster:
+def things(rng: random.Random, kind: str) -> Cluster:
   """Things without places yet: `boxes` holds as many empty boxes as there are things.
 
   `kind` is `shape`, `emoji`, or the plural of one of them for 2 to 4 things.
   """
-  count = draw.randint(2, MOST) if kind == 'emojis' or kind == 'shapes' else 1
+  count = rng.randint(2, MOST) if kind == 'emojis' or kind == 'shapes' else 1
   boxes = ((0.0, 0.0, 0.0, 0.0),) * count
-  size = draw.choice((None, None, 'small', 'large')) if count == 1 else None
+  size = rng.choice((None, None, 'small', 'large')) if count == 1 else None
   if kind.startswith('shape'):
-    colour = draw.choice(tuple(shapes.COLOURS))
-    return Cluster(draw.choice(shapes.SHAPES), 'shape', boxes, colour=colour, size=size)
-  name = draw.choice(splits.trained_concepts())
+    colour = rng.choice(tuple(shapes.COLOURS))
+    return Cluster(rng.choice(shapes.SHAPES), 'shape', boxes, colour=colour, size=size)
+  name = rng.choice(splits.trained_concepts())
   return Cluster(name, 'emoji', boxes, code=vocabulary.emoji()[name], size=size)
 
 
-def _alone(draw: random.Random, cluster: Cluster) -> Cluster:
+def _alone(rng: random.Random, cluster: Cluster) -> Cluster:
   """Places the only cluster of a scene."""
   if cluster.count == 1:
-    side = draw.uniform(*_SINGLE[cluster.size])
+    side = rng.uniform(*_SINGLE[cluster.size])
     slack = max(0.0, (1 - side) / 2 - _MARGIN) * 0.6
-    centres = ((0.5 + draw.uniform(-slack, slack), 0.5 + draw.uniform(-slack, slack)),)
+    centres = ((0.5 + rng.uniform(-slack, slack), 0.5 + rng.uniform(-slack, slack)),)
   else:
-    centres, low, high = draw.choice(_ARRANGEMENTS[cluster.count])
-    side = draw.uniform(low, high)
-  return _placed(draw, cluster, centres, side)
+    centres, low, high = rng.choice(_ARRANGEMENTS[cluster.count])
+    side = rng.uniform(low, high)
+  return _placed(rng, cluster, centres, side)
 
 
 def _side_by_side(
-  draw: random.Random, clusters: list[Cluster], word: str
+  rng: random.Random, clusters: list[Cluster], word: str
 ) -> tuple[Cluster, Cluster]:
   """Places two clusters in the two halves of the picture, the first one on the side `word`."""
   found = []
@@ -157,22 +157,22 @@ def _side_by_side(
       cluster = dataclasses.replace(cluster, boxes=cluster.boxes[:count])
     if count == 1:
       low, high = _PAIRED[cluster.size]
-      along = (draw.uniform(0.4, 0.6),)
+      along = (rng.uniform(0.4, 0.6),)
     near = 0.26 if (word in ('left', 'above')) == (index == 0) else 0.74
     upright = word in ('left', 'right')
     centres = tuple((near, a) if upright else (a, near) for a in along)
-    found.append(_placed(draw, cluster, centres, draw.uniform(low, high)))
+    found.append(_placed(rng, cluster, centres, rng.uniform(low, high)))
   return found[0], found[1]
 
 
 def _placed(
-  draw: random.Random, cluster: Cluster, centres: tuple[tuple[float, float], ...], side: float
+  rng: random.Random, cluster: Cluster, centres: tuple[tuple[float, float], ...], side: float
 ) -> Cluster:
   """Gives each thing its box: ink of the longer side `side`, around its centre."""
   moved = []
   for x, y in centres:
     jitter = _JITTER if len(centres) > 1 else 0.0
-    moved.append((x + draw.uniform(-jitter, jitter), y + draw.uniform(-jitter, jitter)))
+    moved.append((x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter)))
   return placed(cluster, moved, side)
 
 

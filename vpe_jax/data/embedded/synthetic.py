@@ -17,7 +17,7 @@ class Noise:
 
   index: int
 
-  def draw(self, size: int) -> np.ndarray:
+  def render(self, size: int) -> np.ndarray:
     """The pattern as uint8 [size, size, 3]."""
     coarse = np.random.default_rng((0, self.index)).integers(0, 256, (4, 4, 3), np.uint8)
     place = np.arange(size) * 4 // size
@@ -40,8 +40,8 @@ class Synthetic:
   def __getitem__(self, index: int) -> Record:
     if not 0 <= index < self.count:
       raise IndexError(f'synthetic record {index} of {self.count}')
-    draw = np.random.default_rng((1, index))
-    words = [_WORDS[i] for i in draw.integers(0, len(_WORDS), draw.integers(1, 5))]
+    rng = np.random.default_rng((1, index))
+    words = [_WORDS[i] for i in rng.integers(0, len(_WORDS), rng.integers(1, 5))]
     before = Noise(self.count + index) if self.references else None
     said = (f'synthetic/{index}', ' '.join(words), '0', 'train')
     return Record(*said, Noise(index), reference=before)

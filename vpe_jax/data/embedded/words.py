@@ -1,6 +1,6 @@
 """Pictures of written words by a seeded program: 1 to 3 words, with exact truth.
 
-Picture i of seed s in a split is a pure function of (s, split, i). Each word has a line of its own;
+Renderable i of seed s in a split is a pure function of (s, split, i). Each word has a line of its own;
 the lines are as large as fits, or a little smaller, so that the longest words can be read at 64 x
 64 pixels. Captions quote the words and name their font. All is in lower case, as the embedded sets'
 tokenizer knows no other.
@@ -13,7 +13,7 @@ import random
 from vpe_jax.data.embedded import fonts, shapes, splits
 from vpe_jax.data.embedded.lettering import Lettering
 from vpe_jax.data.embedded.naming import with_article
-from vpe_jax.data.records import Composed, Record, Split, Truth, Word, Writing
+from vpe_jax.data.records import ProceduralSource, Record, Split, Truth, Word, Writing
 from vpe_jax.storage import stable_hash
 
 GROUP = 'words'
@@ -37,7 +37,7 @@ _FRAMES = (
 _SAID = 0.6  # share of captions that name what is left to chance: the ink, the ground
 
 
-class Words(Composed):
+class Words(ProceduralSource):
   """Pictures of words of one split.
 
   Training holds neither held-out combinations (two words in one picture, a word in a font) nor
@@ -45,21 +45,21 @@ class Words(Composed):
   """
 
   def compose(self, index: int) -> Record:
-    """See Composed."""
+    """See ProceduralSource."""
     return picture(self.seed, index, self.split)
 
 
 def picture(seed: int, index: int, split: Split = 'train') -> Record:
-  """Picture number `index` of a seed and split."""
-  draw = random.Random(stable_hash('words', seed, split, index))
-  truth = splits.first_of(split, lambda: _compose(draw, split))
-  wording = draw.randrange(_WORDINGS)
+  """Renderable number `index` of a seed and split."""
+  rng = random.Random(stable_hash('words', seed, split, index))
+  truth = splits.first_of(split, lambda: _compose(rng, split))
+  wording = rng.randrange(_WORDINGS)
   return Record(
     id=f'words/{split}/{seed}/{index}',
     caption=caption(truth, wording),
     group=GROUP,
     split=split,
-    picture=Lettering(truth),
+    image=Lettering(truth),
     truth=truth,
     wording=wording,
   )
@@ -80,32 +80,32 @@ def caption(truth: Truth, wording: int) -> str:
   return f'{text} on {truth.ground}' + (f' and {truth.fade}' if truth.fade else '')
 
 
-def _compose(draw: random.Random, split: Split) -> Truth:
-  (count,) = draw.choices(list(_SHARES), list(_SHARES.values()))
-  texts = draw.sample(splits.trained_words(), count)
+def _compose(rng: random.Random, split: Split) -> Truth:
+  (count,) = rng.choices(list(_SHARES), list(_SHARES.values()))
+  texts = rng.sample(splits.trained_words(), count)
   if split == 'concept':
-    texts[draw.randrange(count)] = draw.choice(splits.held_out_words())
-  font, colour = draw.choice(fonts.FONTS), draw.choice(INKS)
+    texts[rng.randrange(count)] = rng.choice(splits.held_out_words())
+  font, colour = rng.choice(fonts.FONTS), rng.choice(INKS)
   ground, fade = 'white', ''
-  if draw.random() < _TINTED:
-    ground = draw.choice(tuple(shapes.TINTS))
+  if rng.random() < _TINTED:
+    ground = rng.choice(tuple(shapes.TINTS))
     others = [name for name in _GROUNDS if name != ground]
-    fade = draw.choice(others) if draw.random() < _FADED else ''
-  words = _placed(draw, font, texts)
+    fade = rng.choice(others) if rng.random() < _FADED else ''
+  words = _placed(rng, font, texts)
   return Truth((), ground=ground, fade=fade, writing=Writing(words, font, colour))
 
 
-def _placed(draw: random.Random, font: str, texts: list[str]) -> tuple[Word, ...]:
+def _placed(rng: random.Random, font: str, texts: list[str]) -> tuple[Word, ...]:
   """The words below one another, in one size and at a place that leaves them whole."""
   inks = [fonts.ink(font, text) for text in texts]
   width = max(right - left for left, _, right, _ in inks)
   height = sum(bottom - top for _, top, _, bottom in inks) + _GAP * (len(inks) - 1)
   room = 1 - 2 * _MARGIN
   most = min(room / width, room / height, _LARGEST)
-  em = draw.uniform(max(_STRAY * most, min(most, _SMALLEST)), most)
-  left = _MARGIN + draw.uniform(0, room - width * em)
-  top = _MARGIN + draw.uniform(0, room - height * em)
-  centred, placed = draw.random() < 0.5, []
+  em = rng.uniform(max(_STRAY * most, min(most, _SMALLEST)), most)
+  left = _MARGIN + rng.uniform(0, room - width * em)
+  top = _MARGIN + rng.uniform(0, room - height * em)
+  centred, placed = rng.random() < 0.5, []
   for text, ink in zip(texts, inks, strict=True):
     wide, tall = (ink[2] - ink[0]) * em, (ink[3] - ink[1]) * em
     start = left + (width * em - wide) / 2 if centred else left

@@ -27,8 +27,8 @@ from grain.sources import ArrayRecordDataSource
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import Filter
-from vpe_jax.data.formats.folder import Asked, Bytes, first_of, open_folder
-from vpe_jax.data.records import Record, Stored
+from vpe_jax.data.formats.folder import FieldSpec, Bytes, first_of, open_folder
+from vpe_jax.data.records import Record, StoredSource
 from vpe_jax.storage import checksum, local
 
 MANIFEST = 'prepared.json'
@@ -154,36 +154,36 @@ class Prepared:
       caption=found.caption,
       group=found.group,
       split='train',
-      picture=picture(found.image),
+      image=picture(found.image),
       reference=picture(found.reference) if self.references else None,
     )
 
   def stamps(self) -> Iterator[str]:
-    """The manifest, which has a checksum of each shard; see vpe_jax.data.records.Stored."""
+    """The manifest, which has a checksum of each shard; see vpe_jax.data.records.StoredSource."""
     yield self.digest
 
 
-def open_pictures(path: str, count: int, asked: Asked, keep: Filter) -> Stored:
+def open_image_folder(path: str, count: int, fields: FieldSpec, keep: Filter) -> StoredSource:
   """A user's own pictures: a prepared folder, known by its manifest, or one of single files.
 
   Args:
     path: the folder.
     count: number of records to keep, the first ones, with a warning; 0 for all.
-    asked: what pictures need.
+    fields: what pictures need.
     keep: which of the records are kept: a prepared folder must have been prepared so.
 
   Raises:
-    UserError: the folder can't be read, or lacks what is asked for.
+    UserError: the folder can't be read, or lacks what is fields for.
   """
   folder = local(path)
   if not (folder / MANIFEST).exists():
-    return open_folder(path, count, asked, keep)
+    return open_folder(path, count, fields, keep)
   manifest, digest = read_manifest(folder)
-  _check_asked(folder, manifest, asked, keep)
+  _check_asked(folder, manifest, fields, keep)
   for shard in manifest.shards:
     check_size(folder, shard)
   kept = first_of(manifest.count, count, path)
-  return Prepared(str(folder), manifest.shards, kept, keep.fit, asked.references, digest)
+  return Prepared(str(folder), manifest.shards, kept, keep.fit, fields.references, digest)
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
@@ -240,15 +240,15 @@ def verify(folder: Path) -> Iterator[Shard]:
     yield shard
 
 
-def _check_asked(folder: Path, manifest: Manifest, asked: Asked, keep: Filter) -> None:
+def _check_asked(folder: Path, manifest: Manifest, fields: FieldSpec, keep: Filter) -> None:
   """Refuses a folder that was prepared for something else.
 
   Raises:
     UserError: names what it lacks.
   """
   for name, has, wants in (
-    ('captions', manifest.captions, asked.captions),
-    ('pictures before an edit', manifest.references, asked.references),
+    ('captions', manifest.captions, fields.captions),
+    ('pictures before an edit', manifest.references, fields.references),
   ):
     if wants and not has:
       raise UserError(
@@ -334,7 +334,7 @@ def _first_line(error: Exception) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Whole:
+class _WholeFile:
   """All of a file, as array_record is told what to read: then it needn't open it to count."""
 
   filename: str
@@ -351,7 +351,7 @@ def _readers(process: int) -> Callable[[str, int], ArrayRecordDataSource]:
   """
   del process
   return functools.lru_cache(_most_open())(
-    lambda path, records: ArrayRecordDataSource([_Whole(path, records, records)])
+    lambda path, records: ArrayRecordDataSource([_WholeFile(path, records, records)])
   )
 
 

@@ -32,7 +32,7 @@ Entry = tuple[Names, Mapping[str, Any], str]  # what a record is made of, other 
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class FieldSpec:
   """Fields that each image of a source must have, and their names.
 
   Attributes:
@@ -56,7 +56,7 @@ class File:
   path: str
   fit: str = 'pad'
 
-  def draw(self, size: int) -> np.ndarray:
+  def render(self, size: int) -> np.ndarray:
     """The file's picture as uint8 [size, size, 3].
 
     Raises:
@@ -76,7 +76,7 @@ class Bytes:
   name: str
   fit: str = 'pad'
 
-  def draw(self, size: int) -> np.ndarray:
+  def render(self, size: int) -> np.ndarray:
     """The picture as uint8 [size, size, 3].
 
     Raises:
@@ -103,7 +103,7 @@ class Folder:
       caption=caption,
       group=group_of(name),
       split='train',
-      picture=self._file(name),
+      image=self._file(name),
       reference=self._file(before) if before else None,
     )
 
@@ -111,7 +111,7 @@ class Folder:
     return File(str(Path(self.path) / name), self.fit)
 
   def stamps(self) -> Iterator[str]:
-    """Path, size and date of every file; see vpe_jax.data.records.Stored."""
+    """Path, size and date of every file; see vpe_jax.data.records.StoredSource."""
     for name, _, before in self.entries:
       for path in [self._file(each).path for each in (name, before) if each]:
         found = os.stat(path)
@@ -129,7 +129,7 @@ def group_of(name: str) -> str:
 
 
 def open_folder(
-  path: str, count: int = 0, asked: Asked = Asked(), keep: Filter = EVERYTHING
+  path: str, count: int = 0, fields: FieldSpec = FieldSpec(), keep: Filter = EVERYTHING
 ) -> Folder:
   """Finds images and captions; pictures themselves are read when drawn.
 
@@ -140,7 +140,7 @@ def open_folder(
       file of the same name beside it. Hidden files are passed over. A line whose caption is an
       instruction names the picture before as its `reference`.
     count: number of records to keep, the first by name, with a warning; 0 for all.
-    asked: what pictures need; without captions, an absent `captions.jsonl` asks for no text files.
+    fields: what pictures need; without captions, an absent `captions.jsonl` asks for no text files.
     keep: which of the records are kept, and how their pictures become squares.
 
   Raises:
@@ -149,7 +149,7 @@ def open_folder(
   """
   folder = local(path)
   kept, read = set(), 0
-  for names, values, where in find(folder, asked):
+  for names, values, where in find(folder, fields):
     read += 1
     for name in names[::2]:
       _check_file(folder, name, where)
@@ -179,26 +179,26 @@ def first_of(total: int, count: int, path: str) -> int:
   return count
 
 
-def find(folder: Path, asked: Asked) -> Iterator[Entry]:
+def find(folder: Path, fields: FieldSpec) -> Iterator[Entry]:
   """Entries of a folder, one image after the other, in no order; opens no image.
 
   Args:
     folder: as `open_folder` reads it.
-    asked: what pictures need; of `image`, `caption` and `reference` the usual fields are `file` or
+    fields: what pictures need; of `image`, `caption` and `reference` the usual fields are `file` or
       `image`, `caption` or `text`, and `reference`.
 
   Raises:
-    UserError: the folder is missing, a picture lacks what is asked for, or a text can't be read.
+    UserError: the folder is missing, a picture lacks what is fields for, or a text can't be read.
   """
   if not folder.is_dir():
     raise UserError(f'data folder {folder} does not exist: folder:PATH names one that does')
   listed = folder / _CAPTIONS
-  yield from _from_lines(folder, listed, asked) if listed.exists() else _from_texts(folder, asked)
+  yield from _from_lines(folder, listed, fields) if listed.exists() else _from_texts(folder, fields)
 
 
-def _from_lines(folder: Path, listed: Path, asked: Asked) -> Iterator[Entry]:
-  images = [asked.image] if asked.image else ['file', 'image']
-  captions = [asked.caption] if asked.caption else ['caption', 'text']
+def _from_lines(folder: Path, listed: Path, fields: FieldSpec) -> Iterator[Entry]:
+  images = [fields.image] if fields.image else ['file', 'image']
+  captions = [fields.caption] if fields.caption else ['caption', 'text']
   for number, line in enumerate(read_lines(listed), 1):
     if not line.strip():
       continue
@@ -207,24 +207,24 @@ def _from_lines(folder: Path, listed: Path, asked: Asked) -> Iterator[Entry]:
     except (ValueError, RecursionError) as error:  # Too many digits, too many brackets.
       raise UserError(f'{listed} line {number} is not JSON: {error}') from error
     where = f'{listed} line {number}'
-    name, caption = text_of(values, *images), text_of(values, *captions) or ''
+    name, caption = first_text(values, *images), first_text(values, *captions) or ''
     if name is None:
       raise UserError(f'{where} names no image: give it a "{images[0]}"')
-    if asked.captions and not valid(caption, where):
+    if fields.captions and not valid(caption, where):
       raise UserError(f'{where}: image {name} has no caption; give it a "{captions[0]}"')
     yield (
-      (_within(folder, name, where), caption, _before(folder, values, asked, where)),
+      (_within(folder, name, where), caption, _before(folder, values, fields, where)),
       values,
       where,
     )
 
 
-def _before(folder: Path, values: Any, asked: Asked, where: str) -> str:
-  """The name of the picture before an edit, or '' where none is asked for."""
-  if not asked.references:
+def _before(folder: Path, values: Any, fields: FieldSpec, where: str) -> str:
+  """The name of the picture before an edit, or '' where none is fields for."""
+  if not fields.references:
     return ''
-  field = asked.reference or 'reference'
-  if (name := text_of(values, field)) is None:
+  field = fields.reference or 'reference'
+  if (name := first_text(values, field)) is None:
     raise UserError(f'{where} names no picture before: give it a "{field}"')
   return _within(folder, name, where)
 
@@ -266,14 +266,14 @@ def valid(text: str, where: str, what: str = 'caption') -> str:
   return text
 
 
-def text_of(values: Any, *names: str) -> str | None:
+def first_text(values: Any, *names: str) -> str | None:
   """The first of the named fields that holds text."""
   found = [values.get(name) for name in names] if isinstance(values, dict) else []
   return next((text.strip() for text in found if isinstance(text, str) and text.strip()), None)
 
 
-def _from_texts(folder: Path, asked: Asked) -> Iterator[Entry]:
-  if asked.references:
+def _from_texts(folder: Path, fields: FieldSpec) -> Iterator[Entry]:
+  if fields.references:
     raise UserError(f'data folder {folder} has no {_CAPTIONS}: only its lines name pictures before')
   for image in folder.rglob('*'):
     hidden = any(part.startswith('.') for part in image.relative_to(folder).parts)
@@ -281,6 +281,6 @@ def _from_texts(folder: Path, asked: Asked) -> Iterator[Entry]:
       continue
     text = image.with_suffix('.txt')
     caption = ' '.join(read_text(text).split()) if text.is_file() else ''
-    if asked.captions and not caption:
+    if fields.captions and not caption:
       raise UserError(f'image {image} has no caption: write one to {text.name} beside it')
     yield (image.relative_to(folder).as_posix(), caption, ''), {}, f'image {image}'

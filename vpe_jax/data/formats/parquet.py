@@ -15,8 +15,8 @@ from typing import Any
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import FIELDS
 from vpe_jax.data.formats.array_record import Content
-from vpe_jax.data.formats.folder import Asked
-from vpe_jax.data.inputs import Found, Place, Unusable, matching
+from vpe_jax.data.formats.folder import FieldSpec
+from vpe_jax.data.inputs import RawRecord, Location, UnusableRecord, matching_files
 
 _IMAGES = ('image', 'jpg', 'png', 'img')
 _CAPTIONS = ('caption', 'text', 'prompt')
@@ -48,7 +48,7 @@ class Parquet:
     """Number of places."""
     return sum(map(sum, self.groups))
 
-  def places(self, scratch: Path) -> Iterator[Place]:
+  def places(self, scratch: Path) -> Iterator[Location]:
     """(file, row group, row in the group, row in the file)."""
     del scratch
     for path, groups in zip(self.names, self.groups, strict=True):
@@ -57,7 +57,7 @@ class Parquet:
         yield from ((path, group, row, before + row) for row in range(rows))
         before += rows
 
-  def read(self, places: Sequence[Place]) -> Iterator[Found | Unusable]:
+  def read(self, places: Sequence[Location]) -> Iterator[RawRecord | UnusableRecord]:
     """See Input."""
     pyarrow, _ = _packages()
     for (path, group), same in itertools.groupby(places, key=lambda place: tuple(place[:2])):
@@ -69,7 +69,7 @@ class Parquet:
           done += 1
       except (OSError, pyarrow.ArrowException) as error:
         reason = f'row group {group} of {path} can not be read ({error})'
-      yield from (Unusable(self._id(path, number), reason) for _, number in rows[done:])
+      yield from (UnusableRecord(self._id(path, number), reason) for _, number in rows[done:])
 
   def _id(self, path: str, number: int) -> str:
     return f'{self.names[path]}/{number}'
@@ -92,32 +92,32 @@ class Parquet:
 
   def _found(
     self, path: str, number: int, values: dict[str, Any] | UnicodeDecodeError
-  ) -> Found | Unusable:
+  ) -> RawRecord | UnusableRecord:
     """One row as a record."""
     where = f'row {number} of {path}'
     if isinstance(values, UnicodeDecodeError):
-      return Unusable(self._id(path, number), f'{where} has text that is not UTF-8')
+      return UnusableRecord(self._id(path, number), f'{where} has text that is not UTF-8')
     images = [_bytes(values[name]) for name in (self.image, self.reference) if name]
     caption = (values[self.caption] or '').strip() if self.caption else ''
     if not all(images):
-      return Unusable(self._id(path, number), f'{where} has no bytes of a picture')
+      return UnusableRecord(self._id(path, number), f'{where} has no bytes of a picture')
     content = Content(self._id(path, number), caption, _GROUP, *images)
-    return Found(content, ({name: values[name] for name in self.filtered},), where)
+    return RawRecord(content, ({name: values[name] for name in self.filtered},), where)
 
 
-def open_parquet(pattern: str, asked: Asked) -> Parquet:
+def open_parquet(pattern: str, fields: FieldSpec) -> Parquet:
   """The parquet files that a pattern names, or that lie in a folder; reads their ends alone.
 
   Args:
-    pattern: see vpe_jax.data.inputs.matching.
-    asked: what pictures need; the usual columns are `image`, `jpg`, `png` or `img`, and `caption`,
+    pattern: see vpe_jax.data.inputs.matching_files.
+    fields: what pictures need; the usual columns are `image`, `jpg`, `png` or `img`, and `caption`,
       `text` or `prompt`.
 
   Raises:
     UserError: pyarrow isn't installed, there are no files, or one lacks a column.
   """
   pyarrow, parquet = _packages()
-  names = matching(pattern, '.parquet')
+  names = matching_files(pattern, '.parquet')
   groups, columns, filtered = [], None, FIELDS
   for path in names:
     try:
@@ -127,15 +127,15 @@ def open_parquet(pattern: str, asked: Asked) -> Parquet:
     except (OSError, pyarrow.ArrowException) as error:
       raise UserError(f'{path} is no parquet file ({error}): get it again') from error
     filtered = tuple(name for name in filtered if name in schema.names)
-    columns = columns or _columns(path, schema, asked)
+    columns = columns or _columns(path, schema, fields)
     for name in filter(None, columns):
       if name not in schema.names:
         raise UserError(f'{path} has no column {name}, which {next(iter(names))} has')
   return Parquet(names, tuple(groups), *columns, filtered)
 
 
-def _columns(path: str, schema: Any, asked: Asked) -> tuple[str, str, str]:
-  """The columns of picture, caption and picture before; '' for one that isn't asked for.
+def _columns(path: str, schema: Any, fields: FieldSpec) -> tuple[str, str, str]:
+  """The columns of picture, caption and picture before; '' for one that isn't fields for.
 
   Raises:
     UserError: the file lacks one, or it is of another type.
@@ -149,9 +149,9 @@ def _columns(path: str, schema: Any, asked: Asked) -> tuple[str, str, str]:
   )
   chosen = []
   for needed, given, usual, good, flag in (
-    (True, asked.image, _IMAGES, is_picture, 'image'),
-    (asked.captions or asked.caption, asked.caption, _CAPTIONS, is_text, 'caption'),
-    (asked.references, asked.reference, (), is_picture, 'reference'),
+    (True, fields.image, _IMAGES, is_picture, 'image'),
+    (fields.captions or fields.caption, fields.caption, _CAPTIONS, is_text, 'caption'),
+    (fields.references, fields.reference, (), is_picture, 'reference'),
   ):
     names = (given,) if given else usual
     found = [name for name in names if name in schema.names and good(schema.field(name).type)]

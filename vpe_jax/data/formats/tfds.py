@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vpe_jax.contracts import UserError
-from vpe_jax.data.formats.folder import Asked, Bytes, first_of, valid
+from vpe_jax.data.formats.folder import FieldSpec, Bytes, first_of, valid
 from vpe_jax.data.records import Record
 from vpe_jax.storage import local
 
@@ -81,17 +81,17 @@ class Tfds:
       caption=valid(caption.strip(), where),
       group=group,
       split='train',
-      picture=Bytes(values[self.image], where, self.fit),
+      image=Bytes(values[self.image], where, self.fit),
     )
 
   def stamps(self) -> Iterator[str]:
-    """Name, size and date of every file; see vpe_jax.data.records.Stored."""
+    """Name, size and date of every file; see vpe_jax.data.records.StoredSource."""
     for path in sorted(Path(self.path).iterdir()):
       found = path.stat()
       yield f'{path.name} {found.st_size} {found.st_mtime_ns}'
 
 
-def open_tfds(name: str, root: str, count: int, asked: Asked, fit: str) -> Tfds:
+def open_tfds(name: str, root: str, count: int, fields: FieldSpec, fit: str) -> Tfds:
   """Opens a split of a data set.
 
   Args:
@@ -99,31 +99,31 @@ def open_tfds(name: str, root: str, count: int, asked: Asked, fit: str) -> Tfds:
       folders do: NAME/CONFIG/VERSION/SPLIT (or NAME/CONFIG:VERSION). Without a version, the newest.
     root: the data_dir that the data set was prepared in.
     count: number of records to keep, the first ones, with a warning; 0 for all.
-    asked: what pictures need. Without captions they need a feature `label`. The usual features of
+    fields: what pictures need. Without captions they need a feature `label`. The usual features of
       picture and caption are the only one of an image, and `caption`, `text` or `prompt`.
     fit: how pictures become squares.
 
   Raises:
     UserError: there is no such data set or split, it isn't in ArrayRecord, or it lacks what is
-      asked for.
+      fields for.
   """
   folder, split = _find(local(root), name)
   builder = _builder(str(folder))
   features = builder.info.features
-  image = _picture(folder, asked.image, features)
-  if asked.references:
+  image = _picture(folder, fields.image, features)
+  if fields.references:
     raise UserError(f'{folder} has no pictures before an edit: use folder:PATH')
   named = [feature for feature in _CAPTIONS if feature in _texts(features)]
-  caption = asked.caption or (named[0] if named else '')
+  caption = fields.caption or (named[0] if named else '')
   if caption and caption not in _texts(features):
     raise UserError(f'{folder} has no text {caption}; its features: {", ".join(features)}')
   labels = tuple(getattr(features[_LABEL], 'names', None) or ()) if _LABEL in features else ()
-  if asked.captions and not caption:
+  if fields.captions and not caption:
     raise UserError(
       f'{folder} has no caption among its features ({", ".join(features)}): set data.words=group '
       'to draw from the names of its labels'
     )
-  if not asked.captions and not labels:
+  if not fields.captions and not labels:
     raise UserError(f'{folder} has no label with names; its features: {", ".join(features)}')
   total = len(_reader(os.getpid(), str(folder), split))
   return Tfds(
@@ -216,7 +216,7 @@ def _texts(features: Any) -> list[str]:
 
 
 def _picture(folder: Path, wanted: str, features: Any) -> str:
-  """The feature of the picture: the one that is asked for, `image`, or the only one."""
+  """The feature of the picture: the one that is fields for, `image`, or the only one."""
   found = _images(features)
   for name in (wanted,) if wanted else ('image', *found[: len(found) == 1]):
     if name in found:

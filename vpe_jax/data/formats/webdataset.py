@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 from absl import logging
 
 from vpe_jax.data.formats.array_record import Content
-from vpe_jax.data.formats.folder import Asked, text_of
-from vpe_jax.data.inputs import Found, Place, Unusable, matching
+from vpe_jax.data.formats.folder import FieldSpec, first_text
+from vpe_jax.data.inputs import RawRecord, Location, UnusableRecord, matching_files
 
 _IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'tif', 'tiff')
 _CAPTIONS = ('caption', 'text', 'prompt')
@@ -32,7 +32,7 @@ _Parts = dict[str, tuple[int, int]]  # ending -> offset and length of the member
 
 
 class _Lacking(ValueError):
-  """A record lacks what is asked for."""
+  """A record lacks what is fields for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,72 +41,72 @@ class Tars:
 
   Attributes:
     names: path -> name of the tar in ids.
-    asked: what pictures need, `image` and `reference` as endings such as `jpg` or `before.png`,
+    fields: what pictures need, `image` and `reference` as endings such as `jpg` or `before.png`,
       `caption` as an ending, or as a field of the JSON.
   """
 
   names: Mapping[str, str]
-  asked: Asked
+  fields: FieldSpec
 
   def count(self) -> None:
     """Only reading all of it tells."""
 
-  def places(self, scratch: Path) -> Iterator[Place]:
+  def places(self, scratch: Path) -> Iterator[Location]:
     """(tar, key, parts, why it can't be used or '')."""
     del scratch
     for path in self.names:
       for key, parts, reason in _records(path):
         yield path, key, parts, reason
 
-  def read(self, places: Sequence[Place]) -> Iterator[Found | Unusable]:
+  def read(self, places: Sequence[Location]) -> Iterator[RawRecord | UnusableRecord]:
     """See Input."""
     for path, same in itertools.groupby(places, key=lambda place: place[0]):
       try:
         file = open(path, 'rb')
       except OSError as error:
-        yield from (Unusable(self._id(path, key), str(error)) for _, key, _, _ in same)
+        yield from (UnusableRecord(self._id(path, key), str(error)) for _, key, _, _ in same)
         continue
       with file:
         for _, key, parts, reason in same:
           yield (
             self._found(file, path, key, parts)
             if not reason
-            else Unusable(self._id(path, key), reason)
+            else UnusableRecord(self._id(path, key), reason)
           )
 
   def _id(self, path: str, key: str) -> str:
     return f'{self.names[path]}/{key}'
 
-  def _found(self, file: BinaryIO, path: str, key: str, parts: _Parts) -> Found | Unusable:
+  def _found(self, file: BinaryIO, path: str, key: str, parts: _Parts) -> RawRecord | UnusableRecord:
     """One record, from the bytes of its members."""
     where = f'{key} in {path}'
     try:
-      image = _part(file, parts, [self.asked.image] if self.asked.image else _IMAGES)
+      image = _part(file, parts, [self.fields.image] if self.fields.image else _IMAGES)
       values = _json(file, parts)
       caption = self._caption(file, parts, values)
-      reference = _part(file, parts, [self.asked.reference]) if self.asked.references else b''
+      reference = _part(file, parts, [self.fields.reference]) if self.fields.references else b''
     except (OSError, ValueError, RecursionError) as error:
-      return Unusable(self._id(path, key), f'{where}: {error}')
+      return UnusableRecord(self._id(path, key), f'{where}: {error}')
     group = posixpath.basename(posixpath.dirname(key)) or _GROUP
     content = Content(self._id(path, key), caption, group, image, reference)
-    return Found(content, (values,), where)
+    return RawRecord(content, (values,), where)
 
   def _caption(self, file: BinaryIO, parts: _Parts, values: Mapping[str, Any]) -> str:
-    name = self.asked.caption
+    name = self.fields.caption
     if (ending := name or _TEXT) in parts:
       caption = ' '.join(_short(file, parts, ending).decode('utf-8-sig').split())
     else:
-      caption = text_of(values, *([name] if name else _CAPTIONS)) or ''
+      caption = first_text(values, *([name] if name else _CAPTIONS)) or ''
     return caption
 
 
-def open_tars(pattern: str, asked: Asked) -> Tars:
+def open_tars(pattern: str, fields: FieldSpec) -> Tars:
   """The tars that a pattern names, or that lie in a folder.
 
   Raises:
     UserError: there are none.
   """
-  return Tars(matching(pattern, '.tar'), asked)
+  return Tars(matching_files(pattern, '.tar'), fields)
 
 
 def _records(path: str) -> Iterator[tuple[str, _Parts, str]]:

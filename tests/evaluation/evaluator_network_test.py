@@ -8,7 +8,7 @@ from vpe_jax import systems
 from vpe_jax.codecs import pixels
 from vpe_jax.contracts import UserError
 from vpe_jax.data.tokenizers import bpe
-from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 
 _TOWER = {'width': 16, 'layers': 1, 'heads': 2, 'mlp': 16}
 _CONFIG = {
@@ -35,7 +35,7 @@ _CONFIG = {
 def judge():
   system = systems.build(_CONFIG)
   params = jax.jit(system.init)(jax.random.key(0))
-  return Judge(system, params, bpe.shipped(), 'random')
+  return EvaluatorNetwork(system, params, bpe.shipped(), 'random')
 
 
 def test_pictures_become_unit_vectors_whatever_their_company(judge):
@@ -56,7 +56,7 @@ def test_a_pictures_vector_is_the_mean_over_moved_views():
   seen = pixels.to_signed(pixels.view(views, 16))
   each = system.network.apply({'params': params}, seen, method='embed_images')
   mean = np.mean(each, 0)
-  found = Judge(system, params, bpe.shipped(), 'random').images(image)[0]
+  found = EvaluatorNetwork(system, params, bpe.shipped(), 'random').images(image)[0]
   np.testing.assert_allclose(found, mean / np.linalg.norm(mean), atol=1e-5)
 
 

@@ -22,7 +22,7 @@ _MOVES = (-1, 0, 1)  # in each direction; patch borders are coarse and arbitrary
 _MOVE = 1 / 20  # of the image's side
 
 
-class Judge:
+class EvaluatorNetwork:
   """Embeds images and captions as unit vectors, whose product measures how well they fit.
 
   An image's vector is the mean over nine slightly shifted views.
@@ -57,7 +57,7 @@ class Judge:
     self._embed_text = jax.jit(embed_text)
 
   @classmethod
-  def load(cls, source: str = 'assets:judge') -> Judge:
+  def load(cls, source: str = 'assets:judge') -> EvaluatorNetwork:
     """Loads the shipped evaluator network, or another SigLIP exported to a file.
 
     Raises:
