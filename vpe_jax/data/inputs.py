@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import FIELDS
 from vpe_jax.data.formats.array_record import MANIFEST, Content
-from vpe_jax.data.formats.folder import FieldSpec, find, group_of, record_id
+from vpe_jax.data.formats.folder import FieldSpec, find_entries, group_of, record_id
 from vpe_jax.data.formats.tfds import Tfds
 from vpe_jax.storage import local
 

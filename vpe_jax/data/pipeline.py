@@ -1,8 +1,8 @@
-"""Batches of examples, in an order that is a function of (seed, examples seen) alone.
+"""Batches of examples, in an order that depends only on the seed and the examples seen so far.
 
-Location p of the stream holds record `index_at(p)`: each epoch is a seeded shuffle of all records,
-and epochs follow one another without end. A batch is cut from the stream before any reader
-process sees it, so the order knows nothing of processes, threads, hosts, or where a run resumed.
+Position p of the endless stream holds record `index_at(p)`. Each epoch is a seeded shuffle of all
+records. The stream is cut into batches before reader processes divide the work, so the order does
+not depend on processes, threads, hosts, or the step at which a run resumes.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vpe_jax.data.embedded import edits, near_misses, splits, vocabulary
-from vpe_jax.data.records import SPLITS, Truth, changed, render
+from vpe_jax.data.records import SPLITS, Truth, render
 from vpe_jax.data.tokenizers import bpe
 
 SIZE = 48

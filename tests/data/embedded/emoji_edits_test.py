@@ -7,7 +7,7 @@ import collections
 import pytest
 
 from vpe_jax.data.embedded import emoji_edits, openmoji, splits
-from vpe_jax.data.records import SPLITS, changed
+from vpe_jax.data.records import SPLITS
 from vpe_jax.data.tokenizers import bpe
 
 

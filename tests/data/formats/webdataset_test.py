@@ -47,7 +47,8 @@ def _read(path, fields=ASKED):
 
 def _said(found):
   return [
-    (one.content.id, one.content.caption) if isinstance(one, RawRecord) else one.reason for one in found
+    (one.content.id, one.content.caption) if isinstance(one, RawRecord) else one.reason
+    for one in found
   ]
 
 

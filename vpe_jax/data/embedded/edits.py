@@ -13,7 +13,7 @@ from collections.abc import Callable
 from vpe_jax.data.embedded import scenes, shapes, splits
 from vpe_jax.data.embedded.painting import Painting
 from vpe_jax.data.embedded.wording import known_phrase, noun_phrase, relation_phrase
-from vpe_jax.data.records import Cluster, ProceduralSource, Edit, Record, Relation, Split, Truth
+from vpe_jax.data.records import Cluster, Edit, ProceduralSource, Record, Relation, Split, Truth
 from vpe_jax.storage import stable_hash
 
 GROUP = 'scene edit'

@@ -30,7 +30,9 @@ class Classes(bpe.Tokens):
     self.names = tuple(names)
     self._ids_of = {name: i for i, name in enumerate(self.names)}
     if not self.names or len(self._ids_of) != len(self.names):
-      raise UserError(f'class names must be unique, and there must be at least one: {self.names[:5]}')
+      raise UserError(
+        f'class names must be unique, and there must be at least one: {self.names[:5]}'
+      )
 
   @property
   def vocabulary(self) -> int:

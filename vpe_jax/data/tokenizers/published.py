@@ -93,6 +93,6 @@ def _opened(name: str) -> Any:
   except Exception as error:  # Client, transport and parser raise errors of many types.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(
-      f"no tokenizer at '{name}' ({reason}): name a folder that holds one, or a hub id on a "
-      'machine that reaches the hub'
+      f"no tokenizer at '{name}' ({reason}): name a folder with a tokenizer, or a hub id on a "
+      'machine that can reach the hub'
     ) from error
