@@ -9,8 +9,8 @@ r"""Packs any number of images into a few ArrayRecord files that training reads.
 
 Then train with --config.data.source=folder:DIR, or with folders:a*3,b on several. A source is a
 folder with captions.jsonl or a .txt file for each image; WebDataset tars, as a pattern or folder;
-parquet (pip install -e .[prepare]); or a TensorFlow Datasets data set in ArrayRecord. An interrupted
-command continues where it stopped. Unusable images are listed in DIR/skipped.jsonl.
+parquet (pip install -e .[prepare]); or a TensorFlow Datasets data set in ArrayRecord. After an
+interruption, the same command continues. Unusable images are listed in DIR/skipped.jsonl.
 """
 
 import os

@@ -39,7 +39,7 @@ def test_known_scene_stays_as_it_is():
 def test_boxes_lie_inside_and_apart(sample):
   for record in sample:
     boxes = [thing.box for thing in record.truth.objects]
-    assert 1 <= len(boxes) <= scenes.MOST
+    assert 1 <= len(boxes) <= scenes.MAX_OBJECTS
     for left, top, right, bottom in boxes:
       assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
     for a, b in itertools.combinations(boxes, 2):

@@ -15,21 +15,21 @@ from vpe_jax.data.tokenizers import bpe
 
 @pytest.fixture(scope='module')
 def sample():
-  return [words.picture(5, index) for index in range(600)]
+  return [words.word_image(5, index) for index in range(600)]
 
 
 def test_picture_is_a_pure_function():
   again = words.Words(100, 'train', 5)
-  assert again[37] == words.picture(5, 37) == again[37]
-  assert words.picture(5, 37) != words.picture(6, 37)
-  np.testing.assert_array_equal(render(again[37], 64), render(words.picture(5, 37), 64))
+  assert again[37] == words.word_image(5, 37) == again[37]
+  assert words.word_image(5, 37) != words.word_image(6, 37)
+  np.testing.assert_array_equal(render(again[37], 64), render(words.word_image(5, 37), 64))
   with pytest.raises(IndexError):
     again[100]
 
 
 def test_known_picture_stays_as_it_is():
   """Changing the program silently would change every run's data."""
-  assert [words.picture(0, i).caption for i in range(3)] == [
+  assert [words.word_image(0, i).caption for i in range(3)] == [
     'the word "black" in a serif font on light pink and light blue',
     'a picture of the word "guitar" in a blue italic font on white',
     'a picture of the word "bicycle" in a purple italic font on white',
@@ -129,7 +129,7 @@ def test_pairs_of_words_have_no_order(sample):
 def test_splits_hold_what_they_say(split):
   held = 0
   for index in range(200):
-    record = words.picture(1, index, split)
+    record = words.word_image(1, index, split)
     assert record.split == splits.split_of(record) == split
     texts = {word.text for word in record.truth.writing.words}
     held += bool(texts & set(splits.held_out_words()))
@@ -141,6 +141,6 @@ def test_splits_hold_what_they_say(split):
 def test_captions_are_short_and_spelled_without_loss(split):
   tokenizer = bpe.shipped()
   for index in range(300):
-    caption = words.picture(1, index, split).caption
+    caption = words.word_image(1, index, split).caption
     ids = tokenizer.encode(caption)
     assert len(ids) <= 40 and bpe.UNK not in ids and tokenizer.decode(ids) == caption

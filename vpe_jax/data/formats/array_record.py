@@ -1,8 +1,8 @@
 """Prepared folders: any number of images and captions in a few ArrayRecord files.
 
-`python -m vpe_jax.prepare` writes them (vpe_jax.data.preparing). A prepared folder holds ArrayRecord
-shards and a manifest, `prepared.json`, which is written last. A record is a msgpack map of plain
-values (`Content`), including the bytes of the image file. Reading a record executes nothing.
+`python -m vpe_jax.prepare` writes them (vpe_jax.data.preparing). A prepared folder holds shards in
+ArrayRecord format and a manifest, `prepared.json`, which is written last. A record is a msgpack map
+of plain values (`Content`), including the bytes of the image file. Reading executes nothing.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Prepared:
     )
 
   def stamps(self) -> Iterator[str]:
-    """The digest of the manifest, which has a checksum of each shard; see vpe_jax.data.records.StoredSource."""
+    """The digest of the manifest, which contains a checksum of each shard; see StoredSource."""
     yield self.digest
 
 

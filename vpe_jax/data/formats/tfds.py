@@ -1,8 +1,8 @@
 """Data sets of TensorFlow Datasets, read without TensorFlow: `tfds:NAME/SPLIT`.
 
-The data set is stored in `data.root` as TFDS prepares it with `file_format='array_record'`. Preparing
-needs TensorFlow for most data sets and works on any machine. The code of the data set does not run
-here: its metadata files name its features. Images are decoded as those of any other source.
+The data set is stored in `data.root`, as TFDS prepares it with `file_format='array_record'`. Most
+data sets need TensorFlow for that, on any machine. The code of the data set does not run here: its
+metadata files name its features. Images are decoded as those of any other source.
 """
 
 from __future__ import annotations

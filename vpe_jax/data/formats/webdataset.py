@@ -1,8 +1,8 @@
 """WebDataset tar files as an input of vpe_jax.prepare.
 
 Consecutive members whose names are equal up to the first dot form one record: `fox.jpg` and
-`fox.txt`, or `fox.json` with the caption in a field. Nothing is unpacked, and no member name is used
-as a path.
+`fox.txt`, or `fox.json` with the caption in a field. Nothing is unpacked, and member names never
+serve as paths.
 """
 
 from __future__ import annotations
