@@ -267,14 +267,6 @@ def embed(
   return dict(zip(texts, judge(texts)))
 
 
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-  """Wilson's score interval of a share observed `count` times."""
-  centre = share + z * z / (2 * count)
-  half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-  scale = 1 + z * z / count
-  return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-
-
 def table(split: str, outcomes: Mapping[str, Result]) -> list[str]:
   """The results of one split as aligned lines."""
   chance, among = 1 / CANDIDATES, 1 / (1 + HARD)
