@@ -131,7 +131,7 @@ class Subject:
 
   @property
   def task(self) -> str:
-    """The kind of prompts: `edits`, `classes`, `words` (captions of written words) or `captions`."""
+    """Kind of prompts: `edits`, `classes`, `words` (captions of written words) or `captions`."""
     data = self.system.config.data
     if supports(self.system, Edits):
       return 'edits'

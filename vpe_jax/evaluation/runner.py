@@ -13,11 +13,11 @@ from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation.evaluator import Evaluator, Subject
 from vpe_jax.evaluation.report import Report, Sheet
-from vpe_jax.evaluation.sheets import layout, combine
+from vpe_jax.evaluation.sheets import combine, layout
 from vpe_jax.sampling import images
 
 
-def chosen(
+def select(
   built: Mapping[str, Evaluator], subject: Subject, options: Mapping[str, Any]
 ) -> dict[str, Evaluator]:
   """The evaluators for a model: the named ones, or the first one for its kind of prompts.
