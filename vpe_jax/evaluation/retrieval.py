@@ -1,8 +1,8 @@
 """Caption retrieval: does an image score highest with its own caption among 32?
 
 An evaluator network that no generator used (a SigLIP with its own seed and patch size) embeds
-images and captions. Each held-out caption competes with 31 wrong ones: `HARD` distractors that differ in
-one object, colour or count, and captions of other images. Chance is 1 / 32.
+images and captions. Each held-out caption competes with 31 wrong ones: `HARD` distractors that
+differ in one object, colour or count, and captions of other images. Chance is 1 / 32.
 """
 
 from __future__ import annotations

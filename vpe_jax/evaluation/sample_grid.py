@@ -1,10 +1,10 @@
 """Sample grids: images for fixed prompts, next to the ground truth.
 
 Rows: images from the model's own drafts; images rendered from ground-truth drafts, if the system
-has drafts; the ground truth; and for edits, the source images. The difference of the first two rows is
-the gap between inference and training, as the renderer trains on ground-truth drafts. Half of the
-prompts are held out. If the data source has no held-out split, all prompts are training data, and
-the label of the ground truth says so.
+has drafts; the ground truth; and for edits, the source images. The difference of the first two rows
+is the gap between inference and training, as the renderer trains on ground-truth drafts. Half of
+the prompts are held out. If the data source has no held-out split, all prompts are training data,
+and the label of the ground truth says so.
 """
 
 from __future__ import annotations
