@@ -101,9 +101,9 @@ def test_reader_processes_change_nothing():
 
 def test_encoded_entries_from_a_cache(monkeypatch, tmp_path):
   monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path))
-  made = SyntheticEncoded(22, (('visual_prompt', (9,), 32), ('latents', (4, 4, 2), 0)))
-  pieces = [{name: leaf[None] for name, leaf in made[i].items()} for i in range(22)]
-  stored = cache.write_cache('x', pieces, shard=8)
+  entries = SyntheticEncoded(22, (('visual_prompt', (9,), 32), ('latents', (4, 4, 2), 0)))
+  batches = [{name: leaf[None] for name, leaf in entries[i].items()} for i in range(22)]
+  stored = cache.write_cache('x', batches, shard=8)
   pipeline = small_pipeline(_SYNTHETIC, 7, TEXT, encoded=stored)
   (batch,) = _take(pipeline, 1, 5, 4)
   assert batch.inputs.keys() == set(TEXT)
@@ -112,9 +112,9 @@ def test_encoded_entries_from_a_cache(monkeypatch, tmp_path):
     'latents': (4, 4, 4, 2),
   }
   for row, position in enumerate(batch.example):
-    for name, leaf in made[pipeline.index_at(int(position))].items():
+    for name, leaf in entries[pipeline.index_at(int(position))].items():
       np.testing.assert_array_equal(batch.encoded[name][row], leaf)
-  _same(_take(small_pipeline(_SYNTHETIC, 7, TEXT, encoded=made), 1, 5, 4), [batch])
+  _same(_take(small_pipeline(_SYNTHETIC, 7, TEXT, encoded=entries), 1, 5, 4), [batch])
 
 
 def test_source_images_of_edits_are_inputs():

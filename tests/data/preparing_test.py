@@ -263,7 +263,7 @@ def test_a_second_command_on_the_same_folder_is_rejected(tmp_path):
   work = preparing._create_work_folder(tmp_path / 'to', Settings(source))
   with (work / 'settings.json').open('rb') as file:
     fcntl.flock(file, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match='another call'):
+    with pytest.raises(UserError, match='another command'):
       prepare(Settings(source), str(tmp_path / 'to'))
   assert prepare(Settings(source), str(tmp_path / 'to')).count == 2
 

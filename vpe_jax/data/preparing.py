@@ -184,19 +184,19 @@ def prepare(settings: Settings, to: str, workers: int = 0, max_skipped: float = 
 def _create_work_folder(folder: Path, settings: Settings) -> Path:
   """Creates the work folder and stores the settings; rejects a folder with other files."""
   work = folder / _WORK_FOLDER
-  stored = work / _SETTINGS
-  if stored.exists():
+  settings_file = work / _SETTINGS
+  if settings_file.exists():
     try:
-      old = json.loads(stored.read_bytes())
+      old = json.loads(settings_file.read_bytes())
     except (OSError, ValueError) as error:
-      raise UserError(f'{stored} can not be read ({error}): choose another --to') from error
+      raise UserError(f'{settings_file} can not be read ({error}): choose another --to') from error
     _check_settings(folder, old, settings)
     return work
   with storage.writing(folder):
     if folder.exists() and {path.name for path in folder.iterdir()} - {_WORK_FOLDER}:
       raise UserError(f'{folder} has files that this command did not write: choose another --to')
     work.mkdir(parents=True, exist_ok=True)
-    storage.write_atomic(stored, json.dumps(dataclasses.asdict(settings), indent=1).encode())
+    storage.write_atomic(settings_file, json.dumps(dataclasses.asdict(settings), indent=1).encode())
   return work
 
 
@@ -218,7 +218,7 @@ def _locked(path: Path) -> Iterator[None]:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise UserError(f'another call is writing to {path.parent.parent}: wait for it') from error
+      raise UserError(f'another command is writing to {path.parent.parent}: wait for it') from error
     yield
 
 
@@ -229,31 +229,33 @@ def _write(settings: Settings, folder: Path, workers: int, max_skipped: float) -
   if settings.count and total:
     total = min(total, settings.count)
   summaries: list[ShardSummary] = []
-  seen = skipped = 0
+  processed = skipped = 0
   with tqdm(total=total, desc='preparing', unit='image') as bar:
     for summary in _summaries(settings, source, folder, workers):
       summaries.append(summary)
-      seen, skipped = seen + summary.locations, skipped + len(summary.skipped)
+      processed, skipped = processed + summary.locations, skipped + len(summary.skipped)
       bar.update(summary.locations)
       # Fail early: if no record is usable so far, or if the limit is certain to be exceeded.
-      none_usable = len(summary.skipped) == seen and max_skipped < 1
+      none_usable = len(summary.skipped) == processed and max_skipped < 1
       if none_usable or skipped > max_skipped * (total or math.inf):
         break
   # Without a shard, the list goes to the work folder: the output folder stays free for other
   # settings.
-  listed = folder if any(summary.shard for summary in summaries) else folder / _WORK_FOLDER
-  _write_skipped(listed, summaries)
-  if skipped > max_skipped * seen:
+  list_folder = folder if any(summary.shard for summary in summaries) else folder / _WORK_FOLDER
+  _write_skipped(list_folder, summaries)
+  if skipped > max_skipped * processed:
     name, reason = next(bad for summary in summaries for bad in summary.skipped)
     raise UserError(
-      f'{skipped:,} of {seen:,} images are unusable, more than --max_skipped={max_skipped}; '
-      f'the first: {name}: {reason} (all: {listed / SKIPPED})'
+      f'{skipped:,} of {processed:,} images are unusable, more than --max_skipped={max_skipped}; '
+      f'the first: {name}: {reason} (all: {list_folder / SKIPPED})'
     )
   shards = tuple(summary.shard for summary in summaries if summary.shard is not None)
   records = sum(shard.records for shard in shards)
   if not records:
-    filters = 'none passes --language and --least_text_height; ask for less'
-    raise UserError(f'{settings.source} has {seen:,} images{seen and ": " + filters or ""}')
+    filters = 'none passes --language and --least_text_height; relax them'
+    raise UserError(
+      f'{settings.source} has {processed:,} images{processed and ": " + filters or ""}'
+    )
   manifest = Manifest(
     shards,
     captions=not any(summary.captionless for summary in summaries),
@@ -263,7 +265,7 @@ def _write(settings: Settings, folder: Path, workers: int, max_skipped: float) -
     image_size=settings.image_size,
     fit=settings.fit,
     settings=dataclasses.asdict(settings),
-    left_out=seen - skipped - records,
+    left_out=processed - skipped - records,
     skipped=skipped,
   )
   with storage.writing(folder):

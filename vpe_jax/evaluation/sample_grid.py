@@ -95,8 +95,8 @@ class SampleGrid:
         metrics = jax.device_get(compare(subject.frozen.params, generated, truth))
         for metric, value in metrics.items():
           numbers.setdefault(f'sample/{name}/{metric}', []).append(float(value))
-        shown = jax.device_get(generated.image[:SHOWN])
-        rows[label] += list(images.to_uint8(np.nan_to_num(shown)))
+        pixels = jax.device_get(generated.image[:SHOWN])
+        rows[label] += list(images.to_uint8(np.nan_to_num(pixels)))
       for label, name in inputs.items():
         rows[label] += list(_fetch(subject, truth.inputs[name])[:SHOWN])
       captions += prompts
@@ -177,11 +177,11 @@ def _positions(data: Pipeline, count: int) -> list[int]:
 
   Captions rarely repeat, but class names do.
   """
-  seen, distinct, others = set(), [], []
+  previous, distinct, others = set(), [], []
   for position in range(_SCANNED * count):
     if len(distinct) == count:
       break
     prompt = data.prompt(data.index_at(position))
-    (others if prompt in seen else distinct).append(position)
-    seen.add(prompt)
+    (others if prompt in previous else distinct).append(position)
+    previous.add(prompt)
   return (distinct + others)[:count]

@@ -47,7 +47,7 @@ def test_boxes_are_inside_and_disjoint(sample):
 
 
 def test_boxes_satisfy_the_relations(sample):
-  seen = set()
+  relations = set()
   for record in sample:
     for relation in record.truth.relations:
       first, second = (record.truth.clusters[i].boxes for i in (relation.first, relation.second))
@@ -58,8 +58,8 @@ def test_boxes_satisfy_the_relations(sample):
         'below': (second, first, 1),
       }[relation.word]
       assert max(b[axis + 2] for b in near) <= min(b[axis] for b in far)
-      seen.add((relation.word, relation.stated))
-  assert len(seen) == 8
+      relations.add((relation.word, relation.stated))
+  assert len(relations) == 8
 
 
 def test_captions_name_objects_colours_and_counts(sample):

@@ -30,7 +30,7 @@ COUNT = 11
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """Images of different shapes in folders of classes, with source images; unsorted lines."""
-  folder = tmp_path_factory.mktemp('pictures')
+  folder = tmp_path_factory.mktemp('images')
   levels = np.random.default_rng(0)
   lines = []
   for number in (3, 1, 0, 2, *range(4, COUNT)):

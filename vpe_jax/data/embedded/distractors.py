@@ -51,12 +51,12 @@ def _round_robin(
     captions = sorted(set(_captions(record, kind)) - {record.caption})
     rng.shuffle(captions)
     candidates[kind] = captions
-  chosen: list[tuple[str, str]] = []
-  while len(chosen) < count and any(candidates.values()):
+  selected: list[tuple[str, str]] = []
+  while len(selected) < count and any(candidates.values()):
     for kind, captions in candidates.items():
-      if captions and len(chosen) < count:
-        chosen.append((kind, captions.pop()))
-  return chosen
+      if captions and len(selected) < count:
+        selected.append((kind, captions.pop()))
+  return selected
 
 
 def _captions(record: Record, kind: str) -> Iterator[str]:
