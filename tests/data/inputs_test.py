@@ -35,13 +35,12 @@ def test_a_folder_input_has_the_order_of_the_folder_source(tmp_path):
   (folder / 'captions.jsonl').write_text('\n'.join(map(json.dumps, lines)))
   source, folder_input = open_folder(str(folder)), open_folder_input(str(folder), FieldSpec())
   locations = list(folder_input.locations(tmp_path))
-  assert json.loads(json.dumps(locations)) == json.loads(json.dumps([*locations]))
+  assert json.loads(json.dumps(locations)) == [list(location) for location in locations]
   records = list(folder_input.read(locations))
   assert all(isinstance(record, RawRecord) for record in records)
-  expected = [(source[i].id, source[i].caption, source[i].group) for i in range(len(source))]
-  assert [
-    (record.content.id, record.content.caption, record.content.group) for record in records
-  ] == expected
+  fields_of = lambda record: (record.id, record.caption, record.group)
+  expected = [fields_of(record) for record in source]
+  assert [fields_of(record.content) for record in records] == expected
   assert len(expected) == 10  # Duplicate lines are one record with the fields of both.
   (fields,) = [record.values for record in records if {'language': 'en'} in record.values]
   assert fields == ({'language': 'en'}, {})
