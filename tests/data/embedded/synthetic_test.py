@@ -20,9 +20,9 @@ def test_records_depend_only_on_the_index():
 
 
 def test_encoded_entries_are_functions_of_the_index():
-  entries = (('visual_prompt', (36,), 512), ('latents', (16, 16, 4), 0))
+  entries = (('codes', (36,), 512), ('latents', (16, 16, 4), 0))
   synthetic = SyntheticEncoded(5, entries)
-  codes, latents = synthetic[2]['visual_prompt'], synthetic[2]['latents']
+  codes, latents = synthetic[2]['codes'], synthetic[2]['latents']
   assert codes.shape == (36,) and codes.dtype == np.int32 and 0 <= codes.min() < codes.max() < 512
   assert latents.shape == (16, 16, 4) and latents.dtype == np.float32
   for name, leaf in synthetic[2].items():
