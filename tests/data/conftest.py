@@ -1,4 +1,4 @@
-"""Keeps what these tests cache out of the user's cache folder."""
+"""A cache folder for these tests, instead of the user's."""
 
 from __future__ import annotations
 

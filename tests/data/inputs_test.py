@@ -1,4 +1,4 @@
-"""Inputs: sorting what does not fit into memory, and finding files."""
+"""Inputs: external sorting, folders, and file patterns."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pytest
 from PIL import Image
 
 from vpe_jax.contracts import UserError
-from vpe_jax.data.formats.folder import Asked, open_folder
-from vpe_jax.data.inputs import Found, matching, open_folder_input, sort
+from vpe_jax.data.formats.folder import FieldSpec, open_folder
+from vpe_jax.data.inputs import RawRecord, matching_files, open_folder_input, sort
 
 
-def test_sorting_in_runs_is_sorting(tmp_path):
+def test_external_sort_equals_sorted(tmp_path):
   names = [chr(letter) * count for letter in (0x41, 0x1F600, 0xD800, 0x2028) for count in (1, 2, 3)]
   entries = [([name, 'x', ''], {'n': n}, 'here') for n, name in enumerate(names * 3)]
   random.Random(0).shuffle(entries)
-  wanted = sorted(map(list, entries), key=lambda entry: entry[0])
+  expected = sorted(map(list, entries), key=lambda entry: entry[0])
   for run in (1, 5, 100):
-    assert list(sort(iter(entries), tmp_path, run)) == wanted
+    assert list(sort(iter(entries), tmp_path, run)) == expected
     assert not list(tmp_path.iterdir())
   assert list(sort([], tmp_path)) == []
 
 
-def test_a_folder_is_read_in_the_order_of_its_source(tmp_path):
+def test_a_folder_input_has_the_order_of_the_folder_source(tmp_path):
   folder = tmp_path / 'in'
   (folder / 'deep').mkdir(parents=True)
   lines = []
@@ -33,42 +33,43 @@ def test_a_folder_is_read_in_the_order_of_its_source(tmp_path):
     lines += [{'file': name, 'caption': caption} for caption in ('two', 'one', 'two')]
   lines[0]['language'] = 'en'
   (folder / 'captions.jsonl').write_text('\n'.join(map(json.dumps, lines)))
-  source, found = open_folder(str(folder)), open_folder_input(str(folder), Asked())
-  places = list(found.places(tmp_path))
-  assert json.loads(json.dumps(places)) == json.loads(json.dumps([*places]))
-  read = list(found.read(places))
-  assert all(isinstance(one, Found) for one in read)
-  wanted = [(source[i].id, source[i].caption, source[i].group) for i in range(len(source))]
-  assert [(one.content.id, one.content.caption, one.content.group) for one in read] == wanted
-  assert len(wanted) == 10  # What is listed twice counts once, with the fields of both lines.
-  (fields,) = [one.values for one in read if {'language': 'en'} in one.values]
+  source, folder_input = open_folder(str(folder)), open_folder_input(str(folder), FieldSpec())
+  locations = list(folder_input.locations(tmp_path))
+  assert json.loads(json.dumps(locations)) == [list(location) for location in locations]
+  records = list(folder_input.read(locations))
+  assert all(isinstance(record, RawRecord) for record in records)
+  fields_of = lambda record: (record.id, record.caption, record.group)
+  expected = [fields_of(record) for record in source]
+  assert [fields_of(record.content) for record in records] == expected
+  assert len(expected) == 10  # Duplicate lines are one record with the fields of both.
+  (fields,) = [record.values for record in records if {'language': 'en'} in record.values]
   assert fields == ({'language': 'en'}, {})
 
 
-def test_fields_have_other_names(tmp_path):
+def test_fields_may_have_other_names(tmp_path):
   for name in ('x.png', 'y.png'):
     Image.new('RGB', (4, 4)).save(tmp_path / name)
   line = {'file': 'none', 'caption': 'none', 'target': 'x.png', 'do': 'paint', 'source': 'y.png'}
   (tmp_path / 'captions.jsonl').write_text(json.dumps(line))
-  asked = Asked(True, True, 'target', 'do', 'source')
-  found = open_folder_input(str(tmp_path), asked)
-  (one,) = found.read(list(found.places(tmp_path)))
-  assert one.content.caption == 'paint'
-  assert one.content.reference == (tmp_path / 'y.png').read_bytes()
-  with pytest.raises(UserError, match='names no image: give it a "other"'):
-    list(open_folder_input(str(tmp_path), Asked(image='other')).places(tmp_path))
+  fields = FieldSpec(True, True, 'target', 'do', 'source')
+  folder_input = open_folder_input(str(tmp_path), fields)
+  (record,) = folder_input.read(list(folder_input.locations(tmp_path)))
+  assert record.content.caption == 'paint'
+  assert record.content.reference == (tmp_path / 'y.png').read_bytes()
+  with pytest.raises(UserError, match='names no image.*"other"'):
+    list(open_folder_input(str(tmp_path), FieldSpec(image='other')).locations(tmp_path))
 
 
 def test_files_of_a_pattern_or_a_folder(tmp_path):
   for name in ('b/2.tar', 'a/1.tar', 'a/2.tar', 'a/x.txt'):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
-  assert list(matching(str(tmp_path), '.tar').values()) == ['a/1', 'a/2', 'b/2']
-  assert list(matching(f'{tmp_path}/a/*.tar', '.tar').items()) == [
+  assert list(matching_files(str(tmp_path), '.tar').values()) == ['a/1', 'a/2', 'b/2']
+  assert list(matching_files(f'{tmp_path}/a/*.tar', '.tar').items()) == [
     (f'{tmp_path}/a/1.tar', '1'),
     (f'{tmp_path}/a/2.tar', '2'),
   ]
-  assert list(matching(f'{tmp_path}/*/2.tar', '.tar').values()) == ['a/2', 'b/2']
+  assert list(matching_files(f'{tmp_path}/*/2.tar', '.tar').values()) == ['a/2', 'b/2']
   for pattern in ('nothing/*.tar', 'a/3.tar', 'b/*.parquet'):
-    with pytest.raises(UserError, match='names no files'):
-      matching(f'{tmp_path}/{pattern}', '.tar')
+    with pytest.raises(UserError, match='no files'):
+      matching_files(f'{tmp_path}/{pattern}', '.tar')

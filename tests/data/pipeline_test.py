@@ -1,4 +1,4 @@
-"""The stream: one order whatever the hosts, processes, and place of resumption."""
+"""The stream: its order does not depend on hosts, processes or the step of a resume."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from tests.small_pipelines import TEXT, small_pipeline
+from tests.small_pipelines import IMAGES, TEXT, small_pipeline
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data import cache
 from vpe_jax.data.embedded.synthetic import SyntheticEncoded
 from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.data.preprocess import PromptAndImage
 from vpe_jax.data.records import render
 from vpe_jax.data.tokenizers import bpe
 
@@ -41,11 +42,11 @@ def test_batch_structure():
   assert not batch.encoded
 
 
-def test_rows_are_the_records_of_their_places():
+def test_examples_are_the_records_of_their_positions():
   pipeline = small_pipeline(_CONFIG, 3)
   for batch in _take(pipeline, 4, 18, 4):  # across the end of an epoch
-    for row, place in enumerate(batch.example):
-      record = pipeline.record(pipeline.index_at(int(place)))
+    for row, position in enumerate(batch.example):
+      record = pipeline.record(pipeline.index_at(int(position)))
       np.testing.assert_array_equal(batch.inputs['image'][row], render(record, 16))
       words = batch.inputs['text'][row][: batch.inputs['text_length'][row]]
       assert bpe.shipped().encode(record.caption) == words.tolist()
@@ -71,7 +72,7 @@ def test_resuming_anywhere_gives_the_same_stream():
 
 
 @pytest.mark.parametrize('hosts', [2, 4])
-def test_hosts_take_contiguous_rows(hosts):
+def test_hosts_get_contiguous_parts_of_the_batch(hosts):
   whole = _take(small_pipeline(_SYNTHETIC, 7), 5, 8, 8)
   parts = [_take(small_pipeline(_SYNTHETIC, 7), 5, 8, 8, h, hosts) for h in range(hosts)]
   for number, batch in enumerate(whole):
@@ -79,72 +80,66 @@ def test_hosts_take_contiguous_rows(hosts):
     _same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows), batch)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Noisy(PromptAndImage):
+  """Preprocessing with a random input."""
+
+  def __call__(self, record, names, rng):
+    return super().__call__(record, names, rng) | {'noise': rng.standard_normal(3)}
+
+
+def _noisy(config):
+  return _Noisy(bpe.shipped(), config)
+
+
 def test_reader_processes_change_nothing():
-  whole = _take(small_pipeline(_CONFIG, 7), 6, 4, 8)
-  with_processes = small_pipeline(dataclasses.replace(_CONFIG, workers=2), 7)
-  _same(_take(with_processes, 6, 4, 8), whole)
-
-
-def test_far_more_reader_processes_than_cores_are_refused(monkeypatch):
-  monkeypatch.setattr('os.cpu_count', lambda: 8)
-  many = small_pipeline(dataclasses.replace(_CONFIG, workers=33), 7)
-  with pytest.raises(UserError, match='data.workers is 33, .* 8 CPU core.*at most 32'):
-    many.batches(0, 4)
+  open_pipeline = lambda workers: Pipeline(
+    dataclasses.replace(_CONFIG, workers=workers), 7, _noisy(_CONFIG), (*IMAGES, 'noise')
+  )
+  _same(_take(open_pipeline(2), 6, 4, 8), _take(open_pipeline(0), 6, 4, 8))
 
 
 def test_encoded_entries_from_a_cache(monkeypatch, tmp_path):
   monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path))
-  made = SyntheticEncoded(22, (('visual_prompt', (9,), 32), ('latents', (4, 4, 2), 0)))
-  pieces = [{name: leaf[None] for name, leaf in made[i].items()} for i in range(22)]
-  stored = cache.write_cache('x', pieces, shard=8)
+  entries = SyntheticEncoded(22, (('codes', (9,), 32), ('latents', (4, 4, 2), 0)))
+  batches = [{name: leaf[None] for name, leaf in entries[i].items()} for i in range(22)]
+  stored = cache.write_cache('x', batches, shard=8)
   pipeline = small_pipeline(_SYNTHETIC, 7, TEXT, encoded=stored)
   (batch,) = _take(pipeline, 1, 5, 4)
   assert batch.inputs.keys() == set(TEXT)
   assert {name: leaf.shape for name, leaf in batch.encoded.items()} == {
-    'visual_prompt': (4, 9),
+    'codes': (4, 9),
     'latents': (4, 4, 4, 2),
   }
-  for row, place in enumerate(batch.example):
-    for name, leaf in made[pipeline.index_at(int(place))].items():
+  for row, position in enumerate(batch.example):
+    for name, leaf in entries[pipeline.index_at(int(position))].items():
       np.testing.assert_array_equal(batch.encoded[name][row], leaf)
-  _same(_take(small_pipeline(_SYNTHETIC, 7, TEXT, encoded=made), 1, 5, 4), [batch])
+  _same(_take(small_pipeline(_SYNTHETIC, 7, TEXT, encoded=entries), 1, 5, 4), [batch])
 
 
-def test_source_images_come_beside_the_others():
+def test_source_images_of_edits_are_inputs():
   config = DataConfig(source='edits', examples=12, image_size=16, source_images=True)
   pipeline = small_pipeline(config, 0, ('image', 'source_image'))
   (batch,) = _take(pipeline, 1, 4, 4)
   images, sources = batch.inputs['image'], batch.inputs['source_image']
-  for row, place in enumerate(batch.example):
-    record = pipeline.record(pipeline.index_at(int(place)))
+  for row, position in enumerate(batch.example):
+    record = pipeline.record(pipeline.index_at(int(position)))
     np.testing.assert_array_equal(images[row], render(record, 16))
-    np.testing.assert_array_equal(sources[row], record.reference.draw(16))
+    np.testing.assert_array_equal(sources[row], record.reference.render(16))
     assert (images[row] != sources[row]).any()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Noisy:
-  """Preprocessing that is random."""
-
-  tokenizer: None = None
-
-  def __call__(self, record, names, rng):
-    return {'noise': rng.standard_normal(3)}
-
-
-def test_preprocessing_draws_from_seed_and_position_alone():
-  open_pipeline = lambda seed, **fields: Pipeline(
-    dataclasses.replace(_SYNTHETIC, **fields), seed, _Noisy(), ('noise',)
-  )
+def test_preprocessing_is_keyed_by_seed_and_position():
+  open_pipeline = lambda seed: Pipeline(_SYNTHETIC, seed, _noisy(_SYNTHETIC), ('noise',))
   whole = _take(open_pipeline(7), 4, 0, 6)
   noise = np.concatenate([batch.inputs['noise'] for batch in whole])
-  assert len(np.unique(noise, axis=0)) == 24  # 22 records: those of a second epoch differ, too.
-  _same(_take(open_pipeline(7, workers=1), 3, 6, 6), whole[1:])
+  assert len(np.unique(noise, axis=0)) == 24  # of 22 records, so epochs differ too
+  _same(_take(open_pipeline(7), 3, 6, 6), whole[1:])
   (other,) = _take(open_pipeline(8), 1, 0, 6)
   assert (other.inputs['noise'] != whole[0].inputs['noise']).all()
 
 
-def test_fixed_examples():
+def test_selected_examples():
   pipeline = small_pipeline(_CONFIG)
   batch = pipeline.examples([5, 2, 5])
   images = batch.inputs['image']
@@ -158,14 +153,17 @@ def test_held_out_stream():
   assert {pipeline.record(i).split for i in range(len(pipeline))} == {'combination'}
 
 
-def test_mistakes():
-  with pytest.raises(UserError, match='6 does not divide over 4 hosts'):
+def test_mistakes_are_named(monkeypatch):
+  monkeypatch.setattr('os.cpu_count', lambda: 8)
+  with pytest.raises(UserError, match='6 .* 4 hosts'):
     small_pipeline(_SYNTHETIC, 0).batches(0, 6, 0, 4)
-  with pytest.raises(UserError, match='holds 21 records and the source 22'):
+  with pytest.raises(UserError, match='cache holds 21 records'):
     small_pipeline(_SYNTHETIC, 0, encoded=SyntheticEncoded(21, ()))
+  with pytest.raises(UserError, match='data.workers is 33'):
+    small_pipeline(dataclasses.replace(_CONFIG, workers=33), 7).batches(0, 4)
 
 
-def test_long_captions_are_cut():
+def test_long_captions_are_truncated():
   short = small_pipeline(dataclasses.replace(_CONFIG, text_length=2)).examples([0]).inputs
   whole = small_pipeline(_CONFIG).examples([0]).inputs
   assert whole['text_length'][0] > 2
@@ -173,7 +171,7 @@ def test_long_captions_are_cut():
   np.testing.assert_array_equal(short['text'], whole['text'][:, :2])
 
 
-def test_a_class_is_what_a_picture_is_drawn_from():
+def test_class_names_may_be_the_prompts():
   names = 'smileys,people,animals,food,travel,activities,objects,symbols,flags'
   config = DataConfig(
     source='openmoji',

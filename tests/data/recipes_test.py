@@ -1,4 +1,4 @@
-"""Several folders as one source, up-sampled, and the paper's mixtures by name."""
+"""Several folders as one source, up-sampled; mixtures of the shipped configs."""
 
 from __future__ import annotations
 
@@ -36,30 +36,30 @@ def _open(root, recipe, **data):
   return open_source(DataConfig(source=f'folders:{recipe}', root=str(root), **data))
 
 
-def test_a_folder_counts_as_often_as_it_is_asked_for(root):
+def test_folders_are_concatenated_and_repeated(root):
   source = _open(root, 'warm*3, cold', source_images=True)
-  found = [source[index] for index in range(len(source))]
-  captions = [record.caption for record in found]
+  records = list(source)
+  captions = [record.caption for record in records]
   warm, cold = ['make it orange', 'make it red'], ['make it blue', 'make it cyan', 'make it navy']
   assert captions == 3 * warm + cold
-  assert found[0].id == 'warm/folder/orange.png' and found[8].id == 'cold/folder/navy.png'
-  assert all(record.reference is not None for record in found)
-  assert found[6].picture.draw(8)[4, 4].tolist() == [0, 0, 255]
+  assert records[0].id == 'warm/folder/orange.png' and records[8].id == 'cold/folder/navy.png'
+  assert all(record.reference is not None for record in records)
+  assert records[6].image.render(8)[4, 4].tolist() == [0, 0, 255]
   for index in (-1, 9):
     with pytest.raises(IndexError):
       source[index]
 
 
-def test_filters_hold_in_every_folder(root):
+def test_filters_apply_to_every_folder(root):
   source = _open(root, 'warm,cold*2', language='en')
   assert len(source) == 2 + 2 * 2
   assert all('navy' not in source[index].caption for index in range(len(source)))
 
 
-def test_an_epoch_reads_every_record_as_often_as_it_counts(root):
+def test_an_epoch_repeats_upsampled_records(root):
   config = DataConfig(source='folders:warm*2,cold', root=str(root), image_size=8, text_length=8)
   pipeline = small_pipeline(config, seed=3)
-  epoch = [pipeline.index_at(place) for place in range(len(pipeline))]
+  epoch = [pipeline.index_at(position) for position in range(len(pipeline))]
   assert sorted(epoch) == list(range(7)) and epoch != sorted(epoch)
   assert not heldout.has_split(config.source)
 
@@ -67,14 +67,14 @@ def test_an_epoch_reads_every_record_as_often_as_it_counts(root):
 @pytest.mark.parametrize(
   'recipe, data, message',
   [
-    ('', {}, 'different names, as in folders:one'),
+    ('', {}, 'different names'),
     ('warm*0', {}, 'different names'),
     ('warm*x,cold', {}, 'different names'),
     ('warm,cold,warm*2', {}, 'different names'),
     ('warm,,cold', {}, 'different names'),
-    ('warm,hot', {}, 'the data set hot is missing: .*hot, with a captions.jsonl .* "caption";'),
-    ('nhr_edit*3', {'source_images': True}, 'data set NHR-Edit is missing: .*"reference"'),
-    ('warm,cold', {'examples': 4}, 'data.examples=4 keeps .* several: set it to 0'),
+    ('warm,hot', {}, 'data set hot is missing.*captions.jsonl.*"caption"'),
+    ('nhr_edit*3', {'source_images': True}, 'data set NHR-Edit is missing.*/nhr_edit.*"reference"'),
+    ('warm,cold', {'examples': 4}, 'data.examples=4'),
   ],
 )
 def test_mistakes_are_named(root, recipe, data, message):
@@ -83,16 +83,16 @@ def test_mistakes_are_named(root, recipe, data, message):
   assert '\n' not in str(error.value)
 
 
-def test_the_mixtures_of_the_paper():
-  """By name and with their up-sampling; absent, one line says so."""
-  wanted = {
+def test_mixtures_of_the_shipped_configs():
+  """Names and repetitions; missing data sets are named."""
+  expected = {
     edit: {'nhr_edit': 3, 'unic_edit': 1, 'sharegpt_4o_image': 5, 'pico_banana': 4},
     text_rendering: {'text_atlas': 1, 'anyword': 1},
     t2i: {'blip3o': 1, 'text_atlas': 1, 'anyword': 1},
   }
-  for config_file, entries in wanted.items():
+  for config_file, entries in expected.items():
     config = systems.build(config_file.get_config('paper').to_dict()).config
     assert recipes.parse(config.data.source) == entries
     assert set(entries) <= set(recipes.TITLES)
-    with pytest.raises(UserError, match='the data set .* is missing: .*data/'):
+    with pytest.raises(UserError, match='data set .* is missing.*data/'):
       open_source(config.data)

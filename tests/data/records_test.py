@@ -1,37 +1,33 @@
-"""Records: what a truth says of itself."""
+"""Records: rendering, edit masks, and indices of procedural sources."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
+import pytest
 
 from vpe_jax.data.embedded.synthetic import Noise
-from vpe_jax.data.records import Cluster, Record, Truth, render
+from vpe_jax.data.records import ProceduralSource, Record, edit_mask, render
 
-_BOX = (0.1, 0.1, 0.4, 0.4)
-_TRUTH = Truth(
-  (
-    Cluster('circle', 'shape', (_BOX, _BOX), colour='red'),
-    Cluster('dog', 'emoji', (_BOX,), code='1F415', size='small'),
-    Cluster('circle', 'shape', (_BOX,), colour='blue'),
-  )
-)
+_RECORD = Record('x', 'x', 'x', 'train', Noise(3))
 
 
-def test_objects_are_listed_one_by_one():
-  things = _TRUTH.objects
-  assert [(t.name, t.kind, t.colour, t.size) for t in things] == [
-    ('circle', 'shape', 'red', None),
-    ('circle', 'shape', 'red', None),
-    ('dog', 'emoji', None, 'small'),
-    ('circle', 'shape', 'blue', None),
-  ]
-  assert all(thing.box == _BOX for thing in things)
+class _Numbers(ProceduralSource):
+  def compose(self, index):
+    return dataclasses.replace(_RECORD, id=f'{self.split}/{index}')
 
 
-def test_counts_add_up_over_clusters():
-  assert _TRUTH.counts == {'circle': 3, 'dog': 1}
+def test_render_and_edit_mask():
+  np.testing.assert_array_equal(render(_RECORD, 16), Noise(3).render(16))
+  assert not edit_mask(dataclasses.replace(_RECORD, reference=Noise(3)), 16).any()
+  mask = edit_mask(dataclasses.replace(_RECORD, reference=Noise(4)), 16)
+  np.testing.assert_array_equal(mask, (Noise(3).render(16) != Noise(4).render(16)).any(-1))
 
 
-def test_render_draws_the_picture():
-  record = Record('x', 'x', 'x', 'train', Noise(3))
-  np.testing.assert_array_equal(render(record, 16), Noise(3).draw(16))
+def test_procedural_sources_have_no_records_beyond_their_count():
+  source = _Numbers(2, 'concept')
+  assert [record.id for record in source] == ['concept/0', 'concept/1'] and len(source) == 2
+  for index in (-1, 2):
+    with pytest.raises(IndexError):
+      source[index]

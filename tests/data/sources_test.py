@@ -1,4 +1,4 @@
-"""Sources from configs."""
+"""Data sources from configs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vpe_jax.data.sources import ENDLESS, open_source
 
 @pytest.mark.parametrize('split', SPLITS)
 @pytest.mark.parametrize('share', [0.0, 0.3, 0.75, 1.0])
-def test_mixture_has_its_shares_all_along(split, share):
+def test_mixture_is_evenly_interleaved(split, share):
   source = open_source(DataConfig(scenes_share=share, examples=100), split)
   assert len(source) == 100
   scenes = [source[i].group == 'scene' for i in range(100)]
@@ -22,7 +22,7 @@ def test_mixture_has_its_shares_all_along(split, share):
 
 
 @pytest.mark.parametrize('split', SPLITS)
-def test_edits_are_of_scenes_and_of_emoji(split):
+def test_edits_mix_scenes_and_emoji(split):
   config = DataConfig(source='edits', scenes_share=0.6, examples=50, source_images=True)
   source = open_source(config, split)
   assert len(source) == 50
@@ -50,17 +50,18 @@ def test_mixture_ends():
     ({'source': 'folder:'}, 'train', 'the path of a folder'),
     ({'source': 'tfds:'}, 'train', 'the name of a data set'),
     ({'source': 'tfds:x'}, 'concept', 'no held-out split'),
-    ({'source': 'folder:gs://x'}, 'train', 'gs://x is on an object store.*gcsfuse'),
-    ({'source': ''}, 'train', "unknown config.data.source ''; known:"),
+    ({'source': 'folder:gs://x'}, 'train', 'gs://x .*gcsfuse'),
+    ({'source': 'folders:x', 'root': 'gs://x'}, 'train', 'gs://x.*gcsfuse'),
+    ({'source': ''}, 'train', "unknown config.data.source ''"),
     ({'examples': -1}, 'train', 'must be at least 0'),
     ({'scenes_share': 1.5}, 'train', 'between 0 and 1'),
     ({'source': 'synthetic'}, 'concept', 'no held-out split'),
-    ({'source': 'edits'}, 'train', 'which this system does not see'),
-    ({'source_images': True}, 'train', 'mixture has no pictures before and after'),
+    ({'source': 'edits'}, 'train', 'config.data.source=edits'),
+    ({'source_images': True}, 'train', 'config.data.source=mixture has no source images'),
     ({'source': 'folder:/nowhere'}, 'train', 'does not exist'),
     ({'source': 'folder:/nowhere'}, 'concept', 'no held-out split'),
   ],
 )
-def test_mistakes(config, split, message):
+def test_mistakes_are_named(config, split, message):
   with pytest.raises(UserError, match=message):
     open_source(DataConfig(**config), split)

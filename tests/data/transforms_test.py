@@ -1,4 +1,4 @@
-"""Reading and padding."""
+"""Decoding, padding and cropping of images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_pad_to_square_scales_like_pil():
   assert (square[:, :2] == 255).all() and (square[:, 12:] == 255).all()
 
 
-def test_crop_to_square_takes_the_middle():
+def test_crop_to_square_takes_the_centre():
   image = np.zeros((20, 41, 3), np.uint8)
   image[:, 10:30] = 255
   square = transforms.to_square(image, 20, 'crop')
@@ -53,14 +53,14 @@ def test_transparency_is_white(tmp_path):
 
 
 @pytest.mark.parametrize('ending', ['png', 'tiff'])
-def test_grey_of_16_bits_keeps_its_levels(tmp_path, ending):
+def test_16_bit_grey_is_scaled(tmp_path, ending):
   levels = np.asarray([[0, 255, 257, 32768, 65535]], np.uint16)
   path = tmp_path / f'grey.{ending}'
   Image.fromarray(levels).save(path)
   assert transforms.read_image(path)[0, :, 0].tolist() == [0, 1, 1, 128, 255]
 
 
-def test_grey_as_whole_numbers_or_fractions(tmp_path):
+def test_integer_and_floating_point_grey_is_scaled(tmp_path):
   path = tmp_path / 'grey.tiff'
   Image.fromarray(np.asarray([[0, 65535, 32768]], np.int32)).save(path)
   assert transforms.read_image(path)[0, :, 1].tolist() == [0, 255, 128]
@@ -68,56 +68,51 @@ def test_grey_as_whole_numbers_or_fractions(tmp_path):
   assert transforms.read_image(path)[0, :, 2].tolist() == [0, 128, 255]
   for bad in (1.5, -0.1, np.nan, np.inf):
     Image.fromarray(np.asarray([[0, bad]], np.float32)).save(path)
-    with pytest.raises(UserError, match='unreadable image .*grey.tiff.*black.*white'):
+    with pytest.raises(UserError, match='grey.tiff'):
       transforms.read_image(path)
 
 
-def test_kinds_that_are_no_data_are_not_even_opened(tmp_path):
+def test_decoders_of_other_formats_never_run(tmp_path):
   """Pillow would hand this one to Ghostscript."""
   path = tmp_path / 'fox.jpg'
   path.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n')
   for read in (transforms.read_image, transforms.read_size):
-    with pytest.raises(UserError, match='fox.jpg .not one of PNG, JPEG, '):
+    with pytest.raises(UserError, match='fox.jpg .not one of PNG'):
       read(path)
 
 
-def test_whatever_a_decoder_raises_names_the_picture(tmp_path, monkeypatch):
+def test_any_error_of_a_decoder_names_the_image(tmp_path, monkeypatch):
   Image.new('RGB', (8, 8)).save(path := tmp_path / 'fox.png')
 
-  def stumble(_):
+  def fail(_):
     raise RuntimeError('failed to decode frame 0')
 
-  monkeypatch.setattr(Image.Image, 'getexif', stumble)
+  monkeypatch.setattr(Image.Image, 'getexif', fail)
   for read in (transforms.read_image, transforms.read_size):
-    with pytest.raises(UserError, match='unreadable image .*fox.png .failed to decode frame 0'):
+    with pytest.raises(UserError, match='fox.png .failed to decode frame 0'):
       read(path)
 
 
-@pytest.mark.parametrize('content', [b'', b'not a picture', None])
-def test_unreadable_image_is_named(tmp_path, content):
+def test_unreadable_images_are_named(tmp_path):
   path = tmp_path / 'fox.png'
-  if content is not None:
-    path.write_bytes(content)
-  with pytest.raises(UserError, match='unreadable image .*fox.png'):
-    transforms.read_image(path)
-
-
-def test_truncated_image_is_named(tmp_path):
-  path = tmp_path / 'cut.png'
   noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
   Image.fromarray(noise).save(path)
-  path.write_bytes(path.read_bytes()[:3000])
-  with pytest.raises(UserError, match='unreadable image .*cut.png'):
-    transforms.read_image(path)
+  truncated = path.read_bytes()[:3000]
+  path.unlink()
+  for content in (None, b'', b'not an image', truncated):
+    if content is not None:
+      path.write_bytes(content)
+    with pytest.raises(UserError, match='unreadable image .*fox.png'):
+      transforms.read_image(path)
 
 
-def test_a_picture_is_read_from_an_open_file_too(tmp_path):
+def test_open_files_are_read_too(tmp_path):
   path = tmp_path / 'fox.jpg'
   noise = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
   Image.fromarray(noise).save(path)
   content = path.read_bytes()
-  found = transforms.read_image(io.BytesIO(content), 'the fox')
-  np.testing.assert_array_equal(found, transforms.read_image(path))
+  image = transforms.read_image(io.BytesIO(content), 'the fox')
+  np.testing.assert_array_equal(image, transforms.read_image(path))
   assert transforms.read_size(io.BytesIO(content), 'the fox') == (30, 20)
   for read in (transforms.read_image, transforms.read_size):
     with pytest.raises(UserError, match='unreadable image the fox'):

@@ -1,4 +1,4 @@
-"""The benchmark of classes: nearest reference pictures, chance, and what data it takes."""
+"""The benchmark of classes: nearest reference images, chance, and the amount of data."""
 
 import collections
 import dataclasses
@@ -9,7 +9,7 @@ import pytest
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import classes
-from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 
 BENCHMARK = classes.ClassBenchmark(captions=20, seed=1)
 DATA = DataConfig(
@@ -22,7 +22,7 @@ def true():
   return classes.true_images(DATA, 2 * BENCHMARK.captions, BENCHMARK.seed)
 
 
-def test_true_images_are_different_and_follow_the_seed(true):
+def test_true_images_are_distinct_and_depend_on_the_seed(true):
   images, names = true
   assert images.shape == (40, 16, 16, 3) and len({image.tobytes() for image in images}) == 40
   assert len(set(names)) > 3
@@ -33,21 +33,21 @@ def test_true_images_are_different_and_follow_the_seed(true):
 
 def test_too_little_data_is_an_error():
   few = dataclasses.replace(DATA, examples=30)
-  with pytest.raises(UserError, match='--captions=1[45] or fewer are possible'):
+  with pytest.raises(UserError, match='--captions=1[45] '):
     classes.true_images(few, 40, 0)
 
 
-def test_chance_and_the_control_count_pairs():
-  reference, asked = np.asarray(['a', 'a', 'b', 'c']), np.asarray(['a', 'b', 'b'])
-  by_hand = np.mean([[r == a for r in reference] for a in asked])
-  assert classes.agreement(reference, asked) == by_hand == pytest.approx(4 / 12)
+def test_chance_and_permuted_control():
+  reference, targets = np.asarray(['a', 'a', 'b', 'c']), np.asarray(['a', 'b', 'b'])
+  by_hand = np.mean([[r == a for r in reference] for a in targets])
+  assert classes.agreement(reference, targets) == by_hand == pytest.approx(4 / 12)
   nearest = np.asarray(['b', 'b', 'a'])
-  pairs = [nearest[i] == asked[j] for i in range(3) for j in range(3) if i != j]
-  assert classes.permuted(nearest, asked) == pytest.approx(np.mean(pairs))
+  pairs = [nearest[i] == targets[j] for i in range(3) for j in range(3) if i != j]
+  assert classes.permuted(nearest, targets) == pytest.approx(np.mean(pairs))
 
 
-class _Judge:
-  """It sees the colour of the first pixel alone, as a vector of its own."""
+class _Network:
+  """Its vectors encode the level of the first pixel."""
 
   fingerprint = 'knowing'
 
@@ -55,26 +55,26 @@ class _Judge:
     return np.eye(256)[images[:, 0, 0, 0]]
 
 
-@pytest.mark.parametrize('right', [True, False])
-def test_images_of_their_class_are_told_from_others(true, monkeypatch, fake_subject, right):
+@pytest.mark.parametrize('correct', [True, False])
+def test_only_images_of_their_class_are_correct(true, monkeypatch, fake_subject, correct):
   order = sorted(set(true[1]))
 
-  def paint(names, right=True):
-    """Pictures that show the class of their name, or the next one."""
-    places = np.asarray([order.index(name) for name in names]) + (not right)
-    return np.tile((places % len(order)).astype(np.uint8)[:, None, None, None], (1, 16, 16, 3))
+  def paint(names, correct=True):
+    """Images that encode the class of their name, or the next one."""
+    indices = np.asarray([order.index(name) for name in names]) + (not correct)
+    return np.tile((indices % len(order)).astype(np.uint8)[:, None, None, None], (1, 16, 16, 3))
 
   monkeypatch.setattr(classes, 'true_images', lambda *_: (paint(true[1]), true[1]))
-  monkeypatch.setattr(Judge, 'load', lambda source: _Judge())
-  subject = fake_subject(lambda names: paint(names, right), task='classes', data=DATA)
+  monkeypatch.setattr(EvaluatorNetwork, 'load', lambda source: _Network())
+  subject = fake_subject(lambda names: paint(names, correct), task='classes', data=DATA)
   report = BENCHMARK.run(subject)
   rows = report.protocol['results']['rows']
-  known, asked = true[1][:20], true[1][20:]
-  seen = np.mean(np.isin(asked, known))
-  assert rows['true images']['right'] == pytest.approx(seen) and seen > 0.5
-  assert (rows['generated']['right'] == rows['true images']['right']) == right
-  assert (rows['generated']['frechet'] > rows['true images']['frechet']) == (not right)
+  references, targets = true[1][:20], true[1][20:]
+  expected = np.mean(np.isin(targets, references))
+  assert rows['true images']['accuracy'] == pytest.approx(expected) and expected > 0.5
+  assert (rows['generated']['accuracy'] == rows['true images']['accuracy']) == correct
+  assert (rows['generated']['frechet'] > rows['true images']['frechet']) == (not correct)
   assert rows['generated, classes permuted']['frechet'] is None
-  assert report.protocol['results']['asked'] == dict(collections.Counter(asked.tolist()))
+  assert report.protocol['results']['classes'] == dict(collections.Counter(targets.tolist()))
   assert len(report.lines) == 5 and report.lines[-1].endswith('-')
   assert [row.label for row in report.sheets['train']] == ['true', 'generated']

@@ -1,4 +1,4 @@
-"""The subject of an evaluation: its kind of prompt, its images, and source images of edits."""
+"""The subject of an evaluation: kind of prompts, images, and source images of edits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vpe_jax.generator import Generator
 
 
 class _Painter(Edits):
-  """Its images show the example's identity, and in green the source image, where there is one."""
+  """Its images encode the example number, and in green the source image if there is one."""
 
   def __init__(self, capabilities, data):
     config = types.SimpleNamespace(system='painter', data=data, sample=SampleConfig(), seed=0)
@@ -55,17 +55,17 @@ def _subject(capabilities=(Samples,), **data):
     ((Samples, Edits), {'source': 'edits', 'source_images': True}, 'edits'),
   ],
 )
-def test_the_kind_of_prompt(capabilities, data, task):
+def test_the_kind_of_prompts(capabilities, data, task):
   subject = _subject(capabilities, **data)
   assert subject.task == task and subject.image_size == 16
   assert subject.description['checkpoint'] == 'abc' and subject.notes == ()
 
 
-def test_a_run_on_a_user_s_data_is_noted(tmp_path):
+def test_a_run_on_user_data_has_a_note(tmp_path):
   assert 'held-out splits' in _subject(source=f'folder:{tmp_path}').notes[0]
 
 
-def test_a_repeated_prompt_gives_another_image():
+def test_repeated_prompts_give_different_images():
   images = _subject().sample(['a fox', 'a dog', 'a fox'])
   assert images.shape == (3, 16, 16, 3) and len({image.tobytes() for image in images}) == 3
 

@@ -1,4 +1,4 @@
-"""Tests of held-out losses."""
+"""Losses on held-out data."""
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ def _evaluate(system, index, times=1, change=lambda params: params):
 
 @pytest.fixture
 def uncached(line_system, frozen):
-  """A system on scenes that reads images alone."""
+  """A system on scenes that reads only images."""
   data = {'source': 'scenes', 'examples': 70, 'image_size': 8, 'text_length': 32}
   system = line_system(data=data)
   system.frozen = frozen
@@ -36,7 +36,7 @@ def test_losses_of_all_stages_on_the_same_held_out_examples(uncached):
   first = _evaluate(system, 0)
   assert first.keys() == {'eval/tokens', 'eval/noise', 'eval/watched'}
   assert first == _evaluate(system, 0, times=2)
-  # By hand, over all batches at once.
+  # The same losses over all batches at once.
   with Pipeline.of(system, SPLIT).batches(0, 8 * HeldOut().batches) as batches:
     batch = next(batches)
   params = system.init(jax.random.key(0))
@@ -47,7 +47,7 @@ def test_losses_of_all_stages_on_the_same_held_out_examples(uncached):
 
 def test_images_are_encoded_once(drawing_system):
   class Reader(type(drawing_system())):
-    """Its batches come without images."""
+    """A system whose losses get encoded entries instead of images."""
 
     def losses(self, params, frozen, batch, *rest):
       assert batch.inputs.keys() == {'text', 'text_length'}
@@ -61,7 +61,7 @@ def test_images_are_encoded_once(drawing_system):
     assert system.encodings == 1
 
 
-def test_a_source_without_a_split_says_so(line_system, frozen):
+def test_a_source_without_held_out_split_has_no_losses(line_system, frozen):
   system = line_system()
   system.frozen = frozen
   mesh = sharding.make_mesh(system.config.mesh)

@@ -1,14 +1,15 @@
-"""Retrieval of captions: credit, ties, controls and intervals."""
+"""Retrieval of captions: credit, ties, controls and trials."""
 
 import numpy as np
 import pytest
 
 from vpe_jax.evaluation import retrieval
+from vpe_jax.evaluation.report import wilson_interval
 from vpe_jax.evaluation.retrieval import Trial
 
 
 def _trials(count, relations=0):
-  """Trials whose captions are all different."""
+  """Trials with distinct captions."""
   kinds = ['object', 'colour', 'count']
   return [
     Trial(
@@ -22,13 +23,13 @@ def _trials(count, relations=0):
 
 
 def _embed(trials, width=64, seed=0):
-  """A random unit vector for each caption, hashed from nothing but its place in the list."""
+  """A random unit vector for each caption."""
 
-  def judge(texts):
+  def encode(texts):
     vectors = np.random.default_rng(seed).normal(size=(len(texts), width))
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-  return retrieval.embed(judge, trials)
+  return retrieval.embed(encode, trials)
 
 
 def test_there_are_32_candidates_of_which_16_are_hard():
@@ -38,7 +39,7 @@ def test_there_are_32_candidates_of_which_16_are_hard():
   assert sum(kind in ('object', 'colour', 'count') for kind in trial.kinds) == retrieval.HARD
 
 
-def test_pictures_that_match_their_captions_are_all_retrieved():
+def test_images_that_match_their_captions_have_full_accuracy():
   trials = _trials(40, relations=2)
   captions = _embed(trials)
   images = np.stack([captions[trial.caption] for trial in trials])
@@ -47,28 +48,28 @@ def test_pictures_that_match_their_captions_are_all_retrieved():
   assert set(result.lost_to.values()) == {0.0}
 
 
-def test_permuted_captions_are_at_chance_for_a_perfect_judge():
+def test_permuted_captions_are_at_chance():
   trials = _trials(600)
   captions = _embed(trials)
   images = np.stack([captions[trial.caption] for trial in trials])
   result = retrieval.permuted(images, captions, trials)
-  assert len(result.credit) == 16 * 600 and result.pictures == 600
+  assert len(result.credit) == 16 * 600 and result.images == 600
   deviation = (1 / 32 * 31 / 32 / len(result.credit)) ** 0.5
   assert abs(result.accuracy - 1 / 32) < 4 * deviation
 
 
-def test_permutation_never_pairs_a_picture_with_its_own_caption():
+def test_permutation_never_pairs_an_image_with_its_own_trial():
   trials = _trials(20)
   captions = {c: np.zeros(20) for t in trials for c in t.candidates}
   for i, trial in enumerate(trials):
     captions[trial.caption] = np.eye(20)[i]
-  # Only the true caption scores above 0, so full credit would betray a picture's own trial; the
-  # others of a trial may hold the picture's own caption, which then wins.
+  # Only an image's own caption scores above 0. Full credit would mean that it met its own trial;
+  # as a distractor of another trial, its caption wins instead.
   result = retrieval.permuted(np.eye(20), captions, trials, rounds=100)
   assert result.credit.max() < 1 and len(result.credit) == 19 * 20
 
 
-def test_a_judge_that_sees_nothing_gets_exactly_chance():
+def test_ties_of_all_candidates_give_exactly_chance():
   trials = _trials(40, relations=1)
   captions = {c: np.ones(4) / 2 for t in trials for c in (*t.candidates, *t.relations)}
   result = retrieval.measure(np.ones((40, 4)) / 2, captions, trials)
@@ -78,13 +79,13 @@ def test_a_judge_that_sees_nothing_gets_exactly_chance():
   assert sum(result.lost_to.values()) == pytest.approx(31 / 32)
 
 
-def test_losses_are_booked_by_kind_and_relations_stay_apart():
+def test_kinds_of_winning_distractors_are_counted():
   trials = [
     Trial('a', (('colour', 'b'), ('count', 'c')), ('d',), relations=('e',)),
     Trial('a', (('colour', 'b'), ('count', 'c')), ('d',), relations=('e',)),
   ]
   captions = {c: np.eye(5)[i] for i, c in enumerate('abcde')}
-  # The first picture fits b; the second ties a with d, and fits its relation distractor best.
+  # The first image matches b; the second ties a with d, and matches its relation distractor best.
   images = np.asarray([[0.1, 0.9, 0, 0, 0], [0.5, 0, 0, 0.5, 0.7]])
   result = retrieval.measure(images, captions, trials)
   np.testing.assert_allclose(result.credit, [0, 0.5])
@@ -93,19 +94,19 @@ def test_losses_are_booked_by_kind_and_relations_stay_apart():
   assert result.relation == 0.5
 
 
-def test_interval_is_wilsons():
-  low, high = retrieval.wilson(0.5, 100)
+def test_wilson_interval():
+  low, high = wilson_interval(0.5, 100)
   assert (low, high) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-  assert retrieval.wilson(0.0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
+  assert wilson_interval(0.0, 10) == pytest.approx((0, 0.2775), abs=1e-3)
 
 
-def test_pictures_and_trials_must_match():
+def test_numbers_of_images_and_trials_must_match():
   with pytest.raises(ValueError, match='3 '):
     retrieval.measure(np.zeros((3, 2)), {}, _trials(2))
 
 
 @pytest.mark.parametrize('split', ['combination', 'concept'])
-def test_trials_come_from_the_held_out_split_and_have_one_true_caption(split):
+def test_trials_are_held_out_and_have_one_true_caption(split):
   trials, records = retrieval.make_trials(40, split, seed=3)
   assert len({trial.caption for trial in trials}) == 40
   for trial, record in zip(trials, records):
@@ -117,21 +118,22 @@ def test_trials_come_from_the_held_out_split_and_have_one_true_caption(split):
     assert bool(trial.relations) == any(r.stated for r in record.truth.relations)
 
 
-def test_no_candidate_is_true_of_the_picture_too():
+def test_no_distractor_is_true():
   trials, records = retrieval.make_trials(40, 'combination', seed=0)
   by_caption = {}
   for record in retrieval.scenes.Scenes(256, 'combination', 0):
     by_caption.setdefault(record.caption, record.truth)
   for trial, record in zip(trials, records):
-    shown = record.truth.counts
     for caption in trial.others:
-      other = by_caption[caption]
-      same = all(shown.get(name, 0) >= count for name, count in other.counts.items())
-      colours = lambda truth: {(c.name, c.colour) for c in truth.clusters}
-      assert not (same and colours(other) <= colours(record.truth)), (trial.caption, caption)
+      contains = all(
+        sum(c.count for c in record.truth.clusters if (c.name, c.colour) == (o.name, o.colour))
+        >= o.count
+        for o in by_caption[caption].clusters
+      )
+      assert not contains, (trial.caption, caption)
 
 
-def test_trials_are_a_function_of_split_count_and_seed():
+def test_trials_are_functions_of_split_count_and_seed():
   again = retrieval.make_trials(10, 'combination', seed=5)[0]
   assert retrieval.make_trials(10, 'combination', seed=5)[0] == again
   assert retrieval.make_trials(10, 'combination', seed=6)[0] != again

@@ -1,4 +1,4 @@
-"""The runner: reports, tables and what is written."""
+"""The runner: reports, tables and files."""
 
 import dataclasses
 import json
@@ -13,20 +13,20 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation import retrieval, runner
-from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.evaluation.report import Report, Row
 
 _RETRIEVAL = retrieval.Retrieval(captions=12, splits=('combination',), seed=1)
 
 
-class _Knowing:
-  """An evaluator network that recognises only the true images."""
+class _Network:
+  """An evaluator network that recognizes only the true images."""
 
   fingerprint = 'knowing'
 
   def __init__(self):
     trials, records = retrieval.make_trials(12, 'combination', 1)
-    self._known = {render(r, 16).tobytes(): t.caption for r, t in zip(records, trials)}
+    self._captions = {render(r, 16).tobytes(): t.caption for r, t in zip(records, trials)}
 
   def captions(self, captions):
     seeds = [np.random.default_rng(zlib.crc32(c.encode())) for c in captions]
@@ -34,12 +34,12 @@ class _Knowing:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
   def images(self, images):
-    return self.captions([self._known.get(image.tobytes(), 'unknown') for image in images])
+    return self.captions([self._captions.get(image.tobytes(), 'unknown') for image in images])
 
 
 @pytest.fixture
 def subject(monkeypatch, fake_subject):
-  monkeypatch.setattr(Judge, 'load', lambda source: _Knowing())
+  monkeypatch.setattr(EvaluatorNetwork, 'load', lambda source: _Network())
   return fake_subject(lambda prompts: np.full((len(prompts), 16, 16, 3), 128, np.uint8))
 
 
@@ -48,7 +48,7 @@ def report(subject):
   return _RETRIEVAL.run(subject)
 
 
-def test_report_separates_true_generated_and_permuted(report):
+def test_report_has_true_generated_and_permuted_rows(report):
   results = report.protocol['results']['combination']
   assert list(results['rows']) == [
     'true images',
@@ -65,25 +65,22 @@ def test_report_separates_true_generated_and_permuted(report):
     'retrieval/combination/accuracy': results['rows']['generated']['accuracy']
   }
   assert list(results['bars'].values())[:2] == [True, False]
-
-
-def test_protocol_records_the_measurement(report):
   assert report.protocol['candidates'] == 32 and report.protocol['hard_distractors'] == 16
   assert report.protocol['captions'] == 12 and report.protocol['seed'] == 1
   assert report.protocol['judge_checkpoint'] == 'knowing'
   assert report.protocol['subject'] == {'checkpoint': 'abc'}
 
 
-def test_saves_json_and_a_sheet_for_each_split(report, tmp_path):
+def test_save_writes_json_and_a_sheet_for_each_split(report, tmp_path):
   path, *sheets = runner.save({'retrieval': report}, str(tmp_path / 'evaluation'), 'abc')
   assert sheets and all(pathlib.Path(sheet).exists() for sheet in sheets)
   assert path == str(tmp_path / 'evaluation' / 'retrieval-abc.json')
   saved = json.loads(pathlib.Path(path).read_text())
   assert saved == json.loads(json.dumps(report.protocol))
-  sheet = Image.open(tmp_path / 'evaluation' / 'retrieval-abc-combination.png')
-  assert sheet.width > 8 * 16
+  with Image.open(tmp_path / 'evaluation' / 'retrieval-abc-combination.png') as sheet:
+    assert sheet.width > 8 * 16
   (tmp_path / 'file').write_text('')
-  with pytest.raises(UserError, match='cannot write'):
+  with pytest.raises(UserError, match='cannot write .*file'):
     runner.save({'retrieval': report}, str(tmp_path / 'file'), 'abc')
 
 
@@ -93,7 +90,7 @@ def test_saves_json_and_a_sheet_for_each_split(report, tmp_path):
     ('retrival', {}, "did you mean 'retrieval'"),
     ('retrieval', {'caption': 3}, "did you mean 'captions'"),
     ('retrieval', {'splits': ('combinations',)}, "did you mean 'combination'"),
-    ('retrieval', {'captions': 1}, 'at least 2'),
+    ('retrieval', {'captions': 1}, 'captions is 1'),
     ('retrieval', {'seed': -1}, 'seed is -1'),
     ('heldout', {'batches': 0}, 'batches is 0'),
   ],
@@ -110,20 +107,20 @@ def test_every_evaluator_builds_with_its_defaults():
 
 
 @pytest.mark.parametrize('name, message', [('ocr', 'captions'), ('edits', 'does not edit')])
-def test_an_evaluator_that_does_not_fit_is_refused(subject, monkeypatch, name, message):
+def test_an_evaluator_that_does_not_fit_is_rejected(subject, monkeypatch, name, message):
   evaluator = evaluators.class_of(name)()
   with pytest.raises(UserError, match=message):
-    runner.chosen({name: evaluator}, subject, {})
+    runner.select({name: evaluator}, subject, {})
 
 
-def test_without_a_name_the_kind_of_prompt_chooses(subject):
-  (name, evaluator), *none = runner.chosen({}, subject, {'captions': 7, 'plans': 3}).items()
+def test_the_default_evaluator_follows_from_the_kind_of_prompts(subject):
+  (name, evaluator), *none = runner.select({}, subject, {'captions': 7, 'plans': 3}).items()
   assert name == 'retrieval' and evaluator.captions == 7 and not none
   subject.task = 'classes'
-  assert list(runner.chosen({}, subject, {})) == ['classes']
+  assert list(runner.select({}, subject, {})) == ['classes']
 
 
-def test_where_the_network_sees_nothing_no_share_is_claimed():
+def test_without_accuracy_on_true_images_the_table_makes_no_claim():
   zero = retrieval.Result(np.zeros(3), np.zeros(3), {}, None, 3)
   lines = retrieval.table('combination', {'true images': zero, 'generated': zero})
   assert not [line for line in lines if 'reach' in line]
@@ -144,7 +141,7 @@ def test_the_bars_of_the_protocol(accuracies, bars):
   assert tuple(retrieval.verdict(dict(zip(rows, results))).values()) == bars
 
 
-def test_other_settings_and_options_are_other_files(subject):
+def test_file_names_depend_on_settings_and_options(subject):
   stems = set()
   for settings in ('1', '2'):
     subject.description = {'checkpoint': 'abc', 'settings': settings}
@@ -156,25 +153,25 @@ def test_other_settings_and_options_are_other_files(subject):
 
 
 def test_evaluate_prints_notes_and_writes_reports(subject, tmp_path, capsys):
-  subject.notes = ('it was trained on folder:mine',)
+  subject.notes = ('trained on folder:mine',)
   built = {'a run': {'retrieval': _RETRIEVAL}}
   runner.evaluate(built, {'a run': subject}, {'a run': str(tmp_path)})
-  assert 'it was trained on folder:mine' in capsys.readouterr().out
-  (written,) = tmp_path.glob('retrieval-*.json')
-  assert json.loads(written.read_text())['notes'] == ['it was trained on folder:mine']
+  assert 'trained on folder:mine' in capsys.readouterr().out
+  (path,) = tmp_path.glob('retrieval-*.json')
+  assert json.loads(path.read_text())['notes'] == ['trained on folder:mine']
 
 
-def test_sheets_of_several_runs_are_put_together_and_replace_no_other(tmp_path):
+def test_combined_sheets_replace_only_those_of_the_same_runs(tmp_path):
   row = lambda label, shade: Row(label, np.full((2, 16, 16, 3), shade, np.uint8))
   sheet = lambda shade: (row('true', 0), row('generated', shade))
   reports = {
     'a': {'retrieval': Report({}, protocol={'a': 1}, sheets={'concept': sheet(1)})},
     'b': {'retrieval': Report({}, sheets={'concept': sheet(2), 'combination': sheet(2)})},
   }
-  (path,) = runner.save_together(reports, str(tmp_path), ['x', 'y'])
+  (path,) = runner.save_combined(reports, str(tmp_path), ['x', 'y'])
   assert pathlib.Path(path).name.startswith('retrieval-compared-') and path.endswith('-concept.png')
   single = runner.save(reports['a'], str(tmp_path), 'x')
-  with Image.open(path) as of_all, Image.open(single[1]) as of_one:
-    assert of_all.height > of_one.height
-  (other,) = runner.save_together(reports, str(tmp_path), ['x', 'z'])
-  assert other != path and runner.save_together({'a': reports['a']}, str(tmp_path), ['x']) == []
+  with Image.open(path) as combined, Image.open(single[1]) as of_one:
+    assert combined.height > of_one.height
+  (other,) = runner.save_combined(reports, str(tmp_path), ['x', 'z'])
+  assert other != path and runner.save_combined({'a': reports['a']}, str(tmp_path), ['x']) == []

@@ -1,4 +1,4 @@
-"""Tests of sample grids and of the gap between inference and training that they measure."""
+"""Sample grids: rows, metrics, and the gap between inference and training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from vpe_jax import sharding
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.evaluation import sample_grid
 from vpe_jax.evaluation.evaluator import Subject
-from vpe_jax.evaluation.sample_grid import FROM_DRAFTS, GENERATED, SHOWN, TRAINED_ON, TRUTH
+from vpe_jax.evaluation.report import FROM_DRAFTS
+from vpe_jax.evaluation.sample_grid import GENERATED, SHOWN, TRAINED_ON, TRUTH
 
 
 def _run(system, grid=None):
@@ -24,18 +25,18 @@ def _run(system, grid=None):
     return (grid or sample_grid.SampleGrid()).run(subject)
 
 
-def test_rows_and_numbers_of_both_ways_to_sample(drawing_system):
+def test_rows_and_metrics_of_own_and_ground_truth_drafts(drawing_system):
   report = _run(drawing_system())
   numbers = report.numbers
   assert numbers.keys() == {
-    f'sample/{row}/{measure}'
-    for row in ('own', 'truth_plan')
-    for measure in ('latent_distance', 'retrieval')
+    f'sample/{row}/{metric}'
+    for row in ('own', 'true_drafts')
+    for metric in ('latent_distance', 'retrieval')
   }
-  # The own draft is black, the true one has the true brightness to a tenth.
+  # The own draft is black; the ground-truth draft has the true brightness, up to 0.1.
   assert numbers['sample/own/latent_distance'] > 0.5
-  assert numbers['sample/truth_plan/latent_distance'] < 0.3
-  assert numbers['sample/own/retrieval'] == 0 and numbers['sample/truth_plan/retrieval'] == 1
+  assert numbers['sample/true_drafts/latent_distance'] < 0.3
+  assert numbers['sample/own/retrieval'] == 0 and numbers['sample/true_drafts/retrieval'] == 1
   rows = {row.label: row for row in report.sheets['']}
   assert list(rows) == [GENERATED, FROM_DRAFTS, TRUTH]
   assert all(row.images.shape == (2 * SHOWN, 8, 8, 3) for row in rows.values())
@@ -47,7 +48,7 @@ def test_data_without_a_held_out_split_is_labelled(drawing_system):
   assert [row.label for row in report.sheets['']][-1] == TRAINED_ON
 
 
-def test_prompts_of_classes_are_of_several():
+def test_distinct_prompts_come_first():
   names = ['a'] * 5 + ['b', 'a', 'c'] + ['a'] * 60
   data = types.SimpleNamespace(index_at=lambda position: position, prompt=names.__getitem__)
   assert sample_grid._positions(data, 8) == [0, 5, 7, 1, 2, 3, 4, 6]
@@ -62,7 +63,7 @@ def test_the_same_prompts_are_sampled_each_time(drawing_system):
     np.testing.assert_array_equal(ours.images, theirs.images)
 
 
-def test_without_drafts_there_is_one_way_to_sample(drawing_system):
+def test_without_drafts_there_are_only_own_samples(drawing_system):
   system = drawing_system()
   system.drafts = ()
   report = _run(system)
@@ -70,7 +71,7 @@ def test_without_drafts_there_is_one_way_to_sample(drawing_system):
   assert [row.label for row in report.sheets['']] == [GENERATED, TRUTH]
 
 
-def test_without_networks_there_is_nothing_to_show(drawing_system):
+def test_without_frozen_networks_there_is_no_grid(drawing_system):
   system = drawing_system()
   system.frozen = {}
   data = dataclasses.replace(system.config.data, encode='cached')  # needs no network

@@ -10,6 +10,6 @@ from vpe_jax.data.embedded import openmoji
 def renders(count: int, side: int) -> np.ndarray:
   """Pictures of OpenMoji, then as many of noise: [2 count, side, side, 3] uint8."""
   source = openmoji.OpenMoji()
-  near = [source[i * len(source) // count].picture.draw(side) for i in range(count)]
+  near = [source[i * len(source) // count].image.render(side) for i in range(count)]
   noise = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
   return np.concatenate([np.stack(near), noise])

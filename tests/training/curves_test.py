@@ -29,7 +29,7 @@ def test_panels_pair_training_with_held_out():
   records = [
     {'step': 1, 'loss/flow': 2.0, 'grad_norm': 1.0},
     {'step': 2, 'loss/flow': None, 'grad_norm': 1.0, 'eval/flow': 2.5},
-    {'step': 3, 'sample/own/latent_distance': 1.0, 'sample/truth_plan/latent_distance': 0.5},
+    {'step': 3, 'sample/own/latent_distance': 1.0, 'sample/true_drafts/latent_distance': 0.5},
   ]
   panels = {panel.title: panel for panel in curves.make_panels(records)}
   assert panels.keys() == {'loss/flow', 'grad_norm', 'sample/own/latent_distance'}

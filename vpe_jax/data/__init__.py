@@ -1,1 +1,1 @@
-"""Records, pictures and captions: from a config to batches of examples, without network."""
+"""Data pipeline: from a config to batches of captions and images; imports no network."""

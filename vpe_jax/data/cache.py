@@ -1,8 +1,8 @@
 """Encoded entries on disk, by source index: the cache of `data.encode=cached`.
 
-A cache is a folder of array shards, one set for each named entry, and a manifest with the
-fingerprint, the entries and a checksum of each shard. The manifest is written last, and the folder
-is renamed into place when it is complete.
+A cache is a folder with array shards of each named entry and a manifest. The manifest holds the
+fingerprint, the entries and a checksum of each shard. It is written last; then the complete folder
+is renamed to its final name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.storage import cache_dir, checksum
 
 SHARD = 4096  # records in one shard
-LAYOUT = 2  # of the files; part of every fingerprint
+LAYOUT = 2  # version of the file layout; part of every fingerprint
 _MANIFEST = 'manifest.json'
 _FIELDS = {'fingerprint', 'count', 'shard', 'entries', 'checksums'}
 
@@ -41,18 +41,18 @@ class Encoded(Protocol):
 
 
 class DamagedCacheError(UserError):
-  """A cache on disk that can't be trusted; building it again cures that."""
+  """A cache on disk is damaged; building it again fixes that."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedCache:
-  """A verified cache. Reads are memory-mapped; reader processes open the files themselves.
+  """A verified cache with memory-mapped reads; each reader process opens the files itself.
 
   Attributes:
-    folder: where the shards are.
+    folder: folder of the shards.
     count: number of records.
-    shard: records in every shard but the last.
-    entries: (name, dtype, shape) of one record's arrays.
+    shard: number of records in each shard except the last.
+    entries: (name, dtype, shape) of each array of one record.
   """
 
   folder: Path
@@ -77,7 +77,7 @@ class EncodedCache:
 
 
 def location(fingerprint: str) -> Path:
-  """The folder of the cache with this fingerprint, whether it is there or not."""
+  """The folder of the cache with this fingerprint; it need not exist."""
   name = hashlib.blake2b(fingerprint.encode(), digest_size=12).hexdigest()
   return cache_dir() / 'encoded' / name
 
@@ -86,13 +86,13 @@ def open_cache(fingerprint: str) -> EncodedCache | None:
   """Opens and verifies the cache with this fingerprint.
 
   Args:
-    fingerprint: whatever decides the content: source, resolution, encoder weights.
+    fingerprint: everything that determines the content: source, resolution, encoder weights.
 
   Returns:
-    The cache, or None if there is none yet.
+    The cache, or None if it does not exist.
 
   Raises:
-    DamagedCacheError: the cache is cut short, altered, or of another fingerprint; the message
+    DamagedCacheError: the cache is truncated, altered, or has another fingerprint; the message
       names the file. `write_cache` with the same fingerprint replaces it.
   """
   folder = location(fingerprint)
@@ -100,7 +100,7 @@ def open_cache(fingerprint: str) -> EncodedCache | None:
     return None
   manifest = _manifest(folder)
   if manifest['fingerprint'] != fingerprint:
-    raise DamagedCacheError(f'cache {folder} was made for another fingerprint; build it again')
+    raise DamagedCacheError(f'cache {folder} has another fingerprint; build it again')
   for name, expected in manifest['checksums'].items():
     path = folder / name
     if not path.exists():
@@ -118,14 +118,14 @@ def _opened(folder: Path, manifest: dict[str, Any]) -> EncodedCache:
 def write_cache(
   fingerprint: str, batches: Iterable[Mapping[str, np.ndarray]], shard: int = SHARD
 ) -> EncodedCache:
-  """Writes a cache, replacing a damaged one; nothing is visible before it is whole.
+  """Writes a cache atomically; replaces a damaged one.
 
-  A good one that another process has put there in the meantime is kept: it may be reading it.
+  If another process completes the same cache first, that cache is used: it may be in use already.
 
   Args:
-    fingerprint: whatever decides the content.
-    batches: the entries [n, ...] of consecutive records by name, any n, the same names each time.
-    shard: records in one file.
+    fingerprint: everything that determines the content.
+    batches: entries [n, ...] of consecutive records by name; n may vary, the names may not.
+    shard: number of records in one file.
 
   Raises:
     UserError: the cache folder can't be written.
@@ -138,35 +138,35 @@ def write_cache(
     manifest = {'fingerprint': fingerprint, **_write_shards(unfinished, batches, shard)}
     with _writing(folder.parent):
       (unfinished / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding='utf-8')
-    return _put_in_place(unfinished, fingerprint)
+    return _publish(unfinished, fingerprint)
   finally:
     shutil.rmtree(unfinished, ignore_errors=True)
     _mapped.cache_clear()
 
 
-def _put_in_place(unfinished: Path, fingerprint: str) -> EncodedCache:
-  """Renames a whole cache into its place, unless another process was first."""
+def _publish(unfinished: Path, fingerprint: str) -> EncodedCache:
+  """Renames a complete cache to its final name, unless another process was first."""
   folder = location(fingerprint)
   try:
-    found = open_cache(fingerprint)
+    existing = open_cache(fingerprint)
   except (DamagedCacheError, OSError):
-    found = None
+    existing = None
     shutil.rmtree(folder, ignore_errors=True)
-  if found is not None:
-    return found
+  if existing is not None:
+    return existing
   try:
     unfinished.rename(folder)
-  except OSError:  # Another process put its own there after our look.
-    found = open_cache(fingerprint)
-    if found is None:
+  except OSError:  # Another process published its cache after the check above.
+    existing = open_cache(fingerprint)
+    if existing is None:
       raise
-    return found
+    return existing
   return _opened(folder, _manifest(folder))
 
 
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-  """Says what to do where the cache can't be written: no permission, no space."""
+  """Converts OSError (no permission, no space) to a UserError that names the cure."""
   try:
     yield
   except OSError as error:
@@ -179,14 +179,14 @@ def _writing(folder: Path) -> Iterator[None]:
 def _write_shards(
   folder: Path, batches: Iterable[Mapping[str, np.ndarray]], shard: int
 ) -> dict[str, Any]:
-  """Writes all shards, and returns the manifest's fields but for the fingerprint."""
+  """Writes all shards; returns the fields of the manifest, without the fingerprint."""
   checksums: dict[str, int] = {}
   entries: list[tuple[str, str, tuple[int, ...]]] = []
   pending: list[dict[str, np.ndarray]] = []
-  waiting = count = 0
+  pending_count = count = 0
 
   def flush(size: int) -> None:
-    nonlocal pending, waiting, count
+    nonlocal pending, pending_count, count
     joined = {name: np.concatenate([batch[name] for batch in pending]) for name in pending[0]}
     for name, array in joined.items():
       path = folder / _shard_name(name, count // shard)
@@ -194,21 +194,21 @@ def _write_shards(
         np.save(path, array[:size])
       checksums[path.name] = checksum(path)
     pending = [{name: array[size:] for name, array in joined.items()}]
-    waiting, count = waiting - size, count + size
+    pending_count, count = pending_count - size, count + size
 
   for batch in batches:
-    pending.append({name: _plain(array) for name, array in batch.items()})
+    pending.append({name: _standard(array) for name, array in batch.items()})
     entries = [(name, array.dtype.name, array.shape[1:]) for name, array in pending[-1].items()]
-    waiting += len(next(iter(batch.values())))
-    while waiting >= shard:
+    pending_count += len(next(iter(batch.values())))
+    while pending_count >= shard:
       flush(shard)
-  if waiting:
-    flush(waiting)
+  if pending_count:
+    flush(pending_count)
   return {'count': count, 'shard': shard, 'entries': entries, 'checksums': checksums}
 
 
-def _plain(array: np.ndarray) -> np.ndarray:
-  """Whole numbers as int32, others as float32."""
+def _standard(array: np.ndarray) -> np.ndarray:
+  """Integers as int32, other numbers as float32."""
   dtype = np.int32 if np.issubdtype(array.dtype, np.integer) else np.float32
   return array.astype(dtype, copy=False)
 
@@ -231,10 +231,10 @@ def _shard_name(name: str, number: int) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-  """The array of a shard, without its header.
+  """The memory-mapped array of a shard.
 
-  `np.load` would parse the header as Python, which fails now and then where several reader
-  threads do so at once (CPython 3.11: the parser's recursion depth is one for all threads).
+  The header is skipped by size: `np.load` parses it as Python, which occasionally fails in several
+  threads at once (CPython 3.11 shares the parser's recursion depth among threads).
   """
   offset = path.stat().st_size - math.prod(shape) * np.dtype(dtype).itemsize
   return np.memmap(path, dtype, 'r', offset, shape)

@@ -1,10 +1,10 @@
-"""Which records of a folder are trained on: those in one language, with text that can be read.
+"""Filters for the records of a folder: by language, and by the height of text in the image.
 
-Both look at fields of a line of `captions.jsonl`:
+Filters read two fields of a line of `captions.jsonl`:
 
-  language   of the record's words, such as `en` or `en-US`
-  texts      what is written in the picture: a list of {"text": words, "box": [left, top, right,
-             bottom]}, the box in pixels of the file as it is seen, upright; [] where nothing is
+  language   language of the caption, such as `en` or `en-US`
+  texts      text in the image: a list of {"text": words, "box": [left, top, right, bottom]}; [] if
+             there is none. Boxes are in pixels of the upright image (after EXIF rotation).
 """
 
 from __future__ import annotations
@@ -18,22 +18,21 @@ from typing import Any, BinaryIO
 from vpe_jax.contracts import UserError
 from vpe_jax.data.transforms import read_size
 
-FIELDS = ('language', 'texts')  # that filters look at
+FIELDS = ('language', 'texts')  # fields that filters read
 ENGLISH = 'en'
 
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-  """Criteria for the records to keep.
+  """Criteria that a record must meet.
 
   Attributes:
-    language: of records that are kept, such as `en` (empty: all). A record is in the language that
-      its `language` says, whatever the region. One that doesn't say is English if all letters of
-      its caption and of its `texts` are Latin; in other languages each record has to say.
-    least_text_height: pixels of the lowest of its `texts`, once the picture is a square of `size`
-      (0: any).
-    size: side of that square in pixels.
-    fit: how the picture becomes one, see data.fit.
+    language: required language, such as `en` (empty: any). Regions are ignored: `en-US` is `en`. A
+      record without the field `language` counts as English if all letters of its caption and its
+      `texts` are Latin; for other languages, every record needs the field.
+    least_text_height: least height of each of its `texts`, in pixels of the square image (0: any).
+    size: side of the square image, in pixels.
+    fit: how images become square; see data.fit.
   """
 
   language: str = ''
@@ -44,41 +43,41 @@ class Filter:
   def passes(
     self, values: Mapping[str, Any], caption: str, image: Path | BinaryIO, where: str
   ) -> bool:
-    """Whether a record is kept.
+    """Whether a record meets the criteria.
 
     Args:
-      values: its fields.
-      caption: what it says of the picture.
-      image: the picture's file, by its path or open.
-      where: what an error calls the record.
+      values: fields of the record.
+      caption: its caption.
+      image: path of the image, or an open file.
+      where: location of the record, for error messages.
 
     Raises:
-      UserError: it lacks a field that the filter needs, or has a wrong one.
+      UserError: a field that the filter needs is missing or malformed.
     """
-    return self._is_spoken(values, caption, where) and self._is_legible(values, image, where)
+    return self._matches_language(values, caption, where) and self._is_legible(values, image, where)
 
-  def _is_spoken(self, values: Mapping[str, Any], caption: str, where: str) -> bool:
+  def _matches_language(self, values: Mapping[str, Any], caption: str, where: str) -> bool:
     if not self.language:
       return True
-    said = values.get('language')
-    if said is not None and not isinstance(said, str):
-      raise UserError(f'{where}: "language" is {said!r}: write it as a word, such as "en"')
-    if said:
-      return _primary(said) == _primary(self.language)
+    language = values.get('language')
+    if language is not None and not isinstance(language, str):
+      raise UserError(f'{where}: "language" is {language!r}: write it as a word, such as "en"')
+    if language:
+      return _primary(language) == _primary(self.language)
     if _primary(self.language) != ENGLISH:
       raise UserError(
-        f'{where} has no "language", which data.language={self.language} looks for: add one to '
-        f'each line of captions.jsonl (only {ENGLISH} can be told without)'
+        f'{where} has no "language", which data.language={self.language} needs: add one to '
+        f'each line of captions.jsonl (only {ENGLISH} is detected without it)'
       )
-    written = [text for text, _ in _texts(values, where)] if 'texts' in values else []
-    return all(map(_is_latin, ''.join([caption, *written])))
+    texts = [text for text, _ in _texts(values, where)] if 'texts' in values else []
+    return all(map(_is_latin, ''.join([caption, *texts])))
 
   def _is_legible(self, values: Mapping[str, Any], image: Path | BinaryIO, where: str) -> bool:
     if not self.least_text_height:
       return True
     if 'texts' not in values:
       raise UserError(
-        f'{where} has no "texts", which data.least_text_height={self.least_text_height} looks for: '
+        f'{where} has no "texts", which data.least_text_height={self.least_text_height} needs: '
         'add them with their boxes to each line of captions.jsonl, or set it to 0'
       )
     heights = [bottom - top for _, (_, top, _, bottom) in _texts(values, where)]
@@ -90,35 +89,35 @@ class Filter:
     return min(heights) * self.size / side >= self.least_text_height
 
 
-EVERYTHING = Filter()
+KEEP_ALL = Filter()
 
 
 def _texts(values: Mapping[str, Any], where: str) -> list[tuple[str, tuple[float, ...]]]:
-  """The words and boxes of a record's `texts`.
+  """The text and box of each of a record's `texts`.
 
   Raises:
-    UserError: they are not of the form that this file's docstring says.
+    UserError: they do not have the form that the docstring of this file describes.
   """
   try:
-    found = [(item['text'], tuple(map(float, item['box']))) for item in values['texts']]
-    good = all(
+    texts = [(item['text'], tuple(map(float, item['box']))) for item in values['texts']]
+    valid = all(
       isinstance(text, str) and len(box) == 4 and box[0] <= box[2] and box[1] <= box[3]
-      for text, box in found
+      for text, box in texts
     )
   except (TypeError, KeyError, ValueError):
-    good = False
-  if not good:
+    valid = False
+  if not valid:
     raise UserError(
       f'{where}: "texts" must be a list of {{"text": words, "box": [left, top, right, bottom]}}'
     )
-  return found
+  return texts
 
 
 def _primary(language: str) -> str:
-  """`en` of `en-US`."""
+  """The language without its region: `en` for `en-US`."""
   return language.replace('_', '-').split('-')[0].strip().lower()
 
 
-def _is_latin(letter: str) -> bool:
-  """Whether a character is no letter, or a Latin one."""
-  return not letter.isalpha() or unicodedata.name(letter, '').startswith('LATIN')
+def _is_latin(character: str) -> bool:
+  """Whether a character is a Latin letter, or no letter at all."""
+  return not character.isalpha() or unicodedata.name(character, '').startswith('LATIN')

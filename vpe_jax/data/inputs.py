@@ -1,8 +1,8 @@
-"""Inputs of vpe_jax.prepare: images in the order of their places, one after the other.
+"""Inputs of vpe_jax.prepare: raw records, read one after the other.
 
-A place says where a picture is (a name, or file and offset), in plain values. Places are cheap and
-come as a stream; reader processes take some of them and read what is there. Kinds of inputs:
-folders here, and webdataset, parquet and tfds in vpe_jax.data.formats.
+A location addresses one record with JSON values, such as a file name, or a file and an offset.
+Locations are cheap and are streamed; reader processes read the records at some of them. Folders and
+TFDS inputs are defined here, webdataset and parquet inputs in vpe_jax.data.formats.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import Any, Protocol
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import FIELDS
 from vpe_jax.data.formats.array_record import MANIFEST, Content
-from vpe_jax.data.formats.folder import Asked, find, group_of, record_id
+from vpe_jax.data.formats.folder import FieldSpec, find_entries, group_of, record_id
 from vpe_jax.data.formats.tfds import Tfds
 from vpe_jax.storage import local_path
 
-Place = Sequence[Any]  # values that JSON knows
+Location = Sequence[Any]  # JSON values
 
-_RUN = 200_000  # entries that are sorted in memory; a file is opened for each run of them
+_RUN = 200_000  # entries per sorted run in memory; the merge opens one file per run
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-  """A picture as it was found.
+class RawRecord:
+  """A record of an input, before filters.
 
   Attributes:
-    content: of its record.
-    values: fields that filters read; several where it was listed several times.
-    where: what an error calls it.
+    content: content of the prepared record.
+    values: fields that filters read, one mapping for each time that the input lists the record.
+    where: location of the record, for error messages.
   """
 
   content: Content
@@ -45,139 +45,141 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unusable:
-  """A picture that can't be used: the id that it would have, and why."""
+class UnusableRecord:
+  """A record that can't be used: its id and the reason."""
 
   id: str
   reason: str
 
 
 class Input(Protocol):
-  """A data set that is read once; travels to reader processes."""
+  """A data set to prepare; pickled to reader processes."""
 
   def count(self) -> int | None:
-    """Number of places, or None where only reading all of them tells."""
+    """Number of locations; None if counting them requires reading the input."""
     ...
 
-  def places(self, scratch: Path) -> Iterator[Place]:
-    """Where the pictures are, in the same order each time.
+  def locations(self, scratch: Path) -> Iterator[Location]:
+    """Locations of all records, in the same order each time.
 
     Args:
-      scratch: folder for files that are needed no more once the iterator is at its end.
+      scratch: folder for temporary files, which are deleted when the iterator ends.
     """
     ...
 
-  def read(self, places: Sequence[Place]) -> Iterator[Found | Unusable]:
-    """The images at some of the places, one for each."""
+  def read(self, locations: Sequence[Location]) -> Iterator[RawRecord | UnusableRecord]:
+    """The records at some of the locations, one for each."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderInput:
-  """A folder as vpe_jax.data.formats.folder reads it, sorted by file name, of any length."""
+  """A folder as vpe_jax.data.formats.folder reads it, sorted by file name.
+
+  Sorting is external, so the folder may have more entries than fit into memory.
+  """
 
   path: str
-  asked: Asked
+  fields: FieldSpec
 
   def count(self) -> None:
-    """Only reading all of it tells."""
+    """None: counting requires reading the folder."""
 
-  def places(self, scratch: Path) -> Iterator[Place]:
-    """(names, fields of each entry with these names, where) in the order of the folder's source."""
-    # One picture without a caption is its own fault, found when it is read.
-    asked = dataclasses.replace(self.asked, captions=False)
+  def locations(self, scratch: Path) -> Iterator[Location]:
+    """(names, filter fields of each entry with these names, where), sorted by names."""
+    # Captions are optional here: `read` reports a missing caption for its own record alone.
+    fields = dataclasses.replace(self.fields, captions=False)
     entries = (
       (names, {key: values[key] for key in FIELDS if key in values}, where)
-      for names, values, where in find(Path(self.path), asked)
+      for names, values, where in find_entries(Path(self.path), fields)
     )
-    for names, same in itertools.groupby(sort(entries, scratch), key=lambda entry: entry[0]):
-      listed = list(same)
-      yield names, [values for _, values, _ in listed], listed[0][2]
+    for names, group in itertools.groupby(sort(entries, scratch), key=lambda entry: entry[0]):
+      duplicates = list(group)
+      yield names, [values for _, values, _ in duplicates], duplicates[0][2]
 
-  def read(self, places: Sequence[Place]) -> Iterator[Found | Unusable]:
+  def read(self, locations: Sequence[Location]) -> Iterator[RawRecord | UnusableRecord]:
     """See Input."""
-    for (name, caption, before), values, where in places:
+    for (name, caption, source_name), values, where in locations:
       try:
         image, reference = (
-          Path(self.path, each).read_bytes() if each else b'' for each in (name, before)
+          Path(self.path, each).read_bytes() if each else b'' for each in (name, source_name)
         )
         content = Content(record_id(name), caption, group_of(name), image, reference)
-        yield Found(content, tuple(values), where)
-      except (OSError, ValueError) as error:  # A name may be one that no file can have.
-        yield Unusable(record_id(name), f'{where}: {error}')
+        yield RawRecord(content, tuple(values), where)
+      except (OSError, ValueError) as error:  # ValueError: not a valid file name.
+        yield UnusableRecord(record_id(name), f'{where}: {error}')
 
 
 @dataclasses.dataclass(frozen=True)
 class TfdsInput:
-  """A split of a data set of TensorFlow Datasets, in its order."""
+  """A split of a data set of TensorFlow Datasets, in stored order."""
 
   source: Tfds
 
   def count(self) -> int:
-    """Number of places."""
+    """Number of records."""
     return len(self.source)
 
-  def places(self, scratch: Path) -> Iterator[Place]:
-    """See Input; nothing of it is looked up."""
+  def locations(self, scratch: Path) -> Iterator[Location]:
+    """Indices of the records; nothing is read."""
     del scratch
     return ((index,) for index in range(len(self.source)))
 
-  def read(self, places: Sequence[Place]) -> Iterator[Found | Unusable]:
+  def read(self, locations: Sequence[Location]) -> Iterator[RawRecord | UnusableRecord]:
     """See Input."""
-    for (index,) in places:
+    for (index,) in locations:
       try:
         record = self.source[index]
       except UserError as error:
-        yield Unusable(f'tfds/{self.source.split}/{index}', str(error))
+        yield UnusableRecord(f'tfds/{self.source.split}/{index}', str(error))
         continue
-      content = Content(record.id, record.caption, record.group, record.picture.content)
-      yield Found(content, ({},), record.picture.name)
+      content = Content(record.id, record.caption, record.group, record.image.content)
+      yield RawRecord(content, ({},), record.image.name)
 
 
-def open_folder_input(path: str, asked: Asked) -> FolderInput:
-  """A folder of single files.
+def open_folder_input(path: str, fields: FieldSpec) -> FolderInput:
+  """A folder of image files as an input.
 
   Raises:
-    UserError: it is prepared already.
+    UserError: the folder is already prepared.
   """
   folder = local_path(path)
   if (folder / MANIFEST).exists():
-    raise UserError(f'{folder} is prepared already: config.data.source=folder:{folder} reads it')
-  return FolderInput(str(folder), asked)
+    raise UserError(f'{folder} is already prepared: config.data.source=folder:{folder} reads it')
+  return FolderInput(str(folder), fields)
 
 
-def matching(pattern: str, ending: str) -> dict[str, str]:
-  """The files that a pattern or a folder names, each with a name of its own, sorted.
+def matching_files(pattern: str, ending: str) -> dict[str, str]:
+  """Files that match a pattern, or all files of a folder, sorted by path.
 
   Args:
-    pattern: with `*`, `?` and `[...]`, or a folder, which stands for all files in it.
-    ending: of the files in a folder.
+    pattern: path with `*`, `?` and `[...]`, or a folder.
+    ending: file name ending that selects the files of a folder.
 
   Returns:
-    Path -> its name within the folder that all lie in, without the ending.
+    Path of each file -> its unique name: the path below the common folder, without the ending.
 
   Raises:
-    UserError: there are none.
+    UserError: no file matches.
   """
-  place = local_path(pattern)
-  every = place.rglob(f'*{ending}') if place.is_dir() else glob.iglob(str(place), recursive=True)
-  paths = sorted(str(path) for path in every if Path(path).is_file())
+  path = local_path(pattern)
+  matches = path.rglob(f'*{ending}') if path.is_dir() else glob.iglob(str(path), recursive=True)
+  paths = sorted(str(match) for match in matches if Path(match).is_file())
   if not paths:
     raise UserError(
-      f'{pattern} names no files: give a folder with *{ending} files, or a pattern in which * and '
-      '? stand for letters'
+      f'{pattern} matches no files: give a folder with *{ending} files, or a pattern with * and ?'
     )
   root = os.path.commonpath([os.path.dirname(path) or '.' for path in paths])
   return {path: os.path.relpath(path, root).removesuffix(ending) for path in paths}
 
 
-def sort(entries: Iterable[Place], scratch: Path, run: int = _RUN) -> Iterator[list[Any]]:
-  """Entries in the order of their first values, with no more than `run` of them in memory.
+def sort(entries: Iterable[Location], scratch: Path, run: int = _RUN) -> Iterator[list[Any]]:
+  """External merge sort by the first value of each entry.
 
   Args:
-    entries: tuples of values that JSON knows.
-    scratch: folder for sorted runs; each is deleted when the iterator has ended.
-    run: entries that are sorted at a time.
+    entries: tuples of JSON values.
+    scratch: folder for sorted runs, which are deleted when the iterator ends.
+    run: number of entries that are sorted in memory at a time.
 
   Yields:
     The entries, as lists.
@@ -185,10 +187,10 @@ def sort(entries: Iterable[Place], scratch: Path, run: int = _RUN) -> Iterator[l
   first = lambda entry: entry[0]
   files: list[Path] = []
   entries = iter(entries)
-  while held := sorted(itertools.islice(entries, run), key=first):
+  while batch := sorted(itertools.islice(entries, run), key=first):
     files.append(scratch / f'run-{len(files):05d}.jsonl')
     with files[-1].open('w', encoding='ascii') as file:
-      file.writelines(json.dumps(entry) + '\n' for entry in held)
+      file.writelines(json.dumps(entry) + '\n' for entry in batch)
   yield from heapq.merge(*map(_entries, files), key=first)
   for file in files:
     file.unlink()

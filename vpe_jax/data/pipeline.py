@@ -1,8 +1,8 @@
-"""Batches of examples, in an order that is a function of (seed, examples seen) alone.
+"""Batches of examples, in an order that depends only on the seed and the examples seen so far.
 
-Place p of the stream holds record `index_at(p)`: each epoch is a seeded shuffle of all records,
-and epochs follow one another without end. A batch is cut from the stream before any reader
-process sees it, so the order knows nothing of processes, threads, hosts, or where a run resumed.
+Position p of the endless stream holds record `index_at(p)`. Each epoch is a seeded shuffle of all
+records. The stream is cut into batches before reader processes divide the work, so the order does
+not depend on processes, threads, hosts, or the step at which a run resumes.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from vpe_jax.data.cache import Encoded
 from vpe_jax.data.records import Record, Source, Split
 from vpe_jax.data.sources import open_source
 
-THREADS = 2  # reader threads of this process, without reader processes
+THREADS = 2  # reader threads if there are no reader processes
 PREFETCHED = 4  # batches
 MAX_WORKERS_PER_CORE, MIN_WORKER_LIMIT = 4, 16
 
 Arrays = dict[str, np.ndarray]
-EXAMPLE = 'example'  # name of the position in the stream, beside inputs and encoded entries
+EXAMPLE = 'example'  # array name of the stream position, next to inputs and encoded entries
 
 
 class Pipeline:
   """The stream of examples of one config, seed and split.
 
   Attributes:
-    source: its records.
-    preprocess: from a record to the inputs of the system.
+    source: the records.
+    preprocess: converts a record to the inputs of the system.
   """
 
   def __init__(
@@ -52,16 +52,16 @@ class Pipeline:
     """Opens the source; reads no image yet.
 
     Args:
-      config: the data section.
-      seed: of the order, and of what the source makes at random.
-      preprocess: from a record to named arrays.
-      names: the arrays that a batch needs.
+      config: data section of the config.
+      seed: seed of the order and of generated records.
+      preprocess: converts a record to named arrays.
+      names: names of the arrays that a batch needs.
       split: `train`, or held-out `combination` or `concept`.
-      encoded: encoded entries by source index (a cache, or synthetic ones).
-      source: the config's source, where it is open already.
+      encoded: encoded entries by source index (from a cache, or synthetic).
+      source: an open source to use instead of the config's.
 
     Raises:
-      UserError: the source can't be opened, or `encoded` has another number of records.
+      UserError: the source can't be opened, or its length differs from that of `encoded`.
     """
     self.source: Source = source or open_source(config, split, seed)
     self.preprocess = preprocess
@@ -69,10 +69,10 @@ class Pipeline:
     self._reader = _Reader(self.source, preprocess, tuple(sorted(names)), encoded, seed % 2**32)
     if encoded is not None and len(encoded) != len(self.source):
       raise UserError(
-        f'the cache holds {len(encoded)} records and the source {len(self.source)}; build it again'
+        f'the cache holds {len(encoded)} records and the source {len(self.source)}: build it again'
       )
     order = grain.MapDataset.range(len(self.source)).seed(seed % 2**32).shuffle().repeat()
-    self._order = order.map_with_index(_Numbered())
+    self._order = order.map_with_index(_AddPosition())
     self._examples = self._order.map(self._reader)
 
   @classmethod
@@ -83,43 +83,43 @@ class Pipeline:
     encoded: Encoded | None = None,
     source: Source | None = None,
   ) -> Pipeline:
-    """The pipeline of a system: its data, seed, preprocessing and inputs."""
+    """The pipeline of a system, with its data config, seed, preprocessing and inputs."""
     config = system.config
     names = system.batch_spec(1).input_names(cached=encoded is not None)
     return cls(config.data, config.seed, system.preprocess, names, split, encoded, source)
 
   def __len__(self) -> int:
-    """Number of records: of an epoch."""
+    """Number of records in an epoch."""
     return len(self.source)
 
   def index_at(self, position: int) -> int:
-    """The source index of the record at a position of the stream."""
+    """Source index of the record at a stream position."""
     return self._order[position][1]
 
   def record(self, index: int) -> Record:
-    """One record of the source, for its caption and truth."""
+    """The record at a source index."""
     return self.source[index]
 
   def prompt(self, index: int) -> str:
-    """The text that a record's example is conditioned on."""
+    """The prompt of the record at a source index."""
     return self.preprocess.prompt(self.source[index])
 
   def examples(self, indices: Sequence[int]) -> Batch:
-    """Fixed records of the source as one batch, for sample grids and for building a cache.
+    """Selected records as one batch, for sample grids and for building a cache.
 
     Args:
-      indices: source indices; they also serve as `example`.
+      indices: source indices; they are also the batch's `example`.
     """
     return self._reader.batch(_stack([self._reader((index, index)) for index in indices]))
 
   def batches(
     self, start_example: int, batch_size: int, host_index: int = 0, host_count: int = 1
   ) -> Batches:
-    """The endless stream from a position on, in this host's share of each global batch.
+    """The endless stream of batches from a position on: this host's part of each global batch.
 
     Args:
-      start_example: examples seen before: the position of the first one.
-      batch_size: examples of a global batch. Host h of n gets elements [h B/n, (h + 1) B/n).
+      start_example: stream position of the first example, which is the number of examples seen.
+      batch_size: size B of a global batch. Host h of n gets elements [h B/n, (h + 1) B/n).
       host_index: h.
       host_count: n.
 
@@ -127,11 +127,11 @@ class Pipeline:
       An iterator of Batch with numpy leaves; close it, or use it in a `with` block.
 
     Raises:
-      UserError: the batch doesn't divide over the hosts, or `data.workers` is far above the number
-        of cores, which would starve this process.
+      UserError: the batch size isn't a multiple of the number of hosts, or `data.workers` is far
+        above the number of cores, which would starve this process.
     """
     if batch_size < 1 or batch_size % host_count:
-      raise UserError(f'a batch of {batch_size} does not divide over {host_count} hosts')
+      raise UserError(f'a batch of {batch_size} is not a multiple of {host_count} hosts')
     cores = os.cpu_count() or 1
     limit = max(MIN_WORKER_LIMIT, MAX_WORKERS_PER_CORE * cores)
     if self._config.workers > limit:
@@ -144,7 +144,7 @@ class Pipeline:
 
 
 class Batches(contextlib.AbstractContextManager):
-  """An endless iterator of batches that owns threads or processes until it is closed."""
+  """An endless iterator of batches, which owns reader threads or processes until it is closed."""
 
   def __init__(self, stacked: grain.MapDataset, workers: int, assemble: Callable[[Arrays], Batch]):
     if workers:
@@ -166,7 +166,7 @@ class Batches(contextlib.AbstractContextManager):
     return self._assemble(next(self._iterator))
 
   def close(self) -> None:
-    """Ends its threads and processes."""
+    """Stops the reader threads or processes."""
     self._iterator.close()
 
   def __exit__(self, *_: Any) -> None:
@@ -174,8 +174,8 @@ class Batches(contextlib.AbstractContextManager):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Numbered(grain.transforms.MapWithIndex):
-  """(position in the stream, source index)."""
+class _AddPosition(grain.transforms.MapWithIndex):
+  """Maps a source index to (stream position, source index)."""
 
   def map_with_index(self, index: int, element: int) -> tuple[int, int]:
     return index, int(element)
@@ -183,7 +183,7 @@ class _Numbered(grain.transforms.MapWithIndex):
 
 @dataclasses.dataclass(frozen=True)
 class _Reader(grain.transforms.Map):
-  """Makes one example of a batch; travels to reader processes."""
+  """Reads and preprocesses one example; pickled to reader processes."""
 
   source: Source
   preprocess: Preprocess
@@ -202,8 +202,8 @@ class _Reader(grain.transforms.Map):
     return {EXAMPLE: np.int32(position), **{n: inputs[n] for n in self.names}, **encoded}
 
   def batch(self, stacked: Arrays) -> Batch:
-    """Stacked arrays by their role."""
-    # A copy: arrays from reader processes are in shared memory that must not be held on to.
+    """Sorts stacked arrays into the fields of a Batch."""
+    # Copies: arrays from reader processes are in shared memory, which Grain reuses.
     arrays = {name: np.array(leaf) for name, leaf in stacked.items()}
     example, inputs = arrays.pop(EXAMPLE), {name: arrays.pop(name) for name in self.names}
     return Batch(example, inputs, arrays)

@@ -1,9 +1,9 @@
 """Writes a prepared folder (formats/array_record.py) from any input (vpe_jax.data.inputs).
 
-The places of an input are cut into runs of equal length, each of which becomes a shard, in a
-process of its own. A shard is written beside and renamed when it is whole; then a note is written
-of what it holds. A call that is killed leaves whole shards and their notes, and the next one with
-the same settings writes the others. The manifest, by which a folder is a prepared one, comes last.
+The locations of an input are divided into runs of equal length. A pool of processes writes each run
+as one shard: first under a temporary name, then renamed, then described by a summary file. After an
+interruption, complete shards have summaries, and the same command writes only the others. The
+manifest, which marks the folder as prepared, is written last.
 """
 
 from __future__ import annotations
@@ -36,41 +36,48 @@ from vpe_jax.config import FOLDER, TFDS, nearest
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.array_record import MANIFEST, Manifest, Shard, Writer, read_manifest
-from vpe_jax.data.formats.folder import Asked, valid
+from vpe_jax.data.formats.folder import FieldSpec, check_text
 from vpe_jax.data.formats.parquet import open_parquet
 from vpe_jax.data.formats.tfds import open_tfds
 from vpe_jax.data.formats.webdataset import open_tars
-from vpe_jax.data.inputs import Found, Input, Place, TfdsInput, Unusable, open_folder_input
+from vpe_jax.data.inputs import (
+  Input,
+  Location,
+  RawRecord,
+  TfdsInput,
+  UnusableRecord,
+  open_folder_input,
+)
 from vpe_jax.data.transforms import read_image
 
 SKIPPED = 'skipped.jsonl'
 WEBDATASET = 'webdataset:'
 PARQUET = 'parquet:'
 KINDS = (FOLDER, WEBDATASET, PARQUET, TFDS)
-SHARD_RECORDS = 8192  # pictures of some 512 pixels and 50 kB: 400 MB
-_WORK = 'preparing'  # folder of settings, notes and files that aren't whole
+SHARD_RECORDS = 8192  # about 400 MB with images of 50 kB (512 pixels)
+_WORK_FOLDER = 'preparing'  # folder of settings, summaries and unfinished shards
 _SETTINGS = 'settings.json'
-_AHEAD = 2  # shards that wait for a process
-_LONGEST = 100_000  # letters of a caption; a longer one is a mistake, and slow to read each time
+_QUEUED = 2  # shards submitted beyond the number of processes
+_MAX_CAPTION = 100_000  # characters; a longer caption is a mistake, and slow to read
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """Options that decide the content of a prepared folder; see the flags of vpe_jax.prepare.
+  """Options that determine the content of a prepared folder; see the flags of vpe_jax.prepare.
 
   Attributes:
-    source: one of KINDS and where it is.
-    root: where the data sets of `tfds:` are.
-    captions: whether each picture must have a caption.
-    image: field, column or ending of the picture; '' for the usual ones, which each kind names.
-    caption: of the caption.
-    reference: of the picture before an edit; '' for none.
+    source: one of KINDS, followed by a path or name.
+    root: folder of `tfds:` data sets.
+    captions: whether each record must have a caption.
+    image: field, column or ending of the image; '' for the default names of each kind.
+    caption: the same for the caption.
+    reference: the same for the source image of an edit; '' for none.
     language: see vpe_jax.data.filters for this and the next three.
     least_text_height: in pixels.
-    image_size: side of the square that `least_text_height` is measured in.
-    fit: how a picture becomes that square.
-    count: pictures that are taken from the input, the first ones, before filters; 0 for all.
-    shard_records: pictures of the input that make a shard.
+    image_size: side of the square in which `least_text_height` is measured.
+    fit: how images become square.
+    count: number of input records to use, the first ones, before filters; 0 for all.
+    shard_records: number of input records for each shard.
   """
 
   source: str
@@ -87,291 +94,311 @@ class Settings:
   shard_records: int = SHARD_RECORDS
 
   @property
-  def keep(self) -> Filter:
-    """Which records are kept."""
+  def record_filter(self) -> Filter:
+    """The filter that records must pass."""
     return Filter(self.language, self.least_text_height, self.image_size, self.fit)
 
 
 @dataclasses.dataclass(frozen=True)
-class Note:
-  """Content of a shard, and the records left out of it.
+class ShardSummary:
+  """Summary of a shard and of the records that it lacks.
 
   Attributes:
-    shard: the file; None where none of its pictures is kept.
-    places: pictures of the input that it was made from.
-    captionless: records without a caption.
-    skipped: id and reason of each picture that can't be used.
-    digest: of the places, which another input would change.
+    shard: the file; None if no record passes the filters.
+    locations: number of input records.
+    captionless: number of written records without a caption.
+    skipped: id and reason of each unusable record.
+    digest: hash of the locations, to detect another input.
   """
 
   shard: Shard | None
-  places: int
+  locations: int
   captionless: int
   skipped: tuple[tuple[str, str], ...]
   digest: str
 
 
 def open_input(settings: Settings) -> Input:
-  """The input that settings name.
+  """The input that the settings name.
 
   Raises:
-    UserError: there is none of that kind, or it can't be read.
+    UserError: the kind is unknown, or the input can't be read.
   """
-  kind, _, place = settings.source.partition(':')
-  asked = Asked(
+  name, _, path = settings.source.partition(':')
+  kind = f'{name}:'
+  fields = FieldSpec(
     settings.captions,
     bool(settings.reference),
     settings.image,
     settings.caption,
     settings.reference,
   )
-  if not place or f'{kind}:' not in KINDS:
-    hint = '' if f'{kind}:' in KINDS else nearest(f'{kind}:', KINDS)
+  if not path or kind not in KINDS:
+    hint = '' if kind in KINDS else nearest(kind, KINDS)
     raise UserError(
-      f'--source={settings.source}: write {", ".join(KINDS)} and where the pictures are{hint}'
+      f'--source={settings.source}: write {", ".join(KINDS)} followed by a path or name{hint}'
     )
-  if f'{kind}:' == FOLDER:
-    return open_folder_input(place, asked)
-  if f'{kind}:' == WEBDATASET:
-    return open_tars(place, asked)
-  if f'{kind}:' == PARQUET:
-    return open_parquet(place, asked)
-  return TfdsInput(open_tfds(place, settings.root, 0, asked, settings.fit))
+  if kind == FOLDER:
+    return open_folder_input(path, fields)
+  if kind == WEBDATASET:
+    return open_tars(path, fields)
+  if kind == PARQUET:
+    return open_parquet(path, fields)
+  return TfdsInput(open_tfds(path, settings.root, 0, fields, settings.fit))
 
 
-def prepare(settings: Settings, to: str, workers: int = 0, most_skipped: float = 0.01) -> Manifest:
-  """Writes a prepared folder, or what is still missing of one.
+def prepare(settings: Settings, to: str, workers: int = 0, max_skipped: float = 0.01) -> Manifest:
+  """Writes a prepared folder, or the missing shards of an unfinished one.
 
   Args:
-    settings: what to write.
-    to: the folder: new, empty, or left by an earlier call with the same settings.
-    workers: processes that read and write; 0 for this one alone.
-    most_skipped: share of the pictures that may be unusable. They are listed in SKIPPED.
+    settings: options that determine the content.
+    to: the folder: new, empty, or unfinished with the same settings.
+    workers: number of processes that read and write; 0 uses this process only.
+    max_skipped: maximum share of unusable records, which are listed in SKIPPED.
 
   Returns:
-    What it holds.
+    The manifest.
 
   Raises:
-    UserError: the input or the folder can't be used, or too many pictures can't.
+    UserError: the input or the folder can't be used, or too many records are unusable.
   """
   folder = storage.local_path(to)
   if not (folder / MANIFEST).exists():
-    work = _claim(folder, settings)
+    work = _create_work_folder(folder, settings)
     with _locked(work / _SETTINGS):
       try:
-        _write(settings, folder, workers, most_skipped)
+        _write(settings, folder, workers, max_skipped)
       except UserError:
-        # No picture is written yet, so the corrected call may have other settings.
-        if {path.name for path in folder.iterdir()} == {_WORK}:
+        # No shard is written yet: clear the folder, so that a retry may have other settings.
+        if {path.name for path in folder.iterdir()} == {_WORK_FOLDER}:
           for path in work.iterdir():
-            if path.name != SKIPPED:  # Which the error names.
+            if path.name != SKIPPED:  # The error refers to this file.
               path.unlink()
         raise
   manifest, _ = read_manifest(folder)
-  _check_same(folder, manifest.settings, settings)
-  shutil.rmtree(folder / _WORK, ignore_errors=True)
+  _check_settings(folder, manifest.settings, settings)
+  shutil.rmtree(folder / _WORK_FOLDER, ignore_errors=True)
   return manifest
 
 
-def _claim(folder: Path, settings: Settings) -> Path:
-  """Makes the folder ours, if nobody else's files are in it; returns where unfinished files go."""
-  work = folder / _WORK
-  stored = work / _SETTINGS
-  if stored.exists():
+def _create_work_folder(folder: Path, settings: Settings) -> Path:
+  """Creates the work folder and stores the settings; rejects a folder with other files."""
+  work = folder / _WORK_FOLDER
+  settings_file = work / _SETTINGS
+  if settings_file.exists():
     try:
-      begun = json.loads(stored.read_bytes())
+      old = json.loads(settings_file.read_bytes())
     except (OSError, ValueError) as error:
-      raise UserError(f'{stored} can not be read ({error}): choose another --to') from error
-    _check_same(folder, begun, settings)
+      raise UserError(f'{settings_file} can not be read ({error}): choose another --to') from error
+    _check_settings(folder, old, settings)
     return work
   with storage.writing(folder):
-    if folder.exists() and {path.name for path in folder.iterdir()} - {_WORK}:
-      raise UserError(f'{folder} has files that are not of this command: choose another --to')
+    if folder.exists() and {path.name for path in folder.iterdir()} - {_WORK_FOLDER}:
+      raise UserError(f'{folder} has files that this command did not write: choose another --to')
     work.mkdir(parents=True, exist_ok=True)
-    storage.write_atomic(stored, json.dumps(dataclasses.asdict(settings), indent=1).encode())
+    storage.write_atomic(settings_file, json.dumps(dataclasses.asdict(settings), indent=1).encode())
   return work
 
 
-def _check_same(folder: Path, old: dict[str, Any], settings: Settings) -> None:
-  """Refuses to go on, or to be done already, with other settings."""
+def _check_settings(folder: Path, old: dict[str, Any], settings: Settings) -> None:
+  """Rejects a folder that was started with other settings."""
   new = dataclasses.asdict(settings)
   if old == new:
     return
   changed = [f'{k}={old.get(k)!r}, now {new[k]!r}' for k in new if old.get(k) != new[k]]
   raise UserError(
-    f'{folder} was begun with other settings ({"; ".join(changed)}): choose another --to'
+    f'{folder} was started with other settings ({"; ".join(changed)}): choose another --to'
   )
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-  """Keeps a second call out while the block runs, however it ends."""
+  """Holds an exclusive file lock, which the system releases even if the process dies."""
   with path.open('rb') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-      raise UserError(f'another call is writing to {path.parent.parent}: wait for it') from error
+      raise UserError(f'another command is writing to {path.parent.parent}: wait for it') from error
     yield
 
 
-def _write(settings: Settings, folder: Path, workers: int, most_skipped: float) -> None:
-  """Writes all shards, the list of what was skipped, and the manifest."""
+def _write(settings: Settings, folder: Path, workers: int, max_skipped: float) -> None:
+  """Writes all shards, the list of unusable records, and the manifest."""
   source = open_input(settings)
   total = source.count()
   if settings.count and total:
     total = min(total, settings.count)
-  notes: list[Note] = []
-  seen = skipped = 0
-  with tqdm(total=total, desc='preparing', unit='picture') as bar:
-    for note in _notes(settings, source, folder, workers):
-      notes.append(note)
-      seen, skipped = seen + note.places, skipped + len(note.skipped)
-      bar.update(note.places)
-      # Not after a night: where it is certain already, or looks like a mistake in the flags.
-      hopeless = len(note.skipped) == seen and most_skipped < 1
-      if hopeless or skipped > most_skipped * (total or math.inf):
+  summaries: list[ShardSummary] = []
+  processed = skipped = 0
+  with tqdm(total=total, desc='preparing', unit='image') as bar:
+    for summary in _summaries(settings, source, folder, workers):
+      summaries.append(summary)
+      processed, skipped = processed + summary.locations, skipped + len(summary.skipped)
+      bar.update(summary.locations)
+      # Fail early: if no record is usable so far, or if the limit is certain to be exceeded.
+      none_usable = len(summary.skipped) == processed and max_skipped < 1
+      if none_usable or skipped > max_skipped * (total or math.inf):
         break
-  # A list alone would take the folder for these settings; one that is there is the user's.
-  listed = folder if any(note.shard for note in notes) else folder / _WORK
-  _write_skipped(listed, notes)
-  if skipped > most_skipped * seen:
-    name, reason = next(bad for note in notes for bad in note.skipped)
+  # Without a shard, the list goes to the work folder: the output folder stays free for other
+  # settings.
+  list_folder = folder if any(summary.shard for summary in summaries) else folder / _WORK_FOLDER
+  _write_skipped(list_folder, summaries)
+  if skipped > max_skipped * processed:
+    name, reason = next(bad for summary in summaries for bad in summary.skipped)
     raise UserError(
-      f'{skipped:,} of {seen:,} pictures can not be used, more than --most_skipped={most_skipped}; '
-      f'the first: {name}: {reason} (all: {listed / SKIPPED})'
+      f'{skipped:,} of {processed:,} images are unusable, more than --max_skipped={max_skipped}; '
+      f'the first: {name}: {reason} (all: {list_folder / SKIPPED})'
     )
-  shards = tuple(note.shard for note in notes if note.shard is not None)
+  shards = tuple(summary.shard for summary in summaries if summary.shard is not None)
   records = sum(shard.records for shard in shards)
   if not records:
-    filters = 'none passes --language and --least_text_height; ask for less'
-    raise UserError(f'{settings.source} has {seen:,} pictures{seen and ": " + filters or ""}')
+    filters = 'none passes --language and --least_text_height; relax them'
+    raise UserError(
+      f'{settings.source} has {processed:,} images{processed and ": " + filters or ""}'
+    )
   manifest = Manifest(
     shards,
-    captions=not any(note.captionless for note in notes),
+    captions=not any(summary.captionless for summary in summaries),
     references=bool(settings.reference),
     language=settings.language,
     least_text_height=settings.least_text_height,
     image_size=settings.image_size,
     fit=settings.fit,
     settings=dataclasses.asdict(settings),
-    left_out=seen - skipped - records,
+    left_out=processed - skipped - records,
     skipped=skipped,
   )
   with storage.writing(folder):
     storage.write_atomic(folder / MANIFEST, manifest.to_json().encode())
 
 
-def _write_skipped(folder: Path, notes: Sequence[Note]) -> None:
-  """Lists what can't be used, if anything."""
-  listed = [{'id': name, 'reason': reason} for note in notes for name, reason in note.skipped]
+def _write_skipped(folder: Path, summaries: Sequence[ShardSummary]) -> None:
+  """Writes the list of unusable records, if any."""
+  lines = [
+    {'id': name, 'reason': reason} for summary in summaries for name, reason in summary.skipped
+  ]
   with storage.writing(folder):
-    if listed:
-      content = ''.join(json.dumps(line) + '\n' for line in listed)
+    if lines:
+      content = ''.join(json.dumps(line) + '\n' for line in lines)
       storage.write_atomic(folder / SKIPPED, content.encode())
     else:
       (folder / SKIPPED).unlink(missing_ok=True)  # of an earlier call
 
 
-def _notes(settings: Settings, source: Input, folder: Path, workers: int) -> Iterator[Note]:
-  """A note of each shard in turn, once it is whole."""
+def _summaries(
+  settings: Settings, source: Input, folder: Path, workers: int
+) -> Iterator[ShardSummary]:
+  """The summary of each shard, in order, when the shard is complete."""
   jobs = (
-    (number, places, _digest(places)) for number, places in _runs(settings, source, folder / _WORK)
+    (number, locations, _digest(locations))
+    for number, locations in _shard_locations(settings, source, folder / _WORK_FOLDER)
   )
   if not workers:
-    for number, places, digest in jobs:
-      yield _note(folder, number, digest) or _write_shard(settings, source, folder, number, places)
+    for number, locations, digest in jobs:
+      yield _read_summary(folder, number, digest) or _write_shard(
+        settings, source, folder, number, locations
+      )
     return
   context = multiprocessing.get_context('spawn')
-  pool = ProcessPoolExecutor(workers, context, initializer=_end_with, initargs=(os.getpid(),))
-  waiting: deque[Future[Note]] = deque()
+  pool = ProcessPoolExecutor(
+    workers, context, initializer=_exit_with_parent, initargs=(os.getpid(),)
+  )
+  pending: deque[Future[ShardSummary]] = deque()
   try:
-    for number, places, digest in jobs:
-      if whole := _note(folder, number, digest):
-        waiting.append(Future())
-        waiting[-1].set_result(whole)
+    for number, locations, digest in jobs:
+      if summary := _read_summary(folder, number, digest):
+        pending.append(Future())
+        pending[-1].set_result(summary)
       else:
-        waiting.append(pool.submit(_write_shard, settings, source, folder, number, places))
-      if len(waiting) >= workers + _AHEAD:
-        yield waiting.popleft().result()
-    while waiting:
-      yield waiting.popleft().result()
+        pending.append(pool.submit(_write_shard, settings, source, folder, number, locations))
+      if len(pending) >= workers + _QUEUED:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
   except BrokenProcessPool as error:
     raise UserError(
-      'a process that writes shards was killed, for want of memory as a rule: the same command '
-      'goes on from there; give it fewer --workers'
+      'a worker process was killed, probably for lack of memory: repeat the command with fewer '
+      '--workers; it continues where it stopped'
     ) from error
   finally:
     pool.shutdown(cancel_futures=True)
 
 
-def _end_with(first: int) -> None:
-  """Lets a process of the pool end with Ctrl-C, without a word, and with the first process.
+def _exit_with_parent(parent: int) -> None:
+  """Initializes a pool process: it exits silently on Ctrl-C, and when its parent process ends.
 
-  That says what there is to say; where it was killed, nobody waits for what the others write.
+  The parent reports the error; once it is gone, nothing uses the shards of the pool.
   """
   signal.signal(signal.SIGINT, signal.SIG_DFL)
 
   def watch() -> None:
-    while os.getppid() == first:
+    while os.getppid() == parent:
       time.sleep(1.0)
     os._exit(1)
 
   threading.Thread(target=watch, daemon=True).start()
 
 
-def _runs(settings: Settings, source: Input, work: Path) -> Iterator[tuple[int, list[Place]]]:
-  """The places of each shard, numbered."""
-  places = itertools.islice(source.places(work), settings.count or None)
+def _shard_locations(
+  settings: Settings, source: Input, work: Path
+) -> Iterator[tuple[int, list[Location]]]:
+  """(shard number, locations of its records)."""
+  locations = itertools.islice(source.locations(work), settings.count or None)
   for number in itertools.count():
-    run = list(itertools.islice(places, settings.shard_records))
+    run = list(itertools.islice(locations, settings.shard_records))
     if not run:
       return
     yield number, run
 
 
-def _digest(places: Sequence[Place]) -> str:
-  return hashlib.blake2b(json.dumps(places).encode(), digest_size=16).hexdigest()
+def _digest(locations: Sequence[Location]) -> str:
+  return hashlib.blake2b(json.dumps(locations).encode(), digest_size=16).hexdigest()
 
 
-def _note(folder: Path, number: int, digest: str) -> Note | None:
-  """The note of a shard that is whole and of these places, if it is."""
+def _read_summary(folder: Path, number: int, digest: str) -> ShardSummary | None:
+  """The summary of a complete shard with these locations; None if there is none."""
   try:
-    values = json.loads(_note_path(folder, number).read_bytes())
+    values = json.loads(_summary_path(folder, number).read_bytes())
     shard = values.pop('shard')
-    note = Note(Shard(**shard) if shard else None, **values)
-    size = note.shard and (folder / note.shard.file).stat().st_size
-  except (OSError, ValueError, KeyError, TypeError):  # Absent, or not whole: written again.
+    summary = ShardSummary(Shard(**shard) if shard else None, **values)
+    size = summary.shard and (folder / summary.shard.file).stat().st_size
+  except (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+  ):  # Absent or incomplete: the shard is written again.
     return None
-  whole = note.shard is None or size == note.shard.bytes
-  return note if whole and note.digest == digest else None
+  complete = summary.shard is None or size == summary.shard.bytes
+  return summary if complete and summary.digest == digest else None
 
 
-def _note_path(folder: Path, number: int) -> Path:
-  return folder / _WORK / f'{number:05d}.json'
+def _summary_path(folder: Path, number: int) -> Path:
+  return folder / _WORK_FOLDER / f'{number:05d}.json'
 
 
 def _write_shard(
-  settings: Settings, source: Input, folder: Path, number: int, places: Sequence[Place]
-) -> Note:
-  """Writes a shard and its note.
+  settings: Settings, source: Input, folder: Path, number: int, locations: Sequence[Location]
+) -> ShardSummary:
+  """Writes a shard and its summary.
 
   Raises:
-    UserError: it can't be written.
+    UserError: a file can't be written.
   """
-  name = f'pictures-{number:05d}.array_record'
-  part = folder / _WORK / f'{name}.{os.getpid()}.part'
+  name = f'images-{number:05d}.array_record'
+  part = folder / _WORK_FOLDER / f'{name}.{os.getpid()}.part'
   skipped: list[tuple[str, str]] = []
   captionless = 0
   with storage.writing(folder), Writer(part) as writer:
-    for found in source.read(places):
+    for record in source.read(locations):
       try:
-        if isinstance(found, Unusable):
-          skipped.append((found.id, found.reason))
-        elif _is_kept(settings, found):
-          writer.write(found.content)
-          captionless += not found.content.caption
+        if isinstance(record, UnusableRecord):
+          skipped.append((record.id, record.reason))
+        elif _passes_filters(settings, record):
+          writer.write(record.content)
+          captionless += not record.content.caption
       except UserError as error:
-        skipped.append((found.content.id, str(error)))
+        skipped.append((record.content.id, str(error)))
   with storage.writing(folder):
     shard = None
     if writer.records:
@@ -379,30 +406,32 @@ def _write_shard(
       part.replace(folder / name)
     else:
       part.unlink()
-    note = Note(shard, len(places), captionless, tuple(skipped), _digest(places))
-    values = json.dumps(dataclasses.asdict(note))
-    storage.write_atomic(_note_path(folder, number), values.encode())
-  return note
+    summary = ShardSummary(shard, len(locations), captionless, tuple(skipped), _digest(locations))
+    values = json.dumps(dataclasses.asdict(summary))
+    storage.write_atomic(_summary_path(folder, number), values.encode())
+  return summary
 
 
-def _is_kept(settings: Settings, found: Found) -> bool:
-  """Whether the filters keep a picture.
+def _passes_filters(settings: Settings, record: RawRecord) -> bool:
+  """Checks a record completely; returns whether the filters accept it.
 
   Raises:
-    UserError: it can't be used.
+    UserError: the record is unusable.
   """
-  content, keep, where = found.content, settings.keep, found.where
-  valid(content.id, where, 'name')
+  content, record_filter, where = record.content, settings.record_filter, record.where
+  check_text(content.id, where, 'name')
   if settings.captions and not content.caption:
     raise UserError(
-      f'{where} has no caption (--caption=NAME: where it is; --nocaptions: for classes alone)'
+      f'{where} has no caption (--caption=NAME names its field; --nocaptions allows none)'
     )
-  if len(valid(content.caption, where)) > _LONGEST:
-    raise UserError(f'{where}: the caption has {len(content.caption):,} letters')
+  if len(check_text(content.caption, where)) > _MAX_CAPTION:
+    raise UserError(f'{where}: the caption has {len(content.caption):,} characters')
   image = lambda: io.BytesIO(content.image)
-  if not any(keep.passes(values, content.caption, image(), where) for values in found.values):
+  if not any(
+    record_filter.passes(values, content.caption, image(), where) for values in record.values
+  ):
     return False
   read_image(image(), where)
   if settings.reference:
-    read_image(io.BytesIO(content.reference), f'{where}, the one before')
+    read_image(io.BytesIO(content.reference), f'{where}, source image')
   return True

@@ -1,4 +1,4 @@
-"""Host-side preprocessing that systems share: a record's prompt as tokens, its images as arrays."""
+"""Host-side preprocessing that systems share: prompts to tokens, images to arrays."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vpe_jax.data.tokenizers.published import open_tokenizer
 class PromptAndImage:
   """Prompt tokens and images of a record; see vpe_jax.contracts.Preprocess.
 
-  Yields `text` [T] and `text_length`; `image` and `source_image` [R, R, 3] uint8 where they are
-  asked for; and `near` [M, T] with `near_length` [M], captions that are wrong in one detail, of
-  length 0 where the record has too few.
+  Yields `text` [T] and `text_length`. On request also `image` and `source_image` [R, R, 3] uint8,
+  and `near` [M, T] with `near_length` [M]: captions that are wrong in one detail, padded with
+  captions of length 0 if the record has fewer than M.
 
   Attributes:
-    tokenizer: turns prompts into token ids.
+    tokenizer: converts prompts to token ids.
     data: sizes, and which text of a record is its prompt.
   """
 
@@ -32,7 +32,7 @@ class PromptAndImage:
   data: DataConfig
 
   def prompt(self, record: Record) -> str:
-    """The caption of a record, or the name of its group (`data.prompt_field`)."""
+    """The caption of a record, or its class name (`data.prompt_field`)."""
     return record.caption if self.data.prompt_field == 'caption' else record.group
 
   def __call__(
@@ -48,7 +48,7 @@ class PromptAndImage:
     if 'image' in names:
       arrays['image'] = render(record, size)
     if 'source_image' in names:
-      arrays['source_image'] = record.reference.draw(size)
+      arrays['source_image'] = record.reference.render(size)
     return arrays
 
   def _tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -65,20 +65,20 @@ class PromptAndImage:
 
 
 def prompt_and_image(data: DataConfig, field: str = '', rows: int = 0) -> PromptAndImage:
-  """The preprocessing of a system that reads prompts and images.
+  """Preprocessing for systems that read prompts and images.
 
   Args:
-    data: the config's section.
-    field: of the config, the size of the system's embedding table, for the error message.
-    rows: of that table; 0: the system has none of its own.
+    data: data section of the config.
+    field: config field with the size of the embedding table; empty if the system has no table.
+    rows: number of rows of that table.
 
   Raises:
-    UserError: there is no such tokenizer, or it has more tokens than the table has rows.
+    UserError: the tokenizer does not exist, or has more tokens than the table has rows.
   """
   tokenizer = open_tokenizer(data.tokenizer)
   if field and tokenizer.vocabulary > rows:
     raise UserError(
-      f"tokenizer '{data.tokenizer}' has {tokenizer.vocabulary} tokens, but {field} is {rows}: a "
-      'model needs a row for each'
+      f"tokenizer '{data.tokenizer}' has {tokenizer.vocabulary} tokens, but {field} is {rows}: "
+      'the embedding table needs a row for each token'
     )
   return PromptAndImage(tokenizer, data)

@@ -1,8 +1,7 @@
-"""Several folders of pictures as one source, some of them more than once: `folders:a*3,b`.
+"""Several folders as one source, some of them up-sampled: `folders:a*3,b`.
 
-How the paper mixes its data sets (its section 4 and appendix): each is a folder in `data.root`, as
-formats/folder.py or formats/array_record.py reads it, and one that is up-sampled counts several
-times.
+Each folder is stored in `data.root`, in a form that formats/folder.py or formats/array_record.py
+reads. The records of an up-sampled folder are repeated; no file is copied.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from vpe_jax.config import FOLDERS
 from vpe_jax.contracts import UserError
 from vpe_jax.data.cache import Encoded
 from vpe_jax.data.filters import Filter
-from vpe_jax.data.formats.array_record import open_pictures
-from vpe_jax.data.formats.folder import Asked
-from vpe_jax.data.records import Record, Stored
+from vpe_jax.data.formats.array_record import open_image_folder
+from vpe_jax.data.formats.folder import FieldSpec
+from vpe_jax.data.records import Record, StoredSource
 from vpe_jax.storage import local_path
 
-# The folders that configs name -> the data set that belongs there.
+# Folder names in shipped configs -> title of the data set, for error messages.
 TITLES = {
-  'blip3o': 'the 32M captioned pictures of BLIP3o',
+  'blip3o': 'BLIP3o (32M captioned images)',
   'text_atlas': 'TextAtlas5M',
   'anyword': 'AnyWord-3M',
   'nhr_edit': 'NHR-Edit',
@@ -38,16 +37,16 @@ TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """Folders one after the other, each as often as it is asked for; nothing is copied.
+  """The records of several folders, concatenated; each folder may be repeated.
 
   Attributes:
-    names: of the folders.
-    folders: their records.
-    times: how often each counts.
+    names: name of each folder.
+    folders: records of each folder.
+    times: number of repetitions of each folder.
   """
 
   names: tuple[str, ...]
-  folders: tuple[Stored, ...]
+  folders: tuple[StoredSource, ...]
   times: tuple[int, ...]
 
   @property
@@ -60,22 +59,22 @@ class Recipe:
     return self.ends[-1]
 
   def __getitem__(self, index: int) -> Record:
-    folder, row = self._find(index)
-    record = self.folders[folder][row]
+    folder, offset = self._find(index)
+    record = self.folders[folder][offset]
     return dataclasses.replace(record, id=f'{self.names[folder]}/{record.id}')
 
   @property
   def once(self) -> Recipe:
-    """The same folders, of which each counts once."""
+    """The same folders without repetitions."""
     return dataclasses.replace(self, times=(1,) * len(self.folders))
 
   def index_once(self, index: int) -> int:
-    """Of the record at an index, the index in `once`."""
-    folder, row = self._find(index)
-    return sum(map(len, self.folders[:folder])) + row
+    """Converts an index of this recipe to an index of `once`."""
+    folder, offset = self._find(index)
+    return sum(map(len, self.folders[:folder])) + offset
 
   def _find(self, index: int) -> tuple[int, int]:
-    """Number of the folder that the record at an index lies in, and its row there."""
+    """Position of the folder that holds a record, and the index of the record in that folder."""
     ends = self.ends
     if not 0 <= index < ends[-1]:
       raise IndexError(f'record {index} of {ends[-1]}')
@@ -83,14 +82,14 @@ class Recipe:
     return folder, (index - (ends[folder - 1] if folder else 0)) % len(self.folders[folder])
 
   def stamps(self) -> Iterator[str]:
-    """Those of every folder."""
+    """Stamps of every folder; see vpe_jax.data.records.StoredSource."""
     for folder in self.folders:
       yield from folder.stamps()
 
 
 @dataclasses.dataclass(frozen=True)
 class Repeated:
-  """Encoded entries of a recipe's records, of which each folder was encoded once."""
+  """Encoded entries of a recipe, from a cache in which each folder is encoded once."""
 
   recipe: Recipe
   encoded: Encoded
@@ -103,46 +102,44 @@ class Repeated:
 
 
 def once(source: str) -> str:
-  """The `data.source` of a recipe's `once`."""
+  """The `data.source` of a recipe without its repetitions."""
   return FOLDERS + ','.join(parse(source))
 
 
 def parse(source: str) -> dict[str, int]:
-  """Names of folders -> how often each counts, of a `data.source` that config.py has checked."""
+  """Folder names -> repetitions, for a `data.source` that config.py has checked."""
   entries = (entry.partition('*') for entry in source.removeprefix(FOLDERS).split(','))
   return {name.strip(): int(times or 1) for name, _, times in entries}
 
 
-def open_recipe(source: str, root: str, asked: Asked, keep: Filter) -> Recipe:
+def open_recipe(source: str, root: str, fields: FieldSpec, record_filter: Filter) -> Recipe:
   """Opens every folder of a recipe.
 
   Args:
     source: `folders:` and the recipe.
-    root: where the folders are.
-    asked: what each picture comes with.
-    keep: which records are kept.
+    root: parent of the folders.
+    fields: fields that each record must have.
+    record_filter: filter that each record must pass.
 
   Raises:
-    UserError: a folder is missing, or see open_pictures.
+    UserError: a folder is missing, or open_image_folder rejects it.
   """
   entries = parse(source)
   paths = {name: local_path(root) / name for name in entries}
   for name, path in paths.items():
     if not path.is_dir():
-      raise UserError(_missing(name, path, asked))
-  folders = [open_pictures(str(path), 0, asked, keep) for path in paths.values()]
+      raise UserError(_missing(name, path, fields))
+  folders = [open_image_folder(str(path), 0, fields, record_filter) for path in paths.values()]
   return Recipe(tuple(entries), tuple(folders), tuple(entries.values()))
 
 
-def _missing(name: str, where: Path, asked: Asked) -> str:
+def _missing(name: str, where: Path, fields: FieldSpec) -> str:
   """Error message for a missing data set."""
-  fields = (
-    '"file", "caption" and "reference" (the picture before)'
-    if asked.references
-    else ('"file" and "caption"')
-  )
+  keys = '"file" and "caption"'
+  if fields.references:
+    keys = '"file", "caption" and "reference" (the source image)'
   return (
-    f'the data set {TITLES.get(name, name)} is missing: its pictures belong in {where}, with a '
-    f'captions.jsonl whose lines have {fields}; set data.root to where the folders are, or '
-    'data.source to those that you have (python -m vpe_jax.prepare makes them of tars or parquet)'
+    f'the data set {TITLES.get(name, name)} is missing: put its images in {where}, with a '
+    f'captions.jsonl whose lines have {keys}; set data.root to the parent of the folders, or '
+    'data.source to the folders that you have (python -m vpe_jax.prepare converts tars and parquet)'
   )

@@ -1,4 +1,4 @@
-"""One record of any data set: a caption, what is true of its picture, and how to draw it."""
+"""Records of any data set: a caption, an image to render, and ground truth where it is known."""
 
 from __future__ import annotations
 
@@ -10,36 +10,22 @@ from typing import Literal, Protocol
 import numpy as np
 
 Split = Literal['train', 'combination', 'concept']
-Box = tuple[float, float, float, float]  # left, top, right, bottom; fractions of the side
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of the side
 
 SPLITS: tuple[Split, ...] = ('train', 'combination', 'concept')
 
 
 @dataclasses.dataclass(frozen=True)
-class Thing:
-  """One object in a picture.
+class Cluster:
+  """Identical objects that a caption names together: `three red circles`.
 
   Attributes:
     name: noun, such as `dog` or `circle`.
     kind: `emoji` or `shape`.
+    boxes: extent of each object, as fractions of the side of the image.
+    code: OpenMoji file stem of an emoji; empty for a shape.
     colour: colour word of a shape; None for an emoji.
-    size: `small` or `large` where the caption says so, else None.
-    box: its extent, in fractions of the picture's side.
-  """
-
-  name: str
-  kind: str
-  colour: str | None
-  size: str | None
-  box: Box
-
-
-@dataclasses.dataclass(frozen=True)
-class Cluster:
-  """Equal things that a caption names together: `three red circles`.
-
-  `code` is the OpenMoji file stem of an emoji and empty for a shape; `boxes` has one entry a
-  thing. The other fields are those of Thing.
+    size: `small` or `large` if the caption states the size, else None.
   """
 
   name: str
@@ -51,15 +37,19 @@ class Cluster:
 
   @property
   def count(self) -> int:
-    """Number of things."""
+    """Number of objects."""
     return len(self.boxes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-  """Cluster number `first` is `word` (left, right, above, below) of cluster number `second`.
+  """Spatial relation: cluster `first` is `word` of cluster `second`.
 
-  `stated` tells whether the caption says so; the picture shows it either way.
+  Attributes:
+    first: index of a cluster.
+    word: `left`, `right`, `above` or `below`.
+    second: index of the other cluster.
+    stated: whether the caption states the relation. The image shows it either way.
   """
 
   first: int
@@ -70,7 +60,7 @@ class Relation:
 
 @dataclasses.dataclass(frozen=True)
 class Word:
-  """A written word, and the extent of its ink in fractions of the picture's side."""
+  """A written word and the extent of its ink, as fractions of the side of the image."""
 
   text: str
   box: Box
@@ -78,9 +68,12 @@ class Word:
 
 @dataclasses.dataclass(frozen=True)
 class Writing:
-  """Words that a picture shows, in reading order.
+  """Words in an image, in reading order.
 
-  `font` is one of embedded/fonts.py's FONTS, `colour` a key of embedded/shapes.py's COLOURS.
+  Attributes:
+    words: the words and their boxes.
+    font: one of vpe_jax.data.embedded.fonts.FONTS.
+    colour: key of vpe_jax.data.embedded.shapes.COLOURS.
   """
 
   words: tuple[Word, ...]
@@ -90,16 +83,16 @@ class Writing:
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-  """Everything that is drawn, exactly.
+  """Ground truth of an image: its exact content.
 
   Attributes:
-    clusters: the things, grouped as the caption names them.
-    relations: of two clusters, how they lie; empty for one.
-    ground: name of the ground colour, `white` or a key of vpe_jax.data.embedded.shapes.TINTS.
-    base: of an OpenMoji variant, the code of its base emoji; else empty.
-    variant: what sets it apart from its base, such as `('dark skin tone',)`.
-    fade: name of the ground colour at the bottom, where the ground fades to another; else empty.
-    writing: the words of a picture of words, which has no clusters.
+    clusters: the objects, grouped as the caption names them.
+    relations: spatial relations between two clusters; empty for a single cluster.
+    ground: name of the background colour: `white` or a key of vpe_jax.data.embedded.shapes.TINTS.
+    base: for an OpenMoji variant, the code of its base emoji; else empty.
+    variant: attributes that distinguish a variant from its base, such as `('dark skin tone',)`.
+    fade: name of the background colour at the bottom if the background is a gradient; else empty.
+    writing: the words of an image of written words, which has no clusters; else None.
   """
 
   clusters: tuple[Cluster, ...]
@@ -110,27 +103,12 @@ class Truth:
   fade: str = ''
   writing: Writing | None = None
 
-  @property
-  def objects(self) -> tuple[Thing, ...]:
-    """Every thing by itself, in drawing order."""
-    return tuple(
-      Thing(c.name, c.kind, c.colour, c.size, box) for c in self.clusters for box in c.boxes
-    )
 
-  @property
-  def counts(self) -> dict[str, int]:
-    """Things of each name."""
-    totals: dict[str, int] = {}
-    for cluster in self.clusters:
-      totals[cluster.name] = totals.get(cluster.name, 0) + cluster.count
-    return totals
+class Renderable(Protocol):
+  """An image that can be rendered at any size."""
 
-
-class Picture(Protocol):
-  """Something that can be drawn at any size."""
-
-  def draw(self, size: int) -> np.ndarray:
-    """The picture as uint8 [size, size, 3] on white ground."""
+  def render(self, size: int) -> np.ndarray:
+    """The image as uint8 [size, size, 3], transparency shown as white."""
     ...
 
 
@@ -139,9 +117,9 @@ class Edit:
   """Ground truth of an edit.
 
   Attributes:
-    kind: what is done: `add`, `remove`, `recolour`, `replace` or `move` a thing of a scene; change
-      the `skin tone`, `hair` or `gender` of an emoji.
-    before: everything that the picture before shows; the record's truth is that of the one after.
+    kind: of a scene: `add`, `remove`, `recolour`, `replace` or `move`; of an emoji: `skin tone`,
+      `hair` or `gender`.
+    before: ground truth of the source image. The record holds that of the target image.
   """
 
   kind: str
@@ -150,55 +128,55 @@ class Edit:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """A caption and its picture.
+  """A caption and its image; in an edit, an instruction, a source image and a target image.
 
   Attributes:
-    id: unique within a source and stable over runs.
-    caption: what the picture shows, in words; of an edit, the instruction.
-    group: a broad class, such as `animals` or `scene`.
-    split: `train`, or which held-out split the record belongs to.
-    picture: draws it.
-    truth: what is in it; None where that is unknown (a user's own pictures).
-    wording: number that fixes the choice of words (vpe_jax.data.embedded.wording).
-    reference: of an edit, the picture before; else None.
-    edit: what is known of an edit; None where that is nothing (a user's own), or there is none.
+    id: unique within a data source and stable across runs.
+    caption: description of the image; for an edit, the instruction.
+    group: broad class, such as `animals` or `scene`.
+    split: `train`, or the held-out split that the record belongs to.
+    image: the image; for an edit, the target image.
+    truth: content of `image`; None if unknown (user data).
+    wording: number that selects the wording of the caption (vpe_jax.data.embedded.wording).
+    reference: source image of an edit; else None.
+    edit: ground truth of an edit; None if unknown (user data), or if the record is no edit.
   """
 
   id: str
   caption: str
   group: str
   split: Split
-  picture: Picture
+  image: Renderable
   truth: Truth | None = None
   wording: int = 0
-  reference: Picture | None = None
+  reference: Renderable | None = None
   edit: Edit | None = None
 
 
 class Source(Protocol):
-  """Records by index: what every data set is."""
+  """A data set: records by index."""
 
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> Record: ...
 
 
-class Stored(Source, Protocol):
-  """A source whose pictures are a user's own, in files that may change from run to run."""
+class StoredSource(Source, Protocol):
+  """A data set in user files, which may change between runs."""
 
   def stamps(self) -> Iterator[str]:
-    """Stamps that change when the files do; read without opening an image."""
+    """Strings that change whenever the files change; no image is opened."""
     ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Composed(abc.ABC):
-  """A source that a program makes up: a record is a function of its place, split and seed.
+class ProceduralSource(abc.ABC):
+  """Procedurally generated records: each is a function of its index, split and seed.
 
   Attributes:
-    count: number of records; any number can be asked for.
-    split: which part of all; each source says what its training split lacks.
-    seed: another seed gives other records.
+    count: number of records; any number is available.
+    split: `train` or a held-out split; each subclass documents what `train` excludes.
+    seed: selects another sequence of records.
   """
 
   count: int
@@ -219,13 +197,13 @@ class Composed(abc.ABC):
 
 
 def render(record: Record, size: int) -> np.ndarray:
-  """The record's picture as uint8 [size, size, 3], on white where nothing is drawn."""
-  return record.picture.draw(size)
+  """The image of a record as uint8 [size, size, 3], transparency shown as white."""
+  return record.image.render(size)
 
 
-def changed(record: Record, size: int) -> np.ndarray:
+def edit_mask(record: Record, size: int) -> np.ndarray:
   """The mask of an edit: bool [size, size], true where source and target image differ.
 
-  In records that a program made it is exact: everything else is equal to the last bit.
+  For generated records the mask is exact: all other pixels are bitwise equal.
   """
-  return np.any(render(record, size) != record.reference.draw(size), axis=-1)
+  return np.any(render(record, size) != record.reference.render(size), axis=-1)

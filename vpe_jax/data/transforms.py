@@ -1,4 +1,4 @@
-"""Pictures into arrays: reading, and squares by white padding or by cropping."""
+"""Image files to square arrays: decoding, white padding, cropping."""
 
 from __future__ import annotations
 
@@ -11,51 +11,53 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from vpe_jax.contracts import UserError
 
 _BICUBIC = Image.Resampling.BICUBIC
-# What is read, by content and whatever a file is called. Of Pillow's other readers one starts a
-# program of its own (EPS), and the rest are for no pictures that data comes in.
+# Decoders that may run, chosen by content and not by file name. Pillow's EPS decoder would start
+# another program (Ghostscript); its other decoders are for formats that image data never has.
 FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF')
 
 
 def read_image(file: str | Path | BinaryIO, name: str = '') -> np.ndarray:
-  """Reads a picture as uint8 [height, width, 3], upright, transparency shown as white.
+  """Decodes an image to uint8 [height, width, 3], upright, transparency shown as white.
 
-  Grey levels of 16 bits, or as fractions, are scaled to 8 bits.
+  16-bit and floating-point grey levels are scaled to 8 bits.
 
   Args:
-    file: path of the picture, or an open file.
-    name: what an error calls it, if not by its path.
+    file: path of the image, or an open file.
+    name: name of the image in error messages; the default is its path.
 
   Raises:
-    UserError: there is no such file or it can't be read as a picture.
+    UserError: the file does not exist or is not a readable image.
   """
   try:
     with Image.open(file, formats=FORMATS) as image:
       upright = ImageOps.exif_transpose(_eight_bit(image)).convert('RGBA')
   except MemoryError:
     raise
-  except Exception as error:  # Decoders of broken files raise whatever they stumble over.
+  except Exception as error:  # Decoders raise errors of many types on broken files.
     raise _unreadable(name or file, error) from error
   ground = Image.new('RGBA', upright.size, 'white')
   return np.array(Image.alpha_composite(ground, upright).convert('RGB'))
 
 
 def read_size(file: str | Path | BinaryIO, name: str = '') -> tuple[int, int]:
-  """Width and height in pixels of a picture as it is seen, upright; reads no more than its head.
+  """Width and height in pixels of the upright image; reads only the file header.
 
-  Arguments as `read_image`.
+  Args:
+    file: as in `read_image`.
+    name: as in `read_image`.
 
   Raises:
-    UserError: there is no such file or it can't be read as a picture.
+    UserError: the file does not exist or is not a readable image.
   """
   try:
     with Image.open(file, formats=FORMATS) as image:
-      turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+      is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
       width, height = image.size
   except MemoryError:
     raise
-  except Exception as error:  # As above.
+  except Exception as error:  # As in read_image.
     raise _unreadable(name or file, error) from error
-  return (height, width) if turned else (width, height)
+  return (height, width) if is_rotated else (width, height)
 
 
 def _unreadable(name: object, error: Exception) -> UserError:
@@ -66,31 +68,32 @@ def _unreadable(name: object, error: Exception) -> UserError:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-  """The picture with 8 bits a channel: Pillow itself cuts off what is above 255.
+  """The image with 8 bits per channel; Pillow itself would clip levels above 255.
 
   Raises:
-    ValueError: its numbers don't say which of them is white.
+    ValueError: grey levels are outside the range of their type.
   """
   if image.mode != 'F' and not image.mode.startswith('I'):
     return image
   white = 1.0 if image.mode == 'F' else 65535.0
   levels = np.asarray(image, np.float64) / white
   if not (np.isfinite(levels).all() and 0 <= levels.min() and levels.max() <= 1):
-    raise ValueError(f'its numbers go beyond 0 (black) to {white:g} (white)')
+    raise ValueError(f'its grey levels are outside 0 (black) to {white:g} (white)')
   grey = Image.fromarray(np.rint(levels * 255).astype(np.uint8))
-  grey.info = image.info  # says how it was held
+  grey.info = image.info  # holds the EXIF orientation
   return grey
 
 
 def to_square(image: np.ndarray, size: int, fit: str) -> np.ndarray:
-  """A picture as a square, by `data.fit`: `pad_to_square` or `crop_to_square`."""
+  """The image as a square, by `data.fit`: `pad` or `crop`."""
   return {'pad': pad_to_square, 'crop': crop_to_square}[fit](image, size)
 
 
 def crop_to_square(image: np.ndarray, size: int) -> np.ndarray:
-  """Scales the shorter side to `size` (bicubic) and takes the middle of the picture.
+  """Scales the shorter side to `size` (bicubic) and crops the centre.
 
-  An odd pixel more is left out at the right and the bottom. Arguments as `pad_to_square`.
+  An odd number of excess pixels loses one more at the right or bottom. Arguments and result as in
+  `pad_to_square`.
   """
   height, width = image.shape[:2]
   shorter = min(height, width)
@@ -101,9 +104,9 @@ def crop_to_square(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def pad_to_square(image: np.ndarray, size: int) -> np.ndarray:
-  """Scales the longer side to `size` (bicubic) and centres the picture on a white square.
+  """Scales the longer side to `size` (bicubic) and centres the image on a white square.
 
-  An odd pixel left over goes to the right and the bottom.
+  An odd number of padding pixels puts one more at the right or bottom.
 
   Args:
     image: uint8 [height, width, 3].

@@ -1,1 +1,1 @@
-"""Benchmarks of pictures, one a file: they see images and captions, never the model's insides."""
+"""Evaluators, one per file, for the training loop and for vpe_jax.evaluate."""

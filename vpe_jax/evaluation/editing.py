@@ -1,13 +1,19 @@
 """Editing: is the edit done, and is everything else unchanged?
 
-A model is given the source image and the instruction of held-out edits of scenes, whose target
-image is known, and so is the mask of everything that changes. An edit is done if inside the mask
-the image is nearer to the target than to the source, in mean squared difference, and close if it is
-less than half as far from the target as the source is. About half of all edits are done by chance,
-as `noise` shows. PSNR to the target inside the mask measures how close it comes, PSNR to the source
-outside the mask how well the rest is preserved. An evaluator network that no generator saw says
-which of the two images it resembles more as a whole. `the source image` is the score of a copy;
-images that were generated for other edits have the model's style and nothing else.
+The model edits source images of held-out edits of scenes, for which the target image and the mask
+of all changes are known. Metrics:
+
+  done: inside the mask, the result is nearer to the target than to the source, in mean squared
+    difference. Noise is done in about half of the edits.
+  close: inside the mask, the distance to the target is less than half of that between source and
+    target.
+  PSNR inside: PSNR to the target inside the mask, the quality of the edit.
+  PSNR outside: PSNR to the source outside the mask, the preservation of the rest.
+  resembles target: an evaluator network that no generator used says that the whole image resembles
+    the target more than the source.
+
+The rows `the source image` (a copy), `noise`, and `generated for another edit` (only the style of
+the model) are controls.
 """
 
 from __future__ import annotations
@@ -21,18 +27,25 @@ import numpy as np
 
 from vpe_jax.contracts import Edits
 from vpe_jax.data.embedded import edits
-from vpe_jax.data.records import Split, changed, render
+from vpe_jax.data.records import Split, edit_mask, render
 from vpe_jax.evaluation.evaluator import Subject
-from vpe_jax.evaluation.judge import Judge
-from vpe_jax.evaluation.report import HELD_OUT, Report, Row, check_options, distinct, protocol
-from vpe_jax.evaluation.retrieval import wilson
+from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
+from vpe_jax.evaluation.report import (
+  FROM_DRAFTS,
+  HELD_OUT,
+  Report,
+  Row,
+  check_options,
+  distinct,
+  protocol,
+  wilson_interval,
+)
 
 COPY, NOISE, OTHERS = 'the source image', 'noise', 'generated for another edit'
-FROM_TRUE = 'generated from true drafts'
 _CLOSE = 0.5  # of the distance between source and target
-_POOL = 8  # edits composed for each that is used: enough with different instructions
+_POOL = 8  # edits composed per edit used, to find distinct instructions
 
-_SHARES = ('done', 'close', 'like_after')
+_SHARES = ('done', 'close', 'resembles_target')
 
 Embed = Callable[[np.ndarray], np.ndarray]
 
@@ -43,8 +56,8 @@ class HeldOutEdits:
 
   Attributes:
     source: images before the edit, uint8 [N, R, R, 3].
-    target: images after it.
-    mask: bool [N, R, R], where the two differ.
+    target: images after the edit, uint8 [N, R, R, 3].
+    mask: bool [N, R, R], true where the two differ.
     instructions: N texts.
     kinds: `add`, `remove`, `recolour`, `replace` or `move`.
   """
@@ -61,22 +74,22 @@ class Result:
   """Scores of one set of images.
 
   Attributes:
-    done: bool [N], nearer to the target than to the source, inside the mask.
-    close: bool [N], less than half as far from the target as the source is, inside the mask.
-    like_after: bool [N], the evaluator's vector is nearer to the target's than to the source's.
-    error_inside: mean squared difference to the target inside the masks, in levels squared, over
-      all pixels of all images.
-    error_outside: to the source, outside the masks.
+    done: bool [N], see the docstring of this file.
+    close: bool [N], likewise.
+    resembles_target: bool [N], likewise.
+    error_inside: mean squared difference to the target over all pixels inside the masks, in squared
+      8-bit levels.
+    error_outside: the same to the source, outside the masks.
   """
 
   done: np.ndarray
   close: np.ndarray
-  like_after: np.ndarray
+  resembles_target: np.ndarray
   error_inside: float
   error_outside: float
 
   def summary(self, kinds: np.ndarray) -> dict[str, Any]:
-    """Plain numbers, for a table or JSON; a PSNR without error is None."""
+    """Plain numbers for a table or JSON; an infinite PSNR is None."""
     psnr = lambda error: _psnr(error) if error else None
     return {
       **_shares(self),
@@ -100,9 +113,9 @@ class EditBenchmark:
   """Held-out edits; see vpe_jax.evaluation.evaluator.Evaluator.
 
   Attributes:
-    captions: instructions of each split.
+    captions: number of instructions of each split.
     splits: held-out splits of the data.
-    seed: of the edits.
+    seed: seed of the edits.
     judge: weights of the evaluator network.
   """
 
@@ -120,14 +133,14 @@ class EditBenchmark:
     check_options(self.captions, self.splits, self.seed)
 
   def run(self, subject: Subject) -> Report:
-    """Edits by the model, from its own drafts and from those of the target images."""
-    judge = Judge.load(self.judge)
+    """Scores edits from the model's own drafts and from drafts of the target images."""
+    network = EvaluatorNetwork.load(self.judge)
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
       held_out = make_edits(self.captions, split, self.seed, subject.image_size)
       noise = np.random.default_rng(self.seed).integers(0, 256, held_out.source.shape, np.uint8)
       rows = {COPY: held_out.source, NOISE: noise, **_generated(subject, held_out)}
-      outcomes = {name: measure(images, held_out, judge.images) for name, images in rows.items()}
+      outcomes = {name: measure(images, held_out, network.images) for name, images in rows.items()}
       lines += table(split, outcomes, held_out.kinds)
       for name in ('done', 'close'):
         numbers[f'edits/{split}/{name}'] = float(getattr(outcomes['generated'], name).mean())
@@ -135,7 +148,7 @@ class EditBenchmark:
         'rows': {name: result.summary(held_out.kinds) for name, result in outcomes.items()},
         'changed': float(held_out.mask.mean()),
         'edits': [
-          {'told': instruction, 'kind': str(kind), 'done': bool(done)}
+          {'instruction': instruction, 'kind': str(kind), 'done': bool(done)}
           for instruction, kind, done in zip(
             held_out.instructions, held_out.kinds, outcomes['generated'].done
           )
@@ -144,109 +157,112 @@ class EditBenchmark:
       sheets[split] = (
         Row.first('source', held_out.source, held_out.instructions),
         Row.first('target', held_out.target),
-        *(Row.first(name, rows[name]) for name in _own(rows)),
+        *(Row.first(name, rows[name]) for name in _generated_rows(rows)),
       )
-    measured = {
+    details = {
       'source': 'vpe_jax.data.embedded.edits',
       'done': 'nearer to the target than to the source inside the mask, by squared error',
-      'close': 'less than half as far from the target as the source is, inside the mask',
-      'like_after': "the evaluator's vector is nearer to the target's than to the source's",
-      'psnr': 'of the squared error over all pixels of all images inside, or outside, the masks',
-      'judge_checkpoint': judge.fingerprint,
+      'close': 'distance to the target less than half of that of the source, inside the mask',
+      'resembles_target': 'vector of the evaluator network nearer to the target than to the source',
+      'psnr': 'of the mean squared error over all pixels inside, or outside, the masks',
+      'judge_checkpoint': network.fingerprint,
     }
     question = 'is the edit done, and is everything else unchanged?'
-    record = protocol(self, 'edits', question, subject, results, **measured)
+    record = protocol(self, 'edits', question, subject, results, **details)
     return Report(numbers, tuple(lines), record, sheets)
 
 
-def _generated(subject: Subject, asked: HeldOutEdits) -> dict[str, np.ndarray]:
-  """Images of the model, by row."""
-  model = subject.editing(asked.source)
-  rows = {'generated': model.sample(asked.instructions)}
+def _generated(subject: Subject, held_out: HeldOutEdits) -> dict[str, np.ndarray]:
+  """Row label -> images that the model generates."""
+  model = subject.editing(held_out.source)
+  rows = {'generated': model.sample(held_out.instructions)}
   rows[OTHERS] = np.roll(rows['generated'], 1, axis=0)
   if subject.generator.system.drafts:
-    rows[FROM_TRUE] = model.sample_from_true_drafts(asked.instructions, asked.target)
+    rows[FROM_DRAFTS] = model.sample_from_drafts(held_out.instructions, held_out.target)
   return rows
 
 
 def make_edits(count: int, split: Split, seed: int, size: int) -> HeldOutEdits:
-  """Edits of a split with different instructions.
+  """Held-out edits with distinct instructions.
 
   Raises:
     UserError: there are too few.
   """
   records = distinct(edits.Edits(max(_POOL * count, 256), split, seed), count)
   return HeldOutEdits(
-    source=np.stack([record.reference.draw(size) for record in records]),
+    source=np.stack([record.reference.render(size) for record in records]),
     target=np.stack([render(record, size) for record in records]),
-    mask=np.stack([changed(record, size) for record in records]),
+    mask=np.stack([edit_mask(record, size) for record in records]),
     instructions=[record.caption for record in records],
     kinds=np.asarray([record.edit.kind for record in records]),
   )
 
 
-def measure(images: np.ndarray, asked: HeldOutEdits, embed: Embed) -> Result:
+def measure(images: np.ndarray, held_out: HeldOutEdits, embed: Embed) -> Result:
   """Compares edited images [N, R, R, 3] uint8 with sources and targets.
 
   Args:
-    images: edits of `asked.source`.
-    asked: the edits.
-    embed: images -> unit vectors.
+    images: edits of `held_out.source`.
+    held_out: the edits.
+    embed: maps images to unit vectors.
   """
-  to_before, to_after = (_squared(images, other) for other in (asked.source, asked.target))
-  inside = lambda error: np.sum(error * asked.mask, axis=(1, 2))
-  vectors, before, after = (embed(x) for x in (images, asked.source, asked.target))
+  to_source, to_target = (_squared(images, other) for other in (held_out.source, held_out.target))
+  inside = lambda error: np.sum(error * held_out.mask, axis=(1, 2))
+  vectors, source, target = (embed(x) for x in (images, held_out.source, held_out.target))
   return Result(
-    done=inside(to_after) < inside(to_before),
-    close=inside(to_after) < _CLOSE**2 * inside(_squared(asked.source, asked.target)),
-    like_after=np.sum(vectors * after, 1) > np.sum(vectors * before, 1),
-    error_inside=float(to_after[asked.mask].mean()),
-    error_outside=float(to_before[~asked.mask].mean()),
+    done=inside(to_target) < inside(to_source),
+    close=inside(to_target) < _CLOSE**2 * inside(_squared(held_out.source, held_out.target)),
+    resembles_target=np.sum(vectors * target, 1) > np.sum(vectors * source, 1),
+    error_inside=float(to_target[held_out.mask].mean()),
+    error_outside=float(to_source[~held_out.mask].mean()),
   )
 
 
 def table(split: str, outcomes: Mapping[str, Result], kinds: np.ndarray) -> list[str]:
   """The results of one split as aligned lines."""
   lines = [
-    f'split {split}: {len(kinds)} edits; done: inside what changes, nearer to the target '
-    'than to the source (half of them by chance); close: less than half as far from it as the '
-    'source is; PSNR to the target inside, to the source outside',
+    f'split {split}: {len(kinds)} edits; done: nearer to the target than to the source inside the '
+    'mask (about half by chance); close: distance to the target less than half of that of the '
+    'source; PSNR to the target inside the mask, to the source outside',
     f'  {"images":28}{"done":>8}{"95% interval":>18}{"close":>8}{"PSNR inside":>13}{"outside":>9}'
-    f'{"judged like target":>19}',
+    f'{"resembles target":>19}',
   ]
   for name, result in outcomes.items():
-    low, high = wilson(float(result.done.mean()), len(result.done))
+    low, high = wilson_interval(float(result.done.mean()), len(result.done))
     lines.append(
       f'  {name:28}{result.done.mean():>8.1%}{f"{low:.1%} to {high:.1%}":>18}'
       f'{result.close.mean():>8.1%}{_psnr(result.error_inside):>13.2f}'
-      f'{_psnr(result.error_outside):>9.2f}{result.like_after.mean():>19.1%}'
+      f'{_psnr(result.error_outside):>9.2f}{result.resembles_target.mean():>19.1%}'
     )
-  said = []
+  shares_by_kind = []
   for kind in np.unique(kinds):
-    shares = [f'{outcomes[name].done[kinds == kind].mean():.0%}' for name in _own(outcomes)]
-    said.append(f'{kind} {" / ".join(shares)} of {np.sum(kinds == kind)}')
-  return [*lines, f'  done, by kind ({" / ".join(_own(outcomes))}): {", ".join(said)}']
+    shares = [
+      f'{outcomes[name].done[kinds == kind].mean():.0%}' for name in _generated_rows(outcomes)
+    ]
+    shares_by_kind.append(f'{kind} {" / ".join(shares)} of {np.sum(kinds == kind)}')
+  rows = ' / '.join(_generated_rows(outcomes))
+  return [*lines, f'  done, by kind ({rows}): {", ".join(shares_by_kind)}']
 
 
-def _own(rows: Mapping[str, Any]) -> list[str]:
-  """The rows of images that the model generated for the edit."""
+def _generated_rows(rows: Mapping[str, Any]) -> list[str]:
+  """Labels of the rows that the model generated for the edits."""
   return [name for name in rows if name not in (COPY, NOISE, OTHERS)]
 
 
 def _shares(result: Result) -> dict[str, Any]:
-  """Shares of a result, with intervals."""
+  """Shares of a result, with confidence intervals."""
   count, outcomes = len(result.done), {'edits': len(result.done)}
   for name in _SHARES:
     share = float(getattr(result, name).mean())
-    outcomes[name] = {'share': share, 'interval95': list(wilson(share, count))}
+    outcomes[name] = {'share': share, 'interval95': list(wilson_interval(share, count))}
   return outcomes
 
 
 def _squared(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-  """Squared differences [N, R, R] of levels, means over the channels."""
+  """Squared differences [N, R, R] of 8-bit levels, averaged over channels."""
   return np.square(images.astype(np.float32) - others.astype(np.float32)).mean(-1)
 
 
 def _psnr(error: float) -> float:
-  """In decibels; infinite where there is no error."""
+  """PSNR in decibels; infinite if the error is 0."""
   return 20 * math.log10(255) - 10 * math.log10(error) if error else math.inf

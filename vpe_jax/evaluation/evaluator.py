@@ -1,7 +1,7 @@
-"""Evaluators, and the model that they evaluate: the same in the training loop and alone.
+"""The interface of evaluators, and the model that they evaluate.
 
-An evaluator is a dataclass whose fields are its options. `config.evals` lists those that run in the
-training loop, `vpe_jax.evaluate` runs the same ones on a finished run.
+An evaluator is a dataclass whose fields are its options. `config.evals` lists the evaluators of the
+training loop; `vpe_jax.evaluate` runs the same ones on a finished run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vpe_jax.contracts import Edits, Params, Samples, Stage, System, UserError, 
 from vpe_jax.evaluation.report import Report
 from vpe_jax.generator import Generator
 
-# Name -> `module:Class`; packages of systems add their own (vpe_jax.systems.package).
+# Name -> `module:Class`. Packages of systems add their own evaluators (vpe_jax.systems.package).
 EVALUATORS: Mapping[str, str] = {
   'heldout': 'vpe_jax.evaluation.heldout:HeldOut',
   'sample_grid': 'vpe_jax.evaluation.sample_grid:SampleGrid',
@@ -40,15 +40,15 @@ class Subject:
   """A model under evaluation, at one point of its training.
 
   Attributes:
-    system: the model's system.
-    params: as checkpoints store them; averaged where there are averages.
-    stage_index: the stage of the run that the parameters come from.
-    mesh: of the devices that evaluate.
-    settings: of sampling; None stands for the run's own.
-    seed: of sampling.
+    system: system of the model.
+    params: parameters in the layout of checkpoints; EMA parameters where they exist.
+    stage_index: index of the training stage of the parameters.
+    mesh: device mesh for evaluation.
+    settings: sampling settings; None for those of the run.
+    seed: sampling seed.
     stage_step: step within the stage.
-    load_frozen: returns the frozen networks; None stands for those of the config.
-    load_generator: returns a generator of the model; None if it does not generate images.
+    load_frozen: returns the frozen networks; None to load those of the config.
+    load_generator: returns a generator of the model; None if the model generates no images.
   """
 
   system: System
@@ -70,17 +70,17 @@ class Subject:
   def load(
     cls, source: str, weights: str, batch_size: int, seed: int, overrides: Mapping[str, Any]
   ) -> Subject:
-    """A finished run or file of weights, on one device.
+    """Loads a finished run or a file of weights onto one device.
 
     Args:
       source: see checkpoints.model.load.
       weights: see checkpoints.model.load.
-      batch_size: of sampling.
-      seed: of sampling.
-      overrides: sampling settings that replace the run's own; None keeps it.
+      batch_size: batch size of sampling.
+      seed: sampling seed.
+      overrides: sampling settings that override those of the run; None values are ignored.
 
     Raises:
-      UserError: the model can't be loaded, or does not take such settings.
+      UserError: the model can't be loaded, or rejects the settings.
     """
     model = model_lib.load(source, weights)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
@@ -93,7 +93,7 @@ class Subject:
 
   @functools.cached_property
   def key(self) -> jax.Array:
-    """The run's key, on all devices."""
+    """The random key of the run, replicated on all devices."""
     config: Config = self.system.config
     return jax.device_put(rng.run_key(config.seed), sharding.replicated(self.mesh))
 
@@ -104,7 +104,7 @@ class Subject:
 
   @property
   def stage(self) -> Stage:
-    """The stage that the parameters come from."""
+    """The training stage of the parameters."""
     return self.system.stages[self.stage_index]
 
   @functools.cached_property
@@ -131,7 +131,7 @@ class Subject:
 
   @property
   def task(self) -> str:
-    """The kind of prompt: `edits`, `classes`, `words` (captions of written words) or `captions`."""
+    """Kind of prompts: `edits`, `classes`, `words` (captions of written words) or `captions`."""
     data = self.system.config.data
     if supports(self.system, Edits):
       return 'edits'
@@ -141,13 +141,13 @@ class Subject:
 
   @property
   def notes(self) -> tuple[str, ...]:
-    """A warning where the model was trained on other data than the benchmarks ask for."""
+    """A warning if the model was not trained on the embedded data sets of the benchmarks."""
     data = self.system.config.data
     if self.task == 'classes' or not data.is_stored:
       return ()
     return (
-      f'it was trained on {data.source}, and the benchmarks ask for the held-out splits of the '
-      'embedded data sets, which it never saw',
+      f'trained on {data.source}; the benchmarks use held-out splits of the embedded data sets, '
+      'which differ from that data',
     )
 
   @property
@@ -156,16 +156,16 @@ class Subject:
     return self.generator.describe(self.settings)
 
   def sample(self, prompts: Sequence[str]) -> np.ndarray:
-    """One image [N, R, R, 3] uint8 for each prompt; those of a repeated prompt differ."""
+    """One image for each prompt, [N, R, R, 3] uint8; repeated prompts give different images."""
     return stacked(self.generator(list(prompts), 1, self.seed, self.settings))
 
-  def sample_from_true_drafts(self, prompts: Sequence[str], images: np.ndarray) -> np.ndarray:
-    """Images rendered from the drafts of given images [N, R, R, 3]; see Samples.drafts."""
+  def sample_from_drafts(self, prompts: Sequence[str], images: np.ndarray) -> np.ndarray:
+    """Images rendered from the drafts of `images` [N, R, R, 3]; see Samples.drafts."""
     drafts = self.generator.read_drafts(list(images))
     return stacked(self.generator(list(prompts), 1, self.seed, self.settings, fixed=drafts))
 
   def editing(self, source: np.ndarray) -> Subject:
-    """The model as an editor of images [N, R, R, 3] uint8, whose prompts are instructions."""
+    """The model with fixed source images [N, R, R, 3] uint8; prompts are edit instructions."""
     generator = self.generator.editing(source)
     return dataclasses.replace(
       self, load_frozen=lambda: self.frozen, load_generator=lambda: generator
@@ -177,8 +177,8 @@ class Evaluator(Protocol):
 
   Attributes:
     requires: capabilities that the system must have.
-    tasks: kinds of prompts that it can evaluate (Subject.task); empty: any.
-    folder: subfolder of the run for sheets written in the training loop.
+    tasks: kinds of prompts that the evaluator supports (Subject.task); empty for all.
+    folder: subfolder of the run for sheets from the training loop.
   """
 
   requires: ClassVar[tuple[type, ...]]
@@ -186,7 +186,7 @@ class Evaluator(Protocol):
   folder: ClassVar[str]
 
   def check(self) -> None:
-    """Finds mistakes before anything is loaded.
+    """Checks the options before anything is loaded.
 
     Raises:
       UserError: an option is out of range, or a package is missing.
@@ -208,7 +208,7 @@ def class_of(name: str) -> type[Evaluator]:
   """The class of an evaluator.
 
   Raises:
-    UserError: there is none of this name.
+    UserError: no evaluator has this name.
   """
   known = names()
   if name not in known:
@@ -218,10 +218,10 @@ def class_of(name: str) -> type[Evaluator]:
 
 
 def build(name: str, options: Mapping[str, Any]) -> Evaluator:
-  """An evaluator with options, checked.
+  """Builds an evaluator and checks its options.
 
   Raises:
-    UserError: no such evaluator or option, or a value out of range.
+    UserError: the evaluator or an option does not exist, or a value is out of range.
   """
   try:
     evaluator = build_section(class_of(name), options)
@@ -232,10 +232,10 @@ def build(name: str, options: Mapping[str, Any]) -> Evaluator:
 
 
 def check_fits(name: str, evaluator: Evaluator, subject: Subject) -> None:
-  """Refuses an evaluator that can't evaluate a model.
+  """Rejects an evaluator that does not fit a model.
 
   Raises:
-    UserError: the system lacks a capability, or takes another kind of prompt.
+    UserError: the system lacks a capability, or has another kind of prompts.
   """
   for capability in evaluator.requires:
     require(subject.system, capability)

@@ -1,4 +1,4 @@
-"""Held-out losses: every loss term on examples that no training step has seen."""
+"""Losses on held-out data: every loss term on examples outside the training split."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ EvalStep = Callable[[Params, Params, Batch, Array, Array], tuple[Sums, Sums]]
 
 @dataclasses.dataclass
 class HeldOut:
-  """Losses of all stages, also of those that the running stage does not train on.
+  """Losses of all stages on a held-out split; see vpe_jax.evaluation.evaluator.Evaluator.
 
-  See vpe_jax.evaluation.evaluator.Evaluator. Numbers are `eval/<loss>`; none where the data source
-  has no held-out split.
+  Numbers are `eval/<loss>`, including losses that the current stage does not train on. There are
+  none if the data source has no held-out split.
 
   Attributes:
-    batches: number of batches, the same ones each time.
+    batches: number of batches; they are the same each time.
   """
 
   requires: ClassVar[tuple[type, ...]] = ()
@@ -72,7 +72,7 @@ class HeldOut:
     return Report(numbers, tuple(f'  {name:24}{value:.4f}' for name, value in numbers.items()))
 
   def _read(self, subject: Subject) -> list[Batch]:
-    """The batches on the devices; entries that a cache may store are encoded once."""
+    """Reads the batches onto the devices; cacheable entries are encoded once."""
     size = subject.system.config.batch_size[subject.stage_index]
     data = Pipeline.of(subject.system, SPLIT)
     place = lambda batch: sharding.put_batch(batch, subject.mesh)
@@ -86,12 +86,12 @@ class HeldOut:
 
 
 def has_split(source: str) -> bool:
-  """Whether a data source holds anything out of training."""
+  """Whether a data source has held-out splits."""
   return source != 'synthetic' and not source.startswith((FOLDER, FOLDERS, TFDS))
 
 
 def with_all_losses(stages: Sequence[Stage], index: int) -> Stage:
-  """A stage of a run with the losses of all its stages, those of other stages at weight 0."""
+  """A stage with the losses of all stages; those of other stages have weight 0."""
   names = (name for stage in stages for name in (*stage.losses, *stage.monitored))
   own = stages[index]
   return dataclasses.replace(own, losses={**dict.fromkeys(names, 0.0), **own.losses})
@@ -114,7 +114,7 @@ def make_eval_step(system: System, stage: Stage) -> EvalStep:
 def _as_cached(
   subject: Subject, batch: Batch, inputs: frozenset[str], cacheable: frozenset[str]
 ) -> Batch:
-  """The batch as it would come from a cache."""
+  """The batch in the form that a cache would provide."""
   encoded = subject.frozen.encoded(batch, subject.key).encoded
   return Batch(
     batch.example,

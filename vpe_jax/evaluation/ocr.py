@@ -1,11 +1,10 @@
 """Text rendering: does an OCR program read the words of the prompt?
 
-The protocol of TextAtlas with another reader: rapidocr, whose networks come with the package. Read
-text is lower-cased and split into words; each word is matched to the first free expected word that
-is similar by at least 80 of 100 (Indel similarity). Recall, precision and their harmonic mean F1
-are over the words of all images together; the character error rate is the edit distance to the
-expected words, case included, over the longer of the two texts, averaged over images. The true
-images give the ceiling.
+The protocol of TextAtlas with another OCR reader: rapidocr, which includes its networks. The text
+read from an image is lower-cased and split into words. Each word is matched to the first unmatched
+expected word with an Indel similarity of at least 80 of 100. Recall, precision and F1 are computed
+over the words of all images. The character error rate is the case-sensitive edit distance, divided
+by the length of the longer text and averaged over images. The true images give the upper bound.
 """
 
 from __future__ import annotations
@@ -23,20 +22,27 @@ from tqdm import tqdm
 from vpe_jax.contracts import Samples, UserError
 from vpe_jax.data.embedded.words import Words
 from vpe_jax.data.records import render
-from vpe_jax.evaluation.editing import FROM_TRUE
 from vpe_jax.evaluation.evaluator import Subject
-from vpe_jax.evaluation.report import HELD_OUT, Report, Row, check_options, distinct, protocol
+from vpe_jax.evaluation.report import (
+  FROM_DRAFTS,
+  HELD_OUT,
+  Report,
+  Row,
+  check_options,
+  distinct,
+  protocol,
+)
 
-ALIKE = 80  # of 100
-_POOL = 2  # images composed for each that is used: enough with different captions
+MIN_SIMILARITY = 80  # Indel similarity, of 100
+_POOL = 2  # records composed per record used, to find distinct captions
 _PACKAGES = ('rapidocr', 'onnxruntime', 'rapidfuzz')
-# With these, true images of 64 x 64 are read without error.
+# With these settings, true images of 64 x 64 pixels are read without error.
 _SIDE = 256  # smaller images are enlarged by the nearest integer factor
-_BORDER = 32  # white, around them
+_BORDER = 32  # white border, in pixels
 _SETTINGS = {
   'Global.log_level': 'critical',
-  'Global.use_cls': False,  # no line stands on its head
-  'Det.limit_side_len': _SIDE + 2 * _BORDER,  # lines are outcomes without enlarging it any further
+  'Global.use_cls': False,  # no text line is upside down
+  'Det.limit_side_len': _SIDE + 2 * _BORDER,  # the text detector does not enlarge any further
 }
 
 Read = Callable[[np.ndarray], list[str]]
@@ -49,8 +55,8 @@ class Result:
   Attributes:
     expected: number of expected words.
     read: number of words read.
-    matched: number of words in both.
-    errors: float [N], the character error rate of each image.
+    matched: number of matched words.
+    errors: float [N], character error rate of each image.
   """
 
   expected: int
@@ -60,7 +66,7 @@ class Result:
 
   @property
   def recall(self) -> float:
-    """Share of the expected words that were read: TextAtlas' accuracy."""
+    """Share of the expected words that were read; the accuracy of TextAtlas."""
     return self.matched / self.expected
 
   @property
@@ -85,10 +91,10 @@ class Result:
       'precision': self.precision,
       'f1': self.f1,
       'character_error_rate': self.error_rate,
-      'words_asked': self.expected,
+      'words_expected': self.expected,
       'words_read': self.read,
       'words_matched': self.matched,
-      'pictures_without_error': float(np.mean(self.errors == 0)),
+      'images_without_error': float(np.mean(self.errors == 0)),
     }
 
 
@@ -96,7 +102,7 @@ def check_installed() -> None:
   """Checks that the OCR packages are installed.
 
   Raises:
-    UserError: they are not.
+    UserError: a package is missing.
   """
   absent = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
   if absent:
@@ -108,9 +114,9 @@ class Ocr:
   """Reading of held-out words; see vpe_jax.evaluation.evaluator.Evaluator.
 
   Attributes:
-    captions: captions of each split.
+    captions: number of captions of each split.
     splits: held-out splits of the data.
-    seed: of the captions.
+    seed: seed of the captions.
   """
 
   requires = (Samples,)
@@ -127,7 +133,7 @@ class Ocr:
     check_installed()
 
   def run(self, subject: Subject) -> Report:
-    """Words in images from the model's own drafts, from those of the true images, and in these."""
+    """Scores true images, and images from the model's own drafts and from ground-truth drafts."""
     read = reader()
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
@@ -137,7 +143,7 @@ class Ocr:
       true = np.stack([render(record, subject.image_size) for record in records])
       rows = {'true images': true, 'generated': subject.sample(prompts)}
       if subject.generator.system.drafts:
-        rows[FROM_TRUE] = subject.sample_from_true_drafts(prompts, true)
+        rows[FROM_DRAFTS] = subject.sample_from_drafts(prompts, true)
       texts = {name: read(images) for name, images in rows.items()}
       outcomes = {name: measure(texts[name], expected) for name in rows}
       lines += table(split, outcomes)
@@ -145,8 +151,8 @@ class Ocr:
       numbers[f'ocr/{split}/error_rate'] = outcomes['generated'].error_rate
       results[split] = {
         'rows': {name: result.summary() for name, result in outcomes.items()},
-        'pictures': [
-          {'caption': caption, 'asked': words, **{name: texts[name][i] for name in texts}}
+        'images': [
+          {'caption': caption, 'expected': words, **{name: texts[name][i] for name in texts}}
           for i, (caption, words) in enumerate(zip(prompts, expected))
         ],
       }
@@ -154,37 +160,37 @@ class Ocr:
         Row.first(name, images, prompts if name == 'true images' else _quoted(texts[name]))
         for name, images in rows.items()
       )
-    measured = {
+    details = {
       'source': 'vpe_jax.data.embedded.words',
-      'reader': f'rapidocr; images enlarged to about {_SIDE} pixels, {_BORDER} of white around',
-      'matching': f'a word read takes the first free expected word with a ratio of {ALIKE} or more',
+      'reader': f'rapidocr; images enlarged to about {_SIDE} pixels, white border of {_BORDER}',
+      'matching': f'first unmatched expected word with an Indel similarity >= {MIN_SIMILARITY}',
       'character_error_rate': 'edit distance over the longer of the two texts, mean over images',
     }
     question = 'do the images show the words of their prompts?'
-    record = protocol(self, 'ocr', question, subject, results, **measured)
+    record = protocol(self, 'ocr', question, subject, results, **details)
     return Report(numbers, tuple(lines), record, sheets)
 
 
 @functools.cache
 def reader() -> Read:
-  """The OCR reader: the lines of each image [N, R, R, 3] uint8, joined by spaces.
+  """Builds the OCR reader: images [N, R, R, 3] uint8 -> the text of each, lines joined by spaces.
 
-  Results are cached by image, as the true images are the same for every run.
+  Results are cached by image, because the true images are the same for every run.
 
   Raises:
-    UserError: the packages for it are not installed.
+    UserError: a package is missing.
   """
   check_installed()
   from rapidocr import RapidOCR
 
-  engine, known = RapidOCR(params=_SETTINGS), {}
+  engine, cache = RapidOCR(params=_SETTINGS), {}
 
   def text(image: np.ndarray) -> str:
     key = (image.shape, image.tobytes())
-    if key not in known:
-      lines = engine(enlarged(image)[..., ::-1]).txts or ()  # it takes blue for the first channel
-      known[key] = ' '.join(line.strip() for line in lines)
-    return known[key]
+    if key not in cache:
+      lines = engine(enlarged(image)[..., ::-1]).txts or ()  # rapidocr expects BGR
+      cache[key] = ' '.join(line.strip() for line in lines)
+    return cache[key]
 
   def read(images: np.ndarray) -> list[str]:
     return [text(image) for image in tqdm(images, desc='reading', unit='image')]
@@ -193,7 +199,7 @@ def reader() -> Read:
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
-  """The image uint8 [R, R, 3], enlarged to the size that the reader needs, with a white border."""
+  """The image uint8 [R, R, 3], enlarged for the reader and with a white border."""
   factor = max(1, round(_SIDE / len(image)))
   large = Image.fromarray(image).resize((factor * len(image),) * 2, Image.Resampling.BICUBIC)
   return np.pad(np.asarray(large), ((_BORDER,) * 2, (_BORDER,) * 2, (0, 0)), constant_values=255)
@@ -203,31 +209,31 @@ def measure(read: Sequence[str], expected: Sequence[str]) -> Result:
   """Compares the texts read from N images with the expected words."""
   from rapidfuzz.distance import Levenshtein
 
-  counted = np.asarray([matches(*pair) for pair in zip(read, expected, strict=True)])
+  counts = np.asarray([matches(*pair) for pair in zip(read, expected, strict=True)])
   errors = [Levenshtein.distance(a, b) / max(len(a), len(b), 1) for a, b in zip(read, expected)]
-  return Result(*(int(total) for total in counted.sum(0)), np.asarray(errors))
+  return Result(*(int(total) for total in counts.sum(0)), np.asarray(errors))
 
 
 def matches(read: str, expected: str) -> tuple[int, int, int]:
-  """Numbers of expected words, of words read, and of words in both."""
+  """Numbers of expected words, words read, and matched words."""
   from rapidfuzz import fuzz
 
-  words, free = read.lower().split(), expected.lower().split()
-  count = len(free)
+  words, unmatched = read.lower().split(), expected.lower().split()
+  count = len(unmatched)
   for word in words:
-    alike = (i for i, other in enumerate(free) if round(fuzz.ratio(word, other)) >= ALIKE)
-    place = next(alike, None)
-    if place is not None:
-      del free[place]
-  return count, len(words), count - len(free)
+    for i, other in enumerate(unmatched):
+      if round(fuzz.ratio(word, other)) >= MIN_SIMILARITY:
+        del unmatched[i]
+        break
+  return count, len(words), count - len(unmatched)
 
 
 def table(split: str, outcomes: dict[str, Result]) -> list[str]:
   """The results of one split as aligned lines."""
   count = len(next(iter(outcomes.values())).errors)
   lines = [
-    f'split {split}: words read in {count} images, and share of wrong characters',
-    f'  {"images":28}{"recall":>9}{"precision":>11}{"F1":>8}{"characters wrong":>18}'
+    f'split {split}: words read from {count} images, and character error rate',
+    f'  {"images":28}{"recall":>9}{"precision":>11}{"F1":>8}{"character errors":>18}'
     f'{"images without error":>24}',
   ]
   for name, result in outcomes.items():

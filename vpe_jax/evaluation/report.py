@@ -1,8 +1,9 @@
-"""Reports of evaluators: tables, numbers, a protocol, and sheets of images."""
+"""Reports of evaluators: numbers, tables, protocols and sheets of images."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.records import SPLITS, Record, Source
 
 HELD_OUT = ('combination', 'concept')
+FROM_DRAFTS = 'from ground-truth drafts'  # row label
 _COLUMNS = 8  # images in a row of a sheet
 
 
@@ -22,7 +24,7 @@ class Row:
   """A row of a sheet.
 
   Attributes:
-    label: text to its left.
+    label: text left of the row.
     images: uint8 [n, R, R, 3].
     captions: text below each image; empty for none.
   """
@@ -33,7 +35,7 @@ class Row:
 
   @classmethod
   def first(cls, label: str, images: np.ndarray, captions: Sequence[str] = ()) -> Row:
-    """The first of many images, as many as a sheet shows."""
+    """A row with the first of many images, as many as a sheet has columns."""
     return cls(label, images[:_COLUMNS], tuple(captions[:_COLUMNS]))
 
 
@@ -45,10 +47,10 @@ class Report:
   """The outcome of one evaluation.
 
   Attributes:
-    numbers: scalars for the metrics of a run, by full name.
-    lines: a table to print.
-    protocol: JSON-able record of the measurement and its results; empty for none.
-    sheets: a sheet of images for each split.
+    numbers: scalar metrics by full name.
+    lines: lines of a table to print.
+    protocol: JSON-serializable record of the measurement and its results; empty for none.
+    sheets: split -> sheet of images.
   """
 
   numbers: Mapping[str, float]
@@ -60,7 +62,7 @@ class Report:
 def protocol(
   evaluator: Any, name: str, question: str, subject: Any, results: Mapping[str, Any], **more: Any
 ) -> dict[str, Any]:
-  """The JSON of a report: options, subject and how it was measured, then `more`, then results."""
+  """The JSON of a report: options, subject, details of the measurement (`more`) and results."""
   return {
     'benchmark': name,
     'question': question,
@@ -74,10 +76,10 @@ def protocol(
 
 
 def distinct(source: Source, count: int) -> list[Record]:
-  """The first records of a source whose captions differ.
+  """The first `count` records of a source with distinct captions.
 
   Raises:
-    UserError: there are too few.
+    UserError: the source has too few.
   """
   records: dict[str, Record] = {}
   for index in range(len(source)):
@@ -86,13 +88,13 @@ def distinct(source: Source, count: int) -> list[Record]:
     if len(records) == count:
       return list(records.values())
   raise UserError(
-    f'captions is {count}, and {len(source)} records of this split have {len(records)} different '
-    'ones'
+    f'captions is {count}, but the {len(source)} records of this split have only {len(records)} '
+    'distinct captions'
   )
 
 
 def check_options(captions: int, splits: Sequence[str], seed: int) -> None:
-  """Checks the options that benchmarks on held-out splits share.
+  """Checks the options that several evaluators share.
 
   Raises:
     UserError: too few captions, an unknown split, or a seed out of range.
@@ -102,4 +104,12 @@ def check_options(captions: int, splits: Sequence[str], seed: int) -> None:
     if split not in SPLITS:
       raise UserError(f"unknown split '{split}'{nearest(split, SPLITS)}")
   if captions < 2:
-    raise UserError(f'captions is {captions}: at least 2 are needed to permute them')
+    raise UserError(f'captions is {captions}: at least 2 are needed')
+
+
+def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+  """Wilson score interval of a share of `count` observations; 95% by default."""
+  centre = share + z * z / (2 * count)
+  half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+  scale = 1 + z * z / count
+  return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)

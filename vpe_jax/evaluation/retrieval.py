@@ -1,15 +1,14 @@
 """Caption retrieval: does an image score highest with its own caption among 32?
 
-An evaluator network that the generator never used (a SigLIP of another seed and patch size) embeds
-images and captions. For each held-out caption there are 31 wrong ones: `HARD` that differ from it
-in one object, colour or count, and captions of other images. Chance is 1 / 32.
+An evaluator network that no generator used (a SigLIP with its own seed and patch size) embeds
+images and captions. Each held-out caption competes with 31 wrong ones: `HARD` distractors that
+differ in one object, colour or count, and captions of other images. Chance is 1 / 32.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,29 +20,36 @@ from vpe_jax.contracts import Samples
 from vpe_jax.data.embedded import distractors, scenes
 from vpe_jax.data.records import Record, Split, Truth, render
 from vpe_jax.evaluation.evaluator import Subject
-from vpe_jax.evaluation.judge import Judge
-from vpe_jax.evaluation.report import HELD_OUT, Report, Row, check_options, protocol
+from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
+from vpe_jax.evaluation.report import (
+  HELD_OUT,
+  Report,
+  Row,
+  check_options,
+  protocol,
+  wilson_interval,
+)
 
 CANDIDATES = 32
 HARD = 16
-RELATIONS = 3  # the other ways in which two things can lie
-_POOL = 4  # scenes drawn for each that is used: distinct captions, and more to choose from
+RELATIONS = 3  # number of wrong relations between two objects
+_POOL = 4  # scenes composed per trial, to find distinct captions and distractors
 TIE = 1e-6  # cosines closer than this count as equal
-# The bars that `verdict` checks.
-_TRUE_BAR = 0.6  # accuracy on the true images: is the evaluator network good enough?
-_SHARE_BAR = 0.5  # of it, that generated images reach
-_CHANCES_BAR = 3  # times chance, that images of a quickstart run reach
+# Bars that `verdict` checks.
+_TRUE_BAR = 0.6  # accuracy on true images, the quality of the evaluator network
+_SHARE_BAR = 0.5  # accuracy on generated images, relative to true images
+_CHANCES_BAR = 3  # accuracy of a quickstart run, relative to chance
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-  """One caption and what it is told apart from.
+  """A caption and its distractors.
 
   Attributes:
-    caption: the true caption, which a generator is also asked to draw.
-    hard: (kind, caption) of distractors that differ in one detail; kind says which.
-    others: captions of other pictures.
-    relations: captions that differ in a spatial relation alone: reported apart, not among the 32.
+    caption: the true caption, which is also the prompt of the generator.
+    hard: (kind, caption) of distractors that differ in one detail, which `kind` names.
+    others: captions of other images.
+    relations: captions with another spatial relation; not candidates, but reported separately.
   """
 
   caption: str
@@ -64,40 +70,40 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """How one set of pictures did.
+  """Scores of one set of images.
 
   Attributes:
-    credit: float [N], 1 where the true caption scores highest, 1 / m where it ties with m - 1
-      others, else 0.
+    credit: float [N]: 1 if the true caption scores highest, 1 / m if it ties with m - 1 others,
+      else 0.
     hard: the same among the true caption and its hard distractors only.
-    lost_to: kind of candidate -> share of the trials that it won.
-    relation: share of the relation distractors that score below the true caption (None: there
-      are none); a tie counts half.
-    pictures: how many pictures stand behind it: what the interval goes by.
+    lost_to: kind of distractor -> share of trials in which it scores highest.
+    relation: share of the relation distractors that score below the true caption, with half
+      credit for ties; None if there are none.
+    images: number of distinct images, which determines the confidence interval.
   """
 
   credit: np.ndarray
   hard: np.ndarray
   lost_to: Mapping[str, float]
   relation: float | None
-  pictures: int
+  images: int
 
   @property
   def accuracy(self) -> float:
-    """Share of pictures that retrieve their own caption."""
+    """Share of images that retrieve their own caption."""
     return float(self.credit.mean())
 
   @property
   def interval(self) -> tuple[float, float]:
-    """95 % Wilson interval of the accuracy."""
-    return wilson(self.accuracy, self.pictures)
+    """95% Wilson interval of the accuracy."""
+    return wilson_interval(self.accuracy, self.images)
 
   def summary(self) -> dict[str, Any]:
     """Plain numbers, for a table or JSON."""
     return {
       'accuracy': self.accuracy,
       'interval95': list(self.interval),
-      'pictures': self.pictures,
+      'images': self.images,
       'trials': len(self.credit),
       'accuracy_among_hard': float(self.hard.mean()),
       'lost_to': dict(self.lost_to),
@@ -110,9 +116,9 @@ class Retrieval:
   """Retrieval of held-out captions; see vpe_jax.evaluation.evaluator.Evaluator.
 
   Attributes:
-    captions: captions of each split.
+    captions: number of captions of each split.
     splits: held-out splits of the data.
-    seed: of the captions and their distractors.
+    seed: seed of the captions and their distractors.
     judge: weights of the evaluator network.
   """
 
@@ -130,19 +136,19 @@ class Retrieval:
     check_options(self.captions, self.splits, self.seed)
 
   def run(self, subject: Subject) -> Report:
-    """Accuracies of true and generated images, and of both against permuted captions."""
-    judge = Judge.load(self.judge)
+    """Retrieval accuracy of true and generated images, each also with permuted captions."""
+    network = EvaluatorNetwork.load(self.judge)
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
       start = time.time()
       trials, records = make_trials(self.captions, split, self.seed)
-      vectors_of = embed(judge.captions, trials)
+      vectors_of = embed(network.captions, trials)
       prompts = [trial.caption for trial in trials]
       true = np.stack([render(record, subject.image_size) for record in records])
       generated = subject.sample(prompts)
       outcomes = {}
       for row, images in {'true images': true, 'generated': generated}.items():
-        vectors = judge.images(images)
+        vectors = network.images(images)
         outcomes[row] = measure(vectors, vectors_of, trials)
         outcomes[f'{row}, captions permuted'] = permuted(vectors, vectors_of, trials)
       lines += table(split, outcomes)
@@ -161,42 +167,44 @@ class Retrieval:
       }
       sheets[split] = (Row.first('true', true, prompts), Row.first('generated', generated))
     question = 'does the image score highest with its own caption?'
-    measured = {
+    details = {
       'candidates': CANDIDATES,
       'hard_distractors': HARD,
       'chance': 1 / CANDIDATES,
-      'ties': f'credit is shared among captions whose cosines differ by at most {TIE}',
+      'ties': f'captions whose cosines differ by at most {TIE} share the credit',
       'permuted': 'each image against trials of other images, up to 16 cyclic shifts',
-      'relations': 'true caption against each other relation, in pairs, not among the candidates',
+      'relations': 'true caption against one with another relation, not among the candidates',
       'source': 'vpe_jax.data.embedded.scenes',
-      'judge_checkpoint': judge.fingerprint,
+      'judge_checkpoint': network.fingerprint,
     }
-    record = protocol(self, 'retrieval', question, subject, results, **measured)
+    record = protocol(self, 'retrieval', question, subject, results, **details)
     return Report(numbers, tuple(lines), record, sheets)
 
 
 def make_trials(count: int, split: Split, seed: int = 0) -> tuple[list[Trial], list[Record]]:
-  """Draws `count` scenes of a split with different captions, and what each is told apart from.
+  """Samples `count` scenes of a split with distinct captions, and distractors for each.
 
-  The hard distractors put the scene's own words together anew with one object, colour or count
-  changed. An `other` is the caption of another scene of the same split which shows something
-  else: a scene with the same things (whatever their places, sizes and ground), or with some of
-  them, is passed over, as its caption would be true of the picture too. A scene with fewer than
-  `HARD` near misses (some single shapes) takes no part.
+  Hard distractors have the wording of the true caption with one object, colour or count changed.
+  `others` are captions of other scenes of the split. A scene whose objects all occur in the true
+  image (regardless of position, size and background) is excluded, as its caption would be true.
+  Scenes with fewer than `HARD` near misses (some single shapes) are skipped.
 
   Returns:
-    The trials, and their records with picture and truth, in the same order.
+    The trials and their records, in the same order.
+
+  Raises:
+    ValueError: the split has too few captions.
   """
   pool: dict[str, Record] = {}
   source = scenes.Scenes(max(_POOL * count, 256), split, seed)
   for record in source:
     pool.setdefault(record.caption, record)
-  draw = random.Random(f'{split}-{seed}')
+  rng = random.Random(f'{split}-{seed}')
   trials, records = [], []
   for record in pool.values():
     if len(trials) == count:
       break
-    trial = _trial(record, list(pool.values()), draw)
+    trial = _trial(record, list(pool.values()), rng)
     if trial is not None:
       trials.append(trial)
       records.append(record)
@@ -208,22 +216,25 @@ def make_trials(count: int, split: Split, seed: int = 0) -> tuple[list[Trial], l
 def measure(
   images: np.ndarray, captions: Mapping[str, np.ndarray], trials: Sequence[Trial]
 ) -> Result:
-  """Scores pictures against the candidates of their trials.
+  """Scores images against the candidates of their trials.
 
   Args:
     images: unit vectors [N, D], one for each trial.
-    captions: unit vector [D] of every caption that occurs in the trials.
-    trials: N trials; a shuffled list gives the permuted control.
+    captions: caption -> unit vector [D], for every caption in the trials.
+    trials: N trials; a permuted list gives the control.
+
+  Raises:
+    ValueError: the numbers of images and trials differ.
   """
   if len(images) != len(trials):
-    raise ValueError(f'{len(images)} pictures for {len(trials)} trials')
+    raise ValueError(f'{len(images)} images for {len(trials)} trials')
   credit, hard, lost, relation = [], [], {}, []
   for image, trial in zip(images, trials):
     scores = np.stack([captions[caption] for caption in trial.candidates]) @ image
     best = scores >= scores.max() - TIE
     credit.append(_share(best))
-    among = scores[: 1 + len(trial.hard)]
-    hard.append(_share(among >= among.max() - TIE))
+    hard_scores = scores[: 1 + len(trial.hard)]
+    hard.append(_share(hard_scores >= hard_scores.max() - TIE))
     for kind, won in zip(trial.kinds, best / best.sum()):
       lost[kind] = lost.get(kind, 0.0) + float(won)
     for caption in trial.relations:
@@ -235,7 +246,7 @@ def measure(
     hard=np.asarray(hard),
     lost_to={kind: count / len(trials) for kind, count in sorted(lost.items())},
     relation=float(np.mean(relation)) if relation else None,
-    pictures=len(images),
+    images=len(images),
   )
 
 
@@ -245,43 +256,34 @@ def permuted(
   trials: Sequence[Trial],
   rounds: int = 16,
 ) -> Result:
-  """The control: every picture is scored against trials of other pictures.
+  """The control: every image is scored against trials of other images.
 
-  Shifts the trials cyclically by `rounds` different distances, which pairs no picture with its
-  own caption. A judge that tells captions apart ends below 1 / 32: the true caption stands amid
-  its near misses, and for a foreign picture one of them or an `other` nearly always fits better.
-  The interval goes by the number of pictures, as if there were one round.
+  The trials are shifted cyclically by `rounds` distances, so that no image meets its own caption. A
+  good evaluator network scores below chance here, because the wrong image matches one of the many
+  distractors better than the one true caption. The confidence interval is that of a single round.
   """
   rounds = min(rounds, len(trials) - 1)
   distances = [1 + i * (len(trials) - 1) // rounds for i in range(rounds)]
   shifted = [[*trials[d:], *trials[:d]] for d in distances]
   result = measure(np.tile(images, (rounds, 1)), captions, [t for s in shifted for t in s])
-  return dataclasses.replace(result, pictures=len(images))
+  return dataclasses.replace(result, images=len(images))
 
 
 def embed(
-  judge: Callable[[list[str]], np.ndarray], trials: Sequence[Trial]
+  encode: Callable[[list[str]], np.ndarray], trials: Sequence[Trial]
 ) -> dict[str, np.ndarray]:
-  """The unit vector of every caption in the trials, each embedded once."""
+  """Caption -> unit vector [D], for every caption in the trials; each is encoded once."""
   texts = sorted({c for trial in trials for c in (*trial.candidates, *trial.relations)})
-  return dict(zip(texts, judge(texts)))
-
-
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-  """Wilson's score interval of a share observed `count` times."""
-  centre = share + z * z / (2 * count)
-  half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-  scale = 1 + z * z / count
-  return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+  return dict(zip(texts, encode(texts)))
 
 
 def table(split: str, outcomes: Mapping[str, Result]) -> list[str]:
   """The results of one split as aligned lines."""
   chance, among = 1 / CANDIDATES, 1 / (1 + HARD)
   lines = [
-    f'split {split}: own caption first among {CANDIDATES} '
-    f'(chance {chance:.1%}), among it and the {HARD} hard ones (chance {among:.1%}), '
-    'and before one with another relation (chance 50%)',
+    f'split {split}: share of images that score highest with their own caption among {CANDIDATES} '
+    f'(chance {chance:.1%}), among {1 + HARD} with hard distractors only (chance {among:.1%}), '
+    'and against one with another relation (chance 50%)',
     f'  {"images":32}{"among 32":>10}{"95% interval":>18}{"hard only":>12}{"relation":>11}',
   ]
   for row, result in outcomes.items():
@@ -294,58 +296,59 @@ def table(split: str, outcomes: Mapping[str, Result]) -> list[str]:
   if outcomes['true images'].interval[0] <= chance:
     return [
       *lines,
-      '  the evaluator network finds true images no better than chance: this split says nothing '
-      'about generated ones',
+      '  true images score no better than chance: the evaluator network is not reliable on this '
+      'split',
     ]
-  lines.append(f'  generated images reach {_ratio(outcomes):.0%} of what the true images reach')
-  words = {True: 'reached', False: 'not reached'}
-  return lines + [f'  bar: {bar}: {words[passed]}' for bar, passed in verdict(outcomes).items()]
+  lines.append(f'  generated images reach {_ratio(outcomes):.0%} of the accuracy of true images')
+  status = {True: 'reached', False: 'not reached'}
+  return lines + [f'  bar: {bar}: {status[passed]}' for bar, passed in verdict(outcomes).items()]
 
 
 def verdict(outcomes: Mapping[str, Result]) -> dict[str, bool]:
-  """Each bar of the protocol in words, and whether the results of one split reach it."""
+  """Description of each bar of the protocol -> whether the results of one split reach it."""
   chance = 1 / CANDIDATES
   true, generated = outcomes['true images'].accuracy, outcomes['generated'].accuracy
   permuted = [result.accuracy for row, result in outcomes.items() if row.endswith('permuted')]
   return {
     f'true images at least {_TRUE_BAR:.0%}': true >= _TRUE_BAR,
     f'generated at least {_SHARE_BAR:.0%} of true images': generated >= _SHARE_BAR * true > 0,
-    f'generated at least {_CHANCES_BAR} x chance ({_CHANCES_BAR * chance:.1%}), as of a quickstart '
-    'run': generated >= _CHANCES_BAR * chance,
+    f'generated at least {_CHANCES_BAR} x chance ({_CHANCES_BAR * chance:.1%}), the bar of a '
+    'quickstart run': generated >= _CHANCES_BAR * chance,
     f'permuted at most chance ({chance:.1%})': max(permuted, default=0.0) <= chance,
   }
 
 
 def _ratio(outcomes: Mapping[str, Result]) -> float | None:
-  """Accuracy of the generated images over that of the true ones; None where that is 0."""
+  """Accuracy of generated images relative to true images; None if the latter is 0."""
   true = outcomes['true images'].accuracy
   return outcomes['generated'].accuracy / true if true else None
 
 
-def _trial(record: Record, pool: Sequence[Record], draw: random.Random) -> Trial | None:
-  """A record's trial; None if there aren't enough wrong captions."""
-  seed = draw.randrange(2**31)
+def _trial(record: Record, pool: Sequence[Record], rng: random.Random) -> Trial | None:
+  """The trial of a record; None if there are too few wrong captions."""
+  seed = rng.randrange(2**31)
   hard = distractors.distractors(record, HARD, seed)
   relations = distractors.relation_distractors(record, RELATIONS, seed)
-  taken = {record.caption, *(caption for _, caption in hard)}
+  candidates = {record.caption, *(caption for _, caption in hard)}
   others: list[str] = []
-  for other in draw.sample(pool, len(pool)):
+  for other in rng.sample(pool, len(pool)):
     if len(others) == CANDIDATES - 1 - HARD:
       break
-    if other.caption not in taken and not _covers(record.truth, other.truth):
-      taken.add(other.caption)
+    if other.caption not in candidates and not _covers(record.truth, other.truth):
+      candidates.add(other.caption)
       others.append(other.caption)
-  if len(taken) < CANDIDATES:
+  if len(candidates) < CANDIDATES:
     return None
   return Trial(record.caption, tuple(hard), tuple(others), tuple(c for _, c in relations))
 
 
 def _covers(truth: Truth, other: Truth) -> bool:
-  """Whether everything that `other` shows is in `truth` too, as often or more often."""
-  return all(_things(truth)[thing] >= n for thing, n in _things(other).items())
+  """Whether `truth` contains at least as many of each object as `other`."""
+  return _object_counts(other) <= _object_counts(truth)
 
 
-def _things(truth: Truth) -> collections.Counter[tuple[str, str | None]]:
+def _object_counts(truth: Truth) -> collections.Counter[tuple[str, str | None]]:
+  """Number of objects of each (name, colour)."""
   counts: collections.Counter[tuple[str, str | None]] = collections.Counter()
   for cluster in truth.clusters:
     counts[cluster.name, cluster.colour] += cluster.count
@@ -353,5 +356,5 @@ def _things(truth: Truth) -> collections.Counter[tuple[str, str | None]]:
 
 
 def _share(best: np.ndarray) -> float:
-  """The credit of the true caption, the first candidate, where `best` [C] marks the highest."""
+  """Credit of the true caption, which is the first candidate; `best` [C] marks the highest."""
   return float(best[0]) / float(best.sum())

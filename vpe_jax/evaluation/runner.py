@@ -1,4 +1,4 @@
-"""Runs evaluators on finished runs, prints their tables, and writes reports and sheets."""
+"""Runs evaluators on finished runs; prints tables and writes reports and sheets."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation.evaluator import Evaluator, Subject
 from vpe_jax.evaluation.report import Report, Sheet
-from vpe_jax.evaluation.sheets import layout, together
+from vpe_jax.evaluation.sheets import combine, layout
 from vpe_jax.sampling import images
 
 
-def chosen(
+def select(
   built: Mapping[str, Evaluator], subject: Subject, options: Mapping[str, Any]
 ) -> dict[str, Evaluator]:
-  """The evaluators for a model: those that are named, else the first for its kind of prompt.
+  """The evaluators for a model: the named ones, or the first one for its kind of prompts.
 
   Args:
-    built: the named ones.
+    built: the named evaluators; may be empty.
     subject: the model.
-    options: of the evaluator that is chosen where none is named; those that it lacks are ignored.
+    options: options of the default evaluator; options that it lacks are ignored.
 
   Raises:
-    UserError: one does not fit the model, or none does.
+    UserError: a named evaluator does not fit the model, or no evaluator does.
   """
   if built:
     for name, evaluator in built.items():
@@ -41,7 +41,7 @@ def chosen(
       evaluator = evaluators.build(name, {n: v for n, v in options.items() if n in known})
       evaluators.check_fits(name, evaluator, subject)
       return {name: evaluator}
-  raise UserError(f'no evaluator is for {subject.task}: name one with --benchmarks')
+  raise UserError(f'no evaluator supports {subject.task}: name one with --benchmarks')
 
 
 def evaluate(
@@ -52,9 +52,9 @@ def evaluate(
   """Runs evaluators on several runs, prints their tables, and writes reports and sheets.
 
   Args:
-    built: the evaluators of each run by name, by the name of the run.
-    subjects: by the name of their run.
-    folders: folder of each run's files, by its name; sheets of all runs go to the first one's.
+    built: run name -> evaluator name -> evaluator.
+    subjects: run name -> model.
+    folders: run name -> output folder. Sheets that combine runs go to the first folder.
 
   Raises:
     UserError: an evaluator does not fit, or a file can't be written.
@@ -66,16 +66,16 @@ def evaluate(
     reports[run_name] = {name: evaluator.run(subject) for name, evaluator in own.items()}
     stems.append(stem(subject, own))
     lines = [line for report in reports[run_name].values() for line in report.lines]
-    # Before anything is written, so that nothing is lost if writing fails.
+    # Printed first, so that nothing is lost if writing fails.
     print('\n'.join([f'== {run_name}', *subject.notes, *lines]), flush=True)
     written = save(reports[run_name], folders[run_name], stems[-1])
     print('\n'.join(f'wrote {path}' for path in written), flush=True)
-  for path in save_together(reports, next(iter(folders.values())), stems):
+  for path in save_combined(reports, next(iter(folders.values())), stems):
     print(f'wrote {path}')
 
 
 def stem(subject: Subject, built: Mapping[str, Evaluator]) -> str:
-  """Name of the files of a report: the checkpoint, and a hash of subject and options."""
+  """File name stem of a report: the checkpoint, and a hash of subject and options."""
   options = {name: dataclasses.asdict(evaluator) for name, evaluator in built.items()}
   record = json.dumps([dict(subject.description), options], sort_keys=True)
   return f'{subject.description["checkpoint"]}-{hashlib.sha256(record.encode()).hexdigest()[:8]}'
@@ -84,10 +84,10 @@ def stem(subject: Subject, built: Mapping[str, Evaluator]) -> str:
 def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:
   """Writes FOLDER/<evaluator>-<stem>.json and FOLDER/<evaluator>-<stem>-<split>.png.
 
-  A report of the same name is replaced: the same subject and options made it.
+  Existing files of the same name are replaced: they come from the same subject and options.
 
   Returns:
-    The files: each JSON, and its sheets.
+    Paths of the written files.
 
   Raises:
     UserError: the folder can't be written.
@@ -107,30 +107,33 @@ def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:
   return written
 
 
-def save_together(
+def save_combined(
   reports: Mapping[str, Mapping[str, Report]], folder: str, stems: Sequence[str]
 ) -> list[str]:
   """Writes FOLDER/<evaluator>-compared-<hash>-<split>.png with the rows of several runs.
 
   Args:
-    reports: of each run, by its name: its evaluators. A sheet of a single run isn't written.
-    folder: folder of the sheets.
-    stems: of the runs' files: their hash names the sheets, so that the same runs and options
-      replace their own sheets and no others.
+    reports: run name -> evaluator name -> report. Sheets of a single run are skipped.
+    folder: output folder.
+    stems: file name stems of the runs. Their hash is part of the names, so that only sheets of the
+      same runs and options are replaced.
+
+  Returns:
+    Paths of the written files.
 
   Raises:
     UserError: the folder can't be written.
   """
   sheets: dict[tuple[str, str], dict[str, Sheet]] = {}
-  for run_name, of_run in reports.items():
-    for name, report in of_run.items():
+  for run_name, reports_of_run in reports.items():
+    for name, report in reports_of_run.items():
       for split, sheet in report.sheets.items():
         sheets.setdefault((name, split), {})[run_name] = sheet
-  mark = hashlib.sha256(' '.join(stems).encode()).hexdigest()[:8]
+  digest = hashlib.sha256(' '.join(stems).encode()).hexdigest()[:8]
   written = []
-  for (name, split), of_runs in sheets.items():
-    if len(of_runs) > 1:
+  for (name, split), sheets_by_run in sheets.items():
+    if len(sheets_by_run) > 1:
       suffix = f'-{split}' if split else ''
-      written.append(str(storage.resolve(folder) / f'{name}-compared-{mark}{suffix}.png'))
-      images.save_png(layout(together(of_runs)), written[-1], overwrite=True)
+      written.append(str(storage.resolve(folder) / f'{name}-compared-{digest}{suffix}.png'))
+      images.save_png(layout(combine(sheets_by_run)), written[-1], overwrite=True)
   return written

@@ -1,10 +1,10 @@
-"""Sample grids: images for fixed prompts, beside the ground truth.
+"""Sample grids: images for fixed prompts, next to the ground truth.
 
-Rows: images from the model's own drafts; where the system drafts anything, images rendered from the
-drafts of the ground truth; the ground truth; of edits, the source images. The gap between the first
-two rows is the gap between inference and training, where the renderer always sees true drafts. Half
-of the images are held out; of data without a held-out split all are training data, and the label of
-the last row says so.
+Rows: images from the model's own drafts; images rendered from ground-truth drafts, if the system
+has drafts; the ground truth; and for edits, the source images. The difference of the first two rows
+is the gap between inference and training, as the renderer trains on ground-truth drafts. Half of
+the prompts are held out. If the data source has no held-out split, all prompts are training data,
+and the label of the ground truth says so.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from vpe_jax.contracts import (
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.evaluation import heldout
 from vpe_jax.evaluation.evaluator import Subject
-from vpe_jax.evaluation.report import Report, Row
+from vpe_jax.evaluation.report import FROM_DRAFTS, Report, Row
 from vpe_jax.sampling import images
 
 SHOWN = 4  # images of each split in a grid
-COUNT = 8  # images of each split that the numbers are means over
-_SCANNED = 8  # records looked at for each that is used
-OWN, TRUE_DRAFTS = 'own', 'truth_plan'  # in the names of the numbers
-GENERATED, FROM_DRAFTS = 'generated', 'from true drafts'
+COUNT = 8  # images of each split over which metrics are averaged
+_SCANNED = 8  # records scanned per record used
+OWN, TRUE_DRAFTS = 'own', 'true_drafts'  # in the names of metrics
+GENERATED = 'generated'
 TRUTH, TRAINED_ON, SOURCE = 'ground truth', 'ground truth (trained on)', 'source image'
 
 
@@ -46,11 +46,15 @@ TRUTH, TRAINED_ON, SOURCE = 'ground truth', 'ground truth (trained on)', 'source
 class SampleGrid:
   """Samples the same prompts with the same seeds each time.
 
-  See vpe_jax.evaluation.evaluator.Evaluator. Numbers, for images from the model's own drafts
-  (`sample/own/...`) and from true ones (`sample/truth_plan/...`): `latent_distance`, the root mean
-  square difference from the true latents, or `equal_codes`, the share of codes that are the true
-  ones; and `retrieval`, the share of images whose own prompt fits best among the batch's, where the
-  system scores images. Without frozen networks (synthetic data) there is nothing to show.
+  See vpe_jax.evaluation.evaluator.Evaluator. Metrics are `sample/own/NAME` for images from the
+  model's own drafts and `sample/true_drafts/NAME` for images from ground-truth drafts. Names:
+
+    latent_distance: root mean square difference from the ground-truth latents.
+    equal_codes: share of codes that equal the ground truth, for discrete latents.
+    retrieval: share of images that score highest with their own prompt in the batch, if the system
+      scores images.
+
+  Without frozen networks (synthetic data) there is no grid.
   """
 
   requires: ClassVar[tuple[type, ...]] = (Samples,)
@@ -65,7 +69,7 @@ class SampleGrid:
     """See Evaluator; there are no options."""
 
   def run(self, subject: Subject) -> Report:
-    """One grid, and numbers."""
+    """Samples the grid and computes its metrics."""
     if not subject.system.frozen:
       return Report({}, ('sample grid: none, synthetic data has no decoder',))
     generate, compare = self._compiled(subject)
@@ -74,30 +78,29 @@ class SampleGrid:
     labels = {OWN: GENERATED}
     if subject.system.drafts:
       labels[TRUE_DRAFTS] = FROM_DRAFTS
-    ends = {TRUTH if held_out else TRAINED_ON: 'image'}
+    inputs = {TRUTH if held_out else TRAINED_ON: 'image'}
     if supports(subject.system, Edits):
-      ends[SOURCE] = 'source_image'
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in (*labels.values(), *ends)}
+      inputs[SOURCE] = 'source_image'
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in (*labels.values(), *inputs)}
     numbers: dict[str, list[float]] = {}
     captions: list[str] = []
-    for place, split in enumerate(('train', *held_out)):
+    for index, split in enumerate(('train', *held_out)):
       truth, prompts = self._load(subject, split)
-      # Positions in a split key its examples: one class at one position twice must differ.
-      key = jax.random.fold_in(subject.key, place)
+      # Examples are keyed by their position in a split, so each split needs its own key.
+      key = jax.random.fold_in(subject.key, index)
       for name, label in labels.items():
         fixed = subject.system.drafts if name == TRUE_DRAFTS else ()
         request = _request(subject, truth, fixed)
         generated = generate(subject.params, subject.frozen.params, request, key, subject.settings)
-        for measure, value in jax.device_get(
-          compare(subject.frozen.params, generated, truth)
-        ).items():
-          numbers.setdefault(f'sample/{name}/{measure}', []).append(float(value))
-        shown = jax.device_get(generated.image[:SHOWN])
-        rows[label] += list(images.to_uint8(np.nan_to_num(shown)))
-      for label, name in ends.items():
+        metrics = jax.device_get(compare(subject.frozen.params, generated, truth))
+        for metric, value in metrics.items():
+          numbers.setdefault(f'sample/{name}/{metric}', []).append(float(value))
+        pixels = jax.device_get(generated.image[:SHOWN])
+        rows[label] += list(images.to_uint8(np.nan_to_num(pixels)))
+      for label, name in inputs.items():
         rows[label] += list(_fetch(subject, truth.inputs[name])[:SHOWN])
       captions += prompts
-    truth_row = next(iter(ends))
+    truth_row = next(iter(inputs))
     sheet = tuple(
       Row(label, np.stack(row), tuple(captions) if label == truth_row else ())
       for label, row in rows.items()
@@ -107,7 +110,7 @@ class SampleGrid:
     return Report(means, lines, sheets={'': sheet})
 
   def _compiled(self, subject: Subject) -> tuple:
-    """The two programs, compiled once; every process reads their results."""
+    """The two jitted functions, built once; every process gets their results."""
     if self._programs is None:
       system, everywhere = subject.system, sharding.replicated(subject.mesh)
 
@@ -119,9 +122,9 @@ class SampleGrid:
       def compare(frozen: Params, generated: Generated, truth: Batch) -> dict[str, Array]:
         numbers = _distances(generated, truth)
         if supports(system, ScoresImages):
-          fits = system.similarity(frozen, generated.image, truth.inputs)
-          own = jnp.diagonal(fits)[:, None]
-          numbers['retrieval'] = jnp.mean(jnp.all(own >= fits, axis=1).astype(jnp.float32))
+          scores = system.similarity(frozen, generated.image, truth.inputs)
+          own = jnp.diagonal(scores)[:, None]
+          numbers['retrieval'] = jnp.mean(jnp.all(own >= scores, axis=1).astype(jnp.float32))
         return numbers
 
       options = sharding.compiler_options()
@@ -132,7 +135,7 @@ class SampleGrid:
     return self._programs
 
   def _load(self, subject: Subject, split: str) -> tuple[Batch, list[str]]:
-    """Records of a split with their true encoded entries, and the prompts that are shown."""
+    """Records of a split with their encoded entries, and the prompts of the grid."""
     if split not in self._truth:
       data = Pipeline.of(subject.system, split)
       count = -(-COUNT // subject.mesh.size) * subject.mesh.size
@@ -154,7 +157,7 @@ def _request(subject: Subject, truth: Batch, fixed: tuple[str, ...]) -> Batch:
 
 
 def _distances(generated: Generated, truth: Batch) -> dict[str, Array]:
-  """Distance of the generated latents from the true ones, where there are latents."""
+  """Distance of the generated latents from the ground truth, if there are latents."""
   if 'latents' not in generated.encoded:
     return {}
   ours, theirs = generated.encoded['latents'], truth.encoded['latents']
@@ -164,21 +167,21 @@ def _distances(generated: Generated, truth: Batch) -> dict[str, Array]:
 
 
 def _fetch(subject: Subject, leaf: Array) -> np.ndarray:
-  """A whole array on every host."""
-  whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(subject.mesh))
-  return jax.device_get(whole(leaf))
+  """Gathers an array on every host."""
+  replicate = jax.jit(lambda x: x, out_shardings=sharding.replicated(subject.mesh))
+  return jax.device_get(replicate(leaf))
 
 
 def _positions(data: Pipeline, count: int) -> list[int]:
-  """The first stream positions with new prompts, then the first of the others.
+  """The first stream positions with distinct prompts, filled up with the first of the others.
 
-  Captions rarely repeat; of classes most images may be of one.
+  Captions rarely repeat, but class names do.
   """
-  seen, new, others = set(), [], []
+  previous, distinct, others = set(), [], []
   for position in range(_SCANNED * count):
-    if len(new) == count:
+    if len(distinct) == count:
       break
     prompt = data.prompt(data.index_at(position))
-    (others if prompt in seen else new).append(position)
-    seen.add(prompt)
-  return (new + others)[:count]
+    (others if prompt in previous else distinct).append(position)
+    previous.add(prompt)
+  return (distinct + others)[:count]

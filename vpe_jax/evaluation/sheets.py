@@ -1,4 +1,4 @@
-"""Sheets of images: layout of one, and those of several runs combined."""
+"""Sheets of images: layout, and sheets that combine several runs."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from vpe_jax.sampling import images
 
 
 def layout(sheet: Sheet) -> Image.Image:
-  """The sheet as one image; smaller images are enlarged to the largest, without smoothing."""
+  """The sheet as one image; images are enlarged to the largest side by nearest neighbour."""
   side = max(row.images.shape[1] for row in sheet)
   rows = [[_enlarged(image, side) for image in row.images] for row in sheet]
   return images.grid(rows, [row.captions for row in sheet], [row.label for row in sheet])
 
 
-def together(sheets: Mapping[str, Sheet]) -> Sheet:
-  """One sheet with the rows of several runs, whose names are the keys.
+def combine(sheets: Mapping[str, Sheet]) -> Sheet:
+  """Combines the rows of several runs, which are named by the keys, into one sheet.
 
-  Rows of one label follow one another. Rows that all runs share (the true images) appear once; the
-  labels of other rows name their runs.
+  Rows with the same label are adjacent. Rows that are equal in all runs (the ground truth) appear
+  once; the labels of other rows include the names of their runs.
   """
   runs: dict[tuple[str, tuple[int, ...], bytes], list[str]] = {}
   rows: dict[tuple[str, tuple[int, ...], bytes], Row] = {}
@@ -32,12 +32,12 @@ def together(sheets: Mapping[str, Sheet]) -> Sheet:
       runs.setdefault(key, []).append(run)
       rows.setdefault(key, row)
   labels = list(dict.fromkeys(label for label, *_ in rows))
-  combined = []
+  result = []
   for key in sorted(rows, key=lambda key: labels.index(key[0])):
-    of_all = len(runs[key]) == len(sheets)
-    label = key[0] if of_all else f'{", ".join(runs[key])}: {key[0]}'
-    combined.append(Row(label, rows[key].images, rows[key].captions))
-  return tuple(combined)
+    is_shared = len(runs[key]) == len(sheets)
+    label = key[0] if is_shared else f'{", ".join(runs[key])}: {key[0]}'
+    result.append(Row(label, rows[key].images, rows[key].captions))
+  return tuple(result)
 
 
 def _enlarged(image: np.ndarray, side: int) -> np.ndarray:

@@ -56,7 +56,7 @@ def make_panels(records: Sequence[Record]) -> list[Panel]:
   panels += [Panel(n, _points(records, n), []) for n in eval_only]
   for name in names:
     if name.startswith('sample/own/'):
-      truth = name.replace('/own/', '/truth_plan/')
+      truth = name.replace('/own/', '/true_drafts/')
       panels.append(Panel(name, _points(records, name), _points(records, truth)))
   return [panel for panel in panels if panel.training]
 

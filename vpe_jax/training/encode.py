@@ -27,7 +27,7 @@ from vpe_jax.data import cache, recipes
 from vpe_jax.data.cache import Encoded
 from vpe_jax.data.embedded.synthetic import SyntheticEncoded
 from vpe_jax.data.pipeline import Pipeline
-from vpe_jax.data.records import Picture, Record
+from vpe_jax.data.records import Record, Renderable
 
 CHUNK = 64  # images encoded at a time, rounded up to a multiple of the devices
 READERS = 2  # threads that render images ahead
@@ -86,21 +86,21 @@ def fingerprint(
   return json.dumps(parts, sort_keys=True)
 
 
-def _content(config: DataConfig, pictures: Pipeline) -> str:
-  """A hash of some pictures of the source, and of what tells its files from changed ones."""
+def _content(config: DataConfig, source: Pipeline) -> str:
+  """A hash of some images of the source, and of the stamps of its files."""
   digest = hashlib.blake2b(digest_size=16)
-  for index in np.linspace(0, len(pictures) - 1, PROBES).astype(int):
-    for picture in _pictures(pictures.record(int(index))):
-      digest.update(picture.draw(config.image_size).tobytes())
+  for index in np.linspace(0, len(source) - 1, PROBES).astype(int):
+    for image in _images(source.record(int(index))):
+      digest.update(image.render(config.image_size).tobytes())
   if config.is_stored:
-    for stamp in pictures.source.stamps():
+    for stamp in source.source.stamps():
       digest.update(stamp.encode())
   return digest.hexdigest()
 
 
-def _pictures(record: Record) -> list[Picture]:
-  """The record's picture, and the one before it where it is an edit."""
-  return [picture for picture in (record.picture, record.reference) if picture is not None]
+def _images(record: Record) -> list[Renderable]:
+  """The record's image, and the source image if it is an edit."""
+  return [image for image in (record.image, record.reference) if image is not None]
 
 
 def _synthetic(spec: BatchSpec, count: int) -> SyntheticEncoded:

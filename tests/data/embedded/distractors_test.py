@@ -1,4 +1,4 @@
-"""Distractors: wrong in exactly one thing, in the words of the true caption."""
+"""Distractors: wrong in exactly one detail, in the wording of the true caption."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _nouns():
 
 
 @pytest.mark.parametrize('split', SPLITS)
-def test_scenes_have_enough_of_each_kind(split):
+def test_scenes_have_enough_distractors_of_each_kind(split):
   for index in range(100):
     record = scenes.scene(3, index, split)
     wrong = distractors(record, 16, seed=0)
@@ -43,8 +43,8 @@ def test_only_words_of_the_kind_change(kind):
   checked = 0
   for index in range(200):
     record = scenes.scene(4, index)
-    for found, caption in distractors(record, 16, seed=1):
-      if found == kind:
+    for other_kind, caption in distractors(record, 16, seed=1):
+      if other_kind == kind:
         changed = collections.Counter(caption.split())
         changed.subtract(record.caption.split())
         assert {word for word, n in changed.items() if n} <= allowed, (record.caption, caption)
@@ -52,16 +52,16 @@ def test_only_words_of_the_kind_change(kind):
   assert checked > 100
 
 
-def test_relation_distractors_are_apart():
-  found = 0
+def test_only_stated_relations_have_relation_distractors():
+  total = 0
   for index in range(200):
     record = scenes.scene(4, index)
     wrong = relation_distractors(record, 3, seed=0)
     stated = any(relation.stated for relation in record.truth.relations)
     assert len(wrong) == (3 if stated else 0)
     assert all(kind == 'relation' and caption != record.caption for kind, caption in wrong)
-    found += len(wrong)
-  assert found > 50
+    total += len(wrong)
+  assert total > 50
 
 
 def test_emoji_distractors_keep_group_and_tone():
@@ -75,11 +75,11 @@ def test_emoji_distractors_keep_group_and_tone():
         assert all(tone in caption for tone in tones)
 
 
-def test_seed_chooses():
+def test_the_seed_selects():
   record = scenes.scene(0, 0)
   assert distractors(record, 8, 0) == distractors(record, 8, 0) != distractors(record, 8, 1)
 
 
-def test_unknown_content_is_refused():
-  with pytest.raises(UserError, match='no known content'):
+def test_a_record_without_ground_truth_is_rejected():
+  with pytest.raises(UserError, match='synthetic/0'):
     distractors(Synthetic(1)[0], 4, 0)

@@ -1,4 +1,4 @@
-"""Edits of scenes: pure functions of (seed, split, index), whose pictures differ where they say."""
+"""Edits of scenes: pure functions of (seed, split, index) with exact instructions and masks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vpe_jax.data.embedded import edits, near_misses, splits, vocabulary
-from vpe_jax.data.records import SPLITS, Truth, changed, render
+from vpe_jax.data.records import SPLITS, Truth, edit_mask, render
 from vpe_jax.data.tokenizers import bpe
 
 SIZE = 48
@@ -27,8 +27,8 @@ def test_edit_is_a_pure_function():
     again[100]
 
 
-def test_known_edits_stay_as_they_are():
-  """Changing the program silently would change every run's data."""
+def test_known_edits_do_not_change():
+  """A change of the generator would silently change the data of every run."""
   assert [edits.edit(0, i).caption for i in range(4)] == [
     'draw two purple circles above the small green triangle',
     'paint the orange square brown',
@@ -46,34 +46,34 @@ def test_edits_are_of_all_kinds(sample):
 
 
 def _looks(truth: Truth) -> collections.Counter:
-  return collections.Counter((t.name, t.colour, t.box) for t in truth.objects)
+  return collections.Counter((c.name, c.colour, box) for c in truth.clusters for box in c.boxes)
 
 
 def test_one_cluster_differs_and_the_instruction_names_it(sample):
   for record in sample:
-    before, after, said = _looks(record.edit.before), _looks(record.truth), record.caption
+    before, after, caption = _looks(record.edit.before), _looks(record.truth), record.caption
     gone, come = before - after, after - before
     assert record.edit.before.ground == record.truth.ground
     names = [{name for name, _, _ in part} for part in (gone, come)]
-    wanted = {
+    expected = {
       'add': (0, 1),
       'remove': (1, 0),
       'recolour': (1, 1),
       'replace': (1, 1),
       'move': (1, 1),
     }[record.edit.kind]
-    assert tuple(map(len, names)) == wanted, said
+    assert tuple(map(len, names)) == expected, caption
     for name in set.union(*names):
-      assert name in said or vocabulary.plural(name) in said, said
+      assert name in caption or vocabulary.plural(name) in caption, caption
     if record.edit.kind == 'recolour':
       assert {box for *_, box in gone} == {box for *_, box in come} and names[0] == names[1]
-      assert all(colour in said for _, colour, _ in (*gone, *come))
+      assert all(colour in caption for _, colour, _ in (*gone, *come))
 
 
-def test_the_mask_is_where_the_changed_things_are(sample):
-  """Every changed pixel lies in a box of what has gone or come, and each such box has some."""
+def test_the_mask_covers_the_changed_objects(sample):
+  """All changed pixels are in boxes of removed or added objects, and each box has some."""
   for record in sample[:120]:
-    mask = changed(record, SIZE)
+    mask = edit_mask(record, SIZE)
     before, after = _looks(record.edit.before), _looks(record.truth)
     boxes = [box for *_, box in (*(before - after), *(after - before))]
     near = np.zeros_like(mask)
@@ -85,36 +85,36 @@ def test_the_mask_is_where_the_changed_things_are(sample):
       assert mask[area].any(), record.caption
       near[area] = True
     assert mask.any() and not (mask & ~near).any(), record.caption
-    unchanged = render(record, SIZE)[~mask] == record.reference.draw(SIZE)[~mask]
+    unchanged = render(record, SIZE)[~mask] == record.reference.render(SIZE)[~mask]
     assert unchanged.all()
 
 
-def test_moves_say_where_things_come_to_lie(sample):
+def test_instructions_of_moves_state_the_target(sample):
   moves = [record for record in sample if record.edit.kind == 'move']
   assert any(record.truth.relations for record in moves)
   for record in moves:
-    left, top, right, bottom = record.truth.objects[0].box
+    left, top, right, bottom = record.truth.clusters[0].boxes[0]
     if not record.truth.relations:
       x, y = (left + right) / 2, (top + bottom) / 2
       corner = f'{"top" if y < 0.5 else "bottom"} {"left" if x < 0.5 else "right"} corner'
       assert record.caption.endswith(corner)
       continue
     (relation,) = record.truth.relations
-    still = record.truth.objects[1].box
+    anchor = record.truth.clusters[1].boxes[0]
     assert {
-      'left': right <= still[0],
-      'right': left >= still[2],
-      'above': bottom <= still[1],
-      'below': top >= still[3],
+      'left': right <= anchor[0],
+      'right': left >= anchor[2],
+      'above': bottom <= anchor[1],
+      'below': top >= anchor[3],
     }[relation.word], record.caption
 
 
 @pytest.mark.parametrize('split', SPLITS)
-def test_splits_keep_to_themselves_and_instructions_are_short(split):
+def test_edits_belong_to_their_split_and_instructions_are_short(split):
   tokenizer = bpe.shipped()
   for index in range(150):
     record = edits.edit(1, index, split)
-    assert splits.split_of(record) == record.split == split
+    assert splits.split_of_edit(record.edit.before, record.truth) == record.split == split
     truths = (record.edit.before, record.truth)
     assert split != 'train' or {splits.split_of_truth(truth) for truth in truths} == {'train'}
     assert len(tokenizer.encode(record.caption)) <= 40

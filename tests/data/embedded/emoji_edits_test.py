@@ -1,4 +1,4 @@
-"""Edits of OpenMoji: pairs of variants, and what is said of them."""
+"""Edits of OpenMoji: pairs of variants, and their instructions."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import collections
 import pytest
 
 from vpe_jax.data.embedded import emoji_edits, openmoji, splits
-from vpe_jax.data.records import SPLITS, changed
+from vpe_jax.data.records import SPLITS, edit_mask
 from vpe_jax.data.tokenizers import bpe
 
 
 def _record(before: str, after: str):
-  """The record of a pair, by the codes of its drawings."""
+  """The record of a pair of emoji codes; None if they are no pair."""
   for split in SPLITS:
-    for place, (_, one, other) in enumerate(emoji_edits.pairs(split)):
-      if (one.code, other.code) == (before, after):
-        return emoji_edits.EmojiEdits(0, split)[place]
+    for index, (_, source, target) in enumerate(emoji_edits.pairs(split)):
+      if (source.code, target.code) == (before, after):
+        return emoji_edits.EmojiEdits(0, split)[index]
   return None
 
 
 @pytest.mark.parametrize(
-  'before, after, kind, said',
+  'before, after, kind, words',
   [
     ('1F44B', '1F44B-1F3FF', 'skin tone', 'dark'),
     ('1F44B-1F3FF', '1F44B', 'skin tone', 'yellow'),
@@ -30,13 +30,13 @@ def _record(before: str, after: str):
     ('1F9D1-200D-1F33E', '1F469-200D-1F33E', 'gender', 'the person'),
   ],
 )
-def test_known_pairs(before, after, kind, said):
+def test_known_pairs(before, after, kind, words):
   record = _record(before, after)
   assert record.edit.kind == kind
-  assert all(word in record.caption for word in said.split()), record.caption
+  assert all(word in record.caption for word in words.split()), record.caption
   assert record.truth == openmoji.truth_of(openmoji.emojis()[after])
   assert record.edit.before == openmoji.truth_of(openmoji.emojis()[before])
-  mask = changed(record, 32)
+  mask = edit_mask(record, 32)
   assert mask.any() and not mask.all()
 
 
@@ -44,15 +44,15 @@ def test_known_pairs(before, after, kind, said):
   'before, after',
   [
     ('1F44B-1F3FF', '1F468'),  # of another family
-    ('1F468-200D-1F9B0', '1F468'),  # no word for the hair that comes
+    ('1F468-200D-1F9B0', '1F468'),  # the target's name mentions no hair
     ('1F468-1F3FF', '1F469'),  # two changes at once
   ],
 )
-def test_what_is_no_pair(before, after):
+def test_other_emoji_are_no_pairs(before, after):
   assert _record(before, after) is None
 
 
-def test_pairs_are_many_and_of_all_kinds():
+def test_pairs_are_of_all_kinds_and_repeat_in_other_wordings():
   kinds = collections.Counter(kind for kind, _, _ in emoji_edits.pairs('train'))
   assert set(kinds) == set(emoji_edits.KINDS) and min(kinds.values()) > 30
   once = len(emoji_edits.pairs('train'))
@@ -64,9 +64,9 @@ def test_pairs_are_many_and_of_all_kinds():
 
 
 @pytest.mark.parametrize('split', SPLITS)
-def test_splits_keep_to_themselves_and_instructions_are_short(split):
+def test_edits_belong_to_their_split_and_instructions_are_short(split):
   source, tokenizer = emoji_edits.EmojiEdits(0, split), bpe.shipped()
   for index in range(0, len(source), max(1, len(source) // 200)):
     record = source[index]
-    assert splits.split_of(record) == split
+    assert splits.split_of_edit(record.edit.before, record.truth) == record.split == split
     assert len(tokenizer.encode(record.caption)) <= 32

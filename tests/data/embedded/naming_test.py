@@ -1,4 +1,4 @@
-"""Names of emoji as English."""
+"""Unicode names of emoji as English phrases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Near misses: wrong in one thing, never about what is held out, the same every time."""
+"""Near misses: wrong in one detail, never held out, deterministic."""
 
 import dataclasses
 
@@ -18,17 +18,17 @@ def records():
   return [scenes[i] for i in range(200)]
 
 
-def test_they_are_wrong_different_and_repeatable(records):
+def test_they_are_wrong_distinct_and_deterministic(records):
   for record in records:
-    found = near_misses.near_misses(record, 3)
-    assert len(set(found)) == len(found) <= 3
-    assert record.caption not in found
-    assert found == near_misses.near_misses(record, 3)
+    captions = near_misses.near_misses(record, 3)
+    assert len(set(captions)) == len(captions) <= 3
+    assert record.caption not in captions
+    assert captions == near_misses.near_misses(record, 3)
   counts = [len(near_misses.near_misses(record, 3)) for record in records]
   assert np.mean(counts) > 2.9
 
 
-def test_none_describes_what_training_holds_out(records, monkeypatch):
+def test_none_describes_held_out_content(records, monkeypatch):
   described = []
   monkeypatch.setattr(
     near_misses.wording,
@@ -36,34 +36,36 @@ def test_none_describes_what_training_holds_out(records, monkeypatch):
     lambda truth, words: described.append(truth) or str(truth),
   )
   for record in records:
-    chosen = near_misses.near_misses(record, 4)
+    captions = near_misses.near_misses(record, 4)
     by_caption = {str(truth): truth for truth in described}
-    for caption in chosen:
+    for caption in captions:
       assert splits.split_of_truth(by_caption[caption]) == 'train'
   assert any(splits.split_of_truth(truth) != 'train' for truth in described)
 
 
-def test_only_one_thing_changes(records, monkeypatch):
-  """Clusters differ in at most one place, or only the ground does."""
-  seen = []
+def test_only_one_detail_changes(records, monkeypatch):
+  """At most one cluster differs, or only the background does."""
+  truths = []
   original = wording.caption
-  monkeypatch.setattr(near_misses.wording, 'caption', lambda t, w: seen.append(t) or original(t, w))
+  monkeypatch.setattr(
+    near_misses.wording, 'caption', lambda t, w: truths.append(t) or original(t, w)
+  )
   for record in records[:50]:
-    seen.clear()
+    truths.clear()
     near_misses.near_misses(record, 3)
-    for truth in seen:
+    for truth in truths:
       assert truth.relations == record.truth.relations
       pairs = zip(truth.clusters, record.truth.clusters, strict=True)
       changed = sum(a != b for a, b in pairs) + (truth.ground != record.truth.ground)
       assert changed <= 1
 
 
-def test_drawings_that_are_no_scenes_have_none(records):
+def test_other_records_have_none(records):
   assert near_misses.near_misses(OpenMoji()[0], 3) == []
   assert near_misses.near_misses(dataclasses.replace(records[0], truth=None), 3) == []
 
 
-def test_the_pipeline_hands_them_over():
+def test_pipelines_yield_their_tokens():
   config = DataConfig(examples=40, near_misses=2)
   data = small_pipeline(config, names=('near', 'near_length'))
   batch = data.examples(range(40)).inputs
@@ -72,6 +74,6 @@ def test_the_pipeline_hands_them_over():
     captions = near_misses.near_misses(data.record(i), 2)
     assert (batch['near_length'][i] > 0).sum() == len(captions)
     for ids, length, caption in zip(batch['near'][i], batch['near_length'][i], captions):
-      wanted, count = data.preprocess.tokenizer.encode_batch([caption], 32)
-      np.testing.assert_array_equal(ids, wanted[0])
+      expected, count = data.preprocess.tokenizer.encode_batch([caption], 32)
+      np.testing.assert_array_equal(ids, expected[0])
       assert length == count[0]

@@ -12,7 +12,7 @@ from vpe_jax.data.records import SPLITS, render
 from vpe_jax.data.tokenizers import bpe
 
 
-def test_most_drawings_have_a_name_and_a_group():
+def test_emoji_have_names_and_groups():
   emojis = openmoji.emojis()
   assert len(emojis) > 3900
   assert emojis['1F415'].name == 'dog' and emojis['1F415'].group == 'animals'
@@ -32,7 +32,7 @@ def test_most_drawings_have_a_name_and_a_group():
     ('1F1EB-1F1F7', '1F1EB-1F1F7', ()),
   ],
 )
-def test_variants_know_their_base(code, base, variant):
+def test_base_of_a_variant(code, base, variant):
   item = openmoji.emojis()[code]
   assert (item.base, item.variant) == (base, variant)
 
@@ -52,7 +52,7 @@ def test_captions_are_varied_and_complete():
   assert all('waving hand' in c and 'dark skin tone' in c for c in captions)
 
 
-def test_source_repeats_in_other_words():
+def test_a_larger_count_repeats_in_other_wordings():
   once = len(openmoji.of_split('train'))
   assert len(openmoji.OpenMoji()) == once > 3000
   twice = openmoji.OpenMoji(2 * once)
@@ -63,22 +63,22 @@ def test_source_repeats_in_other_words():
     twice[2 * once]
 
 
-def test_first_records_are_of_many_groups():
+def test_the_first_records_mix_groups():
   source = openmoji.OpenMoji()
   assert len({source[i].group for i in range(64)}) >= 7
 
 
 @pytest.mark.parametrize('split', SPLITS)
-def test_captions_fit(split):
+def test_captions_are_short(split):
   tokenizer = bpe.shipped()
   for item in openmoji.of_split(split):
-    for words in range(3):
-      assert len(tokenizer.encode(openmoji.caption_of(item, words))) <= 32
+    for number in range(3):
+      assert len(tokenizer.encode(openmoji.caption_of(item, number))) <= 32
 
 
-def test_record_shows_its_drawing():
+def test_records_render_their_drawings():
   source = openmoji.OpenMoji(count=8)
-  pictures = [render(source[i], 64) for i in range(8)]
-  assert all((p < 200).any() and (p[0] > 200).any() for p in pictures)
-  assert len({p.tobytes() for p in pictures}) == 8
-  np.testing.assert_array_equal(render(source[0], 64), pictures[0])
+  images = [render(source[i], 64) for i in range(8)]
+  assert all((p < 200).any() and (p[0] > 200).any() for p in images)
+  assert len({p.tobytes() for p in images}) == 8
+  np.testing.assert_array_equal(render(source[0], 64), images[0])

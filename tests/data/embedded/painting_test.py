@@ -1,4 +1,4 @@
-"""Pictures show what truths say, at any size."""
+"""Rendering of scenes and emoji at any size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LEFT, _RIGHT = (0.05, 0.3, 0.45, 0.7), (0.55, 0.3, 0.95, 0.7)
 
 
 @pytest.mark.parametrize('size', [48, 64, 256])
-def test_things_fill_their_boxes_on_the_ground(size):
+def test_objects_fill_their_boxes(size):
   truth = Truth(
     (
       Cluster('square', 'shape', (_LEFT,), colour='red'),
@@ -21,24 +21,24 @@ def test_things_fill_their_boxes_on_the_ground(size):
     ),
     ground='light gray',
   )
-  picture = Painting(truth).draw(size)
-  assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
-  assert tuple(picture[0, 0]) == shapes.TINTS['light gray']
+  image = Painting(truth).render(size)
+  assert image.shape == (size, size, 3) and image.dtype == np.uint8
+  assert tuple(image[0, 0]) == shapes.TINTS['light gray']
   for (left, top, right, bottom), colour in ((_LEFT, 'red'), (_RIGHT, 'blue')):
-    rows, columns = np.nonzero(np.abs(picture.astype(int) - shapes.COLOURS[colour]).max(-1) < 60)
+    rows, columns = np.nonzero(np.abs(image.astype(int) - shapes.COLOURS[colour]).max(-1) < 60)
     edges = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) / size
     np.testing.assert_allclose(edges, (left, top, right, bottom), atol=1.6 / size)
 
 
-def test_no_pixel_wraps_around():
-  """Ink over light ground never comes out lighter than both."""
+def test_compositing_does_not_overflow():
+  """Small renderings equal averaged large ones; uint8 overflow would show as outliers."""
   truth = Truth((Cluster('bear', 'emoji', ((0.1, 0.1, 0.9, 0.9),), code='1F43B'),))
-  small, large = Painting(truth).draw(40), Painting(truth).draw(640)
+  small, large = Painting(truth).render(40), Painting(truth).render(640)
   reference = large.reshape(40, 16, 40, 16, 3).mean((1, 3))
   assert np.abs(reference - small).mean() < 8
   assert np.abs(reference - small).max() < 140
 
 
-def test_drawing_is_on_white():
-  picture = Drawing('1F415').draw(64)
-  assert (picture[0] == 255).all() and (picture < 128).any()
+def test_emoji_are_rendered_on_white():
+  image = Drawing('1F415').render(64)
+  assert (image[0] == 255).all() and (image < 128).any()

@@ -1,4 +1,4 @@
-"""Rasters: resolution, trimming, caches."""
+"""Rasterization: resolution, cropping, caches."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _SVG = (
 
 
 @pytest.mark.parametrize('side', [16, 72, 300])
-def test_raster_has_any_resolution(side):
+def test_raster_at_any_resolution(side):
   pixels = raster.raster(_SVG, side)
   assert pixels.shape == (side, side, 4) and pixels.dtype == np.uint8
   assert pixels[side // 2, side // 2].tolist() == [255, 0, 0, 255]
   assert pixels[0, 0].tolist() == [0, 0, 0, 0]
 
 
-def test_extent_is_where_the_ink_is():
+def test_extent_is_the_bounding_box_of_the_ink():
   np.testing.assert_allclose(raster.extent(_SVG), (0.25, 0.375, 0.75, 0.625), atol=0.005)
 
 
 @pytest.mark.parametrize('side', [10, 33, 64])
-def test_trimmed_has_the_longer_side_asked_for(side):
+def test_trimmed_has_the_requested_longer_side(side):
   pixels = raster.trimmed(_SVG, side)
   assert pixels.shape == (round(side / 2), side, 4)
   assert pixels[..., 3].min() > 200  # edges may be blended a little
@@ -39,22 +39,19 @@ def test_raster_on_disk_is_reused(monkeypatch):
   before = raster.raster(svg, 48)
   files = list((cache_dir() / 'rasters').rglob(f'{raster.content_key(svg)}-48.png'))
   assert len(files) == 1
-  monkeypatch.setattr(raster, '_pixels', raster._Memory(2**20))
+  monkeypatch.setattr(raster, '_pixels', raster._ArrayCache(2**20))
   monkeypatch.setattr(raster.resvg_py, 'svg_to_bytes', None)  # calling it would fail
   np.testing.assert_array_equal(raster.raster(svg, 48), before)
+  assert raster.content_key(svg) != raster.content_key(svg + ' ')
 
 
-def test_changed_drawing_has_another_key():
-  assert raster.content_key(_SVG) != raster.content_key(_SVG + ' ')
-
-
-def test_memory_forgets_the_oldest_beyond_its_limit():
-  memory = raster._Memory(limit=250)
-  made = []
+def test_the_memory_cache_drops_the_least_recently_used():
+  memory = raster._ArrayCache(limit=250)
+  computed = []
 
   def make(name):
-    return lambda: made.append(name) or np.zeros(100, np.uint8)
+    return lambda: computed.append(name) or np.zeros(100, np.uint8)
 
   for name in ('a', 'b', 'a', 'c', 'a', 'b'):
     memory.get(name, make(name))
-  assert made == ['a', 'b', 'c', 'b']
+  assert computed == ['a', 'b', 'c', 'b']

@@ -1,4 +1,4 @@
-"""Scenes: pure functions of (seed, split, index), true to their captions."""
+"""Scenes: pure functions of (seed, split, index), consistent with their captions."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_scene_is_a_pure_function():
     again[100]
 
 
-def test_known_scene_stays_as_it_is():
-  """Changing the program silently would change every run's data."""
+def test_known_scenes_do_not_change():
+  """A change of the generator would silently change the data of every run."""
   assert [scenes.scene(0, i).caption for i in range(3)] == [
     'a drawing of a brown heart on white',
     'an image of a small brown square to the right of a yellow square '
@@ -36,18 +36,18 @@ def test_known_scene_stays_as_it_is():
   ]
 
 
-def test_boxes_lie_inside_and_apart(sample):
+def test_boxes_are_inside_and_disjoint(sample):
   for record in sample:
-    boxes = [thing.box for thing in record.truth.objects]
-    assert 1 <= len(boxes) <= scenes.MOST
+    boxes = [box for cluster in record.truth.clusters for box in cluster.boxes]
+    assert 1 <= len(boxes) <= scenes.MAX_OBJECTS
     for left, top, right, bottom in boxes:
       assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
     for a, b in itertools.combinations(boxes, 2):
       assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], record.caption
 
 
-def test_relations_hold_in_the_boxes(sample):
-  seen = set()
+def test_boxes_satisfy_the_relations(sample):
+  relations = set()
   for record in sample:
     for relation in record.truth.relations:
       first, second = (record.truth.clusters[i].boxes for i in (relation.first, relation.second))
@@ -58,11 +58,11 @@ def test_relations_hold_in_the_boxes(sample):
         'below': (second, first, 1),
       }[relation.word]
       assert max(b[axis + 2] for b in near) <= min(b[axis] for b in far)
-      seen.add((relation.word, relation.stated))
-  assert len(seen) == 8
+      relations.add((relation.word, relation.stated))
+  assert len(relations) == 8
 
 
-def test_captions_name_things_colours_and_counts(sample):
+def test_captions_name_objects_colours_and_counts(sample):
   for record in sample:
     words = record.caption.split()
     for cluster in record.truth.clusters:
@@ -75,12 +75,13 @@ def test_captions_name_things_colours_and_counts(sample):
     assert record.caption == wording.caption(record.truth, record.wording)
 
 
-def test_sizes_can_be_seen(sample):
+def test_sizes_differ_visibly(sample):
   sides = {None: [], 'small': [], 'large': []}
   for record in sample:
-    if len(record.truth.objects) == 1:
-      (thing,) = record.truth.objects
-      sides[thing.size].append(max(thing.box[2] - thing.box[0], thing.box[3] - thing.box[1]))
+    if sum(cluster.count for cluster in record.truth.clusters) == 1:
+      (cluster,) = record.truth.clusters
+      left, top, right, bottom = cluster.boxes[0]
+      sides[cluster.size].append(max(right - left, bottom - top))
   assert max(sides['small']) < min(sides[None]) and max(sides[None]) < min(sides['large'])
   assert min(sides['small']) > 0.25
 
@@ -92,8 +93,8 @@ def test_scenes_are_varied(sample):
   assert {c.colour for t in truths for c in t.clusters} == {None, *shapes.COLOURS}
   assert len({c.name for t in truths for c in t.clusters}) > 100
   assert len({record.caption for record in sample}) > 1000
-  alone = sum(len(t.objects) == 1 for t in truths) / len(truths)
-  assert 0.3 < alone < 0.55
+  single = sum(sum(c.count for c in t.clusters) == 1 for t in truths) / len(truths)
+  assert 0.3 < single < 0.55
 
 
 @pytest.mark.parametrize('split', SPLITS)

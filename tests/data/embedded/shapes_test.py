@@ -1,4 +1,4 @@
-"""Plain shapes: told apart by form and colour."""
+"""Plain shapes: distinct forms and colours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vpe_jax.data.embedded import raster, shapes
 
 
 @pytest.mark.parametrize('shape', shapes.SHAPES)
-def test_shape_is_drawn_in_its_colour(shape):
+def test_shapes_have_their_colour(shape):
   pixels = raster.raster(shapes.svg(shape, 'blue'), 96)
   solid = pixels[pixels[..., 3] == 255][:, :3]
   assert len(solid) > 96 * 96 * 0.15
@@ -24,14 +24,9 @@ def test_shapes_differ():
     assert (first != second).mean() > 0.05
 
 
-def test_colours_and_grounds_are_far_apart():
+def test_colours_and_backgrounds_are_distinct():
   grounds = {'white': shapes.WHITE} | shapes.TINTS
   for (a, x), (b, y) in itertools.combinations((shapes.COLOURS | grounds).items(), 2):
     both_grounds = a in grounds and b in grounds
     if (a, b) not in shapes.CLASHES and not both_grounds:
       assert np.linalg.norm(np.subtract(x, y)) > 60, (a, b)
-
-
-def test_ground_colours():
-  assert shapes.ground_colour('white') == (255, 255, 255)
-  assert shapes.ground_colour('light blue') == shapes.TINTS['light blue']

@@ -1,4 +1,4 @@
-"""Held-out splits: nothing of them in training, and every part of a combination in training."""
+"""Held-out splits: absent from training, though each part of a combination is trained."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def held_out():
   }
 
 
-def test_training_holds_nothing_held_out(training):
+def test_training_contains_nothing_held_out(training):
   ids = {record.id for record in training}
   assert len(ids) == len(training)
   for record in training:
-    assert record.split == splits.split_of(record) == 'train'
+    assert record.split == splits.split_of_truth(record.truth) == 'train'
     assert not splits.held_out(record.truth)
     assert not splits.mentions(record.caption, splits.held_out_concepts()), record.caption
 
@@ -45,10 +45,10 @@ def test_splits_share_no_record(training, held_out):
   assert not ids[0] & ids[1] and not ids[0] & ids[2] and not ids[1] & ids[2]
 
 
-def test_held_out_records_are_what_they_say(held_out):
+def test_held_out_records_belong_to_their_split(held_out):
   for split, records in held_out.items():
     for record in records:
-      assert record.split == splits.split_of(record) == split
+      assert record.split == splits.split_of_truth(record.truth) == split
   for record in held_out['combination']:
     assert splits.held_out(record.truth, stated=True), record.caption
   kinds = {pair[0] for r in held_out['combination'] for pair in splits.held_out(r.truth)}
@@ -79,13 +79,13 @@ def test_every_shape_and_colour_is_trained():
   for shape in shapes.SHAPES:
     trained = [c for c in shapes.COLOURS if not splits.is_held_out(('colour', shape, c))]
     assert len(trained) >= 5
-  held = [
+  excluded = [
     (s, c) for s in shapes.SHAPES for c in shapes.COLOURS if splits.is_held_out(('colour', s, c))
   ]
-  assert len(held) >= 6
+  assert len(excluded) >= 6
 
 
-def test_held_out_concepts_take_their_families_and_namesakes_along():
+def test_held_out_concepts_include_variants_and_namesakes():
   concepts = splits.held_out_concepts()
   assert 8 <= len(concepts) <= 15
   codes = {vocabulary.emoji()[noun] for noun in concepts}
@@ -96,13 +96,13 @@ def test_held_out_concepts_take_their_families_and_namesakes_along():
   assert not families & {item.base for item in openmoji.of_split('train')}
 
 
-def test_colour_in_an_emoji_name_counts_as_a_combination():
+def test_a_colour_in_the_name_of_an_emoji_is_a_combination():
   truth = Truth((Cluster('yellow heart', 'emoji', (_BOX,), code='1F49B'),))
   assert splits.is_held_out(('colour', 'heart', 'yellow'))
   assert splits.split_of_truth(truth) == 'combination'
 
 
-def test_mentions_finds_whole_words_only():
+def test_mentions_matches_whole_words():
   assert splits.mentions('two fish on white', ['fish'])
   assert splits.mentions('Oncoming buses', ['bus'])
   assert not splits.mentions('a fishing pole', ['fish'])

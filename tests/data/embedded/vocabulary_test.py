@@ -1,4 +1,4 @@
-"""The emoji of scenes, and the words that are written."""
+"""The emoji of scenes, and the written words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions: right for their truth, varied, and equal in words for near misses."""
+"""Captions: correct, varied, and with equal wording for near misses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_noun_phrases():
   assert wording.noun_phrase(dataclasses.replace(_OWL, size=None)) == 'an owl'
 
 
-def test_one_truth_has_many_captions_that_all_say_it():
+def test_captions_of_one_truth_are_varied_and_complete():
   truth = Truth((_CIRCLES, _OWL), (Relation(0, 'left', 1, True),), 'light blue')
   captions = {wording.caption(truth, n) for n in range(200)}
   assert len(captions) > 40
@@ -29,7 +29,7 @@ def test_one_truth_has_many_captions_that_all_say_it():
     assert 'there is' not in caption
 
 
-def test_unstated_relation_is_not_told():
+def test_unstated_relations_are_not_mentioned():
   truth = Truth((_CIRCLES, _OWL), (Relation(0, 'left', 1, False),))
   captions = {wording.caption(truth, n) for n in range(100)}
   assert not any(word in c for c in captions for word in ('left', 'right', 'above', 'below'))

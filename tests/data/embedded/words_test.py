@@ -1,4 +1,4 @@
-"""Pictures of words: pure functions of (seed, split, index), legible, true to their captions."""
+"""Images of words: pure functions of (seed, split, index), legible, with correct captions."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from vpe_jax.data.tokenizers import bpe
 
 @pytest.fixture(scope='module')
 def sample():
-  return [words.picture(5, index) for index in range(600)]
+  return [words.word_image(5, index) for index in range(600)]
 
 
-def test_picture_is_a_pure_function():
+def test_image_is_a_pure_function():
   again = words.Words(100, 'train', 5)
-  assert again[37] == words.picture(5, 37) == again[37]
-  assert words.picture(5, 37) != words.picture(6, 37)
-  np.testing.assert_array_equal(render(again[37], 64), render(words.picture(5, 37), 64))
+  assert again[37] == words.word_image(5, 37) == again[37]
+  assert words.word_image(5, 37) != words.word_image(6, 37)
+  np.testing.assert_array_equal(render(again[37], 64), render(words.word_image(5, 37), 64))
   with pytest.raises(IndexError):
     again[100]
 
 
-def test_known_picture_stays_as_it_is():
-  """Changing the program silently would change every run's data."""
-  assert [words.picture(0, i).caption for i in range(3)] == [
+def test_known_images_do_not_change():
+  """A change of the generator would silently change the data of every run."""
+  assert [words.word_image(0, i).caption for i in range(3)] == [
     'the word "black" in a serif font on light pink and light blue',
     'a picture of the word "guitar" in a blue italic font on white',
     'a picture of the word "bicycle" in a purple italic font on white',
@@ -41,25 +41,25 @@ def test_captions_quote_the_words_and_name_the_font(sample):
     written = record.truth.writing
     assert '"' + ' '.join(word.text for word in written.words) + '"' in record.caption
     assert f' {written.font} font' in record.caption
-    said = [name for name in shapes.COLOURS if f' {name} {written.font} font' in record.caption]
-    assert said in ([], [written.colour])
+    colours = [name for name in shapes.COLOURS if f' {name} {written.font} font' in record.caption]
+    assert colours in ([], [written.colour])
     _, on, ground = record.caption.rpartition(' font on ')
     names = (record.truth.ground, record.truth.fade)
     assert not on or ground == ' and '.join(filter(None, names))
     assert record.caption == words.caption(record.truth, record.wording)
 
 
-def test_words_lie_inside_below_one_another_and_are_large_enough(sample):
+def test_words_are_inside_on_separate_lines_and_legible(sample):
   for record in sample:
     boxes = [word.box for word in record.truth.writing.words]
     assert all(0.03 < min(box) and max(box) < 0.97 for box in boxes)
     assert all(above[3] < below[1] for above, below in itertools.pairwise(boxes))
-    # Without letters that rise or fall, what is left of an em of .18 is a little below a half.
+    # Without ascenders and descenders, ink is a little below half of the smallest em, 0.18.
     assert min(box[3] - box[1] for box in boxes) > 0.07, record.caption
 
 
 @pytest.mark.parametrize('size', [64, 200])
-def test_ink_is_in_its_boxes_and_touches_no_border(sample, size):
+def test_ink_fills_its_boxes_and_touches_no_border(sample, size):
   for record in sample[:40]:
     truth = record.truth
     image = render(record, size).astype(int)
@@ -67,19 +67,19 @@ def test_ink_is_in_its_boxes_and_touches_no_border(sample, size):
       np.array(shapes.ground_colour(name)) for name in (truth.ground, truth.fade or truth.ground)
     )
     share = ((np.arange(size) + 0.5) / size)[:, None, None]
-    inked = np.abs(image - (top + (bottom - top) * share)).max(-1) > 40
-    seen, spare = np.zeros_like(inked), max(1, size // 100)
+    has_ink = np.abs(image - (top + (bottom - top) * share)).max(-1) > 40
+    covered, spare = np.zeros_like(has_ink), max(1, size // 100)
     for word in truth.writing.words:
       left, rise, right, fall = (round(size * edge) for edge in word.box)
       place = (slice(rise - spare, fall + spare), slice(left - spare, right + spare))
-      seen[place] = True
-      assert 0.2 < inked[place].mean() < 0.75, record.caption
-      columns, rows = inked[place].any(0), inked[place].any(1)
+      covered[place] = True
+      assert 0.2 < has_ink[place].mean() < 0.75, record.caption
+      columns, rows = has_ink[place].any(0), has_ink[place].any(1)
       edges = (columns[: 2 * spare + 1], columns[-2 * spare - 1 :])
       edges += (rows[: 2 * spare + 1], rows[-2 * spare - 1 :])
       assert all(edge.any() for edge in edges), record.caption
-    assert not (inked & ~seen).any()
-    edge = np.concatenate([inked[0], inked[-1], inked[:, 0], inked[:, -1]])
+    assert not (has_ink & ~covered).any()
+    edge = np.concatenate([has_ink[0], has_ink[-1], has_ink[:, 0], has_ink[:, -1]])
     assert not edge.any()
 
 
@@ -89,14 +89,14 @@ def _luminance(colour):
   return linear @ [0.2126, 0.7152, 0.0722]
 
 
-def test_inks_stand_out_from_every_ground():
-  """reference: contrast of WCAG 2.1, of which large text should have 3; ours have 2.3 or more."""
+def test_inks_contrast_with_every_background():
+  """Contrast ratio of WCAG 2.1, which recommends 3 for large text; ours is 2.3 or more."""
   for ink, ground in itertools.product(words.INKS, ('white', *shapes.TINTS)):
     dark, light = _luminance(shapes.COLOURS[ink]), _luminance(shapes.ground_colour(ground))
     assert (light + 0.05) / (dark + 0.05) > 2.2, (ink, ground)
 
 
-def test_pictures_are_varied(sample):
+def test_images_are_varied(sample):
   writings = [record.truth.writing for record in sample]
   assert {len(w.words) for w in writings} == {1, 2, 3}
   assert {w.font for w in writings} == set(fonts.FONTS)
@@ -107,40 +107,40 @@ def test_pictures_are_varied(sample):
   assert len({record.caption for record in sample}) > 580
 
 
-def test_fonts_draw_every_word_differently():
+def test_fonts_render_every_word_differently():
   for word in vocabulary.written():
     extents = {fonts.ink(font, word) for font in fonts.FONTS}
     assert len(extents) == len(fonts.FONTS), word
 
 
-def test_pairs_of_words_have_no_order(sample):
-  def turned(truth):
+def test_combinations_of_words_have_no_order(sample):
+  def reversed_words(truth):
     writing = dataclasses.replace(truth.writing, words=truth.writing.words[::-1])
     return dataclasses.replace(truth, writing=writing)
 
   for record in sample:
     pairs = set(splits.combinations(record.truth))
-    assert set(splits.combinations(turned(record.truth))) == pairs
+    assert set(splits.combinations(reversed_words(record.truth))) == pairs
     count = len(record.truth.writing.words)
     assert len(pairs) == count + count * (count - 1) // 2
 
 
 @pytest.mark.parametrize('split', SPLITS)
-def test_splits_hold_what_they_say(split):
-  held = 0
+def test_images_belong_to_their_split(split):
+  concepts = 0
   for index in range(200):
-    record = words.picture(1, index, split)
-    assert record.split == splits.split_of(record) == split
+    record = words.word_image(1, index, split)
+    assert record.split == splits.split_of_truth(record.truth) == split
     texts = {word.text for word in record.truth.writing.words}
-    held += bool(texts & set(splits.held_out_words()))
+    concepts += bool(texts & set(splits.held_out_words()))
     assert bool(splits.held_out(record.truth)) >= (split == 'combination')
-  assert held == (200 if split == 'concept' else 0)
+  assert concepts == (200 if split == 'concept' else 0)
 
 
 @pytest.mark.parametrize('split', SPLITS)
-def test_captions_are_short_and_spelled_without_loss(split):
+def test_captions_are_short_and_tokenize_without_loss(split):
   tokenizer = bpe.shipped()
   for index in range(300):
-    caption = words.picture(1, index, split).caption
+    caption = words.word_image(1, index, split).caption
     ids = tokenizer.encode(caption)
     assert len(ids) <= 40 and bpe.UNK not in ids and tokenizer.decode(ids) == caption

@@ -1,4 +1,4 @@
-"""The tokenizer."""
+"""The small BPE, and reading of prompts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def captions():
   return bpe.training_captions()
 
 
-def test_shipped_file_equals_a_fresh_training(captions):
+def test_training_again_gives_the_shipped_file(captions):
   fresh = bpe.train_bpe(captions).to_str(pretty=True) + '\n'
   shipped = bpe.SHIPPED.read_text(encoding='utf-8')
   assert shipped == fresh, 'run python -m vpe_jax.data.tokenizers.bpe'
 
 
-def test_training_captions_are_known_and_short(captions):
+def test_training_captions_have_no_unknown_tokens_and_are_short(captions):
   tokenizer = bpe.shipped()
   assert tokenizer.vocabulary == bpe.VOCABULARY
   for caption in captions:
@@ -30,25 +30,25 @@ def test_training_captions_are_known_and_short(captions):
     assert min(tokens) >= len(bpe.SPECIALS)
 
 
-def test_nothing_held_out_is_read(captions):
+def test_training_captions_contain_no_held_out_concept(captions):
   assert not any(splits.mentions(c, splits.held_out_concepts()) for c in captions)
 
 
 @pytest.mark.parametrize(
   'caption', ['a red fox', "two dogs, one cat's hat!", '[eos] is [pad] 12', 'zyzzyva & co.']
 )
-def test_decode_gives_the_text_back(caption):
+def test_decode_inverts_encode(caption):
   tokenizer = bpe.shipped()
   assert tokenizer.decode(tokenizer.encode(caption)) == caption
 
 
-def test_letters_case_and_accents():
+def test_case_accents_and_typography_are_normalized():
   tokenizer = bpe.shipped()
   assert tokenizer.encode('A Red CAFÉ') == tokenizer.encode('a red cafe')
   assert tokenizer.encode('a “dog’s” – hat') == tokenizer.encode('a "dog\'s" - hat')
 
 
-def test_special_tokens_cannot_be_typed():
+def test_text_never_encodes_to_special_tokens():
   assert min(bpe.shipped().encode('[eos][pad][unk]')) >= len(bpe.SPECIALS)
 
 
@@ -60,32 +60,29 @@ def test_encode_batch_pads():
   assert bpe.shipped().decode(ids[0]) == 'a dog'
 
 
-def test_long_prompt_names_tokens_and_limit():
-  with pytest.raises(UserError, match=r'prompt has 5 tokens and the limit is 4'):
-    bpe.shipped().encode_batch(['dog dog dog dog dog'], 4)
-
-
-def test_what_is_no_text_is_named():
+def test_invalid_text_is_rejected():
   with pytest.raises(UserError, match='not valid text'):
     bpe.shipped().encode(b'a \xff'.decode('utf-8', 'surrogateescape'))
 
 
-def test_long_captions_can_be_cut():
+def test_long_captions_are_rejected_or_truncated():
+  with pytest.raises(UserError, match='5 tokens .* 4;'):
+    bpe.shipped().encode_batch(['dog dog dog dog dog'], 4)
   ids, lengths = bpe.shipped().encode_batch(['dog dog dog dog dog', 'a dog'], 4, cut=True)
   assert lengths.tolist() == [4, 2]
   assert ids[0].tolist() == bpe.shipped().encode('dog dog dog dog')
 
 
-def test_missing_or_foreign_file(tmp_path):
+def test_missing_and_foreign_files_are_named(tmp_path):
   with pytest.raises(UserError, match='no tokenizer at'):
     bpe.Tokenizer(tmp_path / 'bpe.json')
   foreign = bpe.tokenizers.Tokenizer(bpe.models.BPE())
   foreign.save(str(tmp_path / 'bpe.json'))
-  with pytest.raises(UserError, match='lacks the special tokens'):
+  with pytest.raises(UserError, match='bpe.json lacks the special tokens'):
     bpe.Tokenizer(tmp_path / 'bpe.json')
 
 
-def test_a_file_has_a_prompt_a_line(tmp_path):
+def test_prompt_files_have_one_prompt_per_line(tmp_path):
   path = tmp_path / 'prompts.txt'
   path.write_text('\ufeffa red fox\n\n  two dogs \n', encoding='utf-8')
   assert bpe.read_prompts(str(path), '--prompts') == ['a red fox', 'two dogs']

@@ -1,4 +1,4 @@
-"""A published tokenizer as transformers saves it: Show-o2's ids, and letters that stay letters."""
+"""Tokenizers saved by transformers: ids of Show-o2, and special tokens in prompts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.tokenizers import bpe, published
 from vpe_jax.training import encode
 
-# Qwen2.5's special tokens, behind 151,643 plain ones.
+# Special tokens of Qwen2.5, which follow 151,643 ordinary tokens.
 SPECIAL = (
   '<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|>'
   ' <|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|>'
@@ -25,7 +25,7 @@ PLAIN = 151_643
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """A byte-level BPE with as many tokens as Qwen2.5's and its special ones, saved."""
+  """A saved byte-level BPE with the size and the special tokens of Qwen2.5."""
   letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   vocabulary = {letter: i for i, letter in enumerate(letters)}
   vocabulary |= {f'filler {i}': i for i in range(len(vocabulary), PLAIN)}
@@ -45,7 +45,7 @@ def tokenizer(folder):
   return published.open_tokenizer(str(folder))
 
 
-def test_ids_are_show_o2s(tokenizer):
+def test_ids_equal_those_of_show_o2(tokenizer):
   names = ('BOS', 'EOS', 'BOI', 'EOI')
   ids = [tokenizer.id_of(getattr(published, name)) for name in names]
   assert ids == [151_644, 151_645, 151_652, 151_653]
@@ -53,14 +53,14 @@ def test_ids_are_show_o2s(tokenizer):
   assert tokenizer.vocabulary == 151_669 and tokenizer.pad == 151_665
 
 
-def test_the_paper_config_names_these_ids(tokenizer):
+def test_the_paper_preset_has_these_ids(tokenizer):
   model = t2i.get_config('paper').model
   assert model.text_vocab == tokenizer.vocabulary
   assert model.bos == tokenizer.id_of(published.BOS)
   assert model.boi == tokenizer.id_of(published.BOI)
 
 
-def test_captions_come_back(tokenizer):
+def test_decode_inverts_encode(tokenizer):
   ids, lengths = tokenizer.encode_batch(['A red fox!', 'é'], 16)
   assert lengths.tolist() == [10, 2] and ids[1, 2:].tolist() == [tokenizer.pad] * 14
   assert tokenizer.decode(ids[0, :10]) == 'A red fox!'
@@ -68,23 +68,23 @@ def test_captions_come_back(tokenizer):
 
 
 @pytest.mark.parametrize('name', ['<|im_start|>', '<|vision_start|>', '[PAD]', '<|vid_end|>'])
-def test_a_special_token_spelled_out_means_its_letters(tokenizer, name):
+def test_special_tokens_in_prompts_are_ordinary_text(tokenizer, name):
   ids = tokenizer.encode(f'a {name} b')
   assert max(ids) < PLAIN and tokenizer.decode(ids) == f'a {name} b'
 
 
-def test_mistakes_are_one_line(tokenizer, tmp_path):
+def test_mistakes_are_named_in_one_line(tokenizer, tmp_path):
   for name in (str(tmp_path), str(tmp_path / 'none'), 'nothing'):
-    with pytest.raises(UserError, match='no tokenizer at') as caught:
+    with pytest.raises(UserError, match='no tokenizer at') as error:
       published.open_tokenizer(name)
-    assert '\n' not in str(caught.value)
+    assert '\n' not in str(error.value)
   with pytest.raises(UserError, match='no token <nope>'):
     tokenizer.id_of('<nope>')
   with pytest.raises(UserError, match='not valid text'):
     tokenizer.encode(b'\xff'.decode('utf-8', 'surrogateescape'))
 
 
-def test_a_run_reads_captions_with_the_tokenizer_of_its_config(folder, tokenizer):
+def test_pipelines_use_the_tokenizer_of_the_config(folder, tokenizer):
   config = t2i.get_config('debug')
   config.data.update(tokenizer=str(folder), encode='online', text_length=96)
   system = systems.build(config.to_dict())

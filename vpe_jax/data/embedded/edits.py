@@ -1,7 +1,7 @@
-"""Edits of scenes by a seeded program: a picture before, one after, and what to do in words.
+"""Procedural edits of scenes: a source image, an instruction and a target image.
 
-Edit i of seed s in a split is a pure function of (s, split, i). One thing (or several equal ones)
-is added, removed, recoloured, replaced or moved; all else is the same in both pictures.
+Edit i of seed s in a split is a pure function of (s, split, i). One cluster of objects is added,
+removed, recoloured, replaced or moved; everything else is identical in both images.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Callable
 from vpe_jax.data.embedded import scenes, shapes, splits
 from vpe_jax.data.embedded.painting import Painting
 from vpe_jax.data.embedded.wording import known_phrase, noun_phrase, relation_phrase
-from vpe_jax.data.records import Cluster, Composed, Edit, Record, Relation, Split, Truth
+from vpe_jax.data.records import Cluster, Edit, ProceduralSource, Record, Relation, Split, Truth
 from vpe_jax.storage import stable_hash
 
 GROUP = 'scene edit'
 _WORDINGS = 4096
-_LOW, _HIGH = 0.27, 0.73  # where things stand that are moved from one corner to another
-_SIDES = (0.34, 0.42)
-_ACCOMPANIED = 0.7  # share of moves beside a thing that stays
+_LOW, _HIGH = 0.27, 0.73  # coordinates of the corners between which objects move
+_SIDES = (0.34, 0.42)  # range of object sizes in moves
+_PAIR_SHARE = 0.7  # share of moves that are relative to a second object
 
 _ADDING = ('add {}', 'put {}', 'draw {}', 'place {}')
 _REMOVING = ('remove {}', 'remove {}', 'delete {}', 'erase {}', 'take {} away')
@@ -28,144 +28,144 @@ _RECOLOURING = ('make {} {}', 'paint {} {}', 'turn {} {}', 'change the color of 
 _REPLACING = ('replace {} with {}', 'replace {} with {}', 'turn {} into {}', 'change {} into {}')
 _MOVING = ('move {}', 'move {}', 'shift {}', 'put {}')
 
-_Place = tuple[float, float]
+_Point = tuple[float, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Change:
-  """Both pictures, and what is done to get from the first to the second."""
+  """Ground truth before and after an edit, and the instruction."""
 
   before: Truth
   after: Truth
-  words: str
+  instruction: str
 
 
-class Edits(Composed):
-  """Edits of scenes of one split: training holds none of which a picture is held out."""
+class Edits(ProceduralSource):
+  """Edits of scenes of one split; `train` excludes edits with a held-out source or target scene."""
 
   def compose(self, index: int) -> Record:
-    """See Composed."""
+    """See ProceduralSource."""
     return edit(self.seed, index, self.split)
 
 
 def edit(seed: int, index: int, split: Split = 'train') -> Record:
   """Edit number `index` of a seed and split."""
-  draw = random.Random(stable_hash('edit', seed, split, index))
-  kind = draw.choice(tuple(_KINDS))
+  rng = random.Random(stable_hash('edit', seed, split, index))
+  kind = rng.choice(tuple(_KINDS))
   change = None
   while change is None or splits.split_of_edit(change.before, change.after) != split:
-    change = _KINDS[kind](draw, scenes.compose(draw, split))
+    change = _KINDS[kind](rng, scenes.compose(rng, split))
   return Record(
     id=f'edit/{split}/{seed}/{index}',
-    caption=change.words,
+    caption=change.instruction,
     group=GROUP,
     split=split,
-    picture=Painting(change.after),
+    image=Painting(change.after),
     truth=change.after,
-    wording=draw.randrange(_WORDINGS),
+    wording=rng.randrange(_WORDINGS),
     reference=Painting(change.before),
     edit=Edit(kind, change.before),
   )
 
 
-def _added(draw: random.Random, truth: Truth) -> _Change | None:
+def _add(rng: random.Random, truth: Truth) -> _Change | None:
   if len(truth.clusters) < 2:
     return None
-  place = draw.randrange(2)
-  new, other = truth.clusters[place], truth.clusters[1 - place]
+  index = rng.randrange(2)
+  new, other = truth.clusters[index], truth.clusters[1 - index]
   relation = dataclasses.replace(truth.relations[0], stated=True)
-  word = relation.word if place == 0 else splits.OPPOSITE[relation.word]
-  words = draw.choice(_ADDING).format(noun_phrase(new))
-  words = f'{words} {relation_phrase(word, draw.random())} {known_phrase(other)}'
+  word = relation.word if index == 0 else splits.OPPOSITE[relation.word]
+  words = rng.choice(_ADDING).format(noun_phrase(new))
+  words = f'{words} {relation_phrase(word, rng.random())} {known_phrase(other)}'
   after = dataclasses.replace(truth, relations=(relation,))
   return _Change(Truth((other,), ground=truth.ground), after, words)
 
 
-def _removed(draw: random.Random, truth: Truth) -> _Change | None:
+def _remove(rng: random.Random, truth: Truth) -> _Change | None:
   if len(truth.clusters) < 2:
     return None
-  place = draw.randrange(2)
-  words = draw.choice(_REMOVING).format(known_phrase(truth.clusters[place]))
-  return _Change(truth, Truth((truth.clusters[1 - place],), ground=truth.ground), words)
+  index = rng.randrange(2)
+  words = rng.choice(_REMOVING).format(known_phrase(truth.clusters[index]))
+  return _Change(truth, Truth((truth.clusters[1 - index],), ground=truth.ground), words)
 
 
-def _recoloured(draw: random.Random, truth: Truth) -> _Change | None:
-  place = draw.randrange(len(truth.clusters))
-  old = truth.clusters[place]
+def _recolour(rng: random.Random, truth: Truth) -> _Change | None:
+  index = rng.randrange(len(truth.clusters))
+  old = truth.clusters[index]
   if not old.colour:
     return None
-  new = dataclasses.replace(old, colour=draw.choice(tuple(shapes.COLOURS)))
-  after = _with(truth, place, new)
-  words = draw.choice(_RECOLOURING).format(known_phrase(old), new.colour)
+  new = dataclasses.replace(old, colour=rng.choice(tuple(shapes.COLOURS)))
+  after = _replace_cluster(truth, index, new)
+  words = rng.choice(_RECOLOURING).format(known_phrase(old), new.colour)
   return after and _Change(truth, after, words)
 
 
-def _replaced(draw: random.Random, truth: Truth) -> _Change | None:
-  place = draw.randrange(len(truth.clusters))
-  old = truth.clusters[place]
-  new = scenes.things(draw, draw.choice(('shape', 'emoji')))
+def _replace(rng: random.Random, truth: Truth) -> _Change | None:
+  index = rng.randrange(len(truth.clusters))
+  old = truth.clusters[index]
+  new = scenes.sample_cluster(rng, rng.choice(('shape', 'emoji')))
   sides = [max(right - left, bottom - top) for left, top, right, bottom in old.boxes]
-  new = scenes.placed(dataclasses.replace(new, size=old.size), _centres(old), sides)
-  after = _with(truth, place, new)
+  new = scenes.place_cluster(dataclasses.replace(new, size=old.size), _centres(old), sides)
+  after = _replace_cluster(truth, index, new)
   if after is None:
     return None
-  if draw.random() < 0.5:  # What is held out may be what comes, or what goes.
+  if rng.random() < 0.5:  # The held-out content may be in the source or in the target.
     truth, after, old, new = after, truth, new, old
-  told = noun_phrase(dataclasses.replace(new, size=None))
-  return _Change(truth, after, draw.choice(_REPLACING).format(known_phrase(old), told))
+  phrase = noun_phrase(dataclasses.replace(new, size=None))
+  return _Change(truth, after, rng.choice(_REPLACING).format(known_phrase(old), phrase))
 
 
-def _moved(draw: random.Random, truth: Truth) -> _Change | None:
-  """One thing goes from a corner to another; the thing beside it both times stays where it is."""
+def _move(rng: random.Random, truth: Truth) -> _Change | None:
+  """Moves one object from a corner to another, alone or next to a second object that stays."""
   single = [dataclasses.replace(c, boxes=c.boxes[:1], size=None) for c in truth.clusters]
-  draw.shuffle(single)
-  corner = lambda: (draw.choice((_LOW, _HIGH)), draw.choice((_LOW, _HIGH)))
-  put = lambda cluster, at, side: scenes.placed(cluster, (at,), side)
-  side, here = draw.uniform(*_SIDES), corner()
-  words = draw.choice(_MOVING).format(known_phrase(single[0]))
-  if len(single) == 1 or draw.random() > _ACCOMPANIED:
-    there = corner()
-    if here == there:
+  rng.shuffle(single)
+  corner = lambda: (rng.choice((_LOW, _HIGH)), rng.choice((_LOW, _HIGH)))
+  put = lambda cluster, centre, side: scenes.place_cluster(cluster, (centre,), side)
+  side, start = rng.uniform(*_SIDES), corner()
+  words = rng.choice(_MOVING).format(known_phrase(single[0]))
+  if len(single) == 1 or rng.random() > _PAIR_SHARE:
+    end = corner()
+    if start == end:
       return None
     first, second = (
-      Truth((put(single[0], at, side),), ground=truth.ground) for at in (here, there)
+      Truth((put(single[0], centre, side),), ground=truth.ground) for centre in (start, end)
     )
-    return _Change(first, second, f'{words} to the {_corner(there)} corner')
-  still = put(single[1], here, draw.uniform(*_SIDES))
-  x, y = here
+    return _Change(first, second, f'{words} to the {_corner(end)} corner')
+  anchor = put(single[1], start, rng.uniform(*_SIDES))
+  x, y = start
   ends = [((_LOW + _HIGH - x, y), 'left' if x == _HIGH else 'right')]
   ends += [((x, _LOW + _HIGH - y), 'above' if y == _HIGH else 'below')]
-  draw.shuffle(ends)
+  rng.shuffle(ends)
   first, second = (
-    Truth((put(single[0], at, side), still), (Relation(0, word, 1, True),), truth.ground)
-    for at, word in ends
+    Truth((put(single[0], centre, side), anchor), (Relation(0, word, 1, True),), truth.ground)
+    for centre, word in ends
   )
-  said = relation_phrase(ends[1][1], draw.random())
-  return _Change(first, second, f'{words} {said} {known_phrase(still)}')
+  relation = relation_phrase(ends[1][1], rng.random())
+  return _Change(first, second, f'{words} {relation} {known_phrase(anchor)}')
 
 
 _KINDS: dict[str, Callable[[random.Random, Truth], _Change | None]] = {
-  'add': _added,
-  'remove': _removed,
-  'recolour': _recoloured,
-  'replace': _replaced,
-  'move': _moved,
+  'add': _add,
+  'remove': _remove,
+  'recolour': _recolour,
+  'replace': _replace,
+  'move': _move,
 }
 
 
-def _with(truth: Truth, place: int, new: Cluster) -> Truth | None:
-  """The scene with another cluster at a place; None where that can't be seen or told."""
+def _replace_cluster(truth: Truth, index: int, new: Cluster) -> Truth | None:
+  """The scene with one cluster replaced; None if the new one would be hard to see or name."""
   looks = {(c.name, c.colour) for c in truth.clusters}
   if (new.name, new.colour) in looks or (new.colour, truth.ground) in shapes.CLASHES:
     return None
-  clusters = truth.clusters[:place] + (new,) + truth.clusters[place + 1 :]
+  clusters = truth.clusters[:index] + (new,) + truth.clusters[index + 1 :]
   return dataclasses.replace(truth, clusters=clusters)
 
 
-def _centres(cluster: Cluster) -> tuple[_Place, ...]:
+def _centres(cluster: Cluster) -> tuple[_Point, ...]:
   return tuple(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) for box in cluster.boxes)
 
 
-def _corner(place: _Place) -> str:
-  x, y = place
+def _corner(point: _Point) -> str:
+  x, y = point
   return f'{"top" if y == _LOW else "bottom"} {"left" if x == _LOW else "right"}'

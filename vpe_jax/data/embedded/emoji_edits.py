@@ -1,4 +1,4 @@
-"""Edits of OpenMoji: two variants of one emoji that differ in skin tone, hair or gender alone."""
+"""Edits of OpenMoji: two variants of one emoji that differ in skin tone, hair or gender only."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _TONE = ('change the skin tone to {}', 'make the skin tone {}', 'give it a {} sk
 _HAIR = ('give the {} {}', 'change the hair of the {} to {}')
 _BALD = ('make the {} {}', 'turn the {} {}')
 _GENDER = ('change the {} into {}', 'turn the {} into {}', 'replace the {} with {}')
-_NO_TONE = 'yellow'  # what a drawing without skin tone shows
-_PERSON = 'person'  # what one without gender is called
+_NO_TONE = 'yellow'  # colour of emoji without a skin tone
+_PERSON = 'person'  # noun for emoji without a gender
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +29,10 @@ class EmojiEdits:
   """Pairs of variants of one split as a source.
 
   Attributes:
-    count: number of records; 0 means each pair once. Past the end they come again, in other words.
-    split: which part of all pairs.
-    seed: another seed gives other words.
+    count: number of records; 0 for each pair once. A larger count repeats the pairs with other
+      wordings.
+    split: `train` or a held-out split.
+    seed: selects other wordings.
   """
 
   count: int = 0
@@ -43,18 +44,18 @@ class EmojiEdits:
 
   def __getitem__(self, index: int) -> Record:
     if not 0 <= index < len(self):
-      raise IndexError(f'edit of an emoji {index} of {len(self)}')
-    turn, place = divmod(index, len(pairs(self.split)))
-    kind, before, after = pairs(self.split)[place]
-    words = stable_hash('emoji edit', self.seed, index) % 4096
+      raise IndexError(f'emoji edit {index} of {len(self)}')
+    repeat, position = divmod(index, len(pairs(self.split)))
+    kind, before, after = pairs(self.split)[position]
+    number = stable_hash('emoji edit', self.seed, index) % 4096
     return Record(
-      id=f'emoji_edit/{before.code}/{after.code}/{turn}',
-      caption=_instruction(kind, before, after, words),
+      id=f'emoji_edit/{before.code}/{after.code}/{repeat}',
+      caption=_instruction(kind, before, after, number),
       group=after.group,
       split=self.split,
-      picture=Drawing(after.code),
+      image=Drawing(after.code),
       truth=openmoji.truth_of(after),
-      wording=words,
+      wording=number,
       reference=Drawing(before.code),
       edit=Edit(kind, openmoji.truth_of(before)),
     )
@@ -62,32 +63,32 @@ class EmojiEdits:
 
 @functools.cache
 def pairs(split: Split) -> tuple[tuple[str, Emoji, Emoji], ...]:
-  """(what changes, before, after) of every pair of one split, in a fixed order that mixes them."""
-  found = []
-  held = {c: splits.split_of_truth(openmoji.truth_of(i)) for c, i in openmoji.emojis().items()}
+  """(kind of edit, before, after) of every pair of one split, in a fixed pseudo-random order."""
+  matches = []
+  split_of = {c: splits.split_of_truth(openmoji.truth_of(i)) for c, i in openmoji.emojis().items()}
   for base in {item.base for item in openmoji.emojis().values() if item.variant}:
     members = [openmoji.emojis()[base], *openmoji.variants(base)]
     aspects = {item.code: _aspects(item) for item in members}
-    # Drawings of several people: an instruction would have to say whose tone or gender is meant.
+    # Emoji of several people are skipped: an instruction would have to identify one of them.
     members = [item for item in members if all(len(part) < 2 for part in aspects[item.code])]
     for before, after in itertools.permutations(members, 2):
       old, new = aspects[before.code], aspects[after.code]
-      kinds = [kind for kind, was, now in zip(KINDS, old, new, strict=True) if was != now]
-      # Nobody says what hair it is that a drawing without any word for it shows.
+      kinds = [kind for kind, a, b in zip(KINDS, old, new, strict=True) if a != b]
+      # No instruction describes hair that the target's name does not mention.
       if len(kinds) == 1 and (kinds != ['hair'] or new[1]):
-        if splits.of_both(held[before.code], held[after.code]) == split:
-          found.append((kinds[0], before, after))
-  return tuple(sorted(found, key=lambda pair: stable_hash('pair', pair[1].code, pair[2].code)))
+        if splits.stricter_split(split_of[before.code], split_of[after.code]) == split:
+          matches.append((kinds[0], before, after))
+  return tuple(sorted(matches, key=lambda pair: stable_hash('pair', pair[1].code, pair[2].code)))
 
 
 def _aspects(item: Emoji) -> tuple[tuple[str, ...], ...]:
-  """Skin tones, hair and genders of a drawing: what KINDS name."""
-  of = lambda known: tuple(word for word in item.variant if word in known)
-  return item.tones, of(openmoji.HAIR), of(openmoji.GENDERS)
+  """Skin tones, hair and genders of an emoji, in the order of KINDS."""
+  select = lambda names: tuple(word for word in item.variant if word in names)
+  return item.tones, select(openmoji.HAIR), select(openmoji.GENDERS)
 
 
 def _instruction(kind: str, before: Emoji, after: Emoji, wording: int) -> str:
-  """The instruction that turns one drawing into the other, phrased as `wording` chooses."""
+  """The instruction of an edit; `wording` selects the phrasing."""
   choose = random.Random(stable_hash('wording of edits', wording))
   who = (_aspects(before)[2] or (_PERSON,))[0]
   tones, hair, genders = _aspects(after)

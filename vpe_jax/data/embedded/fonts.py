@@ -1,4 +1,4 @@
-"""The fonts that words are written in: files of PyPI packages, under open licences.
+"""Fonts for written words: files of PyPI packages under open licences.
 
 See third_party/fonts.
 """
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from vpe_jax.contracts import UserError
 from vpe_jax.data.records import Box
 
-# What captions call a font -> the package that holds it, and its file.
+# Name of a font in captions -> its package and file.
 _FILES = {
   'sans-serif': ('font_lato', 'Lato-Bold.ttf'),
   'serif': ('font_caladea', 'Caladea-Bold.ttf'),
@@ -23,56 +23,57 @@ _FILES = {
   'handwritten': ('font_intuitive', 'Intuitive.ttf'),
 }
 FONTS: tuple[str, ...] = tuple(_FILES)
-_MEASURED = 256  # pixels an em at which letters are measured
+_MEASURE_EM = 256  # pixels per em at which ink is measured
 
 
 @functools.lru_cache(maxsize=8192)
 def ink(name: str, text: str) -> Box:
-  """Where a line's ink lies, in ems from the point on the base line where it begins."""
-  mask, (left, top) = letters(name, text, _MEASURED)
+  """The extent of the ink of a line of text, in ems, relative to its origin on the baseline."""
+  mask, (left, top) = letters(name, text, _MEASURE_EM)
   edges = (left, top, left + mask.width, top + mask.height)
-  return tuple(edge / _MEASURED for edge in edges)
+  return tuple(edge / _MEASURE_EM for edge in edges)
 
 
 def letters(name: str, text: str, em: int) -> tuple[Image.Image, tuple[int, int]]:
-  """A line of letters, cut to its ink.
+  """Renders a line of text, cropped to its ink.
 
   Args:
     name: one of FONTS.
     text: the line.
-    em: in pixels.
+    em: font size in pixels.
 
   Returns:
-    How much of each pixel is ink, 8 bits, and the place of its corner from the point on the base
-    line where the line begins.
+    Ink coverage as an 8-bit image, and the position (x, y) of its top left corner in pixels,
+    relative to the origin of the line on the baseline.
 
   Raises:
-    UserError: the package that holds the font is not installed.
+    UserError: the package of the font is not installed.
   """
   font = _font(name, em)
   left, top, right, bottom = font.getbbox(text, anchor='ls')
-  # What is measured goes by the letters' advance: their ink may go beyond it.
+  # The bounding box follows the advance widths; ink may extend beyond it.
   spare = em // 2
   canvas = Image.new('L', (right - left + 2 * spare, bottom - top + 2 * spare))
   draw = ImageDraw.Draw(canvas)
   draw.text((spare - left, spare - top), text, fill=255, font=font, anchor='ls')
-  found = canvas.getbbox()
-  return canvas.crop(found), (found[0] - spare + left, found[1] - spare + top)
+  box = canvas.getbbox()
+  return canvas.crop(box), (box[0] - spare + left, box[1] - spare + top)
 
 
 @functools.lru_cache(maxsize=64)
 def _font(name: str, em: int) -> ImageFont.FreeTypeFont:
-  # Basic, as it is the same everywhere: the other layout needs a library of the system.
+  # The basic layout is the same on all systems; the other one needs a system library.
   return ImageFont.truetype(str(_file(name)), em, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _file(name: str) -> Path:
   package, file = _FILES[name]
-  # Found and not imported: these packages hold files and no code that is of use.
-  found = importlib.util.find_spec(package)
-  if found is None or found.origin is None:
+  # RawRecord and not imported: these packages hold files and no code that is of use.
+  # Located without importing: only the files of these packages are of use.
+  spec = importlib.util.find_spec(package)
+  if spec is None or spec.origin is None:
     raise UserError(
-      f'no {name} font: the package that holds it is missing; pip install '
+      f'no {name} font: its package is missing; pip install '
       f'{package.replace("_", "-")}, or install vpe_jax again'
     )
-  return Path(found.origin).parent / 'files' / file
+  return Path(spec.origin).parent / 'files' / file

@@ -1,4 +1,4 @@
-"""The group of an emoji, after the Unicode emoji list (emoji-test.txt, version 17).
+"""The group of an emoji, according to the Unicode emoji list (emoji-test.txt, version 17).
 
 See third_party/unicode for its licence.
 """
@@ -19,7 +19,7 @@ _NAMES = {
   'g': 'flags',
 }
 
-# Groups are runs of first code points: each entry is a letter of _NAMES and where its run starts.
+# Groups as runs of first code points: each entry is a key of _NAMES and the first code point.
 _RUNS = """
 y23 t231A o2328 y23CF t23F0 y23F8 t2600 o260E y2611 t2614 f2615 a2618 p261D s2620 y2622 s2639
 y2640 v265F t2668 y267B o2692 t2693 o2694 y2695 o2696 y269B t26A1 y26A7 o26B0 v26BD t26C4
@@ -49,6 +49,6 @@ _STARTS = [int(run[1:], 16) for run in _RUNS]
 
 
 def group_of(code: str) -> str:
-  """The group of an emoji by its code, such as `1F436`: decided by the first code point."""
-  place = bisect.bisect_right(_STARTS, int(code.split('-')[0], 16)) - 1
-  return _NAMES[_RUNS[max(place, 0)][0]]
+  """The group of an emoji by its code, such as `1F436`; only the first code point matters."""
+  run = bisect.bisect_right(_STARTS, int(code.split('-')[0], 16)) - 1
+  return _NAMES[_RUNS[max(run, 0)][0]]

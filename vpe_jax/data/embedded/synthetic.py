@@ -1,4 +1,4 @@
-"""Random images, captions and encoded entries of the right structure, without any files."""
+"""Random images, captions and encoded entries for tests and benchmarks; needs no files."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ _WORDS = ('red', 'blue', 'green', 'big', 'small', 'circle', 'square', 'star', 'd
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-  """A coarse random pattern, the same for the same index."""
+  """A coarse random pattern that depends only on the index."""
 
   index: int
 
-  def draw(self, size: int) -> np.ndarray:
+  def render(self, size: int) -> np.ndarray:
     """The pattern as uint8 [size, size, 3]."""
     coarse = np.random.default_rng((0, self.index)).integers(0, 256, (4, 4, 3), np.uint8)
-    place = np.arange(size) * 4 // size
-    return coarse[place][:, place]
+    cell = np.arange(size) * 4 // size
+    return coarse[cell][:, cell]
 
 
 @dataclasses.dataclass(frozen=True)
 class Synthetic:
-  """`count` random records as a source; record i is a pure function of i.
+  """Random records as a source; record i is a pure function of i.
 
-  They are of group 0, which any classes have; with `references` each has a picture before.
+  The group of all records is '0', which is a class name in every class list.
+
+  Attributes:
+    count: number of records.
+    references: whether records have a source image, as edits do.
   """
 
   count: int
@@ -40,20 +44,26 @@ class Synthetic:
   def __getitem__(self, index: int) -> Record:
     if not 0 <= index < self.count:
       raise IndexError(f'synthetic record {index} of {self.count}')
-    draw = np.random.default_rng((1, index))
-    words = [_WORDS[i] for i in draw.integers(0, len(_WORDS), draw.integers(1, 5))]
-    before = Noise(self.count + index) if self.references else None
-    said = (f'synthetic/{index}', ' '.join(words), '0', 'train')
-    return Record(*said, Noise(index), reference=before)
+    rng = np.random.default_rng((1, index))
+    words = [_WORDS[i] for i in rng.integers(0, len(_WORDS), rng.integers(1, 5))]
+    return Record(
+      id=f'synthetic/{index}',
+      caption=' '.join(words),
+      group='0',
+      split='train',
+      image=Noise(index),
+      reference=Noise(self.count + index) if self.references else None,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticEncoded:
-  """Random encoded entries by source index, in place of a cache of real ones.
+  """Random encoded entries by source index, instead of a cache.
 
   Attributes:
     count: number of records.
-    entries: (name, shape, codebook size) of one record's arrays; codebook size 0: real numbers.
+    entries: (name, shape, codebook size) of each array of one record; codebook size 0 stands for
+      real numbers.
   """
 
   count: int

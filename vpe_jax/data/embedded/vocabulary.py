@@ -1,6 +1,6 @@
-"""The emoji that scenes are composed from: well known, and told apart at 64 x 64 pixels.
+"""Vocabulary of the embedded data sets: emoji of scenes, and written words.
 
-Also the words that pictures of words show.
+The emoji are familiar and distinguishable at 64 x 64 pixels.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ basketball 1F3C0, trophy 1F3C6, kite 1FA81, teddy bear 1F9F8, robot 1F916, ghost
 snowman 26C4, bomb 1F4A3, anchor 2693, candle 1F56F
 """
 
-# What signs say, beside the names of things, shapes and colours.
+# Words of signs, in addition to the names of objects, shapes and colours.
 _SIGNS = """
 open closed exit enter stop go sale free hello welcome thanks please happy love music coffee tea
 water bread milk school market hotel garden north south east west summer winter monday friday news
 """
-_LONGEST = 8  # letters of a written word: more are too small to be read
+_MAX_LENGTH = 8  # letters of a written word; longer words would be too small to read
 
 _IRREGULAR = {
   'mouse': 'mice',
@@ -73,9 +73,9 @@ def emoji() -> dict[str, str]:
 
 @functools.cache
 def written() -> tuple[str, ...]:
-  """The words that pictures of words show, in a fixed order."""
+  """The written words, in a fixed order."""
   words = (*_SIGNS.split(), *emoji(), *shapes.SHAPES, *shapes.COLOURS)
-  fits = lambda word: word.isalpha() and 2 <= len(word) <= _LONGEST
+  fits = lambda word: word.isalpha() and 2 <= len(word) <= _MAX_LENGTH
   return tuple(dict.fromkeys(word for word in words if fits(word)))
 
 

@@ -1,12 +1,13 @@
-"""Captions from truths, in varied wording: a number fixes the choice of words.
+"""Captions of ground truths in varied wording, selected by a number.
 
-The same number puts another truth into the same words, as far as its content allows, so that a
-distractor's caption reads like the true one.
+The same number gives another truth the same wording as far as its content allows, so that captions
+of distractors read like the true one.
 """
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from vpe_jax.data.embedded import vocabulary
 from vpe_jax.data.embedded.naming import with_article
@@ -48,7 +49,7 @@ _TONES = (('{} with {}', '{} and {}'), ('{}, {}', '{}, {}'))  # first and furthe
 
 def caption(truth: Truth, wording: int) -> str:
   """The caption of a scene, in the words that the number `wording` chooses."""
-  # Every choice is drawn whether it is needed or not: another truth gets the same words.
+  # All choices are sampled even if unused, so that other truths get the same wording.
   choose = random.Random(stable_hash('wording', wording))
   frame, relation, together, ground = (choose.random() for _ in range(4))
   sizes = choose.random()
@@ -68,7 +69,7 @@ def caption(truth: Truth, wording: int) -> str:
 
 
 def emoji_caption(phrase: str, variant: tuple[str, ...], wording: int) -> str:
-  """The caption of one OpenMoji drawing: its noun phrase and what its variant adds."""
+  """The caption of an OpenMoji image: its noun phrase and the attributes of its variant."""
   choose = random.Random(stable_hash('wording', wording))
   frame, tones = choose.random(), choose.random()
   first, second = _pick(_TONES, tones)
@@ -78,19 +79,19 @@ def emoji_caption(phrase: str, variant: tuple[str, ...], wording: int) -> str:
 
 
 def noun_phrase(cluster: Cluster, size_word: int = 0) -> str:
-  """`three red circles`, `a small owl`; `size_word` picks among words for one size."""
-  rest = _noun(cluster, size_word)
-  return with_article(rest) if cluster.count == 1 else f'{_NUMBERS[cluster.count]} {rest}'
+  """Indefinite phrase: `three red circles`, `a small owl`; `size_word` selects a synonym."""
+  noun = _noun(cluster, size_word)
+  return with_article(noun) if cluster.count == 1 else f'{_NUMBERS[cluster.count]} {noun}'
 
 
 def known_phrase(cluster: Cluster) -> str:
-  """The same of things that are there already: `the three red circles`, `the small owl`."""
+  """Definite phrase: `the three red circles`, `the small owl`."""
   count = '' if cluster.count == 1 else f'{_NUMBERS[cluster.count]} '
   return f'the {count}{_noun(cluster, 0)}'
 
 
 def relation_phrase(word: str, fraction: float) -> str:
-  """How left, right, above or below is said, at a fraction of the way through the ways."""
+  """A phrase for left, right, above or below; `fraction` in [0, 1) selects a synonym."""
   return _pick(_RELATIONS[word], fraction)
 
 
@@ -104,6 +105,6 @@ def _noun(cluster: Cluster, size_word: int) -> str:
   return ' '.join(words)
 
 
-def _pick(options: tuple, fraction: float):
-  """The option at a place given as a fraction of the way through."""
+def _pick(options: tuple[Any, ...], fraction: float) -> Any:
+  """The option at a fraction in [0, 1) of the list."""
   return options[int(fraction * len(options))]

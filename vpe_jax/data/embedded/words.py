@@ -1,9 +1,9 @@
-"""Pictures of written words by a seeded program: 1 to 3 words, with exact truth.
+"""Procedural images of written words: 1 to 3 words, with exact ground truth.
 
-Picture i of seed s in a split is a pure function of (s, split, i). Each word has a line of its own;
-the lines are as large as fits, or a little smaller, so that the longest words can be read at 64 x
-64 pixels. Captions quote the words and name their font. All is in lower case, as the embedded sets'
-tokenizer knows no other.
+Image i of seed s in a split is a pure function of (s, split, i). Each word has its own line. The
+font size is at or a little below the largest that fits, so that the longest words are legible at 64
+x 64 pixels. Captions quote the words and name the font. All text is in lower case, because the
+tokenizer of the embedded data sets lower-cases text.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import random
 from vpe_jax.data.embedded import fonts, shapes, splits
 from vpe_jax.data.embedded.lettering import Lettering
 from vpe_jax.data.embedded.naming import with_article
-from vpe_jax.data.records import Composed, Record, Split, Truth, Word, Writing
+from vpe_jax.data.records import ProceduralSource, Record, Split, Truth, Word, Writing
 from vpe_jax.storage import stable_hash
 
 GROUP = 'words'
-INKS = ('red', 'green', 'blue', 'purple', 'brown', 'black')  # those that stand out from any ground
+INKS = ('red', 'green', 'blue', 'purple', 'brown', 'black')  # legible on all backgrounds
 _GROUNDS = ('white', *shapes.TINTS)
-_SHARES = {1: 0.5, 2: 0.3, 3: 0.2}  # words in a picture -> share of pictures
+_SHARES = {1: 0.5, 2: 0.3, 3: 0.2}  # number of words -> share of images
 _MARGIN = 0.04
-_LARGEST, _SMALLEST = 0.6, 0.18  # ems, in fractions of the side
-_STRAY = 0.75  # of the largest size that fits, the least that is drawn
-_GAP = 0.22  # between lines, in ems
-_TINTED, _FADED = 0.5, 0.4  # share of pictures on a ground that isn't plain white, and of these
+_MAX_EM, _LEGIBLE_EM = 0.6, 0.18  # font sizes, as fractions of the side
+_MIN_FIT = 0.75  # minimum font size, as a fraction of the largest that fits
+_GAP = 0.22  # space between lines, in ems
+_TINTED_SHARE, _FADED_SHARE = 0.5, 0.4  # share of tinted backgrounds, and of gradients among them
 _WORDINGS = 4096
 
 _FRAMES = (
@@ -34,81 +34,81 @@ _FRAMES = (
   'a sign that says {quote}',
   'a poster that reads {quote}',
 )
-_SAID = 0.6  # share of captions that name what is left to chance: the ink, the ground
+_STATED_SHARE = 0.6  # share of captions that state the ink colour, and that state the background
 
 
-class Words(Composed):
-  """Pictures of words of one split.
+class Words(ProceduralSource):
+  """Images of written words of one split.
 
-  Training holds neither held-out combinations (two words in one picture, a word in a font) nor
-  held-out words.
+  `train` excludes held-out words and held-out combinations: two words in one image, a word in a
+  font.
   """
 
   def compose(self, index: int) -> Record:
-    """See Composed."""
-    return picture(self.seed, index, self.split)
+    """See ProceduralSource."""
+    return word_image(self.seed, index, self.split)
 
 
-def picture(seed: int, index: int, split: Split = 'train') -> Record:
-  """Picture number `index` of a seed and split."""
-  draw = random.Random(stable_hash('words', seed, split, index))
-  truth = splits.first_of(split, lambda: _compose(draw, split))
-  wording = draw.randrange(_WORDINGS)
+def word_image(seed: int, index: int, split: Split = 'train') -> Record:
+  """Record number `index` of a seed and split."""
+  rng = random.Random(stable_hash('words', seed, split, index))
+  truth = splits.sample_of_split(split, lambda: _compose(rng, split))
+  wording = rng.randrange(_WORDINGS)
   return Record(
     id=f'words/{split}/{seed}/{index}',
     caption=caption(truth, wording),
     group=GROUP,
     split=split,
-    picture=Lettering(truth),
+    image=Lettering(truth),
     truth=truth,
     wording=wording,
   )
 
 
 def caption(truth: Truth, wording: int) -> str:
-  """The caption of a picture of words, in the words that the number `wording` chooses."""
+  """The caption of an image of written words; `wording` selects the phrasing."""
   choose = random.Random(stable_hash('wording of words', wording))
   frame = choose.choice(_FRAMES)
-  inked, grounded = choose.random() < _SAID, choose.random() < _SAID
-  written = truth.writing
-  quote = '"' + ' '.join(word.text for word in written.words) + '"'
-  text = frame.format(words='word' if len(written.words) == 1 else 'words', quote=quote)
-  font = f'{written.colour} {written.font}' if inked else written.font
+  states_ink, states_ground = choose.random() < _STATED_SHARE, choose.random() < _STATED_SHARE
+  writing = truth.writing
+  quote = '"' + ' '.join(word.text for word in writing.words) + '"'
+  text = frame.format(words='word' if len(writing.words) == 1 else 'words', quote=quote)
+  font = f'{writing.colour} {writing.font}' if states_ink else writing.font
   text += f' in {with_article(font)} font'
-  if not grounded:
+  if not states_ground:
     return text
   return f'{text} on {truth.ground}' + (f' and {truth.fade}' if truth.fade else '')
 
 
-def _compose(draw: random.Random, split: Split) -> Truth:
-  (count,) = draw.choices(list(_SHARES), list(_SHARES.values()))
-  texts = draw.sample(splits.trained_words(), count)
+def _compose(rng: random.Random, split: Split) -> Truth:
+  (count,) = rng.choices(list(_SHARES), list(_SHARES.values()))
+  texts = rng.sample(splits.trained_words(), count)
   if split == 'concept':
-    texts[draw.randrange(count)] = draw.choice(splits.held_out_words())
-  font, colour = draw.choice(fonts.FONTS), draw.choice(INKS)
+    texts[rng.randrange(count)] = rng.choice(splits.held_out_words())
+  font, colour = rng.choice(fonts.FONTS), rng.choice(INKS)
   ground, fade = 'white', ''
-  if draw.random() < _TINTED:
-    ground = draw.choice(tuple(shapes.TINTS))
+  if rng.random() < _TINTED_SHARE:
+    ground = rng.choice(tuple(shapes.TINTS))
     others = [name for name in _GROUNDS if name != ground]
-    fade = draw.choice(others) if draw.random() < _FADED else ''
-  words = _placed(draw, font, texts)
+    fade = rng.choice(others) if rng.random() < _FADED_SHARE else ''
+  words = _place_words(rng, font, texts)
   return Truth((), ground=ground, fade=fade, writing=Writing(words, font, colour))
 
 
-def _placed(draw: random.Random, font: str, texts: list[str]) -> tuple[Word, ...]:
-  """The words below one another, in one size and at a place that leaves them whole."""
+def _place_words(rng: random.Random, font: str, texts: list[str]) -> tuple[Word, ...]:
+  """Places the words on lines of one font size, completely inside the image."""
   inks = [fonts.ink(font, text) for text in texts]
   width = max(right - left for left, _, right, _ in inks)
   height = sum(bottom - top for _, top, _, bottom in inks) + _GAP * (len(inks) - 1)
   room = 1 - 2 * _MARGIN
-  most = min(room / width, room / height, _LARGEST)
-  em = draw.uniform(max(_STRAY * most, min(most, _SMALLEST)), most)
-  left = _MARGIN + draw.uniform(0, room - width * em)
-  top = _MARGIN + draw.uniform(0, room - height * em)
-  centred, placed = draw.random() < 0.5, []
+  largest = min(room / width, room / height, _MAX_EM)
+  em = rng.uniform(max(_MIN_FIT * largest, min(largest, _LEGIBLE_EM)), largest)
+  left = _MARGIN + rng.uniform(0, room - width * em)
+  top = _MARGIN + rng.uniform(0, room - height * em)
+  is_centred, words = rng.random() < 0.5, []
   for text, ink in zip(texts, inks, strict=True):
-    wide, tall = (ink[2] - ink[0]) * em, (ink[3] - ink[1]) * em
-    start = left + (width * em - wide) / 2 if centred else left
-    placed.append(Word(text, (start, top, start + wide, top + tall)))
-    top += tall + _GAP * em
-  return tuple(placed)
+    line_width, line_height = (ink[2] - ink[0]) * em, (ink[3] - ink[1]) * em
+    start = left + (width * em - line_width) / 2 if is_centred else left
+    words.append(Word(text, (start, top, start + line_width, top + line_height)))
+    top += line_height + _GAP * em
+  return tuple(words)

@@ -1,1 +1,1 @@
-"""File formats of user data: folders, WebDataset tars, Parquet, TFDS and prepared ArrayRecord."""
+"""Formats of user data: folders, WebDataset tars, Parquet, TFDS and prepared ArrayRecord."""

@@ -1,8 +1,8 @@
-"""A prepared folder: pictures and captions of any number in a few files, as records to draw from.
+"""Prepared folders: any number of images and captions in a few ArrayRecord files.
 
-`python -m vpe_jax.prepare` writes it and vpe_jax.data.preparing says how. The folder holds shards
-in ArrayRecord format and a manifest, `prepared.json`, which is written last. A record is a msgpack
-map of plain values (`Content`), with the bytes of the picture's file. Nothing that is read is run.
+`python -m vpe_jax.prepare` writes them (vpe_jax.data.preparing). A prepared folder holds shards in
+ArrayRecord format and a manifest, `prepared.json`, which is written last. A record is a msgpack map
+of plain values (`Content`), including the bytes of the image file. Reading executes nothing.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from grain.sources import ArrayRecordDataSource
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import Filter
-from vpe_jax.data.formats.folder import Asked, Bytes, first_of, open_folder
-from vpe_jax.data.records import Record, Stored
+from vpe_jax.data.formats.folder import Bytes, FieldSpec, first_line, limited_count, open_folder
+from vpe_jax.data.records import Record, StoredSource
 from vpe_jax.storage import checksum, local_path
 
 MANIFEST = 'prepared.json'
 FORMAT = 1  # of manifest and records
-# Each record is a chunk of its own, so that reading one reads no other. Pictures don't compress.
+# One record per chunk, so that random access reads no other record. Images are already compressed.
 _WRITER_OPTIONS = 'group_size:1,uncompressed'
-_OPEN = 16_384  # shards that a process keeps open, if the system lets it
-_OTHERS = 512  # files that it opens besides
+_MAX_OPEN_SHARDS = 16_384  # per process, if the system allows it
+_OTHER_FILES = 512  # file descriptors reserved for other files
 _CURE = 'copy it again from where it was prepared, or prepare the folder again'
 
 
@@ -46,10 +46,10 @@ class Content:
 
   Attributes:
     id: unique within the folder.
-    caption: '' where there is none.
-    group: the class.
-    image: bytes of the picture's file.
-    reference: bytes of the picture before an edit; empty where there is none.
+    caption: '' if there is none.
+    group: class name.
+    image: bytes of the image file.
+    reference: bytes of the source image file of an edit; empty if there is none.
   """
 
   id: str
@@ -61,7 +61,7 @@ class Content:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """A file of a prepared folder: its name, records, bytes and CRC-32."""
+  """A shard of a prepared folder: file name, number of records, size in bytes, CRC-32."""
 
   file: str
   records: int
@@ -74,17 +74,17 @@ class Manifest:
   """Manifest of a prepared folder.
 
   Attributes:
-    shards: its files, in the order of the records.
+    shards: the files, in the order of the records.
     captions: whether every record has a caption.
-    references: whether every record has a picture before an edit.
-    language: of the records that were kept; see vpe_jax.data.filters for this and the next three.
-    least_text_height: of the records that were kept.
-    image_size: side of the square that `least_text_height` is measured in.
-    fit: how pictures become that square.
-    settings: all that it was prepared with, by the names of the command's flags.
-    left_out: pictures of the input that filters left out.
-    skipped: pictures of the input that could not be used.
-    format: FORMAT of the library that wrote it.
+    references: whether every record has a source image (edits).
+    language: filter that the records passed; see vpe_jax.data.filters for this and the next three.
+    least_text_height: filter that the records passed.
+    image_size: side of the square in which `least_text_height` is measured.
+    fit: how images become square.
+    settings: all settings of vpe_jax.prepare, by the names of its flags.
+    left_out: number of input records that did not pass the filters.
+    skipped: number of unusable input records.
+    format: FORMAT of the library that wrote the folder.
   """
 
   shards: tuple[Shard, ...]
@@ -105,21 +105,21 @@ class Manifest:
     return sum(shard.records for shard in self.shards)
 
   def to_json(self) -> str:
-    """The content of its file."""
+    """The content of the manifest file."""
     return json.dumps(dataclasses.asdict(self), indent=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """A prepared folder as a source; holds its shards' names and no more, wherever it travels.
+  """A prepared folder as a source; cheap to pickle, as it holds only the names of its shards.
 
   Attributes:
     path: the folder.
-    shards: its files.
-    count: records that are used, the first ones.
-    fit: how a picture becomes a square.
-    references: whether records show their pictures before.
-    digest: of the manifest.
+    shards: the files.
+    count: number of records that are used, the first ones.
+    fit: see `data.fit`.
+    references: whether records have source images (edits).
+    digest: hash of the manifest.
   """
 
   path: str
@@ -138,85 +138,88 @@ class Prepared:
     return self.count
 
   def __getitem__(self, index: int) -> Record:
-    """Reads one record, at any place.
+    """Reads one record.
 
     Raises:
-      UserError: it can't be read; names its shard and its place there.
+      UserError: the record can't be read; the message names its shard and index.
     """
     if not 0 <= index < self.count:
       raise IndexError(f'record {index} of {self.count} in {self.path}')
     number = bisect.bisect_right(self._ends, index)
     shard = self.shards[number]
-    found = _read(self.path, shard, index - self._ends[number] + shard.records)
-    picture = lambda content: Bytes(content, f'{found.id} in {self.path}/{shard.file}', self.fit)
+    content = _read(self.path, shard, index - self._ends[number] + shard.records)
+    name = f'{content.id} in {self.path}/{shard.file}'
     return Record(
-      id=found.id,
-      caption=found.caption,
-      group=found.group,
+      id=content.id,
+      caption=content.caption,
+      group=content.group,
       split='train',
-      picture=picture(found.image),
-      reference=picture(found.reference) if self.references else None,
+      image=Bytes(content.image, name, self.fit),
+      reference=Bytes(content.reference, name, self.fit) if self.references else None,
     )
 
   def stamps(self) -> Iterator[str]:
-    """The manifest, which has a checksum of each shard; see vpe_jax.data.records.Stored."""
+    """The digest of the manifest, which contains a checksum of each shard; see StoredSource."""
     yield self.digest
 
 
-def open_pictures(path: str, count: int, asked: Asked, keep: Filter) -> Stored:
-  """A user's own pictures: a prepared folder, known by its manifest, or one of single files.
+def open_image_folder(
+  path: str, count: int, fields: FieldSpec, record_filter: Filter
+) -> StoredSource:
+  """Opens a folder of user images: a prepared folder if it has a manifest, else image files.
 
   Args:
     path: the folder.
-    count: number of records to keep, the first ones, with a warning; 0 for all.
-    asked: what pictures need.
-    keep: which of the records are kept: a prepared folder must have been prepared so.
+    count: number of records to use, the first ones, with a warning; 0 for all.
+    fields: fields that each record must have.
+    record_filter: filter that each record must pass. A prepared folder must have been prepared with
+      the same filter.
 
   Raises:
-    UserError: the folder can't be read, or lacks what is asked for.
+    UserError: the folder can't be read, or lacks required fields.
   """
   folder = local_path(path)
   if not (folder / MANIFEST).exists():
-    return open_folder(path, count, asked, keep)
+    return open_folder(path, count, fields, record_filter)
   manifest, digest = read_manifest(folder)
-  _check_asked(folder, manifest, asked, keep)
+  _check_requirements(folder, manifest, fields, record_filter)
   for shard in manifest.shards:
-    check_size(folder, shard)
-  kept = first_of(manifest.count, count, path)
-  return Prepared(str(folder), manifest.shards, kept, keep.fit, asked.references, digest)
+    _check_size(folder, shard)
+  used = limited_count(manifest.count, count, path)
+  return Prepared(str(folder), manifest.shards, used, record_filter.fit, fields.references, digest)
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
-  """The manifest of a prepared folder, and a digest of it.
+  """The manifest of a prepared folder, and its digest.
 
   Raises:
-    UserError: it can't be read, or is of another format.
+    UserError: the manifest can't be read, or has another format.
   """
   path = folder / MANIFEST
   try:
     content = path.read_bytes()
     values = json.loads(content)
-    found = values.get('format')
-    if found == FORMAT:
+    version = values.get('format')
+    if version == FORMAT:
       shards = tuple(Shard(**shard) for shard in values.pop('shards'))
       manifest = Manifest(shards, **values)
       if not manifest.count or any(Path(shard.file).name != shard.file for shard in shards):
         raise ValueError('no records, or files of another folder')
   except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
     raise UserError(f'{path} is damaged ({error}): {_CURE}') from error
-  if found != FORMAT:
+  if version != FORMAT:
     raise UserError(
-      f'{path} is of format {found}, and this version reads {FORMAT}: prepare the folder again, or '
+      f'{path} has format {version}, and this version reads {FORMAT}: prepare the folder again, or '
       'use the version that wrote it'
     )
   return manifest, hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def check_size(folder: Path, shard: Shard) -> None:
-  """Refuses a shard that is missing or of another size.
+def _check_size(folder: Path, shard: Shard) -> None:
+  """Rejects a shard that is missing or has another size than the manifest says.
 
   Raises:
-    UserError: names it.
+    UserError: names the shard.
   """
   path = folder / shard.file
   try:
@@ -228,100 +231,104 @@ def check_size(folder: Path, shard: Shard) -> None:
 
 
 def verify(folder: Path) -> Iterator[Shard]:
-  """Checks every byte of a prepared folder; yields each shard that is good.
+  """Verifies the checksum of each shard of a prepared folder; yields the intact shards.
 
   Raises:
-    UserError: a shard is not as it was written; names it.
+    UserError: a shard is damaged; names it.
   """
   for shard in read_manifest(folder)[0].shards:
-    check_size(folder, shard)
+    _check_size(folder, shard)
     if checksum(folder / shard.file) != shard.crc32:
-      raise UserError(f'{folder / shard.file} is damaged (its checksum is another): {_CURE}')
+      raise UserError(f'{folder / shard.file} is damaged (wrong checksum): {_CURE}')
     yield shard
 
 
-def _check_asked(folder: Path, manifest: Manifest, asked: Asked, keep: Filter) -> None:
-  """Refuses a folder that was prepared for something else.
+def _check_requirements(
+  folder: Path, manifest: Manifest, fields: FieldSpec, record_filter: Filter
+) -> None:
+  """Rejects a folder that lacks required fields or was prepared with other filters.
 
   Raises:
-    UserError: names what it lacks.
+    UserError: names the missing or different settings.
   """
-  for name, has, wants in (
-    ('captions', manifest.captions, asked.captions),
-    ('pictures before an edit', manifest.references, asked.references),
+  for name, exists, required in (
+    ('captions', manifest.captions, fields.captions),
+    ('source images', manifest.references, fields.references),
   ):
-    if wants and not has:
+    if required and not exists:
       raise UserError(
         f'{folder} was prepared without {name}, which this config needs: prepare it again (python '
         '-m vpe_jax.prepare --help)'
       )
-  said = {'language': manifest.language, 'least_text_height': manifest.least_text_height}
-  wanted = {'language': keep.language, 'least_text_height': keep.least_text_height}
-  if said['least_text_height'] or wanted['least_text_height']:
-    said |= {'image_size': manifest.image_size, 'fit': manifest.fit}
-    wanted |= {'image_size': keep.size, 'fit': keep.fit}
-  if different := [name for name in said if said[name] != wanted[name]]:
-    words = ', '.join(
-      f'{name}={said[name]!r} (data.{name} is {wanted[name]!r})' for name in different
+  prepared = {'language': manifest.language, 'least_text_height': manifest.least_text_height}
+  required = {
+    'language': record_filter.language,
+    'least_text_height': record_filter.least_text_height,
+  }
+  if prepared['least_text_height'] or required['least_text_height']:
+    prepared |= {'image_size': manifest.image_size, 'fit': manifest.fit}
+    required |= {'image_size': record_filter.size, 'fit': record_filter.fit}
+  if different := [name for name in prepared if prepared[name] != required[name]]:
+    settings = ', '.join(
+      f'{name}={prepared[name]!r} (data.{name} is {required[name]!r})' for name in different
     )
     raise UserError(
-      f'{folder} was prepared with {words}: its records were chosen then; prepare it again, or set '
-      'the config to that'
+      f'{folder} was prepared with {settings}: prepare it again, or set the config to these values'
     )
 
 
 class Writer(contextlib.AbstractContextManager):
-  """Writes a shard, record by record; its end is written where the block ends.
+  """Writes a shard record by record; a context manager, which completes the file on exit.
 
   Attributes:
-    records: how many were written.
+    records: number of records written.
   """
 
   def __init__(self, path: Path):
     self.records = 0
     self._path = str(path)
-    with self._saying():
+    with self._as_os_errors():
       self._writer = ArrayRecordWriter(self._path, _WRITER_OPTIONS)
 
   def write(self, record: Content) -> None:
     """Adds a record.
 
     Raises:
-      OSError: the file can't be written; so does the end of the block.
+      OSError: the file can't be written; exiting the block may raise it too.
     """
-    with self._saying():
+    with self._as_os_errors():
       self._writer.write(msgpack.packb(dataclasses.asdict(record)))
     self.records += 1
 
   def __exit__(self, *_: Any) -> None:
-    with self._saying():
+    with self._as_os_errors():
       self._writer.close()
 
   @contextlib.contextmanager
-  def _saying(self) -> Iterator[None]:
-    """Says as Python does what array_record says in the words of its C++."""
+  def _as_os_errors(self) -> Iterator[None]:
+    """Converts errors of array_record's C++ code to OSError."""
     try:
       yield
     except RuntimeError as error:
-      full = os.strerror(errno.ENOSPC) in str(error)
-      said = os.strerror(errno.ENOSPC) if full else _first_line(error)
-      raise OSError(errno.ENOSPC if full else errno.EIO, said, self._path) from error
+      is_full = os.strerror(errno.ENOSPC) in str(error)
+      reason = os.strerror(errno.ENOSPC) if is_full else first_line(error)
+      raise OSError(errno.ENOSPC if is_full else errno.EIO, reason, self._path) from error
 
 
-def _read(folder: str, shard: Shard, row: int) -> Content:
-  """Record number `row` of a shard."""
+def _read(folder: str, shard: Shard, index: int) -> Content:
+  """Reads a record of a shard."""
   path = os.path.join(folder, shard.file)
   try:
-    content = _readers(os.getpid())(path, shard.records)[row]
-    return Content(**_plain(msgpack.unpackb(content)))
-  except Exception as error:  # array_record raises what its C++ says; a damaged map is of any kind.
+    content = _readers(os.getpid())(path, shard.records)[index]
+    return Content(**_checked(msgpack.unpackb(content)))
+  except Exception as error:  # C++ errors, or a damaged map with any content.
     raise UserError(
-      f'record {row} of {path} can not be read ({_first_line(error)}): {_CURE}'
+      f'record {index} of {path} can not be read ({first_line(error)}): {_CURE}'
     ) from error
 
 
-def _plain(values: Any) -> dict[str, Any]:
-  """A record's map, if its values are of their types."""
+def _checked(values: Any) -> dict[str, Any]:
+  """Returns the fields of a record if they have the right types."""
   for field in dataclasses.fields(Content):
     kind = bytes if field.type == 'bytes' else str
     if not isinstance(values[field.name], kind):
@@ -329,13 +336,9 @@ def _plain(values: Any) -> dict[str, Any]:
   return values
 
 
-def _first_line(error: Exception) -> str:
-  return next(iter(str(error).splitlines()), '') or type(error).__name__
-
-
 @dataclasses.dataclass(frozen=True)
-class _Whole:
-  """All of a file, as array_record is told what to read: then it needn't open it to count."""
+class _WholeFile:
+  """A read instruction for a whole file; saves array_record from opening the file to count."""
 
   filename: str
   take: int
@@ -345,21 +348,22 @@ class _Whole:
 
 @functools.cache
 def _readers(process: int) -> Callable[[str, int], ArrayRecordDataSource]:
-  """Opens shards, by path and records; those that weren't read for the longest time are closed.
+  """Opens shards by path and number of records; closes the least recently used.
 
-  Each process opens its own: a child can't share threads and files of the process that made it.
+  The cache key `process` gives each process its own readers: a forked child can't use the threads
+  and files of its parent.
   """
   del process
-  return functools.lru_cache(_most_open())(
-    lambda path, records: ArrayRecordDataSource([_Whole(path, records, records)])
+  return functools.lru_cache(_max_open_shards())(
+    lambda path, records: ArrayRecordDataSource([_WholeFile(path, records, records)])
   )
 
 
-def _most_open() -> int:
-  """How many shards this process may hold open; asks the system for more than the usual 1,024."""
+def _max_open_shards() -> int:
+  """Number of shards that this process may keep open; raises the usual limit of 1,024 files."""
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-  most = _OPEN + _OTHERS
-  most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-  if soft != resource.RLIM_INFINITY and soft < most:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-  return max(1, most - _OTHERS)
+  limit = _MAX_OPEN_SHARDS + _OTHER_FILES
+  limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+  if soft != resource.RLIM_INFINITY and soft < limit:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+  return max(1, limit - _OTHER_FILES)

@@ -1,7 +1,7 @@
-"""Parquet files, as the Hugging Face hub has them, as an input of vpe_jax.prepare.
+"""Parquet files, as on the Hugging Face hub, as an input of vpe_jax.prepare.
 
-A picture is a column of bytes, or of {bytes, path}, of which the path is never opened. Needs
-pyarrow (`pip install -e .[prepare]`).
+An image column holds bytes, or {bytes, path}; paths are never opened. Needs pyarrow
+(`pip install -e .[prepare]`).
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from typing import Any
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import FIELDS
 from vpe_jax.data.formats.array_record import Content
-from vpe_jax.data.formats.folder import Asked
-from vpe_jax.data.inputs import Found, Place, Unusable, matching
+from vpe_jax.data.formats.folder import FieldSpec
+from vpe_jax.data.inputs import Location, RawRecord, UnusableRecord, matching_files
 
 _IMAGES = ('image', 'jpg', 'png', 'img')
 _CAPTIONS = ('caption', 'text', 'prompt')
-_BATCH = 32  # rows that are decoded at a time
+_BATCH = 32  # table rows that are decoded at a time
 _GROUP = 'parquet'
 
 
 @dataclasses.dataclass(frozen=True)
 class Parquet:
-  """Parquet files in the order of their names, rows in the order of the file.
+  """Parquet files in the order of their names.
 
   Attributes:
-    names: path -> name of the file in ids.
-    groups: rows of each row group of each file.
-    image: column of the picture.
-    caption: column of the caption; '' for none.
-    reference: column of the picture before an edit; '' for none.
-    filtered: columns that filters read.
+    names: path -> name of the file in record ids.
+    groups: number of table rows in each row group of each file.
+    image: image column.
+    caption: caption column; '' for none.
+    reference: column of the source image of an edit; '' for none.
+    filter_columns: columns that filters read.
   """
 
   names: Mapping[str, str]
@@ -42,34 +42,36 @@ class Parquet:
   image: str
   caption: str
   reference: str
-  filtered: tuple[str, ...]
+  filter_columns: tuple[str, ...]
 
   def count(self) -> int:
-    """Number of places."""
+    """Number of table rows."""
     return sum(map(sum, self.groups))
 
-  def places(self, scratch: Path) -> Iterator[Place]:
+  def locations(self, scratch: Path) -> Iterator[Location]:
     """(file, row group, row in the group, row in the file)."""
     del scratch
     for path, groups in zip(self.names, self.groups, strict=True):
-      before = 0
+      start = 0
       for group, rows in enumerate(groups):
-        yield from ((path, group, row, before + row) for row in range(rows))
-        before += rows
+        yield from ((path, group, row, start + row) for row in range(rows))
+        start += rows
 
-  def read(self, places: Sequence[Place]) -> Iterator[Found | Unusable]:
+  def read(self, locations: Sequence[Location]) -> Iterator[RawRecord | UnusableRecord]:
     """See Input."""
     pyarrow, _ = _packages()
-    for (path, group), same in itertools.groupby(places, key=lambda place: tuple(place[:2])):
-      rows = [(row, number) for _, _, row, number in same]
+    for (path, group), rows_of_group in itertools.groupby(
+      locations, key=lambda place: tuple(place[:2])
+    ):
+      rows = [(row, number) for _, _, row, number in rows_of_group]
       done, reason = 0, ''
       try:
         for values in self._rows(path, group, rows[0][0], len(rows)):
-          yield self._found(path, rows[done][1], values)
+          yield self._record(path, rows[done][1], values)
           done += 1
       except (OSError, pyarrow.ArrowException) as error:
         reason = f'row group {group} of {path} can not be read ({error})'
-      yield from (Unusable(self._id(path, number), reason) for _, number in rows[done:])
+      yield from (UnusableRecord(self._id(path, number), reason) for _, number in rows[done:])
 
   def _id(self, path: str, number: int) -> str:
     return f'{self.names[path]}/{number}'
@@ -77,95 +79,95 @@ class Parquet:
   def _rows(
     self, path: str, group: int, first: int, count: int
   ) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
-    """Values of the columns in consecutive rows of a row group, a few rows in memory."""
+    """Column values of consecutive rows of a row group; holds only a few rows in memory."""
     _, parquet = _packages()
     columns = [name for name in (self.image, self.caption, self.reference) if name]
     with parquet.ParquetFile(path) as file:
       batches = file.iter_batches(
-        _BATCH, row_groups=[group], columns=[*columns, *self.filtered], use_threads=False
+        _BATCH, row_groups=[group], columns=[*columns, *self.filter_columns], use_threads=False
       )
       rows = itertools.chain.from_iterable(
         _values(batch.slice(min(max(0, first - start), batch.num_rows)))
-        for start, batch in _placed(batches)
+        for start, batch in _with_start(batches)
       )
       yield from itertools.islice(rows, count)
 
-  def _found(
+  def _record(
     self, path: str, number: int, values: dict[str, Any] | UnicodeDecodeError
-  ) -> Found | Unusable:
-    """One row as a record."""
+  ) -> RawRecord | UnusableRecord:
+    """Converts a table row to a record."""
     where = f'row {number} of {path}'
     if isinstance(values, UnicodeDecodeError):
-      return Unusable(self._id(path, number), f'{where} has text that is not UTF-8')
-    images = [_bytes(values[name]) for name in (self.image, self.reference) if name]
+      return UnusableRecord(self._id(path, number), f'{where} has text that is not UTF-8')
+    images = [_image_bytes(values[name]) for name in (self.image, self.reference) if name]
     caption = (values[self.caption] or '').strip() if self.caption else ''
     if not all(images):
-      return Unusable(self._id(path, number), f'{where} has no bytes of a picture')
+      return UnusableRecord(self._id(path, number), f'{where} has no image bytes')
     content = Content(self._id(path, number), caption, _GROUP, *images)
-    return Found(content, ({name: values[name] for name in self.filtered},), where)
+    return RawRecord(content, ({name: values[name] for name in self.filter_columns},), where)
 
 
-def open_parquet(pattern: str, asked: Asked) -> Parquet:
-  """The parquet files that a pattern names, or that lie in a folder; reads their ends alone.
+def open_parquet(pattern: str, fields: FieldSpec) -> Parquet:
+  """Opens the parquet files that match a pattern, or those of a folder; reads only their footers.
 
   Args:
-    pattern: see vpe_jax.data.inputs.matching.
-    asked: what pictures need; the usual columns are `image`, `jpg`, `png` or `img`, and `caption`,
-      `text` or `prompt`.
+    pattern: see vpe_jax.data.inputs.matching_files.
+    fields: fields that each record must have. Default columns: `image`, `jpg`, `png` or `img`;
+      `caption`, `text` or `prompt`.
 
   Raises:
-    UserError: pyarrow isn't installed, there are no files, or one lacks a column.
+    UserError: pyarrow isn't installed, no file matches, or a file lacks a column.
   """
   pyarrow, parquet = _packages()
-  names = matching(pattern, '.parquet')
-  groups, columns, filtered = [], None, FIELDS
+  names = matching_files(pattern, '.parquet')
+  groups, columns, filter_columns = [], None, FIELDS
   for path in names:
     try:
       with parquet.ParquetFile(path) as file:
         schema, metadata = file.schema_arrow, file.metadata
         groups.append(tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)))
     except (OSError, pyarrow.ArrowException) as error:
-      raise UserError(f'{path} is no parquet file ({error}): get it again') from error
-    filtered = tuple(name for name in filtered if name in schema.names)
-    columns = columns or _columns(path, schema, asked)
+      raise UserError(f'{path} is not a parquet file ({error}): download it again') from error
+    filter_columns = tuple(name for name in filter_columns if name in schema.names)
+    columns = columns or _columns(path, schema, fields)
     for name in filter(None, columns):
       if name not in schema.names:
         raise UserError(f'{path} has no column {name}, which {next(iter(names))} has')
-  return Parquet(names, tuple(groups), *columns, filtered)
+  return Parquet(names, tuple(groups), *columns, filter_columns)
 
 
-def _columns(path: str, schema: Any, asked: Asked) -> tuple[str, str, str]:
-  """The columns of picture, caption and picture before; '' for one that isn't asked for.
+def _columns(path: str, schema: Any, fields: FieldSpec) -> tuple[str, str, str]:
+  """The columns of image, caption and source image; '' for a column that is not required.
 
   Raises:
-    UserError: the file lacks one, or it is of another type.
+    UserError: a column is missing or has the wrong type.
   """
   kinds = _packages()[0].types
   is_text = lambda kind: kinds.is_string(kind) or kinds.is_large_string(kind)
   is_bytes = lambda kind: kinds.is_binary(kind) or kinds.is_large_binary(kind)
-  is_picture = lambda kind: (
+  is_image = lambda kind: (
     is_bytes(kind)
     or (kinds.is_struct(kind) and any(f.name == 'bytes' and is_bytes(f.type) for f in kind))
   )
-  chosen = []
-  for needed, given, usual, good, flag in (
-    (True, asked.image, _IMAGES, is_picture, 'image'),
-    (asked.captions or asked.caption, asked.caption, _CAPTIONS, is_text, 'caption'),
-    (asked.references, asked.reference, (), is_picture, 'reference'),
+  selected = []
+  for required, name, defaults, has_type, flag in (
+    (True, fields.image, _IMAGES, is_image, 'image'),
+    (fields.captions or fields.caption, fields.caption, _CAPTIONS, is_text, 'caption'),
+    (fields.references, fields.reference, (), is_image, 'reference'),
   ):
-    names = (given,) if given else usual
-    found = [name for name in names if name in schema.names and good(schema.field(name).type)]
-    if needed and not found:
-      have = ', '.join(f'{field.name} ({field.type})' for field in schema)
+    names = (name,) if name else defaults
+    matches = [n for n in names if n in schema.names and has_type(schema.field(n).type)]
+    if required and not matches:
+      columns = ', '.join(f'{field.name} ({field.type})' for field in schema)
       raise UserError(
-        f'{path} has no {flag} in a column {" or ".join(names)}: name it with --{flag}, of {have}'
+        f'{path} has no {flag} column {" or ".join(names)}: set --{flag} to one of {columns}'
       )
-    chosen.append(found[0] if needed else '')
-  return tuple(chosen)
+    selected.append(matches[0] if required else '')
+  return tuple(selected)
 
 
 def _values(batch: Any) -> list[dict[str, Any] | UnicodeDecodeError]:
-  """The rows of a record batch; in the place of one whose text isn't UTF-8, what is wrong."""
+  """The rows of a record batch; an error in place of each row whose text isn't UTF-8."""
   try:
     return batch.to_pylist()
   except UnicodeDecodeError as error:
@@ -174,24 +176,24 @@ def _values(batch: Any) -> list[dict[str, Any] | UnicodeDecodeError]:
     return [row for i in range(batch.num_rows) for row in _values(batch.slice(i, 1))]
 
 
-def _placed(batches: Iterator[Any]) -> Iterator[tuple[int, Any]]:
-  """(row of its first, batch) of each batch."""
+def _with_start(batches: Iterator[Any]) -> Iterator[tuple[int, Any]]:
+  """(index of its first row, batch) of each batch."""
   start = 0
   for batch in batches:
     yield start, batch
     start += batch.num_rows
 
 
-def _bytes(value: Any) -> bytes:
-  """The bytes of a picture's column; none where it has only a path."""
+def _image_bytes(value: Any) -> bytes:
+  """The bytes of a value of an image column; empty if it has only a path."""
   return (value.get('bytes') if isinstance(value, dict) else value) or b''
 
 
 def _packages() -> tuple[Any, Any]:
-  """pyarrow, and its parquet.
+  """The modules pyarrow and pyarrow.parquet.
 
   Raises:
-    UserError: it isn't installed.
+    UserError: pyarrow isn't installed.
   """
   try:
     import pyarrow

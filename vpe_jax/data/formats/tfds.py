@@ -1,8 +1,8 @@
 """Data sets of TensorFlow Datasets, read without TensorFlow: `tfds:NAME/SPLIT`.
 
-The data set lies in `data.root` as TFDS prepares it with `file_format='array_record'` (which needs
-TensorFlow for most of them, on any machine). Its code is not run: features are those that its
-files name. A picture's bytes are decoded here, as those of any other source.
+The data set is stored in `data.root`, as TFDS prepares it with `file_format='array_record'`. Most
+data sets need TensorFlow for that, on any machine. The code of the data set does not run here: its
+metadata files name its features. Images are decoded as those of any other source.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from vpe_jax.contracts import UserError
-from vpe_jax.data.formats.folder import Asked, Bytes, first_of, valid
+from vpe_jax.data.formats.folder import (
+  Bytes,
+  FieldSpec,
+  check_text,
+  first_line,
+  limited_count,
+)
 from vpe_jax.data.records import Record
 from vpe_jax.storage import local_path
 
@@ -27,7 +33,7 @@ _CAPTIONS = ('caption', 'text', 'prompt')
 _LABEL = 'label'
 _GROUP = 'tfds'  # of records without labels
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
-# What features.json may name: reading it imports the module of each.
+# Reading features.json imports the modules that it names, so only features of TFDS are allowed.
 _CLASS_KEYS = ('pythonClassName', 'python_class_name', 'type')
 _KNOWN = re.compile(r'tensorflow_datasets\.core\.features\.')
 _CURE = (
@@ -38,16 +44,16 @@ _CURE = (
 
 @dataclasses.dataclass(frozen=True)
 class Tfds:
-  """One split of a data set; records are read when drawn, in any order.
+  """One split of a data set, with random access.
 
   Attributes:
-    path: folder of the data set's version.
-    split: its split, or a part of it such as `train[:90%]`.
-    count: records that are used, the first ones.
-    image: feature of the picture.
-    caption: feature of the caption; '' for none.
-    labels: name of each class, where there is a feature `label`.
-    fit: how a picture becomes a square.
+    path: folder of one version of the data set.
+    split: name of a split, or a slice such as `train[:90%]`.
+    count: number of records that are used, the first ones.
+    image: name of the image feature.
+    caption: name of the caption feature; '' for none.
+    labels: class names if there is a feature `label`.
+    fit: see `data.fit`.
   """
 
   path: str
@@ -65,7 +71,7 @@ class Tfds:
     """Reads one record.
 
     Raises:
-      UserError: it can't be read.
+      UserError: the record can't be read.
     """
     if not 0 <= index < self.count:
       raise IndexError(f'record {index} of {self.count} in {self.path}')
@@ -78,65 +84,66 @@ class Tfds:
       raise UserError(f'{where} can not be read ({error}); prepare it again') from error
     return Record(
       id=f'tfds/{self.split}/{index}',
-      caption=valid(caption.strip(), where),
+      caption=check_text(caption.strip(), where),
       group=group,
       split='train',
-      picture=Bytes(values[self.image], where, self.fit),
+      image=Bytes(values[self.image], where, self.fit),
     )
 
   def stamps(self) -> Iterator[str]:
-    """Name, size and date of every file; see vpe_jax.data.records.Stored."""
+    """Name, size and modification time of every file; see vpe_jax.data.records.StoredSource."""
     for path in sorted(Path(self.path).iterdir()):
-      found = path.stat()
-      yield f'{path.name} {found.st_size} {found.st_mtime_ns}'
+      stat = path.stat()
+      yield f'{path.name} {stat.st_size} {stat.st_mtime_ns}'
 
 
-def open_tfds(name: str, root: str, count: int, asked: Asked, fit: str) -> Tfds:
+def open_tfds(name: str, root: str, count: int, fields: FieldSpec, fit: str) -> Tfds:
   """Opens a split of a data set.
 
   Args:
-    name: NAME/SPLIT, or NAME for `train`; NAME may go on with a config and a version, as the
-      folders do: NAME/CONFIG/VERSION/SPLIT (or NAME/CONFIG:VERSION). Without a version, the newest.
-    root: the data_dir that the data set was prepared in.
-    count: number of records to keep, the first ones, with a warning; 0 for all.
-    asked: what pictures need. Without captions they need a feature `label`. The usual features of
-      picture and caption are the only one of an image, and `caption`, `text` or `prompt`.
-    fit: how pictures become squares.
+    name: NAME/SPLIT, or NAME for the split `train`. NAME may include a config and a version, as in
+      NAME/CONFIG/VERSION/SPLIT or NAME/CONFIG:VERSION; the default is the newest version.
+    root: data_dir in which the data set was prepared.
+    count: number of records to use, the first ones, with a warning; 0 for all.
+    fields: fields that each record must have. Without captions, a feature `label` is required. The
+      default image feature is `image`, or the only feature of type Image; the default caption
+      feature is `caption`, `text` or `prompt`.
+    fit: see `data.fit`.
 
   Raises:
-    UserError: there is no such data set or split, it isn't in ArrayRecord, or it lacks what is
-      asked for.
+    UserError: the data set or split does not exist, is not in ArrayRecord, or lacks a feature.
   """
   folder, split = _find(local_path(root), name)
   builder = _builder(str(folder))
   features = builder.info.features
-  image = _picture(folder, asked.image, features)
-  if asked.references:
-    raise UserError(f'{folder} has no pictures before an edit: use folder:PATH')
-  named = [feature for feature in _CAPTIONS if feature in _texts(features)]
-  caption = asked.caption or (named[0] if named else '')
-  if caption and caption not in _texts(features):
-    raise UserError(f'{folder} has no text {caption}; its features: {", ".join(features)}')
+  image = _image_feature(folder, fields.image, features)
+  if fields.references:
+    raise UserError(f'{folder} has no source images for edits: use folder:PATH')
+  texts = _texts(features)
+  caption = fields.caption or next((name for name in _CAPTIONS if name in texts), '')
+  if caption and caption not in texts:
+    raise UserError(f'{folder} has no text feature {caption}; its features: {", ".join(features)}')
   labels = tuple(getattr(features[_LABEL], 'names', None) or ()) if _LABEL in features else ()
-  if asked.captions and not caption:
+  if fields.captions and not caption:
     raise UserError(
       f'{folder} has no caption among its features ({", ".join(features)}): set '
-      'data.prompt_field=group to use the names of its labels as prompts'
+      'data.prompt_field=group to use the names of its labels'
     )
-  if not asked.captions and not labels:
-    raise UserError(f'{folder} has no label with names; its features: {", ".join(features)}')
+  if not fields.captions and not labels:
+    raise UserError(
+      f'{folder} has no feature label with class names; its features: {", ".join(features)}'
+    )
   total = len(_reader(os.getpid(), str(folder), split))
-  return Tfds(
-    str(folder), split, first_of(total, count, f'{folder} ({split})'), image, caption, labels, fit
-  )
+  used = limited_count(total, count, f'{folder} ({split})')
+  return Tfds(str(folder), split, used, image, caption, labels, fit)
 
 
 def _find(root: Path, name: str) -> tuple[Path, str]:
-  """The folder of a data set's version, and the split."""
+  """The folder of one version of a data set, and the split."""
   parts = re.sub(rf':(?={_VERSION.pattern})', '/', name).strip('/').split('/')
   if not parts[0] or '..' in parts:
     raise UserError(
-      f'tfds:{name} names no data set: write tfds:NAME/SPLIT, as in tfds:cifar10/train'
+      f'tfds:{name} names no data set: write tfds:NAME/SPLIT, such as tfds:cifar10/train'
     )
   depth = len(parts)
   while depth and not root.joinpath(*parts[:depth]).is_dir():
@@ -147,9 +154,9 @@ def _find(root: Path, name: str) -> tuple[Path, str]:
   if not (folder / _INFO).exists():
     versions = [path for path in folder.iterdir() if _VERSION.fullmatch(path.name)]
     if not versions:
-      inside = ', '.join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
+      subfolders = ', '.join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
       raise UserError(
-        f'tfds:{name}: {folder} holds no version of a data set, but {inside or "nothing"}'
+        f'tfds:{name}: {folder} holds no version of a data set, but {subfolders or "nothing"}'
       )
     folder = max(versions, key=lambda path: tuple(map(int, path.name.split('.'))))
   return folder, rest[0] if rest else 'train'
@@ -158,23 +165,23 @@ def _find(root: Path, name: str) -> tuple[Path, str]:
 @functools.lru_cache(maxsize=8)
 def _builder(folder: str) -> Any:
   """The TFDS metadata of a data set on disk."""
-  # Importing it takes a second, which commands without such data sets needn't wait.
+  # Imported here because it takes a second.
   import tensorflow_datasets as tfds
 
   path = Path(folder) / _FEATURES
   try:
-    strange = [name for name in _classes(json.loads(path.read_text())) if not _KNOWN.match(name)]
-    if strange:
-      raise UserError(f'{path} names {strange[0]}, which is no feature of TFDS itself: not read')
+    unknown = [name for name in _classes(json.loads(path.read_text())) if not _KNOWN.match(name)]
+    if unknown:
+      raise UserError(f'{path} names {unknown[0]}, which is not a feature of TFDS: not read')
     return tfds.builder_from_directory(folder)
   except UserError:
     raise
   except Exception as error:  # TFDS raises errors of many kinds.
-    raise UserError(f'{folder} is no data set of TFDS ({_first_line(error)}): {_CURE}') from error
+    raise UserError(f'{folder} is not a data set of TFDS ({first_line(error)}): {_CURE}') from error
 
 
 def _classes(values: Any) -> Iterator[str]:
-  """Every class that a features.json names."""
+  """All class names in the content of a features.json."""
   if isinstance(values, dict):
     yield from (name for key in _CLASS_KEYS if isinstance(name := values.get(key), str))
     values = list(values.values())
@@ -184,22 +191,22 @@ def _classes(values: Any) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=8)
 def _reader(process: int, folder: str, split: str) -> Sequence[Any]:
-  """The records of a split, pictures as the bytes that are stored; each process opens its own."""
+  """The records of a split, with encoded images; one reader per process (the cache key)."""
   import tensorflow_datasets as tfds
 
   del process
   builder = _builder(folder)
-  as_stored = {name: tfds.decode.SkipDecoding() for name in _images(builder.info.features)}
+  decoders = {name: tfds.decode.SkipDecoding() for name in _images(builder.info.features)}
   try:
-    return builder.as_data_source(split, decoders=as_stored)
+    return builder.as_data_source(split, decoders=decoders)
   except NotImplementedError as error:
     raise UserError(
-      f'{folder} is in {builder.info.file_format.value}, which has no random access: {_CURE}'
+      f'{folder} is in {builder.info.file_format.value}, which lacks random access: {_CURE}'
     ) from error
   except Exception as error:  # TFDS raises errors of many kinds.
-    known = ', '.join(builder.info.splits)
+    splits = ', '.join(builder.info.splits)
     raise UserError(
-      f'{folder} has no split {split} ({_first_line(error)}); its splits: {known}'
+      f'{folder} has no split {split} ({first_line(error)}); its splits: {splits}'
     ) from error
 
 
@@ -215,17 +222,14 @@ def _texts(features: Any) -> list[str]:
   return [name for name, kind in features.items() if isinstance(kind, tfds.features.Text)]
 
 
-def _picture(folder: Path, wanted: str, features: Any) -> str:
-  """The feature of the picture: the one that is asked for, `image`, or the only one."""
-  found = _images(features)
-  for name in (wanted,) if wanted else ('image', *found[: len(found) == 1]):
-    if name in found:
-      return name
+def _image_feature(folder: Path, name: str, features: Any) -> str:
+  """The image feature: the named one; without a name, `image` or the only feature of type Image."""
+  images = _images(features)
+  if name in images:
+    return name
+  if not name and ('image' in images or len(images) == 1):
+    return 'image' if 'image' in images else images[0]
   raise UserError(
-    f'{folder} has no picture {wanted or "image"}, but {", ".join(found) or "none"} among '
-    f'{", ".join(features)}: python -m vpe_jax.prepare --image=NAME takes another'
+    f'{folder} has no image feature {name or "image"}, but {", ".join(images) or "none"} among '
+    f'{", ".join(features)}: python -m vpe_jax.prepare --image=NAME selects another'
   )
-
-
-def _first_line(error: Exception) -> str:
-  return next(iter(str(error).splitlines()), '') or type(error).__name__

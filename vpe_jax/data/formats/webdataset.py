@@ -1,8 +1,8 @@
-"""WebDataset's tars as an input of vpe_jax.prepare: pictures and their captions, side by side.
+"""WebDataset tar files as an input of vpe_jax.prepare.
 
-Members that follow one another and whose names are equal up to the first dot are one record:
-`fox.jpg` and `fox.txt`, or `fox.json` with the caption in a field. Nothing is unpacked, and no
-member's name is used as a path.
+Consecutive members whose names are equal up to the first dot form one record: `fox.jpg` and
+`fox.txt`, or `fox.json` with the caption in a field. Nothing is unpacked, and member names never
+serve as paths.
 """
 
 from __future__ import annotations
@@ -19,165 +19,164 @@ from typing import Any, BinaryIO
 from absl import logging
 
 from vpe_jax.data.formats.array_record import Content
-from vpe_jax.data.formats.folder import Asked, text_of
-from vpe_jax.data.inputs import Found, Place, Unusable, matching
+from vpe_jax.data.formats.folder import FieldSpec, first_text
+from vpe_jax.data.inputs import Location, RawRecord, UnusableRecord, matching_files
 
 _IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'tif', 'tiff')
 _CAPTIONS = ('caption', 'text', 'prompt')
 _TEXT, _JSON = 'txt', 'json'
-_GROUP = 'webdataset'  # of members that lie in no folder
-_LONGEST = 1 << 24  # bytes of a text or JSON: one that is longer is no caption
+_GROUP = 'webdataset'  # class of members outside any folder
+_LONGEST = 1 << 24  # maximum bytes of a text or JSON member
 
-_Parts = dict[str, tuple[int, int]]  # ending -> offset and length of the member
+_Parts = dict[str, tuple[int, int]]  # ending -> offset and length of the member, in bytes
 
 
-class _Lacking(ValueError):
-  """A record lacks what is asked for."""
+class _RecordError(ValueError):
+  """A member of a record is missing or malformed."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tars:
-  """Tars in the order of their names, members in the order of the tar.
+  """Tar files in the order of their names.
 
   Attributes:
-    names: path -> name of the tar in ids.
-    asked: what pictures need, `image` and `reference` as endings such as `jpg` or `before.png`,
-      `caption` as an ending, or as a field of the JSON.
+    names: path -> name of the tar file in record ids.
+    fields: fields that each record must have. `image` and `reference` are endings such as `jpg` or
+      `before.png`; `caption` is an ending, or a field of the JSON member.
   """
 
   names: Mapping[str, str]
-  asked: Asked
+  fields: FieldSpec
 
   def count(self) -> None:
-    """Only reading all of it tells."""
+    """None: counting requires reading the files."""
 
-  def places(self, scratch: Path) -> Iterator[Place]:
-    """(tar, key, parts, why it can't be used or '')."""
+  def locations(self, scratch: Path) -> Iterator[Location]:
+    """(tar file, key, parts, why the record is unusable or '')."""
     del scratch
     for path in self.names:
       for key, parts, reason in _records(path):
         yield path, key, parts, reason
 
-  def read(self, places: Sequence[Place]) -> Iterator[Found | Unusable]:
+  def read(self, locations: Sequence[Location]) -> Iterator[RawRecord | UnusableRecord]:
     """See Input."""
-    for path, same in itertools.groupby(places, key=lambda place: place[0]):
+    for path, group in itertools.groupby(locations, key=lambda place: place[0]):
       try:
         file = open(path, 'rb')
       except OSError as error:
-        yield from (Unusable(self._id(path, key), str(error)) for _, key, _, _ in same)
+        yield from (UnusableRecord(self._id(path, key), str(error)) for _, key, _, _ in group)
         continue
       with file:
-        for _, key, parts, reason in same:
-          yield (
-            self._found(file, path, key, parts)
-            if not reason
-            else Unusable(self._id(path, key), reason)
-          )
+        for _, key, parts, reason in group:
+          if reason:
+            yield UnusableRecord(self._id(path, key), reason)
+          else:
+            yield self._read_record(file, path, key, parts)
 
   def _id(self, path: str, key: str) -> str:
     return f'{self.names[path]}/{key}'
 
-  def _found(self, file: BinaryIO, path: str, key: str, parts: _Parts) -> Found | Unusable:
-    """One record, from the bytes of its members."""
+  def _read_record(
+    self, file: BinaryIO, path: str, key: str, parts: _Parts
+  ) -> RawRecord | UnusableRecord:
+    """Reads the members of one record."""
     where = f'{key} in {path}'
     try:
-      image = _part(file, parts, [self.asked.image] if self.asked.image else _IMAGES)
+      image = _part(file, parts, [self.fields.image] if self.fields.image else _IMAGES)
       values = _json(file, parts)
       caption = self._caption(file, parts, values)
-      reference = _part(file, parts, [self.asked.reference]) if self.asked.references else b''
+      reference = _part(file, parts, [self.fields.reference]) if self.fields.references else b''
     except (OSError, ValueError, RecursionError) as error:
-      return Unusable(self._id(path, key), f'{where}: {error}')
+      return UnusableRecord(self._id(path, key), f'{where}: {error}')
     group = posixpath.basename(posixpath.dirname(key)) or _GROUP
     content = Content(self._id(path, key), caption, group, image, reference)
-    return Found(content, (values,), where)
+    return RawRecord(content, (values,), where)
 
   def _caption(self, file: BinaryIO, parts: _Parts, values: Mapping[str, Any]) -> str:
-    name = self.asked.caption
+    name = self.fields.caption
     if (ending := name or _TEXT) in parts:
-      caption = ' '.join(_short(file, parts, ending).decode('utf-8-sig').split())
-    else:
-      caption = text_of(values, *([name] if name else _CAPTIONS)) or ''
-    return caption
+      return ' '.join(_short(file, parts, ending).decode('utf-8-sig').split())
+    return first_text(values, *([name] if name else _CAPTIONS)) or ''
 
 
-def open_tars(pattern: str, asked: Asked) -> Tars:
-  """The tars that a pattern names, or that lie in a folder.
+def open_tars(pattern: str, fields: FieldSpec) -> Tars:
+  """Opens the tar files that match a pattern, or those of a folder.
 
   Raises:
     UserError: there are none.
   """
-  return Tars(matching(pattern, '.tar'), asked)
+  return Tars(matching_files(pattern, '.tar'), fields)
 
 
 def _records(path: str) -> Iterator[tuple[str, _Parts, str]]:
-  """(key, members, why it can't be used or '') of each record of a tar."""
+  """(key, members, why the record is unusable or '') for each record of a tar file."""
   earlier: set[int] = set()
   for key, members in itertools.groupby(_members(path), key=lambda member: member[0]):
     parts: _Parts = {}
     reason = ''
     for _, ending, offset, size in members:
-      if size < 0:  # The end of a tar that was cut short.
+      if size < 0:  # The marker of a truncated tar file, see _members.
         reason = ending
       elif ending in parts:
         reason = f'two members of {path} are {key}.{ending}'
       parts[ending] = offset, size
     if (number := hash(key)) in earlier:
-      reason = f'members of {path} that are named {key} do not follow one another'
+      reason = f'members of {path} named {key} are not consecutive'
     earlier.add(number)
     yield key, parts, reason
 
 
 def _members(path: str) -> Iterator[tuple[str, str, int, int]]:
-  """(key, ending, offset, length) of each file in a tar.
+  """(key, ending, offset, length) of each file in a tar file.
 
-  One that can't be read to its end is followed by ('', why, 0, -1).
+  If the tar file can't be read to its end, the last item is ('', reason, 0, -1).
   """
   try:
     with tarfile.open(path, 'r:', encoding='utf-8', errors='surrogateescape') as tar:
       while (member := tar.next()) is not None:
-        tar.members.clear()  # It would hold all of them.
+        tar.members.clear()  # Otherwise tarfile keeps all members in memory.
         folder, base = posixpath.split(_text(member.name).removeprefix('./'))
         stem, _, ending = base.partition('.')
         if member.isreg() and not member.issparse() and stem and ending:
           yield posixpath.join(folder, stem), ending.lower(), member.offset_data, member.size
       tar.fileobj.seek(tar.offset)
-      # tarfile takes a header that it doesn't understand for the end, which is a block of zeros.
+      # tarfile treats an invalid header as the end of the file; a real end is a block of zeros.
       if (end := tar.fileobj.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError('it has no end' if not end else 'a bad header')
+        raise tarfile.ReadError('it is truncated' if not end else 'invalid header')
   except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-    logging.warning('%s can not be read to its end (%s): get it again', path, error)
-    yield '', f'{path} can not be read to its end ({error}): get it again', 0, -1
+    logging.warning('%s can not be read to its end (%s): download it again', path, error)
+    yield '', f'{path} can not be read to its end ({error}): download it again', 0, -1
 
 
 def _text(name: str) -> str:
-  """A member's name without what is no UTF-8."""
+  """A member name with invalid UTF-8 replaced."""
   return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
 
 
 def _part(file: BinaryIO, parts: _Parts, endings: Sequence[str]) -> bytes:
-  """The bytes of the first of the members."""
+  """The bytes of the first member that has one of the endings."""
   for ending in endings:
     if ending in parts:
       offset, size = parts[ending]
       file.seek(offset)
       content = file.read(size)
       if len(content) < size:
-        raise _Lacking('the tar ends within it')
+        raise _RecordError('the tar file ends within it')
       return content
-  raise _Lacking(f'has no .{" or .".join(endings)}, but .{", .".join(parts)}')
+  raise _RecordError(f'has no .{" or .".join(endings)}, but .{", .".join(parts)}')
 
 
 def _short(file: BinaryIO, parts: _Parts, ending: str) -> bytes:
   if parts[ending][1] > _LONGEST:
-    raise _Lacking(f'its .{ending} has {parts[ending][1]:,} bytes')
+    raise _RecordError(f'its .{ending} has {parts[ending][1]:,} bytes')
   return _part(file, parts, [ending])
 
 
 def _json(file: BinaryIO, parts: _Parts) -> Mapping[str, Any]:
-  """The fields of the record's JSON, where it has one."""
+  """The fields of the JSON member; none if there is no such member."""
   if _JSON not in parts:
     return {}
   values = json.loads(_short(file, parts, _JSON))
   if not isinstance(values, dict):
-    raise _Lacking('its .json has no fields')
+    raise _RecordError('its .json is not an object')
   return values

@@ -1,1 +1,1 @@
-"""Tokenizers: the shipped BPE, class names, and those of published language models."""
+"""Tokenizers: the shipped BPE, class names, and tokenizers of published language models."""

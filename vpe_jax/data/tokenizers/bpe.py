@@ -1,6 +1,6 @@
-"""Captions as tokens: a small BPE, trained on the embedded sets' training captions.
+"""The tokenizer interface, and a small BPE trained on captions of the embedded training data.
 
-`python -m vpe_jax.data.tokenizers.bpe` trains it again and writes vpe_jax/assets/bpe.json.
+`python -m vpe_jax.data.tokenizers.bpe` trains the BPE again and writes vpe_jax/assets/bpe.json.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ SPECIALS = ('[pad]', '[unk]', '[bos]', '[bot]', '[eot]', '[boi]', '[eoi]', '[eos
 VOCABULARY = 1024
 SHIPPED = SHIPPED_ASSETS / 'bpe.json'
 
-_SCENES = 4000  # training scenes whose captions are read
-_WORDINGS = 4  # captions of each OpenMoji drawing
+_SCENES = 4000  # number of scenes whose captions train the BPE
+_WORDINGS = 4  # captions per OpenMoji emoji
 _TYPOGRAPHY = {'“': '"', '”': '"', '‘': "'", '’': "'", '–': '-', '—': '-'}
-# Words that people use in prompts and the sets don't: spelled in few tokens rather than letters.
+# Common words of prompts that the data sets lack, so that they don't become single letters.
 _GENERAL = (
   'a photo of a red fox in the snow',
   'five small birds sitting in a row on a wire',
@@ -48,39 +48,39 @@ _GENERAL = (
 
 
 def tidied(prompts: Sequence[str]) -> list[str]:
-  """Prompts as they are drawn, wherever they come from: without white space around them.
+  """Prompts without surrounding white space.
 
   Raises:
-    UserError: one is blank.
+    UserError: a prompt is blank.
   """
-  # A byte order mark is what an editor leaves in front of a text.
-  found = [re.sub(r'^[\s\ufeff]+|[\s\ufeff]+$', '', prompt) for prompt in prompts]
-  if not all(found):
-    raise UserError('a prompt is blank, so there is nothing to draw: say what the picture shows')
-  return found
+  # Some editors write a byte order mark (U+FEFF) at the start of a text.
+  stripped = [re.sub(r'^[\s\ufeff]+|[\s\ufeff]+$', '', prompt) for prompt in prompts]
+  if not all(stripped):
+    raise UserError('a prompt is blank: describe the image to generate')
+  return stripped
 
 
 def read_prompts(path: str, name: str) -> list[str]:
-  """The prompts of a text file, one a line; blank lines are none.
+  """The prompts of a text file, one per line; blank lines are skipped.
 
   Args:
-    path: of the file, local or gs://.
-    name: what mistakes call it.
+    path: local or gs:// path of the file.
+    name: name of the file in error messages.
 
   Raises:
-    UserError: it can't be read, or has no prompt.
+    UserError: the file can't be read, or has no prompt.
   """
   lines = [line for line in read_text(path, name).split('\n') if line.strip()]
   if not lines:
-    raise UserError(f'{name} is blank, so there is nothing to draw: write a prompt a line')
+    raise UserError(f'{name} is blank: write one prompt per line')
   return tidied(lines)
 
 
 class Tokens(abc.ABC):
-  """Captions to tokens and back: what every tokenizer offers.
+  """Interface of tokenizers.
 
   Attributes:
-    pad: the id that fills short captions.
+    pad: id of the padding token.
   """
 
   pad: int
@@ -88,21 +88,21 @@ class Tokens(abc.ABC):
   @property
   @abc.abstractmethod
   def vocabulary(self) -> int:
-    """Number of tokens, special ones included."""
+    """Number of tokens, including special tokens."""
 
   @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of tokens; special ones are left out."""
+    """The text of tokens, without special tokens."""
 
   @abc.abstractmethod
   def _ids(self, caption: str) -> list[int]:
-    """The tokens of valid text, without special ones."""
+    """Token ids of valid text, without special tokens."""
 
   def encode(self, caption: str) -> list[int]:
-    """The tokens of one caption, without special ones.
+    """Token ids of one caption, without special tokens.
 
     Raises:
-      UserError: it holds what no text does, such as a byte that wasn't UTF-8.
+      UserError: the caption is not valid text, such as undecodable bytes.
     """
     try:
       caption.encode()
@@ -113,22 +113,22 @@ class Tokens(abc.ABC):
   def encode_batch(
     self, captions: Sequence[str], length: int, cut: bool = False
   ) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of captions as one array.
+    """Token ids of captions as one padded array.
 
     Args:
       captions: B texts.
-      length: T, the most tokens that one may have.
-      cut: whether a longer one is cut, with one warning for all; otherwise it is refused.
+      length: T, the maximum number of tokens.
+      cut: whether to truncate longer captions, with one warning; otherwise they are rejected.
 
     Returns:
-      ids int32 [B, T], padded with `pad`, and the number of real tokens int32 [B].
+      ids int32 [B, T], padded with `pad`; and the number of tokens of each caption, int32 [B].
 
     Raises:
-      UserError: a caption is no text, or too long and not to be cut.
+      UserError: a caption is not valid text, or is too long and `cut` is false.
     """
     ids = np.full((len(captions), length), self.pad, np.int32)
     lengths = np.zeros(len(captions), np.int32)
-    for row, caption in enumerate(captions):
+    for index, caption in enumerate(captions):
       tokens = self.encode(caption)
       if len(tokens) > length and not cut:
         raise UserError(
@@ -137,19 +137,19 @@ class Tokens(abc.ABC):
       if len(tokens) > length:
         logging.log_first_n(
           logging.WARNING,
-          'captions over config.data.text_length=%d tokens are cut, such as this one of %d: %r',
+          'captions over config.data.text_length=%d tokens are truncated; this one has %d: %r',
           1,
           length,
           len(tokens),
           caption,
         )
-      lengths[row] = min(len(tokens), length)
-      ids[row, : lengths[row]] = tokens[:length]
+      lengths[index] = min(len(tokens), length)
+      ids[index, : lengths[index]] = tokens[:length]
     return ids, lengths
 
 
 class Tokenizer(Tokens):
-  """The small BPE of the embedded sets."""
+  """The small BPE of the embedded data sets."""
 
   pad = PAD
 
@@ -157,7 +157,7 @@ class Tokenizer(Tokens):
     """Reads a tokenizer file that `write` made.
 
     Raises:
-      UserError: there is no such file or it isn't one of ours.
+      UserError: the file does not exist, is damaged, or lacks the special tokens.
     """
     if not Path(path).is_file():
       raise UserError(
@@ -167,24 +167,24 @@ class Tokenizer(Tokens):
       self._bpe = tokenizers.Tokenizer.from_str(read_text(path))
     except UserError:
       raise
-    except Exception as error:  # The parser raises nothing narrower.
+    except Exception as error:  # The parser raises plain Exception.
       reason = ' '.join(str(error).split())
       raise UserError(f'tokenizer {path} is damaged ({reason}): install vpe_jax again') from error
     if tuple(self._bpe.id_to_token(i) for i in range(len(SPECIALS))) != SPECIALS:
       raise UserError(f'tokenizer {path} lacks the special tokens {" ".join(SPECIALS)}')
-    # A prompt that spells out a special token means its letters.
+    # A prompt that contains the text of a special token is tokenized as ordinary text.
     self._bpe.encode_special_tokens = True
 
   @property
   def vocabulary(self) -> int:
-    """Number of tokens, special ones included."""
+    """Number of tokens, including special tokens."""
     return self._bpe.get_vocab_size()
 
   def _ids(self, caption: str) -> list[int]:
     return self._bpe.encode(caption, add_special_tokens=False).ids
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of tokens; special ones are left out. Letters come back in lower case."""
+    """The text of tokens, in lower case and without special tokens."""
     return self._bpe.decode([int(i) for i in ids if int(i) >= len(SPECIALS)])
 
 
@@ -195,11 +195,11 @@ def shipped() -> Tokenizer:
 
 
 def train_bpe(captions: Iterable[str], vocabulary: int = VOCABULARY) -> tokenizers.Tokenizer:
-  """Trains a BPE with SPECIALS in front; equal captions give an equal tokenizer."""
+  """Trains a BPE whose first ids are SPECIALS; deterministic."""
   bpe = tokenizers.Tokenizer(models.BPE(unk_token='[unk]'))
-  plain = [normalizers.Replace(odd, usual) for odd, usual in _TYPOGRAPHY.items()]
+  typography = [normalizers.Replace(old, new) for old, new in _TYPOGRAPHY.items()]
   bpe.normalizer = normalizers.Sequence(
-    [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase(), *plain]
+    [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase(), *typography]
   )
   bpe.pre_tokenizer = pre_tokenizers.Sequence(
     [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation('isolated')]
@@ -217,9 +217,9 @@ def train_bpe(captions: Iterable[str], vocabulary: int = VOCABULARY) -> tokenize
 
 
 def training_captions() -> list[str]:
-  """The captions that the shipped tokenizer is trained on: of the training splits alone."""
-  drawings = openmoji.of_split('train')
-  emoji = [openmoji.caption_of(item, words) for item in drawings for words in range(_WORDINGS)]
+  """Captions that train the shipped tokenizer; all are from training splits."""
+  items = openmoji.of_split('train')
+  emoji = [openmoji.caption_of(item, wording) for item in items for wording in range(_WORDINGS)]
   composed = [scenes.scene(0, index).caption for index in range(_SCENES)]
   return emoji + composed + list(_GENERAL) * 8
 

@@ -1,4 +1,4 @@
-"""Class names as tokens: what a class-conditional model reads in the place of captions."""
+"""Class names as tokens, for class-conditional models."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from vpe_jax.storage import read_text
 
 
 class Classes(bpe.Tokens):
-  """One token for each class; a caption is the name of a class, or its number.
+  """One token for each class; a caption is the name or the index of a class.
 
   Attributes:
-    names: of the classes, in the order of their tokens.
+    names: class names, in token order.
   """
 
   pad = 0
 
   def __init__(self, names: Iterable[str]):
-    """Takes the names of the classes.
+    """Checks and stores the class names.
 
     Raises:
-      UserError: there are none, or two are equal.
+      UserError: there are no names, or two are equal.
     """
     self.names = tuple(names)
     self._ids_of = {name: i for i, name in enumerate(self.names)}
     if not self.names or len(self._ids_of) != len(self.names):
-      raise UserError(f'classes need different names, at least one: {self.names[:5]}')
+      raise UserError(
+        f'class names must be unique, and there must be at least one: {self.names[:5]}'
+      )
 
   @property
   def vocabulary(self) -> int:
@@ -46,16 +48,16 @@ class Classes(bpe.Tokens):
     raise UserError(f"no class '{name}'{nearest(name, self.names)}")
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The names of classes."""
+    """The class names of tokens."""
     return ', '.join(self.names[int(i)] for i in ids)
 
 
 def of_names(listed: str) -> Classes:
-  """The classes that a config lists after `classes:`.
+  """The classes of a config's `data.tokenizer=classes:...`.
 
   Args:
-    listed: names with commas between them; or how many there are, whose names are `0`, `1`, ...;
-      or a text file with a name a line.
+    listed: comma-separated names; or the number of classes, which are named `0`, `1`, ...; or a
+      text file with one name per line.
 
   Raises:
     UserError: the file can't be read, or names are missing or equal.
@@ -65,6 +67,6 @@ def of_names(listed: str) -> Classes:
   if listed.endswith('.txt'):
     path = Path(listed).expanduser()
     if not path.is_file():
-      raise UserError(f'no file {path}: data.tokenizer={CLASSES}FILE needs a name a line in it')
+      raise UserError(f'no file {path}: data.tokenizer={CLASSES}FILE needs one name per line')
     return Classes(line.strip() for line in read_text(path).splitlines() if line.strip())
   return Classes(name.strip() for name in listed.split(',') if name.strip())

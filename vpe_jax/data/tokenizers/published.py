@@ -1,4 +1,4 @@
-"""Tokenizers of published language models, with the special tokens that Show-o2 adds to them."""
+"""Tokenizers of published language models, with the special tokens that Show-o2 adds."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from vpe_jax.config import CLASSES
 from vpe_jax.contracts import UserError
 from vpe_jax.data.tokenizers import bpe, classes
 
-# What Show-o2 adds to Qwen2.5's 151,665 tokens, in this order (reference/vpe.md 1.4).
+# Tokens that Show-o2 appends to the 151,665 tokens of Qwen2.5, in this order.
 SHOW_O2 = ('[PAD]', '<image>', '<|vid_start|>', '<|vid_end|>')
-# Show-o2's names of the tokens around text and pictures.
+# Tokens that Show-o2 puts around text and images.
 BOS, EOS, BOI, EOI = '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>'
 
 
 class PublishedTokenizer(bpe.Tokens):
-  """Captions to tokens and back, by `transformers.AutoTokenizer`.
+  """A tokenizer of `transformers.AutoTokenizer`.
 
   Attributes:
-    pad: id of the padding that Show-o2 adds.
+    pad: id of the padding token that Show-o2 adds.
   """
 
   def __init__(self, name: str):
-    """Opens a folder that holds a tokenizer, or fetches one from the hub.
+    """Opens a tokenizer in a local folder, or downloads one from the hub.
 
     Args:
       name: a local folder, or an id on the Hugging Face hub such as `Qwen/Qwen2.5-1.5B-Instruct`.
 
     Raises:
-      UserError: there is none, or the hub is out of reach.
+      UserError: the tokenizer does not exist, or the hub can't be reached.
     """
     self.name = name
     self._tokenizer = _opened(name)
@@ -51,18 +51,18 @@ class PublishedTokenizer(bpe.Tokens):
     Raises:
       UserError: the tokenizer has no such token.
     """
-    found = self._tokenizer.get_vocab().get(token)
-    if found is None:
+    index = self._tokenizer.get_vocab().get(token)
+    if index is None:
       raise UserError(f"tokenizer '{self.name}' has no token {token}: is it one of Qwen2.5?")
-    return found
+    return index
 
   def _ids(self, caption: str) -> list[int]:
-    # A prompt that spells out a special token means its letters.
+    # A prompt that contains the text of a special token is tokenized as ordinary text.
     encoded = self._tokenizer(caption, add_special_tokens=False, split_special_tokens=True)
     return list(encoded['input_ids'])
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of tokens; special ones are left out."""
+    """The text of tokens, without special tokens."""
     return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
@@ -71,7 +71,7 @@ def open_tokenizer(name: str) -> bpe.Tokens:
   """The tokenizer that a config names: `assets:bpe` (shipped), a folder, a hub id, or classes.
 
   Raises:
-    UserError: there is none of this name.
+    UserError: no tokenizer has this name.
   """
   if name.startswith(CLASSES):
     return classes.of_names(name.removeprefix(CLASSES))
@@ -79,7 +79,7 @@ def open_tokenizer(name: str) -> bpe.Tokens:
 
 
 def _opened(name: str) -> Any:
-  import transformers  # Slow to import, and only published models need it.
+  import transformers  # Imported here because it is slow and only published models need it.
 
   path = Path(name).expanduser()
   if not path.is_dir() and (name.startswith(('/', '.', '~')) or name.count('/') != 1):
@@ -90,9 +90,9 @@ def _opened(name: str) -> Any:
   try:
     source = str(path) if path.is_dir() else name
     return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-  except Exception as error:  # The hub's client, transport and parser raise their own.
+  except Exception as error:  # Client, transport and parser raise errors of many types.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(
-      f"no tokenizer at '{name}' ({reason}): name a folder that holds one, or a hub id on a "
-      'machine that reaches the hub'
+      f"no tokenizer at '{name}' ({reason}): name a folder with a tokenizer, or a hub id on a "
+      'machine that can reach the hub'
     ) from error

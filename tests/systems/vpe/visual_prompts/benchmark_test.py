@@ -8,7 +8,7 @@ import pytest
 
 from vpe_jax.contracts import PlansVisually, Samples
 from vpe_jax.evaluation import retrieval, runner
-from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.systems.vpe.visual_prompts import benchmark
 from vpe_jax.systems.vpe.visual_prompts.files import Codebook, VisualPrompts
 
@@ -80,7 +80,7 @@ class _Prompter:
 
 @pytest.fixture
 def subject(monkeypatch, fake_subject):
-  monkeypatch.setattr(Judge, 'load', lambda source: _Judge())
+  monkeypatch.setattr(EvaluatorNetwork, 'load', lambda source: _Judge())
   monkeypatch.setattr(benchmark, 'VisualPrompter', _Prompter)
   subject = fake_subject(None, capabilities=(Samples, PlansVisually))
   subject.seed, subject.settings = 0, None

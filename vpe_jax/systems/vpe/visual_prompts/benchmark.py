@@ -23,7 +23,7 @@ from vpe_jax.contracts import PlansVisually, UserError
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import retrieval
 from vpe_jax.evaluation.evaluator import Subject, stacked
-from vpe_jax.evaluation.judge import Judge
+from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.evaluation.report import HELD_OUT, Report, Row, check_options, protocol
 from vpe_jax.systems.vpe.visual_prompts.files import VisualPrompts, best, mixed
 from vpe_jax.systems.vpe.visual_prompts.prompter import VisualPrompter
@@ -62,7 +62,7 @@ class BestOf:
 
   def run(self, subject: Subject) -> Report:
     """Retrieval accuracy of the first visual prompt and of the best by each ranker."""
-    judge, n = Judge.load(self.judge), self.plans
+    judge, n = EvaluatorNetwork.load(self.judge), self.plans
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
       trials, records = retrieval.make_trials(self.captions, split, self.seed)

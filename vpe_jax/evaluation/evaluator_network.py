@@ -1,4 +1,4 @@
-"""The evaluator network: a SigLIP that no generator trains on compares images with captions."""
+"""The evaluator network: a SigLIP, used by no generator, that compares images with captions."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from vpe_jax.models import siglip
 from vpe_jax.sampling import batches
 
 _BATCH = 64
-_MOVES = (-1, 0, 1)  # in each direction; patch borders are coarse and arbitrary
-_MOVE = 1 / 20  # of the image's side
+_SHIFTS = (-1, 0, 1)  # steps in each direction; averages out the arbitrary patch borders
+_STEP = 1 / 20  # as a fraction of the side of the image
 
 
-class Judge:
-  """Embeds images and captions as unit vectors, whose product measures how well they fit.
+class EvaluatorNetwork:
+  """Embeds images and captions as unit vectors, whose dot product measures how well they match.
 
-  An image's vector is the mean over nine slightly shifted views.
+  The vector of an image is the normalized mean over nine slightly shifted views.
   """
 
   def __init__(self, system: Any, params: Params, tokenizer: bpe.Tokenizer, fingerprint: str):
-    """Wraps networks that are in memory already; most callers want `load`.
+    """Wraps a system and parameters in memory; most callers use `load`.
 
     Args:
       system: a vpe_jax.systems.tokenizers.siglip.System.
       params: its parameters.
-      tokenizer: turns captions into ids.
-      fingerprint: of the parameters, for the protocol of a report.
+      tokenizer: converts captions to token ids.
+      fingerprint: fingerprint of the parameters, for the protocol of a report.
     """
     self.fingerprint = fingerprint
     self._config = system.config
@@ -44,10 +44,10 @@ class Judge:
     network, side = system.network, system.config.model.siglip.image_size
 
     def embed_images(params: Params, images: Array) -> Array:
-      step = round(_MOVE * images.shape[1])
-      views = [pixels.translate(images, step * y, step * x) for y in _MOVES for x in _MOVES]
-      seen = pixels.to_signed(pixels.view(jnp.concatenate(views), side))
-      vectors = network.apply({'params': params}, seen, method='embed_images')
+      step = round(_STEP * images.shape[1])
+      views = [pixels.translate(images, step * y, step * x) for y in _SHIFTS for x in _SHIFTS]
+      resized = pixels.to_signed(pixels.view(jnp.concatenate(views), side))
+      vectors = network.apply({'params': params}, resized, method='embed_images')
       return siglip.unit(jnp.mean(vectors.reshape(len(views), len(images), -1), 0))
 
     def embed_text(params: Params, ids: Array, length: Array) -> Array:
@@ -57,16 +57,18 @@ class Judge:
     self._embed_text = jax.jit(embed_text)
 
   @classmethod
-  def load(cls, source: str = 'assets:judge') -> Judge:
-    """Loads the shipped evaluator network, or another SigLIP exported to a file.
+  def load(cls, source: str = 'assets:judge') -> EvaluatorNetwork:
+    """Loads the shipped evaluator network, or another exported SigLIP.
 
     Raises:
-      UserError: there is no such file, or it holds another system.
+      UserError: the file does not exist, or holds another system.
     """
-    params, stored = weights.load(source)
-    system = systems.build(weights.config_of(stored, source))
+    params, metadata = weights.load(source)
+    system = systems.build(weights.config_of(metadata, source))
     if system.config.system != 'siglip':
-      raise UserError(f"{source} holds a '{system.config.system}': a judge must be a 'siglip'")
+      raise UserError(
+        f"{source} holds a '{system.config.system}': the evaluator network must be a 'siglip'"
+      )
     return cls(system, params, bpe.shipped(), weights.fingerprint(params))
 
   def images(self, images: np.ndarray) -> np.ndarray:
@@ -78,7 +80,7 @@ class Judge:
     """Unit vectors [N, D] of N captions.
 
     Raises:
-      UserError: a caption is longer than the network reads.
+      UserError: a caption exceeds the text length of the network.
     """
     length = self._config.data.text_length
     encoded = self._tokenizer.encode_batch(list(captions), length)
