@@ -28,7 +28,7 @@ _CALLS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-  """What is known of a variable.
+  """Activity and knowledge of a variable.
 
   Attributes:
     active: depends differentiably on parameters that train.
