@@ -87,7 +87,7 @@ class Scope:
       self.inside[index] = _while(equation, inputs)
       return _results(equation, inputs, [[Value()] * len(equation.outvars)])
     if any(contains(body, PRODUCTS) for body in core.jaxprs_in_params(equation.params)):
-      raise NotImplementedError(f"products inside primitive '{name}': add it to ops/activity.py")
+      raise ValueError(f"products inside primitive '{name}': add it to ops/activity.py")
     return _results(equation, inputs)
 
 
