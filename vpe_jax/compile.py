@@ -16,15 +16,13 @@ Runs on any machine with `pip install libtpu`; a paper-size program takes minute
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 
 import jax
 from absl import flags
 
-from vpe_jax import front_door, storage
+from vpe_jax import front_door
 from vpe_jax.compilation import cards, examine, program, topology
-from vpe_jax.contracts import UserError
 from vpe_jax.training import config_file
 
 FLAGS = flags.FLAGS
@@ -46,9 +44,7 @@ def _define_flags() -> None:
 
 def main() -> None:
   """Runs the command."""
-  for name in ('config', 'topology') if FLAGS.write_card is None else ('config', 'write_card'):
-    if not FLAGS[name].value:
-      raise UserError(f'--{name} is missing: --help has examples')
+  front_door.require_flags('config', 'topology' if FLAGS.write_card is None else 'write_card')
   if FLAGS.write_card:
     print(f'{FLAGS.config}: {cards.write(FLAGS.config, FLAGS.write_card)} rows')
     return
@@ -65,8 +61,7 @@ def main() -> None:
     report = dataclasses.replace(report, config=f'{config["name"]}:{argument}')
   print(report.text(), flush=True)
   if out:
-    with storage.writing(out):
-      storage.write_atomic(out, (json.dumps(report.as_dict(), indent=2) + '\n').encode())
+    report.save(out)
 
 
 if __name__ == '__main__':

@@ -15,7 +15,6 @@ from absl import flags
 from vpe_jax import front_door
 from vpe_jax.checkpoints import families
 from vpe_jax.checkpoints.imports import export_weights, import_weights
-from vpe_jax.contracts import UserError
 
 FLAGS = flags.FLAGS
 
@@ -31,9 +30,7 @@ def _define_flags() -> None:
 
 def main() -> None:
   """Runs the command."""
-  for name in ('family', 'source', 'to'):
-    if not FLAGS[name].value:
-      raise UserError(f'--{name} is missing (--help shows examples)')
+  front_door.require_flags('family', 'source', 'to')
   if FLAGS.export:
     lines = export_weights(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.dtype)
   else:

@@ -19,14 +19,10 @@ files: to evaluation/ in the current folder). For several runs, sheets that comp
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-import yaml
 from absl import flags
 
-from vpe_jax import devices, front_door
-from vpe_jax.checkpoints import weights
-from vpe_jax.contracts import UserError
+from vpe_jax import front_door
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation import runner
 from vpe_jax.evaluation.evaluator import Evaluator, Subject
@@ -53,23 +49,9 @@ def _define_flags() -> None:
   flags.adopt_module_key_flags(front_door)  # --help lists only flags of the main module.
 
 
-def _options() -> dict[str, dict[str, Any]]:
-  """Options of --set: evaluator name -> option -> value."""
-  options: dict[str, dict[str, Any]] = {}
-  for setting in FLAGS.set:
-    key, equals, text = setting.partition('=')
-    name, dot, option = key.partition('.')
-    if not (equals and dot):
-      raise UserError(f'--set={setting}: write NAME.OPTION=VALUE, such as best_of.plans=16')
-    if name not in FLAGS.benchmarks:
-      raise UserError(f'--set={setting}: --benchmarks does not name {name}')
-    options.setdefault(name, {})[option] = yaml.safe_load(text)
-  return options
-
-
 def _build() -> dict[str, Evaluator]:
   """Builds the evaluators that the flags name."""
-  options, built = _options(), {}
+  options, built = evaluators.parse_options(FLAGS.set, FLAGS.benchmarks), {}
   for name in FLAGS.benchmarks:
     known = {field.name for field in dataclasses.fields(evaluators.class_of(name))}
     shared = {option: FLAGS[option].value for option in _SHARED if option in known}
@@ -86,15 +68,13 @@ def _folder(workdir: str) -> str:
   """The output folder for the reports of a run."""
   if FLAGS.out is not None:
     return front_door.target('out', FLAGS.out)
-  return 'evaluation' if weights.is_file(workdir) else f'{workdir}/evaluation'
+  return runner.report_folder(workdir)
 
 
 def main() -> None:
   """Runs the command."""
-  if not FLAGS.workdir:
-    raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
+  front_door.require_flags('workdir', cure='name a run, or assets:tiny for the shipped weights')
   built = _build()
-  devices.use_compilation_cache()
   # All runs are loaded before the first one samples, so that mistakes are reported early.
   subjects = {workdir: _load(workdir) for workdir in FLAGS.workdir}
   folders = {workdir: _folder(workdir) for workdir in subjects}
@@ -107,4 +87,4 @@ def main() -> None:
 
 if __name__ == '__main__':
   _define_flags()
-  front_door.run(main)
+  front_door.run(main, cache_programs=True)

@@ -15,7 +15,6 @@ from etils import epath
 
 from vpe_jax import front_door
 from vpe_jax.checkpoints.exports import export
-from vpe_jax.contracts import UserError
 
 FLAGS = flags.FLAGS
 
@@ -32,9 +31,7 @@ def _define_flags() -> None:
 
 def main() -> None:
   """Runs the command."""
-  for name in ('workdir', 'to'):
-    if not FLAGS[name].value:
-      raise UserError(f'--{name} is missing: see python -m vpe_jax.export --help')
+  front_door.require_flags('workdir', 'to')
   to = front_door.target('to', FLAGS.to)
   front_door.check_folder(os.path.dirname(to))
   settings = front_door.settings()

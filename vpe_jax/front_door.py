@@ -20,7 +20,9 @@ _SAMPLE = 'sample.'  # prefix of the flags of sampling settings
 
 
 def run(
-  main: Callable[[], None], parse_first: Callable[[list[str]], list[str]] = lambda argv: argv
+  main: Callable[[], None],
+  parse_first: Callable[[list[str]], list[str]] = lambda argv: argv,
+  cache_programs: bool = False,
 ) -> None:
   """Parses the flags and runs a command.
 
@@ -29,6 +31,7 @@ def run(
   Args:
     main: the command; its flags are in `absl.flags.FLAGS`.
     parse_first: parses arguments that absl doesn't know, and returns the others.
+    cache_programs: whether compiled programs are stored for the next call.
   """
 
   def quietly(_: list[str]) -> None:
@@ -36,6 +39,8 @@ def run(
     plain = standard_logging.Formatter('%(levelname)s: %(message)s')
     logging.get_absl_handler().setFormatter(plain)
     devices.skip_absent_tpu()
+    if cache_programs:
+      devices.use_compilation_cache()
     main()
 
   try:
@@ -66,6 +71,29 @@ def parse(argv: list[str]) -> list[str]:
   if len(rest) > 1:
     raise UserError(f"unexpected argument '{rest[1]}': every option is a --flag=value")
   return rest
+
+
+def require_flags(*names: str, cure: str = '--help shows examples') -> None:
+  """Checks that flags have values, before the work starts.
+
+  Raises:
+    UserError: one is missing; `cure` completes the error.
+  """
+  for name in names:
+    if not flags.FLAGS[name].value:
+      raise UserError(f'--{name} is missing: {cure}')
+
+
+def require_one(*names: str, cure: str) -> str:
+  """The name of the one flag that is given; see `require_flags`.
+
+  Raises:
+    UserError: none is, or several are; `cure` is the error.
+  """
+  given = [name for name in names if flags.FLAGS[name].value is not None]
+  if len(given) != 1:
+    raise UserError(cure)
+  return given[0]
 
 
 def new_file(flag: str, value: str, overwrite: bool) -> str:

@@ -20,7 +20,6 @@ import jax
 from absl import flags
 
 from vpe_jax import devices, front_door, sharding, systems
-from vpe_jax.contracts import UserError
 from vpe_jax.training import config_file, loop, reference
 
 FLAGS = flags.FLAGS
@@ -51,9 +50,7 @@ def run(config: Mapping[str, Any], workdir: str, allow_change: Sequence[str] = (
 
 def main() -> None:
   """Runs the command."""
-  if FLAGS.config is None:
-    raise UserError('--config is missing: try --config=configs/t2i.py')
-  devices.use_compilation_cache()
+  front_door.require_flags('config', cure='try --config=configs/t2i.py')
   sharding.initialize_distributed()  # before anything uses a device
   config = config_file.load(FLAGS.config, _overrides)
   if config.get('quick_compile'):
@@ -65,4 +62,4 @@ def main() -> None:
 
 if __name__ == '__main__':
   _define_flags()
-  front_door.run(main, _parse_overrides)
+  front_door.run(main, _parse_overrides, cache_programs=True)

@@ -18,11 +18,8 @@ import os
 from absl import flags
 
 from vpe_jax import front_door
-from vpe_jax.config import FITS
-from vpe_jax.contracts import UserError
-from vpe_jax.data.formats.array_record import MANIFEST, verify
-from vpe_jax.data.preparing import SHARD_RECORDS, SKIPPED, Settings, prepare
-from vpe_jax.storage import local_path
+from vpe_jax.data.formats.array_record import verify
+from vpe_jax.data.preparing import SHARD_RECORDS, SKIPPED, Settings, is_complete, prepare
 
 FLAGS = flags.FLAGS
 
@@ -43,7 +40,7 @@ def _define_flags() -> None:
   flags.DEFINE_string('language', '', 'language of the records, such as en; as data.language')
   flags.DEFINE_integer('least_text_height', 0, 'in pixels, as data.least_text_height', 0)
   flags.DEFINE_integer('image_size', 64, 'data.image_size, for --least_text_height', 1)
-  flags.DEFINE_enum('fit', 'pad', FITS, 'data.fit, for --least_text_height')
+  flags.DEFINE_string('fit', 'pad', 'data.fit, for --least_text_height')
   flags.DEFINE_integer(
     'count', 0, 'number of images to use, the first ones, before filters; 0: all', 0
   )
@@ -55,11 +52,9 @@ def _define_flags() -> None:
 
 def main() -> None:
   """Runs the command."""
-  for name in ('to',) if FLAGS.verify else ('source', 'to'):
-    if not FLAGS[name].value:
-      raise UserError(f'--{name} is missing (--help shows examples)')
+  front_door.require_flags(*(('to',) if FLAGS.verify else ('source', 'to')))
   if FLAGS.verify:
-    shards = list(verify(local_path(FLAGS.to)))
+    shards = list(verify(FLAGS.to))
     records = sum(shard.records for shard in shards)
     print(f'{FLAGS.to}: {len(shards)} files with {records:,} records are intact')
     return
@@ -67,7 +62,7 @@ def main() -> None:
   names += ('image_size', 'fit', 'count', 'shard_records')
   source = f'{FLAGS.source}/{FLAGS.split}' if FLAGS.split else FLAGS.source
   settings = Settings(source, **{name: FLAGS[name].value for name in names})
-  complete = (local_path(FLAGS.to) / MANIFEST).exists()
+  complete = is_complete(FLAGS.to)
   manifest = prepare(settings, FLAGS.to, FLAGS.workers, FLAGS.max_skipped)
   size = sum(shard.bytes for shard in manifest.shards) / 1e6
   print(f'{FLAGS.to}: {manifest.count:,} images in {len(manifest.shards)} files, {size:,.1f} MB')

@@ -16,8 +16,7 @@ import os
 
 from absl import flags
 
-from vpe_jax import devices, front_door, systems
-from vpe_jax.contracts import UserError
+from vpe_jax import front_door, systems
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.data.transforms import read_image
 from vpe_jax.generator import Generator
@@ -48,17 +47,15 @@ def _define_flags() -> None:
 def _prompts(optional: bool) -> list[str]:
   if optional and FLAGS.prompt is None and FLAGS.prompts is None:
     return []
-  if (FLAGS.prompt is None) == (FLAGS.prompts is None):
-    raise UserError('the prompt is missing: give one of --prompt="..." and --prompts=FILE')
-  if FLAGS.prompts is None:
+  cure = 'the prompt is missing: give one of --prompt="..." and --prompts=FILE'
+  if front_door.require_one('prompt', 'prompts', cure=cure) == 'prompt':
     return bpe.tidied([FLAGS.prompt])
   return bpe.read_prompts(os.path.expanduser(FLAGS.prompts), f'--prompts={FLAGS.prompts}')
 
 
 def main() -> None:
   """Runs the command."""
-  if not FLAGS.workdir:
-    raise UserError('--workdir is missing: name a run, or assets:tiny for the shipped weights')
+  front_door.require_flags('workdir', cure='name a run, or assets:tiny for the shipped weights')
   options = systems.sample_options()
   requests = [request for option in options if (request := option.requested())]
   request = requests[0] if requests else None
@@ -69,7 +66,6 @@ def main() -> None:
     count = request.count(len(prompts), FLAGS.n)
   front_door.check_folder(os.path.dirname(out))
   images.output_files(out, count, FLAGS.overwrite)
-  devices.use_compilation_cache()
   source = None if FLAGS.image is None else read_image(os.path.expanduser(FLAGS.image))
   generator = Generator.load(FLAGS.workdir, FLAGS.weights)
   if source is not None:
@@ -85,4 +81,4 @@ def main() -> None:
 
 if __name__ == '__main__':
   _define_flags()
-  front_door.run(main)
+  front_door.run(main, cache_programs=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
+from vpe_jax import storage
 from vpe_jax.compilation.memory import Usage
 from vpe_jax.compilation.roofline import Bound
 from vpe_jax.compilation.topology import Topology
@@ -79,6 +81,16 @@ class Report:
     if not self.usage.fits or self.hbm_bytes is None:
       return self.usage.fits
     return max(self.usage.peak, self.usage.planned) <= FIT * self.hbm_bytes
+
+  def save(self, path: str) -> None:
+    """Writes `as_dict` as JSON, local or gs://; whole or not at all.
+
+    Raises:
+      UserError: the file can't be written.
+    """
+    with storage.writing(path):
+      content = json.dumps(self.as_dict(), indent=2) + '\n'
+      storage.write_atomic(storage.resolve(path), content.encode())
 
   def as_dict(self) -> dict[str, Any]:
     """Values for JSON; None if unknown. Bytes are per chip, FLOPs are of all chips."""

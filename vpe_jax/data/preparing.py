@@ -32,7 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vpe_jax import storage
-from vpe_jax.config import FOLDER, TFDS, nearest
+from vpe_jax.config import FITS, FOLDER, TFDS, check, nearest
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.array_record import MANIFEST, Manifest, Shard, Writer, read_manifest
@@ -78,6 +78,9 @@ class Settings:
     fit: how images become square.
     count: number of input records to use, the first ones, before filters; 0 for all.
     shard_records: number of input records for each shard.
+
+  Raises:
+    UserError: `fit` is unknown.
   """
 
   source: str
@@ -92,6 +95,9 @@ class Settings:
   fit: str = 'pad'
   count: int = 0
   shard_records: int = SHARD_RECORDS
+
+  def __post_init__(self) -> None:
+    check(self, '', 'fit', self.fit in FITS, f'one of {", ".join(FITS)}')
 
   @property
   def record_filter(self) -> Filter:
@@ -147,6 +153,11 @@ def open_input(settings: Settings) -> Input:
   return TfdsInput(open_tfds(path, settings.root, 0, fields, settings.fit))
 
 
+def is_complete(to: str) -> bool:
+  """Whether a folder has been prepared to its end."""
+  return (storage.local_path(to) / MANIFEST).exists()
+
+
 def prepare(settings: Settings, to: str, workers: int = 0, max_skipped: float = 0.01) -> Manifest:
   """Writes a prepared folder, or the missing shards of an unfinished one.
 
@@ -163,7 +174,7 @@ def prepare(settings: Settings, to: str, workers: int = 0, max_skipped: float = 
     UserError: the input or the folder can't be used, or too many records are unusable.
   """
   folder = storage.local_path(to)
-  if not (folder / MANIFEST).exists():
+  if not is_complete(to):
     work = _create_work_folder(folder, settings)
     with _locked(work / _SETTINGS):
       try:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
+import yaml
 
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import frozen as frozen_lib
@@ -215,6 +216,28 @@ def class_of(name: str) -> type[Evaluator]:
     raise UserError(f"unknown evaluator '{name}'{nearest(name, known)}")
   module, _, cls = known[name].partition(':')
   return getattr(importlib.import_module(module), cls)
+
+
+def parse_options(settings: Sequence[str], known: Collection[str]) -> dict[str, dict[str, Any]]:
+  """Options on a command line, `NAME.OPTION=VALUE` each: evaluator name -> option -> value.
+
+  Args:
+    settings: the options; values are YAML.
+    known: names of the evaluators that run.
+
+  Raises:
+    UserError: a setting is malformed, or its evaluator doesn't run.
+  """
+  options: dict[str, dict[str, Any]] = {}
+  for setting in settings:
+    key, equals, text = setting.partition('=')
+    name, dot, option = key.partition('.')
+    if not (equals and dot):
+      raise UserError(f'--set={setting}: write NAME.OPTION=VALUE, such as best_of.plans=16')
+    if name not in known:
+      raise UserError(f'--set={setting}: --benchmarks does not name {name}')
+    options.setdefault(name, {})[option] = yaml.safe_load(text)
+  return options
 
 
 def build(name: str, options: Mapping[str, Any]) -> Evaluator:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vpe_jax import storage
+from vpe_jax.checkpoints import weights
 from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation.evaluator import Evaluator, Subject
@@ -72,6 +73,11 @@ def evaluate(
     print('\n'.join(f'wrote {path}' for path in written), flush=True)
   for path in save_combined(reports, next(iter(folders.values())), stems):
     print(f'wrote {path}')
+
+
+def report_folder(workdir: str) -> str:
+  """The default output folder for the reports of a run, or of a file of weights."""
+  return 'evaluation' if weights.is_file(workdir) else f'{workdir}/evaluation'
 
 
 def stem(subject: Subject, built: Mapping[str, Evaluator]) -> str:

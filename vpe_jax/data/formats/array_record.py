@@ -29,7 +29,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.folder import Bytes, FieldSpec, first_line, limited_count, open_folder
 from vpe_jax.data.records import Record, StoredSource
-from vpe_jax.storage import checksum, local_path
+from vpe_jax.storage import AnyPath, checksum, local_path
 
 MANIFEST = 'prepared.json'
 FORMAT = 1  # of manifest and records
@@ -230,12 +230,13 @@ def _check_size(folder: Path, shard: Shard) -> None:
     raise UserError(f'{path} has {size:,} bytes instead of {shard.bytes:,}: {_CURE}')
 
 
-def verify(folder: Path) -> Iterator[Shard]:
+def verify(path: AnyPath) -> Iterator[Shard]:
   """Verifies the checksum of each shard of a prepared folder; yields the intact shards.
 
   Raises:
     UserError: a shard is damaged; names it.
   """
+  folder = local_path(path)
   for shard in read_manifest(folder)[0].shards:
     _check_size(folder, shard)
     if checksum(folder / shard.file) != shard.crc32:
