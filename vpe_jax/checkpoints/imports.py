@@ -163,7 +163,7 @@ def network(
     source = sources.open_source(pretrained.source)
     return families.load(family, source, shard, expected, dtype).params
   sizes, params, _ = read(pretrained.source, family, dtype)
-  free = getattr(families.get(family), 'FREE', ())
+  free = families.FREE_SIZES.get(family, ())
   if sizes != dataclasses.replace(expected, **{name: getattr(sizes, name) for name in free}):
     raise UserError(
       f"the sizes of the {family} in '{pretrained.source}' differ from the config's: {sizes}, not "

@@ -103,7 +103,7 @@ def _towers(torch: Any, transformers: Any, folder: Path, imported: Imported) -> 
   model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
   images, pixels = _random_images(torch, sizes.image_size)
   ids = np.random.default_rng(0).integers(0, sizes.vocabulary, (_BATCH, sizes.text_length))
-  if getattr(sizes, 'end', None) is not None:
+  if imported.family == 'clip' and sizes.end is not None:
     ids[:, -1] = sizes.end  # CLIP pools the text features at the end token.
   tokens = jnp.asarray(ids, jnp.int32)
   if imported.family == 'siglip':

@@ -117,9 +117,14 @@ class TowerConfig:
     return self.sizes.encoder if self.encoder == 'dinov2' else self.sizes.vision
 
   @property
+  def view_side(self) -> int:
+    """Side of the tower's input image in pixels."""
+    return self.sizes.view if self.encoder in ('dinov2', 'clip') else self.sizes.image_size
+
+  @property
   def grid(self) -> int:
     """Features along each side of the image."""
-    return getattr(self.sizes, 'view', self.sizes.image_size) // self.sizes.patch
+    return self.view_side // self.sizes.patch
 
   @property
   def patches(self) -> int:
@@ -191,7 +196,7 @@ class Tower:
 def tower(config: TowerConfig) -> Tower:
   """The tower of a config, in float32."""
   c, depth = config.sizes, None if config.depth < 0 else config.depth
-  side = getattr(c, 'view', c.image_size)
+  side = config.view_side
   if config.encoder == 'dinov2':
     return Tower(dinov2.Dinov2(c), side, dinov2.normalised, 1, depth, ())
   text = jnp.zeros((1, c.text_length), jnp.int32)

@@ -199,8 +199,8 @@ def _settings(job: program.Job) -> dict[str, Any]:
     'remat': config.remat,
     'accumulate': config.optim_of(job.stage).accumulate,
   }
-  chunk = getattr(config.model, 'logits_chunk', None)
-  return settings if chunk is None else {**settings, 'logits_chunk': chunk}
+  model = to_dict(config.model)
+  return settings | {name: model[name] for name in ('logits_chunk',) if name in model}
 
 
 def _warnings(

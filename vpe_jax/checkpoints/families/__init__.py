@@ -36,6 +36,12 @@ FAMILIES = (
 )
 
 
+# Families whose networks were released without a config.json.
+WITHOUT_CONFIG = ('siglip_vq', 'wan_vae', 'ibq', 'llamagen_vq')
+# Fields of a family's sizes on which no published tensor depends.
+FREE_SIZES: Mapping[str, tuple[str, ...]] = {'showo2': ('codes', 'multiple', 'latent_size')}
+
+
 class Family(Protocol):
   """Interface of a module of this package.
 
@@ -43,14 +49,13 @@ class Family(Protocol):
     LAYOUTS: key layouts of published weights; exports use the first.
     STEM: stem of exported file names.
     Sizes: frozen dataclass of a network's sizes.
-
-  Two attributes are optional. `FREE` lists fields of the sizes on which no published tensor
-  depends. `RELEASED_SIZES` are the sizes of a network that was released without a config.json.
+    RELEASED_SIZES: sizes of the released network; of families in WITHOUT_CONFIG only.
   """
 
   LAYOUTS: tuple[Table, ...]
   STEM: str
   Sizes: type
+  RELEASED_SIZES: Any
 
   def sizes(self, config: Mapping[str, Any]) -> Any:
     """Converts config.json to our sizes.
@@ -160,7 +165,7 @@ def _abstract(family: Family, name: str, sizes: Any) -> Params:
 
 
 def _sizes(family: Family, name: str, source: Source) -> Any:
-  if not source.config and hasattr(family, 'RELEASED_SIZES'):
+  if not source.config and name in WITHOUT_CONFIG:
     return family.RELEASED_SIZES
   if not source.config:
     raise UserError(

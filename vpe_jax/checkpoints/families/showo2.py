@@ -38,7 +38,6 @@ from vpe_jax.ops.rope import RopeScaling
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = UnifiedConfig
-FREE = ('codes', 'multiple', 'latent_size')  # sizes on which no published parameter depends
 _BODY = {'rope_theta': 1e6, 'rms_norm_eps': 1e-6, 'bos_token_id': 151644, 'boi_token_id': 151652}
 # Sizes of Qwen2.5-1.5B and of SigLIP so400m-patch14-384 without its last layer.
 _RELEASED = {
