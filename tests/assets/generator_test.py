@@ -54,7 +54,7 @@ def test_its_losses_fell():
 def test_it_draws_what_held_out_captions_say():
   """An eighth of the protocol of vpe_jax.evaluate, at its bar of three times chance."""
   trials, _ = retrieval.make_trials(COUNT, 'combination')
-  generator, judge = Generator.load('assets:tiny', rows=32), EvaluatorNetwork.load()
+  generator, judge = Generator.load('assets:tiny', batch_size=32), EvaluatorNetwork.load()
   settings = generator.settings(steps=12)
   drawn = generator([trial.caption for trial in trials], settings=settings)
   vectors = judge.images(np.stack([picture.image for picture in drawn]))
