@@ -39,7 +39,7 @@ def command(monkeypatch, fake_subject):
   flags.judge, flags.out, flags.evaluated, flags.subjects = '', None, [], {}
   flags.load_fails = False
   monkeypatch.setattr(evaluate, 'FLAGS', flags)
-  monkeypatch.setattr(evaluate.devices, 'use_compilation_cache', lambda: None)
+  monkeypatch.setattr(evaluate.front_door, 'flags', types.SimpleNamespace(FLAGS=flags))
 
   def load(workdir):
     assert not flags.load_fails

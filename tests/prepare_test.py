@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 from absl import flags
@@ -65,6 +66,7 @@ def command(monkeypatch, tmp_path):
       patch.setattr(flags, f'DEFINE_{kind}', functools.partial(define, flag_values=values))
     prepare._define_flags()
   monkeypatch.setattr(prepare, 'FLAGS', values)
+  monkeypatch.setattr(prepare.front_door, 'flags', types.SimpleNamespace(FLAGS=values))
 
   def run(*arguments):
     values(['prepare', *(argument.format(tmp=tmp_path) for argument in arguments)])
