@@ -131,7 +131,7 @@ def _paper(config: ConfigDict) -> None:
   config.remat = 'attention'
   config.data = {'image_size': 512, 'text_length': 249, 'encode': 'online', 'root': 'data'}
   config.data.source = 'folders:blip3o,text_atlas,anyword'
-  config.data.tokenizer = 'Qwen/Qwen2.5-1.5B-Instruct'
+  config.data.tokenizer = 'showo2:Qwen/Qwen2.5-1.5B-Instruct'
   expert = _expert(1536, 8960, 28, 12, 2)
   config.model = {
     'text_vocab': 151_669,

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import difflib
 import math
-import os
 import re
 import types
 import typing
@@ -118,8 +117,9 @@ class DataConfig:
     encode: `online` (frozen encoders run during training) or `cached` (their outputs are computed
       once, before training).
     workers: reader processes per host (0: threads in this process).
-    tokenizer: `assets:bpe` (for the embedded data), a folder with a published tokenizer, its hub
-      id, or, for a class-conditional model, `classes:` and the class names (`cat,dog`), their
+    tokenizer: `assets:bpe` (for the embedded data); a published one as `FAMILY:NAME`, where NAME is
+      a folder or a hub id, and the family (vpe_jax.data.tokenizers.special_tokens) gives its special
+      tokens; or, for a class-conditional model, `classes:` and the class names (`cat,dog`), their
       number, or a text file with one name per line.
     prompt_field: field of a record that is its prompt: `caption`, or `group` (its class; in a
       folder of images, the name of the subfolder).
@@ -154,12 +154,10 @@ class DataConfig:
     for name, known in {'encode': ENCODES, 'prompt_field': PROMPT_FIELDS, 'fit': FITS}.items():
       check(self, 'data.', name, getattr(self, name) in known, f'one of {", ".join(known)}')
     self._check_source()
-    shipped, is_path = self.tokenizer == 'assets:bpe', bool(re.search(r'^[.~]|/', self.tokenizer))
-    # Whether a folder or a model of a hub exists is checked when it is opened.
-    valid = shipped or is_path or self.tokenizer.startswith(CLASSES)
-    valid = valid or os.path.isdir(self.tokenizer)
-    known = f'assets:bpe, a folder with a tokenizer.json, a hub id (OWNER/NAME), or {CLASSES}NAMES'
-    check(self, 'data.', 'tokenizer', valid, known)
+    # Family and folder or hub id are checked when the tokenizer is opened.
+    known = f'assets:bpe, FAMILY:FOLDER, FAMILY:OWNER/NAME (a hub id), or {CLASSES}NAMES'
+    valid = re.match(r'(?!assets:)[\w.-]+:.', self.tokenizer) or self.tokenizer == 'assets:bpe'
+    check(self, 'data.', 'tokenizer', bool(valid), known)
 
   def _check_source(self) -> None:
     if self.source not in SOURCES and not self.is_stored:

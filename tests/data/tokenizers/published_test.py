@@ -26,38 +26,58 @@ PLAIN = 151_643
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """A saved byte-level BPE with the size and the special tokens of Qwen2.5."""
+  return _save(tmp_path_factory.mktemp('tokenizer'), SPECIAL)
+
+
+def _save(path, special):
   letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   vocabulary = {letter: i for i, letter in enumerate(letters)}
   vocabulary |= {f'filler {i}': i for i in range(len(vocabulary), PLAIN)}
   bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
   bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   bpe.decoder = tokenizers.decoders.ByteLevel()
-  bpe.add_special_tokens(SPECIAL)
-  path = tmp_path_factory.mktemp('tokenizer')
+  bpe.add_special_tokens(special)
   transformers.PreTrainedTokenizerFast(
-    tokenizer_object=bpe, eos_token=SPECIAL[0], additional_special_tokens=SPECIAL[1:]
+    tokenizer_object=bpe, eos_token='<|endoftext|>', additional_special_tokens=special[1:]
   ).save_pretrained(path)
   return path
 
 
 @pytest.fixture(scope='module')
 def tokenizer(folder):
-  return published.open_tokenizer(str(folder))
+  return published.open_tokenizer(f'showo2:{folder}')
 
 
 def test_ids_equal_those_of_show_o2(tokenizer):
-  names = ('BOS', 'EOS', 'BOI', 'EOI')
-  ids = [tokenizer.id_of(getattr(published, name)) for name in names]
-  assert ids == [151_644, 151_645, 151_652, 151_653]
-  assert [tokenizer.id_of(name) for name in published.SHOW_O2] == list(range(151_665, 151_669))
+  names = ('<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>')
+  assert [tokenizer.id_of(name) for name in names] == [151_644, 151_645, 151_652, 151_653]
+  added = ('[PAD]', '<image>', '<|vid_start|>', '<|vid_end|>')
+  assert [tokenizer.id_of(name) for name in added] == list(range(151_665, 151_669))
   assert tokenizer.vocabulary == 151_669 and tokenizer.pad == 151_665
 
 
 def test_the_paper_preset_has_these_ids(tokenizer):
   model = t2i.get_config('paper').model
   assert model.text_vocab == tokenizer.vocabulary
-  assert model.bos == tokenizer.id_of(published.BOS)
-  assert model.boi == tokenizer.id_of(published.BOI)
+  assert model.bos == tokenizer.id_of('<|im_start|>')
+  assert model.boi == tokenizer.id_of('<|vision_start|>')
+
+
+def test_each_family_has_its_own_special_tokens(folder):
+  qwen = published.open_tokenizer(f'qwen2.5:{folder}')
+  assert qwen.vocabulary == 151_665 and qwen.pad == qwen.id_of('<|endoftext|>') == 151_643
+  with pytest.raises(UserError, match='has no token \\[PAD\\]'):
+    qwen.id_of('[PAD]')
+  with pytest.raises(UserError, match='has 151665 tokens and those of llama3 have 128256'):
+    published.open_tokenizer(f'llama3:{folder}')
+  with pytest.raises(UserError, match="no family of tokenizers is called 'qwen2'.*'qwen2.5'"):
+    published.open_tokenizer(f'qwen2:{folder}')
+
+
+def test_ids_of_special_tokens_are_checked(tmp_path):
+  path = _save(tmp_path, [SPECIAL[0], SPECIAL[2], SPECIAL[1], *SPECIAL[3:]])
+  with pytest.raises(UserError, match=r'<\|im_start\|> the id 151645 and qwen2.5 reads 151644'):
+    published.open_tokenizer(f'qwen2.5:{path}')
 
 
 def test_decode_inverts_encode(tokenizer):
@@ -76,7 +96,7 @@ def test_special_tokens_in_prompts_are_ordinary_text(tokenizer, name):
 def test_mistakes_are_named_in_one_line(tokenizer, tmp_path):
   for name in (str(tmp_path), str(tmp_path / 'none'), 'nothing'):
     with pytest.raises(UserError, match='no tokenizer at') as error:
-      published.open_tokenizer(name)
+      published.open_tokenizer(f'qwen2.5:{name}')
     assert '\n' not in str(error.value)
   with pytest.raises(UserError, match='no token <nope>'):
     tokenizer.id_of('<nope>')
@@ -86,7 +106,7 @@ def test_mistakes_are_named_in_one_line(tokenizer, tmp_path):
 
 def test_pipelines_use_the_tokenizer_of_the_config(folder, tokenizer):
   config = t2i.get_config('debug')
-  config.data.update(tokenizer=str(folder), encode='online', text_length=96)
+  config.data.update(tokenizer=f'showo2:{folder}', encode='online', text_length=96)
   system = systems.build(config.to_dict())
   pipeline = small_pipeline(system.config.data)
   batch = pipeline.examples([3])

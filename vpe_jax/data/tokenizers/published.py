@@ -1,4 +1,4 @@
-"""Tokenizers of published language models, with the special tokens that Show-o2 adds."""
+"""Tokenizers of published language models, with the special tokens of their families."""
 
 from __future__ import annotations
 
@@ -7,38 +7,48 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vpe_jax.config import CLASSES
+from vpe_jax.config import CLASSES, nearest
 from vpe_jax.contracts import UserError
 from vpe_jax.data.tokenizers import bpe, classes
-
-# Tokens that Show-o2 appends to the 151,665 tokens of Qwen2.5, in this order.
-SHOW_O2 = ('[PAD]', '<image>', '<|vid_start|>', '<|vid_end|>')
-# Tokens that Show-o2 puts around text and images.
-BOS, EOS, BOI, EOI = '<|im_start|>', '<|im_end|>', '<|vision_start|>', '<|vision_end|>'
+from vpe_jax.data.tokenizers.special_tokens import FAMILIES
 
 
 class PublishedTokenizer(bpe.Tokens):
-  """A tokenizer of `transformers.AutoTokenizer`.
+  """Captions to tokens and back, by `transformers.AutoTokenizer`.
 
   Attributes:
-    pad: id of the padding token that Show-o2 adds.
+    pad: id of the padding token.
   """
 
-  def __init__(self, name: str):
-    """Opens a tokenizer in a local folder, or downloads one from the hub.
+  def __init__(self, family: str, name: str):
+    """Opens a folder that holds a tokenizer, or fetches one from the hub.
 
     Args:
+      family: a key of special_tokens.FAMILIES.
       name: a local folder, or an id on the Hugging Face hub such as `Qwen/Qwen2.5-1.5B-Instruct`.
 
     Raises:
-      UserError: the tokenizer does not exist, or the hub can't be reached.
+      UserError: there is none, the hub is out of reach, or its tokens are not those of the family.
     """
     self.name = name
-    self._tokenizer = _opened(name)
-    self._tokenizer.add_special_tokens(
-      {'additional_special_tokens': list(SHOW_O2)}, replace_extra_special_tokens=False
-    )
-    self.pad = self.id_of(SHOW_O2[0])
+    self._tokenizer = _open(name)
+    special = FAMILIES[family]
+    if special.added:
+      self._tokenizer.add_special_tokens(
+        {'additional_special_tokens': list(special.added)}, replace_extra_special_tokens=False
+      )
+    if self.vocabulary != special.vocabulary:
+      raise UserError(
+        f"tokenizer '{name}' has {self.vocabulary} tokens and those of {family} have "
+        f'{special.vocabulary}: name another tokenizer or family in data.tokenizer'
+      )
+    for token, expected in special.ids.items():
+      if (actual := self.id_of(token)) != expected:
+        raise UserError(
+          f"tokenizer '{name}' gives {token} the id {actual} and {family} reads {expected}: name "
+          'another tokenizer or family in data.tokenizer'
+        )
+    self.pad = special.ids[special.pad]
 
   @property
   def vocabulary(self) -> int:
@@ -53,7 +63,9 @@ class PublishedTokenizer(bpe.Tokens):
     """
     index = self._tokenizer.get_vocab().get(token)
     if index is None:
-      raise UserError(f"tokenizer '{self.name}' has no token {token}: is it one of Qwen2.5?")
+      raise UserError(
+        f"tokenizer '{self.name}' has no token {token}: name another tokenizer in data.tokenizer"
+      )
     return index
 
   def _ids(self, caption: str) -> list[int]:
@@ -68,24 +80,31 @@ class PublishedTokenizer(bpe.Tokens):
 
 @functools.cache
 def open_tokenizer(name: str) -> bpe.Tokens:
-  """The tokenizer that a config names: `assets:bpe` (shipped), a folder, a hub id, or classes.
+  """The tokenizer that `data.tokenizer` names.
 
   Raises:
     UserError: no tokenizer has this name.
   """
   if name.startswith(CLASSES):
     return classes.of_names(name.removeprefix(CLASSES))
-  return bpe.shipped() if name == 'assets:bpe' else PublishedTokenizer(name)
+  if name == 'assets:bpe':
+    return bpe.shipped()
+  family, _, source = name.partition(':')
+  if family not in FAMILIES:
+    raise UserError(
+      f"data.tokenizer is '{name}', and no family of tokenizers is called '{family}'"
+      f'{nearest(family, (*FAMILIES, CLASSES[:-1]))}'
+    )
+  return PublishedTokenizer(family, source)
 
 
-def _opened(name: str) -> Any:
+def _open(name: str) -> Any:
   import transformers  # Imported here because it is slow and only published models need it.
 
   path = Path(name).expanduser()
   if not path.is_dir() and (name.startswith(('/', '.', '~')) or name.count('/') != 1):
     raise UserError(
-      f"no tokenizer at '{name}': name assets:bpe, a folder with a tokenizer.json, or a hub id "
-      '(OWNER/NAME)'
+      f"no tokenizer at '{name}': name a folder with a tokenizer.json, or a hub id (OWNER/NAME)"
     )
   try:
     source = str(path) if path.is_dir() else name
