@@ -233,7 +233,7 @@ def parse_options(settings: Sequence[str], known: Collection[str]) -> dict[str, 
     key, equals, text = setting.partition('=')
     name, dot, option = key.partition('.')
     if not (equals and dot):
-      raise UserError(f'--set={setting}: write NAME.OPTION=VALUE, such as best_of.plans=16')
+      raise UserError(f'--set={setting}: write NAME.OPTION=VALUE, such as retrieval.captions=64')
     if name not in known:
       raise UserError(f'--set={setting}: --benchmarks does not name {name}')
     options.setdefault(name, {})[option] = yaml.safe_load(text)
