@@ -29,20 +29,20 @@ def model():
 def test_padding_changes_nothing(model):
   model, params = model
   run = jax.jit(model)
-  wanted, found = run(params, IDS, LENGTH), run(params, IDS.at[1, 4:].set(6), LENGTH)
-  np.testing.assert_array_equal(wanted[0], found[0])
-  np.testing.assert_array_equal(wanted[1, :4], found[1, :4])
+  expected, output = run(params, IDS, LENGTH), run(params, IDS.at[1, 4:].set(6), LENGTH)
+  np.testing.assert_array_equal(expected[0], output[0])
+  np.testing.assert_array_equal(expected[1, :4], output[1, :4])
   longer = run(params, IDS.at[1, 4:].set(6), jnp.array([6, 6]))
-  assert np.max(np.abs(longer[1, 4:] - found[1, 4:])) > 1e-3
+  assert np.max(np.abs(longer[1, 4:] - output[1, 4:])) > 1e-3
 
 
 def test_one_token_at_a_time_gives_the_same_hidden_states(model):
   model, params = model
-  wanted = model.hidden(params, IDS, LENGTH)
+  expected = model.hidden(params, IDS, LENGTH)
   text = build(causal_text(IDS.shape[1]), lengths={'text': LENGTH})['text']
   positions, row = text.positions, text.visibility
   layers = mot.unstack(params['layers'])
-  cache, found = mot.empty_cache(model.layer, layers, row, jnp.float32), []
+  cache, output = mot.empty_cache(model.layer, layers, row, jnp.float32), []
 
   @jax.jit
   def step(cache, at):
@@ -53,10 +53,10 @@ def test_one_token_at_a_time_gives_the_same_hidden_states(model):
 
   for at in range(IDS.shape[1]):
     hidden, cache = step(cache, at)
-    found.append(hidden)
-  found = jnp.concatenate(found, axis=1)
-  np.testing.assert_allclose(found[0], wanted[0], atol=1e-5)
-  np.testing.assert_allclose(found[1, :4], wanted[1, :4], atol=1e-5)
+    output.append(hidden)
+  output = jnp.concatenate(output, axis=1)
+  np.testing.assert_allclose(output[0], expected[0], atol=1e-5)
+  np.testing.assert_allclose(output[1, :4], expected[1, :4], atol=1e-5)
 
 
 def test_a_named_attention_runs_on_texts_and_not_in_decoding():
@@ -73,16 +73,18 @@ def test_a_named_attention_runs_on_texts_and_not_in_decoding():
   assert np.isfinite(call(elsewhere, ids[:, :4])).all()
 
 
-def test_layers_taken_apart_give_the_gradient_of_the_stack(model):
+def test_unstacked_layers_give_the_gradient_of_the_stack(model):
   model, params = model
 
-  def loss(params, apart):
-    layers = mot.unstack(params['layers']) if apart else params['layers']
+  def loss(params, unstacked):
+    layers = mot.unstack(params['layers']) if unstacked else params['layers']
     return jnp.sum(jnp.sin(model.hidden({**params, 'layers': layers}, IDS, LENGTH)))
 
   gradient = jax.jit(jax.grad(loss), static_argnums=1)
-  wanted, found = gradient(params, False), gradient(params, True)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), found, wanted)
+  expected, output = gradient(params, False), gradient(params, True)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), output, expected
+  )
   # No leaf of zeros around each layer's gradient.
   text = str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, True))
   assert 'pad[' not in text and 'dynamic_update_slice' not in text

@@ -22,21 +22,21 @@ ALL = 1.0 - 1e-6  # so much that none of a few thousand elements is left
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_a_share_is_zero_and_the_rest_is_scaled_up(dtype):
   x = jnp.ones((4, 64, 32), dtype)
-  found = drop(x, 0.2, KEYS, 'mlp')
-  assert found.dtype == dtype
-  np.testing.assert_array_equal(np.unique(found), [0.0, np.asarray(1.25, dtype)])
-  shares = (np.asarray(found, np.float32) == 0).mean((1, 2))
+  output = drop(x, 0.2, KEYS, 'mlp')
+  assert output.dtype == dtype
+  np.testing.assert_array_equal(np.unique(output), [0.0, np.asarray(1.25, dtype)])
+  shares = (np.asarray(output, np.float32) == 0).mean((1, 2))
   np.testing.assert_allclose(shares, 0.2, atol=0.03)
-  assert float(jnp.mean(found, dtype=jnp.float32)) == pytest.approx(1.0, abs=0.02)
+  assert float(jnp.mean(output, dtype=jnp.float32)) == pytest.approx(1.0, abs=0.02)
 
 
 def test_what_is_dropped_belongs_to_the_key_and_to_the_use():
   x = jnp.ones((4, 8, 16))
-  found = np.asarray(drop(x, 0.5, KEYS, 'mlp'))
-  np.testing.assert_array_equal(drop(x[::-1], 0.5, KEYS[::-1], 'mlp')[::-1], found)
-  np.testing.assert_array_equal(drop(x[1:2], 0.5, KEYS[1:2], 'mlp'), found[1:2])
-  assert (found[0] != found[1]).any()
-  assert (np.asarray(drop(x, 0.5, KEYS, 'residual')) != found).any()
+  output = np.asarray(drop(x, 0.5, KEYS, 'mlp'))
+  np.testing.assert_array_equal(drop(x[::-1], 0.5, KEYS[::-1], 'mlp')[::-1], output)
+  np.testing.assert_array_equal(drop(x[1:2], 0.5, KEYS[1:2], 'mlp'), output[1:2])
+  assert (output[0] != output[1]).any()
+  assert (np.asarray(drop(x, 0.5, KEYS, 'residual')) != output).any()
   assert drop(x, 0.0, KEYS, 'mlp') is x and drop(x, 0.5, None, 'mlp') is x
 
 
@@ -68,6 +68,6 @@ def test_each_rate_acts_where_it_says(dropout, silent):
 
   zero = lambda path, leaf: leaf * (tuple(key.key for key in path)[: len(silent)] != silent)
   without = jax.tree_util.tree_map_with_path(zero, params)
-  wanted = hidden(without, None)
-  np.testing.assert_allclose(hidden(params, KEYS), wanted, atol=1e-6)
-  assert np.abs(hidden(params, None) - wanted).max() > 0.1
+  expected = hidden(without, None)
+  np.testing.assert_allclose(hidden(params, KEYS), expected, atol=1e-6)
+  assert np.abs(hidden(params, None) - expected).max() > 0.1

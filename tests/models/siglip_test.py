@@ -161,7 +161,7 @@ def pair():
       torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), output_hidden_states=True
     )
   weights = {k: v.numpy() for k, v in model.state_dict().items()}
-  wanted = {
+  expected = {
     'features': out.vision_model_output.last_hidden_state,
     'raw': raw.hidden_states[1],
     'pooled': out.vision_model_output.pooler_output,
@@ -170,8 +170,8 @@ def pair():
     'logits': out.logits_per_image,
     'loss': out.loss,
   }
-  wanted = {k: v.detach().numpy() for k, v in wanted.items()}
-  return wanted, _ours(weights, CONFIG), images, text
+  expected = {k: v.detach().numpy() for k, v in expected.items()}
+  return expected, _ours(weights, CONFIG), images, text
 
 
 def _outputs(params, images, text):
@@ -193,37 +193,37 @@ def _outputs(params, images, text):
   return net.apply({'params': params}, method=run)
 
 
-def _distance(got, wanted):
-  return float(np.max(np.abs(np.asarray(got) - wanted)) / np.max(np.abs(wanted)))
+def _distance(got, expected):
+  return float(np.max(np.abs(np.asarray(got) - expected)) / np.max(np.abs(expected)))
 
 
 @pytest.mark.parity
 def test_towers_and_logits_agree_with_transformers(pair):
-  wanted, params, images, text = pair
+  expected, params, images, text = pair
   for name, value in _outputs(params, images, text).items():
-    assert _distance(value, wanted[name]) < 2e-5, name
+    assert _distance(value, expected[name]) < 2e-5, name
 
 
 @pytest.mark.parity
 def test_sigmoid_loss_agrees_with_transformers(pair):
   from vpe_jax.objectives import alignment
 
-  wanted, params, images, text = pair
+  expected, params, images, text = pair
   logits = _outputs(params, images, text)['logits']
   loss = jnp.mean(alignment.sigmoid_loss(logits, alignment.same_caption(text)))
-  np.testing.assert_allclose(loss, wanted['loss'], rtol=2e-5)
+  np.testing.assert_allclose(loss, expected['loss'], rtol=2e-5)
 
 
 @pytest.mark.parity
 def test_every_bias_and_norm_matters_to_parity(pair):
   """Dropping any bias or swapping the norms of a layer breaks parity."""
-  wanted, params, images, text = pair
+  expected, params, images, text = pair
   leaves, tree = jax.tree_util.tree_flatten_with_path(params)
   run = jax.jit(lambda p: _outputs(p, images, text))
 
   def worst(changed):
     out = run(changed)
-    return max(_distance(out[name], wanted[name]) for name in out)
+    return max(_distance(out[name], expected[name]) for name in out)
 
   for i, (path, leaf) in enumerate(leaves):
     keys = [str(p.key) for p in path]
@@ -258,9 +258,9 @@ def test_bfloat16_follows_float32(pair):
   length = jnp.full((3,), 6)
   half = siglip.Siglip(CONFIG, jnp.bfloat16)
   vectors = half.apply({'params': params}, images, method='embed_images')
-  wanted = siglip.Siglip(CONFIG).apply({'params': params}, images, method='embed_images')
+  expected = siglip.Siglip(CONFIG).apply({'params': params}, images, method='embed_images')
   assert vectors.dtype == jnp.float32
-  assert float(jnp.min(jnp.sum(vectors * wanted, -1))) > 0.99
+  assert float(jnp.min(jnp.sum(vectors * expected, -1))) > 0.99
   assert half.apply({'params': params}, images, text, length).dtype == jnp.float32
 
 

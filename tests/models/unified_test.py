@@ -28,10 +28,10 @@ def test_velocity_and_logits_equal_show_o2(show_o2):
 
 
 def test_mask_equals_show_o2(show_o2):
-  row = sequence_visibility(show_o2.regions)
-  length = row.order.shape[1]
-  wanted = show_o2.io['dense_mask'][:, 0, :length, :length]
-  np.testing.assert_array_equal(visible(row, row), wanted)
+  sequence = sequence_visibility(show_o2.regions)
+  length = sequence.order.shape[1]
+  expected = show_o2.io['dense_mask'][:, 0, :length, :length]
+  np.testing.assert_array_equal(visible(sequence, sequence), expected)
 
 
 def test_position_table_resize_equals_show_o2(show_o2):
@@ -55,8 +55,8 @@ def test_parity_notices_a_mistake(show_o2, mutation):
   elif mutation == 'clock':
     clock = 1 - clock
   _, velocity = show_o2.run(params, sizes, clock)
-  velocity, wanted = velocity.transpose(0, 3, 1, 2), show_o2.io['velocity']
+  velocity, expected = velocity.transpose(0, 3, 1, 2), show_o2.io['velocity']
   if mutation == 'layout':
     velocity = velocity.transpose(0, 1, 3, 2)
-  error = np.max(np.abs(velocity - wanted)) / np.max(np.abs(wanted))
+  error = np.max(np.abs(velocity - expected)) / np.max(np.abs(expected))
   assert error > 1e-4, f'the mistake goes unnoticed: {error:.2e}'

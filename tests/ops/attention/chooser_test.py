@@ -20,7 +20,7 @@ def _abstract(L, S, H=64, dtype=jnp.bfloat16):
 
 
 @pytest.mark.parametrize(
-  'platform, L, S, options, wanted',
+  'platform, L, S, options, expected',
   [
     ('cpu', 64, 64, {}, 'reference'),
     ('cpu', 2048, 2048, {}, 'chunked'),
@@ -38,11 +38,11 @@ def _abstract(L, S, H=64, dtype=jnp.bfloat16):
     ('rocket', 2048, 2048, {}, 'chunked'),
   ],
 )
-def test_none_chooses_by_platform_shape_and_mask(monkeypatch, platform, L, S, options, wanted):
+def test_none_chooses_by_platform_shape_and_mask(monkeypatch, platform, L, S, options, expected):
   monkeypatch.setattr(chooser, 'device', lambda: (platform, 'kind'))
   q, k = _abstract(L, S, options.get('H', 64), options.get('dtype', jnp.bfloat16))
   bias = jnp.zeros(()) if options.get('bias') else None
-  assert chooser._choose(q, k, '', bias, options.get('hint', '')) == wanted
+  assert chooser._choose(q, k, '', bias, options.get('hint', '')) == expected
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,10 @@ def test_named_ones_agree_and_give_the_log_sum_exp(masks):
   case = masks.case(masks.transfusion(20, 30, 4))
   call = jax.jit(lambda *inputs: chooser.attention_and_lse(*inputs, *case.mask, 'chunked'))
   mixed, lse = call(*case.inputs)
-  wanted, wanted_lse = reference.attention(*case.inputs, *case.mask)
-  np.testing.assert_allclose(mixed, wanted, atol=2e-6)
-  np.testing.assert_allclose(lse, wanted_lse, atol=2e-6)
-  np.testing.assert_array_equal(chooser.attention(*case.inputs, *case.mask, 'reference'), wanted)
+  expected, expected_lse = reference.attention(*case.inputs, *case.mask)
+  np.testing.assert_allclose(mixed, expected, atol=2e-6)
+  np.testing.assert_allclose(lse, expected_lse, atol=2e-6)
+  np.testing.assert_array_equal(chooser.attention(*case.inputs, *case.mask, 'reference'), expected)
   with pytest.raises(UserError, match='no log-sum-exp'):
     chooser.attention_and_lse(*case.inputs, *case.mask, 'cudnn')
 
@@ -108,15 +108,15 @@ def test_named_ones_agree_and_give_the_log_sum_exp(masks):
   ],
 )
 def test_a_mesh_changes_nothing(masks, kernel, batch, heads, spec):
-  """Batch and heads are spread where they divide: 4 rows and 2 heads do, 3 and 1 do not."""
-  row = jax.tree.map(lambda x: jnp.repeat(x, batch, 0), masks.transfusion(10, 20, 5)[0])
-  case = masks.case((row, row), heads=heads)
+  """Batch and heads are sharded where they divide: 4 sequences and 2 heads do, 3 and 1 do not."""
+  sequence = jax.tree.map(lambda x: jnp.repeat(x, batch, 0), masks.transfusion(10, 20, 5)[0])
+  case = masks.case((sequence, sequence), heads=heads)
   run = masks.differentiated(
     lambda q, k, v, query, key: blockwise.attend(kernel, blockwise.Operands(q, k, v, query, key))
   )
   alone = run(case)
   with jax.set_mesh(sharding.make_mesh(config.MeshConfig(2, 2, 2, 'fsdp_tensor'))):
-    assert blockwise._specs(blockwise.Operands(*case.inputs, row, row)).wide == jax.P(
+    assert blockwise._specs(blockwise.Operands(*case.inputs, sequence, sequence)).wide == jax.P(
       spec[0], None, spec[1], None
     )
     split = run(case)

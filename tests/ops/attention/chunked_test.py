@@ -15,12 +15,12 @@ def test_bias_and_its_gradient(masks, monkeypatch, shape):
   monkeypatch.setattr(chunked, 'ROWS', 32)
   monkeypatch.setattr(chunked, 'COLUMNS', 16)
   monkeypatch.setattr(chunked, '_LEAST', 8)
-  row = jax.tree.map(lambda x: jnp.repeat(x, 2, 0), masks.transfusion(20, 35, 5)[0])
-  case = masks.case((row, row))
+  sequence = jax.tree.map(lambda x: jnp.repeat(x, 2, 0), masks.transfusion(20, 35, 5)[0])
+  case = masks.case((sequence, sequence))
   bias = jax.random.normal(jax.random.key(3), shape)
 
   def results(run):
-    call = lambda q, k, v, bias: run(q, k, v, row, row, bias)
+    call = lambda q, k, v, bias: run(q, k, v, sequence, sequence, bias)
     out, pull = jax.vjp(call, *case.inputs, bias)
     return (*out, *pull(case.gradients))
 

@@ -34,7 +34,7 @@ def mesh():
 
 
 def _compiled(masks, mesh, run, lengths, heads, dtype):
-  """The text of a compiled forward and backward pass, a row a chip."""
+  """The text of a compiled forward and backward pass, a sequence a chip."""
   L, S = lengths
 
   def arrays():
@@ -52,14 +52,14 @@ def _compiled(masks, mesh, run, lengths, heads, dtype):
 def _square(text, lengths, block=512):
   """Shapes in a program with an axis of L and one of S, each as long or padded to blocks."""
   inside = lambda n, length: length <= n <= -(-length // block) * block
-  found = set()
+  shapes = set()
   for shape in re.findall(r'\w\[([\d,]+)\]', text):
     sizes = [int(n) for n in shape.split(',')]
     for i, size in enumerate(sizes):
       others = sizes[:i] + sizes[i + 1 :]
       if inside(size, lengths[0]) and any(inside(n, lengths[1]) for n in others):
-        found.add(shape)
-  return found
+        shapes.add(shape)
+  return shapes
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_schedule_beyond_scalar_memory_is_cut_by_rows(masks, monkeypatch):
   kernel = pallas_tpu.Tpu(32, 16, interpret=True)
   run = lambda: kernel.forward(blockwise.Operands(*case.inputs, row, row))
   whole = jax.jit(lambda: run())()
-  # 2 x 4 pairs a row, two in a word: one row fits into 16 bytes, and a second one doesn't.
+  # 2 x 4 pairs a sequence, two in a word: one sequence fits into 16 bytes, and no second one.
   monkeypatch.setattr(pallas_tpu, '_SMEM', 16)
   assert str(jax.make_jaxpr(run)()).count('name=attention_forward') == 3
   for ours, theirs in zip(jax.jit(lambda: run())(), whole, strict=True):

@@ -1,4 +1,4 @@
-"""The dense definition: against plain softmax attention, empty rows, gradients, bias."""
+"""The dense definition: against plain softmax attention, absent tokens, gradients, bias."""
 
 from __future__ import annotations
 
@@ -37,23 +37,25 @@ def _plain(q, k, v, mask, bias=0.0):
 
 def test_equals_plain_attention_and_gives_zero_to_empty_rows():
   q, k, v = _inputs()
-  row = _visibility()
-  mask = visible(row, row)
-  mixed, lse = reference.attention(q, k, v, row, row)
-  wanted = _plain(q, k, v, mask)
+  sequence = _visibility()
+  mask = visible(sequence, sequence)
+  mixed, lse = reference.attention(q, k, v, sequence, sequence)
+  expected = _plain(q, k, v, mask)
   present = np.array([0, 1, 3, 4, 5, 6])
-  np.testing.assert_allclose(mixed[:, present], wanted[:, present], atol=2e-6)
+  np.testing.assert_allclose(mixed[:, present], expected[:, present], atol=2e-6)
   assert float(jnp.abs(mixed[:, 2]).max()) == 0
   assert np.isneginf(lse[:, 2]).all() and np.isfinite(lse[:, present]).all()
 
 
 def test_gradients_equal_and_are_finite():
   q, k, v = _inputs()
-  row = _visibility()
-  mask = visible(row, row)
-  there = (row.until > 0)[:, :, None, None]
-  ours = jax.grad(lambda *a: jnp.sum(jnp.sin(reference.attention(*a, row, row)[0])), (0, 1, 2))
-  theirs = jax.grad(lambda *a: jnp.sum(jnp.where(there, jnp.sin(_plain(*a, mask)), 0)), (0, 1, 2))
+  sequence = _visibility()
+  mask = visible(sequence, sequence)
+  present = (sequence.until > 0)[:, :, None, None]
+  ours = jax.grad(
+    lambda *a: jnp.sum(jnp.sin(reference.attention(*a, sequence, sequence)[0])), (0, 1, 2)
+  )
+  theirs = jax.grad(lambda *a: jnp.sum(jnp.where(present, jnp.sin(_plain(*a, mask)), 0)), (0, 1, 2))
   for a, b in zip(ours(q, k, v), theirs(q, k, v), strict=True):
     assert np.isfinite(a).all()
     np.testing.assert_allclose(a, b, atol=5e-6)
@@ -61,11 +63,11 @@ def test_gradients_equal_and_are_finite():
 
 def test_log_sum_exp_and_bias():
   q, k, v = _inputs()
-  row = _visibility()
+  sequence = _visibility()
   bias = jax.random.normal(jax.random.key(5), (1, N, L, L))
-  mixed, lse = reference.attention(q, k, v, row, row, bias)
-  wanted = _plain(q, k, v, visible(row, row), bias)
-  np.testing.assert_allclose(mixed[:, 3:], wanted[:, 3:], atol=2e-6)
+  mixed, lse = reference.attention(q, k, v, sequence, sequence, bias)
+  expected = _plain(q, k, v, visible(sequence, sequence), bias)
+  np.testing.assert_allclose(mixed[:, 3:], expected[:, 3:], atol=2e-6)
   # The first token sees itself alone.
   logit = jnp.einsum('BNH,BNH->BN', q[:, 0], jnp.repeat(k[:, 0], N // K, 1)) / np.sqrt(H)
   np.testing.assert_allclose(lse[:, 0], logit + bias[:, :, 0, 0], atol=2e-6)
@@ -73,9 +75,9 @@ def test_log_sum_exp_and_bias():
 
 def test_bfloat16_stays_close():
   q, k, v = _inputs()
-  row = _visibility()
-  exact = chooser.attention(q, k, v, row, row)
-  low = chooser.attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), row, row)
+  sequence = _visibility()
+  exact = chooser.attention(q, k, v, sequence, sequence)
+  low = chooser.attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)), sequence, sequence)
   assert low.dtype == jnp.bfloat16
   assert float(jnp.abs(low.astype(jnp.float32) - exact).max()) < 0.05
 

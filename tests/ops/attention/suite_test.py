@@ -69,13 +69,13 @@ def truth(masks, run):
 @pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize('name', KERNELS)
 def test_equals_the_definition(run, truth, name, dtype, mask):
-  case, wanted = truth(mask, dtype)
-  given = run(name, case)
-  unseen = np.isneginf(wanted[1])
-  np.testing.assert_array_equal(np.isneginf(given[1]), unseen)
-  assert not np.asarray(given[0], np.float32)[unseen].any(), 'a query that sees no key gets zeros'
-  assert not np.asarray(given[2], np.float32)[unseen].any(), 'and has no gradient'
-  for what, ours, theirs in zip(('mixed', 'lse', 'dq', 'dk', 'dv'), given, wanted, strict=True):
+  case, expected = truth(mask, dtype)
+  actual = run(name, case)
+  unseen = np.isneginf(expected[1])
+  np.testing.assert_array_equal(np.isneginf(actual[1]), unseen)
+  assert not np.asarray(actual[0], np.float32)[unseen].any(), 'a query that sees no key gets zeros'
+  assert not np.asarray(actual[2], np.float32)[unseen].any(), 'and has no gradient'
+  for what, ours, theirs in zip(('mixed', 'lse', 'dq', 'dk', 'dv'), actual, expected, strict=True):
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, what
     ours, theirs = (np.where(np.isneginf(x), 0, np.asarray(x, np.float32)) for x in (ours, theirs))
     assert np.isfinite(ours).all(), what
