@@ -236,7 +236,7 @@ def test_each_stage_has_its_own_rate_average_and_microbatches(build, tmp_path, c
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
   jax.tree.map(close, state['ema'], alike['ema'])
   said = capsys.readouterr().out
-  assert 'stage head (1 of 2): 2 steps of 16 examples, adamw at rate 0.01' in said
+  assert 'stage head (1 of 2): 2 steps of 16 examples, adamw with learning rate 0.01' in said
   table = [line.split('  ')[-1] for line in said.splitlines() if line.startswith('  backbone')]
   assert table[:2] == ['initialized', 'initialized']
   heads = [line.split('  ')[-1] for line in said.splitlines() if line.startswith('  head ')]
