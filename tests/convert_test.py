@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import pathlib
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
+from tests import commands
 from vpe_jax import convert
 from vpe_jax.checkpoints import parity, sources, weights
 from vpe_jax.contracts import UserError
@@ -140,7 +139,6 @@ def test_output_inside_the_source_is_refused(published):
   ],
 )
 def test_command_line_errors_are_one_line(tmp_path, flags, words):
-  command = [sys.executable, '-m', 'vpe_jax.convert', *flags]
-  process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+  process = commands.run('vpe_jax.convert', *flags, cwd=tmp_path)
   assert process.returncode == 2 and words in process.stderr
   assert 'Traceback' not in process.stderr and not list(tmp_path.iterdir())

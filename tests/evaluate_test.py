@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pathlib
 import re
-import subprocess
-import sys
 import types
 
 import numpy as np
 import pytest
 
+from tests import commands
 from vpe_jax import evaluate
 from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import retrieval
@@ -20,8 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_a_mistake_is_one_line_and_status_2():
-  command = [sys.executable, '-m', 'vpe_jax.evaluate', '--workdir=/no/such/run']
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  done = commands.run('vpe_jax.evaluate', '--workdir=/no/such/run')
   assert done.returncode == 2
   assert re.fullmatch('error: .*/no/such/run.*', done.stderr.strip().splitlines()[-1])
   assert 'Traceback' not in done.stderr

@@ -1,8 +1,6 @@
 """Tests of export: rounded weights, latent moments and one-line errors."""
 
 import json
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +10,7 @@ import pytest
 
 from configs import codec as config_file
 from configs import t2i
+from tests import commands
 from vpe_jax import export, rng, systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import to_dict
@@ -134,7 +133,6 @@ def test_command_line_errors_are_one_line_and_status_2():
     (['x'], "unexpected argument 'x'"),
     (['--workdir=runs/x', '--to=/dev/null/x.safetensors'], 'cannot write to'),
   ]:
-    command = [sys.executable, '-m', 'vpe_jax.export', *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = commands.run('vpe_jax.export', *arguments)
     assert process.returncode == 2
     assert process.stderr.startswith('error: ' + message) and process.stderr.count('\n') == 1

@@ -1,47 +1,20 @@
 """Front doors: flags, mistakes, and folders that can't be written to."""
 
 import functools
-import subprocess
-import sys
 import types
 
 import pytest
 from absl import flags
 
+from tests import commands
 from vpe_jax import front_door
 from vpe_jax.contracts import UserError
 
-# A command with one flag, which says what it was given or makes the user's mistake.
-COMMAND = """
-from absl import flags, logging
-from vpe_jax import front_door
-from vpe_jax.contracts import UserError
-
-def main():
-  if flags.FLAGS.n == 13:
-    raise UserError('n is 13: choose another')
-  if flags.FLAGS.n == 28:
-    open('/dev/full', 'w').write('x' * 10**6)
-  logging.info('chatter')
-  print(flags.FLAGS.n, taken)
-
-def take(argv):
-  taken.extend(word for word in argv if word.startswith('+'))
-  return [word for word in argv if not word.startswith('+')]
-
-taken = []
-flags.DEFINE_integer('n', 1, 'a number')
-front_door.run(main, take)
-"""
-
-
-def _run(*arguments):
-  command = [sys.executable, '-c', COMMAND, *arguments]
-  return subprocess.run(command, capture_output=True, text=True, check=False)
+TOY = 'tests.toy_command'
 
 
 def test_flags_reach_the_command_and_others_are_taken():
-  done = _run('--n=3', '+x')
+  done = commands.run(TOY, '--n=3', '+x')
   assert (done.returncode, done.stdout) == (0, "3 ['+x']\n"), done.stderr
   assert 'chatter' not in done.stderr
 
@@ -57,7 +30,7 @@ def test_flags_reach_the_command_and_others_are_taken():
   ],
 )
 def test_a_mistake_is_one_line_and_status_2(argument, message):
-  done = _run(argument)
+  done = commands.run(TOY, argument)
   assert (done.returncode, done.stdout) == (2, '')
   assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
   assert message in done.stderr

@@ -1,24 +1,8 @@
 """Tests of the training command as a real process."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-def _main(*arguments, cwd=ROOT):
-  return subprocess.run(
-    [sys.executable, '-m', 'vpe_jax.main', *arguments],
-    cwd=cwd,
-    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+from tests import commands
 
 
 @pytest.mark.parametrize(
@@ -31,13 +15,13 @@ def _main(*arguments, cwd=ROOT):
   ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message):
-  done = _main(*arguments)
+  done = commands.run('vpe_jax.main', *arguments)
   assert done.returncode == 2
   assert message in done.stderr and 'Traceback' not in done.stderr
   assert len([line for line in done.stderr.splitlines() if line.startswith('error: ')]) == 1
 
 
 def test_help_has_examples():
-  done = _main('--help')
+  done = commands.run('vpe_jax.main', '--help')
   assert done.returncode == 0
   assert 'python -m vpe_jax.main --config=configs/t2i.py' in done.stdout

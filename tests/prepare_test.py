@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import re
-import subprocess
-import sys
 import types
 
 import pytest
 from absl import flags
 from PIL import Image
 
+from tests import commands
 from vpe_jax import prepare
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
@@ -38,8 +37,7 @@ def test_a_folder_is_prepared_verified_and_opened(images, tmp_path, command, cap
   to = tmp_path / 'to'
   arguments = [f'--source=folder:{images}', f'--to={to}', '--caption=words', '--language=en']
   arguments += ['--shard_records=8', '--workers=0']
-  python = [sys.executable, '-m', 'vpe_jax.prepare', *arguments]
-  failed = subprocess.run(python, capture_output=True, text=True, check=False)
+  failed = commands.run('vpe_jax.prepare', *arguments)
   assert failed.returncode == 2
   assert re.fullmatch(r'error: .*folder/cat/07.png.*', failed.stderr.strip().splitlines()[-1])
   command(*arguments, '--max_skipped=0.05')

@@ -1,17 +1,8 @@
 """The sample command: mistakes are one line and status 2, and nothing is written."""
 
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-
-
-def _run(*args):
-  command = [sys.executable, '-m', 'vpe_jax.sample', *args]
-  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+from tests import commands
 
 
 @pytest.mark.parametrize(
@@ -37,7 +28,7 @@ def _run(*args):
 )
 def test_mistakes_are_one_line_and_status_2(args, message, tmp_path):
   (tmp_path / 'old.png').write_text(' \n')
-  done = _run(*(arg.replace('{tmp}', str(tmp_path)) for arg in args))
+  done = commands.run('vpe_jax.sample', *(arg.replace('{tmp}', str(tmp_path)) for arg in args))
   assert done.returncode == 2
   line = done.stderr.strip().splitlines()[-1]
   assert line.startswith('error: ') and message.replace('{tmp}', str(tmp_path)) in line
@@ -47,7 +38,7 @@ def test_mistakes_are_one_line_and_status_2(args, message, tmp_path):
 
 
 def test_help_has_an_example_and_every_setting():
-  text = _run('--help').stdout
+  text = commands.run('vpe_jax.sample', '--help').stdout
   assert 'python -m vpe_jax.sample --workdir=assets:tiny --prompt=' in text
   for name in (
     'guidance',
