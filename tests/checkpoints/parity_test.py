@@ -73,7 +73,7 @@ def test_import_matches_its_reference(name, tmp_path):
   imported = families.load(name, sources.open_source(str(tmp_path)))
   errors = parity.compare(imported, tmp_path)
   passed, line = parity.verdict(name, errors)
-  assert passed and 'holds' in line
+  assert passed and 'passes' in line
   # Negative control: a changed scale fails the check.
   leaf = next(iter(sorted(_scale_paths(imported.params))))
   _change(imported.params, leaf)
