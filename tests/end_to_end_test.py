@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import commands
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.training import metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = '--config=configs/t2i.py:debug'
 # More steps than `debug` has, so that a slow watcher still kills where it means to.
 PLAN, JOINT, EVERY = 30, 40, 10
@@ -32,50 +29,31 @@ LENGTH = (
   '--config.evals.sample_grid.every=0',
 )
 SPEEDS = re.compile(r'time|_per_s|mfu')
-PATIENCE = 300.0  # seconds for a process to get where it is awaited
 
 pytestmark = pytest.mark.slow
 
 
-class Process:
-  """A front door in a process of its own, on one device unless told otherwise."""
+class Process(commands.Command):
+  """A front door in a process of its own, on one device by default."""
 
   def __init__(self, door: str, *arguments: str, log: Path, devices: int = 1):
-    # Not the flags of the other tests, which compile faster and run slower: these runs are long.
-    flags = f'--xla_force_host_platform_device_count={devices}'
     self.log = log
-    with log.open('w') as file:
-      self._popen = subprocess.Popen(
-        [sys.executable, '-m', f'vpe_jax.{door}', *arguments],
-        cwd=ROOT,
-        env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
-        stdout=file,
-        stderr=subprocess.STDOUT,
-      )
+    log.unlink(missing_ok=True)
+    # Not the flags of the other tests, which compile faster and run slower: these runs are long.
+    env = {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+    super().__init__(f'vpe_jax.{door}', *arguments, stdout=log, env=env)
 
-  def send(self, number: int) -> None:
-    self._popen.send_signal(number)
-
-  def wait(self) -> int:
-    """The exit status."""
-    return self._popen.wait(PATIENCE)
-
-  def until(self, reached: Callable[[], bool]) -> None:
-    """Returns as soon as `reached()`, while the process is running."""
-    deadline = time.monotonic() + PATIENCE
-    while not reached():
-      assert self._popen.poll() is None, f'ended too early:\n{self.text()}'
+  def until(self, predicate: Callable[[], bool]) -> None:
+    """Returns as soon as the predicate is true, while the process is running."""
+    deadline = time.monotonic() + commands.TIMEOUT
+    while not predicate():
+      assert self.poll() is None, f'ended too early:\n{self.text()}'
       assert time.monotonic() < deadline, f'did not get there:\n{self.text()}'
       time.sleep(0.001)
 
   def text(self) -> str:
+    """Its output."""
     return self.log.read_text()
-
-  def close(self) -> None:
-    """Ends it if it is still there: a failed test leaves nothing behind."""
-    if self._popen.poll() is None:
-      self._popen.kill()
-      self._popen.wait()
 
 
 @pytest.fixture
@@ -86,7 +64,7 @@ def start(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Proce
   def start_main(workdir: Path, *arguments: str) -> Process:
     log = tmp_path / f'log-{next(count)}.txt'
     process = Process('main', CONFIG, f'--workdir={workdir}', *LENGTH, *arguments, log=log)
-    request.addfinalizer(process.close)
+    request.addfinalizer(process.kill)
     return process
 
   return start_main
@@ -100,7 +78,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
   try:
     assert process.wait() == 0, process.text()
   finally:
-    process.close()
+    process.kill()
   return folder / 'run'
 
 
@@ -315,7 +293,7 @@ def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     statuses = {name: process.wait() for name, process in processes.items()}
   finally:
     for process in processes.values():
-      process.close()
+      process.kill()
   said = {name: process.text() for name, process in processes.items()}
   assert statuses == dict.fromkeys(commands, 2), '\n\n'.join(said.values())
   assert _listing(finished) == before, 'a mistake changed the run'

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 from vpe_jax import sharding
 from vpe_jax.config import MeshConfig, OptimConfig
@@ -29,6 +30,15 @@ def test_parameter_table_has_a_row_for_each_group(line_system):
   assert head[:3] == ['head', '800', 'trains']
   assert head[3:8] == ['0.25', '96%,', '0.5', '4%', 'float32']
   assert encoder[:3] == ['encoder', '3,072', 'frozen'] and encoder[-1] == 'assets:x'
+
+
+def test_every_parameter_is_listed_in_the_run_s_folder(tmp_path):
+  mesh = sharding.make_mesh(MeshConfig())
+  spread = jax.device_put(jnp.ones((16, 8)), jax.NamedSharding(mesh, jax.P('fsdp')))
+  report.write_parameters(epath.Path(tmp_path), {'head': {'kernel': spread}, 'bias': jnp.ones(3)})
+  text = (tmp_path / report.PARAMETERS_FILE).read_text()
+  assert 'head/kernel' in text and '(16, 8)' in text and "('fsdp',)" in text
+  assert 'Total: 131 -- 524 bytes' in text
 
 
 def test_memory_is_read_from_the_compiled_step():

@@ -250,6 +250,8 @@ def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Batch) -> 
   networks = report.Networks(run.frozen.params, sources)
   _say(report.stage_text(stage, run.config, index))
   _say(report.parameters_text(state['params'], networks, stage, optim, origins))
+  if jax.process_index() == 0:
+    report.write_parameters(run.workdir, state['params'])
   _say(report.memory_text(report.memory_of(step)))
   first = run.data.prompt(run.data.index_at(int(state['examples_seen'])))
   _say(report.sample_text(batch, first))

@@ -9,7 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from clu import parameter_overview
+from etils import epath
 
+from vpe_jax import storage
 from vpe_jax.config import Config, OptimConfig
 from vpe_jax.contracts import Batch, Params, Stage
 from vpe_jax.sharding import leaves_by_path
@@ -17,6 +20,7 @@ from vpe_jax.training import optimizer
 from vpe_jax.training.state import split_trainable
 
 _MEBI = 2**20
+PARAMETERS_FILE = 'parameters.txt'
 MAX_LISTED = 3  # shardings or sources listed in a table row
 
 
@@ -149,6 +153,17 @@ def parameters_text(
     source = networks.sources[name]
     rows.append((name, _count(group), 'frozen', '-', *_dtypes_and_shardings(group), source))
   return _table(rows)
+
+
+def write_parameters(workdir: epath.Path, params: Params) -> None:
+  """Writes RUN/parameters.txt: name, shape, dtype, size and sharding of every parameter.
+
+  Raises:
+    UserError: the file can't be written.
+  """
+  text = parameter_overview.get_parameter_overview(params, include_stats='sharding')
+  with storage.writing(workdir / PARAMETERS_FILE):
+    storage.write_atomic(workdir / PARAMETERS_FILE, f'{text}\n'.encode())
 
 
 def memory_text(memory: Memory | None) -> str:
