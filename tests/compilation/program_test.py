@@ -82,7 +82,7 @@ def test_attention_kernels_execute_visible_pairs(monkeypatch):
   text, codes = np.zeros((1, length), np.int32), np.zeros((1, c.plan_tokens), np.int32)
   lengths = np.array([length], np.int32)
   regions = layouts.build(
-    system.layout, system.vocabulary, text, lengths, codes, np.ones(1, bool), c.multiple
+    system.layout, system.experts.ar.vocabulary, text, lengths, codes, np.ones(1, bool), c.multiple
   )
   row = unified.sequence_visibility(regions)
   seen, tokens = np.asarray(visible(row, row))[0].sum(1), regions['ar'].ids.shape[1]

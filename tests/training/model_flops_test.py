@@ -77,7 +77,9 @@ def test_attention_kernels_count_visible_pairs(name, monkeypatch):
     # Recorded figures count the padding of sequences to a multiple of 16, which sees nothing.
     assert 0.97 < visible / recorded['attention'] <= 1
     assert 0.97 < trained / (recorded['attention'] - recorded['frozen_attention']) <= 1
-    assert visible < 0.9 * _dense(flops.kernels)
+    # With one token before a bidirectional image, almost all pairs are visible.
+    limit = 1.0 if name == 'c2i_continuous:paper,vpe=false' else 0.9
+    assert visible < limit * _dense(flops.kernels)
 
 
 def _dense(kernels) -> float:

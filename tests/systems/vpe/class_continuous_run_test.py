@@ -25,7 +25,7 @@ def _train(folder, name, arg, steps, **changes):
   config.data.image_size, config.model.latent_size = 32, 8
   config.model.classes, config.model.body.layers = 2, 1
   config.optim.warmup = 0
-  config.log.update(every=1, samples=0, evaluate=0)
+  config.log.every, config.evals = 1, {'heldout': {'every': 0}, 'sample_grid': {'every': 0}}
   config.update(changes)
   system = systems.build(config.to_dict())
   return loop.train(system.config, system, str(folder / name))

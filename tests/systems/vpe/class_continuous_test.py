@@ -269,5 +269,5 @@ def test_layers_and_norm_start_from_qwen2(tmp_path):
     assert ours.keys() == theirs.keys()
     for path, leaf in ours.items():
       np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
-  from_qwen = {path.split('/')[0] for path, origin in origins.items() if origin != 'drawn'}
+  from_qwen = {path.split('/')[0] for path, origin in origins.items() if origin != 'initialized'}
   assert from_qwen == {'layers', 'norm'} and origins['norm/scale'] == str(tmp_path / 'qwen2')

@@ -25,7 +25,8 @@ def _train(folder, steps=STEPS, samples=STEPS, allow=()):
   config.data.update(source=f'folder:{folder / "data"}', examples=0, tokenizer='classes:red,blue')
   config.data.image_size = 32  # 64 codes, not 256
   config.model.classes, config.model.body.layers = 2, 1
-  config.log.update(every=1, samples=samples)
+  config.log.every = 1
+  config.evals = {'heldout': {'every': 0}, 'sample_grid': {'every': samples}}
   system = systems.build(config.to_dict())
   return loop.train(system.config, system, str(folder / 'run'), allow)
 

@@ -21,7 +21,8 @@ def _train(config, workdir, samples, evaluate=0):
     config.model[part].layers = 1
   config.model.dual_path.encoder.layers = 1
   config.data.examples = 16
-  config.log.update(every=1, samples=samples, evaluate=evaluate)
+  config.log.every = 1
+  config.evals = {'heldout': {'every': evaluate}, 'sample_grid': {'every': samples}}
   config.sample.steps = 2
   system = systems.build(config.to_dict())
   loop.train(system.config, system, str(workdir), ())

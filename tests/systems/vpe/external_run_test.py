@@ -24,7 +24,7 @@ def test_cross_attention_trains_goes_on_and_draws(tmp_path):
     config.model[part].layers = 1
   config.model.dual_path.encoder.layers = 1
   config.optim = {'lr': (1e-3, 1e-2), 'warmup': 0}
-  config.log.update(every=1, samples=0, evaluate=0)
+  config.log.every, config.evals = 1, {'heldout': {'every': 0}, 'sample_grid': {'every': 0}}
   config.sample.steps = 2
   system = systems.build(config.to_dict())
   run = str(tmp_path / 'run')

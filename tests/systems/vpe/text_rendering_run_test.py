@@ -21,7 +21,8 @@ def test_a_run_logs_evaluates_and_draws(tmp_path):
   for part in ('ar', 'dit', 'head'):
     config.model[part].layers = 1
   config.model.dual_path.encoder.layers = 1
-  config.log.update(every=1, samples=0, evaluate=STEPS)
+  config.log.every = 1
+  config.evals = {'heldout': {'every': STEPS}, 'sample_grid': {'every': 0}}
   config.sample.steps = 2
   system = systems.build(config.to_dict())
   run = str(tmp_path / 'run')

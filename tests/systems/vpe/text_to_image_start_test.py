@@ -64,8 +64,8 @@ def released(show_o2, tmp_path_factory):
 def _check(show_o2, system):
   (state, origins), golden = _started(system), show_o2.imported.params
   params, source = state['params'], system.config.model.init_from
-  drawn = {path for path, origin in origins.items() if origin == 'drawn'}
-  assert drawn == {'embed/codes'} and set(origins.values()) == {'drawn', source}
+  drawn = {path for path, origin in origins.items() if origin == 'initialized'}
+  assert drawn == {'embed/codes'} and set(origins.values()) == {'initialized', source}
   _same(params['embed']['text'], golden['embed']['text'])
   codes = np.asarray(params['embed']['codes'])
   assert codes.shape[0] == system.codes + 2 and abs(codes.std() - 0.02) < 0.002

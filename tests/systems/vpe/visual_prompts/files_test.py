@@ -15,7 +15,7 @@ BOOK = files.Codebook(40, '0f3a5c7e9b1d')
 def _plans(n=3, side=3, seed=0):
   codes = np.random.default_rng(seed).integers(0, BOOK.size, (n, side * side), np.int32)
   prompts = ('a red fox', 'deux œufs "durs"', 'a\nb')[:n]
-  return files.VisualPrompts(codes, prompts, (4, 0, 2)[:n], BOOK, {'by': 'drawn', 'seed': '7'})
+  return files.VisualPrompts(codes, prompts, (4, 0, 2)[:n], BOOK, {'by': 'sampled', 'seed': '7'})
 
 
 def _same(a, b):
@@ -83,7 +83,7 @@ def _edited(path, change):
     (lambda v, p: v.update(side=4), 'plan 0: its grid has 3 rows: "side" says 4'),
     (lambda v, p: v.update(made='me'), '"made" is \'me\': it must be an object'),
     (lambda v, p: v.update(plans={}), '"plans" is {}: it must be a list'),
-    (lambda v, p: v['plans'].clear(), '0 plans of 9 codes: at least one'),
+    (lambda v, p: v['plans'].clear(), '0 visual prompts of 9 codes'),
     (lambda v, p: v['plans'].append(5), 'plan 3: it must be {"prompt"'),
     (lambda v, p: p.pop('grid'), 'plan 0: "grid" is absent'),
     (lambda v, p: p.update(prompt=5), 'plan 0: "prompt" is 5: it must be a text'),
@@ -183,7 +183,7 @@ def test_plans_of_another_codebook_or_grid_are_refused():
     _plans().check(files.Codebook(40, 'f' * 12), 3)
   with pytest.raises(UserError, match=r'40 codes.*41 codes'):
     _plans().check(dataclasses.replace(BOOK, size=41), 3)
-  with pytest.raises(UserError, match='3 x 3 codes .* from 6 x 6'):
+  with pytest.raises(UserError, match='3 x 3 codes .* 6 x 6'):
     _plans().check(BOOK, 6)
 
 
@@ -221,8 +221,8 @@ def test_what_does_not_fit_is_not_mixed():
     ((_plans(), _plans(n=2)), 'with 2 others'),
     ((_plans(), _plans(), 4), 'cannot mix the top 4 rows'),
     ((_plans(), _plans(), -1), 'cannot mix the top -1 rows'),
-    ((_plans(), _plans(side=2)), 'the lower plans have 2 x 2'),
-    ((_plans(), other), 'the lower plans index another codebook'),
+    ((_plans(), _plans(side=2)), 'the lower visual prompts have 2 x 2'),
+    ((_plans(), other), 'the lower visual prompts index another codebook'),
   ):
     with pytest.raises(UserError, match=message):
       files.mixed(*pair)

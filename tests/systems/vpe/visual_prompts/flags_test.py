@@ -20,7 +20,7 @@ BOOK = files.Codebook(40, '0f3a5c7e9b1d')
 
 def _plans(prompts=('a red fox', 'two pears')):
   codes = np.arange(4 * len(prompts), dtype=np.int32).reshape(-1, 4)
-  return files.VisualPrompts(codes, prompts, tuple(range(len(prompts))), BOOK, {'by': 'drawn'})
+  return files.VisualPrompts(codes, prompts, tuple(range(len(prompts))), BOOK, {'by': 'sampled'})
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def given(monkeypatch, tmp_path):
     (['--plans=4', '--render=0'], '--render=0 of --plans=4'),
     (['--plans=4', '--n=2'], '--plans generates --render images: leave --n out'),
     (['--visual_prompt=two.json', '--n=1'], 'one image for each entry: leave --n out'),
-    (['--visual_prompt=two.json', '--plan_guidance=2'], '--visual_prompt gives one: leave it out'),
+    (['--visual_prompt=two.json', '--plan_guidance=2'], '--visual_prompt supplies one'),
     (['--visual_prompt_from=red.png', '--plan_guidance=2'], '--plan_guidance guides'),
     (['--visual_prompt=cut.json'], 'cut.json is no whole file of visual prompts'),
     (['--visual_prompt=red.png'], "'red.png' is no file of visual prompts: .*.json or .npz"),

@@ -45,7 +45,7 @@ def _t2i(arch: str) -> systems.System:
 
 def _c2i(arg: str = 'debug') -> systems.System:
   config = c2i_discrete.get_config(arg)
-  config.model.update(classes=2, visual_prompt=READER, image_codes={'codes': 24, 'patch': 2})
+  config.model.update(classes=2, visual_prompt=READER, image={'codes': 24, 'patch': 2})
   config.data.update(image_size=16, tokenizer='classes:red,blue')
   config.model.body.layers = 1
   return systems.build(config.to_dict())
@@ -204,7 +204,7 @@ def test_a_plan_is_read_from_a_picture_as_in_training(prompter, prompts):
   encode = jax.jit(prompter.system.encode)
   encoded = encode(prompter.generator.frozen, {'image': squares}, rng.run_key(0))
   np.testing.assert_array_equal(plans.codes, encoded['visual_prompt'][:2])
-  assert plans.prompts == tuple(prompts) and plans.provenance['by'] == 'read from a picture'
+  assert plans.prompts == tuple(prompts) and plans.provenance['by'] == 'read from an image'
   assert len(prompter.render(plans)) == 2
   with pytest.raises(UserError, match='a prompt is blank'):
     prompter.render(prompter.read(pictures))
@@ -238,7 +238,7 @@ def test_plans_of_another_model_are_refused(internal):
     with pytest.raises(UserError, match=f'ffffffffffff, .*{internal.codebook.fingerprint}'):
       use(other)
   small = files.VisualPrompts(plans.codes[:, :4], plans.prompts, (0,), plans.codebook, {})
-  with pytest.raises(UserError, match='2 x 2 codes .* from 3 x 3'):
+  with pytest.raises(UserError, match='2 x 2 codes .* 3 x 3'):
     internal.render(small)
 
 
