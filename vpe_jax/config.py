@@ -26,16 +26,20 @@ OPTIMIZERS = ('adamw', 'adafactor', 'muon')  # keys of training.optimizer.OPTIMI
 SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt')  # keys of training.optimizer.SCHEDULES
 START_WEIGHTS = ('raw', 'ema', 'state')  # see Config.start_weights
 
-# Built-in sources. Others begin with a prefix: FOLDER and a path, FOLDERS and a recipe, or TFDS and
-# a name.
-SOURCES = ('mixture', 'openmoji', 'scenes', 'words', 'edits', 'synthetic')
-FOLDER = 'folder:'
-FOLDERS = 'folders:'
-TFDS = 'tfds:'
+# Built-in sources: name -> `module:function`, an Opener (vpe_jax.data.sources).
+SOURCES: Mapping[str, str] = {
+  'mixture': 'vpe_jax.data.sources:open_mixture',
+  'openmoji': 'vpe_jax.data.embedded.openmoji:open_openmoji',
+  'scenes': 'vpe_jax.data.embedded.scenes:open_scenes',
+  'words': 'vpe_jax.data.embedded.words:open_words',
+  'edits': 'vpe_jax.data.sources:open_edits',
+  'synthetic': 'vpe_jax.data.embedded.synthetic:open_synthetic',
+}
+# Prefixes of other sources, before a path, a recipe, and a name.
+FOLDER, FOLDERS, TFDS = 'folder:', 'folders:', 'tfds:'
 CLASSES = 'classes:'  # prefix of class names: the tokenizer of a class-conditional model
 PROMPT_FIELDS = ('caption', 'group')
-FITS = ('pad', 'crop')
-ENCODES = ('online', 'cached')
+FITS, ENCODES = ('pad', 'crop'), ('online', 'cached')
 # Annotations of the fields that `check_sizes` checks.
 _SIZE_TYPES = (int, tuple[int, ...], 'int', 'tuple[int, ...]', 'int | tuple[int, ...]')
 _GROUP = re.compile(r'(?:^|,)\s*([A-Za-z_]\w*)\s*=\s*')  # a parameter group in Config.start

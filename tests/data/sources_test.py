@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 
+from vpe_jax import config as config_lib
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
-from vpe_jax.data.records import SPLITS
-from vpe_jax.data.sources import ENDLESS, open_source
+from vpe_jax.data import sources as sources_lib
+from vpe_jax.data.embedded.synthetic import Synthetic
+from vpe_jax.data.records import ENDLESS, SPLITS
+from vpe_jax.data.sources import open_source
 
 
 @pytest.mark.parametrize('split', SPLITS)
@@ -36,6 +42,22 @@ def test_lengths():
   assert len(open_source(DataConfig(source='words'))) == ENDLESS
   assert 3000 < len(open_source(DataConfig(source='openmoji'))) < 4500
   assert len(open_source(DataConfig(source='synthetic', examples=5))) == 5
+
+
+def test_one_line_registers_a_data_set(monkeypatch):
+  module = types.ModuleType('pairs_for_this_test')
+  # A data set with source images, whose length encodes the arguments.
+  module.open_pairs = lambda config, split, seed: Synthetic(
+    config.examples + 10 * seed + len(split), references=True
+  )
+  monkeypatch.setitem(sys.modules, module.__name__, module)
+  sources = {**config_lib.SOURCES, 'pairs': f'{module.__name__}:open_pairs'}
+  for room in (config_lib, sources_lib):
+    monkeypatch.setattr(room, 'SOURCES', sources)
+  config = DataConfig(source='pairs', examples=4, source_images=True)
+  assert len(open_source(config, 'concept', seed=2)) == 4 + 20 + len('concept')
+  with pytest.raises(UserError, match='config.data.source=pairs'):
+    open_source(DataConfig(source='pairs', examples=4))
 
 
 def test_mixture_ends():

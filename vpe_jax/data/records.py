@@ -9,10 +9,13 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from vpe_jax.contracts import UserError
+
 Split = Literal['train', 'combination', 'concept']
 Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of the side
 
 SPLITS: tuple[Split, ...] = ('train', 'combination', 'concept')
+ENDLESS = 65_536  # records of a generated source whose config sets examples=0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,6 +197,15 @@ class ProceduralSource(abc.ABC):
   @abc.abstractmethod
   def compose(self, index: int) -> Record:
     """Record number `index`."""
+
+
+def check_is_train(source: str, split: Split) -> None:
+  """Raises a UserError for a held-out split of a source that has none."""
+  if split != 'train':
+    raise UserError(
+      f'config.data.source={source} has no held-out split; mixture, scenes, words, edits and '
+      'openmoji do'
+    )
 
 
 def render(record: Record, size: int) -> np.ndarray:

@@ -1,26 +1,36 @@
-"""Opens the data source that the `data` section of a config names."""
+"""Opens the data source that the `data` section of a config names.
+
+To add a data set, write a class that implements `Source` (vpe_jax.data.records) and an `Opener` in
+a file of this room, and add a line to `SOURCES` in vpe_jax/config.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+from typing import Protocol
 
-from vpe_jax.config import FOLDER, FOLDERS, TFDS, DataConfig
+from vpe_jax.config import FOLDER, FOLDERS, SOURCES, TFDS, DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data.embedded.edits import Edits
 from vpe_jax.data.embedded.emoji_edits import EmojiEdits
 from vpe_jax.data.embedded.openmoji import OpenMoji
 from vpe_jax.data.embedded.scenes import Scenes
-from vpe_jax.data.embedded.synthetic import Synthetic
-from vpe_jax.data.embedded.words import Words
 from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.array_record import open_image_folder
 from vpe_jax.data.formats.folder import FieldSpec
 from vpe_jax.data.formats.tfds import open_tfds
 from vpe_jax.data.recipes import open_recipe
-from vpe_jax.data.records import Record, Source, Split
+from vpe_jax.data.records import ENDLESS, ProceduralSource, Record, Source, Split, check_is_train
 
-ENDLESS = 65_536  # records of a generated source whose config sets examples=0
+
+class Opener(Protocol):
+  """A function that opens one split of a built-in data source; `config.SOURCES` names it."""
+
+  def __call__(self, config: DataConfig, split: Split, seed: int) -> Source:
+    """The source; arguments and errors as those of `open_source`."""
+    ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,30 +69,27 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
   Raises:
     UserError: the source has no such split, can't be read, is empty, or has no filters.
   """
-  count = config.examples
-  record_filter = Filter(config.language, config.least_text_height, config.image_size, config.fit)
   if not config.in_folders and (config.language or config.least_text_height):
     raise UserError(
       f'data.language and data.least_text_height filter records of a folder, and '
       f'config.data.source is {config.source}: leave them out'
     )
-  _check_references(config)
-  if config.source in ('mixture', 'edits'):
-    return _mixture(config, count or ENDLESS, split, seed)
-  if config.source == 'scenes':
-    return Scenes(count or ENDLESS, split, seed)
-  if config.source == 'words':
-    return Words(count or ENDLESS, split, seed)
-  if config.source == 'openmoji':
-    return OpenMoji(count, split, seed)
-  if split != 'train' and (config.source == 'synthetic' or config.is_stored):
-    raise UserError(
-      f'config.data.source={config.source} has no held-out split; mixture, scenes, words, edits '
-      'and openmoji do'
-    )
-  if config.source == 'synthetic':
-    return Synthetic(count or ENDLESS, config.source_images)
+  if config.is_stored:
+    return _open_stored(config, split)
+  module, _, function = SOURCES[config.source].partition(':')
+  opener: Opener = getattr(importlib.import_module(module), function)
+  source = opener(config, split, seed)
+  _check_references(config, source[0].reference is not None)
+  return source
+
+
+def _open_stored(config: DataConfig, split: Split) -> Source:
+  """Opens the user's own data; errors as those of `open_source`."""
+  _check_references(config, config.in_folders and config.source_images)
+  check_is_train(config.source, split)
   fields = FieldSpec(config.prompt_field == 'caption', config.source_images)
+  record_filter = Filter(config.language, config.least_text_height, config.image_size, config.fit)
+  count = config.examples
   if config.source.startswith(TFDS):
     return open_tfds(config.source.removeprefix(TFDS), config.root, count, fields, config.fit)
   if not config.source.startswith(FOLDERS):
@@ -95,25 +102,39 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
   return open_recipe(config.source, config.root, fields, record_filter)
 
 
-def _mixture(config: DataConfig, count: int, split: Split, seed: int) -> Mixture:
-  first, second = (Scenes, OpenMoji) if config.source == 'mixture' else (Edits, EmojiEdits)
-  share = config.scenes_share
+def open_mixture(config: DataConfig, split: Split, seed: int) -> Mixture:
+  """Opens the source `mixture`: scenes and OpenMoji; see Opener."""
+  return _mixture(Scenes, OpenMoji, config, split, seed)
+
+
+def open_edits(config: DataConfig, split: Split, seed: int) -> Mixture:
+  """Opens the source `edits`: of scenes and of OpenMoji; see Opener."""
+  return _mixture(Edits, EmojiEdits, config, split, seed)
+
+
+def _mixture(
+  first: type[ProceduralSource],
+  second: type[OpenMoji | EmojiEdits],
+  config: DataConfig,
+  split: Split,
+  seed: int,
+) -> Mixture:
+  count, share = config.examples or ENDLESS, config.scenes_share
   scenes = _count_of_first(count, share)
   others = second(max(1, count - scenes), split, seed)
   return Mixture(first(scenes, split, seed), others, share, count)
 
 
-def _check_references(config: DataConfig) -> None:
+def _check_references(config: DataConfig, has_references: bool) -> None:
   """Rejects a source without source images in an editing system, and edits in any other system."""
-  pairs = config.source in ('edits', 'synthetic') or config.in_folders
-  if config.source_images and not pairs:
+  if config.source_images and not has_references:
     raise UserError(
       f'config.data.source={config.source} has no source images, which this editing system trains '
       'on: set data.source to edits, or to a folder whose captions.jsonl has a "reference" in '
       'each line'
     )
-  if config.source == 'edits' and not config.source_images:
+  if has_references and not config.source_images:
     raise UserError(
-      'config.data.source=edits has instructions for source images, which this system does not '
-      'read: choose another data.source, or train configs/edit.py on it'
+      f'config.data.source={config.source} has instructions for source images, which this system '
+      'does not read: choose another data.source, or train configs/edit.py on it'
     )

@@ -11,6 +11,7 @@ import re
 
 import emoji
 
+from vpe_jax.config import DataConfig
 from vpe_jax.data.embedded import drawings, splits, wording
 from vpe_jax.data.embedded.groups import group_of
 from vpe_jax.data.embedded.naming import noun_phrase, readable
@@ -141,6 +142,11 @@ class OpenMoji:
       truth=truth_of(item),
       wording=number,
     )
+
+
+def open_openmoji(config: DataConfig, split: Split, seed: int) -> OpenMoji:
+  """Opens the source `openmoji`; see vpe_jax.data.sources.Opener."""
+  return OpenMoji(config.examples, split, seed)
 
 
 def _emoji(code: str, name: str, toneless: str) -> Emoji:

@@ -11,9 +11,19 @@ import dataclasses
 import random
 from collections.abc import Sequence
 
+from vpe_jax.config import DataConfig
 from vpe_jax.data.embedded import raster, shapes, splits, vocabulary, wording
 from vpe_jax.data.embedded.painting import Painting, svg_of
-from vpe_jax.data.records import Box, Cluster, ProceduralSource, Record, Relation, Split, Truth
+from vpe_jax.data.records import (
+  ENDLESS,
+  Box,
+  Cluster,
+  ProceduralSource,
+  Record,
+  Relation,
+  Split,
+  Truth,
+)
 from vpe_jax.storage import stable_hash
 
 MAX_OBJECTS = 4  # in one scene
@@ -72,6 +82,11 @@ class Scenes(ProceduralSource):
   def compose(self, index: int) -> Record:
     """See ProceduralSource."""
     return scene(self.seed, index, self.split)
+
+
+def open_scenes(config: DataConfig, split: Split, seed: int) -> Scenes:
+  """Opens the source `scenes`; see vpe_jax.data.sources.Opener."""
+  return Scenes(config.examples or ENDLESS, split, seed)
 
 
 def scene(seed: int, index: int, split: Split = 'train') -> Record:

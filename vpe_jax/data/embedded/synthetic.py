@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from vpe_jax.data.records import Record
+from vpe_jax.config import DataConfig
+from vpe_jax.data.records import ENDLESS, Record, Split, check_is_train
 
 _WORDS = ('red', 'blue', 'green', 'big', 'small', 'circle', 'square', 'star', 'dog', 'cat')
 
@@ -54,6 +55,17 @@ class Synthetic:
       image=Noise(index),
       reference=Noise(self.count + index) if self.references else None,
     )
+
+
+def open_synthetic(config: DataConfig, split: Split, seed: int) -> Synthetic:
+  """Opens the source `synthetic`; see vpe_jax.data.sources.Opener.
+
+  Raises:
+    UserError: the split is held out.
+  """
+  del seed
+  check_is_train(config.source, split)
+  return Synthetic(config.examples or ENDLESS, config.source_images)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import random
 
+from vpe_jax.config import DataConfig
 from vpe_jax.data.embedded import fonts, shapes, splits
 from vpe_jax.data.embedded.lettering import Lettering
 from vpe_jax.data.embedded.naming import with_article
-from vpe_jax.data.records import ProceduralSource, Record, Split, Truth, Word, Writing
+from vpe_jax.data.records import ENDLESS, ProceduralSource, Record, Split, Truth, Word, Writing
 from vpe_jax.storage import stable_hash
 
 GROUP = 'words'
@@ -47,6 +48,11 @@ class Words(ProceduralSource):
   def compose(self, index: int) -> Record:
     """See ProceduralSource."""
     return word_image(self.seed, index, self.split)
+
+
+def open_words(config: DataConfig, split: Split, seed: int) -> Words:
+  """Opens the source `words`; see vpe_jax.data.sources.Opener."""
+  return Words(config.examples or ENDLESS, split, seed)
 
 
 def word_image(seed: int, index: int, split: Split = 'train') -> Record:
