@@ -5,7 +5,7 @@ r"""Class to image by flow matching: Transfusion with and without visual prompt 
   python -m vpe_jax.sample --workdir=runs/c2i_continuous-tiny --prompt=animals --n=8
 
 The paper's fork is three commands: a shared run, and a branch each way, which continue its
-parameters, optimizer, average and position in the data:
+parameters, optimizer, EMA and position in the data:
 
   python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,vpe=false --workdir=runs/shared
   python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,vpe=false,fork=runs/shared \
@@ -25,7 +25,7 @@ from configs import class_images, common
 from vpe_jax.checkpoints.families import wan_vae
 from vpe_jax.config import to_dict
 
-PACK = 10_240  # tokens of the paper's packed rows
+PACK = 10_240  # tokens of the paper's packed sequences
 
 
 def get_config(arg: str = '') -> ConfigDict:

@@ -22,7 +22,7 @@ from vpe_jax.config import to_dict
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The config of a preset, with `vpe=true|false` and, but for `paper`, `data=openmoji|cifar10`."""
+  """The config of a preset, with `vpe=true|false`; not in `paper`, `data=openmoji|cifar10`."""
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), vpe='true', data='')
   config = ConfigDict({'name': 'c2i_discrete', 'preset': preset, 'system': 'c2i_discrete'})
@@ -78,7 +78,7 @@ def _debug(config: ConfigDict) -> None:
 
 
 def _paper(config: ConfigDict) -> None:
-  """100 epochs of ImageNet at batch 128, with LlamaGen's optimizer and no average."""
+  """100 epochs of ImageNet at batch 128, with LlamaGen's optimizer and no EMA."""
   config.steps = (100 * class_images.IMAGENET // 128,)
   config.batch_size = (128,)
   config.dtype = 'bfloat16'
@@ -90,7 +90,7 @@ def _paper(config: ConfigDict) -> None:
     'token_dropout': 0.1,
     'residual_dropout': 0.1,
     'mlp_dropout': 0.1,
-    # A quarter of the picture: at 2 pictures a device all their logits are 1.2 GB.
+    # A quarter of the image: for 2 images per device, all logits take 1.2 GB.
     'logits_chunk': 256,
     'visual_prompt': {
       'kind': 'siglip_vq',

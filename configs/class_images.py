@@ -10,11 +10,11 @@ from vpe_jax.config import nearest
 
 OPENMOJI = 'smileys,people,animals,food,travel,activities,objects,symbols,flags'
 CIFAR10 = 'airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck'
-IMAGENET = 1_281_167  # pictures
+IMAGENET = 1_281_167  # images
 
 
 def embed(config: ConfigDict) -> None:
-  """64x64 pictures by group, for the shipped codecs: what `tiny` and `debug` train on."""
+  """64x64 images by group, for the shipped codecs: the data of `tiny` and `debug`."""
   config.data = {'source': 'openmoji', 'image_size': 64, 'text_length': 1, 'encode': 'cached'}
   config.data.update(prompt_field='group', tokenizer=f'classes:{OPENMOJI}')
   config.model = {'classes': 9}
@@ -27,10 +27,10 @@ def imagenet(config: ConfigDict, image_size: int, fit: str) -> None:
 
 
 def choose(config: ConfigDict, options: Mapping[str, str]) -> None:
-  """Takes CIFAR-10 in place of OpenMoji where the option `data` asks for it.
+  """Replaces OpenMoji by CIFAR-10 if the option `data` is `cifar10`.
 
   Raises:
-    ValueError: the option is none of `openmoji` and `cifar10`, or the preset has no choice.
+    ValueError: the option is neither `openmoji` nor `cifar10`, or the preset is `paper`.
   """
   data, known = options['data'], ('', 'openmoji', 'cifar10')
   if data not in known:

@@ -27,7 +27,8 @@ def get_config(arg: str = '') -> ConfigDict:
   config.name = config.system = 'edit'
   external = options['arch'] == 'external'
   config.start = 'runs/external' if external else f'runs/t2i-{preset}'
-  # The run is done: it draws with its averages, and external's picture expert stays at them.
+  # The parent run is complete, so start from its EMA weights; external's diffusion expert stays
+  # frozen at them.
   config.start_weights = 'ema'
   config.stages = ('edit',)
   for field in ('steps', 'batch_size'):
@@ -54,11 +55,12 @@ def _debug(config: ConfigDict) -> None:
 
 
 def _paper(config: ConfigDict) -> None:
-  """Table 9 of the paper: 5 x 24 images a microbatch, two of which are a step: one batch here."""
+  """Table 9 of the paper: 5 x 24 images a microbatch, two of which make a step: one batch here."""
   config.steps = (35_000,)
   config.batch_size = (240,)
   config.data.source = 'folders:nhr_edit*3,unic_edit,sharegpt_4o_image*5,pico_banana*4'
   config.model.eoi = 151_653
   config.optim.lr = 5e-5
-  # 240 = 16 x 15: the batch goes to 16 devices, each layer to what is left (12 heads to 4 of 64).
+  # 240 = 16 x 15: the batch is sharded over 16 devices, each layer over the other
+  # axis (12 heads over 4 of 64 devices).
   config.mesh = {'data': 1, 'fsdp': 16, 'tensor': -1, 'strategy': 'fsdp_tensor'}

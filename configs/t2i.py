@@ -27,7 +27,7 @@ from vpe_jax.config import to_dict
 def get_config(arg: str = '') -> ConfigDict:
   """The config of a preset.
 
-  Options: `arch=internal|external|single`, `vpe=true|false`, and of `pod` alone `chips=N`.
+  Options: `arch=internal|external|single`, `vpe=true|false`, and, for `pod` only, `chips=N`.
   """
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper, 'pod': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), arch='internal', vpe='true', chips='')
@@ -37,18 +37,18 @@ def get_config(arg: str = '') -> ConfigDict:
   config.stages = ('plan', 'render' if options['arch'] == 'external' else 'joint')
   presets[preset](config)
   if preset == 'pod':
-    spread(config, int(options['chips'] or 256), 8)
+    scale_to_chips(config, int(options['chips'] or 256), 8)
   config.model.arch = options['arch']
   if options['arch'] == 'single':
     config.model.dit = config.model.ar.copy_and_resolve_references()
   config.model.vpe = common.is_true('vpe', options)
   if not config.model.vpe:
-    _without_plan(config)
+    _without_visual_prompt(config)
   return config
 
 
-def _without_plan(config: ConfigDict) -> None:
-  """No visual prompt, no stage that learns to write it, and nothing that leads it."""
+def _without_visual_prompt(config: ConfigDict) -> None:
+  """Leaves out the visual prompt, the stage that trains it, and its guidance."""
   for field in ('stages', 'steps', 'batch_size'):
     config[field] = config[field][-1:]
   config.model.update(inherit=0.0, drop_text=0.0)
@@ -144,7 +144,7 @@ def _paper(config: ConfigDict) -> None:
     'layout': 'raster',
     'multiple': 16,
     'init_from': 'showlab/show-o2-1.5B-HQ',
-    # A third of the 577 predicted tokens: at 15 images a device all their logits are 5.8 GB.
+    # A third of the 577 predicted tokens: for 15 images per device, all logits take 5.8 GB.
     'logits_chunk': 193,
     'ar': expert,
     'dit': dict(expert),
@@ -155,16 +155,18 @@ def _paper(config: ConfigDict) -> None:
     | {'kind': 'wan_vae', 'weights': 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers:vae'},
   }
   config.optim = {'lr': 1e-4, 'warmup': 2000, 'ema': 0.9995}
-  # 480 = 32 x 15 and 192 = 32 x 6: the batch goes to 32 devices, each layer to what is left.
+  # 480 = 32 x 15 and 192 = 32 x 6: the batch is sharded over 32 devices, each layer over the other
+  # axis.
   config.mesh = {'data': 1, 'fsdp': 32, 'tensor': -1, 'strategy': 'fsdp_tensor'}
   config.sample = {'steps': 49, 'shift': 3.0, 'guidance': 7.5}
   config.checkpoint = {'every': 1000, 'keep': 3}
 
 
-def spread(config: ConfigDict, chips: int, images: int) -> None:
-  """So many images a chip, of which the paper has 24 in the stage that draws.
+def scale_to_chips(config: ConfigDict, chips: int, images: int) -> None:
+  """Sets batch size, steps, learning rate and mesh for `images` per chip on `chips` chips.
 
-  As many images are seen in all. 16 x 16 chips split what 256 don't divide: widths of 1,152 and
+  Every stage sees as many images as before. The learning rate grows with the root of the number of
+  chips, from that of the paper's 24. 16 x 16 chips shard widths that 256 doesn't divide: 1,152 and
   4,304.
   """
   seen = tuple(steps * batch for steps, batch in zip(config.steps, config.batch_size))

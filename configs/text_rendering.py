@@ -21,7 +21,7 @@ from configs import common, t2i
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The config of a preset, with `vpe=true|false`, and of `paper` alone `chips=N`."""
+  """The config of a preset, with `vpe=true|false`, and, for `paper` only, `chips=N`."""
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), vpe='true', chips='')
   if options['chips'] and (
@@ -36,7 +36,7 @@ def get_config(arg: str = '') -> ConfigDict:
     config[field] = config[field][-1:]
   presets[preset](config)
   if preset == 'paper':
-    t2i.spread(config, int(options['chips'] or 24), config.batch_size[0] // 24)
+    t2i.scale_to_chips(config, int(options['chips'] or 24), config.batch_size[0] // 24)
   return config
 
 
@@ -44,7 +44,7 @@ def _tiny(config: ConfigDict) -> None:
   config.steps = (1500,)
   config.batch_size = (32,)
   config.data.update(source='words', text_length=40, examples=12288)
-  # Both start from rows that are drawn, and no plan is led away from one without text.
+  # Embeddings start random, and visual prompts are not guided.
   config.model.update(inherit=0.0, drop_text=0.0)
   config.sample.plan_guidance = 1.0
   config.evals = {'heldout': {'every': 250}, 'sample_grid': {'every': 500}}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Compiles every paper-size config for the pods that it names, on this machine, and writes what they
-# need and what bounds them into configs/README.md. Each takes minutes on two CPU cores; a report
-# that is there already is kept, so an interrupted call goes on where it was.
+# Compiles every paper-size config for the pods named below, on this machine, and writes memory and
+# bounds on speed into configs/README.md. Each program takes minutes on two CPU cores. Existing
+# reports are not computed again, so an interrupted call continues where it stopped.
 #
 #   bash launch/compile_all.sh [FOLDER for the reports, default runs/compile]
 set -euo pipefail
@@ -16,7 +16,7 @@ compile() {
   local name=$1 json
   json="$folder/$name.json"
   shift
-  if [ -e "$json" ]; then echo "$json is there"; return; fi
+  if [ -e "$json" ]; then echo "$json exists"; return; fi
   phase "$name" .venv/bin/python -m vpe_jax.compile --json="$json" "$@"
 }
 

@@ -1,10 +1,10 @@
 # shellcheck shell=bash
-# What every launch script shares; source it from the root of the clone, don't run it.
+# Functions of the launch scripts; source it from the root of the clone, don't run it.
 #
 #   find_python           the Python to use: python3.11, else any other from 3.11 to 3.13
-#   accelerator           `tpu`, `cuda`, or nothing: what this machine has
-#   install VENV PYTHON EXTRAS   a virtual environment with this project in it; does nothing where
-#                         the same setup.cfg has been installed with the same extras before
+#   accelerator           `tpu` or `cuda` if this machine has one, else nothing
+#   install VENV PYTHON EXTRAS   a virtual environment with this project in it; does nothing if
+#                         the same setup.cfg was installed with the same extras before
 #   phase NAME COMMAND    runs the command and prints how long it took
 
 fail() {
@@ -46,8 +46,8 @@ accelerator() {
   for device in "$root"/dev/accel[0-9]*; do
     if [ -e "$device" ]; then echo tpu; return; fi
   done
-  # Newer TPUs are handed over through vfio, which other passed-through devices use as well: ask
-  # the PCI bus for one of Google's (0x1ae0) that is not a network card.
+  # Newer TPUs are passed through vfio, as other devices are: look on the PCI bus for a device of
+  # Google (0x1ae0) that is not a network card.
   for device in "$root"/dev/vfio/[0-9]*; do
     if [ -e "$device" ] && _google_chip "$root"; then echo tpu; return; fi
   done
@@ -79,7 +79,7 @@ install() {
       fail "'$python -m venv $venv' failed (Debian and Ubuntu: apt install python3-venv)"
   fi
   _supported "$venv/bin/python" ||
-    fail "$venv holds an unsupported Python; delete it and run this again"
+    fail "$venv has an unsupported Python; delete it and run this again"
   if [ -n "$extras" ]; then target=".[$extras]"; fi
   echo "installing $target in $venv with $("$venv/bin/python" --version)"
   # Compiling every module of every package takes longer than compiling the few that are imported.

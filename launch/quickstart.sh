@@ -22,7 +22,7 @@ train() {
 
 phase 'training' train "$@"
 if grep -q '^preempted:' "$log"; then
-  echo 'stopped before the end: run this command again to go on from there'
+  echo 'stopped before the end: run this command again to continue'
   exit 1
 fi
 phase 'sampling' .venv/bin/python -m vpe_jax.sample --workdir="$run" --prompt="$prompt" --n=4 \

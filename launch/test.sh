@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Sets up this clone and checks it: style, the whole test suite, and on Python 3.12, where there is
-# one, the imports and a short training run. Can be run again: nothing is installed twice.
+# Sets up this clone and checks it: style, the whole test suite, and on Python 3.12, if it is
+# installed, the imports and a short training run. Can be run again: nothing is installed twice.
 #
 #   bash launch/test.sh [arguments for pytest, such as tests/data or -m "not slow"]
 #
-# The `test` extra has torch, the reference that parity tests compare with. Where pip's index gives
-# a CUDA build of it (Linux on PyPI), that is a large download; a CPU build does as well:
+# The `test` extra has torch, the reference that parity tests compare with. If pip's index has
+# a CUDA build of it (Linux on PyPI), that is a large download; a CPU build is enough:
 #   pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,28 +1,28 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU pod slice: creates it, sets up every worker, runs, and starts again from the
+# Trains on a Cloud TPU pod slice: creates it, sets up every worker, trains, and restarts from the
 # last checkpoint when the slice is pre-empted, until the run is complete.
 #
 #   bash launch/tpu_pod.sh --name=vpe --zone=us-east5-b --type=v6e-16 --workdir=gs://BUCKET/RUN
 #   bash launch/tpu_pod.sh ... --spot --queued --config=configs/t2i.py:paper -- --config.seed=1
 #
 # Needed: gcloud, logged in, with a project that has TPU quota; a bucket that its service account
-# can write to. The run goes on while this script is away; start it again to watch it further.
+# can write to. The run continues if this script is stopped; start it again to follow the log.
 #
-#   --name=NAME      the slice (made if it isn't there, used as it is if it is)
-#   --zone=ZONE      where
-#   --type=TYPE      its size, such as v5litepod-16, v5p-128, v6e-16, v4-32
+#   --name=NAME      the slice (used if it exists, else created)
+#   --zone=ZONE      its zone
+#   --type=TYPE      its type, such as v5litepod-16, v5p-128, v6e-16, v4-32
 #   --version=IMAGE  system image (default: the one that fits the type)
 #   --project=ID     (default: gcloud's own)
 #   --spot           cheaper, can be pre-empted at any time
 #   --queued         wait in the queue for capacity (queued resource)
 #   --repo=URL       clone this on the workers (default: copy the commit that is checked out here)
 #   --config=FILE    (default: configs/t2i.py)
-#   --workdir=DIR    gs://BUCKET/FOLDER: checkpoints, metrics, pictures
+#   --workdir=DIR    gs://BUCKET/FOLDER: checkpoints, metrics, images
 #   --logs=DIR       where the workers' logs are copied to (default: runs/pod-NAME)
-#   --poll=SECONDS   between looks at the slice (default: 30)
+#   --poll=SECONDS   between checks of the slice (default: 30)
 #   --delete         delete the slice when the run is complete
 #   --dry_run        print every command instead of running it
-#   -- ARGS          further flags for vpe_jax.main
+#   -- ARGS          more flags for vpe_jax.main
 set -euo pipefail
 
 usage() {
@@ -54,13 +54,13 @@ parse() {
     esac
     shift
   done
-  [ -n "$name" ] || fail 'say --name=NAME of the slice'
-  [ -n "$zone" ] || fail 'say --zone=ZONE, such as us-east5-b'
-  [ -n "$type" ] || fail 'say --type=TYPE, such as v6e-16'
-  [[ $workdir == gs://?* ]] || fail "say --workdir=gs://BUCKET/FOLDER, which all workers can reach"
+  [ -n "$name" ] || fail 'set --name=NAME, the name of the slice'
+  [ -n "$zone" ] || fail 'set --zone=ZONE, such as us-east5-b'
+  [ -n "$type" ] || fail 'set --type=TYPE, such as v6e-16'
+  [[ $workdir == gs://?* ]] || fail 'set --workdir=gs://BUCKET/FOLDER, which all workers can reach'
   [ -n "$version" ] || version=$(image_for "$type")
   if [ -z "$dry_run" ] && ! command -v gcloud > /dev/null; then
-    fail 'gcloud is not installed: see https://cloud.google.com/sdk/docs/install, or say --dry_run'
+    fail 'gcloud is not installed: see https://cloud.google.com/sdk/docs/install, or set --dry_run'
   fi
   logs=${logs:-runs/pod-$name}
   where=(--zone="$zone")
@@ -73,7 +73,7 @@ image_for() {
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
     v4-*) echo tpu-ubuntu2204-base ;;
-    *) fail "no image known for --type=$1; say --version=IMAGE" ;;
+    *) fail "no image known for --type=$1; set --version=IMAGE" ;;
   esac
 }
 
@@ -92,9 +92,9 @@ tpu() { run gcloud compute tpus "$@"; }
 on_all_workers() { tpu tpu-vm ssh "$name" "${where[@]}" --worker=all --command="$1"; }
 on_first_worker() { tpu tpu-vm ssh "$name" "${where[@]}" --worker=0 --command="$1"; }
 
-# What a worker asks itself: is a run going on here?
+# Succeeds on a worker that has a running process of training.
 # shellcheck disable=SC2016
-going_on='kill -0 $(cat run.pid 2>/dev/null) 2>/dev/null'
+running='kill -0 $(cat run.pid 2>/dev/null) 2>/dev/null'
 
 # READY, CREATING, PREEMPTED, ...; `ABSENT` if there is no such slice.
 state() {
@@ -102,11 +102,11 @@ state() {
     echo ABSENT
 }
 
-# What gcloud says where asking again later can help. A wrong zone or type or a missing login stays
-# as it is, and so does a quota, which is called RESOURCE_EXHAUSTED too.
-passing='capacity|RESOURCE_EXHAUSTED|UNAVAILABLE|HttpError 50|DEADLINE_EXCEEDED|timed out'
-passing+='|ConnectionError|Max retries|find the server|already.?exists|being deleted'
-lasting='quota[^.]*exceed|(exceed|insufficient)[^.]*quota'
+# Errors of gcloud after which a later request can succeed. A wrong zone or type, a missing login
+# and an exceeded quota (RESOURCE_EXHAUSTED too) are permanent.
+temporary='capacity|RESOURCE_EXHAUSTED|UNAVAILABLE|HttpError 50|DEADLINE_EXCEEDED|timed out'
+temporary+='|ConnectionError|Max retries|find the server|already.?exists|being deleted'
+permanent='quota[^.]*exceed|(exceed|insufficient)[^.]*quota'
 
 create() {
   local extra=()
@@ -128,7 +128,7 @@ remove() {
   fi
 }
 
-# Ends with a slice that is READY; one that was pre-empted or broke is deleted and made anew.
+# Returns when the slice is READY; one that was pre-empted or failed is deleted and created again.
 provide() {
   local now
   if [ -n "$dry_run" ]; then create; return; fi
@@ -138,7 +138,7 @@ provide() {
       READY) return ;;
       ABSENT) request ;;
       PREEMPTED | TERMINATED | STOPPED | FAILED)
-        echo "the slice is $now: making it anew"
+        echo "the slice is $now: creating it again"
         remove || echo 'could not delete it; trying again' ;;
       *) echo "the slice is $now: waiting" ;;
     esac
@@ -146,24 +146,24 @@ provide() {
   done
 }
 
-# Asks for a new slice, unless the queue has our request already. Ends the script with what gcloud
-# said if that won't change by waiting.
+# Requests a new slice, unless the queue has our request already. Fails with gcloud's message if
+# waiting won't help.
 request() {
-  local waiting='' said
+  local waiting='' message
   if [ -n "$queued" ]; then
     waiting=$(gcloud compute tpus queued-resources describe "$name" "${where[@]}" \
       --format='value(state.state)' 2>/dev/null) || waiting=''
   fi
   case $waiting in
     '')
-      # Shown as it comes: making a slice takes minutes.
-      if said=$(create 2>&1 | tee /dev/stderr); then return; fi
-      if grep -Eqi "$lasting" <<<"$said" || ! grep -Eqi "$passing" <<<"$said"; then
-        fail "gcloud refuses to make the slice: $(tr -s '\n ' ' ' <<<"$said")"
+      # tee shows the output at once: creating a slice takes minutes.
+      if message=$(create 2>&1 | tee /dev/stderr); then return; fi
+      if grep -Eqi "$permanent" <<<"$message" || ! grep -Eqi "$temporary" <<<"$message"; then
+        fail "gcloud refuses to create the slice: $(tr -s '\n ' ' ' <<<"$message")"
       fi
       echo "no slice of $type in $zone yet; trying again" ;;
     SUSPENDED | FAILED)
-      echo "the request is $waiting: making it anew"
+      echo "the request is $waiting: creating it again"
       remove || echo 'could not delete it; trying again' ;;
     *) echo "the request is $waiting: waiting" ;;
   esac
@@ -180,19 +180,19 @@ set_up() {
     run rm "$archive"
     fetch='tar -xzf vpe_jax.tar.gz'
   fi
-  # The images' own Python is older than 3.11, so uv fetches one where there is no other.
-  on_all_workers "if $going_on; then exit 0; fi; set -e; $fetch; cd vpe_jax; . launch/environment.sh
+  # The images' own Python is older than 3.11, so uv installs one if there is no other.
+  on_all_workers "if $running; then exit 0; fi; set -e; $fetch; cd vpe_jax; . launch/environment.sh
 python=\$(find_python 2>/dev/null) || { python3 -m pip install --quiet --user uv
 python3 -m uv python install --quiet 3.12; python=\$(python3 -m uv python find 3.12); }
 install .venv \"\$python\" tpu"
 }
 
-# Starts the run on every worker, detached from this connection; does nothing where it is going on.
+# Starts the run on every worker, detached from this connection; does nothing if it is running.
 start() {
   local command
   command=$(printf '%q ' .venv/bin/python -m vpe_jax.main --config="$config" \
     --workdir="$workdir" "${arguments[@]}")
-  on_all_workers "if $going_on; then exit 0; fi; rm -f run.status; cd vpe_jax
+  on_all_workers "if $running; then exit 0; fi; rm -f run.status; cd vpe_jax
 (trap '' HUP; $command; echo \$? > ../run.status) > ../run.log 2>&1 < /dev/null &
 echo \$! > ../run.pid"
 }
@@ -208,7 +208,7 @@ gather() {
     --output-directory="$logs" || echo "some workers' logs could not be copied"
 }
 
-# Whether the run ended by itself, rather than stopped because the machine was being taken away.
+# Whether the run completed, rather than stopped because the slice was pre-empted.
 complete() {
   local last
   if [ -n "$dry_run" ]; then return; fi
@@ -231,19 +231,19 @@ main() {
     tries=0 status=0
     follow || status=$?
     if [ "$status" = 0 ] && complete; then break; fi
-    # A slice that is being taken away ends the run a little before it says so itself.
+    # A pre-empted slice ends the run shortly before its state changes.
     sleep "$poll"
     if [ "$status" != 0 ] && [ "$status" != 255 ] && [ "$(state)" = READY ]; then
       gather
       fail "the run ended with status $status; its logs are in $logs"
     fi
-    echo 'lost the slice or the connection to it: going on from the last checkpoint'
+    echo 'lost the slice or the connection to it: continuing from the last checkpoint'
   done
   gather
   if [ -n "$delete" ]; then
     remove
   elif [ -z "$dry_run" ]; then
-    echo "the slice $name is still there and costs money; this deletes it:"
+    echo "the slice $name still exists and costs money; this deletes it:"
     dry_run=yes remove
   fi
   if [ -z "$dry_run" ]; then echo "complete: results in $workdir, logs in $logs"; fi

@@ -123,7 +123,7 @@ def test_every_imported_package_is_declared() -> None:
   setup = configparser.ConfigParser()
   setup.read(ROOT / 'setup.cfg')
   declared = _requirements(setup['options'], 'install_requires')
-  for extra in ('tensorboard', 'wandb', 'eval', 'prepare'):
+  for extra in ('tensorboard', 'eval', 'prepare'):
     declared |= _requirements(setup['options.extras_require'], extra)
   distributions = importlib.metadata.packages_distributions()
   missing = []

@@ -57,7 +57,8 @@ def test_version_and_extras() -> None:
   setup.read(ROOT / 'setup.cfg')
   assert setup['metadata']['version'] == 'attr: vpe_jax.__version__'
   assert re.fullmatch(r'\d+\.\d+\.\d+', vpe_jax.__version__)
-  assert {'tpu', 'cuda', 'test', 'tensorboard', 'wandb'} <= set(setup['options.extras_require'])
+  extras = {'tpu', 'cuda', 'gcs', 'test', 'tensorboard', 'eval', 'prepare'}
+  assert set(setup['options.extras_require']) == extras
   assert not re.search(r'^(torch|tensorflow)\b(?!-)', setup['options']['install_requires'], re.M)
 
 
@@ -279,8 +280,8 @@ def test_tpu_pod_worker_commands_are_shell() -> None:
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    ('--zone=z --type=v6e-16 --workdir=gs://b/run', 'say --name=NAME'),
-    ('--name=n --zone=z --type=v6e-16 --workdir=runs/x', 'say --workdir=gs://'),
+    ('--zone=z --type=v6e-16 --workdir=gs://b/run', 'set --name=NAME'),
+    ('--name=n --zone=z --type=v6e-16 --workdir=runs/x', 'set --workdir=gs://'),
     ('--name=n --zone=z --type=h100 --workdir=gs://b/run', 'no image known for --type=h100'),
     ('--nane=n', "unknown option '--nane=n'"),
   ],
