@@ -1,4 +1,4 @@
-"""Cached decoding of a 576-token plan against transformers' generate, and the weight-read floor.
+"""Cached decoding of 576 tokens against transformers' generate, and the weight-read floor.
 
   python -m tests.benchmarks.decode --json=decode.json
 
@@ -49,23 +49,23 @@ BODIES = {
 }
 flags.DEFINE_list('bodies', list(BODIES), 'bodies to measure')
 flags.DEFINE_list('batches', ['1', '8'], 'batch sizes')
-flags.DEFINE_integer('rounds', 3, 'counted rounds')
+flags.DEFINE_integer('rounds', 3, 'timed rounds')
 
 
 def decoder(body: TransformerConfig) -> Decoder:
-  """The language model around a body."""
+  """The language model with a body."""
   return Decoder(DecoderConfig(VOCABULARY, body, tied=True, context=PROMPT + TOKENS))
 
 
-def drawn(model: Decoder) -> Params:
+def random_params(model: Decoder) -> Params:
   """Random weights whose greedy continuation doesn't repeat one token."""
   params = model.init(jax.random.key(0))
-  params['embed'] = params['embed'] * 5  # Logits far enough apart not to tie.
+  params['embed'] = params['embed'] * 5  # Logits differ enough not to tie.
   return params
 
 
 def generate(model: Decoder, params: Params, prompt: Array) -> Array:
-  """Codes [B, TOKENS] after prompts [B, PROMPT]: prefill, then a step a token, all on device."""
+  """Codes [B, TOKENS] after prompts [B, PROMPT]: prefill, then a step per token, all on device."""
   batch, length = prompt.shape[0], PROMPT + TOKENS
   text = build(causal_text(length), keep=jnp.ones((batch,), bool))['text']
   positions, key = text.positions, text.visibility
@@ -85,7 +85,7 @@ def generate(model: Decoder, params: Params, prompt: Array) -> Array:
 
 
 def peer(model: Decoder, params: Params) -> Qwen2ForCausalLM:
-  """transformers' model with our weights, exported and opened."""
+  """transformers' model with our weights, which are exported and loaded."""
   with tempfile.TemporaryDirectory() as folder:
     families.save('qwen2', model.config, params, Path(folder) / 'model')
     return Qwen2ForCausalLM.from_pretrained(
@@ -94,10 +94,10 @@ def peer(model: Decoder, params: Params) -> Qwen2ForCausalLM:
 
 
 def read_floor(params: Params) -> Callable[[], Any]:
-  """A call that reads every weight as often as a plan's decoding does, and does nothing else."""
+  """A call that reads every weight once per decoded token, and does nothing else."""
   flat = jnp.arange(sum(leaf.size for leaf in jax.tree.leaves(params)), dtype=jnp.float32)
 
-  # An argument and a running maximum: neither is known before, so no read is left out or moved.
+  # Weights are an argument, and the maximum depends on every step, so XLA omits and moves no read.
   @jax.jit
   def run(flat: Array) -> Array:
     once = lambda _, top: jnp.maximum(top, jnp.max(jax.lax.optimization_barrier((flat, top))[0]))
@@ -107,7 +107,7 @@ def read_floor(params: Params) -> Callable[[], Any]:
 
 
 def products(params: Params, batch: int) -> Callable[[], Any]:
-  """A call that multiplies rows by every matrix as often as a plan's decoding does."""
+  """A call that multiplies activations by every matrix once per decoded token."""
   body = [
     leaf.reshape(leaf.shape[0] if path.startswith('o/') else math.prod(leaf.shape[:-1]), -1)
     for layer in params['layers']
@@ -116,45 +116,46 @@ def products(params: Params, batch: int) -> Callable[[], Any]:
   ]
   widths = {kernel.shape[1] for kernel in body}
   draw = lambda width: jax.random.normal(jax.random.key(width), (batch, width))
-  rows = {width: draw(width) for width in widths}
+  activations = {width: draw(width) for width in widths}
 
-  # Each product waits for the one before, as a layer's do.
+  # Each product depends on the previous one, as in a layer.
   @jax.jit
-  def run(body: list[Array], table: Array, rows: dict[int, Array]) -> Array:
+  def run(body: list[Array], table: Array, inputs: dict[int, Array]) -> Array:
     def step(_: Array, last: Array) -> Array:
       for kernel in body:
-        last = jnp.tanh(jnp.max(matmul_transposed(rows[kernel.shape[1]] + last, kernel)))
-      return jnp.tanh(jnp.max(matmul_transposed(rows[table.shape[1]] + last, table)))
+        last = jnp.tanh(jnp.max(matmul_transposed(inputs[kernel.shape[1]] + last, kernel)))
+      return jnp.tanh(jnp.max(matmul_transposed(inputs[table.shape[1]] + last, table)))
 
     return jax.lax.fori_loop(0, TOKENS, step, jnp.float32(0))
 
-  return lambda: run(body, params['embed'], rows).block_until_ready()
+  return lambda: run(body, params['embed'], activations).block_until_ready()
 
 
 def measure_body(name: str, batch: int) -> dict[str, Any]:
-  """All sides of one body and batch size in turn."""
+  """Measures all sides for one body and batch size."""
   model = decoder(BODIES[name])
-  params = drawn(model)
+  params = random_params(model)
   theirs = peer(model, params)
   unstacked = params | {'layers': mot.unstack(params['layers'])}
   fast = kernel_layout.for_decoding(unstacked, 'cpu')
   prompt = np.random.default_rng(0).integers(0, VOCABULARY, (batch, PROMPT)).astype(np.int32)
   run = jax.jit(functools.partial(generate, model))
-  given = torch.tensor(prompt, dtype=torch.long)
+  torch_prompt = torch.tensor(prompt, dtype=torch.long)
   fixed = {'do_sample': False, 'min_new_tokens': TOKENS, 'max_new_tokens': TOKENS}
-  mask = torch.ones_like(given)
+  fixed |= {'pad_token_id': 0, 'eos_token_id': -1}
+  mask = torch.ones_like(torch_prompt)
 
   def reference() -> np.ndarray:
     with torch.no_grad():
-      found = theirs.generate(given, attention_mask=mask, pad_token_id=0, eos_token_id=-1, **fixed)
-    return found[:, PROMPT:].numpy()
+      ids = theirs.generate(torch_prompt, attention_mask=mask, **fixed)
+    return ids[:, PROMPT:].numpy()
 
   ours = lambda: np.asarray(run(fast, prompt))
-  agree = float(np.mean(ours() == reference()))
-  if agree < 1.0:
-    raise UserError(f'{name}, batch {batch}: only {agree:.1%} of the tokens agree')
-  alone = {'products': products(fast, batch), 'read_floor': read_floor(params)}
-  sides = {'ours': ours, 'generate': reference, **alone}
+  agreement = float(np.mean(ours() == reference()))
+  if agreement < 1.0:
+    raise UserError(f'{name}, batch {batch}: only {agreement:.1%} of the tokens agree')
+  bounds = {'products': products(fast, batch), 'read_floor': read_floor(params)}
+  sides = {'ours': ours, 'generate': reference, **bounds}
   seconds = timing.alternate(sides, flags.FLAGS.rounds)
   step = {side: round(value / TOKENS, 3) for side, value in timing.medians(seconds).items()}
   return {
@@ -166,14 +167,14 @@ def measure_body(name: str, batch: int) -> dict[str, Any]:
 
 
 def measure() -> dict[str, Any]:
-  """Every body at every batch size."""
+  """Measures every body at every batch size."""
   torch.set_num_threads(len(os.sched_getaffinity(0)))
   cases = [(body, int(batch)) for body in flags.FLAGS.bodies for batch in flags.FLAGS.batches]
-  found = {}
+  results = {}
   for body, batch in cases:
-    found[f'{body} x {batch}'] = measure_body(body, batch)
-    print(f'{body} x {batch}:', found[f'{body} x {batch}'], flush=True)
-  return {'ratios': {name: case['ratio'] for name, case in found.items()}, 'cases': found}
+    results[f'{body} x {batch}'] = measure_body(body, batch)
+    print(f'{body} x {batch}:', results[f'{body} x {batch}'], flush=True)
+  return {'ratios': {name: case['ratio'] for name, case in results.items()}, 'cases': results}
 
 
 if __name__ == '__main__':

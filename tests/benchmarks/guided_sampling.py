@@ -1,11 +1,11 @@
-"""Guided flow steps that reuse their prefix against steps that compute the whole row again.
+"""Guided flow steps with a prefix KV cache against steps that recompute the whole sequence.
 
   python -m tests.benchmarks.guided_sampling --json=guided_sampling.json
 
-50 steps at the paper's lengths (829 tokens before 1,025 of the picture; in editing 1,856, where
-the reference picture's tokens are stood in for by as many of text), half its widths,
-float32. The prefill of both branches is included. The peer computes the same padded rows with the
-same attention. `ratios` are speeds relative to it.
+50 steps at the paper's lengths (829 tokens before 1,025 of the image; in editing 1,856, where text
+tokens replace those of the source image), half its widths, float32. The prefill of both branches is
+included. The baseline computes the same padded sequences with the same attention. `ratios` are
+speeds relative to it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from vpe_jax.contracts import Array, Batch, Params, System, concatenate
 from vpe_jax.sampling import flow
 from vpe_jax.sampling.guidance import Guidance, combine
 
-REFERENCE = 1027  # tokens of a reference picture: begin, time, 1,024 of the picture, end
-TEXTS = {'drawing': 249, 'editing': 249 + REFERENCE}
+REFERENCE = 1027  # tokens of a source image: begin, time, 1,024 of the image, end
+TEXTS = {'generation': 249, 'editing': 249 + REFERENCE}
 flags.DEFINE_list('cases', list(TEXTS), 'cases to measure')
-flags.DEFINE_integer('flow_steps', 50, 'steps of the flow')
-flags.DEFINE_integer('rounds', 3, 'counted rounds')
+flags.DEFINE_integer('flow_steps', 50, 'flow steps')
+flags.DEFINE_integer('rounds', 3, 'timed rounds')
 
 
 def build(text: int) -> System:
   """The system at the paper's lengths and a small width."""
   config = t2i.get_config('debug')
   config.data.update(source='synthetic', text_length=text)
-  # Half the paper's widths, and fewer layers. Of the head's last one the peer, too, leaves out what
-  # nothing reads: with few of them that is much.
+  # Half the paper's widths, and fewer layers. In the head's last layer, the baseline also omits
+  # outputs that are not read: a large share of the work if there are few layers.
   expert = {'width': 768, 'mlp': 4480, 'layers': 2, 'heads': 6, 'kv_heads': 1, 'head_width': 128}
   config.model.update(
     ar=expert, dit=dict(expert), latent_size=64, latent_channels=16, image={'channels': 16},
@@ -51,7 +51,7 @@ def build(text: int) -> System:
 
 
 def cached(system: System, params: Params, request: Batch, noise: Array) -> Array:
-  """Latents by rendering's own way: each branch's prefix once, then the image's tokens alone."""
+  """Latents as the system renders them: a prefix per branch once, then only the image's tokens."""
   experts, settings = system.experts, system.config.sample
   _, conditional = experts.prefix(params, request, rng.run_key(0), settings)
   null = lambda: experts.null_prefix(params, request)
@@ -77,14 +77,14 @@ def recomputed(system: System, params: Params, request: Batch, noise: Array) -> 
   return flow.integrate(velocity, noise, flow.time_grid(settings.steps, settings.shift))
 
 
-def _drawn(system: System) -> Params:
-  """Fresh weights with the maps that start at zero redrawn, so that nothing is the identity."""
+def _random_params(system: System) -> Params:
+  """Random weights; layers initialized to zero get random weights too."""
   fresh = redrawn(jax.jit(system.init)(rng.run_key(0)), 0.02)
   return system.prepare(fresh, jax.default_backend())
 
 
 def measure_case(name: str) -> dict[str, Any]:
-  """Both sides of one case in turn."""
+  """Measures both sides of one case."""
   system, draw = build(TEXTS[name]), np.random.default_rng(0)
   c, length = system.config.model, TEXTS[name]
   text = jnp.asarray(draw.integers(8, 1024, (1, length)), jnp.int32)
@@ -95,7 +95,7 @@ def measure_case(name: str) -> dict[str, Any]:
     encoded={'visual_prompt': codes},
   )
   shape = (1, c.latent_size, c.latent_size, c.latent_channels)
-  noise, params = jax.random.normal(jax.random.key(2), shape), _drawn(system)
+  noise, params = jax.random.normal(jax.random.key(2), shape), _random_params(system)
   sides = {}
   for side, function in (('cached', cached), ('recomputed', recomputed)):
     run = jax.jit(lambda p, r, n, f=function: f(system, p, r, n))
@@ -107,15 +107,15 @@ def measure_case(name: str) -> dict[str, Any]:
     'ratio': timing.ratio(seconds, 'cached', 'recomputed'),
     'milliseconds': timing.medians(seconds),
     'error': error,
-    'tokens': {'before': sum(tokens.values()) - 1025, 'picture': 1025},
+    'tokens': {'before': sum(tokens.values()) - 1025, 'image': 1025},
     'sample': dataclasses.asdict(system.config.sample),
   }
 
 
 def measure() -> dict[str, Any]:
-  """Drawing and editing."""
-  found = {name: measure_case(name) for name in flags.FLAGS.cases}
-  return {'ratios': {name: case['ratio'] for name, case in found.items()}, 'cases': found}
+  """Measures generation and editing."""
+  cases = {name: measure_case(name) for name in flags.FLAGS.cases}
+  return {'ratios': {name: case['ratio'] for name, case in cases.items()}, 'cases': cases}
 
 
 if __name__ == '__main__':

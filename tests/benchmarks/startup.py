@@ -1,9 +1,9 @@
-"""From the command to its first step, with and without the cache of compiled programs.
+"""Time from the command to its first step, with and without the cache of compiled programs.
 
   python -m tests.benchmarks.startup --json=startup.json
 
-`ratio` is how many times sooner a run of configs/t2i.py:debug is at its first step when an earlier
-one has left its programs in the cache.
+`ratio` is the speedup of the first step of configs/t2i.py:debug if an earlier run has saved its
+compiled programs in the cache.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from tests.benchmarks import timing
 from vpe_jax.contracts import UserError
 
 flags.DEFINE_integer('rounds', 3, 'runs of each side')
-_POLL = 0.02  # seconds between looks at the run's metrics
+_POLL = 0.02  # seconds between reads of the run's metrics
 
 
 def first_step(cache: Path, workdir: Path) -> float:
-  """Seconds from the command until the first step is on record; the run is ended there."""
+  """Seconds from the command until the first step is logged; the run is then killed."""
   command = [
     sys.executable, '-m', 'vpe_jax.main', '--config=configs/t2i.py:debug', f'--workdir={workdir}',
     '--config.data.source=synthetic', '--config.log.every=1',
   ]  # fmt: skip
   cleared = ('JAX_COMPILATION_CACHE_DIR', 'XLA_FLAGS')
-  kept = {name: value for name, value in os.environ.items() if name not in cleared}
-  environment = kept | {'VPE_JAX_CACHE': str(cache)}
+  environment = {name: value for name, value in os.environ.items() if name not in cleared}
+  environment['VPE_JAX_CACHE'] = str(cache)
   began = time.perf_counter()
   with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
     metrics = workdir / 'metrics.jsonl'
@@ -54,7 +54,7 @@ def _has_step(metrics: Path) -> bool:
 
 
 def measure() -> dict[str, Any]:
-  """Cold and warm in turn; the warm side's cache is filled by a whole run's first step."""
+  """Measures cold and warm starts in turn; an uncounted run fills the cache of the warm ones."""
   seconds: dict[str, list[float]] = {'cold': [], 'warm': []}
   with tempfile.TemporaryDirectory() as folder:
     root = Path(folder)

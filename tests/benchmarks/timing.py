@@ -1,7 +1,7 @@
-"""Shared by all benchmarks: a quiet machine, sides in turn, and a JSON report.
+"""Shared by all benchmarks: an idle machine, alternating sides, and a JSON report.
 
-Sides run in turn (A B A B ...), so that a machine whose speed drifts slows both; a ratio is the
-median of the ratios of neighbours.
+Sides run in turn (A B A B ...), so that a drift of the machine's speed affects both; a ratio is
+the median over rounds of the ratios of the two times.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from absl import flags
 from vpe_jax import front_door
 from vpe_jax.contracts import UserError
 
-LOAD = 0.5  # of other work, above which a timing says little
+LOAD = 0.5  # maximum load average of other work; a higher load distorts timings
 TOLERANCE = 1e-4  # of the largest absolute value
-_PAUSE = 0.5  # seconds before each call: threads of the side before wait in a busy loop for a while
+_PAUSE = 0.5  # seconds before each call: threads of the previous side spin for a while
 
-flags.DEFINE_string('json', '', 'file to write the figures to; empty: none')
-flags.DEFINE_bool('force', False, 'measure beside other work too; the JSON says so')
+flags.DEFINE_string('json', '', 'file for the results; empty: none')
+flags.DEFINE_bool('force', False, 'measure on a busy machine too; the JSON has its load')
 
 
 def main(measure: Callable[[], dict[str, Any]]) -> None:
-  """Runs a benchmark as a command: `measure` returns its figures, with `ratio` or `ratios`."""
-  load = os.getloadavg()[0]  # Before any work of our own.
+  """Runs a benchmark as a command: `measure` returns its results, with `ratio` or `ratios`."""
+  load = os.getloadavg()[0]  # Before our own work starts.
 
   def command() -> None:
     print(f'load average before the start: {load:.2f}', flush=True)
     if load > LOAD and not flags.FLAGS.force:
       raise UserError(
         f'other work loads the machine ({load:.2f}, at most {LOAD} is allowed): wait until it is '
-        'done, or measure all the same with --force'
+        'done, or measure anyway with --force'
       )
-    figures = measure() | {'load_average': load, 'machine': _machine()}
-    text = json.dumps(figures, indent=2)
+    results = measure() | {'load_average': load, 'machine': _machine()}
+    text = json.dumps(results, indent=2)
     print(text, flush=True)
     if flags.FLAGS.json:
       Path(flags.FLAGS.json).write_text(text + '\n')
@@ -58,17 +58,17 @@ def alternate(
 
   Args:
     sides: name -> a call that returns when its work is done.
-    rounds: counted rounds.
-    warm: whether every side has run before; else a first round, which compiles, isn't counted.
+    rounds: timed rounds.
+    warm: whether every side has run before; else a first round, which compiles, isn't timed.
   """
   seconds: dict[str, list[float]] = {name: [] for name in sides}
   for index in range(warm, rounds + 1):
     for name, call in sides.items():
       time.sleep(_PAUSE)
-      began = time.perf_counter()
+      start = time.perf_counter()
       call()
       if index:
-        seconds[name].append(time.perf_counter() - began)
+        seconds[name].append(time.perf_counter() - start)
     print(f'round {index}/{rounds}', file=sys.stderr, flush=True)
   return seconds
 
@@ -84,16 +84,16 @@ def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
   return {name: round(1e3 * statistics.median(values), 3) for name, values in seconds.items()}
 
 
-def check_equal(ours: Any, theirs: Any, what: str, tolerance: float = TOLERANCE) -> float:
+def check_equal(ours: Any, theirs: Any, name: str, tolerance: float = TOLERANCE) -> float:
   """The largest difference as a share of the largest absolute value.
 
   Raises:
-    UserError: it is above `tolerance`: sides that compute different things aren't compared.
+    UserError: it is above `tolerance`, so the sides compute different results.
   """
   ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
   error = float(np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs)))
   if not error <= tolerance:
-    raise UserError(f'{what}: the sides differ by {error:.1e} of the largest value')
+    raise UserError(f'{name}: the sides differ by {error:.1e} of the largest value')
   return error
 
 

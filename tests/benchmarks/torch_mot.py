@@ -1,4 +1,4 @@
-"""The peer of the train-step benchmark: a Mixture-of-Transformers of Qwen2 modules in PyTorch."""
+"""Baseline of the train-step benchmark: a Mixture-of-Transformers of Qwen2 modules in PyTorch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vpe_jax.models.transformer import TransformerConfig
 
 
 class Expert(nn.Module):
-  """One expert's half of a layer: its projections, norms and MLP."""
+  """Parameters of one expert in a layer: projections, norms and MLP."""
 
   def __init__(self, config: TransformerConfig):
     super().__init__()
@@ -46,7 +46,7 @@ class Expert(nn.Module):
 
 
 class Mot(nn.Module):
-  """Layers of several experts over one attention; positions and mask are fixed."""
+  """Layers of several experts joined by attention; positions and mask are fixed."""
 
   def __init__(self, config: TransformerConfig, names: tuple[str, ...], mask: np.ndarray):
     super().__init__()
@@ -79,7 +79,7 @@ class Mot(nn.Module):
     return streams
 
   def take(self, params: Mapping[str, Params]) -> None:
-    """Takes our weights: per expert, layers stacked on a leading axis."""
+    """Copies our weights: per expert, layers stacked on a leading axis."""
     with torch.no_grad():
       for index, layer in enumerate(self.layers):
         for name, expert in layer.items():

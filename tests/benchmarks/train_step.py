@@ -32,23 +32,23 @@ from vpe_jax.training import optimizer
 CONFIG = TransformerConfig(width=512, mlp=1408, layers=8, heads=8, kv_heads=2, head_width=64)
 BATCH, LENGTHS = 4, {'ar': 160, 'dit': 256}
 OPTIM = OptimConfig(lr=1e-4, warmup=1, clip=0.0)
-flags.DEFINE_bool('compiled', True, "whether torch.compile's step is measured too")
+flags.DEFINE_bool('compiled', True, "whether to measure torch.compile's step too")
 
 
 def _visibility() -> dict[str, Visibility]:
-  """Causal tokens, then an image that sees them and itself."""
+  """Visibility of causal tokens, and of an image that sees them and itself."""
   text, image = Span('text', LENGTHS['ar'], 'ar'), Span('image', LENGTHS['dit'], 'dit', full=True)
   regions = build(Layout((text, image)), keep=jnp.ones((BATCH,), bool))
   return {name: region.visibility for name, region in regions.items()}
 
 
-def _step(rows: dict[str, Visibility]) -> Callable[..., Any]:
+def _step(visibility: dict[str, Visibility]) -> Callable[..., Any]:
   layers = {name: Layer(CONFIG, jnp.float32) for name in LENGTHS}
 
   def loss(params: Params, inputs: dict[str, Array]) -> Array:
-    streams = {n: mot.Stream(inputs[n], rows[n].order, rows[n]) for n in LENGTHS}
-    apart = {name: mot.unstack(params[name]) for name in LENGTHS}
-    hidden, _ = mot.run(layers, apart, streams)
+    streams = {n: mot.Stream(inputs[n], visibility[n].order, visibility[n]) for n in LENGTHS}
+    unstacked = {name: mot.unstack(params[name]) for name in LENGTHS}
+    hidden, _ = mot.run(layers, unstacked, streams)
     return sum(jnp.sum(jnp.square(x)) for x in hidden.values()) / BATCH
 
   def step(params: Params, state: Any, inputs: dict[str, Array], count: Array) -> Any:
@@ -61,25 +61,25 @@ def _step(rows: dict[str, Visibility]) -> Callable[..., Any]:
 
 def products() -> list[tuple[tuple[int, ...], tuple[int, ...], str]]:
   """Shapes and einsum of every matrix product of one layer's forward and backward pass."""
-  c, total, found = CONFIG, sum(LENGTHS.values()), []
+  c, total, pairs = CONFIG, sum(LENGTHS.values()), []
   for length in LENGTHS.values():
-    rows = BATCH * length
+    tokens = BATCH * length
     heads = c.heads * c.head_width
     kv = c.kv_heads * c.head_width
     dense = [(c.width, heads), (c.width, kv), (c.width, kv), (heads, c.width)]
     dense += [(c.width, c.mlp), (c.width, c.mlp), (c.mlp, c.width)]
-    for inside, outside in dense:
-      found.append(((rows, inside), (inside, outside), 'rk,km->rm'))
-      found.append(((rows, outside), (inside, outside), 'rm,km->rk'))
-      found.append(((rows, inside), (rows, outside), 'rk,rm->km'))
-  # Queries of a group are rows of one product: logits and mixed values, and two gradients each.
-  rows = total * c.heads // c.kv_heads
+    for width_in, width_out in dense:
+      pairs.append(((tokens, width_in), (width_in, width_out), 'rk,km->rm'))
+      pairs.append(((tokens, width_out), (width_in, width_out), 'rm,km->rk'))
+      pairs.append(((tokens, width_in), (tokens, width_out), 'rk,rm->km'))
+  # All queries of a group share one product: logits and mixed values, and two gradients each.
+  queries = total * c.heads // c.kv_heads
   q, k, p = ((BATCH, c.kv_heads, n, m) for n, m in (
-    (rows, c.head_width), (total, c.head_width), (rows, total)))  # fmt: skip
-  found += [(q, k, 'bnlh,bnsh->bnls'), (p, k, 'bnls,bnsh->bnlh')]  # forward
-  found += [(q, k, 'bnlh,bnsh->bnls'), (p, q, 'bnls,bnlh->bnsh')]  # of the values
-  found += [(p, k, 'bnls,bnsh->bnlh'), (p, q, 'bnls,bnlh->bnsh')]  # of q and k
-  return found
+    (queries, c.head_width), (total, c.head_width), (queries, total)))  # fmt: skip
+  pairs += [(q, k, 'bnlh,bnsh->bnls'), (p, k, 'bnls,bnsh->bnlh')]  # forward
+  pairs += [(q, k, 'bnlh,bnsh->bnls'), (p, q, 'bnls,bnlh->bnsh')]  # of the values
+  pairs += [(p, k, 'bnls,bnsh->bnlh'), (p, q, 'bnls,bnlh->bnsh')]  # of q and k
+  return pairs
 
 
 def _products_alone() -> Callable[[], Any]:
@@ -96,7 +96,7 @@ def _products_alone() -> Callable[[], Any]:
 
 
 def flops() -> float:
-  """Of the matrix products of one step."""
+  """FLOPs of the matrix products of one step."""
   total = 0
   for a, b, spec in products():
     sizes = dict(zip(spec.replace('->', ',').replace(',', ''), (*a, *b)))
@@ -121,16 +121,16 @@ def _torch_step(model: Mot, inputs: dict[str, torch.Tensor], compiled: bool) -> 
 
 
 def measure() -> dict[str, Any]:
-  """All sides in turn."""
+  """Measures all sides."""
   torch.set_num_threads(len(os.sched_getaffinity(0)))
-  rows = _visibility()
+  visibility = _visibility()
   keys = jax.random.split(jax.random.key(0), len(LENGTHS))
   layer = Layer(CONFIG, jnp.float32)
   params = {name: mot.init_layers(layer, key) for name, key in zip(LENGTHS, keys)}
   draw = np.random.default_rng(1)
   inputs = {n: draw.standard_normal((BATCH, L, CONFIG.width)).astype(np.float32)
             for n, L in LENGTHS.items()}  # fmt: skip
-  whole = Visibility(*(jnp.concatenate([getattr(rows[n], f) for n in LENGTHS], 1)
+  whole = Visibility(*(jnp.concatenate([getattr(visibility[n], f) for n in LENGTHS], 1)
                        for f in ('order', 'since', 'reach', 'until')))  # fmt: skip
   mask = np.asarray(visible(whole, whole))
   kinds = ('eager', 'compiled') if flags.FLAGS.compiled else ('eager',)
@@ -138,17 +138,17 @@ def measure() -> dict[str, Any]:
   for kind in kinds:
     model = Mot(CONFIG, tuple(LENGTHS), mask)
     model.take(params)
-    given = {name: torch.tensor(x) for name, x in inputs.items()}
-    theirs[kind] = _torch_step(model, given, kind == 'compiled')
-  step = _step(rows)
-  held = [params, optimizer.init(params), jnp.zeros((), jnp.int32)]
+    torch_inputs = {name: torch.tensor(x) for name, x in inputs.items()}
+    theirs[kind] = _torch_step(model, torch_inputs, kind == 'compiled')
+  step = _step(visibility)
+  state = [params, optimizer.init(params), jnp.zeros((), jnp.int32)]
 
   def ours() -> float:
-    held[0], held[1], loss = step(held[0], held[1], inputs, held[2])
-    held[2] = held[2] + 1
+    state[0], state[1], loss = step(state[0], state[1], inputs, state[2])
+    state[2] = state[2] + 1
     return float(loss)
 
-  # Two steps: the second loss has seen the gradient and the update.
+  # Two steps: the second loss depends on the gradient and the update.
   losses = {name: [call(), call()] for name, call in {'ours': ours, **theirs}.items()}
   errors = {k: timing.check_equal(losses['ours'], losses[k], f'losses of {k}') for k in theirs}
   seconds = timing.alternate({'ours': ours, 'products': _products_alone(), **theirs})
