@@ -1,4 +1,4 @@
-"""Packaging, launch scripts, licences and the README: what they promise is there."""
+"""Packaging, launch scripts, licences and the README."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_a_failed_phase_ends_the_script_and_is_not_remembered(tmp_path: Path) ->
   assert [call.split()[1] for call in _calls(tmp_path)] == ['pip', 'vpe_jax.main']
 
 
-def test_a_training_that_was_stopped_is_not_drawn_from(tmp_path: Path) -> None:
+def test_a_training_that_was_stopped_is_not_sampled_from(tmp_path: Path) -> None:
   environment = _clone(tmp_path)
   (tmp_path / 'calls.stopped').touch()
   stopped = _shell('bash launch/quickstart.sh', tmp_path, **environment)
@@ -348,17 +348,18 @@ def test_tpu_pod_waits_for_capacity(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-  'said',
+  'message',
   [
     "ERROR: (gcloud) RESOURCE_EXHAUSTED: Quota limit 'TPUV6EPerProject' has been exceeded.",
     'ERROR: (gcloud) You do not currently have an active account selected.',
     "ERROR: (gcloud) NOT_FOUND: The accelerator v6e-17 was not found in zone 'us-east5-b'",
   ],
 )
-def test_tpu_pod_ends_where_waiting_does_not_help(tmp_path: Path, said: str) -> None:
-  done, verbs = _play(tmp_path, states=['ABSENT'] * 9, creates=[said] * 9)
+def test_tpu_pod_ends_where_waiting_does_not_help(tmp_path: Path, message: str) -> None:
+  done, verbs = _play(tmp_path, states=['ABSENT'] * 9, creates=[message] * 9)
   assert done.returncode == 2 and verbs == ['create']
-  assert done.stderr.splitlines()[-1].startswith('error: ') and said in done.stderr.splitlines()[-1]
+  last = done.stderr.splitlines()[-1]
+  assert last.startswith('error: ') and message in last
 
 
 def test_tpu_pod_needs_gcloud(tmp_path: Path) -> None:
