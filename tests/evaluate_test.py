@@ -32,7 +32,7 @@ def command(monkeypatch, fake_subject):
   With `load_fails`, loading a model fails the test.
   """
   cls = type('Flags', (types.SimpleNamespace,), {})
-  cls.__getitem__ = lambda self, name: types.SimpleNamespace(value=vars(self)[name])
+  cls.__getitem__ = lambda self, name: types.SimpleNamespace(value=vars(self)[name], present=True)
   flags = cls(workdir=[], benchmarks=[], set=[], captions=2, splits=['concept'], seed=0)
   flags.judge, flags.out, flags.evaluated, flags.subjects = '', None, [], {}
   flags.load_fails = False

@@ -316,8 +316,9 @@ class System(Protocol):
     initialization: sources of the initial parameters.
     capabilities: the capability protocols that this system implements with its config.
     preprocess: host-side function from records to the inputs of `batch_spec`.
-    encoder_settings: JSON-serializable settings that, beside the weights, determine the encoded
-      entries.
+    encoder_settings: JSON-serializable settings that, beside the weights and the images, determine
+      the encoded entries: where encoders read prompts, also tokenizer, `text_length` and
+      `prompt_field` of the data section.
   """
 
   config: Any

@@ -19,6 +19,7 @@ files: to evaluation/ in the current folder). For several runs, sheets that comp
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from absl import flags
 
@@ -54,9 +55,14 @@ def _build() -> dict[str, Evaluator]:
   options, built = evaluators.parse_options(FLAGS.set, FLAGS.benchmarks), {}
   for name in FLAGS.benchmarks:
     known = {field.name for field in dataclasses.fields(evaluators.class_of(name))}
-    shared = {option: FLAGS[option].value for option in _SHARED if option in known}
+    shared = {option: value for option, value in _shared().items() if option in known}
     built[name] = evaluators.build(name, shared | options.get(name, {}))
   return built
+
+
+def _shared() -> dict[str, Any]:
+  """The shared options that flags set; evaluators have defaults of their own."""
+  return {option: FLAGS[option].value for option in _SHARED if FLAGS[option].present}
 
 
 def _load(workdir: str) -> Subject:
@@ -78,8 +84,7 @@ def main() -> None:
   # All runs are loaded before the first one samples, so that mistakes are reported early.
   subjects = {workdir: _load(workdir) for workdir in FLAGS.workdir}
   folders = {workdir: _folder(workdir) for workdir in subjects}
-  shared = {option: FLAGS[option].value for option in _SHARED}
-  selected = {workdir: runner.select(built, subjects[workdir], shared) for workdir in subjects}
+  selected = {workdir: runner.select(built, subjects[workdir], _shared()) for workdir in subjects}
   for folder in folders.values():
     front_door.check_folder(folder)
   runner.evaluate(selected, subjects, folders)
