@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -198,6 +199,13 @@ class TestPolicy:
     assert store.steps() == [5]
 
 
+def test_groups_start_with_any_leaf_and_are_bounded(monkeypatch):
+  monkeypatch.setattr(store_lib, '_GROUP', 16)
+  sizes = {'empty': 0, 'large': 9, 'a': 3, 'b': 1, 'c': 1}
+  leaves = {path: {'shape': [size], 'dtype': 'float32'} for path, size in sizes.items()}
+  assert store_lib._groups(leaves, sizes) == [['empty'], ['large'], ['a', 'b'], ['c']]
+
+
 def _truncate(folder: Path) -> None:
   file = _largest_file(folder)
   file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -249,6 +257,44 @@ class TestDamage:
     _assert_equal(_restore(tmp_path), _state(2, _mesh()))
     others = {item.name for item in tmp_path.iterdir()} - {'1', '2'}
     assert others == {'damaged-2'}
+
+  @pytest.mark.parametrize('name', ['load', 'checkpointables_metadata'])
+  @pytest.mark.parametrize(
+    'error',
+    [
+      OSError(errno.ESTALE, 'Stale file handle'),
+      OSError(errno.EMFILE, 'Too many open files'),
+      TimeoutError('timed out'),
+      ValueError('UNAVAILABLE: Error reading "gs://bucket/run/checkpoints/2/state/"'),
+    ],
+    ids=lambda error: type(error).__name__,
+  )
+  def test_transient_error_is_not_damage(self, tmp_path, monkeypatch, name, error):
+    _save(tmp_path, 1, 2)
+    store = Store(str(tmp_path), CheckpointConfig(every=1))
+
+    def fail(*_, **__):
+      raise Exception('wrapped by Orbax') from error
+
+    with monkeypatch.context() as patch, pytest.raises(Exception, match='wrapped by Orbax'):
+      patch.setattr(store_lib.ocp, name, fail)
+      store.restore(_abstract(_mesh()))
+    _assert_equal(store.restore(_abstract(_mesh())), _state(2, _mesh()))
+    assert store.save(_state(3, _mesh()), CONFIG)
+    store.close()
+    assert {item.name for item in tmp_path.iterdir()} == {'2', '3'}
+
+  def test_unreachable_marker_is_not_damage(self, tmp_path, monkeypatch):
+    _save(tmp_path, 1)
+    stale = OSError(errno.ESTALE, 'Stale file handle')
+
+    def fail(path):
+      raise stale
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='Stale'):
+      patch.setattr(type(store_lib.epath.Path(tmp_path)), 'read_bytes', fail)
+      _restore(tmp_path)
+    _assert_equal(_restore(tmp_path), _state(1, _mesh()))
 
   def test_full_disk_is_a_one_line_error_and_keeps_earlier_checkpoints(self, tmp_path, monkeypatch):
     _save(tmp_path, 1)
@@ -399,14 +445,17 @@ def test_kill_during_a_save_loses_no_complete_checkpoint(tmp_path):
   assert all((leaf == meta['step']).all() for leaf in arrays.values())
 
 
-# Two processes of four devices each: save, restore, damage, restore.
+# Two processes of four devices each: save, restore, damage, restore; then one process can't read.
 TWO_PROCESSES = """
   import pathlib, sys
+  from unittest import mock
   import jax, jax.numpy as jnp, numpy as np
   from absl import logging
   from vpe_jax import sharding
+  from vpe_jax.checkpoints import store as store_lib
   from vpe_jax.checkpoints.store import Store
   from vpe_jax.config import CheckpointConfig, MeshConfig
+  from vpe_jax.contracts import UserError
   sharding.initialize_distributed()
   index, folder = jax.process_index(), pathlib.Path(sys.argv[1])
   mesh = sharding.make_mesh(MeshConfig())
@@ -452,7 +501,24 @@ TWO_PROCESSES = """
   assert store.save(state(3), {'seed': 0})
   store.close()
   assert store.steps() == [2, 3], store.steps()
-  print('done')
+
+  def restored_if_second_process_reads(error):
+    # Reading the record of step 3 raises an error in the second process only.
+    store, read = Store(str(folder), CheckpointConfig(every=1)), store_lib.ocp.checkpointables_metadata
+    def fail(path):
+      if index == 1 and path.name == '3':
+        raise error
+      return read(path)
+    with mock.patch.object(store_lib.ocp, 'checkpointables_metadata', fail):
+      return store.restore(abstract_of)
+
+  restored = restored_if_second_process_reads(FileNotFoundError('gone'))
+  assert restored['step'] == 2 and equal(restored['params'], state(2)['params'])
+  try:
+    restored_if_second_process_reads(TimeoutError('timed out'))
+  except (TimeoutError, UserError) as error:
+    assert isinstance(error, TimeoutError) == (index == 1)
+    print('done')
 """
 
 

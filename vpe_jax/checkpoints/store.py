@@ -14,6 +14,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -43,6 +44,21 @@ _STATE = 'state'  # Orbax's name for the arrays of a checkpoint
 _MARKER = 'commit_success.txt'  # written by Orbax last
 _GROUP = 2**30  # bytes of leaves that `Store.read` loads at a time
 _UNFINISHED = '.orbax-checkpoint-tmp'  # suffix of a folder that is being written or deleted
+# Exceptions of Orbax, json and TensorStore for files that are missing or can't be parsed.
+_PARSE_ERRORS = (
+  AttributeError,
+  FileNotFoundError,
+  IsADirectoryError,
+  LookupError,
+  NotADirectoryError,
+  TypeError,
+  ValueError,
+)
+# TensorStore raises every error as a ValueError; these codes concern the storage or the process.
+_TRANSIENT = re.compile(
+  'ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED'
+  '|UNAUTHENTICATED|UNAVAILABLE|UNKNOWN'
+)
 
 State = dict[str, Any]
 Meta = dict[str, Any]
@@ -296,7 +312,7 @@ class Store:
     reasons = {}
     for step in reversed(self._folders()):
       try:
-        meta = self._record(step)
+        meta = _agreed(functools.partial(self._record, step))
         return meta, load(step, meta)
       except _Damaged as reason:
         reasons[step] = str(reason)
@@ -316,8 +332,12 @@ class Store:
   def _record(self, step: int) -> Meta:
     """Reads and checks a checkpoint's record, without its arrays."""
     folder = self._folder(step)
-    if not (folder / _MARKER).exists():
-      raise _Damaged(f'its commit marker {_MARKER} is missing: the save was not finished')
+    try:
+      # `exists` would take a storage error for a missing marker.
+      (folder / _MARKER).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+      reason = f'its commit marker {_MARKER} is missing: the save was not finished'
+      raise _Damaged(reason) from error
     with _without_logging():
       metadata = _attempt(lambda: ocp.checkpointables_metadata(folder).custom_metadata)
     if not isinstance(metadata, dict) or metadata.keys() != {'record', 'digest'}:
@@ -344,16 +364,7 @@ class Store:
       with _load_context():
         return ocp.load(self._folder(step), dict(targets), checkpointable_name=_STATE)
 
-    arrays, problem = None, ''
-    try:
-      arrays = _attempt(load)
-    except _Damaged as reason:
-      problem = str(reason)
-    if jax.process_count() > 1:
-      failed = multihost_utils.process_allgather(np.array(bool(problem))).any()
-      problem = problem or ('another process could not read it' if failed else '')
-    if problem:
-      raise _Damaged(problem)
+    arrays = _agreed(lambda: _attempt(load))
     sums = checksums(arrays)
     wrong = [path for path, value in sums.items() if value != meta['leaves'][path]['checksum']]
     if wrong:
@@ -380,21 +391,49 @@ def _writes_in_place(directory: epath.Path) -> bool:
 
 
 def _attempt(read: Callable[[], Any]) -> Any:
-  """Calls a function that reads a checkpoint; its exceptions become `_Damaged`.
+  """Calls a function that reads a checkpoint.
 
-  A damaged file may raise almost any exception, so all of them count as damage except those that
-  concern this process.
+  Raises:
+    _Damaged: a file is missing or can't be parsed. Other errors, such as a timeout of the storage
+      or too many open files, may pass, so they are raised unchanged.
   """
   try:
     return read()
-  except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-    raise
   except Exception as error:
     root = error
     while root.__cause__ is not None:  # the innermost cause names the file
       root = root.__cause__
     message = ' '.join(str(root).split()) or type(root).__name__
+    if not isinstance(root, _PARSE_ERRORS) or _TRANSIENT.match(message):
+      raise
     raise _Damaged(f'it can not be read: {message[:180]}') from error
+
+
+def _agreed(read: Callable[[], Any]) -> Any:
+  """Calls a function that reads a checkpoint; it succeeds in all processes or in none.
+
+  Raises:
+    _Damaged: the checkpoint is damaged for a process.
+    UserError: another process could not reach the checkpoint.
+  """
+  result, problem = None, None
+  try:
+    result = read()
+  except Exception as error:
+    problem = error
+  severity = 0 if problem is None else 1 if isinstance(problem, _Damaged) else 2
+  if jax.process_count() > 1:
+    worst = int(multihost_utils.process_allgather(np.array(severity)).max())
+    if worst > severity and worst == 1:
+      problem = _Damaged('another process could not read it')
+    elif worst > severity:
+      problem = UserError(
+        'another process could not reach a checkpoint; its own log has the reason: run the same '
+        'command again'
+      )
+  if problem is not None:
+    raise problem
+  return result
 
 
 @contextlib.contextmanager
@@ -430,10 +469,10 @@ def _arrays(state: State) -> dict[str, Any]:
 def _groups(saved: Mapping[str, Any], paths: Iterable[str]) -> list[list[str]]:
   """Groups paths so that the leaves of a group fill at most `_GROUP` bytes, or are one."""
   groups: list[list[str]] = []
-  size = _GROUP
+  size = 0
   for path in paths:
     leaf_size = math.prod(saved[path]['shape']) * np.dtype(saved[path]['dtype']).itemsize
-    if size + leaf_size > _GROUP:
+    if not groups or size + leaf_size > _GROUP:
       groups.append([])
       size = 0
     groups[-1].append(path)
