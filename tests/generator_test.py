@@ -117,9 +117,11 @@ def test_given_codes_are_rendered():
   for wrong in (np.zeros((3, 4)), np.zeros((2, 5)), np.zeros(3)):
     with pytest.raises(UserError, match=r'\(2, 4\)'):
       draws(['a', 'b'], fixed={'visual_prompt': wrong})
-  for wrong in ([0, 1, 2, 200], [-1, 1, 2, 3]):
+  for wrong in ([0, 1, 2, 200], [-1, 1, 2, 3], [0, 1, 2, 2**32 + 3]):
     with pytest.raises(UserError, match='the codebook has 0 to 199'):
       draws('a', fixed={'visual_prompt': np.asarray(wrong)})
+  with pytest.raises(UserError, match='visual_prompt has dtype float64'):
+    draws('a', fixed={'visual_prompt': np.asarray([0, 1, 2, 3.7])})
 
 
 def test_settings_start_from_the_runs_own():
@@ -223,8 +225,8 @@ def _tampered(path, change, **said):
 @pytest.mark.parametrize(
   'change, said, message',
   [
-    (lambda p: p['embed'].pop('codes'), {}, "'embed/codes' is absent instead of"),
-    (lambda p: p.update(extra=np.zeros(2)), {}, r"'extra' is \[2\] instead of absent"),
+    (lambda p: p['embed'].pop('codes'), {}, "'embed/codes' is absent"),
+    (lambda p: p.update(extra=np.zeros(2)), {}, r"'extra' is \[2\]"),
     (lambda p: p['embed'].update(text=np.zeros((3, 2))), {}, r"'embed/text' is \[3, 2\]"),
     (lambda p: None, {'config': '{"a": '}, 'the config in .* is damaged'),
     (lambda p: None, {'config': '[' * 100_000}, 'the config in .* is damaged'),

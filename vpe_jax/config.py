@@ -310,6 +310,9 @@ class CheckpointConfig:
   keep: int = 2
   keep_every: int = 0
 
+  def __post_init__(self) -> None:
+    check_sizes(self, 'checkpoint.')
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:

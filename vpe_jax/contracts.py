@@ -22,6 +22,8 @@ import numpy as np
 
 Array = jax.Array
 Params = Mapping[str, Any]  # a plain nested dict of arrays
+State = dict[str, Any]  # of a run: COUNTERS, params, opt_state and ema; see training/state.py
+COUNTERS = ('stage', 'step', 'stage_step', 'examples_seen')  # integers of a State
 
 
 class UserError(ValueError):
@@ -346,7 +348,8 @@ class System(Protocol):
   def frozen_shapes(self) -> Params:
     """Parameters of the frozen networks by name, as trees of `jax.ShapeDtypeStruct`.
 
-    They have the dtypes of initialization; `checkpoints.frozen.abstract` applies the declared ones.
+    They have the dtypes of initialization; `checkpoints.frozen.abstract_params` applies the
+    declared ones.
     """
     return {}
 

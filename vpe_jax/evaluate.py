@@ -45,7 +45,7 @@ def _define_flags() -> None:
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'EMA weights or raw weights')
   flags.DEFINE_string('judge', 'assets:judge', 'weights of the evaluator network (a SigLIP)')
   flags.DEFINE_string('out', None, 'folder for the reports (default: RUN/evaluation)')
-  flags.DEFINE_integer('rows', 32, 'batch size of sampling')
+  flags.DEFINE_integer('batch_size', 32, 'images per batch of sampling, at least 4')
   front_door.define_settings()
   flags.adopt_module_key_flags(front_door)  # --help lists only flags of the main module.
 
@@ -67,7 +67,7 @@ def _shared() -> dict[str, Any]:
 
 def _load(workdir: str) -> Subject:
   overrides = front_door.settings()
-  return Subject.load(workdir, FLAGS.weights, FLAGS.rows, FLAGS.seed, overrides)
+  return Subject.load(workdir, FLAGS.weights, FLAGS.batch_size, FLAGS.seed, overrides)
 
 
 def _folder(workdir: str) -> str:

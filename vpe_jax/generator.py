@@ -41,9 +41,9 @@ from vpe_jax.contracts import (
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.data.tokenizers.published import open_tokenizer
 from vpe_jax.data.transforms import to_square
-from vpe_jax.sampling import batches, images
+from vpe_jax.sampling import batches
 from vpe_jax.sampling.batches import Progress
-from vpe_jax.sampling.images import GeneratedImage
+from vpe_jax.sampling.images import GeneratedImage, to_uint8
 
 
 class Item(NamedTuple):
@@ -54,7 +54,7 @@ class Item(NamedTuple):
 
 
 class SourceImages(NamedTuple):
-  """Encoded entries of the source images of editing, by name, and a hash of them.
+  """Encoded source images of an edit (name -> array), and their fingerprint.
 
   Each entry is [N, ...]: N is 1 (one image for all requests) or the number of requests.
   """
@@ -109,10 +109,12 @@ class Generator:
     self._tokenizer = tokenizer
     self._source: SourceImages | None = None
     # Every process reads the results.
-    placed = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
-    self._draft = jax.jit(system.draft, static_argnums=3, **placed)
-    self._generate = jax.jit(system.generate, static_argnums=4, **placed)
-    self._encode_drafts = jax.jit(system.encode_drafts, **placed)
+    jit_options = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
+    self._draft = jax.jit(system.draft, static_argnums=3, **jit_options)
+    self._generate = jax.jit(system.generate, static_argnums=4, **jit_options)
+    self._encode_drafts = jax.jit(system.encode_drafts, **jit_options)
+    if supports(system, Edits):
+      self._encode_source = jax.jit(system.encode_source, **jit_options)
 
   @classmethod
   def load(cls, workdir: str, weights: str = 'ema', batch_size: int = 4) -> Generator:
@@ -137,9 +139,12 @@ class Generator:
     """Makes the generator of a loaded model; warnings and errors are those of `load`."""
     system = require(model.system, Samples)
     if not set(system.samples_with) <= set(system.frozen):
-      raise UserError(f'{model.source} was trained on synthetic latents: no decoder is available')
+      raise UserError(
+        f'{model.source} was trained on synthetic latents, so it has no decoder: name a run that '
+        'was trained on images'
+      )
     _warn_if_untrained(model)
-    frozen = frozen_lib.for_sampling(system)
+    frozen = frozen_lib.load_for_sampling(system)
     frozen_lib.check_sampling(system, model.params, frozen)
     metadata = {'checkpoint': model.fingerprint, 'weights': f'{model.source} ({model.weights})'}
     tokenizer = open_tokenizer(system.config.data.tokenizer)
@@ -160,9 +165,8 @@ class Generator:
         'this model generates images from prompts only: leave the image to edit out, or name a run '
         'of configs/edit.py'
       )
-    encode = jax.jit(self.system.encode_source)
     squares = _source_squares(self.system, source)
-    encoded = self.batched(lambda batch: encode(self.frozen, batch), squares)
+    encoded = self.batched(lambda batch: self._encode_source(self.frozen, batch), squares)
     editor = copy.copy(self)
     editor._source = SourceImages(encoded, weights_io.fingerprint(encoded))
     editor.metadata = self.metadata | {'source_image': editor._source.fingerprint}
@@ -196,7 +200,7 @@ class Generator:
     Args:
       prompts: one or several prompts; a repeated prompt continues with its next `n` images.
       n: images per prompt.
-      seed: of all images.
+      seed: sampling seed, shared by all images.
       settings: from `self.settings(...)`; None: those of the run.
       fixed: encoded entries that replace the model's drafts, by name: one array for all images, or
         [len(prompts) * n, ...].
@@ -221,17 +225,17 @@ class Generator:
     draft = lambda batch: self._draft(self.params, batch, key, settings)
     return self.batched(draft, self.request(items))
 
-  def read_drafts(self, source: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+  def read_drafts(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Encodes images to drafts [N, ...] with the frozen encoders, as in training.
 
     Args:
-      source: images, uint8 [H, W, 3], of any shape. They are made square as in training.
+      images: uint8 [H, W, 3] each, of any shape. They are made square as in training.
 
     Raises:
       UserError: the model was trained on synthetic drafts, or the encoders can't be loaded.
     """
     data = self.system.config.data
-    squares = np.stack([to_square(image, data.image_size, data.fit) for image in source])
+    squares = np.stack([to_square(image, data.image_size, data.fit) for image in images])
     return self.batched(lambda batch: self._encode_drafts(self.draft_networks, batch), squares)
 
   @functools.cached_property
@@ -240,7 +244,7 @@ class Generator:
     names = self.system.draft_encoders
     if all(name in self.frozen for name in names):
       return {name: self.frozen[name] for name in names}
-    return jax.device_put(frozen_lib.for_drafts(self.system))
+    return jax.device_put(frozen_lib.load_for_drafts(self.system))
 
   def with_params(self, params: Params) -> Generator:
     """Makes a generator with other parameters that shares the compiled programs."""
@@ -261,7 +265,7 @@ class Generator:
     Args:
       request: from `self.request`. Drafts that it lacks are sampled first.
       items: prompt and index of each element.
-      seed: of all images.
+      seed: sampling seed, shared by all images.
       settings: from `self.settings(...)`; None: those of the run.
       progress: called with (images finished, total images) after each batch.
 
@@ -285,10 +289,10 @@ class Generator:
         item.prompt,
         item.index,
         seed,
-        {name: leaf[place] for name, leaf in encoded.items()},
+        {name: leaf[i] for name, leaf in encoded.items()},
         metadata | {'prompt': item.prompt, 'index': str(item.index)},
       )
-      for place, (image, item) in enumerate(zip(images.to_uint8(pixels), items, strict=True))
+      for i, (image, item) in enumerate(zip(to_uint8(pixels), items, strict=True))
     ]
 
   def batched(
@@ -303,7 +307,7 @@ class Generator:
     ids, lengths = self._tokenizer.encode_batch(prompts, self.system.config.data.text_length)
     index_of = {prompt: index for index, prompt in enumerate(prompts)}
     indices = [index_of[item.prompt] for item in items]
-    example = np.asarray([_identity(item) for item in items], np.int32)
+    example = np.asarray([_example_id(item) for item in items], np.int32)
     source = self._source_entries(len(items))
     inputs = {'text': ids[indices], 'text_length': lengths[indices]}
     return Batch(example, inputs, {**source, **encoded})
@@ -341,15 +345,17 @@ class Generator:
       if name not in self.system.drafts:
         raise UserError(f"this model drafts no '{name}'{nearest(name, self.system.drafts)}")
       expected = (count, *spec.encoded[name].shape[1:])
-      array = np.asarray(array, spec.encoded[name].dtype)
+      dtype, array = spec.encoded[name].dtype, np.asarray(array)
       if array.shape not in (expected, expected[1:]):
         raise UserError(f'{name} has shape {array.shape}: {expected} or {expected[1:]} is needed')
+      if not np.can_cast(array.dtype, dtype, 'same_kind'):
+        raise UserError(f'{name} has dtype {array.dtype}: {dtype} is needed, convert it first')
       last = spec.codebooks.get(name, 0) - 1
       if last >= 0 and not 0 <= array.min() <= array.max() <= last:
         raise UserError(
           f'{name} has codes from {array.min()} to {array.max()}: the codebook has 0 to {last}'
         )
-      encoded[name] = np.broadcast_to(array, expected)
+      encoded[name] = np.broadcast_to(array.astype(dtype), expected)
     return dataclasses.replace(request, encoded=encoded)
 
 
@@ -361,12 +367,15 @@ def items_of(prompts: str | Sequence[str], n: int) -> list[Item]:
   """
   prompts = bpe.tidied([prompts] if isinstance(prompts, str) else prompts)
   if not prompts or n < 1:
-    raise UserError(f'nothing to generate: {len(prompts)} prompts with n={n} images each')
+    raise UserError(
+      f'nothing to generate: {len(prompts)} prompts with n={n} images each; name a '
+      'prompt, and n of at least 1'
+    )
   counters = collections.defaultdict(itertools.count)
   return [Item(prompt, next(counters[prompt])) for prompt in prompts for _ in range(n)]
 
 
-def _identity(item: Item) -> int:
+def _example_id(item: Item) -> int:
   """The int32 that keys the randomness of an image, together with the seed."""
   return zlib.crc32(f'{item.prompt}\0{item.index}'.encode()) & 0x7FFFFFFF
 

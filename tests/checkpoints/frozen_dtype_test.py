@@ -115,7 +115,7 @@ def test_cached_encodings_depend_on_the_dtype(loaded):
 
 def test_compiled_programs_have_the_dtype():
   mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-  assert _dtypes(frozen.abstract(_system('bfloat16'))) == {BF16}
+  assert _dtypes(frozen.abstract_params(_system('bfloat16'))) == {BF16}
   narrow, wide = (
     program.lower(program.Job(_system(dtype), 0, program.TRAIN, 2, mesh))
     for dtype in ('bfloat16', 'float32')
@@ -130,7 +130,7 @@ def test_published_weights_and_imports_are_rounded_once(published, tmp_path, sto
     source = tmp_path / 'imported'
     imports.import_weights('siglip', str(published), str(source), dtype=stored)
     store = Store(str(source / FOLDER), CheckpointConfig())
-    assert {leaf['dtype'] for leaf in store.latest_meta()['leaves'].values()} == {stored}
+    assert {leaf['dtype'] for leaf in store.latest_record()['leaves'].values()} == {stored}
     store.close()
   sizes = families.load('siglip', sources.open_source(str(published))).sizes
   start = PretrainedWeights('siglip', str(source), sizes)
@@ -172,7 +172,7 @@ def test_a_run_is_rounded_in_groups(tmp_path, monkeypatch):
   store.close()
   read = []
   verified = Store._load_verified
-  monkeypatch.setattr('vpe_jax.checkpoints.store._GROUP', 2 * SIZE * 4)
+  monkeypatch.setattr('vpe_jax.checkpoints.store._GROUP_BYTES', 2 * SIZE * 4)
   monkeypatch.setattr(
     Store, '_load_verified', lambda self, *args: read.append(args[2]) or verified(self, *args)
   )

@@ -1,4 +1,4 @@
-"""Tests that frozen networks that don't fit the model are refused before any work."""
+"""Tests that frozen networks that don't fit the model are refused before training."""
 
 import numpy as np
 import pytest

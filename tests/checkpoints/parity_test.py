@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,3 +108,16 @@ def test_error_names_a_missing_library(monkeypatch, tmp_path):
   monkeypatch.setitem(parity._REFERENCES, 'qwen2', ('no_such_library', None))
   with pytest.raises(UserError, match='pip install no_such_library'):
     parity.compare(imported, tmp_path)
+
+
+def test_reference_computes_no_gradients_and_a_shape_error_names_the_output(monkeypatch, tmp_path):
+  modes = []
+
+  def pairs(library, *_):
+    modes.append(library.is_grad_enabled())
+    return {'logits': (np.zeros((2, 3)), library.zeros(2, 4))}
+
+  monkeypatch.setitem(parity._REFERENCES, 'qwen2', ('torch', pairs))
+  with pytest.raises(UserError, match=r'logits has shape \(2, 3\), .*\(2, 4\)'):
+    parity.compare(families.Imported('qwen2', None, {}, None), tmp_path)
+  assert modes == [False]

@@ -23,6 +23,7 @@ class _Painter(Edits):
   def __init__(self, capabilities, data):
     config = types.SimpleNamespace(system='painter', data=data, sample=SampleConfig(), seed=0)
     self.config, self.capabilities = config, capabilities
+    self.source_traces = 0
 
   def batch_spec(self, batch_size):
     ints = lambda *shape: jax.ShapeDtypeStruct((batch_size, *shape), jnp.int32)
@@ -36,6 +37,7 @@ class _Painter(Edits):
     return Generated(image, {})
 
   def encode_source(self, frozen, images):
+    self.source_traces += 1
     return {'source': images[:, 0, 0, 0].astype(jnp.float32) / 255}
 
 
@@ -75,3 +77,10 @@ def test_each_edit_has_its_own_source_image():
   subject = _subject((Samples, Edits), source_images=True).editing(source)
   images = subject.sample(['make it red', 'make it blue', 'make it red'])
   assert images[:, 0, 0, 1].tolist() == [10, 200, 30]
+
+
+def test_source_images_are_encoded_by_one_program():
+  subject = _subject((Samples, Edits), source_images=True)
+  for shade in (10, 200):
+    subject.editing(np.full((16, 16, 3), shade, np.uint8))
+  assert subject.system.source_traces == 1

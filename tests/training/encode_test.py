@@ -79,7 +79,7 @@ def test_cache_is_reused_and_depends_on_data_and_encoders(open_data, tmp_path):
   _, again = open_data()
   assert first.encodings == 1 and again.encodings == 0 and len(_folders(tmp_path)) == 1
   open_data(examples=20)
-  open_data(frozen=frozen_lib.Frozen({}, {'encoder': 'of other weights'}, _blank))
+  open_data(frozen=frozen_lib.FrozenNetworks({}, {'encoder': 'of other weights'}, _blank))
   assert len(_folders(tmp_path)) == 3
 
 
@@ -108,7 +108,7 @@ def test_invalid_settings_are_one_line_errors(open_data, line_system, drawing_sy
     system.config, data=dataclasses.replace(system.config.data, encode='cached')
   )
   with pytest.raises(UserError, match='line.* set data.encode=online'):
-    encode.open_training_data(config, system, frozen_lib.Frozen({}, {}, None), None)
+    encode.open_training_data(config, system, frozen_lib.FrozenNetworks({}, {}, None), None)
 
 
 def test_changed_image_in_a_folder_changes_the_fingerprint(tmp_path, drawing_system):
@@ -116,7 +116,7 @@ def test_changed_image_in_a_folder_changes_the_fingerprint(tmp_path, drawing_sys
     Image.new('RGB', (8, 8), (value,) * 3).save(tmp_path / f'{name}.png')
     (tmp_path / f'{name}.txt').write_text('a red fox')
   system = drawing_system(data={'source': f'folder:{tmp_path}', 'examples': 0})
-  frozen = frozen_lib.Frozen({}, {}, None)
+  frozen = frozen_lib.FrozenNetworks({}, {}, None)
 
   def found():
     return encode.fingerprint(system.config.data, 0, frozen, Pipeline.of(system), {})
@@ -153,7 +153,7 @@ def test_prepared_folder_is_identified_by_its_manifest(tmp_path, drawing_system)
     (tmp_path / 'in' / f'{name}.txt').write_text('a red fox')
   prepare(Settings(f'folder:{tmp_path}/in'), str(tmp_path / 'to'))
   system = drawing_system(data={'source': f'folder:{tmp_path}/to', 'examples': 0})
-  frozen = frozen_lib.Frozen({}, {}, None)
+  frozen = frozen_lib.FrozenNetworks({}, {}, None)
 
   def found():
     return encode.fingerprint(system.config.data, 0, frozen, Pipeline.of(system), {})

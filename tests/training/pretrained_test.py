@@ -16,10 +16,9 @@ from vpe_jax.checkpoints import weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.codecs.siglip_vq import SiglipVqSection
 from vpe_jax.config import CheckpointConfig, to_dict
-from vpe_jax.contracts import UserError
+from vpe_jax.contracts import COUNTERS, UserError
 from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import pretrained, report, resume
-from vpe_jax.training.state import COUNTERS
 
 
 @pytest.fixture(scope='module')

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vpe_jax.contracts import Stage, UserError
+from vpe_jax.contracts import COUNTERS, Stage, UserError
 from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import state as state_lib
 
@@ -53,11 +53,11 @@ def test_frozen_leaves_have_no_optimizer_or_average():
 
 def test_next_stage_starts_optimizer_and_average_from_current_parameters():
   state = state_lib.first_state(_params(), _stage('ar/', ema=True))
-  state |= {name: jnp.int32(n) for n, name in enumerate(state_lib.COUNTERS, 3)}
+  state |= {name: jnp.int32(n) for n, name in enumerate(COUNTERS, 3)}
   state['params']['dit']['q']['kernel'] = jnp.full(5, 7.0)
   state['opt_state']['count'] = jnp.int32(9)
   after = state_lib.next_stage(state, _stage('dit/', ema=True))
-  assert [int(after[name]) for name in state_lib.COUNTERS] == [4, 4, 0, 6]
+  assert [int(after[name]) for name in COUNTERS] == [4, 4, 0, 6]
   assert int(after['opt_state']['count']) == 0
   assert list(leaves_by_path(after['opt_state']['mu'])) == ['dit/q/kernel']
   np.testing.assert_array_equal(after['ema']['dit']['q']['kernel'], np.full(5, 7.0))

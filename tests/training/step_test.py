@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vpe_jax import rng as randomness
-from vpe_jax.contracts import Stage
+from vpe_jax.contracts import COUNTERS, Stage
 from vpe_jax.evaluation.heldout import make_eval_step
 from vpe_jax.training import state as state_lib
 from vpe_jax.training.step import make_train_step, microbatches
@@ -42,7 +42,7 @@ def _gap(first, second):
 def test_counters_and_metrics(line_system, optim):
   system = line_system()
   state, history = _run(system, optim(), steps=3)
-  assert [int(state[name]) for name in state_lib.COUNTERS] == [0, 3, 3, 24]
+  assert [int(state[name]) for name in COUNTERS] == [0, 3, 3, 24]
   last = history[-1]
   losses = {'loss', 'loss/tokens', 'loss/noise', 'loss/watched'}
   assert last.keys() == losses | {'weight/noise', 'grad_norm', 'lr', 'skipped'}

@@ -24,7 +24,7 @@ Encode = Callable[[Params, Mapping[str, Array], Array], dict[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen:
+class FrozenNetworks:
   """Frozen networks by name.
 
   Attributes:
@@ -37,12 +37,12 @@ class Frozen:
   fingerprints: dict[str, str]
   encode: Encode
 
-  def encoded(self, batch: Batch, rng: Array) -> Batch:
-    """Adds the entries that the frozen encoders compute from the inputs of a batch."""
+  def encode_batch(self, batch: Batch, rng: Array) -> Batch:
+    """Returns the batch with `encoded` replaced by the outputs of the frozen encoders."""
     return dataclasses.replace(batch, encoded=self.encode(self.params, batch.inputs, rng))
 
 
-def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
+def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> FrozenNetworks:
   """Loads the frozen networks of a system.
 
   Raises:
@@ -53,10 +53,10 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> Frozen:
   check_fits(system, params)
   fingerprints = {name: fingerprint for name, (_, fingerprint) in networks.items()}
   encode = jax.jit(system.encode, compiler_options=sharding.compiler_options())
-  return Frozen(params, fingerprints, encode)
+  return FrozenNetworks(params, fingerprints, encode)
 
 
-def abstract(system: System) -> Params:
+def abstract_params(system: System) -> Params:
   """The frozen networks by name, as `jax.ShapeDtypeStruct` trees of the dtypes they declare."""
   return {
     name: dtypes.cast_shapes(tree, dtypes.parse(system.frozen[name].dtype))
@@ -64,7 +64,7 @@ def abstract(system: System) -> Params:
   }
 
 
-def for_sampling(system: Samples) -> Params:
+def load_for_sampling(system: Samples) -> Params:
   """Loads the networks that a system samples with, on one device.
 
   Raises:
@@ -73,17 +73,20 @@ def for_sampling(system: Samples) -> Params:
   return _on_one_device(system, system.samples_with)
 
 
-def for_drafts(system: Samples) -> Params:
+def load_for_drafts(system: Samples) -> Params:
   """Loads the networks that encode images to drafts, on one device.
 
   Raises:
-    UserError: the system was trained without them; or see `for_sampling`.
+    UserError: the system was trained without them; or see `load_for_sampling`.
   """
   names = system.draft_encoders
   if not set(names) <= set(system.frozen):
-    raise UserError('this model was trained on synthetic codes, for which no encoder exists')
+    raise UserError(
+      'this model was trained on synthetic codes, for which no encoder exists: name a run that was '
+      'trained on images'
+    )
   networks, side = _on_one_device(system, names), system.config.data.image_size
-  with _misfit(system, names):
+  with _one_line_errors(system, names):
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
     jax.eval_shape(system.encode_drafts, networks, image)
   return networks
@@ -109,7 +112,7 @@ def check_sampling(system: Samples, params: Params, frozen: Params) -> None:
     leaves_by_path(jax.eval_shape(system.init, jax.random.key(0))), leaves_by_path(params)
   )
   encoded = system.batch_spec(1).encoded
-  with _misfit(system, system.samples_with):
+  with _one_line_errors(system, system.samples_with):
     jax.eval_shape(system.decode, frozen, encoded, jax.eval_shape(lambda: jax.random.key(0)))
 
 
@@ -132,7 +135,7 @@ def check_shapes(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None
 
 
 @contextlib.contextmanager
-def _misfit(system: System, names: Iterable[str]) -> Iterator[None]:
+def _one_line_errors(system: System, names: Iterable[str]) -> Iterator[None]:
   """Context in which errors of misfitting frozen networks become a one-line error."""
   try:
     yield
@@ -159,6 +162,7 @@ def _network(
     return jax.device_put(tree, shardings_of(tree, mesh, strategy)), weights.fingerprint(tree)
   shard = functools.partial(_with_shardings, mesh=mesh, strategy=strategy)
   tree = imports.network(network.published, shard, network.dtype)
+  # An import is loaded as numpy arrays, without the shardings.
   tree = jax.device_put(tree, shardings_of(tree, mesh, strategy))
   # A large network doesn't fit on one host, so its checksums are computed on the devices.
   sums = json.dumps(checksum.checksums(leaves_by_path(tree)), sort_keys=True)
@@ -168,7 +172,7 @@ def _network(
 def _with_shardings(tree: Params, mesh: jax.sharding.Mesh, strategy: str) -> Params:
   """Adds shardings to abstract parameters."""
   return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target),
     tree,
     shardings_of(tree, mesh, strategy),
   )
@@ -184,12 +188,12 @@ def shardings_of(networks: Params, mesh: jax.sharding.Mesh, strategy: str) -> Pa
   return sharding.param_shardings(networks, table, mesh, strategy)
 
 
-def check_fits(system: System, loaded: Params) -> None:
-  """Traces the frozen encoders on one example to check their shapes before any work.
+def check_fits(system: System, networks: Params) -> None:
+  """Traces the frozen encoders on one example to check their shapes before training.
 
   Args:
     system: the system that encodes with them.
-    loaded: its frozen networks, name -> parameters.
+    networks: its frozen networks, name -> parameters.
 
   Raises:
     UserError: the networks don't fit the sizes in the config, or the shapes of their outputs don't
@@ -204,8 +208,8 @@ def check_fits(system: System, loaded: Params) -> None:
       )
     return
   inputs, key = spec.batch(cached=False).inputs, jax.eval_shape(lambda: jax.random.key(0))
-  with _misfit(system, system.frozen):
-    outputs = jax.eval_shape(system.encode, loaded, inputs, key)
+  with _one_line_errors(system, system.frozen):
+    outputs = jax.eval_shape(system.encode, networks, inputs, key)
   for name, expected in spec.encoded.items():
     if outputs[name].shape != expected.shape:
       raise UserError(

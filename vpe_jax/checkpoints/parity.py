@@ -52,9 +52,10 @@ def compare(imported: Imported, folder: Path) -> dict[str, float]:
       f'installed; families with one: {known}'
     )
   package, make_pairs = _REFERENCES[imported.family]
-  with jax.default_matmul_precision('highest'):
-    pairs = make_pairs(_library('torch'), _library(package), folder, imported)
-  return {name: _error(ours, theirs) for name, (ours, theirs) in pairs.items()}
+  torch = _library('torch')
+  with jax.default_matmul_precision('highest'), torch.no_grad():
+    pairs = make_pairs(torch, _library(package), folder, imported)
+  return {name: _error(name, ours, theirs) for name, (ours, theirs) in pairs.items()}
 
 
 def verdict(family: str, errors: dict[str, float]) -> tuple[bool, str]:
@@ -76,10 +77,13 @@ def _library(name: str) -> Any:
     ) from error
 
 
-def _error(ours: Any, theirs: Any) -> float:
-  ours, theirs = np.asarray(ours, np.float64), theirs.detach().double().numpy()
+def _error(name: str, ours: Any, theirs: Any) -> float:
+  ours, theirs = np.asarray(ours, np.float64), theirs.double().numpy()
   if ours.shape != theirs.shape:
-    raise UserError(f'our output is {ours.shape}, the reference {theirs.shape}')
+    raise UserError(
+      f'{name} has shape {ours.shape}, in the reference {theirs.shape}: name the folder of the '
+      'imported weights and their config.json'
+    )
   return float(np.max(np.abs(ours - theirs)) / max(np.max(np.abs(theirs)), 1e-30))
 
 
@@ -127,15 +131,14 @@ def _autoencoder(name: str) -> Callable[..., _Pairs]:
   """diffusers' autoencoders; Wan's takes images as videos of one frame."""
 
   def pairs(torch: Any, diffusers: Any, folder: Path, imported: Imported) -> _Pairs:
-    kind = getattr(diffusers, name)
-    model = kind.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    model_class = getattr(diffusers, name)
+    model = model_class.from_pretrained(folder, torch_dtype=torch.float32).eval()
     network, is_video = KlVae(imported.sizes), name == 'AutoencoderKLWan'
     images, pixels = _random_images(torch, 4 * imported.sizes.body.factor)
     variables = {'params': imported.params}
     mean = jax.jit(lambda v, x: network.apply(v, x, method='posterior').mean)(variables, images)
-    with torch.no_grad():
-      latents = model.encode(pixels[:, :, None] if is_video else pixels).latent_dist.mean
-      decoded = model.decode(latents).sample
+    latents = model.encode(pixels[:, :, None] if is_video else pixels).latent_dist.mean
+    decoded = model.decode(latents).sample
     if is_video:
       latents, decoded = latents[:, :, 0], decoded[:, :, 0]
     latents, decoded = (tensor.permute(0, 2, 3, 1) for tensor in (latents, decoded))
@@ -154,18 +157,17 @@ def _siglip_vq(torch: Any, transformers: Any, folder: Path, imported: Imported) 
       f"--check of siglip_vq compares with transformers' GLM-Image, but the layout of '{folder}' "
       f'is {imported.tensor_map.table.name}: import it without --check'
     )
-  kind = transformers.GlmImageForConditionalGeneration
-  model = kind.from_pretrained(folder, dtype=torch.float32).eval().model
+  model_class = transformers.GlmImageForConditionalGeneration
+  model = model_class.from_pretrained(folder, dtype=torch.float32).eval().model
   grid, patch = 4, imported.sizes.patch
   images, pixels = _random_images(torch, grid * patch)
   pixels = einops.rearrange(pixels, 'B C (h p) (w q) -> (B h w) (C p q)', p=patch, q=patch)
   network, variables = SiglipVq(imported.sizes), {'params': imported.params}
   features = jax.jit(lambda v, x: network.apply(v, x, method='features'))(variables, images)
   project = jax.jit(lambda v, x: network.apply(v, x, method='project'))
-  with torch.no_grad():
-    outputs = model.visual(pixels, grid_thw=torch.tensor([[1, grid, grid]] * _BATCH))
-    expected = outputs.last_hidden_state.reshape(features.shape)
-    projected = model.vqmodel.quant_conv(expected.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+  outputs = model.visual(pixels, grid_thw=torch.tensor([[1, grid, grid]] * _BATCH))
+  expected = outputs.last_hidden_state.reshape(features.shape)
+  projected = model.vqmodel.quant_conv(expected.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
   ours = project(variables, expected.numpy())
   return {'features': (features, expected), 'projected': (ours, projected)}
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -33,19 +34,32 @@ from orbax.checkpoint import v1 as ocp
 from vpe_jax import __version__
 from vpe_jax.checkpoints.checksum import checksums
 from vpe_jax.config import CheckpointConfig
-from vpe_jax.contracts import UserError
+from vpe_jax.contracts import COUNTERS, State, UserError
 from vpe_jax.sharding import leaves_by_path
 from vpe_jax.storage import is_remote, move_aside, probe
 
-COUNTERS = ('stage', 'step', 'stage_step', 'examples_seen')
 FOLDER = 'checkpoints'  # folder of a workdir
 _STATE = 'state'  # Orbax's name for the arrays of a checkpoint
 _MARKER = 'commit_success.txt'  # written by Orbax last
-_GROUP = 2**30  # bytes of leaves that `Store.read` loads at a time
+_GROUP_BYTES = 2**30  # bytes of leaves that `Store.read` loads at a time
 _UNFINISHED = '.orbax-checkpoint-tmp'  # suffix of a folder that is being written or deleted
+# Exceptions of Orbax, json and TensorStore for files that are missing or can't be parsed.
+_PARSE_ERRORS = (
+  AttributeError,
+  FileNotFoundError,
+  IsADirectoryError,
+  LookupError,
+  NotADirectoryError,
+  TypeError,
+  ValueError,
+)
+# TensorStore raises every error as a ValueError; these codes concern the storage or the process.
+_TRANSIENT = re.compile(
+  'ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED'
+  '|UNAUTHENTICATED|UNAVAILABLE|UNKNOWN'
+)
 
-State = dict[str, Any]
-Meta = dict[str, Any]
+Record = dict[str, Any]
 
 
 class _Damaged(Exception):
@@ -65,22 +79,15 @@ class Store:
     Args:
       directory: of the checkpoints.
       config: when to save, and which checkpoints to keep.
-
-    Raises:
-      UserError: `keep` or `every` is below 1, or `keep_every` is negative.
     """
-    if config.keep < 1 or config.every < 1 or config.keep_every < 0:
-      raise UserError(
-        f'checkpoint.keep={config.keep} and checkpoint.every={config.every} must be at least 1, '
-        f'checkpoint.keep_every={config.keep_every} at least 0'
-      )
     self._directory = epath.Path(directory)
     if not is_remote(directory):
       self._directory = self._directory.absolute()
     self._config = config
     self._worker = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending: concurrent.futures.Future[None] | None = None
-    self._newest: int | None = None  # last saved or restored step; -1: restore found none
+    self._newest: int | None = None  # last saved or restored step
+    self._restored = False  # `restore` has returned, with or without a state
     self._damaged: set[int] = set()  # steps that restore skipped
 
   def due(self, step: int) -> bool:
@@ -127,7 +134,7 @@ class Store:
     self._pending = self._worker.submit(self._finish, response)
     return True
 
-  def restore(self, abstract_of: Callable[[Meta], State]) -> State | None:
+  def restore(self, abstract_of: Callable[[Record], State]) -> State | None:
     """Restores the newest intact checkpoint.
 
     A damaged checkpoint is reported in a warning and the previous one is tried. The next `save`
@@ -145,21 +152,21 @@ class Store:
       UserError: every checkpoint is damaged, or the abstract state has other leaves.
     """
 
-    def load(step: int, meta: Meta) -> State:
-      return self._load(step, meta, abstract_of(meta))
+    def load(step: int, record: Record) -> State:
+      return self._load(step, record, abstract_of(record))
 
     newest = self._newest_intact(load)
+    self._restored = True
     if newest is None:
-      self._newest = -1
       return None
-    meta, state = newest
-    self._newest = meta['step']
+    record, state = newest
+    self._newest = record['step']
     for name, value in _machine().items():
-      matters = name != 'cpu_threads' or jax.default_backend() == 'cpu'
-      if matters and meta[name] != value:
+      is_relevant = name != 'cpu_threads' or jax.default_backend() == 'cpu'
+      if is_relevant and record[name] != value:
         logging.warning(
           'checkpoint %d was saved with %s=%s, this process has %s: results may differ in their '
-          'last bits', meta['step'], name, meta[name], value,
+          'last bits', record['step'], name, record[name], value,
         )  # fmt: skip
     return state
 
@@ -167,7 +174,7 @@ class Store:
     self,
     choose: Callable[[Collection[str]], Iterable[str]],
     transform: Callable[[np.ndarray], np.ndarray] = lambda leaf: leaf,
-  ) -> tuple[dict[str, np.ndarray], Meta] | None:
+  ) -> tuple[dict[str, np.ndarray], Record] | None:
     """Loads some leaves of the newest intact checkpoint as numpy arrays.
 
     Leaves are loaded, verified and transformed in groups, so host memory holds at most one group in
@@ -184,13 +191,13 @@ class Store:
       UserError: every checkpoint is damaged.
     """
 
-    def load(step: int, meta: Meta) -> dict[str, np.ndarray]:
+    def load(step: int, record: Record) -> dict[str, np.ndarray]:
       arrays = {}
-      for group in _groups(meta['leaves'], choose(meta['leaves'])):
+      for group in _groups(record['leaves'], choose(record['leaves'])):
         # The values of `targets` are never written, so they take no memory.
-        shapes = {path: meta['leaves'][path] for path in group}
+        shapes = {path: record['leaves'][path] for path in group}
         targets = {path: np.empty(leaf['shape'], leaf['dtype']) for path, leaf in shapes.items()}
-        leaves = self._load_verified(step, meta, targets)
+        leaves = self._load_verified(step, record, targets)
         while leaves:
           path, leaf = leaves.popitem()
           arrays[path] = transform(leaf)
@@ -199,7 +206,7 @@ class Store:
     newest = self._newest_intact(load)
     return None if newest is None else (newest[1], newest[0])
 
-  def latest_meta(self) -> Meta | None:
+  def latest_record(self) -> Record | None:
     """The newest readable record of a checkpoint, or None."""
     for step in reversed(self.steps()):
       try:
@@ -234,7 +241,7 @@ class Store:
 
   def _prepare_directory(self, step: int) -> None:
     """Before a save: refuses to mix two runs, and removes unfinished or damaged checkpoints."""
-    if self._newest is None:
+    if self._newest is None and not self._restored:
       later = [other for other in self.steps() if other >= step]
       if later:
         raise UserError(
@@ -272,12 +279,12 @@ class Store:
     response.result()
     if jax.process_index() != 0:
       return
-    complete, every = self.steps(), self._config.keep_every
-    keep = set(complete[-self._config.keep :])
-    keep |= {step for step in complete if every and step % every == 0}
+    complete_steps, every = self.steps(), self._config.keep_every
+    keep = set(complete_steps[-self._config.keep :])
+    keep |= {step for step in complete_steps if every and step % every == 0}
     for step in self._folders():
       folder = self._folder(step)
-      if self._is_unfinished(folder) or (step in complete and step not in keep):
+      if self._is_unfinished(folder) or (step in complete_steps and step not in keep):
         self._delete(folder)
 
   def _delete(self, folder: epath.Path) -> None:
@@ -290,14 +297,14 @@ class Store:
 
   # Loading.
 
-  def _newest_intact(self, load: Callable[[int, Meta], Any]) -> tuple[Meta, Any] | None:
+  def _newest_intact(self, load: Callable[[int, Record], Any]) -> tuple[Record, Any] | None:
     """Loads the newest intact checkpoint: its record and the result of `load(step, record)`."""
     self.wait()
     reasons = {}
     for step in reversed(self._folders()):
       try:
-        meta = self._record(step)
-        return meta, load(step, meta)
+        record = _agreed(functools.partial(self._record, step))
+        return record, load(step, record)
       except _Damaged as reason:
         reasons[step] = str(reason)
         self._damaged.add(step)
@@ -307,17 +314,21 @@ class Store:
         )  # fmt: skip
     if not reasons or (_writes_in_place(self._directory) and not self.steps()):
       return None
-    listed = '; '.join(f'step {step}: {reason}' for step, reason in reasons.items())
+    reason_list = '; '.join(f'step {step}: {reason}' for step, reason in reasons.items())
     raise UserError(
-      f'no checkpoint in {self._directory} can be used ({listed}): restore one from a backup, or '
-      'choose another --workdir'
+      f'no checkpoint in {self._directory} can be used ({reason_list}): restore one from a '
+      'backup, or choose another --workdir'
     )
 
-  def _record(self, step: int) -> Meta:
+  def _record(self, step: int) -> Record:
     """Reads and checks a checkpoint's record, without its arrays."""
     folder = self._folder(step)
-    if not (folder / _MARKER).exists():
-      raise _Damaged(f'its commit marker {_MARKER} is missing: the save was not finished')
+    try:
+      # `exists` would take a storage error for a missing marker.
+      (folder / _MARKER).read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+      reason = f'its commit marker {_MARKER} is missing: the save was not finished'
+      raise _Damaged(reason) from error
     with _without_logging():
       metadata = _attempt(lambda: ocp.checkpointables_metadata(folder).custom_metadata)
     if not isinstance(metadata, dict) or metadata.keys() != {'record', 'digest'}:
@@ -329,33 +340,24 @@ class Store:
       raise _Damaged(f'its record is that of step {record["step"]}')
     return record
 
-  def _load(self, step: int, meta: Meta, abstract: State) -> State:
+  def _load(self, step: int, record: Record, abstract: State) -> State:
     leaves = leaves_by_path(abstract)
     targets = {path: _load_target(leaf) for path, leaf in leaves.items() if hasattr(leaf, 'shape')}
-    _check_fits(self._folder(step), meta['leaves'], targets)
-    arrays = self._load_verified(step, meta, targets)
-    values = [arrays[path] if path in arrays else meta[path] for path in leaves]
+    _check_fits(self._folder(step), record['leaves'], targets)
+    arrays = self._load_verified(step, record, targets)
+    values = [arrays[path] if path in arrays else record[path] for path in leaves]
     return jax.tree.unflatten(jax.tree.structure(abstract), values)
 
-  def _load_verified(self, step: int, meta: Meta, targets: Mapping[str, Any]) -> dict[str, Any]:
+  def _load_verified(self, step: int, record: Record, targets: Mapping[str, Any]) -> dict[str, Any]:
     """Loads arrays and compares their checksums with the record; all processes agree."""
 
     def load() -> dict[str, Any]:
       with _load_context():
         return ocp.load(self._folder(step), dict(targets), checkpointable_name=_STATE)
 
-    arrays, problem = None, ''
-    try:
-      arrays = _attempt(load)
-    except _Damaged as reason:
-      problem = str(reason)
-    if jax.process_count() > 1:
-      failed = multihost_utils.process_allgather(np.array(bool(problem))).any()
-      problem = problem or ('another process could not read it' if failed else '')
-    if problem:
-      raise _Damaged(problem)
+    arrays = _agreed(lambda: _attempt(load))
     sums = checksums(arrays)
-    wrong = [path for path, value in sums.items() if value != meta['leaves'][path]['checksum']]
+    wrong = [path for path, value in sums.items() if value != record['leaves'][path]['checksum']]
     if wrong:
       raise _Damaged(f'wrong checksum of {", ".join(wrong[:3])} ({len(wrong)} of {len(sums)})')
     return arrays
@@ -380,21 +382,49 @@ def _writes_in_place(directory: epath.Path) -> bool:
 
 
 def _attempt(read: Callable[[], Any]) -> Any:
-  """Calls a function that reads a checkpoint; its exceptions become `_Damaged`.
+  """Calls a function that reads a checkpoint.
 
-  A damaged file may raise almost any exception, so all of them count as damage except those that
-  concern this process.
+  Raises:
+    _Damaged: a file is missing or can't be parsed. Other errors, such as a timeout of the storage
+      or too many open files, may pass, so they are raised unchanged.
   """
   try:
     return read()
-  except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-    raise
   except Exception as error:
     root = error
     while root.__cause__ is not None:  # the innermost cause names the file
       root = root.__cause__
     message = ' '.join(str(root).split()) or type(root).__name__
+    if not isinstance(root, _PARSE_ERRORS) or _TRANSIENT.match(message):
+      raise
     raise _Damaged(f'it can not be read: {message[:180]}') from error
+
+
+def _agreed(read: Callable[[], Any]) -> Any:
+  """Calls a function that reads a checkpoint; it succeeds in all processes or in none.
+
+  Raises:
+    _Damaged: the checkpoint is damaged for a process.
+    UserError: another process could not reach the checkpoint.
+  """
+  result, problem = None, None
+  try:
+    result = read()
+  except Exception as error:
+    problem = error
+  severity = 0 if problem is None else 1 if isinstance(problem, _Damaged) else 2
+  if jax.process_count() > 1:
+    worst = int(multihost_utils.process_allgather(np.array(severity)).max())
+    if worst > severity and worst == 1:
+      problem = _Damaged('another process could not read it')
+    elif worst > severity:
+      problem = UserError(
+        'another process could not reach a checkpoint; its own log has the reason: run the same '
+        'command again'
+      )
+  if problem is not None:
+    raise problem
+  return result
 
 
 @contextlib.contextmanager
@@ -427,13 +457,14 @@ def _arrays(state: State) -> dict[str, Any]:
   return {path: leaf for path, leaf in leaves_by_path(state).items() if hasattr(leaf, 'shape')}
 
 
-def _groups(saved: Mapping[str, Any], paths: Iterable[str]) -> list[list[str]]:
-  """Groups paths so that the leaves of a group fill at most `_GROUP` bytes, or are one."""
+def _groups(saved_leaves: Mapping[str, Any], paths: Iterable[str]) -> list[list[str]]:
+  """Groups paths so that each group has at most `_GROUP_BYTES` of leaves, or a single leaf."""
   groups: list[list[str]] = []
-  size = _GROUP
+  size = 0
   for path in paths:
-    leaf_size = math.prod(saved[path]['shape']) * np.dtype(saved[path]['dtype']).itemsize
-    if size + leaf_size > _GROUP:
+    leaf = saved_leaves[path]
+    leaf_size = math.prod(leaf['shape']) * np.dtype(leaf['dtype']).itemsize
+    if not groups or size + leaf_size > _GROUP_BYTES:
       groups.append([])
       size = 0
     groups[-1].append(path)
@@ -449,10 +480,12 @@ def _load_target(leaf: Any) -> Any:
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _check_fits(folder: epath.Path, saved: Mapping[str, Any], targets: Mapping[str, Any]) -> None:
+def _check_fits(
+  folder: epath.Path, saved_leaves: Mapping[str, Any], targets: Mapping[str, Any]
+) -> None:
   """Checks that a checkpoint has the leaves to load, in shape and dtype."""
   ours = {path: (list(leaf.shape), str(leaf.dtype)) for path, leaf in targets.items()}
-  theirs = {path: (leaf['shape'], leaf['dtype']) for path, leaf in saved.items()}
+  theirs = {path: (leaf['shape'], leaf['dtype']) for path, leaf in saved_leaves.items()}
   for path in sorted(ours.keys() | theirs.keys()):
     if ours.get(path) != theirs.get(path):
       model, checkpoint = ours.get(path, 'absent'), theirs.get(path, 'absent')
@@ -471,7 +504,7 @@ def _machine() -> dict[str, Any]:
   return {'cpu_threads': threads, 'devices': devices}
 
 
-def _digest(record: Meta) -> str:
+def _digest(record: Record) -> str:
   return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 

@@ -99,13 +99,13 @@ def load_run(
     raise UserError(f"--weights={which} is neither 'ema' nor 'raw'")
   kind = dtypes.parse(dtype)
   choose = functools.partial(_weight_paths, averaged=which == 'ema')
-  leaves, meta = _read_checkpoint(workdir, choose, lambda leaf: dtypes.cast(leaf, kind))
+  leaves, record = _read_checkpoint(workdir, choose, lambda leaf: dtypes.cast(leaf, kind))
   averaged = any(path.startswith(_EMA) for path in leaves)
   metadata = {
-    'config': json.dumps(meta['config'], sort_keys=True),
-    'version': meta['version'],
-    'step': str(meta['step']),
-    'stage': str(meta['stage']),
+    'config': json.dumps(record['config'], sort_keys=True),
+    'version': record['version'],
+    'step': str(record['step']),
+    'stage': str(record['stage']),
     'weights': 'ema' if averaged else 'raw',
     'source': str(workdir),
   }

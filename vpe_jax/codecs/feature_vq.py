@@ -72,7 +72,7 @@ class FeatureVqSection(FeatureVqConfig):
     return FeatureVqCodec(self)
 
 
-class Quantized(NamedTuple):
+class Quantization(NamedTuple):
   """Quantized patch features [B, P, D]."""
 
   codes: Array  # [B, P] int32
@@ -98,14 +98,14 @@ class Quantizer(nn.Module):
     self.decoder = Encoder(c.decoder, jnp.float32)
     self.features = nn.Dense(c.body.width)
 
-  def quantize(self, features: Array) -> Quantized:
+  def quantize(self, features: Array) -> Quantization:
     """Replaces each patch feature by the nearest codebook entry."""
     inputs = unit(self.project(jax.nn.gelu(self.hidden(self.norm(features)))))
     entries = unit(self.codebook)
     cosine = jnp.einsum('BPW,VW->BPV', inputs, entries)
     codes = jnp.argmax(cosine, -1).astype(jnp.int32)
-    soft = jax.nn.softmax(cosine / self.config.temperature, -1)
-    return Quantized(codes, inputs, jnp.take(entries, codes, axis=0), soft)
+    probabilities = jax.nn.softmax(cosine / self.config.temperature, -1)
+    return Quantization(codes, inputs, jnp.take(entries, codes, axis=0), probabilities)
 
   def lookup(self, codes: Array) -> Array:
     """Codebook entries [B, P, W] of codes [B, P], as unit vectors."""
@@ -115,7 +115,7 @@ class Quantizer(nn.Module):
     """Patch features [B, P, D] from codebook entries [B, P, W]."""
     return self.features(self.decoder(self.expand(entries) + self.position))
 
-  def __call__(self, features: Array) -> tuple[Quantized, Array]:
+  def __call__(self, features: Array) -> tuple[Quantization, Array]:
     """Quantizes and decodes, with the straight-through gradient of quantization."""
     quantized = self.quantize(features)
     difference = jax.lax.stop_gradient(quantized.entries - quantized.inputs)
@@ -129,7 +129,7 @@ class FeatureVqCodec:
 
   def __init__(self, config: FeatureVqConfig):
     self.config = config
-    self.weights = (config.encoder, 'feature_vq')
+    self.network_names = (config.encoder, 'feature_vq')
     self.codes = config.codes
     self.grid = config.grid
     self.tower = towers.tower(config)

@@ -69,7 +69,7 @@ class ImageCodesSection(ImageCodesConfig):
     return ImageCodesCodec(self, self.autoencoder, image_size)
 
 
-class Quantized(NamedTuple):
+class Quantization(NamedTuple):
   """Quantized latent patches [B, P, W]."""
 
   codes: Array  # [B, P] int32
@@ -80,21 +80,21 @@ class Quantized(NamedTuple):
 class ImageCodesCodec:
   """A protocol.ImageCodec over the networks `image` and `image_codes`."""
 
-  weights = ('image', 'image_codes')
+  network_names = ('image', 'image_codes')
 
-  def __init__(self, config: ImageCodesConfig, image: kl.KlConfig, image_size: int):
+  def __init__(self, config: ImageCodesConfig, autoencoder: kl.KlConfig, image_size: int):
     """Builds the codec.
 
     Args:
       config: sizes of the quantizer.
-      image: sizes of the autoencoder.
+      autoencoder: its sizes.
       image_size: side of the images in pixels.
     """
     self.config = config
     self.codes = config.codes
     self.grid = image_size // (kl.FACTOR * config.patch)
-    self.width = config.patch**2 * image.channels
-    self.latents = kl.KlCodec(image)
+    self.width = config.patch**2 * autoencoder.channels
+    self.latents = kl.KlCodec(autoencoder)
 
   def init(self, rng: Array) -> Params:
     """A random codebook, distributed as the latents: mean 0, variance 1."""
@@ -106,12 +106,15 @@ class ImageCodesCodec:
     p = self.config.patch
     return einops.rearrange(latents, 'B (h p) (w q) C -> B (h w) (p q C)', p=p, q=p)
 
-  def quantize(self, entries: Array, patches: Array) -> Quantized:
+  def quantize(self, codebook_entries: Array, patches: Array) -> Quantization:
     """Quantizes latent patches [B, P, W] by codebook entries [V, W]."""
-    codes = codebook.closest(jax.lax.stop_gradient(patches), jax.lax.stop_gradient(entries))
-    distance = jnp.sum(jnp.square(entries), -1) - 2 * jnp.einsum('BPW,VW->BPV', patches, entries)
-    soft = jax.nn.softmax(-distance / self.config.temperature, -1)
-    return Quantized(codes, jnp.take(entries, codes, axis=0), soft)
+    stop = jax.lax.stop_gradient
+    codes = codebook.closest(stop(patches), stop(codebook_entries))
+    products = jnp.einsum('BPW,VW->BPV', patches, codebook_entries)
+    # |patch|^2 is omitted; softmax ignores it.
+    distance = jnp.sum(jnp.square(codebook_entries), -1) - 2 * products
+    probabilities = jax.nn.softmax(-distance / self.config.temperature, -1)
+    return Quantization(codes, jnp.take(codebook_entries, codes, axis=0), probabilities)
 
   def encode(self, params: Params, images: Array) -> Array:
     """Codes [B, P] int32, raster order; see protocol.TokenCodec."""

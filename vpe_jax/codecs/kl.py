@@ -167,7 +167,7 @@ class Autoencoder(nn.Module):
 class KlCodec:
   """A protocol.LatentCodec over the network `image`."""
 
-  weights = ('image',)
+  network_names = ('image',)
   factor = FACTOR
 
   def __init__(self, config: KlConfig):

@@ -119,7 +119,7 @@ class KlVaeCodec:
 
   def __init__(self, config: KlVaeConfig, name: str = 'image', dtype: jnp.dtype = jnp.float32):
     self.config = config
-    self.weights = (name,)
+    self.network_names = (name,)
     self.factor = config.body.factor
     self.channels = config.channels
     self.network = KlVae(config, dtype)
@@ -152,9 +152,9 @@ class KlVaeCodec:
 
     def init() -> Params:
       images = jnp.zeros((1, 4 * self.factor, 4 * self.factor, 3))
-      return {self.weights[0]: self.network.init(jax.random.key(0), images)['params']}
+      return {self.network_names[0]: self.network.init(jax.random.key(0), images)['params']}
 
     return jax.eval_shape(init)
 
   def _apply(self, params: Params, inputs: Array, method: str):
-    return self.network.apply({'params': params[self.weights[0]]}, inputs, method=method)
+    return self.network.apply({'params': params[self.network_names[0]]}, inputs, method=method)

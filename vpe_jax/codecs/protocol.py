@@ -1,8 +1,8 @@
 """Interfaces of codecs.
 
 A codec holds sizes only; weights are an argument. `params` maps network names to parameters, so a
-system passes its whole `frozen` mapping, and each codec reads the networks in its `weights`. All
-methods are pure and jittable, and work on sharded batches.
+system passes its whole `frozen` mapping, and each codec reads the networks in its `network_names`.
+All methods are pure and jittable, and work on sharded batches.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ class TokenCodec(Protocol):
   """Images -> a grid of discrete codes.
 
   Attributes:
-    weights: names of the networks in `params` that the codec reads.
+    network_names: names of the networks in `params` that the codec reads.
     codes: size V of the codebook.
     grid: codes along each side; P = grid * grid, in raster order.
   """
 
-  weights: tuple[str, ...]
+  network_names: tuple[str, ...]
   codes: int
   grid: int
 
@@ -33,7 +33,7 @@ class TokenCodec(Protocol):
     ...
 
   def abstract_params(self) -> Params:
-    """Parameters of the networks in `weights`, as `jax.ShapeDtypeStruct`, by network."""
+    """Parameters of the networks in `network_names`, as `jax.ShapeDtypeStruct`, by network."""
     ...
 
 
@@ -59,12 +59,12 @@ class LatentCodec(Protocol):
   """Images <-> a small grid of continuous latents with mean 0 and variance 1.
 
   Attributes:
-    weights: names of the networks in `params` that the codec reads.
+    network_names: names of the networks in `params` that the codec reads.
     factor: pixels per latent along each side.
     channels: channels C of the latents.
   """
 
-  weights: tuple[str, ...]
+  network_names: tuple[str, ...]
   factor: int
   channels: int
 
@@ -80,7 +80,7 @@ class LatentCodec(Protocol):
     ...
 
   def abstract_params(self) -> Params:
-    """Parameters of the networks in `weights`, as `jax.ShapeDtypeStruct`, by network."""
+    """Parameters of the networks in `network_names`, as `jax.ShapeDtypeStruct`, by network."""
     ...
 
 

@@ -15,8 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.config import check_sizes
-from vpe_jax.contracts import Array, UserError
+from vpe_jax.config import check, check_sizes
+from vpe_jax.contracts import Array
 from vpe_jax.ops import norms
 
 
@@ -32,12 +32,13 @@ class PyramidConfig:
     inputs: input channels of the decoder.
     colours: channels of an image.
     attention: levels (0 has the resolution of the image) with attention after each block.
-    middle: whether the lowest resolution has attention between its last two blocks.
+    middle: whether the two blocks of `Middle` have attention between them.
     groups: groups of group normalization; 0: RMS normalization over the channels of each position,
       without a bias (Wan).
-    halve: whether upsampling halves the channels (Wan) or the next block changes them.
-    fine_first: whether the names of the decoder's levels count from the resolution of the image
-      (VQGAN's code) or in the order in which they run.
+    halve: true: the convolution after upsampling halves the channels (Wan); false: the next level's
+      first block changes them.
+    fine_first: true: `level_0` of the decoder is the finest (VQGAN's code); false: the coarsest,
+      which runs first.
   """
 
   widths: tuple[int, ...]
@@ -53,9 +54,11 @@ class PyramidConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self, attention=0, groups=0, blocks=0)
-    for width in self.widths:
-      if self.groups and width % self.groups:
-        raise UserError(f'{width} channels do not divide into {self.groups} groups')
+    levels = len(self.widths)
+    in_range = all(level < levels for level in self.attention)
+    check(self, '', 'attention', in_range, f'levels below {levels}, the number of widths')
+    divides = not self.groups or all(width % self.groups == 0 for width in self.widths)
+    check(self, '', 'widths', divides, f'multiples of groups={self.groups}')
 
   @property
   def factor(self) -> int:
@@ -73,7 +76,7 @@ class Norm(nn.Module):
   def __call__(self, x: Array) -> Array:
     scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
     if not self.groups:
-      # x / |x| * sqrt(C); the tiny eps only keeps positions of zeros finite.
+      # x / |x| * sqrt(C); the eps only avoids division by zero.
       return norms.rms_norm(x, scale, 1e-24)
     bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
     return norms.group_norm(x, scale, bias, self.groups, self.eps)

@@ -160,7 +160,7 @@ class SiglipVqCodec:
     dtype: jnp.dtype = jnp.float32,
   ):
     self.config = config
-    self.weights = (name,)
+    self.network_names = (name,)
     self.codebook = f'{name}/codebook'
     self.codes = config.codes
     self.image_size = image_size
@@ -176,12 +176,12 @@ class SiglipVqCodec:
         squares and resized to `image_size`, as the pipeline does with training images.
     """
     signed = pixels.to_signed(pixels.padded_view(images, self.image_size))
-    codes = self.network.apply({'params': params[self.weights[0]]}, signed, method='encode')
+    codes = self.network.apply({'params': params[self.network_names[0]]}, signed, method='encode')
     return codes.reshape(codes.shape[0], -1)
 
   def decode(self, params: Params, codes: Array) -> Array:
     """Features [B, P, D] decoded from codes [B, P]."""
-    variables = {'params': params[self.weights[0]]}
+    variables = {'params': params[self.network_names[0]]}
     square = codes.reshape(-1, self.grid, self.grid)
     features = self.network.apply(variables, square, method='decode')
     return features.reshape(*codes.shape, -1)
@@ -191,7 +191,7 @@ class SiglipVqCodec:
 
     def init() -> Params:
       images = jnp.zeros((1, self.image_size, self.image_size, 3))
-      return {self.weights[0]: self.network.init(jax.random.key(0), images)['params']}
+      return {self.network_names[0]: self.network.init(jax.random.key(0), images)['params']}
 
     return jax.eval_shape(init)
 

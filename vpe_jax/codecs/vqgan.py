@@ -113,7 +113,7 @@ class VqGanCodec:
 
   def __init__(self, config: VqGanConfig, image_size: int = 512, name: str = 'tokens'):
     self.config = config
-    self.weights = (name,)
+    self.network_names = (name,)
     self.codes = config.codes
     self.image_size = image_size
     self.grid = image_size // config.body.factor
@@ -122,14 +122,14 @@ class VqGanCodec:
   def encode(self, params: Params, images: Array) -> Array:
     """Codes [B, P] int32, raster order; see protocol.TokenCodec."""
     signed = pixels.to_signed(pixels.view(images, self.image_size))
-    codes = self.network.apply({'params': params[self.weights[0]]}, signed, method='encode')
+    codes = self.network.apply({'params': params[self.network_names[0]]}, signed, method='encode')
     return codes.reshape(codes.shape[0], -1)
 
   def decode(self, params: Params, codes: Array, rng: Array | None = None) -> Array:
     """Images [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see protocol.ImageCodec."""
     del rng
     square = codes.reshape(-1, self.grid, self.grid)
-    signed = self.network.apply({'params': params[self.weights[0]]}, square, method='decode')
+    signed = self.network.apply({'params': params[self.network_names[0]]}, square, method='decode')
     return jnp.clip(0.5 * (signed + 1.0), 0.0, 1.0)
 
   def abstract_params(self) -> Params:
@@ -138,6 +138,6 @@ class VqGanCodec:
 
     def init() -> Params:
       image = jnp.zeros((1, side, side, 3))
-      return {self.weights[0]: self.network.init(jax.random.key(0), image)['params']}
+      return {self.network_names[0]: self.network.init(jax.random.key(0), image)['params']}
 
     return jax.eval_shape(init)

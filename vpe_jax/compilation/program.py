@@ -107,7 +107,7 @@ def lower(job: Job) -> Lowered:
   accumulate = config.optim_of(job.stage).accumulate if job.program == TRAIN else 1
   sharding.check_divides(job.images, job.mesh, accumulate)
   state = resume.abstract_state(config, system, job.stage, job.mesh)
-  networks = frozen_lib.abstract(system)
+  networks = frozen_lib.abstract_params(system)
   if config.data.encode == 'online' and networks:
     frozen_lib.check_fits(system, networks)
   frozen = _with_shardings(

@@ -19,7 +19,7 @@ import yaml
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.checkpoints import model as model_lib
-from vpe_jax.checkpoints.frozen import Frozen
+from vpe_jax.checkpoints.frozen import FrozenNetworks
 from vpe_jax.config import CLASSES, Config, MeshConfig, SampleConfig, build_section, nearest
 from vpe_jax.contracts import Edits, Params, Samples, Stage, System, UserError, require, supports
 from vpe_jax.evaluation.report import Report
@@ -59,7 +59,7 @@ class Subject:
   settings: SampleConfig | None = None
   seed: int = 0
   stage_step: int | jax.Array = 0
-  load_frozen: Callable[[], Frozen] | None = None
+  load_frozen: Callable[[], FrozenNetworks] | None = None
   load_generator: Callable[[], Generator] | None = None
 
   def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class Subject:
     return self.system.stages[self.stage_index]
 
   @functools.cached_property
-  def frozen(self) -> Frozen:
+  def frozen(self) -> FrozenNetworks:
     """All frozen networks of the system."""
     if self.load_frozen is not None:
       return self.load_frozen()

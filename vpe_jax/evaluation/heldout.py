@@ -115,7 +115,7 @@ def _as_cached(
   subject: Subject, batch: Batch, inputs: frozenset[str], cacheable: frozenset[str]
 ) -> Batch:
   """The batch in the form that a cache would provide."""
-  encoded = subject.frozen.encoded(batch, subject.key).encoded
+  encoded = subject.frozen.encode_batch(batch, subject.key).encoded
   return Batch(
     batch.example,
     {name: batch.inputs[name] for name in inputs},

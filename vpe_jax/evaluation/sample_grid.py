@@ -145,7 +145,7 @@ class SampleGrid:
       batch = dataclasses.replace(batch, example=np.asarray(local, np.int32))
       placed = sharding.put_batch(batch, subject.mesh)
       prompts = [data.prompt(data.index_at(position)) for position in positions[:SHOWN]]
-      self._truth[split] = (subject.frozen.encoded(placed, subject.key), prompts)
+      self._truth[split] = (subject.frozen.encode_batch(placed, subject.key), prompts)
     return self._truth[split]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vpe_jax import __version__, rng, sharding
-from vpe_jax.checkpoints.frozen import Frozen
+from vpe_jax.checkpoints.frozen import FrozenNetworks
 from vpe_jax.config import Config, DataConfig
 from vpe_jax.contracts import Batch, BatchSpec, System, UserError
 from vpe_jax.data import cache, recipes
@@ -36,7 +36,7 @@ REPORT_EVERY = 10.0  # seconds
 
 
 def open_training_data(
-  config: Config, system: System, frozen: Frozen, mesh: jax.sharding.Mesh
+  config: Config, system: System, frozen: FrozenNetworks, mesh: jax.sharding.Mesh
 ) -> Pipeline:
   """Opens the training split, with encoded entries from a cache if `data.encode` is `cached`.
 
@@ -67,7 +67,7 @@ def open_training_data(
 def fingerprint(
   config: DataConfig,
   seed: int,
-  frozen: Frozen,
+  frozen: FrozenNetworks,
   images: Pipeline,
   settings: Mapping[str, Any],
 ) -> str:
@@ -112,7 +112,7 @@ def _synthetic(spec: BatchSpec, count: int) -> SyntheticEncoded:
 
 
 def _cached(
-  config: Config, system: System, frozen: Frozen, mesh: jax.sharding.Mesh, images: Pipeline
+  config: Config, system: System, frozen: FrozenNetworks, mesh: jax.sharding.Mesh, images: Pipeline
 ) -> Encoded:
   cacheable = system.batch_spec(1).cacheable
   settings = {**system.encoder_settings, 'entries': sorted(cacheable)}
@@ -143,7 +143,7 @@ def _cached(
 
 def _encode_all(
   seed: int,
-  frozen: Frozen,
+  frozen: FrozenNetworks,
   mesh: jax.sharding.Mesh,
   images: Pipeline,
   cacheable: frozenset[str],
@@ -167,7 +167,7 @@ def _encode_all(
       batch = pending.pop(0).result()
       if number + READERS < len(starts):
         pending.append(readers.submit(read, starts[number + READERS]))
-      encoded = frozen.encoded(sharding.put_batch(batch, mesh), key).encoded
+      encoded = frozen.encode_batch(sharding.put_batch(batch, mesh), key).encoded
       arrays = jax.device_get(gather({name: encoded[name] for name in cacheable}))
       done, seconds = min(start + chunk, total), time.monotonic() - start_time
       if seconds - reported > REPORT_EVERY or done == total:

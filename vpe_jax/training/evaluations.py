@@ -7,9 +7,9 @@ from collections.abc import Callable
 import jax
 from etils import epath
 
-from vpe_jax.checkpoints.frozen import Frozen
+from vpe_jax.checkpoints.frozen import FrozenNetworks
 from vpe_jax.config import Config
-from vpe_jax.contracts import Samples, System
+from vpe_jax.contracts import Samples, State, System
 from vpe_jax.data.tokenizers.published import open_tokenizer
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation.evaluator import Evaluator, Subject
@@ -17,7 +17,7 @@ from vpe_jax.evaluation.report import Report
 from vpe_jax.evaluation.sheets import layout
 from vpe_jax.generator import Generator
 from vpe_jax.sampling import images
-from vpe_jax.training.state import State, weights
+from vpe_jax.training.state import weights
 
 
 class Evaluations:
@@ -27,7 +27,7 @@ class Evaluations:
     self,
     config: Config,
     system: System,
-    frozen: Frozen,
+    frozen: FrozenNetworks,
     mesh: jax.sharding.Mesh,
     workdir: epath.Path,
   ):

@@ -12,10 +12,10 @@ from etils import epath
 
 from vpe_jax import rng, sharding
 from vpe_jax.checkpoints import frozen as frozen_lib
-from vpe_jax.checkpoints.frozen import Frozen
+from vpe_jax.checkpoints.frozen import FrozenNetworks
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import Config, to_dict
-from vpe_jax.contracts import Array, Batch, System
+from vpe_jax.contracts import Array, Batch, State, System
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.training import curves, encode, report, resume
 from vpe_jax.training.evaluations import Evaluations
@@ -23,7 +23,7 @@ from vpe_jax.training.feed import Feed
 from vpe_jax.training.logging import RunLog
 from vpe_jax.training.preemption import Preemption
 from vpe_jax.training.profiler import Profiler
-from vpe_jax.training.state import State, next_stage
+from vpe_jax.training.state import next_stage
 from vpe_jax.training.step import make_train_step
 from vpe_jax.training.workdir import locked
 
@@ -50,7 +50,7 @@ class Run:
   workdir: epath.Path
   mesh: jax.sharding.Mesh
   key: Array
-  frozen: Frozen
+  frozen: FrozenNetworks
   data: Pipeline
   store: Store
   origins: dict[str, str]
@@ -110,7 +110,7 @@ def train(
 def _start(
   config: Config,
   system: System,
-  frozen: Frozen,
+  frozen: FrozenNetworks,
   workdir: str,
   mesh: jax.sharding.Mesh,
   store: Store,
@@ -119,10 +119,10 @@ def _start(
 ) -> tuple[State, dict[str, str]]:
   """Restores the newest intact checkpoint or creates a new state; returns state and origins."""
 
-  def abstract_of(meta: Mapping[str, Any]) -> State:
-    for note in resume.check_config(config, meta['config'], workdir, allow_change):
+  def abstract_of(record: Mapping[str, Any]) -> State:
+    for note in resume.check_config(config, record['config'], workdir, allow_change):
       _say(f'config change: {note}')
-    return resume.abstract_state(config, system, meta['stage'], mesh)
+    return resume.abstract_state(config, system, record['stage'], mesh)
 
   state = store.restore(abstract_of)
   if state is None:

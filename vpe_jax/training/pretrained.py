@@ -13,9 +13,8 @@ from absl import logging
 
 from vpe_jax.checkpoints import convert, imports, weights
 from vpe_jax.config import Config, differences, flatten, nearest, to_dict
-from vpe_jax.contracts import PARENT, Array, Params, PretrainedWeights, System, UserError
+from vpe_jax.contracts import PARENT, Array, Params, PretrainedWeights, State, System, UserError
 from vpe_jax.sharding import leaves_by_path
-from vpe_jax.training.state import State
 
 _PARAMS = 'params/'
 _INHERITED = (_PARAMS, 'opt_state/', 'ema/', 'examples_seen')  # with config.start_weights=state

@@ -14,10 +14,10 @@ import jax
 from vpe_jax import rng, sharding
 from vpe_jax.checkpoints import convert
 from vpe_jax.config import Config, differences, flatten, nearest, to_dict
-from vpe_jax.contracts import Array, Params, System, UserError
+from vpe_jax.contracts import COUNTERS, Array, Params, State, System, UserError
 from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import optimizer, pretrained
-from vpe_jax.training.state import COUNTERS, State, first_state, merge, split_trainable
+from vpe_jax.training.state import first_state, merge, split_trainable
 
 # Sections and fields that don't affect the parameters: logs, saved files, machines.
 FREE = ('checkpoint', 'log', 'evals', 'sample', 'data.workers', 'mesh')

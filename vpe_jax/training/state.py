@@ -15,12 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.config import OptimConfig
-from vpe_jax.contracts import Params, Stage, UserError
+from vpe_jax.contracts import COUNTERS, Params, Stage, State, UserError
 from vpe_jax.sharding import AxesTable, leaves_by_path
 from vpe_jax.training import optimizer
-
-State = dict[str, Any]
-COUNTERS = ('stage', 'step', 'stage_step', 'examples_seen')
 
 
 def split_trainable(params: Params, stage: Stage) -> tuple[Params, Params]:
@@ -34,10 +31,10 @@ def split_trainable(params: Params, stage: Stage) -> tuple[Params, Params]:
   paths = list(leaves_by_path(params))
   for pattern in stage.trainable:
     if not any(re.match(pattern, path) for path in paths):
-      heads = ', '.join(sorted({path.split('/')[0] for path in paths}))
+      groups = ', '.join(sorted({path.split('/')[0] for path in paths}))
       raise UserError(
         f"stage '{stage.name}' trains '{pattern}', which matches no parameter; "
-        f'paths begin with: {heads}'
+        f'paths begin with: {groups}'
       )
   trainable = _select(params, lambda path: stage.trains(path))
   return trainable, _select(params, lambda path: not stage.trains(path))
@@ -45,13 +42,13 @@ def split_trainable(params: Params, stage: Stage) -> tuple[Params, Params]:
 
 def merge(ours: Params, others: Params) -> Params:
   """Joins two nested dicts; a leaf in both is taken from `ours`."""
-  joined = dict(others)
+  merged = dict(others)
   for key, value in ours.items():
     if isinstance(value, Mapping) and key in others:
-      joined[key] = merge(value, others[key])
+      merged[key] = merge(value, others[key])
     else:
-      joined[key] = value
-  return joined
+      merged[key] = value
+  return merged
 
 
 def first_state(
@@ -91,22 +88,22 @@ def next_stage(
     shardings: of each leaf of the new state (None: one device).
   """
   raw, average = leaves_by_path(state['params']), leaves_by_path(state['ema'])
-  finished = {path for path in average if not stage.trains(path)}
-  final = _select(state['ema'], lambda path: path in finished)
-  unused = [raw[path] for path in finished]
-  unused += [leaf for path, leaf in average.items() if path not in finished]
+  finished_paths = {path for path in average if not stage.trains(path)}
+  final_ema = _select(state['ema'], lambda path: path in finished_paths)
+  unused = [raw[path] for path in finished_paths]
+  unused += [leaf for path, leaf in average.items() if path not in finished_paths]
   for leaf in [*unused, *jax.tree.leaves(state['opt_state'])]:
     leaf.delete()
-  params = merge(final, state['params'])
-  out = shardings and {name: shardings[name] for name in ('opt_state', 'ema')}
-  fresh = jax.jit(lambda params: _fresh(params, stage, optim, axes), out_shardings=out)(params)
+  params = merge(final_ema, state['params'])
+  out_shardings = shardings and {name: shardings[name] for name in ('opt_state', 'ema')}
+  make = jax.jit(lambda params: _fresh(params, stage, optim, axes), out_shardings=out_shardings)
   return {
     'stage': state['stage'] + 1,
     'step': state['step'],
     'stage_step': jnp.zeros_like(state['stage_step']),
     'examples_seen': state['examples_seen'],
     'params': params,
-    **fresh,
+    **make(params),
   }
 
 

@@ -17,9 +17,9 @@ import optax
 
 from vpe_jax import sharding
 from vpe_jax.config import OptimConfig
-from vpe_jax.contracts import Array, Batch, LossTerm, Params, Stage, System
+from vpe_jax.contracts import Array, Batch, LossTerm, Params, Stage, State, System
 from vpe_jax.training import ema, optimizer
-from vpe_jax.training.state import State, merge, split_trainable
+from vpe_jax.training.state import merge, split_trainable
 
 Metrics = dict[str, Array]
 Sums = dict[str, Array]

@@ -134,9 +134,12 @@ def test_unsupported_configs_are_refused(imported):
     dinov2.sizes(config | {'qkv_bias': False})
   with pytest.raises(UserError, match='patch_size'):
     dinov2.sizes(config | {'patch_size': [14, 7]})
-  odd = dataclasses.replace(imported.sizes.encoder, mlp=25)
-  with pytest.raises(UserError, match='MLP width 25'):
-    dinov2.config_json(dataclasses.replace(imported.sizes, encoder=odd))
+  encoder = imported.sizes.encoder
+  for changes in ({'mlp': 25}, {'mlp': 17 * encoder.width}, {'mlp': 25, 'activation': 'swiglu'}):
+    odd = dataclasses.replace(encoder, **changes)
+    message = f'mlp_ratio up to 16 .*{odd.mlp} .*{odd.width} .*{odd.activation}'
+    with pytest.raises(UserError, match=message):
+      dinov2.config_json(dataclasses.replace(imported.sizes, encoder=odd))
 
 
 @pytest.mark.parametrize(

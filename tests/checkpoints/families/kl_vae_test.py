@@ -114,7 +114,7 @@ def test_codec_normalises_latents_like_diffusers_pipelines(parity, saved, import
     decoded = model.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
     expected = _nhwc((decoded / 2 + 0.5).clamp(0, 1))
   parity.assert_close(jax.jit(codec.decode)(params, _nhwc(latents)), expected)
-  assert codec.factor == 2 and codec.weights == ('image',)
+  assert codec.factor == 2 and codec.network_names == ('image',)
 
 
 def test_bfloat16_stays_close_to_float32(parity, imported, images):

@@ -22,7 +22,7 @@ CHANGES = {
     ({'codebook_l2_norm': False}, 'codebook_l2_norm'),
     ({'ch_mult': [2]}, 'ch_mult'),
     ({'decoder_ch_mult': [1]}, 'decoder_ch_mult'),
-    ({'ch': 40}, '40 channels'),
+    ({'ch': 40}, 'widths'),
   ],
   'ibq': [({'double_z': True}, 'double_z'), ({'ch_mult': [2]}, 'ch_mult')],
 }

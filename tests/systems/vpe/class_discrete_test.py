@@ -373,7 +373,7 @@ def test_classes_are_dropped_as_often_as_asked(system):
 
 
 def test_synthetic_codes_are_of_both_vocabularies(system):
-  frozen = frozen_lib.Frozen({}, {}, system.encode)
+  frozen = frozen_lib.FrozenNetworks({}, {}, system.encode)
   data = encode.open_training_data(system.config, system, frozen, None)
   with data.batches(0, 64) as batches:
     batch = next(batches)
@@ -388,7 +388,7 @@ def test_a_model_has_a_row_for_each_class():
   config.data.tokenizer = 'classes:10'
   system = systems.build(config.to_dict())
   with pytest.raises(UserError, match='has 10 tokens, but model.classes is 9'):
-    encode.open_training_data(system.config, system, frozen_lib.Frozen({}, {}, None), None)
+    encode.open_training_data(system.config, system, frozen_lib.FrozenNetworks({}, {}, None), None)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from vpe_jax.models.clip import Clip, ClipConfig
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = ClipConfig
+axes = encoders.patch_axes
 # transformers' defaults, which its config.json omits.
 _TOWER = {'num_hidden_layers': 12, 'layer_norm_eps': 1e-5, 'hidden_act': 'quick_gelu'}
 _VISION = {
@@ -34,7 +35,8 @@ _TEXT = {
   'max_position_embeddings': 77,
   'eos_token_id': 49407,
 }
-_LARGEST = 2  # with this eos_token_id, transformers takes the largest id of a sequence instead
+# With this eos_token_id, transformers takes the largest id of a sequence instead.
+_LEGACY_EOS_ID = 2
 
 
 def sizes(config: Mapping[str, Any]) -> ClipConfig:
@@ -49,7 +51,7 @@ def sizes(config: Mapping[str, Any]) -> ClipConfig:
     patch=encoders.side(vision, 'patch_size'),
     vocabulary=text['vocab_size'],
     text_length=text['max_position_embeddings'],
-    end=None if end == _LARGEST else end,
+    end=None if end == _LEGACY_EOS_ID else end,
     width=config.get('projection_dim', 512),
     vision=encoders.tower(vision),
     text=encoders.tower(text),
@@ -62,7 +64,7 @@ def config_json(sizes: ClipConfig) -> dict[str, Any]:
   text = {
     'vocab_size': sizes.vocabulary,
     'max_position_embeddings': sizes.text_length,
-    'eos_token_id': _LARGEST if sizes.end is None else sizes.end,
+    'eos_token_id': _LEGACY_EOS_ID if sizes.end is None else sizes.end,
   }
   width = {'projection_dim': sizes.width}
   return {
@@ -88,8 +90,3 @@ def init(sizes: ClipConfig, rng: Array) -> Params:
   """Random initial parameters."""
   images = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
   return Clip(sizes).init(rng, images, jnp.zeros((1, sizes.text_length), jnp.int32))['params']
-
-
-def axes(sizes: ClipConfig) -> dict[str, int]:
-  """The side of a patch."""
-  return {'p': sizes.patch, 'q': sizes.patch}

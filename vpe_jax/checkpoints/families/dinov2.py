@@ -16,6 +16,7 @@ from vpe_jax.models.vit import EncoderConfig
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = Dinov2Config
+axes = encoders.patch_axes
 # transformers' defaults, which its config.json omits.
 _DEFAULTS = {
   'hidden_size': 768,
@@ -64,7 +65,8 @@ def config_json(sizes: Dinov2Config) -> dict[str, Any]:
   ratio = next((n for n in range(1, 17) if _hidden(encoder.width * n, gated) == encoder.mlp), None)
   if ratio is None:
     raise UserError(
-      f'the MLP width {encoder.mlp} is not an integer multiple of the model width {encoder.width}'
+      f'no integer mlp_ratio up to 16 gives the MLP width {encoder.mlp} at model width '
+      f'{encoder.width} (activation {encoder.activation})'
     )
   return {
     'architectures': ['Dinov2Model'],
@@ -89,11 +91,6 @@ def init(sizes: Dinov2Config, rng: Array) -> Params:
   return Dinov2(sizes).init(rng, images)['params']
 
 
-def axes(sizes: Dinov2Config) -> dict[str, int]:
-  """The side of a patch."""
-  return {'p': sizes.patch, 'q': sizes.patch}
-
-
-def _hidden(multiple: int, gated: bool) -> int:
+def _hidden(width: int, gated: bool) -> int:
   """Hidden width of the MLP; for a gated MLP two thirds, rounded up to a multiple of 8."""
-  return (int(multiple * 2 / 3) + 7) // 8 * 8 if gated else multiple
+  return (int(width * 2 / 3) + 7) // 8 * 8 if gated else width

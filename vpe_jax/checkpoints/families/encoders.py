@@ -70,3 +70,8 @@ def tower_fields(tower: EncoderConfig) -> dict[str, Any]:
     'layer_norm_eps': tower.eps,
     'hidden_act': activation_field(tower.activation),
   }
+
+
+def patch_axes(sizes: Any) -> dict[str, int]:
+  """The side of a patch: `Family.axes` of families whose sizes have a field `patch`."""
+  return {'p': sizes.patch, 'q': sizes.patch}

@@ -26,7 +26,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from vpe_jax.checkpoints.families import decoders
+from vpe_jax.checkpoints.families import decoders, encoders
 from vpe_jax.checkpoints.tables import showo2 as table
 from vpe_jax.contracts import Array, Params, UserError
 from vpe_jax.models.diffusion_head import HeadConfig
@@ -38,6 +38,7 @@ from vpe_jax.ops.rope import RopeScaling
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = UnifiedConfig
+axes = encoders.patch_axes
 _BODY = {'rope_theta': 1e6, 'rms_norm_eps': 1e-6, 'bos_token_id': 151644, 'boi_token_id': 151652}
 # Sizes of Qwen2.5-1.5B and of SigLIP so400m-patch14-384 without its last layer.
 _RELEASED = {
@@ -104,17 +105,17 @@ def config_json(sizes: UnifiedConfig) -> dict[str, Any]:
       f'Show-o2 has arch=single and layout=raster, these weights arch={sizes.arch} and '
       f"layout={sizes.layout}: they can't be written as showo2"
     )
-  body, head, und = sizes.ar, sizes.head, sizes.dual_path.encoder
+  body, head, encoder = sizes.ar, sizes.head, sizes.dual_path.encoder
   return {
     'model_type': 'showo2',
     **decoders.body_fields(body),
     'vocab_size': sizes.text_vocab,
     'bos_token_id': sizes.bos,
     'boi_token_id': sizes.boi,
-    'clip_latent_dim': und.width,
-    'clip_intermediate': und.mlp,
-    'clip_layers': und.layers,
-    'clip_heads': und.heads,
+    'clip_latent_dim': encoder.width,
+    'clip_intermediate': encoder.mlp,
+    'clip_layers': encoder.layers,
+    'clip_heads': encoder.heads,
     'position_table': sizes.dual_path.table**2,
     'head': {
       'hidden_size': head.width,
@@ -135,11 +136,6 @@ def config_json(sizes: UnifiedConfig) -> dict[str, Any]:
 def init(sizes: UnifiedConfig, rng: Array) -> Params:
   """Random initial parameters, including embeddings of the visual prompt."""
   return Unified(sizes).init(rng)
-
-
-def axes(sizes: UnifiedConfig) -> dict[str, int]:
-  """The side of a patch of latents."""
-  return {'p': sizes.patch, 'q': sizes.patch}
 
 
 def _from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:

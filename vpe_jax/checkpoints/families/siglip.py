@@ -15,6 +15,7 @@ from vpe_jax.models.siglip import Siglip, SiglipConfig
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = SiglipConfig
+axes = encoders.patch_axes
 # transformers' defaults, which its config.json omits.
 _DEFAULTS = {
   'hidden_size': 768,
@@ -75,8 +76,3 @@ def init(sizes: SiglipConfig, rng: Array) -> Params:
   images = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
   ids, length = jnp.zeros((1, sizes.text_length), jnp.int32), jnp.ones((1,), jnp.int32)
   return Siglip(sizes).init(rng, images, ids, length)['params']
-
-
-def axes(sizes: SiglipConfig) -> dict[str, int]:
-  """The side of a patch."""
-  return {'p': sizes.patch, 'q': sizes.patch}

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from vpe_jax.checkpoints.families import encoders
 from vpe_jax.checkpoints.tables import siglip_vq as table
 from vpe_jax.codecs.siglip_vq import SiglipVq, SiglipVqConfig
 from vpe_jax.contracts import Array, Params, UserError
@@ -15,6 +16,7 @@ from vpe_jax.models.vit import EncoderConfig
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = SiglipVqConfig
+axes = encoders.patch_axes
 _ACTIVATIONS = {'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh'}
 # Defaults of transformers and X-Omni, which their config.json omits.
 _VISION = {
@@ -103,11 +105,6 @@ def config_json(sizes: SiglipVqConfig) -> dict[str, Any]:
 def init(sizes: SiglipVqConfig, rng: Array) -> Params:
   """Random initial parameters."""
   return SiglipVq(sizes).init(rng, jnp.zeros((1, sizes.patch, sizes.patch, 3)))['params']
-
-
-def axes(sizes: SiglipVqConfig) -> dict[str, int]:
-  """The side of a patch."""
-  return {'p': sizes.patch, 'q': sizes.patch}
 
 
 def _xomni_sizes(encoder: Mapping[str, Any]) -> SiglipVqConfig:

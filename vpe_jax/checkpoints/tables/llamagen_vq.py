@@ -4,12 +4,12 @@ from vpe_jax.checkpoints.table import Row, Table
 from vpe_jax.checkpoints.tables import pyramid
 
 
-def _half(half: str, change: str, step: str) -> tuple[Row, ...]:
+def _half(half: str, resample: str, step: str) -> tuple[Row, ...]:
   """The encoder or decoder.
 
   Args:
     half: `encoder` or `decoder`.
-    change: the source's name of the layer that changes the resolution.
+    resample: the source's name of the layer that changes the resolution.
     step: `down` or `up`.
   """
   level, middle = f'{half}.conv_blocks.{{i}}', f'{half}.mid'
@@ -17,7 +17,7 @@ def _half(half: str, change: str, step: str) -> tuple[Row, ...]:
     *pyramid.ends(half, 'norm_out'),
     *pyramid.block(f'{level}.res.{{j}}', f'{half}/level_{{i}}/block_{{j}}'),
     *pyramid.attention(f'{level}.attn.{{j}}', f'{half}/level_{{i}}/attention_{{j}}'),
-    *pyramid.conv(f'{level}.{change}.conv', f'{half}/{step}_{{i}}'),
+    *pyramid.conv(f'{level}.{resample}.conv', f'{half}/{step}_{{i}}'),
     *pyramid.block(f'{middle}.0', f'{half}/middle/block_0'),
     *pyramid.attention(f'{middle}.1', f'{half}/middle/attention'),
     *pyramid.block(f'{middle}.2', f'{half}/middle/block_1'),

@@ -13,7 +13,7 @@ def conv(source: str, target: str) -> tuple[Row, ...]:
 
 def block(source: str, target: str, shortcut: str = 'nin_shortcut') -> tuple[Row, ...]:
   """A residual block; `shortcut` is the source's name of its 1x1 convolution."""
-  pairs = (
+  layers = (
     row
     for i in (1, 2)
     for row in (
@@ -21,7 +21,7 @@ def block(source: str, target: str, shortcut: str = 'nin_shortcut') -> tuple[Row
       *conv(f'{source}.conv{i}', f'{target}/conv_{i}'),
     )
   )
-  return (*pairs, *conv(f'{source}.{shortcut}', f'{target}/shortcut'))
+  return (*layers, *conv(f'{source}.{shortcut}', f'{target}/shortcut'))
 
 
 def attention(source: str, target: str) -> tuple[Row, ...]:

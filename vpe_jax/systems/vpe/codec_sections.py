@@ -88,7 +88,7 @@ class ImageCodeCodecs(PromptCodecs):
 class NoVisualPrompt:
   """The protocol.TokenCodec of a model without visual prompt: images have no codes."""
 
-  weights = ()
+  network_names = ()
   codes = grid = 0
 
   def encode(self, params: Params, images: Array) -> Array:

@@ -133,7 +133,7 @@ class ImageSystem(PlansVisually):
   @property
   def draft_encoders(self) -> tuple[str, ...]:
     """The networks of the visual prompt's codec."""
-    return tuple(self.visual_prompt.weights) if self.codes else ()
+    return tuple(self.visual_prompt.network_names) if self.codes else ()
 
   def encode_drafts(self, frozen: Params, images: Array) -> dict[str, Array]:
     """Visual prompts [B, P] of images [B, R, R, 3], where the model has any."""

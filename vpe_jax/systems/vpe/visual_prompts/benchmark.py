@@ -67,7 +67,7 @@ class BestOf:
     for split in self.splits:
       trials, records = retrieval.make_trials(self.captions, split, self.seed)
       prompts = [trial.caption for trial in trials]
-      rows = chosen(subject, prompts, n)
+      rows = images_by_ranking(subject, prompts, n)
       rows['true images'] = np.stack([render(record, subject.image_size) for record in records])
       vectors_of = retrieval.embed(judge.captions, trials)
       outcomes = {
@@ -121,9 +121,9 @@ class Mixes:
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
       trials, _ = retrieval.make_trials(2 * self.count, split, self.seed)
-      written = prompter.write([trial.caption for trial in trials], 2, seed, settings)
+      visual_prompts = prompter.write([trial.caption for trial in trials], 2, seed, settings)
       rows, outcomes = {}, {}
-      for name, (upper, lower, prompts) in _pairs(written, self.count).items():
+      for name, (upper, lower, prompts) in _pairs(visual_prompts, self.count).items():
         mix = mixed(upper, lower)
         rows[name] = stacked(prompter.render(mix.with_prompts(prompts), seed, settings))
         expected = {'mix': mix.codes, 'A': upper.codes, 'B': lower.codes}
@@ -139,16 +139,16 @@ class Mixes:
     return Report(numbers, tuple(lines), record, sheets)
 
 
-def chosen(subject: Subject, captions: list[str], n: int) -> dict[str, np.ndarray]:
+def images_by_ranking(subject: Subject, captions: list[str], n: int) -> dict[str, np.ndarray]:
   """Images of each caption's first of `n` visual prompts, and of the best by each ranker."""
   prompter = VisualPrompter(subject.generator)
   render = lambda prompts: stacked(prompter.render(prompts, subject.seed, subject.settings))
-  written = prompter.write(captions, n, subject.seed, subject.settings)
+  visual_prompts = prompter.write(captions, n, subject.seed, subject.settings)
   first = n * np.arange(len(captions))
-  rows = {FIRST: render(written.take(first))}
+  rows = {FIRST: render(visual_prompts.take(first))}
   for ranker in prompter.system.plan_rankers:
-    places = best(prompter.score(written, ranker).reshape(-1, n), 1)[:, 0]
-    rows[f'best of {n} by {ranker}'] = render(written.take(first + places))
+    places = best(prompter.score(visual_prompts, ranker).reshape(-1, n), 1)[:, 0]
+    rows[f'best of {n} by {ranker}'] = render(visual_prompts.take(first + places))
   return rows
 
 
@@ -165,15 +165,15 @@ def gain(ours: retrieval.Result, theirs: retrieval.Result) -> dict[str, Any]:
 
 
 def _pairs(
-  written: VisualPrompts, count: int
+  visual_prompts: VisualPrompts, count: int
 ) -> dict[str, tuple[VisualPrompts, VisualPrompts, tuple[str, ...]]]:
   """Pairs to mix (A above, B below), and the captions that the mix is rendered with.
 
   Args:
-    written: two of each of 2 * `count` captions.
+    visual_prompts: two of each of 2 * `count` captions.
     count: pairs of each kind.
   """
-  of_caption = lambda first, place: written.take(2 * np.arange(first, first + count) + place)
+  of_caption = lambda first, place: visual_prompts.take(2 * np.arange(first, first + count) + place)
   a, again, b = of_caption(0, 0), of_caption(0, 1), of_caption(count, 0)
   return {
     'two of one caption': (a, again, a.prompts),

@@ -91,8 +91,8 @@ class VisualPromptRequest:
     if self.loaded is not None:
       return prompter.render(self.loaded, seed, settings)
     if self.plans:
-      chosen = (self.plans, self.render, self.rank)
-      return prompter.best_of(prompts, *chosen, seed=seed, settings=settings)
+      selection = (self.plans, self.render, self.rank)
+      return prompter.best_of(prompts, *selection, seed=seed, settings=settings)
     if not self.image:
       return generator(prompts, n, seed, settings)
     codes = prompter.read([read_image(self.image)]).codes[0]
@@ -119,7 +119,7 @@ def requested() -> VisualPromptRequest | None:
   if FLAGS.visual_prompt is not None:
     path = front_door.target('visual_prompt', FLAGS.visual_prompt)
     loaded = files.load(path)
-    provenance = {**loaded.provenance, 'by': f'given in {path}'}
+    provenance = {**loaded.provenance, 'by': f'file {path}'}
     loaded = dataclasses.replace(loaded, provenance=provenance)
   if FLAGS.visual_prompt_from is not None:
     image = front_door.target('visual_prompt_from', FLAGS.visual_prompt_from)

@@ -89,7 +89,7 @@ class VisualPrompter:
     """
     items, request = self._request(visual_prompts)
     images = self.generator.render(request, items, seed, settings, progress)
-    origin = visual_prompts.provenance.get('by', 'given')
+    origin = visual_prompts.provenance.get('by', 'the caller')
     return [image.with_metadata(visual_prompt=origin) for image in images]
 
   def score(self, visual_prompts: VisualPrompts, by: str = 'likelihood') -> np.ndarray:
@@ -137,16 +137,16 @@ class VisualPrompter:
     if count > 1 and settings.temperature == 0:
       raise UserError(f'temperature 0 writes {count} equal visual prompts: raise it, or write one')
     self.check_ranker(rank)
-    written = self.write(prompts, count, seed, settings)
-    scores = self.score(written, rank).reshape(-1, count)
+    visual_prompts = self.write(prompts, count, seed, settings)
+    scores = self.score(visual_prompts, rank).reshape(-1, count)
     order = best(scores, render)
     positions = order + count * np.arange(len(order))[:, None]
-    images = self.render(written.take(positions.reshape(-1)), seed, settings, progress)
+    images = self.render(visual_prompts.take(positions.reshape(-1)), seed, settings, progress)
     metadata = {'plans': str(count), 'ranked_by': rank}
-    chosen = np.take_along_axis(scores, order, axis=1).reshape(-1)
+    best_scores = np.take_along_axis(scores, order, axis=1).reshape(-1)
     return [
       image.with_metadata(**metadata, rank=str(1 + place % render), score=f'{score:.6g}')
-      for place, (image, score) in enumerate(zip(images, chosen, strict=True))
+      for place, (image, score) in enumerate(zip(images, best_scores, strict=True))
     ]
 
   def of(self, images: Sequence[GeneratedImage]) -> VisualPrompts:
