@@ -12,11 +12,10 @@ import pytest
 from configs import c2i_continuous, c2i_discrete, t2i
 from vpe_jax import rng, sharding, systems
 from vpe_jax.compilation import hlo, program, traffic
-from vpe_jax.contracts import System, visible
+from vpe_jax.contracts import Batch, System, visible
 from vpe_jax.models import unified
 from vpe_jax.ops.attention import chooser
 from vpe_jax.ops.flops import matrix_flops
-from vpe_jax.systems.vpe import layouts
 from vpe_jax.training import resume
 from vpe_jax.training.model_flops import step_flops
 from vpe_jax.training.state import first_state
@@ -81,9 +80,8 @@ def test_attention_kernels_execute_visible_pairs(monkeypatch):
   c, length = system.config.model, system.config.data.text_length
   text, codes = np.zeros((1, length), np.int32), np.zeros((1, c.plan_tokens), np.int32)
   lengths = np.array([length], np.int32)
-  regions = layouts.build(
-    system.layout, system.experts.ar.vocabulary, text, lengths, codes, np.ones(1, bool), c.multiple
-  )
+  batch = Batch(np.zeros(1, np.int32), {'text': text, 'text_length': lengths})
+  regions = system.experts.regions(batch, codes, np.ones(1, bool))
   row = unified.sequence_visibility(regions)
   seen, tokens = np.asarray(visible(row, row))[0].sum(1), regions['ar'].ids.shape[1]
   before, whole, patches = seen[:tokens].sum(), seen[tokens:].sum(), c.image_tokens

@@ -95,7 +95,6 @@ class Sampling(FlowSampling, TokenSampling):
 class System(ImageSystem):
   """See vpe_jax.contracts.System."""
 
-  samples_with = ('image',)
   plan_rankers = ('likelihood',)  # A class is a number, which no text tower compares.
   logical_axes = (
     (r'embed/(classes|prefix)', ('vocab', 'embed')),

@@ -122,7 +122,6 @@ class System(ImageSystem):
       c.image.codec(config.data.image_size),
       ('model.classes', c.classes),
     )
-    self.samples_with = self.image.network_names
     sizes = llamagen.LlamaGenConfig(
       classes=c.classes,
       codes=self.image.codes,

@@ -52,6 +52,7 @@ class ImageSystem(PlansVisually):
   ) -> None:
     self.config, self.stages, self.capabilities = config, stages, capabilities
     self.image, self.table = image, table
+    self.samples_with = image.network_names
     self.visual_prompt = config.model.prompt_codec(jnp.dtype(config.dtype))
     self.codes = config.model.plan_codes
     self.drafts = ('visual_prompt',) if self.codes else ()

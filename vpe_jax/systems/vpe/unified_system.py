@@ -73,7 +73,6 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     layout: the AR expert's sequence.
   """
 
-  samples_with = ('image',)
   logical_axes = unified.LOGICAL_AXES
 
   def __init__(self, config: Config, parts: Parts) -> None:
