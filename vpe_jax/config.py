@@ -236,7 +236,7 @@ class OptimConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self, 'optim.', warmup=0, decay_steps=0)
-    values = lambda name: _as_tuple(getattr(self, name))
+    values = lambda name: v if isinstance(v := getattr(self, name), tuple) else (v,)
     choices = {'name': OPTIMIZERS, 'schedule': SCHEDULES, 'mu_dtype': DTYPES}
     for name, known in choices.items():
       valid = all(value in known for value in values(name))
@@ -286,10 +286,6 @@ def _factors(text: str) -> tuple[tuple[str, float], ...] | None:
   except (re.error, ValueError):
     return None
   return pairs if all(pattern and 0 < factor < math.inf for pattern, factor in pairs) else None
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-  return value if isinstance(value, tuple) else (value,)
 
 
 @dataclasses.dataclass(frozen=True)
