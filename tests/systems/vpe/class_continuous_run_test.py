@@ -63,7 +63,9 @@ def test_a_branch_without_plan_is_the_run_that_goes_on(folder):
 
 def test_a_branch_with_plan_carries_all_but_the_rows_of_codes(folder):
   fork = f'debug,vpe=true,fork={folder / "shared"}'
-  state = _train(folder, 'vpe', fork, 1, log={'every': 1, 'samples': 1, 'evaluate': 0})
+  state = _train(
+    folder, 'vpe', fork, 1, evals={'heldout': {'every': 0}, 'sample_grid': {'every': 1}}
+  )
   assert int(state['opt_state']['count']) == SHARED + 1
   assert 'prefix' in state['params']['embed'] and 'prefix' in state['ema']['embed']
   record = metrics.read(folder / 'vpe')[0]

@@ -81,6 +81,6 @@ def test_exported_weights_draw_the_same(run, generator, tmp_path):
   metadata = export.export(str(run), to)
   assert json.loads(metadata['config'])['system'] == 'c2i_discrete'
   loaded = Generator.load(to)
-  shapes = lambda g: jax.tree.map(np.shape, g._params)
+  shapes = lambda g: jax.tree.map(np.shape, g.params)
   assert shapes(loaded) == shapes(generator)
   assert loaded('red')[0].image.shape == (32, 32, 3)

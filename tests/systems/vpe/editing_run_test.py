@@ -51,7 +51,7 @@ def test_a_run_goes_on_to_edit(tmp_path, arch):
   assert ('loss/flow' in last) == (arch == 'internal')
 
   generator = Generator.load(str(tmp_path / 'edits'))
-  with pytest.raises(UserError, match='the picture to edit is missing'):
+  with pytest.raises(UserError, match='name a source image'):
     generator('make it red')
   white, black = (np.full((40, 60, 3), shade, np.uint8) for shade in (255, 0))
   one, two = (generator.editing(image)('make it red')[0] for image in (white, black))

@@ -97,7 +97,7 @@ def test_an_import_serves_as_well(show_o2, tmp_path):
   (published / 'config.json').write_text(json.dumps(said))
   convert.import_weights('showo2', str(published), kept)
   _check(show_o2, _system(show_o2, kept))
-  with pytest.raises(UserError, match='other sizes'):
+  with pytest.raises(UserError, match='sizes of the showo2'):
     _started(_system(show_o2, kept, arch='single', bos=7))
 
 
