@@ -533,10 +533,8 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
   return f"; did you mean '{close[0]}'?" if close else f'; known: {", ".join(known)}'
 
 
-def _build(
-  cls: type, values: Mapping[str, Any], path: str, section_types: Mapping[str, type]
-) -> Any:
-  hints = typing.get_type_hints(cls) | dict(section_types)
+def _build(cls: type, values: Mapping[str, Any], path: str, sections: Mapping[str, type]) -> Any:
+  hints = typing.get_type_hints(cls) | dict(sections)
   fields = {f.name: f for f in dataclasses.fields(cls)}
   for key in values:
     if key not in fields:
@@ -569,15 +567,15 @@ def _merged(default: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
   tagged = isinstance(hint, type) and issubclass(hint, Tagged)
-  if dataclasses.is_dataclass(hint) or tagged:
-    if not isinstance(value, Mapping):
-      raise UserError(f"config key '{path}' must be a section, not {value!r}")
+  origin, is_section = typing.get_origin(hint), tagged or dataclasses.is_dataclass(hint)
+  if (is_section or origin is Mapping) and not isinstance(value, Mapping):
+    raise UserError(f"config key '{path}' must be a section, not {value!r}")
+  if is_section:
     if tagged:
       if (kind := value.get('kind')) not in hint.KINDS:
         raise UserError(f"config key '{path}.kind' is {kind!r}{nearest(str(kind), hint.KINDS)}")
       hint = hint.KINDS[kind]
     return _build(hint, dict(value), f'{path}.', {})
-  origin = typing.get_origin(hint)
   if origin in (typing.Union, types.UnionType):
     if value is None:
       return None
@@ -586,8 +584,6 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     choices = tuples if isinstance(value, (tuple, list)) and tuples else hints
     return _value(choices[0], value, path)
   if origin is Mapping:
-    if not isinstance(value, Mapping):
-      raise UserError(f"config key '{path}' must be a section, not {value!r}")
     return to_dict(value)
   if origin is tuple:
     items = value if isinstance(value, (tuple, list)) else (value,)
