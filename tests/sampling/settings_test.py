@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from vpe_jax import systems
 from vpe_jax.contracts import UserError
 from vpe_jax.sampling.settings import FlowSampling, TokenSampling
 
@@ -21,14 +20,3 @@ def test_groups_compose_and_check_all_their_fields():
   for name, value in (('steps', 0), ('shift', 0.0), ('top_p', 0.0), ('top_k', -1), ('min_p', 2.0)):
     with pytest.raises(UserError, match=f"'sample.{name}'"):
       _Both(**{name: value})
-
-
-def test_every_system_has_the_settings_that_its_sampler_reads():
-  fields = {
-    name: {field.name for field in dataclasses.fields(section)}
-    for name, section in systems.sampling_sections().items()
-  }
-  assert fields['edit'] - fields['t2i'] == {'image_guidance'}
-  assert fields['t2i'] - fields['c2i_continuous'] == {'plan_guidance'}
-  assert 'steps' not in fields['c2i_discrete'] and 'plan_guidance' in fields['c2i_discrete']
-  assert fields['siglip'] == fields['codec'] == set()
