@@ -61,7 +61,7 @@ def test_an_epoch_repeats_upsampled_records(root):
   pipeline = small_pipeline(config, seed=3)
   epoch = [pipeline.index_at(position) for position in range(len(pipeline))]
   assert sorted(epoch) == list(range(7)) and epoch != sorted(epoch)
-  assert not heldout.has_split(config.source)
+  assert not heldout.has_split(config)
 
 
 @pytest.mark.parametrize(

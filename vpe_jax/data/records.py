@@ -157,7 +157,11 @@ class Record:
 
 
 class Source(Protocol):
-  """A data set: records by index."""
+  """A data set: records by index.
+
+  Threads read it at the same time, and reader processes get a pickled copy: open files and
+  connections belong to a call of `__getitem__`.
+  """
 
   def __len__(self) -> int: ...
 
@@ -165,7 +169,10 @@ class Source(Protocol):
 
 
 class StoredSource(Source, Protocol):
-  """A data set in user files, which may change between runs."""
+  """A data set in user files, which may change between runs.
+
+  `DataConfig.is_stored` is true for its prefix of `data.source`: caches then depend on `stamps`.
+  """
 
   def stamps(self) -> Iterator[str]:
     """Strings that change whenever the files change; no image is opened."""

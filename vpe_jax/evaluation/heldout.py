@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import sharding
-from vpe_jax.config import FOLDER, FOLDERS, TFDS
+from vpe_jax.config import DataConfig
 from vpe_jax.contracts import Array, Batch, Params, Stage, System, UserError
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.evaluation.evaluator import Subject
@@ -52,7 +52,7 @@ class HeldOut:
 
   def run(self, subject: Subject) -> Report:
     """The mean of each loss over the held-out batches."""
-    if not has_split(subject.system.config.data.source):
+    if not has_split(subject.system.config.data):
       return Report({}, ('held-out losses: none, the data source has no held-out split',))
     if subject.stage_index != self._stage_index:
       self._stage_index = subject.stage_index
@@ -85,9 +85,9 @@ class HeldOut:
     return [_as_cached(subject, batch, inputs, spec.cacheable) for batch in placed]
 
 
-def has_split(source: str) -> bool:
-  """Whether a data source has held-out splits."""
-  return source != 'synthetic' and not source.startswith((FOLDER, FOLDERS, TFDS))
+def has_split(data: DataConfig) -> bool:
+  """Whether the data source has held-out splits."""
+  return data.source != 'synthetic' and not data.is_stored
 
 
 def with_all_losses(stages: Sequence[Stage], index: int) -> Stage:

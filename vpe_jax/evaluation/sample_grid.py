@@ -74,7 +74,7 @@ class SampleGrid:
       return Report({}, ('sample grid: none, synthetic data has no decoder',))
     generate, compare = self._compiled(subject)
     data = subject.system.config.data
-    held_out = (heldout.SPLIT,) if heldout.has_split(data.source) else ()
+    held_out = (heldout.SPLIT,) if heldout.has_split(data) else ()
     labels = {OWN: GENERATED}
     if subject.system.drafts:
       labels[TRUE_DRAFTS] = FROM_DRAFTS

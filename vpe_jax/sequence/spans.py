@@ -20,6 +20,10 @@ class Span:
   A token sees the tokens before it; a token of a full span sees its whole bidirectional block.
   `sees`, `seen_by` and `window` restrict this.
 
+  Each query sees one interval of the logical order, without the keys that end before it
+  (contracts.Visibility). A further rule of this kind is a field here and its bound in builder.py; a
+  rule that skips tokens in between, such as every second one, can't be expressed.
+
   Attributes:
     name: unique in its layout, such as `frame1/text`.
     length: number of slots, filled or not.

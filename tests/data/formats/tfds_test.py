@@ -99,7 +99,7 @@ def test_defaults_are_the_newest_version_and_the_split_train(root):
   assert len(_open(root, 'animals/1.10.0/test')) == 3
   part = _open(root, 'animals/train[:25%]')
   assert len(part) == 3 and part[0].caption == source[0].caption
-  assert not heldout.has_split('tfds:animals')
+  assert not heldout.has_split(DataConfig(source='tfds:animals'))
 
 
 @pytest.mark.parametrize('workers', [0, 1])
