@@ -121,9 +121,23 @@ def _body(equation: core.JaxprEqn) -> core.ClosedJaxpr | core.Jaxpr:
   return parameters['call_jaxpr' if 'call_jaxpr' in parameters else 'jaxpr']
 
 
+def scan_parts(equation: core.JaxprEqn) -> tuple[int, int]:
+  """Number of constants and of carries of a scan; the inputs after them are sliced by step.
+
+  The names of the parameters that say so differ between versions of JAX, ranks don't: the body sees
+  constants and carries whole, and slices without their leading axis.
+  """
+  body = _body(equation)
+  whole = lambda outer, inner: sum(
+    len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outer, inner, strict=True)
+  )
+  carries = whole(equation.outvars, body.jaxpr.outvars)
+  return whole(equation.invars, body.jaxpr.invars) - carries, carries
+
+
 def _scan(equation: core.JaxprEqn, inputs: Sequence[Value]) -> Scope:
   """The body of a scan: what one step makes active is active from the first step on."""
-  constants, carries = equation.params['num_consts'], equation.params['num_carry']
+  constants, carries = scan_parts(equation)
   of_step = [Value(value.active) for value in inputs[constants:]]
   while True:
     scope = Scope(equation.params['jaxpr'], [*inputs[:constants], *of_step])

@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend import core
 
 from vpe_jax.contracts import Array, Visibility, visible
-from vpe_jax.ops.activity import Scope, Value, contains, is_attention
+from vpe_jax.ops.activity import Scope, Value, contains, is_attention, scan_parts
 
 _EXAMPLES = 8  # of a batch, in counting visible pairs
 
@@ -220,7 +220,7 @@ def _inner(
 
 def _scan(equation: core.JaxprEqn, body: Scope, read: list[bool], reached: list[bool]) -> _Counted:
   """A scan, step by step from the last one, until a step needs the same as the step after it."""
-  first, carries = equation.params['num_consts'], equation.params['num_carry']
+  first, carries = scan_parts(equation)
   flops, remaining = Flops(), equation.params['length']
   inputs = [_none(body.jaxpr.invars)] * 2
   carried = lambda flags, results: flags[first : first + carries] + results[carries:]
