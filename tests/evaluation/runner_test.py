@@ -103,7 +103,7 @@ def test_mistakes_in_options_are_named(name, options, message):
 def test_every_evaluator_builds_with_its_defaults():
   for name in evaluators.names():
     if name != 'ocr':  # its packages are optional
-      evaluators.build(name, {})
+      assert isinstance(evaluators.build(name, {}), evaluators.class_of(name))
 
 
 @pytest.mark.parametrize('name, message', [('ocr', 'captions'), ('edits', 'does not edit')])
