@@ -218,7 +218,7 @@ class Stage:
     return weight if isinstance(weight, (int, float)) else weight.at(step)
 
 
-FROZEN_DTYPES = ('float32', 'bfloat16')
+DTYPES = ('float32', 'bfloat16')  # of computation, and of networks that never train
 PARENT = 'run'  # `PretrainedWeights.family` if the source is the parent run
 
 
@@ -256,10 +256,10 @@ class FrozenNetwork:
   dtype: str = 'float32'
 
   def __post_init__(self) -> None:
-    if self.dtype not in FROZEN_DTYPES:
+    if self.dtype not in DTYPES:
       raise UserError(
         f"weights_dtype={self.dtype} of the frozen network '{self.source}' is unknown: choose "
-        f'one of {", ".join(FROZEN_DTYPES)}'
+        f'one of {", ".join(DTYPES)}'
       )
 
 

@@ -7,10 +7,8 @@ import types
 
 import pytest
 
-from vpe_jax import config as config_lib
-from vpe_jax.config import DataConfig
+from vpe_jax.config import SOURCES, DataConfig
 from vpe_jax.contracts import UserError
-from vpe_jax.data import sources as sources_lib
 from vpe_jax.data.embedded.synthetic import Synthetic
 from vpe_jax.data.records import ENDLESS, SPLITS
 from vpe_jax.data.sources import open_source
@@ -51,9 +49,9 @@ def test_one_line_registers_a_data_set(monkeypatch):
     config.examples + 10 * seed + len(split), references=True
   )
   monkeypatch.setitem(sys.modules, module.__name__, module)
-  sources = {**config_lib.SOURCES, 'pairs': f'{module.__name__}:open_pairs'}
-  for room in (config_lib, sources_lib):
-    monkeypatch.setattr(room, 'SOURCES', sources)
+  sources = {**SOURCES, 'pairs': f'{module.__name__}:open_pairs'}
+  for module in ('config.data', 'data.sources'):
+    monkeypatch.setattr(f'vpe_jax.{module}.SOURCES', sources)
   config = DataConfig(source='pairs', examples=4, source_images=True)
   assert len(open_source(config, 'concept', seed=2)) == 4 + 20 + len('concept')
   with pytest.raises(UserError, match='config.data.source=pairs'):

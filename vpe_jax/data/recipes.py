@@ -107,7 +107,7 @@ def once(source: str) -> str:
 
 
 def parse(source: str) -> dict[str, int]:
-  """Folder names -> repetitions, for a `data.source` that config.py has checked."""
+  """Folder names -> repetitions, for a `data.source` that DataConfig has checked."""
   entries = (entry.partition('*') for entry in source.removeprefix(FOLDERS).split(','))
   return {name.strip(): int(times or 1) for name, _, times in entries}
 

@@ -1,7 +1,7 @@
 """Opens the data source that the `data` section of a config names.
 
 To add a data set, write a class that implements `Source` (vpe_jax.data.records) and an `Opener` in
-a file of this room, and add a line to `SOURCES` in vpe_jax/config.py.
+a file of this room, and add a line to `SOURCES` in vpe_jax/config/data.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,111 @@
+"""The `data` section of a config, and the data sources that it may name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from vpe_jax.config.fields import check, check_sizes, nearest
+from vpe_jax.contracts import UserError
+
+# Built-in sources: name -> `module:function`, an Opener (vpe_jax.data.sources).
+SOURCES: Mapping[str, str] = {
+  'mixture': 'vpe_jax.data.sources:open_mixture',
+  'openmoji': 'vpe_jax.data.embedded.openmoji:open_openmoji',
+  'scenes': 'vpe_jax.data.embedded.scenes:open_scenes',
+  'words': 'vpe_jax.data.embedded.words:open_words',
+  'edits': 'vpe_jax.data.sources:open_edits',
+  'synthetic': 'vpe_jax.data.embedded.synthetic:open_synthetic',
+}
+# Prefixes of other sources, before a path, a recipe, and a name.
+FOLDER, FOLDERS, TFDS = 'folder:', 'folders:', 'tfds:'
+CLASSES = 'classes:'  # prefix of class names: the tokenizer of a class-conditional model
+PROMPT_FIELDS = ('caption', 'group')
+FITS, ENCODES = ('pad', 'crop'), ('online', 'cached')
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """The training data.
+
+  Attributes:
+    source: `mixture` (OpenMoji and scenes), `openmoji`, `scenes`, `words` (rendered words),
+      `edits` (of scenes and of OpenMoji), `synthetic`; or the user's own data: `folder:PATH`, a
+      folder of image files or one written by `python -m vpe_jax.prepare`; `folders:NAME*3,NAME`,
+      several folders with repeat factors (vpe_jax.data.recipes); `tfds:NAME/SPLIT`, ArrayRecord
+      files of TensorFlow Datasets (vpe_jax.data.formats.tfds).
+    root: parent folder of the folders of `folders:` and of the data sets of `tfds:`.
+    scenes_share: share of scenes in `mixture` and in `edits`.
+    examples: number of records (0: all of a finite source).
+    image_size: side of the square image in pixels.
+    fit: how a rectangular image becomes a square: `pad` with white, or `crop` its centre.
+    text_length: number of token slots for a caption; longer captions are cut, with a warning.
+    encode: `online` (frozen encoders run during training) or `cached` (their outputs are computed
+      once, before training).
+    workers: reader processes per host (0: threads in this process).
+    tokenizer: `assets:bpe` (for the embedded data); a published one as `FAMILY:NAME`, where NAME is
+      a folder or a hub id, and the family gives its special tokens (a key of FAMILIES in
+      vpe_jax/data/tokenizers/special_tokens.py); or, for a class-conditional model, `classes:` and
+      the class names (`cat,dog`), their number, or a text file with one name per line.
+    prompt_field: field of a record that is its prompt: `caption`, or `group` (its class; in a
+      folder of images, the name of the subfolder).
+    near_misses: number of hard negatives per example of a scene: captions that are wrong in one
+      detail.
+    language: language of a folder's records, such as `en`; others are skipped (empty: none).
+    least_text_height: minimum height of text in a folder's images, in pixels of the padded image;
+      records with smaller text are skipped (0: none). See vpe_jax.data.filters.
+    source_images: whether each record has a source image beside its own image, and its caption is
+      the editing instruction: the training data of systems that edit.
+  """
+
+  source: str = 'mixture'
+  root: str = 'data'
+  scenes_share: float = 0.75
+  examples: int = 0
+  image_size: int = 64
+  fit: str = 'pad'
+  text_length: int = 32
+  encode: str = 'online'
+  workers: int = 0
+  tokenizer: str = 'assets:bpe'
+  near_misses: int = 0
+  prompt_field: str = 'caption'
+  language: str = ''
+  least_text_height: int = 0
+  source_images: bool = False
+
+  def __post_init__(self) -> None:
+    check_sizes(self, 'data.')
+    check(self, 'data.', 'scenes_share', 0 <= self.scenes_share <= 1, 'between 0 and 1')
+    for name, known in {'encode': ENCODES, 'prompt_field': PROMPT_FIELDS, 'fit': FITS}.items():
+      check(self, 'data.', name, getattr(self, name) in known, f'one of {", ".join(known)}')
+    self._check_source()
+    # Family and folder or hub id are checked when the tokenizer is opened.
+    known = f'assets:bpe, FAMILY:FOLDER, FAMILY:OWNER/NAME (a hub id), or {CLASSES}NAMES'
+    valid = re.match(r'(?!assets:)[\w.-]+:.', self.tokenizer) or self.tokenizer == 'assets:bpe'
+    check(self, 'data.', 'tokenizer', bool(valid), known)
+
+  def _check_source(self) -> None:
+    if self.source not in SOURCES and not self.is_stored:
+      stored = (f'{FOLDER}PATH', f'{FOLDERS}NAME*3,NAME', f'{TFDS}NAME/SPLIT')
+      hint = nearest(self.source, (*SOURCES, *stored))
+      raise UserError(f"unknown config.data.source '{self.source}'{hint}")
+    check(self, 'data.', 'source', self.source != FOLDER, f'{FOLDER} and the path of a folder')
+    check(self, 'data.', 'source', self.source != TFDS, f'{TFDS} and the name of a data set')
+    if self.source.startswith(FOLDERS):
+      entries = self.source.removeprefix(FOLDERS).split(',')
+      names = {entry.partition('*')[0].strip() for entry in entries}
+      valid = all(re.fullmatch(r'[^*]*[^*\s][^*]*(\*[1-9]\d*)?', entry) for entry in entries)
+      example = f'{FOLDERS} and different names, as in {FOLDERS}one*3,other'
+      check(self, 'data.', 'source', valid and len(names) == len(entries), example)
+
+  @property
+  def in_folders(self) -> bool:
+    """Whether the records are the user's own, in one or several folders."""
+    return self.source.startswith((FOLDER, FOLDERS))
+
+  @property
+  def is_stored(self) -> bool:
+    """Whether the records are the user's own, in any format."""
+    return self.in_folders or self.source.startswith(TFDS)
