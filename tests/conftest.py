@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 # Before jax is imported: it reads these once. Subprocesses of tests inherit them. Tests compile
-# much and run little, so the compiler optimises less: a third of the time for the same numbers.
+# much and run little, so the compiler optimizes less, and emits loops by its older, quicker way:
+# a fifth of the time.
 _FLAGS = {
   '--xla_force_host_platform_device_count': '8',
   '--xla_backend_optimization_level': '0',
   '--xla_llvm_disable_expensive_passes': 'true',
+  '--xla_cpu_use_fusion_emitters': 'false',
 }
 _given = os.environ.get('XLA_FLAGS', '')
 _missing = (f'{name}={value}' for name, value in _FLAGS.items() if name not in _given)
