@@ -1,4 +1,4 @@
-"""The shipped generator is what configs/t2i.py trains, and draws what held-out captions say."""
+"""The shipped generator has the config of configs/t2i.py and renders held-out captions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.generator import Generator
 from vpe_jax.training import metrics, reference, resume
 
-LONGER = ('steps', 'data.examples')  # it trained longer, on more pictures
+# Fields that differ from the config: the asset was trained longer, on more images.
+LONGER_TRAINING = ('steps', 'data.examples')
 COUNT = 64
 
 
@@ -29,36 +30,36 @@ def _records():
   return metrics.parse((reference.ASSETS / 't2i-tiny.metrics.jsonl').read_text())
 
 
-def test_its_config_is_the_shipped_one(metadata):
+def test_config_is_that_of_the_config_file(metadata):
   config = systems.build(t2i.get_config().to_dict()).config
   differing = differences(config, json.loads(metadata['config']))
-  free = (*LONGER, *resume.FREE)
+  free = (*LONGER_TRAINING, *resume.FREE)
   assert not [name for name in differing if not name.startswith(free)]
   assert 'data.examples' in differing and int(metadata['step']) > sum(config.steps)
   assert len(metadata['commit']) == 40 and metadata['weights'] == 'ema'
 
 
-def test_its_metrics_have_every_step_once(metadata):
+def test_metrics_have_every_step_once(metadata):
   records, steps = _records(), json.loads(metadata['config'])['steps']
   assert [record['step'] for record in records] == list(range(1, int(metadata['step']) + 1))
-  of_stage = [sum(record['stage'] == name for record in records) for name in ('plan', 'joint')]
-  assert of_stage == list(steps)
+  stage_lengths = [sum(record['stage'] == name for record in records) for name in ('plan', 'joint')]
+  assert stage_lengths == list(steps)
 
 
-def test_its_losses_fell():
+def test_losses_decrease():
   records = _records()
   first, last = ([r['loss'] for r in records if r['stage'] == s] for s in ('plan', 'joint'))
   assert np.mean(first[-20:]) < 0.4 * first[0] and np.mean(last[-20:]) < 0.6 * last[0]
 
 
-def test_it_draws_what_held_out_captions_say():
-  """An eighth of the protocol of vpe_jax.evaluate, at its bar of three times chance."""
+def test_samples_match_held_out_captions():
+  """An eighth of the protocol of vpe_jax.evaluate, with its threshold of three times chance."""
   trials, _ = retrieval.make_trials(COUNT, 'combination')
-  generator, judge = Generator.load('assets:tiny', batch_size=32), EvaluatorNetwork.load()
+  generator, evaluator = Generator.load('assets:tiny', batch_size=32), EvaluatorNetwork.load()
   settings = generator.settings(steps=12)
-  drawn = generator([trial.caption for trial in trials], settings=settings)
-  vectors = judge.images(np.stack([picture.image for picture in drawn]))
-  captions = retrieval.embed(judge.captions, trials)
+  samples = generator([trial.caption for trial in trials], settings=settings)
+  vectors = evaluator.images(np.stack([sample.image for sample in samples]))
+  captions = retrieval.embed(evaluator.captions, trials)
   chance = 1 / retrieval.CANDIDATES
   assert retrieval.measure(vectors, captions, trials).accuracy >= 3 * chance
   assert retrieval.permuted(vectors, captions, trials).accuracy <= 1.5 * chance

@@ -1,4 +1,7 @@
-"""The shipped judge meets its bar: 60 % of true pictures, with near misses among the captions."""
+"""The shipped evaluator network finds the captions of 60 % of ground-truth images.
+
+The captions to choose from include near misses.
+"""
 
 import numpy as np
 
@@ -9,10 +12,10 @@ from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 COUNT = 256
 
 
-def test_true_pictures_of_held_out_combinations_find_their_captions():
-  judge = EvaluatorNetwork.load()
+def test_ground_truth_of_held_out_combinations_retrieves_its_captions():
+  evaluator = EvaluatorNetwork.load()
   trials, records = retrieval.make_trials(COUNT, 'combination')
-  captions = retrieval.embed(judge.captions, trials)
-  vectors = judge.images(np.stack([render(record, 64) for record in records]))
+  captions = retrieval.embed(evaluator.captions, trials)
+  vectors = evaluator.images(np.stack([render(record, 64) for record in records]))
   assert retrieval.measure(vectors, captions, trials).accuracy >= 0.6
   assert retrieval.permuted(vectors, captions, trials).accuracy <= 1 / retrieval.CANDIDATES

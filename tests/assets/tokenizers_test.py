@@ -1,4 +1,4 @@
-"""The shipped tokenizers do on held-out pictures what configs/README.md states."""
+"""The shipped tokenizers reach the held-out metrics that configs/README.md states."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def batch(codec):
 
 
 def _model(name):
-  """The model section that a file was made by; fields that came later count as their defaults."""
+  """The model section of an asset's config; fields added later have their defaults."""
   stored = json.loads(weights.load(f'assets:{name}')[1]['config'])
   return dataclasses.asdict(systems.build(stored).config.model)
 
@@ -50,10 +50,10 @@ def test_shipped_towers_retrieve_held_out_captions(preset, name):
   system = _system(config)
   params, _ = weights.load(f'assets:{name}')
   assert _model(name)['siglip'] == dataclasses.asdict(system.config.model.siglip)
-  pictures = Pipeline.of(system, 'combination').examples(range(COUNT))
+  examples = Pipeline.of(system, 'combination').examples(range(COUNT))
   stage = system.stages[0]
   terms = jax.jit(lambda p, b: system.losses(p, {}, b, rng.run_key(0), jnp.int32(0), stage))(
-    params, pictures
+    params, examples
   )
   hits = {name: float(term.sum / term.count) for name, term in terms.items()}
   assert hits['retrieval'] > 0.9
@@ -64,9 +64,9 @@ def test_shipped_codes_use_the_codebook_and_keep_the_caption(codec, frozen, batc
   stored = _model('feature_vq')['feature_vq']
   shape = dataclasses.asdict(codec.config.model.feature_vq)
   assert {**stored, 'temperature': 0} == {**shape, 'temperature': 0}
-  tokens = codec.feature_codec
-  codes = jax.jit(tokens.encode)(frozen, batch.inputs['image'])
-  assert float(autoencoding.perplexity(codes, tokens.codes)) >= 0.25 * tokens.codes
+  feature_codec = codec.feature_codec
+  codes = jax.jit(feature_codec.encode)(frozen, batch.inputs['image'])
+  assert float(autoencoding.perplexity(codes, feature_codec.codes)) >= 0.25 * feature_codec.codes
   stage = next(s for s in codec.stages if s.name == 'feature_vq')
   terms = jax.jit(lambda p, f, b: codec.losses(p, f, b, rng.run_key(0), jnp.int32(0), stage))(
     frozen, frozen, batch
@@ -78,19 +78,19 @@ def test_shipped_codes_use_the_codebook_and_keep_the_caption(codec, frozen, batc
 def test_shipped_autoencoder_is_sharp_and_normalised(codec, frozen, batch):
   stored = _model('image')['image']
   assert stored == dataclasses.asdict(codec.config.model.image)
-  images = codec.latent_codec
-  latents = jax.jit(images.encode)(frozen, batch.inputs['image'])
-  rebuilt = jax.jit(images.decode)(frozen, latents)
-  wanted = jnp.asarray(batch.inputs['image']) / 255.0
-  assert float(jnp.mean(autoencoding.psnr(rebuilt, wanted))) >= 26.0
+  latent_codec = codec.latent_codec
+  latents = jax.jit(latent_codec.encode)(frozen, batch.inputs['image'])
+  reconstruction = jax.jit(latent_codec.decode)(frozen, latents)
+  originals = jnp.asarray(batch.inputs['image']) / 255.0
+  assert float(jnp.mean(autoencoding.psnr(reconstruction, originals))) >= 26.0
   np.testing.assert_allclose(jnp.mean(latents, (0, 1, 2)), 0.0, atol=0.15)
   np.testing.assert_allclose(jnp.std(latents, (0, 1, 2)), 1.0, atol=0.15)
 
 
-def test_shipped_codes_of_pictures_cost_little_and_are_in_use(codec, frozen, batch):
+def test_shipped_image_codes_reconstruct_images_and_use_the_codebook(codec, frozen, batch):
   assert _model('image_codes')['image_codes'] == dataclasses.asdict(codec.config.model.image_codes)
   networks = {**frozen, 'image_codes': weights.load('assets:image_codes')[0]}
   codes = jax.jit(codec.image_codec.encode)(networks, batch.inputs['image'])
-  rebuilt = jax.jit(codec.image_codec.decode)(networks, codes)
-  assert float(jnp.mean(autoencoding.psnr(rebuilt, batch.inputs['image'] / 255.0))) >= 27.0
+  reconstruction = jax.jit(codec.image_codec.decode)(networks, codes)
+  assert float(jnp.mean(autoencoding.psnr(reconstruction, batch.inputs['image'] / 255.0))) >= 27.0
   assert len(np.unique(codes)) > 0.9 * codec.image_codec.codes

@@ -1,4 +1,4 @@
-"""Tests of encoded entries made before training."""
+"""Tests of encoding images before training, and of the cache of encoded entries."""
 
 import dataclasses
 import json
@@ -44,18 +44,18 @@ def _open(system, frozen=None):
     return encode.open_training_data(system.config, system, frozen, mesh), frozen
 
 
-def _blank(params, inputs, rng):
-  """Encoders of other weights."""
+def _encode_zeros(params, inputs, rng):
+  """An encode function with other weights, whose entries are all zero."""
   count = inputs['image'].shape[0]
   return {'visual_prompt': jnp.zeros((count, 4), jnp.int32), 'latents': jnp.zeros((count, 2, 2, 3))}
 
 
 def _assert_encoded(batch, system, inputs):
-  """The encoded entries of a batch are what its system encodes."""
-  wanted = system.encode({}, inputs, None)
+  """Checks that a batch has the entries that `system` encodes from `inputs`."""
+  expected = system.encode({}, inputs, None)
   assert batch.encoded.keys() == system.batch_spec(1).cacheable
   for name, leaf in batch.encoded.items():
-    np.testing.assert_allclose(leaf, wanted[name], rtol=1e-6)
+    np.testing.assert_allclose(leaf, expected[name], rtol=1e-6)
 
 
 def _folders(tmp_path):
@@ -66,8 +66,8 @@ def test_cached_entries_equal_encoded_ones(open_data, capsys):
   data, system = open_data()
   online, _ = open_data(encode='online')
   assert '70/70' in capsys.readouterr().out
-  for place in (0, 69):  # the last chunk is not full
-    with data.batches(place, 8) as cached, online.batches(place, 8) as images:
+  for position in (0, 69):  # the last chunk is not full
+    with data.batches(position, 8) as cached, online.batches(position, 8) as images:
       ours, theirs = next(cached), next(images)
     assert 'image' not in ours.inputs and not theirs.encoded
     _assert_encoded(ours, system, theirs.inputs)
@@ -79,7 +79,7 @@ def test_cache_is_reused_and_depends_on_data_and_encoders(open_data, tmp_path):
   _, again = open_data()
   assert first.encodings == 1 and again.encodings == 0 and len(_folders(tmp_path)) == 1
   open_data(examples=20)
-  open_data(frozen=frozen_lib.FrozenNetworks({}, {'encoder': 'of other weights'}, _blank))
+  open_data(frozen=frozen_lib.FrozenNetworks({}, {'encoder': 'of other weights'}, _encode_zeros))
   assert len(_folders(tmp_path)) == 3
 
 
@@ -118,13 +118,13 @@ def test_changed_image_in_a_folder_changes_the_fingerprint(tmp_path, drawing_sys
   system = drawing_system(data={'source': f'folder:{tmp_path}', 'examples': 0})
   frozen = frozen_lib.FrozenNetworks({}, {}, None)
 
-  def found():
+  def fingerprint():
     return encode.fingerprint(system.config.data, 0, frozen, Pipeline.of(system), {})
 
-  before = found()
-  assert found() == before
+  before = fingerprint()
+  assert fingerprint() == before
   Image.new('RGB', (8, 8), (99,) * 3).save(tmp_path / 'b.png')
-  assert found() != before
+  assert fingerprint() != before
 
 
 def test_repeated_folder_of_a_recipe_is_encoded_once(open_data, tmp_path, capsys):
@@ -137,16 +137,16 @@ def test_repeated_folder_of_a_recipe_is_encoded_once(open_data, tmp_path, capsys
   cached, system = open_data(**recipe)
   assert '5/5' in capsys.readouterr().out
   online, _ = open_data(encode='online', **recipe)
-  with cached.batches(0, 12) as ours, online.batches(0, 12) as theirs:
-    found, wanted = next(ours), next(theirs)
-  _assert_encoded(found, system, wanted.inputs)
-  assert len(np.unique(found.encoded['latents'].mean((1, 2, 3)).round(4))) == 5
+  with cached.batches(0, 12) as cached_batches, online.batches(0, 12) as image_batches:
+    batch, images = next(cached_batches), next(image_batches)
+  _assert_encoded(batch, system, images.inputs)
+  assert len(np.unique(batch.encoded['latents'].mean((1, 2, 3)).round(4))) == 5
   open_data(**recipe | {'source': 'folders:warm,cold'})
-  assert len(_folders(tmp_path)) == 1  # The same pictures, however often they count.
+  assert len(_folders(tmp_path)) == 1  # The same images, whatever their repetition.
 
 
 def test_prepared_folder_is_identified_by_its_manifest(tmp_path, drawing_system):
-  """Its files' dates say nothing: a copy of it is the same data."""
+  """File dates don't count, so a copy of the folder is the same data."""
   (tmp_path / 'in').mkdir()
   for name, value in (('a', 10), ('b', 20)):
     Image.new('RGB', (8, 8), (value,) * 3).save(tmp_path / 'in' / f'{name}.png')
@@ -155,22 +155,22 @@ def test_prepared_folder_is_identified_by_its_manifest(tmp_path, drawing_system)
   system = drawing_system(data={'source': f'folder:{tmp_path}/to', 'examples': 0})
   frozen = frozen_lib.FrozenNetworks({}, {}, None)
 
-  def found():
+  def fingerprint():
     return encode.fingerprint(system.config.data, 0, frozen, Pipeline.of(system), {})
 
-  before = found()
+  before = fingerprint()
   (shard,) = (tmp_path / 'to').glob('*.array_record')
   os.utime(shard, (1, 1))
-  assert found() == before
+  assert fingerprint() == before
   manifest = json.loads((tmp_path / 'to' / 'prepared.json').read_text())
   manifest['shards'][0]['crc32'] ^= 1
   (tmp_path / 'to' / 'prepared.json').write_text(json.dumps(manifest))
-  assert found() != before
+  assert fingerprint() != before
 
 
 def test_source_images_are_encoded_too(tmp_path, drawing_system):
   class Editing(type(drawing_system())):
-    """Also reads source images."""
+    """A system that also reads source images."""
 
     def batch_spec(self, batch_size):
       spec = super().batch_spec(batch_size)
@@ -189,32 +189,34 @@ def test_source_images_are_encoded_too(tmp_path, drawing_system):
   images = Pipeline.of(system)
   cached, frozen = _open(system)
   with cached.batches(0, 8) as ours, images.batches(0, 8) as theirs:
-    batch, seen = next(ours), next(theirs)
+    batch, uncached = next(ours), next(theirs)
   assert batch.inputs.keys() == {'text', 'text_length'}
-  _assert_encoded(batch, system, seen.inputs)
+  _assert_encoded(batch, system, uncached.inputs)
   assert (batch.encoded['latents'] != batch.encoded['source_latents']).any()
-  references = '"references": true'
-  assert references in encode.fingerprint(system.config.data, 0, frozen, images, {})
-  other = drawing_system(data={'encode': 'cached'})
-  assert references not in encode.fingerprint(other.config.data, 0, frozen, Pipeline.of(other), {})
+  references_field = '"references": true'
+  assert references_field in encode.fingerprint(system.config.data, 0, frozen, images, {})
+  without_sources = drawing_system(data={'encode': 'cached'})
+  images = Pipeline.of(without_sources)
+  data = without_sources.config.data
+  assert references_field not in encode.fingerprint(data, 0, frozen, images, {})
 
 
 def test_entries_that_are_not_cacheable_are_computed_online(drawing_system):
-  class Partly(type(drawing_system())):
-    """Its latents depend on more than the example."""
+  class PartlyCacheable(type(drawing_system())):
+    """A system whose latents depend on more than the example."""
 
     def batch_spec(self, batch_size):
       spec = super().batch_spec(batch_size)
       return dataclasses.replace(spec, cacheable=frozenset(['visual_prompt']))
 
   plain = drawing_system(data={'encode': 'cached'})
-  system = Partly(plain.config, plain.frozen)
+  system = PartlyCacheable(plain.config, plain.frozen)
   cached, _ = _open(system)
   with cached.batches(0, 8) as batches:
     batch = next(batches)
   assert batch.inputs.keys() == {'text', 'text_length', 'image'}
   _assert_encoded(batch, system, batch.inputs)
-  # A cache with fewer entries is another one.
+  # A cache with fewer entries is not reused.
   with _open(plain)[0].batches(0, 8) as batches:
     _assert_encoded(next(batches), plain, batch.inputs)
 
@@ -227,6 +229,6 @@ def test_encoder_settings_change_the_fingerprint():
   config.model.image = {'weights': 'elsewhere.safetensors'}
   assert settings() == before
   config.dtype = 'bfloat16'
-  other = settings()
-  assert other != before and other['image'] == before['image']
-  json.dumps(other)
+  in_bfloat16 = settings()
+  assert in_bfloat16 != before and in_bfloat16['image'] == before['image']
+  json.dumps(in_bfloat16)

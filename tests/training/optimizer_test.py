@@ -59,7 +59,7 @@ def _run(config, steps=3, params=None, axes=AXES):
 
 
 def _optax_run(rule, params, steps=3):
-  """The parameters after some steps of an optax optimizer; `params` are some of `_tree`."""
+  """The parameters after some steps of an optax optimizer; `params` is a subset of `_tree`."""
   state = rule.init(params)
 
   @jax.jit
@@ -139,10 +139,10 @@ class TestAdafactor:
           gradient = leaves_by_path(_tree(step + 1))[path][layer].reshape(shape)
           change, state = rule.update(gradient, state, params)
           params = params + change
-        found = ours[path][layer].reshape(shape)
-        np.testing.assert_allclose(found, params, rtol=1e-5, atol=1e-7)
+        trained = ours[path][layer].reshape(shape)
+        np.testing.assert_allclose(trained, params, rtol=1e-5, atol=1e-7)
 
-  def test_state_has_rows_and_columns(self):
+  def test_state_has_row_and_column_factors(self):
     _, state = _run(self.CONFIG)
     assert state.keys() == {'count', 'v_row', 'v_col', 'v'} and int(state['count']) == 3
     rows, columns = leaves_by_path(state['v_row']), leaves_by_path(state['v_col'])
@@ -154,19 +154,18 @@ class TestAdafactor:
     }
     assert leaves_by_path(state['v']).keys() == {'norm/scale', 'mlp/bias'}
 
-  def test_factored_memory_is_sharded_by_the_names_of_its_axes(self):
+  def test_factored_state_is_sharded_by_logical_axes(self):
     params = _tree(0)
     state = optimizer.init(params, self.CONFIG, AXES)
     axes = optimizer.logical_axes(params, AXES)
     mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2, strategy='fsdp_tensor'))
-    found = leaves_by_path(sharding.param_shardings(state, axes, mesh, 'fsdp_tensor'))
-    part = {
-      path: place.shard_shape(leaves_by_path(state)[path].shape) for path, place in found.items()
-    }
-    assert part['v_row/q/kernel'] == (3, 16)  # heads over both axes, layers whole
-    assert part['v_col/q/kernel'] == (3, 32)
-    assert part['v_row/mlp/kernel'] == (16,) and part['v_col/mlp/kernel'] == (48,)
-    assert part['count'] == () and part['v/mlp/bias'] == (48,)
+    shardings = leaves_by_path(sharding.param_shardings(state, axes, mesh, 'fsdp_tensor'))
+    leaves = leaves_by_path(state)
+    shapes = {path: shardings[path].shard_shape(leaf.shape) for path, leaf in leaves.items()}
+    assert shapes['v_row/q/kernel'] == (3, 16)  # heads over both axes, layers whole
+    assert shapes['v_col/q/kernel'] == (3, 32)
+    assert shapes['v_row/mlp/kernel'] == (16,) and shapes['v_col/mlp/kernel'] == (48,)
+    assert shapes['count'] == () and shapes['v/mlp/bias'] == (48,)
 
 
 class TestMuon:
@@ -179,13 +178,14 @@ class TestMuon:
       'mlp/kernel': optax.contrib.MuonDimensionNumbers(0, 1),
       'window/kernel': optax.contrib.MuonDimensionNumbers((0, 1, 2), (3,)),
     }
-    params = {path: leaves_by_path(_tree(0))[path] for path in numbers}
+    leaves = leaves_by_path(_tree(0))
+    params = {path: leaves[path] for path in numbers}
     muon = optax.contrib.muon(
       1e-2, muon_weight_dimension_numbers=numbers, consistent_rms=optimizer.MUON_RMS
     )
-    others = {path: leaf for path, leaf in leaves_by_path(_tree(0)).items() if path not in numbers}
+    adam_params = {path: leaf for path, leaf in leaves.items() if path not in numbers}
     adam = optax.adam(1e-2, 0.8, 0.95)
-    theirs = _optax_run(muon, params) | _optax_run(adam, others)
+    theirs = _optax_run(muon, params) | _optax_run(adam, adam_params)
     for path, leaf in leaves_by_path(ours).items():
       np.testing.assert_allclose(leaf, theirs[path], rtol=1e-5, atol=1e-6)
     assert int(state['count']) == 3
@@ -199,17 +199,17 @@ class TestMuon:
 
 
 @pytest.mark.parametrize('name', config_lib.OPTIMIZERS)
-def test_weight_decay_shrinks_kernels_in_units_of_the_rate(name):
-  still = jax.tree.map(jnp.zeros_like, _tree(0))
+def test_weight_decay_shrinks_kernels_in_proportion_to_the_rate(name):
+  zero_gradient = jax.tree.map(jnp.zeros_like, _tree(0))
   config = OptimConfig(name=name, lr=0.1, warmup=0, weight_decay=0.5)
   state = optimizer.init(_tree(0), config, AXES)
-  after, _ = optimizer.update(still, state, _tree(0), jnp.int32(0), config, AXES)
+  after, _ = optimizer.update(zero_gradient, state, _tree(0), jnp.int32(0), config, AXES)
   before, after = leaves_by_path(_tree(0)), leaves_by_path(after)
   np.testing.assert_allclose(after['mlp/kernel'], 0.95 * before['mlp/kernel'], rtol=1e-5)
   np.testing.assert_allclose(after['mlp/bias'], before['mlp/bias'], rtol=1e-6)
 
 
-def test_the_tables_have_the_names_of_the_config():
+def test_optimizers_and_schedules_have_the_names_of_the_config():
   assert tuple(optimizer.OPTIMIZERS) == config_lib.OPTIMIZERS
   assert tuple(optimizer.SCHEDULES) == config_lib.SCHEDULES
 
@@ -225,7 +225,7 @@ class TestLearningRate:
     assert _rates([0], warmup=0) == [2.0]
 
   @pytest.mark.parametrize('schedule', ['cosine', 'linear', 'rsqrt'])
-  def test_a_decay_begins_after_warm_up(self, schedule):
+  def test_decay_begins_after_warm_up(self, schedule):
     rates = _rates(range(40), schedule=schedule, warmup=4, lr_end=0.5, decay_steps=20)
     np.testing.assert_allclose(rates[:5], [0.5, 1.0, 1.5, 2.0, rates[4]], rtol=1e-6)
     assert all(a >= b for a, b in zip(rates[3:], rates[4:])) and min(rates[3:]) >= 0.5
@@ -241,7 +241,7 @@ class TestLearningRate:
     rates = _rates([3, 15, 63, 999], schedule='rsqrt', warmup=4, lr_end=0.2)
     np.testing.assert_allclose(rates, [2.0, 1.0, 0.5, 0.2], rtol=1e-6)
 
-  def test_a_decay_takes_the_steps_of_its_stage(self):
+  def test_decay_steps_default_to_the_steps_of_the_stage(self):
     optim = OptimConfig(schedule=('cosine', 'constant'), decay_steps=(0, 7))
     assert optim.of(0, steps=30).decay_steps == 30 and optim.of(1, steps=30).decay_steps == 7
     with pytest.raises(ValueError, match='decay_steps'):
@@ -253,10 +253,11 @@ class TestMultipliers:
     config = OptimConfig(lr=1e-2, warmup=0, multipliers=r'mlp/kernel=0.5, .*/(bias|rows)=2')
     scaled, plain = _run(config, steps=1)[0], _run(OptimConfig(lr=1e-2, warmup=0), steps=1)[0]
     start, scaled, plain = (leaves_by_path(tree) for tree in (_tree(0), scaled, plain))
-    wanted = {'mlp/kernel': 0.5, 'mlp/bias': 2.0, 'embed/rows': 2.0}
+    factors = {'mlp/kernel': 0.5, 'mlp/bias': 2.0, 'embed/rows': 2.0}
     for path in SHAPES:
-      moved, usual = scaled[path] - start[path], plain[path] - start[path]
-      np.testing.assert_allclose(moved, wanted.get(path, 1.0) * usual, rtol=1e-3, atol=1e-6)
+      scaled_change, plain_change = scaled[path] - start[path], plain[path] - start[path]
+      factor = factors.get(path, 1.0)
+      np.testing.assert_allclose(scaled_change, factor * plain_change, rtol=1e-3, atol=1e-6)
 
   def test_multiplier_without_parameters_is_refused(self):
     config = OptimConfig(multipliers='q/=2,kernel=0.5')
@@ -266,8 +267,8 @@ class TestMultipliers:
 
 def test_clip_leaves_small_gradients_and_bounds_large_ones():
   gradient = {'kernel': jnp.array([3.0, 4.0])}
-  kept = optimizer.clip(gradient, jnp.float32(5.0), 6.0)
-  np.testing.assert_array_equal(kept['kernel'], gradient['kernel'])
-  cut = optimizer.clip(gradient, jnp.float32(5.0), 1.0)
-  np.testing.assert_allclose(cut['kernel'], [0.6, 0.8], rtol=1e-6)
+  unclipped = optimizer.clip(gradient, jnp.float32(5.0), 6.0)
+  np.testing.assert_array_equal(unclipped['kernel'], gradient['kernel'])
+  clipped = optimizer.clip(gradient, jnp.float32(5.0), 1.0)
+  np.testing.assert_allclose(clipped['kernel'], [0.6, 0.8], rtol=1e-6)
   assert optimizer.clip(gradient, jnp.float32(5.0), 0.0) is gradient

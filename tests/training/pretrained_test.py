@@ -28,7 +28,8 @@ def published(tmp_path_factory):
   return folder
 
 
-def _started(source, **siglip):
+def _siglip_run(source, **siglip):
+  """(system, abstract state, state, origins) of a new SigLIP run initialized from `source`."""
   config = config_file.get_config('tiny')
   config.model.init_from = str(source)
   config.model.siglip.update(siglip)
@@ -39,39 +40,39 @@ def _started(source, **siglip):
     return system, abstract, *resume.fresh_state(system, abstract, {}, rng.run_key(0))
 
 
-def _check(found):
-  system, abstract, state, origins = found
-  wanted = leaves_by_path(weights.load('assets:siglip')[0])
-  leaves, placed = leaves_by_path(state['params']), leaves_by_path(abstract['params'])
+def _assert_initialized_from_asset(run):
+  system, abstract, state, origins = run
+  expected = leaves_by_path(weights.load('assets:siglip')[0])
+  leaves, abstract_leaves = leaves_by_path(state['params']), leaves_by_path(abstract['params'])
   for path, leaf in leaves.items():
-    np.testing.assert_array_equal(leaf, wanted[path])
-    assert leaf.sharding == placed[path].sharding
+    np.testing.assert_array_equal(leaf, expected[path])
+    assert leaf.sharding == abstract_leaves[path].sharding
   for path, leaf in leaves_by_path(state['ema']).items():
-    np.testing.assert_array_equal(leaf, wanted[path])
+    np.testing.assert_array_equal(leaf, expected[path])
   assert origins == dict.fromkeys(leaves, system.config.model.init_from)
 
 
 def test_run_is_initialized_from_published_weights(published):
-  _check(_started(published))
+  _assert_initialized_from_asset(_siglip_run(published))
 
 
 def test_run_is_initialized_from_an_import(published, tmp_path):
-  kept = tmp_path / 'kept'
-  convert.import_weights('siglip', str(published), str(kept))
-  _check(_started(kept))
+  folder = tmp_path / 'imported'
+  convert.import_weights('siglip', str(published), str(folder))
+  _assert_initialized_from_asset(_siglip_run(folder))
   with pytest.raises(UserError, match='the sizes of the siglip'):
-    _started(kept, patch=12)
+    _siglip_run(folder, patch=12)
 
 
 def test_weights_of_another_size_or_none_are_refused(published, tmp_path):
   with pytest.raises(UserError, match='wrong shape'):
-    _started(published, patch=12)
+    _siglip_run(published, patch=12)
   with pytest.raises(UserError, match='no such file or folder'):
-    _started(tmp_path / 'none')
+    _siglip_run(tmp_path / 'none')
 
 
 def test_parameters_are_random_without_initial_weights():
-  state = _started('')[2]
+  state = _siglip_run('')[2]
   token = weights.load('assets:siglip')[0]['text']['token']
   assert not np.array_equal(state['params']['text']['token'], token)
 
@@ -85,7 +86,7 @@ def _t2i(arch, **changes):
   return systems.build(values)
 
 
-def _first(system):
+def _initial_state(system):
   """(abstract state, state, origins) of a new run."""
   mesh = sharding.make_mesh(system.config.mesh)
   with jax.set_mesh(mesh):
@@ -93,8 +94,8 @@ def _first(system):
     return abstract, *resume.fresh_state(system, abstract, {}, rng.run_key(7))
 
 
-def _keep(state, system, folder):
-  """A run's workdir with one checkpoint."""
+def _save_checkpoint(state, system, folder):
+  """Makes `folder` the workdir of a run with one checkpoint."""
   store = Store(str(folder / FOLDER), CheckpointConfig())
   store.save(dict.fromkeys(COUNTERS, 1) | state, to_dict(system.config), force=True)
   store.close()
@@ -102,76 +103,79 @@ def _keep(state, system, folder):
 
 @pytest.fixture(scope='module')
 def plan_run(tmp_path_factory):
-  """A run that trained stage plan of `arch=internal`: its folder and its parameters."""
+  """Workdir and parameters of a run that trained stage plan of `arch=internal`."""
   folder, system = tmp_path_factory.mktemp('plan'), _t2i('internal', stages=['plan'])
-  draw = np.random.default_rng(0)
-  normal = lambda leaf: draw.standard_normal(leaf.shape, np.float32)
+  generator = np.random.default_rng(0)
+  normal = lambda leaf: generator.standard_normal(leaf.shape, np.float32)
   params = jax.tree.map(normal, jax.eval_shape(system.init, rng.run_key(0)))
-  _keep({'params': params, 'opt_state': {}, 'ema': {}}, system, folder)
+  _save_checkpoint({'params': params, 'opt_state': {}, 'ema': {}}, system, folder)
   return folder, leaves_by_path(params)
 
 
 @pytest.mark.parametrize('arch, stage', [('internal', 'joint'), ('external', 'render')])
 def test_both_architectures_continue_from_one_parent_run(plan_run, arch, stage):
-  folder, wanted = plan_run
+  folder, expected = plan_run
   system = _t2i(arch, start=str(folder), stages=[stage], seed=3)
-  abstract, state, origins = _first(system)
-  found, placed = leaves_by_path(state['params']), leaves_by_path(abstract['params'])
-  assert found.keys() == wanted.keys()
-  for path, leaf in found.items():
-    np.testing.assert_array_equal(leaf, wanted[path])
-    assert leaf.sharding == placed[path].sharding
-  # Optimizer, average and counters begin afresh.
+  abstract, state, origins = _initial_state(system)
+  leaves, abstract_leaves = leaves_by_path(state['params']), leaves_by_path(abstract['params'])
+  assert leaves.keys() == expected.keys()
+  for path, leaf in leaves.items():
+    np.testing.assert_array_equal(leaf, expected[path])
+    assert leaf.sharding == abstract_leaves[path].sharding
+  # Optimizer state, EMA and counters start anew.
   for path, leaf in leaves_by_path(state['ema']).items():
-    np.testing.assert_array_equal(leaf, wanted[path])
+    np.testing.assert_array_equal(leaf, expected[path])
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(state['opt_state']))
   assert int(state['step']) == int(state['examples_seen']) == 0
-  given = (report.Networks({}, {}), system.stages[0], system.config.optim, origins)
-  table = report.parameters_text(state['params'], *given)
-  rows = {line.split()[0]: line for line in table.splitlines()[1:]}
-  assert all(line.endswith(f'{folder} (raw)') for line in rows.values())
-  assert 'trains' in rows['dit'] and ('frozen' in rows['ar']) == (arch == 'external')
+  arguments = (report.Networks({}, {}), system.stages[0], system.config.optim, origins)
+  table = report.parameters_text(state['params'], *arguments)
+  lines = {line.split()[0]: line for line in table.splitlines()[1:]}
+  assert all(line.endswith(f'{folder} (raw)') for line in lines.values())
+  assert 'trains' in lines['dit'] and ('frozen' in lines['ar']) == (arch == 'external')
 
 
 def test_other_tokenizers_and_codecs_of_a_parent_run_are_reported(plan_run):
   folder, _ = plan_run
-  same = _t2i('external', start=str(folder), stages=['render']).config
+  config = _t2i('external', start=str(folder), stages=['render']).config
   stored = to_dict(_t2i('internal', stages=['plan']).config)
-  assert not pretrained.encoding_differences(same, str(folder), stored)
-  codec = dataclasses.replace(same.model.visual_prompt, weights='other.safetensors')
-  ours = dataclasses.replace(same, model=dataclasses.replace(same.model, visual_prompt=codec))
-  (line,) = pretrained.encoding_differences(ours, str(folder), stored)
+  assert not pretrained.encoding_differences(config, str(folder), stored)
+  codec = dataclasses.replace(config.model.visual_prompt, weights='other.safetensors')
+  model = dataclasses.replace(config.model, visual_prompt=codec)
+  changed = dataclasses.replace(config, model=model)
+  (line,) = pretrained.encoding_differences(changed, str(folder), stored)
   assert line.startswith(f'{folder} was trained with model.visual_prompt.weights=assets:feature_vq')
   assert 'other.safetensors' in line
-  other = dataclasses.replace(same.model, visual_prompt=SiglipVqSection(codes=same.model.codes))
-  (line,) = pretrained.encoding_differences(dataclasses.replace(same, model=other), 'RUN', stored)
+  codec = SiglipVqSection(codes=config.model.codes)
+  model = dataclasses.replace(config.model, visual_prompt=codec)
+  changed = dataclasses.replace(config, model=model)
+  (line,) = pretrained.encoding_differences(changed, 'RUN', stored)
   assert line.startswith('RUN was trained with model.visual_prompt.kind=feature_vq')
 
 
 def test_cross_attention_that_the_parent_run_lacks_is_random(plan_run):
-  folder, wanted = plan_run
+  folder, expected = plan_run
   config = t2i_file.get_config('debug,arch=external')
   model = config.model.to_dict() | {'condition': 'cross'}
   system = _t2i('external', start=str(folder), stages=['render'], model=model)
-  found = leaves_by_path(_first(system)[1]['params'])
-  drawn = {path for path in found if path not in wanted}
-  assert drawn and all(path.startswith('dit/layers/cross/') for path in drawn)
-  for path, leaf in wanted.items():
-    np.testing.assert_array_equal(found[path], leaf)
-  assert not np.any(found['dit/layers/cross/o/kernel'])
-  assert np.any(found['dit/layers/cross/q/kernel'])
+  leaves = leaves_by_path(_initial_state(system)[1]['params'])
+  initialized = {path for path in leaves if path not in expected}
+  assert initialized and all(path.startswith('dit/layers/cross/') for path in initialized)
+  for path, leaf in expected.items():
+    np.testing.assert_array_equal(leaves[path], leaf)
+  assert not np.any(leaves['dit/layers/cross/o/kernel'])
+  assert np.any(leaves['dit/layers/cross/q/kernel'])
 
 
 def test_run_is_initialized_from_raw_or_ema_weights(line_system, tmp_path):
-  other = line_system()
-  params = other.init(rng.run_key(0))
-  # An average of what trains; the rest is as it is.
-  average = {'head': jax.tree.map(lambda leaf: leaf + 1, params['head'])}
-  _keep({'params': params, 'opt_state': {}, 'ema': average}, other, tmp_path)
+  parent = line_system()
+  params = parent.init(rng.run_key(0))
+  # Only trainable parameters have an EMA.
+  ema = {'head': jax.tree.map(lambda leaf: leaf + 1, params['head'])}
+  _save_checkpoint({'params': params, 'opt_state': {}, 'ema': ema}, parent, tmp_path)
   raw = leaves_by_path(params)
-  for which, shift in (('raw', 0), ('ema', 1)):
-    found = _first(line_system(start=str(tmp_path), start_weights=which))[1]['params']
-    for path, leaf in leaves_by_path(found).items():
+  for kind, shift in (('raw', 0), ('ema', 1)):
+    loaded = _initial_state(line_system(start=str(tmp_path), start_weights=kind))[1]['params']
+    for path, leaf in leaves_by_path(loaded).items():
       np.testing.assert_array_equal(leaf, raw[path] + (shift if path.startswith('head') else 0))
 
 
@@ -184,32 +188,32 @@ def test_missing_or_misfitting_parent_run_is_refused(plan_run, line_system, tmp_
   ]
   for system, message in cases:
     with pytest.raises(UserError, match=message) as error:
-      _first(system)
+      _initial_state(system)
     assert '\n' not in str(error.value)
 
 
 def test_parameter_groups_come_from_different_parent_runs(plan_run, tmp_path):
-  folder, wanted = plan_run
-  other = _t2i('internal', stages=['plan'])
-  shifted = jax.tree.map(lambda leaf: leaf + 1, paths.tree(wanted))
-  _keep({'params': shifted, 'opt_state': {}, 'ema': {}}, other, tmp_path)
+  folder, expected = plan_run
+  parent = _t2i('internal', stages=['plan'])
+  shifted = jax.tree.map(lambda leaf: leaf + 1, paths.tree(expected))
+  _save_checkpoint({'params': shifted, 'opt_state': {}, 'ema': {}}, parent, tmp_path)
   for start in (f'{folder}, dit={tmp_path}', f'dit={tmp_path},embed={folder},ar={folder}'):
-    _, state, origins = _first(_t2i('external', start=start, stages=['render']))
+    _, state, origins = _initial_state(_t2i('external', start=start, stages=['render']))
     for path, leaf in leaves_by_path(state['params']).items():
-      moved = path.startswith('dit/')
-      np.testing.assert_array_equal(leaf, wanted[path] + moved)
-      assert origins[path] == f'{tmp_path if moved else folder} (raw)'
+      is_dit = path.startswith('dit/')
+      np.testing.assert_array_equal(leaf, expected[path] + is_dit)
+      assert origins[path] == f'{tmp_path if is_dit else folder} (raw)'
 
 
 def test_groups_without_a_parent_run_are_random(plan_run):
-  folder, wanted = plan_run
-  _, state, origins = _first(_t2i('internal', start=f'ar = {folder}', stages=['joint']))
+  folder, expected = plan_run
+  _, state, origins = _initial_state(_t2i('internal', start=f'ar = {folder}', stages=['joint']))
   assert {path for path, origin in origins.items() if origin != 'initialized'} == {
-    path for path in wanted if path.startswith('ar/')
+    path for path in expected if path.startswith('ar/')
   }
-  found = leaves_by_path(state['params'])
-  assert np.array_equal(found['ar/norm/scale'], wanted['ar/norm/scale'])
-  assert not np.array_equal(found['embed/codes'], wanted['embed/codes'])
+  leaves = leaves_by_path(state['params'])
+  assert np.array_equal(leaves['ar/norm/scale'], expected['ar/norm/scale'])
+  assert not np.array_equal(leaves['embed/codes'], expected['embed/codes'])
 
 
 @pytest.mark.parametrize(
@@ -225,5 +229,5 @@ def test_groups_without_a_parent_run_are_random(plan_run):
 def test_invalid_groups_of_parent_runs_are_one_line_errors(plan_run, arch, start, message):
   stage, folder = {'external': 'render', 'internal': 'joint'}[arch], str(plan_run[0])
   with pytest.raises(UserError, match=message.replace('RUN', folder)) as error:
-    _first(_t2i(arch, start=start.replace('RUN', folder), stages=[stage]))
+    _initial_state(_t2i(arch, start=start.replace('RUN', folder), stages=[stage]))
   assert '\n' not in str(error.value)
