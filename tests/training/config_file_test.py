@@ -102,11 +102,11 @@ def test_config_may_be_a_dict(tmp_path):
 
 
 def test_overrides_are_split_from_the_command_line():
-  overrides, others = config_file.split_overrides(
+  overrides, arguments = config_file.split_overrides(
     ['main', '--config=a.py', '--config.optim.lr=1', '-config.seed', '--workdir=x', 'config.b=1']
   )
   assert overrides == {'optim.lr': '1', 'seed': 'true'}
-  assert others == ['main', '--config=a.py', '--workdir=x', 'config.b=1']
+  assert arguments == ['main', '--config=a.py', '--workdir=x', 'config.b=1']
   with pytest.raises(UserError, match="'seed' must be int, not True"):
     config_file.load(f'{T2I}:debug', overrides)
 

@@ -38,7 +38,7 @@ def test_panels_pair_training_with_held_out():
   assert panels['sample/own/latent_distance'].held_out == [(3, 0.5)]
 
 
-def test_metric_that_is_only_held_out_has_a_panel():
+def test_held_out_metric_without_training_values_has_a_panel():
   records = [{'step': s, 'loss/next_token': 2.0, 'eval/next_token': 2.0, 'eval/flow': s / 10}
              for s in (1, 2)]  # fmt: skip
   panels = {panel.title: panel for panel in curves.make_panels(records)}

@@ -1,4 +1,4 @@
-"""Tests of the parameter average."""
+"""Tests of the EMA of parameters."""
 
 import jax.numpy as jnp
 import numpy as np

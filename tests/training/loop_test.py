@@ -46,17 +46,17 @@ def test_run_writes_all_its_files(build, tmp_path, capsys):
   assert [record['step'] for record in records] == [1, 2, 3, 4, 5, 6]
   assert [record['stage'] for record in records] == ['head'] * 2 + ['all'] * 4
   assert [record['stage_step'] for record in records] == [1, 2, 1, 2, 3, 4]
-  wanted = {'loss', 'loss/tokens', 'lr', 'grad_norm', 'step_time', 'images_per_s', 'tokens_per_s'}
-  assert all(wanted <= record.keys() for record in records)
+  expected = {'loss', 'loss/tokens', 'lr', 'grad_norm', 'step_time', 'images_per_s', 'tokens_per_s'}
+  assert all(expected <= record.keys() for record in records)
   assert (tmp_path / 'run' / 'curves.png').exists()
-  said = capsys.readouterr().out
+  output = capsys.readouterr().out
   for text in ('run: new', 'memory per device', 'frozen', 'first caption', 'head 1/2', 'ETA'):
-    assert text in said, text
+    assert text in output, text
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
 def test_resumed_run_equals_uninterrupted_run_bitwise(build, tmp_path, monkeypatch, name):
-  """Stopped between the stages, then in the middle of the second."""
+  """The run is stopped between the stages, then in the middle of the second."""
   monkeypatch.setattr(optimizer, 'MIN_FACTORED', 16)
   schedule = {'schedule': 'cosine', 'decay_steps': 5, 'mu_dtype': 'bfloat16'}
   optim = {'lr': 1e-2, 'warmup': 2} | (schedule if name == 'muon' else {})
@@ -75,15 +75,15 @@ class _Crash(Exception):
   pass
 
 
-@pytest.mark.parametrize('at', [2, 3, 5])
-def test_a_crash_loses_and_repeats_no_record(build, tmp_path, monkeypatch, at):
+@pytest.mark.parametrize('crash_step', [2, 3, 5])
+def test_crash_loses_and_repeats_no_record(build, tmp_path, monkeypatch, crash_step):
   config, system = build()
   whole = loop.train(config, system, str(tmp_path / 'whole'))
   push = RunLog.push
 
   def crash(self, counters, metrics):
     push(self, counters, metrics)
-    if counters['step'] == at:
+    if counters['step'] == crash_step:
       raise _Crash
 
   monkeypatch.setattr(RunLog, 'push', crash)
@@ -91,7 +91,7 @@ def test_a_crash_loses_and_repeats_no_record(build, tmp_path, monkeypatch, at):
     loop.train(config, system, str(tmp_path / 'run'))
   monkeypatch.undo()
   with open(tmp_path / 'run' / 'metrics.jsonl', 'a', encoding='utf-8') as stream:
-    stream.write('{"step": 4, "lo')  # what a kill in the middle of a write leaves
+    stream.write('{"step": 4, "lo')  # a line that a kill cut off
   resumed = loop.train(config, system, str(tmp_path / 'run'))
   _assert_equal(whole, resumed)
   assert [record['step'] for record in _records(tmp_path / 'run')] == [1, 2, 3, 4, 5, 6]
@@ -99,16 +99,16 @@ def test_a_crash_loses_and_repeats_no_record(build, tmp_path, monkeypatch, at):
 
 def test_records_are_on_disk_before_their_checkpoint(build, tmp_path, monkeypatch):
   config, system = build()
-  save, seen = Store.save, []
+  save, saves = Store.save, []
 
-  def look(self, state, config_dict, force=False):
-    seen.append((int(state['step']), [r['step'] for r in _records(tmp_path / 'run')]))
+  def record_save(self, state, config_dict, force=False):
+    saves.append((int(state['step']), [r['step'] for r in _records(tmp_path / 'run')]))
     return save(self, state, config_dict, force)
 
-  monkeypatch.setattr(Store, 'save', look)
+  monkeypatch.setattr(Store, 'save', record_save)
   loop.train(config, system, str(tmp_path / 'run'))
-  assert [step for step, _ in seen] == [2, 4, 6]
-  assert all(records == list(range(1, step + 1)) for step, records in seen)
+  assert [step for step, _ in saves] == [2, 4, 6]
+  assert all(records == list(range(1, step + 1)) for step, records in saves)
 
 
 def test_sigterm_saves_and_returns(build, tmp_path, monkeypatch, capsys):
@@ -159,7 +159,7 @@ def test_finished_run_is_not_changed(build, tmp_path):
 
 
 def test_eight_devices_match_one(build, tmp_path, monkeypatch):
-  """Measured: equal at the first step, 4e-7 apart after 106 (sums in another order)."""
+  """Measured: equal at step 1, a difference of 4e-7 after 106 steps (other summation order)."""
   losses, shares, make_mesh = {}, {}, sharding.make_mesh
   for devices in (1, 8):
     few = jax.devices()[:devices]
@@ -174,14 +174,14 @@ def test_eight_devices_match_one(build, tmp_path, monkeypatch):
   np.testing.assert_allclose(losses[8], losses[1], rtol=1e-5)
 
 
-def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(build, tmp_path):
+def test_batch_size_that_does_not_divide_is_refused_before_writing(build, tmp_path):
   config, system = build(batch_size=(12,))
   with pytest.raises(UserError, match='batch_size 12 does not divide over 8 devices'):
     loop.train(config, system, str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
 
 
-def test_a_folder_in_use_is_refused_before_anything_is_loaded(build, tmp_path, monkeypatch):
+def test_workdir_in_use_is_refused_before_loading(build, tmp_path, monkeypatch):
   config, system = build()
   monkeypatch.setenv('HOME', str(tmp_path))
   monkeypatch.setattr(loop.frozen_lib, 'load', lambda *_: pytest.fail('loaded'))
@@ -199,7 +199,7 @@ def test_misfitting_networks_are_refused_before_initialization(build, tmp_path, 
     loop.train(config, system, str(tmp_path / 'run'))
 
 
-def test_a_run_without_finite_gradients_stops(build, tmp_path):
+def test_run_without_finite_gradients_stops(build, tmp_path):
   config, system = build(model={'weight': float('inf')}, steps=(20, 1))
   with pytest.raises(UserError, match='not finite in 5 .*step 5.*optim.lr'):
     loop.train(config, system, str(tmp_path / 'run'))
@@ -224,22 +224,23 @@ def test_each_stage_is_compiled_once(build, tmp_path):
   assert system.traced == 2 * len(system.stages)  # the step of a stage, and its FLOPs
 
 
-def test_each_stage_has_its_own_rate_average_and_microbatches(build, tmp_path, capsys):
+def test_each_stage_has_its_own_rate_ema_and_microbatches(build, tmp_path, capsys):
   optim = {'lr': (1e-2, 5e-3), 'warmup': 0, 'accumulate': (1, 2), 'ema': (0.0, 0.5)}
   config, system = build(optim=optim, batch_size=(16,))
   state = loop.train(config, system, str(tmp_path / 'run'))
   rates = [record['lr'] for record in _records(tmp_path / 'run')]
   np.testing.assert_allclose(rates, [1e-2] * 2 + [5e-3] * 4)
-  # Microbatches change nothing, nor does an average that the first stage wouldn't keep anyway.
-  whole, other = build(optim=optim | {'accumulate': 1, 'ema': 0.5}, batch_size=(16,))
-  alike = loop.train(whole, other, str(tmp_path / 'whole'))
+  # Microbatches don't change the result, and the first stage has no EMA at any decay.
+  uniform = optim | {'accumulate': 1, 'ema': 0.5}
+  uniform_config, uniform_system = build(optim=uniform, batch_size=(16,))
+  uniform_state = loop.train(uniform_config, uniform_system, str(tmp_path / 'uniform'))
   close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
-  jax.tree.map(close, state['ema'], alike['ema'])
-  said = capsys.readouterr().out
-  assert 'stage head (1 of 2): 2 steps of 16 examples, adamw with learning rate 0.01' in said
-  table = [line.split('  ')[-1] for line in said.splitlines() if line.startswith('  backbone')]
+  jax.tree.map(close, state['ema'], uniform_state['ema'])
+  output = capsys.readouterr().out
+  assert 'stage head (1 of 2): 2 steps of 16 examples, adamw with learning rate 0.01' in output
+  table = [line.split('  ')[-1] for line in output.splitlines() if line.startswith('  backbone')]
   assert table[:2] == ['initialized', 'initialized']
-  heads = [line.split('  ')[-1] for line in said.splitlines() if line.startswith('  head ')]
+  heads = [line.split('  ')[-1] for line in output.splitlines() if line.startswith('  head ')]
   assert heads[:2] == ['initialized', 'stage head']
 
 
@@ -248,5 +249,5 @@ def test_resumed_run_is_the_origin_of_its_parameters(build, tmp_path, capsys):
   loop.train(dataclasses.replace(config, steps=(1, 1)), system, str(tmp_path))
   capsys.readouterr()
   loop.train(config, system, str(tmp_path), ('steps',))
-  rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith('  backbone')]
-  assert rows[0].endswith('this run, step 2')
+  lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('  backbone')]
+  assert lines[0].endswith('this run, step 2')

@@ -25,7 +25,7 @@ from vpe_jax.training.model_flops import step_flops
 RECORDED = json.loads(Path(__file__).with_suffix('').with_name('model_flops.json').read_text())
 PAPER = [name for name in RECORDED if ':paper' in name and 'single' not in name]
 IMAGES = 16
-# The others are variants, and take minutes in all.
+# The other configs are variants, whose tests take minutes.
 QUICK = (
   'c2i_continuous:tiny,vpe=true', 'c2i_discrete:tiny,vpe=true', 'codec:debug,stage=image',
   'codec:debug,stage=image_codes', 'codec:debug,stage=feature_vq', 'edit:tiny,arch=internal',
@@ -74,7 +74,7 @@ def test_attention_kernels_count_visible_pairs(name, monkeypatch):
     recorded = RECORDED[name][stage.name]
     visible = sum(kernel.calls * kernel.flops() for kernel in flops.kernels) / IMAGES
     trained = sum(kernel.trained * kernel.flops() for kernel in flops.kernels) / IMAGES
-    # Recorded figures count the padding of sequences to a multiple of 16, which sees nothing.
+    # Recorded figures count padding to a multiple of 16, although padding attends to nothing.
     assert 0.97 < visible / recorded['attention'] <= 1
     assert 0.97 < trained / (recorded['attention'] - recorded['frozen_attention']) <= 1
     # With one token before a bidirectional image, almost all pairs are visible.
@@ -83,9 +83,9 @@ def test_attention_kernels_count_visible_pairs(name, monkeypatch):
 
 
 def _dense(kernels) -> float:
-  """FLOPs of all pairs of the calls, of one example."""
-  wide = lambda kernel: 4 * kernel.shape[1] * kernel.keys * kernel.shape[2] * kernel.shape[3]
-  return sum(kernel.calls * wide(kernel) for kernel in kernels)
+  """FLOPs of all calls if every pair were visible, for one example."""
+  dense_flops = lambda kernel: 4 * kernel.shape[1] * kernel.keys * kernel.shape[2] * kernel.shape[3]
+  return sum(kernel.calls * dense_flops(kernel) for kernel in kernels)
 
 
 def test_frozen_parameters_and_logged_terms_cost_no_backward_pass():
@@ -96,7 +96,7 @@ def test_frozen_parameters_and_logged_terms_cost_no_backward_pass():
   assert render.backward < 1.6 * render.forward
 
 
-def test_the_batch_scales_and_remat_changes_nothing():
+def test_flops_scale_with_the_batch_and_do_not_depend_on_remat():
   config = importlib.import_module('configs.t2i').get_config('debug')
   figures = []
   for remat in ('none', 'full', 'attention'):

@@ -32,10 +32,10 @@ def test_parameter_table_has_a_row_for_each_group(line_system):
   assert encoder[:3] == ['encoder', '3,072', 'frozen'] and encoder[-1] == 'assets:x'
 
 
-def test_every_parameter_is_listed_in_the_run_s_folder(tmp_path):
+def test_every_parameter_is_listed_in_the_workdir(tmp_path):
   mesh = sharding.make_mesh(MeshConfig())
-  spread = jax.device_put(jnp.ones((16, 8)), jax.NamedSharding(mesh, jax.P('fsdp')))
-  report.write_parameters(epath.Path(tmp_path), {'head': {'kernel': spread}, 'bias': jnp.ones(3)})
+  sharded = jax.device_put(jnp.ones((16, 8)), jax.NamedSharding(mesh, jax.P('fsdp')))
+  report.write_parameters(epath.Path(tmp_path), {'head': {'kernel': sharded}, 'bias': jnp.ones(3)})
   text = (tmp_path / report.PARAMETERS_FILE).read_text()
   assert 'head/kernel' in text and '(16, 8)' in text and "('fsdp',)" in text
   assert 'Total: 131 -- 524 bytes' in text

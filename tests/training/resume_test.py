@@ -32,9 +32,9 @@ def test_allowing_a_section_allows_its_fields_only(line_config):
 
 def test_unknown_allowed_field_is_refused(line_config):
   config = line_config()
-  for word, hint in (('optim.l', 'optim.lr'), ('optin', 'optim'), ('step', 'steps')):
-    with pytest.raises(UserError, match=f"names '{word}', .*did you mean '{hint}'"):
-      resume.check_config(config, to_dict(config), 'RUN', (word,))
+  for field, hint in (('optim.l', 'optim.lr'), ('optin', 'optim'), ('step', 'steps')):
+    with pytest.raises(UserError, match=f"names '{field}', .*did you mean '{hint}'"):
+      resume.check_config(config, to_dict(config), 'RUN', (field,))
   resume.check_config(config, to_dict(config), 'RUN', ('data', 'optim.lr'))
 
 
@@ -52,25 +52,25 @@ def test_fresh_state_has_the_abstract_shapes_and_shardings(line_system):
   key = rng.run_key(0)
   state, origins = resume.fresh_state(system, abstract, {}, key)
   assert origins == dict.fromkeys(sharding.leaves_by_path(state['params']), 'initialized')
-  jax.tree.map(lambda leaf, plan: leaf.sharding == plan.sharding or pytest.fail(), state, abstract)
+  jax.tree.map(lambda ours, spec: ours.sharding == spec.sharding or pytest.fail(), state, abstract)
   sharding.check_sharded_enough(
     {'kernel': state['params']['backbone']['kernel']},
     {'kernel': abstract['params']['backbone']['kernel'].sharding},
   )
-  again = system.init(rng.stream(key, 'init'))
-  np.testing.assert_allclose(state['params']['head']['kernel'], again['head']['kernel'], rtol=1e-5)
+  expected = system.init(rng.stream(key, 'init'))['head']['kernel']
+  np.testing.assert_allclose(state['params']['head']['kernel'], expected, rtol=1e-5)
   later = resume.abstract_state(system.config, system, 1, mesh)
   assert abstract['ema'] == {} and later['ema'].keys() == {'backbone', 'head'}
 
 
-def test_a_stage_that_the_config_lacks_is_named(line_system):
+def test_error_names_a_stage_that_the_config_lacks(line_system):
   system = line_system()
   mesh = sharding.make_mesh(system.config.mesh)
   with pytest.raises(UserError, match=r'in its stage 3, but the config names only 2 \(head, all\)'):
     resume.abstract_state(system.config, system, 2, mesh)
 
 
-def test_a_multiplier_that_matches_nothing_is_named(line_system):
+def test_error_names_a_multiplier_that_matches_nothing(line_system):
   system = line_system(optim={'multipliers': 'heads/=2'})
   with pytest.raises(UserError, match="optim.multipliers names 'heads/'"):
     resume.abstract_state(system.config, system, 0, sharding.make_mesh(system.config.mesh))

@@ -1,4 +1,4 @@
-"""Tests of training in two processes of four devices: same losses as one, and joint stopping."""
+"""Tests of training in two processes of four devices: losses equal to those of one, and SIGTERM."""
 
 import os
 import signal
@@ -40,7 +40,7 @@ def _start(workdir, weights, index, port, steps):
 @pytest.fixture
 def pair(tmp_path, frozen):
   """Starts two processes on one workdir: pair(steps) -> processes."""
-  started = []
+  children = []
 
   def make(steps):
     with socket.socket() as listener:
@@ -48,11 +48,11 @@ def pair(tmp_path, frozen):
       port = listener.getsockname()[1]
     workdir = tmp_path / 'run'
     new = [_start(workdir, frozen['encoder'].source, i, port, steps) for i in (0, 1)]
-    started.extend(new)
+    children.extend(new)
     return new
 
   yield make
-  for process in started:
+  for process in children:
     process.kill()
     process.wait()
 

@@ -38,20 +38,20 @@ def test_split_has_no_empty_branches():
   assert frozen['ar'].keys() == {'q'}
 
 
-def test_a_pattern_that_matches_nothing_is_an_error():
+def test_pattern_that_matches_nothing_is_an_error():
   # 'kernel' occurs inside paths, but no path begins with it.
   with pytest.raises(UserError, match="trains 'kernel', which matches no parameter.*ar, arctic"):
     state_lib.split_trainable(_params(), _stage('ar/', 'kernel'))
 
 
-def test_frozen_leaves_have_no_optimizer_or_average():
+def test_frozen_leaves_have_no_optimizer_state_or_ema():
   state = state_lib.first_state(_params(), _stage('dit/', ema=True))
   for tree in (state['opt_state']['mu'], state['opt_state']['nu'], state['ema']):
     assert list(leaves_by_path(tree)) == ['dit/q/kernel']
   assert state_lib.first_state(_params(), _stage('dit/'))['ema'] == {}
 
 
-def test_next_stage_starts_optimizer_and_average_from_current_parameters():
+def test_next_stage_resets_optimizer_and_starts_ema_from_current_parameters():
   state = state_lib.first_state(_params(), _stage('ar/', ema=True))
   state |= {name: jnp.int32(n) for n, name in enumerate(COUNTERS, 3)}
   state['params']['dit']['q']['kernel'] = jnp.full(5, 7.0)
@@ -69,8 +69,8 @@ def test_finished_parameters_keep_their_ema_value():
   after = state_lib.next_stage(state, _stage('ar/norm', 'dit/', ema=True))
   params = leaves_by_path(after['params'])
   assert {path: float(leaf[0]) for path, leaf in params.items()} == {
-    'ar/q/kernel': 3.0,  # its last average
-    'ar/norm/scale': 1.0,  # goes on from where it is
+    'ar/q/kernel': 3.0,  # its last EMA value
+    'ar/norm/scale': 1.0,  # still trains, so it keeps its raw value
     'arctic': 1.0,
     'dit/q/kernel': 1.0,
   }
@@ -78,8 +78,8 @@ def test_finished_parameters_keep_their_ema_value():
   np.testing.assert_array_equal(after['ema']['ar']['norm']['scale'], np.ones(3))
 
 
-def test_weights_are_the_average_where_there_is_one():
+def test_weights_are_the_ema_where_it_exists():
   state = state_lib.first_state(_params(), _stage('dit/', ema=True))
   state['ema'] = jax.tree.map(lambda leaf: leaf * 3, state['ema'])
-  judged = leaves_by_path(state_lib.weights(state))
-  assert float(judged['dit/q/kernel'][0]) == 3 and float(judged['arctic'][0]) == 1
+  weights = leaves_by_path(state_lib.weights(state))
+  assert float(weights['dit/q/kernel'][0]) == 3 and float(weights['arctic'][0]) == 1

@@ -66,7 +66,7 @@ def test_frozen_leaves_stay_bitwise_and_take_no_weight_gradient(line_system, opt
     return len(re.findall(r'= f32\[(?:16,24|24,16)\]\S* dot\(', lowered.compile().as_text()))
 
   assert weight_gradients(HEAD) == 0
-  assert weight_gradients(ALL) == 1  # so the search does find one where there is one
+  assert weight_gradients(ALL) == 1  # the expression matches a gradient that exists
 
 
 @pytest.mark.parametrize('index', [HEAD, ALL])
@@ -85,13 +85,13 @@ def test_one_batch_of_8_equals_4_microbatches_of_2(line_system, optim, index):
 
 
 def test_microbatches_are_strided():
-  rows = jnp.arange(8)
-  np.testing.assert_array_equal(microbatches(rows, 2), [[0, 2, 4, 6], [1, 3, 5, 7]])
+  examples = jnp.arange(8)
+  np.testing.assert_array_equal(microbatches(examples, 2), [[0, 2, 4, 6], [1, 3, 5, 7]])
 
 
 def test_weight_0_is_logged_and_changes_no_gradient(line_system, optim):
   class Loud(type(line_system())):
-    """`watched` is 1,000 times as large."""
+    """A system whose `watched` loss is 1,000 times as large."""
 
     def losses(self, *args):
       terms = super().losses(*args)
@@ -100,11 +100,11 @@ def test_weight_0_is_logged_and_changes_no_gradient(line_system, optim):
       return terms | {'watched': louder}
 
   quiet, loud = line_system(), Loud(line_system().config)
-  first, quietly = _run(quiet, optim())
-  second, loudly = _run(loud, optim())
-  assert loudly[0]['loss/watched'] > 999 * quietly[0]['loss/watched'] > 0
-  assert loudly[0]['loss'] == quietly[0]['loss']
-  assert _gap(first['params'], second['params']) == 0
+  quiet_state, quiet_history = _run(quiet, optim())
+  loud_state, loud_history = _run(loud, optim())
+  assert loud_history[0]['loss/watched'] > 999 * quiet_history[0]['loss/watched'] > 0
+  assert loud_history[0]['loss'] == quiet_history[0]['loss']
+  assert _gap(quiet_state['params'], loud_state['params']) == 0
 
 
 def test_non_finite_gradient_updates_nothing(line_system, optim):
@@ -125,14 +125,14 @@ def test_non_finite_gradient_updates_nothing(line_system, optim):
 def test_bfloat16_tracks_float32_with_float32_parameters(line_system, optim):
   exact, rough = line_system(), line_system(dtype='bfloat16')
   _, expected = _run(exact, optim(), steps=10)
-  state, found = _run(rough, optim(), steps=10)
+  state, history = _run(rough, optim(), steps=10)
   assert {leaf.dtype for leaf in jax.tree.leaves(state['params'])} == {jnp.dtype('float32')}
-  for ours, theirs in zip(found, expected):
+  for ours, theirs in zip(history, expected):
     np.testing.assert_allclose(ours['loss'], theirs['loss'], rtol=2e-2)
-  assert found[-1]['loss/tokens'] != expected[-1]['loss/tokens']
+  assert history[-1]['loss/tokens'] != expected[-1]['loss/tokens']
 
 
-def test_eval_step_sums_what_the_train_step_averages(line_system, optim):
+def test_eval_step_means_equal_the_losses_of_the_train_step(line_system, optim):
   system = line_system()
   _, history = _run(system, optim())
   evaluate = make_eval_step(system, system.stages[ALL])
@@ -144,7 +144,7 @@ def test_eval_step_sums_what_the_train_step_averages(line_system, optim):
 
 def test_losses_without_counts_are_refused(line_system, optim):
   class Forgetful(type(line_system())):
-    """Has one loss more than it counts."""
+    """A system with a loss term that has no count."""
 
     def losses(self, *args):
       terms = super().losses(*args)
