@@ -60,15 +60,15 @@ def test_changes_with_every_single_bit():
   flipped = {}
   for position in range(array.size):
     for bit in range(32):
-      other = array.copy()
-      other.view(np.uint32).reshape(-1)[position] ^= np.uint32(1 << bit)
-      flipped[f'{position}.{bit}'] = other
+      changed = array.copy()
+      changed.view(np.uint32).reshape(-1)[position] ^= np.uint32(1 << bit)
+      flipped[f'{position}.{bit}'] = changed
   assert intact not in checksums(flipped).values()
 
 
 def test_changes_with_the_order_of_elements():
   array = np.arange(12, dtype=np.float32)
-  other = array[::-1].copy()
-  sums = checksums({'x': array, 'y': other, 'z': array.reshape(3, 4)})
+  reversed_array = array[::-1].copy()
+  sums = checksums({'x': array, 'y': reversed_array, 'z': array.reshape(3, 4)})
   assert sums['x'] != sums['y']
   assert sums['x'] == sums['z']

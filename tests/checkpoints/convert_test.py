@@ -139,12 +139,12 @@ def test_error_lists_missing_and_unexpected_keys():
   tensors['layers.3.qkv.weight'] = tensors['layers.0.qkv.weight']
   tensors['unexpected'] = FakeTensor(np.zeros(2, np.float32))
   error = _error(tensors)
-  for words in (
+  for message in (
     "'layers.1.qkv.weight' is missing",
     "'layers.3.qkv.weight' has no parameter",
     "'unexpected' has no parameter",
   ):
-    assert words in error
+    assert message in error
 
 
 def test_error_names_wrong_shapes_and_dtypes():

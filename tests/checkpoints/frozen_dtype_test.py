@@ -1,4 +1,4 @@
-"""Tests of frozen networks in bfloat16: at no step are their weights held in another dtype."""
+"""Tests of frozen networks in bfloat16: no step holds their weights in another dtype."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _assert_equal(tree, expected) -> None:
     np.testing.assert_array_equal(np.asarray(leaf), expected[path])
 
 
-def test_shipped_networks_take_half_the_memory_and_encode_the_same(loaded):
+def test_shipped_networks_use_half_the_memory_and_encode_equally(loaded):
   narrow, wide = loaded['bfloat16'], loaded['float32']
   assert _dtypes(narrow.params) == {BF16} and _dtypes(wide.params) == {np.dtype(np.float32)}
   shard = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
@@ -155,7 +155,7 @@ def test_outputs_of_rounded_weights_are_within_their_precision(published):
 
 
 @pytest.mark.parametrize('stored', ['float32', 'bfloat16'])
-def test_a_file_is_never_in_memory_twice(tmp_path, stored):
+def test_file_is_never_in_memory_twice(tmp_path, stored):
   path = str(tmp_path / 'w.safetensors')
   weights.save(path, _random(LEAVES, SIZE), {}, stored)
   tree, peak = _peak(lambda: weights.load(path, 'bfloat16')[0])
@@ -164,22 +164,22 @@ def test_a_file_is_never_in_memory_twice(tmp_path, stored):
   assert peak < _bytes(tree) + 3 * 4 * 2**20
 
 
-def test_a_run_is_rounded_in_groups(tmp_path, monkeypatch):
+def test_run_is_rounded_in_groups(tmp_path, monkeypatch):
   params = _random(LEAVES, SIZE)
   state = {'stage': 0, 'step': 1, 'stage_step': 1, 'examples_seen': 1, 'params': params}
   store = Store(str(tmp_path / FOLDER), CheckpointConfig())
   store.save(state | {'opt_state': {}, 'ema': params}, {}, force=True)
   store.close()
-  read = []
+  groups = []
   verified = Store._load_verified
   monkeypatch.setattr('vpe_jax.checkpoints.store._GROUP_BYTES', 2 * SIZE * 4)
   monkeypatch.setattr(
-    Store, '_load_verified', lambda self, *args: read.append(args[2]) or verified(self, *args)
+    Store, '_load_verified', lambda self, *args: groups.append(args[2]) or verified(self, *args)
   )
   tree, _ = weights.load(str(tmp_path), 'bfloat16')
   _assert_equal(tree, {path: leaf.astype(BF16) for path, leaf in params.items()})
-  assert [len(group) for group in read] == [2] * (LEAVES // 2)
-  assert all(path.startswith('ema/') for group in read for path in group)
+  assert [len(group) for group in groups] == [2] * (LEAVES // 2)
+  assert all(path.startswith('ema/') for group in groups for path in group)
 
 
 def test_files_in_bfloat16_round_trip(tmp_path):
@@ -214,7 +214,7 @@ def test_unknown_dtypes_are_one_line_errors(published, tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
-def test_settings_of_encoders_leave_weights_and_dtype_to_fingerprints():
+def test_encoder_settings_exclude_weights_and_dtype():
   narrow, wide = _system('bfloat16'), _system('float32')
   assert to_dict(narrow.config.model) != to_dict(wide.config.model)
   assert narrow.encoder_settings == wide.encoder_settings

@@ -51,7 +51,7 @@ def test_misfitting_networks_are_one_line_errors(config_file, arg, changes, mess
   assert '\n' not in str(error.value)
 
 
-def test_all_networks_of_a_run_in_place_of_one_do_not_fit(tmp_path):
+def test_file_with_all_networks_of_a_run_is_refused_as_one_network(tmp_path):
   path = str(tmp_path / 'run.safetensors')
   weights.save(path, {'image': weights.load('assets:image')[0], 'other': np.ones(2)}, {})
   with pytest.raises(UserError, match=f'image={path}.*do not fit'):

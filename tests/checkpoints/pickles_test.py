@@ -51,14 +51,14 @@ def _save(folder: Path, content) -> Path:
 @pytest.mark.parametrize('wrap', [lambda t: t, lambda t: {'state_dict': t, 'epoch': 3}])
 def test_tensors_are_read_exactly(tmp_path, wrap):
   tensors = _tensors()
-  read = pickles.read(_save(tmp_path, wrap(tensors)))
-  assert read.keys() == tensors.keys()
+  loaded = pickles.read(_save(tmp_path, wrap(tensors)))
+  assert loaded.keys() == tensors.keys()
   for name, tensor in tensors.items():
     tensor = tensor.detach()
     expected = tensor.float().numpy() if name == 'bfloat' else tensor.numpy()
-    assert read[name].shape == expected.shape
-    np.testing.assert_array_equal(read[name].read().astype(expected.dtype), expected)
-  assert not read['plain'].read().flags.writeable
+    assert loaded[name].shape == expected.shape
+    np.testing.assert_array_equal(loaded[name].read().astype(expected.dtype), expected)
+  assert not loaded['plain'].read().flags.writeable
 
 
 def test_payload_is_refused_and_not_executed(tmp_path):

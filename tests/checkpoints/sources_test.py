@@ -34,9 +34,9 @@ def _shards(folder: Path) -> None:
 def _check(source: sources.Source) -> None:
   assert source.tensors.keys() == TENSORS.keys()
   for key, tensor in TENSORS.items():
-    read = source.tensors[key]
-    assert read.shape == tuple(tensor.shape)
-    np.testing.assert_array_equal(read.read().astype(np.float32), tensor.float().numpy())
+    loaded = source.tensors[key]
+    assert loaded.shape == tuple(tensor.shape)
+    np.testing.assert_array_equal(loaded.read().astype(np.float32), tensor.float().numpy())
 
 
 def test_single_file_and_its_config(tmp_path):

@@ -39,8 +39,9 @@ def _state(step: int, mesh: jax.sharding.Mesh, width: int = 64) -> dict[str, Any
   """A state with a nested optax state; its values differ at every step."""
 
   def make(key):
-    kernel, other = (jax.random.normal(k, (width, 48)) for k in jax.random.split(key))
-    params = {'ar': {'q': {'kernel': kernel}, 'scale': kernel[:, 0]}, 'dit': {'kernel': other}}
+    ar_kernel, dit_kernel = (jax.random.normal(k, (width, 48)) for k in jax.random.split(key))
+    ar = {'q': {'kernel': ar_kernel}, 'scale': ar_kernel[:, 0]}
+    params = {'ar': ar, 'dit': {'kernel': dit_kernel}}
     return {
       'params': params,
       'opt_state': OPTIMIZER.init(params),
@@ -251,8 +252,8 @@ class TestDamage:
     store.close()
     assert store.steps() == [1, 2]
     _assert_equal(_restore(tmp_path), _state(2, _mesh()))
-    others = {item.name for item in tmp_path.iterdir()} - {'1', '2'}
-    assert others == {'damaged-2'}
+    remaining = {item.name for item in tmp_path.iterdir()} - {'1', '2'}
+    assert remaining == {'damaged-2'}
 
   @pytest.mark.parametrize('name', ['load', 'checkpointables_metadata'])
   @pytest.mark.parametrize(

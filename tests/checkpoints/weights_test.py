@@ -73,19 +73,19 @@ def test_existing_file_is_replaced_only_with_overwrite(tmp_path):
 
 
 def test_other_files_in_the_folder_are_left_alone(tmp_path):
-  other = tmp_path / 'w.safetensors.unfinished'
-  other.write_text('mine')
+  unrelated = tmp_path / 'w.safetensors.unfinished'
+  unrelated.write_text('mine')
   weights.save(str(tmp_path / 'w.safetensors'), {'a': np.ones(2, np.float32)}, {})
-  assert other.read_text() == 'mine'
+  assert unrelated.read_text() == 'mine'
   assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_fingerprint_depends_on_paths_shapes_and_bits():
   base = {'a': np.ones((2, 3), np.float32)}
-  same = {'a': jnp.ones((2, 3))}
-  others = [{'b': base['a']}, {'a': base['a'].reshape(3, 2)}, {'a': -base['a']}]
-  assert weights.fingerprint(base) == weights.fingerprint(same)
-  assert len({weights.fingerprint(tree) for tree in [base, *others]}) == 4
+  equal = {'a': jnp.ones((2, 3))}
+  variants = [{'b': base['a']}, {'a': base['a'].reshape(3, 2)}, {'a': -base['a']}]
+  assert weights.fingerprint(base) == weights.fingerprint(equal)
+  assert len({weights.fingerprint(tree) for tree in [base, *variants]}) == 4
   definition = hashlib.sha256(b'a (2, 3) float32\n' + base['a'].tobytes()).hexdigest()
   assert weights.fingerprint(base) == definition[:12]
 

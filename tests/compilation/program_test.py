@@ -36,8 +36,8 @@ def _system(arg: str, expert: dict, head: dict, **changes) -> System:
   'arg, stage',
   [('debug', 0), ('debug', 1), ('debug,arch=single', 1), ('debug,arch=single,vpe=false', 0)],
 )
-def test_model_flops_are_those_of_the_dots(arg, stage):
-  """Unrolled, nothing recomputed, dense attention, one device: forward and backward, exactly."""
+def test_model_flops_equal_the_compiled_dots(arg, stage):
+  """Without scans, recomputation, attention kernels and sharding, both count the same products."""
   system = _system(arg, {}, {'layers': 3}, unroll=True)
   state = jax.eval_shape(lambda: first_state(system.init(rng.run_key(0)), system.stages[stage]))
   step = make_train_step(system, system.stages[stage], system.config.optim)
@@ -49,7 +49,7 @@ def test_model_flops_are_those_of_the_dots(arg, stage):
 
 @pytest.mark.parametrize('arg', ['debug', 'debug,vpe=false'])
 @pytest.mark.parametrize('config_file', [c2i_discrete, c2i_continuous])
-def test_model_flops_of_classes_to_images_are_those_of_the_dots(config_file, arg):
+def test_model_flops_of_class_to_image_equal_the_compiled_dots(config_file, arg):
   config = config_file.get_config(arg)
   config.unroll = True
   config.data.source = 'synthetic'
@@ -69,7 +69,8 @@ def test_scans_and_recomputation_are_in_the_compiled_count():
   step = make_train_step(system, stage, system.config.optim)
   compiled = step.lower(state, {}, system.batch_spec(4).batch(True), rng.run_key(0)).compile()
   work = traffic.work_of(hlo.parse(compiled.as_text()), [0])
-  # The forward pass of the layers runs twice, but for products that nothing backward reads.
+  # The forward pass of the layers runs twice, except for products that the backward pass doesn't
+  # read.
   assert 1.1 < work.flops / step_flops(system, stage, 4).total < 4 / 3
 
 
@@ -82,13 +83,15 @@ def test_attention_kernels_execute_visible_pairs(monkeypatch):
   lengths = np.array([length], np.int32)
   batch = Batch(np.zeros(1, np.int32), {'text': text, 'text_length': lengths})
   regions = system.experts.regions(batch, codes, np.ones(1, bool))
-  row = unified.sequence_visibility(regions)
-  seen, tokens = np.asarray(visible(row, row))[0].sum(1), regions['ar'].ids.shape[1]
-  before, whole, patches = seen[:tokens].sum(), seen[tokens:].sum(), c.image_tokens
-  wide = lambda part: 4 * part.layers * part.heads * part.head_width
-  plan = wide(c.ar) * before
+  visibility = unified.sequence_visibility(regions)
+  keys_per_query = np.asarray(visible(visibility, visibility))[0].sum(1)
+  tokens, patches = regions['ar'].ids.shape[1], c.image_tokens
+  ar_pairs, dit_pairs = keys_per_query[:tokens].sum(), keys_per_query[tokens:].sum()
+  flops_per_pair = lambda part: 4 * part.layers * part.heads * part.head_width
+  plan = flops_per_pair(c.ar) * ar_pairs
   encoder = 4 * c.dual_path.encoder.layers * c.dual_path.encoder.width * patches**2
-  joint = plan + wide(c.dit) * whole + wide(c.head) * (before + whole) + encoder
+  head = flops_per_pair(c.head) * (ar_pairs + dit_pairs)
+  joint = plan + flops_per_pair(c.dit) * dit_pairs + head + encoder
   for stage, forward in zip(system.stages, (plan, joint), strict=True):
     flops = step_flops(system, stage, 8, rng.run_key(0))
     assert program.kernel_flops(flops, 'attention') == 8 * 4.5 * forward
@@ -120,15 +123,16 @@ def test_online_encoders_are_counted():
 
 
 @pytest.mark.parametrize('stage', [0, 1])
-def test_fsdp_moves_what_the_formula_says(stage):
-  """Every device receives the rest of each parameter, and its part of every gradient.
+def test_fsdp_traffic_equals_the_formula(stage):
+  """Every device receives the rest of each parameter, and its shard of every gradient.
 
-  With n devices, P bytes of parameters that the stage runs and that are split, and Q bytes of
-  trainable ones, in float32:
-    all-gather   (n - 1) / n (P + P'), where P' are those inside scans, gathered again backward;
+  With n devices, P bytes of parameters that the stage runs and shards, and Q bytes of trainable
+  parameters, in float32:
+    all-gather   (n - 1) / n (P + P'), where P' is the part inside scans: the backward pass gathers
+                 it again;
     reduction    (n - 1) / n Q, and once more for the all-reduce that this backend compiles.
-  The head is kept small: its weights serve token and picture rows, and the compiler gathers some
-  of them once for each.
+  The head is small because the tokens of both experts pass through it, and the compiler gathers
+  some of its weights once for each expert.
   """
   sizes = {'width': 64, 'heads': 4, 'kv_heads': 2, 'head_width': 16}
   expert, head = sizes | {'mlp': 256, 'layers': 3}, sizes | {'mlp': 128}
@@ -145,15 +149,15 @@ def test_fsdp_moves_what_the_formula_says(stage):
     reduced += 2 * size
     if leaf.sharding.shard_shape(leaf.shape) != leaf.shape:
       gathered += size * (2 if re.search('layers|blocks|encoder', path) else 1)
-  moved = work.collective_bytes()
-  assert 'reduce-scatter' not in moved
-  assert moved['all-gather'] == pytest.approx(gathered, rel=0.05)
-  assert moved['all-reduce'] == pytest.approx(reduced, rel=0.05)
+  collective_bytes = work.collective_bytes()
+  assert 'reduce-scatter' not in collective_bytes
+  assert collective_bytes['all-gather'] == pytest.approx(gathered, rel=0.05)
+  assert collective_bytes['all-reduce'] == pytest.approx(reduced, rel=0.05)
 
 
 @pytest.mark.parametrize('condition', unified.CONDITIONS)
-def test_stage_render_runs_the_token_expert_forward_alone(condition):
-  """Its backward pass would be far beyond the 2 % that the compiled step may have on top."""
+def test_stage_render_runs_the_ar_expert_forward_only(condition):
+  """The AR expert's backward pass would exceed the tolerance of 2 % by far."""
   config = t2i.get_config('debug,arch=external')
   config.data.source, config.unroll = 'synthetic', True
   config.model.condition = condition
@@ -166,7 +170,7 @@ def test_stage_render_runs_the_token_expert_forward_alone(condition):
   if condition == 'prefix':
     compiled = step.lower(*arguments).compile()
     flops = traffic.work_of(hlo.parse(compiled.as_text()), [0]).flops
-  else:  # What is compiled takes long, and differs by little from what is traced.
+  else:  # Compiling takes long, and compiled FLOPs differ little from traced ones.
     flops = matrix_flops(step, *arguments)
   model = step_flops(system, stage, 4).total
   assert 0.97 < flops / model < 1.02

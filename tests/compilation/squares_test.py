@@ -59,7 +59,7 @@ def test_reference_attention_has_quadratic_buffers():
 
 
 def test_no_width_is_close_to_the_sequence_length():
-  """Otherwise the shapes found above would be ambiguous."""
+  """Otherwise the shapes returned by `_squares` would be ambiguous."""
   model = _narrow()['model']
   parts = (model['ar'], model['dit'], model['head'], model['dual_path']['encoder'])
   sizes = {size for part in parts for size in part.values() if isinstance(size, int)}

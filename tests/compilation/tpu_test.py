@@ -69,12 +69,12 @@ def test_invalid_arguments_are_refused_before_compiling(tmp_path, root):
 
 
 def test_two_slices_need_the_mesh_axis_data(tmp_path, root):
-  two = ('--topology=v5e:2x2', '--slices=2')
-  refused = _compile(*SMALL, *two, cwd=root)
+  two_slices = ('--topology=v5e:2x2', '--slices=2')
+  refused = _compile(*SMALL, *two_slices, cwd=root)
   assert refused.returncode == 2
   assert refused.stderr.strip().splitlines()[-1].startswith('error: 2 slices are connected by')
   file = tmp_path / 'fit.json'
-  process = _compile(*SMALL, *two, '--mesh=data=2,fsdp=4', f'--json={file}', cwd=root)
+  process = _compile(*SMALL, *two_slices, '--mesh=data=2,fsdp=4', f'--json={file}', cwd=root)
   assert process.returncode == 0, process.stderr[-2000:]
   report = json.loads(file.read_text())
   assert (report['chips'], report['slices']) == (8, 2)
@@ -82,8 +82,8 @@ def test_two_slices_need_the_mesh_axis_data(tmp_path, root):
 
 
 def test_program_that_does_not_fit_lists_buffers_and_settings(root):
-  one = ('--topology=v5e:1x1', '--images_per_chip=65536', '--config.remat=none')
-  process = _compile(*SMALL, *one, cwd=root)
+  oversized = ('--topology=v5e:1x1', '--images_per_chip=65536', '--config.remat=none')
+  process = _compile(*SMALL, *oversized, cwd=root)
   assert process.returncode == 0, process.stderr[-2000:]
   for part in ('DOES NOT FIT', 'Largest buffers', 'GB  ', '--config.remat=full', 'microbatches'):
     assert part in process.stdout

@@ -82,9 +82,9 @@ def test_group_formats_are_parsed(text, group):
 
 def test_bytes_from_other_slices():
   """Each slice receives the other slice's half of the array, shared by its 4 chips."""
-  reduce = functools.partial(traffic.Collective, 'all-gather', 'x', '', (), 1.0, 8)
-  assert reduce(2, bytes=800 * 7 / 8).dcn_bytes == pytest.approx(800 / 2 / 4)
-  assert reduce(1, bytes=800 * 7 / 8).dcn_bytes == 0
+  collective = functools.partial(traffic.Collective, 'all-gather', 'x', '', (), 1.0, 8)
+  assert collective(2, bytes=800 * 7 / 8).dcn_bytes == pytest.approx(800 / 2 / 4)
+  assert collective(1, bytes=800 * 7 / 8).dcn_bytes == 0
 
 
 SLICES = """HloModule m

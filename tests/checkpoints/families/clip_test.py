@@ -155,11 +155,11 @@ def test_unsupported_configs_are_refused(saved):
 
 
 @pytest.mark.parametrize(
-  ('real', 'total'),
+  ('published', 'total'),
   [('clip_b32', 151_277_313), ('clip_l14', 427_616_513), ('clip_h14', 986_109_441)],
 )
-def test_published_sizes(parity, real, total):
-  config, tensors = parity.load_published(real)
+def test_published_sizes(parity, published, total):
+  config, tensors = parity.load_published(published)
   sizes = clip.sizes(config)
   abstract = jax.eval_shape(lambda key: clip.init(sizes, key), jax.random.key(0))
   tensor_map = convert.match_tensors(tensors, clip.LAYOUTS, abstract)

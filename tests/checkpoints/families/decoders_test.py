@@ -122,14 +122,14 @@ def test_every_bias_norm_and_rope_setting_matters(parity, case, inputs):
   run = lambda params, sizes: np.asarray(_compiled(sizes)(params, ids, weights)[0][1])[real]
   assert not parity.insensitive(imported.params, lambda params: run(params, imported.sizes))
   expected, body = run(imported.params, imported.sizes), imported.sizes.body
-  other = {'rope_scaling': None} if body.rope_scaling else {'rope_theta': 1e4}
-  changed = dataclasses.replace(body, **other)
+  rope = {'rope_scaling': None} if body.rope_scaling else {'rope_theta': 1e4}
+  changed = dataclasses.replace(body, **rope)
   outputs = run(imported.params, dataclasses.replace(imported.sizes, body=changed))
   assert np.max(np.abs(outputs - expected)) > 1e-3 * np.max(np.abs(expected))
 
 
 def test_inner_states_equal_transformers(parity, inputs, tmp_path):
-  """Hidden states, keys and values of all layers, none of which equals its neighbour's."""
+  """Hidden states, keys and values of all layers equal; neighbouring layers' states differ."""
   model, layers = _model(parity, 'qwen2', layers=4), 4
   model.save_pretrained(tmp_path)
   imported = parity.load('qwen2', tmp_path)
@@ -146,21 +146,21 @@ def test_inner_states_equal_transformers(parity, inputs, tmp_path):
     )
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:, real], run(imported.params))
 
-  raw, before = ours(), ours(normed=True, rotated=False)
+  raw, unrotated = ours(), ours(normed=True, rotated=False)
   pairs = {
     'hidden': raw.hidden,
-    'normed': before.hidden,
+    'normed': unrotated.hidden,
     'keys': raw.k,
-    'keys before rotation': before.k,
+    'keys before rotation': unrotated.k,
     'values': raw.v,
   }
   for name, states in pairs.items():
     expected = theirs[name][:, real]
-    for state, same in zip(states, expected, strict=True):
-      parity.assert_close(state, same)
+    for state, reference in zip(states, expected, strict=True):
+      parity.assert_close(state, reference)
     steps = np.abs(np.diff(expected, axis=0)).reshape(len(expected) - 1, -1)
     assert np.min(np.max(steps, axis=1)) > 0.1 * np.max(np.abs(expected)), name
-  assert np.max(np.abs(raw.k - before.k)) > 0.1 * np.max(np.abs(raw.k))
+  assert np.max(np.abs(raw.k - unrotated.k)) > 0.1 * np.max(np.abs(raw.k))
 
 
 def _inner_states(model, ids, real):
@@ -234,7 +234,7 @@ def test_unsupported_configs_are_refused(parity, name, field, words):
 
 
 @pytest.mark.parametrize(
-  ('real', 'body', 'total'),
+  ('published', 'body', 'total'),
   [
     ('qwen2_0.5b', 357_898_112, 494_032_768),
     ('qwen2_1.5b', 1_310_340_608, 1_543_714_304),
@@ -243,9 +243,9 @@ def test_unsupported_configs_are_refused(parity, name, field, words):
     ('llama_8b', 6_979_588_096, 8_030_261_248),
   ],
 )
-def test_published_sizes(parity, real, body, total):
-  config, tensors = parity.load_published(real)
-  family = families.get(real.split('_')[0])
+def test_published_sizes(parity, published, body, total):
+  config, tensors = parity.load_published(published)
+  family = families.get(published.split('_')[0])
   sizes = family.sizes(config)
   abstract = jax.eval_shape(lambda key: family.init(sizes, key), jax.random.key(0))
   tensor_map = convert.match_tensors(tensors, family.LAYOUTS, abstract)

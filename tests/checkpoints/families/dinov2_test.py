@@ -114,9 +114,9 @@ def test_every_bias_norm_scale_and_activation_matters(parity, imported, images):
   assert not [path for path in insensitive if not path.endswith('/k/bias')]
   encoder = imported.sizes.encoder
   if encoder.activation == 'gelu':
-    other = dataclasses.replace(encoder, activation='quick_gelu')
+    quick_gelu = dataclasses.replace(encoder, activation='quick_gelu')
     expected = run(imported.params, imported.sizes)
-    changed = run(imported.params, dataclasses.replace(imported.sizes, encoder=other))
+    changed = run(imported.params, dataclasses.replace(imported.sizes, encoder=quick_gelu))
     assert np.max(np.abs(changed - expected)) > 1e-3 * np.max(np.abs(expected))
 
 
@@ -143,7 +143,7 @@ def test_unsupported_configs_are_refused(imported):
 
 
 @pytest.mark.parametrize(
-  ('real', 'total'),
+  ('published', 'total'),
   [
     ('dinov2_small', 22_056_576),
     ('dinov2_base', 86_580_480),
@@ -151,8 +151,8 @@ def test_unsupported_configs_are_refused(imported):
     ('dinov2_giant', 1_136_480_768),
   ],
 )
-def test_published_sizes(parity, real, total):
-  config, tensors = parity.load_published(real)
+def test_published_sizes(parity, published, total):
+  config, tensors = parity.load_published(published)
   sizes = dinov2.sizes(config)
   abstract = jax.eval_shape(lambda key: dinov2.init(sizes, key), jax.random.key(0))
   tensor_map = convert.match_tensors(tensors, dinov2.LAYOUTS, abstract)

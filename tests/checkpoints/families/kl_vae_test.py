@@ -35,7 +35,7 @@ KINDS = {
   },
   'sdxl': {**SMALL, 'latent_channels': 4, 'scaling_factor': 0.13},
 }
-REAL = {'flux': (16, 83_819_683), 'sd3': (16, 83_819_683), 'sdxl': (4, 83_653_863)}
+PUBLISHED = {'flux': (16, 83_819_683), 'sd3': (16, 83_819_683), 'sdxl': (4, 83_653_863)}
 
 
 @pytest.fixture(scope='module', params=KINDS)
@@ -178,14 +178,14 @@ def test_every_bias_and_norm_matters(parity, imported, images):
   expected = apply(imported.params)
   body = dataclasses.replace(imported.sizes.body, groups=4)
   network = KlVae(dataclasses.replace(imported.sizes, body=body))
-  other = jax.jit(lambda p: network.apply({'params': p}, images, method='posterior').mean.ravel())
-  shifted = other(imported.params)
+  means = jax.jit(lambda p: network.apply({'params': p}, images, method='posterior').mean.ravel())
+  shifted = means(imported.params)
   assert np.max(np.abs(shifted - expected[: shifted.size])) > 1e-3 * np.max(np.abs(expected))
 
 
-@pytest.mark.parametrize('kind', REAL)
+@pytest.mark.parametrize('kind', PUBLISHED)
 def test_published_sizes(parity, kind):
-  channels, total = REAL[kind]
+  channels, total = PUBLISHED[kind]
   config = json.loads((parity.golden / 'keys' / f'kl_vae_{kind}.config.json').read_text())
   sizes = kl_vae.sizes(config)
   tensor_map, source, ours = parity.match_published(NAME, f'kl_vae_{kind}', sizes)

@@ -97,7 +97,7 @@ def test_unsupported_configs_are_refused():
 
 
 @pytest.mark.parametrize(
-  ('real', 'body', 'total'),
+  ('published', 'body', 'total'),
   [
     ('llamagen_b', 84_953_856, 110_888_448),
     ('llamagen_l', 308_331_520, 342_910_976),
@@ -105,8 +105,8 @@ def test_unsupported_configs_are_refused():
     ('llamagen_xxl', 1_359_103_488, 1_410_972_672),
   ],
 )
-def test_published_sizes(parity, real, body, total):
-  config, tensors = parity.load_published(real)
+def test_published_sizes(parity, published, body, total):
+  config, tensors = parity.load_published(published)
   sizes = llamagen.sizes(config)
   abstract = jax.eval_shape(lambda key: llamagen.init(sizes, key), jax.random.key(0))
   tensor_map = convert.match_tensors(tensors, llamagen.LAYOUTS, abstract)

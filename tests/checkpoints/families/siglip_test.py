@@ -94,10 +94,10 @@ def test_every_bias_and_norm_matters(parity, imported, inputs):
 
 
 @pytest.mark.parametrize(
-  'real, total', [('siglip_so400m', 877_960_498), ('siglip_2_giant', 1_871_885_426)]
+  'published, total', [('siglip_so400m', 877_960_498), ('siglip_2_giant', 1_871_885_426)]
 )
-def test_published_sizes(parity, real, total):
-  config, tensors = parity.load_published(real)
+def test_published_sizes(parity, published, total):
+  config, tensors = parity.load_published(published)
   sizes = siglip.sizes(config)
   abstract = jax.eval_shape(lambda key: siglip.init(sizes, key), jax.random.key(0))
   tensor_map = convert.match_tensors(tensors, siglip.LAYOUTS, abstract)

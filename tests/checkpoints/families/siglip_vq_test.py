@@ -141,7 +141,7 @@ def test_codes_equal_glm_image_on_emoji_and_noise(parity, saved, imported, run):
   signed = (images / 127.5 - 1).astype(np.float32)
   with torch.no_grad():
     features, _ = _reference(saved[0], signed)
-    theirs = torch.cat([vq.encode(one[None].permute(0, 3, 1, 2)).image_tokens for one in features])
+    theirs = torch.cat([vq.encode(x[None].permute(0, 3, 1, 2)).image_tokens for x in features])
     projected = _point(vq.quant_conv, features).numpy()
   ours = run(imported.params, signed, codes.reshape(-1, 4, 4))[1]
   error = np.max(np.abs(ours - projected)) / np.max(np.abs(projected))
@@ -219,9 +219,9 @@ def test_every_bias_and_norm_matters(parity, imported, run, inputs, xomni, golde
   assert not parity.insensitive(post, decode)
   tanh = dataclasses.replace(imported.sizes.encoder, activation='gelu_tanh')
   network = SiglipVq(dataclasses.replace(imported.sizes, encoder=tanh))
-  other = network.apply({'params': imported.params}, inputs[0], method='features')
+  changed = network.apply({'params': imported.params}, inputs[0], method='features')
   expected = run(imported.params, *inputs)[0]
-  assert np.max(np.abs(other - expected)) / np.max(np.abs(expected)) > 1e-4
+  assert np.max(np.abs(changed - expected)) / np.max(np.abs(expected)) > 1e-4
 
 
 @pytest.mark.parametrize('kind', ['xomni', 'glm', 'llada'])

@@ -16,7 +16,8 @@ from vpe_jax.contracts import UserError
 
 pytestmark = pytest.mark.parity
 GOLDEN = {'llamagen_vq': 'llamagen_vq', 'ibq': 'emu35_ibq'}
-REAL = {'llamagen_vq': (71_883_403, 65_536), 'ibq': (455_336_963, 0)}  # ours, and a buffer
+# Parameters that we have; elements of a buffer that we drop.
+PUBLISHED = {'llamagen_vq': (71_883_403, 65_536), 'ibq': (455_336_963, 0)}
 CHANGES = {
   'llamagen_vq': [
     ({'codebook_l2_norm': False}, 'codebook_l2_norm'),
@@ -42,8 +43,8 @@ def imported(parity, name):
 def golden(parity, name):
   """Golden inputs and outputs, channels last."""
   io = dict(np.load(parity.golden / GOLDEN[name] / 'io.npz'))
-  moved = {key: np.moveaxis(leaf, 1, -1) if leaf.ndim == 4 else leaf for key, leaf in io.items()}
-  return {**moved, 'indices': io['indices'].reshape(moved['quant'].shape[:3]).astype(np.int32)}
+  arrays = {key: np.moveaxis(leaf, 1, -1) if leaf.ndim == 4 else leaf for key, leaf in io.items()}
+  return {**arrays, 'indices': io['indices'].reshape(arrays['quant'].shape[:3]).astype(np.int32)}
 
 
 @pytest.fixture(scope='module')
@@ -134,7 +135,7 @@ def test_only_llamagen_ignores_the_norm_of_codebook_entries(name, imported, gold
 def test_published_sizes(parity, name):
   family = families.get(name)
   tensor_map, source, ours = parity.match_published(name, name, family.RELEASED_SIZES)
-  assert (ours, source - ours) == REAL[name] and not tensor_map.absent
+  assert (ours, source - ours) == PUBLISHED[name] and not tensor_map.absent
   assert set(tensor_map.ignored) == ({'quantize.codebook_used'} if name == 'llamagen_vq' else set())
   assert family.RELEASED_SIZES.body.factor == 16
   assert family.sizes(family.config_json(family.RELEASED_SIZES)) == family.RELEASED_SIZES

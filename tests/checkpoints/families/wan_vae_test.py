@@ -185,8 +185,8 @@ def test_sizes_come_from_the_config_or_the_family(parity, saved, imported):
   for change in ({'is_residual': True}, {'patch_size': 2}, {'decoder_base_dim': 16}):
     with pytest.raises(UserError, match=next(iter(change))):
       wan_vae.sizes({**SMALL, **change})
-  other = dataclasses.replace(
+  wrong_sizes = dataclasses.replace(
     imported.sizes, body=dataclasses.replace(imported.sizes.body, groups=8)
   )
   with pytest.raises(UserError, match="no tensor fills our '.*bias'"):
-    parity.load(NAME, saved[1], sizes=other)
+    parity.load(NAME, saved[1], sizes=wrong_sizes)
