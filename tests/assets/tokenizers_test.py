@@ -60,7 +60,7 @@ def test_shipped_towers_retrieve_held_out_captions(preset, name):
   assert hits.get('near_retrieval', 1.0) > 0.6
 
 
-def test_shipped_codes_use_the_codebook_and_keep_the_caption(codec, frozen, batch):
+def test_shipped_codes_use_the_codebook_and_retrieve_captions(codec, frozen, batch):
   stored = _model('feature_vq')['feature_vq']
   shape = dataclasses.asdict(codec.config.model.feature_vq)
   assert {**stored, 'temperature': 0} == {**shape, 'temperature': 0}

@@ -39,7 +39,7 @@ def _check(source: sources.Source) -> None:
     np.testing.assert_array_equal(loaded.read().astype(np.float32), tensor.float().numpy())
 
 
-def test_single_file_and_its_config(tmp_path):
+def test_single_file_and_its_config_are_read(tmp_path):
   safetensors.torch.save_file(TENSORS, tmp_path / 'model.safetensors')
   (tmp_path / 'config.json').write_text('{"width": 3}')
   for name in (tmp_path, tmp_path / 'model.safetensors'):
@@ -57,7 +57,7 @@ def test_remote_file_is_read_in_ranges(tmp_path, monkeypatch):
   _check(sources.Source(tmp_path, tensors, {}))
 
 
-def test_shards_listed_by_an_index(tmp_path):
+def test_shards_listed_by_an_index_are_read(tmp_path):
   _shards(tmp_path)
   source = sources.open_source(str(tmp_path))
   _check(source)

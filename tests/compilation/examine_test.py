@@ -25,7 +25,7 @@ def _config(**data) -> dict:
   return config.to_dict()
 
 
-def test_training_step_on_virtual_devices(monkeypatch):
+def test_report_of_a_training_step_on_virtual_devices(monkeypatch):
   monkeypatch.setattr(examine, 'LARGE', 1000)
   report = examine.examine(_config(), Request('cpu:8', stage='plan', images_per_chip=2))
   values = json.loads(json.dumps(report.as_dict()))
@@ -55,7 +55,7 @@ def test_online_encoders_are_arguments_of_the_step():
   assert online.work.flops > cached.work.flops and online.model_flops > cached.model_flops
 
 
-def test_sampling_program():
+def test_sampling_flops_count_every_loop_iteration():
   report = examine.examine(_config(), Request('cpu:2', program='sample', images_per_chip=1))
   assert report.as_dict()['program'] == 'sample'
   # Loop bodies count once per token of the visual prompt and once per flow step.

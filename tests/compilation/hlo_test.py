@@ -47,7 +47,7 @@ def test_trip_counts_of_nested_loops_multiply():
   assert _flops(run, SQUARE, SQUARE) == 3 * 4 * DOT
 
 
-def test_forward_and_backward_pass_of_a_scan():
+def test_scan_counts_forward_and_backward_pass():
   loss = lambda w, x: jnp.sum(_repeat(6)(x, w))
   assert _flops(jax.grad(loss), SQUARE, SQUARE) == 6 * 3 * DOT
 
@@ -125,7 +125,7 @@ lhs_dilate=3}, dim_labels=0bf_0oi->0bf
 """
 
 
-def test_trip_count_of_a_counter_with_start_and_step():
+def test_trip_count_uses_start_and_step_of_the_counter():
   program = hlo.parse(TPU)
   assert program.trips('main', program.computations['main']['while.1']) == 4
   assert program.unknown_loops() == []
@@ -137,7 +137,7 @@ def test_collective_split_over_two_fusions_counts_once():
   assert gather.bytes == 4 * 16 * 16 * 2 * 3 / 4
 
 
-def test_batched_dot_as_dilated_convolution():
+def test_dilated_convolution_counts_as_a_batched_dot():
   # Of the 9 pairs of kernel position and output, only the 3 that meet a batch element count.
   assert traffic.work_of(hlo.parse(TPU), [0] * 8).flops == 2 * 3 * 8 * 16 * 4
 

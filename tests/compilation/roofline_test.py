@@ -57,7 +57,7 @@ def fitting_report() -> report.Report:
   )  # fmt: skip
 
 
-def test_text_of_a_report(fitting_report):
+def test_report_text_has_all_figures(fitting_report):
   text = fitting_report.text()
   assert fitting_report.fits and 'DOES NOT FIT' not in text
   for part in (
@@ -69,7 +69,7 @@ def test_text_of_a_report(fitting_report):
     assert part in text, part
 
 
-def test_report_of_a_program_that_does_not_fit(fitting_report):
+def test_report_of_a_program_that_does_not_fit_suggests_settings(fitting_report):
   buffers = (memory.Buffer(3e9, 'f32[8,577,168055]'),)
   usage = memory.Usage(4e9, 0, 0, 20e9, 0, 24e9, buffers, 15.75 * 2**30, fits=False)
   too_large = dataclasses.replace(fitting_report, usage=usage)

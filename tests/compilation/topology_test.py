@@ -30,7 +30,7 @@ def test_grid_and_cloud_names_are_parsed(text, name, cloud, chips):
   assert (target.name, target.cloud_name, target.chips) == (name, cloud, chips)
 
 
-def test_several_slices():
+def test_several_slices_multiply_the_chips():
   target = topology.parse('v5p:4x4x4', 4)
   assert (target.name, target.chips, target.cloud_name) == ('4 x v5p:4x4x4', 256, 'v5p-128')
 
@@ -62,7 +62,7 @@ def test_invalid_names_are_one_line_errors(text, slices, message):
   assert '\n' not in str(error.value)
 
 
-def test_virtual_devices():
+def test_virtual_devices_are_limited_by_the_xla_flag():
   assert len(topology.devices(topology.parse('cpu:8'))) == 8
   with pytest.raises(UserError, match='xla_force_host_platform_device_count=4096'):
     topology.devices(topology.parse('cpu:4096'))

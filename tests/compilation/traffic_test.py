@@ -80,7 +80,7 @@ def test_group_formats_are_parsed(text, group):
   assert traffic.group_of(text, 8) == group
 
 
-def test_bytes_from_other_slices():
+def test_dcn_bytes_are_those_from_other_slices():
   """Each slice receives the other slice's half of the array, shared by its 4 chips."""
   collective = functools.partial(traffic.Collective, 'all-gather', 'x', '', (), 1.0, 8)
   assert collective(2, bytes=800 * 7 / 8).dcn_bytes == pytest.approx(800 / 2 / 4)
@@ -114,7 +114,7 @@ is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_RE
 """
 
 
-def test_gradient_reduction_over_two_slices():
+def test_gradient_reduction_over_two_slices_is_hierarchical():
   """As in TPU programs: a reduce-scatter within a slice, then an all-reduce over the network."""
   work = traffic.work_of(hlo.parse(SLICES), [0, 0, 0, 0, 1, 1, 1, 1])
   whole = 256 * 512 * 4

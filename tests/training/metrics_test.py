@@ -40,13 +40,13 @@ def test_new_run_renames_existing_files(tmp_path, numbered, capsys):
 @pytest.mark.parametrize('numbered', [False, True])
 def test_files_of_other_names_are_left_alone(tmp_path, numbered):
   _write(tmp_path, range(1, 6), 0, numbered)
-  others = ['metrics-backup.jsonl', 'metrics-000000001-copy.jsonl']
-  others.append(metrics.FILE if numbered else 'metrics-000000001.jsonl')
-  for name in others:
+  names = ['metrics-backup.jsonl', 'metrics-000000001-copy.jsonl']
+  names.append(metrics.FILE if numbered else 'metrics-000000001.jsonl')
+  for name in names:
     (tmp_path / name).write_text('{"step": 9}\n')
   _write(tmp_path, [3], 2, numbered)
   assert _steps(tmp_path, numbered) == [1, 2, 3]
-  assert [(tmp_path / name).read_text() for name in others] == ['{"step": 9}\n'] * 3
+  assert [(tmp_path / name).read_text() for name in names] == ['{"step": 9}\n'] * 3
 
 
 def test_damaged_lines_are_skipped_and_backed_up(tmp_path, capsys):
@@ -104,5 +104,5 @@ def test_values_keep_float32_precision_and_nan_is_null(tmp_path):
   assert record == {'step': 1, 'loss': None, 'lr': 0.123456789, 'stage': 'joint'}
 
 
-def test_the_scheme_decides_whether_a_folder_is_remote():
+def test_remote_folders_are_recognized_by_their_scheme():
   assert metrics.is_remote('gs://bucket/run') and not metrics.is_remote('runs/t2i-tiny')

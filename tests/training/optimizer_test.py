@@ -17,7 +17,7 @@ AXES = (
   ('q/kernel', ('layers', 'embed', 'heads', 'head')),
   ('mlp/kernel', ('embed', 'mlp')),
   ('window/kernel', ('kernel', 'kernel', 'conv_in', 'conv_out')),
-  ('embed/rows', ('vocab', 'embed')),
+  ('embed/table', ('vocab', 'embed')),
   ('norm/scale', ('layers', 'embed')),
   ('bias', ('mlp',)),
 )
@@ -25,7 +25,7 @@ SHAPES = {
   'q/kernel': (3, 256, 4, 32),
   'mlp/kernel': (128, 384),
   'window/kernel': (2, 2, 32, 128),
-  'embed/rows': (160, 128),
+  'embed/table': (160, 128),
   'norm/scale': (3, 256),
   'mlp/bias': (384,),
 }
@@ -122,7 +122,7 @@ class TestAdafactor:
 
   def test_equals_optax_on_two_dimensional_leaves(self):
     ours = leaves_by_path(_run(self.CONFIG)[0])
-    paths = ('mlp/kernel', 'embed/rows', 'mlp/bias')
+    paths = ('mlp/kernel', 'embed/table', 'mlp/bias')
     theirs = _optax_run(
       optax.adafactor(1e-2), {path: leaves_by_path(_tree(0))[path] for path in paths}
     )
@@ -150,7 +150,7 @@ class TestAdafactor:
       'q/kernel': ((3, 128), (3, 256)),
       'mlp/kernel': ((128,), (384,)),
       'window/kernel': ((128,), (128,)),
-      'embed/rows': ((128,), (160,)),
+      'embed/table': ((128,), (160,)),
     }
     assert leaves_by_path(state['v']).keys() == {'norm/scale', 'mlp/bias'}
 
@@ -194,7 +194,7 @@ class TestMuon:
     params = _tree(0)
     state = optimizer.init(params, OptimConfig(name='muon', mu_dtype='bfloat16'), AXES)
     assert leaves_by_path(state['mu']).keys() == leaves_by_path(params).keys()
-    assert leaves_by_path(state['nu']).keys() == {'embed/rows', 'norm/scale', 'mlp/bias'}
+    assert leaves_by_path(state['nu']).keys() == {'embed/table', 'norm/scale', 'mlp/bias'}
     assert {leaf.dtype for leaf in jax.tree.leaves(state['mu'])} == {jnp.dtype('bfloat16')}
 
 
@@ -250,10 +250,10 @@ class TestLearningRate:
 
 class TestMultipliers:
   def test_matching_parameters_have_a_scaled_rate(self):
-    config = OptimConfig(lr=1e-2, warmup=0, multipliers=r'mlp/kernel=0.5, .*/(bias|rows)=2')
+    config = OptimConfig(lr=1e-2, warmup=0, multipliers=r'mlp/kernel=0.5, .*/(bias|table)=2')
     scaled, plain = _run(config, steps=1)[0], _run(OptimConfig(lr=1e-2, warmup=0), steps=1)[0]
     start, scaled, plain = (leaves_by_path(tree) for tree in (_tree(0), scaled, plain))
-    factors = {'mlp/kernel': 0.5, 'mlp/bias': 2.0, 'embed/rows': 2.0}
+    factors = {'mlp/kernel': 0.5, 'mlp/bias': 2.0, 'embed/table': 2.0}
     for path in SHAPES:
       scaled_change, plain_change = scaled[path] - start[path], plain[path] - start[path]
       factor = factors.get(path, 1.0)

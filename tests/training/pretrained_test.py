@@ -134,7 +134,7 @@ def test_both_architectures_continue_from_one_parent_run(plan_run, arch, stage):
   assert 'trains' in lines['dit'] and ('frozen' in lines['ar']) == (arch == 'external')
 
 
-def test_other_tokenizers_and_codecs_of_a_parent_run_are_reported(plan_run):
+def test_encoding_differences_from_the_parent_run_are_reported(plan_run):
   folder, _ = plan_run
   config = _t2i('external', start=str(folder), stages=['render']).config
   stored = to_dict(_t2i('internal', stages=['plan']).config)

@@ -1,4 +1,4 @@
-"""Tests of training in two processes of four devices: losses equal to those of one, and SIGTERM."""
+"""Tests of training in two processes of four devices: equal losses and a joint stop."""
 
 import os
 import signal

@@ -39,7 +39,7 @@ def _gap(first, second):
   return max(jax.tree.leaves(gaps))
 
 
-def test_counters_and_metrics(line_system, optim):
+def test_step_updates_counters_and_returns_metrics(line_system, optim):
   system = line_system()
   state, history = _run(system, optim(), steps=3)
   assert [int(state[name]) for name in COUNTERS] == [0, 3, 3, 24]

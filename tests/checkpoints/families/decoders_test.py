@@ -194,7 +194,7 @@ def _inner_states(model, ids, real):
 
 
 @pytest.mark.parametrize('kind', ['qwen2', 'llama tied'])
-def test_tied_and_untied_output_heads(parity, kind, tmp_path):
+def test_tied_and_untied_output_heads_equal_transformers(parity, kind, tmp_path):
   model, (name, *tied) = _model(parity, kind), kind.split()
   model.save_pretrained(tmp_path / 'in')
   imported = parity.load(name, tmp_path / 'in')

@@ -83,7 +83,7 @@ def test_features_and_gradients_equal_transformers(parity, saved, imported, imag
   parity.check_gradients(NAME, imported.sizes, param_grads, saved[0], tmp_path / 'gradients')
 
 
-def test_features_at_the_config_resolution_and_at_a_layer(parity, saved, imported, images):
+def test_features_of_any_layer_equal_at_the_config_resolution(parity, saved, imported, images):
   square, model = images[:, :24, :24], Dinov2(imported.sizes)
   pixels = _reference(saved[0], square)[1]
   theirs = saved[0](pixel_values=pixels, output_hidden_states=True)

@@ -74,7 +74,7 @@ def test_untied_output_head_is_refused(show_o2, tmp_path):
     families.load(NAME, sources.open_source(str(tmp_path)), sizes=show_o2.sizes)
 
 
-def test_embeddings_of_a_visual_prompt_are_left_to_the_caller(show_o2):
+def test_import_leaves_embeddings_of_codes_absent(show_o2):
   sizes = dataclasses.replace(show_o2.sizes, codes=5)
   abstract = jax.eval_shape(lambda key: showo2.init(sizes, key), jax.random.key(0))
   loaded = families.load(NAME, sources.open_source(str(show_o2.folder)), sizes=sizes)
