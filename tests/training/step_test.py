@@ -155,7 +155,7 @@ def test_losses_without_counts_are_refused(line_system, optim):
     _run(system, optim())
 
 
-def test_stage_names_of_leaves_are_checked(line_system, optim):
+def test_stage_that_trains_an_unknown_group_is_refused(line_system, optim):
   system = line_system()
   stage = Stage('typo', ('heads/',), {'tokens': 1.0, 'watched': 0.0}, ema=False)
   step = make_train_step(system, stage, optim())
