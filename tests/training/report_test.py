@@ -46,7 +46,9 @@ def test_memory_is_read_from_the_compiled_step():
   memory = report.memory_of(compiled)
   assert memory.arguments == 256 * 256 * 4
   assert memory.total >= memory.arguments + memory.outputs
-  assert '0.2' in report.memory_text(memory) and 'does not report' in report.memory_text(None)
+  text = report.memory_text(memory)
+  assert f'{memory.total / 2**20:,.1f} MiB' in text and 'frozen networks and batch 0.2,' in text
+  assert 'does not report' in report.memory_text(None)
 
 
 def test_sample_line_has_shapes_and_caption(line_system):

@@ -206,15 +206,6 @@ class Store:
     newest = self._newest_intact(load)
     return None if newest is None else (newest[1], newest[0])
 
-  def latest_record(self) -> Record | None:
-    """The newest readable record of a checkpoint, or None."""
-    for step in reversed(self.steps()):
-      try:
-        return self._record(step)
-      except _Damaged as reason:
-        logging.warning('checkpoint %d in %s: %s', step, self._directory, reason)
-    return None
-
   def steps(self) -> list[int]:
     """Steps of all complete checkpoints, in ascending order."""
     return [step for step in self._folders() if (self._folder(step) / _MARKER).exists()]
