@@ -130,9 +130,9 @@ def test_a_file_is_rendered_with_its_own_prompts_or_new_ones(parse):
   request = parse('--visual_prompt=two.json')
   own, reprompted = request.with_prompts([]), request.with_prompts(['x'])
   assert own.count(0, 1) == 2
-  for with_prompts, prompts in ((own, ('a red fox', 'two pears')), (reprompted, ('x', 'x'))):
+  for variant, prompts in ((own, ('a red fox', 'two pears')), (reprompted, ('x', 'x'))):
     _Prompter.calls.clear()
-    _generate(with_prompts, [])
+    _generate(variant, [])
     ((name, (loaded, seed, _), _),) = _Prompter.calls
     assert name == 'render' and loaded.prompts == prompts and seed == 5
     np.testing.assert_array_equal(loaded.codes, _plans().codes)
