@@ -314,7 +314,7 @@ def test_cached_logits_equal_uncached(system, params, prepared):
 
 @pytest.mark.parametrize('scales', [(1.0, 1.0), (3.0, 2.0)])
 def test_greedy_codes_are_the_likeliest_of_their_block(system, params, scales):
-  """Each is the argmax of the uncached, guided logits over the vocabulary of its block."""
+  """Each is the argmax of the uncached guided logits over the vocabulary of its block."""
   batch = _batch(system)
   settings = Sampling(temperature=0.0, guidance=scales[0], plan_guidance=scales[1])
   sample = jax.jit(lambda p, r: llamagen_sampler.sample(system.model, settings, p, r, KEY))
