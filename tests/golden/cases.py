@@ -17,7 +17,7 @@ class Case:
     name: file name without its suffix.
     config: file and argument, as `--config` takes them.
     overrides: dotted field of the config -> value as text, as `--config.FIELD=VALUE` takes it.
-    draws: name of a set of samples -> settings that differ from the config's own; empty where
+    samples: name of a set of samples -> settings that differ from the config's own; empty where
       nothing is sampled. The set `given` renders visual prompts of held-out images.
     quick: whether XLA skips most optimizations, for fast compilation.
     shipped: whether the parameters are `assets:tiny` instead of redrawn ones; such a case has only
@@ -27,7 +27,7 @@ class Case:
   name: str
   config: str
   overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  draws: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+  samples: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
   quick: bool = True
   shipped: bool = False
 
@@ -129,7 +129,7 @@ CASES = (
 PROMPTS = ('three red circles', 'a blue star above a green square', 'a dog', 'two yellow hearts')
 
 
-def chosen(names: list[str]) -> list[Case]:
+def select(names: list[str]) -> list[Case]:
   """The cases with these names, in the order of the table; all cases if `names` is empty.
 
   Raises:

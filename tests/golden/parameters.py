@@ -1,8 +1,8 @@
 """Parameters for golden numbers: each leaf is a function of its path and shape alone.
 
-No leaf is zero or the identity, so leaves that are initialized at zero are tested as well. The values
-depend neither on JAX nor on the order of a tree: code that renames or reorders leaves gets the same
-arrays under the recorded paths.
+No leaf is zero or the identity, so leaves that are initialized at zero are tested as well. The
+values depend neither on JAX nor on the order of a tree: code that renames or reorders leaves gets
+the same arrays under the recorded paths.
 """
 
 from __future__ import annotations
@@ -33,12 +33,8 @@ def redraw(path: str, shape: tuple[int, ...]) -> np.ndarray:
   *parents, name = path.split('/')
   normal = np.random.default_rng(zlib.crc32(path.encode())).standard_normal(shape)
   if name == 'kernel':
-    kernel_shape = shape[1:] if _STACKED.search(path) else shape
-    inputs = (
-      kernel_shape[0]
-      if parents[-1:] and parents[-1] in _PROJECTIONS
-      else math.prod(kernel_shape[:-1])
-    )
+    sizes = shape[1:] if _STACKED.search(path) else shape
+    inputs = sizes[0] if parents[-1:] and parents[-1] in _PROJECTIONS else math.prod(sizes[:-1])
     return (normal / math.sqrt(inputs)).astype(np.float32)
   deviation = _DEVIATIONS.get(name, _ELSEWHERE)
   return np.asarray(_MEANS.get(name, 0.0) + deviation * normal, np.float32)
