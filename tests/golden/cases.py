@@ -1,6 +1,6 @@
-"""The table of golden cases: a config each, with the settings that pictures are drawn with.
+"""The table of golden cases: configs with settings for sampling.
 
-Together they have every config file, every architecture and every stage, at the size `debug`.
+Together they cover every config file, every architecture and every stage, at the size `debug`.
 """
 
 from __future__ import annotations
@@ -11,35 +11,35 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A config that is recorded.
+  """A recorded config.
 
   Attributes:
-    name: of the file; a word.
+    name: file name without its suffix.
     config: file and argument, as `--config` takes them.
     overrides: dotted field of the config -> value as text, as `--config.FIELD=VALUE` takes it.
-    draws: name of a drawing -> settings that differ from the config's own; empty where nothing is
-      drawn. The one called `given` renders visual prompts of held-out pictures.
-    quick: whether programs are compiled fast, as the configs of size `debug` ask for.
-    shipped: whether the parameters are those of `assets:tiny` in place of redrawn ones; such a case
-      has the first step's losses and gradients alone, and the pictures of four prompts.
+    samples: name of a set of samples -> settings that differ from the config's own; empty where
+      nothing is sampled. The set `given` renders visual prompts of held-out images.
+    quick: whether XLA skips most optimizations, for fast compilation.
+    shipped: whether the parameters are `assets:tiny` instead of redrawn ones; such a case has only
+      the losses and gradients of the first step, and the images of four prompts.
   """
 
   name: str
   config: str
   overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  draws: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+  samples: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
   quick: bool = True
   shipped: bool = False
 
 
 _FILTERS = {'temperature': 0.9, 'top_k': 200, 'top_p': 0.95}
-_LED = {'guidance': 2.0, 'plan_guidance': 2.0, **_FILTERS}
-_PLANNED = {'own': {}, 'led': _LED, 'given': {'guidance': 1.0}}
-_UNPLANNED = {'own': {}, 'led': {'guidance': 2.0}}
-_EDITED = {'own': {}, 'led': _LED | {'image_guidance': 1.5}, 'given': {'guidance': 1.0}}
+_GUIDED = {'guidance': 2.0, 'plan_guidance': 2.0, **_FILTERS}
+_WITH_PROMPT = {'own': {}, 'led': _GUIDED, 'given': {'guidance': 1.0}}
+_WITHOUT_PROMPT = {'own': {}, 'led': {'guidance': 2.0}}
+_EDITS = {'own': {}, 'led': _GUIDED | {'image_guidance': 1.5}, 'given': {'guidance': 1.0}}
 _CONTINUOUS = {'own': {}, 'led': {'guidance': 3.0, **_FILTERS}, 'given': {'guidance': 1.0}}
 
-# What `tiny` adds to `debug`, and choices that the paper leaves open.
+# Options that `tiny` adds to `debug`, and choices that the paper leaves open.
 _T2I_OPTIONS = {
   'unroll': 'true',
   'model.layout': 'raster',
@@ -74,7 +74,7 @@ _CONTINUOUS_OPTIONS = {
   'model.logits_chunk': '10',
   'sample.shift': '3.0',
 }
-_JUDGE = {
+_EVALUATOR = {
   'seed': '1234',
   'data.source': 'scenes',
   'data.text_length': '24',
@@ -91,29 +91,29 @@ _DISCRETE, _CONTINUOUS_FILE = 'configs/c2i_discrete.py:debug', 'configs/c2i_cont
 _CODEC = 'configs/codec.py:debug'
 
 CASES = (
-  Case('t2i_internal', _T2I, {}, _PLANNED),
-  Case('t2i_single', f'{_T2I},arch=single', {}, _PLANNED),
-  Case('t2i_external_prefix', f'{_T2I},arch=external', {}, _PLANNED),
-  Case('t2i_external_keys', f'{_T2I},arch=external', {'model.condition': 'keys'}, _PLANNED),
-  Case('t2i_external_cross', f'{_T2I},arch=external', {'model.condition': 'cross'}, _PLANNED),
-  Case('t2i_internal_unplanned', f'{_T2I},vpe=false', {}, _UNPLANNED),
-  Case('t2i_single_unplanned', f'{_T2I},arch=single,vpe=false', {}, _UNPLANNED),
+  Case('t2i_internal', _T2I, {}, _WITH_PROMPT),
+  Case('t2i_single', f'{_T2I},arch=single', {}, _WITH_PROMPT),
+  Case('t2i_external_prefix', f'{_T2I},arch=external', {}, _WITH_PROMPT),
+  Case('t2i_external_keys', f'{_T2I},arch=external', {'model.condition': 'keys'}, _WITH_PROMPT),
+  Case('t2i_external_cross', f'{_T2I},arch=external', {'model.condition': 'cross'}, _WITH_PROMPT),
+  Case('t2i_internal_unplanned', f'{_T2I},vpe=false', {}, _WITHOUT_PROMPT),
+  Case('t2i_single_unplanned', f'{_T2I},arch=single,vpe=false', {}, _WITHOUT_PROMPT),
   Case('t2i_online', _T2I, {'data.encode': 'online'}, {'own': {}}),
   Case('t2i_accumulate', _T2I, {'optim.accumulate': '2'}),
-  Case('t2i_options', _T2I, _T2I_OPTIONS, _PLANNED),
-  Case('edit_internal', _EDIT, {}, _EDITED),
-  Case('edit_external', f'{_EDIT},arch=external', {}, _PLANNED),
+  Case('t2i_options', _T2I, _T2I_OPTIONS, _WITH_PROMPT),
+  Case('edit_internal', _EDIT, {}, _EDITS),
+  Case('edit_external', f'{_EDIT},arch=external', {}, _WITH_PROMPT),
   Case('edit_online', _EDIT, {'data.encode': 'online'}),
-  Case('text_rendering', _TEXT, {}, _PLANNED),
-  Case('text_rendering_unplanned', f'{_TEXT},vpe=false', {}, _UNPLANNED),
-  Case('c2i_discrete', _DISCRETE, {}, _PLANNED),
-  Case('c2i_discrete_unplanned', f'{_DISCRETE},vpe=false', {}, _UNPLANNED),
+  Case('text_rendering', _TEXT, {}, _WITH_PROMPT),
+  Case('text_rendering_unplanned', f'{_TEXT},vpe=false', {}, _WITHOUT_PROMPT),
+  Case('c2i_discrete', _DISCRETE, {}, _WITH_PROMPT),
+  Case('c2i_discrete_unplanned', f'{_DISCRETE},vpe=false', {}, _WITHOUT_PROMPT),
   Case('c2i_discrete_options', _DISCRETE, _DISCRETE_OPTIONS, {'own': {}}),
   Case('c2i_continuous', _CONTINUOUS_FILE, {}, _CONTINUOUS),
-  Case('c2i_continuous_unplanned', f'{_CONTINUOUS_FILE},vpe=false', {}, _UNPLANNED),
+  Case('c2i_continuous_unplanned', f'{_CONTINUOUS_FILE},vpe=false', {}, _WITHOUT_PROMPT),
   Case('c2i_continuous_options', _CONTINUOUS_FILE, _CONTINUOUS_OPTIONS, {'own': {}}),
   Case('siglip', _SIGLIP),
-  Case('siglip_judge', _SIGLIP, _JUDGE),
+  Case('siglip_judge', _SIGLIP, _EVALUATOR),
   Case('codec_feature_vq', f'{_CODEC},stage=feature_vq'),
   Case('codec_image', f'{_CODEC},stage=image'),
   Case('codec_image_codes', f'{_CODEC},stage=image_codes'),
@@ -129,11 +129,11 @@ CASES = (
 PROMPTS = ('three red circles', 'a blue star above a green square', 'a dog', 'two yellow hearts')
 
 
-def chosen(names: list[str]) -> list[Case]:
-  """The cases with these names, in the order of the table; all where none is named.
+def select(names: list[str]) -> list[Case]:
+  """The cases with these names, in the order of the table; all cases if `names` is empty.
 
   Raises:
-    ValueError: a name is none of a case.
+    ValueError: no case has a name of `names`.
   """
   known = [case.name for case in CASES]
   for name in names:

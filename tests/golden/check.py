@@ -1,8 +1,8 @@
 """Compares this code with golden numbers: python -m tests.golden.check [case ...]
 
-Prints a line for each case, with the largest error of each kind and how long it took, and a line
-for each violation; ends with status 1 if there is any. Batches, parameters and requests are the
-recorded ones, so that the pipeline has a part in `data` alone.
+Prints a line for each case with the largest error of each kind and the duration, and a line for
+each violation; the exit status is 1 if there is any. Batches, parameters and requests are the
+recorded ones, so that the pipeline affects `data` alone.
 """
 
 from __future__ import annotations
@@ -16,63 +16,63 @@ from collections.abc import Iterator
 import numpy as np
 
 from tests.golden import adapter, parameters, record
-from tests.golden.adapter import Arrays, Made
-from tests.golden.cases import Case, chosen
+from tests.golden.adapter import Arrays, Setup
+from tests.golden.cases import Case, select
 
 TOLERANCES = {
   'data': 1e-5,  # arrays of batches: integers must be equal
-  'init': 1e-6,  # sums of fresh leaves that have kept their names
-  'spread': 6.0,  # mean and deviation of the others, in standard errors
+  'init': 1e-6,  # sums of fresh leaves whose names are unchanged
+  'moments': 6.0,  # mean and deviation of renamed fresh leaves, in standard errors
   'figures': 0.0,  # tokens
-  'loss': 1e-6,  # before the first step: terms, their counts and weights, held-out losses
-  'gradient': 1e-5,  # of the first step: norm of all and of each leaf, products with probes
-  'steps': 1e-4,  # what ten steps log, and held-out losses after them
-  'moved': 1e-3,  # how far parameters and averages went in ten steps
-  'codes': 0.0,  # rows of codes that differ
+  'loss': 1e-6,  # before the first step: loss terms, counts, weights, held-out losses
+  'gradient': 1e-5,  # of the first step: total norm, norm of each leaf, products with probes
+  'steps': 1e-4,  # logged metrics of ten steps, and held-out losses after them
+  'moved': 1e-3,  # changes of parameters and averages in ten steps
+  'codes': 0.0,  # sequences of codes that differ
   'latents': 1e-4,  # in deviations of the latents
   'image': 2.0,  # in levels of 255
-  'score': 1e-5,  # likelihood and similarity of plans
+  'score': 1e-5,  # likelihood and similarity of visual prompts
 }
-# What jumps where two numbers tie: counts of hits, and of codes in use.
-_JUMPING = ('accuracy', 'retrieval', 'perplexity')
-_JUMP = 0.02
-# Leaves count at least as this share of the whole gradient. One whose gradient is zero but for
-# rounding, as that of keys' biases without rotation, is below `_SILENT`: Adam makes steps of it
-# whose direction is chance, so where it goes isn't compared.
+# Discontinuous metrics, which change by whole counts where two numbers tie.
+_DISCONTINUOUS = ('accuracy', 'retrieval', 'perplexity')
+_JUMP = 0.02  # allowed change of a discontinuous metric
+# Norms of leaves are at least this share of the whole gradient in relative errors. Leaves below
+# `_SILENT` have a gradient of rounding errors alone, such as the biases of keys without rotation.
+# Adam moves them in random directions, so their changes aren't compared.
 _FLOOR, _SILENT = 1e-4, 1e-6
-_TIES = 2  # drawings in which one row may differ, where nothing else does: two logits tied
+_TIES = 2  # sets of samples in which one sequence may differ by a tie, if all else is equal
 
-Error = tuple[str, float, str]  # kind, error, and what it is of
+Error = tuple[str, float, str]  # kind, error, and the name of the compared number
 
 
 def errors(case: Case) -> Iterator[Error]:
   """Compares a case with its record, number by number."""
   stored, batches = record.read(case)
-  made = adapter.make(case)
-  yield from _data(made, stored, batches)
+  setup = adapter.make(case)
+  yield from _data(setup, stored, batches)
   shapes = dict(zip(stored['paths'].tolist(), map(tuple, map(json.loads, stored['shapes']))))
-  if (ours := adapter.shapes(made)) != shapes:
+  if (ours := adapter.shapes(setup)) != shapes:
     differing = [path for path in ours.keys() | shapes if ours.get(path) != shapes.get(path)]
     yield 'init', np.inf, f'paths and shapes of {sorted(differing)}'
     return
-  found = record.measure(case, made, batches, shapes)
-  wanted = {key for key in stored if not key.startswith(('read/', 'batch/'))}
-  for key in sorted(wanted ^ found.keys()):
-    yield 'figures', np.inf, f'{key}, which only one has'
-  yield from _initial(found, stored, shapes, adapter.same_name(made))
-  for stage in adapter.stages(made):
-    ours, theirs = (record.named(each, f'stage/{stage}/') for each in (found, stored))
-    for kind, error, what in _stage(ours, theirs, shapes):
-      yield kind, error, f'{stage}: {what}'
-  yield from _drawings(found, stored)
+  measured = record.measure(case, setup, batches, shapes)
+  expected = {key for key in stored if not key.startswith(('read/', 'batch/'))}
+  for key in sorted(expected ^ measured.keys()):
+    yield 'figures', np.inf, f'{key}, which only one of them has'
+  yield from _initial(measured, stored, shapes, adapter.same_name(setup))
+  for stage in adapter.stages(setup):
+    ours, theirs = (record.named(each, f'stage/{stage}/') for each in (measured, stored))
+    for kind, error, name in _stage(ours, theirs, shapes):
+      yield kind, error, f'{stage}: {name}'
+  yield from _samples(measured, stored)
 
 
-def _data(made: Made, stored: Arrays, batches: Arrays) -> Iterator[Error]:
-  """The pipeline's batches: check sums, and values where floats have other ones."""
-  ours, sums = record.batches_of(made)
+def _data(setup: Setup, stored: Arrays, batches: Arrays) -> Iterator[Error]:
+  """Batches of the pipeline: checksums, and values of float arrays whose checksums differ."""
+  ours, sums = record.batches_of(setup)
   for key, theirs in record.named(stored, 'read/').items():
     if key not in sums:
-      yield 'data', np.inf, f'{key}, which is no more'
+      yield 'data', np.inf, f'{key}, which is missing'
       continue
     crc, total = sums[key]
     if crc == theirs[0]:
@@ -85,75 +85,77 @@ def _data(made: Made, stored: Arrays, batches: Arrays) -> Iterator[Error]:
       yield 'data', float(np.abs(ours[key] - batches[key]).max()), key
 
 
-def _initial(found: Arrays, stored: Arrays, shapes: dict, kept: set[str]) -> Iterator[Error]:
-  """Fresh leaves: the same where their names are, else as spread out."""
+def _initial(
+  measured: Arrays, stored: Arrays, shapes: dict, same_names: set[str]
+) -> Iterator[Error]:
+  """Fresh leaves: equal values where names are unchanged, else equal mean and deviation."""
   for number, (path, shape) in enumerate(shapes.items()):
     ours, theirs = (
       {key: each[key][number] for key in each if key.startswith(('init/', 'inherit/'))}
-      for each in (found, stored)
+      for each in (measured, stored)
     )
-    size, spread = max(int(np.prod(shape)), 1), theirs['init/std']
-    if path not in kept:
-      error = spread / np.sqrt(size) + 1e-6
+    size, deviation = max(int(np.prod(shape)), 1), theirs['init/std']
+    if path not in same_names:
+      error = deviation / np.sqrt(size) + 1e-6
       for name in ('mean', 'std'):
         key = f'init/{name}'
-        yield 'spread', abs(ours[key] - theirs[key]) / error, f'{key} of {path}'
+        yield 'moments', abs(ours[key] - theirs[key]) / error, f'{key} of {path}'
       continue
-    scale = size * (abs(theirs['init/mean']) + spread) + 1e-9
+    scale = size * (abs(theirs['init/mean']) + deviation) + 1e-9
     yield 'init', abs(ours['init/sum'] - theirs['init/sum']) / scale, path
     if 'inherit/std' in theirs:
       scale = size * (theirs['inherit/std'] + abs(theirs['inherit/sum']) / size) + 1e-9
       yield 'init', abs(ours['inherit/sum'] - theirs['inherit/sum']) / scale, f'inherited {path}'
 
 
-def _stage(found: Arrays, stored: Arrays, shapes: dict) -> Iterator[Error]:
-  """Numbers of one stage."""
+def _stage(measured: Arrays, stored: Arrays, shapes: dict) -> Iterator[Error]:
+  """Compares the numbers of one stage."""
   for kind in ('terms', 'steps', 'heldout'):
-    ours, theirs = found.get(f'{kind}/names'), stored.get(f'{kind}/names')
+    ours, theirs = measured.get(f'{kind}/names'), stored.get(f'{kind}/names')
     if theirs is not None and (ours is None or ours.tolist() != theirs.tolist()):
       yield 'figures', np.inf, f'names of {kind}: {ours}, not {theirs}'
       return
   theirs = dict(zip(stored['figures/names'], stored['figures'], strict=True))
-  for name, ours in zip(found['figures/names'], found['figures'], strict=True):
+  for name, ours in zip(measured['figures/names'], measured['figures'], strict=True):
     yield 'figures', _relative(ours, theirs[name]), str(name)
-  for name, ours, theirs in zip(stored['terms/names'], found['terms'], stored['terms']):
+  for name, ours, theirs in zip(stored['terms/names'], measured['terms'], stored['terms']):
     for part, a, b in zip(('sum', 'count', 'weight'), ours, theirs):
       yield 'loss', _relative(a, b), f'{part} of {name} at step 1'
-  yield from _leaves('gradient', 'gradient', found, stored, shapes)
+  yield from _leaves('gradient', 'gradient', measured, stored, shapes)
   if 'steps' not in stored:
     return
   for number, name in enumerate(stored['steps/names'].tolist()):
-    for step, (a, b) in enumerate(zip(found['steps'][:, number], stored['steps'][:, number])):
+    for step, (a, b) in enumerate(zip(measured['steps'][:, number], stored['steps'][:, number])):
       kind = 'steps' if step else 'gradient' if name == 'grad_norm' else 'loss'
       yield kind, _logged(name, a, b, step), f'{name} at step {step + 1}'
   for number, name in enumerate(stored['heldout/names'].tolist()):
     for kind, a, b in zip(
-      ('loss', 'steps'), found['heldout'][:, number], stored['heldout'][:, number]
+      ('loss', 'steps'), measured['heldout'][:, number], stored['heldout'][:, number]
     ):
       yield kind, _logged(name, a, b, kind == 'steps'), f'{name}, {kind}'
   norms = stored['gradient/norm']
   silent = norms < _SILENT * np.sqrt(np.nansum(norms**2))
   for tree in ('params', 'ema'):
-    yield from _leaves('moved', f'{tree}/moved', found, stored, shapes, silent)
+    yield from _leaves('moved', f'{tree}/moved', measured, stored, shapes, silent)
 
 
 def _leaves(
   kind: str,
   key: str,
-  found: Arrays,
+  measured: Arrays,
   stored: Arrays,
   shapes: dict,
   silent: np.ndarray | None = None,
 ) -> Iterator[Error]:
-  """Norms of leaves that aren't silent, and their products with probes, against the norms."""
+  """Norms of leaves that aren't silent, and their products with probes, relative to the norms."""
   norms = stored[f'{key}/norm']
   whole = np.sqrt(np.nansum(norms**2))
   for number, (path, shape) in enumerate(shapes.items()):
     ours, theirs = (
-      [each[f'{key}/{name}'][number] for name in ('norm', 'product')] for each in (found, stored)
+      [each[f'{key}/{name}'][number] for name in ('norm', 'product')] for each in (measured, stored)
     )
     if np.isnan(theirs[0]) != np.isnan(ours[0]):
-      yield kind, np.inf, f'{key} of {path}, which only one has'
+      yield kind, np.inf, f'{key} of {path}, which only one of them has'
     elif not np.isnan(theirs[0]) and not (silent is not None and silent[number]):
       scale = max(norms[number], _FLOOR * whole, 1e-12)
       rms = np.sqrt(np.mean(parameters.probe(path, shape) ** 2))
@@ -161,11 +163,11 @@ def _leaves(
       yield kind, abs(ours[1] - theirs[1]) / (scale * rms), f'{key} of {path} against its probe'
 
 
-def _drawings(found: Arrays, stored: Arrays) -> Iterator[Error]:
-  """Codes, latents and pictures; rows whose codes differ aren't compared any further."""
+def _samples(measured: Arrays, stored: Arrays) -> Iterator[Error]:
+  """Codes, latents and images; latents and images are compared where the codes are equal."""
   for key in [key for key in stored if key.startswith('draw/') and key.endswith('/codes')]:
     name = key.removesuffix('/codes')
-    ours, theirs = (record.named(each, f'{name}/') for each in (found, stored))
+    ours, theirs = (record.named(each, f'{name}/') for each in (measured, stored))
     same = np.all(ours['codes'] == theirs['codes'], axis=1)
     if 'latents' in theirs and theirs['latents'].dtype.kind == 'i':
       same &= np.all(ours['latents'] == theirs['latents'], axis=(1, 2))
@@ -178,53 +180,53 @@ def _drawings(found: Arrays, stored: Arrays) -> Iterator[Error]:
     yield 'image', float(error.max(initial=0)), name
   for key in [key for key in stored if key.startswith('score/')]:
     if stored[key].dtype.kind == 'i':
-      yield 'codes', float(np.sum(np.any(found[key] != stored[key], axis=1))), key
+      yield 'codes', float(np.sum(np.any(measured[key] != stored[key], axis=1))), key
     else:
-      yield 'score', float(np.max(np.abs(found[key] / stored[key] - 1))), key
+      yield 'score', float(np.max(np.abs(measured[key] / stored[key] - 1))), key
 
 
-def _relative(ours: float, theirs: float, least: float = 1e-6) -> float:
-  """The relative error; numbers count as at least `least`."""
+def _relative(ours: float, theirs: float, floor: float = 1e-6) -> float:
+  """The relative error; `floor` is the least denominator."""
   if ours == theirs:
     return 0.0
-  return abs(ours - theirs) / max(abs(theirs), least)
+  return abs(ours - theirs) / max(abs(theirs), floor)
 
 
 def _logged(name: str, ours: float, theirs: float, later: bool | int) -> float:
-  """The error of a logged number; of one that jumps, what is beyond a jump."""
-  if later and name.endswith(_JUMPING):
+  """The error of a logged metric; for discontinuous ones 0 or infinity."""
+  if later and name.endswith(_DISCONTINUOUS):
     return 0.0 if abs(ours - theirs) <= _JUMP * max(1.0, abs(theirs)) else np.inf
-  # A loss may come close to zero as the sum of parts that don't.
+  # A loss may be close to zero as the sum of larger parts.
   return _relative(ours, theirs, 0.1 if name.startswith(('loss', 'eval/')) else 1e-6)
 
 
 def check(case: Case) -> bool:
-  """Compares one case and prints its line; whether there is no violation."""
+  """Compares one case and prints its lines; returns whether there is no violation."""
   start, worst, violations = time.monotonic(), {}, []
-  for kind, error, what in errors(case):
+  for kind, error, name in errors(case):
     worst[kind] = max(worst.get(kind, 0.0), error)
-    if not error <= TOLERANCES[kind]:  # NaN is one as well.
-      violations.append((kind, error, what))
-  ties = [what for kind, error, what in violations if kind == 'codes' and error == 1]
+    if not error <= TOLERANCES[kind]:  # NaN is a violation as well.
+      violations.append((kind, error, name))
+  ties = [name for kind, error, name in violations if kind == 'codes' and error == 1]
   tied = 0 < len(ties) == len(violations) <= _TIES
   verdict = 'ok' if not violations else 'ok but for a tie' if tied else 'FAILS'
-  said = ' '.join(f'{kind} {error:.2g}' for kind, error in worst.items())
-  print(f'{case.name}: {verdict} | {said} | {time.monotonic() - start:.0f} s', flush=True)
-  for kind, error, what in violations[:10]:
-    print(f'  {kind}: {what}: {error:.2g} is above {TOLERANCES[kind]:g}', flush=True)
+  summary = ' '.join(f'{kind} {error:.2g}' for kind, error in worst.items())
+  print(f'{case.name}: {verdict} | {summary} | {time.monotonic() - start:.0f} s', flush=True)
+  for kind, error, name in violations[:10]:
+    print(f'  {kind}: {name}: {error:.2g} is above {TOLERANCES[kind]:g}', flush=True)
   if len(violations) > 10:
     print(f'  and {len(violations) - 10} more', flush=True)
   return tied or not violations
 
 
 def main(names: list[str]) -> bool:
-  """Checks the cases with these names, or all; whether there is no violation."""
-  cases = chosen(names)
+  """Checks the cases with these names, or all; returns whether there is no violation."""
+  cases = select(names)
   with tempfile.TemporaryDirectory() as folder:
     adapter.begin(folder)
-    good = [check(case) for case in cases]
-  print(f'{sum(good)} of {len(good)} are as they were')
-  return all(good)
+    passed = [check(case) for case in cases]
+  print(f'{sum(passed)} of {len(passed)} cases are unchanged')
+  return all(passed)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 """Writes keys/*.json.gz: keys and shapes of published networks.
 
-From the reference libraries where they hold the network, else by the pattern of the golden model's
-keys. Needs torch, diffusers and transformers; nothing is downloaded and no weights are made
-(torch's meta device).
+They come from the reference libraries if these contain the network, else from the pattern of the
+golden model's keys. Needs torch, diffusers and transformers; nothing is downloaded, and no weights
+are created (torch's meta device).
 
 Run as `python tests/golden/make_codec_keys.py`.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 KEYS = Path(__file__).parent / 'keys'
-# Of the published config.json files: everything that shapes depend on, and the latents' moments.
+# Fields of the published config.json files: those that shapes depend on, and moments of latents.
 _KL = {
   'block_out_channels': [128, 256, 512, 512],
   'down_block_types': ['DownEncoderBlock2D'] * 4,

@@ -1,7 +1,7 @@
-"""Writes codes.npz beside the golden tokenizers: what the released code makes of 64 pictures.
+"""Writes codes.npz beside the golden tokenizers: codes of 64 images by the released code.
 
 32 renders of OpenMoji and 32 of noise go through LlamaGen's VQ and Emu3.5's IBQ with their golden
-weights. No package holds these networks: check out the released code first,
+weights. No package contains these networks: check out the released code first,
 https://github.com/FoundationVision/LlamaGen (made with commit ce98ec41) and
 https://github.com/baaivision/Emu3.5 (8fcf1da4), and run
 
@@ -31,7 +31,7 @@ COUNT = 32  # of each kind
 
 
 def _load(name: str, path: Path, package: bool = False) -> ModuleType:
-  """A module from its file; a package with what lies beside it, without running its __init__."""
+  """A module from its file; as a package, with its sibling modules but without its __init__."""
   if package:
     parent = ModuleType(name)
     parent.__path__ = [str(path.parent)]
@@ -45,7 +45,7 @@ def _load(name: str, path: Path, package: bool = False) -> ModuleType:
 
 
 def llamagen(checkout: Path, config: dict) -> torch.nn.Module:
-  """LlamaGen's tokenizer; its class fixes the width of the first layer, which ours narrows."""
+  """LlamaGen's tokenizer; its class fixes the width of the first layer, which is narrowed here."""
   module = _load('vq_model', checkout / 'tokenizer' / 'tokenizer_image' / 'vq_model.py')
   size = {'ch': config['ch'], 'num_res_blocks': config['num_res_blocks']}
   module.Encoder = functools.partial(module.Encoder, **size)
@@ -75,8 +75,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--llamagen', type=Path, required=True)
   parser.add_argument('--emu', type=Path, required=True)
-  given = parser.parse_args()
-  jobs = (('llamagen_vq', llamagen, given.llamagen), ('emu35_ibq', emu, given.emu))
+  args = parser.parse_args()
+  jobs = (('llamagen_vq', llamagen, args.llamagen), ('emu35_ibq', emu, args.emu))
   for name, build, checkout in jobs:
     folder = GOLDEN / name
     model = build(checkout, json.loads((folder / 'config.json').read_text()))

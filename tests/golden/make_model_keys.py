@@ -2,9 +2,9 @@
 
 Command: python tests/golden/make_model_keys.py
 
-NAME.json.gz is key -> shape, NAME.config.json what the model's config.json says of its sizes.
-Keys of transformers' models come from its own classes on torch's meta device, those of other
-releases from their layers, written down here and first compared with the golden folder.
+NAME.json.gz maps keys to shapes; NAME.config.json has the sizes of the model's config.json. Keys of
+models in transformers come from its classes on torch's meta device. Keys of other releases are
+written out here, layer by layer, and first compared with the golden folder.
 """
 
 from __future__ import annotations
@@ -300,37 +300,37 @@ def llamagen(c: Mapping[str, Any]) -> Shapes:
   return shapes
 
 
-# Family -> its golden folder and its keys, for releases that transformers doesn't hold.
+# Family -> its golden folder and its keys, for releases that transformers lacks.
 WRITTEN = {'showo2': ('showo2', showo2), 'llamagen': ('llamagen_gpt', llamagen)}
 
 
 def _check_golden(family: str) -> None:
-  """The keys written down here are those of the golden folder at its sizes."""
+  """Asserts that the keys written out here equal those of the golden folder at its sizes."""
   name, keys = WRITTEN[family]
   folder = GOLDEN / name
-  found = keys(json.loads((folder / 'config.json').read_text()))
+  shapes = keys(json.loads((folder / 'config.json').read_text()))
   with safe_open(folder / 'model.safetensors', 'np') as file:
-    wanted = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-  assert found == wanted, set(found.items()) ^ set(wanted.items())
+    expected = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+  assert shapes == expected, set(shapes.items()) ^ set(expected.items())
 
 
 def _from_transformers(config: Mapping[str, Any]) -> Shapes:
-  """Keys of what save_pretrained would write."""
+  """Keys that save_pretrained would write."""
   import torch
   import transformers
   from transformers import core_model_loading
 
-  said = transformers.AutoConfig.for_model(**config)
+  model_config = transformers.AutoConfig.for_model(**config)
   with torch.device('meta'):
-    model = getattr(transformers, config['architectures'][0])(said)
+    model = getattr(transformers, config['architectures'][0])(model_config)
   dropped = set(model.all_tied_weights_keys)
-  # In memory some models have other names than in their files.
+  # Some models have other names in memory than in their files.
   state = core_model_loading.revert_weight_conversion(model, model.state_dict())
   return {key: tuple(leaf.shape) for key, leaf in state.items() if key not in dropped}
 
 
 def main() -> None:
-  """Writes all of them."""
+  """Writes all lists."""
   (GOLDEN / 'keys').mkdir(exist_ok=True)
   for family in WRITTEN:
     _check_golden(family)

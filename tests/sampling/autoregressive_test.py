@@ -1,4 +1,4 @@
-"""Token filters, draws and cached autoregressive."""
+"""Token filters, sampling of tokens, and cached autoregressive decoding."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ PLAIN = TokenSampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 LOGITS = jnp.log(jnp.asarray([0.05, 0.4, 0.3, 0.2, 0.05]))
 
 
-def _kept(**settings):
+def _kept_tokens(**settings):
   return np.flatnonzero(np.isfinite(autoregressive.filter_logits(LOGITS, **settings))).tolist()
 
 
@@ -43,11 +43,11 @@ def _kept(**settings):
     ({'temperature': 100.0, 'min_p': 0.9}, [0, 1, 2, 3, 4]),
   ],
 )
-def test_filters_keep_what_they_say(settings, kept):
-  assert _kept(**settings) == kept
+def test_filters_keep_the_expected_tokens(settings, kept):
+  assert _kept_tokens(**settings) == kept
 
 
-def test_filter_leaves_the_scaled_logits_of_what_it_keeps():
+def test_filter_keeps_the_scaled_logits():
   filtered = autoregressive.filter_logits(LOGITS.astype(jnp.bfloat16), temperature=0.5, top_k=2)
   assert filtered.dtype == jnp.float32
   expected = np.asarray(LOGITS.astype(jnp.bfloat16), np.float32)[[1, 2]] / 0.5
@@ -55,14 +55,14 @@ def test_filter_leaves_the_scaled_logits_of_what_it_keeps():
 
 
 def test_filters_agree_with_a_plain_implementation():
-  rows = np.asarray(jax.random.normal(jax.random.key(0), (20, 64)) * 3)
-  ours = np.isfinite(autoregressive.filter_logits(jnp.asarray(rows), 0.8, 30, 0.9, 0.05))
-  for row, kept in zip(rows / 0.8, ours):
-    places = np.argsort(-row)[:30]
-    share = np.exp(row[places]) / np.exp(row[places]).sum()
-    places = places[: int(np.searchsorted(np.cumsum(share), 0.9)) + 1]
-    places = [p for p in places if np.exp(row[p]) >= 0.05 * np.exp(row.max())]
-    assert set(places) == set(np.flatnonzero(kept))
+  logits = np.asarray(jax.random.normal(jax.random.key(0), (20, 64)) * 3)
+  ours = np.isfinite(autoregressive.filter_logits(jnp.asarray(logits), 0.8, 30, 0.9, 0.05))
+  for element, kept in zip(logits / 0.8, ours):
+    tokens = np.argsort(-element)[:30]
+    share = np.exp(element[tokens]) / np.exp(element[tokens]).sum()
+    tokens = tokens[: int(np.searchsorted(np.cumsum(share), 0.9)) + 1]
+    tokens = [t for t in tokens if np.exp(element[t]) >= 0.05 * np.exp(element.max())]
+    assert set(tokens) == set(np.flatnonzero(kept))
 
 
 def test_greedy_takes_the_first_of_equals():
@@ -72,28 +72,28 @@ def test_greedy_takes_the_first_of_equals():
   assert autoregressive.sample_tokens(keys, logits, greedy).tolist() == [1, 0]
 
 
-def test_draws_follow_the_filtered_distribution():
+def test_samples_follow_the_filtered_distribution():
   count = 20_000
   settings = dataclasses.replace(PLAIN, min_p=0.3)  # leaves 4/9, 3/9, 2/9
   keys = jax.random.split(jax.random.key(3), count)
-  drawn = autoregressive.sample_tokens(keys, jnp.tile(LOGITS, (count, 1)), settings)
-  share = np.bincount(drawn, minlength=5) / count
+  tokens = autoregressive.sample_tokens(keys, jnp.tile(LOGITS, (count, 1)), settings)
+  share = np.bincount(tokens, minlength=5) / count
   expected = np.asarray([0, 4, 3, 2, 0]) / 9
   deviation = np.sqrt(expected * (1 - expected) / count)
   assert (np.abs(share - expected) <= 4 * deviation).all()
 
 
-def test_temperature_flattens():
+def test_temperature_flattens_the_distribution():
   count = 20_000
   keys = jax.random.split(jax.random.key(4), count)
   settings = dataclasses.replace(PLAIN, temperature=2.0)
-  drawn = autoregressive.sample_tokens(keys, jnp.tile(LOGITS, (count, 1)), settings)
+  tokens = autoregressive.sample_tokens(keys, jnp.tile(LOGITS, (count, 1)), settings)
   expected = np.sqrt(np.exp(LOGITS)) / np.sqrt(np.exp(LOGITS)).sum()
   deviation = np.sqrt(expected * (1 - expected) / count)
-  assert (np.abs(np.bincount(drawn, minlength=5) / count - expected) <= 4 * deviation).all()
+  assert (np.abs(np.bincount(tokens, minlength=5) / count - expected) <= 4 * deviation).all()
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_samples_do_not_depend_on_their_batch():
   keys = jax.random.split(jax.random.key(5), 8)
   logits = jax.random.normal(jax.random.key(6), (8, 50))
   together = autoregressive.sample_tokens(keys, logits, PLAIN)
@@ -127,7 +127,7 @@ def _counting(prefix, tokens, index):
   return Prefix(cache, (tokens + 1) % 10)
 
 
-def _draw_code(keys, state, index):
+def _sample_code(keys, state, index):
   del keys, index
   return state
 
@@ -137,7 +137,7 @@ def _counted(first, length, **settings):
   prefix = Prefix(jnp.full((count, length), -1, jnp.int32), jnp.asarray(first, jnp.int32))
   keys = jax.random.split(jax.random.key(0), count)
   run = lambda keys: autoregressive.generate(
-    _counting, prefix, length, keys, _draw_code, **settings
+    _counting, prefix, length, keys, _sample_code, **settings
   )
   return jax.jit(run)(keys)
 
@@ -166,9 +166,9 @@ TABLE = 3.0 * jax.random.normal(jax.random.key(8), (2, 40, 40))  # next-token lo
 
 
 def _recurrent(prefix, tokens, index):
-  """A network of two branches whose logits depend on all tokens: their sum of rows so far."""
-  rows = jnp.concatenate([table[part] for table, part in zip(TABLE, jnp.split(tokens, 2))])
-  return Prefix(prefix.cache + rows / (1.0 + index), prefix.cache + rows)
+  """A network of two branches whose logits depend on all tokens: the sum of their table entries."""
+  entries = jnp.concatenate([table[branch] for table, branch in zip(TABLE, jnp.split(tokens, 2))])
+  return Prefix(prefix.cache + entries / (1.0 + index), prefix.cache + entries)
 
 
 @pytest.mark.parametrize('scale', [0.0, 1.0, 2.5])
@@ -177,88 +177,88 @@ def test_cached_tokens_are_the_likeliest_of_uncached_guided_logits(scale):
   branches = Guidance.classifier_free(2.0).branches
   start = jax.random.normal(jax.random.key(9), (6, 40))
   greedy = dataclasses.replace(PLAIN, temperature=0.0)
-  draw = autoregressive.categorical(lambda state: state, greedy, guidance, branches)
+  sample = autoregressive.categorical(lambda state: state, greedy, guidance, branches)
   keys = jax.random.split(jax.random.key(0), 3)
   codes, _ = jax.jit(
-    lambda start: autoregressive.generate(_recurrent, Prefix(start, start), 7, keys, draw, 2)
+    lambda start: autoregressive.generate(_recurrent, Prefix(start, start), 7, keys, sample, 2)
   )(start)
   cache = logits = np.asarray(start)
   for i in range(7):
-    told, null = np.split(logits, 2)
-    guided = null + scale * (told - null)
+    conditional, unconditional = np.split(logits, 2)
+    guided = unconditional + scale * (conditional - unconditional)
     np.testing.assert_array_equal(codes[:, i], guided.argmax(-1))
-    rows = np.concatenate([table[codes[:, i]] for table in np.asarray(TABLE)])
-    cache, logits = cache + rows / (1.0 + i), cache + rows
+    entries = np.concatenate([table[codes[:, i]] for table in np.asarray(TABLE)])
+    cache, logits = cache + entries / (1.0 + i), cache + entries
 
 
-def test_guidance_may_fall_over_the_tokens():
-  told, null = jnp.asarray([[0.0, 1.0]]), jnp.asarray([[1.25, 0.0]])
+def test_guidance_may_decrease_over_the_tokens():
+  conditional, unconditional = jnp.asarray([[0.0, 1.0]]), jnp.asarray([[1.25, 0.0]])
   # Guided logits of token 0: 1.25 (1 - s), of token 1: s. They cross at s = 5 / 9.
   guidance = Guidance.classifier_free(-1.0, schedule='linear')
   greedy = dataclasses.replace(PLAIN, temperature=0.0)
-  draw = autoregressive.categorical(lambda state: state, greedy, guidance, guidance.branches, 10)
+  sample = autoregressive.categorical(lambda state: state, greedy, guidance, guidance.branches, 10)
   keys = jax.random.split(jax.random.key(0), 1)
   feed = lambda prefix, tokens, index: prefix
-  prefix = Prefix((), jnp.concatenate([told, null]))
-  codes, _ = autoregressive.generate(feed, prefix, 10, keys, draw, 2)
+  prefix = Prefix((), jnp.concatenate([conditional, unconditional]))
+  codes, _ = autoregressive.generate(feed, prefix, 10, keys, sample, 2)
   scales = 1 + (-1 - 1) * (10 - np.arange(10)) / 10
   np.testing.assert_array_equal(codes[0], scales > 5 / 9)
 
 
 def test_blocks_of_different_vocabularies_follow_one_another():
-  """Each block reads its own logits of the state, and begins where the one before ended."""
+  """Each block reads its own logits from the state, and starts where the previous one ended."""
   heads = jax.random.normal(jax.random.key(10), (2, 8, 12))
   embed = jax.random.normal(jax.random.key(11), (2, 12, 8))
   keys = jax.random.split(jax.random.key(0), 3)
   greedy = dataclasses.replace(PLAIN, temperature=0.0)
 
-  def block(prefix, place, length):
-    feed = lambda p, tokens, i: Prefix(p.cache + 1, jnp.tanh(p.state + embed[place][tokens]))
-    logits = lambda state: state @ heads[place]
-    draw = autoregressive.categorical(logits, greedy, UNGUIDED, UNGUIDED.branches)
-    return autoregressive.generate(feed, prefix, length, keys, draw)
+  def block(prefix, index, length):
+    feed = lambda p, tokens, i: Prefix(p.cache + 1, jnp.tanh(p.state + embed[index][tokens]))
+    logits = lambda state: state @ heads[index]
+    sample = autoregressive.categorical(logits, greedy, UNGUIDED, UNGUIDED.branches)
+    return autoregressive.generate(feed, prefix, length, keys, sample)
 
   state = jax.random.normal(jax.random.key(12), (3, 8))
   codes, prefix = block(Prefix(jnp.zeros(3, jnp.int32), state), 0, 4)
   image, prefix = block(prefix, 1, 5)
   np.testing.assert_array_equal(prefix.cache, [9, 9, 9])
-  for place, tokens in enumerate((codes, image)):
+  for index, tokens in enumerate((codes, image)):
     for i in range(tokens.shape[1]):
-      np.testing.assert_array_equal(tokens[:, i], jnp.argmax(state @ heads[place], -1))
-      state = jnp.tanh(state + embed[place][tokens[:, i]])
+      np.testing.assert_array_equal(tokens[:, i], jnp.argmax(state @ heads[index], -1))
+      state = jnp.tanh(state + embed[index][tokens[:, i]])
 
 
 def test_tokens_may_be_groups_of_vectors():
-  """As of a flow head: a draw makes two vectors of each hidden state, for all branches."""
+  """As with a flow head: each hidden state yields two vectors, shared by all branches."""
 
-  def draw(keys, state, index):
-    told, null = jnp.split(state, 2)
+  def sample(keys, state, index):
+    conditional, unconditional = jnp.split(state, 2)
     noise = jax.vmap(lambda key: jax.random.normal(key, (2, 5)))(keys)
-    return (2 * told - null)[:, None] + noise
+    return (2 * conditional - unconditional)[:, None] + noise
 
   feed = lambda prefix, tokens, index: Prefix((), prefix.state + tokens.sum(1))
   state = jax.random.normal(jax.random.key(13), (6, 5))
   keys = jax.random.split(jax.random.key(14), 3)
-  tokens, prefix = autoregressive.generate(feed, Prefix((), state), 4, keys, draw, 2)
+  tokens, prefix = autoregressive.generate(feed, Prefix((), state), 4, keys, sample, 2)
   assert tokens.shape == (3, 4, 2, 5)
-  moved = state + jnp.tile(tokens.sum((1, 2)), (2, 1))
-  np.testing.assert_allclose(prefix.state, moved, rtol=1e-5, atol=1e-5)
+  expected = state + jnp.tile(tokens.sum((1, 2)), (2, 1))
+  np.testing.assert_allclose(prefix.state, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_each_place_and_batch_element_is_drawn_anew():
+def test_each_position_and_batch_element_has_its_own_randomness():
   feed = lambda prefix, tokens, index: prefix
-  draw = autoregressive.categorical(lambda state: state, PLAIN, UNGUIDED, UNGUIDED.branches)
+  sample = autoregressive.categorical(lambda state: state, PLAIN, UNGUIDED, UNGUIDED.branches)
   run = lambda length, keys: autoregressive.generate(
-    feed, Prefix((), jnp.zeros((len(keys), 1000))), length, keys, draw
+    feed, Prefix((), jnp.zeros((len(keys), 1000))), length, keys, sample
   )[0]
   keys = jax.random.split(jax.random.key(1), 4)
   codes = run(16, keys)
-  assert len(np.unique(codes)) > 55  # 64 draws of 1,000: two collisions expected
+  assert len(np.unique(codes)) > 55  # 64 samples of 1,000: two collisions expected
   np.testing.assert_array_equal(run(16, keys[2:3])[0], codes[2])
   np.testing.assert_array_equal(run(20, keys)[:, :16], codes)
 
 
-def test_likelihood_is_of_the_whole_distribution():
+def test_likelihood_is_normalized_over_all_tokens():
   logits = jnp.tile(LOGITS, (2, 3, 1)) + 7.0
   codes = jnp.asarray([[1, 1, 0], [3, 2, 4]])
   expected = np.log([[0.4, 0.4, 0.05], [0.2, 0.3, 0.05]]).mean(1)

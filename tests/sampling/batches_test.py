@@ -1,4 +1,4 @@
-"""Many rows in batches of one size."""
+"""Many elements in batches of one size."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from vpe_jax.sampling import batches
 
 
 @pytest.mark.parametrize('count', [1, 4, 6])
-def test_each_row_has_its_result_and_batches_have_one_size(count):
+def test_each_element_has_its_result_and_batches_have_one_size(count):
   inputs = {'a': np.arange(count), 'b': np.arange(2 * count).reshape(count, 2)}
-  sizes, told = [], []
+  sizes, progress = [], []
 
   def run(batch):
     sizes.append(batch['b'].shape)
     return batch['a'] * 10, batch['b'].sum(-1)
 
-  tens, sums = batches.in_batches(run, inputs, 4, lambda *said: told.append(said))
+  tens, sums = batches.in_batches(run, inputs, 4, lambda *args: progress.append(args))
   np.testing.assert_array_equal(tens, 10 * np.arange(count))
   np.testing.assert_array_equal(sums, inputs['b'].sum(-1))
   starts = range(0, count, 4)
   assert sizes == [(4, 2)] * len(starts)
-  assert told == [(min(start + 4, count), count) for start in starts]
+  assert progress == [(min(start + 4, count), count) for start in starts]

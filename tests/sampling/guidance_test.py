@@ -21,23 +21,23 @@ def _combined(guided, outputs, branches=None, step=0, steps=1):
 
 
 def _outputs(*names, shape=(2, 5, 3)):
-  draw = np.random.default_rng(3)
-  return {name: jnp.asarray(draw.standard_normal(shape), jnp.float32) for name in names}
+  numpy_rng = np.random.default_rng(3)
+  return {name: jnp.asarray(numpy_rng.standard_normal(shape), jnp.float32) for name in names}
 
 
 @pytest.mark.parametrize('scale', [0.0, 0.3, 1.0, 7.5])
 def test_classifier_free_guidance_extrapolates_from_the_null_branch(scale):
   outputs, guided = _outputs('conditional', 'null'), Guidance.classifier_free(scale)
   conditional, null = outputs.values()
-  found = _combined(guided, outputs)
-  np.testing.assert_allclose(found, null + scale * (conditional - null), rtol=1e-4, atol=1e-5)
+  combined = _combined(guided, outputs)
+  np.testing.assert_allclose(combined, null + scale * (conditional - null), rtol=1e-4, atol=1e-5)
   if scale in (0.0, 1.0):
     name = 'conditional' if scale else 'null'
     assert [branch.name for branch in guided.needed] == [name]
-    np.testing.assert_array_equal(found, outputs[name])
-    # Exact too where the other branch is there for another run of tokens.
-    whole = Guidance.classifier_free(2.0).branches
-    np.testing.assert_array_equal(_combined(guided, outputs, whole), outputs[name])
+    np.testing.assert_array_equal(combined, outputs[name])
+    # Exact too where another block of tokens needs the other branch.
+    both = Guidance.classifier_free(2.0).branches
+    np.testing.assert_array_equal(_combined(guided, outputs, both), outputs[name])
 
 
 @pytest.mark.parametrize(
@@ -56,11 +56,11 @@ def test_edits_compute_the_fewest_branches(text, image, names):
   assert tuple(branch.name for branch in guided.needed) == names
   outputs = _outputs('conditional', 'reference', 'null')
   full, reference, null = outputs.values()
-  wanted = null + image * (reference - null) + text * (full - reference)
-  found = _combined(guided, outputs)
-  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+  expected = null + image * (reference - null) + text * (full - reference)
+  combined = _combined(guided, outputs)
+  np.testing.assert_allclose(combined, expected, rtol=1e-4, atol=1e-5)
   if len(names) == 1:
-    np.testing.assert_array_equal(found, outputs[names[0]])
+    np.testing.assert_array_equal(combined, outputs[names[0]])
   assert [set(branch.dropped) for branch in guided.branches] == [
     set(),
     {'instruction'},
@@ -74,44 +74,44 @@ def test_combines_in_float32():
 
 
 def test_a_linear_schedule_is_vgts():
-  """Its scale at group g of G is 1 + (s - 1)(G - g) / G."""
+  """reference: the scale at group g of G is 1 + (s - 1)(G - g) / G."""
   outputs, scale, groups = _outputs('conditional', 'null'), 4.5, 6
   for step in range(groups):
     guided = Guidance.classifier_free(scale, schedule='linear')
-    now = Guidance.classifier_free(1 + (scale - 1) * (groups - step) / groups)
-    found = _combined(guided, outputs, None, step, groups)
-    np.testing.assert_allclose(found, _combined(now, outputs), rtol=1e-5, atol=1e-5)
-  faded = Guidance.edit(2.0, 1.5, 'instruction', 'source', schedule='linear')
-  assert abs(float(sum(faded.weights(3, 4).values())) - 1) < 1e-6
+    constant = Guidance.classifier_free(1 + (scale - 1) * (groups - step) / groups)
+    combined = _combined(guided, outputs, None, step, groups)
+    np.testing.assert_allclose(combined, _combined(constant, outputs), rtol=1e-5, atol=1e-5)
+  edit = Guidance.edit(2.0, 1.5, 'instruction', 'source', schedule='linear')
+  assert abs(float(sum(edit.weights(3, 4).values())) - 1) < 1e-6
 
 
 @pytest.mark.parametrize('kind, axes', [('global', (1, 2)), ('channel', (2,))])
-@pytest.mark.parametrize('least', [0.0, 0.8])
-def test_renormalization_is_bagels(kind, axes, least):
-  """The guided velocity is shrunk to the conditional one's norm, and never stretched."""
+@pytest.mark.parametrize('minimum', [0.0, 0.8])
+def test_renormalization_is_bagels(kind, axes, minimum):
+  """The guided velocity is scaled down to the norm of the conditional one, and never up."""
   outputs = _outputs('conditional', 'null')
   conditional, null = (np.asarray(x, np.float64) for x in outputs.values())
-  settings = {'renormalize': kind, 'renormalize_min': least}
+  settings = {'renormalize': kind, 'renormalize_min': minimum}
   guided = null + 3.0 * (conditional - null)
   norm = lambda x: np.sqrt((x**2).sum(axes, keepdims=True))
-  factor = np.clip(norm(conditional) / (norm(guided) + 1e-8), least, 1.0)
+  factor = np.clip(norm(conditional) / (norm(guided) + 1e-8), minimum, 1.0)
   assert factor.min() < 1
-  found = _combined(Guidance.classifier_free(3.0, **settings), outputs)
-  np.testing.assert_allclose(found, guided * factor, rtol=1e-4, atol=1e-5)
-  # Without guidance nothing is rescaled; and the null branch alone needs the other's norm.
-  one = Guidance.classifier_free(1.0, **settings)
-  np.testing.assert_array_equal(_combined(one, outputs), outputs['conditional'])
+  combined = _combined(Guidance.classifier_free(3.0, **settings), outputs)
+  np.testing.assert_allclose(combined, guided * factor, rtol=1e-4, atol=1e-5)
+  # Without guidance nothing is rescaled; the null branch needs the norm of the conditional one.
+  unguided = Guidance.classifier_free(1.0, **settings)
+  np.testing.assert_array_equal(_combined(unguided, outputs), outputs['conditional'])
   assert len(Guidance.classifier_free(0.0, **settings).needed) == 2
 
 
 def test_guidance_acts_above_the_lowest_time_up_to_the_highest():
   times = np.asarray([1.0, 0.75, 0.5, 0.25], np.float32)
-  found = Guidance.classifier_free(2.0, interval=(0.25, 0.75)).acts(times)
-  assert found.tolist() == [False, True, True, False]
+  active = Guidance.classifier_free(2.0, interval=(0.25, 0.75)).acts(times)
+  assert active.tolist() == [False, True, True, False]
   assert Guidance.classifier_free(2.0).acts(times).all()
 
 
-def test_a_decoder_stacks_what_any_run_of_tokens_needs():
+def test_a_decoder_stacks_the_branches_that_any_block_needs():
   off, on, null = (Guidance.classifier_free(scale) for scale in (1.0, 2.0, 0.0))
   names = lambda *guidances: [branch.name for branch in guidance.stacked(*guidances)]
   assert names(off) == names(off, off) == ['conditional']
@@ -144,7 +144,7 @@ def test_impossible_settings_are_refused(make):
     (Branch('null', 1.0, frozenset({'text'})),),
   ],
 )
-def test_branches_that_make_no_guidance_are_refused(branches):
+def test_invalid_branches_are_refused(branches):
   with pytest.raises(ValueError):
     Guidance(branches)
 

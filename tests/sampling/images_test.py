@@ -1,4 +1,4 @@
-"""Pictures, grids and PNG metadata."""
+"""Images, grids and PNG metadata."""
 
 import numpy as np
 import pytest
@@ -13,14 +13,14 @@ def _noise(seed, side=8):
 
 
 def test_levels_round_to_the_nearest_and_clip():
-  given = np.asarray([-0.1, 0.0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.0, 1.2])
-  assert images.to_uint8(given).tolist() == [0, 0, 0, 1, 255, 255, 255]
+  values = np.asarray([-0.1, 0.0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.0, 1.2])
+  assert images.to_uint8(values).tolist() == [0, 0, 0, 1, 255, 255, 255]
   levels = np.arange(256, dtype=np.uint8)
   np.testing.assert_array_equal(images.to_uint8(levels / np.float32(255)), levels)
 
 
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_no_picture(value):
+def test_values_that_are_not_finite_are_refused(value):
   with pytest.raises(UserError, match='diverged'):
     images.to_uint8(np.asarray([0.5, value]))
 
@@ -35,7 +35,7 @@ def test_png_keeps_pixels_and_metadata(tmp_path):
   assert [p.name for p in path.parent.iterdir()] == ['x.png']
 
 
-def test_existing_file_is_kept_unless_told(tmp_path):
+def test_existing_file_is_kept_without_overwrite(tmp_path):
   path = tmp_path / 'x.png'
   images.save_png(_noise(0), path)
   with pytest.raises(UserError, match='--overwrite'):
@@ -45,7 +45,7 @@ def test_existing_file_is_kept_unless_told(tmp_path):
   np.testing.assert_array_equal(np.asarray(Image.open(path)), _noise(1))
 
 
-def test_files_are_planned_before_the_work(tmp_path):
+def test_output_files_are_checked_before_the_work(tmp_path):
   folder = f'{tmp_path}/new/'
   assert images.output_files(folder, 2) == [folder + '000.png', folder + '001.png']
   assert images.output_files(f'{tmp_path}/x.png', 2) == [f'{tmp_path}/x.png']
@@ -57,22 +57,24 @@ def test_files_are_planned_before_the_work(tmp_path):
     images.output_files(f'{tmp_path}/new', 2, overwrite=True)
 
 
-def test_a_folder_gets_a_file_a_picture_and_a_file_a_sheet(tmp_path):
-  said = lambda n: {'prompt': 'a fox', 'index': str(n)}
-  drawn = [images.GeneratedImage(_noise(n), 'a fox', n, 0, np.zeros(0), said(n)) for n in range(2)]
-  images.save_all(drawn, f'{tmp_path}/each/')
+def test_a_folder_gets_one_file_per_image_and_a_png_gets_a_grid(tmp_path):
+  metadata_of = lambda n: {'prompt': 'a fox', 'index': str(n)}
+  generated = [
+    images.GeneratedImage(_noise(n), 'a fox', n, 0, np.zeros(0), metadata_of(n)) for n in range(2)
+  ]
+  images.save_all(generated, f'{tmp_path}/each/')
   for n in range(2):
     with Image.open(tmp_path / f'each/00{n}.png') as stored:
-      assert stored.text == said(n)
+      assert stored.text == metadata_of(n)
       np.testing.assert_array_equal(np.asarray(stored), _noise(n))
-  images.save_all(drawn, f'{tmp_path}/all.png', metadata=False)
+  images.save_all(generated, f'{tmp_path}/all.png', metadata=False)
   with Image.open(tmp_path / 'all.png') as stored:
     assert not stored.text and stored.width > 2 * 8
   with pytest.raises(UserError, match='all.png exists'):
-    images.save_all(drawn, f'{tmp_path}/all.png')
+    images.save_all(generated, f'{tmp_path}/all.png')
 
 
-def test_unwritable_place_is_one_clear_line(tmp_path):
+def test_unwritable_path_is_refused(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match='cannot write'):
     images.save_png(_noise(0), tmp_path / 'file' / 'x.png')
@@ -86,13 +88,13 @@ def test_grid_enlarges_by_a_whole_factor_without_smoothing():
   rows = [[_noise(0), _noise(1)], [_noise(2)]]
   sheet = np.asarray(images.grid(rows, side=32))
   enlarged = np.kron(_noise(1), np.ones((4, 4, 1), np.uint8))
-  found = [
+  matches = [
     (y, x)
     for y in range(sheet.shape[0] - 31)
     for x in range(sheet.shape[1] - 31)
     if (sheet[y, x] == enlarged[0, 0]).all() and (sheet[y : y + 32, x : x + 32] == enlarged).all()
   ]
-  assert len(found) == 1
+  assert len(matches) == 1
 
 
 def test_captions_and_labels_take_only_the_space_they_need():
@@ -115,6 +117,6 @@ def test_wrapped_text_fits_and_loses_nothing():
   assert ''.join(lines).replace(' ', '') == text.replace(' ', '')
 
 
-def test_grid_refuses_pictures_of_two_sizes():
+def test_grid_refuses_images_of_two_sizes():
   with pytest.raises(ValueError, match='one size'):
     images.grid([[_noise(0), _noise(1, side=9)]])

@@ -1,4 +1,4 @@
-"""Cached prefixes along the batch."""
+"""Cached prefixes: stacked and repeated along the batch axis."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from vpe_jax.sampling.prefix import Prefix
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Layers:
-  """A cache whose layers are in front of the batch."""
+  """A cache whose layer axis precedes the batch axis."""
 
   k: jax.Array
 
@@ -21,8 +21,8 @@ class _Layers:
 
 
 def _prefix(batch, seed):
-  draw = np.random.default_rng(seed)
-  leaf = lambda *shape: jnp.asarray(draw.standard_normal(shape), jnp.float32)
+  numpy_rng = np.random.default_rng(seed)
+  leaf = lambda *shape: jnp.asarray(numpy_rng.standard_normal(shape), jnp.float32)
   cache = {'layers': _Layers(leaf(5, batch, 2)), 'memory': None}
   return Prefix(cache, (leaf(batch, 3), leaf(batch)))
 
@@ -38,6 +38,6 @@ def test_branches_are_stacked_along_the_batch_axis_of_each_leaf():
 
 
 def test_one_element_is_repeated_for_a_batch():
-  one = _prefix(1, 3)
-  repeated = one.repeat(3)
-  jax.tree.map(np.testing.assert_array_equal, repeated, Prefix.stack([one] * 3))
+  single = _prefix(1, 3)
+  repeated = single.repeat(3)
+  jax.tree.map(np.testing.assert_array_equal, repeated, Prefix.stack([single] * 3))

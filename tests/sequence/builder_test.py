@@ -1,4 +1,4 @@
-"""The builder: masks as drawn, positions without gaps, drops, targets."""
+"""The builder: masks, positions without gaps, dropped spans, targets."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ LAYOUT = Layout(
 
 def _build(lengths, keep, multiple=1):
   text = jnp.broadcast_to(jnp.array([5, 6, 7]), (len(lengths), 3))
-  given = ({'text': text}, {'text': jnp.array(lengths)}, jnp.array(keep))
-  return build(LAYOUT, *given, multiple)
+  args = ({'text': text}, {'text': jnp.array(lengths)}, jnp.array(keep))
+  return build(LAYOUT, *args, multiple)
 
 
 def test_absent_tokens_see_nothing_and_are_not_seen(masks):
@@ -33,7 +33,7 @@ def test_absent_tokens_see_nothing_and_are_not_seen(masks):
   whole, dropped = masks.of(_build([2, 2], [True, False]))
   np.testing.assert_array_equal(
     whole,
-    masks.drawn("""
+    masks.parse("""
       1 0 0 0 0 0 0 0
       1 1 0 0 0 0 0 0
       1 1 1 0 0 0 0 0
@@ -46,7 +46,7 @@ def test_absent_tokens_see_nothing_and_are_not_seen(masks):
   )
   np.testing.assert_array_equal(
     dropped,
-    masks.drawn("""
+    masks.parse("""
       1 0 0 0 0 0 0 0
       0 0 0 0 0 0 0 0
       0 0 0 0 0 0 0 0
@@ -68,7 +68,7 @@ def test_positions_count_present_tokens():
   np.testing.assert_array_equal(regions['dit'].positions[:, 0], [4, 5, 2, 2])
 
 
-def test_the_last_real_token_predicts_what_follows_its_padding():
+def test_the_last_present_token_predicts_the_next_span():
   region = _build([2, 3, 3], [True, True, False])['ar']
   np.testing.assert_array_equal(region.ids[0], [1, 5, 6, 7, 2])
   np.testing.assert_array_equal(region.targets, [[0, 6, 2, 0, 0], [0, 6, 7, 2, 0], [0, 0, 0, 0, 0]])
@@ -103,16 +103,16 @@ def test_padding_changes_nothing(multiple):
 def test_compiled_equals_eager():
   arrays = (jnp.array([1, 3]), jnp.array([True, False]))
   eager, compiled = _build(*arrays), jax.jit(_build, static_argnums=())(*arrays)
-  for one, other in zip(jax.tree.leaves(eager), jax.tree.leaves(compiled), strict=True):
-    np.testing.assert_array_equal(one, other)
+  for ours, theirs in zip(jax.tree.leaves(eager), jax.tree.leaves(compiled), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
 
 
-def test_full_spans_of_different_frames_are_blocks_of_their_own(masks):
+def test_full_spans_of_different_frames_are_separate_blocks(masks):
   span = lambda name, frame: Span(name, 1, 'ar', full=True, frame=frame)
   layout = Layout((span('a', 0), span('b', 0), span('c', None), span('d', None), span('e', 1)))
   np.testing.assert_array_equal(
     masks.of(build(layout, keep=ONE))[0],
-    masks.drawn("""
+    masks.parse("""
       1 1 0 0 0
       1 1 0 0 0
       1 1 1 1 0
@@ -122,7 +122,7 @@ def test_full_spans_of_different_frames_are_blocks_of_their_own(masks):
   )
 
 
-def test_seen_by_block_hides_a_block_from_what_follows(masks):
+def test_seen_by_block_hides_a_block_from_later_spans(masks):
   spans = (
     Span('a', 1, 'ar'),
     Span('x', 2, 'ar', full=True, seen_by='block'),
@@ -131,7 +131,7 @@ def test_seen_by_block_hides_a_block_from_what_follows(masks):
   )
   np.testing.assert_array_equal(
     masks.of(build(Layout(spans), keep=ONE))[0],
-    masks.drawn("""
+    masks.parse("""
       1 0 0 0 0 0
       1 1 1 0 0 0
       1 1 1 0 0 0
@@ -152,9 +152,9 @@ def test_a_frame_starts_and_ends_with_its_present_tokens(masks):
     Span('image', 1, 'dit', full=True, frame='f'),
     Span('after', 1, 'ar'),
   )
-  given = {'lengths': {'text': jnp.array([2, 2])}, 'keep': {'drop': jnp.array([True, False])}}
-  whole, dropped = masks.of(build(Layout(spans), **given))
-  wanted = masks.drawn("""
+  options = {'lengths': {'text': jnp.array([2, 2])}, 'keep': {'drop': jnp.array([True, False])}}
+  whole, dropped = masks.of(build(Layout(spans), **options))
+  expected = masks.parse("""
       1 0 0 0 0 0 0
       0 1 0 0 0 0 0
       0 1 1 0 0 0 0
@@ -163,9 +163,9 @@ def test_a_frame_starts_and_ends_with_its_present_tokens(masks):
       1 0 0 0 0 1 1
       1 1 1 1 0 0 1
   """)  # Stored: before, drop, text, after | image.
-  np.testing.assert_array_equal(whole, wanted)
-  wanted[1] = wanted[:, 1] = 0
-  np.testing.assert_array_equal(dropped, wanted)
+  np.testing.assert_array_equal(whole, expected)
+  expected[1] = expected[:, 1] = 0
+  np.testing.assert_array_equal(dropped, expected)
 
 
 def test_a_window_never_cuts_a_block(masks):
@@ -173,7 +173,7 @@ def test_a_window_never_cuts_a_block(masks):
   layout = Layout((*spans, Span('after', 2, 'ar', window=2)))
   np.testing.assert_array_equal(
     masks.of(build(layout, keep=ONE))[0],
-    masks.drawn("""
+    masks.parse("""
       1 0 0 0 0 0 0
       1 1 0 0 0 0 0
       0 1 1 1 1 0 0
@@ -186,7 +186,7 @@ def test_a_window_never_cuts_a_block(masks):
 
 
 def test_shared_positions():
-  """Neighbouring shared spans have one position, which the next span's follows."""
+  """Neighbouring shared spans have one position; the next span has the following one."""
   shared = {'full': True, 'shared_position': True, 'expert': 'ar'}
   spans = (
     Span('text', 2, 'ar'),
@@ -202,7 +202,7 @@ def test_shared_positions():
 
 
 @pytest.mark.parametrize(
-  'words, given',
+  'message, arguments',
   [
     ('caption', {'contents': {'caption': jnp.zeros((1, 3), jnp.int32)}}),
     ('caption', {'lengths': {'caption': jnp.array([1])}}),
@@ -212,11 +212,11 @@ def test_shared_positions():
     ('prompt', {'contents': {'text': jnp.zeros((1, 3), jnp.int32)}}),
   ],
 )
-def test_arrays_that_do_not_fit_the_layout_are_refused(words, given):
-  with pytest.raises(ValueError, match=words):
-    build(LAYOUT, **given)
+def test_arrays_that_do_not_fit_the_layout_are_refused(message, arguments):
+  with pytest.raises(ValueError, match=message):
+    build(LAYOUT, **arguments)
 
 
-def test_some_array_tells_the_batch_size():
+def test_without_arrays_the_batch_size_is_unknown():
   with pytest.raises(ValueError, match='batch size'):
     build(Layout((Span('text', 1, 'ar'),)))

@@ -1,4 +1,4 @@
-"""Packing: budgets, masks as drawn, and attention as of separate samples."""
+"""Packing: budgets, masks, and attention equal to that of separate samples."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def test_a_sample_above_a_budget_is_an_error():
     packing.pack(_samples(), [[0, 1]], {'ar': 7, 'dit': 8})
 
 
-def test_mask_is_as_drawn(masks):
+def test_mask_is_that_of_the_docstring(masks):
   layout = Layout((Span('text', 2, 'text'), Span('image', 2, 'image', full=True)))
   lengths = {'text': jnp.array([1, 2]), 'image': jnp.array([2, 1])}
   packed, _ = packing.pack(build(layout, lengths=lengths), [[0, 1]], {'text': 4, 'image': 4})
-  np.testing.assert_array_equal(masks.of(packed)[0], masks.drawn(packing.pack.__doc__))
+  np.testing.assert_array_equal(masks.of(packed)[0], masks.parse(packing.pack.__doc__))
 
 
-def test_packed_tokens_are_those_of_the_samples():
+def test_packed_tokens_equal_those_of_the_samples():
   regions, budgets = _samples(multiple=4), {'ar': 12, 'dit': 6}
   bins = packing.assign(packing.token_counts(regions), budgets)
   assert bins == [[0, 1], [2, 3], [4]]
@@ -65,17 +65,17 @@ def test_packed_tokens_are_those_of_the_samples():
   for expert, budget in budgets.items():
     region, source = packed[expert], sources[expert]
     assert all(leaf.shape == (4, budget) for leaf in jax.tree.leaves(region))
-    for row, samples in enumerate(bins):
-      found, used = source.sample[row], 0
+    for index, samples in enumerate(bins):
+      sample_ids, used = source.sample[index], 0
       for sample in samples:
         slots = np.flatnonzero(np.asarray(regions[expert].visibility.until[sample]))
-        here = slice(used, used := used + len(slots))
-        assert (found[here] == sample).all() and (source.slot[row, here] == slots).all()
+        span = slice(used, used := used + len(slots))
+        assert (sample_ids[span] == sample).all() and (source.slot[index, span] == slots).all()
         for name in ('ids', 'positions', 'targets', 'weights'):
-          wanted = np.asarray(getattr(regions[expert], name))[sample, slots]
-          np.testing.assert_array_equal(getattr(region, name)[row, here], wanted)
-      assert (found[used:] == -1).all()
-      assert not any(leaf[row, used:].any() for leaf in jax.tree.leaves(region))
+          expected = np.asarray(getattr(regions[expert], name))[sample, slots]
+          np.testing.assert_array_equal(getattr(region, name)[index, span], expected)
+      assert (sample_ids[used:] == -1).all()
+      assert not any(leaf[index, used:].any() for leaf in jax.tree.leaves(region))
     assert not any(leaf[3].any() for leaf in jax.tree.leaves(region))
 
 
@@ -86,16 +86,16 @@ def _attention(q, k, v, regions):
 
 
 @pytest.mark.parametrize('case', ['text and image', 'frames'])
-def test_attention_of_packed_samples_is_that_of_separate_ones(case):
+def test_attention_of_packed_samples_equals_that_of_separate_ones(case):
   if case == 'frames':  # Their `until` is finite.
     layout = teacher_forced_frames(2, 2, 2)
     regions = build(layout, lengths={'frame0/text': jnp.array([2, 1, 0, 2, 1])})
     budgets = {'text': 8, 'image': 18}
   else:
     regions, budgets = _samples(), {'ar': 12, 'dit': 6}
-  draw = lambda key, region: jax.random.normal(jax.random.key(key), (*region.ids.shape, 2, 8))
-  separate = [{name: draw(i, r) for name, r in regions.items()} for i in range(3)]
-  wanted = _attention(*(jnp.concatenate(list(x.values()), 1) for x in separate), regions)
+  normal = lambda key, region: jax.random.normal(jax.random.key(key), (*region.ids.shape, 2, 8))
+  separate = [{name: normal(i, r) for name, r in regions.items()} for i in range(3)]
+  unpacked = _attention(*(jnp.concatenate(list(x.values()), 1) for x in separate), regions)
 
   bins = packing.assign(packing.token_counts(regions), budgets)
   assert max(map(len, bins)) > 1 and len(bins) > 1
@@ -104,11 +104,11 @@ def test_attention_of_packed_samples_is_that_of_separate_ones(case):
   inputs = [
     jnp.concatenate([gathered(x[name], sources[name]) for name in regions], 1) for x in separate
   ]
-  found = _attention(*inputs, packed)
-  first = 0
+  outputs = _attention(*inputs, packed)
+  offset = 0
   for name, region in regions.items():
     L, budget = region.ids.shape[1], budgets[name]
-    at = sum(budgets[other] for other in list(budgets)[: list(budgets).index(name)])
-    expected = packing.gather(np.asarray(wanted[:, first : first + L]), sources[name])
-    np.testing.assert_allclose(found[:, at : at + budget], expected, atol=1e-6)
-    first += L
+    start = sum(budgets[other] for other in list(budgets)[: list(budgets).index(name)])
+    expected = packing.gather(np.asarray(unpacked[:, offset : offset + L]), sources[name])
+    np.testing.assert_allclose(outputs[:, start : start + budget], expected, atol=1e-6)
+    offset += L

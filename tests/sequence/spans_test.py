@@ -1,4 +1,4 @@
-"""Spans and layouts: places, and combinations of fields that are refused."""
+"""Spans and layouts: places in a region, and combinations of fields that are refused."""
 
 from __future__ import annotations
 

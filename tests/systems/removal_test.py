@@ -39,8 +39,8 @@ def test_everything_else_works_without_vpe(tmp_path: Path) -> None:
   (tmp_path / 'vpe_jax' / 'assets').symlink_to(ROOT / 'vpe_jax' / 'assets')
   (tmp_path / 'tests' / 'golden').symlink_to(ROOT / 'tests' / 'golden')
   shutil.copy(ROOT / 'setup.cfg', tmp_path)
-  for room in ('vpe_jax', 'tests'):
-    shutil.rmtree(tmp_path / room / 'systems' / 'vpe')
+  for root in ('vpe_jax', 'tests'):
+    shutil.rmtree(tmp_path / root / 'systems' / 'vpe')
   environment = os.environ | {'PYTHONPATH': str(tmp_path)}
   run = lambda *arguments: subprocess.run(
     [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -50,6 +50,6 @@ def test_everything_else_works_without_vpe(tmp_path: Path) -> None:
   collected = run('-m', 'pytest', '--collect-only', '-q', 'tests')
   assert collected.returncode == 0, collected.stdout[-2000:]
   present = [path for path in SUBSET if (tmp_path / path).exists()]
-  assert len(present) == len(SUBSET), f'no longer there: {set(SUBSET) - set(present)}'
+  assert len(present) == len(SUBSET), f'missing: {set(SUBSET) - set(present)}'
   passed = run('-m', 'pytest', '-q', '-x', *present)
   assert passed.returncode == 0, passed.stdout[-2000:]

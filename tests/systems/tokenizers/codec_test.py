@@ -1,4 +1,4 @@
-"""The codec system: its stages, what each trains, and the moments that export measures."""
+"""The codec system: its stages, their trained networks, and the normalization of latents."""
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +45,13 @@ def frozen(system):
 
 
 def _batch(count=8, seed=0):
-  draw = np.random.default_rng(seed)
+  numpy_rng = np.random.default_rng(seed)
   images = np.full((count, 64, 64, 3), 255, np.uint8)
   for i in range(count):
-    x, y = draw.integers(0, 40, 2)
-    images[i, y : y + 20, x : x + 20] = draw.integers(0, 256, 3)
+    x, y = numpy_rng.integers(0, 40, 2)
+    images[i, y : y + 20, x : x + 20] = numpy_rng.integers(0, 256, 3)
   inputs = {
-    'text': jnp.asarray(draw.integers(8, 1024, (count, 32)), jnp.int32),
+    'text': jnp.asarray(numpy_rng.integers(8, 1024, (count, 32)), jnp.int32),
     'text_length': jnp.full((count,), 5, jnp.int32),
     'image': jnp.asarray(images),
   }
@@ -59,20 +59,20 @@ def _batch(count=8, seed=0):
 
 
 def _losses(system, params, frozen, batch, stage):
-  """The loss terms, compiled; weights stay what the system gave."""
-  given = {}
+  """Compiled loss terms; constant weights stay Python numbers."""
+  loss_weights = {}
 
   def run(p, f, b):
     terms = system.losses(p, f, b, KEY, jnp.int32(0), stage)
-    given.update({name: term.weight for name, term in terms.items()})
+    loss_weights.update({name: term.weight for name, term in terms.items()})
     return {name: (term.sum, term.count) for name, term in terms.items()}
 
-  found = jax.jit(run)(params, frozen, batch)
-  return {name: LossTerm(*found[name], given[name]) for name in given}
+  sums = jax.jit(run)(params, frozen, batch)
+  return {name: LossTerm(*sums[name], loss_weights[name]) for name in loss_weights}
 
 
 @pytest.mark.parametrize('index', [0, 1])
-def test_counts_are_those_of_the_losses(system, params, frozen, index):
+def test_counts_equal_those_of_the_losses(system, params, frozen, index):
   batch, stage = _batch(), system.stages[index]
   terms = _losses(system, params, frozen, batch, stage)
   counts = system.counts(batch, KEY, 0, stage)
@@ -86,7 +86,7 @@ def test_losses_of_the_other_stage_are_logged_only(system, params, frozen):
   stage = system.stages[0]
   both = heldout.with_all_losses(system.stages, 0)
   terms = _losses(system, params, frozen, _batch(), both)
-  assert set(terms) == {name for one in system.stages for name in one.losses}
+  assert set(terms) == {name for stage in system.stages for name in stage.losses}
   for name, term in terms.items():
     assert (term.weight == 0.0) == (name not in stage.losses or name in ('perplexity', 'retrieval'))
 
@@ -100,8 +100,8 @@ def test_a_stage_trains_its_network_and_nothing_else(system, params, frozen, ind
     state, last = run(state, frozen, _batch(), KEY)
   assert float(last['loss']) < float(first['loss'])
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), state['params'], dict(params))
-  mine, other = stage.name, system.stages[1 - index].name
-  assert any(jax.tree.leaves(moved[mine])) and not any(jax.tree.leaves(moved[other]))
+  trained, untouched = stage.name, system.stages[1 - index].name
+  assert any(jax.tree.leaves(moved[trained])) and not any(jax.tree.leaves(moved[untouched]))
   assert not moved['image']['shift'] and not moved['image']['scale']
 
 
@@ -113,8 +113,8 @@ def test_the_codebook_moves_to_the_latents():
   assert set(params) == {'image_codes'} and set(system.frozen) == {'image'}
   terms = _losses(system, params, frozen, batch, stage)
   assert list(terms) == list(system.counts(batch, KEY, 0, stage)) == list(stage.losses)
-  squares = jax.eval_shape(system.encode, frozen, batch.inputs, KEY)['latent_patches']
-  assert squares.shape == (8, system.tokens(stage), 4)
+  patches = jax.eval_shape(system.encode, frozen, batch.inputs, KEY)['latent_patches']
+  assert patches.shape == (8, system.tokens(stage), 4)
   run = training_step.make_train_step(system, stage, OptimConfig(lr=3e-2, warmup=1))
   state, first = run(first_state(params, stage), frozen, batch, KEY)
   for _ in range(30):
@@ -123,7 +123,7 @@ def test_the_codebook_moves_to_the_latents():
   assert float(last['loss/codes_perplexity']) > float(first['loss/codes_perplexity'])
 
 
-def test_a_run_holds_the_networks_of_its_stages_only():
+def test_a_run_has_the_networks_of_its_stages_only():
   tokens, latents = _system('debug,stage=feature_vq'), _system('debug,stage=image')
   shapes = lambda s: jax.eval_shape(s.init, jax.eval_shape(lambda: rng.run_key(0)))
   assert set(shapes(tokens)) == {'feature_vq'} and set(shapes(latents)) == {'image'}
@@ -131,13 +131,13 @@ def test_a_run_holds_the_networks_of_its_stages_only():
 
 
 def test_normalised_latents_have_mean_zero_and_variance_one(system, params):
-  pictures = _batch(64).inputs['image']
-  shipped = system.normalize_latents(params['image'], pictures)
-  latents = system.latent_codec.encode({'image': shipped}, pictures)
+  images = _batch(64).inputs['image']
+  normalized = system.normalize_latents(params['image'], images)
+  latents = system.latent_codec.encode({'image': normalized}, images)
   np.testing.assert_allclose(jnp.mean(latents, (0, 1, 2)), 0.0, atol=1e-3)
   np.testing.assert_allclose(jnp.std(latents, (0, 1, 2)), 1.0, atol=1e-3)
-  before = system.latent_codec.decode(params, system.latent_codec.encode(params, pictures[:4]))
-  after = system.latent_codec.decode({'image': shipped}, latents[:4])
+  before = system.latent_codec.decode(params, system.latent_codec.encode(params, images[:4]))
+  after = system.latent_codec.decode({'image': normalized}, latents[:4])
   np.testing.assert_allclose(before, after, atol=1e-4)
 
 
@@ -159,7 +159,7 @@ def test_shipped_sizes_shard_evenly_and_keep_their_budget():
     assert system.tokens(stage) > 0
 
 
-def test_mistakes_are_named():
+def test_errors_name_the_field():
   with pytest.raises(UserError, match="no stage 'imag'; did you mean 'image'"):
     config = config_file.get_config('debug')
     config.stages, config.steps, config.batch_size = ('imag',), (4,), (8,)

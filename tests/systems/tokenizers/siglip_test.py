@@ -1,4 +1,4 @@
-"""The SigLIP system: what it counts, what it learns from, and that sharding changes nothing."""
+"""The SigLIP system: counts, losses with near misses, training, and sharding."""
 
 import dataclasses
 
@@ -37,9 +37,9 @@ def params(system):
 
 
 def _batch(count=16, seed=0):
-  """Pictures of one colour each, and captions that name the colour's number."""
-  draw = np.random.default_rng(seed)
-  kinds = draw.integers(0, 8, count)
+  """Images of one colour each, and captions with the number of the colour."""
+  numpy_rng = np.random.default_rng(seed)
+  kinds = numpy_rng.integers(0, 8, count)
   colours = np.array([[i & 1, i >> 1 & 1, i >> 2 & 1] for i in range(8)]) * 200
   images = np.full((count, 64, 64, 3), 255, np.uint8)
   images[:, 16:48, 16:48] = colours[kinds][:, None, None]
@@ -51,19 +51,19 @@ def _batch(count=16, seed=0):
 
 
 def _losses(system, params, batch):
-  """The loss terms, compiled; weights stay what the system gave."""
-  given = {}
+  """Compiled loss terms; constant weights stay Python numbers."""
+  weights = {}
 
   def run(p, b):
     terms = system.losses(p, {}, b, KEY, jnp.int32(0), system.stages[0])
-    given.update({name: term.weight for name, term in terms.items()})
+    weights.update({name: term.weight for name, term in terms.items()})
     return {name: (term.sum, term.count) for name, term in terms.items()}
 
-  found = jax.jit(run)(params, batch)
-  return {name: LossTerm(*found[name], given[name]) for name in given}
+  sums = jax.jit(run)(params, batch)
+  return {name: LossTerm(*sums[name], weights[name]) for name in weights}
 
 
-def test_counts_are_those_of_the_losses(system, params):
+def test_counts_equal_those_of_the_losses(system, params):
   batch = _batch()
   terms = _losses(system, params, batch)
   counts = system.counts(batch, KEY, 0, system.stages[0])
@@ -74,7 +74,7 @@ def test_counts_are_those_of_the_losses(system, params):
 
 
 def _ranking(**model):
-  """A system that ranks captions beside one near miss each."""
+  """A system that ranks each caption against one near miss."""
   config = config_file.get_config('debug')
   config.data.near_misses = 1
   config.model.update(model)
@@ -82,62 +82,68 @@ def _ranking(**model):
 
 
 def _near(batch, system):
-  """Adds wrong captions: the next colour's, and none for the first picture."""
+  """Adds wrong captions: the next colour's, and none for the first image."""
   text, length = batch.inputs['text'][:, None], jnp.full((16, 1), 2, jnp.int32).at[0].set(0)
   return with_inputs(batch, near=text.at[:, :, 1].add(1), near_length=length)
 
 
 def test_near_misses_join_the_loss(system, params):
-  other = _ranking()
-  batch = _near(_batch(), other)
+  ranking = _ranking()
+  batch = _near(_batch(), ranking)
   shape = lambda leaf: (leaf.shape, leaf.dtype)
-  assert jax.tree.map(shape, other.batch_spec(16).batch(False)) == jax.tree.map(shape, batch)
-  terms, plain = _losses(other, params, batch), _losses(system, params, _batch())
+  assert jax.tree.map(shape, ranking.batch_spec(16).batch(False)) == jax.tree.map(shape, batch)
+  terms, plain = _losses(ranking, params, batch), _losses(system, params, _batch())
   np.testing.assert_allclose(terms['sigmoid'].sum, plain['sigmoid'].sum, rtol=1e-5)
   assert terms['near'].weight == 1.0 and terms['near_retrieval'].weight == 0.0
   assert float(terms['near'].count) == float(terms['near_retrieval'].count) == 15
   assert 0 < float(terms['near'].sum) < float(plain['sigmoid'].sum)
 
 
-def test_hidden_words_are_hidden_in_the_own_and_the_wrong_caption(system, params):
-  plain, hiding = _ranking(), _ranking(mask_tokens=1.0)
+def test_tokens_are_masked_in_the_caption_and_its_near_miss(system, params):
+  plain, masking = _ranking(), _ranking(mask_tokens=1.0)
   batch = _near(_batch(), plain)
   ranked = lambda system: system._ranking_logits(apply, images, batch, KEY)
   apply = lambda *inputs, method: system.network.apply({'params': params}, *inputs, method=method)
   images = apply(batch.inputs['image'][:, :48, :48] / 127.5 - 1.0, method='embed_images')
-  (own, wrong), (hidden_own, hidden_wrong) = ranked(plain), ranked(hiding)
+  (right, wrong), (masked_right, masked_wrong) = ranked(plain), ranked(masking)
   captions = apply(batch.inputs['text'], batch.inputs['text_length'], method='embed_text')
   logits = apply(images, captions, method='logits')
-  np.testing.assert_allclose(own, jnp.diagonal(logits), rtol=1e-5)
-  assert not np.isclose(own, wrong[:, 0], atol=1e-6)[1:].any()  # the first has no near miss
-  hides = np.isclose(hidden_own, hidden_wrong[:, 0], atol=1e-6)[1:]
-  assert 0 < hides.sum() < 15
-  np.testing.assert_allclose(hidden_own[1:][~hides], own[1:][~hides], rtol=1e-5)
-  np.testing.assert_allclose(hidden_wrong[1:][~hides], wrong[1:][~hides], rtol=1e-5)
+  np.testing.assert_allclose(right, jnp.diagonal(logits), rtol=1e-5)
+  assert not np.isclose(right, wrong[:, 0], atol=1e-6)[1:].any()  # the first has no near miss
+  is_masked = np.isclose(masked_right, masked_wrong[:, 0], atol=1e-6)[1:]
+  assert 0 < is_masked.sum() < 15
+  np.testing.assert_allclose(masked_right[1:][~is_masked], right[1:][~is_masked], rtol=1e-5)
+  np.testing.assert_allclose(masked_wrong[1:][~is_masked], wrong[1:][~is_masked], rtol=1e-5)
 
 
-def test_blind_pictures_change_colour_and_hide_its_words(system, params):
-  plain, blinding = _ranking(), _ranking(recolour=0.5)
-  words = bpe.shipped().encode_batch([f'a {name} ring' for name in shapes.COLOURS] * 2, 32)
-  ids, length = (jnp.asarray(leaf[:16]) for leaf in words)
+def test_recoloured_images_drop_the_word_for_their_colour(system, params):
+  plain, recolouring = _ranking(), _ranking(recolour=0.5)
+  captions = bpe.shipped().encode_batch([f'a {name} ring' for name in shapes.COLOURS] * 2, 32)
+  ids, length = (jnp.asarray(leaf[:16]) for leaf in captions)
   ids = ids.at[8:, 1].set(bpe.shipped().encode('dog')[0])  # no word for a colour
   wrong = ids[:, None].at[:, :, 2].set(bpe.shipped().encode('star')[0])
   near = {'near': wrong, 'near_length': length[:, None]}
   batch = with_inputs(_batch(), text=ids, text_length=length, **near)
-  blind = np.asarray(blinding._recoloured(batch, KEY))
-  assert 0 < blind[:8].sum() < 8 and not blind[8:].any() and not plain._recoloured(batch, KEY).any()
-  terms, all_terms = _losses(blinding, params, batch), _losses(plain, params, batch)
-  assert float(terms['sigmoid'].count) == float(terms['retrieval'].count) == 16 - blind.sum()
-  assert float(terms['near'].count) == float(all_terms['near'].count) == 16
-  recoloured = with_inputs(batch, text=ids.at[:8, 1].set(ids[0, 1]))
-  seen = lambda b: _losses(blinding, params, b)['near'].sum
-  blind_length = jnp.where(blind, 4, 0)[:, None]
-  only_blind = with_inputs(batch, near_length=blind_length)
-  recoloured = with_inputs(recoloured, near_length=blind_length)
-  np.testing.assert_allclose(seen(only_blind), seen(recoloured), rtol=1e-5)
+  is_recoloured = np.asarray(recolouring._recoloured(batch, KEY))
+  assert (
+    0 < is_recoloured[:8].sum() < 8
+    and not is_recoloured[8:].any()
+    and not plain._recoloured(batch, KEY).any()
+  )
+  terms, plain_terms = _losses(recolouring, params, batch), _losses(plain, params, batch)
+  assert (
+    float(terms['sigmoid'].count) == float(terms['retrieval'].count) == 16 - is_recoloured.sum()
+  )
+  assert float(terms['near'].count) == float(plain_terms['near'].count) == 16
+  one_colour = with_inputs(batch, text=ids.at[:8, 1].set(ids[0, 1]))
+  near_loss = lambda b: _losses(recolouring, params, b)['near'].sum
+  recoloured_length = jnp.where(is_recoloured, 4, 0)[:, None]
+  original = with_inputs(batch, near_length=recoloured_length)
+  one_colour = with_inputs(one_colour, near_length=recoloured_length)
+  np.testing.assert_allclose(near_loss(original), near_loss(one_colour), rtol=1e-5)
 
 
-def test_the_batch_is_as_declared(system):
+def test_the_batch_has_the_declared_shapes(system):
   declared = system.batch_spec(16).batch(cached=False)
   real = _batch()
   assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), declared) == jax.tree.map(
@@ -145,13 +151,13 @@ def test_the_batch_is_as_declared(system):
   )
 
 
-def test_repeated_captions_do_not_hurt_each_other(system, params):
+def test_repeated_captions_are_positives_of_each_other(system, params):
   """The loss of a batch with repeats equals the sigmoid loss with those pairs as positives."""
   batch = _batch()
-  still = _system(jitter={'shift': 0.0, 'zoom': 0.0})
+  without_jitter = _system(jitter={'shift': 0.0, 'zoom': 0.0})
   unit = batch.inputs['image'] / 255.0
   logits = np.asarray(
-    still.network.apply(
+    without_jitter.network.apply(
       {'params': params},
       jax.image.resize(unit, (16, 48, 48, 3), 'cubic', antialias=True) * 2 - 1,
       batch.inputs['text'],
@@ -161,9 +167,11 @@ def test_repeated_captions_do_not_hurt_each_other(system, params):
   )
   kinds = np.asarray(batch.inputs['text'][:, 1])
   signed = np.where(kinds[:, None] == kinds, logits, -logits)
-  wanted = np.log1p(np.exp(-signed)).sum()
+  expected = np.log1p(np.exp(-signed)).sum()
   assert len(set(kinds)) < 16
-  np.testing.assert_allclose(_losses(still, params, batch)['sigmoid'].sum, wanted, rtol=1e-3)
+  np.testing.assert_allclose(
+    _losses(without_jitter, params, batch)['sigmoid'].sum, expected, rtol=1e-3
+  )
 
 
 def test_it_learns_to_retrieve(system, params):
@@ -184,14 +192,18 @@ def test_eight_devices_give_the_loss_and_gradient_of_one(system, params):
   def total(p, b):
     return _losses(system, p, b)['sigmoid'].sum
 
-  alone, gradient = jax.jit(jax.value_and_grad(total))(params, batch)
+  loss, gradient = jax.jit(jax.value_and_grad(total))(params, batch)
   with jax.set_mesh(mesh):
-    spread = jax.device_put(params, shardings)
-    placed = sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
-    together, parts = jax.jit(jax.value_and_grad(total))(spread, placed)
-  np.testing.assert_allclose(together, alone, rtol=1e-5)
+    sharded_params = jax.device_put(params, shardings)
+    sharded_batch = sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
+    sharded_loss, sharded_gradient = jax.jit(jax.value_and_grad(total))(
+      sharded_params, sharded_batch
+    )
+  np.testing.assert_allclose(sharded_loss, loss, rtol=1e-5)
   scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), gradient, parts)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), gradient, sharded_gradient
+  )
 
 
 @pytest.mark.parametrize('preset', ['tiny', 'judge'])
@@ -205,14 +217,14 @@ def test_shipped_sizes_shard_evenly_and_keep_their_budget(preset):
   assert system.tokens(system.stages[0]) > 0
 
 
-def test_the_judge_differs_from_the_tokenizer_in_seed_and_patch():
-  tiny, judge = _system('tiny').config, _system('judge').config
-  assert tiny.seed != judge.seed
-  assert tiny.model.siglip.patch != judge.model.siglip.patch
-  assert tiny.model.siglip.image_size != judge.model.siglip.image_size
+def test_the_evaluator_network_differs_from_the_tokenizer_in_seed_and_patch():
+  tiny, evaluator = _system('tiny').config, _system('judge').config
+  assert tiny.seed != evaluator.seed
+  assert tiny.model.siglip.patch != evaluator.model.siglip.patch
+  assert tiny.model.siglip.image_size != evaluator.model.siglip.image_size
 
 
-def test_mistakes_are_named():
+def test_errors_name_the_field():
   config = config_file.get_config('debug')
   config.data.text_length = 40
   with pytest.raises(UserError, match='text_length 40 exceeds model.siglip.text_length 32'):
@@ -227,5 +239,5 @@ def test_bfloat16_compute_follows_float32(system, params):
   values = dataclasses.replace(system.config, dtype='bfloat16')
   half = type(system)(values)
   batch = _batch()
-  got, wanted = _losses(half, params, batch), _losses(system, params, batch)
-  np.testing.assert_allclose(got['sigmoid'].sum, wanted['sigmoid'].sum, rtol=2e-2)
+  half_losses, losses = _losses(half, params, batch), _losses(system, params, batch)
+  np.testing.assert_allclose(half_losses['sigmoid'].sum, losses['sigmoid'].sum, rtol=2e-2)

@@ -1,4 +1,4 @@
-"""Runs on pictures in folders of classes, and their fork, in one process."""
+"""Runs on images in folders of classes, and their forks, in one process."""
 
 from __future__ import annotations
 
@@ -33,35 +33,35 @@ def _train(folder, name, arg, steps, **changes):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Pictures, and the run that both branches share."""
+  """A folder with images, and the run that both branches share."""
   folder = tmp_path_factory.mktemp('fork')
   for name in ('red', 'blue'):
     (folder / 'data' / name).mkdir(parents=True)
     for side in range(8):
-      picture = Image.new('RGB', (40, 40), 'white')
-      picture.paste(name, (0, 0, 8 + 4 * side, 20))
-      picture.save(folder / 'data' / name / f'{side}.png')
+      image = Image.new('RGB', (40, 40), 'white')
+      image.paste(name, (0, 0, 8 + 4 * side, 20))
+      image.save(folder / 'data' / name / f'{side}.png')
   _train(folder, 'shared', 'debug,vpe=false', SHARED)
   return folder
 
 
-def _same(ours, theirs):
+def _assert_equal(ours, theirs):
   assert ours.keys() == theirs.keys()
   for path, leaf in ours.items():
     np.testing.assert_array_equal(leaf, theirs[path], err_msg=path)
 
 
-def test_a_branch_without_plan_is_the_run_that_goes_on(folder):
+def test_a_branch_without_visual_prompt_equals_the_continued_run(folder):
   long = _train(folder, 'long', 'debug,vpe=false', SHARED + BRANCH)
   fork = f'debug,vpe=false,fork={folder / "shared"}'
   branch = _train(folder, 'baseline', fork, BRANCH)
   for tree in ('params', 'ema', 'opt_state'):
-    _same(leaves_by_path(branch[tree]), leaves_by_path(long[tree]))
+    _assert_equal(leaves_by_path(branch[tree]), leaves_by_path(long[tree]))
   assert int(branch['step']) == BRANCH and int(long['step']) == SHARED + BRANCH
   assert int(branch['examples_seen']) == int(long['examples_seen'])
 
 
-def test_a_branch_with_plan_carries_all_but_the_rows_of_codes(folder):
+def test_a_branch_with_visual_prompt_inherits_all_but_the_code_embeddings(folder):
   fork = f'debug,vpe=true,fork={folder / "shared"}'
   state = _train(
     folder, 'vpe', fork, 1, evals={'heldout': {'every': 0}, 'sample_grid': {'every': 1}}
@@ -70,19 +70,19 @@ def test_a_branch_with_plan_carries_all_but_the_rows_of_codes(folder):
   assert 'prefix' in state['params']['embed'] and 'prefix' in state['ema']['embed']
   record = metrics.read(folder / 'vpe')[0]
   assert {'loss/flow', 'loss/next_token'} <= set(record)
-  assert abs(record['loss/next_token'] - np.log(512)) < 0.5  # Fresh rows know nothing yet.
+  assert abs(record['loss/next_token'] - np.log(512)) < 0.5  # Fresh embeddings predict uniformly.
   before, _ = weights.load_run(str(folder / 'shared'), 'raw')
   before, after = leaves_by_path(before), leaves_by_path(state['params'])
   assert set(after) - set(before) == {'embed/prefix'}
-  for path, leaf in before.items():  # One small step from where the other run was.
+  for path, leaf in before.items():  # One small step from the shared run.
     np.testing.assert_allclose(after[path], leaf, atol=3e-3)
-  drawn = Generator.load(str(folder / 'vpe'))(['red', 'blue'], n=1, seed=1)
-  assert drawn[0].image.shape == (32, 32, 3) and drawn[0].encoded['visual_prompt'].shape == (36,)
+  images = Generator.load(str(folder / 'vpe'))(['red', 'blue'], n=1, seed=1)
+  assert images[0].image.shape == (32, 32, 3) and images[0].encoded['visual_prompt'].shape == (36,)
 
 
-def test_forks_of_what_does_not_fit_are_named(folder):
+def test_forks_of_runs_that_do_not_fit_are_refused(folder):
   with pytest.raises(UserError, match="other parameters than this config: 'embed/prefix' is"):
-    # A run with a plan isn't the beginning of one without.
+    # A run without visual prompt can't continue one with it.
     _train(folder, 'back', f'debug,vpe=false,fork={folder / "vpe"}', 1)
   with pytest.raises(UserError, match='ema/embed/classes.* is absent there'):
     _train(folder, 'off', 'debug,vpe=false', 1, optim={'ema': 0.0, 'warmup': 0})

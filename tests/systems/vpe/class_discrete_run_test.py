@@ -1,4 +1,4 @@
-"""A run on pictures in folders of classes, from its start to pictures, in one process."""
+"""A run on images in folders of classes, from training to samples, in one process."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def folder(tmp_path_factory):
   for name in ('red', 'blue'):
     (folder / 'data' / name).mkdir(parents=True)
     for side in range(8):
-      picture = Image.new('RGB', (40, 40), 'white')
-      picture.paste(name, (0, 0, 8 + 4 * side, 20))
-      picture.save(folder / 'data' / name / f'{side}.png')
+      image = Image.new('RGB', (40, 40), 'white')
+      image.paste(name, (0, 0, 8 + 4 * side, 20))
+      image.save(folder / 'data' / name / f'{side}.png')
   _train(folder)
   return folder
 
@@ -54,7 +54,7 @@ def generator(run):
   return Generator.load(str(run))
 
 
-def test_a_run_logs_draws_and_goes_on(folder, run):
+def test_a_run_logs_samples_and_resumes(folder, run):
   records = metrics.read(run)
   assert [record['step'] for record in records] == list(range(1, STEPS + 1))
   assert {'loss/plan', 'loss/image', 'loss/masked', 'loss/next_token'} <= set(records[0])
@@ -65,18 +65,18 @@ def test_a_run_logs_draws_and_goes_on(folder, run):
   assert [r['step'] for r in metrics.read(run)] == list(range(1, STEPS + 2))
 
 
-def test_classes_are_drawn_and_unknown_ones_named(generator):
-  pictures = generator(['red', 'blue'], n=2, seed=1)
-  assert len(pictures) == 4 and pictures[0].image.shape == (32, 32, 3)
-  first, second = (picture.encoded['visual_prompt'] for picture in pictures[:2])
+def test_classes_are_sampled_and_unknown_ones_are_refused(generator):
+  images = generator(['red', 'blue'], n=2, seed=1)
+  assert len(images) == 4 and images[0].image.shape == (32, 32, 3)
+  first, second = (image.encoded['visual_prompt'] for image in images[:2])
   assert first.shape == (36,) and (first != second).any()
   again = generator('red', n=2, seed=1, fixed={'visual_prompt': first})
-  np.testing.assert_array_equal(again[0].image, pictures[0].image)
+  np.testing.assert_array_equal(again[0].image, images[0].image)
   with pytest.raises(UserError, match="no class 'bleu'; did you mean 'blue'"):
     generator('bleu')
 
 
-def test_exported_weights_draw_the_same(run, generator, tmp_path):
+def test_exported_weights_load_with_the_same_shapes(run, generator, tmp_path):
   to = str(tmp_path / 'c2i.safetensors')
   metadata = export.export(str(run), to)
   assert json.loads(metadata['config'])['system'] == 'c2i_discrete'

@@ -1,4 +1,4 @@
-"""Config sections of codecs: the kinds that can be named, and their frozen networks."""
+"""Config sections of codecs: their kinds and frozen networks."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ def test_the_default_codecs_are_the_shipped_ones():
   shipped = {name: f'assets:{name}' for name in ('siglip', 'feature_vq', 'image')}
   assert sources == shipped
   codes = build_section(ImageCodeCodecs, {}).frozen
-  assert {name: one.source for name, one in codes.items()} == shipped | {
+  assert {name: network.source for name, network in codes.items()} == shipped | {
     'image_codes': 'assets:image_codes'
   }
 
@@ -36,7 +36,7 @@ def test_a_published_visual_prompt():
   assert (codec.grid, codec.codes, codec.network.dtype) == (10, 16_384, jnp.bfloat16)
 
 
-def test_a_published_tower_comes_from_its_release_unless_told():
+def test_a_published_tower_comes_from_its_release_by_default():
   for weights, source in (('', 'facebook/dinov2-base'), ('FOLDER', 'FOLDER')):
     prompt = {'encoder': 'dinov2', 'tower_weights': weights}
     network = _latents(visual_prompt=prompt).frozen['dinov2']

@@ -1,4 +1,4 @@
-"""Text to image, then an edit stage on its run, to pictures, in one process."""
+"""A text-to-image run, an edit stage that continues it, and edited images, in one process."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def _train(config, workdir, samples, evaluate=0):
 
 
 @pytest.mark.parametrize('arch', ['internal', 'external'])
-def test_a_run_goes_on_to_edit(tmp_path, arch):
+def test_a_text_to_image_run_continues_with_editing(tmp_path, arch):
   config = t2i.get_config(f'debug,arch={arch}')
   config.steps = (1, 1)
-  if arch == 'internal':  # Whose last stage may come alone.
+  if arch == 'internal':  # Its last stage may run alone.
     config.stages, config.steps, config.batch_size = config.stages[-1:], (1,), (8,)
-  _train(config, tmp_path / 'drawing', 0)
+  _train(config, tmp_path / 't2i', 0)
   config = edit.get_config(f'debug,arch={arch}')
-  config.start, config.steps = str(tmp_path / 'drawing'), (2,)
+  config.start, config.steps = str(tmp_path / 't2i'), (2,)
   _train(config, tmp_path / 'edits', 2, evaluate=2)
   assert list((tmp_path / 'edits' / 'samples').glob('step_*.png'))
   before, _ = weights.load_run(config.start, 'ema')
   params, _ = weights.load_run(str(tmp_path / 'edits'), 'raw')
-  same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
+  assert_equal = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
   if arch == 'external':
-    same(params['dit'], before['dit'])
-  close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3)
-  jax.tree.map(close, params['ar']['dual_path'], before['dit']['dual_path'])
+    assert_equal(params['dit'], before['dit'])
+  assert_close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3)
+  jax.tree.map(assert_close, params['ar']['dual_path'], before['dit']['dual_path'])
   _, last = metrics.read(str(tmp_path / 'edits'))
   assert last['eval/flow'] > 0 and last['eval/next_token'] > 0
   assert ('loss/flow' in last) == (arch == 'internal')
@@ -54,20 +54,24 @@ def test_a_run_goes_on_to_edit(tmp_path, arch):
   with pytest.raises(UserError, match='name a source image'):
     generator('make it red')
   white, black = (np.full((40, 60, 3), shade, np.uint8) for shade in (255, 0))
-  one, two = (generator.editing(image)('make it red')[0] for image in (white, black))
-  again = generator.editing(white)(['make it blue', 'make it red'])[1]
-  np.testing.assert_array_equal(again.image, one.image)
-  assert (one.image != two.image).any()
-  assert one.metadata['source_image'] != two.metadata['source_image']
-  each = generator.editing(np.stack([white, black]))
-  np.testing.assert_array_equal(each(['make it red', 'make it blue'])[0].image, one.image)
-  np.testing.assert_array_equal(each(['make it blue', 'make it red'])[1].image, two.image)
+  from_white, from_black = (generator.editing(image)('make it red')[0] for image in (white, black))
+  reordered = generator.editing(white)(['make it blue', 'make it red'])[1]
+  np.testing.assert_array_equal(reordered.image, from_white.image)
+  assert (from_white.image != from_black.image).any()
+  assert from_white.metadata['source_image'] != from_black.metadata['source_image']
+  edit_both = generator.editing(np.stack([white, black]))
+  np.testing.assert_array_equal(
+    edit_both(['make it red', 'make it blue'])[0].image, from_white.image
+  )
+  np.testing.assert_array_equal(
+    edit_both(['make it blue', 'make it red'])[1].image, from_black.image
+  )
   with pytest.raises(UserError, match='2 images to edit and 3 to generate'):
-    each('make it red', n=3)
+    edit_both('make it red', n=3)
   with pytest.raises(UserError, match=r'has shape \(40, 60\): \[H, W, 3\] is needed'):
     generator.editing(white[..., 0])
   with pytest.raises(UserError, match='dtype float32: uint8'):
     generator.editing(white.astype(np.float32))
-  plain = Generator.load(str(tmp_path / 'drawing'))
+  text_to_image = Generator.load(str(tmp_path / 't2i'))
   with pytest.raises(UserError, match='generates images from prompts only'):
-    plain.editing(white)
+    text_to_image.editing(white)

@@ -1,4 +1,4 @@
-"""Editing: parameters, rows that lose conditions, losses, and what all flow steps share."""
+"""Editing: parameters, dropped conditions, losses, and cached prefixes of the flow steps."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _system(arch='internal', preset='debug', **changes):
 
 
 @functools.cache
-def _made(arch):
+def _cached_system(arch):
   return _system(arch)
 
 
@@ -50,18 +50,18 @@ def _batch(system):
 
 @functools.cache
 def _params(arch='internal'):
-  """Drawn on the host, so that nothing is zero or the identity and nothing is compiled for it."""
-  draw = np.random.default_rng(1)
-  shapes = jax.eval_shape(_made(arch).init, KEY)
-  normal = lambda leaf: jnp.asarray(0.15 * draw.standard_normal(leaf.shape), jnp.float32)
-  one = lambda path: float('scale' in jax.tree_util.keystr(path))
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: one(path) + normal(leaf), shapes)
+  """Generated on the host, without compilation; no parameter is zero or the identity."""
+  numpy_rng = np.random.default_rng(1)
+  shapes = jax.eval_shape(_cached_system(arch).init, KEY)
+  normal = lambda leaf: jnp.asarray(0.15 * numpy_rng.standard_normal(leaf.shape), jnp.float32)
+  mean = lambda path: float('scale' in jax.tree_util.keystr(path))
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: mean(path) + normal(leaf), shapes)
 
 
 def test_parameters_are_the_papers_and_the_same_in_both_architectures():
   ours, theirs = (
-    {path: leaf.shape for path, leaf in leaves_by_path(jax.eval_shape(made.init, KEY)).items()}
-    for made in (_system(arch, 'paper') for arch in ('internal', 'external'))
+    {path: leaf.shape for path, leaf in leaves_by_path(jax.eval_shape(system.init, KEY)).items()}
+    for system in (_system(arch, 'paper') for arch in ('internal', 'external'))
   )
   assert ours == theirs
   assert abs(sum(np.prod(shape) for shape in ours.values()) - 4_570.0e6) < 0.1e6
@@ -71,19 +71,19 @@ def test_parameters_are_the_papers_and_the_same_in_both_architectures():
 
 
 @pytest.mark.parametrize('arch', ['internal', 'external'])
-def test_conditions_are_dropped_as_often_as_in_appendix_d_and_by_one_draw(arch):
-  system = _made(arch)
+def test_conditions_are_dropped_at_the_rates_of_appendix_d(arch):
+  system = _cached_system(arch)
   many = dataclasses.replace(_batch(system), example=jnp.arange(8192))
   keep = system.dropping.keep(many, KEY, system.stages[0])
-  told, reference = (np.asarray(keep[name]) for name in layouts.CONDITIONS)
-  shares = [np.mean(x) for x in (~told & reference, told & ~reference, ~told & ~reference)]
-  wanted = [0.05, 0.05, 0.05 if arch == 'internal' else 0.0]
-  np.testing.assert_allclose(shares, wanted, atol=0.01)
+  prompt, reference = (np.asarray(keep[name]) for name in layouts.CONDITIONS)
+  shares = [np.mean(x) for x in (~prompt & reference, prompt & ~reference, ~prompt & ~reference)]
+  expected = [0.05, 0.05, 0.05 if arch == 'internal' else 0.0]
+  np.testing.assert_allclose(shares, expected, atol=0.01)
   assert arch == 'internal' or shares[2] == 0
 
 
-def _whole(system, params, batch, keep):
-  """Hidden states and velocity of whole rows at CLOCK, compiled."""
+def _uncached(system, params, batch, keep):
+  """Hidden states and velocity at CLOCK, compiled and uncached."""
 
   def run(params):
     regions = system.experts.regions(batch, batch.encoded['visual_prompt'], keep)
@@ -100,8 +100,8 @@ def _flow_step(system, weights, prefix, latents):
   at = prefix.cache.body.key.order.shape[1] - prefix.state.ids.shape[1]
   hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
   stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
-  rows, _ = system.model.head(weights, {'dit': stream}, prefix.cache.head, at)
-  return system.model.velocity(weights, rows['dit'], condition)
+  outputs, _ = system.model.head(weights, {'dit': stream}, prefix.cache.head, at)
+  return system.model.velocity(weights, outputs['dit'], condition)
 
 
 def _close(ours, theirs, tolerance=1e-4):
@@ -109,9 +109,9 @@ def _close(ours, theirs, tolerance=1e-4):
   assert float(error) < tolerance, f'relative error {float(error):.1e}'
 
 
-def test_each_cached_branch_equals_its_whole_row():
-  """Full, without instruction and plan, and null; and the first two aren't alike."""
-  system, params = _made('internal'), _params()
+def test_each_cached_branch_equals_its_whole_sequence():
+  """All conditions, the source image alone, and none; the three differ."""
+  system, params = _cached_system('internal'), _params()
   batch = _batch(system)
   experts, settings = system.experts, Sampling(steps=2)
   request = request_of(batch, 'visual_prompt', 'source_latents')
@@ -127,33 +127,33 @@ def test_each_cached_branch_equals_its_whole_row():
     step = lambda branch: _flow_step(system, params, branch, batch.encoded['latents'])
     return {name: step(branch) for name, branch in branches.items()}
 
-  found = cached(params)
-  for name, told, reference in (
+  velocities = cached(params)
+  for name, keep_prompt, keep_source in (
     ('conditional', ALL, ALL),
     ('reference', ~ALL, ALL),
     ('null', ~ALL, ~ALL),
   ):
-    keep = {layouts.PROMPT: told, layouts.SOURCE: reference}
-    _close(found[name], _whole(system, params, batch, keep)[1])
-  assert float(jnp.abs(found['conditional'] - found['reference']).max()) > 1e-3
-  assert float(jnp.abs(found['reference'] - found['null']).max()) > 1e-3
+    keep = {layouts.PROMPT: keep_prompt, layouts.SOURCE: keep_source}
+    _close(velocities[name], _uncached(system, params, batch, keep)[1])
+  assert float(jnp.abs(velocities['conditional'] - velocities['reference']).max()) > 1e-3
+  assert float(jnp.abs(velocities['reference'] - velocities['null']).max()) > 1e-3
 
 
-def test_two_branches_draw_what_three_do_where_the_image_scale_is_1():
-  system, params = _made('internal'), _params()
+def test_two_branches_equal_three_where_the_image_scale_is_1():
+  system, params = _cached_system('internal'), _params()
   request = request_of(_batch(system), 'visual_prompt', 'source_latents')
 
-  def drawn(count, image=1.0):
-    """Each branch has its weight, and the last of three counts even at weight 0."""
+  def integrate(count, image=1.0):
+    """Integrates the first `count` branches; the last of three is computed even at weight 0."""
     settings = Sampling(steps=2, shift=1.0, guidance=2.5, image_guidance=image)
     experts, every = system.experts, Guidance.edit(2.5, image, *layouts.CONDITIONS).branches
     weights = [branch.weight for branch in every[:count]]
 
     def run(params):
-      _, whole = experts.prefix(params, request, KEY, settings)
-      reference = experts.source_prefix(params, request, whole)
-      null = experts.null_prefix(params, request)
-      prefix = Prefix.stack([whole, reference, null][:count])
+      _, conditional = experts.prefix(params, request, KEY, settings)
+      reference = experts.source_prefix(params, request, conditional)
+      unconditional = experts.null_prefix(params, request)
+      prefix = Prefix.stack([conditional, reference, unconditional][:count])
       step = lambda x, time: experts.renderer.velocity(params, x, time, prefix)
       noise = experts.renderer.noise(request, KEY)
       parts = lambda x, time: jnp.split(step(x, time), count)
@@ -162,31 +162,33 @@ def test_two_branches_draw_what_three_do_where_the_image_scale_is_1():
 
     return jax.jit(run)(params), settings
 
-  two, settings = drawn(2)
-  three, _ = drawn(3)
+  two, text_settings = integrate(2)
+  three, _ = integrate(3)
   _close(two, three, 1e-5)
-  led, by_both = drawn(3, image=1.5)
-  for wanted, asked in ((two, settings), (led, by_both)):
-    _, latents = jax.jit(lambda p, asked=asked: system.sample(p, request, KEY, asked))(params)
-    _close(latents, wanted, 1e-5)
+  both, both_settings = integrate(3, image=1.5)
+  for expected, settings in ((two, text_settings), (both, both_settings)):
+    _, latents = jax.jit(lambda p, s=settings: system.sample(p, request, KEY, s))(params)
+    _close(latents, expected, 1e-5)
 
 
-def test_the_picture_before_is_seen_by_what_follows_and_dropped_by_its_keep():
-  system, params = _made('internal'), _params()
+def test_the_source_image_is_seen_by_later_tokens_unless_it_is_dropped():
+  system, params = _cached_system('internal'), _params()
   batch = _batch(system)
-  other = with_encoded(batch, source_latents=-batch.encoded['source_latents'])
+  changed = with_encoded(batch, source_latents=-batch.encoded['source_latents'])
   keep = {layouts.PROMPT: ALL, layouts.SOURCE: jnp.array([True, False, True, False])}
-  (hidden, flow), (changed, moved) = (_whole(system, params, b, keep) for b in (batch, other))
+  (hidden, velocity), (changed_hidden, changed_velocity) = (
+    _uncached(system, params, b, keep) for b in (batch, changed)
+  )
   at = system.layout.place('bot')[0]
-  told = jnp.abs(hidden - changed)[:, at:].max((1, 2))
-  drawn = jnp.abs(flow - moved).max((1, 2, 3))
-  for difference in (told, drawn):
+  hidden_difference = jnp.abs(hidden - changed_hidden)[:, at:].max((1, 2))
+  velocity_difference = jnp.abs(velocity - changed_velocity).max((1, 2, 3))
+  for difference in (hidden_difference, velocity_difference):
     assert (difference[::2] > 1e-3).all() and (difference[1::2] == 0).all()
 
 
 @pytest.mark.parametrize('arch', ['internal', 'external'])
-def test_what_trains_and_what_is_watched(arch):
-  system, params = _made(arch), _params(arch)
+def test_trained_parameters_and_evaluated_losses(arch):
+  system, params = _cached_system(arch), _params(arch)
   batch, (stage,) = _batch(system), system.stages
   internal = arch == 'internal'
   trainable, frozen = split_trainable(params, stage)
@@ -204,26 +206,26 @@ def test_what_trains_and_what_is_watched(arch):
   assert {name: float(n) for name, n in counts.items()} == {
     name: float(term.count) for name, term in terms.items()
   }
-  seen = gradients['ar']['dual_path']['encoder']['mlp']['up']['kernel']
-  assert float(jnp.abs(seen).max()) > 0
+  source_gradient = gradients['ar']['dual_path']['encoder']['mlp']['up']['kernel']
+  assert float(jnp.abs(source_gradient).max()) > 0
 
 
-def test_external_plans_from_the_picture_before_and_draws_from_its_plan_alone():
-  """Its picture expert reads the token expert's states at the codes, and has no other rows."""
-  system, params = _made('external'), _params('external')
+def test_external_writes_from_the_source_image_and_renders_from_the_visual_prompt_alone():
+  """The diffusion expert reads the AR expert's states at the codes, and no other sequence."""
+  system, params = _cached_system('external'), _params('external')
   request = request_of(_batch(system), 'source_latents')
-  other = with_encoded(request, source_latents=-request.encoded['source_latents'])
+  changed = with_encoded(request, source_latents=-request.encoded['source_latents'])
   settings = Sampling(steps=2, guidance=2.5, temperature=0.0)
   codes, latents = jax.jit(lambda p: system.sample(p, request, KEY, settings))(params)
   assert np.isfinite(latents).all() and float(jnp.abs(latents).max()) > 0
-  plan = jax.jit(lambda p, r: system.draft(p, r, KEY, settings)['visual_prompt'])
-  np.testing.assert_array_equal(plan(params, request), codes)
-  assert (plan(params, other) != codes).any()
+  write = jax.jit(lambda p, r: system.draft(p, r, KEY, settings)['visual_prompt'])
+  np.testing.assert_array_equal(write(params, request), codes)
+  assert (write(params, changed) != codes).any()
   names = [span.name for span in system.experts.layout.spans]
   assert names == ['codes', 'boi', 'time', 'latents']
   with pytest.raises(UserError, match='image_guidance is 1.5, .* set it to 1'):
-    led = dataclasses.replace(settings, image_guidance=1.5)
-    jax.eval_shape(lambda p: system.sample(p, request, KEY, led), params)
+    guided = dataclasses.replace(settings, image_guidance=1.5)
+    jax.eval_shape(lambda p: system.sample(p, request, KEY, guided), params)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_external_plans_from_the_picture_before_and_draws_from_its_plan_alone():
     ({'stages': ('joint',)}, "this system has one stage, 'edit'"),
   ],
 )
-def test_mistakes(changes, message):
+def test_errors_in_stages_and_start(changes, message):
   with pytest.raises(UserError, match=message):
     _system(**changes)
 
@@ -248,19 +250,19 @@ def test_mistakes(changes, message):
     ('internal', {'eoi': 5000}, 'below text_vocab'),
   ],
 )
-def test_mistakes_in_the_model(arch, model, message):
+def test_errors_in_the_model(arch, model, message):
   config = config_file.get_config(f'debug,arch={arch}')
   config.model.update(model)
   with pytest.raises(UserError, match=message):
     systems.build(config.to_dict())
 
 
-def test_the_second_dual_path_comes_from_show_o2_or_from_the_run():
+def test_the_second_dual_path_comes_from_show_o2_or_from_the_parent_run():
   system = _system()
-  (start,) = system.initialization.grown
-  assert (start.family, start.paths) == ('run', (('dit/dual_path/', 'ar/dual_path/'),))
+  (weights,) = system.initialization.grown
+  assert (weights.family, weights.paths) == ('run', (('dit/dual_path/', 'ar/dual_path/'),))
   system = _system(preset='paper')
-  (start,) = system.initialization.grown
-  assert start.family == 'showo2' and not start.sizes.references
+  (weights,) = system.initialization.grown
+  assert weights.family == 'showo2' and not weights.sizes.references
   assert not system.initialization.pretrained
-  assert start.source.startswith('showlab/show-o2')
+  assert weights.source.startswith('showlab/show-o2')

@@ -1,4 +1,4 @@
-"""A picture expert with cross-attention, from its plan to pictures, in one process."""
+"""A run of External+VPE with cross-attention, from stage plan to images, in one process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vpe_jax.training import loop, metrics
 pytestmark = pytest.mark.slow
 
 
-def test_cross_attention_trains_goes_on_and_draws(tmp_path):
+def test_cross_attention_trains_resumes_and_samples(tmp_path):
   config = config_file.get_config('debug,arch=external')
   config.model.condition = 'cross'
   config.steps = (1, 2)
@@ -41,8 +41,8 @@ def test_cross_attention_trains_goes_on_and_draws(tmp_path):
   assert all(jax.tree.leaves(moved['dit']['layers']['cross']))
   assert not any(jax.tree.leaves([moved['ar'], moved['embed']]))
   generator = Generator.load(run)
-  one, two = generator(['a red circle', 'two green pears'])
-  codes = one.encoded['visual_prompt']
-  assert one.image.shape == (64, 64, 3) and (codes != two.encoded['visual_prompt']).any()
-  again = generator('a dog', fixed={'visual_prompt': codes})[0]
-  np.testing.assert_array_equal(again.encoded['visual_prompt'], codes)
+  circle, pears = generator(['a red circle', 'two green pears'])
+  codes = circle.encoded['visual_prompt']
+  assert circle.image.shape == (64, 64, 3) and (codes != pears.encoded['visual_prompt']).any()
+  dog = generator('a dog', fixed={'visual_prompt': codes})[0]
+  np.testing.assert_array_equal(dog.encoded['visual_prompt'], codes)

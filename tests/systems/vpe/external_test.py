@@ -1,4 +1,4 @@
-"""External+VPE: internal's parameters, two rows, what trains, and cached drawing."""
+"""External+VPE: parameters, the two sequences, trained groups, and cached sampling."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ def _batch(system) -> Batch:
 
 
 def _regions(system, batch, codes, keep):
-  """Those of a batch; where `keep` [B] is False, the image has no visual prompt."""
+  """Regions of a batch; where `keep` [B] is False, the image has no visual prompt."""
   return system.experts.regions(batch, codes, {'prompt': jnp.ones(B, bool), 'visual_prompt': keep})
 
 
 @functools.cache
-def _made(condition: str):
+def _cached_system(condition: str):
   return _system(condition=condition)
 
 
 @functools.cache
-def _whole(condition: str):
-  """Whole rows at once, compiled: hidden states of the token expert, and the velocity."""
+def _uncached(condition: str):
+  """Compiled and uncached: hidden states of the AR expert, and the velocity."""
 
   def run(params, codes, keep, latents, clock):
-    system = _made(condition)
+    system = _cached_system(condition)
     regions = _regions(system, _batch(system), codes, keep)
     return system.experts.forward(params, regions, (latents, clock), None)
 
@@ -75,25 +75,25 @@ def _whole(condition: str):
 
 @functools.cache
 def _params(condition: str):
-  """Drawn on the host, so that nothing is zero or the identity and nothing is compiled for it."""
-  draw = np.random.default_rng(1)
-  shapes = jax.eval_shape(_made(condition).init, KEY)
-  normal = lambda leaf: jnp.asarray(0.15 * draw.standard_normal(leaf.shape), jnp.float32)
-  one = lambda path: float('scale' in jax.tree_util.keystr(path))
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: one(path) + normal(leaf), shapes)
+  """Generated on the host, without compilation; no parameter is zero or the identity."""
+  numpy_rng = np.random.default_rng(1)
+  shapes = jax.eval_shape(_cached_system(condition).init, KEY)
+  normal = lambda leaf: jnp.asarray(0.15 * numpy_rng.standard_normal(leaf.shape), jnp.float32)
+  mean = lambda path: float('scale' in jax.tree_util.keystr(path))
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: mean(path) + normal(leaf), shapes)
 
 
 @pytest.fixture(scope='module')
 def params():
-  """Those of all architectures but External+VPE with cross-attention."""
+  """Parameters of all architectures but External+VPE with cross-attention."""
   return _params('prefix')
 
 
 @pytest.mark.parametrize('preset', ['debug', 'tiny', 'paper', 'pod'])
-def test_parameters_are_those_of_internal(preset):
+def test_parameters_equal_those_of_internal(preset):
   ours, theirs = (
-    {path: leaf.shape for path, leaf in leaves_by_path(jax.eval_shape(made.init, KEY)).items()}
-    for made in (_system(preset=preset), _system('internal', preset))
+    {path: leaf.shape for path, leaf in leaves_by_path(jax.eval_shape(system.init, KEY)).items()}
+    for system in (_system(preset=preset), _system('internal', preset))
   )
   assert ours == theirs
   total = sum(np.prod(shape) for shape in ours.values())
@@ -101,52 +101,54 @@ def test_parameters_are_those_of_internal(preset):
 
 
 @pytest.mark.parametrize('preset', ['debug', 'paper'])
-def test_cross_attention_has_parameters_of_its_own(preset):
-  """In each layer of the picture expert, and all of them named for sharding."""
+def test_cross_attention_adds_parameters(preset):
+  """Each layer of the diffusion expert has them, and each has a sharding."""
   system = _system(preset=preset, condition='cross')
-  ours, others = (
+  with_cross, without_cross = (
     leaves_by_path(jax.eval_shape(made.init, KEY)) for made in (system, _system(preset=preset))
   )
-  more = {path: leaf for path, leaf in ours.items() if path not in others}
-  assert all(path.startswith('dit/layers/cross/') for path in more)
-  assert {path: leaf.shape for path, leaf in ours.items() if path not in more} == {
-    path: leaf.shape for path, leaf in others.items()
+  added = {path: leaf for path, leaf in with_cross.items() if path not in without_cross}
+  assert all(path.startswith('dit/layers/cross/') for path in added)
+  assert {path: leaf.shape for path, leaf in with_cross.items() if path not in added} == {
+    path: leaf.shape for path, leaf in without_cross.items()
   }
   c = system.config.model.dit
   heads, kv, D = c.heads * c.head_width, c.kv_heads * c.head_width, c.width
-  each = D * (heads + 2 * kv) + heads + 2 * kv + heads * D + 2 * D
-  assert sum(leaf.size for leaf in more.values()) == c.layers * each
-  total = sum(leaf.size for leaf in ours.values())
+  per_layer = D * (heads + 2 * kv) + heads + 2 * kv + heads * D + 2 * D
+  assert sum(leaf.size for leaf in added.values()) == c.layers * per_layer
+  total = sum(leaf.size for leaf in with_cross.values())
   assert preset == 'debug' or abs(total - 4_320.6e6) < 0.2e6
   mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2, strategy='fsdp_tensor'))
-  where = param_shardings(more, system.logical_axes, mesh, 'fsdp_tensor')
-  spread = {path.split('cross/')[1]: place.spec for path, place in where.items()}
-  assert spread['q/kernel'][1:] == ('fsdp', 'tensor') if preset == 'paper' else len(spread) == 9
+  shardings = param_shardings(added, system.logical_axes, mesh, 'fsdp_tensor')
+  specs = {path.split('cross/')[1]: sharding.spec for path, sharding in shardings.items()}
+  assert specs['q/kernel'][1:] == ('fsdp', 'tensor') if preset == 'paper' else len(specs) == 9
 
 
-def test_stage_plan_is_that_of_internal(params):
-  """The same function of the same parameters: one checkpoint serves both."""
-  found = []
-  for made in (_system('internal'), _made('prefix')):
-    stage, batch = made.stages[0], _batch(made)
+def test_stage_plan_equals_that_of_internal(params):
+  """One checkpoint serves both: the losses are the same function of the same parameters."""
+  losses = []
+  for system in (_system('internal'), _cached_system('prefix')):
+    stage, batch = system.stages[0], _batch(system)
     assert stage.trainable == ('ar/', 'embed/') and stage.losses == {'next_token': 1.0}
-    loss = lambda p, made=made, batch=batch: made.losses(p, {}, batch, KEY, 0, made.stages[0])
-    found.append(jax.jit(loss)(params))
-  ours, theirs = ({name: (t.sum, t.count) for name, t in terms.items()} for terms in found)
+    loss = lambda p, system=system, batch=batch: system.losses(
+      p, {}, batch, KEY, 0, system.stages[0]
+    )
+    losses.append(jax.jit(loss)(params))
+  ours, theirs = ({name: (t.sum, t.count) for name, t in terms.items()} for terms in losses)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
 
 
 @pytest.mark.parametrize('condition', unified.CONDITIONS)
-def test_stage_render_trains_the_picture_expert_on_the_flow_alone(condition):
-  """Optimizer state, gradients, and the terms that evaluation adds at weight 0."""
-  system = _made(condition)
+def test_stage_render_trains_the_diffusion_expert_on_the_flow_alone(condition):
+  """Checks the optimizer state, gradients, and the terms that evaluation adds at weight 0."""
+  system = _cached_system(condition)
   stage, batch = system.stages[1], _batch(system)
   assert stage.losses == {'flow': 1.0}
   assert set(jax.eval_shape(lambda: system.counts(batch, KEY, 0, system.stages[1]))) == {'flow'}
   shapes = jax.eval_shape(system.init, KEY)
   state = jax.eval_shape(lambda p: first_state(p, stage), shapes)
-  for held in (state['ema'], state['opt_state']['mu'], state['opt_state']['nu']):
-    assert {path.split('/')[0] for path in leaves_by_path(held)} == {'dit'}
+  for tree in (state['ema'], state['opt_state']['mu'], state['opt_state']['nu']):
+    assert {path.split('/')[0] for path in leaves_by_path(tree)} == {'dit'}
   # As held-out evaluation runs it.
   stage = heldout.with_all_losses(system.stages, 1)
   losses = lambda p: system.losses(p, {}, batch, KEY, 0, stage)
@@ -155,13 +157,13 @@ def test_stage_render_trains_the_picture_expert_on_the_flow_alone(condition):
   assert weights == {'next_token': 0.0, 'accuracy': 0.0, 'flow': 1.0}
   counts = jax.jit(lambda: system.counts(batch, KEY, 0, stage))()
   assert float(counts['next_token']) == B * (system.config.model.plan_tokens + 1)
-  # The gradient of what is frozen is 0 whatever the numbers: no product leads to it.
+  # The gradient of frozen parameters is 0 by construction: no matrix product computes it.
   gradient = jax.grad(lambda p: losses(p)['flow'].sum)
   assert matrix_flops(lambda p: [gradient(p)[name] for name in ('ar', 'embed')], shapes) == 0
 
 
-def test_the_plan_alone_is_dropped_as_often_as_asked():
-  system = _made('prefix')
+def test_the_visual_prompt_alone_is_dropped_at_the_configured_rate():
+  system = _cached_system('prefix')
   batch, codes = _batch(system), system.config.model.plan_tokens
   many = dataclasses.replace(batch, example=jnp.arange(4096))
   assert (
@@ -183,8 +185,8 @@ def _flow_step(system, weights, prefix, latents):
   at = prefix.cache.body.key.order.shape[1] - prefix.state.ids.shape[1]
   hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
   stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
-  rows, _ = system.model.head(weights, {'dit': stream}, prefix.cache.head, at)
-  return system.model.velocity(weights, rows['dit'], condition)
+  outputs, _ = system.model.head(weights, {'dit': stream}, prefix.cache.head, at)
+  return system.model.velocity(weights, outputs['dit'], condition)
 
 
 def _close(ours, theirs, tolerance=1e-4):
@@ -196,9 +198,9 @@ def _close(ours, theirs, tolerance=1e-4):
   'condition, prepared, guidance',
   [('prefix', False, 1), ('keys', True, 2), ('cross', True, 1), ('cross', False, 1)],
 )
-def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, guidance):
-  """With the plan that was decoded, and without one: the null branch of guidance."""
-  system, params = _made(condition), _params(condition)
+def test_decoding_and_cached_flow_steps_equal_whole_sequences(condition, prepared, guidance):
+  """With the decoded visual prompt, and without one: the unconditional branch of guidance."""
+  system, params = _cached_system(condition), _params(condition)
   batch, settings = _batch(system), Sampling(plan_guidance=float(guidance))
   request = request_of(batch)
 
@@ -211,27 +213,29 @@ def test_decoding_and_cached_flow_steps_equal_whole_rows(condition, prepared, gu
     flows = [_flow_step(system, weights, prefix, batch.encoded['latents']) for prefix in prefixes]
     return codes, decoded.state, flows
 
-  codes, states, (told, null) = cached(system.prepare(params, 'cpu') if prepared else params)
-  whole = lambda codes, keep, latents=batch.encoded['latents']: _whole(condition)(
+  codes, states, (conditional, unconditional) = cached(
+    system.prepare(params, 'cpu') if prepared else params
+  )
+  uncached = lambda codes, keep, latents=batch.encoded['latents']: _uncached(condition)(
     params, codes, keep, latents, CLOCK
   )
-  hidden, wanted = whole(codes, ALL)
+  hidden, expected = uncached(codes, ALL)
   first, last = system.experts.pair.codes
   _close(states[:, first:last], hidden[:, first:last])
-  _close(told, wanted)
-  same, dropped = whole(codes, ~ALL)
-  _close(null, dropped)
-  assert float(jnp.abs(told - null).max()) > 1e-2
-  # The picture sees the plan: another one gives another velocity. The plan sees no picture.
-  assert float(jnp.abs(whole(codes[:, ::-1], ALL)[1] - wanted).max()) > 1e-2
-  np.testing.assert_array_equal(same, hidden)
-  np.testing.assert_array_equal(whole(codes, ALL, -batch.encoded['latents'])[0], hidden)
+  _close(conditional, expected)
+  hidden_dropped, expected_dropped = uncached(codes, ~ALL)
+  _close(unconditional, expected_dropped)
+  assert float(jnp.abs(conditional - unconditional).max()) > 1e-2
+  # The image attends to the visual prompt, and not the other way around.
+  assert float(jnp.abs(uncached(codes[:, ::-1], ALL)[1] - expected).max()) > 1e-2
+  np.testing.assert_array_equal(hidden_dropped, hidden)
+  np.testing.assert_array_equal(uncached(codes, ALL, -batch.encoded['latents'])[0], hidden)
 
 
 @pytest.mark.parametrize('condition', ['keys', 'cross'])
-def test_given_codes_are_rendered_along_the_whole_rows_velocity(condition):
-  """Guided, from the noise of each row's own example: also a row's place is of no matter."""
-  system, params = _made(condition), _params(condition)
+def test_rendering_of_fixed_codes_follows_the_uncached_velocity(condition):
+  """Guided, from the noise of each example; the order of the batch doesn't matter."""
+  system, params = _cached_system(condition), _params(condition)
   batch, scale = _batch(system), 2.0
   settings = Sampling(steps=2, guidance=scale)
   run = jax.jit(lambda request: system.sample(params, request, KEY, settings))
@@ -240,8 +244,10 @@ def test_given_codes_are_rendered_along_the_whole_rows_velocity(condition):
 
   def velocity(x, time):
     clock = jnp.full((B,), 1.0 - time)
-    told, null = (_whole(condition)(params, codes, keep, x, clock)[1] for keep in (ALL, ~ALL))
-    return -(null + scale * (told - null))
+    conditional, unconditional = (
+      _uncached(condition)(params, codes, keep, x, clock)[1] for keep in (ALL, ~ALL)
+    )
+    return -(unconditional + scale * (conditional - unconditional))
 
   noise = lambda key: jax.random.normal(key, batch.encoded['latents'].shape[1:])
   x = rng.per_example(noise, KEY, 'noise', batch.example)
@@ -249,48 +255,48 @@ def test_given_codes_are_rendered_along_the_whole_rows_velocity(condition):
   for time, later in zip(times[:-1], times[1:], strict=True):
     x = x + (later - time) * velocity(x, time)
   _close(latents, x)
-  turned = jax.tree.map(lambda leaf: leaf[::-1], request_of(batch, 'visual_prompt'))
-  _close(run(turned)[1][::-1], latents)
+  reversed_request = jax.tree.map(lambda leaf: leaf[::-1], request_of(batch, 'visual_prompt'))
+  _close(run(reversed_request)[1][::-1], latents)
 
 
 def _eq_4(system, params, batch):
-  """Both experts in one row, where the picture's tokens see of the other's the codes alone."""
+  """Both experts in one sequence, where image tokens see only the codes of the AR expert."""
   model, (first, last) = system.model, system.experts.pair.codes
   regions = _regions(system, batch, batch.encoded['visual_prompt'], KEEP)
   ar, prefix, dit = (regions[name] for name in ('ar', 'prefix', 'dit'))
-  place, count = jnp.arange(ar.ids.shape[1]), last - first
-  is_seen = (place >= first) & (place < last) & KEEP[:, None]
+  index, count = jnp.arange(ar.ids.shape[1]), last - first
+  is_seen = (index >= first) & (index < last) & KEEP[:, None]
   end = ar.visibility.reach.max(1, keepdims=True)
   until = jnp.where(is_seen, ar.visibility.until, jnp.minimum(ar.visibility.until, end))
   tokens = dataclasses.replace(
     model.token_stream(params, ar), visibility=dataclasses.replace(ar.visibility, until=until)
   )
   shift = end - count * KEEP[:, None]
-  moved = lambda seen: Visibility(seen.order + shift, seen.since, seen.reach + shift, seen.until)
+  shifted = lambda seen: Visibility(seen.order + shift, seen.since, seen.reach + shift, seen.until)
   start = ar.positions[:, first : first + 1]
-  picture, condition = model.image_stream(params, batch.encoded['latents'], CLOCK, dit)
+  image, condition = model.image_stream(params, batch.encoded['latents'], CLOCK, dit)
   boi = jax.tree.map(lambda leaf: leaf[:, count:], prefix)
-  own = mot.Stream(
-    jnp.concatenate([model.embed(params, boi.ids), picture.x], 1),
+  image_stream = mot.Stream(
+    jnp.concatenate([model.embed(params, boi.ids), image.x], 1),
     jnp.concatenate([boi.positions, dit.positions], 1) + start,
     jax.tree.map(
-      lambda *leaves: jnp.concatenate(leaves, 1), moved(boi.visibility), moved(dit.visibility)
+      lambda *leaves: jnp.concatenate(leaves, 1), shifted(boi.visibility), shifted(dit.visibility)
     ),
   )
-  hidden, _ = model.backbone(params, {'ar': tokens, 'dit': own})
-  rows = jnp.concatenate([hidden['ar'][:, first:last], hidden['dit'][:, :1]], 1)
+  hidden, _ = model.backbone(params, {'ar': tokens, 'dit': image_stream})
+  states = jnp.concatenate([hidden['ar'][:, first:last], hidden['dit'][:, :1]], 1)
   streams = {
-    'prefix': mot.Stream(rows, prefix.positions, prefix.visibility),
+    'prefix': mot.Stream(states, prefix.positions, prefix.visibility),
     'dit': mot.Stream(hidden['dit'][:, 1:], dit.positions, dit.visibility, condition),
   }
   return model.velocity(params, model.head(params, streams)[0]['dit'], condition)
 
 
-def test_keys_are_eq_4_restricted_to_the_codes(params):
-  system = _made('keys')
+def test_condition_keys_is_eq_4_restricted_to_the_codes(params):
+  system = _cached_system('keys')
   batch = _batch(system)
   codes, latents = batch.encoded['visual_prompt'], batch.encoded['latents']
-  velocity = _whole('keys')(params, codes, KEEP, latents, CLOCK)[1]
+  velocity = _uncached('keys')(params, codes, KEEP, latents, CLOCK)[1]
   _close(velocity, jax.jit(lambda p: _eq_4(system, p, batch))(params), 1e-5)
 
 
@@ -299,58 +305,58 @@ def _without_cross(params):
   return params | {'dit': params['dit'] | {'layers': layers}}
 
 
-def test_a_fresh_cross_attention_and_a_dropped_plan_change_nothing():
-  """Both leave a picture expert whose row is `[boi] | time x`: prefix's, without its plan."""
-  system, params = _made('cross'), _params('cross')
+def test_a_fresh_cross_attention_and_a_dropped_visual_prompt_change_nothing():
+  """Both equal condition `prefix` without its visual prompt: the sequence `[boi] | time x`."""
+  system, params = _cached_system('cross'), _params('cross')
   batch, layers = _batch(system), params['dit']['layers']
   cross = jax.jit(lambda: system.init(KEY)['dit']['layers']['cross'])()
-  silent = params | {'dit': params['dit'] | {'layers': layers | {'cross': cross}}}
+  fresh_cross = params | {'dit': params['dit'] | {'layers': layers | {'cross': cross}}}
   codes, latents = batch.encoded['visual_prompt'], batch.encoded['latents']
-  given, dropped = (codes, ALL, latents, CLOCK), (codes, ~ALL, latents, CLOCK)
-  alone = _whole('prefix')(_without_cross(params), *dropped)[1]
-  _close(_whole('cross')(silent, *given)[1], alone, 1e-5)
-  _close(_whole('cross')(params, *dropped)[1], alone, 1e-5)
-  assert float(jnp.abs(_whole('cross')(params, *given)[1] - alone).max()) > 1e-2
+  kept, dropped = (codes, ALL, latents, CLOCK), (codes, ~ALL, latents, CLOCK)
+  expected = _uncached('prefix')(_without_cross(params), *dropped)[1]
+  _close(_uncached('cross')(fresh_cross, *kept)[1], expected, 1e-5)
+  _close(_uncached('cross')(params, *dropped)[1], expected, 1e-5)
+  assert float(jnp.abs(_uncached('cross')(params, *kept)[1] - expected).max()) > 1e-2
 
 
-def test_cross_attention_stands_between_the_halves_of_a_layer():
-  """Against numpy, head by head: rotated products, a softmax over the codes that are present."""
-  c = _made('cross').config.model.dit
+def test_cross_attention_comes_between_self_attention_and_mlp():
+  """reference: numpy, head by head: rotated products, a softmax over the codes present."""
+  c = _cached_system('cross').config.model.dit
   layer = Layer(c, jnp.float32, crossed=True)
   weights = jax.tree.map(lambda leaf: leaf[0], _params('cross')['dit']['layers'])
-  run = lambda *given, **method: layer.apply({'params': weights}, *given, **method)
-  draw = np.random.default_rng(2)
-  normal = lambda *shape: jnp.asarray(draw.standard_normal(shape), jnp.float32)
-  x, own, context = (
+  run = lambda *args, **kwargs: layer.apply({'params': weights}, *args, **kwargs)
+  numpy_rng = np.random.default_rng(2)
+  normal = lambda *shape: jnp.asarray(numpy_rng.standard_normal(shape), jnp.float32)
+  x, attended, context = (
     normal(1, 3, c.width),
     normal(1, 3, c.heads, c.head_width),
     normal(1, 5, c.width),
   )
-  places = lambda first, count: jnp.arange(first, first + count)[None]
-  tables = lambda *span: rope.rotary(places(*span), c.head_width, c.rope_theta)
+  positions = lambda first, count: jnp.arange(first, first + count)[None]
+  tables = lambda *span: rope.rotary(positions(*span), c.head_width, c.rope_theta)
   k, v = run(context, tables(0, 5), method='context_kv')
   sides = build(cross_attention(queries=3, keys=5), lengths={'keys': jnp.array([4])})
-  seen = [sides[side].visibility for side in ('queries', 'keys')]
-  attend = lambda q: reference.attention(q, k, v, *seen)[0]
-  found = run(x, own, None, tables(5, 3), attend, method='finish')
+  visibilities = [sides[side].visibility for side in ('queries', 'keys')]
+  attend = lambda q: reference.attention(q, k, v, *visibilities)[0]
+  outputs = run(x, attended, None, tables(5, 3), attend, method='finish')
 
   cross = weights['cross']
   norm = lambda y, name: (
     y * cross[name]['scale'] / np.sqrt(np.mean(y**2, -1, keepdims=True) + c.eps)
   )
   heads = lambda y, name: np.einsum('BLD,DNH->BLNH', y, cross[name]['kernel']) + cross[name]['bias']
-  between = np.asarray(x + np.einsum('BLNH,NHD->BLD', own, weights['o']['kernel']))
-  q = rope.rotate(heads(norm(between, 'query_norm'), 'q'), tables(5, 3))
+  residual = np.asarray(x + np.einsum('BLNH,NHD->BLD', attended, weights['o']['kernel']))
+  q = rope.rotate(heads(norm(residual, 'query_norm'), 'q'), tables(5, 3))
   y = norm(np.asarray(context), 'context_norm')
   k, v = rope.rotate(heads(y, 'k'), tables(0, 5)), heads(y, 'v')
   for n in range(c.heads):
     logits = q[0, :, n] @ k[0, :4, n * c.kv_heads // c.heads].T / np.sqrt(c.head_width)
-    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-    mixed = shares @ v[0, :4, n * c.kv_heads // c.heads]
-    between = between + mixed @ cross['o']['kernel'][n]
-  # What the rest of the layer makes of it.
-  wanted = run(between, jnp.zeros_like(own), method='finish')
-  np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    attention = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    values = attention @ v[0, :4, n * c.kv_heads // c.heads]
+    residual = residual + values @ cross['o']['kernel'][n]
+  # The rest of the layer: the MLP.
+  expected = run(residual, jnp.zeros_like(attended), method='finish')
+  np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +370,7 @@ def test_cross_attention_stands_between_the_halves_of_a_layer():
     ('external', None, {'ar': {'width': 64, 'head_width': 16}}, 'model.dit.width must be equal'),
   ],
 )
-def test_mistakes_are_named(arch, stages, model, message):
+def test_errors_name_the_field(arch, stages, model, message):
   with pytest.raises(UserError, match=message) as error:
     _system(arch, stages=stages, **model)
   assert '\n' not in str(error.value)

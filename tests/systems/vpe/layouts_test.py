@@ -1,4 +1,4 @@
-"""Token sequences of VPE: equal to golden arrays, masks as drawn, sequences of App. D."""
+"""Token sequences of VPE: equal to golden arrays, masks of docstrings, sequences of App. D."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _mask(regions) -> np.ndarray:
   return np.asarray(visible(sequence, sequence)).astype(int)
 
 
-def _drawn(function) -> np.ndarray:
+def _docstring_mask(function) -> np.ndarray:
   lines = re.findall(r'^ +\w+((?: +[01])+)$', function.__doc__, re.MULTILINE)
   return np.array([line.split() for line in lines], int)
 
@@ -51,27 +51,27 @@ def _drawn(function) -> np.ndarray:
 @pytest.mark.parametrize('name', GOLDEN)
 def test_arrays_equal_the_golden_ones_with_every_combination_of_conditions(name):
   golden = GOLDEN[name]
-  keep = {condition: jnp.array(kept) for condition, kept in golden['keep'].items()}
+  keep = {condition: jnp.array(values) for condition, values in golden['keep'].items()}
   if name == 'diffusion_sequence':  # recorded when its condition was called `prompt`
     keep = {layouts.VISUAL_PROMPT: keep.pop(layouts.PROMPT)}
   regions = _build(LAYOUTS[name], jnp.array(golden['text_length']), keep)
   assert list(regions) == list(golden['regions'])
   for expert, region in regions.items():
-    wanted = {field: np.array(rows) for field, rows in golden['regions'][expert].items()}
+    expected = {field: np.array(rows) for field, rows in golden['regions'][expert].items()}
     # A golden target means something only where it has weight.
-    wanted['targets'] *= wanted['weights']
+    expected['targets'] *= expected['weights']
     for field in ('ids', 'positions', 'targets', 'weights'):
-      np.testing.assert_array_equal(getattr(region, field), wanted[field], field)
+      np.testing.assert_array_equal(getattr(region, field), expected[field], field)
     for field in ('order', 'since', 'reach', 'until'):
-      np.testing.assert_array_equal(getattr(region.visibility, field), wanted[field], field)
+      np.testing.assert_array_equal(getattr(region.visibility, field), expected[field], field)
 
 
 def test_one_array_drops_every_condition():
   keep = jnp.array([True, False])
   both = {layouts.PROMPT: keep, layouts.SOURCE: keep}
   lengths = jnp.array([2, 3])
-  one, other = (_mask(_build(LAYOUTS['edit'], lengths, k)) for k in (keep, both))
-  np.testing.assert_array_equal(one, other)
+  from_array, from_dict = (_mask(_build(LAYOUTS['edit'], lengths, k)) for k in (keep, both))
+  np.testing.assert_array_equal(from_array, from_dict)
 
 
 def test_ids_of_text_and_codes_are_joint():
@@ -81,24 +81,24 @@ def test_ids_of_text_and_codes_are_joint():
   np.testing.assert_array_equal(region.targets[0], [0, 0, 0, 0, 10, 13, 15, 0, 0])
 
 
-def test_the_diffusion_sequence_has_the_mask_that_its_docstring_draws():
+def test_the_diffusion_sequence_has_the_mask_of_its_docstring():
   regions = _build(LAYOUTS['diffusion_sequence'], jnp.array([3, 3]), jnp.array([True, False]))
   assert [region.ids.shape[1] for region in regions.values()] == [4, 4]
   present = np.array([0, 1, 2, 4, 5, 6])  # Each region is padded by one.
-  wanted = _drawn(layouts.diffusion_sequence)
+  expected = _docstring_mask(layouts.diffusion_sequence)
   whole, dropped = _mask(regions)
-  np.testing.assert_array_equal(whole[present][:, present], wanted)
-  np.testing.assert_array_equal(dropped[present][:, present], wanted * (present > 1))
-  assert whole.sum() == wanted.sum() and dropped.sum() == wanted[:, 2:].sum()
+  np.testing.assert_array_equal(whole[present][:, present], expected)
+  np.testing.assert_array_equal(dropped[present][:, present], expected * (present > 1))
+  assert whole.sum() == expected.sum() and dropped.sum() == expected[:, 2:].sum()
 
 
-def test_an_edit_has_the_mask_that_its_docstring_draws():
-  one = jnp.ones((1, 1), jnp.int32)
-  given = (VOCABULARY, one, jnp.array([1]), one, ALL[:1])
-  wanted = _drawn(layouts.edit)
-  assert wanted.shape == (14, 14)
-  mask = _mask(layouts.build(layouts.edit(VOCABULARY, 1, 1, 2), *given))
-  np.testing.assert_array_equal(mask[0], wanted)
+def test_an_edit_has_the_mask_of_its_docstring():
+  token = jnp.ones((1, 1), jnp.int32)
+  args = (VOCABULARY, token, jnp.array([1]), token, ALL[:1])
+  expected = _docstring_mask(layouts.edit)
+  assert expected.shape == (14, 14)
+  mask = _mask(layouts.build(layouts.edit(VOCABULARY, 1, 1, 2), *args))
+  np.testing.assert_array_equal(mask[0], expected)
 
 
 def _tokens(layout, keep) -> list[list[tuple]]:
@@ -159,12 +159,16 @@ def test_edits_without_source_image_are_text_to_image():
   ours, theirs = (
     _build(LAYOUTS[name], jnp.full((4,), 2), keep) for name in ('edit', 'text_to_image')
   )
-  present, kept = (
+  our_present, their_present = (
     np.asarray(concatenate([r.visibility for r in regions.values()]).until > 0)
     for regions in (ours, theirs)
   )
-  for mask, here, wanted, there in zip(_mask(ours), present, _mask(theirs), kept, strict=True):
-    np.testing.assert_array_equal(mask[here][:, here], wanted[there][:, there])
+  for our_mask, our_slots, their_mask, their_slots in zip(
+    _mask(ours), our_present, _mask(theirs), their_present, strict=True
+  ):
+    np.testing.assert_array_equal(
+      our_mask[our_slots][:, our_slots], their_mask[their_slots][:, their_slots]
+    )
 
 
 def test_without_codes_the_sequence_is_show_o2s():
@@ -177,5 +181,5 @@ def test_a_source_image_adds_1027_tokens_at_paper_size():
   sizes = (VOCABULARY, 249, 576, 1024)
   edit = count(layouts.edit(*sizes))
   assert edit - count(layouts.text_to_image(*sizes)) == 1027
-  # With [eoi] [eos], which nothing sees, the paper's 2,883.
+  # The paper counts [eoi] [eos] too, which no token sees: 2,883.
   assert edit + 2 == 2883

@@ -1,4 +1,4 @@
-"""A run on pictures of words without visual prompt, from its start to pictures, in one process."""
+"""A run on images of words without visual prompt, from training to samples, in one process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 STEPS = 2
 
 
-def test_a_run_logs_evaluates_and_draws(tmp_path):
+def test_a_run_logs_evaluates_and_samples(tmp_path):
   config = config_file.get_config('debug,vpe=false')
   config.steps = (STEPS,)
   config.data.examples = 16

@@ -1,4 +1,4 @@
-"""Text rendering: sizes of the paper, and Show-o2's row without visual prompt."""
+"""Text rendering: sizes of the paper, and Show-o2's sequence without visual prompt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _system(arg: str, **model):
 
 
 def _networks(arg: str):
-  """With the networks that a run on its own data reads."""
+  """The system with the frozen networks that a run on its own data loads."""
   return systems.build(config_file.get_config(arg).to_dict())
 
 
@@ -43,42 +43,42 @@ def plain():
 
 @pytest.fixture(scope='module')
 def params(plain):
-  """Drawn on the host, so that nothing is zero or the identity and nothing is compiled for it."""
-  draw = np.random.default_rng(1)
-  normal = lambda leaf: jnp.asarray(0.15 * draw.standard_normal(leaf.shape), jnp.float32)
-  one = lambda path: float('scale' in jax.tree_util.keystr(path))
+  """Generated on the host, without compilation; no parameter is zero or the identity."""
+  numpy_rng = np.random.default_rng(1)
+  normal = lambda leaf: jnp.asarray(0.15 * numpy_rng.standard_normal(leaf.shape), jnp.float32)
+  mean = lambda path: float('scale' in jax.tree_util.keystr(path))
   shapes = jax.eval_shape(plain.init, KEY)
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: one(path) + normal(leaf), shapes)
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: mean(path) + normal(leaf), shapes)
 
 
 def _tree(arg: str):
   return leaves_by_path(jax.eval_shape(_system(arg).init, KEY))
 
 
-# Tokens of the row as App. D draws it, of which the tail [eoi] [eos] is left out.
-_PLAN = [('bot', 1), ('codes', 576), ('eot', 1)]
-_ROWS = {
-  'paper': (1856, [('bos', 1), ('text', 249), *_PLAN]),
+# Tokens of the sequences in App. D; the tail [eoi] [eos] is left out.
+_PROMPT = [('bot', 1), ('codes', 576), ('eot', 1)]
+_SEQUENCES = {
+  'paper': (1856, [('bos', 1), ('text', 249), *_PROMPT]),
   'paper,vpe=false': (1280, [('bos', 1), ('text', 251)]),
 }
 
 
-@pytest.mark.parametrize('arg', _ROWS)
-def test_rows_of_the_paper(arg):
-  length, told = _ROWS[arg]
+@pytest.mark.parametrize('arg', _SEQUENCES)
+def test_sequences_are_the_papers(arg):
+  length, condition = _SEQUENCES[arg]
   spans = [(span.name, span.length) for span in _system(arg).layout.spans]
-  assert spans == [*told, ('boi', 1), ('time', 1), ('latents', 1024)]
+  assert spans == [*condition, ('boi', 1), ('time', 1), ('latents', 1024)]
   tail = 2
   assert sum(count for _, count in spans) + tail == length
 
 
-def test_totals_of_the_paper():
-  """reference: Show-o2 is 2,830.8M; 16,384 tied rows and two more make it 2,855.9M."""
-  totals = [sum(leaf.size for leaf in _tree(arg).values()) for arg in _ROWS]
+def test_parameter_counts_are_the_papers():
+  """reference: Show-o2 is 2,830.8M; 16,384 codes and two markers, tied, make it 2,855.9M."""
+  totals = [sum(leaf.size for leaf in _tree(arg).values()) for arg in _SEQUENCES]
   assert totals == [2_830_777_056 + (16_384 + 2) * 1536, 2_830_777_056]
 
 
-def test_recipe_of_the_paper():
+def test_recipe_is_the_papers():
   for arg, batch, losses in (
     ('paper', 24 * 8, ('next_token', 'flow')),
     ('paper,vpe=false', 24 * 12, ('flow',)),
@@ -90,18 +90,18 @@ def test_recipe_of_the_paper():
     assert (config.optim.lr, config.optim.warmup) == (1e-4, 2000)
     assert config.sample.guidance == 5.5
     assert system.initialization.pretrained[0].source == 'showlab/show-o2-1.5B-HQ'
-  spread = _system('paper,vpe=false,chips=96').config
-  assert (spread.batch_size, spread.steps, spread.optim.lr) == ((96 * 12,), (25_000,), 2e-4)
+  scaled = _system('paper,vpe=false,chips=96').config
+  assert (scaled.batch_size, scaled.steps, scaled.optim.lr) == ((96 * 12,), (25_000,), 2e-4)
 
 
 @pytest.mark.parametrize('preset', ['debug', 'tiny', 'paper'])
-def test_the_visual_prompt_adds_its_rows_alone(preset):
-  plain, planned = _tree(f'{preset},vpe=false'), _tree(preset)
-  assert planned.keys() - plain.keys() == {'embed/codes'} and plain.keys() < planned.keys()
-  assert all(leaf.shape == planned[path].shape for path, leaf in plain.items())
+def test_the_visual_prompt_adds_code_embeddings_alone(preset):
+  plain, prompted = _tree(f'{preset},vpe=false'), _tree(preset)
+  assert prompted.keys() - plain.keys() == {'embed/codes'} and plain.keys() < prompted.keys()
+  assert all(leaf.shape == prompted[path].shape for path, leaf in plain.items())
 
 
-def test_only_what_is_used_is_loaded():
+def test_only_networks_in_use_are_loaded():
   embedded = lambda arg: set(_networks(arg).frozen)
   assert embedded('debug') == {'siglip', 'feature_vq', 'image'}
   assert embedded('debug,vpe=false') == {'image'}
@@ -127,43 +127,43 @@ def test_the_flow_is_the_only_loss(plain, params):
   assert float(count) == float(plain.counts(batch, KEY, 0, stage)['flow']) == elements
 
 
-def test_pictures_are_drawn_along_the_whole_rows_velocity(plain, params):
-  """Guided: the cached prefix `[bos] text [boi]` and the null row are those of training."""
+def test_images_follow_the_uncached_velocity(plain, params):
+  """Guided: the cached prefix `[bos] text [boi]` and the null prefix equal training's."""
   batch, scale = encoded_examples(plain, B), 2.0
   settings = Sampling(steps=2, guidance=scale, plan_guidance=3.0)
   no_codes = jnp.zeros((B, 0), jnp.int32)
 
   @jax.jit
   def both(params, text):
-    told = with_inputs(batch, text=text)
-    request = request_of(told)
+    prompts = with_inputs(batch, text=text)
+    request = request_of(prompts)
     codes, latents = plain.sample(params, request, KEY, settings)
 
     def velocity(x, time, step):
       clock = jnp.full((B,), 1.0 - time)
-      rows = (plain.experts.regions(told, no_codes, keep) for keep in (ALL, ~ALL))
-      flow, null = (plain.model(params, row, x, clock)[1] for row in rows)
-      return -(null + scale * (flow - null))
+      regions = (plain.experts.regions(prompts, no_codes, keep) for keep in (ALL, ~ALL))
+      conditional, unconditional = (plain.model(params, region, x, clock)[1] for region in regions)
+      return -(unconditional + scale * (conditional - unconditional))
 
     noise = lambda key: jax.random.normal(key, batch.encoded['latents'].shape[1:])
     start = rng.per_example(noise, KEY, 'noise', batch.example)
     times = flow_lib.time_grid(settings.steps, settings.shift)
     return codes, latents, flow_lib.integrate(velocity, start, times)
 
-  codes, latents, wanted = both(params, batch.inputs['text'])
+  codes, latents, expected = both(params, batch.inputs['text'])
   assert codes.shape == (B, 0)
-  np.testing.assert_allclose(latents, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
-  _, others, _ = both(params, batch.inputs['text'][:, ::-1])
-  assert float(jnp.abs(latents - others).max()) > 1e-2
+  np.testing.assert_allclose(latents, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+  _, reversed_text, _ = both(params, batch.inputs['text'][:, ::-1])
+  assert float(jnp.abs(latents - reversed_text).max()) > 1e-2
 
 
-def test_words_are_what_is_drawn():
+def test_the_data_are_images_of_words():
   config = _networks('debug').config
   assert open_source(config.data)[0].group == 'words'
   assert config.data == _networks('debug,vpe=false').config.data
 
 
-def test_mistakes_are_named():
+def test_errors_name_the_field():
   for arg in ('tiny,vpe=no', 'tiny,chips=4', 'paper,chips=all', 'tiny,arch=single'):
     with pytest.raises(ValueError, match=arg.split(',')[1].split('=')[0]):
       config_file.get_config(arg)

@@ -1,4 +1,4 @@
-"""Text to image on published codecs: SigLIP-VQ's codes and Wan's latents, read by a real run."""
+"""Text to image on published codecs: a run on SigLIP-VQ's codes and Wan's latents."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vpe_jax.sharding import leaves_by_path
 
 pytestmark = pytest.mark.parity
 CODES = small_models.VQ['num_embeddings']
-SIDE, VIEW = 32, 48  # pixels of the picture, and of what the tower sees
+SIDE, VIEW = 32, 48  # pixels of the image, and of the input of the tower
 
 
 @pytest.fixture(scope='module')
@@ -52,16 +52,16 @@ def _config(folders, **weights):
   return config
 
 
-def test_a_run_trains_on_them_and_its_generator_draws(folders, tmp_path):
+def test_a_run_trains_on_them_and_its_generator_samples(folders, tmp_path):
   config, workdir = _config(folders), str(tmp_path / 'run')
   main.run(config.to_dict(), workdir)
-  drawn = Generator.load(workdir)('a red circle')[0]
-  assert drawn.image.shape == (SIDE, SIDE, 3)
-  codes = drawn.encoded['visual_prompt']
+  sample = Generator.load(workdir)('a red circle')[0]
+  assert sample.image.shape == (SIDE, SIDE, 3)
+  codes = sample.encoded['visual_prompt']
   assert codes.shape == ((VIEW // 16) ** 2,) and codes.max() < CODES
 
 
-def test_codes_and_latents_are_the_reference_models(folders):
+def test_codes_and_latents_equal_the_reference_models(folders):
   system = systems.build(_config(folders).to_dict())
   mesh = sharding.make_mesh(system.config.mesh)
   with jax.set_mesh(mesh):
@@ -73,8 +73,8 @@ def test_codes_and_latents_are_the_reference_models(folders):
   signed = torch.tensor(images / 127.5 - 1, dtype=torch.float32).permute(0, 3, 1, 2)
   with torch.no_grad():
     mean = reference.encode(signed[:, :, None]).latent_dist.mode()[:, :, 0]
-  wanted = (mean.permute(0, 2, 3, 1).numpy() - 0.1) / 2.0
-  np.testing.assert_allclose(latents, wanted, atol=2e-5 * np.abs(wanted).max())
+  expected = (mean.permute(0, 2, 3, 1).numpy() - 0.1) / 2.0
+  np.testing.assert_allclose(latents, expected, atol=2e-5 * np.abs(expected).max())
   assert codes.shape == (8, 9) and len(np.unique(codes)) > 5
   assert set(loaded.fingerprints) == {'siglip_vq', 'image'}
 
@@ -90,16 +90,16 @@ def test_an_import_serves_as_well_as_the_folder(folders, tmp_path):
   assert direct.fingerprints == imported.fingerprints
 
 
-def test_what_does_not_fit_is_one_line(folders):
+def test_errors_of_codecs_that_do_not_fit_are_one_line(folders):
   config = _config(folders)
-  for section, field, value, words in (
+  for section, field, value, message in (
     ('visual_prompt', 'table', 4, 'position'),
     ('image', 'kind', 'kl_vae', 'wrong shape'),
     ('image', 'weights', str(folders / 'nothing'), 'no weights at'),
   ):
     changed = config.copy_and_resolve_references()
     changed.model[section][field] = value
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises(UserError, match=message) as error:
       _loaded(systems.build(changed.to_dict()))
     assert '\n' not in str(error.value)
   config.model.codes = 32

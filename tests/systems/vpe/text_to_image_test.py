@@ -1,4 +1,4 @@
-"""Internal+VPE: the module tree of all presets, losses, freezing, and cached drawing."""
+"""Internal+VPE: the module tree of all presets, losses, freezing, and cached sampling."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def system():
 
 @pytest.fixture(scope='module')
 def params(system):
-  """Fresh parameters, but with the zero-started maps redrawn so that nothing is the identity."""
+  """Fresh parameters with noise on each, so that no zero-initialized map is the identity."""
   return redrawn(jax.jit(system.init)(KEY), 0.1)
 
 
@@ -60,7 +60,7 @@ def test_presets_build_one_module_tree():
   assert all(tree == trees[0] for tree in trees)
 
 
-def test_paper_total_is_the_papers():
+def test_parameter_count_is_the_papers():
   """reference: two Qwen2.5-1.5B bodies, one text table, one dual path, one head: 4,166.3M."""
   total = sum(leaf.size for leaf in jax.tree.leaves(_abstract('paper')))
   assert abs(total - 4_166.3e6) < 0.2e6
@@ -89,7 +89,7 @@ def test_losses_and_counts(arg):
       assert 1.5 < float(terms['flow'].sum / terms['flow'].count) < 2.5
 
 
-def test_stage_plan_neither_reads_nor_moves_the_picture_expert(system, params):
+def test_stage_plan_neither_reads_nor_trains_the_diffusion_expert(system, params):
   batch, stage = _batch(system), system.stages[0]
 
   def total(p):
@@ -101,17 +101,17 @@ def test_stage_plan_neither_reads_nor_moves_the_picture_expert(system, params):
   assert float(jnp.abs(gradient['ar']['layers']['q']['kernel']).max()) > 0
 
 
-def test_plan_is_independent_of_noise_and_flow_reaches_tokens(system, params):
-  """The prefix sees no picture (its loss is the same at any noise); flow loss reaches its keys."""
+def test_cross_entropy_is_independent_of_noise_and_flow_loss_reaches_the_ar_expert(system, params):
+  """The prefix attends to no image: its loss is the same at any noise. The flow loss trains it."""
   batch = _batch(system)
   joint = system.stages[1]
   loss = jax.jit(lambda key: system.losses(params, {}, batch, key, 0, joint)['next_token'].sum)
-  kept = np.asarray(system.dropping.keep(batch, KEY, joint)['prompt'])
-  others = map(rng.run_key, range(1, 50))
-  other = next(
-    key for key in others if (system.dropping.keep(batch, key, joint)['prompt'] == kept).all()
+  keep = np.asarray(system.dropping.keep(batch, KEY, joint)['prompt'])
+  keys = map(rng.run_key, range(1, 50))
+  same_drops = next(
+    key for key in keys if (system.dropping.keep(batch, key, joint)['prompt'] == keep).all()
   )
-  np.testing.assert_allclose(loss(KEY), loss(other), rtol=1e-6)
+  np.testing.assert_allclose(loss(KEY), loss(same_drops), rtol=1e-6)
   flow = lambda p: system.losses(p, {}, batch, KEY, 0, joint)['flow'].sum
   gradient = jax.jit(jax.grad(flow))(params)
   assert float(jnp.abs(gradient['ar']['layers']['v']['kernel']).max()) > 0
@@ -126,19 +126,19 @@ def test_cached_flow_step_equals_whole_sequence(system, params, prepared):
   batch = _batch(system)
   codes, latents = batch.encoded['visual_prompt'], batch.encoded['latents']
   regions = system.experts.regions(batch, codes, jnp.ones(4, bool))
-  clock = jnp.full((4,), 0.3)
-  _, whole = jax.jit(system.model)(params, regions, latents, clock)
+  time = jnp.full((4,), 0.3)
+  _, whole = jax.jit(system.model)(params, regions, latents, time)
   weights = system.prepare(params, 'cpu') if prepared else params
 
   @jax.jit
   def cached(weights):
     _, prefix = system.experts.prefix(weights, batch, KEY, _settings())
-    stream, condition = system.model.image_stream(weights, latents, clock, prefix.state)
+    stream, condition = system.model.image_stream(weights, latents, time, prefix.state)
     at = regions['ar'].ids.shape[1]
     hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
     stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
-    rows, _ = system.model.head(weights, {'dit': stream}, prefix.cache.head, at)
-    return system.model.velocity(weights, rows['dit'], condition)
+    outputs, _ = system.model.head(weights, {'dit': stream}, prefix.cache.head, at)
+    return system.model.velocity(weights, outputs['dit'], condition)
 
   error = jnp.max(jnp.abs(cached(weights) - whole)) / jnp.max(jnp.abs(whole))
   assert float(error) < 1e-5
@@ -148,53 +148,53 @@ def test_greedy_decoding_equals_whole_sequence(system, params):
   """Each code is the argmax of the uncached model given the codes before it."""
   batch, settings = _batch(system), _settings(temperature=0.0)
   request = request_of(batch)
-  plan = jax.jit(lambda p: system.experts.prefix(p, request, KEY, settings))
-  codes, prefix = plan(params)
+  write = jax.jit(lambda p: system.experts.prefix(p, request, KEY, settings))
+  codes, prefix = write(params)
   regions = system.experts.regions(batch, codes, jnp.ones(4, bool))
   stream = system.model.token_stream(params, regions['ar'])
   hidden = jax.jit(system.model.backbone)(params, {'ar': stream})[0]['ar']
   first = system.experts.ar.slot('bot')
   logits = system.model.code_logits(params, hidden[:, first : first + codes.shape[1]])
-  picked = jnp.take_along_axis(logits, codes[..., None], -1)[..., 0]
-  np.testing.assert_allclose(picked, logits.max(-1), rtol=1e-5, atol=1e-5)
-  # The caches hold the whole prefix, plan included.
-  given = with_encoded(request, visual_prompt=codes)
-  _, again = jax.jit(lambda p: system.experts.prefix(p, given, KEY, settings))(params)
-  for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(again), strict=True):
+  chosen = jnp.take_along_axis(logits, codes[..., None], -1)[..., 0]
+  np.testing.assert_allclose(chosen, logits.max(-1), rtol=1e-5, atol=1e-5)
+  # The caches hold the whole prefix, visual prompt included.
+  with_codes = with_encoded(request, visual_prompt=codes)
+  _, expected = jax.jit(lambda p: system.experts.prefix(p, with_codes, KEY, settings))(params)
+  for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_guided_plan_is_led_away_from_the_plan_without_text(system, params):
-  """Each code is the argmax of the uncached logits, text's moved away from no text's."""
+def test_guided_codes_extrapolate_from_the_unconditional_logits(system, params):
+  """Each code is the argmax of the uncached logits, guided away from those without text."""
   batch, scale = _batch(system), 2.5
   settings = _settings(temperature=0.0, plan_guidance=scale)
   request = request_of(batch)
-  plan = jax.jit(lambda p: system.experts.prefix(p, request, KEY, settings))
-  codes, prefix = plan(params)
+  write = jax.jit(lambda p: system.experts.prefix(p, request, KEY, settings))
+  codes, prefix = write(params)
   first = system.experts.ar.slot('bot')
 
   def logits(text_length):
-    told = with_inputs(batch, text_length=text_length)
-    regions = system.experts.regions(told, codes, jnp.ones(4, bool))
+    prompts = with_inputs(batch, text_length=text_length)
+    regions = system.experts.regions(prompts, codes, jnp.ones(4, bool))
     stream = system.model.token_stream(params, regions['ar'])
     hidden = jax.jit(system.model.backbone)(params, {'ar': stream})[0]['ar']
     return system.model.code_logits(params, hidden[:, first : first + codes.shape[1]])
 
-  with_text, without = logits(batch.inputs['text_length']), logits(jnp.zeros(4, jnp.int32))
-  led = without + scale * (with_text - without)
-  picked = jnp.take_along_axis(led, codes[..., None], -1)[..., 0]
-  np.testing.assert_allclose(picked, led.max(-1), rtol=1e-4, atol=1e-4)
-  assert (jnp.argmax(with_text, -1) != codes).any()
-  # The picture is drawn from the rows with text alone.
-  given = with_encoded(request, visual_prompt=codes)
-  _, again = jax.jit(lambda p: system.experts.prefix(p, given, KEY, settings))(params)
-  for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(again), strict=True):
+  conditional, unconditional = logits(batch.inputs['text_length']), logits(jnp.zeros(4, jnp.int32))
+  guided = unconditional + scale * (conditional - unconditional)
+  chosen = jnp.take_along_axis(guided, codes[..., None], -1)[..., 0]
+  np.testing.assert_allclose(chosen, guided.max(-1), rtol=1e-4, atol=1e-4)
+  assert (jnp.argmax(conditional, -1) != codes).any()
+  # The image is rendered from the conditional branch alone.
+  with_codes = with_encoded(request, visual_prompt=codes)
+  _, expected = jax.jit(lambda p: system.experts.prefix(p, with_codes, KEY, settings))(params)
+  for a, b in zip(jax.tree.leaves(prefix), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('prepared', [False, True])
-def test_null_prefix_equals_dropped_row(system, params, prepared):
-  """The two-token null prefix renders what a full row with everything dropped renders."""
+def test_null_prefix_equals_a_dropped_sequence(system, params, prepared):
+  """The two-token null prefix renders the same as a full sequence with every condition dropped."""
   batch, settings = _batch(system), _settings(guidance=0.0)
   latents = batch.encoded['latents']
   weights = system.prepare(params, 'cpu') if prepared else params
@@ -220,26 +220,26 @@ def test_null_prefix_equals_dropped_row(system, params, prepared):
 def test_guidance_one_is_conditional_and_zero_is_null(system, params):
   batch = _batch(system)
 
-  def draw(scale: float):
+  def sample(scale: float):
     settings = _settings(guidance=scale)
     return jax.jit(lambda p: system.sample(p, batch, KEY, settings))(params)[1]
 
-  one, null, two = draw(1.0), draw(0.0), draw(2.0)
-  assert float(jnp.abs(one - null).max()) > 1e-3
-  near = draw(1.0 + 1e-6)  # both branches run
-  np.testing.assert_allclose(near, one, rtol=1e-3, atol=1e-4)
-  assert float(jnp.abs(two - one).max()) > 1e-3
+  conditional, unconditional, guided = sample(1.0), sample(0.0), sample(2.0)
+  assert float(jnp.abs(conditional - unconditional).max()) > 1e-3
+  both_branches = sample(1.0 + 1e-6)
+  np.testing.assert_allclose(both_branches, conditional, rtol=1e-3, atol=1e-4)
+  assert float(jnp.abs(guided - conditional).max()) > 1e-3
 
 
-def test_rows_do_not_depend_on_neighbours(system, params):
+def test_samples_do_not_depend_on_their_batch(system, params):
   batch, settings = _batch(system), _settings(guidance=2.0)
   request = request_of(batch)
   run = jax.jit(lambda r: system.sample(params, r, KEY, settings))
   codes, latents = run(request)
-  turned = jax.tree.map(lambda leaf: leaf[::-1], request)
-  again, other = run(turned)
-  np.testing.assert_array_equal(codes, again[::-1])
-  np.testing.assert_allclose(latents, other[::-1], rtol=1e-5, atol=1e-5)
+  reversed_request = jax.tree.map(lambda leaf: leaf[::-1], request)
+  reversed_codes, reversed_latents = run(reversed_request)
+  np.testing.assert_array_equal(codes, reversed_codes[::-1])
+  np.testing.assert_allclose(latents, reversed_latents[::-1], rtol=1e-5, atol=1e-5)
 
 
 def test_remat_changes_no_gradient(system, params):
@@ -250,47 +250,47 @@ def test_remat_changes_no_gradient(system, params):
     flow = lambda p: system.losses(p, {}, batch, KEY, 0, joint)['flow'].sum
     gradients.append(jax.jit(jax.grad(flow))(params)['ar']['layers']['v']['kernel'])
   system.model = dataclasses.replace(system.model, remat='none')
-  for other in gradients[1:]:
-    np.testing.assert_allclose(gradients[0], other, rtol=1e-4, atol=1e-5)
+  for gradient in gradients[1:]:
+    np.testing.assert_allclose(gradients[0], gradient, rtol=1e-4, atol=1e-5)
 
 
-def _gram(rows):
-  rows = np.asarray(rows, np.float64)
-  rows = rows - rows.mean(0)
-  return rows @ rows.T / np.sum(rows**2)
+def _gram(vectors):
+  vectors = np.asarray(vectors, np.float64)
+  vectors = vectors - vectors.mean(0)
+  return vectors @ vectors.T / np.sum(vectors**2)
 
 
-def test_rows_start_in_the_relations_that_the_codecs_found():
+def test_inherited_embeddings_keep_the_distances_of_the_codecs():
   config = config_file.get_config('tiny')
   config.model.inherit = 0.05
   system = systems.build(config.to_dict())
   frozen = {name: weights.load(network.source)[0] for name, network in system.frozen.items()}
-  drawn = jax.jit(system.init)(KEY)
-  taken = jax.jit(system.inherit)(drawn, frozen, KEY)
+  random = jax.jit(system.init)(KEY)
+  inherited = jax.jit(system.inherit)(random, frozen, KEY)
   codebook = np.asarray(frozen['feature_vq']['codebook'], np.float32)
   codebook /= np.linalg.norm(codebook, axis=1, keepdims=True)
-  text, codes = taken['embed']['text'], taken['embed']['codes']
+  text, codes = inherited['embed']['text'], inherited['embed']['codes']
   np.testing.assert_allclose(_gram(codes[: system.codes]), _gram(codebook), atol=1e-7)
-  words = np.asarray(frozen['siglip']['text']['token'], np.float32)
-  np.testing.assert_allclose(_gram(text), _gram(words), atol=1e-7)
+  token_table = np.asarray(frozen['siglip']['text']['token'], np.float32)
+  np.testing.assert_allclose(_gram(text), _gram(token_table), atol=1e-7)
   assert abs(float(jnp.std(text)) - 0.05) < 1e-3
-  np.testing.assert_array_equal(codes[system.codes :], drawn['embed']['codes'][system.codes :])
-  _same({**taken, 'embed': drawn['embed']}, drawn)
+  np.testing.assert_array_equal(codes[system.codes :], random['embed']['codes'][system.codes :])
+  _assert_equal({**inherited, 'embed': random['embed']}, random)
   assert system.initialization.from_frozen == (('embed/', 'the codecs'),)
 
 
-def test_nothing_is_inherited_from_synthetic_codes_or_unasked(system):
-  drawn = {'embed': {}}
+def test_nothing_is_inherited_from_synthetic_codes_or_by_default(system):
+  params = {'embed': {}}
   for other in (system, _system('tiny')):
-    assert other.inherit(drawn, {}, KEY) is drawn and not other.initialization.from_frozen
+    assert other.inherit(params, {}, KEY) is params and not other.initialization.from_frozen
 
 
-def _same(ours, others):
-  jax.tree.map(np.testing.assert_array_equal, ours, others)
+def _assert_equal(ours, theirs):
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-def test_schedule_weighs_the_plan(system):
-  """Eq. 3 at s/S = 0, 1/2 and 1."""
+def test_cross_entropy_weight_follows_equation_3(system):
+  """reference: Eq. 3 at s/S = 0, 1/2 and 1."""
   plan, joint = system.stages
   weight = lambda step: float(joint.weight('next_token', step))
   total = system.config.steps[1]
@@ -299,15 +299,15 @@ def test_schedule_weighs_the_plan(system):
 
 
 @pytest.mark.parametrize(
-  'schedule, weights',
+  'schedule, expected',
   [('linear', [0.03, 0.065, 0.1]), ('constant', [0.03] * 3), ('off', [1.0] * 3)],
 )
-def test_the_plan_may_be_weighed_otherwise(schedule, weights):
+def test_other_schedules_of_the_cross_entropy_weight(schedule, expected):
   system = _system(vp_schedule=schedule)
   total = system.config.steps[1]
   joint = system.stages[1]
-  found = [float(joint.weight('next_token', s)) for s in (0, total / 2, total)]
-  np.testing.assert_allclose(found, weights, rtol=1e-6)
+  weights = [float(joint.weight('next_token', s)) for s in (0, total / 2, total)]
+  np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_the_plan_may_be_weighed_otherwise(schedule, weights):
     ({'ar': {'rope_theta': 0.0}}, "rope_theta' is 0.0: it must be above 0"),
   ],
 )
-def test_mistakes_are_named(change, message):
+def test_errors_name_the_field(change, message):
   with pytest.raises(UserError, match=message):
     _system(**change)
 
@@ -365,15 +365,17 @@ def test_unrolled_layers_train_as_scanned_ones(arg):
   unrolled = systems.build({**to_dict(scanned.config), 'unroll': True})
   params, batch = jax.jit(scanned.init)(KEY), _batch(scanned)
   for stage in scanned.stages:
-    (loss, gradient), (other, same) = (
+    (loss, gradient), (unrolled_loss, unrolled_gradient) = (
       jax.jit(jax.value_and_grad(_total(system, stage, batch)))(params)
       for system in (scanned, unrolled)
     )
-    np.testing.assert_allclose(other, loss, rtol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient, same)
+    np.testing.assert_allclose(unrolled_loss, loss, rtol=1e-5)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), gradient, unrolled_gradient
+    )
 
 
-def test_text_and_plan_are_dropped_as_often_as_asked(system):
+def test_conditions_are_dropped_at_the_configured_rates(system):
   plan, joint = system.stages
   batch = dataclasses.replace(_batch(system), example=jnp.arange(4096))
   keep = lambda drop: _system(drop=drop).dropping.keep(batch, KEY, joint)['prompt']
@@ -382,24 +384,28 @@ def test_text_and_plan_are_dropped_as_often_as_asked(system):
   assert system.dropping.keep(batch, KEY, plan)['prompt'].all()
   batch = with_inputs(batch, text_length=jnp.full(4096, 5))
   captions = lambda drop: _system(drop_text=drop).dropping.captions(batch, KEY)
-  told = lambda drop: np.asarray(captions(drop).inputs['text_length'])
-  assert abs((told(0.1) == 5).mean() - 0.9) < 0.02 and set(told(0.1)) == {0, 5}
-  assert (told(0.0) == 5).all() and (told(1.0) == 0).all()
+  text_lengths = lambda drop: np.asarray(captions(drop).inputs['text_length'])
+  assert abs((text_lengths(0.1) == 5).mean() - 0.9) < 0.02 and set(text_lengths(0.1)) == {0, 5}
+  assert (text_lengths(0.0) == 5).all() and (text_lengths(1.0) == 0).all()
 
 
-def test_bfloat16_computes_what_float32_does(system, params):
+def test_bfloat16_agrees_with_float32(system, params):
   half = systems.build({**to_dict(system.config), 'dtype': 'bfloat16'})
   batch = _batch(system)
   for stage in system.stages:
-    (loss, gradient), (other, near) = (
+    (loss, gradient), (half_loss, half_gradient) = (
       jax.jit(jax.value_and_grad(_total(s, stage, batch)))(params) for s in (system, half)
     )
-    np.testing.assert_allclose(other, loss, rtol=2e-2)
-    assert {leaf.dtype for leaf in jax.tree.leaves(near)} == {jnp.dtype('float32')}
+    np.testing.assert_allclose(half_loss, loss, rtol=2e-2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half_gradient)} == {jnp.dtype('float32')}
     dot = lambda a, b: sum(
       float(jnp.vdot(x, y)) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
-    assert dot(gradient, near) / (dot(gradient, gradient) * dot(near, near)) ** 0.5 > 0.99
+    assert (
+      dot(gradient, half_gradient)
+      / (dot(gradient, gradient) * dot(half_gradient, half_gradient)) ** 0.5
+      > 0.99
+    )
 
 
 def test_eight_devices_give_the_loss_and_gradient_of_one(system, params):
@@ -408,45 +414,47 @@ def test_eight_devices_give_the_loss_and_gradient_of_one(system, params):
   shardings = sharding.param_shardings(params, system.logical_axes, mesh, 'fsdp')
   for stage in system.stages:
     run = lambda p, b, s=stage: jax.value_and_grad(_total(system, s, b))(p)
-    alone, gradient = jax.jit(run)(params, batch)
+    loss, gradient = jax.jit(run)(params, batch)
     with jax.set_mesh(mesh):
-      spread = jax.device_put(params, shardings)
-      placed = sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
-      together, parts = jax.jit(run)(spread, placed)
-    np.testing.assert_allclose(together, alone, rtol=1e-5)
+      sharded_params = jax.device_put(params, shardings)
+      sharded_batch = sharding.put_batch(jax.tree.map(np.asarray, batch), mesh)
+      sharded_loss, sharded_gradient = jax.jit(run)(sharded_params, sharded_batch)
+    np.testing.assert_allclose(sharded_loss, loss, rtol=1e-5)
     scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient))
     jax.tree.map(
-      lambda a, b, atol=2e-5 * scale: np.testing.assert_allclose(a, b, atol=atol), gradient, parts
+      lambda a, b, atol=2e-5 * scale: np.testing.assert_allclose(a, b, atol=atol),
+      gradient,
+      sharded_gradient,
     )
 
 
 @pytest.mark.parametrize('arg', ['debug', 'tiny', 'paper'])
-def test_state_is_spread_over_eight_devices(arg):
+def test_state_is_sharded_over_eight_devices(arg):
   system = _system(arg)
   mesh = sharding.make_mesh(MeshConfig())
   for stage in range(len(system.stages)):
     state = resume.abstract_state(system.config, system, stage, mesh)
     leaves = jax.tree.leaves([state[name] for name in ('params', 'opt_state', 'ema')])
-    held = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
-    assert held / sum(leaf.size for leaf in leaves) < 1 / 8 + 0.02
+    per_device = sum(np.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)
+    assert per_device / sum(leaf.size for leaf in leaves) < 1 / 8 + 0.02
 
 
-def test_similarity_finds_the_caption_and_reads_long_ones_by_their_beginning(system):
+def test_similarity_ranks_captions_and_truncates_long_ones(system):
   data = dataclasses.replace(system.config.data, source='mixture')
   batch = small_pipeline(data).examples(range(16)).inputs
   frozen = {'siglip': weights.load('assets:siglip')[0]}
   similarity = lambda inputs: system.similarity(frozen, batch['image'], inputs)
   run = jax.jit(lambda text, length: similarity({'text': text, 'text_length': length}))
-  fits = run(batch['text'], batch['text_length'])
-  assert float(jnp.mean(jnp.argmax(fits, 1) == jnp.arange(16))) > 0.8
+  scores = run(batch['text'], batch['text_length'])
+  assert float(jnp.mean(jnp.argmax(scores, 1) == jnp.arange(16))) > 0.8
   limit = system.config.model.visual_prompt.siglip.text_length
-  held = batch['text'].shape[1]
-  assert held < limit
-  real = jnp.where(jnp.arange(held) < batch['text_length'][:, None], batch['text'], 9)
+  max_length = batch['text'].shape[1]
+  assert max_length < limit
+  text = jnp.where(jnp.arange(max_length) < batch['text_length'][:, None], batch['text'], 9)
   longer = lambda last: jnp.pad(
-    jnp.pad(real, ((0, 0), (0, limit - held)), constant_values=9),
+    jnp.pad(text, ((0, 0), (0, limit - max_length)), constant_values=9),
     ((0, 0), (0, 4)),
     constant_values=last,
   )
-  cut = run(longer(9)[:, :limit], jnp.full(16, limit))
-  np.testing.assert_allclose(run(longer(11), jnp.full(16, limit + 4)), cut, rtol=1e-5)
+  truncated = run(longer(9)[:, :limit], jnp.full(16, limit))
+  np.testing.assert_allclose(run(longer(11), jnp.full(16, limit + 4)), truncated, rtol=1e-5)

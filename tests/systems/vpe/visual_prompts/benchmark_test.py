@@ -18,7 +18,7 @@ MIXES = benchmark.Mixes(count=6, splits=('combination',), seed=1)
 
 
 def _plan(captions, n):
-  """Plans that say of which caption they are, and the last of each that it is the good one."""
+  """Visual prompts whose codes number their caption and themselves; the last of each is good."""
   numbers = np.arange(len(captions) * n)
   codes = np.stack([numbers // n, numbers % n, 30 + numbers // n, numbers % n], 1)
   prompts = tuple(caption for caption in captions for _ in range(n))
@@ -32,15 +32,15 @@ def _score(plans, ranker):
 
 
 def _render(plans):
-  """Pictures that show the codes and, of good plans alone, the caption's number."""
+  """Images that show the codes and, for good visual prompts alone, the caption's number."""
   image = np.zeros((len(plans), 16, 16, 3), np.uint8)
   image[:, 0, :4, 0] = plans.codes
   image[:, 1, 0, 0] = np.where(plans.codes[:, 1] == N - 1, 1 + plans.codes[:, 0], 0)
   return image
 
 
-class _Judge:
-  """It knows the captions by their numbers in the trials."""
+class _Evaluator:
+  """Stands in for EvaluatorNetwork: recognizes captions by their numbers in the trials."""
 
   fingerprint = 'knowing'
 
@@ -48,8 +48,8 @@ class _Judge:
     trials, _ = retrieval.make_trials(BEST_OF.captions, 'combination', BEST_OF.seed)
     self._number = {trial.caption: 1 + i for i, trial in enumerate(trials)}
     vectors = np.zeros((len(captions), 1 + len(trials)))
-    for row, caption in enumerate(captions):
-      vectors[row, self._number.get(caption, 0)] = 1
+    for i, caption in enumerate(captions):
+      vectors[i, self._number.get(caption, 0)] = 1
     return vectors
 
   def images(self, images):
@@ -80,25 +80,25 @@ class _Prompter:
 
 @pytest.fixture
 def subject(monkeypatch, fake_subject):
-  monkeypatch.setattr(EvaluatorNetwork, 'load', lambda source: _Judge())
+  monkeypatch.setattr(EvaluatorNetwork, 'load', lambda source: _Evaluator())
   monkeypatch.setattr(benchmark, 'VisualPrompter', _Prompter)
   subject = fake_subject(None, capabilities=(Samples, PlansVisually))
   subject.seed, subject.settings = 0, None
   return subject
 
 
-def test_the_best_are_told_from_the_first(subject, tmp_path):
+def test_accuracy_gain_of_the_best_over_the_first(subject, tmp_path):
   report = BEST_OF.run(subject)
-  found = report.protocol['results']['combination']
-  accuracy = {name: row['accuracy'] for name, row in found['rows'].items()}
+  results = report.protocol['results']['combination']
+  accuracy = {name: row['accuracy'] for name, row in results['rows'].items()}
   good, bad = f'best of {N} by likelihood', f'best of {N} by similarity'
   assert list(accuracy) == [benchmark.FIRST, good, bad, 'true images']
   assert accuracy[good] == 1 and accuracy[bad] == accuracy[benchmark.FIRST] < 0.2
-  assert found['gained'][good]['captions_gained'] == 12
-  assert found['gained'][good]['captions_lost'] == 0
-  low, high = found['gained'][good]['interval95']
-  assert low <= found['gained'][good]['accuracy'] == 1 - accuracy[benchmark.FIRST] <= high
-  assert found['gained'][bad]['accuracy'] == 0 and found['gained'][bad]['captions_gained'] == 0
+  assert results['gained'][good]['captions_gained'] == 12
+  assert results['gained'][good]['captions_lost'] == 0
+  low, high = results['gained'][good]['interval95']
+  assert low <= results['gained'][good]['accuracy'] == 1 - accuracy[benchmark.FIRST] <= high
+  assert results['gained'][bad]['accuracy'] == 0 and results['gained'][bad]['captions_gained'] == 0
   assert len(report.lines) == 6 and '+12 -0' in report.lines[3]
   written = runner.save({'best_of': report}, str(tmp_path), 'x')
   protocol = json.loads((tmp_path / 'best_of-x.json').read_text())
@@ -106,21 +106,22 @@ def test_the_best_are_told_from_the_first(subject, tmp_path):
   assert len(written) == 2
 
 
-def test_a_renderer_that_follows_its_plan_shows_the_mix(subject):
+def test_a_renderer_that_follows_its_visual_prompt_shows_the_mix(subject):
   report = MIXES.run(subject)
-  found = report.protocol['results']['combination']
-  assert found['unmixed'] == 1 and len(found['rows']) == 3
-  for row in found['rows'].values():
-    assert row['a_and_b'] == 0.5  # in each row one code says which caption, the other which plan
+  results = report.protocol['results']['combination']
+  assert results['unmixed'] == 1 and len(results['rows']) == 3
+  for row in results['rows'].values():
+    # In each row of codes, one numbers the caption, the other the visual prompt.
+    assert row['a_and_b'] == 0.5
     assert row['agrees_with'] == {'mix': 1, 'A': 0.75, 'B': 0.75} and row['closer_to_the_mix']
     assert row['mix_ahead_of']['A'] == {'mean': 0.25, 'interval95': [0.25, 0.25]}
   assert len(report.lines) == 5
 
 
-def test_agreement_takes_sides():
+def test_agreement_is_measured_with_each_source():
   mix, a, b = (np.asarray([[0, 0, 1, 1]]).repeat(3, 0) * k for k in (1, 0, 1))
   b = b + np.asarray([1, 1, 0, 0])
-  found = benchmark.agreement(a, {'mix': mix, 'A': a, 'B': b})
-  assert found['agrees_with'] == {'mix': 0.5, 'A': 1, 'B': 0}
-  assert not found['closer_to_the_mix']
-  assert found['mix_ahead_of']['A']['mean'] == -0.5 and found['mix_ahead_of']['B']['mean'] == 0.5
+  result = benchmark.agreement(a, {'mix': mix, 'A': a, 'B': b})
+  assert result['agrees_with'] == {'mix': 0.5, 'A': 1, 'B': 0}
+  assert not result['closer_to_the_mix']
+  assert result['mix_ahead_of']['A']['mean'] == -0.5 and result['mix_ahead_of']['B']['mean'] == 0.5

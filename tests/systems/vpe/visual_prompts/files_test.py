@@ -1,4 +1,4 @@
-"""Visual prompts as files: both formats, what can be wrong with one, mixes, the best of many."""
+"""Files of visual prompts: both formats, malformed files, mixes, and ranking."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ def _plans(n=3, side=3, seed=0):
   return files.VisualPrompts(codes, prompts, (4, 0, 2)[:n], BOOK, {'by': 'sampled', 'seed': '7'})
 
 
-def _same(a, b):
+def _assert_same(a, b):
   np.testing.assert_array_equal(a.codes, b.codes)
   assert a.codes.dtype == np.int32
   fields = lambda p: (p.prompts, p.index, p.codebook, dict(p.provenance), p.side)
@@ -26,20 +26,20 @@ def _same(a, b):
 
 
 @pytest.mark.parametrize('name', ['x.json', 'x.npz', 'new/x.json'])
-def test_files_come_back_whole(name, tmp_path):
+def test_files_round_trip(name, tmp_path):
   path = str(tmp_path / name)
   _plans().save(path)
-  _same(files.load(path), _plans())
+  _assert_same(files.load(path), _plans())
 
 
-def test_a_file_is_not_replaced_unasked(tmp_path):
+def test_a_file_is_replaced_with_overwrite_alone(tmp_path):
   path = str(tmp_path / 'x.json')
   _plans().save(path)
   with pytest.raises(UserError, match='x.json exists: .*--overwrite'):
     _plans(seed=1).save(path)
-  _same(files.load(path), _plans())
+  _assert_same(files.load(path), _plans())
   _plans(seed=1).save(path, overwrite=True)
-  _same(files.load(path), _plans(seed=1))
+  _assert_same(files.load(path), _plans(seed=1))
   (tmp_path / 'folder.npz').mkdir()
   with pytest.raises(UserError, match='folder.npz is a folder'):
     _plans().save(str(tmp_path / 'folder.npz'), overwrite=True)
@@ -48,22 +48,22 @@ def test_a_file_is_not_replaced_unasked(tmp_path):
     _plans().save(str(tmp_path / 'file' / 'x.npz'))
 
 
-def test_json_has_a_row_of_the_grid_a_line_and_takes_what_a_person_writes(tmp_path):
+def test_json_has_one_grid_row_a_line_and_may_be_edited_by_hand(tmp_path):
   path = tmp_path / 'x.json'
   _plans(n=1).save(str(path))
   row = ', '.join(f'{code:2d}' for code in _plans().grids[0, 1])
   assert f'   [{row}],\n' in path.read_text()
   values = json.loads(path.read_text())
   values['plans'][0]['grid'][1][2] = 39
-  # A person needn't say where a plan stands: plans of one prompt are counted.
+  # The index is optional: visual prompts of one prompt are numbered in order.
   plan = values['plans'][0]
   del plan['index']
   values['plans'] += [{'grid': plan['grid']}, plan]
   del values['made']
   path.write_text('\ufeff' + json.dumps(values))
-  found = files.load(str(path))
-  assert (found.grids[:, 1, 2] == 39).all() and found.prompts == ('a red fox', '', 'a red fox')
-  assert found.index == (0, 0, 1) and found.provenance == {}
+  loaded = files.load(str(path))
+  assert (loaded.grids[:, 1, 2] == 39).all() and loaded.prompts == ('a red fox', '', 'a red fox')
+  assert loaded.index == (0, 0, 1) and loaded.provenance == {}
 
 
 def _edited(path, change):
@@ -98,34 +98,34 @@ def _edited(path, change):
     (lambda v, p: p['grid'][1].__setitem__(0, 10**30), 'row 1 has the code 1000'),
   ],
 )
-def test_what_is_wrong_with_json_is_named(change, message, tmp_path):
+def test_errors_in_json_are_named(change, message, tmp_path):
   path = tmp_path / 'x.json'
   _plans().save(str(path))
   _edited(path, change)
-  _refused(path, message)
+  _assert_refused(path, message)
 
 
-def _refused(path, message):
+def _assert_refused(path, message):
   with pytest.raises(UserError, match=message) as error:
     files.load(str(path))
   assert str(path) in str(error.value) and '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('content', ['', '{"format": ', '[' * 100_000, '[1]', '"x"', '\xff'])
-def test_json_that_is_none_is_refused(content, tmp_path):
+def test_invalid_json_is_refused(content, tmp_path):
   path = tmp_path / 'x.json'
   path.write_bytes(content.encode('latin-1'))
-  _refused(path, 'no whole file of visual prompts: it is (not JSON|JSON of something else)')
+  _assert_refused(path, 'no whole file of visual prompts: it is (not JSON|JSON of something else)')
 
 
-@pytest.mark.parametrize('kept', [0.0, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize('share', [0.0, 0.3, 0.6, 0.95])
 @pytest.mark.parametrize('name', ['x.json', 'x.npz'])
-def test_a_file_that_is_cut_off_is_refused(name, kept, tmp_path):
+def test_a_truncated_file_is_refused(name, share, tmp_path):
   path = tmp_path / name
   _plans().save(str(path))
   content = path.read_bytes()
-  path.write_bytes(content[: int(kept * len(content))])
-  _refused(path, 'no whole file of visual prompts')
+  path.write_bytes(content[: int(share * len(content))])
+  _assert_refused(path, 'no whole file of visual prompts')
 
 
 def test_a_changed_byte_of_npz_is_refused(tmp_path):
@@ -134,14 +134,14 @@ def test_a_changed_byte_of_npz_is_refused(tmp_path):
   content = bytearray(path.read_bytes())
   content[content.index(_plans().codes.tobytes()) + 5] ^= 1
   path.write_bytes(content)
-  _refused(path, 'Bad CRC-32')
+  _assert_refused(path, 'Bad CRC-32')
 
 
 def test_a_lone_array_is_no_npz(tmp_path):
   path = tmp_path / 'x.npz'
   with path.open('wb') as file:
     np.save(file, _plans().codes)
-  _refused(path, 'save the plans again')
+  _assert_refused(path, 'save the plans again')
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_a_lone_array_is_no_npz(tmp_path):
     ({'head': None}, 'head is not a file in the archive'),
   ],
 )
-def test_what_is_wrong_with_npz_is_named(change, message, tmp_path):
+def test_errors_in_npz_are_named(change, message, tmp_path):
   path = tmp_path / 'x.npz'
   _plans().save(str(path))
   arrays = {**np.load(path), **change}
   np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
-  _refused(path, message)
+  _assert_refused(path, message)
 
 
 def test_other_endings_and_absent_files_are_refused(tmp_path):
@@ -177,7 +177,7 @@ def test_other_endings_and_absent_files_are_refused(tmp_path):
     files.load(str(tmp_path / 'none.json'))
 
 
-def test_plans_of_another_codebook_or_grid_are_refused():
+def test_visual_prompts_of_another_codebook_or_grid_are_refused():
   _plans().check(BOOK, 3)
   with pytest.raises(UserError, match=r'0f3a5c7e9b1d, 40 codes.*ffffffffffff, 40 codes'):
     _plans().check(files.Codebook(40, 'f' * 12), 3)
@@ -187,7 +187,7 @@ def test_plans_of_another_codebook_or_grid_are_refused():
     _plans().check(BOOK, 6)
 
 
-def test_plans_know_what_they_are():
+def test_fields_must_agree():
   with pytest.raises(UserError, match='codes go from 0 to 40: the codebook has 0 to 39'):
     dataclasses.replace(_plans(n=1, side=2), codes=np.asarray([[0, 1, 2, 40]]))
   with pytest.raises(UserError, match='1 visual prompts of 3 codes: .* a square grid'):
@@ -199,7 +199,7 @@ def test_plans_know_what_they_are():
   assert picked.index == (2, 4, 2) and picked.prompts[1] == 'a red fox'
 
 
-def test_plans_are_told_one_prompt_or_as_many_as_they_are():
+def test_with_prompts_takes_one_prompt_or_one_each():
   assert _plans().with_prompts(['x']).prompts == ('x',) * 3
   assert _plans().with_prompts(['x', 'y', 'z']).prompts == ('x', 'y', 'z')
   with pytest.raises(UserError, match='2 prompts for 3 visual prompts'):
@@ -215,7 +215,7 @@ def test_a_mix_has_the_rows_of_both(rows, upper):
   assert (mix.prompts, mix.index) == (a.prompts, a.index) and mix.provenance['by'] == 'mixed'
 
 
-def test_what_does_not_fit_is_not_mixed():
+def test_visual_prompts_that_do_not_fit_are_not_mixed():
   other = dataclasses.replace(_plans(), codebook=files.Codebook(40, 'f' * 12))
   for pair, message in (
     ((_plans(), _plans(n=2)), 'with 2 others'),
@@ -228,6 +228,6 @@ def test_what_does_not_fit_is_not_mixed():
       files.mixed(*pair)
 
 
-def test_the_best_come_first_and_the_first_of_equals_before():
+def test_the_best_come_first_and_ties_stay_in_order():
   scores = np.asarray([[0.0, 2.0, 1.0, 2.0], [-1.0, -3.0, -2.0, -1.0]])
   np.testing.assert_array_equal(files.best(scores, 3), [[1, 3, 2], [0, 3, 2]])

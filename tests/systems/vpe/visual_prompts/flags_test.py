@@ -1,4 +1,4 @@
-"""The sample command on visual prompts: flags that make sense together, and those that don't."""
+"""Visual-prompt flags of the sample command: valid and invalid combinations."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def _plans(prompts=('a red fox', 'two pears')):
 
 
 @pytest.fixture
-def given(monkeypatch, tmp_path):
+def parse(monkeypatch, tmp_path):
   """Parses a command line; paths are in a folder with a few files."""
   values = flags.FlagValues()
   defines = (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_enum, flags.DEFINE_float)
-  into = {one.__name__: functools.partial(one, flag_values=values) for one in defines}
+  into = {define.__name__: functools.partial(define, flag_values=values) for define in defines}
   monkeypatch.setattr(plan_flags, 'flags', types.SimpleNamespace(**into))
   monkeypatch.setattr(plan_flags, 'FLAGS', values)
   plan_flags.define()
-  # Those of vpe_jax.sample that are read too.
+  # Flags of vpe_jax.sample that are read too.
   into['DEFINE_integer']('n', 1, '')
   into['DEFINE_float']('plan_guidance', None, '')
   flags.DEFINE_bool('overwrite', False, '', flag_values=values)
   _plans().save(str(tmp_path / 'two.json'))
-  _plans(('', 'x')).save(str(tmp_path / 'untold.npz'))
+  _plans(('', 'x')).save(str(tmp_path / 'blank.npz'))
   (tmp_path / 'cut.json').write_text('{"format": ')
   Image.new('RGB', (20, 10), 'red').save(tmp_path / 'red.png')
   monkeypatch.chdir(tmp_path)
@@ -76,22 +76,22 @@ def given(monkeypatch, tmp_path):
     (['--save_visual_prompt=red.png/x.json'], 'cannot write to red.png'),
   ],
 )
-def test_what_makes_no_sense_is_refused(given, args, message):
+def test_contradictory_flags_are_refused(parse, args, message):
   with pytest.raises(UserError, match=message) as error:
-    given(*args)
+    parse(*args)
   assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize(
   'args, prompts, message',
   [
-    (['--visual_prompt=untold.npz'], [], 'visual prompt 0 has no prompt: .*--prompt'),
+    (['--visual_prompt=blank.npz'], [], 'visual prompt 0 has no prompt: .*--prompt'),
     (['--visual_prompt=two.json'], ['a', 'b', 'c'], '3 prompts for 2 visual prompts'),
   ],
 )
-def test_plans_need_a_prompt_each(given, args, prompts, message):
+def test_visual_prompts_need_a_prompt_each(parse, args, prompts, message):
   with pytest.raises(UserError, match=message):
-    given(*args).with_prompts(prompts)
+    parse(*args).with_prompts(prompts)
 
 
 class _Prompter:
@@ -126,21 +126,21 @@ def _generate(request, prompts, n=1):
   return request.generate(_generator, prompts, n, 5, None)
 
 
-def test_a_file_is_rendered_with_its_own_prompts_or_others(given):
-  request = given('--visual_prompt=two.json')
-  own, other = request.with_prompts([]), request.with_prompts(['x'])
+def test_a_file_is_rendered_with_its_own_prompts_or_new_ones(parse):
+  request = parse('--visual_prompt=two.json')
+  own, reprompted = request.with_prompts([]), request.with_prompts(['x'])
   assert own.count(0, 1) == 2
-  for one, prompts in ((own, ('a red fox', 'two pears')), (other, ('x', 'x'))):
+  for variant, prompts in ((own, ('a red fox', 'two pears')), (reprompted, ('x', 'x'))):
     _Prompter.calls.clear()
-    _generate(one, [])
+    _generate(variant, [])
     ((name, (loaded, seed, _), _),) = _Prompter.calls
     assert name == 'render' and loaded.prompts == prompts and seed == 5
     np.testing.assert_array_equal(loaded.codes, _plans().codes)
     assert loaded.provenance['by'].endswith('two.json')
 
 
-def test_the_best_of_many_are_rendered(given):
-  request = given('--plans=16', '--render=4', '--rank=similarity').with_prompts(['a', 'b'])
+def test_the_best_of_many_are_rendered(parse):
+  request = parse('--plans=16', '--render=4', '--rank=similarity').with_prompts(['a', 'b'])
   assert request.count(2, 1) == 8
   _generate(request, ['a', 'b'])
   assert _Prompter.calls == [
@@ -148,8 +148,8 @@ def test_the_best_of_many_are_rendered(given):
   ]
 
 
-def test_the_visual_prompt_of_an_image_is_fixed_for_all(given):
-  request = given('--visual_prompt_from=red.png').with_prompts(['a', 'b'])
+def test_the_visual_prompt_of_an_image_is_fixed_for_all(parse):
+  request = parse('--visual_prompt_from=red.png').with_prompts(['a', 'b'])
   assert request.count(2, 3) == 6
   images = _generate(request, ['a', 'b'], 3)
   (_, shapes, _), (name, arguments, more) = _Prompter.calls
@@ -158,12 +158,12 @@ def test_the_visual_prompt_of_an_image_is_fixed_for_all(given):
   assert {image.metadata['visual_prompt'] for image in images} == {'read from red.png'}
 
 
-def test_visual_prompts_are_saved_where_a_flag_asks_for_it(given, tmp_path, monkeypatch):
-  request = given('--save_visual_prompt=new/x.json')
+def test_visual_prompts_are_saved_with_save_visual_prompt(parse, tmp_path, monkeypatch):
+  request = parse('--save_visual_prompt=new/x.json')
   images = _generate(request, ['a'])
   assert [name for name, *_ in _Prompter.calls] == ['check_codebook', 'call']
   of = lambda self, images: _plans(tuple(image.prompt for image in images))
   monkeypatch.setattr(_Prompter, 'of', of, raising=False)
   request.save(_generator, images, False)
   assert files.load(str(tmp_path / 'new' / 'x.json')).prompts == ('a',)
-  assert given() is None
+  assert parse() is None
