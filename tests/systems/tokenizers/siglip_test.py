@@ -168,7 +168,6 @@ def test_repeated_captions_are_positives_of_each_other(system, params):
   kinds = np.asarray(batch.inputs['text'][:, 1])
   signed = np.where(kinds[:, None] == kinds, logits, -logits)
   expected = np.log1p(np.exp(-signed)).sum()
-  assert len(set(kinds)) < 16
   np.testing.assert_allclose(
     _losses(without_jitter, params, batch)['sigmoid'].sum, expected, rtol=1e-3
   )

@@ -61,11 +61,16 @@ def test_a_branch_without_visual_prompt_equals_the_continued_run(folder):
   assert int(branch['examples_seen']) == int(long['examples_seen'])
 
 
-def test_a_branch_with_visual_prompt_inherits_all_but_the_code_embeddings(folder):
+@pytest.fixture(scope='module')
+def branch(folder):
+  """The final state of a branch with visual prompt, the run `vpe`."""
   fork = f'debug,vpe=true,fork={folder / "shared"}'
-  state = _train(
-    folder, 'vpe', fork, 1, evals={'heldout': {'every': 0}, 'sample_grid': {'every': 1}}
-  )
+  evals = {'heldout': {'every': 0}, 'sample_grid': {'every': 1}}
+  return _train(folder, 'vpe', fork, 1, evals=evals)
+
+
+def test_a_branch_with_visual_prompt_inherits_all_but_the_code_embeddings(folder, branch):
+  state = branch
   assert int(state['opt_state']['count']) == SHARED + 1
   assert 'prefix' in state['params']['embed'] and 'prefix' in state['ema']['embed']
   record = metrics.read(folder / 'vpe')[0]
@@ -80,6 +85,7 @@ def test_a_branch_with_visual_prompt_inherits_all_but_the_code_embeddings(folder
   assert images[0].image.shape == (32, 32, 3) and images[0].encoded['visual_prompt'].shape == (36,)
 
 
+@pytest.mark.usefixtures('branch')
 def test_forks_of_runs_that_do_not_fit_are_refused(folder):
   with pytest.raises(UserError, match="other parameters than this config: 'embed/prefix' is"):
     # A run without visual prompt can't continue one with it.

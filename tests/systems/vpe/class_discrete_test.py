@@ -347,7 +347,7 @@ def test_samples_do_not_depend_on_their_batch(system, params):
   assert (other_examples[1] != samples[1]).any()
 
 
-def test_without_a_visual_prompt_the_image_follows_the_class():
+def test_without_a_visual_prompt_only_image_codes_are_sampled():
   system = _system('debug,vpe=false')
   params = jax.jit(system.init)(KEY)
   settings = Sampling(guidance=1.0, plan_guidance=3.0)
