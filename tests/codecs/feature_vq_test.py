@@ -79,8 +79,8 @@ def test_depth_selects_the_layer_of_the_features(codec, params):
   ).features(params, _images())
   centred = raw - raw.mean(-1, keepdims=True)
   norm = params['siglip']['vision']['encoder']['norm']
-  wanted = centred / jnp.sqrt(centred.var(-1, keepdims=True) + 1e-6) * norm['scale']
-  np.testing.assert_allclose(codec.features(params, _images()), wanted + norm['bias'], atol=2e-5)
+  expected = centred / jnp.sqrt(centred.var(-1, keepdims=True) + 1e-6) * norm['scale']
+  np.testing.assert_allclose(codec.features(params, _images()), expected + norm['bias'], atol=2e-5)
 
 
 def test_the_decoder_s_gradient_passes_straight_through(codec, params):

@@ -54,8 +54,8 @@ def test_codes_decode_at_the_positions_of_their_patches(codec, params):
   for at in range(P):
     y, x = at // side * p, at % side * p
     latents[:, y : y + p, x : x + p] = entries[:, at].reshape(2, p, p, 2)
-  wanted = jax.jit(codec.latents.decode)(params, latents)
-  np.testing.assert_allclose(jax.jit(codec.decode)(params, codes), wanted, atol=1e-6)
+  expected = jax.jit(codec.latents.decode)(params, latents)
+  np.testing.assert_allclose(jax.jit(codec.decode)(params, codes), expected, atol=1e-6)
 
 
 def test_abstract_params_are_those_it_reads(codec, params):

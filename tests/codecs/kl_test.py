@@ -57,8 +57,8 @@ def test_a_training_pass_without_noise_is_encode_and_decode(params):
     {'params': params['image']}, images, jnp.zeros((2, 8, 8, 3))
   )
   clipped = jnp.clip(0.5 * (rebuilt + 1.0), 0.0, 1.0)
-  wanted = codec.decode(params, codec.encode(params, _images()))
-  np.testing.assert_allclose(clipped, wanted, atol=1e-4)
+  expected = codec.decode(params, codec.encode(params, _images()))
+  np.testing.assert_allclose(clipped, expected, atol=1e-4)
   noisy = codec.network.apply({'params': params['image']}, images, jnp.ones((2, 8, 8, 3)))[0]
   assert mean.shape == log_variance.shape
   assert float(jnp.abs(noisy - rebuilt).max()) > 1e-3
@@ -73,7 +73,7 @@ def test_distant_latents_do_not_affect_each_other(params):
   assert float(jnp.abs(before - after).max()) > 1e-2
 
 
-def test_blocks_start_as_the_identity():
+def test_blocks_are_initialized_to_the_identity():
   block = kl.Block()
   x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
   np.testing.assert_array_equal(block.init_with_output(jax.random.key(1), x)[0], x)

@@ -32,21 +32,21 @@ def test_view_resizes_as_pillow_does():
   images = _images()
   got = np.asarray(pixels.view(jnp.asarray(images), 48)) * 255
   for image, resized in zip(images, got):
-    wanted = np.asarray(Image.fromarray(image).resize((48, 48), Image.Resampling.BICUBIC))
+    expected = np.asarray(Image.fromarray(image).resize((48, 48), Image.Resampling.BICUBIC))
     # Pillow rounds weights and both passes to whole levels.
-    assert np.abs(resized - wanted).max() < 2.0
-    assert np.abs(resized - wanted).mean() < 0.5
+    assert np.abs(resized - expected).max() < 2.0
+    assert np.abs(resized - expected).mean() < 0.5
 
 
 def test_padded_view_has_the_geometry_of_the_data():
   for height, width in ((64, 64), (64, 41), (30, 64), (48, 48)):
     image = _images(1)[0, :height, :width]
     got = np.asarray(pixels.padded_view(jnp.asarray(image[None]), 48))[0] * 255
-    wanted = transforms.pad_to_square(image, 48)
-    assert got.shape == wanted.shape
-    np.testing.assert_array_equal((wanted == 255).all(-1)[:, 0], (got > 254.99).all(-1)[:, 0])
+    expected = transforms.pad_to_square(image, 48)
+    assert got.shape == expected.shape
+    np.testing.assert_array_equal((expected == 255).all(-1)[:, 0], (got > 254.99).all(-1)[:, 0])
     # Pillow rounds weights and both passes to whole levels.
-    assert np.abs(got - wanted).max() < 2.0
+    assert np.abs(got - expected).max() < 2.0
 
 
 def test_view_of_the_same_size_is_the_image():

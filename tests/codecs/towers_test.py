@@ -95,11 +95,11 @@ def test_features_equal_those_of_transformers(saved):
   own = states[2] if encoder == 'clip' else outputs.last_hidden_state
   mesh = sharding.make_mesh(MeshConfig())
   networks = frozen.load(_codec_system(saved), mesh, 'fsdp').params
-  for depth, wanted in ((-1, own), (1, states[1])):
+  for depth, expected in ((-1, own), (1, states[1])):
     system = _codec_system(saved, depth)
     encoded = jax.jit(system.encode)(networks, {'image': _images()}, rng.run_key(0))
     ours = np.asarray(encoded['features'])
-    theirs = wanted[:, first:].numpy()
+    theirs = expected[:, first:].numpy()
     assert ours.shape == theirs.shape == (3, system.tokens(system.stages[0]), WIDTH)
     error = np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
     assert error < 1e-5, f'depth {depth}: relative error {error:.1e}'

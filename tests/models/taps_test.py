@@ -171,10 +171,10 @@ def test_sharded_equals_unsharded():
   model, params = _decoder(), _params()
   ids = jax.random.randint(jax.random.key(2), (8, 6), 0, 10)
   run = lambda params, ids: model.hidden_tapped(params, ids, jnp.full(len(ids), 6), TAPS)
-  alone = jax.jit(run)(params, ids)
+  unsharded = jax.jit(run)(params, ids)
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    _close(jax.jit(run)(params, sharding.put_batch(ids, mesh)), alone)
+    _close(jax.jit(run)(params, sharding.put_batch(ids, mesh)), unsharded)
 
 
 def test_memory_is_that_of_the_selected_layers():

@@ -57,9 +57,9 @@ def test_several_devices_compile_one_layer_and_give_the_same_output():
   x = jax.random.normal(jax.random.key(0), (8, 12, 32))
   variables = encoder.init(jax.random.key(1), x)
   run = lambda variables, x: encoder.apply(variables, x, depth=4)
-  alone = jax.jit(run)(variables, x)
+  unsharded = jax.jit(run)(variables, x)
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
     sharded = jax.jit(run).lower(variables, sharding.put_batch(x, mesh))
     assert sharded.as_text().count('stablehlo.while') == 1
-    np.testing.assert_allclose(sharded.compile()(variables, x), alone, atol=1e-5)
+    np.testing.assert_allclose(sharded.compile()(variables, x), unsharded, atol=1e-5)

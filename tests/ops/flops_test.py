@@ -69,7 +69,7 @@ def test_a_product_costs_one_more_for_each_operand_with_a_gradient():
   assert both.total == 5 * DOT
 
 
-def test_traced_gradients_execute_as_many():
+def test_flops_match_those_of_the_traced_gradient():
   loss = _loss(lambda w, x: jnp.tanh(jnp.tanh(x @ w) @ w.T) @ w)
   executed = matrix_flops(jax.grad(loss), SQUARE, SQUARE)
   # The gradient of a sum doesn't need the last forward product.
@@ -126,7 +126,7 @@ def test_the_most_expensive_branch_and_gradients_through_it():
   assert (flops.forward, flops.backward) == (2 * DOT, 3 * DOT)
 
 
-def test_functions_with_gradients_of_their_own_count_as_if_they_had_none():
+def test_custom_gradients_do_not_change_the_count():
   @jax.custom_vjp
   def product(x, w):
     return x @ w
@@ -173,7 +173,7 @@ def _attend(name):
 
 
 @pytest.mark.parametrize('name', ['reference', 'chunked', 'pallas_tpu'])
-def test_attention_counts_all_pairs_whichever_implementation_runs(name, monkeypatch):
+def test_attention_counts_all_pairs_with_any_implementation(name, monkeypatch):
   monkeypatch.setattr(chooser, 'device', lambda: ('tpu', 'TPU v5p'))
   q, k, v, lengths = _attention_arguments(jax.ShapeDtypeStruct((B,), jnp.int32))
   flops = training_flops(_loss(_attend(name)), q, k, v, lengths)
@@ -195,7 +195,7 @@ def test_kernels_count_visible_pairs_if_the_mask_is_known(loop, monkeypatch):
       return attend(q, k, v, lengths)
     return jax.lax.scan(lambda q, _: (attend(q, k, v, lengths), None), q, None, length=3)[0]
 
-  lengths = np.array([5, 20], np.int32)  # the example that sees most counts
+  lengths = np.array([5, 20], np.int32)  # the example with the most visible pairs counts
   (kernel,) = training_flops(_loss(repeated), q, k, v, lengths).kernels
   assert kernel.pairs() == 20 * 21 / 2
   assert kernel.calls == kernel.trained == (3 if loop else 1)
