@@ -121,23 +121,23 @@ def _resumed(process: Process) -> int:
 
 def _assert_same_run(workdir: Path, reference: Path) -> None:
   """Checks that the last checkpoints are bitwise equal, and the metrics of every step equal."""
-  (ours, meta), (wanted, wanted_meta) = (
+  (ours, meta), (expected, expected_meta) = (
     Store(str(run / FOLDER), CheckpointConfig()).read(lambda paths: paths)
     for run in (workdir, reference)
   )
   for counter in ('stage', 'step', 'stage_step', 'examples_seen'):
-    assert meta[counter] == wanted_meta[counter]
+    assert meta[counter] == expected_meta[counter]
   assert meta['step'] == PLAN + JOINT
-  assert ours.keys() == wanted.keys()
+  assert ours.keys() == expected.keys()
   assert {path.split('/')[0] for path in ours} >= {'params', 'opt_state', 'ema'}
-  for path, leaf in wanted.items():
+  for path, leaf in expected.items():
     assert ours[path].dtype == leaf.dtype and ours[path].shape == leaf.shape, path
     assert ours[path].tobytes() == leaf.tobytes(), f'{path} differs'
 
-  records, wanted_records = _records(workdir), _records(reference)
+  records, expected_records = _records(workdir), _records(reference)
   assert [r['step'] for r in records] == list(range(1, PLAN + JOINT + 1))
-  for record, expected in zip(records, wanted_records, strict=True):
-    numbers = [{k: v for k, v in r.items() if not SPEEDS.search(k)} for r in (record, expected)]
+  for pair in zip(records, expected_records, strict=True):
+    numbers = [{k: v for k, v in r.items() if not SPEEDS.search(k)} for r in pair]
     assert numbers[0] == numbers[1]
 
 

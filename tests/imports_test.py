@@ -138,7 +138,7 @@ def test_every_imported_package_is_declared() -> None:
   assert missing == []
 
 
-def test_packages_and_test_folders_are_what_setup_cfg_expects() -> None:
+def test_packages_have_init_files_and_test_folders_mirror_them() -> None:
   for path in LIBRARY:
     assert (path.parent / '__init__.py').exists(), f'{path.parent} is no package'
   assert not list((ROOT / 'tests').rglob('__init__.py'))

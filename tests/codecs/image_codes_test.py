@@ -58,6 +58,6 @@ def test_codes_decode_at_the_positions_of_their_patches(codec, params):
   np.testing.assert_allclose(jax.jit(codec.decode)(params, codes), expected, atol=1e-6)
 
 
-def test_abstract_params_are_those_it_reads(codec, params):
+def test_abstract_params_match_the_parameters(codec, params):
   shapes = {path: leaf.shape for path, leaf in leaves_by_path(codec.abstract_params()).items()}
   assert shapes == {path: leaf.shape for path, leaf in leaves_by_path(params).items()}

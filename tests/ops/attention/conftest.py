@@ -296,7 +296,7 @@ def case(mask: Mask, dtype: jnp.dtype = jnp.float32, heads: tuple[int, int, int]
 def near_reference(run: Callable, mask: Mask, dtype: jnp.dtype) -> None:
   """Asserts that an implementation agrees with the definition, up to the rounding of a device."""
   operands = case(mask, dtype, heads=(4, 2, 72))
-  ours, theirs = (differentiated(f)(operands) for f in (run, reference.attention))
+  ours, theirs = differentiated(run)(operands), differentiated(reference.attention)(operands)
   for a, b in zip(ours, theirs, strict=True):
     a, b = (np.where(np.isneginf(x), 0, np.asarray(x, np.float32)) for x in (a, b))
     scale = max(1.0, np.abs(b).max())
