@@ -1,4 +1,4 @@
-"""Commands in processes of their own, forked from one that has imported the libraries already."""
+"""Commands in separate processes, forked from a server that has imported the libraries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Done:
 
 
 class Command:
-  """A command that runs: `python -m MODULE ARGUMENTS` in a folder.
+  """A running command: `python -m MODULE ARGUMENTS` in a folder.
 
   Attributes:
     pid: of the process.
@@ -44,7 +44,7 @@ class Command:
     cwd: pathlib.Path = ROOT,
     env: Mapping[str, str] | None = None,
   ):
-    """Starts it; both outputs go to `stdout` without `stderr`."""
+    """Starts the command; without `stderr`, both outputs go to `stdout`."""
     paths = (str(stdout), str(stderr or stdout))
     target = (module, arguments, paths, str(cwd), dict(env or {}))
     self._process = _CONTEXT.Process(target=_run, args=target)
@@ -68,14 +68,14 @@ class Command:
     os.kill(self.pid, number)
 
   def kill(self) -> None:
-    """Ends it, if it still runs."""
+    """Kills the command if it is still running."""
     if self._process.exitcode is None:
       self._process.kill()
       self._process.join()
 
 
 def run(module: str, *arguments: str, cwd: pathlib.Path = ROOT) -> Done:
-  """Runs `python -m MODULE ARGUMENTS` to its end."""
+  """Runs `python -m MODULE ARGUMENTS` and waits for its end."""
   with tempfile.TemporaryDirectory() as folder:
     out, err = (pathlib.Path(folder) / name for name in ('stdout', 'stderr'))
     returncode = Command(module, *arguments, stdout=out, stderr=err, cwd=cwd).wait()
@@ -85,7 +85,7 @@ def run(module: str, *arguments: str, cwd: pathlib.Path = ROOT) -> Done:
 def _run(
   module: str, arguments: tuple[str, ...], outputs: tuple[str, str], cwd: str, env: dict[str, str]
 ) -> None:
-  """The forked process."""
+  """Body of the forked process."""
   append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
   for descriptor, path in enumerate(outputs, start=1):
     os.dup2(os.open(path, append), descriptor)

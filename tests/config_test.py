@@ -1,4 +1,4 @@
-"""Tests of the typed configuration: values out of range are one line."""
+"""The typed configuration: one-line errors, tagged sections, and defaults."""
 
 import dataclasses
 
@@ -83,7 +83,7 @@ def test_remat_names_are_those_of_the_networks():
     ('sample.temperature', 0.0, float('nan'), "'sample.temperature' is nan"),
   ],
 )
-def test_values_out_of_range_are_one_line(key, good, bad, message):
+def test_errors_of_values_out_of_range_are_one_line(key, good, bad, message):
   _build(key, good)
   with pytest.raises(UserError, match=message) as error:
     _build(key, bad)
@@ -93,13 +93,13 @@ def test_values_out_of_range_are_one_line(key, good, bad, message):
 def test_paper_keeps_its_batches_and_pod_has_eight_images_a_chip():
   paper, pod = t2i.get_config('paper'), t2i.get_config('pod,chips=64')
   assert paper.batch_size == (480, 192)
-  # Both divide over 32 devices; further chips work within the layers.
+  # Both divide over 32 devices; more chips shard the layers.
   assert (paper.mesh.data * paper.mesh.fsdp, paper.mesh.tensor) == (32, -1)
   assert not any(batch % 32 for batch in paper.batch_size)
   assert pod.batch_size == (512,) and pod.mesh.data == 16
   assert pod.optim.lr == pytest.approx(paper.optim.lr * (512 / 192) ** 0.5)
-  seen = [steps * batch for steps, batch in zip(paper.steps, paper.batch_size, strict=True)]
-  assert [steps * 512 for steps in pod.steps] == pytest.approx(seen, rel=1e-3)
+  examples = [steps * batch for steps, batch in zip(paper.steps, paper.batch_size, strict=True)]
+  assert [steps * 512 for steps in pod.steps] == pytest.approx(examples, rel=1e-3)
   assert t2i.get_config('pod').batch_size == (2048,)
   for arg in ('paper,chips=64', 'pod,chips=many', 'pod,chips=0'):
     with pytest.raises(ValueError, match='of the preset pod only'):
@@ -134,7 +134,7 @@ class _Nested:
     ({'heads': 10**9}, "'tower.heads' is 1000000000: it must be at most"),
   ],
 )
-def test_a_size_is_named_where_it_stands(values, message):
+def test_an_invalid_size_is_named_with_its_section(values, message):
   with pytest.raises(UserError, match=message):
     config.build_section(_Nested, {'tower': values})
 
@@ -149,20 +149,20 @@ class _Round:
 
 @dataclasses.dataclass(frozen=True)
 class _Square:
-  """Another."""
+  """Another kind of shape."""
 
   side: int
   kind: str = 'square'
 
 
 class _Shape(config.Tagged):
-  """Any of them."""
+  """Any shape."""
 
   KINDS = {'round': _Round, 'square': _Square, 'rectangle': _Square}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Drawn:
+class _Figure:
   """A section with a tagged one."""
 
   shape: _Shape = _Round(radius=3)
@@ -180,9 +180,9 @@ class TestTagged:
     ],
   )
   def test_a_section_has_the_fields_of_its_kind(self, values, built):
-    section = config.build_section(_Drawn, values)
+    section = config.build_section(_Figure, values)
     assert section.shape == built
-    assert config.build_section(_Drawn, config.to_dict(section)) == section
+    assert config.build_section(_Figure, config.to_dict(section)) == section
 
   @pytest.mark.parametrize(
     'shape, message',
@@ -195,7 +195,7 @@ class TestTagged:
   )
   def test_mistakes_are_named(self, shape, message):
     with pytest.raises(UserError, match=message):
-      config.build_section(_Drawn, {'shape': shape})
+      config.build_section(_Figure, {'shape': shape})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,12 +205,12 @@ class _Prepared:
   tower: _Sizes = _Sizes(3, depth=5)
 
 
-def test_a_section_that_is_given_in_part_keeps_the_rest_of_its_default():
+def test_fields_missing_from_a_section_keep_its_default():
   built = config.build_section(_Prepared, {'tower': {'ends': (4, 4)}})
   assert built.tower == _Sizes(3, (4, 4), 5)
 
 
 @pytest.mark.parametrize('value', [None, 1.5, 'abc', True])
-def test_a_size_that_is_no_whole_number_is_named(value):
+def test_a_size_must_be_a_whole_number(value):
   with pytest.raises(UserError, match="'heads' is .*: it must be a whole number"):
     _Sizes(value)

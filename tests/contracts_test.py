@@ -24,7 +24,7 @@ def _leaf(*shape):
   return jax.ShapeDtypeStruct((4, *shape), jnp.int32)
 
 
-def test_a_batch_lacks_encoder_inputs_where_all_entries_are_cached():
+def test_a_batch_has_no_encoder_inputs_if_all_entries_are_cached():
   spec = BatchSpec(
     inputs={'text': _leaf(8)},
     encoder_inputs={'image': _leaf(2, 2, 3)},
@@ -37,7 +37,7 @@ def test_a_batch_lacks_encoder_inputs_where_all_entries_are_cached():
   assert cached.example.shape == (4,)
 
 
-def test_entries_that_no_cache_may_store_need_their_inputs():
+def test_uncacheable_entries_need_their_inputs():
   spec = BatchSpec(
     inputs={'text': _leaf(8)},
     encoder_inputs={'image': _leaf(2, 2, 3)},

@@ -57,11 +57,11 @@ def test_check_compares_with_the_reference_before_writing(published, tmp_path, m
   assert 'parity with the reference passes' in lines[-2]
   monkeypatch.setattr(parity, 'TOLERANCE', 0.0)
   with pytest.raises(UserError, match='FAILS'):
-    convert.import_weights('siglip', str(published), str(tmp_path / 'other'), check=True)
-  assert not (tmp_path / 'other').exists()
+    convert.import_weights('siglip', str(published), str(tmp_path / 'failed'), check=True)
+  assert not (tmp_path / 'failed').exists()
   golden = pathlib.Path(__file__).parent / 'golden' / 'showo2'
   with pytest.raises(UserError, match='no reference library'):
-    convert.import_weights('showo2', str(golden), str(tmp_path / 'other'), check=True)
+    convert.import_weights('showo2', str(golden), str(tmp_path / 'failed'), check=True)
 
 
 def test_export_in_bfloat16(tmp_path):
@@ -129,7 +129,7 @@ def test_output_inside_the_source_is_refused(published):
 
 
 @pytest.mark.parametrize(
-  'flags, words',
+  'flags, message',
   [
     ([], '--family is missing'),
     (['--family=sigli'], 'siglip'),
@@ -138,7 +138,7 @@ def test_output_inside_the_source_is_refused(published):
     (['--family=siglip', '--source=nowhere', '--to=s3://b/x'], 's3://b/x is out of reach'),
   ],
 )
-def test_command_line_errors_are_one_line(tmp_path, flags, words):
+def test_command_line_errors_are_one_line(tmp_path, flags, message):
   process = commands.run('vpe_jax.convert', *flags, cwd=tmp_path)
-  assert process.returncode == 2 and words in process.stderr
+  assert process.returncode == 2 and message in process.stderr
   assert 'Traceback' not in process.stderr and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Training as a user runs it: real processes that are killed, told to stop, and misused."""
+"""Training as a user runs it: real processes that are killed, stopped by a signal, and misused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vpe_jax.config import CheckpointConfig
 from vpe_jax.training import metrics
 
 CONFIG = '--config=configs/t2i.py:debug'
-# More steps than `debug` has, so that a slow watcher still kills where it means to.
+# More steps than `debug` has, so that a slow watcher still kills at the intended step.
 PLAN, JOINT, EVERY = 30, 40, 10
 LENGTH = (
   f'--config.steps=({PLAN}, {JOINT})',
@@ -48,7 +48,7 @@ class Process(commands.Command):
     deadline = time.monotonic() + commands.TIMEOUT
     while not predicate():
       assert self.poll() is None, f'ended too early:\n{self.text()}'
-      assert time.monotonic() < deadline, f'did not get there:\n{self.text()}'
+      assert time.monotonic() < deadline, f'timed out:\n{self.text()}'
       time.sleep(0.001)
 
   def text(self) -> str:
@@ -58,7 +58,7 @@ class Process(commands.Command):
 
 @pytest.fixture
 def start(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Process]:
-  """Starts `vpe_jax.main` on a workdir; all that is left ends with the test."""
+  """Starts `vpe_jax.main` on a workdir; the test ends processes that still run."""
   count = iter(range(100))
 
   def start_main(workdir: Path, *arguments: str) -> Process:
@@ -72,7 +72,7 @@ def start(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., Proce
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """The workdir of a run that nobody interrupted."""
+  """The workdir of an uninterrupted run."""
   folder = tmp_path_factory.mktemp('finished')
   process = Process('main', CONFIG, f'--workdir={folder / "run"}', *LENGTH, log=folder / 'log.txt')
   try:
@@ -96,12 +96,12 @@ def _saved(workdir: Path) -> list[int]:
 
 def _unfinished(workdir: Path) -> set[tuple[str, int]]:
   """Checkpoints that are being written: names and inodes of their folders."""
-  found = (workdir / FOLDER).glob('*.orbax-checkpoint-tmp*')
-  return {(path.name, path.stat().st_ino) for path in found if path.exists()}
+  folders = (workdir / FOLDER).glob('*.orbax-checkpoint-tmp*')
+  return {(path.name, path.stat().st_ino) for path in folders if path.exists()}
 
 
 def _kill_while_saving(process: Process, workdir: Path) -> None:
-  """SIGKILL in the middle of a save: stopped first, to be sure that it is not over already."""
+  """Sends SIGKILL during a save; SIGSTOP comes first, to make sure that the save is unfinished."""
   before = _unfinished(workdir)
   while True:
     process.until(lambda: bool(_unfinished(workdir) - before))
@@ -113,51 +113,51 @@ def _kill_while_saving(process: Process, workdir: Path) -> None:
 
 
 def _resumed(process: Process) -> int:
-  """The step after which a process said that it resumes."""
-  said = re.search(r'run: resumes after step (\d+)', process.text())
-  assert said, process.text()
-  return int(said[1])
+  """The step after which a process resumed, from its log."""
+  message = re.search(r'run: resumes after step (\d+)', process.text())
+  assert message, process.text()
+  return int(message[1])
 
 
 def _assert_same_run(workdir: Path, reference: Path) -> None:
-  """Every bit of the last checkpoints, and every number of every step."""
-  (ours, meta), (wanted, wanted_meta) = (
+  """Checks that the last checkpoints are bitwise equal, and the metrics of every step equal."""
+  (ours, meta), (expected, expected_meta) = (
     Store(str(run / FOLDER), CheckpointConfig()).read(lambda paths: paths)
     for run in (workdir, reference)
   )
   for counter in ('stage', 'step', 'stage_step', 'examples_seen'):
-    assert meta[counter] == wanted_meta[counter]
+    assert meta[counter] == expected_meta[counter]
   assert meta['step'] == PLAN + JOINT
-  assert ours.keys() == wanted.keys()
+  assert ours.keys() == expected.keys()
   assert {path.split('/')[0] for path in ours} >= {'params', 'opt_state', 'ema'}
-  for path, leaf in wanted.items():
+  for path, leaf in expected.items():
     assert ours[path].dtype == leaf.dtype and ours[path].shape == leaf.shape, path
     assert ours[path].tobytes() == leaf.tobytes(), f'{path} differs'
 
-  records, wanted_records = _records(workdir), _records(reference)
+  records, expected_records = _records(workdir), _records(reference)
   assert [r['step'] for r in records] == list(range(1, PLAN + JOINT + 1))
-  for record, expected in zip(records, wanted_records, strict=True):
-    numbers = [{k: v for k, v in r.items() if not SPEEDS.search(k)} for r in (record, expected)]
+  for pair in zip(records, expected_records, strict=True):
+    numbers = [{k: v for k, v in r.items() if not SPEEDS.search(k)} for r in pair]
     assert numbers[0] == numbers[1]
 
 
-def test_an_uninterrupted_run_leaves_what_it_promises(finished: Path) -> None:
+def test_an_uninterrupted_run_writes_curves_and_the_loss_falls(finished: Path) -> None:
   assert (finished / 'curves.png').stat().st_size > 1000
   losses = [r['loss'] for r in _records(finished) if r['stage'] == 'plan']
   assert np.isfinite(losses).all() and np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
-def test_it_draws_what_a_file_of_prompts_asks_for(finished: Path, tmp_path: Path) -> None:
+def test_samples_follow_a_file_of_prompts(finished: Path, tmp_path: Path) -> None:
   prompts = tmp_path / 'prompts.txt'
   prompts.write_text('a red circle\n\ntwo green pears\n')
   log, out = tmp_path / 'log.txt', tmp_path / 'out'
   common = (f'--workdir={finished}', f'--prompts={prompts}', '--n=2', '--steps=2')
   files = Process('sample', *common, f'--out={out}/', log=log)
   assert files.wait() == 0, files.text()
-  drawn = [Image.open(path) for path in sorted(out.iterdir())]
-  said = [(picture.text['prompt'], picture.text['index']) for picture in drawn]
-  assert said == [(p, str(i)) for p in ('a red circle', 'two green pears') for i in range(2)]
-  assert all(picture.size == (64, 64) and picture.text['generated'] == 'true' for picture in drawn)
+  images = [Image.open(path) for path in sorted(out.iterdir())]
+  metadata = [(image.text['prompt'], image.text['index']) for image in images]
+  assert metadata == [(p, str(i)) for p in ('a red circle', 'two green pears') for i in range(2)]
+  assert all(image.size == (64, 64) and image.text['generated'] == 'true' for image in images)
   plain = Process(
     'sample', *common, '--weights=raw', '--no_metadata', f'--out={tmp_path / "x.png"}', log=log
   )
@@ -166,8 +166,8 @@ def test_it_draws_what_a_file_of_prompts_asks_for(finished: Path, tmp_path: Path
     assert sheet.width > 2 * 64 and sheet.height > 2 * 64 and not sheet.text
 
 
-def test_own_pictures_train_with_encoders_online_and_are_shown(tmp_path: Path) -> None:
-  folder, run = tmp_path / 'pictures', tmp_path / 'run'
+def test_a_folder_of_images_trains_online_and_has_a_sample_grid(tmp_path: Path) -> None:
+  folder, run = tmp_path / 'images', tmp_path / 'run'
   folder.mkdir()
   for i in range(9):
     Image.new('RGB', (40 + i, 50), (28 * i, 255 - 28 * i, 90)).save(folder / f'{i}.png')
@@ -185,19 +185,19 @@ def test_own_pictures_train_with_encoders_online_and_are_shown(tmp_path: Path) -
   assert process.wait() == 0, process.text()
   plan, joint = _records(run)
   assert (plan['stage'], joint['stage']) == ('plan', 'joint')
-  rows, measures = ('own', 'true_drafts'), ('latent_distance', 'retrieval')
-  shown = [joint[f'sample/{row}/{measure}'] for row in rows for measure in measures]
-  assert np.isfinite(shown).all()
+  rows, scores = ('own', 'true_drafts'), ('latent_distance', 'retrieval')
+  numbers = [joint[f'sample/{row}/{score}'] for row in rows for score in scores]
+  assert np.isfinite(numbers).all()
   with Image.open(run / 'samples' / 'step_0000002.png') as sheet:
     assert sheet.width > 4 * 64 and np.asarray(sheet).std() > 1
 
 
-def test_killed_three_times_it_ends_with_the_same_bits(
+def test_a_run_killed_three_times_equals_an_uninterrupted_run(
   start: Callable[..., Process], finished: Path, tmp_path: Path
 ) -> None:
   workdir = tmp_path / 'run'
 
-  # 1. Between two steps of the first stage, with a checkpoint to go back to.
+  # 1. Between two steps of the first stage, with a checkpoint to resume from.
   process = start(workdir)
   process.until(lambda: _has(workdir, 'plan', EVERY + 3) and EVERY in _saved(workdir))
   process.send(signal.SIGKILL)
@@ -226,7 +226,7 @@ def test_killed_three_times_it_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_saves_and_goes_on_later(
+def test_a_run_saves_on_a_signal_and_resumes_later(
   start: Callable[..., Process], finished: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
   workdir = tmp_path / 'run'
@@ -234,15 +234,15 @@ def test_told_to_stop_it_saves_and_goes_on_later(
   process.until(lambda: _has(workdir, 'plan', 3))
   process.send(number)
   assert process.wait() == 0, process.text()
-  # launch/tpu_pod.sh looks for a line that begins so.
-  said = re.search(r'^preempted: saved step (\d+)', process.text(), re.MULTILINE)
-  assert said, process.text()
-  assert _saved(workdir)[-1] == int(said[1]) < PLAN + JOINT
-  assert len(_records(workdir)) == int(said[1])
+  # launch/tpu_pod.sh looks for a line with this beginning.
+  message = re.search(r'^preempted: saved step (\d+)', process.text(), re.MULTILINE)
+  assert message, process.text()
+  assert _saved(workdir)[-1] == int(message[1]) < PLAN + JOINT
+  assert len(_records(workdir)) == int(message[1])
 
   process = start(workdir)
   assert process.wait() == 0, process.text()
-  assert _resumed(process) == int(said[1])
+  assert _resumed(process) == int(message[1])
   _assert_same_run(workdir, finished)
 
 
@@ -253,34 +253,34 @@ def _listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture(scope='module')
 def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-  """The error of each mistaken command; status and side effects are checked on the way."""
+  """The output of each mistaken command; exit status and side effects are checked here."""
   folder = tmp_path_factory.mktemp('mistakes')
-  (folder / 'pictures').mkdir()
-  (folder / 'pictures' / 'fox.png').write_bytes(b'no picture')
-  (folder / 'pictures' / 'captions.jsonl').write_text(
+  (folder / 'images').mkdir()
+  (folder / 'images' / 'fox.png').write_bytes(b'no image')
+  (folder / 'images' / 'captions.jsonl').write_text(
     json.dumps({'file': 'fox.png', 'caption': 'a red fox'})
   )
-  # The commands run side by side, and a folder takes one run at a time.
-  places = (f'--workdir={folder / str(number)}' for number in itertools.count())
+  # The commands run in parallel, and a workdir accepts one run at a time.
+  workdirs = (f'--workdir={folder / str(number)}' for number in itertools.count())
   before = _listing(finished)
   prompt = '--prompt=' + 'red ' * 500
   commands = {
-    'unknown key': ('main', CONFIG, next(places), '--config.optm.lr=1'),
-    'bad value': ('main', CONFIG, next(places), '--config.optim.lr=fast'),
-    'bad preset': ('main', '--config=configs/t2i.py:debgu', next(places)),
+    'unknown key': ('main', CONFIG, next(workdirs), '--config.optm.lr=1'),
+    'bad value': ('main', CONFIG, next(workdirs), '--config.optim.lr=fast'),
+    'bad preset': ('main', '--config=configs/t2i.py:debgu', next(workdirs)),
     'other config': ('main', CONFIG, f'--workdir={finished}', *LENGTH, '--config.seed=7'),
     'no weights': (
       'main',
       CONFIG,
-      next(places),
+      next(workdirs),
       '--config.model.visual_prompt.tower_weights=nowhere.safetensors',
     ),
-    'indivisible batch': ('main', CONFIG, next(places), '--config.batch_size=(6, 6)'),
+    'indivisible batch': ('main', CONFIG, next(workdirs), '--config.batch_size=(6, 6)'),
     'unreadable image': (
       'main',
       CONFIG,
-      next(places),
-      f'--config.data.source=folder:{folder / "pictures"}',
+      next(workdirs),
+      f'--config.data.source=folder:{folder / "images"}',
     ),
     'long prompt': ('sample', f'--workdir={finished}', prompt, f'--out={folder / "x.png"}'),
     'no run': ('sample', f'--workdir={folder / "none"}', '--prompt=a', f'--out={folder / "x.png"}'),
@@ -294,15 +294,15 @@ def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
   finally:
     for process in processes.values():
       process.kill()
-  said = {name: process.text() for name, process in processes.items()}
-  assert statuses == dict.fromkeys(commands, 2), '\n\n'.join(said.values())
+  outputs = {name: process.text() for name, process in processes.items()}
+  assert statuses == dict.fromkeys(commands, 2), '\n\n'.join(outputs.values())
   assert _listing(finished) == before, 'a mistake changed the run'
   assert not (folder / 'new' / FOLDER).exists() and not (folder / 'x.png').exists()
-  return said
+  return outputs
 
 
 @pytest.mark.parametrize(
-  ('mistake', 'words'),
+  ('mistake', 'fragments'),
   [
     ('unknown key', ("'optm", "did you mean 'optim'")),
     ('bad value', ('optim.lr', 'fast')),
@@ -316,11 +316,11 @@ def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
   ],
 )
 def test_a_mistake_ends_with_one_line(
-  mistakes: dict[str, str], mistake: str, words: tuple[str, ...]
+  mistakes: dict[str, str], mistake: str, fragments: tuple[str, ...]
 ) -> None:
-  said = mistakes[mistake]
-  assert 'Traceback' not in said
-  lines = [line for line in said.splitlines() if line.startswith('error: ')]
-  assert len(lines) == 1 and said.splitlines()[-1] == lines[0], said
-  for word in words:
-    assert word in lines[0]
+  output = mistakes[mistake]
+  assert 'Traceback' not in output
+  lines = [line for line in output.splitlines() if line.startswith('error: ')]
+  assert len(lines) == 1 and output.splitlines()[-1] == lines[0], output
+  for fragment in fragments:
+    assert fragment in lines[0]

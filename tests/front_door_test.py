@@ -13,7 +13,7 @@ from vpe_jax.contracts import UserError
 TOY = 'tests.toy_command'
 
 
-def test_flags_reach_the_command_and_others_are_taken():
+def test_flags_and_extra_arguments_reach_the_command():
   done = commands.run(TOY, '--n=3', '+x')
   assert (done.returncode, done.stdout) == (0, "3 ['+x']\n"), done.stderr
   assert 'chatter' not in done.stderr
@@ -58,33 +58,33 @@ def settings(monkeypatch):
   return read
 
 
-def test_settings_have_a_flag_each_and_another_with_a_prefix(settings):
+def test_each_setting_has_a_flag_with_and_without_prefix(settings):
   assert settings('--guidance=2', '--sample.top_k=5') == {'guidance': 2.0, 'top_k': 5}
   assert 'guidance scale' in settings.flags['image_guidance'].help
 
 
-def test_a_name_that_the_command_has_is_a_setting_with_a_prefix_alone(settings):
+def test_a_setting_with_the_name_of_a_command_flag_needs_its_prefix(settings):
   assert settings('--steps=3') == {}
   assert settings('--sample.steps=4') == {'steps': 4}
 
 
-def test_a_setting_given_twice_is_named(settings):
+def test_two_values_of_one_setting_are_an_error(settings):
   assert settings('--guidance=2', '--sample.guidance=2') == {'guidance': 2.0}
   with pytest.raises(UserError, match='--guidance=2.0 and --sample.guidance=3.0 are the same'):
     settings('--guidance=2', '--sample.guidance=3')
 
 
-def test_a_folder_is_checked_and_left_as_it_was(tmp_path):
+def test_checking_a_folder_changes_nothing(tmp_path):
   front_door.check_folder(str(tmp_path / 'new' / 'deep'))
   assert not list(tmp_path.iterdir())
-  (tmp_path / 'file').write_text('kept')
+  (tmp_path / 'file').write_text('old')
   with pytest.raises(UserError, match='cannot write to .*file/new'):
     front_door.check_folder(str(tmp_path / 'file' / 'new'))
   with pytest.raises(UserError, match='cannot write to .*file'):
     front_door.check_folder(str(tmp_path / 'file'))
 
 
-def test_what_is_written_may_lie_in_the_home_folder(monkeypatch, tmp_path):
+def test_output_paths_may_begin_with_the_home_folder(monkeypatch, tmp_path):
   monkeypatch.setenv('HOME', str(tmp_path))
   assert front_door.target('out', '~/x.png') == f'{tmp_path}/x.png'
   assert front_door.target('out', '~/x/') == f'{tmp_path}/x/'
@@ -93,12 +93,12 @@ def test_what_is_written_may_lie_in_the_home_folder(monkeypatch, tmp_path):
     front_door.target('out', '')
 
 
-def test_a_file_is_looked_at_before_the_work(tmp_path):
+def test_an_output_file_is_checked_before_the_work(tmp_path):
   file = tmp_path / 'x.json'
   assert front_door.new_file('json', str(file), False) == str(file) and not file.exists()
-  file.write_text('kept')
+  file.write_text('old')
   assert front_door.new_file('json', str(file), True) == str(file)
-  for given, message in (
+  for path, message in (
     (str(file), 'exists: .*--overwrite'),
     (str(tmp_path), 'is a folder: name a file'),
     (f'{tmp_path}/new/', 'is a folder: name a file'),
@@ -106,11 +106,11 @@ def test_a_file_is_looked_at_before_the_work(tmp_path):
     ('', '--json is empty'),
   ):
     with pytest.raises(UserError, match=message):
-      front_door.new_file('json', given, False)
-  assert file.read_text() == 'kept'
+      front_door.new_file('json', path, False)
+  assert file.read_text() == 'old'
 
 
-def test_a_place_out_of_reach_is_one_line():
+def test_an_unreachable_folder_is_a_one_line_error():
   for folder in ('s3://bucket/x', 'https://host/x'):
     with pytest.raises(UserError, match='out of reach'):
       front_door.check_folder(folder)

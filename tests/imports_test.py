@@ -40,7 +40,7 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _imports(path: Path) -> Iterator[str]:
-  """Full names of everything that a file imports, wherever in the file it does."""
+  """Full names of everything that a file imports, at any level."""
   for node in ast.walk(_tree(path)):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names)
@@ -85,10 +85,10 @@ def test_modules_import() -> None:
 
 def test_rooms_import_only_from_above() -> None:
   violations = {_name(path): order_violations(path) for path in LIBRARY}
-  assert {name: found for name, found in violations.items() if found} == {}
+  assert {name: imports for name, imports in violations.items() if imports} == {}
 
 
-def test_the_order_check_sees_a_violation(tmp_path: Path, monkeypatch) -> None:
+def test_the_order_check_detects_a_violation(tmp_path: Path, monkeypatch) -> None:
   monkeypatch.setitem(globals(), 'ROOT', tmp_path)
   file = tmp_path / 'vpe_jax' / 'ops' / 'norms.py'
   file.parent.mkdir(parents=True)
@@ -138,13 +138,15 @@ def test_every_imported_package_is_declared() -> None:
   assert missing == []
 
 
-def test_packages_and_test_folders_are_what_setup_cfg_expects() -> None:
+def test_packages_have_init_files_and_test_folders_mirror_them() -> None:
   for path in LIBRARY:
     assert (path.parent / '__init__.py').exists(), f'{path.parent} is no package'
   assert not list((ROOT / 'tests').rglob('__init__.py'))
   for folder in {path.parent for path in SOURCES if path.name.endswith('_test.py')}:
     room = folder.relative_to(ROOT / 'tests')
-    assert (ROOT / 'vpe_jax' / room).is_dir() or room.name == 'configs', f'tests/{room}: what of?'
+    assert (ROOT / 'vpe_jax' / room).is_dir() or room.name == 'configs', (
+      f'tests/{room} has no counterpart in vpe_jax'
+    )
 
 
 def test_sizes_and_names() -> None:
@@ -162,8 +164,8 @@ def _check_sizes(path: Path) -> None:
       continue
     where = f'{_name(path)}:{node.lineno} {node.name}'
     assert (node.end_lineno or 0) - node.lineno + 1 <= 80, f'{where} is too long'
-    given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-    assert len([a for a in given if a.arg not in ('self', 'cls')]) <= 8, f'{where}: parameters'
+    parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    assert len([a for a in parameters if a.arg not in ('self', 'cls')]) <= 8, f'{where}: parameters'
 
 
 UNFINISHED = re.compile(r'\b(TODO|FIXME|XXX|HACK|place' + r'holder|for ' + r'now)\b', re.IGNORECASE)

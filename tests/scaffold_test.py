@@ -18,7 +18,7 @@ import vpe_jax
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ['.ci/run', *sorted(f'launch/{p.name}' for p in (ROOT / 'launch').glob('*.sh'))]
 
-# A python3.11 that writes down how it is called; `-m venv` copies it, as a real one would.
+# A python3.11 that logs its calls; `-m venv` copies it, as a real one would.
 FAKE_PYTHON = """#!/bin/bash
 echo "$*" >> "$CALLS"
 case "$*" in
@@ -112,7 +112,7 @@ def test_accelerator(tmp_path: Path, files: dict[str, str], expected: str) -> No
   assert _environment(f'accelerator {tmp_path}').stdout.strip() == expected
 
 
-def test_find_python_prefers_3_11_and_says_what_is_missing(tmp_path: Path) -> None:
+def test_find_python_prefers_3_11_and_names_a_missing_version(tmp_path: Path) -> None:
   _script(tmp_path / 'old' / 'python3', '#!/bin/bash\n[ "$1" = --version ] && echo Python 3.9.2\n')
   only_old = {'PATH': str(tmp_path / 'old'), 'HOME': str(tmp_path), 'PYENV_ROOT': str(tmp_path)}
   done = _environment('find_python', **only_old)
@@ -128,7 +128,7 @@ def test_find_python_prefers_3_11_and_says_what_is_missing(tmp_path: Path) -> No
 
 
 def _clone(folder: Path) -> dict[str, str]:
-  """A clone without the library, and an environment in which Python only writes down its calls."""
+  """A clone without the library, and an environment in which Python only logs its calls."""
   scripts = ('environment', 'quickstart', 'test', 'verify_device')
   for name in (*(f'launch/{script}.sh' for script in scripts), '.ci/run'):
     _script(folder / name, (ROOT / name).read_text())
@@ -140,7 +140,7 @@ def _clone(folder: Path) -> dict[str, str]:
 
 
 def _calls(folder: Path) -> list[str]:
-  """Calls of the fake Python that do something, since the last time."""
+  """Calls `-m MODULE` of the fake Python since the last call of this function."""
   lines = (folder / 'calls').read_text().splitlines()
   (folder / 'calls').write_text('')
   return [line for line in lines if line.startswith('-m') and line != '-m pip --version']
@@ -170,7 +170,7 @@ def test_quickstart_installs_once_trains_and_samples(tmp_path: Path) -> None:
   assert [call.split()[1] for call in _calls(tmp_path)][0] == 'pip'
 
 
-def test_a_failed_phase_ends_the_script_and_is_not_remembered(tmp_path: Path) -> None:
+def test_a_failed_phase_ends_the_script_and_is_repeated(tmp_path: Path) -> None:
   environment = _clone(tmp_path)
   (tmp_path / 'calls.offline').touch()
   assert _shell('bash launch/quickstart.sh', tmp_path, **environment).returncode == 1
@@ -182,7 +182,7 @@ def test_a_failed_phase_ends_the_script_and_is_not_remembered(tmp_path: Path) ->
   assert [call.split()[1] for call in _calls(tmp_path)] == ['pip', 'vpe_jax.main']
 
 
-def test_a_training_that_was_stopped_is_not_sampled_from(tmp_path: Path) -> None:
+def test_an_interrupted_run_is_not_sampled(tmp_path: Path) -> None:
   environment = _clone(tmp_path)
   (tmp_path / 'calls.stopped').touch()
   stopped = _shell('bash launch/quickstart.sh', tmp_path, **environment)
@@ -219,7 +219,7 @@ def test_verify_device_goes_through_all_phases_and_reports(tmp_path: Path) -> No
   assert refused.returncode == 2 and 'r.json exists' in refused.stderr
 
 
-def test_device_report_says_what_failed(tmp_path: Path) -> None:
+def test_device_report_names_the_failed_phase(tmp_path: Path) -> None:
   (tmp_path / 'phases').write_text('kernels 0 12\nfloat32 1 3\n')
   (tmp_path / 'float32.log').write_text('working\nerror: no memory\n')
   command = [sys.executable, '-m', 'tests.benchmarks.device_report', str(tmp_path)]
@@ -227,10 +227,10 @@ def test_device_report_says_what_failed(tmp_path: Path) -> None:
     [*command, str(tmp_path / 'out.json')], cwd=ROOT, capture_output=True, text=True, timeout=120
   )
   assert done.returncode == 1 and 'failed: float32' in done.stdout, done.stderr
-  found = json.loads((tmp_path / 'out.json').read_text())
-  assert not found['passed'] and found['phases']['kernels']['passed']
-  assert found['phases']['float32']['end'][-1] == 'error: no memory'
-  assert found['devices'] and found['versions']['jax']
+  report = json.loads((tmp_path / 'out.json').read_text())
+  assert not report['passed'] and report['phases']['kernels']['passed']
+  assert report['phases']['float32']['end'][-1] == 'error: no memory'
+  assert report['devices'] and report['versions']['jax']
 
 
 TPU = 'bash launch/tpu_pod.sh --name=vpe --zone=us-east5-b --type=v6e-16 --workdir=gs://b/run'
@@ -243,10 +243,10 @@ def test_tpu_pod_dry_run_prints_every_command() -> None:
     shlex.split(line.replace("$'", "'").replace(r'\n', '\n').replace(r'\'', ''))
     for line in done.stdout.splitlines()
   ]
-  place = ['--zone=us-east5-b', '--project=p']
+  location = ['--zone=us-east5-b', '--project=p']
   assert commands[0] == [
     *'gcloud compute tpus tpu-vm create vpe'.split(),
-    *place,
+    *location,
     '--accelerator-type=v6e-16',
     '--version=v2-alpha-tpuv6e',
     '--spot',
@@ -259,8 +259,8 @@ def test_tpu_pod_dry_run_prints_every_command() -> None:
     ['mkdir', '-p', 'runs/pod-vpe'],
     *[f'gcloud compute tpus tpu-vm {verb}'.split() for verb in ('ssh', 'delete')],
   ]
-  kept = _shell(f'{TPU} --dry_run --spot --project=p')
-  assert 'delete' not in kept.stdout and 'costs money' not in kept.stdout
+  no_delete = _shell(f'{TPU} --dry_run --spot --project=p')
+  assert 'delete' not in no_delete.stdout and 'costs money' not in no_delete.stdout
   set_up, start, follow = commands[4:7]
   assert '--worker=all' in set_up and 'install .venv' in set_up[-1]
   assert '--worker=all' in start and '-m vpe_jax.main --config=configs/t2i.py' in start[-1]
@@ -293,7 +293,7 @@ def test_tpu_pod_mistakes(arguments: str, message: str) -> None:
 
 
 FAKE_GCLOUD = """#!/bin/bash
-# Plays a slice: takes the next line of a file for each question about it.
+# Imitates a slice: answers each query with the next line of a file.
 next() { head -n 1 "$PLAY/$1"; sed -i 1d "$PLAY/$1"; }
 status() { local code; code=$(next "$1"); exit "${code:-0}"; }
 echo "$*" | tr '\\n' ' ' | cut -c 1-400 >> "$PLAY/calls"
@@ -308,7 +308,7 @@ esac
 
 
 def _play(folder: Path, **lines: list[object]) -> tuple[subprocess.CompletedProcess, list[str]]:
-  """Runs the script against the played slice: (how it ended, the verbs it told gcloud)."""
+  """Runs the script against the imitated slice: (finished process, verbs of its gcloud calls)."""
   _script(folder / 'bin' / 'gcloud', FAKE_GCLOUD)
   for name in ('states', 'creates', 'set_ups', 'ends', 'lasts'):
     (folder / name).write_text(''.join(f'{line}\n' for line in lines.get(name, [])))
@@ -355,7 +355,7 @@ def test_tpu_pod_waits_for_capacity(tmp_path: Path) -> None:
     "ERROR: (gcloud) NOT_FOUND: The accelerator v6e-17 was not found in zone 'us-east5-b'",
   ],
 )
-def test_tpu_pod_ends_where_waiting_does_not_help(tmp_path: Path, message: str) -> None:
+def test_tpu_pod_ends_on_errors_that_waiting_does_not_fix(tmp_path: Path, message: str) -> None:
   done, verbs = _play(tmp_path, states=['ABSENT'] * 9, creates=[message] * 9)
   assert done.returncode == 2 and verbs == ['create']
   last = done.stderr.splitlines()[-1]
@@ -369,7 +369,7 @@ def test_tpu_pod_needs_gcloud(tmp_path: Path) -> None:
   assert done.returncode == 2 and done.stderr.startswith('error: gcloud is not installed')
 
 
-def test_tpu_pod_tells_a_saved_run_from_a_complete_one(tmp_path: Path) -> None:
+def test_tpu_pod_distinguishes_a_saved_run_from_a_complete_one(tmp_path: Path) -> None:
   saved = 'preempted: saved step 40; the same command continues from there'
   done, verbs = _play(
     tmp_path,
@@ -381,7 +381,7 @@ def test_tpu_pod_tells_a_saved_run_from_a_complete_one(tmp_path: Path) -> None:
   assert verbs.count('create') == 1 and verbs.count('delete') == 1
 
 
-def test_tpu_pod_tries_again_where_workers_refuse_connections(tmp_path: Path) -> None:
+def test_tpu_pod_retries_if_workers_refuse_connections(tmp_path: Path) -> None:
   done, verbs = _play(
     tmp_path, states=['READY'] * 3, set_ups=[255, 1, 0], ends=[0], lasts=['done: gs://b/run']
   )
@@ -400,7 +400,7 @@ def test_tpu_pod_stops_when_the_run_itself_fails(tmp_path: Path) -> None:
 
 
 WORKER_GCLOUD = """#!/bin/bash
-# A slice of one worker: its home is a folder, and what it is told runs there.
+# A slice of one worker: its home is a folder, in which its commands run.
 command=$(for word; do case $word in --command=*) echo "${word#--command=}" ;; esac; done)
 case "$*" in
   *" describe "*) echo READY ;;

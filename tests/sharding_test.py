@@ -88,7 +88,7 @@ class TestParamShardings:
   def test_stacked_layers_are_never_sharded(self):
     assert _spec('ar/layers/norm', (8, 12), _mesh()) == P()
 
-  def test_two_axes_shard_what_one_can_not(self):
+  def test_two_axes_shard_dimensions_that_one_axis_cannot(self):
     # 8 divides neither 12 nor 20, but 4 and 2 do; the same holds for 256, 1152 and 4304.
     assert _spec('mlp/kernel', (12, 20), _mesh()) == P()
     spec = _spec('mlp/kernel', (12, 20), _mesh(data=2, fsdp=4))

@@ -1,4 +1,4 @@
-"""Inputs for tests of systems: parameters away from identity maps, and batches."""
+"""Inputs for tests of systems: parameters far from identity maps, and batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vpe_jax.contracts import Array, Batch, Params, System
 
 
 def redrawn(params: Params, deviation: float) -> Params:
-  """Parameters with normal noise on each, as many maps of fresh ones start at zero."""
+  """Parameters with added normal noise, as many kernels are initialized to zero."""
   leaves, tree = jax.tree.flatten(params)
   keys = jax.random.split(jax.random.key(1), len(leaves))
   noisy = lambda key, leaf: leaf + deviation * jax.random.normal(key, leaf.shape)
@@ -20,17 +20,17 @@ def redrawn(params: Params, deviation: float) -> Params:
 
 
 def encoded_examples(system: System, B: int) -> Batch:
-  """Prompts of different lengths, and random encoded entries, as of a cache."""
-  draw = np.random.default_rng(0)
+  """Prompts of different lengths with random encoded entries, as from a cache."""
+  rng = np.random.default_rng(0)
   data, spec = system.config.data, system.batch_spec(B)
   inputs = {
-    'text': jnp.asarray(draw.integers(8, 1024, (B, data.text_length)), jnp.int32),
-    'text_length': jnp.asarray(draw.integers(1, data.text_length + 1, B), jnp.int32),
+    'text': jnp.asarray(rng.integers(8, 1024, (B, data.text_length)), jnp.int32),
+    'text_length': jnp.asarray(rng.integers(1, data.text_length + 1, B), jnp.int32),
   }
   encoded = {}
   for name, leaf in spec.encoded.items():
     codes = spec.codebooks.get(name, 0)
-    values = draw.integers(0, codes, leaf.shape) if codes else draw.standard_normal(leaf.shape)
+    values = rng.integers(0, codes, leaf.shape) if codes else rng.standard_normal(leaf.shape)
     encoded[name] = jnp.asarray(values, leaf.dtype)
   return Batch(jnp.arange(B, dtype=jnp.int32), inputs, encoded)
 

@@ -63,9 +63,9 @@ def test_the_scheme_decides_whether_a_path_is_remote():
 
 def test_missing_client_package_names_the_cure(monkeypatch):
   monkeypatch.setitem(sys.modules, 'gcsfs', None)  # makes its import fail
-  place = storage.resolve('gs://bucket/run')
+  path = storage.resolve('gs://bucket/run')
   with pytest.raises(UserError, match=r"gs://bucket/run.*pip install -e '.\[gcs\]'"):
-    storage.probe(place, place.exists)
+    storage.probe(path, path.exists)
 
 
 def test_full_disk_is_a_one_line_error_with_its_cure():

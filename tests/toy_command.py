@@ -1,4 +1,4 @@
-"""A command with one flag, which prints the flag or makes the mistake that the flag names."""
+"""A command that prints its flag, or fails in the way that the flag selects."""
 
 from absl import flags, logging
 

@@ -1,4 +1,4 @@
-"""A system of a few hundred parameters that exercises all of training."""
+"""Systems of a few hundred parameters that exercise all of training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class LineModel:
 
 
 class Rising:
-  """A weight of 0.1 for each step that was taken, and the one under way."""
+  """A weight of 0.1 for each step, the current one included."""
 
   def at(self, step):
     return 0.1 * (1 + step)
@@ -52,10 +52,10 @@ LOSSES = {'tokens': 1.0, 'watched': 0.0}
 
 
 class LineSystem(System):
-  """Predicts each caption token as a number, linearly from the picture.
+  """Predicts each caption token as a number, linearly from the image.
 
   Parameters `backbone` (frozen in stage `head`) and `head`; a frozen network `encoder`. Losses:
-  `tokens` counts real caption tokens, `noise` draws per example, `watched` has weight 0.
+  `tokens` counts real caption tokens, `noise` is sampled per example, `watched` has weight 0.
   """
 
   stages = (
@@ -96,11 +96,11 @@ class LineSystem(System):
 
   def batch(self, batch_size: int, start: int = 0) -> Batch:
     """A batch as numpy leaves, with captions of uneven length."""
-    draws = [np.random.default_rng([11, start + place]) for place in range(batch_size)]
+    rngs = [np.random.default_rng([11, start + index]) for index in range(batch_size)]
     inputs = {
-      'text': np.stack([draw.integers(1, 9, TEXT, np.int32) for draw in draws]),
-      'text_length': np.array([draw.integers(1, TEXT + 1) for draw in draws], np.int32),
-      'image': np.stack([draw.integers(0, 256, (8, 8, 3), np.uint8) for draw in draws]),
+      'text': np.stack([rng.integers(1, 9, TEXT, np.int32) for rng in rngs]),
+      'text_length': np.array([rng.integers(1, TEXT + 1) for rng in rngs], np.int32),
+      'image': np.stack([rng.integers(0, 256, (8, 8, 3), np.uint8) for rng in rngs]),
     }
     return Batch(np.arange(start, start + batch_size, dtype=np.int32), inputs)
 
@@ -129,8 +129,8 @@ class LineSystem(System):
       'watched': LossTerm(jnp.sum(jnp.exp(guess)), counts['watched'], 0.0),
     }
     if 'noise' in stage.losses:
-      draw = lambda key: jax.random.normal(key, (HIDDEN,))
-      noise = randomness.per_example(draw, rng, 'noise', batch.example)
+      sample = lambda key: jax.random.normal(key, (HIDDEN,))
+      noise = randomness.per_example(sample, rng, 'noise', batch.example)
       weight = stage.weight('noise', step)
       distance = jnp.sum(jnp.square(hidden.astype(jnp.float32) - noise))
       terms['noise'] = LossTerm(distance, counts['noise'], weight)
@@ -185,7 +185,7 @@ def frozen(tmp_path):
 
 
 class DrawingSystem(LineSystem, PlansVisually, ScoresImages):
-  """A LineSystem that also has encoders and samples: codes are brightness, images flat squares."""
+  """A LineSystem with encoders and sampling: codes are brightness, images are flat squares."""
 
   encodings = 0
   codes = 11  # brightness in tenths
@@ -211,7 +211,7 @@ class DrawingSystem(LineSystem, PlansVisually, ScoresImages):
     return {'visual_prompt': codes, 'latents': small}
 
   def losses(self, params, frozen, batch, rng, step, stage):
-    # Of a cached batch the images are flat squares.
+    # A cached batch has no images: they are decoded to flat squares.
     if 'image' not in batch.inputs:
       image = (255 * self.decode(frozen, batch.encoded, rng)).astype(jnp.uint8)
       batch = dataclasses.replace(batch, inputs={**batch.inputs, 'image': image})
@@ -227,7 +227,7 @@ class DrawingSystem(LineSystem, PlansVisually, ScoresImages):
     return jnp.repeat(jnp.repeat(encoded['latents'], 4, 1), 4, 2)
 
   def similarity(self, frozen, images, inputs):
-    # An image fits its own caption by its brightness, the others by a little.
+    # An image matches its own caption by its brightness, other captions slightly.
     own = jnp.eye(images.shape[0])
     return jnp.mean(images, (1, 2, 3))[:, None] * own + 1e-3 * (1 - own)
 

@@ -5,9 +5,9 @@
 
 Runs every implementation that this machine supports, on a causal mask and on the mask of a Mixture
 of Transformers (829 tokens of text and visual prompt, then 1,027 of the image, as in the paper).
-Outputs and gradients must first agree within the rounding of the dtype. `ratios` are `reference`
-divided by the other: `time/...` (above 1: faster), and `memory/...` of the temporary bytes that the
-compiler assigns. cuDNN runs only on the causal mask.
+Outputs and gradients must first agree within the rounding of the dtype. `ratios` divide `reference`
+by each implementation: `time/...` (above 1: faster), and `memory/...` of the temporary bytes that
+the compiler assigns. cuDNN runs only on the causal mask.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ def generate(model: Decoder, params: Params, prompt: Array) -> Array:
   feed = lambda prefix, tokens, index: run(tokens[:, None], prefix.cache, PROMPT + index)
   keys = jax.random.split(jax.random.key(0), batch)
   settings = TokenSampling(temperature=0.0, min_p=0.0)
-  draw = autoregressive.categorical(lambda logits: logits, settings, UNGUIDED, UNGUIDED.branches)
-  return autoregressive.generate(feed, run(prompt, cache, 0), TOKENS, keys, draw)[0]
+  sample = autoregressive.categorical(lambda logits: logits, settings, UNGUIDED, UNGUIDED.branches)
+  return autoregressive.generate(feed, run(prompt, cache, 0), TOKENS, keys, sample)[0]
 
 
 def peer(model: Decoder, params: Params) -> Qwen2ForCausalLM:
@@ -115,8 +115,8 @@ def products(params: Params, batch: int) -> Callable[[], Any]:
     if path.endswith(kernel_layout.TRANSPOSED)
   ]
   widths = {kernel.shape[1] for kernel in body}
-  draw = lambda width: jax.random.normal(jax.random.key(width), (batch, width))
-  activations = {width: draw(width) for width in widths}
+  random = lambda width: jax.random.normal(jax.random.key(width), (batch, width))
+  activations = {width: random(width) for width in widths}
 
   # Each product depends on the previous one, as in a layer.
   @jax.jit

@@ -36,14 +36,14 @@ def first_step(cache: Path, workdir: Path) -> float:
   cleared = ('JAX_COMPILATION_CACHE_DIR', 'XLA_FLAGS')
   environment = {name: value for name, value in os.environ.items() if name not in cleared}
   environment['VPE_JAX_CACHE'] = str(cache)
-  began = time.perf_counter()
+  start = time.perf_counter()
   with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
     metrics = workdir / 'metrics.jsonl'
     while not (metrics.exists() and _has_step(metrics)):
       if process.poll() is not None:
         raise UserError(f'the run ended with status {process.returncode} before its first step')
       time.sleep(_POLL)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     process.kill()
   return seconds
 

@@ -36,7 +36,7 @@ class Expert(nn.Module):
     N, K, H = self.heads
     y = self.attention_norm(x)
     parts = zip((self.q, self.k, self.v), (N, K, K), strict=True)
-    q, k, v = (one(y).unflatten(-1, (n, H)).transpose(1, 2) for one, n in parts)
+    q, k, v = (linear(y).unflatten(-1, (n, H)).transpose(1, 2) for linear, n in parts)
     return [*qwen2.apply_rotary_pos_emb(q, k, cos, sin), v]
 
   def finish(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
@@ -78,7 +78,7 @@ class Mot(nn.Module):
       streams = {name: layer[name].finish(x, pieces[name]) for name, x in streams.items()}
     return streams
 
-  def take(self, params: Mapping[str, Params]) -> None:
+  def copy_weights(self, params: Mapping[str, Params]) -> None:
     """Copies our weights: per expert, layers stacked on a leading axis."""
     with torch.no_grad():
       for index, layer in enumerate(self.layers):

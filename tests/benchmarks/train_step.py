@@ -83,8 +83,8 @@ def products() -> list[tuple[tuple[int, ...], tuple[int, ...], str]]:
 
 
 def _products_alone() -> Callable[[], Any]:
-  jobs, draw = products(), np.random.default_rng(0)
-  arrays = [tuple(jnp.asarray(draw.standard_normal(s), jnp.float32) for s in (a, b))
+  jobs, rng = products(), np.random.default_rng(0)
+  arrays = [tuple(jnp.asarray(rng.standard_normal(s), jnp.float32) for s in (a, b))
             for a, b, _ in jobs]  # fmt: skip
   run = jax.jit(lambda pairs: [jnp.einsum(spec, *pair) for (_, _, spec), pair in zip(jobs, pairs)])
 
@@ -127,8 +127,8 @@ def measure() -> dict[str, Any]:
   keys = jax.random.split(jax.random.key(0), len(LENGTHS))
   layer = Layer(CONFIG, jnp.float32)
   params = {name: mot.init_layers(layer, key) for name, key in zip(LENGTHS, keys)}
-  draw = np.random.default_rng(1)
-  inputs = {n: draw.standard_normal((BATCH, L, CONFIG.width)).astype(np.float32)
+  rng = np.random.default_rng(1)
+  inputs = {n: rng.standard_normal((BATCH, L, CONFIG.width)).astype(np.float32)
             for n, L in LENGTHS.items()}  # fmt: skip
   whole = Visibility(*(jnp.concatenate([getattr(visibility[n], f) for n in LENGTHS], 1)
                        for f in ('order', 'since', 'reach', 'until')))  # fmt: skip
@@ -137,7 +137,7 @@ def measure() -> dict[str, Any]:
   theirs = {}
   for kind in kinds:
     model = Mot(CONFIG, tuple(LENGTHS), mask)
-    model.take(params)
+    model.copy_weights(params)
     torch_inputs = {name: torch.tensor(x) for name, x in inputs.items()}
     theirs[kind] = _torch_step(model, torch_inputs, kind == 'compiled')
   step = _step(visibility)

@@ -1,4 +1,4 @@
-"""The nearest row of a codebook, whole and part by part."""
+"""The nearest codebook entry, searched at once and chunk by chunk."""
 
 import re
 
@@ -15,26 +15,26 @@ BODY = PyramidConfig((32, 32), blocks=1, outputs=8, inputs=8, attention=(1,))
 TOWER = EncoderConfig(width=16, layers=1, heads=2, mlp=16, activation='gelu')
 
 
-def test_large_codebooks_are_compared_in_parts():
-  draw = np.random.default_rng(0)
-  features, rows = (draw.standard_normal(shape).astype(np.float32) for shape in ((7, 5), (24, 5)))
-  rows[20] = rows[3]  # a tie across parts: the first counts
-  features[0] = 9 * rows[3]
+def test_large_codebooks_are_searched_in_chunks():
+  rng = np.random.default_rng(0)
+  features, entries = (rng.standard_normal(shape).astype(np.float32) for shape in ((7, 5), (24, 5)))
+  entries[20] = entries[3]  # a tie across chunks: the first counts
+  features[0] = 9 * entries[3]
   for normed in (False, True):
-    whole = codebook.nearest(jnp.asarray(features), jnp.asarray(rows), normed)
+    whole = codebook.nearest(jnp.asarray(features), jnp.asarray(entries), normed)
     assert int(whole[0]) == 3
     for chunk in (8, 5):
-      parts = codebook.nearest(jnp.asarray(features), jnp.asarray(rows), normed, chunk)
-      np.testing.assert_array_equal(whole, parts)
+      chunked = codebook.nearest(jnp.asarray(features), jnp.asarray(entries), normed, chunk)
+      np.testing.assert_array_equal(whole, chunked)
 
 
 def test_no_array_holds_all_scores_of_a_large_codebook():
-  features, rows = jnp.zeros((2, 16, 4)), jnp.zeros((64, 4))
+  features, entries = jnp.zeros((2, 16, 4)), jnp.zeros((64, 4))
   for chunk, largest in ((64, 2 * 16 * 64), (8, 64 * 4)):
-    choose = lambda f, r, chunk=chunk: codebook.nearest(f, r, False, chunk)
+    search = lambda f, e, chunk=chunk: codebook.nearest(f, e, False, chunk)
     sizes = [
       variable.aval.size
-      for jaxpr in _jaxprs(jax.make_jaxpr(choose)(features, rows).jaxpr)
+      for jaxpr in _jaxprs(jax.make_jaxpr(search)(features, entries).jaxpr)
       for equation in jaxpr.eqns
       for variable in equation.outvars
     ]
@@ -42,7 +42,7 @@ def test_no_array_holds_all_scores_of_a_large_codebook():
 
 
 def _jaxprs(jaxpr):
-  """A jaxpr and all inside it."""
+  """A jaxpr and all nested ones."""
   yield jaxpr
   for equation in jaxpr.eqns:
     for value in equation.params.values():
@@ -58,11 +58,11 @@ def _jaxprs(jaxpr):
   ],
   ids=['vqgan', 'siglip_vq'],
 )
-def test_codes_come_from_exact_products_whatever_the_default(network):
+def test_codes_come_from_exact_products_at_any_default_precision(network):
   images = jnp.zeros((1, 16, 16, 3))
   params = jax.eval_shape(lambda key: network.init(key, images), jax.random.key(0))
   encode = lambda params: network.apply(params, images, method='encode')
   with jax.default_matmul_precision('bfloat16'):
     text = str(jax.make_jaxpr(encode)(params))
-  found = re.findall(r'precision=(None|[\w.]+|\([^)]*\))', text)
-  assert len(found) > 5 and {one.count('HIGHEST') for one in found} == {2}
+  precisions = re.findall(r'precision=(None|[\w.]+|\([^)]*\))', text)
+  assert len(precisions) > 5 and {precision.count('HIGHEST') for precision in precisions} == {2}

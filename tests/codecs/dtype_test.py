@@ -41,8 +41,8 @@ def _codec(section):
 def _random(shapes, seed=0):
   """Small random values in place of every parameter, which bfloat16 can't represent."""
   generator = np.random.default_rng(seed)
-  draw = lambda leaf: 0.3 * generator.standard_normal(leaf.shape).astype(np.float32)
-  return jax.tree.map(draw, shapes)
+  sample = lambda leaf: 0.3 * generator.standard_normal(leaf.shape).astype(np.float32)
+  return jax.tree.map(sample, shapes)
 
 
 @pytest.mark.parametrize('kind', SECTIONS)
@@ -53,19 +53,19 @@ def test_codecs_compute_in_float32(kind):
   rounded = jax.tree.map(lambda leaf: leaf.astype(np.float32), narrow)
   images = np.random.default_rng(1).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
 
-  def both_ways(params):
+  def encode_and_decode(params):
     encoded = codec.encode(params, images)
     return encoded, codec.decode(params, encoded)
 
-  ours, expected = jax.jit(both_ways)(narrow), jax.jit(both_ways)(rounded)
+  ours, expected = jax.jit(encode_and_decode)(narrow), jax.jit(encode_and_decode)(rounded)
   for our_leaf, leaf in zip(ours, expected, strict=True):
     assert our_leaf.dtype == leaf.dtype
     np.testing.assert_allclose(our_leaf, leaf, rtol=1e-5, atol=1e-5)
-  assert any(np.any(np.asarray(leaf) != other) for leaf, other in _pairs(params, rounded))
+  assert any(np.any(np.asarray(a) != b) for a, b in _pairs(params, rounded))
 
 
-def _pairs(one, other):
-  return zip(leaves_by_path(one).values(), leaves_by_path(other).values(), strict=True)
+def _pairs(a, b):
+  return zip(leaves_by_path(a).values(), leaves_by_path(b).values(), strict=True)
 
 
 @pytest.mark.parametrize('encoder', ['siglip', 'siglip2', 'dinov2', 'clip'])

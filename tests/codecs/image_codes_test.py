@@ -1,4 +1,4 @@
-"""Codes of a picture's latents: the nearest rows, in raster order, there and back."""
+"""Codes of image latents: the nearest codebook entries, in raster order, encoded and decoded."""
 
 from __future__ import annotations
 
@@ -31,32 +31,33 @@ def images():
   return jnp.asarray(np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)), jnp.uint8)
 
 
-def test_codes_are_the_nearest_rows(codec, params, images):
+def test_codes_are_the_nearest_entries(codec, params, images):
   codes = jax.jit(codec.encode)(params, images)
-  squares, rows = jax.jit(codec.latent_patches)(params, images), params['image_codes']['codebook']
-  distance = jnp.sum(jnp.square(squares[:, :, None] - rows), -1)
+  patches = jax.jit(codec.latent_patches)(params, images)
+  entries = params['image_codes']['codebook']
+  distance = jnp.sum(jnp.square(patches[:, :, None] - entries), -1)
   np.testing.assert_array_equal(codes, jnp.argmin(distance, -1))
   assert codes.shape == (3, codec.grid**2) and codes.dtype == jnp.int32
-  quantized = codec.quantize(rows, squares)
+  quantized = codec.quantize(entries, patches)
   np.testing.assert_array_equal(quantized.codes, codes)
   np.testing.assert_allclose(jnp.sum(quantized.probabilities, -1), 1.0, rtol=1e-5)
   np.testing.assert_array_equal(jnp.argmax(quantized.probabilities, -1), codes)
 
 
-def test_rows_decode_where_their_squares_were(codec, params):
-  """A picture whose latents are rows of the codebook comes back whole."""
+def test_codes_decode_at_the_positions_of_their_patches(codec, params):
+  """Codes decode to the image of latents that consist of their codebook entries."""
   P = codec.grid**2
   codes = jnp.asarray(np.random.default_rng(1).integers(0, 16, (2, P)), jnp.int32)
   p, side = codec.config.patch, codec.grid
-  rows = np.asarray(params['image_codes']['codebook'])[np.asarray(codes)]
+  entries = np.asarray(params['image_codes']['codebook'])[np.asarray(codes)]
   latents = np.zeros((2, side * p, side * p, 2), np.float32)
   for at in range(P):
     y, x = at // side * p, at % side * p
-    latents[:, y : y + p, x : x + p] = rows[:, at].reshape(2, p, p, 2)
-  wanted = jax.jit(codec.latents.decode)(params, latents)
-  np.testing.assert_allclose(jax.jit(codec.decode)(params, codes), wanted, atol=1e-6)
+    latents[:, y : y + p, x : x + p] = entries[:, at].reshape(2, p, p, 2)
+  expected = jax.jit(codec.latents.decode)(params, latents)
+  np.testing.assert_allclose(jax.jit(codec.decode)(params, codes), expected, atol=1e-6)
 
 
-def test_abstract_params_are_those_it_reads(codec, params):
+def test_abstract_params_match_the_parameters(codec, params):
   shapes = {path: leaf.shape for path, leaf in leaves_by_path(codec.abstract_params()).items()}
   assert shapes == {path: leaf.shape for path, leaf in leaves_by_path(params).items()}

@@ -21,11 +21,11 @@ def _init(config, side=16):
 @pytest.fixture(scope='module')
 def params():
   """Weights whose blocks are no identities, and moments that are not trivial."""
-  redrawn = jax.tree.map(
+  randomized = jax.tree.map(
     lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape),
     _init(SMALL),
   )
-  return {'image': redrawn | {'scale': jnp.array([0.5, 2.0, 3.0])}}
+  return {'image': randomized | {'scale': jnp.array([0.5, 2.0, 3.0])}}
 
 
 def _images(count=2, side=32):
@@ -57,14 +57,14 @@ def test_a_training_pass_without_noise_is_encode_and_decode(params):
     {'params': params['image']}, images, jnp.zeros((2, 8, 8, 3))
   )
   clipped = jnp.clip(0.5 * (rebuilt + 1.0), 0.0, 1.0)
-  wanted = codec.decode(params, codec.encode(params, _images()))
-  np.testing.assert_allclose(clipped, wanted, atol=1e-4)
+  expected = codec.decode(params, codec.encode(params, _images()))
+  np.testing.assert_allclose(clipped, expected, atol=1e-4)
   noisy = codec.network.apply({'params': params['image']}, images, jnp.ones((2, 8, 8, 3)))[0]
   assert mean.shape == log_variance.shape
   assert float(jnp.abs(noisy - rebuilt).max()) > 1e-3
 
 
-def test_far_places_do_not_touch_each_other(params):
+def test_distant_latents_do_not_affect_each_other(params):
   """Locality, which allows training on crops: one corner does not affect the opposite one."""
   codec, images = kl.KlCodec(SMALL), _images(1, 64)
   changed = images.at[:, :8, :8].set(255 - images[:, :8, :8])
@@ -73,13 +73,13 @@ def test_far_places_do_not_touch_each_other(params):
   assert float(jnp.abs(before - after).max()) > 1e-2
 
 
-def test_blocks_start_as_the_identity():
+def test_blocks_are_initialized_to_the_identity():
   block = kl.Block()
   x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
   np.testing.assert_array_equal(block.init_with_output(jax.random.key(1), x)[0], x)
 
 
-def test_the_shipped_size_keeps_its_budget():
+def test_the_shipped_size_has_about_a_million_parameters():
   config = kl.KlConfig()
   params = jax.eval_shape(lambda: _init(config, 64))
   assert 0.9e6 < sum(leaf.size for leaf in jax.tree.leaves(params)) < 1.3e6

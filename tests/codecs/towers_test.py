@@ -1,4 +1,4 @@
-"""Published towers as a visual prompt's encoder: features of transformers, a run, its reader."""
+"""Published towers as the visual prompt's encoder: parity with transformers, and a trained run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def _reference(encoder):
-  """A small model of transformers, and what its image processor takes off and divides by."""
+  """A small model of transformers, and the mean and deviation of its image processor."""
   import transformers
 
   vision = TOWER | {'hidden_size': WIDTH, 'patch_size': PATCH}
@@ -54,7 +54,7 @@ def _reference(encoder):
 
 @pytest.fixture(scope='module', params=['siglip2', 'dinov2', 'clip'])
 def saved(request, tmp_path_factory):
-  """An encoder, its reference with drawn numbers in place of zeros and ones, and its folder."""
+  """An encoder, its reference with random weights, and its folder."""
   import torch
 
   model, mean, std = _reference(request.param)
@@ -81,25 +81,25 @@ def _images(count=3):
 
 
 @pytest.mark.parity
-def test_features_are_those_of_transformers(saved):
-  """Patches alone: the normed last output, CLIP's last layer but one, or what `depth` says."""
+def test_features_equal_those_of_transformers(saved):
+  """Patches only: the normed last output, for CLIP the last layer but one, or that of `depth`."""
   import torch
 
   encoder, (model, mean, std), _ = saved
-  seen = (_images() / 255.0 - np.asarray(mean)) / np.asarray(std)
-  seen = torch.tensor(seen, dtype=torch.float32).permute(0, 3, 1, 2)
+  pixels = (_images() / 255.0 - np.asarray(mean)) / np.asarray(std)
+  pixels = torch.tensor(pixels, dtype=torch.float32).permute(0, 3, 1, 2)
   tower = model if encoder == 'dinov2' else model.vision_model
   with torch.no_grad():
-    found = tower(pixel_values=seen, output_hidden_states=True)
-  states, first = found.hidden_states, 0 if encoder == 'siglip2' else 1
-  own = states[2] if encoder == 'clip' else found.last_hidden_state
+    outputs = tower(pixel_values=pixels, output_hidden_states=True)
+  states, first = outputs.hidden_states, 0 if encoder == 'siglip2' else 1
+  own = states[2] if encoder == 'clip' else outputs.last_hidden_state
   mesh = sharding.make_mesh(MeshConfig())
   networks = frozen.load(_codec_system(saved), mesh, 'fsdp').params
-  for depth, wanted in ((-1, own), (1, states[1])):
+  for depth, expected in ((-1, own), (1, states[1])):
     system = _codec_system(saved, depth)
     encoded = jax.jit(system.encode)(networks, {'image': _images()}, rng.run_key(0))
     ours = np.asarray(encoded['features'])
-    theirs = wanted[:, first:].numpy()
+    theirs = expected[:, first:].numpy()
     assert ours.shape == theirs.shape == (3, system.tokens(system.stages[0]), WIDTH)
     error = np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
     assert error < 1e-5, f'depth {depth}: relative error {error:.1e}'
@@ -113,8 +113,8 @@ def test_a_quantiser_is_trained_and_a_generator_reads_its_codes(saved, tmp_path)
   loop.train(system.config, system, str(tmp_path / 'run'))
   losses = [record['loss/features'] for record in metrics.read(tmp_path / 'run')]
   assert losses[-1] < losses[0]
-  kept = str(tmp_path / 'feature_vq.safetensors')
-  exports.export(str(tmp_path / 'run'), kept, 'feature_vq', 'ema', False)
+  exported = str(tmp_path / 'feature_vq.safetensors')
+  exports.export(str(tmp_path / 'run'), exported, 'feature_vq', 'ema', False)
 
   config = t2i_file.get_config('debug')
   config.model.codes, config.data.encode = 64, 'online'
@@ -124,19 +124,19 @@ def test_a_quantiser_is_trained_and_a_generator_reads_its_codes(saved, tmp_path)
     encoder: SIZES[encoder],
     'decoder': {'width': 32, 'layers': 1, 'heads': 2, 'mlp': 64},
     'tower_weights': str(folder),
-    'weights': kept,
+    'weights': exported,
   }
   reader = systems.build(config.to_dict())
   assert not supports(reader, ScoresImages) and reader.plan_rankers == ('likelihood',)
   assert reader.config.model.plan_tokens == (VIEW // PATCH) ** 2
   networks = frozen.load(reader, sharding.make_mesh(MeshConfig()), 'fsdp').params
   assert set(networks) == {encoder, 'feature_vq', 'image'}
-  squares = np.random.default_rng(1).choice([0, 255], (4, 4, 4, 3)).astype(np.uint8)
-  images = squares.repeat(16, axis=1).repeat(16, axis=2)
+  blocks = np.random.default_rng(1).choice([0, 255], (4, 4, 4, 3)).astype(np.uint8)
+  images = blocks.repeat(16, axis=1).repeat(16, axis=2)
   encoded = jax.jit(reader.encode)(networks, {'image': images}, rng.run_key(0))
   codes = encoded['visual_prompt']
   assert codes.shape == (4, 16) and 0 <= codes.min() and codes.max() < 64
-  # They are the codes of the run, and not one for all.
+  # They equal the codes of the trained run, and are not all the same.
   again = jax.jit(system.feature_codec.encode)(networks, images)
   np.testing.assert_array_equal(codes, again)
   assert len(np.unique(codes)) > 1

@@ -13,7 +13,7 @@ from vpe_jax.data import cache
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch, tmp_path):
+def _empty_cache(monkeypatch, tmp_path):
   monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path))
 
 

@@ -45,11 +45,11 @@ def test_batch_structure():
 def test_examples_are_the_records_of_their_positions():
   pipeline = small_pipeline(_CONFIG, 3)
   for batch in _take(pipeline, 4, 18, 4):  # across the end of an epoch
-    for row, position in enumerate(batch.example):
+    for element, position in enumerate(batch.example):
       record = pipeline.record(pipeline.index_at(int(position)))
-      np.testing.assert_array_equal(batch.inputs['image'][row], render(record, 16))
-      words = batch.inputs['text'][row][: batch.inputs['text_length'][row]]
-      assert bpe.shipped().encode(record.caption) == words.tolist()
+      np.testing.assert_array_equal(batch.inputs['image'][element], render(record, 16))
+      tokens = batch.inputs['text'][element][: batch.inputs['text_length'][element]]
+      assert bpe.shipped().encode(record.caption) == tokens.tolist()
 
 
 def test_epochs_are_different_shuffles_of_everything():
@@ -57,8 +57,8 @@ def test_epochs_are_different_shuffles_of_everything():
   epochs = [[pipeline.index_at(22 * e + i) for i in range(22)] for e in range(3)]
   assert all(sorted(epoch) == list(range(22)) for epoch in epochs)
   assert epochs[0] != epochs[1] != epochs[2]
-  other = small_pipeline(_SYNTHETIC, 1)
-  assert [other.index_at(i) for i in range(22)] != epochs[0]
+  reseeded = small_pipeline(_SYNTHETIC, 1)
+  assert [reseeded.index_at(i) for i in range(22)] != epochs[0]
 
 
 def test_resuming_anywhere_gives_the_same_stream():
@@ -76,8 +76,8 @@ def test_hosts_get_contiguous_parts_of_the_batch(hosts):
   whole = _take(small_pipeline(_SYNTHETIC, 7), 5, 8, 8)
   parts = [_take(small_pipeline(_SYNTHETIC, 7), 5, 8, 8, h, hosts) for h in range(hosts)]
   for number, batch in enumerate(whole):
-    rows = [part[number] for part in parts]
-    _same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows), batch)
+    slices = [part[number] for part in parts]
+    _same(jax.tree.map(lambda *leaves: np.concatenate(leaves), *slices), batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +111,9 @@ def test_encoded_entries_from_a_cache(monkeypatch, tmp_path):
     'codes': (4, 9),
     'latents': (4, 4, 4, 2),
   }
-  for row, position in enumerate(batch.example):
+  for element, position in enumerate(batch.example):
     for name, leaf in entries[pipeline.index_at(int(position))].items():
-      np.testing.assert_array_equal(batch.encoded[name][row], leaf)
+      np.testing.assert_array_equal(batch.encoded[name][element], leaf)
   _same(_take(small_pipeline(_SYNTHETIC, 7, TEXT, encoded=entries), 1, 5, 4), [batch])
 
 
@@ -122,11 +122,11 @@ def test_source_images_of_edits_are_inputs():
   pipeline = small_pipeline(config, 0, ('image', 'source_image'))
   (batch,) = _take(pipeline, 1, 4, 4)
   images, sources = batch.inputs['image'], batch.inputs['source_image']
-  for row, position in enumerate(batch.example):
+  for element, position in enumerate(batch.example):
     record = pipeline.record(pipeline.index_at(int(position)))
-    np.testing.assert_array_equal(images[row], render(record, 16))
-    np.testing.assert_array_equal(sources[row], record.reference.render(16))
-    assert (images[row] != sources[row]).any()
+    np.testing.assert_array_equal(images[element], render(record, 16))
+    np.testing.assert_array_equal(sources[element], record.reference.render(16))
+    assert (images[element] != sources[element]).any()
 
 
 def test_preprocessing_is_keyed_by_seed_and_position():
@@ -135,8 +135,8 @@ def test_preprocessing_is_keyed_by_seed_and_position():
   noise = np.concatenate([batch.inputs['noise'] for batch in whole])
   assert len(np.unique(noise, axis=0)) == 24  # of 22 records, so epochs differ too
   _same(_take(open_pipeline(7), 3, 6, 6), whole[1:])
-  (other,) = _take(open_pipeline(8), 1, 0, 6)
-  assert (other.inputs['noise'] != whole[0].inputs['noise']).all()
+  (reseeded,) = _take(open_pipeline(8), 1, 0, 6)
+  assert (reseeded.inputs['noise'] != whole[0].inputs['noise']).all()
 
 
 def test_selected_examples():

@@ -19,6 +19,7 @@ DATA = DataConfig(
 
 @pytest.fixture(scope='module')
 def true():
+  """True images and their class names."""
   return classes.true_images(DATA, 2 * BENCHMARK.captions, BENCHMARK.seed)
 
 
@@ -32,22 +33,22 @@ def test_true_images_are_distinct_and_depend_on_the_seed(true):
 
 
 def test_too_little_data_is_an_error():
-  few = dataclasses.replace(DATA, examples=30)
+  small = dataclasses.replace(DATA, examples=30)
   with pytest.raises(UserError, match='--captions=1[45] '):
-    classes.true_images(few, 40, 0)
+    classes.true_images(small, 40, 0)
 
 
 def test_chance_and_permuted_control():
   reference, targets = np.asarray(['a', 'a', 'b', 'c']), np.asarray(['a', 'b', 'b'])
-  by_hand = np.mean([[r == a for r in reference] for a in targets])
-  assert classes.agreement(reference, targets) == by_hand == pytest.approx(4 / 12)
+  expected = np.mean([[r == a for r in reference] for a in targets])
+  assert classes.agreement(reference, targets) == expected == pytest.approx(4 / 12)
   nearest = np.asarray(['b', 'b', 'a'])
   pairs = [nearest[i] == targets[j] for i in range(3) for j in range(3) if i != j]
   assert classes.permuted(nearest, targets) == pytest.approx(np.mean(pairs))
 
 
 class _Network:
-  """Its vectors encode the level of the first pixel."""
+  """An evaluator network whose vectors encode the level of the first pixel."""
 
   fingerprint = 'knowing'
 

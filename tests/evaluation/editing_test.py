@@ -20,6 +20,8 @@ def _embed(images):
 
 
 class _Network:
+  """An evaluator network whose vectors encode the pixels."""
+
   fingerprint = 'knowing'
   images = staticmethod(_embed)
 
@@ -38,7 +40,7 @@ def test_edits_have_distinct_instructions_and_exact_masks(held_out):
   assert (held_out.source[held_out.mask] != held_out.target[held_out.mask]).any(-1).all()
 
 
-def test_the_target_is_done_and_the_source_is_not(held_out):
+def test_the_target_counts_as_done_and_the_source_does_not(held_out):
   done, copied = (editing.measure(x, held_out, _embed) for x in (held_out.target, held_out.source))
   assert done.done.all() and done.close.all() and done.resembles_target.all()
   assert done.error_inside == done.error_outside == 0
@@ -57,7 +59,7 @@ def test_results_nearer_to_the_target_are_done_and_close(held_out):
     assert result.done.mean() == result.close.mean() == (share > 0.5)
 
 
-def test_half_of_noise_is_done_and_none_of_it_is_close():
+def test_about_half_of_noise_images_are_done_and_few_are_close():
   held_out = editing.make_edits(128, 'combination', 0, 16)
   noise = np.random.default_rng(0).integers(0, 256, held_out.source.shape, np.uint8)
   result = editing.measure(noise, held_out, _embed)
@@ -94,8 +96,8 @@ def test_the_report_has_controls_and_images_from_drafts(monkeypatch, fake_subjec
   report = BENCHMARK.run(subject)
   results = report.protocol['results']['combination']
   done = {name: row['done']['share'] for name, row in results['rows'].items()}
-  own = ['generated', editing.OTHERS, FROM_DRAFTS]
-  assert list(done) == [editing.COPY, editing.NOISE, *own]
+  sampled = ['generated', editing.OTHERS, FROM_DRAFTS]
+  assert list(done) == [editing.COPY, editing.NOISE, *sampled]
   assert done[editing.COPY] == done['generated'] == 0 and done[FROM_DRAFTS] == 1
   assert report.numbers['edits/combination/done'] == 0
   assert results['rows']['generated']['psnr_outside'] is None

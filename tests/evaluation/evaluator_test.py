@@ -18,7 +18,7 @@ from vpe_jax.generator import Generator
 
 
 class _Painter(Edits):
-  """Its images encode the example number, and in green the source image if there is one."""
+  """A system whose images encode the example id, and in green the source image of an edit."""
 
   def __init__(self, capabilities, data):
     config = types.SimpleNamespace(system='painter', data=data, sample=SampleConfig(), seed=0)

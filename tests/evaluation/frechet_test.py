@@ -19,7 +19,7 @@ def _closed_form(a, b):
 
 
 @pytest.mark.parametrize('counts', [(50, 50), (40, 70)])
-def test_it_equals_the_closed_form(counts):
+def test_distance_equals_the_closed_form(counts):
   a, b = (_normal(count, 6, seed) for seed, count in enumerate(counts))
   assert frechet.distance(a, b) == pytest.approx(_closed_form(a, b), rel=1e-9)
   assert frechet.distance(b, a) == pytest.approx(frechet.distance(a, b), rel=1e-9)

@@ -34,8 +34,8 @@ def test_words_are_pooled_and_character_errors_averaged():
   assert result.recall == 1 and result.precision == 0.5 and result.f1 == pytest.approx(2 / 3)
   assert result.errors.tolist() == pytest.approx([0, 1, 0.2])
   assert result.error_rate == pytest.approx(0.4)
-  nothing = ocr.measure(['', ''], ['fox', 'dog'])
-  assert nothing.precision == nothing.f1 == 0 and nothing.error_rate == 1
+  empty = ocr.measure(['', ''], ['fox', 'dog'])
+  assert empty.precision == empty.f1 == 0 and empty.error_rate == 1
 
 
 def test_small_images_are_enlarged_with_a_white_border():

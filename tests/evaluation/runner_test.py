@@ -114,8 +114,8 @@ def test_an_evaluator_that_does_not_fit_is_rejected(subject, monkeypatch, name, 
 
 
 def test_the_default_evaluator_follows_from_the_kind_of_prompts(subject):
-  (name, evaluator), *none = runner.select({}, subject, {'captions': 7, 'plans': 3}).items()
-  assert name == 'retrieval' and evaluator.captions == 7 and not none
+  (name, evaluator), *rest = runner.select({}, subject, {'captions': 7, 'plans': 3}).items()
+  assert name == 'retrieval' and evaluator.captions == 7 and not rest
   subject.task = 'classes'
   assert list(runner.select({}, subject, {})) == ['classes']
 
@@ -171,7 +171,7 @@ def test_combined_sheets_replace_only_those_of_the_same_runs(tmp_path):
   (path,) = runner.save_combined(reports, str(tmp_path), ['x', 'y'])
   assert pathlib.Path(path).name.startswith('retrieval-compared-') and path.endswith('-concept.png')
   single = runner.save(reports['a'], str(tmp_path), 'x')
-  with Image.open(path) as combined, Image.open(single[1]) as of_one:
-    assert combined.height > of_one.height
-  (other,) = runner.save_combined(reports, str(tmp_path), ['x', 'z'])
-  assert other != path and runner.save_combined({'a': reports['a']}, str(tmp_path), ['x']) == []
+  with Image.open(path) as combined, Image.open(single[1]) as sheet_of_one:
+    assert combined.height > sheet_of_one.height
+  (second,) = runner.save_combined(reports, str(tmp_path), ['x', 'z'])
+  assert second != path and runner.save_combined({'a': reports['a']}, str(tmp_path), ['x']) == []

@@ -10,7 +10,7 @@ def _images(shade, count=3, side=16):
   return np.full((count, side, side, 3), shade, np.uint8)
 
 
-def test_a_row_has_the_first_of_many_images():
+def test_a_row_shows_the_first_of_many_images():
   row = Row.first('true', _images(0, 20), [str(i) for i in range(20)])
   assert row.images.shape[0] == len(row.captions) == 8
   assert Row.first('true', _images(0, 2)).captions == ()

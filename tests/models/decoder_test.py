@@ -1,4 +1,7 @@
-"""The language model's own laws; equality with transformers: tests/checkpoints/families."""
+"""The language model: padding, cached decoding, attention, gradients.
+
+Equality with transformers: tests/checkpoints/families.
+"""
 
 from __future__ import annotations
 
@@ -40,15 +43,15 @@ def test_one_token_at_a_time_gives_the_same_hidden_states(model):
   model, params = model
   expected = model.hidden(params, IDS, LENGTH)
   text = build(causal_text(IDS.shape[1]), lengths={'text': LENGTH})['text']
-  positions, row = text.positions, text.visibility
+  positions, visibility = text.positions, text.visibility
   layers = mot.unstack(params['layers'])
-  cache, output = mot.empty_cache(model.layer, layers, row, jnp.float32), []
+  cache, output = mot.empty_cache(model.layer, layers, visibility, jnp.float32), []
 
   @jax.jit
   def step(cache, at):
     one = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, at, 1, 1)
     x = model.embed(params, one(IDS))
-    stream = mot.Stream(x, one(positions), jax.tree.map(one, row))
+    stream = mot.Stream(x, one(positions), jax.tree.map(one, visibility))
     return model.states({**params, 'layers': layers}, stream, cache, at)
 
   for at in range(IDS.shape[1]):
@@ -59,7 +62,7 @@ def test_one_token_at_a_time_gives_the_same_hidden_states(model):
   np.testing.assert_allclose(output[1, :4], expected[1, :4], atol=1e-5)
 
 
-def test_a_named_attention_runs_on_texts_and_not_in_decoding():
+def test_a_named_attention_runs_on_sequences_and_not_in_decoding():
   config = DecoderConfig(vocabulary=10, body=BODY, tied=False, context=40)
   params = Decoder(config).init(jax.random.key(0))
   ids = jax.random.randint(jax.random.key(1), (2, 20), 0, 10)
@@ -69,11 +72,11 @@ def test_a_named_attention_runs_on_texts_and_not_in_decoding():
   elsewhere = Decoder(config, attention='pallas_tpu')
   with pytest.raises(UserError, match='runs on tpu'):
     call(elsewhere, ids)
-  # A few tokens, as decoding feeds them, choose.
+  # For a few tokens, as in decoding, the name is ignored.
   assert np.isfinite(call(elsewhere, ids[:, :4])).all()
 
 
-def test_unstacked_layers_give_the_gradient_of_the_stack(model):
+def test_unstacked_layers_have_the_gradient_of_stacked_ones(model):
   model, params = model
 
   def loss(params, unstacked):
@@ -85,6 +88,6 @@ def test_unstacked_layers_give_the_gradient_of_the_stack(model):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4), output, expected
   )
-  # No leaf of zeros around each layer's gradient.
+  # No layer's gradient is padded with zeros to the size of the stack.
   text = str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, True))
   assert 'pad[' not in text and 'dynamic_update_slice' not in text

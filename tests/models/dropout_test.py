@@ -16,7 +16,7 @@ from vpe_jax.models.transformer import TransformerConfig
 BODY = TransformerConfig(16, 24, 2, 2, 2, 8, rope_theta=1e4, qkv_bias=False, rope_adjacent=True)
 SIZES = LlamaGenConfig(3, 7, 3, BODY, 'identity', prefix_codes=5, prefix_side=2)
 KEYS = jax.random.split(jax.random.key(3), 4)
-ALL = 1.0 - 1e-6  # so much that none of a few thousand elements is left
+ALL = 1.0 - 1e-6  # so high that none of a few thousand elements remains
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -30,7 +30,7 @@ def test_a_share_is_zero_and_the_rest_is_scaled_up(dtype):
   assert float(jnp.mean(output, dtype=jnp.float32)) == pytest.approx(1.0, abs=0.02)
 
 
-def test_what_is_dropped_belongs_to_the_key_and_to_the_use():
+def test_the_mask_depends_on_the_key_and_on_the_use():
   x = jnp.ones((4, 8, 16))
   output = np.asarray(drop(x, 0.5, KEYS, 'mlp'))
   np.testing.assert_array_equal(drop(x[::-1], 0.5, KEYS[::-1], 'mlp')[::-1], output)
@@ -40,10 +40,10 @@ def test_what_is_dropped_belongs_to_the_key_and_to_the_use():
   assert drop(x, 0.0, KEYS, 'mlp') is x and drop(x, 0.5, None, 'mlp') is x
 
 
-def test_each_layer_of_each_row_has_a_key_of_its_own():
+def test_each_layer_of_each_sequence_has_its_own_key():
   layer = LlamaGen(SIZES).layer
   data = jax.random.key_data(mot._of_layers(layer, KEYS)).reshape(2 * 4, -1)
-  assert len({tuple(row) for row in data.tolist()}) == 2 * 4
+  assert len({tuple(key) for key in data.tolist()}) == 2 * 4
 
 
 @pytest.mark.parametrize(
@@ -54,8 +54,8 @@ def test_each_layer_of_each_row_has_a_key_of_its_own():
     (Dropout(token=ALL), ('embed',)),
   ],
 )
-def test_each_rate_acts_where_it_says(dropout, silent):
-  """All of it dropped is a model whose output projection there, or whose tables, are zero."""
+def test_each_rate_acts_on_its_own_activations(dropout, silent):
+  """Dropping all activations equals a zero output projection there, or a zero embedding table."""
   params = redrawn(jax.jit(LlamaGen(SIZES).init)(jax.random.key(0)), 0.3)
   model = LlamaGen(SIZES, dropout=dropout)
 

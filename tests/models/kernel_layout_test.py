@@ -1,4 +1,4 @@
-"""Kernels stored output by output give the same numbers as the parameters that they come from."""
+"""Transposed kernels for decoding: same outputs as the original ones, and which are transposed."""
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,10 @@ def test_a_layer_with_a_transposed_kernel_gives_the_same_output(name, batch):
   x = jax.random.normal(jax.random.key(2), (*batch, 3, 4) if name == 'o' else (*batch, 6))
   layer = LAYERS[name]
   params = _randomized(layer, x)
-  (other,) = kernel_layout.for_decoding({'layers': ({name: params},)}, 'cpu')['layers']
-  transposed = other[name][kernel_layout.TRANSPOSED]
-  assert 'kernel' not in other[name] and transposed.size == params['kernel'].size
-  expected, output = (layer.apply({'params': p}, x) for p in (params, other[name]))
+  (prepared,) = kernel_layout.for_decoding({'layers': ({name: params},)}, 'cpu')['layers']
+  transposed = prepared[name][kernel_layout.TRANSPOSED]
+  assert 'kernel' not in prepared[name] and transposed.size == params['kernel'].size
+  expected, output = (layer.apply({'params': p}, x) for p in (params, prepared[name]))
   assert output.dtype == expected.dtype and output.shape == expected.shape
   tolerance = 2e-2 if output.dtype == jnp.bfloat16 else 1e-5
   np.testing.assert_allclose(
@@ -37,7 +37,7 @@ def test_a_layer_with_a_transposed_kernel_gives_the_same_output(name, batch):
   )
 
 
-def test_kernels_of_layers_and_of_the_head_are_transposed_on_a_cpu_and_no_others():
+def test_only_kernels_of_layers_and_heads_are_transposed_and_only_on_a_cpu():
   leaf = np.arange(6.0).reshape(2, 3)
   params = {
     'ar': {'layers': ({'up': {'kernel': leaf}, 'norm': {'scale': leaf}},) * 2, 'norm': leaf},

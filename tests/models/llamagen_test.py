@@ -24,39 +24,39 @@ def params():
 
 @pytest.fixture(scope='module')
 def run(params):
-  return jax.jit(lambda *row: MODEL(params, *row))
+  return jax.jit(lambda *inputs: MODEL(params, *inputs))
 
 
-ROW = (jnp.array([1, 2]), jnp.arange(18).reshape(2, 9) % 7, jnp.arange(8).reshape(2, 4) % 5)
+INPUTS = (jnp.array([1, 2]), jnp.arange(18).reshape(2, 9) % 7, jnp.arange(8).reshape(2, 4) % 5)
 
 
-def test_logits_are_of_what_comes_next_and_see_what_came_before(run):
-  """A code at index n (class 0, prefix 1 to 4, image 5 to 13) changes logits from n on alone."""
-  before = run(*ROW)
+def test_logits_predict_the_next_code_and_are_causal(run):
+  """Changing index n (class 0, prefix 1 to 4, image 5 to 13) changes only logits from n on."""
+  before = run(*INPUTS)
   assert before.shape == (2, 13, 12)
-  classes, codes, prefix = ROW
+  classes, codes, prefix = INPUTS
   changes = {
     0: (classes + 1) % 3,
     2: prefix.at[:, 1].add(1) % 5,
     7: codes.at[:, 2].add(1) % 7,
   }
-  for place, other in changes.items():
-    row = [other if place == n else given for n, given in zip((0, 7, 2), ROW, strict=True)]
-    moved = np.abs(run(*row) - before).max((0, 2)) > 1e-6
-    assert not moved[:place].any() and moved[place:].all(), place
+  for index, change in changes.items():
+    inputs = [change if index == n else x for n, x in zip((0, 7, 2), INPUTS, strict=True)]
+    changed = np.abs(run(*inputs) - before).max((0, 2)) > 1e-6
+    assert not changed[:index].any() and changed[index:].all(), index
   # The last code is never fed.
   last = run(classes, codes.at[:, -1].add(1) % 7, prefix)
   np.testing.assert_array_equal(last, before)
 
 
-def test_a_masked_code_becomes_the_pad_row(params, run):
+def test_a_masked_code_becomes_the_pad_embedding(params, run):
   masked = jnp.zeros((2, 4), bool).at[0, 2].set(True)
-  tokens = MODEL.embed_prefix(params, ROW[2], masked)
+  tokens = MODEL.embed_prefix(params, INPUTS[2], masked)
   np.testing.assert_array_equal(tokens[0, 2], params['embed']['pad'][0])
-  np.testing.assert_array_equal(tokens[1], MODEL.embed_prefix(params, ROW[2])[1])
-  plain, other = run(*ROW), run(*ROW, masked)
-  assert np.abs(plain - other)[0, 3:].max() > 1e-3
-  np.testing.assert_allclose(plain[1], other[1], atol=1e-6)
+  np.testing.assert_array_equal(tokens[1], MODEL.embed_prefix(params, INPUTS[2])[1])
+  plain, masked_logits = run(*INPUTS), run(*INPUTS, masked)
+  assert np.abs(plain - masked_logits)[0, 3:].max() > 1e-3
+  np.testing.assert_allclose(plain[1], masked_logits[1], atol=1e-6)
 
 
 def test_blocks_are_parts_of_the_joint_vocabulary(params):

@@ -1,4 +1,4 @@
-"""SigLIP against transformers' SiglipModel, and what our padding rule promises."""
+"""SigLIP: parity with transformers' SiglipModel, padding, and bfloat16."""
 
 import jax
 import jax.numpy as jnp
@@ -65,10 +65,10 @@ def _ours(weights, config):
   split = (width, heads, width // heads)
   pool = {}
   for i, name in enumerate('qkv'):
-    rows = slice(i * width, (i + 1) * width)
+    outputs = slice(i * width, (i + 1) * width)
     pool[name] = {
-      'kernel': get(f'{v}.head.attention.in_proj_weight')[rows].T.reshape(split),
-      'bias': get(f'{v}.head.attention.in_proj_bias')[rows].reshape(split[1:]),
+      'kernel': get(f'{v}.head.attention.in_proj_weight')[outputs].T.reshape(split),
+      'bias': get(f'{v}.head.attention.in_proj_bias')[outputs].reshape(split[1:]),
     }
   pool['o'] = {
     'kernel': get(f'{v}.head.attention.out_proj.weight').T.reshape(*split[1:], width),
@@ -102,7 +102,7 @@ def _ours(weights, config):
 
 
 def _reference():
-  """A transformers model of CONFIG's sizes with every parameter redrawn."""
+  """A transformers model of CONFIG's sizes with every parameter random."""
   import torch
   import transformers
 
@@ -130,15 +130,15 @@ def _reference():
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for name, leaf in model.named_parameters():
-      draw = torch.randn(leaf.shape, generator=generator)
+      noise = torch.randn(leaf.shape, generator=generator)
       if 'norm' in name and name.endswith('weight'):
-        leaf.copy_(1 + 0.3 * draw)
+        leaf.copy_(1 + 0.3 * noise)
       elif name.endswith('bias') or 'position' in name or 'logit' in name:
-        leaf.copy_(0.3 * draw)
+        leaf.copy_(0.3 * noise)
       elif '_proj' in name and ('.q' in name or '.k' in name or 'in_proj' in name):
-        leaf.copy_(1.5 * draw * leaf.shape[-1] ** -0.5)  # attention logits of deviation >= 1
+        leaf.copy_(1.5 * noise * leaf.shape[-1] ** -0.5)  # attention logits of deviation >= 1
       else:
-        leaf.copy_(draw * leaf[0].numel() ** -0.5 if leaf.ndim > 1 else draw)
+        leaf.copy_(noise * leaf[0].numel() ** -0.5 if leaf.ndim > 1 else noise)
   return model
 
 
@@ -193,8 +193,8 @@ def _outputs(params, images, text):
   return net.apply({'params': params}, method=run)
 
 
-def _distance(got, expected):
-  return float(np.max(np.abs(np.asarray(got) - expected)) / np.max(np.abs(expected)))
+def _distance(output, expected):
+  return float(np.max(np.abs(np.asarray(output) - expected)) / np.max(np.abs(expected)))
 
 
 @pytest.mark.parity
@@ -245,9 +245,9 @@ def test_padding_does_not_change_a_caption(pair):
   net = siglip.Siglip(CONFIG)
   embed = lambda ids, n: net.apply({'params': params}, ids, n, method='embed_text')
   length = jnp.array([2, 4, 6])
-  other = jnp.where(jnp.arange(6) < length[:, None], text, 7)
+  sevens = jnp.where(jnp.arange(6) < length[:, None], text, 7)
   zeros = jnp.where(jnp.arange(6) < length[:, None], text, 0)
-  np.testing.assert_allclose(embed(other, length), embed(zeros, length), atol=1e-6)
+  np.testing.assert_allclose(embed(sevens, length), embed(zeros, length), atol=1e-6)
   cut = embed(zeros[:, :4], jnp.minimum(length, 4))
   np.testing.assert_allclose(embed(zeros, length)[:2], cut[:2], atol=1e-6)
   assert np.abs(embed(zeros, length) - embed(zeros, length - 1)).max() > 1e-3

@@ -1,4 +1,4 @@
-"""Inner states of layers: equal to those of shorter stacks, free when not requested, few in memory.
+"""Hidden states of inner layers: equal to those of shorter stacks, no cost if not requested.
 
 Equality with transformers: tests/checkpoints/families/decoders_test.py.
 """
@@ -48,7 +48,7 @@ def _first_layers(params, count):
 
 
 def _raw(params, count):
-  """The residual stream after some layers, from a stack that has no others."""
+  """The residual stream after `count` layers, from a stack of only those."""
   text = build(causal_text(6), {'text': IDS}, {'text': LENGTH})['text']
   x = _decoder().embed(params, text.ids)
   if not count:
@@ -66,7 +66,7 @@ def _close(ours, theirs, tolerance=1e-5):
 
 
 def _plain(params, remat):
-  """Final hidden states of a scan that knows of no taps, nor of several experts."""
+  """Final hidden states of a scan without taps and with one expert."""
   text = build(causal_text(6), {'text': IDS}, {'text': LENGTH})['text']
   x = _decoder().embed(params, text.ids)
   layer, query = Layer(BODY, jnp.float32), text.visibility
@@ -171,10 +171,10 @@ def test_sharded_equals_unsharded():
   model, params = _decoder(), _params()
   ids = jax.random.randint(jax.random.key(2), (8, 6), 0, 10)
   run = lambda params, ids: model.hidden_tapped(params, ids, jnp.full(len(ids), 6), TAPS)
-  alone = jax.jit(run)(params, ids)
+  unsharded = jax.jit(run)(params, ids)
   mesh = sharding.make_mesh(MeshConfig())
   with jax.set_mesh(mesh):
-    _close(jax.jit(run)(params, sharding.put_batch(ids, mesh)), alone)
+    _close(jax.jit(run)(params, sharding.put_batch(ids, mesh)), unsharded)
 
 
 def test_memory_is_that_of_the_selected_layers():

@@ -1,4 +1,4 @@
-"""The unified model against the released Show-o2 code, and its own laws."""
+"""The unified model: parity with the released Show-o2 code."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_position_table_resize_equals_show_o2(show_o2):
 
 @pytest.mark.parametrize('mutation', ['bias', 'norms', 'theta', 'clock', 'layout'])
 def test_parity_notices_a_mistake(show_o2, mutation):
-  """The golden weights tell the network from one with a small mistake."""
+  """A network with a small mistake fails parity with the golden outputs."""
   sizes, params, clock = show_o2.sizes, show_o2.params(), show_o2.clock
   layers = params['ar']['layers']
   if mutation == 'bias':

@@ -15,20 +15,20 @@ def test_same_caption_finds_exactly_the_repeats():
   text[101] = text[0][::-1]  # the same tokens in another order
   text[102, :] = text[0]
   text[102, -1] += 1
-  wanted = (text[:, None] == text[None]).all(-1)
-  np.testing.assert_array_equal(alignment.same_caption(jnp.asarray(text)), wanted)
+  expected = (text[:, None] == text[None]).all(-1)
+  np.testing.assert_array_equal(alignment.same_caption(jnp.asarray(text)), expected)
 
 
-def test_same_caption_tells_captions_apart_by_one_token():
+def test_captions_that_differ_in_one_token_are_not_the_same():
   base = np.zeros((1, 32), np.int32)
-  rows = [base]
-  for place in range(32):
+  captions = [base]
+  for position in range(32):
     for token in range(1, 60):
-      row = base.copy()
-      row[0, place] = token
-      rows.append(row)
-  same = alignment.same_caption(jnp.asarray(np.concatenate(rows)))
-  np.testing.assert_array_equal(same, np.eye(len(rows), dtype=bool))
+      caption = base.copy()
+      caption[0, position] = token
+      captions.append(caption)
+  same = alignment.same_caption(jnp.asarray(np.concatenate(captions)))
+  np.testing.assert_array_equal(same, np.eye(len(captions), dtype=bool))
 
 
 def test_sigmoid_loss_is_the_sum_over_signed_pairs():
@@ -37,13 +37,13 @@ def test_sigmoid_loss_is_the_sum_over_signed_pairs():
   positive = np.eye(4, dtype=bool)
   positive[0, 2] = positive[2, 0] = True
   sign = np.where(positive, 1.0, -1.0)
-  wanted = np.log1p(np.exp(-sign * logits.astype(np.float64))).sum(-1)
+  expected = np.log1p(np.exp(-sign * logits.astype(np.float64))).sum(-1)
   got = alignment.sigmoid_loss(jnp.asarray(logits), jnp.asarray(positive))
-  np.testing.assert_allclose(got, wanted, rtol=1e-6)
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-def test_repeated_captions_are_no_negatives():
-  """A picture isn't pushed away from a caption that is its own, word by word."""
+def test_repeated_captions_are_not_negatives():
+  """The loss doesn't push an image away from a caption that equals its own."""
   text = jnp.array([[1, 2], [1, 2], [3, 4]])
   positive = alignment.same_caption(text)
   gradient = jax.grad(lambda x: jnp.sum(alignment.sigmoid_loss(x, positive)))(jnp.zeros((3, 3)))
@@ -56,7 +56,7 @@ def test_large_logits_stay_finite():
   np.testing.assert_allclose(loss, [400.0, 400.0])
 
 
-def test_retrieval_looks_within_groups_and_accepts_repeats():
+def test_retrieval_is_within_groups_and_accepts_repeated_captions():
   logits = jnp.array(
     [
       [1.0, 2.0, 9.0, 0.0],  # best in its group: caption 1, equal to its own
@@ -71,7 +71,7 @@ def test_retrieval_looks_within_groups_and_accepts_repeats():
   np.testing.assert_array_equal(alignment.retrieval_hits(logits, positive, group=4), [0, 0, 0, 0])
 
 
-def test_pairs_that_do_not_count_are_left_out():
+def test_uncounted_pairs_add_no_loss():
   logits, positive = jnp.array([[2.0, 5.0], [-1.0, 3.0]]), jnp.eye(2, dtype=bool)
   counted = jnp.array([[True, False], [True, True]])
   loss = alignment.sigmoid_loss(logits, positive, counted)
@@ -93,7 +93,7 @@ def test_near_misses_compete_with_the_own_caption():
   assert to_wrong[1, 0] == 0 and (to_wrong[2] == 0).all()
 
 
-def test_near_hits_need_to_beat_all_that_exist():
+def test_near_hits_beat_all_existing_near_misses():
   wrong = jnp.array([[1.0, 3.0], [9.0, 1.0], [0.0, 0.0]])
   exists = jnp.array([[True, True], [False, True], [False, False]])
   hits = alignment.near_hits(jnp.array([2.0, 2.0, 2.0]), wrong, exists)

@@ -15,9 +15,9 @@ def test_errors_are_means_over_everything_but_the_batch():
 
 
 def test_psnr_in_decibels_and_clipped():
-  wanted = jnp.ones((3, 4, 4, 3))
+  expected = jnp.ones((3, 4, 4, 3))
   prediction = jnp.stack([jnp.full((4, 4, 3), 0.9), jnp.full((4, 4, 3), 7.0), jnp.zeros((4, 4, 3))])
-  np.testing.assert_allclose(autoencoding.psnr(prediction, wanted), [20.0, 60.0, 0.0], atol=1e-4)
+  np.testing.assert_allclose(autoencoding.psnr(prediction, expected), [20.0, 60.0, 0.0], atol=1e-4)
 
 
 def test_divergence_is_zero_for_the_standard_normal_and_matches_samples():
@@ -41,18 +41,18 @@ def test_commitment_moves_codes_more_than_inputs():
 
 
 def test_entropies_at_the_extremes():
-  sure = jnp.eye(4)[None]
-  one, mean = autoencoding.code_entropies(sure)
-  np.testing.assert_allclose([one, mean], [0.0, np.log(4)], atol=1e-6)
-  same = jnp.full((1, 4, 4), 0.25)
-  one, mean = autoencoding.code_entropies(same)
-  np.testing.assert_allclose([one, mean], [np.log(4), np.log(4)], atol=1e-6)
+  one_hot = jnp.eye(4)[None]
+  per_token, of_mean = autoencoding.code_entropies(one_hot)
+  np.testing.assert_allclose([per_token, of_mean], [0.0, np.log(4)], atol=1e-6)
+  uniform = jnp.full((1, 4, 4), 0.25)
+  per_token, of_mean = autoencoding.code_entropies(uniform)
+  np.testing.assert_allclose([per_token, of_mean], [np.log(4), np.log(4)], atol=1e-6)
 
 
-def test_the_entropy_of_the_mean_reaches_codes_that_nothing_chooses():
+def test_the_entropy_of_the_mean_has_a_gradient_for_unused_codes():
   logits = jnp.zeros((1, 8, 4)).at[..., 0].set(5.0)
-  spread = lambda x: autoencoding.code_entropies(jax.nn.softmax(x, -1))[1]
-  gradient = jax.grad(spread)(logits)
+  of_mean = lambda x: autoencoding.code_entropies(jax.nn.softmax(x, -1))[1]
+  gradient = jax.grad(of_mean)(logits)
   assert (gradient[..., 1:] > 0).all() and (gradient[..., 0] < 0).all()
 
 

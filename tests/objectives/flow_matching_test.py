@@ -1,4 +1,4 @@
-"""Flow matching: the time convention, path, laws of the times, shifts, targets and weights."""
+"""Flow matching: the time convention, path, distributions of times, shifts, targets, weights."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def _times(flow, shift=1.0):
   return jax.vmap(lambda key: flow_matching.sample_time(key, flow, shift))(keys)
 
 
-def test_the_default_law_is_a_shifted_logit_normal():
+def test_the_default_distribution_of_times_is_a_shifted_logit_normal():
   time = _times(FlowConfig(), 2.0)
-  # The median of the logit-normal is 1/2, which the shift takes to 2/3.
+  # The median of the logit-normal is 1/2, which the shift maps to 2/3.
   assert abs(float(jnp.median(time)) - 2 / 3) < 0.01
   logit = jnp.log(time / (1 - time)) - jnp.log(2.0)
   assert abs(float(logit.mean())) < 0.03 and abs(float(logit.std()) - 1) < 0.03
 
 
-def test_laws_have_their_moments():
+def test_distributions_of_times_have_their_moments():
   time = _times(FlowConfig(mean=0.7, std=0.5))
   logit = jnp.log(time / (1 - time))
   assert abs(float(logit.mean()) - 0.7) < 0.02 and abs(float(logit.std()) - 0.5) < 0.02
@@ -75,30 +75,30 @@ def test_laws_have_their_moments():
 
 @pytest.mark.parametrize('target', flow_matching.TARGETS)
 def test_every_target_implies_the_velocity(target):
-  """A perfect prediction of the target takes a sampler along the path."""
+  """A perfect prediction of any target implies the velocity of the path."""
   data, example = jax.random.normal(jax.random.key(3), (64, 4, 4, 2)), jnp.arange(64)
   flow = FlowConfig(target=target, time_distribution='uniform')
-  x, time, wanted = flow_matching.noised(data, flow, KEY, example, tokens=16)
+  x, time, target_value = flow_matching.noised(data, flow, KEY, example, tokens=16)
   plain = FlowConfig(time_distribution='uniform')
   _, _, velocity = flow_matching.noised(data, plain, KEY, example, tokens=16)
-  far = (time > 0.05) & (time < 0.95)  # nearer to the ends, divisions are bounded
-  found = flow_matching.implied_velocity(flow, wanted, x, time)
-  np.testing.assert_allclose(found[far], velocity[far], rtol=1e-4, atol=1e-4)
-  assert bool(jnp.isfinite(found).all()) and int(far.sum()) > 32
-  one = flow_matching.implied_velocity(flow, wanted[:1], x[:1], time[0])
-  np.testing.assert_allclose(one, found[:1], rtol=1e-6)
+  inner = (time > 0.05) & (time < 0.95)  # nearer to the ends, divisions are bounded
+  implied = flow_matching.implied_velocity(flow, target_value, x, time)
+  np.testing.assert_allclose(implied[inner], velocity[inner], rtol=1e-4, atol=1e-4)
+  assert bool(jnp.isfinite(implied).all()) and int(inner.sum()) > 32
+  scalar_time = flow_matching.implied_velocity(flow, target_value[:1], x[:1], time[0])
+  np.testing.assert_allclose(scalar_time, implied[:1], rtol=1e-6)
 
 
 @pytest.mark.parametrize('target', flow_matching.TARGETS)
-def test_velocity_weighting_counts_the_error_of_the_velocity(target):
+def test_velocity_weighting_gives_the_error_of_the_velocity(target):
   time = jnp.array([0.2, 0.5, 0.9])
-  x, wanted, error = jax.random.normal(jax.random.key(4), (3, 3, 5))
+  x, target_value, error = jax.random.normal(jax.random.key(4), (3, 3, 5))
   flow = FlowConfig(target=target, weighting='velocity')
   implied = lambda prediction: flow_matching.implied_velocity(flow, prediction, x, time)
-  squares = float(jnp.sum(jnp.square(implied(wanted + error) - implied(wanted))))
-  found = flow_matching.loss(flow, wanted + error, wanted, time)
-  np.testing.assert_allclose(float(found), squares, rtol=1e-4)
-  plain = flow_matching.loss(FlowConfig(target=target), wanted + error, wanted, time)
+  squares = float(jnp.sum(jnp.square(implied(target_value + error) - implied(target_value))))
+  weighted = flow_matching.loss(flow, target_value + error, target_value, time)
+  np.testing.assert_allclose(float(weighted), squares, rtol=1e-4)
+  plain = flow_matching.loss(FlowConfig(target=target), target_value + error, target_value, time)
   np.testing.assert_allclose(float(plain), float(jnp.sum(jnp.square(error))), rtol=1e-4)
 
 
@@ -113,6 +113,6 @@ def test_squared_error_sums():
     ('shift_by', 'size'), ('shift', 0.0), ('std', 0.0), ('mean', float('nan')),
   ],
 )  # fmt: skip
-def test_a_wrong_field_is_named(field, value):
+def test_invalid_fields_are_named(field, value):
   with pytest.raises(UserError, match=field):
     FlowConfig(**{field: value})

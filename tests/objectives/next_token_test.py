@@ -29,9 +29,9 @@ def _inputs():
 def test_equals_optax():
   hidden, table, targets, weights = _inputs()
   logits = hidden @ table.T
-  wanted = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  expected = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   loss, hits = next_token.cross_entropy(hidden, table, targets, weights)
-  np.testing.assert_allclose(loss, jnp.sum(wanted * weights), rtol=1e-6)
+  np.testing.assert_allclose(loss, jnp.sum(expected * weights), rtol=1e-6)
   assert float(hits) == float(jnp.sum((logits.argmax(-1) == targets) * weights))
 
 
@@ -47,16 +47,16 @@ def test_chunks_change_neither_loss_nor_gradient(chunk):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_a_vocabulary_that_does_not_divide_is_cut_over_the_devices_of_a_layer():
+def test_an_indivisible_vocabulary_is_sharded_over_the_tensor_axis():
   hidden, table, targets, weights = _inputs()
   loss = lambda hidden, table: next_token.cross_entropy(hidden, table, targets, weights, 4)
   run = lambda: jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
   whole = run()(hidden, table)
   mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=4, strategy='fsdp_tensor'))
   with jax.set_mesh(mesh):
-    cut = run()(hidden, table)
+    sharded = run()(hidden, table)
     text = run().lower(hidden, table).compile().as_text()
-  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(cut), strict=True):
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(sharded), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
-  # 11 rows become 12, of which a device has 3.
+  # The table of 11 tokens is padded to 12, of which a device has 3.
   assert re.search(r'f32\[\d+,4,3\]', text) and not re.search(r'f32\[\d+,4,1[12]\]', text)

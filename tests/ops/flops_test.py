@@ -23,7 +23,7 @@ def test_dots_in_scans_jits_and_branches():
   assert matrix_flops(run, SQUARE, SQUARE) == 7 * DOT
 
 
-def test_what_nothing_reads_is_left_out():
+def test_unused_results_do_not_count():
   def run(x, w):
     unread = x @ w @ w
     return x @ w, unread
@@ -36,26 +36,26 @@ def test_what_nothing_reads_is_left_out():
   'stride, pad, dilation',
   [(1, 1, (1, 1)), (2, 0, (1, 2)), (1, 2, (3, 1)), (2, 1, (4, 3)), (3, 2, (2, 1))],
 )
-def test_places_of_a_window(stride, pad, dilation):
-  given, kernel = 5, 3
-  span = (given - 1) * dilation[0] + 1 + 2 * pad - (kernel - 1) * dilation[1]
+def test_window_positions_equal_those_of_a_convolution(stride, pad, dilation):
+  length, kernel = 5, 3
+  span = (length - 1) * dilation[0] + 1 + 2 * pad - (kernel - 1) * dilation[1]
   out = (span - 1) // stride + 1
-  line = jnp.zeros((1, given, 1))
+  line = jnp.zeros((1, length, 1))
   window = jnp.zeros((kernel, 1, 1))
   numbers = ('NHC', 'HIO', 'NHC')
   options = {'lhs_dilation': dilation[:1], 'rhs_dilation': dilation[1:]}
-  real = jax.lax.conv_general_dilated(
+  pairs = jax.lax.conv_general_dilated(
     line + 1, window + 1, (stride,), [(pad, pad)], dimension_numbers=numbers, **options
   )
-  assert window_positions(given, kernel, out, stride, pad, dilation) == int(real.sum())
+  assert window_positions(length, kernel, out, stride, pad, dilation) == int(pairs.sum())
   run = lambda x, w: jax.lax.conv_general_dilated(
     x, w, (stride,), [(pad, pad)], dimension_numbers=numbers, **options
   )
-  assert matrix_flops(run, line, window) == 2 * int(real.sum())
+  assert matrix_flops(run, line, window) == 2 * int(pairs.sum())
 
 
 def test_a_batch_of_dots_written_as_one_window():
-  """As TPU programs do: quick for any batch, and only the batch's own pairs count."""
+  """The form of TPU programs: counted quickly for any batch, with pairs of equal index only."""
   assert window_positions(65536, 65536, 65536, 65535, 0, (65536, 1)) == 65536
 
 
@@ -69,7 +69,7 @@ def test_a_product_costs_one_more_for_each_operand_with_a_gradient():
   assert both.total == 5 * DOT
 
 
-def test_traced_gradients_execute_as_many():
+def test_flops_match_those_of_the_traced_gradient():
   loss = _loss(lambda w, x: jnp.tanh(jnp.tanh(x @ w) @ w.T) @ w)
   executed = matrix_flops(jax.grad(loss), SQUARE, SQUARE)
   # The gradient of a sum doesn't need the last forward product.
@@ -86,7 +86,7 @@ def test_stopped_gradients_cost_nothing_backward():
   assert (indexed.forward, indexed.backward) == (2 * DOT, 0)
 
 
-def test_scans_count_each_step_by_what_it_is_needed_for():
+def test_steps_of_scans_count_only_products_whose_results_are_used():
   def run(w, x):
     def step(carry, _):
       return (carry[0] @ w, carry[0] @ w @ w), None
@@ -126,7 +126,7 @@ def test_the_most_expensive_branch_and_gradients_through_it():
   assert (flops.forward, flops.backward) == (2 * DOT, 3 * DOT)
 
 
-def test_functions_with_gradients_of_their_own_count_as_if_they_had_none():
+def test_custom_gradients_do_not_change_the_count():
   @jax.custom_vjp
   def product(x, w):
     return x @ w
@@ -142,7 +142,7 @@ def test_convolutions():
   numbers = ('NHWC', 'HWIO', 'NHWC')
   run = lambda w, x: jax.lax.conv_general_dilated(x, w, (1, 1), 'SAME', dimension_numbers=numbers)
   flops = training_flops(_loss(run), kernel, image)
-  assert flops.forward == flops.backward == 2 * 3 * 5 * 22**2  # 8 places of 3 taps but for the ends
+  assert flops.forward == flops.backward == 2 * 3 * 5 * 22**2  # 22 = 8 * 3 - 2 for both ends
 
 
 def test_products_in_primitives_without_a_rule_are_an_error():
@@ -166,21 +166,21 @@ def _attention_arguments(lengths):
 def _attend(name):
   def run(q, k, v, lengths):
     layout = causal_text(L)
-    row = build(layout, lengths={'text': lengths})['text'].visibility
-    return chooser.attention(q, k, v, row, row, name)
+    visibility = build(layout, lengths={'text': lengths})['text'].visibility
+    return chooser.attention(q, k, v, visibility, visibility, name)
 
   return run
 
 
 @pytest.mark.parametrize('name', ['reference', 'chunked', 'pallas_tpu'])
-def test_attention_counts_all_pairs_whichever_implementation_runs(name, monkeypatch):
+def test_attention_counts_all_pairs_with_any_implementation(name, monkeypatch):
   monkeypatch.setattr(chooser, 'device', lambda: ('tpu', 'TPU v5p'))
   q, k, v, lengths = _attention_arguments(jax.ShapeDtypeStruct((B,), jnp.int32))
   flops = training_flops(_loss(_attend(name)), q, k, v, lengths)
   assert (flops.forward, flops.backward) == (2 * PRODUCT, 2 * PRODUCT)  # of q and weights
   joined = lambda qkv, lengths: _attend(name)(*qkv, lengths)
-  every = training_flops(_loss(joined), (q, k, v), lengths)
-  assert every.backward == 4 * PRODUCT
+  all_trained = training_flops(_loss(joined), (q, k, v), lengths)
+  assert all_trained.backward == 4 * PRODUCT
   assert matrix_flops(_attend(name), q, k, v, lengths) == 2 * PRODUCT
 
 
@@ -195,7 +195,7 @@ def test_kernels_count_visible_pairs_if_the_mask_is_known(loop, monkeypatch):
       return attend(q, k, v, lengths)
     return jax.lax.scan(lambda q, _: (attend(q, k, v, lengths), None), q, None, length=3)[0]
 
-  lengths = np.array([5, 20], np.int32)  # the example that sees most counts
+  lengths = np.array([5, 20], np.int32)  # the example with the most visible pairs counts
   (kernel,) = training_flops(_loss(repeated), q, k, v, lengths).kernels
   assert kernel.pairs() == 20 * 21 / 2
   assert kernel.calls == kernel.trained == (3 if loop else 1)
@@ -218,6 +218,6 @@ def test_kernels_without_a_gradient(monkeypatch):
 def test_cudnn_counts_all_pairs(hint, monkeypatch):
   monkeypatch.setattr(jax.nn, 'dot_product_attention', lambda q, k, v, **_: q + k + v)
   q = jax.ShapeDtypeStruct((B, L, N, H), jnp.bfloat16)
-  row = build(causal_text(L), keep=jnp.ones(B, bool))['text'].visibility
-  flops = training_flops(_loss(lambda q, k, v: cudnn.attention(q, k, v, row, row, hint)), q, q, q)
+  mask = build(causal_text(L), keep=jnp.ones(B, bool))['text'].visibility
+  flops = training_flops(_loss(lambda q, k, v: cudnn.attention(q, k, v, mask, mask, hint)), q, q, q)
   assert (flops.forward, flops.backward) == (2 * PRODUCT, 2 * PRODUCT)

@@ -30,7 +30,7 @@ def test_equals_lax(case):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_refuses_other_products():
+def test_products_of_no_dense_layer_are_refused():
   x, kernel = jnp.ones((2, 5, 8)), jnp.ones((6, 8))
   with pytest.raises(ValueError, match='dense layer'):
     dot_general(x, kernel, (((2,), (1,)), ((), ())))
@@ -49,7 +49,7 @@ def test_a_transposed_product_and_its_gradients(shape):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_few_vectors_are_multiplied_as_columns_on_a_cpu_and_nowhere_else():
+def test_few_vectors_are_multiplied_as_columns_only_on_a_cpu():
   def barriers(count, platform):
     traced = jax.jit(matmul_transposed).trace(jnp.ones((count, 8)), jnp.ones((6, 8)))
     return traced.lower(lowering_platforms=(platform,)).as_text().count('optimization_barrier')

@@ -1,4 +1,4 @@
-"""Rotary positions: against transformers' tables, and the law they exist for."""
+"""Rotary positions: parity with transformers, and products that depend only on distances."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def test_equals_transformers(scaled):
   np.testing.assert_allclose(ours[:, near], theirs.transpose(1, 2).numpy()[:, near], atol=5e-5)
 
 
-def test_products_depend_on_distance_alone():
+def test_products_depend_only_on_distance():
   x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, WIDTH))
-  rotated = lambda z, place: rope.rotate(z, rope.rotary(jnp.array([[place]]), WIDTH, 1e4))
+  rotated = lambda z, position: rope.rotate(z, rope.rotary(jnp.array([[position]]), WIDTH, 1e4))
   product = lambda a, b: jnp.sum(rotated(x, a) * rotated(y, b))
   np.testing.assert_allclose(product(3, 8), product(13, 18), rtol=1e-5)
   assert abs(float(product(3, 8) - product(3, 9))) > 1e-4
@@ -52,12 +52,12 @@ def test_products_depend_on_distance_alone():
 def test_adjacent_pairs_are_the_halves_in_another_order():
   x = jax.random.normal(jax.random.key(0), (2, 3, 2, WIDTH))
   tables = rope.rotary(jnp.array([[0, 2, 9], [1, 4, 5]]), WIDTH, 1e4)
-  woven = lambda y: y.reshape(2, 3, 2, 2, WIDTH // 2).swapaxes(-1, -2).reshape(x.shape)
-  ours = rope.rotate(woven(x), tables, adjacent=True)
-  np.testing.assert_allclose(ours, woven(rope.rotate(x, tables)), atol=1e-6)
+  interleave = lambda y: y.reshape(2, 3, 2, 2, WIDTH // 2).swapaxes(-1, -2).reshape(x.shape)
+  ours = rope.rotate(interleave(x), tables, adjacent=True)
+  np.testing.assert_allclose(ours, interleave(rope.rotate(x, tables)), atol=1e-6)
 
 
-def test_grid_turns_half_of_the_pairs_by_row_and_half_by_column():
+def test_grid_rotates_half_of_the_pairs_by_row_and_half_by_column():
   x, y = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, WIDTH))
   rotated = lambda z, *at: rope.rotate(z, rope.rotary_grid(jnp.array([[at]]), WIDTH, 1e4))
   product = lambda a, b: jnp.sum(rotated(x, *a) * rotated(y, *b))

@@ -45,16 +45,16 @@ def test_edits_are_of_all_kinds(sample):
   assert near_misses.near_misses(sample[0], 3) == []
 
 
-def _looks(truth: Truth) -> collections.Counter:
+def _objects(truth: Truth) -> collections.Counter:
   return collections.Counter((c.name, c.colour, box) for c in truth.clusters for box in c.boxes)
 
 
 def test_one_cluster_differs_and_the_instruction_names_it(sample):
   for record in sample:
-    before, after, caption = _looks(record.edit.before), _looks(record.truth), record.caption
-    gone, come = before - after, after - before
+    before, after, caption = _objects(record.edit.before), _objects(record.truth), record.caption
+    removed, added = before - after, after - before
     assert record.edit.before.ground == record.truth.ground
-    names = [{name for name, _, _ in part} for part in (gone, come)]
+    names = [{name for name, _, _ in part} for part in (removed, added)]
     expected = {
       'add': (0, 1),
       'remove': (1, 0),
@@ -66,15 +66,15 @@ def test_one_cluster_differs_and_the_instruction_names_it(sample):
     for name in set.union(*names):
       assert name in caption or vocabulary.plural(name) in caption, caption
     if record.edit.kind == 'recolour':
-      assert {box for *_, box in gone} == {box for *_, box in come} and names[0] == names[1]
-      assert all(colour in caption for _, colour, _ in (*gone, *come))
+      assert {box for *_, box in removed} == {box for *_, box in added} and names[0] == names[1]
+      assert all(colour in caption for _, colour, _ in (*removed, *added))
 
 
 def test_the_mask_covers_the_changed_objects(sample):
   """All changed pixels are in boxes of removed or added objects, and each box has some."""
   for record in sample[:120]:
     mask = edit_mask(record, SIZE)
-    before, after = _looks(record.edit.before), _looks(record.truth)
+    before, after = _objects(record.edit.before), _objects(record.truth)
     boxes = [box for *_, box in (*(before - after), *(after - before))]
     near = np.zeros_like(mask)
     for left, top, right, bottom in boxes:

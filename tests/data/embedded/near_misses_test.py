@@ -18,7 +18,7 @@ def records():
   return [scenes[i] for i in range(200)]
 
 
-def test_they_are_wrong_distinct_and_deterministic(records):
+def test_near_misses_are_wrong_distinct_and_deterministic(records):
   for record in records:
     captions = near_misses.near_misses(record, 3)
     assert len(set(captions)) == len(captions) <= 3
@@ -28,7 +28,7 @@ def test_they_are_wrong_distinct_and_deterministic(records):
   assert np.mean(counts) > 2.9
 
 
-def test_none_describes_held_out_content(records, monkeypatch):
+def test_no_near_miss_describes_held_out_content(records, monkeypatch):
   described = []
   monkeypatch.setattr(
     near_misses.wording,
@@ -60,12 +60,12 @@ def test_only_one_detail_changes(records, monkeypatch):
       assert changed <= 1
 
 
-def test_other_records_have_none(records):
+def test_records_without_a_scene_have_no_near_misses(records):
   assert near_misses.near_misses(OpenMoji()[0], 3) == []
   assert near_misses.near_misses(dataclasses.replace(records[0], truth=None), 3) == []
 
 
-def test_pipelines_yield_their_tokens():
+def test_pipelines_yield_tokens_of_near_misses():
   config = DataConfig(examples=40, near_misses=2)
   data = small_pipeline(config, names=('near', 'near_length'))
   batch = data.examples(range(40)).inputs

@@ -65,14 +65,14 @@ def _open(path, **fields):
   return open_source(DataConfig(source=f'folder:{path}', **fields))
 
 
-def _same(one, other):
-  assert (one.id, one.caption, one.group, one.split) == (
-    other.id,
-    other.caption,
-    other.group,
-    other.split,
+def _same(record, expected):
+  assert (record.id, record.caption, record.group, record.split) == (
+    expected.id,
+    expected.caption,
+    expected.group,
+    expected.split,
   )
-  np.testing.assert_array_equal(one.image.render(12), other.image.render(12))
+  np.testing.assert_array_equal(record.image.render(12), expected.image.render(12))
 
 
 @pytest.mark.parametrize('workers', [0, 1])
@@ -87,9 +87,9 @@ def test_batches_equal_those_of_the_folder(folder, prepared, workers):
       config = DataConfig(source=f'folder:{path}', workers=workers, **fields, **extra)
       with small_pipeline(config, 3, (*IMAGES, 'source_image')).batches(5, 4) as stream:
         batches.append([next(stream) for _ in range(4)])
-    for one, other in zip(*batches, strict=True):
-      jax.tree.map(np.testing.assert_array_equal, one, other)
-      assert one.inputs['image'].shape == one.inputs['source_image'].shape == (4, 16, 16, 3)
+    for batch, prepared_batch in zip(*batches, strict=True):
+      jax.tree.map(np.testing.assert_array_equal, batch, prepared_batch)
+      assert batch.inputs['image'].shape == batch.inputs['source_image'].shape == (4, 16, 16, 3)
 
 
 def test_random_access_to_records(folder, prepared):
@@ -153,16 +153,16 @@ def test_reading_one_record_reads_no_other(tmp_path):
       writer.write(_content(number))
   assert 'group_size:1,' in ArrayRecordReader(str(tmp_path / 'a')).writer_options_string()
   shard = Shard('a', 40, (tmp_path / 'a').stat().st_size, 0)
-  read = lambda row: array_record._read(str(tmp_path), shard, row).id
+  read = lambda index: array_record._read(str(tmp_path), shard, index).id
 
   def bytes_read():
     lines = Path('/proc/self/io').read_text().splitlines()
     return int(dict(line.split(': ') for line in lines)['rchar'])
 
   read(39)  # Opens the file.
-  for row in (31, 3, 17):
+  for index in (31, 3, 17):
     before = bytes_read()
-    assert read(row) == str(row)
+    assert read(index) == str(index)
     assert 65_536 < bytes_read() - before < 1.5 * 65_536
 
 

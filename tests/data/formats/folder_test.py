@@ -149,8 +149,8 @@ def test_source_images_of_edits(tmp_path):
   np.testing.assert_array_equal(record.reference.render(16), record.image.render(16))
   (plain,) = open_folder(str(tmp_path))
   assert plain.reference is None
-  for other, message in (('', 'line 1 .*"reference"'), ('y.png', 'y.png does not exist')):
-    (tmp_path / 'captions.jsonl').write_text(json.dumps(line | {'reference': other}))
+  for reference, message in (('', 'line 1 .*"reference"'), ('y.png', 'y.png does not exist')):
+    (tmp_path / 'captions.jsonl').write_text(json.dumps(line | {'reference': reference}))
     with pytest.raises(UserError, match=message):
       open_folder(str(tmp_path), fields=FieldSpec(references=True))
   (tmp_path / 'captions.jsonl').unlink()

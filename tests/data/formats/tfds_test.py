@@ -132,7 +132,7 @@ def test_a_prepared_copy_has_the_same_records(root, tmp_path):
     np.testing.assert_array_equal(ours[index].image.render(8), theirs[index].image.render(8))
 
 
-def test_it_pickles_small_and_needs_no_tensorflow(root):
+def test_a_source_pickles_small_and_needs_no_tensorflow(root):
   source = _open(root, 'animals')
   assert len(pickle.dumps(source)) < 1000
   code = (
@@ -146,7 +146,7 @@ def test_it_pickles_small_and_needs_no_tensorflow(root):
   assert done.returncode == 0, done.stderr
 
 
-def test_stamps_follow_the_files(root, tmp_path):
+def test_stamps_change_with_the_files(root, tmp_path):
   folder = tmp_path / 'animals' / '1.10.0'
   folder.mkdir(parents=True)
   for path in (root / 'animals' / '1.10.0').iterdir():

@@ -55,8 +55,8 @@ def test_text_never_encodes_to_special_tokens():
 def test_encode_batch_pads():
   ids, lengths = bpe.shipped().encode_batch(['a dog', 'a big red circle'], 8)
   assert ids.dtype == lengths.dtype == np.int32 and ids.shape == (2, 8)
-  for row, length in zip(ids, lengths, strict=True):
-    assert (row[length:] == bpe.PAD).all() and (row[:length] != bpe.PAD).all()
+  for tokens, length in zip(ids, lengths, strict=True):
+    assert (tokens[length:] == bpe.PAD).all() and (tokens[:length] != bpe.PAD).all()
   assert bpe.shipped().decode(ids[0]) == 'a dog'
 
 

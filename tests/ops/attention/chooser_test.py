@@ -1,4 +1,4 @@
-"""Which implementation runs, what is refused and why, and how calls lie on a mesh."""
+"""Choice of the implementation, errors of unsupported calls, and sharding on a mesh."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _abstract(L, S, H=64, dtype=jnp.bfloat16):
     ('rocket', 2048, 2048, {}, 'chunked'),
   ],
 )
-def test_none_chooses_by_platform_shape_and_mask(monkeypatch, platform, L, S, options, expected):
+def test_default_by_platform_shape_and_mask(monkeypatch, platform, L, S, options, expected):
   monkeypatch.setattr(chooser, 'device', lambda: (platform, 'kind'))
   q, k = _abstract(L, S, options.get('H', 64), options.get('dtype', jnp.bfloat16))
   bias = jnp.zeros(()) if options.get('bias') else None
@@ -61,7 +61,7 @@ def test_none_chooses_by_platform_shape_and_mask(monkeypatch, platform, L, S, op
     ('chunked', 'cpu', {'hint': 'casual'}, "did you mean 'causal'"),
   ],
 )
-def test_a_named_one_runs_or_says_why_not(monkeypatch, name, platform, options, message):
+def test_unsupported_calls_are_errors(monkeypatch, name, platform, options, message):
   monkeypatch.setattr(chooser, 'device', lambda: (platform, 'kind'))
   q, k = _abstract(64, 64, options.get('H', 64), options.get('dtype', jnp.bfloat16))
   bias = jnp.zeros(()) if options.get('bias') else None
@@ -70,7 +70,7 @@ def test_a_named_one_runs_or_says_why_not(monkeypatch, name, platform, options, 
   assert '\n' not in str(error.value)
 
 
-def test_every_name_of_the_config_is_known(monkeypatch):
+def test_every_name_of_the_config_is_an_implementation(monkeypatch):
   for name in config.ATTENTIONS:
     home = chooser._HOME.get(name, 'cpu')
     monkeypatch.setattr(chooser, 'device', lambda home=home: (home, 'kind'))
@@ -78,7 +78,7 @@ def test_every_name_of_the_config_is_known(monkeypatch):
     assert chooser._choose(q, k, name, None, 'causal') == name
 
 
-def test_the_choice_is_logged_once_a_shape(masks, caplog):
+def test_the_choice_is_logged_once_per_shape(masks, caplog):
   case = masks.case(masks.causal(33), heads=(2, 1, 8))
   with caplog.at_level('INFO', logger='absl'):
     for _ in range(3):
@@ -87,7 +87,7 @@ def test_the_choice_is_logged_once_a_shape(masks, caplog):
   assert len(lines) == 1
 
 
-def test_named_ones_agree_and_give_the_log_sum_exp(masks):
+def test_named_implementations_agree_and_return_the_log_sum_exp(masks):
   case = masks.case(masks.transfusion(20, 30, 4))
   call = jax.jit(lambda *inputs: chooser.attention_and_lse(*inputs, *case.mask, 'chunked'))
   mixed, lse = call(*case.inputs)
@@ -107,22 +107,22 @@ def test_named_ones_agree_and_give_the_log_sum_exp(masks):
     (Chunked(32, 16), 3, (3, 1, 16), (None, None)),
   ],
 )
-def test_a_mesh_changes_nothing(masks, kernel, batch, heads, spec):
-  """Batch and heads are sharded where they divide: 4 sequences and 2 heads do, 3 and 1 do not."""
+def test_sharded_equals_unsharded(masks, kernel, batch, heads, spec):
+  """Batch and heads are sharded if divisible: 4 sequences and 2 heads are, 3 and 1 are not."""
   sequence = jax.tree.map(lambda x: jnp.repeat(x, batch, 0), masks.transfusion(10, 20, 5)[0])
   case = masks.case((sequence, sequence), heads=heads)
   run = masks.differentiated(
     lambda q, k, v, query, key: blockwise.attend(kernel, blockwise.Operands(q, k, v, query, key))
   )
-  alone = run(case)
+  unsharded = run(case)
   with jax.set_mesh(sharding.make_mesh(config.MeshConfig(2, 2, 2, 'fsdp_tensor'))):
     assert blockwise._specs(blockwise.Operands(*case.inputs, sequence, sequence)).wide == jax.P(
       spec[0], None, spec[1], None
     )
-    split = run(case)
-    # Forward and backward are mapped one by one.
+    sharded = run(case)
+    # One shard_map for the forward pass, one for the backward pass.
     assert str(jax.make_jaxpr(run)(case)).count('shard_map[') == 2
-  for ours, theirs in zip(split, alone, strict=True):
+  for ours, theirs in zip(sharded, unsharded, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
@@ -136,7 +136,7 @@ def test_the_platform_is_that_of_the_mesh():
 @pytest.mark.parametrize(
   'remat, forwards', [('none', 1), ('full', 2), ('attention', 1), ('dots', 1)]
 )
-def test_remat_attends_no_more_often_than_it_must(masks, remat, forwards):
+def test_only_full_remat_runs_attention_twice(masks, remat, forwards):
   case = masks.case(masks.causal(40))
   kernel = Tpu(32, 16, interpret=True)
 

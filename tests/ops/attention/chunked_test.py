@@ -34,14 +34,14 @@ def test_bias_and_its_gradient(masks, monkeypatch, shape):
 
 
 @pytest.mark.parametrize('length, block', [(1, 256), (7, 8), (829, 256), (1856, 512), (8192, 256)])
-def test_lengths_are_cut_evenly(length, block):
+def test_lengths_are_split_evenly(length, block):
   size = chunked.even(length, block)
   count = -(-length // size)
   assert size % 8 == 0 and size <= max(block, 8)
   assert count == -(-length // block) and count * size - length < 8 * count
 
 
-def test_memory_grows_with_the_row_and_not_with_its_square(masks):
+def test_memory_is_linear_in_the_length(masks):
   def temporary(run, length):
     case = jax.eval_shape(lambda: masks.case(masks.causal(length), heads=(2, 1, 16)))
     compiled = masks.differentiated(run).lower(case).compile()

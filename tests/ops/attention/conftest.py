@@ -1,7 +1,7 @@
-"""The masks that the five systems need, drawn as 0/1, and the calls that tests make with them.
+"""The masks that the five systems need, and attention calls with them.
 
-Every builder's docstring draws the mask of its default sizes: rows are queries, columns keys, both
-as stored. `9` in a table stands for NEVER.
+The docstring of every builder shows the mask of its default sizes: rows are queries, columns are
+keys, both in storage order.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from vpe_jax.sequence.spans import Layout, Span
 
 Mask = tuple[Visibility, Visibility]  # of queries and of keys
 ABSENT = (0, 0, 0, 0)  # order, since, reach, until
-_span = functools.partial(Span, expert='row')
+_span = functools.partial(Span, expert='joint')
 
 
-def _built(layout: Layout, **given: Any) -> Mask:
-  """All regions of a layout, in the order in which they are stored."""
-  return _stored(build(layout, **({'keep': jnp.ones((1,), bool)} | given)))
+def _built(layout: Layout, **options: Any) -> Mask:
+  """The mask of all regions of a layout, in storage order."""
+  return _stored(build(layout, **({'keep': jnp.ones((1,), bool)} | options)))
 
 
 def _stored(regions: Mapping[str, Region]) -> Mask:
@@ -74,7 +74,7 @@ def transfusion(text: int = 2, image: int = 2, after: int = 1) -> Mask:
 
 
 def mixture(text: int = 1, codes: int = 1, image: int = 1, multiple: int = 1) -> Mask:
-  """A sequence with its condition and one that dropped it, in two experts (VPE).
+  """A sequence with its condition and one whose condition is dropped, in two experts (VPE).
 
   Stored: bos, text, bot, codes, eot, boi | time, image. Batch element 0, then 1:
 
@@ -100,13 +100,13 @@ def mixture(text: int = 1, codes: int = 1, image: int = 1, multiple: int = 1) ->
     Span(name, length, 'ar', condition='prompt')
     for name, length in (('text', text), ('bot', 1), ('codes', codes), ('eot', 1))
   ]
-  picture = [Span(name, length, 'dit', full=True) for name, length in (('time', 1), ('x', image))]
-  layout = Layout((Span('bos', 1, 'ar'), *prompt, Span('boi', 1, 'ar'), *picture))
+  spans = [Span(name, length, 'dit', full=True) for name, length in (('time', 1), ('x', image))]
+  layout = Layout((Span('bos', 1, 'ar'), *prompt, Span('boi', 1, 'ar'), *spans))
   return _built(layout, keep=jnp.array([True, False]), multiple=multiple)
 
 
 def packed(samples: Sequence[tuple[int, int]] = ((1, 2), (2, 1))) -> Mask:
-  """Samples of (text, image) in one sequence of one expert; order runs on.
+  """Samples of (text, image) in one sequence of one expert; `order` continues over samples.
 
   1 0 0 0 0 0
   1 1 1 0 0 0
@@ -115,7 +115,7 @@ def packed(samples: Sequence[tuple[int, int]] = ((1, 2), (2, 1))) -> Mask:
   0 0 0 1 1 0
   0 0 0 1 1 1
   """
-  return _packed(samples, ('row', 'row'), {'row': sum(map(sum, samples))})
+  return _packed(samples, ('joint', 'joint'), {'joint': sum(map(sum, samples))})
 
 
 def packed_two(samples: Sequence[tuple[int, int]] = ((1, 2), (2, 1)), pad: int = 1) -> Mask:
@@ -137,7 +137,7 @@ def packed_two(samples: Sequence[tuple[int, int]] = ((1, 2), (2, 1)), pad: int =
 def _packed(
   samples: Sequence[tuple[int, int]], experts: tuple[str, str], budgets: Mapping[str, int]
 ) -> Mask:
-  """All samples in one packed sequence; each is padded to the longest before."""
+  """The mask of one packed sequence of all samples, which are padded to the longest one first."""
   texts, images = np.array(samples).T
   text = Span('text', int(texts.max()), experts[0])
   image = Span('image', int(images.max()), experts[1], full=True)
@@ -169,7 +169,7 @@ def interleaved(frames: int = 2, text: int = 1, latents: int = 1) -> Mask:
   0 0 1 1 1 0
   0 0 1 0 0 1
   """
-  return _built(layouts.teacher_forced_frames(frames, text, latents, 'row', 'row'))
+  return _built(layouts.teacher_forced_frames(frames, text, latents, 'joint', 'joint'))
 
 
 def position_queries(text: int = 1, groups: int = 2, mates: int = 2) -> Mask:
@@ -193,7 +193,7 @@ def position_queries(text: int = 1, groups: int = 2, mates: int = 2) -> Mask:
 
 
 def sliding(length: int = 4, width: int = 2) -> Mask:
-  """Text that sees `width` tokens back, itself among them (Gemma's local layers).
+  """Text that sees the last `width` tokens, itself included (Gemma's local layers).
 
   1 0 0 0
   1 1 0 0
@@ -215,14 +215,14 @@ def windows(count: int = 2, width: int = 2) -> Mask:
   return _built(Layout(tuple(map(window, range(count)))))
 
 
-def _row(tokens: Sequence[tuple[int, int, int, int]]) -> Mask:
+def _sequence(tokens: Sequence[tuple[int, int, int, int]]) -> Mask:
   """A sequence of tokens with these (order, since, reach, until)."""
-  row = Visibility(*(jnp.asarray(x, jnp.int32)[None] for x in np.array(tokens).T))
-  return row, row
+  sequence = Visibility(*(jnp.asarray(x, jnp.int32)[None] for x in np.array(tokens).T))
+  return sequence, sequence
 
 
 def scattered(length: int = 5) -> Mask:
-  """Text with absent tokens in between, and a last token whose interval holds no key.
+  """Text with absent tokens in between, and a last token whose interval contains no key.
 
   1 0 0 0 0
   0 0 0 0 0
@@ -232,7 +232,7 @@ def scattered(length: int = 5) -> Mask:
   """
   tokens = [(n, 0, n + 1, NEVER) if n % 2 == 0 else ABSENT for n in range(length)]
   tokens[-1] = (length, length + 5, length + 9, 0)
-  return _row(tokens)
+  return _sequence(tokens)
 
 
 def cached(known: int = 2, image: int = 2, free: int = 1) -> Mask:
@@ -246,7 +246,7 @@ def cached(known: int = 2, image: int = 2, free: int = 1) -> Mask:
   return key[:, known : known + image], key
 
 
-DRAWN: dict[str, Callable[..., Mask]] = {
+BUILDERS: dict[str, Callable[..., Mask]] = {
   builder.__name__: builder
   for builder in (
     causal, prefix, transfusion, mixture, packed, packed_two, editing, interleaved,
@@ -286,17 +286,17 @@ def case(mask: Mask, dtype: jnp.dtype = jnp.float32, heads: tuple[int, int, int]
   query, key = mask
   (N, K, H), (B, L), S = heads, query.order.shape, key.order.shape[1]
   keys = jax.random.split(jax.random.key(0), 5)
-  draw = lambda key, *shape: jax.random.normal(key, shape)
-  q, k, v = draw(keys[0], B, L, N, H), draw(keys[1], B, S, K, H), draw(keys[2], B, S, K, H)
+  normal = lambda key, *shape: jax.random.normal(key, shape)
+  q, k, v = normal(keys[0], B, L, N, H), normal(keys[1], B, S, K, H), normal(keys[2], B, S, K, H)
   inputs = tuple((2 * x).astype(dtype) for x in (q, k, v))
-  given = (draw(keys[3], B, L, N, H).astype(dtype), draw(keys[4], B, L, N))
-  return Case(inputs, mask, given)
+  gradients = (normal(keys[3], B, L, N, H).astype(dtype), normal(keys[4], B, L, N))
+  return Case(inputs, mask, gradients)
 
 
 def near_reference(run: Callable, mask: Mask, dtype: jnp.dtype) -> None:
-  """Asserts that an implementation agrees with the definition, as far as a device's products do."""
-  one = case(mask, dtype, heads=(4, 2, 72))
-  ours, theirs = differentiated(run)(one), differentiated(reference.attention)(one)
+  """Asserts that an implementation agrees with the definition, up to the rounding of a device."""
+  operands = case(mask, dtype, heads=(4, 2, 72))
+  ours, theirs = differentiated(run)(operands), differentiated(reference.attention)(operands)
   for a, b in zip(ours, theirs, strict=True):
     a, b = (np.where(np.isneginf(x), 0, np.asarray(x, np.float32)) for x in (a, b))
     scale = max(1.0, np.abs(b).max())
@@ -318,13 +318,13 @@ jax.tree_util.register_dataclass(Case)
 
 @pytest.fixture(scope='session')
 def masks() -> types.SimpleNamespace:
-  """The builders above by name (`drawn`), their sizes for several blocks, and what uses them."""
+  """The builders above by name, masks of several blocks (`sized`), and functions that use them."""
   return types.SimpleNamespace(
-    drawn=DRAWN,
-    sized={name: DRAWN[name](*sizes) for name, sizes in SIZED.items()},
+    builders=BUILDERS,
+    sized={name: BUILDERS[name](*sizes) for name, sizes in SIZED.items()},
     length=LENGTH,
     case=case,
     differentiated=differentiated,
     near_reference=near_reference,
-    **DRAWN,
+    **BUILDERS,
   )

@@ -1,4 +1,4 @@
-"""The masks of the five systems are what their docstrings draw."""
+"""The masks of the five systems equal those in their docstrings."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ NAMES = (
 
 
 def test_every_mask_is_tested(masks):
-  assert set(NAMES) == set(masks.drawn) == set(masks.sized)
+  assert set(NAMES) == set(masks.builders) == set(masks.sized)
 
 
 @pytest.mark.parametrize('name', NAMES)
-def test_masks_are_as_drawn(masks, name):
-  builder = masks.drawn[name]
+def test_masks_equal_those_in_the_docstrings(masks, name):
+  builder = masks.builders[name]
   lines = re.findall(r'^ *((?:[01] )+[01])$', builder.__doc__, re.MULTILINE)
-  drawn = np.array([line.split() for line in lines], int)
+  expected = np.array([line.split() for line in lines], int)
   mask = np.asarray(visible(*builder()), int)
-  np.testing.assert_array_equal(mask.reshape(-1, mask.shape[-1]), drawn)
+  np.testing.assert_array_equal(mask.reshape(-1, mask.shape[-1]), expected)
 
 
 def test_noise_reaches_no_clean_latent_and_no_other_frame(masks):
@@ -40,20 +40,20 @@ def test_noise_reaches_no_clean_latent_and_no_other_frame(masks):
   noisy, clean = kind == 'noisy', kind == 'clean'
   assert not closure[np.ix_(clean, noisy)].any()
   assert not (closure & noisy & noisy[:, None] & (frame != frame[:, None])).any()
-  # What it must see, it does: own text, and every earlier frame's clean latents.
+  # Noisy latents see the text of their frame, and the clean latents of every earlier frame.
   assert mask[np.ix_(noisy & (frame == 2), clean & (frame < 2))].all()
   assert mask[np.ix_(noisy & (frame == 1), (kind == 'text') & (frame == 1))].all()
 
 
-def test_the_closure_finds_the_leak_of_text_that_sees_its_noise(masks):
+def test_the_closure_detects_text_that_leaks_noise(masks):
   # Text that sees its frame's noisy latents, and clean latents that see that text: two steps.
-  row, _ = masks.interleaved(1, 1, 1)
+  sequence, _ = masks.interleaved(1, 1, 1)
   text = jnp.array([[1, 0, 0]], bool)
-  row = type(row)(
-    row.order,
-    row.since,
-    jnp.where(text, 2, row.reach),
-    jnp.where(text, 9, row.until),
+  sequence = type(sequence)(
+    sequence.order,
+    sequence.since,
+    jnp.where(text, 2, sequence.reach),
+    jnp.where(text, 9, sequence.until),
   )
-  mask = np.asarray(visible(row, row), int)[0]
+  mask = np.asarray(visible(sequence, sequence), int)[0]
   assert not mask[2, 1] and (mask @ mask)[2, 1]

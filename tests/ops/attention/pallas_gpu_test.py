@@ -1,4 +1,4 @@
-"""The kernels for NVIDIA GPUs lower for them; their numbers are in suite_test.py."""
+"""The kernels lower for NVIDIA GPUs without one; their outputs are tested in suite_test.py."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vpe_jax.ops.attention import chooser, pallas_gpu, reference
 @pytest.mark.parametrize(
   'width, dtype', [(64, jnp.bfloat16), (72, jnp.bfloat16), (128, jnp.float32), (256, jnp.bfloat16)]
 )
-def test_lowers_for_cuda_without_one(masks, width, dtype):
+def test_lowers_for_cuda_without_a_gpu(masks, width, dtype):
   case = jax.eval_shape(
     lambda: masks.case(masks.transfusion(100, 91, 7), dtype, heads=(4, 2, width))
   )
-  # Newer versions of Pallas ask which card it is, and there is none here.
+  # Newer versions of Pallas read the kind of the device, so the mesh has an abstract one.
   card = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')
   explicit = (jax.sharding.AxisType.Explicit,)
   with jax.sharding.use_abstract_mesh(
@@ -40,7 +40,7 @@ def test_on_a_gpu(masks, mask, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('mask, hint', [('causal', 'causal'), ('windows', 'padding')])
-def test_cudnn_where_the_mask_is_known(masks, mask, hint):
+def test_cudnn_equals_the_definition_for_known_masks(masks, mask, hint):
   query, key = masks.sized['causal'] if mask == 'causal' else masks.windows(1, 128)
   case = masks.case((query, key), jnp.bfloat16, heads=(4, 2, 64))
   ours = chooser.attention(*case.inputs, query, key, 'cudnn', hint=hint)

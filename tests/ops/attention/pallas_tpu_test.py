@@ -1,4 +1,4 @@
-"""The TPU kernels compile for TPUs that aren't there; their numbers are in suite_test.py.
+"""The TPU kernels compile without a TPU; their outputs are tested in suite_test.py.
 
 Interpret mode checks neither tiles nor scalar memory, so these tests compile, with libtpu, for a
 topology of v5e, whose VMEM is the tightest.
@@ -18,39 +18,39 @@ from vpe_jax import sharding
 from vpe_jax.config import MeshConfig
 from vpe_jax.ops.attention import blockwise, chooser, pallas_tpu, reference, schedule
 
-# A program for devices that aren't there can't be read back from the compilation cache.
+# A program for absent devices can't be read from the compilation cache.
 pytestmark = pytest.mark.filterwarnings('ignore:Error reading persistent compilation cache')
 
 
 @pytest.fixture(scope='module')
 def mesh():
-  """Four v5e chips, described."""
+  """A mesh of four v5e chips, of which only the topology exists."""
   with pytest.MonkeyPatch.context() as patch:
-    # Neither asks the cloud's metadata server who it is, nor minds other users of the library.
+    # Don't query the cloud's metadata server, and allow several processes with libtpu.
     patch.setenv('TPU_SKIP_MDS_QUERY', '1')
     patch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
-    described = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')
-    yield sharding.make_mesh(MeshConfig(), described.devices)
+    topology = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2')
+    yield sharding.make_mesh(MeshConfig(), topology.devices)
 
 
 def _compiled(masks, mesh, run, lengths, heads, dtype):
-  """The text of a compiled forward and backward pass, a sequence a chip."""
+  """The text of a compiled forward and backward pass with one sequence per chip."""
   L, S = lengths
 
   def arrays():
     sides = ((masks.causal(n)[0]) for n in (L, S))
-    rows = tuple(jax.tree.map(lambda x: jnp.repeat(x, mesh.size, 0), side) for side in sides)
-    return masks.case(rows, dtype, heads)
+    batch = tuple(jax.tree.map(lambda x: jnp.repeat(x, mesh.size, 0), side) for side in sides)
+    return masks.case(batch, dtype, heads)
 
-  place = sharding.batch_sharding(mesh)
-  put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  batch_sharding = sharding.batch_sharding(mesh)
+  put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding)
   case = jax.tree.map(put, jax.eval_shape(arrays))
   with jax.set_mesh(mesh):
     return masks.differentiated(run).lower(case).compile().as_text()
 
 
 def _square(text, lengths, block=512):
-  """Shapes in a program with an axis of L and one of S, each as long or padded to blocks."""
+  """Shapes in a program with one axis of length L and one of S, each exact or padded to blocks."""
   inside = lambda n, length: length <= n <= -(-length // block) * block
   shapes = set()
   for shape in re.findall(r'\w\[([\d,]+)\]', text):
@@ -82,18 +82,18 @@ def test_compiles_for_v5e_without_a_square_buffer(masks, mesh, lengths, heads, d
   assert not _square(text, lengths)
 
 
-def test_the_search_finds_what_the_dense_definition_makes(masks, mesh):
+def test_the_search_detects_the_square_buffer_of_the_dense_definition(masks, mesh):
   text = _compiled(masks, mesh, reference.attention, (300, 300), (2, 1, 64), jnp.bfloat16)
   assert _square(text, (300, 300))
 
 
-def test_a_schedule_beyond_scalar_memory_is_cut_by_rows(masks, monkeypatch):
-  row = jax.tree.map(lambda x: jnp.repeat(x, 3, 0), masks.transfusion(20, 40, 4)[0])
-  case = masks.case((row, row), heads=(2, 1, 8))
+def test_a_schedule_beyond_scalar_memory_is_split_by_sequences(masks, monkeypatch):
+  batch = jax.tree.map(lambda x: jnp.repeat(x, 3, 0), masks.transfusion(20, 40, 4)[0])
+  case = masks.case((batch, batch), heads=(2, 1, 8))
   kernel = pallas_tpu.Tpu(32, 16, interpret=True)
-  run = lambda: kernel.forward(blockwise.Operands(*case.inputs, row, row))
+  run = lambda: kernel.forward(blockwise.Operands(*case.inputs, batch, batch))
   whole = jax.jit(lambda: run())()
-  # 2 x 4 pairs a sequence, two in a word: one sequence fits into 16 bytes, and no second one.
+  # 2 x 4 pairs per sequence, two per word: 16 bytes hold the schedule of one sequence.
   monkeypatch.setattr(pallas_tpu, '_SMEM', 16)
   assert str(jax.make_jaxpr(run)()).count('name=attention_forward') == 3
   for ours, theirs in zip(jax.jit(lambda: run())(), whole, strict=True):
@@ -101,7 +101,7 @@ def test_a_schedule_beyond_scalar_memory_is_cut_by_rows(masks, monkeypatch):
 
 
 @pytest.mark.parametrize('blocks', [3, 4])
-def test_packed_entries_are_read_back(blocks):
+def test_packed_entries_are_unpacked(blocks):
   status = jax.random.randint(jax.random.key(0), (2, 5, blocks), 0, 3)
   entries = schedule.visits(status)
   call = pallas_tpu._Call(pallas_tpu.Tpu(8, 8), (2, 1, 1, 8, 5, blocks), jnp.float32)

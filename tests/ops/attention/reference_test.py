@@ -35,7 +35,7 @@ def _plain(q, k, v, mask, bias=0.0):
   return jnp.einsum('BNLS,BSNH->BLNH', weights, v)
 
 
-def test_equals_plain_attention_and_gives_zero_to_empty_rows():
+def test_equals_plain_attention_and_is_zero_for_absent_queries():
   q, k, v = _inputs()
   sequence = _visibility()
   mask = visible(sequence, sequence)
@@ -68,7 +68,7 @@ def test_log_sum_exp_and_bias():
   mixed, lse = reference.attention(q, k, v, sequence, sequence, bias)
   expected = _plain(q, k, v, visible(sequence, sequence), bias)
   np.testing.assert_allclose(mixed[:, 3:], expected[:, 3:], atol=2e-6)
-  # The first token sees itself alone.
+  # The first token sees only itself.
   logit = jnp.einsum('BNH,BNH->BN', q[:, 0], jnp.repeat(k[:, 0], N // K, 1)) / np.sqrt(H)
   np.testing.assert_allclose(lse[:, 0], logit + bias[:, :, 0, 0], atol=2e-6)
 

@@ -1,4 +1,4 @@
-"""Block pairs: none with a visible pair is skipped, and none is visited without reason."""
+"""Block pairs: those with a visible pair are never skipped, and few others are visited."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _pairs = jax.jit(schedule.pairs, static_argnums=(2, 3))
 
 
 def _needed(query: Visibility, key: Visibility, rows: int, columns: int) -> np.ndarray:
-  """Visible pairs of each block pair, counted one by one: [B, I, J]."""
-  # On numpy arrays: nothing is compiled for each of many shapes.
+  """Number of visible token pairs in each block pair, from the dense mask: [B, I, J]."""
+  # In numpy, as jax would compile for each of many shapes.
   query, key = (jax.tree.map(np.asarray, side) for side in (query, key))
   mask = visible(query, key)
   B, L, S = mask.shape
@@ -26,7 +26,11 @@ def _needed(query: Visibility, key: Visibility, rows: int, columns: int) -> np.n
 
 
 def _check(query: Visibility, key: Visibility, rows: int, columns: int) -> tuple[int, int]:
-  """Nothing visible is skipped, nothing FULL has a hole; returns pairs visited and needed."""
+  """Checks that SKIP blocks have no visible pair, and FULL blocks only visible pairs.
+
+  Returns:
+    Numbers of visited and of needed block pairs.
+  """
   status = np.asarray(_pairs(query, key, rows, columns))
   needed = _needed(query, key, rows, columns)
   assert not (status[needed > 0] == SKIP).any()
@@ -35,16 +39,16 @@ def _check(query: Visibility, key: Visibility, rows: int, columns: int) -> tuple
 
 
 def test_causal_text_visits_its_triangle(masks):
-  row, _ = masks.causal(4096)
-  status = schedule.pairs(row, row, 128, 128)
+  text, _ = masks.causal(4096)
+  status = schedule.pairs(text, text, 128, 128)
   assert int(jnp.sum(status != SKIP)) == 528
-  assert int(jnp.sum(status == PARTIAL)) == 32  # the diagonal; all below it is full
-  half = schedule.padded(row[:, :2048], 4096)
+  assert int(jnp.sum(status == PARTIAL)) == 32  # the diagonal; all blocks below are full
+  half = schedule.padded(text[:, :2048], 4096)
   status = schedule.pairs(half, half, 128, 128)
   assert int(jnp.sum(status != SKIP)) == 136
 
 
-def test_packed_rows_of_one_expert_visit_what_they_need(masks):
+def test_packed_sequences_of_one_expert_visit_only_needed_pairs(masks):
   for samples in (((30, 348),) * 27, ((100, 57), (1, 300), (249, 1025), (17, 256))):
     visited, needed = _check(*masks.packed(samples), 256, 256)
     assert visited == needed
@@ -53,7 +57,7 @@ def test_packed_rows_of_one_expert_visit_what_they_need(masks):
     assert visited == needed
 
 
-def test_packed_rows_of_two_experts_visit_little_more(masks):
+def test_packed_sequences_of_two_experts_visit_few_unneeded_pairs(masks):
   generator = np.random.default_rng(0)
   for count in (3, 6, 8):
     samples = [(int(generator.integers(590, 830)), 1025) for _ in range(count)]
@@ -61,7 +65,7 @@ def test_packed_rows_of_two_experts_visit_little_more(masks):
     assert needed <= visited <= 1.35 * needed
 
 
-def test_no_visible_pair_is_skipped_whatever_the_row():
+def test_no_visible_pair_of_random_sequences_is_skipped():
   generator = np.random.default_rng(1)
   for _ in range(200):
     order = generator.permutation(90)
@@ -69,20 +73,20 @@ def test_no_visible_pair_is_skipped_whatever_the_row():
     reach = order + generator.integers(0, 30, 90)
     until = np.where(generator.random(90) < 0.5, order + generator.integers(0, 20, 90), NEVER)
     fields = np.stack([order, since, reach, until]) * (generator.random(90) < 0.8)
-    row = Visibility(*(jnp.asarray(x[None], jnp.int32) for x in fields))
-    status, needed = np.asarray(_pairs(row, row, 16, 8)), _needed(row, row, 16, 8)
+    tokens = Visibility(*(jnp.asarray(x[None], jnp.int32) for x in fields))
+    status, needed = np.asarray(_pairs(tokens, tokens, 16, 8)), _needed(tokens, tokens, 16, 8)
     assert not (status[needed > 0] == SKIP).any()
     assert (needed[status == FULL] == 16 * 8).all()
   assert (status == SKIP).any() and (status == PARTIAL).any()
 
 
-def test_a_block_that_one_query_sees_one_key_less_of_is_not_full(masks):
-  _check(*masks.sliding(128, 47), 32, 16)  # the last key of a window's end
-  _check(*masks.prefix(17, 19), 8, 9)  # the first key of the future
+def test_a_block_with_one_invisible_pair_is_not_full(masks):
+  _check(*masks.sliding(128, 47), 32, 16)  # the last key of a window
+  _check(*masks.prefix(17, 19), 8, 9)  # the first future key
 
 
 @pytest.mark.parametrize('rows, columns', [(16, 8), (32, 32), (10, 50)])
-def test_every_mask_of_the_systems_is_served(masks, rows, columns):
+def test_no_visible_pair_of_the_systems_is_skipped(masks, rows, columns):
   full = 0
   for mask in masks.sized.values():
     _check(*mask, rows, columns)
@@ -90,17 +94,17 @@ def test_every_mask_of_the_systems_is_served(masks, rows, columns):
   assert full > 0
 
 
-def test_absent_tokens_are_left_out_of_the_bounds(masks):
-  row, _ = masks.causal(256)
+def test_absent_tokens_do_not_widen_the_bounds(masks):
+  text, _ = masks.causal(256)
   holes = jnp.arange(256) % 7 == 3
-  with_holes = jax.tree.map(lambda x: jnp.where(holes, 0, x), row)
+  with_holes = jax.tree.map(lambda x: jnp.where(holes, 0, x), text)
   visited, needed = _check(with_holes, with_holes, 32, 32)
   assert visited == needed == 36
-  # A block with a hole is never full, as its absent keys must not be seen.
+  # A block with absent keys is never full.
   assert not (schedule.pairs(with_holes, with_holes, 32, 32) == FULL).any()
 
 
-def test_visits_list_blocks_in_order_and_then_repeat_the_last():
+def test_visits_list_blocks_in_order_then_repeat_the_last():
   status = jnp.array([[[SKIP, FULL, SKIP, PARTIAL], [SKIP] * 4]])
   blocks, kinds = schedule.block_of(schedule.visits(status))
   np.testing.assert_array_equal(kinds, [[[FULL, PARTIAL, SKIP, SKIP], [SKIP] * 4]])

@@ -1,4 +1,4 @@
-"""Every implementation on every mask, output, log-sum-exp and gradients, against `reference`."""
+"""Every implementation on every mask: output, log-sum-exp and gradients equal `reference`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MASKS = (
   'causal', 'prefix', 'transfusion', 'mixture', 'packed', 'packed_two', 'editing', 'interleaved',
   'position_queries', 'sliding', 'windows', 'scattered', 'cached',
 )  # fmt: skip
-# Blocks of two sizes: neither side's number of blocks is the other's.
+# Blocks of two sizes, so that queries and keys have different numbers of blocks.
 KERNELS = {
   'chunked': Chunked(32, 16),
   'pallas_tpu': Tpu(32, 16, interpret=True),
@@ -28,7 +28,7 @@ TOLERANCE = {'float32': 2e-5, 'bfloat16': 3e-2}
 
 
 def _batch(masks, name):
-  """The mask, padded to the length that all share, so that each implementation compiles once."""
+  """The mask, padded to the common length, so that each implementation compiles once."""
   pad = lambda side: schedule.padded(side, masks.length)
   sides = masks.sized[name] if name == 'cached' else tuple(pad(x) for x in masks.sized[name])
   # One dtype for all: weakly typed integers would compile again.
@@ -54,8 +54,8 @@ def run(masks):
 
 
 @pytest.fixture(scope='module')
-def truth(masks, run):
-  """The definition's results for a mask and a dtype, computed once."""
+def expected_results(masks, run):
+  """The case and the results of `reference` for a mask and a dtype, computed once."""
 
   @functools.cache
   def results(mask, dtype):
@@ -68,19 +68,19 @@ def truth(masks, run):
 @pytest.mark.parametrize('mask', MASKS)
 @pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize('name', KERNELS)
-def test_equals_the_definition(run, truth, name, dtype, mask):
-  case, expected = truth(mask, dtype)
+def test_equals_the_definition(run, expected_results, name, dtype, mask):
+  case, expected = expected_results(mask, dtype)
   actual = run(name, case)
   unseen = np.isneginf(expected[1])
   np.testing.assert_array_equal(np.isneginf(actual[1]), unseen)
   assert not np.asarray(actual[0], np.float32)[unseen].any(), 'a query that sees no key gets zeros'
   assert not np.asarray(actual[2], np.float32)[unseen].any(), 'and has no gradient'
-  for what, ours, theirs in zip(('mixed', 'lse', 'dq', 'dk', 'dv'), actual, expected, strict=True):
-    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, what
+  for label, ours, theirs in zip(('mixed', 'lse', 'dq', 'dk', 'dv'), actual, expected, strict=True):
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape, label
     ours, theirs = (np.where(np.isneginf(x), 0, np.asarray(x, np.float32)) for x in (ours, theirs))
-    assert np.isfinite(ours).all(), what
+    assert np.isfinite(ours).all(), label
     scale = max(1.0, float(np.abs(theirs).max()))
-    np.testing.assert_allclose(ours / scale, theirs / scale, atol=TOLERANCE[dtype], err_msg=what)
+    np.testing.assert_allclose(ours / scale, theirs / scale, atol=TOLERANCE[dtype], err_msg=label)
 
 
 @pytest.mark.parametrize('name', KERNELS)
@@ -90,7 +90,7 @@ def test_a_loss_of_unseen_queries_has_no_nan(masks, name):
 
   def loss(q, k, v):
     mixed, lse = blockwise.attend(kernel, blockwise.Operands(q, k, v, *case.mask))
-    # The log-sum-exp of a query that sees nothing gets a gradient that is no number.
+    # The log-sum-exp of a query that sees no key gets a NaN gradient.
     return jnp.sum(mixed) + jnp.sum(jnp.where(jnp.isneginf(lse), lse * 0.0, lse))
 
   for gradient in jax.jit(jax.grad(loss, (0, 1, 2)))(*case.inputs):
