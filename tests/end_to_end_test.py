@@ -264,7 +264,7 @@ def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
   workdirs = (f'--workdir={folder / str(number)}' for number in itertools.count())
   before = _listing(finished)
   prompt = '--prompt=' + 'red ' * 500
-  commands = {
+  calls = {
     'unknown key': ('main', CONFIG, next(workdirs), '--config.optm.lr=1'),
     'bad value': ('main', CONFIG, next(workdirs), '--config.optim.lr=fast'),
     'bad preset': ('main', '--config=configs/t2i.py:debgu', next(workdirs)),
@@ -287,7 +287,7 @@ def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
   }
   processes = {
     name: Process(*command, log=folder / f'{name}.txt', devices=4)
-    for name, command in commands.items()
+    for name, command in calls.items()
   }
   try:
     statuses = {name: process.wait() for name, process in processes.items()}
@@ -295,9 +295,9 @@ def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     for process in processes.values():
       process.kill()
   outputs = {name: process.text() for name, process in processes.items()}
-  assert statuses == dict.fromkeys(commands, 2), '\n\n'.join(outputs.values())
+  assert statuses == dict.fromkeys(calls, 2), '\n\n'.join(outputs.values())
   assert _listing(finished) == before, 'a mistake changed the run'
-  assert not (folder / 'new' / FOLDER).exists() and not (folder / 'x.png').exists()
+  assert not list(folder.glob(f'*/{FOLDER}')) and not (folder / 'x.png').exists()
   return outputs
 
 

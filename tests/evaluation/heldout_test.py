@@ -11,11 +11,11 @@ from vpe_jax.evaluation.evaluator import Subject
 from vpe_jax.evaluation.heldout import SPLIT, HeldOut
 
 
-def _evaluate(system, index, times=1, change=lambda params: params):
+def _evaluate(system, index, times=1):
   mesh = sharding.make_mesh(system.config.mesh)
   with jax.set_mesh(mesh):
     frozen = frozen_lib.load(system, mesh, 'fsdp')
-    params = change(system.init(jax.random.key(0)))
+    params = system.init(jax.random.key(0))
     step, load = np.int32(0), lambda: frozen
     subject = Subject(system, params, index, mesh, stage_step=step, load_frozen=load)
     held_out = HeldOut()
