@@ -1,6 +1,7 @@
-"""Eight virtual CPU devices, exact matrix products, and a compilation cache for every test; tests
-of devices only where there are any; the golden Show-o2, which tests of the model and of its family
-read.
+"""Settings and fixtures of all tests.
+
+Every test has eight virtual CPU devices, exact matrix products and a compilation cache. Tests of
+accelerators run only where there is one.
 """
 
 import glob
@@ -22,15 +23,15 @@ _FLAGS = {
 # Another third: loops are emitted in the older, quicker way, where the compiler still has both.
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
   _FLAGS['--xla_cpu_use_fusion_emitters'] = 'false'
-_given = os.environ.get('XLA_FLAGS', '')
-_missing = (f'{name}={value}' for name, value in _FLAGS.items() if name not in _given)
-os.environ['XLA_FLAGS'] = ' '.join([_given, *_missing]).strip()
+_user_flags = os.environ.get('XLA_FLAGS', '')
+_added = (f'{name}={value}' for name, value in _FLAGS.items() if name not in _user_flags)
+os.environ['XLA_FLAGS'] = ' '.join([_user_flags, *_added]).strip()
 _CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or tempfile.gettempdir())
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(_CACHE / 'vpe_jax' / 'xla'))
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.2')
 os.environ.setdefault('JAX_DEFAULT_MATMUL_PRECISION', 'highest')
-# TPU's compiler is installed for tests that compile ahead of time. Without a device it is no
-# backend, and left to itself JAX would ask it at every start, and profile with it.
+# TPU's compiler is installed for tests that compile ahead of time. Without a TPU, JAX would try to
+# start it as a backend in every process.
 _DEVICES = ('/dev/accel[0-9]*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
 if not any(map(glob.glob, _DEVICES)):
   os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -45,25 +46,25 @@ flags.FLAGS(['pytest'], known_only=True)
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
   """Leaves out tests marked `tpu` or `gpu` where there is none."""
-  wanting = [item for item in items if {mark.name for mark in item.iter_markers()} & {'tpu', 'gpu'}]
-  if not wanting:
+  marked = [item for item in items if {mark.name for mark in item.iter_markers()} & {'tpu', 'gpu'}]
+  if not marked:
     return
   import jax
 
-  here = jax.default_backend()
-  absent = [item for item in wanting if not item.get_closest_marker(here)]
-  config.hook.pytest_deselected(items=absent)
-  items[:] = [item for item in items if item not in absent]
+  backend = jax.default_backend()
+  skipped = [item for item in marked if not item.get_closest_marker(backend)]
+  config.hook.pytest_deselected(items=skipped)
+  items[:] = [item for item in items if item not in skipped]
 
 
 @pytest.fixture(scope='session')
 def show_o2() -> types.SimpleNamespace:
-  """The golden Show-o2, imported.
+  """The golden Show-o2, imported, with the inputs and outputs of the original.
 
-  `folder`, `imported`, `sizes`, `params()` (fresh trees, free to change), `io` (inputs and outputs
-  of the original), `regions` (its row without the tail: the text before the image span, and the
-  span), `clock`, and `run(params, sizes, clock)`: hidden states of the text, and the velocity, for
-  these inputs.
+  Attributes of the result: `folder`, `imported`, `sizes`, `params()` (a new tree at each call),
+  `io` (the original's arrays), `regions` (its sequence: the text before the image, and the image),
+  `clock`, and `run(params, sizes, clock)`, which returns hidden states of the text and the
+  velocity.
   """
   import jax
   import jax.numpy as jnp
