@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,37 @@ from vpe_jax.contracts import Array, Batch, Params, System
 
 
 def redrawn(params: Params, deviation: float) -> Params:
-  """Parameters with added normal noise, as many kernels are initialized to zero."""
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noisy = lambda key, leaf: leaf + deviation * jax.random.normal(key, leaf.shape)
-  return jax.tree.unflatten(tree, [noisy(*pair) for pair in zip(keys, leaves, strict=True)])
+  """Parameters with normal noise on each, as many maps of fresh ones start at zero.
+
+  The noise is generated on the host: a program for each shape would take longer.
+  """
+  numpy_rng = np.random.default_rng(1)
+  noise = lambda leaf: deviation * numpy_rng.standard_normal(leaf.shape, np.float32)
+  return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf) + noise(leaf)), params)
+
+
+def host_params(system: System, deviation: float = 0.15) -> Params:
+  """Random parameters, none of which is zero or the identity, without compiling `init`."""
+  shapes = jax.eval_shape(system.init, jax.random.key(0))
+  mean = lambda path, leaf: np.full(leaf.shape, 'scale' in jax.tree_util.keystr(path), np.float32)
+  return redrawn(jax.tree_util.tree_map_with_path(mean, shapes), deviation)
+
+
+def flow_step(system: System, params: Params, prefix: Any, latents: Array, clock: Array) -> Array:
+  """The velocity of one flow step of a unified system, from the cached keys of its prefix."""
+  stream, condition = system.model.image_stream(params, latents, clock, prefix.state)
+  stream = dataclasses.replace(stream, context=prefix.cache.context)
+  at = prefix.cache.body.key.order.shape[1] - prefix.state.ids.shape[1]
+  hidden, _ = system.model.backbone(params, {'dit': stream}, prefix.cache.body, at)
+  stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
+  outputs, _ = system.model.head(params, {'dit': stream}, prefix.cache.head, at)
+  return system.model.velocity(params, outputs['dit'], condition)
+
+
+def assert_close(ours: Array, theirs: Array, tolerance: float = 1e-4) -> None:
+  """Compares arrays: the largest error, relative to the largest value."""
+  error = float(jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs)))
+  assert error < tolerance, f'relative error {error:.1e}'
 
 
 def encoded_examples(system: System, B: int) -> Batch:

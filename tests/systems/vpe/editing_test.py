@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from configs import edit as config_file
-from tests.small_systems import encoded_examples, request_of, with_encoded
+from tests.small_systems import (
+  assert_close,
+  encoded_examples,
+  flow_step,
+  host_params,
+  request_of,
+  with_encoded,
+)
 from vpe_jax import rng, systems
 from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import heldout
@@ -50,12 +57,7 @@ def _batch(system):
 
 @functools.cache
 def _params(arch='internal'):
-  """Generated on the host, without compilation; no parameter is zero or the identity."""
-  numpy_rng = np.random.default_rng(1)
-  shapes = jax.eval_shape(_cached_system(arch).init, KEY)
-  normal = lambda leaf: jnp.asarray(0.15 * numpy_rng.standard_normal(leaf.shape), jnp.float32)
-  mean = lambda path: float('scale' in jax.tree_util.keystr(path))
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: mean(path) + normal(leaf), shapes)
+  return host_params(_cached_system(arch))
 
 
 def test_parameters_are_the_papers_and_the_same_in_both_architectures():
@@ -94,21 +96,6 @@ def _uncached(system, params, batch, keep):
   return jax.jit(run)(params)
 
 
-def _flow_step(system, weights, prefix, latents):
-  """The velocity of one cached flow step."""
-  stream, condition = system.model.image_stream(weights, latents, CLOCK, prefix.state)
-  at = prefix.cache.body.key.order.shape[1] - prefix.state.ids.shape[1]
-  hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
-  stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
-  outputs, _ = system.model.head(weights, {'dit': stream}, prefix.cache.head, at)
-  return system.model.velocity(weights, outputs['dit'], condition)
-
-
-def _close(ours, theirs, tolerance=1e-4):
-  error = jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs))
-  assert float(error) < tolerance, f'relative error {float(error):.1e}'
-
-
 def test_each_cached_branch_equals_its_whole_sequence():
   """All conditions, the source image alone, and none; the three differ."""
   system, params = _cached_system('internal'), _params()
@@ -124,7 +111,7 @@ def test_each_cached_branch_equals_its_whole_sequence():
       'reference': experts.source_prefix(params, request, prefix),
       'null': experts.null_prefix(params, request),
     }
-    step = lambda branch: _flow_step(system, params, branch, batch.encoded['latents'])
+    step = lambda branch: flow_step(system, params, branch, batch.encoded['latents'], CLOCK)
     return {name: step(branch) for name, branch in branches.items()}
 
   velocities = cached(params)
@@ -134,7 +121,7 @@ def test_each_cached_branch_equals_its_whole_sequence():
     ('null', ~ALL, ~ALL),
   ):
     keep = {layouts.PROMPT: keep_prompt, layouts.SOURCE: keep_source}
-    _close(velocities[name], _uncached(system, params, batch, keep)[1])
+    assert_close(velocities[name], _uncached(system, params, batch, keep)[1])
   assert float(jnp.abs(velocities['conditional'] - velocities['reference']).max()) > 1e-3
   assert float(jnp.abs(velocities['reference'] - velocities['null']).max()) > 1e-3
 
@@ -164,11 +151,11 @@ def test_two_branches_equal_three_where_the_image_scale_is_1():
 
   two, text_settings = integrate(2)
   three, _ = integrate(3)
-  _close(two, three, 1e-5)
+  assert_close(two, three, 1e-5)
   both, both_settings = integrate(3, image=1.5)
   for expected, settings in ((two, text_settings), (both, both_settings)):
     _, latents = jax.jit(lambda p, s=settings: system.sample(p, request, KEY, s))(params)
-    _close(latents, expected, 1e-5)
+    assert_close(latents, expected, 1e-5)
 
 
 def test_the_source_image_is_seen_by_later_tokens_unless_it_is_dropped():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from configs import t2i as config_file
-from tests.small_systems import encoded_examples, request_of
+from tests.small_systems import assert_close, encoded_examples, flow_step, host_params, request_of
 from vpe_jax import rng, systems
 from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import Batch, UserError, Visibility
@@ -75,12 +75,7 @@ def _uncached(condition: str):
 
 @functools.cache
 def _params(condition: str):
-  """Generated on the host, without compilation; no parameter is zero or the identity."""
-  numpy_rng = np.random.default_rng(1)
-  shapes = jax.eval_shape(_cached_system(condition).init, KEY)
-  normal = lambda leaf: jnp.asarray(0.15 * numpy_rng.standard_normal(leaf.shape), jnp.float32)
-  mean = lambda path: float('scale' in jax.tree_util.keystr(path))
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: mean(path) + normal(leaf), shapes)
+  return host_params(_cached_system(condition))
 
 
 @pytest.fixture(scope='module')
@@ -178,22 +173,6 @@ def test_the_visual_prompt_alone_is_dropped_at_the_configured_rate():
   assert regions['prefix'].positions[2, codes] == 0 and regions['dit'].positions[2, 0] == 1
 
 
-def _flow_step(system, weights, prefix, latents):
-  """The velocity of one cached flow step."""
-  stream, condition = system.model.image_stream(weights, latents, CLOCK, prefix.state)
-  stream = dataclasses.replace(stream, context=prefix.cache.context)
-  at = prefix.cache.body.key.order.shape[1] - prefix.state.ids.shape[1]
-  hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
-  stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
-  outputs, _ = system.model.head(weights, {'dit': stream}, prefix.cache.head, at)
-  return system.model.velocity(weights, outputs['dit'], condition)
-
-
-def _close(ours, theirs, tolerance=1e-4):
-  error = jnp.max(jnp.abs(ours - theirs)) / jnp.max(jnp.abs(theirs))
-  assert float(error) < tolerance, f'relative error {float(error):.1e}'
-
-
 @pytest.mark.parametrize(
   'condition, prepared, guidance',
   [('prefix', False, 1), ('keys', True, 2), ('cross', True, 1), ('cross', False, 1)],
@@ -210,7 +189,9 @@ def test_decoding_and_cached_flow_steps_equal_whole_sequences(condition, prepare
     codes, decoded = experts.ar.decode(weights, request, KEY, settings)
     conditional = experts.prefix(weights, request, codes, decoded)
     prefixes = conditional, experts.null_prefix(weights, request)
-    flows = [_flow_step(system, weights, prefix, batch.encoded['latents']) for prefix in prefixes]
+    flows = [
+      flow_step(system, weights, prefix, batch.encoded['latents'], CLOCK) for prefix in prefixes
+    ]
     return codes, decoded.state, flows
 
   codes, states, (conditional, unconditional) = cached(
@@ -221,10 +202,10 @@ def test_decoding_and_cached_flow_steps_equal_whole_sequences(condition, prepare
   )
   hidden, expected = uncached(codes, ALL)
   first, last = system.experts.pair.codes
-  _close(states[:, first:last], hidden[:, first:last])
-  _close(conditional, expected)
+  assert_close(states[:, first:last], hidden[:, first:last])
+  assert_close(conditional, expected)
   hidden_dropped, expected_dropped = uncached(codes, ~ALL)
-  _close(unconditional, expected_dropped)
+  assert_close(unconditional, expected_dropped)
   assert float(jnp.abs(conditional - unconditional).max()) > 1e-2
   # The image attends to the visual prompt, and not the other way around.
   assert float(jnp.abs(uncached(codes[:, ::-1], ALL)[1] - expected).max()) > 1e-2
@@ -254,9 +235,9 @@ def test_rendering_of_fixed_codes_follows_the_uncached_velocity(condition):
   times = flow.time_grid(settings.steps, settings.shift)
   for time, later in zip(times[:-1], times[1:], strict=True):
     x = x + (later - time) * velocity(x, time)
-  _close(latents, x)
+  assert_close(latents, x)
   reversed_request = jax.tree.map(lambda leaf: leaf[::-1], request_of(batch, 'visual_prompt'))
-  _close(run(reversed_request)[1][::-1], latents)
+  assert_close(run(reversed_request)[1][::-1], latents)
 
 
 def _eq_4(system, params, batch):
@@ -297,7 +278,7 @@ def test_condition_keys_is_eq_4_restricted_to_the_codes(params):
   batch = _batch(system)
   codes, latents = batch.encoded['visual_prompt'], batch.encoded['latents']
   velocity = _uncached('keys')(params, codes, KEEP, latents, CLOCK)[1]
-  _close(velocity, jax.jit(lambda p: _eq_4(system, p, batch))(params), 1e-5)
+  assert_close(velocity, jax.jit(lambda p: _eq_4(system, p, batch))(params), 1e-5)
 
 
 def _without_cross(params):
@@ -314,8 +295,8 @@ def test_a_fresh_cross_attention_and_a_dropped_visual_prompt_change_nothing():
   codes, latents = batch.encoded['visual_prompt'], batch.encoded['latents']
   kept, dropped = (codes, ALL, latents, CLOCK), (codes, ~ALL, latents, CLOCK)
   expected = _uncached('prefix')(_without_cross(params), *dropped)[1]
-  _close(_uncached('cross')(fresh_cross, *kept)[1], expected, 1e-5)
-  _close(_uncached('cross')(params, *dropped)[1], expected, 1e-5)
+  assert_close(_uncached('cross')(fresh_cross, *kept)[1], expected, 1e-5)
+  assert_close(_uncached('cross')(params, *dropped)[1], expected, 1e-5)
   assert float(jnp.abs(_uncached('cross')(params, *kept)[1] - expected).max()) > 1e-2
 
 

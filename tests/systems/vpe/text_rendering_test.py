@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import text_rendering as config_file
-from tests.small_systems import encoded_examples, request_of, with_inputs
+from tests.small_systems import encoded_examples, host_params, request_of, with_inputs
 from vpe_jax import rng, systems
 from vpe_jax.contracts import UserError
 from vpe_jax.data.sources import open_source
@@ -43,12 +43,7 @@ def plain():
 
 @pytest.fixture(scope='module')
 def params(plain):
-  """Generated on the host, without compilation; no parameter is zero or the identity."""
-  numpy_rng = np.random.default_rng(1)
-  normal = lambda leaf: jnp.asarray(0.15 * numpy_rng.standard_normal(leaf.shape), jnp.float32)
-  mean = lambda path: float('scale' in jax.tree_util.keystr(path))
-  shapes = jax.eval_shape(plain.init, KEY)
-  return jax.tree_util.tree_map_with_path(lambda path, leaf: mean(path) + normal(leaf), shapes)
+  return host_params(plain)
 
 
 def _tree(arg: str):

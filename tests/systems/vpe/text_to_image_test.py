@@ -11,7 +11,15 @@ import pytest
 
 from configs import t2i as config_file
 from tests.small_pipelines import small_pipeline
-from tests.small_systems import encoded_examples, redrawn, request_of, with_encoded, with_inputs
+from tests.small_systems import (
+  assert_close,
+  encoded_examples,
+  flow_step,
+  redrawn,
+  request_of,
+  with_encoded,
+  with_inputs,
+)
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import MeshConfig, to_dict
@@ -133,15 +141,9 @@ def test_cached_flow_step_equals_whole_sequence(system, params, prepared):
   @jax.jit
   def cached(weights):
     _, prefix = system.experts.prefix(weights, batch, KEY, _settings())
-    stream, condition = system.model.image_stream(weights, latents, time, prefix.state)
-    at = regions['ar'].ids.shape[1]
-    hidden, _ = system.model.backbone(weights, {'dit': stream}, prefix.cache.body, at)
-    stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
-    outputs, _ = system.model.head(weights, {'dit': stream}, prefix.cache.head, at)
-    return system.model.velocity(weights, outputs['dit'], condition)
+    return flow_step(system, weights, prefix, latents, time)
 
-  error = jnp.max(jnp.abs(cached(weights) - whole)) / jnp.max(jnp.abs(whole))
-  assert float(error) < 1e-5
+  assert_close(cached(weights), whole, 1e-5)
 
 
 def test_greedy_decoding_equals_whole_sequence(system, params):
