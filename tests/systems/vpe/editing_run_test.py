@@ -28,29 +28,32 @@ def _train(config, workdir, samples, evaluate=0):
   loop.train(system.config, system, str(workdir), ())
 
 
-@pytest.mark.parametrize('arch', ['internal', 'external'])
-def test_a_text_to_image_run_continues_with_editing(tmp_path, arch):
-  config = t2i.get_config(f'debug,arch={arch}')
-  config.steps = (1, 1)
-  if arch == 'internal':  # Its last stage may run alone.
-    config.stages, config.steps, config.batch_size = config.stages[-1:], (1,), (8,)
-  _train(config, tmp_path / 't2i', 0)
-  config = edit.get_config(f'debug,arch={arch}')
-  config.start, config.steps = str(tmp_path / 't2i'), (2,)
-  _train(config, tmp_path / 'edits', 2, evaluate=2)
-  assert list((tmp_path / 'edits' / 'samples').glob('step_*.png'))
-  before, _ = weights.load_run(config.start, 'ema')
-  params, _ = weights.load_run(str(tmp_path / 'edits'), 'raw')
-  assert_equal = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
-  if arch == 'external':
-    assert_equal(params['dit'], before['dit'])
-  assert_close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3)
-  jax.tree.map(assert_close, params['ar']['dual_path'], before['dit']['dual_path'])
-  _, last = metrics.read(str(tmp_path / 'edits'))
-  assert last['eval/flow'] > 0 and last['eval/next_token'] > 0
-  assert ('loss/flow' in last) == (arch == 'internal')
+def _continue_with_editing(folder, arch, samples=0, evaluate=0):
+  """Trains the runs `t2i` and `edits` in a folder.
 
-  generator = Generator.load(str(tmp_path / 'edits'))
+  Returns the parameters of both, the last record of metrics of `edits`, and its generator.
+  """
+  config = t2i.get_config(f'debug,arch={arch}')
+  # A stage that may run alone.
+  config.stages = ('joint',) if arch == 'internal' else ('plan',)
+  config.steps, config.batch_size = (1,), (8,)
+  _train(config, folder / 't2i', 0)
+  config = edit.get_config(f'debug,arch={arch}')
+  config.start, config.steps = str(folder / 't2i'), (2,)
+  _train(config, folder / 'edits', samples, evaluate)
+  before, _ = weights.load_run(config.start, 'ema')
+  after, _ = weights.load_run(str(folder / 'edits'), 'raw')
+  assert_close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-3)
+  jax.tree.map(assert_close, after['ar']['dual_path'], before['dit']['dual_path'])
+  last = metrics.read(str(folder / 'edits'))[-1]
+  return before, after, last, Generator.load(str(folder / 'edits'))
+
+
+def test_a_text_to_image_run_continues_with_editing(tmp_path):
+  *_, last, generator = _continue_with_editing(tmp_path, 'internal', samples=2, evaluate=2)
+  assert list((tmp_path / 'edits' / 'samples').glob('step_*.png'))
+  assert last['eval/flow'] > 0 and last['eval/next_token'] > 0 and 'loss/flow' in last
+
   with pytest.raises(UserError, match='name a source image'):
     generator('make it red')
   white, black = (np.full((40, 60, 3), shade, np.uint8) for shade in (255, 0))
@@ -75,3 +78,12 @@ def test_a_text_to_image_run_continues_with_editing(tmp_path, arch):
   text_to_image = Generator.load(str(tmp_path / 't2i'))
   with pytest.raises(UserError, match='generates images from prompts only'):
     text_to_image.editing(white)
+
+
+def test_an_external_run_continues_with_its_diffusion_expert_frozen(tmp_path):
+  before, after, last, generator = _continue_with_editing(tmp_path, 'external')
+  jax.tree.map(np.testing.assert_array_equal, after['dit'], before['dit'])
+  assert 'loss/next_token' in last and 'loss/flow' not in last
+  white, black = (np.full((64, 64, 3), shade, np.uint8) for shade in (255, 0))
+  from_white, from_black = generator.editing(np.stack([white, black]))('make it red', n=2)
+  assert (from_white.image != from_black.image).any()
