@@ -10,7 +10,7 @@ import os
 import pathlib
 import tempfile
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 # Before jax is imported: it reads these once. Subprocesses of tests inherit them. Tests compile
@@ -21,8 +21,9 @@ _FLAGS = {
   '--xla_llvm_disable_expensive_passes': 'true',
 }
 # Another third: loops are emitted in the older, quicker way, where the compiler still has both.
+_OLDER_EMITTERS = '--xla_cpu_use_fusion_emitters=false'
 if importlib.metadata.version('jaxlib').startswith('0.10.'):
-  _FLAGS['--xla_cpu_use_fusion_emitters'] = 'false'
+  _FLAGS |= [_OLDER_EMITTERS.split('=')]
 _user_flags = os.environ.get('XLA_FLAGS', '')
 _added = (f'{name}={value}' for name, value in _FLAGS.items() if name not in _user_flags)
 os.environ['XLA_FLAGS'] = ' '.join([_user_flags, *_added]).strip()
@@ -45,16 +46,26 @@ flags.FLAGS(['pytest'], known_only=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-  """Leaves out tests marked `tpu` or `gpu` where there is none."""
-  marked = [item for item in items if {mark.name for mark in item.iter_markers()} & {'tpu', 'gpu'}]
-  if not marked:
-    return
+  """Leaves out tests of absent accelerators, and `exhaustive` ones unless -m names them."""
+  left_out = set() if 'exhaustive' in config.option.markexpr else {'exhaustive'}
+  marks = {item: {mark.name for mark in item.iter_markers()} for item in items}
+  if any(names & {'tpu', 'gpu'} for names in marks.values()):
+    import jax
+
+    left_out |= {'tpu', 'gpu'} - {jax.default_backend()}
+  config.hook.pytest_deselected(items=[item for item in items if marks[item] & left_out])
+  items[:] = [item for item in items if not marks[item] & left_out]
+
+
+@pytest.fixture(scope='module')
+def libtpu() -> Iterator[None]:
+  """Removes the flag that libtpu doesn't know, at which it would end the process."""
   import jax
 
-  backend = jax.default_backend()
-  skipped = [item for item in marked if not item.get_closest_marker(backend)]
-  config.hook.pytest_deselected(items=skipped)
-  items[:] = [item for item in items if item not in skipped]
+  jax.devices()  # The CPU's compiler has read it.
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'].replace(_OLDER_EMITTERS, ''))
+    yield
 
 
 @pytest.fixture(scope='session')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import signal
 import time
@@ -39,8 +40,10 @@ class Process(commands.Command):
   def __init__(self, door: str, *arguments: str, log: Path, devices: int = 1):
     self.log = log
     log.unlink(missing_ok=True)
-    # Not the flags of the other tests, which compile faster and run slower: these runs are long.
-    env = {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+    # Of the flags of other tests only the one that makes no program slower: these runs are long.
+    flags = [flag for flag in os.environ['XLA_FLAGS'].split() if 'emitters' in flag]
+    flags.append(f'--xla_force_host_platform_device_count={devices}')
+    env = {'XLA_FLAGS': ' '.join(flags)}
     super().__init__(f'vpe_jax.{door}', *arguments, stdout=log, env=env)
 
   def until(self, predicate: Callable[[], bool]) -> None:

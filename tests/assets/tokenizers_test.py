@@ -57,7 +57,8 @@ def test_shipped_towers_retrieve_held_out_captions(preset, name):
   )
   hits = {name: float(term.sum / term.count) for name, term in terms.items()}
   assert hits['retrieval'] > 0.9
-  assert hits['near_retrieval'] > 0.6
+  assert ('near_retrieval' in hits) == (preset == 'judge')
+  assert hits.get('near_retrieval', 1.0) > 0.6
 
 
 def test_shipped_codes_use_the_codebook_and_retrieve_captions(codec, frozen, batch):

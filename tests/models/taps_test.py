@@ -153,7 +153,8 @@ def test_keys_and_values_of_several_experts_are_those_that_attention_reads(unsta
     return mot.run_tapped(layers, params, streams, of, cache, 2)
 
   hidden, cache, tapped = run(True)
-  _close(hidden, mot.run(layers, params, streams, cache, 2)[0])
+  # Values of up to 20, from two programs.
+  _close(hidden, mot.run(layers, params, streams, cache, 2)[0], 1e-4)
   stacked = lambda numbers, leaves, *slots: jnp.stack(
     [leaves[i][:, slice(*slots)] for i in numbers]
   )

@@ -25,7 +25,7 @@ from vpe_jax.training.model_flops import step_flops
 RECORDED = json.loads(Path(__file__).with_suffix('').with_name('model_flops.json').read_text())
 PAPER = [name for name in RECORDED if ':paper' in name and 'single' not in name]
 IMAGES = 16
-# The other configs are variants, whose tests take minutes.
+# The other configs are variants.
 QUICK = (
   'c2i_continuous:tiny,vpe=true', 'c2i_discrete:tiny,vpe=true', 'codec:debug,stage=image',
   'codec:debug,stage=image_codes', 'codec:debug,stage=feature_vq', 'edit:tiny,arch=internal',
@@ -34,9 +34,9 @@ QUICK = (
 
 
 def _quick(names: Iterable[str], quick: Collection[str]) -> list[Any]:
-  """Test parameters: all names but the quick ones are marked slow."""
-  slow = lambda name: pytest.param(name, marks=pytest.mark.slow)
-  return [name if name in quick else slow(name) for name in names]
+  """Test parameters: all names but the quick ones are marked exhaustive."""
+  exhaustive = lambda name: pytest.param(name, marks=pytest.mark.exhaustive)
+  return [name if name in quick else exhaustive(name) for name in names]
 
 
 def _system(name: str, **data) -> System:

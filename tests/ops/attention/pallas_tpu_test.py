@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:Error reading persistent compila
 
 
 @pytest.fixture(scope='module')
-def mesh():
+def mesh(libtpu):
   """A mesh of four v5e chips, of which only the topology exists."""
   with pytest.MonkeyPatch.context() as patch:
     # Don't query the cloud's metadata server, and allow several processes with libtpu.
