@@ -29,15 +29,23 @@ short_run() {
   rm -r "$folder"
 }
 
+# Both environments at once: an installation keeps one core busy.
+set_up() {
+  install .venv "$python" "test${device:+,$device}" &
+  local first=$!
+  if [ -n "$newer" ]; then install .venv312 "$newer" "$device"; fi
+  wait "$first"
+}
+
 python=$(find_python)
+newer=$(python_of_minor 12) || newer=
 device=$(accelerator)
 
-phase 'set-up' install .venv "$python" "test${device:+,$device}"
+phase 'set-up' set_up
 phase 'style' .venv/bin/python -m ruff check .
 phase 'tests' .venv/bin/python -m pytest -q -n 2 --dist loadfile --durations=20 "$@"
 
-if newer=$(python_of_minor 12); then
-  phase 'set-up for Python 3.12' install .venv312 "$newer" "$device"
+if [ -n "$newer" ]; then
   phase 'imports and a short run on Python 3.12' short_run .venv312/bin/python
 else
   echo 'no Python 3.12 here: imports and the short run are checked on 3.11 only'
