@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 from etils import epath
@@ -75,8 +75,9 @@ class Evaluations:
       report = evaluator.run(subject)
       numbers |= report.numbers
       self._write(name, evaluator, report, step)
-      if not report.numbers and subject.main:
-        print('\n'.join(report.lines), flush=True)
+      if subject.main:
+        lines = [_line(name, report.numbers)] if report.numbers else report.lines
+        print('\n'.join(lines), flush=True)
     return numbers
 
   def _write(self, name: str, evaluator: Evaluator, report: Report, step: int) -> None:
@@ -113,6 +114,10 @@ class Evaluations:
       return self._generator.with_params(params)
 
     return make
+
+
+def _line(name: str, numbers: Mapping[str, float]) -> str:
+  return f'{name}: ' + ', '.join(f'{key} {value:.4g}' for key, value in numbers.items())
 
 
 def _needs(evaluator: Evaluator) -> set[type]:

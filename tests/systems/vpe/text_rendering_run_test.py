@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 STEPS = 2
 
 
-def test_a_run_logs_evaluates_and_samples(tmp_path):
+def test_a_run_logs_evaluates_and_samples(tmp_path, capsys):
   config = config_file.get_config('debug,vpe=false')
   config.steps = (STEPS,)
   config.data.examples = 16
@@ -30,6 +30,7 @@ def test_a_run_logs_evaluates_and_samples(tmp_path):
   first, last = metrics.read(run)
   assert {name for name in first if name.startswith('loss/')} == {'loss/flow'}
   assert last['eval/flow'] > 0 and 'eval/next_token' not in last
+  assert f'heldout: eval/flow {last["eval/flow"]:.4g}\n' in capsys.readouterr().out
   generator = Generator.load(run)
   first, second = generator('the word "fox" in a red serif font', n=2)
   assert first.image.shape == (64, 64, 3) and 'visual_prompt' not in first.encoded
