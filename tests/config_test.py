@@ -214,3 +214,9 @@ def test_fields_missing_from_a_section_keep_its_default():
 def test_a_size_must_be_a_whole_number(value):
   with pytest.raises(UserError, match="'heads' is .*: it must be a whole number"):
     _Sizes(value)
+
+
+@pytest.mark.parametrize('name', ['lr', 'b1', 'weight_decay', 'multipliers', 'warmup'])
+def test_a_field_of_the_optimizer_is_never_none(name):
+  with pytest.raises(UserError, match=f"'{name}' must be .*, not None"):
+    config.build_section(config.OptimConfig, {name: None})

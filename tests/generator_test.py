@@ -213,7 +213,7 @@ def test_load_refuses_files_that_it_cannot_sample_from(tmp_path):
     Generator.load(path)
 
 
-def _tampered(path, change, **changed_metadata):
+def _write_changed(path, change, **changed_metadata):
   """The shipped generator with changed parameters and changed metadata."""
   params, metadata = weights.load('assets:tiny')
   change(params)
@@ -236,7 +236,7 @@ def _tampered(path, change, **changed_metadata):
   ],
 )
 def test_load_refuses_damaged_weights_in_one_line(tmp_path, change, metadata, message):
-  path = _tampered(str(tmp_path / 'x.safetensors'), change, **metadata)
+  path = _write_changed(str(tmp_path / 'x.safetensors'), change, **metadata)
   with pytest.raises(UserError, match=message) as error:
     Generator.load(path)
   assert '\n' not in str(error.value)
@@ -245,7 +245,7 @@ def test_load_refuses_damaged_weights_in_one_line(tmp_path, change, metadata, me
 def test_load_refuses_frozen_networks_that_do_not_fit(tmp_path):
   config = json.loads(weights.load('assets:tiny')[1]['config'])
   config['model']['image']['weights'] = 'assets:feature_vq'
-  path = _tampered(str(tmp_path / 'x.safetensors'), lambda p: None, config=json.dumps(config))
+  path = _write_changed(str(tmp_path / 'x.safetensors'), lambda p: None, config=json.dumps(config))
   with pytest.raises(UserError, match='image=assets:feature_vq.* do not fit') as error:
     Generator.load(path)
   assert '\n' not in str(error.value)
@@ -296,15 +296,15 @@ def debug():
   config = t2i.get_config('debug')
   config.data.source = 'synthetic'
   system = systems.build(config.to_dict())
-  fresh, tree = jax.tree.flatten(jax.jit(system.init)(jax.random.key(0)))
+  leaves, treedef = jax.tree.flatten(jax.jit(system.init)(jax.random.key(0)))
   noise = np.random.default_rng(0)
-  # Wide enough that the condition of a branch shows in its images.
-  params = [x + 0.1 * noise.normal(size=x.shape).astype(np.float32) for x in fresh]
+  # Enough noise that images depend on the condition.
+  params = [x + 0.1 * noise.normal(size=x.shape).astype(np.float32) for x in leaves]
   zeros = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 16, 16, 4))
   image = jax.jit(system.image.network.init)(jax.random.key(2), *zeros)['params']
   metadata = {'checkpoint': 'abc', 'weights': 'random (ema)'}
-  tree = jax.tree.unflatten(tree, params)
-  return Generator(system, tree, {'image': image}, bpe.shipped(), metadata)
+  params = jax.tree.unflatten(treedef, params)
+  return Generator(system, params, {'image': image}, bpe.shipped(), metadata)
 
 
 def _close(a, b):

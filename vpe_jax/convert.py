@@ -15,6 +15,7 @@ from absl import flags
 from vpe_jax import front_door
 from vpe_jax.checkpoints import families
 from vpe_jax.checkpoints.imports import export_weights, import_weights
+from vpe_jax.contracts import UserError
 
 FLAGS = flags.FLAGS
 
@@ -25,12 +26,16 @@ def _define_flags() -> None:
   flags.DEFINE_string('to', None, 'output folder')
   flags.DEFINE_bool('export', False, 'export instead of import')
   flags.DEFINE_bool('check', False, 'compare with the reference library before writing')
-  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'of written tensors')
+  flags.DEFINE_enum(
+    'dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'dtype of the written tensors'
+  )
 
 
 def main() -> None:
   """Runs the command."""
   front_door.require_flags('family', 'source', 'to')
+  if FLAGS.export and FLAGS.check:
+    raise UserError('--check compares an import with its reference: leave it out of an export')
   if FLAGS.export:
     lines = export_weights(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.dtype)
   else:

@@ -7,7 +7,7 @@ Sources of the TPU figures (docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e 
   chip receives at most half of it. The page of v4 gives none; its links are those of arXiv
   2304.01433, and the page's bisection bandwidth of 24 TB/s agrees with them (512 links across
   16 x 16 x 16 chips).
-* Data-center network: Google does not publish the share of a v4 chip; the value of v5e is assumed.
+* Data-center network: Google does not publish the share of a v4 chip; v5e's value is assumed.
 * Memory: the "available HBM" in libtpu 0.0.52's out-of-memory error, slightly less than the pages
   give (16 GB for v5e, 32 GB for v4 and v6e). For v5p it is the page's 95 GiB, although libtpu would
   allow 95.7.

@@ -33,7 +33,7 @@ def test_view_resizes_as_pillow_does():
   got = np.asarray(pixels.view(jnp.asarray(images), 48)) * 255
   for image, resized in zip(images, got):
     expected = np.asarray(Image.fromarray(image).resize((48, 48), Image.Resampling.BICUBIC))
-    # Pillow rounds weights and both passes to whole levels.
+    # Pillow rounds its filter weights, and the output of both passes to integers.
     assert np.abs(resized - expected).max() < 2.0
     assert np.abs(resized - expected).mean() < 0.5
 
@@ -45,7 +45,7 @@ def test_padded_view_has_the_geometry_of_the_data():
     expected = transforms.pad_to_square(image, 48)
     assert got.shape == expected.shape
     np.testing.assert_array_equal((expected == 255).all(-1)[:, 0], (got > 254.99).all(-1)[:, 0])
-    # Pillow rounds weights and both passes to whole levels.
+    # Pillow rounds its filter weights, and the output of both passes to integers.
     assert np.abs(got - expected).max() < 2.0
 
 

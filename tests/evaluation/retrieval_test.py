@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import retrieval
 from vpe_jax.evaluation.report import wilson_interval
 from vpe_jax.evaluation.retrieval import Trial
@@ -103,6 +104,12 @@ def test_wilson_interval():
 def test_numbers_of_images_and_trials_must_match():
   with pytest.raises(ValueError, match='3 '):
     retrieval.measure(np.zeros((3, 2)), {}, _trials(2))
+
+
+def test_more_captions_than_a_split_has_are_one_line(monkeypatch):
+  monkeypatch.setattr(retrieval, '_POOL', 0)
+  with pytest.raises(UserError, match='captions=300.*lower it'):
+    retrieval.make_trials(300, 'concept')
 
 
 @pytest.mark.parametrize('split', ['combination', 'concept'])

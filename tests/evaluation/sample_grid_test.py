@@ -33,7 +33,7 @@ def test_rows_and_metrics_of_own_and_ground_truth_drafts(drawing_system):
     for row in ('own', 'true_drafts')
     for metric in ('latent_distance', 'retrieval')
   }
-  # The own draft is black; the ground-truth draft has the true brightness, up to 0.1.
+  # The sampled draft is black. The ground-truth draft has the image's brightness, up to 0.1.
   assert numbers['sample/own/latent_distance'] > 0.5
   assert numbers['sample/true_drafts/latent_distance'] < 0.3
   assert numbers['sample/own/retrieval'] == 0 and numbers['sample/true_drafts/retrieval'] == 1

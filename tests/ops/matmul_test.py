@@ -30,7 +30,7 @@ def test_equals_lax(case):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_products_of_no_dense_layer_are_refused():
+def test_other_contractions_are_rejected():
   x, kernel = jnp.ones((2, 5, 8)), jnp.ones((6, 8))
   with pytest.raises(ValueError, match='dense layer'):
     dot_general(x, kernel, (((2,), (1,)), ((), ())))

@@ -1,10 +1,10 @@
 """Converts published tensors to parameters and back, one tensor at a time.
 
 The names and axes of a family's tensors are data (checkpoints/table.py and checkpoints/tables).
-Before any tensor is read, every source key must be used or ignored for a stated reason, every
-parameter must be filled or absent for a stated reason, and all shapes and dtypes must fit. Then
-tensors stream from the memory-mapped file to parameters on their devices, where each layer is
-written in place.
+Before any tensor is loaded, every source key must be used or ignored for a stated reason, every
+parameter must be filled or absent for a stated reason, and all shapes and dtypes must fit; only
+tied tensors are read by then, to compare them. Then tensors stream from the memory-mapped file to
+parameters on their devices, where each layer is written in place.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class TensorMap:
-  """Which source tensor fills which parameters, from keys, shapes and dtypes alone.
+  """Which source tensor fills which parameters, from keys, shapes and dtypes.
 
   Attributes:
     table: the key layout of the source.
@@ -76,20 +76,20 @@ def match_tensors(
   shapes = {path: tuple(leaf.shape) for path, leaf in leaves_by_path(abstract).items()}
   expected = _expected(table, shapes, MAX_EXPECTED_RATIO * (len(tensors) + 1))
   tied = _check_ties(table, tensors, expected)
-  ignored, destinations, problems = {prefix + key: why for key, why in tied.items()}, {}, []
+  ignored, destinations, problems = {prefix + key: tied[key] for key in tied}, {}, []
   for key in sorted(tensors):
-    why = tables.reason(table.ignored, key)
+    reason = tables.reason(table.ignored, key)
     if key in expected:
       destinations[prefix + key] = expected[key]
       problems += _misfits(key, tensors[key], expected[key], shapes)
-    elif why is not None:
-      ignored[prefix + key] = why
+    elif reason is not None:
+      ignored[prefix + key] = reason
     elif key not in tied:
       problems.append(f"'{prefix}{key}' has no parameter")
   problems += [f"'{prefix}{key}' is missing" for key in sorted(expected.keys() - tensors.keys())]
   filled = {path for destination in expected.values() for path in destination.targets}
   absent = {path: tables.reason(table.absent, path) for path in sorted(shapes.keys() - filled)}
-  problems += [f"no tensor fills our '{path}'" for path, why in absent.items() if why is None]
+  problems += [f"no tensor fills our '{path}'" for path in absent if absent[path] is None]
   if problems:
     raise UserError(_differences(table, problems))
   return TensorMap(table, destinations, ignored, absent)
@@ -126,7 +126,7 @@ def load(
       if path not in loaded:
         loaded[path] = _zeros(target)
       updated = _set_entry(loaded[path], _entry_to_devices(part, target), destination.index)
-      loaded[path] = updated.block_until_ready()  # One layer in flight, not as many as fit.
+      loaded[path] = updated.block_until_ready()  # So that host memory holds one layer.
   return loaded
 
 
@@ -234,7 +234,7 @@ def _expected(table: Table, shapes: _Shapes, limit: int | None = None) -> dict[s
   if limit is not None and next(items, None):
     raise UserError(
       f"the weights don't fit the layout '{table.name}' of this configuration, which needs over "
-      f'{limit} tensors: is the config of another model?'
+      f'{limit} tensors: does config.json belong to another model?'
     )
   return expected
 
@@ -265,16 +265,17 @@ def _misfits(key: str, tensor: Tensor, destination: Destination, shapes: _Shapes
 def _check_ties(
   table: Table, tensors: Mapping[str, Tensor], expected: Mapping[str, Destination]
 ) -> dict[str, str]:
-  dropped = {}
+  """Checks that tied tensors are equal; returns, for each copy, the reason why it isn't loaded."""
+  reasons = {}
   for copy, original in table.ties:
     if copy in tensors and original in tensors and copy not in expected:
       if not np.array_equal(tensors[copy].read(), tensors[original].read()):
         raise UserError(
-          f"'{copy}' and '{original}' should be one tensor, but their values differ: these weights "
-          'are of another model'
+          f"'{copy}' and '{original}' should be one tensor, but their values differ: the weights "
+          'belong to another model'
         )
-      dropped[copy] = f'the same tensor as {original}'
-  return dropped
+      reasons[copy] = f'the same tensor as {original}'
+  return reasons
 
 
 def _differences(table: Table, problems: Sequence[str]) -> str:
@@ -291,14 +292,14 @@ def _check_exportable(
   partial = sorted(key for key, destination in destinations.items() if destination.row.last)
   if partial:
     raise UserError(
-      f"layout '{table.name}' is for import only: '{partial[0]}' and {len(partial) - 1} other "
-      'tensors are only imported in part'
+      f"layout '{table.name}' is for import only: {len(partial)} tensors, such as '{partial[0]}', "
+      'are only imported in part'
     )
   used = {path for destination in destinations.values() for path in destination.targets}
   unused = [p for p in shapes if p not in used and tables.reason(table.absent, p) is None]
   if unused:
     raise UserError(
-      f"layout '{table.name}' has no tensor for '{min(unused)}': it is of another model"
+      f"layout '{table.name}' has no tensor for '{min(unused)}': choose the layout of this model"
     )
 
 

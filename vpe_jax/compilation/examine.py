@@ -57,7 +57,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     axis, _, size = part.partition('=')
     if axis in sizes or axis not in sharding.AXES or not re.fullmatch(r'-1|[1-9]\d*', size):
       axes = ', '.join(sharding.AXES)
-      raise UserError(f'--mesh={text}: give sizes of {axes}, each at most once: data=4,fsdp=64')
+      raise UserError(f'--mesh={text}: name each of {axes} at most once, as in data=4,fsdp=64')
     sizes[axis] = int(size)
   return sizes
 
@@ -105,7 +105,7 @@ def build(config: Mapping[str, Any], request: Request) -> Compiled:
   if request.program not in KINDS:
     raise UserError(f'--program={request.program}: {" or ".join(KINDS)}')
   target = topology.parse(request.topology, request.slices)
-  system = _configured(systems.build(config), target, request)
+  system = _with_overrides(systems.build(config), target, request)
   stage = program.stage_index(system, request.stage)
   devices = topology.devices(target)
   mesh = sharding.make_mesh(system.config.mesh, devices)
@@ -121,7 +121,7 @@ def build(config: Mapping[str, Any], request: Request) -> Compiled:
   return Compiled(job, target, lowered, usage, text, time.perf_counter() - started)
 
 
-def _configured(system: System, target: Topology, request: Request) -> System:
+def _with_overrides(system: System, target: Topology, request: Request) -> System:
   """Builds the system with the request's mesh and batch size."""
   values, config = to_dict(system.config), system.config
   values['mesh'] |= request.mesh
@@ -135,7 +135,7 @@ def _configured(system: System, target: Topology, request: Request) -> System:
 def _compile(
   lowered: program.Lowered, target: Topology, folder: pathlib.Path
 ) -> tuple[memory.Usage, str]:
-  """Compiles a program; returns its memory and HLO, from the dump if it can't be printed."""
+  """Compiles a program; returns its memory and its HLO (from a dump if it can't be printed)."""
   options: dict[str, Any] = {}
   if target.chip is not None:
     options = {'xla_dump_to': str(folder), 'xla_dump_hlo_as_text': True}
@@ -146,16 +146,16 @@ def _compile(
     usage = memory.overflow(str(error), lowered.argument_bytes, folder)
     if usage is None:
       raise
-    return usage, _dumped(folder)
+    return usage, _read_dump(folder)
   usage = memory.usage(compiled, folder)
   try:
     return usage, compiled.as_text()
   # Some v5p programs can't be printed: the compiler's check of asynchronous updates fails.
   except jax.errors.JaxRuntimeError:
-    return usage, _dumped(folder)
+    return usage, _read_dump(folder)
 
 
-def _dumped(folder: pathlib.Path) -> str:
+def _read_dump(folder: pathlib.Path) -> str:
   """The optimized HLO in a dump; empty if compilation failed earlier."""
   files = sorted(folder.glob(f'*.{_DUMP_SUFFIX}'), key=lambda path: path.stat().st_size)
   return files[-1].read_text(encoding='utf-8') if files else ''
@@ -220,7 +220,7 @@ def _warnings(
 
 
 def _reductions(trainable: Mapping[str, tuple[int, ...]], work: traffic.Work) -> list[str]:
-  """Warning about large all-reduces, with the leaves that have most bytes; empty without any."""
+  """A warning that names the leaves with the most all-reduced bytes; empty without large ones."""
   leaves: dict[tuple[int, ...], str] = {}
   for path, shape in trainable.items():
     for dims in (shape, shape[1:]):  # the body of a scan reduces one layer

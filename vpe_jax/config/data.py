@@ -18,7 +18,7 @@ SOURCES: Mapping[str, str] = {
   'edits': 'vpe_jax.data.sources:open_edits',
   'synthetic': 'vpe_jax.data.embedded.synthetic:open_synthetic',
 }
-# Prefixes of other sources, before a path, a recipe, and a name.
+# Prefixes of other sources: of a path, of a recipe, and of a name.
 FOLDER, FOLDERS, TFDS = 'folder:', 'folders:', 'tfds:'
 CLASSES = 'classes:'  # prefix of class names: the tokenizer of a class-conditional model
 PROMPT_FIELDS = ('caption', 'group')
@@ -55,8 +55,8 @@ class DataConfig:
     language: language of a folder's records, such as `en`; others are skipped (empty: none).
     least_text_height: minimum height of text in a folder's images, in pixels of the padded image;
       records with smaller text are skipped (0: none). See vpe_jax.data.filters.
-    source_images: whether each record has a source image beside its own image, and its caption is
-      the editing instruction: the training data of systems that edit.
+    source_images: whether records are edits: a source image, an instruction (the caption), and the
+      edited image.
   """
 
   source: str = 'mixture'
@@ -91,8 +91,8 @@ class DataConfig:
       stored = (f'{FOLDER}PATH', f'{FOLDERS}NAME*3,NAME', f'{TFDS}NAME/SPLIT')
       hint = nearest(self.source, (*SOURCES, *stored))
       raise UserError(f"unknown config.data.source '{self.source}'{hint}")
-    check(self, 'data.', 'source', self.source != FOLDER, f'{FOLDER} and the path of a folder')
-    check(self, 'data.', 'source', self.source != TFDS, f'{TFDS} and the name of a data set')
+    check(self, 'data.', 'source', self.source != FOLDER, f'{FOLDER}PATH')
+    check(self, 'data.', 'source', self.source != TFDS, f'{TFDS}NAME/SPLIT')
     if self.source.startswith(FOLDERS):
       entries = self.source.removeprefix(FOLDERS).split(',')
       names = {entry.partition('*')[0].strip() for entry in entries}

@@ -16,7 +16,7 @@ _MAX_SIZE = 10**8  # a larger size is a typing error, and its program would take
 
 
 class OutOfRange(UserError):
-  """A field's value is out of range; `build_section` adds a path that the section doesn't know."""
+  """A field's value is out of range; `build_section` replaces the path by the section's."""
 
   def __init__(self, name: str, message: str, path: str):
     super().__init__(f"config key '{path}{name}' {message}")
@@ -24,12 +24,12 @@ class OutOfRange(UserError):
 
 
 def check(section: Any, path: str, name: str, valid: bool, requirement: str) -> None:
-  """Raises a UserError for a field of a section unless its value is `valid`.
+  """Raises a UserError unless a field's value is `valid`.
 
   Args:
     section: a dataclass, during its `__post_init__`.
     path: of the section, such as `optim.`; '' if it may occur at several (`build_section` adds it).
-    name: of the field.
+    name: name of the field.
     valid: whether its value is in range.
     requirement: completes "it must be ..." in the error.
   """

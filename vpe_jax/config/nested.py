@@ -20,7 +20,7 @@ def build_section(
   Args:
     cls: type of the section.
     values: its fields; missing ones have their defaults.
-    sections: types of fields that `cls` itself leaves open, by name.
+    sections: types of fields annotated Any, by name.
 
   Raises:
     UserError: a key is unknown or missing, or its value has the wrong type or is out of range.
@@ -29,7 +29,7 @@ def build_section(
 
 
 def base_section(section: Any, cls: type) -> Any:
-  """The fields of a section that its base class `cls` has, as an instance of `cls`."""
+  """Converts a section to its base class `cls`: other fields are left out."""
   return cls(**{field.name: getattr(section, field.name) for field in dataclasses.fields(cls)})
 
 
@@ -75,7 +75,7 @@ def _build(cls: type, values: Mapping[str, Any], path: str, sections: Mapping[st
 
 
 def _merged(default: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-  """The values of a section, with missing ones from its default."""
+  """A section's values; missing ones come from its default."""
   if values.get('kind', default.get('kind')) != default.get('kind'):
     return dict(values)  # The default is of another kind and has other fields.
   merged = dict(default)
@@ -97,8 +97,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
       hint = hint.KINDS[kind]
     return _build(hint, dict(value), f'{path}.', {})
   if origin in (typing.Union, types.UnionType):
-    if value is None:
+    if value is None and type(None) in typing.get_args(hint):
       return None
+    # The first type of a union is the one that a single value must have.
     hints = [inner for inner in typing.get_args(hint) if inner is not type(None)]
     tuples = [inner for inner in hints if typing.get_origin(inner) is tuple]
     choices = tuples if isinstance(value, (tuple, list)) and tuples else hints

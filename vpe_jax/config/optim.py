@@ -75,12 +75,12 @@ class OptimConfig:
       valid = all(0 <= value < math.inf for value in values(name))
       check(self, 'optim.', name, valid, 'at least 0 and finite')
     valid = all(_factors(text) is not None for text in values('multipliers'))
-    example = 'PATTERN=FACTOR,... with regular expressions and factors above 0, as encoder/=0.5'
+    example = 'PATTERN=FACTOR,..., regular expressions and factors above 0, such as encoder/=0.5'
     check(self, 'optim.', 'multipliers', valid, example)
 
   @property
   def factors(self) -> tuple[tuple[str, float], ...]:
-    """The pairs (regular expression, factor) of `multipliers`; for the settings of one stage."""
+    """The pairs (regular expression, factor) of `multipliers`; call it on `of(stage)`."""
     return _factors(self.multipliers)
 
   def of(self, stage: int, steps: int = 0) -> OptimConfig:
@@ -88,7 +88,7 @@ class OptimConfig:
 
     Args:
       stage: index of the stage.
-      steps: of the stage; replaces a `decay_steps` of 0.
+      steps: number of steps of the stage, used where `decay_steps` is 0.
     """
     values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     select = lambda value: value[stage] if isinstance(value, tuple) else value

@@ -79,7 +79,7 @@ def default_evals() -> dict[str, dict[str, int]]:
 class Config:
   """The configuration of one run.
 
-  `steps` and `batch_size` have one entry per stage, or one for all stages; fields of `optim` may.
+  `steps` and `batch_size` have one entry per stage, or one for all; so may fields of `optim`.
 
   Attributes:
     name: name of the config file, without folder and suffix.
@@ -92,7 +92,7 @@ class Config:
     start: workdir of a parent run, whose newest intact checkpoint initializes all parameters
       (empty: none); optimizer, moving average and data order start anew. Parameter groups may come
       from several runs: `RUN,dit=RUN2` takes parameters whose path begins with `dit/` from RUN2 and
-      all others from RUN; `dit=RUN2` alone leaves the others initialized as without `start`.
+      all others from RUN; `dit=RUN2` alone initializes the others as if `start` were empty.
     start_weights: which weights of the parent run: `raw`; `ema` (its moving average, where its
       stage has one); or `state`, which also restores optimizer, moving average and position in the
       data, as if the parent run continued, with steps counted from 0.
@@ -100,9 +100,10 @@ class Config:
     remat: what the backward pass recomputes: `none`; `full`: everything in a layer; `attention`:
       everything except attention, whose output and log-sum-exp are saved; `dots`: everything except
       attention and dense matrix products.
-    attention: implementation of attention, which runs or raises: `reference` (dense), `chunked`
-      (any platform, memory linear in the sequence), `pallas_tpu`, `pallas_gpu`, `cudnn`; empty, and
-      always for fewer than 16 queries (decoding): chosen by platform and shape.
+    attention: implementation of attention: `reference` (dense), `chunked` (any platform, memory
+      linear in the sequence), `pallas_tpu`, `pallas_gpu` or `cudnn`; it raises an error where it
+      can't run. If empty, and always for fewer than 16 queries (decoding), platform and shape
+      decide.
     unroll: whether training runs layers without a scan: faster on CPU, slower to compile.
     quick_compile: whether to turn off most XLA optimizations, for runs of seconds.
     model: the system's own section.
@@ -140,7 +141,7 @@ class Config:
     """Parent runs in `start`: prefix of parameter paths ('' for all others) -> workdir.
 
     Raises:
-      UserError: `start` names two runs for the same parameters, or none after a group's `=`.
+      UserError: `start` names two runs for the same parameters, or a group without a run.
     """
     entries = self.start.split(',') if _GROUP.search(self.start) else [self.start]
     workdirs: dict[str, str] = {}
@@ -148,7 +149,9 @@ class Config:
       match = _GROUP.match(entry)
       prefix = f'{match[1]}/' if match else ''
       if prefix in workdirs:
-        raise UserError(f"config.start is '{self.start}': two runs for the same parameters")
+        raise UserError(
+          f"config.start is '{self.start}': two runs for the same parameters; name one"
+        )
       workdirs[prefix] = entry[match.end() :] if match else entry
       if not workdirs[prefix]:
         raise UserError(f"config.start is '{self.start}': name a run after {entry}")
@@ -186,7 +189,7 @@ def from_dict(
       sizes = sizes * count
     if len(sizes) != count:
       raise UserError(f'config.{name} has {len(sizes)} entries for {count} stages {config.stages}')
-    if min(sizes, default=1) < 1:
+    if min(sizes) < 1:
       raise UserError(f'config.{name} is {sizes}: every stage needs at least 1')
     by_stage[name] = sizes
   config.optim.check_stages(count)
@@ -214,7 +217,7 @@ def differences(ours: Config, stored: Mapping[str, Any]) -> dict[str, tuple[Any,
 
   A field that did not exist when the other config was stored counts as its default.
   """
-  # A stored field that no longer exists is a difference.
+  # from_dict raises for a stored field that no longer exists: it is a difference.
   with contextlib.suppress(UserError):
     stored = to_dict(from_dict(stored, type(ours.model), type(ours.sample)))
   old, new = flatten(stored), flatten(to_dict(ours))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vpe_jax.contracts import Samples
+from vpe_jax.contracts import Samples, UserError
 from vpe_jax.data.embedded import distractors, scenes
 from vpe_jax.data.records import Record, Split, Truth, render
 from vpe_jax.evaluation.evaluator import Subject
@@ -193,7 +193,7 @@ def make_trials(count: int, split: Split, seed: int = 0) -> tuple[list[Trial], l
     The trials and their records, in the same order.
 
   Raises:
-    ValueError: the split has too few captions.
+    UserError: the split has too few captions.
   """
   pool: dict[str, Record] = {}
   source = scenes.Scenes(max(_POOL * count, 256), split, seed)
@@ -209,7 +209,10 @@ def make_trials(count: int, split: Split, seed: int = 0) -> tuple[list[Trial], l
       trials.append(trial)
       records.append(record)
   if len(trials) < count:
-    raise ValueError(f'only {len(trials)} captions in {len(source)} scenes of {split}')
+    raise UserError(
+      f'captions={count}: the first {len(source)} scenes of the split {split} have only '
+      f'{len(trials)} different captions: lower it'
+    )
   return trials, records
 
 

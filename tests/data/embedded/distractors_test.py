@@ -12,7 +12,7 @@ from vpe_jax.data.embedded.distractors import distractors, relation_distractors
 from vpe_jax.data.embedded.synthetic import Synthetic
 from vpe_jax.data.records import SPLITS
 
-_COUNTS = {'a', 'an', 'two', 'three', 'four', 'is', 'are', 'there'}
+_COUNT_WORDS = {'a', 'an', 'two', 'three', 'four', 'is', 'are', 'there'}
 
 
 def _nouns():
@@ -38,7 +38,7 @@ def test_only_words_of_the_kind_change(kind):
   allowed = {
     'object': _nouns() | {'a', 'an'},
     'colour': set(shapes.COLOURS) | {'blue', 'green', 'yellow', 'pink', 'gray', 'a', 'an'},
-    'count': _COUNTS | _nouns(),
+    'count': _COUNT_WORDS | _nouns(),
   }[kind]
   checked = 0
   for index in range(200):
@@ -64,7 +64,7 @@ def test_only_stated_relations_have_relation_distractors():
   assert total > 50
 
 
-def test_emoji_distractors_keep_group_and_tone():
+def test_emoji_distractors_of_kind_object_keep_the_skin_tone():
   source = openmoji.OpenMoji(count=200)
   for index in range(200):
     wrong = distractors(source[index], 8, seed=0)
@@ -75,7 +75,7 @@ def test_emoji_distractors_keep_group_and_tone():
         assert all(tone in caption for tone in tones)
 
 
-def test_the_seed_selects():
+def test_the_seed_selects_the_distractors():
   record = scenes.scene(0, 0)
   assert distractors(record, 8, 0) == distractors(record, 8, 0) != distractors(record, 8, 1)
 

@@ -1,5 +1,7 @@
 """Rows that tables of several families share: layers and models with equal tensor names."""
 
+from collections.abc import Iterator
+
 from vpe_jax.checkpoints.table import Row, Table
 
 PATCHES = 'D C p q -> (p q C) D'  # a convolution whose stride equals its kernel size
@@ -37,17 +39,17 @@ def mlp(source: str, target: str) -> tuple[Row, ...]:
   return (*dense(f'{source}.fc1', f'{target}/up'), *dense(f'{source}.fc2', f'{target}/down'))
 
 
+def _projections(source: str, target: str) -> Iterator[Row]:
+  for name in 'qkv':
+    yield from dense(
+      f'{source}.self_attn.{name}_proj', f'{target}/{name}', TO_HEADS, '(N H) -> N H'
+    )
+
+
 def encoder_layer(source: str, target: str) -> tuple[Row, ...]:
   """A layer of models/vit.py, with transformers' names for SigLIP and CLIP."""
-  projections = (
-    row
-    for name in 'qkv'
-    for row in dense(
-      f'{source}.self_attn.{name}_proj', f'{target}/attention/{name}', TO_HEADS, '(N H) -> N H'
-    )
-  )
   return (
-    *projections,
+    *_projections(source, f'{target}/attention'),
     *dense(f'{source}.self_attn.out_proj', f'{target}/attention/o', FROM_HEADS),
     *layer_norm(f'{source}.layer_norm1', f'{target}/attention_norm'),
     *layer_norm(f'{source}.layer_norm2', f'{target}/mlp_norm'),
@@ -60,22 +62,15 @@ def decoder_layer(source: str, target: str) -> tuple[Row, ...]:
 
   Rows of biases and of q and k norms have no effect on networks without them.
   """
-  projections = (
-    row
-    for name in 'qkv'
-    for row in dense(
-      f'{source}.self_attn.{name}_proj', f'{target}/{name}', TO_HEADS, '(N H) -> N H'
-    )
-  )
   return (
-    *projections,
+    *_projections(source, target),
     *linear(f'{source}.self_attn.o_proj', f'{target}/o', FROM_HEADS),
     *rms_norm(f'{source}.self_attn.q_norm', f'{target}/q_norm'),
     *rms_norm(f'{source}.self_attn.k_norm', f'{target}/k_norm'),
     *(
       row
-      for n in ('gate', 'up', 'down')
-      for row in linear(f'{source}.mlp.{n}_proj', f'{target}/{n}')
+      for name in ('gate', 'up', 'down')
+      for row in linear(f'{source}.mlp.{name}_proj', f'{target}/{name}')
     ),
     *rms_norm(f'{source}.input_layernorm', f'{target}/attention_norm'),
     *rms_norm(f'{source}.post_attention_layernorm', f'{target}/mlp_norm'),

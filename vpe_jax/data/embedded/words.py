@@ -19,18 +19,18 @@ from vpe_jax.storage import stable_hash
 
 GROUP = 'words'
 INKS = ('red', 'green', 'blue', 'purple', 'brown', 'black')  # legible on all backgrounds
-_GROUNDS = ('white', *shapes.TINTS)
+_BACKGROUNDS = ('white', *shapes.TINTS)
 _SHARES = {1: 0.5, 2: 0.3, 3: 0.2}  # number of words -> share of images
-_MARGIN = 0.04
+_MARGIN = 0.04  # as a fraction of the side
 _MAX_EM, _LEGIBLE_EM = 0.6, 0.18  # font sizes, as fractions of the side
 _MIN_FIT = 0.75  # minimum font size, as a fraction of the largest that fits
 _GAP = 0.22  # space between lines, in ems
 _TINTED_SHARE, _FADED_SHARE = 0.5, 0.4  # share of tinted backgrounds, and of gradients among them
-_WORDINGS = 4096
+_WORDINGS = 4096  # number of phrasings
 
 _FRAMES = (
   'the {words} {quote}',
-  'the {words} {quote}',
+  'the {words} {quote}',  # twice: double weight
   'a picture of the {words} {quote}',
   'a sign that says {quote}',
   'a poster that reads {quote}',
@@ -41,8 +41,7 @@ _STATED_SHARE = 0.6  # share of captions that state the ink colour, and that sta
 class Words(ProceduralSource):
   """Images of written words of one split.
 
-  `train` excludes held-out words and held-out combinations: two words in one image, a word in a
-  font.
+  `train` excludes held-out words, held-out pairs of words, and held-out pairs of word and font.
   """
 
   def compose(self, index: int) -> Record:
@@ -75,13 +74,13 @@ def caption(truth: Truth, wording: int) -> str:
   """The caption of an image of written words; `wording` selects the phrasing."""
   choose = random.Random(stable_hash('wording of words', wording))
   frame = choose.choice(_FRAMES)
-  states_ink, states_ground = choose.random() < _STATED_SHARE, choose.random() < _STATED_SHARE
+  states_ink, states_background = choose.random() < _STATED_SHARE, choose.random() < _STATED_SHARE
   writing = truth.writing
   quote = '"' + ' '.join(word.text for word in writing.words) + '"'
   text = frame.format(words='word' if len(writing.words) == 1 else 'words', quote=quote)
   font = f'{writing.colour} {writing.font}' if states_ink else writing.font
   text += f' in {with_article(font)} font'
-  if not states_ground:
+  if not states_background:
     return text
   return f'{text} on {truth.ground}' + (f' and {truth.fade}' if truth.fade else '')
 
@@ -95,7 +94,7 @@ def _compose(rng: random.Random, split: Split) -> Truth:
   ground, fade = 'white', ''
   if rng.random() < _TINTED_SHARE:
     ground = rng.choice(tuple(shapes.TINTS))
-    others = [name for name in _GROUNDS if name != ground]
+    others = [name for name in _BACKGROUNDS if name != ground]
     fade = rng.choice(others) if rng.random() < _FADED_SHARE else ''
   words = _place_words(rng, font, texts)
   return Truth((), ground=ground, fade=fade, writing=Writing(words, font, colour))
@@ -114,7 +113,7 @@ def _place_words(rng: random.Random, font: str, texts: list[str]) -> tuple[Word,
   is_centred, words = rng.random() < 0.5, []
   for text, ink in zip(texts, inks, strict=True):
     line_width, line_height = (ink[2] - ink[0]) * em, (ink[3] - ink[1]) * em
-    start = left + (width * em - line_width) / 2 if is_centred else left
-    words.append(Word(text, (start, top, start + line_width, top + line_height)))
+    line_left = left + (width * em - line_width) / 2 if is_centred else left
+    words.append(Word(text, (line_left, top, line_left + line_width, top + line_height)))
     top += line_height + _GAP * em
   return tuple(words)

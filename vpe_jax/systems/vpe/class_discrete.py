@@ -3,7 +3,7 @@
 Imagine Before You Draw (arXiv 2606.04457) puts the codes of a visual prompt between the class and
 the image's own codes: `[cls] s_1 .. s_P z_1 .. z_N`, no tokens between. In training each s_j is
 masked with a probability that falls over the steps (Eq. 2): a pad embedding replaces it, and it is
-no target. Early on the network learns to generate from the class alone, later from the visual
+no target. Early on, the network learns to generate from the class alone, later from the visual
 prompt that it has learned to write.
 """
 
@@ -84,7 +84,7 @@ class ModelConfig(ImageCodeCodecs):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(TokenSampling):
-  """Settings of the tokens of visual prompt and image.
+  """Sampling settings of visual-prompt and image tokens.
 
   Attributes:
     guidance: classifier-free guidance scale of the image; 1 is off, 0 leaves the condition out.
@@ -102,7 +102,7 @@ class Sampling(TokenSampling):
 class System(ImageSystem):
   """See vpe_jax.contracts.System."""
 
-  plan_rankers = ('likelihood',)  # A class is a number, which no text tower compares.
+  plan_rankers = ('likelihood',)  # The text tower can't embed classes.
 
   logical_axes = (
     (r'embed/(classes|codes|prefix)', ('vocab', 'embed')),
@@ -223,7 +223,7 @@ class System(ImageSystem):
     return llamagen_sampler.plan_likelihood(self.model, params, request)
 
   def tokens(self, stage: Stage) -> int:
-    """Tokens that the network runs over: all of a sequence but the last."""
+    """Input tokens: all of the sequence except the last."""
     del stage
     return self.model.config.prefix_tokens + self.model.config.image_tokens
 

@@ -1,7 +1,7 @@
 """The system of a unified model: losses, sampling and visual prompts of t2i and edit.
 
-It is put together from parts: the experts (internal.py, external.py), the codecs, the conditions
-that training drops (dropping.py), and a guidance rule. text_to_image.py and editing.py choose them.
+text_to_image.py and editing.py choose its parts: the experts (internal.py, external.py), the
+codecs, the conditions that training drops (dropping.py), and a guidance rule.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     return self.model.config.references
 
   def inherit(self, params: Params, frozen: Params, rng: Array) -> Params:
-    """Text and code embeddings from the frozen codecs, where `model.inherit` asks for it."""
+    """Replaces text and code embeddings by the frozen codecs', if `model.inherit` is set."""
     if not self.initialization.from_frozen:
       return params
     c, keys = self.config.model, jax.random.split(rng)
-    rows = lambda table, key: _rotated(table, key, c.ar.width, c.inherit)
-    text = rows(frozen['siglip']['text']['token'], keys[0])
-    codes = rows(unit(frozen['feature_vq']['codebook']), keys[1])
+    embeddings = lambda table, key: _rotated(table, key, c.ar.width, c.inherit)
+    text = embeddings(frozen['siglip']['text']['token'], keys[0])
+    codes = embeddings(unit(frozen['feature_vq']['codebook']), keys[1])
     embed = params['embed']
     embed = embed | {'text': text, 'codes': embed['codes'].at[: self.codes].set(codes)}
     return params | {'embed': embed}
@@ -148,7 +148,7 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
   def losses(
     self, params: Params, frozen: Params, batch: Batch, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
-    """`next_token` (nats) with `accuracy` of its argmax (logged), and `flow`: the stage's own."""
+    """The stage's losses: `next_token` (nats), and `flow`; `accuracy` (argmax) is only logged."""
     if self.config.unroll:
       params = self.model.prepare(params)
     batch = dataclasses.replace(batch, encoded=self.encoded(frozen, batch, rng))
@@ -205,13 +205,13 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     return autoregressive.log_likelihood(logits, codes)
 
   def plan_similarity(self, frozen: Params, request: Batch) -> Array:
-    """Cosines [B] of SigLIP's pooled vector of each visual prompt and its text vector."""
-    image = self.visual_prompt.embed_codes(frozen, request.encoded['visual_prompt'])
+    """Cosine similarities [B] of each visual prompt and its caption, embedded by SigLIP."""
+    visual_prompt = self.visual_prompt.embed_codes(frozen, request.encoded['visual_prompt'])
     text = (request.inputs['text'], request.inputs['text_length'])
-    return jnp.einsum('BD,BD->B', image, self.visual_prompt.embed_text(frozen, *text))
+    return jnp.einsum('BD,BD->B', visual_prompt, self.visual_prompt.embed_text(frozen, *text))
 
   def similarity(self, frozen: Params, images: Array, inputs: Mapping[str, Array]) -> Array:
-    """Cosines [B, B] of images [B, R, R, 3] in [0, 1] and captions, by the frozen SigLIP."""
+    """Cosine similarities [B, B] of images [B, R, R, 3] in [0, 1] (axis 0) x captions (axis 1)."""
     siglip = self.visual_prompt.siglip
     side = self.config.model.visual_prompt.siglip.image_size
     variables = {'params': frozen['siglip']}
@@ -239,7 +239,7 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     return (noisy, 1.0 - time), target
 
   def _next_token(self, params: Params, hidden: Array, region: Region) -> tuple[Array, Array]:
-    """Summed cross-entropy of the visual prompt, and the number of codes its argmax hits."""
+    """Summed cross-entropy of the visual prompt and [eot], and how many of them the argmax hits."""
     first, last = self.layout.place('bot')[0], self.layout.place('codes')[1]
     return next_token.cross_entropy(
       hidden[:, first:last],
@@ -251,7 +251,10 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
 
 
 def _rotated(table: Array, key: Array, width: int, scale: float) -> Array:
-  """A table [V, W] without its mean at another width [V, D]: distances stay in proportion."""
+  """Centres a table [V, W], rotates it to width D, and scales it to standard deviation `scale`.
+
+  A rotation keeps distances in proportion; where D < W it ends in a projection.
+  """
   W = table.shape[1]
   rotation = jax.random.orthogonal(key, max(width, W))[:W, :width]
   table = table.astype(jnp.float32)
