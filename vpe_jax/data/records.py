@@ -91,7 +91,7 @@ class Truth:
   Attributes:
     clusters: the objects, grouped as the caption names them.
     relations: spatial relations between two clusters; empty for a single cluster.
-    ground: name of the background colour: `white` or a key of vpe_jax.data.embedded.shapes.TINTS.
+    background: colour name of the background, `white` or a key of TINTS (data/embedded/shapes.py).
     base: for an OpenMoji variant, the code of its base emoji; else empty.
     variant: attributes that distinguish a variant from its base, such as `('dark skin tone',)`.
     fade: name of the background colour at the bottom if the background is a gradient; else empty.
@@ -100,7 +100,7 @@ class Truth:
 
   clusters: tuple[Cluster, ...]
   relations: tuple[Relation, ...] = ()
-  ground: str = 'white'
+  background: str = 'white'
   base: str = ''
   variant: tuple[str, ...] = ()
   fade: str = ''

@@ -35,8 +35,8 @@ def read_image(file: str | Path | BinaryIO, name: str = '') -> np.ndarray:
     raise
   except Exception as error:  # Decoders raise errors of many types on broken files.
     raise _unreadable(name or file, error) from error
-  ground = Image.new('RGBA', upright.size, 'white')
-  return np.array(Image.alpha_composite(ground, upright).convert('RGB'))
+  background = Image.new('RGBA', upright.size, 'white')
+  return np.array(Image.alpha_composite(background, upright).convert('RGB'))
 
 
 def read_size(file: str | Path | BinaryIO, name: str = '') -> tuple[int, int]:

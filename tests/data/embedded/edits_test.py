@@ -53,7 +53,7 @@ def test_one_cluster_differs_and_the_instruction_names_it(sample):
   for record in sample:
     before, after, caption = _objects(record.edit.before), _objects(record.truth), record.caption
     removed, added = before - after, after - before
-    assert record.edit.before.ground == record.truth.ground
+    assert record.edit.before.background == record.truth.background
     names = [{name for name, _, _ in part} for part in (removed, added)]
     expected = {
       'add': (0, 1),

@@ -56,7 +56,7 @@ def test_only_one_detail_changes(records, monkeypatch):
     for truth in truths:
       assert truth.relations == record.truth.relations
       pairs = zip(truth.clusters, record.truth.clusters, strict=True)
-      changed = sum(a != b for a, b in pairs) + (truth.ground != record.truth.ground)
+      changed = sum(a != b for a, b in pairs) + (truth.background != record.truth.background)
       assert changed <= 1
 
 

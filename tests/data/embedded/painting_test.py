@@ -19,7 +19,7 @@ def test_objects_fill_their_boxes(size):
       Cluster('square', 'shape', (_LEFT,), colour='red'),
       Cluster('square', 'shape', (_RIGHT,), colour='blue'),
     ),
-    ground='light gray',
+    background='light gray',
   )
   image = Painting(truth).render(size)
   assert image.shape == (size, size, 3) and image.dtype == np.uint8

@@ -70,8 +70,8 @@ def test_captions_name_objects_colours_and_counts(sample):
       assert noun in record.caption
       assert cluster.colour is None or cluster.colour in words
       assert any(number in words for number in _NUMBERS[cluster.count])
-    if record.truth.ground != 'white':
-      assert record.truth.ground in record.caption
+    if record.truth.background != 'white':
+      assert record.truth.background in record.caption
     assert record.caption == wording.caption(record.truth, record.wording)
 
 
@@ -88,7 +88,7 @@ def test_sizes_differ_visibly(sample):
 
 def test_scenes_are_varied(sample):
   truths = [record.truth for record in sample]
-  assert {t.ground for t in truths} == {'white', *shapes.TINTS}
+  assert {t.background for t in truths} == {'white', *shapes.TINTS}
   assert {c.count for t in truths for c in t.clusters} == {1, 2, 3, 4}
   assert {c.colour for t in truths for c in t.clusters} == {None, *shapes.COLOURS}
   assert len({c.name for t in truths for c in t.clusters}) > 100

@@ -25,8 +25,8 @@ def test_shapes_differ():
 
 
 def test_colours_and_backgrounds_are_distinct():
-  grounds = {'white': shapes.WHITE} | shapes.TINTS
-  for (a, x), (b, y) in itertools.combinations((shapes.COLOURS | grounds).items(), 2):
-    both_grounds = a in grounds and b in grounds
-    if (a, b) not in shapes.CLASHES and not both_grounds:
+  backgrounds = {'white': shapes.WHITE} | shapes.TINTS
+  for (a, x), (b, y) in itertools.combinations((shapes.COLOURS | backgrounds).items(), 2):
+    both_backgrounds = a in backgrounds and b in backgrounds
+    if (a, b) not in shapes.CLASHES and not both_backgrounds:
       assert np.linalg.norm(np.subtract(x, y)) > 60, (a, b)

@@ -36,7 +36,7 @@ def test_unstated_relations_are_not_mentioned():
 
 
 def test_a_near_miss_differs_in_one_word():
-  truth = Truth((_CIRCLES,), ground='light pink')
+  truth = Truth((_CIRCLES,), background='light pink')
   other = dataclasses.replace(truth, clusters=(dataclasses.replace(_CIRCLES, colour='blue'),))
   for n in range(50):
     assert wording.caption(truth, n).replace('red', 'blue') == wording.caption(other, n)

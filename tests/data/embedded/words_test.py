@@ -43,9 +43,9 @@ def test_captions_quote_the_words_and_name_the_font(sample):
     assert f' {written.font} font' in record.caption
     colours = [name for name in shapes.COLOURS if f' {name} {written.font} font' in record.caption]
     assert colours in ([], [written.colour])
-    _, on, ground = record.caption.rpartition(' font on ')
-    names = (record.truth.ground, record.truth.fade)
-    assert not on or ground == ' and '.join(filter(None, names))
+    _, on, background = record.caption.rpartition(' font on ')
+    names = (record.truth.background, record.truth.fade)
+    assert not on or background == ' and '.join(filter(None, names))
     assert record.caption == words.caption(record.truth, record.wording)
 
 
@@ -64,7 +64,8 @@ def test_ink_fills_its_boxes_and_touches_no_border(sample, size):
     truth = record.truth
     image = render(record, size).astype(int)
     top, bottom = (
-      np.array(shapes.ground_colour(name)) for name in (truth.ground, truth.fade or truth.ground)
+      np.array(shapes.background_colour(name))
+      for name in (truth.background, truth.fade or truth.background)
     )
     share = ((np.arange(size) + 0.5) / size)[:, None, None]
     has_ink = np.abs(image - (top + (bottom - top) * share)).max(-1) > 40
@@ -91,9 +92,9 @@ def _luminance(colour):
 
 def test_inks_contrast_with_every_background():
   """Contrast ratio of WCAG 2.1, which recommends 3 for large text; ours is 2.3 or more."""
-  for ink, ground in itertools.product(words.INKS, ('white', *shapes.TINTS)):
-    dark, light = _luminance(shapes.COLOURS[ink]), _luminance(shapes.ground_colour(ground))
-    assert (light + 0.05) / (dark + 0.05) > 2.2, (ink, ground)
+  for ink, background in itertools.product(words.INKS, ('white', *shapes.TINTS)):
+    dark, light = _luminance(shapes.COLOURS[ink]), _luminance(shapes.background_colour(background))
+    assert (light + 0.05) / (dark + 0.05) > 2.2, (ink, background)
 
 
 def test_images_are_varied(sample):
@@ -101,7 +102,7 @@ def test_images_are_varied(sample):
   assert {len(w.words) for w in writings} == {1, 2, 3}
   assert {w.font for w in writings} == set(fonts.FONTS)
   assert {w.colour for w in writings} == set(words.INKS)
-  assert {r.truth.ground for r in sample} == {'white', *shapes.TINTS}
+  assert {r.truth.background for r in sample} == {'white', *shapes.TINTS}
   assert {bool(r.truth.fade) for r in sample} == {True, False}
   assert {word.text for w in writings for word in w.words} == set(splits.trained_words())
   assert len({record.caption for record in sample}) > 580

@@ -77,9 +77,9 @@ def _changed_truths(truth: Truth, kind: str) -> Iterator[Truth]:
           changed = Relation(relation.first, word, relation.second, True)
           yield dataclasses.replace(truth, relations=(changed,))
     return
-  if kind == 'colour' and truth.ground != 'white':
+  if kind == 'colour' and truth.background != 'white':
     for tint in shapes.TINTS:
-      yield dataclasses.replace(truth, ground=tint)
+      yield dataclasses.replace(truth, background=tint)
   for place, cluster in enumerate(truth.clusters):
     room = scenes.MAX_OBJECTS - sum(c.count for i, c in enumerate(truth.clusters) if i != place)
     for other in _other_clusters(cluster, kind, room):

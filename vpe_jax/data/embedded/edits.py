@@ -78,7 +78,7 @@ def _add(rng: random.Random, truth: Truth) -> _Change | None:
   words = rng.choice(_ADDING).format(noun_phrase(new))
   words = f'{words} {relation_phrase(word, rng.random())} {known_phrase(other)}'
   after = dataclasses.replace(truth, relations=(relation,))
-  return _Change(Truth((other,), ground=truth.ground), after, words)
+  return _Change(Truth((other,), background=truth.background), after, words)
 
 
 def _remove(rng: random.Random, truth: Truth) -> _Change | None:
@@ -86,7 +86,7 @@ def _remove(rng: random.Random, truth: Truth) -> _Change | None:
     return None
   index = rng.randrange(2)
   words = rng.choice(_REMOVING).format(known_phrase(truth.clusters[index]))
-  return _Change(truth, Truth((truth.clusters[1 - index],), ground=truth.ground), words)
+  return _Change(truth, Truth((truth.clusters[1 - index],), background=truth.background), words)
 
 
 def _recolour(rng: random.Random, truth: Truth) -> _Change | None:
@@ -128,7 +128,7 @@ def _move(rng: random.Random, truth: Truth) -> _Change | None:
     if start == end:
       return None
     first, second = (
-      Truth((put(single[0], centre, side),), ground=truth.ground) for centre in (start, end)
+      Truth((put(single[0], centre, side),), background=truth.background) for centre in (start, end)
     )
     return _Change(first, second, f'{words} to the {_corner(end)} corner')
   anchor = put(single[1], start, rng.uniform(*_SIDES))
@@ -137,7 +137,7 @@ def _move(rng: random.Random, truth: Truth) -> _Change | None:
   ends += [((x, _LOW + _HIGH - y), 'above' if y == _HIGH else 'below')]
   rng.shuffle(ends)
   first, second = (
-    Truth((put(single[0], centre, side), anchor), (Relation(0, word, 1, True),), truth.ground)
+    Truth((put(single[0], centre, side), anchor), (Relation(0, word, 1, True),), truth.background)
     for centre, word in ends
   )
   relation = relation_phrase(ends[1][1], rng.random())
@@ -156,7 +156,7 @@ _KINDS: dict[str, Callable[[random.Random, Truth], _Change | None]] = {
 def _replace_cluster(truth: Truth, index: int, new: Cluster) -> Truth | None:
   """The scene with one cluster replaced; None if the new one would be hard to see or name."""
   looks = {(c.name, c.colour) for c in truth.clusters}
-  if (new.name, new.colour) in looks or (new.colour, truth.ground) in shapes.CLASHES:
+  if (new.name, new.colour) in looks or (new.colour, truth.background) in shapes.CLASHES:
     return None
   clusters = truth.clusters[:index] + (new,) + truth.clusters[index + 1 :]
   return dataclasses.replace(truth, clusters=clusters)

@@ -23,13 +23,13 @@ class Lettering:
   def render(self, size: int) -> np.ndarray:
     """The image as uint8 [size, size, 3]."""
     truth = self.truth
-    top = np.array(shapes.ground_colour(truth.ground), np.float32)
-    bottom = np.array(shapes.ground_colour(truth.fade or truth.ground), np.float32)
+    top = np.array(shapes.background_colour(truth.background), np.float32)
+    bottom = np.array(shapes.background_colour(truth.fade or truth.background), np.float32)
     share = ((np.arange(size) + 0.5) / size)[:, None, None]
-    ground = np.broadcast_to(top + (bottom - top) * share, (size, size, 3))
+    background = np.broadcast_to(top + (bottom - top) * share, (size, size, 3))
     ink = np.array(shapes.COLOURS[truth.writing.colour], np.float32)
     coverage = _coverage(truth.writing, size)[..., None]
-    return np.rint(ground + (ink - ground) * coverage).astype(np.uint8)
+    return np.rint(background + (ink - background) * coverage).astype(np.uint8)
 
 
 def _coverage(writing: Writing, size: int) -> np.ndarray:

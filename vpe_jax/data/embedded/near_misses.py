@@ -47,10 +47,11 @@ def _changed(truth: Truth, rng: random.Random) -> Truth:
   kind = rng.choice(_KINDS)
   place = rng.randrange(len(truth.clusters))
   cluster = truth.clusters[place]
-  if kind == 'colour' and (not cluster.colour or (truth.ground != 'white' and rng.random() < 0.4)):
-    if truth.ground == 'white':
+  tinted = truth.background != 'white'
+  if kind == 'colour' and (not cluster.colour or (tinted and rng.random() < 0.4)):
+    if not tinted:
       return truth
-    return dataclasses.replace(truth, ground=rng.choice(tuple(shapes.TINTS)))
+    return dataclasses.replace(truth, background=rng.choice(tuple(shapes.TINTS)))
   if kind == 'colour':
     other = dataclasses.replace(cluster, colour=rng.choice(tuple(shapes.COLOURS)))
   elif kind == 'count':

@@ -19,7 +19,7 @@ class Painting:
   def render(self, size: int) -> np.ndarray:
     """The scene as uint8 [size, size, 3]."""
     canvas = np.empty((size, size, 3), np.uint8)
-    canvas[:] = shapes.ground_colour(self.truth.ground)
+    canvas[:] = shapes.background_colour(self.truth.background)
     for cluster in self.truth.clusters:
       for left, top, right, bottom in cluster.boxes:
         side = max(1, round(max(right - left, bottom - top) * size))

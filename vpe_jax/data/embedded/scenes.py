@@ -117,16 +117,16 @@ def compose(rng: random.Random, split: Split) -> Truth:
     index = rng.choice(indices)
     clusters[index] = dataclasses.replace(clusters[index], name=name, code=vocabulary.emoji()[name])
   rng.shuffle(clusters)
-  ground = rng.choice(tuple(shapes.TINTS)) if rng.random() < _TINTED_SHARE else 'white'
-  if any((cluster.colour, ground) in shapes.CLASHES for cluster in clusters):
-    ground = 'white'
+  background = rng.choice(tuple(shapes.TINTS)) if rng.random() < _TINTED_SHARE else 'white'
+  if any((cluster.colour, background) in shapes.CLASHES for cluster in clusters):
+    background = 'white'
   if len(clusters) == 1:
-    return Truth((_place_single(rng, clusters[0]),), ground=ground)
+    return Truth((_place_single(rng, clusters[0]),), background=background)
   if clusters[0].name == clusters[1].name and clusters[0].colour == clusters[1].colour:
     return compose(rng, split)
   word = rng.choice(tuple(splits.OPPOSITE))
   pair = _place_pair(rng, clusters, word)
-  return Truth(pair, (Relation(0, word, 1, rng.random() < _STATED_SHARE),), ground)
+  return Truth(pair, (Relation(0, word, 1, rng.random() < _STATED_SHARE),), background)
 
 
 def _sample_layout(rng: random.Random) -> tuple[str, ...]:

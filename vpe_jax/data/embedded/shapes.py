@@ -70,6 +70,6 @@ def svg(shape: str, colour: str) -> str:
   )
 
 
-def ground_colour(name: str) -> tuple[int, int, int]:
+def background_colour(name: str) -> tuple[int, int, int]:
   """RGB values of `white` or of a tint."""
   return WHITE if name == 'white' else TINTS[name]

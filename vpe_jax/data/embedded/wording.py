@@ -32,7 +32,7 @@ _RELATIONS = {
   'below': ('below', 'under', 'beneath'),
 }
 _TOGETHER = ('{} and {}', '{} and {}', '{} next to {}', '{} with {}')
-_GROUNDS = ('on a {} background', 'on {}', 'against a {} background')
+_BACKGROUNDS = ('on a {} background', 'on {}', 'against a {} background')
 _SIZES = {'small': ('small', 'small', 'little'), 'large': ('large', 'big', 'large')}
 
 _EMOJI_FRAMES = (
@@ -51,7 +51,7 @@ def caption(truth: Truth, wording: int) -> str:
   """The caption of a scene, in the words that the number `wording` chooses."""
   # All choices are sampled even if unused, so that other truths get the same wording.
   choose = random.Random(stable_hash('wording', wording))
-  frame, relation, together, ground = (choose.random() for _ in range(4))
+  frame, relation, together, background = (choose.random() for _ in range(4))
   sizes = choose.random()
   mentions_white = choose.random() < 0.2
   phrases = [noun_phrase(cluster, int(3 * sizes)) for cluster in truth.clusters]
@@ -63,8 +63,8 @@ def caption(truth: Truth, wording: int) -> str:
     body = _pick(_TOGETHER, together).format(*phrases)
   be = 'is' if truth.clusters[0].count == 1 else 'are'
   text = _pick(_FRAMES, frame).format(body, be=be)
-  if truth.ground != 'white' or mentions_white:
-    text += ' ' + _pick(_GROUNDS, ground).format(truth.ground)
+  if truth.background != 'white' or mentions_white:
+    text += ' ' + _pick(_BACKGROUNDS, background).format(truth.background)
   return text
 
 

@@ -82,7 +82,7 @@ def caption(truth: Truth, wording: int) -> str:
   text += f' in {with_article(font)} font'
   if not states_background:
     return text
-  return f'{text} on {truth.ground}' + (f' and {truth.fade}' if truth.fade else '')
+  return f'{text} on {truth.background}' + (f' and {truth.fade}' if truth.fade else '')
 
 
 def _compose(rng: random.Random, split: Split) -> Truth:
@@ -91,13 +91,13 @@ def _compose(rng: random.Random, split: Split) -> Truth:
   if split == 'concept':
     texts[rng.randrange(count)] = rng.choice(splits.held_out_words())
   font, colour = rng.choice(fonts.FONTS), rng.choice(INKS)
-  ground, fade = 'white', ''
+  background, fade = 'white', ''
   if rng.random() < _TINTED_SHARE:
-    ground = rng.choice(tuple(shapes.TINTS))
-    others = [name for name in _BACKGROUNDS if name != ground]
+    background = rng.choice(tuple(shapes.TINTS))
+    others = [name for name in _BACKGROUNDS if name != background]
     fade = rng.choice(others) if rng.random() < _FADED_SHARE else ''
   words = _place_words(rng, font, texts)
-  return Truth((), ground=ground, fade=fade, writing=Writing(words, font, colour))
+  return Truth((), background=background, fade=fade, writing=Writing(words, font, colour))
 
 
 def _place_words(rng: random.Random, font: str, texts: list[str]) -> tuple[Word, ...]:
