@@ -106,6 +106,11 @@ def test_features_equal_those_of_transformers(saved):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  'saved',
+  ['siglip2', *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ('dinov2', 'clip'))],
+  indirect=True,
+)
 def test_a_quantiser_is_trained_and_a_generator_reads_its_codes(saved, tmp_path):
   encoder, _, folder = saved
   system = _codec_system(saved)

@@ -34,7 +34,12 @@ def _system(arg: str, expert: dict, head: dict, **changes) -> System:
 
 @pytest.mark.parametrize(
   'arg, stage',
-  [('debug', 0), ('debug', 1), ('debug,arch=single', 1), ('debug,arch=single,vpe=false', 0)],
+  [
+    ('debug', 1),
+    ('debug,arch=single,vpe=false', 0),
+    pytest.param('debug', 0, marks=pytest.mark.exhaustive),
+    pytest.param('debug,arch=single', 1, marks=pytest.mark.exhaustive),
+  ],
 )
 def test_model_flops_equal_the_compiled_dots(arg, stage):
   """Without scans, recomputation, attention kernels and sharding, both count the same products."""
@@ -47,7 +52,9 @@ def test_model_flops_equal_the_compiled_dots(arg, stage):
   assert step_flops(system, system.stages[stage], 4).total == pytest.approx(work.flops, rel=0.03)
 
 
-@pytest.mark.parametrize('arg', ['debug', 'debug,vpe=false'])
+@pytest.mark.parametrize(
+  'arg', ['debug', pytest.param('debug,vpe=false', marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize('config_file', [c2i_discrete, c2i_continuous])
 def test_model_flops_of_class_to_image_equal_the_compiled_dots(config_file, arg):
   config = config_file.get_config(arg)
