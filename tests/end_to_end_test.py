@@ -28,6 +28,7 @@ LENGTH = (
   f'--config.steps=({PLAN}, {JOINT})',
   f'--config.checkpoint.every={EVERY}',
   '--config.evals.sample_grid.every=0',
+  '--config.evals.heldout.every=0',
 )
 SPEEDS = re.compile(r'time|_per_s|mfu')
 
@@ -228,25 +229,33 @@ def test_a_run_killed_three_times_equals_an_uninterrupted_run(
   _assert_same_run(workdir, finished)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_run_saves_on_a_signal_and_resumes_later(
-  start: Callable[..., Process], finished: Path, tmp_path: Path, number: signal.Signals
-) -> None:
-  workdir = tmp_path / 'run'
-  process = start(workdir)
+def _stop(process: Process, workdir: Path, number: signal.Signals) -> int:
+  """Sends a signal to a run in its first stage; returns the step that it saves before it ends."""
   process.until(lambda: _has(workdir, 'plan', 3))
   process.send(number)
   assert process.wait() == 0, process.text()
   # launch/tpu_pod.sh looks for a line with this beginning.
   message = re.search(r'^preempted: saved step (\d+)', process.text(), re.MULTILINE)
   assert message, process.text()
-  assert _saved(workdir)[-1] == int(message[1]) < PLAN + JOINT
-  assert len(_records(workdir)) == int(message[1])
+  step = int(message[1])
+  assert _saved(workdir)[-1] == step < PLAN + JOINT
+  assert len(_records(workdir)) == step
+  return step
 
+
+def test_a_run_saves_on_sigterm_and_resumes_later(
+  start: Callable[..., Process], finished: Path, tmp_path: Path
+) -> None:
+  workdir = tmp_path / 'run'
+  step = _stop(start(workdir), workdir, signal.SIGTERM)
   process = start(workdir)
   assert process.wait() == 0, process.text()
-  assert _resumed(process) == int(message[1])
+  assert _resumed(process) == step
   _assert_same_run(workdir, finished)
+
+
+def test_a_run_saves_on_ctrl_c(start: Callable[..., Process], tmp_path: Path) -> None:
+  _stop(start(tmp_path / 'run'), tmp_path / 'run', signal.SIGINT)
 
 
 def _listing(folder: Path) -> dict[str, tuple[int, int]]:
