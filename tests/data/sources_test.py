@@ -67,8 +67,8 @@ def test_mixture_ends():
   'config, split, message',
   [
     ({'source': 'scene'}, 'train', "did you mean 'scenes'"),
-    ({'source': 'folder:'}, 'train', 'the path of a folder'),
-    ({'source': 'tfds:'}, 'train', 'the name of a data set'),
+    ({'source': 'folder:'}, 'train', 'folder:PATH'),
+    ({'source': 'tfds:'}, 'train', 'tfds:NAME'),
     ({'source': 'tfds:x'}, 'concept', 'no held-out split'),
     ({'source': 'folder:gs://x'}, 'train', 'gs://x .*gcsfuse'),
     ({'source': 'folders:x', 'root': 'gs://x'}, 'train', 'gs://x.*gcsfuse'),
