@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up this clone and checks it: style, the whole test suite, and on Python 3.12, if it is
-# installed, the imports and a short training run. Can be run again: nothing is installed twice.
+# Sets up this clone and checks it: style, all tests but `exhaustive` ones, and on Python 3.12, if it
+# is installed, the imports and a short training run. Can be run again: nothing is installed twice.
 #
 #   bash launch/test.sh [arguments for pytest, such as tests/data or -m "not slow"]
 #
