@@ -1,7 +1,7 @@
-r"""SigLIP on images and captions; `judge` is a second one that only evaluates images.
+r"""SigLIP on images and captions; `evaluator_network` is a second one that only evaluates images.
 
   python -m vpe_jax.main --config=configs/siglip.py
-  python -m vpe_jax.main --config=configs/siglip.py:judge
+  python -m vpe_jax.main --config=configs/siglip.py:evaluator_network
 
 Results of the shipped weights: configs/README.md.
 """
@@ -15,11 +15,11 @@ from configs import common
 
 def get_config(arg: str = '') -> ConfigDict:
   """The config of a preset."""
-  preset, _ = common.parse_arg(arg, ('tiny', 'judge', 'debug'))
+  preset, _ = common.parse_arg(arg, ('tiny', 'evaluator_network', 'debug'))
   config = ConfigDict({'name': 'siglip', 'preset': preset, 'system': 'siglip', 'seed': 0})
   config.stages = ('align',)
   config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 32}
-  {'tiny': _tiny, 'judge': _judge, 'debug': _debug}[preset](config)
+  {'tiny': _tiny, 'evaluator_network': _evaluator_network, 'debug': _debug}[preset](config)
   return config
 
 
@@ -31,7 +31,7 @@ def _tiny(config: ConfigDict) -> None:
   config.evals = {'heldout': {'every': 100}}
 
 
-def _judge(config: ConfigDict) -> None:
+def _evaluator_network(config: ConfigDict) -> None:
   """Scenes alone, at another resolution and patch size, beside captions wrong in one detail."""
   _tiny(config)
   config.seed = 1234

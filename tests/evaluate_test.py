@@ -34,7 +34,7 @@ def command(monkeypatch, fake_subject):
   cls = type('Flags', (types.SimpleNamespace,), {})
   cls.__getitem__ = lambda self, name: types.SimpleNamespace(value=vars(self)[name], present=True)
   flags = cls(workdir=[], benchmarks=[], set=[], captions=2, splits=['concept'], seed=0)
-  flags.judge, flags.out, flags.evaluated, flags.subjects = '', None, [], {}
+  flags.evaluator_network, flags.out, flags.evaluated, flags.subjects = '', None, [], {}
   flags.load_fails = False
   monkeypatch.setattr(evaluate, 'FLAGS', flags)
   monkeypatch.setattr(evaluate.front_door, 'flags', types.SimpleNamespace(FLAGS=flags))

@@ -98,7 +98,7 @@ def unused_accelerator_warning(root: str = '') -> str | None:
   """
   if jax.default_backend() != 'cpu':
     return None
-  if glob.glob(f'{root}/dev/nvidia[0-9]*'):
+  if _has_nvidia(root):
     name, extra = 'NVIDIA', 'cuda'
   elif _has_tpu(root):
     name, extra = 'TPU', 'tpu'
@@ -120,10 +120,14 @@ def skip_absent_tpu(root: str = '') -> None:
     root: root of the file system, for tests.
   """
   chosen = os.environ.get('JAX_PLATFORMS') or jax.config.jax_platforms
-  if chosen or _has_tpu(root) or glob.glob(f'{root}/dev/nvidia[0-9]*'):
+  if chosen or _has_tpu(root) or _has_nvidia(root):
     return
   if importlib.util.find_spec('libtpu') is not None:
     jax.config.update('jax_platforms', 'cpu')
+
+
+def _has_nvidia(root: str) -> bool:
+  return bool(glob.glob(f'{root}/dev/nvidia[0-9]*'))
 
 
 def _has_tpu(root: str) -> bool:

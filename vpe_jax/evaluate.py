@@ -29,7 +29,7 @@ from vpe_jax.evaluation import runner
 from vpe_jax.evaluation.evaluator import Evaluator, Subject
 
 FLAGS = flags.FLAGS
-_SHARED = ('captions', 'splits', 'seed', 'judge')  # options of several evaluators
+_SHARED = ('captions', 'splits', 'seed', 'evaluator_network')  # options of several evaluators
 
 
 def _define_flags() -> None:
@@ -43,7 +43,7 @@ def _define_flags() -> None:
   flags.DEFINE_list('splits', ['combination', 'concept'], 'held-out splits')
   flags.DEFINE_integer('seed', 0, 'seed of the captions and of sampling')
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'EMA weights or raw weights')
-  flags.DEFINE_string('judge', 'assets:judge', 'weights of the evaluator network (a SigLIP)')
+  flags.DEFINE_string('evaluator_network', 'assets:evaluator_network', 'its weights (a SigLIP)')
   flags.DEFINE_string('out', None, 'folder for the reports (default: RUN/evaluation)')
   flags.DEFINE_integer('batch_size', 32, 'images per batch of sampling, at least 4')
   front_door.define_settings()

@@ -26,7 +26,7 @@ from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.checkpoints import model as model_lib
 from vpe_jax.checkpoints import weights as weights_io
 from vpe_jax.checkpoints.model import Model
-from vpe_jax.config import SampleConfig, nearest
+from vpe_jax.config import SampleConfig, did_you_mean
 from vpe_jax.contracts import (
   Array,
   Batch,
@@ -182,7 +182,7 @@ class Generator:
     known = [field.name for field in dataclasses.fields(own)]
     for name in overrides:
       if name not in known:
-        raise UserError(f"this model has no sampling setting '{name}'{nearest(name, known)}")
+        raise UserError(f"this model has no sampling setting '{name}'{did_you_mean(name, known)}")
     values = {name: value for name, value in overrides.items() if value is not None}
     return dataclasses.replace(own, **values)
 
@@ -343,7 +343,7 @@ class Generator:
     encoded = dict(request.encoded)
     for name, array in fixed.items():
       if name not in self.system.drafts:
-        raise UserError(f"this model drafts no '{name}'{nearest(name, self.system.drafts)}")
+        raise UserError(f"this model drafts no '{name}'{did_you_mean(name, self.system.drafts)}")
       expected = (count, *spec.encoded[name].shape[1:])
       dtype, array = spec.encoded[name].dtype, np.asarray(array)
       if array.shape not in (expected, expected[1:]):

@@ -26,7 +26,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vpe_jax.config import MeshConfig, nearest
+from vpe_jax.config import MeshConfig, did_you_mean
 from vpe_jax.contracts import Array, UserError
 
 # Mesh axes.
@@ -151,7 +151,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       number of slices.
   """
   if config.strategy not in RULES:
-    raise UserError(f"unknown mesh.strategy '{config.strategy}'{nearest(config.strategy, RULES)}")
+    known = did_you_mean(config.strategy, RULES)
+    raise UserError(f"unknown mesh.strategy '{config.strategy}'{known}")
   devices = list(jax.devices() if devices is None else devices)
   sizes = [config.data, config.fsdp, config.tensor]
   shape = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))
@@ -425,7 +426,7 @@ def axis_names(path: str, shape: tuple[int, ...], table: AxesTable) -> tuple[str
     )
   for name in names:
     if name is not None and name not in NAMES:
-      raise UserError(f"unknown axis name '{name}' in row '{pattern}'{nearest(name, NAMES)}")
+      raise UserError(f"unknown axis name '{name}' in row '{pattern}'{did_you_mean(name, NAMES)}")
   if names and len(names) != len(shape):
     raise UserError(
       f"'{path}' has shape {tuple(shape)}, but row '{pattern}' names {len(names)} dimensions"

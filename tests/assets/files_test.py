@@ -11,11 +11,11 @@ from vpe_jax.config import differences
 from vpe_jax.training import config_file, resume
 
 ASSETS = pathlib.Path(weights.__file__).parents[1] / 'assets'
-SHIPPED = ('siglip', 'judge', 'feature_vq', 'image', 'image_codes', 'tiny')
+SHIPPED = ('siglip', 'evaluator_network', 'feature_vq', 'image', 'image_codes', 'tiny')
 # Fields that may differ from the config file, as its header says or because they belong to another
 # stage.
 ALLOWED_DIFFERENCES = {
-  'judge': ('steps', 'optim.lr'),
+  'evaluator_network': ('steps', 'optim.lr'),
   'tiny': ('steps', 'data.examples'),
   'image': ('model.usage', 'model.feature_vq.temperature'),
 }

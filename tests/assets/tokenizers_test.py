@@ -43,7 +43,9 @@ def _model(name):
   return dataclasses.asdict(systems.build(stored).config.model)
 
 
-@pytest.mark.parametrize('preset, name', [('tiny', 'siglip'), ('judge', 'judge')])
+@pytest.mark.parametrize(
+  'preset, name', [('tiny', 'siglip'), ('evaluator_network', 'evaluator_network')]
+)
 def test_shipped_towers_retrieve_held_out_captions(preset, name):
   config = siglip_config.get_config(preset)
   config.model.update(mask_tokens=0.0, recolour=0.0)  # whole captions and true colours
@@ -57,7 +59,7 @@ def test_shipped_towers_retrieve_held_out_captions(preset, name):
   )
   hits = {name: float(term.sum / term.count) for name, term in terms.items()}
   assert hits['retrieval'] > 0.9
-  assert ('near_retrieval' in hits) == (preset == 'judge')
+  assert ('near_retrieval' in hits) == (preset == 'evaluator_network')
   assert hits.get('near_retrieval', 1.0) > 0.6
 
 

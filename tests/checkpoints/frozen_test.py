@@ -31,10 +31,15 @@ def test_shipped_networks_fit(config_file):
     (
       t2i,
       'debug',
-      {'model.visual_prompt': {'tower_weights': 'assets:judge'}},
-      'siglip=assets:judge.*not fit',
+      {'model.visual_prompt': {'tower_weights': 'assets:evaluator_network'}},
+      'siglip=assets:evaluator_network.*not fit',
     ),
-    (codec, 'debug', {'model.siglip_weights': 'assets:judge'}, 'siglip=assets:judge.*not fit'),
+    (
+      codec,
+      'debug',
+      {'model.siglip_weights': 'assets:evaluator_network'},
+      'siglip=assets:evaluator_network.*not fit',
+    ),
     (t2i, 'debug', {'data.image_size': 128}, r'latents .*\[32, 32, 4\].* takes \[16, 16, 4\]'),
     (t2i, 'debug', {'data.image_size': 63}, 'not fit .*data.image_size=63'),
     (

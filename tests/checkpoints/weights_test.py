@@ -141,10 +141,11 @@ def test_missing_weights_name_the_cure(tmp_path, source, message):
 
 def test_missing_asset_names_the_config_that_trains_it(tmp_path, monkeypatch):
   monkeypatch.setattr(weights.importlib.resources, 'files', lambda _: tmp_path)
-  with pytest.raises(UserError, match='--config=configs/siglip.py:judge'):
-    weights.load('assets:judge')
-  weights.save(str(tmp_path / 'assets' / 'judge.safetensors'), {'a': np.ones(2)}, {'config': '{}'})
-  tree, metadata = weights.load('assets:judge')
+  with pytest.raises(UserError, match='--config=configs/siglip.py:evaluator_network'):
+    weights.load('assets:evaluator_network')
+  path = tmp_path / 'assets' / 'evaluator_network.safetensors'
+  weights.save(str(path), {'a': np.ones(2)}, {'config': '{}'})
+  tree, metadata = weights.load('assets:evaluator_network')
   assert (tree['a'].dtype, metadata['config']) == (np.float32, '{}')
 
 

@@ -20,22 +20,22 @@ DATA = DataConfig(
 @pytest.fixture(scope='module')
 def true():
   """True images and their class names."""
-  return classes.true_images(DATA, 2 * BENCHMARK.captions, BENCHMARK.seed)
+  return classes.ground_truth_images(DATA, 2 * BENCHMARK.captions, BENCHMARK.seed)
 
 
-def test_true_images_are_distinct_and_depend_on_the_seed(true):
+def test_ground_truth_images_are_distinct_and_depend_on_the_seed(true):
   images, names = true
   assert images.shape == (40, 16, 16, 3) and len({image.tobytes() for image in images}) == 40
   assert len(set(names)) > 3
-  again = classes.true_images(DATA, 40, BENCHMARK.seed)
+  again = classes.ground_truth_images(DATA, 40, BENCHMARK.seed)
   np.testing.assert_array_equal(again[0], images)
-  assert (classes.true_images(DATA, 40, 2)[0] != images).any()
+  assert (classes.ground_truth_images(DATA, 40, 2)[0] != images).any()
 
 
 def test_too_little_data_is_an_error():
   small = dataclasses.replace(DATA, examples=30)
   with pytest.raises(UserError, match='--captions=1[45] '):
-    classes.true_images(small, 40, 0)
+    classes.ground_truth_images(small, 40, 0)
 
 
 def test_chance_and_permuted_control():
@@ -65,16 +65,16 @@ def test_only_images_of_their_class_are_correct(true, monkeypatch, fake_subject,
     indices = np.asarray([order.index(name) for name in names]) + (not correct)
     return np.tile((indices % len(order)).astype(np.uint8)[:, None, None, None], (1, 16, 16, 3))
 
-  monkeypatch.setattr(classes, 'true_images', lambda *_: (paint(true[1]), true[1]))
+  monkeypatch.setattr(classes, 'ground_truth_images', lambda *_: (paint(true[1]), true[1]))
   monkeypatch.setattr(EvaluatorNetwork, 'load', lambda source: _Network())
   subject = fake_subject(lambda names: paint(names, correct), task='classes', data=DATA)
   report = BENCHMARK.run(subject)
   rows = report.protocol['results']['rows']
   references, targets = true[1][:20], true[1][20:]
   expected = np.mean(np.isin(targets, references))
-  assert rows['true images']['accuracy'] == pytest.approx(expected) and expected > 0.5
-  assert (rows['generated']['accuracy'] == rows['true images']['accuracy']) == correct
-  assert (rows['generated']['frechet'] > rows['true images']['frechet']) == (not correct)
+  assert rows['ground truth']['accuracy'] == pytest.approx(expected) and expected > 0.5
+  assert (rows['generated']['accuracy'] == rows['ground truth']['accuracy']) == correct
+  assert (rows['generated']['frechet'] > rows['ground truth']['frechet']) == (not correct)
   assert rows['generated, classes permuted']['frechet'] is None
   assert report.protocol['results']['classes'] == dict(collections.Counter(targets.tolist()))
   assert len(report.lines) == 5 and report.lines[-1].endswith('-')

@@ -51,7 +51,7 @@ def test_missing_packages_are_named_before_sampling(monkeypatch):
     BENCHMARK.check()
 
 
-def test_the_report_has_true_images_and_images_from_drafts(monkeypatch, fake_subject):
+def test_the_report_has_ground_truth_images_and_images_from_drafts(monkeypatch, fake_subject):
   records = distinct(Words(2 * 6, 'combination', 1), 6)
   texts = {}
   for record in records:
@@ -64,9 +64,9 @@ def test_the_report_has_true_images_and_images_from_drafts(monkeypatch, fake_sub
   report = BENCHMARK.run(subject)
   results = report.protocol['results']['combination']
   recall = {name: row['recall'] for name, row in results['rows'].items()}
-  assert recall == {'true images': 1, 'generated': 0, FROM_DRAFTS: 1}
+  assert recall == {'ground truth': 1, 'generated': 0, FROM_DRAFTS: 1}
   assert results['images'][0]['generated'] == 'nothing'
-  assert results['images'][0]['true images'] == results['images'][0]['expected']
+  assert results['images'][0]['ground truth'] == results['images'][0]['expected']
   assert len(report.lines) == 5
   true, generated, _ = report.sheets['combination']
   assert true.captions[0] == records[0].caption and generated.captions[0] == '"nothing"'

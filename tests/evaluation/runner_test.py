@@ -20,7 +20,7 @@ _RETRIEVAL = retrieval.Retrieval(captions=12, splits=('combination',), seed=1)
 
 
 class _Network:
-  """An evaluator network that recognizes only the true images."""
+  """An evaluator network that recognizes only ground-truth images."""
 
   fingerprint = 'knowing'
 
@@ -51,14 +51,14 @@ def report(subject):
 def test_report_has_true_generated_and_permuted_rows(report):
   results = report.protocol['results']['combination']
   assert list(results['rows']) == [
-    'true images',
-    'true images, captions permuted',
+    'ground truth',
+    'ground truth, captions permuted',
     'generated',
     'generated, captions permuted',
   ]
-  assert results['rows']['true images']['accuracy'] == 1
+  assert results['rows']['ground truth']['accuracy'] == 1
   assert results['rows']['generated']['accuracy'] < 0.3
-  assert results['rows']['true images, captions permuted']['accuracy'] < 0.3
+  assert results['rows']['ground truth, captions permuted']['accuracy'] < 0.3
   assert results['generated_over_true'] == results['rows']['generated']['accuracy']
   assert len(results['captions']) == 12 and results['captions'][0]['true'] == 1
   assert report.numbers == {
@@ -67,7 +67,7 @@ def test_report_has_true_generated_and_permuted_rows(report):
   assert list(results['bars'].values())[:2] == [True, False]
   assert report.protocol['candidates'] == 32 and report.protocol['hard_distractors'] == 16
   assert report.protocol['captions'] == 12 and report.protocol['seed'] == 1
-  assert report.protocol['judge_checkpoint'] == 'knowing'
+  assert report.protocol['evaluator_network_checkpoint'] == 'knowing'
   assert report.protocol['subject'] == {'checkpoint': 'abc'}
 
 
@@ -120,9 +120,9 @@ def test_the_default_evaluator_follows_from_the_kind_of_prompts(subject):
   assert list(runner.select({}, subject, {})) == ['classes']
 
 
-def test_without_accuracy_on_true_images_the_table_makes_no_claim():
+def test_without_accuracy_on_ground_truth_images_the_table_makes_no_claim():
   zero = retrieval.Result(np.zeros(3), np.zeros(3), {}, None, 3)
-  lines = retrieval.table('combination', {'true images': zero, 'generated': zero})
+  lines = retrieval.table('combination', {'ground truth': zero, 'generated': zero})
   assert not [line for line in lines if 'reach' in line]
 
 
@@ -136,7 +136,7 @@ def test_without_accuracy_on_true_images_the_table_makes_no_claim():
   ],
 )
 def test_the_bars_of_the_protocol(accuracies, bars):
-  rows = ('true images', 'true images, captions permuted', 'generated', 'generated, permuted')
+  rows = ('ground truth', 'ground truth, captions permuted', 'generated', 'generated, permuted')
   results = (retrieval.Result(np.full(4, a), np.zeros(4), {}, None, 4) for a in accuracies)
   assert tuple(retrieval.verdict(dict(zip(rows, results))).values()) == bars
 

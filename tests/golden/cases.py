@@ -113,7 +113,7 @@ CASES = (
   Case('c2i_continuous_unplanned', f'{_CONTINUOUS_FILE},vpe=false', {}, _WITHOUT_PROMPT),
   Case('c2i_continuous_options', _CONTINUOUS_FILE, _CONTINUOUS_OPTIONS, {'own': {}}),
   Case('siglip', _SIGLIP),
-  Case('siglip_judge', _SIGLIP, _EVALUATOR),
+  Case('siglip_evaluator_network', _SIGLIP, _EVALUATOR),
   Case('codec_feature_vq', f'{_CODEC},stage=feature_vq'),
   Case('codec_image', f'{_CODEC},stage=image'),
   Case('codec_image_codes', f'{_CODEC},stage=image_codes'),

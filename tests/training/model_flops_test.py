@@ -29,7 +29,8 @@ IMAGES = 16
 QUICK = (
   'c2i_continuous:tiny,vpe=true', 'c2i_discrete:tiny,vpe=true', 'codec:debug,stage=image',
   'codec:debug,stage=image_codes', 'codec:debug,stage=feature_vq', 'edit:tiny,arch=internal',
-  'siglip:judge', 't2i:paper', 't2i:tiny {"data.encode": "online"}', 't2i:tiny,arch=external',
+  'siglip:evaluator_network', 't2i:paper', 't2i:tiny {"data.encode": "online"}',
+  't2i:tiny,arch=external',
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from vpe_jax import __version__, storage
 from vpe_jax.checkpoints import convert, dtypes, sources
 from vpe_jax.checkpoints.sources import Tensor
 from vpe_jax.checkpoints.store import FOLDER, Store
-from vpe_jax.config import CheckpointConfig, nearest
+from vpe_jax.config import CheckpointConfig, did_you_mean
 from vpe_jax.contracts import Params, UserError
 from vpe_jax.sharding import leaves_by_path
 from vpe_jax.storage import probe
@@ -27,7 +27,7 @@ ENDING = '.safetensors'
 # Name of each file in vpe_jax/assets -> config of the run whose weights it contains.
 ASSET_CONFIGS = {
   'siglip': 'configs/siglip.py',
-  'judge': 'configs/siglip.py:judge',
+  'evaluator_network': 'configs/siglip.py:evaluator_network',
   'feature_vq': 'configs/codec.py:tiny,stage=feature_vq',
   'image': 'configs/codec.py:tiny,stage=image',
   'image_codes': 'configs/codec.py:tiny,stage=image_codes',
@@ -271,7 +271,7 @@ def _load_asset(name: str, dtype: str) -> tuple[Params, dict[str, str]]:
   folder = importlib.resources.files('vpe_jax') / 'assets'
   resource = folder / f'{name}{ENDING}'
   if name not in ASSET_CONFIGS:
-    raise UserError(f"unknown asset '{ASSETS}{name}'{nearest(name, ASSET_CONFIGS)}")
+    raise UserError(f"unknown asset '{ASSETS}{name}'{did_you_mean(name, ASSET_CONFIGS)}")
   if not resource.is_file():
     raise UserError(
       f"'{ASSETS}{name}' is not installed (vpe_jax/assets/{name}{ENDING}): install vpe_jax again, "

@@ -14,7 +14,7 @@ import jax
 
 from vpe_jax import rng, sharding
 from vpe_jax.checkpoints import frozen as frozen_lib
-from vpe_jax.config import nearest
+from vpe_jax.config import did_you_mean
 from vpe_jax.contracts import (
   Array,
   Batch,
@@ -92,7 +92,7 @@ def stage_index(system: System, name: str | None) -> int:
   if name is None:
     return len(names) - 1
   if name not in names:
-    raise UserError(f'--stage={name}: the config has no such stage{nearest(name, names)}')
+    raise UserError(f'--stage={name}: the config has no such stage{did_you_mean(name, names)}')
   return names.index(name)
 
 

@@ -16,7 +16,7 @@ import re
 import jax
 from jax.experimental import topologies
 
-from vpe_jax.config import nearest
+from vpe_jax.config import did_you_mean
 from vpe_jax.contracts import UserError
 from vpe_jax.devices import CHIPS, Chip
 
@@ -146,7 +146,7 @@ def _chip(name: str, text: str) -> Chip:
   for chip in CHIPS.values():
     if name in (chip.name, chip.cloud_prefix):
       return chip
-  raise UserError(f"--topology={text}: unknown chip '{name}'{nearest(name, [*CHIPS, CPU])}")
+  raise UserError(f"--topology={text}: unknown chip '{name}'{did_you_mean(name, [*CHIPS, CPU])}")
 
 
 def _checked(topology: Topology, text: str) -> Topology:

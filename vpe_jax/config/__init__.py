@@ -6,7 +6,7 @@ Each system in vpe_jax/systems defines the type of its `model` section.
 """
 
 from vpe_jax.config.data import CLASSES, FITS, FOLDER, FOLDERS, SOURCES, TFDS, DataConfig
-from vpe_jax.config.fields import Tagged, check, check_sizes, nearest
+from vpe_jax.config.fields import Tagged, check, check_sizes, did_you_mean
 from vpe_jax.config.nested import base_section, build_section, flatten, to_dict
 from vpe_jax.config.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from vpe_jax.config.run import (
@@ -47,6 +47,6 @@ __all__ = [
   'differences',
   'flatten',
   'from_dict',
-  'nearest',
+  'did_you_mean',
   'to_dict',
 ]

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from vpe_jax.config.fields import check, check_sizes, nearest
+from vpe_jax.config.fields import check, check_sizes, did_you_mean
 from vpe_jax.contracts import UserError
 
 # Built-in sources: name -> `module:function`, an Opener (vpe_jax.data.sources).
@@ -87,9 +87,9 @@ class DataConfig:
     check(self, 'data.', 'tokenizer', bool(valid), known)
 
   def _check_source(self) -> None:
-    if self.source not in SOURCES and not self.is_stored:
+    if self.source not in SOURCES and not self.is_user_data:
       stored = (f'{FOLDER}PATH', f'{FOLDERS}NAME*3,NAME', f'{TFDS}NAME/SPLIT')
-      hint = nearest(self.source, (*SOURCES, *stored))
+      hint = did_you_mean(self.source, (*SOURCES, *stored))
       raise UserError(f"unknown config.data.source '{self.source}'{hint}")
     check(self, 'data.', 'source', self.source != FOLDER, f'{FOLDER}PATH')
     check(self, 'data.', 'source', self.source != TFDS, f'{TFDS}NAME/SPLIT')
@@ -106,6 +106,6 @@ class DataConfig:
     return self.source.startswith((FOLDER, FOLDERS))
 
   @property
-  def is_stored(self) -> bool:
+  def is_user_data(self) -> bool:
     """Whether the records are the user's own, in any format."""
     return self.in_folders or self.source.startswith(TFDS)

@@ -69,7 +69,7 @@ class Tagged:
   KINDS: ClassVar[Mapping[str, type]]
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
   """End of an error message: `; did you mean 'x'?` for a close match, else all known words."""
   known = sorted(known)
   if not known:

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from vpe_jax.config.fields import OutOfRange, Tagged, nearest
+from vpe_jax.config.fields import OutOfRange, Tagged, did_you_mean
 from vpe_jax.contracts import UserError
 
 
@@ -58,7 +58,7 @@ def _build(cls: type, values: Mapping[str, Any], path: str, sections: Mapping[st
   fields = {f.name: f for f in dataclasses.fields(cls)}
   for key in values:
     if key not in fields:
-      raise UserError(f"unknown config key '{path}{key}'{nearest(key, fields)}")
+      raise UserError(f"unknown config key '{path}{key}'{did_you_mean(key, fields)}")
   built = {}
   for name, field in fields.items():
     if name in values:
@@ -93,7 +93,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
   if is_section:
     if tagged:
       if (kind := value.get('kind')) not in hint.KINDS:
-        raise UserError(f"config key '{path}.kind' is {kind!r}{nearest(str(kind), hint.KINDS)}")
+        known = did_you_mean(str(kind), hint.KINDS)
+        raise UserError(f"config key '{path}.kind' is {kind!r}{known}")
       hint = hint.KINDS[kind]
     return _build(hint, dict(value), f'{path}.', {})
   if origin in (typing.Union, types.UnionType):

@@ -32,7 +32,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vpe_jax import storage
-from vpe_jax.config import FITS, FOLDER, TFDS, check, nearest
+from vpe_jax.config import FITS, FOLDER, TFDS, check, did_you_mean
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.array_record import MANIFEST, Manifest, Shard, Writer, read_manifest
@@ -140,7 +140,7 @@ def open_input(settings: Settings) -> Input:
     settings.reference,
   )
   if not path or kind not in KINDS:
-    hint = '' if kind in KINDS else nearest(kind, KINDS)
+    hint = '' if kind in KINDS else did_you_mean(kind, KINDS)
     raise UserError(
       f'--source={settings.source}: write {", ".join(KINDS)} followed by a path or name{hint}'
     )

@@ -171,7 +171,7 @@ class Source(Protocol):
 class StoredSource(Source, Protocol):
   """A data set in user files, which may change between runs.
 
-  `DataConfig.is_stored` is true for its prefix of `data.source`: caches then depend on `stamps`.
+  `DataConfig.is_user_data` is true for its prefix of `data.source`: caches then depend on `stamps`.
   """
 
   def stamps(self) -> Iterator[str]:

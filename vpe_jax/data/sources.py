@@ -74,7 +74,7 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
       f'data.language and data.least_text_height filter records of a folder, and '
       f'config.data.source is {config.source}: leave them out'
     )
-  if config.is_stored:
+  if config.is_user_data:
     return _open_stored(config, split)
   module, _, function = SOURCES[config.source].partition(':')
   opener: Opener = getattr(importlib.import_module(module), function)

@@ -1,10 +1,10 @@
 """Class-conditional generation: class accuracy and Frechet distance against the run's own data.
 
-N training images are the reference, and N others the row `true images`. One image is generated for
-the class of each true image, so both rows have the same classes. An image counts as correct if its
-nearest reference image, by cosine similarity, has its class. The Frechet distance is that between
-the vectors of a row and those of the reference. Its floor is the distance of the true images, which
-is above 0 for two halves of the same data.
+N training images are the reference, and N others the row `ground truth`. One image is generated for
+the class of each ground-truth image, so both rows have the same classes. An image counts as correct
+if its nearest reference image, by cosine similarity, has its class. The Frechet distance is that
+between the vectors of a row and those of the reference. Its floor is the distance of the ground
+truth, which is above 0 for two halves of the same data.
 
 The vectors come from the shipped evaluator network, which was trained on embedded data, not from
 Inception. The figures compare runs on the same data, but not with published results.
@@ -58,7 +58,7 @@ class ClassBenchmark:
   Attributes:
     captions: number of generated images, and of reference images.
     seed: seed of the selection of images.
-    judge: weights of the evaluator network.
+    evaluator_network: weights of the evaluator network.
   """
 
   requires = (Samples,)
@@ -67,7 +67,7 @@ class ClassBenchmark:
 
   captions: int = 512
   seed: int = 0
-  judge: str = 'assets:judge'
+  evaluator_network: str = 'assets:evaluator_network'
 
   def check(self) -> None:
     """See Evaluator."""
@@ -79,14 +79,14 @@ class ClassBenchmark:
     Raises:
       UserError: the data has too few images.
     """
-    network, count = EvaluatorNetwork.load(self.judge), self.captions
+    network, count = EvaluatorNetwork.load(self.evaluator_network), self.captions
     data = subject.system.config.data
-    images, names = true_images(data, 2 * count, self.seed)
+    images, names = ground_truth_images(data, 2 * count, self.seed)
     reference, classes = names[:count], names[count:]
     generated = subject.sample(classes.tolist())
     reference_vectors = network.images(images[:count])
     outcomes = {}
-    for row, pixels in {'true images': images[count:], 'generated': generated}.items():
+    for row, pixels in {'ground truth': images[count:], 'generated': generated}.items():
       vectors = network.images(pixels)
       nearest = reference[np.argmax(vectors @ reference_vectors.T, axis=1)]
       accuracy = float(np.mean(nearest == classes))
@@ -103,7 +103,7 @@ class ClassBenchmark:
       'data': dataclasses.asdict(data),
       'frechet': 'to the reference, with vectors of the evaluator network, not of Inception',
       'permuted': 'nearest reference images against the classes of all other images',
-      'judge_checkpoint': network.fingerprint,
+      'evaluator_network_checkpoint': network.fingerprint,
     }
     question = 'does the nearest reference image have the right class?'
     sheet = (
@@ -118,7 +118,7 @@ class ClassBenchmark:
     return Report(numbers, table(outcomes, chance), record, {SPLIT: sheet})
 
 
-def true_images(data: DataConfig, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def ground_truth_images(data: DataConfig, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
   """Distinct training images, uint8 [count, R, R, 3], and their classes [count].
 
   Args:

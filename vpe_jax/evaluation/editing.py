@@ -116,7 +116,7 @@ class EditBenchmark:
     captions: number of instructions of each split.
     splits: held-out splits of the data.
     seed: seed of the edits.
-    judge: weights of the evaluator network.
+    evaluator_network: weights of the evaluator network.
   """
 
   requires = (Edits,)
@@ -126,7 +126,7 @@ class EditBenchmark:
   captions: int = 512
   splits: tuple[str, ...] = HELD_OUT
   seed: int = 0
-  judge: str = 'assets:judge'
+  evaluator_network: str = 'assets:evaluator_network'
 
   def check(self) -> None:
     """See Evaluator."""
@@ -134,7 +134,7 @@ class EditBenchmark:
 
   def run(self, subject: Subject) -> Report:
     """Scores edits from the model's own drafts and from drafts of the target images."""
-    network = EvaluatorNetwork.load(self.judge)
+    network = EvaluatorNetwork.load(self.evaluator_network)
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
       held_out = make_edits(self.captions, split, self.seed, subject.image_size)
@@ -165,7 +165,7 @@ class EditBenchmark:
       'close': 'distance to the target less than half of that of the source, inside the mask',
       'resembles_target': 'vector of the evaluator network nearer to the target than to the source',
       'psnr': 'of the mean squared error over all pixels inside, or outside, the masks',
-      'judge_checkpoint': network.fingerprint,
+      'evaluator_network_checkpoint': network.fingerprint,
     }
     question = 'is the edit done, and is everything else unchanged?'
     record = protocol(self, 'edits', question, subject, results, **details)

@@ -20,7 +20,7 @@ from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.checkpoints import model as model_lib
 from vpe_jax.checkpoints.frozen import FrozenNetworks
-from vpe_jax.config import CLASSES, Config, MeshConfig, SampleConfig, build_section, nearest
+from vpe_jax.config import CLASSES, Config, MeshConfig, SampleConfig, build_section, did_you_mean
 from vpe_jax.contracts import Edits, Params, Samples, Stage, System, UserError, require, supports
 from vpe_jax.evaluation.report import Report
 from vpe_jax.generator import Generator
@@ -144,7 +144,7 @@ class Subject:
   def notes(self) -> tuple[str, ...]:
     """A warning if the model was not trained on the embedded data sets of the benchmarks."""
     data = self.system.config.data
-    if self.task == 'classes' or not data.is_stored:
+    if self.task == 'classes' or not data.is_user_data:
       return ()
     return (
       f'trained on {data.source}; the benchmarks use held-out splits of the embedded data sets, '
@@ -213,7 +213,7 @@ def class_of(name: str) -> type[Evaluator]:
   """
   known = names()
   if name not in known:
-    raise UserError(f"unknown evaluator '{name}'{nearest(name, known)}")
+    raise UserError(f"unknown evaluator '{name}'{did_you_mean(name, known)}")
   module, _, cls = known[name].partition(':')
   return getattr(importlib.import_module(module), cls)
 

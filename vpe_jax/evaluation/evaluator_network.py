@@ -57,7 +57,7 @@ class EvaluatorNetwork:
     self._embed_text = jax.jit(embed_text)
 
   @classmethod
-  def load(cls, source: str = 'assets:judge') -> EvaluatorNetwork:
+  def load(cls, source: str = 'assets:evaluator_network') -> EvaluatorNetwork:
     """Loads the shipped evaluator network, or another exported SigLIP.
 
     Raises:

@@ -87,7 +87,7 @@ class HeldOut:
 
 def has_split(data: DataConfig) -> bool:
   """Whether the data source has held-out splits."""
-  return data.source != 'synthetic' and not data.is_stored
+  return data.source != 'synthetic' and not data.is_user_data
 
 
 def with_all_losses(stages: Sequence[Stage], index: int) -> Stage:

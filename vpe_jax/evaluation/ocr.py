@@ -4,7 +4,7 @@ The protocol of TextAtlas with another OCR reader: rapidocr, which includes its 
 read from an image is lower-cased and split into words. Each word is matched to the first unmatched
 expected word with an Indel similarity of at least 80 of 100. Recall, precision and F1 are computed
 over the words of all images. The character error rate is the case-sensitive edit distance, divided
-by the length of the longer text and averaged over images. The true images give the upper bound.
+by the length of the longer text and averaged over images. The ground truth gives the upper bound.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vpe_jax.evaluation.report import (
 MIN_SIMILARITY = 80  # Indel similarity, of 100
 _POOL = 2  # records composed per record used, to find distinct captions
 _PACKAGES = ('rapidocr', 'onnxruntime', 'rapidfuzz')
-# With these settings, true images of 64 x 64 pixels are read without error.
+# With these settings, ground-truth images of 64 x 64 pixels are read without error.
 _SIDE = 256  # smaller images are enlarged by the nearest integer factor
 _BORDER = 32  # white border, in pixels
 _SETTINGS = {
@@ -133,7 +133,7 @@ class Ocr:
     check_installed()
 
   def run(self, subject: Subject) -> Report:
-    """Scores true images, and images from the model's own drafts and from ground-truth drafts."""
+    """Scores ground truth, and images from the model's own drafts and from ground-truth drafts."""
     read = reader()
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
@@ -141,7 +141,7 @@ class Ocr:
       prompts = [record.caption for record in records]
       expected = [' '.join(word.text for word in record.truth.writing.words) for record in records]
       true = np.stack([render(record, subject.image_size) for record in records])
-      rows = {'true images': true, 'generated': subject.sample(prompts)}
+      rows = {'ground truth': true, 'generated': subject.sample(prompts)}
       if subject.generator.system.drafts:
         rows[FROM_DRAFTS] = subject.sample_from_drafts(prompts, true)
       texts = {name: read(images) for name, images in rows.items()}
@@ -157,7 +157,7 @@ class Ocr:
         ],
       }
       sheets[split] = tuple(
-        Row.first(name, images, prompts if name == 'true images' else _quoted(texts[name]))
+        Row.first(name, images, prompts if name == 'ground truth' else _quoted(texts[name]))
         for name, images in rows.items()
       )
     details = {
@@ -175,7 +175,7 @@ class Ocr:
 def reader() -> Read:
   """Builds the OCR reader: images [N, R, R, 3] uint8 -> the text of each, lines joined by spaces.
 
-  Results are cached by image, because the true images are the same for every run.
+  Results are cached by image, because the ground truth is the same for every run.
 
   Raises:
     UserError: a package is missing.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vpe_jax import rng
-from vpe_jax.config import nearest
+from vpe_jax.config import did_you_mean
 from vpe_jax.contracts import UserError
 from vpe_jax.data.records import SPLITS, Record, Source
 
@@ -102,7 +102,7 @@ def check_options(captions: int, splits: Sequence[str], seed: int) -> None:
   rng.check_seed(seed)
   for split in splits:
     if split not in SPLITS:
-      raise UserError(f"unknown split '{split}'{nearest(split, SPLITS)}")
+      raise UserError(f"unknown split '{split}'{did_you_mean(split, SPLITS)}")
   if captions < 2:
     raise UserError(f'captions is {captions}: at least 2 are needed')
 

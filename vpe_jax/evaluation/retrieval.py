@@ -36,8 +36,8 @@ RELATIONS = 3  # number of wrong relations between two objects
 _POOL = 4  # scenes composed per trial, to find distinct captions and distractors
 TIE = 1e-6  # cosines closer than this count as equal
 # Bars that `verdict` checks.
-_TRUE_BAR = 0.6  # accuracy on true images, the quality of the evaluator network
-_SHARE_BAR = 0.5  # accuracy on generated images, relative to true images
+_GROUND_TRUTH_BAR = 0.6  # accuracy on ground truth, the quality of the evaluator network
+_SHARE_BAR = 0.5  # accuracy on generated images, relative to ground truth
 _CHANCES_BAR = 3  # accuracy of a quickstart run, relative to chance
 
 
@@ -119,7 +119,7 @@ class Retrieval:
     captions: number of captions of each split.
     splits: held-out splits of the data.
     seed: seed of the captions and their distractors.
-    judge: weights of the evaluator network.
+    evaluator_network: weights of the evaluator network.
   """
 
   requires = (Samples,)
@@ -129,7 +129,7 @@ class Retrieval:
   captions: int = 512
   splits: tuple[str, ...] = HELD_OUT
   seed: int = 0
-  judge: str = 'assets:judge'
+  evaluator_network: str = 'assets:evaluator_network'
 
   def check(self) -> None:
     """See Evaluator."""
@@ -137,7 +137,7 @@ class Retrieval:
 
   def run(self, subject: Subject) -> Report:
     """Retrieval accuracy of true and generated images, each also with permuted captions."""
-    network = EvaluatorNetwork.load(self.judge)
+    network = EvaluatorNetwork.load(self.evaluator_network)
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
       start = time.time()
@@ -147,7 +147,7 @@ class Retrieval:
       true = np.stack([render(record, subject.image_size) for record in records])
       generated = subject.sample(prompts)
       outcomes = {}
-      for row, images in {'true images': true, 'generated': generated}.items():
+      for row, images in {'ground truth': true, 'generated': generated}.items():
         vectors = network.images(images)
         outcomes[row] = measure(vectors, vectors_of, trials)
         outcomes[f'{row}, captions permuted'] = permuted(vectors, vectors_of, trials)
@@ -161,7 +161,7 @@ class Retrieval:
         'captions': [
           {'caption': caption, 'true': float(a), 'generated': float(b)}
           for caption, a, b in zip(
-            prompts, outcomes['true images'].credit, outcomes['generated'].credit
+            prompts, outcomes['ground truth'].credit, outcomes['generated'].credit
           )
         ],
       }
@@ -175,7 +175,7 @@ class Retrieval:
       'permuted': 'each image against trials of other images, up to 16 cyclic shifts',
       'relations': 'true caption against one with another relation, not among the candidates',
       'source': 'vpe_jax.data.embedded.scenes',
-      'judge_checkpoint': network.fingerprint,
+      'evaluator_network_checkpoint': network.fingerprint,
     }
     record = protocol(self, 'retrieval', question, subject, results, **details)
     return Report(numbers, tuple(lines), record, sheets)
@@ -296,13 +296,13 @@ def table(split: str, outcomes: Mapping[str, Result]) -> list[str]:
       f'  {row:32}{result.accuracy:>10.1%}{f"{low:.1%} to {high:.1%}":>18}'
       f'{result.hard.mean():>12.1%}{relation:>11}'
     )
-  if outcomes['true images'].interval[0] <= chance:
+  if outcomes['ground truth'].interval[0] <= chance:
     return [
       *lines,
-      '  true images score no better than chance: the evaluator network is not reliable on this '
+      '  ground truth scores no better than chance: the evaluator network is not reliable on this '
       'split',
     ]
-  lines.append(f'  generated images reach {_ratio(outcomes):.0%} of the accuracy of true images')
+  lines.append(f'  generated images reach {_ratio(outcomes):.0%} of the accuracy of ground truth')
   status = {True: 'reached', False: 'not reached'}
   return lines + [f'  bar: {bar}: {status[passed]}' for bar, passed in verdict(outcomes).items()]
 
@@ -310,11 +310,11 @@ def table(split: str, outcomes: Mapping[str, Result]) -> list[str]:
 def verdict(outcomes: Mapping[str, Result]) -> dict[str, bool]:
   """Description of each bar of the protocol -> whether the results of one split reach it."""
   chance = 1 / CANDIDATES
-  true, generated = outcomes['true images'].accuracy, outcomes['generated'].accuracy
+  true, generated = outcomes['ground truth'].accuracy, outcomes['generated'].accuracy
   permuted = [result.accuracy for row, result in outcomes.items() if row.endswith('permuted')]
   return {
-    f'true images at least {_TRUE_BAR:.0%}': true >= _TRUE_BAR,
-    f'generated at least {_SHARE_BAR:.0%} of true images': generated >= _SHARE_BAR * true > 0,
+    f'ground truth at least {_GROUND_TRUTH_BAR:.0%}': true >= _GROUND_TRUTH_BAR,
+    f'generated at least {_SHARE_BAR:.0%} of ground truth': generated >= _SHARE_BAR * true > 0,
     f'generated at least {_CHANCES_BAR} x chance ({_CHANCES_BAR * chance:.1%}), the bar of a '
     'quickstart run': generated >= _CHANCES_BAR * chance,
     f'permuted at most chance ({chance:.1%})': max(permuted, default=0.0) <= chance,
@@ -322,8 +322,8 @@ def verdict(outcomes: Mapping[str, Result]) -> dict[str, bool]:
 
 
 def _ratio(outcomes: Mapping[str, Result]) -> float | None:
-  """Accuracy of generated images relative to true images; None if the latter is 0."""
-  true = outcomes['true images'].accuracy
+  """Accuracy of generated images relative to ground truth; None if the latter is 0."""
+  true = outcomes['ground truth'].accuracy
   return outcomes['generated'].accuracy / true if true else None
 
 

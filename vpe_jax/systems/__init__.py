@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from vpe_jax.config import SampleConfig, from_dict, nearest
+from vpe_jax.config import SampleConfig, did_you_mean, from_dict
 from vpe_jax.contracts import System, UserError
 from vpe_jax.systems.package import Package
 
@@ -72,5 +72,5 @@ def build(values: Mapping[str, Any]) -> System:
 def _module(name: Any) -> ModuleType:
   modules = known()
   if name not in modules:
-    raise UserError(f"config.system is '{name}'{nearest(str(name), modules)}")
+    raise UserError(f"config.system is '{name}'{did_you_mean(str(name), modules)}")
   return importlib.import_module(modules[name])

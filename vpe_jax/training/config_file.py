@@ -20,7 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vpe_jax import systems
-from vpe_jax.config import nearest, to_dict
+from vpe_jax.config import did_you_mean, to_dict
 from vpe_jax.contracts import UserError
 
 _WORDS = {'true': True, 'false': False, 'none': None}
@@ -112,7 +112,7 @@ def _file_values(path: Path, arg: str) -> Mapping[str, Any]:
 def _get_config(path: Path) -> Any:
   if not path.is_file():
     known = sorted(str(p) for p in path.parent.glob('*.py') if p.name != 'common.py')
-    raise UserError(f'there is no such file{nearest(str(path), known) if known else ""}')
+    raise UserError(f'there is no such file{did_you_mean(str(path), known) if known else ""}')
   if path.suffix != '.py':
     raise UserError('a config is a Python file, such as configs/t2i.py')
   # Config files import each other as `configs.<name>`.
@@ -164,7 +164,7 @@ def _kind_defaults(model: type, name: str, kind: str) -> dict[str, Any]:
   """A kind of a section and the defaults of its fields, as nested dicts."""
   kinds = typing.get_type_hints(model)[name].KINDS
   if kind not in kinds:
-    raise UserError(f"config key 'model.{name}.kind' is '{kind}'{nearest(kind, kinds)}")
+    raise UserError(f"config key 'model.{name}.kind' is '{kind}'{did_you_mean(kind, kinds)}")
   fields = dataclasses.fields(kinds[kind])
   defaults = {f.name: to_dict(f.default) for f in fields if f.default is not dataclasses.MISSING}
   return defaults | {'kind': kind}
@@ -190,7 +190,7 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
 
 def _check(values: Mapping[str, Any], name: str, key: str) -> None:
   if name not in values:
-    raise UserError(f"unknown config key '{key}'{nearest(name, values)}")
+    raise UserError(f"unknown config key '{key}'{did_you_mean(name, values)}")
 
 
 def _literal(text: str) -> Any:

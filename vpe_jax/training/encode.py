@@ -92,7 +92,7 @@ def _content(config: DataConfig, source: Pipeline) -> str:
   for index in np.linspace(0, len(source) - 1, PROBES).astype(int):
     for image in _images(source.record(int(index))):
       digest.update(image.render(config.image_size).tobytes())
-  if config.is_stored:
+  if config.is_user_data:
     for stamp in source.source.stamps():
       digest.update(stamp.encode())
   return digest.hexdigest()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from vpe_jax.checkpoints import convert, imports, weights
-from vpe_jax.config import Config, differences, flatten, nearest, to_dict
+from vpe_jax.config import Config, did_you_mean, differences, flatten, to_dict
 from vpe_jax.contracts import PARENT, Array, Params, PretrainedWeights, State, System, UserError
 from vpe_jax.sharding import leaves_by_path
 
@@ -68,7 +68,7 @@ def _check_groups(runs: Mapping[str, str], abstract: Params) -> None:
     if group not in known:
       raise UserError(
         f'config.start takes {group} from {runs[group]}, and no parameter path begins with it'
-        f'{nearest(group, known)}'
+        f'{did_you_mean(group, known)}'
       )
 
 

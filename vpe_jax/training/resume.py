@@ -13,7 +13,7 @@ import jax
 
 from vpe_jax import rng, sharding
 from vpe_jax.checkpoints import convert
-from vpe_jax.config import Config, differences, flatten, nearest, to_dict
+from vpe_jax.config import Config, did_you_mean, differences, flatten, to_dict
 from vpe_jax.contracts import COUNTERS, Array, Params, State, System, UserError
 from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import optimizer, pretrained
@@ -44,7 +44,7 @@ def check_config(
     if name not in known and name not in sections:
       raise UserError(
         f"--allow_change names '{name}', which is no field of the config"
-        f'{nearest(name, known.keys() | sections)}'
+        f'{did_you_mean(name, known.keys() | sections)}'
       )
   refused, accepted = [], []
   for field, (old, new) in differences(config, stored).items():

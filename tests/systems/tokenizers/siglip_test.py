@@ -205,7 +205,7 @@ def test_eight_devices_give_the_loss_and_gradient_of_one(system, params):
   )
 
 
-@pytest.mark.parametrize('preset', ['tiny', 'judge'])
+@pytest.mark.parametrize('preset', ['tiny', 'evaluator_network'])
 def test_shipped_sizes_shard_evenly_and_keep_their_budget(preset):
   system = _system(preset)
   params = jax.eval_shape(system.init, jax.eval_shape(lambda: rng.run_key(0)))
@@ -217,7 +217,7 @@ def test_shipped_sizes_shard_evenly_and_keep_their_budget(preset):
 
 
 def test_the_evaluator_network_differs_from_the_tokenizer_in_seed_and_patch():
-  tiny, evaluator = _system('tiny').config, _system('judge').config
+  tiny, evaluator = _system('tiny').config, _system('evaluator_network').config
   assert tiny.seed != evaluator.seed
   assert tiny.model.siglip.patch != evaluator.model.siglip.patch
   assert tiny.model.siglip.image_size != evaluator.model.siglip.image_size

@@ -17,7 +17,7 @@ import jax
 from vpe_jax.checkpoints import convert, dtypes
 from vpe_jax.checkpoints.sources import Source
 from vpe_jax.checkpoints.table import Table
-from vpe_jax.config import build_section, nearest, to_dict
+from vpe_jax.config import build_section, did_you_mean, to_dict
 from vpe_jax.contracts import Array, Params, UserError
 
 FAMILIES = (
@@ -103,7 +103,7 @@ def get(name: str) -> Family:
     UserError: the family is unknown.
   """
   if name not in FAMILIES:
-    raise UserError(f"unknown family '{name}'{nearest(name, FAMILIES)}")
+    raise UserError(f"unknown family '{name}'{did_you_mean(name, FAMILIES)}")
   return importlib.import_module(f'{__name__}.{name}')
 
 

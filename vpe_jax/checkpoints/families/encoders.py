@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vpe_jax.config import nearest
+from vpe_jax.config import did_you_mean
 from vpe_jax.contracts import UserError
 from vpe_jax.models.vit import EncoderConfig
 
@@ -20,7 +20,7 @@ def activation(name: str) -> str:
     UserError: our layers don't support it.
   """
   if name not in _ACTIVATIONS:
-    raise UserError(f"unsupported activation '{name}'{nearest(name, _ACTIVATIONS)}")
+    raise UserError(f"unsupported activation '{name}'{did_you_mean(name, _ACTIVATIONS)}")
   return _ACTIVATIONS[name]
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from vpe_jax.config import CLASSES, nearest
+from vpe_jax.config import CLASSES, did_you_mean
 from vpe_jax.contracts import UserError
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.storage import read_text
@@ -45,7 +45,7 @@ class Classes(bpe.Tokens):
       return [self._ids_of[name]]
     if name.isdecimal() and int(name) < len(self.names):
       return [int(name)]
-    raise UserError(f"no class '{name}'{nearest(name, self.names)}")
+    raise UserError(f"no class '{name}'{did_you_mean(name, self.names)}")
 
   def decode(self, ids: Iterable[int]) -> str:
     """The class names of tokens."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vpe_jax.config import CLASSES, nearest
+from vpe_jax.config import CLASSES, did_you_mean
 from vpe_jax.contracts import UserError
 from vpe_jax.data.tokenizers import bpe, classes
 from vpe_jax.data.tokenizers.special_tokens import FAMILIES
@@ -93,7 +93,7 @@ def open_tokenizer(name: str) -> bpe.Tokens:
   if family not in FAMILIES:
     raise UserError(
       f"data.tokenizer is '{name}', and no family of tokenizers is called '{family}'"
-      f'{nearest(family, (*FAMILIES, CLASSES[:-1]))}'
+      f'{did_you_mean(family, (*FAMILIES, CLASSES[:-1]))}'
     )
   return PublishedTokenizer(family, source)
 

@@ -7,7 +7,7 @@ import functools
 import jax
 from absl import logging
 
-from vpe_jax.config import ATTENTIONS, nearest
+from vpe_jax.config import ATTENTIONS, did_you_mean
 from vpe_jax.contracts import Array, UserError, Visibility
 from vpe_jax.ops.attention import chunked, cudnn, pallas_gpu, pallas_tpu, reference
 
@@ -101,7 +101,7 @@ def _run(
 def _choose(q: Array, k: Array, implementation: str, bias: Array | None, hint: str) -> str:
   """The implementation of a call."""
   if hint not in HINTS:
-    raise UserError(f"no attention hint '{hint}'{nearest(hint, HINTS[1:])}")
+    raise UserError(f"no attention hint '{hint}'{did_you_mean(hint, HINTS[1:])}")
   platform, kind = device()
   if implementation:
     reason = _refusal(implementation, q, platform, bias, hint)
@@ -117,7 +117,7 @@ def _refusal(name: str, q: Array, platform: str, bias: Array | None, hint: str) 
   """The reason why an implementation can't do a call, with the cure; '' if it can."""
   H = q.shape[-1]
   if name not in ATTENTIONS:
-    return f'is no implementation{nearest(name, ATTENTIONS)}'
+    return f'is no implementation{did_you_mean(name, ATTENTIONS)}'
   home = _HOME.get(name, platform)
   if platform != home:
     return f"runs on {home}, and the devices are {platform}: name 'chunked', or none to choose"

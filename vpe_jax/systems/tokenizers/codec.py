@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as randomness
 from vpe_jax.codecs import feature_vq, image_codes, kl, pixels, towers
-from vpe_jax.config import Config, SampleConfig, check_sizes, nearest
+from vpe_jax.config import Config, SampleConfig, check_sizes, did_you_mean
 from vpe_jax.contracts import (
   Array,
   Batch,
@@ -106,7 +106,7 @@ class System(SystemProtocol):
     """
     for name in config.stages:
       if name not in STAGES:
-        raise UserError(f"the codec system has no stage '{name}'{nearest(name, STAGES)}")
+        raise UserError(f"the codec system has no stage '{name}'{did_you_mean(name, STAGES)}")
     if config.model.crop % kl.FACTOR or config.model.crop > config.data.image_size:
       raise UserError(
         f'model.crop {config.model.crop} must be a multiple of {kl.FACTOR} and at most '

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from vpe_jax.config import Config, nearest
+from vpe_jax.config import Config, did_you_mean
 from vpe_jax.contracts import PlansVisually, Samples, Stage, UserError, Weight
 
 
@@ -16,7 +16,7 @@ def train_stage(config: Config, losses: Mapping[str, float | Weight]) -> Stage:
   """
   for name in config.stages:
     if name != 'train':
-      raise UserError(f"no stage '{name}' in this system{nearest(name, ('train',))}")
+      raise UserError(f"no stage '{name}' in this system{did_you_mean(name, ('train',))}")
   if config.data.text_length != 1:
     raise UserError(
       f'data.text_length is {config.data.text_length}, but a class is one token: set it to 1'

@@ -19,7 +19,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from vpe_jax.codecs.feature_vq import FeatureVqSection
-from vpe_jax.config import Config, check, nearest
+from vpe_jax.config import Config, check, did_you_mean
 from vpe_jax.contracts import (
   Initialization,
   PlansVisually,
@@ -250,7 +250,7 @@ def _check_stages(config: Config, known: tuple[str, ...]) -> None:
         f'them for you: configs/t2i.py:{config.preset},arch={arch})'
       )
     if name not in known:
-      raise UserError(f"no stage '{name}' in this system{nearest(name, known)}")
+      raise UserError(f"no stage '{name}' in this system{did_you_mean(name, known)}")
   order = [known.index(name) for name in config.stages]
   if order != sorted(set(order)):
     raise UserError(

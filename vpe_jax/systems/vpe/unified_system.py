@@ -157,10 +157,13 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     counts = self.counts(batch, rng, step, stage)
     terms, source = {}, batch.encoded.get('source_latents')
     if 'flow' in stage.losses:
-      noisy, target = self._noisy(batch, rng)
-      hidden, velocity = self.experts.forward(params, regions, noisy, source)
-      # The network's velocity is Show-o2's, data minus noise, and its clock is 1 at the data.
-      error = flow_matching.loss(self.config.model.flow, -velocity, target, 1.0 - noisy[1])
+      c = self.config.model
+      noisy, time, target = flow_matching.noised(
+        batch.encoded['latents'], c.flow, rng, batch.example, c.image_tokens + 1
+      )
+      # The network is Show-o2's: its clock is 1 at the data, its velocity data minus noise.
+      hidden, velocity = self.experts.forward(params, regions, (noisy, 1.0 - time), source)
+      error = flow_matching.loss(c.flow, -velocity, target, time)
       terms['flow'] = LossTerm(error, counts['flow'], stage.weight('flow', step))
     else:
       hidden = self.experts.ar.hidden(params, regions['ar'], source)
@@ -228,15 +231,6 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     """Visual prompts [B, P] of a batch; P = 0 where the model has none."""
     none = jnp.zeros((batch.example.shape[0], 0), jnp.int32)
     return batch.encoded.get('visual_prompt', none)
-
-  def _noisy(self, batch: Batch, rng: Array) -> tuple[tuple[Array, Array], Array]:
-    """Noisy latents [B, h, w, C] with the network's clock [B], and the target to predict."""
-    c = self.config.model
-    noisy, time, target = flow_matching.noised(
-      batch.encoded['latents'], c.flow, rng, batch.example, c.image_tokens + 1
-    )
-    # The network's clock is Show-o2's: data at 1.
-    return (noisy, 1.0 - time), target
 
   def _next_token(self, params: Params, hidden: Array, region: Region) -> tuple[Array, Array]:
     """Summed cross-entropy of the visual prompt and [eot], and how many of them the argmax hits."""

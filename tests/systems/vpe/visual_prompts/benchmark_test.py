@@ -92,7 +92,7 @@ def test_accuracy_gain_of_the_best_over_the_first(subject, tmp_path):
   results = report.protocol['results']['combination']
   accuracy = {name: row['accuracy'] for name, row in results['rows'].items()}
   good, bad = f'best of {N} by likelihood', f'best of {N} by similarity'
-  assert list(accuracy) == [benchmark.FIRST, good, bad, 'true images']
+  assert list(accuracy) == [benchmark.FIRST, good, bad, 'ground truth']
   assert accuracy[good] == 1 and accuracy[bad] == accuracy[benchmark.FIRST] < 0.2
   assert results['gained'][good]['captions_gained'] == 12
   assert results['gained'][good]['captions_lost'] == 0
@@ -102,7 +102,7 @@ def test_accuracy_gain_of_the_best_over_the_first(subject, tmp_path):
   assert len(report.lines) == 6 and '+12 -0' in report.lines[3]
   written = runner.save({'best_of': report}, str(tmp_path), 'x')
   protocol = json.loads((tmp_path / 'best_of-x.json').read_text())
-  assert protocol['plans'] == N and protocol['judge_checkpoint'] == 'knowing'
+  assert protocol['plans'] == N and protocol['evaluator_network_checkpoint'] == 'knowing'
   assert len(written) == 2
 
 

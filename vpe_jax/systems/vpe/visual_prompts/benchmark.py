@@ -40,7 +40,7 @@ class BestOf:
     captions: captions of each split.
     splits: held-out splits of the data.
     seed: of the captions and their distractors.
-    judge: weights of the evaluator network.
+    evaluator_network: weights of the evaluator network.
     plans: visual prompts written for each caption.
   """
 
@@ -51,7 +51,7 @@ class BestOf:
   captions: int = 512
   splits: tuple[str, ...] = HELD_OUT
   seed: int = 0
-  judge: str = 'assets:judge'
+  evaluator_network: str = 'assets:evaluator_network'
   plans: int = 16
 
   def check(self) -> None:
@@ -62,16 +62,16 @@ class BestOf:
 
   def run(self, subject: Subject) -> Report:
     """Retrieval accuracy of the first visual prompt and of the best by each ranker."""
-    judge, n = EvaluatorNetwork.load(self.judge), self.plans
+    network, n = EvaluatorNetwork.load(self.evaluator_network), self.plans
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
       trials, records = retrieval.make_trials(self.captions, split, self.seed)
       prompts = [trial.caption for trial in trials]
       rows = images_by_ranking(subject, prompts, n)
-      rows['true images'] = np.stack([render(record, subject.image_size) for record in records])
-      vectors_of = retrieval.embed(judge.captions, trials)
+      rows['ground truth'] = np.stack([render(record, subject.image_size) for record in records])
+      vectors_of = retrieval.embed(network.captions, trials)
       outcomes = {
-        name: retrieval.measure(judge.images(images), vectors_of, trials)
+        name: retrieval.measure(network.images(images), vectors_of, trials)
         for name, images in rows.items()
       }
       best_rows = [name for name in outcomes if name.startswith('best')]
@@ -88,7 +88,7 @@ class BestOf:
       *others, last = (Row.first(name, images) for name, images in rows.items())
       sheets[split] = (*others, Row.first(last.label, last.images, prompts))
     question = f'do the best of {n} visual prompts, by each ranker, give better images?'
-    measured = {'source': _SOURCE, 'judge_checkpoint': judge.fingerprint}
+    measured = {'source': _SOURCE, 'evaluator_network_checkpoint': network.fingerprint}
     record = protocol(self, 'best_of', question, subject, results, **measured)
     return Report(numbers, tuple(lines), record, sheets)
 

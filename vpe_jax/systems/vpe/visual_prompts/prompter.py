@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from vpe_jax.checkpoints import weights
-from vpe_jax.config import SampleConfig, nearest
+from vpe_jax.config import SampleConfig, did_you_mean
 from vpe_jax.contracts import Batch, PlansVisually, UserError, require
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.generator import Generator, Item, items_of
@@ -174,7 +174,8 @@ class VisualPrompter:
       UserError: names those that it has.
     """
     if name not in RANKERS:
-      raise UserError(f"no ranker of visual prompts is called '{name}'{nearest(name, RANKERS)}")
+      known = did_you_mean(name, RANKERS)
+      raise UserError(f"no ranker of visual prompts is called '{name}'{known}")
     if name not in self.system.plan_rankers:
       raise UserError(
         f'this model cannot rank visual prompts by {name}: no text tower compares its prompts (a '
