@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from vpe_jax.config import nearest
+from vpe_jax.config import did_you_mean
 
 OPENMOJI = 'smileys,people,animals,food,travel,activities,objects,symbols,flags'
 CIFAR10 = 'airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck'
@@ -34,7 +34,7 @@ def choose(config: ConfigDict, options: Mapping[str, str]) -> None:
   """
   data, known = options['data'], ('', 'openmoji', 'cifar10')
   if data not in known:
-    raise ValueError(f'data={data}{nearest(data, known)}')
+    raise ValueError(f'data={data}{did_you_mean(data, known)}')
   if data and config.preset == 'paper':
     raise ValueError('data= is an option of tiny and debug: paper reads --config.data.source')
   if data == 'cifar10':

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from vpe_jax.codecs.towers import ENCODERS
-from vpe_jax.config import nearest
+from vpe_jax.config import did_you_mean
 
 
 def get_config(arg: str = '') -> ConfigDict:
@@ -29,9 +29,9 @@ def get_config(arg: str = '') -> ConfigDict:
   """
   preset, options = common.parse_arg(arg, ('tiny', 'debug'), stage='both', encoder='siglip')
   if options['encoder'] not in ENCODERS:
-    raise ValueError(f'encoder={options["encoder"]}{nearest(options["encoder"], ENCODERS)}')
+    raise ValueError(f'encoder={options["encoder"]}{did_you_mean(options["encoder"], ENCODERS)}')
   if options['stage'] not in (known := ('feature_vq', 'image', 'both', 'image_codes')):
-    raise ValueError(f"unknown stage '{options['stage']}'{nearest(options['stage'], known)}")
+    raise ValueError(f"unknown stage '{options['stage']}'{did_you_mean(options['stage'], known)}")
   stages = {'both': ('feature_vq', 'image')}.get(options['stage'], (options['stage'],))
   config = ConfigDict({'name': 'codec', 'preset': preset, 'system': 'codec', 'seed': 0})
   config.stages = stages

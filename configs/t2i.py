@@ -5,7 +5,8 @@ r"""Text to image with visual prompts: VPE in two stages (arXiv 2606.04457).
   python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=single --workdir=runs/single
   python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=external --workdir=runs/external
   python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=external --workdir=runs/render \
-      --config.start=runs/plan --config.stages=render        (its second stage, from another run)
+      --config.start=runs/plan --config.stages=render
+  (stage `render` alone; runs/plan is any run that has trained stage `plan`)
 
 Stage `plan` trains the AR expert on visual prompts. `arch=internal`, the default, joins two experts
 by attention and trains both in stage `joint`; `arch=external` trains the diffusion expert alone in
@@ -32,7 +33,7 @@ def get_config(arg: str = '') -> ConfigDict:
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper, 'pod': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), arch='internal', vpe='true', chips='')
   if options['chips'] and (preset != 'pod' or not re.fullmatch(r'[1-9]\d{0,5}', options['chips'])):
-    raise ValueError(f'chips={options["chips"]}: a number from 1 to 999999, of the preset pod only')
+    raise ValueError(f'chips={options["chips"]}: a number from 1 to 999999, only with preset pod')
   config = ConfigDict({'name': 't2i', 'preset': preset, 'system': 't2i', 'seed': 0})
   config.stages = ('plan', 'render' if options['arch'] == 'external' else 'joint')
   presets[preset](config)
@@ -55,7 +56,7 @@ def _without_visual_prompt(config: ConfigDict) -> None:
   config.sample.plan_guidance = 1.0
 
 
-def _expert(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict:
+def _transformer(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict:
   head_width = width // heads
   return {
     'width': width,
@@ -67,8 +68,8 @@ def _expert(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dic
   }
 
 
-def _embedded(config: ConfigDict) -> None:
-  """Shared by `tiny` and `debug`: 64x64 images, the shipped codecs, and their grids."""
+def _small_images(config: ConfigDict) -> None:
+  """Shared by `tiny` and `debug`: 64x64 images, the shipped codecs, and sizes that fit them."""
   config.data = {'source': 'mixture', 'image_size': 64, 'text_length': 24, 'encode': 'cached'}
   config.model = {
     'text_vocab': 1024,
@@ -85,18 +86,18 @@ def _embedded(config: ConfigDict) -> None:
 
 
 def _tiny(config: ConfigDict) -> None:
-  _embedded(config)
+  _small_images(config)
   config.unroll = True
   config.steps = (800, 600)
   config.batch_size = (64, 32)
   config.data.update(examples=12288, scenes_share=0.9)
-  config.model.ar = _expert(128, 512, 4, 4, 2) | {'rope_theta': 1e4}
-  config.model.dit = _expert(128, 512, 4, 4, 2) | {'rope_theta': 1e4}
+  config.model.ar = _transformer(128, 512, 4, 4, 2) | {'rope_theta': 1e4}
+  config.model.dit = _transformer(128, 512, 4, 4, 2) | {'rope_theta': 1e4}
   config.model.dual_path = {
     'table': 8,
     'encoder': {'width': 64, 'layers': 2, 'heads': 2, 'mlp': 128},
   }
-  config.model.head = _expert(96, 256, 2, 2, 1) | {'rope_theta': 1e4}
+  config.model.head = _transformer(96, 256, 2, 2, 1) | {'rope_theta': 1e4}
   config.optim = {'lr': 2e-3, 'warmup': 40, 'b2': 0.98, 'ema': 0.995}
   config.model.update(drop_text=0.1, inherit=0.08)
   config.sample = {'steps': 20, 'shift': 1.0, 'guidance': 2.5, 'plan_guidance': 4.5, 'min_p': 0.1}
@@ -104,18 +105,18 @@ def _tiny(config: ConfigDict) -> None:
 
 
 def _debug(config: ConfigDict) -> None:
-  _embedded(config)
+  _small_images(config)
   config.quick_compile = True
   config.steps = (8, 12)
   config.batch_size = (8, 8)
   config.data.examples = 256
-  config.model.ar = _expert(32, 64, 2, 2, 1)
-  config.model.dit = _expert(32, 64, 2, 2, 1)
+  config.model.ar = _transformer(32, 64, 2, 2, 1)
+  config.model.dit = _transformer(32, 64, 2, 2, 1)
   config.model.dual_path = {
     'table': 8,
     'encoder': {'width': 32, 'layers': 2, 'heads': 2, 'mlp': 64},
   }
-  config.model.head = _expert(48, 96, 2, 3, 1)
+  config.model.head = _transformer(48, 96, 2, 3, 1)
   config.optim = {'lr': 1e-3, 'warmup': 4, 'ema': 0.9}
   config.log = {'every': 4}
   config.evals = {'heldout': {'every': 10}, 'sample_grid': {'every': 10}}
@@ -124,7 +125,7 @@ def _debug(config: ConfigDict) -> None:
 
 
 def _paper(config: ConfigDict) -> None:
-  """Table 9 of the paper: stage 1 at 480 = 30 x 16 examples, stage 2 at 192 = 8 x 24."""
+  """Table 9 of the paper: 480 = 30 x 16 chips examples in stage 1, 192 = 8 x 24 in stage 2."""
   config.steps = (325_000, 406_000)
   config.batch_size = (480, 192)
   config.dtype = 'bfloat16'
@@ -132,7 +133,7 @@ def _paper(config: ConfigDict) -> None:
   config.data = {'image_size': 512, 'text_length': 249, 'encode': 'online', 'root': 'data'}
   config.data.source = 'folders:blip3o,text_atlas,anyword'
   config.data.tokenizer = 'showo2:Qwen/Qwen2.5-1.5B-Instruct'
-  expert = _expert(1536, 8960, 28, 12, 2)
+  expert = _transformer(1536, 8960, 28, 12, 2)
   config.model = {
     'text_vocab': 151_669,
     'codes': 16_384,
@@ -149,14 +150,14 @@ def _paper(config: ConfigDict) -> None:
     'ar': expert,
     'dit': dict(expert),
     'dual_path': {'table': 27, 'encoder': {'width': 1152, 'layers': 26, 'heads': 16, 'mlp': 4304}},
-    'head': _expert(2048, 8192, 10, 32, 8),
+    'head': _transformer(2048, 8192, 10, 32, 8),
     'visual_prompt': {'kind': 'siglip_vq', 'weights': 'zai-org/GLM-Image:vision_language_encoder'},
     'image': to_dict(wan_vae.RELEASED_SIZES)
     | {'kind': 'wan_vae', 'weights': 'Wan-AI/Wan2.1-T2V-1.3B-Diffusers:vae'},
   }
   config.optim = {'lr': 1e-4, 'warmup': 2000, 'ema': 0.9995}
-  # 480 = 32 x 15 and 192 = 32 x 6: the batch is sharded over 32 devices, each layer over the other
-  # axis.
+  # Axis `fsdp` shards the batch (480 = 32 x 15 and 192 = 32 x 6) and the parameters; axis `tensor`
+  # has the remaining devices and shards heads, MLPs and the vocabulary.
   config.mesh = {'data': 1, 'fsdp': 32, 'tensor': -1, 'strategy': 'fsdp_tensor'}
   config.sample = {'steps': 49, 'shift': 3.0, 'guidance': 7.5}
   config.checkpoint = {'every': 1000, 'keep': 3}
@@ -165,12 +166,12 @@ def _paper(config: ConfigDict) -> None:
 def scale_to_chips(config: ConfigDict, chips: int, images: int) -> None:
   """Sets batch size, steps, learning rate and mesh for `images` per chip on `chips` chips.
 
-  Every stage sees as many images as before. The learning rate grows with the root of the number of
-  chips, from that of the paper's 24. 16 x 16 chips shard widths that 256 doesn't divide: 1,152 and
-  4,304.
+  Every stage sees as many images as with the config's own steps and batch sizes. The learning rate
+  is 1e-4 sqrt(chips / 24), as stage 2 of the paper runs on 24 chips.
   """
   seen = tuple(steps * batch for steps, batch in zip(config.steps, config.batch_size))
   config.batch_size = (images * chips,)
   config.steps = tuple(round(count / (images * chips)) for count in seen)
   config.optim.lr = 1e-4 * (chips / 24) ** 0.5
+  # Two axes of 16, as widths of 1,152 and 4,304 are multiples of 16 but not of 256.
   config.mesh = {'data': 16 if chips % 16 == 0 else 1, 'fsdp': -1, 'tensor': 1, 'strategy': 'fsdp'}

@@ -28,7 +28,7 @@ def get_config(arg: str = '') -> ConfigDict:
     preset != 'paper' or not re.fullmatch(r'[1-9]\d{0,5}', options['chips'])
   ):
     raise ValueError(
-      f'chips={options["chips"]}: a number from 1 to 999999, of the preset paper only'
+      f'chips={options["chips"]}: a number from 1 to 999999, only with preset paper'
     )
   config = t2i.get_config(f'{preset},arch=single,vpe={options["vpe"]}')
   config.name = 'text_rendering'

@@ -53,7 +53,7 @@ def test_codes_are_the_nearest_entries_by_cosine(codec, params):
   out = codec.quantizer.apply(variables, features, method='quantize')
   entries = np.asarray(params['feature_vq']['codebook'], np.float64)
   entries /= np.linalg.norm(entries, axis=-1, keepdims=True)
-  distance = ((np.asarray(out.inputs)[..., None, :] - entries) ** 2).sum(-1)
+  distance = ((np.asarray(out.projected)[..., None, :] - entries) ** 2).sum(-1)
   np.testing.assert_array_equal(out.codes, distance.argmin(-1))
   np.testing.assert_allclose(out.entries, entries[np.asarray(out.codes)], atol=1e-6)
   np.testing.assert_array_equal(out.codes, codec.encode(params, _images()))
@@ -103,7 +103,7 @@ def test_dead_codes_are_revived(codec, params):
   """All codes but one start far from the data; the entropy bonus brings most into use."""
   features = jax.random.normal(jax.random.key(3), (64, 9, 24))
   initial = dict(params['feature_vq'])
-  inputs = codec.quantizer.apply({'params': initial}, features, method='quantize').inputs
+  inputs = codec.quantizer.apply({'params': initial}, features, method='quantize').projected
   opposite = -jnp.mean(inputs, (0, 1))
   initial['codebook'] = opposite + 0.05 * jax.random.normal(jax.random.key(4), (32, 8))
   initial['codebook'] = initial['codebook'].at[0].set(inputs[0, 0])
@@ -117,7 +117,7 @@ def test_dead_codes_are_revived(codec, params):
   def loss(p):
     out, rebuilt = codec.quantizer.apply({'params': p}, features)
     per_token, of_mean = autoencoding.code_entropies(out.probabilities)
-    commitment = jnp.mean(autoencoding.commitment(out.inputs, out.entries))
+    commitment = jnp.mean(autoencoding.commitment(out.projected, out.entries))
     return jnp.mean(jnp.square(rebuilt - features)) + commitment + 0.1 * (per_token - of_mean)
 
   optimizer = optax.adam(1e-2)

@@ -2,8 +2,10 @@
 
 Patch features of a SigLIP or another tower (codecs/towers.py) are projected to a few dimensions,
 and the nearest codebook entry on the unit sphere gives the code, as in X-Omni's SigLIP-VQ. A
-transformer decoder reconstructs the features from all codes of an image; its error trains
-projection and codebook. VPE (arXiv 2606.04457, Appendix F) compares the towers.
+transformer decoder reconstructs the features from all codes of an image. The reconstruction error
+trains the decoder and, straight through the quantization, the projection; a VQ-VAE loss and an
+entropy loss train the codebook (systems/tokenizers/codec.py). VPE (arXiv 2606.04457, Appendix F)
+compares the towers.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class FeatureVqConfig(towers.TowerConfig):
   Attributes:
     codes: number V of codebook entries.
     code_width: width W of a codebook entry.
-    temperature: of the soft assignment, whose entropies keep all codes in use during training.
+    temperature: temperature of the soft assignment; an entropy loss on it keeps all codes in use.
     decoder: sizes of the decoder from codes to features.
   """
 
@@ -45,8 +47,8 @@ class FeatureVqSection(FeatureVqConfig):
 
   Attributes:
     kind: `feature_vq`.
-    weights: source of the quantizer's weights: `assets:NAME`, a path or a hub id.
-    tower_weights: source of the tower's weights; empty: that of towers.SOURCES.
+    weights: source of the quantizer's weights: `assets:NAME`, a file or the workdir of a run.
+    tower_weights: source of the tower's weights; empty: the default in towers.SOURCES.
     weights_dtype: dtype of the loaded weights of both: float32, or bfloat16 for a large tower.
   """
 
@@ -73,10 +75,10 @@ class FeatureVqSection(FeatureVqConfig):
 
 
 class Quantization(NamedTuple):
-  """Quantized patch features [B, P, D]."""
+  """Result of quantizing patch features [B, P, D], D the width of the tower."""
 
   codes: Array  # [B, P] int32
-  inputs: Array  # [B, P, W]: projected features, unit vectors
+  projected: Array  # [B, P, W]: projected features, unit vectors
   entries: Array  # [B, P, W]: the nearest codebook entries, unit vectors
   probabilities: Array  # [B, P, V] float32: soft assignment
 
@@ -99,13 +101,13 @@ class Quantizer(nn.Module):
     self.features = nn.Dense(c.body.width)
 
   def quantize(self, features: Array) -> Quantization:
-    """Replaces each patch feature by the nearest codebook entry."""
-    inputs = unit(self.project(jax.nn.gelu(self.hidden(self.norm(features)))))
+    """Replaces each patch feature [B, P, D] by the nearest codebook entry."""
+    projected = unit(self.project(jax.nn.gelu(self.hidden(self.norm(features)))))
     entries = unit(self.codebook)
-    cosine = jnp.einsum('BPW,VW->BPV', inputs, entries)
+    cosine = jnp.einsum('BPW,VW->BPV', projected, entries)
     codes = jnp.argmax(cosine, -1).astype(jnp.int32)
     probabilities = jax.nn.softmax(cosine / self.config.temperature, -1)
-    return Quantization(codes, inputs, jnp.take(entries, codes, axis=0), probabilities)
+    return Quantization(codes, projected, jnp.take(entries, codes, axis=0), probabilities)
 
   def lookup(self, codes: Array) -> Array:
     """Codebook entries [B, P, W] of codes [B, P], as unit vectors."""
@@ -116,10 +118,10 @@ class Quantizer(nn.Module):
     return self.features(self.decoder(self.expand(entries) + self.position))
 
   def __call__(self, features: Array) -> tuple[Quantization, Array]:
-    """Quantizes and decodes, with the straight-through gradient of quantization."""
+    """Quantizes and decodes features [B, P, D], with the straight-through gradient."""
     quantized = self.quantize(features)
-    difference = jax.lax.stop_gradient(quantized.entries - quantized.inputs)
-    return quantized, self.decode(quantized.inputs + difference)
+    difference = jax.lax.stop_gradient(quantized.entries - quantized.projected)
+    return quantized, self.decode(quantized.projected + difference)
 
 
 class FeatureVqCodec:
@@ -147,8 +149,9 @@ class FeatureVqCodec:
   def encode(self, params: Params, images: Array) -> Array:
     """Codes [B, P] int32; see protocol.TokenCodec."""
     variables = {'params': params['feature_vq']}
-    features = self.features(params, images)
-    return self.quantizer.apply(variables, features, method='quantize').codes
+    with jax.default_matmul_precision('highest'):  # Rounded features select other codes.
+      features = self.features(params, images)
+      return self.quantizer.apply(variables, features, method='quantize').codes
 
   def decode(self, params: Params, codes: Array) -> Array:
     """Patch features [B, P, D] decoded from codes [B, P]."""
@@ -168,7 +171,7 @@ class FeatureVqCodec:
   def embed_text(self, params: Params, text: Array, length: Array) -> Array:
     """SigLIP's text embedding of captions [B, T] with `length` [B] tokens: unit vectors [B, D].
 
-    Captions that are longer than the text tower's input are cut. Requires `config.has_text_tower`.
+    Captions longer than the text tower's input are truncated. Requires `config.has_text_tower`.
     """
     limit = self.config.siglip.text_length
     length = jnp.minimum(length, limit)

@@ -1,10 +1,10 @@
 """A small KL autoencoder: images <-> grids of latents, four times smaller per side.
 
 It has the residual convolutional blocks of latent diffusion's autoencoder (arXiv 2112.10752), but
-normalizes each position over its own channels, as Wan's does. So no position depends on distant
-ones, and training on crops is as good as on whole images, at a quarter of the cost. The first and
-last layers work on patches of 2x2 pixels, which avoids convolutions at full resolution. The encoder
-is smaller than the decoder, because training of generators runs it online.
+normalizes each position over its own channels, as Wan's autoencoder does. So no position depends on
+distant ones, and the network can train on crops, at a quarter of the cost. The first and last
+layers work on patches of 2x2 pixels, which avoids convolutions at full resolution. The encoder is
+smaller than the decoder, because generators may run it online during training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.codecs import pixels
-from vpe_jax.config import check_sizes
+from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array, FrozenNetwork, Params
 from vpe_jax.ops import norms
 
@@ -45,6 +45,8 @@ class KlConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self)
+    for field in ('encoder', 'decoder', 'encoder_blocks', 'decoder_blocks'):
+      check(self, '', field, len(getattr(self, field)) == 2, 'two numbers')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,8 @@ class KlSection(KlConfig):
     return KlCodec(self)
 
 
-class Norm(nn.Module):
-  """RMS normalization over the channels of each position, with a learned scale, then SiLU."""
+class NormSilu(nn.Module):
+  """RMS norm of x [B, h, w, C] over channels, with a learned scale, then SiLU."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -81,14 +83,14 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-  """x + conv(norm(conv(norm(x)))) at constant width; the identity at initialization."""
+  """x + conv(norm(conv(norm(x)))) [B, h, w, C] at constant width; the identity when initialized."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     width = x.shape[-1]
-    y = nn.Conv(width, (3, 3), name='conv_1')(Norm(name='norm_1')(x))
+    y = nn.Conv(width, (3, 3), name='conv_1')(NormSilu(name='norm_1')(x))
     last = nn.Conv(width, (3, 3), kernel_init=nn.initializers.zeros, name='conv_2')
-    return x + last(Norm(name='norm_2')(y))
+    return x + last(NormSilu(name='norm_2')(y))
 
 
 class Encoder(nn.Module):
@@ -106,7 +108,7 @@ class Encoder(nn.Module):
     x = nn.Conv(c.encoder[1], (3, 3), strides=2, name='down')(x)
     for i in range(c.encoder_blocks[1]):
       x = Block(name=f'quarter_{i}')(x)
-    x = nn.Conv(2 * c.channels, (3, 3), name='end')(Norm(name='norm')(x))
+    x = nn.Conv(2 * c.channels, (3, 3), name='end')(NormSilu(name='norm')(x))
     mean, log_variance = jnp.split(x, 2, axis=-1)
     return mean, jnp.clip(log_variance, -20.0, 10.0)
 
@@ -122,17 +124,18 @@ class Decoder(nn.Module):
     x = nn.Conv(c.decoder[0], (3, 3), name='start')(latents)
     for i in range(c.decoder_blocks[0]):
       x = Block(name=f'quarter_{i}')(x)
-    x = _to_pixels(nn.Conv(4 * c.decoder[1], (1, 1), name='up')(x))
+    x = _depth_to_space(nn.Conv(4 * c.decoder[1], (1, 1), name='up')(x))
     for i in range(c.decoder_blocks[1]):
       x = Block(name=f'half_{i}')(x)
-    return _to_pixels(nn.Conv(12, (3, 3), name='end')(Norm(name='norm')(x)))
+    return _depth_to_space(nn.Conv(12, (3, 3), name='end')(NormSilu(name='norm')(x)))
 
 
 class Autoencoder(nn.Module):
-  """Encoder, decoder, and moments of the latents.
+  """Encoder, decoder, and the mean and standard deviation that normalize latents.
 
-  `shift` and `scale` [C] are not trained: export sets them to the measured moments, so that
-  exported latents have mean 0 and variance 1 in each channel.
+  `shift` and `scale` [C] are not trained. Export sets them to the mean and the standard deviation
+  of the raw latents, so that the latents of an exported network have mean 0 and variance 1 in each
+  channel. Images are [B, R, R, 3], latents [B, R/4, R/4, C].
   """
 
   config: KlConfig
@@ -156,7 +159,7 @@ class Autoencoder(nn.Module):
     return self.decoder(latents * self.scale + self.shift)
 
   def __call__(self, images: Array, noise: Array) -> tuple[Array, Array, Array]:
-    """A training pass: images decoded from mean + std * noise; mean and log-variance.
+    """A training pass: (images decoded from mean + std * noise, mean, log-variance).
 
     `noise` [B, R/4, R/4, C] is standard normal.
     """
@@ -197,6 +200,6 @@ class KlCodec:
     return jax.eval_shape(init)
 
 
-def _to_pixels(x: Array) -> Array:
-  """Four times fewer channels at twice the resolution."""
+def _depth_to_space(x: Array) -> Array:
+  """[B, h, w, 4 C] -> [B, 2h, 2w, C]."""
   return einops.rearrange(x, 'B h w (p q C) -> B (h p) (w q) C', p=2, q=2)

@@ -1,9 +1,10 @@
 """Sample grids: images for fixed prompts, next to the ground truth.
 
-Rows: images from the model's own drafts; images rendered from ground-truth drafts, if the system
-has drafts; the ground truth; and for edits, the source images. The difference of the first two rows
-is the gap between inference and training, as the renderer trains on ground-truth drafts. Half of
-the prompts are held out. If the data source has no held-out split, all prompts are training data,
+A draft is what some systems sample before they render the image, such as a visual prompt. Rows:
+images from the model's own drafts; images rendered from ground-truth drafts, if the system has
+drafts; the ground truth; and for edits, the source images. The first two rows differ because the
+renderer was trained on ground-truth drafts but samples from its own. Half of the prompts are held
+out. If the data source has no held-out split, all prompts are training data,
 and the label of the ground truth says so.
 """
 
@@ -35,8 +36,8 @@ from vpe_jax.evaluation.report import FROM_DRAFTS, Report, Row
 from vpe_jax.sampling import images
 
 SHOWN = 4  # images of each split in a grid
-COUNT = 8  # images of each split over which metrics are averaged
-_SCANNED = 8  # records scanned per record used
+MIN_SCORED = 8  # images of each split for the metrics, or the number of devices if that is more
+_SCANNED = 8  # records scanned at most, per record used
 OWN, TRUE_DRAFTS = 'own', 'true_drafts'  # in the names of metrics
 GENERATED = 'generated'
 TRUTH, TRAINED_ON, SOURCE = 'ground truth', 'ground truth (trained on)', 'source image'
@@ -47,7 +48,8 @@ class SampleGrid:
   """Samples the same prompts with the same seeds each time.
 
   See vpe_jax.evaluation.evaluator.Evaluator. Metrics are `sample/own/NAME` for images from the
-  model's own drafts and `sample/true_drafts/NAME` for images from ground-truth drafts. Names:
+  model's own drafts and `sample/true_drafts/NAME` for images from ground-truth drafts, means
+  over training and held-out prompts. Names:
 
     latent_distance: root mean square difference from the ground-truth latents.
     equal_codes: share of codes that equal the ground truth, for discrete latents.
@@ -71,7 +73,7 @@ class SampleGrid:
   def run(self, subject: Subject) -> Report:
     """Samples the grid and computes its metrics."""
     if not subject.system.frozen:
-      return Report({}, ('sample grid: none, synthetic data has no decoder',))
+      return Report({}, ('sample grid: none; a run on synthetic data has no decoder',))
     generate, compare = self._compiled(subject)
     data = subject.system.config.data
     held_out = (heldout.SPLIT,) if heldout.has_split(data) else ()
@@ -138,7 +140,7 @@ class SampleGrid:
     """Records of a split with their encoded entries, and the prompts of the grid."""
     if split not in self._truth:
       data = Pipeline.of(subject.system, split)
-      count = -(-COUNT // subject.mesh.size) * subject.mesh.size
+      count = -(-MIN_SCORED // subject.mesh.size) * subject.mesh.size
       positions = _positions(data, count)
       local = positions[sharding.host_slice(count, subject.mesh)]
       batch = data.examples([data.index_at(position) for position in local])
@@ -157,13 +159,13 @@ def _request(subject: Subject, truth: Batch, fixed: tuple[str, ...]) -> Batch:
 
 
 def _distances(generated: Generated, truth: Batch) -> dict[str, Array]:
-  """Distance of the generated latents from the ground truth, if there are latents."""
+  """Distance of latents from the ground truth, or share of equal codes; empty without latents."""
   if 'latents' not in generated.encoded:
     return {}
-  ours, theirs = generated.encoded['latents'], truth.encoded['latents']
-  if jnp.issubdtype(theirs.dtype, jnp.integer):
-    return {'equal_codes': jnp.mean(ours == theirs)}
-  return {'latent_distance': jnp.sqrt(jnp.mean(jnp.square(ours - theirs)))}
+  sampled, expected = generated.encoded['latents'], truth.encoded['latents']
+  if jnp.issubdtype(expected.dtype, jnp.integer):
+    return {'equal_codes': jnp.mean(sampled == expected)}
+  return {'latent_distance': jnp.sqrt(jnp.mean(jnp.square(sampled - expected)))}
 
 
 def _fetch(subject: Subject, leaf: Array) -> np.ndarray:
@@ -173,7 +175,7 @@ def _fetch(subject: Subject, leaf: Array) -> np.ndarray:
 
 
 def _positions(data: Pipeline, count: int) -> list[int]:
-  """The first stream positions with distinct prompts, filled up with the first of the others.
+  """The first `count` stream positions with distinct prompts; if too few, also repeated ones.
 
   Captions rarely repeat, but class names do.
   """

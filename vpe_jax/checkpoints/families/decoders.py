@@ -10,7 +10,7 @@ from vpe_jax.models.decoder import DecoderConfig
 from vpe_jax.models.transformer import TransformerConfig
 from vpe_jax.ops.rope import RopeScaling
 
-_SCALING = {
+_ROPE_SCALING_FIELDS = {
   'factor': 'factor',
   'low': 'low_freq_factor',
   'high': 'high_freq_factor',
@@ -30,12 +30,12 @@ def language_model(
 
   Raises:
     KeyError: a field is missing.
-    UserError: our implementation doesn't support the layers.
+    UserError: see `transformer_config`.
   """
   fields = {**defaults, **config}
   return DecoderConfig(
     vocabulary=fields['vocab_size'],
-    body=body(fields, qkv_bias),
+    body=transformer_config(fields, qkv_bias),
     tied=fields['tie_word_embeddings'],
     context=fields['max_position_embeddings'],
   )
@@ -44,18 +44,18 @@ def language_model(
 def language_model_fields(sizes: DecoderConfig) -> dict[str, Any]:
   """Inverse of `language_model`: the fields of config.json."""
   return {
-    **body_fields(sizes.body),
+    **transformer_fields(sizes.body),
     'vocab_size': sizes.vocabulary,
     'tie_word_embeddings': sizes.tied,
     'max_position_embeddings': sizes.context,
   }
 
 
-def body(fields: Mapping[str, Any], qkv_bias: bool) -> TransformerConfig:
+def transformer_config(fields: Mapping[str, Any], qkv_bias: bool) -> TransformerConfig:
   """Converts fields of transformers' Qwen2Config or LlamaConfig to the sizes of the layers.
 
   Args:
-    fields: of config.json, with defaults filled in.
+    fields: fields of config.json, with defaults filled in.
     qkv_bias: whether q, k and v have a bias.
 
   Raises:
@@ -82,19 +82,19 @@ def body(fields: Mapping[str, Any], qkv_bias: bool) -> TransformerConfig:
   )
 
 
-def body_fields(body: TransformerConfig) -> dict[str, Any]:
-  """Inverse of `body`: the fields of config.json."""
-  scaling = body.rope_scaling
+def transformer_fields(sizes: TransformerConfig) -> dict[str, Any]:
+  """Inverse of `transformer_config`: the fields of config.json."""
+  scaling = sizes.rope_scaling
   return {
-    'hidden_size': body.width,
-    'intermediate_size': body.mlp,
-    'num_hidden_layers': body.layers,
-    'num_attention_heads': body.heads,
-    'num_key_value_heads': body.kv_heads,
-    'head_dim': body.head_width,
-    'rope_theta': body.rope_theta,
+    'hidden_size': sizes.width,
+    'intermediate_size': sizes.mlp,
+    'num_hidden_layers': sizes.layers,
+    'num_attention_heads': sizes.heads,
+    'num_key_value_heads': sizes.kv_heads,
+    'head_dim': sizes.head_width,
+    'rope_theta': sizes.rope_theta,
     'rope_scaling': scaling and {'rope_type': 'llama3', **rope_scaling_fields(scaling)},
-    'rms_norm_eps': body.eps,
+    'rms_norm_eps': sizes.eps,
     'hidden_act': 'silu',
   }
 
@@ -102,18 +102,22 @@ def body_fields(body: TransformerConfig) -> dict[str, Any]:
 def rope_scaling(fields: Mapping[str, Any] | None) -> RopeScaling | None:
   """Converts the RoPE scaling in config.json; None for no scaling.
 
+  Fields without a type are Llama 3's if they have a factor; transformers 5 also writes fields that
+  have only theta.
+
   Raises:
-    UserError: the type of scaling is not 'llama3'.
+    UserError: the type of scaling is neither 'default' nor 'llama3'.
   """
-  default = 'llama3' if fields else 'default'
-  kind = (fields or {}).get('rope_type', (fields or {}).get('type', default))
+  fields = fields or {}
+  default = 'llama3' if 'factor' in fields else 'default'
+  kind = fields.get('rope_type', fields.get('type', default))
   if kind == 'default':
     return None
   if kind != 'llama3':
     raise UserError(f"the type of RoPE scaling is '{kind}': our layers support only 'llama3'")
-  return RopeScaling(**{ours: fields[theirs] for ours, theirs in _SCALING.items()})
+  return RopeScaling(**{ours: fields[theirs] for ours, theirs in _ROPE_SCALING_FIELDS.items()})
 
 
 def rope_scaling_fields(scaling: RopeScaling) -> dict[str, Any]:
   """Inverse of `rope_scaling`, without the type."""
-  return {theirs: getattr(scaling, ours) for ours, theirs in _SCALING.items()}
+  return {theirs: getattr(scaling, ours) for ours, theirs in _ROPE_SCALING_FIELDS.items()}

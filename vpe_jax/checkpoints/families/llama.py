@@ -13,7 +13,7 @@ from vpe_jax.models.decoder import Decoder, DecoderConfig
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = DecoderConfig
-# transformers' defaults, which its config.json omits.
+# transformers' defaults of fields that a config.json may omit.
 _DEFAULTS = {
   'rope_theta': 1e4,
   'rms_norm_eps': 1e-6,
@@ -26,7 +26,7 @@ def sizes(config: Mapping[str, Any]) -> DecoderConfig:
   """Our sizes from config.json."""
   for field in ('attention_bias', 'mlp_bias'):
     if config.get(field):
-      raise UserError(f'{field} is true: our layers have no such bias')
+      raise UserError(f'{field} is true: our Llama layers have no biases')
   return decoders.language_model(config, _DEFAULTS, qkv_bias=False)
 
 

@@ -69,7 +69,7 @@ def sizes(config: Mapping[str, Any]) -> UnifiedConfig:
   side = math.isqrt(fields['position_table'])
   if side**2 != fields['position_table']:
     raise UserError(f'position_table is {fields["position_table"]}: it must be a square number')
-  body = decoders.body(fields, qkv_bias=True)
+  body = decoders.transformer_config(fields, qkv_bias=True)
   encoder = EncoderConfig(
     width=fields['clip_latent_dim'],
     layers=fields['clip_layers'],
@@ -108,7 +108,7 @@ def config_json(sizes: UnifiedConfig) -> dict[str, Any]:
   body, head, encoder = sizes.ar, sizes.head, sizes.dual_path.encoder
   return {
     'model_type': 'showo2',
-    **decoders.body_fields(body),
+    **decoders.transformer_fields(body),
     'vocab_size': sizes.text_vocab,
     'bos_token_id': sizes.bos,
     'boi_token_id': sizes.boi,

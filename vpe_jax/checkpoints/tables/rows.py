@@ -25,12 +25,12 @@ def patches(source: str, target: str) -> tuple[Row, ...]:
 
 
 def rms_norm(source: str, target: str) -> tuple[Row, ...]:
-  """A norm's scale."""
+  """An RMS norm's scale."""
   return (Row(f'{source}.weight', f'{target}/scale'),)
 
 
 def layer_norm(source: str, target: str) -> tuple[Row, ...]:
-  """A norm's scale and bias."""
+  """A layer norm's scale and bias."""
   return (*rms_norm(source, target), Row(f'{source}.bias', f'{target}/bias'))
 
 
@@ -60,7 +60,7 @@ def encoder_layer(source: str, target: str) -> tuple[Row, ...]:
 def decoder_layer(source: str, target: str) -> tuple[Row, ...]:
   """A layer of models/transformer.py, with transformers' names for Qwen2 and Llama.
 
-  Rows of biases and of q and k norms have no effect on networks without them.
+  Rows for biases and for q and k norms match nothing in networks without them.
   """
   return (
     *_projections(source, target),
@@ -78,7 +78,7 @@ def decoder_layer(source: str, target: str) -> tuple[Row, ...]:
 
 
 def language_model(name: str) -> Table:
-  """A network of models/decoder.py, with transformers' names for Qwen2ForCausalLM."""
+  """A network of models/decoder.py, with transformers' names for Qwen2ForCausalLM and Llama's."""
   return Table(
     name=name,
     rows=(

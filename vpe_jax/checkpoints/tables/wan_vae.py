@@ -1,13 +1,15 @@
 """Wan 2.1's autoencoder for still images (import only).
 
-The causal convolutions see two frames of zeros and then the image, so only their last slice in time
-matters. Both layouts number the encoder's residual blocks and downsampling layers in one list.
+A causal convolution over three frames sees two frames of zeros and then the still image, so only
+the last time slice of its kernel is used. There are two layouts of keys: diffusers' and that of the
+original `Wan2.1_VAE.pth`. Both number the encoder's residual blocks and downsampling layers in one
+list; the original also does so in its decoder.
 """
 
 from vpe_jax.checkpoints.table import Row, Table
 
-_LEVELS, _BLOCKS = 4, 2
-_IGNORED = ((r'.*\.time_conv\.(weight|bias)', 'mixes frames; a still image has one'),)
+_LEVELS, _BLOCKS = 4, 2  # blocks per level of the encoder; the decoder has one more
+_IGNORED = ((r'.*\.time_conv\.(weight|bias)', 'mixes frames; a still image has a single frame'),)
 
 
 def _causal(source: str, target: str) -> tuple[Row, ...]:
@@ -30,7 +32,7 @@ def _norm(source: str, target: str) -> tuple[Row, ...]:
 
 
 def _block(source: str, target: str, names: tuple[str, ...]) -> tuple[Row, ...]:
-  """A residual block; `names` are the source's names of its layers in the order below."""
+  """A residual block; `names`: the source's names of norm 1, conv 1, norm 2, conv 2, shortcut."""
   return (
     *_norm(f'{source}.{names[0]}', f'{target}/norm_1'),
     *_causal(f'{source}.{names[1]}', f'{target}/conv_1'),
@@ -50,40 +52,51 @@ def _attention(source: str, target: str) -> tuple[Row, ...]:
   )
 
 
-def _list(source: str, half: str, step: str, blocks: int, names: tuple[str, ...]) -> list[Row]:
-  """Residual blocks and the layers between levels, numbered in one list."""
+def _numbered_levels(
+  source: str, network: str, resampling: str, blocks: int, names: tuple[str, ...]
+) -> list[Row]:
+  """All levels, their residual blocks and resampling layers numbered in one list.
+
+  Args:
+    source: the source's name of the list.
+    network: `encoder` or `decoder`.
+    resampling: `down` or `up`, our name of the layers between levels.
+    blocks: residual blocks per level.
+    names: see `_block`.
+  """
   rows: list[Row] = []
   for level in range(_LEVELS):
     first = level * (blocks + 1)
     for i in range(blocks):
-      rows += _block(f'{source}.{first + i}', f'{half}/level_{level}/block_{i}', names)
+      rows += _block(f'{source}.{first + i}', f'{network}/level_{level}/block_{i}', names)
     if level + 1 < _LEVELS:
-      rows += _conv(f'{source}.{first + blocks}.resample.1', f'{half}/{step}_{level}')
+      rows += _conv(f'{source}.{first + blocks}.resample.1', f'{network}/{resampling}_{level}')
   return rows
 
 
-_BLOCK = ('norm1', 'conv1', 'norm2', 'conv2', 'conv_shortcut')
-_ORIGINAL_BLOCK = ('residual.0', 'residual.2', 'residual.3', 'residual.6', 'shortcut')
+_LAYERS = ('norm1', 'conv1', 'norm2', 'conv2', 'conv_shortcut')
+_ORIGINAL_LAYERS = ('residual.0', 'residual.2', 'residual.3', 'residual.6', 'shortcut')
 
 
-def _ends(half: str) -> tuple[Row, ...]:
+def _shared_layers(network: str) -> tuple[Row, ...]:
+  """First, middle and last layers, which encoder and decoder have alike."""
   return (
-    *_causal(f'{half}.conv_in', f'{half}/start'),
-    *_block(f'{half}.mid_block.resnets.{{j}}', f'{half}/middle/block_{{j}}', _BLOCK),
-    *_attention(f'{half}.mid_block.attentions.0', f'{half}/middle/attention'),
-    *_norm(f'{half}.norm_out', f'{half}/norm'),
-    *_causal(f'{half}.conv_out', f'{half}/end'),
+    *_causal(f'{network}.conv_in', f'{network}/start'),
+    *_block(f'{network}.mid_block.resnets.{{j}}', f'{network}/middle/block_{{j}}', _LAYERS),
+    *_attention(f'{network}.mid_block.attentions.0', f'{network}/middle/attention'),
+    *_norm(f'{network}.norm_out', f'{network}/norm'),
+    *_causal(f'{network}.conv_out', f'{network}/end'),
   )
 
 
-def _original_ends(half: str) -> tuple[Row, ...]:
+def _original_shared_layers(network: str) -> tuple[Row, ...]:
   return (
-    *_causal(f'{half}.conv1', f'{half}/start'),
-    *_block(f'{half}.middle.0', f'{half}/middle/block_0', _ORIGINAL_BLOCK),
-    *_attention(f'{half}.middle.1', f'{half}/middle/attention'),
-    *_block(f'{half}.middle.2', f'{half}/middle/block_1', _ORIGINAL_BLOCK),
-    *_norm(f'{half}.head.0', f'{half}/norm'),
-    *_causal(f'{half}.head.2', f'{half}/end'),
+    *_causal(f'{network}.conv1', f'{network}/start'),
+    *_block(f'{network}.middle.0', f'{network}/middle/block_0', _ORIGINAL_LAYERS),
+    *_attention(f'{network}.middle.1', f'{network}/middle/attention'),
+    *_block(f'{network}.middle.2', f'{network}/middle/block_1', _ORIGINAL_LAYERS),
+    *_norm(f'{network}.head.0', f'{network}/norm'),
+    *_causal(f'{network}.head.2', f'{network}/end'),
   )
 
 
@@ -91,10 +104,10 @@ LAYOUTS = (
   Table(
     name='wan_vae (diffusers)',
     rows=(
-      *_ends('encoder'),
-      *_list('encoder.down_blocks', 'encoder', 'down', _BLOCKS, _BLOCK),
-      *_ends('decoder'),
-      *_block('decoder.up_blocks.{i}.resnets.{j}', 'decoder/level_{i}/block_{j}', _BLOCK),
+      *_shared_layers('encoder'),
+      *_numbered_levels('encoder.down_blocks', 'encoder', 'down', _BLOCKS, _LAYERS),
+      *_shared_layers('decoder'),
+      *_block('decoder.up_blocks.{i}.resnets.{j}', 'decoder/level_{i}/block_{j}', _LAYERS),
       *_conv('decoder.up_blocks.{i}.upsamplers.0.resample.1', 'decoder/up_{i}'),
       *_causal('quant_conv', 'quant'),
       *_causal('post_quant_conv', 'post_quant'),
@@ -104,10 +117,10 @@ LAYOUTS = (
   Table(
     name='wan_vae (Wan2.1_VAE.pth)',
     rows=(
-      *_original_ends('encoder'),
-      *_list('encoder.downsamples', 'encoder', 'down', _BLOCKS, _ORIGINAL_BLOCK),
-      *_original_ends('decoder'),
-      *_list('decoder.upsamples', 'decoder', 'up', _BLOCKS + 1, _ORIGINAL_BLOCK),
+      *_original_shared_layers('encoder'),
+      *_numbered_levels('encoder.downsamples', 'encoder', 'down', _BLOCKS, _ORIGINAL_LAYERS),
+      *_original_shared_layers('decoder'),
+      *_numbered_levels('decoder.upsamples', 'decoder', 'up', _BLOCKS + 1, _ORIGINAL_LAYERS),
       *_causal('conv1', 'quant'),
       *_causal('conv2', 'post_quant'),
     ),

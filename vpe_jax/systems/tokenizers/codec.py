@@ -238,7 +238,7 @@ class System(SystemProtocol):
     token_entropy, mean_entropy = autoencoding.code_entropies(quantized.probabilities)
     sums = {
       'features': jnp.sum(error),
-      'commitment': jnp.sum(autoencoding.commitment(quantized.inputs, quantized.entries)),
+      'commitment': jnp.sum(autoencoding.commitment(quantized.projected, quantized.entries)),
       'usage': count * (token_entropy - mean_entropy),
       'perplexity': count * autoencoding.perplexity(quantized.codes, c.codes),
     }
