@@ -102,7 +102,7 @@ def test_paper_keeps_its_batches_and_pod_has_eight_images_a_chip():
   assert [steps * 512 for steps in pod.steps] == pytest.approx(examples, rel=1e-3)
   assert t2i.get_config('pod').batch_size == (2048,)
   for arg in ('paper,chips=64', 'pod,chips=many', 'pod,chips=0'):
-    with pytest.raises(ValueError, match='of the preset pod only'):
+    with pytest.raises(ValueError, match='only with preset pod'):
       t2i.get_config(arg)
 
 

@@ -140,7 +140,7 @@ def test_recoloured_images_drop_the_word_for_their_colour(system, params):
   recoloured_length = jnp.where(is_recoloured, 4, 0)[:, None]
   original = with_inputs(batch, near_length=recoloured_length)
   one_colour = with_inputs(one_colour, near_length=recoloured_length)
-  np.testing.assert_allclose(near_loss(original), near_loss(one_colour), rtol=1e-5)
+  np.testing.assert_allclose(near_loss(original), near_loss(one_colour), rtol=1e-4)
 
 
 def test_the_batch_has_the_declared_shapes(system):
