@@ -82,7 +82,9 @@ def test_two_slices_need_the_mesh_axis_data(tmp_path, root):
 
 
 def test_program_that_does_not_fit_lists_buffers_and_settings(root):
-  oversized = ('--topology=v5e:1x1', '--images_per_chip=65536', '--config.remat=none')
+  # A wide MLP, as many small images would take longer to compile.
+  wide = ('--config.remat=none', '--config.model.ar.mlp=1048576')
+  oversized = ('--topology=v5e:1x1', '--images_per_chip=64', *wide)
   process = _compile(*SMALL, *oversized, cwd=root)
   assert process.returncode == 0, process.stderr[-2000:]
   for part in ('DOES NOT FIT', 'Largest buffers', 'GB  ', '--config.remat=full', 'microbatches'):

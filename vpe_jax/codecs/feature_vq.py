@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import towers
 from vpe_jax.contracts import Array, FrozenNetwork, Params
+from vpe_jax.models import shapes
 from vpe_jax.models.siglip import Siglip, unit
 from vpe_jax.models.vit import Encoder, EncoderConfig, LayerNorm
 
@@ -181,12 +182,6 @@ class FeatureVqCodec:
   def abstract_params(self) -> Params:
     """Shapes of both networks' parameters; see protocol.TokenCodec."""
     c = self.config
-
-    def init() -> Params:
-      key, features = jax.random.key(0), jnp.zeros((1, c.patches, c.body.width))
-      return {
-        c.encoder: self.tower.init(key),
-        'feature_vq': self.quantizer.init(key, features)['params'],
-      }
-
-    return jax.eval_shape(init)
+    features = jax.ShapeDtypeStruct((1, c.patches, c.body.width), jnp.float32)
+    quantizer = shapes.parameter_shapes(self.quantizer, features)
+    return {c.encoder: self.tower.abstract_params(), 'feature_vq': quantizer}

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from vpe_jax.codecs import pixels
 from vpe_jax.config import check, check_sizes
 from vpe_jax.contracts import Array, FrozenNetwork, Params
+from vpe_jax.models import shapes
 from vpe_jax.ops import norms
 
 FACTOR = 4  # pixels per latent along each side
@@ -191,13 +192,8 @@ class KlCodec:
 
   def abstract_params(self) -> Params:
     """Shapes of the network's parameters; see protocol.LatentCodec."""
-
-    def init() -> Params:
-      images = jnp.zeros((1, 4 * FACTOR, 4 * FACTOR, 3))
-      noise = jnp.zeros((1, 4, 4, self.channels))
-      return {'image': self.network.init(jax.random.key(0), images, noise)['params']}
-
-    return jax.eval_shape(init)
+    noise = jax.ShapeDtypeStruct((1, 4, 4, self.channels), jnp.float32)
+    return {'image': shapes.parameter_shapes(self.network, shapes.images(4 * FACTOR), noise)}
 
 
 def _depth_to_space(x: Array) -> Array:

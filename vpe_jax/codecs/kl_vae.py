@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from vpe_jax.codecs import pixels
 from vpe_jax.codecs.pyramid import Decoder, Encoder, PyramidConfig
 from vpe_jax.config import base_section
 from vpe_jax.contracts import Array, FrozenNetwork, Params, PretrainedWeights
+from vpe_jax.models import shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,12 +149,8 @@ class KlVaeCodec:
 
   def abstract_params(self) -> Params:
     """Shapes of the network's parameters; see protocol.LatentCodec."""
-
-    def init() -> Params:
-      images = jnp.zeros((1, 4 * self.factor, 4 * self.factor, 3))
-      return {self.network_names[0]: self.network.init(jax.random.key(0), images)['params']}
-
-    return jax.eval_shape(init)
+    images = shapes.images(4 * self.factor)
+    return {self.network_names[0]: shapes.parameter_shapes(self.network, images)}
 
   def _apply(self, params: Params, inputs: Array, method: str):
     return self.network.apply({'params': params[self.network_names[0]]}, inputs, method=method)

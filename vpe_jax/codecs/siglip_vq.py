@@ -19,6 +19,7 @@ from vpe_jax.codecs import codebook, pixels
 from vpe_jax.codecs.pyramid import Norm
 from vpe_jax.config import base_section, check_sizes
 from vpe_jax.contracts import Array, FrozenNetwork, Params, PretrainedWeights
+from vpe_jax.models import shapes
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.vit import Encoder, EncoderConfig, patches
 
@@ -188,12 +189,8 @@ class SiglipVqCodec:
 
   def abstract_params(self) -> Params:
     """Shapes of the network's parameters; see protocol.TokenCodec."""
-
-    def init() -> Params:
-      images = jnp.zeros((1, self.image_size, self.image_size, 3))
-      return {self.network_names[0]: self.network.init(jax.random.key(0), images)['params']}
-
-    return jax.eval_shape(init)
+    images = shapes.images(self.image_size)
+    return {self.network_names[0]: shapes.parameter_shapes(self.network, images)}
 
 
 def resample(table: Array, height: int, width: int) -> Array:

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from vpe_jax.codecs import pixels
 from vpe_jax.config import base_section, check, check_sizes
 from vpe_jax.contracts import Array, FrozenNetwork, Params, PretrainedWeights
-from vpe_jax.models import clip, dinov2, siglip
+from vpe_jax.models import clip, dinov2, shapes, siglip
 from vpe_jax.models.vit import EncoderConfig
 
 # Default weights of each tower: the shipped SigLIP, and published ones with the default sizes.
@@ -171,7 +172,7 @@ class Tower:
     normalize: maps pixels in [0, 1] to the module's input.
     first: index of the first patch among the module's tokens.
     depth: argument `depth` of the module's `features`.
-    inputs: arguments of the module's `init` after the images.
+    inputs: arguments of the module's `__call__` after the images, as shapes.
   """
 
   network: nn.Module
@@ -179,7 +180,7 @@ class Tower:
   normalize: Callable[[Array], Array]
   first: int
   depth: int | None
-  inputs: tuple[Array, ...]
+  inputs: tuple[jax.ShapeDtypeStruct, ...]
 
   def features(self, params: Params, images: Array) -> Array:
     """Patch features [B, P, D] of images [B, R, R, 3], uint8 or float in [0, 1]."""
@@ -187,10 +188,9 @@ class Tower:
     features = self.network.apply({'params': params}, inputs, self.depth, method='features')
     return features[:, self.first :]
 
-  def init(self, rng: Array) -> Params:
-    """Random initial parameters."""
-    images = jnp.zeros((1, self.side, self.side, 3))
-    return self.network.init(rng, images, *self.inputs)['params']
+  def abstract_params(self) -> Params:
+    """Shapes of the module's parameters."""
+    return shapes.parameter_shapes(self.network, shapes.images(self.side), *self.inputs)
 
 
 def tower(config: TowerConfig) -> Tower:
@@ -199,9 +199,9 @@ def tower(config: TowerConfig) -> Tower:
   side = config.view_side
   if config.encoder == 'dinov2':
     return Tower(dinov2.Dinov2(c), side, dinov2.normalised, 1, depth, ())
-  text = jnp.zeros((1, c.text_length), jnp.int32)
+  text = jax.ShapeDtypeStruct((1, c.text_length), jnp.int32)
   if config.encoder == 'clip':
     last = c.vision.layers - 1 if depth is None else depth
     return Tower(clip.Clip(c), side, clip.normalised, 1, last, (text,))
-  inputs = (text, jnp.ones((1,), jnp.int32))
+  inputs = (text, jax.ShapeDtypeStruct((1,), jnp.int32))
   return Tower(siglip.Siglip(c), side, pixels.to_signed, 0, depth, inputs)

@@ -18,6 +18,7 @@ from vpe_jax.codecs import codebook, pixels
 from vpe_jax.codecs.pyramid import Decoder, Encoder, PyramidConfig
 from vpe_jax.config import base_section, check_sizes
 from vpe_jax.contracts import Array, FrozenNetwork, Params, PretrainedWeights
+from vpe_jax.models import shapes
 from vpe_jax.models.siglip import unit
 
 
@@ -134,10 +135,5 @@ class VqGanCodec:
 
   def abstract_params(self) -> Params:
     """Shapes of the network's parameters; see protocol.TokenCodec."""
-    side = self.config.body.factor
-
-    def init() -> Params:
-      image = jnp.zeros((1, side, side, 3))
-      return {self.network_names[0]: self.network.init(jax.random.key(0), image)['params']}
-
-    return jax.eval_shape(init)
+    images = shapes.images(self.config.body.factor)
+    return {self.network_names[0]: shapes.parameter_shapes(self.network, images)}

@@ -7,6 +7,7 @@ checkpoints/tables.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -152,10 +153,16 @@ def save(name: str, sizes: Any, params: Params, folder: Path, **options: Any) ->
   )
 
 
+@functools.lru_cache(maxsize=16)
+def _shapes(family: Family, sizes: Any) -> Params:
+  """Shapes of `family.init`, traced once for equal sizes."""
+  return jax.eval_shape(lambda key: family.init(sizes, key), jax.random.key(0))
+
+
 def _abstract(family: Family, name: str, sizes: Any) -> Params:
   """Abstract parameters of a network of these sizes."""
   try:
-    return jax.eval_shape(lambda key: family.init(sizes, key), jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf, _shapes(family, sizes))  # a tree of the caller's own
   except UserError:
     raise
   # Inconsistent sizes raise different exceptions, depending on the network.
