@@ -1,9 +1,9 @@
 """Converts published tensors to parameters and back, one tensor at a time.
 
 The names and axes of a family's tensors are data (checkpoints/table.py and checkpoints/tables).
-Before any tensor is loaded, every source key must be used or ignored for a stated reason, every
-parameter must be filled or absent for a stated reason, and all shapes and dtypes must fit; only
-tied tensors are read by then, to compare them. Then tensors stream from the memory-mapped file to
+`match_tensors` checks before loading that every source key is used or ignored for a stated reason,
+that every parameter is filled or absent for a stated reason, and that all shapes and dtypes fit. It
+reads only tied tensors, to compare them. Then `load` streams tensors from the memory-mapped file to
 parameters on their devices, where each layer is written in place.
 """
 
@@ -35,17 +35,17 @@ from vpe_jax.sharding import leaves_by_path
 
 MAX_FILE_SIZE = 5 * 10**9  # bytes; transformers' default
 MAX_LISTED = 6  # differences that an error lists
-MAX_EXPECTED_RATIO = 1000  # tensors that a config may expect, per tensor of the source
+MAX_EXPECTED_RATIO = 1000  # tensors that a config may require, per tensor of the source
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorMap:
-  """Which source tensor fills which parameters, from keys, shapes and dtypes.
+  """The assignment of source tensors to the parameters that they fill.
 
   Attributes:
     table: the key layout of the source.
-    destinations: source key -> its destination.
+    destinations: source key -> destination of the tensor.
     ignored: source key -> reason why it isn't used.
     absent: path of a parameter that no tensor fills -> reason.
   """
@@ -62,13 +62,13 @@ def match_tensors(
   """Matches all source tensors with all parameters.
 
   Args:
-    tensors: the source.
+    tensors: source key -> tensor.
     layouts: key layouts of the family; the one that matches most keys is used.
-    abstract: the parameters, with `shape` and `dtype`.
+    abstract: tree of the parameters, whose leaves have `shape` and `dtype`.
 
   Raises:
-    UserError: a key has no parameter, a parameter has no tensor, or shapes or dtypes don't fit;
-      lists the differences.
+    UserError: a key has no parameter, a parameter has no tensor, shapes or dtypes don't fit (the
+      error lists the differences), or tied tensors differ.
   """
   table = max(layouts, key=lambda layout: _count_known(layout, tensors))
   prefix = _prefix(table, tensors)
@@ -103,12 +103,12 @@ def load(
   In addition to the parameters, host memory holds only one source tensor and the layer it fills.
 
   Args:
-    tensors: the source.
+    tensors: source key -> tensor.
     tensor_map: from `match_tensors`.
-    abstract: the parameters, as `jax.ShapeDtypeStruct`, whose dtypes and shardings are applied.
+    abstract: tree of `jax.ShapeDtypeStruct` with the dtypes and shardings of the parameters.
 
   Returns:
-    Path -> array, for every leaf that is not absent.
+    Path -> array, for every parameter except those in `tensor_map.absent`.
   """
   targets = leaves_by_path(abstract)
   target_shapes = {path: tuple(leaf.shape) for path, leaf in targets.items()}
@@ -131,7 +131,7 @@ def load(
 
 
 def tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  """Nests leaves by path."""
+  """Nests leaves by path: {'a/b': leaf} -> {'a': {'b': leaf}}."""
   nested: dict[str, Any] = {}
   for path, leaf in leaves.items():
     *parents, name = path.split('/')
@@ -161,16 +161,17 @@ def export(
     table: the key layout to write.
     folder: output folder, which must not exist.
     config: content of config.json.
-    axes: sizes of axes that can't be inferred from our leaves, such as the side of a patch.
+    axes: axis letter -> size, for axes whose size can't be inferred from our leaves, such as the
+      side of a patch.
     stem: stem of file names (`diffusion_pytorch_model` for diffusers).
-    dtype: float32, bfloat16 or float16.
-    max_file_size: in bytes; a larger tensor has a file of its own.
+    dtype: dtype of the written tensors: float32, bfloat16 or float16.
+    max_file_size: largest size of a file in bytes; a larger tensor gets a file of its own.
 
   Returns:
     The keys of the written tensors.
 
   Raises:
-    UserError: the folder exists, can't be written, or the layout can't be exported.
+    UserError: the folder exists or can't be written, or the layout can't be exported.
   """
   if folder.exists():
     raise UserError(f"'{folder}' exists: name another folder")
@@ -306,7 +307,7 @@ def _check_exportable(
 def _files(
   destinations: Mapping[str, Destination], shapes: _Shapes, itemsize: int, max_size: int
 ) -> list[list[str]]:
-  """Assigns keys to files of at most `max_size` bytes."""
+  """Assigns keys to files of at most `max_size` bytes, or of a single larger tensor."""
   files: list[list[str]] = [[]]
   file_size = 0
   for key in sorted(destinations):
@@ -348,7 +349,7 @@ def _to_devices(part: np.ndarray, target: jax.ShapeDtypeStruct) -> Array:
 
 
 def _entry_to_devices(part: np.ndarray, target: jax.ShapeDtypeStruct) -> Array:
-  """One entry of a stacked leaf, with the leaf's sharding."""
+  """Copies an entry of a stacked leaf to the devices, sharded as the leaf's other axes."""
   sharding = target.sharding
   if isinstance(sharding, jax.sharding.NamedSharding):
     spec = jax.sharding.PartitionSpec(*sharding.spec[1:])
@@ -364,7 +365,7 @@ def _zeros(target: jax.ShapeDtypeStruct) -> Array:
 def _zeros_program(
   shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding | None
 ) -> Callable[[], Array]:
-  """Compiled once for all leaves of equal shape, dtype and sharding."""
+  """A function that makes zeros, compiled once for each shape, dtype and sharding."""
   return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 

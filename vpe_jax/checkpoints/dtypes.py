@@ -18,10 +18,10 @@ FLOATS = {
 
 
 def parse(name: str) -> np.dtype:
-  """The numpy dtype of a name.
+  """Converts the name of a dtype to the numpy dtype.
 
   Raises:
-    UserError: it is not one of FLOATS.
+    UserError: the name is not a key of FLOATS.
   """
   if name not in FLOATS:
     raise UserError(f"unknown dtype '{name}' of weights: choose one of {', '.join(FLOATS)}")
@@ -39,6 +39,6 @@ def cast(leaf: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def cast_shapes(tree: Params, dtype: np.dtype) -> Params:
-  """`cast` for a tree of `jax.ShapeDtypeStruct`, without their shardings."""
+  """Applies `cast` to a tree of `jax.ShapeDtypeStruct`; the result has no shardings."""
   shape = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype if is_float(leaf) else leaf.dtype)
   return jax.tree.map(shape, tree)

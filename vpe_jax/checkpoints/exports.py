@@ -25,14 +25,15 @@ def export(
 ) -> dict[str, str]:
   """Writes a run's weights in bfloat16.
 
-  The latent moments of an image codec are measured with the rounded weights.
+  The file of an autoencoder (`image`) also has the moments of its latents, measured with the
+  rounded weights.
 
   Args:
-    workdir: of the run.
+    workdir: folder of the run (local or gs://).
     to: output file, ending in `.safetensors`.
-    network: required for a codec run: `feature_vq`, `image` or `image_codes`; '' for all
-      parameters.
-    which: `ema` or `raw` (the last) parameters.
+    network: name of the network to export; '' for all parameters. A run of the codec system needs
+      a name: `feature_vq`, `image` or `image_codes`.
+    which: `ema` for EMA parameters, `raw` for those of the last step.
     overwrite: whether an existing file may be replaced.
     settings: sampling settings that override the run's; None keeps the run's.
 
@@ -41,8 +42,8 @@ def export(
     adds.
 
   Raises:
-    UserError: the run or network doesn't exist, several networks would be exported, a setting is
-      out of range, or the file exists or can't be written.
+    UserError: the run or network doesn't exist, a codec run is exported without `network`, a
+      setting is out of range, or the file exists or can't be written.
   """
   weights.check_target(to, overwrite)
   params, metadata = weights.load_run(workdir, which)
@@ -52,7 +53,7 @@ def export(
   build_section(systems.sampling_sections()[config['system']], config['sample'])
   if network and network not in params:
     raise UserError(f"{workdir} has no network '{network}': choose one of {networks}")
-  if not network and config['system'] == 'codec':  # Its networks are loaded one at a time.
+  if not network and config['system'] == 'codec':  # Readers expect one network per file.
     raise UserError(f'{workdir} has several networks: choose one with --network, of {networks}')
   tree = params[network] if network else params
   if network == 'image':

@@ -57,7 +57,7 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> FrozenNetwor
 
 
 def abstract_params(system: System) -> Params:
-  """The frozen networks by name, as `jax.ShapeDtypeStruct` trees of the dtypes they declare."""
+  """Frozen networks by name, as `jax.ShapeDtypeStruct` trees with the dtypes of `system.frozen`."""
   return {
     name: dtypes.cast_shapes(tree, dtypes.parse(system.frozen[name].dtype))
     for name, tree in system.frozen_shapes().items()
@@ -74,10 +74,11 @@ def load_for_sampling(system: Samples) -> Params:
 
 
 def load_for_drafts(system: Samples) -> Params:
-  """Loads the networks that encode images to drafts, on one device.
+  """Loads the networks that encode images to drafts (see `contracts.Samples`), on one device.
 
   Raises:
-    UserError: the system was trained without them; or see `load_for_sampling`.
+    UserError: the system was trained without these networks, or their weights are missing, can't be
+      read, or have other sizes.
   """
   names = system.draft_encoders
   if not set(names) <= set(system.frozen):
@@ -136,7 +137,7 @@ def check_shapes(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None
 
 @contextlib.contextmanager
 def _one_line_errors(system: System, names: Iterable[str]) -> Iterator[None]:
-  """Context in which errors of misfitting frozen networks become a one-line error."""
+  """Context in which any exception becomes a one-line UserError: the networks don't fit."""
   try:
     yield
   except UserError:
@@ -144,7 +145,7 @@ def _one_line_errors(system: System, names: Iterable[str]) -> Iterator[None]:
   # A wrong tree raises different exceptions, depending on the network (flax, einops, KeyError).
   except Exception as error:
     sources = ', '.join(f'{name}={system.frozen[name].source}' for name in names)
-    reason = (str(error).splitlines() or [''])[0].split(' (https')[0]
+    reason = (str(error).splitlines() or [''])[0].split(' (https')[0]  # without flax's link
     raise UserError(
       f'the frozen networks ({sources}) do not fit the sizes in config.model or '
       f'data.image_size={system.config.data.image_size}: name weights that were trained with these '
@@ -192,8 +193,8 @@ def check_fits(system: System, networks: Params) -> None:
   """Traces the frozen encoders on one example to check their shapes before training.
 
   Args:
-    system: the system that encodes with them.
-    networks: its frozen networks, name -> parameters.
+    system: the system whose `encode` is traced.
+    networks: name -> parameters of the frozen networks.
 
   Raises:
     UserError: the networks don't fit the sizes in the config, or the shapes of their outputs don't

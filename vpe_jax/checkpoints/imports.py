@@ -1,7 +1,7 @@
 """Imports published networks as checkpoints, and exports trained networks.
 
 An import is a folder in the format of a run: one checkpoint with checksums, whose config contains
-the family and its sizes. `weights.load` and other readers of a workdir can read it.
+the family and the sizes of the network. `weights.load` and other readers of a workdir can read it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vpe_jax.config import CheckpointConfig, build_section, to_dict
 from vpe_jax.contracts import Params, PretrainedWeights, UserError
 from vpe_jax.sharding import leaves_by_path
 
-# System that trains a network of a published family -> (family, config.model section of its sizes).
+# System that trains a network of a published family -> (family, config.model section with sizes).
 _TRAINED = {'siglip': ('siglip', 'siglip')}
 
 
@@ -33,11 +33,11 @@ def import_weights(
   """Imports published weights; the Python API of `vpe_jax.convert`.
 
   Args:
-    family: name of the family.
+    family: a name in `families.FAMILIES`.
     source: see `sources.open_source`.
     to: output folder.
     check: whether to compare outputs with the reference library before anything is written.
-    dtype: of the saved parameters: float32, bfloat16 or float16.
+    dtype: dtype of the saved parameters: float32, bfloat16 or float16.
 
   Returns:
     The lines of the report.
@@ -78,16 +78,16 @@ def export_weights(family: str, source: str, to: str, dtype: str = 'float32') ->
   """Exports weights for the reference library; the Python API of `vpe_jax.convert`.
 
   Args:
-    family: name of the family.
+    family: a name in `families.FAMILIES`.
     source: see `read`.
     to: output folder.
-    dtype: float32, bfloat16 or float16.
+    dtype: dtype of the written tensors: float32, bfloat16 or float16.
 
   Returns:
     The lines of the report.
 
   Raises:
-    UserError: see `read` and `convert.export`.
+    UserError: see `check_target`, `read` and `convert.export`.
   """
   check_target(to, source)
   began = time.monotonic()
@@ -102,7 +102,7 @@ def _summary(params: object, began: float) -> str:
   # ru_maxrss is in KiB on Linux and includes memory-mapped pages, which the system can reclaim.
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   seconds = time.monotonic() - began
-  return f'{count:,} parameters, {seconds:.1f} s, peak memory {peak:.2f} GB'
+  return f'{count:,} parameters, {seconds:.1f} s, peak memory {peak:.2f} GiB'
 
 
 def write(imported: families.Imported, folder: str, source: str) -> None:
@@ -110,7 +110,7 @@ def write(imported: families.Imported, folder: str, source: str) -> None:
 
   Args:
     imported: the network.
-    folder: local or gs://; must not exist.
+    folder: output folder, local or gs://; must not exist.
     source: name of the source, saved in the config.
 
   Raises:
@@ -153,7 +153,7 @@ def network(
     pretrained: family, source and sizes of the network.
     shard: adds shardings to the abstract parameters. Published tensors are loaded with these
       shardings; an import is loaded as numpy arrays.
-    dtype: of the parameters.
+    dtype: dtype of the parameters.
 
   Raises:
     UserError: weights are missing, don't fit, or have other sizes, or the dtype is unknown.
@@ -163,6 +163,7 @@ def network(
     source = sources.open_source(pretrained.source)
     return families.load(family, source, shard, expected, dtype).params
   sizes, params, _ = read(pretrained.source, family, dtype)
+  # Sizes on which no tensor depends may differ.
   free = families.FREE_SIZES.get(family, ())
   if sizes != dataclasses.replace(expected, **{name: getattr(sizes, name) for name in free}):
     raise UserError(
@@ -178,10 +179,11 @@ def read(source: str, family: str, dtype: str = 'float32') -> tuple[Any, Params,
   Args:
     source: the folder of an import, the workdir of a run, `assets:NAME` or a weight file.
     family: the expected family.
-    dtype: of the parameters.
+    dtype: dtype of the parameters.
 
   Raises:
-    UserError: there are no weights, they are of another family, or the dtype is unknown.
+    UserError: there are no weights, they are of another or no published family, or the dtype is
+      unknown.
   """
   params, metadata = weights.load(source, dtype)
   config = json.loads(metadata.get('config', '{}'))

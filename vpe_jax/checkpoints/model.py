@@ -15,10 +15,10 @@ class Model:
 
   Attributes:
     system: built from the saved config.
-    params: in the layout of checkpoints.
-    stage: index of the stage that the weights come from.
-    weights: `ema` or `raw`.
-    source: the run, asset or file.
+    params: parameters, in the layout of checkpoints.
+    stage: index of the stage that the parameters come from.
+    weights: kind of the parameters: `ema` or `raw`.
+    source: the run, asset or file that was loaded.
   """
 
   system: System
@@ -42,7 +42,8 @@ def load(source: str, weights: str = 'ema') -> Model:
       the last step.
 
   Raises:
-    UserError: the run, checkpoint or asset doesn't exist, or its weights are damaged.
+    UserError: the run, checkpoint or asset doesn't exist, its weights are damaged, or it has no
+      weights of the requested kind.
   """
   if weights not in ('ema', 'raw'):
     raise UserError(f"weights is '{weights}': choose 'ema' (averaged) or 'raw' (last step)")

@@ -27,7 +27,7 @@ from vpe_jax.models.siglip import Siglip
 
 TOLERANCE = 2e-5  # in float32, relative to the largest absolute reference value
 DEEP_TOLERANCE = {'kl_vae': 1e-4, 'wan_vae': 1e-4}  # decoders with more than 40 convolutions
-_BATCH, _TOKENS = 2, 8
+_BATCH, _TOKENS = 2, 8  # sizes of the random inputs
 
 _Pairs = dict[str, tuple[Any, Any]]  # name of an output -> (ours, the reference's)
 
@@ -37,7 +37,7 @@ def compare(imported: Imported, folder: Path) -> dict[str, float]:
 
   Args:
     imported: the network.
-    folder: of the published weights and config.json.
+    folder: folder of the published weights and their config.json.
 
   Returns:
     Name of an output -> relative error.
@@ -81,7 +81,7 @@ def _error(name: str, ours: Any, theirs: Any) -> float:
   ours, theirs = np.asarray(ours, np.float64), theirs.double().numpy()
   if ours.shape != theirs.shape:
     raise UserError(
-      f'{name} has shape {ours.shape}, in the reference {theirs.shape}: name the folder of the '
+      f'{name} has shape {ours.shape}, but {theirs.shape} in the reference: name the folder of the '
       'imported weights and their config.json'
     )
   return float(np.max(np.abs(ours - theirs)) / max(np.max(np.abs(theirs)), 1e-30))
@@ -128,7 +128,7 @@ def _dinov2(torch: Any, transformers: Any, folder: Path, imported: Imported) -> 
 
 
 def _autoencoder(name: str) -> Callable[..., _Pairs]:
-  """diffusers' autoencoders; Wan's takes images as videos of one frame."""
+  """Latents and images of a diffusers class; Wan's takes images as videos of one frame."""
 
   def pairs(torch: Any, diffusers: Any, folder: Path, imported: Imported) -> _Pairs:
     model_class = getattr(diffusers, name)

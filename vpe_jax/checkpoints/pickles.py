@@ -31,13 +31,13 @@ _STORAGES = {
   'ShortStorage': np.int16, 'CharStorage': np.int8, 'ByteStorage': np.uint8,
   'BoolStorage': np.bool_,
 }  # fmt: skip
-# Keys under which training checkpoints keep the weights.
+# Keys under which training checkpoints store the weights, in order of preference.
 _WEIGHT_KEYS = ('state_dict', 'model', 'module', 'model_state_dict')
 
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-  """A storage that one or more tensors share: `count` numbers, not read yet."""
+  """A PyTorch storage that tensors share: `count` elements in `data/{name}`, not read yet."""
 
   dtype: np.dtype
   name: str
@@ -46,18 +46,13 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Pickled:
-  """A tensor in a pickled file, whose numbers are read by `read`.
-
-  Attributes:
-    shape: of the tensor.
-    dtype: of the tensor.
-  """
+  """A tensor in a pickled file; see `sources.Tensor`."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
   _file: _File
   _storage: _Storage
-  _offset: int
+  _offset: int  # in elements, as the strides
   _strides: tuple[int, ...]
 
   def read(self) -> np.ndarray:
@@ -104,8 +99,8 @@ class _File:
       raise UserError(f"'{self.path}' is damaged: it lacks {member}; get it again") from error
     if info.compress_type != zipfile.ZIP_STORED:
       raise UserError(f"'{self.path}' is compressed, which PyTorch never does: get it again")
-    # The local header has its own name and extra field, whose lengths may differ from those in the
-    # central directory.
+    # A member's local header has 30 bytes, then a name and an extra field. Their lengths, at byte
+    # 26, may differ from those in the central directory.
     name, extra = struct.unpack_from('<HH', self._map, info.header_offset + 26)
     start = info.header_offset + 30 + name + extra
     size = storage.count * np.dtype(storage.dtype).itemsize

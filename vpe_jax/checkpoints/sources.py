@@ -1,7 +1,7 @@
 """Published weights on disk or on the Hugging Face hub: tensors by key, read one at a time.
 
-Safetensors are preferred; PyTorch's pickled files are read through checkpoints/pickles.py. Files
-are memory-mapped, so a tensor takes no memory until its bytes are used.
+Safetensors are preferred; PyTorch's pickled files are read through checkpoints/pickles.py. Local
+files are memory-mapped, so a tensor takes no memory until its bytes are used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vpe_jax import storage
 from vpe_jax.checkpoints import pickles
 from vpe_jax.contracts import UserError
 
-# Names of dtypes in a safetensors header.
+# Name of a dtype in a safetensors header -> numpy dtype.
 DTYPES = {
   'BOOL': np.bool_, 'U8': np.uint8, 'I8': np.int8, 'U16': np.uint16, 'I16': np.int16,
   'U32': np.uint32, 'I32': np.int32, 'U64': np.uint64, 'I64': np.int64,
@@ -32,12 +32,13 @@ DTYPES = {
 PICKLED = ('.bin', '.pth', '.pt', '.ckpt')
 _MAX_HEADER = 100 * 2**20  # bytes; the limit of the safetensors format
 _CONFIGS = ('config.json', 'config.yaml')  # in order of preference
+# Patterns of the files that a download fetches; pickled files only without safetensors.
 _SAFETENSORS_FILES = ('*.safetensors', '*.safetensors.index.json', *_CONFIGS)
 _PICKLED_FILES = ('*.bin', '*.bin.index.json', '*.pth', '*.ckpt', *_CONFIGS)
 
 
 class Tensor(Protocol):
-  """A tensor that is read from its file on demand; `shape` and `dtype` are those of numpy."""
+  """A tensor that is read from its file on demand."""
 
   @property
   def shape(self) -> tuple[int, ...]: ...
@@ -46,7 +47,7 @@ class Tensor(Protocol):
   def dtype(self) -> np.dtype: ...
 
   def read(self) -> np.ndarray:
-    """The tensor as a read-only view of the file."""
+    """The tensor, read-only; a view of the file if the file is local."""
     ...
 
 
@@ -146,7 +147,7 @@ def parse(content: bytes | _Content, name: str) -> tuple[dict[str, Tensor], dict
   """Parses a safetensors file.
 
   Args:
-    content: bytes of the file, of which tensors read their own when they are needed.
+    content: bytes of the file; each tensor reads its part on demand.
     name: name of the file in errors.
 
   Returns:
@@ -222,7 +223,7 @@ def _read(path: Path) -> Mapping[str, Tensor]:
 
 
 def _from_folder(folder: Path, suffix: str, others: Sequence[str]) -> dict[str, Tensor]:
-  """Reads the files that an index lists, or all files with one of these suffixes."""
+  """Reads the files of the index; without one, all files with `suffix` or one of `others`."""
   indices = sorted(folder.glob(f'*{suffix}.index.json'))
   if len(indices) > 1:
     names = ', '.join(index.name for index in indices)
@@ -250,7 +251,7 @@ def _from_folder(folder: Path, suffix: str, others: Sequence[str]) -> dict[str, 
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-  """Tensor -> name of its file, from an index."""
+  """Reads an index: tensor key -> file name."""
   try:
     weight_map = json.loads(index.read_text(encoding='utf-8'))['weight_map']
     if not all(isinstance(name, str) for name in weight_map.values()):
@@ -294,7 +295,7 @@ def _downloaded(name: str) -> Path:
       path = Path(huggingface_hub.snapshot_download(repo, allow_patterns=allowed)) / folder
       if any(path.glob('*.safetensors')) or patterns is _PICKLED_FILES:
         return path
-  except Exception as error:  # The hub's client also raises the errors of its transport.
+  except Exception as error:  # The hub's client also raises errors of its HTTP library.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(
       f"no weights at '{name}': no such file or folder, and the hub can't be reached or has "

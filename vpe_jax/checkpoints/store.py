@@ -53,7 +53,8 @@ _PARSE_ERRORS = (
   TypeError,
   ValueError,
 )
-# TensorStore raises every error as a ValueError; these codes concern the storage or the process.
+# TensorStore raises every error as a ValueError. Messages that begin with these codes concern the
+# storage or the process, not the files.
 _TRANSIENT = re.compile(
   'ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|PERMISSION_DENIED|RESOURCE_EXHAUSTED'
   '|UNAUTHENTICATED|UNAVAILABLE|UNKNOWN'
@@ -77,7 +78,7 @@ class Store:
     """Opens a store; the directory is not accessed yet.
 
     Args:
-      directory: of the checkpoints.
+      directory: folder of the checkpoints.
       config: when to save, and which checkpoints to keep.
     """
     self._directory = epath.Path(directory)
@@ -88,7 +89,7 @@ class Store:
     self._pending: concurrent.futures.Future[None] | None = None
     self._newest: int | None = None  # last saved or restored step
     self._restored = False  # `restore` has returned, with or without a state
-    self._damaged: set[int] = set()  # steps that restore skipped
+    self._damaged: set[int] = set()  # steps that `restore` or `read` skipped
 
   def due(self, step: int) -> bool:
     """Whether `save` without `force` saves at this step."""
@@ -110,7 +111,8 @@ class Store:
       Whether a save was started; False also if this step was just saved or restored.
 
     Raises:
-      UserError: the directory contains this step or later ones and they weren't restored.
+      UserError: the directory contains this or a later step, and `restore` wasn't called; or the
+        disk is full.
     """
     step = int(state['step'])
     if step == self._newest or not (force or self.due(step)):
@@ -149,7 +151,8 @@ class Store:
       The state, or None if the directory has no checkpoint.
 
     Raises:
-      UserError: every checkpoint is damaged, or the abstract state has other leaves.
+      UserError: every checkpoint is damaged, or the abstract state has other leaves than the
+        checkpoint.
     """
 
     def load(step: int, record: Record) -> State:
@@ -231,7 +234,7 @@ class Store:
   # Saving.
 
   def _prepare_directory(self, step: int) -> None:
-    """Before a save: refuses to mix two runs, and removes unfinished or damaged checkpoints."""
+    """Prepares a save: refuses to mix two runs; deletes unfinished, renames damaged checkpoints."""
     if self._newest is None and not self._restored:
       later = [other for other in self.steps() if other >= step]
       if later:
@@ -289,7 +292,7 @@ class Store:
   # Loading.
 
   def _newest_intact(self, load: Callable[[int, Record], Any]) -> tuple[Record, Any] | None:
-    """Loads the newest intact checkpoint: its record and the result of `load(step, record)`."""
+    """Returns the record of the newest intact checkpoint and the result of `load(step, record)`."""
     self.wait()
     reasons = {}
     for step in reversed(self._folders()):
@@ -303,6 +306,7 @@ class Store:
           'checkpoint %d in %s is damaged (%s): trying the previous one',
           step, self._directory, reason,
         )  # fmt: skip
+    # On an object store, an interrupted first save leaves a folder but no checkpoint.
     if not reasons or (_writes_in_place(self._directory) and not self.steps()):
       return None
     reason_list = '; '.join(f'step {step}: {reason}' for step, reason in reasons.items())
@@ -377,13 +381,13 @@ def _attempt(read: Callable[[], Any]) -> Any:
 
   Raises:
     _Damaged: a file is missing or can't be parsed. Other errors, such as a timeout of the storage
-      or too many open files, may pass, so they are raised unchanged.
+      or too many open files, may be temporary and are raised unchanged.
   """
   try:
     return read()
   except Exception as error:
     root = error
-    while root.__cause__ is not None:  # the innermost cause names the file
+    while root.__cause__ is not None:  # The innermost cause names the file.
       root = root.__cause__
     message = ' '.join(str(root).split()) or type(root).__name__
     if not isinstance(root, _PARSE_ERRORS) or _TRANSIENT.match(message):
@@ -395,7 +399,7 @@ def _agreed(read: Callable[[], Any]) -> Any:
   """Calls a function that reads a checkpoint; it succeeds in all processes or in none.
 
   Raises:
-    _Damaged: the checkpoint is damaged for a process.
+    _Damaged: this or another process found the checkpoint damaged.
     UserError: another process could not reach the checkpoint.
   """
   result, problem = None, None
@@ -410,7 +414,7 @@ def _agreed(read: Callable[[], Any]) -> Any:
       problem = _Damaged('another process could not read it')
     elif worst > severity:
       problem = UserError(
-        'another process could not reach a checkpoint; its own log has the reason: run the same '
+        'another process could not reach a checkpoint (its log has the reason): run the same '
         'command again'
       )
   if problem is not None:
@@ -474,7 +478,7 @@ def _load_target(leaf: Any) -> Any:
 def _check_fits(
   folder: epath.Path, saved_leaves: Mapping[str, Any], targets: Mapping[str, Any]
 ) -> None:
-  """Checks that a checkpoint has the leaves to load, in shape and dtype."""
+  """Checks that a checkpoint has exactly the leaves to load, with equal shapes and dtypes."""
   ours = {path: (list(leaf.shape), str(leaf.dtype)) for path, leaf in targets.items()}
   theirs = {path: (leaf['shape'], leaf['dtype']) for path, leaf in saved_leaves.items()}
   for path in sorted(ours.keys() | theirs.keys()):

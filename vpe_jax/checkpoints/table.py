@@ -1,7 +1,8 @@
 """Tables that map a family's published tensors to our parameters and back, as plain data.
 
-A `Row` maps a source key to a target path and gives an einops pattern for their axes; an export
-applies the pattern in reverse. Each file in `tables/` defines the `Table`s of a family.
+The source is the published tensors, by key; the target is our parameters, by path. A `Row` maps a
+source key to a target path, with an einops pattern for the axes, which an export applies in
+reverse. A file in `tables/` defines the `Table`s of each family.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ class Row:
   """One kind of source tensor.
 
   Attributes:
-    source: key template; `{n}` stands for a number, such as a layer index.
-    target: path template of the leaf that it fills. A number of the source that the target doesn't
-      contain is an index into the leaf's first axis, along which layers are stacked. Several
-      targets share the source tensor, which is split along its first axis in this order (a fused
-      `qkv`).
+    source: template of the tensor's key; `{n}` stands for a number, such as a layer index.
+    target: path template of the leaf that the tensor fills. A number in `source` that `target`
+      doesn't contain is an index into the leaf's first axis, along which layers are stacked. With
+      several targets, the tensor is split along its first axis in their order (a fused `qkv`).
     axes: einops pattern `source axes -> target axes` without the stacked axis, such as
-      `(N H) D -> D N H`; empty if the axes are equal.
+      `(N H) D -> D N H`; empty if the axes are equal. O and I are outputs and inputs of a layer, p
+      and q height and width of a kernel, t time; vpe_jax/contracts.py defines the other letters.
     last: source axis of which only the last index is used (a causal convolution in time that sees
       one frame). Such a row can't be exported.
   """
@@ -52,16 +53,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """All rows of one key layout of a family.
+  """A key layout of a family: the tensor names of one publisher, as rows.
 
   Attributes:
-    name: of the layout, for reports and errors.
-    rows: each source key matches exactly one row.
+    name: name of the layout in reports and errors.
+    rows: a source key matches at most one row.
     ignored: (regular expression over source keys, reason) of tensors that are not used.
     absent: (regular expression over target paths, reason) of leaves that no source tensor fills.
     ties: pairs of keys of tied tensors. If both exist, they must be equal and the first is dropped,
       unless our network has a separate leaf for the first (an untied output).
-    prefixes: common prefixes of all source keys, which are removed.
+    prefixes: prefixes that all source keys may share; the first shared one is removed from them.
   """
 
   name: str
@@ -78,8 +79,8 @@ class Destination:
 
   Attributes:
     row: the row that matches the key.
-    targets: paths of the leaves.
-    index: index into their first axis (None: the whole leaf).
+    targets: paths of the leaves that the tensor fills.
+    index: index into the first axis of these leaves (None: the tensor fills whole leaves).
   """
 
   row: Row
@@ -123,8 +124,8 @@ def keys(row: Row, leaves: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str,
   """Yields (source key, destination) of all tensors that a row expects.
 
   Args:
-    row: of a table.
-    leaves: path -> shape.
+    row: a row of a table.
+    leaves: path -> shape of each of our parameters.
   """
   pattern = _pattern(row.targets[0])
   for path, shape in leaves.items():
@@ -146,9 +147,9 @@ def misfit(
   """Explains why a source shape doesn't fit its targets; '' if it does.
 
   Args:
-    destination: of the tensor.
-    source: its shape.
-    shapes: of its targets, without the stacked axis.
+    destination: row and targets of the source tensor.
+    source: shape of the source tensor.
+    shapes: shapes of the targets, without the stacked axis.
   """
   axes, source = _without_last(destination.row, source)
   try:
@@ -167,9 +168,9 @@ def forward(
   """Converts a source tensor to the arrays of its targets; views where possible.
 
   Args:
-    destination: of the tensor.
+    destination: row and targets of the source tensor.
     tensor: the source tensor.
-    shapes: of its targets, without the stacked axis.
+    shapes: shapes of the targets, without the stacked axis.
 
   Raises:
     ValueError: the tensor's shape doesn't fit.
@@ -191,12 +192,12 @@ def forward(
 def backward(
   destination: Destination, leaves: Sequence[np.ndarray], axes: Mapping[str, int]
 ) -> np.ndarray:
-  """Converts the arrays of a tensor's targets back to the source tensor.
+  """Converts the arrays of the targets back to the source tensor.
 
   Args:
-    destination: of the tensor.
-    leaves: arrays of its targets, without the stacked axis.
-    axes: sizes of axes that can't be read off our leaves, by name.
+    destination: row and targets of the source tensor.
+    leaves: arrays of the targets, without the stacked axis.
+    axes: axis letter -> size, for axes whose size can't be inferred from our leaves.
 
   Raises:
     ValueError: the row uses only a part of the source tensor.
@@ -282,10 +283,10 @@ def _reverse(axes: str, leaf: np.ndarray, sizes: Mapping[str, int]) -> np.ndarra
 
 
 def _ends(axes: str, source: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> list[int]:
-  """End indices of several targets' parts along the source's first axis.
+  """End index of each target's part along the first axis of the source.
 
   Raises:
-    ValueError: the sizes of the parts don't add up to the source's.
+    ValueError: a target doesn't determine the size of its part, or the sizes don't add up.
   """
   ends, total = [], 0
   first = _groups(axes.split('->')[0])[0] if axes else ()
@@ -296,13 +297,13 @@ def _ends(axes: str, source: Sequence[int], shapes: Sequence[tuple[int, ...]]) -
       right = _groups(axes.split('->')[1])
       sizes = {group[0]: size for group, size in zip(right, shape) if len(group) == 1}
       if len(right) != len(shape) or any(name not in sizes for name in first):
-        raise ValueError(f'{list(shape)} does not determine its part of {list(source)}')
+        raise ValueError(f'target {list(shape)} does not determine its part of {list(source)}')
       length = math.prod(sizes[name] for name in first)
     _solve(axes, (length, *source[1:]), shape)
     total += length
     ends.append(total)
   if not source or total != source[0]:
     raise ValueError(
-      f'{len(shapes)} targets need {total} entries, but the source is {list(source)}'
+      f'{len(shapes)} targets need {total} entries, but the source has shape {list(source)}'
     )
   return ends

@@ -45,22 +45,21 @@ def is_file(source: str) -> bool:
 def load(source: str, dtype: str = 'float32') -> tuple[Params, dict[str, str]]:
   """Loads weights from a file, an asset or a run.
 
-  Each leaf is cast when it is read: host memory holds the tree at `dtype`, never a second copy of
-  it at the dtype of the file.
+  Each leaf is cast when it is read, so host memory never holds a second copy of the tree at the
+  saved dtype (except of assets, which are small).
 
   Args:
     source: `assets:NAME` (shipped with the library), a path ending in `.safetensors`, or the
       workdir of a run (EMA weights of its newest checkpoint, raw weights where there is no EMA);
       `~` expands to the home folder.
-    dtype: of the float leaves: float32, bfloat16 or float16.
+    dtype: dtype of the float leaves: float32, bfloat16 or float16.
 
   Returns:
     (nested dict of numpy arrays; metadata). The metadata of a run has `config` (JSON), `version`,
     `step`, `stage`, `weights` (ema or raw) and `source`.
 
   Raises:
-    UserError: there are no weights, they can't be read, they are damaged, or the dtype is unknown;
-      names the cure.
+    UserError: there are no weights, they can't be read, they are damaged, or the dtype is unknown.
   """
   if source.startswith(ASSETS):
     return _load_asset(source.removeprefix(ASSETS), dtype)
@@ -86,10 +85,10 @@ def load_run(
   """Loads the weights of a run's newest intact checkpoint; returns the same as `load`.
 
   Args:
-    workdir: of the run, local (`~` expands to the home folder) or gs://.
+    workdir: folder of the run, local (`~` expands to the home folder) or gs://.
     which: `ema` (EMA weights, raw ones for parameters without an EMA) or `raw`. Parameters that
       trained only in an earlier stage have their EMA value in both.
-    dtype: of the float leaves; see `load`.
+    dtype: dtype of the float leaves; see `load`.
 
   Raises:
     UserError: `which` or the dtype is unknown, the run has no intact checkpoint, or it can't be
@@ -113,7 +112,7 @@ def load_run(
 
 
 def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
-  """The config in the metadata of weights, from which `systems.build` builds their system.
+  """Parses the config in the metadata of weights; `systems.build` builds a system from it.
 
   Args:
     metadata: from `load`.
@@ -139,7 +138,7 @@ def read_run(
   """Reads leaves of a run's state from its newest intact checkpoint.
 
   Args:
-    workdir: of the run, local (`~` expands to the home folder) or gs://.
+    workdir: folder of the run, local (`~` expands to the home folder) or gs://.
     prefixes: path prefixes of the leaves to read.
 
   Returns:
@@ -156,7 +155,7 @@ def _read_checkpoint(
   choose: Callable[[Collection[str]], Iterable[str]],
   transform: Callable[[np.ndarray], np.ndarray] = lambda leaf: leaf,
 ) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
-  """`Store.read` of a run's checkpoints; a run without any is an error."""
+  """Calls `Store.read` on the checkpoints of a run; a run without a checkpoint is an error."""
   store = Store(str(storage.resolve(workdir) / FOLDER), CheckpointConfig())
   try:
     contents = store.read(choose, transform)
@@ -182,10 +181,10 @@ def save(
   Args:
     path: ends in `.safetensors`, local (`~` expands to the home folder) or gs://; written
       atomically.
-    tree: float leaves are saved as `dtype`, others unchanged.
-    metadata: strings, such as `config` (JSON); `version`, `dtype` and `fingerprint` (of the tree
-      that `load` returns in float32) are added.
-    dtype: bfloat16, float16 or float32.
+    tree: nested dict of arrays; float leaves are saved as `dtype`, others unchanged.
+    metadata: strings, such as `config` (JSON). `save` adds `version`, `dtype` and `fingerprint`,
+      the fingerprint of the tree that `load` returns in float32.
+    dtype: dtype of the saved float leaves: bfloat16, float16 or float32.
     overwrite: whether an existing file may be replaced.
 
   Raises:
@@ -250,7 +249,7 @@ def fingerprint(tree: Params, dtype: str | None = None) -> str:
 
   Args:
     tree: nested dict of arrays.
-    dtype: dtype to which float leaves are cast before hashing, in parts (None: their own).
+    dtype: float leaves are cast to this dtype before hashing, a part at a time (None: not cast).
   """
   digest = hashlib.sha256()
   for path, leaf in sorted(leaves_by_path(tree).items()):
@@ -289,7 +288,7 @@ def _read(
   for path in sorted(tensors):
     leaf = tensors[path].read()
     _hash_leaf(digest, path, leaf, 'float32')
-    # A copy, because `read` returns a read-only view of the file.
+    # A copy, because the array that `read` returns is read-only and may be a view of the file.
     leaves[path] = np.array(leaf, kind if dtypes.is_float(leaf) else leaf.dtype)
   # Only files written by `save` have a fingerprint.
   actual = digest.hexdigest()[:12]

@@ -37,7 +37,7 @@ FAMILIES = (
 )
 
 
-# Families whose networks were released without a config.json.
+# Families with `RELEASED_SIZES`, which are used if a source has no config.json.
 WITHOUT_CONFIG = ('siglip_vq', 'wan_vae', 'ibq', 'llamagen_vq')
 # Fields of a family's sizes on which no published tensor depends.
 FREE_SIZES: Mapping[str, tuple[str, ...]] = {'showo2': ('codes', 'multiple', 'latent_size')}
@@ -50,7 +50,7 @@ class Family(Protocol):
     LAYOUTS: key layouts of published weights; exports use the first.
     STEM: stem of exported file names.
     Sizes: frozen dataclass of a network's sizes.
-    RELEASED_SIZES: sizes of the released network; of families in WITHOUT_CONFIG only.
+    RELEASED_SIZES: sizes of the released network; only families in WITHOUT_CONFIG have them.
   """
 
   LAYOUTS: tuple[Table, ...]
@@ -85,9 +85,9 @@ class Imported:
   """An imported network.
 
   Attributes:
-    family: name of the family.
-    sizes: of the network.
-    params: its parameters.
+    family: a name in FAMILIES.
+    sizes: sizes of the network, as the family's `Sizes`.
+    params: parameters of the network.
     tensor_map: destination of each source tensor, and unused tensors.
   """
 
@@ -118,15 +118,15 @@ def load(
   """Loads a published network.
 
   Args:
-    name: of the family.
-    source: the weights.
+    name: a name in FAMILIES.
+    source: the published weights.
     shard: adds shardings to the abstract parameters (None: one device).
-    sizes: of the network (None: from the source's config.json, else the family's
-      `RELEASED_SIZES`).
-    dtype: of the parameters: float32, bfloat16 or float16. Tensors are cast one at a time.
+    sizes: sizes of the network (None: those of the source's config.json, or the family's
+      `RELEASED_SIZES` without that file).
+    dtype: dtype of the parameters: float32, bfloat16 or float16. Tensors are cast one at a time.
 
   Raises:
-    UserError: the sizes or the dtype are unknown, or the weights don't fit the sizes.
+    UserError: the family, the sizes or the dtype are unknown, or the weights don't fit the sizes.
   """
   family = get(name)
   if sizes is None:
@@ -162,7 +162,7 @@ def _shapes(family: Family, sizes: Any) -> Params:
 def _abstract(family: Family, name: str, sizes: Any) -> Params:
   """Abstract parameters of a network of these sizes."""
   try:
-    return jax.tree.map(lambda leaf: leaf, _shapes(family, sizes))  # a tree of the caller's own
+    return jax.tree.map(lambda leaf: leaf, _shapes(family, sizes))  # a copy of the cached tree
   except UserError:
     raise
   # Inconsistent sizes raise different exceptions, depending on the network.
@@ -176,8 +176,8 @@ def _sizes(family: Family, name: str, source: Source) -> Any:
     return family.RELEASED_SIZES
   if not source.config:
     raise UserError(
-      f"'{source.path}' has no config.json in its folder, which gives the sizes of {name}: get it "
-      'too'
+      f"'{source.path}' has no config.json in its folder: get that file too, it has the sizes of "
+      f'{name}'
     )
   try:
     sizes = family.sizes(source.config)

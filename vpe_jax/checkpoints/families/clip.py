@@ -16,7 +16,7 @@ LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = ClipConfig
 axes = encoders.patch_axes
-# transformers' defaults, which its config.json omits.
+# transformers' defaults of fields that a config.json may omit.
 _TOWER = {'num_hidden_layers': 12, 'layer_norm_eps': 1e-5, 'hidden_act': 'quick_gelu'}
 _VISION = {
   **_TOWER,
@@ -35,7 +35,7 @@ _TEXT = {
   'max_position_embeddings': 77,
   'eos_token_id': 49407,
 }
-# With this eos_token_id, transformers takes the largest id of a sequence instead.
+# With this eos_token_id, transformers pools at the largest id of a caption instead.
 _LEGACY_EOS_ID = 2
 
 

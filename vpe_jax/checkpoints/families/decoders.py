@@ -10,6 +10,7 @@ from vpe_jax.models.decoder import DecoderConfig
 from vpe_jax.models.transformer import TransformerConfig
 from vpe_jax.ops.rope import RopeScaling
 
+# Field of RopeScaling -> field of config.json.
 _ROPE_SCALING_FIELDS = {
   'factor': 'factor',
   'low': 'low_freq_factor',
@@ -24,8 +25,8 @@ def language_model(
   """Converts config.json to the sizes of a language model.
 
   Args:
-    config: config.json.
-    defaults: defaults of the reference library, for fields that are missing.
+    config: content of config.json.
+    defaults: the reference library's defaults of fields that config.json may omit.
     qkv_bias: whether q, k and v have a bias.
 
   Raises:
@@ -102,8 +103,8 @@ def transformer_fields(sizes: TransformerConfig) -> dict[str, Any]:
 def rope_scaling(fields: Mapping[str, Any] | None) -> RopeScaling | None:
   """Converts the RoPE scaling in config.json; None for no scaling.
 
-  Fields without a type are Llama 3's if they have a factor; transformers 5 also writes fields that
-  have only theta.
+  If the type is missing, fields with a factor are Llama 3's scaling, and fields without one are no
+  scaling: transformers 5 writes theta alone in `rope_parameters`.
 
   Raises:
     UserError: the type of scaling is neither 'default' nor 'llama3'.

@@ -17,7 +17,7 @@ LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = Dinov2Config
 axes = encoders.patch_axes
-# transformers' defaults, which its config.json omits.
+# transformers' defaults of fields that a config.json may omit.
 _DEFAULTS = {
   'hidden_size': 768,
   'num_hidden_layers': 12,
@@ -56,7 +56,7 @@ def config_json(sizes: Dinov2Config) -> dict[str, Any]:
   """A config.json for Dinov2Model.
 
   Raises:
-    UserError: Dinov2Config can't express the width of the MLP.
+    UserError: no integer `mlp_ratio` of transformers gives the width of the MLP.
   """
   encoder = sizes.encoder
   gated = encoder.activation == 'swiglu'

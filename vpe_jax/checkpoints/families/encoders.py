@@ -9,7 +9,7 @@ from vpe_jax.config import did_you_mean
 from vpe_jax.contracts import UserError
 from vpe_jax.models.vit import EncoderConfig
 
-# transformers' name -> ours
+# transformers' name of an activation -> ours
 _ACTIVATIONS = {'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu', 'quick_gelu': 'quick_gelu'}
 
 
@@ -30,7 +30,7 @@ def activation_field(name: str) -> str:
 
 
 def side(fields: Mapping[str, Any], field: str) -> int:
-  """The side, in pixels, of a square image or patch.
+  """Reads the side of a square image or patch, in pixels.
 
   Raises:
     UserError: the field is not a single integer.
@@ -44,7 +44,7 @@ def tower(fields: Mapping[str, Any]) -> EncoderConfig:
   """Converts the fields of a SigLIP or CLIP tower to the sizes of its layers.
 
   Args:
-    fields: of config.json, with defaults filled in.
+    fields: the tower's section of config.json, with defaults filled in.
 
   Raises:
     KeyError: a field is missing.
@@ -73,5 +73,5 @@ def tower_fields(tower: EncoderConfig) -> dict[str, Any]:
 
 
 def patch_axes(sizes: Any) -> dict[str, int]:
-  """The side of a patch: `Family.axes` of families whose sizes have a field `patch`."""
+  """Implements `Family.axes` for families whose sizes have a field `patch`, the side of a patch."""
   return {'p': sizes.patch, 'q': sizes.patch}

@@ -14,6 +14,7 @@ from vpe_jax.contracts import UserError
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = VqGanConfig
+# Fields of which only one value is supported.
 _FIXED = {'double_z': False, 'in_channels': 3, 'out_ch': 3}
 
 init = llamagen_vq.init
@@ -48,6 +49,7 @@ def sizes(config: Mapping[str, Any]) -> VqGanConfig:
 def config_json(sizes: VqGanConfig) -> dict[str, Any]:
   """A config.json with the fields of the published config.yaml."""
   body = sizes.body
+  # Sizes depend on the resolution only through attn_resolutions: any multiple of the factor fits.
   resolution = 16 * body.factor
   return {
     **_FIXED,
@@ -63,7 +65,7 @@ def config_json(sizes: VqGanConfig) -> dict[str, Any]:
   }
 
 
-# For model.ckpt without config.yaml.
+# For a model.ckpt without its config.yaml.
 RELEASED_SIZES = sizes(
   {
     'ch': 256,

@@ -15,7 +15,7 @@ from vpe_jax.contracts import Array, Params, UserError
 LAYOUTS = table.LAYOUTS
 STEM = 'diffusion_pytorch_model'
 Sizes = KlVaeConfig
-# Fields for which we support only diffusers' default.
+# Fields of which only diffusers' default is supported.
 _FIXED = {
   'act_fn': 'silu',
   'latents_mean': None,

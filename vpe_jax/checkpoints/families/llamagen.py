@@ -44,7 +44,9 @@ def sizes(config: Mapping[str, Any]) -> LlamaGenConfig:
   """Our sizes from a config.json with the fields above."""
   fields = {**_DEFAULTS, **config}
   if fields.get('model_type') == 't2i' or fields['cls_token_num'] != 1:
-    raise UserError('this LlamaGen is conditioned on text (t2i): ours on a class, one token')
+    raise UserError(
+      'this LlamaGen is conditioned on text (t2i): only class-conditional models are supported'
+    )
   side = math.isqrt(fields['block_size'])
   if side**2 != fields['block_size']:
     raise UserError(f'block_size is {fields["block_size"]}: it must be a square number')
@@ -100,7 +102,7 @@ def axes(sizes: LlamaGenConfig) -> dict[str, int]:
 
 
 def _hidden(fields: Mapping[str, Any]) -> int:
-  """Default hidden width of the MLP: two thirds of 4 dim, scaled and rounded up."""
+  """Default MLP width: 8/3 dim * ffn_dim_multiplier, rounded up to a multiple of multiple_of."""
   hidden = int((fields.get('ffn_dim_multiplier') or 1) * int(8 * fields['dim'] / 3))
   multiple = fields['multiple_of']
   return -(-hidden // multiple) * multiple

@@ -13,7 +13,7 @@ from vpe_jax.models.decoder import Decoder, DecoderConfig
 LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = DecoderConfig
-# transformers' defaults, which its config.json omits.
+# transformers' defaults of fields that a config.json may omit.
 _DEFAULTS = {
   'rope_theta': 1e4,
   'rms_norm_eps': 1e-6,

@@ -134,7 +134,7 @@ def config_json(sizes: UnifiedConfig) -> dict[str, Any]:
 
 
 def init(sizes: UnifiedConfig, rng: Array) -> Params:
-  """Random initial parameters, including embeddings of the visual prompt."""
+  """Random initial parameters; if `sizes.codes` isn't 0, with embeddings of the visual prompt."""
   return Unified(sizes).init(rng)
 
 
@@ -159,7 +159,7 @@ def _from_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
   return {
     **_RELEASED,
     'hidden_size': arguments['hidden_size'],
-    # Null if Show-o2's code takes the size from its tokenizer.
+    # Null: Show-o2's code takes the size of its tokenizer, 151669.
     'vocab_size': arguments['llm_vocab_size'] or 151669,
     'clip_latent_dim': arguments['clip_latent_dim'],
     'head': {**_RELEASED_HEAD, 'blocks': arguments.get('num_diffusion_layers', 10)},

@@ -16,7 +16,7 @@ LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = SiglipConfig
 axes = encoders.patch_axes
-# transformers' defaults, which its config.json omits.
+# transformers' defaults of fields that a config.json may omit.
 _DEFAULTS = {
   'hidden_size': 768,
   'intermediate_size': 3072,

@@ -17,8 +17,9 @@ LAYOUTS = table.LAYOUTS
 STEM = 'model'
 Sizes = SiglipVqConfig
 axes = encoders.patch_axes
+# transformers' name of an activation -> ours
 _ACTIVATIONS = {'gelu': 'gelu', 'gelu_pytorch_tanh': 'gelu_tanh'}
-# Defaults of transformers and X-Omni, which their config.json omits.
+# transformers' defaults (GLM-Image) of fields that a config.json may omit.
 _VISION = {
   'depth': 40,
   'hidden_size': 1536,
@@ -29,9 +30,10 @@ _VISION = {
   'image_size': 2048,
   'patch_size': 16,
 }
+# Fields of which only one value is supported.
 _FIXED = {'attention_bias': True, 'in_channels': 3, 'spatial_merge_size': 1}
 _VQ = {'num_embeddings': 16_384, 'embed_dim': 2048, 'latent_channels': 1536}
-_POST_BLOCKS = 2  # in X-Omni, whose config doesn't contain it
+_POST_BLOCKS = 2  # post blocks in X-Omni, whose config doesn't contain their number
 _XOMNI = 'siglip2_giant_patch16_384'
 
 # For X-Omni's pickled files in a folder without a config.json.

@@ -1,7 +1,7 @@
 """Wan 2.1's autoencoder for still images: AutoencoderKLWan on one frame, as a 2-D network.
 
-On one frame a causal convolution uses only its last slice in time, and layers that mix frames never
-run. So only 44.6M of the 126.9M published parameters are used.
+On one frame, a causal convolution uses only the last time slice of its kernel, and layers that mix
+frames never run. So only 44.6M of the 126.9M published parameters are used.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from vpe_jax.contracts import UserError
 LAYOUTS = table.LAYOUTS
 STEM = 'diffusion_pytorch_model'
 Sizes = KlVaeConfig
+# Moments of the latents, per channel.
 _MEAN = (
   -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
   0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -26,7 +27,7 @@ _DEVIATION = (
   2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
   3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
-# diffusers' defaults, which its config.json omits.
+# diffusers' defaults of fields that a config.json may omit.
 _DEFAULTS = {
   'base_dim': 96,
   'z_dim': 16,

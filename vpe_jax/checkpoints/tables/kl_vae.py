@@ -32,7 +32,7 @@ def _half(half: str, step: str, change: str, names: tuple[str, ...]) -> tuple[Ro
 
 
 def _table(name: str, names: tuple[str, ...]) -> Table:
-  """A layout; `names` are its names of q, k, v and o."""
+  """A layout; `names` are the source's names of q, k, v and o."""
   return Table(
     name=name,
     rows=(
@@ -45,6 +45,6 @@ def _table(name: str, names: tuple[str, ...]) -> Table:
 
 LAYOUTS = (
   _table('kl_vae (diffusers)', ('to_q', 'to_k', 'to_v', 'to_out.0')),
-  # Files saved before 2023, such as those of Stable Diffusion 1 and 2.
+  # Files of older diffusers versions, such as those of Stable Diffusion 1 and 2.
   _table('kl_vae (diffusers before 0.17)', ('query', 'key', 'value', 'proj_attn')),
 )

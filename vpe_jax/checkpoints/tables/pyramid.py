@@ -12,7 +12,7 @@ def conv(source: str, target: str) -> tuple[Row, ...]:
 
 
 def block(source: str, target: str, shortcut: str = 'nin_shortcut') -> tuple[Row, ...]:
-  """A residual block; `shortcut` is the source's name of its 1x1 convolution."""
+  """A residual block; `shortcut` is the source's name of the 1x1 convolution on the skip path."""
   layers = (
     row
     for i in (1, 2)
@@ -33,7 +33,7 @@ def attention(source: str, target: str) -> tuple[Row, ...]:
 
 
 def ends(half: str, norm: str) -> tuple[Row, ...]:
-  """First and last layers of the encoder or decoder; `norm` is the source's name of its norm."""
+  """First and last layers of encoder or decoder; `norm` is the source's name of the last norm."""
   return (
     *conv(f'{half}.conv_in', f'{half}/start'),
     *rows.layer_norm(f'{half}.{norm}', f'{half}/norm'),

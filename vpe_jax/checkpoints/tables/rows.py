@@ -78,7 +78,7 @@ def decoder_layer(source: str, target: str) -> tuple[Row, ...]:
 
 
 def language_model(name: str) -> Table:
-  """A network of models/decoder.py, with transformers' names for Qwen2ForCausalLM and Llama's."""
+  """A network of models/decoder.py, with transformers' names for Qwen2 and Llama."""
   return Table(
     name=name,
     rows=(

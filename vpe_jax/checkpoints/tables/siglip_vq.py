@@ -54,7 +54,7 @@ _TOWER = _tower(
 _COPY = (*_TOWER, *_codebook('model.vqmodel.'))
 
 LAYOUTS = (
-  # The published copy has no post blocks; an export of X-Omni's network has them.
+  # LLaDA2.0-Uni's files have no post blocks; an export of X-Omni's network to this layout has them.
   Table(name='siglip_vq (LLaDA2.0-Uni)', rows=_COPY),
   Table(
     name='siglip_vq (GLM-Image)',
@@ -63,7 +63,7 @@ LAYOUTS = (
       (r'model\.language_model\..*|lm_head\.weight', 'the language model, which reads the codes'),
     ),
   ),
-  # Two files in one folder: the tower, and the rest.
+  # X-Omni publishes two files, which must be in one folder: the tower, and all other layers.
   Table(
     name='siglip_vq (X-Omni)',
     rows=(

@@ -3,12 +3,12 @@
 A causal convolution over three frames sees two frames of zeros and then the still image, so only
 the last time slice of its kernel is used. There are two layouts of keys: diffusers' and that of the
 original `Wan2.1_VAE.pth`. Both number the encoder's residual blocks and downsampling layers in one
-list; the original also does so in its decoder.
+list; the original also numbers the decoder's residual blocks and upsampling layers in one list.
 """
 
 from vpe_jax.checkpoints.table import Row, Table
 
-_LEVELS, _BLOCKS = 4, 2  # blocks per level of the encoder; the decoder has one more
+_LEVELS, _BLOCKS = 4, 2  # residual blocks per level of the encoder; the decoder has one more
 _IGNORED = ((r'.*\.time_conv\.(weight|bias)', 'mixes frames; a still image has a single frame'),)
 
 
@@ -79,7 +79,7 @@ _ORIGINAL_LAYERS = ('residual.0', 'residual.2', 'residual.3', 'residual.6', 'sho
 
 
 def _shared_layers(network: str) -> tuple[Row, ...]:
-  """First, middle and last layers, which encoder and decoder have alike."""
+  """First, middle and last layers; their names are the same in encoder and decoder."""
   return (
     *_causal(f'{network}.conv_in', f'{network}/start'),
     *_block(f'{network}.mid_block.resnets.{{j}}', f'{network}/middle/block_{{j}}', _LAYERS),
