@@ -1,1 +1,1 @@
-"""Images <-> codes or latents: one protocol, one file per codec."""
+"""Images <-> codes or latents: interfaces in protocol.py, one file per kind of codec."""

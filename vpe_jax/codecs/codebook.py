@@ -1,4 +1,4 @@
-"""Nearest-neighbour search in a codebook, as in published tokenizers."""
+"""Search for the best codebook entry of a feature: by dot product, cosine or distance."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ CHUNK = 16_384  # codebook entries compared at once
 
 
 def nearest(features: Array, codebook: Array, normed: bool, chunk: int = CHUNK) -> Array:
-  """Index of the codebook entry with the largest dot product; the first of equal ones.
+  """Index of the codebook entry with the largest dot product; the first one on a tie.
 
   Large codebooks are searched chunk by chunk, so that the scores of all entries never exist at
-  once. Products are exact float32: rounded ones select other entries.
+  once. Products have full float32 precision: with less, other entries may win.
 
   Args:
     features: [..., D].
     codebook: [V, D].
     normed: whether to normalize features and entries to length 1 first; the result is then also the
       entry at the smallest distance.
-    chunk: entries compared at once; if it doesn't divide V, all entries are.
+    chunk: entries compared at once; if it doesn't divide V, all entries are compared at once.
 
   Returns:
     [...] int32.
@@ -53,10 +53,11 @@ def nearest(features: Array, codebook: Array, normed: bool, chunk: int = CHUNK) 
 
 
 def closest(features: Array, codebook: Array, chunk: int = CHUNK) -> Array:
-  """Index of the codebook entry at the smallest distance; the first of equal ones.
+  """Index of the codebook entry at the smallest distance; the first one on a tie.
 
-  The squared distance of x and e is |x|^2 - 2 (x e - |e|^2 / 2), so with one more column it is
-  smallest where the dot product is largest. Arguments and result are those of `nearest`.
+  The squared distance of x and e is |x|^2 - 2 (x e - |e|^2 / 2). With 1 appended to x and
+  -|e|^2 / 2 to e, the entry with the largest dot product is therefore at the smallest distance.
+  Arguments and result are those of `nearest`.
   """
   entries = codebook.astype(jnp.float32)
   offset = -0.5 * jnp.sum(jnp.square(entries), axis=-1, keepdims=True)

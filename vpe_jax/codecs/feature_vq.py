@@ -50,7 +50,8 @@ class FeatureVqSection(FeatureVqConfig):
     kind: `feature_vq`.
     weights: source of the quantizer's weights: `assets:NAME`, a file or the workdir of a run.
     tower_weights: source of the tower's weights; empty: the default in towers.SOURCES.
-    weights_dtype: dtype of the loaded weights of both: float32, or bfloat16 for a large tower.
+    weights_dtype: dtype in which tower and quantizer are loaded: float32, or bfloat16 for a large
+      tower.
   """
 
   kind: str = 'feature_vq'
@@ -70,13 +71,13 @@ class FeatureVqSection(FeatureVqConfig):
     return {**tower, 'feature_vq': FrozenNetwork(self.weights, dtype=self.weights_dtype)}
 
   def codec(self, dtype: jnp.dtype) -> FeatureVqCodec:
-    """The codec; always in float32, for exact codes."""
+    """The codec; it computes in float32 whatever `dtype` is, for exact codes."""
     del dtype
     return FeatureVqCodec(self)
 
 
 class Quantization(NamedTuple):
-  """Result of quantizing patch features [B, P, D], D the width of the tower."""
+  """Result of quantizing patch features [B, P, D], where D is the width of the tower."""
 
   codes: Array  # [B, P] int32
   projected: Array  # [B, P, W]: projected features, unit vectors
@@ -150,7 +151,7 @@ class FeatureVqCodec:
   def encode(self, params: Params, images: Array) -> Array:
     """Codes [B, P] int32; see protocol.TokenCodec."""
     variables = {'params': params['feature_vq']}
-    with jax.default_matmul_precision('highest'):  # Rounded features select other codes.
+    with jax.default_matmul_precision('highest'):  # Less precision changes codes.
       features = self.features(params, images)
       return self.quantizer.apply(variables, features, method='quantize').codes
 

@@ -1,8 +1,8 @@
-"""An image as a grid of discrete codes: vector-quantized latents of the embedded autoencoder.
+"""An image as a grid of discrete codes: vector-quantized latents of the autoencoder in kl.py.
 
 Each patch of `patch` x `patch` latents is replaced by the nearest entry of a codebook. The codebook
-is trained by k-means: the gradient of the distance to the nearest entry is a k-means step
-(vpe_jax.systems.tokenizers.codec).
+is trained as in k-means: gradient steps on the distance move each entry towards the mean of its
+patches (vpe_jax.systems.tokenizers.codec).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ImageCodesConfig:
   Attributes:
     codes: number V of codebook entries.
     patch: side of the square of latents that one code represents.
-    temperature: of the soft assignment, whose entropies keep all entries in use during training.
+    temperature: temperature of the soft assignment; an entropy loss on it keeps all codes in use.
   """
 
   codes: int = 1024
@@ -46,8 +46,8 @@ class ImageCodesSection(ImageCodesConfig):
     kind: `image_codes`.
     weights: source of the codebook: `assets:NAME`, a path or the workdir of a run.
     autoencoder: sizes of the autoencoder whose latents are quantized.
-    autoencoder_weights: source of its weights.
-    weights_dtype: dtype of the loaded weights of both: float32 or bfloat16.
+    autoencoder_weights: source of the autoencoder's weights.
+    weights_dtype: dtype in which codebook and autoencoder are loaded: float32 or bfloat16.
   """
 
   kind: str = 'image_codes'
@@ -70,7 +70,7 @@ class ImageCodesSection(ImageCodesConfig):
 
 
 class Quantization(NamedTuple):
-  """Quantized latent patches [B, P, W]."""
+  """Quantized latent patches [B, P, W]; W = patch * patch * C values per patch."""
 
   codes: Array  # [B, P] int32
   entries: Array  # [B, P, W]: the nearest codebook entries
@@ -87,7 +87,7 @@ class ImageCodesCodec:
 
     Args:
       config: sizes of the quantizer.
-      autoencoder: its sizes.
+      autoencoder: sizes of the autoencoder.
       image_size: side of the images in pixels.
     """
     self.config = config
@@ -97,7 +97,7 @@ class ImageCodesCodec:
     self.latents = kl.KlCodec(autoencoder)
 
   def init(self, rng: Array) -> Params:
-    """A random codebook, distributed as the latents: mean 0, variance 1."""
+    """A random codebook [V, W] with mean 0 and variance 1, as latents have."""
     return {'codebook': jax.random.normal(rng, (self.codes, self.width))}
 
   def latent_patches(self, params: Params, images: Array) -> Array:

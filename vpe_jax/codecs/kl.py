@@ -1,10 +1,11 @@
 """A small KL autoencoder: images <-> grids of latents, four times smaller per side.
 
 It has the residual convolutional blocks of latent diffusion's autoencoder (arXiv 2112.10752), but
-normalizes each position over its own channels, as Wan's autoencoder does. So no position depends on
-distant ones, and the network can train on crops, at a quarter of the cost. The first and last
-layers work on patches of 2x2 pixels, which avoids convolutions at full resolution. The encoder is
-smaller than the decoder, because generators may run it online during training.
+normalizes each position over its own channels, as Wan's autoencoder does. Each position depends on
+nearby ones only, so the network can train on crops: with half the side, at a quarter of the cost.
+The first and last layers work on patches of 2x2 pixels, which avoids convolutions at full
+resolution. The encoder is smaller than the decoder, because generators may run it online during
+training.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class NormSilu(nn.Module):
 
 
 class Block(nn.Module):
-  """x + conv(norm(conv(norm(x)))) [B, h, w, C] at constant width; the identity when initialized."""
+  """x + conv(silu(norm(conv(silu(norm(x)))))) at constant width; the identity when initialized."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -128,6 +129,7 @@ class Decoder(nn.Module):
     x = _depth_to_space(nn.Conv(4 * c.decoder[1], (1, 1), name='up')(x))
     for i in range(c.decoder_blocks[1]):
       x = Block(name=f'half_{i}')(x)
+    # 12 = 2 x 2 pixels of 3 colours.
     return _depth_to_space(nn.Conv(12, (3, 3), name='end')(NormSilu(name='norm')(x)))
 
 

@@ -32,8 +32,9 @@ class KlVaeConfig:
     shift: mean of the latents: one value, or one per channel.
     scale: 1 / standard deviation of the latents: one value, or one per channel. Normalized latents
       are (latents - shift) * scale.
-    raw_deviation: whether sampling adds the posterior's noise after normalization, unscaled.
-      Show-o2 was trained on such latents (wan21_vae.py, `sample`); other models use the mean.
+    raw_deviation: whether sampled latents get the posterior's noise after normalization, not
+      multiplied by `scale` (Show-o2's training, `sample` in wan21_vae.py). It has no effect on
+      latents that are encoded without noise.
   """
 
   body: PyramidConfig
@@ -54,7 +55,7 @@ class KlVaeSection(KlVaeConfig):
   """The config section of KlVaeCodec; see protocol.LatentSection.
 
   Attributes:
-    kind: its family: `kl_vae` or `wan_vae`.
+    kind: family of the published weights: `kl_vae` or `wan_vae`.
     weights: source of the weights: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`).
     weights_dtype: dtype of the loaded weights: float32, or bfloat16 for a large network.
   """
@@ -75,7 +76,7 @@ class KlVaeSection(KlVaeConfig):
 
 
 class Posterior(NamedTuple):
-  """The normal distribution of raw latents, each [B, h, w, C] float32."""
+  """Mean and log-variance of normally distributed raw latents, each [B, h, w, C] float32."""
 
   mean: Array
   log_variance: Array
@@ -104,7 +105,7 @@ class KlVae(nn.Module):
     return Posterior(mean, jnp.clip(log_variance, -30.0, 20.0))
 
   def decode(self, latents: Array) -> Array:
-    """Images [B, H, W, 3] float32 in about [-1, 1] from raw latents; not clipped."""
+    """Images [B, H, W, 3] float32 in about [-1, 1] from raw latents [B, h, w, C]; not clipped."""
     latents = latents.astype(self.dtype)
     x = self.post_quant(latents) if self.config.post_quant else latents
     return self.decoder(x).astype(jnp.float32)
@@ -130,7 +131,7 @@ class KlVaeCodec:
     Args:
       params: network name -> parameters.
       images: [B, H, W, 3], uint8 or float in [0, 1]; sides are multiples of `factor`.
-      noise: standard normal, of the latents' shape, for sampling; None for the mean.
+      noise: standard normal, in the shape of the latents, to sample them; None for the mean.
     """
     c = self.config
     signed = pixels.to_signed(pixels.to_unit(images))

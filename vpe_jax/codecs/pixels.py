@@ -37,11 +37,13 @@ def to_signed(images: Array) -> Array:
 
 
 def view(images: Array, size: int) -> Array:
-  """Resizes square images to a side of `size`, antialiased cubic as Pillow's BICUBIC, in [0, 1].
+  """Resizes square images to [B, size, size, 3] float32 in [0, 1].
+
+  The resampling is antialiased and cubic, as Pillow's BICUBIC.
 
   Args:
-    images: [B, R, R, 3], uint8 or float in [0, 1]. They are squares already (the pipeline pads or
-      crops them), so patch grids of image and result are aligned.
+    images: [B, R, R, 3], uint8 or float in [0, 1]; the pipeline has padded or cropped them to
+      squares.
     size: side of the result in pixels.
   """
   images = to_unit(images)
@@ -52,10 +54,10 @@ def view(images: Array, size: int) -> Array:
 
 
 def padded_view(images: Array, size: int) -> Array:
-  """Resizes images of any shape and centres them on a white square of side `size`, in [0, 1].
+  """Resizes images of any shape and centres them on white: [B, size, size, 3] float32 in [0, 1].
 
   The geometry is that of data/transforms.pad_to_square: the longer side becomes `size`, and an odd
-  pixel of padding goes to the right and the bottom.
+  number of padding pixels puts one more at the right or bottom.
 
   Args:
     images: [B, H, W, 3], uint8 or float in [0, 1].
@@ -74,9 +76,9 @@ def padded_view(images: Array, size: int) -> Array:
 
 
 def jittered_view(images: Array, size: int, jitter: Jitter, key: Array, example: Array) -> Array:
-  """Resizes images with a random shift and zoom of each example, on a white background.
+  """Resizes, shifts and zooms each image at random: [B, size, size, 3] float32 in [0, 1].
 
-  Images are never mirrored, because captions say left and right.
+  The background is white. Images are never mirrored, because captions say left and right.
 
   Args:
     images: [B, R, R, 3], uint8 or float in [0, 1].
@@ -95,12 +97,12 @@ def jittered_view(images: Array, size: int, jitter: Jitter, key: Array, example:
     scale = jnp.full((2,), ratio * zoom)
     return jax.image.scale_and_translate(image, shape, (0, 1), scale, offset, 'cubic')
 
-  # The resampler pads with 0, which inverted colours turn to white.
+  # scale_and_translate pads with 0, which is white in inverted colours.
   return jnp.clip(1.0 - jax.vmap(transform)(1.0 - to_unit(images), amounts), 0.0, 1.0)
 
 
 def translate(images: Array, down: int, right: int) -> Array:
-  """Translates images [B, R, R, C] by whole pixels; the border is repeated."""
+  """Translates images [B, R, R, C] by whole pixels; pixels of the border are repeated."""
   reach = max(abs(down), abs(right))
   padded = jnp.pad(images, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode='edge')
   top, left, side = reach - down, reach - right, images.shape[1]
@@ -108,7 +110,7 @@ def translate(images: Array, down: int, right: int) -> Array:
 
 
 def permute_channels(images: Array, key: Array, example: Array) -> Array:
-  """Permutes the channels of images [B, H, W, 3], with a random permutation of each example."""
+  """Permutes the channels of each image [B, H, W, 3] at random; the order always changes."""
   permutations = jnp.asarray([[0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]])
   sample = lambda k: jax.random.randint(k, (), 0, len(permutations))
   order = permutations[rng.per_example(sample, key, 'channels', example)]

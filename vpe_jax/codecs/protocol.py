@@ -38,10 +38,11 @@ class TokenCodec(Protocol):
 
 
 class FeatureCodec(TokenCodec, Protocol):
-  """Images -> codes of their features: what the image shows, without its pixels.
+  """Images -> discrete codes of image features: the content of an image, not its pixels.
 
   Attributes:
-    codebook: path in `params` of the codebook [V, W], beginning with the network's name.
+    codebook: path of the codebook [V, W] in `params`, beginning with the network's name; W is the
+      width of an entry.
   """
 
   codebook: str
@@ -69,7 +70,10 @@ class LatentCodec(Protocol):
   channels: int
 
   def encode(self, params: Params, images: Array) -> Array:
-    """Latents [B, R / factor, R / factor, C] float32 of images [B, R, R, 3]."""
+    """Latents [B, h, w, C] float32 of images [B, R, R, 3], uint8 or float in [0, 1].
+
+    h = w = R / factor.
+    """
     ...
 
   def decode(self, params: Params, latents: Array, rng: Array | None = None) -> Array:
@@ -88,7 +92,7 @@ class Section(Protocol):
   """The config section of a codec: a frozen dataclass of sizes and sources of weights.
 
   Attributes:
-    kind: its name in vpe_jax.codecs.registry.
+    kind: key of the section in vpe_jax.codecs.registry.
     frozen: the networks that the codec reads, by name.
   """
 
@@ -108,7 +112,7 @@ class FeatureCodeSection(Section, Protocol):
   tokens: int
 
   def codec(self, dtype: jnp.dtype) -> FeatureCodec:
-    """The codec; `dtype` is the compute dtype of a published network."""
+    """The codec; `dtype` is the requested compute dtype, which a codec may replace by float32."""
     ...
 
 
@@ -130,5 +134,8 @@ class ImageCodeSection(Section, Protocol):
   """The section of an ImageCodec."""
 
   def codec(self, image_size: int) -> ImageCodec:
-    """The codec, in float32, for images with a side of `image_size` pixels."""
+    """The codec, in float32, for images with a side of `image_size` pixels.
+
+    A codec that resizes images to a size of its own ignores `image_size`.
+    """
     ...

@@ -1,7 +1,7 @@
 """The convolutional encoder and decoder that most image autoencoders share.
 
-The encoder has VQGAN's (arXiv 2012.09841) residual blocks at decreasing resolutions, with attention
-at the lowest one; the decoder mirrors it. The KL autoencoders of latent diffusion and FLUX, the
+The encoder has VQGAN's (arXiv 2012.09841) residual blocks at decreasing resolutions, with optional
+attention; the decoder mirrors it. The KL autoencoders of latent diffusion and FLUX, the
 tokenizers of LlamaGen and Emu3.5, and Wan's autoencoder (for a still image) are this network with
 different values of `PyramidConfig`.
 """
@@ -27,7 +27,7 @@ class PyramidConfig:
   Attributes:
     widths: channels of each level, from the resolution of the image down; each level has half the
       resolution of the previous one.
-    blocks: residual blocks per level of the encoder; the decoder has one more.
+    blocks: residual blocks per level of the encoder; the decoder has one more per level.
     outputs: output channels of the encoder.
     inputs: input channels of the decoder.
     colours: channels of an image.
@@ -37,8 +37,8 @@ class PyramidConfig:
       without a bias (Wan).
     halve: true: the convolution after upsampling halves the channels (Wan); false: the next level's
       first block changes them.
-    fine_first: true: `level_0` of the decoder is the finest (VQGAN's code); false: the coarsest,
-      which runs first.
+    fine_first: names of the decoder's parameters. true: `level_0` has the finest resolution
+      (VQGAN's code); false: the coarsest, which runs first.
   """
 
   widths: tuple[int, ...]
@@ -102,7 +102,7 @@ class _Module(nn.Module):
 
 
 class Block(_Module):
-  """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1 convolution of x where the width changes."""
+  """x + conv(silu(norm(conv(silu(norm(x)))))); a 1x1 convolution adapts x if the width changes."""
 
   width: int = 0
 
@@ -116,7 +116,7 @@ class Block(_Module):
 
 
 class Attention(_Module):
-  """x + attention over all positions, with one head."""
+  """x + attention(norm(x)) over all positions, with one head."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
@@ -131,7 +131,7 @@ class Attention(_Module):
 
 
 class Level(_Module):
-  """The blocks of one resolution, each followed by attention if the config has it."""
+  """The blocks of one level, each followed by attention if `config.attention` has the level."""
 
   level: int = 0
   blocks: int = 0
@@ -147,7 +147,7 @@ class Level(_Module):
 
 
 class Middle(_Module):
-  """Two blocks at the lowest resolution, with attention between them."""
+  """Two blocks at the lowest resolution; if `config.middle`, with attention between them."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:

@@ -99,8 +99,9 @@ class PostBlock(nn.Module):
 class SiglipVq(nn.Module):
   """Tower, codebook and decoder; images in [-1, 1].
 
-  With `dtype` float32, features are exact on every device. The released code runs in bfloat16,
-  where features that are nearly tied between two entries may get the other code.
+  With `dtype` float32, `encode` has full float32 precision on every device. The released code runs
+  in bfloat16, where a feature that is almost as near to a second entry may get the code of that
+  entry.
   """
 
   config: SiglipVqConfig
@@ -117,7 +118,7 @@ class SiglipVq(nn.Module):
     self.post = [PostBlock(self.dtype) for _ in range(c.post_blocks)]
 
   def features(self, images: Array) -> Array:
-    """Raw features [B, h, w, D] of the last layer; sides of images are multiples of `patch`."""
+    """Raw features [B, H / patch, W / patch, D] of the last layer for images [B, H, W, 3]."""
     c = self.config
     height, width = (side // c.patch for side in images.shape[1:3])
     x = self.embed(patches(images.astype(self.dtype), c.patch))
@@ -126,7 +127,7 @@ class SiglipVq(nn.Module):
     return x.reshape(-1, height, width, c.encoder.width)
 
   def project(self, features: Array) -> Array:
-    """Vectors [..., width] to quantize, of features [..., D]."""
+    """Projects features [..., D] to the width of codebook entries: [..., width]."""
     return self.quant(features)
 
   def quantize(self, features: Array) -> Array:
@@ -173,8 +174,8 @@ class SiglipVqCodec:
 
     Args:
       params: network name -> parameters.
-      images: [B, H, W, 3] of any shape, uint8 or float in [0, 1]. They are padded with white to
-        squares and resized to `image_size`, as the pipeline does with training images.
+      images: [B, H, W, 3] of any shape, uint8 or float in [0, 1]. They are resized and padded with
+        white to squares of side `image_size`, as the pipeline does for `data.fit=pad`.
     """
     signed = pixels.to_signed(pixels.padded_view(images, self.image_size))
     codes = self.network.apply({'params': params[self.network_names[0]]}, signed, method='encode')
@@ -196,8 +197,8 @@ class SiglipVqCodec:
 def resample(table: Array, height: int, width: int) -> Array:
   """Resamples a square table of positions [side^2, D] bilinearly to [height * width, D].
 
-  Without antialiasing, with aligned pixel centres, and with the border repeated outside of them
-  (PyTorch's `align_corners=False`, as X-Omni).
+  As X-Omni does with PyTorch: no antialiasing, `align_corners=False` (pixel centres at half
+  integers), and constant values beyond the outermost centres.
   """
   side = round(table.shape[0] ** 0.5)
   square = table.astype(jnp.float32).reshape(side, side, -1)

@@ -45,11 +45,10 @@ class Siglip2Config(siglip.SiglipConfig):
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-  """Size of a tower's input image, if it differs from training.
+  """Size of a tower's input image, which may differ from `image_size`, the size in training.
 
   Attributes:
-    view: side of the input image in pixels; position embeddings are resampled if it is not
-      `image_size`.
+    view: side of the input image in pixels; if it differs, position embeddings are resampled.
   """
 
   view: int = 224
@@ -80,18 +79,17 @@ class ClipView(_View, clip.ClipConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-  """The tower and the layer of its features.
+  """The tower, and the layer that gives the features.
 
   Attributes:
     encoder: one of ENCODERS.
-    depth: number of layers whose raw output gives the features; -1 for the usual features of a
-      tower: the normalized last output of SigLIP (the input of its pooling head) and of DINOv2, and
-      the output of the last layer but one of CLIP, whose last layer is trained for the class token
-      only.
-    siglip: sizes of the embedded SigLIP; used if `encoder` is `siglip`.
-    siglip2: sizes of a published SigLIP 2, likewise.
-    dinov2: sizes of a published DINOv2, likewise.
-    clip: sizes of a published CLIP, likewise.
+    depth: n for the raw output of the first n layers. -1 for the usual features of a tower: of
+      SigLIP (the input of the pooling head) and DINOv2, the normalized output of all layers; of
+      CLIP, the raw output of all layers but the last, which is trained for the class token only.
+    siglip: sizes of the shipped SigLIP; used if `encoder` is `siglip`.
+    siglip2: sizes of a published SigLIP 2; used if `encoder` is `siglip2`.
+    dinov2: sizes of a published DINOv2; used if `encoder` is `dinov2`.
+    clip: sizes of a published CLIP; used if `encoder` is `clip`.
   """
 
   encoder: str = 'siglip'
@@ -134,12 +132,12 @@ class TowerConfig:
 
   @property
   def has_text_tower(self) -> bool:
-    """Whether a text tower for our token ids embeds captions in the space of the features."""
+    """Whether captions, as this library's token ids, can be compared with the pooled features."""
     return self.encoder == 'siglip' and self.depth < 0
 
   @property
   def published(self) -> tuple[str, Any] | None:
-    """Family and sizes of a published tower (vpe_jax.checkpoints.families)."""
+    """Family (vpe_jax.checkpoints.families) and sizes of a published tower; None for `siglip`."""
     if self.encoder == 'siglip':
       return None
     base = {'siglip2': siglip.SiglipConfig, 'dinov2': dinov2.Dinov2Config, 'clip': clip.ClipConfig}
@@ -152,8 +150,9 @@ def frozen(config: TowerConfig, weights: str, dtype: str) -> FrozenNetwork:
 
   Args:
     config: the tower and its sizes.
-    weights: their source: `assets:NAME`, a path or a hub id; empty: that in SOURCES.
-    dtype: of the loaded weights.
+    weights: source of the weights: `assets:NAME`, a path or a hub id; empty: the default in
+      SOURCES.
+    dtype: dtype in which the weights are loaded.
   """
   source = weights or SOURCES[config.encoder]
   if config.published is None:
@@ -164,7 +163,7 @@ def frozen(config: TowerConfig, weights: str, dtype: str) -> FrozenNetwork:
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-  """A tower with its calling convention.
+  """A tower network, and how to call it.
 
   Attributes:
     network: the module.
@@ -172,7 +171,7 @@ class Tower:
     normalize: maps pixels in [0, 1] to the module's input.
     first: index of the first patch among the module's tokens.
     depth: argument `depth` of the module's `features`.
-    inputs: arguments of the module's `__call__` after the images, as shapes.
+    inputs: shapes of the arguments of the module's `__call__` after the images.
   """
 
   network: nn.Module

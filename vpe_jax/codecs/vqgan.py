@@ -47,7 +47,7 @@ class VqGanSection(VqGanConfig):
   """The config section of VqGanCodec; see protocol.ImageCodeSection.
 
   Attributes:
-    kind: its family: `ibq` or `llamagen_vq`.
+    kind: family of the published weights: `ibq` or `llamagen_vq`.
     image_size: side of the images in pixels.
     weights: source of the weights: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`).
     weights_dtype: dtype of the loaded weights: float32, or bfloat16 for a large network.
@@ -65,7 +65,7 @@ class VqGanSection(VqGanConfig):
     return {'vqgan': FrozenNetwork(self.weights, published, self.weights_dtype)}
 
   def codec(self, image_size: int) -> VqGanCodec:
-    """The codec, in float32; it resizes images to its own size."""
+    """The codec, in float32; it resizes images to the size in this section, not to the argument."""
     del image_size
     return VqGanCodec(self, self.image_size, 'vqgan')
 
@@ -73,7 +73,7 @@ class VqGanSection(VqGanConfig):
 class VqGan(nn.Module):
   """The network; images in [-1, 1].
 
-  Features are exact float32 on every device: rounded products change codes.
+  Features have full float32 precision on every device: less precision changes codes.
   """
 
   config: VqGanConfig
@@ -87,7 +87,7 @@ class VqGan(nn.Module):
     self.decoder = Decoder(c.body, jnp.float32)
 
   def features(self, images: Array) -> Array:
-    """Vectors [B, h, w, width] to quantize, of images [B, H, W, 3]."""
+    """Features [B, h, w, width] before quantization, of images [B, H, W, 3]."""
     with jax.default_matmul_precision('highest'):
       return self.quant(self.encoder(images))
 

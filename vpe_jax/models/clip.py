@@ -17,7 +17,7 @@ from vpe_jax.models.dense import Dense
 from vpe_jax.models.siglip import unit
 from vpe_jax.models.vit import ClassTokens, Encoder, EncoderConfig, LayerNorm
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels of its training images
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # per channel, of the pixels of CLIP's training images
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -26,12 +26,14 @@ class ClipConfig:
   """Sizes of both towers.
 
   Attributes:
-    image_size: side of the view that the position table was made for, a multiple of `patch`.
+    image_size: side in pixels of the images that the position table was trained on, a multiple of
+      `patch`.
     patch: side of a patch in pixels.
     vocabulary: entries of the token table.
-    text_length: tokens of a caption at most.
-    end: id of the token that ends a caption; None: the largest id of a caption (OpenAI's releases).
-    width: of the embeddings that both towers end in.
+    text_length: maximum number of tokens of a caption.
+    end: id of the token that ends a caption; None: the largest id in the caption
+      (OpenAI's releases).
+    width: width of the image and caption embeddings.
     vision: the image tower.
     text: the text tower.
   """
@@ -50,21 +52,24 @@ class ClipConfig:
 
 
 def normalised(images: Array) -> Array:
-  """Images [..., C] in [0, 1] as the image tower reads them."""
+  """Normalizes images [..., 3] in [0, 1] with MEAN and STD, as input of the image tower."""
   return (images.astype(jnp.float32) - jnp.asarray(MEAN)) / jnp.asarray(STD)
 
 
 def at_end(text: Array, features: Array, end: int | None) -> Array:
-  """Features [B, D] at the first end token of captions [B, T], from those of all tokens [B, T, D].
+  """Picks features [B, D] of the first end token of each caption.
 
-  `end` is its id; None: the largest id of a caption.
+  Args:
+    text: captions [B, T].
+    features: features of all tokens [B, T, D].
+    end: id of the end token; None: the largest id in the caption.
   """
   last = jnp.argmax(text if end is None else text == end, axis=1)
   return jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
 
 
 class VisionTower(nn.Module):
-  """Images [B, H, W, C], `normalised`, -> tokens [B, 1 + P, D] and one embedding an image."""
+  """Images [B, H, W, 3] from `normalised` -> tokens [B, 1 + P, D] and embeddings [B, width]."""
 
   config: ClipConfig
   dtype: jnp.dtype
@@ -78,15 +83,15 @@ class VisionTower(nn.Module):
     self.projection = Dense(c.width, use_bias=False, dtype=self.dtype)
 
   def features(self, images: Array, depth: int | None = None) -> Array:
-    """The class token, then patches in raster order [B, 1 + P, D], raw after `depth` layers.
+    """The class token, then patches in raster order [B, 1 + P, D]: raw output of `depth` layers.
 
-    `depth` None stands for all layers: transformers' last hidden state, which no norm follows.
+    `depth` None: all layers, as transformers' last hidden state, which has no final norm.
     """
     x = self.entry_norm(self.tokens(images))
     return self.encoder(x, depth=self.config.vision.layers if depth is None else depth)
 
   def pool(self, features: Array) -> Array:
-    """The normed class token [B, D] of the last layer's features."""
+    """The class token [B, D] after the final norm, from the last layer's features [B, 1 + P, D]."""
     return self.encoder.norm(features[:, 0])
 
   def __call__(self, images: Array) -> Array:
@@ -94,10 +99,9 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-  """Captions [B, T] -> token features [B, T, D] and one embedding a caption.
+  """Captions [B, T] -> token features [B, T, D] and embeddings [B, width].
 
-  Attention is causal, and the embedding is read at the first end token, so padding doesn't
-  matter.
+  Padding has no effect: attention is causal, and the embedding is read at the first end token.
   """
 
   config: ClipConfig
@@ -142,7 +146,7 @@ class Clip(nn.Module):
     return self.text.features(text, depth)
 
   def embed_images(self, images: Array) -> Array:
-    """Unit vectors [B, width] float32 of images [B, H, W, C], `normalised`."""
+    """Unit vectors [B, width] float32 of images [B, H, W, 3] from `normalised`."""
     return unit(self.vision(images))
 
   def embed_text(self, text: Array) -> Array:
@@ -150,6 +154,6 @@ class Clip(nn.Module):
     return unit(self.text(text))
 
   def __call__(self, images: Array, text: Array) -> Array:
-    """Logits [B, V] of every image [B, H, W, C] with every caption [V, T]."""
+    """Logits [B, V] of B images [B, H, W, 3] from `normalised` with V captions [V, T]."""
     cosine = jnp.einsum('BD,VD->BV', self.embed_images(images), self.embed_text(text))
     return cosine * jnp.exp(self.logit_scale)

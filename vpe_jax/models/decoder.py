@@ -28,8 +28,8 @@ class DecoderConfig:
   Attributes:
     vocabulary: entries V of the token table.
     body: the layers.
-    tied: whether the output is the token table itself.
-    context: longest text that it was trained on, in tokens; nothing here depends on it.
+    tied: whether the output layer is the token table.
+    context: longest text of the training, in tokens; written on export, not read by the network.
   """
 
   vocabulary: int
@@ -66,13 +66,13 @@ class Decoder(mot.OneExpert):
     return jnp.take(params['embed'], ids, axis=0).astype(self.dtype)
 
   def hidden(self, params: Params, ids: Array, length: Array) -> Array:
-    """Final-norm hidden states [B, L, D] of ids [B, L], of which `length` [B] are real."""
+    """Final-norm hidden states [B, L, D] of ids [B, L]; tokens from `length` [B] on are padding."""
     return self.hidden_tapped(params, ids, length, Taps())[0]
 
   def hidden_tapped(
     self, params: Params, ids: Array, length: Array, taps: Taps
   ) -> tuple[Array, Tapped]:
-    """The output of `hidden`, and the inner states of the same tokens that `taps` asks for."""
+    """The output of `hidden`, and the inner states that `taps` selects."""
     text = build(causal_text(ids.shape[1]), {'text': ids}, {'text': length})['text']
     stream = mot.Stream(self.embed(params, text.ids), text.positions, text.visibility)
     hidden, _, tapped = self.states_tapped(params, stream, taps)
@@ -86,5 +86,5 @@ class Decoder(mot.OneExpert):
     return kernel_layout.columns(params['head'], hidden).astype(jnp.float32)
 
   def __call__(self, params: Params, ids: Array, length: Array) -> Array:
-    """Logits [B, L, V] float32 of ids [B, L], of which `length` [B] are real."""
+    """Logits [B, L, V] float32 of ids [B, L]; tokens from `length` [B] on are padding."""
     return self.logits(params, self.hidden(params, ids, length))

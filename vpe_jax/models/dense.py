@@ -1,4 +1,4 @@
-"""Dense layers: flax's own over ops.matmul, with kernels in either layout of kernel_layout."""
+"""flax's dense layers with the products of ops.matmul, for both layouts of models.kernel_layout."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from vpe_jax.ops.matmul import dot_general
 
 
 class Dense(nn.Dense):
-  """flax's layer; see the module."""
+  """flax.linen.Dense, whose kernel may be transposed (kernel_layout)."""
 
   dot_general: Any = dot_general
 
   def __call__(self, inputs: Array) -> Array:
-    """[..., features] of [..., K]."""
+    """Maps [..., K] to [..., features]."""
     if self.has_variable('params', kernel_layout.TRANSPOSED):
       return _transposed(self, inputs, 1)
     return super().__call__(inputs)
 
 
 class DenseGeneral(nn.DenseGeneral):
-  """flax's layer over the last axes; see the module."""
+  """flax.linen.DenseGeneral over the last axes, whose kernel may be transposed (kernel_layout)."""
 
   dot_general: Any = dot_general
 
   def __call__(self, inputs: Array) -> Array:
-    """[..., *features] of [..., *K]."""
+    """Maps [..., *K] to [..., *features]; sums over the axes K."""
     if self.has_variable('params', kernel_layout.TRANSPOSED):
       return _transposed(self, inputs, len(self.axis) if isinstance(self.axis, Sequence) else 1)
     return super().__call__(inputs)
 
 
 def _transposed(layer: Dense | DenseGeneral, x: Array, count: int) -> Array:
-  """The layer's output, summed over the last `count` axes of `x`."""
+  """Output of a layer with a transposed kernel; sums over the last `count` axes of `x`."""
   kernel = layer.get_variable('params', kernel_layout.TRANSPOSED)
   bias = layer.get_variable('params', 'bias') if layer.use_bias else None
   return kernel_layout.dense(x, kernel, bias, count, layer.dtype)

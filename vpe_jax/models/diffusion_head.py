@@ -19,12 +19,12 @@ from vpe_jax.models.dense import Dense
 from vpe_jax.models.transformer import Modulation, RMSNorm, TransformerConfig
 from vpe_jax.ops import norms, rope
 
-FREQUENCIES = 128  # sine and cosine each
+FREQUENCIES = 128  # of the time embedding: a cosine and a sine for each
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-  """Sizes of the flow head; it differs in width from the experts it reads."""
+  """Sizes of the flow head, whose width may differ from that of the experts."""
 
   width: int
   mlp: int
@@ -40,7 +40,7 @@ class HeadConfig:
 
   @property
   def blocks(self) -> TransformerConfig:
-    """The modulated layers: no bias, per-head q/k norms before rotation."""
+    """Sizes of the modulated layers: no bias, per-head q/k norms before rotation."""
     return TransformerConfig(
       width=self.width,
       mlp=self.mlp,
@@ -57,21 +57,21 @@ class HeadConfig:
 
 
 def waves(clock: Array) -> Array:
-  """Cosines, then sines of clocks [B], at falling frequencies: [B, 1, 2 * FREQUENCIES] float32."""
+  """Cosines, then sines, of times [B] at falling frequencies: [B, 1, 2 * FREQUENCIES] float32."""
   freq = np.exp(-np.log(1e4) * np.arange(FREQUENCIES, dtype=np.float64) / FREQUENCIES)
   angle = clock.astype(jnp.float32)[:, None, None] * freq.astype(np.float32)
   return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
 class TimeEmbedding(nn.Module):
-  """Show-o2's clock (0 noise, 1 data; not multiplied by anything) as a vector.
+  """Embeds Show-o2's clock: the time from 0 (noise) to 1 (data), not multiplied by a factor.
 
-  Gives the condition of the modulation, in float32 as it scales every token of the image, and the
-  time token that precedes the image tokens.
+  One result is the condition of the modulation, in float32 because it scales every image token. The
+  other is the time token, which precedes the image tokens.
   """
 
   config: HeadConfig
-  width: int  # of the expert that holds the time token
+  width: int  # of the expert that processes the time token
 
   @nn.compact
   def __call__(self, clock: Array) -> tuple[Array, Array]:
@@ -82,7 +82,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Entry(nn.Module):
-  """Final-norm hidden states of the experts [B, L, D], brought to the head's width."""
+  """Projects final-norm hidden states of the experts [B, L, D] to [B, L, head width]."""
 
   config: HeadConfig
   dtype: jnp.dtype
@@ -94,16 +94,19 @@ class Entry(nn.Module):
 
 
 class Exit(nn.Module):
-  """The velocity of each image token: modulated norm and a linear map [B, L, head width]."""
+  """Velocities [B, L, channels] float32 of image tokens [B, L, head width].
+
+  A modulated norm with the condition [B, 1, head width], then a linear map.
+  """
 
   config: HeadConfig
-  channels: int  # numbers per token: patch * patch * latent channels
+  channels: int  # values per image token: patch * patch * latent channels
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, hidden: Array, condition: Array) -> Array:
     shift, scale = Modulation(2, self.config.width, name='modulation')(condition)
     y = norms.modulate(RMSNorm(1e-6, name='norm')(hidden), shift, scale)
-    # Starts at zero: the first prediction of a fresh network is the mean velocity.
+    # Starts at zero: a fresh network predicts the mean velocity, 0.
     out = Dense(self.channels, kernel_init=nn.initializers.zeros, dtype=self.dtype, name='out')
     return out(y).astype(jnp.float32)

@@ -15,7 +15,7 @@ from vpe_jax.config import check_sizes
 from vpe_jax.contracts import Array
 from vpe_jax.models.vit import ClassTokens, Encoder, EncoderConfig
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels
+MEAN = (0.485, 0.456, 0.406)  # per channel, of ImageNet's pixels
 STD = (0.229, 0.224, 0.225)
 
 
@@ -24,7 +24,8 @@ class Dinov2Config:
   """Sizes of the encoder.
 
   Attributes:
-    image_size: side of the image that the position table was made for, a multiple of `patch`.
+    image_size: side in pixels of the images that the position table was trained on, a multiple of
+      `patch`.
     patch: side of a patch in pixels.
     encoder: the layers.
   """
@@ -38,12 +39,12 @@ class Dinov2Config:
 
 
 def normalised(images: Array) -> Array:
-  """Images [..., C] in [0, 1] as the encoder reads them."""
+  """Normalizes images [..., 3] in [0, 1] with MEAN and STD, as input of the encoder."""
   return (images.astype(jnp.float32) - jnp.asarray(MEAN)) / jnp.asarray(STD)
 
 
 class Dinov2(nn.Module):
-  """Images [B, H, W, C], `normalised`, -> tokens [B, 1 + P, D] and one vector an image."""
+  """Images [B, H, W, 3] from `normalised` -> tokens [B, 1 + P, D] and image vectors [B, D]."""
 
   config: Dinov2Config
   dtype: jnp.dtype = jnp.float32
@@ -57,11 +58,11 @@ class Dinov2(nn.Module):
   def features(self, images: Array, depth: int | None = None) -> Array:
     """The class token, then patches in raster order [B, 1 + P, D].
 
-    Normed (transformers' last hidden state), or raw after the first `depth` layers. Sides of the
-    images may differ from `image_size`.
+    `depth` None: after the final norm (transformers' last hidden state); else the raw output of the
+    first `depth` layers. Sides of the images may differ from `image_size`.
     """
     return self.encoder(self.tokens(images), depth=depth)
 
   def __call__(self, images: Array) -> Array:
-    """The normed class token [B, D]."""
+    """The class token [B, D] after the final norm."""
     return self.features(images)[:, 0]

@@ -1,6 +1,6 @@
-"""Dropout of activations, a function of a sequence's own key.
+"""Dropout of activations with a random key for each sequence.
 
-So it depends neither on other sequences of the batch nor on how the batch is sharded.
+A sequence's dropout depends neither on the rest of the batch nor on how the batch is sharded.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from vpe_jax.contracts import Array
 
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-  """Shares of activations that training drops, by their place in the network.
+  """Dropout rates in training, by place in the network.
 
   Attributes:
-    token: of the embeddings that enter the first layer.
-    residual: of the attention's output projection, before it is added to the residual stream.
-    mlp: of the MLP's output, before it is added.
+    token: rate for the embeddings that enter the first layer.
+    residual: rate for the attention output, before it is added to the residual stream.
+    mlp: rate for the MLP output, before it is added to the residual stream.
   """
 
   token: float = 0.0
@@ -29,18 +29,18 @@ class Dropout:
   mlp: float = 0.0
 
   def __bool__(self) -> bool:
-    """Whether a share is above 0."""
+    """Whether any rate is above 0."""
     return any(dataclasses.astuple(self))
 
 
 def drop(x: Array, rate: float, keys: Array | None, name: str) -> Array:
-  """Zeros a share of the elements and scales the others up, so that the mean stays.
+  """Sets random elements to 0 and divides the others by 1 - rate, which preserves the mean.
 
   Args:
-    x: [B, L, D].
-    rate: the share, below 1.
-    keys: one a sequence [B]; None: nothing is dropped.
-    name: of this use of the keys; another one drops other elements.
+    x: activations [B, L, D].
+    rate: probability that an element is dropped, below 1.
+    keys: random keys [B], one per sequence; None: nothing is dropped.
+    name: name of the place of this dropout; different names drop different elements.
   """
   if keys is None or not rate:
     return x

@@ -22,7 +22,12 @@ from vpe_jax.models.transformer import RMSNorm
 
 @dataclasses.dataclass(frozen=True)
 class DualPathConfig:
-  """Sizes of the dual path: its encoder, and the side of the position table's square grid."""
+  """Sizes of the dual path.
+
+  Attributes:
+    encoder: the encoder of the semantic path.
+    table: side of the square table of position embeddings, in patches.
+  """
 
   encoder: vit.EncoderConfig
   table: int
@@ -32,10 +37,10 @@ class DualPathConfig:
 
 
 class Ends(nn.Module):
-  """The dual path around its encoder: patch embeddings and positions in, fusion out."""
+  """The dual path without its encoder: embeddings and positions before it, fusion after it."""
 
   config: DualPathConfig
-  width: int  # of the expert that reads the image tokens
+  width: int  # model width D of the expert that reads the image tokens
   patch: int
   dtype: jnp.dtype
 
@@ -52,31 +57,35 @@ class Ends(nn.Module):
     self.fusion_out = dense(self.width)
 
   def embed(self, latents: Array) -> tuple[Array, Array]:
-    """Inputs of the encoder [B, P, width of the encoder] and of the fusion [B, P, D]."""
+    """Encoder inputs and low-level features of latents [B, h, w, C].
+
+    They are [B, P, encoder width] and [B, P, D].
+    """
     patches = vit.patches(latents.astype(self.dtype), self.patch)
     height, width = (side // self.patch for side in latents.shape[1:3])
     table = vit.resize_positions(self.positions, self.config.table, height, width)
     return self.und(patches) + table.astype(self.dtype), self.gen(patches)
 
   def fuse(self, und: Array, gen: Array) -> Array:
-    """Image tokens [B, P, D]."""
+    """Image tokens [B, P, D] from encoder outputs and low-level features, shaped as in `embed`."""
     both = self.fusion_norm(jnp.concatenate([und, gen], axis=-1))
     return self.fusion_out(jax.nn.gelu(self.fusion_in(both), approximate=False))
 
   def __call__(self, latents: Array) -> Array:
+    """Touches every parameter, for `init`; the encoder between the two halves is left out."""
     return self.fuse(*self.embed(latents))
 
 
 @dataclasses.dataclass(frozen=True)
 class DualPath:
-  """Latents [B, h, w, C] to image tokens [B, P, D]; parameters `ends` and `encoder`."""
+  """Maps latents [B, h, w, C] to image tokens [B, P, D]; parameters `ends` and `encoder`."""
 
   config: DualPathConfig
   width: int
   patch: int
   dtype: jnp.dtype
   remat: str = 'none'  # a key of mot.REMAT
-  attention: str = ''
+  attention: str = ''  # implementation, see vit.Attention
 
   @property
   def _parts(self) -> tuple[Ends, vit.Layer]:
@@ -84,7 +93,7 @@ class DualPath:
     return ends, vit.Layer(self.config.encoder, self.dtype, self.attention)
 
   def init(self, rng: Array, latents: Array) -> Params:
-    """Fresh parameters for latents of this shape; the encoder's are stacked over layers."""
+    """Fresh parameters for latents [B, h, w, C]; those of the encoder are stacked over layers."""
     ends, layer = self._parts
     first, second = jax.random.split(rng)
     x = jnp.zeros((1, 1, self.config.encoder.width))
@@ -95,7 +104,7 @@ class DualPath:
     }
 
   def __call__(self, params: Params, latents: Array) -> Array:
-    """The encoder's parameters may be stacked, or a tuple of layers (as decoding holds them)."""
+    """Image tokens of latents; `params['encoder']` is stacked over layers, or a tuple of layers."""
     ends, layer = self._parts
     variables = {'params': params['ends']}
 
@@ -103,7 +112,7 @@ class DualPath:
       x = sharding.constrain(x, ('batch', None, None))
       return layer.apply({'params': weights}, x), None
 
-    # Otherwise the backward pass keeps every layer's attention matrix of all patches.
+    # Without remat, the backward pass saves the dense attention weights [P, P] of each layer.
     if mot.REMAT[self.remat] is not None:
       one = jax.checkpoint(one, policy=mot.REMAT[self.remat])
     und, gen = ends.apply(variables, latents, method='embed')

@@ -1,8 +1,8 @@
 """The layout of dense kernels: [in, out] in training and checkpoints, [out, in] to decode on a CPU.
 
-With a few vectors, as in decoding, a CPU multiplies fastest by kernels stored output by output
-(ops.matmul.matmul_transposed). This module alone knows the second layout: `for_decoding` makes such
-parameters, in which a kernel has the name TRANSPOSED, and the products here take either kind.
+For a few vectors, as in decoding, a CPU is fastest with the second layout (matmul_transposed of
+vpe_jax.ops.matmul). `for_decoding` converts parameters to it, and renames converted kernels to
+TRANSPOSED. The layers of models.dense, and `columns` below, accept both layouts.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from flax.linen.dtypes import promote_dtype
 from vpe_jax.contracts import Array, Params
 from vpe_jax.ops.matmul import matmul_transposed
 
-TRANSPOSED = 'transposed'  # the kernel's name where its output axes come first
-_TWO_AXES = 'o'  # the layer that sums over two axes, heads and their width
+TRANSPOSED = 'transposed'  # name of a kernel whose output axes come first
+_TWO_AXES = 'o'  # name of the layer that sums over two input axes: heads and head width
 
 
 def for_decoding(params: Params, platform: str) -> Params:
   """Parameters of a model with unstacked layers, in the layout that decodes fastest.
 
-  On a CPU, kernels of layers and that of a `head` of logits are stored output by output.
+  On a CPU, kernels of layers and of the output `head` become [out, in]; elsewhere nothing changes.
 
   Args:
-    params: of the model.
-    platform: of the devices, a name of `jax.default_backend`.
+    params: parameters of the model.
+    platform: platform of the devices, as `jax.default_backend` names it.
   """
 
   def walk(tree: Any, name: str, in_layers: bool) -> Any:
@@ -49,11 +49,11 @@ def dense(x: Array, kernel: Array, bias: Array | None, count: int, dtype: Any) -
   """Output [..., *features] of a dense layer whose kernel is TRANSPOSED.
 
   Args:
-    x: [..., *inputs], of which the last `count` axes are summed over.
+    x: [..., *inputs].
     kernel: [*features, *inputs].
     bias: [*features], or None.
-    count: axes of `inputs`.
-    dtype: of the arithmetic; None: that of the operands.
+    count: number of axes in `inputs`, which are summed over.
+    dtype: compute dtype; None: the common dtype of the operands.
   """
   x, kernel, bias = promote_dtype(x, kernel, bias, dtype=dtype)
   batch, features = x.shape[: x.ndim - count], kernel.shape[: kernel.ndim - count]
@@ -71,6 +71,6 @@ def columns(params: Params, x: Array, first: int = 0, last: int | None = None) -
 
 
 def _outputs_first(kernel: Array, count: int) -> Array:
-  """A kernel with its first `count` axes last."""
+  """Moves the first `count` axes of a kernel, the inputs, to the end."""
   numpy = np if isinstance(kernel, np.ndarray) else jnp
   return numpy.moveaxis(kernel, range(count), range(-count, 0))

@@ -1,14 +1,14 @@
-"""LlamaGen's GPT: the codes of an image, one after the other, from its class.
+"""LlamaGen's GPT: generates the codes of an image one by one, from its class.
 
 Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation (arXiv 2406.06525). A
-sequence is a class token and the image's codes in raster order; positions are rotary on the codes'
-grid. Prefix codes, those of a first image, may come between the two:
+sequence is a class token and the image's codes in raster order; rotary positions are row and column
+in the grid of codes. Prefix codes, such as a visual prompt, may come between class and image:
 
   sequence [cls] s_1 ... s_P z_1 ... z_N     the network runs over all but the last
   predicts  s_1  ...     z_1 ...     z_N
 
-Vocabularies: the joint ids of the head are the image's codes, then the prefix codes. Inputs have a
-table each, and a pad embedding for masked prefix codes.
+The head predicts joint ids: first the image's codes, then the prefix codes. Classes, image codes
+and prefix codes have an embedding table each; a pad embedding replaces masked prefix codes.
 
 Parameter tree: `embed/{classes,codes}`, with prefix codes also `embed/{prefix,pad}`; `layers`
 (stacked), `norm`, `head/kernel`. `LlamaGen` holds no arrays: every method is a pure function of the
@@ -37,16 +37,16 @@ class LlamaGenConfig:
   """Sizes of the model.
 
   Attributes:
-    classes: number of classes; their table has one more entry, the null class, for guidance.
+    classes: number of classes, without the null class of guidance, which has the id `classes`.
     codes: entries V of the codebook.
-    side: of the square grid of codes.
+    side: side of the image's square grid of codes.
     body: the layers, with `rope_adjacent`.
-    class_turn: the rotary embedding of the class token: `zero` sets its queries and keys to zero
-      (all released weights: every code gives it the logit 0), `identity` leaves them unrotated.
-    prefix_codes: entries of the codebook of prefix codes; 0: there are none.
-    prefix_side: of their square grid.
-    positions: rotary positions. `grid`: row and column, where the grid of the prefix codes is
-      scaled to the image's; `line`: index in the sequence.
+    class_turn: rotary embedding of the class token. `zero` sets its queries and keys to 0, so that
+      every code gives it the attention logit 0 (all released weights); `identity` doesn't rotate.
+    prefix_codes: entries of the codebook of prefix codes; 0: the model has no prefix codes.
+    prefix_side: side of the square grid of prefix codes.
+    positions: rotary positions. `grid`: row and column, with the grid of prefix codes scaled to the
+      size of the image's grid; `line`: index in the sequence.
   """
 
   classes: int
@@ -69,17 +69,17 @@ class LlamaGenConfig:
       '',
       'prefix_side',
       both,
-      f'0 where prefix_codes is, and prefix_codes={self.prefix_codes}',
+      f'0 if and only if prefix_codes is 0; prefix_codes={self.prefix_codes}',
     )
 
   @property
   def prefix_tokens(self) -> int:
-    """Number P of prefix codes; 0 without any."""
+    """Number P of prefix codes of a sequence."""
     return self.prefix_side**2
 
   @property
   def image_tokens(self) -> int:
-    """Codes N of an image."""
+    """Number N of codes of an image."""
     return self.side**2
 
   @property
@@ -90,13 +90,13 @@ class LlamaGenConfig:
 
   @property
   def vocabulary(self) -> int:
-    """Ids of the head: the image's codes, then the prefix codes."""
+    """Number of joint ids: those of the image's codes, then those of the prefix codes."""
     return self.codes + self.prefix_codes
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaGen(mot.OneExpert):
-  """The network of one configuration, computing in `dtype`; streams with keys have `dropout`."""
+  """The network of one configuration, in `dtype`; `dropout` applies to streams with keys."""
 
   config: LlamaGenConfig
   dropout: Dropout = Dropout()
@@ -138,11 +138,10 @@ class LlamaGen(mot.OneExpert):
     return tokens.astype(self.dtype)
 
   def stream(self, x: Array, start: Array | int = 0, keys: Array | None = None) -> mot.Stream:
-    """Tokens [B, L, D] at the indices `start`, `start` + 1, ... of their sequences.
+    """Tokens x [B, L, D] at the indices `start`, `start` + 1, ... of their sequences.
 
-    Index 0 is the class token's, followed by prefix codes, if any, and the image's codes. `keys`
-    [B], one a sequence, are those of the dropout, of tokens and within the layers; without them
-    nothing is dropped.
+    Index 0 is the class token, followed by prefix codes, if any, and the image's codes. `keys` [B]
+    are the dropout keys, one per sequence, for embeddings and layers; None: nothing is dropped.
     """
     x = drop(x, self.dropout.token, keys, 'token')
     region = build(self.config.layout, keep=jnp.ones(x.shape[:1], bool))['decoder']
@@ -172,7 +171,10 @@ class LlamaGen(mot.OneExpert):
     return jnp.where((order <= c.prefix_tokens)[..., None], prefix, image)
 
   def logits(self, params: Params, hidden: Array, block: str = '') -> Array:
-    """Logits [B, L, V] float32 of hidden states: all ids, or the block `prefix` or `codes`."""
+    """Logits [B, L, V] float32 of hidden states [B, L, D], for all joint ids or one `block`.
+
+    `block` is `codes` (the image's), `prefix`, or '' for all.
+    """
     first, last = 0, self.config.vocabulary
     if block:
       first, last = (0, self.config.codes) if block == 'codes' else (self.config.codes, last)
@@ -185,7 +187,7 @@ class LlamaGen(mot.OneExpert):
     cache: mot.Cache | None = None,
     at: Array | int = 0,
   ) -> tuple[Array, mot.Cache | None]:
-    """Logits [B, L, V] float32 of the id after each token, and the written cache."""
+    """Logits [B, L, V] float32 of the id after each token, and the written cache; see mot.run."""
     hidden, cache = self.states(params, stream, cache, at)
     return self.logits(params, hidden), cache
 
@@ -200,11 +202,11 @@ class LlamaGen(mot.OneExpert):
     """Input embeddings in training: all tokens of a sequence but the last, [B, P + N, D].
 
     Args:
-      params: the model's.
-      classes: [B].
-      codes: of the images [B, N].
-      prefix: prefix codes [B, P]; None where the model has none.
-      masked: bool [B, P]: prefix codes that are hidden from the network.
+      params: parameters of the model.
+      classes: class ids [B]; `config.classes` is the null class.
+      codes: codes of the images [B, N].
+      prefix: prefix codes [B, P]; None if the model has none.
+      masked: bool [B, P]; where True, the pad embedding replaces the prefix code.
     """
     tokens = [self.embed_classes(params, classes)]
     if self.config.prefix_codes:
@@ -219,6 +221,6 @@ class LlamaGen(mot.OneExpert):
     prefix: Array | None = None,
     masked: Array | None = None,
   ) -> Array:
-    """Logits [B, P + N, V] float32 of each id from those before it; see `inputs`."""
+    """Logits [B, P + N, V] float32 of each id, given those before it; see `inputs`."""
     x = self.inputs(params, classes, codes, prefix, masked)
     return self.run(params, self.stream(x))[0]

@@ -1,7 +1,8 @@
 """Mixture-of-Transformers: several experts, one attention (arXiv 2606.04457, Eq. 4).
 
 Tokens are stored expert by expert: each expert's region is one static slice with its own dense
-matmuls, and order, not storage, decides who sees whom. One expert alone is an ordinary decoder.
+matmuls. The logical order of tokens, not the order of storage, decides who sees whom. One expert
+alone is an ordinary decoder.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from vpe_jax.ops import rope
 from vpe_jax.ops.attention import blockwise, chooser
 
 _KeysValues = tuple[Any, Any] | None
-_Carry = tuple[dict[str, Array], dict[str, Tapped]]  # hidden states, and buffers of inner ones
+_Carry = tuple[dict[str, Array], dict[str, Tapped]]  # hidden states, and buffers of tapped states
 
 _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names(*blockwise.SAVED)
+# What is saved for the backward pass, by name; None: everything.
 REMAT = {
   'none': None,
   'full': _policies.nothing_saveable,
@@ -41,11 +43,11 @@ class Stream:
   Attributes:
     x: embeddings or hidden states [B, L, D].
     positions: rotary positions [B, L].
-    visibility: of these tokens [B, L].
-    condition: of the modulation [B, 1, D], or None for tokens that are not modulated.
-    rotation: rotary tables [B, L, 1, H / 2], cosine and sine; None: those of `positions`.
+    visibility: visibility of these tokens [B, L].
+    condition: input of the modulation [B, 1, D]; None for tokens that are not modulated.
+    rotation: cosine and sine tables [B, L, 1, H / 2]; None: computed from `positions`.
     context: keys and values of each layer's cross-attention (see `context_kv`), or None.
-    keys: of the layers' dropout [B], one a sequence; None: nothing is dropped.
+    keys: random keys of dropout in the layers [B], one per sequence; None: nothing is dropped.
   """
 
   x: Array
@@ -63,8 +65,8 @@ class Cache:
   """Keys and values of a whole sequence, preallocated; decoding and flow steps reuse them.
 
   `k` and `v` are [layers, B, S, K, H] where parameters are stacked over layers, else tuples of
-  [B, S, K, H]. `key` is the visibility of all S slots, known from the start; slots not yet
-  written are never seen: no query reaches their order before they are.
+  [B, S, K, H]. `key` is the visibility of all S slots, known from the start. Slots not yet
+  written are never seen: the `reach` of all queries before the write is at most their order.
   """
 
   k: Any
@@ -72,7 +74,7 @@ class Cache:
   key: Visibility
 
   def map_batch(self, change: Callable[..., Array], *others: Cache) -> Cache:
-    """The cache of `change(*leaves, axis)`, where `axis` is the batch axis of the leaves."""
+    """Applies `change(*leaves, axis)` to the leaves of all caches; `axis` is their batch axis."""
     caches, axis = (self, *others), 0 if isinstance(self.k, tuple) else 1
     along = lambda axis: lambda *leaves: change(*leaves, axis)
     kv = jax.tree.map(along(axis), *((cache.k, cache.v) for cache in caches))
@@ -92,7 +94,7 @@ def init_layers(layer: Layer, rng: Array) -> Params:
 def unstack(params: Params) -> tuple[Params, ...]:
   """Stacked layer parameters as a tuple of single layers.
 
-  Outside jit and once for fast decoding; inside it for a backward pass without a scan.
+  For fast decoding, call it once, outside jit; for a backward pass without a scan, inside jit.
   """
   leaves, tree = jax.tree.flatten(params)
   layers = zip(*(_entries(leaf) for leaf in leaves), strict=True)
@@ -101,10 +103,10 @@ def unstack(params: Params) -> tuple[Params, ...]:
 
 @jax.custom_vjp
 def _entries(leaf: Array) -> tuple[Array, ...]:
-  """The entries of the leading axis, whose gradients are stacked.
+  """The entries of the leading axis; the gradient stacks their gradients.
 
-  JAX's gradient of an index is a whole leaf of zeros around one entry's gradient, and a sum of
-  such leaves for all entries.
+  JAX's own gradient would pad each entry's gradient with zeros to the shape of the leaf, and sum
+  the results over all entries.
   """
   return tuple(leaf[i] for i in range(leaf.shape[0]))
 
@@ -121,7 +123,10 @@ _entries.defvjp(_entries_forward, _entries_backward)
 
 
 def empty_cache(layer: Layer, params: Any, key: Visibility, dtype: jnp.dtype) -> Cache:
-  """A cache for sequences of visibility `key` [B, S], stacked over layers as `params` are."""
+  """An empty cache for sequences of visibility `key` [B, S].
+
+  It is stacked over layers if `params` are, else it has a tuple of layers.
+  """
   c = layer.config
   shape = (*key.order.shape, c.kv_heads, c.head_width)
   if isinstance(params, tuple):
@@ -156,17 +161,19 @@ def run(
   Args:
     layers: the layer module of each expert.
     params: per expert, layer parameters stacked on a leading axis, or a tuple of single layers.
-      Two experts may share one entry's arrays (`arch=single`).
+      Experts may share arrays (`arch=single`).
     streams: per expert, its tokens; experts without tokens in this call are left out.
-    cache: keys and values of the whole sequence. The streams' own are written at slot `at` (in
-      the order of `streams`) before attention; without a cache the streams see each other only.
+    cache: keys and values of the whole sequence. Those of the streams are written from slot `at`
+      on, in the order of `streams`, before attention. Without a cache, the streams see each other
+      only.
     at: first slot to write.
     remat: what the backward pass recomputes, a key of REMAT.
-    attention: implementation, a name of `config.ATTENTIONS`; '' chooses, as calls of a few tokens
-      (decoding) always do.
+    attention: implementation, a name of `config.ATTENTIONS`; '' chooses automatically, as calls
+      with fewer than chooser.SHORT tokens (decoding) always do.
 
   Returns:
-    Hidden states of each stream after the last layer, not normalised, and the written cache.
+    Hidden states [B, L, D] of each stream after the last layer, not normalised, and the written
+    cache.
   """
   return run_tapped(layers, params, streams, {}, cache, at, remat, attention)[:2]
 
@@ -184,10 +191,10 @@ def run_tapped(
   """`run` that also returns inner states.
 
   Args:
-    layers: this and the arguments not described here are those of `run`.
+    layers: see `run`.
     params: see `run`.
     streams: see `run`.
-    taps: per expert, its inner states to return; experts without any are left out.
+    taps: per expert, the inner states to return; experts without taps are left out.
     cache: see `run`.
     at: see `run`.
     remat: see `run`.
@@ -198,7 +205,7 @@ def run_tapped(
 
   Raises:
     UserError: an expert lacks a layer that its taps name.
-    ValueError: taps of an expert without a stream, or of normed states: layers have no final norm.
+    ValueError: an expert in `taps` has no stream, or taps are normed: layers have no final norm.
   """
   _check_taps(layers, streams, taps)
   query = concatenate([stream.visibility for stream in streams.values()])
@@ -254,8 +261,8 @@ class OneExpert:
   It holds no arrays: every method is a pure function of the parameters.
 
   Attributes:
-    config: the sizes; `config.body` are those of the layers.
-    dtype: of the arithmetic.
+    config: sizes of the network; `config.body` has those of the layers.
+    dtype: compute dtype.
     remat: as in `run`.
     attention: as in `run`.
   """
@@ -291,7 +298,7 @@ class OneExpert:
     cache: Cache | None = None,
     at: Array | int = 0,
   ) -> tuple[Array, Cache | None, Tapped]:
-    """The outputs of `states`, and the inner states that `taps` asks for; see `run_tapped`."""
+    """The outputs of `states`, and the inner states that `taps` selects; see `run_tapped`."""
     raw = dataclasses.replace(taps, normed=False)
     layers, stacks = {'decoder': self.layer}, {'decoder': params['layers']}
     streams, request = {'decoder': stream}, {'decoder': raw}
@@ -329,7 +336,7 @@ def _tables(layer: Layer, stream: Stream) -> tuple[Array, Array]:
 
 
 def _of_layers(layer: Layer, keys: Array) -> Array:
-  """Dropout keys [layers, B] from those of the sequences [B]."""
+  """Dropout keys [layers, B] of all layers, from the keys of the sequences [B]."""
   return jax.vmap(lambda key: jax.random.split(key, layer.config.layers), out_axes=1)(keys)
 
 
@@ -337,15 +344,15 @@ def _check_taps(
   layers: Mapping[str, Layer], streams: Mapping[str, Stream], taps: Mapping[str, Taps]
 ) -> None:
   if strangers := taps.keys() - streams.keys():
-    raise ValueError(f'taps of {sorted(strangers)}: this call has streams of {sorted(streams)}')
+    raise ValueError(f'taps name {sorted(strangers)}: this call has streams of {sorted(streams)}')
   for name, request in taps.items():
     request.check(layers[name].config.layers)
     if request.normed:
-      raise ValueError(f"taps of '{name}' are normed: a stack of layers has no final norm")
+      raise ValueError(f"taps of '{name}' are normed: layers have no final norm, set normed=False")
 
 
 def _buffers(layer: Layer, taps: Taps, x: Array) -> Tapped:
-  """Buffers of the inner states of tokens x [B, L, D]."""
+  """Buffers for the inner states of tokens x [B, L, D]."""
   shape = (*x.shape[:2], layer.config.kv_heads, layer.config.head_width)
   return taps.buffers(x, jax.ShapeDtypeStruct(shape, layer.dtype))
 
@@ -355,7 +362,7 @@ def _unrolled(
   carry: _Carry,
   inputs: tuple[Any, ...],
 ) -> tuple[_Carry, _KeysValues]:
-  """The `jax.lax.scan` of `run_tapped` for unstacked parameters and caches."""
+  """Replaces the `jax.lax.scan` of `run_tapped` for unstacked parameters and caches."""
   params, contexts, keys, cached, slots = inputs
   written = []
   for i in range(len(next(iter(params.values())))):
@@ -379,13 +386,13 @@ def _layer(
   hidden: dict[str, Array],
   cached: _KeysValues,
 ) -> tuple[dict[str, Array], _KeysValues, dict[str, tuple[Array, Array]]]:
-  """Eq. 4: own projections, one attention over all keys, own output projection and MLP.
+  """One layer (Eq. 4): projections per expert, one attention, output projection and MLP per expert.
 
-  Cross-attention of an expert with a context runs between the two halves. Also returns the keys
-  and values of the experts whose taps select some.
+  Experts with a context have cross-attention before the MLP. Returns hidden states, written keys
+  and values of the cache, and the keys and values that taps select.
   """
   projected, modulation, tapped = {}, {}, {}
-  for name in call.tables:  # The order of the streams: a scan sorts what it carries by name.
+  for name in call.tables:  # In the order of the streams; the scan's carry is sorted by name.
     x = hidden[name]
     variables, condition = {'params': weights[name]}, call.conditions[name]
     layer = call.layers[name]

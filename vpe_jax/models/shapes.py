@@ -11,13 +11,13 @@ from vpe_jax.contracts import Params
 
 
 def parameter_shapes(network: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Params:
-  """Parameters of a module as `jax.ShapeDtypeStruct`, by path.
+  """Parameters of a module as a tree of `jax.ShapeDtypeStruct`.
 
   Args:
-    network: the module; equal modules are traced once, as many layers take seconds.
-    *inputs: arguments of its `__call__`.
+    network: the module. Equal modules are traced once, because many layers take seconds to trace.
+    *inputs: shapes of the arguments of `network.__call__`.
   """
-  return jax.tree.map(lambda leaf: leaf, _shapes(network, inputs))  # a tree of the caller's own
+  return jax.tree.map(lambda leaf: leaf, _shapes(network, inputs))  # a copy for the caller
 
 
 @functools.lru_cache(maxsize=64)

@@ -24,10 +24,10 @@ from vpe_jax.models.vit import (
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-  """Sizes of both towers; the defaults are the embedded SigLIP's.
+  """Sizes of both towers; the defaults are those of the shipped SigLIP.
 
   Attributes:
-    image_size: side of the view that the image tower sees, a multiple of `patch`.
+    image_size: side of the image tower's input in pixels, a multiple of `patch`.
     patch: side of a patch in pixels.
     vocabulary: entries of the token table.
     text_length: tokens of a caption, padding included.
@@ -50,7 +50,7 @@ class SiglipConfig:
     """Patches P of one image.
 
     Raises:
-      UserError: the patch doesn't divide the view.
+      UserError: `patch` doesn't divide `image_size`.
     """
     if self.image_size % self.patch:
       raise UserError(
@@ -61,7 +61,7 @@ class SiglipConfig:
 
 
 class VisionTower(nn.Module):
-  """Images [B, H, W, C] in [-1, 1] -> patch features [B, P, D] and one vector an image."""
+  """Images [B, H, W, 3] in [-1, 1] -> patch features [B, P, D] and image vectors [B, D]."""
 
   config: SiglipConfig
   dtype: jnp.dtype
@@ -78,9 +78,9 @@ class VisionTower(nn.Module):
     """Patch features [B, P, D] in raster order.
 
     Args:
-      images: [B, H, W, C] in [-1, 1].
+      images: [B, H, W, 3] in [-1, 1].
       depth: None for the normed output that the pooling head reads (SigLIP's last hidden state);
-        n for the raw output of the first n layers (X-Omni's tokenizer reads the last one raw).
+        n for the raw output of the first n layers (X-Omni's tokenizer: of all layers).
     """
     x = self.embed(patches(images.astype(self.dtype), self.config.patch))
     return self.encoder(x + self.position.astype(self.dtype), depth=depth)
@@ -94,11 +94,10 @@ class VisionTower(nn.Module):
 
 
 class TextTower(nn.Module):
-  """Caption tokens [B, T] -> token features [B, T, D] and one vector a caption.
+  """Caption tokens [B, T] -> token features [B, T, D] and caption vectors [B, vision width].
 
-  Tokens from `length` on don't exist: no token attends to them, and the vector is read at the
-  last real token. The published SigLIP pads every caption to T and attends to the padding, which
-  is `length = T`.
+  Tokens from `length` on are padding: no token attends to them, and the vector is read at the last
+  token before them. The published SigLIP attends to its padding: pass `length = T` for it.
   """
 
   config: SiglipConfig
@@ -113,7 +112,7 @@ class TextTower(nn.Module):
     self.head = Dense(c.vision.width, dtype=self.dtype)
 
   def features(self, text: Array, length: Array) -> Array:
-    """Normed token features [B, T, D] of captions [B, T] with `length` [B] real tokens."""
+    """Normed token features [B, T, D] of captions [B, T] with `length` [B] tokens."""
     T = text.shape[1]
     x = jnp.take(self.token, text, axis=0).astype(jnp.float32) + self.position[:T]
     return self.encoder(x.astype(self.dtype), jnp.arange(T) < length[:, None])
@@ -146,19 +145,19 @@ class Siglip(nn.Module):
     return unit(self.vision.pool(features))
 
   def embed_images(self, images: Array) -> Array:
-    """Unit vectors [B, D] float32 of images [B, H, W, C] in [-1, 1]."""
+    """Unit vectors [B, D] float32 of images [B, H, W, 3] in [-1, 1]."""
     return unit(self.vision(images))
 
   def embed_text(self, text: Array, length: Array) -> Array:
-    """Unit vectors [B, D] float32 of captions [B, T] with `length` [B] real tokens."""
+    """Unit vectors [B, D] float32 of captions [B, T] with `length` [B] tokens."""
     return unit(self.text(text, length))
 
   def logits(self, image: Array, text: Array) -> Array:
-    """Logits [B, V] of every image's unit vector [B, D] with every caption's [V, D]."""
+    """Logits [B, V] of every image [B, D] with every one of V captions [V, D]; unit vectors."""
     return self._scaled(jnp.einsum('BD,VD->BV', image, text))
 
   def own_logits(self, image: Array, text: Array) -> Array:
-    """Logits [B, M] of every image's unit vector [B, D] with captions of its own [B, M, D]."""
+    """Logits [B, M] of each image [B, D] with M captions of its own [B, M, D]; unit vectors."""
     return self._scaled(jnp.einsum('BD,BMD->BM', image, text))
 
   def _scaled(self, cosine: Array) -> Array:

@@ -1,14 +1,14 @@
 """Taps: inner states of a stack of layers, returned by the pass that computes them.
 
-The scan over layers carries one buffer for all selected states; a static table gives each layer its
-slot. The alternatives cost more:
+The scan over layers carries one buffer each for selected hidden states, keys and values; a static
+table gives each layer its slot. The alternatives cost more:
 
   Every layer's states as outputs of the scan: memory of all layers, to return a few.
-  One scan between each two taps: a loop body is compiled for each. And each loop reads a slice of
-    the stacked weights, which XLA copies: all weights once more.
+  One scan between each two taps: a loop body is compiled for each scan. XLA also copies the slice
+    of stacked weights that each scan reads, which takes the memory of all weights again.
 
-The buffer costs the memory of the selected states and, in each of their layers, one write in place.
-The writes of other layers go past the end and are dropped. The gradient of a write needs no
+A buffer costs the memory of the selected states and, in each selected layer, one write in place.
+Other layers write past the end, and these writes are dropped. The gradient of a write needs no
 residuals: it reads the slot and clears it.
 """
 
@@ -28,7 +28,9 @@ from vpe_jax.contracts import Array, UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Tapped:
-  """Inner states in the order of their Taps; None for a kind that they don't select.
+  """Inner states of n selected layers, in the order of Taps; None for kinds not selected.
+
+  The slots of these states (`Taps.slots`) have the same structure.
 
   Attributes:
     hidden: hidden states [n, B, L, D].
@@ -41,23 +43,23 @@ class Tapped:
   v: Any = None
 
   def write(self, states: Tapped, slots: Tapped) -> Tapped:
-    """These buffers with one layer's states in their slots: integers, traced or Python's."""
+    """Writes one layer's states into these buffers, at `slots`: traced or Python integers."""
     return jax.tree.map(_write, self, states, slots)
 
   def layer(self, index: int) -> Tapped:
-    """The slots of one layer, from these tables."""
+    """The slots of one layer as Python integers, from the tables of `Taps.slots`."""
     return jax.tree.map(lambda table: int(table[index]), self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Taps:
-  """The inner states of one expert that a pass returns; static, as the layers are.
+  """Selects the inner states of one expert that a pass returns; static under jit.
 
   Attributes:
-    hidden: counts n of layers, from 0: the residual stream after the first n layers, so 0 is the
+    hidden: numbers of layers: n selects the residual stream after the first n layers, 0 the
       embeddings. These are the indices of `hidden_states` in transformers, whose last is normed.
-    kv: indices of layers, from 0: keys and values of this call's tokens, as attention reads them.
-    normed: whether the network's final norm is applied to `hidden`, or the stream is raw.
+    kv: indices of layers, from 0, whose keys and values of this call's tokens are selected.
+    normed: whether the network's final norm is applied to `hidden`.
     rotated: whether keys are taken after the rotary embedding or before it.
   """
 
@@ -73,10 +75,10 @@ class Taps:
         raise UserError(f'taps.{name} {numbers} names a layer twice: name each layer once')
 
   def check(self, layers: int) -> None:
-    """Checks the layers against a network of `layers` layers.
+    """Checks that a network of `layers` layers has all selected layers.
 
     Raises:
-      UserError: the network lacks one.
+      UserError: a selected layer is missing.
     """
     for name, last in (('hidden', layers), ('kv', layers - 1)):
       numbers = getattr(self, name)
@@ -86,20 +88,20 @@ class Taps:
         )
 
   def select(self, hidden: Any, k: Any = None, v: Any = None) -> Tapped:
-    """These entries, without the kinds of state that are not selected."""
+    """The arguments as Tapped, with None for the kinds of state that are not selected."""
     return Tapped(hidden if self.hidden else None, *((k, v) if self.kv else (None, None)))
 
   def slots(self, layers: int) -> Tapped:
-    """Tables int32 [layers]: the slot of each layer's states, or the number of slots for none."""
+    """Tables int32 [layers] of the layers' slots; past the end for layers not selected."""
     kv = _table(self.kv, range(layers))
     return self.select(_table(self.hidden, range(1, layers + 1)), kv, kv)
 
   def buffers(self, x: Array, kv: jax.ShapeDtypeStruct | None = None) -> Tapped:
-    """Buffers before the first layer.
+    """Buffers before the first layer: zeros, and the embeddings if `hidden` selects them.
 
     Args:
-      x: the input of that layer [B, L, D].
-      kv: shape and dtype of one layer's keys [B, L, K, H]; None without `kv`.
+      x: input of the first layer [B, L, D].
+      kv: shape and dtype of one layer's keys [B, L, K, H]; None if no keys are selected.
     """
     hidden = k = v = None
     if self.hidden:
@@ -116,7 +118,7 @@ def _zeros(count: int, state: Array | jax.ShapeDtypeStruct) -> Array:
 
 
 def _table(numbers: tuple[int, ...], layers: range) -> np.ndarray:
-  """The place in `numbers` of each layer, or their count."""
+  """The index in `numbers` of each layer; len(numbers) for layers that are not there."""
   places = {number: place for place, number in enumerate(numbers)}
   return np.asarray([places.get(layer, len(numbers)) for layer in layers], np.int32)
 

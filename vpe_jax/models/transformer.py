@@ -1,4 +1,4 @@
-"""One decoder layer (Qwen2, Llama): the only body, for training, cached decoding and the head."""
+"""The decoder layer (Qwen2, Llama), shared by training, cached decoding and the flow head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.models.dropout import Dropout, drop
 from vpe_jax.ops import norms, rope
 
-# Names of the dimensions of stacked layers, as vpe_jax.sharding knows them.
+# Logical axis names (vpe_jax.sharding) of stacked layer parameters, by path.
 _HEADS = ('layers', 'embed', 'heads', 'head')
 _KV_HEADS = ('layers', 'embed', 'kv_heads', 'head')
 LAYER_AXES = (
@@ -43,10 +43,10 @@ class TransformerConfig:
     kv_heads: key/value heads K, a divisor of `heads`.
     head_width: width H of a head.
     rope_theta: base of the rotary frequencies.
-    rope_scaling: Llama 3's stretch of them, or None.
+    rope_scaling: Llama 3's stretch of the rotary frequencies, or None.
     qkv_bias: whether q, k and v have a bias (Qwen2).
     qk_norm: whether each head's q and k are RMS-normalised before rotation.
-    eps: of the layer norms.
+    eps: epsilon of the RMS norms, except those of `qk_norm` (1e-6).
     rope_adjacent: whether the rotary embedding pairs neighbouring channels of a head (LlamaGen)
       instead of its two halves.
   """
@@ -83,9 +83,9 @@ class RMSNorm(nn.Module):
 
 
 class Modulation(nn.Module):
-  """adaLN: `parts` vectors of the layer's width from a condition [B, 1, D].
+  """adaLN: `parts` vectors [B, 1, width] float32 from a condition [B, 1, D].
 
-  Starts at zero, so that a modulated layer starts as the identity.
+  All start at zero, so that a modulated layer starts as the identity.
   """
 
   parts: int
@@ -102,9 +102,9 @@ class Modulation(nn.Module):
 class CrossAttention(nn.Module):
   """Attention of tokens to a context: hidden states of another sequence.
 
-  Both are RMS-normalised first, each with a scale of its own; queries and keys are rotated as in
-  self-attention, so that the context has an order. The output projection starts at zero: a fresh
-  layer computes the same as one without cross-attention.
+  Tokens and context are RMS-normalised first, each with a scale of its own; queries and keys are
+  rotated as in self-attention, so that the context has an order. The output projection starts at
+  zero: a fresh layer computes the same as one without cross-attention.
   """
 
   config: TransformerConfig
@@ -134,7 +134,7 @@ class CrossAttention(nn.Module):
   def __call__(
     self, x: Array, tables: tuple[Array, Array], attend: Callable[[Array], Array]
   ) -> Array:
-    """Cross-attention output of tokens [B, L, D]; `attend` mixes values by queries [B, L, N, H]."""
+    """Output [B, L, D] for tokens [B, L, D]; `attend` maps queries to mixed values [B, L, N, H]."""
     q = rope.rotate(self.q(self.query_norm(x)), tables, self.config.rope_adjacent)
     return self.o(attend(q))
 
@@ -142,11 +142,12 @@ class CrossAttention(nn.Module):
 class Layer(nn.Module):
   """A pre-norm layer in two halves, so that several experts can share one attention between them.
 
-  `project` gives q, k and v of this expert's tokens and `rotate` the positions of q and k;
-  `finish` takes the mixed values back. With `modulated`, `project` and `finish` need `modulation`:
-  six parts [B, 1, D] float32 in the order shift, scale, gate of the attention, then of the MLP
-  (Show-o2's diffusion head), or None for tokens that are not modulated. With `crossed`,
-  `finish` runs cross-attention between the halves. With keys, it applies `dropout`.
+  `project` computes q, k and v of this expert's tokens, and `rotate` applies the rotary embedding
+  to q and k. After attention, `finish` computes the output from the mixed values. With `modulated`,
+  `project` and `finish` need `modulation`: six parts [B, 1, D] float32 in the order shift, scale,
+  gate of the attention, then of the MLP (Show-o2's diffusion head), or None for tokens that are not
+  modulated. With `crossed`, `finish` runs cross-attention before the MLP. With dropout keys,
+  `finish` applies `dropout`.
   """
 
   config: TransformerConfig
@@ -207,10 +208,10 @@ class Layer(nn.Module):
     attend: Callable[[Array], Array] | None = None,
     keys: Array | None = None,
   ) -> Array:
-    """The layer's output [B, L, D] from its input and the mixed values [B, L, N, H].
+    """The layer's output [B, L, D] from its input x [B, L, D] and the mixed values [B, L, N, H].
 
-    `tables` and `attend` are those of CrossAttention; without the latter it doesn't run. `keys` [B]
-    are those of the dropout; without them nothing is dropped.
+    `tables` and `attend` are arguments of CrossAttention, which runs only if `attend` is given.
+    `keys` [B] are dropout keys, one per sequence; None: nothing is dropped.
     """
     shift_gate = modulation[2:] if modulation is not None else None
     y = drop(self.o(mixed), self.dropout.residual, keys, 'residual')

@@ -1,19 +1,20 @@
 """Transfusion: a class, prefix codes, and a noisy image in one decoder.
 
 Transfusion: Predict the Next Token and Diffuse Images with One Multi-Modal Model (arXiv 2408.11039)
-without text. Prefix codes, those of a first image, may come between class and image:
+without text. Prefix codes, such as a visual prompt, may come between class and image:
 
   sequence  [cls] s_1 ... s_P   x_1 ... x_N
   attends    to earlier tokens   to all tokens
   position   0    1  ...  P      P + 1, all of them
 
-An image token is a patch of noisy latents plus an embedding of the time and one of its row and
-column, by sines and cosines; all share one rotary position (BAGEL's layout, third_party/bagel).
+An image token is the sum of three embeddings: of a patch of noisy latents, of the time, and of row
+and column (sines and cosines). All image tokens have the same rotary position (BAGEL's layout,
+third_party/bagel).
 Time and velocity are those of vpe_jax.contracts.
 
-Parameter tree: `embed/classes`, with prefix codes also `embed/prefix`, tied in and out;
-`time/{hidden,out}`, `latents/{in,out}`, `layers` (stacked), `norm`. `Transfusion` holds no arrays:
-every method is a pure function of the parameters.
+Parameter tree: `embed/classes`, with prefix codes also `embed/prefix` (input embeddings and output
+head); `time/{hidden,out}`, `latents/{in,out}`, `layers` (stacked), `norm`. `Transfusion` holds no
+arrays: every method is a pure function of the parameters.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class TransfusionConfig:
   """Sizes of the model.
 
   Attributes:
-    classes: entries of their table, with that of the null class, where there is one.
-    prefix_codes: entries of the codebook of prefix codes; 0: there are none.
-    prefix_tokens: number P of prefix codes; 0 without any.
+    classes: entries of the class table, including the null class if the model has one.
+    prefix_codes: entries of the codebook of prefix codes; 0: the model has no prefix codes.
+    prefix_tokens: number P of prefix codes of a sequence; 0 if the model has none.
     latent_size: side of the latent grid.
     latent_channels: channels C of a latent.
     patch: side of the latent patch that one image token covers.
@@ -92,7 +93,7 @@ class TransfusionConfig:
 
   @property
   def channels(self) -> int:
-    """Numbers of an image token."""
+    """Values per image token: patch * patch * C."""
     return self.patch**2 * self.latent_channels
 
 
@@ -105,7 +106,7 @@ class Slots:
   visibility: Visibility
 
   def stream(self, x: Array, start: Array | int = 0) -> mot.Stream:
-    """Tokens x [B, L, D] in the slots from `start`."""
+    """The stream of tokens x [B, L, D] in the slots from `start` on."""
     cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, x.shape[1], 1)
     return mot.Stream(x, cut(self.positions), jax.tree.map(cut, self.visibility))
 
@@ -123,7 +124,7 @@ class Transfusion(mot.OneExpert):
       'hidden': Dense(width),
       'out': Dense(width),
       'latents_in': Dense(width, dtype=self.dtype),
-      # Starts at zero: the first prediction of a fresh network is the mean velocity.
+      # Starts at zero: a fresh network predicts the mean velocity, 0.
       'latents_out': Dense(self.config.channels, kernel_init=zeros, dtype=self.dtype),
     }
 
@@ -152,9 +153,9 @@ class Transfusion(mot.OneExpert):
     }
 
   def slots(self, keep: Array) -> Slots:
-    """The slots of a batch; where `keep` [B] is False, prefix codes are absent.
+    """The slots of a batch; where `keep` (bool [B]) is False, prefix codes are absent.
 
-    The image then takes the position after the class: positions count present tokens.
+    The image then has the position after the class, because positions count present tokens only.
     """
     region = build(self.config.layout, keep=keep)['decoder']
     return Slots(region.positions, region.visibility)
@@ -178,12 +179,12 @@ class Transfusion(mot.OneExpert):
     return x + (clock + grid_waves(c.side, c.body.width)).astype(self.dtype)
 
   def logits(self, params: Params, hidden: Array) -> Array:
-    """Logits [B, L, V] float32 of the next prefix code."""
+    """Logits [B, L, prefix_codes] float32 of the next prefix code, from hidden states [B, L, D]."""
     table = params['embed']['prefix'].astype(hidden.dtype)
     return matmul_transposed(hidden, table).astype(jnp.float32)
 
   def velocity(self, params: Params, hidden: Array) -> Array:
-    """The velocity [B, h, w, C] float32, noise minus data, from image states [B, N, D]."""
+    """The velocity (noise - data) [B, h, w, C] float32 from the image's hidden states [B, N, D]."""
     c = self.config
     out = self._dense()['latents_out'].apply({'params': params['latents']['out']}, hidden)
     return rearrange(
@@ -205,9 +206,9 @@ class Transfusion(mot.OneExpert):
     """Whole sequences at once, as in training.
 
     Args:
-      params: the model's.
-      classes: [B].
-      prefix: prefix codes [B, P]; P = 0 in a model without any.
+      params: parameters of the model.
+      classes: class ids [B].
+      prefix: prefix codes [B, P]; P = 0 if the model has none.
       keep: bool [B]: whether an example has its prefix codes.
       noisy: latents [B, h, w, C] and their times [B].
 
@@ -224,10 +225,10 @@ class Transfusion(mot.OneExpert):
 
 
 def grid_waves(side: int, width: int) -> np.ndarray:
-  """Frozen embeddings of the cells of a square grid, raster order: float32 [side ** 2, width].
+  """Fixed embeddings of the cells of a square grid in raster order: float32 [side ** 2, width].
 
-  A quarter of the width each: sine and cosine of the column, sine and cosine of the row (the
-  two-dimensional table of MAE and DiT, which BAGEL takes).
+  Sine and cosine of the column, then sine and cosine of the row, take a quarter of the width each
+  (the two-dimensional table of MAE and DiT, which BAGEL uses).
   """
   quarter = width // 4
   freq = 1e4 ** (-np.arange(quarter, dtype=np.float64) / quarter)

@@ -1,10 +1,10 @@
 """A unified model of text and images: tokens autoregressively, latents by flow matching.
 
-The AR expert has the text tokens and prefix codes, which are the codes of another image; the
-diffusion expert has the image tokens. Three architectures:
+The AR expert has the text tokens and the prefix codes, such as a visual prompt; the diffusion
+expert has the image tokens. Three architectures:
 
   internal: both experts in one sequence, joined by attention (Mixture-of-Transformers).
-  external: an expert and a sequence each.
+  external: two experts, each with a sequence of its own.
   single: one expert for all tokens (Transfusion, Show-o2).
 
 Parameter tree: `embed/{text,codes}`, `ar/{layers,norm}`, `dit/{layers,norm,dual_path,head}`; a
@@ -69,25 +69,27 @@ class UnifiedConfig:
   Attributes:
     arch: `internal`, `external` or `single`; see the module.
     text_vocab: size of the text vocabulary.
-    codes: entries of the codebook of prefix codes; two more ids are the begin and end of the codes.
-      0: the model has no prefix codes and none of these ids.
+    codes: entries of the codebook of prefix codes; two more ids mark begin and end of the codes. 0:
+      the model has no prefix codes and none of these ids.
     bos: text id of the token that begins a sequence.
     boi: text id of the token that begins the image.
     latent_size: side of the latent grid.
     latent_channels: channels C of a latent.
     patch: side of the latent patch that one image token covers.
-    layout: which latents token n predicts: `patch` (its own patch) or `raster` (Show-o2: the
-      4 consecutive latents 4n .. 4n + 3 of the flattened grid; reference of its released weights).
+    layout: which latents token n predicts. `patch`: its own patch; `raster`: the patch^2 latents of
+      the flattened grid from n * patch^2 on, as Show-o2's released weights do.
     multiple: regions are padded to a multiple of this many tokens.
-    ar: the AR expert, of text tokens and prefix codes.
-    dit: the diffusion expert, of image tokens; shares layers, heads and head width with `ar`.
+    ar: the AR expert, for text tokens and prefix codes.
+    dit: the diffusion expert, for image tokens; it has the layer count, heads and head width of
+      `ar`.
     dual_path: the embedding of noisy latents.
     head: the flow head.
-    references: whether the model edits: a dual path of its own embeds a source image for the AR
-      expert.
+    references: whether the model edits images: a second dual path embeds the source image for the
+      AR expert.
     condition: how the prefix codes condition the diffusion expert of `arch=external`; the other
-      architectures don't read it. `prefix`: by the AR expert's hidden states in the sequence;
-      `keys`: by its keys and values; `cross`: by cross-attention, which adds parameters.
+      architectures don't read this field. `prefix`: the AR expert's hidden states are tokens of the
+      diffusion expert's sequence; `keys`: it attends to the AR expert's keys and values; `cross`:
+      cross-attention to the AR expert's hidden states, which adds parameters.
   """
 
   arch: str
@@ -119,17 +121,17 @@ class UnifiedConfig:
       raise UserError(f"model.layout is '{self.layout}': it must be 'patch' or 'raster'")
     shared = ('layers', 'heads', 'kv_heads', 'head_width')
     if any(getattr(self.ar, name) != getattr(self.dit, name) for name in shared):
-      raise UserError(f'model.ar and model.dit attend together: {shared} must be equal in both')
+      raise UserError(f'model.ar and model.dit share one attention: {shared} must be equal in both')
     if self.arch == 'single' and self.ar != self.dit:
       raise UserError('model.arch=single has one expert: model.ar and model.dit must be equal')
     if self.arch == 'external' and self.ar.width != self.dit.width:
       raise UserError(
-        'model.arch=external hands hidden states from one expert to the other: model.ar.width and '
+        'model.arch=external passes hidden states between the experts: model.ar.width and '
         'model.dit.width must be equal'
       )
     if self.references and self.ar.width != self.dit.width:
       raise UserError(
-        'model.references gives both experts images with one time token: model.ar.width and '
+        'model.references embeds images for both experts with one time token: model.ar.width and '
         'model.dit.width must be equal'
       )
 
@@ -145,13 +147,13 @@ class UnifiedConfig:
 
   @property
   def code_rows(self) -> int:
-    """Ids of the prefix codes, their begin and their end in the joint vocabulary."""
+    """Number of ids of the joint vocabulary for prefix codes, their begin and their end."""
     return self.codes + 2 if self.codes else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Unified:
-  """The network of one configuration, computing in `dtype`."""
+  """The network of one configuration, in `dtype`; `remat` and `attention` are those of mot.run."""
 
   config: UnifiedConfig
   dtype: jnp.dtype = jnp.float32
@@ -229,7 +231,10 @@ class Unified:
     return unstacked(params)
 
   def table(self, params: Params) -> Array:
-    """The joint vocabulary [V, D], tied in and out: text, codes, their begin and their end."""
+    """Embeddings [V, D] of the joint vocabulary: text, codes, begin and end of the codes.
+
+    Input embeddings and output head share them.
+    """
     text = params['embed']['text']
     return jnp.concatenate([text, params['embed']['codes']]) if self.config.codes else text
 
@@ -238,12 +243,12 @@ class Unified:
     return jnp.take(self.table(params), ids, axis=0).astype(self.dtype)
 
   def code_logits(self, params: Params, hidden: Array) -> Array:
-    """Logits [B, L, codes] float32 of the prefix codes alone, the only ids that are sampled."""
+    """Logits [B, L, codes] float32 of the prefix codes, the only ids that are sampled."""
     table = params['embed']['codes'][: self.config.codes].astype(hidden.dtype)
     return matmul_transposed(hidden, table).astype(jnp.float32)
 
   def token_stream(self, params: Params, region: Region) -> mot.Stream:
-    """The AR expert's input."""
+    """The AR expert's input for the tokens of `region`."""
     return mot.Stream(self.embed(params, region.ids), region.positions, region.visibility)
 
   def image_stream(
@@ -259,16 +264,16 @@ class Unified:
     return mot.Stream(x, region.positions, region.visibility), condition
 
   def context_kv(self, params: Params, context: mot.Stream) -> mot.Cache:
-    """Keys and values of the diffusion expert's cross-attention to the states `context.x`."""
+    """Keys and values of the diffusion expert's cross-attention to hidden states `context.x`."""
     return mot.context_kv(self._layers()['dit'], params['dit']['layers'], context)
 
   def time(self, params: Params, clock: Array) -> tuple[Array, Array]:
-    """The head's condition [B, 1, head width] and the time token [B, 1, D], for clocks [B]."""
+    """The head's condition [B, 1, head width] and the time token [B, 1, D], from the clock [B]."""
     time, _, _ = self._ends()
     return time.apply({'params': params['dit']['head']['time']}, clock)
 
   def embed_image(self, expert: Params, token: Array, latents: Array) -> Array:
-    """A time token, then image tokens from an expert's dual path: [B, 1 + P, D]."""
+    """The time token [B, 1, D], then image tokens from an expert's dual path: [B, 1 + P, D]."""
     image = self._dual_path()(expert['dual_path'], latents)
     return jnp.concatenate([token.astype(self.dtype), image.astype(self.dtype)], axis=1)
 
@@ -279,7 +284,7 @@ class Unified:
     cache: mot.Cache | None = None,
     at: Array | int = 0,
   ) -> tuple[dict[str, Array], mot.Cache | None]:
-    """Final-norm hidden states of each stream [B, L, D], and the written cache."""
+    """Final-norm hidden states of each stream [B, L, D], and the written cache; see mot.run."""
     experts = {name: self._expert(params, name) for name in streams}
     stacks = {name: expert['layers'] for name, expert in experts.items()}
     hidden, cache = mot.run(self._layers(), stacks, streams, cache, at, self.remat, self.attention)
@@ -294,10 +299,10 @@ class Unified:
     cache: mot.Cache | None = None,
     at: Array | int = 0,
   ) -> tuple[dict[str, Array], mot.Cache | None]:
-    """The head's layers over final-norm hidden states (`x` of each stream).
+    """Runs the head's layers over final-norm hidden states (`x` of each stream).
 
-    Tokens of the AR expert are not modulated, as in Show-o2; those of the image carry `condition`.
-    Returns hidden states at the head's width, and the written cache.
+    Image streams have a `condition`; streams of other tokens have none and are not modulated, as in
+    Show-o2. Returns hidden states [B, L, head width] of each stream, and the written cache.
     """
     _, entry, _ = self._ends()
     weights = params['dit']['head']
@@ -311,7 +316,10 @@ class Unified:
     return mot.run(blocks, stacks, entered, cache, at, self.remat, self.attention)
 
   def velocity(self, params: Params, hidden: Array, condition: Array) -> Array:
-    """Show-o2's velocity (data - noise) [B, h, w, C] from the head's image states [B, L, D]."""
+    """Show-o2's velocity (data - noise) [B, h, w, C] from the head's output for the image stream.
+
+    `hidden` is [B, L, head width]: the time token, the image tokens, and padding.
+    """
     c = self.config
     _, _, exit_ = self._ends()
     image = hidden[:, 1 : 1 + c.image_tokens]

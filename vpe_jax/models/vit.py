@@ -36,9 +36,9 @@ class EncoderConfig:
     layers: number of layers.
     heads: attention heads N.
     mlp: hidden width of the MLP.
-    eps: of the layer norms.
-    activation: of the MLP, a key of ACTIVATIONS, or `swiglu` for a gated one.
-    layer_scale: whether a learned vector scales the output of each half of a layer (DINOv2).
+    eps: epsilon of the layer norms.
+    activation: activation of the MLP, a key of ACTIVATIONS; `swiglu`: a gated MLP.
+    layer_scale: whether learned vectors scale the outputs of attention and MLP (DINOv2).
   """
 
   width: int
@@ -71,7 +71,7 @@ class LayerNorm(nn.Module):
 
 
 class Attention(nn.Module):
-  """Multi-head attention of queries [B, L, D] over tokens [B, S, D], with biases; no positions."""
+  """Multi-head attention of queries [B, L, D] over tokens [B, S, D]; no position embeddings."""
 
   config: EncoderConfig
   dtype: jnp.dtype
@@ -79,10 +79,11 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, queries: Array, tokens: Array, mask: Array | None = None) -> Array:
-    """Mixed tokens [B, L, D].
+    """Attention output [B, L, D].
 
-    `mask` [B, S] says which tokens exist (those that don't are stored last), or [B or 1, L, S]
-    which of them each query sees (None: all). The latter is dense: for short sequences alone.
+    A mask [B, S] is True for tokens and False for padding, which is stored last. A mask
+    [B or 1, L, S] is True for the tokens that each query sees; attention is then dense, for short
+    sequences. Without a mask, all queries see all tokens.
     """
     c = self.config
     heads = lambda name: DenseGeneral((c.heads, c.width // c.heads), dtype=self.dtype, name=name)
@@ -153,11 +154,12 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-  """A stack of layers and its closing norm.
+  """A stack of layers and a final norm.
 
-  Layers are separate subtrees (`layers_0`, ...). On one device they run in a Python loop, all as
-  calls of one function, which is traced and lowered once. Over several devices they are stacked
-  and scanned, so that one layer is compiled too; the copy is a chip's share of the weights.
+  Layers are separate subtrees (`layers_0`, ...). On one device they run in a Python loop of
+  calls of one function, which is traced and lowered once. On several devices their weights are
+  stacked and scanned, so that only one layer is compiled; the stack copies a device's share of the
+  weights.
   """
 
   config: EncoderConfig
@@ -168,7 +170,7 @@ class Encoder(nn.Module):
     self.norm = LayerNorm(self.config.eps)
 
   def __call__(self, x: Array, mask: Array | None = None, depth: int | None = None) -> Array:
-    """Tokens [B, L, D] after the closing norm, or raw after the first `depth` layers."""
+    """Tokens [B, L, D] after the final norm, or the raw output of the first `depth` layers."""
     layers = self.layers[:depth]
     if self.is_initializing():
       for layer in layers:
@@ -181,13 +183,13 @@ class Encoder(nn.Module):
     """Hidden states [n, B, L, D] after `taps.hidden` layers; layers after the last don't run.
 
     Raises:
-      UserError: the encoder lacks a layer, or `taps` names none, or keys and values of some.
+      UserError: `taps` selects a missing layer, no hidden states, or keys and values.
     """
     taps.check(self.config.layers)
     if taps.kv or not taps.hidden:
       raise UserError(
-        f'taps.hidden is {taps.hidden} and taps.kv {taps.kv}: an encoder returns hidden states '
-        'alone, of at least one layer'
+        f'taps.hidden is {taps.hidden} and taps.kv {taps.kv}: an encoder returns only '
+        'hidden states, of at least one layer'
       )
     _, states = self._run(self.layers[: max(taps.hidden)], x, mask, taps)
     return self.norm(states.hidden) if taps.normed else states.hidden
@@ -232,15 +234,15 @@ class AttentionPool(nn.Module):
 
 
 def patches(images: Array, patch: int) -> Array:
-  """Squares of `patch` pixels in raster order: [B, H, W, C] -> [B, P, patch * patch * C]."""
+  """Flattened patches in raster order: [B, H, W, C] -> [B, P, patch * patch * C]."""
   return einops.rearrange(images, 'B (h p) (w q) C -> B (h w) (p q C)', p=patch, q=patch)
 
 
 def resize_positions(table: Array, side: int, height: int, width: int) -> Array:
   """A square position table [side^2, D], bicubically resampled to [height * width, D].
 
-  Torch's bicubic kernel (a = -0.75), pixel centres, no antialiasing; a grid of the table's own
-  size is returned unchanged (Show-o2, misc.py; DINOv2 and CLIP of transformers).
+  It uses PyTorch's bicubic kernel (a = -0.75), half-pixel centres and no antialiasing, as Show-o2
+  (misc.py) and transformers' DINOv2 and CLIP. A table of the right size is returned unchanged.
   """
   if (height, width) == (side, side):
     return table
@@ -251,9 +253,10 @@ def resize_positions(table: Array, side: int, height: int, width: int) -> Array:
 
 
 class ClassTokens(nn.Module):
-  """Images [B, H, W, C] -> a class token and patches, with positions [B, 1 + P, width].
+  """Images [B, H, W, C] -> class token and patches plus position embeddings: [B, 1 + P, width].
 
-  At other sizes than `side * patch` pixels the patches' positions are resampled bicubically.
+  For images of other sizes than `side * patch` pixels, position embeddings of the patches are
+  resampled bicubically.
   """
 
   width: int
@@ -269,7 +272,7 @@ class ClassTokens(nn.Module):
     position = self.param('position', normal, (1 + self.side**2, self.width))
     embed = Dense(self.width, use_bias=self.use_bias, dtype=self.dtype, name='patch')
     height, width = (side // self.patch for side in images.shape[1:3])
-    # A convolution leaves out pixels that don't fill a patch.
+    # Pixels that don't fill a patch are left out, as by the convolution of the original networks.
     images = images[:, : height * self.patch, : width * self.patch].astype(self.dtype)
     x = embed(patches(images, self.patch))
     first = jnp.broadcast_to(first.astype(self.dtype), (x.shape[0], 1, self.width))
