@@ -4,8 +4,8 @@ r"""Class to image by flow matching: Transfusion with and without visual prompt 
   python -m vpe_jax.main --config=configs/c2i_continuous.py:debug       (seconds)
   python -m vpe_jax.sample --workdir=runs/c2i_continuous-tiny --prompt=animals --n=8
 
-The paper's fork is three commands: a shared run, and a branch each way, which continue its
-parameters, optimizer, EMA and position in the data:
+The paper's fork is three commands: a shared run, and two branches that continue its parameters,
+optimizer, EMA and position in the data:
 
   python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,vpe=false --workdir=runs/shared
   python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,vpe=false,fork=runs/shared \
@@ -29,7 +29,10 @@ PACK = 10_240  # tokens of the paper's packed sequences
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The config of a preset, with `vpe=true|false`, `fork=RUN`, and `data=openmoji|cifar10`."""
+  """The config of a preset.
+
+  Options: `vpe=true|false`, `fork=RUN`, and, except for `paper`, `data=openmoji|cifar10`.
+  """
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), vpe='true', fork='', data='')
   config = ConfigDict({'name': 'c2i_continuous', 'preset': preset, 'system': 'c2i_continuous'})
@@ -39,7 +42,7 @@ def get_config(arg: str = '') -> ConfigDict:
   class_images.choose(config, options)
   config.model.vpe = vpe
   if options['fork']:
-    # 130,000 shared steps, 136,000 of a branch.
+    # In the paper, 130,000 shared steps and 136,000 of each branch.
     config.steps = (round(config.steps[0] * 136 / 130),)
     config.start, config.start_weights = options['fork'], 'state'
     config.optim.warmup = 0
@@ -90,8 +93,9 @@ def _debug(config: ConfigDict, vpe: bool) -> None:
 
 
 def _paper(config: ConfigDict, vpe: bool) -> None:
-  """A pack on each of 8 devices, with BAGEL's optimizer, from Qwen2.5-0.5B."""
+  """The sequences of one pack on each of 8 devices; BAGEL's optimizer, from Qwen2.5-0.5B."""
   config.steps = (130_000,)
+  # A sequence has 378 tokens with visual prompt, 257 without.
   config.batch_size = (8 * (PACK // (378 if vpe else 257)),)
   config.dtype = 'bfloat16'
   config.remat = 'attention'

@@ -22,7 +22,10 @@ from vpe_jax.config import to_dict
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The config of a preset, with `vpe=true|false`; not in `paper`, `data=openmoji|cifar10`."""
+  """The config of a preset.
+
+  Options: `vpe=true|false`, and, except for `paper`, `data=openmoji|cifar10`.
+  """
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), vpe='true', data='')
   config = ConfigDict({'name': 'c2i_discrete', 'preset': preset, 'system': 'c2i_discrete'})

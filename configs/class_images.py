@@ -14,14 +14,14 @@ IMAGENET = 1_281_167  # images
 
 
 def embed(config: ConfigDict) -> None:
-  """64x64 images by group, for the shipped codecs: the data of `tiny` and `debug`."""
+  """The data of `tiny` and `debug`: 64x64 OpenMoji by group, for the shipped codecs."""
   config.data = {'source': 'openmoji', 'image_size': 64, 'text_length': 1, 'encode': 'cached'}
   config.data.update(prompt_field='group', tokenizer=f'classes:{OPENMOJI}')
   config.model = {'classes': 9}
 
 
 def imagenet(config: ConfigDict, image_size: int, fit: str) -> None:
-  """A folder of class folders, named by --config.data.source; 1,000 classes."""
+  """The data of `paper`: ImageNet, a folder of 1,000 class folders (--config.data.source)."""
   config.data = {'source': 'folder:imagenet/train', 'image_size': image_size, 'text_length': 1}
   config.data.update(encode='cached', prompt_field='group', tokenizer='classes:1000', fit=fit)
 

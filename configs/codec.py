@@ -8,9 +8,10 @@ r"""The tokenizers: a VQ on patch features, a small KL autoencoder, a VQ on its 
   python -m vpe_jax.export --workdir=runs/image_codes --network=image_codes \
       --to=vpe_jax/assets/image_codes.safetensors
 
-`stage=both` trains the first two; `image_codes` quantizes the latents of the shipped `image`.
-`encoder=siglip2|dinov2|clip` quantizes features of a published tower, with its weights in
---config.model.encoder_weights=FOLDER (an import or a hub id). Results: configs/README.md.
+`stage=both` trains the first two; `image_codes` quantizes the latents of the shipped autoencoder.
+`encoder=siglip2|dinov2|clip` quantizes features of a published tower, by default with its
+released weights (or --config.model.encoder_weights=FOLDER, an import or a hub id). Results:
+configs/README.md.
 """
 
 from __future__ import annotations

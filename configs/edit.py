@@ -7,9 +7,10 @@ r"""Image editing with visual prompts: stage 3 of both architectures (arXiv 2606
   python -m vpe_jax.sample --workdir=runs/edit-tiny --image=before.png \
       --prompt="replace the red circle with a dog"
 
-Continues a run of configs/t2i.py (`--config.start=RUN`; runs/t2i-PRESET, or runs/external) with the
-source image in the AR expert's sequence. `arch=internal` trains everything, `arch=external` the AR
-expert alone. Results, data and open choices: configs/README.md.
+Continues a run of configs/t2i.py with the source image in the AR expert's sequence:
+`--config.start=RUN`, by default runs/t2i-PRESET, or runs/external for `arch=external`.
+`arch=internal` trains everything, `arch=external` the AR expert alone. Results, data and open
+choices: configs/README.md.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def get_config(arg: str = '') -> ConfigDict:
   config.name = config.system = 'edit'
   external = options['arch'] == 'external'
   config.start = 'runs/external' if external else f'runs/t2i-{preset}'
-  # The parent run is complete, so start from its EMA weights; external's diffusion expert stays
-  # frozen at them.
+  # The parent run is complete, so start from its EMA weights. External's diffusion expert stays
+  # frozen at these weights.
   config.start_weights = 'ema'
   config.stages = ('edit',)
   for field in ('steps', 'batch_size'):
@@ -55,12 +56,12 @@ def _debug(config: ConfigDict) -> None:
 
 
 def _paper(config: ConfigDict) -> None:
-  """Table 9 of the paper: 5 x 24 images a microbatch, two of which make a step: one batch here."""
+  """Table 9 of the paper: 240 images a step (there, two microbatches of 5 x 24 images)."""
   config.steps = (35_000,)
   config.batch_size = (240,)
   config.data.source = 'folders:nhr_edit*3,unic_edit,sharegpt_4o_image*5,pico_banana*4'
   config.model.eoi = 151_653
   config.optim.lr = 5e-5
-  # 240 = 16 x 15: the batch is sharded over 16 devices, each layer over the other
-  # axis (12 heads over 4 of 64 devices).
+  # Axis `fsdp` shards the batch (240 = 16 x 15) and the parameters; axis `tensor` has the remaining
+  # devices and shards heads, MLPs and the vocabulary (on 64 devices, 12 heads over 4).
   config.mesh = {'data': 1, 'fsdp': 16, 'tensor': -1, 'strategy': 'fsdp_tensor'}

@@ -1,4 +1,4 @@
-r"""SigLIP on images and captions; `evaluator_network` is a second one that only evaluates images.
+r"""SigLIP on images and captions; preset `evaluator_network` is a second SigLIP, for evaluation.
 
   python -m vpe_jax.main --config=configs/siglip.py
   python -m vpe_jax.main --config=configs/siglip.py:evaluator_network
@@ -32,7 +32,7 @@ def _tiny(config: ConfigDict) -> None:
 
 
 def _evaluator_network(config: ConfigDict) -> None:
-  """Scenes alone, at another resolution and patch size, beside captions wrong in one detail."""
+  """Scenes alone, with captions wrong in one detail, at another resolution and patch size."""
   _tiny(config)
   config.seed = 1234
   config.steps = (1800,)

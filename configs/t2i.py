@@ -125,7 +125,7 @@ def _debug(config: ConfigDict) -> None:
 
 
 def _paper(config: ConfigDict) -> None:
-  """Table 9 of the paper: 480 = 30 x 16 chips examples in stage 1, 192 = 8 x 24 in stage 2."""
+  """Table 9 of the paper: stage 1 has 30 examples on each of 16 chips, stage 2 8 on each of 24."""
   config.steps = (325_000, 406_000)
   config.batch_size = (480, 192)
   config.dtype = 'bfloat16'
@@ -167,11 +167,11 @@ def scale_to_chips(config: ConfigDict, chips: int, images: int) -> None:
   """Sets batch size, steps, learning rate and mesh for `images` per chip on `chips` chips.
 
   Every stage sees as many images as with the config's own steps and batch sizes. The learning rate
-  is 1e-4 sqrt(chips / 24), as stage 2 of the paper runs on 24 chips.
+  is 1e-4 sqrt(chips / 24): the paper uses 1e-4 on 24 chips in stage 2.
   """
   seen = tuple(steps * batch for steps, batch in zip(config.steps, config.batch_size))
   config.batch_size = (images * chips,)
   config.steps = tuple(round(count / (images * chips)) for count in seen)
   config.optim.lr = 1e-4 * (chips / 24) ** 0.5
-  # Two axes of 16, as widths of 1,152 and 4,304 are multiples of 16 but not of 256.
+  # For 256 chips, two axes of 16: widths of 1,152 and 4,304 are multiples of 16, but not of 256.
   config.mesh = {'data': 16 if chips % 16 == 0 else 1, 'fsdp': -1, 'tensor': 1, 'strategy': 'fsdp'}

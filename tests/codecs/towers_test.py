@@ -156,5 +156,5 @@ def test_mistakes_are_named():
     FeatureVqConfig(encoder='clip', depth=25)
   config = t2i_file.get_config('tiny')
   config.model.visual_prompt = {'encoder': 'dinov2'}
-  with pytest.raises(UserError, match='encoder=dinov2 takes its place: set model.inherit=0'):
+  with pytest.raises(UserError, match='encoder=dinov2 replaces it: set model.inherit=0'):
     systems.build(config.to_dict())

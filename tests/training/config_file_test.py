@@ -53,7 +53,7 @@ def test_overrides_set_fields_that_the_file_omits():
     (T2I, {'model.multiple': '0'}, "'model.multiple' is 0: it must be at least 1"),
     (T2I, {'model.bos': '1024'}, "'model.bos' is 1024: it must be below text_vocab=1024"),
     (T2I, {'model.drop': '1.5'}, "'model.drop' is 1.5: it must be between 0 and 1"),
-    (T2I, {'stages': "('joint', 'plan')"}, 'goes on from the one before, in the order plan, joint'),
+    (T2I, {'stages': "('joint', 'plan')"}, 'continues the previous one, in the order plan, joint'),
     (T2I, {'seed': '-' * 5000}, "'seed' must be int"),
     (str(ROOT / 'README.md'), {}, 'a config is a Python file'),
     (str(ROOT / 'configs' / 'common.py'), {}, r'has no get_config\(arg\)'),

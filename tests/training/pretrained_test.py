@@ -219,8 +219,8 @@ def test_groups_without_a_parent_run_are_random(plan_run):
 @pytest.mark.parametrize(
   'arch, start, message',
   [
-    ('external', 'dit=RUN', r'freezes the token expert \(ar, embed\), and nothing has trained it'),
-    ('external', 'ar=RUN', r'freezes the token expert \(ar, embed\), and nothing has trained it'),
+    ('external', 'dit=RUN', r'freezes the AR expert \(ar, embed\), and nothing has trained it'),
+    ('external', 'ar=RUN', r'freezes the AR expert \(ar, embed\), and nothing has trained it'),
     ('internal', 'RUN,dot=RUN', "takes dot/ from RUN, .* did you mean 'dit/'"),
     ('internal', 'dit=RUN,dit=RUN', 'two runs for the same parameters'),
     ('internal', 'RUN, dit=', 'name a run after dit='),

@@ -42,19 +42,19 @@ class ModelConfig:
   """The `model` section.
 
   Attributes:
-    siglip_weights: source of the frozen SigLIP.
-    encoder_weights: source of a published tower (`feature_vq.encoder`) that replaces SigLIP: a
-      folder, an import, or a hub id; empty for its release.
-    image_weights: source of the frozen autoencoder of stage `image_codes`.
+    siglip_weights: source of the weights of the frozen SigLIP.
+    encoder_weights: source of the weights of a published tower (`feature_vq.encoder`) that replaces
+      SigLIP: a folder, an import, or a hub id; empty: the default in codecs/towers.py.
+    image_weights: source of the weights of the frozen autoencoder in stage `image_codes`.
     weights_dtype: dtype of the loaded weights of frozen networks: float32 or bfloat16.
     feature_vq: sizes of the quantizer of features.
     image: sizes of the autoencoder.
     image_codes: sizes of the quantizer of latents.
     pooled: weight of the error of the pooled vector; the error of patch features has weight 1.
-    commitment: weight of the distance between features and codebook entries.
-    usage: weight of the entropy loss that keeps all codes in use.
-    codes_usage: its weight in stage `image_codes`.
-    squared: weight of the squared error; the absolute error has weight 1.
+    commitment: weight of the distance between projected features and codebook entries.
+    usage: weight of the entropy loss that keeps all codes in use, in stage `feature_vq`.
+    codes_usage: weight of the same loss in stage `image_codes`.
+    squared: weight of the squared error of pixels; the absolute error has weight 1.
     divergence: weight of the KL divergence of the latents from a standard normal.
     crop: side of the random crops that the autoencoder trains on, in pixels.
   """
@@ -82,10 +82,7 @@ Sampling = SampleConfig  # the system does not sample
 
 
 class System(SystemProtocol):
-  """Trains `feature_vq`, `image` and `image_codes`, as the config's stages name them.
-
-  See vpe_jax.contracts.System.
-  """
+  """Trains the quantizers and the autoencoder; see vpe_jax.contracts.System."""
 
   logical_axes = (
     (r'image/.*/kernel', ('kernel', 'kernel', 'conv_in', 'conv_out')),
@@ -102,7 +99,7 @@ class System(SystemProtocol):
     """Builds the networks of the config's stages.
 
     Raises:
-      UserError: a stage is unknown, or the size of crops is invalid.
+      UserError: a stage is unknown, or `model.crop` is invalid.
     """
     for name in config.stages:
       if name not in STAGES:
@@ -157,7 +154,7 @@ class System(SystemProtocol):
     if 'feature_vq' in self.config.stages:
       tower = c.feature_vq
       features = jnp.zeros((1, tower.patches, tower.body.width))
-      key = randomness.stream(rng, 'visual_prompt')  # the stream of the shipped weights
+      key = randomness.stream(rng, 'visual_prompt')  # the shipped weights were initialized with it
       params['feature_vq'] = self.feature_codec.quantizer.init(key, features)['params']
     if 'image' in self.config.stages:
       side = c.crop
@@ -170,7 +167,7 @@ class System(SystemProtocol):
     return params
 
   def frozen_shapes(self) -> Params:
-    """The tower and the autoencoder of `frozen` as shapes."""
+    """Parameters of the networks in `frozen` as shapes."""
     known = self.feature_codec.abstract_params() | self.latent_codec.abstract_params()
     return {name: known[name] for name in self.frozen}
 
@@ -180,7 +177,7 @@ class System(SystemProtocol):
     return prompt_and_image(self.config.data)
 
   def batch_spec(self, batch_size: int) -> BatchSpec:
-    """Images, captions, and the quantizers' inputs, which are computed online."""
+    """Images and captions; features and latents to quantize, which are computed online."""
     spec = captioned_images(self.config, batch_size)
     c, encoded = self.config.model, {}
     if 'feature_vq' in self.config.stages:
@@ -192,7 +189,7 @@ class System(SystemProtocol):
     return dataclasses.replace(spec, encoded=encoded)
 
   def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
-    """`features` [B, P, D] of the frozen tower; `latent_patches` [B, P, W]."""
+    """`features` [B, P, D] of the tower; `latent_patches` [B, P, W], W numbers in each patch."""
     del rng
     encoded = {}
     if 'feature_vq' in self.config.stages:
@@ -225,8 +222,8 @@ class System(SystemProtocol):
   def _feature_losses(self, params: Params, frozen: Params, batch: Batch) -> dict[str, Array]:
     """Errors of the features reconstructed from codes, and losses of the codebook.
 
-    `usage` and `perplexity` are properties of a whole batch, multiplied by its size because all
-    terms are divided by it.
+    `usage` and `perplexity` are properties of a whole batch. They are multiplied by the batch size
+    because every term is divided by it.
     """
     c, count = self.config.model.feature_vq, batch.example.shape[0]
     features = self.feature_codec.features(frozen, batch.inputs['image'])
@@ -249,7 +246,7 @@ class System(SystemProtocol):
   def _pooled_losses(
     self, frozen: Params, features: Array, reconstruction: Array, batch: Batch
   ) -> dict[str, Array]:
-    """Error of the pooled vectors of reconstructed features, and their caption retrieval."""
+    """Cosine distance of pooled vectors of reconstructed and true features; caption retrieval."""
     variables = {'params': frozen['siglip']}
     network: siglip.Siglip = self.feature_codec.siglip
     pooled = network.apply(variables, reconstruction, method='pool')
@@ -262,7 +259,7 @@ class System(SystemProtocol):
     return {'pooled': jnp.sum(distance), 'retrieval': jnp.sum(hits)}
 
   def _image_losses(self, params: Params, batch: Batch, rng: Array) -> dict[str, Array]:
-    """Reconstruction from sampled latents, and their divergence from a standard normal."""
+    """Errors of images decoded from sampled latents, and divergence from a standard normal."""
     c = self.config.model
     images = pixels.random_crops(pixels.to_unit(batch.inputs['image']), c.crop, rng, batch.example)
     side = images.shape[1] // kl.FACTOR
@@ -283,9 +280,9 @@ class System(SystemProtocol):
     return {name: jnp.sum(value) for name, value in values.items()}
 
   def _codes_losses(self, params: Params, frozen: Params, batch: Batch) -> dict[str, Array]:
-    """K-means: the squared distance of normalized latents from the nearest codebook entries.
+    """K-means: the squared distance of normalized latent patches from the nearest entries.
 
-    An entry that is nearest to no latent gets no gradient from the distance; `codes_usage` moves it
+    An entry that is nearest to no patch gets no gradient from the distance; `codes_usage` moves it
     towards the data.
     """
     codec, count = self.image_codec, batch.example.shape[0]
@@ -312,7 +309,7 @@ class System(SystemProtocol):
     return {**image, 'shift': shift, 'scale': scale}
 
   def tokens(self, stage: Stage) -> int:
-    """Latents, latent patches, or image patches of one image."""
+    """Latents of one crop, latent patches of one image, or image patches, by stage."""
     if stage.name == 'image':
       return (self.config.model.crop // kl.FACTOR) ** 2
     if stage.name == 'image_codes':

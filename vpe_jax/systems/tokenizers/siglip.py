@@ -54,14 +54,14 @@ class ModelConfig:
   Attributes:
     siglip: sizes of both towers.
     jitter: random shift and zoom of training images.
-    mask_tokens: for half of the images, the share of caption tokens that is masked where a caption
-      is ranked among its near misses; the same positions in all of them. A masked caption is still
-      true of its image, so the towers learn each word by itself and generalize to unseen
-      combinations of words.
-    recolour: share of images, among those whose caption names a colour, whose colour channels are
-      permuted and whose colour words are masked for the ranking, so that the towers learn shapes
-      in every colour. Such captions fit many images, so these pairs are left out of the sigmoid
-      loss.
+    mask_tokens: share of tokens that are masked in a caption and its near misses, at the same
+      positions, before they are ranked. It applies to a random half of the images. A masked
+      caption is still true of its image, so the towers learn each word by itself and generalize to
+      unseen combinations of words.
+    recolour: share of images whose colour channels are permuted, among those whose caption names a
+      colour. Their colour words are masked before the ranking, so the towers learn shapes in every
+      colour. A caption without colours fits many images, so these pairs are left out of the
+      sigmoid loss.
     init_from: SigLIP weights to start from: a folder saved by transformers, an import, or a hub id
       (empty: random initialization).
   """
@@ -222,7 +222,7 @@ class System(SystemProtocol):
 
   @property
   def _captions(self) -> int:
-    """Embedded captions per image; with near misses, its own caption is embedded twice."""
+    """Captions embedded per image; with near misses, the image's own caption is embedded twice."""
     misses = self.config.data.near_misses
     return 2 + misses if misses else 1
 

@@ -1,7 +1,8 @@
 """The AR expert of a unified model: its token sequence, its input, and its decoder.
 
-The visual prompt is decoded on a cache of everything before it. Each step of guided decoding
-(`plan_guidance`) runs the conditional sequences with those without text stacked behind them.
+The visual prompt is decoded with a cache of all earlier tokens. In guided decoding
+(`plan_guidance`), sequences without text are stacked behind the conditional ones, and each step
+runs both.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from vpe_jax.sequence.spans import Layout
 from vpe_jax.systems.vpe import layouts
 from vpe_jax.systems.vpe.networks.editing import Editor
 
-TEXT = frozenset({'text'})  # dropped by the guidance of the visual prompt, which stays itself
+TEXT = frozenset({'text'})  # the condition that guidance of the visual prompt drops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class ArExpert:
   Attributes:
     model: the network of both experts.
     vocabulary: joint ids of text and codes.
-    layout: the sequence with the expert's tokens; of systems/vpe/layouts.py.
+    layout: the sequence that contains the expert's tokens, from systems/vpe/layouts.py.
   """
 
   model: Unified
@@ -85,7 +86,7 @@ class ArExpert:
     return self.editor.token_stream(params, region, source)[0]
 
   def head_streams(self, params: Params, stream: mot.Stream) -> dict[str, mot.Stream]:
-    """Final-norm hidden states `stream.x`, from the first slot, as input of the flow head."""
+    """The flow head's input from final-norm hidden states `stream.x`, which begin at slot 0."""
     if self.editor is None:
       return {'ar': stream}
     condition, _ = self.editor.clean(params, stream.x.shape[0])
@@ -98,7 +99,7 @@ class ArExpert:
   def extend(
     self, params: Params, region: Region, cache: mot.Cache, at: Array | int
   ) -> tuple[Array, mot.Cache]:
-    """Final-norm hidden states of tokens whose keys and values go to slots from `at`."""
+    """Final-norm hidden states [B, L, D] of a region; keys and values go to slots from `at`."""
     hidden, cache = self.model.backbone(
       params, {'ar': self.model.token_stream(params, region)}, cache, at
     )
@@ -107,7 +108,7 @@ class ArExpert:
   def begin(
     self, params: Params, request: Batch, region: Region, cache: mot.Cache
   ) -> tuple[Array, mot.Cache]:
-    """`extend` of the first slots, among which the source image of an edit may be."""
+    """As `extend`, for the first slots, which include the source image of an edit."""
     stream = self.stream(params, region, request.encoded.get('source_latents'))
     hidden, cache = self.model.backbone(params, {'ar': stream}, cache, 0)
     return hidden['ar'], cache
@@ -115,7 +116,7 @@ class ArExpert:
   def decode(
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> tuple[Array, Prefix]:
-    """Decodes the visual prompt, or reads the request's: all tokens before [eot].
+    """Decodes the visual prompt, or reads the request's, and runs all tokens before [eot].
 
     With `plan_guidance` other than 1, sequences without text are stacked behind the conditional
     ones, and their logits are the null branch.
@@ -155,7 +156,7 @@ class ArExpert:
   def _prefill(
     self, params: Params, request: Batch
   ) -> tuple[dict[str, Region], mot.Cache, Array, int]:
-    """Regions, cache, hidden states of the slots before [eot], and the first slot of the codes."""
+    """Regions, cache, hidden states [B, L, D] (zeros at the codes), and slot of the first code."""
     first, B = self.slot('codes'), request.example.shape[0]
     regions = self.request_regions(request, jnp.zeros((B, self.codes), jnp.int32))
     body, _ = self.model.caches(params, sequence_visibility(regions))

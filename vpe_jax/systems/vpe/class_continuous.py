@@ -37,7 +37,7 @@ from vpe_jax.systems.vpe.codec_sections import LatentCodecs
 from vpe_jax.systems.vpe.image_system import ImageSystem
 
 _CODE_LOSSES = ('accuracy', 'next_token')
-_QWEN = {'vocabulary': 151_936, 'tied': True, 'context': 32_768}  # Qwen2.5-0.5B, beside its layers
+_QWEN = {'vocabulary': 151_936, 'tied': True, 'context': 32_768}  # Qwen2.5-0.5B without its layers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class ModelConfig(LatentCodecs):
     vp_schedule: how the weight of the visual prompt's cross-entropy grows: `sigmoid` (Eq. 3),
       `linear`, `constant` (`ce_start` at every step) or `off` (1 at every step).
     ce_start: weight at the start of the stage (lambda_0).
-    ce_end: at its end (lambda_1).
+    ce_end: weight at the end of the stage (lambda_1).
     flow: training times and target of the flow.
     init_from: a Qwen2.5-0.5B whose layers and last norm initialize the body: a folder in the
       released layout, an import, or a hub id (empty: random initialization).
@@ -82,7 +82,7 @@ class ModelConfig(LatentCodecs):
     check(self, 'model.', 'vp_schedule', self.vp_schedule in schedules.KINDS, listed)
     if self.latent_channels != self.image_channels:
       raise UserError(
-        f'model.latent_channels is {self.latent_channels}, but its frozen codec has '
+        f'model.latent_channels is {self.latent_channels}, but the frozen codec has '
         f'{self.image_channels}: set them equal'
       )
 
@@ -93,9 +93,9 @@ class Sampling(FlowSampling, TokenSampling):
 
 
 class System(ImageSystem):
-  """See vpe_jax.contracts.System."""
+  """The system `c2i_continuous`; see vpe_jax.contracts.System."""
 
-  plan_rankers = ('likelihood',)  # A class is a number, which no text tower compares.
+  plan_rankers = ('likelihood',)  # A class is a number, which a text tower can't embed.
   logical_axes = (
     (r'embed/(classes|prefix)', ('vocab', 'embed')),
     (r'time/hidden/kernel', (None, 'embed')),
@@ -137,7 +137,7 @@ class System(ImageSystem):
 
   @property
   def initialization(self) -> Initialization:
-    """The layers of the language model that `model.init_from` names; a fork adds a codebook."""
+    """Layers of the language model in `model.init_from`; a fork adds embeddings of codes."""
     c = self.config.model
     if not c.init_from:
       return Initialization(optional=('embed/prefix',))
@@ -160,13 +160,13 @@ class System(ImageSystem):
   def losses(
     self, params: Params, frozen: Params, batch: Batch, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
-    """`flow` at weight 1; with a visual prompt `next_token` (nats), and its argmax's `accuracy`."""
+    """`flow`; with a visual prompt also `next_token` (nats) and its `accuracy` (only logged)."""
     if self.config.unroll:
       params = self.model.prepare(params)
     encoded = self.encoded(frozen, batch, rng)
     codes, latents = encoded.get('visual_prompt'), encoded['latents']
     c, keep = self.config.model, self._keep(batch, rng)
-    # Where nothing is dropped there is no null class, and no class has its number.
+    # The null class has the index c.classes. With drop=0 it doesn't exist and is never selected.
     classes = jnp.where(keep, batch.inputs['text'][:, 0], c.classes)
     image_tokens = self.model.config.image_tokens
     x, time, target = flow_matching.noised(latents, c.flow, rng, batch.example, image_tokens)
@@ -199,7 +199,7 @@ class System(ImageSystem):
     return Generated(image, visual_prompt | {'latents': latents})
 
   def _check_guidance(self, settings: SampleConfig) -> None:
-    """Raises UserError for guidance without a null class, also before training renders samples."""
+    """Raises UserError for guidance without a null class; called before training, too."""
     if settings.guidance != 1.0 and not self.config.model.drop:
       raise UserError(
         f'sample.guidance is {settings.guidance:g}, but this model was trained without a null '
@@ -222,7 +222,7 @@ class System(ImageSystem):
     return self.model.config.first + self.model.config.image_tokens
 
   def _keep(self, batch: Batch, rng: Array) -> Array:
-    """Which examples [B] keep class and visual prompt."""
+    """Which examples keep class and visual prompt: bool [B]."""
     draw = lambda key: jax.random.uniform(key) >= self.config.model.drop
     return rng_lib.per_example(draw, rng, 'drop', batch.example)
 

@@ -1,9 +1,9 @@
 """Class to image in discrete codes: LlamaGen's GPT, with and without a visual prompt.
 
 Imagine Before You Draw (arXiv 2606.04457) puts the codes of a visual prompt between the class and
-the image's own codes: `[cls] s_1 .. s_P z_1 .. z_N`, no tokens between. In training each s_j is
-masked with a probability that falls over the steps (Eq. 2): a pad embedding replaces it, and it is
-no target. Early on, the network learns to generate from the class alone, later from the visual
+the image's codes: `[cls] s_1 .. s_P z_1 .. z_N`, without separators. In training each s_j is
+masked with a probability that falls over the steps (Eq. 2): a pad embedding replaces it, and it has
+no loss. Early on, the network learns to generate from the class alone, later from the visual
 prompt that it has learned to write.
 """
 
@@ -39,17 +39,18 @@ class ModelConfig(ImageCodeCodecs):
     classes: number of classes.
     body: the layers.
     positions: `grid` or `line`, see models.llamagen.
-    class_turn: of the class token, see models.llamagen.
+    class_turn: rotary embedding of the class token, `identity` or `zero`; see models.llamagen.
     drop: share of examples with the null class, the null branch of guidance.
     token_dropout: dropout rate of the embeddings, element by element; see models.dropout.
     residual_dropout: dropout rate of each layer's attention output.
     mlp_dropout: dropout rate of each layer's MLP output.
     vp_schedule: decay of the probability of masking a code of the visual prompt: `sigmoid` (the
       paper's), `linear`, `constant` (`mask_start` at every step) or `off` (no masking).
-    mask_start: probability at the start of the stage (Eq. 2, p_0).
-    mask_end: at its end (p_1).
+    mask_start: probability at the start of the stage (p_0 of Eq. 2).
+    mask_end: probability at the end of the stage (p_1).
     mask_by: unit of masking: a `token`, or the whole visual prompt of a `sample`.
-    logits_chunk: predicted tokens whose logits exist at a time (0: all of a block).
+    logits_chunk: predicted tokens whose logits exist at a time (0: the whole visual prompt, then
+      the whole image).
   """
 
   classes: int
@@ -87,7 +88,7 @@ class Sampling(TokenSampling):
   """Sampling settings of visual-prompt and image tokens.
 
   Attributes:
-    guidance: classifier-free guidance scale of the image; 1 is off, 0 leaves the condition out.
+    guidance: classifier-free guidance scale of the image; 1 is off, 0 is unconditional.
     plan_guidance: classifier-free guidance scale of the visual prompt's logits; 1 is off.
   """
 
@@ -100,9 +101,9 @@ class Sampling(TokenSampling):
 
 
 class System(ImageSystem):
-  """See vpe_jax.contracts.System."""
+  """The system `c2i_discrete`; see vpe_jax.contracts.System."""
 
-  plan_rankers = ('likelihood',)  # The text tower can't embed classes.
+  plan_rankers = ('likelihood',)  # A class is a number, which a text tower can't embed.
 
   logical_axes = (
     (r'embed/(classes|codes|prefix)', ('vocab', 'embed')),
@@ -173,10 +174,11 @@ class System(ImageSystem):
   def losses(
     self, params: Params, frozen: Params, batch: Batch, rng: Array, step: Array, stage: Stage
   ) -> dict[str, LossTerm]:
-    """`next_token` (nats), one mean over all unmasked targets, is the training loss.
+    """The training loss `next_token` (nats), a mean over all unmasked targets.
 
-    Logged besides: `accuracy` of its argmax; with a visual prompt also its two parts, `plan` and
-    `image`, each a mean of its own, and `masked`, the masked share of the visual prompt.
+    The other terms are only logged: `accuracy` of the argmax; with a visual prompt also `plan` and
+    `image` (the cross-entropy of each part, each a mean over its own targets), and `masked` (the
+    masked share of the visual prompt).
     """
     if self.config.unroll:
       params = self.model.prepare(params)
@@ -244,7 +246,7 @@ class System(ImageSystem):
     return rng_lib.example_keys(rng, 'dropout', batch.example)
 
   def _classes(self, batch: Batch, rng: Array) -> Array:
-    """The classes [B], some of them the null class."""
+    """The classes [B], some of them replaced by the null class."""
     c = self.config.model
     draw = lambda key: jax.random.uniform(key) < c.drop
     dropped = rng_lib.per_example(draw, rng, 'drop', batch.example)

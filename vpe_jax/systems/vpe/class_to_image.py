@@ -9,10 +9,10 @@ from vpe_jax.contracts import PlansVisually, Samples, Stage, UserError, Weight
 
 
 def train_stage(config: Config, losses: Mapping[str, float | Weight]) -> Stage:
-  """The one stage of such a system, with its losses.
+  """The only stage of a class-to-image system: `train`, with these losses.
 
   Raises:
-    UserError: the config names another stage, or captions of more than a token.
+    UserError: the config names another stage, or captions have more than one token.
   """
   for name in config.stages:
     if name != 'train':
@@ -25,5 +25,5 @@ def train_stage(config: Config, losses: Mapping[str, float | Weight]) -> Stage:
 
 
 def capabilities(config: Config) -> tuple[type, ...]:
-  """Those of a system with or without visual prompt."""
+  """Capabilities of a class-to-image system, with or without visual prompt."""
   return (Samples, PlansVisually) if config.model.vpe else (Samples,)

@@ -1,4 +1,4 @@
-"""The codecs' part of the model sections of systems that generate images."""
+"""Codec fields of the `model` sections of systems that generate images."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ class PromptCodecs:
   """The codec of a visual prompt.
 
   Attributes:
-    vpe: whether the model has a visual prompt at all. Without one it has no codes and no tokens,
-      and nothing reads the section below.
-    visual_prompt: the codec, by its `kind`.
+    vpe: whether the model has a visual prompt. Without one, the codec is not used.
+    visual_prompt: config section of the codec; `kind` selects its type.
   """
 
   vpe: bool = True
@@ -30,12 +29,12 @@ class PromptCodecs:
 
   @property
   def plan_codes(self) -> int:
-    """Entries of the visual prompt's codebook."""
+    """Entries of the visual prompt's codebook; 0 without visual prompt."""
     return self.visual_prompt.codes if self.vpe else 0
 
   @property
   def plan_tokens(self) -> int:
-    """Codes of a visual prompt."""
+    """Codes P of a visual prompt; 0 without visual prompt."""
     return self.visual_prompt.tokens if self.vpe else 0
 
   @property
@@ -53,14 +52,14 @@ class LatentCodecs(PromptCodecs):
   """The codecs of a system that generates latents.
 
   Attributes:
-    image: the codec of the latents, by its `kind`.
+    image: config section of the latents' codec; `kind` selects its type.
   """
 
   image: registry.LatentSection = KlSection()
 
   @property
   def image_channels(self) -> int:
-    """Numbers per latent."""
+    """Channels C of the latents."""
     return self.image.channels
 
   @property
@@ -74,7 +73,7 @@ class ImageCodeCodecs(PromptCodecs):
   """The codecs of a system that generates an image code by code.
 
   Attributes:
-    image: the codec of the image's codes, by its `kind`.
+    image: config section of the codec of image codes; `kind` selects its type.
   """
 
   image: registry.ImageCodeSection = ImageCodesSection()

@@ -31,9 +31,9 @@ class OneCondition:
 
   Attributes:
     condition: PROMPT (text and visual prompt together) or VISUAL_PROMPT.
-    rate: share of examples without the condition; 0 in stages without flow loss, which have no null
-      branch.
-    text_rate: share of empty captions.
+    rate: share of examples without the condition, in stages with a flow loss; other stages train
+      no null branch of the image and always keep it.
+    text_rate: share of examples whose caption is emptied.
   """
 
   condition: str
@@ -60,12 +60,12 @@ class OneCondition:
 
 @dataclasses.dataclass(frozen=True)
 class PromptOrSource:
-  """Editing: one draw an example drops the prompt, the source image, both or neither.
+  """Editing: one random draw per example drops the prompt, the source image, both or neither.
 
   Attributes:
-    prompt_rate: share of examples without the prompt.
-    source_rate: share of examples without the source image.
-    both_rate: share of examples without both.
+    prompt_rate: share of examples that lack only the prompt.
+    source_rate: share of examples that lack only the source image.
+    both_rate: share of examples that lack both.
   """
 
   prompt_rate: float

@@ -1,14 +1,14 @@
 """Image editing with visual prompts: stage 3 of Internal+VPE and External+VPE (arXiv 2606.04457).
 
-Continues a run of `t2i` (`config.start`) with the source image among the tokens, embedded by a dual
-path of its own. `model.arch=internal` trains everything, on flow matching and on cross-entropy at a
+Continues a run of `t2i` (`config.start`) with a source image, which a second dual path embeds for
+the AR expert. `model.arch=internal` trains everything, on flow matching and on cross-entropy at a
 constant weight; the image sees source image, instruction and visual prompt. `model.arch=external`
 trains the AR expert on cross-entropy alone: the frozen diffusion expert sees only the visual
 prompt, so everything that an edit should preserve has to go through it. Its flow loss is evaluated,
-and never trained on.
+but never trained on.
 
-Conditions are dropped as in App. D, one draw an example: the instruction (with internal the visual
-prompt too, which depends on it), the source image, or with internal both.
+Conditions are dropped as in App. D, by one random draw per example: the instruction (with internal
+also the visual prompt, which depends on it), the source image, or, with internal only, both.
 """
 
 from __future__ import annotations
@@ -40,13 +40,14 @@ EXTERNAL = dataclasses.replace(
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(text_to_image.ModelConfig):
-  """Those of `t2i`, with a source image, and conditions dropped in one draw an example.
+  """The section of `t2i` with a source image; one random draw per example drops conditions.
 
   Attributes:
-    drop: share of examples without any condition; 0 with `arch=external`, whose AR sequences keep
-      one.
-    drop_text: share without instruction; with `arch=internal` they lack the visual prompt too.
-    drop_reference: share without the source image.
+    drop: share of examples without any condition; 0 with `arch=external`, whose AR sequences always
+      keep one.
+    drop_text: share of examples that lack only the instruction; with `arch=internal`, also the
+      visual prompt.
+    drop_reference: share of examples that lack only the source image.
     eoi: id of the text token that ends the source image.
   """
 
@@ -77,11 +78,11 @@ class ModelConfig(text_to_image.ModelConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(text_to_image.Sampling):
-  """Those of `t2i`, with a second guidance scale.
+  """Settings of `t2i`, with a second guidance scale.
 
   Attributes:
-    guidance: guidance scale of the instruction; 1 is off.
-    image_guidance: guidance scale of the source image; 1 is off.
+    guidance: guidance scale of the instruction (`arch=external`: of the visual prompt); 1 is off.
+    image_guidance: guidance scale of the source image (`arch=internal` only); 1 is off.
   """
 
   image_guidance: float = 1.0
@@ -95,7 +96,7 @@ def build(config: Config) -> UnifiedSystem:
   """The system of a config.
 
   Raises:
-    UserError: the config asks for other stages, has no source images, or no parent run.
+    UserError: the config has other stages, data without source images, or no parent run.
   """
   c: ModelConfig = config.model
   if config.stages != (INTERNAL.name,):
@@ -119,7 +120,7 @@ def build(config: Config) -> UnifiedSystem:
       experts=text_to_image.experts(config),
       dropping=PromptOrSource(c.drop_text, c.drop_reference, c.drop),
       guidance=_visual_prompt_guidance if external else _two_scales,
-      # Text towers compare images with captions; instructions are none.
+      # A text tower scores captions, not instructions: no ScoresImages, no `similarity`.
       capabilities=(Samples, PlansVisually, Edits),
       plan_rankers=('likelihood',),
       initialization=_initialization(config),
@@ -128,13 +129,13 @@ def build(config: Config) -> UnifiedSystem:
 
 
 def _two_scales(settings: Sampling) -> Guidance:
-  """Branches of instruction and source image."""
+  """Guidance with one scale for the instruction and one for the source image."""
   scales = settings.guidance, settings.image_guidance
   return Guidance.edit(*scales, layouts.PROMPT, layouts.SOURCE)
 
 
 def _visual_prompt_guidance(settings: Sampling) -> Guidance:
-  """Branches of the visual prompt, the only condition of the diffusion expert.
+  """Guidance by the visual prompt, the only condition of the diffusion expert.
 
   Raises:
     UserError: the settings ask for guidance by the source image.
@@ -150,8 +151,8 @@ def _visual_prompt_guidance(settings: Sampling) -> Guidance:
 def _initialization(config: Config) -> Initialization:
   """The second dual path: Show-o2's where `model.init_from` names one, else the parent run's.
 
-  All else comes from the parent run. External's diffusion expert is frozen here: random parameters
-  in it would never train.
+  All other parameters come from the parent run, and none may be missing there: external's
+  diffusion expert is frozen here, so random parameters in it would never train.
   """
   paths = (('dit/dual_path/', 'ar/dual_path/'),)
   grown = (PretrainedWeights(PARENT, config.start, None, paths),)

@@ -1,11 +1,11 @@
-"""External+VPE, `arch=external`: tokens and image in sequences of their own (networks/external.py).
+"""External+VPE, `arch=external`: a sequence for each of the two experts (networks/external.py).
 
 With `model.condition=cross` the diffusion expert has cross-attention (networks/external_cross.py).
 
-Stage `plan` trains the AR expert as with `arch=internal`, and its checkpoint serves both: the
-sequence lacks internal's [boi], which comes last there, so that no other token sees it, and
-predicts nothing. Stage `render` trains the diffusion expert alone, on features that the frozen AR
-expert computes of ground-truth visual prompts.
+Stage `plan` trains the AR expert as with `arch=internal`, and its checkpoint serves both
+architectures. Only internal's sequence has [boi]: the AR expert's last token, which none of its
+other tokens sees and which predicts nothing. Stage `render` trains the diffusion expert alone, on
+features that the frozen AR expert computes from ground-truth visual prompts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RENDER = Stage('render', ('dit/',), {'flow': 1.0}, ema=True)
 
 @dataclasses.dataclass(frozen=True)
 class External:
-  """The experts in two sequences; methods as those of systems/vpe/internal.py.
+  """The experts in two sequences; Internal (internal.py) has the same methods for one.
 
   Attributes:
     ar: the AR expert.
@@ -49,11 +49,11 @@ class External:
 
   @functools.cached_property
   def pair(self) -> external.External:
-    """The two networks, and the features that one passes to the other."""
+    """The networks of both experts, and the features that the AR expert passes on."""
     return external_cross.pair(self.ar.model, self.ar.layout.place('codes'))
 
   def regions(self, batch: Batch, codes: Array, keep: dict[str, Array]) -> dict[str, Region]:
-    """`ar`, `prefix` and `dit` of a batch, without the conditions that `keep` [B] drops."""
+    """The regions `ar`, `prefix` and `dit` of a batch; `keep` has bool [B] by condition."""
     return self.ar.regions(batch, codes, keep) | self._image_regions(codes, keep)
 
   def forward(
@@ -77,7 +77,7 @@ class External:
     settings: SampleConfig,
     guidance: Guidance,
   ) -> tuple[Array, Array]:
-    """Codes [B, P] and latents [B, h, w, C] of requests."""
+    """Samples codes [B, P] and latents [B, h, w, C] of requests."""
     codes, decoded = self.ar.decode(params, request, rng, settings)
     conditional = self.prefix(params, request, codes, decoded)
     prefix = lambda dropped: self.null_prefix(params, request) if dropped else conditional
@@ -99,18 +99,18 @@ class External:
     return Prefix(caches, regions['dit']).repeat(request.example.shape[0])
 
   def tokens(self, stage: Stage) -> int:
-    """Tokens of the AR expert, and in `render` those that pass the diffusion expert's layers."""
+    """Tokens of the AR expert; with a flow loss, also those in the diffusion expert's layers."""
     config = self.ar.model.config
     length = lambda layout, expert: layout.region_length(expert, config.multiple)
     tokens = length(self.ar.layout, 'ar')
     if 'flow' not in stage.losses:
       return tokens
-    # With cross-attention or the AR expert's keys, codes pass no layer of the diffusion expert.
+    # With `keys` and `cross`, codes don't pass through the diffusion expert's layers.
     codes = 0 if config.condition == 'prefix' else self.ar.codes
     return tokens + length(self.layout, 'prefix') - codes + length(self.layout, 'dit')
 
   def _empty_regions(self, B: int, keep: bool) -> dict[str, Region]:
-    """The diffusion expert's regions of any visual prompts: it reads no ids of codes."""
+    """The diffusion expert's regions, with code ids 0: it doesn't read them."""
     codes = jnp.zeros((B, self.ar.codes), jnp.int32)
     return self._image_regions(codes, {layouts.VISUAL_PROMPT: jnp.full((B,), keep)})
 

@@ -1,4 +1,4 @@
-"""Rendering by flow steps: each step runs the image's tokens against the cache of their prefix."""
+"""Rendering by flow steps, each of which runs the image's tokens on a cached prefix."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from vpe_jax.sampling.prefix import Prefix
 class Caches(NamedTuple):
   """Cache of a flow's prefix: keys and values that all flow steps of a branch reuse.
 
-  The state of that prefix is the image's Region.
+  It is the `cache` of a Prefix, whose `state` is the image's Region.
 
   Attributes:
-    body: of the backbone.
-    head: of the flow head.
-    context: of the cross-attention, in a model that has any.
+    body: keys and values of the backbone.
+    head: keys and values of the flow head.
+    context: keys and values of the cross-attention; None in a model without it.
   """
 
   body: mot.Cache
@@ -42,14 +42,14 @@ class FlowRenderer:
 
   Attributes:
     model: the network of both experts.
-    config: says what the network predicts.
+    config: the flow; its `target` is what the network predicts.
   """
 
   model: Unified
   config: FlowConfig
 
   def noise(self, request: Batch, rng: Array) -> Array:
-    """Normal latents [B, h, w, C], a function of each example's own key."""
+    """Standard normal latents [B, h, w, C], a function of each example's own key."""
     c = self.model.config
     shape = (c.latent_size, c.latent_size, c.latent_channels)
     normal = lambda key: jax.random.normal(key, shape)
@@ -63,7 +63,7 @@ class FlowRenderer:
     guidance: Guidance,
     prefix: Callable[[frozenset[str]], Prefix],
   ) -> Array:
-    """Flow steps from `noise` [B, h, w, C] to latents; `prefix` is that of flow.Phase."""
+    """Latents [B, h, w, C] from `noise` of that shape, by flow steps; `prefix`: see flow.Phase."""
     network = lambda x, time, whole: self.velocity(params, x, time, whole)
     times = flow.time_grid(settings.steps, settings.shift)
     return flow.sample(network, noise, times, [flow.Phase(settings.steps, guidance, prefix)])

@@ -1,4 +1,4 @@
-"""Contract methods that all systems here share: frozen codecs, batches of prompts and images."""
+"""Base class of all VPE systems: frozen codecs, and batches of prompts and images."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from vpe_jax.systems.vpe.codec_sections import NoVisualPrompt
 
 
 class ImageSystem(PlansVisually):
-  """Contract methods that codecs and data answer; see vpe_jax.contracts.
+  """Contract methods that depend only on codecs and data; see vpe_jax.contracts.
 
   Attributes:
-    config: the whole run's.
+    config: configuration of the run.
     model: the network.
     visual_prompt: the codec of visual prompts.
     image: the codec of images.
@@ -74,7 +74,7 @@ class ImageSystem(PlansVisually):
     """The codecs' settings."""
     c = self.config.model
     settings = {'visual_prompt': to_dict(c.visual_prompt), 'image': to_dict(c.image)}
-    for section in settings.values():  # Weights and their dtype are known by their fingerprints.
+    for section in settings.values():  # Weights and dtype are identified by fingerprints.
       for name in [name for name in section if name.endswith(('weights', 'weights_dtype'))]:
         del section[name]
     return settings | {'vpe': c.vpe, 'dtype': self.config.dtype}
@@ -84,7 +84,7 @@ class ImageSystem(PlansVisually):
     return self.model.init(rng)
 
   def prepare(self, params: Params, platform: str = '') -> Params:
-    """Parameters in the layout in which sampling is fast on a platform; outside jit, once."""
+    """Parameters in the layout in which sampling is fast on a platform; once, outside jit."""
     return kernel_layout.for_decoding(self.model.prepare(params), platform)
 
   def batch_spec(self, batch_size: int) -> BatchSpec:
@@ -141,7 +141,7 @@ class ImageSystem(PlansVisually):
     return {'visual_prompt': self.visual_prompt.encode(frozen, images)} if self.codes else {}
 
   def encoded(self, frozen: Params, batch: Batch, rng: Array) -> Mapping[str, Array]:
-    """The batch's encoded entries, those that it lacks computed online."""
+    """The batch's encoded entries; missing ones are computed online."""
     if batch.encoded.keys() >= self.encoded_shapes(1).keys():
       return batch.encoded
     return {**self.encode(frozen, batch.inputs, rng), **batch.encoded}

@@ -31,10 +31,10 @@ UNPLANNED = dataclasses.replace(JOINT, losses={'flow': 1.0})  # a model without 
 
 @dataclasses.dataclass(frozen=True)
 class Internal:
-  """Both experts in one sequence; systems/vpe/external.py has the same methods for two.
+  """Both experts in one sequence; External (external.py) has the same methods for two sequences.
 
   Attributes:
-    ar: the AR expert; its layout has the image's tokens too.
+    ar: the AR expert; its layout includes the image's tokens.
     renderer: the diffusion expert.
   """
 
@@ -43,11 +43,11 @@ class Internal:
 
   @property
   def conditions(self) -> frozenset[str]:
-    """Names of the conditions whose dropping leaves `[bos] [boi]` and the image."""
+    """Names of all conditions; without them, only `[bos] [boi]` and the image remain."""
     return self.ar.layout.conditions
 
   def regions(self, batch: Batch, codes: Array, keep: dict[str, Array]) -> dict[str, Region]:
-    """`ar` and `dit` of a batch, without the conditions that `keep` [B] drops."""
+    """The regions `ar` and `dit` of a batch; `keep` has bool [B] by condition."""
     return self.ar.regions(batch, codes, keep)
 
   def forward(
@@ -60,10 +60,10 @@ class Internal:
     """Both experts over whole sequences, as in training.
 
     Args:
-      params: of both experts.
+      params: parameters of both experts.
       regions: see `regions`.
-      noisy: latents [B, h, w, C] and Show-o2's clock [B], 0 at noise and 1 at data.
-      source: latents of the source images [B, h, w, C], if the sequence has any.
+      noisy: noisy latents [B, h, w, C] and Show-o2's time [B], 0 at noise and 1 at data.
+      source: latents of the source images [B, h, w, C]; None if the sequence has none.
 
     Returns:
       Final-norm hidden states [B, L, D] of the AR expert, and Show-o2's velocity [B, h, w, C].
@@ -80,7 +80,7 @@ class Internal:
     settings: SampleConfig,
     guidance: Guidance,
   ) -> tuple[Array, Array]:
-    """Codes [B, P] (P = 0 without visual prompt) and latents [B, h, w, C] of requests."""
+    """Samples codes [B, P] (P = 0 without visual prompt) and latents [B, h, w, C] of requests."""
     codes, conditional = self.prefix(params, request, rng, settings)
 
     def prefix(dropped: frozenset[str]) -> Prefix:
@@ -126,9 +126,9 @@ class Internal:
   def source_prefix(self, params: Params, request: Batch, conditional: Prefix) -> Prefix:
     """The prefix `[bos] [boi] time x_src [eoi] [boi]`, without instruction and visual prompt.
 
-    All tokens but the last are the first ones of the conditional prefix, with the same visibility
-    among them: their keys and values are reused, and [boi] alone is computed, at the slot after
-    them.
+    All tokens but the last are also the first ones of the conditional prefix, with the same
+    visibility among themselves, so their keys and values are reused. Only the last [boi] is
+    computed, at the slot after them.
     """
     ar, model = self.ar, self.ar.model
     codes = jnp.zeros((request.example.shape[0], ar.codes), jnp.int32)

@@ -1,9 +1,13 @@
 """Token sequences of VPE: joint vocabulary and layouts (arXiv 2606.04457, App. D).
 
-Span names: `bos`, `text`, `bot`, `codes`, `eot`, `boi`, `time` and `latents`; of the source image
-of an edit `source_boi`, `source_time`, `source_latents` and `eoi`. Experts: `ar` (text and visual
-prompt), `dit` (the image) and, where the two attend apart, `prefix` (the visual prompt as the
-diffusion expert sees it).
+Span names: `bos`, `text`, `bot`, `codes`, `eot`, `boi`, `time` and `latents`; the source image of
+an edit has `source_boi`, `source_time`, `source_latents` and `eoi`. Regions: `ar` (text and visual
+prompt), `dit` (the image) and, in External+VPE, `prefix` (the visual prompt in the diffusion
+expert's sequence).
+
+In sequences, `s` are the codes of the visual prompt, `x` the tokens of the noisy image, `x_src`
+those of the source image, and `time` is the time token; `|` separates regions. Arguments `text`,
+`codes` and `latents` are numbers of tokens.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ from vpe_jax.contracts import Array, Region
 from vpe_jax.sequence import builder
 from vpe_jax.sequence.spans import Layout, Span
 
-# Conditions that may be dropped: of the AR expert's sequences, and of the diffusion expert's own.
+# Conditions that may be dropped from the AR expert's sequences.
 CONDITIONS = PROMPT, SOURCE = 'prompt', 'source'
+# The condition that may be dropped from the diffusion expert's sequence in External+VPE.
 VISUAL_PROMPT = 'visual_prompt'
 
 
@@ -29,7 +34,7 @@ class Vocabulary:
 
   With `codes` of 0 there is no visual prompt, and no entry for [bot] and [eot].
 
-  `bos`, `boi` and `eoi` (read by sequences with a source image) are ids of text entries.
+  `bos`, `boi` and `eoi` are ids of text entries; only sequences with a source image have `eoi`.
   """
 
   text: int
@@ -57,8 +62,8 @@ def ar_sequence(vocabulary: Vocabulary, text: int, codes: int) -> Layout:
 def text_to_image(vocabulary: Vocabulary, text: int, codes: int, latents: int) -> Layout:
   """`[bos] text [bot] s [eot] [boi] | time x`: Internal+VPE.
 
-  The tail `[eoi] [eos]` of the paper carries no loss, and nothing before the image depends on it,
-  so it is left out. Without codes the sequence is Show-o2's, `[bos] text [boi] | time x`.
+  The paper's tail `[eoi] [eos]` is left out: it carries no loss, and no other token sees it.
+  Without codes the sequence is Show-o2's, `[bos] text [boi] | time x`.
   """
   image = _image(vocabulary, latents, 'ar')
   return Layout((*ar_sequence(vocabulary, text, codes).spans, *image))
@@ -68,7 +73,7 @@ def diffusion_sequence(vocabulary: Vocabulary, codes: int, latents: int) -> Layo
   """`s [boi] | time x`: the diffusion expert of External+VPE; its AR expert has `ar_sequence`.
 
   The slots of the codes hold features that the AR expert computed for them. Positions count from 0,
-  the visual prompt is causal, and the image sees all of it:
+  the visual prompt is causal, and the image sees the whole visual prompt:
 
           s1 s2 boi  t  x  y
       s1   1  0  0   0  0  0
@@ -78,7 +83,7 @@ def diffusion_sequence(vocabulary: Vocabulary, codes: int, latents: int) -> Layo
       x    1  1  1   1  1  1
       y    1  1  1   1  1  1
 
-  Without its condition the sequence is `[boi] | time x`, with positions from 0.
+  If the visual prompt is dropped, the sequence is `[boi] | time x`, with positions from 0.
   """
   prompt = Span('codes', codes, 'prefix', condition=VISUAL_PROMPT)
   return Layout((prompt, *_image(vocabulary, latents, 'prefix')))
@@ -141,7 +146,7 @@ def build(
     text: caption ids [B, T]; not read where the layout has no text.
     text_length: number of real tokens of the caption [B]; not read where the layout has no text.
     codes: visual prompt [B, P]; not read where the layout has no codes.
-    keep: bool [B], by condition; see sequence.builder.build.
+    keep: bool [B] by condition, or one for all; False drops the condition.
     multiple: regions are padded with absent tokens to a multiple of this.
 
   Returns:

@@ -1,8 +1,8 @@
 """Sampling with LlamaGen: the visual prompt code by code, then the image's codes, from a class.
 
 One cache holds the keys and values of the whole sequence. With guidance, sequences of the null
-class are stacked behind the conditional ones and are fed the same codes; each of the two
-vocabularies has a scale of its own.
+class are stacked behind the conditional ones and are fed the same codes. Visual prompt and image
+have separate guidance scales.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def sample(
 
   Args:
     model: the network.
-    settings: static.
-    params: of the network, layers stacked or unstacked.
+    settings: sampling settings, static under jit.
+    params: parameters of the network, layers stacked or unstacked.
     request: `text[:, 0]` is the class; an encoded `visual_prompt` is used instead of the model's.
     rng: the key of the call.
   """
@@ -51,7 +51,7 @@ def sample(
 def draft(
   model: LlamaGen, settings: SampleConfig, params: Params, request: Batch, rng: Array
 ) -> Array:
-  """The visual prompt alone [B, P] int32, of a model that has one; arguments as of `sample`."""
+  """Only the visual prompt [B, P] int32, of a model that has one; arguments: see `sample`."""
   branches = guidance.stacked(_guidance(settings, 'plan'))
   prefix = _start(model, params, request, branches)
   return _sample_block(model, settings, params, request, rng, 'plan', branches, prefix)[0]
@@ -73,7 +73,7 @@ def _guidance(settings: SampleConfig, block: str) -> Guidance:
 
 
 def _start(model: LlamaGen, params: Params, request: Batch, branches: Sequence[Branch]) -> Prefix:
-  """The class tokens of all branches, in a cache with a slot for each token of the sequence."""
+  """Feeds the class tokens of all branches to a cache with a slot for each token."""
   c, classes = model.config, request.inputs['text'][:, 0]
   null = jnp.full_like(classes, c.classes)
   classes = jnp.concatenate([null if branch.dropped else classes for branch in branches])
@@ -87,7 +87,7 @@ def _start(model: LlamaGen, params: Params, request: Batch, branches: Sequence[B
 def _feed(model: LlamaGen, params: Params, x: Array, prefix: Prefix, at: Array | int) -> Prefix:
   """Runs tokens [B, L, D] whose keys and values go to slots from `at`.
 
-  The prefix's state is the hidden state [B, 1, D] of the last of them.
+  The state of the returned prefix is the hidden state [B, 1, D] of the last token.
   """
   hidden, cache = model.states(params, model.stream(x, at), prefix.cache, at)
   return Prefix(cache, hidden[:, -1:])
@@ -103,7 +103,7 @@ def _sample_block(
   branches: Sequence[Branch],
   prefix: Prefix,
 ) -> tuple[Array, Prefix]:
-  """Samples the codes [B, L] of the block `plan` or `codes`, with randomness of its own."""
+  """Samples the codes [B, L] of a block (see `_guidance`), which has its own random stream."""
   c, is_prefix = model.config, block == 'plan'
   first, length = (1, c.prefix_tokens) if is_prefix else (1 + c.prefix_tokens, c.image_tokens)
   embed = model.embed_prefix if is_prefix else model.embed_codes

@@ -5,11 +5,11 @@ the image by flow matching. Stage `plan` trains the AR expert on cross-entropy a
 expert is frozen and not run. Then `joint` (`model.arch=internal` or `single`) trains both experts,
 flow matching at weight 1 and cross-entropy at the progressive weight of Eq. 3; text and visual
 prompt are dropped together for guidance. Or `render` (`model.arch=external`) trains the diffusion
-expert alone, which sees only the visual prompt, on flow matching; the visual prompt is dropped.
+expert alone, on flow matching; it sees only the visual prompt, which is dropped for guidance.
 
 Without visual prompt (`model.vpe=False`) the image is rendered from the text alone, in stage
-`joint`, on flow matching. The sequences are those of layouts.py, the two ways of joining the
-experts internal.py and external.py, losses and sampling unified_system.py.
+`joint`, on flow matching. layouts.py defines the sequences; internal.py and external.py join the
+experts in two ways; unified_system.py has losses and sampling.
 """
 
 from __future__ import annotations
@@ -49,22 +49,23 @@ class ModelConfig(unified.UnifiedConfig, LatentCodecs):
   """The network's sizes, the frozen codecs, and the weights of the two losses.
 
   Attributes:
-    drop: share of examples whose text and visual prompt are dropped together, in stage `joint`; in
-      `render` the visual prompt, as the diffusion expert never sees the text.
-    drop_text: share of examples whose text alone is dropped, in both stages: the null branch of
-      `sample.plan_guidance` (the paper uses none).
+    drop: share of examples without their conditions: in stage `joint` text and visual prompt are
+      dropped together, in `render` the visual prompt (the diffusion expert never sees the text).
+    drop_text: share of examples whose text alone is dropped, in all stages: the null branch of
+      `sample.plan_guidance` (0 in the paper).
     inherit: standard deviation of text and code embeddings that are initialized from SigLIP's text
-      table and from the codebook, by a random rotation that keeps their distances in proportion (0:
-      initialized at random, as in the paper, whose text embeddings come from Show-o2). Synthetic
-      codes have no codebook: the field is ignored.
-    init_from: a Show-o2 whose language model initializes both experts, and whose embedding and head
-      initialize those of the diffusion expert: a folder in the released layout, an import, or a hub
-      id (empty: random initialization). Embeddings of codes are random, as Show-o2 has none.
+      table and from the codebook, by a random rotation that keeps their distances in proportion (0,
+      as in the paper: random, or text from `init_from`). Ignored with `data.source=synthetic`,
+      which has no codebook.
+    init_from: a Show-o2 whose language model initializes both experts, and whose embedding of
+      latents and head initialize those of the diffusion expert: a folder in the released layout, an
+      import, or a hub id (empty: random initialization). Embeddings of codes are random, because
+      Show-o2 has none.
     vp_schedule: growth of the cross-entropy's weight in stage `joint` (Eq. 3): `sigmoid` (the
-      paper's), `linear`, `constant` (`ce_start` at every step) or `off` (1, as the flow's).
-    ce_start: the weight at the start of the stage (lambda_0).
-    ce_end: the weight at the end (lambda_1).
-    flow: training times and target of the flow; shifted as Show-o2's by default.
+      paper's), `linear`, `constant` (`ce_start` at every step) or `off` (1 at every step).
+    ce_start: weight at the start of the stage (lambda_0).
+    ce_end: weight at the end of the stage (lambda_1).
+    flow: training times and target of the flow; by default, times are shifted as in Show-o2.
     logits_chunk: predicted tokens whose logits exist at a time (0: all).
   """
 
@@ -95,33 +96,32 @@ class ModelConfig(unified.UnifiedConfig, LatentCodecs):
     }
     for name, (ours, codec) in pairs.items():
       if ours != codec and (name != 'codes' or self.vpe):
-        raise UserError(f'model.{name} is {ours}, but its frozen codec has {codec}: set them equal')
+        raise UserError(f'model.{name} is {ours}, but the frozen codec has {codec}: set them equal')
     if not self.vpe and self.arch == 'external':
       raise UserError(
-        'model.arch=external renders a visual prompt alone, and model.vpe=False leaves it out: '
-        'set model.vpe=True, or another model.arch'
+        'model.arch=external renders from the visual prompt alone, but model.vpe=False leaves it '
+        'out: set model.vpe=True, or another model.arch'
       )
     if self.inherit and not self.vpe:
       raise UserError(
-        'model.inherit takes embeddings from the codecs of the visual prompt, and model.vpe=False '
-        'leaves them out: set model.inherit=0'
+        'model.inherit takes embeddings from the codec of the visual prompt, but model.vpe=False '
+        'leaves it out: set model.inherit=0'
       )
     if self.inherit and not isinstance(self.visual_prompt, FeatureVqSection):
       raise UserError(
-        'model.inherit takes embeddings from a quantiser that was trained here, and '
-        f'model.visual_prompt.kind={self.visual_prompt.kind} is none: set model.inherit=0'
+        'model.inherit needs model.visual_prompt.kind=feature_vq, but it is '
+        f'{self.visual_prompt.kind}: set model.inherit=0'
       )
     if self.inherit and self.visual_prompt.encoder != 'siglip':
       raise UserError(
-        'model.inherit takes text embeddings from the embedded SigLIP, and '
-        f'model.visual_prompt.encoder={self.visual_prompt.encoder} takes its place: set '
-        'model.inherit=0'
+        'model.inherit takes text embeddings from the embedded SigLIP, but '
+        f'model.visual_prompt.encoder={self.visual_prompt.encoder} replaces it: set model.inherit=0'
       )
     if self.inherit and self.text_vocab != self.visual_prompt.siglip.vocabulary:
       raise UserError(
         'model.inherit takes text embeddings from a SigLIP of '
-        f'{self.visual_prompt.siglip.vocabulary} words, but model.text_vocab is {self.text_vocab}: '
-        'set them equal, or model.inherit=0'
+        f'{self.visual_prompt.siglip.vocabulary} tokens, but model.text_vocab is '
+        f'{self.text_vocab}: set them equal, or model.inherit=0'
       )
 
 
@@ -149,17 +149,17 @@ def build(config: Config) -> UnifiedSystem:
   """
   c: ModelConfig = config.model
   if c.references:
-    raise UserError('model.references is of configs/edit.py: this system has no source images')
+    raise UserError('model.references is for configs/edit.py: this system has no source images')
   stages = {'internal': (PLAN, JOINT), 'single': (PLAN, JOINT), 'external': (PLAN, RENDER)}[c.arch]
   known = {stage.name: stage for stage in (stages if c.vpe else (UNPLANNED,))}
   _check_stages(config, tuple(known))
   external = c.arch == 'external'
   condition = layouts.VISUAL_PROMPT if external else layouts.PROMPT
-  # Published tokenizers and towers have no text tower for our words.
+  # Only the embedded SigLIP has a text tower for our token ids.
   tower = c.visual_prompt
   embedded = c.vpe and isinstance(tower, FeatureVqSection) and tower.encoder == 'siglip'
-  # Visual prompts are compared by the pooling head, which reads the last output alone, and captions
-  # by the text tower, which has words of its own.
+  # Similarity compares the output of the pooling head, which reads features of the last layer, with
+  # that of the text tower, which reads ids of its own vocabulary.
   compares = embedded and tower.has_text_tower and c.text_vocab <= tower.siglip.vocabulary
   return UnifiedSystem(
     config,
@@ -202,7 +202,7 @@ def experts(config: Config) -> Internal | External:
 
 
 def with_weight(stage: Stage, c: ModelConfig, steps: int) -> Stage:
-  """The stage; beside a flow loss the cross-entropy has the weight of Eq. 3."""
+  """The stage; if it has a flow loss, its cross-entropy gets the weight of Eq. 3."""
   if not {'next_token', 'flow'} <= stage.losses.keys():
     return stage
   weight = schedules.Schedule(c.vp_schedule, steps, c.ce_start, c.ce_end, off=1.0)
@@ -221,10 +221,9 @@ def published(c: ModelConfig) -> tuple[PretrainedWeights, ...]:
 
 
 def _initialization(config: Config) -> Initialization:
-  """Show-o2, where `model.init_from` names one; token rows from the codecs (`model.inherit`).
+  """Show-o2, where `model.init_from` names one; embeddings from the codecs (`model.inherit`).
 
-  A visual prompt that was learned for another condition serves this one: the parent run may lack
-  the cross-attention.
+  The parent run may have another `model.condition`, and then lacks the cross-attention.
   """
   c: ModelConfig = config.model
   inherits = c.inherit and config.data.source != 'synthetic'
@@ -241,24 +240,24 @@ def _check_stages(config: Config, known: tuple[str, ...]) -> None:
   for name in config.stages:
     if name == 'plan' and not config.model.vpe:
       raise UserError(
-        "stage 'plan' learns to write visual prompts, and model.vpe=False leaves them out: set "
-        'config.stages=joint (configs name it for you: vpe=false)'
+        "stage 'plan' learns to write visual prompts, but model.vpe=False leaves them out: set "
+        'config.stages=joint (the config option vpe=false does it)'
       )
     if name in (PLAN.name, JOINT.name, RENDER.name) and name not in known:
       raise UserError(
-        f"model.arch={arch} has no stage '{name}': its stages are {', '.join(known)} (configs name "
-        f'them for you: configs/t2i.py:{config.preset},arch={arch})'
+        f"model.arch={arch} has no stage '{name}': its stages are {', '.join(known)} "
+        f'(configs/t2i.py:{config.preset},arch={arch} sets them)'
       )
     if name not in known:
       raise UserError(f"no stage '{name}' in this system{did_you_mean(name, known)}")
   order = [known.index(name) for name in config.stages]
   if order != sorted(set(order)):
     raise UserError(
-      f'config.stages is {config.stages}: each stage goes on from the one before, in the order '
+      f'config.stages is {config.stages}: each stage continues the previous one, in the order '
       f'{", ".join(known)}'
     )
   if config.stages[0] == 'render' and not config.has_parent('ar/', 'embed/'):
     raise UserError(
-      "stage 'render' freezes the token expert (ar, embed), and nothing has trained it: name a run "
+      "stage 'render' freezes the AR expert (ar, embed), and nothing has trained it: name a run "
       'that has, with --config.start=RUN, or run stage plan first'
     )

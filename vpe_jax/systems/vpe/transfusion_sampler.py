@@ -1,8 +1,8 @@
 """Sampling with Transfusion: the visual prompt code by code, then the image by flow steps.
 
-Class and visual prompt are computed once; each flow step runs the image's tokens against their
-cache. The null branch of guidance is the null class without a visual prompt: one sequence, repeated
-for the batch.
+Class and visual prompt are computed once; each flow step runs the image's tokens on the cache of
+their keys and values. The null branch of guidance is the null class without a visual prompt: one
+sequence, repeated for the batch.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def sample(
 
   Args:
     model: the network.
-    settings: static.
-    params: of the network, layers stacked or unstacked.
+    settings: sampling settings, static under jit.
+    params: parameters of the network, layers stacked or unstacked.
     request: `text[:, 0]` is the class; an encoded `visual_prompt` is used instead of the model's.
     rng: the key of the call.
-    config: of the flow, with the target that the network predicts.
+    config: the flow; its `target` is what the network predicts.
   """
   c, B = model.config, request.example.shape[0]
   encoded, conditional = prefill(model, settings, params, request, rng)
@@ -64,11 +64,11 @@ def sample(
 def prefill(
   model: Transfusion, settings: SampleConfig, params: Params, request: Batch, rng: Array
 ) -> tuple[dict[str, Array], Prefix]:
-  """Samples the visual prompt, or takes the request's; none where the model has none.
+  """Samples the visual prompt, or reads the request's, and fills the cache up to the image.
 
   Returns:
-    The visual prompt, and the prefix of the flow: keys and values before the image, and the
-    positions and visibility of the whole sequences.
+    The visual prompt [B, P] (no entry if the model has none), and the prefix of the flow: keys and
+    values before the image, and the positions and visibility of the whole sequences.
   """
   length = model.config.prefix_tokens
   slots, prefix = _start(model, params, request.inputs['text'][:, 0], keep=True)
@@ -101,7 +101,7 @@ def plan_likelihood(model: Transfusion, params: Params, request: Batch) -> Array
 
 
 def null_prefix(model: Transfusion, params: Params, count: int) -> Prefix:
-  """The null class without a visual prompt, computed once and repeated for a batch of `count`."""
+  """The prefix with the null class alone, computed once and repeated for a batch of `count`."""
   classes = jnp.full((1,), model.config.classes - 1, jnp.int32)
   slots, prefix = _start(model, params, classes, keep=False)
   return Prefix(prefix.cache, slots).repeat(count)
@@ -120,7 +120,7 @@ def _feed(
 ) -> Prefix:
   """Runs tokens [B, L, D] whose keys and values go to slots from `at`.
 
-  The prefix's state is the hidden state [B, 1, D] of the last of them.
+  The state of the returned prefix is the hidden state [B, 1, D] of the last token.
   """
   hidden, cache = model.states(params, slots.stream(x, at), prefix.cache, at)
   return Prefix(cache, hidden[:, -1:])

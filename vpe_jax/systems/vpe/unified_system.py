@@ -1,7 +1,7 @@
 """The system of a unified model: losses, sampling and visual prompts of t2i and edit.
 
-text_to_image.py and editing.py choose its parts: the experts (internal.py, external.py), the
-codecs, the conditions that training drops (dropping.py), and a guidance rule.
+text_to_image.py and editing.py choose the parts of the system: among others its stages, the experts
+(internal.py, external.py), the conditions that training drops (dropping.py), and the guidance.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Parts:
   """The choices that make a unified system.
 
   Attributes:
-    stages: in order.
+    stages: the stages of the config, in order.
     experts: the network's two experts and their sequences.
     dropping: conditions that training drops.
-    guidance: the branches of the image's guidance, from the sampling settings.
+    guidance: maps sampling settings to the guidance of the image.
     capabilities: see contracts.System.
     plan_rankers: see contracts.PlansVisually.
     initialization: see contracts.System.
@@ -63,7 +63,7 @@ class Parts:
 
 
 class UnifiedSystem(ImageSystem, Edits, ScoresImages):
-  """See vpe_jax.contracts.System.
+  """The systems `t2i` and `edit`; see vpe_jax.contracts.System.
 
   Attributes:
     experts: see Parts.
@@ -90,7 +90,7 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     return self.model.config.references
 
   def inherit(self, params: Params, frozen: Params, rng: Array) -> Params:
-    """Replaces text and code embeddings by the frozen codecs', if `model.inherit` is set."""
+    """Initializes text and code embeddings from the frozen codecs, if `model.inherit` is set."""
     if not self.initialization.from_frozen:
       return params
     c, keys = self.config.model, jax.random.split(rng)
@@ -158,10 +158,11 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     terms, source = {}, batch.encoded.get('source_latents')
     if 'flow' in stage.losses:
       c = self.config.model
+      # Show-o2's time shift counts the time token, too: + 1.
       noisy, time, target = flow_matching.noised(
         batch.encoded['latents'], c.flow, rng, batch.example, c.image_tokens + 1
       )
-      # The network is Show-o2's: its clock is 1 at the data, its velocity data minus noise.
+      # Show-o2's conventions: time is 1 at the data, and the velocity is data minus noise.
       hidden, velocity = self.experts.forward(params, regions, (noisy, 1.0 - time), source)
       error = flow_matching.loss(c.flow, -velocity, target, time)
       terms['flow'] = LossTerm(error, counts['flow'], stage.weight('flow', step))
@@ -186,7 +187,7 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
   def sample(
     self, params: Params, request: Batch, rng: Array, settings: SampleConfig
   ) -> tuple[Array, Array]:
-    """Codes [B, P] and latents [B, h, w, C] of requests."""
+    """Samples codes [B, P] and latents [B, h, w, C] of requests."""
     return self.experts.sample(params, request, rng, settings, self.guidance(settings))
 
   def draft(
@@ -233,7 +234,7 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     return batch.encoded.get('visual_prompt', none)
 
   def _next_token(self, params: Params, hidden: Array, region: Region) -> tuple[Array, Array]:
-    """Summed cross-entropy of the visual prompt and [eot], and how many of them the argmax hits."""
+    """Summed cross-entropy of visual prompt and [eot], and number of correct argmax predictions."""
     first, last = self.layout.place('bot')[0], self.layout.place('codes')[1]
     return next_token.cross_entropy(
       hidden[:, first:last],
@@ -247,7 +248,8 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
 def _rotated(table: Array, key: Array, width: int, scale: float) -> Array:
   """Centres a table [V, W], rotates it to width D, and scales it to standard deviation `scale`.
 
-  A rotation keeps distances in proportion; where D < W it ends in a projection.
+  A rotation keeps distances in proportion. If D < W, it is followed by a projection to D
+  dimensions.
   """
   W = table.shape[1]
   rotation = jax.random.orthogonal(key, max(width, W))[:W, :width]

@@ -115,7 +115,7 @@ def _assert_refused(path, message):
 def test_invalid_json_is_refused(content, tmp_path):
   path = tmp_path / 'x.json'
   path.write_bytes(content.encode('latin-1'))
-  _assert_refused(path, 'no whole file of visual prompts: it is (not JSON|JSON of something else)')
+  _assert_refused(path, 'no whole file of visual prompts: it is (not JSON|JSON, but not an object)')
 
 
 @pytest.mark.parametrize('share', [0.0, 0.3, 0.6, 0.95])
@@ -141,7 +141,7 @@ def test_a_lone_array_is_no_npz(tmp_path):
   path = tmp_path / 'x.npz'
   with path.open('wb') as file:
     np.save(file, _plans().codes)
-  _assert_refused(path, 'save the plans again')
+  _assert_refused(path, 'save the visual prompts again')
 
 
 @pytest.mark.parametrize(

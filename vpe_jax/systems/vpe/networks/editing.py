@@ -1,9 +1,10 @@
 """The source image of an edit, among the tokens of a unified model (arXiv 2606.04457, App. C, D).
 
-A second dual path, `ar/dual_path`, embeds its clean latents for the AR expert, whose sequence is
-`[bos] [boi] time x_src [eoi] ...` (vpe_jax.systems.vpe.layouts.edit). It is clean, so its clock is
-1: the time embedding of the generated image makes its time token, too, and the head modulates its
-tokens by the condition of that clock, as Show-o2's does for images that it understands.
+A second dual path, `ar/dual_path`, embeds the clean latents of the source image for the AR expert,
+whose sequence is `[bos] [boi] time x_src [eoi] ...` (vpe_jax.systems.vpe.layouts.edit). Clean
+latents have Show-o2's time 1 (`clock`). At this time the time embedding, which is that of the
+generated image, gives the time token of the source image, and the condition by which the head
+modulates its tokens. Show-o2 does the same with images that it understands.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Editor:
   """The network of one configuration, whose AR expert reads a source image.
 
   Attributes:
-    model: of a configuration with `references`.
+    model: the network; its config has `references`.
     reference: first slot of the source image in the AR expert's region (its time token), and the
       slot after its last.
   """
@@ -35,12 +36,12 @@ class Editor:
   def token_stream(
     self, params: Params, region: Region, latents: Array
   ) -> tuple[mot.Stream, Array]:
-    """The AR expert's input, and the head's condition of the source image.
+    """The AR expert's input, and the condition [B, 1, head width] of the source image in the head.
 
     Args:
-      params: of the model.
-      region: the AR expert's, or its first slots, the source image included.
-      latents: of the source image [B, h, w, C].
+      params: parameters of the model.
+      region: the AR expert's region, or its first slots, including the source image.
+      latents: clean latents of the source image [B, h, w, C].
     """
     stream = self.model.token_stream(params, region)
     condition, token = self.clean(params, latents.shape[0])
@@ -50,7 +51,7 @@ class Editor:
     return dataclasses.replace(stream, x=x), condition
 
   def head_streams(self, stream: mot.Stream, condition: Array) -> dict[str, mot.Stream]:
-    """The head's inputs from the AR expert's tokens: it modulates the source image alone."""
+    """The head's input for the AR expert's tokens; only the source image is modulated."""
     first, last = self.reference
     cut = lambda start, stop: jax.tree.map(lambda leaf: leaf[:, start:stop], stream)
     reference = dataclasses.replace(cut(first, last), condition=condition)
@@ -78,5 +79,5 @@ class Editor:
     return hidden['ar'], self.model.velocity(params, out['dit'], condition)
 
   def clean(self, params: Params, count: int) -> tuple[Array, Array]:
-    """The head's condition and the time token of clean images."""
+    """The head's condition and the time token of `count` clean images: [count, 1, width] each."""
     return self.model.time(params, jnp.ones((count,)))

@@ -1,18 +1,18 @@
 """Two experts with a sequence each: one samples the visual prompt, the other renders it.
 
-External+VPE (arXiv 2606.04457, Table 4). The parameters are those of `arch=internal`, and the
-experts share none that trains. The AR expert has the sequence `[bos] text [bot] s [eot]`. The
+External+VPE (arXiv 2606.04457, Table 4). The parameter tree is that of `arch=internal`, and no
+parameter trains for both experts. The AR expert has the sequence `[bos] text [bot] s [eot]`. The
 diffusion expert has `s [boi] | time x` (diffusion_sequence of vpe_jax.systems.vpe.layouts shows its
-mask), whose slots of codes hold features of the AR expert, by `condition`:
+mask). Its slots of codes hold features of the AR expert, which depend on `condition`:
 
-  `prefix`: its final-norm hidden states at the codes (input = that code) enter the first layer of
-    the diffusion expert like embeddings, and go through all of its layers.
-  `keys`: its keys and values of the codes replace the diffusion expert's own in each layer: Eq. 4,
-    restricted to the codes. So no hidden state enters layers that were not trained at its scale.
+  `prefix`: the AR expert's final-norm hidden states at the codes enter the first layer of the
+    diffusion expert like embeddings, and go through all of its layers.
+  `keys`: the AR expert's keys and values of the codes replace the diffusion expert's own in each
+    layer: Eq. 4, restricted to the codes. So no layer gets hidden states of an unfamiliar scale.
 
-In both, the head reads the codes' states after the last layer without modulation; with `keys` these
-are the AR expert's hidden states, as in `internal`. A third `condition`, `cross`, has parameters of
-its own: systems/vpe/networks/external_cross.py.
+In both, the head reads states of the codes without modulation: with `prefix` the diffusion expert's
+hidden states, with `keys` those of the AR expert, as in `internal`. A third `condition`, `cross`,
+adds parameters: systems/vpe/networks/external_cross.py.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class PromptFeatures:
     hidden: final-norm hidden states of the codes [B, P, D].
     keys: the AR expert's keys of the codes in each layer, laid out as in mot.Cache; None unless
       the condition is `keys`.
-    values: its values, likewise.
-    position: rotary position [B, 1] of the first code in `keys`, else 0.
+    values: the AR expert's values, likewise.
+    position: rotary position [B, 1] of the first code in the AR expert's sequence if the condition
+      is `keys`, else 0.
   """
 
   hidden: Array
@@ -50,7 +51,7 @@ class PromptFeatures:
 
 @dataclasses.dataclass(frozen=True)
 class External:
-  """The two networks of one configuration, and the features that one hands to the other.
+  """The networks of both experts, and the features that the AR expert passes on.
 
   Attributes:
     model: both experts' networks; its parameter tree is that of `internal`.
@@ -71,9 +72,10 @@ class External:
     """Runs the AR expert over its whole sequence.
 
     Args:
-      params: of both experts.
-      region: the sequence.
-      stream: its input: embeddings of the region's ids, and the source image of an edit.
+      params: parameters of both experts.
+      region: the AR expert's sequence.
+      stream: input of the AR expert: embeddings of the region's ids, and the source image of an
+        edit.
 
     Returns:
       Final-norm hidden states [B, L, D], and the features of the codes.
@@ -88,9 +90,9 @@ class External:
     """The codes' features, cut out of the AR expert's sequence.
 
     Args:
-      region: the sequence.
-      hidden: final-norm hidden states of at least its slots up to the last code [B, L, D].
-      cache: the AR expert's keys and values; read with the condition `keys` alone.
+      region: the AR expert's sequence.
+      hidden: final-norm hidden states [B, L, D] of its first L slots, which include all codes.
+      cache: the AR expert's keys and values; read only if the condition is `keys`.
     """
     first, last = self.codes
     keys = values = None
@@ -100,7 +102,7 @@ class External:
       keys, values = jax.tree.map(cut, (cache.k, cache.v))
       position = region.positions[:, first : first + 1]
     features = PromptFeatures(hidden[:, first:last], keys, values, position)
-    # The experts train apart: the flow loss never reaches the one that samples visual prompts.
+    # The experts train separately: no gradient of the flow loss reaches the AR expert.
     return jax.lax.stop_gradient(features)
 
   def __call__(
@@ -114,11 +116,11 @@ class External:
     """Runs the diffusion expert over its whole sequence, as in training.
 
     Args:
-      params: of both experts.
+      params: parameters of both experts.
       features: see `read`.
       regions: `prefix` (the codes and [boi]) and `dit` of the diffusion expert's sequence.
-      latents: noisy [B, h, w, C].
-      clock: Show-o2's [B], 0 at noise and 1 at data.
+      latents: noisy latents [B, h, w, C].
+      clock: Show-o2's time [B], 0 at noise and 1 at data.
 
     Returns:
       Show-o2's velocity [B, h, w, C] float32.
@@ -142,7 +144,7 @@ class External:
     """The prefix KV caches that all flow steps share.
 
     Args:
-      params: of both experts.
+      params: parameters of both experts.
       features: see `read`.
       regions: as `shifted` returns them.
 
@@ -158,7 +160,7 @@ class External:
     return body, self.model.head(params, {'prefix': stream}, head)[1], prefix.context
 
   def prefill_null(self, params: Params, regions: Mapping[str, Region]) -> tuple[mot.Cache, ...]:
-    """As `prefill`, of a sequence without the visual prompt: `[boi]` alone, at the front."""
+    """As `prefill`, for a sequence without the visual prompt: only `[boi]`, at the front."""
     at = self.codes[1] - self.codes[0]
     boi = jax.tree.map(lambda leaf: leaf[:, at : at + 1], regions['prefix'])
     absent = regions['prefix'].ids.shape[1] - 1
@@ -171,10 +173,10 @@ class External:
     return body, self.model.head(params, {'prefix': stream}, head)[1]
 
   def shifted(self, features: PromptFeatures, regions: Mapping[str, Region]) -> dict[str, Region]:
-    """The sequence at the rotary positions of `features.keys`.
+    """The regions of the diffusion expert, moved to the rotary positions of `features.keys`.
 
-    Attention depends on distances alone, and these don't change: the codes, [boi], the time token
-    and the image follow one another without gaps.
+    Attention depends only on differences of positions, which don't change: the codes, [boi], the
+    time token and the image follow one another without gaps.
     """
     shift = lambda region: dataclasses.replace(
       region, positions=region.positions + features.position
@@ -199,7 +201,7 @@ class External:
   def _head_prefix(self, features: PromptFeatures, prefix: Region, hidden: Array) -> mot.Stream:
     """The head's input for the prefix.
 
-    `hidden` are the states of its last tokens; those before them come from `features`.
+    `hidden` are the states of the prefix's last tokens; `features` has those of earlier tokens.
     """
     region = self._prefix_region(prefix)
     count = region.ids.shape[1] - hidden.shape[1]
@@ -207,14 +209,14 @@ class External:
     return mot.Stream(x, region.positions, region.visibility)
 
   def embed_text(self, params: Params, ids: Array) -> Array:
-    """Embeddings [B, L, D] of text ids ([boi]); the diffusion expert doesn't train their table."""
+    """Embeddings [B, L, D] of text ids ([boi]); no gradient flows to the embedding table."""
     x = jnp.take(params['embed']['text'], ids, axis=0)
     return jax.lax.stop_gradient(x).astype(self.model.dtype)
 
   def _prefix_cache(
     self, features: PromptFeatures, regions: Mapping[str, Region]
   ) -> mot.Cache | None:
-    """The body's cache with the AR expert's keys and values in the slots of the codes."""
+    """The body's cache with the AR expert's keys and values of the codes; None without them."""
     if features.keys is None:
       return None
     key = sequence_visibility(regions)
@@ -229,6 +231,6 @@ class External:
 
 
 def _joined(prefix: mot.Stream, image: mot.Stream) -> mot.Stream:
-  """Two parts of one expert's sequence as one stream: each layer's weights are read once."""
+  """Two parts of one expert's sequence as one stream, so that weights are read once."""
   parts = [(s.x, s.positions, s.visibility) for s in (prefix, image)]
   return mot.Stream(*concatenate(parts), context=prefix.context)

@@ -1,18 +1,18 @@
-"""External+VPE with cross-attention: `model.condition=cross`, outside the size-matched comparison.
+"""External+VPE with cross-attention: `model.condition=cross`.
 
-The diffusion expert's sequence is `[boi] | time x`, without the visual prompt. Between
-self-attention and MLP, each of its layers attends to the AR expert's final-norm hidden states of
-the codes, with keys and values of its own (CrossAttention of vpe_jax.models.transformer, whose
-output projection starts at zero: training begins with images that don't depend on a visual prompt).
-The head reads this sequence alone.
+It adds parameters, so it is no part of the size-matched comparison. The diffusion expert's sequence
+is `[boi] | time x`, without the visual prompt. Between self-attention and MLP, each of its layers
+attends to the AR expert's final-norm hidden states of the codes (CrossAttention of
+vpe_jax.models.transformer). The output projection of cross-attention starts at zero, so at first
+images don't depend on the visual prompt. The head reads only the diffusion expert's sequence.
 
   positions       0  1   2   3  4  5
                  s1 s2 boi   t  x  y
       boi         c  c   1   0  0  0       c: seen by cross-attention
       t, x, y     c  c   1   1  1  1       1: seen by self-attention
 
-Positions are those of a sequence with the codes in front, so the codes have an order there. Codes
-are absent where the visual prompt is dropped: cross-attention then adds zeros.
+Rotary positions are those of a sequence with the codes in front; cross-attention uses them, too.
+Codes are absent where the visual prompt is dropped: cross-attention then adds zeros.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from vpe_jax.systems.vpe.networks.external import External, PromptFeatures
 
 
 def pair(model: Unified, codes: tuple[int, int]) -> External:
-  """The two networks, joined by `model.condition`; see External."""
+  """The networks of both experts, joined as `model.condition` says; see External."""
   return (Crossed if model.config.condition == 'cross' else External)(model, codes)
 
 
 class Crossed(External):
-  """The two networks of one configuration; see External."""
+  """External, with cross-attention from the diffusion expert to the codes."""
 
   def prefill_null(
     self, params: Params, regions: Mapping[str, Region]

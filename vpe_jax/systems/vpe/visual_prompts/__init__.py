@@ -1,1 +1,1 @@
-"""Visual prompts as things to save, edit, rank and mix: one optional feature of VPE."""
+"""Saving, editing, ranking and mixing visual prompts: an optional feature of VPE."""

@@ -1,14 +1,14 @@
 """Benchmarks of visual prompts: the best of many by a ranker, and mixes of two.
 
-`best_of` writes several visual prompts for each held-out caption and renders the first, and the
-best by each ranker, from the noise of its index. An independent evaluator network measures whether
-the images retrieve their captions: rankers see only the visual prompt, the network only the image.
+`best_of` writes several visual prompts for each held-out caption and renders the first one and the
+best by each ranker. An independent evaluator network measures whether the images retrieve their
+captions. Rankers never see the image, and the evaluator network never sees the visual prompt.
 
 `mixes` combines the upper rows of one visual prompt with the lower rows of another, renders the
-mix, and reads the visual prompt of the image. If the renderer follows its visual prompt, the codes
-read agree with the mix more often than with either of the two. The renderer also sees the caption,
-which favours its own visual prompt: so the pairs are of one caption, and of two with either
-caption.
+mix, and reads the visual prompt of the image. If the renderer follows its visual prompt, these
+codes agree with the mix more often than with either of the two. The renderer may also see the
+caption, which favours the visual prompt that was written for it. So there are three kinds of mixes:
+of two visual prompts of one caption, and of two captions, rendered with the first or the second.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class BestOf:
   """Retrieval from the best of several visual prompts; see vpe_jax.evaluation.evaluator.Evaluator.
 
   Attributes:
-    captions: captions of each split.
+    captions: number of captions of each split.
     splits: held-out splits of the data.
-    seed: of the captions and their distractors.
+    seed: seed of the captions and their distractors.
     evaluator_network: weights of the evaluator network.
-    plans: visual prompts written for each caption.
+    plans: number of visual prompts written for each caption.
   """
 
   requires = (PlansVisually,)
@@ -98,9 +98,9 @@ class Mixes:
   """Whether images follow mixed visual prompts; see vpe_jax.evaluation.evaluator.Evaluator.
 
   Attributes:
-    count: pairs of each split.
+    count: number of pairs of each kind, in each split.
     splits: held-out splits of the data.
-    seed: of the captions.
+    seed: seed of the captions.
   """
 
   requires = (PlansVisually,)
@@ -140,7 +140,7 @@ class Mixes:
 
 
 def images_by_ranking(subject: Subject, captions: list[str], n: int) -> dict[str, np.ndarray]:
-  """Images of each caption's first of `n` visual prompts, and of the best by each ranker."""
+  """Images [N, R, R, 3] of N captions: from the first of `n` visual prompts, and from the best."""
   prompter = VisualPrompter(subject.generator)
   render = lambda prompts: stacked(prompter.render(prompts, subject.seed, subject.settings))
   visual_prompts = prompter.write(captions, n, subject.seed, subject.settings)
@@ -153,7 +153,7 @@ def images_by_ranking(subject: Subject, captions: list[str], n: int) -> dict[str
 
 
 def gain(ours: retrieval.Result, theirs: retrieval.Result) -> dict[str, Any]:
-  """How much more of the same captions one row retrieves, with a normal 95 % interval."""
+  """Gain in retrieval accuracy of one result over another, with a normal 95 % interval."""
   difference = ours.credit - theirs.credit
   mean, half = _mean(difference)
   return {
@@ -167,10 +167,10 @@ def gain(ours: retrieval.Result, theirs: retrieval.Result) -> dict[str, Any]:
 def _pairs(
   visual_prompts: VisualPrompts, count: int
 ) -> dict[str, tuple[VisualPrompts, VisualPrompts, tuple[str, ...]]]:
-  """Pairs to mix (A above, B below), and the captions that the mix is rendered with.
+  """Pairs to mix (A above, B below), and the captions with which the mixes are rendered.
 
   Args:
-    visual_prompts: two of each of 2 * `count` captions.
+    visual_prompts: two for each of 2 * `count` captions, one caption after the other.
     count: pairs of each kind.
   """
   of_caption = lambda first, place: visual_prompts.take(2 * np.arange(first, first + count) + place)
@@ -183,7 +183,7 @@ def _pairs(
 
 
 def agreement(read: np.ndarray, expected: Mapping[str, np.ndarray]) -> dict[str, Any]:
-  """Shares of codes [n, P] that equal each expectation, and how far the mix is ahead."""
+  """Shares of the codes `read` [n, P] that equal mix, A and B, and the lead of the mix."""
   shares = {name: np.mean(read == codes, axis=1) for name, codes in expected.items()}
   ahead = {}
   for name in ('A', 'B'):

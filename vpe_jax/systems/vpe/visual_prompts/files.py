@@ -66,10 +66,12 @@ class VisualPrompts:
     index: n indices among the images of a text prompt. Prompt, index and seed key the noise that a
       visual prompt is rendered from, so the same index gives the same image again.
     codebook: of the codes.
-    provenance: `by` (`sampled`, `read`, `given`, `mixed`), seed, settings, checkpoint and the like.
+    provenance: `by` (such as `sampled`, `read from an image`, `mixed`), seed, settings, checkpoint
+      and the like.
 
   Raises:
-    UserError: a grid isn't square, a code lies outside the codebook, or there is none.
+    UserError: there is no visual prompt, a grid isn't square, a code is outside the codebook, or
+      the numbers of visual prompts, text prompts and indices differ.
   """
 
   codes: np.ndarray
@@ -102,7 +104,7 @@ class VisualPrompts:
 
   @property
   def grids(self) -> np.ndarray:
-    """The codes as grids [n, side, side]: a view, so a cell that is set is set in `codes` too."""
+    """The codes as grids [n, side, side]: a view, so assignments also change `codes`."""
     return self.codes.reshape(-1, self.side, self.side)
 
   def take(self, positions: Sequence[int] | np.ndarray) -> VisualPrompts:
@@ -127,10 +129,10 @@ class VisualPrompts:
     return dataclasses.replace(self, prompts=prompts * (len(self) // len(prompts)))
 
   def check(self, codebook: Codebook, side: int, name: str = 'these visual prompts') -> None:
-    """Compares with the codebook and the grid of a model.
+    """Checks that a model with this codebook and grid can render the visual prompts.
 
     Raises:
-      UserError: they are another's; names both.
+      UserError: the codebook or the grid differs; the message names both.
     """
     ours, theirs = codebook, self.codebook
     if theirs != ours:
@@ -150,7 +152,7 @@ class VisualPrompts:
 
     Args:
       path: ends in .json or .npz, local (`~` is the home folder) or gs://.
-      overwrite: whether a file that is there may be replaced.
+      overwrite: whether an existing file may be replaced.
 
     Raises:
       UserError: see `check_target`; or the file can't be written.
@@ -168,7 +170,7 @@ def load(path: str) -> VisualPrompts:
     path: ends in .json or .npz, local (`~` is the home folder) or gs://.
 
   Raises:
-    UserError: the file is absent or damaged; names the first fault.
+    UserError: the file is absent or damaged; the message names the first error.
   """
   _check_ending(path)
   place = storage.resolve(path)
@@ -185,10 +187,10 @@ def load(path: str) -> VisualPrompts:
 
 
 def check_target(path: str, overwrite: bool = False) -> None:
-  """Refuses what `VisualPrompts.save` wouldn't write to; front doors ask before the work starts.
+  """Checks the path of `VisualPrompts.save`; front doors call it before the work starts.
 
   Raises:
-    UserError: the file exists (and `overwrite` is off), is a folder, or ends in something else.
+    UserError: the file exists (and `overwrite` is off), is a folder, or has another suffix.
   """
   _check_ending(path)
   place = storage.resolve(path)
@@ -209,7 +211,7 @@ def mixed(upper: VisualPrompts, lower: VisualPrompts, rows: int | None = None) -
     rows: number of rows from `upper` (None: half of them).
 
   Raises:
-    UserError: the two don't fit together, or have no such rows.
+    UserError: codebooks, grids or numbers of visual prompts differ, or `rows` is out of range.
   """
   lower.check(upper.codebook, upper.side, 'the lower visual prompts')
   rows = upper.side // 2 if rows is None else rows
@@ -235,7 +237,7 @@ def _check_ending(path: str) -> None:
 
 
 def _head(visual_prompts: VisualPrompts) -> dict[str, Any]:
-  """The fields of a file beside its visual prompts."""
+  """The fields of a file other than its visual prompts."""
   return {
     'format': _FORMAT,
     'codebook': visual_prompts.codebook.fingerprint,
@@ -296,10 +298,10 @@ def _from_npz(content: bytes) -> VisualPrompts:
   try:
     with np.load(io.BytesIO(content), allow_pickle=False) as archive:
       arrays = {name: archive[name] for name in kinds}
-  # The exception depends on where an archive is damaged; a TypeError is a lone array.
+  # The exception depends on where the archive is damaged; TypeError: a single array (.npy).
   except (KeyError, ValueError, TypeError, OSError, EOFError, *_ZIP) as error:
     reason = (' '.join(str(error).split()) or 'it is cut off').rstrip('.')
-    raise UserError(f'{reason}; save the plans again') from error
+    raise UserError(f'{reason}; save the visual prompts again') from error
   for name, kind in kinds.items():
     if arrays[name].dtype.kind != kind:
       raise UserError(f"'{name}' holds {arrays[name].dtype}; save the visual prompts again")
@@ -329,10 +331,10 @@ def _parsed(content: bytes) -> dict[str, Any]:
   """A JSON object."""
   try:
     values = json.loads(content.decode('utf-8-sig'))
-  except (ValueError, RecursionError) as error:  # Cut off, no UTF-8, too many brackets or digits.
+  except (ValueError, RecursionError) as error:  # Truncated, not UTF-8, too deep, too many digits.
     raise UserError(f'it is not JSON ({error}); fix it or save the visual prompts again') from error
   if not isinstance(values, dict):
-    raise UserError('it is JSON of something else; save the visual prompts again')
+    raise UserError('it is JSON, but not an object; save the visual prompts again')
   return values
 
 

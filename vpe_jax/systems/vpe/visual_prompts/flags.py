@@ -39,7 +39,7 @@ class VisualPromptRequest:
     loaded: visual prompts to render, from a file; None without one.
     image: path of an image whose visual prompt is rendered; '' for none.
     plans: visual prompts to write for each prompt; 0: one for each image.
-    render: images to render of the best `plans`.
+    render: number of images to render, from the best of `plans`.
     rank: ranking criterion, see VisualPrompter.score.
     save_to: file to save the visual prompts to; '' for none.
   """
@@ -83,7 +83,7 @@ class VisualPromptRequest:
     """Generates the images.
 
     Raises:
-      UserError: the model has no visual prompts or those of another codebook, or can't rank them.
+      UserError: the model writes no visual prompts, has another codebook, or can't rank them.
     """
     prompter = VisualPrompter(generator)
     if self.save_to:
@@ -100,13 +100,13 @@ class VisualPromptRequest:
     return [image.with_metadata(visual_prompt=f'read from {self.image}') for image in images]
 
   def save(self, generator: Generator, images: Sequence[GeneratedImage], overwrite: bool) -> None:
-    """Saves the visual prompts of the images, where a flag asks for it."""
+    """Saves the visual prompts of the images if --save_visual_prompt is given."""
     if self.save_to:
       VisualPrompter(generator).of(images).save(self.save_to, overwrite)
 
 
 def requested() -> VisualPromptRequest | None:
-  """The request of the flags, before any work; None if no flag of this module is given.
+  """The request that the flags make; None if no flag of this module is given.
 
   Raises:
     UserError: flags that exclude each other, a value out of range, or a file that can't be read or
@@ -133,7 +133,7 @@ def requested() -> VisualPromptRequest | None:
 
 
 def _check_together() -> None:
-  """Refuses combinations of flags that make no sense."""
+  """Raises UserError for flags that contradict each other."""
   sources = [name for name in _SOURCES if FLAGS[name].value is not None]
   if len(sources) > 1:
     listed = ' and '.join(f'--{name}' for name in sources)
@@ -144,7 +144,8 @@ def _check_together() -> None:
         raise UserError(f'--{name} needs --plans=N, the number of visual prompts to choose among')
   elif not 1 <= FLAGS.render <= FLAGS.plans:
     raise UserError(
-      f'--render={FLAGS.render} of --plans={FLAGS.plans}: render at least 1, and no more than these'
+      f'--render={FLAGS.render} of --plans={FLAGS.plans}: render at least 1, and no more than '
+      '--plans'
     )
   if FLAGS['n'].present and sources in (['visual_prompt'], ['plans']):
     count = 'one image for each entry' if sources == ['visual_prompt'] else '--render images'
@@ -153,6 +154,6 @@ def _check_together() -> None:
   guided = any(FLAGS[name].value is not None for name in names)
   if guided and sources and sources != ['plans']:
     raise UserError(
-      f'--plan_guidance guides visual prompts that the model writes, and --{sources[0]} supplies '
-      'one: leave it out'
+      f'--plan_guidance guides visual prompts that the model writes, but --{sources[0]} supplies '
+      'one: leave --plan_guidance out'
     )

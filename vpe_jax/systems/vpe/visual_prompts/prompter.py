@@ -17,9 +17,9 @@ from vpe_jax.sampling.batches import Progress
 from vpe_jax.sampling.images import GeneratedImage
 from vpe_jax.systems.vpe.visual_prompts.files import Codebook, VisualPrompts, best
 
-ENTRY = 'visual_prompt'  # the encoded entry
+ENTRY = 'visual_prompt'  # name of the encoded entry
 RANKERS = ('likelihood', 'similarity')
-_OWN_METADATA = ('prompt', 'index', 'rank', 'score')  # differs from image to image
+_OWN_METADATA = ('prompt', 'index', 'rank', 'score')  # differ between images of a call
 
 
 class VisualPrompter:
@@ -27,14 +27,14 @@ class VisualPrompter:
 
   Attributes:
     generator: the loaded model.
-    system: its system, which supports PlansVisually.
+    system: the generator's system, which supports PlansVisually.
   """
 
   def __init__(self, generator: Generator):
     """Wraps a generator.
 
     Raises:
-      UserError: its model writes no visual prompts.
+      UserError: the generator's model writes no visual prompts.
     """
     self.generator = generator
     self.system = require(generator.system, PlansVisually)
@@ -48,7 +48,7 @@ class VisualPrompter:
     seed: int = 0,
     settings: SampleConfig | None = None,
   ) -> VisualPrompts:
-    """Writes `n` visual prompts for each prompt: those of the images that a call would generate.
+    """Writes `n` visual prompts for each prompt: those that `generator(prompts, n, ...)` renders.
 
     Raises:
       UserError: see Generator.__call__.
@@ -63,8 +63,8 @@ class VisualPrompter:
 
     Args:
       images: uint8 [H, W, 3] each, of any shape: made square as in training.
-      prompts: what the images show, one for all or one for each; without one, a visual prompt can
-        be rendered after `with_prompts`.
+      prompts: captions of the images, one for all or one for each. Without a caption, a visual
+        prompt can't be rendered until `with_prompts` adds one.
 
     Raises:
       UserError: the model was trained on synthetic codes.
@@ -82,10 +82,11 @@ class VisualPrompter:
     settings: SampleConfig | None = None,
     progress: Progress | None = None,
   ) -> list[GeneratedImage]:
-    """Renders each visual prompt, from the noise of its prompt and index.
+    """Renders each visual prompt, from the noise that seed, text prompt and index determine.
 
     Raises:
-      UserError: another codebook or grid, or a missing prompt; or see Generator.__call__.
+      UserError: codebook or grid are not the model's, or a text prompt is missing; or see
+        Generator.__call__.
     """
     items, request = self._request(visual_prompts)
     images = self.generator.render(request, items, seed, settings, progress)
@@ -96,7 +97,7 @@ class VisualPrompter:
     """Scores each visual prompt for its prompt: float32 [n], higher is better.
 
     Args:
-      visual_prompts: with prompts, written here or not.
+      visual_prompts: visual prompts of any origin, each with a text prompt.
       by: `likelihood`, the mean log-probability of the codes given the prompt, at temperature 1 and
         without filters or guidance, in nats; or `similarity`, the cosine of SigLIP's text vector
         of the prompt and its pooled vector of the features that the codes decode to.
@@ -124,10 +125,11 @@ class VisualPrompter:
   ) -> list[GeneratedImage]:
     """Writes `count` visual prompts for each prompt and renders the best `render`, in order.
 
-    An image is the one that `n=count` would generate at the same index.
+    Each image equals the one that `generator(prompts, n=count, ...)` generates at its index.
 
     Raises:
-      UserError: `render` exceeds `count`, or all would be equal; or see `write`, `score`.
+      UserError: `render` is not in 1 .. `count`, or temperature 0 would make all visual prompts
+        equal; or see `write` and `score`.
     """
     settings = settings or self.generator.settings()
     if not 1 <= render <= count:
@@ -161,37 +163,37 @@ class VisualPrompter:
     """The codebook of this model's visual prompts.
 
     Raises:
-      UserError: its networks can't be read.
+      UserError: the networks that read visual prompts can't be loaded.
     """
     network, leaf = self.system.visual_prompt.codebook.split('/')
     entries = np.asarray(self.generator.draft_networks[network][leaf], np.float32)
     return Codebook(len(entries), weights.fingerprint({'codebook': entries}))
 
   def check_ranker(self, name: str) -> None:
-    """Checks that this model has a ranker; front doors call it before the work starts.
+    """Checks that this model has a ranker.
 
     Raises:
-      UserError: names those that it has.
+      UserError: the ranker is unknown, or this model does not have it.
     """
     if name not in RANKERS:
       known = did_you_mean(name, RANKERS)
       raise UserError(f"no ranker of visual prompts is called '{name}'{known}")
     if name not in self.system.plan_rankers:
       raise UserError(
-        f'this model cannot rank visual prompts by {name}: no text tower compares its prompts (a '
-        "class, or a published tokenizer's words) with them; rank by likelihood"
+        f'this model cannot rank visual prompts by {name}: it has no text tower that compares them '
+        'with its prompts; rank by likelihood'
       )
 
   def check_codebook(self) -> None:
-    """Compares the codebook with the model; front doors call it before the work starts.
+    """Checks that the codebook has the size that the model was trained with.
 
     Raises:
-      UserError: the networks that read visual prompts are not those of training.
+      UserError: it has another size, or the networks that read visual prompts can't be loaded.
     """
     if (size := self.codebook.size) != self.system.codes:
       raise UserError(
-        f'the codebook has {size} entries and the model writes {self.system.codes} codes: name the '
-        'weights that it was trained with, in config.model.visual_prompt'
+        f'the codebook has {size} entries, but the model writes {self.system.codes} codes: set '
+        'config.model.visual_prompt to the weights that the model was trained with'
       )
 
   def _request(self, visual_prompts: VisualPrompts) -> tuple[list[Item], Batch]:
