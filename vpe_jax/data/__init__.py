@@ -1,1 +1,1 @@
-"""Data pipeline: from a config to batches of captions and images; imports no network."""
+"""Data pipeline: from a config to batches of captions and images; imports no model code."""

@@ -1,8 +1,9 @@
-"""Encoded entries on disk, by source index: the cache of `data.encode=cached`.
+"""Cache on disk for `data.encode=cached`: encoded entries by source index.
 
+Encoded entries are outputs of frozen encoders, such as visual prompt codes and latents.
 A cache is a folder with array shards of each named entry and a manifest. The manifest holds the
-fingerprint, the entries and a checksum of each shard. It is written last; then the complete folder
-is renamed to its final name.
+fingerprint, name, dtype and shape of each entry, and a checksum of each shard. It is written last;
+then the complete folder is renamed to its final name.
 """
 
 from __future__ import annotations
@@ -120,11 +121,13 @@ def write_cache(
 ) -> EncodedCache:
   """Writes a cache atomically; replaces a damaged one.
 
-  If another process completes the same cache first, that cache is used: it may be in use already.
+  If another process completes the same cache first, that cache is returned and not replaced: a
+  reader may have opened it.
 
   Args:
     fingerprint: everything that determines the content.
-    batches: entries [n, ...] of consecutive records by name; n may vary, the names may not.
+    batches: arrays [n, ...] by entry name, for n consecutive records; n may vary between batches,
+      the names may not.
     shard: number of records in one file.
 
   Raises:

@@ -30,7 +30,8 @@ class Filter:
     language: required language, such as `en` (empty: any). Regions are ignored: `en-US` is `en`. A
       record without the field `language` counts as English if all letters of its caption and its
       `texts` are Latin; for other languages, every record needs the field.
-    least_text_height: least height of each of its `texts`, in pixels of the square image (0: any).
+    least_text_height: minimum height of each box in `texts`, in pixels of the square image (0:
+      any).
     size: side of the square image, in pixels.
     fit: how images become square; see data.fit.
   """
@@ -78,7 +79,7 @@ class Filter:
     if 'texts' not in values:
       raise UserError(
         f'{where} has no "texts", which data.least_text_height={self.least_text_height} needs: '
-        'add them with their boxes to each line of captions.jsonl, or set it to 0'
+        'add them with their boxes to each line of captions.jsonl, or set data.least_text_height=0'
       )
     heights = [bottom - top for _, (_, top, _, bottom) in _texts(values, where)]
     if not heights:
@@ -93,10 +94,10 @@ KEEP_ALL = Filter()
 
 
 def _texts(values: Mapping[str, Any], where: str) -> list[tuple[str, tuple[float, ...]]]:
-  """The text and box of each of a record's `texts`.
+  """(text, box) of each item of the field `texts`.
 
   Raises:
-    UserError: they do not have the form that the docstring of this file describes.
+    UserError: the field does not have the form that the module docstring describes.
   """
   try:
     texts = [(item['text'], tuple(map(float, item['box']))) for item in values['texts']]

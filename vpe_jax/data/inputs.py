@@ -1,8 +1,9 @@
 """Inputs of vpe_jax.prepare: raw records, read one after the other.
 
 A location addresses one record with JSON values, such as a file name, or a file and an offset.
-Locations are cheap and are streamed; reader processes read the records at some of them. Folders and
-TFDS inputs are defined here, webdataset and parquet inputs in vpe_jax.data.formats.
+Locations are small and are streamed; each reader process gets some of them, and reads the records
+there. Folder and TFDS inputs are defined here, WebDataset and Parquet inputs in
+vpe_jax.data.formats.
 """
 
 from __future__ import annotations
@@ -63,12 +64,12 @@ class Input(Protocol):
     """Locations of all records, in the same order each time.
 
     Args:
-      scratch: folder for temporary files, which are deleted when the iterator ends.
+      scratch: folder for temporary files, which are deleted when the iterator is exhausted.
     """
     ...
 
   def read(self, locations: Sequence[Location]) -> Iterator[RawRecord | UnusableRecord]:
-    """The records at some of the locations, one for each."""
+    """Reads the records at some of the locations; yields one for each."""
     ...
 
 
@@ -86,7 +87,7 @@ class FolderInput:
     """None: counting requires reading the folder."""
 
   def locations(self, scratch: Path) -> Iterator[Location]:
-    """(names, filter fields of each entry with these names, where), sorted by names."""
+    """(names, filter fields of each entry with these names, where), sorted; see folder.Names."""
     # Captions are optional here: `read` reports a missing caption for its own record alone.
     fields = dataclasses.replace(self.fields, captions=False)
     entries = (
@@ -178,7 +179,7 @@ def sort(entries: Iterable[Location], scratch: Path, run: int = _RUN) -> Iterato
 
   Args:
     entries: tuples of JSON values.
-    scratch: folder for sorted runs, which are deleted when the iterator ends.
+    scratch: folder for files of sorted runs, which are deleted when the iterator is exhausted.
     run: number of entries that are sorted in memory at a time.
 
   Yields:

@@ -1,4 +1,4 @@
-"""Batches of examples, in an order that depends only on the seed and the examples seen so far.
+"""Batches of examples, in an order that depends only on the seed.
 
 Position p of the endless stream holds record `index_at(p)`. Each epoch is a seeded shuffle of all
 records. The stream is cut into batches before reader processes divide the work, so the order does
@@ -28,7 +28,7 @@ PREFETCHED = 4  # batches
 MAX_WORKERS_PER_CORE, MIN_WORKER_LIMIT = 4, 16
 
 Arrays = dict[str, np.ndarray]
-EXAMPLE = 'example'  # array name of the stream position, next to inputs and encoded entries
+EXAMPLE = 'example'  # name of the array that holds the stream position of each example
 
 
 class Pipeline:
@@ -115,13 +115,13 @@ class Pipeline:
   def batches(
     self, start_example: int, batch_size: int, host_index: int = 0, host_count: int = 1
   ) -> Batches:
-    """The endless stream of batches from a position on: this host's part of each global batch.
+    """This host's part of each global batch, in an endless stream from a position on.
 
     Args:
       start_example: stream position of the first example, which is the number of examples seen.
       batch_size: size B of a global batch. Host h of n gets elements [h B/n, (h + 1) B/n).
-      host_index: h.
-      host_count: n.
+      host_index: index h of this host.
+      host_count: number n of hosts.
 
     Returns:
       An iterator of Batch with numpy leaves; close it, or use it in a `with` block.
@@ -202,7 +202,7 @@ class _Reader(grain.transforms.Map):
     return {EXAMPLE: np.int32(position), **{n: inputs[n] for n in self.names}, **encoded}
 
   def batch(self, stacked: Arrays) -> Batch:
-    """Sorts stacked arrays into the fields of a Batch."""
+    """Assigns stacked arrays to the fields of a Batch."""
     # Copies: arrays from reader processes are in shared memory, which Grain reuses.
     arrays = {name: np.array(leaf) for name, leaf in stacked.items()}
     example, inputs = arrays.pop(EXAMPLE), {name: arrays.pop(name) for name in self.names}

@@ -1,9 +1,9 @@
 """Writes a prepared folder (formats/array_record.py) from any input (vpe_jax.data.inputs).
 
-The locations of an input are divided into runs of equal length. A pool of processes writes each run
-as one shard: first under a temporary name, then renamed, then described by a summary file. After an
-interruption, complete shards have summaries, and the same command writes only the others. The
-manifest, which marks the folder as prepared, is written last.
+The locations of an input are divided into chunks of equal length. A pool of processes writes each
+chunk as one shard: first under a temporary name, then renamed, then described by a summary file.
+After an interruption, complete shards have summaries, and the same command writes only the others.
+The manifest, which marks the folder as prepared, is written last.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Settings:
     least_text_height: in pixels.
     image_size: side of the square in which `least_text_height` is measured.
     fit: how images become square.
-    count: number of input records to use, the first ones, before filters; 0 for all.
+    count: use only the first `count` input records, counted before filters; 0 for all.
     shard_records: number of input records for each shard.
 
   Raises:
@@ -107,14 +107,14 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class ShardSummary:
-  """Summary of a shard and of the records that it lacks.
+  """Summary of a shard and of the input records that are not in it.
 
   Attributes:
-    shard: the file; None if no record passes the filters.
+    shard: the file; None if no record was written.
     locations: number of input records.
     captionless: number of written records without a caption.
     skipped: id and reason of each unusable record.
-    digest: hash of the locations, to detect another input.
+    digest: hash of the locations, to detect that the input changed.
   """
 
   shard: Shard | None
@@ -154,7 +154,7 @@ def open_input(settings: Settings) -> Input:
 
 
 def is_complete(to: str) -> bool:
-  """Whether a folder has been prepared to its end."""
+  """Whether a folder is completely prepared."""
   return (storage.local_path(to) / MANIFEST).exists()
 
 
@@ -299,7 +299,7 @@ def _write_skipped(folder: Path, summaries: Sequence[ShardSummary]) -> None:
 def _summaries(
   settings: Settings, source: Input, folder: Path, workers: int
 ) -> Iterator[ShardSummary]:
-  """The summary of each shard, in order, when the shard is complete."""
+  """Yields the summary of each shard, in order, once the shard is complete."""
   jobs = (
     (number, locations, _digest(locations))
     for number, locations in _shard_locations(settings, source, folder / _WORK_FOLDER)
@@ -353,7 +353,7 @@ def _exit_with_parent(parent: int) -> None:
 def _shard_locations(
   settings: Settings, source: Input, work: Path
 ) -> Iterator[tuple[int, list[Location]]]:
-  """(shard number, locations of its records)."""
+  """(number, locations of the records) of each shard."""
   locations = itertools.islice(source.locations(work), settings.count or None)
   for number in itertools.count():
     run = list(itertools.islice(locations, settings.shard_records))

@@ -19,13 +19,14 @@ from vpe_jax.data.tokenizers.published import open_tokenizer
 class PromptAndImage:
   """Prompt tokens and images of a record; see vpe_jax.contracts.Preprocess.
 
-  Yields `text` [T] and `text_length`. On request also `image` and `source_image` [R, R, 3] uint8,
-  and `near` [M, T] with `near_length` [M]: captions that are wrong in one detail, padded with
-  captions of length 0 if the record has fewer than M.
+  Returns `text` int32 [T] and `text_length` int32 []. On request also `image` and `source_image`,
+  uint8 [R, R, 3], and `near` int32 [M, T] with `near_length` int32 [M]: captions that are wrong in
+  one detail, padded with captions of length 0 if the record has fewer than M. T is
+  `data.text_length`, R `data.image_size`, M `data.near_misses`.
 
   Attributes:
     tokenizer: converts prompts to token ids.
-    data: sizes, and which text of a record is its prompt.
+    data: data section of the config: the sizes above, and the field that is the prompt.
   """
 
   tokenizer: bpe.Tokens

@@ -42,7 +42,7 @@ class Recipe:
   Attributes:
     names: name of each folder.
     folders: records of each folder.
-    times: number of repetitions of each folder.
+    times: number of times that each folder occurs.
   """
 
   names: tuple[str, ...]
@@ -116,7 +116,7 @@ def open_recipe(source: str, root: str, fields: FieldSpec, record_filter: Filter
   """Opens every folder of a recipe.
 
   Args:
-    source: `folders:` and the recipe.
+    source: `data.source`, such as `folders:a*3,b`.
     root: parent of the folders.
     fields: fields that each record must have.
     record_filter: filter that each record must pass.

@@ -12,7 +12,7 @@ import numpy as np
 from vpe_jax.contracts import UserError
 
 Split = Literal['train', 'combination', 'concept']
-Box = tuple[float, float, float, float]  # left, top, right, bottom, as fractions of the side
+Box = tuple[float, float, float, float]  # left, top, right, bottom: fractions of the image side
 
 SPLITS: tuple[Split, ...] = ('train', 'combination', 'concept')
 ENDLESS = 65_536  # records of a generated source whose config sets examples=0
@@ -120,9 +120,9 @@ class Edit:
   """Ground truth of an edit.
 
   Attributes:
-    kind: of a scene: `add`, `remove`, `recolour`, `replace` or `move`; of an emoji: `skin tone`,
-      `hair` or `gender`.
-    before: ground truth of the source image. The record holds that of the target image.
+    kind: `add`, `remove`, `recolour`, `replace` or `move` for a scene; `skin tone`, `hair` or
+      `gender` for an emoji.
+    before: ground truth of the source image. `Record.truth` is that of the target image.
   """
 
   kind: str
@@ -140,7 +140,8 @@ class Record:
     split: `train`, or the held-out split that the record belongs to.
     image: the image; for an edit, the target image.
     truth: content of `image`; None if unknown (user data).
-    wording: number that selects the wording of the caption (vpe_jax.data.embedded.wording).
+    wording: number that selects the wording of the caption (vpe_jax.data.embedded.wording); unused
+      in edits of scenes.
     reference: source image of an edit; else None.
     edit: ground truth of an edit; None if unknown (user data), or if the record is no edit.
   """
@@ -159,8 +160,8 @@ class Record:
 class Source(Protocol):
   """A data set: records by index.
 
-  Threads read it at the same time, and reader processes get a pickled copy: open files and
-  connections belong to a call of `__getitem__`.
+  Several threads read a source at the same time, and each reader process gets a pickled copy.
+  Therefore sources do not store open files or connections.
   """
 
   def __len__(self) -> int: ...
@@ -171,11 +172,11 @@ class Source(Protocol):
 class StoredSource(Source, Protocol):
   """A data set in user files, which may change between runs.
 
-  `DataConfig.is_user_data` is true for its prefix of `data.source`: caches then depend on `stamps`.
+  `DataConfig.is_user_data` must be true for such a `data.source`: caches then depend on `stamps`.
   """
 
   def stamps(self) -> Iterator[str]:
-    """Strings that change whenever the files change; no image is opened."""
+    """Strings that change whenever an image file changes; opens no image."""
     ...
 
 
@@ -186,7 +187,7 @@ class ProceduralSource(abc.ABC):
   Attributes:
     count: number of records; any number is available.
     split: `train` or a held-out split; each subclass documents what `train` excludes.
-    seed: selects another sequence of records.
+    seed: each seed gives another sequence of records.
   """
 
   count: int
@@ -223,6 +224,6 @@ def render(record: Record, size: int) -> np.ndarray:
 def edit_mask(record: Record, size: int) -> np.ndarray:
   """The mask of an edit: bool [size, size], true where source and target image differ.
 
-  For generated records the mask is exact: all other pixels are bitwise equal.
+  In generated records, pixels outside the edited objects are bitwise equal.
   """
   return np.any(render(record, size) != record.reference.render(size), axis=-1)

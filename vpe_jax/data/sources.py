@@ -1,7 +1,7 @@
 """Opens the data source that the `data` section of a config names.
 
 To add a data set, write a class that implements `Source` (vpe_jax.data.records) and an `Opener` in
-a file of this room, and add a line to `SOURCES` in vpe_jax/config/data.py.
+a file of vpe_jax/data, and add a line to `SOURCES` in vpe_jax/config/data.py.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Mixture:
 
 def _count_of_first(index: int, share: float) -> int:
   """Number of records below `index` that come from the first source."""
-  return math.floor(index * share + 1e-9)
+  return math.floor(index * share + 1e-9)  # The product may be slightly below an integer.
 
 
 def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> Source:
@@ -67,12 +67,13 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
     seed: seed of generated records and of caption wording.
 
   Raises:
-    UserError: the source has no such split, can't be read, is empty, or has no filters.
+    UserError: the source has no such split, can't be read, is empty, does not support the filters
+      of the config, or has source images although the system reads none, or vice versa.
   """
   if not config.in_folders and (config.language or config.least_text_height):
     raise UserError(
-      f'data.language and data.least_text_height filter records of a folder, and '
-      f'config.data.source is {config.source}: leave them out'
+      f'data.language and data.least_text_height filter records of a folder, but '
+      f'config.data.source is {config.source}: do not set them'
     )
   if config.is_user_data:
     return _open_stored(config, split)
@@ -108,7 +109,7 @@ def open_mixture(config: DataConfig, split: Split, seed: int) -> Mixture:
 
 
 def open_edits(config: DataConfig, split: Split, seed: int) -> Mixture:
-  """Opens the source `edits`: of scenes and of OpenMoji; see Opener."""
+  """Opens the source `edits`: edits of scenes and of OpenMoji; see Opener."""
   return _mixture(Edits, EmojiEdits, config, split, seed)
 
 

@@ -85,15 +85,15 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def to_square(image: np.ndarray, size: int, fit: str) -> np.ndarray:
-  """The image as a square, by `data.fit`: `pad` or `crop`."""
+  """Applies `pad_to_square` or `crop_to_square`, by `fit` (`pad` or `crop`)."""
   return {'pad': pad_to_square, 'crop': crop_to_square}[fit](image, size)
 
 
 def crop_to_square(image: np.ndarray, size: int) -> np.ndarray:
   """Scales the shorter side to `size` (bicubic) and crops the centre.
 
-  An odd number of excess pixels loses one more at the right or bottom. Arguments and result as in
-  `pad_to_square`.
+  If the number of excess pixels is odd, the right or bottom loses one more. Arguments and result as
+  in `pad_to_square`.
   """
   height, width = image.shape[:2]
   shorter = min(height, width)
@@ -106,7 +106,7 @@ def crop_to_square(image: np.ndarray, size: int) -> np.ndarray:
 def pad_to_square(image: np.ndarray, size: int) -> np.ndarray:
   """Scales the longer side to `size` (bicubic) and centres the image on a white square.
 
-  An odd number of padding pixels puts one more at the right or bottom.
+  If the number of padding pixels is odd, the right or bottom gets one more.
 
   Args:
     image: uint8 [height, width, 3].

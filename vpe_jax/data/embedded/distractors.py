@@ -22,7 +22,7 @@ def distractors(record: Record, count: int, seed: int) -> list[tuple[str, str]]:
 
   Args:
     record: record of OpenMoji or scenes.
-    count: number of captions; fewer are returned if the record has fewer near misses.
+    count: number of captions; fewer are returned if fewer are possible.
     seed: selects among the possible captions.
 
   Returns:
@@ -101,7 +101,7 @@ def _other_clusters(cluster: Cluster, kind: str, room: int) -> Iterator[Cluster]
     for shape in shapes.SHAPES:
       yield dataclasses.replace(cluster, name=shape)
   else:
-    # Nouns are as familiar as the true one, so that novelty doesn't reveal the answer.
+    # Held-out nouns are used only if the true noun is held out: novelty must not reveal the answer.
     is_new = cluster.name in splits.held_out_concepts()
     nouns = vocabulary.emoji() if is_new else splits.trained_concepts()
     for noun in nouns:

@@ -26,10 +26,10 @@ _PERSON = 'person'  # noun for emoji without a gender
 
 @dataclasses.dataclass(frozen=True)
 class EmojiEdits:
-  """Pairs of variants of one split as a source.
+  """Edits of one split as a source: each changes a variant of an emoji into another.
 
   Attributes:
-    count: number of records; 0 for each pair once. A larger count repeats the pairs with other
+    count: number of records; 0 for each edit once. A larger count repeats the edits with other
       wordings.
     split: `train` or a held-out split.
     seed: selects other wordings.
@@ -74,7 +74,7 @@ def pairs(split: Split) -> tuple[tuple[str, Emoji, Emoji], ...]:
     for before, after in itertools.permutations(members, 2):
       old, new = aspects[before.code], aspects[after.code]
       kinds = [kind for kind, a, b in zip(KINDS, old, new, strict=True) if a != b]
-      # No instruction describes hair that the target's name does not mention.
+      # Edits that only remove a hair attribute are skipped: no instruction describes them.
       if len(kinds) == 1 and (kinds != ['hair'] or new[1]):
         if splits.stricter_split(split_of[before.code], split_of[after.code]) == split:
           matches.append((kinds[0], before, after))

@@ -28,7 +28,7 @@ _MEASURE_EM = 256  # pixels per em at which ink is measured
 
 @functools.lru_cache(maxsize=8192)
 def ink(name: str, text: str) -> Box:
-  """The extent of the ink of a line of text, in ems, relative to its origin on the baseline."""
+  """Bounding box of the ink of a line of text, in ems from the line's origin on the baseline."""
   mask, (left, top) = letters(name, text, _MEASURE_EM)
   edges = (left, top, left + mask.width, top + mask.height)
   return tuple(edge / _MEASURE_EM for edge in edges)
@@ -62,14 +62,13 @@ def letters(name: str, text: str, em: int) -> tuple[Image.Image, tuple[int, int]
 
 @functools.lru_cache(maxsize=64)
 def _font(name: str, em: int) -> ImageFont.FreeTypeFont:
-  # The basic layout is the same on all systems; the other one needs a system library.
+  # The basic layout engine is the same on all systems; Pillow's other one needs a system library.
   return ImageFont.truetype(str(_file(name)), em, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _file(name: str) -> Path:
   package, file = _FILES[name]
-  # RawRecord and not imported: these packages hold files and no code that is of use.
-  # Located without importing: only the files of these packages are of use.
+  # Located without importing: only the font files of these packages are of use.
   spec = importlib.util.find_spec(package)
   if spec is None or spec.origin is None:
     raise UserError(

@@ -19,7 +19,7 @@ _NAMES = {
   'g': 'flags',
 }
 
-# Groups as runs of first code points: each entry is a key of _NAMES and the first code point.
+# Runs of consecutive code points of one group: key of _NAMES, and first code point of the run.
 _RUNS = """
 y23 t231A o2328 y23CF t23F0 y23F8 t2600 o260E y2611 t2614 f2615 a2618 p261D s2620 y2622 s2639
 y2640 v265F t2668 y267B o2692 t2693 o2694 y2695 o2696 y269B t26A1 y26A7 o26B0 v26BD t26C4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_PLURAL = re.compile(r'[^suo]s$')
+_PLURAL = re.compile(r'[^suo]s$')  # `grapes`, but not `dress`, `octopus` or `rhinoceros`
 
 # Names that end in one of these words take no article.
 _MASS = frozenset(
@@ -14,7 +14,8 @@ _MASS = frozenset(
   'locked spiral arts clothes japan karate'.split()
 )
 
-# A name of a face, person, body part or symbol is a countable noun if it starts or ends with one.
+# Names of faces, people, body parts and symbols take an article if they start or end with one of
+# these words.
 _HEADS = frozenset(
   'face cat monkey heart skull ghost bubble mark poo robot ogre goblin arrow button sign man woman '
   'person boy girl baby child elf fairy genie mage merperson mermaid merman vampire zombie troll '

@@ -21,9 +21,9 @@ _KINDS = ('object', 'object', 'colour', 'count')  # objects twice: the hardest o
 
 
 def near_misses(record: Record, count: int) -> list[str]:
-  """At most `count` distinct wrong captions of a training scene; none for other records.
+  """At most `count` distinct wrong captions of a scene; none for other records.
 
-  Each has one object, colour or count changed and the wording of the true caption. The result is
+  Each changes one object, colour or count, and keeps the wording of the true caption. The result is
   deterministic.
   """
   if record.group != scenes.GROUP or record.truth is None:
@@ -43,11 +43,12 @@ def near_misses(record: Record, count: int) -> list[str]:
 
 
 def _changed(truth: Truth, rng: random.Random) -> Truth:
-  """The scene with one detail sampled again; it may stay the same."""
+  """The scene with one detail sampled again; the result may equal the scene."""
   kind = rng.choice(_KINDS)
   place = rng.randrange(len(truth.clusters))
   cluster = truth.clusters[place]
   tinted = truth.background != 'white'
+  # If both can change colour, 40 % of the changes are to the background.
   if kind == 'colour' and (not cluster.colour or (tinted and rng.random() < 0.4)):
     if not tinted:
       return truth

@@ -33,7 +33,7 @@ _PEOPLE = {'1F468': 'man', '1F469': 'woman'}
 _PERSON = '1F9D1'
 _SIGNS = {'2640': 'woman', '2642': 'man'}
 _JOINER = '200D'
-_COMPONENTS = frozenset(_TONES) | frozenset(_HAIR)  # swatches, no emoji of their own
+_COMPONENTS = frozenset(_TONES) | frozenset(_HAIR)  # swatches, not used as emoji
 
 TONES: tuple[str, ...] = tuple(_TONES.values())
 HAIR: tuple[str, ...] = tuple(_HAIR.values())
@@ -98,7 +98,7 @@ def of_split(split: Split) -> tuple[Emoji, ...]:
 
 
 def truth_of(item: Emoji) -> Truth:
-  """Ground truth of the image of an emoji; its box is the whole drawing, including margins."""
+  """Ground truth of the image of an emoji; the box is the whole drawing, including margins."""
   cluster = Cluster(item.name, 'emoji', (_WHOLE,), code=item.code)
   return Truth((cluster,), base=item.base, variant=item.variant)
 

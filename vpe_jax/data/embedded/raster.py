@@ -84,7 +84,8 @@ def content_key(svg: str) -> str:
 def _trim(svg: str, side: int) -> np.ndarray:
   left, top, right, bottom = extent(svg)
   longer = max(right - left, bottom - top)
-  # Downsampled from at least twice the resolution, a power of two: few rasters serve all sizes.
+  # Downsampled from a raster at least twice as large. Its side is a power of two, so that few
+  # rasters serve all sizes.
   master = 2 ** int(np.ceil(np.log2(2 * side / longer)))
   image = Image.frombuffer('RGBa', (master, master), raster(svg, master), 'raw', 'RGBa', 0, 1)
   shape = [max(1, round(side * span / longer)) for span in (right - left, bottom - top)]

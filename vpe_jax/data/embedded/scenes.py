@@ -28,11 +28,11 @@ from vpe_jax.storage import stable_hash
 
 MAX_OBJECTS = 4  # in one scene
 GROUP = 'scene'
-_MARGIN = 0.02
+_MARGIN = 0.02  # as a fraction of the image side, like all sizes below
 _JITTER = 0.01  # maximum random displacement of each of several objects
-_WORDINGS = 4096
+_WORDINGS = 4096  # number of values of Record.wording
 
-# (share of scenes, clusters of the scene); a plural stands for 2 to 4 objects.
+# (share of scenes, clusters of the scene); a plural stands for 2 to 4 objects (2 or 3 in a pair).
 _LAYOUTS = (
   (0.20, ('shape',)),
   (0.20, ('emoji',)),
@@ -46,7 +46,7 @@ _LAYOUTS = (
 _TINTED_SHARE = 0.4  # share of scenes with a tinted background
 _STATED_SHARE = 0.75  # share of pairs whose caption states their relation
 
-# Number of objects -> arrangements: centres in the unit square, and the range of sides that fit.
+# Number of objects -> arrangements: centres in the unit square, and the range of object sizes.
 _Centres = tuple[tuple[float, float], ...]
 _ARRANGEMENTS: dict[int, tuple[tuple[_Centres, float, float], ...]] = {
   2: (
@@ -72,6 +72,7 @@ _LINES: dict[int, tuple[tuple[float, ...], float, float]] = {
   2: ((0.27, 0.73), 0.34, 0.42),
   3: ((0.19, 0.5, 0.81), 0.25, 0.29),
 }
+# Size word -> range of sizes of one object: alone in the image, or alone in one half of it.
 _SINGLE = {None: (0.48, 0.62), 'small': (0.3, 0.36), 'large': (0.78, 0.9)}
 _PAIRED = {None: (0.34, 0.42), 'small': (0.22, 0.26), 'large': (0.44, 0.46)}
 
@@ -199,8 +200,9 @@ def place_cluster(
 
   Args:
     cluster: objects without positions.
-    centres: (x, y) of each object, as fractions of the side of the image.
-    side: longer side of the ink, the same for all objects or one for each; likewise.
+    centres: (x, y) of each object, as fractions of the image side.
+    side: longer side of the ink, one for all objects or one for each, as a fraction of the image
+      side.
   """
   left, top, right, bottom = raster.extent(svg_of(cluster))
   longer = max(right - left, bottom - top)

@@ -22,8 +22,9 @@ Combination = tuple[str, str, str]  # kind of pair, and its two attributes
 
 OPPOSITE = {'left': 'right', 'right': 'left', 'above': 'below', 'below': 'above'}
 
-# Of each kind, one pair in this many is held out.
+# Kind of pair -> one pair in this many is held out.
 _ONE_IN = {'colour': 6, 'count': 8, 'relation': 8, 'variant': 10, 'words': 6, 'font': 10}
+# One in this many is held out. A family is a base emoji and its variants.
 _CONCEPTS_ONE_IN = 12  # of the scene vocabulary
 _FAMILIES_ONE_IN = 24  # of the OpenMoji families outside the scene vocabulary
 _WORDS_ONE_IN = 12  # of the written words
@@ -154,7 +155,7 @@ def split_of_edit(before: Truth, after: Truth) -> Split:
 
 
 def stricter_split(before: Split, after: Split) -> Split:
-  """The split of an edit from those of its images: it is training data only if both are."""
+  """The split of an edit, from the splits of both images: `train` only if both are `train`."""
   return max(before, after, key=SPLITS.index)
 
 

@@ -29,7 +29,7 @@ class Noise:
 class Synthetic:
   """Random records as a source; record i is a pure function of i.
 
-  The group of all records is '0', which is a class name in every class list.
+  The group of all records is '0', which every class list accepts as a name or an index.
 
   Attributes:
     count: number of records.

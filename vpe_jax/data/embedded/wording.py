@@ -1,7 +1,7 @@
 """Captions of ground truths in varied wording, selected by a number.
 
-The same number gives another truth the same wording as far as its content allows, so that captions
-of distractors read like the true one.
+The same number gives different truths the same wording as far as their content allows, so that
+distractors read like the true caption.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def caption(truth: Truth, wording: int) -> str:
 
 
 def emoji_caption(phrase: str, variant: tuple[str, ...], wording: int) -> str:
-  """The caption of an OpenMoji image: its noun phrase and the attributes of its variant."""
+  """The caption of an OpenMoji image: noun phrase and skin tones (`variant`)."""
   choose = random.Random(stable_hash('wording', wording))
   frame, tones = choose.random(), choose.random()
   first, second = _pick(_TONES, tones)

@@ -1,9 +1,9 @@
 """Procedural images of written words: 1 to 3 words, with exact ground truth.
 
 Image i of seed s in a split is a pure function of (s, split, i). Each word has its own line. The
-font size is at or a little below the largest that fits, so that the longest words are legible at 64
-x 64 pixels. Captions quote the words and name the font. All text is in lower case, because the
-tokenizer of the embedded data sets lower-cases text.
+font size is at most the largest that fits and at least three quarters of it, so that the longest
+words are legible at 64 x 64 pixels. Captions quote the words and name the font. All text is in
+lower case, because the tokenizer of the embedded data sets lower-cases text.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAX_EM, _LEGIBLE_EM = 0.6, 0.18  # font sizes, as fractions of the side
 _MIN_FIT = 0.75  # minimum font size, as a fraction of the largest that fits
 _GAP = 0.22  # space between lines, in ems
 _TINTED_SHARE, _FADED_SHARE = 0.5, 0.4  # share of tinted backgrounds, and of gradients among them
-_WORDINGS = 4096  # number of phrasings
+_WORDINGS = 4096  # number of values of Record.wording
 
 _FRAMES = (
   'the {words} {quote}',

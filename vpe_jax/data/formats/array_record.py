@@ -2,7 +2,8 @@
 
 `python -m vpe_jax.prepare` writes them (vpe_jax.data.preparing). A prepared folder holds shards in
 ArrayRecord format and a manifest, `prepared.json`, which is written last. A record is a msgpack map
-of plain values (`Content`), including the bytes of the image file. Reading executes nothing.
+of plain values (`Content`), including the bytes of the image file. Reading never executes code from
+the files.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from vpe_jax.data.records import Record, StoredSource
 from vpe_jax.storage import AnyPath, checksum, local_path
 
 MANIFEST = 'prepared.json'
-FORMAT = 1  # of manifest and records
+FORMAT = 1  # version of the format of manifest and records
 # One record per chunk, so that random access reads no other record. Images are already compressed.
 _WRITER_OPTIONS = 'group_size:1,uncompressed'
 _MAX_OPEN_SHARDS = 16_384  # per process, if the system allows it
@@ -116,7 +117,7 @@ class Prepared:
   Attributes:
     path: the folder.
     shards: the files.
-    count: number of records that are used, the first ones.
+    count: only the first `count` records are used.
     fit: see `data.fit`.
     references: whether records have source images (edits).
     digest: hash of the manifest.
@@ -170,7 +171,7 @@ def open_image_folder(
 
   Args:
     path: the folder.
-    count: number of records to use, the first ones, with a warning; 0 for all.
+    count: use only the first `count` records, and log a warning; 0 for all.
     fields: fields that each record must have.
     record_filter: filter that each record must pass. A prepared folder must have been prepared with
       the same filter.
@@ -231,7 +232,7 @@ def _check_size(folder: Path, shard: Shard) -> None:
 
 
 def verify(path: AnyPath) -> Iterator[Shard]:
-  """Verifies the checksum of each shard of a prepared folder; yields the intact shards.
+  """Verifies the checksum of each shard of a prepared folder; yields each intact shard.
 
   Raises:
     UserError: a shard is damaged; names it.
@@ -339,7 +340,7 @@ def _checked(values: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _WholeFile:
-  """A read instruction for a whole file; saves array_record from opening the file to count."""
+  """Read instruction for a whole file; array_record need not open the file to count records."""
 
   filename: str
   take: int
@@ -349,7 +350,7 @@ class _WholeFile:
 
 @functools.cache
 def _readers(process: int) -> Callable[[str, int], ArrayRecordDataSource]:
-  """Opens shards by path and number of records; closes the least recently used.
+  """A function that opens a shard by path and number of records; an LRU cache of open shards.
 
   The cache key `process` gives each process its own readers: a forked child can't use the threads
   and files of its parent.

@@ -94,7 +94,7 @@ class Folder:
 
   Attributes:
     path: the folder.
-    entries: files within the folder, and captions.
+    entries: image file, caption and source image file of each record.
     fit: see `data.fit`.
   """
 
@@ -120,7 +120,7 @@ class Folder:
     return File(str(Path(self.path) / name), self.fit)
 
   def stamps(self) -> Iterator[str]:
-    """Path, size and modification time of every file; see vpe_jax.data.records.StoredSource."""
+    """Path, size and modification time of every image file; see StoredSource in records.py."""
     for name, _, source_name in self.entries:
       for path in [self._file(each).path for each in (name, source_name) if each]:
         stat = os.stat(path)
@@ -133,7 +133,7 @@ def record_id(name: str) -> str:
 
 
 def group_of(name: str) -> str:
-  """The class of an image file: the name of its subfolder."""
+  """The class of an image file: the name of its subfolder; `folder` outside all subfolders."""
   return PurePosixPath(name).parent.name or 'folder'
 
 
@@ -149,7 +149,7 @@ def open_folder(
 
   Args:
     path: the folder.
-    count: number of records to use, the first by name, with a warning; 0 for all.
+    count: use only the first `count` records by file name, and log a warning; 0 for all.
     fields: fields that each record must have. Without captions, text files are optional.
     record_filter: filter that records must pass (see vpe_jax.data.filters for its fields); it also
       says how images become square.
@@ -162,7 +162,7 @@ def open_folder(
   accepted, total = set(), 0
   for names, values, where in find_entries(folder, fields):
     total += 1
-    for name in names[::2]:
+    for name in names[::2]:  # image and source image
       _check_file(folder, name, where)
     if record_filter.passes(values, names[1], folder / names[0], where):
       accepted.add(names)
@@ -180,7 +180,7 @@ def open_folder(
 
 
 def limited_count(total: int, count: int, path: str) -> int:
-  """Number of records that `data.examples=count` (0: all) uses of `total`; warns if fewer."""
+  """Number of records used of `total` with `data.examples=count` (0: all); warns if fewer."""
   if not 0 < count < total:
     return total
   logging.warning(

@@ -177,7 +177,7 @@ def _values(batch: Any) -> list[dict[str, Any] | UnicodeDecodeError]:
 
 
 def _with_start(batches: Iterator[Any]) -> Iterator[tuple[int, Any]]:
-  """(index of its first row, batch) of each batch."""
+  """(index of the first row, batch) of each batch."""
   start = 0
   for batch in batches:
     yield start, batch
@@ -185,7 +185,7 @@ def _with_start(batches: Iterator[Any]) -> Iterator[tuple[int, Any]]:
 
 
 def _image_bytes(value: Any) -> bytes:
-  """The bytes of a value of an image column; empty if it has only a path."""
+  """The image bytes in a value of an image column; empty if the value has only a path."""
   return (value.get('bytes') if isinstance(value, dict) else value) or b''
 
 

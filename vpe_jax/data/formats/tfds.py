@@ -1,8 +1,9 @@
 """Data sets of TensorFlow Datasets, read without TensorFlow: `tfds:NAME/SPLIT`.
 
-The data set is stored in `data.root`, as TFDS prepares it with `file_format='array_record'`. Most
-data sets need TensorFlow for that, on any machine. The code of the data set does not run here: its
-metadata files name its features. Images are decoded as those of any other source.
+The data set is stored in `data.root`, as TFDS prepares it with `file_format='array_record'`.
+Preparing most data sets requires TensorFlow, but can be done on another machine. The code of the
+data set does not run here: metadata files list the features. Images are decoded as those of any
+other source.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _INFO = 'dataset_info.json'
 _FEATURES = 'features.json'
 _CAPTIONS = ('caption', 'text', 'prompt')
 _LABEL = 'label'
-_GROUP = 'tfds'  # of records without labels
+_GROUP = 'tfds'  # class of records without labels
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
 # Reading features.json imports the modules that it names, so only features of TFDS are allowed.
 _CLASS_KEYS = ('pythonClassName', 'python_class_name', 'type')
@@ -49,10 +50,10 @@ class Tfds:
   Attributes:
     path: folder of one version of the data set.
     split: name of a split, or a slice such as `train[:90%]`.
-    count: number of records that are used, the first ones.
+    count: only the first `count` records are used.
     image: name of the image feature.
     caption: name of the caption feature; '' for none.
-    labels: class names if there is a feature `label`.
+    labels: class names of the feature `label`; empty if there are none.
     fit: see `data.fit`.
   """
 
@@ -104,7 +105,7 @@ def open_tfds(name: str, root: str, count: int, fields: FieldSpec, fit: str) -> 
     name: NAME/SPLIT, or NAME for the split `train`. NAME may include a config and a version, as in
       NAME/CONFIG/VERSION/SPLIT or NAME/CONFIG:VERSION; the default is the newest version.
     root: data_dir in which the data set was prepared.
-    count: number of records to use, the first ones, with a warning; 0 for all.
+    count: use only the first `count` records, and log a warning; 0 for all.
     fields: fields that each record must have. Without captions, a feature `label` is required. The
       default image feature is `image`, or the only feature of type Image; the default caption
       feature is `caption`, `text` or `prompt`.

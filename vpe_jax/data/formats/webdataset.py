@@ -52,7 +52,7 @@ class Tars:
     """None: counting requires reading the files."""
 
   def locations(self, scratch: Path) -> Iterator[Location]:
-    """(tar file, key, parts, why the record is unusable or '')."""
+    """(tar file, key, parts, reason why the record is unusable or ''); see _records."""
     del scratch
     for path in self.names:
       for key, parts, reason in _records(path):
@@ -109,7 +109,10 @@ def open_tars(pattern: str, fields: FieldSpec) -> Tars:
 
 
 def _records(path: str) -> Iterator[tuple[str, _Parts, str]]:
-  """(key, members, why the record is unusable or '') for each record of a tar file."""
+  """(key, parts, reason why the record is unusable or '') of each record of a tar file.
+
+  The key is the common name of the members, up to the first dot.
+  """
   earlier: set[int] = set()
   for key, members in itertools.groupby(_members(path), key=lambda member: member[0]):
     parts: _Parts = {}
@@ -161,7 +164,7 @@ def _part(file: BinaryIO, parts: _Parts, endings: Sequence[str]) -> bytes:
       file.seek(offset)
       content = file.read(size)
       if len(content) < size:
-        raise _RecordError('the tar file ends within it')
+        raise _RecordError('the tar file ends within this record')
       return content
   raise _RecordError(f'has no .{" or .".join(endings)}, but .{", .".join(parts)}')
 

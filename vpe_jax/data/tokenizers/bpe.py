@@ -20,6 +20,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.embedded import openmoji, scenes
 from vpe_jax.storage import SHIPPED_ASSETS, read_text, write_atomic
 
+# [bot] and [eot] enclose a visual prompt, [boi] and [eoi] an image.
 PAD, UNK, BOS, BOT, EOT, BOI, EOI, EOS = range(8)
 SPECIALS = ('[pad]', '[unk]', '[bos]', '[bot]', '[eot]', '[boi]', '[eoi]', '[eos]')
 VOCABULARY = 1024
@@ -28,7 +29,7 @@ SHIPPED = SHIPPED_ASSETS / 'bpe.json'
 _SCENES = 4000  # number of scenes whose captions train the BPE
 _WORDINGS = 4  # captions per OpenMoji emoji
 _TYPOGRAPHY = {'“': '"', '”': '"', '‘': "'", '’': "'", '–': '-', '—': '-'}
-# Common words of prompts that the data sets lack, so that they don't become single letters.
+# Common words that the data sets lack; without these prompts, the BPE would spell them in letters.
 _GENERAL = (
   'a photo of a red fox in the snow',
   'five small birds sitting in a row on a wire',
@@ -221,7 +222,7 @@ def training_captions() -> list[str]:
   items = openmoji.of_split('train')
   emoji = [openmoji.caption_of(item, wording) for item in items for wording in range(_WORDINGS)]
   composed = [scenes.scene(0, index).caption for index in range(_SCENES)]
-  return emoji + composed + list(_GENERAL) * 8
+  return emoji + composed + list(_GENERAL) * 8  # 8 times: frequent words become tokens
 
 
 def write(path: Path = SHIPPED) -> None:

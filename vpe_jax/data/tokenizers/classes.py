@@ -53,11 +53,11 @@ class Classes(bpe.Tokens):
 
 
 def of_names(listed: str) -> Classes:
-  """The classes of a config's `data.tokenizer=classes:...`.
+  """The classes of `data.tokenizer=classes:...`.
 
   Args:
-    listed: comma-separated names; or the number of classes, which are named `0`, `1`, ...; or a
-      text file with one name per line.
+    listed: comma-separated names; or the number of classes, which are named `0`, `1`, ...; or the
+      path of a text file (.txt) with one name per line.
 
   Raises:
     UserError: the file can't be read, or names are missing or equal.

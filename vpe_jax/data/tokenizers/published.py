@@ -14,7 +14,7 @@ from vpe_jax.data.tokenizers.special_tokens import FAMILIES
 
 
 class PublishedTokenizer(bpe.Tokens):
-  """Captions to tokens and back, by `transformers.AutoTokenizer`.
+  """Converts text to tokens and back with `transformers.AutoTokenizer`.
 
   Attributes:
     pad: id of the padding token.
@@ -28,7 +28,8 @@ class PublishedTokenizer(bpe.Tokens):
       name: a local folder, or an id on the Hugging Face hub such as `Qwen/Qwen2.5-1.5B-Instruct`.
 
     Raises:
-      UserError: there is none, the hub is out of reach, or its tokens are not those of the family.
+      UserError: there is no tokenizer, the hub is out of reach, or the tokens are not those of the
+        family.
     """
     self.name = name
     self._tokenizer = _open(name)
@@ -83,7 +84,7 @@ def open_tokenizer(name: str) -> bpe.Tokens:
   """The tokenizer that `data.tokenizer` names.
 
   Raises:
-    UserError: no tokenizer has this name.
+    UserError: the tokenizer doesn't exist, can't be read, or does not fit its family.
   """
   if name.startswith(CLASSES):
     return classes.of_names(name.removeprefix(CLASSES))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokens:
-  """Special tokens that a family of models expects of its tokenizer.
+  """Special tokens that a family of models expects.
 
   Attributes:
     vocabulary: number of tokens of the tokenizer, `added` included.
@@ -42,7 +42,7 @@ _LLAMA = {
 FAMILIES: Mapping[str, SpecialTokens] = {
   # Qwen2.5 and Qwen2.5-VL: 151,643 ordinary tokens and 22 special ones.
   'qwen2.5': SpecialTokens(151_665, '<|endoftext|>', _QWEN),
-  # Llama 3.x: 128,000 ordinary tokens and 256 special ones; padding as in its fine-tuning recipes.
+  # Llama 3.x: 128,000 ordinary tokens and 256 special ones; padding as in fine-tuning recipes.
   'llama3': SpecialTokens(128_256, '<|end_of_text|>', _LLAMA),
   # Show-o2 appends four tokens to those of Qwen2.5.
   'showo2': SpecialTokens(
