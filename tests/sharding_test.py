@@ -174,7 +174,7 @@ class TestBatch:
   def test_batch_size_must_divide_over_devices_and_microbatches(self):
     mesh = _mesh()
     sharding.check_divides(16, mesh, accumulate=2)
-    with pytest.raises(UserError, match='batch_size 12 does not divide over 8 devices: use a mul'):
+    with pytest.raises(UserError, match='12 does not divide over 8 batch shards .*: use a mul'):
       sharding.check_divides(12, mesh)
     with pytest.raises(UserError, match='x 2 microbatches: use a multiple of 16'):
       sharding.check_divides(8, mesh, accumulate=2)

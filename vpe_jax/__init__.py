@@ -8,7 +8,7 @@ __version__ = '0.1.0'
 
 
 def __getattr__(name: str) -> Any:
-  """`vpe_jax.Generator`, imported when it is asked for: plain `import vpe_jax` stays light."""
+  """Imports `vpe_jax.Generator` on first access, so that `import vpe_jax` doesn't import JAX."""
   if name == 'Generator':
     from vpe_jax.generator import Generator
 

@@ -39,7 +39,7 @@ def _define_flags() -> None:
   flags.DEFINE_integer('images_per_chip', None, "overrides the config's batch size")
   flags.DEFINE_string('json', None, 'file for the report, local or gs://')
   flags.DEFINE_bool('overwrite', False, 'replace an existing file')
-  flags.DEFINE_string('write_card', None, "write the table of --config's card from these reports")
+  flags.DEFINE_string('write_card', None, "folder of reports for the table of --config's card")
 
 
 def main() -> None:

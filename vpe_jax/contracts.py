@@ -1,9 +1,9 @@
-"""Contracts between rooms: axis letters, batches, losses, stages, systems and capabilities.
+"""Contracts between the packages: batches, losses, stages, systems and their capabilities.
 
-Axis letters, used in every einsum and shape annotation:
+Axis letters of einsums and shape annotations, unless a docstring defines others:
   B batch, L tokens in a sequence, S keys, N query heads, K key/value heads, H head width,
-  D model width, V vocabulary, P patches, C channels, F frames; G = N // K query heads per
-  key/value head.
+  D model width, V vocabulary, P patches, C channels, F frames, R side of a square image in
+  pixels; G = N // K query heads per key/value head.
 
 Time: t = 0 is data, t = 1 is noise, x_t = (1 - t) x + t eps, and networks predict v = eps - x.
 """
@@ -22,14 +22,14 @@ import numpy as np
 
 Array = jax.Array
 Params = Mapping[str, Any]  # a plain nested dict of arrays
-State = dict[str, Any]  # of a run: COUNTERS, params, opt_state and ema; see training/state.py
+State = dict[str, Any]  # a run's COUNTERS, params, opt_state and ema; see training/state.py
 COUNTERS = ('stage', 'step', 'stage_step', 'examples_seen')  # integers of a State
 
 
 class UserError(ValueError):
-  """A mistake that a user can cure: one line, which names the mistake and the cure.
+  """A mistake that a user can fix; the message is one line that names the mistake and the fix.
 
-  Front doors print it as `error: ...` and exit with status 2.
+  The commands print it as `error: ...` and exit with status 2.
   """
 
 
@@ -43,20 +43,20 @@ class Visibility:
   """Who may attend to whom: four int32 per token, all `[B, L]`.
 
   A query sees a key if since[q] <= order[k] < reach[q] and order[q] < until[k]. `order` is the
-  index in the logical sequence and continues over packed samples; storage order is free. An absent
-  token has since = reach = until = 0: it sees nothing and nothing sees it.
+  index in the logical sequence and continues over packed samples; tokens may be stored in another
+  order. An absent token has since = reach = until = 0: it sees nothing and nothing sees it.
 
   A sequence of text `a b`, an absent token `.`, and a bidirectional image `x y`:
 
           a b . x y      order 0 1 0 2 3
       a   1 0 0 0 0      since 0 0 0 0 0
       b   1 1 0 0 0      reach 1 2 0 4 4
-      .   0 0 0 0 0      until 9 9 0 9 9   (9 is the largest int32)
+      .   0 0 0 0 0      until 9 9 0 9 9   (9 stands for the largest int32)
       x   1 1 0 1 1
       y   1 1 0 1 1
 
   The query side (order, since, reach) and the key side (order, until) may come from different
-  arrays: a cached call passes the visibility of its own tokens and that of all cached slots.
+  arrays: a call with a KV cache passes its own tokens as queries and all cached slots as keys.
   """
 
   order: Array
@@ -85,10 +85,11 @@ def concatenate(parts: list[Any], axis: int = 1) -> Any:
 
 @_pytree
 class Batch:
-  """One batch, or one batch of sampling requests: named arrays, as the system declares them.
+  """A batch of training examples or of sampling requests; BatchSpec declares the arrays.
 
   Attributes:
-    example: [B] int32, the position in the data stream; keys the randomness of each example.
+    example: [B] int32, which keys the randomness of each element: the position in the data stream
+      or, in a request, a hash of the prompt and the index of its image.
     inputs: arrays that the data pipeline yields, by name, each `[B, ...]`.
     encoded: outputs of frozen encoders, by name, each `[B, ...]`: read from the cache, or empty if
       the encoders run online. In a request: entries that the caller fixes.
@@ -218,7 +219,7 @@ class Stage:
     return weight if isinstance(weight, (int, float)) else weight.at(step)
 
 
-DTYPES = ('float32', 'bfloat16')  # of computation, and of networks that never train
+DTYPES = ('float32', 'bfloat16')  # choices for computation and for frozen weights
 PARENT = 'run'  # `PretrainedWeights.family` if the source is the parent run
 
 
@@ -227,11 +228,11 @@ class PretrainedWeights:
   """Weights that exist before a run: published ones, or copies of a parent run's parameters.
 
   Attributes:
-    family: of the published network (vpe_jax.checkpoints.families), or PARENT.
-    source: a folder of published weights, an import of them, or a hub id.
-    sizes: of the network, as the family's `Sizes`.
-    paths: pairs (path prefix in the family's tree, path prefix in ours). A subtree that several
-      pairs name is copied; one that none names is not used.
+    family: name of the published network's family (vpe_jax.checkpoints.families), or PARENT.
+    source: a folder of published weights, an import of them by vpe_jax.convert, or a hub id.
+    sizes: sizes of the network, an instance of the family's `Sizes`.
+    paths: pairs (path prefix in the family's tree, path prefix in our parameters). A subtree in
+      several pairs is copied to each target; a subtree in none is not used.
   """
 
   family: str
@@ -245,10 +246,10 @@ class FrozenNetwork:
   """A network that never trains, such as an encoder or decoder.
 
   Attributes:
-    source: of its weights: `assets:NAME`, a path or a hub id.
+    source: source of the weights: `assets:NAME`, a path or a hub id.
     published: the published network; None for weights trained by this library.
-    dtype: of its parameters, `float32` or `bfloat16`: they are loaded, converted and sharded at
-      this dtype. The network computes in its own dtype.
+    dtype: dtype of the parameters when they are loaded and sharded, `float32` or `bfloat16`. The
+      network computes in its own dtype.
   """
 
   source: str
@@ -265,13 +266,13 @@ class FrozenNetwork:
 
 @dataclasses.dataclass(frozen=True)
 class Initialization:
-  """Sources of a run's initial parameters, beside random initialization and a parent run.
+  """Sources of a run's initial parameters, besides random initialization and parent runs.
 
   Attributes:
-    pretrained: published weights for a run without a parent run.
+    pretrained: published weights of parameters that no parent run provides.
     grown: initializers for parameters missing from the parent run.
-    optional: regular expressions over paths of parameters that may be missing from the parent run;
-      they are then initialized randomly.
+    optional: regular expressions over paths of parameters that may be missing from the parent run
+      and are then initialized randomly.
     from_frozen: pairs (path prefix, description of the origin) of parameters that `System.inherit`
       takes from frozen networks.
   """
@@ -303,7 +304,7 @@ class Preprocess(Protocol):
 
 
 class System(Protocol):
-  """One way of joining a language model and an image generator: the core of every system.
+  """A model with its losses and its frozen networks: the interface of all systems.
 
   `params` is the tree that checkpoints store. `frozen` has the networks that never train; it is an
   argument of every jitted call, is never closed over, and is not part of checkpoints. Systems
@@ -318,9 +319,9 @@ class System(Protocol):
     initialization: sources of the initial parameters.
     capabilities: the capability protocols that this system implements with its config.
     preprocess: host-side function from records to the inputs of `batch_spec`.
-    encoder_settings: JSON-serializable settings that, beside the weights and the images, determine
-      the encoded entries: where encoders read prompts, also tokenizer, `text_length` and
-      `prompt_field` of the data section.
+    encoder_settings: JSON-serializable settings on which the encoded entries depend, besides the
+      weights and the images. If encoders read prompts, these include `tokenizer`, `text_length`
+      and `prompt_field` of the data section.
   """
 
   config: Any
@@ -337,7 +338,7 @@ class System(Protocol):
     ...
 
   def inherit(self, params: Params, frozen: Params, rng: Array) -> Params:
-    """Initial parameters with those of `initialization.from_frozen` replaced; pure, jittable."""
+    """Takes the parameters of `initialization.from_frozen` from `frozen`; pure and jittable."""
     del frozen, rng
     return params
 
@@ -348,8 +349,8 @@ class System(Protocol):
   def frozen_shapes(self) -> Params:
     """Parameters of the frozen networks by name, as trees of `jax.ShapeDtypeStruct`.
 
-    They have the dtypes of initialization; `checkpoints.frozen.abstract_params` applies the
-    declared ones.
+    Their dtypes are those of initialization; `checkpoints.frozen.abstract_params` converts them to
+    `FrozenNetwork.dtype`.
     """
     return {}
 
@@ -453,7 +454,7 @@ class PlansVisually(Samples, Protocol):
 
   Attributes:
     visual_prompt: the codec of visual prompts (vpe_jax.codecs.protocol.FeatureCodec).
-    codes: size V of its codebook.
+    codes: number of entries of its codebook.
     plan_rankers: ranking criteria: `likelihood`, and `similarity` where `plan_similarity` exists.
   """
 
@@ -484,10 +485,10 @@ def supports(system: System, capability: type) -> bool:
 
 
 def require(system: System, capability: type[Capability]) -> Capability:
-  """The system as one with a capability.
+  """Returns the system, typed as one with the capability.
 
   Raises:
-    UserError: it does not have the capability.
+    UserError: the system does not declare the capability.
   """
   if not supports(system, capability):
     raise UserError(f"the system '{system.config.system}' {capability.MISSING}")

@@ -6,8 +6,8 @@
 
 A source is a folder in the format of save_pretrained, a file (.safetensors, .bin, .pth, .ckpt) with
 its config.json in the same folder, or an id on the Hugging Face hub. An import is a checkpoint that
-every `init_from` reads; an export is safetensors and a config.json for the reference library. A
-tensor without a parameter, or a parameter without a tensor, is an error.
+`config.model.init_from` reads; an export is safetensors and a config.json for the reference
+library. A tensor without a parameter, or a parameter without a tensor, is an error.
 """
 
 from absl import flags

@@ -65,7 +65,7 @@ CHIPS = {
     # 275 TFLOP/s; 32 GiB at 1,200 GB/s; 6 links of 50 GB/s; a job can use the whole pod of 4,096.
     # Network: assumed.
     Chip('v4', 'v4', 'TPU v4', 2, 275e12, 30.75 * GIB, 1200e9, 300e9, 3.125e9, 3, 4096),
-    # 197 TFLOP/s; 16 GB at 819 GB/s; 1,600 Gbit/s; network 6.4 Tbit/s for 256 chips.
+    # 197 TFLOP/s; 16 GB at 819 GB/s; links 1,600 Gbit/s; network 6.4 Tbit/s for 256 chips.
     Chip('v5e', 'v5litepod', 'TPU v5 lite', 1, 197e12, 15.75 * GIB, 819e9, 200e9, 3.125e9, 2, 256),
     # 459 TFLOP/s; 95 GiB at 2,765 GB/s; 1,200 GB/s bidirectional; network 50 Gbit/s per chip; pod
     # of 8,960 chips, largest job 6,144.

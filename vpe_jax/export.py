@@ -26,7 +26,7 @@ def _define_flags() -> None:
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'EMA or last parameters')
   flags.DEFINE_bool('overwrite', False, 'replace an existing file')
   front_door.define_settings()
-  flags.adopt_module_key_flags(front_door)  # So that --help lists them.
+  flags.adopt_module_key_flags(front_door)  # so that --help lists the settings
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def require_flags(*names: str, cure: str = '--help shows examples') -> None:
   """Checks that flags have values, before the work starts.
 
   Raises:
-    UserError: one is missing; `cure` completes the error.
+    UserError: a flag is missing; `cure` completes the error message.
   """
   for name in names:
     if not flags.FLAGS[name].value:
@@ -85,10 +85,10 @@ def require_flags(*names: str, cure: str = '--help shows examples') -> None:
 
 
 def require_one(*names: str, cure: str) -> str:
-  """The name of the one flag that is given; see `require_flags`.
+  """The name of the only one of these flags that is on the command line.
 
   Raises:
-    UserError: none is, or several are; `cure` is the error.
+    UserError: none or several of them are; `cure` is the error message.
   """
   given = [name for name in names if flags.FLAGS[name].value is not None]
   if len(given) != 1:
@@ -116,8 +116,8 @@ def new_file(flag: str, value: str, overwrite: bool) -> str:
 def define_settings() -> None:
   """Defines flags --NAME and --sample.NAME for all sampling settings of all systems.
 
-  Settings without a flag on the command line have the run's value. If another flag of the command
-  has the same name, only --sample.NAME is defined.
+  Settings that the command line omits have the run's value. If the command already has a flag
+  --NAME, only --sample.NAME is defined.
   """
   define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
   for name, (kind, text) in _all_settings().items():

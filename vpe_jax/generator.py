@@ -67,8 +67,8 @@ class Generator:
   """A loaded model: `Generator.load('runs/t2i-tiny')('a red fox', n=4, seed=0)`.
 
   Images are always generated in batches of `batch_size` (short ones are padded, long ones split),
-  and the randomness of an image is a function of seed, prompt and index. So an image is the same
-  alone, among others, and in another order.
+  and the randomness of an image is a function of seed, prompt and index. So an image does
+  not depend on the other images of a call or on their order.
 
   Attributes:
     system: the system, which supports Samples.
@@ -97,7 +97,7 @@ class Generator:
       tokenizer: converts prompts to token ids.
       metadata: provenance of the weights (keys `checkpoint` and `weights`).
       batch_size: at least 4, because smaller matrix products round differently.
-      mesh: of the devices that hold the parameters; None for one device.
+      mesh: mesh of the devices that hold the parameters; None for one device.
     """
     if batch_size < 4:
       raise UserError(f'batch_size is {batch_size}: images are reproducible from 4 on')
@@ -108,7 +108,7 @@ class Generator:
     self.frozen = jax.device_put(frozen)
     self._tokenizer = tokenizer
     self._source: SourceImages | None = None
-    # Every process reads the results.
+    # Results are replicated, because every process reads them.
     jit_options = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
     self._draft = jax.jit(system.draft, static_argnums=3, **jit_options)
     self._generate = jax.jit(system.generate, static_argnums=4, **jit_options)
@@ -124,8 +124,8 @@ class Generator:
 
     Args:
       workdir: the folder of a run (local or gs://), `assets:tiny`, or a weight file.
-      weights: `ema` (the moving average, raw parameters without one) or `raw` (the parameters of
-        the last step).
+      weights: `ema` (the moving average; raw values of parameters without one) or `raw` (the
+        parameters of the last step).
       batch_size: images per batch, at least 4.
 
     Raises:
@@ -162,7 +162,7 @@ class Generator:
     """
     if not supports(self.system, Edits):
       raise UserError(
-        'this model generates images from prompts only: leave the image to edit out, or name a run '
+        'this model generates images from prompts only: leave out the source image, or name a run '
         'of configs/edit.py'
       )
     squares = _source_squares(self.system, source)
@@ -220,13 +220,13 @@ class Generator:
   def draft(
     self, items: Sequence[Item], seed: int = 0, settings: SampleConfig | None = None
   ) -> dict[str, np.ndarray]:
-    """Samples the system's drafts [N, ...] for each item, without rendering."""
+    """Samples the drafts of N items (name -> [N, ...]), without rendering images."""
     key, settings = rng.run_key(seed), settings or self.settings()
     draft = lambda batch: self._draft(self.params, batch, key, settings)
     return self.batched(draft, self.request(items))
 
   def read_drafts(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Encodes images to drafts [N, ...] with the frozen encoders, as in training.
+    """Encodes N images to drafts (name -> [N, ...]) with the frozen encoders, as in training.
 
     Args:
       images: uint8 [H, W, 3] each, of any shape. They are made square as in training.
@@ -302,7 +302,7 @@ class Generator:
     return batches.in_batches(run, inputs, self.batch_size, progress)
 
   def request(self, items: Sequence[Item], **encoded: np.ndarray) -> Batch:
-    """Makes a batch of requests, one per item, as numpy arrays, with fixed encoded entries."""
+    """Makes a batch of requests as numpy arrays, one per item; fixes the entries in `encoded`."""
     prompts = list(dict.fromkeys(item.prompt for item in items))
     ids, lengths = self._tokenizer.encode_batch(prompts, self.system.config.data.text_length)
     index_of = {prompt: index for index, prompt in enumerate(prompts)}
@@ -385,12 +385,12 @@ def _source_squares(system: System, source: np.ndarray) -> np.ndarray:
   source = np.asarray(source)
   if source.dtype != np.uint8:
     raise UserError(
-      f'an image to edit has dtype {source.dtype}: uint8 from 0 to 255 is needed (of a generated '
-      'image, its .image)'
+      f'an image to edit has dtype {source.dtype}: uint8 from 0 to 255 is needed (pass the '
+      '.image of a generated image)'
     )
   if source.ndim not in (3, 4) or source.shape[-1] != 3 or not source.size:
     raise UserError(
-      f'an image to edit has shape {source.shape}: [H, W, 3] is needed, or [N, H, W, 3] for N'
+      f'an image to edit has shape {source.shape}: [H, W, 3] is needed, or [N, H, W, 3]'
     )
   data = system.config.data
   stack = source if source.ndim == 4 else source[None]

@@ -31,9 +31,9 @@ def _define_flags() -> None:
   flags.DEFINE_string('to', None, 'output folder')
   flags.DEFINE_string('split', '', 'split of a tfds: source, as in tfds:NAME/SPLIT')
   flags.DEFINE_string('root', 'data', 'the data_dir of a tfds: source')
-  flags.DEFINE_string('image', '', 'field, column or ending of the image, if not a default one')
-  flags.DEFINE_string('caption', '', 'the same for the caption')
-  flags.DEFINE_string('reference', '', 'the same for the source image of an edit (default: none)')
+  flags.DEFINE_string('image', '', 'field, column or file ending of images (default: usual names)')
+  flags.DEFINE_string('caption', '', 'as --image, for the caption')
+  flags.DEFINE_string('reference', '', 'as --image, for source images of edits (default: none)')
   flags.DEFINE_bool(
     'captions', True, 'each image needs a caption; --nocaptions for class names only'
   )
@@ -44,10 +44,10 @@ def _define_flags() -> None:
   flags.DEFINE_integer(
     'count', 0, 'number of images to use, the first ones, before filters; 0: all', 0
   )
-  flags.DEFINE_integer('shard_records', SHARD_RECORDS, 'source images for each file', 1)
+  flags.DEFINE_integer('shard_records', SHARD_RECORDS, 'source images per output file', 1)
   flags.DEFINE_integer('workers', os.cpu_count(), 'processes; 0: this one only', 0)
   flags.DEFINE_float('max_skipped', 0.01, 'maximum share of unusable images', 0, 1)
-  flags.DEFINE_bool('verify', False, 'verifies the checksums of all files in --to')
+  flags.DEFINE_bool('verify', False, 'only verify the checksums of all files in --to')
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ def check_seed(seed: int) -> None:
 
 
 def stream(key: Array, name: str) -> Array:
-  """Derives the key of a named use of randomness, such as "noise"."""
+  """Derives the key of one use of randomness from its name, such as "noise"."""
   return jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
 
 

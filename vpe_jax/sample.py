@@ -41,7 +41,7 @@ def _define_flags() -> None:
   for option in options:
     option.define()
   for module in (front_door, *options):
-    flags.adopt_module_key_flags(module)  # so that --help lists them
+    flags.adopt_module_key_flags(module)  # so that --help lists their flags
 
 
 def _prompts(optional: bool) -> list[str]:

@@ -174,7 +174,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     )
   types = (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, 'slice_index', None) for device in devices})
-  # A mesh of 32 x 2 on 4 x 4 x 4 chips splits a physical dimension between two axes.
+  # For example, a mesh of 32 x 2 on 4 x 4 x 4 chips splits a physical dimension between two axes.
   options = {'devices': devices, 'allow_split_physical_axes': True}
   if slices == 1:
     return Mesh(mesh_utils.create_device_mesh(sizes, **options), AXES, axis_types=types)
@@ -248,17 +248,17 @@ def host_slice(batch_size: int, mesh: Mesh) -> slice:
 
 
 def check_divides(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
-  """Checks that a global batch divides over devices and microbatches.
+  """Checks that a global batch divides over the batch axes of the mesh and microbatches.
 
   Raises:
-    UserError: it doesn't; names the unit of which the batch size must be a multiple.
+    UserError: it doesn't; names the number of which the batch size must be a multiple.
   """
   shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
   unit = shards * accumulate
   if batch_size < 1 or batch_size % unit:
     cuts = f' x {accumulate} microbatches' if accumulate > 1 else ''
     raise UserError(
-      f'batch_size {batch_size} does not divide over {shards} devices{cuts}: '
+      f'batch_size {batch_size} does not divide over {shards} batch shards (data x fsdp){cuts}: '
       f'use a multiple of {unit}'
     )
 
@@ -283,7 +283,7 @@ def compiler_options(platform: str | None = None) -> dict[str, Any] | None:
   Instead, the weights are all-gathered first, overlapped with other work.
 
   Args:
-    platform: platform of the devices (None: this process's).
+    platform: platform of the devices (None: the default backend of this process).
   """
   if (platform or jax.default_backend()) != 'tpu':
     return None
@@ -315,7 +315,7 @@ def activation_spec(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P 
   """Partition spec of an activation on the mesh of `jax.set_mesh`; None without a mesh.
 
   Args:
-    shape: of the activation.
+    shape: shape of the activation.
     names: name of each dimension, a key of ACTIVATIONS or None; see `constrain`.
   """
   sizes = _auto_axes()
@@ -331,7 +331,7 @@ def activation_spec(shape: tuple[int, ...], names: tuple[str | None, ...]) -> P 
 
 
 def check_sharded_enough(tree: Any, shardings: Any, tolerance: float = 0.02) -> None:
-  """Checks that every device holds at most 1/n + tolerance of a tree's bytes.
+  """Checks that each of n devices holds at most 1/n + tolerance of a tree's bytes.
 
   Args:
     tree: arrays or `jax.ShapeDtypeStruct`.
@@ -411,7 +411,7 @@ def _suffix_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def axis_names(path: str, shape: tuple[int, ...], table: AxesTable) -> tuple[str | None, ...]:
-  """Names of a leaf's dimensions, None for an unnamed one; see `param_shardings`.
+  """Logical axis names of a leaf's dimensions, None if unnamed; see `param_shardings`.
 
   Raises:
     UserError: no row of the table matches the path, or the row doesn't fit the leaf.

@@ -97,7 +97,7 @@ def read_text(path: AnyPath, name: str = '') -> str:
 
   Args:
     path: local file.
-    name: its name in the error; '' for the path.
+    name: name of the file in the error; '' for its path.
 
   Raises:
     UserError: the file can't be read or is not UTF-8.
@@ -193,6 +193,6 @@ def first_free_path(path: epath.Path, name: str, joint: str = '') -> epath.Path:
 
 
 def stable_hash(*parts: object) -> int:
-  """A 63-bit hash of the parts that is the same in every process, platform and version."""
+  """A 63-bit hash of the parts; the same in all processes, platforms and Python versions."""
   text = '\x1f'.join(str(part) for part in parts)
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), 'big') >> 1

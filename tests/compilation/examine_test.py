@@ -68,7 +68,7 @@ def test_invalid_requests_are_one_line_errors():
     (Request('cpu:8', program='draw'), 'train or sample'),
     (Request('cpu:8', images_per_chip=0), 'at least 1'),
     (Request('cpu:8', mesh={'data': 3}), 'does not fit 8 devices'),
-    (Request('cpu:3'), 'batch_size 8 does not divide over 3 devices'),
+    (Request('cpu:3'), 'batch_size 8 does not divide over 3 batch shards'),
   ):
     with pytest.raises(UserError, match=message) as error:
       examine.examine(_config(), request)

@@ -176,7 +176,7 @@ def test_eight_devices_match_one(build, tmp_path, monkeypatch):
 
 def test_batch_size_that_does_not_divide_is_refused_before_writing(build, tmp_path):
   config, system = build(batch_size=(12,))
-  with pytest.raises(UserError, match='batch_size 12 does not divide over 8 devices'):
+  with pytest.raises(UserError, match='batch_size 12 does not divide over 8 batch shards'):
     loop.train(config, system, str(tmp_path / 'run'))
   assert not (tmp_path / 'run').exists()
 

@@ -1,4 +1,4 @@
-"""Writes a table of `vpe_jax.compile` reports into the card of a config.
+"""Writes a table of `vpe_jax.compile` reports into the card of a config (configs/README.md).
 
 launch/compile_all.sh compiles every paper-size config and then calls this.
 """
@@ -34,15 +34,15 @@ def rewrite(text: str, name: str, reports: Sequence[Mapping[str, Any]]) -> str:
   """Replaces the table of a config in the text of the cards.
 
   Args:
-    text: of the file of cards.
-    name: of the config.
+    text: text of the file of cards.
+    name: name of the config.
     reports: from `Report.as_dict`.
 
   Returns:
     The new text of the file.
 
   Raises:
-    UserError: the card has no markers.
+    UserError: the card has no line `begin(name)` or END.
   """
   before, marker, rest = text.partition(begin(name))
   _, end, after = rest.partition(END)
@@ -99,8 +99,9 @@ def write(config: str, folder: str) -> int:
     The number of table rows.
 
   Raises:
-    UserError: the config or its cards don't exist, have no markers or can't be written; the folder
-      has no report of the config, or a JSON file that is not a report.
+    UserError: the config doesn't exist; the README.md doesn't exist, has no lines around the table
+      or can't be written; the folder has no report of the config, or has a JSON file that is not
+      a report.
   """
   path = pathlib.Path(config)
   cards = path.with_name('README.md')

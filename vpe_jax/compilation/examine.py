@@ -87,7 +87,7 @@ def examine(config: Mapping[str, Any], request: Request) -> Report:
   """Compiles and reports a program of a run; the Python API of `vpe_jax.compile`.
 
   Args:
-    config: of the run, as nested dicts.
+    config: configuration of the run, as nested dicts.
     request: the program and topology.
 
   Raises:
@@ -220,7 +220,7 @@ def _warnings(
 
 
 def _reductions(trainable: Mapping[str, tuple[int, ...]], work: traffic.Work) -> list[str]:
-  """A warning that names the leaves with the most all-reduced bytes; empty without large ones."""
+  """A warning that names the leaves with the most all-reduced bytes; none if all are small."""
   leaves: dict[tuple[int, ...], str] = {}
   for path, shape in trainable.items():
     for dims in (shape, shape[1:]):  # the body of a scan reduces one layer

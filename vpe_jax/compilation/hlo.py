@@ -29,7 +29,7 @@ class Shape:
 
   Attributes:
     dtype: XLA's name, such as `bf16`.
-    dims: its sizes.
+    dims: sizes of its dimensions.
     on_chip: whether it is in on-chip memory (`S(1)` on TPU) rather than in HBM.
   """
 
@@ -90,7 +90,7 @@ class Program:
   entry: str
 
   def runs(self) -> Iterator[tuple[str, float, bool]]:
-    """Yields every executed computation: (name, executions per call, whether in a fusion).
+    """Yields computations: (name, executions per call of the program, whether in a fusion).
 
     A computation is yielded once for each instruction that calls it. All branches of a conditional
     are counted, which is an upper bound.

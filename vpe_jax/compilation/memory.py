@@ -35,7 +35,7 @@ class Usage:
     aliased: outputs that reuse the memory of arguments.
     temporary: temporary buffers.
     code: the executable.
-    peak: maximum that is alive at once, by XLA's analysis.
+    peak: maximum number of bytes in use at one time, by XLA's analysis.
     buffers: the largest buffers, if the compiler lists them.
     limit: the compiler's memory limit, if known.
     fits: whether the compiler could allocate all buffers.
@@ -92,9 +92,9 @@ def overflow(message: str, arguments: float, folder: pathlib.Path) -> Usage | No
   """The memory of a program that doesn't fit; None if the message is another error.
 
   Args:
-    message: error of the compiler, with the bytes of temporaries and the limit.
+    message: the compiler's error, which has the bytes of temporaries and the limit.
     arguments: bytes of the program's arguments on one chip, which the message omits.
-    folder: of the dump.
+    folder: the compiler's dump folder.
   """
   match = re.search(r'\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)', message)
   if match is None:

@@ -1,7 +1,7 @@
 """Lowers the programs of a run, a training step or sampling, for devices that need not exist here.
 
-Nothing is allocated: state, frozen networks and batch are shapes with shardings. The step is the
-same as in training.
+Nothing is allocated: state, frozen networks and batch are shapes with shardings. The training step
+is the one that `training.loop` runs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Job:
 
   @property
   def stage_of_run(self) -> Stage:
-    """The stage itself."""
+    """The stage with index `stage`."""
     return self.system.stages[self.stage]
 
 
@@ -70,7 +70,8 @@ class Lowered:
     frozen_bytes: bytes of the frozen networks on one device.
     argument_bytes: bytes of state and frozen networks on one device.
     flops: model FLOPs of the whole batch.
-    kernel_flops: FLOPs of the whole batch in attention kernels, which HLO doesn't show.
+    kernel_flops: FLOPs of a training step in attention kernels, which HLO doesn't show; 0 for
+      sampling.
   """
 
   lowered: jax.stages.Lowered
@@ -113,7 +114,7 @@ def lower(job: Job) -> Lowered:
   frozen = _with_shardings(
     networks, frozen_lib.shardings_of(networks, job.mesh, config.mesh.strategy)
   )
-  key = rng.run_key(0)  # made before the mesh, whose devices may be absent
+  key = rng.run_key(0)  # made before the mesh is set, whose devices may not exist here
   with jax.set_mesh(job.mesh):
     if job.program == TRAIN:
       lowered, flops = _lower_train(job, state, frozen, key)
@@ -146,7 +147,8 @@ def kernel_flops(flops: Flops, remat: str) -> float:
   """FLOPs that attention kernels execute in a training step.
 
   A forward pass has two products. The backward pass has seven (three for the gradient of the
-  queries, four for those of keys and values): 3.5 passes. Full remat repeats the forward pass.
+  queries, four for those of keys and values), or 3.5 forward passes. Full remat repeats the forward
+  pass.
   """
   backward = 4.5 if remat == 'full' else 3.5
   passes = lambda kernel: kernel.calls + backward * kernel.trained

@@ -27,7 +27,7 @@ class Report:
   """One program on one topology.
 
   Attributes:
-    config: name of the config and, after a colon, its preset or whole argument.
+    config: name of the config, a colon, and the preset or the whole argument of the config.
     stage: name of the stage.
     program: `train` or `sample`.
     topology: target of the compilation.
@@ -38,12 +38,12 @@ class Report:
     parameters: number of parameters of the model: all, and trainable in this stage.
     frozen_bytes: bytes of the frozen networks on one chip.
     usage: memory on one chip.
-    model_flops: of one step on all chips, by the system's count.
-    kernel_flops: of one step on all chips, in custom kernels, which HLO doesn't show.
-    work: FLOPs and traffic; None if compilation failed before there was a program.
+    model_flops: model FLOPs of one step on all chips (Lowered.flops).
+    kernel_flops: FLOPs of one step on all chips in custom kernels, which HLO doesn't show.
+    work: FLOPs and traffic; None if compilation failed without optimized HLO.
     bound: bound on the step time; None without `work` or the chip's specifications.
     warnings: one line each.
-    compile_seconds: on this machine.
+    compile_seconds: compilation time on this machine.
     versions: library -> version.
   """
 
@@ -83,7 +83,7 @@ class Report:
     return max(self.usage.peak, self.usage.planned) <= FIT * self.hbm_bytes
 
   def save(self, path: str) -> None:
-    """Writes `as_dict` as JSON, local or gs://; whole or not at all.
+    """Writes `as_dict` as JSON to a local or gs:// path, atomically.
 
     Raises:
       UserError: the file can't be written.

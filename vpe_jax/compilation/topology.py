@@ -1,8 +1,8 @@
 """Names of TPU slices, and their devices as compilation targets.
 
 `v5p:4x4x8` gives the grid of chips. Cloud names (`v5p-256`, `v4-128`, `v5litepod-256`, `v6e-256`)
-give the size, in TensorCores for v4 and v5p and in chips for the others. Both forms are accepted
-and reported. `cpu:8` means eight virtual devices of this machine.
+give the size, in TensorCores for v4 and v5p and in chips for the others. Both forms are accepted,
+and reports contain both. `cpu:8` means eight virtual devices of this machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.devices import CHIPS, Chip
 
 CPU = 'cpu'
-# Grids of the usual slices, by number of chips (from the pages cited in devices.py).
+# Number of dimensions -> grids of the usual slices, smallest first (pages cited in devices.py).
 _GRIDS = {
   2: ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
   3: (
@@ -72,7 +72,7 @@ def parse(text: str, slices: int = 1) -> Topology:
   """Parses the name of a slice.
 
   Raises:
-    UserError: the name has neither form, the chip is unknown, or no such slice exists.
+    UserError: the name has none of these forms, the chip is unknown, or no such slice exists.
   """
   if slices < 1:
     raise UserError(f'--slices={slices}: it must be at least 1')

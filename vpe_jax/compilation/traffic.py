@@ -53,9 +53,9 @@ class Collective:
 
   Attributes:
     kind: one of KINDS.
-    name: of the instruction.
-    op_name: its origin in the Python program.
-    shapes: of its result.
+    name: name of the instruction.
+    op_name: origin of the instruction in the Python program.
+    shapes: arrays of its result.
     times: number of executions.
     size: number of chips in a group.
     slices: number of slices that a group spans.
@@ -75,8 +75,8 @@ class Collective:
   def dcn_bytes(self) -> float:
     """Bytes that one chip receives from other slices, with the load balanced over chips.
 
-    Each slice receives the fraction (slices - 1) / slices of the array that the others hold. Its
-    size / slices chips of the group receive equal parts.
+    Each slice receives the fraction (slices - 1) / slices of the array that the others hold. The
+    group has size / slices chips in that slice, which receive equal parts.
     """
     if self.slices == 1:
       return 0.0
@@ -89,9 +89,9 @@ class Work:
   """One call of a program on one chip.
 
   Attributes:
-    flops: of dots and convolutions.
+    flops: FLOPs of dots and convolutions.
     hbm_bytes: bytes read from and written to HBM.
-    collectives: each channel once.
+    collectives: the collectives, one for each channel.
     kernels: number of executions of custom kernels (Pallas), whose FLOPs HLO doesn't show.
     unknown_loops: loops without a known trip count, whose bodies count once.
     largest_traffic: (operation, its part of `hbm_bytes`), largest first.
@@ -156,9 +156,9 @@ def group_of(attributes: str, count: int) -> tuple[int, ...]:
   """Parses the first group of chips of a collective.
 
   Args:
-    attributes: of the instruction. Groups are written as lists `{{0,1},{2,3}}`, as a reshaped and
-      transposed range `[2,4]<=[4,2]T(1,0)`, or as mesh axes `mesh['a'=2,'b'=4] {'b'}`; a
-      permutation is written as pairs `{{0,1},{1,0}}`.
+    attributes: attributes of the instruction. Groups are written as lists `{{0,1},{2,3}}`, as a
+      reshaped and transposed range `[2,4]<=[4,2]T(1,0)`, or as mesh axes
+      `mesh['a'=2,'b'=4] {'b'}`; a permutation is written as pairs `{{0,1},{1,0}}`.
     count: number of chips of the program, which form one group if no groups are written.
   """
   if match := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', attributes):

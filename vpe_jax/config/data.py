@@ -18,7 +18,7 @@ SOURCES: Mapping[str, str] = {
   'edits': 'vpe_jax.data.sources:open_edits',
   'synthetic': 'vpe_jax.data.embedded.synthetic:open_synthetic',
 }
-# Prefixes of other sources: of a path, of a recipe, and of a name.
+# Prefixes of the other sources; a path, a list of folders or the name of a data set follows.
 FOLDER, FOLDERS, TFDS = 'folder:', 'folders:', 'tfds:'
 CLASSES = 'classes:'  # prefix of class names: the tokenizer of a class-conditional model
 PROMPT_FIELDS = ('caption', 'group')
@@ -52,9 +52,9 @@ class DataConfig:
       folder of images, the name of the subfolder).
     near_misses: number of hard negatives per example of a scene: captions that are wrong in one
       detail.
-    language: language of a folder's records, such as `en`; others are skipped (empty: none).
+    language: language of a folder's records, such as `en`; others are skipped (empty: no filter).
     least_text_height: minimum height of text in a folder's images, in pixels of the padded image;
-      records with smaller text are skipped (0: none). See vpe_jax.data.filters.
+      records with smaller text are skipped (0: no filter). See vpe_jax.data.filters.
     source_images: whether records are edits: a source image, an instruction (the caption), and the
       edited image.
   """
@@ -81,7 +81,7 @@ class DataConfig:
     for name, known in {'encode': ENCODES, 'prompt_field': PROMPT_FIELDS, 'fit': FITS}.items():
       check(self, 'data.', name, getattr(self, name) in known, f'one of {", ".join(known)}')
     self._check_source()
-    # Family and folder or hub id are checked when the tokenizer is opened.
+    # FAMILY and NAME are checked when the tokenizer is opened.
     known = f'assets:bpe, FAMILY:FOLDER, FAMILY:OWNER/NAME (a hub id), or {CLASSES}NAMES'
     valid = re.match(r'(?!assets:)[\w.-]+:.', self.tokenizer) or self.tokenizer == 'assets:bpe'
     check(self, 'data.', 'tokenizer', bool(valid), known)

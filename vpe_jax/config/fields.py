@@ -16,7 +16,7 @@ _MAX_SIZE = 10**8  # a larger size is a typing error, and its program would take
 
 
 class OutOfRange(UserError):
-  """A field's value is out of range; `build_section` replaces the path by the section's."""
+  """A field's value is out of range; `build_section` sets the path of the section."""
 
   def __init__(self, name: str, message: str, path: str):
     super().__init__(f"config key '{path}{name}' {message}")
@@ -28,7 +28,8 @@ def check(section: Any, path: str, name: str, valid: bool, requirement: str) -> 
 
   Args:
     section: a dataclass, during its `__post_init__`.
-    path: of the section, such as `optim.`; '' if it may occur at several (`build_section` adds it).
+    path: path of the section, such as `optim.`; '' for a section that may have several paths
+      (`build_section` adds it).
     name: name of the field.
     valid: whether its value is in range.
     requirement: completes "it must be ..." in the error.

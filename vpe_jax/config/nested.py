@@ -75,7 +75,7 @@ def _build(cls: type, values: Mapping[str, Any], path: str, sections: Mapping[st
 
 
 def _merged(default: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-  """A section's values; missing ones come from its default."""
+  """A section's values; missing ones come from the section's default."""
   if values.get('kind', default.get('kind')) != default.get('kind'):
     return dict(values)  # The default is of another kind and has other fields.
   merged = dict(default)

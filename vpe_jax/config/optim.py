@@ -80,7 +80,7 @@ class OptimConfig:
 
   @property
   def factors(self) -> tuple[tuple[str, float], ...]:
-    """The pairs (regular expression, factor) of `multipliers`; call it on `of(stage)`."""
+    """The pairs (regular expression, factor) of `multipliers`; read it from the result of `of`."""
     return _factors(self.multipliers)
 
   def of(self, stage: int, steps: int = 0) -> OptimConfig:

@@ -22,7 +22,7 @@ _GROUP = re.compile(r'(?:^|,)\s*([A-Za-z_]\w*)\s*=\s*')  # a parameter group in 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-  """The device mesh: axis sizes (at most one is -1: all remaining devices) and strategy."""
+  """Axis sizes of the device mesh (one may be -1: all remaining devices), and sharding strategy."""
 
   data: int = 1
   fsdp: int = -1
@@ -32,7 +32,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """Steps between checkpoints; keeps the newest `keep`, and multiples of `keep_every` (0: none)."""
+  """Saves every `every` steps; keeps the newest `keep`, and multiples of `keep_every` (0: none)."""
 
   every: int = 200
   keep: int = 2
@@ -215,7 +215,7 @@ def _check_evals(evals: Mapping[str, Any]) -> None:
 def differences(ours: Config, stored: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
   """Fields in which a config differs from a stored one: dotted name -> (stored value, our value).
 
-  A field that did not exist when the other config was stored counts as its default.
+  A field that did not exist when `stored` was written counts as its default.
   """
   # from_dict raises for a stored field that no longer exists: it is a difference.
   with contextlib.suppress(UserError):

@@ -30,7 +30,7 @@ def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
   """Loads the complete configuration as nested dicts.
 
   Args:
-    spec: `FILE.py` or `FILE.py:ARG`, for the result of the file's `get_config(ARG)`.
+    spec: `FILE.py` or `FILE.py:ARG`; ARG is the argument of the file's `get_config`.
     overrides: dotted key -> value as text.
 
   Raises:
@@ -72,7 +72,7 @@ def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def override_parser() -> tuple[dict[str, str], Callable[[list[str]], list[str]]]:
-  """For front doors: a dict, and a function that moves overrides of a command line into it."""
+  """For commands: a dict, and a function that moves the overrides of a command line into it."""
   collected: dict[str, str] = {}
 
   def parse(arguments: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The moving average of trainable parameters."""
+"""The exponential moving average (EMA) of trainable parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vpe_jax.contracts import Array, Params
 
 
 def decay_at(updates: Array, decay: float) -> Array:
-  """The decay after so many updates n: `decay`, but at most (1 + n) / (10 + n).
+  """The decay after n = `updates` updates: `decay`, but at most (1 + n) / (10 + n).
 
   A constant decay of 0.9995 would still hold half of the initial parameters after 1,400 steps;
   the bound lets short runs average over about the last tenth of their steps.

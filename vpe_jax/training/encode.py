@@ -29,7 +29,7 @@ from vpe_jax.data.embedded.synthetic import SyntheticEncoded
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.records import Record, Renderable
 
-CHUNK = 64  # images encoded at a time, rounded up to a multiple of the devices
+CHUNK = 64  # images encoded at a time, rounded up to a multiple of the number of devices
 READERS = 2  # threads that render images ahead
 PROBES = 16  # images whose content goes into the fingerprint
 REPORT_EVERY = 10.0  # seconds
@@ -71,7 +71,7 @@ def fingerprint(
   images: Pipeline,
   settings: Mapping[str, Any],
 ) -> str:
-  """Name of a cache: all that determines its content (data, encoder weights and settings)."""
+  """Name of a cache: the data, encoder weights and settings that determine its content, as JSON."""
   parts = {
     'version': __version__,
     'layout': cache.LAYOUT,
@@ -87,7 +87,7 @@ def fingerprint(
 
 
 def _content(config: DataConfig, source: Pipeline) -> str:
-  """A hash of some images of the source, and of the stamps of its files."""
+  """A hash of PROBES records' images and, for the user's data, of the stamps of all files."""
   digest = hashlib.blake2b(digest_size=16)
   for index in np.linspace(0, len(source) - 1, PROBES).astype(int):
     for image in _images(source.record(int(index))):

@@ -34,10 +34,10 @@ class Evaluations:
     """Builds the evaluators; nothing is read yet.
 
     Args:
-      config: the run.
+      config: configuration of the run.
       system: the system that trains.
       frozen: its frozen networks.
-      mesh: of the run.
+      mesh: mesh of the run.
       workdir: the run's folder; sheets go to its subfolders.
 
     Raises:
@@ -57,7 +57,7 @@ class Evaluations:
         self._evaluators[name] = (every, evaluator)
 
   def due(self, stage: int, step: int, is_last: bool) -> list[str]:
-    """Names of the evaluators to run after a step; samples wait for the renderer to train."""
+    """Names of the evaluators to run after a step; those that sample need `Stage.samples`."""
     samples = self._system.stages[stage].samples
     return [
       name
@@ -100,7 +100,7 @@ class Evaluations:
     )
 
   def _generator_of(self, params: State) -> Callable[[], Generator]:
-    """Makes a generator of the current parameters; all of a run share their programs."""
+    """Returns a function that makes a generator; a run's generators share compiled programs."""
 
     def make() -> Generator:
       if self._generator is None:
@@ -121,5 +121,5 @@ def _line(name: str, numbers: Mapping[str, float]) -> str:
 
 
 def _needs(evaluator: Evaluator) -> set[type]:
-  """The capabilities that an evaluator requires, and those that they build on."""
+  """The capabilities that an evaluator requires, and their base classes."""
   return {base for capability in evaluator.requires for base in capability.__mro__}

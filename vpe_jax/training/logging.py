@@ -16,15 +16,15 @@ from vpe_jax.storage import is_remote
 from vpe_jax.training import throughput
 from vpe_jax.training.metrics import MetricsFile, Record
 
-MAX_SKIPPED = 5  # consecutive steps without a finite gradient that end a run
+MAX_SKIPPED = 5  # consecutive steps without a finite loss and gradient that end a run
 
 
 class RunLog:
   """Collects the metrics of each step, one step late, so that devices never wait for the log.
 
   `push` takes a step's metrics and completes the record of the previous step. `settle` waits for
-  the newest step. `add` adds values to its record. The record is written by the next `push` or by
-  `flush`. Only process 0 writes.
+  the newest step. `add` adds values to the record of that step. The next `push` or `flush` writes
+  the record. Only process 0 writes.
   """
 
   def __init__(self, workdir: epath.PathLike, config: Config, system: System, resumed: int):
@@ -54,7 +54,7 @@ class RunLog:
     """Waits for the newest step and makes its record.
 
     Raises:
-      UserError: the gradient was not finite in MAX_SKIPPED consecutive steps.
+      UserError: loss or gradient was not finite in MAX_SKIPPED consecutive steps.
     """
     if self._pending is None:
       return
@@ -119,11 +119,11 @@ class RunLog:
       self._skipped = []
       return
     self._skipped.append(step)
-    print(f'warning: step {step} skipped: its gradient is not finite', flush=True)
+    print(f'warning: step {step} skipped: its loss or gradient is not finite', flush=True)
     if len(self._skipped) >= MAX_SKIPPED:
       raise UserError(
-        f'the gradient was not finite in {MAX_SKIPPED} consecutive steps (up to step {step}); the '
-        'run stops with its last finite parameters: lower optim.lr, or check the data of these '
+        f'loss or gradient was not finite in {MAX_SKIPPED} consecutive steps (up to step {step}); '
+        'the run stops with its last finite parameters: lower optim.lr, or check the data of these '
         'steps'
       )
 

@@ -34,10 +34,10 @@ class Run:
 
   Attributes:
     config: configuration of the run.
-    system: built from it.
+    system: system built from `config`.
     workdir: the run's folder.
-    mesh: of all devices.
-    key: key of the run.
+    mesh: mesh of all devices.
+    key: root random key.
     frozen: the frozen networks.
     data: the training split.
     store: the checkpoints.
@@ -96,7 +96,7 @@ def train(
     key = jax.device_put(rng.run_key(config.seed), sharding.replicated(mesh))
     store = Store(str(folder / FOLDER), config.checkpoint)
     cleanup.callback(store.close)  # Waits for the current save, however the run ends.
-    # Frozen networks are loaded first, because misfits are found quickly, and initialization of a
+    # Frozen networks are loaded first: this reports errors at once, while the initialization of a
     # large model takes minutes.
     frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
     state, origins = _start(config, system, frozen, str(folder), mesh, store, allow_change, key)
@@ -149,7 +149,7 @@ def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
 
 
 def _run_stages(run: Run, watchers: Watchers, state: State) -> State | None:
-  """Runs the remaining stages; each starts with a new optimizer state and EMA."""
+  """Runs the remaining stages; each later stage starts with a new optimizer state and EMA."""
   while True:
     state = _run_stage(run, watchers, state)
     if state is None:
@@ -190,7 +190,7 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
         state, metrics = step(state, run.frozen.params, batch, run.key)
       counters = counters | {name: counters[name] + 1 for name in ('step', 'stage_step')}
       watchers.profiler.after(counters['step'], metrics)
-      # 2. Log the previous step, which is complete.
+      # 2. Log the previous step, after waiting for it; this step runs meanwhile.
       watchers.log.push(counters, metrics)
       # 3. Run evaluators, whose numbers are added to this step's record.
       is_last = counters['stage_step'] == total
@@ -207,8 +207,7 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
         return None
       if is_last:
         return state
-      # 5. Get the next batch, after the save, so that the saved state counts only batches it has
-      #    seen.
+      # 5. Get the next batch. The state counts its examples only after its step.
       batch = next(feed)
   finally:
     feed.close()

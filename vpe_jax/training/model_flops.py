@@ -20,16 +20,17 @@ _MANY = 2**20  # tokens: no sequence is as long
 def step_flops(
   system: System, stage: Stage, images: int, key: Array | jax.ShapeDtypeStruct | None = None
 ) -> Flops:
-  """FLOPs of one training step of a stage: forward, and backward of what trains.
+  """FLOPs of one training step of a stage: forward, and backward for trainable parameters.
 
   Frozen encoders that run online are included, the optimizer is not. Nothing is computed on a
-  device, so this works under the mesh of absent devices.
+  device, so the current mesh may consist of devices that don't exist here.
 
   Args:
-    system: whose losses are traced.
+    system: system whose losses are traced.
     stage: which parameters train and which losses drive them.
-    images: examples of a step.
-    key: the run's key, a concrete one where `AttentionKernel.pairs` is read; None: only its shape.
+    images: global batch size.
+    key: the run's key. `AttentionKernel.pairs` of the result counts visible pairs only if the key
+      is concrete. None: an abstract key.
   """
   params = jax.eval_shape(system.init, rng_lib.abstract_key())
   trainable, fixed = split_trainable(params, stage)
@@ -46,7 +47,7 @@ def step_flops(
 
 
 def _full(leaf: jax.ShapeDtypeStruct) -> Any:
-  """Lengths of captions beyond any limit, so that no token is absent; other arrays as shapes."""
+  """Replaces int32 [B], such as caption lengths, by _MANY, so that no token is absent."""
   if leaf.dtype == jnp.int32 and leaf.ndim == 1:
     return np.full(leaf.shape, _MANY, leaf.dtype)
   return leaf

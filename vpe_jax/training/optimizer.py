@@ -35,11 +35,11 @@ OptState = dict[str, Any]
 
 UNDECAYED = ('bias', 'scale')  # last path component of leaves without weight decay
 MIN_FACTORED = 128  # minimum rows and columns of a matrix that Adafactor factors
-MUON_RMS = 0.2  # root mean square of Muon's updates, equal to AdamW's (arXiv 2502.16982)
+MUON_RMS = 0.2  # root mean square of Muon's updates, similar to AdamW's (arXiv 2502.16982)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the reference implementation of Muon
 # Axes of embedding tables and of input and output projections, which Muon updates with AdamW.
 _OUTER = {sharding.VOCAB, sharding.CODES, sharding.POSITION, sharding.FEATURES}
-# (an axis, the previous axis) that belong to the same side of a matrix.
+# Pairs (axis, previous axis) on the same side of a matrix.
 _SAME_SIDE = {
   (sharding.HEAD, sharding.HEADS),
   (sharding.HEAD, sharding.KV_HEADS),
@@ -96,7 +96,7 @@ def update(
 def learning_rate(stage_step: Array | int, config: OptimConfig) -> Array:
   """The learning rate at a step of the stage (from 0).
 
-  Warm-up reaches `lr` at step `warmup - 1`, where a decay begins. `cosine` and `linear` reach
+  Warm-up reaches `lr` at step `warmup - 1`. `cosine` and `linear` decay from step `warmup` to
   `lr_end` at step `decay_steps`.
 
   Raises:
@@ -118,10 +118,10 @@ def check_multipliers(config: OptimConfig, paths: Iterable[str]) -> None:
 
   Args:
     config: settings of one stage.
-    paths: of all parameters, trainable or not.
+    paths: paths of all parameters, trainable or not.
 
   Raises:
-    UserError: a multiplier matches none; names its pattern.
+    UserError: a multiplier matches no parameter; names its pattern.
   """
   paths = list(paths)
   for pattern, _ in config.factors:

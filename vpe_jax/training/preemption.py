@@ -16,7 +16,7 @@ from vpe_jax import sharding
 class Preemption:
   """Context in which SIGTERM and Ctrl-C make the loop save and stop.
 
-  If JAX's coordination service runs (the front doors start it, also for one process), it handles
+  If JAX's coordination service runs (vpe_jax.main starts it, also for one process), it handles
   the signal and all processes agree on the step at which they stop. Otherwise this context handles
   the signal. A second Ctrl-C stops immediately.
   """

@@ -18,7 +18,7 @@ from vpe_jax.sharding import leaves_by_path
 
 _PARAMS = 'params/'
 _INHERITED = (_PARAMS, 'opt_state/', 'ema/', 'examples_seen')  # with config.start_weights=state
-_TREES = '(?:params|opt_state/[a-z_]+|ema)/'  # prefixes of a parameter's path in the state
+_TREES = '(?:params|opt_state/[a-z_]+|ema)/'  # prefixes of parameter paths in the state
 
 PathFilter = Callable[[str], bool]  # predicate over parameter paths
 
@@ -44,7 +44,7 @@ def load(system: System, abstract: State) -> Loaded:
 
   Args:
     system: its config names the parent runs, its `initialization` the published weights.
-    abstract: the first state, with shardings.
+    abstract: shapes and shardings of the first state.
 
   Raises:
     UserError: runs or weights are missing, don't fit, or have other sizes.
@@ -94,7 +94,7 @@ def _load_run(system: System, run: str, abstract: State, select: PathFilter) -> 
   Args:
     system: its `initialization` names parameters that the parent run may lack.
     run: the parent run's workdir.
-    abstract: our first state, with shardings.
+    abstract: shapes and shardings of our first state.
     select: selects the parameters to load from this run.
 
   Raises:
@@ -155,7 +155,7 @@ def encoding_differences(config: Config, run: str, stored: Mapping[str, Any]) ->
   Args:
     config: our configuration.
     run: name of the parent run.
-    stored: its configuration.
+    stored: configuration of the parent run.
   """
   fields = flatten(to_dict(config)).keys() | flatten(stored).keys()
   # Codecs are the sections of the model that have a kind.
@@ -165,7 +165,7 @@ def encoding_differences(config: Config, run: str, stored: Mapping[str, Any]) ->
   other_kinds = tuple(field.removesuffix('kind') for field in changes if field.endswith('.kind'))
   return [
     f'{run} was trained with {field}={theirs}, and this run has {ours}: unless both name the same '
-    'network, its parameters read token ids, codes or latents of another meaning'
+    'network, the loaded parameters get token ids, codes or latents of another meaning'
     for field, (theirs, ours) in changes.items()
     if field.startswith(('data.tokenizer', *codecs))
     and not field.endswith('weights_dtype')
@@ -206,7 +206,7 @@ def _check_same_shapes(expected: Mapping[str, Any], actual: Mapping[str, Any], s
 
 
 def _read(source: PretrainedWeights, targets: Mapping[str, Any]) -> Params:
-  """Parameters of the family, each with the sharding of its first target."""
+  """Reads a family's parameters, each sharded as the first of our parameters that it fills."""
 
   def shard(tree: Params) -> Params:
     leaves = leaves_by_path(tree)
@@ -220,7 +220,7 @@ def _read(source: PretrainedWeights, targets: Mapping[str, Any]) -> Params:
 
 
 def _target_paths(source: PretrainedWeights, path: str) -> list[str]:
-  """Paths in our tree of a leaf of the family's tree."""
+  """Paths of our parameters that a leaf of the family's tree fills."""
   return [
     ours + path.removeprefix(theirs) for theirs, ours in source.paths if path.startswith(theirs)
   ]
@@ -230,7 +230,7 @@ def _to_devices(leaf: Array, target: jax.ShapeDtypeStruct, source: str, path: st
   """Copies a leaf to the devices of its target; targets with the same source share no memory."""
   if leaf.shape != target.shape:
     raise UserError(
-      f"'{source}' has {list(leaf.shape)} for our '{path}' of {list(target.shape)}: it is of "
-      'another size than the config says'
+      f"'{source}' has {list(leaf.shape)} for our '{path}' of {list(target.shape)}: name "
+      'weights of the sizes in the config'
     )
   return jnp.copy(jax.device_put(leaf, target.sharding))

@@ -30,7 +30,7 @@ class Profiler:
       self._first, self._last = int(first), int(last)
 
   def before(self, step: int) -> None:
-    """Starts the trace if it begins at this step. Call it before each step (from 1)."""
+    """Starts the trace if the step is in the range. Call it before each step (from 1)."""
     if self._first <= step < self._last and not self._active:
       jax.profiler.start_trace(self._folder)
       self._active = True

@@ -104,7 +104,7 @@ def _rate_text(optim: OptimConfig) -> str:
 
 
 def origins_after(stages: Sequence[Stage], initial: Mapping[str, str]) -> dict[str, str]:
-  """Origin of each parameter after some stages: the last stage that trained it, else its initial.
+  """Origin of each parameter after some stages: the last stage that trained it, or `initial`.
 
   Args:
     stages: the stages that have run.
@@ -133,7 +133,7 @@ def parameters_text(
     params: parameters (arrays or shapes with shardings).
     networks: networks that never train.
     stage: selects the trainable parameters.
-    optim: gives the learning rate and its multipliers.
+    optim: optimizer settings, with the learning rate and its multipliers.
     origins: path -> origin of each parameter.
   """
   leaves = leaves_by_path(params)

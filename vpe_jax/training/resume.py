@@ -21,7 +21,7 @@ from vpe_jax.training.state import first_state, merge, split_trainable
 
 # Sections and fields that don't affect the parameters: logs, saved files, machines.
 FREE = ('checkpoint', 'log', 'evals', 'sample', 'data.workers', 'mesh')
-SMALL = 2**30  # bytes of a state that may be replicated; small leaves on odd meshes are
+SMALL = 2**30  # bytes; smaller states may be replicated: the mesh may not divide their dimensions
 INITIALIZED = 'initialized'  # origin label of randomly initialized parameters
 MAX_LISTED = 8  # differences that an error lists
 
@@ -43,7 +43,7 @@ def check_config(
   for name in allow_change:
     if name not in known and name not in sections:
       raise UserError(
-        f"--allow_change names '{name}', which is no field of the config"
+        f"--allow_change names '{name}', which is not a field of the config"
         f'{did_you_mean(name, known.keys() | sections)}'
       )
   refused, accepted = [], []
@@ -75,7 +75,7 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
       f'the run is in its stage {stage + 1}, but the config names only {len(system.stages)} '
       f'({names}): name the stages that the run was started with, or choose another --workdir'
     )
-  # The key is also made inside: nothing runs, so the mesh may consist of devices that don't exist.
+  # Even the key is only traced: nothing runs, so the devices of the mesh need not exist.
   optim, axes = config.optim_of(stage), system.logical_axes
   shapes = jax.eval_shape(
     lambda: first_state(system.init(rng.run_key(config.seed)), system.stages[stage], optim, axes)
@@ -109,7 +109,7 @@ def fresh_state(
 
   Args:
     system: the system to train.
-    abstract: the state, with shardings.
+    abstract: shapes and shardings of the state.
     frozen: the frozen networks.
     key: key of the run.
 

@@ -85,7 +85,7 @@ def next_stage(
     stage: the next stage.
     optim: its optimizer settings (None: the defaults).
     axes: the system's `logical_axes`.
-    shardings: of each leaf of the new state (None: one device).
+    shardings: sharding of each leaf of the new state (None: one device).
   """
   raw, average = leaves_by_path(state['params']), leaves_by_path(state['ema'])
   finished_paths = {path for path in average if not stage.trains(path)}

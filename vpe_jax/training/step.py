@@ -35,13 +35,14 @@ def make_train_step(
     stage: selects the trainable leaves and the losses.
     optim: optimizer settings of the stage (Config.optim_of); `accumulate` is the number of
       microbatches of a step.
-    shardings: of each leaf of the state (None: one device). Gradients have the sharding of their
-      parameters, also during accumulation.
+    shardings: sharding of each leaf of the state (None: one device). Gradients have the sharding of
+      their parameters, also during accumulation.
 
   Returns:
     step(state, frozen, batch, rng) -> (state, metrics). Metrics are float32 scalars: `loss` (the
     weighted total), `loss/<name>`, `weight/<name>` of scheduled terms, `grad_norm` before
-    clipping, `lr`, and `skipped` (1 if the gradient was not finite, so nothing was updated).
+    clipping, `lr`, and `skipped` (1 if loss or gradient was not finite, so that parameters,
+    optimizer state and EMA were not updated).
   """
   constrain = _gradient_constraint(shardings, stage)
 
@@ -111,10 +112,11 @@ def _differentiate(
 
 
 def microbatches(batch: Batch, accumulate: int) -> Batch:
-  """Splits [B, ...] leaves into [n, B / n, ...]; microbatch i has batch elements i, i + n, ...
+  """Splits [B, ...] leaves into n = `accumulate` microbatches: [n, B / n, ...].
 
-  Each device has consecutive batch elements. With this stride, every microbatch has the same number
-  of elements on each device, and no element moves between devices.
+  Microbatch i has batch elements i, i + n, ... Each device has consecutive batch elements. With
+  this stride, every microbatch has the same number of elements on each device, and no element moves
+  between devices.
   """
 
   def split(leaf: Array) -> Array:

@@ -19,8 +19,9 @@ LOCK = '.lock'
 def locked(workdir: epath.Path) -> Iterator[None]:
   """Creates a run's folder and locks it until the block or the process ends.
 
-  Process 0 holds the lock for all processes of a run. The system releases it when the process ends;
-  the empty lock file remains. Object stores have no locks, so remote folders are not locked.
+  Process 0 holds the lock for all processes of a run. The operating system releases it when that
+  process ends; the empty lock file remains. Object stores have no locks, so remote folders are not
+  locked.
 
   Raises:
     UserError: the folder can't be written, or another process holds its lock.
