@@ -108,7 +108,7 @@ def test_numbers_of_images_and_trials_must_match():
 
 def test_more_captions_than_a_split_has_are_one_line(monkeypatch):
   monkeypatch.setattr(retrieval, '_POOL', 0)
-  with pytest.raises(UserError, match='captions=300.*lower it'):
+  with pytest.raises(UserError, match='captions=300.*ask for fewer'):
     retrieval.make_trials(300, 'concept')
 
 

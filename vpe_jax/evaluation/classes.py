@@ -2,12 +2,12 @@
 
 N training images are the reference, and N others the row `ground truth`. One image is generated for
 the class of each ground-truth image, so both rows have the same classes. An image counts as correct
-if its nearest reference image, by cosine similarity, has its class. The Frechet distance is that
-between the vectors of a row and those of the reference. Its floor is the distance of the ground
-truth, which is above 0 for two halves of the same data.
+if the nearest reference image, by cosine similarity, has the same class. The Frechet distance
+compares the vectors of a row with those of the reference. The distance of the row `ground truth` is
+its floor, which is above 0 even for two halves of the same data.
 
 The vectors come from the shipped evaluator network, which was trained on embedded data, not from
-Inception. The figures compare runs on the same data, but not with published results.
+Inception. The figures are comparable between runs on the same data, not with published results.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def ground_truth_images(data: DataConfig, count: int, seed: int) -> tuple[np.nda
     seed: seed of the shuffle.
 
   Raises:
-    UserError: the data has fewer.
+    UserError: the data has fewer distinct images.
   """
   pipeline = Pipeline(data, seed, prompt_and_image(data))
   examples: dict[bytes, tuple[np.ndarray, str]] = {}
@@ -150,7 +150,7 @@ def agreement(reference: np.ndarray, classes: np.ndarray) -> float:
 
 
 def permuted(nearest: np.ndarray, classes: np.ndarray) -> float:
-  """The control: mean agreement of each nearest class with the classes of all other images.
+  """The control: probability that the nearest class of an image is that of a random other image.
 
   Args:
     nearest: classes [N] of the nearest reference images.

@@ -4,7 +4,7 @@ The model edits source images of held-out edits of scenes, for which the target 
 of all changes are known. Metrics:
 
   done: inside the mask, the result is nearer to the target than to the source, in mean squared
-    difference. Noise is done in about half of the edits.
+    difference. Noise as the result counts as done in about half of the edits.
   close: inside the mask, the distance to the target is less than half of that between source and
     target.
   PSNR inside: PSNR to the target inside the mask, the quality of the edit.
@@ -12,8 +12,8 @@ of all changes are known. Metrics:
   resembles target: an evaluator network that no generator used says that the whole image resembles
     the target more than the source.
 
-The rows `the source image` (a copy), `noise`, and `generated for another edit` (only the style of
-the model) are controls.
+The rows `the source image` (a copy), `noise`, and `generated for another edit` (an image with the
+style of the model, but the wrong content) are controls.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from vpe_jax.evaluation.report import (
 
 COPY, NOISE, OTHERS = 'the source image', 'noise', 'generated for another edit'
 _CLOSE = 0.5  # of the distance between source and target
-_POOL = 8  # edits composed per edit used, to find distinct instructions
+_POOL = 8  # edits composed per edit used (at least 256 in all), to find distinct instructions
 
 _SHARES = ('done', 'close', 'resembles_target')
 
@@ -57,9 +57,9 @@ class HeldOutEdits:
   Attributes:
     source: images before the edit, uint8 [N, R, R, 3].
     target: images after the edit, uint8 [N, R, R, 3].
-    mask: bool [N, R, R], true where the two differ.
+    mask: bool [N, R, R], true where source and target differ.
     instructions: N texts.
-    kinds: `add`, `remove`, `recolour`, `replace` or `move`.
+    kinds: str [N]: `add`, `remove`, `recolour`, `replace` or `move`.
   """
 
   source: np.ndarray
@@ -133,7 +133,7 @@ class EditBenchmark:
     check_options(self.captions, self.splits, self.seed)
 
   def run(self, subject: Subject) -> Report:
-    """Scores edits from the model's own drafts and from drafts of the target images."""
+    """Scores the controls, and edits from the model's own drafts and from ground-truth drafts."""
     network = EvaluatorNetwork.load(self.evaluator_network)
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
@@ -186,7 +186,7 @@ def make_edits(count: int, split: Split, seed: int, size: int) -> HeldOutEdits:
   """Held-out edits with distinct instructions.
 
   Raises:
-    UserError: there are too few.
+    UserError: the split has too few distinct instructions.
   """
   records = distinct(edits.Edits(max(_POOL * count, 256), split, seed), count)
   return HeldOutEdits(

@@ -132,7 +132,7 @@ class Subject:
 
   @property
   def task(self) -> str:
-    """Kind of prompts: `edits`, `classes`, `words` (captions of written words) or `captions`."""
+    """Kind of prompts: `edits`, `classes`, `words` (captions of rendered text) or `captions`."""
     data = self.system.config.data
     if supports(self.system, Edits):
       return 'edits'
@@ -161,7 +161,7 @@ class Subject:
     return stacked(self.generator(list(prompts), 1, self.seed, self.settings))
 
   def sample_from_drafts(self, prompts: Sequence[str], images: np.ndarray) -> np.ndarray:
-    """Images rendered from the drafts of `images` [N, R, R, 3]; see Samples.drafts."""
+    """Images rendered from drafts of `images`, both [N, R, R, 3] uint8; see Samples.drafts."""
     drafts = self.generator.read_drafts(list(images))
     return stacked(self.generator(list(prompts), 1, self.seed, self.settings, fixed=drafts))
 
@@ -219,7 +219,7 @@ def class_of(name: str) -> type[Evaluator]:
 
 
 def parse_options(settings: Sequence[str], known: Collection[str]) -> dict[str, dict[str, Any]]:
-  """Options on a command line, `NAME.OPTION=VALUE` each: evaluator name -> option -> value.
+  """Parses command-line options `NAME.OPTION=VALUE`: evaluator name -> option -> value.
 
   Args:
     settings: the options; values are YAML.

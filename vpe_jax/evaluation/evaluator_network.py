@@ -18,8 +18,8 @@ from vpe_jax.models import siglip
 from vpe_jax.sampling import batches
 
 _BATCH = 64
-_SHIFTS = (-1, 0, 1)  # steps in each direction; averages out the arbitrary patch borders
-_STEP = 1 / 20  # as a fraction of the side of the image
+_SHIFTS = (-1, 0, 1)  # steps in x and in y; the mean over shifts depends less on patch borders
+_STEP = 1 / 20  # size of a step, as a fraction of the side of the image
 
 
 class EvaluatorNetwork:
@@ -33,7 +33,7 @@ class EvaluatorNetwork:
 
     Args:
       system: a vpe_jax.systems.tokenizers.siglip.System.
-      params: its parameters.
+      params: parameters of the system.
       tokenizer: converts captions to token ids.
       fingerprint: fingerprint of the parameters, for the protocol of a report.
     """

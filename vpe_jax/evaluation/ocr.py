@@ -1,10 +1,11 @@
 """Text rendering: does an OCR program read the words of the prompt?
 
-The protocol of TextAtlas with another OCR reader: rapidocr, which includes its networks. The text
-read from an image is lower-cased and split into words. Each word is matched to the first unmatched
-expected word with an Indel similarity of at least 80 of 100. Recall, precision and F1 are computed
-over the words of all images. The character error rate is the case-sensitive edit distance, divided
-by the length of the longer text and averaged over images. The ground truth gives the upper bound.
+The protocol is that of TextAtlas with another OCR reader: rapidocr, whose package includes the
+weights. The text read from an image is lower-cased and split into words. Each word is matched to
+the first unmatched expected word with an Indel similarity of at least 80 of 100. Recall, precision
+and F1 are computed over the words of all images. The character error rate is the case-sensitive
+edit distance, divided by the length of the longer text and averaged over images. The scores of
+ground-truth images show what the reader can reach.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Result:
 
   @property
   def recall(self) -> float:
-    """Share of the expected words that were read; the accuracy of TextAtlas."""
+    """Share of the expected words that were read; TextAtlas calls it accuracy."""
     return self.matched / self.expected
 
   @property

@@ -79,7 +79,7 @@ def distinct(source: Source, count: int) -> list[Record]:
   """The first `count` records of a source with distinct captions.
 
   Raises:
-    UserError: the source has too few.
+    UserError: the source has too few distinct captions.
   """
   records: dict[str, Record] = {}
   for index in range(len(source)):
@@ -89,7 +89,7 @@ def distinct(source: Source, count: int) -> list[Record]:
       return list(records.values())
   raise UserError(
     f'captions is {count}, but the {len(source)} records of this split have only {len(records)} '
-    'distinct captions'
+    'distinct captions: ask for fewer'
   )
 
 

@@ -33,7 +33,7 @@ from vpe_jax.evaluation.report import (
 CANDIDATES = 32
 HARD = 16
 RELATIONS = 3  # number of wrong relations between two objects
-_POOL = 4  # scenes composed per trial, to find distinct captions and distractors
+_POOL = 4  # scenes composed per trial (at least 256 in all), for distinct captions and distractors
 TIE = 1e-6  # cosines closer than this count as equal
 # Bars that `verdict` checks.
 _GROUND_TRUTH_BAR = 0.6  # accuracy on ground truth, the quality of the evaluator network
@@ -211,7 +211,7 @@ def make_trials(count: int, split: Split, seed: int = 0) -> tuple[list[Trial], l
   if len(trials) < count:
     raise UserError(
       f'captions={count}: the first {len(source)} scenes of the split {split} have only '
-      f'{len(trials)} different captions: lower it'
+      f'{len(trials)} usable captions: ask for fewer'
     )
   return trials, records
 
@@ -262,8 +262,9 @@ def permuted(
   """The control: every image is scored against trials of other images.
 
   The trials are shifted cyclically by `rounds` distances, so that no image meets its own caption. A
-  good evaluator network scores below chance here, because the wrong image matches one of the many
-  distractors better than the one true caption. The confidence interval is that of a single round.
+  good evaluator network scores below chance here, because an image of another caption usually
+  matches one of the 31 distractors better than the true caption. The confidence interval is that of
+  a single round.
   """
   rounds = min(rounds, len(trials) - 1)
   distances = [1 + i * (len(trials) - 1) // rounds for i in range(rounds)]

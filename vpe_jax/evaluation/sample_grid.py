@@ -3,9 +3,9 @@
 A draft is what some systems sample before they render the image, such as a visual prompt. Rows:
 images from the model's own drafts; images rendered from ground-truth drafts, if the system has
 drafts; the ground truth; and for edits, the source images. The first two rows differ because the
-renderer was trained on ground-truth drafts but samples from its own. Half of the prompts are held
-out. If the data source has no held-out split, all prompts are training data,
-and the label of the ground truth says so.
+renderer was trained on ground-truth drafts, but samples from those of the model. Half of the
+prompts are held out. If the data source has no held-out split, all prompts are training data, and
+the label of the ground truth says so.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vpe_jax.evaluation.report import FROM_DRAFTS, Report, Row
 from vpe_jax.sampling import images
 
 SHOWN = 4  # images of each split in a grid
-MIN_SCORED = 8  # images of each split for the metrics, or the number of devices if that is more
+MIN_SCORED = 8  # images of each split for the metrics; rounded up to a multiple of the devices
 _SCANNED = 8  # records scanned at most, per record used
 OWN, TRUE_DRAFTS = 'own', 'true_drafts'  # in the names of metrics
 GENERATED = 'generated'

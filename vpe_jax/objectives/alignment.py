@@ -1,7 +1,8 @@
 """Image-caption alignment: SigLIP's sigmoid loss, hard negatives, and retrieval within groups.
 
 Captions may repeat in a batch ("a red circle" fits several images), so the positives of an image
-are all captions equal to its own.
+are all captions equal to its own. Near misses are hard negatives: captions that are wrong in one
+detail.
 """
 
 from __future__ import annotations
@@ -71,6 +72,11 @@ def retrieval_hits(logits: Array, positive: Array, group: int = 32) -> Array:
   """1 where the caption with the largest logit in a group is positive: float32 [B].
 
   Groups are `group` consecutive batch elements, so that the result doesn't depend on batch size.
+
+  Args:
+    logits: images x captions [B, B].
+    positive: bool [B, B], whether the caption fits the image.
+    group: batch elements of a group.
   """
   index = jnp.arange(logits.shape[0]) // group
   same_group = index[:, None] == index[None]

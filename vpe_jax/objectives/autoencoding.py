@@ -19,9 +19,9 @@ def squared_error(prediction: Array, target: Array) -> Array:
 
 
 def psnr(prediction: Array, target: Array) -> Array:
-  """Peak signal-to-noise ratio in dB of each image in [0, 1]; predictions are clipped first.
+  """Peak signal-to-noise ratio of each example in dB: [B, ...] in [0, 1] -> float32 [B].
 
-  Errors below 1e-6 (60 dB) count as 1e-6.
+  Predictions are clipped to [0, 1] first. Errors below 1e-6 (60 dB) count as 1e-6.
   """
   error = squared_error(jnp.clip(prediction, 0.0, 1.0), target)
   return -10.0 * jnp.log10(jnp.maximum(error, 1e-6))

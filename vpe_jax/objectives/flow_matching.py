@@ -32,11 +32,11 @@ class FlowConfig:
     time_distribution: distribution of the training times before the shift, a key of
       TIME_DISTRIBUTIONS: `logit_normal` (the sigmoid of a normal sample) or `uniform`.
     mean: mean of the normal distribution of `logit_normal`; values above 0 favour noise.
-    std: its standard deviation.
+    std: standard deviation of that normal distribution.
     shift: factor s of the shift towards noise, s t / (1 + (s - 1) t); 1 is no shift.
     shift_by: a second factor of the shift, a key of SHIFTS: `constant` (1), `resolution` (grows
-      with the number of image tokens, as in Show-o2 and FLUX), or `dimension` (the square root of
-      the latent's dimension over 4096, as in RAE and VGT).
+      with the number of image tokens, as in Show-o2 and FLUX), or `dimension`
+      (sqrt(d / 4096) for latents of d values, as in RAE and VGT).
     target: prediction target of the network, a key of TARGETS: `velocity`, `data` or `noise`.
     weighting: weight of the squared error by time, a key of WEIGHTINGS: `uniform` (the error of the
       target itself), or `velocity` (the error of the velocity that the prediction implies).
@@ -74,13 +74,13 @@ class FlowConfig:
 
 
 def path(data: Array, noise: Array, time: Array) -> Array:
-  """x_t for times [B]."""
+  """x_t [B, ...] at times [B], between data and noise [B, ...]."""
   t = _over(time, data)
   return (1.0 - t) * data + t * noise
 
 
 def velocity(data: Array, noise: Array) -> Array:
-  """The velocity of the path."""
+  """The velocity eps - x of the path."""
   return noise - data
 
 
@@ -90,9 +90,9 @@ def shift_time(time: Array, shift: float | Array) -> Array:
 
 
 def token_shift(tokens: int) -> float:
-  """Show-o2's shift by number of image tokens: e^mu, mu linear from .5 at 256 to 1.15 at 4096.
+  """Show-o2's shift by number of image tokens, from its released transport code.
 
-  Source: its released transport code.
+  It is e^mu, where mu is linear in the number of tokens: 0.5 at 256 and 1.15 at 4096.
   """
   slope = (1.15 - 0.5) / (4096 - 256)
   return math.exp(0.5 + slope * (tokens - 256))
@@ -221,7 +221,7 @@ TARGETS = {
 }
 
 
-# Weights [B] of times [B]; None is 1 at every time.
+# Weights [B] at times [B]; None is weight 1 at every time.
 WEIGHTINGS: dict[str, Callable[[FlowConfig, Array], Array | None]] = {
   'uniform': lambda flow, time: None,
   'velocity': lambda flow, time: jnp.square(TARGETS[flow.target].scale(time)),

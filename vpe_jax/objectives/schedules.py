@@ -23,7 +23,7 @@ class Schedule:
 
   Attributes:
     kind: `sigmoid`, `linear`, `constant` (the start value at every step), or `off`.
-    total: steps S of the stage.
+    total: number of steps of the stage.
     start: start value. The sigmoid approaches start and end value without reaching them.
     end: end value.
     off: value of kind `off`: 0 for a mask rate, 1 for a loss weight.

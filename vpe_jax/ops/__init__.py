@@ -1,1 +1,1 @@
-"""Pure functions on arrays: attention, rotary positions, norms."""
+"""Pure functions on arrays (attention, rotary positions, norms, matmuls), and FLOPs counts."""

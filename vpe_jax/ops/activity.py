@@ -1,8 +1,8 @@
-"""Forward analysis of a jaxpr: which variables a gradient reaches, and which are known.
+"""Forward analysis of a jaxpr: which variables are active, and which are known.
 
 A variable is active if it depends differentiably on the parameters that train: `stop_gradient`,
 roundings and integers end the dependence. It is known if it follows from known inputs alone, such
-as a mask from the lengths of captions; its value is computed only when something asks for it.
+as a mask from the lengths of captions; known values are computed only on demand.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Value:
 
   Attributes:
     active: depends differentiably on parameters that train.
-    known: computes its value; None if that depends on inputs that are only shapes.
+    known: function that computes the value; None if it depends on inputs that are only shapes.
   """
 
   active: bool = False
@@ -44,8 +44,8 @@ class Scope:
 
   Attributes:
     jaxpr: the program.
-    inside: scopes of the jaxprs within each equation, by the equation's index: one of a call or a
-      scan, one of each branch of a conditional, and condition and body of a while loop.
+    inside: index of an equation -> scopes of the jaxprs within it: one for a call or a scan, one
+      for each branch of a conditional, and two (condition and body) for a while loop.
   """
 
   def __init__(self, jaxpr: core.ClosedJaxpr | core.Jaxpr, inputs: Sequence[Value]) -> None:
@@ -83,7 +83,7 @@ class Scope:
     if name == 'cond':
       self.inside[index] = [Scope(branch, inputs[1:]) for branch in equation.params['branches']]
       return _results(equation, inputs, [scope.outputs for scope in self.inside[index]])
-    if name == 'while':  # has no gradient of reverse mode
+    if name == 'while':  # has no reverse-mode gradient
       self.inside[index] = _while(equation, inputs)
       return _results(equation, inputs, [[Value()] * len(equation.outvars)])
     if any(contains(body, PRODUCTS) for body in core.jaxprs_in_params(equation.params)):
@@ -101,10 +101,10 @@ def contains(jaxpr: core.ClosedJaxpr | core.Jaxpr, primitives: Collection[str]) 
 
 
 def is_attention(equation: core.JaxprEqn) -> bool:
-  """Whether an equation is a call of an attention kernel, whose jaxpr shows other FLOPs.
+  """Whether an equation calls attention whose FLOPs can't be counted from the jaxpr inside.
 
-  Its inputs begin with q, k and v; those of `blockwise.attend` go on with the visibility of queries
-  and keys, and the bias.
+  The inputs of the call begin with q, k and v; those of `blockwise.attend` continue with the
+  visibility of queries and keys, and the bias.
   """
   if equation.primitive.name == 'custom_vjp_call':
     return equation.params['call_jaxpr'].jaxpr.debug_info.func_name == blockwise.CALL
@@ -124,8 +124,8 @@ def _body(equation: core.JaxprEqn) -> core.ClosedJaxpr | core.Jaxpr:
 def scan_parts(equation: core.JaxprEqn) -> tuple[int, int]:
   """Number of constants and of carries of a scan; the inputs after them are sliced by step.
 
-  The names of the parameters that say so differ between versions of JAX, ranks don't: the body sees
-  constants and carries whole, and slices without their leading axis.
+  They are counted by ranks, because parameter names differ between versions of JAX: the body sees
+  constants and carries whole, but slices without their leading axis.
   """
   body = _body(equation)
   whole = lambda outer, inner: sum(
@@ -136,7 +136,7 @@ def scan_parts(equation: core.JaxprEqn) -> tuple[int, int]:
 
 
 def _scan(equation: core.JaxprEqn, inputs: Sequence[Value]) -> Scope:
-  """The body of a scan: what one step makes active is active from the first step on."""
+  """The body of a scan; a carry that any step makes active counts as active in all steps."""
   constants, carries = scan_parts(equation)
   of_step = [Value(value.active) for value in inputs[constants:]]
   while True:
@@ -165,7 +165,7 @@ def _results(
   inputs: Sequence[Value],
   bodies: Sequence[Sequence[Value]] = (),
 ) -> list[Value]:
-  """The results of an equation: active as in one of `bodies`, without any if an input is."""
+  """The results of an equation: active as in any of `bodies`, or, without them, if any input is."""
   flows = any(value.active for value in inputs) and equation.primitive.name not in _CONSTANT
   active = [any(outs) for outs in zip(*([v.active for v in body] for body in bodies))]
   active = active if bodies else [flows] * len(equation.outvars)

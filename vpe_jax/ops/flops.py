@@ -1,8 +1,9 @@
 """FLOPs of the matrix products in a function, by tracing it: nothing is compiled, nothing runs.
 
-Model FLOPs are those of a forward and a backward pass in which nothing is recomputed: each product
-costs one more of its size for every operand that needs a gradient, where a gradient reaches its
-result. Attention counts all pairs of query and key, masked or not, whichever implementation runs.
+Model FLOPs are those of a forward and a backward pass in which nothing is recomputed. If a gradient
+reaches the result of a product, the backward pass has one product of the same size for every
+operand that needs a gradient. Attention counts all pairs of query and key, masked or not, whichever
+implementation runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from jax.extend import core
 from vpe_jax.contracts import Array, Visibility, visible
 from vpe_jax.ops.activity import Scope, Value, contains, is_attention, scan_parts
 
-_EXAMPLES = 8  # of a batch, in counting visible pairs
+_EXAMPLES = 8  # examples of a batch in which visible pairs are counted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +31,9 @@ class AttentionKernel:
   Attributes:
     calls: how often it runs in one forward pass.
     trained: the part of `calls` that a gradient flows back through.
-    shape: of the queries, [B, L, N, H].
+    shape: shape of the queries, [B, L, N, H].
     keys: number of keys S.
-    visibility: of queries and keys, order, since, reach and until each.
+    visibility: order, since, reach and until of the queries, then of the keys.
   """
 
   calls: float
@@ -42,7 +43,7 @@ class AttentionKernel:
   visibility: tuple[Value, ...]
 
   def pairs(self) -> int:
-    """Visible pairs of the example that sees most; all pairs if the visibility is not known."""
+    """Visible pairs of the example that has most; all L S pairs if the visibility is not known."""
     L = self.shape[1]
     if not all(value.known for value in self.visibility):
       return L * self.keys
@@ -51,7 +52,7 @@ class AttentionKernel:
     return max(int(_count(query[i : i + 1], key[i : i + 1])) for i in range(len(leaves[0])))
 
   def flops(self) -> float:
-    """FLOPs of one call of the forward pass between visible pairs."""
+    """FLOPs of one call in the forward pass; only visible pairs count."""
     B, _, N, H = self.shape
     return 4.0 * B * N * H * self.pairs()
 
@@ -65,8 +66,8 @@ class Flops:
   """FLOPs of matrix products; a multiply-add is two.
 
   Attributes:
-    forward: of the forward pass.
-    backward: of the gradients.
+    forward: FLOPs of the forward pass.
+    backward: FLOPs of the gradients.
     kernels: attention calls in Pallas kernels, which `forward` and `backward` include.
   """
 
@@ -96,8 +97,8 @@ def matrix_flops(function: Callable[..., Any], *arguments: Any) -> float:
   """FLOPs of all dots and convolutions that the function's results depend on.
 
   A multiply-add is two. The body of a scan counts as often as it runs, that of a while loop once,
-  and of a conditional the most expensive branch. Of a convolution, places of the window outside the
-  image don't count.
+  and a conditional counts as its most expensive branch. Positions of a convolution's window outside
+  the image don't count.
 
   Args:
     function: pure.
@@ -136,13 +137,13 @@ class _Count:
   """FLOPs of a scope, from its results backward.
 
   Attributes:
-    flops: of the equations that the results in use depend on.
+    flops: FLOPs of the equations that the results in use depend on.
     read: for each input, whether a result in use depends on it.
     reached: for each input, whether a gradient reaches it.
   """
 
   def __init__(self, scope: Scope, read: Sequence[bool], reached: Sequence[bool]) -> None:
-    """Counts.
+    """Counts the FLOPs.
 
     Args:
       scope: the program.
@@ -219,7 +220,7 @@ def _inner(
 
 
 def _scan(equation: core.JaxprEqn, body: Scope, read: list[bool], reached: list[bool]) -> _Counted:
-  """A scan, step by step from the last one, until a step needs the same as the step after it."""
+  """Counts a scan from the last step back, until a step needs the same carries as the next one."""
   first, carries = scan_parts(equation)
   flops, remaining = Flops(), equation.params['length']
   inputs = [_none(body.jaxpr.invars)] * 2
@@ -250,7 +251,7 @@ def _attention(equation: core.JaxprEqn, values: Sequence[Value], differentiated:
   """FLOPs of an attention call: logits from q and k, and mixed values from weights and v."""
   q, k = (atom.aval.shape for atom in equation.invars[:2])
   active = [value.active for value in values]
-  weights = any(active[:2] + active[11:])  # after q, k, v and two visibilities: the bias
+  weights = any(active[:2] + active[11:])  # 11: the bias, after q, k, v and two visibilities
   product = 2.0 * math.prod(q) * k[1]
   operands = sum(active[:3]) + weights if differentiated else 0
   kernels = ()
@@ -282,18 +283,18 @@ def _convolution(equation: core.JaxprEqn) -> float:
 def window_positions(
   length: int, kernel: int, out: int, stride: int, pad: int, dilation: tuple[int, int]
 ) -> int:
-  """Pairs of a result and a place of its window that meet an element of the input, along one axis.
+  """Number of pairs (result, window position) that read an element of the input, along one axis.
 
   Args:
-    length: of the input.
+    length: length of the input.
     kernel: length of the window.
     out: number of results.
-    stride: from a result's window to the next one's.
-    pad: zeros before the input; how many follow it doesn't matter.
+    stride: distance between the windows of neighbouring results.
+    pad: zeros before the input; the number of zeros after it doesn't matter.
     dilation: of the input and of the window: 1 + the number of zeros between neighbours.
   """
-  # Result o and window place k meet an element where o * stride + k * dilation[1] - pad is one of
-  # its places, multiples of dilation[0]: of the results in reach, every `period`-th from `start`.
+  # Result o with window position k reads place o * stride + k * dilation[1] - pad. Elements are at
+  # multiples of dilation[0]: every `period`-th result from `start` on reads one.
   common = math.gcd(stride, dilation[0])
   period, count = dilation[0] // common, 0
   inverse = pow(stride // common, -1, period)

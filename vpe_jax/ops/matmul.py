@@ -1,4 +1,4 @@
-"""Matrix products of dense layers: forward and backward in the order that is fast.
+"""Matrix products of dense layers, in the layouts that run fast forward and backward.
 
 `dot_general` has a weight gradient that every backend runs at full speed; `matmul_transposed` is
 for decoding, where a few vectors are multiplied by a large kernel.
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from vpe_jax.contracts import Array
 
-_MAX_VECTORS = 128  # with more of them, `x @ kernel.T` is as fast on a CPU
+_MAX_VECTORS = 128  # with more vectors, `x @ kernel.T` is as fast on a CPU
 
 
 def dot_general(
@@ -46,11 +46,11 @@ def dot_general(
 
 
 def matmul_transposed(x: Array, kernel: Array) -> Array:
-  """`x @ kernel.T`: vectors [..., K] times a kernel [N, K] stored output by output, as tables are.
+  """`x @ kernel.T`: vectors [..., K] times a kernel [N, K], the layout of embedding tables.
 
-  On CPU few vectors are fastest as `kernel @ x.T`: at the sizes of Qwen2.5-0.5B, 1 to 16 of them
-  take 0.6 to 0.8 of the time of a product with a kernel [K, N], and from 2 on half that of
-  `x @ kernel.T`, to which XLA would rewrite it without the barriers.
+  On CPU, few vectors are fastest as `kernel @ x.T`. At the sizes of Qwen2.5-0.5B, 1 to 16 vectors
+  take 0.6 to 0.8 of the time of a product with a kernel [K, N]; 2 or more take half the time of
+  `x @ kernel.T`. Without the barriers, XLA would rewrite the product to that slower form.
   """
   many = lambda x, kernel: jnp.einsum('...K,NK->...N', x, kernel)
   if math.prod(x.shape[:-1]) > _MAX_VECTORS:

@@ -24,7 +24,7 @@ def layer_norm(x: Array, scale: Array, bias: Array, eps: float) -> Array:
 
 
 def group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float) -> Array:
-  """Each group of channels of `[B, H, W, C]` to mean 0 and deviation 1, then * scale + bias."""
+  """Normalizes groups of channels of `[B, H, W, C]` to mean 0 and std 1, then * scale + bias."""
   wide = x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1)
   wide = wide - jnp.mean(wide, (1, 2, 4), keepdims=True)
   wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), (1, 2, 4), keepdims=True) + eps)

@@ -16,7 +16,7 @@ class RopeScaling:
   """Llama 3's stretch of the low frequencies to longer contexts.
 
   Wavelengths above `original / low` are stretched by `factor`, those below `original / high`
-  stay, and those between are blended.
+  stay, and those between are blended. `original` is the context length before the stretch.
   """
 
   factor: float = 32.0
@@ -56,7 +56,7 @@ def rotary_grid(positions: Array, width: int, theta: float) -> tuple[Array, Arra
 
 
 def rotate(x: Array, tables: tuple[Array, Array], adjacent: bool = False) -> Array:
-  """Rotates heads [B, L, N, H].
+  """Rotates heads [B, L, N, H] by the cosines and sines of `rotary` or `rotary_grid`.
 
   Pair i is (x[i], x[i + H / 2]), or, if `adjacent`, (x[2i], x[2i + 1]).
   """

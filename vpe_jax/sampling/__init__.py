@@ -1,1 +1,1 @@
-"""Samplers and guidance over networks as functions of cached prefixes, for any system."""
+"""Samplers and guidance for any system, over networks that read or extend a cached prefix."""

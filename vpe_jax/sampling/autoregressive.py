@@ -46,7 +46,7 @@ def filter_logits(
   Raises:
     UserError: a setting is out of range.
   """
-  # Its constructor checks the ranges.
+  # The constructor checks the ranges.
   TokenSampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
   logits = logits.astype(jnp.float32)
   if temperature == 0:
@@ -112,7 +112,7 @@ def categorical(
   Args:
     logits: maps the state of the prefix to the next token's logits [n B, V] of all branches.
     settings: static under jit.
-    guidance: of the logits.
+    guidance: guidance of the logits.
     branches: the n stacked branches, see `guidance.stacked`.
     steps: total number of tokens, for the schedule of guidance.
   """
@@ -150,7 +150,7 @@ def generate(
 
   The token at index i of batch element b is sampled with `fold_in(keys[b], i)`. The prefix is
   extended by every token, including the last one, so sampling can continue from the returned
-  prefix, possibly with another vocabulary: `extend` is called `length` times, or until all
+  prefix, possibly with another vocabulary. `extend` is called `length` times, or until all
   sequences have ended.
 
   A token is the result of `sample`: a code, a vector that an inner sampler computes from a hidden
@@ -163,7 +163,7 @@ def generate(
     length: number of tokens; with `stop`, the maximum.
     keys: [B], one key per batch element, so that elements don't depend on each other.
     sample: samples the next tokens.
-    branches: n.
+    branches: number n of stacked branches.
     stop: ends sequences of single integer tokens early; None: never.
 
   Returns:

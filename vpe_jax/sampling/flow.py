@@ -164,9 +164,9 @@ class Phase:
 
   Attributes:
     steps: number of steps.
-    guidance: of these steps.
-    prefix: makes the prefix [B] of a branch from the names of the conditions that it drops. It is
-      called once for each branch that these steps need.
+    guidance: guidance of these steps.
+    prefix: maps the names of the conditions that a branch drops to the prefix of the branch, with
+      batch size B. It is called once for each branch that these steps need.
   """
 
   steps: int

@@ -1,7 +1,7 @@
-"""Guidance: a weighted sum of branches, each the network without some of its conditions.
+"""Guidance: a weighted sum of branches; each is the network's output without some conditions.
 
 Branches are stacked along the batch, so that one call of the network computes all of them. The set
-of branches is static; a branch without weight is never computed.
+of branches is static; `Guidance.needed` leaves out those of weight 0.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ class Guidance:
     interval: times (lowest, highest] in which guidance is on (arXiv 2404.07724; BAGEL's
       `cfg_interval`); elsewhere only the conditional branch is used.
     schedule: strength f over the G steps (or the groups of a decoder): `constant`, or `linear`,
-      from 1 at the first to 1/G at the last. A branch has the weight f w, the conditional branch
-      1 + f (w - 1). This is VGT's scale 1 + (s - 1)(G - g)/G.
+      from 1 at the first to 1/G at the last. A branch of weight w gets f w, the conditional branch
+      1 + f (w - 1). For classifier-free guidance of scale s, this is VGT's scale
+      1 + (s - 1)(G - g)/G at step g.
     renormalize: scales the guided output down to the norm of the conditional branch, as BAGEL's
       `cfg_renorm_type`: `global` (one norm per batch element), `channel` (one norm per vector along
       the last axis, in BAGEL a patch token), or '' (off).
-    renormalize_min: minimum of that scale factor, BAGEL's `cfg_renorm_min`.
+    renormalize_min: minimum of the factor by which `renormalize` scales, BAGEL's `cfg_renorm_min`.
 
   Raises:
     UserError: a setting is out of range.
+    ValueError: names repeat, the first branch drops a condition, or the weights don't sum to 1.
   """
 
   branches: tuple[Branch, ...]
@@ -132,7 +134,10 @@ class Guidance:
 
   @property
   def needed(self) -> tuple[Branch, ...]:
-    """The branches with weight, in order."""
+    """Branches to compute, in order: those with a weight other than 0.
+
+    The conditional one is always included if the schedule varies or `renormalize` is on.
+    """
     needed = {branch.name for branch in self.branches if branch.weight}
     if self.renormalize or self.schedule != 'constant':
       needed.add(self.conditional.name)
@@ -160,7 +165,7 @@ def stacked(*guidances: Guidance) -> tuple[Branch, ...]:
   """The stacked branches of a decoder: the conditional one, and all that any guidance needs.
 
   Args:
-    guidances: of consecutive runs of tokens; they have the same branches with different weights.
+    guidances: one for each run of consecutive tokens; only the weights of their branches differ.
   """
   names = {branch.name for guidance in guidances for branch in guidance.needed}
   first, *others = guidances[0].branches

@@ -196,7 +196,7 @@ def save_all(
   """Writes images to one grid or to one file per image.
 
   Args:
-    images: the images.
+    images: one or more generated images.
     out: see `output_files`.
     metadata: whether text chunks record the provenance.
     overwrite: whether to replace existing files.

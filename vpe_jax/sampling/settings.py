@@ -14,7 +14,7 @@ from vpe_jax.config import SampleConfig, check
 
 @dataclasses.dataclass(frozen=True)
 class FlowSampling(SampleConfig):
-  """Settings of a sampler of flows.
+  """Settings of a flow sampler.
 
   Attributes:
     steps: number of steps of the flow.
@@ -34,7 +34,7 @@ class FlowSampling(SampleConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TokenSampling(SampleConfig):
-  """Settings of a sampler of tokens.
+  """Settings of a token sampler.
 
   Attributes:
     temperature: divisor of the tokens' logits; 0 is greedy.

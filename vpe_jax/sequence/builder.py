@@ -176,7 +176,7 @@ def _prediction(
 
 
 def _padded(region: Region, length: int) -> Region:
-  """Absent tokens after the region: every field is 0 there."""
+  """Pads a region with absent tokens, whose fields are all 0."""
   extra = length - region.ids.shape[1]
   if not extra:
     return region
@@ -208,5 +208,5 @@ def _batch_size(
   B = shapes[0][1][0]
   for name, shape, rest in shapes:
     if shape != (B, *rest):
-      raise ValueError(f'{name} have shape {shape}, but must have {(B, *rest)}')
+      raise ValueError(f'{name}: the shape is {shape}, but must be {(B, *rest)}')
   return B

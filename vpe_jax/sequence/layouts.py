@@ -70,10 +70,10 @@ def position_queries(text: int, groups: int, queries: int, expert: str = 'decode
   """Text, then groups of latents that are predicted in parallel from position queries.
 
   The queries of a group see the text and all finished groups, but not each other, and no other
-  token sees them; all have the next position. Once their latents are predicted, the group is stored
-  as causal pairs of query and latent, at that position and the following ones. Spans: `text`,
-  `group0/queries`, `group0/pairs`, `group1/queries`, and so on. One text token, one group of two
-  queries (p, q) and their pairs (p x, q y):
+  token sees them; all share the next position. Once their latents are predicted, the group is
+  stored as causal pairs of query and latent, at that position and the following ones. Spans:
+  `text`, `group0/queries`, `group0/pairs`, `group1/queries`, and so on. One text token, one group
+  of two queries (p, q) and their pairs (p x, q y):
 
          a p q p x q y
       a  1 0 0 0 0 0 0

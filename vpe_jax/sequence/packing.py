@@ -20,11 +20,11 @@ from vpe_jax.sequence.builder import NEVER
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Where the tokens of one expert's packed region come from: int32 [R, budget], -1 if absent.
+  """Where the tokens of one expert in R packed sequences come from; -1 if absent.
 
   Attributes:
-    sample: index of the sample.
-    slot: slot of the token in the expert's region of that sample.
+    sample: int32 [R, budget], index of the sample.
+    slot: int32 [R, budget], slot of the token in the expert's region of that sample.
   """
 
   sample: np.ndarray
@@ -90,7 +90,7 @@ def pack(
       .   0 0 0 0 0 0 0 0
 
   Args:
-    regions: the samples' region of each expert, as the builder makes them.
+    regions: region [n, L] of each expert, as the builder makes them.
     bins: samples of each packed sequence, see `assign`; an empty one gives a sequence of absent
       tokens.
     budgets: slots of a packed sequence, by expert.

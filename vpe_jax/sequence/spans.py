@@ -20,15 +20,16 @@ class Span:
   A token sees the tokens before it; a token of a full span sees its whole bidirectional block.
   `sees`, `seen_by` and `window` restrict this.
 
-  Each query sees one interval of the logical order, without the keys that end before it
-  (contracts.Visibility). A further rule of this kind is a field here and its bound in builder.py; a
-  rule that skips tokens in between, such as every second one, can't be expressed.
+  Each query sees one interval of the logical order, except the keys whose `until` it has reached
+  (contracts.Visibility). To add a rule of this form, add a field here and its bound in builder.py.
+  A rule that skips tokens inside the interval, such as every second one, can't be expressed.
 
   Attributes:
     name: unique in its layout, such as `frame1/text`.
     length: number of slots, filled or not.
-    expert: region that stores the tokens.
-    full: whether the span is bidirectional; neighbouring full spans of one frame form one block.
+    expert: expert whose region stores the tokens.
+    full: whether the span is bidirectional; neighbouring full spans with equal `frame` form one
+      block.
     predicts: whether each token's output predicts the id of the next token that is present.
     condition: name of the condition that removes the span if it is dropped; '' for none.
     frame: frame that the span belongs to; None if none.
@@ -87,7 +88,7 @@ class Layout:
   """Spans in logical order.
 
   Attributes:
-    spans: with different names; spans of one frame are neighbours.
+    spans: the spans; their names differ, and spans of one frame are neighbours.
 
   Raises:
     ValueError: a name occurs twice, or spans of one frame are not neighbours.

@@ -57,7 +57,7 @@ def test_default_by_platform_shape_and_mask(monkeypatch, platform, L, S, options
     ('pallas_tpu', 'tpu', {'H': 512}, 'up to 256 wide, not 512'),
     ('cudnn', 'gpu', {}, 'needs a mask that is known to be causal or padding'),
     ('cudnn', 'gpu', {'hint': 'causal', 'dtype': jnp.float32}, 'computes in bfloat16'),
-    ('cudnn', 'gpu', {'hint': 'causal', 'H': 36}, 'that 8 divides, not 36'),
+    ('cudnn', 'gpu', {'hint': 'causal', 'H': 36}, 'or 128 wide, not 36'),
     ('chunked', 'cpu', {'hint': 'casual'}, "did you mean 'causal'"),
   ],
 )

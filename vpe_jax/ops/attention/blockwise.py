@@ -1,7 +1,7 @@
-"""Shared by the blockwise implementations: one gradient rule, names for remat, and the mesh.
+"""Shared by the blockwise implementations: gradient rule, names for remat, sharding over a mesh.
 
-An implementation is a `Kernel`: a forward and a backward pass over `Operands`. Neither keeps more
-than O(L) between the two: the backward pass makes each block's weights again from the log-sum-exp.
+An implementation is a `Kernel`: a forward and a backward pass over `Operands`. Between the two,
+only O(L) memory is kept: the backward pass recomputes each block's weights from the log-sum-exp.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from vpe_jax import sharding
 from vpe_jax.contracts import Array, Visibility
 
-# Names that a remat policy may save, so that the backward pass doesn't attend a second time.
+# Names that a remat policy may save, so that the backward pass doesn't run attention again.
 SAVED = ('attention', 'attention_lse')
 
 
@@ -62,8 +62,8 @@ class Kernel(Protocol):
       operands: as in `forward`.
       mixed: gradient of the mixed values [B, L, N, H].
       lse: log-sum-exp [B, N, L]; 0 for queries that see no key.
-      delta: the term that all weights of a query share [B, N, L]: the gradient of a logit is its
-        weight times (gradient of the weight - delta).
+      delta: one term [B, N, L] for each query: the gradient of a logit is its weight times
+        (gradient of the weight - delta).
     """
     ...
 
@@ -94,7 +94,7 @@ def _backward_rule(kernel: Kernel, saved: Any, gradients: tuple[Array, Array]) -
   d_mixed, d_lse = gradients
   product = d_mixed.astype(jnp.float32) * mixed.astype(jnp.float32)
   delta = jnp.sum(product, -1).transpose(0, 2, 1) - d_lse
-  # Queries that see no key have no weights: any finite number will do.
+  # Queries that see no key have only weights of 0, so any finite number will do.
   seen = lse > -jnp.inf
   lse, delta = jnp.where(seen, lse, 0.0), jnp.where(seen, delta, 0.0)
   specs = _specs(operands)
@@ -105,7 +105,7 @@ def _backward_rule(kernel: Kernel, saved: Any, gradients: tuple[Array, Array]) -
   return (Operands(q, k, v, None, None, bias),)
 
 
-# The name by which ops/flops.py knows a call in a jaxpr.
+# The name by which ops/activity.py recognizes a call in a jaxpr.
 CALL = _attend.__name__
 _attend.defvjp(_forward_rule, _backward_rule)
 
@@ -141,9 +141,9 @@ class _Specs:
 
 
 def _specs(operands: Operands) -> _Specs | None:
-  """Batch over the batch axes and heads over `tensor`, whatever divides; None: run as it is.
+  """Shards batch over the batch axes and heads over `tensor` where they divide; None: no shard_map.
 
-  A bias broadcasts over batch and heads, and no kernel takes one: XLA may split those calls.
+  A bias may broadcast over batch and heads. No Pallas kernel takes one, so XLA can shard the call.
   """
   if operands.bias is not None:
     return None
@@ -155,6 +155,6 @@ def _specs(operands: Operands) -> _Specs | None:
 
 
 def _mapped(run: Callable[..., Any], specs: _Specs, more: tuple[P, ...], out: Any) -> Any:
-  # Forward and backward are mapped one by one: the transpose of a map would add up gradients
-  # over axes on which nothing is split.
+  # Forward and backward have a shard_map each: the transpose of a single one would sum gradients
+  # over mesh axes that shard nothing.
   return jax.shard_map(run, in_specs=(specs.operands, *more), out_specs=out, check_vma=False)

@@ -13,8 +13,8 @@ from vpe_jax.ops.attention import chunked, cudnn, pallas_gpu, pallas_tpu, refere
 
 HINTS = ('', 'causal', 'padding')
 SHORT = 16  # decoding: with fewer queries than this, `reference` is chosen on every platform
-# Logits of one head (L x S) from which blocks are worth their loop. On CPU: measured, forward and
-# backward, see tests/benchmarks/attention.py. On TPU and GPU: a few blocks of the kernels.
+# Number of logits of one head (L x S) from which blockwise attention is chosen. On CPU: measured,
+# forward and backward, see tests/benchmarks/attention.py. On TPU and GPU: a few blocks.
 CROSSOVER = {'cpu': 768 * 768, 'tpu': 256 * 256, 'gpu': 256 * 256}
 _WIDEST = {'pallas_tpu': pallas_tpu.WIDEST, 'pallas_gpu': pallas_gpu.WIDEST}
 _HOME = {'pallas_tpu': 'tpu', 'pallas_gpu': 'gpu', 'cudnn': 'gpu'}  # platform of each kernel
@@ -39,15 +39,15 @@ def attention(
     query: visibility of the queries [B, L].
     key: visibility of the keys [B, S].
     implementation: a name of `config.ATTENTIONS`, which runs or raises; '' chooses by platform,
-      shape and hint, and logs what it chose, once a shape.
-    bias: added to the logits, broadcastable to [B, N, L, S]; `reference` and `chunked` alone
-      take one.
-    hint: a property of the mask: `causal` (every token sees itself and those stored
-      before it, none is absent), or `padding` (every query sees every present key, and absent
-      ones are stored last). cuDNN runs only with a hint.
+      shape and hint, and logs the choice once per shape.
+    bias: added to the logits, broadcastable to [B, N, L, S]; only `reference` and `chunked` take
+      one.
+    hint: a property of the mask: `causal` (every token sees itself and all tokens stored before it,
+      and none is absent), or `padding` (every query sees every present key, and absent keys are
+      stored last). cuDNN runs only with a hint.
 
   Raises:
-    UserError: the name is unknown, or the implementation can't do this call here.
+    UserError: the name is unknown, or the implementation doesn't support the call or the devices.
   """
   name = _choose(q, k, implementation, bias, hint)
   if name == 'cudnn':
@@ -64,10 +64,10 @@ def attention_and_lse(
   implementation: str = '',
   bias: Array | None = None,
 ) -> tuple[Array, Array]:
-  """The result of `attention`, and the log-sum-exp [B, L, N] float32; arguments as there.
+  """The result of `attention`, and the log-sum-exp [B, L, N] float32; for arguments see there.
 
   Raises:
-    UserError: as `attention`; and cuDNN returns none.
+    UserError: see `attention`; or the implementation is `cudnn`, which returns no log-sum-exp.
   """
   if implementation == 'cudnn':
     raise UserError("attention 'cudnn' returns no log-sum-exp: name another implementation")
@@ -77,8 +77,8 @@ def attention_and_lse(
 def device() -> tuple[str, str]:
   """Platform (`cpu`, `tpu`, `gpu`) and kind of the devices that a traced call will run on.
 
-  They are those of the mesh of `jax.set_mesh`, which may be devices that this host hasn't got
-  (compiling ahead of time), else of the default backend.
+  With a mesh from `jax.set_mesh`, they are its devices, which this host need not have (compilation
+  ahead of time); without one, those of the default backend.
   """
   described = jax.sharding.get_abstract_mesh().abstract_device
   if described is None:
@@ -120,7 +120,7 @@ def _refusal(name: str, q: Array, platform: str, bias: Array | None, hint: str) 
     return f'is no implementation{did_you_mean(name, ATTENTIONS)}'
   home = _HOME.get(name, platform)
   if platform != home:
-    return f"runs on {home}, and the devices are {platform}: name 'chunked', or none to choose"
+    return f"runs on {home}, and the devices are {platform}: name 'chunked', or '' (automatic)"
   if bias is not None and name in _HOME:
     return "takes no bias: name 'reference' or 'chunked'"
   if H > _WIDEST.get(name, H):
@@ -136,7 +136,7 @@ def _automatic(q: Array, k: Array, platform: str, bias: Array | None, hint: str)
   if L < SHORT or L * S < crossover:
     return 'reference'
   kernels = [name for name, home in _HOME.items() if home == platform]
-  # cuDNN before the general kernel, where it can.
+  # cuDNN is preferred to the general kernel where it can run.
   for name in reversed(kernels):
     if not _refusal(name, q, platform, bias, hint):
       return name

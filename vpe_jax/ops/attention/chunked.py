@@ -1,10 +1,10 @@
 """Attention block by block in plain XLA: O(L) memory on any backend.
 
-The softmax runs online over blocks of keys, and the gradient makes each block's weights again
-(FlashAttention-2, arXiv 2307.08691). Block pairs that Visibility rules out are not visited: the
-inner loops run over the schedule's visited blocks, as many as there are, first over those that need
-no mask. Sequences of a batch are attended one after another, each by its own schedule: a dropped
-condition costs nothing, and the loops' operands stay in a CPU's cache however large the batch.
+The softmax runs online over blocks of keys, and the backward pass recomputes each block's weights
+(FlashAttention-2, arXiv 2307.08691). The inner loops run only over the block pairs that the
+schedule lists: first those that need no mask, then the others. The sequences of a batch are
+processed one after another, each with its own schedule: a dropped condition costs nothing, and the
+loops' operands stay in a CPU's cache at any batch size.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vpe_jax.contracts import Array, Visibility, visible
 from vpe_jax.ops.attention import schedule
 from vpe_jax.ops.attention.blockwise import Gradients, Operands, attend
 
-# Rows of a block of queries with its group's heads folded in, and keys of a block: the fastest on
-# CPU, where a block of logits (1 MB) stays in the cache. Longer blocks of keys gain nothing with
-# causal masks, of which they skip less.
+# ROWS: rows of a block of queries, one for each query and head of a group. COLUMNS: keys of a
+# block. These sizes are the fastest on CPU, where a block of logits (1 MB) stays in the cache.
+# Longer blocks of keys gain nothing with causal masks, of which they skip less.
 ROWS, COLUMNS = 1024, 256
-_LEAST = 64  # queries a block, however large the group
+_LEAST = 64  # minimum number of queries per block, however large the group
 
 
 def attention(
@@ -149,11 +149,11 @@ class Chunked:
 
 
 class _Blocks:
-  """Operands cut into blocks, blocks in front, and the schedule over them.
+  """Operands of one sequence (B is 1), cut into blocks along a new first axis, and the schedule.
 
-  `q` is [I, B, K, G * rows, H] (the queries of a group are rows of one matrix, see `reference`),
-  `k` and `v` [J, B, K, columns, H]; B is 1. `visit` runs over the visits of a block of queries or,
-  if `by_keys`, of a block of keys.
+  I blocks of queries, `q` [I, B, K, G * rows, H]: the queries of all G heads of a group are rows of
+  one matrix, see `reference`. J blocks of keys, `k` and `v` [J, B, K, columns, H]. `visit` runs
+  over the visits of a block of queries or, if `by_keys`, of a block of keys.
   """
 
   def __init__(self, kernel: Chunked, operands: Operands, by_keys: bool = False) -> None:

@@ -15,9 +15,9 @@ def refusal(q: Array, hint: str) -> str:
   if hint not in ('causal', 'padding'):
     return "needs a mask that is known to be causal or padding: name 'pallas_gpu'"
   if q.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"computes in bfloat16, not {q.dtype}: name 'pallas_gpu'"
+    return f"computes in bfloat16 or float16, not {q.dtype}: name 'pallas_gpu'"
   if q.shape[-1] > WIDEST or q.shape[-1] % 8:
-    return f"takes head widths up to {WIDEST} that 8 divides, not {q.shape[-1]}: name 'pallas_gpu'"
+    return f"takes heads 8, 16, ... or {WIDEST} wide, not {q.shape[-1]}: name 'pallas_gpu'"
   return ''
 
 
@@ -35,7 +35,8 @@ def attention(q: Array, k: Array, v: Array, query: Visibility, key: Visibility, 
   if hint == 'causal':
     return _attend(q, k, v, None, is_causal=True)
   count = jnp.sum(key.until > 0, 1, dtype=jnp.int32)
-  # A sequence without keys reads its first one and is zeroed below: a softmax of none is NaN.
+  # A sequence without present keys attends to its first slot, as a softmax over no key is NaN; its
+  # output is zeroed below.
   lengths = jnp.maximum(count, 1)
   mixed = _attend(q, k, v, lengths, is_causal=False)
   seen = (query.reach > query.since) & (count > 0)[:, None]
@@ -49,5 +50,5 @@ def _cudnn_attention(q: Array, k: Array, v: Array, lengths: Array | None, is_cau
 
 
 _attend = jax.jit(_cudnn_attention, static_argnames='is_causal')
-# The name by which ops/flops.py knows a call in a jaxpr.
+# The name by which ops/activity.py recognizes a call in a jaxpr.
 CALL = _cudnn_attention.__name__

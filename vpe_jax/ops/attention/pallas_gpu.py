@@ -1,7 +1,7 @@
-"""Attention on NVIDIA GPUs: Pallas kernels through Triton, forward, for dq, and for dk and dv.
+"""Attention on NVIDIA GPUs: Pallas kernels (Triton) for the output, for dq, and for dk and dv.
 
-One program works on one block of queries (or of keys) of one head. It loops over the visited
-blocks of the other side, as the schedule lists them, and over nothing else.
+One program works on one block of queries (for dk and dv: of keys) of one head. It loops only over
+the blocks of keys (of queries) that the schedule lists for it.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Gpu:
   Attributes:
     rows: queries of a block.
     columns: keys of a block.
-    warps: of 32 threads, which share a block.
-    stages: blocks whose loads are under way at once.
-    interpret: run without a GPU.
+    warps: number of warps (of 32 threads) that work on a block.
+    stages: number of pipeline stages, which load blocks ahead.
+    interpret: whether to interpret the kernels, without a GPU.
   """
 
   rows: int
@@ -81,17 +81,17 @@ class Gpu:
     return *(_from_kernel(x, shape) for x, shape in zip(gradients, shapes)), None
 
 
-# Up to a head width: registers and shared memory hold the blocks. Widths and blocks are powers of
-# two, which Triton demands.
+# Sizes up to a head width: the blocks have to fit registers and shared memory. Widths and blocks
+# are powers of two, as Triton demands.
 SIZES = {64: Gpu(128, 64, 4, 2), 128: Gpu(64, 64, 4, 3), WIDEST: Gpu(32, 32, 8, 2)}
 
 
 class _Inputs:
-  """The arrays of a call, [B, heads, tokens, H] and padded, and how a program sees them.
+  """The padded arrays of a call, [B, heads, tokens, H], and the part that a program reads.
 
-  A program has its own block of one side, and all blocks of the other; the own block is of keys
-  if `by_keys`, else of queries. `entries` [B, blocks, visits] and `count` [B, blocks] list the
-  blocks that it visits.
+  A program reads one block of keys if `by_keys`, else one block of queries, and all blocks of the
+  other side. `entries` [B, blocks, visits] and `count` [B, blocks] list the blocks that each
+  program visits.
   """
 
   def __init__(self, sizes: Gpu, operands: Operands, by_keys: bool) -> None:
@@ -166,17 +166,17 @@ def _from_kernel(x: Array, shape: tuple[int, ...]) -> Array:
   return x.transpose(0, 2, 1, 3)[:, : shape[1], :, : shape[3]]
 
 
-# Bodies of the kernels: [queries, keys] blocks of logits.
+# Bodies of the kernels. Blocks of logits are [queries, keys].
 
 
 def _product(a: Array, b: Array) -> Array:
-  # Exact products are for float32 inputs alone.
+  # Only products of float32 follow jax_default_matmul_precision.
   precision = None if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
   return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _part(ref: Any, start: Any, size: int) -> tuple[Array, ...]:
-  """The four integers of `size` tokens, each [size]."""
+  """The four integers of Visibility for `size` tokens, each [size]."""
   return tuple(ref[n, pl.ds(start, size)] for n in range(4))
 
 

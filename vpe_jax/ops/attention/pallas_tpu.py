@@ -1,10 +1,10 @@
-"""Attention on TPU: Pallas kernels forward, for dq, and for dk and dv.
+"""Attention on TPU: Pallas kernels for the output, for dq, and for dk and dv.
 
-Everything inside is transposed: heads are [H, L], so no head width is padded to 128 lanes, and a
-block of logits is [keys, queries], so figures of queries (maximum, total, log-sum-exp) are a row,
-as they are stored. The schedule comes in through scalar prefetch: block
-index maps read which block to fetch next, and a pair that is ruled out costs neither a fetch nor
-arithmetic. The batch is an axis of the grid (`vmap` would turn the kernel into a loop).
+Everything inside is transposed. Heads are [H, L], so no head width is padded to 128 lanes. A block
+of logits is [keys, queries], so values per query (maximum, sum, log-sum-exp) are a row, as they are
+stored. The schedule comes in through scalar prefetch: block index maps read from it which block to
+fetch next, and a skipped pair costs neither a fetch nor arithmetic. The batch is an axis of the
+grid (`vmap` would turn the kernel into a loop).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from vpe_jax.ops.attention.chunked import even
 
 LANES = 128
 WIDEST = 256  # head width
-# Queries x keys of a block, by the device's kind. A visit fetches its keys and values:
-# enough queries keep arithmetic (4 * rows * columns * H) above that (4 * columns * H bytes at
-# bfloat16), which takes 240 queries on v5e and 560 on v6e. Blocks of logits in float32,
-# and of their exponentials, have to fit the compiler's share of VMEM (16 MB on v4 and v5e).
+# Kind of device -> queries (rows) and keys (columns) of a block. In bfloat16, a visit fetches
+# 4 * columns * H bytes of keys and values for 4 * rows * columns * H FLOPs; the arithmetic takes
+# longer than the fetch from 240 queries on v5e and 560 on v6e. Logits of a block and their
+# exponentials, in float32, have to fit the compiler's share of VMEM (16 MB on v4 and v5e).
 TILES = {
   'TPU v4': (512, 512),
   'TPU v5 lite': (512, 512),
@@ -38,8 +38,8 @@ TILES = {
   'TPU v6 lite': (1024, 1024),
   'TPU v6e': (1024, 1024),
 }
-_SMALLEST_TILE = (512, 512)  # of the table: safe on a generation that it doesn't know
-_SMEM = 512 * 1024  # bytes of a schedule table, of 1 MB that a core has
+_SMALLEST_TILE = (512, 512)  # smallest tile in TILES, for kinds of devices that it lacks
+_SMEM = 512 * 1024  # maximum bytes of a schedule table; a core has 1 MB of scalar memory
 _PACKED = 2  # entries of a schedule in one word
 
 
@@ -54,7 +54,7 @@ def attention(
     v: values [B, S, K, H].
     query: visibility of the queries [B, L].
     key: visibility of the keys [B, S].
-    kind: of the devices, a key of TILES.
+    kind: kind of the devices; one that TILES lacks gets the smallest tile.
   """
   rows, columns = TILES.get(kind, _SMALLEST_TILE)
   kernel = Tpu(even(q.shape[1], rows, LANES), even(k.shape[1], columns, LANES))
@@ -94,7 +94,7 @@ def _by_batch(run: Any, sizes: Tpu, operands: Operands, *more: Array) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-  """The static side of one kernel call.
+  """The static side of one kernel call, with I blocks of queries and J blocks of keys.
 
   The grid's last axis runs over visits: of key blocks for a block of queries or, if `by_keys`, of
   query blocks for a block of keys (times the query heads of its group).
@@ -177,7 +177,7 @@ class _Call:
         dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary')
       ),
       cost_estimate=pl.CostEstimate(
-        # As if every pair were visited: how many are is known at run time alone.
+        # An upper bound: the number of visited pairs is known only at run time.
         flops=2 * _PRODUCTS[body] * logits * H,
         transcendentals=logits,
         bytes_accessed=moved,
@@ -208,12 +208,12 @@ def _prepare(sizes: Tpu, operands: Operands, by_keys: bool) -> tuple[_Call, dict
 
 
 def _width(H: int) -> int:
-  """Head widths fill whole tiles of 16 sublanes, as bfloat16 packs them."""
+  """The head width, rounded up to whole tiles of 16 sublanes, the size for bfloat16."""
   return -(-H // 16) * 16
 
 
 def _to_kernel(x: Array, length: int) -> Array:
-  """[B, L, N, H] -> [B, N, H, L], padded with zeros."""
+  """[B, L, N, H] -> [B, N, width, length], padded with zeros."""
   pad = ((0, 0), (0, length - x.shape[1]), (0, 0), (0, _width(x.shape[3]) - x.shape[3]))
   return jnp.pad(x, pad).transpose(0, 2, 3, 1)
 
@@ -229,7 +229,7 @@ def _row(x: Array, length: int) -> Array:
 
 
 def _pack(entries: Array) -> Array:
-  """A schedule's entries [B, I, J], two in a word, flat: an array of scalars has no tiles."""
+  """Packs schedule entries [B, I, J], two to a word, into a flat array, which needs no tiles."""
   B, I, J = entries.shape
   entries = jnp.pad(entries, ((0, 0), (0, 0), (0, -J % _PACKED))).reshape(B, I, -1, _PACKED)
   return (entries[..., 0] | (entries[..., 1] << 16)).reshape(-1)
@@ -272,7 +272,7 @@ def _backward(
 
 
 # Bodies of the kernels. Blocks of q, k, v and their gradients are [H, tokens], logits
-# [keys, queries], and figures of queries [1, queries].
+# [keys, queries], and values per query [1, queries].
 
 
 def _visit(call: _Call, table: Any, one: Any) -> Any:
@@ -295,7 +295,8 @@ def _logits(q: Any, k: Any, query: Any, key: Any, masked: bool) -> Array:
 
 def _product(a: Array, b: Array, left: int, right: int) -> Array:
   """Contracts axis `left` of a with axis `right` of b, in float32."""
-  # Exact products are for float32 inputs alone: the compiler refuses them for bfloat16.
+  # Only products of float32 follow jax_default_matmul_precision: the compiler refuses higher
+  # precisions for bfloat16.
   precision = None if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
   return jax.lax.dot_general(
     a,
@@ -381,5 +382,5 @@ def _attention_dkv(call: _Call, table: Any, *refs: Any) -> None:
     d_v[...] = acc_v[...].astype(d_v.dtype)
 
 
-# Matrix products a visited pair of blocks.
+# Number of matrix products per visited pair of blocks.
 _PRODUCTS = {_attention_forward: 2, _attention_dq: 3, _attention_dkv: 4}

@@ -1,4 +1,4 @@
-"""Dense attention over a Visibility: the definition that every other implementation meets."""
+"""Dense attention over a Visibility: the definition that every other implementation must equal."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def attention(
     bias: added to the logits, broadcastable to [B, N, L, S].
 
   Returns:
-    The mixed values [B, L, N, H] in the dtype of `q`, and the log-sum-exp [B, L, N] in float32.
-    A query that sees no key gets zeros and -inf.
+    The mixed values (attention output) [B, L, N, H] in the dtype of `q`, and the log-sum-exp
+    [B, L, N] of the logits in float32. A query that sees no key gets zeros and -inf.
   """
   B, L, N, H = q.shape
   K, S = k.shape[2], k.shape[1]

@@ -1,9 +1,9 @@
-"""Which block pairs of queries and keys hold a visible pair: decided at run time, in O(L).
+"""Which pairs of query and key blocks contain a visible pair of tokens: decided at run time.
 
-One definition for every blockwise implementation. A pair of blocks is skipped where the minima
-and maxima of its tokens' Visibility rule every pair of tokens out, and masked unless they rule
-every pair in. Absent tokens (a query with an empty interval, a key with `until` 0) are left out
-of the minima and maxima, so that padding and dropped conditions don't widen them.
+This one definition serves every blockwise implementation. A pair of blocks is skipped if minima and
+maxima of the Visibility of its tokens show that no query sees a key. It needs no mask if they show
+that every query sees every key. Absent tokens (a query with an empty interval, a key with `until`
+0) are left out of the minima and maxima, so that padding and dropped conditions don't widen them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vpe_jax.contracts import Array, Visibility
 
 SKIP, PARTIAL, FULL = 0, 1, 2  # status of a pair of blocks
 _SMALLEST, _LARGEST = np.iinfo(np.int32).min, np.iinfo(np.int32).max
-_SHIFT = 2  # bits of an entry of `visits` below the block's number
+_SHIFT = 2  # an entry of `visits` is (block << _SHIFT) | status
 
 
 def padded(visibility: Visibility, length: int) -> Visibility:
@@ -34,8 +34,8 @@ def pairs(query: Visibility, key: Visibility, rows: int, columns: int) -> Array:
   Args:
     query: visibility of the queries [B, L].
     key: visibility of the keys [B, S].
-    rows: queries a block; the last block may be shorter.
-    columns: keys a block; the last block may be shorter.
+    rows: queries per block; the last block may be shorter.
+    columns: keys per block; the last block may be shorter.
 
   Returns:
     int32 [B, ceil(L / rows), ceil(S / columns)].
@@ -63,10 +63,10 @@ def pairs(query: Visibility, key: Visibility, rows: int, columns: int) -> Array:
 
 
 def visits(status: Array) -> Array:
-  """The visited blocks of each row of `status` [B, I, J], in order of storage, first: [B, I, J].
+  """Lists the blocks to visit in each row of `status` [B, I, J], in order of storage: [B, I, J].
 
   An entry is `4 * block + status` (see `block_of`). Entries after the last visit have status SKIP
-  and repeat its block: a kernel that fetches the entry's block fetches nothing new for them.
+  and repeat the block of the last visit, so that a kernel fetches nothing new for them.
   """
   places = jnp.argsort(status == SKIP, axis=-1, stable=True)
   ranked = jnp.take_along_axis(status, places, -1)
@@ -84,7 +84,7 @@ def block_of(entry: Array) -> tuple[Array, Array]:
 def _bounds(
   visibility: Visibility, block: int, present: Array
 ) -> tuple[Array, Visibility, Visibility]:
-  """Presence of each block's tokens [B, I, block], and minima and maxima over present ones."""
+  """Presence of tokens [B, I, block]; minima and maxima [B, I] over the present ones of a block."""
   B, L = present.shape
   blocks = -(-L // block)
   cut = lambda x: x.reshape(B, blocks, block)
