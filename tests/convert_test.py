@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import time
 
 import numpy as np
@@ -121,6 +122,21 @@ def test_invalid_config_field_is_a_quick_one_line_error(published, tmp_path, fie
   assert '\n' not in str(error.value) and len(str(error.value)) < 1000
   assert time.monotonic() - started < 60
   assert [path.name for path in tmp_path.iterdir()] == ['copy']
+
+
+def test_unsupported_sizes_are_named_with_their_file(published, tmp_path):
+  shutil.copytree(published, tmp_path / 'copy')
+  config = json.loads((published / 'config.json').read_text())
+  config['vision_config']['hidden_act'] = 'mish'
+  (tmp_path / 'copy' / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(UserError, match="copy': .*'mish'") as error:
+    convert.import_weights('siglip', str(tmp_path / 'copy'), str(tmp_path / 'out'))
+  assert 'get it again' not in str(error.value)
+
+
+def test_an_export_to_a_bucket_is_refused(published):
+  with pytest.raises(UserError, match='to a local folder, not to gs://b/x'):
+    convert.export_weights('siglip', str(published), 'gs://b/x')
 
 
 def test_output_inside_the_source_is_refused(published):

@@ -86,11 +86,11 @@ def test_checking_a_folder_changes_nothing(tmp_path):
 
 def test_output_paths_may_begin_with_the_home_folder(monkeypatch, tmp_path):
   monkeypatch.setenv('HOME', str(tmp_path))
-  assert front_door.target('out', '~/x.png') == f'{tmp_path}/x.png'
-  assert front_door.target('out', '~/x/') == f'{tmp_path}/x/'
-  assert front_door.target('out', 'gs://bucket/x/') == 'gs://bucket/x/'
+  assert front_door.output_path('out', '~/x.png') == f'{tmp_path}/x.png'
+  assert front_door.output_path('out', '~/x/') == f'{tmp_path}/x/'
+  assert front_door.output_path('out', 'gs://bucket/x/') == 'gs://bucket/x/'
   with pytest.raises(UserError, match='--out is empty'):
-    front_door.target('out', '')
+    front_door.output_path('out', '')
 
 
 def test_an_output_file_is_checked_before_the_work(tmp_path):

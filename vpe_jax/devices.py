@@ -80,7 +80,7 @@ CHIPS = {
 PEAK_FLOPS = {
   **{chip.device_kind: chip.peak_flops for chip in CHIPS.values()},
   'TPU v5p': 459e12,
-  'TPU7x': 2307e12,
+  'TPU7x': 1153.5e12,  # JAX sees a chip of 2,307 TFLOP/s as two devices
   'NVIDIA A100-SXM4-40GB': 312e12,
   'NVIDIA A100-SXM4-80GB': 312e12,
   'NVIDIA H100 80GB HBM3': 989e12,

@@ -73,7 +73,7 @@ def _load(workdir: str) -> Subject:
 def _folder(workdir: str) -> str:
   """The output folder for the reports of a run."""
   if FLAGS.out is not None:
-    return front_door.target('out', FLAGS.out)
+    return front_door.output_path('out', FLAGS.out)
   return runner.report_folder(workdir)
 
 

@@ -32,7 +32,7 @@ def _define_flags() -> None:
 def main() -> None:
   """Runs the command."""
   front_door.require_flags('workdir', 'to')
-  to = front_door.target('to', FLAGS.to)
+  to = front_door.output_path('to', FLAGS.to)
   front_door.check_folder(os.path.dirname(to))
   settings = front_door.settings()
   metadata = export(FLAGS.workdir, to, FLAGS.network, FLAGS.weights, FLAGS.overwrite, **settings)

@@ -100,10 +100,10 @@ def new_file(flag: str, value: str, overwrite: bool) -> str:
   """Checks the output file that a flag names before the work starts; returns its path.
 
   Raises:
-    UserError: see `target` and `check_folder`; or the path is a folder, or it exists and
+    UserError: see `output_path` and `check_folder`; or the path is a folder, or it exists and
       `overwrite` is off.
   """
-  path = target(flag, value)
+  path = output_path(flag, value)
   place = storage.resolve(path)
   if path.endswith('/') or storage.probe(place, place.is_dir):
     raise UserError(f'--{flag}={value} is a folder: name a file')
@@ -193,13 +193,22 @@ def check_folder(folder: str) -> None:
     ) from error
 
 
-def target(flag: str, value: str) -> str:
+def output_path(flag: str, value: str) -> str:
   """The output path that a flag names; `~` expands to the home folder.
 
   Raises:
     UserError: the path is empty, or its scheme is not supported.
   """
+  return _path(flag, value, 'write')
+
+
+def input_path(flag: str, value: str) -> str:
+  """As `output_path`, for a file to read."""
+  return _path(flag, value, 'read')
+
+
+def _path(flag: str, value: str, purpose: str) -> str:
   if not value:
-    raise UserError(f'--{flag} is empty: name a file or folder to write')
+    raise UserError(f'--{flag} is empty: name a file or folder to {purpose}')
   # A path object loses the trailing slash, which marks a folder.
   return f'{storage.resolve(value)}{"/" if value.endswith("/") else ""}'

@@ -60,7 +60,7 @@ def main() -> None:
   requests = [request for option in options if (request := option.requested())]
   request = requests[0] if requests else None
   prompts = _prompts(optional=request is not None and request.prompts_optional)
-  out, count = front_door.target('out', FLAGS.out), len(prompts) * FLAGS.n
+  out, count = front_door.output_path('out', FLAGS.out), len(prompts) * FLAGS.n
   if request is not None:
     request = request.with_prompts(prompts)
     count = request.count(len(prompts), FLAGS.n)

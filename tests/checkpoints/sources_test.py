@@ -206,6 +206,31 @@ def test_invalid_source_is_a_one_line_error(tmp_path):
     assert '\n' not in str(error.value)
 
 
+def test_a_download_fetches_the_files_of_one_folder(monkeypatch, tmp_path):
+  import huggingface_hub
+  from huggingface_hub.utils import filter_repo_objects
+
+  repository = ['a.pt', 'config.json', 'vae/a.safetensors', 'vae/config.json', 'vae/sub/b.pt']
+  fetched = []
+
+  def snapshot_download(repo, allow_patterns, ignore_patterns):
+    files = filter_repo_objects(
+      repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+    )
+    fetched.append(sorted(files))
+    return str(tmp_path)
+
+  monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
+  with pytest.raises(UserError, match='contains no weights'):
+    sources.open_source('owner/name')
+  assert fetched == [['config.json'], ['a.pt', 'config.json']]
+  fetched.clear()
+  (tmp_path / 'vae').mkdir()
+  with pytest.raises(UserError, match='contains no weights'):
+    sources.open_source('owner/name:vae')
+  assert fetched == [['vae/a.safetensors', 'vae/config.json'], ['vae/config.json']]
+
+
 def test_unreachable_hub_is_a_one_line_error(monkeypatch):
   import huggingface_hub
 

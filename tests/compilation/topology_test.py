@@ -42,6 +42,7 @@ def test_several_slices_multiply_the_chips():
     ('v5e:1x256', 1, 'largest slice of v5e is 16x16'),
     ('v6e:32x32', 1, '--slices=N'),
     ('v5p:16x16x32', 1, r'16x16x24 \(6,144 chips\)'),
+    ('v4:16x16x24', 1, r'16x16x16 \(4,096 chips\)'),
     ('v5e:2x2x2', 1, 'v5e has 2 dimensions, such as v5e:4x4'),
     ('v5p:4x4', 1, 'v5p has 3 dimensions'),
     ('v5e:0x4', 1, 'dimensions'),

@@ -134,6 +134,8 @@ def test_a_source_without_usable_images_is_an_error(tmp_path):
   (tmp_path / 'in' / 'captions.jsonl').unlink()
   check(source, 'en', 'has 0 images$')
   check(_folder(tmp_path / 'in', 2), 'de', '2 of 2 .*no "language"')
+  with pytest.raises(UserError, match='has 2 images: none is usable; the first: .*no "language"'):
+    prepare(Settings(_folder(tmp_path / 'in', 2), language='de'), str(tmp_path / 'to'), 0, 1.0)
   check(_folder(tmp_path / 'in', 2, language=lambda _: 'en'), 'de', 'has 2 images: .*--language')
 
 

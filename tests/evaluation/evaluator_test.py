@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from vpe_jax import sharding
+from vpe_jax.checkpoints import weights
 from vpe_jax.config import DataConfig, MeshConfig, SampleConfig
 from vpe_jax.contracts import BatchSpec, Edits, Generated, Samples
 from vpe_jax.data.tokenizers import bpe
@@ -65,6 +66,13 @@ def test_the_kind_of_prompts(capabilities, data, task):
 
 def test_a_run_on_user_data_has_a_note(tmp_path):
   assert 'held-out splits' in _subject(source=f'folder:{tmp_path}').notes[0]
+
+
+def test_a_model_without_images_is_described_by_its_parameters():
+  subject = Subject.load('assets:siglip', 'ema', 4, 0, {})
+  metadata = weights.load('assets:siglip')[1]
+  assert subject.description == {'checkpoint': metadata['fingerprint']}
+  assert subject.stage_step == int(metadata['step'])
 
 
 def test_repeated_prompts_give_different_images():

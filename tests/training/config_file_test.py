@@ -37,6 +37,8 @@ def test_overrides_set_fields_that_the_file_omits():
     (T2I, {'optim.lrr': '1'}, "unknown config key 'optim.lrr'; did you mean 'lr'"),
     (T2I, {'optin.lr': '1'}, "unknown config key 'optin.lr'; did you mean 'optim'"),
     (T2I, {'seed.x': '1'}, "'seed' is a single value"),
+    (T2I, {'optim': '5'}, "'optim' is a section: set one of its fields, as optim.NAME=VALUE"),
+    (T2I, {'evals.heldout.every.x': '1'}, "'every' is a single value"),
     (T2I, {'optim.lr': 'fast'}, "'optim.lr' must be float, not 'fast'"),
     (T2I, {'optim.lr': '(1e-3, 1e-4, 1e-5)'}, 'must be one value, or one per stage .2.'),
     (T2I, {'optim.lr': '(1e-3, -1.0)'}, 'must be above 0 and finite'),

@@ -87,8 +87,10 @@ def export_weights(family: str, source: str, to: str, dtype: str = 'float32') ->
     The lines of the report.
 
   Raises:
-    UserError: see `check_target`, `read` and `convert.export`.
+    UserError: the folder is not local; see also `check_target`, `read` and `convert.export`.
   """
+  if storage.is_remote(to):
+    raise UserError(f'exports are written to a local folder, not to {to}: export, then upload it')
   check_target(to, source)
   began = time.monotonic()
   sizes, params, _ = read(source, family)

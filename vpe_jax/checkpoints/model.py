@@ -17,6 +17,7 @@ class Model:
     system: built from the saved config.
     params: parameters, in the layout of checkpoints.
     stage: index of the stage that the parameters come from.
+    stage_step: step of that stage at which they were saved.
     weights: kind of the parameters: `ema` or `raw`.
     source: the run, asset or file that was loaded.
   """
@@ -24,6 +25,7 @@ class Model:
   system: System
   params: Params
   stage: int
+  stage_step: int
   weights: str
   source: str
 
@@ -62,4 +64,7 @@ def load(source: str, weights: str = 'ema') -> Model:
       f"{source} is of stage '{stage}', and its config has {len(system.stages)} stages: it is "
       'damaged, get the weights again'
     )
-  return Model(system, params, known[stage], kind, source)
+  index = known[stage]
+  before, length = sum(system.config.steps[:index]), system.config.steps[index]
+  step = int(metadata.get('step', before + length))
+  return Model(system, params, index, min(max(step - before, 0), length), kind, source)

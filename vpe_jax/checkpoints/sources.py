@@ -34,7 +34,7 @@ _MAX_HEADER = 100 * 2**20  # bytes; the limit of the safetensors format
 _CONFIGS = ('config.json', 'config.yaml')  # in order of preference
 # Patterns of the files that a download fetches; pickled files only without safetensors.
 _SAFETENSORS_FILES = ('*.safetensors', '*.safetensors.index.json', *_CONFIGS)
-_PICKLED_FILES = ('*.bin', '*.bin.index.json', '*.pth', '*.ckpt', *_CONFIGS)
+_PICKLED_FILES = ('*.bin.index.json', *(f'*{suffix}' for suffix in PICKLED), *_CONFIGS)
 
 
 class Tensor(Protocol):
@@ -292,7 +292,10 @@ def _downloaded(name: str) -> Path:
   try:
     for patterns in (_SAFETENSORS_FILES, _PICKLED_FILES):
       allowed = [f'{folder}/{pattern}' if folder else pattern for pattern in patterns]
-      path = Path(huggingface_hub.snapshot_download(repo, allow_patterns=allowed)) / folder
+      # The patterns also match files in subfolders, which are other models.
+      below = f'{folder}/*/*' if folder else '*/*'
+      path = huggingface_hub.snapshot_download(repo, allow_patterns=allowed, ignore_patterns=below)
+      path = Path(path) / folder
       if any(path.glob('*.safetensors')) or patterns is _PICKLED_FILES:
         return path
   except Exception as error:  # The hub's client also raises errors of its HTTP library.

@@ -102,7 +102,8 @@ class ImageCodesCodec:
 
   def latent_patches(self, params: Params, images: Array) -> Array:
     """Patches of latents [B, P, W] of images [B, R, R, 3], in raster order."""
-    latents = self.latents.encode(params, images)
+    with jax.default_matmul_precision('highest'):  # Rounded latents select other codes.
+      latents = self.latents.encode(params, images)
     p = self.config.patch
     return einops.rearrange(latents, 'B (h p) (w q) C -> B (h w) (p q C)', p=p, q=p)
 

@@ -109,6 +109,8 @@ def lower(job: Job) -> Lowered:
   sharding.check_divides(job.images, job.mesh, accumulate)
   state = resume.abstract_state(config, system, job.stage, job.mesh)
   networks = frozen_lib.abstract_params(system)
+  if job.program == SAMPLE:
+    networks = {name: tree for name, tree in networks.items() if name in system.samples_with}
   if config.data.encode == 'online' and networks:
     frozen_lib.check_fits(system, networks)
   frozen = _with_shardings(

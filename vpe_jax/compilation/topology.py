@@ -157,7 +157,8 @@ def _checked(topology: Topology, text: str) -> Topology:
       f'--topology={text}: a slice of {chip.name} has {chip.grid_dimensions} dimensions, such as '
       f'{chip.name}:{example}'
     )
-  widest = _GRIDS[chip.grid_dimensions][-1]
+  fits = lambda grid: math.prod(map(int, grid.split('x'))) <= chip.max_chips
+  widest = list(filter(fits, _GRIDS[chip.grid_dimensions]))[-1]
   limits = sorted(map(int, widest.split('x')))
   if math.prod(grid) > chip.max_chips or any(a > b for a, b in zip(sorted(grid), limits)):
     raise UserError(

@@ -105,6 +105,17 @@ class Settings:
     return Filter(self.language, self.least_text_height, self.image_size, self.fit)
 
 
+def _why_none(summaries: Sequence[ShardSummary]) -> str:
+  """Why no record was written, as the end of an error message; '' without any image."""
+  skipped = [record for summary in summaries for record in summary.skipped]
+  processed = sum(summary.locations for summary in summaries)
+  if not processed:
+    return ''
+  if len(skipped) == processed:
+    return f': none is usable; the first: {skipped[0][0]}: {skipped[0][1]}'
+  return ': none passes --language and --least_text_height; relax them'
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardSummary:
   """Summary of a shard and of the input records that are not in it.
@@ -263,10 +274,7 @@ def _write(settings: Settings, folder: Path, workers: int, max_skipped: float) -
   shards = tuple(summary.shard for summary in summaries if summary.shard is not None)
   records = sum(shard.records for shard in shards)
   if not records:
-    filters = 'none passes --language and --least_text_height; relax them'
-    raise UserError(
-      f'{settings.source} has {processed:,} images{processed and ": " + filters or ""}'
-    )
+    raise UserError(f'{settings.source} has {processed:,} images{_why_none(summaries)}')
   manifest = Manifest(
     shards,
     captions=not any(summary.captionless for summary in summaries),

@@ -20,6 +20,7 @@ from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.checkpoints import model as model_lib
 from vpe_jax.checkpoints.frozen import FrozenNetworks
+from vpe_jax.checkpoints.weights import fingerprint
 from vpe_jax.config import CLASSES, Config, MeshConfig, SampleConfig, build_section, did_you_mean
 from vpe_jax.contracts import Edits, Params, Samples, Stage, System, UserError, require, supports
 from vpe_jax.evaluation.report import Report
@@ -85,7 +86,9 @@ class Subject:
     """
     model = model_lib.load(source, weights)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-    subject = cls(model.system, model.params, model.stage, mesh, seed=seed)
+    subject = cls(
+      model.system, model.params, model.stage, mesh, seed=seed, stage_step=model.stage_step
+    )
     if not supports(model.system, Samples):
       return subject
     generator = Generator.of(model, batch_size)
@@ -153,7 +156,9 @@ class Subject:
 
   @property
   def description(self) -> Mapping[str, str]:
-    """Provenance of the images: checkpoint, settings, version."""
+    """Provenance of the images: checkpoint, settings, version; the checkpoint alone without any."""
+    if self.load_generator is None:
+      return {'checkpoint': fingerprint(self.params)}
     return self.generator.describe(self.settings)
 
   def sample(self, prompts: Sequence[str]) -> np.ndarray:

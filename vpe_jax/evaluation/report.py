@@ -93,8 +93,10 @@ def distinct(source: Source, count: int) -> list[Record]:
   )
 
 
-def check_options(captions: int, splits: Sequence[str], seed: int) -> None:
-  """Checks the options that several evaluators share.
+def check_options(
+  count: int, splits: Sequence[str], seed: int, option: str = 'captions'
+) -> None:
+  """Checks the options that several evaluators share; `option` is the name of the count.
 
   Raises:
     UserError: too few captions, an unknown split, or a seed out of range.
@@ -103,8 +105,8 @@ def check_options(captions: int, splits: Sequence[str], seed: int) -> None:
   for split in splits:
     if split not in SPLITS:
       raise UserError(f"unknown split '{split}'{did_you_mean(split, SPLITS)}")
-  if captions < 2:
-    raise UserError(f'captions is {captions}: at least 2 are needed')
+  if count < 2:
+    raise UserError(f'{option} is {count}: at least 2 are needed')
 
 
 def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:

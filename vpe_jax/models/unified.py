@@ -124,15 +124,10 @@ class UnifiedConfig:
       raise UserError(f'model.ar and model.dit share one attention: {shared} must be equal in both')
     if self.arch == 'single' and self.ar != self.dit:
       raise UserError('model.arch=single has one expert: model.ar and model.dit must be equal')
-    if self.arch == 'external' and self.ar.width != self.dit.width:
+    if self.ar.width != self.dit.width:
       raise UserError(
-        'model.arch=external passes hidden states between the experts: model.ar.width and '
-        'model.dit.width must be equal'
-      )
-    if self.references and self.ar.width != self.dit.width:
-      raise UserError(
-        'model.references embeds images for both experts with one time token: model.ar.width and '
-        'model.dit.width must be equal'
+        'the head and the time token serve both experts: model.ar.width and model.dit.width must '
+        'be equal'
       )
 
   @property

@@ -199,7 +199,7 @@ def sample(
   total, first, state = len(times) - 1, 0, noise
   if (steps := sum(phase.steps for phase in phases)) != total:
     raise ValueError(f'the phases have {steps} steps instead of {total}')
-  for phase in phases:
+  for phase in (phase for phase in phases if phase.steps):
     prefix = functools.cache(phase.prefix)
     for steps, guidance in _segments(phase, times, first):
       branches = guidance.needed

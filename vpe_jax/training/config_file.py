@@ -175,14 +175,16 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
   if sections[:1] == ['evals']:  # An open section: evaluators check their own options.
     for section in sections:
       values = values.setdefault(section, {})
+      _check_section(values, section, key)
     values[name] = _literal(text)
     return
   for section in sections:
     _check(values, section, key)
-    if not isinstance(values[section], dict):
-      raise UserError(f"unknown config key '{key}': '{section}' is a single value")
     values = values[section]
+    _check_section(values, section, key)
   _check(values, name, key)
+  if isinstance(values[name], dict):
+    raise UserError(f"config key '{key}' is a section: set one of its fields, as {key}.NAME=VALUE")
   # A text field may have a tuple with one value per stage.
   is_text = isinstance(values[name], str) and not text.startswith('(')
   values[name] = text if is_text else _literal(text)
@@ -191,6 +193,11 @@ def _override(values: dict[str, Any], key: str, text: str) -> None:
 def _check(values: Mapping[str, Any], name: str, key: str) -> None:
   if name not in values:
     raise UserError(f"unknown config key '{key}'{did_you_mean(name, values)}")
+
+
+def _check_section(values: Any, name: str, key: str) -> None:
+  if not isinstance(values, dict):
+    raise UserError(f"unknown config key '{key}': '{name}' is a single value")
 
 
 def _literal(text: str) -> Any:

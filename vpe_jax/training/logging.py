@@ -62,7 +62,8 @@ class RunLog:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     stage = counters['stage']
     speeds = self._meter.lap(stage)
-    self._recent.append(speeds['step_time'])
+    if self._file is not None:  # Only this process prints, which empties the list.
+      self._recent.append(speeds['step_time'])
     self._record = {**counters, 'stage': self._names[stage], **values, **speeds}
     self._progress(stage, counters)
     self._check_finite(counters['step'], values)

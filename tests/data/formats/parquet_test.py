@@ -151,6 +151,9 @@ def test_invalid_and_inconsistent_files_are_named(tmp_path):
   _write(tmp_path / 'b.parquet', 2, caption=None, other=['x', 'y'])
   with pytest.raises(UserError, match='b.parquet has no column caption'):
     _read(tmp_path)
+  _write(tmp_path / 'b.parquet', 2, caption=[1, 2])
+  with pytest.raises(UserError, match='caption is int64 in .*b.parquet and string in .*a.parquet'):
+    _read(tmp_path)
   (tmp_path / 'b.parquet').write_bytes(b'PAR1 nothing')
   with pytest.raises(UserError, match='b.parquet'):
     _read(tmp_path)

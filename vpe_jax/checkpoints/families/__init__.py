@@ -171,6 +171,14 @@ def _abstract(family: Family, name: str, sizes: Any) -> Params:
     raise UserError(f'invalid sizes of {name}: {sizes} ({reason}): get its config again') from error
 
 
+def _checked(sizes: Any) -> Any:
+  """The sizes; their fields were computed from a file, so that each may have any type."""
+  try:
+    return build_section(type(sizes), to_dict(sizes))
+  except UserError as error:
+    raise ValueError(str(error)) from error
+
+
 def _sizes(family: Family, name: str, source: Source) -> Any:
   if not source.config and name in WITHOUT_CONFIG:
     return family.RELEASED_SIZES
@@ -180,8 +188,9 @@ def _sizes(family: Family, name: str, source: Source) -> Any:
       f'{name}'
     )
   try:
-    sizes = family.sizes(source.config)
-    return build_section(type(sizes), to_dict(sizes))  # Checks every value's type.
+    return _checked(family.sizes(source.config))
+  except UserError as error:  # It names what our implementation doesn't support.
+    raise UserError(f"config.json of '{source.path}': {error}") from error
   except KeyError as error:
     raise UserError(
       f"config.json of '{source.path}' lacks {error}, which {name} needs: is it of another family?"

@@ -17,7 +17,6 @@ from vpe_jax.data.records import Cluster, Edit, ProceduralSource, Record, Relati
 from vpe_jax.storage import stable_hash
 
 GROUP = 'scene edit'
-_WORDINGS = 4096  # number of values of Record.wording
 _LOW, _HIGH = 0.27, 0.73  # coordinates of the corners between which objects move
 _SIDES = (0.34, 0.42)  # range of object sizes in moves
 _PAIR_SHARE = 0.7  # share of moves that are relative to a second object
@@ -62,7 +61,6 @@ def edit(seed: int, index: int, split: Split = 'train') -> Record:
     split=split,
     image=Painting(change.after),
     truth=change.after,
-    wording=rng.randrange(_WORDINGS),
     reference=Painting(change.before),
     edit=Edit(kind, change.before),
   )

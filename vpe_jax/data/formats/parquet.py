@@ -116,7 +116,8 @@ def open_parquet(pattern: str, fields: FieldSpec) -> Parquet:
       `caption`, `text` or `prompt`.
 
   Raises:
-    UserError: pyarrow isn't installed, no file matches, or a file lacks a column.
+    UserError: pyarrow isn't installed, no file matches, a file lacks a column, or the files differ
+      in the type of one.
   """
   pyarrow, parquet = _packages()
   names = matching_files(pattern, '.parquet')
@@ -129,11 +130,25 @@ def open_parquet(pattern: str, fields: FieldSpec) -> Parquet:
     except (OSError, pyarrow.ArrowException) as error:
       raise UserError(f'{path} is not a parquet file ({error}): download it again') from error
     filter_columns = tuple(name for name in filter_columns if name in schema.names)
-    columns = columns or _columns(path, schema, fields)
-    for name in filter(None, columns):
-      if name not in schema.names:
-        raise UserError(f'{path} has no column {name}, which {next(iter(names))} has')
+    if columns is None:
+      columns, first = _columns(path, schema, fields), (path, schema)
+    _check_same_types(path, schema, *first, columns)
   return Parquet(names, tuple(groups), *columns, filter_columns)
+
+
+def _check_same_types(
+  path: str, schema: Any, first_path: str, first_schema: Any, columns: tuple[str, ...]
+) -> None:
+  """Raises UserError if a file lacks one of the columns of the first file, or has another type."""
+  for name in filter(None, columns):
+    if name not in schema.names:
+      raise UserError(f'{path} has no column {name}, which {first_path} has')
+    kind, expected = schema.field(name).type, first_schema.field(name).type
+    if kind != expected:
+      raise UserError(
+        f'column {name} is {kind} in {path} and {expected} in {first_path}: write both as '
+        f'{expected}'
+      )
 
 
 def _columns(path: str, schema: Any, fields: FieldSpec) -> tuple[str, str, str]:

@@ -104,10 +104,10 @@ class System(SystemProtocol):
     for name in config.stages:
       if name not in STAGES:
         raise UserError(f"the codec system has no stage '{name}'{did_you_mean(name, STAGES)}")
-    if config.model.crop % kl.FACTOR or config.model.crop > config.data.image_size:
+    crop, side = config.model.crop, config.data.image_size
+    if 'image' in config.stages and (crop % kl.FACTOR or crop > side):
       raise UserError(
-        f'model.crop {config.model.crop} must be a multiple of {kl.FACTOR} and at most '
-        f'data.image_size {config.data.image_size}'
+        f'model.crop {crop} must be a multiple of {kl.FACTOR} and at most data.image_size {side}'
       )
     self.config = config
     self.stages = tuple(self._stage(name) for name in config.stages)

@@ -158,9 +158,10 @@ def build(config: Config) -> UnifiedSystem:
   # Only the embedded SigLIP has a text tower for our token ids.
   tower = c.visual_prompt
   embedded = c.vpe and isinstance(tower, FeatureVqSection) and tower.encoder == 'siglip'
-  # Similarity compares the output of the pooling head, which reads features of the last layer, with
-  # that of the text tower, which reads ids of its own vocabulary.
-  compares = embedded and tower.has_text_tower and c.text_vocab <= tower.siglip.vocabulary
+  # SigLIP's text tower reads ids of its own vocabulary. Its pooling head, which embeds visual
+  # prompts, reads features of the last layer.
+  reads_captions = embedded and c.text_vocab <= tower.siglip.vocabulary
+  compares = reads_captions and tower.has_text_tower
   return UnifiedSystem(
     config,
     Parts(
@@ -173,7 +174,7 @@ def build(config: Config) -> UnifiedSystem:
       capabilities=(
         Samples,
         *((PlansVisually,) if c.vpe else ()),
-        *((ScoresImages,) if embedded else ()),
+        *((ScoresImages,) if reads_captions else ()),
       ),
       plan_rankers=('likelihood', 'similarity') if compares else ('likelihood',),
       initialization=_initialization(config),

@@ -113,7 +113,7 @@ class Mixes:
 
   def check(self) -> None:
     """See Evaluator."""
-    check_options(self.count, self.splits, self.seed)
+    check_options(self.count, self.splits, self.seed, 'count')
 
   def run(self, subject: Subject) -> Report:
     """Agreement of the codes read from the images with the mix and with its parts."""

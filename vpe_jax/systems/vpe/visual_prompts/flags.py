@@ -117,16 +117,16 @@ def requested() -> VisualPromptRequest | None:
     return None
   loaded, image = None, ''
   if FLAGS.visual_prompt is not None:
-    path = front_door.target('visual_prompt', FLAGS.visual_prompt)
+    path = front_door.input_path('visual_prompt', FLAGS.visual_prompt)
     loaded = files.load(path)
     provenance = {**loaded.provenance, 'by': f'file {path}'}
     loaded = dataclasses.replace(loaded, provenance=provenance)
   if FLAGS.visual_prompt_from is not None:
-    image = front_door.target('visual_prompt_from', FLAGS.visual_prompt_from)
+    image = front_door.input_path('visual_prompt_from', FLAGS.visual_prompt_from)
     read_image(image)
   save_to = ''
   if FLAGS.save_visual_prompt is not None:
-    save_to = front_door.target('save_visual_prompt', FLAGS.save_visual_prompt)
+    save_to = front_door.output_path('save_visual_prompt', FLAGS.save_visual_prompt)
     files.check_target(save_to, FLAGS.overwrite)
     front_door.check_folder(os.path.dirname(save_to))
   return VisualPromptRequest(loaded, image, FLAGS.plans or 0, FLAGS.render, FLAGS.rank, save_to)
