@@ -325,7 +325,7 @@ def test_debug_model_images_do_not_depend_on_the_batch_or_the_order_of_prompts(d
 
 
 def test_debug_model_follows_its_guidance(debug):
-  first = np.zeros(debug.system.config.model.plan_tokens, np.int32)
+  first = np.zeros(debug.system.config.model.visual_prompt_tokens, np.int32)
   sample = lambda scale, codes: debug(
     'a red fox', fixed={'visual_prompt': codes}, settings=debug.settings(guidance=scale)
   )[0].image.astype(int)

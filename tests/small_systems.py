@@ -33,7 +33,7 @@ def flow_step(system: System, params: Params, prefix: Any, latents: Array, clock
   """The velocity of one flow step of a unified system, from the cached keys of its prefix."""
   stream, condition = system.model.image_stream(params, latents, clock, prefix.state)
   stream = dataclasses.replace(stream, context=prefix.cache.context)
-  at = prefix.cache.body.key.order.shape[1] - prefix.state.ids.shape[1]
+  at = prefix.cache.body.visibility.order.shape[1] - prefix.state.ids.shape[1]
   hidden, _ = system.model.backbone(params, {'dit': stream}, prefix.cache.body, at)
   stream = dataclasses.replace(stream, x=hidden['dit'], condition=condition)
   outputs, _ = system.model.head(params, {'dit': stream}, prefix.cache.head, at)

@@ -378,14 +378,14 @@ class Samples(System, Protocol):
   """Capability: generates images from requests.
 
   Attributes:
-    samples_with: names of the frozen networks that `generate` reads.
+    sampling_networks: names of the frozen networks that `generate` reads.
     drafts: encoded entries that `draft` samples before rendering, such as codes of image features.
     draft_encoders: names of the frozen networks that `encode_drafts` reads.
   """
 
-  MISSING: ClassVar[str] = 'does not generate images'
+  UNSUPPORTED: ClassVar[str] = 'does not generate images'
 
-  samples_with: tuple[str, ...]
+  sampling_networks: tuple[str, ...]
   drafts: tuple[str, ...] = ()
   draft_encoders: tuple[str, ...] = ()
 
@@ -428,10 +428,10 @@ class Samples(System, Protocol):
 class Edits(Samples, Protocol):
   """Capability: generates images from a source image and an instruction."""
 
-  MISSING: ClassVar[str] = 'does not edit images'
+  UNSUPPORTED: ClassVar[str] = 'does not edit images'
 
   def encode_source(self, frozen: Params, images: Array) -> dict[str, Array]:
-    """Encodes source images [B, R, R, 3] uint8 with the networks of `samples_with`."""
+    """Encodes source images [B, R, R, 3] uint8 with the networks of `sampling_networks`."""
     ...
 
 
@@ -442,7 +442,7 @@ class ScoresImages(Samples, Protocol):
   vpe_jax.evaluation.
   """
 
-  MISSING: ClassVar[str] = 'has no text tower that compares images with prompts'
+  UNSUPPORTED: ClassVar[str] = 'has no text tower that compares images with prompts'
 
   def similarity(self, frozen: Params, images: Array, inputs: Mapping[str, Array]) -> Array:
     """Cosine similarities [B, B]: images [B, R, R, 3] in [0, 1] (axis 0) x prompts (axis 1)."""
@@ -458,7 +458,7 @@ class PlansVisually(Samples, Protocol):
     plan_rankers: ranking criteria: `likelihood`, and `similarity` where `plan_similarity` exists.
   """
 
-  MISSING: ClassVar[str] = 'does not write visual prompts'
+  UNSUPPORTED: ClassVar[str] = 'does not write visual prompts'
 
   visual_prompt: Any
   codes: int
@@ -491,5 +491,5 @@ def require(system: System, capability: type[Capability]) -> Capability:
     UserError: the system does not declare the capability.
   """
   if not supports(system, capability):
-    raise UserError(f"the system '{system.config.system}' {capability.MISSING}")
+    raise UserError(f"the system '{system.config.system}' {capability.UNSUPPORTED}")
   return system

@@ -138,7 +138,7 @@ class Generator:
   def of(cls, model: Model, batch_size: int = 4) -> Generator:
     """Makes the generator of a loaded model; warnings and errors are those of `load`."""
     system = require(model.system, Samples)
-    if not set(system.samples_with) <= set(system.frozen):
+    if not set(system.sampling_networks) <= set(system.frozen):
       raise UserError(
         f'{model.source} was trained on synthetic latents, so it has no decoder: name a run that '
         'was trained on images'
@@ -244,7 +244,7 @@ class Generator:
     names = self.system.draft_encoders
     if all(name in self.frozen for name in names):
       return {name: self.frozen[name] for name in names}
-    return jax.device_put(frozen_lib.load_for_drafts(self.system))
+    return jax.device_put(frozen_lib.load_draft_encoders(self.system))
 
   def with_params(self, params: Params) -> Generator:
     """Makes a generator with other parameters that shares the compiled programs."""

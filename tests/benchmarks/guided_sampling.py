@@ -88,7 +88,7 @@ def measure_case(name: str) -> dict[str, Any]:
   system, generator = build(TEXTS[name]), np.random.default_rng(0)
   c, length = system.config.model, TEXTS[name]
   text = jnp.asarray(generator.integers(8, 1024, (1, length)), jnp.int32)
-  codes = jnp.asarray(generator.integers(0, c.codes, (1, c.plan_tokens)), jnp.int32)
+  codes = jnp.asarray(generator.integers(0, c.codes, (1, c.visual_prompt_tokens)), jnp.int32)
   request = Batch(
     example=jnp.zeros((1,), jnp.int32),
     inputs={'text': text, 'text_length': jnp.full((1,), length, jnp.int32)},

@@ -21,17 +21,17 @@ def test_large_codebooks_are_searched_in_chunks():
   entries[20] = entries[3]  # a tie across chunks: the first counts
   features[0] = 9 * entries[3]
   for normed in (False, True):
-    whole = codebook.nearest(jnp.asarray(features), jnp.asarray(entries), normed)
+    whole = codebook.largest_product(jnp.asarray(features), jnp.asarray(entries), normed)
     assert int(whole[0]) == 3
     for chunk in (8, 5):
-      chunked = codebook.nearest(jnp.asarray(features), jnp.asarray(entries), normed, chunk)
+      chunked = codebook.largest_product(jnp.asarray(features), jnp.asarray(entries), normed, chunk)
       np.testing.assert_array_equal(whole, chunked)
 
 
 def test_no_array_holds_all_scores_of_a_large_codebook():
   features, entries = jnp.zeros((2, 16, 4)), jnp.zeros((64, 4))
   for chunk, largest in ((64, 2 * 16 * 64), (8, 64 * 4)):
-    search = lambda f, e, chunk=chunk: codebook.nearest(f, e, False, chunk)
+    search = lambda f, e, chunk=chunk: codebook.largest_product(f, e, False, chunk)
     sizes = [
       variable.aval.size
       for jaxpr in _jaxprs(jax.make_jaxpr(search)(features, entries).jaxpr)

@@ -133,7 +133,7 @@ def test_a_quantiser_is_trained_and_a_generator_reads_its_codes(saved, tmp_path)
   }
   reader = systems.build(config.to_dict())
   assert not supports(reader, ScoresImages) and reader.plan_rankers == ('likelihood',)
-  assert reader.config.model.plan_tokens == (VIEW // PATCH) ** 2
+  assert reader.config.model.visual_prompt_tokens == (VIEW // PATCH) ** 2
   networks = frozen.load(reader, sharding.make_mesh(MeshConfig()), 'fsdp').params
   assert set(networks) == {encoder, 'feature_vq', 'image'}
   blocks = np.random.default_rng(1).choice([0, 255], (4, 4, 4, 3)).astype(np.uint8)

@@ -28,7 +28,7 @@ def _config(**data) -> dict:
 
 
 def test_report_of_a_training_step_on_virtual_devices(monkeypatch):
-  monkeypatch.setattr(examine, 'LARGE', 1000)
+  monkeypatch.setattr(examine, 'MIN_WARNED_BYTES', 1000)
   report = examine.examine(_config(), Request('cpu:8', stage='plan', images_per_chip=2))
   values = json.loads(json.dumps(report.as_dict()))
   assert values.keys() >= KEYS
@@ -62,7 +62,7 @@ def test_sampling_flops_count_every_loop_iteration():
   assert report.as_dict()['program'] == 'sample'
   system = systems.build(_config())
   networks = frozen.abstract_params(system)
-  used = jax.tree.leaves([networks[name] for name in system.samples_with])
+  used = jax.tree.leaves([networks[name] for name in system.sampling_networks])
   assert report.frozen_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in used)
   # Loop bodies count once per token of the visual prompt and once per flow step.
   assert report.work.flops == pytest.approx(report.model_flops, rel=0.15)

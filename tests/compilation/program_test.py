@@ -86,7 +86,7 @@ def test_attention_kernels_execute_visible_pairs(monkeypatch):
   monkeypatch.setattr(chooser, 'device', lambda: ('tpu', 'TPU v5p'))
   system = _system('debug', {'layers': 3}, {'layers': 1}, attention='pallas_tpu')
   c, length = system.config.model, system.config.data.text_length
-  text, codes = np.zeros((1, length), np.int32), np.zeros((1, c.plan_tokens), np.int32)
+  text, codes = np.zeros((1, length), np.int32), np.zeros((1, c.visual_prompt_tokens), np.int32)
   lengths = np.array([length], np.int32)
   batch = Batch(np.zeros(1, np.int32), {'text': text, 'text_length': lengths})
   regions = system.experts.regions(batch, codes, np.ones(1, bool))

@@ -10,7 +10,7 @@ import pytest
 from vpe_jax.config import SOURCES, DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data.embedded.synthetic import Synthetic
-from vpe_jax.data.records import ENDLESS, SPLITS
+from vpe_jax.data.records import DEFAULT_COUNT, SPLITS
 from vpe_jax.data.sources import open_source
 
 
@@ -35,9 +35,9 @@ def test_edits_mix_scenes_and_emoji(split):
 
 
 def test_lengths():
-  assert len(open_source(DataConfig())) == ENDLESS
+  assert len(open_source(DataConfig())) == DEFAULT_COUNT
   assert len(open_source(DataConfig(source='scenes', examples=10**7))) == 10**7
-  assert len(open_source(DataConfig(source='words'))) == ENDLESS
+  assert len(open_source(DataConfig(source='words'))) == DEFAULT_COUNT
   assert 3000 < len(open_source(DataConfig(source='openmoji'))) < 4500
   assert len(open_source(DataConfig(source='synthetic', examples=5))) == 5
 

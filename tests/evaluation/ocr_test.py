@@ -7,7 +7,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.embedded.words import Words
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import ocr
-from vpe_jax.evaluation.report import FROM_DRAFTS, distinct
+from vpe_jax.evaluation.report import FROM_DRAFTS, distinct_records
 
 BENCHMARK = ocr.Ocr(captions=6, splits=('combination',), seed=1)
 
@@ -52,7 +52,7 @@ def test_missing_packages_are_named_before_sampling(monkeypatch):
 
 
 def test_the_report_has_ground_truth_images_and_images_from_drafts(monkeypatch, fake_subject):
-  records = distinct(Words(2 * 6, 'combination', 1), 6)
+  records = distinct_records(Words(2 * 6, 'combination', 1), 6)
   texts = {}
   for record in records:
     written = ' '.join(word.text for word in record.truth.writing.words)

@@ -57,7 +57,7 @@ _T2I_OPTIONS = {
 _DISCRETE_OPTIONS = {
   'unroll': 'true',
   'model.positions': 'line',
-  'model.class_turn': 'zero',
+  'model.class_rotation': 'zero',
   'model.mask_by': 'sample',
   'model.vp_schedule': 'linear',
   'model.token_dropout': '0.1',

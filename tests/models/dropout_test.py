@@ -64,7 +64,7 @@ def test_each_rate_acts_on_its_own_activations(dropout, silent):
     x = model.inputs(
       params, jnp.arange(4) % 3, jnp.arange(36).reshape(4, 9) % 7, jnp.arange(16).reshape(4, 4) % 5
     )
-    return model.states(params, model.stream(x, keys=keys))[0]
+    return model.states(params, model.stream(x, dropout_keys=keys))[0]
 
   zero = lambda path, leaf: leaf * (tuple(key.key for key in path)[: len(silent)] != silent)
   without = jax.tree_util.tree_map_with_path(zero, params)

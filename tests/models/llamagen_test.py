@@ -69,7 +69,7 @@ def test_blocks_are_parts_of_the_joint_vocabulary(params):
 @pytest.mark.parametrize(
   'change, message',
   [
-    ({'class_turn': 'half'}, "'class_turn' is 'half'"),
+    ({'class_rotation': 'half'}, "'class_rotation' is 'half'"),
     ({'positions': 'circle'}, "'positions' is 'circle'"),
     ({'prefix_codes': 5}, "'prefix_side' is 0"),
   ],

@@ -70,10 +70,10 @@ def load_for_sampling(system: Samples) -> Params:
   Raises:
     UserError: weights are missing, can't be read, or have other sizes.
   """
-  return _on_one_device(system, system.samples_with)
+  return _on_one_device(system, system.sampling_networks)
 
 
-def load_for_drafts(system: Samples) -> Params:
+def load_draft_encoders(system: Samples) -> Params:
   """Loads the networks that encode images to drafts (see `contracts.Samples`), on one device.
 
   Raises:
@@ -113,7 +113,7 @@ def check_sampling(system: Samples, params: Params, frozen: Params) -> None:
     leaves_by_path(jax.eval_shape(system.init, jax.random.key(0))), leaves_by_path(params)
   )
   encoded = system.batch_spec(1).encoded
-  with _one_line_errors(system, system.samples_with):
+  with _one_line_errors(system, system.sampling_networks):
     jax.eval_shape(system.decode, frozen, encoded, jax.eval_shape(lambda: jax.random.key(0)))
 
 

@@ -24,7 +24,7 @@ from vpe_jax.contracts import Params, PretrainedWeights, UserError
 from vpe_jax.sharding import leaves_by_path
 
 # System that trains a network of a published family -> (family, config.model section with sizes).
-_TRAINED = {'siglip': ('siglip', 'siglip')}
+_FAMILY_OF_SYSTEM = {'siglip': ('siglip', 'siglip')}
 
 
 def import_weights(
@@ -191,13 +191,13 @@ def read(source: str, family: str, dtype: str = 'float32') -> tuple[Any, Params,
   config = json.loads(metadata.get('config', '{}'))
   if 'family' in config:
     actual, sizes = config['family'], config['sizes']
-  elif config.get('system') in _TRAINED:
-    actual, section = _TRAINED[config['system']]
+  elif config.get('system') in _FAMILY_OF_SYSTEM:
+    actual, section = _FAMILY_OF_SYSTEM[config['system']]
     sizes = to_dict(getattr(systems.build(config).config.model, section))
   else:
     raise UserError(
       f"'{source}' is not an import, and system '{config.get('system')}' trains no network of a "
-      f'published family (systems that do: {", ".join(_TRAINED)})'
+      f'published family (systems that do: {", ".join(_FAMILY_OF_SYSTEM)})'
     )
   if actual != family:
     raise UserError(f"'{source}' is of family {actual}, not {family}: set --family={actual}")

@@ -34,7 +34,7 @@ ASSET_CONFIGS = {
   'tiny': 'configs/t2i.py',
 }
 _PARAMS, _EMA = 'params/', 'ema/'  # prefixes of parameters and their EMA in a state
-_HASHED = 2**20  # elements that a fingerprint casts at a time
+_HASH_CHUNK = 2**20  # elements that a fingerprint casts at a time
 
 
 def is_file(source: str) -> bool:
@@ -261,8 +261,8 @@ def _hash_leaf(digest: Any, path: str, leaf: np.ndarray, dtype: str | None) -> N
   kind = dtypes.FLOATS[dtype] if dtype and dtypes.is_float(leaf) else leaf.dtype
   digest.update(f'{path} {leaf.shape} {kind}\n'.encode())
   flat = leaf.reshape(-1)
-  for start in range(0, flat.size, _HASHED):
-    part = np.ascontiguousarray(flat[start : start + _HASHED].astype(kind, copy=False))
+  for start in range(0, flat.size, _HASH_CHUNK):
+    part = np.ascontiguousarray(flat[start : start + _HASH_CHUNK].astype(kind, copy=False))
     digest.update(part.view(np.uint8))
 
 

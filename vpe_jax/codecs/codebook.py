@@ -11,7 +11,7 @@ from vpe_jax.models.siglip import unit
 CHUNK = 16_384  # codebook entries compared at once
 
 
-def nearest(features: Array, codebook: Array, normed: bool, chunk: int = CHUNK) -> Array:
+def largest_product(features: Array, codebook: Array, normed: bool, chunk: int = CHUNK) -> Array:
   """Index of the codebook entry with the largest dot product; the first one on a tie.
 
   Large codebooks are searched chunk by chunk, so that the scores of all entries never exist at
@@ -52,15 +52,16 @@ def nearest(features: Array, codebook: Array, normed: bool, chunk: int = CHUNK) 
   return index
 
 
-def closest(features: Array, codebook: Array, chunk: int = CHUNK) -> Array:
+def nearest(features: Array, codebook: Array, chunk: int = CHUNK) -> Array:
   """Index of the codebook entry at the smallest distance; the first one on a tie.
 
   The squared distance of x and e is |x|^2 - 2 (x e - |e|^2 / 2). With 1 appended to x and
   -|e|^2 / 2 to e, the entry with the largest dot product is therefore at the smallest distance.
-  Arguments and result are those of `nearest`.
+  Arguments and result are those of `largest_product`.
   """
   entries = codebook.astype(jnp.float32)
   offset = -0.5 * jnp.sum(jnp.square(entries), axis=-1, keepdims=True)
   one = jnp.ones((*features.shape[:-1], 1), jnp.float32)
   extended = jnp.concatenate([features.astype(jnp.float32), one], axis=-1)
-  return nearest(extended, jnp.concatenate([entries, offset], axis=-1), normed=False, chunk=chunk)
+  entries = jnp.concatenate([entries, offset], axis=-1)
+  return largest_product(extended, entries, normed=False, chunk=chunk)

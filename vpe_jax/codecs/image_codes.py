@@ -110,7 +110,7 @@ class ImageCodesCodec:
   def quantize(self, codebook_entries: Array, patches: Array) -> Quantization:
     """Quantizes latent patches [B, P, W] by codebook entries [V, W]."""
     stop = jax.lax.stop_gradient
-    codes = codebook.closest(stop(patches), stop(codebook_entries))
+    codes = codebook.nearest(stop(patches), stop(codebook_entries))
     products = jnp.einsum('BPW,VW->BPV', patches, codebook_entries)
     # |patch|^2 is omitted; softmax ignores it.
     distance = jnp.sum(jnp.square(codebook_entries), -1) - 2 * products
@@ -119,7 +119,7 @@ class ImageCodesCodec:
 
   def encode(self, params: Params, images: Array) -> Array:
     """Codes [B, P] int32, raster order; see protocol.TokenCodec."""
-    return codebook.closest(self.latent_patches(params, images), params['image_codes']['codebook'])
+    return codebook.nearest(self.latent_patches(params, images), params['image_codes']['codebook'])
 
   def decode(self, params: Params, codes: Array, rng: Array | None = None) -> Array:
     """Images [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see protocol.ImageCodec."""

@@ -11,7 +11,7 @@ from vpe_jax.codecs import feature_vq, image_codes, kl, kl_vae, siglip_vq, vqgan
 from vpe_jax.config import Tagged
 
 
-class FeatureCodeSection(Tagged):
+class FeatureCodeKinds(Tagged):
   """The section of a FeatureCodec (protocol.FeatureCodeSection)."""
 
   KINDS = {
@@ -20,7 +20,7 @@ class FeatureCodeSection(Tagged):
   }
 
 
-class LatentSection(Tagged):
+class LatentKinds(Tagged):
   """The section of a LatentCodec (protocol.LatentSection)."""
 
   KINDS = {
@@ -30,7 +30,7 @@ class LatentSection(Tagged):
   }
 
 
-class ImageCodeSection(Tagged):
+class ImageCodeKinds(Tagged):
   """The section of an ImageCodec (protocol.ImageCodeSection)."""
 
   KINDS = {

@@ -132,7 +132,7 @@ class SiglipVq(nn.Module):
 
   def quantize(self, features: Array) -> Array:
     """Codes [...] int32 of features [..., D]."""
-    return codebook.nearest(self.project(features), self.codebook, normed=True)
+    return codebook.largest_product(self.project(features), self.codebook, normed=True)
 
   def encode(self, images: Array) -> Array:
     """Codes [B, h, w] int32 of images [B, H, W, 3]."""

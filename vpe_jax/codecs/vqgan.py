@@ -93,7 +93,7 @@ class VqGan(nn.Module):
 
   def encode(self, images: Array) -> Array:
     """Codes [B, h, w] int32 of images [B, H, W, 3]."""
-    return codebook.nearest(self.features(images), self.codebook, self.config.normed)
+    return codebook.largest_product(self.features(images), self.codebook, self.config.normed)
 
   def lookup(self, codes: Array) -> Array:
     """Codebook entries [B, h, w, width] of codes [B, h, w]."""

@@ -21,7 +21,7 @@ from vpe_jax.compilation.topology import Topology
 from vpe_jax.config import to_dict
 from vpe_jax.contracts import System, UserError
 
-LARGE = 2**20  # minimum bytes of an all-reduce for a warning
+MIN_WARNED_BYTES = 2**20  # minimum bytes of an all-reduce for a warning
 _DUMP_SUFFIX = 'after_optimizations.txt'
 
 
@@ -106,7 +106,7 @@ def build(config: Mapping[str, Any], request: Request) -> Compiled:
     raise UserError(f'--program={request.program}: {" or ".join(KINDS)}')
   target = topology.parse(request.topology, request.slices)
   system = _with_overrides(systems.build(config), target, request)
-  stage = program.stage_index(system, request.stage)
+  stage = program.index_of_stage(system, request.stage)
   devices = topology.devices(target)
   mesh = sharding.make_mesh(system.config.mesh, devices)
   images = system.config.batch_size[stage]
@@ -173,7 +173,7 @@ def report(compiled: Compiled) -> Report:
     bound = roofline.bound(work, kernel_flops / chips, lowered.flops / chips, target.chip)
   return Report(
     config=f'{job.system.config.name}:{job.system.config.preset}',
-    stage=job.stage_of_run.name,
+    stage=job.stage.name,
     program=job.program,
     topology=target,
     mesh=dict(job.mesh.shape),
@@ -197,7 +197,7 @@ def _settings(job: program.Job) -> dict[str, Any]:
   settings = {
     'strategy': config.mesh.strategy,
     'remat': config.remat,
-    'accumulate': config.optim_of(job.stage).accumulate,
+    'accumulate': config.optim_of(job.stage_index).accumulate,
   }
   model = to_dict(config.model)
   return settings | {name: model[name] for name in ('logits_chunk',) if name in model}
@@ -227,7 +227,7 @@ def _reductions(trainable: Mapping[str, tuple[int, ...]], work: traffic.Work) ->
       leaves.setdefault(tuple(d for d in dims if d > 1), path)
   total, bytes_of = 0.0, {}
   for collective in work.collectives:
-    if collective.kind != 'all-reduce' or collective.bytes < LARGE:
+    if collective.kind != 'all-reduce' or collective.bytes < MIN_WARNED_BYTES:
       continue
     total += collective.bytes
     largest = max(collective.shapes, key=lambda shape: shape.elements)

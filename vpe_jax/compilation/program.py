@@ -41,22 +41,22 @@ class Job:
 
   Attributes:
     system: built from the run's config.
-    stage: index of the stage.
+    stage_index: index of the stage.
     program: `train` (the training step of the stage) or `sample`.
     images: global batch size.
     mesh: mesh of the devices to compile for.
   """
 
   system: System
-  stage: int
+  stage_index: int
   program: str
   images: int
   mesh: jax.sharding.Mesh
 
   @property
-  def stage_of_run(self) -> Stage:
-    """The stage with index `stage`."""
-    return self.system.stages[self.stage]
+  def stage(self) -> Stage:
+    """The stage with index `stage_index`."""
+    return self.system.stages[self.stage_index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Lowered:
   kernel_flops: float
 
 
-def stage_index(system: System, name: str | None) -> int:
+def index_of_stage(system: System, name: str | None) -> int:
   """Index of a stage; the last one by default.
 
   Raises:
@@ -105,12 +105,12 @@ def lower(job: Job) -> Lowered:
       networks don't fit the model, or the system doesn't sample.
   """
   config, system = job.system.config, job.system
-  accumulate = config.optim_of(job.stage).accumulate if job.program == TRAIN else 1
+  accumulate = config.optim_of(job.stage_index).accumulate if job.program == TRAIN else 1
   sharding.check_divides(job.images, job.mesh, accumulate)
-  state = resume.abstract_state(config, system, job.stage, job.mesh)
+  state = resume.abstract_state(config, system, job.stage_index, job.mesh)
   networks = frozen_lib.abstract_params(system)
   if job.program == SAMPLE:
-    networks = {name: tree for name, tree in networks.items() if name in system.samples_with}
+    networks = {name: tree for name, tree in networks.items() if name in system.sampling_networks}
   if config.data.encode == 'online' and networks:
     frozen_lib.check_fits(system, networks)
   frozen = _with_shardings(
@@ -123,7 +123,7 @@ def lower(job: Job) -> Lowered:
     else:
       lowered, flops = _lower_sample(job, state, frozen)
   arguments = state if job.program == TRAIN else state['params']
-  trainable, _ = split_trainable(state['params'], job.stage_of_run)
+  trainable, _ = split_trainable(state['params'], job.stage)
   shapes = {path: tuple(leaf.shape) for path, leaf in sharding.leaves_by_path(trainable).items()}
   count = lambda tree: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
   return Lowered(
@@ -160,8 +160,8 @@ def kernel_flops(flops: Flops, remat: str) -> float:
 def _lower_train(
   job: Job, state: Any, frozen: Params, key: Array
 ) -> tuple[jax.stages.Lowered, Flops]:
-  system, stage = job.system, job.stage_of_run
-  optim = system.config.optim_of(job.stage)
+  system, stage = job.system, job.stage
+  optim = system.config.optim_of(job.stage_index)
   step = make_train_step(system, stage, optim, resume.shardings_of(state))
   cached = system.config.data.encode == 'cached'
   batch = system.batch_spec(job.images).batch(cached)
@@ -180,7 +180,7 @@ def _lower_sample(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowe
   request = system.request_spec(job.images)
   batch_sharding = sharding.batch_sharding(job.mesh)
   request = _with_shardings(request, jax.tree.map(lambda _: batch_sharding, request))
-  frozen = {name: frozen[name] for name in system.samples_with if name in frozen}
+  frozen = {name: frozen[name] for name in system.sampling_networks if name in frozen}
   arguments = (state['params'], frozen, request, _key(job.mesh))
   lowered = jax.jit(sample, out_shardings=batch_sharding).lower(*arguments)
   return lowered, Flops(matrix_flops(sample, *arguments))

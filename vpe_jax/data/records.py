@@ -15,7 +15,7 @@ Split = Literal['train', 'combination', 'concept']
 Box = tuple[float, float, float, float]  # left, top, right, bottom: fractions of the image side
 
 SPLITS: tuple[Split, ...] = ('train', 'combination', 'concept')
-ENDLESS = 65_536  # records of a generated source whose config sets examples=0
+DEFAULT_COUNT = 65_536  # records of a generated source whose config sets examples=0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,14 @@ from vpe_jax.data.formats.array_record import open_image_folder
 from vpe_jax.data.formats.folder import FieldSpec
 from vpe_jax.data.formats.tfds import open_tfds
 from vpe_jax.data.recipes import open_recipe
-from vpe_jax.data.records import ENDLESS, ProceduralSource, Record, Source, Split, check_is_train
+from vpe_jax.data.records import (
+  DEFAULT_COUNT,
+  ProceduralSource,
+  Record,
+  Source,
+  Split,
+  check_is_train,
+)
 
 
 class Opener(Protocol):
@@ -62,7 +69,7 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
 
   Args:
     config: `source` names the data source, `examples` the number of records (0: all records of a
-      finite source, ENDLESS records of a generated one).
+      finite source, DEFAULT_COUNT records of a generated one).
     split: `train`, or held-out `combination` or `concept`.
     seed: seed of generated records and of caption wording.
 
@@ -120,7 +127,7 @@ def _mixture(
   split: Split,
   seed: int,
 ) -> Mixture:
-  count, share = config.examples or ENDLESS, config.scenes_share
+  count, share = config.examples or DEFAULT_COUNT, config.scenes_share
   scenes = _count_of_first(count, share)
   others = second(max(1, count - scenes), split, seed)
   return Mixture(first(scenes, split, seed), others, share, count)

@@ -36,7 +36,7 @@ from vpe_jax.evaluation.report import (
   Report,
   Row,
   check_options,
-  distinct,
+  distinct_records,
   protocol,
   wilson_interval,
 )
@@ -188,7 +188,7 @@ def make_edits(count: int, split: Split, seed: int, size: int) -> HeldOutEdits:
   Raises:
     UserError: the split has too few distinct instructions.
   """
-  records = distinct(edits.Edits(max(_POOL * count, 256), split, seed), count)
+  records = distinct_records(edits.Edits(max(_POOL * count, 256), split, seed), count)
   return HeldOutEdits(
     source=np.stack([record.reference.render(size) for record in records]),
     target=np.stack([render(record, size) for record in records]),

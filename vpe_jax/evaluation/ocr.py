@@ -30,7 +30,7 @@ from vpe_jax.evaluation.report import (
   Report,
   Row,
   check_options,
-  distinct,
+  distinct_records,
   protocol,
 )
 
@@ -138,7 +138,7 @@ class Ocr:
     read = reader()
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
-      records = distinct(Words(_POOL * self.captions, split, self.seed), self.captions)
+      records = distinct_records(Words(_POOL * self.captions, split, self.seed), self.captions)
       prompts = [record.caption for record in records]
       expected = [' '.join(word.text for word in record.truth.writing.words) for record in records]
       true = np.stack([render(record, subject.image_size) for record in records])

@@ -75,7 +75,7 @@ def protocol(
   }
 
 
-def distinct(source: Source, count: int) -> list[Record]:
+def distinct_records(source: Source, count: int) -> list[Record]:
   """The first `count` records of a source with distinct captions.
 
   Raises:

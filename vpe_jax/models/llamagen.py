@@ -41,8 +41,9 @@ class LlamaGenConfig:
     codes: entries V of the codebook.
     side: side of the image's square grid of codes.
     body: the layers, with `rope_adjacent`.
-    class_turn: rotary embedding of the class token. `zero` sets its queries and keys to 0, so that
-      every code gives it the attention logit 0 (all released weights); `identity` doesn't rotate.
+    class_rotation: rotary embedding of the class token. `zero` sets its queries and keys to 0, so
+      that every code gives it the attention logit 0 (all released weights); `identity` doesn't
+      rotate.
     prefix_codes: entries of the codebook of prefix codes; 0: the model has no prefix codes.
     prefix_side: side of the square grid of prefix codes.
     positions: rotary positions. `grid`: row and column, with the grid of prefix codes scaled to the
@@ -53,7 +54,7 @@ class LlamaGenConfig:
   codes: int
   side: int
   body: TransformerConfig
-  class_turn: str = 'zero'
+  class_rotation: str = 'zero'
   prefix_codes: int = 0
   prefix_side: int = 0
   positions: str = 'grid'
@@ -61,7 +62,7 @@ class LlamaGenConfig:
   def __post_init__(self) -> None:
     check_sizes(self)
     turns, kinds = ('zero', 'identity'), ('grid', 'line')
-    check(self, '', 'class_turn', self.class_turn in turns, "'zero' or 'identity'")
+    check(self, '', 'class_rotation', self.class_rotation in turns, "'zero' or 'identity'")
     check(self, '', 'positions', self.positions in kinds, "'grid' or 'line'")
     both = bool(self.prefix_codes) == bool(self.prefix_side)
     check(
@@ -137,17 +138,20 @@ class LlamaGen(mot.OneExpert):
       tokens = jnp.where(masked[..., None], params['embed']['pad'], tokens)
     return tokens.astype(self.dtype)
 
-  def stream(self, x: Array, start: Array | int = 0, keys: Array | None = None) -> mot.Stream:
+  def stream(
+    self, x: Array, start: Array | int = 0, dropout_keys: Array | None = None
+  ) -> mot.Stream:
     """Tokens x [B, L, D] at the indices `start`, `start` + 1, ... of their sequences.
 
-    Index 0 is the class token, followed by prefix codes, if any, and the image's codes. `keys` [B]
-    are the dropout keys, one per sequence, for embeddings and layers; None: nothing is dropped.
+    Index 0 is the class token, followed by prefix codes, if any, and the image's codes. `dropout_keys`
+    [B] are for embeddings and layers, one per sequence; None: nothing is dropped.
     """
-    x = drop(x, self.dropout.token, keys, 'token')
+    x = drop(x, self.dropout.token, dropout_keys, 'token')
     region = build(self.config.layout, keep=jnp.ones(x.shape[:1], bool))['decoder']
     cut = lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, x.shape[1], 1)
     order, visibility = cut(region.positions), jax.tree.map(cut, region.visibility)
-    return mot.Stream(x, order, visibility, rotation=self._rotation(order), keys=keys)
+    rotation = self._rotation(order)
+    return mot.Stream(x, order, visibility, rotation=rotation, dropout_keys=dropout_keys)
 
   def _rotation(self, order: Array) -> tuple[Array, Array]:
     """Rotary tables [B, L, 1, H / 2] of indices [B, L]."""
@@ -157,7 +161,7 @@ class LlamaGen(mot.OneExpert):
       cos, sin = rope.rotary(order, c.body.head_width, c.body.rope_theta)
     else:
       cos, sin = rope.rotary_grid(self._grid(order), c.body.head_width, c.body.rope_theta)
-    cos = jnp.where(is_class, 0.0 if c.class_turn == 'zero' else 1.0, cos)
+    cos = jnp.where(is_class, 0.0 if c.class_rotation == 'zero' else 1.0, cos)
     return cos, jnp.where(is_class, 0.0, sin)
 
   def _grid(self, order: Array) -> Array:

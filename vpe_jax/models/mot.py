@@ -47,7 +47,8 @@ class Stream:
     condition: input of the modulation [B, 1, D]; None for tokens that are not modulated.
     rotation: cosine and sine tables [B, L, 1, H / 2]; None: computed from `positions`.
     context: keys and values of each layer's cross-attention (see `context_kv`), or None.
-    keys: random keys of dropout in the layers [B], one per sequence; None: nothing is dropped.
+    dropout_keys: random keys of dropout in the layers [B], one per sequence; None: nothing is
+      dropped.
   """
 
   x: Array
@@ -56,7 +57,7 @@ class Stream:
   condition: Array | None = None
   rotation: tuple[Array, Array] | None = None
   context: Cache | None = None
-  keys: Array | None = None
+  dropout_keys: Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -65,20 +66,20 @@ class Cache:
   """Keys and values of a whole sequence, preallocated; decoding and flow steps reuse them.
 
   `k` and `v` are [layers, B, S, K, H] where parameters are stacked over layers, else tuples of
-  [B, S, K, H]. `key` is the visibility of all S slots, known from the start. Slots not yet
+  [B, S, K, H]. `visibility` is that of all S slots, known from the start. Slots not yet
   written are never seen: the `reach` of all queries before the write is at most their order.
   """
 
   k: Any
   v: Any
-  key: Visibility
+  visibility: Visibility
 
   def map_batch(self, change: Callable[..., Array], *others: Cache) -> Cache:
     """Applies `change(*leaves, axis)` to the leaves of all caches; `axis` is their batch axis."""
     caches, axis = (self, *others), 0 if isinstance(self.k, tuple) else 1
     along = lambda axis: lambda *leaves: change(*leaves, axis)
     kv = jax.tree.map(along(axis), *((cache.k, cache.v) for cache in caches))
-    return Cache(*kv, jax.tree.map(along(0), *(cache.key for cache in caches)))
+    return Cache(*kv, jax.tree.map(along(0), *(cache.visibility for cache in caches)))
 
 
 def init_layers(layer: Layer, rng: Array) -> Params:
@@ -213,9 +214,9 @@ def run_tapped(
     layers,
     tables={name: _tables(layers[name], stream) for name, stream in streams.items()},
     conditions={name: stream.condition for name, stream in streams.items()},
-    contexts={n: (s.visibility, s.context.key) for n, s in streams.items() if s.context},
+    contexts={n: (s.visibility, s.context.visibility) for n, s in streams.items() if s.context},
     query=query,
-    key=query if cache is None else cache.key,
+    key=query if cache is None else cache.visibility,
     at=at,
     attention=attention if query.order.shape[1] >= chooser.SHORT else '',
     taps=taps,
@@ -244,14 +245,14 @@ def run_tapped(
   inputs = (
     {name: params[name] for name in streams},
     {n: (s.context.k, s.context.v) for n, s in streams.items() if s.context},
-    {n: _of_layers(layers[n], s.keys) for n, s in streams.items() if s.keys is not None},
+    {n: _of_layers(layers[n], keys) for n, keys in _dropout_keys(streams).items()},
     None if cache is None else (cache.k, cache.v),
     {n: t.slots(layers[n].config.layers) for n, t in taps.items()},
   )
   carry = hidden, {n: _buffers(layers[n], t, hidden[n]) for n, t in taps.items()}
   unstacked = any(isinstance(stack, tuple) for stack in inputs[0].values())
   (hidden, tapped), cached = (_unrolled if unstacked else jax.lax.scan)(step, carry, inputs)
-  return hidden, None if cache is None else Cache(*cached, cache.key), tapped
+  return hidden, None if cache is None else Cache(*cached, cache.visibility), tapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,6 +334,11 @@ def _tables(layer: Layer, stream: Stream) -> tuple[Array, Array]:
     return stream.rotation
   c = layer.config
   return rope.rotary(stream.positions, c.head_width, c.rope_theta, c.rope_scaling)
+
+
+def _dropout_keys(streams: Mapping[str, Stream]) -> dict[str, Array]:
+  """Dropout keys [B] of the streams that have any."""
+  return {n: s.dropout_keys for n, s in streams.items() if s.dropout_keys is not None}
 
 
 def _of_layers(layer: Layer, keys: Array) -> Array:

@@ -130,10 +130,10 @@ def _argument(leaf: Any) -> Value:
 
 def _trace(traced: core.ClosedJaxpr, inputs: Sequence[Value]) -> Flops:
   results = [True] * len(traced.jaxpr.outvars)
-  return _Count(Scope(traced, inputs), results, results).flops
+  return _FlopCounter(Scope(traced, inputs), results, results).flops
 
 
-class _Count:
+class _FlopCounter:
   """FLOPs of a scope, from its results backward.
 
   Attributes:
@@ -209,10 +209,11 @@ def _inner(
   if name == 'scan':
     return _scan(equation, inside[0], read, reached)
   if name == 'while':
-    counts = [_Count(s, [True] * len(s.jaxpr.outvars), _none(s.jaxpr.outvars)) for s in inside]
+    every = lambda s: [True] * len(s.jaxpr.outvars)
+    counts = [_FlopCounter(s, every(s), _none(s.jaxpr.outvars)) for s in inside]
     flops = functools.reduce(Flops.__add__, (count.flops for count in counts))
     return flops, [True] * len(equation.invars), _none(equation.invars)
-  counts = [_Count(scope, read, reached) for scope in inside]
+  counts = [_FlopCounter(scope, read, reached) for scope in inside]
   flops = max((count.flops for count in counts), key=lambda flops: flops.total)
   read = _either(*(count.read for count in counts))
   reached = _either(*(count.reached for count in counts))
@@ -226,7 +227,7 @@ def _scan(equation: core.JaxprEqn, body: Scope, read: list[bool], reached: list[
   inputs = [_none(body.jaxpr.invars)] * 2
   carried = lambda flags, results: flags[first : first + carries] + results[carries:]
   while remaining:
-    count = _Count(body, read, reached)
+    count = _FlopCounter(body, read, reached)
     inputs = [_either(inputs[0], count.read), _either(inputs[1], count.reached)]
     before = carried(count.read, read), carried(count.reached, reached)
     steps = remaining if before == (read, reached) else 1

@@ -19,7 +19,7 @@ from vpe_jax.sequence.builder import NEVER
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TokenOrigin:
   """Where the tokens of one expert in R packed sequences come from; -1 if absent.
 
   Attributes:
@@ -74,7 +74,7 @@ def assign(lengths: Mapping[str, np.ndarray], budgets: Mapping[str, int]) -> lis
 
 def pack(
   regions: Mapping[str, Region], bins: Sequence[Sequence[int]], budgets: Mapping[str, int]
-) -> tuple[dict[str, Region], dict[str, Source]]:
+) -> tuple[dict[str, Region], dict[str, TokenOrigin]]:
   """Packs samples [n, L] into R = len(bins) sequences.
 
   Two samples, one of text a and image x y, one of text b c and image z, in regions of 4 slots each:
@@ -117,7 +117,7 @@ def pack(
   return packed, sources
 
 
-def gather(values: Array | np.ndarray, source: Source) -> Array | np.ndarray:
+def gather(values: Array | np.ndarray, source: TokenOrigin) -> Array | np.ndarray:
   """Values [R, budget, ...] of packed tokens from those of the samples [n, L, ...]; 0 if absent.
 
   NumPy arrays give NumPy arrays; others may be traced.
@@ -137,7 +137,7 @@ def _sources(
   bins: Sequence[Sequence[int]],
   offsets: Sequence[np.ndarray],
   budget: int,
-) -> tuple[Source, np.ndarray]:
+) -> tuple[TokenOrigin, np.ndarray]:
   """The source of each packed slot, and the order [R, budget] at which its sample starts."""
   sample, slot = (np.full((len(bins), budget), -1, np.int32) for _ in range(2))
   shift = np.zeros((len(bins), budget), np.int32)
@@ -150,7 +150,7 @@ def _sources(
       if used > budget:
         raise ValueError(f'samples {list(samples)} exceed the budget of {budget} tokens')
       sample[target], slot[target], shift[target] = index, slots, start
-  return Source(sample, slot), shift
+  return TokenOrigin(sample, slot), shift
 
 
 def _shifted(visibility: Visibility, shift: np.ndarray) -> Visibility:

@@ -78,8 +78,8 @@ def update(
     config: settings of one stage.
     axes: see `init`.
   """
-  direct = OPTIMIZERS[config.name].direct
-  direction, opt_state = direct(gradient, opt_state, trainable, config, axes)
+  optimizer = OPTIMIZERS[config.name]
+  direction, opt_state = optimizer.direction(gradient, opt_state, trainable, config, axes)
   if config.weight_decay:
     decay = optax.add_decayed_weights(config.weight_decay, mask=_decayed)
     direction, _ = decay.update(direction, decay.init(trainable), trainable)
@@ -268,7 +268,7 @@ def _init_adamw(trainable: Params, config: OptimConfig, axes: AxesTable) -> OptS
   return _adam(config).init(trainable)._asdict()
 
 
-def _direct_adamw(
+def _adamw_direction(
   gradient: Params, state: OptState, trainable: Params, config: OptimConfig, axes: AxesTable
 ) -> tuple[Params, OptState]:
   del trainable, axes
@@ -304,7 +304,7 @@ def _init_adafactor(trainable: Params, config: OptimConfig, axes: AxesTable) -> 
   return {'count': jnp.zeros((), jnp.int32), **trees}
 
 
-def _direct_adafactor(
+def _adafactor_direction(
   gradient: Params, state: OptState, trainable: Params, config: OptimConfig, axes: AxesTable
 ) -> tuple[Params, OptState]:
   del config
@@ -356,7 +356,7 @@ def _init_muon(trainable: Params, config: OptimConfig, axes: AxesTable) -> OptSt
   return moments | {'nu': convert.tree(others)}
 
 
-def _direct_muon(
+def _muon_direction(
   gradient: Params, state: OptState, trainable: Params, config: OptimConfig, axes: AxesTable
 ) -> tuple[Params, OptState]:
   del trainable
@@ -392,16 +392,16 @@ class _Optimizer:
 
   Attributes:
     init: (trainable parameters, settings, axes) -> state.
-    direct: (gradient, state, trainable parameters, settings, axes) -> (direction, state). The
+    direction: (gradient, state, trainable parameters, settings, axes) -> (direction, state). The
       update is the negative direction times the learning rate.
   """
 
   init: Callable[[Params, OptimConfig, AxesTable], OptState]
-  direct: Callable[[Params, OptState, Params, OptimConfig, AxesTable], tuple[Params, OptState]]
+  direction: Callable[[Params, OptState, Params, OptimConfig, AxesTable], tuple[Params, OptState]]
 
 
 OPTIMIZERS = {
-  'adamw': _Optimizer(_init_adamw, _direct_adamw),
-  'adafactor': _Optimizer(_init_adafactor, _direct_adafactor),
-  'muon': _Optimizer(_init_muon, _direct_muon),
+  'adamw': _Optimizer(_init_adamw, _adamw_direction),
+  'adafactor': _Optimizer(_init_adafactor, _adafactor_direction),
+  'muon': _Optimizer(_init_muon, _muon_direction),
 }

@@ -21,7 +21,7 @@ from vpe_jax.training.state import first_state, merge, split_trainable
 
 # Sections and fields that don't affect the parameters: logs, saved files, machines.
 FREE = ('checkpoint', 'log', 'evals', 'sample', 'data.workers', 'mesh')
-SMALL = 2**30  # bytes; smaller states may be replicated: the mesh may not divide their dimensions
+MAX_REPLICATED_BYTES = 2**30  # smaller states may be replicated: a mesh may not divide them
 INITIALIZED = 'initialized'  # origin label of randomly initialized parameters
 MAX_LISTED = 8  # differences that an error lists
 
@@ -93,7 +93,8 @@ def abstract_state(config: Config, system: System, stage: int, mesh: jax.shardin
     'opt_state': shard(shapes['opt_state'], optimizer.logical_axes(trainable, axes)),
     'ema': shard(shapes['ema']),
   }
-  if sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) > SMALL:
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+  if size > MAX_REPLICATED_BYTES:
     sharding.check_sharded_enough(shapes, shardings)
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -72,7 +72,7 @@ def test_every_norm_and_rope_setting_matters(parity, imported, golden):
   assert not parity.insensitive(imported.params, functools.partial(run, imported.sizes))
   body = imported.sizes.body
   for change in (
-    {'class_turn': 'identity'},
+    {'class_rotation': 'identity'},
     {'body': dataclasses.replace(body, rope_theta=100.0)},
     {'body': dataclasses.replace(body, rope_adjacent=False)},
     {'side': 16},
@@ -88,8 +88,8 @@ def test_unsupported_configs_are_refused():
     llamagen.sizes(config | {'model_type': 't2i', 'cls_token_num': 120})
   with pytest.raises(UserError, match='square'):
     llamagen.sizes(config | {'block_size': 17})
-  with pytest.raises(UserError, match='class_turn'):
-    llamagen.sizes(config | {'class_turn': 'none'})
+  with pytest.raises(UserError, match='class_rotation'):
+    llamagen.sizes(config | {'class_rotation': 'none'})
   with pytest.raises(UserError, match='head width is 6'):
     llamagen.sizes(config | {'n_head': 16})
   with pytest.raises(KeyError, match='n_layer'):

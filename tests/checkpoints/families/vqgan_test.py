@@ -55,7 +55,7 @@ def run(imported, golden):
   def forward(params):
     apply = lambda inputs, method: network.apply({'params': params}, inputs, method=method)
     features = apply(golden['image'], 'features')
-    codes = codebook.nearest(features, params['codebook'], imported.sizes.normed)
+    codes = codebook.largest_product(features, params['codebook'], imported.sizes.normed)
     lookup, image = (apply(golden['indices'], method) for method in ('lookup', 'decode'))
     return {'pre_quant': features, 'indices': codes, 'quant': lookup, 'recon': image}
 

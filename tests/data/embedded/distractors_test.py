@@ -16,7 +16,7 @@ _COUNT_WORDS = {'a', 'an', 'two', 'three', 'four', 'is', 'are', 'there'}
 
 
 def _nouns():
-  names = [*shapes.SHAPES, *vocabulary.emoji()]
+  names = [*shapes.SHAPES, *vocabulary.emoji_codes()]
   return {w for name in names for w in f'{name} {vocabulary.plural(name)}'.split()}
 
 

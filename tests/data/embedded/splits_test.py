@@ -88,7 +88,7 @@ def test_every_shape_and_colour_is_trained():
 def test_held_out_concepts_include_variants_and_namesakes():
   concepts = splits.held_out_concepts()
   assert 8 <= len(concepts) <= 15
-  codes = {vocabulary.emoji()[noun] for noun in concepts}
+  codes = {vocabulary.emoji_codes()[noun] for noun in concepts}
   for item in openmoji.of_split('train'):
     assert item.code not in codes and item.base not in codes
     assert not splits.mentions(item.name, concepts)

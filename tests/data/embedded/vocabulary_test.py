@@ -6,7 +6,7 @@ from vpe_jax.data.embedded import drawings, vocabulary
 
 
 def test_every_noun_has_its_own_drawing():
-  emoji = vocabulary.emoji()
+  emoji = vocabulary.emoji_codes()
   assert 100 <= len(emoji) <= 130
   assert len(set(emoji.values())) == len(emoji)
   assert set(emoji.values()) <= drawings.files().keys()
@@ -27,5 +27,5 @@ def test_plurals():
     'crosses',
     'top hats',
   ]
-  for noun in vocabulary.emoji():
+  for noun in vocabulary.emoji_codes():
     assert not noun.endswith(('s', 'x', 'ch')) or vocabulary.plural(noun) != f'{noun}s', noun

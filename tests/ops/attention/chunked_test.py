@@ -14,7 +14,7 @@ from vpe_jax.ops.attention import chunked, reference
 def test_bias_and_its_gradient(masks, monkeypatch, shape):
   monkeypatch.setattr(chunked, 'ROWS', 32)
   monkeypatch.setattr(chunked, 'COLUMNS', 16)
-  monkeypatch.setattr(chunked, '_LEAST', 8)
+  monkeypatch.setattr(chunked, '_MIN_QUERIES', 8)
   sequence = jax.tree.map(lambda x: jnp.repeat(x, 2, 0), masks.transfusion(20, 35, 5)[0])
   case = masks.case((sequence, sequence))
   bias = jax.random.normal(jax.random.key(3), shape)

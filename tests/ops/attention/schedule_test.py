@@ -12,7 +12,7 @@ from vpe_jax.ops.attention import schedule
 from vpe_jax.ops.attention.schedule import FULL, PARTIAL, SKIP
 from vpe_jax.sequence.builder import NEVER
 
-_pairs = jax.jit(schedule.pairs, static_argnums=(2, 3))
+_pairs = jax.jit(schedule.block_status, static_argnums=(2, 3))
 
 
 def _needed(query: Visibility, key: Visibility, rows: int, columns: int) -> np.ndarray:
@@ -40,11 +40,11 @@ def _check(query: Visibility, key: Visibility, rows: int, columns: int) -> tuple
 
 def test_causal_text_visits_its_triangle(masks):
   text, _ = masks.causal(4096)
-  status = schedule.pairs(text, text, 128, 128)
+  status = schedule.block_status(text, text, 128, 128)
   assert int(jnp.sum(status != SKIP)) == 528
   assert int(jnp.sum(status == PARTIAL)) == 32  # the diagonal; all blocks below are full
   half = schedule.padded(text[:, :2048], 4096)
-  status = schedule.pairs(half, half, 128, 128)
+  status = schedule.block_status(half, half, 128, 128)
   assert int(jnp.sum(status != SKIP)) == 136
 
 
@@ -101,7 +101,7 @@ def test_absent_tokens_do_not_widen_the_bounds(masks):
   visited, needed = _check(with_holes, with_holes, 32, 32)
   assert visited == needed == 36
   # A block with absent keys is never full.
-  assert not (schedule.pairs(with_holes, with_holes, 32, 32) == FULL).any()
+  assert not (schedule.block_status(with_holes, with_holes, 32, 32) == FULL).any()
 
 
 def test_visits_list_blocks_in_order_then_repeat_the_last():

@@ -29,7 +29,7 @@ def test_the_default_codecs_are_the_shipped_ones():
 
 def test_a_published_visual_prompt():
   sections = _latents(visual_prompt=SIGLIP_VQ)
-  assert (sections.plan_tokens, sections.plan_codes) == (100, 16_384)
+  assert (sections.visual_prompt_tokens, sections.visual_prompt_codes) == (100, 16_384)
   network = sections.frozen['siglip_vq']
   assert network.source == network.published.source == 'OWNER/NAME'
   codec = sections.prompt_codec(jnp.bfloat16)
@@ -55,13 +55,13 @@ def test_published_autoencoders_and_tokenizers_keep_the_sizes_of_their_family():
 
 def test_without_a_visual_prompt_there_are_no_codes_and_no_networks():
   sections = _latents(vpe=False)
-  assert (sections.plan_codes, sections.plan_tokens) == (0, 0)
+  assert (sections.visual_prompt_codes, sections.visual_prompt_tokens) == (0, 0)
   assert set(sections.frozen) == {'image'}
   assert isinstance(sections.prompt_codec(jnp.float32), NoVisualPrompt)
 
 
 @pytest.mark.parametrize(
-  'role', [registry.FeatureCodeSection, registry.LatentSection, registry.ImageCodeSection]
+  'role', [registry.FeatureCodeKinds, registry.LatentKinds, registry.ImageCodeKinds]
 )
 def test_every_kind_is_a_dataclass_that_names_itself(role):
   for kind, section in role.KINDS.items():

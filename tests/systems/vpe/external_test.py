@@ -151,7 +151,7 @@ def test_stage_render_trains_the_diffusion_expert_on_the_flow_alone(condition):
   jax.eval_shape(lambda p: weights.update({n: t.weight for n, t in losses(p).items()}), shapes)
   assert weights == {'next_token': 0.0, 'accuracy': 0.0, 'flow': 1.0}
   counts = jax.jit(lambda: system.counts(batch, KEY, 0, stage))()
-  assert float(counts['next_token']) == B * (system.config.model.plan_tokens + 1)
+  assert float(counts['next_token']) == B * (system.config.model.visual_prompt_tokens + 1)
   # The gradient of frozen parameters is 0 by construction: no matrix product computes it.
   gradient = jax.grad(lambda p: losses(p)['flow'].sum)
   assert matrix_flops(lambda p: [gradient(p)[name] for name in ('ar', 'embed')], shapes) == 0
@@ -159,7 +159,7 @@ def test_stage_render_trains_the_diffusion_expert_on_the_flow_alone(condition):
 
 def test_the_visual_prompt_alone_is_dropped_at_the_configured_rate():
   system = _cached_system('prefix')
-  batch, codes = _batch(system), system.config.model.plan_tokens
+  batch, codes = _batch(system), system.config.model.visual_prompt_tokens
   many = dataclasses.replace(batch, example=jnp.arange(4096))
   assert (
     abs(np.mean(system.dropping.keep(many, KEY, system.stages[1])['visual_prompt']) - 0.9) < 0.02

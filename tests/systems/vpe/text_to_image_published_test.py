@@ -114,7 +114,7 @@ def test_paper_reads_the_published_sizes():
   model = systems.build(config_file.get_config('paper').to_dict()).config.model
   assert model.frozen['siglip_vq'].published.sizes == siglip_vq.SiglipVqConfig()
   assert model.frozen['image'].published.sizes == wan_vae.RELEASED_SIZES
-  assert (model.plan_tokens, model.plan_codes) == (576, 16_384)
+  assert (model.visual_prompt_tokens, model.visual_prompt_codes) == (576, 16_384)
   assert dataclasses.asdict(model)['latent_size'] == 512 // 8
 
 

@@ -38,7 +38,7 @@ FAMILIES = (
 
 
 # Families with `RELEASED_SIZES`, which are used if a source has no config.json.
-WITHOUT_CONFIG = ('siglip_vq', 'wan_vae', 'ibq', 'llamagen_vq')
+WITH_RELEASED_SIZES = ('siglip_vq', 'wan_vae', 'ibq', 'llamagen_vq')
 # Fields of a family's sizes on which no published tensor depends.
 FREE_SIZES: Mapping[str, tuple[str, ...]] = {'showo2': ('codes', 'multiple', 'latent_size')}
 
@@ -50,7 +50,7 @@ class Family(Protocol):
     LAYOUTS: key layouts of published weights; exports use the first.
     STEM: stem of exported file names.
     Sizes: frozen dataclass of a network's sizes.
-    RELEASED_SIZES: sizes of the released network; only families in WITHOUT_CONFIG have them.
+    RELEASED_SIZES: sizes of the released network; only families in WITH_RELEASED_SIZES have them.
   """
 
   LAYOUTS: tuple[Table, ...]
@@ -180,7 +180,7 @@ def _checked(sizes: Any) -> Any:
 
 
 def _sizes(family: Family, name: str, source: Source) -> Any:
-  if not source.config and name in WITHOUT_CONFIG:
+  if not source.config and name in WITH_RELEASED_SIZES:
     return family.RELEASED_SIZES
   if not source.config:
     raise UserError(

@@ -10,7 +10,7 @@ parentheses, are optional:
   num_classes (1000): without the null class
   vocab_size (16384): entries of the codebook
   block_size: codes per image, a square number: 256 at 256 pixels, 576 at 384
-  class_turn (zero): `zero` or `identity`, see LlamaGenConfig; all releases have zero
+  class_rotation (zero): `zero` or `identity`, see LlamaGenConfig; all releases have zero
 
 Text-conditional models (model_type `t2i`) are refused.
 """
@@ -34,7 +34,7 @@ _DEFAULTS = {
   'rope_base': 1e4,
   'num_classes': 1000,
   'vocab_size': 16384,
-  'class_turn': 'zero',
+  'class_rotation': 'zero',
   'multiple_of': 256,
   'cls_token_num': 1,
 }
@@ -50,8 +50,9 @@ def sizes(config: Mapping[str, Any]) -> LlamaGenConfig:
   side = math.isqrt(fields['block_size'])
   if side**2 != fields['block_size']:
     raise UserError(f'block_size is {fields["block_size"]}: it must be a square number')
-  if fields['class_turn'] not in ('zero', 'identity'):
-    raise UserError(f"class_turn is '{fields['class_turn']}': it must be 'zero' or 'identity'")
+  if fields['class_rotation'] not in ('zero', 'identity'):
+    rotation = fields['class_rotation']
+    raise UserError(f"class_rotation is '{rotation}': it must be 'zero' or 'identity'")
   heads = fields['n_head']
   body = TransformerConfig(
     width=fields['dim'],
@@ -68,7 +69,7 @@ def sizes(config: Mapping[str, Any]) -> LlamaGenConfig:
   if body.head_width % 4:
     raise UserError(f'the head width is {body.head_width}: 2-D RoPE needs a multiple of 4')
   classes, codes = fields['num_classes'], fields['vocab_size']
-  return LlamaGenConfig(classes, codes, side, body, fields['class_turn'])
+  return LlamaGenConfig(classes, codes, side, body, fields['class_rotation'])
 
 
 def config_json(sizes: LlamaGenConfig) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def config_json(sizes: LlamaGenConfig) -> dict[str, Any]:
     'num_classes': sizes.classes,
     'vocab_size': sizes.codes,
     'block_size': sizes.side**2,
-    'class_turn': sizes.class_turn,
+    'class_rotation': sizes.class_rotation,
   }
 
 

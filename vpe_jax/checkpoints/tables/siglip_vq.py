@@ -51,14 +51,14 @@ def _codebook(source: str) -> tuple[Row, ...]:
 _TOWER = _tower(
   'model.visual.', Row('model.visual.embeddings.position_embedding.weight', 'position')
 )
-_COPY = (*_TOWER, *_codebook('model.vqmodel.'))
+_TOWER_AND_CODEBOOK = (*_TOWER, *_codebook('model.vqmodel.'))
 
 LAYOUTS = (
   # LLaDA2.0-Uni's files have no post blocks; an export of X-Omni's network to this layout has them.
-  Table(name='siglip_vq (LLaDA2.0-Uni)', rows=_COPY),
+  Table(name='siglip_vq (LLaDA2.0-Uni)', rows=_TOWER_AND_CODEBOOK),
   Table(
     name='siglip_vq (GLM-Image)',
-    rows=_COPY,
+    rows=_TOWER_AND_CODEBOOK,
     ignored=(
       (r'model\.language_model\..*|lm_head\.weight', 'the language model, which reads the codes'),
     ),

@@ -103,9 +103,9 @@ def _other_clusters(cluster: Cluster, kind: str, room: int) -> Iterator[Cluster]
   else:
     # Held-out nouns are used only if the true noun is held out: novelty must not reveal the answer.
     is_new = cluster.name in splits.held_out_concepts()
-    nouns = vocabulary.emoji() if is_new else splits.trained_concepts()
+    nouns = vocabulary.emoji_codes() if is_new else splits.trained_concepts()
     for noun in nouns:
-      yield dataclasses.replace(cluster, name=noun, code=vocabulary.emoji()[noun])
+      yield dataclasses.replace(cluster, name=noun, code=vocabulary.emoji_codes()[noun])
 
 
 def _other_emoji(item: openmoji.Emoji, split: str, kind: str) -> Iterator[openmoji.Emoji]:

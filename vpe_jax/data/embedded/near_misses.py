@@ -68,4 +68,4 @@ def _other_object(cluster: Cluster, rng: random.Random) -> Cluster:
   if cluster.kind == 'shape':
     return dataclasses.replace(cluster, name=rng.choice(shapes.SHAPES))
   name = rng.choice(splits.trained_concepts())
-  return dataclasses.replace(cluster, name=name, code=vocabulary.emoji()[name])
+  return dataclasses.replace(cluster, name=name, code=vocabulary.emoji_codes()[name])

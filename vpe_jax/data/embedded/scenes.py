@@ -15,7 +15,7 @@ from vpe_jax.config import DataConfig
 from vpe_jax.data.embedded import raster, shapes, splits, vocabulary, wording
 from vpe_jax.data.embedded.painting import Painting, svg_of
 from vpe_jax.data.records import (
-  ENDLESS,
+  DEFAULT_COUNT,
   Box,
   Cluster,
   ProceduralSource,
@@ -87,7 +87,7 @@ class Scenes(ProceduralSource):
 
 def open_scenes(config: DataConfig, split: Split, seed: int) -> Scenes:
   """Opens the source `scenes`; see vpe_jax.data.sources.Opener."""
-  return Scenes(config.examples or ENDLESS, split, seed)
+  return Scenes(config.examples or DEFAULT_COUNT, split, seed)
 
 
 def scene(seed: int, index: int, split: Split = 'train') -> Record:
@@ -116,7 +116,8 @@ def compose(rng: random.Random, split: Split) -> Truth:
     indices = [i for i, cluster in enumerate(clusters) if cluster.kind == 'emoji']
     name = rng.choice(splits.held_out_concepts())
     index = rng.choice(indices)
-    clusters[index] = dataclasses.replace(clusters[index], name=name, code=vocabulary.emoji()[name])
+    code = vocabulary.emoji_codes()[name]
+    clusters[index] = dataclasses.replace(clusters[index], name=name, code=code)
   rng.shuffle(clusters)
   background = rng.choice(tuple(shapes.TINTS)) if rng.random() < _TINTED_SHARE else 'white'
   if any((cluster.colour, background) in shapes.CLASHES for cluster in clusters):
@@ -149,7 +150,7 @@ def sample_cluster(rng: random.Random, kind: str) -> Cluster:
     colour = rng.choice(tuple(shapes.COLOURS))
     return Cluster(rng.choice(shapes.SHAPES), 'shape', boxes, colour=colour, size=size)
   name = rng.choice(splits.trained_concepts())
-  return Cluster(name, 'emoji', boxes, code=vocabulary.emoji()[name], size=size)
+  return Cluster(name, 'emoji', boxes, code=vocabulary.emoji_codes()[name], size=size)
 
 
 def _place_single(rng: random.Random, cluster: Cluster) -> Cluster:

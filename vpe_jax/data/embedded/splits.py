@@ -34,7 +34,9 @@ _WORDS_ONE_IN = 12  # of the written words
 def held_out_concepts() -> tuple[str, ...]:
   """Nouns of the scene vocabulary that never occur in training."""
   return tuple(
-    name for name in vocabulary.emoji() if stable_hash('concept', name) % _CONCEPTS_ONE_IN == 0
+    name
+    for name in vocabulary.emoji_codes()
+    if stable_hash('concept', name) % _CONCEPTS_ONE_IN == 0
   )
 
 
@@ -42,7 +44,7 @@ def held_out_concepts() -> tuple[str, ...]:
 def trained_concepts() -> tuple[str, ...]:
   """The other nouns of the scene vocabulary."""
   excluded = held_out_concepts()
-  return tuple(name for name in vocabulary.emoji() if name not in excluded)
+  return tuple(name for name in vocabulary.emoji_codes() if name not in excluded)
 
 
 @functools.cache
@@ -102,16 +104,16 @@ def has_held_out_concept(truth: Truth) -> bool:
   if truth.writing is not None:
     return any(word.text in held_out_words() for word in truth.writing.words)
   return any(
-    is_concept(cluster.name, truth.base or cluster.code)
+    is_held_out_concept(cluster.name, truth.base or cluster.code)
     for cluster in truth.clusters
     if cluster.kind == 'emoji'
   )
 
 
 @functools.lru_cache(maxsize=16384)
-def is_concept(name: str, base: str) -> bool:
+def is_held_out_concept(name: str, base: str) -> bool:
   """Whether an emoji is a held-out concept, by its name and the code of its base emoji."""
-  nouns = {code: noun for noun, code in vocabulary.emoji().items()}
+  nouns = {code: noun for noun, code in vocabulary.emoji_codes().items()}
   if base in nouns:
     return nouns[base] in held_out_concepts()
   if mentions(name, held_out_concepts()):

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from vpe_jax.config import DataConfig
-from vpe_jax.data.records import ENDLESS, Record, Split, check_is_train
+from vpe_jax.data.records import DEFAULT_COUNT, Record, Split, check_is_train
 
 _WORDS = ('red', 'blue', 'green', 'big', 'small', 'circle', 'square', 'star', 'dog', 'cat')
 
@@ -65,7 +65,7 @@ def open_synthetic(config: DataConfig, split: Split, seed: int) -> Synthetic:
   """
   del seed
   check_is_train(config.source, split)
-  return Synthetic(config.examples or ENDLESS, config.source_images)
+  return Synthetic(config.examples or DEFAULT_COUNT, config.source_images)
 
 
 @dataclasses.dataclass(frozen=True)

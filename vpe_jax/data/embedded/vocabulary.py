@@ -65,7 +65,7 @@ _IRREGULAR = {
 
 
 @functools.cache
-def emoji() -> dict[str, str]:
+def emoji_codes() -> dict[str, str]:
   """Noun -> code, in a fixed order."""
   listed = ','.join((_ANIMALS, _PLANTS_AND_FOOD, _VEHICLES_AND_PLACES, _THINGS))
   return dict(_entry(entry) for entry in listed.split(','))
@@ -74,7 +74,7 @@ def emoji() -> dict[str, str]:
 @functools.cache
 def written() -> tuple[str, ...]:
   """The written words, in a fixed order."""
-  words = (*_SIGNS.split(), *emoji(), *shapes.SHAPES, *shapes.COLOURS)
+  words = (*_SIGNS.split(), *emoji_codes(), *shapes.SHAPES, *shapes.COLOURS)
   fits = lambda word: word.isalpha() and 2 <= len(word) <= _MAX_LENGTH
   return tuple(dict.fromkeys(word for word in words if fits(word)))
 

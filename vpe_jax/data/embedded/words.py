@@ -14,7 +14,15 @@ from vpe_jax.config import DataConfig
 from vpe_jax.data.embedded import fonts, shapes, splits
 from vpe_jax.data.embedded.lettering import Lettering
 from vpe_jax.data.embedded.naming import with_article
-from vpe_jax.data.records import ENDLESS, ProceduralSource, Record, Split, Truth, Word, Writing
+from vpe_jax.data.records import (
+  DEFAULT_COUNT,
+  ProceduralSource,
+  Record,
+  Split,
+  Truth,
+  Word,
+  Writing,
+)
 from vpe_jax.storage import stable_hash
 
 GROUP = 'words'
@@ -51,7 +59,7 @@ class Words(ProceduralSource):
 
 def open_words(config: DataConfig, split: Split, seed: int) -> Words:
   """Opens the source `words`; see vpe_jax.data.sources.Opener."""
-  return Words(config.examples or ENDLESS, split, seed)
+  return Words(config.examples or DEFAULT_COUNT, split, seed)
 
 
 def word_image(seed: int, index: int, split: Split = 'train') -> Record:

@@ -24,7 +24,7 @@ from vpe_jax.ops.attention.blockwise import Gradients, Operands, attend
 # block. These sizes are the fastest on CPU, where a block of logits (1 MB) stays in the cache.
 # Longer blocks of keys gain nothing with causal masks, of which they skip less.
 ROWS, COLUMNS = 1024, 256
-_LEAST = 64  # minimum number of queries per block, however large the group
+_MIN_QUERIES = 64  # minimum number of queries per block, however large the group
 
 
 def attention(
@@ -35,7 +35,7 @@ def attention(
     bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
   group = q.shape[2] // k.shape[2]
   # Lengths are cut evenly: the last block is as long as the others, or nearly so.
-  rows = even(q.shape[1], max(_LEAST, ROWS // group))
+  rows = even(q.shape[1], max(_MIN_QUERIES, ROWS // group))
   kernel = Chunked(rows, even(k.shape[1], COLUMNS))
   return attend(kernel, Operands(q, k, v, query, key, bias))
 
@@ -161,7 +161,7 @@ class _Blocks:
     self.rows, self.columns = kernel.rows, kernel.columns
     self.q = _fold(o.q, K, self.rows)
     self.k, self.v = (_fold(x, K, self.columns) for x in (o.k, o.v))
-    status = schedule.pairs(o.query, o.key, self.rows, self.columns)
+    status = schedule.block_status(o.query, o.key, self.rows, self.columns)
     status = status.transpose(0, 2, 1) if by_keys else status
     self._visits = {}
     for kind in (schedule.FULL, schedule.PARTIAL):

@@ -98,7 +98,7 @@ class _Inputs:
     o, self.sizes, self.by_keys = operands, sizes, by_keys
     L, S = o.q.shape[1], o.k.shape[1]
     length, keys = -(-L // sizes.rows) * sizes.rows, -(-S // sizes.columns) * sizes.columns
-    status = schedule.pairs(o.query, o.key, sizes.rows, sizes.columns)
+    status = schedule.block_status(o.query, o.key, sizes.rows, sizes.columns)
     status = status.transpose(0, 2, 1) if by_keys else status
     tokens = lambda side, length: jnp.stack(jax.tree.leaves(schedule.padded(side, length)), 1)
     self.group = o.q.shape[2] // o.k.shape[2]

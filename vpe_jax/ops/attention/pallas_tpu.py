@@ -193,7 +193,7 @@ def _prepare(sizes: Tpu, operands: Operands, by_keys: bool) -> tuple[_Call, dict
   B, L, N, H = o.q.shape
   S, K = o.k.shape[1], o.k.shape[2]
   I, J = -(-L // sizes.rows), -(-S // sizes.columns)
-  status = schedule.pairs(o.query, o.key, sizes.rows, sizes.columns)
+  status = schedule.block_status(o.query, o.key, sizes.rows, sizes.columns)
   table = _pack(schedule.visits(status.transpose(0, 2, 1) if by_keys else status))
   tokens = lambda side, length: jnp.stack(jax.tree.leaves(schedule.padded(side, length)), 1)
   inputs = {

@@ -25,7 +25,7 @@ def padded(visibility: Visibility, length: int) -> Visibility:
   return jax.tree.map(lambda leaf: jnp.pad(leaf, ((0, 0), (0, extra))), visibility)
 
 
-def pairs(query: Visibility, key: Visibility, rows: int, columns: int) -> Array:
+def block_status(query: Visibility, key: Visibility, rows: int, columns: int) -> Array:
   """SKIP, PARTIAL or FULL for each pair of blocks.
 
   Never SKIP where a query sees a key, and FULL only where all queries of the block see all its

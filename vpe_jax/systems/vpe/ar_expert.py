@@ -24,7 +24,7 @@ from vpe_jax.sampling.guidance import Guidance
 from vpe_jax.sampling.prefix import Prefix
 from vpe_jax.sequence.spans import Layout
 from vpe_jax.systems.vpe import layouts
-from vpe_jax.systems.vpe.networks.editing import Editor
+from vpe_jax.systems.vpe.networks.editing import SourceImageNetwork
 
 TEXT = frozenset({'text'})  # the condition that guidance of the visual prompt drops
 
@@ -52,12 +52,12 @@ class ArExpert:
     return last - first
 
   @functools.cached_property
-  def editor(self) -> Editor | None:
+  def editor(self) -> SourceImageNetwork | None:
     """The network that embeds the source image among the tokens; None in other sequences."""
     if 'source_latents' not in self.layout:
       return None
     first, last = map(self.layout.place, ('source_time', 'source_latents'))
-    return Editor(self.model, (first[0], last[1]))
+    return SourceImageNetwork(self.model, (first[0], last[1]))
 
   def slot(self, name: str) -> int:
     """First slot of a span in its expert's region."""

@@ -125,7 +125,7 @@ class System(ImageSystem):
     sizes = transfusion.TransfusionConfig(
       classes=c.classes + bool(c.drop),
       prefix_codes=self.codes,
-      prefix_tokens=c.plan_tokens,
+      prefix_tokens=c.visual_prompt_tokens,
       latent_size=c.latent_size,
       latent_channels=c.latent_channels,
       patch=c.patch,

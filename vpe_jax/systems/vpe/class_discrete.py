@@ -39,7 +39,7 @@ class ModelConfig(ImageCodeCodecs):
     classes: number of classes.
     body: the layers.
     positions: `grid` or `line`, see models.llamagen.
-    class_turn: rotary embedding of the class token, `identity` or `zero`; see models.llamagen.
+    class_rotation: rotary embedding of the class token, `identity` or `zero`; see models.llamagen.
     drop: share of examples with the null class, the null branch of guidance.
     token_dropout: dropout rate of the embeddings, element by element; see models.dropout.
     residual_dropout: dropout rate of each layer's attention output.
@@ -56,7 +56,7 @@ class ModelConfig(ImageCodeCodecs):
   classes: int
   body: TransformerConfig
   positions: str = 'grid'
-  class_turn: str = 'identity'
+  class_rotation: str = 'identity'
   drop: float = 0.1
   token_dropout: float = 0.0
   residual_dropout: float = 0.0
@@ -128,7 +128,7 @@ class System(ImageSystem):
       codes=self.image.codes,
       side=self.image.grid,
       body=c.body,
-      class_turn=c.class_turn,
+      class_rotation=c.class_rotation,
       prefix_codes=self.codes,
       prefix_side=self.visual_prompt.grid,
       positions=c.positions,
@@ -188,7 +188,7 @@ class System(ImageSystem):
     P = self.model.config.prefix_tokens
     masked = self._masked(batch, rng, step) if P else None
     x = self.model.inputs(params, self._classes(batch, rng), codes, visual_prompt, masked)
-    stream = self.model.stream(x, keys=self._dropout_keys(batch, rng, stage))
+    stream = self.model.stream(x, dropout_keys=self._dropout_keys(batch, rng, stage))
     hidden, _ = self.model.states(params, stream)
     loss, hits = self._cross_entropy(params, hidden[:, P:], codes, jnp.ones(codes.shape))
     sums = {'image': loss}

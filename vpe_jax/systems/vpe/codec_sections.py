@@ -25,15 +25,15 @@ class PromptCodecs:
   """
 
   vpe: bool = True
-  visual_prompt: registry.FeatureCodeSection = FeatureVqSection()
+  visual_prompt: registry.FeatureCodeKinds = FeatureVqSection()
 
   @property
-  def plan_codes(self) -> int:
+  def visual_prompt_codes(self) -> int:
     """Entries of the visual prompt's codebook; 0 without visual prompt."""
     return self.visual_prompt.codes if self.vpe else 0
 
   @property
-  def plan_tokens(self) -> int:
+  def visual_prompt_tokens(self) -> int:
     """Codes P of a visual prompt; 0 without visual prompt."""
     return self.visual_prompt.tokens if self.vpe else 0
 
@@ -55,7 +55,7 @@ class LatentCodecs(PromptCodecs):
     image: config section of the latents' codec; `kind` selects its type.
   """
 
-  image: registry.LatentSection = KlSection()
+  image: registry.LatentKinds = KlSection()
 
   @property
   def image_channels(self) -> int:
@@ -76,7 +76,7 @@ class ImageCodeCodecs(PromptCodecs):
     image: config section of the codec of image codes; `kind` selects its type.
   """
 
-  image: registry.ImageCodeSection = ImageCodesSection()
+  image: registry.ImageCodeKinds = ImageCodesSection()
 
   @property
   def frozen(self) -> Mapping[str, FrozenNetwork]:

@@ -48,7 +48,7 @@ class External:
     return self.layout.conditions
 
   @functools.cached_property
-  def pair(self) -> external.External:
+  def pair(self) -> external.ExternalNetworks:
     """The networks of both experts, and the features that the AR expert passes on."""
     return external_cross.pair(self.ar.model, self.ar.layout.place('codes'))
 

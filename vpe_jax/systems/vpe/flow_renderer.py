@@ -71,7 +71,7 @@ class FlowRenderer:
   def velocity(self, params: Params, x: Array, time: Array, prefix: Prefix) -> Array:
     """Velocities [n B, h, w, C] of noisy latents [B, h, w, C] on a prefix of n branches."""
     model, B, image, caches = self.model, x.shape[0], prefix.state, prefix.cache
-    at = caches.body.key.order.shape[1] - image.ids.shape[1]
+    at = caches.body.visibility.order.shape[1] - image.ids.shape[1]
     # All branches see the same image: it is embedded once.
     shared = jax.tree.map(lambda leaf: leaf[:B], image)
     stream, condition = model.image_stream(params, x, jnp.full((B,), 1.0 - time), shared)

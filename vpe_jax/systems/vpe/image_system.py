@@ -52,9 +52,9 @@ class ImageSystem(PlansVisually):
   ) -> None:
     self.config, self.stages, self.capabilities = config, stages, capabilities
     self.image, self.table = image, table
-    self.samples_with = image.network_names
+    self.sampling_networks = image.network_names
     self.visual_prompt = config.model.prompt_codec(jnp.dtype(config.dtype))
-    self.codes = config.model.plan_codes
+    self.codes = config.model.visual_prompt_codes
     self.drafts = ('visual_prompt',) if self.codes else ()
 
   @property
@@ -116,7 +116,7 @@ class ImageSystem(PlansVisually):
 
   def prompt_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Visual prompts [B, P], where the model has any."""
-    P = self.config.model.plan_tokens
+    P = self.config.model.visual_prompt_tokens
     return {'visual_prompt': jax.ShapeDtypeStruct((batch_size, P), jnp.int32)} if P else {}
 
   def frozen_shapes(self) -> Params:

@@ -91,7 +91,7 @@ class ModelConfig(unified.UnifiedConfig, LatentCodecs):
       known = getattr(self, name) < self.text_vocab
       check(self, 'model.', name, known, f'below text_vocab={self.text_vocab}')
     pairs = {
-      'codes': (self.codes, self.plan_codes),
+      'codes': (self.codes, self.visual_prompt_codes),
       'latent_channels': (self.latent_channels, self.image_channels),
     }
     for name, (ours, codec) in pairs.items():
@@ -189,7 +189,7 @@ def experts(config: Config) -> Internal | External:
   model = unified.Unified(sizes, jnp.dtype(config.dtype), config.remat, config.attention)
   eoi = c.eoi if c.references else 0
   vocabulary = layouts.Vocabulary(c.text_vocab, sizes.codes, c.bos, c.boi, eoi)
-  lengths = config.data.text_length, c.plan_tokens, c.image_tokens
+  lengths = config.data.text_length, c.visual_prompt_tokens, c.image_tokens
   renderer = FlowRenderer(model, c.flow)
   if c.arch != 'external':
     layout = (layouts.edit if c.references else layouts.text_to_image)(vocabulary, *lengths)

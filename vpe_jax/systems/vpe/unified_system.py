@@ -136,7 +136,7 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     del step
     c = self.config.model
     B = batch.example.shape[0]
-    codes = jnp.zeros((B, c.plan_tokens), jnp.int32)
+    codes = jnp.zeros((B, c.visual_prompt_tokens), jnp.int32)
     regions = self.experts.regions(batch, codes, self.dropping.keep(batch, rng, stage))
     counts = {}
     if 'next_token' in stage.losses:

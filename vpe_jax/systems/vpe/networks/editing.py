@@ -21,7 +21,7 @@ from vpe_jax.models.unified import Unified
 
 
 @dataclasses.dataclass(frozen=True)
-class Editor:
+class SourceImageNetwork:
   """The network of one configuration, whose AR expert reads a source image.
 
   Attributes:

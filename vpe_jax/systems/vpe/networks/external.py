@@ -50,7 +50,7 @@ class PromptFeatures:
 
 
 @dataclasses.dataclass(frozen=True)
-class External:
+class ExternalNetworks:
   """The networks of both experts, and the features that the AR expert passes on.
 
   Attributes:

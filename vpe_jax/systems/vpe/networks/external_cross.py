@@ -1,4 +1,4 @@
-"""External+VPE with cross-attention: `model.condition=cross`.
+"""ExternalNetworks+VPE with cross-attention: `model.condition=cross`.
 
 It adds parameters, so it is no part of the size-matched comparison. The diffusion expert's sequence
 is `[boi] | time x`, without the visual prompt. Between self-attention and MLP, each of its layers
@@ -25,16 +25,17 @@ import jax.numpy as jnp
 from vpe_jax.contracts import Params, Region
 from vpe_jax.models import mot
 from vpe_jax.models.unified import Unified
-from vpe_jax.systems.vpe.networks.external import External, PromptFeatures
+from vpe_jax.systems.vpe.networks.external import ExternalNetworks, PromptFeatures
 
 
-def pair(model: Unified, codes: tuple[int, int]) -> External:
-  """The networks of both experts, joined as `model.condition` says; see External."""
-  return (Crossed if model.config.condition == 'cross' else External)(model, codes)
+def pair(model: Unified, codes: tuple[int, int]) -> ExternalNetworks:
+  """The networks of both experts, joined as `model.condition` says; see ExternalNetworks."""
+  crosses = model.config.condition == 'cross'
+  return (CrossAttentionNetworks if crosses else ExternalNetworks)(model, codes)
 
 
-class Crossed(External):
-  """External, with cross-attention from the diffusion expert to the codes."""
+class CrossAttentionNetworks(ExternalNetworks):
+  """ExternalNetworks, with cross-attention from the diffusion expert to the codes."""
 
   def prefill_null(
     self, params: Params, regions: Mapping[str, Region]
