@@ -143,8 +143,8 @@ class LlamaGen(mot.OneExpert):
   ) -> mot.Stream:
     """Tokens x [B, L, D] at the indices `start`, `start` + 1, ... of their sequences.
 
-    Index 0 is the class token, followed by prefix codes, if any, and the image's codes. `dropout_keys`
-    [B] are for embeddings and layers, one per sequence; None: nothing is dropped.
+    Index 0 is the class token, followed by prefix codes, if any, and the image's codes.
+    `dropout_keys` [B] are for embeddings and layers, one per sequence; None: nothing is dropped.
     """
     x = drop(x, self.dropout.token, dropout_keys, 'token')
     region = build(self.config.layout, keep=jnp.ones(x.shape[:1], bool))['decoder']
