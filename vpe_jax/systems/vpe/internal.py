@@ -118,7 +118,7 @@ class Internal:
     key = concatenate([pair.visibility, rest, regions['dit'].visibility])
     body, _ = model.caches(params, key)
     hidden, body = ar.extend(params, pair, body, 0)
-    _, head = model.caches(params, body.key)
+    _, head = model.caches(params, body.visibility)
     stream = mot.Stream(hidden, pair.positions, pair.visibility)
     caches = Caches(body, model.head(params, {'ar': stream}, head, 0)[1])
     return Prefix(caches, regions['dit']).repeat(request.example.shape[0])
@@ -165,7 +165,7 @@ class Internal:
   ) -> Prefix:
     """The flow's prefix: fills the head's cache from the tokens' hidden states."""
     region, model = regions['ar'], self.ar.model
-    _, head = model.caches(params, body.key)
+    _, head = model.caches(params, body.visibility)
     stream = mot.Stream(hidden, region.positions, region.visibility)
     _, head = model.head(params, self.ar.head_streams(params, stream), head, 0)
     return Prefix(Caches(body, head), regions['dit'])
