@@ -51,8 +51,8 @@ def test_online_encoders_are_arguments_of_the_step():
   request = Request('cpu:2', stage='plan', images_per_chip=1)
   online = examine.examine(_config(encode='online'), request)
   cached = examine.examine(_config(), request)
-  # Image tower and quantizer are added; `frozen_bytes` also counts text tower and autoencoder, which
-  # this stage doesn't use.
+  # Image tower and quantizer are added. `frozen_bytes` also counts text tower and autoencoder,
+  # which this stage doesn't use.
   added = online.usage.arguments - cached.usage.arguments
   assert 0.2 * online.frozen_bytes < added < online.frozen_bytes
   assert online.work.flops > cached.work.flops and online.model_flops > cached.model_flops

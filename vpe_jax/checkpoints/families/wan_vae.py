@@ -1,7 +1,8 @@
 """Wan 2.1's autoencoder for still images: AutoencoderKLWan on one frame, as a 2-D network.
 
-On one frame, a causal convolution uses only the last time slice of its kernel, and the
-convolutions that resample time (`time_conv`) never run. So only 44.6M of the 126.9M published parameters are used.
+On one frame, a causal convolution uses only the last time slice of its kernel, and the convolutions
+that resample time (`time_conv`) never run. So only 44.6M of the 126.9M published parameters are
+used.
 """
 
 from __future__ import annotations

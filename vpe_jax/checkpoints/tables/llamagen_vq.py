@@ -33,6 +33,6 @@ LAYOUTS = (
       *pyramid.quant(),
       Row('quantize.embedding.weight', 'codebook'),
     ),
-    ignored=((r'quantize\.codebook_used', 'a buffer of the latest codes in training, from which it logged their usage'),),
+    ignored=((r'quantize\.codebook_used', 'the latest codes in training, to log their usage'),),
   ),
 )
