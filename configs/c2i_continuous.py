@@ -61,7 +61,7 @@ def _body(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict:
 
 
 def _embedded(config: ConfigDict) -> None:
-  """Shared by `tiny` and `debug`: images by group, the shipped codecs, and their grids."""
+  """Shared by `tiny` and `debug`: OpenMoji with its groups as classes, and the codecs' sizes."""
   class_images.embed(config)
   config.model.update(latent_size=16, latent_channels=4, patch=2, drop=0.1)
 

@@ -53,7 +53,7 @@ def _body(width: int, mlp: int, layers: int, heads: int) -> dict:
 
 
 def _embedded(config: ConfigDict) -> None:
-  """Shared by `tiny` and `debug`: 64x64 images by group, and the shipped codecs."""
+  """Shared by `tiny` and `debug`: OpenMoji with its groups as classes, sampled without guidance."""
   class_images.embed(config)
   config.sample = {'guidance': 1.0, 'plan_guidance': 1.0, 'min_p': 0.0}
 
@@ -93,7 +93,7 @@ def _paper(config: ConfigDict) -> None:
     'token_dropout': 0.1,
     'residual_dropout': 0.1,
     'mlp_dropout': 0.1,
-    # A quarter of the image: for 2 images per device, all logits take 1.2 GB.
+    # Of the image's 1,024 codes: all logits of 2 images per device would take 1.2 GB.
     'logits_chunk': 256,
     'visual_prompt': {
       'kind': 'siglip_vq',

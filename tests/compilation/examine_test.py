@@ -51,7 +51,8 @@ def test_online_encoders_are_arguments_of_the_step():
   request = Request('cpu:2', stage='plan', images_per_chip=1)
   online = examine.examine(_config(encode='online'), request)
   cached = examine.examine(_config(), request)
-  # Only the image tower and the quantizer: this stage uses neither text tower nor autoencoder.
+  # Image tower and quantizer are added. `frozen_bytes` also counts text tower and autoencoder,
+  # which this stage doesn't use.
   added = online.usage.arguments - cached.usage.arguments
   assert 0.2 * online.frozen_bytes < added < online.frozen_bytes
   assert online.work.flops > cached.work.flops and online.model_flops > cached.model_flops
@@ -64,7 +65,7 @@ def test_sampling_flops_count_every_loop_iteration():
   networks = frozen.abstract_params(system)
   used = jax.tree.leaves([networks[name] for name in system.sampling_networks])
   assert report.frozen_bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in used)
-  # Loop bodies count once per token of the visual prompt and once per flow step.
+  # The decoding loop's body counts once per token, the flow loop's once per step.
   assert report.work.flops == pytest.approx(report.model_flops, rel=0.15)
 
 
@@ -99,3 +100,4 @@ def test_sharding_constraints_reduce_memory(monkeypatch):
   jax.clear_caches()
   monkeypatch.setattr('vpe_jax.sharding.constrain', lambda x, names: x)
   assert examine.examine(config.to_dict(), request).usage.temporary > 1.5 * constrained
+  jax.clear_caches()  # No later test gets a program without constraints.

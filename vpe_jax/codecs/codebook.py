@@ -21,7 +21,7 @@ def largest_product(features: Array, codebook: Array, normed: bool, chunk: int =
     features: [..., D].
     codebook: [V, D].
     normed: whether to normalize features and entries to length 1 first; the result is then also the
-      entry at the smallest distance.
+      nearest entry on the unit sphere.
     chunk: entries compared at once; if it doesn't divide V, all entries are compared at once.
 
   Returns:

@@ -32,7 +32,7 @@ def to_unit(images: Array) -> Array:
 
 
 def to_signed(images: Array) -> Array:
-  """Maps [0, 1] to [-1, 1], the input range of networks; white is 1."""
+  """Maps [0, 1] to [-1, 1], the input range of most networks; white is 1."""
   return 2.0 * images - 1.0
 
 
@@ -56,8 +56,8 @@ def view(images: Array, size: int) -> Array:
 def padded_view(images: Array, size: int) -> Array:
   """Resizes images of any shape and centres them on white: [B, size, size, 3] float32 in [0, 1].
 
-  The geometry is that of data/transforms.pad_to_square: the longer side becomes `size`, and an odd
-  number of padding pixels puts one more at the right or bottom.
+  The geometry is that of data/transforms.pad_to_square: the longer side becomes `size`. If the
+  number of padding pixels is odd, the right or bottom gets one more.
 
   Args:
     images: [B, H, W, 3], uint8 or float in [0, 1].

@@ -15,7 +15,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.records import SPLITS, Record, Source
 
 HELD_OUT = ('combination', 'concept')
-FROM_DRAFTS = 'from ground-truth drafts'  # row label
+FROM_DRAFTS = 'from ground-truth drafts'  # row label; see contracts.Samples.drafts
 _COLUMNS = 8  # images in a row of a sheet
 
 
@@ -35,7 +35,7 @@ class Row:
 
   @classmethod
   def first(cls, label: str, images: np.ndarray, captions: Sequence[str] = ()) -> Row:
-    """A row with the first of many images, as many as a sheet has columns."""
+    """A row of the first images, at most as many as a sheet has columns."""
     return cls(label, images[:_COLUMNS], tuple(captions[:_COLUMNS]))
 
 
@@ -50,7 +50,7 @@ class Report:
     numbers: scalar metrics by full name.
     lines: lines of a table to print.
     protocol: JSON-serializable record of the measurement and its results; empty for none.
-    sheets: split -> sheet of images.
+    sheets: split -> sheet of images; '' for a single sheet of all splits.
   """
 
   numbers: Mapping[str, float]

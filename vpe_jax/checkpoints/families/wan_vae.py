@@ -1,7 +1,8 @@
 """Wan 2.1's autoencoder for still images: AutoencoderKLWan on one frame, as a 2-D network.
 
-On one frame, a causal convolution uses only the last time slice of its kernel, and layers that mix
-frames never run. So only 44.6M of the 126.9M published parameters are used.
+On one frame, a causal convolution uses only the last time slice of its kernel, and the convolutions
+that resample time (`time_conv`) never run. So only 44.6M of the 126.9M published parameters are
+used.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _DEFAULTS = {
   'latents_mean': _MEAN,
   'latents_std': _DEVIATION,
 }
-# Fields of which only one value is supported. Wan 2.2's autoencoder differs in the first two.
+# Fields of which only one value is supported. Wan 2.2's autoencoder is residual and works on
+# patches, so it is refused.
 _FIXED = {
   'is_residual': False,
   'patch_size': None,

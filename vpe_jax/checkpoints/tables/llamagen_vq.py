@@ -10,7 +10,7 @@ def _half(half: str, resample: str, step: str) -> tuple[Row, ...]:
   Args:
     half: `encoder` or `decoder`.
     resample: the source's name of the layer that changes the resolution.
-    step: `down` or `up`.
+    step: `down` or `up`, our name of that layer.
   """
   level, middle = f'{half}.conv_blocks.{{i}}', f'{half}.mid'
   return (
@@ -33,6 +33,6 @@ LAYOUTS = (
       *pyramid.quant(),
       Row('quantize.embedding.weight', 'codebook'),
     ),
-    ignored=((r'quantize\.codebook_used', 'a buffer that counts which codes training used'),),
+    ignored=((r'quantize\.codebook_used', 'the latest codes in training, to log their usage'),),
   ),
 )

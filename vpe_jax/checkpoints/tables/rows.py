@@ -1,4 +1,7 @@
-"""Rows that tables of several families share: layers and models with equal tensor names."""
+"""Rows that tables of several families share: layers and models with equal tensor names.
+
+Arguments are templates of keys and paths, and einops patterns; see table.Row.
+"""
 
 from collections.abc import Iterator
 
