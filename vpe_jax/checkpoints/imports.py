@@ -6,7 +6,6 @@ the family and the sizes of the network. `weights.load` and other readers of a w
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import resource
 import time
@@ -165,13 +164,7 @@ def network(
     source = sources.open_source(pretrained.source)
     return families.load(family, source, shard, expected, dtype).params
   sizes, params, _ = read(pretrained.source, family, dtype)
-  # Sizes on which no tensor depends may differ.
-  free = families.FREE_SIZES.get(family, ())
-  if sizes != dataclasses.replace(expected, **{name: getattr(sizes, name) for name in free}):
-    raise UserError(
-      f"the sizes of the {family} in '{pretrained.source}' differ from the config's: {sizes}, not "
-      f'{expected}'
-    )
+  families.check_equal_sizes(family, pretrained.source, sizes, expected)
   return params
 
 

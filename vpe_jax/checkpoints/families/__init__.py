@@ -18,7 +18,7 @@ import jax
 from vpe_jax.checkpoints import convert, dtypes
 from vpe_jax.checkpoints.sources import Source
 from vpe_jax.checkpoints.table import Table
-from vpe_jax.config import build_section, did_you_mean, to_dict
+from vpe_jax.config import build_section, did_you_mean, flatten, to_dict
 from vpe_jax.contracts import Array, Params, UserError
 
 FAMILIES = (
@@ -40,7 +40,11 @@ FAMILIES = (
 # Families with `RELEASED_SIZES`, which are used if a source has no config.json.
 WITH_RELEASED_SIZES = ('siglip_vq', 'wan_vae', 'ibq', 'llamagen_vq')
 # Fields of a family's sizes on which no published tensor depends.
-FREE_SIZES: Mapping[str, tuple[str, ...]] = {'showo2': ('codes', 'multiple', 'latent_size')}
+FREE_SIZES: Mapping[str, tuple[str, ...]] = {
+  'showo2': ('codes', 'multiple', 'latent_size', 'condition'),
+  'qwen2': ('context',),
+  'llama': ('context',),
+}
 
 
 class Family(Protocol):
@@ -126,17 +130,49 @@ def load(
     dtype: dtype of the parameters: float32, bfloat16 or float16. Tensors are cast one at a time.
 
   Raises:
-    UserError: the family, the sizes or the dtype are unknown, or the weights don't fit the sizes.
+    UserError: the family, the sizes or the dtype are unknown, the weights don't fit the sizes, or
+      the source's config.json has others.
   """
   family = get(name)
   if sizes is None:
     sizes = _sizes(family, name, source)
+  elif source.config:
+    check_equal_sizes(name, source.path, _sizes(family, name, source), sizes)
   abstract = dtypes.cast_shapes(_abstract(family, name, sizes), dtypes.parse(dtype))
   if shard is not None:
     abstract = shard(abstract)
   tensor_map = convert.match_tensors(source.tensors, family.LAYOUTS, abstract)
   leaves = convert.load(source.tensors, tensor_map, abstract)
   return Imported(name, sizes, convert.tree(leaves), tensor_map)
+
+
+def check_equal_sizes(name: str, source: str, actual: Any, expected: Any) -> None:
+  """Checks the sizes of weights against those of a config.
+
+  Rotary bases, epsilons and activations change outputs, but no shape of a tensor.
+
+  Args:
+    name: a name in FAMILIES.
+    source: the weights, for the error.
+    actual: sizes of the weights.
+    expected: sizes in the config.
+
+  Raises:
+    UserError: a field differs on which the network depends.
+  """
+  actual, expected = flatten(to_dict(actual)), flatten(to_dict(expected))
+  free = FREE_SIZES.get(name, ())
+  names = sorted(n for n in actual.keys() | expected.keys() if n not in free)
+  differing = [
+    f'{n} is {actual.get(n)}, not {expected.get(n)}'
+    for n in names
+    if actual.get(n) != expected.get(n)
+  ]
+  if differing:
+    raise UserError(
+      f"'{source}' differs from the {name} of the config: {'; '.join(differing)}: change the "
+      'config or name other weights'
+    )
 
 
 def save(name: str, sizes: Any, params: Params, folder: Path, **options: Any) -> list[str]:
