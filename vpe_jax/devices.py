@@ -37,13 +37,14 @@ class Chip:
     cloud_prefix: prefix of Google Cloud's slice names, such as `v5litepod`.
     device_kind: JAX's `device_kind`.
     cores: TensorCores per chip; Cloud names of v4 and v5p count these.
-    peak_flops: dense bf16 peak, FLOP/s.
-    hbm_bytes: memory available to a program.
-    hbm_bandwidth: bytes/s.
-    ici_bandwidth: bytes/s that one chip receives over all its links within the slice.
-    dcn_bandwidth: bytes/s that one chip receives from other slices (its share of the network).
+    peak_flops: dense bf16 peak of a device, FLOP/s.
+    hbm_bytes: memory of a device available to a program.
+    hbm_bandwidth: bytes/s of a device.
+    ici_bandwidth: bytes/s that a device receives over all its links within the slice.
+    dcn_bandwidth: bytes/s that a device receives from other slices (its share of the network).
     grid_dimensions: number of dimensions of a slice's grid of chips.
     max_chips: largest number of chips in one slice.
+    devices: JAX devices per chip.
   """
 
   name: str
@@ -57,6 +58,7 @@ class Chip:
   dcn_bandwidth: float
   grid_dimensions: int
   max_chips: int
+  devices: int = 1
 
 
 CHIPS = {
@@ -73,18 +75,30 @@ CHIPS = {
     # 918 TFLOP/s; 32 GB at 1,640 GB/s (1,600 on newer versions of the page); 800 GB/s
     # bidirectional; network 25.6 Tbit/s for 256 chips.
     Chip('v6e', 'v6e', 'TPU v6 lite', 1, 918e12, 31.24 * GIB, 1640e9, 400e9, 12.5e9, 2, 256),
+    # A chip of 2,307 TFLOP/s, 192 GiB at 7,380 GB/s, 1,200 GB/s bidirectional and 100 Gbit/s of
+    # network is two devices, which share all of these; pod of 9,216 chips.
+    Chip(
+      'tpu7x', 'tpu7x', 'TPU7x', 2, 1153.5e12, 96 * GIB, 3690e9, 300e9, 6.25e9, 3, 9216, devices=2
+    ),
   )
 }
 
-# `device_kind` -> dense bf16 peak per device, FLOP/s. GPU figures are from NVIDIA's data sheets.
+# `device_kind` -> dense bf16 peak per device, FLOP/s. GPU figures are from NVIDIA's data sheets
+# (A10G: AWS), with float32 accumulation.
 PEAK_FLOPS = {
   **{chip.device_kind: chip.peak_flops for chip in CHIPS.values()},
   'TPU v5p': 459e12,
-  'TPU7x': 1153.5e12,  # JAX sees a chip of 2,307 TFLOP/s as two devices
   'NVIDIA A100-SXM4-40GB': 312e12,
   'NVIDIA A100-SXM4-80GB': 312e12,
   'NVIDIA H100 80GB HBM3': 989e12,
   'NVIDIA H200': 989e12,
+  'NVIDIA B200': 2250e12,
+  'NVIDIA GB200': 2500e12,
+  'NVIDIA L4': 121e12,
+  'NVIDIA A10G': 70e12,
+  'NVIDIA GeForce RTX 3090': 71e12,
+  'NVIDIA GeForce RTX 4090': 165.2e12,
+  'NVIDIA GeForce RTX 5090': 209.5e12,
 }
 
 GOOGLE_VENDOR, NETWORK_CLASS = '0x1ae0', '0x020000'  # PCI vendor id; PCI class of network cards

@@ -14,7 +14,7 @@ from vpe_jax.contracts import UserError
 
 REPORT = {
   'config': 't2i:paper', 'stage': 'joint', 'program': 'train', 'topology': 'v5p:4x4x4',
-  'images_per_step': 1920, 'peak_bytes_per_chip': 8.44e9, 'hbm_fraction': 0.081, 'fits': True,
+  'images_per_step': 1920, 'peak_bytes_per_device': 8.44e9, 'hbm_fraction': 0.081, 'fits': True,
   'step_time_bound_s': 0.6128, 'bound_by': 'hbm', 'mfu_bound': 0.4321,
 }  # fmt: skip
 

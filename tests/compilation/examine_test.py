@@ -15,7 +15,7 @@ from vpe_jax.compilation.examine import Request
 from vpe_jax.contracts import UserError
 
 KEYS = {
-  'parameters', 'trainable_parameters', 'chips', 'peak_bytes_per_chip', 'hbm_bytes_per_chip',
+  'parameters', 'trainable_parameters', 'chips', 'peak_bytes_per_device', 'hbm_bytes_per_device',
   'hbm_fraction', 'model_flops_per_step', 'hlo_flops_per_step', 'collective_bytes',
   'step_time_bound_s', 'mfu_bound', 'bound_by', 'images_per_step',
 }  # fmt: skip
@@ -34,8 +34,8 @@ def test_report_of_a_training_step_on_virtual_devices(monkeypatch):
   assert values.keys() >= KEYS
   assert (values['chips'], values['images_per_step'], values['images_per_chip']) == (8, 16, 2)
   assert values['parameters'] > values['trainable_parameters'] > 0
-  assert values['argument_bytes_per_chip'] > 0 and values['temporary_bytes_per_chip'] > 0
-  assert values['frozen_bytes_per_chip'] > 0
+  assert values['argument_bytes_per_device'] > 0 and values['temporary_bytes_per_device'] > 0
+  assert values['frozen_bytes_per_device'] > 0
   assert values['hlo_flops_per_step'] >= 0.97 * values['model_flops_per_step'] > 0
   assert values['collective_bytes'].keys() >= {'all-gather', 'all-reduce'}
   assert values['bound_by'] is None and values['hbm_fraction'] is None and values['fits']

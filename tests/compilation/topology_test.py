@@ -30,6 +30,14 @@ def test_grid_and_cloud_names_are_parsed(text, name, cloud, chips):
   assert (target.name, target.cloud_name, target.chips) == (name, cloud, chips)
 
 
+def test_a_chip_of_two_devices_is_a_compilation_target():
+  target = topology.parse('tpu7x:2x2x1')
+  assert (target.chips, target.devices, len(topology.devices(target))) == (4, 8, 8)
+  largest = topology.parse('tpu7x:8x8x8')
+  assert (largest.chips, largest.devices, len(topology.devices(largest))) == (512, 1024, 1024)
+  assert PEAK_FLOPS['TPU7x'] == 1153.5e12
+
+
 def test_several_slices_multiply_the_chips():
   target = topology.parse('v5p:4x4x4', 4)
   assert (target.name, target.chips, target.cloud_name) == ('4 x v5p:4x4x4', 256, 'v5p-128')
@@ -42,6 +50,7 @@ def test_several_slices_multiply_the_chips():
     ('v5e:1x256', 1, 'largest slice of v5e is 16x16'),
     ('v6e:32x32', 1, '--slices=N'),
     ('v5p:16x16x32', 1, r'16x16x24 \(6,144 chips\)'),
+    ('tpu7x:4x4', 1, 'tpu7x has 3 dimensions'),
     ('v4:16x16x24', 1, r'16x16x16 \(4,096 chips\)'),
     ('v5e:2x2x2', 1, 'v5e has 2 dimensions, such as v5e:4x4'),
     ('v5p:4x4', 1, 'v5p has 3 dimensions'),

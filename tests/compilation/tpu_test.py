@@ -45,7 +45,7 @@ def test_small_step_for_four_chips(tmp_path, root):
     4,
   )
   assert 0 < report['hbm_fraction'] < 0.01 and report['fits']
-  assert report['hbm_fraction'] == report['peak_bytes_per_chip'] / report['hbm_bytes_per_chip']
+  assert report['hbm_fraction'] == report['peak_bytes_per_device'] / report['hbm_bytes_per_device']
   assert report['collective_bytes'].keys() & {'all-gather', 'all-reduce'}
   # Recomputation and padding to 16 tokens add FLOPs.
   assert 1 <= report['hlo_flops_per_step'] / report['model_flops_per_step'] < 2

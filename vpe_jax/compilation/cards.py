@@ -61,7 +61,7 @@ def _row(report: Mapping[str, Any]) -> tuple[str, ...]:
     report['stage'] if report['program'] == 'train' else report['program'],
     report['topology'],
     f'{report["images_per_step"]:,}',
-    f'{report["peak_bytes_per_chip"] / 1e9:.1f} GB',
+    f'{report["peak_bytes_per_device"] / 1e9:.1f} GB',
     f'{percent(report["hbm_fraction"])}{fits}',
     '-' if bound is None else f'{bound:.2f} s ({report["bound_by"]})',
     percent(report['mfu_bound']),

@@ -70,7 +70,7 @@ class Compiled:
     job: the program that was compiled.
     topology: its target.
     lowered: the lowered program and its properties.
-    usage: memory on one chip.
+    usage: memory on one device.
     text: optimized HLO; empty if compilation failed before it was available.
     seconds: compilation time.
   """
@@ -166,11 +166,11 @@ def report(compiled: Compiled) -> Report:
   job, lowered, target = compiled.job, compiled.lowered, compiled.topology
   slice_of = [getattr(device, 'slice_index', 0) or 0 for device in job.mesh.devices.flat]
   work = traffic.work_of(hlo.parse(compiled.text), slice_of) if compiled.text else None
-  chips = target.chips
+  devices = target.devices
   kernel_flops = lowered.kernel_flops if work and work.kernels else 0.0
   bound = None
   if work and target.chip:
-    bound = roofline.bound(work, kernel_flops / chips, lowered.flops / chips, target.chip)
+    bound = roofline.bound(work, kernel_flops / devices, lowered.flops / devices, target.chip)
   return Report(
     config=f'{job.system.config.name}:{job.system.config.preset}',
     stage=job.stage.name,
@@ -238,7 +238,7 @@ def _reductions(trainable: Mapping[str, tuple[int, ...]], work: traffic.Work) ->
     return []
   worst = ', '.join(sorted(bytes_of, key=bytes_of.get, reverse=True)[:3])
   return [
-    f'{total / 1e6:,.1f} MB per chip move by all-reduce, twice the bytes of a reduce-scatter (of '
+    f'{total / 1e6:,.1f} MB per device move by all-reduce, twice the bytes of a reduce-scatter (of '
     f'gradients) or an all-gather (of weights): {worst}'
   ]
 

@@ -1,4 +1,4 @@
-"""Memory of a compiled program on one chip: totals and the largest buffers.
+"""Memory of a compiled program on one device: totals and the largest buffers.
 
 The totals are from XLA's memory analysis or, if the program doesn't fit, from the compiler's error.
 The buffers are from the report in the compiler's dump folder.
@@ -27,7 +27,7 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-  """Bytes on one chip.
+  """Bytes on one device.
 
   Attributes:
     arguments: state, frozen networks and batch.
@@ -93,7 +93,7 @@ def overflow(message: str, arguments: float, folder: pathlib.Path) -> Usage | No
 
   Args:
     message: the compiler's error, which has the bytes of temporaries and the limit.
-    arguments: bytes of the program's arguments on one chip, which the message omits.
+    arguments: bytes of the program's arguments on one device, which the message omits.
     folder: the compiler's dump folder.
   """
   match = re.search(r'\(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)', message)

@@ -36,8 +36,8 @@ class Report:
       `logits_chunk` if the model has it.
     images: global batch size.
     parameters: number of parameters of the model: all, and trainable in this stage.
-    frozen_bytes: bytes of the frozen networks on one chip.
-    usage: memory on one chip.
+    frozen_bytes: bytes of the frozen networks on one device.
+    usage: memory on one device.
     model_flops: model FLOPs of one step on all chips (Lowered.flops).
     kernel_flops: FLOPs of one step on all chips in custom kernels, which HLO doesn't show.
     work: FLOPs and traffic; None if compilation failed without optimized HLO.
@@ -67,7 +67,7 @@ class Report:
 
   @property
   def hbm_bytes(self) -> float | None:
-    """HBM of a chip; None for virtual devices."""
+    """HBM of a device; None for virtual devices."""
     return self.usage.limit or (self.topology.chip and self.topology.chip.hbm_bytes)
 
   @property
@@ -93,7 +93,7 @@ class Report:
       storage.write_atomic(storage.resolve(path), content.encode())
 
   def as_dict(self) -> dict[str, Any]:
-    """Values for JSON; None if unknown. Bytes are per chip, FLOPs are of all chips."""
+    """Values for JSON; None if unknown. Bytes are per device, FLOPs are of all chips."""
     usage, work, bound = self.usage, self.work, self.bound
     chips = self.topology.chips
     return {
@@ -104,6 +104,7 @@ class Report:
       'cloud_name': self.topology.cloud_name,
       'slices': self.topology.slices,
       'chips': chips,
+      'devices': self.topology.devices,
       'mesh': self.mesh,
       **self.settings,
       'global_batch': self.images,
@@ -112,19 +113,19 @@ class Report:
       'parameters': self.parameters[0],
       'trainable_parameters': self.parameters[1],
       'fits': self.fits,
-      'peak_bytes_per_chip': usage.peak,
-      'hbm_bytes_per_chip': self.hbm_bytes,
+      'peak_bytes_per_device': usage.peak,
+      'hbm_bytes_per_device': self.hbm_bytes,
       'hbm_fraction': self.hbm_fraction,
-      'planned_bytes_per_chip': usage.planned,
-      'argument_bytes_per_chip': usage.arguments,
-      'output_bytes_per_chip': usage.outputs,
-      'aliased_bytes_per_chip': usage.aliased,
-      'temporary_bytes_per_chip': usage.temporary,
-      'code_bytes_per_chip': usage.code,
-      'frozen_bytes_per_chip': self.frozen_bytes,
+      'planned_bytes_per_device': usage.planned,
+      'argument_bytes_per_device': usage.arguments,
+      'output_bytes_per_device': usage.outputs,
+      'aliased_bytes_per_device': usage.aliased,
+      'temporary_bytes_per_device': usage.temporary,
+      'code_bytes_per_device': usage.code,
+      'frozen_bytes_per_device': self.frozen_bytes,
       'largest_buffers': [dataclasses.asdict(buffer) for buffer in usage.buffers],
       'model_flops_per_step': self.model_flops,
-      'hlo_flops_per_step': work and work.flops * chips + self.kernel_flops,
+      'hlo_flops_per_step': work and work.flops * self.topology.devices + self.kernel_flops,
       'kernel_flops_per_step': self.kernel_flops,
       'hbm_traffic_bytes': work and work.hbm_bytes,
       'hbm_movers': work and [{'where': op, 'bytes': n} for op, n in work.largest_traffic],
@@ -147,7 +148,7 @@ class Report:
       f'{self.settings["remat"]}, {self.settings["accumulate"]} microbatch(es)',
       f'batch: {self.images:,} images per step, {self.images / self.topology.chips:g} per chip',
       f'parameters: {self.parameters[0] / 1e6:,.1f}M, trainable '
-      f'{self.parameters[1] / 1e6:,.1f}M; frozen networks {_gb(self.frozen_bytes)} per chip',
+      f'{self.parameters[1] / 1e6:,.1f}M; frozen networks {_gb(self.frozen_bytes)} per device',
       *self._memory_lines(),
       *self._work_lines(),
       *(f'warning: {warning}' for warning in self.warnings),
@@ -166,11 +167,11 @@ class Report:
     share = f', {self.hbm_fraction:.1%} of {_gb(self.hbm_bytes)} HBM' if self.hbm_bytes else ''
     if usage.fits:
       lines = [
-        f'memory per chip: peak {_gb(usage.peak)}{share} (arguments {_gb(usage.arguments)}, '
+        f'memory per device: peak {_gb(usage.peak)}{share} (arguments {_gb(usage.arguments)}, '
         f'temporaries {_gb(usage.temporary)}, total {_gb(usage.planned)})'
       ]
     else:
-      lines = [f'memory per chip: the program needs {_gb(usage.peak)}{share}']
+      lines = [f'memory per device: the program needs {_gb(usage.peak)}{share}']
     if self.fits:
       return lines
     lines.append(f'DOES NOT FIT (within {FIT:.0%} of HBM). Largest buffers:')
@@ -195,15 +196,15 @@ class Report:
     return [_KNOBS[name].format(**values) for name in names]
 
   def _work_lines(self) -> list[str]:
-    work, bound, chips = self.work, self.bound, self.topology.chips
+    work, bound, devices = self.work, self.bound, self.topology.devices
     if work is None:
       return []
     received = ', '.join(f'{kind} {_gb(n)}' for kind, n in sorted(work.collective_bytes().items()))
-    executed = work.flops * chips + self.kernel_flops
+    executed = work.flops * devices + self.kernel_flops
     lines = [
       f'FLOPs per step: model {self.model_flops:.4g}, compiled program {executed:.4g} '
       f'({executed / max(self.model_flops, 1.0):.2f} times, including recomputation)',
-      f'per chip: receives {received or "nothing"}; HBM traffic {_gb(work.hbm_bytes)}',
+      f'per device: receives {received or "nothing"}; HBM traffic {_gb(work.hbm_bytes)}',
     ]
     if bound is None:
       return [*lines, "bound: none, because this chip's specifications are unknown"]

@@ -39,8 +39,8 @@ def bound(work: Work, kernel_flops: float, model_flops: float, chip: Chip) -> Bo
   """Computes the bound of a program.
 
   Args:
-    work: FLOPs and traffic of one chip.
-    kernel_flops: FLOPs of one chip in custom kernels, which are not in `work`.
+    work: FLOPs and traffic of one device.
+    kernel_flops: FLOPs of one device in custom kernels, which are not in `work`.
     model_flops: model FLOPs of one step, divided by the number of chips.
     chip: specifications of the chip.
   """

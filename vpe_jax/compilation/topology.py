@@ -54,6 +54,11 @@ class Topology:
     return math.prod(self.grid) * self.slices
 
   @property
+  def devices(self) -> int:
+    """Number of JAX devices in all slices."""
+    return self.chips * (self.chip.devices if self.chip else 1)
+
+  @property
   def name(self) -> str:
     """Name such as `v5p:4x4x8` or `2 x v5e:4x4`."""
     grid = 'x'.join(map(str, self.grid))
@@ -102,7 +107,7 @@ def parse(text: str, slices: int = 1) -> Topology:
 
 
 def devices(topology: Topology) -> list[jax.Device]:
-  """Abstract devices to compile for, one per chip, slice by slice.
+  """Abstract devices to compile for, slice by slice.
 
   Raises:
     UserError: libtpu is missing or doesn't support the topology, or this process has too few
@@ -124,10 +129,10 @@ def devices(topology: Topology) -> list[jax.Device]:
     reason = (str(error).splitlines() or [''])[0]
     raise UserError(f'libtpu refuses --topology={topology.name}: {reason}') from error
   chips = {(getattr(d, 'slice_index', 0) or 0, tuple(d.coords)) for d in devices}
-  if not len(chips) == len(devices) == topology.chips:
+  if (len(chips), len(devices)) != (topology.chips, topology.devices):
     raise UserError(
       f'libtpu gives {len(devices)} devices on {len(chips)} chips for --topology={topology.name}, '
-      f'which has {topology.chips}: install the newest libtpu'
+      f'which has {topology.devices} on {topology.chips}: install the newest libtpu'
     )
   return list(devices)
 

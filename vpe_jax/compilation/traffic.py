@@ -1,4 +1,4 @@
-"""FLOPs, HBM traffic and collectives of one call of a compiled program on one chip.
+"""FLOPs, HBM traffic and collectives of one call of a compiled program on one device.
 
 Every instruction counts as often as it runs: loop bodies are multiplied by their trip counts.
 
@@ -10,7 +10,7 @@ several times.
 HBM bytes: operands and results in HBM of every instruction and fusion. If a fusion reads slices of
 an array, or updates a slice in place, only the slices count.
 
-Collectives: bytes that one chip receives. With n chips in a group and S bytes of the whole array
+Collectives: bytes that one device receives. With n devices in a group and S bytes of the whole array
 (the result of an all-gather, the operand of any other), these are S (n-1)/n for all-gather,
 reduce-scatter and all-to-all, 2 S (n-1)/n for all-reduce (a reduce-scatter and an all-gather), and
 S for collective-permute. The compiler may split a collective over several fusions to overlap it
@@ -57,9 +57,9 @@ class Collective:
     op_name: origin of the instruction in the Python program.
     shapes: arrays of its result.
     times: number of executions.
-    size: number of chips in a group.
+    size: number of devices in a group.
     slices: number of slices that a group spans.
-    bytes: bytes that one chip receives in all executions.
+    bytes: bytes that one device receives in all executions.
   """
 
   kind: str
@@ -73,10 +73,10 @@ class Collective:
 
   @property
   def dcn_bytes(self) -> float:
-    """Bytes that one chip receives from other slices, with the load balanced over chips.
+    """Bytes that one device receives from other slices, with the load balanced over devices.
 
     Each slice receives the fraction (slices - 1) / slices of the array that the others hold. The
-    group has size / slices chips in that slice, which receive equal parts.
+    group has size / slices devices in that slice, which receive equal parts.
     """
     if self.slices == 1:
       return 0.0
@@ -86,7 +86,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """One call of a program on one chip.
+  """One call of a program on one device.
 
   Attributes:
     flops: FLOPs of dots and convolutions.
@@ -105,7 +105,7 @@ class Work:
   largest_traffic: tuple[tuple[str, float], ...] = ()
 
   def collective_bytes(self) -> dict[str, float]:
-    """Bytes that one chip receives, by kind."""
+    """Bytes that one device receives, by kind."""
     total: dict[str, float] = {}
     for collective in self.collectives:
       total[collective.kind] = total.get(collective.kind, 0.0) + collective.bytes
@@ -153,13 +153,13 @@ def work_of(program: Program, slice_of: Sequence[int]) -> Work:
 
 
 def group_of(attributes: str, count: int) -> tuple[int, ...]:
-  """Parses the first group of chips of a collective.
+  """Parses the first group of devices of a collective.
 
   Args:
     attributes: attributes of the instruction. Groups are written as lists `{{0,1},{2,3}}`, as a
       reshaped and transposed range `[2,4]<=[4,2]T(1,0)`, or as mesh axes
       `mesh['a'=2,'b'=4] {'b'}`; a permutation is written as pairs `{{0,1},{1,0}}`.
-    count: number of chips of the program, which form one group if no groups are written.
+    count: number of devices of the program, which form one group if no groups are written.
   """
   if match := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', attributes):
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
