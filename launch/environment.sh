@@ -2,7 +2,8 @@
 # Functions of the launch scripts; source it from the root of the clone, don't run it.
 #
 #   find_python           the Python to use: python3.11, else any other from 3.11 to 3.13
-#   accelerator           `tpu` or `cuda` if this machine has one, else nothing
+#   accelerator           the extra to install: `tpu`, `cuda` or `cuda13` (if the driver supports
+#                         CUDA 13); nothing without an accelerator
 #   install VENV PYTHON EXTRAS   a virtual environment with this project in it; does nothing if
 #                         the same setup.cfg was installed with the same extras before
 #   phase NAME COMMAND    runs the command and prints how long it took
@@ -52,7 +53,11 @@ accelerator() {
     if [ -e "$device" ] && _google_chip "$root"; then echo tpu; return; fi
   done
   if [ -e "$root/dev/nvidia0" ] || { [ -z "$root" ] && nvidia-smi -L >/dev/null 2>&1; }; then
-    echo cuda
+    if [ -z "$root" ] && nvidia-smi 2>/dev/null | grep 'CUDA Version: 1[3-9]' >/dev/null; then
+      echo cuda13
+    else
+      echo cuda
+    fi
   fi
 }
 

@@ -53,7 +53,7 @@ train() {
 
 case $device in
   tpu) marker=tpu lengths=1024,2048,4096,8192 ;;
-  cuda) marker=gpu lengths=1024,2048,4096,8192 ;;
+  cuda*) marker=gpu lengths=1024,2048,4096,8192 ;;
   *) marker='not slow' lengths=512 ;;
 esac
 check kernels "$python" -m pytest -q tests/ops/attention -m "$marker"

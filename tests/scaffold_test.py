@@ -57,7 +57,7 @@ def test_version_and_extras() -> None:
   setup.read(ROOT / 'setup.cfg')
   assert setup['metadata']['version'] == 'attr: vpe_jax.__version__'
   assert re.fullmatch(r'\d+\.\d+\.\d+', vpe_jax.__version__)
-  extras = {'tpu', 'cuda', 'gcs', 'test', 'tensorboard', 'eval', 'prepare'}
+  extras = {'tpu', 'cuda', 'cuda13', 'gcs', 'test', 'tensorboard', 'eval', 'prepare'}
   assert set(setup['options.extras_require']) == extras
   assert not re.search(r'^(torch|tensorflow)\b(?!-)', setup['options']['install_requires'], re.M)
 
@@ -112,6 +112,13 @@ def test_accelerator(tmp_path: Path, files: dict[str, str], expected: str) -> No
   assert _environment(f'accelerator {tmp_path}').stdout.strip() == expected
 
 
+@pytest.mark.parametrize(('version', 'expected'), [('12.8', 'cuda'), ('13.0', 'cuda13')])
+def test_the_driver_decides_the_version_of_cuda(tmp_path: Path, version: str, expected: str) -> None:
+  _script(tmp_path / 'nvidia-smi', f'#!/bin/bash\necho "| CUDA Version: {version}  |"\n')
+  path = f'{tmp_path}:{os.environ["PATH"]}'
+  assert _environment('accelerator', PATH=path).stdout.strip() == expected
+
+
 def test_find_python_prefers_3_11_and_names_a_missing_version(tmp_path: Path) -> None:
   _script(tmp_path / 'old' / 'python3', '#!/bin/bash\n[ "$1" = --version ] && echo Python 3.9.2\n')
   only_old = {'PATH': str(tmp_path / 'old'), 'HOME': str(tmp_path), 'PYENV_ROOT': str(tmp_path)}
@@ -152,7 +159,7 @@ def test_quickstart_installs_once_trains_and_samples(tmp_path: Path) -> None:
   assert done.returncode == 0, done.stderr
   venv, pip, train, sample = _calls(tmp_path)
   assert venv == '-m venv --clear .venv'
-  assert pip.startswith('-m pip install') and re.search(r'\.(\[(tpu|cuda)\])?$', pip)
+  assert pip.startswith('-m pip install') and re.search(r'\.(\[(tpu|cuda|cuda13)\])?$', pip)
   assert train == (
     '-m vpe_jax.main --config=configs/t2i.py --workdir=runs/quickstart --config.seed=3'
   )

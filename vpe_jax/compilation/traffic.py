@@ -10,8 +10,8 @@ several times.
 HBM bytes: operands and results in HBM of every instruction and fusion. If a fusion reads slices of
 an array, or updates a slice in place, only the slices count.
 
-Collectives: bytes that one device receives. With n devices in a group and S bytes of the whole array
-(the result of an all-gather, the operand of any other), these are S (n-1)/n for all-gather,
+Collectives: bytes that one device receives. With n devices in a group and S bytes of the whole
+array (the result of an all-gather, the operand of any other), these are S (n-1)/n for all-gather,
 reduce-scatter and all-to-all, 2 S (n-1)/n for all-reduce (a reduce-scatter and an all-gather), and
 S for collective-permute. The compiler may split a collective over several fusions to overlap it
 with their work; all parts have the same channel id. Such a collective, and the arrays passed
