@@ -113,7 +113,7 @@ def test_accelerator(tmp_path: Path, files: dict[str, str], expected: str) -> No
 
 
 @pytest.mark.parametrize(('version', 'expected'), [('12.8', 'cuda'), ('13.0', 'cuda13')])
-def test_the_driver_decides_the_version_of_cuda(tmp_path: Path, version: str, expected: str) -> None:
+def test_the_driver_decides_cuda_12_or_13(tmp_path: Path, version: str, expected: str) -> None:
   _script(tmp_path / 'nvidia-smi', f'#!/bin/bash\necho "| CUDA Version: {version}  |"\n')
   path = f'{tmp_path}:{os.environ["PATH"]}'
   assert _environment('accelerator', PATH=path).stdout.strip() == expected
