@@ -13,7 +13,7 @@ from vpe_jax.contracts import UserError
 _BICUBIC = Image.Resampling.BICUBIC
 # Decoders that may run, chosen by content and not by file name. Pillow's EPS decoder would start
 # another program (Ghostscript); its other decoders are for formats that image data never has.
-FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF')
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'AVIF', 'GIF', 'BMP', 'TIFF')
 
 
 def read_image(file: str | Path | BinaryIO, name: str = '') -> np.ndarray:

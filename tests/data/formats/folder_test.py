@@ -30,6 +30,15 @@ def test_text_files_as_captions(tmp_path):
   ]
 
 
+def test_avif_images_are_used(tmp_path):
+  for name in ('a.avif', 'b.png'):
+    _image(tmp_path / name, size=(16, 16))
+    (tmp_path / name).with_suffix('.txt').write_text('a red square')
+  source = open_folder(str(tmp_path))
+  assert len(source) == 2
+  assert np.abs(render(source[0], 16).astype(int) - (255, 0, 0)).max() < 16
+
+
 def test_count_takes_the_first_images_with_a_warning(tmp_path, caplog):
   for name in 'abc':
     _image(tmp_path / f'{name}.png')

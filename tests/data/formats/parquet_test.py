@@ -74,6 +74,19 @@ def test_plain_bytes_large_types_and_other_names(tmp_path):
   assert records[0].values == ({'language': 'en'},)
 
 
+@pytest.mark.parametrize(
+  'kind',
+  [pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), pyarrow.string_view()],
+  ids=['categorical', 'string_view'],
+)
+def test_captions_of_other_text_types_are_read(tmp_path, kind):
+  caption = pyarrow.array(['a fox', 'a dog', 'a fox']).cast(kind)
+  _write(tmp_path / 'a.parquet', 3)
+  _write(tmp_path / 'b.parquet', 3, caption=caption)
+  captions = [record.content.caption for record in _read(tmp_path)]
+  assert captions[3:] == ['a fox', 'a dog', 'a fox']
+
+
 def test_rows_without_image_bytes_are_unusable(tmp_path):
   (tmp_path / 'x.png').write_bytes(_png(0))
   image = [

@@ -52,6 +52,16 @@ def _outcomes(records):
   ]
 
 
+def test_a_member_of_any_claimed_size_is_named_and_not_read(tmp_path):
+  huge = tarfile.TarInfo('b.png')
+  huge.size = 10**12
+  path = _tar(tmp_path / 'a.tar', [('a.txt', b'a cat'), ('a.png', PNG), ('b.txt', b'x'), huge])
+  first, second, *rest = _outcomes(_read(path))
+  assert first == ('a/a', 'a cat')
+  assert 'b in' in second and 'its .png has 1,000,000,000,000 bytes' in second
+  assert len(rest) == 1 and 'can not be read to its end' in rest[0]
+
+
 def test_members_with_one_stem_form_a_record(tmp_path):
   path = _tar(
     tmp_path / 'a.tar',

@@ -22,7 +22,9 @@ from vpe_jax.data.records import Record
 from vpe_jax.data.transforms import read_image, to_square
 from vpe_jax.storage import local_path, read_lines, read_text
 
-_ENDINGS = frozenset({'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff'})
+_ENDINGS = frozenset(
+  {'.png', '.jpg', '.jpeg', '.webp', '.avif', '.bmp', '.gif', '.tif', '.tiff'}
+)
 _CAPTIONS = 'captions.jsonl'
 _MAX_NAME = 80  # characters of a file name in an error message
 

@@ -139,16 +139,32 @@ def open_parquet(pattern: str, fields: FieldSpec) -> Parquet:
 def _check_same_types(
   path: str, schema: Any, first_path: str, first_schema: Any, columns: tuple[str, ...]
 ) -> None:
-  """Raises UserError if a file lacks one of the columns of the first file, or has another type."""
+  """Raises UserError if a file lacks a column of the first file, or has another kind of values."""
   for name in filter(None, columns):
     if name not in schema.names:
       raise UserError(f'{path} has no column {name}, which {first_path} has')
     kind, expected = schema.field(name).type, first_schema.field(name).type
-    if kind != expected:
+    if (_is_text(kind), _is_image(kind)) != (_is_text(expected), _is_image(expected)):
       raise UserError(
         f'column {name} is {kind} in {path} and {expected} in {first_path}: write both as '
         f'{expected}'
       )
+
+
+def _is_text(kind: Any) -> bool:
+  """Whether values of a column type are text; dictionaries are pandas' categoricals."""
+  types = _packages()[0].types
+  if types.is_dictionary(kind):
+    return _is_text(kind.value_type)
+  return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _is_image(kind: Any) -> bool:
+  """Whether values of a column type are image bytes, alone or in a struct's field `bytes`."""
+  types = _packages()[0].types
+  if types.is_struct(kind):
+    return any(field.name == 'bytes' and _is_image(field.type) for field in kind)
+  return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
 def _columns(path: str, schema: Any, fields: FieldSpec) -> tuple[str, str, str]:
@@ -157,18 +173,11 @@ def _columns(path: str, schema: Any, fields: FieldSpec) -> tuple[str, str, str]:
   Raises:
     UserError: a column is missing or has the wrong type.
   """
-  kinds = _packages()[0].types
-  is_text = lambda kind: kinds.is_string(kind) or kinds.is_large_string(kind)
-  is_bytes = lambda kind: kinds.is_binary(kind) or kinds.is_large_binary(kind)
-  is_image = lambda kind: (
-    is_bytes(kind)
-    or (kinds.is_struct(kind) and any(f.name == 'bytes' and is_bytes(f.type) for f in kind))
-  )
   selected = []
   for required, name, defaults, has_type, flag in (
-    (True, fields.image, _IMAGES, is_image, 'image'),
-    (fields.captions or fields.caption, fields.caption, _CAPTIONS, is_text, 'caption'),
-    (fields.references, fields.reference, (), is_image, 'reference'),
+    (True, fields.image, _IMAGES, _is_image, 'image'),
+    (fields.captions or fields.caption, fields.caption, _CAPTIONS, _is_text, 'caption'),
+    (fields.references, fields.reference, (), _is_image, 'reference'),
   ):
     names = (name,) if name else defaults
     matches = [n for n in names if n in schema.names and has_type(schema.field(n).type)]

@@ -22,11 +22,12 @@ from vpe_jax.data.formats.array_record import Content
 from vpe_jax.data.formats.folder import FieldSpec, first_text
 from vpe_jax.data.inputs import Location, RawRecord, UnusableRecord, matching_files
 
-_IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'bmp', 'gif', 'tif', 'tiff')
+_IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'avif', 'bmp', 'gif', 'tif', 'tiff')
 _CAPTIONS = ('caption', 'text', 'prompt')
 _TEXT, _JSON = 'txt', 'json'
 _GROUP = 'webdataset'  # class of members outside any folder
-_LONGEST = 1 << 24  # maximum bytes of a text or JSON member
+_MAX_TEXT = 2**24  # bytes of a text or JSON member
+_MAX_IMAGE = 2**28  # bytes of an image; a damaged header may claim any size
 
 _Parts = dict[str, tuple[int, int]]  # ending -> offset and length of the member, in bytes
 
@@ -161,6 +162,8 @@ def _part(file: BinaryIO, parts: _Parts, endings: Sequence[str]) -> bytes:
   for ending in endings:
     if ending in parts:
       offset, size = parts[ending]
+      if size > _MAX_IMAGE:
+        raise _RecordError(f'its .{ending} has {size:,} bytes')
       file.seek(offset)
       content = file.read(size)
       if len(content) < size:
@@ -170,7 +173,7 @@ def _part(file: BinaryIO, parts: _Parts, endings: Sequence[str]) -> bytes:
 
 
 def _short(file: BinaryIO, parts: _Parts, ending: str) -> bytes:
-  if parts[ending][1] > _LONGEST:
+  if parts[ending][1] > _MAX_TEXT:
     raise _RecordError(f'its .{ending} has {parts[ending][1]:,} bytes')
   return _part(file, parts, [ending])
 
