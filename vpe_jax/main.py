@@ -51,13 +51,16 @@ def run(config: Mapping[str, Any], workdir: str, allow_change: Sequence[str] = (
 def main() -> None:
   """Runs the command."""
   front_door.require_flags('config', cure='try --config=configs/t2i.py')
+  workdir = FLAGS.workdir
+  if workdir is not None:
+    workdir = front_door.output_path('workdir', workdir)
   sharding.initialize_distributed()  # before anything uses a device
   config = config_file.load(FLAGS.config, _overrides)
   if config.get('quick_compile'):
     devices.disable_optimizations()
   if warning := devices.unused_accelerator_warning():
     print(warning, file=sys.stderr, flush=True)
-  run(config, FLAGS.workdir or f'runs/{config["name"]}-{config["preset"]}', FLAGS.allow_change)
+  run(config, workdir or f'runs/{config["name"]}-{config["preset"]}', FLAGS.allow_change)
 
 
 if __name__ == '__main__':

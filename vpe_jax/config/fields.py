@@ -12,7 +12,7 @@ from vpe_jax.contracts import UserError
 # Annotations of the fields that `check_sizes` checks.
 _SIZE_TYPES = (int, tuple[int, ...], 'int', 'tuple[int, ...]', 'int | tuple[int, ...]')
 _MAX_LAYERS = 1000
-_MAX_SIZE = 10**8  # a larger size is a typing error, and its program would take hours to build
+MAX_SIZE = 10**8  # a larger size is a typing error, and its program would take hours to build
 
 
 class OutOfRange(UserError):
@@ -54,7 +54,7 @@ def check_sizes(section: Any, path: str = '', **minimum: int) -> None:
     check(section, path, field.name, whole, 'a whole number')
     check(section, path, field.name, min(sizes, default=low) >= low, f'at least {low}')
     # Some networks are traced layer by layer, so many layers take long to trace.
-    high = _MAX_LAYERS if field.name == 'layers' else _MAX_SIZE
+    high = _MAX_LAYERS if field.name == 'layers' else MAX_SIZE
     check(section, path, field.name, max(sizes, default=0) <= high, f'at most {high}')
 
 

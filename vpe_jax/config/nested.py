@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -111,7 +113,10 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     items = value if isinstance(value, (tuple, list)) else (value,)
     return tuple(_value(typing.get_args(hint)[0], item, path) for item in items)
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
+    with contextlib.suppress(OverflowError):
+      return float(value)
+  if hint is float and isinstance(value, float) and not math.isfinite(value):
+    raise UserError(f"config key '{path}' is {value}: it must be a finite number")
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
     raise UserError(f"config key '{path}' must be {hint.__name__}, not {value!r}")
   return value

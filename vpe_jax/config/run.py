@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vpe_jax.config.data import DataConfig
-from vpe_jax.config.fields import check_sizes
+from vpe_jax.config.fields import MAX_SIZE, check_sizes
 from vpe_jax.config.nested import build_section, flatten, to_dict
 from vpe_jax.config.optim import OptimConfig
 from vpe_jax.contracts import DTYPES, UserError
@@ -18,6 +18,7 @@ REMATS = ('none', 'full', 'attention', 'dots')  # keys of models.mot.REMAT, not 
 ATTENTIONS = ('reference', 'chunked', 'pallas_tpu', 'pallas_gpu', 'cudnn')  # of ops.attention
 START_WEIGHTS = ('raw', 'ema', 'state')  # see Config.start_weights
 _GROUP = re.compile(r'(?:^|,)\s*([A-Za-z_]\w*)\s*=\s*')  # a parameter group in Config.start
+_WORD = re.compile(r'(?!\.{1,2}$)[\w.-]+')  # a folder's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +181,12 @@ def from_dict(
   for name, known in (choices | {'attention': ('', *ATTENTIONS)}).items():
     if (value := getattr(config, name)) not in known:
       raise UserError(f"config.{name} is '{value}'; known: {', '.join(filter(None, known))}")
+  for name in ('name', 'preset'):
+    if not _WORD.fullmatch(value := getattr(config, name)):
+      raise UserError(
+        f"config.{name} is '{value}': it names the run's folder, so it must be a word of letters, "
+        'digits, -, _ and .'
+      )
   if not (count := len(config.stages)):
     raise UserError('config.stages is empty: name the stages to run')
   by_stage = {}
@@ -191,6 +198,8 @@ def from_dict(
       raise UserError(f'config.{name} has {len(sizes)} entries for {count} stages {config.stages}')
     if min(sizes) < 1:
       raise UserError(f'config.{name} is {sizes}: every stage needs at least 1')
+    if max(sizes) > MAX_SIZE:
+      raise UserError(f'config.{name} is {sizes}: at most {MAX_SIZE:,} in a stage')
     by_stage[name] = sizes
   config.optim.check_stages(count)
   _check_evals(config.evals)
