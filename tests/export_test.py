@@ -24,7 +24,7 @@ def run(monkeypatch):
   system = systems.build(config_file.get_config('debug,stage=image').to_dict())
   params = jax.device_get(jax.jit(system.init)(rng.run_key(0)))
   metadata = {'config': json.dumps(to_dict(system.config)), 'step': '4', 'weights': 'ema'}
-  monkeypatch.setattr(weights, 'load_run', lambda workdir, which: (params, metadata))
+  monkeypatch.setattr(weights, 'load_run', lambda *_, **__: (params, metadata))
   return system, params
 
 
@@ -44,9 +44,7 @@ def test_network_is_rounded_and_written_with_the_run_s_metadata(run, tmp_path):
 def test_sampling_settings_can_be_overridden(monkeypatch, tmp_path):
   config = systems.build(t2i.get_config('debug').to_dict()).config
   run_metadata = {'config': json.dumps(to_dict(config)), 'step': '4', 'weights': 'ema'}
-  monkeypatch.setattr(
-    weights, 'load_run', lambda workdir, which: ({'x': jnp.ones(2)}, run_metadata)
-  )
+  monkeypatch.setattr(weights, 'load_run', lambda *_, **__: ({'x': jnp.ones(2)}, run_metadata))
   to = str(tmp_path / 'all.safetensors')
   metadata = export.export('runs/x', to, guidance=2.5, min_p=None)
   sample = json.loads(metadata['config'])['sample']

@@ -43,6 +43,7 @@ def _define_flags() -> None:
   flags.DEFINE_list('splits', ['combination', 'concept'], 'held-out splits')
   flags.DEFINE_integer('seed', 0, 'seed of the captions and of sampling')
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'EMA weights or raw weights')
+  flags.DEFINE_integer('step', None, 'step of the checkpoint (default: the newest)')
   flags.DEFINE_string('evaluator_network', 'assets:evaluator_network', 'weights of a SigLIP')
   flags.DEFINE_string('out', None, 'folder for the reports (default: RUN/evaluation)')
   flags.DEFINE_integer('batch_size', 32, 'images per batch of sampling, at least 4')
@@ -67,7 +68,9 @@ def _shared() -> dict[str, Any]:
 
 def _load(workdir: str) -> Subject:
   overrides = front_door.settings()
-  return Subject.load(workdir, FLAGS.weights, FLAGS.batch_size, FLAGS.seed, overrides)
+  return Subject.load(
+    workdir, FLAGS.weights, FLAGS.batch_size, FLAGS.seed, overrides, FLAGS.step
+  )
 
 
 def _folder(workdir: str) -> str:

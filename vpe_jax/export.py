@@ -24,6 +24,7 @@ def _define_flags() -> None:
   flags.DEFINE_string('to', None, 'output file, ending in .safetensors, local or gs://')
   flags.DEFINE_string('network', '', 'network to export, if the run trains several')
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'EMA or last parameters')
+  flags.DEFINE_integer('step', None, 'step of the checkpoint (default: the newest)')
   flags.DEFINE_bool('overwrite', False, 'replace an existing file')
   front_door.define_settings()
   flags.adopt_module_key_flags(front_door)  # so that --help lists the settings
@@ -35,7 +36,8 @@ def main() -> None:
   to = front_door.output_path('to', FLAGS.to)
   front_door.check_folder(os.path.dirname(to))
   settings = front_door.settings()
-  metadata = export(FLAGS.workdir, to, FLAGS.network, FLAGS.weights, FLAGS.overwrite, **settings)
+  source = FLAGS.workdir, to, FLAGS.network, FLAGS.weights, FLAGS.overwrite, FLAGS.step
+  metadata = export(*source, **settings)
   size = epath.Path(to).stat().length / 1e6
   print(f'{to}: {size:.2f} MB, step {metadata["step"]}, {metadata["fingerprint"]}')
 

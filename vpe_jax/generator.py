@@ -117,8 +117,10 @@ class Generator:
       self._encode_source = jax.jit(system.encode_source, **jit_options)
 
   @classmethod
-  def load(cls, workdir: str, weights: str = 'ema', batch_size: int = 4) -> Generator:
-    """Loads the newest checkpoint of a run, or shipped weights.
+  def load(
+    cls, workdir: str, weights: str = 'ema', batch_size: int = 4, step: int | None = None
+  ) -> Generator:
+    """Loads a checkpoint of a run, or shipped weights.
 
     Logs a warning if parameters are still random because the run has not reached its last stage.
 
@@ -127,12 +129,13 @@ class Generator:
       weights: `ema` (the moving average; raw values of parameters without one) or `raw` (the
         parameters of the last step).
       batch_size: images per batch, at least 4.
+      step: step of the checkpoint; None: the newest intact one.
 
     Raises:
       UserError: the run, checkpoint or asset doesn't exist, its system does not generate images,
         or its weights are damaged or don't fit its config.
     """
-    return cls.of(model_lib.load(workdir, weights), batch_size)
+    return cls.of(model_lib.load(workdir, weights, step), batch_size)
 
   @classmethod
   def of(cls, model: Model, batch_size: int = 4) -> Generator:

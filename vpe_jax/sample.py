@@ -34,6 +34,7 @@ def _define_flags() -> None:
   flags.DEFINE_integer('seed', 0, 'seed of all images')
   flags.DEFINE_string('out', 'sample.png', 'a PNG file for a grid, or a folder ending in /')
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'moving average, or weights of the last step')
+  flags.DEFINE_integer('step', None, 'step of the checkpoint (default: the newest)')
   flags.DEFINE_bool('overwrite', False, 'replace existing files')
   flags.DEFINE_bool('no_metadata', False, 'write no text chunks')
   front_door.define_settings()
@@ -67,7 +68,7 @@ def main() -> None:
   front_door.check_folder(os.path.dirname(out))
   images.output_files(out, count, FLAGS.overwrite)
   source = None if FLAGS.image is None else read_image(os.path.expanduser(FLAGS.image))
-  generator = Generator.load(FLAGS.workdir, FLAGS.weights)
+  generator = Generator.load(FLAGS.workdir, FLAGS.weights, step=FLAGS.step)
   if source is not None:
     generator = generator.editing(source)
   settings = generator.settings(**front_door.settings())

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from vpe_jax.checkpoints import weights
+from vpe_jax.checkpoints import model, weights
 from vpe_jax.checkpoints.store import Store
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.contracts import UserError
@@ -27,11 +27,11 @@ def _make_tree() -> dict:
   }
 
 
-def _save_run(workdir, ema: bool = True) -> dict:
+def _save_run(workdir, ema: bool = True, step: int = 4) -> dict:
   """Saves a checkpoint of a run; returns its raw parameters."""
   params = {'a': {'w': jnp.arange(8.0), 'frozen': jnp.ones(3)}, 'b': jnp.zeros((2, 2))}
   averages = {'a': {'w': jnp.arange(8.0) + 0.5}} if ema else {}
-  state = {'stage': 1, 'step': 4, 'stage_step': 2, 'examples_seen': 32, 'params': params}
+  state = {'stage': 1, 'step': step, 'stage_step': 2, 'examples_seen': 32, 'params': params}
   state |= {'opt_state': {'mu': params, 'count': jnp.int32(4)}, 'ema': averages}
   store = Store(str(workdir / 'checkpoints'), CheckpointConfig())
   store.save(state, {'name': 't2i', 'steps': [3, 4]}, force=True)
@@ -101,6 +101,17 @@ def test_ema_weights_of_a_run_replace_raw_ones(tmp_path):
   assert isinstance(tree['a']['w'], np.ndarray)
   assert json.loads(metadata['config']) == {'name': 't2i', 'steps': [3, 4]}
   assert (metadata['weights'], metadata['step'], metadata['stage']) == ('ema', '4', '1')
+
+
+def test_any_saved_step_is_read(tmp_path):
+  for step in (4, 6):
+    _save_run(tmp_path, step=step)
+  read = lambda step: weights.load_run(str(tmp_path), 'ema', step=step)[1]['step']
+  assert (read(None), read(4), read(6)) == ('6', '4', '6')
+  with pytest.raises(UserError, match='no checkpoint of step 5; steps: 4, 6'):
+    read(5)
+  with pytest.raises(UserError, match='is a file of weights, not a run: leave --step=5 out'):
+    model.load('assets:siglip', step=5)
 
 
 def test_tilde_expands_to_the_home_folder(tmp_path, monkeypatch):

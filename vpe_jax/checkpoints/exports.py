@@ -21,6 +21,7 @@ def export(
   network: str = '',
   which: str = 'ema',
   overwrite: bool = False,
+  step: int | None = None,
   **settings: float | None,
 ) -> dict[str, str]:
   """Writes a run's weights in bfloat16.
@@ -35,6 +36,7 @@ def export(
       a name: `feature_vq`, `image` or `image_codes`.
     which: `ema` for EMA parameters, `raw` for those of the last step.
     overwrite: whether an existing file may be replaced.
+    step: step of the checkpoint; None: the newest intact one.
     settings: sampling settings that override the run's; None keeps the run's.
 
   Returns:
@@ -46,7 +48,7 @@ def export(
       setting is out of range, or the file exists or can't be written.
   """
   weights.check_target(to, overwrite)
-  params, metadata = weights.load_run(workdir, which)
+  params, metadata = weights.load_run(workdir, which, step=step)
   config, networks = json.loads(metadata['config']), ', '.join(sorted(params))
   config['sample'] |= {name: value for name, value in settings.items() if value is not None}
   # Refuses unknown or invalid sampling settings.

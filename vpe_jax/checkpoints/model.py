@@ -35,13 +35,14 @@ class Model:
     return weights_io.fingerprint(self.params)
 
 
-def load(source: str, weights: str = 'ema') -> Model:
-  """Loads the newest checkpoint of a run, or shipped weights.
+def load(source: str, weights: str = 'ema', step: int | None = None) -> Model:
+  """Loads a checkpoint of a run, or shipped weights.
 
   Args:
     source: the folder of a run (local or gs://), `assets:NAME`, or a weight file.
     weights: `ema` for EMA parameters (raw ones if the run has no EMA), `raw` for the parameters of
       the last step.
+    step: step of the checkpoint; None: the newest intact one. A file has no other.
 
   Raises:
     UserError: the run, checkpoint or asset doesn't exist, its weights are damaged, or it has no
@@ -50,9 +51,11 @@ def load(source: str, weights: str = 'ema') -> Model:
   if weights not in ('ema', 'raw'):
     raise UserError(f"weights is '{weights}': choose 'ema' (averaged) or 'raw' (last step)")
   if weights_io.is_file(source):
+    if step is not None:
+      raise UserError(f'{source} is a file of weights, not a run: leave --step={step} out')
     params, metadata = weights_io.load(source)
   else:
-    params, metadata = weights_io.load_run(source, weights)
+    params, metadata = weights_io.load_run(source, weights, step=step)
   kind = metadata.get('weights', 'ema')
   if weights == 'raw' and kind != 'raw':
     raise UserError(f"{source} has EMA weights only: use weights 'ema'")

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -177,8 +177,9 @@ class Store:
     self,
     choose: Callable[[Collection[str]], Iterable[str]],
     transform: Callable[[np.ndarray], np.ndarray] = lambda leaf: leaf,
+    step: int | None = None,
   ) -> tuple[dict[str, np.ndarray], Record] | None:
-    """Loads some leaves of the newest intact checkpoint as numpy arrays.
+    """Loads some leaves of a checkpoint as numpy arrays.
 
     Leaves are loaded, verified and transformed in groups, so host memory holds at most one group in
     addition to the result.
@@ -186,12 +187,13 @@ class Store:
     Args:
       choose: selects the leaves to load from all paths, such as `params/ar/layers/q/kernel`.
       transform: is applied to each leaf, for instance to round it.
+      step: step of the checkpoint; None: the newest intact one.
 
     Returns:
       ({path: array}, record), or None if the directory has no checkpoint.
 
     Raises:
-      UserError: every checkpoint is damaged.
+      UserError: every checkpoint is damaged, or there is none of this step.
     """
 
     def load(step: int, record: Record) -> dict[str, np.ndarray]:
@@ -206,8 +208,19 @@ class Store:
           arrays[path] = transform(leaf)
       return arrays
 
-    newest = self._newest_intact(load)
-    return None if newest is None else (newest[1], newest[0])
+    found = self._newest_intact(load, None if step is None else self._only(step))
+    return None if found is None else (found[1], found[0])
+
+  def _only(self, step: int) -> list[int]:
+    """The step alone.
+
+    Raises:
+      UserError: there is no complete checkpoint of this step.
+    """
+    if step not in (steps := self.steps()):
+      known = ', '.join(map(str, steps)) or 'none'
+      raise UserError(f'{self._directory} has no checkpoint of step {step}; steps: {known}')
+    return [step]
 
   def steps(self) -> list[int]:
     """Steps of all complete checkpoints, in ascending order."""
@@ -291,11 +304,13 @@ class Store:
 
   # Loading.
 
-  def _newest_intact(self, load: Callable[[int, Record], Any]) -> tuple[Record, Any] | None:
-    """Returns the record of the newest intact checkpoint and the result of `load(step, record)`."""
+  def _newest_intact(
+    self, load: Callable[[int, Record], Any], steps: Sequence[int] | None = None
+  ) -> tuple[Record, Any] | None:
+    """The record of the newest intact checkpoint (of `steps`), and `load(step, record)`."""
     self.wait()
     reasons = {}
-    for step in reversed(self._folders()):
+    for step in reversed(self._folders() if steps is None else steps):
       try:
         record = _agreed(functools.partial(self._record, step))
         return record, load(step, record)

@@ -80,25 +80,27 @@ def load(source: str, dtype: str = 'float32') -> tuple[Params, dict[str, str]]:
 
 
 def load_run(
-  workdir: str, which: str = 'ema', dtype: str = 'float32'
+  workdir: str, which: str = 'ema', dtype: str = 'float32', step: int | None = None
 ) -> tuple[Params, dict[str, str]]:
-  """Loads the weights of a run's newest intact checkpoint; returns the same as `load`.
+  """Loads the weights of a run's checkpoint; returns the same as `load`.
 
   Args:
     workdir: folder of the run, local (`~` expands to the home folder) or gs://.
     which: `ema` (EMA weights, raw ones for parameters without an EMA) or `raw`. Parameters that
       trained only in an earlier stage have their EMA value in both.
     dtype: dtype of the float leaves; see `load`.
+    step: step of the checkpoint; None: the newest intact one.
 
   Raises:
-    UserError: `which` or the dtype is unknown, the run has no intact checkpoint, or it can't be
-      reached.
+    UserError: `which` or the dtype is unknown, the run has no intact checkpoint (of this step), or
+      it can't be reached.
   """
   if which not in ('ema', 'raw'):
     raise UserError(f"--weights={which} is neither 'ema' nor 'raw'")
   kind = dtypes.parse(dtype)
   choose = functools.partial(_weight_paths, averaged=which == 'ema')
-  leaves, record = _read_checkpoint(workdir, choose, lambda leaf: dtypes.cast(leaf, kind))
+  rounded = lambda leaf: dtypes.cast(leaf, kind)
+  leaves, record = _read_checkpoint(workdir, choose, rounded, step)
   averaged = any(path.startswith(_EMA) for path in leaves)
   metadata = {
     'config': json.dumps(record['config'], sort_keys=True),
@@ -154,11 +156,12 @@ def _read_checkpoint(
   workdir: str,
   choose: Callable[[Collection[str]], Iterable[str]],
   transform: Callable[[np.ndarray], np.ndarray] = lambda leaf: leaf,
+  step: int | None = None,
 ) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
   """Calls `Store.read` on the checkpoints of a run; a run without a checkpoint is an error."""
   store = Store(str(storage.resolve(workdir) / FOLDER), CheckpointConfig())
   try:
-    contents = store.read(choose, transform)
+    contents = store.read(choose, transform, step)
   finally:
     store.close()
   if contents is None:

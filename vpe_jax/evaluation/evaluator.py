@@ -70,9 +70,15 @@ class Subject:
 
   @classmethod
   def load(
-    cls, source: str, weights: str, batch_size: int, seed: int, overrides: Mapping[str, Any]
+    cls,
+    source: str,
+    weights: str,
+    batch_size: int,
+    seed: int,
+    overrides: Mapping[str, Any],
+    step: int | None = None,
   ) -> Subject:
-    """Loads a finished run or a file of weights onto one device.
+    """Loads a run or a file of weights onto one device.
 
     Args:
       source: see checkpoints.model.load.
@@ -80,11 +86,12 @@ class Subject:
       batch_size: batch size of sampling.
       seed: sampling seed.
       overrides: sampling settings that override those of the run; None values are ignored.
+      step: see checkpoints.model.load.
 
     Raises:
       UserError: the model can't be loaded, or rejects the settings.
     """
-    model = model_lib.load(source, weights)
+    model = model_lib.load(source, weights, step)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     subject = cls(
       model.system, model.params, model.stage, mesh, seed=seed, stage_step=model.stage_step
