@@ -164,15 +164,25 @@ def test_truncated_and_damaged_files_keep_their_complete_records(tmp_path, caplo
     assert sum(isinstance(record, RawRecord) for record in records) >= good
     assert 'can not be read to its end' in records[-1].reason
     assert 'a.tar' in caplog.records[-1].getMessage()
-  for place in (0, 4 * 512):  # the header of the first member, and of the second image
-    damaged = bytearray(whole)
-    damaged[place : place + 20] = b'\xff' * 20
-    (tmp_path / 'a.tar').write_bytes(damaged)
-    assert 'can not be read to its end' in _read(tmp_path / 'a.tar')[-1].reason
   (tmp_path / 'a.tar').unlink()
   with tarfile.open(tmp_path / 'a.tar', 'w:gz'):
     pass
   assert 'can not be read to its end' in _read(tmp_path / 'a.tar')[-1].reason
+
+
+@pytest.mark.parametrize('damaged', [0, 7, 19])
+def test_reading_continues_after_a_damaged_header(tmp_path, damaged):
+  members = [(f'{n}.{e}', PNG if e == 'png' else b'x') for n in range(20) for e in ('png', 'txt')]
+  path = _tar(tmp_path / 'a.tar', members, format=tarfile.GNU_FORMAT)
+  content, place = bytearray(path.read_bytes()), damaged * 2048
+  content[place : place + 20] = b'\xff' * 20
+  path.write_bytes(content)
+  records = _read(path)
+  good = [record.content.id for record in records if isinstance(record, RawRecord)]
+  assert good == [f'a/{n}' for n in range(20) if n != damaged]
+  lost, without_image = (record.reason for record in records if isinstance(record, UnusableRecord))
+  assert f'bytes {place:,} to {place + 1024:,} of {path} are damaged' in lost
+  assert f'{damaged} in' in without_image
 
 
 @pytest.mark.parametrize('format', [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])

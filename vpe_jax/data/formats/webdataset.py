@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -119,7 +120,7 @@ def _records(path: str) -> Iterator[tuple[str, _Parts, str]]:
     parts: _Parts = {}
     reason = ''
     for _, ending, offset, size in members:
-      if size < 0:  # The marker of a truncated tar file, see _members.
+      if size < 0:  # The marker of a damaged part, see _members.
         reason = ending
       elif ending in parts:
         reason = f'two members of {path} are {key}.{ending}'
@@ -133,23 +134,49 @@ def _records(path: str) -> Iterator[tuple[str, _Parts, str]]:
 def _members(path: str) -> Iterator[tuple[str, str, int, int]]:
   """(key, ending, offset, length) of each file in a tar file.
 
-  If the tar file can't be read to its end, the last item is ('', reason, 0, -1).
+  After damage, reading continues at the next valid header. For each damaged part, and for an end
+  that can't be read, there is an item (name of the part, reason, 0, -1).
   """
+  end = 0  # of the last member
   try:
-    with tarfile.open(path, 'r:', encoding='utf-8', errors='surrogateescape') as tar:
+    # With `ignore_zeros`, tarfile looks for the next valid header.
+    options = {'encoding': 'utf-8', 'errors': 'surrogateescape', 'ignore_zeros': True}
+    with tarfile.open(path, 'r:', **options) as tar:
       while (member := tar.next()) is not None:
         tar.members.clear()  # Otherwise tarfile keeps all members in memory.
+        if _is_damaged(tar.fileobj, end, member.offset):
+          yield _damage(path, end, member.offset)
+        end = tar.offset
         folder, base = posixpath.split(_text(member.name).removeprefix('./'))
         stem, _, ending = base.partition('.')
         if member.isreg() and not member.issparse() and stem and ending:
           yield posixpath.join(folder, stem), ending.lower(), member.offset_data, member.size
-      tar.fileobj.seek(tar.offset)
-      # tarfile treats an invalid header as the end of the file; a real end is a block of zeros.
-      if (end := tar.fileobj.read(tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError('it is truncated' if not end else 'invalid header')
+      size = tar.fileobj.seek(0, os.SEEK_END)
+      if size and not end:
+        raise tarfile.ReadError('it is not an uncompressed tar file')
+      if _is_damaged(tar.fileobj, end, size):
+        yield _damage(path, end, size)
+      elif end >= size:
+        raise tarfile.ReadError('it is truncated')
   except (tarfile.TarError, OSError, EOFError, ValueError) as error:
     logging.warning('%s can not be read to its end (%s): download it again', path, error)
     yield '', f'{path} can not be read to its end ({error}): download it again', 0, -1
+
+
+def _is_damaged(file: BinaryIO, start: int, end: int) -> bool:
+  """Whether the bytes between two members are not all zero; keeps the position in the file."""
+  position, block = file.tell(), 1 << 20
+  file.seek(start)
+  sizes = (min(block, end - first) for first in range(start, end, block))
+  damaged = any(content.strip(b'\0') for content in map(file.read, sizes))
+  file.seek(position)
+  return damaged
+
+
+def _damage(path: str, start: int, end: int) -> tuple[str, str, int, int]:
+  reason = f'bytes {start:,} to {end:,} of {path} are damaged: download it again'
+  logging.warning('%s', reason)
+  return f'bytes {start}', reason, 0, -1
 
 
 def _text(name: str) -> str:
