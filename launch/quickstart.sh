@@ -17,14 +17,16 @@ trap 'rm -f "$log"' EXIT
 
 train() {
   # `tee -i` ignores an interrupt, so the last lines of the interrupted training are still written.
-  .venv/bin/python -m vpe_jax.main --config=configs/t2i.py --workdir="$run" "$@" | tee -i "$log"
+  .venv/bin/python -m vpe_jax.main --config=configs/t2i.py --workdir="$run" "$@" | tee -i "$log" ||
+    status=$?
 }
 
+status=0
 phase 'training' train "$@"
 if grep -q '^preempted:' "$log"; then
   echo 'stopped before the end: run this command again to continue'
-  exit 1
 fi
+if [ "$status" != 0 ]; then exit "$status"; fi
 phase 'sampling' .venv/bin/python -m vpe_jax.sample --workdir="$run" --prompt="$prompt" --n=4 \
   --out="$run/sample.png" --overwrite
 

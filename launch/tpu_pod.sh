@@ -208,13 +208,6 @@ gather() {
     --output-directory="$logs" || echo "some workers' logs could not be copied"
 }
 
-# Whether the run completed, rather than stopped because the slice was pre-empted.
-complete() {
-  local last
-  if [ -n "$dry_run" ]; then return; fi
-  last=$(on_first_worker 'tail -n 5 run.log') && ! grep -q '^preempted:' <<<"$last"
-}
-
 main() {
   local status tries=0
   parse "$@"
@@ -230,10 +223,10 @@ main() {
     fi
     tries=0 status=0
     follow || status=$?
-    if [ "$status" = 0 ] && complete; then break; fi
-    # A pre-empted slice ends the run shortly before its state changes.
+    if [ "$status" = 0 ]; then break; fi
+    # A pre-empted slice ends the run, with status 143 (SIGTERM), shortly before its state changes.
     sleep "$poll"
-    if [ "$status" != 0 ] && [ "$status" != 255 ] && [ "$(state)" = READY ]; then
+    if [ "$status" != 143 ] && [ "$status" != 255 ] && [ "$(state)" = READY ]; then
       gather
       fail "the run ended with status $status; its logs are in $logs"
     fi

@@ -233,8 +233,8 @@ def _stop(process: Process, workdir: Path, number: signal.Signals) -> int:
   """Sends a signal to a run in its first stage; returns the step that it saves before it ends."""
   process.until(lambda: _has(workdir, 'plan', 3))
   process.send(number)
-  assert process.wait() == 0, process.text()
-  # launch/tpu_pod.sh looks for a line with this beginning.
+  assert process.wait() == 128 + number, process.text()
+  # launch/quickstart.sh looks for a line with this beginning.
   message = re.search(r'^preempted: saved step (\d+)', process.text(), re.MULTILINE)
   assert message, process.text()
   step = int(message[1])

@@ -26,7 +26,7 @@ case "$*" in
   "-m pip install"*) [ ! -e "$CALLS.offline" ] ;;
   *-m\\ vpe_jax.main*)
     [ ! -e "$CALLS.bad_config" ] || exit 2
-    [ ! -e "$CALLS.stopped" ] || echo "preempted: saved step 7" ;;
+    [ ! -e "$CALLS.stopped" ] || { echo "preempted: saved step 7"; exit 143; } ;;
 esac
 """
 
@@ -193,7 +193,7 @@ def test_an_interrupted_run_is_not_sampled(tmp_path: Path) -> None:
   environment = _clone(tmp_path)
   (tmp_path / 'calls.stopped').touch()
   stopped = _shell('bash launch/quickstart.sh', tmp_path, **environment)
-  assert stopped.returncode == 1 and 'run this command again' in stopped.stdout
+  assert stopped.returncode == 143 and 'run this command again' in stopped.stdout
   assert 'Look at' not in stopped.stdout
   assert [call.split()[1] for call in _calls(tmp_path)][-1] == 'vpe_jax.main'
 
@@ -308,7 +308,6 @@ case "$*" in
   *" create "*) answer=$(next creates); [ -z "$answer" ] || { echo "$answer" >&2; exit 1; } ;;
   *"install .venv"*) status set_ups ;;
   *"--command=tail -n +1"*) status ends ;;
-  *"--command=tail -n 5"*) next lasts ;;
 esac
 """
 
@@ -316,7 +315,7 @@ esac
 def _play(folder: Path, **lines: list[object]) -> tuple[subprocess.CompletedProcess, list[str]]:
   """Runs the script against the imitated slice: (finished process, verbs of its gcloud calls)."""
   _script(folder / 'bin' / 'gcloud', FAKE_GCLOUD)
-  for name in ('states', 'creates', 'set_ups', 'ends', 'lasts'):
+  for name in ('states', 'creates', 'set_ups', 'ends'):
     (folder / name).write_text(''.join(f'{line}\n' for line in lines.get(name, [])))
   done = _shell(
     f'{TPU} --poll=0 --repo=https://example.org/r.git --logs={folder}/logs',
@@ -332,11 +331,10 @@ def test_tpu_pod_resumes_after_preemption(tmp_path: Path) -> None:
     tmp_path,
     states=['ABSENT', 'CREATING', 'READY', 'PREEMPTED', 'ABSENT', 'READY'],
     ends=[255, 0],
-    lasts=['done: gs://b/run'],
   )
   assert done.returncode == 0, done.stderr
   once = ['ssh', 'ssh', 'ssh']  # set up, start, follow
-  assert verbs == ['create', *once, 'delete', 'create', *once, 'ssh', 'ssh']
+  assert verbs == ['create', *once, 'delete', 'create', *once, 'ssh']
   assert 'complete: results in gs://b/run' in done.stdout
 
 
@@ -347,7 +345,6 @@ def test_tpu_pod_waits_for_capacity(tmp_path: Path) -> None:
     states=['ABSENT', 'ABSENT', 'ABSENT', 'READY'],
     creates=[none, 'ERROR: {"code": 14, "status": "UNAVAILABLE"}'],
     ends=[0],
-    lasts=['done: gs://b/run'],
   )
   assert done.returncode == 0, done.stderr
   assert verbs.count('create') == 3 and none in done.stderr
@@ -376,12 +373,10 @@ def test_tpu_pod_needs_gcloud(tmp_path: Path) -> None:
 
 
 def test_tpu_pod_distinguishes_a_saved_run_from_a_complete_one(tmp_path: Path) -> None:
-  saved = 'preempted: saved step 40; the same command continues from there'
   done, verbs = _play(
     tmp_path,
     states=['READY', 'TERMINATED', 'ABSENT', 'READY'],
-    ends=[0, 0],
-    lasts=[saved, 'done: gs://b/run'],
+    ends=[143, 0],
   )
   assert done.returncode == 0, done.stderr
   assert verbs.count('create') == 1 and verbs.count('delete') == 1
@@ -389,10 +384,10 @@ def test_tpu_pod_distinguishes_a_saved_run_from_a_complete_one(tmp_path: Path) -
 
 def test_tpu_pod_retries_if_workers_refuse_connections(tmp_path: Path) -> None:
   done, verbs = _play(
-    tmp_path, states=['READY'] * 3, set_ups=[255, 1, 0], ends=[0], lasts=['done: gs://b/run']
+    tmp_path, states=['READY'] * 3, set_ups=[255, 1, 0], ends=[0]
   )
   assert done.returncode == 0, done.stderr
-  assert verbs == ['ssh'] * 7  # two failed set-ups; set up, start, follow, last lines, logs
+  assert verbs == ['ssh'] * 6  # two failed set-ups; set up, start, follow, logs
 
   hopeless, verbs = _play(tmp_path, states=['READY'] * 5, set_ups=[1] * 5)
   assert hopeless.returncode == 2 and 'could not set up all workers' in hopeless.stderr

@@ -7,6 +7,7 @@ import inspect
 import logging as standard_logging
 import os
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from absl import app, flags, logging
 from vpe_jax import devices, storage, systems
 from vpe_jax.contracts import UserError
 
+# Exit statuses, as in a shell: 128 and the signal's number.
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 _SAMPLE = 'sample.'  # prefix of the flags of sampling settings
 
 
@@ -53,7 +56,7 @@ def run(
     sys.exit(2)
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
-    sys.exit(130)  # the shell's status of a command that Ctrl-C ended
+    sys.exit(INTERRUPTED)
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -36,8 +36,11 @@ def _define_flags() -> None:
   )
 
 
-def run(config: Mapping[str, Any], workdir: str, allow_change: Sequence[str] = ()) -> None:
+def run(config: Mapping[str, Any], workdir: str, allow_change: Sequence[str] = ()) -> bool:
   """Starts or continues the run of a config (nested dicts); the Python API of this command.
+
+  Returns:
+    Whether the run is complete; False after SIGTERM, when it was saved before its end.
 
   Raises:
     UserError: the config, the folder, the data or the machine is unsuitable.
@@ -46,6 +49,7 @@ def run(config: Mapping[str, Any], workdir: str, allow_change: Sequence[str] = (
   finished = loop.train(system.config, system, workdir, allow_change)
   if finished is not None and jax.process_index() == 0:
     print(reference.comparison(system.config, workdir) or f'done: {workdir}', flush=True)
+  return finished is not None
 
 
 def main() -> None:
@@ -60,7 +64,9 @@ def main() -> None:
     devices.disable_optimizations()
   if warning := devices.unused_accelerator_warning():
     print(warning, file=sys.stderr, flush=True)
-  run(config, workdir or f'runs/{config["name"]}-{config["preset"]}', FLAGS.allow_change)
+  workdir = workdir or f'runs/{config["name"]}-{config["preset"]}'
+  if not run(config, workdir, FLAGS.allow_change):
+    sys.exit(front_door.TERMINATED)
 
 
 if __name__ == '__main__':

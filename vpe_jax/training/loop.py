@@ -85,6 +85,7 @@ def train(
     UserError: the batch doesn't divide over the devices; the folder can't be written, is in use or
       contains another run; weights are missing or don't fit; or the gradient is repeatedly not
       finite.
+    KeyboardInterrupt: Ctrl-C, after the run was saved.
   """
   mesh = sharding.make_mesh(config.mesh)
   for index, batch_size in enumerate(config.batch_size):
@@ -104,7 +105,10 @@ def train(
     stage = int(state['stage'])
     run = Run(config, system, folder, mesh, key, frozen, data, store, origins, stage)
     watchers = _watch(run, int(state['step']), cleanup)
-    return _run_stages(run, watchers, state)
+    state = _run_stages(run, watchers, state)
+  if watchers.preemption.interrupted:
+    raise KeyboardInterrupt
+  return state
 
 
 def _start(

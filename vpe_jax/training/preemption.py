@@ -22,6 +22,7 @@ class Preemption:
   """
 
   def __init__(self) -> None:
+    self.interrupted = False  # by Ctrl-C, in this process
     self._requested = False
     self._previous: dict[signal.Signals, Any] = {}
     # Only the main thread can set signal handlers.
@@ -50,6 +51,7 @@ class Preemption:
 
   def _interrupt(self, number: int, frame: FrameType | None) -> None:
     print('saving and stopping after this step; press Ctrl-C again to stop now', flush=True)
+    self.interrupted = True
     signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
     os.kill(os.getpid(), signal.SIGTERM)  # SIGTERM reaches all processes.
 
