@@ -321,7 +321,7 @@ def mistakes(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     ('bad preset', ("'debgu'", "did you mean 'debug'")),
     ('other config', ('seed was 0, now 7', '--allow_change=seed')),
     ('no weights', ('nowhere.safetensors',)),
-    ('indivisible batch', ('batch_size 6', '4 devices')),
+    ('indivisible batch', ('batch_size 6', '4 batch shards')),
     ('unreadable image', ('fox.png',)),
     ('long prompt', ('prompt',)),
     ('no run', ('none',)),
