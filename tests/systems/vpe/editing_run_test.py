@@ -83,6 +83,8 @@ def test_a_text_to_image_run_continues_with_editing(tmp_path):
 def test_an_external_run_continues_with_its_diffusion_expert_frozen(tmp_path):
   before, after, last, generator = _continue_with_editing(tmp_path, 'external')
   jax.tree.map(np.testing.assert_array_equal, after['dit'], before['dit'])
+  changed = (after['embed']['text'] != before['embed']['text']).any(1)
+  assert changed.any() and not changed[generator.system.config.model.boi]
   assert 'loss/next_token' in last and 'loss/flow' not in last
   white, black = (np.full((64, 64, 3), shade, np.uint8) for shade in (255, 0))
   from_white, from_black = generator.editing(np.stack([white, black]))('make it red', n=2)

@@ -3,9 +3,9 @@
 Continues a run of `t2i` (`config.start`) with a source image, which a second dual path embeds for
 the AR expert. `model.arch=internal` trains everything, on flow matching and on cross-entropy at a
 constant weight; the image sees source image, instruction and visual prompt. `model.arch=external`
-trains the AR expert on cross-entropy alone: the frozen diffusion expert sees only the visual
-prompt, so everything that an edit should preserve has to go through it. Its flow loss is evaluated,
-but never trained on.
+trains the AR expert on cross-entropy alone: the frozen diffusion expert sees only [boi], whose
+embedding is frozen with it, and the visual prompt, so everything that an edit should preserve has
+to go through it. Its flow loss is evaluated, but never trained on.
 
 Conditions are dropped as in App. D, by one random draw per example: the instruction (with internal
 also the visual prompt, which depends on it), the source image, or, with internal only, both.
@@ -124,6 +124,8 @@ def build(config: Config) -> UnifiedSystem:
       capabilities=(Samples, PlansVisually, Edits),
       plan_rankers=('likelihood',),
       initialization=_initialization(config),
+      # The frozen diffusion expert reads this embedding too.
+      frozen_ids=(c.boi,) if external else (),
     ),
   )
 

@@ -51,6 +51,7 @@ class Parts:
     capabilities: see contracts.System.
     plan_rankers: see contracts.PlansVisually.
     initialization: see contracts.System.
+    frozen_ids: ids of text entries whose embeddings don't train.
   """
 
   stages: tuple[Stage, ...]
@@ -60,6 +61,7 @@ class Parts:
   capabilities: tuple[type, ...]
   plan_rankers: tuple[str, ...]
   initialization: Initialization
+  frozen_ids: tuple[int, ...] = ()
 
 
 class UnifiedSystem(ImageSystem, Edits, ScoresImages):
@@ -69,6 +71,7 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     experts: see Parts.
     dropping: see Parts.
     guidance: see Parts.
+    frozen_ids: see Parts.
     model: the network.
     layout: the AR expert's sequence.
   """
@@ -81,6 +84,7 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     super().__init__(config, parts.stages, parts.capabilities, c.image.codec(), table)
     self.plan_rankers, self.initialization = parts.plan_rankers, parts.initialization
     self.experts, self.dropping, self.guidance = parts.experts, parts.dropping, parts.guidance
+    self.frozen_ids = parts.frozen_ids
     self.model: Unified = parts.experts.ar.model
     self.layout = parts.experts.ar.layout
 
@@ -151,6 +155,7 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     """The stage's losses: `next_token` (nats), and `flow`; `accuracy` (argmax) is only logged."""
     if self.config.unroll:
       params = self.model.prepare(params)
+    params = self._with_frozen_embeddings(params)
     batch = dataclasses.replace(batch, encoded=self.encoded(frozen, batch, rng))
     keep = self.dropping.keep(batch, rng, stage)
     regions = self.experts.regions(self.dropping.captions(batch, rng), self._codes(batch), keep)
@@ -232,6 +237,14 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     """Visual prompts [B, P] of a batch; P = 0 where the model has none."""
     none = jnp.zeros((batch.example.shape[0], 0), jnp.int32)
     return batch.encoded.get('visual_prompt', none)
+
+  def _with_frozen_embeddings(self, params: Params) -> Params:
+    """The parameters, with no gradient for the embeddings of `frozen_ids`."""
+    if not self.frozen_ids:
+      return params
+    ids, text = jnp.array(self.frozen_ids), params['embed']['text']
+    text = text.at[ids].set(jax.lax.stop_gradient(text[ids]))
+    return params | {'embed': params['embed'] | {'text': text}}
 
   def _next_token(self, params: Params, hidden: Array, region: Region) -> tuple[Array, Array]:
     """Summed cross-entropy of visual prompt and [eot], and number of correct argmax predictions."""
