@@ -30,12 +30,13 @@ class Usage:
   """Bytes on one device.
 
   Attributes:
-    arguments: state, frozen networks and batch.
+    arguments: inputs of the program, such as state, frozen networks and batch.
     outputs: results, including those in `aliased`.
     aliased: outputs that reuse the memory of arguments.
     temporary: temporary buffers.
     code: the executable.
-    peak: maximum number of bytes in use at one time, by XLA's analysis.
+    peak: maximum number of bytes in use at one time, by XLA's analysis; an estimate from the other
+      fields where XLA gives none.
     buffers: the largest buffers, if the compiler lists them.
     limit: the compiler's memory limit, if known.
     fits: whether the compiler could allocate all buffers.
@@ -69,7 +70,7 @@ def usage(compiled: Any, folder: pathlib.Path) -> Usage:
     stats.peak_memory_in_bytes,
     _buffers_in(folder),
   )
-  # XLA:CPU's peak may omit temporaries; it can't be less than the arguments or the temporaries.
+  # XLA:CPU's peak may omit temporaries. Below this minimum it is replaced by the total.
   minimum = max(result.arguments, result.temporary)
   return result if result.peak >= minimum else dataclasses.replace(result, peak=result.planned)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,7 +44,7 @@ _BORDER = 32  # white border, in pixels
 _SETTINGS = {
   'Global.log_level': 'critical',
   'Global.use_cls': False,  # no text line is upside down
-  'Det.limit_side_len': _SIDE + 2 * _BORDER,  # the text detector does not enlarge any further
+  'Det.limit_side_len': _SIDE + 2 * _BORDER,  # the text detector hardly enlarges any further
 }
 
 Read = Callable[[np.ndarray], list[str]]
@@ -134,7 +135,7 @@ class Ocr:
     check_installed()
 
   def run(self, subject: Subject) -> Report:
-    """Scores ground truth, and images from the model's own drafts and from ground-truth drafts."""
+    """Scores ground truth, generated images, and images from ground-truth drafts, if there are any."""
     read = reader()
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
@@ -176,7 +177,7 @@ class Ocr:
 def reader() -> Read:
   """Builds the OCR reader: images [N, R, R, 3] uint8 -> the text of each, lines joined by spaces.
 
-  Results are cached by image, because the ground truth is the same for every run.
+  Results are cached by a hash of the image, as the ground truth is the same for every run.
 
   Raises:
     UserError: a package is missing.
@@ -187,7 +188,7 @@ def reader() -> Read:
   engine, cache = RapidOCR(params=_SETTINGS), {}
 
   def text(image: np.ndarray) -> str:
-    key = (image.shape, image.tobytes())
+    key = (image.shape, hashlib.sha256(image.tobytes()).digest())
     if key not in cache:
       lines = engine(enlarged(image)[..., ::-1]).txts or ()  # rapidocr expects BGR
       cache[key] = ' '.join(line.strip() for line in lines)

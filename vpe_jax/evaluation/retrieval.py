@@ -186,7 +186,7 @@ def make_trials(count: int, split: Split, seed: int = 0) -> tuple[list[Trial], l
 
   Hard distractors have the wording of the true caption with one object, colour or count changed.
   `others` are captions of other scenes of the split. A scene whose objects all occur in the true
-  image (regardless of position, size and background) is excluded, as its caption would be true.
+  image (regardless of position, size and background) is excluded, as its caption could be true.
   Scenes with fewer than `HARD` near misses (some single shapes) are skipped.
 
   Returns:
@@ -262,9 +262,9 @@ def permuted(
   """The control: every image is scored against trials of other images.
 
   The trials are shifted cyclically by `rounds` distances, so that no image meets its own caption. A
-  good evaluator network scores below chance here, because an image of another caption usually
-  matches one of the 31 distractors better than the true caption. The confidence interval is that of
-  a single round.
+  good evaluator network scores below chance here: 16 of the candidates are variants of the true
+  caption, and an image of another scene is usually closer to one of them than to the true caption.
+  The confidence interval is that of a single round.
   """
   rounds = min(rounds, len(trials) - 1)
   distances = [1 + i * (len(trials) - 1) // rounds for i in range(rounds)]

@@ -110,10 +110,9 @@ def init(sizes: SiglipVqConfig, rng: Array) -> Params:
 
 
 def _xomni_sizes(encoder: Mapping[str, Any]) -> SiglipVqConfig:
-  if encoder['siglip_name'] != _XOMNI or encoder.get('z_channels', 1536) != 1536:
-    raise UserError(
-      f"the tower is '{encoder['siglip_name']}': only {_XOMNI} of width 1536 is supported"
-    )
+  name, width = encoder['siglip_name'], encoder.get('z_channels', 1536)
+  if name != _XOMNI or width != 1536:
+    raise UserError(f"the tower is '{name}' of width {width}: only {_XOMNI} of 1536 is supported")
   return SiglipVqConfig(
     codes=encoder['codebook_size'], width=encoder['codebook_dim'], post_blocks=_POST_BLOCKS
   )

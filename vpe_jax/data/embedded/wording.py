@@ -68,12 +68,12 @@ def caption(truth: Truth, wording: int) -> str:
   return text
 
 
-def emoji_caption(phrase: str, variant: tuple[str, ...], wording: int) -> str:
-  """The caption of an OpenMoji image: noun phrase and skin tones (`variant`)."""
+def emoji_caption(phrase: str, skin_tones: tuple[str, ...], wording: int) -> str:
+  """The caption of an OpenMoji image: noun phrase and skin tones."""
   choose = random.Random(stable_hash('wording', wording))
   frame, tones = choose.random(), choose.random()
   first, second = _pick(_TONES, tones)
-  for index, word in enumerate(variant):
+  for index, word in enumerate(skin_tones):
     phrase = (first if index == 0 else second).format(phrase, word)
   return _pick(_EMOJI_FRAMES, frame).format(phrase)
 
