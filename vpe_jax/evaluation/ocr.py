@@ -135,7 +135,7 @@ class Ocr:
     check_installed()
 
   def run(self, subject: Subject) -> Report:
-    """Scores ground truth, generated images and, if there are drafts, those from ground-truth ones."""
+    """Scores ground truth, generated images, and images from ground-truth drafts, if any."""
     read = reader()
     results, lines, sheets, numbers = {}, [], {}, {}
     for split in self.splits:
