@@ -60,12 +60,12 @@ def test_run_is_initialized_from_an_import(published, tmp_path):
   folder = tmp_path / 'imported'
   convert.import_weights('siglip', str(published), str(folder))
   _assert_initialized_from_asset(_siglip_run(folder))
-  with pytest.raises(UserError, match='the sizes of the siglip'):
+  with pytest.raises(UserError, match='the siglip of the config: patch is 8, not 12'):
     _siglip_run(folder, patch=12)
 
 
 def test_weights_of_another_size_or_none_are_refused(published, tmp_path):
-  with pytest.raises(UserError, match='wrong shape'):
+  with pytest.raises(UserError, match='the siglip of the config: patch is 8, not 12'):
     _siglip_run(published, patch=12)
   with pytest.raises(UserError, match='no such file or folder'):
     _siglip_run(tmp_path / 'none')

@@ -96,8 +96,8 @@ def test_an_import_serves_as_well_as_the_folder(folders, tmp_path):
 def test_errors_of_codecs_that_do_not_fit_are_one_line(folders):
   config = _config(folders)
   for section, field, value, message in (
-    ('visual_prompt', 'table', 4, 'position'),
-    ('image', 'kind', 'kl_vae', 'wrong shape'),
+    ('visual_prompt', 'table', 4, 'table is 8, not 4'),
+    ('image', 'kind', 'kl_vae', 'latents_mean'),
     ('image', 'weights', str(folders / 'nothing'), 'no weights at'),
   ):
     changed = config.copy_and_resolve_references()

@@ -97,7 +97,7 @@ def test_an_import_serves_as_well(show_o2, tmp_path):
   (published / 'config.json').write_text(json.dumps(config))
   convert.import_weights('showo2', str(published), imported)
   _check(show_o2, _system(show_o2, imported))
-  with pytest.raises(UserError, match='sizes of the showo2'):
+  with pytest.raises(UserError, match='the showo2 of the config: bos is 2, not 7'):
     _fresh_state(_system(show_o2, imported, arch='single', bos=7))
 
 

@@ -44,6 +44,9 @@ FREE_SIZES: Mapping[str, tuple[str, ...]] = {
   'showo2': ('codes', 'multiple', 'latent_size', 'condition'),
   'qwen2': ('context',),
   'llama': ('context',),
+  # A run may normalize latents by moments of its own data.
+  'kl_vae': ('shift', 'scale', 'raw_deviation'),
+  'wan_vae': ('shift', 'scale', 'raw_deviation'),
 }
 
 
