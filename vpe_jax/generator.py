@@ -141,7 +141,7 @@ class Generator:
   def of(cls, model: Model, batch_size: int = 4) -> Generator:
     """Makes the generator of a loaded model; warnings and errors are those of `load`."""
     system = require(model.system, Samples)
-    if not set(system.sampling_networks) <= set(system.frozen):
+    if frozen_lib.is_synthetic(system):
       raise UserError(
         f'{model.source} was trained on synthetic latents, so it has no decoder: name a run that '
         'was trained on images'

@@ -64,6 +64,14 @@ def abstract_params(system: System) -> Params:
   }
 
 
+def is_synthetic(system: System) -> bool:
+  """Whether a system trains on synthetic encoded entries, without encoders or a decoder.
+
+  A system without frozen networks may still encode images, with codecs that have no parameters.
+  """
+  return system.config.data.source == 'synthetic' and not system.frozen
+
+
 def load_for_sampling(system: Samples) -> Params:
   """Loads the networks that a system samples with, on one device.
 
@@ -201,7 +209,7 @@ def check_fits(system: System, networks: Params) -> None:
       fit the model.
   """
   data, spec = system.config.data, system.batch_spec(1)
-  if not system.frozen:
+  if is_synthetic(system):
     if spec.encoded and data.encode == 'online':
       raise UserError(
         f'data.source={data.source} trains without encoders, but data.encode=online needs them: '

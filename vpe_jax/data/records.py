@@ -207,13 +207,14 @@ class ProceduralSource(abc.ABC):
     """Record number `index`."""
 
 
+class NoHeldOutSplit(UserError):
+  """The data source has only training data."""
+
+
 def check_is_train(source: str, split: Split) -> None:
-  """Raises a UserError for a held-out split of a source that has none."""
+  """Raises NoHeldOutSplit for a held-out split of a source that has none."""
   if split != 'train':
-    raise UserError(
-      f'config.data.source={source} has no held-out split; mixture, scenes, words, edits and '
-      'openmoji do'
-    )
+    raise NoHeldOutSplit(f'config.data.source={source} has no held-out split')
 
 
 def render(record: Record, size: int) -> np.ndarray:

@@ -93,8 +93,8 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
 
 def _open_stored(config: DataConfig, split: Split) -> Source:
   """Opens the user's own data; errors as those of `open_source`."""
-  _check_references(config, config.in_folders and config.source_images)
   check_is_train(config.source, split)
+  _check_references(config, config.in_folders and config.source_images)
   fields = FieldSpec(config.prompt_field == 'caption', config.source_images)
   record_filter = Filter(config.language, config.least_text_height, config.image_size, config.fit)
   count = config.examples

@@ -14,6 +14,8 @@ from vpe_jax import sharding
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import Array, Batch, Params, Stage, System, UserError
 from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.data.records import NoHeldOutSplit
+from vpe_jax.data.sources import open_source
 from vpe_jax.evaluation.evaluator import Subject
 from vpe_jax.evaluation.report import Report
 
@@ -87,7 +89,11 @@ class HeldOut:
 
 def has_split(data: DataConfig) -> bool:
   """Whether the data source has held-out splits."""
-  return data.source != 'synthetic' and not data.is_user_data
+  try:
+    open_source(data, SPLIT)
+  except NoHeldOutSplit:
+    return False
+  return True
 
 
 def with_all_losses(stages: Sequence[Stage], index: int) -> Stage:

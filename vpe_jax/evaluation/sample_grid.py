@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vpe_jax import sharding
+from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import (
   Array,
@@ -56,7 +57,7 @@ class SampleGrid:
     retrieval: share of images that score highest with their own prompt in the batch, if the system
       scores images.
 
-  Without frozen networks (synthetic data) there is no grid.
+  Without a decoder (synthetic data) there is no grid.
   """
 
   requires: ClassVar[tuple[type, ...]] = (Samples,)
@@ -72,7 +73,7 @@ class SampleGrid:
 
   def run(self, subject: Subject) -> Report:
     """Samples the grid and computes its metrics."""
-    if not subject.system.frozen:
+    if frozen_lib.is_synthetic(subject.system):
       return Report({}, ('sample grid: none; a run on synthetic data has no decoder',))
     generate, compare = self._compiled(subject)
     data = subject.system.config.data

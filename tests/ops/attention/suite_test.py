@@ -9,15 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.ops.attention.masks import BUILDERS
 from vpe_jax.ops.attention import blockwise, reference, schedule
 from vpe_jax.ops.attention.chunked import Chunked
 from vpe_jax.ops.attention.pallas_gpu import Gpu
 from vpe_jax.ops.attention.pallas_tpu import Tpu
 
-MASKS = (
-  'causal', 'prefix', 'transfusion', 'mixture', 'packed', 'packed_two', 'editing', 'interleaved',
-  'position_queries', 'sliding', 'windows', 'scattered', 'cached',
-)  # fmt: skip
 # Blocks of two sizes, so that queries and keys have different numbers of blocks.
 KERNELS = {
   'chunked': Chunked(32, 16),
@@ -65,7 +62,7 @@ def expected_results(masks, run):
   return results
 
 
-@pytest.mark.parametrize('mask', MASKS)
+@pytest.mark.parametrize('mask', BUILDERS)
 @pytest.mark.parametrize('dtype', TOLERANCE)
 @pytest.mark.parametrize('name', KERNELS)
 def test_equals_the_definition(run, expected_results, name, dtype, mask):
