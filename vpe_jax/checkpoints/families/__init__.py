@@ -39,7 +39,7 @@ FAMILIES = (
 
 # Families with `RELEASED_SIZES`, which are used if a source has no config.json.
 WITH_RELEASED_SIZES = ('siglip_vq', 'wan_vae', 'ibq', 'llamagen_vq')
-# Fields of a family's sizes on which no published tensor depends.
+# Fields of a family's sizes that a run chooses: they may differ from those of the weights.
 FREE_SIZES: Mapping[str, tuple[str, ...]] = {
   'showo2': ('codes', 'multiple', 'latent_size', 'condition'),
   'qwen2': ('context',),
