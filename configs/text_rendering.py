@@ -27,9 +27,7 @@ def get_config(arg: str = '') -> ConfigDict:
   if options['chips'] and (
     preset != 'paper' or not re.fullmatch(r'[1-9]\d{0,5}', options['chips'])
   ):
-    raise ValueError(
-      f'chips={options["chips"]}: a number from 1 to 999999, only with preset paper'
-    )
+    raise ValueError(f'chips={options["chips"]}: a number from 1 to 999999, only with preset paper')
   config = t2i.get_config(f'{preset},arch=single,vpe={options["vpe"]}')
   config.name = 'text_rendering'
   for field in ('stages', 'steps', 'batch_size'):
@@ -43,7 +41,8 @@ def get_config(arg: str = '') -> ConfigDict:
 def _tiny(config: ConfigDict) -> None:
   config.steps = (1500,)
   config.batch_size = (32,)
-  config.data.update(source='words', text_length=40, examples=12288)
+  config.data.update(source='words', text_length=40, examples=24576)
+  config.data.update(most_words=1, fonts=('sans-serif',))
   # Embeddings start random, and visual prompts are not guided.
   config.model.update(inherit=0.0, drop_text=0.0)
   config.sample.plan_guidance = 1.0
@@ -51,7 +50,7 @@ def _tiny(config: ConfigDict) -> None:
 
 
 def _debug(config: ConfigDict) -> None:
-  config.data.update(source='words', text_length=40)
+  config.data.update(source='words', text_length=52)
 
 
 def _paper(config: ConfigDict) -> None:

@@ -203,7 +203,7 @@ class DrawingSystem(LineSystem, PlansVisually, ScoresImages):
 
   drafts = ('visual_prompt',)
 
-  def encode(self, frozen, inputs, rng):
+  def encode(self, frozen, inputs, keys):
     images = inputs['image']
     self.encodings += images.shape[0] > 1  # counts traces, not the one image of `check_fits`
     small = images.astype(jnp.float32).reshape(images.shape[0], 2, 4, 2, 4, 3).mean((2, 4)) / 255

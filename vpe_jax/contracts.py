@@ -354,9 +354,12 @@ class System(Protocol):
     """
     return {}
 
-  def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
-    """Computes the encoded entries of `batch_spec` from its inputs with the frozen networks."""
-    del frozen, inputs, rng
+  def encode(self, frozen: Params, inputs: Mapping[str, Array], keys: Array) -> dict[str, Array]:
+    """Computes the encoded entries of `batch_spec` from its inputs with the frozen networks.
+
+    `keys` has one random key per example [B], for encoders that sample.
+    """
+    del frozen, inputs, keys
     return {}
 
   def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
@@ -381,6 +384,8 @@ class Samples(System, Protocol):
     sampling_networks: names of the frozen networks that `generate` reads.
     drafts: encoded entries that `draft` samples before rendering, such as codes of image features.
     draft_encoders: names of the frozen networks that `encode_drafts` reads.
+    draft_image_side: side in pixels of the images that `encode_drafts` reads; 0 for
+      `data.image_size`.
   """
 
   UNSUPPORTED: ClassVar[str] = 'does not generate images'
@@ -388,6 +393,7 @@ class Samples(System, Protocol):
   sampling_networks: tuple[str, ...]
   drafts: tuple[str, ...] = ()
   draft_encoders: tuple[str, ...] = ()
+  draft_image_side: int = 0
 
   def prepare(self, params: Params, platform: str = '') -> Params:
     """Converts parameters to the layout in which sampling is fast on a platform; called once."""

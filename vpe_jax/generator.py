@@ -238,7 +238,8 @@ class Generator:
       UserError: the model was trained on synthetic drafts, or the encoders can't be loaded.
     """
     data = self.system.config.data
-    squares = np.stack([to_square(image, data.image_size, data.fit) for image in images])
+    side = self.system.draft_image_side or data.image_size
+    squares = np.stack([to_square(image, side, data.fit) for image in images])
     return self.batched(lambda batch: self._encode_drafts(self.draft_networks, batch), squares)
 
   @functools.cached_property

@@ -51,6 +51,11 @@ def example_keys(key: Array, name: str, example: Array) -> Array:
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(stream(key, name), example)
 
 
+def encoding_keys(key: Array, example: Array) -> Array:
+  """The keys [B] of `System.encode` for example indices [B]."""
+  return example_keys(key, 'encode', example)
+
+
 def per_example(sample: Callable[[Array], Array], key: Array, name: str, example: Array) -> Array:
   """Vectorizes `sample(key)` over example indices [B]: results [B, ...]."""
   return jax.vmap(sample)(example_keys(key, name, example))

@@ -26,6 +26,15 @@ def test_mixture_is_evenly_interleaved(split, share):
 
 
 @pytest.mark.parametrize('split', SPLITS)
+def test_mixture_has_its_share_of_words(split):
+  source = open_source(DataConfig(words_share=0.25, scenes_share=0.6, examples=100), split)
+  groups = [source[i].group for i in range(100)]
+  assert groups.count('words') == 25 and groups.count('scene') == 45
+  assert abs(groups[:20].count('words') - 5) <= 1
+  assert len({source[i].id for i in range(100)}) == 100
+
+
+@pytest.mark.parametrize('split', SPLITS)
 def test_edits_mix_scenes_and_emoji(split):
   config = DataConfig(source='edits', scenes_share=0.6, examples=50, source_images=True)
   source = open_source(config, split)
@@ -75,6 +84,8 @@ def test_mixture_ends():
     ({'source': ''}, 'train', "unknown config.data.source ''"),
     ({'examples': -1}, 'train', 'must be at least 0'),
     ({'scenes_share': 1.5}, 'train', 'between 0 and 1'),
+    ({'words_share': -0.1}, 'train', 'words_share.*between 0 and 1'),
+    ({'most_words': 4}, 'train', 'most_words.*1, 2 or 3'),
     ({'source': 'synthetic'}, 'concept', 'no held-out split'),
     ({'source': 'edits'}, 'train', 'config.data.source=edits'),
     ({'source_images': True}, 'train', 'config.data.source=mixture has no source images'),

@@ -44,7 +44,7 @@ def _open(system, frozen=None):
     return encode.open_training_data(system.config, system, frozen, mesh), frozen
 
 
-def _encode_zeros(params, inputs, rng):
+def _encode_zeros(params, inputs, keys):
   """An encode function with other weights, whose entries are all zero."""
   count = inputs['image'].shape[0]
   return {'visual_prompt': jnp.zeros((count, 4), jnp.int32), 'latents': jnp.zeros((count, 2, 2, 3))}
@@ -179,9 +179,9 @@ def test_source_images_are_encoded_too(tmp_path, drawing_system):
       inputs = {**spec.encoder_inputs, **source}
       return BatchSpec(spec.inputs, inputs, encoded, frozenset(encoded), spec.codebooks)
 
-    def encode(self, frozen, inputs, rng):
-      source = super().encode(frozen, {'image': inputs['source_image']}, rng)['latents']
-      return super().encode(frozen, inputs, rng) | {'source_latents': source}
+    def encode(self, frozen, inputs, keys):
+      source = super().encode(frozen, {'image': inputs['source_image']}, keys)['latents']
+      return super().encode(frozen, inputs, keys) | {'source_latents': source}
 
   data = {'encode': 'cached', 'source': 'edits', 'examples': 9, 'source_images': True}
   plain = drawing_system(data=data)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vpe_jax import rng as rng_lib
 from vpe_jax import sharding
 from vpe_jax.checkpoints import checksum, dtypes, imports, weights
 from vpe_jax.config import MeshConfig
@@ -30,7 +31,7 @@ class FrozenNetworks:
   Attributes:
     params: name -> sharded parameters; not part of checkpoints, never closed over.
     fingerprints: name -> hash of all bits of the parameters.
-    encode: the system's `encode(params, inputs, rng)`, jitted once for all callers.
+    encode: the system's `encode(params, inputs, keys)`, jitted once for all callers.
   """
 
   params: Params
@@ -39,7 +40,8 @@ class FrozenNetworks:
 
   def encode_batch(self, batch: Batch, rng: Array) -> Batch:
     """Returns the batch with `encoded` replaced by the outputs of the frozen encoders."""
-    return dataclasses.replace(batch, encoded=self.encode(self.params, batch.inputs, rng))
+    keys = rng_lib.encoding_keys(rng, batch.example)
+    return dataclasses.replace(batch, encoded=self.encode(self.params, batch.inputs, keys))
 
 
 def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> FrozenNetworks:
@@ -94,7 +96,8 @@ def load_draft_encoders(system: Samples) -> Params:
       'this model was trained on synthetic codes, for which no encoder exists: name a run that was '
       'trained on images'
     )
-  networks, side = _on_one_device(system, names), system.config.data.image_size
+  networks = _on_one_device(system, names)
+  side = system.draft_image_side or system.config.data.image_size
   with _one_line_errors(system, names):
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
     jax.eval_shape(system.encode_drafts, networks, image)
@@ -216,9 +219,10 @@ def check_fits(system: System, networks: Params) -> None:
         'set data.encode=cached'
       )
     return
-  inputs, key = spec.batch(cached=False).inputs, jax.eval_shape(lambda: jax.random.key(0))
+  batch = spec.batch(cached=False)
+  keys = jax.eval_shape(rng_lib.encoding_keys, rng_lib.abstract_key(), batch.example)
   with _one_line_errors(system, system.frozen):
-    outputs = jax.eval_shape(system.encode, networks, inputs, key)
+    outputs = jax.eval_shape(system.encode, networks, batch.inputs, keys)
   for name, expected in spec.encoded.items():
     if outputs[name].shape != expected.shape:
       raise UserError(

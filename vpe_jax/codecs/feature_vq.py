@@ -136,6 +136,8 @@ class FeatureVqCodec:
     self.network_names = (config.encoder, 'feature_vq')
     self.codes = config.codes
     self.grid = config.grid
+    # The embedded SigLIP was trained on resized images of the system.
+    self.view_side = 0 if config.published is None else config.view_side
     self.tower = towers.tower(config)
     self.quantizer = Quantizer(config)
 

@@ -81,6 +81,7 @@ class ImageCodesCodec:
   """A protocol.ImageCodec over the networks `image` and `image_codes`."""
 
   network_names = ('image', 'image_codes')
+  sampled = False
 
   def __init__(self, config: ImageCodesConfig, autoencoder: kl.KlConfig, image_size: int):
     """Builds the codec.

@@ -175,14 +175,16 @@ class KlCodec:
 
   network_names = ('image',)
   factor = FACTOR
+  sampled = False
 
   def __init__(self, config: KlConfig):
     self.config = config
     self.channels = config.channels
     self.network = Autoencoder(config)
 
-  def encode(self, params: Params, images: Array) -> Array:
-    """Latents [B, R/4, R/4, C]; see protocol.LatentCodec."""
+  def encode(self, params: Params, images: Array, keys: Array | None = None) -> Array:
+    """Latents [B, R/4, R/4, C]: the mean; see protocol.LatentCodec."""
+    del keys
     signed = pixels.to_signed(pixels.to_unit(images))
     return self.network.apply({'params': params['image']}, signed, method='encode')
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from vpe_jax.codecs import pixels
@@ -34,7 +35,7 @@ class KlVaeConfig:
       are (latents - shift) * scale.
     raw_deviation: whether sampled latents get the posterior's noise after normalization, not
       multiplied by `scale` (Show-o2's training, `sample` in wan21_vae.py). It has no effect on
-      latents that are encoded without noise.
+      the mean.
   """
 
   body: PyramidConfig
@@ -58,11 +59,14 @@ class KlVaeSection(KlVaeConfig):
     kind: family of the published weights: `kl_vae` or `wan_vae`.
     weights: source of the weights: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`).
     weights_dtype: dtype of the loaded weights: float32, or bfloat16 for a large network.
+    sampled: whether training sees samples of the posterior, another one at each step, not its mean.
+      Latents are then encoded online even if `data.encode` is `cached`.
   """
 
   kind: str = 'kl_vae'
   weights: str = ''
   weights_dtype: str = 'float32'
+  sampled: bool = False
 
   @property
   def frozen(self) -> Mapping[str, FrozenNetwork]:
@@ -72,7 +76,7 @@ class KlVaeSection(KlVaeConfig):
 
   def codec(self) -> KlVaeCodec:
     """The codec, in float32."""
-    return KlVaeCodec(self)
+    return KlVaeCodec(self, sampled=self.sampled)
 
 
 class Posterior(NamedTuple):
@@ -118,27 +122,35 @@ class KlVae(nn.Module):
 class KlVaeCodec:
   """A protocol.LatentCodec over the network `name` of `params`."""
 
-  def __init__(self, config: KlVaeConfig, name: str = 'image', dtype: jnp.dtype = jnp.float32):
+  def __init__(
+    self,
+    config: KlVaeConfig,
+    name: str = 'image',
+    dtype: jnp.dtype = jnp.float32,
+    sampled: bool = False,
+  ):
     self.config = config
+    self.sampled = sampled
     self.network_names = (name,)
     self.factor = config.body.factor
     self.channels = config.channels
     self.network = KlVae(config, dtype)
 
-  def encode(self, params: Params, images: Array, noise: Array | None = None) -> Array:
+  def encode(self, params: Params, images: Array, keys: Array | None = None) -> Array:
     """Normalized latents [B, H / factor, W / factor, C] float32.
 
     Args:
       params: network name -> parameters.
       images: [B, H, W, 3], uint8 or float in [0, 1]; sides are multiples of `factor`.
-      noise: standard normal, in the shape of the latents, to sample them; None for the mean.
+      keys: keys [B] of the noise of sampled latents; None for the mean.
     """
     c = self.config
     signed = pixels.to_signed(pixels.to_unit(images))
     mean, log_variance = self._apply(params, signed, 'posterior')
     shift, scale = jnp.asarray(c.shift), jnp.asarray(c.scale)
-    if noise is None:
+    if keys is None:
       return (mean - shift) * scale
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
     deviation = jnp.exp(0.5 * log_variance) * noise
     return (mean - shift) * scale + (deviation if c.raw_deviation else deviation * scale)
 

@@ -43,13 +43,22 @@ class FeatureCodec(TokenCodec, Protocol):
   Attributes:
     codebook: path of the codebook [V, W] in `params`, beginning with the network's name; W is the
       width of an entry.
+    view_side: side in pixels of the images that `encode` reads, if the pipeline makes them from
+      the original image; 0 if it reads the images of the system, of side `data.image_size`.
   """
 
   codebook: str
+  view_side: int
 
 
 class ImageCodec(TokenCodec, Protocol):
-  """Images <-> a grid of discrete codes, from which they are reconstructed."""
+  """Images <-> a grid of discrete codes, from which they are reconstructed.
+
+  Attributes:
+    sampled: false: codes are not sampled.
+  """
+
+  sampled: bool
 
   def decode(self, params: Params, codes: Array, rng: Array | None = None) -> Array:
     """Images [B, R, R, 3] float32 in [0, 1] of codes [B, P]; see LatentCodec.decode."""
@@ -63,16 +72,18 @@ class LatentCodec(Protocol):
     network_names: names of the networks in `params` that the codec reads.
     factor: pixels per latent along each side.
     channels: channels C of the latents.
+    sampled: whether latents for training are sampled; otherwise `encode` gets no keys.
   """
 
   network_names: tuple[str, ...]
   factor: int
   channels: int
+  sampled: bool
 
-  def encode(self, params: Params, images: Array) -> Array:
+  def encode(self, params: Params, images: Array, keys: Array | None = None) -> Array:
     """Latents [B, h, w, C] float32 of images [B, R, R, 3], uint8 or float in [0, 1].
 
-    h = w = R / factor.
+    h = w = R / factor. `keys` [B] are the random keys of sampled latents.
     """
     ...
 

@@ -165,7 +165,7 @@ class SiglipVqCodec:
     self.network_names = (name,)
     self.codebook = f'{name}/codebook'
     self.codes = config.codes
-    self.image_size = image_size
+    self.view_side = image_size
     self.grid = image_size // config.patch
     self.network = SiglipVq(config, dtype)
 
@@ -175,9 +175,9 @@ class SiglipVqCodec:
     Args:
       params: network name -> parameters.
       images: [B, H, W, 3] of any shape, uint8 or float in [0, 1]. They are resized and padded with
-        white to squares of side `image_size`, as the pipeline does for `data.fit=pad`.
+        white to squares of side `view_side`, as the pipeline does for `data.fit=pad`.
     """
-    signed = pixels.to_signed(pixels.padded_view(images, self.image_size))
+    signed = pixels.to_signed(pixels.padded_view(images, self.view_side))
     codes = self.network.apply({'params': params[self.network_names[0]]}, signed, method='encode')
     return codes.reshape(codes.shape[0], -1)
 
@@ -190,7 +190,7 @@ class SiglipVqCodec:
 
   def abstract_params(self) -> Params:
     """Shapes of the network's parameters; see protocol.TokenCodec."""
-    images = shapes.images(self.image_size)
+    images = shapes.images(self.view_side)
     return {self.network_names[0]: shapes.parameter_shapes(self.network, images)}
 
 

@@ -112,6 +112,8 @@ class VqGan(nn.Module):
 class VqGanCodec:
   """A protocol.ImageCodec over the network `name` of `params`."""
 
+  sampled = False
+
   def __init__(self, config: VqGanConfig, image_size: int = 512, name: str = 'tokens'):
     self.config = config
     self.network_names = (name,)

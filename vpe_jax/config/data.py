@@ -30,13 +30,17 @@ class DataConfig:
   """The training data.
 
   Attributes:
-    source: `mixture` (OpenMoji and scenes), `openmoji`, `scenes`, `words` (rendered words),
-      `edits` (of scenes and of OpenMoji), `synthetic`; or the user's own data: `folder:PATH`, a
-      folder of image files or one written by `python -m vpe_jax.prepare`; `folders:NAME*3,NAME`,
-      several folders with repeat factors (vpe_jax.data.recipes); `tfds:NAME/SPLIT`, ArrayRecord
-      files of TensorFlow Datasets (vpe_jax.data.formats.tfds).
+    source: `mixture` (OpenMoji, scenes and, with `words_share`, rendered words), `openmoji`,
+      `scenes`, `words` (rendered words), `edits` (of scenes and of OpenMoji), `synthetic`; or the
+      user's own data: `folder:PATH`, a folder of image files or one written by `python -m
+      vpe_jax.prepare`; `folders:NAME*3,NAME`, several folders with repeat factors
+      (vpe_jax.data.recipes); `tfds:NAME/SPLIT`, ArrayRecord files of TensorFlow Datasets
+      (vpe_jax.data.formats.tfds).
     root: parent folder of the folders of `folders:` and of the data sets of `tfds:`.
-    scenes_share: share of scenes in `mixture` and in `edits`.
+    scenes_share: share of scenes in `edits`, and among scenes and OpenMoji in `mixture`.
+    words_share: share of rendered words in `mixture`.
+    most_words: maximum number of words in a rendered image, 1 to 3.
+    fonts: names of the fonts of rendered words (empty: all five of vpe_jax.data.embedded.fonts).
     examples: number of records (0: all of a finite source).
     image_size: side of the square image in pixels.
     fit: how a rectangular image becomes a square: `pad` with white, or `crop` its centre.
@@ -62,6 +66,9 @@ class DataConfig:
   source: str = 'mixture'
   root: str = 'data'
   scenes_share: float = 0.75
+  words_share: float = 0.0
+  most_words: int = 3
+  fonts: tuple[str, ...] = ()
   examples: int = 0
   image_size: int = 64
   fit: str = 'pad'
@@ -77,7 +84,9 @@ class DataConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self, 'data.')
-    check(self, 'data.', 'scenes_share', 0 <= self.scenes_share <= 1, 'between 0 and 1')
+    for name in ('scenes_share', 'words_share'):
+      check(self, 'data.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
+    check(self, 'data.', 'most_words', 1 <= self.most_words <= 3, '1, 2 or 3')
     for name, known in {'encode': ENCODES, 'prompt_field': PROMPT_FIELDS, 'fit': FITS}.items():
       check(self, 'data.', name, getattr(self, name) in known, f'one of {", ".join(known)}')
     self._check_source()

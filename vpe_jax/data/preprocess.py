@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -20,17 +20,20 @@ class PromptAndImage:
   """Prompt tokens and images of a record; see vpe_jax.contracts.Preprocess.
 
   Returns `text` int32 [T] and `text_length` int32 []. On request also `image` and `source_image`,
-  uint8 [R, R, 3], and `near` int32 [M, T] with `near_length` int32 [M]: captions that are wrong in
-  one detail, padded with captions of length 0 if the record has fewer than M. T is
-  `data.text_length`, R `data.image_size`, M `data.near_misses`.
+  uint8 [R, R, 3]; the image at another size, for encoders that read it at that size; and `near`
+  int32 [M, T] with `near_length` int32 [M]: captions that are wrong in one detail, padded with
+  captions of length 0 if the record has fewer than M. T is `data.text_length`, R
+  `data.image_size`, M `data.near_misses`.
 
   Attributes:
     tokenizer: converts prompts to token ids.
     data: data section of the config: the sizes above, and the field that is the prompt.
+    views: name -> side in pixels of the image at other sizes, each resized from the original image.
   """
 
   tokenizer: bpe.Tokens
   data: DataConfig
+  views: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
   def prompt(self, record: Record) -> str:
     """The caption of a record, or its class name (`data.prompt_field`)."""
@@ -50,7 +53,8 @@ class PromptAndImage:
       arrays['image'] = render(record, size)
     if 'source_image' in names:
       arrays['source_image'] = record.reference.render(size)
-    return arrays
+    views = {name: render(record, side) for name, side in self.views.items() if name in names}
+    return arrays | views
 
   def _tokens(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return self.tokenizer.encode_batch(texts, self.data.text_length, cut=True)
@@ -65,13 +69,16 @@ class PromptAndImage:
     return {'near': near, 'near_length': length}
 
 
-def prompt_and_image(data: DataConfig, field: str = '', rows: int = 0) -> PromptAndImage:
+def prompt_and_image(
+  data: DataConfig, field: str = '', rows: int = 0, views: Mapping[str, int] | None = None
+) -> PromptAndImage:
   """Preprocessing for systems that read prompts and images.
 
   Args:
     data: data section of the config.
     field: config field with the size of the embedding table; empty if the system has no table.
     rows: number of rows of that table.
+    views: see PromptAndImage.
 
   Raises:
     UserError: the tokenizer does not exist, or has more tokens than the table has rows.
@@ -82,4 +89,4 @@ def prompt_and_image(data: DataConfig, field: str = '', rows: int = 0) -> Prompt
       f"tokenizer '{data.tokenizer}' has {tokenizer.vocabulary} tokens, but {field} is {rows}: "
       'the embedding table needs a row for each token'
     )
-  return PromptAndImage(tokenizer, data)
+  return PromptAndImage(tokenizer, data, views or {})

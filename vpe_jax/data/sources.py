@@ -17,6 +17,7 @@ from vpe_jax.data.embedded.edits import Edits
 from vpe_jax.data.embedded.emoji_edits import EmojiEdits
 from vpe_jax.data.embedded.openmoji import OpenMoji
 from vpe_jax.data.embedded.scenes import Scenes
+from vpe_jax.data.embedded.words import of_config as words_of_config
 from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.array_record import open_image_folder
 from vpe_jax.data.formats.folder import FieldSpec
@@ -111,23 +112,29 @@ def _open_stored(config: DataConfig, split: Split) -> Source:
 
 
 def open_mixture(config: DataConfig, split: Split, seed: int) -> Mixture:
-  """Opens the source `mixture`: scenes and OpenMoji; see Opener."""
-  return _mixture(Scenes, OpenMoji, config, split, seed)
+  """Opens the source `mixture`: scenes, OpenMoji and rendered words; see Opener."""
+  count, share = config.examples or DEFAULT_COUNT, config.words_share
+  if not share:
+    return _mixture(Scenes, OpenMoji, config, count, split, seed)
+  words = _count_of_first(count, share)
+  others = _mixture(Scenes, OpenMoji, config, max(1, count - words), split, seed)
+  return Mixture(words_of_config(config, words, split, seed), others, share, count)
 
 
 def open_edits(config: DataConfig, split: Split, seed: int) -> Mixture:
   """Opens the source `edits`: edits of scenes and of OpenMoji; see Opener."""
-  return _mixture(Edits, EmojiEdits, config, split, seed)
+  return _mixture(Edits, EmojiEdits, config, config.examples or DEFAULT_COUNT, split, seed)
 
 
 def _mixture(
   first: type[ProceduralSource],
   second: type[OpenMoji | EmojiEdits],
   config: DataConfig,
+  count: int,
   split: Split,
   seed: int,
 ) -> Mixture:
-  count, share = config.examples or DEFAULT_COUNT, config.scenes_share
+  share = config.scenes_share
   scenes = _count_of_first(count, share)
   others = second(max(1, count - scenes), split, seed)
   return Mixture(first(scenes, split, seed), others, share, count)

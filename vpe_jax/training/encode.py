@@ -33,6 +33,17 @@ CHUNK = 64  # images encoded at a time, rounded up to a multiple of the number o
 READERS = 2  # threads that render images ahead
 PROBES = 16  # images whose content goes into the fingerprint
 REPORT_EVERY = 10.0  # seconds
+# Fields of the data section that determine the images.
+_CONTENT = (
+  'source',
+  'scenes_share',
+  'words_share',
+  'most_words',
+  'fonts',
+  'examples',
+  'image_size',
+  'fit',
+)
 
 
 def open_training_data(
@@ -75,7 +86,7 @@ def fingerprint(
   parts = {
     'version': __version__,
     'layout': cache.LAYOUT,
-    'data': [config.source, config.scenes_share, config.examples, config.image_size, config.fit],
+    'data': {name: getattr(config, name) for name in _CONTENT},
     'seed': seed,
     'content': _content(config, images),
     'encoders': frozen.fingerprints,

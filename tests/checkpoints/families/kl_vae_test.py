@@ -102,14 +102,15 @@ def test_codec_normalises_latents_like_diffusers_pipelines(parity, saved, import
 
   model, config = saved[0], saved[0].config
   codec, params = KlVaeCodec(imported.sizes), {'image': imported.params}
-  noise = np.random.default_rng(2).standard_normal((2, 8, 12, codec.channels)).astype(np.float32)
+  keys = jax.random.split(jax.random.key(2), 2)
+  noise = jnp.stack([jax.random.normal(key, (8, 12, codec.channels)) for key in keys])
   encode = jax.jit(codec.encode)
   with torch.no_grad():
     posterior = model.encode(2 * _nchw(images) - 1).latent_dist
     normal = lambda x: (x - (config.shift_factor or 0.0)) * config.scaling_factor
     parity.assert_close(encode(params, images), _nhwc(normal(posterior.mean)))
-    sample = posterior.mean + posterior.std * _nchw(noise)
-    parity.assert_close(encode(params, images, noise), _nhwc(normal(sample)), 1e-4)  # std amplifies
+    sample = posterior.mean + posterior.std * _nchw(np.asarray(noise))
+    parity.assert_close(encode(params, images, keys), _nhwc(normal(sample)), 1e-4)  # std amplifies
     latents = normal(posterior.mean)
     decoded = model.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
     expected = _nhwc((decoded / 2 + 0.5).clamp(0, 1))
@@ -130,10 +131,10 @@ def test_bfloat16_stays_close_to_float32(parity, imported, images):
 
 def test_raw_deviation_scales_noise_without_normalisation(imported, images):
   raw = dataclasses.replace(imported.sizes, raw_deviation=True)
-  params, noise = {'image': imported.params}, np.ones((2, 8, 12, imported.sizes.channels))
+  params, keys = {'image': imported.params}, jax.random.split(jax.random.key(0), 2)
   mean, plain, quirk = (
-    np.asarray(jax.jit(KlVaeCodec(sizes).encode)(params, images, normals))
-    for sizes, normals in ((raw, None), (imported.sizes, noise), (raw, noise))
+    np.asarray(jax.jit(KlVaeCodec(sizes).encode)(params, images, each))
+    for sizes, each in ((raw, None), (imported.sizes, keys), (raw, keys))
   )
   np.testing.assert_allclose((quirk - mean) * raw.scale[0], plain - mean, rtol=1e-3, atol=1e-5)
 

@@ -48,6 +48,27 @@ def test_case_accents_and_typography_are_normalized():
   assert tokenizer.encode('a “dog’s” – hat') == tokenizer.encode('a "dog\'s" - hat')
 
 
+@pytest.mark.parametrize(
+  ('caption', 'spelled'),
+  [
+    ('the word "fox"', 'f o x'),
+    ('“Red fox” and "owl" on white', 'r e d ▁ f o x o w l'),
+    ('"at"', 'a t'),
+    ('a 5" fox', ''),
+    ('a fox ""', ''),
+  ],
+)
+def test_quoted_text_is_spelled_letter_by_letter(caption, spelled):
+  tokenizer = bpe.shipped()
+  ids = tokenizer.encode(caption)
+  pieces = ' '.join(tokenizer._bpe.id_to_token(i) for i in ids)
+  quotes = pieces.split('"')[1::2] if pieces.count('"') > 1 else []
+  assert ' '.join(quote.strip() for quote in quotes if quote.strip()) == spelled
+  assert tokenizer.decode(ids) == caption.lower().replace('“', '"').replace('”', '"')
+  unquoted = tokenizer.encode(caption.replace('"', '').replace('“', '').replace('”', ''))
+  assert len(ids) > len(unquoted)
+
+
 def test_text_never_encodes_to_special_tokens():
   assert min(bpe.shipped().encode('[eos][pad][unk]')) >= len(bpe.SPECIALS)
 

@@ -44,6 +44,47 @@ _SIGNS = """
 open closed exit enter stop go sale free hello welcome thanks please happy love music coffee tea
 water bread milk school market hotel garden north south east west summer winter monday friday news
 """
+# Further words, so that unseen words can be spelled from seen ones: letters in many positions.
+_COMMON = """
+abacus aerial aid alarm alembic alien amount amphora amulet angel anger angry ant antenna anxious
+arm arrival artist arts atom auto away axe baby back bacon badge badger bag bagel baggage balance
+ball ballet ballot bandage banjo bank bar barber bargain basket bath bathtub battery beach beads
+beans beard beaver bed beetle behind bellhop bento biceps big bin bird bison blond blossom board
+boat bolt bone books boot bottle bouquet bowl box boy brain brick bridge bright broken broom
+bubble bucket buffalo bug bulb bullet bunny buoy burrito butter button cabinet call candy cane
+canoe cap card cart chain charge chart check cheese cherry chess chest chick child chime church
+cinema circus claim clamp clapper clock closet clothes clouds clover clown club clutch coaster
+coat coconut coin comet compass control cook coral cork corn couch couple cover cowboy cracker
+crayon cream credit cricket crutch crystal cup curl curly curry custard customs cut cyclone dancer
+dango deaf desert desktop disc dish disk divide dizzy dodo dollar dolls done donkey door double
+dove dragon dress droplet eagle ear egg eleven elf emblem empty engine entry equals euro eye
+eyebrow face factory fairy falafel family fan farmer fast fax fear feather female ferris ferry
+field fight file film finger fire first fist flag flash flat floor floppy flower flute fly fog
+foggy folder fondue food foot fork fortune forward frames french fries from front fruit full game
+garlic gear gem genie ginger girl glass glasses globe glove goal goat goblin goose grade grapes
+grey ground guard hair haircut hairy halo hamster hand handbag handle harp hat head health hear
+hearts heavy helmet herb high hockey hole hollow honey hook horn houses ice input island jack jar
+jeans joker joy judge keycap kimono kiss kitchen kiwi knobs knot lab label ladder lady lamp
+lantern laptop large last leaf leafy ledger left leg leopard letter level light lime line link
+liquid litter lizard llama lobster long loop lorry lotion lotus loudly luggage lungs machine magic
+magnet mail mailbox mammoth mango manual map maple maracas mask meat medal medical medium melon
+memo menorah mermaid merman metro microbe middle milky minibus minus mirror mobile money monster
+monthly moon moose mosque motor mount mouth movie mug musical nail name necktie needle nerd nest
+net neutral new next nib night ninja nose notepad notes numbers nut office officer older olive
+onion optical otter package palette palm paper park pause peace peacock peanuts pen pepper phoenix
+phone pick pickup picture pie piece pilot pin pine place planet plant plate play plug plunger
+points polar pole police polish polo poodle pool popcorn popper post postal postbox potable potato
+pound pretzel prince printer prints pushpin puzzle quarter raccoon radio railway rain ray razor
+receipt record repeat ribbon rice right rock roll roller rooster root rosette round rugby ruler
+sad safety salad salt salute saucer scale scarf scooter score scroll seal secret see service
+shallow shell shield ship shirt shoe shorts shovel shower shrimp singer single skate sled sleepy
+slide slider small smile soap soccer socks spade sparkle speak speaker speech spiral sponge spoon
+sport springs squid stadium stars station steam stone store student studio sunrise sunset sushi
+sweat sweet swirl swords taxi teacher teacup teapot tears teddy temple tennis thirty thread thumbs
+ticket timer tongue toolbox tooth top tornado tower track trade traffic tram tramway tray truck
+turkey twelve unicorn uniform vehicle victory video viewer voltage volume waffle watch wave way
+weights white wind window worker world worm wrench yarn zipper
+"""
 _MAX_LENGTH = 8  # letters of a written word; longer words would be too small to read
 
 _IRREGULAR = {
@@ -74,7 +115,7 @@ def emoji_codes() -> dict[str, str]:
 @functools.cache
 def written() -> tuple[str, ...]:
   """The written words, in a fixed order."""
-  words = (*_SIGNS.split(), *emoji_codes(), *shapes.SHAPES, *shapes.COLOURS)
+  words = (*_SIGNS.split(), *emoji_codes(), *shapes.SHAPES, *shapes.COLOURS, *_COMMON.split())
   fits = lambda word: word.isalpha() and 2 <= len(word) <= _MAX_LENGTH
   return tuple(dict.fromkeys(word for word in words if fits(word)))
 

@@ -29,6 +29,7 @@ SHIPPED = SHIPPED_ASSETS / 'bpe.json'
 _SCENES = 4000  # number of scenes whose captions train the BPE
 _WORDINGS = 4  # captions per OpenMoji emoji
 _TYPOGRAPHY = {'“': '"', '”': '"', '‘': "'", '’': "'", '–': '-', '—': '-'}
+_QUOTE = re.compile(r'"([^"]*)"')
 # Common words that the data sets lack; without these prompts, the BPE would spell them in letters.
 _GENERAL = (
   'a photo of a red fox in the snow',
@@ -182,7 +183,20 @@ class Tokenizer(Tokens):
     return self._bpe.get_vocab_size()
 
   def _ids(self, caption: str) -> list[int]:
-    return self._bpe.encode(caption, add_special_tokens=False).ids
+    """Token ids; text in quotation marks, which an image shows, is spelled letter by letter."""
+    text = self._bpe.normalizer.normalize_str(caption)
+    ids, start = [], 0
+    for quote in _QUOTE.finditer(text):
+      ids += self._encode(text[start : quote.start() + 1], start > 0)
+      ids += [i for letter in quote[1] + '"' for i in self._encode(letter, True)]
+      start = quote.end()
+    return ids + self._encode(text[start:], start > 0)
+
+  def _encode(self, text: str, after_mark: bool) -> list[int]:
+    """Token ids of a part of a caption; `after_mark`: it follows a quotation mark directly."""
+    if not after_mark:
+      return self._bpe.encode(text, add_special_tokens=False).ids
+    return self._bpe.encode(f'"{text}', add_special_tokens=False).ids[2:]  # without space and "
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of tokens, in lower case and without special tokens."""

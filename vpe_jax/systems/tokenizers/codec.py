@@ -35,6 +35,7 @@ from vpe_jax.objectives import alignment, autoencoding
 from vpe_jax.systems.tokenizers.siglip import ENCODER_AXES, captioned_images
 
 STAGES = ('feature_vq', 'image', 'image_codes')
+VIEW = 'tower_image'  # the image at the side that a published tower reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,13 @@ class System(SystemProtocol):
   @functools.cached_property
   def preprocess(self) -> PromptAndImage:
     """Caption tokens and images."""
-    return prompt_and_image(self.config.data)
+    return prompt_and_image(self.config.data, views=self._views)
+
+  @property
+  def _views(self) -> dict[str, int]:
+    """The image at the side that a published tower reads: name -> side in pixels."""
+    side = self.feature_codec.view_side if 'feature_vq' in self.config.stages else 0
+    return {VIEW: side} if side not in (0, self.config.data.image_size) else {}
 
   def batch_spec(self, batch_size: int) -> BatchSpec:
     """Images and captions; features and latents to quantize, which are computed online."""
@@ -186,14 +193,17 @@ class System(SystemProtocol):
     if 'image_codes' in self.config.stages:
       shape = (batch_size, self.image_codec.grid**2, self.image_codec.width)
       encoded['latent_patches'] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return dataclasses.replace(spec, encoded=encoded)
+    view = lambda side: jax.ShapeDtypeStruct((batch_size, side, side, 3), jnp.uint8)
+    views = {name: view(side) for name, side in self._views.items()}
+    return dataclasses.replace(spec, inputs={**spec.inputs, **views}, encoded=encoded)
 
-  def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
+  def encode(self, frozen: Params, inputs: Mapping[str, Array], keys: Array) -> dict[str, Array]:
     """`features` [B, P, D] of the tower; `latent_patches` [B, P, W], W numbers in each patch."""
-    del rng
+    del keys
     encoded = {}
     if 'feature_vq' in self.config.stages:
-      encoded['features'] = self.feature_codec.features(frozen, inputs['image'])
+      image = inputs[VIEW if self._views else 'image']
+      encoded['features'] = self.feature_codec.features(frozen, image)
     if 'image_codes' in self.config.stages:
       encoded['latent_patches'] = self.image_codec.latent_patches(frozen, inputs['image'])
     return encoded

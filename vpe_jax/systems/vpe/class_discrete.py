@@ -148,9 +148,9 @@ class System(ImageSystem):
     latents = jax.ShapeDtypeStruct((batch_size, side, side), jnp.int32)
     return self.prompt_shapes(batch_size) | {'latents': latents}
 
-  def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
+  def encode(self, frozen: Params, inputs: Mapping[str, Array], keys: Array) -> dict[str, Array]:
     """Visual prompts, where the model has any, and codes [B, h, w] of images [B, R, R, 3]."""
-    encoded = super().encode(frozen, inputs, rng)
+    encoded = super().encode(frozen, inputs, keys)
     codes = encoded['latents'].reshape(-1, self.image.grid, self.image.grid)
     return encoded | {'latents': codes}
 

@@ -88,7 +88,7 @@ class NoVisualPrompt:
   """The protocol.TokenCodec of a model without visual prompt: images have no codes."""
 
   network_names = ()
-  codes = grid = 0
+  codes = grid = view_side = 0
 
   def encode(self, params: Params, images: Array) -> Array:
     """No codes [B, 0] int32."""

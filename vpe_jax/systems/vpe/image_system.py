@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from vpe_jax import rng as rng_lib
 from vpe_jax.codecs.protocol import FeatureCodec, ImageCodec, LatentCodec
 from vpe_jax.config import Config, to_dict
 from vpe_jax.contracts import (
@@ -23,6 +24,8 @@ from vpe_jax.contracts import (
 from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
 from vpe_jax.models import kernel_layout
 from vpe_jax.systems.vpe.codec_sections import NoVisualPrompt
+
+VIEW = 'visual_prompt_image'  # the image at the side that the visual prompt's encoder reads
 
 
 class ImageSystem(PlansVisually):
@@ -56,6 +59,7 @@ class ImageSystem(PlansVisually):
     self.visual_prompt = config.model.prompt_codec(jnp.dtype(config.dtype))
     self.codes = config.model.visual_prompt_codes
     self.drafts = ('visual_prompt',) if self.codes else ()
+    self.draft_image_side = self.visual_prompt.view_side
 
   @property
   def frozen(self) -> Mapping[str, FrozenNetwork]:
@@ -67,7 +71,13 @@ class ImageSystem(PlansVisually):
   @functools.cached_property
   def preprocess(self) -> PromptAndImage:
     """Prompt tokens and images."""
-    return prompt_and_image(self.config.data, *self.table)
+    return prompt_and_image(self.config.data, *self.table, views=self.views)
+
+  @property
+  def views(self) -> dict[str, int]:
+    """Images at other sizes than `data.image_size`: name -> side in pixels."""
+    side = self.visual_prompt.view_side
+    return {VIEW: side} if side not in (0, self.config.data.image_size) else {}
 
   @property
   def encoder_settings(self) -> dict[str, Any]:
@@ -77,7 +87,7 @@ class ImageSystem(PlansVisually):
     for section in settings.values():  # Weights and dtype are identified by fingerprints.
       for name in [name for name in section if name.endswith(('weights', 'weights_dtype'))]:
         del section[name]
-    return settings | {'vpe': c.vpe, 'dtype': self.config.dtype}
+    return settings | self.views | {'vpe': c.vpe, 'dtype': self.config.dtype}
 
   def init(self, rng: Array) -> Params:
     """Random initial parameters, float32."""
@@ -91,13 +101,13 @@ class ImageSystem(PlansVisually):
     """Prompts; images, which only the codecs read; visual prompts and latents."""
     data = self.config.data
     leaf = lambda dtype, *shape: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
-    image = leaf(jnp.uint8, data.image_size, data.image_size, 3)
+    sides = {'image': data.image_size, **self.views}
     encoded = self.encoded_shapes(batch_size)
     return BatchSpec(
       inputs={'text': leaf(jnp.int32, data.text_length), 'text_length': leaf(jnp.int32)},
-      encoder_inputs={'image': image},
+      encoder_inputs={name: leaf(jnp.uint8, side, side, 3) for name, side in sides.items()},
       encoded=encoded,
-      cacheable=frozenset(encoded),
+      cacheable=frozenset(encoded) - ({'latents'} if self.image.sampled else set()),
       codebooks=self.codebooks,
     )
 
@@ -125,11 +135,16 @@ class ImageSystem(PlansVisually):
       return {}
     return {**self.visual_prompt.abstract_params(), **self.image.abstract_params()}
 
-  def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
+  def encode(self, frozen: Params, inputs: Mapping[str, Array], keys: Array) -> dict[str, Array]:
     """Visual prompts, where the model has any, and latents of images [B, R, R, 3] uint8."""
-    del rng
-    drafts = self.encode_drafts(frozen, inputs['image'])
-    return drafts | {'latents': self.image.encode(frozen, inputs['image'])}
+    drafts = self.encode_drafts(frozen, inputs[VIEW if self.views else 'image'])
+    return drafts | {'latents': self.encode_image(frozen, inputs['image'], keys)}
+
+  def encode_image(self, frozen: Params, images: Array, keys: Array) -> Array:
+    """Latents of images [B, R, R, 3] uint8, sampled with `keys` [B] if the codec samples."""
+    if self.image.sampled:
+      return self.image.encode(frozen, images, keys)
+    return self.image.encode(frozen, images)
 
   @property
   def draft_encoders(self) -> tuple[str, ...]:
@@ -137,14 +152,18 @@ class ImageSystem(PlansVisually):
     return tuple(self.visual_prompt.network_names) if self.codes else ()
 
   def encode_drafts(self, frozen: Params, images: Array) -> dict[str, Array]:
-    """Visual prompts [B, P] of images [B, R, R, 3], where the model has any."""
+    """Visual prompts [B, P] of images [B, S, S, 3], where the model has any.
+
+    S is `draft_image_side`, or `data.image_size` if that is 0.
+    """
     return {'visual_prompt': self.visual_prompt.encode(frozen, images)} if self.codes else {}
 
   def encoded(self, frozen: Params, batch: Batch, rng: Array) -> Mapping[str, Array]:
     """The batch's encoded entries; missing ones are computed online."""
     if batch.encoded.keys() >= self.encoded_shapes(1).keys():
       return batch.encoded
-    return {**self.encode(frozen, batch.inputs, rng), **batch.encoded}
+    keys = rng_lib.encoding_keys(rng, batch.example)
+    return {**self.encode(frozen, batch.inputs, keys), **batch.encoded}
 
   def decode(self, frozen: Params, encoded: Mapping[str, Array], rng: Array) -> Array:
     """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""

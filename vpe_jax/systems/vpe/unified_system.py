@@ -110,8 +110,9 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     spec = super().batch_spec(batch_size)
     if not self.has_source:
       return spec
-    image = spec.encoder_inputs['image']
-    return dataclasses.replace(spec, encoder_inputs={'image': image, 'source_image': image})
+    images = dict(spec.encoder_inputs)
+    images['source_image'] = images['image']
+    return dataclasses.replace(spec, encoder_inputs=images)
 
   def request_spec(self, batch_size: int) -> Batch:
     """Prompts, with latents of source images where the system edits."""
@@ -126,9 +127,9 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     shapes = super().encoded_shapes(batch_size)
     return shapes | ({'source_latents': shapes['latents']} if self.has_source else {})
 
-  def encode(self, frozen: Params, inputs: Mapping[str, Array], rng: Array) -> dict[str, Array]:
+  def encode(self, frozen: Params, inputs: Mapping[str, Array], keys: Array) -> dict[str, Array]:
     """Visual prompts, latents of images, and latents of source images."""
-    encoded = super().encode(frozen, inputs, rng)
+    encoded = super().encode(frozen, inputs, keys)
     return encoded | (self.encode_source(frozen, inputs['source_image']) if self.has_source else {})
 
   def encode_source(self, frozen: Params, images: Array) -> dict[str, Array]:
