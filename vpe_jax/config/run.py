@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vpe_jax.config.data import DataConfig
-from vpe_jax.config.fields import MAX_SIZE, check_sizes
+from vpe_jax.config.fields import MAX_SIZE, check, check_sizes
 from vpe_jax.config.nested import build_section, flatten, to_dict
 from vpe_jax.config.optim import OptimConfig
 from vpe_jax.contracts import DTYPES, UserError
@@ -29,6 +29,11 @@ class MeshConfig:
   fsdp: int = -1
   tensor: int = 1
   strategy: str = 'fsdp'
+
+  def __post_init__(self) -> None:
+    for name in ('data', 'fsdp', 'tensor'):
+      size = getattr(self, name)
+      check(self, 'mesh.', name, size == -1 or 1 <= size <= MAX_SIZE, '-1 or at least 1')
 
 
 @dataclasses.dataclass(frozen=True)
