@@ -209,6 +209,11 @@ class Stage:
   monitored: tuple[str, ...] = ()
   training: bool = True
 
+  @property
+  def unweighted(self) -> tuple[str, ...]:
+    """Names of loss terms that are logged only, such as an accuracy."""
+    return tuple(name for name, weight in self.losses.items() if weight == 0.0)
+
   def trains(self, path: str) -> bool:
     """Whether the parameter at a path trains in this stage."""
     return any(re.match(pattern, path) for pattern in self.trainable)

@@ -48,7 +48,9 @@ def run(config: Mapping[str, Any], workdir: str, allow_change: Sequence[str] = (
   system = systems.build(config)
   finished = loop.train(system.config, system, workdir, allow_change)
   if finished is not None and jax.process_index() == 0:
-    print(reference.comparison(system.config, workdir) or f'done: {workdir}', flush=True)
+    if lines := reference.comparison(system, workdir):
+      print(lines)
+    print(f'done: {workdir}', flush=True)
   return finished is not None
 
 

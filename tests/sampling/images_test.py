@@ -117,6 +117,12 @@ def test_wrapped_text_fits_and_loses_nothing():
   assert ''.join(lines).replace(' ', '') == text.replace(' ', '')
 
 
+def test_lines_end_between_words_and_after_separators():
+  font = images.ImageFont.load_default(14)
+  lines = images._wrap('runs/edit-tiny.safetensors: generated on  the', font, 112)
+  assert lines == ['runs/edit-tiny.', 'safetensors:', 'generated on the']
+
+
 def test_grid_refuses_images_of_two_sizes():
   with pytest.raises(ValueError, match='one size'):
     images.grid([[_noise(0), _noise(1, side=9)]])

@@ -46,6 +46,32 @@ def test_held_out_metric_without_training_values_has_a_panel():
   assert panels['eval/flow'].training == [(1, 0.1), (2, 0.2)]
 
 
+def test_a_term_that_is_logged_only_is_not_called_a_loss():
+  records = [{'step': s, 'stage': 'ab'[s > 2], 'loss/flow': 1.0, 'loss/accuracy': 0.5}
+             for s in (1, 2, 3)]  # fmt: skip
+  panels = curves.make_panels(records, {'accuracy'})
+  assert [panel.title for panel in panels] == ['loss/flow', 'accuracy']
+  assert panels[0].stages == ((1, 'a'), (3, 'b'))
+
+
+def test_each_stage_is_marked_and_smoothed_by_itself():
+  points = [(step, 0.0 if step < 200 else 1.0) for step in range(400)]
+  stages = ((0, 'a'), (200, 'b'))
+  assert curves.smooth(points, stages) == points
+  image = lambda *stages: np.asarray(curves.render([curves.Panel('x', points, [], stages)]))
+  dots = (image(*stages) == curves._MARK).all(-1)
+  middle = (curves._MARGIN + curves._WIDTH - 14) // 2
+  assert dots[:, middle - 2 : middle + 3].any(0).sum() == 1
+  assert not (image(stages[0]) == curves._MARK).all(-1).any()
+
+
+def test_the_last_tick_is_whole():
+  wide = [(step, 1.0) for step in (0, 100_000)]
+  image = np.asarray(curves.render([curves.Panel('x', wide, [])]))[:, : curves._WIDTH]
+  below = (image[-24:] != curves._PAPER).any(-1)
+  assert below[:, -40:].any() and not below[:, -1].any()
+
+
 def test_falling_curve_falls_in_the_plot():
   falling = [(step, 5 - step / 100) for step in range(400)]
   image = np.asarray(curves.render([curves.Panel('loss/flow', falling, [])]))

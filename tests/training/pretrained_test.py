@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from vpe_jax.codecs.siglip_vq import SiglipVqSection
 from vpe_jax.config import CheckpointConfig, to_dict
 from vpe_jax.contracts import COUNTERS, UserError
 from vpe_jax.sharding import leaves_by_path
+from vpe_jax.training import config_file as overriding
 from vpe_jax.training import pretrained, report, resume
 
 
@@ -179,11 +181,37 @@ def test_run_is_initialized_from_raw_or_ema_weights(line_system, tmp_path):
       np.testing.assert_array_equal(leaf, raw[path] + (shift if path.startswith('head') else 0))
 
 
+def test_run_is_initialized_from_an_exported_file(line_system, tmp_path):
+  run, file = tmp_path / 'run', str(tmp_path / 'line.safetensors')
+  parent = line_system()
+  params = parent.init(rng.run_key(0))
+  weights.save(file, params, {'config': json.dumps(to_dict(parent.config)), 'weights': 'ema'})
+  _save_checkpoint({'params': params, 'opt_state': {}, 'ema': {}}, parent, run)
+  expected = leaves_by_path(weights.load(file)[0])
+  _, state, origins = _initial_state(line_system(start=file))
+  for path, leaf in leaves_by_path(state['params']).items():
+    np.testing.assert_array_equal(leaf, expected[path])
+  assert set(origins.values()) == {f'{file} (ema)'}
+  with pytest.raises(UserError, match='start_weights is state, but .* has only parameters'):
+    _initial_state(line_system(start=file, start_weights='state'))
+
+
+def test_the_shipped_generator_starts_a_run():
+  overrides = {'start': 'assets:tiny', 'stages': 'joint'}
+  system = systems.build(overriding.load('configs/t2i.py', overrides))
+  mesh = sharding.make_mesh(system.config.mesh)
+  with jax.set_mesh(mesh):
+    abstract = resume.abstract_state(system.config, system, 0, mesh)
+    loaded = pretrained.load(system, abstract)
+  assert set(loaded.origins.values()) == {'assets:tiny (ema)'}
+  assert loaded.origins.keys() == leaves_by_path(abstract['params']).keys()
+
+
 def test_missing_or_misfitting_parent_run_is_refused(plan_run, line_system, tmp_path):
   folder = plan_run[0]
   cases = [
     (_t2i('single', start=str(folder)), "config.start .*'dit/layers/.*' is .* there and absent"),
-    (line_system(start=str(folder)), 'config.start has other parameters .* name a run'),
+    (line_system(start=str(folder)), 'config.start has other parameters .* name weights'),
     (line_system(start=str(tmp_path / 'none')), 'none has no checkpoint yet'),
   ]
   for system, message in cases:

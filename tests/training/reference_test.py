@@ -1,8 +1,13 @@
 """Tests of the comparison with the shipped reference run."""
 
-import json
+import types
 
-from vpe_jax.training import metrics, reference
+import pytest
+
+from vpe_jax import systems
+from vpe_jax.checkpoints import weights
+from vpe_jax.contracts import Stage
+from vpe_jax.training import config_file, metrics, reference
 
 
 def _records(scale, steps=60, change=30):
@@ -13,34 +18,76 @@ def _records(scale, steps=60, change=30):
       'stage_step': s if s <= change else s - change,
       'loss': scale * s,
       'loss/flow': scale * s,
+      'loss/accuracy': 1.0 / scale,
       'lr': 1.0,
     }
     for s in range(1, steps + 1)
   ]
 
 
+def _system():
+  losses = {'flow': 1.0, 'accuracy': 0.0}
+  return types.SimpleNamespace(stages=[Stage(name, (), losses, ema=False) for name in 'ab'])
+
+
 def test_means_are_within_the_stage_and_up_to_the_step():
-  assert reference.trailing_means(_records(1.0), 'b', 10) == {'flow': 35.5}
-  assert reference.trailing_means(_records(1.0), 'b', 30) == {'flow': 50.5}
-
-
-def test_comparison_is_at_the_last_common_step_of_the_stage(tmp_path, monkeypatch, line_config):
-  monkeypatch.setattr(reference, 'ASSETS', tmp_path)
-  config = line_config()
-  assert reference.comparison(config, tmp_path) is None
-  lines = '\n'.join(json.dumps(record) for record in _records(2.0, steps=90, change=50)) + '\n'
-  (tmp_path / 'line-debug.metrics.jsonl').write_text(lines)
-  run = tmp_path / 'run'
-  file = metrics.MetricsFile(run, 0)
-  for record in _records(1.0):
-    file.write(record)
-  file.close()
-  assert reference.comparison(config, run) == (
-    'your loss / reference loss after 30 steps of b: flow 50.5000 / 141.0000'
-  )
+  assert reference.trailing_means(_records(1.0), 'b', 10)['flow'] == 35.5
+  assert reference.trailing_means(_records(1.0), 'b', 30)['flow'] == 50.5
 
 
 def test_steps_without_a_value_are_skipped():
   records = _records(1.0, steps=3, change=0)
   records[1]['loss/flow'] = None
   assert reference.trailing_means(records, 'b', 3)['flow'] == 2.0
+
+
+@pytest.mark.parametrize(
+  'scale, verdict',
+  [(0.5, 'as expected'), (1.05, 'as expected'), (1.5, 'flow is 50% above the reference')],
+)
+def test_each_stage_gets_a_verdict(scale, verdict):
+  first, second = reference.compare_stages(_system(), _records(scale), _records(1.0))
+  assert first.startswith('a: your loss / reference loss at step 30: flow ')
+  assert second.startswith(f'b: your loss / reference loss at step 30: flow {scale * 50.5:.4f} /')
+  assert verdict in first and verdict in second and 'accuracy' not in first + second
+
+
+def test_a_stage_after_one_of_another_length_gets_no_verdict():
+  longer = _records(2.0, steps=90, change=50)
+  first, second = reference.compare_stages(_system(), _records(1.0), longer)
+  assert first.endswith('as expected') and 'at step 30: flow 20.5000 / 41.0000' in first
+  assert second.endswith(': earlier steps differ (a 30 / 50)')
+
+
+@pytest.mark.parametrize(
+  'overrides, fields',
+  [
+    ({}, []),
+    ({'steps': '(9, 9)', 'data.examples': '20000', 'log.every': '5'}, []),
+    ({'data.examples': '500'}, ['data.examples']),
+    ({'data.source': 'folder:mine'}, ['data.source']),
+    ({'start': 'assets:tiny'}, ['start']),
+    ({'optim.lr': '1e-3'}, ['optim.lr']),
+    ({'stages': 'joint'}, ['batch_size', 'stages']),
+  ],
+)
+def test_only_a_run_that_trains_the_same_is_compared(tmp_path, overrides, fields):
+  system = systems.build(config_file.load('configs/t2i.py', overrides))
+  stored = weights.config_of(weights.load('assets:tiny')[1], 'assets:tiny')
+  assert reference.incomparable(system.config, stored) == fields
+  if fields:
+    line = reference.comparison(system, tmp_path)
+    assert 'is not compared' in line and ', '.join(fields) in line
+
+
+def test_the_reference_run_is_as_expected(tmp_path):
+  file = metrics.MetricsFile(tmp_path, 0)
+  for record in metrics.parse((reference.ASSETS / 't2i-tiny.metrics.jsonl').read_text()):
+    file.write(record)
+  file.close()
+  lines = reference.comparison(systems.build(config_file.load('configs/t2i.py', {})), tmp_path)
+  assert [line.endswith('as expected') for line in lines.splitlines()] == [True, True]
+
+
+def test_a_run_without_a_reference_is_not_compared(line_system, tmp_path):
+  assert reference.comparison(line_system(), tmp_path) is None

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.codecs import towers
+from vpe_jax.config import check_positive
 from vpe_jax.contracts import Array, FrozenNetwork, Params
 from vpe_jax.models import shapes
 from vpe_jax.models.siglip import Siglip, unit
@@ -40,6 +41,10 @@ class FeatureVqConfig(towers.TowerConfig):
   code_width: int = 32
   temperature: float = 0.03
   decoder: EncoderConfig = EncoderConfig(width=128, layers=1, heads=4, mlp=256)
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    check_positive(self, '', 'temperature')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

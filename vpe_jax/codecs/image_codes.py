@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax.codecs import codebook, kl
-from vpe_jax.config import check_sizes
+from vpe_jax.config import check_positive, check_sizes
 from vpe_jax.contracts import Array, FrozenNetwork, Params
 
 
@@ -36,6 +36,7 @@ class ImageCodesConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self)
+    check_positive(self, '', 'temperature')
 
 
 @dataclasses.dataclass(frozen=True)

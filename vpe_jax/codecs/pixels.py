@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng
+from vpe_jax.config import check
 from vpe_jax.contracts import Array
 
 
@@ -22,6 +23,10 @@ class Jitter:
 
   shift: float = 0.06
   zoom: float = 0.1
+
+  def __post_init__(self) -> None:
+    for name in ('shift', 'zoom'):
+      check(self, '', name, 0 <= getattr(self, name) < 1, 'at least 0 and below 1')
 
 
 def to_unit(images: Array) -> Array:

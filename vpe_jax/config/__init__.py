@@ -6,7 +6,14 @@ Each system in vpe_jax/systems defines the type of its `model` section.
 """
 
 from vpe_jax.config.data import CLASSES, FITS, FOLDER, FOLDERS, SOURCES, TFDS, DataConfig
-from vpe_jax.config.fields import Tagged, check, check_sizes, did_you_mean
+from vpe_jax.config.fields import (
+  Tagged,
+  check,
+  check_nonnegative,
+  check_positive,
+  check_sizes,
+  did_you_mean,
+)
 from vpe_jax.config.nested import base_section, build_section, flatten, to_dict
 from vpe_jax.config.optim import OPTIMIZERS, SCHEDULES, OptimConfig
 from vpe_jax.config.run import (
@@ -43,6 +50,8 @@ __all__ = [
   'base_section',
   'build_section',
   'check',
+  'check_nonnegative',
+  'check_positive',
   'check_sizes',
   'differences',
   'flatten',

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from vpe_jax.contracts import UserError
 
 # Annotations of the fields that `check_sizes` checks.
-_SIZE_TYPES = (int, tuple[int, ...], 'int', 'tuple[int, ...]', 'int | tuple[int, ...]')
+_SIZE_TYPES = (
+  int, tuple[int, ...], 'int', 'int | None', 'tuple[int, ...]', 'int | tuple[int, ...]',
+)  # fmt: skip
 _MAX_LAYERS = 1000
 MAX_SIZE = 10**8  # a larger size is a typing error, and its program would take hours to build
 
@@ -41,6 +44,8 @@ def check(section: Any, path: str, name: str, valid: bool, requirement: str) -> 
 def check_sizes(section: Any, path: str = '', **minimum: int) -> None:
   """Applies `check` to all sizes of a section: fields that hold whole numbers or tuples of them.
 
+  A field that is None, where its type allows that, has no bound.
+
   `minimum` has lower bounds by field name; the bound of other fields is 1, or their default if that
   is lower.
   """
@@ -49,6 +54,8 @@ def check_sizes(section: Any, path: str = '', **minimum: int) -> None:
       continue
     default = field.default if isinstance(field.default, int) else 1
     low, value = minimum.get(field.name, min(1, default)), getattr(section, field.name)
+    if value is None and 'None' in str(field.type):
+      continue
     sizes = value if isinstance(value, (tuple, list)) else (value,)
     whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
     check(section, path, field.name, whole, 'a whole number')
@@ -56,6 +63,25 @@ def check_sizes(section: Any, path: str = '', **minimum: int) -> None:
     # Some networks are traced layer by layer, so many layers take long to trace.
     high = _MAX_LAYERS if field.name == 'layers' else MAX_SIZE
     check(section, path, field.name, max(sizes, default=0) <= high, f'at most {high}')
+
+
+def check_positive(section: Any, path: str, *names: str) -> None:
+  """Applies `check` to fields that must be above 0 and finite: one number, or a tuple of them."""
+  for name in names:
+    valid = all(0 < value < math.inf for value in _values(section, name))
+    check(section, path, name, valid, 'above 0 and finite')
+
+
+def check_nonnegative(section: Any, path: str, *names: str) -> None:
+  """As `check_positive`, for fields that may be 0."""
+  for name in names:
+    valid = all(0 <= value < math.inf for value in _values(section, name))
+    check(section, path, name, valid, 'at least 0 and finite')
+
+
+def _values(section: Any, name: str) -> tuple[Any, ...]:
+  value = getattr(section, name)
+  return value if isinstance(value, tuple) else (value,)
 
 
 class Tagged:

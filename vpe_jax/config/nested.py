@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from vpe_jax.config.fields import OutOfRange, Tagged, did_you_mean
 from vpe_jax.contracts import UserError
+
+_MAX_FLOAT = float(np.finfo(np.float32).max)  # parameters and settings are float32
 
 
 def build_section(
@@ -94,7 +97,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     raise UserError(f"config key '{path}' must be a section, not {value!r}")
   if is_section:
     if tagged:
-      if (kind := value.get('kind')) not in hint.KINDS:
+      if str(kind := value.get('kind')) not in hint.KINDS:
         known = did_you_mean(str(kind), hint.KINDS)
         raise UserError(f"config key '{path}.kind' is {kind!r}{known}")
       hint = hint.KINDS[kind]
@@ -114,8 +117,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     return tuple(_value(typing.get_args(hint)[0], item, path) for item in items)
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     with contextlib.suppress(OverflowError):
-      return float(value)
-  if hint is float and isinstance(value, float) and not math.isfinite(value):
+      value = float(value)
+  # Also refuses NaN.
+  if hint is float and isinstance(value, float) and not abs(value) <= _MAX_FLOAT:
     raise UserError(f"config key '{path}' is {value}: it must be a finite number")
   if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
     raise UserError(f"config key '{path}' must be {hint.__name__}, not {value!r}")

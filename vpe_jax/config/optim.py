@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 
-from vpe_jax.config.fields import check, check_sizes
+from vpe_jax.config.fields import check, check_nonnegative, check_positive, check_sizes
 from vpe_jax.contracts import DTYPES
 
 OPTIMIZERS = ('adamw', 'adafactor', 'muon')  # keys of training.optimizer.OPTIMIZERS
@@ -60,20 +60,20 @@ class OptimConfig:
   ema: float | tuple[float, ...] = 0.9995
 
   def __post_init__(self) -> None:
+    for field in dataclasses.fields(self):
+      valid = getattr(self, field.name) != ()
+      check(self, 'optim.', field.name, valid, 'one value, or one per stage')
     check_sizes(self, 'optim.', warmup=0, decay_steps=0)
     values = lambda name: v if isinstance(v := getattr(self, name), tuple) else (v,)
     choices = {'name': OPTIMIZERS, 'schedule': SCHEDULES, 'mu_dtype': DTYPES}
     for name, known in choices.items():
       valid = all(value in known for value in values(name))
       check(self, 'optim.', name, valid, f'one of {", ".join(known)}')
-    valid = all(0 < value < math.inf for value in values('lr'))
-    check(self, 'optim.', 'lr', valid, 'above 0 and finite')
+    check_positive(self, 'optim.', 'lr')
     for name in ('b1', 'b2', 'momentum', 'ema'):
       valid = all(0 <= value < 1 for value in values(name))
       check(self, 'optim.', name, valid, 'at least 0 and below 1')
-    for name in ('lr_end', 'eps', 'weight_decay', 'clip'):
-      valid = all(0 <= value < math.inf for value in values(name))
-      check(self, 'optim.', name, valid, 'at least 0 and finite')
+    check_nonnegative(self, 'optim.', 'lr_end', 'eps', 'weight_decay', 'clip')
     valid = all(_factors(text) is not None for text in values('multipliers'))
     example = 'PATTERN=FACTOR,..., regular expressions and factors above 0, such as encoder/=0.5'
     check(self, 'optim.', 'multipliers', valid, example)

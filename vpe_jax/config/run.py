@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vpe_jax.config.data import DataConfig
-from vpe_jax.config.fields import MAX_SIZE, check_sizes
+from vpe_jax.config.fields import MAX_SIZE, check, check_sizes
 from vpe_jax.config.nested import build_section, flatten, to_dict
 from vpe_jax.config.optim import OptimConfig
 from vpe_jax.contracts import DTYPES, UserError
@@ -29,6 +29,11 @@ class MeshConfig:
   fsdp: int = -1
   tensor: int = 1
   strategy: str = 'fsdp'
+
+  def __post_init__(self) -> None:
+    for name in ('data', 'fsdp', 'tensor'):
+      size = getattr(self, name)
+      check(self, 'mesh.', name, size == -1 or 1 <= size <= MAX_SIZE, '-1 or at least 1')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,13 +95,14 @@ class Config:
     steps: optimizer steps of each stage.
     batch_size: global batch size of each stage.
     seed: seed of data order, initialization and noise.
-    start: workdir of a parent run, whose newest intact checkpoint initializes all parameters
-      (empty: none); optimizer, moving average and data order start anew. Parameter groups may come
-      from several runs: `RUN,dit=RUN2` takes parameters whose path begins with `dit/` from RUN2 and
-      all others from RUN; `dit=RUN2` alone initializes the others as if `start` were empty.
-    start_weights: which weights of the parent run: `raw`; `ema` (its moving average, where its
-      stage has one); or `state`, which also restores optimizer, moving average and position in the
-      data, as if the parent run continued, with steps counted from 0.
+    start: workdir of a parent run, whose newest intact checkpoint initializes all parameters, or a
+      file of weights: `assets:tiny`, or one that vpe_jax.export wrote (empty: none). Optimizer,
+      moving average and data order start anew. Parameter groups may come from several runs:
+      `RUN,dit=RUN2` takes parameters whose path begins with `dit/` from RUN2 and all others from
+      RUN; `dit=RUN2` alone initializes the others as if `start` were empty.
+    start_weights: which weights of the parent run (a file has only one kind): `raw`; `ema` (its
+      moving average, where its stage has one); or `state`, which also restores optimizer, moving
+      average and position in the data, as if the parent run continued, with steps counted from 0.
     dtype: compute dtype, `float32` or `bfloat16`; parameters are always float32.
     remat: what the backward pass recomputes: `none`; `full`: everything in a layer; `attention`:
       everything except attention, whose output and log-sum-exp are saved; `dots`: everything except

@@ -48,7 +48,7 @@ class ClipConfig:
   text: EncoderConfig
 
   def __post_init__(self) -> None:
-    check_sizes(self)
+    check_sizes(self, end=0)
 
 
 def normalised(images: Array) -> Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpe_jax.config import check_sizes
+from vpe_jax.config import check_positive, check_sizes
 from vpe_jax.contracts import Array
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.transformer import Modulation, RMSNorm, TransformerConfig
@@ -37,6 +37,7 @@ class HeadConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self)
+    check_positive(self, '', 'rope_theta')
 
   @property
   def blocks(self) -> TransformerConfig:

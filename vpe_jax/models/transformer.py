@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vpe_jax.config import check, check_sizes
+from vpe_jax.config import check, check_positive, check_sizes
 from vpe_jax.contracts import Array
 from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.models.dropout import Dropout, drop
@@ -66,7 +66,7 @@ class TransformerConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self)
-    check(self, '', 'rope_theta', self.rope_theta > 0, 'above 0')
+    check_positive(self, '', 'rope_theta', 'eps')
     shared = self.heads % self.kv_heads == 0
     check(self, '', 'kv_heads', shared, f'a divisor of heads={self.heads}')
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import sharding
-from vpe_jax.config import check, check_sizes, did_you_mean
+from vpe_jax.config import check, check_positive, check_sizes, did_you_mean
 from vpe_jax.contracts import Array, Params, UserError
 from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.models.taps import Tapped, Taps
@@ -51,6 +51,7 @@ class EncoderConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self)
+    check_positive(self, '', 'eps')
     whole = self.width % self.heads == 0
     check(self, '', 'width', whole, f'a multiple of heads={self.heads}')
     known = (*ACTIVATIONS, 'swiglu')

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
-from vpe_jax.config import check
+from vpe_jax.config import check, check_positive
 from vpe_jax.contracts import Array
 
 MIN_DIVISOR = 0.05  # lower bound of t and 1 - t as divisors of a prediction (arXiv 2511.13720)
@@ -60,8 +60,7 @@ class FlowConfig:
     for name, table in tables.items():
       check(self, '', name, getattr(self, name) in table, f'one of {", ".join(table)}')
     check(self, '', 'mean', math.isfinite(self.mean), 'a finite number')
-    for name in ('std', 'shift'):
-      check(self, '', name, 0 < getattr(self, name) < math.inf, 'a positive number')
+    check_positive(self, '', 'std', 'shift')
 
   def total_shift(self, tokens: int, dimension: int) -> float:
     """The factor s of the shift of times.

@@ -8,6 +8,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
+from vpe_jax.config import check, check_positive, check_sizes
 from vpe_jax.contracts import Array
 
 
@@ -23,6 +24,11 @@ class RopeScaling:
   low: float = 1.0
   high: float = 4.0
   original: int = 8192
+
+  def __post_init__(self) -> None:
+    check_sizes(self)
+    check_positive(self, '', 'factor', 'low', 'high')
+    check(self, '', 'high', self.high > self.low, f'above low={self.low}')
 
 
 def frequencies(width: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -220,16 +221,19 @@ def _refuse_existing(path: epath.Path, overwrite: bool) -> None:
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-  """Breaks a text into lines of at most `width` pixels; longer words are broken."""
+  """Breaks a text into lines of at most `width` pixels.
+
+  A line ends between words or after one of `/ . _ - ,`; only a part that is longer than a line is
+  broken elsewhere.
+  """
   lines = ['']
-  for word in text.split():
-    joined = f'{lines[-1]} {word}'.strip()
-    if font.getlength(joined) <= width:
-      lines[-1] = joined
+  for part in re.findall(r'\s*[^\s/._,-]*[/._,-]*', ' '.join(text.split())):
+    if font.getlength(lines[-1] + part) <= width:
+      lines[-1] += part
       continue
     if lines[-1]:
       lines.append('')
-    for letter in word:
+    for letter in part.strip():
       if font.getlength(lines[-1] + letter) > width:
         lines.append('')
       lines[-1] += letter

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from vpe_jax.config import SampleConfig, check
+from vpe_jax.config import SampleConfig, check, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class FlowSampling(SampleConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    check(self, 'sample.', 'shift', 0 < self.shift < math.inf, 'a positive number')
+    check_positive(self, 'sample.', 'shift')
     check_scales(self, 'guidance')
 
 

@@ -71,6 +71,6 @@ def build(values: Mapping[str, Any]) -> System:
 
 def _module(name: Any) -> ModuleType:
   modules = known()
-  if name not in modules:
+  if str(name) not in modules:
     raise UserError(f"config.system is '{name}'{did_you_mean(str(name), modules)}")
   return importlib.import_module(modules[name])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import io
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
@@ -15,11 +17,12 @@ from vpe_jax.training.metrics import Record
 
 FILE = 'curves.png'
 _WIDTH, _HEIGHT, _MARGIN, _COLUMNS = 460, 260, 56, 2
-_INK, _PAPER, _GRID = (30, 30, 30), (255, 255, 255), (226, 226, 226)
+_INK, _PAPER, _GRID, _MARK = (30, 30, 30), (255, 255, 255), (226, 226, 226), (120, 120, 120)
 _RAW, _SMOOTH, _HELD_OUT = (170, 200, 235), (25, 90, 170), (205, 90, 30)
 _SMOOTHING = 0.05  # window of the trailing mean, as a fraction of a panel's points
 
 Points = list[tuple[float, float]]
+Marks = tuple[tuple[float, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +33,23 @@ class Panel:
     title: name of the metric.
     training: the training curve.
     held_out: the held-out curve, or the curve of ground-truth drafts; may be empty.
+    stages: first step and name of each stage.
   """
 
   title: str
   training: Points
   held_out: Points
+  stages: Marks = ()
 
 
-def write(workdir: epath.PathLike) -> None:
-  """Writes the plots of a run to its folder; does nothing if there are no records."""
-  panels = make_panels(metrics.read(workdir))
+def write(workdir: epath.PathLike, unweighted: Collection[str] = ()) -> None:
+  """Writes the plots of a run to its folder; does nothing if there are no records.
+
+  Args:
+    workdir: the run's folder.
+    unweighted: names of loss terms that are logged only, such as an accuracy.
+  """
+  panels = make_panels(metrics.read(workdir), unweighted)
   if not panels:
     return
   buffer = io.BytesIO()
@@ -47,9 +57,16 @@ def write(workdir: epath.PathLike) -> None:
   (epath.Path(workdir) / FILE).write_bytes(buffer.getvalue())
 
 
-def make_panels(records: Sequence[Record]) -> list[Panel]:
-  """Makes panels of the recorded losses, gradient norm, held-out losses and sample metrics."""
+def make_panels(records: Sequence[Record], unweighted: Collection[str] = ()) -> list[Panel]:
+  """Makes panels of the recorded losses, gradient norm, held-out losses and sample metrics.
+
+  The title of a term in `unweighted` doesn't call it a loss.
+  """
   names = list(dict.fromkeys(name for record in records for name in record))
+  stages: dict[str, float] = {}
+  for record in records:
+    stages.setdefault(record.get('stage', ''), record['step'])
+  marks = tuple((step, stage) for stage, step in stages.items() if stage)
   training = [name for name in names if name.startswith('loss/')] + ['grad_norm']
   panels = [Panel(n, _points(records, n), _points(records, f'eval/{n[5:]}')) for n in training]
   eval_only = [n for n in names if n.startswith('eval/') and f'loss/{n[5:]}' not in names]
@@ -58,7 +75,12 @@ def make_panels(records: Sequence[Record]) -> list[Panel]:
     if name.startswith('sample/own/'):
       truth = name.replace('/own/', '/true_drafts/')
       panels.append(Panel(name, _points(records, name), _points(records, truth)))
-  return [panel for panel in panels if panel.training]
+  titles = {f'loss/{name}': name for name in unweighted}
+  return [
+    dataclasses.replace(panel, title=titles.get(panel.title, panel.title), stages=marks)
+    for panel in panels
+    if panel.training
+  ]
 
 
 def render(panels: Sequence[Panel]) -> Image.Image:
@@ -71,9 +93,15 @@ def render(panels: Sequence[Panel]) -> Image.Image:
   return sheet
 
 
-def smooth(points: Points) -> Points:
-  """Trailing mean of the values over a fixed fraction of the points."""
+def smooth(points: Points, stages: Marks = ()) -> Points:
+  """Trailing mean of the values over a fixed fraction of the points; begins anew in each stage."""
   width = max(1, round(len(points) * _SMOOTHING))
+  starts = [step for step, _ in stages]
+  parts = itertools.groupby(points, lambda point: bisect.bisect(starts, point[0]))
+  return [point for _, part in parts for point in _trailing_mean(list(part), width)]
+
+
+def _trailing_mean(points: Points, width: int) -> Points:
   values = [value for _, value in points]
   result = []
   total = 0.0
@@ -100,7 +128,7 @@ def _draw_panel(panel: Panel) -> Image.Image:
   image = Image.new('RGB', (_WIDTH, _HEIGHT), _PAPER)
   pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
   steps = [step for step, _ in panel.training + panel.held_out]
-  curve = smooth(panel.training)
+  curve = smooth(panel.training, panel.stages)
   # The smoothed and held-out curves set the range; outliers of single steps are clipped.
   values = [value for _, value in curve + panel.held_out]
   x_range, y_range = _bounds(steps), _bounds(values, 0.08)
@@ -112,7 +140,9 @@ def _draw_panel(panel: Panel) -> Image.Image:
   for value in ticks(*x_range):
     x = _scale(value, x_range, box[0], box[2])
     pen.line((x, box[1], x, box[3]), fill=_GRID)
-    pen.text((x, box[3] + 5), f'{value:.6g}', fill=_INK, font=font, anchor='mt')
+    label = f'{value:.6g}'
+    x = min(x, _WIDTH - 2 - font.getlength(label) / 2)  # The last one must not leave the panel.
+    pen.text((x, box[3] + 5), label, fill=_INK, font=font, anchor='mt')
 
   def to_pixels(points: Points) -> Points:
     return [
@@ -123,6 +153,7 @@ def _draw_panel(panel: Panel) -> Image.Image:
       for step, value in points
     ]
 
+  _draw_stages(pen, panel.stages, x_range, box)
   pen.line(to_pixels(panel.training), fill=_RAW)
   pen.line(to_pixels(curve), fill=_SMOOTH, width=2)
   if len(curve) == 1:
@@ -138,6 +169,22 @@ def _draw_panel(panel: Panel) -> Image.Image:
     legend = 'ground-truth drafts' if is_sample else 'held out'
     pen.text((box[2], 8), legend, fill=_HELD_OUT, font=font, anchor='ra')
   return image
+
+
+def _draw_stages(
+  pen: ImageDraw.ImageDraw,
+  stages: Marks,
+  x_range: tuple[float, float],
+  box: tuple[int, int, int, int],
+) -> None:
+  """Marks the first step of each stage, and writes its name beside the mark."""
+  for step, name in stages if len(stages) > 1 else ():
+    if step > x_range[1]:
+      continue
+    x = _scale(max(step, x_range[0]), x_range, box[0], box[2])
+    for y in range(box[1], box[3], 6):
+      pen.line((x, y, x, y + 2), fill=_MARK)
+    pen.text((x + 4, box[3] - 4), name, fill=_MARK, font=ImageFont.load_default(12), anchor='ls')
 
 
 def _bounds(values: Sequence[float], margin: float = 0.0) -> tuple[float, float]:

@@ -166,8 +166,7 @@ def _run_stages(run: Run, watchers: Watchers, state: State) -> State | None:
     stage, optim = run.system.stages[index], run.config.optim_of(index)
     shardings = resume.shardings_of(abstract)
     state = next_stage(state, stage, optim, run.system.logical_axes, shardings)
-  if jax.process_index() == 0:
-    curves.write(run.workdir)
+  _write_curves(run)
   run.store.wait()
   return state
 
@@ -240,8 +239,13 @@ def _evaluate(run: Run, watchers: Watchers, state: State, step: int, is_last: bo
   watchers.log.add(watchers.evaluations.run(names, state, step))
   watchers.log.flush()  # The curves also show these numbers.
   watchers.log.resume_clock()
+  _write_curves(run)
+
+
+def _write_curves(run: Run) -> None:
   if jax.process_index() == 0:
-    curves.write(run.workdir)
+    stages = run.system.stages
+    curves.write(run.workdir, {name for stage in stages for name in stage.unweighted})
 
 
 def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Batch) -> None:

@@ -86,29 +86,36 @@ def _load_published(
 
 
 def _load_run(system: System, run: str, abstract: State, select: PathFilter) -> Loaded:
-  """Loads leaves from the newest intact checkpoint of a parent run.
+  """Loads leaves from the newest intact checkpoint of a parent run, or from a weight file.
 
   With `config.start_weights=state`, loads the whole state except the step counters: parameters,
   optimizer state, EMA and the position in the data. Otherwise, loads only parameters.
 
   Args:
     system: its `initialization` names parameters that the parent run may lack.
-    run: the parent run's workdir.
+    run: the parent run's workdir, `assets:NAME` or a weight file.
     abstract: shapes and shardings of our first state.
     select: selects the parameters to load from this run.
 
   Raises:
-    UserError: the run doesn't exist, its parameters have other paths or shapes, or its optimizer
-      state is that of another optimizer.
+    UserError: the run or file doesn't exist, its parameters have other paths or shapes, its
+      optimizer state is that of another optimizer, or a file should provide the whole state.
   """
   config, grown = system.config, Loaded({}, {})
-  whole_state = config.start_weights == 'state'
+  kind, is_file = config.start_weights, weights.is_file(run)
+  whole_state = kind == 'state'
+  if whole_state and is_file:
+    raise UserError(
+      f'config.start_weights is state, but {run} has only parameters: leave config.start_weights '
+      'out, or name the run that the file was exported from'
+    )
   if whole_state:
     leaves, record = weights.read_run(run, _INHERITED)
     parent_config = record['config']
     _check_optimizer(leaves, leaves_by_path(abstract), run)
   else:
-    params, metadata = weights.load_run(run, config.start_weights)
+    params, metadata = weights.load(run) if is_file else weights.load_run(run, kind)
+    kind = metadata.get('weights', kind)  # A file has weights of one kind.
     leaves = leaves_by_path({'params': params})
     parent_config = weights.config_of(metadata, run)
     grown = _grow(system.initialization.grown, leaves, abstract['params'], run)
@@ -125,7 +132,7 @@ def _load_run(system: System, run: str, abstract: State, select: PathFilter) -> 
   _check_same_shapes(expected, leaves, run)
   loaded = {path: _to_devices(leaf, expected[path], run, path) for path, leaf in leaves.items()}
   params = [path.removeprefix(_PARAMS) for path in loaded if path.startswith(_PARAMS)]
-  origin = f'{run} ({config.start_weights})'
+  origin = f'{run} ({kind})'
   return Loaded(loaded, {path: grown.origins.get(path, origin) for path in params})
 
 
@@ -199,8 +206,8 @@ def _check_same_shapes(expected: Mapping[str, Any], actual: Mapping[str, Any], s
     if difference := weights.mismatch(under(expected), under(actual)):
       path, ours, theirs = difference
       raise UserError(
-        f'the run {source} of config.start has other parameters than this config: '
-        f"'{path.removeprefix(_PARAMS)}' is {theirs} there and {ours} here; name a run of the "
+        f'{source} of config.start has other parameters than this config: '
+        f"'{path.removeprefix(_PARAMS)}' is {theirs} there and {ours} here; name weights of the "
         'same sizes, or give config.model its sizes'
       )
 

@@ -76,15 +76,14 @@ def stage_text(stage: Stage, config: Config, index: int) -> str:
   optim, count = config.optim_of(index), len(config.stages)
   position = f' ({index + 1} of {count})' if count > 1 else ''
   ema = f'EMA decay {optim.ema:g}' if stage.ema else 'no EMA'
-  weights = {name: weight for name, weight in stage.losses.items() if weight != 0.0}
+  weights = {n: weight for n, weight in stage.losses.items() if n not in stage.unweighted}
   losses = ', '.join(
     f'{name} x {weight:g}' if isinstance(weight, (int, float)) else f'{name} x {weight}'
     for name, weight in weights.items()
   )
-  unweighted = [name for name in stage.losses if name not in weights]
   others = ''.join(
     f'; {label}: {", ".join(names)}'
-    for label, names in (('logged only', unweighted), ('held-out only', stage.monitored))
+    for label, names in (('logged only', stage.unweighted), ('held-out only', stage.monitored))
     if names
   )
   return (

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vpe_jax import rng as randomness
 from vpe_jax.codecs import feature_vq, image_codes, kl, pixels, towers
-from vpe_jax.config import Config, SampleConfig, check_sizes, did_you_mean
+from vpe_jax.config import Config, SampleConfig, check_nonnegative, check_sizes, did_you_mean
 from vpe_jax.contracts import (
   Array,
   Batch,
@@ -77,6 +77,8 @@ class ModelConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self, 'model.')
+    errors = ('pooled', 'commitment', 'usage', 'codes_usage', 'squared', 'divergence')
+    check_nonnegative(self, 'model.', *errors)
 
 
 Sampling = SampleConfig  # the system does not sample

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import rng as rng_lib
-from vpe_jax.config import Config, SampleConfig, check, check_sizes
+from vpe_jax.config import Config, SampleConfig, check, check_nonnegative, check_sizes
 from vpe_jax.contracts import (
   Array,
   Batch,
@@ -77,6 +77,7 @@ class ModelConfig(LatentCodecs):
 
   def __post_init__(self) -> None:
     check_sizes(self, 'model.', logits_chunk=0)
+    check_nonnegative(self, 'model.', 'ce_start', 'ce_end')
     check(self, 'model.', 'drop', 0 <= self.drop <= 1, 'between 0 and 1')
     listed = f'one of {", ".join(schedules.KINDS)}'
     check(self, 'model.', 'vp_schedule', self.vp_schedule in schedules.KINDS, listed)

@@ -19,7 +19,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from vpe_jax.codecs.feature_vq import FeatureVqSection
-from vpe_jax.config import Config, check, did_you_mean
+from vpe_jax.config import Config, check, check_nonnegative, did_you_mean
 from vpe_jax.contracts import (
   Initialization,
   PlansVisually,
@@ -85,8 +85,7 @@ class ModelConfig(unified.UnifiedConfig, LatentCodecs):
     check(self, 'model.', 'vp_schedule', known, f'one of {", ".join(schedules.KINDS)}')
     for name in ('drop', 'drop_text'):
       check(self, 'model.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
-    for name in ('inherit', 'ce_start', 'ce_end'):
-      check(self, 'model.', name, getattr(self, name) >= 0, 'at least 0')
+    check_nonnegative(self, 'model.', 'inherit', 'ce_start', 'ce_end')
     for name in ('bos', 'boi'):
       known = getattr(self, name) < self.text_vocab
       check(self, 'model.', name, known, f'below text_vocab={self.text_vocab}')
