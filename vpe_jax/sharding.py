@@ -240,6 +240,14 @@ def put_batch(host_batch: Any, mesh: Mesh) -> Any:
   )
 
 
+def abstract(tree: Any, sharding: NamedSharding) -> Any:
+  """Shapes of arrays with one sharding, for compilation ahead of time."""
+  shape = lambda leaf: jax.ShapeDtypeStruct(
+    leaf.shape, leaf.dtype, sharding=sharding, weak_type=getattr(leaf, 'weak_type', False)
+  )
+  return jax.tree.map(shape, tree)
+
+
 def host_slice(batch_size: int, mesh: Mesh) -> slice:
   """The contiguous range of batch elements that this process reads."""
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
