@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -65,16 +65,20 @@ class PromptAndImage:
     return {'near': near, 'near_length': length}
 
 
-def prompt_and_image(data: DataConfig, field: str = '', rows: int = 0) -> PromptAndImage:
+def prompt_and_image(
+  data: DataConfig, field: str = '', rows: int = 0, special: Mapping[str, int] | None = None
+) -> PromptAndImage:
   """Preprocessing for systems that read prompts and images.
 
   Args:
     data: data section of the config.
     field: config field with the size of the embedding table; empty if the system has no table.
     rows: number of rows of that table.
+    special: config field -> id that the model reads as a special token.
 
   Raises:
-    UserError: the tokenizer does not exist, or has more tokens than the table has rows.
+    UserError: the tokenizer does not exist, has more tokens than the table has rows, or reads a
+      special id as text.
   """
   tokenizer = open_tokenizer(data.tokenizer)
   if field and tokenizer.vocabulary > rows:
@@ -82,4 +86,5 @@ def prompt_and_image(data: DataConfig, field: str = '', rows: int = 0) -> Prompt
       f"tokenizer '{data.tokenizer}' has {tokenizer.vocabulary} tokens, but {field} is {rows}: "
       'the embedding table needs a row for each token'
     )
+  tokenizer.check_special(special or {})
   return PromptAndImage(tokenizer, data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ class ImageSystem(PlansVisually):
     visual_prompt: the codec of visual prompts.
     image: the codec of images.
     table: (config field, size) of the table that embeds prompt tokens.
+    special_ids: config field -> id of a special token in the sequence.
   """
 
   config: Config
@@ -41,6 +43,7 @@ class ImageSystem(PlansVisually):
   visual_prompt: FeatureCodec | NoVisualPrompt
   image: LatentCodec | ImageCodec
   table: tuple[str, int]
+  special_ids: Mapping[str, int] = MappingProxyType({})
 
   def __init__(
     self,
@@ -67,7 +70,7 @@ class ImageSystem(PlansVisually):
   @functools.cached_property
   def preprocess(self) -> PromptAndImage:
     """Prompt tokens and images."""
-    return prompt_and_image(self.config.data, *self.table)
+    return prompt_and_image(self.config.data, *self.table, self.special_ids)
 
   @property
   def encoder_settings(self) -> dict[str, Any]:
