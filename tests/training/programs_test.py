@@ -128,8 +128,6 @@ def test_a_step_that_does_not_fit_ends_the_run_with_its_buffers(line_system, fro
 
 
 EXHAUSTED = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 2097152 bytes')
-  'RESOURCE_EXHAUSTED: Out of memory allocating 2097152 bytes.'
-)
 
 
 def _exhausted(*_, **__):
