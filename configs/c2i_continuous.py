@@ -4,20 +4,18 @@ r"""Class to image by flow matching: Transfusion with and without visual prompt 
   python -m vpe_jax.main --config=configs/c2i_continuous.py:debug       (seconds)
   python -m vpe_jax.sample --workdir=runs/c2i_continuous-tiny --prompt=animals --n=8
 
-The paper's fork is three commands: a shared run, and two branches that continue its parameters,
-optimizer, EMA and position in the data:
+The paper's fork: a shared run without visual prompt, and two branches that continue its parameters,
+optimizer, EMA and position in the data, in runs/fork/shared, runs/fork/baseline and runs/fork/vpe:
 
-  python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,vpe=false --workdir=runs/shared
-  python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,vpe=false,fork=runs/shared \
-      --workdir=runs/baseline
-  python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,vpe=true,fork=runs/shared \
-      --workdir=runs/vpe
+  python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,fork=both --workdir=runs/fork
 
 `vpe=false` trains `[cls] x`, `vpe=true` `[cls] s_1 .. s_P x`. `paper` is 256x256 on ImageNet.
 Results and open choices: configs/README.md.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -28,14 +26,17 @@ from vpe_jax.config import to_dict
 PACK = 10_240  # tokens of the paper's packed sequences
 
 
-def get_config(arg: str = '') -> ConfigDict:
+def get_config(arg: str = '') -> ConfigDict | dict[str, dict[str, ConfigDict]]:
   """The config of a preset.
 
-  Options: `vpe=true|false`, `fork=RUN`, and, except for `paper`, `data=openmoji|cifar10`.
+  Options: `vpe=true|false`, `fork=both|RUN`, and, except for `paper`, `data=openmoji|cifar10`.
+  `fork=RUN` is one branch of RUN; `fork=both` is a chain of the shared run and both branches.
   """
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
   preset, options = common.parse_arg(arg, tuple(presets), vpe='true', fork='', data='')
   config = ConfigDict({'name': 'c2i_continuous', 'preset': preset, 'system': 'c2i_continuous'})
+  if options['fork'] == 'both':
+    return _fork(preset, options)
   config.seed, config.stages = 0, ('train',)
   vpe = common.is_true('vpe', options)
   presets[preset](config, vpe)
@@ -47,6 +48,15 @@ def get_config(arg: str = '') -> ConfigDict:
     config.start, config.start_weights = options['fork'], 'state'
     config.optim.warmup = 0
   return config
+
+
+def _fork(preset: str, options: Mapping[str, str]) -> dict[str, dict[str, ConfigDict]]:
+  """The shared run and both branches."""
+  data = f',data={options["data"]}' if options['data'] else ''
+  branch = lambda vpe, fork='': get_config(f'{preset},vpe={vpe}{fork}{data}')
+  runs = {'shared': branch('false')}
+  runs |= {'baseline': branch('false', ',fork=shared'), 'vpe': branch('true', ',fork=shared')}
+  return {'runs': runs}
 
 
 def _body(width: int, mlp: int, layers: int, heads: int, kv_heads: int) -> dict:

@@ -1,14 +1,16 @@
 r"""Image editing with visual prompts: stage 3 of both architectures (arXiv 2606.04457, 4.3).
 
-  python -m vpe_jax.main --config=configs/t2i.py                          (its stages 1 and 2 first)
-  python -m vpe_jax.main --config=configs/edit.py                         (tiny, any machine)
+  python -m vpe_jax.main --config=configs/edit.py:tiny,from_scratch=true  (all three stages)
+  python -m vpe_jax.main --config=configs/t2i.py                          (stages 1 and 2 alone)
+  python -m vpe_jax.main --config=configs/edit.py                         (stage 3 alone)
   python -m vpe_jax.main --config=configs/t2i.py:tiny,arch=external --workdir=runs/external
   python -m vpe_jax.main --config=configs/edit.py:tiny,arch=external --workdir=runs/edit-external
   python -m vpe_jax.sample --workdir=runs/edit-tiny --image=before.png \
       --prompt="replace the red circle with a dog"
 
 Continues a run of configs/t2i.py with the source image in the AR expert's sequence:
-`--config.start=RUN`, by default runs/t2i-PRESET, or runs/external for `arch=external`.
+`--config.start=RUN`, by default runs/t2i-PRESET, or runs/external for `arch=external`. With
+`from_scratch=true`, both runs are one command, in WORKDIR/t2i and WORKDIR/edit.
 `arch=internal` trains everything, `arch=external` the AR expert alone. Results, data and open
 choices: configs/README.md.
 """
@@ -20,11 +22,22 @@ from ml_collections import ConfigDict
 from configs import common, t2i
 
 
-def get_config(arg: str = '') -> ConfigDict:
-  """The config of a preset, with `arch=internal|external`."""
+def get_config(arg: str = '') -> ConfigDict | dict[str, dict[str, ConfigDict]]:
+  """The config of a preset.
+
+  Options: `arch=internal|external`; `from_scratch=true`, a chain of the run of configs/t2i.py and
+  this one; and, for `paper` only, `init=HQ|1.5B`.
+  """
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
-  preset, options = common.parse_arg(arg, tuple(presets), arch='internal')
-  config = t2i.get_config(f'{preset},arch={options["arch"]}')
+  defaults = {'arch': 'internal', 'from_scratch': 'false', 'init': ''}
+  preset, options = common.parse_arg(arg, tuple(presets), **defaults)
+  init = f',init={options["init"]}' if options['init'] else ''
+  argument = f'{preset},arch={options["arch"]}{init}'
+  if common.is_true('from_scratch', options):
+    edit = get_config(argument)
+    edit.start = 't2i'
+    return {'runs': {'t2i': t2i.get_config(argument), 'edit': edit}}
+  config = t2i.get_config(argument)
   config.name = config.system = 'edit'
   external = options['arch'] == 'external'
   config.start = 'runs/external' if external else f'runs/t2i-{preset}'

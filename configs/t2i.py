@@ -28,15 +28,18 @@ from vpe_jax.config import to_dict
 def get_config(arg: str = '') -> ConfigDict:
   """The config of a preset.
 
-  Options: `arch=internal|external|single`, `vpe=true|false`, and, for `pod` only, `chips=N`.
+  Options: `arch=internal|external|single`, `vpe=true|false`; for `paper` and `pod`, the Show-o2
+  that initializes the experts, `init=HQ|1.5B`; and, for `pod` only, `chips=N`.
   """
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper, 'pod': _paper}
-  preset, options = common.parse_arg(arg, tuple(presets), arch='internal', vpe='true', chips='')
+  defaults = {'arch': 'internal', 'vpe': 'true', 'chips': '', 'init': ''}
+  preset, options = common.parse_arg(arg, tuple(presets), **defaults)
   if options['chips'] and (preset != 'pod' or not re.fullmatch(r'[1-9]\d{0,5}', options['chips'])):
     raise ValueError(f'chips={options["chips"]}: a number from 1 to 999999, only with preset pod')
   config = ConfigDict({'name': 't2i', 'preset': preset, 'system': 't2i', 'seed': 0})
   config.stages = ('plan', 'render' if options['arch'] == 'external' else 'joint')
   presets[preset](config)
+  _initialize(config, options['init'])
   if preset == 'pod':
     scale_to_chips(config, int(options['chips'] or 256), 8)
   config.model.arch = options['arch']
@@ -144,7 +147,6 @@ def _paper(config: ConfigDict) -> None:
     'patch': 2,
     'layout': 'raster',
     'multiple': 16,
-    'init_from': 'showlab/show-o2-1.5B-HQ',
     # A third of the 577 predicted tokens: for 15 images per device, all logits take 5.8 GB.
     'logits_chunk': 193,
     'ar': expert,
@@ -161,6 +163,24 @@ def _paper(config: ConfigDict) -> None:
   config.mesh = {'data': 1, 'fsdp': 32, 'tensor': -1, 'strategy': 'fsdp_tensor'}
   config.sample = {'steps': 49, 'shift': 3.0, 'guidance': 7.5}
   config.checkpoint = {'every': 1000, 'keep': 3}
+
+
+def _initialize(config: ConfigDict, init: str) -> None:
+  """The released Show-o2 that `paper` and `pod` start from, and the images that it was trained on.
+
+  HQ has 512 x 512 images, 32 x 32 image tokens; 1.5B has 432 x 432, 27 x 27 image tokens. Both have
+  a position table of 27 x 27, which is resized to the grid of the image.
+  """
+  if config.preset not in ('paper', 'pod'):
+    if init:
+      raise ValueError(f'init={init}: only paper and pod start from a released Show-o2')
+    return
+  releases = {'HQ': ('showlab/show-o2-1.5B-HQ', 512), '1.5B': ('showlab/show-o2-1.5B', 432)}
+  init = init or 'HQ'
+  if init not in releases:
+    raise ValueError(f'init={init}: it must be {" or ".join(releases)}')
+  config.model.init_from, config.data.image_size = releases[init]
+  config.model.latent_size = config.data.image_size // 8
 
 
 def scale_to_chips(config: ConfigDict, chips: int, images: int) -> None:

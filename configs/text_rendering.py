@@ -21,14 +21,18 @@ from configs import common, t2i
 
 
 def get_config(arg: str = '') -> ConfigDict:
-  """The config of a preset, with `vpe=true|false`, and, for `paper` only, `chips=N`."""
+  """The config of a preset.
+
+  Options: `vpe=true|false`; for `paper` only, `init=HQ|1.5B` and `chips=N`.
+  """
   presets = {'tiny': _tiny, 'debug': _debug, 'paper': _paper}
-  preset, options = common.parse_arg(arg, tuple(presets), vpe='true', chips='')
+  preset, options = common.parse_arg(arg, tuple(presets), vpe='true', chips='', init='')
   if options['chips'] and (
     preset != 'paper' or not re.fullmatch(r'[1-9]\d{0,5}', options['chips'])
   ):
     raise ValueError(f'chips={options["chips"]}: a number from 1 to 999999, only with preset paper')
-  config = t2i.get_config(f'{preset},arch=single,vpe={options["vpe"]}')
+  init = f',init={options["init"]}' if options['init'] else ''
+  config = t2i.get_config(f'{preset},arch=single,vpe={options["vpe"]}{init}')
   config.name = 'text_rendering'
   for field in ('stages', 'steps', 'batch_size'):
     config[field] = config[field][-1:]

@@ -72,6 +72,7 @@ def test_disable_optimizations_sets_jax_config():
 def test_compilation_cache_uses_the_cache_folder_unless_set(monkeypatch, tmp_path):
   before = jax.config.jax_compilation_cache_dir
   seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+  xla_caches = jax.config.jax_persistent_cache_enable_xla_caches
   monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path))
   try:
     jax.config.update('jax_compilation_cache_dir', '/elsewhere')
@@ -80,6 +81,11 @@ def test_compilation_cache_uses_the_cache_folder_unless_set(monkeypatch, tmp_pat
     jax.config.update('jax_compilation_cache_dir', None)
     devices.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / 'xla')
+    jax.config.update('jax_compilation_cache_dir', None)
+    devices.use_compilation_cache('gs://bucket/run/cache')
+    assert jax.config.jax_compilation_cache_dir == 'gs://bucket/run/cache'
+    assert jax.config.jax_persistent_cache_enable_xla_caches == 'none'
   finally:
+    jax.config.update('jax_persistent_cache_enable_xla_caches', xla_caches)
     jax.config.update('jax_compilation_cache_dir', before)
     jax.config.update('jax_persistent_cache_min_compile_time_secs', seconds)

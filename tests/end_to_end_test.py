@@ -30,7 +30,7 @@ LENGTH = (
   '--config.evals.sample_grid.every=0',
   '--config.evals.heldout.every=0',
 )
-SPEEDS = re.compile(r'time|_per_s|mfu')
+SPEEDS = re.compile(r'time|_per_s|mfu|data_wait')
 
 pytestmark = pytest.mark.slow
 

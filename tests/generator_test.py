@@ -12,6 +12,7 @@ from PIL import Image
 
 import vpe_jax
 from configs import t2i
+from tests.compilations import compilations
 from vpe_jax import generator as generator_lib
 from vpe_jax import rng as rng_lib
 from vpe_jax import systems
@@ -345,3 +346,11 @@ def test_debug_model_renders_fixed_codes(debug):
   again = debug('a red fox', n=2, seed=5, fixed=fixed)
   for ours, theirs in zip(again, own):
     _close(ours, theirs)
+
+
+def test_programs_compiled_ahead_are_those_that_sample(debug):
+  settings = debug.settings(steps=2)
+  ahead = [lowered.compile() for lowered in debug.programs(settings)]
+  with compilations() as observed:
+    debug('a red fox', settings=settings)
+  assert len(ahead) == 2 and not {'generate', 'draft'} & set(observed.all)

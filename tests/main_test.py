@@ -1,8 +1,11 @@
 """Tests of the training command as a real process."""
 
+import types
+
 import pytest
 
 from tests import commands
+from vpe_jax import main
 
 
 @pytest.mark.parametrize(
@@ -25,3 +28,18 @@ def test_help_has_examples():
   done = commands.run('vpe_jax.main', '--help')
   assert done.returncode == 0
   assert 'python -m vpe_jax.main --config=configs/t2i.py' in done.stdout
+
+
+def test_compiled_programs_are_saved_with_the_run(monkeypatch, tmp_path):
+  calls, workdir = [], str(tmp_path / 'run')
+  values = {'config': 'configs/t2i.py:debug', 'workdir': workdir, 'allow_change': []}
+  monkeypatch.setattr(main, 'FLAGS', types.SimpleNamespace(**values))
+  monkeypatch.setattr(main.front_door, 'require_flags', lambda *_, **__: None)
+  monkeypatch.setattr(main.sharding, 'initialize_distributed', lambda: None)
+  monkeypatch.setattr(main.devices, 'disable_optimizations', lambda: None)
+  use = lambda folder: calls.append(str(folder))
+  monkeypatch.setattr(main.devices, 'use_compilation_cache', use)
+  run = lambda chain, folder, _: calls.append((list(chain), folder)) or True
+  monkeypatch.setattr(main.runs, 'run_chain', run)
+  main.main()
+  assert calls == [f'{workdir}/compilation_cache', ([''], workdir)]

@@ -1,5 +1,7 @@
 """A command that prints its flag, or fails in the way that the flag selects."""
 
+import jax
+import jax.numpy as jnp
 from absl import flags, logging
 
 from vpe_jax import front_door
@@ -15,6 +17,8 @@ def main() -> None:
   if flags.FLAGS.n == 28:
     with open('/dev/full', 'w') as file:
       file.write('x' * 10**6)
+  if flags.FLAGS.n == 43:  # tebibytes
+    jax.block_until_ready(jnp.zeros(2**43))
   logging.info('chatter')
   print(flags.FLAGS.n, extra)
 

@@ -23,7 +23,7 @@ import pathlib
 
 import jax
 
-from vpe_jax.storage import cache_dir
+from vpe_jax.storage import AnyPath, cache_dir, is_remote
 
 GIB = 2**30
 
@@ -163,8 +163,19 @@ def disable_optimizations() -> None:
   jax.config.update('jax_disable_most_optimizations', True)
 
 
-def use_compilation_cache() -> None:
-  """Caches compiled programs on disk for later runs, unless JAX already has a cache folder."""
-  if jax.config.jax_compilation_cache_dir is None:
-    jax.config.update('jax_compilation_cache_dir', str(cache_dir() / 'xla'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+def use_compilation_cache(folder: AnyPath | None = None) -> None:
+  """Caches compiled programs for later calls, unless JAX already has a cache folder.
+
+  All processes of a run read the cache, and JAX writes it from process 0 only. On hosts that share
+  no file system, the other hosts compile again: an object store serves all of them.
+
+  Args:
+    folder: local or on an object store; None: the user's cache folder.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  folder = cache_dir() / 'xla' if folder is None else folder
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  if is_remote(folder):  # XLA's own cache, of GPU autotuning, needs a local folder.
+    jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')

@@ -12,10 +12,12 @@ import sys
 import typing
 from collections.abc import Callable
 
+import jax
 from absl import app, flags, logging
 
 from vpe_jax import devices, storage, systems
 from vpe_jax.contracts import UserError
+from vpe_jax.training import memory
 
 # Exit statuses, as in a shell: 128 and the signal's number.
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
@@ -29,7 +31,7 @@ def run(
 ) -> None:
   """Parses the flags and runs a command.
 
-  A UserError, or a full disk, ends the command with `error: ...` and status 2.
+  A UserError, a full disk or a full device ends the command with `error: ...` and status 2.
 
   Args:
     main: the command; its flags are in `absl.flags.FLAGS`.
@@ -53,6 +55,12 @@ def run(
       raise
     message = error if isinstance(error, UserError) else storage.write_error(error.filename, error)
     print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)
+  except jax.errors.JaxRuntimeError as error:
+    if not memory.is_exhausted(error):
+      raise
+    need = memory.amounts(str(error))
+    print(f'error: out of device memory: {need}; use a smaller batch', file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)

@@ -316,6 +316,17 @@ class Generator:
     inputs = {'text': ids[indices], 'text_length': lengths[indices]}
     return Batch(example, inputs, {**source, **encoded})
 
+  def programs(self, settings: SampleConfig) -> list[jax.stages.Lowered]:
+    """The programs that generate a batch, lowered so that they can be compiled before it."""
+    system, size = self.system, self.batch_size
+    spec, request, key = system.batch_spec(size), system.request_spec(size), rng.run_key(0)
+    drafts = {name: spec.encoded[name] for name in system.drafts}
+    complete = dataclasses.replace(request, encoded={**request.encoded, **drafts})
+    lowered = [self._generate.lower(self.params, self.frozen, complete, key, settings)]
+    if drafts:
+      lowered.append(self._draft.lower(self.params, request, key, settings))
+    return lowered
+
   def describe(self, settings: SampleConfig) -> dict[str, str]:
     """Provenance of images generated with `settings`: weights, settings and version."""
     return self.metadata | {

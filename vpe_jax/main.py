@@ -6,6 +6,7 @@ Examples:
   python -m vpe_jax.main --config=configs/t2i.py \
       --config.data.source=folder:PATH --config.data.examples=0 --workdir=runs/mine
   python -m vpe_jax.main --config=configs/t2i.py --config.steps="(600, 900)" --allow_change=steps
+  python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,fork=both     (a chain of runs)
 
 The same command continues an interrupted run.
 """
@@ -13,14 +14,12 @@ The same command continues an interrupted run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
 
-import jax
 from absl import flags
 
-from vpe_jax import devices, front_door, sharding, systems
-from vpe_jax.training import config_file, loop, reference
+from vpe_jax import devices, front_door, sharding, storage
+from vpe_jax.training import config_file, runs
+from vpe_jax.training.workdir import CACHE
 
 FLAGS = flags.FLAGS
 _overrides, _parse_overrides = config_file.override_parser()
@@ -36,24 +35,6 @@ def _define_flags() -> None:
   )
 
 
-def run(config: Mapping[str, Any], workdir: str, allow_change: Sequence[str] = ()) -> bool:
-  """Starts or continues the run of a config (nested dicts); the Python API of this command.
-
-  Returns:
-    Whether the run is complete; False after SIGTERM, when it was saved before its end.
-
-  Raises:
-    UserError: the config, the folder, the data or the machine is unsuitable.
-  """
-  system = systems.build(config)
-  finished = loop.train(system.config, system, workdir, allow_change)
-  if finished is not None and jax.process_index() == 0:
-    if lines := reference.comparison(system, workdir):
-      print(lines)
-    print(f'done: {workdir}', flush=True)
-  return finished is not None
-
-
 def main() -> None:
   """Runs the command."""
   front_door.require_flags('config', cure='try --config=configs/t2i.py')
@@ -61,16 +42,18 @@ def main() -> None:
   if workdir is not None:
     workdir = front_door.output_path('workdir', workdir)
   sharding.initialize_distributed()  # before anything uses a device
-  config = config_file.load(FLAGS.config, _overrides)
-  if config.get('quick_compile'):
+  chain = config_file.load_chain(FLAGS.config, _overrides)
+  *_, config = chain.values()
+  if config['quick_compile']:
     devices.disable_optimizations()
   if warning := devices.unused_accelerator_warning():
     print(warning, file=sys.stderr, flush=True)
   workdir = workdir or f'runs/{config["name"]}-{config["preset"]}'
-  if not run(config, workdir, FLAGS.allow_change):
+  devices.use_compilation_cache(storage.resolve(workdir) / CACHE)
+  if not runs.run_chain(chain, workdir, FLAGS.allow_change):
     sys.exit(front_door.TERMINATED)
 
 
 if __name__ == '__main__':
   _define_flags()
-  front_door.run(main, _parse_overrides, cache_programs=True)
+  front_door.run(main, _parse_overrides)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import itertools
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,6 +23,37 @@ AnyPath = str | os.PathLike[str]
 SHIPPED_ASSETS = Path(__file__).parent / 'assets'  # installed with the package
 
 _FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclasses.dataclass(frozen=True)
+class HubName:
+  """A model on the Hugging Face hub; `str` is `OWNER/NAME@REVISION:FOLDER`.
+
+  Attributes:
+    repo: `OWNER/NAME`.
+    revision: a branch, tag or commit; empty for the newest.
+    folder: a folder of the model; empty for all of it.
+  """
+
+  repo: str
+  revision: str = ''
+  folder: str = ''
+
+  def __str__(self) -> str:
+    revision = f'@{self.revision}' if self.revision else ''
+    return f'{self.repo}{revision}{f":{self.folder}" if self.folder else ""}'
+
+
+def hub_name(text: str) -> HubName | None:
+  """Parses `OWNER/NAME`, with `@REVISION` and `:FOLDER` where there are any.
+
+  Returns:
+    The model; None if the text is a local path that exists, or has another form.
+  """
+  match = re.fullmatch(r'(\w[\w.-]*/[\w.-]+)(?:@([^@:]+))?(?::([^@:]+))?', text)
+  if match is None or Path(text).exists():
+    return None
+  return HubName(match[1], match[2] or '', match[3] or '')
 
 
 def cache_dir() -> Path:

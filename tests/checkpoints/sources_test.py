@@ -213,7 +213,7 @@ def test_a_download_fetches_the_files_of_one_folder(monkeypatch, tmp_path):
   repository = ['a.pt', 'config.json', 'vae/a.safetensors', 'vae/config.json', 'vae/sub/b.pt']
   fetched = []
 
-  def snapshot_download(repo, allow_patterns, ignore_patterns):
+  def snapshot_download(repo, revision, allow_patterns, ignore_patterns):
     files = filter_repo_objects(
       repository, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
     )

@@ -6,8 +6,9 @@ import dataclasses
 
 import pytest
 
-from vpe_jax.compilation import memory, report, roofline, topology, traffic
+from vpe_jax.compilation import report, roofline, topology, traffic
 from vpe_jax.devices import CHIPS
+from vpe_jax.training import memory
 
 CHIP = CHIPS['v5e']
 

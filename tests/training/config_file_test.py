@@ -157,3 +157,59 @@ def test_overridden_kind_resets_the_section_to_its_defaults():
     config_file.load(f'{T2I}:tiny', {'model.visual_prompt.kind': 'siglip'})
   with pytest.raises(UserError, match="'model.image.body' is missing"):
     config_file.load(f'{T2I}:tiny', {'model.image.kind': 'wan_vae'})
+
+
+def _c2i(argument):
+  return f'{ROOT / "configs" / "c2i_continuous.py"}:{argument}'
+
+
+def test_a_chain_has_its_runs_in_order_and_starts_from_their_folders():
+  chain = config_file.load_chain(_c2i('debug,fork=both'), {'optim.lr': '0.5', 'vpe.seed': '3'})
+  runs = config_file.in_folder(chain, 'gs://bucket/fork')
+  folders = [f'gs://bucket/fork/{name}' for name in ('shared', 'baseline', 'vpe')]
+  assert list(runs) == folders
+  assert [run['start'] for run in runs.values()] == ['', folders[0], folders[0]]
+  assert [run['model']['vpe'] for run in runs.values()] == [False, False, True]
+  assert [run['optim']['lr'] for run in runs.values()] == [0.5] * 3
+  assert [run['seed'] for run in runs.values()] == [0, 0, 3]
+
+
+def test_a_single_run_is_a_chain_of_one_without_a_name():
+  chain = config_file.load_chain(_c2i('debug'), {'start': 'shared'})
+  assert chain == {'': config_file.load(_c2i('debug'), {'start': 'shared'})}
+  (workdir, run), *others = config_file.in_folder(chain, 'runs/x').items()
+  assert (workdir, run['start'], others) == ('runs/x', 'shared', [])
+
+
+def test_commands_for_a_single_run_refuse_a_chain():
+  with pytest.raises(UserError, match='chain of runs .shared, baseline, vpe'):
+    config_file.load(_c2i('debug,fork=both'), {})
+
+
+@pytest.mark.parametrize('arch, stages', [('internal', 'joint'), ('external', 'render')])
+def test_editing_from_scratch_has_all_three_stages(arch, stages):
+  edit = str(ROOT / 'configs' / 'edit.py')
+  chain = config_file.load_chain(f'{edit}:debug,arch={arch},from_scratch=true', {})
+  runs = config_file.in_folder(chain, 'runs/e')
+  assert [run['stages'] for run in runs.values()] == [['plan', stages], ['edit']]
+  first, last = runs.values()
+  assert (first['start'], last['start'], last['start_weights']) == ('', 'runs/e/t2i', 'ema')
+  assert (first['data']['source'], last['data']['source']) == ('mixture', 'edits')
+  alone = config_file.load(f'{edit}:debug,arch={arch}', {})
+  assert last == alone | {'start': 'runs/e/t2i'}
+
+
+@pytest.mark.parametrize('file', ['t2i', 'edit', 'text_rendering'])
+def test_the_released_show_o2_is_an_option(file):
+  """The grids of both: 32 x 32 image tokens of 512 x 512, and 27 x 27 of 432 x 432."""
+  releases = {'': ('show-o2-1.5B-HQ', 512, 64), ',init=HQ': ('show-o2-1.5B-HQ', 512, 64)}
+  releases[',init=1.5B'] = ('show-o2-1.5B', 432, 54)
+  for option, (name, side, grid) in releases.items():
+    values = config_file.load(f'{ROOT / "configs" / file}.py:paper{option}', {})
+    assert values['model']['init_from'] == f'showlab/{name}'
+    assert (values['data']['image_size'], values['model']['latent_size']) == (side, grid)
+    assert values['model']['dual_path']['table'] == 27
+  with pytest.raises(UserError, match='init=7B'):
+    config_file.load(f'{ROOT / "configs" / file}.py:paper,init=7B', {})
+  with pytest.raises(UserError, match='init=HQ: only paper'):
+    config_file.load(f'{ROOT / "configs" / file}.py:tiny,init=HQ', {})

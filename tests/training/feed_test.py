@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 
 import pytest
 
@@ -42,3 +43,20 @@ def test_error_is_raised_after_the_preceding_batches():
   with pytest.raises(RuntimeError, match='disk'):
     next(feed)
   feed.close()
+
+
+def test_only_the_wait_for_idle_devices_counts():
+  """A slow batch that arrives while the devices compute costs nothing."""
+
+  class Slow(_Source):
+    def __next__(self):
+      time.sleep(0.1)
+      return super().__next__()
+
+  feed = Feed(Slow(), lambda batch: batch)
+  looks = itertools.count()
+  _, hidden = feed.get(lambda: True)
+  _, partly = feed.get(lambda: next(looks) < 3)
+  _, idle = feed.get()
+  feed.close()
+  assert hidden == 0.0 and 0.0 < partly < 0.1 and idle > 0.05

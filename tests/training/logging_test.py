@@ -6,7 +6,7 @@ import types
 import pytest
 
 from vpe_jax.contracts import UserError
-from vpe_jax.training import logging, metrics
+from vpe_jax.training import logging, metrics, throughput
 
 
 @pytest.fixture
@@ -58,6 +58,21 @@ def test_consecutive_skipped_steps_end_the_run(open_log, tmp_path):
     log.settle()
   log.close()
   assert metrics.read(tmp_path)[-1]['step'] == 10  # the last skipped step is recorded
+
+
+def test_waiting_for_data_is_recorded_and_warned_of_once(open_log, tmp_path, capsys, monkeypatch):
+  clock = iter(range(100))
+  monkeypatch.setattr(throughput.time, 'perf_counter', lambda: float(next(clock)))  # 1 s a step
+  log = open_log(log={'every': 2})
+  for step, seconds in enumerate((0.5, 0.0, 0.02, 0.25, 0.25), start=1):
+    _push(log, step)
+    log.waited(seconds)
+  log.close()
+  waits = [record['data_wait'] for record in metrics.read(tmp_path)]
+  assert waits == [0.5, 0.0, 0.02, 0.25]
+  warnings = [line for line in capsys.readouterr().out.splitlines() if 'warning' in line]
+  assert len(warnings) == 1 and '14% of the time' in warnings[0]
+  assert 'data.workers (now 0;' in warnings[0] and 'data.encode=cached' in warnings[0]
 
 
 def test_progress_line_gives_position_losses_speed_and_eta():

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import signal
+import time
+import types
 
 import jax
 import numpy as np
@@ -52,6 +54,20 @@ def test_run_writes_all_its_files(build, tmp_path, capsys):
   output = capsys.readouterr().out
   for text in ('run: new', 'memory per device', 'frozen', 'first caption', 'head 1/2', 'ETA'):
     assert text in output, text
+
+
+def test_waiting_for_data_is_recorded(build, tmp_path, monkeypatch):
+  put_batch = sharding.put_batch
+
+  def slowly(batch, mesh):
+    time.sleep(0.1)
+    return put_batch(batch, mesh)
+
+  monkeypatch.setattr(sharding, 'put_batch', slowly)
+  config, system = build(steps=(1, 5))
+  loop.train(config, system, str(tmp_path))
+  waits = [record['data_wait'] for record in _records(tmp_path)]
+  assert all(0 <= wait <= 1 for wait in waits) and max(waits[3:]) > 0.3
 
 
 @pytest.mark.parametrize('name', OPTIMIZERS)
@@ -251,3 +267,12 @@ def test_resumed_run_is_the_origin_of_its_parameters(build, tmp_path, capsys):
   loop.train(config, system, str(tmp_path), ('steps',))
   lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('  backbone')]
   assert lines[0].endswith('this run, step 2')
+
+
+def test_a_step_without_evaluators_does_not_wait_for_its_state():
+  """Reading a counter of the state would: the devices would idle between steps."""
+  asked = []
+  evaluations = types.SimpleNamespace(due=lambda *args: asked.append(args) or [])
+  watchers, unread = types.SimpleNamespace(evaluations=evaluations), None
+  loop._evaluate(None, watchers, unread, None, {'stage': 1, 'step': 7}, False)
+  assert asked == [(1, 7, False)]

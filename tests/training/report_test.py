@@ -7,6 +7,7 @@ from etils import epath
 from vpe_jax import sharding
 from vpe_jax.config import MeshConfig, OptimConfig
 from vpe_jax.training import report
+from vpe_jax.training.programs import Program, StagePrograms
 
 
 def test_parameter_table_has_a_row_for_each_group(line_system):
@@ -41,14 +42,20 @@ def test_every_parameter_is_listed_in_the_workdir(tmp_path):
   assert 'Total: 131 -- 524 bytes' in text
 
 
-def test_memory_is_read_from_the_compiled_step():
-  compiled = jax.jit(lambda x: (x @ x).sum()).lower(jnp.ones((256, 256))).compile()
-  memory = report.memory_of(compiled)
-  assert memory.arguments == 256 * 256 * 4
-  assert memory.total >= memory.arguments + memory.outputs
-  text = report.memory_text(memory)
-  assert f'{memory.total / 2**20:,.1f} MiB' in text and 'frozen networks and batch 0.2,' in text
-  assert 'does not report' in report.memory_text(None)
+def _program(name, run, *shapes):
+  lowered = jax.jit(run).lower(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
+  return Program(name, lowered, lowered.compile())
+
+
+def test_memory_line_has_the_step_and_the_evaluators():
+  """While an evaluator runs, the step's arguments are in memory, too."""
+  step = _program('step', lambda x: (x @ x).sum(), (1024, 1024))
+  grid = _program('sample_grid', lambda x: jnp.outer(x, x), (2048,))
+  text = report.memory_text(StagePrograms(step, (grid,)))
+  assert 'memory per device: ' in text and 'frozen networks and batch 4.0 MiB,' in text
+  assert '; 20.0 MiB in sample_grid' in text
+  step.compiled.memory_analysis = lambda: None
+  assert 'does not report' in report.memory_text(StagePrograms(step, ()))
 
 
 def test_sample_line_has_shapes_and_caption(line_system):

@@ -31,7 +31,8 @@ class FrozenNetworks:
   Attributes:
     params: name -> sharded parameters; not part of checkpoints, never closed over.
     fingerprints: name -> hash of all bits of the parameters.
-    encode: the system's `encode(params, inputs, keys)`, jitted once for all callers.
+    encode: the system's `encode(params, inputs, keys)`, jitted once for all callers; its results
+      are sharded as batches.
   """
 
   params: Params
@@ -54,7 +55,11 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> FrozenNetwor
   params = {name: tree for name, (tree, _) in networks.items()}
   check_fits(system, params)
   fingerprints = {name: fingerprint for name, (_, fingerprint) in networks.items()}
-  encode = jax.jit(system.encode, compiler_options=sharding.compiler_options())
+  encode = jax.jit(
+    system.encode,
+    out_shardings=sharding.batch_sharding(mesh),
+    compiler_options=sharding.compiler_options(),
+  )
   return FrozenNetworks(params, fingerprints, encode)
 
 

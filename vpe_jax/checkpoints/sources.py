@@ -22,6 +22,7 @@ from etils import epath
 from vpe_jax import storage
 from vpe_jax.checkpoints import pickles
 from vpe_jax.contracts import UserError
+from vpe_jax.storage import HubName, hub_name
 
 # Name of a dtype in a safetensors header -> numpy dtype.
 DTYPES = {
@@ -107,14 +108,20 @@ def open_source(name: str) -> Source:
   Args:
     name: a folder in the format of `save_pretrained` (one file, or several and an index), a single
       file (.safetensors, .bin, .pth, .pt, .ckpt), or a model id on the Hugging Face hub,
-      `OWNER/NAME`, which is downloaded; `OWNER/NAME:FOLDER` selects a folder of the model.
+      `OWNER/NAME`, which is downloaded; `OWNER/NAME@REVISION` selects a branch, tag or commit, and
+      `OWNER/NAME:FOLDER` a folder of the model.
 
   Raises:
     UserError: there are no weights, a file is damaged or refused, or the hub can't be reached.
   """
   path = Path(name).expanduser()
   if not name or not path.exists():
-    path = _downloaded(name)
+    model = hub_name(name)
+    if model is None:
+      raise UserError(
+        f"no weights at '{name}': no such file or folder, and not a hub id (OWNER/NAME)"
+      )
+    path = download(model)
   if path.is_file():
     return Source(path, _read(path), _config(path.parent))
   for suffix, others in (('.safetensors', ()), ('.bin', PICKLED[1:])):
@@ -280,28 +287,46 @@ def _config(folder: Path) -> Mapping[str, Any]:
   return {}
 
 
-def _downloaded(name: str) -> Path:
-  """Downloads a model from the hub; returns its local folder."""
-  repo, _, folder = name.partition(':')
-  if name.startswith(('/', '.', '~')) or repo.count('/') != 1 or not all(repo.split('/')):
-    raise UserError(
-      f"no weights at '{name}': no such file or folder, and not a hub id (OWNER/NAME)"
-    )
-  import huggingface_hub  # Imported here because nothing else in this module needs a network.
+def download(name: HubName) -> Path:
+  """Downloads the weights of a model and their config; returns their local folder.
+
+  Raises:
+    UserError: see `snapshot`.
+  """
+  below = f'{name.folder}/' if name.folder else ''
+  for patterns in (_SAFETENSORS_FILES, _PICKLED_FILES):
+    # The patterns also match files in subfolders, which are other models.
+    path = snapshot(name, [f'{below}{pattern}' for pattern in patterns], (f'{below}*/*',))
+    path = path / name.folder
+    if any(path.glob('*.safetensors')):
+      break
+  return path
+
+
+def snapshot(name: HubName, patterns: Sequence[str], ignored: Sequence[str]) -> Path:
+  """Downloads files of a model; returns the folder of the snapshot, whose name is its commit.
+
+  Args:
+    name: the model and its revision.
+    patterns: glob patterns of the files.
+    ignored: glob patterns of files that match `patterns` and are left out.
+
+  Raises:
+    UserError: the hub can't be reached, or has no such model or revision.
+  """
+  import huggingface_hub  # Imported here because only published models need a network.
 
   try:
-    for patterns in (_SAFETENSORS_FILES, _PICKLED_FILES):
-      allowed = [f'{folder}/{pattern}' if folder else pattern for pattern in patterns]
-      # The patterns also match files in subfolders, which are other models.
-      below = f'{folder}/*/*' if folder else '*/*'
-      path = huggingface_hub.snapshot_download(repo, allow_patterns=allowed, ignore_patterns=below)
-      path = Path(path) / folder
-      if any(path.glob('*.safetensors')) or patterns is _PICKLED_FILES:
-        return path
+    path = huggingface_hub.snapshot_download(
+      name.repo,
+      revision=name.revision or None,
+      allow_patterns=list(patterns),
+      ignore_patterns=list(ignored),
+    )
   except Exception as error:  # The hub's client also raises errors of its HTTP library.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(
-      f"no weights at '{name}': no such file or folder, and the hub can't be reached or has "
-      f'no such model ({reason}); download it elsewhere and name the folder'
+      f"no weights at '{name}': no such file or folder, and the hub can't be reached or has no "
+      f'such model or revision ({reason}); download it elsewhere and name the folder'
     ) from error
-  raise AssertionError('unreachable')
+  return Path(path)

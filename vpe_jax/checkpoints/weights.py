@@ -152,6 +152,20 @@ def read_run(
   return _read_checkpoint(workdir, lambda paths: [p for p in paths if p.startswith(prefixes)])
 
 
+def newest_record(workdir: str) -> Mapping[str, Any] | None:
+  """The record of a run's newest intact checkpoint, without its leaves; None without a checkpoint.
+
+  Raises:
+    UserError: every checkpoint is damaged, or the folder can't be reached.
+  """
+  store = Store(str(storage.resolve(workdir) / FOLDER), CheckpointConfig())
+  try:
+    contents = store.read(lambda paths: ())
+  finally:
+    store.close()
+  return None if contents is None else contents[1]
+
+
 def _read_checkpoint(
   workdir: str,
   choose: Callable[[Collection[str]], Iterable[str]],

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 
 from vpe_jax import sharding, systems
-from vpe_jax.compilation import hlo, memory, program, roofline, topology, traffic
+from vpe_jax.compilation import hlo, program, roofline, topology, traffic
 from vpe_jax.compilation.program import KINDS, TRAIN
 from vpe_jax.compilation.report import Report
 from vpe_jax.compilation.topology import Topology
 from vpe_jax.config import to_dict
 from vpe_jax.contracts import System, UserError
+from vpe_jax.training import memory
 
 MIN_WARNED_BYTES = 2**20  # minimum bytes of an all-reduce for a warning
 _DUMP_SUFFIX = 'after_optimizations.txt'
@@ -138,7 +139,7 @@ def _compile(
   """Compiles a program; returns its memory and its HLO (from a dump if it can't be printed)."""
   options: dict[str, Any] = {}
   if target.chip is not None:
-    options = {'xla_dump_to': str(folder), 'xla_dump_hlo_as_text': True}
+    options = {**memory.DUMP, 'xla_dump_to': str(folder)}
     options |= sharding.compiler_options('tpu')
   try:
     compiled = lowered.lowered.compile(compiler_options=options or None)

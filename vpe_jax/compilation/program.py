@@ -27,10 +27,9 @@ from vpe_jax.contracts import (
   require,
 )
 from vpe_jax.ops.flops import Flops, matrix_flops
-from vpe_jax.training import resume
+from vpe_jax.training import programs, resume
 from vpe_jax.training.model_flops import step_flops
 from vpe_jax.training.state import split_trainable
-from vpe_jax.training.step import make_train_step
 
 TRAIN, SAMPLE = KINDS = ('train', 'sample')
 
@@ -160,15 +159,9 @@ def kernel_flops(flops: Flops, remat: str) -> float:
 def _lower_train(
   job: Job, state: Any, frozen: Params, key: Array
 ) -> tuple[jax.stages.Lowered, Flops]:
-  system, stage = job.system, job.stage
-  optim = system.config.optim_of(job.stage_index)
-  step = make_train_step(system, stage, optim, resume.shardings_of(state))
-  cached = system.config.data.encode == 'cached'
-  batch = system.batch_spec(job.images).batch(cached)
-  batch_sharding = sharding.batch_sharding(job.mesh)
-  batch = _with_shardings(batch, jax.tree.map(lambda _: batch_sharding, batch))
-  lowered = step.lower(state, frozen, batch, _key(job.mesh))
-  return lowered, step_flops(system, stage, job.images, key)
+  system, index = job.system, job.stage_index
+  lowered = programs.lower_step(system.config, system, index, state, frozen, job.mesh)
+  return lowered, step_flops(system, job.stage, job.images, key)
 
 
 def _lower_sample(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowered, Flops]:
@@ -177,18 +170,12 @@ def _lower_sample(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowe
   def sample(params: Params, frozen: Params, request: Batch, key: Array) -> Generated:
     return system.generate(system.prepare(params), frozen, request, key, system.config.sample)
 
-  request = system.request_spec(job.images)
   batch_sharding = sharding.batch_sharding(job.mesh)
-  request = _with_shardings(request, jax.tree.map(lambda _: batch_sharding, request))
+  request = sharding.abstract(system.request_spec(job.images), batch_sharding)
   frozen = {name: frozen[name] for name in system.sampling_networks if name in frozen}
-  arguments = (state['params'], frozen, request, _key(job.mesh))
+  arguments = (state['params'], frozen, request, programs.abstract_key(job.mesh))
   lowered = jax.jit(sample, out_shardings=batch_sharding).lower(*arguments)
   return lowered, Flops(matrix_flops(sample, *arguments))
-
-
-def _key(mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
-  shape = rng.abstract_key()
-  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding.replicated(mesh))
 
 
 def _with_shardings(tree: Any, shardings: Any) -> Any:

@@ -7,10 +7,10 @@ import json
 from typing import Any
 
 from vpe_jax import storage
-from vpe_jax.compilation.memory import Usage
 from vpe_jax.compilation.roofline import Bound
 from vpe_jax.compilation.topology import Topology
 from vpe_jax.compilation.traffic import Work
+from vpe_jax.training.memory import Usage
 
 FIT = 0.9  # fraction of HBM that a program may use; the runtime needs the rest
 _KNOBS = {

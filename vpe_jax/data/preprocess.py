@@ -70,7 +70,11 @@ class PromptAndImage:
 
 
 def prompt_and_image(
-  data: DataConfig, field: str = '', rows: int = 0, views: Mapping[str, int] | None = None
+  data: DataConfig,
+  field: str = '',
+  rows: int = 0,
+  special: Mapping[str, int] | None = None,
+  views: Mapping[str, int] | None = None,
 ) -> PromptAndImage:
   """Preprocessing for systems that read prompts and images.
 
@@ -78,10 +82,12 @@ def prompt_and_image(
     data: data section of the config.
     field: config field with the size of the embedding table; empty if the system has no table.
     rows: number of rows of that table.
+    special: config field -> id that the model reads as a special token.
     views: see PromptAndImage.
 
   Raises:
-    UserError: the tokenizer does not exist, or has more tokens than the table has rows.
+    UserError: the tokenizer does not exist, has more tokens than the table has rows, or reads a
+      special id as text.
   """
   tokenizer = open_tokenizer(data.tokenizer)
   if field and tokenizer.vocabulary > rows:
@@ -89,4 +95,5 @@ def prompt_and_image(
       f"tokenizer '{data.tokenizer}' has {tokenizer.vocabulary} tokens, but {field} is {rows}: "
       'the embedding table needs a row for each token'
     )
+  tokenizer.check_special(special or {})
   return PromptAndImage(tokenizer, data, views or {})

@@ -24,7 +24,7 @@ from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.preprocess import prompt_and_image
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import frechet
-from vpe_jax.evaluation.evaluator import Subject
+from vpe_jax.evaluation.evaluator import Lowered, Subject
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.evaluation.report import Report, Row, check_options, protocol, wilson_interval
 
@@ -72,6 +72,10 @@ class ClassBenchmark:
   def check(self) -> None:
     """See Evaluator."""
     check_options(self.captions, (), self.seed)
+
+  def programs(self, subject: Subject) -> list[Lowered]:
+    """See Evaluator."""
+    return subject.sampling_programs()
 
   def run(self, subject: Subject) -> Report:
     """Nearest-neighbour class accuracy and Frechet distance of true and generated images.

@@ -28,7 +28,7 @@ import numpy as np
 from vpe_jax.contracts import Edits
 from vpe_jax.data.embedded import edits
 from vpe_jax.data.records import Split, edit_mask, render
-from vpe_jax.evaluation.evaluator import Subject
+from vpe_jax.evaluation.evaluator import Lowered, Subject
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.evaluation.report import (
   FROM_DRAFTS,
@@ -131,6 +131,10 @@ class EditBenchmark:
   def check(self) -> None:
     """See Evaluator."""
     check_options(self.captions, self.splits, self.seed)
+
+  def programs(self, subject: Subject) -> list[Lowered]:
+    """See Evaluator."""
+    return subject.sampling_programs()
 
   def run(self, subject: Subject) -> Report:
     """Scores the controls, and edits from the model's own drafts and from ground-truth drafts."""

@@ -26,6 +26,8 @@ from vpe_jax.contracts import Edits, Params, Samples, Stage, System, UserError, 
 from vpe_jax.evaluation.report import Report
 from vpe_jax.generator import Generator
 
+Lowered = jax.stages.Lowered
+
 # Name -> `module:Class`. Packages of systems add their own evaluators (vpe_jax.systems.package).
 EVALUATORS: Mapping[str, str] = {
   'heldout': 'vpe_jax.evaluation.heldout:HeldOut',
@@ -177,6 +179,10 @@ class Subject:
     drafts = self.generator.read_drafts(list(images))
     return stacked(self.generator(list(prompts), 1, self.seed, self.settings, fixed=drafts))
 
+  def sampling_programs(self) -> list[Lowered]:
+    """The programs of `sample` and `sample_from_drafts`; see Evaluator.programs."""
+    return self.generator.programs(self.settings)
+
   def editing(self, source: np.ndarray) -> Subject:
     """The model with fixed source images [N, R, R, 3] uint8; prompts are edit instructions."""
     generator = self.generator.editing(source)
@@ -203,6 +209,13 @@ class Evaluator(Protocol):
 
     Raises:
       UserError: an option is out of range, or a package is missing.
+    """
+    ...
+
+  def programs(self, subject: Subject) -> list[Lowered]:
+    """The large programs that `run` calls, lowered for a subject, to be compiled ahead of it.
+
+    They are lowered from the jitted functions that `run` calls, so it compiles none of them again.
     """
     ...
 

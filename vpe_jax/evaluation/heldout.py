@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
@@ -16,13 +16,14 @@ from vpe_jax.contracts import Array, Batch, Params, Stage, System, UserError
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.records import NoHeldOutSplit
 from vpe_jax.data.sources import open_source
-from vpe_jax.evaluation.evaluator import Subject
+from vpe_jax.evaluation.evaluator import Lowered, Subject
 from vpe_jax.evaluation.report import Report
 
 SPLIT = 'combination'
 
 Sums = dict[str, Array]
-EvalStep = Callable[[Params, Params, Batch, Array, Array], tuple[Sums, Sums]]
+# (params, frozen, batch, rng, stage_step) -> (sums, counts) of each loss term; jitted.
+EvalStep = jax.stages.Wrapped
 
 
 @dataclasses.dataclass
@@ -43,28 +44,40 @@ class HeldOut:
   batches: int = 4
 
   def __post_init__(self) -> None:
-    self._stage_index = -1
-    self._step: EvalStep | None = None
-    self._batches: list[Batch] = []
+    self._steps: dict[int, EvalStep] = {}  # by index of the stage
+    self._batches_of_stage: tuple[int, list[Batch]] = (-1, [])
 
   def check(self) -> None:
     """See Evaluator."""
     if self.batches < 1:
       raise UserError(f'batches is {self.batches}: at least 1 is needed')
 
+  def programs(self, subject: Subject) -> list[Lowered]:
+    """See Evaluator."""
+    if not has_split(subject.system.config.data):
+      return []
+    spec = subject.system.batch_spec(_batch_size(subject))
+    place = sharding.batch_sharding(subject.mesh)
+    read = sharding.abstract(spec.batch(cached=False), place)
+    evaluated, lowered = read, []
+    if spec.cacheable:
+      evaluated = sharding.abstract(spec.batch(cached=True), place)
+      frozen = subject.frozen
+      lowered = [frozen.encode.lower(frozen.params, read.inputs, subject.key)]
+    arguments = (subject.params, subject.frozen.params, evaluated, subject.key, subject.stage_step)
+    return [*lowered, self._step_of(subject).lower(*arguments)]
+
   def run(self, subject: Subject) -> Report:
     """The mean of each loss over the held-out batches."""
     if not has_split(subject.system.config.data):
       return Report({}, ('held-out losses: none, the data source has no held-out split',))
-    if subject.stage_index != self._stage_index:
-      self._stage_index = subject.stage_index
-      stage = with_all_losses(subject.system.stages, subject.stage_index)
-      self._step = make_eval_step(subject.system, stage)
-      self._batches = self._read(subject)
+    step = self._step_of(subject)
+    if self._batches_of_stage[0] != subject.stage_index:
+      self._batches_of_stage = (subject.stage_index, self._read(subject))
     totals: dict[str, list[float]] = {}
-    for batch in self._batches:
+    for batch in self._batches_of_stage[1]:
       sums, counts = jax.device_get(
-        self._step(subject.params, subject.frozen.params, batch, subject.key, subject.stage_step)
+        step(subject.params, subject.frozen.params, batch, subject.key, subject.stage_step)
       )
       for name, value in sums.items():
         total = totals.setdefault(name, [0.0, 0.0])
@@ -73,9 +86,17 @@ class HeldOut:
     numbers = {f'eval/{name}': value / max(count, 1.0) for name, (value, count) in totals.items()}
     return Report(numbers, tuple(f'  {name:24}{value:.4f}' for name, value in numbers.items()))
 
+  def _step_of(self, subject: Subject) -> EvalStep:
+    """The jitted function of the subject's stage, built once."""
+    index = subject.stage_index
+    if index not in self._steps:
+      stage = with_all_losses(subject.system.stages, index)
+      self._steps[index] = make_eval_step(subject.system, stage)
+    return self._steps[index]
+
   def _read(self, subject: Subject) -> list[Batch]:
     """Reads the batches onto the devices; cacheable entries are encoded once."""
-    size = subject.system.config.batch_size[subject.stage_index]
+    size = _batch_size(subject)
     data = Pipeline.of(subject.system, SPLIT)
     place = lambda batch: sharding.put_batch(batch, subject.mesh)
     with data.batches(0, size, jax.process_index(), jax.process_count()) as batches:
@@ -85,6 +106,10 @@ class HeldOut:
       return placed
     inputs = spec.input_names(cached=True)
     return [_as_cached(subject, batch, inputs, spec.cacheable) for batch in placed]
+
+
+def _batch_size(subject: Subject) -> int:
+  return subject.system.config.batch_size[subject.stage_index]
 
 
 def has_split(data: DataConfig) -> bool:

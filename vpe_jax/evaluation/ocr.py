@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vpe_jax.contracts import Samples, UserError
 from vpe_jax.data.embedded.words import Words
 from vpe_jax.data.records import render
-from vpe_jax.evaluation.evaluator import Subject
+from vpe_jax.evaluation.evaluator import Lowered, Subject
 from vpe_jax.evaluation.report import (
   FROM_DRAFTS,
   HELD_OUT,
@@ -133,6 +133,10 @@ class Ocr:
     """See Evaluator."""
     check_options(self.captions, self.splits, self.seed)
     check_installed()
+
+  def programs(self, subject: Subject) -> list[Lowered]:
+    """See Evaluator."""
+    return subject.sampling_programs()
 
   def run(self, subject: Subject) -> Report:
     """Scores ground truth, generated images, and images from ground-truth drafts, if any."""

@@ -19,7 +19,7 @@ import numpy as np
 from vpe_jax.contracts import Samples, UserError
 from vpe_jax.data.embedded import distractors, scenes
 from vpe_jax.data.records import Record, Split, Truth, render
-from vpe_jax.evaluation.evaluator import Subject
+from vpe_jax.evaluation.evaluator import Lowered, Subject
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.evaluation.report import (
   HELD_OUT,
@@ -134,6 +134,10 @@ class Retrieval:
   def check(self) -> None:
     """See Evaluator."""
     check_options(self.captions, self.splits, self.seed)
+
+  def programs(self, subject: Subject) -> list[Lowered]:
+    """See Evaluator."""
+    return subject.sampling_programs()
 
   def run(self, subject: Subject) -> Report:
     """Retrieval accuracy of true and generated images, each also with permuted captions."""

@@ -11,7 +11,7 @@ the label of the ground truth says so.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from vpe_jax.contracts import (
 )
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.evaluation import heldout
-from vpe_jax.evaluation.evaluator import Subject
+from vpe_jax.evaluation.evaluator import Lowered, Subject
 from vpe_jax.evaluation.report import FROM_DRAFTS, Report, Row
 from vpe_jax.sampling import images
 
@@ -42,6 +42,14 @@ _SCANNED = 8  # records scanned at most, per record used
 OWN, TRUE_DRAFTS = 'own', 'true_drafts'  # in the names of metrics
 GENERATED = 'generated'
 TRUTH, TRAINED_ON, SOURCE = 'ground truth', 'ground truth (trained on)', 'source image'
+
+
+class _Programs(NamedTuple):
+  """The jitted functions: sampling, metrics, and a copy of an array on every host."""
+
+  generate: jax.stages.Wrapped
+  compare: jax.stages.Wrapped
+  replicate: jax.stages.Wrapped
 
 
 @dataclasses.dataclass
@@ -66,16 +74,35 @@ class SampleGrid:
 
   def __post_init__(self) -> None:
     self._truth: dict[str, tuple[Batch, list[str]]] = {}
-    self._programs: tuple | None = None
+    self._jitted: _Programs | None = None
 
   def check(self) -> None:
     """See Evaluator; there are no options."""
+
+  def programs(self, subject: Subject) -> list[Lowered]:
+    """See Evaluator."""
+    if frozen_lib.is_synthetic(subject.system):
+      return []
+    jitted, frozen, settings = self._compiled(subject), subject.frozen, subject.settings
+    spec = subject.system.batch_spec(_count(subject.mesh))
+    truth = sharding.abstract(spec.batch(cached=False), sharding.batch_sharding(subject.mesh))
+    lowered = [frozen.encode.lower(frozen.params, truth.inputs, subject.key)]
+    encoded = sharding.abstract(dict(spec.encoded), sharding.batch_sharding(subject.mesh))
+    truth = dataclasses.replace(truth, encoded=encoded)
+    for fixed in dict.fromkeys(((), tuple(subject.system.drafts))):
+      request = _request(subject, truth, fixed)
+      arguments = (subject.params, frozen.params, request, subject.key, settings)
+      lowered.append(jitted.generate.lower(*arguments))
+      generated = jitted.generate.eval_shape(*arguments)
+      generated = sharding.abstract(generated, sharding.replicated(subject.mesh))
+      lowered.append(jitted.compare.lower(frozen.params, generated, truth))
+    return lowered
 
   def run(self, subject: Subject) -> Report:
     """Samples the grid and computes its metrics."""
     if frozen_lib.is_synthetic(subject.system):
       return Report({}, ('sample grid: none; a run on synthetic data has no decoder',))
-    generate, compare = self._compiled(subject)
+    jitted = self._compiled(subject)
     data = subject.system.config.data
     held_out = (heldout.SPLIT,) if heldout.has_split(data) else ()
     labels = {OWN: GENERATED}
@@ -94,14 +121,15 @@ class SampleGrid:
       for name, label in labels.items():
         fixed = subject.system.drafts if name == TRUE_DRAFTS else ()
         request = _request(subject, truth, fixed)
-        generated = generate(subject.params, subject.frozen.params, request, key, subject.settings)
-        metrics = jax.device_get(compare(subject.frozen.params, generated, truth))
+        arguments = (subject.params, subject.frozen.params, request, key, subject.settings)
+        generated = jitted.generate(*arguments)
+        metrics = jax.device_get(jitted.compare(subject.frozen.params, generated, truth))
         for metric, value in metrics.items():
           numbers.setdefault(f'sample/{name}/{metric}', []).append(float(value))
         pixels = jax.device_get(generated.image[:SHOWN])
         rows[label] += list(images.to_uint8(np.nan_to_num(pixels)))
       for label, name in inputs.items():
-        rows[label] += list(_fetch(subject, truth.inputs[name])[:SHOWN])
+        rows[label] += list(jax.device_get(jitted.replicate(truth.inputs[name]))[:SHOWN])
       captions += prompts
     truth_row = next(iter(inputs))
     sheet = tuple(
@@ -112,9 +140,9 @@ class SampleGrid:
     lines = tuple(f'  {name:32}{value:.4f}' for name, value in means.items())
     return Report(means, lines, sheets={'': sheet})
 
-  def _compiled(self, subject: Subject) -> tuple:
-    """The two jitted functions, built once; every process gets their results."""
-    if self._programs is None:
+  def _compiled(self, subject: Subject) -> _Programs:
+    """The jitted functions, built once; every process gets their results."""
+    if self._jitted is None:
       system, everywhere = subject.system, sharding.replicated(subject.mesh)
 
       def generate(
@@ -131,17 +159,18 @@ class SampleGrid:
         return numbers
 
       options = sharding.compiler_options()
-      self._programs = (
+      self._jitted = _Programs(
         jax.jit(generate, static_argnums=4, out_shardings=everywhere, compiler_options=options),
         jax.jit(compare, out_shardings=everywhere),
+        jax.jit(lambda leaf: leaf, out_shardings=everywhere),
       )
-    return self._programs
+    return self._jitted
 
   def _load(self, subject: Subject, split: str) -> tuple[Batch, list[str]]:
     """Records of a split with their encoded entries, and the prompts of the grid."""
     if split not in self._truth:
       data = Pipeline.of(subject.system, split)
-      count = -(-MIN_SCORED // subject.mesh.size) * subject.mesh.size
+      count = _count(subject.mesh)
       positions = _positions(data, count)
       local = positions[sharding.host_slice(count, subject.mesh)]
       batch = data.examples([data.index_at(position) for position in local])
@@ -169,10 +198,9 @@ def _distances(generated: Generated, truth: Batch) -> dict[str, Array]:
   return {'latent_distance': jnp.sqrt(jnp.mean(jnp.square(sampled - expected)))}
 
 
-def _fetch(subject: Subject, leaf: Array) -> np.ndarray:
-  """Gathers an array on every host."""
-  replicate = jax.jit(lambda x: x, out_shardings=sharding.replicated(subject.mesh))
-  return jax.device_get(replicate(leaf))
+def _count(mesh: jax.sharding.Mesh) -> int:
+  """Scored images of each split."""
+  return -(-MIN_SCORED // mesh.size) * mesh.size
 
 
 def _positions(data: Pipeline, count: int) -> list[int]:

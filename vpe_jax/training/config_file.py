@@ -26,8 +26,11 @@ from vpe_jax.contracts import UserError
 _WORDS = {'true': True, 'false': False, 'none': None}
 
 
+RUNS = 'runs'  # key of a chain: name -> config of each run
+
+
 def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
-  """Loads the complete configuration as nested dicts.
+  """Loads the complete configuration of a single run as nested dicts.
 
   Args:
     spec: `FILE.py` or `FILE.py:ARG`; ARG is the argument of the file's `get_config`.
@@ -35,13 +38,60 @@ def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
 
   Raises:
     UserError: the file doesn't exist or is no config file, its argument is invalid, a key is
-      unknown, or a value has the wrong type or is out of range.
+      unknown, a value has the wrong type or is out of range, or the config is a chain of runs.
+  """
+  chain = load_chain(spec, overrides)
+  if '' not in chain:
+    names = ', '.join(chain)
+    raise UserError(f'--config={spec} is a chain of runs ({names}): name the config of one of them')
+  return chain['']
+
+
+def load_chain(spec: str, overrides: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+  """Loads a config that may be a chain: several runs, in the order in which they train.
+
+  A chain's `get_config` returns `{'runs': {NAME: config, ...}}`, and `start` of a config may be the
+  name of an earlier run. `--config.KEY=VALUE` changes all runs, `--config.NAME.KEY=VALUE` one.
+
+  Args:
+    spec: see `load`.
+    overrides: see `load`.
+
+  Returns:
+    Name -> configuration as nested dicts; a single run has the name ''.
+
+  Raises:
+    UserError: see `load`.
   """
   path, _, arg = spec.partition(':')
   try:
-    file_values = _file_values(Path(path), arg)
+    values = _file_values(Path(path), arg)
   except ValueError as error:
     raise UserError(f'--config={spec}: {" ".join(str(error).split())}') from error
+  if RUNS not in values:
+    return {'': _with_overrides(values, overrides)}
+  names = tuple(values[RUNS])
+  shared = {key: text for key, text in overrides.items() if key.partition('.')[0] not in names}
+  chain = {}
+  for name, config in values[RUNS].items():
+    run = config.to_dict() if isinstance(config, ConfigDict) else config
+    own = {key: text for key, text in overrides.items() if key.partition('.')[0] == name}
+    own = {key.partition('.')[2]: text for key, text in own.items()}
+    chain[name] = _with_overrides(run, shared | own)
+  return chain
+
+
+def in_folder(chain: Mapping[str, dict[str, Any]], workdir: str) -> dict[str, dict[str, Any]]:
+  """Workdir -> config of each run of a chain; a `start` that names a run becomes its workdir."""
+  folders = {name: f'{workdir}/{name}' if name else workdir for name in chain}
+  return {
+    folders[name]: run | {'start': folders.get(run['start'] or None, run['start'])}
+    for name, run in chain.items()
+  }
+
+
+def _with_overrides(file_values: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+  """The complete configuration of one run, with overridden fields."""
   base = to_dict(systems.build(file_values).config)
   values = dict(base)
   _change_kinds(values, overrides)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 from etils import epath
@@ -46,7 +46,8 @@ class Evaluations:
     self._config, self._system, self._frozen = config, system, frozen
     self._mesh, self._workdir = mesh, workdir
     self._generator: Generator | None = None
-    self._evaluators: dict[str, tuple[int, Evaluator]] = {}
+    self._evaluators: dict[str, Evaluator] = {}
+    self._every: dict[str, int] = {}
     subject = self._subject({}, 0, 0)
     for name, options in config.evals.items():
       every = options['every']
@@ -54,16 +55,27 @@ class Evaluations:
         own = {key: value for key, value in options.items() if key != 'every'}
         evaluator = evaluators.build(name, own)
         evaluators.check_fits(name, evaluator, subject)
-        self._evaluators[name] = (every, evaluator)
+        self._evaluators[name], self._every[name] = evaluator, every
 
   def due(self, stage: int, step: int, is_last: bool) -> list[str]:
     """Names of the evaluators to run after a step; those that sample need `Stage.samples`."""
-    samples = self._system.stages[stage].samples
-    return [
-      name
-      for name, (every, evaluator) in self._evaluators.items()
-      if (is_last or step % every == 0) and (samples or Samples not in _needs(evaluator))
-    ]
+    return [name for name in self._in_stage(stage) if is_last or step % self._every[name] == 0]
+
+  def programs(self, stage: int, state: State) -> Iterator[tuple[str, jax.stages.Lowered]]:
+    """Lowers the programs of all evaluators that run in a stage, for compilation ahead of time.
+
+    Args:
+      stage: index of the stage.
+      state: a state of any stage: shapes and shardings of parameters are the same in all.
+
+    Yields:
+      Name of an evaluator, and one of its programs.
+    """
+    subject = self._subject(weights(state), stage, state['stage_step'])
+    for name in self._in_stage(stage):
+      for lowered in self._evaluators[name].programs(subject):
+        yield name, lowered
+    self._release()
 
   def run(self, names: list[str], state: State, step: int) -> dict[str, float]:
     """Runs evaluators on a state; writes their sheets, and returns their numbers."""
@@ -71,14 +83,26 @@ class Evaluations:
     subject = self._subject(weights(state), index, state['stage_step'])
     numbers: dict[str, float] = {}
     for name in names:
-      _, evaluator = self._evaluators[name]
+      evaluator = self._evaluators[name]
       report = evaluator.run(subject)
       numbers |= report.numbers
       self._write(name, evaluator, report, step)
       if subject.main:
         lines = [_line(name, report.numbers)] if report.numbers else report.lines
         print('\n'.join(lines), flush=True)
+    self._release()
     return numbers
+
+  def _release(self) -> None:
+    """Drops the parameters of the generator: a copy, which would stay in memory between runs."""
+    if self._generator is not None:
+      self._generator.params = {}
+
+  def _in_stage(self, stage: int) -> list[str]:
+    """Names of the evaluators that run in a stage: those that sample need `Stage.samples`."""
+    samples = self._system.stages[stage].samples
+    evaluators = self._evaluators.items()
+    return [name for name, e in evaluators if samples or Samples not in _needs(e)]
 
   def _write(self, name: str, evaluator: Evaluator, report: Report, step: int) -> None:
     if jax.process_index() != 0:

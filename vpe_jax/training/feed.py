@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from vpe_jax.contracts import Batch
 
 DEPTH = 2  # prefetched batches
+POLL = 0.002  # seconds between two looks at the devices while there is no batch
 
 
 class Feed:
@@ -30,10 +33,24 @@ class Feed:
     return self
 
   def __next__(self) -> Batch:
-    batch, error = self._ready.get()
+    return self.get()[0]
+
+  def get(self, is_busy: Callable[[], bool] = lambda: False) -> tuple[Batch, float]:
+    """The next batch, and the seconds for which the devices waited for it.
+
+    Args:
+      is_busy: whether the devices still compute the newest step; waiting costs nothing meanwhile.
+    """
+    item, idle_since = None, None
+    while item is None:
+      if idle_since is None and not is_busy():
+        idle_since = time.perf_counter()
+      with contextlib.suppress(queue.Empty):
+        item = self._ready.get(timeout=POLL if idle_since is None else None)
+    batch, error = item
     if error is not None:
       raise error
-    return batch
+    return batch, 0.0 if idle_since is None else time.perf_counter() - idle_since
 
   def close(self) -> None:
     """Ends the thread and closes the underlying iterator."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import os
 from typing import Any
 
 import jax
 from etils import epath
 
-from vpe_jax.config import Config
+from vpe_jax.config import Config, DataConfig
 from vpe_jax.contracts import System, UserError
 from vpe_jax.storage import is_remote
 from vpe_jax.training import throughput
 from vpe_jax.training.metrics import MetricsFile, Record
 
+MAX_DATA_WAIT = 0.05  # share of the time spent waiting for data from which on a run warns
 MAX_SKIPPED = 5  # consecutive steps without a finite loss and gradient that end a run
 
 
@@ -35,6 +37,9 @@ class RunLog:
     self._record: Record | None = None
     self._skipped: list[int] = []
     self._recent: list[float] = []
+    self._waited = 0.0  # seconds since the last step ended
+    self._recent_waits: list[float] = []
+    self._warned = False
     writes = jax.process_index() == 0
     self._file = MetricsFile(workdir, resumed) if writes else None
     self._board = _open_board(workdir) if writes else None
@@ -62,8 +67,11 @@ class RunLog:
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     stage = counters['stage']
     speeds = self._meter.lap(stage)
-    if self._file is not None:  # Only this process prints, which empties the list.
+    speeds['data_wait'] = min(self._waited / speeds['step_time'], 1.0)
+    if self._file is not None:  # Only this process prints, which empties the lists.
       self._recent.append(speeds['step_time'])
+      self._recent_waits.append(self._waited)
+    self._waited = 0.0
     self._record = {**counters, 'stage': self._names[stage], **values, **speeds}
     self._progress(stage, counters)
     self._check_finite(counters['step'], values)
@@ -74,9 +82,20 @@ class RunLog:
     if self._record is not None:
       self._record |= values
 
+  def is_running(self) -> bool:
+    """Whether the devices still compute the newest step."""
+    if self._pending is None:
+      return False
+    return not all(value.is_ready() for value in self._pending[1].values())
+
+  def waited(self, seconds: float) -> None:
+    """Adds time for which the devices waited for data; part of the time of the current step."""
+    self._waited += seconds
+
   def resume_clock(self) -> None:
     """Excludes the time since the newest step from the next step's time."""
     self._meter.restart()
+    self._waited = 0.0
 
   def flush(self) -> None:
     """Writes all records through the newest step to durable storage."""
@@ -110,9 +129,14 @@ class RunLog:
     if self._file is None or (stage_step % every and stage_step not in (1, total)):
       return
     seconds = sum(self._recent) / len(self._recent)
-    self._recent = []
+    share = sum(self._recent_waits) / max(sum(self._recent), 1e-9)
+    self._recent, self._recent_waits = [], []
     remaining = self._meter.remaining(stage, stage_step, seconds)
     print(progress_line(self._record, total, remaining), flush=True)
+    # The first step waits for readers that have just started.
+    if share > MAX_DATA_WAIT and stage_step > 1 and not self._warned:
+      self._warned = True
+      print(f'warning: {data_wait_text(share, self._config.data)}', flush=True)
 
   def _check_finite(self, step: int, values: dict[str, float]) -> None:
     """Warns of a skipped step, and ends the run after MAX_SKIPPED consecutive ones."""
@@ -145,6 +169,16 @@ def progress_line(record: Record, total: int, seconds_left: float) -> str:
       ', '.join(speed),
       f'ETA {duration(seconds_left)}',
     ]
+  )
+
+
+def data_wait_text(share: float, data: DataConfig) -> str:
+  """The share of the time that devices wait for data, and the settings that reduce it."""
+  cores = os.cpu_count() or 1
+  cached = ', or set data.encode=cached' if data.encode == 'online' else ''
+  return (
+    f'the devices wait for data {share:.0%} of the time: raise data.workers (now {data.workers}; '
+    f'this host has {cores} cores){cached}'
   )
 
 

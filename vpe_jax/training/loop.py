@@ -17,14 +17,14 @@ from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import Config, to_dict
 from vpe_jax.contracts import Array, Batch, State, System
 from vpe_jax.data.pipeline import Pipeline
-from vpe_jax.training import curves, encode, report, resume
+from vpe_jax.training import curves, encode, memory, report, resume
 from vpe_jax.training.evaluations import Evaluations
 from vpe_jax.training.feed import Feed
 from vpe_jax.training.logging import RunLog
 from vpe_jax.training.preemption import Preemption
 from vpe_jax.training.profiler import Profiler
+from vpe_jax.training.programs import StagePrograms, compile_stages
 from vpe_jax.training.state import next_stage
-from vpe_jax.training.step import make_train_step
 from vpe_jax.training.workdir import locked
 
 
@@ -99,8 +99,9 @@ def train(
     cleanup.callback(store.close)  # Waits for the current save, however the run ends.
     # Frozen networks are loaded first: this reports errors at once, while the initialization of a
     # large model takes minutes.
-    frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
-    state, origins = _start(config, system, frozen, str(folder), mesh, store, allow_change, key)
+    with memory.explained('the frozen networks and the state', config, 0):
+      frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
+      state, origins = _start(config, system, frozen, str(folder), mesh, store, allow_change, key)
     data = encode.open_training_data(config, system, frozen, mesh)
     stage = int(state['stage'])
     run = Run(config, system, folder, mesh, key, frozen, data, store, origins, stage)
@@ -154,8 +155,9 @@ def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
 
 def _run_stages(run: Run, watchers: Watchers, state: State) -> State | None:
   """Runs the remaining stages; each later stage starts with a new optimizer state and EMA."""
+  programs: dict[int, StagePrograms] = {}
   while True:
-    state = _run_stage(run, watchers, state)
+    state = _run_stage(run, watchers, state, programs)
     if state is None:
       return None
     index = int(state['stage']) + 1
@@ -171,8 +173,13 @@ def _run_stages(run: Run, watchers: Watchers, state: State) -> State | None:
   return state
 
 
-def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
-  """Runs the remaining steps of the state's stage; returns None if the run was preempted."""
+def _run_stage(
+  run: Run, watchers: Watchers, state: State, programs: dict[int, StagePrograms]
+) -> State | None:
+  """Runs the remaining steps of the state's stage; returns None if the run was preempted.
+
+  The first stage that runs adds the programs of all remaining stages to `programs`.
+  """
   counters = {name: int(state[name]) for name in ('stage', 'step', 'stage_step')}
   index, total = counters['stage'], run.config.steps[counters['stage']]
   if counters['stage_step'] >= total:
@@ -181,24 +188,19 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
   stored_config = to_dict(run.config)
   try:
     batch = next(feed)
-    _say(f'stage {run.system.stages[index].name}: compiling its step')
-    step = _compile(run, state, batch)
-    _report(run, step, state, batch)
+    if not programs:
+      programs |= _compile(run, watchers, state)
+    step = programs[index].step
+    _report(run, programs[index], state, batch)
     watchers.log.resume_clock()
     while True:
-      # 1. Dispatch the step without waiting for it. The executable compiled above accepts only
-      #    these shapes and shardings, so nothing is ever recompiled.
-      watchers.profiler.before(counters['step'] + 1)
-      with jax.transfer_guard('disallow'):
-        state, metrics = step(state, run.frozen.params, batch, run.key)
-      counters = counters | {name: counters[name] + 1 for name in ('step', 'stage_step')}
-      watchers.profiler.after(counters['step'], metrics)
-      # 2. Log the previous step, after waiting for it; this step runs meanwhile.
-      watchers.log.push(counters, metrics)
-      # 3. Run evaluators, whose numbers are added to this step's record.
+      # 1. Dispatch the step without waiting for it, and log the previous one, after waiting for it.
+      with memory.explained(f'step {counters["step"] + 1}', run.config, index, step.lowered):
+        state, counters = _step(run, watchers, step.compiled, state, batch, counters)
+      # 2. Run evaluators, whose numbers are added to this step's record.
       is_last = counters['stage_step'] == total
-      _evaluate(run, watchers, state, counters['step'], is_last)
-      # 4. Save a checkpoint, after the records of all its steps are on disk.
+      _evaluate(run, watchers, state, programs[index], counters, is_last)
+      # 3. Save a checkpoint, after the records of all its steps are on disk.
       is_leaving = watchers.preemption.reached(counters['step'])
       if is_last or is_leaving or run.store.due(counters['step']):
         watchers.log.flush()
@@ -210,19 +212,40 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
         return None
       if is_last:
         return state
-      # 5. Get the next batch. The state counts its examples only after its step.
-      batch = next(feed)
+      # 4. Get the next batch. The state counts its examples only after its step.
+      batch, seconds = feed.get(watchers.log.is_running)
+      watchers.log.waited(seconds)
   finally:
     feed.close()
 
 
-def _compile(run: Run, state: State, batch: Batch) -> jax.stages.Compiled:
-  """Compiles the stage's step ahead of time for the shapes and shardings of state and batch."""
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-  index = int(state['stage'])
-  stage, optim = run.system.stages[index], run.config.optim_of(index)
-  step = make_train_step(run.system, stage, optim, shardings)
-  return step.lower(state, run.frozen.params, batch, run.key).compile()
+def _step(
+  run: Run,
+  watchers: Watchers,
+  step: jax.stages.Compiled,
+  state: State,
+  batch: Batch,
+  counters: dict[str, int],
+) -> tuple[State, dict[str, int]]:
+  """Dispatches a step, and logs the previous one; returns the new state and its counters."""
+  watchers.profiler.before(counters['step'] + 1)
+  # The executable accepts only these shapes and shardings, so nothing is ever recompiled.
+  with jax.transfer_guard('disallow'):
+    state, metrics = step(state, run.frozen.params, batch, run.key)
+  counters = counters | {name: counters[name] + 1 for name in ('step', 'stage_step')}
+  watchers.profiler.after(counters['step'], metrics)
+  watchers.log.push(counters, metrics)
+  return state, counters
+
+
+def _compile(run: Run, watchers: Watchers, state: State) -> dict[int, StagePrograms]:
+  """Compiles the training steps and evaluators of the state's stage and of all later ones."""
+  remaining = range(int(state['stage']), len(run.system.stages))
+  stages = [index for index in remaining if run.config.steps[index]]
+  names = ', '.join(run.system.stages[index].name for index in stages)
+  _say(f'compiling the steps and evaluators of {names}')
+  evaluators = lambda index: watchers.evaluations.programs(index, state)
+  return compile_stages(run.config, run.system, run.frozen.params, run.mesh, stages, evaluators)
 
 
 def _feed(run: Run, start: int, batch_size: int) -> Feed:
@@ -230,13 +253,23 @@ def _feed(run: Run, start: int, batch_size: int) -> Feed:
   return Feed(batches, lambda batch: sharding.put_batch(batch, run.mesh))
 
 
-def _evaluate(run: Run, watchers: Watchers, state: State, step: int, is_last: bool) -> None:
-  """Runs the evaluators that are due."""
-  names = watchers.evaluations.due(int(state['stage']), step, is_last)
+def _evaluate(
+  run: Run,
+  watchers: Watchers,
+  state: State,
+  programs: StagePrograms,
+  counters: Mapping[str, int],
+  is_last: bool,
+) -> None:
+  """Runs the evaluators that are due; reading counters of the state would wait for its step."""
+  index, step = counters['stage'], counters['step']
+  names = watchers.evaluations.due(index, step, is_last)
   if not names:
     return
   watchers.log.settle()  # Evaluation doesn't count as time of the step.
-  watchers.log.add(watchers.evaluations.run(names, state, step))
+  listed, largest = ', '.join(names), programs.largest(names)
+  with memory.explained(f'the evaluators {listed}', run.config, index, largest):
+    watchers.log.add(watchers.evaluations.run(names, state, step))
   watchers.log.flush()  # The curves also show these numbers.
   watchers.log.resume_clock()
   _write_curves(run)
@@ -248,7 +281,7 @@ def _write_curves(run: Run) -> None:
     curves.write(run.workdir, {name for stage in stages for name in stage.unweighted})
 
 
-def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Batch) -> None:
+def _report(run: Run, programs: StagePrograms, state: State, batch: Batch) -> None:
   """Prints the start-up report of a stage."""
   index, stages = int(state['stage']), run.system.stages
   stage, optim = stages[index], run.config.optim_of(index)
@@ -259,7 +292,7 @@ def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Batch) -> 
   _say(report.parameters_text(state['params'], networks, stage, optim, origins))
   if jax.process_index() == 0:
     report.write_parameters(run.workdir, state['params'])
-  _say(report.memory_text(report.memory_of(step)))
+  _say(report.memory_text(programs))
   first = run.data.prompt(run.data.index_at(int(state['examples_seen'])))
   _say(report.sample_text(batch, first))
 

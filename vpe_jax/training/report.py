@@ -16,50 +16,12 @@ from vpe_jax import storage
 from vpe_jax.config import Config, OptimConfig
 from vpe_jax.contracts import Batch, Params, Stage
 from vpe_jax.sharding import leaves_by_path
-from vpe_jax.training import optimizer
+from vpe_jax.training import memory, optimizer
+from vpe_jax.training.programs import StagePrograms
 from vpe_jax.training.state import split_trainable
 
-_MEBI = 2**20
 PARAMETERS_FILE = 'parameters.txt'
 MAX_LISTED = 3  # shardings or sources listed in a table row
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-  """Memory of a compiled step on one device, in bytes.
-
-  Attributes:
-    arguments: state, frozen networks and batch.
-    outputs: results, including those in `aliased`.
-    aliased: outputs that reuse the memory of arguments.
-    temporary: temporary buffers.
-    code: the executable.
-  """
-
-  arguments: int
-  outputs: int
-  aliased: int
-  temporary: int
-  code: int
-
-  @property
-  def total(self) -> int:
-    """Total bytes; outputs that reuse an argument's memory count once."""
-    return self.arguments + self.outputs - self.aliased + self.temporary + self.code
-
-
-def memory_of(compiled: jax.stages.Compiled) -> Memory | None:
-  """The memory of a compiled step; None if the backend does not report it."""
-  stats = compiled.memory_analysis()
-  if stats is None:
-    return None
-  return Memory(
-    stats.argument_size_in_bytes,
-    stats.output_size_in_bytes,
-    stats.alias_size_in_bytes,
-    stats.temp_size_in_bytes,
-    stats.generated_code_size_in_bytes,
-  )
 
 
 def devices_text(mesh: jax.sharding.Mesh) -> str:
@@ -165,14 +127,19 @@ def write_parameters(workdir: epath.Path, params: Params) -> None:
     storage.write_atomic(workdir / PARAMETERS_FILE, f'{text}\n'.encode())
 
 
-def memory_text(memory: Memory | None) -> str:
-  """Line with the memory of the compiled step."""
-  if memory is None:
+def memory_text(programs: StagePrograms) -> str:
+  """Line with the memory of a stage's training step and evaluators."""
+  usage, step = programs.usage(), memory.usage(programs.step.compiled)
+  if usage is None or step is None:
     return 'memory: this backend does not report it'
+  name = programs.step.name
+  others = ''.join(
+    f'; {memory.size_text(size)} in {other}' for other, size in usage.items() if other != name
+  )
   return (
-    f'memory per device: {memory.total / _MEBI:,.1f} MiB in the compiled step '
-    f'(state, frozen networks and batch {memory.arguments / _MEBI:,.1f}, '
-    f'temporaries {memory.temporary / _MEBI:,.1f})'
+    f'memory per device: {memory.size_text(usage[name])} in the {name} '
+    f'(state, frozen networks and batch {memory.size_text(step.arguments)}, '
+    f'temporaries {memory.size_text(step.temporary)}){others}'
   )
 
 

@@ -1,4 +1,4 @@
-"""The lock on a run's folder: only one run at a time may use it."""
+"""The folder of a run: its lock, so that only one run at a time uses it, and its cache."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.storage import is_remote
 
 LOCK = '.lock'
+CACHE = 'compilation_cache'  # compiled programs, which a resumed run reads
 
 
 @contextlib.contextmanager

@@ -118,3 +118,27 @@ def test_pipelines_use_the_tokenizer_of_the_config(folder, tokenizer):
 
 def test_the_shipped_tokenizer_is_the_default():
   assert published.open_tokenizer('assets:bpe') is bpe.shipped()
+
+
+def test_special_ids_of_the_model_are_those_of_the_tokenizer(folder):
+  config = t2i.get_config('debug')
+  config.data.update(tokenizer=f'showo2:{folder}', encode='online', text_length=96)
+  config.model.update(text_vocab=151_669, inherit=0.0, bos=151_644, boi=5)
+  with pytest.raises(UserError, match=r'model\.boi is 5, .*<\|vision_start\|> 151652'):
+    _ = systems.build(config.to_dict()).preprocess
+  config.model.boi = 151_652
+  assert systems.build(config.to_dict()).preprocess.tokenizer.vocabulary == 151_669
+
+
+def test_a_revision_of_the_hub_is_opened(monkeypatch):
+  opened = []
+
+  def from_pretrained(name, **options):
+    opened.append((name, options['revision']))
+    raise OSError('offline')
+
+  monkeypatch.setattr(transformers.AutoTokenizer, 'from_pretrained', from_pretrained)
+  for name in ('owner/name@v1', 'owner/name'):
+    with pytest.raises(UserError, match='offline'):
+      published.open_tokenizer(f'qwen2.5:{name}')
+  assert opened == [('owner/name', 'v1'), ('owner/name', 'main')]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from configs import t2i as config_file
 from tests import small_models
-from vpe_jax import main, rng, sharding, systems
+from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import frozen, imports
 from vpe_jax.checkpoints.families import siglip_vq, wan_vae
 from vpe_jax.config import to_dict
@@ -23,6 +23,7 @@ from vpe_jax.data.tokenizers import bpe
 from vpe_jax.data.transforms import pad_to_square
 from vpe_jax.generator import Generator
 from vpe_jax.sharding import leaves_by_path
+from vpe_jax.training import runs
 
 pytestmark = pytest.mark.parity
 CODES = small_models.VQ['num_embeddings']
@@ -61,7 +62,7 @@ def test_a_run_trains_on_them_and_its_generator_samples(folders, tmp_path):
   for part in (config.model.ar, config.model.dit, config.model.head):
     part.layers = 1
   config.model.dual_path.encoder.layers = 1
-  main.run(config.to_dict(), workdir)
+  runs.run(config.to_dict(), workdir)
   sample = Generator.load(workdir)('a red circle')[0]
   assert sample.image.shape == (SIDE, SIDE, 3)
   codes = sample.encoded['visual_prompt']

@@ -8,8 +8,9 @@ from __future__ import annotations
 import abc
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import tokenizers
@@ -83,9 +84,11 @@ class Tokens(abc.ABC):
 
   Attributes:
     pad: id of the padding token.
+    special: id of each special token that a model may read.
   """
 
   pad: int
+  special: Mapping[str, int] = MappingProxyType({})
 
   @property
   @abc.abstractmethod
@@ -99,6 +102,22 @@ class Tokens(abc.ABC):
   @abc.abstractmethod
   def _ids(self, caption: str) -> list[int]:
     """Token ids of valid text, without special tokens."""
+
+  def check_special(self, ids: Mapping[str, int]) -> None:
+    """Checks that ids which a model reads as special tokens are special in this tokenizer.
+
+    Args:
+      ids: config field -> id.
+
+    Raises:
+      UserError: an id is that of ordinary text, or of nothing.
+    """
+    for field, index in ids.items():
+      if index not in self.special.values():
+        known = ', '.join(f'{name} {i}' for name, i in self.special.items())
+        raise UserError(
+          f'{field} is {index}, which is no special token of data.tokenizer: choose one of {known}'
+        )
 
   def encode(self, caption: str) -> list[int]:
     """Token ids of one caption, without special tokens.
@@ -154,6 +173,7 @@ class Tokenizer(Tokens):
   """The small BPE of the embedded data sets."""
 
   pad = PAD
+  special = dict(zip(SPECIALS, range(8), strict=True))
 
   def __init__(self, path: str | Path = SHIPPED):
     """Reads a tokenizer file that `write` made.

@@ -11,6 +11,7 @@ from vpe_jax.config import CLASSES, did_you_mean
 from vpe_jax.contracts import UserError
 from vpe_jax.data.tokenizers import bpe, classes
 from vpe_jax.data.tokenizers.special_tokens import FAMILIES
+from vpe_jax.storage import hub_name
 
 
 class PublishedTokenizer(bpe.Tokens):
@@ -25,7 +26,8 @@ class PublishedTokenizer(bpe.Tokens):
 
     Args:
       family: a key of special_tokens.FAMILIES.
-      name: a local folder, or an id on the Hugging Face hub such as `Qwen/Qwen2.5-1.5B-Instruct`.
+      name: a local folder, or an id on the Hugging Face hub such as `Qwen/Qwen2.5-1.5B-Instruct`,
+        with `@REVISION` for another revision than the newest.
 
     Raises:
       UserError: there is no tokenizer, the hub is out of reach, or the tokens are not those of the
@@ -49,7 +51,7 @@ class PublishedTokenizer(bpe.Tokens):
           f"tokenizer '{name}' gives {token} the id {actual} and {family} reads {expected}: name "
           'another tokenizer or family in data.tokenizer'
         )
-    self.pad = special.ids[special.pad]
+    self.pad, self.special = special.ids[special.pad], special.ids
 
   @property
   def vocabulary(self) -> int:
@@ -102,14 +104,16 @@ def open_tokenizer(name: str) -> bpe.Tokens:
 def _open(name: str) -> Any:
   import transformers  # Imported here because it is slow and only published models need it.
 
-  path = Path(name).expanduser()
-  if not path.is_dir() and (name.startswith(('/', '.', '~')) or name.count('/') != 1):
+  path, model = Path(name).expanduser(), hub_name(name)
+  if not path.is_dir() and model is None:
     raise UserError(
       f"no tokenizer at '{name}': name a folder with a tokenizer.json, or a hub id (OWNER/NAME)"
     )
   try:
-    source = str(path) if path.is_dir() else name
-    return transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    source, revision = (str(path), 'main') if model is None else (model.repo, model.revision)
+    return transformers.AutoTokenizer.from_pretrained(
+      source, revision=revision or 'main', trust_remote_code=False
+    )
   except Exception as error:  # Client, transport and parser raise errors of many types.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ class ImageSystem(PlansVisually):
     visual_prompt: the codec of visual prompts.
     image: the codec of images.
     table: (config field, size) of the table that embeds prompt tokens.
+    special_ids: config field -> id of a special token in the sequence.
   """
 
   config: Config
@@ -44,6 +46,7 @@ class ImageSystem(PlansVisually):
   visual_prompt: FeatureCodec | NoVisualPrompt
   image: LatentCodec | ImageCodec
   table: tuple[str, int]
+  special_ids: Mapping[str, int] = MappingProxyType({})
 
   def __init__(
     self,
@@ -71,7 +74,7 @@ class ImageSystem(PlansVisually):
   @functools.cached_property
   def preprocess(self) -> PromptAndImage:
     """Prompt tokens and images."""
-    return prompt_and_image(self.config.data, *self.table, views=self.views)
+    return prompt_and_image(self.config.data, *self.table, self.special_ids, self.views)
 
   @property
   def views(self) -> dict[str, int]:

@@ -82,6 +82,8 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     c = config.model
     table = ('model.text_vocab', c.text_vocab)
     super().__init__(config, parts.stages, parts.capabilities, c.image.codec(), table)
+    names = ('bos', 'boi', 'eoi') if c.references else ('bos', 'boi')
+    self.special_ids = {f'model.{name}': getattr(c, name) for name in names}
     self.plan_rankers, self.initialization = parts.plan_rankers, parts.initialization
     self.experts, self.dropping, self.guidance = parts.experts, parts.dropping, parts.guidance
     self.frozen_ids = parts.frozen_ids

@@ -22,7 +22,7 @@ import numpy as np
 from vpe_jax.contracts import PlansVisually, UserError
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import retrieval
-from vpe_jax.evaluation.evaluator import Subject, stacked
+from vpe_jax.evaluation.evaluator import Lowered, Subject, stacked
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.evaluation.report import HELD_OUT, Report, Row, check_options, protocol
 from vpe_jax.systems.vpe.visual_prompts.files import VisualPrompts, best, mixed
@@ -59,6 +59,10 @@ class BestOf:
     check_options(self.captions, self.splits, self.seed)
     if self.plans < 2:
       raise UserError(f'plans is {self.plans}: at least 2 are needed to choose among')
+
+  def programs(self, subject: Subject) -> list[Lowered]:
+    """See Evaluator."""
+    return subject.sampling_programs()
 
   def run(self, subject: Subject) -> Report:
     """Retrieval accuracy of the first visual prompt and of the best by each ranker."""
@@ -114,6 +118,10 @@ class Mixes:
   def check(self) -> None:
     """See Evaluator."""
     check_options(self.count, self.splits, self.seed, 'count')
+
+  def programs(self, subject: Subject) -> list[Lowered]:
+    """See Evaluator."""
+    return subject.sampling_programs()
 
   def run(self, subject: Subject) -> Report:
     """Agreement of the codes read from the images with the mix and with its parts."""
