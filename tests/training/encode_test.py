@@ -44,7 +44,7 @@ def _open(system, frozen=None):
     return encode.open_training_data(system.config, system, frozen, mesh), frozen
 
 
-def _encode_zeros(params, inputs, keys):
+def _encode_zeros(params, inputs, rng, example):
   """An encode function with other weights, whose entries are all zero."""
   count = inputs['image'].shape[0]
   return {'visual_prompt': jnp.zeros((count, 4), jnp.int32), 'latents': jnp.zeros((count, 2, 2, 3))}

@@ -21,7 +21,7 @@ from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import Array, Batch, Params, Samples, System, UserError
 from vpe_jax.sharding import leaves_by_path
 
-Encode = Callable[[Params, Mapping[str, Array], Array], dict[str, Array]]
+Encode = jax.stages.Wrapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +31,8 @@ class FrozenNetworks:
   Attributes:
     params: name -> sharded parameters; not part of checkpoints, never closed over.
     fingerprints: name -> hash of all bits of the parameters.
-    encode: the system's `encode(params, inputs, keys)`, jitted once for all callers; its results
-      are sharded as batches.
+    encode: (params, inputs, rng, example) -> encoded entries: the system's `encode`, jitted once
+      for all callers. `rng` is the run's key. Its results are sharded as batches.
   """
 
   params: Params
@@ -41,8 +41,12 @@ class FrozenNetworks:
 
   def encode_batch(self, batch: Batch, rng: Array) -> Batch:
     """Returns the batch with `encoded` replaced by the outputs of the frozen encoders."""
-    keys = rng_lib.encoding_keys(rng, batch.example)
-    return dataclasses.replace(batch, encoded=self.encode(self.params, batch.inputs, keys))
+    encoded = self.encode(self.params, batch.inputs, rng, batch.example)
+    return dataclasses.replace(batch, encoded=encoded)
+
+  def lower_encode(self, batch: Batch, rng: Array) -> jax.stages.Lowered:
+    """Lowers the program of `encode_batch` for the shapes of a batch."""
+    return self.encode.lower(self.params, batch.inputs, rng, batch.example)
 
 
 def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> FrozenNetworks:
@@ -55,8 +59,14 @@ def load(system: System, mesh: jax.sharding.Mesh, strategy: str) -> FrozenNetwor
   params = {name: tree for name, (tree, _) in networks.items()}
   check_fits(system, params)
   fingerprints = {name: fingerprint for name, (_, fingerprint) in networks.items()}
+
+  def encode(
+    params: Params, inputs: Mapping[str, Array], rng: Array, example: Array
+  ) -> dict[str, Array]:
+    return system.encode(params, inputs, rng_lib.encoding_keys(rng, example))
+
   encode = jax.jit(
-    system.encode,
+    encode,
     out_shardings=sharding.batch_sharding(mesh),
     compiler_options=sharding.compiler_options(),
   )

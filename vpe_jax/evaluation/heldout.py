@@ -62,8 +62,7 @@ class HeldOut:
     evaluated, lowered = read, []
     if spec.cacheable:
       evaluated = sharding.abstract(spec.batch(cached=True), place)
-      frozen = subject.frozen
-      lowered = [frozen.encode.lower(frozen.params, read.inputs, subject.key)]
+      lowered = [subject.frozen.lower_encode(read, subject.key)]
     arguments = (subject.params, subject.frozen.params, evaluated, subject.key, subject.stage_step)
     return [*lowered, self._step_of(subject).lower(*arguments)]
 

@@ -86,7 +86,7 @@ class SampleGrid:
     jitted, frozen, settings = self._compiled(subject), subject.frozen, subject.settings
     spec = subject.system.batch_spec(_count(subject.mesh))
     truth = sharding.abstract(spec.batch(cached=False), sharding.batch_sharding(subject.mesh))
-    lowered = [frozen.encode.lower(frozen.params, truth.inputs, subject.key)]
+    lowered = [frozen.lower_encode(truth, subject.key)]
     encoded = sharding.abstract(dict(spec.encoded), sharding.batch_sharding(subject.mesh))
     truth = dataclasses.replace(truth, encoded=encoded)
     for fixed in dict.fromkeys(((), tuple(subject.system.drafts))):

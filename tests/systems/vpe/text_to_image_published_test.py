@@ -17,7 +17,7 @@ from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import frozen, imports
 from vpe_jax.checkpoints.families import siglip_vq, wan_vae
 from vpe_jax.config import to_dict
-from vpe_jax.contracts import UserError
+from vpe_jax.contracts import Batch, UserError
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.data.transforms import pad_to_square
@@ -78,9 +78,8 @@ def test_codes_and_latents_equal_the_reference_models(folders):
       np.random.default_rng(0).integers(0, 256, (8, side, side, 3), np.uint8)
       for side in (SIDE, VIEW)
     )
-    keys = rng.encoding_keys(rng.run_key(0), np.arange(8))
     inputs = {'image': images, 'visual_prompt_image': views}
-    encoded = loaded.encode(loaded.params, inputs, keys)
+    encoded = loaded.encode_batch(Batch(np.arange(8), inputs), rng.run_key(0)).encoded
   codes, latents = encoded['visual_prompt'], encoded['latents']
   reference = diffusers.AutoencoderKLWan.from_pretrained(folders / 'wan')
   signed = torch.tensor(images / 127.5 - 1, dtype=torch.float32).permute(0, 3, 1, 2)
@@ -99,15 +98,16 @@ def test_the_tower_reads_images_that_were_resized_once(folders, tmp_path):
   config = _config(folders)
   config.data.update(source=f'folder:{tmp_path}', examples=0)
   system = systems.build(config.to_dict())
-  inputs = Pipeline.of(system).examples([0]).inputs
+  batch = Pipeline.of(system).examples([0] * 8)  # one for each device
+  inputs = batch.inputs
   view = pad_to_square(original, VIEW)
   np.testing.assert_array_equal(inputs['visual_prompt_image'][0], view)
   np.testing.assert_array_equal(inputs['image'][0], pad_to_square(original, SIDE))
   loaded, codec = _loaded(system), system.visual_prompt
-  encoded = loaded.encode_batch(Pipeline.of(system).examples([0]), rng.run_key(0)).encoded
+  encoded = loaded.encode_batch(batch, rng.run_key(0)).encoded
   codes = codec.encode(loaded.params, view[None])
-  np.testing.assert_array_equal(encoded['visual_prompt'], codes)
-  assert (codes != codec.encode(loaded.params, inputs['image'])).any()
+  np.testing.assert_array_equal(encoded['visual_prompt'], np.repeat(codes, 8, 0))
+  assert (codes != codec.encode(loaded.params, inputs['image'][:1])).any()
   generator = Generator(system, system.init(rng.run_key(0)), loaded.params, bpe.shipped(), {})
   np.testing.assert_array_equal(generator.read_drafts([original])['visual_prompt'], codes)
 
@@ -120,19 +120,20 @@ def test_latents_are_sampled_anew_for_each_position_in_the_data(folders):
   assert mean_system.batch_spec(1).cacheable == {'visual_prompt', 'latents'}
   assert system.batch_spec(1).cacheable == {'visual_prompt'}
   loaded = _loaded(system)
-  batch, key = Pipeline.of(system).examples([3, 3, 4, 5]), rng.run_key(7)
+  batch, key = Pipeline.of(system).examples([3, 3, 4, 5, 6, 7, 8, 9]), rng.run_key(7)
 
   def latents(*example):
-    positioned = dataclasses.replace(batch, example=np.array(example))
-    return np.asarray(loaded.encode_batch(positioned, key).encoded['latents'])
+    positioned = dataclasses.replace(batch, example=np.array([*example, 6, 7, 8, 9]))
+    return np.asarray(loaded.encode_batch(positioned, key).encoded['latents'])[:4]
 
   sample, again = latents(3, 19, 4, 5), latents(3, 35, 4, 5)
   np.testing.assert_array_equal(sample[[0, 2, 3]], again[[0, 2, 3]])
   assert (sample[0] != sample[1]).all() and (sample[1] != again[1]).all()
   online = system.encoded(loaded.params, dataclasses.replace(batch, encoded={}), key)
-  np.testing.assert_allclose(online['latents'][2:], sample[2:], rtol=1e-4, atol=1e-5)
-  mean = mean_system.encode(loaded.params, batch.inputs, None)['latents']
-  params, signed = {'params': loaded.params['image']}, batch.inputs['image'] / np.float32(127.5) - 1
+  np.testing.assert_allclose(online['latents'][2:4], sample[2:], rtol=1e-4, atol=1e-5)
+  mean = mean_system.encode(loaded.params, batch.inputs, None)['latents'][:4]
+  signed = batch.inputs['image'][:4] / np.float32(127.5) - 1
+  params = {'params': loaded.params['image']}
   variance = system.image.network.apply(params, signed, method='posterior').log_variance
   noise = (sample - mean) * 2.0 / np.exp(variance / 2)  # 2 is the deviation in the config
   expected = jax.random.normal(rng.encoding_keys(key, np.array([4]))[0], noise.shape[1:])
