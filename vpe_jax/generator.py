@@ -323,8 +323,14 @@ class Generator:
     drafts = {name: spec.encoded[name] for name in system.drafts}
     complete = dataclasses.replace(request, encoded={**request.encoded, **drafts})
     lowered = [self._generate.lower(self.params, self.frozen, complete, key, settings)]
+    side = system.config.data.image_size
+    images = jax.ShapeDtypeStruct((size, side, side, 3), np.uint8)
     if drafts:
       lowered.append(self._draft.lower(self.params, request, key, settings))
+    if drafts and set(system.draft_encoders) <= set(self.frozen):
+      lowered.append(self._encode_drafts.lower(self.draft_networks, images))
+    if supports(system, Edits):
+      lowered.append(self._encode_source.lower(self.frozen, images))
     return lowered
 
   def describe(self, settings: SampleConfig) -> dict[str, str]:

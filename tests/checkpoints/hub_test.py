@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from configs import t2i
 from tests import fake_hub
@@ -56,8 +58,18 @@ def test_a_run_keeps_the_revisions_that_it_was_started_with(hub, tmp_path):
   assert _pinned(tmp_path / 'branch', start=str(tmp_path / 'run'))[1] == names
   assert _pinned(tmp_path / 'other')[1][1] == f'owner/name@{new}:vae'
   assert _pinned(tmp_path / 'other', f'@{old}')[1] == names
-  file = sources.download(hub_name(names[1])) / 'model.safetensors'
-  assert file.read_bytes() == b'old'
+  source = sources.download(hub_name(names[1]))
+  assert (source / 'model.safetensors').read_bytes() == b'old'
+
+
+@pytest.mark.parametrize('folder', ['', 'vae', 'vae/deep'])
+def test_opened_weights_have_the_commit_in_their_name(hub, folder):
+  """An import records this name."""
+  file = safetensors.numpy.save({'a': np.ones(2, np.float32)})
+  commit = hub.publish({f'{folder}/model.safetensors'.lstrip('/'): file})
+  suffix = f':{folder}' if folder else ''
+  source = sources.open_source(f'owner/name{suffix}')
+  assert source.name == f'owner/name@{commit}{suffix}' and list(source.tensors) == ['a']
 
 
 def test_a_revision_that_does_not_exist_is_a_one_line_error(hub, tmp_path):
@@ -90,7 +102,7 @@ def test_other_processes_wait_and_read_the_commit_of_the_first(processes):
 
   def download(model):
     calls.append(model.revision)
-    return sources.Path('snapshots') / ('a' * 40)
+    return 'a' * 40
 
   for index in (0, 1):
     run = lambda: hub_lib.commits_of([name], download)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compilations import compilations
 from vpe_jax import sharding
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import DataConfig, MeshConfig, SampleConfig
@@ -85,6 +86,14 @@ def test_each_edit_has_its_own_source_image():
   subject = _subject((Samples, Edits), source_images=True).editing(source)
   images = subject.sample(['make it red', 'make it blue', 'make it red'])
   assert images[:, 0, 0, 1].tolist() == [10, 200, 30]
+
+
+def test_the_encoder_of_source_images_is_compiled_ahead():
+  subject = _subject((Samples, Edits), source_images=True)
+  assert len([lowered.compile() for lowered in subject.sampling_programs()]) == 2
+  with compilations() as observed:
+    subject.editing(np.zeros((16, 16, 3), np.uint8))
+  assert 'encode_source' not in observed.all
 
 
 def test_source_images_are_encoded_by_one_program():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,12 +56,12 @@ def pin(system: System, workdir: str) -> dict[str, Any]:
   return values
 
 
-def commits_of(names: Iterable[HubName], download: Callable[[HubName], Path]) -> dict[HubName, str]:
+def commits_of(names: Iterable[HubName], download: Callable[[HubName], str]) -> dict[HubName, str]:
   """Downloads models, in process 0 first; returns the commit of each, the same in all processes.
 
   Args:
     names: the models.
-    download: downloads a model; returns the folder of its snapshot, whose name is the commit.
+    download: downloads a model; returns its commit.
 
   Raises:
     UserError: a download failed, here or in process 0.
@@ -71,7 +70,7 @@ def commits_of(names: Iterable[HubName], download: Callable[[HubName], Path]) ->
   if jax.process_index() == 0:
     error, commits = None, ['0' * 40] * len(names)
     try:
-      commits = [download(name).name for name in names]
+      commits = [download(name) for name in names]
     except UserError as failure:
       error = failure
     _broadcast(commits)
@@ -86,12 +85,11 @@ def commits_of(names: Iterable[HubName], download: Callable[[HubName], Path]) ->
   return dict(zip(names, commits, strict=True))
 
 
-def _download(field: str, name: HubName) -> Path:
-  """Downloads a tokenizer or weights; returns the folder of the snapshot."""
+def _download(field: str, name: HubName) -> str:
+  """Downloads a tokenizer or weights; returns the commit."""
   if field == TOKENIZER:
-    return sources.snapshot(name, _TOKENIZER_FILES, ('*/*',))
-  folder = sources.download(name)
-  return folder.parents[name.folder.count('/')] if name.folder else folder
+    return sources.snapshot(name, _TOKENIZER_FILES, ('*/*',)).name
+  return sources.commit_of(name, sources.download(name))
 
 
 def _name_in(field: str, text: Any, system: System) -> HubName | None:

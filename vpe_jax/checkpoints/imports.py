@@ -51,6 +51,7 @@ def import_weights(
     raise UserError(f'--check compares in float32: import with --dtype=float32, not {dtype}')
   began = time.monotonic()
   opened = sources.open_source(source)
+  source = opened.name  # with the commit of a model on the hub
   imported = families.load(family, opened, dtype=dtype)
   check_lines = []
   if check:

@@ -60,11 +60,13 @@ class Source:
     path: file or folder of the weights.
     tensors: key -> tensor.
     config: content of config.json or config.yaml in the same folder; empty without either.
+    name: its name; that of a model on the hub has its commit.
   """
 
   path: Path
   tensors: Mapping[str, Tensor]
   config: Mapping[str, Any]
+  name: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +124,13 @@ def open_source(name: str) -> Source:
         f"no weights at '{name}': no such file or folder, and not a hub id (OWNER/NAME)"
       )
     path = download(model)
+    name = str(dataclasses.replace(model, revision=commit_of(model, path)))
   if path.is_file():
-    return Source(path, _read(path), _config(path.parent))
+    return Source(path, _read(path), _config(path.parent), name)
   for suffix, others in (('.safetensors', ()), ('.bin', PICKLED[1:])):
     tensors = _from_folder(path, suffix, others)
     if tensors:
-      return Source(path, tensors, _config(path))
+      return Source(path, tensors, _config(path), name)
   raise UserError(
     f"'{name}' contains no weights (*.safetensors, *{', *'.join(PICKLED)}): name their folder"
   )
@@ -301,6 +304,11 @@ def download(name: HubName) -> Path:
     if any(path.glob('*.safetensors')):
       break
   return path
+
+
+def commit_of(name: HubName, path: Path) -> str:
+  """The commit of a model, from the folder that `download` returned."""
+  return (path.parents[name.folder.count('/')] if name.folder else path).name
 
 
 def snapshot(name: HubName, patterns: Sequence[str], ignored: Sequence[str]) -> Path:
