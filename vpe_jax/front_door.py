@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from vpe_jax import devices, storage, systems
+from vpe_jax import devices, interrupts, storage, systems
 from vpe_jax.contracts import UserError
 
-# Exit statuses, as in a shell: 128 and the signal's number.
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+# Exit status after SIGTERM, as in a shell: 128 and the signal's number.
+TERMINATED = 128 + signal.SIGTERM
 _SAMPLE = 'sample.'  # prefix of the flags of sampling settings
 
 
@@ -29,7 +29,8 @@ def run(
 ) -> None:
   """Parses the flags and runs a command.
 
-  A UserError, or a full disk, ends the command with `error: ...` and status 2.
+  A UserError, or a full disk, ends the command with `error: ...` and status 2; Ctrl-C ends it with
+  one line and status 130 within seconds.
 
   Args:
     main: the command; its flags are in `absl.flags.FLAGS`.
@@ -46,6 +47,7 @@ def run(
       devices.use_compilation_cache()
     main()
 
+  interrupts.watch()
   try:
     app.run(quietly, flags_parser=lambda argv: parse(parse_first(argv)))
   except (UserError, OSError) as error:
@@ -55,8 +57,7 @@ def run(
     print(f'error: {message}', file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    sys.exit(INTERRUPTED)
+    interrupts.leave()
 
 
 def parse(argv: list[str]) -> list[str]:

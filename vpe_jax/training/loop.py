@@ -180,10 +180,11 @@ def _run_stage(run: Run, watchers: Watchers, state: State) -> State | None:
   feed = _feed(run, int(state['examples_seen']), run.config.batch_size[index])
   stored_config = to_dict(run.config)
   try:
-    batch = next(feed)
-    _say(f'stage {run.system.stages[index].name}: compiling its step')
-    step = _compile(run, state, batch)
-    _report(run, step, state, batch)
+    with watchers.preemption.nothing_unsaved():
+      batch = next(feed)
+      _say(f'stage {run.system.stages[index].name}: compiling its step')
+      step = _compile(run, state, batch)
+      _report(run, step, state, batch)
     watchers.log.resume_clock()
     while True:
       # 1. Dispatch the step without waiting for it. The executable compiled above accepts only
