@@ -146,7 +146,7 @@ def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
   cleanup.callback(log.close)
   return Watchers(
     log,
-    Evaluations(run.config, run.system, run.frozen, run.mesh, run.workdir),
+    Evaluations(run.config, run.system, run.frozen, run.mesh, run.workdir, log.show),
     profiler,
     cleanup.enter_context(Preemption()),
   )
