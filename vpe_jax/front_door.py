@@ -19,6 +19,7 @@ from vpe_jax.contracts import UserError
 
 # Exit status after SIGTERM, as in a shell: 128 and the signal's number.
 TERMINATED = 128 + signal.SIGTERM
+MAX_IMAGES = 100_000  # that one call may generate: all are in memory until they are saved
 _SAMPLE = 'sample.'  # prefix of the flags of sampling settings
 
 
