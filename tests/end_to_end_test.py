@@ -258,6 +258,17 @@ def test_a_run_saves_on_ctrl_c(start: Callable[..., Process], tmp_path: Path) ->
   _stop(start(tmp_path / 'run'), tmp_path / 'run', signal.SIGINT)
 
 
+def test_ctrl_c_during_compilation_stops_at_once(
+  start: Callable[..., Process], tmp_path: Path
+) -> None:
+  # No stored program has this setting, so compiling takes seconds.
+  process = start(tmp_path / 'run', f'--config.optim.b2={0.9 + time.time() % 1 / 100}')
+  process.until(lambda: process.log.exists() and 'compiling its step' in process.text())
+  process.send(signal.SIGINT)
+  assert process.wait() == 130, process.text()
+  assert process.text().splitlines()[-1] == 'interrupted' and 'saved' not in process.text()
+
+
 def _listing(folder: Path) -> dict[str, tuple[int, int]]:
   files = [path for path in folder.rglob('*') if path.is_file()]
   return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}

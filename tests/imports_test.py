@@ -13,8 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
-  'contracts config rng storage devices sharding data ops sequence models codecs objectives'
-  ' sampling systems checkpoints generator evaluation training compilation assets'
+  'interrupts contracts config rng storage devices sharding data ops sequence models codecs'
+  ' objectives sampling systems checkpoints generator evaluation training compilation assets'
 ).split()
 SOURCES = sorted(
   path

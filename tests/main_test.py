@@ -11,7 +11,7 @@ from vpe_jax import main
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    ([], '--config is missing: try --config=configs/t2i.py'),
+    ([], '--config is missing: try --config=t2i'),
     (['--config=configs/t2i.py:debgu'], "unknown preset 'debgu'; did you mean 'debug'?"),
     (['--config=configs/t2i.py', '--config.optim.lrr=1'], "did you mean 'lr'?"),
     (['--config=configs/t2i.py', 'extra'], "unexpected argument 'extra'"),

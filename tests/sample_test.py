@@ -23,6 +23,8 @@ from tests import commands
     (['--workdir=w', '--prompt=x', '--out=https://h/x.png'], 'https://h/x.png is out of reach'),
     (['--workdir=/no/such/run', '--prompt=x', '--out={tmp}/new.png'], '/no/such/run'),
     (['--workdir=w', '--prompt=x', '--out={tmp}/old.png'], 'old.png exists'),
+    (['--workdir=w', '--prompt=x', '--n=1000000'], '1,000,000 images: at most 100,000'),
+    (['--workdir=w', '--prompt=x', '--plans=1000000'], '1,000,000 visual prompts: at most 100,000'),
     (['--workdir=w', '--prompt=x', '--image={tmp}/old.png', '--out={tmp}/new.png'], 'old.png'),
   ],
 )

@@ -26,6 +26,7 @@ def _define_flags() -> None:
   flags.DEFINE_string('to', None, 'output folder')
   flags.DEFINE_bool('export', False, 'export instead of import')
   flags.DEFINE_bool('check', False, 'compare with the reference library before writing')
+  flags.DEFINE_bool('allow_nonfinite', False, 'import NaN and infinity as they are')
   flags.DEFINE_enum(
     'dtype', 'float32', ['float32', 'bfloat16', 'float16'], 'dtype of the written tensors'
   )
@@ -39,7 +40,8 @@ def main() -> None:
   if FLAGS.export:
     lines = export_weights(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.dtype)
   else:
-    lines = import_weights(FLAGS.family, FLAGS.source, FLAGS.to, FLAGS.check, FLAGS.dtype)
+    options = (FLAGS.check, FLAGS.dtype, FLAGS.allow_nonfinite)
+    lines = import_weights(FLAGS.family, FLAGS.source, FLAGS.to, *options)
   print('\n'.join(lines), flush=True)
 
 

@@ -15,12 +15,13 @@ from collections.abc import Callable
 import jax
 from absl import app, flags, logging
 
-from vpe_jax import devices, storage, systems
+from vpe_jax import devices, interrupts, storage, systems
 from vpe_jax.contracts import UserError
 from vpe_jax.training import memory
 
-# Exit statuses, as in a shell: 128 and the signal's number.
-INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+# Exit status after SIGTERM, as in a shell: 128 and the signal's number.
+TERMINATED = 128 + signal.SIGTERM
+MAX_IMAGES = 100_000  # that one call may generate: all are in memory until they are saved
 _SAMPLE = 'sample.'  # prefix of the flags of sampling settings
 
 
@@ -31,7 +32,8 @@ def run(
 ) -> None:
   """Parses the flags and runs a command.
 
-  A UserError, a full disk or a full device ends the command with `error: ...` and status 2.
+  A UserError, a full disk or a full device ends the command with `error: ...` and status 2; Ctrl-C
+  ends it with one line and status 130 within seconds.
 
   Args:
     main: the command; its flags are in `absl.flags.FLAGS`.
@@ -48,6 +50,7 @@ def run(
       devices.use_compilation_cache()
     main()
 
+  interrupts.watch()
   try:
     app.run(quietly, flags_parser=lambda argv: parse(parse_first(argv)))
   except (UserError, OSError) as error:
@@ -63,8 +66,7 @@ def run(
     print(f'error: out of device memory: {need}; use a smaller batch', file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    sys.exit(INTERRUPTED)
+    interrupts.leave()
 
 
 def parse(argv: list[str]) -> list[str]:

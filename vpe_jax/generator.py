@@ -221,12 +221,16 @@ class Generator:
     return self.render(request, items, seed, settings, progress)
 
   def draft(
-    self, items: Sequence[Item], seed: int = 0, settings: SampleConfig | None = None
+    self,
+    items: Sequence[Item],
+    seed: int = 0,
+    settings: SampleConfig | None = None,
+    progress: Progress | None = None,
   ) -> dict[str, np.ndarray]:
     """Samples the drafts of N items (name -> [N, ...]), without rendering images."""
     key, settings = rng.run_key(seed), settings or self.settings()
     draft = lambda batch: self._draft(self.params, batch, key, settings)
-    return self.batched(draft, self.request(items))
+    return self.batched(draft, self.request(items), progress)
 
   def read_drafts(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Encodes N images to drafts (name -> [N, ...]) with the frozen encoders, as in training.

@@ -37,7 +37,7 @@ def _define_flags() -> None:
 
 def main() -> None:
   """Runs the command."""
-  front_door.require_flags('config', cure='try --config=configs/t2i.py')
+  front_door.require_flags('config', cure='try --config=t2i')
   workdir = FLAGS.workdir
   if workdir is not None:
     workdir = front_door.output_path('workdir', workdir)

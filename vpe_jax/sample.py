@@ -8,8 +8,8 @@ r"""Generates images from prompts with a trained model.
   python -m vpe_jax.sample --workdir=RUN --visual_prompt=foxes.json --out=again.png
   python -m vpe_jax.sample --workdir=runs/edit-tiny --image=before.png --prompt="remove the fox"
 
-The output is a grid (a file) or one file per image (a folder, ending in /). PNG text chunks record
-how each image was made.
+The output is one file (of several images: a captioned sheet), or a folder, ending in /, with a file
+for each image. PNG text chunks record how each image was made.
 """
 
 import os
@@ -17,10 +17,11 @@ import os
 from absl import flags
 
 from vpe_jax import front_door, systems
+from vpe_jax.contracts import UserError
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.data.transforms import read_image
 from vpe_jax.generator import Generator
-from vpe_jax.sampling import images
+from vpe_jax.sampling import batches, images
 
 FLAGS = flags.FLAGS
 
@@ -32,10 +33,11 @@ def _define_flags() -> None:
   flags.DEFINE_string('image', None, 'an image to edit: the prompt is the instruction')
   flags.DEFINE_integer('n', 1, 'images per prompt')
   flags.DEFINE_integer('seed', 0, 'seed of all images')
-  flags.DEFINE_string('out', 'sample.png', 'a PNG file for a grid, or a folder ending in /')
+  flags.DEFINE_string('out', 'sample.png', 'a PNG file, or a folder ending in /')
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'moving average, or weights of the last step')
   flags.DEFINE_integer('step', None, 'step of the checkpoint (default: the newest)')
   flags.DEFINE_bool('overwrite', False, 'replace existing files')
+  flags.DEFINE_bool('sheet', False, 'write a captioned sheet also of a single image')
   flags.DEFINE_bool('no_metadata', False, 'write no text chunks')
   front_door.define_settings()
   options = systems.sample_options()
@@ -65,6 +67,8 @@ def main() -> None:
   if request is not None:
     request = request.with_prompts(prompts)
     count = request.count(len(prompts), FLAGS.n)
+  if count > front_door.MAX_IMAGES:
+    raise UserError(f'these are {count:,} images: at most {front_door.MAX_IMAGES:,} in a call')
   front_door.check_folder(os.path.dirname(out))
   images.output_files(out, count, FLAGS.overwrite)
   source = None if FLAGS.image is None else read_image(os.path.expanduser(FLAGS.image))
@@ -73,11 +77,16 @@ def main() -> None:
     generator = generator.editing(source)
   settings = generator.settings(**front_door.settings())
   arguments = (prompts, FLAGS.n, FLAGS.seed, settings)
-  generated = generator(*arguments) if request is None else request.generate(generator, *arguments)
-  images.save_all(generated, out, not FLAGS.no_metadata, FLAGS.overwrite)
+  with batches.progress_bar() as progress:
+    if request is None:
+      generated = generator(*arguments, progress=progress)
+    else:
+      generated = request.generate(generator, *arguments, progress)
+  images.save_all(generated, out, not FLAGS.no_metadata, FLAGS.overwrite, FLAGS.sheet)
   if request is not None:
     request.save(generator, generated, FLAGS.overwrite)
-  print(f'wrote {len(generated)} images to {out}')
+  noun = 'image' if len(generated) == 1 else 'images'
+  print(f'wrote {len(generated)} {noun} to {out}')
 
 
 if __name__ == '__main__':

@@ -113,6 +113,17 @@ def writing(path: AnyPath) -> Iterator[None]:
     raise UserError(write_error(path, error)) from error
 
 
+@contextlib.contextmanager
+def removed_on_error(folder: AnyPath) -> Iterator[None]:
+  """Context that writes a new folder, which is deleted if the block raises an exception."""
+  try:
+    yield
+  except BaseException:
+    with contextlib.suppress(OSError):  # Something may still be writing; the first error counts.
+      resolve(folder).rmtree()
+    raise
+
+
 def write_error(path: AnyPath | None, error: OSError) -> str:
   """Error message for a failed write to `path` (None: unknown), with the cure."""
   cure = 'free some space and run the same command again'

@@ -124,6 +124,30 @@ def test_leaves_are_loaded_with_their_shardings():
     np.testing.assert_array_equal(q[n], kernel.T.reshape(16, 3, 2))
 
 
+@pytest.mark.parametrize('value', [np.nan, -np.inf])
+def test_values_that_are_not_finite_are_named_unless_allowed(value):
+  tensors = _source()
+  key = next(iter(_import(tensors)[0].destinations))
+  values = np.array(tensors[key].read())
+  values.flat[0] = value
+  tensors[key] = FakeTensor(values)
+  with pytest.raises(UserError, match=f"NaN or infinite: 1 of '{key}': .*--allow_nonfinite"):
+    _import(tensors)
+  abstract = _abstract()
+  tensor_map = convert.match_tensors(tensors, (TABLE,), abstract)
+  leaves = convert.load(tensors, tensor_map, abstract, allow_nonfinite=True)
+  assert sum(int((~np.isfinite(leaf)).sum()) for leaf in leaves.values()) == 1
+
+
+def test_a_value_beyond_the_dtype_is_not_imported_as_infinity():
+  tensors = _source()
+  key = next(iter(_import(tensors)[0].destinations))
+  tensors[key] = FakeTensor(np.full_like(tensors[key].read(), 1e30))
+  half = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float16)
+  with pytest.raises(UserError, match=f"'{key}'"):
+    _import(tensors, jax.tree.map(half, _abstract()))
+
+
 def _error(tensors, abstract=None) -> str:
   """The one-line error of an import, which must not read large tensors."""
   with pytest.raises(UserError) as error:
@@ -215,6 +239,18 @@ def test_export_overwrites_nothing_and_is_atomic(tmp_path, monkeypatch):
   with pytest.raises(UserError, match='No space left'):
     convert.export(params, TABLE, tmp_path / 'out', {}, {})
   assert {path.name for path in tmp_path.iterdir()} == {'existing', 'out.unfinished'}
+
+
+def test_a_full_disk_that_safetensors_reports_is_one_line(tmp_path, monkeypatch):
+  def full(*_, **__):
+    raise convert.safetensors.SafetensorError(
+      'Error while serializing: I/O error: No space left on device (os error 28)'
+    )
+
+  monkeypatch.setattr(convert.safetensors.numpy, 'save_file', full)
+  with pytest.raises(UserError, match='No space left on device; free some space'):
+    convert.export(_all_params(_source()), TABLE, tmp_path / 'out', {}, {})
+  assert not list(tmp_path.iterdir())
 
 
 def test_partially_imported_layout_is_not_exported(tmp_path):

@@ -296,7 +296,7 @@ class TestDamage:
     store = Store(str(tmp_path), CheckpointConfig(every=1))
     store.restore(_abstract(_mesh()))
 
-    def full():
+    def full(timeout):
       raise ValueError("RESOURCE_EXHAUSTED: No space left on device [os_error_code='28']\nmore")
 
     saving = types.SimpleNamespace(result=full)

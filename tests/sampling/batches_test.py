@@ -23,3 +23,17 @@ def test_each_element_has_its_result_and_batches_have_one_size(count):
   starts = range(0, count, 4)
   assert sizes == [(4, 2)] * len(starts)
   assert progress == [(min(start + 4, count), count) for start in starts]
+
+
+def test_a_long_call_shows_its_progress_and_a_short_one_nothing(monkeypatch, capsys):
+  def run() -> str:
+    with batches.progress_bar() as progress:
+      for total in (4, 6):  # Two phases: the bar begins again.
+        for finished in range(0, total + 1, 2):
+          progress(finished, total)
+    return capsys.readouterr().err
+
+  assert run() == ''
+  monkeypatch.setattr(batches, 'QUIET_SECONDS', 0.0)
+  text = run()
+  assert '4/4' in text and '6/6' in text

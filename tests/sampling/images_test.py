@@ -74,6 +74,17 @@ def test_a_folder_gets_one_file_per_image_and_a_png_gets_a_grid(tmp_path):
     images.save_all(generated, f'{tmp_path}/all.png')
 
 
+def test_a_single_image_is_written_as_it_is_unless_a_sheet_is_wanted(tmp_path):
+  image = images.GeneratedImage(_noise(0), 'a fox', 0, 0, {}, {'prompt': 'a fox'})
+  images.save_all([image], f'{tmp_path}/one.png')
+  with Image.open(tmp_path / 'one.png') as stored:
+    assert stored.text == {'prompt': 'a fox'}
+    np.testing.assert_array_equal(np.asarray(stored), _noise(0))
+  images.save_all([image], f'{tmp_path}/sheet.png', as_sheet=True)
+  with Image.open(tmp_path / 'sheet.png') as stored:
+    assert stored.height > 192 and stored.text == {'prompt': 'a fox'}
+
+
 def test_unwritable_path_is_refused(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(UserError, match='cannot write'):

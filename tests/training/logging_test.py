@@ -3,6 +3,7 @@
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from vpe_jax.contracts import UserError
@@ -11,9 +12,9 @@ from vpe_jax.training import logging, metrics, throughput
 
 @pytest.fixture
 def open_log(tmp_path, line_system):
-  def make(**changes):
+  def make(resumed=0, **changes):
     system = line_system(**changes)
-    return logging.RunLog(tmp_path, system.config, system, 0)
+    return logging.RunLog(tmp_path, system.config, system, resumed)
 
   return make
 
@@ -87,17 +88,25 @@ def test_progress_line_gives_position_losses_speed_and_eta():
   assert 'MFU 41.0%' in logging.progress_line(record | {'mfu': 0.41}, 400, 0)
 
 
-def test_tensorboard_receives_every_float(open_log, tmp_path, monkeypatch):
+@pytest.fixture
+def board_calls(monkeypatch):
+  """Replaces tensorboardX, and returns the calls of its writer."""
   calls = []
 
   class SummaryWriter:
-    """Replaces tensorboardX and records its calls."""
+    """Records its calls."""
 
-    def __init__(self, folder):
-      self.folder = folder
+    def __init__(self, folder, purge_step):
+      calls.append(('purge', purge_step))
 
     def add_scalar(self, name, value, step):
       calls.append((name, value, step))
+
+    def add_image(self, name, image, step, dataformats):
+      calls.append((name, image.shape, step, dataformats))
+
+    def flush(self):
+      calls.append('flushed')
 
     def close(self):
       calls.append('closed')
@@ -106,9 +115,27 @@ def test_tensorboard_receives_every_float(open_log, tmp_path, monkeypatch):
   module.SummaryWriter = SummaryWriter
   module.__spec__ = types.SimpleNamespace(name='tensorboardX')
   monkeypatch.setitem(sys.modules, 'tensorboardX', module)
+  return calls
+
+
+def test_tensorboard_receives_every_float_and_image(open_log, board_calls):
   log = open_log()
   _push(log, 1, loss=2.5)
   log.flush()
+  log.show('sample_grid', np.zeros((2, 3, 3), np.uint8), 1)
   log.close()
-  assert ('loss', 2.5, 1) in calls and calls[-1] == 'closed'
-  assert not any(entry[0] in ('stage', 'step') for entry in calls[:-1])
+  assert ('loss', 2.5, 1) in board_calls and board_calls[-1] == 'closed'
+  assert ('sample_grid', (2, 3, 3), 1, 'HWC') in board_calls
+  assert not any(entry[0] in ('stage', 'step') for entry in board_calls[:-1])
+
+
+@pytest.mark.parametrize('resumed', [0, 7])
+def test_tensorboard_is_flushed_with_checkpoints_and_purged_at_resume(
+  open_log, board_calls, resumed
+):
+  log = open_log(resumed)
+  _push(log, resumed + 1, loss=2.5)
+  log.flush()
+  assert board_calls[0] == ('purge', resumed + 1)
+  assert board_calls[-1] == 'flushed' and ('loss', 2.5, resumed + 1) in board_calls
+  log.close()

@@ -14,6 +14,8 @@ import dataclasses
 import functools
 import itertools
 import json
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,7 +98,10 @@ def match_tensors(
 
 
 def load(
-  tensors: Mapping[str, Tensor], tensor_map: TensorMap, abstract: Params
+  tensors: Mapping[str, Tensor],
+  tensor_map: TensorMap,
+  abstract: Params,
+  allow_nonfinite: bool = False,
 ) -> dict[str, Array]:
   """Loads all mapped tensors into parameters.
 
@@ -106,20 +111,28 @@ def load(
     tensors: source key -> tensor.
     tensor_map: from `match_tensors`.
     abstract: tree of `jax.ShapeDtypeStruct` with the dtypes and shardings of the parameters.
+    allow_nonfinite: whether to load NaN and infinity.
 
   Returns:
     Path -> array, for every parameter except those in `tensor_map.absent`.
+
+  Raises:
+    UserError: a tensor has values that are not finite in the dtype of its parameter.
   """
   targets = leaves_by_path(abstract)
   target_shapes = {path: tuple(leaf.shape) for path, leaf in targets.items()}
   loaded: dict[str, Array] = {}
+  nonfinite: dict[str, int] = {}
   for key, destination in tensor_map.destinations.items():
     shapes = _entry_shapes(destination, target_shapes)
     parts = tables.forward(destination, tensors[key].read(), shapes)
     for path, part in zip(destination.targets, parts, strict=True):
       target = targets[path]
       # A copy rather than a view of the file, because devices may alias a host array.
-      part = np.array(part, target.dtype, order='C')
+      with np.errstate(over='ignore'):  # The next line reports it.
+        part = np.array(part, target.dtype, order='C')
+      if not allow_nonfinite and (wrong := part.size - np.count_nonzero(np.isfinite(part))):
+        nonfinite[key] = nonfinite.get(key, 0) + wrong
       if destination.index is None:
         loaded[path] = _to_devices(part, target)
         continue
@@ -127,7 +140,18 @@ def load(
         loaded[path] = _zeros(target)
       updated = _set_entry(loaded[path], _entry_to_devices(part, target), destination.index)
       loaded[path] = updated.block_until_ready()  # So that host memory holds one layer.
+  if nonfinite:
+    raise UserError(_nonfinite_error(nonfinite))
   return loaded
+
+
+def _nonfinite_error(counts: Mapping[str, int]) -> str:
+  listed = [f"{count} of '{key}'" for key, count in itertools.islice(counts.items(), MAX_LISTED)]
+  more = f' and {len(counts) - MAX_LISTED} more tensors' if len(counts) > MAX_LISTED else ''
+  return (
+    f'the weights have values that are NaN or infinite: {", ".join(listed)}{more}: get them again, '
+    'or import them as they are (vpe_jax.convert --allow_nonfinite)'
+  )
 
 
 def tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +210,7 @@ def export(
     for name, keys in zip(names, files, strict=True):
       tensors = {key: _source_tensor(destinations[key], leaves, axes, kind) for key in keys}
       # transformers and diffusers check `format`.
-      safetensors.numpy.save_file(tensors, unfinished / name, metadata={'format': 'pt'})
+      _save_file(tensors, unfinished / name, {'format': 'pt'})
     if len(names) > 1:
       total = sum(_size(one, shapes) for one in destinations.values()) * kind.itemsize
       file_of = {key: name for name, keys in zip(names, files, strict=True) for key in keys}
@@ -194,6 +218,16 @@ def export(
       _write_json(unfinished / f'{stem}.safetensors.index.json', index)
     _write_json(unfinished / 'config.json', config)
   return sorted(destinations)
+
+
+def _save_file(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+  """Writes a safetensors file; an error of the file system, such as a full disk, is an OSError."""
+  try:
+    safetensors.numpy.save_file(tensors, path, metadata=metadata)
+  except safetensors.SafetensorError as error:
+    if not (code := re.search(r'os error (\d+)', str(error))):
+      raise
+    raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 @contextlib.contextmanager

@@ -27,7 +27,12 @@ _FAMILY_OF_SYSTEM = {'siglip': ('siglip', 'siglip')}
 
 
 def import_weights(
-  family: str, source: str, to: str, check: bool = False, dtype: str = 'float32'
+  family: str,
+  source: str,
+  to: str,
+  check: bool = False,
+  dtype: str = 'float32',
+  allow_nonfinite: bool = False,
 ) -> list[str]:
   """Imports published weights; the Python API of `vpe_jax.convert`.
 
@@ -37,6 +42,7 @@ def import_weights(
     to: output folder.
     check: whether to compare outputs with the reference library before anything is written.
     dtype: dtype of the saved parameters: float32, bfloat16 or float16.
+    allow_nonfinite: whether to import NaN and infinity.
 
   Returns:
     The lines of the report.
@@ -52,7 +58,7 @@ def import_weights(
   began = time.monotonic()
   opened = sources.open_source(source)
   source = opened.name  # with the commit of a model on the hub
-  imported = families.load(family, opened, dtype=dtype)
+  imported = families.load(family, opened, dtype=dtype, allow_nonfinite=allow_nonfinite)
   check_lines = []
   if check:
     folder = opened.path if opened.path.is_dir() else opened.path.parent
@@ -124,7 +130,7 @@ def write(imported: families.Imported, folder: str, source: str) -> None:
   state |= {'params': imported.params, 'opt_state': {}, 'ema': {}}
   store = Store(str(storage.resolve(folder) / FOLDER), CheckpointConfig())
   try:
-    with storage.writing(folder):
+    with storage.writing(folder), storage.removed_on_error(folder):
       store.save(state, config, force=True)
       store.wait()
   finally:

@@ -32,6 +32,7 @@ from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from vpe_jax import __version__
+from vpe_jax.checkpoints import orbax_logs
 from vpe_jax.checkpoints.checksum import checksums
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.contracts import COUNTERS, State, UserError
@@ -42,6 +43,9 @@ FOLDER = 'checkpoints'  # folder of a workdir
 _STATE = 'state'  # Orbax's name for the arrays of a checkpoint
 _MARKER = 'commit_success.txt'  # written by Orbax last
 _GROUP_BYTES = 2**30  # bytes of leaves that `Store.read` loads at a time
+_SAVE_SECONDS = 3600.0  # after which a save is given up
+# Orbax measures its own limit with the wall clock, which may jump: it gets one of 68 years.
+_NO_LIMIT = 2**31 - 1  # seconds
 _UNFINISHED = '.orbax-checkpoint-tmp'  # suffix of a folder that is being written or deleted
 # Exceptions of Orbax, json and TensorStore for files that are missing or can't be parsed.
 _PARSE_ERRORS = (
@@ -81,6 +85,7 @@ class Store:
       directory: folder of the checkpoints.
       config: when to save, and which checkpoints to keep.
     """
+    orbax_logs.drop_reported_errors()
     self._directory = epath.Path(directory)
     if not is_remote(directory):
       self._directory = self._directory.absolute()
@@ -128,10 +133,14 @@ class Store:
       for path, leaf in arrays.items()
     }
     metadata = {'record': record, 'digest': _digest(record)}
-    with _full_disk_error(self._directory), _save_context():
-      response = ocp.save_checkpointables_async(
-        self._directory / str(step), {_STATE: arrays}, custom_metadata=metadata
-      )
+    try:
+      with _full_disk_error(self._directory), _save_context():
+        response = ocp.save_checkpointables_async(
+          self._directory / str(step), {_STATE: arrays}, custom_metadata=metadata
+        )
+    except Exception:
+      self._delete_unfinished()
+      raise
     self._newest = step
     self._pending = self._worker.submit(self._finish, response)
     return True
@@ -227,15 +236,19 @@ class Store:
     return [step for step in self._folders() if (self._folder(step) / _MARKER).exists()]
 
   def wait(self) -> None:
-    """Waits for the last save and raises its error, if any.
+    """Waits for the last save and raises its error, if any; deletes what a failed save has written.
 
     Raises:
-      UserError: the disk is full.
+      UserError: the disk is full, or the save took too long.
     """
     if self._pending is not None:
       pending, self._pending = self._pending, None
-      with _full_disk_error(self._directory):
-        pending.result()
+      try:
+        with _full_disk_error(self._directory):
+          pending.result()
+      except Exception:
+        self._delete_unfinished()
+        raise
 
   def close(self) -> None:
     """Waits for the last save and ends the background thread. Call it in a `finally` block."""
@@ -258,13 +271,22 @@ class Store:
     # In Orbax's save, no process writes before all processes have reached it.
     if jax.process_index() == 0:
       self._directory.mkdir(parents=True, exist_ok=True)
-      for folder in self._directory.iterdir():
-        if re.fullmatch(rf'\d+{re.escape(_UNFINISHED)}.*', folder.name):
-          folder.rmtree()
+      self._delete_unfinished()
       # The save would fail on a folder of this step that isn't a checkpoint.
       for other in sorted(self._damaged | ({step} & set(self._folders()) - set(self.steps()))):
         self._move_aside(self._folder(other))
     self._damaged.clear()
+
+  def _delete_unfinished(self) -> None:
+    """Deletes the folders of interrupted and failed saves and deletions.
+
+    A failed save may still be writing; then the next save deletes its folder.
+    """
+    if jax.process_index() == 0 and self._directory.exists():
+      for folder in self._directory.iterdir():
+        if re.fullmatch(rf'\d+{re.escape(_UNFINISHED)}.*', folder.name):
+          with contextlib.suppress(OSError):
+            folder.rmtree()
 
   def _move_aside(self, folder: epath.Path) -> None:
     if self._is_unfinished(folder):
@@ -283,7 +305,13 @@ class Store:
 
   def _finish(self, response: Any) -> None:
     """Waits for a save, then deletes old checkpoints. Runs in the background thread."""
-    response.result()
+    try:
+      response.result(timeout=_SAVE_SECONDS)  # of a monotonic clock
+    except TimeoutError as error:
+      raise UserError(
+        f'a checkpoint was not written to {self._directory} within {_SAVE_SECONDS / 60:.0f} '
+        'minutes: the storage is too slow or hangs; choose another --workdir'
+      ) from error
     if jax.process_index() != 0:
       return
     complete_steps, every = self.steps(), self._config.keep_every
@@ -524,6 +552,7 @@ def _save_context() -> ocp.Context:
   context.array.saving.use_compression = False
   # With asynchronous creation, the writing threads would wait five minutes after a failure.
   context.async_options.create_directories_asynchronously = False
+  context.async_options.timeout_secs = _NO_LIMIT
   return context
 
 

@@ -102,6 +102,8 @@ def check_options(
     UserError: too few captions, an unknown split, or a seed out of range.
   """
   rng.check_seed(seed)
+  if not splits:
+    raise UserError(f'splits is empty: name some of {", ".join(SPLITS)}')
   for split in splits:
     if split not in SPLITS:
       raise UserError(f"unknown split '{split}'{did_you_mean(split, SPLITS)}")

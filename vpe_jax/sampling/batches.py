@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 Progress = Callable[[int, int], None]
+QUIET_SECONDS = 5.0  # before a progress bar appears
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+  """A progress bar on stderr, as a function for `in_batches`; short calls show none.
+
+  Visual prompts, which are written before images, have a bar of their own. In a log file, a line is
+  added once a minute.
+  """
+  interval, start = 0.5 if sys.stderr.isatty() else 60.0, time.monotonic()
+  bars: list[tqdm] = []
+
+  def show(finished: int, total: int) -> None:
+    if bars and (total != bars[-1].total or finished < bars[-1].n):
+      bars.pop().close()
+    if not bars and time.monotonic() - start >= QUIET_SECONDS:
+      bars.append(tqdm(total=total, initial=finished, unit='image', mininterval=interval))
+    elif bars:
+      bars[-1].update(finished - bars[-1].n)
+
+  try:
+    yield show
+  finally:
+    for bar in bars:
+      bar.close()
 
 
 def in_batches(

@@ -173,8 +173,8 @@ def output_files(out: str, count: int, overwrite: bool = False) -> list[str]:
   """The paths of output files; front doors check them before the work starts.
 
   Args:
-    out: a file for a grid of all images (ends in .png), or a folder (ends in /) for one file per
-      image: 000.png, ...
+    out: a file for one image or a sheet of all (ends in .png), or a folder (ends in /) for one file
+      per image: 000.png, ...
     count: number of images.
     overwrite: whether files may be replaced.
 
@@ -192,21 +192,26 @@ def output_files(out: str, count: int, overwrite: bool = False) -> list[str]:
 
 
 def save_all(
-  images: Sequence[GeneratedImage], out: str, metadata: bool = True, overwrite: bool = False
+  images: Sequence[GeneratedImage],
+  out: str,
+  metadata: bool = True,
+  overwrite: bool = False,
+  as_sheet: bool = False,
 ) -> None:
-  """Writes images to one grid or to one file per image.
+  """Writes one image as it is, several to one captioned sheet, or each to a file of its own.
 
   Args:
     images: one or more generated images.
     out: see `output_files`.
     metadata: whether text chunks record the provenance.
     overwrite: whether to replace existing files.
+    as_sheet: whether a single image gets a sheet with its caption, too.
 
   Raises:
     UserError: see `output_files` and `save_png`.
   """
   files = [(item.image, item.metadata) for item in images]
-  if not out.endswith('/'):
+  if not out.endswith('/') and (as_sheet or len(images) > 1):
     files = [sheet(images)]
   paths = output_files(out, len(images), overwrite)
   for path, (image, chunks) in zip(paths, files, strict=True):

@@ -23,6 +23,7 @@ from vpe_jax import systems
 from vpe_jax.config import did_you_mean, to_dict
 from vpe_jax.contracts import UserError
 
+SHIPPED = Path(__file__).parents[1] / 'configs'  # a link in a checkout, a copy in an installation
 _WORDS = {'true': True, 'false': False, 'none': None}
 
 
@@ -33,7 +34,8 @@ def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
   """Loads the complete configuration of a single run as nested dicts.
 
   Args:
-    spec: `FILE.py` or `FILE.py:ARG`; ARG is the argument of the file's `get_config`.
+    spec: `FILE.py` or `FILE.py:ARG`; ARG is the argument of the file's `get_config`. A shipped
+      config has the short name `t2i`, and is found as `configs/t2i.py` in any folder.
     overrides: dotted key -> value as text.
 
   Raises:
@@ -65,7 +67,7 @@ def load_chain(spec: str, overrides: Mapping[str, str]) -> dict[str, dict[str, A
   """
   path, _, arg = spec.partition(':')
   try:
-    values = _file_values(Path(path), arg)
+    values = _file_values(_find(path), arg)
   except ValueError as error:
     raise UserError(f'--config={spec}: {" ".join(str(error).split())}') from error
   if RUNS not in values:
@@ -100,6 +102,25 @@ def _with_overrides(file_values: Mapping[str, Any], overrides: Mapping[str, str]
   _select_stages(values, base, overrides)
   systems.build(values)  # Checks the overridden values.
   return values
+
+
+def _find(name: str) -> Path:
+  """The config file of a name: a file, or else a shipped one.
+
+  Raises:
+    UserError: there is no such file.
+  """
+  path = Path(name).expanduser()
+  shipped = SHIPPED / f'{path.stem}.py'
+  is_shipped_name = name in (path.stem, f'configs/{shipped.name}')
+  if not path.is_file() and is_shipped_name and shipped.is_file():
+    return shipped
+  if not path.is_file():
+    folder = path.parent if path.parent.is_dir() and path.suffix else SHIPPED
+    known = [p for p in sorted(folder.glob('*.py')) if p.name not in ('common.py', '__init__.py')]
+    names = [p.stem if folder == SHIPPED else str(p) for p in known]
+    raise UserError(f'there is no such file{did_you_mean(name, names) if names else ""}')
+  return path
 
 
 def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -160,18 +181,16 @@ def _file_values(path: Path, arg: str) -> Mapping[str, Any]:
 
 
 def _get_config(path: Path) -> Any:
-  if not path.is_file():
-    known = sorted(str(p) for p in path.parent.glob('*.py') if p.name != 'common.py')
-    raise UserError(f'there is no such file{did_you_mean(str(path), known) if known else ""}')
   if path.suffix != '.py':
     raise UserError('a config is a Python file, such as configs/t2i.py')
-  # Config files import each other as `configs.<name>`.
-  root = str(path.resolve().parent.parent)
-  if root not in sys.path:
-    sys.path.append(root)
   spec = importlib.util.spec_from_file_location(f'configs.{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
+  # Config files import each other as `configs.<name>`; other folders of this name come later.
+  sys.path.insert(0, str(path.resolve().parent.parent))
+  try:
+    spec.loader.exec_module(module)
+  finally:
+    sys.path.pop(0)
   if not callable(getattr(module, 'get_config', None)):
     raise UserError('the file has no get_config(arg): define it as in configs/t2i.py')
   return module.get_config

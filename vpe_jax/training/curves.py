@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from vpe_jax import storage
 from vpe_jax.training import metrics
 from vpe_jax.training.metrics import Record
 
@@ -54,7 +55,7 @@ def write(workdir: epath.PathLike, unweighted: Collection[str] = ()) -> None:
     return
   buffer = io.BytesIO()
   render(panels).save(buffer, format='PNG')
-  (epath.Path(workdir) / FILE).write_bytes(buffer.getvalue())
+  storage.write_atomic(epath.Path(workdir) / FILE, buffer.getvalue())
 
 
 def make_panels(records: Sequence[Record], unweighted: Collection[str] = ()) -> list[Panel]:

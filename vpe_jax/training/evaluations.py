@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+import numpy as np
 from etils import epath
 
 from vpe_jax.checkpoints.frozen import FrozenNetworks
@@ -30,6 +31,7 @@ class Evaluations:
     frozen: FrozenNetworks,
     mesh: jax.sharding.Mesh,
     workdir: epath.Path,
+    show: Callable[[str, np.ndarray, int], None] = lambda name, image, step: None,
   ):
     """Builds the evaluators; nothing is read yet.
 
@@ -39,12 +41,13 @@ class Evaluations:
       frozen: its frozen networks.
       mesh: mesh of the run.
       workdir: the run's folder; sheets go to its subfolders.
+      show: is also called with each sheet: its name, uint8 [H, W, 3], and the step.
 
     Raises:
       UserError: an unknown evaluator or option, or one that does not fit the system.
     """
     self._config, self._system, self._frozen = config, system, frozen
-    self._mesh, self._workdir = mesh, workdir
+    self._mesh, self._workdir, self._show = mesh, workdir, show
     self._generator: Generator | None = None
     self._evaluators: dict[str, Evaluator] = {}
     self._every: dict[str, int] = {}
@@ -110,7 +113,9 @@ class Evaluations:
     for split, sheet in report.sheets.items():
       parts = [f'step_{step:07d}', *([name, split] if split else [])]
       path = self._workdir / evaluator.folder / f'{"-".join(parts)}.png'
-      images.save_png(layout(sheet), path, overwrite=True)
+      image = layout(sheet)
+      images.save_png(image, path, overwrite=True)
+      self._show(f'{name}/{split}'.rstrip('/'), np.asarray(image), step)
 
   def _subject(self, params: State, stage: int, stage_step: int | jax.Array) -> Subject:
     return Subject(

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from vpe_jax.config import Config, DataConfig
@@ -42,7 +43,7 @@ class RunLog:
     self._warned = False
     writes = jax.process_index() == 0
     self._file = MetricsFile(workdir, resumed) if writes else None
-    self._board = _open_board(workdir) if writes else None
+    self._board = _open_board(workdir, resumed) if writes else None
 
   def push(self, counters: dict[str, int], metrics: dict[str, jax.Array]) -> None:
     """Takes the metrics of a step that was just dispatched.
@@ -103,6 +104,13 @@ class RunLog:
     self._write()
     if self._file is not None:
       self._file.flush()
+    if self._board is not None:
+      self._board.flush()
+
+  def show(self, name: str, image: np.ndarray, step: int) -> None:
+    """Adds an image (uint8 [H, W, 3]) to TensorBoard, if it is installed."""
+    if self._board is not None:
+      self._board.add_image(name, image, step, dataformats='HWC')
 
   def close(self) -> None:
     """Closes the files without waiting for a pending step."""
@@ -188,8 +196,12 @@ def duration(seconds: float) -> str:
   return f'{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}'
 
 
-def _open_board(workdir: epath.PathLike) -> Any:
-  """A TensorBoard writer if tensorboardX is installed and the workdir is local, else None."""
+def _open_board(workdir: epath.PathLike, resumed: int) -> Any:
+  """A TensorBoard writer if tensorboardX is installed and the workdir is local, else None.
+
+  Steps after `resumed`, which are computed again, are hidden.
+  """
   if is_remote(workdir) or importlib.util.find_spec('tensorboardX') is None:
     return None
-  return importlib.import_module('tensorboardX').SummaryWriter(str(workdir))
+  writer = importlib.import_module('tensorboardX').SummaryWriter
+  return writer(str(workdir), purge_step=resumed + 1)

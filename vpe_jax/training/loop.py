@@ -147,7 +147,7 @@ def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
   cleanup.callback(log.close)
   return Watchers(
     log,
-    Evaluations(run.config, run.system, run.frozen, run.mesh, run.workdir),
+    Evaluations(run.config, run.system, run.frozen, run.mesh, run.workdir, log.show),
     profiler,
     cleanup.enter_context(Preemption()),
   )
@@ -187,11 +187,12 @@ def _run_stage(
   feed = _feed(run, int(state['examples_seen']), run.config.batch_size[index])
   stored_config = to_dict(run.config)
   try:
-    batch = next(feed)
-    if not programs:
-      programs |= _compile(run, watchers, state)
-    step = programs[index].step
-    _report(run, programs[index], state, batch)
+    with watchers.preemption.nothing_unsaved():
+      batch = next(feed)
+      if not programs:
+        programs |= _compile(run, watchers, state)
+      step = programs[index].step
+      _report(run, programs[index], state, batch)
     watchers.log.resume_clock()
     while True:
       # 1. Dispatch the step without waiting for it, and log the previous one, after waiting for it.

@@ -121,6 +121,7 @@ def load(
   shard: Callable[[Params], Params] | None = None,
   sizes: Any = None,
   dtype: str = 'float32',
+  allow_nonfinite: bool = False,
 ) -> Imported:
   """Loads a published network.
 
@@ -131,10 +132,11 @@ def load(
     sizes: sizes of the network (None: those of the source's config.json, or the family's
       `RELEASED_SIZES` without that file).
     dtype: dtype of the parameters: float32, bfloat16 or float16. Tensors are cast one at a time.
+    allow_nonfinite: whether to load NaN and infinity.
 
   Raises:
-    UserError: the family, the sizes or the dtype are unknown, the weights don't fit the sizes, or
-      the source's config.json has others.
+    UserError: the family, the sizes or the dtype are unknown, the weights don't fit the sizes, the
+      source's config.json has others, or values are not finite.
   """
   family = get(name)
   if sizes is None:
@@ -145,7 +147,7 @@ def load(
   if shard is not None:
     abstract = shard(abstract)
   tensor_map = convert.match_tensors(source.tensors, family.LAYOUTS, abstract)
-  leaves = convert.load(source.tensors, tensor_map, abstract)
+  leaves = convert.load(source.tensors, tensor_map, abstract, allow_nonfinite)
   return Imported(name, sizes, convert.tree(leaves), tensor_map)
 
 

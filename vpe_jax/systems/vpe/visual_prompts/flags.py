@@ -13,6 +13,7 @@ from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data.transforms import read_image
 from vpe_jax.generator import Generator
+from vpe_jax.sampling.batches import Progress
 from vpe_jax.sampling.images import GeneratedImage
 from vpe_jax.systems.vpe.visual_prompts import files
 from vpe_jax.systems.vpe.visual_prompts.prompter import ENTRY, RANKERS, VisualPrompter
@@ -72,13 +73,28 @@ class VisualPromptRequest:
     return dataclasses.replace(self, loaded=loaded)
 
   def count(self, prompts: int, n: int) -> int:
-    """Number of images."""
+    """Number of images.
+
+    Raises:
+      UserError: there are more visual prompts to write than one call may generate images.
+    """
     if self.loaded is not None:
       return len(self.loaded)
+    if prompts * self.plans > front_door.MAX_IMAGES:
+      raise UserError(
+        f'--plans={self.plans} writes {prompts * self.plans:,} visual prompts: at most '
+        f'{front_door.MAX_IMAGES:,} in a call'
+      )
     return prompts * (self.render if self.plans else n)
 
   def generate(
-    self, generator: Generator, prompts: Sequence[str], n: int, seed: int, settings: SampleConfig
+    self,
+    generator: Generator,
+    prompts: Sequence[str],
+    n: int,
+    seed: int,
+    settings: SampleConfig,
+    progress: Progress | None = None,
   ) -> list[GeneratedImage]:
     """Generates the images.
 
@@ -89,14 +105,14 @@ class VisualPromptRequest:
     if self.save_to:
       prompter.check_codebook()
     if self.loaded is not None:
-      return prompter.render(self.loaded, seed, settings)
+      return prompter.render(self.loaded, seed, settings, progress)
     if self.plans:
       selection = (self.plans, self.render, self.rank)
-      return prompter.best_of(prompts, *selection, seed=seed, settings=settings)
+      return prompter.best_of(prompts, *selection, seed, settings, progress)
     if not self.image:
-      return generator(prompts, n, seed, settings)
+      return generator(prompts, n, seed, settings, progress=progress)
     codes = prompter.read([read_image(self.image)]).codes[0]
-    images = generator(prompts, n, seed, settings, fixed={ENTRY: codes})
+    images = generator(prompts, n, seed, settings, {ENTRY: codes}, progress)
     return [image.with_metadata(visual_prompt=f'read from {self.image}') for image in images]
 
   def save(self, generator: Generator, images: Sequence[GeneratedImage], overwrite: bool) -> None:

@@ -47,6 +47,7 @@ class VisualPrompter:
     n: int = 1,
     seed: int = 0,
     settings: SampleConfig | None = None,
+    progress: Progress | None = None,
   ) -> VisualPrompts:
     """Writes `n` visual prompts for each prompt: those that `generator(prompts, n, ...)` renders.
 
@@ -54,7 +55,7 @@ class VisualPrompter:
       UserError: see Generator.__call__.
     """
     items, settings = items_of(prompts, n), settings or self.generator.settings()
-    codes = self.generator.draft(items, seed, settings)[ENTRY]
+    codes = self.generator.draft(items, seed, settings, progress)[ENTRY]
     provenance = self.generator.describe(settings) | {'by': 'sampled', 'seed': str(seed)}
     return self._wrap(codes, items, provenance)
 
@@ -139,7 +140,7 @@ class VisualPrompter:
     if count > 1 and settings.temperature == 0:
       raise UserError(f'temperature 0 writes {count} equal visual prompts: raise it, or write one')
     self.check_ranker(rank)
-    visual_prompts = self.write(prompts, count, seed, settings)
+    visual_prompts = self.write(prompts, count, seed, settings, progress)
     scores = self.score(visual_prompts, rank).reshape(-1, count)
     order = best(scores, render)
     positions = order + count * np.arange(len(order))[:, None]
