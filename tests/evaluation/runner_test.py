@@ -14,7 +14,7 @@ from vpe_jax.data.records import render
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation import retrieval, runner
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
-from vpe_jax.evaluation.report import Report, Row
+from vpe_jax.evaluation.report import FROM_DRAFTS, RECONSTRUCTED, Report, Row
 
 _RETRIEVAL = retrieval.Retrieval(captions=12, splits=('combination',), seed=1)
 
@@ -40,7 +40,8 @@ class _Network:
 @pytest.fixture
 def subject(monkeypatch, fake_subject):
   monkeypatch.setattr(EvaluatorNetwork, 'load', lambda source: _Network())
-  return fake_subject(lambda prompts: np.full((len(prompts), 16, 16, 3), 128, np.uint8))
+  gray = lambda prompts: np.full((len(prompts), 16, 16, 3), 128, np.uint8)
+  return fake_subject(gray, from_drafts=lambda _, images: images, reconstruct=gray)
 
 
 @pytest.fixture
@@ -50,19 +51,23 @@ def report(subject):
 
 def test_report_has_true_generated_and_permuted_rows(report):
   results = report.protocol['results']['combination']
-  assert list(results['rows']) == [
+  accuracy = {name: row['accuracy']['value'] for name, row in results['rows'].items()}
+  assert list(accuracy) == [
     'ground truth',
     'ground truth, captions permuted',
+    'ground truth through the codec',
     'generated',
     'generated, captions permuted',
+    FROM_DRAFTS,
   ]
-  assert results['rows']['ground truth']['accuracy'] == 1
-  assert results['rows']['generated']['accuracy'] < 0.3
-  assert results['rows']['ground truth, captions permuted']['accuracy'] < 0.3
-  assert results['generated_over_true'] == results['rows']['generated']['accuracy']
+  assert accuracy['ground truth'] == accuracy[FROM_DRAFTS] == 1
+  assert accuracy['generated'] == accuracy[RECONSTRUCTED] < 0.3
+  assert accuracy['ground truth, captions permuted'] < 0.3
+  assert results['generated_over_true'] == accuracy['generated']
   assert len(results['captions']) == 12 and results['captions'][0]['true'] == 1
   assert report.numbers == {
-    'retrieval/combination/accuracy': results['rows']['generated']['accuracy']
+    'retrieval/combination/accuracy': accuracy['generated'],
+    'retrieval/combination/true_drafts/accuracy': 1,
   }
   assert list(results['bars'].values())[:2] == [True, False]
   assert report.protocol['candidates'] == 32 and report.protocol['hard_distractors'] == 16
@@ -121,7 +126,7 @@ def test_the_default_evaluator_follows_from_the_kind_of_prompts(subject):
 
 
 def test_without_accuracy_on_ground_truth_images_the_table_makes_no_claim():
-  zero = retrieval.Result(np.zeros(3), np.zeros(3), {}, None, 3)
+  zero = retrieval.Result(np.zeros(3), np.zeros(3), {}, np.zeros((3, 2)))
   lines = retrieval.table('combination', {'ground truth': zero, 'generated': zero})
   assert not [line for line in lines if 'reach' in line]
 
@@ -137,7 +142,7 @@ def test_without_accuracy_on_ground_truth_images_the_table_makes_no_claim():
 )
 def test_the_bars_of_the_protocol(accuracies, bars):
   rows = ('ground truth', 'ground truth, captions permuted', 'generated', 'generated, permuted')
-  results = (retrieval.Result(np.full(4, a), np.zeros(4), {}, None, 4) for a in accuracies)
+  results = (retrieval.Result(np.full(4, a), np.zeros(4), {}, np.zeros((4, 2))) for a in accuracies)
   assert tuple(retrieval.verdict(dict(zip(rows, results))).values()) == bars
 
 

@@ -23,7 +23,13 @@ from vpe_jax.checkpoints.frozen import FrozenNetworks
 from vpe_jax.checkpoints.weights import fingerprint
 from vpe_jax.config import CLASSES, Config, MeshConfig, SampleConfig, build_section, did_you_mean
 from vpe_jax.contracts import Edits, Params, Samples, Stage, System, UserError, require, supports
-from vpe_jax.evaluation.report import Report
+from vpe_jax.evaluation.report import (
+  FROM_DRAFTS,
+  GENERATED,
+  GROUND_TRUTH,
+  RECONSTRUCTED,
+  Report,
+)
 from vpe_jax.generator import Generator
 
 # Name -> `module:Class`. Packages of systems add their own evaluators (vpe_jax.systems.package).
@@ -177,6 +183,10 @@ class Subject:
     drafts = self.generator.read_drafts(list(images))
     return stacked(self.generator(list(prompts), 1, self.seed, self.settings, fixed=drafts))
 
+  def reconstruct(self, images: np.ndarray) -> np.ndarray:
+    """Images [N, R, R, 3] uint8, encoded and decoded by the codec of the model alone."""
+    return self.generator.reconstruct(list(images), self.seed)
+
   def editing(self, source: np.ndarray) -> Subject:
     """The model with fixed source images [N, R, R, 3] uint8; prompts are edit instructions."""
     generator = self.generator.editing(source)
@@ -279,6 +289,22 @@ def check_fits(name: str, evaluator: Evaluator, subject: Subject) -> None:
       f'the evaluator {name} is for {" or ".join(evaluator.tasks)}, and this model takes '
       f'{subject.task}'
     )
+
+
+def rows_of(subject: Subject, prompts: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:
+  """Row label -> images [N, R, R, 3] uint8 of N prompts, whose ground truth is `images`.
+
+  The ground truth, also through the codec alone; images from the model's own drafts, and, where it
+  has drafts, from those of the ground truth.
+  """
+  rows = {
+    GROUND_TRUTH: images,
+    RECONSTRUCTED: subject.reconstruct(images),
+    GENERATED: subject.sample(prompts),
+  }
+  if subject.generator.system.drafts:
+    rows[FROM_DRAFTS] = subject.sample_from_drafts(prompts, images)
+  return rows
 
 
 def stacked(images: Sequence[Any]) -> np.ndarray:

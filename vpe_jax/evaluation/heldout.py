@@ -16,8 +16,9 @@ from vpe_jax.contracts import Array, Batch, Params, Stage, System, UserError
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.records import NoHeldOutSplit
 from vpe_jax.data.sources import open_source
+from vpe_jax.evaluation import intervals
 from vpe_jax.evaluation.evaluator import Subject
-from vpe_jax.evaluation.report import Report
+from vpe_jax.evaluation.report import Report, number
 
 SPLIT = 'combination'
 
@@ -29,8 +30,8 @@ EvalStep = Callable[[Params, Params, Batch, Array, Array], tuple[Sums, Sums]]
 class HeldOut:
   """Losses of all stages on a held-out split; see vpe_jax.evaluation.evaluator.Evaluator.
 
-  Numbers are `eval/<loss>`, including losses that the current stage does not train on. There are
-  none if the data source has no held-out split.
+  Figures are `eval/<loss>`, including losses that the current stage does not train on; their
+  intervals resample the batches. There are none if the data source has no held-out split.
 
   Attributes:
     batches: number of batches; they are the same each time.
@@ -61,17 +62,16 @@ class HeldOut:
       stage = with_all_losses(subject.system.stages, subject.stage_index)
       self._step = make_eval_step(subject.system, stage)
       self._batches = self._read(subject)
-    totals: dict[str, list[float]] = {}
+    totals: dict[str, list[tuple[float, float]]] = {}
     for batch in self._batches:
       sums, counts = jax.device_get(
         self._step(subject.params, subject.frozen.params, batch, subject.key, subject.stage_step)
       )
       for name, value in sums.items():
-        total = totals.setdefault(name, [0.0, 0.0])
-        total[0] += float(value)
-        total[1] += float(counts[name])
-    numbers = {f'eval/{name}': value / max(count, 1.0) for name, (value, count) in totals.items()}
-    return Report(numbers, tuple(f'  {name:24}{value:.4f}' for name, value in numbers.items()))
+        totals.setdefault(name, []).append((float(value), float(counts[name])))
+    figures = {f'eval/{name}': intervals.ratio(*zip(*pairs)) for name, pairs in totals.items()}
+    lines = [f'  {name:24}{number(figure, places=4)}' for name, figure in figures.items()]
+    return Report(figures, tuple(lines))
 
   def _read(self, subject: Subject) -> list[Batch]:
     """Reads the batches onto the devices; cacheable entries are encoded once."""
