@@ -150,9 +150,8 @@ class Generator:
     _warn_if_untrained(model)
     frozen = frozen_lib.load_for_sampling(system)
     frozen_lib.check_sampling(system, model.params, frozen)
-    metadata = {'checkpoint': model.fingerprint, 'weights': f'{model.source} ({model.weights})'}
     tokenizer = open_tokenizer(system.config.data.tokenizer)
-    return cls(system, model.params, frozen, tokenizer, metadata, batch_size)
+    return cls(system, model.params, frozen, tokenizer, model.metadata, batch_size)
 
   def editing(self, source: np.ndarray) -> Generator:
     """Makes a generator whose prompts are instructions for editing images.

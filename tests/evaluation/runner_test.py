@@ -12,7 +12,7 @@ from PIL import Image
 from vpe_jax.contracts import UserError
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import evaluator as evaluators
-from vpe_jax.evaluation import retrieval, runner
+from vpe_jax.evaluation import intervals, retrieval, runner
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.evaluation.report import FROM_DRAFTS, RECONSTRUCTED, Report, Row
 
@@ -164,6 +164,21 @@ def test_evaluate_prints_notes_and_writes_reports(subject, tmp_path, capsys):
   assert 'trained on folder:mine' in capsys.readouterr().out
   (path,) = tmp_path.glob('retrieval-*.json')
   assert json.loads(path.read_text())['notes'] == ['trained on folder:mine']
+
+
+def test_runs_with_the_same_prompts_have_paired_differences(tmp_path, capsys):
+  values = np.random.default_rng(0).random(50)
+  report = lambda shift, items: Report(
+    {'edits/x': intervals.mean(values + shift)}, protocol={}, items=items
+  )
+  reports = {'a': {'edits': report(0, 'x')}, 'b': {'edits': report(0.25, 'x')}}
+  figure = runner.paired(reports)['edits']['b minus a']['edits/x']
+  # Each image differs by the same, so the interval is narrow, unlike those of the two means.
+  assert figure.interval == pytest.approx((0.25, 0.25))
+  (path,) = runner.save_combined(reports, str(tmp_path), ['x', 'y'])
+  saved = json.loads(pathlib.Path(path).read_text())
+  assert saved['b minus a']['edits/x']['value'] == pytest.approx(0.25)
+  assert runner.paired(reports | {'b': {'edits': report(0, 'other')}}) == {}
 
 
 def test_combined_sheets_replace_only_those_of_the_same_runs(tmp_path):

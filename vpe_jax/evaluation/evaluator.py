@@ -20,6 +20,7 @@ from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.checkpoints import model as model_lib
 from vpe_jax.checkpoints.frozen import FrozenNetworks
+from vpe_jax.checkpoints.model import Model
 from vpe_jax.checkpoints.weights import fingerprint
 from vpe_jax.config import CLASSES, Config, MeshConfig, SampleConfig, build_section, did_you_mean
 from vpe_jax.contracts import Edits, Params, Samples, Stage, System, UserError, require, supports
@@ -99,14 +100,35 @@ class Subject:
     """
     model = model_lib.load(source, weights, step)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    strategy = model.system.config.mesh.strategy
     subject = cls(
-      model.system, model.params, model.stage, mesh, seed=seed, stage_step=model.stage_step
+      model.system,
+      model.params,
+      model.stage,
+      mesh,
+      seed=seed,
+      stage_step=model.stage_step,
+      # Loaded at most once, also for other checkpoints of the run.
+      load_frozen=functools.cache(lambda: frozen_lib.load(model.system, mesh, strategy)),
     )
     if not supports(model.system, Samples):
       return subject
     generator = Generator.of(model, batch_size)
     settings = generator.settings(**overrides)
     return dataclasses.replace(subject, settings=settings, load_generator=lambda: generator)
+
+  def at(self, model: Model) -> Subject:
+    """The subject with another checkpoint of the same run.
+
+    It shares settings, frozen networks and compiled programs.
+    """
+    subject = dataclasses.replace(
+      self, params=model.params, stage_index=model.stage, stage_step=model.stage_step
+    )
+    if self.load_generator is None:
+      return subject
+    generator = self.generator.with_params(model.params, **model.metadata)
+    return dataclasses.replace(subject, load_generator=lambda: generator)
 
   @functools.cached_property
   def key(self) -> jax.Array:
@@ -305,6 +327,12 @@ def rows_of(subject: Subject, prompts: Sequence[str], images: np.ndarray) -> dic
   if subject.generator.system.drafts:
     rows[FROM_DRAFTS] = subject.sample_from_drafts(prompts, images)
   return rows
+
+
+def fits_stage(evaluator: Evaluator, stage: Stage) -> bool:
+  """Whether an evaluator can run in a stage; those that sample images need `Stage.samples`."""
+  needed = {base for capability in evaluator.requires for base in capability.__mro__}
+  return stage.samples or Samples not in needed
 
 
 def stacked(images: Sequence[Any]) -> np.ndarray:

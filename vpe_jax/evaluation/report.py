@@ -23,6 +23,7 @@ GROUND_TRUTH, GENERATED = 'ground truth', 'generated'
 FROM_DRAFTS = 'from ground-truth drafts'
 RECONSTRUCTED = 'ground truth through the codec'
 TRUE_DRAFTS = 'true_drafts'  # in the names of figures
+BOUNDS = '/low95', '/high95'  # end the names of the bounds of a logged number
 # Row of images by the model -> part of the names of its figures.
 MODEL_ROWS = {GENERATED: '', FROM_DRAFTS: f'{TRUE_DRAFTS}/'}
 # Differences that tell planner, renderer and codec apart.
@@ -76,6 +77,15 @@ class Report:
   def numbers(self) -> dict[str, float]:
     """Values of the figures by name."""
     return {name: figure.value for name, figure in self.figures.items()}
+
+  @property
+  def bounds(self) -> dict[str, float]:
+    """Bounds of the figures' intervals, by name with an ending of BOUNDS."""
+    return {
+      f'{name}{ending}': bound
+      for name, figure in self.figures.items()
+      for ending, bound in zip(BOUNDS, figure.interval or ())
+    }
 
 
 def protocol(

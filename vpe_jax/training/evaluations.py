@@ -9,7 +9,7 @@ from etils import epath
 
 from vpe_jax.checkpoints.frozen import FrozenNetworks
 from vpe_jax.config import Config
-from vpe_jax.contracts import Samples, State, System
+from vpe_jax.contracts import State, System
 from vpe_jax.data.tokenizers.published import open_tokenizer
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation.evaluator import Evaluator, Subject
@@ -58,22 +58,22 @@ class Evaluations:
 
   def due(self, stage: int, step: int, is_last: bool) -> list[str]:
     """Names of the evaluators to run after a step; those that sample need `Stage.samples`."""
-    samples = self._system.stages[stage].samples
     return [
       name
       for name, (every, evaluator) in self._evaluators.items()
-      if (is_last or step % every == 0) and (samples or Samples not in _needs(evaluator))
+      if (is_last or step % every == 0)
+      and evaluators.fits_stage(evaluator, self._system.stages[stage])
     ]
 
   def run(self, names: list[str], state: State, step: int) -> dict[str, float]:
-    """Runs evaluators on a state; writes their sheets, and returns their numbers."""
+    """Runs evaluators on a state; writes their sheets, and returns numbers and their bounds."""
     index = int(state['stage'])
     subject = self._subject(weights(state), index, state['stage_step'])
     numbers: dict[str, float] = {}
     for name in names:
       _, evaluator = self._evaluators[name]
       report = evaluator.run(subject)
-      numbers |= report.numbers
+      numbers |= {**report.numbers, **report.bounds}
       self._write(name, evaluator, report, step)
       if subject.main:
         lines = [_line(name, report.numbers)] if report.numbers else report.lines
@@ -118,8 +118,3 @@ class Evaluations:
 
 def _line(name: str, numbers: Mapping[str, float]) -> str:
   return f'{name}: ' + ', '.join(f'{key} {value:.4g}' for key, value in numbers.items())
-
-
-def _needs(evaluator: Evaluator) -> set[type]:
-  """The capabilities that an evaluator requires, and their base classes."""
-  return {base for capability in evaluator.requires for base in capability.__mro__}
