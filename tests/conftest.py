@@ -128,6 +128,7 @@ def fake_subject():
     data: Any = None,
     from_drafts: Callable | None = None,
     editing: Callable | None = None,
+    reconstruct: Callable = lambda images: images,
     capabilities: tuple[type, ...] = (Samples,),
     **description: str,
   ) -> types.SimpleNamespace:
@@ -144,6 +145,7 @@ def fake_subject():
       sample=sample,
       sample_from_drafts=from_drafts,
       editing=editing,
+      reconstruct=reconstruct,
     )
 
   return build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import re
 import types
@@ -12,7 +13,7 @@ import pytest
 from tests import commands
 from vpe_jax import evaluate
 from vpe_jax.contracts import UserError
-from vpe_jax.evaluation import retrieval
+from vpe_jax.evaluation import convergence, retrieval
 from vpe_jax.evaluation.report import Report, Row
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -35,11 +36,11 @@ def command(monkeypatch, fake_subject):
   cls.__getitem__ = lambda self, name: types.SimpleNamespace(value=vars(self)[name], present=True)
   flags = cls(workdir=[], benchmarks=[], set=[], captions=2, splits=['concept'], seed=0)
   flags.evaluator_network, flags.out, flags.evaluated, flags.subjects = '', None, [], {}
-  flags.load_fails = False
+  flags.load_fails, flags.step, flags.weights = False, None, 'ema'
   monkeypatch.setattr(evaluate, 'FLAGS', flags)
   monkeypatch.setattr(evaluate.front_door, 'flags', types.SimpleNamespace(FLAGS=flags))
 
-  def load(workdir):
+  def load(workdir, step):
     assert not flags.load_fails
     subject = fake_subject(None)
     subject.description = {'checkpoint': workdir.split('/')[-1]}
@@ -66,6 +67,9 @@ def command(monkeypatch, fake_subject):
     ({'set': ['mixes']}, '--set=mixes'),
     ({'benchmarks': ['best_of'], 'set': ['best_of.plans=1']}, 'plans'),
     ({'benchmarks': ['mixes'], 'set': ['mixes.counts=4']}, "'counts'|'count'"),
+    ({'step': '500,last'}, '--step=500,last'),
+    ({'step': 'all'}, '/no/such/run has no checkpoint'),
+    ({'step': 'all', 'workdir': ['assets:tiny']}, 'assets:tiny is a file of weights'),
   ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(command, settings, message):
@@ -85,6 +89,27 @@ def test_several_runs_have_a_table_and_a_folder_each(command, tmp_path, capsys, 
   names = sorted(path.name for path in (tmp_path / 'runs/a/evaluation').iterdir())
   assert [name for name in names if '-compared-' in name] == names[-1:] and len(names) == 3
   assert len(list((tmp_path / 'evaluation').iterdir())) == 2
+
+
+def test_several_steps_of_several_runs_give_curves(command, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(convergence.weights_io, 'steps_of', lambda workdir: [5, 10, 20])
+
+  def checkpoints(subject, workdir, weights, steps):
+    for step in steps:
+      subject.stage = types.SimpleNamespace(samples=True)
+      yield step, subject
+
+  monkeypatch.setattr(convergence, 'checkpoints', checkpoints)
+  command.workdir, command.step, command.out = ['runs/a', 'runs/b'], '5,20', str(tmp_path)
+  evaluate.main()
+  assert command.evaluated == ['a', 'a', 'b', 'b']
+  (path,) = tmp_path.glob('convergence-*.json')
+  runs = json.loads(path.read_text())['runs']
+  assert {name: list(run['checkpoints']) for name, run in runs.items()} == {
+    'runs/a': ['5', '20'],
+    'runs/b': ['5', '20'],
+  }
+  assert '== runs/b, step 20' in capsys.readouterr().out
 
 
 def test_evaluators_are_checked_against_all_runs_before_sampling(command, tmp_path, fake_subject):

@@ -226,6 +226,9 @@ class DrawingSystem(LineSystem, PlansVisually, ScoresImages):
   def decode(self, frozen, encoded, rng):
     return jnp.repeat(jnp.repeat(encoded['latents'], 4, 1), 4, 2)
 
+  def reconstruct(self, frozen, images, rng):
+    return self.decode(frozen, self.encode(frozen, {'image': images}, rng), rng)
+
   def similarity(self, frozen, images, inputs):
     # An image matches its own caption by its brightness, other captions slightly.
     own = jnp.eye(images.shape[0])

@@ -435,6 +435,10 @@ class Samples(System, Protocol):
     """Decodes encoded entries to images [B, R, R, 3] float32 in [0, 1]."""
     ...
 
+  def reconstruct(self, frozen: Params, images: Array, rng: Array) -> Array:
+    """Encodes images [B, R, R, 3] uint8 and decodes them, with networks of `sampling_networks`."""
+    ...
+
 
 class Edits(Samples, Protocol):
   """Capability: generates images from a source image and an instruction."""

@@ -9,23 +9,29 @@ r"""Evaluates trained models, and prints a table.
   python -m vpe_jax.evaluate --workdir=runs/edit-tiny                  (edits)
   python -m vpe_jax.evaluate --workdir=runs/c2i_discrete-tiny          (class accuracy, Frechet)
   python -m vpe_jax.evaluate --workdir=runs/text_rendering-tiny        (ocr: pip install -e .[eval])
+  python -m vpe_jax.evaluate --workdir=runs/edit-tiny --temperature=0.5 --plan_guidance=2 --steps=50
+  python -m vpe_jax.evaluate --workdir=runs/a,runs/b --step=all        (convergence curves)
 
 `config.evals` names the evaluators that also run in training. Each evaluator prints a table and
 writes its protocol as JSON and sheets of images to RUN/evaluation (for shipped weights and weight
 files: to evaluation/ in the current folder). For several runs, sheets that compare them (named
--compared-) go to the folder of the first run.
+-compared-) go to the folder of the first run, and paired differences of their figures are printed.
+
+Several steps (`--step=500,1000` or `--step=all`) give convergence curves: all numbers with their
+intervals at each checkpoint, as convergence-*.json and .png in the folder of the first run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
 from vpe_jax import front_door
+from vpe_jax.evaluation import convergence, runner
 from vpe_jax.evaluation import evaluator as evaluators
-from vpe_jax.evaluation import runner
 from vpe_jax.evaluation.evaluator import Evaluator, Subject
 
 FLAGS = flags.FLAGS
@@ -43,7 +49,8 @@ def _define_flags() -> None:
   flags.DEFINE_list('splits', ['combination', 'concept'], 'held-out splits')
   flags.DEFINE_integer('seed', 0, 'seed of the captions and of sampling')
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'EMA weights or raw weights')
-  flags.DEFINE_integer('step', None, 'step of the checkpoint (default: the newest)')
+  steps = 'step of the checkpoint (default: the newest); several (500,1000), or all: curves'
+  flags.DEFINE_string('step', None, steps)
   flags.DEFINE_string('evaluator_network', 'assets:evaluator_network', 'weights of a SigLIP')
   flags.DEFINE_string('out', None, 'folder for the reports (default: RUN/evaluation)')
   flags.DEFINE_integer('batch_size', 32, 'images per batch of sampling, at least 4')
@@ -66,11 +73,9 @@ def _shared() -> dict[str, Any]:
   return {option: FLAGS[option].value for option in _SHARED if FLAGS[option].present}
 
 
-def _load(workdir: str) -> Subject:
+def _load(workdir: str, step: int | None) -> Subject:
   overrides = front_door.settings()
-  return Subject.load(
-    workdir, FLAGS.weights, FLAGS.batch_size, FLAGS.seed, overrides, FLAGS.step
-  )
+  return Subject.load(workdir, FLAGS.weights, FLAGS.batch_size, FLAGS.seed, overrides, step)
 
 
 def _folder(workdir: str) -> str:
@@ -80,12 +85,31 @@ def _folder(workdir: str) -> str:
   return runner.report_folder(workdir)
 
 
+def _converge(built: dict[str, Evaluator], requested: Sequence[int] | str) -> None:
+  """Evaluates several checkpoints of each run."""
+  steps = {workdir: convergence.choose_steps(workdir, requested) for workdir in FLAGS.workdir}
+  # The last checkpoint of each run is loaded first, so that mistakes are reported early.
+  subjects = {workdir: _load(workdir, own[-1]) for workdir, own in steps.items()}
+  selected = {workdir: runner.select(built, subjects[workdir], _shared()) for workdir in subjects}
+  folder = _folder(FLAGS.workdir[0])
+  front_door.check_folder(folder)
+  runs = {
+    workdir: convergence.checkpoints(subjects[workdir], workdir, FLAGS.weights, own)
+    for workdir, own in steps.items()
+  }
+  convergence.evaluate(selected, runs, folder)
+
+
 def main() -> None:
   """Runs the command."""
   front_door.require_flags('workdir', cure='name a run, or assets:tiny for the shipped weights')
-  built = _build()
+  built, steps = _build(), convergence.parse_steps(FLAGS.step)
+  if steps == convergence.ALL or (steps and len(steps) > 1):
+    _converge(built, steps)
+    return
   # All runs are loaded before the first one samples, so that mistakes are reported early.
-  subjects = {workdir: _load(workdir) for workdir in FLAGS.workdir}
+  step = steps[0] if steps else None
+  subjects = {workdir: _load(workdir, step) for workdir in FLAGS.workdir}
   folders = {workdir: _folder(workdir) for workdir in subjects}
   selected = {workdir: runner.select(built, subjects[workdir], _shared()) for workdir in subjects}
   for folder in folders.values():

@@ -113,6 +113,7 @@ class Generator:
     self._draft = jax.jit(system.draft, static_argnums=3, **jit_options)
     self._generate = jax.jit(system.generate, static_argnums=4, **jit_options)
     self._encode_drafts = jax.jit(system.encode_drafts, **jit_options)
+    self._reconstruct = jax.jit(system.reconstruct, **jit_options)
     if supports(system, Edits):
       self._encode_source = jax.jit(system.encode_source, **jit_options)
 
@@ -149,9 +150,8 @@ class Generator:
     _warn_if_untrained(model)
     frozen = frozen_lib.load_for_sampling(system)
     frozen_lib.check_sampling(system, model.params, frozen)
-    metadata = {'checkpoint': model.fingerprint, 'weights': f'{model.source} ({model.weights})'}
     tokenizer = open_tokenizer(system.config.data.tokenizer)
-    return cls(system, model.params, frozen, tokenizer, metadata, batch_size)
+    return cls(system, model.params, frozen, tokenizer, model.metadata, batch_size)
 
   def editing(self, source: np.ndarray) -> Generator:
     """Makes a generator whose prompts are instructions for editing images.
@@ -246,6 +246,20 @@ class Generator:
     squares = np.stack([to_square(image, side, data.fit) for image in images])
     return self.batched(lambda batch: self._encode_drafts(self.draft_networks, batch), squares)
 
+  def reconstruct(self, images: Sequence[np.ndarray], seed: int = 0) -> np.ndarray:
+    """Encodes N images and decodes them with the image codec, without the model.
+
+    Args:
+      images: uint8 [H, W, 3] each, of any shape. They are made square as in training.
+      seed: seed of a stochastic decoder.
+
+    Returns:
+      Images [N, R, R, 3] uint8.
+    """
+    key, data = rng.run_key(seed), self.system.config.data
+    squares = np.stack([to_square(image, data.image_size, data.fit) for image in images])
+    return to_uint8(self.batched(lambda batch: self._reconstruct(self.frozen, batch, key), squares))
+
   @functools.cached_property
   def draft_networks(self) -> Params:
     """The networks that encode images to drafts; sampling does not need them."""
@@ -254,9 +268,15 @@ class Generator:
       return {name: self.frozen[name] for name in names}
     return jax.device_put(frozen_lib.load_draft_encoders(self.system))
 
-  def with_params(self, params: Params) -> Generator:
-    """Makes a generator with other parameters that shares the compiled programs."""
+  def with_params(self, params: Params, **metadata: str) -> Generator:
+    """Makes a generator with other parameters that shares the compiled programs.
+
+    Args:
+      params: parameters, as checkpoints store them.
+      **metadata: provenance of the parameters, where it differs.
+    """
     generator = copy.copy(self)
+    generator.metadata = self.metadata | metadata
     generator.params = jax.device_put(self.system.prepare(params, jax.default_backend()))
     return generator
 

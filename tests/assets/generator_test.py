@@ -11,6 +11,7 @@ from configs import t2i
 from vpe_jax import systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import differences
+from vpe_jax.data.records import render
 from vpe_jax.evaluation import retrieval
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.generator import Generator
@@ -22,6 +23,11 @@ COUNT = 64
 @pytest.fixture(scope='module')
 def metadata():
   return weights.load('assets:tiny')[1]
+
+
+@pytest.fixture(scope='module')
+def generator():
+  return Generator.load('assets:tiny', batch_size=32)
 
 
 def _records():
@@ -47,10 +53,17 @@ def test_losses_decrease():
   assert np.mean(first[-20:]) < 0.4 * first[0] and np.mean(last[-20:]) < 0.6 * last[0]
 
 
-def test_samples_match_held_out_captions():
+def test_the_codec_alone_reconstructs_held_out_images(generator):
+  _, records = retrieval.make_trials(8, 'combination')
+  true = np.stack([render(record, 64) for record in records])
+  error = np.square(generator.reconstruct(list(true)) - true.astype(float)).mean()
+  assert 27 < 10 * np.log10(255**2 / error) < 40
+
+
+def test_samples_match_held_out_captions(generator):
   """An eighth of the protocol of vpe_jax.evaluate, with its threshold of three times chance."""
   trials, _ = retrieval.make_trials(COUNT, 'combination')
-  generator, evaluator = Generator.load('assets:tiny', batch_size=32), EvaluatorNetwork.load()
+  evaluator = EvaluatorNetwork.load()
   settings = generator.settings(steps=12)
   samples = generator([trial.caption for trial in trials], settings=settings)
   vectors = evaluator.images(np.stack([sample.image for sample in samples]))

@@ -10,6 +10,7 @@ from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import classes
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
+from vpe_jax.evaluation.report import FROM_DRAFTS, RECONSTRUCTED
 
 BENCHMARK = classes.ClassBenchmark(captions=20, seed=1)
 DATA = DataConfig(
@@ -44,7 +45,7 @@ def test_chance_and_permuted_control():
   assert classes.agreement(reference, targets) == expected == pytest.approx(4 / 12)
   nearest = np.asarray(['b', 'b', 'a'])
   pairs = [nearest[i] == targets[j] for i in range(3) for j in range(3) if i != j]
-  assert classes.permuted(nearest, targets) == pytest.approx(np.mean(pairs))
+  assert classes.permuted(nearest, targets).mean() == pytest.approx(np.mean(pairs))
 
 
 class _Network:
@@ -53,7 +54,7 @@ class _Network:
   fingerprint = 'knowing'
 
   def images(self, images):
-    return np.eye(256)[images[:, 0, 0, 0]]
+    return np.eye(16)[images[:, 0, 0, 0] % 16]
 
 
 @pytest.mark.parametrize('correct', [True, False])
@@ -67,15 +68,35 @@ def test_only_images_of_their_class_are_correct(true, monkeypatch, fake_subject,
 
   monkeypatch.setattr(classes, 'ground_truth_images', lambda *_: (paint(true[1]), true[1]))
   monkeypatch.setattr(EvaluatorNetwork, 'load', lambda source: _Network())
-  subject = fake_subject(lambda names: paint(names, correct), task='classes', data=DATA)
+  subject = fake_subject(
+    lambda names: paint(names, correct),
+    task='classes',
+    data=DATA,
+    from_drafts=lambda names, images: images,
+    reconstruct=lambda images: (images + 1) % len(order),
+  )
   report = BENCHMARK.run(subject)
-  rows = report.protocol['results']['rows']
+  results = report.protocol['results']
+  rows = {
+    row: {name: figure['value'] for name, figure in figures.items()}
+    for row, figures in results['rows'].items()
+  }
   references, targets = true[1][:20], true[1][20:]
   expected = np.mean(np.isin(targets, references))
   assert rows['ground truth']['accuracy'] == pytest.approx(expected) and expected > 0.5
-  assert (rows['generated']['accuracy'] == rows['ground truth']['accuracy']) == correct
+  assert (rows['generated'] == rows['ground truth']) == correct
   assert (rows['generated']['frechet'] > rows['ground truth']['frechet']) == (not correct)
-  assert rows['generated, classes permuted']['frechet'] is None
-  assert report.protocol['results']['classes'] == dict(collections.Counter(targets.tolist()))
-  assert len(report.lines) == 5 and report.lines[-1].endswith('-')
-  assert [row.label for row in report.sheets['train']] == ['true', 'generated']
+  assert rows[FROM_DRAFTS] == rows['ground truth']
+  assert rows[RECONSTRUCTED]['accuracy'] < 0.5 < 1 < 1e3 * rows[RECONSTRUCTED]['frechet']
+  assert rows[classes.PERMUTED].keys() == {'accuracy'}
+  for row in results['rows'].values():
+    for figure in row.values():
+      low, high = figure['interval95']
+      assert low <= figure['value'] <= high
+  planner = results['differences'][f'{FROM_DRAFTS} minus generated']
+  assert (planner['accuracy']['value'] > 0) == (planner['frechet']['value'] < 0) == (not correct)
+  assert report.numbers['classes/true_drafts/accuracy'] == pytest.approx(expected)
+  assert results['classes'] == dict(collections.Counter(targets.tolist()))
+  assert len(report.lines) == 10 and report.lines[6].endswith('-')
+  labels = [row.label for row in report.sheets['train']]
+  assert labels == ['ground truth', RECONSTRUCTED, 'generated', FROM_DRAFTS]

@@ -10,6 +10,7 @@ from vpe_jax.evaluation import editing
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.evaluation.report import FROM_DRAFTS
 
+MOST = pytest.approx(58.92, abs=0.01)  # the PSNR of identical images
 BENCHMARK = editing.EditBenchmark(captions=16, splits=('combination',), seed=1)
 
 
@@ -43,13 +44,33 @@ def test_edits_have_distinct_instructions_and_exact_masks(held_out):
 def test_the_target_counts_as_done_and_the_source_does_not(held_out):
   done, copied = (editing.measure(x, held_out, _embed) for x in (held_out.target, held_out.source))
   assert done.done.all() and done.close.all() and done.resembles_target.all()
-  assert done.error_inside == done.error_outside == 0
+  assert [*done.psnr_inside, *done.psnr_outside] == [MOST] * 32
   assert not copied.done.any() and not copied.close.any() and not copied.resembles_target.any()
-  expected = np.square(held_out.target.astype(float) - held_out.source)[held_out.mask].mean()
-  assert copied.error_inside == pytest.approx(expected, rel=1e-5) and copied.error_outside == 0
+  assert [*copied.psnr_outside] == [MOST] * 16
   summary = json.loads(json.dumps(done.summary(held_out.kinds)))
-  assert summary['psnr_inside'] is None and summary['done']['share'] == 1
-  assert sum(kind['done']['share'] * kind['edits'] for kind in summary['kinds'].values()) == 16
+  assert summary['done']['value'] == 1 and summary['psnr_outside']['value'] == MOST
+  assert sum(kind['done']['value'] * kind['edits'] for kind in summary['kinds'].values()) == 16
+
+
+def test_psnr_is_the_mean_over_images_of_each_images_psnr(held_out):
+  rng = np.random.default_rng(0)
+  result_images = rng.integers(0, 256, held_out.source.shape, np.uint8)
+  result = editing.measure(result_images, held_out, _embed)
+  inside, outside, everywhere = [], [], []
+  for image, source, target, mask in zip(
+    result_images / 255, held_out.source / 255, held_out.target / 255, held_out.mask
+  ):
+    db = lambda error: -10 * np.log10(error.mean())
+    inside.append(db(np.square(image - target)[mask]))
+    outside.append(db(np.square(image - source)[~mask]))
+    # PIE-Bench sets pixels inside the mask to zero in both images.
+    everywhere.append(db(np.square((image - source) * ~mask[..., None])))
+  value = {name: figure.value for name, figure in result.figures.items()}
+  assert value['psnr_inside'] == pytest.approx(np.mean(inside), abs=1e-4)
+  assert value['psnr_outside'] == pytest.approx(np.mean(outside), abs=1e-4)
+  assert value['psnr_outside_pie'] == pytest.approx(np.mean(everywhere), abs=1e-4)
+  low, high = result.figures['psnr_outside'].interval
+  assert low < value['psnr_outside'] < high
 
 
 def test_results_nearer_to_the_target_are_done_and_close(held_out):
@@ -69,7 +90,8 @@ def test_about_half_of_noise_images_are_done_and_few_are_close():
 def test_changes_outside_the_mask_affect_only_the_error_outside(held_out):
   result_image = np.where(held_out.mask[..., None], held_out.target, held_out.target ^ 10)
   result = editing.measure(result_image, held_out, _embed)
-  assert result.done.all() and result.error_inside == 0 and result.error_outside > 0
+  assert result.done.all() and [*result.psnr_inside] == [MOST] * 16
+  assert result.psnr_outside.max() < 58
   result_image = np.where(held_out.mask[..., None], held_out.target, 255 - held_out.target)
   assert editing.measure(result_image, held_out, _embed).close.all()
   half = np.where(held_out.mask[..., None], held_out.source, held_out.target)
@@ -79,30 +101,46 @@ def test_changes_outside_the_mask_affect_only_the_error_outside(held_out):
 
 def test_the_table_has_shares_by_kind():
   done, kinds = np.array([True, True, False, False]), np.array(['add', 'add', 'add', 'move'])
-  result = editing.Result(done, done, done, 1.0, 1.0)
+  result = editing.Result(done, done, done, *np.ones((3, 4)))
   line = editing.table('concept', {editing.COPY: result, 'generated': result}, kinds)[-1]
   assert line.endswith('done, by kind (generated): add 67% of 3, move 0% of 1')
 
 
 def test_the_report_has_controls_and_images_from_drafts(monkeypatch, fake_subject):
   monkeypatch.setattr(EvaluatorNetwork, 'load', lambda source: _Network())
+  # The model copies the source; the codec, and images from drafts, differ by some levels.
   edit = lambda source: fake_subject(
-    lambda prompts: source, image_size=32, from_drafts=lambda prompts, images: images
+    lambda prompts: source, image_size=32, from_drafts=lambda prompts, images: images ^ 4
   )
   refuse = lambda prompts: pytest.fail('sampled without a source image')
   subject = fake_subject(
-    refuse, image_size=32, task='edits', editing=edit, from_drafts=lambda *_: None
+    refuse,
+    image_size=32,
+    task='edits',
+    editing=edit,
+    from_drafts=lambda *_: None,
+    reconstruct=lambda images: images ^ 1,
   )
   report = BENCHMARK.run(subject)
   results = report.protocol['results']['combination']
-  done = {name: row['done']['share'] for name, row in results['rows'].items()}
+  done = {name: row['done']['value'] for name, row in results['rows'].items()}
+  coded = [editing.SOURCE_CODED, editing.TARGET_CODED]
   sampled = ['generated', editing.OTHERS, FROM_DRAFTS]
-  assert list(done) == [editing.COPY, editing.NOISE, *sampled]
+  assert list(done) == [editing.COPY, editing.NOISE, *coded, *sampled]
   assert done[editing.COPY] == done['generated'] == 0 and done[FROM_DRAFTS] == 1
   assert report.numbers['edits/combination/done'] == 0
-  assert results['rows']['generated']['psnr_outside'] is None
-  assert results['rows'][editing.OTHERS]['error_outside'] > 0
-  assert len(report.lines) == 8 and ' inf ' in report.lines[2] and '0% / 100% of' in report.lines[7]
+  psnr = {name: row['psnr_outside']['value'] for name, row in results['rows'].items()}
+  assert psnr['generated'] == psnr[editing.COPY] == MOST
+  assert psnr[editing.SOURCE_CODED] == psnr[editing.TARGET_CODED] == pytest.approx(48.13, abs=0.01)
+  assert psnr[FROM_DRAFTS] == pytest.approx(48.13 - 20 * np.log10(4), abs=0.01)
+  assert psnr[editing.NOISE] < psnr[editing.OTHERS] < psnr[FROM_DRAFTS]
+  assert report.numbers['edits/combination/psnr_outside'] == MOST
+  assert report.numbers['edits/combination/true_drafts/psnr_outside'] == psnr[FROM_DRAFTS]
+  planner = results['differences'][f'{FROM_DRAFTS} minus generated']['psnr_outside']
+  # The same edits are paired, and each loses the same.
+  assert planner['interval95'] == pytest.approx([psnr[FROM_DRAFTS] - psnr['generated']] * 2)
+  assert len(report.lines) == 13 and '58.92' in report.lines[2]
+  assert '0% / 100% of' in report.lines[-1]
   labels = [row.label for row in report.sheets['combination']]
   assert labels == ['source', 'target', 'generated', FROM_DRAFTS]
   assert report.sheets['combination'][0].captions[0] == results['edits'][0]['instruction']

@@ -71,6 +71,10 @@ def test_captions_become_unit_vectors_in_any_batch(network):
   np.testing.assert_allclose(network.captions(captions[2:3])[0], vectors[2], atol=1e-6)
 
 
+def test_the_shipped_network_is_loaded_and_compiled_once():
+  assert EvaluatorNetwork.load() is EvaluatorNetwork.load()
+
+
 def test_a_caption_that_is_too_long_is_an_error(network):
   with pytest.raises(UserError):
     network.captions(['a red fox and a dog ' * 10])

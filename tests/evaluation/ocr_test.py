@@ -7,7 +7,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.embedded.words import Words
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import ocr
-from vpe_jax.evaluation.report import FROM_DRAFTS, distinct_records
+from vpe_jax.evaluation.report import FROM_DRAFTS, RECONSTRUCTED, distinct_records
 
 BENCHMARK = ocr.Ocr(captions=6, splits=('combination',), seed=1)
 
@@ -30,12 +30,13 @@ def test_words_are_matched_as_in_textatlas(read, expected, counts):
 
 def test_words_are_pooled_and_character_errors_averaged():
   result = ocr.measure(['fox', 'a b', 'Hello'], ['fox', '', 'hello'])
-  assert (result.expected, result.read, result.matched) == (2, 4, 2)
-  assert result.recall == 1 and result.precision == 0.5 and result.f1 == pytest.approx(2 / 3)
+  assert [x.sum() for x in (result.expected, result.read, result.matched)] == [2, 4, 2]
+  value = {name: figure.value for name, figure in result.figures.items()}
+  assert value['recall'] == 1 and value['precision'] == 0.5 and value['f1'] == pytest.approx(2 / 3)
   assert result.errors.tolist() == pytest.approx([0, 1, 0.2])
-  assert result.error_rate == pytest.approx(0.4)
-  empty = ocr.measure(['', ''], ['fox', 'dog'])
-  assert empty.precision == empty.f1 == 0 and empty.error_rate == 1
+  assert value['error_rate'] == pytest.approx(0.4) and value['without_error'] == 1 / 3
+  empty = {k: x.value for k, x in ocr.measure(['', ''], ['fox', 'dog']).figures.items()}
+  assert empty['precision'] == empty['f1'] == 0 and empty['error_rate'] == 1
 
 
 def test_small_images_are_enlarged_with_a_white_border():
@@ -60,13 +61,26 @@ def test_the_report_has_ground_truth_images_and_images_from_drafts(monkeypatch, 
   read = lambda images: [texts.get(image.tobytes(), 'nothing') for image in images]
   monkeypatch.setattr(ocr, 'reader', lambda: read)
   gray = lambda prompts: np.full((len(prompts), 16, 16, 3), 128, np.uint8)
-  subject = fake_subject(gray, task='words', from_drafts=lambda prompts, images: images)
+  subject = fake_subject(
+    gray,
+    task='words',
+    from_drafts=lambda prompts, images: images,
+    reconstruct=lambda images: np.concatenate([images[:3], gray(images[3:])]),
+  )
   report = BENCHMARK.run(subject)
   results = report.protocol['results']['combination']
   recall = {name: row['recall'] for name, row in results['rows'].items()}
-  assert recall == {'ground truth': 1, 'generated': 0, FROM_DRAFTS: 1}
+  value = {name: figure['value'] for name, figure in recall.items()}
+  spoiled = value.pop(RECONSTRUCTED)
+  assert value == {'ground truth': 1, 'generated': 0, FROM_DRAFTS: 1} and 0 < spoiled < 1
+  low, high = recall[RECONSTRUCTED]['interval95']
+  assert low < spoiled < high
+  codec = results['differences'][f'ground truth minus {RECONSTRUCTED}']['recall']
+  assert codec['value'] == pytest.approx(1 - spoiled)
+  assert report.numbers['ocr/combination/recall'] == 0
+  assert report.numbers['ocr/combination/true_drafts/recall'] == 1
   assert results['images'][0]['generated'] == 'nothing'
   assert results['images'][0]['ground truth'] == results['images'][0]['expected']
-  assert len(report.lines) == 5
-  true, generated, _ = report.sheets['combination']
+  assert len(report.lines) == 9
+  true, _, generated, _ = report.sheets['combination']
   assert true.captions[0] == records[0].caption and generated.captions[0] == '"nothing"'

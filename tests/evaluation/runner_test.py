@@ -12,9 +12,9 @@ from PIL import Image
 from vpe_jax.contracts import UserError
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import evaluator as evaluators
-from vpe_jax.evaluation import retrieval, runner
+from vpe_jax.evaluation import intervals, retrieval, runner
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
-from vpe_jax.evaluation.report import Report, Row
+from vpe_jax.evaluation.report import FROM_DRAFTS, RECONSTRUCTED, Report, Row
 
 _RETRIEVAL = retrieval.Retrieval(captions=12, splits=('combination',), seed=1)
 
@@ -40,7 +40,8 @@ class _Network:
 @pytest.fixture
 def subject(monkeypatch, fake_subject):
   monkeypatch.setattr(EvaluatorNetwork, 'load', lambda source: _Network())
-  return fake_subject(lambda prompts: np.full((len(prompts), 16, 16, 3), 128, np.uint8))
+  gray = lambda prompts: np.full((len(prompts), 16, 16, 3), 128, np.uint8)
+  return fake_subject(gray, from_drafts=lambda _, images: images, reconstruct=gray)
 
 
 @pytest.fixture
@@ -50,19 +51,23 @@ def report(subject):
 
 def test_report_has_true_generated_and_permuted_rows(report):
   results = report.protocol['results']['combination']
-  assert list(results['rows']) == [
+  accuracy = {name: row['accuracy']['value'] for name, row in results['rows'].items()}
+  assert list(accuracy) == [
     'ground truth',
     'ground truth, captions permuted',
+    'ground truth through the codec',
     'generated',
     'generated, captions permuted',
+    FROM_DRAFTS,
   ]
-  assert results['rows']['ground truth']['accuracy'] == 1
-  assert results['rows']['generated']['accuracy'] < 0.3
-  assert results['rows']['ground truth, captions permuted']['accuracy'] < 0.3
-  assert results['generated_over_true'] == results['rows']['generated']['accuracy']
+  assert accuracy['ground truth'] == accuracy[FROM_DRAFTS] == 1
+  assert accuracy['generated'] == accuracy[RECONSTRUCTED] < 0.3
+  assert accuracy['ground truth, captions permuted'] < 0.3
+  assert results['generated_over_true'] == accuracy['generated']
   assert len(results['captions']) == 12 and results['captions'][0]['true'] == 1
   assert report.numbers == {
-    'retrieval/combination/accuracy': results['rows']['generated']['accuracy']
+    'retrieval/combination/accuracy': accuracy['generated'],
+    'retrieval/combination/true_drafts/accuracy': 1,
   }
   assert list(results['bars'].values())[:2] == [True, False]
   assert report.protocol['candidates'] == 32 and report.protocol['hard_distractors'] == 16
@@ -121,7 +126,7 @@ def test_the_default_evaluator_follows_from_the_kind_of_prompts(subject):
 
 
 def test_without_accuracy_on_ground_truth_images_the_table_makes_no_claim():
-  zero = retrieval.Result(np.zeros(3), np.zeros(3), {}, None, 3)
+  zero = retrieval.Result(np.zeros(3), np.zeros(3), {}, np.zeros((3, 2)))
   lines = retrieval.table('combination', {'ground truth': zero, 'generated': zero})
   assert not [line for line in lines if 'reach' in line]
 
@@ -137,7 +142,7 @@ def test_without_accuracy_on_ground_truth_images_the_table_makes_no_claim():
 )
 def test_the_bars_of_the_protocol(accuracies, bars):
   rows = ('ground truth', 'ground truth, captions permuted', 'generated', 'generated, permuted')
-  results = (retrieval.Result(np.full(4, a), np.zeros(4), {}, None, 4) for a in accuracies)
+  results = (retrieval.Result(np.full(4, a), np.zeros(4), {}, np.zeros((4, 2))) for a in accuracies)
   assert tuple(retrieval.verdict(dict(zip(rows, results))).values()) == bars
 
 
@@ -159,6 +164,21 @@ def test_evaluate_prints_notes_and_writes_reports(subject, tmp_path, capsys):
   assert 'trained on folder:mine' in capsys.readouterr().out
   (path,) = tmp_path.glob('retrieval-*.json')
   assert json.loads(path.read_text())['notes'] == ['trained on folder:mine']
+
+
+def test_runs_with_the_same_prompts_have_paired_differences(tmp_path, capsys):
+  values = np.random.default_rng(0).random(50)
+  report = lambda shift, items: Report(
+    {'edits/x': intervals.mean(values + shift)}, protocol={}, items=items
+  )
+  reports = {'a': {'edits': report(0, 'x')}, 'b': {'edits': report(0.25, 'x')}}
+  figure = runner.paired(reports)['edits']['b minus a']['edits/x']
+  # Each image differs by the same, so the interval is narrow, unlike those of the two means.
+  assert figure.interval == pytest.approx((0.25, 0.25))
+  (path,) = runner.save_combined(reports, str(tmp_path), ['x', 'y'])
+  saved = json.loads(pathlib.Path(path).read_text())
+  assert saved['b minus a']['edits/x']['value'] == pytest.approx(0.25)
+  assert runner.paired(reports | {'b': {'edits': report(0, 'other')}}) == {}
 
 
 def test_combined_sheets_replace_only_those_of_the_same_runs(tmp_path):

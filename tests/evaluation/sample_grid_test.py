@@ -11,8 +11,8 @@ from vpe_jax import sharding
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.evaluation import sample_grid
 from vpe_jax.evaluation.evaluator import Subject
-from vpe_jax.evaluation.report import FROM_DRAFTS
-from vpe_jax.evaluation.sample_grid import GENERATED, SHOWN, TRAINED_ON, TRUTH
+from vpe_jax.evaluation.report import FROM_DRAFTS, GENERATED, GROUND_TRUTH
+from vpe_jax.evaluation.sample_grid import SHOWN, TRAINED_ON
 
 
 def _run(system, grid=None):
@@ -35,11 +35,14 @@ def test_rows_and_metrics_of_own_and_ground_truth_drafts(drawing_system):
   # The sampled draft is black. The ground-truth draft has the image's brightness, up to 0.1.
   assert numbers['sample/own/latent_distance'] > 0.5
   assert numbers['sample/true_drafts/latent_distance'] < 0.3
+  for figure in report.figures.values():
+    low, high = figure.interval
+    assert figure.count == 16 and low <= figure.value <= high
   assert numbers['sample/own/retrieval'] == 0 and numbers['sample/true_drafts/retrieval'] == 1
   rows = {row.label: row for row in report.sheets['']}
-  assert list(rows) == [GENERATED, FROM_DRAFTS, TRUTH]
+  assert list(rows) == [GENERATED, FROM_DRAFTS, GROUND_TRUTH]
   assert all(row.images.shape == (2 * SHOWN, 8, 8, 3) for row in rows.values())
-  assert len(rows[TRUTH].captions) == 2 * SHOWN and not rows[GENERATED].captions
+  assert len(rows[GROUND_TRUTH].captions) == 2 * SHOWN and not rows[GENERATED].captions
 
 
 def test_data_without_a_held_out_split_is_labelled(drawing_system):
@@ -67,7 +70,7 @@ def test_without_drafts_there_are_only_own_samples(drawing_system):
   system.drafts = ()
   report = _run(system)
   assert {name.split('/')[1] for name in report.numbers} == {'own'}
-  assert [row.label for row in report.sheets['']] == [GENERATED, TRUTH]
+  assert [row.label for row in report.sheets['']] == [GENERATED, GROUND_TRUTH]
 
 
 def test_without_a_decoder_there_is_no_grid(drawing_system):

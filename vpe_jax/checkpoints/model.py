@@ -34,6 +34,11 @@ class Model:
     """A hash of all parameters."""
     return weights_io.fingerprint(self.params)
 
+  @property
+  def metadata(self) -> dict[str, str]:
+    """Provenance of the parameters, for image files."""
+    return {'checkpoint': self.fingerprint, 'weights': f'{self.source} ({self.weights})'}
+
 
 def load(source: str, weights: str = 'ema', step: int | None = None) -> Model:
   """Loads a checkpoint of a run, or shipped weights.

@@ -134,6 +134,27 @@ def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
   return config
 
 
+def steps_of(workdir: str) -> list[int]:
+  """Steps of the checkpoints of a run, in ascending order.
+
+  Args:
+    workdir: folder of the run, local (`~` expands to the home folder) or gs://.
+
+  Raises:
+    UserError: it is a file of weights, has no checkpoint, or can't be reached.
+  """
+  if is_file(workdir):
+    raise UserError(f'{workdir} is a file of weights, not a run: it has no steps to choose from')
+  store = Store(str(storage.resolve(workdir) / FOLDER), CheckpointConfig())
+  try:
+    steps = store.steps()
+  finally:
+    store.close()
+  if not steps:
+    raise _no_checkpoint(workdir)
+  return steps
+
+
 def read_run(
   workdir: str, prefixes: tuple[str, ...]
 ) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
@@ -179,11 +200,15 @@ def _read_checkpoint(
   finally:
     store.close()
   if contents is None:
-    raise UserError(
-      f'{workdir} has no checkpoint yet: python -m vpe_jax.main --config=... --workdir={workdir} '
-      'makes one'
-    )
+    raise _no_checkpoint(workdir)
   return contents
+
+
+def _no_checkpoint(workdir: str) -> UserError:
+  return UserError(
+    f'{workdir} has no checkpoint yet: python -m vpe_jax.main --config=... --workdir={workdir} '
+    'makes one'
+  )
 
 
 def save(

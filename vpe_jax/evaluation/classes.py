@@ -1,10 +1,13 @@
 """Class-conditional generation: class accuracy and Frechet distance against the run's own data.
 
 N training images are the reference, and N others the row `ground truth`. One image is generated for
-the class of each ground-truth image, so both rows have the same classes. An image counts as correct
+the class of each ground-truth image, so all rows have the same classes. An image counts as correct
 if the nearest reference image, by cosine similarity, has the same class. The Frechet distance
 compares the vectors of a row with those of the reference. The distance of the row `ground truth` is
 its floor, which is above 0 even for two halves of the same data.
+
+Two rows tell the parts of a model apart: ground-truth images through the image codec alone, and
+images that the model renders from drafts of the ground-truth images, where it has drafts.
 
 The vectors come from the shipped evaluator network, which was trained on embedded data, not from
 Inception. The figures are comparable between runs on the same data, not with published results.
@@ -14,7 +17,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from typing import Any
+import functools
+import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -23,32 +28,27 @@ from vpe_jax.contracts import Samples, UserError
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.preprocess import prompt_and_image
 from vpe_jax.data.records import render
-from vpe_jax.evaluation import frechet
-from vpe_jax.evaluation.evaluator import Lowered, Subject
+from vpe_jax.evaluation import frechet, intervals, report
+from vpe_jax.evaluation.evaluator import Lowered, Subject, rows_of
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
-from vpe_jax.evaluation.report import Report, Row, check_options, protocol, wilson_interval
+from vpe_jax.evaluation.intervals import Figure
+from vpe_jax.evaluation.report import (
+  GENERATED,
+  GROUND_TRUTH,
+  Report,
+  Row,
+  check_options,
+  differences,
+  hash_items,
+  model_figures,
+  number,
+  percent,
+  protocol,
+  summaries,
+)
 
 SPLIT = 'train'  # name of the sheet; the reference is training data
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-  """Scores of one set of images.
-
-  Attributes:
-    accuracy: share of images whose nearest reference image has their class.
-    images: number of images.
-    frechet: Frechet distance to the reference; None for the permuted row.
-  """
-
-  accuracy: float
-  images: int
-  frechet: float | None = None
-
-  def summary(self) -> dict[str, Any]:
-    """Plain numbers, for a table or JSON."""
-    interval = list(wilson_interval(self.accuracy, self.images))
-    return {**dataclasses.asdict(self), 'interval95': interval}
+PERMUTED = 'generated, classes permuted'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,39 +87,46 @@ class ClassBenchmark:
     data = subject.system.config.data
     images, names = ground_truth_images(data, 2 * count, self.seed)
     reference, classes = names[:count], names[count:]
-    generated = subject.sample(classes.tolist())
     reference_vectors = network.images(images[:count])
+    rows = rows_of(subject, classes.tolist(), images[count:])
     outcomes = {}
-    for row, pixels in {'ground truth': images[count:], 'generated': generated}.items():
+    for row, pixels in rows.items():
       vectors = network.images(pixels)
       nearest = reference[np.argmax(vectors @ reference_vectors.T, axis=1)]
-      accuracy = float(np.mean(nearest == classes))
-      outcomes[row] = Result(accuracy, count, frechet.distance(vectors, reference_vectors))
-    outcomes['generated, classes permuted'] = Result(permuted(nearest, classes), count)
+      outcomes[row] = {
+        'accuracy': intervals.share(nearest == classes),
+        'frechet': frechet.figure(vectors, reference_vectors),
+      }
+      if row == GENERATED:
+        control = {'accuracy': intervals.share(permuted(nearest, classes))}
     chance = agreement(reference, classes)
     results = {
-      'rows': {row: result.summary() for row, result in outcomes.items()},
+      'rows': {row: summaries(figures) for row, figures in {**outcomes, PERMUTED: control}.items()},
+      'differences': {name: summaries(pair) for name, pair in differences(outcomes).items()},
+      'images': count,
       'chance': chance,
+      'frechet_bias_of_resamples': {row: f['frechet'].bias for row, f in outcomes.items()},
       'classes': dict(collections.Counter(classes.tolist()).most_common()),
       'reference': dict(collections.Counter(reference.tolist()).most_common()),
     }
     details = {
       'data': dataclasses.asdict(data),
       'frechet': 'to the reference, with vectors of the evaluator network, not of Inception',
+      'frechet_intervals': f'{frechet.RESAMPLES} resamples of the images of the row, with a fixed '
+      'reference, minus their mean difference from the distance (frechet_bias_of_resamples)',
       'permuted': 'nearest reference images against the classes of all other images',
       'evaluator_network_checkpoint': network.fingerprint,
     }
     question = 'does the nearest reference image have the right class?'
-    sheet = (
-      Row.first('true', images[count:], classes.tolist()),
-      Row.first('generated', generated),
+    sheet = tuple(
+      Row.first(name, pixels, classes.tolist() if name == GROUND_TRUTH else ())
+      for name, pixels in rows.items()
     )
-    numbers = {
-      'classes/accuracy': outcomes['generated'].accuracy,
-      'classes/frechet': outcomes['generated'].frechet,
-    }
+    figures = model_figures('classes', outcomes, ('accuracy', 'frechet'))
     record = protocol(self, 'classes', question, subject, results, **details)
-    return Report(numbers, table(outcomes, chance), record, {SPLIT: sheet})
+    lines = table({**outcomes, PERMUTED: control}, chance)
+    items = hash_items(names.tolist(), [hashlib.sha256(images.tobytes()).hexdigest()])
+    return Report(figures, lines, record, {SPLIT: sheet}, items)
 
 
 def ground_truth_images(data: DataConfig, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -150,38 +157,29 @@ def ground_truth_images(data: DataConfig, count: int, seed: int) -> tuple[np.nda
 
 def agreement(reference: np.ndarray, classes: np.ndarray) -> float:
   """Accuracy by chance: probability that a random reference image has the right class."""
-  return _pairs(reference, classes) / (len(reference) * len(classes))
+  counts = collections.Counter(reference.tolist())
+  return sum(counts[name] for name in classes.tolist()) / (len(reference) * len(classes))
 
 
-def permuted(nearest: np.ndarray, classes: np.ndarray) -> float:
-  """The control: probability that the nearest class of an image is that of a random other image.
+def permuted(nearest: np.ndarray, classes: np.ndarray) -> np.ndarray:
+  """The control [N]: probability that the nearest class of an image is that of a random other one.
 
   Args:
     nearest: classes [N] of the nearest reference images.
     classes: classes [N] of the images.
   """
-  own = int(np.sum(nearest == classes))
-  return (_pairs(nearest, classes) - own) / (len(classes) * (len(classes) - 1))
+  counts = collections.Counter(classes.tolist())
+  pairs = np.asarray([counts[name] for name in nearest.tolist()]) - (nearest == classes)
+  return pairs / (len(classes) - 1)
 
 
-def _pairs(ours: np.ndarray, theirs: np.ndarray) -> int:
-  """Number of equal pairs among all pairs of an element of `ours` and one of `theirs`."""
-  counts = collections.Counter(theirs.tolist())
-  return sum(counts[name] for name in ours.tolist())
-
-
-def table(outcomes: dict[str, Result], chance: float) -> tuple[str, ...]:
-  """The results as aligned lines."""
-  lines = [
-    f'accuracy: the nearest of {outcomes["generated"].images} reference images has the right class '
-    f'(chance {chance:.1%}); Frechet: distance to the reference, in vectors of the evaluator '
-    'network, x 1000',
-    f'  {"images":32}{"accuracy":>13}{"95% interval":>18}{"Frechet":>10}',
-  ]
-  for row, result in outcomes.items():
-    low, high = wilson_interval(result.accuracy, result.images)
-    distance = '-' if result.frechet is None else f'{1000 * result.frechet:.1f}'
-    lines.append(
-      f'  {row:32}{result.accuracy:>13.1%}{f"{low:.1%} to {high:.1%}":>18}{distance:>10}'
-    )
-  return tuple(lines)
+def table(outcomes: Mapping[str, Mapping[str, Figure]], chance: float) -> tuple[str, ...]:
+  """The results as aligned lines; figures of each row are `accuracy` and perhaps `frechet`."""
+  count = outcomes[GENERATED]['accuracy'].count
+  title = (
+    f'accuracy: the nearest of {count} reference images has the right class (chance {chance:.1%}); '
+    'Frechet: distance to the reference, in vectors of the evaluator network, x 1000; 95% intervals'
+  )
+  distance = functools.partial(number, places=1, scale=1000)
+  columns = {'accuracy': ('accuracy', percent), 'Frechet': ('frechet', distance)}
+  return (title, *report.table(columns, outcomes))

@@ -20,10 +20,17 @@ from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.checkpoints import model as model_lib
 from vpe_jax.checkpoints.frozen import FrozenNetworks
+from vpe_jax.checkpoints.model import Model
 from vpe_jax.checkpoints.weights import fingerprint
 from vpe_jax.config import CLASSES, Config, MeshConfig, SampleConfig, build_section, did_you_mean
 from vpe_jax.contracts import Edits, Params, Samples, Stage, System, UserError, require, supports
-from vpe_jax.evaluation.report import Report
+from vpe_jax.evaluation.report import (
+  FROM_DRAFTS,
+  GENERATED,
+  GROUND_TRUTH,
+  RECONSTRUCTED,
+  Report,
+)
 from vpe_jax.generator import Generator
 
 Lowered = jax.stages.Lowered
@@ -95,14 +102,35 @@ class Subject:
     """
     model = model_lib.load(source, weights, step)
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    strategy = model.system.config.mesh.strategy
     subject = cls(
-      model.system, model.params, model.stage, mesh, seed=seed, stage_step=model.stage_step
+      model.system,
+      model.params,
+      model.stage,
+      mesh,
+      seed=seed,
+      stage_step=model.stage_step,
+      # Loaded at most once, also for other checkpoints of the run.
+      load_frozen=functools.cache(lambda: frozen_lib.load(model.system, mesh, strategy)),
     )
     if not supports(model.system, Samples):
       return subject
     generator = Generator.of(model, batch_size)
     settings = generator.settings(**overrides)
     return dataclasses.replace(subject, settings=settings, load_generator=lambda: generator)
+
+  def at(self, model: Model) -> Subject:
+    """The subject with another checkpoint of the same run.
+
+    It shares settings, frozen networks and compiled programs.
+    """
+    subject = dataclasses.replace(
+      self, params=model.params, stage_index=model.stage, stage_step=model.stage_step
+    )
+    if self.load_generator is None:
+      return subject
+    generator = self.generator.with_params(model.params, **model.metadata)
+    return dataclasses.replace(subject, load_generator=lambda: generator)
 
   @functools.cached_property
   def key(self) -> jax.Array:
@@ -182,6 +210,10 @@ class Subject:
   def sampling_programs(self) -> list[Lowered]:
     """The programs of `sample` and `sample_from_drafts`; see Evaluator.programs."""
     return self.generator.programs(self.settings)
+
+  def reconstruct(self, images: np.ndarray) -> np.ndarray:
+    """Images [N, R, R, 3] uint8, encoded and decoded by the codec of the model alone."""
+    return self.generator.reconstruct(list(images), self.seed)
 
   def editing(self, source: np.ndarray) -> Subject:
     """The model with fixed source images [N, R, R, 3] uint8; prompts are edit instructions."""
@@ -292,6 +324,28 @@ def check_fits(name: str, evaluator: Evaluator, subject: Subject) -> None:
       f'the evaluator {name} is for {" or ".join(evaluator.tasks)}, and this model takes '
       f'{subject.task}'
     )
+
+
+def rows_of(subject: Subject, prompts: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:
+  """Row label -> images [N, R, R, 3] uint8 of N prompts, whose ground truth is `images`.
+
+  The ground truth, also through the codec alone; images from the model's own drafts, and, where it
+  has drafts, from those of the ground truth.
+  """
+  rows = {
+    GROUND_TRUTH: images,
+    RECONSTRUCTED: subject.reconstruct(images),
+    GENERATED: subject.sample(prompts),
+  }
+  if subject.generator.system.drafts:
+    rows[FROM_DRAFTS] = subject.sample_from_drafts(prompts, images)
+  return rows
+
+
+def fits_stage(evaluator: Evaluator, stage: Stage) -> bool:
+  """Whether an evaluator can run in a stage; those that sample images need `Stage.samples`."""
+  needed = {base for capability in evaluator.requires for base in capability.__mro__}
+  return stage.samples or Samples not in needed
 
 
 def stacked(images: Sequence[Any]) -> np.ndarray:

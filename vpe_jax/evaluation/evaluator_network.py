@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,6 +58,7 @@ class EvaluatorNetwork:
     self._embed_text = jax.jit(embed_text)
 
   @classmethod
+  @functools.lru_cache(maxsize=1)  # Its programs are compiled once for all checkpoints of a run.
   def load(cls, source: str = 'assets:evaluator_network') -> EvaluatorNetwork:
     """Loads the shipped evaluator network, or another exported SigLIP.
 

@@ -4,24 +4,50 @@ from __future__ import annotations
 
 import numpy as np
 
+from vpe_jax.evaluation.intervals import Figure
+
+RESAMPLES = 200  # of the vectors, for the interval; each takes a decomposition
+
+
+def figure(ours: np.ndarray, theirs: np.ndarray) -> Figure:
+  """The distance of vectors [N, D] from reference vectors [M, D]; only `ours` are resampled.
+
+  A resample repeats vectors, which raises the distance, so the figure is biased.
+  """
+  statistic = lambda weights: distances(ours, theirs, weights)
+  return Figure(len(ours), statistic, RESAMPLES, is_biased=True)
+
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+  """The distance of vectors [N, D] and [M, D], at least two of each; see `distances`."""
+  return float(distances(ours, theirs, np.ones((1, len(ours))))[0])
+
+
+def distances(ours: np.ndarray, theirs: np.ndarray, weights: np.ndarray) -> np.ndarray:
   """|m - m'|^2 + Tr(S + S' - 2 (S S')^1/2), with means m and unbiased covariances S.
 
-  The trace of the matrix root is the sum of the singular values of R R'^T, where S = R^T R. No
-  covariance is formed, so the result is accurate even if covariances are singular, as with fewer
-  vectors than dimensions.
+  With a root R'^T R' = S', the trace of (S S')^1/2 is the sum of the roots of the eigenvalues of
+  R' S R'^T, which is symmetric. Covariances may be singular, as with fewer vectors than dimensions.
 
   Args:
-    ours: float [N, D], at least two vectors.
+    ours: float [N, D].
     theirs: float [M, D], at least two vectors.
+    weights: float [R, N], how often each of our vectors occurs; at least two in each of R sets.
+
+  Returns:
+    Distances [R].
   """
-  means = [vectors.astype(np.float64).mean(0) for vectors in (ours, theirs)]
-  roots = [
-    np.linalg.qr(vectors - mean, mode='r') / np.sqrt(len(vectors) - 1)
-    for vectors, mean in zip((ours, theirs), means)
-  ]
-  shared = np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum()
-  traces = sum(np.square(root).sum() for root in roots)
-  # The distance of equal sets may be slightly negative because of rounding.
-  return max(0.0, float(np.square(means[0] - means[1]).sum() + traces - 2 * shared))
+  ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+  their_mean = theirs.mean(0)
+  root = np.linalg.qr(theirs - their_mean, mode='r') / np.sqrt(len(theirs) - 1)
+  results = []
+  for row in weights:
+    mean = row @ ours / row.sum()
+    centred = ours - mean
+    covariance = centred.T @ (row[:, None] * centred) / (row.sum() - 1)
+    eigenvalues = np.linalg.eigvalsh(root @ covariance @ root.T)
+    # Rounding may make eigenvalues of 0, and the distance of equal sets, slightly negative.
+    shared = np.sqrt(np.maximum(eigenvalues, 0)).sum()
+    traces = np.trace(covariance) + np.square(root).sum()
+    results.append(max(0.0, np.square(mean - their_mean).sum() + traces - 2 * shared))
+  return np.asarray(results)

@@ -16,8 +16,9 @@ from vpe_jax.contracts import Array, Batch, Params, Stage, System, UserError
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.records import NoHeldOutSplit
 from vpe_jax.data.sources import open_source
+from vpe_jax.evaluation import intervals
 from vpe_jax.evaluation.evaluator import Lowered, Subject
-from vpe_jax.evaluation.report import Report
+from vpe_jax.evaluation.report import Report, number
 
 SPLIT = 'combination'
 
@@ -30,8 +31,8 @@ EvalStep = jax.stages.Wrapped
 class HeldOut:
   """Losses of all stages on a held-out split; see vpe_jax.evaluation.evaluator.Evaluator.
 
-  Numbers are `eval/<loss>`, including losses that the current stage does not train on. There are
-  none if the data source has no held-out split.
+  Figures are `eval/<loss>`, including losses that the current stage does not train on; their
+  intervals resample the batches. There are none if the data source has no held-out split.
 
   Attributes:
     batches: number of batches; they are the same each time.
@@ -73,17 +74,16 @@ class HeldOut:
     step = self._step_of(subject)
     if self._batches_of_stage[0] != subject.stage_index:
       self._batches_of_stage = (subject.stage_index, self._read(subject))
-    totals: dict[str, list[float]] = {}
+    totals: dict[str, list[tuple[float, float]]] = {}
     for batch in self._batches_of_stage[1]:
       sums, counts = jax.device_get(
         step(subject.params, subject.frozen.params, batch, subject.key, subject.stage_step)
       )
       for name, value in sums.items():
-        total = totals.setdefault(name, [0.0, 0.0])
-        total[0] += float(value)
-        total[1] += float(counts[name])
-    numbers = {f'eval/{name}': value / max(count, 1.0) for name, (value, count) in totals.items()}
-    return Report(numbers, tuple(f'  {name:24}{value:.4f}' for name, value in numbers.items()))
+        totals.setdefault(name, []).append((float(value), float(counts[name])))
+    figures = {f'eval/{name}': intervals.ratio(*zip(*pairs)) for name, pairs in totals.items()}
+    lines = [f'  {name:24}{number(figure, places=4)}' for name, figure in figures.items()]
+    return Report(figures, tuple(lines))
 
   def _step_of(self, subject: Subject) -> EvalStep:
     """The jitted function of the subject's stage, built once."""

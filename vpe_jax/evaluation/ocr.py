@@ -5,7 +5,9 @@ weights. The text read from an image is lower-cased and split into words. Each w
 the first unmatched expected word with an Indel similarity of at least 80 of 100. Recall, precision
 and F1 are computed over the words of all images. The character error rate is the case-sensitive
 edit distance, divided by the length of the longer text and averaged over images. The scores of
-ground-truth images show what the reader can reach.
+ground-truth images show what the reader can reach; those of the same images through the image
+codec, and of images rendered from their drafts (where the model has drafts), tell codec, renderer
+and planner apart.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,15 +26,23 @@ from tqdm import tqdm
 from vpe_jax.contracts import Samples, UserError
 from vpe_jax.data.embedded.words import Words
 from vpe_jax.data.records import render
-from vpe_jax.evaluation.evaluator import Lowered, Subject
+from vpe_jax.evaluation import intervals, report
+from vpe_jax.evaluation.evaluator import Lowered, Subject, rows_of
+from vpe_jax.evaluation.intervals import Figure
 from vpe_jax.evaluation.report import (
-  FROM_DRAFTS,
+  GENERATED,
+  GROUND_TRUTH,
   HELD_OUT,
   Report,
   Row,
   check_options,
+  differences,
   distinct_records,
+  hash_items,
+  model_figures,
+  percent,
   protocol,
+  summaries,
 )
 
 MIN_SIMILARITY = 80  # Indel similarity, of 100
@@ -52,51 +62,44 @@ Read = Callable[[np.ndarray], list[str]]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """Scores of one set of images.
+  """Scores of one set of N images.
 
   Attributes:
-    expected: number of expected words.
-    read: number of words read.
-    matched: number of matched words.
-    errors: float [N], character error rate of each image.
+    expected: int [N], numbers of expected words.
+    read: int [N], numbers of words read.
+    matched: int [N], numbers of matched words.
+    errors: float [N], character error rates.
   """
 
-  expected: int
-  read: int
-  matched: int
+  expected: np.ndarray
+  read: np.ndarray
+  matched: np.ndarray
   errors: np.ndarray
 
-  @property
-  def recall(self) -> float:
-    """Share of the expected words that were read; TextAtlas calls it accuracy."""
-    return self.matched / self.expected
+  @functools.cached_property
+  def figures(self) -> dict[str, Figure]:
+    """Figures by name.
 
-  @property
-  def precision(self) -> float:
-    """Share of the words read that were expected."""
-    return self.matched / self.read if self.read else 0.0
-
-  @property
-  def f1(self) -> float:
-    """Harmonic mean of recall and precision."""
-    return 2 * self.matched / (self.expected + self.read)
-
-  @property
-  def error_rate(self) -> float:
-    """Mean character error rate."""
-    return float(self.errors.mean())
+    recall: share of the expected words that were read; TextAtlas calls it accuracy.
+    precision: share of the words read that were expected.
+    f1: harmonic mean of recall and precision.
+    error_rate: mean character error rate.
+    without_error: share of images without an error.
+    """
+    return {
+      'recall': intervals.ratio(self.matched, self.expected),
+      'precision': intervals.ratio(self.matched, self.read),
+      'f1': intervals.ratio(2 * self.matched, self.expected + self.read),
+      'error_rate': intervals.share(self.errors),
+      'without_error': intervals.share(self.errors == 0),
+    }
 
   def summary(self) -> dict[str, Any]:
     """Plain numbers, for JSON."""
+    words = {'expected': self.expected, 'read': self.read, 'matched': self.matched}
     return {
-      'recall': self.recall,
-      'precision': self.precision,
-      'f1': self.f1,
-      'character_error_rate': self.error_rate,
-      'words_expected': self.expected,
-      'words_read': self.read,
-      'words_matched': self.matched,
-      'images_without_error': float(np.mean(self.errors == 0)),
+      **summaries(self.figures),
+      **{f'words_{name}': int(counts.sum()) for name, counts in words.items()},
     }
 
 
@@ -139,42 +142,42 @@ class Ocr:
     return subject.sampling_programs()
 
   def run(self, subject: Subject) -> Report:
-    """Scores ground truth, generated images, and images from ground-truth drafts, if any."""
+    """Scores ground truth, also through the codec, and images from own and ground-truth drafts."""
     read = reader()
-    results, lines, sheets, numbers = {}, [], {}, {}
+    results, lines, sheets, figures, captions = {}, [], {}, {}, []
     for split in self.splits:
       records = distinct_records(Words(_POOL * self.captions, split, self.seed), self.captions)
       prompts = [record.caption for record in records]
       expected = [' '.join(word.text for word in record.truth.writing.words) for record in records]
       true = np.stack([render(record, subject.image_size) for record in records])
-      rows = {'ground truth': true, 'generated': subject.sample(prompts)}
-      if subject.generator.system.drafts:
-        rows[FROM_DRAFTS] = subject.sample_from_drafts(prompts, true)
+      rows = rows_of(subject, prompts, true)
       texts = {name: read(images) for name, images in rows.items()}
       outcomes = {name: measure(texts[name], expected) for name in rows}
       lines += table(split, outcomes)
-      numbers[f'ocr/{split}/f1'] = outcomes['generated'].f1
-      numbers[f'ocr/{split}/error_rate'] = outcomes['generated'].error_rate
+      by_row = {name: result.figures for name, result in outcomes.items()}
+      figures |= model_figures(f'ocr/{split}', by_row, ('recall', 'f1', 'error_rate'))
+      captions.append(prompts)
       results[split] = {
         'rows': {name: result.summary() for name, result in outcomes.items()},
+        'differences': {name: summaries(pair) for name, pair in differences(by_row).items()},
         'images': [
           {'caption': caption, 'expected': words, **{name: texts[name][i] for name in texts}}
           for i, (caption, words) in enumerate(zip(prompts, expected))
         ],
       }
       sheets[split] = tuple(
-        Row.first(name, images, prompts if name == 'ground truth' else _quoted(texts[name]))
+        Row.first(name, images, prompts if name == GROUND_TRUTH else _quoted(texts[name]))
         for name, images in rows.items()
       )
     details = {
       'source': 'vpe_jax.data.embedded.words',
       'reader': f'rapidocr; images enlarged to about {_SIDE} pixels, white border of {_BORDER}',
       'matching': f'first unmatched expected word with an Indel similarity >= {MIN_SIMILARITY}',
-      'character_error_rate': 'edit distance over the longer of the two texts, mean over images',
+      'error_rate': 'edit distance over the longer of the two texts, mean over images',
     }
     question = 'do the images show the words of their prompts?'
     record = protocol(self, 'ocr', question, subject, results, **details)
-    return Report(numbers, tuple(lines), record, sheets)
+    return Report(figures, tuple(lines), record, sheets, hash_items(*captions))
 
 
 @functools.cache
@@ -217,7 +220,7 @@ def measure(read: Sequence[str], expected: Sequence[str]) -> Result:
 
   counts = np.asarray([matches(*pair) for pair in zip(read, expected, strict=True)])
   errors = [Levenshtein.distance(a, b) / max(len(a), len(b), 1) for a, b in zip(read, expected)]
-  return Result(*(int(total) for total in counts.sum(0)), np.asarray(errors))
+  return Result(*counts.T, np.asarray(errors))
 
 
 def matches(read: str, expected: str) -> tuple[int, int, int]:
@@ -234,20 +237,14 @@ def matches(read: str, expected: str) -> tuple[int, int, int]:
   return count, len(words), count - len(unmatched)
 
 
-def table(split: str, outcomes: dict[str, Result]) -> list[str]:
+def table(split: str, outcomes: Mapping[str, Result]) -> list[str]:
   """The results of one split as aligned lines."""
-  count = len(next(iter(outcomes.values())).errors)
-  lines = [
-    f'split {split}: words read from {count} images, and character error rate',
-    f'  {"images":28}{"recall":>9}{"precision":>11}{"F1":>8}{"character errors":>18}'
-    f'{"images without error":>24}',
-  ]
-  for name, result in outcomes.items():
-    lines.append(
-      f'  {name:28}{result.recall:>9.1%}{result.precision:>11.1%}{result.f1:>8.1%}'
-      f'{result.error_rate:>18.1%}{np.mean(result.errors == 0):>24.1%}'
-    )
-  return lines
+  by_row = {name: result.figures for name, result in outcomes.items()}
+  count = by_row[GENERATED]['f1'].count
+  title = f'split {split}: words read from {count} images, and character errors (95% intervals)'
+  headers = ('recall', 'precision', 'F1', 'character errors', 'images without error')
+  columns = {header: (name, percent) for header, name in zip(headers, by_row[GENERATED])}
+  return [title, *report.table(columns, by_row)]
 
 
 def _quoted(texts: Sequence[str]) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,20 @@ from vpe_jax import rng
 from vpe_jax.config import did_you_mean
 from vpe_jax.contracts import UserError
 from vpe_jax.data.records import SPLITS, Record, Source
+from vpe_jax.evaluation import intervals
+from vpe_jax.evaluation.intervals import Figure
 
 HELD_OUT = ('combination', 'concept')
-FROM_DRAFTS = 'from ground-truth drafts'  # row label; see contracts.Samples.drafts
+# Row labels; for drafts and codecs, see contracts.Samples.
+GROUND_TRUTH, GENERATED = 'ground truth', 'generated'
+FROM_DRAFTS = 'from ground-truth drafts'
+RECONSTRUCTED = 'ground truth through the codec'
+TRUE_DRAFTS = 'true_drafts'  # in the names of figures
+BOUNDS = '/low95', '/high95'  # end the names of the bounds of a logged number
+# Row of images by the model -> part of the names of its figures.
+MODEL_ROWS = {GENERATED: '', FROM_DRAFTS: f'{TRUE_DRAFTS}/'}
+# Differences that tell planner, renderer and codec apart.
+PARTS = ((FROM_DRAFTS, GENERATED), (RECONSTRUCTED, FROM_DRAFTS), (GROUND_TRUTH, RECONSTRUCTED))
 _COLUMNS = 8  # images in a row of a sheet
 
 
@@ -47,16 +59,33 @@ class Report:
   """The outcome of one evaluation.
 
   Attributes:
-    numbers: scalar metrics by full name.
+    figures: scalar metrics by full name. Those of images from ground-truth drafts have
+      `/true_drafts/` in their names.
     lines: lines of a table to print.
     protocol: JSON-serializable record of the measurement and its results; empty for none.
     sheets: split -> sheet of images; '' for a single sheet of all splits.
+    items: hash of the prompts; figures of reports with equal `items` are paired.
   """
 
-  numbers: Mapping[str, float]
+  figures: Mapping[str, Figure]
   lines: tuple[str, ...] = ()
   protocol: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   sheets: Mapping[str, Sheet] = dataclasses.field(default_factory=dict)
+  items: str = ''
+
+  @property
+  def numbers(self) -> dict[str, float]:
+    """Values of the figures by name."""
+    return {name: figure.value for name, figure in self.figures.items()}
+
+  @property
+  def bounds(self) -> dict[str, float]:
+    """Bounds of the figures' intervals, by name with an ending of BOUNDS."""
+    return {
+      f'{name}{ending}': bound
+      for name, figure in self.figures.items()
+      for ending, bound in zip(BOUNDS, figure.interval or ())
+    }
 
 
 def protocol(
@@ -70,6 +99,7 @@ def protocol(
     'image_size': subject.image_size,
     'subject': dict(subject.description),
     'notes': list(subject.notes),
+    'intervals': intervals.METHOD,
     **more,
     'results': dict(results),
   }
@@ -93,9 +123,7 @@ def distinct_records(source: Source, count: int) -> list[Record]:
   )
 
 
-def check_options(
-  count: int, splits: Sequence[str], seed: int, option: str = 'captions'
-) -> None:
+def check_options(count: int, splits: Sequence[str], seed: int, option: str = 'captions') -> None:
   """Checks the options that several evaluators share; `option` is the name of the count.
 
   Raises:
@@ -111,9 +139,92 @@ def check_options(
     raise UserError(f'{option} is {count}: at least 2 are needed')
 
 
-def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-  """Wilson score interval of a share of `count` observations; 95% by default."""
-  centre = share + z * z / (2 * count)
-  half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-  scale = 1 + z * z / count
-  return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+def model_figures(
+  prefix: str, rows: Mapping[str, Mapping[str, Figure]], names: Sequence[str]
+) -> dict[str, Figure]:
+  """Figures `names` of the rows of the model, for `Report.figures`.
+
+  Args:
+    prefix: start of the names, such as `edits/combination`.
+    rows: row label -> name -> figure.
+    names: names of the figures to choose.
+  """
+  return {
+    f'{prefix}/{part}{name}': rows[row][name]
+    for row, part in MODEL_ROWS.items()
+    if row in rows
+    for name in names
+  }
+
+
+def differences(
+  rows: Mapping[str, Mapping[str, Figure]], pairs: Sequence[tuple[str, str]] = PARTS
+) -> dict[str, dict[str, Figure]]:
+  """Paired differences of rows of the same images: `A minus B` -> name -> figure.
+
+  Args:
+    rows: row label -> name -> figure.
+    pairs: labels (A, B); pairs with a label that `rows` lacks are left out.
+  """
+  return {
+    f'{ours} minus {theirs}': {name: rows[ours][name] - rows[theirs][name] for name in rows[ours]}
+    for ours, theirs in pairs
+    if ours in rows and theirs in rows
+  }
+
+
+def summaries(figures: Mapping[str, Figure]) -> dict[str, Any]:
+  """Plain numbers of figures, for JSON."""
+  return {name: figure.summary() for name, figure in figures.items()}
+
+
+def hash_items(*prompts: Sequence[str]) -> str:
+  """Hash of lists of prompts, for `Report.items`."""
+  return hashlib.sha256(json.dumps([list(texts) for texts in prompts]).encode()).hexdigest()[:12]
+
+
+def percent(figure: Figure) -> str:
+  """A share and its interval, in percent; differences have a sign."""
+  return _with_interval(figure, 1, 100, '%')
+
+
+def number(figure: Figure, places: int = 2, scale: float = 1) -> str:
+  """A number and its interval, times `scale`; differences have a sign."""
+  return _with_interval(figure, places, scale)
+
+
+def _with_interval(figure: Figure, places: int, scale: float, unit: str = '') -> str:
+  text = lambda value: f'{scale * value:{"+" if figure.is_difference else ""}.{places}f}'
+  if figure.interval is None:
+    return text(figure.value) + unit
+  low, high = figure.interval
+  return f'{text(figure.value)}{unit} ({text(low)} to {text(high)})'
+
+
+def table(
+  columns: Mapping[str, tuple[str, Callable[[Figure], str]]],
+  rows: Mapping[str, Mapping[str, Figure]],
+  pairs: Sequence[tuple[str, str]] = PARTS,
+) -> list[str]:
+  """Aligned lines of rows of figures, and of the paired differences of rows.
+
+  Args:
+    columns: header -> (name of a figure, function that formats it).
+    rows: row label -> name -> figure; a row may lack figures.
+    pairs: see `differences`.
+  """
+
+  lines = [['images', *columns]]
+  for label, figures in {**rows, **differences(rows, pairs)}.items():
+    cells = (text(figures[name]) if name in figures else '-' for name, text in columns.values())
+    lines.append([label, *cells])
+  return aligned(lines)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+  """Lines of a table: the first column is aligned left, the others right."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return [
+    '  '.join(['', cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))])
+    for cells in rows
+  ]

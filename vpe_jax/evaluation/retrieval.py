@@ -3,12 +3,16 @@
 An evaluator network that no generator used (a SigLIP with its own seed and patch size) embeds
 images and captions. Each held-out caption competes with 31 wrong ones: `HARD` distractors that
 differ in one object, colour or count, and captions of other images. Chance is 1 / 32.
+
+Rows of ground-truth images through the image codec alone, and of images rendered from their drafts
+(where the model has drafts), tell codec, renderer and planner apart.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,15 +23,24 @@ import numpy as np
 from vpe_jax.contracts import Samples, UserError
 from vpe_jax.data.embedded import distractors, scenes
 from vpe_jax.data.records import Record, Split, Truth, render
-from vpe_jax.evaluation.evaluator import Lowered, Subject
+from vpe_jax.evaluation import intervals, report
+from vpe_jax.evaluation.evaluator import Lowered, Subject, rows_of
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
+from vpe_jax.evaluation.intervals import Figure
 from vpe_jax.evaluation.report import (
+  GENERATED,
+  GROUND_TRUTH,
   HELD_OUT,
+  RECONSTRUCTED,
   Report,
   Row,
   check_options,
+  differences,
+  hash_items,
+  model_figures,
+  percent,
   protocol,
-  wilson_interval,
+  summaries,
 )
 
 CANDIDATES = 32
@@ -70,44 +83,42 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """Scores of one set of images.
+  """Scores of one set of N images.
 
   Attributes:
     credit: float [N]: 1 if the true caption scores highest, 1 / m if it ties with m - 1 others,
       else 0.
     hard: the same among the true caption and its hard distractors only.
-    lost_to: kind of distractor -> share of trials in which it scores highest.
-    relation: share of the relation distractors that score below the true caption, with half
-      credit for ties; None if there are none.
-    images: number of distinct images, which determines the confidence interval.
+    lost_to: kind of distractor -> [N], the credit of distractors of this kind.
+    relation: float [N, 2]: number of relation distractors that score below the true caption, with
+      half credit for ties, and of all.
   """
 
   credit: np.ndarray
   hard: np.ndarray
-  lost_to: Mapping[str, float]
-  relation: float | None
-  images: int
+  lost_to: Mapping[str, np.ndarray]
+  relation: np.ndarray
+
+  @functools.cached_property
+  def figures(self) -> dict[str, Figure]:
+    """Figures by name: the means of credits, and the share of relations if there are any."""
+    figures = {'accuracy': intervals.share(self.credit), 'hard': intervals.share(self.hard)}
+    if self.relation.any():
+      figures['relation'] = intervals.ratio(*self.relation.T)
+    return figures
 
   @property
   def accuracy(self) -> float:
     """Share of images that retrieve their own caption."""
-    return float(self.credit.mean())
-
-  @property
-  def interval(self) -> tuple[float, float]:
-    """95% Wilson interval of the accuracy."""
-    return wilson_interval(self.accuracy, self.images)
+    return self.figures['accuracy'].value
 
   def summary(self) -> dict[str, Any]:
     """Plain numbers, for a table or JSON."""
+    lost_to = {kind: intervals.share(credit) for kind, credit in self.lost_to.items()}
     return {
-      'accuracy': self.accuracy,
-      'interval95': list(self.interval),
-      'images': self.images,
-      'trials': len(self.credit),
-      'accuracy_among_hard': float(self.hard.mean()),
-      'lost_to': dict(self.lost_to),
-      'relation_pairs_right': self.relation,
+      'images': len(self.credit),
+      **summaries(self.figures),
+      'lost_to': summaries(lost_to),
     }
 
 
@@ -140,36 +151,43 @@ class Retrieval:
     return subject.sampling_programs()
 
   def run(self, subject: Subject) -> Report:
-    """Retrieval accuracy of true and generated images, each also with permuted captions."""
+    """Retrieval accuracy of true and generated images, also with permuted captions."""
     network = EvaluatorNetwork.load(self.evaluator_network)
-    results, lines, sheets, numbers = {}, [], {}, {}
+    results, lines, sheets, figures, captions = {}, [], {}, {}, []
     for split in self.splits:
       start = time.time()
       trials, records = make_trials(self.captions, split, self.seed)
       vectors_of = embed(network.captions, trials)
       prompts = [trial.caption for trial in trials]
       true = np.stack([render(record, subject.image_size) for record in records])
-      generated = subject.sample(prompts)
-      outcomes = {}
-      for row, images in {'ground truth': true, 'generated': generated}.items():
+      rows, outcomes = rows_of(subject, prompts, true), {}
+      for row, images in rows.items():
         vectors = network.images(images)
         outcomes[row] = measure(vectors, vectors_of, trials)
-        outcomes[f'{row}, captions permuted'] = permuted(vectors, vectors_of, trials)
+        if row in (GROUND_TRUTH, GENERATED):
+          outcomes[f'{row}, captions permuted'] = permuted(vectors, vectors_of, trials)
       lines += table(split, outcomes)
-      numbers[f'retrieval/{split}/accuracy'] = outcomes['generated'].accuracy
+      by_row = {row: result.figures for row, result in outcomes.items()}
+      figures |= model_figures(f'retrieval/{split}', by_row, ('accuracy',))
+      captions.append(prompts)
       results[split] = {
         'rows': {row: result.summary() for row, result in outcomes.items()},
+        'differences': {name: summaries(pair) for name, pair in differences(by_row).items()},
         'generated_over_true': _ratio(outcomes),
         'bars': verdict(outcomes),
         'seconds': round(time.time() - start, 1),
         'captions': [
           {'caption': caption, 'true': float(a), 'generated': float(b)}
           for caption, a, b in zip(
-            prompts, outcomes['ground truth'].credit, outcomes['generated'].credit
+            prompts, outcomes[GROUND_TRUTH].credit, outcomes[GENERATED].credit
           )
         ],
       }
-      sheets[split] = (Row.first('true', true, prompts), Row.first('generated', generated))
+      sheets[split] = tuple(
+        Row.first(name, images, prompts if name == GROUND_TRUTH else ())
+        for name, images in rows.items()
+        if name != RECONSTRUCTED
+      )
     question = 'does the image score highest with its own caption?'
     details = {
       'candidates': CANDIDATES,
@@ -182,7 +200,7 @@ class Retrieval:
       'evaluator_network_checkpoint': network.fingerprint,
     }
     record = protocol(self, 'retrieval', question, subject, results, **details)
-    return Report(numbers, tuple(lines), record, sheets)
+    return Report(figures, tuple(lines), record, sheets, hash_items(*captions))
 
 
 def make_trials(count: int, split: Split, seed: int = 0) -> tuple[list[Trial], list[Record]]:
@@ -235,26 +253,21 @@ def measure(
   """
   if len(images) != len(trials):
     raise ValueError(f'{len(images)} images for {len(trials)} trials')
-  credit, hard, lost, relation = [], [], {}, []
-  for image, trial in zip(images, trials):
+  credit, hard, relation = [], [], np.zeros((len(trials), 2))
+  kinds = sorted({kind for trial in trials for kind in trial.kinds} - {'true'})
+  lost = {kind: np.zeros(len(trials)) for kind in kinds}
+  for i, (image, trial) in enumerate(zip(images, trials)):
     scores = np.stack([captions[caption] for caption in trial.candidates]) @ image
     best = scores >= scores.max() - TIE
     credit.append(_share(best))
     hard_scores = scores[: 1 + len(trial.hard)]
     hard.append(_share(hard_scores >= hard_scores.max() - TIE))
-    for kind, won in zip(trial.kinds, best / best.sum()):
-      lost[kind] = lost.get(kind, 0.0) + float(won)
+    for kind, won in zip(trial.kinds[1:], best[1:] / best.sum()):
+      lost[kind][i] += won
     for caption in trial.relations:
       margin = scores[0] - captions[caption] @ image
-      relation.append(0.5 if abs(margin) <= TIE else float(margin > 0))
-  lost.pop('true')
-  return Result(
-    credit=np.asarray(credit),
-    hard=np.asarray(hard),
-    lost_to={kind: count / len(trials) for kind, count in sorted(lost.items())},
-    relation=float(np.mean(relation)) if relation else None,
-    images=len(images),
-  )
+      relation[i] += 0.5 if abs(margin) <= TIE else float(margin > 0), 1
+  return Result(np.asarray(credit), np.asarray(hard), lost, relation)
 
 
 def permuted(
@@ -268,13 +281,18 @@ def permuted(
   The trials are shifted cyclically by `rounds` distances, so that no image meets its own caption. A
   good evaluator network scores below chance here: 16 of the candidates are variants of the true
   caption, and an image of another scene is usually closer to one of them than to the true caption.
-  The confidence interval is that of a single round.
+  Scores are means over the rounds.
   """
   rounds = min(rounds, len(trials) - 1)
   distances = [1 + i * (len(trials) - 1) // rounds for i in range(rounds)]
   shifted = [[*trials[d:], *trials[:d]] for d in distances]
-  result = measure(np.tile(images, (rounds, 1)), captions, [t for s in shifted for t in s])
-  return dataclasses.replace(result, images=len(images))
+  results = [measure(images, captions, trials) for trials in shifted]
+  over_rounds = lambda name: np.mean([getattr(result, name) for result in results], axis=0)
+  lost_to = {
+    kind: np.mean([result.lost_to[kind] for result in results], axis=0)
+    for kind in results[0].lost_to
+  }
+  return Result(over_rounds('credit'), over_rounds('hard'), lost_to, over_rounds('relation'))
 
 
 def embed(
@@ -288,20 +306,19 @@ def embed(
 def table(split: str, outcomes: Mapping[str, Result]) -> list[str]:
   """The results of one split as aligned lines."""
   chance, among = 1 / CANDIDATES, 1 / (1 + HARD)
-  lines = [
+  title = (
     f'split {split}: share of images that score highest with their own caption among {CANDIDATES} '
     f'(chance {chance:.1%}), among {1 + HARD} with hard distractors only (chance {among:.1%}), '
-    'and against one with another relation (chance 50%)',
-    f'  {"images":32}{"among 32":>10}{"95% interval":>18}{"hard only":>12}{"relation":>11}',
-  ]
-  for row, result in outcomes.items():
-    low, high = result.interval
-    relation = '-' if result.relation is None else f'{result.relation:.1%}'
-    lines.append(
-      f'  {row:32}{result.accuracy:>10.1%}{f"{low:.1%} to {high:.1%}":>18}'
-      f'{result.hard.mean():>12.1%}{relation:>11}'
-    )
-  if outcomes['ground truth'].interval[0] <= chance:
+    'and against one with another relation (chance 50%); 95% intervals'
+  )
+  by_row = {row: result.figures for row, result in outcomes.items()}
+  columns = {
+    f'among {CANDIDATES}': ('accuracy', percent),
+    'hard only': ('hard', percent),
+    'relation': ('relation', percent),
+  }
+  lines = [title, *report.table(columns, by_row)]
+  if by_row[GROUND_TRUTH]['accuracy'].interval[0] <= chance:
     return [
       *lines,
       '  ground truth scores no better than chance: the evaluator network is not reliable on this '
@@ -315,7 +332,7 @@ def table(split: str, outcomes: Mapping[str, Result]) -> list[str]:
 def verdict(outcomes: Mapping[str, Result]) -> dict[str, bool]:
   """Description of each bar of the protocol -> whether the results of one split reach it."""
   chance = 1 / CANDIDATES
-  true, generated = outcomes['ground truth'].accuracy, outcomes['generated'].accuracy
+  true, generated = outcomes[GROUND_TRUTH].accuracy, outcomes[GENERATED].accuracy
   permuted = [result.accuracy for row, result in outcomes.items() if row.endswith('permuted')]
   return {
     f'ground truth at least {_GROUND_TRUTH_BAR:.0%}': true >= _GROUND_TRUTH_BAR,
@@ -328,8 +345,8 @@ def verdict(outcomes: Mapping[str, Result]) -> dict[str, bool]:
 
 def _ratio(outcomes: Mapping[str, Result]) -> float | None:
   """Accuracy of generated images relative to ground truth; None if the latter is 0."""
-  true = outcomes['ground truth'].accuracy
-  return outcomes['generated'].accuracy / true if true else None
+  true = outcomes[GROUND_TRUTH].accuracy
+  return outcomes[GENERATED].accuracy / true if true else None
 
 
 def _trial(record: Record, pool: Sequence[Record], rng: random.Random) -> Trial | None:

@@ -13,7 +13,8 @@ from vpe_jax.checkpoints import weights
 from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation.evaluator import Evaluator, Subject
-from vpe_jax.evaluation.report import Report, Sheet
+from vpe_jax.evaluation.intervals import Figure
+from vpe_jax.evaluation.report import Report, Sheet, aligned, number, summaries
 from vpe_jax.evaluation.sheets import combine, layout
 from vpe_jax.sampling import images
 
@@ -71,8 +72,33 @@ def evaluate(
     print('\n'.join([f'== {run_name}', *subject.notes, *lines]), flush=True)
     written = save(reports[run_name], folders[run_name], stems[-1])
     print('\n'.join(f'wrote {path}' for path in written), flush=True)
+  for name, pairs in paired(reports).items():
+    for title, figures in pairs.items():
+      table = aligned([(key, number(figure, places=4)) for key, figure in figures.items()])
+      print('\n'.join([f'== {name}, {title} (paired, 95% intervals)', *table]), flush=True)
   for path in save_combined(reports, next(iter(folders.values())), stems):
     print(f'wrote {path}')
+
+
+def paired(
+  reports: Mapping[str, Mapping[str, Report]],
+) -> dict[str, dict[str, dict[str, Figure]]]:
+  """Differences of each run from the first: evaluator -> `A minus B` -> name -> figure.
+
+  Figures are paired where both runs had the same prompts and ground truth.
+  """
+  (first, others), *rest = reports.items()
+  result: dict[str, dict[str, dict[str, Figure]]] = {}
+  for run_name, reports_of_run in rest:
+    for name, ours in reports_of_run.items():
+      theirs = others.get(name)
+      if theirs is not None and ours.items and ours.items == theirs.items:
+        result.setdefault(name, {})[f'{run_name} minus {first}'] = {
+          key: figure - theirs.figures[key]
+          for key, figure in ours.figures.items()
+          if key in theirs.figures
+        }
+  return result
 
 
 def report_folder(workdir: str) -> str:
@@ -116,10 +142,13 @@ def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:
 def save_combined(
   reports: Mapping[str, Mapping[str, Report]], folder: str, stems: Sequence[str]
 ) -> list[str]:
-  """Writes FOLDER/<evaluator>-compared-<hash>-<split>.png with the rows of several runs.
+  """Writes what compares several runs.
+
+  FOLDER/<evaluator>-compared-<hash>.json has paired differences of figures, and
+  FOLDER/<evaluator>-compared-<hash>-<split>.png the rows of all runs.
 
   Args:
-    reports: run name -> evaluator name -> report. Sheets of a single run are skipped.
+    reports: run name -> evaluator name -> report; nothing is written for a single run.
     folder: output folder.
     stems: file name stems of the runs. Their hash is part of the names, so that only sheets of the
       same runs and options are replaced.
@@ -137,6 +166,12 @@ def save_combined(
         sheets.setdefault((name, split), {})[run_name] = sheet
   digest = hashlib.sha256(' '.join(stems).encode()).hexdigest()[:8]
   written = []
+  for name, pairs in paired(reports).items():
+    record = {title: summaries(figures) for title, figures in pairs.items()}
+    path = storage.resolve(folder) / f'{name}-compared-{digest}.json'
+    with storage.writing(path):
+      storage.write_atomic(path, json.dumps(record, indent=1).encode())
+    written.append(str(path))
   for (name, split), sheets_by_run in sheets.items():
     if len(sheets_by_run) > 1:
       suffix = f'-{split}' if split else ''

@@ -31,17 +31,25 @@ from vpe_jax.contracts import (
   supports,
 )
 from vpe_jax.data.pipeline import Pipeline
-from vpe_jax.evaluation import heldout
+from vpe_jax.evaluation import heldout, intervals
 from vpe_jax.evaluation.evaluator import Lowered, Subject
-from vpe_jax.evaluation.report import FROM_DRAFTS, Report, Row
+from vpe_jax.evaluation.intervals import Figure
+from vpe_jax.evaluation.report import (
+  FROM_DRAFTS,
+  GENERATED,
+  GROUND_TRUTH,
+  TRUE_DRAFTS,
+  Report,
+  Row,
+  number,
+)
 from vpe_jax.sampling import images
 
 SHOWN = 4  # images of each split in a grid
 MIN_SCORED = 8  # images of each split for the metrics; rounded up to a multiple of the devices
 _SCANNED = 8  # records scanned at most, per record used
-OWN, TRUE_DRAFTS = 'own', 'true_drafts'  # in the names of metrics
-GENERATED = 'generated'
-TRUTH, TRAINED_ON, SOURCE = 'ground truth', 'ground truth (trained on)', 'source image'
+OWN = 'own'  # in the names of metrics
+TRAINED_ON, SOURCE = 'ground truth (trained on)', 'source image'
 
 
 class _Programs(NamedTuple):
@@ -57,8 +65,8 @@ class SampleGrid:
   """Samples the same prompts with the same seeds each time.
 
   See vpe_jax.evaluation.evaluator.Evaluator. Metrics are `sample/own/NAME` for images from the
-  model's own drafts and `sample/true_drafts/NAME` for images from ground-truth drafts, means
-  over training and held-out prompts. Names:
+  model's own drafts and `sample/true_drafts/NAME` for images from ground-truth drafts, over the
+  training and held-out prompts together. Names:
 
     latent_distance: root mean square difference from the ground-truth latents.
     equal_codes: share of codes that equal the ground truth, for discrete latents.
@@ -108,11 +116,11 @@ class SampleGrid:
     labels = {OWN: GENERATED}
     if subject.system.drafts:
       labels[TRUE_DRAFTS] = FROM_DRAFTS
-    inputs = {TRUTH if held_out else TRAINED_ON: 'image'}
+    inputs = {GROUND_TRUTH if held_out else TRAINED_ON: 'image'}
     if supports(subject.system, Edits):
       inputs[SOURCE] = 'source_image'
     rows: dict[str, list[np.ndarray]] = {name: [] for name in (*labels.values(), *inputs)}
-    numbers: dict[str, list[float]] = {}
+    values: dict[str, list[np.ndarray]] = {}
     captions: list[str] = []
     for index, split in enumerate(('train', *held_out)):
       truth, prompts = self._load(subject, split)
@@ -124,8 +132,8 @@ class SampleGrid:
         arguments = (subject.params, subject.frozen.params, request, key, subject.settings)
         generated = jitted.generate(*arguments)
         metrics = jax.device_get(jitted.compare(subject.frozen.params, generated, truth))
-        for metric, value in metrics.items():
-          numbers.setdefault(f'sample/{name}/{metric}', []).append(float(value))
+        for metric, array in metrics.items():
+          values.setdefault(f'sample/{name}/{metric}', []).append(np.asarray(array))
         pixels = jax.device_get(generated.image[:SHOWN])
         rows[label] += list(images.to_uint8(np.nan_to_num(pixels)))
       for label, name in inputs.items():
@@ -136,9 +144,9 @@ class SampleGrid:
       Row(label, np.stack(row), tuple(captions) if label == truth_row else ())
       for label, row in rows.items()
     )
-    means = {name: sum(values) / len(values) for name, values in numbers.items()}
-    lines = tuple(f'  {name:32}{value:.4f}' for name, value in means.items())
-    return Report(means, lines, sheets={'': sheet})
+    figures = {name: _figure(name, np.concatenate(arrays)) for name, arrays in values.items()}
+    lines = tuple(f'  {name:32}{number(figure, places=4)}' for name, figure in figures.items())
+    return Report(figures, lines, sheets={'': sheet})
 
   def _compiled(self, subject: Subject) -> _Programs:
     """The jitted functions, built once; every process gets their results."""
@@ -151,12 +159,12 @@ class SampleGrid:
         return system.generate(system.prepare(params), frozen, request, key, settings)
 
       def compare(frozen: Params, generated: Generated, truth: Batch) -> dict[str, Array]:
-        numbers = _distances(generated, truth)
+        values = _distances(generated, truth)
         if supports(system, ScoresImages):
           scores = system.similarity(frozen, generated.image, truth.inputs)
           own = jnp.diagonal(scores)[:, None]
-          numbers['retrieval'] = jnp.mean(jnp.all(own >= scores, axis=1).astype(jnp.float32))
-        return numbers
+          values['retrieval'] = jnp.all(own >= scores, axis=1)
+        return values
 
       options = sharding.compiler_options()
       self._jitted = _Programs(
@@ -189,13 +197,25 @@ def _request(subject: Subject, truth: Batch, fixed: tuple[str, ...]) -> Batch:
 
 
 def _distances(generated: Generated, truth: Batch) -> dict[str, Array]:
-  """Distance of latents from the ground truth, or share of equal codes; empty without latents."""
+  """Squared distance of latents from the ground truth, or share of equal codes, of each image [B].
+
+  Empty without latents.
+  """
   if 'latents' not in generated.encoded:
     return {}
   sampled, expected = generated.encoded['latents'], truth.encoded['latents']
+  axes = tuple(range(1, expected.ndim))
   if jnp.issubdtype(expected.dtype, jnp.integer):
-    return {'equal_codes': jnp.mean(sampled == expected)}
-  return {'latent_distance': jnp.sqrt(jnp.mean(jnp.square(sampled - expected)))}
+    return {'equal_codes': jnp.mean(sampled == expected, axes)}
+  return {'latent_distance': jnp.mean(jnp.square(sampled - expected), axes)}
+
+
+def _figure(name: str, values: np.ndarray) -> Figure:
+  """A metric of images, of whose values [N] `latent_distance` has squares."""
+  if not name.endswith('latent_distance'):
+    return intervals.share(values)
+  squared = intervals.mean(values)
+  return dataclasses.replace(squared, statistic=lambda x: np.sqrt(squared.statistic(x)))
 
 
 def _count(mesh: jax.sharding.Mesh) -> int:

@@ -10,7 +10,7 @@ from etils import epath
 
 from vpe_jax.checkpoints.frozen import FrozenNetworks
 from vpe_jax.config import Config
-from vpe_jax.contracts import Samples, State, System
+from vpe_jax.contracts import State, System
 from vpe_jax.data.tokenizers.published import open_tokenizer
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation.evaluator import Evaluator, Subject
@@ -81,14 +81,14 @@ class Evaluations:
     self._release()
 
   def run(self, names: list[str], state: State, step: int) -> dict[str, float]:
-    """Runs evaluators on a state; writes their sheets, and returns their numbers."""
+    """Runs evaluators on a state; writes their sheets, and returns numbers and their bounds."""
     index = int(state['stage'])
     subject = self._subject(weights(state), index, state['stage_step'])
     numbers: dict[str, float] = {}
     for name in names:
       evaluator = self._evaluators[name]
       report = evaluator.run(subject)
-      numbers |= report.numbers
+      numbers |= {**report.numbers, **report.bounds}
       self._write(name, evaluator, report, step)
       if subject.main:
         lines = [_line(name, report.numbers)] if report.numbers else report.lines
@@ -103,9 +103,8 @@ class Evaluations:
 
   def _in_stage(self, stage: int) -> list[str]:
     """Names of the evaluators that run in a stage: those that sample need `Stage.samples`."""
-    samples = self._system.stages[stage].samples
-    evaluators = self._evaluators.items()
-    return [name for name, e in evaluators if samples or Samples not in _needs(e)]
+    chosen = self._system.stages[stage]
+    return [name for name, e in self._evaluators.items() if evaluators.fits_stage(e, chosen)]
 
   def _write(self, name: str, evaluator: Evaluator, report: Report, step: int) -> None:
     if jax.process_index() != 0:
@@ -147,8 +146,3 @@ class Evaluations:
 
 def _line(name: str, numbers: Mapping[str, float]) -> str:
   return f'{name}: ' + ', '.join(f'{key} {value:.4g}' for key, value in numbers.items())
-
-
-def _needs(evaluator: Evaluator) -> set[type]:
-  """The capabilities that an evaluator requires, and their base classes."""
-  return {base for capability in evaluator.requires for base in capability.__mro__}

@@ -76,6 +76,14 @@ def test_classes_are_sampled_and_unknown_ones_are_refused(generator):
     generator('bleu')
 
 
+def test_images_pass_through_the_codec_alone(generator, folder):
+  true = [np.asarray(Image.open(path)) for path in sorted((folder / 'data' / 'red').iterdir())]
+  coded = generator.reconstruct(true)
+  assert coded.shape == (8, 32, 32, 3) and coded.dtype == np.uint8
+  squares = np.stack([np.asarray(Image.fromarray(image).resize((32, 32))) for image in true])
+  assert np.abs(coded.astype(float) - squares).mean() < 25
+
+
 def test_exported_weights_load_with_the_same_shapes(run, generator, tmp_path):
   to = str(tmp_path / 'c2i.safetensors')
   metadata = export.export(str(run), to)

@@ -172,3 +172,7 @@ class ImageSystem(PlansVisually):
     """Images [B, R, R, 3] float32 in [0, 1] of latents [B, h, w, C]."""
     del rng
     return self.image.decode(frozen, encoded['latents'])
+
+  def reconstruct(self, frozen: Params, images: Array, rng: Array) -> Array:
+    """Images [B, R, R, 3] float32 in [0, 1] of images [B, R, R, 3] uint8, by the codec alone."""
+    return self.image.decode(frozen, self.image.encode(frozen, images), rng)

@@ -90,16 +90,19 @@ def subject(monkeypatch, fake_subject):
 def test_accuracy_gain_of_the_best_over_the_first(subject, tmp_path):
   report = BEST_OF.run(subject)
   results = report.protocol['results']['combination']
-  accuracy = {name: row['accuracy'] for name, row in results['rows'].items()}
+  accuracy = {name: row['accuracy']['value'] for name, row in results['rows'].items()}
   good, bad = f'best of {N} by likelihood', f'best of {N} by similarity'
   assert list(accuracy) == [benchmark.FIRST, good, bad, 'ground truth']
   assert accuracy[good] == 1 and accuracy[bad] == accuracy[benchmark.FIRST] < 0.2
   assert results['gained'][good]['captions_gained'] == 12
   assert results['gained'][good]['captions_lost'] == 0
-  low, high = results['gained'][good]['interval95']
-  assert low <= results['gained'][good]['accuracy'] == 1 - accuracy[benchmark.FIRST] <= high
-  assert results['gained'][bad]['accuracy'] == 0 and results['gained'][bad]['captions_gained'] == 0
-  assert len(report.lines) == 6 and '+12 -0' in report.lines[3]
+  gained = results['gained'][good]['accuracy']
+  low, high = gained['interval95']
+  assert low <= gained['value'] == 1 - accuracy[benchmark.FIRST] <= high
+  assert results['gained'][bad]['accuracy']['value'] == 0
+  assert results['gained'][bad]['captions_gained'] == 0
+  assert len(report.lines) == 10 and '+12 -0' in report.lines[8]
+  assert good + ' minus' in report.lines[6]
   written = runner.save({'best_of': report}, str(tmp_path), 'x')
   protocol = json.loads((tmp_path / 'best_of-x.json').read_text())
   assert protocol['plans'] == N and protocol['evaluator_network_checkpoint'] == 'knowing'
@@ -109,19 +112,20 @@ def test_accuracy_gain_of_the_best_over_the_first(subject, tmp_path):
 def test_a_renderer_that_follows_its_visual_prompt_shows_the_mix(subject):
   report = MIXES.run(subject)
   results = report.protocol['results']['combination']
-  assert results['unmixed'] == 1 and len(results['rows']) == 3
+  assert results['unmixed']['value'] == 1 and len(results['rows']) == 3
   for row in results['rows'].values():
     # In each row of codes, one numbers the caption, the other the visual prompt.
-    assert row['a_and_b'] == 0.5
-    assert row['agrees_with'] == {'mix': 1, 'A': 0.75, 'B': 0.75} and row['closer_to_the_mix']
-    assert row['mix_ahead_of']['A'] == {'mean': 0.25, 'interval95': [0.25, 0.25]}
+    shares = {name: figure['value'] for name, figure in row.items()}
+    assert shares['A and B'] == 0.5
+    assert (shares['mix'], shares['A'], shares['B']) == (1, 0.75, 0.75)
+    assert row['mix minus A'] == {'value': 0.25, 'interval95': [0.25, 0.25]}
   assert len(report.lines) == 5
 
 
 def test_agreement_is_measured_with_each_source():
   mix, a, b = (np.asarray([[0, 0, 1, 1]]).repeat(3, 0) * k for k in (1, 0, 1))
   b = b + np.asarray([1, 1, 0, 0])
-  result = benchmark.agreement(a, {'mix': mix, 'A': a, 'B': b})
-  assert result['agrees_with'] == {'mix': 0.5, 'A': 1, 'B': 0}
-  assert not result['closer_to_the_mix']
-  assert result['mix_ahead_of']['A']['mean'] == -0.5 and result['mix_ahead_of']['B']['mean'] == 0.5
+  figures = benchmark.agreement(a, {'mix': mix, 'A': a, 'B': b})
+  shares = {name: figure.value for name, figure in figures.items()}
+  assert (shares['mix'], shares['A'], shares['B']) == (0.5, 1, 0)
+  assert shares['mix minus A'] == -0.5 and shares['mix minus B'] == 0.5

@@ -21,10 +21,21 @@ import numpy as np
 
 from vpe_jax.contracts import PlansVisually, UserError
 from vpe_jax.data.records import render
-from vpe_jax.evaluation import retrieval
+from vpe_jax.evaluation import intervals, report, retrieval
 from vpe_jax.evaluation.evaluator import Lowered, Subject, stacked
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
-from vpe_jax.evaluation.report import HELD_OUT, Report, Row, check_options, protocol
+from vpe_jax.evaluation.intervals import Figure
+from vpe_jax.evaluation.report import (
+  GROUND_TRUTH,
+  HELD_OUT,
+  Report,
+  Row,
+  check_options,
+  hash_items,
+  percent,
+  protocol,
+  summaries,
+)
 from vpe_jax.systems.vpe.visual_prompts.files import VisualPrompts, best, mixed
 from vpe_jax.systems.vpe.visual_prompts.prompter import VisualPrompter
 
@@ -67,22 +78,24 @@ class BestOf:
   def run(self, subject: Subject) -> Report:
     """Retrieval accuracy of the first visual prompt and of the best by each ranker."""
     network, n = EvaluatorNetwork.load(self.evaluator_network), self.plans
-    results, lines, sheets, numbers = {}, [], {}, {}
+    results, lines, sheets, figures, captions = {}, [], {}, {}, []
     for split in self.splits:
       trials, records = retrieval.make_trials(self.captions, split, self.seed)
       prompts = [trial.caption for trial in trials]
       rows = images_by_ranking(subject, prompts, n)
-      rows['ground truth'] = np.stack([render(record, subject.image_size) for record in records])
+      rows[GROUND_TRUTH] = np.stack([render(record, subject.image_size) for record in records])
       vectors_of = retrieval.embed(network.captions, trials)
       outcomes = {
         name: retrieval.measure(network.images(images), vectors_of, trials)
         for name, images in rows.items()
       }
-      best_rows = [name for name in outcomes if name.startswith('best')]
+      by_row = {name: result.figures for name, result in outcomes.items()}
+      best_rows = [name for name in by_row if name.startswith('best')]
       gained = {name: gain(outcomes[name], outcomes[FIRST]) for name in best_rows}
-      lines += _best_of_lines(split, outcomes, gained)
+      lines += _best_of_lines(split, by_row, gained)
       for name in best_rows:
-        numbers[f'best_of/{split}/{name}'] = outcomes[name].accuracy
+        figures[f'best_of/{split}/{name}'] = by_row[name]['accuracy']
+      captions.append(prompts)
       results[split] = {
         'rows': {name: result.summary() for name, result in outcomes.items()},
         'gained': gained,
@@ -94,7 +107,7 @@ class BestOf:
     question = f'do the best of {n} visual prompts, by each ranker, give better images?'
     measured = {'source': _SOURCE, 'evaluator_network_checkpoint': network.fingerprint}
     record = protocol(self, 'best_of', question, subject, results, **measured)
-    return Report(numbers, tuple(lines), record, sheets)
+    return Report(figures, tuple(lines), record, sheets, hash_items(*captions))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +139,7 @@ class Mixes:
   def run(self, subject: Subject) -> Report:
     """Agreement of the codes read from the images with the mix and with its parts."""
     prompter, seed, settings = VisualPrompter(subject.generator), subject.seed, subject.settings
-    results, lines, sheets, numbers = {}, [], {}, {}
+    results, lines, sheets, figures, captions = {}, [], {}, {}, []
     for split in self.splits:
       trials, _ = retrieval.make_trials(2 * self.count, split, self.seed)
       visual_prompts = prompter.write([trial.caption for trial in trials], 2, seed, settings)
@@ -136,15 +149,21 @@ class Mixes:
         rows[name] = stacked(prompter.render(mix.with_prompts(prompts), seed, settings))
         expected = {'mix': mix.codes, 'A': upper.codes, 'B': lower.codes}
         outcomes[name] = agreement(prompter.read(list(rows[name])).codes, expected)
-        numbers[f'mixes/{split}/{name}'] = outcomes[name]['agrees_with']['mix']
+        figures[f'mixes/{split}/{name}'] = outcomes[name]['mix']
       alone = stacked(prompter.render(upper, seed, settings))
-      own = float(np.mean(prompter.read(list(alone)).codes == upper.codes))
+      codes = prompter.read(list(alone)).codes
+      own = intervals.share(np.mean(codes == upper.codes, axis=1))
       lines += _mixes_lines(f'split {split}: {self.count} mixes', mix.side, own, outcomes)
-      results[split] = {'rows': outcomes, 'unmixed': own, 'captions': list(upper.prompts)}
+      captions.append(upper.prompts)
+      results[split] = {
+        'rows': {name: summaries(row) for name, row in outcomes.items()},
+        'unmixed': own.summary(),
+        'captions': list(upper.prompts),
+      }
       sheets[split] = tuple(Row.first(*row) for row in [('A', alone), *rows.items()])
     question = "is the visual prompt of a mix's image closer to the mix than to its parts?"
     record = protocol(self, 'mixes', question, subject, results, source=_SOURCE)
-    return Report(numbers, tuple(lines), record, sheets)
+    return Report(figures, tuple(lines), record, sheets, hash_items(*captions))
 
 
 def images_by_ranking(subject: Subject, captions: list[str], n: int) -> dict[str, np.ndarray]:
@@ -161,12 +180,10 @@ def images_by_ranking(subject: Subject, captions: list[str], n: int) -> dict[str
 
 
 def gain(ours: retrieval.Result, theirs: retrieval.Result) -> dict[str, Any]:
-  """Gain in retrieval accuracy of one result over another, with a normal 95 % interval."""
+  """Gain in retrieval accuracy of one result over another of the same captions."""
   difference = ours.credit - theirs.credit
-  mean, half = _mean(difference)
   return {
-    'accuracy': mean,
-    'interval95': [mean - half, mean + half],
+    'accuracy': (ours.figures['accuracy'] - theirs.figures['accuracy']).summary(),
     'captions_gained': int(np.sum(difference > 0)),
     'captions_lost': int(np.sum(difference < 0)),
   }
@@ -190,63 +207,47 @@ def _pairs(
   }
 
 
-def agreement(read: np.ndarray, expected: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def agreement(read: np.ndarray, expected: Mapping[str, np.ndarray]) -> dict[str, Figure]:
   """Shares of the codes `read` [n, P] that equal mix, A and B, and the lead of the mix."""
-  shares = {name: np.mean(read == codes, axis=1) for name, codes in expected.items()}
-  ahead = {}
-  for name in ('A', 'B'):
-    mean, half = _mean(shares['mix'] - shares[name])
-    ahead[name] = {'mean': mean, 'interval95': [mean - half, mean + half]}
-  mean = {name: float(np.mean(share)) for name, share in shares.items()}
+  shares = {
+    name: intervals.share(np.mean(read == codes, axis=1)) for name, codes in expected.items()
+  }
   return {
-    'agrees_with': mean,
-    'mix_ahead_of': ahead,
-    'closer_to_the_mix': all(mean['mix'] > mean[name] for name in ahead),
-    'a_and_b': float(np.mean(expected['A'] == expected['B'])),
+    **shares,
+    'A and B': intervals.share(np.mean(expected['A'] == expected['B'], axis=1)),
+    'mix minus A': shares['mix'] - shares['A'],
+    'mix minus B': shares['mix'] - shares['B'],
   }
 
 
-def _mean(values: np.ndarray) -> tuple[float, float]:
-  """The mean, and half the width of its normal 95 % interval."""
-  half = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values))
-  return float(np.mean(values)), float(half)
-
-
 def _best_of_lines(
-  split: str, outcomes: Mapping[str, retrieval.Result], gained: Mapping[str, Mapping[str, Any]]
+  split: str,
+  by_row: Mapping[str, Mapping[str, Figure]],
+  gained: Mapping[str, Mapping[str, Any]],
 ) -> list[str]:
-  lines = [
+  title = (
     f'split {split}: own caption first among {retrieval.CANDIDATES} '
-    f'(chance {1 / retrieval.CANDIDATES:.1%}), and against {FIRST}',
-    f'  {"images":28}{"among 32":>10}{"95% interval":>18}{"hard only":>12}{"gained":>8}'
-    f'{"95% interval":>18}{"captions":>14}',
+    f'(chance {1 / retrieval.CANDIDATES:.1%}), and against {FIRST}; 95% intervals'
+  )
+  columns = {
+    f'among {retrieval.CANDIDATES}': ('accuracy', percent),
+    'hard only': ('hard', percent),
+  }
+  pairs = [(name, FIRST) for name in gained]
+  captions = [
+    f'  captions of {name}: +{row["captions_gained"]} -{row["captions_lost"]}'
+    for name, row in gained.items()
   ]
-  for name, result in outcomes.items():
-    low, high = result.interval
-    line = f'  {name:28}{result.accuracy:>10.1%}{f"{low:.1%} to {high:.1%}":>18}'
-    line += f'{result.hard.mean():>12.1%}'
-    if name in gained:
-      low, high = gained[name]['interval95']
-      captions = f'+{gained[name]["captions_gained"]} -{gained[name]["captions_lost"]}'
-      line += f'{gained[name]["accuracy"]:>+8.1%}{f"{low:+.1%} to {high:+.1%}":>18}{captions:>14}'
-    lines.append(line)
-  return lines
+  return [title, *report.table(columns, by_row, pairs), *captions]
 
 
 def _mixes_lines(
-  title: str, side: int, own: float, outcomes: Mapping[str, Mapping[str, Any]]
+  title: str, side: int, own: Figure, outcomes: Mapping[str, Mapping[str, Figure]]
 ) -> list[str]:
-  lines = [
+  title = (
     f'{title} of the top {side // 2} of {side} rows of A over the others of B: share of codes '
-    f'read from the image that equal each (of an image of A alone, {own:.1%} equal those of A)',
-    f'  {"mixed and rendered":28}{"the mix":>9}{"A":>8}{"B":>8}{"A and B":>9}'
-    f'{"ahead of A":>26}{"of B":>26}',
-  ]
-  for name, row in outcomes.items():
-    shares, line = row['agrees_with'], f'  {name:28}'
-    line += f'{shares["mix"]:>9.1%}{shares["A"]:>8.1%}{shares["B"]:>8.1%}{row["a_and_b"]:>9.1%}'
-    for ahead in row['mix_ahead_of'].values():
-      (low, high), mean = ahead['interval95'], ahead['mean']
-      line += f'{f"{mean:+.1%} ({low:+.1%} to {high:+.1%})":>26}'
-    lines.append(line)
-  return lines
+    f'read from the image that equal each (of an image of A alone, {percent(own)} equal those of '
+    'A); 95% intervals'
+  )
+  columns = {name: (name, percent) for name in next(iter(outcomes.values()))}
+  return [title, *report.table(columns, outcomes, ())]
