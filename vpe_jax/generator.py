@@ -341,20 +341,24 @@ class Generator:
     return Batch(example, inputs, {**source, **encoded})
 
   def programs(self, settings: SampleConfig) -> list[jax.stages.Lowered]:
-    """The programs that generate a batch, lowered so that they can be compiled before it."""
+    """The programs that generate, encode and decode a batch, lowered for compilation ahead."""
     system, size = self.system, self.batch_size
     spec, request, key = system.batch_spec(size), system.request_spec(size), rng.run_key(0)
     drafts = {name: spec.encoded[name] for name in system.drafts}
     complete = dataclasses.replace(request, encoded={**request.encoded, **drafts})
-    lowered = [self._generate.lower(self.params, self.frozen, complete, key, settings)]
     side = system.config.data.image_size
-    images = jax.ShapeDtypeStruct((size, side, side, 3), np.uint8)
+    images_of = lambda side: jax.ShapeDtypeStruct((size, side, side, 3), np.uint8)
+    lowered = [
+      self._generate.lower(self.params, self.frozen, complete, key, settings),
+      self._reconstruct.lower(self.frozen, images_of(side), key),
+    ]
     if drafts:
       lowered.append(self._draft.lower(self.params, request, key, settings))
     if drafts and set(system.draft_encoders) <= set(self.frozen):
+      images = images_of(system.draft_image_side or side)
       lowered.append(self._encode_drafts.lower(self.draft_networks, images))
     if supports(system, Edits):
-      lowered.append(self._encode_source.lower(self.frozen, images))
+      lowered.append(self._encode_source.lower(self.frozen, images_of(side)))
     return lowered
 
   def describe(self, settings: SampleConfig) -> dict[str, str]:
