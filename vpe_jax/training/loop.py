@@ -256,7 +256,7 @@ def _report(run: Run, step: jax.stages.Compiled, state: State, batch: Batch) -> 
   if jax.process_index() == 0:
     report.write_parameters(run.workdir, state['params'])
   _say(report.memory_text(report.memory_of(step)))
-  first = run.data.prompt(run.data.index_at(int(state['examples_seen'])))
+  first = run.data.prompt_at(int(state['examples_seen']))
   _say(report.sample_text(batch, first))
 
 
