@@ -40,11 +40,11 @@ def test_a_folder_is_prepared_verified_and_opened(images, tmp_path, command, cap
   failed = commands.run('vpe_jax.prepare', *arguments)
   assert failed.returncode == 2
   assert re.fullmatch(r'error: .*folder/cat/07.png.*', failed.stderr.strip().splitlines()[-1])
-  command(*arguments, '--max_skipped=0.05')
+  command(*arguments, '--most_skipped=0.05')
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].startswith(f'{to}: 14 images in 2 files, ') and lines[0].endswith(' MB')
   assert lines[1].startswith('5 excluded') and lines[2] == f'1 unusable: see {to}/skipped.jsonl'
-  command(*arguments, '--max_skipped=0.05')
+  command(*arguments, '--most_skipped=0.05')
   first, note, *rest = capsys.readouterr().out.splitlines()
   assert 'already complete' in note and [first, *rest] == lines
   source = open_source(DataConfig(source=f'folder:{to}', language='en'))

@@ -46,7 +46,9 @@ def _define_flags() -> None:
   )
   flags.DEFINE_integer('shard_records', SHARD_RECORDS, 'source images per output file', 1)
   flags.DEFINE_integer('workers', os.cpu_count(), 'processes; 0: this one only', 0)
-  flags.DEFINE_float('max_skipped', 0.01, 'maximum share of unusable images', 0, 1)
+  flags.DEFINE_integer('most_pixels', Settings.most_pixels, 'pixels of the largest image', 1)
+  flags.DEFINE_integer('most_bytes', Settings.most_bytes, 'bytes of the largest image file', 1)
+  flags.DEFINE_float('most_skipped', 0.01, 'maximum share of unusable images', 0, 1)
   flags.DEFINE_bool('verify', False, 'only verify the checksums of all files in --to')
 
 
@@ -59,11 +61,11 @@ def main() -> None:
     print(f'{FLAGS.to}: {len(shards)} files with {records:,} records are intact')
     return
   names = ('root', 'captions', 'image', 'caption', 'reference', 'language', 'least_text_height')
-  names += ('image_size', 'fit', 'count', 'shard_records')
+  names += ('image_size', 'fit', 'count', 'shard_records', 'most_pixels', 'most_bytes')
   source = f'{FLAGS.source}/{FLAGS.split}' if FLAGS.split else FLAGS.source
   settings = Settings(source, **{name: FLAGS[name].value for name in names})
   complete = is_complete(FLAGS.to)
-  manifest = prepare(settings, FLAGS.to, FLAGS.workers, FLAGS.max_skipped)
+  manifest = prepare(settings, FLAGS.to, FLAGS.workers, FLAGS.most_skipped)
   size = sum(shard.bytes for shard in manifest.shards) / 1e6
   print(f'{FLAGS.to}: {manifest.count:,} images in {len(manifest.shards)} files, {size:,.1f} MB')
   if complete:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.small_pipelines import IMAGES, TEXT, small_pipeline
 from vpe_jax.config import DataConfig
@@ -190,3 +192,60 @@ def test_class_names_may_be_the_prompts():
   config = dataclasses.replace(config, prompt_field='caption', tokenizer='assets:bpe')
   captions = small_pipeline(config)
   assert captions.prompt(3) == captions.record(3).caption != groups[3]
+
+
+def _own_images(folder, count=12, captions=lambda number: f'image {number}', **fields):
+  """The config of a folder of images, each of its own grey level."""
+  lines = []
+  for number in range(count):
+    Image.new('RGB', (8, 8), (number * 10,) * 3).save(folder / f'{number:02d}.png')
+    lines.append(json.dumps({'file': f'{number:02d}.png', 'caption': captions(number)}))
+  (folder / 'captions.jsonl').write_text('\n'.join(lines))
+  return DataConfig(source=f'folder:{folder}', image_size=8, text_length=8, **fields)
+
+
+def test_an_image_that_becomes_unreadable_is_replaced_deterministically(tmp_path, caplog):
+  """Hosts, reader processes and resumed runs agree on the replacement."""
+  config = _own_images(tmp_path, most_skipped=0.1)
+  pipelines = [small_pipeline(config, 7) for _ in range(2)]
+  reading_in_processes = small_pipeline(dataclasses.replace(config, workers=2), 7)
+  intact = _take(pipelines[0], 4, 0, 6)
+  (tmp_path / '05.png').write_bytes(b'none')
+  whole = _take(pipelines[0], 4, 0, 6)
+  levels = lambda batches: [image.max() for b in batches for image in b.inputs['image']]
+  replaced = [old != new for old, new in zip(levels(intact), levels(whole), strict=True)]
+  assert [level for level, new in zip(levels(intact), replaced, strict=True) if new] == [50, 50]
+  assert len({level for level, new in zip(levels(whole), replaced, strict=True) if new}) == 1
+  (warning,) = [record.getMessage() for record in caplog.records]
+  assert '05.png' in warning
+  _same(_take(pipelines[1], 2, 12, 6), whole[2:])
+  _same(_take(reading_in_processes, 4, 0, 6), whole)
+  parts = [_take(pipelines[1], 4, 0, 6, host, 2) for host in range(2)]
+  _same([jax.tree.map(lambda *x: np.concatenate(x), *two) for two in zip(*parts)], whole)
+  (tmp_path / '06.png').unlink()
+  with pytest.raises(UserError, match='2 of 12 records.*data.most_skipped=0.1.*0[56].png'):
+    _take(pipelines[0], 4, 0, 6)
+  with pytest.raises(UserError, match='05.png'):
+    pipelines[0].examples([5])  # Nothing else may be stored in a cache in its place.
+
+
+def test_one_of_several_captions_is_drawn_for_each_example_and_epoch(tmp_path):
+  config = _own_images(tmp_path, captions=lambda n: [f'a {n}', f'b {n}', f'c {n}'][: 1 + n % 3])
+  pipeline = small_pipeline(config, 3)
+  drawn = {}
+  for position in range(48):
+    caption = pipeline.prompt_at(position)
+    drawn.setdefault(pipeline.index_at(position), []).append(caption)
+  for number, captions in drawn.items():
+    assert {caption[0] for caption in captions} <= set('abc'[: 1 + number % 3])
+    assert {caption[2:] for caption in captions} == {str(number)}
+  assert len({captions[0] for captions in map(tuple, drawn.values())} & {'a 0', 'a 3', 'a 6'}) == 3
+  assert any(len(set(captions)) > 1 for captions in drawn.values())  # Epochs differ.
+  assert [pipeline.prompt(index) for index in range(3)] == ['a 0', 'a 1', 'a 2']
+  for batch in _take(small_pipeline(config, 3), 3, 20, 6):
+    for element, position in enumerate(batch.example):
+      tokens = batch.inputs['text'][element][: batch.inputs['text_length'][element]]
+      assert bpe.shipped().encode(pipeline.prompt_at(int(position)))[:8] == tokens.tolist()
+  reseeded = small_pipeline(config, 4)
+  at = {reseeded.index_at(p): reseeded.prompt_at(p) for p in range(12)}
+  assert any(at[number] != captions[0] for number, captions in drawn.items())

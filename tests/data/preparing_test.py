@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -16,6 +17,7 @@ from PIL import Image
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data import preparing
+from vpe_jax.data.formats.entries import MAX_CAPTION
 from vpe_jax.data.preparing import Settings, prepare
 from vpe_jax.data.sources import open_source
 
@@ -82,6 +84,40 @@ def test_filters_select_the_same_records_as_in_the_folder(tmp_path):
       _captions(tmp_path / 'to', **other)
 
 
+def test_lists_of_captions_are_kept(tmp_path):
+  """Filters read all captions, and the prepared folder has the same ones as the folder."""
+  texts = [['a fox', 'a red fox'], ['a dog'], ['a cat', '猫'], 'a bird']
+  source = _folder(tmp_path / 'in', 4, caption=lambda number: texts[number])
+  prepare(Settings(source, language='en'), str(tmp_path / 'to'))
+  expected = [('a fox', ('a fox', 'a red fox')), ('a dog', ()), ('a bird', ())]
+  for name in ('in', 'to'):
+    records = open_source(DataConfig(source=f'folder:{tmp_path / name}', language='en'))
+    assert [(record.caption, record.captions) for record in records] == expected
+
+
+def test_images_above_the_limits_are_unusable(tmp_path):
+  source = _folder(tmp_path / 'in', 4)  # 40 x 20 pixels
+  assert prepare(Settings(source, most_pixels=800), str(tmp_path / 'to')).count == 4
+  size = (tmp_path / 'in' / '000.png').stat().st_size
+  for settings, message in (
+    (Settings(source, most_pixels=799), '40 x 20 pixels'),
+    (Settings(source, most_bytes=size - 1), 'bytes, more than most_bytes'),
+  ):
+    with pytest.raises(UserError, match=f'4 of 4 images are unusable.*{message}'):
+      prepare(settings, str(tmp_path / 'other'))
+
+
+def test_a_folder_of_an_earlier_version_has_the_defaults_of_new_settings(tmp_path):
+  settings, to = Settings(_folder(tmp_path / 'in', 2)), tmp_path / 'to'
+  manifest = prepare(settings, str(to))
+  values = json.loads((to / 'prepared.json').read_text())
+  del values['settings']['most_pixels']
+  (to / 'prepared.json').write_text(json.dumps(values))
+  assert prepare(settings, str(to)).shards == manifest.shards
+  with pytest.raises(UserError, match='most_pixels=67108864, now 5'):
+    prepare(dataclasses.replace(settings, most_pixels=5), str(to))
+
+
 def test_count_takes_the_first_images(tmp_path):
   source = _folder(tmp_path / 'in', 7)
   assert prepare(Settings(source, count=5, shard_records=2), str(tmp_path / 'to')).count == 5
@@ -89,7 +125,7 @@ def test_count_takes_the_first_images(tmp_path):
 
 
 def test_unusable_images_are_listed(tmp_path):
-  length = preparing._MAX_CAPTION + 1
+  length = MAX_CAPTION + 1
   source = _folder(
     tmp_path / 'in', 60, caption=lambda number: 'x' * length if number == 7 else f'caption {number}'
   )
@@ -101,18 +137,19 @@ def test_unusable_images_are_listed(tmp_path):
       file.write('\n' + json.dumps({'file': name, 'caption': 'a name that no file has'}))
   settings = Settings(source, shard_records=16)
   with pytest.raises(
-    UserError, match='[1-9] of [1-9][0-9] images are unusable.*--max_skipped=0.01'
+    UserError, match='[1-9] of [1-9][0-9] images are unusable.*--most_skipped=0.01'
   ) as error:
     prepare(settings, str(tmp_path / 'to'))
-  assert 'folder/001.png: ' in str(error.value) and 'skipped.jsonl' in str(error.value)
+  assert 'captions.jsonl line 8: ' in str(error.value) and 'skipped.jsonl' in str(error.value)
+  assert len(str(error.value)) < 600  # The caption is cut.
   assert not (tmp_path / 'to' / 'prepared.json').exists()
-  manifest = prepare(settings, str(tmp_path / 'to'), max_skipped=0.1)
+  manifest = prepare(settings, str(tmp_path / 'to'), most_skipped=0.1)
   assert (manifest.count, manifest.skipped) == (57, 5)
   assert _captions(tmp_path / 'to') == _numbers(n for n in range(60) if n not in (1, 2, 7))
   skipped = _skipped(tmp_path / 'to')
-  assert len(skipped) == 5 and skipped[0]['id'] == 'folder/001.png'
-  assert 'No such file' in skipped[0]['reason'] and 'unreadable image' in skipped[1]['reason']
-  assert f'{length:,} characters' in skipped[2]['reason']
+  assert len(skipped) == 5 and skipped[1]['id'] == 'folder/001.png'
+  assert f'{length:,} characters' in skipped[0]['reason']
+  assert 'No such file' in skipped[1]['reason'] and 'unreadable image' in skipped[2]['reason']
 
 
 def test_a_first_shard_without_usable_images_ends_the_command(tmp_path):
@@ -120,7 +157,7 @@ def test_a_first_shard_without_usable_images_ends_the_command(tmp_path):
   for name in range(3):
     (tmp_path / 'in' / f'{name:03d}.png').write_bytes(b'none')
   with pytest.raises(UserError, match='3 of 3 images'):
-    prepare(Settings(source, shard_records=3), str(tmp_path / 'to'), max_skipped=0.5)
+    prepare(Settings(source, shard_records=3), str(tmp_path / 'to'), most_skipped=0.5)
   assert prepare(Settings(source, shard_records=3), str(tmp_path / 'to'), 0, 1.0).count == 6
 
 
@@ -242,8 +279,8 @@ def test_images_without_a_valid_caption_are_unusable(tmp_path):
     r'{"file": "002.png", "text": "\ud800"}',
   )
   (tmp_path / 'in' / 'captions.jsonl').write_text('\n'.join(lines))
-  assert prepare(Settings(source), str(tmp_path / 'to'), max_skipped=0.5).count == 2
-  blank, broken = _skipped(tmp_path / 'to')
+  assert prepare(Settings(source), str(tmp_path / 'to'), most_skipped=0.5).count == 2
+  broken, blank = _skipped(tmp_path / 'to')
   assert 'line 2' in blank['reason'] and '--nocaptions' in blank['reason']
   assert 'line 3: the caption is not valid text' in broken['reason']
 
@@ -254,10 +291,10 @@ def test_an_unfinished_folder_rejects_other_settings(tmp_path):
   with pytest.raises(UserError, match='1 of 2'):
     prepare(Settings(source), str(tmp_path / 'to'))
   with pytest.raises(UserError, match="caption='', now 'text'"):
-    prepare(Settings(source, caption='text'), str(tmp_path / 'to'), max_skipped=1.0)
+    prepare(Settings(source, caption='text'), str(tmp_path / 'to'), most_skipped=1.0)
   (tmp_path / 'to' / 'preparing' / 'settings.json').write_text('{')
   with pytest.raises(UserError, match='settings.json'):
-    prepare(Settings(source), str(tmp_path / 'to'), max_skipped=1.0)
+    prepare(Settings(source), str(tmp_path / 'to'), most_skipped=1.0)
 
 
 def test_a_second_command_on_the_same_folder_is_rejected(tmp_path):
@@ -292,6 +329,7 @@ def test_pool_processes_end_when_the_parent_is_killed():
   """Otherwise each retry would leave processes behind."""
   parent = """
 import multiprocessing, os, sys, time
+from vpe_jax.data.formats.entries import MAX_CAPTION
 from vpe_jax.data.preparing import _exit_with_parent
 def stay(parent):
   _exit_with_parent(parent)

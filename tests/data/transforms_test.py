@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, JpegImagePlugin
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data import transforms
+from vpe_jax.data.records import BadRecord
 
 
 def test_pad_to_square_centres_with_the_odd_pixel_at_the_end():
@@ -117,3 +119,60 @@ def test_open_files_are_read_too(tmp_path):
   for read in (transforms.read_image, transforms.read_size):
     with pytest.raises(UserError, match='unreadable image the fox'):
       read(io.BytesIO(b'none'), 'the fox')
+
+
+def _saved(image, kind, **options):
+  file = io.BytesIO()
+  image.save(file, kind, **options)
+  return file.getvalue()
+
+
+@pytest.mark.parametrize('fit', ['pad', 'crop'])
+def test_only_large_jpegs_are_decoded_at_a_reduced_size(fit, monkeypatch):
+  """The reduced image differs by a few levels; one below the limit not at all."""
+  rng = np.random.default_rng(0)
+  small = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
+  jpeg = _saved(small.resize((400, 300), Image.BICUBIC), 'JPEG', quality=95)
+  decoding, reduced = transforms.Decoding(fit), []
+  draft = JpegImagePlugin.JpegImageFile.draft
+  monkeypatch.setattr(
+    JpegImagePlugin.JpegImageFile,
+    'draft',
+    lambda self, *arguments: reduced.append(self.size) or draft(self, *arguments),
+  )
+  exact = lambda size: transforms.to_square(transforms.read_image(io.BytesIO(jpeg), 'x'), size, fit)
+  side = {'pad': 400, 'crop': 300}[fit]
+  largest = side // (2 * transforms.REDUCING_GAP)
+  np.testing.assert_array_equal(decoding.render(jpeg, largest + 1, 'x'), exact(largest + 1))
+  assert not reduced
+  difference = decoding.render(jpeg, largest, 'x').astype(int) - exact(largest)
+  assert reduced and 0 < np.abs(difference).max() <= 8 and np.abs(difference).mean() < 1.5
+  png = _saved(small.resize((400, 300)), 'PNG')
+  image = transforms.to_square(transforms.read_image(io.BytesIO(png), 'x'), 8, fit)
+  np.testing.assert_array_equal(decoding.render(png, 8, 'x'), image)
+
+
+def test_images_above_the_limits_are_refused_before_they_are_decoded():
+  png = _saved(Image.new('1', (300, 200)), 'PNG')
+  exact = transforms.Decoding(most_pixels=60_000, most_bytes=len(png))
+  assert exact.render(png, 8, 'x').shape == (8, 8, 3)
+  for decoding, message in (
+    (dataclasses.replace(exact, most_pixels=59_999), '300 x 200 pixels.*most_pixels=59,999'),
+    (dataclasses.replace(exact, most_bytes=len(png) - 1), f'{len(png)} bytes.*most_bytes'),
+  ):
+    for read in (decoding.check, lambda content, name: decoding.render(content, 8, name)):  # noqa: B023
+      with pytest.raises(BadRecord, match=f'image fox.png has {message}'):
+        read(png, 'fox.png')
+
+
+def test_opaque_images_are_not_blended():
+  """The shorter path for images without transparency gives the same pixels."""
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (9, 7, 4), np.uint8)
+  for mode in ('RGB', 'L', 'P', 'CMYK', 'LA', 'RGBA'):
+    content = _saved(Image.fromarray(pixels).convert(mode), 'TIFF')
+    image = Image.open(io.BytesIO(content))
+    blended = Image.alpha_composite(
+      Image.new('RGBA', image.size, 'white'), image.convert('RGBA')
+    ).convert('RGB')
+    np.testing.assert_array_equal(transforms.read_image(io.BytesIO(content), 'x'), blended)

@@ -90,7 +90,7 @@ def test_each_edit_has_its_own_source_image():
 
 def test_the_encoder_of_source_images_is_compiled_ahead():
   subject = _subject((Samples, Edits), source_images=True)
-  assert len([lowered.compile() for lowered in subject.sampling_programs()]) == 2
+  assert len([lowered.compile() for lowered in subject.sampling_programs()]) == 3
   with compilations() as observed:
     subject.editing(np.zeros((16, 16, 3), np.uint8))
   assert 'encode_source' not in observed.all

@@ -7,6 +7,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -14,6 +15,7 @@ from tests.compilations import compilations
 from vpe_jax import devices, sharding
 from vpe_jax.checkpoints.frozen import FrozenNetworks
 from vpe_jax.contracts import UserError
+from vpe_jax.evaluation import intervals
 from vpe_jax.evaluation.report import Report
 from vpe_jax.training import loop, metrics, programs
 from vpe_jax.training.evaluations import Evaluations
@@ -149,7 +151,11 @@ def test_generators_of_evaluators_hold_no_parameters_between_runs(drawing_system
   mesh = sharding.make_mesh(system.config.mesh)
   networks = FrozenNetworks({}, {}, None)
   evaluations = Evaluations(system.config, system, networks, mesh, tmp_path)
-  run = lambda subject: subjects.append(subject) or Report({'a': len(subject.generator.params)}, ())
+
+  def run(subject):
+    subjects.append(subject)
+    return Report({'a': intervals.mean(np.array([len(subject.generator.params)]))})
+
   evaluations._evaluators['sampler'] = types.SimpleNamespace(run=run)
   state = {'stage': 0, 'stage_step': 0, 'params': {'w': jnp.ones(3)}, 'ema': {}}
   for _ in range(2):

@@ -59,6 +59,11 @@ class DataConfig:
     language: language of a folder's records, such as `en`; others are skipped (empty: no filter).
     least_text_height: minimum height of text in a folder's images, in pixels of the padded image;
       records with smaller text are skipped (0: no filter). See vpe_jax.data.filters.
+    most_skipped: maximum share of unusable records, which are named in a warning and skipped: image
+      files that can't be decoded, missing or malformed captions. More end the run, before step 1
+      where the data are in a folder of image files.
+    most_pixels: pixels of the largest image that is decoded, before it is reduced.
+    most_bytes: size of the largest image file.
     source_images: whether records are edits: a source image, an instruction (the caption), and the
       edited image.
   """
@@ -80,11 +85,14 @@ class DataConfig:
   prompt_field: str = 'caption'
   language: str = ''
   least_text_height: int = 0
+  most_skipped: float = 0.01
+  most_pixels: int = 2**26
+  most_bytes: int = 2**26
   source_images: bool = False
 
   def __post_init__(self) -> None:
-    check_sizes(self, 'data.')
-    for name in ('scenes_share', 'words_share'):
+    check_sizes(self, 'data.', most_pixels=1, most_bytes=1)
+    for name in ('scenes_share', 'words_share', 'most_skipped'):
       check(self, 'data.', name, 0 <= getattr(self, name) <= 1, 'between 0 and 1')
     check(self, 'data.', 'most_words', 1 <= self.most_words <= 3, '1, 2 or 3')
     for name, known in {'encode': ENCODES, 'prompt_field': PROMPT_FIELDS, 'fit': FITS}.items():

@@ -21,8 +21,11 @@ from typing import Any, Protocol
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import FIELDS
 from vpe_jax.data.formats.array_record import MANIFEST, Content
-from vpe_jax.data.formats.folder import FieldSpec, find_entries, group_of, record_id
+from vpe_jax.data.formats.entries import FieldSpec, find_entries
+from vpe_jax.data.formats.folder import group_of, record_id
 from vpe_jax.data.formats.tfds import Tfds
+from vpe_jax.data.records import BadRecord, caption_fields
+from vpe_jax.data.transforms import DECODING, Decoding
 from vpe_jax.storage import local_path
 
 Location = Sequence[Any]  # JSON values
@@ -82,33 +85,45 @@ class FolderInput:
 
   path: str
   fields: FieldSpec
+  decoding: Decoding = Decoding()
 
   def count(self) -> None:
     """None: counting requires reading the folder."""
 
   def locations(self, scratch: Path) -> Iterator[Location]:
-    """(names, filter fields of each entry with these names, where), sorted; see folder.Names."""
-    # Captions are optional here: `read` reports a missing caption for its own record alone.
+    """(names, filter fields of each entry with these names, where, reason), sorted; see Entry."""
+    # Captions are optional here: preparing reports a missing one with the cure of its own flags.
     fields = dataclasses.replace(self.fields, captions=False)
     entries = (
-      (names, {key: values[key] for key in FIELDS if key in values}, where)
-      for names, values, where in find_entries(Path(self.path), fields)
+      (names, {key: values[key] for key in FIELDS if key in values}, where, reason)
+      for names, values, where, reason in find_entries(Path(self.path), fields)
     )
     for names, group in itertools.groupby(sort(entries, scratch), key=lambda entry: entry[0]):
       duplicates = list(group)
-      yield names, [values for _, values, _ in duplicates], duplicates[0][2]
+      yield names, [values for _, values, _, _ in duplicates], *duplicates[0][2:]
 
   def read(self, locations: Sequence[Location]) -> Iterator[RawRecord | UnusableRecord]:
     """See Input."""
-    for (name, caption, source_name), values, where in locations:
+    for (name, captions, source_name), values, where, reason in locations:
       try:
-        image, reference = (
-          Path(self.path, each).read_bytes() if each else b'' for each in (name, source_name)
-        )
-        content = Content(record_id(name), caption, group_of(name), image, reference)
+        if reason:
+          raise BadRecord(reason)
+        files = {'image': self._read(name), 'reference': self._read(source_name)}
+        texts = caption_fields(captions)
+        content = Content(id=record_id(name), group=group_of(name), **texts, **files)
         yield RawRecord(content, tuple(values), where)
+      except BadRecord as error:
+        yield UnusableRecord(name if reason else record_id(name), str(error))
       except (OSError, ValueError) as error:  # ValueError: not a valid file name.
         yield UnusableRecord(record_id(name), f'{where}: {error}')
+
+  def _read(self, name: str) -> bytes:
+    """The content of a file, if it is not too large; b'' for the name ''."""
+    if not name:
+      return b''
+    path = Path(self.path, name)
+    self.decoding.check_bytes(path.stat().st_size, str(path))
+    return path.read_bytes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +153,7 @@ class TfdsInput:
       yield RawRecord(content, ({},), record.image.name)
 
 
-def open_folder_input(path: str, fields: FieldSpec) -> FolderInput:
+def open_folder_input(path: str, fields: FieldSpec, decoding: Decoding = DECODING) -> FolderInput:
   """A folder of image files as an input.
 
   Raises:
@@ -147,7 +162,7 @@ def open_folder_input(path: str, fields: FieldSpec) -> FolderInput:
   folder = local_path(path)
   if (folder / MANIFEST).exists():
     raise UserError(f'{folder} is already prepared: config.data.source=folder:{folder} reads it')
-  return FolderInput(str(folder), fields)
+  return FolderInput(str(folder), fields, decoding)
 
 
 def matching_files(pattern: str, ending: str) -> dict[str, str]:

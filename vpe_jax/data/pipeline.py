@@ -15,13 +15,14 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import Batch, Preprocess, System, UserError
 from vpe_jax.data.cache import Encoded
-from vpe_jax.data.records import Record, Source, Split
+from vpe_jax.data.records import BadRecord, Record, Source, Split
 from vpe_jax.data.sources import open_source
+from vpe_jax.storage import stable_hash
 
 THREADS = 2  # reader threads if there are no reader processes
 PREFETCHED = 4  # batches
@@ -29,6 +30,9 @@ MAX_WORKERS_PER_CORE, MIN_WORKER_LIMIT = 4, 16
 
 Arrays = dict[str, np.ndarray]
 EXAMPLE = 'example'  # name of the array that holds the stream position of each example
+_REPLACED = 'replaced'  # array with the source index of a record that could not be read, or -1
+_REPLACEMENTS = 16  # records that may replace one; if none can be read, the data are gone
+_CAPTION = 1  # stream of random numbers that choose captions; preprocessing has another
 
 
 class Pipeline:
@@ -67,6 +71,7 @@ class Pipeline:
     self.preprocess = preprocess
     self._config = config
     self._reader = _Reader(self.source, preprocess, tuple(sorted(names)), encoded, seed % 2**32)
+    self._most_replaced = int(config.most_skipped * len(self.source))
     if encoded is not None and len(encoded) != len(self.source):
       raise UserError(
         f'the cache holds {len(encoded)} records and the source {len(self.source)}: build it again'
@@ -101,16 +106,26 @@ class Pipeline:
     return self.source[index]
 
   def prompt(self, index: int) -> str:
-    """The prompt of the record at a source index."""
+    """The prompt of the record at a source index; the first one if it has several."""
     return self.preprocess.prompt(self.source[index])
+
+  def prompt_at(self, position: int) -> str:
+    """The prompt of the example at a stream position."""
+    return self.preprocess.prompt(self._reader.record(position, self.index_at(position)))
 
   def examples(self, indices: Sequence[int]) -> Batch:
     """Selected records as one batch, for sample grids and for building a cache.
 
+    A record with several captions has its first one.
+
     Args:
       indices: source indices; they are also the batch's `example`.
+
+    Raises:
+      BadRecord: a record can't be read.
     """
-    return self._reader.batch(_stack([self._reader((index, index)) for index in indices]))
+    arrays = [self._reader.arrays(index, index, self.source[index]) for index in indices]
+    return self._reader.batch(_stack(arrays))
 
   def batches(
     self, start_example: int, batch_size: int, host_index: int = 0, host_count: int = 1
@@ -122,6 +137,10 @@ class Pipeline:
       batch_size: size B of a global batch. Host h of n gets elements [h B/n, (h + 1) B/n).
       host_index: index h of this host.
       host_count: number n of hosts.
+
+    A record that can't be read is replaced by another one, which depends only on the seed and on
+    its index. The iterator raises a UserError after more than the share `data.most_skipped` of
+    different records.
 
     Returns:
       An iterator of Batch with numpy leaves; close it, or use it in a `with` block.
@@ -140,7 +159,33 @@ class Pipeline:
         f'at most {limit}'
       )
     stacked = self._examples[start_example:].batch(batch_size // host_count, batch_fn=_stack)
-    return Batches(stacked[host_index::host_count], self._config.workers, self._reader.batch)
+    return Batches(stacked[host_index::host_count], self._config.workers, self._assemble())
+
+  def _assemble(self) -> Callable[[Arrays], Batch]:
+    """A function that assembles batches, and counts replaced records."""
+    replaced: set[int] = set()
+
+    def assemble(stacked: Arrays) -> Batch:
+      new = {int(index) for index in stacked[_REPLACED] if index >= 0} - replaced
+      replaced.update(new)
+      if new and len(replaced) > self._most_replaced:
+        raise UserError(
+          f'{len(replaced):,} of {len(self):,} records can not be read, more than '
+          f'data.most_skipped={self._config.most_skipped:g}; the last: {self._reason(max(new))}'
+        )
+      for index in sorted(new):
+        logging.warning('a record is skipped: %s', self._reason(index))
+      return self._reader.batch(stacked)
+
+    return assemble
+
+  def _reason(self, index: int) -> str:
+    """Why the record at a source index can't be read."""
+    try:
+      self._reader.arrays(index, index, self.source[index])
+    except BadRecord as error:
+      return str(error)
+    return f'record {index} could not be read before, but can be now'
 
 
 class Batches(contextlib.AbstractContextManager):
@@ -196,15 +241,35 @@ class _Reader(grain.transforms.Map):
 
   def __call__(self, element: tuple[int, int]) -> Arrays:
     position, index = element
+    used, replaced = index, -1
+    for attempt in range(_REPLACEMENTS):
+      try:
+        arrays = self.arrays(position, used, self.record(position, used))
+        return arrays | {_REPLACED: np.int64(replaced)}
+      except BadRecord as error:
+        last, replaced = error, index
+        used = stable_hash('replacement', self.seed, index, attempt) % len(self.source)
+    raise last
+
+  def record(self, position: int, index: int) -> Record:
+    """The record at a source index, with one of its captions, which the position chooses."""
+    record = self.source[index]
+    if not record.captions:
+      return record
+    choice = np.random.default_rng((self.seed, position, _CAPTION)).integers(len(record.captions))
+    return dataclasses.replace(record, caption=record.captions[choice])
+
+  def arrays(self, position: int, index: int, record: Record) -> Arrays:
+    """The preprocessed arrays of a record, and its encoded entries."""
     rng = np.random.default_rng((self.seed, position))
-    inputs = self.preprocess(self.source[index], self.names, rng)
+    inputs = self.preprocess(record, self.names, rng)
     encoded = {} if self.encoded is None else self.encoded[index]
     return {EXAMPLE: np.int32(position), **{n: inputs[n] for n in self.names}, **encoded}
 
   def batch(self, stacked: Arrays) -> Batch:
     """Assigns stacked arrays to the fields of a Batch."""
     # Copies: arrays from reader processes are in shared memory, which Grain reuses.
-    arrays = {name: np.array(leaf) for name, leaf in stacked.items()}
+    arrays = {name: np.array(leaf) for name, leaf in stacked.items() if name != _REPLACED}
     example, inputs = arrays.pop(EXAMPLE), {name: arrays.pop(name) for name in self.names}
     return Batch(example, inputs, arrays)
 

@@ -36,7 +36,8 @@ from vpe_jax.config import FITS, FOLDER, TFDS, check, did_you_mean
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.array_record import MANIFEST, Manifest, Shard, Writer, read_manifest
-from vpe_jax.data.formats.folder import FieldSpec, check_text
+from vpe_jax.data.formats.entries import FieldSpec, abbreviated, check_caption, check_text
+from vpe_jax.data.formats.folder import ReadOptions
 from vpe_jax.data.formats.parquet import open_parquet
 from vpe_jax.data.formats.tfds import open_tfds
 from vpe_jax.data.formats.webdataset import open_tars
@@ -48,7 +49,7 @@ from vpe_jax.data.inputs import (
   UnusableRecord,
   open_folder_input,
 )
-from vpe_jax.data.transforms import read_image
+from vpe_jax.data.transforms import Decoding
 
 SKIPPED = 'skipped.jsonl'
 WEBDATASET = 'webdataset:'
@@ -58,7 +59,6 @@ SHARD_RECORDS = 8192  # about 400 MB with images of 50 kB (512 pixels)
 _WORK_FOLDER = 'preparing'  # folder of settings, summaries and unfinished shards
 _SETTINGS = 'settings.json'
 _QUEUED = 2  # shards submitted beyond the number of processes
-_MAX_CAPTION = 100_000  # characters; a longer caption is a mistake, and slow to read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,8 @@ class Settings:
     fit: how images become square.
     count: use only the first `count` input records, counted before filters; 0 for all.
     shard_records: number of input records for each shard.
+    most_pixels: pixels of the largest image that is not unusable.
+    most_bytes: size of its largest file.
 
   Raises:
     UserError: `fit` is unknown.
@@ -95,6 +97,8 @@ class Settings:
   fit: str = 'pad'
   count: int = 0
   shard_records: int = SHARD_RECORDS
+  most_pixels: int = Decoding.most_pixels
+  most_bytes: int = Decoding.most_bytes
 
   def __post_init__(self) -> None:
     check(self, '', 'fit', self.fit in FITS, f'one of {", ".join(FITS)}')
@@ -104,6 +108,11 @@ class Settings:
     """The filter that records must pass."""
     return Filter(self.language, self.least_text_height, self.image_size, self.fit)
 
+  @property
+  def decoding(self) -> Decoding:
+    """How image files are decoded."""
+    return Decoding(self.fit, self.most_pixels, self.most_bytes)
+
 
 def _why_none(summaries: Sequence[ShardSummary]) -> str:
   """Why no record was written, as the end of an error message; '' without any image."""
@@ -112,7 +121,7 @@ def _why_none(summaries: Sequence[ShardSummary]) -> str:
   if not processed:
     return ''
   if len(skipped) == processed:
-    return f': none is usable; the first: {skipped[0][0]}: {skipped[0][1]}'
+    return f': none is usable; the first: {abbreviated(skipped[0][0])}: {skipped[0][1]}'
   return ': none passes --language and --least_text_height; relax them'
 
 
@@ -156,12 +165,12 @@ def open_input(settings: Settings) -> Input:
       f'--source={settings.source}: write {", ".join(KINDS)} followed by a path or name{hint}'
     )
   if kind == FOLDER:
-    return open_folder_input(path, fields)
+    return open_folder_input(path, fields, settings.decoding)
   if kind == WEBDATASET:
-    return open_tars(path, fields)
+    return open_tars(path, fields, settings.decoding)
   if kind == PARQUET:
-    return open_parquet(path, fields)
-  return TfdsInput(open_tfds(path, settings.root, 0, fields, settings.fit))
+    return open_parquet(path, fields, settings.decoding)
+  return TfdsInput(open_tfds(path, settings.root, ReadOptions(fields, decoding=settings.decoding)))
 
 
 def is_complete(to: str) -> bool:
@@ -169,14 +178,14 @@ def is_complete(to: str) -> bool:
   return (storage.local_path(to) / MANIFEST).exists()
 
 
-def prepare(settings: Settings, to: str, workers: int = 0, max_skipped: float = 0.01) -> Manifest:
+def prepare(settings: Settings, to: str, workers: int = 0, most_skipped: float = 0.01) -> Manifest:
   """Writes a prepared folder, or the missing shards of an unfinished one.
 
   Args:
     settings: options that determine the content.
     to: the folder: new, empty, or unfinished with the same settings.
     workers: number of processes that read and write; 0 uses this process only.
-    max_skipped: maximum share of unusable records, which are listed in SKIPPED.
+    most_skipped: maximum share of unusable records, which are listed in SKIPPED.
 
   Returns:
     The manifest.
@@ -189,7 +198,7 @@ def prepare(settings: Settings, to: str, workers: int = 0, max_skipped: float = 
     work = _create_work_folder(folder, settings)
     with _locked(work / _SETTINGS):
       try:
-        _write(settings, folder, workers, max_skipped)
+        _write(settings, folder, workers, most_skipped)
       except UserError:
         # No shard is written yet: clear the folder, so that a retry may have other settings.
         if {path.name for path in folder.iterdir()} == {_WORK_FOLDER}:
@@ -225,6 +234,8 @@ def _create_work_folder(folder: Path, settings: Settings) -> Path:
 def _check_settings(folder: Path, old: dict[str, Any], settings: Settings) -> None:
   """Rejects a folder that was started with other settings."""
   new = dataclasses.asdict(settings)
+  # Settings that did not exist when the folder was started had their defaults.
+  old = {f.name: f.default for f in dataclasses.fields(settings) if f.name != 'source'} | old
   if old == new:
     return
   changed = [f'{k}={old.get(k)!r}, now {new[k]!r}' for k in new if old.get(k) != new[k]]
@@ -244,7 +255,7 @@ def _locked(path: Path) -> Iterator[None]:
     yield
 
 
-def _write(settings: Settings, folder: Path, workers: int, max_skipped: float) -> None:
+def _write(settings: Settings, folder: Path, workers: int, most_skipped: float) -> None:
   """Writes all shards, the list of unusable records, and the manifest."""
   source = open_input(settings)
   total = source.count()
@@ -258,18 +269,18 @@ def _write(settings: Settings, folder: Path, workers: int, max_skipped: float) -
       processed, skipped = processed + summary.locations, skipped + len(summary.skipped)
       bar.update(summary.locations)
       # Fail early: if no record is usable so far, or if the limit is certain to be exceeded.
-      none_usable = len(summary.skipped) == processed and max_skipped < 1
-      if none_usable or skipped > max_skipped * (total or math.inf):
+      none_usable = len(summary.skipped) == processed and most_skipped < 1
+      if none_usable or skipped > most_skipped * (total or math.inf):
         break
   # Without a shard, the list goes to the work folder: the output folder stays free for other
   # settings.
   list_folder = folder if any(summary.shard for summary in summaries) else folder / _WORK_FOLDER
   _write_skipped(list_folder, summaries)
-  if skipped > max_skipped * processed:
+  if skipped > most_skipped * processed:
     name, reason = next(bad for summary in summaries for bad in summary.skipped)
     raise UserError(
-      f'{skipped:,} of {processed:,} images are unusable, more than --max_skipped={max_skipped}; '
-      f'the first: {name}: {reason} (all: {list_folder / SKIPPED})'
+      f'{skipped:,} of {processed:,} images are unusable, more than --most_skipped={most_skipped}; '
+      f'the first: {abbreviated(name)}: {reason} (all: {list_folder / SKIPPED})'
     )
   shards = tuple(summary.shard for summary in summaries if summary.shard is not None)
   records = sum(shard.records for shard in shards)
@@ -437,20 +448,21 @@ def _passes_filters(settings: Settings, record: RawRecord) -> bool:
   Raises:
     UserError: the record is unusable.
   """
-  content, record_filter, where = record.content, settings.record_filter, record.where
+  content, decoding, where = record.content, settings.decoding, record.where
+  captions = ' '.join(content.captions or [content.caption])
   check_text(content.id, where, 'name')
   if settings.captions and not content.caption:
     raise UserError(
       f'{where} has no caption (--caption=NAME names its field; --nocaptions allows none)'
     )
-  if len(check_text(content.caption, where)) > _MAX_CAPTION:
-    raise UserError(f'{where}: the caption has {len(content.caption):,} characters')
-  image = lambda: io.BytesIO(content.image)
+  for caption in content.captions or [content.caption]:
+    check_caption(caption, where)
   if not any(
-    record_filter.passes(values, content.caption, image(), where) for values in record.values
+    settings.record_filter.passes(values, captions, io.BytesIO(content.image), where)
+    for values in record.values
   ):
     return False
-  read_image(image(), where)
+  decoding.check(content.image, where)
   if settings.reference:
-    read_image(io.BytesIO(content.reference), f'{where}, source image')
+    decoding.check(content.reference, f'{where}, source image')
   return True

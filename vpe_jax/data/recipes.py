@@ -17,9 +17,9 @@ import numpy as np
 from vpe_jax.config import FOLDERS
 from vpe_jax.contracts import UserError
 from vpe_jax.data.cache import Encoded
-from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.array_record import open_image_folder
-from vpe_jax.data.formats.folder import FieldSpec
+from vpe_jax.data.formats.entries import FieldSpec
+from vpe_jax.data.formats.folder import ReadOptions
 from vpe_jax.data.records import Record, StoredSource
 from vpe_jax.storage import local_path
 
@@ -112,14 +112,13 @@ def parse(source: str) -> dict[str, int]:
   return {name.strip(): int(times or 1) for name, _, times in entries}
 
 
-def open_recipe(source: str, root: str, fields: FieldSpec, record_filter: Filter) -> Recipe:
+def open_recipe(source: str, root: str, options: ReadOptions) -> Recipe:
   """Opens every folder of a recipe.
 
   Args:
     source: `data.source`, such as `folders:a*3,b`.
     root: parent of the folders.
-    fields: fields that each record must have.
-    record_filter: filter that each record must pass.
+    options: how records are read.
 
   Raises:
     UserError: a folder is missing, or open_image_folder rejects it.
@@ -128,8 +127,8 @@ def open_recipe(source: str, root: str, fields: FieldSpec, record_filter: Filter
   paths = {name: local_path(root) / name for name in entries}
   for name, path in paths.items():
     if not path.is_dir():
-      raise UserError(_missing(name, path, fields))
-  folders = [open_image_folder(str(path), 0, fields, record_filter) for path in paths.values()]
+      raise UserError(_missing(name, path, options.fields))
+  folders = [open_image_folder(str(path), options) for path in paths.values()]
   return Recipe(tuple(entries), tuple(folders), tuple(entries.values()))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator
-from typing import Literal, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -144,6 +144,8 @@ class Record:
       in edits of scenes.
     reference: source image of an edit; else None.
     edit: ground truth of an edit; None if unknown (user data), or if the record is no edit.
+    captions: all captions if there are several; training draws one for each example and epoch.
+      `caption` is the first. Empty if there is only one.
   """
 
   id: str
@@ -155,6 +157,17 @@ class Record:
   wording: int = 0
   reference: Renderable | None = None
   edit: Edit | None = None
+  captions: tuple[str, ...] = ()
+
+
+def caption_fields(captions: Sequence[str]) -> dict[str, Any]:
+  """The fields `caption` and `captions` of a record with these captions."""
+  first = captions[0] if captions else ''
+  return {'caption': first, 'captions': tuple(captions) if len(captions) > 1 else ()}
+
+
+class BadRecord(UserError):
+  """A record of a user's data can't be used; the message names its location and the reason."""
 
 
 class Source(Protocol):

@@ -20,7 +20,8 @@ from vpe_jax.data.embedded.scenes import Scenes
 from vpe_jax.data.embedded.words import of_config as words_of_config
 from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.array_record import open_image_folder
-from vpe_jax.data.formats.folder import FieldSpec
+from vpe_jax.data.formats.entries import FieldSpec
+from vpe_jax.data.formats.folder import ReadOptions
 from vpe_jax.data.formats.tfds import open_tfds
 from vpe_jax.data.recipes import open_recipe
 from vpe_jax.data.records import (
@@ -31,6 +32,7 @@ from vpe_jax.data.records import (
   Split,
   check_is_train,
 )
+from vpe_jax.data.transforms import Decoding
 
 
 class Opener(Protocol):
@@ -96,19 +98,23 @@ def _open_stored(config: DataConfig, split: Split) -> Source:
   """Opens the user's own data; errors as those of `open_source`."""
   check_is_train(config.source, split)
   _check_references(config, config.in_folders and config.source_images)
-  fields = FieldSpec(config.prompt_field == 'caption', config.source_images)
-  record_filter = Filter(config.language, config.least_text_height, config.image_size, config.fit)
-  count = config.examples
+  options = ReadOptions(
+    FieldSpec(config.prompt_field == 'caption', config.source_images),
+    Filter(config.language, config.least_text_height, config.image_size, config.fit),
+    Decoding.of(config),
+    config.most_skipped,
+    config.examples,
+  )
   if config.source.startswith(TFDS):
-    return open_tfds(config.source.removeprefix(TFDS), config.root, count, fields, config.fit)
+    return open_tfds(config.source.removeprefix(TFDS), config.root, options)
   if not config.source.startswith(FOLDERS):
-    return open_image_folder(config.source.removeprefix(FOLDER), count, fields, record_filter)
-  if count:
+    return open_image_folder(config.source.removeprefix(FOLDER), options)
+  if config.examples:
     raise UserError(
-      f'data.examples={count} selects the first images of one folder, and config.data.source names '
-      'several: set it to 0'
+      f'data.examples={config.examples} selects the first images of one folder, and '
+      'config.data.source names several: set it to 0'
     )
-  return open_recipe(config.source, config.root, fields, record_filter)
+  return open_recipe(config.source, config.root, options)
 
 
 def open_mixture(config: DataConfig, split: Split, seed: int) -> Mixture:

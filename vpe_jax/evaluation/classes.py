@@ -71,7 +71,7 @@ class ClassBenchmark:
 
   def check(self) -> None:
     """See Evaluator."""
-    check_options(self.captions, (), self.seed)
+    check_options(self.captions, (SPLIT,), self.seed)
 
   def programs(self, subject: Subject) -> list[Lowered]:
     """See Evaluator."""

@@ -294,7 +294,7 @@ def _report(run: Run, programs: StagePrograms, state: State, batch: Batch) -> No
   if jax.process_index() == 0:
     report.write_parameters(run.workdir, state['params'])
   _say(report.memory_text(programs))
-  first = run.data.prompt(run.data.index_at(int(state['examples_seen'])))
+  first = run.data.prompt_at(int(state['examples_seen']))
   _say(report.sample_text(batch, first))
 
 

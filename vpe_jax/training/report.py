@@ -15,6 +15,7 @@ from etils import epath
 from vpe_jax import storage
 from vpe_jax.config import Config, OptimConfig
 from vpe_jax.contracts import Batch, Params, Stage
+from vpe_jax.data.formats.entries import abbreviated
 from vpe_jax.sharding import leaves_by_path
 from vpe_jax.training import memory, optimizer
 from vpe_jax.training.programs import StagePrograms
@@ -149,7 +150,7 @@ def sample_text(batch: Batch, caption: str) -> str:
   shapes = ', '.join(
     f'{name} {list(array.shape)} {np.dtype(array.dtype).name}' for name, array in arrays.items()
   )
-  return f'data: {shapes}\n  first caption: {caption!r}'
+  return f'data: {shapes}\n  first caption: {abbreviated(caption)!r}'
 
 
 def _count(leaves: list[Any]) -> str:

@@ -10,7 +10,8 @@ from PIL import Image
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data.embedded import cifar10
-from vpe_jax.data.formats.folder import FieldSpec, open_folder
+from vpe_jax.data.formats.entries import FieldSpec
+from vpe_jax.data.formats.folder import ReadOptions, open_folder
 from vpe_jax.data.records import render
 
 
@@ -29,7 +30,7 @@ def package(tmp_path):
 
 def test_images_are_written_to_the_folder_of_their_class(package, tmp_path):
   assert cifar10.convert(str(package), str(tmp_path / 'to')) == {'train': 10, 'test': 2}
-  source = open_folder(str(tmp_path / 'to' / 'test'), fields=FieldSpec(captions=False))
+  source = open_folder(str(tmp_path / 'to' / 'test'), ReadOptions(FieldSpec(captions=False)))
   assert [(record.id, record.group) for record in source] == [
     ('folder/airplane/00001.png', 'airplane'),
     ('folder/cat/00000.png', 'cat'),

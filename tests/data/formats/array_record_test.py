@@ -23,6 +23,7 @@ from vpe_jax.data.formats import array_record
 from vpe_jax.data.formats.array_record import Content, Shard, Writer
 from vpe_jax.data.preparing import Settings, prepare
 from vpe_jax.data.sources import open_source
+from vpe_jax.data.transforms import Decoding
 
 COUNT = 11
 
@@ -225,7 +226,7 @@ def _edit(**values):
   [
     (lambda f: (f / 'images-00002.array_record').unlink(), '00002.array_record'),
     (_shorten, r'00001.array_record has [\d,]+ bytes'),
-    (_edit(format=2), 'prepared.json has format 2'),
+    (_edit(format=3), 'prepared.json has format 3'),
     (_edit(format=None), 'prepared.json has format None'),
     (_edit(shards=[]), 'prepared.json .*no records'),
     (_edit(shards=[{'file': '../x', 'records': 1, 'bytes': 1, 'crc32': 1}]), 'another folder'),
@@ -278,7 +279,7 @@ def test_an_invalid_image_is_named(tmp_path):
   with Writer(tmp_path / 'a') as writer:
     writer.write(Content('fox', '', 'x', b'no image'))
   shard = Shard('a', 1, (tmp_path / 'a').stat().st_size, 0)
-  source = array_record.Prepared(str(tmp_path), (shard,), 1, 'pad', False, '')
+  source = array_record.Prepared(str(tmp_path), (shard,), 1, Decoding(), False, '')
   with pytest.raises(UserError, match='unreadable image fox in .*/a'):
     source[0].image.render(8)
 

@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from vpe_jax.contracts import UserError
-from vpe_jax.data.formats.folder import FieldSpec, open_folder
-from vpe_jax.data.records import render
+from vpe_jax.data.formats.entries import FieldSpec
+from vpe_jax.data.formats.folder import ReadOptions, open_folder
+from vpe_jax.data.records import BadRecord, render
+from vpe_jax.data.transforms import Decoding
 
 
 def _image(path, colour='red', size=(20, 10)):
@@ -43,9 +45,14 @@ def test_count_takes_the_first_images_with_a_warning(tmp_path, caplog):
   for name in 'abc':
     _image(tmp_path / f'{name}.png')
     (tmp_path / f'{name}.txt').write_text(name)
-  assert len(open_folder(str(tmp_path), 3)) == len(open_folder(str(tmp_path))) == 3
+  assert (
+    len(open_folder(str(tmp_path), ReadOptions(count=3))) == len(open_folder(str(tmp_path))) == 3
+  )
   assert not caplog.records
-  assert [record.caption for record in open_folder(str(tmp_path), 2)] == ['a', 'b']
+  assert [record.caption for record in open_folder(str(tmp_path), ReadOptions(count=2))] == [
+    'a',
+    'b',
+  ]
   (record,) = caplog.records
   assert 'first 2 of 3' in record.getMessage() and 'examples=0' in record.getMessage()
 
@@ -73,7 +80,7 @@ def test_captions_file(tmp_path):
     ('["x.png"]', 'names no image'),
     ('{"file": "../data/x.png", "caption": "an x"}', 'line 1: image ../data/x.png'),
     ('{"file": "{tmp}/x.png", "caption": "an x"}', 'line 1: image .*outside'),
-    ('{"file": "' + 'x' * 5000 + '", "caption": "an x"}', 'line 1: image x+'),
+    ('{"file": "' + 'x' * 5000 + '", "caption": "an x"}', r'line 1: image .*/x+\.\.\. '),
     ('{"file": ' + '1' * 5000 + '}', 'line 1 is not JSON'),
     ('[' * 100_000, 'line 1 is not JSON'),
     ('{"file": "x.png", "caption": "an \\ud800"}', 'line 1: the caption'),
@@ -85,7 +92,7 @@ def test_invalid_lines_are_named(tmp_path, line, message):
   (tmp_path / 'captions.jsonl').write_text(line.replace('{tmp}', str(tmp_path)))
   with pytest.raises(UserError, match=message) as error:
     open_folder(str(tmp_path))
-  assert '\n' not in str(error.value) and len(str(error.value)) < 400
+  assert '\n' not in str(error.value) and len(str(error.value)) < 500
 
 
 def test_spellings_of_one_file_are_one_record(tmp_path):
@@ -130,18 +137,76 @@ def test_missing_and_unreadable_files_are_named(tmp_path):
   check('captions.jsonl')
 
 
-def test_an_unreadable_image_is_named_when_rendered(tmp_path):
-  (tmp_path / 'x.png').write_bytes(b'nothing')
-  (tmp_path / 'x.txt').write_text('an x')
+def _captioned(folder, names):
+  for name in names:
+    _image(folder / name)
+    (folder / name).with_suffix('.txt').write_text(f'the {name}')
+
+
+def test_all_bad_records_are_listed_at_once_and_skipped_up_to_a_share(tmp_path, caplog):
+  _captioned(tmp_path, [f'{number:02d}.jpg' for number in range(20)])
+  whole = (tmp_path / '03.jpg').read_bytes()
+  (tmp_path / '03.jpg').write_bytes(whole[: len(whole) // 2])
+  (tmp_path / '05.txt').write_bytes('un café'.encode('cp1252'))
+  (tmp_path / '07.txt').unlink()
+  (tmp_path / '09.jpg').rename(tmp_path / '09.heic')
+  with pytest.raises(UserError, match='4 of 20 .*data.most_skipped=0.1') as error:
+    open_folder(str(tmp_path), ReadOptions(most_skipped=0.1))
+  for name in ('03.jpg', '05.txt', '07.jpg', '09.heic'):
+    assert name in str(error.value)
+  assert '\n' not in str(error.value)
+  source = open_folder(str(tmp_path), ReadOptions(most_skipped=0.2))
+  bad = {3, 5, 7, 9}
+  assert [record.id for record in source] == [
+    f'folder/{number:02d}.jpg' for number in range(20) if number not in bad
+  ]
+  (warning,) = [record.getMessage() for record in caplog.records]
+  assert '4 of 20 records' in warning and '03.jpg' in warning
+
+
+def test_long_lists_of_bad_records_are_cut(tmp_path):
+  _captioned(tmp_path, [f'{number}.png' for number in range(20)])
+  for path in tmp_path.glob('*.png'):
+    path.write_bytes(b'none')
+  with pytest.raises(UserError, match='20 of 20 .*and 12 more$'):
+    open_folder(str(tmp_path))
+
+
+def test_images_are_decoded_again_only_if_they_changed(tmp_path, monkeypatch):
+  _captioned(tmp_path, ['a.png', 'b.png', 'c.png'])
+  decoded = []
+  check = Decoding.check
+  monkeypatch.setattr(
+    Decoding,
+    'check',
+    lambda self, content, name: decoded.append(name) or check(self, content, name),
+  )
+  first = open_folder(str(tmp_path))
+  assert len(decoded) == 3
+  assert open_folder(str(tmp_path)) == first and len(decoded) == 3
+  _image(tmp_path / 'b.png', 'blue')
+  second = open_folder(str(tmp_path))
+  assert decoded[3:] == [str(tmp_path / 'b.png')]
+  assert [a == b for a, b in zip(first.contents, second.contents, strict=True)] == [
+    True,
+    False,
+    True,
+  ]
+
+
+def test_an_image_that_changes_after_the_check_is_named_when_rendered(tmp_path):
+  _captioned(tmp_path, ['x.png'])
   source = open_folder(str(tmp_path))
-  with pytest.raises(UserError, match='unreadable image .*x.png'):
-    render(source[0], 8)
+  for damage in (lambda path: path.write_bytes(b'none'), lambda path: path.unlink()):
+    damage(tmp_path / 'x.png')
+    with pytest.raises(BadRecord, match='unreadable image .*x.png'):
+      render(source[0], 8)
 
 
 def test_classes_need_no_captions(tmp_path):
   for name in ('cat/1.png', 'cat/deep/2.png', 'dog/3.png'):
     _image(tmp_path / name)
-  source = open_folder(str(tmp_path), fields=FieldSpec(captions=False))
+  source = open_folder(str(tmp_path), ReadOptions(FieldSpec(captions=False)))
   assert [record.group for record in source] == ['cat', 'deep', 'dog']
   assert [record.caption for record in source] == [''] * 3
   with pytest.raises(UserError, match='has no caption'):
@@ -153,7 +218,7 @@ def test_source_images_of_edits(tmp_path):
     _image(tmp_path / name)
   line = {'file': 'x.png', 'caption': 'make it red', 'reference': 'before/x.png'}
   (tmp_path / 'captions.jsonl').write_text(json.dumps(line))
-  (record,) = open_folder(str(tmp_path), fields=FieldSpec(references=True))
+  (record,) = open_folder(str(tmp_path), ReadOptions(FieldSpec(references=True)))
   assert record.reference.path == str(tmp_path / 'before' / 'x.png')
   np.testing.assert_array_equal(record.reference.render(16), record.image.render(16))
   (plain,) = open_folder(str(tmp_path))
@@ -161,7 +226,7 @@ def test_source_images_of_edits(tmp_path):
   for reference, message in (('', 'line 1 .*"reference"'), ('y.png', 'y.png does not exist')):
     (tmp_path / 'captions.jsonl').write_text(json.dumps(line | {'reference': reference}))
     with pytest.raises(UserError, match=message):
-      open_folder(str(tmp_path), fields=FieldSpec(references=True))
+      open_folder(str(tmp_path), ReadOptions(FieldSpec(references=True)))
   (tmp_path / 'captions.jsonl').unlink()
   with pytest.raises(UserError, match='captions.jsonl'):
-    open_folder(str(tmp_path), fields=FieldSpec(references=True))
+    open_folder(str(tmp_path), ReadOptions(FieldSpec(references=True)))

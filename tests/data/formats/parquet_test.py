@@ -13,7 +13,7 @@ from pyarrow import parquet as pq
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data.formats import parquet
-from vpe_jax.data.formats.folder import FieldSpec
+from vpe_jax.data.formats.entries import FieldSpec
 from vpe_jax.data.inputs import RawRecord
 from vpe_jax.data.preparing import Settings, prepare
 
@@ -87,6 +87,15 @@ def test_captions_of_other_text_types_are_read(tmp_path, kind):
   assert captions[3:] == ['a fox', 'a dog', 'a fox']
 
 
+@pytest.mark.parametrize('kind', [pyarrow.list_, pyarrow.large_list, pyarrow.list_view])
+def test_lists_of_captions_are_read(tmp_path, kind):
+  texts = [[' a fox ', 'a red fox', None], ['a dog'], [], None]
+  caption = pyarrow.array(texts, kind(pyarrow.string()))
+  records = _read(_write(tmp_path / 'a.parquet', 4, caption=caption))
+  contents = [(record.content.caption, record.content.captions) for record in records]
+  assert contents == [('a fox', ('a fox', 'a red fox')), ('a dog', ()), ('', ()), ('', ())]
+
+
 def test_rows_without_image_bytes_are_unusable(tmp_path):
   (tmp_path / 'x.png').write_bytes(_png(0))
   image = [
@@ -142,7 +151,7 @@ def test_files_are_prepared_in_order(tmp_path):
   [
     ({'image': None}, {}, 'no image column image or jpg .*--image.*caption .string.'),
     ({'caption': None}, {}, 'no caption column caption or text or prompt.*--caption'),
-    ({'caption': [['a', 'b']] * 2}, {}, '--caption.*caption .list<'),
+    ({'caption': [[1, 2]] * 2}, {}, '--caption.*caption .list<'),
     ({'image': ['x.png'] * 2}, {}, 'no image column'),
     ({}, {'caption': 'annotation'}, 'no caption column annotation'),
     ({}, {'references': True, 'reference': 'before'}, 'no reference column before'),

@@ -9,8 +9,9 @@ import tarfile
 import pytest
 from PIL import Image
 
+from vpe_jax.contracts import UserError
 from vpe_jax.data.formats import webdataset
-from vpe_jax.data.formats.folder import FieldSpec
+from vpe_jax.data.formats.entries import FieldSpec
 from vpe_jax.data.inputs import RawRecord, UnusableRecord
 from vpe_jax.data.preparing import Settings, prepare
 
@@ -70,7 +71,7 @@ def test_members_with_one_stem_form_a_record(tmp_path):
       ('./cat/1.PNG', PNG),
       ('./cat/1.json', b'{"caption": "not this record"}'),
       ('2.jpg', _png('blue', 'jpeg')),
-      ('2.json', '{"prompt": "two\u2028", "language": "en"}'.encode()),
+      ('2.json', '{"prompt": ["two\u2028", "zwei"], "language": "en"}'.encode()),
       ('2.other.png', b'another'),
       ('._2.jpg', b'of a Mac'),
       ('noending', b'passed over'),
@@ -79,6 +80,7 @@ def test_members_with_one_stem_form_a_record(tmp_path):
   record, two = _read(path)
   assert _outcomes([record, two]) == [('a/cat/1', 'a cat \U0001f431'), ('a/2', 'two')]
   assert (record.content.group, two.content.group) == ('cat', 'webdataset')
+  assert (record.content.captions, two.content.captions) == ((), ('two', 'zwei'))
   assert record.content.image == PNG and two.values[0]['language'] == 'en'
 
 
@@ -167,7 +169,12 @@ def test_truncated_and_damaged_files_keep_their_complete_records(tmp_path, caplo
   (tmp_path / 'a.tar').unlink()
   with tarfile.open(tmp_path / 'a.tar', 'w:gz'):
     pass
-  assert 'can not be read to its end' in _read(tmp_path / 'a.tar')[-1].reason
+  for name in ('a.tar', 'a.tar.gz'):
+    (tmp_path / 'a.tar').rename(tmp_path / name)
+    for path in (tmp_path / name, tmp_path):
+      with pytest.raises(UserError, match=f'{name} is compressed.*gunzip'):
+        _read(path)
+    (tmp_path / name).rename(tmp_path / 'a.tar')
 
 
 @pytest.mark.parametrize('damaged', [0, 7, 19])

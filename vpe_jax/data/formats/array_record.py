@@ -28,12 +28,15 @@ from grain.sources import ArrayRecordDataSource
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import Filter
-from vpe_jax.data.formats.folder import Bytes, FieldSpec, first_line, limited_count, open_folder
-from vpe_jax.data.records import Record, StoredSource
+from vpe_jax.data.formats.entries import FieldSpec, first_line
+from vpe_jax.data.formats.folder import Bytes, ReadOptions, limited_count, open_folder
+from vpe_jax.data.records import BadRecord, Record, StoredSource
+from vpe_jax.data.transforms import Decoding
 from vpe_jax.storage import AnyPath, checksum, local_path
 
 MANIFEST = 'prepared.json'
-FORMAT = 1  # version of the format of manifest and records
+FORMAT = 2  # version of the format of manifest and records
+_READABLE = (1, 2)  # In format 1, records have one caption.
 # One record per chunk, so that random access reads no other record. Images are already compressed.
 _WRITER_OPTIONS = 'group_size:1,uncompressed'
 _MAX_OPEN_SHARDS = 16_384  # per process, if the system allows it
@@ -51,6 +54,7 @@ class Content:
     group: class name.
     image: bytes of the image file.
     reference: bytes of the source image file of an edit; empty if there is none.
+    captions: all captions if there are several; `caption` is the first.
   """
 
   id: str
@@ -58,6 +62,7 @@ class Content:
   group: str
   image: bytes
   reference: bytes = b''
+  captions: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +123,7 @@ class Prepared:
     path: the folder.
     shards: the files.
     count: only the first `count` records are used.
-    fit: see `data.fit`.
+    decoding: how image files become arrays.
     references: whether records have source images (edits).
     digest: hash of the manifest.
   """
@@ -126,7 +131,7 @@ class Prepared:
   path: str
   shards: tuple[Shard, ...]
   count: int
-  fit: str
+  decoding: Decoding
   references: bool
   digest: str
 
@@ -142,7 +147,7 @@ class Prepared:
     """Reads one record.
 
     Raises:
-      UserError: the record can't be read; the message names its shard and index.
+      BadRecord: the record can't be read; the message names its shard and index.
     """
     if not 0 <= index < self.count:
       raise IndexError(f'record {index} of {self.count} in {self.path}')
@@ -155,8 +160,9 @@ class Prepared:
       caption=content.caption,
       group=content.group,
       split='train',
-      image=Bytes(content.image, name, self.fit),
-      reference=Bytes(content.reference, name, self.fit) if self.references else None,
+      image=Bytes(content.image, name, self.decoding),
+      reference=Bytes(content.reference, name, self.decoding) if self.references else None,
+      captions=content.captions,
     )
 
   def stamps(self) -> Iterator[str]:
@@ -164,54 +170,55 @@ class Prepared:
     yield self.digest
 
 
-def open_image_folder(
-  path: str, count: int, fields: FieldSpec, record_filter: Filter
-) -> StoredSource:
+def open_image_folder(path: str, options: ReadOptions) -> StoredSource:
   """Opens a folder of user images: a prepared folder if it has a manifest, else image files.
 
   Args:
     path: the folder.
-    count: use only the first `count` records, and log a warning; 0 for all.
-    fields: fields that each record must have.
-    record_filter: filter that each record must pass. A prepared folder must have been prepared with
-      the same filter.
+    options: how records are read. A prepared folder must have been prepared with the same filter.
 
   Raises:
     UserError: the folder can't be read, or lacks required fields.
   """
   folder = local_path(path)
   if not (folder / MANIFEST).exists():
-    return open_folder(path, count, fields, record_filter)
+    return open_folder(path, options)
   manifest, digest = read_manifest(folder)
-  _check_requirements(folder, manifest, fields, record_filter)
+  _check_requirements(folder, manifest, options.fields, options.record_filter)
   for shard in manifest.shards:
     _check_size(folder, shard)
-  used = limited_count(manifest.count, count, path)
-  return Prepared(str(folder), manifest.shards, used, record_filter.fit, fields.references, digest)
+  used = limited_count(manifest.count, options.count, path)
+  references = options.fields.references
+  return Prepared(str(folder), manifest.shards, used, options.decoding, references, digest)
 
 
 def read_manifest(folder: Path) -> tuple[Manifest, str]:
   """The manifest of a prepared folder, and its digest.
 
   Raises:
-    UserError: the manifest can't be read, or has another format.
+    UserError: the manifest can't be read, or has another format; or the folder was never prepared.
   """
   path = folder / MANIFEST
+  if not path.exists():
+    kind = 'was not prepared, or not to its end' if folder.is_dir() else 'does not exist'
+    raise UserError(
+      f'{folder} {kind}: python -m vpe_jax.prepare --source=... --to={folder} prepares it'
+    )
   try:
     content = path.read_bytes()
     values = json.loads(content)
     version = values.get('format')
-    if version == FORMAT:
+    if version in _READABLE:
       shards = tuple(Shard(**shard) for shard in values.pop('shards'))
       manifest = Manifest(shards, **values)
       if not manifest.count or any(Path(shard.file).name != shard.file for shard in shards):
         raise ValueError('no records, or files of another folder')
   except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
     raise UserError(f'{path} is damaged ({error}): {_CURE}') from error
-  if version != FORMAT:
+  if version not in _READABLE:
     raise UserError(
-      f'{path} has format {version}, and this version reads {FORMAT}: prepare the folder again, or '
-      'use the version that wrote it'
+      f'{path} has format {version}, and this version reads up to {FORMAT}: prepare the '
+      'folder again, or use the version that wrote it'
     )
   return manifest, hashlib.blake2b(content, digest_size=16).hexdigest()
 
@@ -324,18 +331,22 @@ def _read(folder: str, shard: Shard, index: int) -> Content:
     content = _readers(os.getpid())(path, shard.records)[index]
     return Content(**_checked(msgpack.unpackb(content)))
   except Exception as error:  # C++ errors, or a damaged map with any content.
-    raise UserError(
+    raise BadRecord(
       f'record {index} of {path} can not be read ({first_line(error)}): {_CURE}'
     ) from error
 
 
 def _checked(values: Any) -> dict[str, Any]:
   """Returns the fields of a record if they have the right types."""
-  for field in dataclasses.fields(Content):
-    kind = bytes if field.type == 'bytes' else str
-    if not isinstance(values[field.name], kind):
-      raise ValueError(f'{field.name} is no {kind.__name__}')
-  return values
+  captions = tuple(values.pop('captions', ()))  # Format 1 has none.
+  fields = {field.name: field.type for field in dataclasses.fields(Content)}
+  for name in fields.keys() - {'captions'}:
+    kind = bytes if fields[name] == 'bytes' else str
+    if not isinstance(values[name], kind):
+      raise ValueError(f'{name} is no {kind.__name__}')
+  if not all(isinstance(caption, str) for caption in captions):
+    raise ValueError('captions are no str')
+  return values | {'captions': captions}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,10 @@ from typing import Any
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import FIELDS
 from vpe_jax.data.formats.array_record import Content
-from vpe_jax.data.formats.folder import FieldSpec
+from vpe_jax.data.formats.entries import FieldSpec, captions_of
 from vpe_jax.data.inputs import Location, RawRecord, UnusableRecord, matching_files
+from vpe_jax.data.records import BadRecord, caption_fields
+from vpe_jax.data.transforms import DECODING, Decoding
 
 _IMAGES = ('image', 'jpg', 'png', 'img')
 _CAPTIONS = ('caption', 'text', 'prompt')
@@ -32,9 +34,10 @@ class Parquet:
     names: path -> name of the file in record ids.
     groups: number of table rows in each row group of each file.
     image: image column.
-    caption: caption column; '' for none.
+    caption: caption column, of texts or of lists of texts; '' for none.
     reference: column of the source image of an edit; '' for none.
     filter_columns: columns that filters read.
+    decoding: limits of the images.
   """
 
   names: Mapping[str, str]
@@ -43,6 +46,7 @@ class Parquet:
   caption: str
   reference: str
   filter_columns: tuple[str, ...]
+  decoding: Decoding = Decoding()
 
   def count(self) -> int:
     """Number of table rows."""
@@ -99,21 +103,32 @@ class Parquet:
     where = f'row {number} of {path}'
     if isinstance(values, UnicodeDecodeError):
       return UnusableRecord(self._id(path, number), f'{where} has text that is not UTF-8')
-    images = [_image_bytes(values[name]) for name in (self.image, self.reference) if name]
-    caption = (values[self.caption] or '').strip() if self.caption else ''
-    if not all(images):
-      return UnusableRecord(self._id(path, number), f'{where} has no image bytes')
-    content = Content(self._id(path, number), caption, _GROUP, *images)
+    images = {
+      field: _image_bytes(values[name])
+      for field, name in (('image', self.image), ('reference', self.reference))
+      if name
+    }
+    try:
+      if not all(images.values()):
+        raise BadRecord(f'{where} has no image bytes')
+      for content in images.values():
+        self.decoding.check_bytes(len(content), f'in {where}')
+      captions = captions_of(values, where, self.caption) if self.caption else ()
+    except BadRecord as error:
+      return UnusableRecord(self._id(path, number), str(error))
+    texts = caption_fields(captions)
+    content = Content(id=self._id(path, number), group=_GROUP, **texts, **images)
     return RawRecord(content, ({name: values[name] for name in self.filter_columns},), where)
 
 
-def open_parquet(pattern: str, fields: FieldSpec) -> Parquet:
+def open_parquet(pattern: str, fields: FieldSpec, decoding: Decoding = DECODING) -> Parquet:
   """Opens the parquet files that match a pattern, or those of a folder; reads only their footers.
 
   Args:
     pattern: see vpe_jax.data.inputs.matching_files.
     fields: fields that each record must have. Default columns: `image`, `jpg`, `png` or `img`;
       `caption`, `text` or `prompt`.
+    decoding: limits of the images.
 
   Raises:
     UserError: pyarrow isn't installed, no file matches, a file lacks a column, or the files differ
@@ -133,7 +148,7 @@ def open_parquet(pattern: str, fields: FieldSpec) -> Parquet:
     if columns is None:
       columns, first = _columns(path, schema, fields), (path, schema)
     _check_same_types(path, schema, *first, columns)
-  return Parquet(names, tuple(groups), *columns, filter_columns)
+  return Parquet(names, tuple(groups), *columns, filter_columns, decoding)
 
 
 def _check_same_types(
@@ -152,11 +167,17 @@ def _check_same_types(
 
 
 def _is_text(kind: Any) -> bool:
-  """Whether values of a column type are text; dictionaries are pandas' categoricals."""
+  """Whether values of a column type are text or lists of texts, also as pandas' categoricals."""
   types = _packages()[0].types
-  if types.is_dictionary(kind):
+  if types.is_dictionary(kind) or _is_list(kind):
     return _is_text(kind.value_type)
   return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def _is_list(kind: Any) -> bool:
+  types = _packages()[0].types
+  kinds = ('list', 'large_list', 'fixed_size_list', 'list_view', 'large_list_view')
+  return any(getattr(types, f'is_{name}')(kind) for name in kinds)
 
 
 def _is_image(kind: Any) -> bool:

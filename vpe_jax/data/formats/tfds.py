@@ -18,14 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from vpe_jax.contracts import UserError
-from vpe_jax.data.formats.folder import (
-  Bytes,
-  FieldSpec,
-  check_text,
-  first_line,
-  limited_count,
-)
-from vpe_jax.data.records import Record
+from vpe_jax.data.formats.entries import FieldSpec, check_text, first_line
+from vpe_jax.data.formats.folder import Bytes, ReadOptions, limited_count
+from vpe_jax.data.records import BadRecord, Record
+from vpe_jax.data.transforms import Decoding
 from vpe_jax.storage import local_path
 
 _INFO = 'dataset_info.json'
@@ -54,7 +50,7 @@ class Tfds:
     image: name of the image feature.
     caption: name of the caption feature; '' for none.
     labels: class names of the feature `label`; empty if there are none.
-    fit: see `data.fit`.
+    decoding: how image files become arrays.
   """
 
   path: str
@@ -63,7 +59,7 @@ class Tfds:
   image: str
   caption: str
   labels: tuple[str, ...]
-  fit: str
+  decoding: Decoding
 
   def __len__(self) -> int:
     return self.count
@@ -72,7 +68,7 @@ class Tfds:
     """Reads one record.
 
     Raises:
-      UserError: the record can't be read.
+      BadRecord: the record can't be read.
     """
     if not 0 <= index < self.count:
       raise IndexError(f'record {index} of {self.count} in {self.path}')
@@ -82,13 +78,13 @@ class Tfds:
       caption = values[self.caption].decode() if self.caption else ''
       group = self.labels[values[_LABEL]] if self.labels else _GROUP
     except Exception as error:  # TFDS and array_record raise errors of many kinds.
-      raise UserError(f'{where} can not be read ({error}); prepare it again') from error
+      raise BadRecord(f'{where} can not be read ({error}); prepare it again') from error
     return Record(
       id=f'tfds/{self.split}/{index}',
       caption=check_text(caption.strip(), where),
       group=group,
       split='train',
-      image=Bytes(values[self.image], where, self.fit),
+      image=Bytes(values[self.image], where, self.decoding),
     )
 
   def stamps(self) -> Iterator[str]:
@@ -98,22 +94,21 @@ class Tfds:
       yield f'{path.name} {stat.st_size} {stat.st_mtime_ns}'
 
 
-def open_tfds(name: str, root: str, count: int, fields: FieldSpec, fit: str) -> Tfds:
+def open_tfds(name: str, root: str, options: ReadOptions) -> Tfds:
   """Opens a split of a data set.
 
   Args:
     name: NAME/SPLIT, or NAME for the split `train`. NAME may include a config and a version, as in
       NAME/CONFIG/VERSION/SPLIT or NAME/CONFIG:VERSION; the default is the newest version.
     root: data_dir in which the data set was prepared.
-    count: use only the first `count` records, and log a warning; 0 for all.
-    fields: fields that each record must have. Without captions, a feature `label` is required. The
-      default image feature is `image`, or the only feature of type Image; the default caption
-      feature is `caption`, `text` or `prompt`.
-    fit: see `data.fit`.
+    options: how records are read. Without captions, a feature `label` is required. The default
+      image feature is `image`, or the only feature of type Image; the default caption feature is
+      `caption`, `text` or `prompt`.
 
   Raises:
     UserError: the data set or split does not exist, is not in ArrayRecord, or lacks a feature.
   """
+  fields: FieldSpec = options.fields
   folder, split = _find(local_path(root), name)
   builder = _builder(str(folder))
   features = builder.info.features
@@ -135,8 +130,8 @@ def open_tfds(name: str, root: str, count: int, fields: FieldSpec, fit: str) -> 
       f'{folder} has no feature label with class names; its features: {", ".join(features)}'
     )
   total = len(_reader(os.getpid(), str(folder), split))
-  used = limited_count(total, count, f'{folder} ({split})')
-  return Tfds(str(folder), split, used, image, caption, labels, fit)
+  used = limited_count(total, options.count, f'{folder} ({split})')
+  return Tfds(str(folder), split, used, image, caption, labels, options.decoding)
 
 
 def _find(root: Path, name: str) -> tuple[Path, str]:

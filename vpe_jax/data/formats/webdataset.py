@@ -19,16 +19,23 @@ from typing import Any, BinaryIO
 
 from absl import logging
 
+from vpe_jax.contracts import UserError
 from vpe_jax.data.formats.array_record import Content
-from vpe_jax.data.formats.folder import FieldSpec, first_text
+from vpe_jax.data.formats.entries import FieldSpec, captions_of
 from vpe_jax.data.inputs import Location, RawRecord, UnusableRecord, matching_files
+from vpe_jax.data.records import caption_fields
+from vpe_jax.data.transforms import DECODING, Decoding
+from vpe_jax.storage import local_path
 
 _IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'avif', 'bmp', 'gif', 'tif', 'tiff')
 _CAPTIONS = ('caption', 'text', 'prompt')
 _TEXT, _JSON = 'txt', 'json'
 _GROUP = 'webdataset'  # class of members outside any folder
 _MAX_TEXT = 2**24  # bytes of a text or JSON member
-_MAX_IMAGE = 2**28  # bytes of an image; a damaged header may claim any size
+
+# First bytes of gzip, bzip2, xz and Zstandard files.
+_COMPRESSED = (b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'\x28\xb5\x2f\xfd')
+_COMPRESSED_ENDINGS = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst')
 
 _Parts = dict[str, tuple[int, int]]  # ending -> offset and length of the member, in bytes
 
@@ -45,10 +52,12 @@ class Tars:
     names: path -> name of the tar file in record ids.
     fields: fields that each record must have. `image` and `reference` are endings such as `jpg` or
       `before.png`; `caption` is an ending, or a field of the JSON member.
+    decoding: limits of the images; a damaged header may claim any size.
   """
 
   names: Mapping[str, str]
   fields: FieldSpec
+  decoding: Decoding = Decoding()
 
   def count(self) -> None:
     """None: counting requires reading the files."""
@@ -84,30 +93,52 @@ class Tars:
     """Reads the members of one record."""
     where = f'{key} in {path}'
     try:
-      image = _part(file, parts, [self.fields.image] if self.fields.image else _IMAGES)
+      image = self._image(file, parts, [self.fields.image] if self.fields.image else _IMAGES)
       values = _json(file, parts)
-      caption = self._caption(file, parts, values)
-      reference = _part(file, parts, [self.fields.reference]) if self.fields.references else b''
+      captions = caption_fields(self._captions(file, parts, values))
+      reference = b''
+      if self.fields.references:
+        reference = self._image(file, parts, [self.fields.reference])
     except (OSError, ValueError, RecursionError) as error:
       return UnusableRecord(self._id(path, key), f'{where}: {error}')
     group = posixpath.basename(posixpath.dirname(key)) or _GROUP
-    content = Content(self._id(path, key), caption, group, image, reference)
+    content = Content(
+      id=self._id(path, key), group=group, image=image, reference=reference, **captions
+    )
     return RawRecord(content, (values,), where)
 
-  def _caption(self, file: BinaryIO, parts: _Parts, values: Mapping[str, Any]) -> str:
+  def _image(self, file: BinaryIO, parts: _Parts, endings: Sequence[str]) -> bytes:
+    return _part(file, parts, endings, self.decoding.most_bytes)
+
+  def _captions(self, file: BinaryIO, parts: _Parts, values: Mapping[str, Any]) -> tuple[str, ...]:
     name = self.fields.caption
     if (ending := name or _TEXT) in parts:
-      return ' '.join(_short(file, parts, ending).decode('utf-8-sig').split())
-    return first_text(values, *([name] if name else _CAPTIONS)) or ''
+      text = ' '.join(_part(file, parts, [ending], _MAX_TEXT).decode('utf-8-sig').split())
+      return (text,) if text else ()
+    return captions_of(values, f'its .{_JSON}', *([name] if name else _CAPTIONS))
 
 
-def open_tars(pattern: str, fields: FieldSpec) -> Tars:
+def open_tars(pattern: str, fields: FieldSpec, decoding: Decoding = DECODING) -> Tars:
   """Opens the tar files that match a pattern, or those of a folder.
 
   Raises:
-    UserError: there are none.
+    UserError: there are none, or some are compressed.
   """
-  return Tars(matching_files(pattern, '.tar'), fields)
+  folder = local_path(pattern)
+  compressed = [str(path) for end in _COMPRESSED_ENDINGS for path in folder.rglob(f'*{end}')]
+  names = {} if compressed else matching_files(pattern, '.tar')
+  compressed += filter(_is_compressed, names)
+  if compressed:
+    raise UserError(
+      f'{compressed[0]} is compressed, which excludes random access: decompress it first (gunzip, '
+      'bunzip2, unxz or unzstd)'
+    )
+  return Tars(names, fields, decoding)
+
+
+def _is_compressed(path: str) -> bool:
+  with open(path, 'rb') as file:
+    return file.read(8).startswith(_COMPRESSED)
 
 
 def _records(path: str) -> Iterator[tuple[str, _Parts, str]]:
@@ -184,13 +215,13 @@ def _text(name: str) -> str:
   return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
 
 
-def _part(file: BinaryIO, parts: _Parts, endings: Sequence[str]) -> bytes:
-  """The bytes of the first member that has one of the endings."""
+def _part(file: BinaryIO, parts: _Parts, endings: Sequence[str], most_bytes: int) -> bytes:
+  """The bytes of the first member that has one of the endings, if it is not too large."""
   for ending in endings:
     if ending in parts:
       offset, size = parts[ending]
-      if size > _MAX_IMAGE:
-        raise _RecordError(f'its .{ending} has {size:,} bytes')
+      if size > most_bytes:
+        raise _RecordError(f'its .{ending} has {size:,} bytes, more than {most_bytes:,}')
       file.seek(offset)
       content = file.read(size)
       if len(content) < size:
@@ -199,17 +230,11 @@ def _part(file: BinaryIO, parts: _Parts, endings: Sequence[str]) -> bytes:
   raise _RecordError(f'has no .{" or .".join(endings)}, but .{", .".join(parts)}')
 
 
-def _short(file: BinaryIO, parts: _Parts, ending: str) -> bytes:
-  if parts[ending][1] > _MAX_TEXT:
-    raise _RecordError(f'its .{ending} has {parts[ending][1]:,} bytes')
-  return _part(file, parts, [ending])
-
-
 def _json(file: BinaryIO, parts: _Parts) -> Mapping[str, Any]:
   """The fields of the JSON member; none if there is no such member."""
   if _JSON not in parts:
     return {}
-  values = json.loads(_short(file, parts, _JSON))
+  values = json.loads(_part(file, parts, [_JSON], _MAX_TEXT))
   if not isinstance(values, dict):
     raise _RecordError('its .json is not an object')
   return values

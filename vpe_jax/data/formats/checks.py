@@ -1,0 +1,156 @@
+"""The check of image files before training: each file is read and decoded once.
+
+The cache folder stores, for each intact file, a hash of its stamp (name, size, modification time,
+limits) and a hash of its content. Files whose stamp is stored are not read again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from vpe_jax.data.formats.entries import abbreviated
+from vpe_jax.data.records import BadRecord
+from vpe_jax.data.transforms import Decoding
+from vpe_jax.storage import cache_dir, stable_hash, write_atomic
+
+FOLDER = 'checked'  # of the cache folder
+_CHUNK = 256  # files checked between two writes of results
+_SILENT_SECONDS = 2.0  # shorter checks show no progress
+_SPARE_ROWS = 4096  # outdated results that a file of results may hold
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+  """Result of a check.
+
+  Attributes:
+    contents: file name -> hash of the content of each intact file.
+    reasons: file name -> why the file can't be used.
+  """
+
+  contents: dict[str, int]
+  reasons: dict[str, str]
+
+
+def check_images(folder: Path, names: Sequence[str], decoding: Decoding) -> Checked:
+  """Reads and decodes image files that were not checked before, in one thread per core.
+
+  Args:
+    folder: parent folder.
+    names: different names of files in the folder.
+    decoding: limits that the files must respect.
+  """
+  results = _Results(folder)
+  reasons: dict[str, str] = {}
+  stamps: dict[str, int] = {}
+  for name in names:
+    try:
+      stamps[name] = _stamp(folder, name, decoding)
+    except BadRecord as error:
+      reasons[name] = str(error)
+  unchecked = [name for name, stamp in stamps.items() if stamp not in results.rows]
+
+  def check(name: str) -> int | BadRecord:
+    try:
+      return _check(folder / name, _shown(folder, name), decoding)
+    except BadRecord as error:
+      return error
+
+  bar = tqdm(total=len(unchecked), desc='checking images', unit='image', delay=_SILENT_SECONDS)
+  with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+    for start in range(0, len(unchecked), _CHUNK):
+      chunk, new = unchecked[start : start + _CHUNK], {}
+      for name, result in zip(chunk, pool.map(check, chunk), strict=True):
+        if isinstance(result, BadRecord):
+          reasons[name] = str(result)
+        else:
+          new[stamps[name]] = result
+        bar.update()
+      results.add(new)
+  contents = {n: results.rows[stamp] for n, stamp in stamps.items() if stamp in results.rows}
+  results.compact(set(stamps.values()))
+  return Checked(contents, reasons)
+
+
+def _stamp(folder: Path, name: str, decoding: Decoding) -> int:
+  """A hash that changes whenever the file or a limit changes.
+
+  Raises:
+    BadRecord: there is no such file.
+  """
+  try:
+    stat = os.stat(folder / name)
+  except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: no valid name.
+    raise BadRecord(f'image {_shown(folder, name)} does not exist') from error
+  except OSError as error:
+    raise BadRecord(f'image {_shown(folder, name)} can not be read ({error.strerror})') from error
+  limits = (decoding.most_pixels, decoding.most_bytes)
+  return stable_hash(name, stat.st_size, stat.st_mtime_ns, *limits)
+
+
+def _check(path: Path, shown: str, decoding: Decoding) -> int:
+  """The hash of the content of an intact file.
+
+  Raises:
+    BadRecord: the file can't be read or decoded, or exceeds a limit.
+  """
+  try:
+    decoding.check_bytes(path.stat().st_size, shown)
+    content = path.read_bytes()
+  except OSError as error:
+    raise BadRecord(f'image {shown} can not be read ({error.strerror})') from error
+  decoding.check(content, shown)
+  return content_hash(content)
+
+
+def content_hash(*contents: bytes) -> int:
+  """A 63-bit hash of the bytes of image files."""
+  return stable_hash(*(hashlib.blake2b(content).hexdigest() for content in contents))
+
+
+class _Results:
+  """Results of earlier checks of a folder: a file of pairs of 64-bit hashes (stamp, content).
+
+  Attributes:
+    rows: stamp -> content.
+  """
+
+  def __init__(self, folder: Path):
+    name = f'{stable_hash(folder.resolve()):016x}.u64'
+    self._path = cache_dir() / FOLDER / name
+    values = np.fromfile(self._path, '<u8') if self._path.exists() else np.zeros(0, '<u8')
+    self.rows: dict[int, int] = dict(values[: len(values) // 2 * 2].reshape(-1, 2).tolist())
+
+  def add(self, rows: dict[int, int]) -> None:
+    """Stores results at once, so that an interrupted check continues."""
+    self.rows |= rows
+    try:
+      self._path.parent.mkdir(parents=True, exist_ok=True)
+      with self._path.open('ab') as file:
+        file.truncate(file.tell() // 16 * 16)  # An interrupted write leaves part of a pair.
+        file.write(_pairs(rows))
+    except OSError as error:
+      logging.warning('%s; the images are checked again at the next start', error)
+
+  def compact(self, stamps: set[int]) -> None:
+    """Removes results of other stamps, if there are many."""
+    if len(self.rows) > 2 * len(stamps) + _SPARE_ROWS:
+      self.rows = {stamp: self.rows[stamp] for stamp in stamps & self.rows.keys()}
+      write_atomic(self._path, _pairs(self.rows))
+
+
+def _pairs(rows: dict[int, int]) -> bytes:
+  return np.asarray(list(rows.items()), '<u8').tobytes()
+
+
+def _shown(folder: Path, name: str) -> str:
+  return str(folder / abbreviated(name))
