@@ -6,8 +6,10 @@ Examples:
   python -m vpe_jax.main --config=configs/t2i.py \
       --config.data.source=folder:PATH --config.data.examples=0 --workdir=runs/mine
   python -m vpe_jax.main --config=configs/t2i.py --config.steps="(600, 900)" --allow_change=steps
+  python -m vpe_jax.main --config=RUN --config.start=RUN --workdir=runs/tuned
+  python -m vpe_jax.main --workdir=RUN
 
-The same command continues an interrupted run.
+The same command continues an interrupted run; so does its folder alone.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ _overrides, _parse_overrides = config_file.override_parser()
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string('config', None, 'config file and preset; --config.KEY=VALUE changes a field')
+  flags.DEFINE_string(
+    'config', None, 'config file and preset, or a run; --config.KEY=VALUE changes a field'
+  )
   flags.DEFINE_string(
     'workdir', None, 'where the run is written, local or gs:// (default: runs/<config>-<preset>)'
   )
@@ -54,12 +58,14 @@ def run(config: Mapping[str, Any], workdir: str, allow_change: Sequence[str] = (
 
 def main() -> None:
   """Runs the command."""
-  front_door.require_flags('config', cure='try --config=configs/t2i.py')
+  spec = FLAGS.config or FLAGS.workdir
+  if not spec:
+    front_door.require_flags('config', cure='try --config=configs/t2i.py')
   workdir = FLAGS.workdir
   if workdir is not None:
     workdir = front_door.output_path('workdir', workdir)
   sharding.initialize_distributed()  # before anything uses a device
-  config = config_file.load(FLAGS.config, _overrides)
+  config = config_file.load(spec, _overrides)
   if config.get('quick_compile'):
     devices.disable_optimizations()
   if warning := devices.unused_accelerator_warning():

@@ -1,5 +1,7 @@
 """Loads `--config=configs/t2i.py:preset,args` with `--config.key=value` overrides as nested dicts.
 
+`--config=RUN`, the folder of a run or of an import, loads its stored configuration.
+
 An override may set any field of the configuration, including fields that the file leaves at their
 defaults. (ml_collections' flags only accept keys that the file sets.)
 """
@@ -19,7 +21,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vpe_jax import systems
+from vpe_jax import storage, systems
+from vpe_jax.checkpoints import weights
 from vpe_jax.config import did_you_mean, to_dict
 from vpe_jax.contracts import UserError
 
@@ -30,7 +33,8 @@ def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
   """Loads the complete configuration as nested dicts.
 
   Args:
-    spec: `FILE.py` or `FILE.py:ARG`; ARG is the argument of the file's `get_config`.
+    spec: `FILE.py` or `FILE.py:ARG`; ARG is the argument of the file's `get_config`. Or the folder
+      of a run, or weights that `weights.read_config` reads.
     overrides: dotted key -> value as text.
 
   Raises:
@@ -39,7 +43,8 @@ def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
   """
   path, _, arg = spec.partition(':')
   try:
-    file_values = _file_values(Path(path), arg)
+    stored = is_stored(spec)
+    file_values = weights.read_config(spec) if stored else _file_values(Path(path), arg)
   except ValueError as error:
     raise UserError(f'--config={spec}: {" ".join(str(error).split())}') from error
   base = to_dict(systems.build(file_values).config)
@@ -50,6 +55,11 @@ def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
   _select_stages(values, base, overrides)
   systems.build(values)  # Checks the overridden values.
   return values
+
+
+def is_stored(spec: str) -> bool:
+  """Whether `--config` names a run or weights with a stored config, rather than a config file."""
+  return weights.is_file(spec) or storage.is_remote(spec) or Path(spec).expanduser().is_dir()
 
 
 def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

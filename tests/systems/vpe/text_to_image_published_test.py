@@ -13,7 +13,7 @@ import torch
 from configs import t2i as config_file
 from tests import small_models
 from vpe_jax import main, rng, sharding, systems
-from vpe_jax.checkpoints import frozen, imports
+from vpe_jax.checkpoints import conversion, frozen
 from vpe_jax.checkpoints.families import siglip_vq, wan_vae
 from vpe_jax.config import to_dict
 from vpe_jax.contracts import UserError
@@ -83,7 +83,7 @@ def test_codes_and_latents_equal_the_reference_models(folders):
 
 
 def test_an_import_serves_as_well_as_the_folder(folders, tmp_path):
-  imports.import_weights('siglip_vq', str(folders / 'glm'), str(tmp_path / 'glm'))
+  conversion.import_weights('siglip_vq', str(folders / 'glm'), str(tmp_path / 'glm'))
   load = lambda **weights: _loaded(systems.build(_config(folders, **weights).to_dict()))
   direct, imported = load(), load(visual_prompt=str(tmp_path / 'glm'))
   for path, leaf in leaves_by_path(direct.params['siglip_vq']).items():

@@ -181,6 +181,10 @@ class Tokenizer(Tokens):
     """Number of tokens, including special tokens."""
     return self._bpe.get_vocab_size()
 
+  def text(self) -> str:
+    """Content of the tokenizer file."""
+    return self._bpe.to_str(pretty=True) + '\n'
+
   def _ids(self, caption: str) -> list[int]:
     return self._bpe.encode(caption, add_special_tokens=False).ids
 
