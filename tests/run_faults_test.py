@@ -18,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from vpe_jax.checkpoints import imports, weights
+from vpe_jax.checkpoints import conversion, weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.contracts import COUNTERS, UserError
@@ -113,12 +113,12 @@ FULL = [
   Row('checkpoint', _save, 'cannot write a checkpoint to .*free some space'),
   Row(
     'import',
-    lambda folder: imports.import_weights('llamagen_vq', TOKENIZER, f'{folder}/x'),
+    lambda folder: conversion.import_weights('llamagen_vq', TOKENIZER, f'{folder}/x'),
     'cannot write a checkpoint to .*/x.*free some space',
   ),
   Row(
     'export',
-    lambda folder: imports.export_weights('siglip', 'assets:siglip', f'{folder}/x'),
+    lambda folder: conversion.export_weights('siglip', 'assets:siglip', f'{folder}/x'),
     'cannot write .*/x: No space left on device; free some space',
   ),
   Row(

@@ -9,6 +9,7 @@ Examples:
   python -m vpe_jax.compile --config=configs/t2i.py:paper --topology=v5e:4x4 --program=sample \
       --images_per_chip=1
   python -m vpe_jax.compile --config=configs/t2i.py:debug --topology=cpu:8
+  python -m vpe_jax.compile --workdir=weights/showo2 --topology=v6e:2x2 --program=sample
 
 Runs on any machine with `pip install libtpu`; a paper-size program takes minutes on two CPU cores.
 """
@@ -30,7 +31,10 @@ _overrides, _parse_overrides = config_file.override_parser()
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string('config', None, 'config file and preset; --config.KEY=VALUE changes a field')
+  flags.DEFINE_string(
+    'config', None, 'config file and preset, or a run; --config.KEY=VALUE changes a field'
+  )
+  flags.DEFINE_string('workdir', None, 'a run or an import: short for --config=WORKDIR')
   flags.DEFINE_string('topology', None, 'v5p:4x4x8, a Cloud name such as v5p-256, or cpu:8')
   flags.DEFINE_integer('slices', 1, 'number of slices of this topology, along the mesh axis data')
   flags.DEFINE_string('mesh', '', "axis sizes that override the config's, such as data=4,fsdp=16")
@@ -44,6 +48,8 @@ def _define_flags() -> None:
 
 def main() -> None:
   """Runs the command."""
+  if FLAGS.workdir and not FLAGS.config:
+    FLAGS.config = FLAGS.workdir
   front_door.require_flags('config', 'topology' if FLAGS.write_card is None else 'write_card')
   if FLAGS.write_card:
     print(f'{FLAGS.config}: {cards.write(FLAGS.config, FLAGS.write_card)} rows')
@@ -57,7 +63,8 @@ def main() -> None:
   names = ('topology', 'slices', 'program', 'stage', 'images_per_chip')
   values = {name: FLAGS[name].value for name in names}
   report = examine.examine(config, examine.Request(mesh=examine.parse_mesh(FLAGS.mesh), **values))
-  if argument := FLAGS.config.partition(':')[2]:  # options of a preset select different programs
+  argument = '' if config_file.is_stored(FLAGS.config) else FLAGS.config.partition(':')[2]
+  if argument:  # options of a preset select different programs
     report = dataclasses.replace(report, config=f'{config["name"]}:{argument}')
   print(report.text(), flush=True)
   if out:

@@ -7,8 +7,10 @@ Examples:
       --config.data.source=folder:PATH --config.data.examples=0 --workdir=runs/mine
   python -m vpe_jax.main --config=configs/t2i.py --config.steps="(600, 900)" --allow_change=steps
   python -m vpe_jax.main --config=configs/c2i_continuous.py:tiny,fork=both     (a chain of runs)
+  python -m vpe_jax.main --config=RUN --config.start=RUN --workdir=runs/tuned
+  python -m vpe_jax.main --workdir=RUN
 
-The same command continues an interrupted run.
+The same command continues an interrupted run; so does its folder alone.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ _overrides, _parse_overrides = config_file.override_parser()
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string('config', None, 'config file and preset; --config.KEY=VALUE changes a field')
+  flags.DEFINE_string(
+    'config', None, 'config file and preset, or a run; --config.KEY=VALUE changes a field'
+  )
   flags.DEFINE_string(
     'workdir', None, 'where the run is written, local or gs:// (default: runs/<config>-<preset>)'
   )
@@ -37,12 +41,14 @@ def _define_flags() -> None:
 
 def main() -> None:
   """Runs the command."""
-  front_door.require_flags('config', cure='try --config=t2i')
+  spec = FLAGS.config or FLAGS.workdir
+  if not spec:
+    front_door.require_flags('config', cure='try --config=t2i')
   workdir = FLAGS.workdir
   if workdir is not None:
     workdir = front_door.output_path('workdir', workdir)
   sharding.initialize_distributed()  # before anything uses a device
-  chain = config_file.load_chain(FLAGS.config, _overrides)
+  chain = config_file.load_chain(spec, _overrides)
   *_, config = chain.values()
   if config['quick_compile']:
     devices.disable_optimizations()

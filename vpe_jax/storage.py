@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 import re
+import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -206,6 +207,19 @@ def write_atomic(path: os.PathLike[str], content: bytes) -> None:
   except BaseException:
     temporary.unlink(missing_ok=True)
     raise
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+  """A temporary folder next to a local `folder`, renamed to it if the block succeeds."""
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.', suffix='.part'))
+  try:
+    yield unfinished
+    unfinished.chmod(0o755)  # temporary folders are private
+    unfinished.rename(folder)
+  finally:
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _temporary_path(path: epath.Path) -> epath.Path:

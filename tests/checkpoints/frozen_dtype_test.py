@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from configs import t2i
 from vpe_jax import rng, sharding, systems
-from vpe_jax.checkpoints import families, frozen, imports, sources, weights
+from vpe_jax.checkpoints import conversion, families, frozen, imports, sources, weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.compilation import program
 from vpe_jax.config import CheckpointConfig, MeshConfig, to_dict
@@ -66,7 +66,7 @@ def loaded():
 def published(tmp_path_factory):
   """Folder of a published SigLIP with float32 weights that bfloat16 can't represent."""
   folder = tmp_path_factory.mktemp('published') / 'siglip'
-  imports.export_weights('siglip', 'assets:siglip', str(folder))
+  conversion.export_weights('siglip', 'assets:siglip', str(folder))
   (file,) = folder.glob('*.safetensors')
   tensors = safetensors.numpy.load_file(file)
   generator = np.random.default_rng(0)
@@ -128,7 +128,7 @@ def test_published_weights_and_imports_are_rounded_once(published, tmp_path, sto
   source = published
   if stored != 'published':
     source = tmp_path / 'imported'
-    imports.import_weights('siglip', str(published), str(source), dtype=stored)
+    conversion.import_weights('siglip', str(published), str(source), dtype=stored)
     store = Store(str(source / FOLDER), CheckpointConfig())
     _, record = store.read(lambda paths: ())
     assert {leaf['dtype'] for leaf in record['leaves'].values()} == {stored}
@@ -200,14 +200,14 @@ def test_files_in_bfloat16_round_trip(tmp_path):
 
 
 def test_unknown_dtypes_are_one_line_errors(published, tmp_path):
-  path = str(tmp_path / 'w.safetensors')
+  path, out = str(tmp_path / 'w.safetensors'), str(tmp_path / 'out')
   weights.save(path, _random(1, 1), {})
   mesh = sharding.make_mesh(MeshConfig())
   for call in (
     lambda: frozen.load(_system('int4'), mesh, 'fsdp'),
     lambda: FrozenNetwork(path, dtype='int4'),
     lambda: weights.load(path, 'int4'),
-    lambda: imports.import_weights('siglip', str(published), str(tmp_path / 'out'), dtype='int4'),
+    lambda: conversion.import_weights('siglip', str(published), out, dtype='int4'),
   ):
     with pytest.raises(UserError, match='int4.*choose') as error:
       call()

@@ -9,16 +9,13 @@ parameters on their devices, where each layer is written in place.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +203,7 @@ def export(
   kind = dtypes.parse(dtype)
   files = _files(destinations, shapes, kind.itemsize, max_file_size)
   names = _file_names(stem, len(files))
-  with storage.writing(folder), _atomic_folder(folder) as unfinished:
+  with storage.writing(folder), storage.new_folder(folder) as unfinished:
     for name, keys in zip(names, files, strict=True):
       tensors = {key: _source_tensor(destinations[key], leaves, axes, kind) for key in keys}
       # transformers and diffusers check `format`.
@@ -228,19 +225,6 @@ def _save_file(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str
     if not (code := re.search(r'os error (\d+)', str(error))):
       raise
     raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-
-
-@contextlib.contextmanager
-def _atomic_folder(folder: Path) -> Iterator[Path]:
-  """A temporary folder next to `folder`, renamed to it if the block succeeds."""
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix='.', suffix='.part'))
-  try:
-    yield unfinished
-    unfinished.chmod(0o755)  # temporary folders are private
-    unfinished.rename(folder)
-  finally:
-    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _count_known(table: Table, keys: Mapping[str, Any]) -> int:

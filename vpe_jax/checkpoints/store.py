@@ -40,6 +40,7 @@ from vpe_jax.sharding import leaves_by_path
 from vpe_jax.storage import is_remote, move_aside, probe
 
 FOLDER = 'checkpoints'  # folder of a workdir
+RUN = '$RUN'  # in a saved config: the workdir, wherever the run is moved
 _STATE = 'state'  # Orbax's name for the arrays of a checkpoint
 _MARKER = 'commit_success.txt'  # written by Orbax last
 _GROUP_BYTES = 2**30  # bytes of leaves that `Store.read` loads at a time
@@ -376,7 +377,8 @@ class Store:
       raise _Damaged('its record was changed: the digest does not match')
     if record['step'] != step:
       raise _Damaged(f'its record is that of step {record["step"]}')
-    return record
+    workdir = str(self._directory.parent)
+    return record | {'config': _located(record['config'], workdir)}
 
   def _load(self, step: int, record: Record, abstract: State) -> State:
     leaves = leaves_by_path(abstract)
@@ -489,6 +491,15 @@ def _without_logging() -> Iterator[None]:
     yield
   finally:
     logging.set_verbosity(verbosity)
+
+
+def _located(config: Any, workdir: str) -> Any:
+  """A saved config in which RUN is replaced by the run's folder."""
+  if isinstance(config, Mapping):
+    return {name: _located(value, workdir) for name, value in config.items()}
+  if isinstance(config, list):
+    return [_located(value, workdir) for value in config]
+  return config.replace(RUN, workdir) if isinstance(config, str) else config
 
 
 def _arrays(state: State) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from vpe_jax import __version__, storage
+from vpe_jax import __version__, storage, systems
 from vpe_jax.checkpoints import convert, dtypes, sources
 from vpe_jax.checkpoints.sources import Tensor
 from vpe_jax.checkpoints.store import FOLDER, Store
@@ -61,22 +61,15 @@ def load(source: str, dtype: str = 'float32') -> tuple[Params, dict[str, str]]:
   Raises:
     UserError: there are no weights, they can't be read, they are damaged, or the dtype is unknown.
   """
-  if source.startswith(ASSETS):
-    return _load_asset(source.removeprefix(ASSETS), dtype)
-  path = storage.resolve(source)
-  if probe(path, path.is_dir):
-    return load_run(source, dtype=dtype)
-  if not source.endswith(ENDING):
+  if not is_file(source):
+    path = storage.resolve(source)
+    if probe(path, path.is_dir):
+      return load_run(source, dtype=dtype)
     raise UserError(
       f"no weights at '{source}': it is neither {ASSETS}NAME, nor a {ENDING} file, nor the workdir "
       'of a run (python -m vpe_jax.main --config=... --workdir=... makes one)'
     )
-  if not path.exists():
-    raise UserError(
-      f"no file '{source}': name an existing file, or the workdir of a run of python -m "
-      'vpe_jax.main'
-    )
-  return _read(*sources.open_file(path, source), source, dtype)
+  return _read(*_open_file(source), source, dtype)
 
 
 def load_run(
@@ -113,6 +106,17 @@ def load_run(
   return convert.tree({path.partition('/')[2]: leaves[path] for path in sorted(leaves)}), metadata
 
 
+def read_config(source: str) -> dict[str, Any]:
+  """Reads the config of a run, an asset or a weight file, without its weights.
+
+  Raises:
+    UserError: there is no checkpoint or file, or it has no config that builds a system.
+  """
+  if is_file(source):
+    return config_of(_open_file(source)[1], source)
+  return _checked_config(_read_checkpoint(source, lambda paths: ())[1]['config'], source)
+
+
 def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
   """Parses the config in the metadata of weights; `systems.build` builds a system from it.
 
@@ -121,7 +125,7 @@ def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
     source: name of the weights in errors.
 
   Raises:
-    UserError: the config is missing or damaged.
+    UserError: the config is missing or damaged, or that of a network that no system samples with.
   """
   if 'config' not in metadata:
     raise UserError(f'the weights of {source} have no config: name the run that trained them')
@@ -131,6 +135,14 @@ def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
     config = None
   if not isinstance(config, dict):
     raise UserError(f'the config in {source} is damaged: get the weights again')
+  return _checked_config(config, source)
+
+
+def _checked_config(config: dict[str, Any], source: str) -> dict[str, Any]:
+  """The config of a run; that of the import of a single network is an error."""
+  if 'system' not in config and (family := config.get('family')):
+    cure = ': import it again without --network_only' if family in systems.releases() else ''
+    raise UserError(f'{source} is an import of the network {family} alone, not a run{cure}')
   return config
 
 
@@ -308,18 +320,26 @@ def _hash_leaf(digest: Any, path: str, leaf: np.ndarray, dtype: str | None) -> N
     digest.update(part.view(np.uint8))
 
 
-def _load_asset(name: str, dtype: str) -> tuple[Params, dict[str, str]]:
-  folder = importlib.resources.files('vpe_jax') / 'assets'
-  resource = folder / f'{name}{ENDING}'
+def _open_file(source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+  """Opens an asset or a weight file: (tensors by key, metadata)."""
+  if not source.startswith(ASSETS):
+    path = storage.resolve(source)
+    if not probe(path, path.exists):
+      raise UserError(
+        f"no file '{source}': name an existing file, or the workdir of a run of python -m "
+        'vpe_jax.main'
+      )
+    return sources.open_file(path, source)
+  name = source.removeprefix(ASSETS)
   if name not in ASSET_CONFIGS:
-    raise UserError(f"unknown asset '{ASSETS}{name}'{did_you_mean(name, ASSET_CONFIGS)}")
+    raise UserError(f"unknown asset '{source}'{did_you_mean(name, ASSET_CONFIGS)}")
+  resource = importlib.resources.files('vpe_jax') / 'assets' / f'{name}{ENDING}'
   if not resource.is_file():
     raise UserError(
-      f"'{ASSETS}{name}' is not installed (vpe_jax/assets/{name}{ENDING}): install vpe_jax again, "
+      f"'{source}' is not installed (vpe_jax/assets/{name}{ENDING}): install vpe_jax again, "
       f'or train it with python -m vpe_jax.main --config={ASSET_CONFIGS[name]}'
     )
-  name = f'{ASSETS}{name}'
-  return _read(*sources.parse(resource.read_bytes(), name), name, dtype)
+  return sources.parse(resource.read_bytes(), source)
 
 
 def _read(

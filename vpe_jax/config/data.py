@@ -48,10 +48,11 @@ class DataConfig:
     encode: `online` (frozen encoders run during training) or `cached` (their outputs are computed
       once, before training).
     workers: reader processes per host (0: threads in this process).
-    tokenizer: `assets:bpe` (for the embedded data); a published one as `FAMILY:NAME`, where NAME is
-      a folder or a hub id, and the family gives its special tokens (a key of FAMILIES in
-      vpe_jax/data/tokenizers/special_tokens.py); or, for a class-conditional model, `classes:` and
-      the class names (`cat,dog`), their number, or a text file with one name per line.
+    tokenizer: `assets:bpe` (for the embedded data) or `bpe:FILE`, a copy of it; a published one as
+      `FAMILY:NAME`, where NAME is a folder or a hub id, and the family gives its special tokens (a
+      key of FAMILIES in vpe_jax/data/tokenizers/special_tokens.py); or, for a class-conditional
+      model, `classes:` and the class names (`cat,dog`), their number, or a text file with one name
+      per line.
     prompt_field: field of a record that is its prompt: `caption`, or `group` (its class; in a
       folder of images, the name of the subfolder).
     near_misses: number of hard negatives per example of a scene: captions that are wrong in one

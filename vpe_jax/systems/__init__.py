@@ -17,7 +17,7 @@ from typing import Any
 
 from vpe_jax.config import SampleConfig, did_you_mean, from_dict
 from vpe_jax.contracts import System, UserError
-from vpe_jax.systems.package import Package
+from vpe_jax.systems.package import Package, Release
 
 
 @functools.cache
@@ -36,6 +36,16 @@ def sample_options() -> list[ModuleType]:
   """Modules that add flags to vpe_jax.sample; see Package."""
   paths = [path for package in packages().values() for path in package.sample_options]
   return [importlib.import_module(path) for path in paths]
+
+
+def releases() -> dict[str, Release]:
+  """The published generators that are imported as runs, by family."""
+  paths = [entry for package in packages().values() for entry in package.releases.items()]
+  split = {family: path.partition(':') for family, path in paths}
+  return {
+    family: getattr(importlib.import_module(module), name)
+    for family, (module, _, name) in split.items()
+  }
 
 
 def sampling_sections() -> dict[str, type[SampleConfig]]:

@@ -1,5 +1,7 @@
 """Loads `--config=configs/t2i.py:preset,args` with `--config.key=value` overrides as nested dicts.
 
+`--config=RUN`, the folder of a run or of an import, loads its stored configuration.
+
 An override may set any field of the configuration, including fields that the file leaves at their
 defaults. (ml_collections' flags only accept keys that the file sets.)
 """
@@ -19,7 +21,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from vpe_jax import systems
+from vpe_jax import storage, systems
+from vpe_jax.checkpoints import weights
 from vpe_jax.config import did_you_mean, to_dict
 from vpe_jax.contracts import UserError
 
@@ -35,7 +38,8 @@ def load(spec: str, overrides: Mapping[str, str]) -> dict[str, Any]:
 
   Args:
     spec: `FILE.py` or `FILE.py:ARG`; ARG is the argument of the file's `get_config`. A shipped
-      config has the short name `t2i`, and is found as `configs/t2i.py` in any folder.
+      config has the short name `t2i`, and is found as `configs/t2i.py` in any folder. Or the folder
+      of a run, or weights that `weights.read_config` reads.
     overrides: dotted key -> value as text.
 
   Raises:
@@ -67,7 +71,7 @@ def load_chain(spec: str, overrides: Mapping[str, str]) -> dict[str, dict[str, A
   """
   path, _, arg = spec.partition(':')
   try:
-    values = _file_values(_find(path), arg)
+    values = weights.read_config(spec) if is_stored(spec) else _file_values(_find(path), arg)
   except ValueError as error:
     raise UserError(f'--config={spec}: {" ".join(str(error).split())}') from error
   if RUNS not in values:
@@ -121,6 +125,11 @@ def _find(name: str) -> Path:
     names = [p.stem if folder == SHIPPED else str(p) for p in known]
     raise UserError(f'there is no such file{did_you_mean(name, names) if names else ""}')
   return path
+
+
+def is_stored(spec: str) -> bool:
+  """Whether `--config` names a run or weights with a stored config, rather than a config file."""
+  return weights.is_file(spec) or storage.is_remote(spec) or Path(spec).expanduser().is_dir()
 
 
 def split_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

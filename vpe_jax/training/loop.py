@@ -125,6 +125,7 @@ def _start(
   """Restores the newest intact checkpoint or creates a new state; returns state and origins."""
 
   def abstract_of(record: Mapping[str, Any]) -> State:
+    resume.check_continues(record, workdir)
     for note in resume.check_config(config, record['config'], workdir, allow_change):
       _say(f'config change: {note}')
     return resume.abstract_state(config, system, record['stage'], mesh)

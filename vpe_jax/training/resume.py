@@ -62,6 +62,19 @@ def check_config(
   return [text for _, text in accepted]
 
 
+def check_continues(record: Mapping[str, Any], workdir: str) -> None:
+  """Checks that a checkpoint is that of a training run, with an optimizer state.
+
+  Raises:
+    UserError: it is the only one of an import or of a complete folder.
+  """
+  if not any(path.startswith('opt_state/') for path in record['leaves']):
+    raise UserError(
+      f'{workdir} has weights but no optimizer state, as an import has: start another run from it, '
+      f'with --config={workdir} --config.start={workdir} --workdir=ANOTHER'
+    )
+
+
 def abstract_state(config: Config, system: System, stage: int, mesh: jax.sharding.Mesh) -> State:
   """Shapes, dtypes and shardings of the state in one stage.
 

@@ -14,7 +14,7 @@ from PIL import Image
 from configs import t2i as config_file
 from tests import small_models
 from vpe_jax import rng, sharding, systems
-from vpe_jax.checkpoints import frozen, imports
+from vpe_jax.checkpoints import conversion, frozen
 from vpe_jax.checkpoints.families import siglip_vq, wan_vae
 from vpe_jax.config import to_dict
 from vpe_jax.contracts import Batch, UserError
@@ -141,7 +141,7 @@ def test_latents_are_sampled_anew_for_each_position_in_the_data(folders):
 
 
 def test_an_import_serves_as_well_as_the_folder(folders, tmp_path):
-  imports.import_weights('siglip_vq', str(folders / 'glm'), str(tmp_path / 'glm'))
+  conversion.import_weights('siglip_vq', str(folders / 'glm'), str(tmp_path / 'glm'))
   load = lambda **weights: _loaded(systems.build(_config(folders, **weights).to_dict()))
   direct, imported = load(), load(visual_prompt=str(tmp_path / 'glm'))
   for path, leaf in leaves_by_path(direct.params['siglip_vq']).items():

@@ -95,7 +95,8 @@ def test_an_import_serves_as_well(show_o2, tmp_path):
   ours = config_file.get_config('debug').model
   config |= {'bos_token_id': ours.bos, 'boi_token_id': ours.boi}
   (published / 'config.json').write_text(json.dumps(config))
-  convert.import_weights('showo2', str(published), imported)
+  alone = convert.Companions(wanted=False)
+  convert.import_weights('showo2', str(published), imported, companions=alone)
   _check(show_o2, _system(show_o2, imported))
   with pytest.raises(UserError, match='the showo2 of the config: bos is 2, not 7'):
     _fresh_state(_system(show_o2, imported, arch='single', bos=7))

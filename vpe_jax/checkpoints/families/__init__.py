@@ -140,15 +140,45 @@ def load(
   """
   family = get(name)
   if sizes is None:
-    sizes = _sizes(family, name, source)
+    sizes = read_sizes(name, source)
   elif source.config:
-    check_equal_sizes(name, source.path, _sizes(family, name, source), sizes)
+    check_equal_sizes(name, source.path, read_sizes(name, source), sizes)
   abstract = dtypes.cast_shapes(_abstract(family, name, sizes), dtypes.parse(dtype))
   if shard is not None:
     abstract = shard(abstract)
   tensor_map = convert.match_tensors(source.tensors, family.LAYOUTS, abstract)
   leaves = convert.load(source.tensors, tensor_map, abstract, allow_nonfinite)
   return Imported(name, sizes, convert.tree(leaves), tensor_map)
+
+
+def read_sizes(name: str, source: Source) -> Any:
+  """Sizes of published weights: those of their config.json, or the family's `RELEASED_SIZES`.
+
+  Raises:
+    UserError: the family is unknown, or config.json is missing or invalid.
+  """
+  family = get(name)
+  if not source.config and name in WITH_RELEASED_SIZES:
+    return family.RELEASED_SIZES
+  if not source.config:
+    raise UserError(
+      f"'{source.path}' has no config.json in its folder: get that file too, it has the sizes of "
+      f'{name}'
+    )
+  try:
+    return _checked(family.sizes(source.config))
+  except UserError as error:  # It names what our implementation doesn't support.
+    raise UserError(f"config.json of '{source.path}': {error}") from error
+  except KeyError as error:
+    raise UserError(
+      f"config.json of '{source.path}' lacks {error}, which {name} needs: is it of another family?"
+    ) from error
+  except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+    # The fields from which sizes are computed may have any value.
+    reason = ' '.join(str(error).split())
+    raise UserError(
+      f"config.json of '{source.path}' gives invalid sizes of {name} ({reason}): get it again"
+    ) from error
 
 
 def check_equal_sizes(name: str, source: str, actual: Any, expected: Any) -> None:
@@ -218,27 +248,3 @@ def _checked(sizes: Any) -> Any:
     return build_section(type(sizes), to_dict(sizes))
   except UserError as error:
     raise ValueError(str(error)) from error
-
-
-def _sizes(family: Family, name: str, source: Source) -> Any:
-  if not source.config and name in WITH_RELEASED_SIZES:
-    return family.RELEASED_SIZES
-  if not source.config:
-    raise UserError(
-      f"'{source.path}' has no config.json in its folder: get that file too, it has the sizes of "
-      f'{name}'
-    )
-  try:
-    return _checked(family.sizes(source.config))
-  except UserError as error:  # It names what our implementation doesn't support.
-    raise UserError(f"config.json of '{source.path}': {error}") from error
-  except KeyError as error:
-    raise UserError(
-      f"config.json of '{source.path}' lacks {error}, which {name} needs: is it of another family?"
-    ) from error
-  except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
-    # The fields from which sizes are computed may have any value.
-    reason = ' '.join(str(error).split())
-    raise UserError(
-      f"config.json of '{source.path}' gives invalid sizes of {name} ({reason}): get it again"
-    ) from error

@@ -202,6 +202,10 @@ class Tokenizer(Tokens):
     """Number of tokens, including special tokens."""
     return self._bpe.get_vocab_size()
 
+  def text(self) -> str:
+    """Content of the tokenizer file."""
+    return self._bpe.to_str(pretty=True) + '\n'
+
   def _ids(self, caption: str) -> list[int]:
     """Token ids; text in quotation marks, which an image shows, is spelled letter by letter."""
     text = self._bpe.normalizer.normalize_str(caption)

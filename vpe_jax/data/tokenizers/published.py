@@ -11,7 +11,9 @@ from vpe_jax.config import CLASSES, did_you_mean
 from vpe_jax.contracts import UserError
 from vpe_jax.data.tokenizers import bpe, classes
 from vpe_jax.data.tokenizers.special_tokens import FAMILIES
-from vpe_jax.storage import hub_name
+from vpe_jax.storage import hub_name, write_atomic
+
+BPE = 'bpe'  # `data.tokenizer=bpe:FILE`: a file that data/tokenizers/bpe.py wrote
 
 
 class PublishedTokenizer(bpe.Tokens):
@@ -71,6 +73,10 @@ class PublishedTokenizer(bpe.Tokens):
       )
     return index
 
+  def save(self, folder: Path) -> None:
+    """Writes the files of the tokenizer."""
+    self._tokenizer.save_pretrained(folder)
+
   def _ids(self, caption: str) -> list[int]:
     # A prompt that contains the text of a special token is tokenized as ordinary text.
     encoded = self._tokenizer(caption, add_special_tokens=False, split_special_tokens=True)
@@ -93,12 +99,41 @@ def open_tokenizer(name: str) -> bpe.Tokens:
   if name == 'assets:bpe':
     return bpe.shipped()
   family, _, source = name.partition(':')
+  if family == BPE:
+    return bpe.Tokenizer(source)
   if family not in FAMILIES:
     raise UserError(
       f"data.tokenizer is '{name}', and no family of tokenizers is called '{family}'"
-      f'{did_you_mean(family, (*FAMILIES, CLASSES[:-1]))}'
+      f'{did_you_mean(family, (*FAMILIES, BPE, CLASSES[:-1]))}'
     )
   return PublishedTokenizer(family, source)
+
+
+def copy_tokenizer(name: str, folder: Path, place: str) -> str:
+  """Copies the files of the tokenizer that `data.tokenizer` names to a new folder.
+
+  Args:
+    name: value of `data.tokenizer`. Class names in the config itself need no file.
+    folder: the new folder.
+    place: name of this folder in the result.
+
+  Returns:
+    The value of `data.tokenizer` that names the copy.
+
+  Raises:
+    UserError: see `open_tokenizer`.
+  """
+  tokenizer = open_tokenizer(name)
+  if isinstance(tokenizer, PublishedTokenizer):
+    tokenizer.save(folder)
+    return f'{name.partition(":")[0]}:{place}'
+  if isinstance(tokenizer, bpe.Tokenizer):
+    write_atomic(folder / 'tokenizer.json', tokenizer.text().encode())
+    return f'{BPE}:{place}/tokenizer.json'
+  if not name.endswith('.txt'):
+    return name
+  write_atomic(folder / 'classes.txt', '\n'.join(tokenizer.names).encode())
+  return f'{CLASSES}{place}/classes.txt'
 
 
 def _open(name: str) -> Any:

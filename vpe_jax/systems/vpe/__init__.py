@@ -14,4 +14,8 @@ PACKAGE = Package(
     'best_of': 'vpe_jax.systems.vpe.visual_prompts.benchmark:BestOf',
     'mixes': 'vpe_jax.systems.vpe.visual_prompts.benchmark:Mixes',
   },
+  releases={
+    'showo2': 'vpe_jax.systems.vpe.releases:SHOW_O2',
+    'llamagen': 'vpe_jax.systems.vpe.releases:LLAMAGEN',
+  },
 )
