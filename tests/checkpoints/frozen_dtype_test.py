@@ -16,7 +16,7 @@ from vpe_jax.checkpoints import conversion, families, frozen, imports, sources, 
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.compilation import program
 from vpe_jax.config import CheckpointConfig, MeshConfig, to_dict
-from vpe_jax.contracts import FrozenNetwork, PretrainedWeights, UserError
+from vpe_jax.contracts import Batch, FrozenNetwork, PretrainedWeights, UserError
 from vpe_jax.models.siglip import Siglip
 from vpe_jax.sharding import leaves_by_path
 
@@ -97,9 +97,9 @@ def test_shipped_networks_use_half_the_memory_and_encode_equally(loaded):
   shard = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
   assert 2 * shard(narrow.params) == shard(wide.params)
   # The files are bfloat16 and the networks compute in float32, so nothing was rounded.
-  images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+  images = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), np.uint8)
   codes, expected = (
-    networks.encode(networks.params, {'image': images}, rng.run_key(0))
+    networks.encode_batch(Batch(np.arange(len(images)), {'image': images}), rng.run_key(0)).encoded
     for networks in (narrow, wide)
   )
   for name, leaf in expected.items():

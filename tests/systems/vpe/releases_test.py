@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests import released
-from vpe_jax import convert, main, rng, sharding, systems
+from vpe_jax import convert, rng, sharding, systems
 from vpe_jax.checkpoints import families, imports, sources, weights
 from vpe_jax.checkpoints.conversion import Companions
 from vpe_jax.compilation import examine
@@ -24,7 +24,7 @@ from vpe_jax.contracts import UserError
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation.evaluator import Subject
 from vpe_jax.generator import Generator, items_of
-from vpe_jax.training import config_file, resume
+from vpe_jax.training import config_file, resume, runs
 
 pytestmark = pytest.mark.parity
 CODES, CLASSES = 53, 7  # of the golden LlamaGen
@@ -164,7 +164,7 @@ def test_a_run_starts_from_an_import_and_its_config(show_o2):
   assert set(origins.values()) == {f'{to} (raw)'}
   jax.tree.map(np.testing.assert_array_equal, state['params'], weights.load_run(to)[0])
   with pytest.raises(UserError, match='no optimizer state.*--config.start='):
-    main.run(config_file.load(to, {}), to)
+    runs.run(config_file.load(to, {}), to)
 
 
 def test_an_import_compiles_as_it_is_loaded(llamagen):
