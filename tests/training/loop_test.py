@@ -200,7 +200,7 @@ def test_misfitting_networks_are_refused_before_initialization(build, tmp_path, 
 
 
 def test_run_without_finite_gradients_stops(build, tmp_path):
-  config, system = build(model={'weight': 1e300}, steps=(20, 1))
+  config, system = build(model={'weight': 3e38}, steps=(20, 1))
   with pytest.raises(UserError, match='not finite in 5 .*step 5.*optim.lr'):
     loop.train(config, system, str(tmp_path / 'run'))
   records = _records(tmp_path / 'run')
