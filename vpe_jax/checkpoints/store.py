@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -140,7 +141,7 @@ class Store:
           self._directory / str(step), {_STATE: arrays}, custom_metadata=metadata
         )
     except Exception:
-      self._delete_unfinished()
+      self._delete_failed()
       raise
     self._newest = step
     self._pending = self._worker.submit(self._finish, response)
@@ -248,7 +249,7 @@ class Store:
         with _full_disk_error(self._directory):
           pending.result()
       except Exception:
-        self._delete_unfinished()
+        self._delete_failed()
         raise
 
   def close(self) -> None:
@@ -278,11 +279,14 @@ class Store:
         self._move_aside(self._folder(other))
     self._damaged.clear()
 
-  def _delete_unfinished(self) -> None:
-    """Deletes the folders of interrupted and failed saves and deletions.
+  def _delete_failed(self) -> None:
+    """Deletes what a failed save has written, also by threads that notice the failure later."""
+    for _ in range(10):
+      self._delete_unfinished()
+      time.sleep(0.1)
 
-    A failed save may still be writing; then the next save deletes its folder.
-    """
+  def _delete_unfinished(self) -> None:
+    """Deletes the folders of interrupted and failed saves and deletions."""
     if jax.process_index() == 0 and self._directory.exists():
       for folder in self._directory.iterdir():
         if re.fullmatch(rf'\d+{re.escape(_UNFINISHED)}.*', folder.name):

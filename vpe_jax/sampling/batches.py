@@ -30,7 +30,8 @@ def progress_bar() -> Iterator[Progress]:
   def show(finished: int, total: int) -> None:
     if bars and (total != bars[-1].total or finished < bars[-1].n):
       bars.pop().close()
-    if not bars and time.monotonic() - start >= QUIET_SECONDS:
+    is_long = finished < total and time.monotonic() - start >= QUIET_SECONDS
+    if not bars and is_long:
       bars.append(tqdm(total=total, initial=finished, unit='image', mininterval=interval))
     elif bars:
       bars[-1].update(finished - bars[-1].n)

@@ -144,7 +144,7 @@ def test_the_best_of_many_are_rendered(parse):
   assert request.count(2, 1) == 8
   _generate(request, ['a', 'b'])
   assert _Prompter.calls == [
-    ('best_of', (['a', 'b'], 16, 4, 'similarity'), {'seed': 5, 'settings': None})
+    ('best_of', (['a', 'b'], 16, 4, 'similarity'), {'seed': 5, 'settings': None, 'progress': None})
   ]
 
 

@@ -105,14 +105,15 @@ class VisualPromptRequest:
     if self.save_to:
       prompter.check_codebook()
     if self.loaded is not None:
-      return prompter.render(self.loaded, seed, settings, progress)
+      return prompter.render(self.loaded, seed, settings, progress=progress)
     if self.plans:
       selection = (self.plans, self.render, self.rank)
-      return prompter.best_of(prompts, *selection, seed, settings, progress)
+      options = {'seed': seed, 'settings': settings, 'progress': progress}
+      return prompter.best_of(prompts, *selection, **options)
     if not self.image:
       return generator(prompts, n, seed, settings, progress=progress)
     codes = prompter.read([read_image(self.image)]).codes[0]
-    images = generator(prompts, n, seed, settings, {ENTRY: codes}, progress)
+    images = generator(prompts, n, seed, settings, fixed={ENTRY: codes}, progress=progress)
     return [image.with_metadata(visual_prompt=f'read from {self.image}') for image in images]
 
   def save(self, generator: Generator, images: Sequence[GeneratedImage], overwrite: bool) -> None:
