@@ -27,9 +27,7 @@ def get_config(arg: str = '') -> ConfigDict:
   if options['chips'] and (
     preset != 'paper' or not re.fullmatch(r'[1-9]\d{0,5}', options['chips'])
   ):
-    raise ValueError(
-      f'chips={options["chips"]}: a number from 1 to 999999, only with preset paper'
-    )
+    raise ValueError(f'chips={options["chips"]}: a number from 1 to 999999, only with preset paper')
   config = t2i.get_config(f'{preset},arch=single,vpe={options["vpe"]}')
   config.name = 'text_rendering'
   for field in ('stages', 'steps', 'batch_size'):
@@ -57,7 +55,7 @@ def _debug(config: ConfigDict) -> None:
 def _paper(config: ConfigDict) -> None:
   config.steps = (100_000,)
   config.batch_size = (24 * (8 if config.model.vpe else 12),)
-  config.data.update(source='folders:text_atlas,anyword', language='en', least_text_height=8)
+  config.data.source = 'folders:text_atlas,anyword'
   # Without [bot] and [eot] there is room for two more tokens of text.
   config.data.text_length = 249 if config.model.vpe else 251
   config.optim.ema = 0.0

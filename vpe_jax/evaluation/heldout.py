@@ -20,6 +20,7 @@ from vpe_jax.evaluation.evaluator import Subject
 from vpe_jax.evaluation.report import Report
 
 SPLIT = 'combination'
+_NONE = 'held-out losses: none, the data source has no held-out split (data.held_out makes one)'
 
 Sums = dict[str, Array]
 EvalStep = Callable[[Params, Params, Batch, Array, Array], tuple[Sums, Sums]]
@@ -55,7 +56,7 @@ class HeldOut:
   def run(self, subject: Subject) -> Report:
     """The mean of each loss over the held-out batches."""
     if not has_split(subject.system.config.data):
-      return Report({}, ('held-out losses: none, the data source has no held-out split',))
+      return Report({}, (_NONE,))
     if subject.stage_index != self._stage_index:
       self._stage_index = subject.stage_index
       stage = with_all_losses(subject.system.stages, subject.stage_index)
@@ -89,6 +90,8 @@ class HeldOut:
 
 def has_split(data: DataConfig) -> bool:
   """Whether the data source has held-out splits."""
+  if data.is_user_data:
+    return data.held_out > 0
   try:
     open_source(data, SPLIT)
   except NoHeldOutSplit:
