@@ -72,6 +72,7 @@ def _paper(config: ConfigDict) -> None:
   """Table 9 of the paper: 240 images a step (there, two microbatches of 5 x 24 images)."""
   config.steps = (35_000,)
   config.batch_size = (240,)
+  config.data.filters = {}
   config.data.source = 'folders:nhr_edit*3,unic_edit,sharegpt_4o_image*5,pico_banana*4'
   config.model.eoi = 151_653
   config.optim.lr = 5e-5

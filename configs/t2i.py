@@ -135,6 +135,9 @@ def _paper(config: ConfigDict) -> None:
   config.remat = 'attention'
   config.data = {'image_size': 512, 'text_length': 249, 'encode': 'online', 'root': 'data'}
   config.data.source = 'folders:blip3o,text_atlas,anyword'
+  # The paper leaves out Chinese text, and text that is illegible after padding.
+  legible = {'language': 'en', 'least_text_height': 8}
+  config.data.filters = {'text_atlas': legible, 'anyword': dict(legible)}
   config.data.tokenizer = 'showo2:Qwen/Qwen2.5-1.5B-Instruct'
   expert = _transformer(1536, 8960, 28, 12, 2)
   config.model = {

@@ -60,7 +60,7 @@ def _debug(config: ConfigDict) -> None:
 def _paper(config: ConfigDict) -> None:
   config.steps = (100_000,)
   config.batch_size = (24 * (8 if config.model.vpe else 12),)
-  config.data.update(source='folders:text_atlas,anyword', language='en', least_text_height=8)
+  config.data.source = 'folders:text_atlas,anyword'
   # Without [bot] and [eot] there is room for two more tokens of text.
   config.data.text_length = 249 if config.model.vpe else 251
   config.optim.ema = 0.0

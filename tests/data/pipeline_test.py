@@ -105,7 +105,7 @@ def test_encoded_entries_from_a_cache(monkeypatch, tmp_path):
   monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path))
   entries = SyntheticEncoded(22, (('codes', (9,), 32), ('latents', (4, 4, 2), 0)))
   batches = [{name: leaf[None] for name, leaf in entries[i].items()} for i in range(22)]
-  stored = cache.write_cache('x', batches, shard=8)
+  stored = cache.write_cache('x', lambda start: batches, shard=8)
   pipeline = small_pipeline(_SYNTHETIC, 7, TEXT, encoded=stored)
   (batch,) = _take(pipeline, 1, 5, 4)
   assert batch.inputs.keys() == set(TEXT)

@@ -203,7 +203,11 @@ def test_an_interrupted_command_continues(tmp_path, monkeypatch):
   manifest = prepare(settings, str(to))
   assert written[3:] == [1, 2, 3, 4]
   assert _captions(to) == _numbers(range(10))
-  assert _names(to) == [f'images-{n:05d}.array_record' for n in range(5)] + ['prepared.json']
+  assert _names(to) == [
+    'hashes.u64',
+    *(f'images-{n:05d}.array_record' for n in range(5)),
+    'prepared.json',
+  ]
   assert prepare(settings, str(to)) == manifest and len(written) == 7
 
 
@@ -268,7 +272,7 @@ def test_an_error_before_the_first_shard_allows_other_settings(tmp_path):
     prepare(Settings(source, caption='words'), str(tmp_path / 'to'))
   assert len((tmp_path / 'to' / 'preparing' / 'skipped.jsonl').read_text().splitlines()) == 2
   assert prepare(Settings(source), str(tmp_path / 'to')).count == 2
-  assert _names(tmp_path / 'to') == ['images-00000.array_record', 'prepared.json']
+  assert _names(tmp_path / 'to') == ['hashes.u64', 'images-00000.array_record', 'prepared.json']
 
 
 def test_images_without_a_valid_caption_are_unusable(tmp_path):

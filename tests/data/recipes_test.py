@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -13,6 +14,7 @@ from vpe_jax import systems
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data import recipes
+from vpe_jax.data.preparing import Settings, prepare
 from vpe_jax.data.sources import open_source
 from vpe_jax.evaluation import heldout
 
@@ -56,6 +58,29 @@ def test_filters_apply_to_every_folder(root):
   assert all('navy' not in source[index].caption for index in range(len(source)))
 
 
+def test_a_folder_may_have_its_own_filter(root):
+  captions = lambda **data: [record.caption for record in _open(root, 'warm,cold', **data)]
+  english = {'cold': {'language': 'en'}}
+  assert len(captions(filters=english)) == 4 and 'make it navy' not in captions(filters=english)
+  # It replaces the common filter, which the other folders have.
+  assert len(captions(filters={'cold': {}}, language='en')) == 5
+  assert captions(filters={'warm': {}}, language='en')[2:] == ['make it blue', 'make it cyan']
+  with pytest.raises(UserError, match='"texts".*data.filters.warm.least_text_height=8'):
+    captions(filters={'warm': {'least_text_height': 8}})
+
+
+def test_a_prepared_folder_is_checked_against_its_own_filter(root, tmp_path):
+  settings = Settings(f'folder:{root}/cold', language='en')
+  prepare(settings, str(tmp_path / 'cold'))
+  shutil.copytree(root / 'warm', tmp_path / 'warm')
+  assert len(_open(tmp_path, 'warm,cold', filters={'cold': {'language': 'en'}})) == 4
+  for data in ({}, {'filters': {'warm': {'language': 'en'}}}):
+    with pytest.raises(UserError, match=r"language='en' \(data.language is ''\)"):
+      _open(tmp_path, 'warm,cold', **data)
+  with pytest.raises(UserError, match=r"\(data.filters.cold.language is 'zh'\)"):
+    _open(tmp_path, 'warm,cold', filters={'cold': {'language': 'zh'}})
+
+
 def test_an_epoch_repeats_upsampled_records(root):
   config = DataConfig(source='folders:warm*2,cold', root=str(root), image_size=8, text_length=8)
   pipeline = small_pipeline(config, seed=3)
@@ -75,6 +100,10 @@ def test_an_epoch_repeats_upsampled_records(root):
     ('warm,hot', {}, 'data set hot is missing.*captions.jsonl.*"caption"'),
     ('nhr_edit*3', {'source_images': True}, 'data set NHR-Edit is missing.*/nhr_edit.*"reference"'),
     ('warm,cold', {'examples': 4}, 'data.examples=4'),
+    ('warm,cold', {'filters': {'wam': {'language': 'en'}}}, "filters.wam.*mean 'warm'"),
+    ('warm,cold', {'filters': {'warm': {'languages': 'en'}}}, 'filters.warm has languages'),
+    ('warm,cold', {'filters': {'warm': {'least_text_height': '8'}}}, 'filters.warm has least_te'),
+    ('warm,cold', {'filters': {'warm': 'en'}}, 'filters.warm'),
   ],
 )
 def test_mistakes_are_named(root, recipe, data, message):

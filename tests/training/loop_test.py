@@ -1,6 +1,7 @@
 """Tests of whole runs: resume, crashes, preemption, sharding, errors."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -11,12 +12,14 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from vpe_jax import sharding
 from vpe_jax.checkpoints.store import Store
 from vpe_jax.config import OPTIMIZERS
 from vpe_jax.contracts import UserError
-from vpe_jax.training import loop, optimizer, workdir
+from vpe_jax.data import cache
+from vpe_jax.training import encode, loop, optimizer, workdir
 from vpe_jax.training.logging import RunLog
 
 
@@ -117,9 +120,9 @@ def test_records_are_on_disk_before_their_checkpoint(build, tmp_path, monkeypatc
   config, system = build()
   save, saves = Store.save, []
 
-  def record_save(self, state, config_dict, force=False):
+  def record_save(self, state, *arguments):
     saves.append((int(state['step']), [r['step'] for r in _records(tmp_path / 'run')]))
-    return save(self, state, config_dict, force)
+    return save(self, state, *arguments)
 
   monkeypatch.setattr(Store, 'save', record_save)
   loop.train(config, system, str(tmp_path / 'run'))
@@ -146,6 +149,74 @@ def test_sigterm_saves_and_returns(build, tmp_path, monkeypatch, capsys):
   resumed = loop.train(config, system, str(tmp_path / 'run'))
   assert 'resumes after step 4' in capsys.readouterr().out
   _assert_equal(loop.train(config, system, str(tmp_path / 'whole')), resumed)
+
+
+def _own_images(folder, count):
+  """The data section of a config for new images."""
+  folder.mkdir(exist_ok=True)
+  for number in range(count):
+    Image.new('RGB', (8, 8), (number, 0, 0)).save(folder / f'{number:03d}.png')
+    (folder / f'{number:03d}.txt').write_text(f'image {number}')
+  return {'source': f'folder:{folder}', 'examples': 0}
+
+
+def test_changed_data_are_refused_unless_allowed(build, tmp_path, capsys):
+  data = _own_images(tmp_path / 'images', 12)
+  config, system = build(data={**data, 'image_size': 8, 'text_length': 32})
+  workdir = str(tmp_path / 'run')
+  loop.train(config, system, workdir)
+  os.utime(tmp_path / 'images' / '004.png', (1, 1))
+  loop.train(config, system, workdir)
+  (tmp_path / 'images' / '003.txt').write_text('rewritten')
+  with pytest.raises(UserError, match='data changed .*captions: 12 .* now 12 .*') as error:
+    loop.train(config, system, workdir)
+  assert '--allow_change=data' in str(error.value) and 'images:' not in str(error.value)
+  (tmp_path / 'images' / '005.png').unlink()
+  with pytest.raises(UserError, match='images: 12 .*, now 11 '):
+    loop.train(config, system, workdir, ('data.examples',))
+  loop.train(config, system, workdir, ('data',))
+  assert 'config change: images: 12' in capsys.readouterr().out
+
+
+def test_own_data_have_held_out_losses(build, tmp_path, capsys):
+  data = _own_images(tmp_path / 'images', 20) | {'image_size': 8, 'text_length': 32}
+  config, system = build(data={**data, 'held_out': 0.4}, evals={'heldout': {'every': 6}})
+  loop.train(config, system, str(tmp_path / 'run'))
+  assert _records(tmp_path / 'run')[-1]['eval/tokens'] > 0
+  config, system = build(data=data, evals={'heldout': {'every': 6}})
+  loop.train(config, system, str(tmp_path / 'without'))
+  assert 'data.held_out makes one' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_encoding_which_continues_later(
+  drawing_system, tmp_path, monkeypatch, capsys, number
+):
+  monkeypatch.setenv('VPE_JAX_CACHE', str(tmp_path / 'cache'))
+  monkeypatch.setattr(encode, 'CHUNK', 8)
+  monkeypatch.setattr(encode, 'REPORT_EVERY', -1.0)
+  monkeypatch.setattr(cache, 'write_cache', functools.partial(cache.write_cache, shard=16))
+  system = drawing_system(data={'encode': 'cached'})
+  say = encode._say
+
+  def interrupt(text):
+    say(text)
+    if '40/70' in text:
+      os.kill(os.getpid(), number)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(encode, '_say', interrupt)
+    train = lambda: loop.train(system.config, system, str(tmp_path / 'run'))
+    if number == signal.SIGINT:
+      with pytest.raises(KeyboardInterrupt):
+        train()
+    else:
+      assert train() is None
+  assert 'preempted: 40 of 70 images were encoded' in capsys.readouterr().out
+  assert not list((tmp_path / 'cache').rglob('*.part*'))
+  assert train() is not None
+  lines = [line for line in capsys.readouterr().out.splitlines() if 'encoding images' in line]
+  assert lines[0].startswith('encoding images: 40/70') and len(lines) == 5
 
 
 def test_another_config_is_refused_unless_allowed(build, tmp_path, capsys):

@@ -22,6 +22,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -102,7 +103,13 @@ class Store:
     """Whether `save` without `force` saves at this step."""
     return step > 0 and step % self._config.every == 0
 
-  def save(self, state: State, config_dict: Mapping[str, Any], force: bool = False) -> bool:
+  def save(
+    self,
+    state: State,
+    config_dict: Mapping[str, Any],
+    force: bool = False,
+    data: Mapping[str, str] = MappingProxyType({}),
+  ) -> bool:
     """Saves a state if it is due. Returns once the arrays are copied; a thread writes them.
 
     The arrays may then be donated or changed. Reading `step` from the state waits for its
@@ -113,6 +120,7 @@ class Store:
         Python numbers or arrays.
       config_dict: the run's config, from `vpe_jax.config.to_dict`.
       force: save at a step that isn't due (the last one, or after SIGTERM).
+      data: digests of the training data, which the record contains.
 
     Returns:
       Whether a save was started; False also if this step was just saved or restored.
@@ -128,7 +136,8 @@ class Store:
     self._prepare_directory(step)
     arrays = _arrays(state)
     record = {name: int(state[name]) for name in COUNTERS}
-    record |= {'config': dict(config_dict), 'version': __version__, **_machine()}
+    record |= {'config': dict(config_dict), 'data': dict(data), 'version': __version__}
+    record |= _machine()
     sums = checksums(arrays)
     record['leaves'] = {
       path: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'checksum': sums[path]}
@@ -155,7 +164,7 @@ class Store:
 
     Args:
       abstract_of: maps a checkpoint's record {stage, step, stage_step, examples_seen, config,
-        cpu_threads, devices, version, leaves} to the abstract state to restore: arrays as
+        data, cpu_threads, devices, version, leaves} to the abstract state to restore: arrays as
         `jax.ShapeDtypeStruct` with shardings (of any mesh); counters may be plain numbers.
 
     Returns:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import Any
 
-from vpe_jax.config.fields import check, check_sizes, did_you_mean
+from vpe_jax.config.fields import MAX_SIZE, check, check_sizes, did_you_mean
 from vpe_jax.contracts import UserError
 
 # Built-in sources: name -> `module:function`, an Opener (vpe_jax.data.sources).
@@ -20,6 +21,7 @@ SOURCES: Mapping[str, str] = {
 }
 # Prefixes of the other sources; a path, a list of folders or the name of a data set follows.
 FOLDER, FOLDERS, TFDS = 'folder:', 'folders:', 'tfds:'
+PACKED = ('webdataset:', 'parquet:')  # sources of vpe_jax.prepare only
 CLASSES = 'classes:'  # prefix of class names: the tokenizer of a class-conditional model
 PROMPT_FIELDS = ('caption', 'group')
 FITS, ENCODES = ('pad', 'crop'), ('online', 'cached')
@@ -65,6 +67,11 @@ class DataConfig:
       where the data are in a folder of image files.
     most_pixels: pixels of the largest image that is decoded, before it is reduced.
     most_bytes: size of the largest image file.
+    held_out: records of the user's folders that are held out of training: a share (below 1), or
+      from 1 on the number in each folder. A hash of the image selects them, so the share stays the
+      same when images are added; of a fixed number, a few may then move to training.
+    filters: filters of single folders of `folders:` instead of `language` and `least_text_height`:
+      folder name -> a section with these two fields.
     source_images: whether records are edits: a source image, an instruction (the caption), and the
       edited image.
   """
@@ -89,6 +96,8 @@ class DataConfig:
   most_skipped: float = 0.01
   most_pixels: int = 2**26
   most_bytes: int = 2**26
+  held_out: float = 0.0
+  filters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   source_images: bool = False
 
   def __post_init__(self) -> None:
@@ -99,12 +108,19 @@ class DataConfig:
     for name, known in {'encode': ENCODES, 'prompt_field': PROMPT_FIELDS, 'fit': FITS}.items():
       check(self, 'data.', name, getattr(self, name) in known, f'one of {", ".join(known)}')
     self._check_source()
+    self._check_held_out()
+    self._check_filters()
     # FAMILY and NAME are checked when the tokenizer is opened.
     known = f'assets:bpe, FAMILY:FOLDER, FAMILY:OWNER/NAME (a hub id), or {CLASSES}NAMES'
     valid = re.match(r'(?!assets:)[\w.-]+:.', self.tokenizer) or self.tokenizer == 'assets:bpe'
     check(self, 'data.', 'tokenizer', bool(valid), known)
 
   def _check_source(self) -> None:
+    if self.source.startswith(PACKED):
+      raise UserError(
+        f'config.data.source is {self.source}: pack it first, with python -m vpe_jax.prepare '
+        f'--source={self.source} --to=DIR, and set data.source to {FOLDER}DIR'
+      )
     if self.source not in SOURCES and not self.is_user_data:
       stored = (f'{FOLDER}PATH', f'{FOLDERS}NAME*3,NAME', f'{TFDS}NAME/SPLIT')
       hint = did_you_mean(self.source, (*SOURCES, *stored))
@@ -117,6 +133,34 @@ class DataConfig:
       valid = all(re.fullmatch(r'[^*]*[^*\s][^*]*(\*[1-9]\d*)?', entry) for entry in entries)
       example = f'{FOLDERS} and different names, as in {FOLDERS}one*3,other'
       check(self, 'data.', 'source', valid and len(names) == len(entries), example)
+
+  def _check_held_out(self) -> None:
+    """Checks `held_out`; only folders have no splits of their own."""
+    whole = self.held_out < 1 or self.held_out == int(self.held_out)
+    valid = 0 <= self.held_out <= MAX_SIZE and whole
+    check(self, 'data.', 'held_out', valid, 'a share below 1, or a whole number of records')
+    cure = "0: this source has splits of its own, only the user's folders have none"
+    check(self, 'data.', 'held_out', self.in_folders or not self.held_out, cure)
+
+  def _check_filters(self) -> None:
+    """Checks `filters`, whose keys are names of folders."""
+    names = ()
+    if self.source.startswith(FOLDERS):
+      entries = self.source.removeprefix(FOLDERS).split(',')
+      names = [entry.partition('*')[0].strip() for entry in entries]
+    for name, own in self.filters.items():
+      if name not in names:
+        raise UserError(
+          f"config.data.filters.{name}: data.source={self.source} has no folder '{name}'"
+          f'{did_you_mean(name, names)}'
+        )
+      types = {'language': str, 'least_text_height': int}
+      for field, value in (own if isinstance(own, Mapping) else {'': own}).items():
+        if field not in types or not isinstance(value, types[field]) or isinstance(value, bool):
+          raise UserError(
+            f'config.data.filters.{name} has {field}={value!r}: its fields are language, a word, '
+            'and least_text_height, a whole number'
+          )
 
   @property
   def in_folders(self) -> bool:

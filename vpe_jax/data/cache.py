@@ -1,34 +1,38 @@
 """Cache on disk for `data.encode=cached`: encoded entries by source index.
 
 Encoded entries are outputs of frozen encoders, such as visual prompt codes and latents.
-A cache is a folder with array shards of each named entry and a manifest. The manifest holds the
-fingerprint, name, dtype and shape of each entry, and a checksum of each shard. It is written last;
-then the complete folder is renamed to its final name.
+A cache is a folder with array shards of each named entry and a manifest, which has a line for each
+event: the fingerprint, each complete shard with its checksums, and the end. Lines are only
+appended, so an interrupted cache continues after its last complete shard.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import fcntl
 import functools
 import hashlib
 import json
 import math
+import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from vpe_jax.contracts import UserError
 from vpe_jax.storage import cache_dir, checksum
 
-SHARD = 4096  # records in one shard
-LAYOUT = 2  # version of the file layout; part of every fingerprint
-_MANIFEST = 'manifest.json'
-_FIELDS = {'fingerprint', 'count', 'shard', 'entries', 'checksums'}
+SHARD = 1024  # records in one shard; so many are encoded again after an interruption
+LAYOUT = 3  # version of the file layout; part of every fingerprint
+_MANIFEST = 'manifest.jsonl'
+_END = {'complete': True}  # last line of the manifest
+FOLDER = 'encoded'  # of the cache folder
 
 
 class Encoded(Protocol):
@@ -39,6 +43,35 @@ class Encoded(Protocol):
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     """The entries of one record by name, int32 or float32, without a batch axis."""
     ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+  """A line of the manifest: number of records, (name, dtype, shape) of entries, CRC-32 by file.
+
+  `start` is the position of the line in the manifest, in bytes.
+  """
+
+  count: int
+  entries: list[tuple[str, str, tuple[int, ...]]]
+  checksums: dict[str, int]
+  start: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Manifest:
+  """The manifest of a cache; `end` is its length in bytes, without an incomplete last line."""
+
+  fingerprint: str = ''
+  shard: int = 0
+  shards: tuple[_Shard, ...] = ()
+  complete: bool = False
+  end: int = 0
+
+  @property
+  def count(self) -> int:
+    """Number of stored records."""
+    return sum(shard.count for shard in self.shards)
 
 
 class DamagedCacheError(UserError):
@@ -80,7 +113,7 @@ class EncodedCache:
 def location(fingerprint: str) -> Path:
   """The folder of the cache with this fingerprint; it need not exist."""
   name = hashlib.blake2b(fingerprint.encode(), digest_size=12).hexdigest()
-  return cache_dir() / 'encoded' / name
+  return cache_dir() / FOLDER / name
 
 
 def open_cache(fingerprint: str) -> EncodedCache | None:
@@ -90,81 +123,120 @@ def open_cache(fingerprint: str) -> EncodedCache | None:
     fingerprint: everything that determines the content: source, resolution, encoder weights.
 
   Returns:
-    The cache, or None if it does not exist.
+    The cache, or None if it does not exist or is not complete.
 
   Raises:
-    DamagedCacheError: the cache is truncated, altered, or has another fingerprint; the message
-      names the file. `write_cache` with the same fingerprint replaces it.
+    DamagedCacheError: the cache is altered, or has another fingerprint; the message names the file.
+      `write_cache` with the same fingerprint replaces what is damaged.
   """
   folder = location(fingerprint)
-  if not folder.exists():
+  manifest = _read_manifest(folder)
+  if not manifest.complete:
     return None
-  manifest = _manifest(folder)
-  if manifest['fingerprint'] != fingerprint:
+  if manifest.fingerprint != fingerprint:
     raise DamagedCacheError(f'cache {folder} has another fingerprint; build it again')
-  for name, expected in manifest['checksums'].items():
+  for shard in manifest.shards:
+    _verify(folder, shard)
+  return _opened(folder, manifest)
+
+
+def _verify(folder: Path, shard: _Shard) -> None:
+  """Verifies the checksums of a shard.
+
+  Raises:
+    DamagedCacheError: names the file that is missing or damaged.
+  """
+  for name, expected in shard.checksums.items():
     path = folder / name
     if not path.exists():
       raise DamagedCacheError(f'cache file {path} is missing; build the cache again')
     if checksum(path) != expected:
       raise DamagedCacheError(f'cache file {path} is damaged; build the cache again')
-  return _opened(folder, manifest)
 
 
-def _opened(folder: Path, manifest: dict[str, Any]) -> EncodedCache:
-  entries = tuple((name, dtype, tuple(shape)) for name, dtype, shape in manifest['entries'])
-  return EncodedCache(folder, manifest['count'], manifest['shard'], entries)
+def _opened(folder: Path, manifest: _Manifest) -> EncodedCache:
+  first = manifest.shards[0].entries if manifest.shards else []
+  entries = tuple((name, dtype, tuple(shape)) for name, dtype, shape in first)
+  return EncodedCache(folder, manifest.count, manifest.shard, entries)
 
 
 def write_cache(
-  fingerprint: str, batches: Iterable[Mapping[str, np.ndarray]], shard: int = SHARD
+  fingerprint: str,
+  batches: Callable[[int], Iterable[Mapping[str, np.ndarray]]],
+  shard: int = SHARD,
 ) -> EncodedCache:
-  """Writes a cache atomically; replaces a damaged one.
+  """Writes a cache, or the missing shards of an interrupted or damaged one.
 
-  If another process completes the same cache first, that cache is returned and not replaced: a
-  reader may have opened it.
+  If another process writes the same cache, this one waits, and uses what the other has written.
 
   Args:
     fingerprint: everything that determines the content.
-    batches: arrays [n, ...] by entry name, for n consecutive records; n may vary between batches,
-      the names may not.
+    batches: maps the number of records that are stored to the remaining ones, in order: arrays
+      [n, ...] by entry name, for n consecutive records; n may vary between batches, the names may
+      not.
     shard: number of records in one file.
 
   Raises:
     UserError: the cache folder can't be written.
   """
   folder = location(fingerprint)
-  with _writing(folder.parent):
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'{folder.name}.part'))
+  with _writing(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+  with _locked(folder):
+    manifest = _intact(folder, fingerprint, shard)
+    if not manifest.complete:
+      with _writing(folder), (folder / _MANIFEST).open('ab') as file:
+        file.truncate(manifest.end)
+        if not manifest.end:
+          _append(file, {'fingerprint': fingerprint, 'shard': shard})
+        for new in _write_shards(folder, batches(manifest.count), shard, len(manifest.shards)):
+          _append(file, dataclasses.asdict(new))
+        _append(file, _END)
+      _mapped.cache_clear()
+      manifest = _read_manifest(folder)
+  return _opened(folder, manifest)
+
+
+def _append(file: BinaryIO, values: Mapping[str, Any]) -> None:
+  file.write(json.dumps(values).encode() + b'\n')
+  file.flush()
+
+
+def _intact(folder: Path, fingerprint: str, shard: int) -> _Manifest:
+  """The manifest of a cache up to its first damaged shard; without any if it is another cache."""
+  manifest = _read_manifest(folder)
+  if (manifest.fingerprint, manifest.shard) != (fingerprint, shard):
+    return _Manifest()
+  for number, one in enumerate(manifest.shards):
+    try:
+      _verify(folder, one)
+    except DamagedCacheError:
+      return dataclasses.replace(
+        manifest, shards=manifest.shards[:number], complete=False, end=one.start
+      )
+  return manifest
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+  """Holds the lock of a cache, which the system releases even if the process is killed."""
+  handle = os.open(folder, os.O_RDONLY)
   try:
-    manifest = {'fingerprint': fingerprint, **_write_shards(unfinished, batches, shard)}
-    with _writing(folder.parent):
-      (unfinished / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding='utf-8')
-    return _publish(unfinished, fingerprint)
+    if not _try_lock(handle):
+      print(f'waiting for another process that writes the cache {folder}', flush=True)
+      while not _try_lock(handle):
+        time.sleep(1.0)
+    yield
   finally:
-    shutil.rmtree(unfinished, ignore_errors=True)
-    _mapped.cache_clear()
+    os.close(handle)
 
 
-def _publish(unfinished: Path, fingerprint: str) -> EncodedCache:
-  """Renames a complete cache to its final name, unless another process was first."""
-  folder = location(fingerprint)
+def _try_lock(handle: int) -> bool:
   try:
-    existing = open_cache(fingerprint)
-  except (DamagedCacheError, OSError):
-    existing = None
-    shutil.rmtree(folder, ignore_errors=True)
-  if existing is not None:
-    return existing
-  try:
-    unfinished.rename(folder)
-  except OSError:  # Another process published its cache after the check above.
-    existing = open_cache(fingerprint)
-    if existing is None:
-      raise
-    return existing
-  return _opened(folder, _manifest(folder))
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  return True
 
 
 @contextlib.contextmanager
@@ -180,34 +252,36 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _write_shards(
-  folder: Path, batches: Iterable[Mapping[str, np.ndarray]], shard: int
-) -> dict[str, Any]:
-  """Writes all shards; returns the fields of the manifest, without the fingerprint."""
-  checksums: dict[str, int] = {}
-  entries: list[tuple[str, str, tuple[int, ...]]] = []
+  folder: Path, batches: Iterable[Mapping[str, np.ndarray]], shard: int, number: int
+) -> Iterator[_Shard]:
+  """Writes shards, of which the first has this number; yields each one once it is complete."""
   pending: list[dict[str, np.ndarray]] = []
-  pending_count = count = 0
-
-  def flush(size: int) -> None:
-    nonlocal pending, pending_count, count
-    joined = {name: np.concatenate([batch[name] for batch in pending]) for name in pending[0]}
-    for name, array in joined.items():
-      path = folder / _shard_name(name, count // shard)
-      with _writing(folder.parent):
-        np.save(path, array[:size])
-      checksums[path.name] = checksum(path)
-    pending = [{name: array[size:] for name, array in joined.items()}]
-    pending_count, count = pending_count - size, count + size
-
+  count = 0
   for batch in batches:
     pending.append({name: _standard(array) for name, array in batch.items()})
-    entries = [(name, array.dtype.name, array.shape[1:]) for name, array in pending[-1].items()]
-    pending_count += len(next(iter(batch.values())))
-    while pending_count >= shard:
-      flush(shard)
-  if pending_count:
-    flush(pending_count)
-  return {'count': count, 'shard': shard, 'entries': entries, 'checksums': checksums}
+    count += len(next(iter(batch.values())))
+    while count >= shard:
+      joined = {name: np.concatenate([one[name] for one in pending]) for name in pending[0]}
+      yield _write_shard(folder, {name: array[:shard] for name, array in joined.items()}, number)
+      pending = [{name: array[shard:] for name, array in joined.items()}]
+      number, count = number + 1, count - shard
+  if count:
+    joined = {name: np.concatenate([one[name] for one in pending]) for name in pending[0]}
+    yield _write_shard(folder, joined, number)
+
+
+def _write_shard(folder: Path, arrays: Mapping[str, np.ndarray], number: int) -> _Shard:
+  checksums = {}
+  for name, array in arrays.items():
+    path = folder / _shard_name(name, number)
+    try:
+      np.save(path, array)
+    except OSError:
+      path.unlink(missing_ok=True)  # A full disk: nothing that is half written stays.
+      raise
+    checksums[path.name] = checksum(path)
+  entries = [(name, array.dtype.name, array.shape[1:]) for name, array in arrays.items()]
+  return _Shard(len(next(iter(arrays.values()))), entries, checksums)
 
 
 def _standard(array: np.ndarray) -> np.ndarray:
@@ -216,16 +290,24 @@ def _standard(array: np.ndarray) -> np.ndarray:
   return array.astype(dtype, copy=False)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> _Manifest:
+  """The manifest of a cache, up to its last complete line; empty if there is none."""
+  manifest, start = _Manifest(), 0
   path = folder / _MANIFEST
-  try:
-    manifest = json.loads(path.read_text(encoding='utf-8'))
-    complete = _FIELDS <= manifest.keys()
-  except (OSError, ValueError, AttributeError) as error:
-    raise DamagedCacheError(f'cache file {path} is damaged ({error}); build it again') from error
-  if not complete:
-    raise DamagedCacheError(f'cache file {path} is incomplete; build the cache again')
-  return manifest
+  for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+    try:
+      values = json.loads(line)
+      if values == _END:
+        manifest = dataclasses.replace(manifest, complete=True)
+      elif not start:
+        manifest = _Manifest(values['fingerprint'], values['shard'])
+      else:
+        shard = _Shard(**values | {'start': start})
+        manifest = dataclasses.replace(manifest, shards=(*manifest.shards, shard))
+    except (ValueError, KeyError, TypeError):
+      break  # An interrupted write; the rest is written again.
+    start += len(line)
+  return dataclasses.replace(manifest, end=start)
 
 
 def _shard_name(name: str, number: int) -> str:
@@ -241,3 +323,56 @@ def _mapped(path: Path, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
   """
   offset = path.stat().st_size - math.prod(shape) * np.dtype(dtype).itemsize
   return np.memmap(path, dtype, 'r', offset, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A cache on disk, as `vpe_jax.cache` lists it.
+
+  Attributes:
+    name: name of its folder.
+    source: `data.source` of its images; empty if unknown.
+    records: number of stored records.
+    bytes: size of its files.
+    complete: whether all records are stored.
+    changed: time of the last write.
+  """
+
+  name: str
+  source: str
+  records: int
+  bytes: int
+  complete: bool
+  changed: datetime.datetime
+
+
+def list_caches() -> list[Stored]:
+  """All caches on disk, including unfinished ones, sorted by the time of their last write."""
+  parent = cache_dir() / FOLDER
+  folders = [path for path in parent.iterdir() if path.is_dir()] if parent.exists() else []
+  return sorted(map(_stored, folders), key=lambda stored: stored.changed)
+
+
+def _stored(folder: Path) -> Stored:
+  manifest = _read_manifest(folder)
+  try:
+    source = json.loads(manifest.fingerprint)['data'][0]
+  except (ValueError, KeyError, TypeError, IndexError):
+    source = ''
+  stats = [path.stat() for path in folder.iterdir()]
+  changed = datetime.datetime.fromtimestamp(max([s.st_mtime for s in [*stats, folder.stat()]]))
+  size = sum(stat.st_size for stat in stats)
+  return Stored(folder.name, source, manifest.count, size, manifest.complete, changed)
+
+
+def delete_cache(name: str) -> bool:
+  """Deletes a cache; returns False if a process is writing it."""
+  folder = cache_dir() / FOLDER / name
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    is_free = _try_lock(handle)
+    if is_free:
+      shutil.rmtree(folder)
+  finally:
+    os.close(handle)
+  return is_free

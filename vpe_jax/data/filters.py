@@ -34,12 +34,14 @@ class Filter:
       any).
     size: side of the square image, in pixels.
     fit: how images become square; see data.fit.
+    section: path of the config section that sets the filter, for error messages.
   """
 
   language: str = ''
   least_text_height: int = 0
   size: int = 0
   fit: str = 'pad'
+  section: str = 'data.'
 
   def passes(
     self, values: Mapping[str, Any], caption: str, image: Path | BinaryIO, where: str
@@ -67,8 +69,8 @@ class Filter:
       return _primary(language) == _primary(self.language)
     if _primary(self.language) != ENGLISH:
       raise UserError(
-        f'{where} has no "language", which data.language={self.language} needs: add one to '
-        f'each line of captions.jsonl (only {ENGLISH} is detected without it)'
+        f'{where} has no "language", which {self.section}language={self.language} needs: add one '
+        f'to each line of captions.jsonl (only {ENGLISH} is detected without it)'
       )
     texts = [text for text, _ in _texts(values, where)] if 'texts' in values else []
     return all(map(_is_latin, ''.join([caption, *texts])))
@@ -78,8 +80,9 @@ class Filter:
       return True
     if 'texts' not in values:
       raise UserError(
-        f'{where} has no "texts", which data.least_text_height={self.least_text_height} needs: '
-        'add them with their boxes to each line of captions.jsonl, or set data.least_text_height=0'
+        f'{where} has no "texts", which {self.section}least_text_height='
+        f'{self.least_text_height} needs: add them with their boxes to each line of '
+        f'captions.jsonl, or set {self.section}least_text_height=0'
       )
     heights = [bottom - top for _, (_, top, _, bottom) in _texts(values, where)]
     if not heights:

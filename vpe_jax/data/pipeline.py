@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -96,6 +96,10 @@ class Pipeline:
   def __len__(self) -> int:
     """Number of records in an epoch."""
     return len(self.source)
+
+  def digests(self) -> Mapping[str, str]:
+    """Digests of the user's data (vpe_jax.data.records.StoredSource); empty for other data."""
+    return self.source.digests() if self._config.is_user_data else {}
 
   def index_at(self, position: int) -> int:
     """Source index of the record at a stream position."""

@@ -29,13 +29,23 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from vpe_jax import storage
 from vpe_jax.config import FITS, FOLDER, TFDS, check, did_you_mean
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import Filter
-from vpe_jax.data.formats.array_record import MANIFEST, Manifest, Shard, Writer, read_manifest
+from vpe_jax.data.formats.array_record import (
+  HASHES,
+  MANIFEST,
+  Content,
+  Manifest,
+  Shard,
+  Writer,
+  read_manifest,
+)
+from vpe_jax.data.formats.checks import content_hash, record_hash
 from vpe_jax.data.formats.entries import FieldSpec, abbreviated, check_caption, check_text
 from vpe_jax.data.formats.folder import ReadOptions
 from vpe_jax.data.formats.parquet import open_parquet
@@ -297,9 +307,19 @@ def _write(settings: Settings, folder: Path, workers: int, most_skipped: float) 
     settings=dataclasses.asdict(settings),
     left_out=processed - skipped - records,
     skipped=skipped,
+    hashes_crc32=_join_hashes(folder, summaries),
   )
   with storage.writing(folder):
     storage.write_atomic(folder / MANIFEST, manifest.to_json().encode())
+
+
+def _join_hashes(folder: Path, summaries: Sequence[ShardSummary]) -> int:
+  """Joins the hashes of all shards in one file; returns its CRC-32."""
+  with storage.writing(folder), (folder / HASHES).open('wb') as file:
+    for number, summary in enumerate(summaries):
+      if summary.shard is not None:
+        file.write(_hashes_path(folder, number).read_bytes())
+  return storage.checksum(folder / HASHES)
 
 
 def _write_skipped(folder: Path, summaries: Sequence[ShardSummary]) -> None:
@@ -392,6 +412,7 @@ def _read_summary(folder: Path, number: int, digest: str) -> ShardSummary | None
     shard = values.pop('shard')
     summary = ShardSummary(Shard(**shard) if shard else None, **values)
     size = summary.shard and (folder / summary.shard.file).stat().st_size
+    hashes = summary.shard and _hashes_path(folder, number).stat().st_size // 8
   except (
     OSError,
     ValueError,
@@ -399,12 +420,17 @@ def _read_summary(folder: Path, number: int, digest: str) -> ShardSummary | None
     TypeError,
   ):  # Absent or incomplete: the shard is written again.
     return None
-  complete = summary.shard is None or size == summary.shard.bytes
+  shard = summary.shard
+  complete = shard is None or (size, hashes) == (shard.bytes, shard.records)
   return summary if complete and summary.digest == digest else None
 
 
 def _summary_path(folder: Path, number: int) -> Path:
   return folder / _WORK_FOLDER / f'{number:05d}.json'
+
+
+def _hashes_path(folder: Path, number: int) -> Path:
+  return folder / _WORK_FOLDER / f'{number:05d}.u64'
 
 
 def _write_shard(
@@ -418,7 +444,7 @@ def _write_shard(
   name = f'images-{number:05d}.array_record'
   part = folder / _WORK_FOLDER / f'{name}.{os.getpid()}.part'
   skipped: list[tuple[str, str]] = []
-  captionless = 0
+  captionless, hashes = 0, []
   with storage.writing(folder), Writer(part) as writer:
     for record in source.read(locations):
       try:
@@ -427,6 +453,7 @@ def _write_shard(
         elif _passes_filters(settings, record):
           writer.write(record.content)
           captionless += not record.content.caption
+          hashes.append(_hash(record.content))
       except UserError as error:
         skipped.append((record.content.id, str(error)))
   with storage.writing(folder):
@@ -434,12 +461,18 @@ def _write_shard(
     if writer.records:
       shard = Shard(name, writer.records, part.stat().st_size, storage.checksum(part))
       part.replace(folder / name)
+      storage.write_atomic(_hashes_path(folder, number), np.asarray(hashes, '<u8').tobytes())
     else:
       part.unlink()
     summary = ShardSummary(shard, len(locations), captionless, tuple(skipped), _digest(locations))
     values = json.dumps(dataclasses.asdict(summary))
     storage.write_atomic(_summary_path(folder, number), values.encode())
   return summary
+
+
+def _hash(content: Content) -> int:
+  reference = content_hash(content.reference) if content.reference else None
+  return record_hash(content_hash(content.image), reference)
 
 
 def _passes_filters(settings: Settings, record: RawRecord) -> bool:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
 from vpe_jax.config import FOLDERS
 from vpe_jax.contracts import UserError
 from vpe_jax.data.cache import Encoded
+from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.array_record import open_image_folder
 from vpe_jax.data.formats.entries import FieldSpec
 from vpe_jax.data.formats.folder import ReadOptions
@@ -86,6 +88,20 @@ class Recipe:
     for folder in self.folders:
       yield from folder.stamps()
 
+  def hashes(self) -> np.ndarray:
+    """Hashes of the records of every folder; see vpe_jax.data.records.StoredSource."""
+    folders = zip(self.folders, self.times, strict=True)
+    return np.concatenate([np.tile(folder.hashes(), times) for folder, times in folders])
+
+  def digests(self) -> Mapping[str, str]:
+    """Digests of every folder; see vpe_jax.data.records.StoredSource."""
+    folders = zip(self.names, self.folders, strict=True)
+    return {
+      f'{part} of {name}': digest
+      for name, folder in folders
+      for part, digest in folder.digests().items()
+    }
+
 
 @dataclasses.dataclass(frozen=True)
 class Repeated:
@@ -112,13 +128,16 @@ def parse(source: str) -> dict[str, int]:
   return {name.strip(): int(times or 1) for name, _, times in entries}
 
 
-def open_recipe(source: str, root: str, options: ReadOptions) -> Recipe:
+def open_recipe(
+  source: str, root: str, options: ReadOptions, filters: Mapping[str, Filter] = MappingProxyType({})
+) -> Recipe:
   """Opens every folder of a recipe.
 
   Args:
     source: `data.source`, such as `folders:a*3,b`.
     root: parent of the folders.
     options: how records are read.
+    filters: folder name -> filter, instead of that of the options.
 
   Raises:
     UserError: a folder is missing, or open_image_folder rejects it.
@@ -128,8 +147,12 @@ def open_recipe(source: str, root: str, options: ReadOptions) -> Recipe:
   for name, path in paths.items():
     if not path.is_dir():
       raise UserError(_missing(name, path, options.fields))
-  folders = [open_image_folder(str(path), options) for path in paths.values()]
-  return Recipe(tuple(entries), tuple(folders), tuple(entries.values()))
+  folders = []
+  for name, path in paths.items():
+    own = filters.get(name, options.record_filter)
+    folders.append(open_image_folder(str(path), dataclasses.replace(options, record_filter=own)))
+  times = entries.values() if options.split == 'train' else [1] * len(entries)
+  return Recipe(tuple(entries), tuple(folders), tuple(times))
 
 
 def _missing(name: str, where: Path, fields: FieldSpec) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from vpe_jax.contracts import UserError
+from vpe_jax.storage import stable_hash
 
 Split = Literal['train', 'combination', 'concept']
 Box = tuple[float, float, float, float]  # left, top, right, bottom: fractions of the image side
@@ -192,6 +193,21 @@ class StoredSource(Source, Protocol):
     """Strings that change whenever an image file changes; opens no image."""
     ...
 
+  def hashes(self) -> np.ndarray:
+    """A hash of the image files of each record, uint64 [N] below 2^63; opens no image.
+
+    Raises:
+      UserError: the hashes are not stored.
+    """
+    ...
+
+  def digests(self) -> Mapping[str, str]:
+    """Number and digest of parts of the data, such as images and captions, by their names.
+
+    They stay the same if the files are copied or renamed in the same order.
+    """
+    ...
+
 
 @dataclasses.dataclass(frozen=True)
 class ProceduralSource(abc.ABC):
@@ -224,10 +240,15 @@ class NoHeldOutSplit(UserError):
   """The data source has only training data."""
 
 
-def check_is_train(source: str, split: Split) -> None:
+def check_is_train(source: str, split: Split, cure: str = '') -> None:
   """Raises NoHeldOutSplit for a held-out split of a source that has none."""
   if split != 'train':
-    raise NoHeldOutSplit(f'config.data.source={source} has no held-out split')
+    raise NoHeldOutSplit(f'config.data.source={source} has no held-out split{cure}')
+
+
+def digest_of(count: int, *parts: object) -> str:
+  """A value of StoredSource.digests: a number of records, and a hash of the parts."""
+  return f'{count:,} ({stable_hash(*parts):016x})'
 
 
 def render(record: Record, size: int) -> np.ndarray:

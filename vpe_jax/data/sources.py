@@ -96,14 +96,17 @@ def open_source(config: DataConfig, split: Split = 'train', seed: int = 0) -> So
 
 def _open_stored(config: DataConfig, split: Split) -> Source:
   """Opens the user's own data; errors as those of `open_source`."""
-  check_is_train(config.source, split)
+  if not config.held_out or split == 'concept':
+    check_is_train(config.source, split, '; data.held_out=0.05 holds a share of your images out')
   _check_references(config, config.in_folders and config.source_images)
   options = ReadOptions(
     FieldSpec(config.prompt_field == 'caption', config.source_images),
-    Filter(config.language, config.least_text_height, config.image_size, config.fit),
+    _filter(config, 'data.', config.language, config.least_text_height),
     Decoding.of(config),
     config.most_skipped,
     config.examples,
+    config.held_out,
+    split,
   )
   if config.source.startswith(TFDS):
     return open_tfds(config.source.removeprefix(TFDS), config.root, options)
@@ -114,7 +117,16 @@ def _open_stored(config: DataConfig, split: Split) -> Source:
       f'data.examples={config.examples} selects the first images of one folder, and '
       'config.data.source names several: set it to 0'
     )
-  return open_recipe(config.source, config.root, options)
+  filters = {
+    name: _filter(config, f'data.filters.{name}.', **own) for name, own in config.filters.items()
+  }
+  return open_recipe(config.source, config.root, options, filters)
+
+
+def _filter(
+  config: DataConfig, section: str, language: str = '', least_text_height: int = 0
+) -> Filter:
+  return Filter(language, least_text_height, config.image_size, config.fit, section)
 
 
 def open_mixture(config: DataConfig, split: Split, seed: int) -> Mixture:

@@ -21,6 +21,7 @@ from vpe_jax.evaluation.evaluator import Lowered, Subject
 from vpe_jax.evaluation.report import Report, number
 
 SPLIT = 'combination'
+_NONE = 'held-out losses: none, the data source has no held-out split (data.held_out makes one)'
 
 Sums = dict[str, Array]
 # (params, frozen, batch, rng, stage_step) -> (sums, counts) of each loss term; jitted.
@@ -70,7 +71,7 @@ class HeldOut:
   def run(self, subject: Subject) -> Report:
     """The mean of each loss over the held-out batches."""
     if not has_split(subject.system.config.data):
-      return Report({}, ('held-out losses: none, the data source has no held-out split',))
+      return Report({}, (_NONE,))
     step = self._step_of(subject)
     if self._batches_of_stage[0] != subject.stage_index:
       self._batches_of_stage = (subject.stage_index, self._read(subject))
@@ -113,6 +114,8 @@ def _batch_size(subject: Subject) -> int:
 
 def has_split(data: DataConfig) -> bool:
   """Whether the data source has held-out splits."""
+  if data.is_user_data:
+    return data.held_out > 0
   try:
     open_source(data, SPLIT)
   except NoHeldOutSplit:

@@ -27,6 +27,8 @@ from vpe_jax.config import did_you_mean, to_dict
 from vpe_jax.contracts import UserError
 
 SHIPPED = Path(__file__).parents[1] / 'configs'  # a link in a checkout, a copy in an installation
+# Sections whose fields are not known here: evaluators and the data section check their own.
+_OPEN = (('evals',), ('data', 'filters'))
 _WORDS = {'true': True, 'false': False, 'none': None}
 
 
@@ -250,7 +252,7 @@ def _kind_defaults(model: type, name: str, kind: str) -> dict[str, Any]:
 
 def _override(values: dict[str, Any], key: str, text: str) -> None:
   *sections, name = key.split('.')
-  if sections[:1] == ['evals']:  # An open section: evaluators check their own options.
+  if tuple(sections[:1]) in _OPEN or tuple(sections[:2]) in _OPEN:
     for section in sections:
       values = values.setdefault(section, {})
       _check_section(values, section, key)

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -46,16 +46,34 @@ _CONTENT = (
 )
 
 
+class Stopped(Exception):
+  """Encoding was stopped early; the message says how many images were encoded."""
+
+
 def open_training_data(
-  config: Config, system: System, frozen: FrozenNetworks, mesh: jax.sharding.Mesh
+  config: Config,
+  system: System,
+  frozen: FrozenNetworks,
+  mesh: jax.sharding.Mesh,
+  images: Pipeline | None = None,
+  should_stop: Callable[[], bool] = lambda: False,
 ) -> Pipeline:
   """Opens the training split, with encoded entries from a cache if `data.encode` is `cached`.
 
+  Args:
+    config: configuration of the run.
+    system: its system.
+    frozen: its frozen networks.
+    mesh: its device mesh.
+    images: the training split, if it is open.
+    should_stop: whether encoding should end early; the same in every process.
+
   Raises:
+    Stopped: `should_stop` was true.
     UserError: the system has nothing to cache, its tokenizer has more tokens than the model has
       embeddings, or other hosts can't see the cache.
   """
-  images = Pipeline.of(system)
+  images = images or Pipeline.of(system)
   if config.data.encode == 'online':
     return images
   spec = system.batch_spec(1)
@@ -68,10 +86,12 @@ def open_training_data(
   elif isinstance(recipe := images.source, recipes.Recipe):
     data = dataclasses.replace(config.data, source=recipes.once(config.data.source))
     folders = Pipeline.of(system, source=recipe.once)
-    encoded = _cached(dataclasses.replace(config, data=data), system, frozen, mesh, folders)
+    encoded = _cached(
+      dataclasses.replace(config, data=data), system, frozen, mesh, folders, should_stop
+    )
     encoded = recipes.Repeated(recipe, encoded)
   else:
-    encoded = _cached(config, system, frozen, mesh, images)
+    encoded = _cached(config, system, frozen, mesh, images, should_stop)
   return Pipeline.of(system, encoded=encoded, source=images.source)
 
 
@@ -123,7 +143,12 @@ def _synthetic(spec: BatchSpec, count: int) -> SyntheticEncoded:
 
 
 def _cached(
-  config: Config, system: System, frozen: FrozenNetworks, mesh: jax.sharding.Mesh, images: Pipeline
+  config: Config,
+  system: System,
+  frozen: FrozenNetworks,
+  mesh: jax.sharding.Mesh,
+  images: Pipeline,
+  should_stop: Callable[[], bool],
 ) -> Encoded:
   cacheable = system.batch_spec(1).cacheable
   settings = {**system.encoder_settings, 'entries': sorted(cacheable)}
@@ -136,11 +161,19 @@ def _cached(
   # All processes encode together or not at all.
   if multihost_utils.process_allgather(np.array(opened is not None)).all():
     return opened
-  batches = _encode_all(config.seed, frozen, mesh, images, cacheable)
+  started = False
+
+  def batches(stored: int) -> Iterator[dict[str, np.ndarray]]:
+    nonlocal started
+    started = True
+    # Only the process that writes knows the number.
+    start = int(multihost_utils.process_allgather(np.array(stored)).max())
+    return _encode_all(config.seed, frozen, mesh, images, cacheable, start, should_stop)
+
   if jax.process_index() == 0:
     cache.write_cache(name, batches)
-  else:
-    for _ in batches:
+  if not started:  # A process that writes nothing, or nothing is missing: stay in step.
+    for _ in batches(len(images) if jax.process_index() == 0 else 0):
       pass
   multihost_utils.sync_global_devices('encoded')
   opened = cache.open_cache(name)
@@ -158,8 +191,14 @@ def _encode_all(
   mesh: jax.sharding.Mesh,
   images: Pipeline,
   cacheable: frozenset[str],
+  first: int,
+  should_stop: Callable[[], bool],
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yields the encoded entries of consecutive chunks of records, replicated to every process."""
+  """Yields encoded entries of consecutive chunks of records from `first` on, in every process.
+
+  Raises:
+    Stopped: `should_stop` was true after a chunk, but not the last one.
+  """
   gather = jax.jit(lambda encoded: encoded, out_shardings=sharding.replicated(mesh))
   chunk = -(-CHUNK // mesh.size) * mesh.size
   local = sharding.host_slice(chunk, mesh)
@@ -172,7 +211,7 @@ def _encode_all(
     return images.examples(indices[local])
 
   with ThreadPoolExecutor(READERS) as readers:
-    starts = list(range(0, total, chunk))
+    starts = list(range(first, total, chunk))
     pending = [readers.submit(read, start) for start in starts[:READERS]]
     for number, start in enumerate(starts):
       batch = pending.pop(0).result()
@@ -183,8 +222,10 @@ def _encode_all(
       done, seconds = min(start + chunk, total), time.monotonic() - start_time
       if seconds - reported > REPORT_EVERY or done == total:
         reported = seconds
-        _say(f'encoding images: {done:,}/{total:,} ({done / seconds:.0f} a second)')
+        _say(f'encoding images: {done:,}/{total:,} ({(done - first) / seconds:.0f} a second)')
       yield {name: array[: done - start] for name, array in arrays.items()}
+      if done < total and should_stop():
+        raise Stopped(f'{done:,} of {total:,} images were encoded')
 
 
 def _say(text: str) -> None:

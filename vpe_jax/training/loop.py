@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ class Run:
     key: root random key.
     frozen: the frozen networks.
     data: the training split.
+    digests: digests of the user's data.
     store: the checkpoints.
     origins: path of a parameter -> description of its source when this process started.
     first_stage: index of the stage in which this process started.
@@ -52,6 +53,7 @@ class Run:
   key: Array
   frozen: FrozenNetworks
   data: Pipeline
+  digests: Mapping[str, str]
   store: Store
   origins: dict[str, str]
   first_stage: int
@@ -99,15 +101,31 @@ def train(
     cleanup.callback(store.close)  # Waits for the current save, however the run ends.
     # Frozen networks are loaded first: this reports errors at once, while the initialization of a
     # large model takes minutes.
+    images = Pipeline.of(system)
+    digests = images.digests()
+
+    def accept(record: Mapping[str, Any]) -> None:
+      resume.check_continues(record, str(folder))
+      notes = resume.check_config(config, record['config'], str(folder), allow_change)
+      notes += resume.check_data(digests, record.get('data', {}), str(folder), allow_change)
+      for note in notes:
+        _say(f'config change: {note}')
+
     with memory.explained('the frozen networks and the state', config, 0):
       frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
-      state, origins = _start(config, system, frozen, str(folder), mesh, store, allow_change, key)
-    data = encode.open_training_data(config, system, frozen, mesh)
-    stage = int(state['stage'])
-    run = Run(config, system, folder, mesh, key, frozen, data, store, origins, stage)
-    watchers = _watch(run, int(state['step']), cleanup)
-    state = _run_stages(run, watchers, state)
-  if watchers.preemption.interrupted:
+      state, origins = _start(config, system, frozen, str(folder), mesh, store, accept, key)
+    preemption = cleanup.enter_context(Preemption())
+    try:
+      data = encode.open_training_data(config, system, frozen, mesh, images, preemption.reached)
+    except encode.Stopped as reason:
+      _say(f'preempted: {reason}; the same command continues from there')
+      state = None
+    else:
+      stage = int(state['stage'])
+      run = Run(config, system, folder, mesh, key, frozen, data, digests, store, origins, stage)
+      watchers = _watch(run, int(state['step']), cleanup, preemption)
+      state = _run_stages(run, watchers, state)
+  if preemption.interrupted:
     raise KeyboardInterrupt
   return state
 
@@ -119,15 +137,16 @@ def _start(
   workdir: str,
   mesh: jax.sharding.Mesh,
   store: Store,
-  allow_change: Sequence[str],
+  accept: Callable[[Mapping[str, Any]], None],
   key: Array,
 ) -> tuple[State, dict[str, str]]:
-  """Restores the newest intact checkpoint or creates a new state; returns state and origins."""
+  """Restores the newest intact checkpoint or creates a new state; returns state and origins.
+
+  `accept` raises a UserError for the record of a checkpoint with another config or other data.
+  """
 
   def abstract_of(record: Mapping[str, Any]) -> State:
-    resume.check_continues(record, workdir)
-    for note in resume.check_config(config, record['config'], workdir, allow_change):
-      _say(f'config change: {note}')
+    accept(record)
     return resume.abstract_state(config, system, record['stage'], mesh)
 
   state = store.restore(abstract_of)
@@ -140,7 +159,9 @@ def _start(
   return state, dict.fromkeys(sharding.leaves_by_path(state['params']), origin)
 
 
-def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
+def _watch(
+  run: Run, resumed: int, cleanup: contextlib.ExitStack, preemption: Preemption
+) -> Watchers:
   """Opens the log and the other observers of the run; `cleanup` closes them."""
   profiler = Profiler(run.config.log.profile, str(run.workdir / 'profile'))
   cleanup.callback(profiler.close)
@@ -150,7 +171,7 @@ def _watch(run: Run, resumed: int, cleanup: contextlib.ExitStack) -> Watchers:
     log,
     Evaluations(run.config, run.system, run.frozen, run.mesh, run.workdir, log.show),
     profiler,
-    cleanup.enter_context(Preemption()),
+    preemption,
   )
 
 
@@ -203,10 +224,10 @@ def _run_stage(
       is_last = counters['stage_step'] == total
       _evaluate(run, watchers, state, programs[index], counters, is_last)
       # 3. Save a checkpoint, after the records of all its steps are on disk.
-      is_leaving = watchers.preemption.reached(counters['step'])
+      is_leaving = watchers.preemption.reached()
       if is_last or is_leaving or run.store.due(counters['step']):
         watchers.log.flush()
-        run.store.save(state, stored_config, force=is_last or is_leaving)
+        run.store.save(state, stored_config, is_last or is_leaving, run.digests)
         watchers.log.resume_clock()
       if is_leaving and not (is_last and index + 1 == len(run.system.stages)):
         run.store.wait()

@@ -26,6 +26,7 @@ class Preemption:
   def __init__(self) -> None:
     self.interrupted = False  # by Ctrl-C, in this process
     self._requested = False
+    self._calls = 0  # of `reached`
     self._previous: dict[signal.Signals, Any] = {}
     self._second: Any = None  # handler of a second Ctrl-C
     # Only the main thread can set signal handlers.
@@ -69,9 +70,13 @@ class Preemption:
       finally:
         signal.signal(signal.SIGINT, self._second)
 
-  def reached(self, step: int) -> bool:
-    """Whether to save and stop after this step; the same in every process."""
-    return self._requested if self._handles_sigterm else sharding.preempted(step)
+  def reached(self) -> bool:
+    """Whether to save and stop now; the same in every process.
+
+    Every process must call this at the same points, such as after each step.
+    """
+    self._calls += 1
+    return self._requested if self._handles_sigterm else sharding.preempted(self._calls)
 
   def _interrupt(self, number: int, frame: FrameType | None) -> None:
     print('saving and stopping after this step; press Ctrl-C again to stop now', flush=True)

@@ -75,6 +75,33 @@ def check_continues(record: Mapping[str, Any], workdir: str) -> None:
     )
 
 
+def check_data(
+  digests: Mapping[str, str], stored: Mapping[str, str], workdir: str, allow_change: Sequence[str]
+) -> list[str]:
+  """Compares the data of a run with those of its checkpoint, by the digests of their parts.
+
+  Args:
+    digests: see vpe_jax.data.records.StoredSource; empty for generated data.
+    stored: those of the checkpoint; empty if an earlier version saved it.
+    workdir: the run's folder, for the error.
+    allow_change: names of fields and sections that may differ; `data` accepts other data.
+
+  Returns:
+    A line for each accepted difference.
+
+  Raises:
+    UserError: the data differ.
+  """
+  parts = sorted(digests.keys() & stored.keys())
+  changed = [f'{p}: {stored[p]}, now {digests[p]}' for p in parts if stored[p] != digests[p]]
+  if changed and 'data' not in allow_change:
+    raise UserError(
+      f'the training data changed since the checkpoint in {workdir} ({"; ".join(changed)}): '
+      'restore them, choose another --workdir, or continue with --allow_change=data'
+    )
+  return changed
+
+
 def abstract_state(config: Config, system: System, stage: int, mesh: jax.sharding.Mesh) -> State:
   """Shapes, dtypes and shardings of the state in one stage.
 

@@ -48,6 +48,13 @@ T2I = {
   'model.inherit': 0.0, 'model.drop_text': 0.0, 'sample.guidance': 7.5, 'sample.plan_guidance': 1.0,
   'sample.min_p': 0.03, 'sample.temperature': 1.0,
 }  # fmt: skip
+# 32M plain images, and 6.35M of English text that is legible after padding.
+LEGIBLE = {
+  f'data.filters.{folder}.{field}': value
+  for folder in ('text_atlas', 'anyword')
+  for field, value in (('language', 'en'), ('least_text_height', 8))
+} | {'data.language': '', 'data.least_text_height': 0}
+MIXTURE = {**LEGIBLE, 'data.source': 'folders:blip3o,text_atlas,anyword'}
 # 5 images x 24 GPUs x 2 microbatches; the 70,000 steps of the paper are microbatches.
 EDIT = {
   **T2I, 'model.vp_schedule': 'constant', 'model.ce_start': 0.1, 'steps': (35_000,),
@@ -57,7 +64,7 @@ EDIT = {
 }  # fmt: skip
 TEXT = {
   **T2I, 'steps': (100_000,), 'batch_size': (192,), 'optim.ema': 0.0, 'sample.guidance': 5.5,
-  'data.language': 'en', 'data.least_text_height': 8,
+  **LEGIBLE, 'data.source': 'folders:text_atlas,anyword',
 }  # fmt: skip
 WITHOUT_PROMPT = {'batch_size': (288,), 'data.text_length': 251}  # sequences of 1,280 tokens
 # LlamaGen's optimizer and dropout; 100 epochs of 1,281,167 images at batch 128.
@@ -90,9 +97,9 @@ TRANSFUSION = {
 @pytest.mark.parametrize(
   'config, arg, recipe',
   [
-    (t2i, 'paper', T2I),
-    (t2i, 'paper,arch=external', T2I),
-    (t2i, 'paper,arch=single', T2I),
+    (t2i, 'paper', {**T2I, **MIXTURE}),
+    (t2i, 'paper,arch=external', {**T2I, **MIXTURE}),
+    (t2i, 'paper,arch=single', {**T2I, **MIXTURE}),
     (edit, 'paper,arch=internal', {**EDIT, 'model.drop': 0.05}),
     (edit, 'paper,arch=external', {**EDIT, 'model.drop': 0.0}),
     (text_rendering, 'paper,chips=24', TEXT),

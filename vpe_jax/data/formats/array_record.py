@@ -18,11 +18,12 @@ import itertools
 import json
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgpack
+import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 
@@ -30,11 +31,13 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.entries import FieldSpec, first_line
 from vpe_jax.data.formats.folder import Bytes, ReadOptions, limited_count, open_folder
-from vpe_jax.data.records import BadRecord, Record, StoredSource
+from vpe_jax.data.held_out import part_of
+from vpe_jax.data.records import BadRecord, Record, StoredSource, digest_of
 from vpe_jax.data.transforms import Decoding
 from vpe_jax.storage import AnyPath, checksum, local_path
 
 MANIFEST = 'prepared.json'
+HASHES = 'hashes.u64'  # hash of the image files of each record, little-endian
 FORMAT = 2  # version of the format of manifest and records
 _READABLE = (1, 2)  # In format 1, records have one caption.
 # One record per chunk, so that random access reads no other record. Images are already compressed.
@@ -90,6 +93,7 @@ class Manifest:
     settings: all settings of vpe_jax.prepare, by the names of its flags.
     left_out: number of input records that did not pass the filters.
     skipped: number of unusable input records.
+    hashes_crc32: CRC-32 of the file HASHES; None in a folder of format 1, which has no such file.
     format: FORMAT of the library that wrote the folder.
   """
 
@@ -103,6 +107,7 @@ class Manifest:
   settings: dict[str, Any] = dataclasses.field(default_factory=dict)
   left_out: int = 0
   skipped: int = 0
+  hashes_crc32: int | None = None
   format: int = FORMAT
 
   @property
@@ -169,8 +174,29 @@ class Prepared:
     """The digest of the manifest, which contains a checksum of each shard; see StoredSource."""
     yield self.digest
 
+  def hashes(self) -> np.ndarray:
+    """A hash of the image files of each record; see StoredSource."""
+    path = os.path.join(self.path, HASHES)
+    total = sum(shard.records for shard in self.shards)
+    hashes = np.fromfile(path, '<u8') if os.path.exists(path) else np.zeros(0)
+    if len(hashes) != total:
+      raise UserError(
+        f'{path} does not have the hashes of {total:,} images, which data.held_out needs: prepare '
+        'the folder again'
+      )
+    return hashes[: self.count]
+
+  def digests(self) -> Mapping[str, str]:
+    """The digest of the manifest; see StoredSource."""
+    return {'images and captions': digest_of(len(self), self.digest)}
+
 
 def open_image_folder(path: str, options: ReadOptions) -> StoredSource:
+  """The records of a folder, or the part of them that `options.split` names; see _open_whole."""
+  return part_of(_open_whole(path, options), options.held_out, options.split, path)
+
+
+def _open_whole(path: str, options: ReadOptions) -> StoredSource:
   """Opens a folder of user images: a prepared folder if it has a manifest, else image files.
 
   Args:
@@ -245,7 +271,11 @@ def verify(path: AnyPath) -> Iterator[Shard]:
     UserError: a shard is damaged; names it.
   """
   folder = local_path(path)
-  for shard in read_manifest(folder)[0].shards:
+  manifest, _ = read_manifest(folder)
+  expected = manifest.hashes_crc32
+  if expected is not None and checksum(folder / HASHES) != expected:
+    raise UserError(f'{folder / HASHES} is damaged (wrong checksum): {_CURE}')
+  for shard in manifest.shards:
     _check_size(folder, shard)
     if checksum(folder / shard.file) != shard.crc32:
       raise UserError(f'{folder / shard.file} is damaged (wrong checksum): {_CURE}')
@@ -279,11 +309,17 @@ def _check_requirements(
     required |= {'image_size': record_filter.size, 'fit': record_filter.fit}
   if different := [name for name in prepared if prepared[name] != required[name]]:
     settings = ', '.join(
-      f'{name}={prepared[name]!r} (data.{name} is {required[name]!r})' for name in different
+      f'{name}={prepared[name]!r} ({_section(name, record_filter)}{name} is {required[name]!r})'
+      for name in different
     )
     raise UserError(
       f'{folder} was prepared with {settings}: prepare it again, or set the config to these values'
     )
+
+
+def _section(name: str, record_filter: Filter) -> str:
+  """Path of the config section of a field that a filter depends on."""
+  return 'data.' if name in ('image_size', 'fit') else record_filter.section
 
 
 class Writer(contextlib.AbstractContextManager):

@@ -112,9 +112,14 @@ def _check(path: Path, shown: str, decoding: Decoding) -> int:
   return content_hash(content)
 
 
-def content_hash(*contents: bytes) -> int:
-  """A 63-bit hash of the bytes of image files."""
-  return stable_hash(*(hashlib.blake2b(content).hexdigest() for content in contents))
+def content_hash(content: bytes) -> int:
+  """A 63-bit hash of the bytes of an image file."""
+  return stable_hash(hashlib.blake2b(content).hexdigest())
+
+
+def record_hash(image: int, reference: int | None = None) -> int:
+  """A hash of a record, from the hashes of its image files."""
+  return image if reference is None else stable_hash(image, reference)
 
 
 class _Results:

@@ -15,11 +15,11 @@ from absl import logging
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data.filters import KEEP_ALL, Filter
-from vpe_jax.data.formats.checks import check_images
+from vpe_jax.data.formats.checks import check_images, record_hash
 from vpe_jax.data.formats.entries import ENDINGS, FieldSpec, Names, find_entries, listed
-from vpe_jax.data.records import BadRecord, Record, caption_fields
+from vpe_jax.data.records import BadRecord, Record, Split, caption_fields, digest_of
 from vpe_jax.data.transforms import Decoding
-from vpe_jax.storage import local_path, stable_hash
+from vpe_jax.storage import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,8 @@ class ReadOptions:
     decoding: how image files become arrays.
     most_skipped: see data.most_skipped.
     count: use only the first `count` records, and log a warning; 0 for all.
+    held_out: see data.held_out.
+    split: `train`, or any other name for the held-out part.
   """
 
   fields: FieldSpec = FieldSpec()
@@ -39,6 +41,8 @@ class ReadOptions:
   decoding: Decoding = Decoding()
   most_skipped: float = 0.0
   count: int = 0
+  held_out: float = 0.0
+  split: Split = 'train'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +130,18 @@ class Folder:
       for path in [self._file(each).path for each in (name, source_name) if each]:
         stat = os.stat(path)
         yield f'{path} {stat.st_size} {stat.st_mtime_ns}'
+
+  def hashes(self) -> np.ndarray:
+    """A hash of the image files of each record; see StoredSource."""
+    return np.asarray(self.contents, np.uint64)
+
+  def digests(self) -> Mapping[str, str]:
+    """Digests of images and of captions; see StoredSource."""
+    captions = (captions for _, captions, _ in self.entries)
+    return {
+      'images': digest_of(len(self), *self.contents),
+      'captions': digest_of(len(self), *captions),
+    }
 
 
 def record_id(name: str) -> str:
@@ -215,7 +231,7 @@ def _report_skipped(folder: Path, reasons: list[str], total: int, most_skipped: 
 def _content(names: Names, contents: Mapping[str, int]) -> int:
   """A hash of the image files of a record."""
   image, _, source = names
-  return stable_hash(contents[image], contents[source]) if source else contents[image]
+  return record_hash(contents[image], contents[source] if source else None)
 
 
 def limited_count(total: int, count: int, path: str) -> int:
