@@ -16,7 +16,7 @@ def _press():
 def test_the_first_press_saves_and_the_second_stops():
   with Preemption() as preemption:
     _press()
-    assert preemption.interrupted and preemption.reached(1)
+    assert preemption.interrupted and preemption.reached()
     with pytest.raises(KeyboardInterrupt):
       _press()
 
