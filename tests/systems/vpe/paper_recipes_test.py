@@ -91,6 +91,7 @@ TRANSFUSION = {
   'model.visual_prompt.image_size': 176, 'model.patch': 2, 'model.drop': 0.0,
   'model.flow.time_distribution': 'logit_normal', 'model.flow.shift': 1.0,
   'model.flow.shift_by': 'constant', **GROWTH, **SAMPLER, 'sample.guidance': 1.0,
+  'sample.min_p': 0.0,
 }  # fmt: skip
 
 
@@ -119,6 +120,12 @@ def test_paper_presets_are_the_recipes_of_the_paper(config, arg, recipe):
   built = flatten(to_dict(systems.build(config.get_config(arg).to_dict()).config))
   values = {name: tuple(v) if isinstance(v := built.get(name), list) else v for name in recipe}
   assert values == recipe
+
+
+@pytest.mark.parametrize('arg', ['tiny', 'tiny,vpe=false', 'tiny,vpe=true,fork=runs/shared'])
+def test_class_twins_sample_without_guidance_as_the_paper_does(arg):
+  for preset in (arg, arg.replace('tiny', 'paper')):
+    assert c2i_continuous.get_config(preset).sample.guidance == 1.0
 
 
 @pytest.mark.parametrize(
