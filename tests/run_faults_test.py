@@ -163,7 +163,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(row, small_disk, ca
   output = ''.join(capfd.readouterr())
   assert 'Traceback' not in output and 'Event loop' not in output and not caplog.records
   left = {path.name for path in small_disk.rglob('*') if path.is_file()}
-  assert left <= {'filler'}
+  assert left <= {'filler'} and not (small_disk / 'x').exists()
 
 
 def _cut(file: pathlib.Path) -> None:
