@@ -24,6 +24,7 @@ from typing import Any
 from absl import flags
 
 from vpe_jax import front_door
+from vpe_jax.contracts import DTYPES
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation import runner
 from vpe_jax.evaluation.evaluator import Evaluator, Subject
@@ -44,6 +45,8 @@ def _define_flags() -> None:
   flags.DEFINE_integer('seed', 0, 'seed of the captions and of sampling')
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'EMA weights or raw weights')
   flags.DEFINE_integer('step', None, 'step of the checkpoint (default: the newest)')
+  dtypes = 'of weights and computation (default: float32 on a CPU, else bfloat16)'
+  flags.DEFINE_enum('dtype', None, DTYPES, dtypes)
   flags.DEFINE_string('evaluator_network', 'assets:evaluator_network', 'weights of a SigLIP')
   flags.DEFINE_string('out', None, 'folder for the reports (default: RUN/evaluation)')
   flags.DEFINE_integer('batch_size', 32, 'images per batch of sampling, at least 4')
@@ -68,9 +71,8 @@ def _shared() -> dict[str, Any]:
 
 def _load(workdir: str) -> Subject:
   overrides = front_door.settings()
-  return Subject.load(
-    workdir, FLAGS.weights, FLAGS.batch_size, FLAGS.seed, overrides, FLAGS.step
-  )
+  sampling = FLAGS.batch_size, FLAGS.seed, overrides
+  return Subject.load(workdir, FLAGS.weights, *sampling, FLAGS.step, FLAGS.dtype)
 
 
 def _folder(workdir: str) -> str:

@@ -20,7 +20,7 @@ from vpe_jax.systems.package import Release
 
 @dataclasses.dataclass(frozen=True)
 class Companions:
-  """What a published generator needs besides its network.
+  """Codec and tokenizer of a published generator.
 
   Attributes:
     codec: source of the weights of its image codec; empty: the release's.
