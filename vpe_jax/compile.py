@@ -24,6 +24,7 @@ from absl import flags
 
 from vpe_jax import front_door
 from vpe_jax.compilation import cards, examine, program, topology
+from vpe_jax.contracts import DTYPES
 from vpe_jax.training import config_file
 
 FLAGS = flags.FLAGS
@@ -41,6 +42,7 @@ def _define_flags() -> None:
   flags.DEFINE_enum('program', program.TRAIN, program.KINDS, 'the training step, or sampling')
   flags.DEFINE_string('stage', None, 'stage of the run (default: its last)')
   flags.DEFINE_integer('images_per_chip', None, "overrides the config's batch size")
+  flags.DEFINE_enum('dtype', None, DTYPES, 'of weights and computation, for --program=sample')
   flags.DEFINE_string('json', None, 'file for the report, local or gs://')
   flags.DEFINE_bool('overwrite', False, 'replace an existing file')
   flags.DEFINE_string('write_card', None, "folder of reports for the table of --config's card")
@@ -60,7 +62,7 @@ def main() -> None:
   if target.chip is None and 'host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
     jax.config.update('jax_num_cpu_devices', target.chips)
   config = config_file.load(FLAGS.config, _overrides)
-  names = ('topology', 'slices', 'program', 'stage', 'images_per_chip')
+  names = ('topology', 'slices', 'program', 'stage', 'images_per_chip', 'dtype')
   values = {name: FLAGS[name].value for name in names}
   report = examine.examine(config, examine.Request(mesh=examine.parse_mesh(FLAGS.mesh), **values))
   argument = '' if config_file.is_stored(FLAGS.config) else FLAGS.config.partition(':')[2]

@@ -30,6 +30,7 @@ from typing import Any
 from absl import flags
 
 from vpe_jax import front_door
+from vpe_jax.contracts import DTYPES
 from vpe_jax.evaluation import convergence, runner
 from vpe_jax.evaluation import evaluator as evaluators
 from vpe_jax.evaluation.evaluator import Evaluator, Subject
@@ -51,6 +52,8 @@ def _define_flags() -> None:
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'EMA weights or raw weights')
   steps = 'step of the checkpoint (default: the newest); several (500,1000), or all: curves'
   flags.DEFINE_string('step', None, steps)
+  dtypes = 'of weights and computation (default: float32 on a CPU, else bfloat16)'
+  flags.DEFINE_enum('dtype', None, DTYPES, dtypes)
   flags.DEFINE_string('evaluator_network', 'assets:evaluator_network', 'weights of a SigLIP')
   flags.DEFINE_string('out', None, 'folder for the reports (default: RUN/evaluation)')
   flags.DEFINE_integer('batch_size', 32, 'images per batch of sampling, at least 4')
@@ -75,7 +78,8 @@ def _shared() -> dict[str, Any]:
 
 def _load(workdir: str, step: int | None) -> Subject:
   overrides = front_door.settings()
-  return Subject.load(workdir, FLAGS.weights, FLAGS.batch_size, FLAGS.seed, overrides, step)
+  sampling = FLAGS.batch_size, FLAGS.seed, overrides
+  return Subject.load(workdir, FLAGS.weights, *sampling, step, FLAGS.dtype)
 
 
 def _folder(workdir: str) -> str:

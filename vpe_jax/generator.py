@@ -8,6 +8,7 @@ same image again.
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -26,7 +27,7 @@ from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.checkpoints import model as model_lib
 from vpe_jax.checkpoints import weights as weights_io
 from vpe_jax.checkpoints.model import Model
-from vpe_jax.config import SampleConfig, did_you_mean
+from vpe_jax.config import MeshConfig, SampleConfig, did_you_mean
 from vpe_jax.contracts import (
   Array,
   Batch,
@@ -108,6 +109,7 @@ class Generator:
     self.frozen = jax.device_put(frozen)
     self._tokenizer = tokenizer
     self._source: SourceImages | None = None
+    self._mesh = mesh
     # Results are replicated, because every process reads them.
     jit_options = {} if mesh is None else {'out_shardings': sharding.replicated(mesh)}
     self._draft = jax.jit(system.draft, static_argnums=3, **jit_options)
@@ -119,9 +121,15 @@ class Generator:
 
   @classmethod
   def load(
-    cls, workdir: str, weights: str = 'ema', batch_size: int = 4, step: int | None = None
+    cls,
+    workdir: str,
+    weights: str = 'ema',
+    batch_size: int = 4,
+    step: int | None = None,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
   ) -> Generator:
-    """Loads a checkpoint of a run, or shipped weights.
+    """Loads a checkpoint of a run, or shipped weights, shard by shard onto the devices.
 
     Logs a warning if parameters are still random because the run has not reached its last stage.
 
@@ -131,12 +139,15 @@ class Generator:
         parameters of the last step).
       batch_size: images per batch, at least 4.
       step: step of the checkpoint; None: the newest intact one.
+      dtype: dtype of parameters and computation, `float32` or `bfloat16`; None: float32 on a CPU,
+        else bfloat16.
+      mesh: mesh of the devices; None: all of this process, or the first for a small model.
 
     Raises:
       UserError: the run, checkpoint or asset doesn't exist, its system does not generate images,
         or its weights are damaged or don't fit its config.
     """
-    return cls.of(model_lib.load(workdir, weights, step), batch_size)
+    return cls.of(model_lib.load(workdir, weights, step, dtype, mesh), batch_size)
 
   @classmethod
   def of(cls, model: Model, batch_size: int = 4) -> Generator:
@@ -148,10 +159,11 @@ class Generator:
         'was trained on images'
       )
     _warn_if_untrained(model)
-    frozen = frozen_lib.load_for_sampling(system)
+    frozen = frozen_lib.load_for_sampling(system, model.mesh)
     frozen_lib.check_sampling(system, model.params, frozen)
     tokenizer = open_tokenizer(system.config.data.tokenizer)
-    return cls(system, model.params, frozen, tokenizer, model.metadata, batch_size)
+    options = model.metadata, batch_size, model.mesh
+    return cls(system, model.params, frozen, tokenizer, *options)
 
   def editing(self, source: np.ndarray) -> Generator:
     """Makes a generator whose prompts are instructions for editing images.
@@ -266,7 +278,8 @@ class Generator:
     names = self.system.draft_encoders
     if all(name in self.frozen for name in names):
       return {name: self.frozen[name] for name in names}
-    return jax.device_put(frozen_lib.load_draft_encoders(self.system))
+    mesh = self._mesh or sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    return frozen_lib.load_draft_encoders(self.system, mesh)
 
   def with_params(self, params: Params, **metadata: str) -> Generator:
     """Makes a generator with other parameters that shares the compiled programs.
@@ -327,7 +340,9 @@ class Generator:
     self, run: Callable[[Any], Any], inputs: Any, progress: Progress | None = None
   ) -> Any:
     """Maps `run` over inputs [N, ...] in batches of `batch_size`; see sampling.batches."""
-    return batches.in_batches(run, inputs, self.batch_size, progress)
+    # The networks shard their activations over the mesh.
+    with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+      return batches.in_batches(run, inputs, self.batch_size, progress)
 
   def request(self, items: Sequence[Item], **encoded: np.ndarray) -> Batch:
     """Makes a batch of requests as numpy arrays, one per item; fixes the entries in `encoded`."""

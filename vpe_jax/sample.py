@@ -17,7 +17,7 @@ import os
 from absl import flags
 
 from vpe_jax import front_door, systems
-from vpe_jax.contracts import UserError
+from vpe_jax.contracts import DTYPES, UserError
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.data.transforms import read_image
 from vpe_jax.generator import Generator
@@ -36,6 +36,8 @@ def _define_flags() -> None:
   flags.DEFINE_string('out', 'sample.png', 'a PNG file, or a folder ending in /')
   flags.DEFINE_enum('weights', 'ema', ['ema', 'raw'], 'moving average, or weights of the last step')
   flags.DEFINE_integer('step', None, 'step of the checkpoint (default: the newest)')
+  dtypes = 'of weights and computation (default: float32 on a CPU, else bfloat16)'
+  flags.DEFINE_enum('dtype', None, DTYPES, dtypes)
   flags.DEFINE_bool('overwrite', False, 'replace existing files')
   flags.DEFINE_bool('sheet', False, 'write a captioned sheet also of a single image')
   flags.DEFINE_bool('no_metadata', False, 'write no text chunks')
@@ -72,7 +74,7 @@ def main() -> None:
   front_door.check_folder(os.path.dirname(out))
   images.output_files(out, count, FLAGS.overwrite)
   source = None if FLAGS.image is None else read_image(os.path.expanduser(FLAGS.image))
-  generator = Generator.load(FLAGS.workdir, FLAGS.weights, step=FLAGS.step)
+  generator = Generator.load(FLAGS.workdir, FLAGS.weights, step=FLAGS.step, dtype=FLAGS.dtype)
   if source is not None:
     generator = generator.editing(source)
   settings = generator.settings(**front_door.settings())

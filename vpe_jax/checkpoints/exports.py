@@ -1,17 +1,23 @@
-"""Exports the weights of a run, or of one of its networks, to a weight file."""
+"""Exports the weights of a run: to a weight file, or with all that sampling reads to a folder."""
 
 from __future__ import annotations
 
 import json
 import pathlib
 import subprocess
+from collections.abc import Mapping
+from typing import Any
 
 from vpe_jax import systems
-from vpe_jax.checkpoints import weights
+from vpe_jax.checkpoints import complete, weights
+from vpe_jax.checkpoints.imports import check_target
 from vpe_jax.config import build_section
 from vpe_jax.contracts import UserError
 from vpe_jax.data.pipeline import Pipeline
 
+# Embedded data (config.data.source) -> its origin and licence.
+_OPENMOJI = 'OpenMoji (CC BY-SA 4.0)'
+_DATA_LICENCES = dict.fromkeys(('mixture', 'openmoji', 'edits'), _OPENMOJI)
 _MOMENT_IMAGES = 1024  # training images used to measure the moments of latents
 
 
@@ -48,11 +54,8 @@ def export(
       setting is out of range, or the file exists or can't be written.
   """
   weights.check_target(to, overwrite)
-  params, metadata = weights.load_run(workdir, which, step=step)
-  config, networks = json.loads(metadata['config']), ', '.join(sorted(params))
-  config['sample'] |= {name: value for name, value in settings.items() if value is not None}
-  # Refuses unknown or invalid sampling settings.
-  build_section(systems.sampling_sections()[config['system']], config['sample'])
+  params, metadata = weights.load_run(workdir, which, 'bfloat16', step)
+  config, networks = _with_settings(metadata, settings), ', '.join(sorted(params))
   if network and network not in params:
     raise UserError(f"{workdir} has no network '{network}': choose one of {networks}")
   if not network and config['system'] == 'codec':  # Readers expect one network per file.
@@ -67,6 +70,68 @@ def export(
   extra = {'config': json.dumps(config, sort_keys=True), 'network': network, 'commit': _commit()}
   weights.save(to, tree, metadata | extra, overwrite=overwrite)
   return weights.load(to)[1]
+
+
+def export_folder(
+  source: str,
+  to: str,
+  which: str = 'ema',
+  step: int | None = None,
+  licence: str = '',
+  **settings: float | None,
+) -> list[str]:
+  """Writes a generator as a complete folder, in bfloat16; see checkpoints.complete.
+
+  Args:
+    source: folder of the run (local or gs://), an asset, or a weight file with a config.
+    to: output folder, which must not exist.
+    which: `ema` for EMA parameters, `raw` for those of the last step.
+    step: step of the checkpoint; None: the newest intact one.
+    licence: licence of the parameters, for the model card.
+    settings: sampling settings that override the run's; None keeps the run's.
+
+  Returns:
+    A line for each network inside, and for the tokenizer.
+
+  Raises:
+    UserError: the source doesn't exist or does not generate images, a setting is out of range, or
+      the folder exists or can't be written.
+  """
+  check_target(to)
+  if weights.is_file(source):
+    params, metadata = weights.load(source, 'bfloat16')
+  else:
+    params, metadata = weights.load_run(source, which, 'bfloat16', step)
+  weights.config_of(metadata, source)
+  config = _with_settings(metadata, settings)
+  data, trained = config['data']['source'], int(metadata.get('step', 0))
+  origin = _DATA_LICENCES.get(data, '')
+  provenance = {
+    'source': f'`{source}`, {metadata.get("weights", "ema")} weights of step {trained:,}',
+    'training data': f'`{data}`{f": {origin}" if origin else ""}',
+    'parent runs': f'`{config["start"]}`' if config.get('start') else 'none',
+    'commit': metadata.get('commit', _commit()),
+    'licence': licence
+    or f'not stated (--licence); see those of the data{" above" if origin else ""}',
+  }
+  stage = int(metadata.get('stage', len(config['stages']) - 1))
+  contents = complete.Contents(params, config, provenance, stage, trained)
+  return complete.write(to, contents)
+
+
+def _with_settings(
+  metadata: Mapping[str, str], settings: Mapping[str, float | None]
+) -> dict[str, Any]:
+  """The config of a run with other sampling settings.
+
+  Raises:
+    UserError: a setting is unknown or out of range.
+  """
+  config = json.loads(metadata['config'])
+  changes = {name: value for name, value in settings.items() if value is not None}
+  config['sample'] = config.get('sample', {}) | changes
+  build_section(systems.sampling_sections()[config['system']], config['sample'])
+  return config
 
 
 def _commit() -> str:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from vpe_jax import rng as rng_lib
 from vpe_jax import sharding
 from vpe_jax.checkpoints import checksum, dtypes, imports, weights
-from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import Array, Batch, Params, Samples, System, UserError
 from vpe_jax.sharding import leaves_by_path
 
@@ -89,17 +88,17 @@ def is_synthetic(system: System) -> bool:
   return system.config.data.source == 'synthetic' and not system.frozen
 
 
-def load_for_sampling(system: Samples) -> Params:
-  """Loads the networks that a system samples with, on one device.
+def load_for_sampling(system: Samples, mesh: jax.sharding.Mesh) -> Params:
+  """Loads the networks that a system samples with onto a mesh.
 
   Raises:
     UserError: weights are missing, can't be read, or have other sizes.
   """
-  return _on_one_device(system, system.sampling_networks)
+  return _on_mesh(system, system.sampling_networks, mesh)
 
 
-def load_draft_encoders(system: Samples) -> Params:
-  """Loads the networks that encode images to drafts (see `contracts.Samples`), on one device.
+def load_draft_encoders(system: Samples, mesh: jax.sharding.Mesh) -> Params:
+  """Loads the networks that encode images to drafts (see `contracts.Samples`) onto a mesh.
 
   Raises:
     UserError: the system was trained without these networks, or their weights are missing, can't be
@@ -111,7 +110,7 @@ def load_draft_encoders(system: Samples) -> Params:
       'this model was trained on synthetic codes, for which no encoder exists: name a run that was '
       'trained on images'
     )
-  networks = _on_one_device(system, names)
+  networks = _on_mesh(system, names, mesh)
   side = system.draft_image_side or system.config.data.image_size
   with _one_line_errors(system, names):
     image = jax.ShapeDtypeStruct((1, side, side, 3), jnp.uint8)
@@ -119,9 +118,9 @@ def load_draft_encoders(system: Samples) -> Params:
   return networks
 
 
-def _on_one_device(system: System, names: Iterable[str]) -> Params:
-  mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-  return {name: _network(system, name, mesh, 'fsdp')[0] for name in names}
+def _on_mesh(system: System, names: Iterable[str], mesh: jax.sharding.Mesh) -> Params:
+  strategy = system.config.mesh.strategy
+  return {name: _network(system, name, mesh, strategy)[0] for name in names}
 
 
 def check_sampling(system: Samples, params: Params, frozen: Params) -> None:
@@ -185,11 +184,12 @@ def _network(
   """Loads a frozen network on the mesh; returns its parameters and fingerprint."""
   network = system.frozen[name]
   if network.published is None:
-    tree = weights.load(network.source, network.dtype)[0]
+    shapes = _with_shardings(abstract_params(system)[name], mesh, strategy)
+    tree = weights.load(network.source, network.dtype, leaves_by_path(shapes))[0]
     return jax.device_put(tree, shardings_of(tree, mesh, strategy)), weights.fingerprint(tree)
   shard = functools.partial(_with_shardings, mesh=mesh, strategy=strategy)
   tree = imports.network(network.published, shard, network.dtype)
-  # An import is loaded as numpy arrays, without the shardings.
+  # A network of other sizes, which the caller refuses, is loaded without shardings.
   tree = jax.device_put(tree, shardings_of(tree, mesh, strategy))
   # A large network doesn't fit on one host, so its checksums are computed on the devices.
   sums = json.dumps(checksum.checksums(leaves_by_path(tree)), sort_keys=True)

@@ -19,6 +19,7 @@ from vpe_jax.checkpoints import families, sources, weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig, Config, build_section, to_dict
 from vpe_jax.contracts import Params, PretrainedWeights, UserError
+from vpe_jax.sharding import leaves_by_path
 
 
 def write(family: str, sizes: Any, params: Params, folder: str, source: str) -> None:
@@ -86,8 +87,8 @@ def network(
 
   Args:
     pretrained: family, source and sizes of the network.
-    shard: adds shardings to the abstract parameters. Published tensors are loaded with these
-      shardings; an import is loaded as numpy arrays.
+    shard: adds shardings to the abstract parameters, with which they are loaded. An import's
+      leaves without a sharding are loaded as numpy arrays.
     dtype: dtype of the parameters.
 
   Raises:
@@ -97,24 +98,29 @@ def network(
   if not (epath.Path(pretrained.source).expanduser() / FOLDER).is_dir():
     source = sources.open_source(pretrained.source)
     return families.load(family, source, shard, expected, dtype).params
-  sizes, params, _ = read(pretrained.source, family, dtype)
+  targets = leaves_by_path(shard(families.abstract(family, expected, dtype)))
+  targets = {path: leaf for path, leaf in targets.items() if leaf.sharding is not None}
+  sizes, params, _ = read(pretrained.source, family, dtype, targets)
   families.check_equal_sizes(family, pretrained.source, sizes, expected)
   return params
 
 
-def read(source: str, family: str, dtype: str = 'float32') -> tuple[Any, Params, Mapping[str, str]]:
+def read(
+  source: str, family: str, dtype: str = 'float32', targets: weights.Targets | None = None
+) -> tuple[Any, Params, Mapping[str, str]]:
   """Loads sizes, parameters and metadata of an import or of a network trained with vpe_jax.
 
   Args:
     source: the folder of an import, the workdir of a run, `assets:NAME` or a weight file.
     family: the expected family.
     dtype: dtype of the parameters.
+    targets: see `weights.load`.
 
   Raises:
     UserError: there are no weights, they are of another or no published family, or the dtype is
       unknown.
   """
-  params, metadata = weights.load(source, dtype)
+  params, metadata = weights.load(source, dtype, targets)
   actual, sizes = _family_of(json.loads(metadata.get('config', '{}')), source)
   if actual != family:
     raise UserError(f"'{source}' is of family {actual}, not {family}: set --family={actual}")

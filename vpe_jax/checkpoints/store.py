@@ -198,16 +198,18 @@ class Store:
     choose: Callable[[Collection[str]], Iterable[str]],
     transform: Callable[[np.ndarray], np.ndarray] = lambda leaf: leaf,
     step: int | None = None,
-  ) -> tuple[dict[str, np.ndarray], Record] | None:
-    """Loads some leaves of a checkpoint as numpy arrays.
+    place: Callable[[str, tuple[int, ...]], jax.sharding.Sharding | None] = lambda *_: None,
+  ) -> tuple[dict[str, Any], Record] | None:
+    """Loads some leaves of a checkpoint, as numpy arrays or sharded over devices.
 
-    Leaves are loaded, verified and transformed in groups, so host memory holds at most one group in
-    addition to the result.
+    Leaves are loaded, verified and transformed in groups, so memory holds at most one group in
+    addition to the result; of sharded leaves, each process reads only its shards.
 
     Args:
       choose: selects the leaves to load from all paths, such as `params/ar/layers/q/kernel`.
       transform: is applied to each leaf, for instance to round it.
       step: step of the checkpoint; None: the newest intact one.
+      place: maps path and shape of a leaf to its sharding; None: a numpy array.
 
     Returns:
       ({path: array}, record), or None if the directory has no checkpoint.
@@ -216,12 +218,10 @@ class Store:
       UserError: every checkpoint is damaged, or there is none of this step.
     """
 
-    def load(step: int, record: Record) -> dict[str, np.ndarray]:
+    def load(step: int, record: Record) -> dict[str, Any]:
       arrays = {}
       for group in _groups(record['leaves'], choose(record['leaves'])):
-        # The values of `targets` are never written, so they take no memory.
-        shapes = {path: record['leaves'][path] for path in group}
-        targets = {path: np.empty(leaf['shape'], leaf['dtype']) for path, leaf in shapes.items()}
+        targets = {path: _read_target(path, record['leaves'][path], place) for path in group}
         leaves = self._load_verified(step, record, targets)
         while leaves:
           path, leaf = leaves.popitem()
@@ -540,6 +540,14 @@ def _load_target(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
   sharding = SingleDeviceSharding(jax.local_devices()[0])
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _read_target(path: str, leaf: Mapping[str, Any], place: Callable[..., Any]) -> Any:
+  """Load target of `Store.read` for a saved leaf."""
+  shape, dtype = tuple(leaf['shape']), np.dtype(leaf['dtype'])
+  if (sharding := place(path, shape)) is not None:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  return np.empty(shape, dtype)  # Its values are never written, so they take no memory.
 
 
 def _check_fits(

@@ -34,6 +34,7 @@ ASSET_CONFIGS = {
   'tiny': 'configs/t2i.py',
 }
 _PARAMS, _EMA = 'params/', 'ema/'  # prefixes of parameters and their EMA in a state
+Targets = Mapping[str, jax.ShapeDtypeStruct]  # path -> shape and sharding
 _HASH_CHUNK = 2**20  # elements that a fingerprint casts at a time
 
 
@@ -42,7 +43,9 @@ def is_file(source: str) -> bool:
   return source.startswith(ASSETS) or source.endswith(ENDING)
 
 
-def load(source: str, dtype: str = 'float32') -> tuple[Params, dict[str, str]]:
+def load(
+  source: str, dtype: str = 'float32', targets: Targets | None = None
+) -> tuple[Params, dict[str, str]]:
   """Loads weights from a file, an asset or a run.
 
   Each leaf is cast when it is read, so host memory never holds a second copy of the tree at the
@@ -53,9 +56,11 @@ def load(source: str, dtype: str = 'float32') -> tuple[Params, dict[str, str]]:
       workdir of a run (EMA weights of its newest checkpoint, raw weights where there is no EMA);
       `~` expands to the home folder.
     dtype: dtype of the float leaves: float32, bfloat16 or float16.
+    targets: path -> shape and sharding of leaves that are loaded onto their devices, shard by
+      shard; leaves of other paths or shapes become numpy arrays.
 
   Returns:
-    (nested dict of numpy arrays; metadata). The metadata of a run has `config` (JSON), `version`,
+    (nested dict of arrays; metadata). The metadata of a run has `config` (JSON), `version`,
     `step`, `stage`, `weights` (ema or raw) and `source`.
 
   Raises:
@@ -64,16 +69,20 @@ def load(source: str, dtype: str = 'float32') -> tuple[Params, dict[str, str]]:
   if not is_file(source):
     path = storage.resolve(source)
     if probe(path, path.is_dir):
-      return load_run(source, dtype=dtype)
+      return load_run(source, dtype=dtype, targets=targets)
     raise UserError(
       f"no weights at '{source}': it is neither {ASSETS}NAME, nor a {ENDING} file, nor the workdir "
       'of a run (python -m vpe_jax.main --config=... --workdir=... makes one)'
     )
-  return _read(*_open_file(source), source, dtype)
+  return _read(*_open_file(source), source, dtype, targets or {})
 
 
 def load_run(
-  workdir: str, which: str = 'ema', dtype: str = 'float32', step: int | None = None
+  workdir: str,
+  which: str = 'ema',
+  dtype: str = 'float32',
+  step: int | None = None,
+  targets: Targets | None = None,
 ) -> tuple[Params, dict[str, str]]:
   """Loads the weights of a run's checkpoint; returns the same as `load`.
 
@@ -83,6 +92,7 @@ def load_run(
       trained only in an earlier stage have their EMA value in both.
     dtype: dtype of the float leaves; see `load`.
     step: step of the checkpoint; None: the newest intact one.
+    targets: see `load`.
 
   Raises:
     UserError: `which` or the dtype is unknown, the run has no intact checkpoint (of this step), or
@@ -93,7 +103,8 @@ def load_run(
   kind = dtypes.parse(dtype)
   choose = functools.partial(_weight_paths, averaged=which == 'ema')
   rounded = lambda leaf: dtypes.cast(leaf, kind)
-  leaves, record = _read_checkpoint(workdir, choose, rounded, step)
+  place = lambda path, shape: _sharding(targets or {}, path.partition('/')[2], shape)
+  leaves, record = _read_checkpoint(workdir, choose, rounded, step, place)
   averaged = any(path.startswith(_EMA) for path in leaves)
   metadata = {
     'config': json.dumps(record['config'], sort_keys=True),
@@ -106,15 +117,25 @@ def load_run(
   return convert.tree({path.partition('/')[2]: leaves[path] for path in sorted(leaves)}), metadata
 
 
-def read_config(source: str) -> dict[str, Any]:
+def read_config(source: str, step: int | None = None) -> dict[str, Any]:
   """Reads the config of a run, an asset or a weight file, without its weights.
 
   Raises:
     UserError: there is no checkpoint or file, or it has no config that builds a system.
   """
   if is_file(source):
-    return config_of(_open_file(source)[1], source)
-  return _checked_config(_read_checkpoint(source, lambda paths: ())[1]['config'], source)
+    return config_of(read_metadata(source), source)
+  _, record = _read_checkpoint(source, lambda paths: (), step=step)
+  return _checked_config(record['config'], source)
+
+
+def read_metadata(file: str) -> dict[str, str]:
+  """Reads the metadata of an asset or a weight file, without its weights.
+
+  Raises:
+    UserError: there is no such file, or it is damaged.
+  """
+  return _open_file(file)[1]
 
 
 def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
@@ -204,11 +225,12 @@ def _read_checkpoint(
   choose: Callable[[Collection[str]], Iterable[str]],
   transform: Callable[[np.ndarray], np.ndarray] = lambda leaf: leaf,
   step: int | None = None,
-) -> tuple[dict[str, np.ndarray], Mapping[str, Any]]:
+  place: Callable[[str, tuple[int, ...]], Any] = lambda *_: None,
+) -> tuple[dict[str, Any], Mapping[str, Any]]:
   """Calls `Store.read` on the checkpoints of a run; a run without a checkpoint is an error."""
   store = Store(str(storage.resolve(workdir) / FOLDER), CheckpointConfig())
   try:
-    contents = store.read(choose, transform, step)
+    contents = store.read(choose, transform, step, place)
   finally:
     store.close()
   if contents is None:
@@ -343,15 +365,19 @@ def _open_file(source: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read(
-  tensors: Mapping[str, Tensor], metadata: dict[str, str], source: str, dtype: str
+  tensors: Mapping[str, Tensor],
+  metadata: dict[str, str],
+  source: str,
+  dtype: str,
+  targets: Targets,
 ) -> tuple[Params, dict[str, str]]:
   """Reads, verifies and casts the tensors of a weight file, one at a time."""
   kind, digest, leaves = dtypes.parse(dtype), hashlib.sha256(), {}
   for path in sorted(tensors):
     leaf = tensors[path].read()
     _hash_leaf(digest, path, leaf, 'float32')
-    # A copy, because the array that `read` returns is read-only and may be a view of the file.
-    leaves[path] = np.array(leaf, kind if dtypes.is_float(leaf) else leaf.dtype)
+    leaf_kind = kind if dtypes.is_float(leaf) else leaf.dtype
+    leaves[path] = _placed(leaf, leaf_kind, _sharding(targets, path, leaf.shape))
   # Only files written by `save` have a fingerprint.
   actual = digest.hexdigest()[:12]
   if metadata.get('fingerprint', actual) != actual:
@@ -360,6 +386,21 @@ def _read(
       'again, or export it again'
     )
   return convert.tree(leaves), metadata
+
+
+def _sharding(targets: Targets, path: str, shape: tuple[int, ...]) -> Any:
+  """The sharding of a leaf; None if `targets` has none of this path and shape."""
+  target = targets.get(path)
+  return target.sharding if target is not None and tuple(target.shape) == shape else None
+
+
+def _placed(leaf: np.ndarray, dtype: np.dtype, sharding: Any) -> Any:
+  """A copy of a leaf in another dtype; with a sharding, each shard is copied to its device."""
+  # A copy, because the array that a tensor's `read` returns may be a view of the file.
+  copied = lambda index: np.array(leaf[index], dtype)
+  if sharding is None:
+    return copied(...)
+  return jax.make_array_from_callback(leaf.shape, sharding, copied)
 
 
 def _weight_paths(paths: Collection[str], averaged: bool) -> list[str]:

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 
 from vpe_jax import sharding, systems
+from vpe_jax.checkpoints import model as model_lib
 from vpe_jax.compilation import hlo, program, roofline, topology, traffic
-from vpe_jax.compilation.program import KINDS, TRAIN
+from vpe_jax.compilation.program import KINDS, SAMPLE, TRAIN
 from vpe_jax.compilation.report import Report
 from vpe_jax.compilation.topology import Topology
 from vpe_jax.config import to_dict
@@ -37,6 +38,8 @@ class Request:
     program: `train` or `sample`.
     stage: name of the stage; None: the last one.
     images_per_chip: overrides the config's batch size; None: the config's.
+    dtype: dtype of parameters and computation for sampling; None: as the generator loads them on
+      such a device.
   """
 
   topology: str
@@ -45,6 +48,11 @@ class Request:
   program: str = TRAIN
   stage: str | None = None
   images_per_chip: int | None = None
+  dtype: str | None = None
+
+  def dtype_on(self, target: Topology) -> str:
+    """Dtype of the parameters for sampling on a topology."""
+    return self.dtype or model_lib.default_dtype('cpu' if target.chip is None else 'tpu')
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -112,7 +120,7 @@ def build(config: Mapping[str, Any], request: Request) -> Compiled:
   mesh = sharding.make_mesh(system.config.mesh, devices)
   images = system.config.batch_size[stage]
   started = time.perf_counter()
-  job = program.Job(system, stage, request.program, images, mesh)
+  job = program.Job(system, stage, request.program, images, mesh, request.dtype_on(target))
   lowered = program.lower(job)
   seconds = time.perf_counter() - started
   print(f'lowered in {seconds:.0f} s; compiling for {target.name}', flush=True)
@@ -126,6 +134,8 @@ def _with_overrides(system: System, target: Topology, request: Request) -> Syste
   """Builds the system with the request's mesh and batch size."""
   values, config = to_dict(system.config), system.config
   values['mesh'] |= request.mesh
+  if request.program == SAMPLE:
+    values['dtype'] = request.dtype_on(target)
   if request.images_per_chip is not None:
     if request.images_per_chip < 1:
       raise UserError(f'--images_per_chip={request.images_per_chip}: it must be at least 1')

@@ -14,6 +14,7 @@ import jax
 
 from vpe_jax import rng, sharding
 from vpe_jax.checkpoints import frozen as frozen_lib
+from vpe_jax.checkpoints import model as model_lib
 from vpe_jax.config import did_you_mean
 from vpe_jax.contracts import (
   Array,
@@ -44,6 +45,7 @@ class Job:
     program: `train` (the training step of the stage) or `sample`.
     images: global batch size.
     mesh: mesh of the devices to compile for.
+    dtype: dtype of the parameters for sampling; training has float32.
   """
 
   system: System
@@ -51,6 +53,7 @@ class Job:
   program: str
   images: int
   mesh: jax.sharding.Mesh
+  dtype: str = 'float32'
 
   @property
   def stage(self) -> Stage:
@@ -106,7 +109,10 @@ def lower(job: Job) -> Lowered:
   config, system = job.system.config, job.system
   accumulate = config.optim_of(job.stage_index).accumulate if job.program == TRAIN else 1
   sharding.check_divides(job.images, job.mesh, accumulate)
-  state = resume.abstract_state(config, system, job.stage_index, job.mesh)
+  if job.program == TRAIN:
+    state = resume.abstract_state(config, system, job.stage_index, job.mesh)
+  else:
+    state = {'params': model_lib.abstract_params(system, job.mesh, job.dtype)}
   networks = frozen_lib.abstract_params(system)
   if job.program == SAMPLE:
     networks = {name: tree for name, tree in networks.items() if name in system.sampling_networks}

@@ -86,7 +86,8 @@ def checkpoints(
     steps: steps of its checkpoints.
   """
   for step in steps:
-    subject = subject.at(model_lib.load(workdir, weights, step))
+    dtype, mesh = subject.system.config.dtype, subject.mesh
+    subject = subject.at(model_lib.load(workdir, weights, step, dtype, mesh))
     yield step, subject
 
 

@@ -22,7 +22,7 @@ from vpe_jax.checkpoints import model as model_lib
 from vpe_jax.checkpoints.frozen import FrozenNetworks
 from vpe_jax.checkpoints.model import Model
 from vpe_jax.checkpoints.weights import fingerprint
-from vpe_jax.config import CLASSES, Config, MeshConfig, SampleConfig, build_section, did_you_mean
+from vpe_jax.config import CLASSES, Config, SampleConfig, build_section, did_you_mean
 from vpe_jax.contracts import Edits, Params, Samples, Stage, System, UserError, require, supports
 from vpe_jax.evaluation.report import (
   FROM_DRAFTS,
@@ -86,8 +86,9 @@ class Subject:
     seed: int,
     overrides: Mapping[str, Any],
     step: int | None = None,
+    dtype: str | None = None,
   ) -> Subject:
-    """Loads a run or a file of weights onto one device.
+    """Loads a run or a file of weights; see checkpoints.model.load.
 
     Args:
       source: see checkpoints.model.load.
@@ -96,22 +97,22 @@ class Subject:
       seed: sampling seed.
       overrides: sampling settings that override those of the run; None values are ignored.
       step: see checkpoints.model.load.
+      dtype: see checkpoints.model.load.
 
     Raises:
       UserError: the model can't be loaded, or rejects the settings.
     """
-    model = model_lib.load(source, weights, step)
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    model = model_lib.load(source, weights, step, dtype)
     strategy = model.system.config.mesh.strategy
     subject = cls(
       model.system,
       model.params,
       model.stage,
-      mesh,
+      model.mesh,
       seed=seed,
       stage_step=model.stage_step,
       # Loaded at most once, also for other checkpoints of the run.
-      load_frozen=functools.cache(lambda: frozen_lib.load(model.system, mesh, strategy)),
+      load_frozen=functools.cache(lambda: frozen_lib.load(model.system, model.mesh, strategy)),
     )
     if not supports(model.system, Samples):
       return subject

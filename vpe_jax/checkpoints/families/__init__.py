@@ -143,12 +143,21 @@ def load(
     sizes = read_sizes(name, source)
   elif source.config:
     check_equal_sizes(name, source.path, read_sizes(name, source), sizes)
-  abstract = dtypes.cast_shapes(_abstract(family, name, sizes), dtypes.parse(dtype))
+  abstract_params = abstract(name, sizes, dtype)
   if shard is not None:
-    abstract = shard(abstract)
-  tensor_map = convert.match_tensors(source.tensors, family.LAYOUTS, abstract)
-  leaves = convert.load(source.tensors, tensor_map, abstract, allow_nonfinite)
+    abstract_params = shard(abstract_params)
+  tensor_map = convert.match_tensors(source.tensors, family.LAYOUTS, abstract_params)
+  leaves = convert.load(source.tensors, tensor_map, abstract_params, allow_nonfinite)
   return Imported(name, sizes, convert.tree(leaves), tensor_map)
+
+
+def abstract(name: str, sizes: Any, dtype: str = 'float32') -> Params:
+  """Parameters of a network as `jax.ShapeDtypeStruct`.
+
+  Raises:
+    UserError: the family or the dtype is unknown, or the sizes are inconsistent.
+  """
+  return dtypes.cast_shapes(_abstract(get(name), name, sizes), dtypes.parse(dtype))
 
 
 def read_sizes(name: str, source: Source) -> Any:
