@@ -9,6 +9,14 @@ from vpe_jax import interrupts
 from vpe_jax.training.preemption import Preemption
 
 
+@pytest.fixture(autouse=True)
+def _default_handler():
+  """Python's handler, also if the tests run in the background, where a shell ignores Ctrl-C."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 def _press():
   os.kill(os.getpid(), signal.SIGINT)
 
