@@ -267,5 +267,6 @@ def test_errors_name_missing_capabilities():
   config = t2i.get_config('debug')
   config.data.source = 'synthetic'
   bare.system, bare.frozen = systems.build(config.to_dict()), {}
+  bare._mesh = None  # one device
   with pytest.raises(UserError, match='trained on synthetic codes'):
     VisualPrompter(bare).check_codebook()
