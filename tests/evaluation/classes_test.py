@@ -81,6 +81,13 @@ def test_only_images_of_their_class_are_correct(true, monkeypatch, fake_subject,
     row: {name: figure['value'] for name, figure in figures.items()}
     for row, figures in results['rows'].items()
   }
+  assert list(rows) == [
+    'ground truth',
+    RECONSTRUCTED,
+    'generated',
+    FROM_DRAFTS,
+    classes.PERMUTED,
+  ]
   references, targets = true[1][:20], true[1][20:]
   expected = np.mean(np.isin(targets, references))
   assert rows['ground truth']['accuracy'] == pytest.approx(expected) and expected > 0.5

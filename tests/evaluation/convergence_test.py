@@ -9,12 +9,24 @@ import pytest
 from PIL import Image
 
 from vpe_jax.checkpoints import model as model_lib
-from vpe_jax.contracts import Generated, UserError
-from vpe_jax.evaluation import convergence
+from vpe_jax.contracts import Generated, Samples, UserError
+from vpe_jax.evaluation import convergence, intervals
 from vpe_jax.evaluation.evaluator import Subject
 from vpe_jax.evaluation.heldout import HeldOut
+from vpe_jax.evaluation.report import Report
 from vpe_jax.evaluation.sample_grid import SampleGrid
 from vpe_jax.training import curves, loop, metrics
+
+
+@dataclasses.dataclass
+class Brightness:
+  """An evaluator of the brightness of images by the generator."""
+
+  requires = (Samples,)
+
+  def run(self, subject):
+    images = subject.sample(['a fox', 'a dog'])
+    return Report({'brightness': intervals.mean(images.mean((1, 2, 3)))})
 
 
 @pytest.fixture
@@ -54,12 +66,15 @@ def test_numbers_of_all_checkpoints_are_those_of_each_alone(run, tmp_path, capsy
   steps = convergence.choose_steps(workdir, convergence.ALL)
   assert steps == [2, 4, 6]
   load = lambda step: Subject.load(workdir, 'ema', 8, 0, {}, step)
-  built = {'heldout': HeldOut(batches=2), 'sample_grid': SampleGrid()}
+  brightness = Brightness()
+  grid = SampleGrid()
+  built = {'heldout': HeldOut(batches=2), 'sample_grid': grid, 'brightness': brightness}
   system.traces = 0
   pairs = convergence.checkpoints(load(6), workdir, 'ema', steps)
   convergence.evaluate({'a': built}, {'a': pairs}, str(tmp_path / 'out'))
-  # Own drafts and ground-truth drafts are two requests; steps 4 and 6 share both programs.
-  assert system.traces == 2
+  # The grid has two requests, with own and ground-truth drafts, and the generator one. Steps 4 and
+  # 6 share the programs.
+  assert system.traces == 3
   (path,) = (tmp_path / 'out').glob('convergence-*.json')
   record = json.loads(path.read_text())['runs']['a']
   numbers = record['numbers']
@@ -72,7 +87,7 @@ def test_numbers_of_all_checkpoints_are_those_of_each_alone(run, tmp_path, capsy
     assert record['checkpoints'][str(step)] == alone.description['checkpoint']
     expected = dict(HeldOut(batches=2).run(alone).figures)
     if step > 2:
-      expected |= SampleGrid().run(alone).figures
+      expected |= {**SampleGrid().run(alone).figures, **brightness.run(alone).figures}
     found = {
       name: {key: point[key] for key in ('value', 'interval95')}
       for name, points in numbers.items()
@@ -91,6 +106,7 @@ def test_the_loop_records_numbers_with_their_intervals(run):
   assert (at_4['step'], at_6['step']) == (4, 6)
   name = 'sample/own/latent_distance'
   for record in (at_4, at_6):
+    assert f'{name}/low95' in record
     assert record[f'{name}/low95'] < record[name] < record[f'{name}/high95']
   panels = {panel.title: panel for panel in curves.make_panels(metrics.read(workdir))}
   assert [step for step, *_ in panels[name].curves[0].band] == [4, 6]

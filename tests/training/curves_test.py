@@ -37,9 +37,9 @@ def test_numbers_of_evaluators_have_panels_with_intervals():
     {'step': s, name: s / 10, f'{name}/low95': 0.0, f'{name}/high95': 0.5, drafts: 0.6}
     for s in (2, 4)
   ]
-  (panel,) = curves.make_panels([{'step': 1, 'lr': 1.0}, *records])
-  assert panel.title == name
-  own, true = panel.curves
+  panels = curves.make_panels([{'step': 1, 'lr': 1.0}, *records])
+  assert [panel.title for panel in panels] == [name]
+  own, true = panels[0].curves
   assert own.points == [(2, 0.2), (4, 0.4)] and own.band == ((2, 0.0, 0.5), (4, 0.0, 0.5))
   assert true.label == 'ground-truth drafts' and true.points == [(2, 0.6), (4, 0.6)]
 
