@@ -60,6 +60,7 @@ class DataConfig:
     near_misses: number of hard negatives per example of a scene: captions that are wrong in one
       detail.
     language: language of a folder's records, such as `en`; others are skipped (empty: no filter).
+      `filters` has filters of single folders.
     least_text_height: minimum height of text in a folder's images, in pixels of the padded image;
       records with smaller text are skipped (0: no filter). See vpe_jax.data.filters.
     most_skipped: maximum share of unusable records, which are named in a warning and skipped: image

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from vpe_jax.contracts import UserError
-from vpe_jax.data.records import Record, Split, StoredSource
+from vpe_jax.data.records import HashedSource, Record, Split, StoredSource
 from vpe_jax.storage import stable_hash
 
 _HASHES = 2.0**63  # number of possible hashes
@@ -45,16 +45,12 @@ class Part:
     yield from self.source.stamps()
     yield f'part {stable_hash(self.indices.tobytes().hex())}'
 
-  def hashes(self) -> np.ndarray:
-    """Hashes of the records; see vpe_jax.data.records.StoredSource."""
-    return self.source.hashes()[self.indices]
-
   def digests(self) -> Mapping[str, str]:
     """Digests of the whole source; see vpe_jax.data.records.StoredSource."""
     return self.source.digests()
 
 
-def part_of(source: StoredSource, held_out: float, split: Split, name: str) -> StoredSource:
+def part_of(source: HashedSource, held_out: float, split: Split, name: str) -> StoredSource:
   """The training records of a source, or its held-out ones.
 
   Args:

@@ -88,11 +88,6 @@ class Recipe:
     for folder in self.folders:
       yield from folder.stamps()
 
-  def hashes(self) -> np.ndarray:
-    """Hashes of the records of every folder; see vpe_jax.data.records.StoredSource."""
-    folders = zip(self.folders, self.times, strict=True)
-    return np.concatenate([np.tile(folder.hashes(), times) for folder, times in folders])
-
   def digests(self) -> Mapping[str, str]:
     """Digests of every folder; see vpe_jax.data.records.StoredSource."""
     folders = zip(self.names, self.folders, strict=True)

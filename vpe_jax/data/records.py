@@ -193,18 +193,22 @@ class StoredSource(Source, Protocol):
     """Strings that change whenever an image file changes; opens no image."""
     ...
 
+  def digests(self) -> Mapping[str, str]:
+    """Number and digest of parts of the data, such as images and captions, by their names.
+
+    They stay the same if the files are copied or renamed in the same order.
+    """
+    ...
+
+
+class HashedSource(StoredSource, Protocol):
+  """A stored source that knows the contents of its images, so that it can be divided."""
+
   def hashes(self) -> np.ndarray:
     """A hash of the image files of each record, uint64 [N] below 2^63; opens no image.
 
     Raises:
       UserError: the hashes are not stored.
-    """
-    ...
-
-  def digests(self) -> Mapping[str, str]:
-    """Number and digest of parts of the data, such as images and captions, by their names.
-
-    They stay the same if the files are copied or renamed in the same order.
     """
     ...
 

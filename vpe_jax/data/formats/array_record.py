@@ -32,7 +32,7 @@ from vpe_jax.data.filters import Filter
 from vpe_jax.data.formats.entries import FieldSpec, first_line
 from vpe_jax.data.formats.folder import Bytes, ReadOptions, limited_count, open_folder
 from vpe_jax.data.held_out import part_of
-from vpe_jax.data.records import BadRecord, Record, StoredSource, digest_of
+from vpe_jax.data.records import BadRecord, HashedSource, Record, StoredSource, digest_of
 from vpe_jax.data.transforms import Decoding
 from vpe_jax.storage import AnyPath, checksum, local_path
 
@@ -175,7 +175,7 @@ class Prepared:
     yield self.digest
 
   def hashes(self) -> np.ndarray:
-    """A hash of the image files of each record; see StoredSource."""
+    """A hash of the image files of each record; see HashedSource."""
     path = os.path.join(self.path, HASHES)
     total = sum(shard.records for shard in self.shards)
     hashes = np.fromfile(path, '<u8') if os.path.exists(path) else np.zeros(0)
@@ -196,7 +196,7 @@ def open_image_folder(path: str, options: ReadOptions) -> StoredSource:
   return part_of(_open_whole(path, options), options.held_out, options.split, path)
 
 
-def _open_whole(path: str, options: ReadOptions) -> StoredSource:
+def _open_whole(path: str, options: ReadOptions) -> HashedSource:
   """Opens a folder of user images: a prepared folder if it has a manifest, else image files.
 
   Args:

@@ -132,7 +132,7 @@ class Folder:
         yield f'{path} {stat.st_size} {stat.st_mtime_ns}'
 
   def hashes(self) -> np.ndarray:
-    """A hash of the image files of each record; see StoredSource."""
+    """A hash of the image files of each record; see HashedSource."""
     return np.asarray(self.contents, np.uint64)
 
   def digests(self) -> Mapping[str, str]:

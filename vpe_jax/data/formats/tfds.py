@@ -17,8 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vpe_jax.contracts import UserError
 from vpe_jax.data.formats.entries import FieldSpec, check_text, first_line
 from vpe_jax.data.formats.folder import Bytes, ReadOptions, limited_count
@@ -94,10 +92,6 @@ class Tfds:
     for path in sorted(Path(self.path).iterdir()):
       stat = path.stat()
       yield f'{path.name} {stat.st_size} {stat.st_mtime_ns}'
-
-  def hashes(self) -> np.ndarray:
-    """Raises UserError: TFDS has splits of its own; see vpe_jax.data.records.StoredSource."""
-    raise UserError(f'{self.path} has no hashes of its images: name one of its splits')
 
   def digests(self) -> Mapping[str, str]:
     """Names and sizes of the files; see vpe_jax.data.records.StoredSource."""
