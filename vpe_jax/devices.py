@@ -20,6 +20,7 @@ import glob
 import importlib.util
 import os
 import pathlib
+from typing import Any
 
 import jax
 
@@ -179,3 +180,12 @@ def use_compilation_cache(folder: AnyPath | None = None) -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
   if is_remote(folder):  # XLA's own cache, of GPU autotuning, needs a local folder.
     jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
+
+
+def machine() -> dict[str, Any]:
+  """Properties that affect the last bits of a result: devices and, on CPUs, the thread count."""
+  kinds = sorted({device.device_kind for device in jax.devices()})
+  devices = f'{jax.device_count()} x {"+".join(kinds)}'
+  # Only Linux reports the cores that a process may use.
+  threads = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  return {'cpu_threads': threads, 'devices': devices}

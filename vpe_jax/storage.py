@@ -23,7 +23,7 @@ AnyPath = str | os.PathLike[str]
 
 SHIPPED_ASSETS = Path(__file__).parent / 'assets'  # installed with the package
 
-_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def write_error(path: AnyPath | None, error: OSError) -> str:
 
 def is_disk_full(error: OSError) -> bool:
   """Whether an error means that the disk or the user's quota is full."""
-  return error.errno in _FULL_ERRNOS
+  return error.errno in FULL_ERRNOS
 
 
 def read_text(path: AnyPath, name: str = '') -> str:

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 
-from vpe_jax import sharding
+from vpe_jax import devices, sharding
 from vpe_jax.checkpoints import store as store_lib
 from vpe_jax.checkpoints.store import Store
 from vpe_jax.config import CheckpointConfig, MeshConfig
@@ -156,7 +156,7 @@ class TestRoundTrip:
 
   def test_warns_of_a_different_machine(self, tmp_path, caplog, monkeypatch):
     _save(tmp_path, 1)
-    monkeypatch.setattr(store_lib, '_machine', lambda: {'cpu_threads': 999, 'devices': '8 x cpu'})
+    monkeypatch.setattr(devices, 'machine', lambda: {'cpu_threads': 999, 'devices': '8 x cpu'})
     with caplog.at_level(logging.WARNING):
       assert _restore(tmp_path)['step'] == 1
     lines = [r.message for r in caplog.records if 'cpu_threads' in r.message]

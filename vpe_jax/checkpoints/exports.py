@@ -46,8 +46,8 @@ def export(
     settings: sampling settings that override the run's; None keeps the run's.
 
   Returns:
-    The file's metadata: the run's config (JSON), step, commit, and the entries that `weights.save`
-    adds.
+    The file's metadata: that of `weights.load_run`, with `settings` in the config; network, commit,
+    and the entries that `weights.save` adds.
 
   Raises:
     UserError: the run or network doesn't exist, a codec run is exported without `network`, a
@@ -55,14 +55,15 @@ def export(
   """
   weights.check_target(to, overwrite)
   params, metadata = weights.load_run(workdir, which, 'bfloat16', step)
-  config, networks = _with_settings(metadata, settings), ', '.join(sorted(params))
+  config = _with_settings(weights.config_of(metadata, workdir), settings)
+  networks = ', '.join(sorted(params))
   if network and network not in params:
     raise UserError(f"{workdir} has no network '{network}': choose one of {networks}")
-  if not network and config['system'] == 'codec':  # Readers expect one network per file.
+  if not network and config['system'] == 'codec':  # Codecs are read from a file each.
     raise UserError(f'{workdir} has several networks: choose one with --network, of {networks}')
   tree = params[network] if network else params
   if network == 'image':
-    # Read before anything is written, because the run's images may no longer exist.
+    # The images are read before the file is written, because they may no longer exist.
     system = systems.build(config)
     data = Pipeline.of(system)
     images = data.examples(range(min(_MOMENT_IMAGES, len(data)))).inputs['image']
@@ -102,8 +103,7 @@ def export_folder(
     params, metadata = weights.load(source, 'bfloat16')
   else:
     params, metadata = weights.load_run(source, which, 'bfloat16', step)
-  weights.config_of(metadata, source)
-  config = _with_settings(metadata, settings)
+  config = _with_settings(weights.config_of(metadata, source), settings)
   data, trained = config['data']['source'], int(metadata.get('step', 0))
   origin = _DATA_LICENCES.get(data, '')
   provenance = {
@@ -120,18 +120,17 @@ def export_folder(
 
 
 def _with_settings(
-  metadata: Mapping[str, str], settings: Mapping[str, float | None]
+  config: dict[str, Any], settings: Mapping[str, float | None]
 ) -> dict[str, Any]:
   """The config of a run with other sampling settings.
 
   Raises:
     UserError: a setting is unknown or out of range.
   """
-  config = json.loads(metadata['config'])
   changes = {name: value for name, value in settings.items() if value is not None}
-  config['sample'] = config.get('sample', {}) | changes
-  build_section(systems.sampling_sections()[config['system']], config['sample'])
-  return config
+  sample = config.get('sample', {}) | changes
+  build_section(systems.sampling_sections()[config['system']], sample)
+  return config | {'sample': sample}
 
 
 def _commit() -> str:

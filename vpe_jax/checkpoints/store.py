@@ -4,16 +4,15 @@ A checkpoint is a folder named after its step. Orbax (v1 API; only this module u
 arrays of the state, each under its path such as `opt_state/mu/ar/layers/q/kernel`, and a JSON
 record: counters, config, machine, and the shape, dtype and checksum of every array.
 
-Orbax writes the folder's final name and commit marker last, so an interrupted save is never taken
-for a checkpoint. On load it detects neither a missing marker nor flipped bits in the data; this
-module checks both.
+Orbax writes the commit marker last; on local disks it also renames the folder to its final name
+only then. So an interrupted save is never mistaken for a checkpoint. On load, Orbax detects neither
+a missing marker nor flipped bits in the data; this module checks both.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -33,21 +32,21 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from vpe_jax import __version__
+from vpe_jax import __version__, devices
 from vpe_jax.checkpoints import orbax_logs
 from vpe_jax.checkpoints.checksum import checksums
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.contracts import COUNTERS, State, UserError
 from vpe_jax.sharding import leaves_by_path
-from vpe_jax.storage import is_remote, move_aside, probe
+from vpe_jax.storage import FULL_ERRNOS, is_remote, move_aside, probe
 
 FOLDER = 'checkpoints'  # folder of a workdir
-RUN = '$RUN'  # in a saved config: the workdir, wherever the run is moved
+RUN = '$RUN'  # stands for the workdir in a saved config, so that a run can be moved
 _STATE = 'state'  # Orbax's name for the arrays of a checkpoint
 _MARKER = 'commit_success.txt'  # written by Orbax last
 _GROUP_BYTES = 2**30  # bytes of leaves that `Store.read` loads at a time
-_SAVE_SECONDS = 3600.0  # after which a save is given up
-# Orbax measures its own limit with the wall clock, which may jump: it gets one of 68 years.
+_SAVE_SECONDS = 3600.0  # time limit of a save
+# Orbax measures its own limit with the wall clock, which may jump, so that limit is 68 years.
 _NO_LIMIT = 2**31 - 1  # seconds
 _UNFINISHED = '.orbax-checkpoint-tmp'  # suffix of a folder that is being written or deleted
 # Exceptions of Orbax, json and TensorStore for files that are missing or can't be parsed.
@@ -95,7 +94,7 @@ class Store:
     self._config = config
     self._worker = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._pending: concurrent.futures.Future[None] | None = None
-    self._newest: int | None = None  # last saved or restored step
+    self._newest: int | None = None  # step of the last save that began, or of the restored state
     self._restored = False  # `restore` has returned, with or without a state
     self._damaged: set[int] = set()  # steps that `restore` or `read` skipped
 
@@ -126,8 +125,8 @@ class Store:
       Whether a save was started; False also if this step was just saved or restored.
 
     Raises:
-      UserError: the directory contains this or a later step, and `restore` wasn't called; or the
-        disk is full.
+      UserError: the directory contains a checkpoint of this or a later step, and `restore` wasn't
+        called; the disk is full; or the previous save failed (see `wait`).
     """
     step = int(state['step'])
     if step == self._newest or not (force or self.due(step)):
@@ -137,7 +136,7 @@ class Store:
     arrays = _arrays(state)
     record = {name: int(state[name]) for name in COUNTERS}
     record |= {'config': dict(config_dict), 'data': dict(data), 'version': __version__}
-    record |= _machine()
+    record |= devices.machine()
     sums = checksums(arrays)
     record['leaves'] = {
       path: {'shape': list(leaf.shape), 'dtype': str(leaf.dtype), 'checksum': sums[path]}
@@ -160,7 +159,8 @@ class Store:
     """Restores the newest intact checkpoint.
 
     A damaged checkpoint is reported in a warning and the previous one is tried. The next `save`
-    renames the damaged one to `damaged-STEP`.
+    renames the damaged one to `damaged-STEP`, or deletes it if it is an interrupted save on an
+    object store.
 
     Args:
       abstract_of: maps a checkpoint's record {stage, step, stage_step, examples_seen, config,
@@ -184,7 +184,7 @@ class Store:
       return None
     record, state = newest
     self._newest = record['step']
-    for name, value in _machine().items():
+    for name, value in devices.machine().items():
       is_relevant = name != 'cpu_threads' or jax.default_backend() == 'cpu'
       if is_relevant and record[name] != value:
         logging.warning(
@@ -215,7 +215,7 @@ class Store:
       ({path: array}, record), or None if the directory has no checkpoint.
 
     Raises:
-      UserError: every checkpoint is damaged, or there is none of this step.
+      UserError: every checkpoint is damaged, or there is no intact one of this step.
     """
 
     def load(step: int, record: Record) -> dict[str, Any]:
@@ -228,18 +228,21 @@ class Store:
           arrays[path] = transform(leaf)
       return arrays
 
-    found = self._newest_intact(load, None if step is None else self._only(step))
-    return None if found is None else (found[1], found[0])
+    newest = self._newest_intact(load, None if step is None else self._existing(step))
+    if newest is None:
+      return None
+    record, arrays = newest
+    return arrays, record
 
-  def _only(self, step: int) -> list[int]:
-    """The step alone.
+  def _existing(self, step: int) -> list[int]:
+    """The step as a list, if it has a complete checkpoint.
 
     Raises:
       UserError: there is no complete checkpoint of this step.
     """
     if step not in (steps := self.steps()):
-      known = ', '.join(map(str, steps)) or 'none'
-      raise UserError(f'{self._directory} has no checkpoint of step {step}; steps: {known}')
+      listed = ', '.join(map(str, steps)) or 'none'
+      raise UserError(f'{self._directory} has no checkpoint of step {step}; steps: {listed}')
     return [step]
 
   def steps(self) -> list[int]:
@@ -271,7 +274,7 @@ class Store:
   # Saving.
 
   def _prepare_directory(self, step: int) -> None:
-    """Prepares a save: refuses to mix two runs; deletes unfinished, renames damaged checkpoints."""
+    """Refuses to mix two runs, deletes unfinished checkpoints, and renames damaged ones."""
     if self._newest is None and not self._restored:
       later = [other for other in self.steps() if other >= step]
       if later:
@@ -279,7 +282,7 @@ class Store:
           f'{self._directory} already contains a checkpoint of step {later[-1]}: resume from it or '
           'choose another --workdir'
         )
-    # In Orbax's save, no process writes before all processes have reached it.
+    # No barrier is needed: Orbax's save writes nothing before all processes have called it.
     if jax.process_index() == 0:
       self._directory.mkdir(parents=True, exist_ok=True)
       self._delete_unfinished()
@@ -289,7 +292,7 @@ class Store:
     self._damaged.clear()
 
   def _delete_failed(self) -> None:
-    """Deletes what a failed save has written, also by threads that notice the failure later."""
+    """Deletes the files of a failed save for a second: its threads may notice the failure late."""
     for _ in range(10):
       self._delete_unfinished()
       time.sleep(0.1)
@@ -320,7 +323,7 @@ class Store:
   def _finish(self, response: Any) -> None:
     """Waits for a save, then deletes old checkpoints. Runs in the background thread."""
     try:
-      response.result(timeout=_SAVE_SECONDS)  # of a monotonic clock
+      response.result(timeout=_SAVE_SECONDS)  # measured with a monotonic clock
     except TimeoutError as error:
       raise UserError(
         f'a checkpoint was not written to {self._directory} within {_SAVE_SECONDS / 60:.0f} '
@@ -359,14 +362,16 @@ class Store:
       except _Damaged as reason:
         reasons[step] = str(reason)
         self._damaged.add(step)
+        following = 'trying the previous one' if steps is None else 'choose another --step'
         logging.warning(
-          'checkpoint %d in %s is damaged (%s): trying the previous one',
-          step, self._directory, reason,
-        )  # fmt: skip
+          'checkpoint %d in %s is damaged (%s): %s', step, self._directory, reason, following
+        )
     # On an object store, an interrupted first save leaves a folder but no checkpoint.
     if not reasons or (_writes_in_place(self._directory) and not self.steps()):
       return None
     reason_list = '; '.join(f'step {step}: {reason}' for step, reason in reasons.items())
+    if steps is not None:
+      raise UserError(f'{self._directory} is damaged ({reason_list}): choose another --step')
     raise UserError(
       f'no checkpoint in {self._directory} can be used ({reason_list}): restore one from a '
       'backup, or choose another --workdir'
@@ -379,19 +384,19 @@ class Store:
       # `exists` would take a storage error for a missing marker.
       (folder / _MARKER).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-      reason = f'its commit marker {_MARKER} is missing: the save was not finished'
+      reason = f'its commit marker {_MARKER} is missing: the save was probably interrupted'
       raise _Damaged(reason) from error
     with _without_logging():
       metadata = _attempt(lambda: ocp.checkpointables_metadata(folder).custom_metadata)
     if not isinstance(metadata, dict) or metadata.keys() != {'record', 'digest'}:
-      raise _Damaged('its record is missing')
+      raise _Damaged('its record is missing or has an unknown format')
     record = metadata['record']
     if metadata['digest'] != _digest(record):
       raise _Damaged('its record was changed: the digest does not match')
     if record['step'] != step:
       raise _Damaged(f'its record is that of step {record["step"]}')
     workdir = str(self._directory.parent)
-    return record | {'config': _located(record['config'], workdir)}
+    return record | {'config': _with_workdir(record['config'], workdir)}
 
   def _load(self, step: int, record: Record, abstract: State) -> State:
     leaves = leaves_by_path(abstract)
@@ -402,7 +407,7 @@ class Store:
     return jax.tree.unflatten(jax.tree.structure(abstract), values)
 
   def _load_verified(self, step: int, record: Record, targets: Mapping[str, Any]) -> dict[str, Any]:
-    """Loads arrays and compares their checksums with the record; all processes agree."""
+    """Loads arrays and compares their checksums with the record, in all processes or in none."""
 
     def load() -> dict[str, Any]:
       with _load_context():
@@ -411,8 +416,13 @@ class Store:
     arrays = _agreed(lambda: _attempt(load))
     sums = checksums(arrays)
     wrong = [path for path, value in sums.items() if value != record['leaves'][path]['checksum']]
-    if wrong:
-      raise _Damaged(f'wrong checksum of {", ".join(wrong[:3])} ({len(wrong)} of {len(sums)})')
+
+    def check() -> None:
+      if wrong:
+        raise _Damaged(f'wrong checksum of {", ".join(wrong[:3])} ({len(wrong)} of {len(sums)})')
+
+    # Arrays of one host may be damaged on that host alone.
+    _agreed(check)
     return arrays
 
   def _folders(self) -> list[int]:
@@ -427,9 +437,9 @@ class Store:
 
 
 def _writes_in_place(directory: epath.Path) -> bool:
-  """Whether saves write to the final folder: object stores can't rename.
+  """Whether saves write directly to the final folder: object stores can't rename one atomically.
 
-  There, an interrupted save has a checkpoint's name but no marker.
+  On an object store, an interrupted save has the name of a checkpoint but no marker.
   """
   return is_remote(directory)
 
@@ -450,7 +460,7 @@ def _attempt(read: Callable[[], Any]) -> Any:
     message = ' '.join(str(root).split()) or type(root).__name__
     if not isinstance(root, _PARSE_ERRORS) or _TRANSIENT.match(message):
       raise
-    raise _Damaged(f'it can not be read: {message[:180]}') from error
+    raise _Damaged(f'it cannot be read: {message[:180]}') from error
 
 
 def _agreed(read: Callable[[], Any]) -> Any:
@@ -486,12 +496,12 @@ def _full_disk_error(directory: epath.Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    message = os.strerror(errno.ENOSPC)
-    if message not in str(error):
+    messages = [m for code in FULL_ERRNOS if (m := os.strerror(code)) in str(error)]
+    if not messages:
       raise
     raise UserError(
-      f'cannot write a checkpoint to {directory}: {message}; earlier ones are intact: free some '
-      'space and run the same command again'
+      f'cannot write a checkpoint to {directory}: {messages[0]}; earlier checkpoints are intact: '
+      'free some space and run the same command again'
     ) from error
 
 
@@ -506,12 +516,12 @@ def _without_logging() -> Iterator[None]:
     logging.set_verbosity(verbosity)
 
 
-def _located(config: Any, workdir: str) -> Any:
-  """A saved config in which RUN is replaced by the run's folder."""
+def _with_workdir(config: Any, workdir: str) -> Any:
+  """A saved config in which RUN is replaced by the workdir."""
   if isinstance(config, Mapping):
-    return {name: _located(value, workdir) for name, value in config.items()}
+    return {name: _with_workdir(value, workdir) for name, value in config.items()}
   if isinstance(config, list):
-    return [_located(value, workdir) for value in config]
+    return [_with_workdir(value, workdir) for value in config]
   return config.replace(RUN, workdir) if isinstance(config, str) else config
 
 
@@ -554,24 +564,15 @@ def _check_fits(
   folder: epath.Path, saved_leaves: Mapping[str, Any], targets: Mapping[str, Any]
 ) -> None:
   """Checks that a checkpoint has exactly the leaves to load, with equal shapes and dtypes."""
-  ours = {path: (list(leaf.shape), str(leaf.dtype)) for path, leaf in targets.items()}
-  theirs = {path: (leaf['shape'], leaf['dtype']) for path, leaf in saved_leaves.items()}
-  for path in sorted(ours.keys() | theirs.keys()):
-    if ours.get(path) != theirs.get(path):
-      model, checkpoint = ours.get(path, 'absent'), theirs.get(path, 'absent')
+  expected = {path: (list(leaf.shape), str(leaf.dtype)) for path, leaf in targets.items()}
+  saved = {path: (leaf['shape'], leaf['dtype']) for path, leaf in saved_leaves.items()}
+  for path in sorted(expected.keys() | saved.keys()):
+    if expected.get(path) != saved.get(path):
       raise UserError(
-        f"{folder} is of another model: '{path}' is {checkpoint} in the checkpoint and {model} in "
-        'the model; choose another --workdir, or the config of the checkpoint'
+        f"{folder} does not fit the config: '{path}' is {saved.get(path, 'absent')} in the "
+        f'checkpoint and {expected.get(path, "absent")} in the run; choose another --workdir, or '
+        'the config of the checkpoint'
       )
-
-
-def _machine() -> dict[str, Any]:
-  """Properties that affect the last bits of a result: devices and, on CPUs, the thread count."""
-  kinds = sorted({device.device_kind for device in jax.devices()})
-  devices = f'{jax.device_count()} x {"+".join(kinds)}'
-  # Only Linux reports the cores that a process may use.
-  threads = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  return {'cpu_threads': threads, 'devices': devices}
 
 
 def _digest(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""A unified model of text and images: tokens autoregressively, latents by flow matching.
+"""A unified model that generates tokens autoregressively and image latents by flow matching.
 
 The AR expert has the text tokens and the prefix codes, such as a visual prompt; the diffusion
 expert has the image tokens. Three architectures:
@@ -7,10 +7,11 @@ expert has the image tokens. Three architectures:
   external: two experts, each with a sequence of its own.
   single: one expert for all tokens (Transfusion, Show-o2).
 
-Parameter tree: `embed/{text,codes}`, `ar/{layers,norm}`, `dit/{layers,norm,dual_path,head}`; a
-single expert has no `dit/layers` and `dit/norm`, a model without prefix codes no `embed/codes`, and
-one with source images has `ar/dual_path`. A diffusion expert with cross-attention has
-`dit/layers/cross`. `Unified` holds no arrays: every method is a pure function of the parameters.
+Parameter tree: `embed/{text,codes}`, `ar/{layers,norm}`, `dit/{layers,norm,dual_path,head}`. A
+single expert has neither `dit/layers` nor `dit/norm`. A model without prefix codes has no
+`embed/codes`; a model with source images also has `ar/dual_path`; a diffusion expert with
+cross-attention also has `dit/layers/cross`. `Unified` holds no arrays: every method is a pure
+function of the parameters.
 """
 
 from __future__ import annotations
@@ -69,19 +70,19 @@ class UnifiedConfig:
   Attributes:
     arch: `internal`, `external` or `single`; see the module.
     text_vocab: size of the text vocabulary.
-    codes: entries of the codebook of prefix codes; two more ids mark begin and end of the codes. 0:
-      the model has no prefix codes and none of these ids.
+    codes: entries of the codebook of prefix codes; two more ids mark the begin and the end of the
+      codes. 0: the model has no prefix codes, and no ids for their begin and end.
     bos: text id of the token that begins a sequence.
     boi: text id of the token that begins the image.
     latent_size: side of the latent grid.
     latent_channels: channels C of a latent.
     patch: side of the latent patch that one image token covers.
     layout: which latents token n predicts. `patch`: its own patch; `raster`: the patch^2 latents of
-      the flattened grid from n * patch^2 on, as Show-o2's released weights do.
+      the flattened grid from n * patch^2 on, as in Show-o2's released model.
     multiple: regions are padded to a multiple of this many tokens.
     ar: the AR expert, for text tokens and prefix codes.
-    dit: the diffusion expert, for image tokens; it has the layer count, heads and head width of
-      `ar`.
+    dit: the diffusion expert, for image tokens; layers, heads, kv_heads, head_width and width equal
+      those of `ar`.
     dual_path: the embedding of noisy latents.
     head: the flow head.
     references: whether the model edits images: a second dual path embeds the source image for the
@@ -111,17 +112,18 @@ class UnifiedConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self, codes=0, bos=0, boi=0)
-    known = self.condition in CONDITIONS
-    check(self, 'model.', 'condition', known, f'one of {", ".join(CONDITIONS)}')
+    valid = self.condition in CONDITIONS
+    check(self, 'model.', 'condition', valid, f'one of {", ".join(CONDITIONS)}')
     if self.arch not in ARCHS:
       raise UserError(f"model.arch is '{self.arch}': it must be one of {', '.join(ARCHS)}")
     fits = self.latent_size % self.patch == 0
     check(self, 'model.', 'patch', fits, f'a divisor of latent_size={self.latent_size}')
     if self.layout not in ('patch', 'raster'):
       raise UserError(f"model.layout is '{self.layout}': it must be 'patch' or 'raster'")
-    shared = ('layers', 'heads', 'kv_heads', 'head_width')
-    if any(getattr(self.ar, name) != getattr(self.dit, name) for name in shared):
-      raise UserError(f'model.ar and model.dit share one attention: {shared} must be equal in both')
+    for name in ('layers', 'heads', 'kv_heads', 'head_width'):
+      ar, dit = getattr(self.ar, name), getattr(self.dit, name)
+      if ar != dit:
+        raise UserError(f'model.ar.{name} is {ar} and model.dit.{name} is {dit}: set both equal')
     if self.arch == 'single' and self.ar != self.dit:
       raise UserError('model.arch=single has one expert: model.ar and model.dit must be equal')
     if self.ar.width != self.dit.width:
@@ -131,7 +133,7 @@ class UnifiedConfig:
       )
 
   @property
-  def crosses(self) -> bool:
+  def has_cross_attention(self) -> bool:
     """Whether the diffusion expert has cross-attention to the prefix codes."""
     return self.arch == 'external' and self.condition == 'cross'
 
@@ -141,8 +143,8 @@ class UnifiedConfig:
     return (self.latent_size // self.patch) ** 2
 
   @property
-  def code_rows(self) -> int:
-    """Number of ids of the joint vocabulary for prefix codes, their begin and their end."""
+  def code_entries(self) -> int:
+    """Entries of the table of prefix codes, with their begin and end; 0 without prefix codes."""
     return self.codes + 2 if self.codes else 0
 
 
@@ -157,7 +159,8 @@ class Unified:
 
   def _layers(self) -> dict[str, Layer]:
     c = self.config
-    return {'ar': Layer(c.ar, self.dtype), 'dit': Layer(c.dit, self.dtype, crossed=c.crosses)}
+    image_layer = Layer(c.dit, self.dtype, crossed=c.has_cross_attention)
+    return {'ar': Layer(c.ar, self.dtype), 'dit': image_layer}
 
   def _block(self) -> Layer:
     return Layer(self.config.head.blocks, self.dtype, modulated=True)
@@ -194,7 +197,7 @@ class Unified:
       ar['dual_path'] = self._dual_path().init(jax.random.fold_in(keys['dual'], 1), latents)
     embed = {'text': table(keys['text'], c.text_vocab)}
     if c.codes:
-      embed['codes'] = table(keys['codes'], c.code_rows)
+      embed['codes'] = table(keys['codes'], c.code_entries)
     return {'embed': embed, 'ar': ar, 'dit': dit}
 
   def _init_head(self, rng: Array) -> Params:
@@ -228,7 +231,7 @@ class Unified:
   def table(self, params: Params) -> Array:
     """Embeddings [V, D] of the joint vocabulary: text, codes, begin and end of the codes.
 
-    Input embeddings and output head share them.
+    The output head is tied to this table; see `code_logits`.
     """
     text = params['embed']['text']
     return jnp.concatenate([text, params['embed']['codes']]) if self.config.codes else text
@@ -279,7 +282,7 @@ class Unified:
     cache: mot.Cache | None = None,
     at: Array | int = 0,
   ) -> tuple[dict[str, Array], mot.Cache | None]:
-    """Final-norm hidden states of each stream [B, L, D], and the written cache; see mot.run."""
+    """Final-norm hidden states of each stream [B, L, D], and the updated cache; see mot.run."""
     experts = {name: self._expert(params, name) for name in streams}
     stacks = {name: expert['layers'] for name, expert in experts.items()}
     hidden, cache = mot.run(self._layers(), stacks, streams, cache, at, self.remat, self.attention)
@@ -297,18 +300,18 @@ class Unified:
     """Runs the head's layers over final-norm hidden states (`x` of each stream).
 
     Image streams have a `condition`; streams of other tokens have none and are not modulated, as in
-    Show-o2. Returns hidden states [B, L, head width] of each stream, and the written cache.
+    Show-o2. Returns hidden states [B, L, head width] of each stream, and the updated cache.
     """
     _, entry, _ = self._ends()
     weights = params['dit']['head']
-    entered = {
+    head_streams = {
       name: dataclasses.replace(s, x=entry.apply({'params': weights['entry']}, s.x), context=None)
       for name, s in streams.items()
     }
     block = self._block()
     blocks = dict.fromkeys(streams, block)
     stacks = dict.fromkeys(streams, weights['blocks'])
-    return mot.run(blocks, stacks, entered, cache, at, self.remat, self.attention)
+    return mot.run(blocks, stacks, head_streams, cache, at, self.remat, self.attention)
 
   def velocity(self, params: Params, hidden: Array, condition: Array) -> Array:
     """Show-o2's velocity (data - noise) [B, h, w, C] from the head's output for the image stream.
@@ -338,10 +341,11 @@ class Unified:
   def __call__(
     self, params: Params, regions: Mapping[str, Region], latents: Array, clock: Array
   ) -> tuple[Array, Array]:
-    """The whole sequence at once, as in training.
+    """Runs the model on whole sequences, as in training.
 
     Returns:
-      Hidden states of the AR expert [B, L, D] and Show-o2's velocity [B, h, w, C] float32.
+      Final-norm hidden states [B, L, D] of the AR expert, and Show-o2's velocity [B, h, w, C]
+      float32.
     """
     image, condition = self.image_stream(params, latents, clock, regions['dit'])
     streams = {'ar': self.token_stream(params, regions['ar']), 'dit': image}
@@ -356,5 +360,5 @@ class Unified:
 
 
 def sequence_visibility(regions: Mapping[str, Region]) -> Visibility:
-  """The visibility of a whole sequence as it is stored: region by region."""
+  """The visibility of a whole sequence: those of its regions, in storage order."""
   return concatenate([region.visibility for region in regions.values()])

@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Package:
-  """Systems of a package and its additions to the front doors, as module paths.
+  """Systems of a package, and its additions to the command-line tools, as module paths.
 
   Modules are imported on first use.
 
   Attributes:
     systems: name in `config.system` -> module with `ModelConfig`, `Sampling` and `build`.
-    sample_options: modules that add flags to vpe_jax.sample. Each has `define()` and `requested()`,
-      which returns None without any of its flags on the command line, else an object with
+    sample_options: modules that add flags to vpe_jax.sample. Each has `define()`, which defines the
+      flags, and `requested()`, which returns None if none of them is set, else a request with
       `prompts_optional`, `with_prompts`, `count`, `generate` and `save` (see vpe_jax.sample).
     evaluators: name -> `module:Class` of evaluators (vpe_jax.evaluation).
     releases: family of a published generator -> `module:NAME` of its Release.
@@ -30,17 +30,17 @@ class Package:
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-  """A published generator as a run: what vpe_jax.convert needs besides its weights.
+  """Everything except the weights that vpe_jax.convert needs to import a published generator.
 
   Attributes:
     codec: family of the codec that decodes its images.
-    codec_source: published weights of the codec; empty if they have no hub id.
+    codec_source: hub id of the codec's published weights; empty if they are not on the hub.
     codec_files: names of these weights, for the error if they are missing.
-    tokenizer: default of `data.tokenizer`, from the sizes of the network.
-    config: config of the run as nested dicts, from the sizes of the network and of the codec, the
-      source of the codec's weights, and `data.tokenizer`.
-    sizes: sizes of the published network with which a run (vpe_jax.config.Config) agrees; None if
-      its network is another.
+    tokenizer: function (network sizes) -> default of `data.tokenizer`.
+    config: function (network sizes, codec sizes, source of the codec's weights, `data.tokenizer`)
+      -> config of the run as nested dicts.
+    sizes: function (vpe_jax.config.Config of a run) -> sizes of the run's network as those of this
+      published family; None if the run's network is of another kind.
   """
 
   codec: str

@@ -201,7 +201,7 @@ def test_decoding_and_cached_flow_steps_equal_whole_sequences(condition, prepare
     params, codes, keep, latents, CLOCK
   )
   hidden, expected = uncached(codes, ALL)
-  first, last = system.experts.pair.codes
+  first, last = system.experts.networks.codes
   assert_close(states[:, first:last], hidden[:, first:last])
   assert_close(conditional, expected)
   hidden_dropped, expected_dropped = uncached(codes, ~ALL)
@@ -242,7 +242,7 @@ def test_rendering_of_fixed_codes_follows_the_uncached_velocity(condition):
 
 def _eq_4(system, params, batch):
   """Both experts in one sequence, where image tokens see only the codes of the AR expert."""
-  model, (first, last) = system.model, system.experts.pair.codes
+  model, (first, last) = system.model, system.experts.networks.codes
   regions = _regions(system, batch, batch.encoded['visual_prompt'], KEEP)
   ar, prefix, dit = (regions[name] for name in ('ar', 'prefix', 'dit'))
   index, count = jnp.arange(ar.ids.shape[1]), last - first

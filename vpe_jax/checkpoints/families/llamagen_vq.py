@@ -1,9 +1,10 @@
 """LlamaGen's VQ-16 and VQ-8 tokenizers.
 
 The release is a pickled state dict without a config.json. We read and write one with the fields of
-LlamaGen's ModelArgs; those with a default, given in parentheses, are optional:
+LlamaGen's ModelArgs and arguments of its encoder; those with a default in parentheses are optional:
 
-  encoder_ch_mult, decoder_ch_mult (or ch_mult): channels of each level, in multiples of ch
+  encoder_ch_mult or ch_mult: channels of each level, in multiples of ch
+  decoder_ch_mult (encoder_ch_mult): must be equal to it
   ch (128), num_res_blocks (2), z_channels (256)
   codebook_size (16384), codebook_embed_dim (8), codebook_l2_norm (true)
 """
@@ -34,16 +35,17 @@ _DEFAULTS = {
 
 
 def sizes(config: Mapping[str, Any]) -> VqGanConfig:
-  """Our sizes from a config.json with the fields above."""
+  """Our sizes from a config.json with the fields in the docstring of this module."""
   fields = {**_DEFAULTS, **config}
   if not fields['codebook_l2_norm']:
     raise UserError('codebook_l2_norm is false: our codebook entries have unit norm')
-  factors = fields['ch_mult'] if 'ch_mult' in fields else fields['encoder_ch_mult']
-  if factors[0] != 1:
-    raise UserError(f'ch_mult is {factors}: it must begin with 1 in our tokenizer')
+  name = 'ch_mult' if 'ch_mult' in fields else 'encoder_ch_mult'
+  factors = fields[name]
+  if factors[:1] != [1]:
+    raise UserError(f'{name} is {factors}: it must begin with 1 in our tokenizer')
   if fields.get('decoder_ch_mult', factors) != factors:
     raise UserError(
-      f'decoder_ch_mult is {fields["decoder_ch_mult"]} and encoder_ch_mult {factors}: they must be '
+      f'decoder_ch_mult is {fields["decoder_ch_mult"]} and {name} {factors}: they must be '
       'equal in our tokenizer'
     )
   body = PyramidConfig(
@@ -57,7 +59,7 @@ def sizes(config: Mapping[str, Any]) -> VqGanConfig:
 
 
 def config_json(sizes: VqGanConfig) -> dict[str, Any]:
-  """A config.json with the fields above."""
+  """A config.json with the fields in the docstring of this module."""
   widths = sizes.body.widths
   factors = [width // widths[0] for width in widths]
   return {

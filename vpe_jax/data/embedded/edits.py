@@ -19,13 +19,18 @@ from vpe_jax.storage import stable_hash
 GROUP = 'scene edit'
 _LOW, _HIGH = 0.27, 0.73  # coordinates of the corners between which objects move
 _SIDES = (0.34, 0.42)  # range of object sizes in moves
-_PAIR_SHARE = 0.7  # share of moves that are relative to a second object
+_PAIR_SHARE = 0.7  # in scenes with two clusters: probability of a move relative to the second
 
-_ADDING = ('add {}', 'put {}', 'draw {}', 'place {}')
-_REMOVING = ('remove {}', 'remove {}', 'delete {}', 'erase {}', 'take {} away')
-_RECOLOURING = ('make {} {}', 'paint {} {}', 'turn {} {}', 'change the color of {} to {}')
-_REPLACING = ('replace {} with {}', 'replace {} with {}', 'turn {} into {}', 'change {} into {}')
-_MOVING = ('move {}', 'move {}', 'shift {}', 'put {}')
+_ADD_TEMPLATES = ('add {}', 'put {}', 'draw {}', 'place {}')
+_REMOVE_TEMPLATES = ('remove {}', 'remove {}', 'delete {}', 'erase {}', 'take {} away')
+_RECOLOUR_TEMPLATES = ('make {} {}', 'paint {} {}', 'turn {} {}', 'change the color of {} to {}')
+_REPLACE_TEMPLATES = (
+  'replace {} with {}',
+  'replace {} with {}',
+  'turn {} into {}',
+  'change {} into {}',
+)
+_MOVE_TEMPLATES = ('move {}', 'move {}', 'shift {}', 'put {}')
 
 _Point = tuple[float, float]
 
@@ -40,7 +45,10 @@ class _Change:
 
 
 class Edits(ProceduralSource):
-  """Edits of scenes of one split; `train` excludes edits with a held-out source or target scene."""
+  """Edits of scenes of one split.
+
+  `train` excludes edits whose source or target scene has held-out content.
+  """
 
   def compose(self, index: int) -> Record:
     """See ProceduralSource."""
@@ -73,7 +81,7 @@ def _add(rng: random.Random, truth: Truth) -> _Change | None:
   new, other = truth.clusters[index], truth.clusters[1 - index]
   relation = dataclasses.replace(truth.relations[0], stated=True)
   word = relation.word if index == 0 else splits.OPPOSITE[relation.word]
-  words = rng.choice(_ADDING).format(noun_phrase(new))
+  words = rng.choice(_ADD_TEMPLATES).format(noun_phrase(new))
   words = f'{words} {relation_phrase(word, rng.random())} {known_phrase(other)}'
   after = dataclasses.replace(truth, relations=(relation,))
   return _Change(Truth((other,), background=truth.background), after, words)
@@ -83,7 +91,7 @@ def _remove(rng: random.Random, truth: Truth) -> _Change | None:
   if len(truth.clusters) < 2:
     return None
   index = rng.randrange(2)
-  words = rng.choice(_REMOVING).format(known_phrase(truth.clusters[index]))
+  words = rng.choice(_REMOVE_TEMPLATES).format(known_phrase(truth.clusters[index]))
   return _Change(truth, Truth((truth.clusters[1 - index],), background=truth.background), words)
 
 
@@ -94,7 +102,7 @@ def _recolour(rng: random.Random, truth: Truth) -> _Change | None:
     return None
   new = dataclasses.replace(old, colour=rng.choice(tuple(shapes.COLOURS)))
   after = _replace_cluster(truth, index, new)
-  words = rng.choice(_RECOLOURING).format(known_phrase(old), new.colour)
+  words = rng.choice(_RECOLOUR_TEMPLATES).format(known_phrase(old), new.colour)
   return after and _Change(truth, after, words)
 
 
@@ -107,39 +115,41 @@ def _replace(rng: random.Random, truth: Truth) -> _Change | None:
   after = _replace_cluster(truth, index, new)
   if after is None:
     return None
-  if rng.random() < 0.5:  # The held-out content may be in the source or in the target.
+  # The new cluster never is a held-out concept: without the swap, only sources would have one.
+  if rng.random() < 0.5:
     truth, after, old, new = after, truth, new, old
   phrase = noun_phrase(dataclasses.replace(new, size=None))
-  return _Change(truth, after, rng.choice(_REPLACING).format(known_phrase(old), phrase))
+  return _Change(truth, after, rng.choice(_REPLACE_TEMPLATES).format(known_phrase(old), phrase))
 
 
 def _move(rng: random.Random, truth: Truth) -> _Change | None:
   """Moves one object from a corner to another, alone or next to a second object that stays."""
-  single = [dataclasses.replace(c, boxes=c.boxes[:1], size=None) for c in truth.clusters]
-  rng.shuffle(single)
-  corner = lambda: (rng.choice((_LOW, _HIGH)), rng.choice((_LOW, _HIGH)))
+  objects = [dataclasses.replace(c, boxes=c.boxes[:1], size=None) for c in truth.clusters]
+  rng.shuffle(objects)
+  sample_corner = lambda: (rng.choice((_LOW, _HIGH)), rng.choice((_LOW, _HIGH)))
   put = lambda cluster, centre, side: scenes.place_cluster(cluster, (centre,), side)
-  side, start = rng.uniform(*_SIDES), corner()
-  words = rng.choice(_MOVING).format(known_phrase(single[0]))
-  if len(single) == 1 or rng.random() > _PAIR_SHARE:
-    end = corner()
-    if start == end:
+  side, corner = rng.uniform(*_SIDES), sample_corner()
+  words = rng.choice(_MOVE_TEMPLATES).format(known_phrase(objects[0]))
+  if len(objects) == 1 or rng.random() > _PAIR_SHARE:
+    end = sample_corner()
+    if corner == end:
       return None
-    first, second = (
-      Truth((put(single[0], centre, side),), background=truth.background) for centre in (start, end)
+    before, after = (
+      Truth((put(objects[0], centre, side),), background=truth.background)
+      for centre in (corner, end)
     )
-    return _Change(first, second, f'{words} to the {_corner(end)} corner')
-  anchor = put(single[1], start, rng.uniform(*_SIDES))
-  x, y = start
-  ends = [((_LOW + _HIGH - x, y), 'left' if x == _HIGH else 'right')]
-  ends += [((x, _LOW + _HIGH - y), 'above' if y == _HIGH else 'below')]
-  rng.shuffle(ends)
-  first, second = (
-    Truth((put(single[0], centre, side), anchor), (Relation(0, word, 1, True),), truth.background)
-    for centre, word in ends
+    return _Change(before, after, f'{words} to the {_corner(end)} corner')
+  anchor = put(objects[1], corner, rng.uniform(*_SIDES))
+  x, y = corner
+  placements = [((_LOW + _HIGH - x, y), 'left' if x == _HIGH else 'right')]
+  placements += [((x, _LOW + _HIGH - y), 'above' if y == _HIGH else 'below')]
+  rng.shuffle(placements)
+  before, after = (
+    Truth((put(objects[0], centre, side), anchor), (Relation(0, word, 1, True),), truth.background)
+    for centre, word in placements
   )
-  relation = relation_phrase(ends[1][1], rng.random())
-  return _Change(first, second, f'{words} {relation} {known_phrase(anchor)}')
+  relation = relation_phrase(placements[1][1], rng.random())
+  return _Change(before, after, f'{words} {relation} {known_phrase(anchor)}')
 
 
 _KINDS: dict[str, Callable[[random.Random, Truth], _Change | None]] = {

@@ -17,7 +17,7 @@ from vpe_jax.data.records import Box
 from vpe_jax.storage import cache_dir, write_atomic
 
 _EXTENT_SIDE = 288  # resolution at which extents are measured
-_MEMORY = 192 * 2**20  # bytes of the memory cache of each process
+_MEMORY_BYTES = 192 * 2**20  # bytes of the memory cache of each process
 
 
 class _ArrayCache:
@@ -45,11 +45,11 @@ class _ArrayCache:
     return value
 
 
-_pixels = _ArrayCache(_MEMORY)
+_pixels = _ArrayCache(_MEMORY_BYTES)
 
 
 def raster(svg: str, side: int) -> np.ndarray:
-  """The whole square drawing: uint8 [side, side, 4], premultiplied alpha."""
+  """Rasterizes the whole square drawing: uint8 [side, side, 4], premultiplied alpha."""
   key = content_key(svg)
   return _pixels.get((key, side), lambda: _decode(_png(svg, key, side)))
 
@@ -66,7 +66,7 @@ def trimmed(svg: str, side: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8192)
 def extent(svg: str) -> Box:
-  """Bounding box of the ink in the square drawing, as fractions of the side."""
+  """Bounding box of the ink in the square drawing, as fractions of the side; all of it if empty."""
   alpha = raster(svg, _EXTENT_SIDE)[..., 3] > 0
   rows, columns = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
   if not len(rows):
@@ -84,13 +84,14 @@ def content_key(svg: str) -> str:
 def _trim(svg: str, side: int) -> np.ndarray:
   left, top, right, bottom = extent(svg)
   longer = max(right - left, bottom - top)
-  # Downsampled from a raster at least twice as large. Its side is a power of two, so that few
-  # rasters serve all sizes.
-  master = 2 ** int(np.ceil(np.log2(2 * side / longer)))
-  image = Image.frombuffer('RGBa', (master, master), raster(svg, master), 'raw', 'RGBa', 0, 1)
-  shape = [max(1, round(side * span / longer)) for span in (right - left, bottom - top)]
-  box = tuple(edge * master for edge in (left, top, right, bottom))
-  return np.array(image.resize(shape, Image.Resampling.BICUBIC, box=box))
+  # Downsampled from a raster whose ink is at least twice as large. The side of that raster is a
+  # power of two, so that few rasters serve all sizes.
+  source_side = 2 ** int(np.ceil(np.log2(2 * side / longer)))
+  pixels = raster(svg, source_side)
+  image = Image.frombuffer('RGBa', (source_side, source_side), pixels, 'raw', 'RGBa', 0, 1)
+  size = [max(1, round(side * span / longer)) for span in (right - left, bottom - top)]
+  box = tuple(edge * source_side for edge in (left, top, right, bottom))
+  return np.array(image.resize(size, Image.Resampling.BICUBIC, box=box))
 
 
 def _png(svg: str, key: str, side: int) -> bytes:

@@ -27,9 +27,10 @@ class Noise:
 
 @dataclasses.dataclass(frozen=True)
 class Synthetic:
-  """Random records as a source; record i is a pure function of i.
+  """Random records as a data source.
 
-  The group of all records is '0', which every class list accepts as a name or an index.
+  Record i depends only on i; its source image also on `count`. All records have the group '0',
+  which every class list accepts as a name or an index.
 
   Attributes:
     count: number of records.
@@ -70,12 +71,12 @@ def open_synthetic(config: DataConfig, split: Split, seed: int) -> Synthetic:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticEncoded:
-  """Random encoded entries by source index, instead of a cache.
+  """Replaces the cache of encoded entries: random entries by source index.
 
   Attributes:
     count: number of records.
-    entries: (name, shape, codebook size) of each array of one record; codebook size 0 stands for
-      real numbers.
+    entries: (name, shape, codebook size) of each array of one record; codebook size 0 means real
+      values.
   """
 
   count: int
@@ -88,8 +89,8 @@ class SyntheticEncoded:
     """The entries of one record; see vpe_jax.data.cache.Encoded."""
     rng = np.random.default_rng((2, index))
     return {
-      name: rng.integers(0, codes, shape, np.int32)
-      if codes
+      name: rng.integers(0, codebook_size, shape, np.int32)
+      if codebook_size
       else rng.standard_normal(shape, np.float32)
-      for name, shape, codes in self.entries
+      for name, shape, codebook_size in self.entries
     }

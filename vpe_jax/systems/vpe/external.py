@@ -3,9 +3,10 @@
 With `model.condition=cross` the diffusion expert has cross-attention (networks/external_cross.py).
 
 Stage `plan` trains the AR expert as with `arch=internal`, and its checkpoint serves both
-architectures. Only internal's sequence has [boi]: the AR expert's last token, which none of its
-other tokens sees and which predicts nothing. Stage `render` trains the diffusion expert alone, on
-features that the frozen AR expert computes from ground-truth visual prompts.
+architectures. With `arch=internal` the AR expert's region ends with one more token, the [boi] of
+the image. It predicts nothing and no other AR token sees it, so stage `plan` is the same. Stage
+`render` trains the diffusion expert alone, on features that the frozen AR expert computes from
+ground-truth visual prompts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ RENDER = Stage('render', ('dit/',), {'flow': 1.0}, ema=True)
 
 @dataclasses.dataclass(frozen=True)
 class External:
-  """The experts in two sequences; Internal (internal.py) has the same methods for one.
+  """Both experts, with a sequence each.
+
+  Internal (internal.py) has the same interface for one shared sequence.
 
   Attributes:
     ar: the AR expert.
@@ -44,12 +47,12 @@ class External:
 
   @property
   def conditions(self) -> frozenset[str]:
-    """The visual prompt: the one condition that the diffusion expert sees."""
+    """Names of the conditions that the diffusion expert's sequence can drop."""
     return self.layout.conditions
 
   @functools.cached_property
-  def pair(self) -> external.ExternalNetworks:
-    """The networks of both experts, and the features that the AR expert passes on."""
+  def networks(self) -> external.ExternalNetworks:
+    """The networks of both experts; `model.condition` chooses how they are connected."""
     return external_cross.pair(self.ar.model, self.ar.layout.place('codes'))
 
   def regions(self, batch: Batch, codes: Array, keep: dict[str, Array]) -> dict[str, Region]:
@@ -63,11 +66,11 @@ class External:
     noisy: tuple[Array, Array],
     source: Array | None,
   ) -> tuple[Array, Array]:
-    """The AR expert over its sequence, then the diffusion expert over its own; see Internal."""
+    """Runs the AR expert on its sequence, then the diffusion expert on its own; see Internal."""
     stream = self.ar.stream(params, regions['ar'], source)
-    hidden, features = self.pair.read(params, regions['ar'], stream)
+    hidden, features = self.networks.read(params, regions['ar'], stream)
     image_regions = {name: regions[name] for name in ('prefix', 'dit')}
-    return hidden, self.pair(params, features, image_regions, *noisy)
+    return hidden, self.networks(params, features, image_regions, *noisy)
 
   def sample(
     self,
@@ -78,28 +81,28 @@ class External:
     guidance: Guidance,
   ) -> tuple[Array, Array]:
     """Samples codes [B, P] and latents [B, h, w, C] of requests."""
-    codes, decoded = self.ar.decode(params, request, rng, settings)
-    conditional = self.prefix(params, request, codes, decoded)
-    prefix = lambda dropped: self.null_prefix(params, request) if dropped else conditional
+    codes, ar_prefix = self.ar.decode(params, request, rng, settings)
+    conditional = self.prefix(params, request, codes, ar_prefix)
+    prefix_of = lambda dropped: self.null_prefix(params, request) if dropped else conditional
     noise = self.renderer.noise(request, rng)
-    return codes, self.renderer.render(params, noise, settings, guidance, prefix)
+    return codes, self.renderer.render(params, noise, settings, guidance, prefix_of)
 
-  def prefix(self, params: Params, request: Batch, codes: Array, decoded: Prefix) -> Prefix:
-    """The prefix of the flow in the diffusion expert's sequence, from a decoded visual prompt."""
+  def prefix(self, params: Params, request: Batch, codes: Array, ar_prefix: Prefix) -> Prefix:
+    """The diffusion expert's cached prefix, from the codes and the AR expert's prefix."""
     region = self.ar.request_regions(request, codes)['ar']
-    features = self.pair.features(region, decoded.state, decoded.cache)
-    regions = self.pair.shifted(features, self._empty_regions(codes.shape[0], keep=True))
-    caches = Caches(*self.pair.prefill(params, features, regions))
+    features = self.networks.features(region, ar_prefix.state, ar_prefix.cache)
+    regions = self.networks.shifted(features, self._empty_regions(codes.shape[0], keep=True))
+    caches = Caches(*self.networks.prefill(params, features, regions))
     return Prefix(caches, regions['dit'])
 
   def null_prefix(self, params: Params, request: Batch) -> Prefix:
     """The prefix without the visual prompt, computed once and repeated for the batch."""
     regions = self._empty_regions(1, keep=False)
-    caches = Caches(*self.pair.prefill_null(params, regions))
+    caches = Caches(*self.networks.prefill_null(params, regions))
     return Prefix(caches, regions['dit']).repeat(request.example.shape[0])
 
   def tokens(self, stage: Stage) -> int:
-    """Tokens of the AR expert; with a flow loss, also those in the diffusion expert's layers."""
+    """Tokens per example in the AR expert and, with a flow loss, in the diffusion expert."""
     config = self.ar.model.config
     length = lambda layout, expert: layout.region_length(expert, config.multiple)
     tokens = length(self.ar.layout, 'ar')
@@ -110,7 +113,7 @@ class External:
     return tokens + length(self.layout, 'prefix') - codes + length(self.layout, 'dit')
 
   def _empty_regions(self, B: int, keep: bool) -> dict[str, Region]:
-    """The diffusion expert's regions, with code ids 0: it doesn't read them."""
+    """The diffusion expert's regions; code ids are 0, as it reads features instead of them."""
     codes = jnp.zeros((B, self.ar.codes), jnp.int32)
     return self._image_regions(codes, {layouts.VISUAL_PROMPT: jnp.full((B,), keep)})
 
