@@ -62,7 +62,7 @@ def test_report_text_has_all_figures(fitting_report):
   text = fitting_report.text()
   assert fitting_report.fits and 'DOES NOT FIT' not in text
   for part in (
-    't2i:pod', 'stage joint', 'v5e:4x4 (v5litepod-16): 16 chips', '128 images per step, 8 per chip',
+    't2i:pod', 'stage joint', 'v5e:4x4 (v5litepod-16): 16 chips', '128 images, 8 per chip',
     '4,166.3M', 'peak 7.50 GB, 44.3% of 16.91 GB HBM', 'arguments 4.00 GB', 'temporaries 4.00 GB',
     'all-gather 2.00 GB', 'at least 1.000 s (limited by compute)', 'MFU at most 50.0%',
     '128 images/s', 'warning: a leaf is whole',

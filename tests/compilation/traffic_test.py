@@ -246,3 +246,26 @@ ENTRY %main (x: f32[100,8], at: s32[]) -> f32[1,8] {
 
 def test_slice_of_a_bitcast_counts_as_a_slice():
   assert traffic.work_of(hlo.parse(BITCAST), [0]).hbm_bytes == 32 + 4 + 32
+
+
+STARTED = """HloModule m
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+ENTRY %main (x: f32[32,32]) -> f32[1,32] {
+  %x = f32[32,32]{1,0} parameter(0)
+  %begin = f32[32,32]{1,0} all-reduce-start(%x), channel_id=1, replica_groups=[1,2]<=[2], \
+to_apply=%sum
+  %end = f32[32,32]{1,0} all-reduce-done(%begin)
+  ROOT %row = f32[1,32]{1,0:S(1)} slice(%end), slice={[0:1], [0:32]}
+}
+"""
+
+
+def test_started_all_reduces_write_and_slices_into_on_chip_memory_read():
+  whole, row = 4096, 128
+  assert traffic.work_of(hlo.parse(STARTED), [0, 0]).hbm_bytes == 2 * whole + row

@@ -1,8 +1,9 @@
 """Models on the Hugging Face hub: download, and revisions that a run keeps.
 
 The hub's names move: `OWNER/NAME` is the newest revision. A run records the commits that it was
-started with in its config, as `OWNER/NAME@COMMIT`, so a resumed run and its samples read the same
-files. Process 0 downloads first. The other processes then read its cache, or download if they have
+started with in its config, as `OWNER/NAME@COMMIT`. Names without a revision keep that commit when
+the run resumes; a branch or tag is looked up again. Where the commit is not known yet, process 0
+downloads first. The other processes then read its cache, or download if they have
 another disk.
 """
 
@@ -28,10 +29,10 @@ _COMMIT = re.compile(r'[0-9a-f]{40}')
 
 
 def pin(system: System, workdir: str) -> dict[str, Any]:
-  """The config of a run as nested dicts, whose names of the hub have a commit.
+  """The config of a run as nested dicts, with a commit in every hub name.
 
-  Names without a revision get the commit of the run in `workdir`, else that of a parent run, else
-  the newest.
+  Names without a revision get the commit in the checkpoint of the run in `workdir` (without a
+  checkpoint: in those of its parent runs), else the newest.
 
   Raises:
     UserError: a model can't be downloaded.
@@ -113,7 +114,10 @@ def _stored_configs(system: System, workdir: str) -> list[Mapping[str, Any]]:
 
 
 def _recorded(field: str, name: HubName, known: Sequence[Mapping[str, Any]]) -> str | None:
-  """The revision of a field: its own, else that of the first stored config with the same model."""
+  """The known commit of a field; None if the hub must tell.
+
+  It is the field's own, else (without a revision) that of the first stored config with the model.
+  """
   if _COMMIT.fullmatch(name.revision):
     return name.revision
   if name.revision:

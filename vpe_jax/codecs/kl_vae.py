@@ -27,15 +27,15 @@ class KlVaeConfig:
   """Sizes of an autoencoder and the moments of its latents.
 
   Attributes:
-    body: sizes of encoder and decoder; `outputs` is twice `inputs`.
+    body: sizes of encoder and decoder; the encoder's `outputs` (mean and log-variance) are twice
+      the decoder's `inputs` (latents).
     quant: whether a 1x1 convolution follows the encoder.
     post_quant: whether a 1x1 convolution precedes the decoder.
     shift: mean of the latents: one value, or one per channel.
     scale: 1 / standard deviation of the latents: one value, or one per channel. Normalized latents
       are (latents - shift) * scale.
-    raw_deviation: whether sampled latents get the posterior's noise after normalization, not
-      multiplied by `scale` (Show-o2's training, `sample` in wan21_vae.py). It has no effect on
-      the mean.
+    raw_deviation: whether the noise of sampled latents is added to the normalized mean without
+      `scale`, as in Show-o2's training. It has no effect on the mean.
   """
 
   body: PyramidConfig

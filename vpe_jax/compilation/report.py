@@ -15,7 +15,7 @@ from vpe_jax.training.memory import Usage
 FIT = 0.9  # fraction of HBM that a program may use; the runtime needs the rest
 _KNOBS = {
   'remat': '--config.remat=full (currently {remat})',
-  'accumulate': '--config.optim.accumulate={accumulate} or more microbatches',
+  'accumulate': '--config.optim.accumulate={accumulate} (microbatches) or more',
   'images': '--images_per_chip={images} or fewer',
   'chunk': '--config.model.logits_chunk=64 (computes logits of few tokens at a time)',
   'mesh': 'more chips, or --mesh with a larger tensor axis (--config.mesh.strategy=fsdp_tensor)',
@@ -27,7 +27,8 @@ class Report:
   """One program on one topology.
 
   Attributes:
-    config: name of the config, a colon, and the preset or the whole argument of the config.
+    config: name of the config, a colon, and its preset (for vpe_jax.compile, all that follows the
+      colon of --config).
     stage: name of the stage.
     program: `train` or `sample`.
     topology: target of the compilation.
@@ -38,10 +39,12 @@ class Report:
     parameters: number of parameters of the model: all, and trainable in this stage.
     frozen_bytes: bytes of the frozen networks on one device.
     usage: memory on one device.
-    model_flops: model FLOPs of one step on all chips (Lowered.flops).
-    kernel_flops: FLOPs of one step on all chips in custom kernels, which HLO doesn't show.
-    work: FLOPs and traffic; None if compilation failed without optimized HLO.
-    bound: bound on the step time; None without `work` or the chip's specifications.
+    model_flops: model FLOPs of one training step, or of sampling one batch, on all chips
+      (Lowered.flops).
+    kernel_flops: those in custom kernels, which HLO doesn't show.
+    work: FLOPs and traffic; None if compilation failed before there was optimized HLO.
+    bound: bound on the time of a step, or of sampling a batch; None without `work` or the chip's
+      specifications.
     warnings: one line each.
     compile_seconds: compilation time on this machine.
     versions: library -> version.
@@ -146,7 +149,7 @@ class Report:
       f'{self.config}, {self._program_text()}, on {self._topology_text()}',
       f'mesh: {_mesh(self.mesh)}, strategy {self.settings["strategy"]}; remat '
       f'{self.settings["remat"]}, {self.settings["accumulate"]} microbatch(es)',
-      f'batch: {self.images:,} images per step, {self.images / self.topology.chips:g} per chip',
+      f'batch: {self.images:,} images, {self.images / self.topology.chips:g} per chip',
       f'parameters: {self.parameters[0] / 1e6:,.1f}M, trainable '
       f'{self.parameters[1] / 1e6:,.1f}M; frozen networks {_gb(self.frozen_bytes)} per device',
       *self._memory_lines(),
@@ -154,6 +157,11 @@ class Report:
       *(f'warning: {warning}' for warning in self.warnings),
     ]
     return '\n'.join(lines)
+
+  @property
+  def _unit(self) -> str:
+    """One execution of the program."""
+    return 'step' if self.program == 'train' else 'batch'
 
   def _program_text(self) -> str:
     return f'training step of stage {self.stage}' if self.program == 'train' else 'sampling'
@@ -202,7 +210,7 @@ class Report:
     received = ', '.join(f'{kind} {_gb(n)}' for kind, n in sorted(work.collective_bytes().items()))
     executed = work.flops * devices + self.kernel_flops
     lines = [
-      f'FLOPs per step: model {self.model_flops:.4g}, compiled program {executed:.4g} '
+      f'FLOPs per {self._unit}: model {self.model_flops:.4g}, compiled program {executed:.4g} '
       f'({executed / max(self.model_flops, 1.0):.2f} times, including recomputation)',
       f'per device: receives {received or "nothing"}; HBM traffic {_gb(work.hbm_bytes)}',
     ]
@@ -214,7 +222,8 @@ class Report:
       lines += [f'  {_gb(count):>10}  {op}' for op, count in work.largest_traffic]
     return [
       *lines,
-      f'bound: a step takes at least {_seconds(bound.step_time)} (limited by {bound.resource}), '
+      f'bound: a {self._unit} takes at least {_seconds(bound.step_time)} '
+      f'(limited by {bound.resource}), '
       f'MFU at most {bound.mfu:.1%}, {self.images / bound.step_time:,.0f} images/s; '
       f'per resource: {times}',
     ]

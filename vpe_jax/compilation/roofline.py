@@ -41,7 +41,7 @@ def bound(work: Work, kernel_flops: float, model_flops: float, chip: Chip) -> Bo
   Args:
     work: FLOPs and traffic of one device.
     kernel_flops: FLOPs of one device in custom kernels, which are not in `work`.
-    model_flops: model FLOPs of one step, divided by the number of chips.
+    model_flops: model FLOPs of one step, divided by the number of devices.
     chip: specifications of the chip.
   """
   dcn_bytes = sum(collective.dcn_bytes for collective in work.collectives)

@@ -36,8 +36,8 @@ KINDS = (
   'collective-broadcast', 'ragged-all-to-all',
 )  # fmt: skip
 _FACTOR = {'all-reduce': 2.0}
-# Opcodes without HBM traffic: aliases, control flow (bodies are counted) and the second halves of
-# asynchronous operations.
+# Opcodes counted without HBM traffic: aliases, control flow and async-start (their bodies are
+# counted), second halves of asynchronous operations, constants, and device ids.
 _NO_TRAFFIC = {
   'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call',
   'after-all', 'partition-id', 'replica-id', 'iota', 'opt-barrier', 'copy-done', 'async-start',
@@ -58,7 +58,7 @@ class Collective:
     shapes: arrays of its result.
     times: number of executions.
     size: number of devices in a group.
-    slices: number of slices that a group spans.
+    slices: number of slices that a group spans; for a permutation, that its first pair spans.
     bytes: bytes that one device receives in all executions.
   """
 
@@ -75,8 +75,8 @@ class Collective:
   def dcn_bytes(self) -> float:
     """Bytes that one device receives from other slices, with the load balanced over devices.
 
-    Each slice receives the fraction (slices - 1) / slices of the array that the others hold. The
-    group has size / slices devices in that slice, which receive equal parts.
+    Each slice receives from the others (slices - 1) / slices of the array. Its size / slices
+    devices in the group receive equal parts of that.
     """
     if self.slices == 1:
       return 0.0
@@ -117,7 +117,7 @@ def work_of(program: Program, slice_of: Sequence[int]) -> Work:
 
   Args:
     program: from `hlo.parse`.
-    slice_of: index of each chip's slice, in the order of the program's partitions.
+    slice_of: index of each device's slice, in the order of the program's partitions.
   """
   flops = kernels = 0.0
   channels: dict[str, Collective] = {}
@@ -139,7 +139,8 @@ def work_of(program: Program, slice_of: Sequence[int]) -> Work:
         if previous is None or collective.times < previous.times:
           channels[channel] = collective
           if fused:
-            # A fused reduce-scatter writes only its part, which is the fusion's result.
+            # A reduce-scatter fused from an all-reduce writes only the fusion's result, which is
+            # counted there.
             result = _in_hbm(op.shapes) if collective.kind == op.opcode else 0.0
             count = times * (sum(_read(op, scope)) + result)
             overlapped[channel] = (op.op_name or op.name, count)
@@ -189,9 +190,9 @@ def _collective_of(
   if kind in KINDS:
     sliced = (other for other in scope.values() if other.opcode == 'dynamic-slice')
     if kind == 'all-reduce' and any(op.name in other.operands for other in sliced):
-      kind = 'reduce-scatter'  # TPU programs fuse it from an all-reduce and a slice
+      kind = 'reduce-scatter'  # compiled as an all-reduce and a slice of it
     return _collective(kind, op, scope, times, slice_of)
-  # Between slices, TPU programs send each chip's part over the host's network.
+  # Between slices, TPU programs send each device's part over the host's network.
   match = re.search(r'_xla_megascale_transfer_type="(\w+)"', op.attributes)
   if op.opcode != 'recv' or match is None:
     return None
@@ -216,7 +217,7 @@ def _collective(
     # The result of a start operation is (operands, results, ...).
     shapes = shapes[len(op.operands) : 2 * len(op.operands)]
   result = sum(shape.bytes for shape in shapes)
-  size, slices = len(group), len({slice_of[chip] for chip in group})
+  size, slices = len(group), len({slice_of[device] for device in group})
   if kind == 'collective-permute':
     received = result
   else:
@@ -264,15 +265,25 @@ def _hbm_bytes(program: Program, op: Instruction, scope: dict[str, Instruction])
   if op.opcode == 'copy-start':  # the result is (destination, source, context)
     return _in_hbm(op.shapes[:2])
   read, written = _read(op, scope), _in_hbm(op.shapes)
-  if op.opcode.endswith('-start'):
+  # The result of most start operations contains their operands.
+  if op.opcode.endswith('-start') and op.opcode != 'all-reduce-start':
     written = max(0.0, written - sum(read))
-  if op.opcode in _SLICES:
-    return 2 * written
+  if op.opcode.removesuffix('-start') in _SLICES:
+    return _slice_bytes(op, scope)
   if op.opcode == 'dynamic-update-slice':
     return 2 * read[1]
   if op.opcode == 'fusion':
     return _fusion_bytes(program.computations[op.called()[0]], read, written)
   return sum(read) + written
+
+
+def _slice_bytes(op: Instruction, scope: dict[str, Instruction]) -> float:
+  """Bytes that a slice reads and writes in HBM; of its operand, only the slice counts."""
+  # The result of a start operation is (operands, result, context).
+  result = op.shapes[len(op.operands) if op.opcode.endswith('-start') else 0]
+  source = op.operands[0]
+  reads = source not in scope or bool(_in_hbm(scope[source].shapes))
+  return result.bytes * (reads + (not result.on_chip))
 
 
 def _in_hbm(shapes: Iterable[Shape]) -> float:

@@ -12,7 +12,7 @@ RESAMPLES = 200  # of the vectors, for the interval; each takes a decomposition
 def figure(ours: np.ndarray, theirs: np.ndarray) -> Figure:
   """The distance of vectors [N, D] from reference vectors [M, D]; only `ours` are resampled.
 
-  A resample repeats vectors, which raises the distance, so the figure is biased.
+  A resample repeats vectors, which raises its distance: `is_biased` shifts the interval back.
   """
   statistic = lambda weights: distances(ours, theirs, weights)
   return Figure(len(ours), statistic, RESAMPLES, is_biased=True)
@@ -26,13 +26,13 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
 def distances(ours: np.ndarray, theirs: np.ndarray, weights: np.ndarray) -> np.ndarray:
   """|m - m'|^2 + Tr(S + S' - 2 (S S')^1/2), with means m and unbiased covariances S.
 
-  With a root R'^T R' = S', the trace of (S S')^1/2 is the sum of the roots of the eigenvalues of
-  R' S R'^T, which is symmetric. Covariances may be singular, as with fewer vectors than dimensions.
+  With S' = A^T A, the trace of (S S')^1/2 is the sum of the square roots of the eigenvalues of
+  A S A^T, which is symmetric. Covariances may be singular, as with fewer vectors than dimensions.
 
   Args:
     ours: float [N, D].
     theirs: float [M, D], at least two vectors.
-    weights: float [R, N], how often each of our vectors occurs; at least two in each of R sets.
+    weights: float [R, N], how often each of our vectors occurs; each row sums to at least 2.
 
   Returns:
     Distances [R].

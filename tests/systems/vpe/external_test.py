@@ -343,8 +343,8 @@ def test_cross_attention_comes_between_self_attention_and_mlp():
 @pytest.mark.parametrize(
   'arch, stages, model, message',
   [
-    ('external', ('plan', 'joint'), {}, "arch=external has no stage 'joint': .* plan, render"),
-    ('internal', ('plan', 'render'), {}, "arch=internal has no stage 'render': .* plan, joint"),
+    ('external', ('plan', 'joint'), {}, "arch=external .*has no stage 'joint', but plan, render"),
+    ('internal', ('plan', 'render'), {}, "arch=internal .*has no stage 'render', but plan, joint"),
     ('external', ('plan', 'rendr'), {}, "no stage 'rendr'.*'render'"),
     ('external', ('render',), {}, 'config.start=RUN'),
     ('external', None, {'condition': 'keyz'}, 'prefix, keys, cross'),

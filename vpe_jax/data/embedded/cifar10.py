@@ -86,7 +86,7 @@ def _images(path: Path) -> Iterator[np.ndarray]:
 
 if __name__ == '__main__':
   if len(sys.argv) != 3:
-    sys.exit('error: python -m vpe_jax.data.embedded.cifar10 PACKAGE TO')
+    sys.exit('error: name two folders: python -m vpe_jax.data.embedded.cifar10 PACKAGE TO')
   try:
     print(convert(*sys.argv[1:]))
   except UserError as error:

@@ -49,10 +49,10 @@ class Emoji:
     name: Unicode name, without skin tones.
     group: broad class (vpe_jax.data.embedded.groups).
     base: code of the base emoji of a variant; its own code otherwise.
-    variant: attributes that distinguish a variant from its base, such as skin tones, `red hair` or
+    variant: skin tones, hair and genders of an emoji that has a base, such as `red hair` or
       `woman`; empty for a base emoji.
     phrase: name as a noun phrase.
-    tones: skin tones in `variant`, in order.
+    tones: its skin tones, in order.
   """
 
   code: str
@@ -113,8 +113,8 @@ class OpenMoji:
   """The emoji of one split as a source.
 
   Attributes:
-    count: number of records; 0 for each emoji once. A larger count repeats the emoji with other
-      wordings.
+    count: number of records; 0 for each emoji once. A count above the number of emoji repeats them
+      with other wordings.
     split: `train` or a held-out split.
     seed: selects other wordings.
   """
@@ -165,14 +165,16 @@ def _emoji(code: str, name: str, toneless: str) -> Emoji:
 
 
 def _base(parts: list[str]) -> str:
-  """The code without skin tones, hair and gender if OpenMoji has it, else the code itself."""
+  """The first of these codes that OpenMoji has.
+
+  Without skin tones, hair and gender (of a single person); without skin tones and hair; unchanged.
+  """
   plain = [p for p in parts if p not in _TONES and p not in _HAIR]
   candidates = []
   people = [p for p in plain if p in _PEOPLE]
   if len(people) == 1 and plain[0] in _PEOPLE:
     candidates.append([_PERSON, *plain[1:]])
-  if len(plain) > 1 and plain[-1] in _SIGNS:
-    candidates.append(plain[:-1])
+  candidates.append([part for i, part in enumerate(plain) if i == 0 or part not in _SIGNS])
   candidates.append(plain)
   for candidate in candidates:
     code = '-'.join(part for i, part in enumerate(candidate) if not _dangling(candidate, i))

@@ -53,14 +53,14 @@ class ModelConfig(unified.UnifiedConfig, LatentCodecs):
       dropped together, in `render` the visual prompt (the diffusion expert never sees the text).
     drop_text: share of examples whose text alone is dropped, in all stages: the null branch of
       `sample.plan_guidance` (0 in the paper).
-    inherit: standard deviation of text and code embeddings that are initialized from SigLIP's text
-      table and from the codebook, by a random rotation that keeps their distances in proportion (0,
-      as in the paper: random, or text from `init_from`). Ignored with `data.source=synthetic`,
-      which has no codebook.
-    init_from: a Show-o2 whose language model initializes both experts, and whose embedding of
-      latents and head initialize those of the diffusion expert: a folder in the released layout, an
-      import, or a hub id (empty: random initialization). Embeddings of codes are random, because
-      Show-o2 has none.
+    inherit: standard deviation of the initial embeddings, if text takes SigLIP's text table and
+      codes take the codebook, each randomly rotated (and projected, if the model is narrower). 0,
+      as in the paper: random, or text from `init_from`. Ignored with `data.source=synthetic`, which
+      has no codebook.
+    init_from: a Show-o2 to start from: both experts take its language model, and the diffusion
+      expert also its latent embedding and its head. A folder in the released layout, an import, or
+      a hub id (empty: random initialization). Show-o2 has no codes: their embeddings follow
+      `inherit`.
     vp_schedule: growth of the cross-entropy's weight in stage `joint` (Eq. 3): `sigmoid` (the
       paper's), `linear`, `constant` (`ce_start` at every step) or `off` (1 at every step).
     ce_start: weight at the start of the stage (lambda_0).
@@ -154,11 +154,11 @@ def build(config: Config) -> UnifiedSystem:
   _check_stages(config, tuple(known))
   external = c.arch == 'external'
   condition = layouts.VISUAL_PROMPT if external else layouts.PROMPT
-  # Only the embedded SigLIP has a text tower for our token ids.
+  # Only the embedded SigLIP has a text tower for our token ids, and only for ids of its vocabulary.
+  # To compare captions with codes, its pooling head must also read features that codes decode to:
+  # those of the last layer.
   tower = c.visual_prompt
   embedded = c.vpe and isinstance(tower, FeatureVqSection) and tower.encoder == 'siglip'
-  # SigLIP's text tower reads ids of its own vocabulary. Its pooling head, which embeds visual
-  # prompts, reads features of the last layer.
   reads_captions = embedded and c.text_vocab <= tower.siglip.vocabulary
   compares = reads_captions and tower.has_text_tower
   return UnifiedSystem(
@@ -245,7 +245,8 @@ def _check_stages(config: Config, known: tuple[str, ...]) -> None:
       )
     if name in (PLAN.name, JOINT.name, RENDER.name) and name not in known:
       raise UserError(
-        f"model.arch={arch} has no stage '{name}': its stages are {', '.join(known)} "
+        f"model.arch={arch} with model.vpe={config.model.vpe} has no stage '{name}', but "
+        f"{', '.join(known)} "
         f'(configs/t2i.py:{config.preset},arch={arch} sets them)'
       )
     if name not in known:

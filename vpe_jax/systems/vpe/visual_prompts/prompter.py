@@ -100,8 +100,9 @@ class VisualPrompter:
     Args:
       visual_prompts: visual prompts of any origin, each with a text prompt.
       by: `likelihood`, the mean log-probability of the codes given the prompt, at temperature 1 and
-        without filters or guidance, in nats; or `similarity`, the cosine of SigLIP's text vector
-        of the prompt and its pooled vector of the features that the codes decode to.
+        without filters or guidance, in nats; or `similarity`, the cosine of two vectors of SigLIP:
+        of the prompt by its text tower, and of the features that the codes decode to by its
+        pooling head.
 
     Raises:
       UserError: an unknown ranker, or one that this model does not have; or see `render`.
@@ -124,7 +125,7 @@ class VisualPrompter:
     settings: SampleConfig | None = None,
     progress: Progress | None = None,
   ) -> list[GeneratedImage]:
-    """Writes `count` visual prompts for each prompt and renders the best `render`, in order.
+    """Writes `count` visual prompts for each prompt; renders the `render` best, best first.
 
     Each image equals the one that `generator(prompts, n=count, ...)` generates at its index.
 
@@ -153,7 +154,10 @@ class VisualPrompter:
     ]
 
   def of(self, images: Sequence[GeneratedImage]) -> VisualPrompts:
-    """The visual prompts of generated images: rendered again, they give the same images."""
+    """The visual prompts of generated images.
+
+    Rendered again with the same seed and settings, they give the same images.
+    """
     shared = {k: v for k, v in images[0].metadata.items() if k not in _OWN_METADATA}
     provenance = shared | {'by': shared.pop('visual_prompt', 'sampled')}
     items = [Item(image.prompt, image.index) for image in images]
@@ -181,7 +185,7 @@ class VisualPrompter:
       raise UserError(f"no ranker of visual prompts is called '{name}'{known}")
     if name not in self.system.plan_rankers:
       raise UserError(
-        f'this model cannot rank visual prompts by {name}: it has no text tower that compares them '
+        f'this model cannot rank visual prompts by {name}: it has no SigLIP that compares them '
         'with its prompts; rank by likelihood'
       )
 
