@@ -45,6 +45,8 @@ ACCEPTED = {
   ('seed', 10**400): 'refused by rng.check_seed',
   ('rope_scaling', None): 'no scaling',
   ('end', None): 'the largest id of a caption',
+  ('fonts', ()): 'all fonts',
+  ('fonts', 'x'): 'checked where the source is opened',
 }
 # Texts that are checked where they are opened or looked up; a section knows no list of them.
 TEXTS = {

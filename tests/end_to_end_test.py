@@ -263,7 +263,7 @@ def test_ctrl_c_during_compilation_stops_at_once(
 ) -> None:
   # No stored program has this setting, so compiling takes seconds.
   process = start(tmp_path / 'run', f'--config.optim.b2={0.9 + time.time() % 1 / 100}')
-  process.until(lambda: process.log.exists() and 'compiling its step' in process.text())
+  process.until(lambda: process.log.exists() and 'compiling the steps' in process.text())
   process.send(signal.SIGINT)
   assert process.wait() == 130, process.text()
   assert process.text().splitlines()[-1] == 'interrupted' and 'saved' not in process.text()

@@ -353,4 +353,4 @@ def test_programs_compiled_ahead_are_those_that_sample(debug):
   ahead = [lowered.compile() for lowered in debug.programs(settings)]
   with compilations() as observed:
     debug('a red fox', settings=settings)
-  assert len(ahead) == 2 and not {'generate', 'draft'} & set(observed.all)
+  assert len(ahead) == 3 and not {'generate', 'draft'} & set(observed.all)

@@ -63,7 +63,7 @@ class TestMakeMesh:
   def test_at_most_one_size_is_minus_one(self):
     with pytest.raises(UserError, match='at most one is -1'):
       _mesh(data=-1, fsdp=-1)
-    with pytest.raises(UserError, match='positive'):
+    with pytest.raises(UserError, match='-1 or at least 1'):
       _mesh(data=0)
 
   def test_unknown_or_unsuitable_strategy_is_refused(self):

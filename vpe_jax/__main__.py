@@ -13,7 +13,8 @@ COMMANDS = {
   'prepare': 'packs a data set into a few large files',
   'convert': 'imports and exports published weights',
   'compile': 'compiles for TPUs that you need not have',
-  'export': 'writes the weights of a run to one file',
+  'export': 'writes a generator to a folder, or weights to one file',
+  'cache': 'lists and cleans the cache of encoded images',
 }
 
 

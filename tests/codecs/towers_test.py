@@ -8,7 +8,7 @@ import pytest
 
 from configs import codec as codec_file
 from configs import t2i as t2i_file
-from vpe_jax import rng, sharding, systems
+from vpe_jax import sharding, systems
 from vpe_jax.checkpoints import exports, frozen
 from vpe_jax.codecs.feature_vq import FeatureVqConfig
 from vpe_jax.config import MeshConfig
@@ -97,7 +97,8 @@ def test_features_equal_those_of_transformers(saved):
   networks = frozen.load(_codec_system(saved), mesh, 'fsdp').params
   for depth, expected in ((-1, own), (1, states[1])):
     system = _codec_system(saved, depth)
-    encoded = jax.jit(system.encode)(networks, {'image': _images()}, rng.run_key(0))
+    inputs = {'image': _images(), 'tower_image': _images()}
+    encoded = jax.jit(system.encode)(networks, inputs, None)
     ours = np.asarray(encoded['features'])
     theirs = expected[:, first:].numpy()
     assert ours.shape == theirs.shape == (3, system.tokens(system.stages[0]), WIDTH)
@@ -138,11 +139,13 @@ def test_a_quantiser_is_trained_and_a_generator_reads_its_codes(saved, tmp_path)
   assert set(networks) == {encoder, 'feature_vq', 'image'}
   blocks = np.random.default_rng(1).choice([0, 255], (4, 4, 4, 3)).astype(np.uint8)
   images = blocks.repeat(16, axis=1).repeat(16, axis=2)
-  encoded = jax.jit(reader.encode)(networks, {'image': images}, rng.run_key(0))
+  view = images[:, :VIEW, :VIEW]
+  inputs = {'image': images, 'visual_prompt_image': view}
+  encoded = jax.jit(reader.encode)(networks, inputs, None)
   codes = encoded['visual_prompt']
   assert codes.shape == (4, 16) and 0 <= codes.min() and codes.max() < 64
   # They equal the codes of the trained run, and are not all the same.
-  again = jax.jit(system.feature_codec.encode)(networks, images)
+  again = jax.jit(system.feature_codec.encode)(networks, view)
   np.testing.assert_array_equal(codes, again)
   assert len(np.unique(codes)) > 1
 

@@ -186,9 +186,9 @@ def _network(
   if network.published is None:
     shapes = _with_shardings(abstract_params(system)[name], mesh, strategy)
     tree = weights.load(network.source, network.dtype, leaves_by_path(shapes))[0]
-    return jax.device_put(tree, shardings_of(tree, mesh, strategy)), weights.fingerprint(tree)
-  shard = functools.partial(_with_shardings, mesh=mesh, strategy=strategy)
-  tree = imports.network(network.published, shard, network.dtype)
+  else:
+    shard = functools.partial(_with_shardings, mesh=mesh, strategy=strategy)
+    tree = imports.network(network.published, shard, network.dtype)
   # A network of other sizes, which the caller refuses, is loaded without shardings.
   tree = jax.device_put(tree, shardings_of(tree, mesh, strategy))
   # A large network doesn't fit on one host, so its checksums are computed on the devices.

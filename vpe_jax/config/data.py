@@ -72,7 +72,7 @@ class DataConfig:
       from 1 on the number in each folder. A hash of the image selects them, so the share stays the
       same when images are added; of a fixed number, a few may then move to training.
     filters: filters of single folders of `folders:` instead of `language` and `least_text_height`:
-      folder name -> a section with these two fields.
+      folder name -> a section with these two fields. Other sources ignore them.
     source_images: whether records are edits: a source image, an instruction (the caption), and the
       edited image.
   """
@@ -145,12 +145,11 @@ class DataConfig:
 
   def _check_filters(self) -> None:
     """Checks `filters`, whose keys are names of folders."""
-    names = ()
-    if self.source.startswith(FOLDERS):
-      entries = self.source.removeprefix(FOLDERS).split(',')
-      names = [entry.partition('*')[0].strip() for entry in entries]
+    is_mixture = self.source.startswith(FOLDERS)
+    entries = self.source.removeprefix(FOLDERS).split(',')
+    names = [entry.partition('*')[0].strip() for entry in entries]
     for name, own in self.filters.items():
-      if name not in names:
+      if is_mixture and name not in names:
         raise UserError(
           f"config.data.filters.{name}: data.source={self.source} has no folder '{name}'"
           f'{did_you_mean(name, names)}'

@@ -352,7 +352,7 @@ def test_other_schedules_of_the_cross_entropy_weight(schedule, expected):
     ({'vpe': False}, "stage 'plan' learns to write visual prompts, but model.vpe=False"),
     ({'vp_schedule': 'cosine'}, "'model.vp_schedule' is 'cosine': it must be one of sigmoid"),
     ({'patch': 3}, "'model.patch' is 3: it must be a divisor of latent_size=16"),
-    ({'flow': {'shift': -1.0}}, "'model.flow.shift' is -1.0: it must be a positive number"),
+    ({'flow': {'shift': -1.0}}, "'model.flow.shift' is -1.0: it must be above 0 and finite"),
     ({'flow': {'shift_by': 'size'}}, "'model.flow.shift_by' is 'size': it must be one of constant"),
     ({'ce_start': -0.1}, "'model.ce_start' is -0.1: it must be at least 0"),
     ({'ar': {'rope_theta': 0.0}}, "rope_theta' is 0.0: it must be above 0"),
