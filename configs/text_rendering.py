@@ -4,11 +4,12 @@ r"""Text rendering: Show-o2 with and without visual prompt (arXiv 2606.04457, se
   python -m vpe_jax.main --config=configs/text_rendering.py:debug         (seconds)
   python -m vpe_jax.main --config=configs/text_rendering.py:tiny,vpe=false --workdir=runs/baseline
   python -m vpe_jax.sample --workdir=runs/text_rendering-tiny --n=8 \
-      --prompt='the words "hello fox" in a blue serif font'
+      --prompt='the word "hello" in a blue sans-serif font'
 
-One expert processes tokens and image, as in Show-o2 (configs/t2i.py:arch=single). `tiny` and
-`debug` render 1 to 3 words in five fonts; `paper` fine-tunes Show-o2 on TextAtlas5M and
-AnyWord-3M, on `chips=N` chips. Results and open choices: configs/README.md.
+One expert processes tokens and image, as in Show-o2 (configs/t2i.py:arch=single). `tiny` renders
+one word in one font (`data.most_words`, `data.fonts`), `debug` 1 to 3 words in five; `paper`
+fine-tunes Show-o2 on TextAtlas5M and AnyWord-3M, on `chips=N` chips. Results and open choices:
+configs/README.md.
 """
 
 from __future__ import annotations

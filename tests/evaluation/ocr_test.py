@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data.embedded.words import Words
 from vpe_jax.data.records import render
@@ -84,3 +85,17 @@ def test_the_report_has_ground_truth_images_and_images_from_drafts(monkeypatch, 
   assert len(report.lines) == 9
   true, _, generated, _ = report.sheets['combination']
   assert true.captions[0] == records[0].caption and generated.captions[0] == '"nothing"'
+
+
+def test_prompts_are_like_those_of_the_runs_data(monkeypatch, fake_subject):
+  monkeypatch.setattr(ocr, 'reader', lambda: lambda images: ['nothing'] * len(images))
+  asked = []
+
+  def gray(prompts):
+    asked.extend(prompts)
+    return np.full((len(prompts), 16, 16, 3), 128, np.uint8)
+
+  data = DataConfig(source='words', most_words=1, fonts=('rounded',))
+  BENCHMARK.run(fake_subject(gray, task='words', data=data))
+  assert len(asked) == 6 and all(' rounded font' in prompt for prompt in asked)
+  assert all(len(prompt.split('"')[1].split()) == 1 for prompt in asked)

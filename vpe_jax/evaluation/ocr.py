@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vpe_jax.contracts import Samples, UserError
-from vpe_jax.data.embedded.words import Words
+from vpe_jax.data.embedded import words as words_lib
 from vpe_jax.data.records import render
 from vpe_jax.evaluation import intervals, report
 from vpe_jax.evaluation.evaluator import Lowered, Subject, rows_of
@@ -119,7 +119,7 @@ class Ocr:
   """Reading of held-out words; see vpe_jax.evaluation.evaluator.Evaluator.
 
   Attributes:
-    captions: number of captions of each split.
+    captions: number of captions of each split; words in an image and fonts are those of the run.
     splits: held-out splits of the data.
     seed: seed of the captions.
   """
@@ -143,10 +143,11 @@ class Ocr:
 
   def run(self, subject: Subject) -> Report:
     """Scores ground truth, also through the codec, and images from own and ground-truth drafts."""
-    read = reader()
+    read, data = reader(), subject.system.config.data
     results, lines, sheets, figures, captions = {}, [], {}, {}, []
     for split in self.splits:
-      records = distinct_records(Words(_POOL * self.captions, split, self.seed), self.captions)
+      source = words_lib.of_config(data, _POOL * self.captions, split, self.seed)
+      records = distinct_records(source, self.captions)
       prompts = [record.caption for record in records]
       expected = [' '.join(word.text for word in record.truth.writing.words) for record in records]
       true = np.stack([render(record, subject.image_size) for record in records])
