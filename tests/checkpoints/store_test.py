@@ -190,7 +190,7 @@ class TestPolicy:
   def test_checkpoint_of_another_model_is_refused(self, tmp_path):
     _save(tmp_path, 5)
     store = Store(str(tmp_path), CheckpointConfig())
-    with pytest.raises(UserError, match=r"of another model: 'ema/ar/q/kernel' is \(\[64, 48\]"):
+    with pytest.raises(UserError, match=r"not fit the config: 'ema/ar/q/kernel' is \(\[64, 48\]"):
       store.restore(_abstract(_mesh(), width=32))
     store.close()
     assert store.steps() == [5]
@@ -222,12 +222,12 @@ def _edit_record(folder: Path) -> None:
 
 DAMAGE = {
   'flipped bit': (_flip_largest, 'wrong checksum of '),
-  'truncated': (_truncate, 'can not be read'),
-  'removed file': (lambda folder: _largest_file(folder).unlink(), 'can not be read'),
-  'emptied file': (lambda folder: _largest_file(folder).write_bytes(b''), 'can not be read'),
+  'truncated': (_truncate, 'cannot be read'),
+  'removed file': (lambda folder: _largest_file(folder).unlink(), 'cannot be read'),
+  'emptied file': (lambda folder: _largest_file(folder).write_bytes(b''), 'cannot be read'),
   'removed marker': (lambda folder: (folder / 'commit_success.txt').unlink(), 'marker'),
   'edited record': (_edit_record, 'record was changed'),
-  'removed record': (lambda folder: (folder / '_CHECKPOINT_METADATA').unlink(), 'can not be read'),
+  'removed record': (lambda folder: (folder / '_CHECKPOINT_METADATA').unlink(), 'cannot be read'),
 }
 
 
@@ -353,7 +353,7 @@ class TestDamage:
     _save(tmp_path, 1, 2)
     _truncate(tmp_path / '1')
     _flip_largest(tmp_path / '2')
-    with pytest.raises(UserError, match='step 2: wrong checksum .*; step 1: it can not be read'):
+    with pytest.raises(UserError, match='step 2: wrong checksum .*; step 1: it cannot be read'):
       _restore(tmp_path)
 
   def test_flipped_bit_in_any_file_is_detected_or_harmless(self, tmp_path):

@@ -35,5 +35,8 @@ def _is_news(record: logging.LogRecord) -> bool:
   """Whether a log says something that no exception says."""
   if record.exc_info is None or record.exc_info is False:
     return True
+  # Orbax awaits futures of TensorStore, whose tasks have no frame of Orbax.
+  if record.name == 'asyncio' and '_wrap_awaitable' in record.getMessage():
+    return False
   files = [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
   return not any(_PACKAGE in file for file in (record.pathname, *files))

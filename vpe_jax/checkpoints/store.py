@@ -229,10 +229,7 @@ class Store:
       return arrays
 
     newest = self._newest_intact(load, None if step is None else self._existing(step))
-    if newest is None:
-      return None
-    record, arrays = newest
-    return arrays, record
+    return None if newest is None else newest[::-1]
 
   def _existing(self, step: int) -> list[int]:
     """The step as a list, if it has a complete checkpoint.
@@ -362,10 +359,8 @@ class Store:
       except _Damaged as reason:
         reasons[step] = str(reason)
         self._damaged.add(step)
-        following = 'trying the previous one' if steps is None else 'choose another --step'
-        logging.warning(
-          'checkpoint %d in %s is damaged (%s): %s', step, self._directory, reason, following
-        )
+        cure = 'trying the previous one' if steps is None else 'choose another --step'
+        _warn(f'checkpoint {step} in {self._directory} is damaged ({reason}): {cure}')
     # On an object store, an interrupted first save leaves a folder but no checkpoint.
     if not reasons or (_writes_in_place(self._directory) and not self.steps()):
       return None
@@ -442,6 +437,11 @@ def _writes_in_place(directory: epath.Path) -> bool:
   On an object store, an interrupted save has the name of a checkpoint but no marker.
   """
   return is_remote(directory)
+
+
+@functools.cache  # A command may open the same checkpoints several times.
+def _warn(message: str) -> None:
+  logging.warning('%s', message)
 
 
 def _attempt(read: Callable[[], Any]) -> Any:

@@ -174,7 +174,9 @@ def _base(parts: list[str]) -> str:
   people = [p for p in plain if p in _PEOPLE]
   if len(people) == 1 and plain[0] in _PEOPLE:
     candidates.append([_PERSON, *plain[1:]])
-  candidates.append([part for i, part in enumerate(plain) if i == 0 or part not in _SIGNS])
+  # A sign inside, as in `woman running facing right`, stays: the shipped weights were trained so.
+  if len(plain) > 1 and plain[-1] in _SIGNS:
+    candidates.append(plain[:-1])
   candidates.append(plain)
   for candidate in candidates:
     code = '-'.join(part for i, part in enumerate(candidate) if not _dangling(candidate, i))
