@@ -80,3 +80,10 @@ def test_what_is_no_generator_or_exists_is_refused(exported, tmp_path):
   with pytest.raises(UserError, match='exists'):
     export_folder('assets:tiny', str(exported[0]))
   assert not list(tmp_path.iterdir())
+
+
+def test_the_shipped_generator_is_exported_though_its_config_lacks_newer_fields(tmp_path):
+  assert 'tokenizer' not in weights.read_config('assets:tiny')['data']
+  lines = export_folder('assets:tiny', str(tmp_path / 'folder'))
+  assert '  tokenizer: from assets:bpe' in lines
+  assert weights.read_config(str(tmp_path / 'folder'))['data']['tokenizer'].startswith('bpe:')

@@ -67,10 +67,10 @@ def write(folder: str, contents: Contents) -> list[str]:
       f'a complete folder is written to a local folder, not to {folder}: write it, then upload it'
     )
   imports.check_target(folder)
-  config = to_dict(copy.deepcopy(contents.config))
   target = Path(storage.resolve(folder))
-  system = systems.build(config)
+  system = systems.build(contents.config)
   require(system, Samples)
+  config = to_dict(system.config)  # with the fields that an older config lacks
   origins = {name: network.source for name, network in system.frozen.items()}
   origins[TOKENIZER] = config['data']['tokenizer']
   with storage.writing(folder), storage.new_folder(target) as unfinished:
