@@ -12,6 +12,7 @@ from vpe_jax import main
   'arguments, message',
   [
     ([], '--config is missing: try --config=t2i'),
+    (['--workdir=runs/typo'], '--config is missing: runs/typo has no run to continue; try'),
     (['--config=configs/t2i.py:debgu'], "unknown preset 'debgu'; did you mean 'debug'?"),
     (['--config=configs/t2i.py', '--config.optim.lrr=1'], "did you mean 'lr'?"),
     (['--config=configs/t2i.py', 'extra'], "unexpected argument 'extra'"),

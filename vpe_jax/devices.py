@@ -9,8 +9,8 @@ Sources of the TPU figures (docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e 
   16 x 16 x 16 chips).
 * Data-center network: Google does not publish the share of a v4 chip; v5e's value is assumed.
 * Memory: the "available HBM" in libtpu 0.0.52's out-of-memory error, slightly less than the pages
-  give (16 GB for v5e, 32 GB for v4 and v6e). For v5p it is the page's 95 GiB, although libtpu would
-  allow 95.7.
+  give (16 GB for v5e and 32 GB for v6e, 32 GiB for v4). For v5p it is the page's 95 GiB, although
+  libtpu would allow 95.7.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Chip:
     name: short name, such as `v5p` in `v5p:4x4x8`.
     cloud_prefix: prefix of Google Cloud's slice names, such as `v5litepod`.
     device_kind: JAX's `device_kind`.
-    cores: TensorCores per chip; Cloud names of v4 and v5p count these.
+    cores: TensorCores per chip; the number in a Cloud name counts these.
     peak_flops: dense bf16 peak of a device, FLOP/s.
     hbm_bytes: memory of a device available to a program.
     hbm_bandwidth: bytes/s of a device.
@@ -183,7 +183,10 @@ def use_compilation_cache(folder: AnyPath | None = None) -> None:
 
 
 def machine() -> dict[str, Any]:
-  """Properties that affect the last bits of a result: devices and, on CPUs, the thread count."""
+  """The devices and the number of CPU threads, which affect the last bits of a result.
+
+  The threads matter only where a CPU is the device.
+  """
   kinds = sorted({device.device_kind for device in jax.devices()})
   devices = f'{jax.device_count()} x {"+".join(kinds)}'
   # Only Linux reports the cores that a process may use.

@@ -10,7 +10,7 @@ Examples:
   python -m vpe_jax.main --config=RUN --config.start=RUN --workdir=runs/tuned
   python -m vpe_jax.main --workdir=RUN
 
-The same command continues an interrupted run; so does its folder alone.
+The same command continues an interrupted run; so does `--workdir=RUN` alone, but not for a chain.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def _define_flags() -> None:
 def main() -> None:
   """Runs the command."""
   spec = FLAGS.config or FLAGS.workdir
-  if not spec:
-    front_door.require_flags('config', cure='try --config=t2i')
+  if not FLAGS.config and not (spec and config_file.is_stored(spec)):
+    cure = f'{spec} has no run to continue; ' if spec else ''
+    front_door.require_flags('config', cure=f'{cure}try --config=t2i')
   workdir = FLAGS.workdir
   if workdir is not None:
     workdir = front_door.output_path('workdir', workdir)

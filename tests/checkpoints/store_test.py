@@ -22,6 +22,7 @@ import pytest
 
 from vpe_jax import devices, sharding
 from vpe_jax.checkpoints import store as store_lib
+from vpe_jax.checkpoints import weights
 from vpe_jax.checkpoints.store import Store
 from vpe_jax.config import CheckpointConfig, MeshConfig
 from vpe_jax.contracts import COUNTERS, UserError
@@ -254,6 +255,12 @@ class TestDamage:
     _assert_equal(_restore(tmp_path), _state(2, _mesh()))
     remaining = {item.name for item in tmp_path.iterdir()} - {'1', '2'}
     assert remaining == {'damaged-2'}
+
+  def test_the_newest_record_is_that_of_the_newest_checkpoint_with_intact_arrays(self, tmp_path):
+    _save(tmp_path / weights.FOLDER, 1, 2)
+    assert weights.newest_record(str(tmp_path))['step'] == 2
+    _flip_largest(tmp_path / weights.FOLDER / '2')
+    assert weights.newest_record(str(tmp_path))['step'] == 1
 
   @pytest.mark.parametrize('name', ['load', 'checkpointables_metadata'])
   @pytest.mark.parametrize(

@@ -75,6 +75,13 @@ def test_error_names_a_damaged_report_and_keeps_the_cards(folder, content):
   assert '\n' not in str(error.value) and (folder / 'README.md').read_text() == text
 
 
+def test_a_card_without_its_own_end_keeps_the_next_card():
+  text = f'{cards.begin("t2i")}table\nprose\n{cards.begin("edit")}table\n{cards.END}\n'
+  with pytest.raises(UserError, match='compiled: t2i.* and '):
+    cards.rewrite(text, 't2i', [REPORT])
+  assert 'prose' in cards.rewrite(text, 'edit', [REPORT])
+
+
 def test_full_disk_keeps_the_cards(folder, monkeypatch):
   cards_file = folder / 'README.md'
   text = cards_file.read_text()

@@ -22,6 +22,7 @@ from vpe_jax.devices import CHIPS, PEAK_FLOPS
     ('v5e-16', 'v5e:4x4', 'v5litepod-16', 16),
     ('v6e-256', 'v6e:16x16', 'v6e-256', 256),
     ('v5p-12288', 'v5p:16x16x24', 'v5p-12288', 6144),
+    ('tpu7x-18432', 'tpu7x:16x24x24', 'tpu7x-18432', 9216),
     ('cpu:8', 'cpu:8', None, 8),
   ],
 )

@@ -38,6 +38,16 @@ def test_unknown_allowed_field_is_refused(line_config):
   resume.check_config(config, to_dict(config), 'RUN', ('data', 'optim.lr'))
 
 
+def test_a_removed_field_is_the_only_difference_of_an_older_config(line_config):
+  config = line_config()
+  stored = to_dict(config)
+  del stored['optim']['schedule']
+  stored['optim']['removed'] = None
+  with pytest.raises(UserError) as error:
+    resume.check_config(config, stored, 'RUN', ())
+  assert 'another config: optim.removed was None, now None. Choose' in str(error.value)
+
+
 def test_long_lists_of_differences_are_truncated(line_config):
   config = line_config()
   stored = dict.fromkeys(to_dict(config))

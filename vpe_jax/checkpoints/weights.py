@@ -89,7 +89,7 @@ def load_run(
   Args:
     workdir: folder of the run, local (`~` expands to the home folder) or gs://.
     which: `ema` (EMA weights, raw ones for parameters without an EMA) or `raw`. Parameters that
-      trained only in an earlier stage have their EMA value in both.
+      trained only in an earlier stage are the same in both: EMA weights if that stage had an EMA.
     dtype: dtype of the float leaves; see `load`.
     step: step of the checkpoint; None: the newest intact one.
     targets: see `load`.
@@ -207,14 +207,16 @@ def read_run(
 
 
 def newest_record(workdir: str) -> Mapping[str, Any] | None:
-  """The record of a run's newest intact checkpoint, without its leaves; None without a checkpoint.
+  """The record of a run's newest intact checkpoint; None without a checkpoint.
+
+  Reads and verifies every leaf, and keeps none.
 
   Raises:
     UserError: every checkpoint is damaged, or the folder can't be reached.
   """
   store = Store(str(storage.resolve(workdir) / FOLDER), CheckpointConfig())
   try:
-    contents = store.read(lambda paths: ())
+    contents = store.read(lambda paths: paths, transform=lambda leaf: None)
   finally:
     store.close()
   return None if contents is None else contents[1]

@@ -83,9 +83,10 @@ class TowerConfig:
 
   Attributes:
     encoder: one of ENCODERS.
-    depth: n for the raw output of the first n layers. -1 for the usual features of a tower: of
-      SigLIP (the input of the pooling head) and DINOv2, the normalized output of all layers; of
-      CLIP, the raw output of all layers but the last, which is trained for the class token only.
+    depth: n for the raw output of the first n layers, -1 for the usual features of a tower. Those
+      of SigLIP and DINOv2 are the output of the last layer after the final norm (in SigLIP, the
+      input of the pooling head). Those of CLIP are the raw output of the second-to-last layer,
+      because the last one is trained for the class token only.
     siglip: sizes of the shipped SigLIP; used if `encoder` is `siglip`.
     siglip2: sizes of a published SigLIP 2; used if `encoder` is `siglip2`.
     dinov2: sizes of a published DINOv2; used if `encoder` is `dinov2`.

@@ -14,7 +14,7 @@ from typing import Any
 from vpe_jax import storage
 from vpe_jax.contracts import UserError
 
-END = '<!-- end -->'
+_BEGIN, END = '<!-- compiled:', '<!-- end -->'
 _PLAIN = re.compile(r'[^|<>\x00-\x1f\x7f-\uffff]*')
 _TITLES = ('config', 'stage', 'topology', 'images', 'memory', 'HBM', 'step at least', 'MFU at most')
 
@@ -27,7 +27,7 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
 
 def begin(name: str) -> str:
   """The line before the table of a config."""
-  return f'<!-- compiled: {name} -->\n'
+  return f'{_BEGIN} {name} -->\n'
 
 
 def rewrite(text: str, name: str, reports: Sequence[Mapping[str, Any]]) -> str:
@@ -42,11 +42,11 @@ def rewrite(text: str, name: str, reports: Sequence[Mapping[str, Any]]) -> str:
     The new text of the file.
 
   Raises:
-    UserError: the card has no line `begin(name)` or END.
+    UserError: the card has no line `begin(name)`, or no END before the next card's table.
   """
   before, marker, rest = text.partition(begin(name))
-  _, end, after = rest.partition(END)
-  if not marker or not end:
+  old, end, after = rest.partition(END)
+  if not marker or not end or _BEGIN in old:
     raise UserError(f'the card needs the lines "{begin(name).strip()}" and "{END}"')
   return before + marker + table(reports) + end + after
 

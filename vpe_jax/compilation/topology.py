@@ -1,8 +1,8 @@
 """Names of TPU slices, and their devices as compilation targets.
 
 `v5p:4x4x8` gives the grid of chips. Cloud names (`v5p-256`, `v4-128`, `v5litepod-256`, `v6e-256`)
-give the size, in TensorCores for v4 and v5p and in chips for the others. Both forms are accepted,
-and reports contain both. `cpu:8` means eight virtual devices of this machine.
+give the size, in TensorCores for v4, v5p and tpu7x and in chips for v5e and v6e. Both forms are
+accepted, and reports contain both. `cpu:8` means eight virtual devices of this machine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _GRIDS = {
   2: ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16'),
   3: (
     '2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8', '8x8x16', '8x16x16',
-    '16x16x16', '16x16x24',
+    '16x16x16', '16x16x24', '16x24x24',
   ),
 }  # fmt: skip
 _MAX_VIRTUAL = 4096  # virtual devices; each has its own threads

@@ -109,8 +109,8 @@ class Config:
       attention and dense matrix products.
     attention: implementation of attention: `reference` (dense), `chunked` (any platform, memory
       linear in the sequence), `pallas_tpu`, `pallas_gpu` or `cudnn`; it raises an error where it
-      can't run. If empty, and always for fewer than 16 queries (decoding), platform and shape
-      decide.
+      can't run. If empty, platform and shape decide. Decoding (fewer than 16 queries) ignores this
+      and uses `reference`.
     unroll: whether training runs layers without a scan: faster on CPU, slower to compile.
     quick_compile: whether to turn off most XLA optimizations, for runs of seconds.
     model: the system's own section.
@@ -230,11 +230,22 @@ def _check_evals(evals: Mapping[str, Any]) -> None:
 def differences(ours: Config, stored: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
   """Fields in which a config differs from a stored one: dotted name -> (stored value, our value).
 
-  A field that did not exist when `stored` was written counts as its default.
+  A field that did not exist when `stored` was written counts as its default. A stored field that no
+  longer exists is a difference.
   """
-  # from_dict raises for a stored field that no longer exists: it is a difference.
+  known = to_dict(ours)
+  old, new = flatten(stored), flatten(known)
+  removed = {name: value for name, value in old.items() if name not in new}
+  # A stored value that is no longer valid is compared as it was written.
   with contextlib.suppress(UserError):
-    stored = to_dict(from_dict(stored, type(ours.model), type(ours.sample)))
-  old, new = flatten(stored), flatten(to_dict(ours))
+    rebuilt = from_dict(_common(stored, known), type(ours.model), type(ours.sample))
+    old = flatten(to_dict(rebuilt)) | removed
   names = sorted(old.keys() | new.keys())
-  return {n: (old.get(n), new.get(n)) for n in names if old.get(n) != new.get(n)}
+  return {n: (old.get(n), new.get(n)) for n in names if n in removed or old.get(n) != new.get(n)}
+
+
+def _common(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+  """The part of nested dicts whose keys are known."""
+  both = {name: (value, known[name]) for name, value in values.items() if name in known}
+  sections = lambda value, other: isinstance(value, Mapping) and isinstance(other, Mapping)
+  return {name: _common(*pair) if sections(*pair) else pair[0] for name, pair in both.items()}

@@ -194,15 +194,15 @@ class StoredSource(Source, Protocol):
     ...
 
   def digests(self) -> Mapping[str, str]:
-    """Number and digest of parts of the data, such as images and captions, by their names.
+    """Name of a part of the data, such as `images` -> number of its items, and their digest.
 
-    They stay the same if the files are copied or renamed in the same order.
+    Copies of the files have the same digests.
     """
     ...
 
 
 class HashedSource(StoredSource, Protocol):
-  """A stored source that knows the contents of its images, so that it can be divided."""
+  """A stored source with a hash of each record's images, which `data.held_out` splits by."""
 
   def hashes(self) -> np.ndarray:
     """A hash of the image files of each record, uint64 [N] below 2^63; opens no image.

@@ -51,7 +51,7 @@ def letters(name: str, text: str, em: int) -> tuple[Image.Image, tuple[int, int]
   """
   font = _font(name, em)
   left, top, right, bottom = font.getbbox(text, anchor='ls')
-  # The bounding box follows the advance widths; ink may extend beyond it.
+  # The bounding box includes advance widths, so it differs from that of the ink; a margin is safe.
   spare = em // 2
   canvas = Image.new('L', (right - left + 2 * spare, bottom - top + 2 * spare))
   draw = ImageDraw.Draw(canvas)

@@ -2,9 +2,11 @@
 
 A held-out combination is a pair of attributes that each occur in training, but never together:
 shape and colour, object and count, object and relative position, base emoji and variant, two
-written words, written word and font. A held-out concept never occurs in training at all. It is a
-written word, or an emoji: no scene, no OpenMoji record, no variant and no name of another emoji in
-training contains it.
+written words, written word and font.
+
+A held-out concept is a word that no training image shows in writing, or an emoji that no training
+image shows, neither itself nor a variant. Emoji outside the vocabulary of scenes are also held out
+if their names mention a held-out noun.
 """
 
 from __future__ import annotations

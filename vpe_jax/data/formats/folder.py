@@ -162,8 +162,9 @@ def open_folder(path: str, options: ReadOptions = ReadOptions()) -> Folder:
 
   Args:
     path: the folder.
-    options: how records are read. Without required captions, text files are optional. Unusable
-      records up to the share `most_skipped` are left out, with a warning that names them.
+    options: how records are read; `open_image_folder` applies `held_out` and `split`. If `fields`
+      requires no captions, text files are optional. Unusable records up to the share `most_skipped`
+      are left out, with a warning that names them.
 
   Raises:
     UserError: the folder is missing or empty, too many records are unusable (the message names the
@@ -185,9 +186,9 @@ def open_folder(path: str, options: ReadOptions = ReadOptions()) -> Folder:
       intact.append(names)
   _report_skipped(folder, reasons, total, options.most_skipped)
   if not intact:
-    cure = (
-      'can be used' if reasons else 'passes data.language and data.least_text_height; relax them'
-    )
+    section = options.record_filter.section
+    relax = f'passes {section}language and {section}least_text_height; relax them'
+    cure = 'can be used' if reasons else relax
     raise UserError(f'data folder {folder}: none of its {total} records {cure}')
   contents = tuple(_content(entry, checked.contents) for entry in intact)
   return Folder(str(folder), tuple(intact), contents, options.decoding)
@@ -210,7 +211,10 @@ def _accepted(folder: Path, options: ReadOptions) -> tuple[dict[Names, str], lis
 
 
 def _located(reason: str, where: str) -> str:
-  """The reason with the line of the list; a record without a list has the location `image PATH`."""
+  """The reason, after the line of the list that names the image.
+
+  In a folder without a list, `where` is `image PATH`, which the reason names already.
+  """
   return reason if where.startswith('image ') else f'{where}: {reason}'
 
 

@@ -22,9 +22,9 @@ from vpe_jax.ops.attention.blockwise import Gradients, Operands, attend
 
 # ROWS: rows of a block of queries, one for each query and head of a group. COLUMNS: keys of a
 # block. These sizes are the fastest on CPU, where a block of logits (1 MB) stays in the cache.
-# Longer blocks of keys gain nothing with causal masks, of which they skip less.
+# Longer blocks of keys gain nothing with causal masks: fewer of them can be skipped.
 ROWS, COLUMNS = 1024, 256
-_MIN_QUERIES = 64  # minimum number of queries per block, however large the group
+_MIN_QUERIES = 64  # lower limit of the queries per block, before `even` shortens it
 
 
 def attention(
@@ -34,14 +34,17 @@ def attention(
   if bias is not None:
     bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
   group = q.shape[2] // k.shape[2]
-  # Lengths are cut evenly: the last block is as long as the others, or nearly so.
+  # Blocks are only as long as their number requires, which keeps padding short.
   rows = even(q.shape[1], max(_MIN_QUERIES, ROWS // group))
   kernel = Chunked(rows, even(k.shape[1], COLUMNS))
   return attend(kernel, Operands(q, k, v, query, key, bias))
 
 
 def even(length: int, block: int, multiple: int = 8) -> int:
-  """The smallest block, a multiple of `multiple`, that needs no more blocks than `block` does."""
+  """The smallest block size that cuts `length` into as few blocks as the size `block` does.
+
+  It is a multiple of `multiple`.
+  """
   count = -(-length // block)
   return -(-length // (count * multiple)) * multiple
 
@@ -153,7 +156,8 @@ class _Blocks:
 
   I blocks of queries, `q` [I, B, K, G * rows, H]: the queries of all G heads of a group are rows of
   one matrix, see `reference`. J blocks of keys, `k` and `v` [J, B, K, columns, H]. `visit` runs
-  over the visits of a block of queries or, if `by_keys`, of a block of keys.
+  over the blocks of keys that a block of queries needs or, if `by_keys`, over the blocks of queries
+  that need a block of keys.
   """
 
   def __init__(self, kernel: Chunked, operands: Operands, by_keys: bool = False) -> None:

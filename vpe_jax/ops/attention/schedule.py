@@ -63,10 +63,14 @@ def block_status(query: Visibility, key: Visibility, rows: int, columns: int) ->
 
 
 def visits(status: Array) -> Array:
-  """Lists the blocks to visit in each row of `status` [B, I, J], in order of storage: [B, I, J].
+  """Lists the key blocks to visit for each query block, by ascending index.
 
-  An entry is `4 * block + status` (see `block_of`). Entries after the last visit have status SKIP
-  and repeat the block of the last visit, so that a kernel fetches nothing new for them.
+  Args:
+    status: status of each pair of a query block and a key block [B, I, J].
+
+  Returns:
+    int32 [B, I, J]. An entry is `4 * block + status` (see `block_of`). Entries after the last visit
+    have status SKIP and repeat the block of the last visit, so that a kernel fetches nothing new.
   """
   places = jnp.argsort(status == SKIP, axis=-1, stable=True)
   ranked = jnp.take_along_axis(status, places, -1)

@@ -26,7 +26,8 @@ from vpe_jax.sequence.spans import Layout
 from vpe_jax.systems.vpe import layouts
 from vpe_jax.systems.vpe.networks.editing import SourceImageNetwork
 
-TEXT = frozenset({'text'})  # the condition that guidance of the visual prompt drops
+# Names the missing caption in guidance of the visual prompt, whose branch has [bot] and the codes.
+TEXT = frozenset({'text'})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ captions. Rankers never see the image, and the evaluator network never sees the 
 `mixes` combines the upper rows of one visual prompt with the lower rows of another, renders the
 mix, and reads the visual prompt of the image. If the renderer follows its visual prompt, these
 codes agree with the mix more often than with either of the two. The renderer may also see the
-caption, which favours the visual prompt that was written for it. So there are three kinds of mixes:
-of two visual prompts of one caption, and of two captions, rendered with the first or the second.
+caption, which favours the visual prompt that was written for it. So there are three kinds of mixes
+of visual prompts A and B: both of one caption; of two captions, rendered with the caption of A; and
+the same, rendered with the caption of B.
 """
 
 from __future__ import annotations
@@ -208,7 +209,10 @@ def _pairs(
 
 
 def agreement(read: np.ndarray, expected: Mapping[str, np.ndarray]) -> dict[str, Figure]:
-  """Shares of the codes `read` [n, P] that equal mix, A and B, and the lead of the mix."""
+  """Shares of the codes `read` [n, P] that equal the mix, A and B, and the lead of the mix.
+
+  `A and B` is the share of codes that A and B have in common.
+  """
   shares = {
     name: intervals.share(np.mean(read == codes, axis=1)) for name, codes in expected.items()
   }
@@ -246,8 +250,8 @@ def _mixes_lines(
 ) -> list[str]:
   title = (
     f'{title} of the top {side // 2} of {side} rows of A over the others of B: share of codes '
-    f'read from the image that equal each (of an image of A alone, {percent(own)} equal those of '
-    'A); 95% intervals'
+    f'read from the image that equal the mix, A and B (`A and B`: that A and B have in common; of '
+    f'an image of A alone, {percent(own)} equal those of A); 95% intervals'
   )
   columns = {name: (name, percent) for name in next(iter(outcomes.values()))}
   return [title, *report.table(columns, outcomes, ())]
