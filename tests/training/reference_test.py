@@ -25,9 +25,12 @@ def _records(scale, steps=60, change=30):
   ]
 
 
-def _system():
+def _system(steps=(30, 30), **optim):
   losses = {'flow': 1.0, 'accuracy': 0.0}
-  return types.SimpleNamespace(stages=[Stage(name, (), losses, ema=False) for name in 'ab'])
+  stages = [Stage(name, (), losses, ema=False) for name in 'ab']
+  overrides = {'steps': str(steps)} | {f'optim.{key}': value for key, value in optim.items()}
+  config = systems.build(config_file.load('configs/t2i.py:debug', overrides)).config
+  return types.SimpleNamespace(stages=stages, config=config)
 
 
 def test_means_are_within_the_stage_and_up_to_the_step():
@@ -57,6 +60,22 @@ def test_a_stage_after_one_of_another_length_gets_no_verdict():
   first, second = reference.compare_stages(_system(), _records(1.0), longer)
   assert first.endswith('as expected') and 'at step 30: flow 20.5000 / 41.0000' in first
   assert second.endswith(': earlier steps differ (a 30 / 50)')
+
+
+@pytest.mark.parametrize(
+  'schedule, steps, decay_steps, verdict',
+  [
+    ('linear', 60, '0', 'the learning rates decay over 60 / 30 steps'),
+    ('linear', 20, '0', 'as expected'),
+    ('linear', 60, '80', 'as expected'),
+    ('rsqrt', 60, '0', 'as expected'),
+  ],
+)
+def test_longer_decay_gets_no_verdict(schedule, steps, decay_steps, verdict):
+  system = _system((steps, 30), schedule=schedule, decay_steps=decay_steps)
+  ours = _records(1.0, steps=steps, change=steps)
+  (line,) = reference.compare_stages(system, ours, _records(1.0))
+  assert line.endswith(f': {verdict}')
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,10 @@ _LEAST_EXAMPLES = 12_288
 def comparison(system: System, workdir: epath.PathLike) -> str | None:
   """Lines that compare each stage of a run with the reference run of its config and preset.
 
-  Losses are compared at the last step of a stage that both runs have. If an earlier stage had
-  another length, the comparison says so and gives no verdict.
+  Losses are compared at the last step of a stage that both runs have. Without verdict remain
+  stages after one of another length, and stages longer than the reference's in which the learning
+  rate decays: there the reference is nearer to the end of its decay. A shorter stage should be
+  better than the reference at the same step.
 
   Args:
     system: the system that the run trained.
@@ -69,7 +71,7 @@ def compare_stages(
 ) -> list[str]:
   """A line for each stage that both runs have, with the losses of both and a verdict."""
   lines, lengths = [], []
-  for stage in system.stages:
+  for number, stage in enumerate(system.stages):
     steps = [_stage_steps(run, stage.name) for run in (records, reference)]
     if not (step := min(steps)):
       break
@@ -77,10 +79,20 @@ def compare_stages(
     losses = {n: (ours[n], theirs[n]) for n in ours if n in theirs and n not in stage.unweighted}
     values = ', '.join(f'{name} {x:.4f} / {y:.4f}' for name, (x, y) in losses.items())
     earlier = [f'{name} {x:,} / {y:,}' for name, (x, y) in lengths if x != y]
-    verdict = f'earlier steps differ ({", ".join(earlier)})' if earlier else _verdict(losses)
+    verdict = _verdict(losses)
+    if earlier:
+      verdict = f'earlier steps differ ({", ".join(earlier)})'
+    elif steps[0] > steps[1] and _decays(system.config, number):
+      verdict = f'the learning rates decay over {steps[0]:,} / {steps[1]:,} steps'
     lines.append(f'{stage.name}: your loss / reference loss at step {step:,}: {values}: {verdict}')
     lengths.append((stage.name, steps))
   return lines
+
+
+def _decays(config: Config, stage: int) -> bool:
+  """Whether the learning rate at a step depends on the number of steps of the stage."""
+  optim = config.optim_of(stage)
+  return optim.schedule in ('cosine', 'linear') and optim.decay_steps == config.steps[stage]
 
 
 def _verdict(losses: Mapping[str, tuple[float, float]]) -> str:
