@@ -8,11 +8,11 @@ import pytest
 
 from configs import codec as codec_file
 from configs import t2i as t2i_file
-from vpe_jax import sharding, systems
+from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import exports, frozen
 from vpe_jax.codecs.feature_vq import FeatureVqConfig
 from vpe_jax.config import MeshConfig
-from vpe_jax.contracts import ScoresImages, UserError, supports
+from vpe_jax.contracts import Batch, ScoresImages, UserError, supports
 from vpe_jax.training import loop, metrics
 
 VIEW, PATCH, WIDTH = 24, 6, 24
@@ -104,6 +104,34 @@ def test_features_equal_those_of_transformers(saved):
     assert ours.shape == theirs.shape == (3, system.tokens(system.stages[0]), WIDTH)
     error = np.max(np.abs(ours - theirs)) / np.max(np.abs(theirs))
     assert error < 1e-5, f'depth {depth}: relative error {error:.1e}'
+
+
+@pytest.mark.parametrize('encoder', ['siglip', 'dinov2'])
+def test_losses_read_the_image_that_the_pipeline_resized_for_the_tower(encoder):
+  """A published tower reads the resized image; the shipped SigLIP reads the system's image."""
+  config = codec_file.get_config(f'debug,stage=feature_vq,encoder={encoder}')
+  config.model.feature_vq.update({'dinov2': SIZES['dinov2'], 'codes': 16})
+  config.model.feature_vq.siglip = {'vision': OURS, 'text': TEXT}
+  system = systems.build(config.to_dict())
+  key = rng.run_key(0)
+  generator = np.random.default_rng(0)
+  shapes = system.batch_spec(2).inputs
+  inputs = {
+    name: generator.integers(0, 200, leaf.shape).astype(leaf.dtype) for name, leaf in shapes.items()
+  }
+  inputs['text_length'] = np.full(2, 5, np.int32)
+  sample = lambda leaf: 0.3 * generator.standard_normal(leaf.shape, np.float32)
+  networks = jax.tree.map(sample, system.frozen_shapes())
+  params, stage = system.init(key), system.stages[0]
+
+  @jax.jit
+  def loss(inputs):
+    batch = Batch(np.arange(2, dtype=np.int32), inputs)
+    return system.losses(params, networks, batch, key, 0, stage)['features'].sum
+
+  names = ('image', 'tower_image') if encoder == 'dinov2' else ('image',)
+  changed = {name for name in names if loss(inputs | {name: 255 - inputs[name]}) != loss(inputs)}
+  assert changed == {names[-1]}
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ class FeatureVqConfig(towers.TowerConfig):
   Attributes:
     codes: number V of codebook entries.
     code_width: width W of a codebook entry.
-    temperature: temperature of the soft assignment; an entropy loss on it keeps all codes in use.
+    temperature: temperature of the soft assignment, whose entropy loss keeps all codes in use.
     decoder: sizes of the decoder from codes to features.
   """
 

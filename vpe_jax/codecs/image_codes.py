@@ -27,7 +27,7 @@ class ImageCodesConfig:
   Attributes:
     codes: number V of codebook entries.
     patch: side of the square of latents that one code represents.
-    temperature: temperature of the soft assignment; an entropy loss on it keeps all codes in use.
+    temperature: temperature of the soft assignment, whose entropy loss keeps all codes in use.
   """
 
   codes: int = 1024

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import pixels
 from vpe_jax.codecs.pyramid import Decoder, Encoder, PyramidConfig
-from vpe_jax.config import base_section
+from vpe_jax.config import base_section, check, check_positive
 from vpe_jax.contracts import Array, FrozenNetwork, Params, PretrainedWeights
 from vpe_jax.models import shapes
 
@@ -35,7 +35,7 @@ class KlVaeConfig:
     scale: 1 / standard deviation of the latents: one value, or one per channel. Normalized latents
       are (latents - shift) * scale.
     raw_deviation: whether the noise of sampled latents is added to the normalized mean without
-      `scale`, as in Show-o2's training. It has no effect on the mean.
+      `scale`, as in Show-o2's training. It affects sampled latents only.
   """
 
   body: PyramidConfig
@@ -44,6 +44,12 @@ class KlVaeConfig:
   shift: tuple[float, ...] = (0.0,)
   scale: tuple[float, ...] = (1.0,)
   raw_deviation: bool = False
+
+  def __post_init__(self) -> None:
+    check_positive(self, '', 'scale')
+    for name in ('shift', 'scale'):
+      valid = len(getattr(self, name)) in (1, self.channels)
+      check(self, '', name, valid, f'one value, or one per channel ({self.channels})')
 
   @property
   def channels(self) -> int:
@@ -59,8 +65,9 @@ class KlVaeSection(KlVaeConfig):
     kind: family of the published weights: `kl_vae` or `wan_vae`.
     weights: source of the weights: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`).
     weights_dtype: dtype of the loaded weights: float32, or bfloat16 for a large network.
-    sampled: whether training sees samples of the posterior, another one at each step, not its mean.
-      Latents are then encoded online even if `data.encode` is `cached`.
+    sampled: whether latents for training are sampled from the posterior, anew at each step;
+      otherwise they are its mean. Sampled latents are encoded online even if `data.encode` is
+      `cached`.
   """
 
   kind: str = 'kl_vae'
@@ -120,18 +127,13 @@ class KlVae(nn.Module):
 
 
 class KlVaeCodec:
-  """A protocol.LatentCodec over the network `name` of `params`."""
+  """A protocol.LatentCodec over the network `image`."""
 
-  def __init__(
-    self,
-    config: KlVaeConfig,
-    name: str = 'image',
-    dtype: jnp.dtype = jnp.float32,
-    sampled: bool = False,
-  ):
+  network_names = ('image',)
+
+  def __init__(self, config: KlVaeConfig, dtype: jnp.dtype = jnp.float32, sampled: bool = False):
     self.config = config
     self.sampled = sampled
-    self.network_names = (name,)
     self.factor = config.body.factor
     self.channels = config.channels
     self.network = KlVae(config, dtype)
@@ -163,7 +165,7 @@ class KlVaeCodec:
   def abstract_params(self) -> Params:
     """Shapes of the network's parameters; see protocol.LatentCodec."""
     images = shapes.images(4 * self.factor)
-    return {self.network_names[0]: shapes.parameter_shapes(self.network, images)}
+    return {'image': shapes.parameter_shapes(self.network, images)}
 
   def _apply(self, params: Params, inputs: Array, method: str):
-    return self.network.apply({'params': params[self.network_names[0]]}, inputs, method=method)
+    return self.network.apply({'params': params['image']}, inputs, method=method)

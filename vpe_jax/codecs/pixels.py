@@ -76,8 +76,8 @@ def padded_view(images: Array, size: int) -> Array:
     shape = (batch, height, width, colours)
     images = jnp.clip(jax.image.resize(images, shape, 'cubic', antialias=True), 0.0, 1.0)
   top, left = (size - height) // 2, (size - width) // 2
-  around = ((0, 0), (top, size - height - top), (left, size - width - left), (0, 0))
-  return jnp.pad(images, around, constant_values=1.0)
+  padding = ((0, 0), (top, size - height - top), (left, size - width - left), (0, 0))
+  return jnp.pad(images, padding, constant_values=1.0)
 
 
 def jittered_view(images: Array, size: int, jitter: Jitter, key: Array, example: Array) -> Array:

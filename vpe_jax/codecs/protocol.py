@@ -43,8 +43,8 @@ class FeatureCodec(TokenCodec, Protocol):
   Attributes:
     codebook: path of the codebook [V, W] in `params`, beginning with the network's name; W is the
       width of an entry.
-    view_side: side in pixels of the images that `encode` reads, if the pipeline makes them from
-      the original image; 0 if it reads the images of the system, of side `data.image_size`.
+    view_side: side in pixels of the images that `encode` reads, which the pipeline resizes from
+      the original image; 0 if `encode` reads the system's images, of side `data.image_size`.
   """
 
   codebook: str

@@ -37,8 +37,8 @@ class PyramidConfig:
       without a bias (Wan).
     halve: true: the convolution after upsampling halves the channels (Wan); false: the next level's
       first block changes them.
-    fine_first: names of the decoder's parameters. true: `level_0` has the finest resolution
-      (VQGAN's code); false: the coarsest, which runs first.
+    fine_first: whether `level_0` of the decoder is the finest level, as in VQGAN's code; otherwise
+      it is the coarsest, which runs first. It affects only the names of parameters.
   """
 
   widths: tuple[int, ...]

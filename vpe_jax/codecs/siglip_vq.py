@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import codebook, pixels
 from vpe_jax.codecs.pyramid import Norm
-from vpe_jax.config import base_section, check_sizes
+from vpe_jax.config import base_section, check, check_sizes
 from vpe_jax.contracts import Array, FrozenNetwork, Params, PretrainedWeights
 from vpe_jax.models import shapes
 from vpe_jax.models.dense import Dense
@@ -56,7 +56,7 @@ class SiglipVqSection(SiglipVqConfig):
 
   Attributes:
     kind: `siglip_vq`.
-    image_size: side of the tower's input image in pixels.
+    image_size: side of the tower's input image in pixels, a multiple of `patch`.
     weights: source of the weights: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`).
     weights_dtype: dtype of the loaded weights: float32, or bfloat16 for a large network.
   """
@@ -65,6 +65,11 @@ class SiglipVqSection(SiglipVqConfig):
   image_size: int = 384
   weights: str = ''
   weights_dtype: str = 'float32'
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    whole = self.image_size % self.patch == 0
+    check(self, '', 'image_size', whole, f'a multiple of patch={self.patch}')
 
   @property
   def tokens(self) -> int:
@@ -100,8 +105,7 @@ class SiglipVq(nn.Module):
   """Tower, codebook and decoder; images in [-1, 1].
 
   With `dtype` float32, `encode` has full float32 precision on every device. The released code runs
-  in bfloat16, where a feature that is almost as near to a second entry may get the code of that
-  entry.
+  in bfloat16: if two entries are almost equally near to a feature, rounding may change its code.
   """
 
   config: SiglipVqConfig

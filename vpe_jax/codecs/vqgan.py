@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import codebook, pixels
 from vpe_jax.codecs.pyramid import Decoder, Encoder, PyramidConfig
-from vpe_jax.config import base_section, check_sizes
+from vpe_jax.config import base_section, check, check_sizes
 from vpe_jax.contracts import Array, FrozenNetwork, Params, PretrainedWeights
 from vpe_jax.models import shapes
 from vpe_jax.models.siglip import unit
@@ -48,7 +48,7 @@ class VqGanSection(VqGanConfig):
 
   Attributes:
     kind: family of the published weights: `ibq` or `llamagen_vq`.
-    image_size: side of the images in pixels.
+    image_size: side of the images in pixels, a multiple of `body.factor`.
     weights: source of the weights: a folder, an import, or a hub id (`OWNER/NAME:FOLDER`).
     weights_dtype: dtype of the loaded weights: float32, or bfloat16 for a large network.
   """
@@ -57,6 +57,11 @@ class VqGanSection(VqGanConfig):
   image_size: int = 512
   weights: str = ''
   weights_dtype: str = 'float32'
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    whole = self.image_size % self.body.factor == 0
+    check(self, '', 'image_size', whole, f'a multiple of {self.body.factor}, pixels per code')
 
   @property
   def frozen(self) -> Mapping[str, FrozenNetwork]:

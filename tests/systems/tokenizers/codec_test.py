@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from configs import codec as config_file
+from tests.small_systems import with_inputs
 from vpe_jax import rng, sharding, systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import MeshConfig, OptimConfig
 from vpe_jax.contracts import Batch, LossTerm, UserError
 from vpe_jax.evaluation import heldout
+from vpe_jax.systems.tokenizers import codec
 from vpe_jax.training import step as training_step
 from vpe_jax.training.state import first_state
 
@@ -141,6 +143,30 @@ def test_normalised_latents_have_mean_zero_and_variance_one(system, params):
   np.testing.assert_allclose(before, after, atol=1e-4)
 
 
+def test_moments_are_measured_in_batches_and_ignore_incomplete_latents(system, params):
+  images = _batch(codec.MOMENTS_BATCH + 3).inputs['image'][:, :62, :62]
+  whole = {'image': params['image']}
+  latents = system.latent_codec.encode(whole, images[:, :60, :60])
+  normalized = system.normalize_latents(params['image'], np.asarray(images))
+  np.testing.assert_allclose(normalized['shift'], jnp.mean(latents, (0, 1, 2)), atol=1e-5)
+  np.testing.assert_allclose(normalized['scale'], jnp.std(latents, (0, 1, 2)), rtol=1e-4)
+  text = str(jax.make_jaxpr(system.normalize_latents)(params['image'], images))
+  assert f'f32[{codec.MOMENTS_BATCH},1,30,30,' in text  # activations at half resolution
+  assert f'f32[{codec.MOMENTS_BATCH + 3},30,30,' not in text
+
+
+def test_captions_longer_than_the_text_tower_are_truncated(system, params, frozen):
+  batch, stage = _batch(), system.stages[0]
+  longer = jnp.pad(batch.inputs['text'], ((0, 0), (0, 8)), constant_values=9)
+  length = batch.inputs['text_length'].at[0].set(40)
+  with_text = lambda text, length: with_inputs(batch, text=text, text_length=length)
+  terms = _losses(system, params, frozen, with_text(longer, length), stage)
+  expected = _losses(
+    system, params, frozen, with_text(longer[:, :32], jnp.minimum(length, 32)), stage
+  )
+  np.testing.assert_array_equal(terms['retrieval'].sum, expected['retrieval'].sum)
+
+
 def test_raw_features_have_no_pooled_losses():
   model = {'feature_vq': {'depth': 1, 'decoder': dict(TOWER)}}
   system = _system('debug,stage=feature_vq', **model)
@@ -166,3 +192,7 @@ def test_errors_name_the_field():
     systems.build(config.to_dict())
   with pytest.raises(UserError, match='model.crop 30 must be a multiple of 4'):
     _system(crop=30)
+  config = config_file.get_config('debug,stage=feature_vq')
+  config.model.feature_vq.siglip = {'vocabulary': 512}
+  with pytest.raises(UserError, match='model.feature_vq.siglip.vocabulary is 512'):
+    systems.build(config.to_dict()).preprocess  # noqa: B018

@@ -143,6 +143,22 @@ def test_recoloured_images_drop_the_word_for_their_colour(system, params):
   np.testing.assert_allclose(near_loss(original), near_loss(one_colour), rtol=1e-4)
 
 
+def test_words_for_colours_are_those_of_the_run_s_tokenizer(tmp_path):
+  file = tmp_path / 'bpe.json'
+  captions = [f'a {name} ring' for name in (*shapes.COLOURS, *shapes.TINTS)] * 5
+  file.write_text(bpe.train_bpe(captions, 200).to_str())
+  config = config_file.get_config('debug')
+  config.model.recolour, config.data.tokenizer = 1.0, f'bpe:{file}'
+  system, tokenizer = systems.build(config.to_dict()), bpe.Tokenizer(file)
+  red, star = (tokenizer.encode(text)[1] for text in ('a red', 'a star'))
+  assert red not in bpe.shipped().encode(' '.join(shapes.COLOURS))
+  batch = _batch(2)
+  batch = with_inputs(
+    batch, text=jnp.zeros((2, 32), jnp.int32).at[:, 1].set(jnp.array([red, star]))
+  )
+  assert system._recoloured(batch, KEY).tolist() == [True, False]
+
+
 def test_the_batch_has_the_declared_shapes(system):
   declared = system.batch_spec(16).batch(cached=False)
   real = _batch()
@@ -228,6 +244,15 @@ def test_errors_name_the_field():
   config.data.text_length = 40
   with pytest.raises(UserError, match='text_length 40 exceeds model.siglip.text_length 32'):
     systems.build(config.to_dict())
+  config = config_file.get_config('debug')
+  config.model.siglip.vocabulary = 512
+  with pytest.raises(UserError, match='model.siglip.vocabulary is 512'):
+    systems.build(config.to_dict()).preprocess  # noqa: B018
+  for field in ('mask_tokens', 'recolour'):
+    config = config_file.get_config('debug')
+    config.data.tokenizer, config.model[field] = 'classes:cat,dog', 0.5
+    with pytest.raises(UserError, match='model.mask_tokens and model.recolour .*classes:cat,dog'):
+      systems.build(config.to_dict())
   config = config_file.get_config('debug')
   config.stages = ('alin',)
   with pytest.raises(UserError, match="no stage 'alin'"):

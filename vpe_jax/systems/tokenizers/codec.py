@@ -34,8 +34,9 @@ from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment, autoencoding
 from vpe_jax.systems.tokenizers.siglip import ENCODER_AXES, captioned_images
 
+MOMENTS_BATCH = 32  # images encoded at once to measure the moments of latents
 STAGES = ('feature_vq', 'image', 'image_codes')
-VIEW = 'tower_image'  # the image at the side that a published tower reads
+VIEW = 'tower_image'  # the image, resized to the input size of a published tower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +178,14 @@ class System(SystemProtocol):
   @functools.cached_property
   def preprocess(self) -> PromptAndImage:
     """Caption tokens and images."""
-    return prompt_and_image(self.config.data, views=self._views)
+    tower, table = self.config.model.feature_vq, ()
+    if 'feature_vq' in self.config.stages and tower.has_text_tower:
+      table = ('model.feature_vq.siglip.vocabulary', tower.siglip.vocabulary)
+    return prompt_and_image(self.config.data, *table, views=self._views)
 
   @property
   def _views(self) -> dict[str, int]:
-    """The image at the side that a published tower reads: name -> side in pixels."""
+    """Images that the pipeline resizes for a published tower: input name -> side in pixels."""
     side = self.feature_codec.view_side if 'feature_vq' in self.config.stages else 0
     return {VIEW: side} if side not in (0, self.config.data.image_size) else {}
 
@@ -204,11 +208,14 @@ class System(SystemProtocol):
     del keys
     encoded = {}
     if 'feature_vq' in self.config.stages:
-      image = inputs[VIEW if self._views else 'image']
-      encoded['features'] = self.feature_codec.features(frozen, image)
+      encoded['features'] = self._features(frozen, inputs)
     if 'image_codes' in self.config.stages:
       encoded['latent_patches'] = self.image_codec.latent_patches(frozen, inputs['image'])
     return encoded
+
+  def _features(self, frozen: Params, inputs: Mapping[str, Array]) -> Array:
+    """Patch features [B, P, D]; a published tower reads the view that the pipeline resized."""
+    return self.feature_codec.features(frozen, inputs[VIEW if self._views else 'image'])
 
   def counts(self, batch: Batch, rng: Array, step: Array, stage: Stage) -> dict[str, Array]:
     """The batch size: every loss is a mean over images."""
@@ -238,8 +245,7 @@ class System(SystemProtocol):
     because every term is divided by it.
     """
     c, count = self.config.model.feature_vq, batch.example.shape[0]
-    features = self.feature_codec.features(frozen, batch.inputs['image'])
-    features = jax.lax.stop_gradient(features)
+    features = jax.lax.stop_gradient(self._features(frozen, batch.inputs))
     quantized, reconstruction = self.feature_codec.quantizer.apply(
       {'params': params['feature_vq']}, features
     )
@@ -264,7 +270,7 @@ class System(SystemProtocol):
     pooled = network.apply(variables, reconstruction, method='pool')
     target = network.apply(variables, features, method='pool')
     caption = (batch.inputs['text'], batch.inputs['text_length'])
-    text = network.apply(variables, *caption, method='embed_text')
+    text = self.feature_codec.embed_text(frozen, *caption)
     logits = network.apply(variables, pooled, text, method='logits')
     hits = alignment.retrieval_hits(logits, alignment.same_caption(batch.inputs['text']))
     distance = 1.0 - jnp.sum(pooled * target, -1)
@@ -312,11 +318,20 @@ class System(SystemProtocol):
 
     Args:
       image: parameters of the network `image`, rounded to the dtype in which they are exported.
-      images: [B, R, R, 3], from which the moments are computed.
+      images: [B, R, R, 3], from which the moments are computed. Pixels at the bottom and the right
+        that don't fill a latent are left out.
     """
-    signed = pixels.to_signed(pixels.to_unit(images))
-    network = self.latent_codec.network
-    mean, _ = jax.jit(lambda p, x: network.apply(p, x, method='moments'))({'params': image}, signed)
+    network, side = self.latent_codec.network, images.shape[1] // kl.FACTOR * kl.FACTOR
+
+    def encode(params: Params, one: Array) -> Array:
+      signed = pixels.to_signed(pixels.to_unit(one[None]))
+      return network.apply({'params': params}, signed, method='moments')[0][0]
+
+    # In batches: the activations of all images would not fit in memory.
+    encode_all = jax.jit(
+      lambda params, x: jax.lax.map(functools.partial(encode, params), x, batch_size=MOMENTS_BATCH)
+    )
+    mean = encode_all(image, images[:, :side, :side])
     shift, scale = jnp.mean(mean, (0, 1, 2)), jnp.std(mean, (0, 1, 2))
     return {**image, 'shift': shift, 'scale': scale}
 

@@ -32,6 +32,7 @@ from vpe_jax.contracts import System as SystemProtocol
 from vpe_jax.data.embedded import shapes
 from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
 from vpe_jax.data.tokenizers import bpe
+from vpe_jax.data.tokenizers.published import open_tokenizer
 from vpe_jax.models import siglip
 from vpe_jax.objectives import alignment
 
@@ -96,7 +97,8 @@ class System(SystemProtocol):
     """Builds the towers of a config.
 
     Raises:
-      UserError: captions are longer than the text tower allows, or a stage is unknown.
+      UserError: captions are longer than the text tower allows, a stage is unknown, or words are to
+        be masked by a tokenizer without `[unk]`.
     """
     self.config = config
     c = config.model.siglip
@@ -107,8 +109,8 @@ class System(SystemProtocol):
       )
     self.stages = tuple(self._stage(name) for name in config.stages)
     self.network = siglip.Siglip(c, jnp.dtype(config.dtype))
-    colours = ' '.join((*shapes.COLOURS, *shapes.TINTS))
-    self._colour_ids = np.unique(bpe.shipped().encode(colours)).astype(np.int32)
+    if config.model.mask_tokens or config.model.recolour:
+      _check_masking(config.data.tokenizer)
 
   def _stage(self, name: str) -> Stage:
     if name != 'align':
@@ -129,7 +131,14 @@ class System(SystemProtocol):
   @functools.cached_property
   def preprocess(self) -> PromptAndImage:
     """Caption tokens, images and near misses."""
-    return prompt_and_image(self.config.data)
+    rows = self.config.model.siglip.vocabulary
+    return prompt_and_image(self.config.data, 'model.siglip.vocabulary', rows)
+
+  @functools.cached_property
+  def _colour_ids(self) -> np.ndarray:
+    """Sorted ids of the tokens of colour words."""
+    words = ' '.join((*shapes.COLOURS, *shapes.TINTS))
+    return np.unique(self.preprocess.tokenizer.encode(words)).astype(np.int32)
 
   def init(self, rng: Array) -> Params:
     """Random initial towers."""
@@ -189,6 +198,8 @@ class System(SystemProtocol):
   def _recoloured(self, batch: Batch, rng: Array) -> Array:
     """Which images have permuted colour channels: bool [B]."""
     share = self.config.model.recolour
+    if not share:
+      return jnp.zeros(batch.example.shape, bool)
     sample = lambda key: jax.random.bernoulli(key, share)
     selected = rng_lib.per_example(sample, rng, 'blind', batch.example)
     return selected & jnp.any(jnp.isin(batch.inputs['text'], self._colour_ids), -1)
@@ -225,6 +236,15 @@ class System(SystemProtocol):
     """Captions embedded per image; with near misses, the image's own caption is embedded twice."""
     misses = self.config.data.near_misses
     return 2 + misses if misses else 1
+
+
+def _check_masking(tokenizer: str) -> None:
+  """Raises a UserError unless `data.tokenizer` has the token that replaces masked ones."""
+  if not isinstance(open_tokenizer(tokenizer), bpe.Tokenizer):
+    raise UserError(
+      f'model.mask_tokens and model.recolour replace tokens by [unk], which data.tokenizer='
+      f'{tokenizer} lacks: set both to 0, or data.tokenizer to assets:bpe or bpe:FILE'
+    )
 
 
 def captioned_images(config: Config, batch_size: int) -> BatchSpec:
