@@ -6,10 +6,11 @@ limits) and a hash of its content. Files whose stamp is stored are not read agai
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from vpe_jax.data.formats.entries import abbreviated
+from vpe_jax.data.formats.entries import abbreviated, check_text
 from vpe_jax.data.records import BadRecord
 from vpe_jax.data.transforms import Decoding
 from vpe_jax.storage import cache_dir, stable_hash, write_atomic
@@ -41,13 +42,16 @@ class Checked:
   reasons: dict[str, str]
 
 
-def check_images(folder: Path, names: Sequence[str], decoding: Decoding) -> Checked:
+def check_images(
+  folder: Path, names: Sequence[str], decoding: Decoding, is_whole: bool = False
+) -> Checked:
   """Reads and decodes image files that were not checked before, in one thread per core.
 
   Args:
     folder: parent folder.
     names: different names of files in the folder.
     decoding: limits that the files must respect.
+    is_whole: whether these are all images of the folder; results of other files may be deleted.
   """
   results = _Results(folder)
   reasons: dict[str, str] = {}
@@ -77,7 +81,8 @@ def check_images(folder: Path, names: Sequence[str], decoding: Decoding) -> Chec
         bar.update()
       results.add(new)
   contents = {n: results.rows[stamp] for n, stamp in stamps.items() if stamp in results.rows}
-  results.compact(set(stamps.values()))
+  if is_whole:
+    results.compact(set(stamps.values()))
   return Checked(contents, reasons)
 
 
@@ -85,7 +90,7 @@ def _stamp(folder: Path, name: str, decoding: Decoding) -> int:
   """A hash that changes whenever the file or a limit changes.
 
   Raises:
-    BadRecord: there is no such file.
+    BadRecord: there is no such file, or its name is not valid text.
   """
   try:
     stat = os.stat(folder / name)
@@ -93,6 +98,7 @@ def _stamp(folder: Path, name: str, decoding: Decoding) -> int:
     raise BadRecord(f'image {_shown(folder, name)} does not exist') from error
   except OSError as error:
     raise BadRecord(f'image {_shown(folder, name)} can not be read ({error.strerror})') from error
+  check_text(name, f'image {_shown(folder, name)}', 'name')
   limits = (decoding.most_pixels, decoding.most_bytes)
   return stable_hash(name, stat.st_size, stat.st_mtime_ns, *limits)
 
@@ -138,19 +144,27 @@ class _Results:
   def add(self, rows: dict[int, int]) -> None:
     """Stores results at once, so that an interrupted check continues."""
     self.rows |= rows
-    try:
+    with _warned():
       self._path.parent.mkdir(parents=True, exist_ok=True)
       with self._path.open('ab') as file:
         file.truncate(file.tell() // 16 * 16)  # An interrupted write leaves part of a pair.
         file.write(_pairs(rows))
-    except OSError as error:
-      logging.warning('%s; the images are checked again at the next start', error)
 
   def compact(self, stamps: set[int]) -> None:
     """Removes results of other stamps, if there are many."""
     if len(self.rows) > 2 * len(stamps) + _SPARE_ROWS:
       self.rows = {stamp: self.rows[stamp] for stamp in stamps & self.rows.keys()}
-      write_atomic(self._path, _pairs(self.rows))
+      with _warned():
+        write_atomic(self._path, _pairs(self.rows))
+
+
+@contextlib.contextmanager
+def _warned() -> Iterator[None]:
+  """Context in which a failed write of results becomes a warning."""
+  try:
+    yield
+  except OSError as error:
+    logging.warning('%s; images may be checked again at the next start', error)
 
 
 def _pairs(rows: dict[int, int]) -> bytes:

@@ -80,7 +80,7 @@ def find_entries(folder: Path, fields: FieldSpec) -> Iterator[Entry]:
   """
   if not folder.is_dir():
     raise UserError(f'data folder {folder} does not exist: folder:PATH needs an existing folder')
-  if (path := _list_file(folder)) is not None:
+  if (path := _list_file(folder, fields.image)) is not None:
     yield from _from_list(folder, path, fields)
   elif fields.references:
     raise UserError(f'data folder {folder} has no {CAPTIONS}: source images must be named there')
@@ -88,14 +88,17 @@ def find_entries(folder: Path, fields: FieldSpec) -> Iterator[Entry]:
     yield from _from_text_files(folder, fields)
 
 
-def _list_file(folder: Path) -> Path | None:
-  """The file that lists the images; None if there is none."""
+def _list_file(folder: Path, image: str) -> Path | None:
+  """The file that lists the images, in the field `image` or a default one; None if none does."""
   path, metadata = folder / CAPTIONS, folder / METADATA
-  if path.exists() or not metadata.is_file():
-    return path if path.exists() else None
-  # Other tools write files of this name too.
+  if path.exists():
+    return path
+  if not metadata.is_file():
+    return None
+  # Other tools write files of this name too: the first line must have a field of image names.
   first = next((line for _, line in _lines(metadata) if line.strip()), b'')
-  return metadata if f'"{_FILE_NAME}"'.encode() in first else None
+  names = {_FILE_NAME, image or _FILE_NAME}
+  return metadata if any(json.dumps(name).encode() in first for name in names) else None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -109,7 +112,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
       for number, line in enumerate(file, 1):
         yield number, line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line
   except OSError as error:
-    raise UserError(f'cannot read {path} ({error.strerror}): save it as text in UTF-8') from error
+    raise UserError(f'cannot read {path} ({error.strerror}): check its permissions') from error
 
 
 def _from_list(folder: Path, path: Path, fields: FieldSpec) -> Iterator[Entry]:
