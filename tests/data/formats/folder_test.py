@@ -200,23 +200,23 @@ def test_images_are_decoded_again_only_if_they_changed(tmp_path, monkeypatch):
 
 def test_checks_of_a_part_keep_the_results_of_the_other_images(tmp_path, monkeypatch):
   _captioned(tmp_path, ['a.png', 'b.png', 'c.png', 'd.png'])
-  monkeypatch.setattr(checks, '_SPARE_ROWS', 0)
+  monkeypatch.setattr(checks, '_MAX_OUTDATED', 0)
   english = Filter(language='en')
   (tmp_path / 'd.txt').write_text('картинка')
   for options in (ReadOptions(count=1), ReadOptions(record_filter=english)):
     open_folder(str(tmp_path))
     open_folder(str(tmp_path), options)
-    assert len(checks._Results(tmp_path).rows) == 4
+    assert len(checks._Results(tmp_path).contents) == 4
   for name in 'bcd':
     (tmp_path / f'{name}.png').unlink()
   open_folder(str(tmp_path))
-  assert len(checks._Results(tmp_path).rows) == 1
+  assert len(checks._Results(tmp_path).contents) == 1
 
 
 def test_results_that_can_not_be_stored_are_a_warning(tmp_path, monkeypatch, caplog):
   _captioned(tmp_path, ['a.png', 'b.png', 'c.png'])
   open_folder(str(tmp_path))
-  monkeypatch.setattr(checks, '_SPARE_ROWS', 0)
+  monkeypatch.setattr(checks, '_MAX_OUTDATED', 0)
 
   def fail(path, content):
     raise OSError(errno.ENOSPC, 'No space left on device', str(path))

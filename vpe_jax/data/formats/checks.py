@@ -26,7 +26,7 @@ from vpe_jax.storage import cache_dir, stable_hash, write_atomic
 FOLDER = 'checked'  # of the cache folder
 _CHUNK = 256  # files checked between two writes of results
 _SILENT_SECONDS = 2.0  # shorter checks show no progress
-_SPARE_ROWS = 4096  # outdated results that a file of results may hold
+_MAX_OUTDATED = 4096  # outdated results that a file of results may hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def check_images(
       stamps[name] = _stamp(folder, name, decoding)
     except BadRecord as error:
       reasons[name] = str(error)
-  unchecked = [name for name, stamp in stamps.items() if stamp not in results.rows]
+  unchecked = [name for name, stamp in stamps.items() if stamp not in results.contents]
 
   def check(name: str) -> int | BadRecord:
     try:
@@ -80,7 +80,7 @@ def check_images(
           new[stamps[name]] = result
         bar.update()
       results.add(new)
-  contents = {n: results.rows[stamp] for n, stamp in stamps.items() if stamp in results.rows}
+  contents = {n: results.contents[stamp] for n, stamp in stamps.items() if stamp in results.contents}
   if is_whole:
     results.compact(set(stamps.values()))
   return Checked(contents, reasons)
@@ -132,30 +132,30 @@ class _Results:
   """Results of earlier checks of a folder: a file of pairs of 64-bit hashes (stamp, content).
 
   Attributes:
-    rows: stamp -> content.
+    contents: hash of a file's stamp -> hash of its content.
   """
 
   def __init__(self, folder: Path):
     name = f'{stable_hash(folder.resolve()):016x}.u64'
     self._path = cache_dir() / FOLDER / name
     values = np.fromfile(self._path, '<u8') if self._path.exists() else np.zeros(0, '<u8')
-    self.rows: dict[int, int] = dict(values[: len(values) // 2 * 2].reshape(-1, 2).tolist())
+    self.contents: dict[int, int] = dict(values[: len(values) // 2 * 2].reshape(-1, 2).tolist())
 
-  def add(self, rows: dict[int, int]) -> None:
+  def add(self, contents: dict[int, int]) -> None:
     """Stores results at once, so that an interrupted check continues."""
-    self.rows |= rows
+    self.contents |= contents
     with _warned():
       self._path.parent.mkdir(parents=True, exist_ok=True)
       with self._path.open('ab') as file:
         file.truncate(file.tell() // 16 * 16)  # An interrupted write leaves part of a pair.
-        file.write(_pairs(rows))
+        file.write(_pairs(contents))
 
   def compact(self, stamps: set[int]) -> None:
     """Removes results of other stamps, if there are many."""
-    if len(self.rows) > 2 * len(stamps) + _SPARE_ROWS:
-      self.rows = {stamp: self.rows[stamp] for stamp in stamps & self.rows.keys()}
+    if len(self.contents) > 2 * len(stamps) + _MAX_OUTDATED:
+      self.contents = {stamp: self.contents[stamp] for stamp in stamps & self.contents.keys()}
       with _warned():
-        write_atomic(self._path, _pairs(self.rows))
+        write_atomic(self._path, _pairs(self.contents))
 
 
 @contextlib.contextmanager
@@ -167,8 +167,8 @@ def _warned() -> Iterator[None]:
     logging.warning('%s; images may be checked again at the next start', error)
 
 
-def _pairs(rows: dict[int, int]) -> bytes:
-  return np.asarray(list(rows.items()), '<u8').tobytes()
+def _pairs(contents: dict[int, int]) -> bytes:
+  return np.asarray(list(contents.items()), '<u8').tobytes()
 
 
 def _shown(folder: Path, name: str) -> str:

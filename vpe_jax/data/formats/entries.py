@@ -1,8 +1,8 @@
-"""The records that a folder of image files lists: names of images, and their captions.
+"""Lists the records of a folder of image files: image names and captions.
 
 `captions.jsonl`, or `metadata.jsonl` as Hugging Face's `imagefolder` names it, has a line such as
 `{"file": "fox.png", "caption": "a red fox"}` for each image. Without either, a text file beside
-each image holds its caption. Only texts are read here, no image.
+each image holds its caption. This module opens no image.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Entry(NamedTuple):
     names: file names and captions.
     values: other fields of its line.
     where: location, for error messages.
-    reason: why the entry can't be used; '' if it can. Then `names` only identifies it.
+    reason: why the entry can't be used; '' if it can. The `names` of an unusable entry only
+      distinguish it from others.
   """
 
   names: Names
@@ -215,7 +216,10 @@ def _text(path: Path) -> str:
 
 
 def _image_files(folder: Path, endings: frozenset[str] = ENDINGS) -> Iterator[Path]:
-  """Files of a folder and its subfolders that have one of the endings, except hidden ones."""
+  """Files of a folder and its subfolders that have one of the endings, except hidden ones.
+
+  Links to folders are not followed.
+  """
   for path in folder.rglob('*'):
     hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)
     if not hidden and path.suffix.lower() in endings and path.is_file():
@@ -253,10 +257,10 @@ def captions_of(values: Any, where: str, *names: str) -> tuple[str, ...]:
 
 
 def check_caption(text: str, where: str) -> str:
-  """Returns a caption that has a permitted length and can be encoded as UTF-8.
+  """Returns the caption if it is short enough and can be encoded as UTF-8.
 
   Raises:
-    BadRecord: it can't.
+    BadRecord: it is longer than MAX_CAPTION, or can't be encoded.
   """
   if len(text) > MAX_CAPTION:
     raise BadRecord(

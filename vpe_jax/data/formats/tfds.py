@@ -164,7 +164,7 @@ def _find(root: Path, name: str) -> tuple[Path, str]:
     if not versions:
       subfolders = ', '.join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
       raise UserError(
-        f'tfds:{name}: {folder} holds no version of a data set, but {subfolders or "nothing"}'
+        f'tfds:{name}: {folder} has no version of a data set; its folders: {subfolders or "none"}'
       )
     folder = max(versions, key=lambda path: tuple(map(int, path.name.split('.'))))
   return folder, rest[0] if rest else 'train'
