@@ -80,7 +80,9 @@ def check_images(
           new[stamps[name]] = result
         bar.update()
       results.add(new)
-  contents = {n: results.contents[stamp] for n, stamp in stamps.items() if stamp in results.contents}
+  contents = {
+    n: results.contents[stamp] for n, stamp in stamps.items() if stamp in results.contents
+  }
   if is_whole:
     results.compact(set(stamps.values()))
   return Checked(contents, reasons)
