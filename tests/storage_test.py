@@ -24,6 +24,26 @@ def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
   assert storage.cache_dir() == tmp_path / '.cache' / 'vpe_jax'
 
 
+def test_cache_dir_is_local(monkeypatch):
+  monkeypatch.setenv('VPE_JAX_CACHE', 'gs://bucket/cache')
+  with pytest.raises(UserError, match='VPE_JAX_CACHE=gs://bucket/cache'):
+    storage.cache_dir()
+
+
+@pytest.mark.parametrize('resolved', [storage.cache_dir, lambda: storage.local_path('~nobody_x/y')])
+def test_missing_home_folders_are_one_line_errors(monkeypatch, resolved):
+  monkeypatch.setenv('VPE_JAX_CACHE', '~nobody_x')
+  with pytest.raises(UserError, match='~nobody_x.* has no home folder'):
+    resolved()
+
+
+def test_temporary_files_on_object_stores_differ_between_hosts(monkeypatch):
+  monkeypatch.setattr(storage.os, 'getpid', lambda: 1)  # as in every container
+  path = epath.Path('gs://bucket/file')
+  first, second = storage._temporary_path(path), storage._temporary_path(path)
+  assert first.parent == second.parent == path.parent and first != second
+
+
 def test_atomic_write_replaces_the_file_and_leaves_no_temporary(tmp_path):
   path = tmp_path / 'deep' / 'file'
   storage.write_atomic(path, b'old')
@@ -89,15 +109,17 @@ def test_stable_hash_never_changes():
   assert storage.stable_hash('a', 'b') != storage.stable_hash('ab')
 
 
-def test_read_lines_matches_read_text_and_streams(tmp_path):
+def test_read_text_converts_line_ends_and_names_the_cure(tmp_path):
   path = tmp_path / 'x.txt'
   path.write_bytes('\ufeffone\r\ntwo \u2028 and\x0c\n\nfour\rfive'.encode())
-  assert list(storage.read_lines(path)) == storage.read_text(path).split('\n')
-  path.write_bytes(b'one\n' * 100_000 + b'\xff')
-  lines = storage.read_lines(path)
-  assert next(lines) == 'one'
-  with pytest.raises(UserError, match='cannot read .*x.txt'):
-    list(lines)
+  assert storage.read_text(path) == 'one\ntwo \u2028 and\x0c\n\nfour\nfive'
+  path.write_bytes(b'one\n\xff')
+  with pytest.raises(UserError, match='cannot read .*x.txt.*UTF-8'):
+    storage.read_text(path)
+  path.unlink()
+  with pytest.raises(UserError, match='cannot read .*x.txt') as error:
+    storage.read_text(path)
+  assert 'UTF-8' not in str(error.value)  # Another encoding does not help here.
 
 
 def test_local_expands_home_and_refuses_remote_paths(monkeypatch, tmp_path):

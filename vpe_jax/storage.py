@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,11 +59,22 @@ def hub_name(text: str) -> HubName | None:
 
 
 def cache_dir() -> Path:
-  """`$VPE_JAX_CACHE`, or `vpe_jax` in the user's cache folder (XDG)."""
+  """`$VPE_JAX_CACHE`, or `vpe_jax` in the user's cache folder (XDG).
+
+  Raises:
+    UserError: the folder is on an object store, or the user has no home folder.
+  """
   chosen = os.environ.get('VPE_JAX_CACHE')
-  if chosen:
-    return Path(chosen).expanduser()
-  return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'vpe_jax'
+  if chosen and is_remote(chosen):
+    raise UserError(
+      f'VPE_JAX_CACHE={chosen} is on an object store: name a local folder, or mount it (gcsfuse)'
+    )
+  folder = chosen or os.environ.get('XDG_CACHE_HOME') or '~/.cache'
+  try:
+    path = Path(folder).expanduser()
+  except RuntimeError as error:
+    raise UserError(f'{folder} has no home folder: set VPE_JAX_CACHE to a folder') from error
+  return path if chosen else path / 'vpe_jax'
 
 
 def is_remote(path: AnyPath) -> bool:
@@ -149,36 +161,30 @@ def read_text(path: AnyPath, name: str = '') -> str:
   """
   try:
     return Path(path).read_text(encoding='utf-8-sig')
-  except (OSError, UnicodeDecodeError) as error:
+  except OSError as error:
+    reason = error.strerror or error
+    raise UserError(
+      f'cannot read {name or path} ({reason}): check the path and its permissions'
+    ) from error
+  except UnicodeDecodeError as error:
     raise UserError(f'cannot read {name or path} ({error}): save it as text in UTF-8') from error
-
-
-def read_lines(path: AnyPath) -> Iterator[str]:
-  """Yields the lines of a UTF-8 text file, decoded as in `read_text`, without their newlines.
-
-  Raises:
-    UserError: the file can't be read or is not UTF-8.
-  """
-  try:
-    with open(path, encoding='utf-8-sig') as file:
-      for line in file:
-        yield line.removesuffix('\n')
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'cannot read {path} ({error}): save it as text in UTF-8') from error
 
 
 def local_path(path: AnyPath) -> Path:
   """Resolves a path that must be local; `~` expands to the home folder.
 
   Raises:
-    UserError: the path is on an object store.
+    UserError: the path is on an object store, or `~NAME` names no user.
   """
   if is_remote(path):
     raise UserError(
-      f'{path} is on an object store, but images are read from local files: mount it (gcsfuse) or '
-      'copy it, and name the local folder'
+      f'{path} is on an object store, but data sets are read from and written to local folders: '
+      'mount it (gcsfuse) or copy it, and name the local folder'
     )
-  return Path(path).expanduser()
+  try:
+    return Path(path).expanduser()
+  except RuntimeError as error:
+    raise UserError(f'{path} has no home folder: write the path without ~') from error
 
 
 def checksum(path: AnyPath) -> int:
@@ -223,9 +229,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _temporary_path(path: epath.Path) -> epath.Path:
-  """A path in the same folder that no other process writes to."""
+  """A path in the same folder that no other process, on any host, writes to."""
   if is_remote(path):
-    return path.parent / f'.{path.name}.{os.getpid()}.part'
+    return path.parent / f'.{path.name}.{uuid.uuid4().hex}.part'
   handle, temporary = tempfile.mkstemp(dir=path.parent, prefix='.', suffix='.part')
   os.fchmod(handle, 0o644)  # temporary files are private
   os.close(handle)

@@ -194,7 +194,7 @@ class StoredSource(Source, Protocol):
     ...
 
   def digests(self) -> Mapping[str, str]:
-    """Name of a part of the data, such as `images` -> number of its items, and their digest.
+    """Maps each part of the data, such as `images`, to its number of items and their digest.
 
     Copies of the files have the same digests.
     """

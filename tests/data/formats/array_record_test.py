@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -259,6 +260,12 @@ def test_damage_inside_a_shard_is_found_on_reading_and_by_verify(copy):
     list(array_record.verify(copy))
 
 
+def test_verify_names_a_missing_file_of_hashes(copy):
+  (copy / 'hashes.u64').unlink()
+  with pytest.raises(UserError, match='hashes.u64'):
+    list(array_record.verify(copy))
+
+
 @pytest.mark.parametrize(
   'record', [b'', b'nothing', b'\x81\xa2id\xa1x', b'\xc1', b'\x91' * 5000, 'wrong type', 'more']
 )
@@ -282,6 +289,13 @@ def test_an_invalid_image_is_named(tmp_path):
   source = array_record.Prepared(str(tmp_path), (shard,), 1, Decoding(), False, '')
   with pytest.raises(UserError, match='unreadable image fox in .*/a'):
     source[0].image.render(8)
+
+
+@pytest.mark.parametrize('code', [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_errors_of_the_writer_have_their_code(tmp_path, code):
+  with pytest.raises(OSError) as error, Writer(tmp_path / 'a')._as_os_errors():
+    raise RuntimeError(f'INTERNAL: write failed: {os.strerror(code)}')
+  assert error.value.errno == code
 
 
 def test_a_full_disk_raises_oserror(tmp_path):

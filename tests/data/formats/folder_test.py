@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vpe_jax.contracts import UserError
+from vpe_jax.data.filters import Filter
+from vpe_jax.data.formats import checks
 from vpe_jax.data.formats.entries import FieldSpec
 from vpe_jax.data.formats.folder import ReadOptions, open_folder
 from vpe_jax.data.records import BadRecord, render
@@ -192,6 +196,64 @@ def test_images_are_decoded_again_only_if_they_changed(tmp_path, monkeypatch):
     False,
     True,
   ]
+
+
+def test_checks_of_a_part_keep_the_results_of_the_other_images(tmp_path, monkeypatch):
+  _captioned(tmp_path, ['a.png', 'b.png', 'c.png', 'd.png'])
+  monkeypatch.setattr(checks, '_MAX_OUTDATED', 0)
+  english = Filter(language='en')
+  (tmp_path / 'd.txt').write_text('картинка')
+  for options in (ReadOptions(count=1), ReadOptions(record_filter=english)):
+    open_folder(str(tmp_path))
+    open_folder(str(tmp_path), options)
+    assert len(checks._Results(tmp_path).contents) == 4
+  for name in 'bcd':
+    (tmp_path / f'{name}.png').unlink()
+  open_folder(str(tmp_path))
+  assert len(checks._Results(tmp_path).contents) == 1
+
+
+def test_results_that_can_not_be_stored_are_a_warning(tmp_path, monkeypatch, caplog):
+  _captioned(tmp_path, ['a.png', 'b.png', 'c.png'])
+  open_folder(str(tmp_path))
+  monkeypatch.setattr(checks, '_MAX_OUTDATED', 0)
+
+  def fail(path, content):
+    raise OSError(errno.ENOSPC, 'No space left on device', str(path))
+
+  monkeypatch.setattr(checks, 'write_atomic', fail)
+  for name in 'bc':
+    (tmp_path / f'{name}.png').unlink()
+  assert len(open_folder(str(tmp_path))) == 1
+  assert 'No space left' in caplog.records[-1].getMessage()
+
+
+def test_names_that_are_not_text_are_unusable(tmp_path):
+  _captioned(tmp_path, ['a.png', 'b.png'])
+  for ending in ('png', 'txt'):
+    (tmp_path / f'b.{ending}').rename(tmp_path / os.fsdecode(f'\xff.{ending}'.encode('latin-1')))
+  with pytest.raises(UserError, match='1 of 2 records .*name is not valid text'):
+    open_folder(str(tmp_path))
+  assert len(open_folder(str(tmp_path), ReadOptions(most_skipped=0.5))) == 1
+
+
+def test_lines_are_named_in_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  _image(tmp_path / 'image set' / 'x.png')
+  line = {'file': 'y.png', 'caption': 'a y'}
+  (tmp_path / 'image set' / 'captions.jsonl').write_text(json.dumps(line))
+  with pytest.raises(UserError, match='line 1: image .*y.png does not exist'):
+    open_folder('image set')
+
+
+def test_metadata_with_other_image_fields(tmp_path):
+  for name in ('x.png', 'y.png'):
+    _image(tmp_path / name)
+  line = {'before_file_name': 'x.png', 'after_file_name': 'y.png', 'text': 'make it blue'}
+  (tmp_path / 'metadata.jsonl').write_text(json.dumps(line))
+  fields = FieldSpec(references=True, image='after_file_name', reference='before_file_name')
+  (record,) = open_folder(str(tmp_path), ReadOptions(fields))
+  assert (record.id, record.reference.path) == ('folder/y.png', str(tmp_path / 'x.png'))
 
 
 def test_an_image_that_changes_after_the_check_is_named_when_rendered(tmp_path):

@@ -134,6 +134,15 @@ def test_rows_of_a_damaged_row_group_are_unusable(tmp_path):
   assert 'row group 0 of ' in records[0].reason
 
 
+def test_rows_that_disappear_before_they_are_read_have_a_reason(tmp_path):
+  path = _write(tmp_path / 'a.parquet', 3)
+  source = parquet.open_parquet(str(path), FIELDS)
+  locations = list(source.locations(tmp_path))
+  _write(path, 2)
+  *records, unusable = source.read(locations)
+  assert len(records) == 2 and f'{path} changed' in unusable.reason
+
+
 def test_files_are_prepared_in_order(tmp_path):
   (tmp_path / 'deep').mkdir()
   for name in ('b', 'a', 'deep/a'):

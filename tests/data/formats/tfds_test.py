@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pickle
@@ -16,7 +17,9 @@ from PIL import Image
 from tests.small_pipelines import small_pipeline
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
+from vpe_jax.data.formats import tfds as tfds_format
 from vpe_jax.data.preparing import Settings, prepare
+from vpe_jax.data.records import BadRecord
 from vpe_jax.data.sources import open_source
 from vpe_jax.evaluation import heldout
 
@@ -89,6 +92,31 @@ def test_labels_are_groups(root):
   for index in (-1, 12):
     with pytest.raises(IndexError):
       source[index]
+
+
+@pytest.mark.parametrize('needs_label', [False, True])
+def test_records_without_a_label(root, monkeypatch, needs_label):
+  """TFDS gives them the label -1, as in test splits whose labels are secret."""
+  source = _open(root, 'animals:1.2.0/train', prompt_field='group')
+  values = [{'image': _png(0), 'label': np.int64(-1)}]
+  monkeypatch.setattr(tfds_format, '_reader', lambda *_: values)
+  source = dataclasses.replace(source, needs_label=needs_label)
+  if needs_label:
+    with pytest.raises(BadRecord, match='record 0 of .*label=-1'):
+      source[0]
+  else:
+    assert source[0].group == 'tfds'
+
+
+def test_errors_of_many_lines_are_cut(root, monkeypatch):
+  def fail(*_):
+    raise ValueError('first line\nsecond line')
+
+  source = _open(root, 'animals')
+  monkeypatch.setattr(tfds_format, '_reader', fail)
+  with pytest.raises(BadRecord, match='first line') as error:
+    source[0]
+  assert '\n' not in str(error.value)
 
 
 def test_defaults_are_the_newest_version_and_the_split_train(root):

@@ -210,6 +210,30 @@ def test_tar_files_are_prepared_in_order(tmp_path, format):
   assert json.loads((tmp_path / 'to' / 'prepared.json').read_text())['captions']
 
 
+def test_global_headers_are_no_damage(tmp_path, caplog):
+  members = [('1.png', PNG), ('1.txt', b'one')]
+  pax = {'format': tarfile.PAX_FORMAT, 'pax_headers': {'comment': 'x' * 2000}}
+  content = _tar(tmp_path / 'a.tar', members, **pax).read_bytes()
+  members = [('2.png', PNG), ('2.txt', b'two')]
+  content += _tar(tmp_path / 'a.tar', members, **pax).read_bytes()
+  (tmp_path / 'a.tar').write_bytes(content)
+  assert _outcomes(_read(tmp_path / 'a.tar')) == [('a/1', 'one'), ('a/2', 'two')]
+  assert not caplog.records
+
+
+def test_a_tar_file_without_members_is_intact(tmp_path, caplog):
+  path = _tar(tmp_path / 'a.tar', [])
+  assert not _read(path) and not caplog.records
+  path.write_bytes(bytes(1 << 20))  # space that a download reserved
+  (record,) = _read(path)
+  assert 'not an uncompressed tar file' in record.reason
+
+
+def test_an_empty_text_member_leaves_the_caption_to_the_json_member(tmp_path):
+  members = [('1.png', PNG), ('1.txt', b' \n'), ('1.json', b'{"caption": "a cat"}')]
+  assert _outcomes(_read(_tar(tmp_path / 'a.tar', members))) == [('a/1', 'a cat')]
+
+
 def test_a_file_that_disappears_before_it_is_read(tmp_path):
   path = _tar(tmp_path / 'a.tar', [('1.png', PNG)])
   source = webdataset.open_tars(str(path), FieldSpec())

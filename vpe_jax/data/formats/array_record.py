@@ -34,7 +34,7 @@ from vpe_jax.data.formats.folder import Bytes, ReadOptions, limited_count, open_
 from vpe_jax.data.held_out import part_of
 from vpe_jax.data.records import BadRecord, HashedSource, Record, StoredSource, digest_of
 from vpe_jax.data.transforms import Decoding
-from vpe_jax.storage import AnyPath, checksum, local_path
+from vpe_jax.storage import FULL_ERRNOS, AnyPath, checksum, local_path
 
 MANIFEST = 'prepared.json'
 HASHES = 'hashes.u64'  # hash of the image files of each record, little-endian
@@ -265,21 +265,34 @@ def _check_size(folder: Path, shard: Shard) -> None:
 
 
 def verify(path: AnyPath) -> Iterator[Shard]:
-  """Verifies the checksum of each shard of a prepared folder; yields each intact shard.
+  """Verifies the checksums of a prepared folder; yields each intact shard.
 
   Raises:
-    UserError: a shard is damaged; names it.
+    UserError: a file is missing or damaged; names it.
   """
   folder = local_path(path)
   manifest, _ = read_manifest(folder)
   expected = manifest.hashes_crc32
-  if expected is not None and checksum(folder / HASHES) != expected:
-    raise UserError(f'{folder / HASHES} is damaged (wrong checksum): {_CURE}')
+  if expected is not None:
+    _check_checksum(folder / HASHES, expected)
   for shard in manifest.shards:
     _check_size(folder, shard)
-    if checksum(folder / shard.file) != shard.crc32:
-      raise UserError(f'{folder / shard.file} is damaged (wrong checksum): {_CURE}')
+    _check_checksum(folder / shard.file, shard.crc32)
     yield shard
+
+
+def _check_checksum(path: Path, expected: int) -> None:
+  """Rejects a file that can't be read or has another CRC-32.
+
+  Raises:
+    UserError: names the file.
+  """
+  try:
+    actual = checksum(path)
+  except OSError as error:
+    raise UserError(f'{path} can not be read ({error.strerror}): {_CURE}') from error
+  if actual != expected:
+    raise UserError(f'{path} is damaged (wrong checksum): {_CURE}')
 
 
 def _check_requirements(
@@ -355,9 +368,9 @@ class Writer(contextlib.AbstractContextManager):
     try:
       yield
     except RuntimeError as error:
-      is_full = os.strerror(errno.ENOSPC) in str(error)
-      reason = os.strerror(errno.ENOSPC) if is_full else first_line(error)
-      raise OSError(errno.ENOSPC if is_full else errno.EIO, reason, self._path) from error
+      code = next((c for c in FULL_ERRNOS if os.strerror(c) in str(error)), errno.EIO)
+      reason = first_line(error) if code == errno.EIO else os.strerror(code)
+      raise OSError(code, reason, self._path) from error
 
 
 def _read(folder: str, shard: Shard, index: int) -> Content:

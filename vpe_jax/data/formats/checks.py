@@ -6,10 +6,11 @@ limits) and a hash of its content. Files whose stamp is stored are not read agai
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from vpe_jax.data.formats.entries import abbreviated
+from vpe_jax.data.formats.entries import abbreviated, check_text
 from vpe_jax.data.records import BadRecord
 from vpe_jax.data.transforms import Decoding
 from vpe_jax.storage import cache_dir, stable_hash, write_atomic
@@ -25,7 +26,7 @@ from vpe_jax.storage import cache_dir, stable_hash, write_atomic
 FOLDER = 'checked'  # of the cache folder
 _CHUNK = 256  # files checked between two writes of results
 _SILENT_SECONDS = 2.0  # shorter checks show no progress
-_SPARE_ROWS = 4096  # outdated results that a file of results may hold
+_MAX_OUTDATED = 4096  # outdated results that a file of results may hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +42,16 @@ class Checked:
   reasons: dict[str, str]
 
 
-def check_images(folder: Path, names: Sequence[str], decoding: Decoding) -> Checked:
+def check_images(
+  folder: Path, names: Sequence[str], decoding: Decoding, is_whole: bool = False
+) -> Checked:
   """Reads and decodes image files that were not checked before, in one thread per core.
 
   Args:
     folder: parent folder.
     names: different names of files in the folder.
     decoding: limits that the files must respect.
+    is_whole: whether these are all images of the folder; results of other files may be deleted.
   """
   results = _Results(folder)
   reasons: dict[str, str] = {}
@@ -57,7 +61,7 @@ def check_images(folder: Path, names: Sequence[str], decoding: Decoding) -> Chec
       stamps[name] = _stamp(folder, name, decoding)
     except BadRecord as error:
       reasons[name] = str(error)
-  unchecked = [name for name, stamp in stamps.items() if stamp not in results.rows]
+  unchecked = [name for name, stamp in stamps.items() if stamp not in results.contents]
 
   def check(name: str) -> int | BadRecord:
     try:
@@ -76,8 +80,11 @@ def check_images(folder: Path, names: Sequence[str], decoding: Decoding) -> Chec
           new[stamps[name]] = result
         bar.update()
       results.add(new)
-  contents = {n: results.rows[stamp] for n, stamp in stamps.items() if stamp in results.rows}
-  results.compact(set(stamps.values()))
+  contents = {
+    n: results.contents[stamp] for n, stamp in stamps.items() if stamp in results.contents
+  }
+  if is_whole:
+    results.compact(set(stamps.values()))
   return Checked(contents, reasons)
 
 
@@ -85,7 +92,7 @@ def _stamp(folder: Path, name: str, decoding: Decoding) -> int:
   """A hash that changes whenever the file or a limit changes.
 
   Raises:
-    BadRecord: there is no such file.
+    BadRecord: there is no such file, or its name is not valid text.
   """
   try:
     stat = os.stat(folder / name)
@@ -93,6 +100,7 @@ def _stamp(folder: Path, name: str, decoding: Decoding) -> int:
     raise BadRecord(f'image {_shown(folder, name)} does not exist') from error
   except OSError as error:
     raise BadRecord(f'image {_shown(folder, name)} can not be read ({error.strerror})') from error
+  check_text(name, f'image {_shown(folder, name)}', 'name')
   limits = (decoding.most_pixels, decoding.most_bytes)
   return stable_hash(name, stat.st_size, stat.st_mtime_ns, *limits)
 
@@ -126,35 +134,43 @@ class _Results:
   """Results of earlier checks of a folder: a file of pairs of 64-bit hashes (stamp, content).
 
   Attributes:
-    rows: stamp -> content.
+    contents: hash of a file's stamp -> hash of its content.
   """
 
   def __init__(self, folder: Path):
     name = f'{stable_hash(folder.resolve()):016x}.u64'
     self._path = cache_dir() / FOLDER / name
     values = np.fromfile(self._path, '<u8') if self._path.exists() else np.zeros(0, '<u8')
-    self.rows: dict[int, int] = dict(values[: len(values) // 2 * 2].reshape(-1, 2).tolist())
+    self.contents: dict[int, int] = dict(values[: len(values) // 2 * 2].reshape(-1, 2).tolist())
 
-  def add(self, rows: dict[int, int]) -> None:
+  def add(self, contents: dict[int, int]) -> None:
     """Stores results at once, so that an interrupted check continues."""
-    self.rows |= rows
-    try:
+    self.contents |= contents
+    with _warned():
       self._path.parent.mkdir(parents=True, exist_ok=True)
       with self._path.open('ab') as file:
         file.truncate(file.tell() // 16 * 16)  # An interrupted write leaves part of a pair.
-        file.write(_pairs(rows))
-    except OSError as error:
-      logging.warning('%s; the images are checked again at the next start', error)
+        file.write(_pairs(contents))
 
   def compact(self, stamps: set[int]) -> None:
     """Removes results of other stamps, if there are many."""
-    if len(self.rows) > 2 * len(stamps) + _SPARE_ROWS:
-      self.rows = {stamp: self.rows[stamp] for stamp in stamps & self.rows.keys()}
-      write_atomic(self._path, _pairs(self.rows))
+    if len(self.contents) > 2 * len(stamps) + _MAX_OUTDATED:
+      self.contents = {stamp: self.contents[stamp] for stamp in stamps & self.contents.keys()}
+      with _warned():
+        write_atomic(self._path, _pairs(self.contents))
 
 
-def _pairs(rows: dict[int, int]) -> bytes:
-  return np.asarray(list(rows.items()), '<u8').tobytes()
+@contextlib.contextmanager
+def _warned() -> Iterator[None]:
+  """Context in which a failed write of results becomes a warning."""
+  try:
+    yield
+  except OSError as error:
+    logging.warning('%s; images may be checked again at the next start', error)
+
+
+def _pairs(contents: dict[int, int]) -> bytes:
+  return np.asarray(list(contents.items()), '<u8').tobytes()
 
 
 def _shown(folder: Path, name: str) -> str:

@@ -1,8 +1,8 @@
-"""The records that a folder of image files lists: names of images, and their captions.
+"""Lists the records of a folder of image files: image names and captions.
 
 `captions.jsonl`, or `metadata.jsonl` as Hugging Face's `imagefolder` names it, has a line such as
 `{"file": "fox.png", "caption": "a red fox"}` for each image. Without either, a text file beside
-each image holds its caption. Only texts are read here, no image.
+each image holds its caption. This module opens no image.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class Entry(NamedTuple):
     names: file names and captions.
     values: other fields of its line.
     where: location, for error messages.
-    reason: why the entry can't be used; '' if it can. Then `names` only identifies it.
+    reason: why the entry can't be used; '' if it can. The `names` of an unusable entry only
+      distinguish it from others.
   """
 
   names: Names
@@ -80,7 +81,7 @@ def find_entries(folder: Path, fields: FieldSpec) -> Iterator[Entry]:
   """
   if not folder.is_dir():
     raise UserError(f'data folder {folder} does not exist: folder:PATH needs an existing folder')
-  if (path := _list_file(folder)) is not None:
+  if (path := _list_file(folder, fields.image)) is not None:
     yield from _from_list(folder, path, fields)
   elif fields.references:
     raise UserError(f'data folder {folder} has no {CAPTIONS}: source images must be named there')
@@ -88,14 +89,17 @@ def find_entries(folder: Path, fields: FieldSpec) -> Iterator[Entry]:
     yield from _from_text_files(folder, fields)
 
 
-def _list_file(folder: Path) -> Path | None:
-  """The file that lists the images; None if there is none."""
+def _list_file(folder: Path, image: str) -> Path | None:
+  """The file that lists the images, in the field `image` or a default one; None if none does."""
   path, metadata = folder / CAPTIONS, folder / METADATA
-  if path.exists() or not metadata.is_file():
-    return path if path.exists() else None
-  # Other tools write files of this name too.
+  if path.exists():
+    return path
+  if not metadata.is_file():
+    return None
+  # Other tools write files of this name too: the first line must have a field of image names.
   first = next((line for _, line in _lines(metadata) if line.strip()), b'')
-  return metadata if f'"{_FILE_NAME}"'.encode() in first else None
+  names = {_FILE_NAME, image or _FILE_NAME}
+  return metadata if any(json.dumps(name).encode() in first for name in names) else None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -109,7 +113,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
       for number, line in enumerate(file, 1):
         yield number, line.removeprefix(b'\xef\xbb\xbf') if number == 1 else line
   except OSError as error:
-    raise UserError(f'cannot read {path} ({error.strerror}): save it as text in UTF-8') from error
+    raise UserError(f'cannot read {path} ({error.strerror}): check its permissions') from error
 
 
 def _from_list(folder: Path, path: Path, fields: FieldSpec) -> Iterator[Entry]:
@@ -212,7 +216,10 @@ def _text(path: Path) -> str:
 
 
 def _image_files(folder: Path, endings: frozenset[str] = ENDINGS) -> Iterator[Path]:
-  """Files of a folder and its subfolders that have one of the endings, except hidden ones."""
+  """Files of a folder and its subfolders that have one of the endings, except hidden ones.
+
+  Links to folders are not followed.
+  """
   for path in folder.rglob('*'):
     hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)
     if not hidden and path.suffix.lower() in endings and path.is_file():
@@ -250,10 +257,10 @@ def captions_of(values: Any, where: str, *names: str) -> tuple[str, ...]:
 
 
 def check_caption(text: str, where: str) -> str:
-  """Returns a caption that has a permitted length and can be encoded as UTF-8.
+  """Returns the caption if it is short enough and can be encoded as UTF-8.
 
   Raises:
-    BadRecord: it can't.
+    BadRecord: it is longer than MAX_CAPTION, or can't be encoded.
   """
   if len(text) > MAX_CAPTION:
     raise BadRecord(

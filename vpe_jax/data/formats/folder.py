@@ -158,7 +158,7 @@ def open_folder(path: str, options: ReadOptions = ReadOptions()) -> Folder:
   """Lists the images and captions of a folder, and checks its image files.
 
   See vpe_jax.data.formats.entries for the form of the folder. For edits, the caption of an image is
-  the instruction. Hidden files are ignored.
+  the instruction. Hidden files and, without a list, links to folders are ignored.
 
   Args:
     path: the folder.
@@ -176,7 +176,10 @@ def open_folder(path: str, options: ReadOptions = ReadOptions()) -> Folder:
     raise UserError(f'data folder {folder} has no images ({", ".join(sorted(ENDINGS))})')
   used = sorted(places)[: limited_count(len(places), options.count, path)]
   files = dict.fromkeys(name for image, _, source in used for name in (image, source) if name)
-  checked = check_images(folder, list(files), options.decoding)
+  criteria = options.record_filter
+  is_filtered = bool(criteria.language or criteria.least_text_height)
+  is_whole = len(used) == len(places) and not is_filtered
+  checked = check_images(folder, list(files), options.decoding, is_whole)
   intact = []
   for names in used:
     bad = [name for name in (names[0], names[2]) if name in checked.reasons]
@@ -215,7 +218,7 @@ def _located(reason: str, where: str) -> str:
 
   In a folder without a list, `where` is `image PATH`, which the reason names already.
   """
-  return reason if where.startswith('image ') else f'{where}: {reason}'
+  return reason if where in reason else f'{where}: {reason}'
 
 
 def _report_skipped(folder: Path, reasons: list[str], total: int, most_skipped: float) -> None:

@@ -68,7 +68,7 @@ class Parquet:
       locations, key=lambda place: tuple(place[:2])
     ):
       rows = [(row, number) for _, _, row, number in rows_of_group]
-      done, reason = 0, ''
+      done, reason = 0, f'{path} changed: row group {group} has fewer rows than before'
       try:
         for values in self._rows(path, group, rows[0][0], len(rows)):
           yield self._record(path, rows[done][1], values)

@@ -50,6 +50,7 @@ class Tfds:
     image: name of the image feature.
     caption: name of the caption feature; '' for none.
     labels: class names of the feature `label`; empty if there are none.
+    needs_label: whether a record without a label is unusable; TFDS labels such a record -1.
     decoding: how image files become arrays.
   """
 
@@ -59,6 +60,7 @@ class Tfds:
   image: str
   caption: str
   labels: tuple[str, ...]
+  needs_label: bool
   decoding: Decoding
 
   def __len__(self) -> int:
@@ -76,9 +78,12 @@ class Tfds:
     try:
       values = _reader(os.getpid(), self.path, self.split)[index]
       caption = values[self.caption].decode() if self.caption else ''
-      group = self.labels[values[_LABEL]] if self.labels else _GROUP
+      label = int(values[_LABEL]) if self.labels else -1
+      group = self.labels[label] if label >= 0 else _GROUP
     except Exception as error:  # TFDS and array_record raise errors of many kinds.
-      raise BadRecord(f'{where} can not be read ({error}); prepare it again') from error
+      raise BadRecord(f'{where} can not be read ({first_line(error)}); prepare it again') from error
+    if self.needs_label and label < 0:
+      raise BadRecord(f'{where} has no label ({_LABEL}={label}): choose a split with labels')
     return Record(
       id=f'tfds/{self.split}/{index}',
       caption=check_text(caption.strip(), where),
@@ -136,7 +141,9 @@ def open_tfds(name: str, root: str, options: ReadOptions) -> Tfds:
     )
   total = len(_reader(os.getpid(), str(folder), split))
   used = limited_count(total, options.count, f'{folder} ({split})')
-  return Tfds(str(folder), split, used, image, caption, labels, options.decoding)
+  return Tfds(
+    str(folder), split, used, image, caption, labels, not fields.captions, options.decoding
+  )
 
 
 def _find(root: Path, name: str) -> tuple[Path, str]:
@@ -157,7 +164,7 @@ def _find(root: Path, name: str) -> tuple[Path, str]:
     if not versions:
       subfolders = ', '.join(sorted(path.name for path in folder.iterdir() if path.is_dir()))
       raise UserError(
-        f'tfds:{name}: {folder} holds no version of a data set, but {subfolders or "nothing"}'
+        f'tfds:{name}: {folder} has no version of a data set; its folders: {subfolders or "none"}'
       )
     folder = max(versions, key=lambda path: tuple(map(int, path.name.split('.'))))
   return folder, rest[0] if rest else 'train'
@@ -171,7 +178,7 @@ def _builder(folder: str) -> Any:
 
   path = Path(folder) / _FEATURES
   try:
-    unknown = [name for name in _classes(json.loads(path.read_text())) if not _KNOWN.match(name)]
+    unknown = [name for name in _classes(json.loads(path.read_bytes())) if not _KNOWN.match(name)]
     if unknown:
       raise UserError(f'{path} names {unknown[0]}, which is not a feature of TFDS: not read')
     return tfds.builder_from_directory(folder)

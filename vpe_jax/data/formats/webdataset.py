@@ -114,7 +114,8 @@ class Tars:
     name = self.fields.caption
     if (ending := name or _TEXT) in parts:
       text = ' '.join(_part(file, parts, [ending], _MAX_TEXT).decode('utf-8-sig').split())
-      return (text,) if text else ()
+      if text:
+        return (text,)
     return captions_of(values, f'its .{_JSON}', *([name] if name else _CAPTIONS))
 
 
@@ -183,9 +184,11 @@ def _members(path: str) -> Iterator[tuple[str, str, int, int]]:
         if member.isreg() and not member.issparse() and stem and ending:
           yield posixpath.join(folder, stem), ending.lower(), member.offset_data, member.size
       size = tar.fileobj.seek(0, os.SEEK_END)
-      if size and not end:
+      is_damaged = _is_damaged(tar.fileobj, end, size)
+      # A tar file without members is one block of zeros; a longer one is an unfinished download.
+      if not end and (is_damaged or size > tarfile.RECORDSIZE):
         raise tarfile.ReadError('it is not an uncompressed tar file')
-      if _is_damaged(tar.fileobj, end, size):
+      if is_damaged:
         yield _damage(path, end, size)
       elif end >= size:
         raise tarfile.ReadError('it is truncated')
@@ -195,13 +198,30 @@ def _members(path: str) -> Iterator[tuple[str, str, int, int]]:
 
 
 def _is_damaged(file: BinaryIO, start: int, end: int) -> bool:
-  """Whether the bytes between two members are not all zero; keeps the position in the file."""
-  position, block = file.tell(), 1 << 20
+  """Whether there is damage between two members; keeps the position in the file.
+
+  Intact are zeros and PAX global headers, as `git archive` writes.
+  """
+  position = file.tell()
   file.seek(start)
-  sizes = (min(block, end - first) for first in range(start, end, block))
-  damaged = any(content.strip(b'\0') for content in map(file.read, sizes))
+  damaged = False
+  while not damaged and (block := file.read(max(0, min(tarfile.BLOCKSIZE, end - file.tell())))):
+    if block.strip(b'\0'):
+      size = _global_header_size(block)
+      damaged = size is None
+      file.seek(size or 0, os.SEEK_CUR)
   file.seek(position)
   return damaged
+
+
+def _global_header_size(block: bytes) -> int | None:
+  """Size of the content that follows a PAX global header; None for any other block."""
+  try:
+    header = tarfile.TarInfo.frombuf(block, 'utf-8', 'surrogateescape')
+  except tarfile.HeaderError:
+    return None
+  blocks = -(-header.size // tarfile.BLOCKSIZE)
+  return blocks * tarfile.BLOCKSIZE if header.type == tarfile.XGLTYPE else None
 
 
 def _damage(path: str, start: int, end: int) -> tuple[str, str, int, int]:
