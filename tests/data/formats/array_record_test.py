@@ -259,6 +259,15 @@ def test_damage_inside_a_shard_is_found_on_reading_and_by_verify(copy):
     list(array_record.verify(copy))
 
 
+def test_verify_names_a_missing_file_of_hashes(copy):
+  (copy / array_record.HASHES).unlink()
+  try:
+    error = str(list(array_record.verify(copy)))
+  except (OSError, UserError) as raised:
+    error = str(raised)
+  assert f'{copy / array_record.HASHES} is missing: copy it again' in error
+
+
 @pytest.mark.parametrize(
   'record', [b'', b'nothing', b'\x81\xa2id\xa1x', b'\xc1', b'\x91' * 5000, 'wrong type', 'more']
 )

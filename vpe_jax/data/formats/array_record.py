@@ -268,11 +268,13 @@ def verify(path: AnyPath) -> Iterator[Shard]:
   """Verifies the checksum of each shard of a prepared folder; yields each intact shard.
 
   Raises:
-    UserError: a shard is damaged; names it.
+    UserError: a file is missing or damaged; names it.
   """
   folder = local_path(path)
   manifest, _ = read_manifest(folder)
   expected = manifest.hashes_crc32
+  if expected is not None and not (folder / HASHES).is_file():
+    raise UserError(f'{folder / HASHES} is missing: {_CURE}')
   if expected is not None and checksum(folder / HASHES) != expected:
     raise UserError(f'{folder / HASHES} is damaged (wrong checksum): {_CURE}')
   for shard in manifest.shards:
