@@ -6,12 +6,14 @@ limits) and a hash of its content. Files whose stamp is stored are not read agai
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 from absl import logging
@@ -85,7 +87,7 @@ def _stamp(folder: Path, name: str, decoding: Decoding) -> int:
   """A hash that changes whenever the file or a limit changes.
 
   Raises:
-    BadRecord: there is no such file.
+    BadRecord: there is no such file, or it is a folder, a pipe or a device.
   """
   try:
     stat = os.stat(folder / name)
@@ -93,6 +95,8 @@ def _stamp(folder: Path, name: str, decoding: Decoding) -> int:
     raise BadRecord(f'image {_shown(folder, name)} does not exist') from error
   except OSError as error:
     raise BadRecord(f'image {_shown(folder, name)} can not be read ({error.strerror})') from error
+  if not S_ISREG(stat.st_mode):  # Reading a pipe or a device may never end.
+    raise BadRecord(f'image {_shown(folder, name)} is no regular file')
   limits = (decoding.most_pixels, decoding.most_bytes)
   return stable_hash(name, stat.st_size, stat.st_mtime_ns, *limits)
 
@@ -132,25 +136,35 @@ class _Results:
   def __init__(self, folder: Path):
     name = f'{stable_hash(folder.resolve()):016x}.u64'
     self._path = cache_dir() / FOLDER / name
-    values = np.fromfile(self._path, '<u8') if self._path.exists() else np.zeros(0, '<u8')
+    values = np.zeros(0, '<u8')
+    with _warning(), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+      values = np.fromfile(self._path, '<u8')
     self.rows: dict[int, int] = dict(values[: len(values) // 2 * 2].reshape(-1, 2).tolist())
 
   def add(self, rows: dict[int, int]) -> None:
     """Stores results at once, so that an interrupted check continues."""
     self.rows |= rows
-    try:
+    with _warning():
       self._path.parent.mkdir(parents=True, exist_ok=True)
       with self._path.open('ab') as file:
         file.truncate(file.tell() // 16 * 16)  # An interrupted write leaves part of a pair.
         file.write(_pairs(rows))
-    except OSError as error:
-      logging.warning('%s; the images are checked again at the next start', error)
 
   def compact(self, stamps: set[int]) -> None:
     """Removes results of other stamps, if there are many."""
     if len(self.rows) > 2 * len(stamps) + _SPARE_ROWS:
       self.rows = {stamp: self.rows[stamp] for stamp in stamps & self.rows.keys()}
-      write_atomic(self._path, _pairs(self.rows))
+      with _warning():
+        write_atomic(self._path, _pairs(self.rows))
+
+
+@contextlib.contextmanager
+def _warning() -> Iterator[None]:
+  """Context in which a file of results that can't be read or written is only a warning."""
+  try:
+    yield
+  except OSError as error:
+    logging.warning('%s; the images are checked again at the next start', error)
 
 
 def _pairs(rows: dict[int, int]) -> bytes:
