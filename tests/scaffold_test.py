@@ -289,6 +289,11 @@ def test_tpu_pod_worker_commands_are_shell() -> None:
     ('--zone=z --type=v6e-16 --workdir=gs://b/run', 'set --name=NAME'),
     ('--name=n --zone=z --type=v6e-16 --workdir=runs/x', 'set --workdir=gs://'),
     ('--name=n --zone=z --type=h100 --workdir=gs://b/run', 'no image known for --type=h100'),
+    pytest.param(
+      '--name=n --zone=z --type=v6e-16 --workdir=gs://b/run --config=configs/none.py:x',
+      '--config=configs/none.py:x is not in the commit',
+      marks=pytest.mark.skipif(not (ROOT / '.git').exists(), reason='no git checkout'),
+    ),
     ('--nane=n', "unknown option '--nane=n'"),
   ],
 )
