@@ -289,11 +289,6 @@ def test_tpu_pod_worker_commands_are_shell() -> None:
     ('--zone=z --type=v6e-16 --workdir=gs://b/run', 'set --name=NAME'),
     ('--name=n --zone=z --type=v6e-16 --workdir=runs/x', 'set --workdir=gs://'),
     ('--name=n --zone=z --type=h100 --workdir=gs://b/run', 'no image known for --type=h100'),
-    pytest.param(
-      '--name=n --zone=z --type=v6e-16 --workdir=gs://b/run --config=configs/none.py:x',
-      '--config=configs/none.py:x is not in the commit',
-      marks=pytest.mark.skipif(not (ROOT / '.git').exists(), reason='no git checkout'),
-    ),
     ('--nane=n', "unknown option '--nane=n'"),
   ],
 )
@@ -301,6 +296,18 @@ def test_tpu_pod_mistakes(arguments: str, message: str) -> None:
   done = _shell(f'bash launch/tpu_pod.sh --dry_run {arguments}')
   assert done.returncode == 2 and done.stdout == ''
   assert done.stderr.startswith('error: ' + message) and done.stderr.count('\n') == 1
+
+
+def test_tpu_pod_needs_a_config_of_the_commit(tmp_path: Path) -> None:
+  script = TPU.replace('launch/', f'{ROOT}/launch/')
+  git = f'cd {tmp_path} && git -c user.name=n -c user.email=n@example.org'
+  assert _shell(f'{git} init -q && {git} commit -q --allow-empty -m x').returncode == 0
+  (tmp_path / 'new.py').write_text('')
+  run = f'cd {tmp_path} && {script} --dry_run --config=new.py:debug'
+  refused = _shell(run)
+  assert (refused.returncode, refused.stdout) == (2, '')
+  assert refused.stderr.startswith('error: --config=new.py:debug is not in the commit')
+  assert _shell(f'{git} add new.py && {git} commit -q -m y && {run}').returncode == 0
 
 
 FAKE_GCLOUD = """#!/bin/bash
