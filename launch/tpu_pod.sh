@@ -58,6 +58,11 @@ parse() {
   [ -n "$zone" ] || fail 'set --zone=ZONE, such as us-east5-b'
   [ -n "$type" ] || fail 'set --type=TYPE, such as v6e-16'
   [[ $workdir == gs://?* ]] || fail 'set --workdir=gs://BUCKET/FOLDER, which all workers can reach'
+  # Before the slice costs money: workers get the commit, not the files here.
+  if [[ -z $repo && ${config%%:*} == *.py ]] && git rev-parse --verify HEAD > /dev/null 2>&1 &&
+    ! git cat-file -e "HEAD:./${config%%:*}" 2>/dev/null; then
+    fail "--config=$config is not in the commit that is checked out here: add and commit it"
+  fi
   [ -n "$version" ] || version=$(image_for "$type")
   if [ -z "$dry_run" ] && ! command -v gcloud > /dev/null; then
     fail 'gcloud is not installed: see https://cloud.google.com/sdk/docs/install, or set --dry_run'

@@ -32,7 +32,7 @@ def _write(source, complete=True):
     if not complete:
       raise RuntimeError('interrupted')
 
-  fingerprint = json.dumps({'data': [source]})
+  fingerprint = json.dumps({'data': {'source': source}})
   try:
     cache.write_cache(fingerprint, batches, 2)
   except RuntimeError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,11 @@ from PIL import Image
 from pyarrow import parquet
 
 from tests.small_pipelines import small_pipeline
+from vpe_jax import storage
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data import cache
+from vpe_jax.data.formats import checks
 from vpe_jax.data.formats.array_record import verify
 from vpe_jax.data.preparing import Settings, prepare
 from vpe_jax.data.records import Record
@@ -97,6 +100,11 @@ def _line(number: int, **fields: Any) -> dict[str, Any]:
   return {'file': f'{number:02d}.jpg', 'caption': f'image {number}'} | fields
 
 
+def _box(side: float) -> dict[str, Any]:
+  """A text in the image with a square box."""
+  return {'text': 'SALE', 'box': [0, 0, side, side]}
+
+
 def _parquet(folder: Path, *captions: Any) -> None:
   """A file for each column of captions."""
   for number, column in enumerate(captions):
@@ -129,6 +137,48 @@ def _damaged_header(folder: Path, **header: int) -> None:
     block = member.tobuf(tarfile.GNU_FORMAT)
   content[offset : offset + 512] = block
   (folder / 'a.tar').write_bytes(content)
+
+
+def _not_utf8(folder: Path) -> None:
+  _images(folder)
+  for ending in (b'.jpg', b'.txt'):
+    os.rename(os.fsencode(folder) + b'/04' + ending, os.fsencode(folder) + b'/caf\xe9' + ending)
+
+
+def _linked_subfolder(folder: Path) -> None:
+  """Ten images, and links to a folder with five others and to the folder itself."""
+  _images(folder)
+  (folder.parent / 'others').mkdir()
+  _images(folder.parent / 'others', 5)
+  (folder / 'more').symlink_to(folder.parent / 'others')
+  (folder / 'same').symlink_to(folder)
+
+
+def _linked_tars(folder: Path, name: str = 'b.tar', mode: str = 'w') -> None:
+  """A tar, and a link to a folder with another one."""
+  (folder.parent / 'tars').mkdir()
+  _tar(folder.parent / 'tars' / name, 3, mode)
+  _tar(folder / 'a.tar')
+  (folder / 'more').symlink_to(folder.parent / 'tars')
+
+
+def _device(folder: Path) -> None:
+  _listed(folder, _line(0), _line(1))
+  (folder / '01.jpg').unlink()
+  (folder / '01.jpg').symlink_to('/dev/null')
+
+
+def _unreadable_results(folder: Path) -> None:
+  """A folder in place of the file with results of earlier checks of the images."""
+  _images(folder)
+  name = f'{storage.stable_hash(folder.resolve()):016x}.u64'
+  (storage.cache_dir() / checks.FOLDER / name).mkdir(parents=True)
+
+
+def _repeated_column(folder: Path) -> None:
+  columns = [pyarrow.array([_png()]), pyarrow.array(['a']), pyarrow.array(['b'])]
+  table = pyarrow.Table.from_arrays(columns, names=['image', 'caption', 'caption'])
+  parquet.write_table(table, folder / '0.parquet')
 
 
 def _bomb(folder: Path) -> None:
@@ -268,6 +318,23 @@ CASES = (
        refused='a.tar are damaged|has no .jpg'),
   Case('a compressed tar', lambda f: _tar(f / 'a.tar.gz', mode='w:gz'), _prepare('webdataset'),
        refused='a.tar.gz is compressed.*gunzip'),
+  Case('a file name that is not UTF-8', _not_utf8, _open(), refused='1 of 10 .*file name.*UTF-8'),
+  Case('a file name that is not UTF-8 to prepare', _not_utf8, _prepare('folder'),
+       refused='1 of 10 .*file name.*UTF-8'),
+  Case('a linked subfolder', _linked_subfolder, _open(), accepted=_count(15)),
+  Case('a linked subfolder to prepare', _linked_subfolder, _prepare('folder'), accepted=_count(15)),
+  Case('a linked folder of tars', _linked_tars, _prepare('webdataset'), accepted=_count(7)),
+  Case('a linked folder of compressed tars', lambda f: _linked_tars(f, 'b.tar.gz', 'w:gz'),
+       _prepare('webdataset'), refused='more/b.tar.gz is compressed'),
+  Case('a device as an image', _device, _open(), refused='01.jpg is no regular file'),
+  Case('a device as an image to prepare', _device, _prepare('folder'),
+       refused='01.jpg is no regular file'),
+  Case('results of checks that can not be read', _unreadable_results, _open(), accepted=_count(10)),
+  Case('a repeated parquet column', _repeated_column, _prepare('parquet'),
+       refused='0.parquet has several columns caption: rename all but one'),
+  *(Case(f'a box of {name}', lambda f, side=side: _listed(f, _line(0, texts=[_box(side)])),
+         _open(least_text_height=8), refused='line 1: "texts" must be a list')
+    for name, side in (('many digits', 10**400), ('infinite size', float('inf')))),
   Case('a decompression bomb', _bomb, _open(),
        refused='x.png has 13,000 x 13,000 pixels.*most_pixels'),
   Case('a decompression bomb to prepare', _bomb, _prepare('folder'),

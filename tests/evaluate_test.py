@@ -67,6 +67,7 @@ def command(monkeypatch, fake_subject):
     ({'set': ['mixes']}, '--set=mixes'),
     ({'benchmarks': ['best_of'], 'set': ['best_of.plans=1']}, 'plans'),
     ({'benchmarks': ['mixes'], 'set': ['mixes.counts=4']}, "'counts'|'count'"),
+    ({'benchmarks': ['mixes'], 'set': ['mixes.count=[']}, 'mixes.count=.: the value is not YAML'),
     ({'step': '500,last'}, '--step=500,last'),
     ({'step': 'all'}, '/no/such/run has no checkpoint'),
     ({'step': 'all', 'workdir': ['assets:tiny']}, 'assets:tiny is a file of weights'),

@@ -25,6 +25,7 @@ def test_flags_and_extra_arguments_reach_the_command():
     ('--n=13', 'n is 13: choose another'),
     ('--n=many', 'flag --n=many'),
     ('--n=28', 'cannot write a file: No space left on device; free some space'),
+    ('--n=36', 'nnn: File name too long; name another path'),
     ('--n=43', 'out of device memory: no room for 32,768.0 GiB more; use a smaller batch'),
     ('--m=1', "Unknown command line flag 'm'"),
     ('x', "unexpected argument 'x'"),

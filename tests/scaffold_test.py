@@ -298,6 +298,18 @@ def test_tpu_pod_mistakes(arguments: str, message: str) -> None:
   assert done.stderr.startswith('error: ' + message) and done.stderr.count('\n') == 1
 
 
+def test_tpu_pod_needs_a_config_of_the_commit(tmp_path: Path) -> None:
+  script = TPU.replace('launch/', f'{ROOT}/launch/')
+  git = f'cd {tmp_path} && git -c user.name=n -c user.email=n@example.org'
+  assert _shell(f'{git} init -q && {git} commit -q --allow-empty -m x').returncode == 0
+  (tmp_path / 'new.py').write_text('')
+  run = f'cd {tmp_path} && {script} --dry_run --config=new.py:debug'
+  refused = _shell(run)
+  assert (refused.returncode, refused.stdout) == (2, '')
+  assert refused.stderr.startswith('error: --config=new.py:debug is not in the commit')
+  assert _shell(f'{git} add new.py && {git} commit -q -m y && {run}').returncode == 0
+
+
 FAKE_GCLOUD = """#!/bin/bash
 # Imitates a slice: answers each query with the next line of a file.
 next() { head -n 1 "$PLAY/$1"; sed -i 1d "$PLAY/$1"; }

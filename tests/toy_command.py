@@ -22,6 +22,8 @@ def main() -> None:
   if flags.FLAGS.n == 28:
     with open('/dev/full', 'w') as file:
       file.write('x' * 10**6)
+  if flags.FLAGS.n == 36:
+    open('n' * 300).close()
   if flags.FLAGS.n == 43:  # tebibytes
     jax.block_until_ready(jnp.zeros(2**43))
   logging.info('chatter')

@@ -55,7 +55,9 @@ def run(
     app.run(quietly, flags_parser=lambda argv: parse(parse_first(argv)))
   except (UserError, OSError) as error:
     if not isinstance(error, UserError) and not storage.is_disk_full(error):
-      raise
+      if error.errno not in storage.PATH_ERRNOS:
+        raise
+      error = UserError(f'{str(error.filename):.80}: {error.strerror}; name another path')
     message = error if isinstance(error, UserError) else storage.write_error(error.filename, error)
     print(f'error: {message}', file=sys.stderr)
     sys.exit(2)

@@ -25,6 +25,7 @@ AnyPath = str | os.PathLike[str]
 SHIPPED_ASSETS = Path(__file__).parent / 'assets'  # installed with the package
 
 FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+PATH_ERRNOS = (errno.ENAMETOOLONG, errno.ELOOP)  # a path that no file can have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +169,27 @@ def read_text(path: AnyPath, name: str = '') -> str:
     ) from error
   except UnicodeDecodeError as error:
     raise UserError(f'cannot read {name or path} ({error}): save it as text in UTF-8') from error
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+  """Files of a local folder and its subfolders, also of linked ones, except hidden subfolders.
+
+  Each folder is read once, and those behind links come last: a link to a folder that is also below
+  `folder` has no effect.
+  """
+  pending, seen = [str(folder)], set()
+  while pending:
+    links: list[str] = []
+    for parent, folders, files in os.walk(pending.pop(0)):
+      stat = os.stat(parent)
+      if (stat.st_dev, stat.st_ino) in seen:
+        folders.clear()
+        continue
+      seen.add((stat.st_dev, stat.st_ino))
+      folders[:] = sorted(name for name in folders if not name.startswith('.'))
+      links += filter(os.path.islink, (os.path.join(parent, name) for name in folders))
+      yield from (Path(parent, name) for name in files)
+    pending += links
 
 
 def local_path(path: AnyPath) -> Path:

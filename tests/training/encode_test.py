@@ -77,7 +77,8 @@ def test_cached_entries_equal_encoded_ones(open_data, capsys):
 def test_cache_is_reused_and_depends_on_data_and_encoders(open_data, tmp_path):
   _, first = open_data()
   _, again = open_data()
-  assert first.encodings == 1 and again.encodings == 0 and len(_folders(tmp_path)) == 1
+  assert first.encodings == 1 and again.encodings == 0
+  assert [stored.source for stored in cache.list_caches()] == [first.config.data.source]
   open_data(examples=20)
   open_data(frozen=frozen_lib.FrozenNetworks({}, {'encoder': 'of other weights'}, _encode_zeros))
   assert len(_folders(tmp_path)) == 3

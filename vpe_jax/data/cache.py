@@ -356,8 +356,8 @@ def list_caches() -> list[Stored]:
 def _stored(folder: Path) -> Stored:
   manifest = _read_manifest(folder)
   try:
-    source = json.loads(manifest.fingerprint)['data'][0]
-  except (ValueError, KeyError, TypeError, IndexError):
+    source = str(json.loads(manifest.fingerprint)['data']['source'])
+  except (ValueError, KeyError, TypeError):
     source = ''
   stats = [path.stat() for path in folder.iterdir()]
   changed = datetime.datetime.fromtimestamp(max([s.st_mtime for s in [*stats, folder.stat()]]))

@@ -10,6 +10,7 @@ Filters read two fields of a line of `captions.jsonl`:
 from __future__ import annotations
 
 import dataclasses
+import math
 import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
@@ -107,8 +108,8 @@ def _texts(values: Mapping[str, Any], where: str) -> list[tuple[str, tuple[float
     valid = all(
       isinstance(text, str) and len(box) == 4 and box[0] <= box[2] and box[1] <= box[3]
       for text, box in texts
-    )
-  except (TypeError, KeyError, ValueError):
+    ) and all(math.isfinite(side) for _, box in texts for side in box)
+  except (TypeError, KeyError, ValueError, OverflowError):  # the last: an integer of 400 digits
     valid = False
   if not valid:
     raise UserError(

@@ -26,7 +26,7 @@ from vpe_jax.data.formats.folder import group_of, record_id
 from vpe_jax.data.formats.tfds import Tfds
 from vpe_jax.data.records import BadRecord, caption_fields
 from vpe_jax.data.transforms import DECODING, Decoding
-from vpe_jax.storage import local_path
+from vpe_jax.storage import files_below, local_path
 
 Location = Sequence[Any]  # JSON values
 
@@ -122,6 +122,8 @@ class FolderInput:
     if not name:
       return b''
     path = Path(self.path, name)
+    if path.exists() and not path.is_file():  # Reading a pipe or a device may never end.
+      raise BadRecord(f'image {path} is no regular file')
     self.decoding.check_bytes(path.stat().st_size, str(path))
     return path.read_bytes()
 
@@ -179,8 +181,11 @@ def matching_files(pattern: str, ending: str) -> dict[str, str]:
     UserError: no file matches.
   """
   path = local_path(pattern)
-  matches = path.rglob(f'*{ending}') if path.is_dir() else glob.iglob(str(path), recursive=True)
-  paths = sorted(str(match) for match in matches if Path(match).is_file())
+  if path.is_dir():
+    matches = (str(file) for file in files_below(path) if file.name.endswith(ending))
+  else:
+    matches = glob.iglob(str(path), recursive=True)
+  paths = sorted(match for match in matches if os.path.isfile(match))
   if not paths:
     raise UserError(
       f'{pattern} matches no files: give a folder with *{ending} files, or a pattern with * and ?'

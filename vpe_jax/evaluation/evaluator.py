@@ -294,7 +294,10 @@ def parse_options(settings: Sequence[str], known: Collection[str]) -> dict[str, 
       raise UserError(f'--set={setting}: write NAME.OPTION=VALUE, such as retrieval.captions=64')
     if name not in known:
       raise UserError(f'--set={setting}: --benchmarks does not name {name}')
-    options.setdefault(name, {})[option] = yaml.safe_load(text)
+    try:
+      options.setdefault(name, {})[option] = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist.
+      raise UserError(f'--set={setting}: the value is not YAML, such as 64 or [a, b]') from error
   return options
 
 

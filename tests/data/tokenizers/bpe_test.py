@@ -86,6 +86,15 @@ def test_invalid_text_is_rejected():
     bpe.shipped().encode(b'a \xff'.decode('utf-8', 'surrogateescape'))
 
 
+def test_the_warning_of_a_truncated_caption_shows_its_beginning(monkeypatch):
+  messages = []
+  monkeypatch.setattr(
+    bpe.logging, 'log_first_n', lambda level, text, n, *values: messages.append(text % values)
+  )
+  bpe.shipped().encode_batch(['a dog ' * 1_000], 4, cut=True)
+  assert "'a dog a dog" in messages[0] and len(messages[0]) < 250
+
+
 def test_long_captions_are_rejected_or_truncated():
   with pytest.raises(UserError, match='5 tokens .* 4;'):
     bpe.shipped().encode_batch(['dog dog dog dog dog'], 4)

@@ -34,6 +34,14 @@ def test_class_names_must_be_unique(listed):
     classes.of_names(listed)
 
 
+def test_a_number_of_thousands_of_digits_is_no_class():
+  try:
+    error = str(classes.of_names('cat,dog').encode('9' * 5_000))
+  except ValueError as raised:
+    error = str(raised)
+  assert error.startswith("no class '999") and len(error) < 200
+
+
 def test_unknown_classes_are_named():
   tokenizer = classes.of_names('cat,dog')
   with pytest.raises(UserError, match="no class 'cats'; did you mean 'cat'"):

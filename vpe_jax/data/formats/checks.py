@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 from absl import logging
@@ -92,7 +93,8 @@ def _stamp(folder: Path, name: str, decoding: Decoding) -> int:
   """A hash that changes whenever the file or a limit changes.
 
   Raises:
-    BadRecord: there is no such file, or its name is not valid text.
+    BadRecord: there is no such file, it is a folder, a pipe or a device, or its name is not valid
+      text.
   """
   try:
     stat = os.stat(folder / name)
@@ -100,6 +102,8 @@ def _stamp(folder: Path, name: str, decoding: Decoding) -> int:
     raise BadRecord(f'image {_shown(folder, name)} does not exist') from error
   except OSError as error:
     raise BadRecord(f'image {_shown(folder, name)} can not be read ({error.strerror})') from error
+  if not S_ISREG(stat.st_mode):  # Reading a pipe or a device may never end.
+    raise BadRecord(f'image {_shown(folder, name)} is no regular file')
   check_text(name, f'image {_shown(folder, name)}', 'name')
   limits = (decoding.most_pixels, decoding.most_bytes)
   return stable_hash(name, stat.st_size, stat.st_mtime_ns, *limits)
@@ -140,7 +144,9 @@ class _Results:
   def __init__(self, folder: Path):
     name = f'{stable_hash(folder.resolve()):016x}.u64'
     self._path = cache_dir() / FOLDER / name
-    values = np.fromfile(self._path, '<u8') if self._path.exists() else np.zeros(0, '<u8')
+    values = np.zeros(0, '<u8')
+    with _warned(), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+      values = np.fromfile(self._path, '<u8')
     self.contents: dict[int, int] = dict(values[: len(values) // 2 * 2].reshape(-1, 2).tolist())
 
   def add(self, contents: dict[int, int]) -> None:
@@ -162,7 +168,7 @@ class _Results:
 
 @contextlib.contextmanager
 def _warned() -> Iterator[None]:
-  """Context in which a failed write of results becomes a warning."""
+  """Context in which results that can't be read or written are only a warning."""
   try:
     yield
   except OSError as error:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from vpe_jax.contracts import UserError
 from vpe_jax.data.records import BadRecord
-from vpe_jax.storage import read_text
+from vpe_jax.storage import files_below, read_text
 
 ENDINGS = frozenset(
   {'.png', '.jpg', '.jpeg', '.jfif', '.webp', '.avif', '.bmp', '.gif', '.tif', '.tiff'}
@@ -179,7 +179,7 @@ def _names(folder: Path, values: Any, fields: FieldSpec, where: str) -> Names:
 
 def _within(folder: Path, name: str, where: str) -> str:
   """The normalized name of a file; rejects names outside the folder."""
-  path = PurePosixPath(name)
+  path = PurePosixPath(check_text(name, where, 'file name'))
   if path.is_absolute() or '..' in path.parts:
     raise BadRecord(
       f'{where}: image {abbreviated(name)} is outside the folder: copy it into {folder}'
@@ -191,6 +191,7 @@ def _from_text_files(folder: Path, fields: FieldSpec) -> Iterator[Entry]:
   for image in _image_files(folder, ENDINGS | _OTHER_ENDINGS):
     text, where = image.with_suffix('.txt'), f'image {image}'
     try:
+      check_text(str(image), where, 'file name')
       if image.suffix.lower() in _OTHER_ENDINGS:
         raise BadRecord(f'{where} has a format that is not read: convert it to PNG or JPEG')
       caption = ' '.join(_text(text).split()) if text.is_file() else ''
@@ -216,11 +217,11 @@ def _text(path: Path) -> str:
 
 
 def _image_files(folder: Path, endings: frozenset[str] = ENDINGS) -> Iterator[Path]:
-  """Files of a folder and its subfolders that have one of the endings, except hidden ones.
+  """Files of a folder and its subfolders, also linked ones, that have one of the endings.
 
-  Links to folders are not followed.
+  Hidden ones are left out.
   """
-  for path in folder.rglob('*'):
+  for path in files_below(folder):
     hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)
     if not hidden and path.suffix.lower() in endings and path.is_file():
       yield path

@@ -158,7 +158,7 @@ def open_folder(path: str, options: ReadOptions = ReadOptions()) -> Folder:
   """Lists the images and captions of a folder, and checks its image files.
 
   See vpe_jax.data.formats.entries for the form of the folder. For edits, the caption of an image is
-  the instruction. Hidden files and, without a list, links to folders are ignored.
+  the instruction. Hidden files are ignored.
 
   Args:
     path: the folder.

@@ -192,7 +192,7 @@ def _columns(path: str, schema: Any, fields: FieldSpec) -> tuple[str, str, str]:
   """The columns of image, caption and source image; '' for a column that is not required.
 
   Raises:
-    UserError: a column is missing or has the wrong type.
+    UserError: a column is missing, has the wrong type, or shares its name with another one.
   """
   selected = []
   for required, name, defaults, has_type, flag in (
@@ -201,6 +201,8 @@ def _columns(path: str, schema: Any, fields: FieldSpec) -> tuple[str, str, str]:
     (fields.references, fields.reference, (), _is_image, 'reference'),
   ):
     names = (name,) if name else defaults
+    if repeated := [n for n in names if schema.names.count(n) > 1]:
+      raise UserError(f'{path} has several columns {repeated[0]}: rename all but one')
     matches = [n for n in names if n in schema.names and has_type(schema.field(n).type)]
     if required and not matches:
       columns = ', '.join(f'{field.name} ({field.type})' for field in schema)

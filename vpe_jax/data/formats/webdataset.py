@@ -25,7 +25,7 @@ from vpe_jax.data.formats.entries import FieldSpec, captions_of
 from vpe_jax.data.inputs import Location, RawRecord, UnusableRecord, matching_files
 from vpe_jax.data.records import caption_fields
 from vpe_jax.data.transforms import DECODING, Decoding
-from vpe_jax.storage import local_path
+from vpe_jax.storage import files_below, local_path
 
 _IMAGES = ('jpg', 'jpeg', 'png', 'webp', 'avif', 'bmp', 'gif', 'tif', 'tiff')
 _CAPTIONS = ('caption', 'text', 'prompt')
@@ -126,7 +126,8 @@ def open_tars(pattern: str, fields: FieldSpec, decoding: Decoding = DECODING) ->
     UserError: there are none, or some are compressed.
   """
   folder = local_path(pattern)
-  compressed = [str(path) for end in _COMPRESSED_ENDINGS for path in folder.rglob(f'*{end}')]
+  below = files_below(folder) if folder.is_dir() else ()
+  compressed = [str(path) for path in below if path.name.endswith(_COMPRESSED_ENDINGS)]
   names = {} if compressed else matching_files(pattern, '.tar')
   compressed += filter(_is_compressed, names)
   if compressed:

@@ -162,7 +162,7 @@ class Tokens(abc.ABC):
           1,
           length,
           len(tokens),
-          caption,
+          caption[:80],
         )
       lengths[index] = min(len(tokens), length)
       ids[index, : lengths[index]] = tokens[:length]

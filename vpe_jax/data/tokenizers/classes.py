@@ -43,9 +43,10 @@ class Classes(bpe.Tokens):
     name = ' '.join(caption.split())
     if name in self._ids_of:
       return [self._ids_of[name]]
-    if name.isdecimal() and int(name) < len(self.names):
+    # Python refuses to parse numbers of thousands of digits.
+    if re.fullmatch(r'\d{1,9}', name) and int(name) < len(self.names):
       return [int(name)]
-    raise UserError(f"no class '{name}'{did_you_mean(name, self.names)}")
+    raise UserError(f"no class '{name:.80}'{did_you_mean(name, self.names)}")
 
   def decode(self, ids: Iterable[int]) -> str:
     """The class names of tokens."""
