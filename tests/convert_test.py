@@ -6,13 +6,14 @@ import json
 import pathlib
 import shutil
 import time
+import types
 
 import numpy as np
 import pytest
 
 from tests import commands
 from vpe_jax import convert
-from vpe_jax.checkpoints import parity, sources, weights
+from vpe_jax.checkpoints import conversion, parity, sources, weights
 from vpe_jax.contracts import UserError
 from vpe_jax.sharding import leaves_by_path
 
@@ -70,6 +71,27 @@ def test_export_in_bfloat16(tmp_path):
   convert.export_weights('siglip', 'assets:siglip', str(tmp_path / 'out'), 'bfloat16')
   dtypes = {str(t.dtype) for t in sources.open_source(str(tmp_path / 'out')).tensors.values()}
   assert dtypes == {'bfloat16'}
+
+
+@pytest.mark.parametrize('platform, unit', [('linux', 2**10), ('darwin', 1)])
+def test_peak_memory_has_the_unit_of_the_platform(monkeypatch, platform, unit):
+  usage = types.SimpleNamespace(ru_maxrss=3 * 2**30 // unit)
+  monkeypatch.setattr(conversion.sys, 'platform', platform)
+  monkeypatch.setattr(conversion.resource, 'getrusage', lambda who: usage)
+  assert 'peak memory 3.00 GiB' in conversion._summary({}, 0.0)
+
+
+def test_what_can_not_be_written_is_refused_before_weights_are_read(tmp_path, monkeypatch):
+  monkeypatch.setattr(conversion.sources, 'open_source', lambda *_: pytest.fail('opened'))
+  monkeypatch.setattr(conversion.imports, 'read', lambda *_: pytest.fail('read'))
+  to = str(tmp_path / 'out')
+  for call, message in (
+    (lambda: convert.import_weights('llamagen', 'folder', 'gs://b/x'), 'to a local folder'),
+    (lambda: convert.import_weights('siglip', 'folder', to, dtype='int4'), 'int4'),
+    (lambda: convert.export_weights('siglip', 'folder', to, 'int4'), 'int4'),
+  ):
+    with pytest.raises(UserError, match=message):
+      call()
 
 
 def test_existing_folder_is_not_overwritten(published, tmp_path):

@@ -82,6 +82,19 @@ def test_what_is_no_generator_or_exists_is_refused(exported, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_file_has_one_kind_of_weights_and_one_step(tmp_path):
+  for options, message in (({'which': 'raw'}, 'EMA weights only'), ({'step': 5}, '--step=5')):
+    with pytest.raises(UserError, match=message):
+      export_folder('assets:tiny', str(tmp_path / 'out'), **options)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_is_refused_before_weights_are_read(monkeypatch):
+  monkeypatch.setattr(weights, 'load', lambda *_: pytest.fail('weights were read'))
+  with pytest.raises(UserError, match='to a local folder, not to gs://b/x'):
+    export_folder('assets:tiny', 'gs://b/x')
+
+
 def test_the_shipped_generator_is_exported_though_its_config_lacks_newer_fields(tmp_path):
   assert 'tokenizer' not in weights.read_config('assets:tiny')['data']
   lines = export_folder('assets:tiny', str(tmp_path / 'folder'))

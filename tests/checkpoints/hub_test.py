@@ -30,11 +30,17 @@ def hub(monkeypatch, tmp_path):
     yield server
 
 
-def _pinned(workdir, revision='', **changes):
-  """Values of the two fields that name the hub, in the pinned config of a run."""
+def _config(revision):
+  """A config with two fields that name the hub."""
   config = t2i.get_config('debug')
   config.data.update(source='synthetic', tokenizer=f'qwen2.5:owner/name{revision}')
   config.model.init_from = f'owner/name{revision}:vae'
+  return config
+
+
+def _pinned(workdir, revision='', **changes):
+  """The pinned config of a run, and its values of the two fields that name the hub."""
+  config = _config(revision)
   config.update(changes)
   values = to_dict(runs.build(config.to_dict(), str(workdir)).config)
   return values, (values['data']['tokenizer'], values['model']['init_from'])
@@ -79,6 +85,21 @@ def test_a_revision_that_does_not_exist_is_a_one_line_error(hub, tmp_path):
   assert '\n' not in str(error.value)
 
 
+def test_a_stored_name_without_a_commit_is_looked_up(hub, tmp_path):
+  """Such as that of a run which a program saved without `runs.build`."""
+  commit = hub.publish(OLD)
+  config = _config('').to_dict()
+  _save(tmp_path / 'run', config)
+  assert _pinned(tmp_path / 'run')[1][1] == f'owner/name@{commit}:vae'
+
+
+def test_a_file_of_a_tokenizer_is_not_on_the_hub(tmp_path):
+  config = _config('')
+  config.data.tokenizer, config.model.init_from = 'bpe:folder/tokenizer.json', ''
+  values = hub_lib.pin(systems.build(config.to_dict()), str(tmp_path))
+  assert values['data']['tokenizer'] == 'bpe:folder/tokenizer.json'
+
+
 def test_configs_without_the_hub_stay_as_they_are(tmp_path):
   system = systems.build(t2i.get_config('debug').to_dict())
   assert systems.build(hub_lib.pin(system, str(tmp_path))).config == system.config
@@ -105,9 +126,16 @@ def test_other_processes_wait_and_read_the_commit_of_the_first(processes):
     return 'a' * 40
 
   for index in (0, 1):
-    run = lambda: hub_lib.commits_of([name], download)
+    run = lambda: hub_lib.commits_of({name: download})
     assert processes(index, run) == {name: 'a' * 40}
   assert calls == ['', 'a' * 40]
+
+
+def test_every_process_downloads_the_models_of_a_config(hub, processes, tmp_path):
+  commit = hub.publish(OLD)
+  expected = (f'qwen2.5:owner/name@{commit}', f'owner/name@{commit}:vae')
+  for index in (0, 1):
+    assert processes(index, lambda: _pinned(tmp_path / 'run')[1]) == expected
 
 
 def test_a_failed_download_ends_all_processes(processes):
@@ -116,7 +144,7 @@ def test_a_failed_download_ends_all_processes(processes):
 
   for index, message in ((0, 'no route'), (1, 'process 0 could not')):
     with pytest.raises(UserError, match=message):
-      processes(index, lambda: hub_lib.commits_of([HubName('owner/name')], download))
+      processes(index, lambda: hub_lib.commits_of({HubName('owner/name'): download}))
 
 
 def test_names_have_a_revision_and_a_folder(tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
-"""Complete folders: a generator as a run that carries its codecs, its tokenizer and a model card.
+"""Complete folders: a generator as a run that contains its codecs, tokenizer and model card.
 
-Every file that sampling reads is inside the folder, and the saved config names it by `$RUN/...`. So
-the folder can be moved, copied or published, and is opened like any run.
+The folder contains every file that sampling reads, and the saved config names each as `$RUN/...`.
+So the folder can be moved, copied or published, and is opened like any run.
 
   checkpoints/    the parameters, with the config
   networks/NAME   a published network, in the format of an import
@@ -62,11 +62,7 @@ def write(folder: str, contents: Contents) -> list[str]:
     UserError: the folder exists, is not local or can't be written; the system does not generate
       images; or a network or the tokenizer is missing or does not fit.
   """
-  if storage.is_remote(folder):
-    raise UserError(
-      f'a complete folder is written to a local folder, not to {folder}: write it, then upload it'
-    )
-  imports.check_target(folder)
+  check_target(folder)
   target = Path(storage.resolve(folder))
   system = systems.build(contents.config)
   require(system, Samples)
@@ -85,6 +81,23 @@ def write(folder: str, contents: Contents) -> list[str]:
   return [f'  {name}: from {origin}' for name, origin in origins.items()]
 
 
+def check_target(folder: str, source: str = '') -> None:
+  """Checks that `write` can write a folder; callers check it before they load parameters.
+
+  Args:
+    folder: output folder.
+    source: published weights, which the folder must not be inside of.
+
+  Raises:
+    UserError: it is not local, exists, or is inside the source.
+  """
+  if storage.is_remote(folder):
+    raise UserError(
+      f'a complete folder is written to a local folder, not to {folder}: write it, then upload it'
+    )
+  imports.check_target(folder, source)
+
+
 def _copy_networks(system: System, folder: Path) -> dict[str, str]:
   """Copies the frozen networks of a system; returns their new sources by name."""
   sources = {}
@@ -97,7 +110,7 @@ def _copy_networks(system: System, folder: Path) -> dict[str, str]:
 
 
 def _copy_network(network: FrozenNetwork, to: str) -> None:
-  """Copies one network, in the dtype in which it is loaded or, if that is exact, in its file's."""
+  """Copies one network: a published one in its dtype when loaded, another in its file's dtype."""
   if network.published is None:
     tree, metadata = weights.load(network.source, network.dtype)
     dtype = metadata.get('dtype', network.dtype)

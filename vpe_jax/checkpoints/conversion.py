@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vpe_jax import storage, systems
-from vpe_jax.checkpoints import complete, families, imports, parity, sources
+from vpe_jax.checkpoints import complete, dtypes, families, imports, parity, sources
 from vpe_jax.checkpoints.imports import check_target
 from vpe_jax.contracts import UserError
 from vpe_jax.data.tokenizers.published import open_tokenizer
@@ -25,8 +26,8 @@ class Companions:
   Attributes:
     codec: source of the weights of its image codec; empty: the release's.
     tokenizer: value of `data.tokenizer`; empty: the release's.
-    wanted: whether to import them. Without them, the import is only the network, from which a run
-      can be initialized (`config.model.init_from`).
+    wanted: whether to import them. If false, the import is the network alone, which can initialize
+      a run (`config.model.init_from`).
   """
 
   codec: str = ''
@@ -61,14 +62,18 @@ def import_weights(
     The lines of the report.
 
   Raises:
-    UserError: see `check_target`, `sources.open_source`, `families.load`, `parity.compare` and
-      `complete.write`; the dtype is unknown; the comparison fails, or is requested in another dtype
-      than float32; or the codec of a generator is missing or does not fit.
+    UserError: see `imports.check_target`, `sources.open_source`, `families.load`, `parity.compare`
+      and `complete.write`; the dtype is unknown; the comparison fails, or is requested in another
+      dtype than float32; or the codec or tokenizer of a generator is missing or does not fit.
   """
-  check_target(to, source)
+  dtypes.parse(dtype)  # an unknown dtype is an error before anything is read
   if check and dtype != 'float32':
     raise UserError(f'--check compares in float32: import with --dtype=float32, not {dtype}')
   release = systems.releases().get(family) if companions.wanted else None
+  if release is None:
+    check_target(to, source)
+  else:
+    complete.check_target(to, source)
   if release is None and (companions.codec or companions.tokenizer):
     raise UserError(
       f'an import of {family} alone has no image codec and no tokenizer: leave out --codec and '
@@ -105,11 +110,12 @@ def export_weights(family: str, source: str, to: str, dtype: str = 'float32') ->
     The lines of the report.
 
   Raises:
-    UserError: the folder is not local; see also `check_target`, `imports.read` and
+    UserError: the folder is not local; see also `imports.check_target`, `imports.read` and
       `convert.export`.
   """
   if storage.is_remote(to):
     raise UserError(f'exports are written to a local folder, not to {to}: export, then upload it')
+  dtypes.parse(dtype)  # an unknown dtype is an error before anything is read
   check_target(to, source)
   began = time.monotonic()
   sizes, params, _ = imports.read(source, family)
@@ -126,9 +132,11 @@ def _config(family: str, release: Release, sizes: Any, companions: Companions) -
   if not codec:
     raise UserError(f'{needs}: {cure} --network_only')
   try:
-    codec_sizes = families.read_sizes(release.codec, sources.open_source(codec))
+    opened = sources.open_source(codec)
+    codec_sizes = families.read_sizes(release.codec, opened)
   except UserError as error:
     raise UserError(f'{needs}, but {error}: {cure} --network_only') from error
+  codec = opened.name  # with the commit of a model on the hub
   tokenizer = companions.tokenizer or release.tokenizer(sizes)
   try:
     open_tokenizer(tokenizer)
@@ -171,7 +179,8 @@ def _report(imported: families.Imported, opened: sources.Source, began: float) -
 
 def _summary(params: object, began: float) -> str:
   count = sum(leaf.size for leaf in leaves_by_path(params).values())
-  # ru_maxrss is in KiB on Linux and includes memory-mapped pages, which the system can reclaim.
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  # ru_maxrss includes memory-mapped pages, which the system can reclaim.
+  unit = 1 if sys.platform == 'darwin' else 2**10  # bytes
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
   seconds = time.monotonic() - began
   return f'{count:,} parameters, {seconds:.1f} s, peak memory {peak:.2f} GiB'

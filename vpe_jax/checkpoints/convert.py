@@ -35,6 +35,7 @@ from vpe_jax.sharding import leaves_by_path
 MAX_FILE_SIZE = 5 * 10**9  # bytes; transformers' default
 MAX_LISTED = 6  # differences that an error lists
 MAX_EXPECTED_RATIO = 1000  # tensors that a config may require, per tensor of the source
+_WIDER = 'choose dtype float32 or bfloat16'  # cure of an overflow in float16
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -120,16 +121,17 @@ def load(
   target_shapes = {path: tuple(leaf.shape) for path, leaf in targets.items()}
   loaded: dict[str, Array] = {}
   nonfinite: dict[str, int] = {}
+  overflows = False
   for key, destination in tensor_map.destinations.items():
     shapes = _entry_shapes(destination, target_shapes)
     parts = tables.forward(destination, tensors[key].read(), shapes)
     for path, part in zip(destination.targets, parts, strict=True):
       target = targets[path]
       # A copy rather than a view of the file, because devices may alias a host array.
-      with np.errstate(over='ignore'):  # The next line reports it.
-        part = np.array(part, target.dtype, order='C')
-      if not allow_nonfinite and (wrong := part.size - np.count_nonzero(np.isfinite(part))):
+      original, part = part, _cast_copy(part, target.dtype)
+      if not allow_nonfinite and (wrong := _count_nonfinite(part)):
         nonfinite[key] = nonfinite.get(key, 0) + wrong
+        overflows |= wrong > _count_nonfinite(original)
       if destination.index is None:
         loaded[path] = _to_devices(part, target)
         continue
@@ -138,16 +140,29 @@ def load(
       updated = _set_entry(loaded[path], _entry_to_devices(part, target), destination.index)
       loaded[path] = updated.block_until_ready()  # So that host memory holds one layer.
   if nonfinite:
-    raise UserError(_nonfinite_error(nonfinite))
+    raise UserError(_nonfinite_error(nonfinite, overflows))
   return loaded
 
 
-def _nonfinite_error(counts: Mapping[str, int]) -> str:
+def _cast_copy(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """A row-major copy in another dtype; values out of range become infinite without a warning."""
+  with np.errstate(over='ignore'):
+    return np.array(array, dtype, order='C')  # ascontiguousarray would make a scalar a vector.
+
+
+def _count_nonfinite(array: np.ndarray) -> int:
+  return array.size - int(np.count_nonzero(np.isfinite(array)))
+
+
+def _nonfinite_error(counts: Mapping[str, int], overflows: bool) -> str:
   listed = [f"{count} of '{key}'" for key, count in itertools.islice(counts.items(), MAX_LISTED)]
   more = f' and {len(counts) - MAX_LISTED} more tensors' if len(counts) > MAX_LISTED else ''
+  tensors = ', '.join(listed) + more
+  if overflows:
+    return f'the weights have values beyond the range of the dtype: {tensors}: {_WIDER}'
   return (
-    f'the weights have values that are NaN or infinite: {", ".join(listed)}{more}: get them again, '
-    'or import them as they are (vpe_jax.convert --allow_nonfinite)'
+    f'the weights have values that are NaN or infinite: {tensors}: get them again, or import them '
+    'as they are (vpe_jax.convert --allow_nonfinite)'
   )
 
 
@@ -192,7 +207,8 @@ def export(
     The keys of the written tensors.
 
   Raises:
-    UserError: the folder exists or can't be written, or the layout can't be exported.
+    UserError: the folder exists or can't be written, the layout can't be exported, the dtype is
+      unknown, or a finite value is not finite in it.
   """
   if folder.exists():
     raise UserError(f"'{folder}' exists: name another folder")
@@ -205,7 +221,7 @@ def export(
   names = _file_names(stem, len(files))
   with storage.writing(folder), storage.new_folder(folder) as unfinished:
     for name, keys in zip(names, files, strict=True):
-      tensors = {key: _source_tensor(destinations[key], leaves, axes, kind) for key in keys}
+      tensors = {key: _source_tensor(key, destinations[key], leaves, axes, kind) for key in keys}
       # transformers and diffusers check `format`.
       _save_file(tensors, unfinished / name, {'format': 'pt'})
     if len(names) > 1:
@@ -222,7 +238,8 @@ def _save_file(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str
   try:
     safetensors.numpy.save_file(tensors, path, metadata=metadata)
   except safetensors.SafetensorError as error:
-    if not (code := re.search(r'os error (\d+)', str(error))):
+    code = re.search(r'os error (\d+)', str(error))
+    if code is None:
       raise
     raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
@@ -246,7 +263,7 @@ def _expected(table: Table, shapes: _Shapes, limit: int | None = None) -> dict[s
   """All source keys that fill these parameters, and their destinations.
 
   Raises:
-    UserError: there are more than `limit`, as for a config with a billion layers.
+    UserError: there are more than `limit` keys, as for a config with a billion layers.
   """
   items = (item for row in table.rows for item in tables.keys(row, shapes))
   expected = dict(itertools.islice(items, limit))
@@ -345,14 +362,27 @@ def _file_names(stem: str, count: int) -> list[str]:
 
 
 def _source_tensor(
-  destination: Destination, leaves: Mapping[str, Any], axes: Mapping[str, int], dtype: np.dtype
+  key: str,
+  destination: Destination,
+  leaves: Mapping[str, Any],
+  axes: Mapping[str, int],
+  dtype: np.dtype,
 ) -> np.ndarray:
+  """The tensor of a key in `dtype`, row-major, from the leaves that it fills.
+
+  Raises:
+    UserError: a finite value is not finite in the dtype.
+  """
   targets = [leaves[path] for path in destination.targets]
   if destination.index is not None:
     targets = [leaf[destination.index] for leaf in targets]
   parts = [np.asarray(jax.device_get(leaf)) for leaf in targets]
-  # Not ascontiguousarray, which turns a scalar into a vector.
-  return np.array(tables.backward(destination, parts, axes), dtype, order='C')
+  original = tables.backward(destination, parts, axes)
+  tensor = _cast_copy(original, dtype)
+  if wrong := _count_nonfinite(tensor):
+    if count := wrong - _count_nonfinite(original):
+      raise UserError(f"{count} values of '{key}' are beyond the range of {dtype}: {_WIDER}")
+  return tensor
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Exports the weights of a run: to a weight file, or with all that sampling reads to a folder."""
+"""Exports the weights of a run to a file, or with everything that sampling reads to a folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 from vpe_jax import systems
 from vpe_jax.checkpoints import complete, weights
-from vpe_jax.checkpoints.imports import check_target
 from vpe_jax.config import build_section
 from vpe_jax.contracts import UserError
 from vpe_jax.data.pipeline import Pipeline
@@ -59,7 +58,7 @@ def export(
   networks = ', '.join(sorted(params))
   if network and network not in params:
     raise UserError(f"{workdir} has no network '{network}': choose one of {networks}")
-  if not network and config['system'] == 'codec':  # Codecs are read from a file each.
+  if not network and config['system'] == 'codec':  # A file of weights has one codec.
     raise UserError(f'{workdir} has several networks: choose one with --network, of {networks}')
   tree = params[network] if network else params
   if network == 'image':
@@ -85,9 +84,9 @@ def export_folder(
 
   Args:
     source: folder of the run (local or gs://), an asset, or a weight file with a config.
-    to: output folder, which must not exist.
-    which: `ema` for EMA parameters, `raw` for those of the last step.
-    step: step of the checkpoint; None: the newest intact one.
+    to: local output folder, which must not exist.
+    which: `ema` for EMA parameters, `raw` for those of the last step. A file has only one kind.
+    step: step of the checkpoint; None: the newest intact one. A file has no other.
     licence: licence of the parameters, for the model card.
     settings: sampling settings that override the run's; None keeps the run's.
 
@@ -95,11 +94,12 @@ def export_folder(
     A line for each network inside, and for the tokenizer.
 
   Raises:
-    UserError: the source doesn't exist or does not generate images, a setting is out of range, or
-      the folder exists or can't be written.
+    UserError: the source doesn't exist, does not generate images, or has no weights of this kind
+      or step; a setting is out of range; or the folder exists, is not local or can't be written.
   """
-  check_target(to)
+  complete.check_target(to)
   if weights.is_file(source):
+    weights.check_file(source, which, step)
     params, metadata = weights.load(source, 'bfloat16')
   else:
     params, metadata = weights.load_run(source, which, 'bfloat16', step)
@@ -119,9 +119,7 @@ def export_folder(
   return complete.write(to, contents)
 
 
-def _with_settings(
-  config: dict[str, Any], settings: Mapping[str, float | None]
-) -> dict[str, Any]:
+def _with_settings(config: dict[str, Any], settings: Mapping[str, float | None]) -> dict[str, Any]:
   """The config of a run with other sampling settings.
 
   Raises:

@@ -2,16 +2,16 @@
 
 The hub's names move: `OWNER/NAME` is the newest revision. A run records the commits that it was
 started with in its config, as `OWNER/NAME@COMMIT`. Names without a revision keep that commit when
-the run resumes; a branch or tag is looked up again. Where the commit is not known yet, process 0
-downloads first. The other processes then read its cache, or download if they have
-another disk.
+the run resumes; a branch or tag is looked up again. If a commit is not known yet, process 0
+downloads first. The other processes then read its cache, or download if they have another disk.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from vpe_jax.checkpoints import sources, weights
 from vpe_jax.config import flatten, to_dict
 from vpe_jax.contracts import System, UserError
+from vpe_jax.data.tokenizers.special_tokens import FAMILIES
 from vpe_jax.storage import HubName, hub_name
 
 TOKENIZER = 'data.tokenizer'  # config field whose value is FAMILY:NAME
@@ -45,7 +46,7 @@ def pin(system: System, workdir: str) -> dict[str, Any]:
   known = [flatten(config) for config in _stored_configs(system, workdir)]
   pinned = {field: _recorded(field, name, known) for field, name in fields.items()}
   missing = {name: field for field, name in fields.items() if pinned[field] is None}
-  commits = commits_of(missing, lambda name: _download(missing[name], name))
+  commits = commits_of({n: functools.partial(_download, field) for n, field in missing.items()})
   for field, name in fields.items():
     commit = pinned[field] or commits[name]
     *sections, key = field.split('.')
@@ -57,21 +58,21 @@ def pin(system: System, workdir: str) -> dict[str, Any]:
   return values
 
 
-def commits_of(names: Iterable[HubName], download: Callable[[HubName], str]) -> dict[HubName, str]:
+def commits_of(downloads: Mapping[HubName, Callable[[HubName], str]]) -> dict[HubName, str]:
   """Downloads models, in process 0 first; returns the commit of each, the same in all processes.
 
   Args:
-    names: the models.
-    download: downloads a model; returns its commit.
+    downloads: model -> function that downloads a revision of it and returns the commit. Process 0
+      calls it with the model itself, the others with the commit of process 0 as the revision.
 
   Raises:
     UserError: a download failed, here or in process 0.
   """
-  names = list(names)
+  names = list(downloads)
   if jax.process_index() == 0:
     error, commits = None, ['0' * 40] * len(names)
     try:
-      commits = [download(name) for name in names]
+      commits = [download(name) for name, download in downloads.items()]
     except UserError as failure:
       error = failure
     _broadcast(commits)
@@ -82,7 +83,7 @@ def commits_of(names: Iterable[HubName], download: Callable[[HubName], str]) -> 
   if '0' * 40 in commits:
     raise UserError('process 0 could not download a model from the hub: see its message')
   for name, commit in zip(names, commits, strict=True):
-    download(dataclasses.replace(name, revision=commit))
+    downloads[name](dataclasses.replace(name, revision=commit))
   return dict(zip(names, commits, strict=True))
 
 
@@ -99,7 +100,7 @@ def _name_in(field: str, text: Any, system: System) -> HubName | None:
     return None
   if field == TOKENIZER:
     family, _, text = text.partition(':')
-    return None if family in ('assets', 'classes') else hub_name(text)
+    return hub_name(text) if family in FAMILIES else None
   init = system.initialization
   origins = {network.source for network in system.frozen.values()}
   origins |= {source.source for source in (*init.pretrained, *init.grown)}
@@ -108,15 +109,19 @@ def _name_in(field: str, text: Any, system: System) -> HubName | None:
 
 def _stored_configs(system: System, workdir: str) -> list[Mapping[str, Any]]:
   """Config of the run itself, if it has a checkpoint, else those of its parent runs."""
-  folders = (workdir,) if weights.newest_record(workdir) else system.config.parents.values()
-  records = map(weights.newest_record, folders)
+  if (own := weights.newest_record(workdir)) is not None:
+    return [own['config']]
+  records = map(weights.newest_record, system.config.parents.values())
   return [record['config'] for record in records if record is not None]
 
 
 def _recorded(field: str, name: HubName, known: Sequence[Mapping[str, Any]]) -> str | None:
-  """The known commit of a field; None if the hub must tell.
+  """The known commit of a model; None if it must be looked up on the hub.
 
-  It is the field's own, else (without a revision) that of the first stored config with the model.
+  Args:
+    field: the config field that names the model.
+    name: the model. A revision that is a commit is returned; a branch or tag is not known.
+    known: stored configs; without a revision, the first one with a commit of the model counts.
   """
   if _COMMIT.fullmatch(name.revision):
     return name.revision
@@ -125,7 +130,8 @@ def _recorded(field: str, name: HubName, known: Sequence[Mapping[str, Any]]) -> 
   for config in known:
     text = str(config.get(field, ''))
     stored = hub_name(text.partition(':')[2] if field == TOKENIZER else text)
-    if stored and (stored.repo, stored.folder) == (name.repo, name.folder):
+    same = stored and dataclasses.replace(stored, revision='') == name
+    if same and _COMMIT.fullmatch(stored.revision):
       return stored.revision
   return None
 

@@ -1,18 +1,15 @@
 """Imports of published networks: folders in the format of a run, with one checkpoint.
 
-The import of a generator is a run, with the config that builds its system. That of another network
-has a config with its family and sizes alone. `weights.load` and other readers of a workdir can read
-both.
+The import of a generator is a run, with the config that builds its system. The import of another
+network has a config with only its family, sizes and source. `weights.load` and other readers of a
+workdir can read both.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from etils import epath
 
 from vpe_jax import storage, systems
 from vpe_jax.checkpoints import families, sources, weights
@@ -44,21 +41,27 @@ def write_checkpoint(
 ) -> None:
   """Saves parameters as the only checkpoint of a run, without optimizer state and EMA.
 
+  If the save fails, what it wrote is deleted; other files in the folder are kept.
+
   Args:
-    folder: folder of the run, local or gs://.
+    folder: folder of the run, local or gs://; may exist, but without checkpoints.
     params: the parameters.
     config: config of the run.
     stage: index of the stage in which they were trained.
     step: their step.
 
   Raises:
-    UserError: the folder has a checkpoint, or can't be written.
+    UserError: the folder has checkpoints, or can't be written.
   """
   state = {'stage': stage, 'step': step, 'stage_step': 0, 'examples_seen': 0}
   state |= {'params': params, 'opt_state': {}, 'ema': {}}
-  store = Store(str(storage.resolve(folder) / FOLDER), CheckpointConfig())
+  path = storage.resolve(folder)
+  written = path / FOLDER if storage.probe(path, path.exists) else path
+  if written != path:
+    check_target(str(written))
+  store = Store(str(path / FOLDER), CheckpointConfig())
   try:
-    with storage.writing(folder), storage.removed_on_error(folder):
+    with storage.writing(folder), storage.removed_on_error(written):
       store.save(state, config, force=True)
       store.wait()
   finally:
@@ -92,10 +95,12 @@ def network(
     dtype: dtype of the parameters.
 
   Raises:
-    UserError: weights are missing, don't fit, or have other sizes, or the dtype is unknown.
+    UserError: weights are missing, out of reach, don't fit, or have other sizes, or the dtype is
+      unknown.
   """
   family, expected = pretrained.family, pretrained.sizes
-  if not (epath.Path(pretrained.source).expanduser() / FOLDER).is_dir():
+  checkpoints = storage.resolve(pretrained.source) / FOLDER
+  if not storage.probe(checkpoints, checkpoints.is_dir):
     source = sources.open_source(pretrained.source)
     return families.load(family, source, shard, expected, dtype).params
   targets = leaves_by_path(shard(families.abstract(family, expected, dtype)))
@@ -117,13 +122,16 @@ def read(
     targets: see `weights.load`.
 
   Raises:
-    UserError: there are no weights, they are of another or no published family, or the dtype is
-      unknown.
+    UserError: there are no weights, they have no config, they are of another or no published
+      family, or the dtype is unknown.
   """
   params, metadata = weights.load(source, dtype, targets)
-  actual, sizes = _family_of(json.loads(metadata.get('config', '{}')), source)
+  actual, sizes = _family_of(weights.parse_config(metadata, source), source)
   if actual != family:
-    raise UserError(f"'{source}' is of family {actual}, not {family}: set --family={actual}")
+    raise UserError(
+      f"'{source}' is of family {actual}, not {family}: name weights of {family}, or export these "
+      f'with --family={actual}'
+    )
   return sizes, params, metadata
 
 
@@ -138,12 +146,13 @@ def _family_of(config: Mapping[str, Any], source: str) -> tuple[str, Any]:
       if (sizes := sizes_of(built)) is not None:
         return family, sizes
   raise UserError(
-    f"'{source}' is not an import, and system '{config.get('system')}' trains no network of a "
-    f'published family with this config (families: {", ".join(_families_of_runs())})'
+    f"'{source}' is not an import, and its system '{config.get('system')}' trains no network of a "
+    f'published family with this config (families: {", ".join(_families_of_runs())}): name an '
+    'import, or a run of such a system'
   )
 
 
 def _families_of_runs() -> dict[str, Callable[[Config], Any]]:
-  """Published families of the networks of runs; see systems.package.Release.sizes."""
+  """Published families of the networks of runs -> function as systems.package.Release.sizes."""
   siglip = lambda config: config.model.siglip if config.system == 'siglip' else None
   return {'siglip': siglip} | {name: one.sizes for name, one in systems.releases().items()}

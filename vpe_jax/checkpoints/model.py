@@ -29,7 +29,8 @@ class Model:
     stage_step: step of that stage at which they were saved.
     weights: kind of the parameters: `ema` or `raw`.
     source: the run, asset or file that was loaded.
-    mesh: mesh of the devices that hold the parameters.
+    mesh: mesh of the devices that sample. The parameters of a small model on one device are numpy
+      arrays.
   """
 
   system: System
@@ -110,10 +111,8 @@ def load(
   if dtype not in DTYPES:
     raise UserError(f'--dtype={dtype}: choose one of {", ".join(DTYPES)}')
   is_file = weights_io.is_file(source)
-  if is_file and step is not None:
-    raise UserError(f'{source} is a file of weights, not a run: leave --step={step} out')
-  if is_file and weights == 'raw' and weights_io.read_metadata(source).get('weights') != 'raw':
-    raise UserError(f"{source} has EMA weights only: use weights 'ema'")
+  if is_file:
+    weights_io.check_file(source, weights, step)
   planned = systems.build(weights_io.read_config(source, step) | {'dtype': dtype})
   mesh = mesh or make_mesh(planned, dtype)
   # A small model is loaded as numpy arrays, which are faster to rearrange than those of a device.

@@ -1,8 +1,9 @@
-"""Orbax's logs of errors that it also raises: dropped, because the caller reports them in one line.
+"""Drops Orbax's logs of errors that it also raises, because the caller reports them in one line.
 
-Its threads log an error with a traceback before the caller gets it. If several arrays can't be
-read, asyncio logs all errors but the first as never retrieved, when their tasks are deleted, and
-TensorStore reports that it can't deliver the others.
+Orbax's threads log an error with its traceback before they raise it. If several arrays can't be
+read, Orbax raises only the first error. When the tasks of the others are deleted, asyncio logs
+their errors as never retrieved, and TensorStore reports those that it can't deliver because the
+event loop is closed.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ def drop_reported_errors() -> None:
   report = sys.unraisablehook
 
   def report_others(event: sys.UnraisableHookArgs) -> None:
-    undelivered = isinstance(event.exc_value, RuntimeError) and event.object is None
-    if not (undelivered and str(event.exc_value) == 'Event loop is closed'):
+    is_runtime_error = isinstance(event.exc_value, RuntimeError) and event.object is None
+    if not (is_runtime_error and str(event.exc_value) == 'Event loop is closed'):
       report(event)
 
   sys.unraisablehook = report_others
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-  """Whether a log says something that no exception says."""
+  """Whether a log record reports something other than an error that Orbax raises."""
   if record.exc_info is None or record.exc_info is False:
     return True
   # Orbax awaits futures of TensorStore, whose tasks have no frame of Orbax.

@@ -138,6 +138,18 @@ def read_metadata(file: str) -> dict[str, str]:
   return _open_file(file)[1]
 
 
+def check_file(file: str, which: str, step: int | None) -> None:
+  """Checks that an asset or a weight file has the requested weights; it has one kind and one step.
+
+  Raises:
+    UserError: a step is requested, or `raw` weights of a file of EMA weights.
+  """
+  if step is not None:
+    raise UserError(f'{file} is a file of weights, not a run: leave --step={step} out')
+  if which == 'raw' and read_metadata(file).get('weights') != 'raw':
+    raise UserError(f"{file} has EMA weights only: use weights 'ema'")
+
+
 def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
   """Parses the config in the metadata of weights; `systems.build` builds a system from it.
 
@@ -148,6 +160,19 @@ def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
   Raises:
     UserError: the config is missing or damaged, or that of a network that no system samples with.
   """
+  return _checked_config(parse_config(metadata, source), source)
+
+
+def parse_config(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
+  """Parses the config in the metadata of weights, of a run or of an imported network.
+
+  Args:
+    metadata: from `load`.
+    source: name of the weights in errors.
+
+  Raises:
+    UserError: the config is missing or damaged.
+  """
   if 'config' not in metadata:
     raise UserError(f'the weights of {source} have no config: name the run that trained them')
   try:
@@ -156,7 +181,7 @@ def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
     config = None
   if not isinstance(config, dict):
     raise UserError(f'the config in {source} is damaged: get the weights again')
-  return _checked_config(config, source)
+  return config
 
 
 def _checked_config(config: dict[str, Any], source: str) -> dict[str, Any]:

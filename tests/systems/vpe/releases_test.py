@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests import released
+from tests import fake_hub, released
 from vpe_jax import convert, rng, sharding, systems
 from vpe_jax.checkpoints import families, imports, sources, weights
 from vpe_jax.checkpoints.conversion import Companions
@@ -144,6 +144,17 @@ def test_imports_are_complete_and_movable(show_o2, root):
   sizes, _, _ = imports.read(str(moved), 'showo2')
   published = families.read_sizes('showo2', sources.open_source(str(show_o2[0])))
   assert sizes == published
+
+
+def test_the_card_of_an_import_names_the_commit_of_its_codec(root, tmp_path, monkeypatch):
+  folder = released.llamagen_vq_folder(root / 'hub', CODES)
+  files = {path.name: path.read_bytes() for path in folder.iterdir()}
+  source, to = str(released.GOLDEN / 'llamagen_gpt'), tmp_path / 'out'
+  with fake_hub.serving(monkeypatch, tmp_path / 'cache') as hub:
+    commit = hub.publish(files)
+    companions = Companions('owner/name')
+    convert.import_weights('llamagen', source, str(to), companions=companions)
+  assert f'| image | `owner/name@{commit}` |' in (to / 'README.md').read_text()
 
 
 def test_an_evaluator_reads_an_import(show_o2):
