@@ -2,12 +2,15 @@
 
 The cache folder stores, for each intact file, a hash of its stamp (name, size, modification time,
 limits) and a hash of its content. Files whose stamp is stored are not read again.
+
+Several processes share a check: each reads its part of the files, and all get the same result.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +20,8 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from vpe_jax import sharding
+from vpe_jax.contracts import UserError
 from vpe_jax.data.formats.entries import abbreviated
 from vpe_jax.data.records import BadRecord
 from vpe_jax.data.transforms import Decoding
@@ -44,11 +49,32 @@ class Checked:
 def check_images(folder: Path, names: Sequence[str], decoding: Decoding) -> Checked:
   """Reads and decodes image files that were not checked before, in one thread per core.
 
+  With n processes, each checks every n-th file; all must call this, and all return the same.
+
   Args:
     folder: parent folder.
     names: different names of files in the folder.
     decoding: limits that the files must respect.
+
+  Raises:
+    UserError: the processes have different names.
   """
+  index, count = sharding.process_position()
+  checked = _check_own(folder, names[index::count], decoding)
+  if count == 1:
+    return checked
+  part = [stable_hash(*names), checked.contents, checked.reasons]
+  listings, contents, reasons = zip(*map(json.loads, sharding.gather_texts(json.dumps(part))))
+  if len(set(listings)) > 1:
+    raise UserError(
+      f'the hosts list different images in data folder {folder}: give all of them the same files'
+    )
+  merge = lambda parts: {name: value for part in parts for name, value in part.items()}
+  return Checked(merge(contents), merge(reasons))
+
+
+def _check_own(folder: Path, names: Sequence[str], decoding: Decoding) -> Checked:
+  """Checks the files of this process; see check_images."""
   results = _Results(folder)
   reasons: dict[str, str] = {}
   stamps: dict[str, int] = {}
@@ -123,17 +149,23 @@ def record_hash(image: int, reference: int | None = None) -> int:
 
 
 class _Results:
-  """Results of earlier checks of a folder: a file of pairs of 64-bit hashes (stamp, content).
+  """Results of earlier checks of a folder: files of pairs of 64-bit hashes (stamp, content).
+
+  Each of several processes writes its own file, as they may share the cache folder, and reads all.
 
   Attributes:
     rows: stamp -> content.
   """
 
   def __init__(self, folder: Path):
-    name = f'{stable_hash(folder.resolve()):016x}.u64'
-    self._path = cache_dir() / FOLDER / name
-    values = np.fromfile(self._path, '<u8') if self._path.exists() else np.zeros(0, '<u8')
-    self.rows: dict[int, int] = dict(values[: len(values) // 2 * 2].reshape(-1, 2).tolist())
+    name = f'{stable_hash(folder.resolve()):016x}'
+    index, count = sharding.process_position()
+    part = f'-{index}' if count > 1 else ''
+    self._path = cache_dir() / FOLDER / f'{name}{part}.u64'
+    self.rows: dict[int, int] = {}
+    for path in self._path.parent.glob(f'{name}*.u64'):
+      values = np.fromfile(path, '<u8')
+      self.rows |= values[: len(values) // 2 * 2].reshape(-1, 2).tolist()
 
   def add(self, rows: dict[int, int]) -> None:
     """Stores results at once, so that an interrupted check continues."""
