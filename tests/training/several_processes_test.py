@@ -63,10 +63,19 @@ def _logs(tmp_path):
   return '\n'.join(path.read_text() for path in sorted(tmp_path.glob('log*.txt')))
 
 
+def _statuses(processes, seconds):
+  """Exit statuses; None for a process that still runs after so many seconds."""
+  deadline = time.monotonic() + seconds
+  while None in (statuses := [process.poll() for process in processes]):
+    if time.monotonic() > deadline:
+      break
+    time.sleep(0.1)
+  return statuses
+
+
 @pytest.mark.slow
 def test_two_processes_match_a_single_process(pair, tmp_path, line_system, frozen):
-  for process in pair(4):
-    assert process.wait(120) == 0, _logs(tmp_path)
+  assert _statuses(pair(4), 120) == [0, 0], _logs(tmp_path)
   system = line_system()
   system.frozen = frozen
   loop.train(system.config, system, str(tmp_path / 'single'))
@@ -87,8 +96,7 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(pair, tmp_path):
     assert time.monotonic() < deadline and processes[0].poll() is None, _logs(tmp_path)
     time.sleep(0.1)
   processes[1].send_signal(signal.SIGTERM)
-  for process in processes:
-    assert process.wait(120) == 0, _logs(tmp_path)
+  assert _statuses(processes, 120) == [0, 0], _logs(tmp_path)
   assert 'preempted: saved step' in _logs(tmp_path)
   saved = Store(str(workdir / FOLDER), CheckpointConfig()).steps()[-1]
   assert [record['step'] for record in metrics.read(workdir)] == list(range(1, saved + 1))
@@ -104,9 +112,5 @@ def test_sigterm_before_the_first_step_ends_both_at_once(pair, tmp_path, phase, 
     assert time.monotonic() < deadline and processes[0].poll() is None, _logs(tmp_path)
     time.sleep(0.1)
   processes[receiver].send_signal(signal.SIGTERM)
-  deadline = time.monotonic() + 20
-  while None in (statuses := [process.poll() for process in processes]):
-    assert time.monotonic() < deadline, f'{statuses} {_logs(tmp_path)}'
-    time.sleep(0.1)
-  assert statuses == [front_door.TERMINATED] * 2, _logs(tmp_path)
+  assert _statuses(processes, 20) == [front_door.TERMINATED] * 2, _logs(tmp_path)
   assert _logs(tmp_path).count('preempted: no step is unsaved') == 1
