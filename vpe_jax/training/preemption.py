@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from vpe_jax import interrupts, sharding
 POLL = 0.1  # seconds between two looks for SIGTERM while nothing is unsaved
 LEAVE_TIMEOUT = 10.0  # seconds in which all processes must notice SIGTERM to end together
 
+_leaving = threading.Lock()
 _calls = 0  # of sharding.preempted: the runs of a chain share one count
 
 
@@ -94,8 +95,12 @@ class Preemption:
         yield
         # Faster processes wait here for the others, and still end at SIGTERM.
         multihost_utils.sync_global_devices('nothing unsaved')
-      finally:
-        watch.stop()
+      except BaseException:
+        # A collective also fails because another process has ended.
+        if watch.stop():
+          self._leave()
+        raise
+      watch.stop()
       if watch.align():
         self._leave()
     else:
@@ -110,7 +115,9 @@ class Preemption:
       finally:
         signal.signal(signal.SIGINT, self._second)
 
-  def _leave(self) -> None:
+  def _leave(self) -> NoReturn:
+    """Ends this process, together with all others."""
+    _leaving.acquire()  # Never released: a second thread waits here for the end.
     if jax.process_index() == 0:
       print('preempted: no step is unsaved; the same command continues from there', flush=True)
     sharding.leave_together(LEAVE_TIMEOUT)
@@ -139,18 +146,18 @@ class _Watch:
   Processes look independently of each other, so the numbers of their calls differ until `align`.
   """
 
-  def __init__(self, leave: Callable[[], None]):
+  def __init__(self, leave: Callable[[], NoReturn]):
     self._leave = leave
     self._reached = False
     self._lock = threading.Lock()  # held during a look
     self._stopped = threading.Event()
     threading.Thread(target=self._run, name='preemption', daemon=True).start()
 
-  def stop(self) -> None:
-    """Ends the looks of the thread."""
+  def stop(self) -> bool:
+    """Ends the looks of the thread; returns whether it ends the process."""
     self._stopped.set()
     with self._lock:
-      pass
+      return self._reached
 
   def align(self) -> bool:
     """Makes all processes have the same number of calls; returns whether to end them."""
