@@ -18,6 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from tests.outcomes import result_of
 from vpe_jax.checkpoints import conversion, weights
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig
@@ -191,11 +192,14 @@ def test_a_clock_that_jumps_does_not_end_a_save(tmp_path, monkeypatch):
   start, calls = time.time(), iter(range(10**6))
   store = Store(str(tmp_path / FOLDER), CheckpointConfig())
   monkeypatch.setattr(time, 'time', lambda: start + 3600 * next(calls))  # an hour at each reading
-  store.save(_state(1), {}, force=True)
-  store.wait()
+
+  def save(step: int, finish: Callable[[], None]) -> None:
+    store.save(_state(step), {}, force=True)
+    finish()
+
+  result_of(save, 1, store.wait)
   monkeypatch.setattr(time, 'time', lambda: start - 3600 * next(calls))
-  store.save(_state(2), {}, force=True)
-  store.close()
+  result_of(save, 2, store.close)
   assert store.steps() == [1, 2]
 
 

@@ -9,6 +9,7 @@ KeyboardInterrupt, and a thread ends the process if this takes too long, or at a
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import select
 import signal
@@ -19,6 +20,7 @@ from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED = 128 + signal.SIGINT  # exit status, as in a shell
+_ENDINGS = {signal.SIGINT: 'interrupted', signal.SIGTERM: 'terminated'}
 GRACE = 3.0  # seconds between Ctrl-C and the end of the process
 
 _free = threading.Semaphore(0)  # signals that don't end the process
@@ -53,14 +55,16 @@ def first_is_free() -> Iterator[None]:
     _free.acquire(blocking=False)
 
 
-def leave() -> NoReturn:
-  """Ends the process with one line and status INTERRUPTED; nothing is cleaned up."""
+def leave(number: signal.Signals = signal.SIGINT) -> NoReturn:
+  """Ends the process with one line and the status of a signal; only child processes are ended."""
   _leaving.acquire()  # Never released: a second thread waits here for the end.
-  print('interrupted', file=sys.stderr)
+  print(_ENDINGS[number], file=sys.stderr)
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):  # Nobody may be listening any more.
       stream.flush()
-  os._exit(INTERRUPTED)
+  for child in multiprocessing.active_children():  # They would wait for this process forever.
+    child.terminate()
+  os._exit(128 + number)
 
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:

@@ -18,10 +18,12 @@ import math
 import os
 import re
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -132,6 +134,35 @@ def preempted(step: int) -> bool:
   is always False without `initialize_distributed`.
   """
   return multihost_utils.reached_preemption_sync_point(step)
+
+
+def process_position() -> tuple[int, int]:
+  """Index of this process and the number of processes; uses no device without several processes."""
+  if not jax.distributed.is_initialized():
+    return 0, 1
+  return jax.process_index(), jax.process_count()
+
+
+def gather_texts(text: str) -> list[str]:
+  """The texts of all processes, in their order; every process must call this."""
+  if process_position()[1] == 1:
+    return [text]
+  content = np.frombuffer(text.encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.array(content.size))
+  padded = np.zeros(lengths.max(), np.uint8)
+  padded[: content.size] = content
+  rows = multihost_utils.process_allgather(padded)
+  return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def leave_together(timeout: float) -> None:
+  """Leaves the group of processes once all of them call this, or after `timeout` seconds.
+
+  Process 0 runs the coordination service: if it ended first, the others would end with an error.
+  """
+  leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+  leaving.start()
+  leaving.join(timeout)
 
 
 def _free_port() -> int:

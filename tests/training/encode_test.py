@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from configs import t2i
+from tests.outcomes import refusal_of, result_of
 from vpe_jax import sharding, systems
 from vpe_jax.checkpoints import frozen as frozen_lib
 from vpe_jax.contracts import BatchSpec, UserError
@@ -126,6 +128,68 @@ def test_changed_image_in_a_folder_changes_the_fingerprint(tmp_path, drawing_sys
   assert fingerprint() == before
   Image.new('RGB', (8, 8), (99,) * 3).save(tmp_path / 'b.png')
   assert fingerprint() != before
+
+
+@pytest.fixture
+def breaking(tmp_path, drawing_system, monkeypatch, caplog):
+  """Encodes a folder of 20 images: breaking(most_skipped) -> (pipeline, warnings that name 05.png).
+
+  In the first call, 05.png breaks when the first chunk is encoded.
+  """
+  folder = tmp_path / 'images'
+  folder.mkdir()
+  for number in range(20):
+    Image.new('RGB', (8, 8), (12 * number,) * 3).save(folder / f'{number:02d}.png')
+    (folder / f'{number:02d}.txt').write_text(f'image {number}')
+  encode_all = encode._encode_all
+
+  def break_first(*arguments):
+    if (folder / '05.png').read_bytes() != b'none':
+      (folder / '05.png').write_bytes(b'none')
+    return encode_all(*arguments)
+
+  monkeypatch.setattr(encode, '_encode_all', break_first)
+  data = {'source': f'folder:{folder}', 'examples': 0, 'encode': 'cached'}
+  opened = Pipeline.of(drawing_system(data=data))  # checks the images
+
+  def run(most_skipped):
+    system = drawing_system(data=data | {'most_skipped': most_skipped})
+    images = Pipeline.of(system, source=opened.source)
+    mesh = sharding.make_mesh(system.config.mesh)
+    with jax.set_mesh(mesh):
+      frozen = frozen_lib.load(system, mesh, 'fsdp')
+      return encode.open_training_data(system.config, system, frozen, mesh, images)
+
+  def warnings():
+    return [record.message for record in caplog.records if '05.png' in record.message]
+
+  return run, warnings
+
+
+def test_an_image_that_breaks_while_it_is_encoded_is_skipped_and_named_once(breaking):
+  run, warnings = breaking
+  data = result_of(run, 0.05)
+  with data.batches(0, 20) as batches:
+    cached = [next(batches) for _ in range(2)]
+  assert len(warnings()) == 1 and 'a record is skipped' in warnings()[0]
+  images = {}
+  for batch in cached:
+    for text, codes in zip(batch.inputs['text'], batch.encoded['visual_prompt'], strict=True):
+      images[text.tobytes()] = codes
+  assert len(images) == 19
+  for index in set(range(20)) - {5}:
+    text = data.preprocess(data.record(index), ('text',), None)['text']
+    expected = round(12 * index / 255 * 10)
+    np.testing.assert_array_equal(images[text.tobytes()], expected)
+  for calls in (2, 3):  # The changed file gives another cache, which the last call reads.
+    result_of(run, 0.05)
+    assert len(warnings()) == calls
+
+
+def test_more_images_that_break_while_encoded_than_allowed_end_the_run(breaking):
+  run, _ = breaking
+  message = '1 of 20 records can not be read, more than data.most_skipped=0; the last: .*05.png'
+  assert re.search(message, refusal_of(run, 0.0))
 
 
 def test_repeated_folder_of_a_recipe_is_encoded_once(open_data, tmp_path, capsys):

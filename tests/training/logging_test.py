@@ -1,10 +1,8 @@
 """Tests of the run's log: records, progress line, skipped steps and TensorBoard."""
 
-import sys
-import types
-
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from vpe_jax.contracts import UserError
 from vpe_jax.training import logging, metrics, throughput
@@ -88,54 +86,49 @@ def test_progress_line_gives_position_losses_speed_and_eta():
   assert 'MFU 41.0%' in logging.progress_line(record | {'mfu': 0.41}, 400, 0)
 
 
-@pytest.fixture
-def board_calls(monkeypatch):
-  """Replaces tensorboardX, and returns the calls of its writer."""
-  calls = []
-
-  class SummaryWriter:
-    """Records its calls."""
-
-    def __init__(self, folder, purge_step):
-      calls.append(('purge', purge_step))
-
-    def add_scalar(self, name, value, step):
-      calls.append((name, value, step))
-
-    def add_image(self, name, image, step, dataformats):
-      calls.append((name, image.shape, step, dataformats))
-
-    def flush(self):
-      calls.append('flushed')
-
-    def close(self):
-      calls.append('closed')
-
-  module = types.ModuleType('tensorboardX')
-  module.SummaryWriter = SummaryWriter
-  module.__spec__ = types.SimpleNamespace(name='tensorboardX')
-  monkeypatch.setitem(sys.modules, 'tensorboardX', module)
-  return calls
+def _events(folder):
+  """The events in the TensorBoard files of a folder."""
+  events = []
+  for path in sorted(folder.glob('events.out.tfevents.*')):
+    content = path.read_bytes()
+    while content:  # size (8 bytes), checksum (4), event, checksum (4)
+      size = int.from_bytes(content[:8], 'little')
+      events.append(event_pb2.Event.FromString(content[12 : 12 + size]))
+      content = content[16 + size :]
+  return events
 
 
-def test_tensorboard_receives_every_float_and_image(open_log, board_calls):
+def _scalars(folder):
+  return [
+    (value.tag, value.simple_value, event.step)
+    for event in _events(folder)
+    for value in event.summary.value
+    if value.HasField('simple_value')
+  ]
+
+
+def test_tensorboard_receives_every_float_and_image(open_log, tmp_path):
   log = open_log()
   _push(log, 1, loss=2.5)
   log.flush()
   log.show('sample_grid', np.zeros((2, 3, 3), np.uint8), 1)
   log.close()
-  assert ('loss', 2.5, 1) in board_calls and board_calls[-1] == 'closed'
-  assert ('sample_grid', (2, 3, 3), 1, 'HWC') in board_calls
-  assert not any(entry[0] in ('stage', 'step') for entry in board_calls[:-1])
+  scalars = _scalars(tmp_path)
+  assert ('loss', 2.5, 1) in scalars
+  assert not {'stage', 'step', 'stage_step'} & {name for name, *_ in scalars}
+  values = [(value, event.step) for event in _events(tmp_path) for value in event.summary.value]
+  (image,) = [(value, step) for value, step in values if value.HasField('image')]
+  assert (image[0].tag, image[1]) == ('sample_grid', 1)
+  assert (image[0].image.height, image[0].image.width) == (2, 3)
 
 
 @pytest.mark.parametrize('resumed', [0, 7])
-def test_tensorboard_is_flushed_with_checkpoints_and_purged_at_resume(
-  open_log, board_calls, resumed
-):
+def test_tensorboard_is_flushed_with_checkpoints_and_purged_at_resume(open_log, tmp_path, resumed):
   log = open_log(resumed)
   _push(log, resumed + 1, loss=2.5)
   log.flush()
-  assert board_calls[0] == ('purge', resumed + 1)
-  assert board_calls[-1] == 'flushed' and ('loss', 2.5, resumed + 1) in board_calls
+  assert ('loss', 2.5, resumed + 1) in _scalars(tmp_path)
   log.close()
+  start = event_pb2.SessionLog.START  # TensorBoard hides earlier events from this step on.
+  (purged,) = [event for event in _events(tmp_path) if event.session_log.status == start]
+  assert purged.step == resumed + 1

@@ -1,11 +1,15 @@
-"""Ctrl-C in a training loop: the first saves, unless nothing is unsaved; the second stops."""
+"""Signals in a training loop: the first saves, unless nothing is unsaved; a second Ctrl-C stops."""
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from vpe_jax import interrupts
+from vpe_jax import front_door, interrupts
 from vpe_jax.training.preemption import Preemption
 
 
@@ -38,3 +42,66 @@ def test_where_nothing_is_unsaved_the_first_press_stops():
     _press()
     assert preemption.interrupted
   assert interrupts._free._value == 0
+
+
+def test_where_nothing_is_unsaved_sigterm_has_its_previous_effect():
+  received = []
+  before = signal.signal(signal.SIGTERM, lambda *_: received.append('earlier handler'))
+  try:
+    with Preemption() as preemption:
+      with preemption.nothing_unsaved():
+        os.kill(os.getpid(), signal.SIGTERM)
+      assert received == ['earlier handler'] and not preemption.reached()
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert len(received) == 1 and preemption.reached()
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+STARTING = """
+import multiprocessing
+import time
+child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(300,), daemon=True)
+child.start()
+from vpe_jax import sharding
+from vpe_jax.training.preemption import Preemption
+sharding.initialize_distributed()
+with Preemption() as preemption:
+  with preemption.nothing_unsaved():
+    pass
+  assert not preemption.reached()
+  with preemption.nothing_unsaved():
+    print(child.pid, flush=True)
+    time.sleep(300)
+"""
+
+
+def _is_running(number):
+  """Whether a process runs; one that has ended may wait for its parent."""
+  try:
+    state = Path(f'/proc/{number}/stat').read_text().rpartition(')')[2].split()[0]
+  except FileNotFoundError:
+    return False
+  return state != 'Z'
+
+
+def test_under_the_coordination_service_sigterm_ends_a_start_at_once():
+  environment = {key: value for key, value in os.environ.items() if not key.startswith('JAX_NUM')}
+  process = subprocess.Popen(
+    [sys.executable, '-c', STARTING], env=environment, text=True, stdout=subprocess.PIPE
+  )
+  child = int(process.stdout.readline())
+  try:
+    process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < deadline:
+      time.sleep(0.1)
+    assert process.returncode == front_door.TERMINATED
+    assert process.stdout.readline().startswith('preempted: no step is unsaved')
+    assert not _is_running(child)
+  finally:
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    if _is_running(child):
+      os.kill(child, signal.SIGKILL)

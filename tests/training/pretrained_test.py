@@ -11,6 +11,7 @@ import pytest
 
 from configs import siglip as config_file
 from configs import t2i as t2i_file
+from tests.outcomes import result_of
 from vpe_jax import convert, rng, sharding, systems
 from vpe_jax.checkpoints import convert as paths
 from vpe_jax.checkpoints import weights
@@ -202,7 +203,7 @@ def test_the_shipped_generator_starts_a_run():
   mesh = sharding.make_mesh(system.config.mesh)
   with jax.set_mesh(mesh):
     abstract = resume.abstract_state(system.config, system, 0, mesh)
-    loaded = pretrained.load(system, abstract)
+    loaded = result_of(pretrained.load, system, abstract)
   assert set(loaded.origins.values()) == {'assets:tiny (ema)'}
   assert loaded.origins.keys() == leaves_by_path(abstract['params']).keys()
 

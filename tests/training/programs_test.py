@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from tests.compilations import compilations
+from tests.outcomes import refusal_of
 from vpe_jax import devices, sharding
 from vpe_jax.checkpoints.frozen import FrozenNetworks
 from vpe_jax.contracts import UserError
@@ -125,8 +127,8 @@ def test_a_step_that_does_not_fit_ends_the_run_with_its_buffers(line_system, fro
       return terms | {'watched': dataclasses.replace(terms['watched'], sum=largest)}
 
   system = Large(line_system().config, frozen)
-  with pytest.raises(UserError, match=r'memory in step \d: .*f32\[8796093022208\].*accumulate'):
-    loop.train(system.config, system, str(tmp_path))
+  message = refusal_of(loop.train, system.config, system, str(tmp_path))
+  assert re.search(r'memory in step \d: .*f32\[8796093022208\].*accumulate', message), message
 
 
 EXHAUSTED = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 2097152 bytes')
@@ -139,11 +141,19 @@ def _exhausted(*_, **__):
 def test_programs_and_states_that_do_not_fit_are_named(line_system, tmp_path, monkeypatch):
   system = line_system()
   lowered = types.SimpleNamespace(compile=_exhausted)
-  with pytest.raises(UserError, match='memory in evaluator sample_grid: .*2.0 MiB'):
-    programs._compile('evaluator sample_grid', system.config, 0, lowered)
+  arguments = ('evaluator sample_grid', system.config, 0, lowered)
+  message = refusal_of(programs._compile, *arguments)
+  assert re.search('memory in evaluator sample_grid: .*2.0 MiB', message), message
   monkeypatch.setattr(loop.frozen_lib, 'load', _exhausted)
-  with pytest.raises(UserError, match='memory in the frozen networks and the state: .*2.0 MiB'):
-    loop.train(system.config, system, str(tmp_path))
+  message = refusal_of(loop.train, system.config, system, str(tmp_path))
+  assert re.search('memory in the frozen networks and the state: .*2.0 MiB', message), message
+
+
+def test_evaluators_that_do_not_fit_are_named(drawing_system, tmp_path, monkeypatch):
+  system = drawing_system(evals=EVALS)
+  monkeypatch.setattr(Evaluations, 'run', _exhausted)
+  message = refusal_of(loop.train, system.config, system, str(tmp_path))
+  assert re.search('memory in the evaluators .*sample_grid.*: .*2.0 MiB', message), message
 
 
 def test_generators_of_evaluators_hold_no_parameters_between_runs(drawing_system, tmp_path):

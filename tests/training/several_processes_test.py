@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.training.one_of_two import START_UP
+from vpe_jax import front_door
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.training import loop, metrics
@@ -19,7 +21,7 @@ SCRIPT = Path(__file__).with_name('one_of_two.py')
 ROOT = Path(__file__).parents[2]
 
 
-def _start(workdir, weights, index, port, steps):
+def _start(workdir, weights, index, port, *arguments):
   variables = {
     'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
     'JAX_NUM_PROCESSES': '2',
@@ -30,7 +32,7 @@ def _start(workdir, weights, index, port, steps):
   }
   with open(workdir.parent / f'log{index}.txt', 'w', encoding='utf-8') as log:
     return subprocess.Popen(
-      [sys.executable, str(SCRIPT), str(workdir), weights, str(steps)],
+      [sys.executable, str(SCRIPT), str(workdir), weights, *arguments],
       env=os.environ | variables,
       stdout=log,
       stderr=subprocess.STDOUT,
@@ -39,15 +41,15 @@ def _start(workdir, weights, index, port, steps):
 
 @pytest.fixture
 def pair(tmp_path, frozen):
-  """Starts two processes on one workdir: pair(steps) -> processes."""
+  """Starts two processes on one workdir: pair(steps, *phases) -> processes."""
   children = []
 
-  def make(steps):
+  def make(steps, *phases):
     with socket.socket() as listener:
       listener.bind(('127.0.0.1', 0))
       port = listener.getsockname()[1]
-    workdir = tmp_path / 'run'
-    new = [_start(workdir, frozen['encoder'].source, i, port, steps) for i in (0, 1)]
+    workdir, weights = tmp_path / 'run', frozen['encoder'].source
+    new = [_start(workdir, weights, i, port, str(steps), *phases) for i in (0, 1)]
     children.extend(new)
     return new
 
@@ -61,10 +63,19 @@ def _logs(tmp_path):
   return '\n'.join(path.read_text() for path in sorted(tmp_path.glob('log*.txt')))
 
 
+def _statuses(processes, seconds):
+  """Exit statuses; None for a process that still runs after so many seconds."""
+  deadline = time.monotonic() + seconds
+  while None in (statuses := [process.poll() for process in processes]):
+    if time.monotonic() > deadline:
+      break
+    time.sleep(0.1)
+  return statuses
+
+
 @pytest.mark.slow
 def test_two_processes_match_a_single_process(pair, tmp_path, line_system, frozen):
-  for process in pair(4):
-    assert process.wait(120) == 0, _logs(tmp_path)
+  assert _statuses(pair(4), 120) == [0, 0], _logs(tmp_path)
   system = line_system()
   system.frozen = frozen
   loop.train(system.config, system, str(tmp_path / 'single'))
@@ -85,8 +96,21 @@ def test_sigterm_to_one_process_stops_both_at_the_same_step(pair, tmp_path):
     assert time.monotonic() < deadline and processes[0].poll() is None, _logs(tmp_path)
     time.sleep(0.1)
   processes[1].send_signal(signal.SIGTERM)
-  for process in processes:
-    assert process.wait(120) == 0, _logs(tmp_path)
+  assert _statuses(processes, 120) == [0, 0], _logs(tmp_path)
   assert 'preempted: saved step' in _logs(tmp_path)
   saved = Store(str(workdir / FOLDER), CheckpointConfig()).steps()[-1]
   assert [record['step'] for record in metrics.read(workdir)] == list(range(1, saved + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('phase', START_UP)
+@pytest.mark.parametrize('receiver', [0, 1])
+def test_sigterm_before_the_first_step_ends_both_at_once(pair, tmp_path, phase, receiver):
+  processes = pair(4, phase)
+  deadline = time.monotonic() + 120
+  while _logs(tmp_path).count('waiting') < 2:
+    assert time.monotonic() < deadline and processes[0].poll() is None, _logs(tmp_path)
+    time.sleep(0.1)
+  processes[receiver].send_signal(signal.SIGTERM)
+  assert _statuses(processes, 20) == [front_door.TERMINATED] * 2, _logs(tmp_path)
+  assert _logs(tmp_path).count('preempted: no step is unsaved') == 1

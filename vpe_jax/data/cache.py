@@ -21,11 +21,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 from vpe_jax.contracts import UserError
+from vpe_jax.data.records import NotEncoded
 from vpe_jax.storage import cache_dir, checksum
 
 SHARD = 1024  # records in one shard; so many are encoded again after an interruption
@@ -41,7 +43,11 @@ class Encoded(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    """The entries of one record by name, int32 or float32, without a batch axis."""
+    """The entries of one record by name, int32 or float32, without a batch axis.
+
+    Raises:
+      NotEncoded: the record could not be read.
+    """
     ...
 
 
@@ -49,13 +55,15 @@ class Encoded(Protocol):
 class _Shard:
   """A line of the manifest: number of records, (name, dtype, shape) of entries, CRC-32 by file.
 
-  `start` is the position of the line in the manifest, in bytes.
+  `start` is the position of the line in the manifest, in bytes. `unreadable` has index and reason
+  of records without entries, whose values are those of other records.
   """
 
   count: int
   entries: list[tuple[str, str, tuple[int, ...]]]
   checksums: dict[str, int]
   start: int = 0
+  unreadable: list[tuple[int, str]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +95,14 @@ class EncodedCache:
     count: number of records.
     shard: number of records in each shard except the last.
     entries: (name, dtype, shape) of each array of one record.
+    unreadable: index -> reason of records that could not be read, and have no entries.
   """
 
   folder: Path
   count: int
   shard: int
   entries: tuple[tuple[str, str, tuple[int, ...]], ...]
+  unreadable: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return self.count
@@ -101,6 +111,8 @@ class EncodedCache:
     """The entries of one record; see Encoded."""
     if not 0 <= index < self.count:
       raise IndexError(f'record {index} of {self.count} in {self.folder}')
+    if index in self.unreadable:
+      raise NotEncoded(self.unreadable[index])
     number, offset = divmod(index, self.shard)
     size = min(self.shard, self.count - number * self.shard)
     shards = {
@@ -157,13 +169,15 @@ def _verify(folder: Path, shard: _Shard) -> None:
 def _opened(folder: Path, manifest: _Manifest) -> EncodedCache:
   first = manifest.shards[0].entries if manifest.shards else []
   entries = tuple((name, dtype, tuple(shape)) for name, dtype, shape in first)
-  return EncodedCache(folder, manifest.count, manifest.shard, entries)
+  unreadable = {index: reason for shard in manifest.shards for index, reason in shard.unreadable}
+  return EncodedCache(folder, manifest.count, manifest.shard, entries, unreadable)
 
 
 def write_cache(
   fingerprint: str,
   batches: Callable[[int], Iterable[Mapping[str, np.ndarray]]],
   shard: int = SHARD,
+  unreadable: Mapping[int, str] = MappingProxyType({}),
 ) -> EncodedCache:
   """Writes a cache, or the missing shards of an interrupted or damaged one.
 
@@ -175,6 +189,7 @@ def write_cache(
       [n, ...] by entry name, for n consecutive records; n may vary between batches, the names may
       not.
     shard: number of records in one file.
+    unreadable: index -> reason of records that have no entries; `batches` may add some meanwhile.
 
   Raises:
     UserError: the cache folder can't be written.
@@ -189,8 +204,12 @@ def write_cache(
         file.truncate(manifest.end)
         if not manifest.end:
           _append(file, {'fingerprint': fingerprint, 'shard': shard})
-        for new in _write_shards(folder, batches(manifest.count), shard, len(manifest.shards)):
-          _append(file, dataclasses.asdict(new))
+        done = manifest.count
+        for new in _write_shards(folder, batches(done), shard, len(manifest.shards)):
+          records = range(done, done + new.count)
+          own = [(index, unreadable[index]) for index in records if index in unreadable]
+          _append(file, dataclasses.asdict(dataclasses.replace(new, unreadable=own)))
+          done = records.stop
         _append(file, _END)
       _mapped.cache_clear()
       manifest = _read_manifest(folder)

@@ -20,13 +20,15 @@ from absl import flags, logging
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import Batch, Preprocess, System, UserError
 from vpe_jax.data.cache import Encoded
-from vpe_jax.data.records import BadRecord, Record, Source, Split
+from vpe_jax.data.records import BadRecord, NotEncoded, Record, Source, Split
 from vpe_jax.data.sources import open_source
 from vpe_jax.storage import stable_hash
 
 THREADS = 2  # reader threads if there are no reader processes
 PREFETCHED = 4  # batches
 MAX_WORKERS_PER_CORE, MIN_WORKER_LIMIT = 4, 16
+
+SKIPPED = 'a record is skipped: %s'  # warning
 
 Arrays = dict[str, np.ndarray]
 EXAMPLE = 'example'  # name of the array that holds the stream position of each example
@@ -131,6 +133,27 @@ class Pipeline:
     arrays = [self._reader.arrays(index, index, self.source[index]) for index in indices]
     return self._reader.batch(_stack(arrays))
 
+  def readable_examples(self, indices: Sequence[int]) -> tuple[Batch, dict[int, str]]:
+    """As `examples`; arrays of another record stand for a record that can't be read.
+
+    Returns:
+      The batch, and the reason for each index whose record can't be read.
+
+    Raises:
+      BadRecord: too many records can't be read.
+    """
+    reasons: dict[int, str] = {}
+
+    def read(index: int) -> Arrays:
+      first = lambda used: self._reader.arrays(index, used, self.source[used])
+      arrays, error = self._reader.readable(index, first)
+      if error is not None:
+        reasons[index] = str(error)
+      return arrays
+
+    arrays = [read(index) for index in indices]
+    return self._reader.batch(_stack(arrays)), reasons
+
   def batches(
     self, start_example: int, batch_size: int, host_index: int = 0, host_count: int = 1
   ) -> Batches:
@@ -173,23 +196,22 @@ class Pipeline:
       new = {int(index) for index in stacked[_REPLACED] if index >= 0} - replaced
       replaced.update(new)
       if new and len(replaced) > self._most_replaced:
-        raise UserError(
-          f'{len(replaced):,} of {len(self):,} records can not be read, more than '
-          f'data.most_skipped={self._config.most_skipped:g}; the last: {self._reason(max(new))}'
-        )
-      for index in sorted(new):
-        logging.warning('a record is skipped: %s', self._reason(index))
+        last = self._reason(max(new))
+        raise UserError(skipped_text(len(replaced), len(self), self._config.most_skipped, last))
+      for error in map(self._reason, sorted(new)):
+        if not isinstance(error, NotEncoded):
+          logging.warning(SKIPPED, error)
       return self._reader.batch(stacked)
 
     return assemble
 
-  def _reason(self, index: int) -> str:
+  def _reason(self, index: int) -> BadRecord:
     """Why the record at a source index can't be read."""
     try:
       self._reader.arrays(index, index, self.source[index])
     except BadRecord as error:
-      return str(error)
-    return f'record {index} could not be read before, but can be now'
+      return error
+    return BadRecord(f'record {index} could not be read before, but can be now')
 
 
 class Batches(contextlib.AbstractContextManager):
@@ -245,15 +267,29 @@ class _Reader(grain.transforms.Map):
 
   def __call__(self, element: tuple[int, int]) -> Arrays:
     position, index = element
-    used, replaced = index, -1
+    read = lambda used: self.arrays(position, used, self.record(position, used))
+    arrays, error = self.readable(index, read)
+    return arrays | {_REPLACED: np.int64(-1 if error is None else index)}
+
+  def readable(
+    self, index: int, read: Callable[[int], Arrays]
+  ) -> tuple[Arrays, BadRecord | None]:
+    """Reads the record at a source index, or another one if it can't be read.
+
+    Returns:
+      The arrays, and the error of the record at this index.
+
+    Raises:
+      BadRecord: many others can't be read either.
+    """
+    used, first = index, None
     for attempt in range(_REPLACEMENTS):
       try:
-        arrays = self.arrays(position, used, self.record(position, used))
-        return arrays | {_REPLACED: np.int64(replaced)}
+        return read(used), first
       except BadRecord as error:
-        last, replaced = error, index
+        first = first or error
         used = stable_hash('replacement', self.seed, index, attempt) % len(self.source)
-    raise last
+    raise first
 
   def record(self, position: int, index: int) -> Record:
     """The record at a source index, with one of its captions, which the position chooses."""
@@ -266,8 +302,8 @@ class _Reader(grain.transforms.Map):
   def arrays(self, position: int, index: int, record: Record) -> Arrays:
     """The preprocessed arrays of a record, and its encoded entries."""
     rng = np.random.default_rng((self.seed, position))
-    inputs = self.preprocess(record, self.names, rng)
     encoded = {} if self.encoded is None else self.encoded[index]
+    inputs = self.preprocess(record, self.names, rng)
     return {EXAMPLE: np.int32(position), **{n: inputs[n] for n in self.names}, **encoded}
 
   def batch(self, stacked: Arrays) -> Batch:
@@ -276,6 +312,14 @@ class _Reader(grain.transforms.Map):
     arrays = {name: np.array(leaf) for name, leaf in stacked.items() if name != _REPLACED}
     example, inputs = arrays.pop(EXAMPLE), {name: arrays.pop(name) for name in self.names}
     return Batch(example, inputs, arrays)
+
+
+def skipped_text(count: int, total: int, most_skipped: float, last: object) -> str:
+  """Error message for more unreadable records than the share `most_skipped`."""
+  return (
+    f'{count:,} of {total:,} records can not be read, more than data.most_skipped='
+    f'{most_skipped:g}; the last: {last}'
+  )
 
 
 def _stack(examples: Sequence[Arrays]) -> Arrays:

@@ -171,6 +171,10 @@ class BadRecord(UserError):
   """A record of a user's data can't be used; the message names its location and the reason."""
 
 
+class NotEncoded(BadRecord):
+  """A record could not be read when the cache was written; the run has named it already."""
+
+
 class Source(Protocol):
   """A data set: records by index.
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from vpe_jax import __version__, rng, sharding
@@ -24,10 +25,10 @@ from vpe_jax.checkpoints.frozen import FrozenNetworks
 from vpe_jax.config import Config, DataConfig
 from vpe_jax.contracts import Batch, BatchSpec, System, UserError
 from vpe_jax.data import cache, recipes
-from vpe_jax.data.cache import Encoded
+from vpe_jax.data.cache import Encoded, EncodedCache
 from vpe_jax.data.embedded.synthetic import SyntheticEncoded
-from vpe_jax.data.pipeline import Pipeline
-from vpe_jax.data.records import Record, Renderable
+from vpe_jax.data.pipeline import SKIPPED, Pipeline, skipped_text
+from vpe_jax.data.records import BadRecord, Record, Renderable
 
 CHUNK = 64  # images encoded at a time, rounded up to a multiple of the number of devices
 READERS = 2  # threads that render images ahead
@@ -122,11 +123,19 @@ def _content(config: DataConfig, source: Pipeline) -> str:
   digest = hashlib.blake2b(digest_size=16)
   for index in np.linspace(0, len(source) - 1, PROBES).astype(int):
     for image in _images(source.record(int(index))):
-      digest.update(image.render(config.image_size).tobytes())
+      digest.update(_rendered(image, config.image_size))
   if config.is_user_data:
     for stamp in source.source.stamps():
       digest.update(stamp.encode())
   return digest.hexdigest()
+
+
+def _rendered(image: Renderable, size: int) -> bytes:
+  """The pixels of an image; the reason if it can't be read."""
+  try:
+    return image.render(size).tobytes()
+  except BadRecord as error:
+    return str(error).encode()
 
 
 def _images(record: Record) -> list[Renderable]:
@@ -160,18 +169,23 @@ def _cached(
     opened = None
   # All processes encode together or not at all.
   if multihost_utils.process_allgather(np.array(opened is not None)).all():
-    return opened
+    return _check_readable(config.data, opened)
   started = False
+  unreadable: dict[int, str] = {}
 
   def batches(stored: int) -> Iterator[dict[str, np.ndarray]]:
     nonlocal started
     started = True
     # Only the process that writes knows the number.
     start = int(multihost_utils.process_allgather(np.array(stored)).max())
-    return _encode_all(config.seed, frozen, mesh, images, cacheable, start, should_stop)
+    chunks = _encode_all(config.seed, frozen, mesh, images, cacheable, start, should_stop)
+    for arrays, reasons in chunks:
+      unreadable.update(reasons)
+      _check_share(config.data, unreadable, len(images))
+      yield arrays
 
   if jax.process_index() == 0:
-    cache.write_cache(name, batches)
+    cache.write_cache(name, batches, unreadable=unreadable)
   if not started:  # A process that writes nothing, or nothing is missing: stay in step.
     for _ in batches(len(images) if jax.process_index() == 0 else 0):
       pass
@@ -182,7 +196,26 @@ def _cached(
       f'{cache.location(name)} is not visible to all hosts: set VPE_JAX_CACHE to a shared folder, '
       'or data.encode=online'
     )
+  return _check_readable(config.data, opened)
+
+
+def _check_readable(config: DataConfig, opened: EncodedCache) -> EncodedCache:
+  """Warns of the records that could not be encoded; errors as those of `_check_share`."""
+  _check_share(config, opened.unreadable, len(opened))
+  for reason in opened.unreadable.values():
+    logging.warning(SKIPPED, reason)
   return opened
+
+
+def _check_share(config: DataConfig, unreadable: Mapping[int, str], total: int) -> None:
+  """Checks that at most the share `data.most_skipped` of the records could not be read.
+
+  Raises:
+    UserError: there are more.
+  """
+  if len(unreadable) > int(config.most_skipped * total):
+    last = unreadable[max(unreadable)]
+    raise UserError(skipped_text(len(unreadable), total, config.most_skipped, last))
 
 
 def _encode_all(
@@ -193,8 +226,11 @@ def _encode_all(
   cacheable: frozenset[str],
   first: int,
   should_stop: Callable[[], bool],
-) -> Iterator[dict[str, np.ndarray]]:
-  """Yields encoded entries of consecutive chunks of records from `first` on, in every process.
+) -> Iterator[tuple[dict[str, np.ndarray], dict[int, str]]]:
+  """Yields consecutive chunks of records from `first` on, the same in every process.
+
+  Yields:
+    Encoded entries, and the reasons for records that can't be read, by index.
 
   Raises:
     Stopped: `should_stop` was true after a chunk, but not the last one.
@@ -205,16 +241,16 @@ def _encode_all(
   key = jax.device_put(rng.run_key(seed), sharding.replicated(mesh))
   total, start_time, reported = len(images), time.monotonic(), 0.0
 
-  def read(start: int) -> Batch:
+  def read(start: int) -> tuple[Batch, dict[int, str]]:
     # The last chunk is filled with the last record.
     indices = [min(start + offset, total - 1) for offset in range(chunk)]
-    return images.examples(indices[local])
+    return images.readable_examples(indices[local])
 
   with ThreadPoolExecutor(READERS) as readers:
     starts = list(range(first, total, chunk))
     pending = [readers.submit(read, start) for start in starts[:READERS]]
     for number, start in enumerate(starts):
-      batch = pending.pop(0).result()
+      batch, unreadable = pending.pop(0).result()
       if number + READERS < len(starts):
         pending.append(readers.submit(read, starts[number + READERS]))
       encoded = frozen.encode_batch(sharding.put_batch(batch, mesh), key).encoded
@@ -223,7 +259,12 @@ def _encode_all(
       if seconds - reported > REPORT_EVERY or done == total:
         reported = seconds
         _say(f'encoding images: {done:,}/{total:,} ({(done - first) / seconds:.0f} a second)')
-      yield {name: array[: done - start] for name, array in arrays.items()}
+      reasons = {
+        int(index): reason
+        for text in sharding.gather_texts(json.dumps(unreadable))
+        for index, reason in json.loads(text).items()
+      }
+      yield {name: array[: done - start] for name, array in arrays.items()}, reasons
       if done < total and should_stop():
         raise Stopped(f'{done:,} of {total:,} images were encoded')
 

@@ -99,10 +99,7 @@ def train(
     key = jax.device_put(rng.run_key(config.seed), sharding.replicated(mesh))
     store = Store(str(folder / FOLDER), config.checkpoint)
     cleanup.callback(store.close)  # Waits for the current save, however the run ends.
-    # Frozen networks are loaded first: this reports errors at once, while the initialization of a
-    # large model takes minutes.
-    images = Pipeline.of(system)
-    digests = images.digests()
+    preemption = cleanup.enter_context(Preemption())
 
     def accept(record: Mapping[str, Any]) -> None:
       resume.check_continues(record, str(folder))
@@ -111,10 +108,14 @@ def train(
       for note in notes:
         _say(f'config change: {note}')
 
-    with memory.explained('the frozen networks and the state', config, 0):
-      frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
-      state, origins = _start(config, system, frozen, str(folder), mesh, store, accept, key)
-    preemption = cleanup.enter_context(Preemption())
+    with preemption.nothing_unsaved():
+      # Frozen networks are loaded first: this reports errors at once, while the initialization of a
+      # large model takes minutes.
+      images = Pipeline.of(system)
+      digests = images.digests()
+      with memory.explained('the frozen networks and the state', config, 0):
+        frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
+        state, origins = _start(config, system, frozen, str(folder), mesh, store, accept, key)
     try:
       data = encode.open_training_data(config, system, frozen, mesh, images, preemption.reached)
     except encode.Stopped as reason:

@@ -6,13 +6,28 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from vpe_jax import interrupts, sharding
+
+POLL = 0.1  # seconds between two looks for SIGTERM while nothing is unsaved
+LEAVE_TIMEOUT = 10.0  # seconds in which all processes must notice SIGTERM to end together
+
+_leaving = threading.Lock()
+_calls = 0  # of sharding.preempted: the runs of a chain share one count
+
+
+def _preempted() -> bool:
+  """Whether all processes have received SIGTERM; true for the same number of calls in each."""
+  global _calls
+  _calls += 1
+  return sharding.preempted(_calls)
 
 
 class Preemption:
@@ -20,13 +35,13 @@ class Preemption:
 
   If JAX's coordination service runs (vpe_jax.main starts it, also for one process), it handles
   the signal and all processes agree on the step at which they stop. Otherwise this context handles
-  the signal. A second Ctrl-C stops immediately, as does the first where nothing is unsaved.
+  the signal. A second Ctrl-C stops immediately. Where nothing is unsaved, SIGTERM and the first
+  Ctrl-C do, too.
   """
 
   def __init__(self) -> None:
     self.interrupted = False  # by Ctrl-C, in this process
     self._requested = False
-    self._calls = 0  # of `reached`
     self._previous: dict[signal.Signals, Any] = {}
     self._second: Any = None  # handler of a second Ctrl-C
     # Only the main thread can set signal handlers.
@@ -53,13 +68,43 @@ class Preemption:
 
   @contextlib.contextmanager
   def nothing_unsaved(self) -> Iterator[None]:
-    """Context without unsaved steps, in which Ctrl-C raises KeyboardInterrupt at once."""
+    """Context without unsaved steps: Ctrl-C raises KeyboardInterrupt, SIGTERM ends the process.
+
+    Compiled code may run for minutes, so a thread ends the process. With several processes, each
+    must enter and leave this context, and SIGTERM to one ends all.
+    """
     self._cleanup.close()
     try:
-      yield
+      with self._sigterm_ends_process():
+        yield
     finally:
       if self._is_main:
         self._cleanup.enter_context(self._first_interrupt_saves())
+
+  @contextlib.contextmanager
+  def _sigterm_ends_process(self) -> Iterator[None]:
+    if self._handles_sigterm:
+      signal.signal(signal.SIGTERM, self._previous[signal.SIGTERM])
+      try:
+        yield
+      finally:
+        signal.signal(signal.SIGTERM, self._request)
+    elif jax.distributed.is_initialized():
+      watch = _Watch(self._leave)
+      try:
+        yield
+        # Faster processes wait here for the others, and still end at SIGTERM.
+        multihost_utils.sync_global_devices('nothing unsaved')
+      except BaseException:
+        # A collective also fails because another process has ended.
+        if watch.stop():
+          self._leave()
+        raise
+      watch.stop()
+      if watch.align():
+        self._leave()
+    else:
+      yield
 
   @contextlib.contextmanager
   def _first_interrupt_saves(self) -> Iterator[None]:
@@ -70,13 +115,20 @@ class Preemption:
       finally:
         signal.signal(signal.SIGINT, self._second)
 
+  def _leave(self) -> NoReturn:
+    """Ends this process, together with all others."""
+    _leaving.acquire()  # Never released: a second thread waits here for the end.
+    if jax.process_index() == 0:
+      print('preempted: no step is unsaved; the same command continues from there', flush=True)
+    sharding.leave_together(LEAVE_TIMEOUT)
+    interrupts.leave(signal.SIGINT if self.interrupted else signal.SIGTERM)
+
   def reached(self) -> bool:
     """Whether to save and stop now; the same in every process.
 
     Every process must call this at the same points, such as after each step.
     """
-    self._calls += 1
-    return self._requested if self._handles_sigterm else sharding.preempted(self._calls)
+    return self._requested if self._handles_sigterm else _preempted()
 
   def _interrupt(self, number: int, frame: FrameType | None) -> None:
     print('saving and stopping after this step; press Ctrl-C again to stop now', flush=True)
@@ -86,3 +138,39 @@ class Preemption:
 
   def _request(self, number: int, frame: FrameType | None) -> None:
     self._requested = True
+
+
+class _Watch:
+  """A thread that looks for SIGTERM while the main thread may run compiled code.
+
+  Processes look independently of each other, so the numbers of their calls differ until `align`.
+  """
+
+  def __init__(self, leave: Callable[[], NoReturn]):
+    self._leave = leave
+    self._reached = False
+    self._lock = threading.Lock()  # held during a look
+    self._stopped = threading.Event()
+    threading.Thread(target=self._run, name='preemption', daemon=True).start()
+
+  def stop(self) -> bool:
+    """Ends the looks of the thread; returns whether it ends the process."""
+    self._stopped.set()
+    with self._lock:
+      return self._reached
+
+  def align(self) -> bool:
+    """Makes all processes have the same number of calls; returns whether to end them."""
+    last = int(multihost_utils.process_allgather(np.array(_calls)).max())
+    while _calls <= last:
+      self._reached |= _preempted()
+    return self._reached
+
+  def _run(self) -> None:
+    while not self._stopped.wait(POLL):
+      with self._lock:
+        if self._stopped.is_set():
+          return
+        self._reached = _preempted()
+      if self._reached:
+        self._leave()

@@ -2,6 +2,8 @@
 
 The cache folder stores, for each intact file, a hash of its stamp (name, size, modification time,
 limits) and a hash of its content. Files whose stamp is stored are not read again.
+
+Several processes share a check: each reads its part of the files, and all get the same result.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +22,8 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from vpe_jax import sharding
+from vpe_jax.contracts import UserError
 from vpe_jax.data.formats.entries import abbreviated, check_text
 from vpe_jax.data.records import BadRecord
 from vpe_jax.data.transforms import Decoding
@@ -48,12 +53,33 @@ def check_images(
 ) -> Checked:
   """Reads and decodes image files that were not checked before, in one thread per core.
 
+  With n processes, each checks every n-th file; all must call this, and all return the same.
+
   Args:
     folder: parent folder.
     names: different names of files in the folder.
     decoding: limits that the files must respect.
     is_whole: whether these are all images of the folder; results of other files may be deleted.
+
+  Raises:
+    UserError: the processes have different names.
   """
+  index, count = sharding.process_position()
+  checked = _check_own(folder, names[index::count], decoding, is_whole)
+  if count == 1:
+    return checked
+  part = [stable_hash(*names), checked.contents, checked.reasons]
+  listings, contents, reasons = zip(*map(json.loads, sharding.gather_texts(json.dumps(part))))
+  if len(set(listings)) > 1:
+    raise UserError(
+      f'the hosts list different images in data folder {folder}: give all of them the same files'
+    )
+  merge = lambda parts: {name: value for part in parts for name, value in part.items()}
+  return Checked(merge(contents), merge(reasons))
+
+
+def _check_own(folder: Path, names: Sequence[str], decoding: Decoding, is_whole: bool) -> Checked:
+  """Checks the files of this process; see check_images."""
   results = _Results(folder)
   reasons: dict[str, str] = {}
   stamps: dict[str, int] = {}
@@ -135,19 +161,24 @@ def record_hash(image: int, reference: int | None = None) -> int:
 
 
 class _Results:
-  """Results of earlier checks of a folder: a file of pairs of 64-bit hashes (stamp, content).
+  """Results of earlier checks of a folder: files of pairs of 64-bit hashes (stamp, content).
+
+  Each of several processes writes its own file, as they may share the cache folder, and reads all.
 
   Attributes:
     contents: hash of a file's stamp -> hash of its content.
   """
 
   def __init__(self, folder: Path):
-    name = f'{stable_hash(folder.resolve()):016x}.u64'
-    self._path = cache_dir() / FOLDER / name
-    values = np.zeros(0, '<u8')
-    with _warned(), contextlib.suppress(FileNotFoundError, NotADirectoryError):
-      values = np.fromfile(self._path, '<u8')
-    self.contents: dict[int, int] = dict(values[: len(values) // 2 * 2].reshape(-1, 2).tolist())
+    name = f'{stable_hash(folder.resolve()):016x}'
+    index, count = sharding.process_position()
+    part = f'-{index}' if count > 1 else ''
+    self._path = cache_dir() / FOLDER / f'{name}{part}.u64'
+    self.contents: dict[int, int] = {}
+    with _warned(), contextlib.suppress(NotADirectoryError):
+      for path in self._path.parent.glob(f'{name}*.u64'):
+        values = np.fromfile(path, '<u8')
+        self.contents |= values[: len(values) // 2 * 2].reshape(-1, 2).tolist()
 
   def add(self, contents: dict[int, int]) -> None:
     """Stores results at once, so that an interrupted check continues."""
