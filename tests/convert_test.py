@@ -76,7 +76,7 @@ def test_export_in_bfloat16(tmp_path):
 @pytest.mark.parametrize('platform, unit', [('linux', 2**10), ('darwin', 1)])
 def test_peak_memory_has_the_unit_of_the_platform(monkeypatch, platform, unit):
   usage = types.SimpleNamespace(ru_maxrss=3 * 2**30 // unit)
-  monkeypatch.setattr(conversion.sys, 'platform', platform)
+  monkeypatch.setattr('sys.platform', platform)
   monkeypatch.setattr(conversion.resource, 'getrusage', lambda who: usage)
   assert 'peak memory 3.00 GiB' in conversion._summary({}, 0.0)
 

@@ -154,7 +154,7 @@ def test_the_card_of_an_import_names_the_commit_of_its_codec(root, tmp_path, mon
     commit = hub.publish(files)
     companions = Companions('owner/name')
     convert.import_weights('llamagen', source, str(to), companions=companions)
-  assert f'| image | `owner/name@{commit}` |' in (to / 'README.md').read_text()
+  assert f'| vqgan | `owner/name@{commit}` |' in (to / 'README.md').read_text()
 
 
 def test_an_evaluator_reads_an_import(show_o2):
