@@ -5,6 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
@@ -35,8 +36,22 @@ def test_ground_truth_images_are_distinct_and_depend_on_the_seed(true):
 
 def test_too_little_data_is_an_error():
   small = dataclasses.replace(DATA, examples=30)
-  with pytest.raises(UserError, match='--captions=1[45] '):
+  with pytest.raises(UserError, match='captions to 1[45] '):
     classes.ground_truth_images(small, 40, 0)
+  # One caption would be refused.
+  with pytest.raises(UserError, match='at least 4 are needed'):
+    classes.ground_truth_images(dataclasses.replace(DATA, examples=3), 40, 0)
+
+
+def test_unreadable_images_are_left_out(tmp_path):
+  for number in range(6):
+    Image.new('RGB', (16, 16), (40 * number, 0, 0)).save(tmp_path / f'{number}.png')
+    (tmp_path / f'{number}.txt').write_text('food')
+  damaged = tmp_path / '3.png'
+  damaged.write_bytes(damaged.read_bytes()[:45])  # Only the header is intact.
+  data = DataConfig(source=f'folder:{tmp_path}', image_size=16)
+  images, _ = classes.ground_truth_images(data, 5, 0)
+  assert sorted(images[:, 0, 0, 0].tolist()) == [0, 40, 80, 160, 200]
 
 
 def test_chance_and_permuted_control():

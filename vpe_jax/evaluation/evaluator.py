@@ -115,6 +115,8 @@ class Subject:
       load_frozen=functools.cache(lambda: frozen_lib.load(model.system, model.mesh, strategy)),
     )
     if not supports(model.system, Samples):
+      if any(value is not None for value in overrides.values()):
+        require(model.system, Samples)
       return subject
     generator = Generator.of(model, batch_size)
     settings = generator.settings(**overrides)
@@ -294,7 +296,11 @@ def parse_options(settings: Sequence[str], known: Collection[str]) -> dict[str, 
       raise UserError(f'--set={setting}: write NAME.OPTION=VALUE, such as retrieval.captions=64')
     if name not in known:
       raise UserError(f'--set={setting}: --benchmarks does not name {name}')
-    options.setdefault(name, {})[option] = yaml.safe_load(text)
+    try:
+      options.setdefault(name, {})[option] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+      reason = ' '.join(str(error).split())
+      raise UserError(f"--set={setting}: '{text}' is not a YAML value ({reason})") from error
   return options
 
 
@@ -330,8 +336,8 @@ def check_fits(name: str, evaluator: Evaluator, subject: Subject) -> None:
 def rows_of(subject: Subject, prompts: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:
   """Row label -> images [N, R, R, 3] uint8 of N prompts, whose ground truth is `images`.
 
-  The ground truth, also through the codec alone; images from the model's own drafts, and, where it
-  has drafts, from those of the ground truth.
+  The rows are the ground truth, the ground truth through the codec, and generated images. A system
+  with drafts also has a row of images from ground-truth drafts.
   """
   rows = {
     GROUND_TRUTH: images,
