@@ -65,6 +65,7 @@ def command(monkeypatch, fake_subject):
     ({'benchmarks': ['retrieval'], 'splits': ['concepts']}, "'concepts'"),
     ({'set': ['mixes.count=4']}, '--set=mixes.count=4'),
     ({'set': ['mixes']}, '--set=mixes'),
+    ({'benchmarks': ['mixes'], 'set': ['mixes.count=[4']}, r'--set=mixes\.count=\[4: '),
     ({'benchmarks': ['best_of'], 'set': ['best_of.plans=1']}, 'plans'),
     ({'benchmarks': ['mixes'], 'set': ['mixes.counts=4']}, "'counts'|'count'"),
     ({'benchmarks': ['mixes'], 'set': ['mixes.count=[']}, 'mixes.count=.: the value is not YAML'),

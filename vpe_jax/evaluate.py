@@ -12,10 +12,11 @@ r"""Evaluates trained models, and prints a table.
   python -m vpe_jax.evaluate --workdir=runs/edit-tiny --temperature=0.5 --plan_guidance=2 --steps=50
   python -m vpe_jax.evaluate --workdir=runs/a,runs/b --step=all        (convergence curves)
 
-`config.evals` names the evaluators that also run in training. Each evaluator prints a table and
-writes its protocol as JSON and sheets of images to RUN/evaluation (for shipped weights and weight
-files: to evaluation/ in the current folder). For several runs, sheets that compare them (named
--compared-) go to the folder of the first run, and paired differences of their figures are printed.
+`config.evals` names the evaluators that also run in training. Each evaluator prints a table.
+Benchmarks write their protocol as JSON and, like sample_grid, sheets of images to RUN/evaluation
+(for shipped weights and weight files: to evaluation/ in the current folder). For several runs,
+sheets that compare them (named -compared-) go to the folder of the first run, and paired
+differences of their figures are printed.
 
 Several steps (`--step=500,1000` or `--step=all`) give convergence curves: all numbers with their
 intervals at each checkpoint, as convergence-*.json and .png in the folder of the first run.

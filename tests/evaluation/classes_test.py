@@ -8,6 +8,7 @@ import pytest
 
 from vpe_jax.config import DataConfig
 from vpe_jax.contracts import UserError
+from vpe_jax.data.records import BadRecord, render
 from vpe_jax.evaluation import classes
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
 from vpe_jax.evaluation.report import FROM_DRAFTS, RECONSTRUCTED
@@ -35,8 +36,26 @@ def test_ground_truth_images_are_distinct_and_depend_on_the_seed(true):
 
 def test_too_little_data_is_an_error():
   small = dataclasses.replace(DATA, examples=30)
-  with pytest.raises(UserError, match='--captions=1[45] '):
+  with pytest.raises(UserError, match='captions to 1[45] '):
     classes.ground_truth_images(small, 40, 0)
+  # One caption would be refused.
+  with pytest.raises(UserError, match='at least 4 are needed'):
+    classes.ground_truth_images(dataclasses.replace(DATA, examples=3), 40, 0)
+
+
+def test_unreadable_images_are_left_out(true, monkeypatch):
+  first = true[0][0]
+
+  def read(record, size):
+    image = render(record, size)
+    if (image == first).all():
+      raise BadRecord('damaged')
+    return image
+
+  monkeypatch.setattr(classes, 'render', read)
+  images, names = classes.ground_truth_images(DATA, 39, BENCHMARK.seed)
+  np.testing.assert_array_equal(images, true[0][1:])
+  np.testing.assert_array_equal(names, true[1][1:])
 
 
 def test_chance_and_permuted_control():

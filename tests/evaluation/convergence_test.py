@@ -10,7 +10,7 @@ from PIL import Image
 
 from vpe_jax.checkpoints import model as model_lib
 from vpe_jax.contracts import Generated, Samples, UserError
-from vpe_jax.evaluation import convergence, intervals
+from vpe_jax.evaluation import convergence, intervals, plots
 from vpe_jax.evaluation.evaluator import Subject
 from vpe_jax.evaluation.heldout import HeldOut
 from vpe_jax.evaluation.report import Report
@@ -126,6 +126,14 @@ def test_steps_are_parsed_and_checked_against_the_run(run):
     convergence.choose_steps('assets:tiny', convergence.ALL)
   with pytest.raises(UserError, match='has no checkpoint yet'):
     convergence.choose_steps(f'{workdir}/nothing', convergence.ALL)
+
+
+def test_values_that_are_not_finite_are_left_out():
+  none, point = {'value': None, 'interval95': None}, {'value': 2.0, 'interval95': [1.0, 3.0]}
+  numbers = {'loss': [{'step': 1, **none}, {'step': 2, **point}], 'gone': [{'step': 1, **none}]}
+  (panel,) = convergence.make_panels({'a': convergence.Run({}, {}, numbers=numbers)})
+  assert panel.title == 'loss' and panel.curves[0].points == [(2, 2.0)]
+  plots.render([panel])
 
 
 def test_several_runs_share_a_panel():

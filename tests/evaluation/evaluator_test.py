@@ -13,7 +13,7 @@ from tests.compilations import compilations
 from vpe_jax import sharding
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import DataConfig, MeshConfig, SampleConfig
-from vpe_jax.contracts import BatchSpec, Edits, Generated, Samples
+from vpe_jax.contracts import BatchSpec, Edits, Generated, Samples, UserError
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.evaluation.evaluator import Subject
 from vpe_jax.generator import Generator
@@ -74,6 +74,11 @@ def test_a_model_without_images_is_described_by_its_parameters():
   metadata = weights.load('assets:siglip')[1]
   assert subject.description == {'checkpoint': metadata['fingerprint']}
   assert subject.stage_step == int(metadata['step'])
+
+
+def test_a_model_without_images_rejects_sampling_settings():
+  with pytest.raises(UserError, match='does not generate images'):
+    Subject.load('assets:siglip', 'ema', 4, 0, {'guidance': 2.0})
 
 
 def test_repeated_prompts_give_different_images():

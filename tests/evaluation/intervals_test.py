@@ -62,6 +62,11 @@ def test_a_single_image_has_no_interval():
   assert figure.summary() == {'value': 2.0, 'interval95': None}
 
 
+def test_numbers_that_are_not_finite_are_none_in_json():
+  figure = intervals.mean(np.array([1.0, np.nan]))
+  assert figure.summary() == {'value': None, 'interval95': None}
+
+
 def test_the_interval_of_a_frechet_distance_contains_it_although_resamples_are_biased():
   figure = frechet.figure(_normal(80, 20, 0), _normal(80, 20, 1))
   assert figure.value == frechet.distance(_normal(80, 20, 0), _normal(80, 20, 1))

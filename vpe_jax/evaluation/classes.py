@@ -27,7 +27,7 @@ from vpe_jax.config import DataConfig
 from vpe_jax.contracts import Samples, UserError
 from vpe_jax.data.pipeline import Pipeline
 from vpe_jax.data.preprocess import prompt_and_image
-from vpe_jax.data.records import render
+from vpe_jax.data.records import BadRecord, render
 from vpe_jax.evaluation import frechet, intervals, report
 from vpe_jax.evaluation.evaluator import Lowered, Subject, rows_of
 from vpe_jax.evaluation.evaluator_network import EvaluatorNetwork
@@ -144,14 +144,19 @@ def ground_truth_images(data: DataConfig, count: int, seed: int) -> tuple[np.nda
   examples: dict[bytes, tuple[np.ndarray, str]] = {}
   for position in range(len(pipeline)):
     index = pipeline.index_at(position)
-    image = render(pipeline.record(index), data.image_size)
-    examples.setdefault(image.tobytes(), (image, pipeline.prompt(index)))
+    try:
+      image = render(pipeline.record(index), data.image_size)
+      examples.setdefault(image.tobytes(), (image, pipeline.prompt(index)))
+    except BadRecord:  # Training leaves it out, too.
+      continue
     if len(examples) == count:
       images, names = zip(*examples.values())
       return np.stack(images), np.asarray(names)
+  largest = len(examples) // 2
+  cure = f'set captions to {largest} or fewer' if largest > 1 else 'at least 4 are needed'
   raise UserError(
-    f"the run's data has {len(examples)} distinct images, and half of them are the reference: set "
-    f'--captions={len(examples) // 2} or fewer'
+    f"the run's data has {len(examples)} distinct images, and half of them are the reference: "
+    f'{cure}'
   )
 
 

@@ -20,7 +20,7 @@ from vpe_jax.evaluation.report import TRUE_DRAFTS, number
 from vpe_jax.sampling import images
 
 ALL = 'all'
-Points = list[dict[str, Any]]  # `step`, `value` and `interval95` of a number
+Points = list[dict[str, Any]]  # `step` of each checkpoint, and the number as Figure.summary
 
 
 @dataclasses.dataclass
@@ -145,7 +145,7 @@ def _add_numbers(
 
 
 def make_panels(results: Mapping[str, Run]) -> list[plots.Panel]:
-  """A panel for each number, with a curve for each run.
+  """A panel for each number, with a curve for each run; values that are not finite are left out.
 
   Numbers of images from ground-truth drafts are in the panel of the model's own drafts.
   """
@@ -156,8 +156,9 @@ def make_panels(results: Mapping[str, Run]) -> list[plots.Panel]:
       title = name.replace(f'/{TRUE_DRAFTS}/', '/').replace('/own/', '/')
       suffix = ', ground-truth drafts' if is_true_drafts else ''
       band = tuple((p['step'], *p['interval95']) for p in points if p['interval95'])
-      values = [(p['step'], p['value']) for p in points]
-      curves.setdefault(title, []).append(plots.Curve(values, f'{run_name}{suffix}', band))
+      values = [(p['step'], p['value']) for p in points if p['value'] is not None]
+      if values:
+        curves.setdefault(title, []).append(plots.Curve(values, f'{run_name}{suffix}', band))
   return [plots.Panel(title, tuple(own)) for title, own in curves.items()]
 
 

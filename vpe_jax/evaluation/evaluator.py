@@ -115,6 +115,8 @@ class Subject:
       load_frozen=functools.cache(lambda: frozen_lib.load(model.system, model.mesh, strategy)),
     )
     if not supports(model.system, Samples):
+      if any(value is not None for value in overrides.values()):
+        require(model.system, Samples)
       return subject
     generator = Generator.of(model, batch_size)
     settings = generator.settings(**overrides)
@@ -333,8 +335,8 @@ def check_fits(name: str, evaluator: Evaluator, subject: Subject) -> None:
 def rows_of(subject: Subject, prompts: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:
   """Row label -> images [N, R, R, 3] uint8 of N prompts, whose ground truth is `images`.
 
-  The ground truth, also through the codec alone; images from the model's own drafts, and, where it
-  has drafts, from those of the ground truth.
+  The rows are the ground truth, the ground truth through the codec, and generated images. A system
+  with drafts also has a row of images from ground-truth drafts.
   """
   rows = {
     GROUND_TRUTH: images,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -21,7 +22,8 @@ from vpe_jax.evaluation.evaluator import Lowered, Subject
 from vpe_jax.evaluation.report import Report, number
 
 SPLIT = 'combination'
-_NONE = 'held-out losses: none, the data source has no held-out split (data.held_out makes one)'
+_NONE = 'held-out losses: none, the data source has no held-out split'
+_CURE = ' (data.held_out makes one)'  # for the user's folders
 
 Sums = dict[str, Array]
 # (params, frozen, batch, rng, stage_step) -> (sums, counts) of each loss term; jitted.
@@ -46,8 +48,8 @@ class HeldOut:
   batches: int = 4
 
   def __post_init__(self) -> None:
-    self._steps: dict[int, EvalStep] = {}  # by index of the stage
-    self._batches_of_stage: tuple[int, list[Batch]] = (-1, [])
+    self._steps: dict[tuple[System, int], EvalStep] = {}  # by system and index of the stage
+    self._batches: tuple[tuple[System, int] | None, list[Batch]] = (None, [])
 
   def check(self) -> None:
     """See Evaluator."""
@@ -70,29 +72,36 @@ class HeldOut:
 
   def run(self, subject: Subject) -> Report:
     """The mean of each loss over the held-out batches."""
-    if not has_split(subject.system.config.data):
-      return Report({}, (_NONE,))
-    step = self._step_of(subject)
-    if self._batches_of_stage[0] != subject.stage_index:
-      self._batches_of_stage = (subject.stage_index, self._read(subject))
-    totals: dict[str, list[tuple[float, float]]] = {}
-    for batch in self._batches_of_stage[1]:
-      sums, counts = jax.device_get(
-        step(subject.params, subject.frozen.params, batch, subject.key, subject.stage_step)
-      )
-      for name, value in sums.items():
-        totals.setdefault(name, []).append((float(value), float(counts[name])))
+    data = subject.system.config.data
+    if not has_split(data):
+      return Report({}, (_NONE + (_CURE if data.in_folders else ''),))
+    step, totals = self._step_of(subject), {}
+    # The networks shard their activations over the mesh.
+    with jax.set_mesh(subject.mesh):
+      for batch in self._batches_of(subject):
+        sums, counts = jax.device_get(
+          step(subject.params, subject.frozen.params, batch, subject.key, subject.stage_step)
+        )
+        for name, value in sums.items():
+          totals.setdefault(name, []).append((float(value), float(counts[name])))
     figures = {f'eval/{name}': intervals.ratio(*zip(*pairs)) for name, pairs in totals.items()}
     lines = [f'  {name:24}{number(figure, places=4)}' for name, figure in figures.items()]
     return Report(figures, tuple(lines))
 
   def _step_of(self, subject: Subject) -> EvalStep:
     """The jitted function of the subject's stage, built once."""
-    index = subject.stage_index
-    if index not in self._steps:
-      stage = with_all_losses(subject.system.stages, index)
-      self._steps[index] = make_eval_step(subject.system, stage)
-    return self._steps[index]
+    key = subject.system, subject.stage_index
+    if key not in self._steps:
+      stage = with_all_losses(subject.system.stages, subject.stage_index)
+      self._steps[key] = make_eval_step(subject.system, stage)
+    return self._steps[key]
+
+  def _batches_of(self, subject: Subject) -> list[Batch]:
+    """The batches of the subject's stage; those of the last stage and system are kept."""
+    key = subject.system, subject.stage_index
+    if self._batches[0] != key:
+      self._batches = key, self._read(subject)
+    return self._batches[1]
 
   def _read(self, subject: Subject) -> list[Batch]:
     """Reads the batches onto the devices; cacheable entries are encoded once."""
@@ -109,7 +118,11 @@ class HeldOut:
 
 
 def _batch_size(subject: Subject) -> int:
-  return subject.system.config.batch_size[subject.stage_index]
+  """The batch size of the stage, rounded up to a multiple of the batch shards of the mesh."""
+  size = subject.system.config.batch_size[subject.stage_index]
+  # A finished run may be evaluated on another number of devices.
+  shards = math.prod(subject.mesh.shape[axis] for axis in sharding.BATCH_AXES)
+  return -(-size // shards) * shards
 
 
 def has_split(data: DataConfig) -> bool:

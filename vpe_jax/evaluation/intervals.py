@@ -93,8 +93,12 @@ class Figure:
     )
 
   def summary(self) -> dict[str, Any]:
-    """Plain numbers, for JSON."""
-    return {'value': self.value, 'interval95': self.interval and list(self.interval)}
+    """Plain numbers, for JSON; None if they are not finite."""
+    is_finite = self.interval is not None and all(map(math.isfinite, self.interval))
+    return {
+      'value': self.value if math.isfinite(self.value) else None,
+      'interval95': list(self.interval) if is_finite else None,
+    }
 
 
 def mean(values: np.ndarray) -> Figure:

@@ -59,7 +59,7 @@ def evaluate(
     folders: run name -> output folder. Sheets that combine runs go to the first folder.
 
   Raises:
-    UserError: an evaluator does not fit, or a file can't be written.
+    UserError: an evaluator rejects a model or its data, or a file can't be written.
   """
   reports: dict[str, dict[str, Report]] = {}
   stems: list[str] = []
@@ -71,7 +71,8 @@ def evaluate(
     # Printed first, so that nothing is lost if writing fails.
     print('\n'.join([f'== {run_name}', *subject.notes, *lines]), flush=True)
     written = save(reports[run_name], folders[run_name], stems[-1])
-    print('\n'.join(f'wrote {path}' for path in written), flush=True)
+    for path in written:
+      print(f'wrote {path}', flush=True)
   for name, pairs in paired(reports).items():
     for title, figures in pairs.items():
       table = aligned([(key, number(figure, places=4)) for key, figure in figures.items()])
@@ -109,8 +110,9 @@ def report_folder(workdir: str) -> str:
 def stem(subject: Subject, built: Mapping[str, Evaluator]) -> str:
   """File name stem of a report: the checkpoint, and a hash of subject and options."""
   options = {name: dataclasses.asdict(evaluator) for name, evaluator in built.items()}
-  record = json.dumps([dict(subject.description), options], sort_keys=True)
-  return f'{subject.description["checkpoint"]}-{hashlib.sha256(record.encode()).hexdigest()[:8]}'
+  description = dict(subject.description)  # may hash all parameters
+  record = json.dumps([description, options], sort_keys=True)
+  return f'{description["checkpoint"]}-{hashlib.sha256(record.encode()).hexdigest()[:8]}'
 
 
 def save(reports: Mapping[str, Report], folder: str, stem: str) -> list[str]:

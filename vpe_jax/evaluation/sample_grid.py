@@ -28,9 +28,11 @@ from vpe_jax.contracts import (
   Params,
   Samples,
   ScoresImages,
+  System,
   supports,
 )
 from vpe_jax.data.pipeline import Pipeline
+from vpe_jax.data.records import BadRecord
 from vpe_jax.evaluation import heldout, intervals
 from vpe_jax.evaluation.evaluator import Lowered, Subject
 from vpe_jax.evaluation.intervals import Figure
@@ -81,8 +83,8 @@ class SampleGrid:
   folder: ClassVar[str] = 'samples'
 
   def __post_init__(self) -> None:
-    self._truth: dict[str, tuple[Batch, list[str]]] = {}
-    self._jitted: _Programs | None = None
+    self._truth: dict[tuple[System, str], tuple[Batch, list[str]]] = {}
+    self._jitted: dict[System, _Programs] = {}
 
   def check(self) -> None:
     """See Evaluator; there are no options."""
@@ -130,8 +132,9 @@ class SampleGrid:
         fixed = subject.system.drafts if name == TRUE_DRAFTS else ()
         request = _request(subject, truth, fixed)
         arguments = (subject.params, subject.frozen.params, request, key, subject.settings)
-        generated = jitted.generate(*arguments)
-        metrics = jax.device_get(jitted.compare(subject.frozen.params, generated, truth))
+        with jax.set_mesh(subject.mesh):  # The networks shard their activations over it.
+          generated = jitted.generate(*arguments)
+          metrics = jax.device_get(jitted.compare(subject.frozen.params, generated, truth))
         for metric, array in metrics.items():
           values.setdefault(f'sample/{name}/{metric}', []).append(np.asarray(array))
         pixels = jax.device_get(generated.image[:SHOWN])
@@ -149,9 +152,9 @@ class SampleGrid:
     return Report(figures, lines, sheets={'': sheet})
 
   def _compiled(self, subject: Subject) -> _Programs:
-    """The jitted functions, built once; every process gets their results."""
-    if self._jitted is None:
-      system, everywhere = subject.system, sharding.replicated(subject.mesh)
+    """The jitted functions, built once for a system; every process gets their results."""
+    system, everywhere = subject.system, sharding.replicated(subject.mesh)
+    if system not in self._jitted:
 
       def generate(
         params: Params, frozen: Params, request: Batch, key: Array, settings: SampleConfig
@@ -167,16 +170,17 @@ class SampleGrid:
         return values
 
       options = sharding.compiler_options()
-      self._jitted = _Programs(
+      self._jitted[system] = _Programs(
         jax.jit(generate, static_argnums=4, out_shardings=everywhere, compiler_options=options),
         jax.jit(compare, out_shardings=everywhere),
         jax.jit(lambda leaf: leaf, out_shardings=everywhere),
       )
-    return self._jitted
+    return self._jitted[system]
 
   def _load(self, subject: Subject, split: str) -> tuple[Batch, list[str]]:
     """Records of a split with their encoded entries, and the prompts of the grid."""
-    if split not in self._truth:
+    key = subject.system, split
+    if key not in self._truth:
       data = Pipeline.of(subject.system, split)
       count = _count(subject.mesh)
       positions = _positions(data, count)
@@ -185,8 +189,9 @@ class SampleGrid:
       batch = dataclasses.replace(batch, example=np.asarray(local, np.int32))
       placed = sharding.put_batch(batch, subject.mesh)
       prompts = [data.prompt(data.index_at(position)) for position in positions[:SHOWN]]
-      self._truth[split] = (subject.frozen.encode_batch(placed, subject.key), prompts)
-    return self._truth[split]
+      with jax.set_mesh(subject.mesh):
+        self._truth[key] = (subject.frozen.encode_batch(placed, subject.key), prompts)
+    return self._truth[key]
 
 
 def _request(subject: Subject, truth: Batch, fixed: tuple[str, ...]) -> Batch:
@@ -226,13 +231,18 @@ def _count(mesh: jax.sharding.Mesh) -> int:
 def _positions(data: Pipeline, count: int) -> list[int]:
   """The first `count` stream positions with distinct prompts; if too few, also repeated ones.
 
-  Captions rarely repeat, but class names do.
+  Captions rarely repeat, but class names do. Records that can't be read are left out.
   """
   previous, distinct, others = set(), [], []
   for position in range(_SCANNED * count):
     if len(distinct) == count:
       break
-    prompt = data.prompt(data.index_at(position))
+    index = data.index_at(position)
+    try:
+      prompt = data.prompt(index)
+      data.examples([index])
+    except BadRecord:
+      continue
     (others if prompt in previous else distinct).append(position)
     previous.add(prompt)
   return (distinct + others)[:count]
