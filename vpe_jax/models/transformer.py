@@ -41,7 +41,7 @@ class TransformerConfig:
     layers: number of layers.
     heads: query heads N.
     kv_heads: key/value heads K, a divisor of `heads`.
-    head_width: width H of a head.
+    head_width: width H of a head, even.
     rope_theta: base of the rotary frequencies.
     rope_scaling: Llama 3's stretch of the rotary frequencies, or None.
     qkv_bias: whether q, k and v have a bias (Qwen2).
@@ -69,6 +69,8 @@ class TransformerConfig:
     check_positive(self, '', 'rope_theta', 'eps')
     shared = self.heads % self.kv_heads == 0
     check(self, '', 'kv_heads', shared, f'a divisor of heads={self.heads}')
+    even = self.head_width % 2 == 0
+    check(self, '', 'head_width', even, 'even: the rotary embedding rotates pairs of channels')
 
 
 class RMSNorm(nn.Module):
