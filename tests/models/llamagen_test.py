@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from tests.small_systems import redrawn
 from vpe_jax.contracts import UserError
 from vpe_jax.models.llamagen import LlamaGen, LlamaGenConfig
 from vpe_jax.models.transformer import TransformerConfig
+from vpe_jax.ops.rope import RopeScaling
 
 BODY = TransformerConfig(16, 24, 2, 2, 2, 8, rope_theta=1e4, qkv_bias=False, rope_adjacent=True)
 SIZES = LlamaGenConfig(3, 7, 3, BODY, 'identity', prefix_codes=5, prefix_side=2)
@@ -64,16 +67,27 @@ def test_blocks_are_parts_of_the_joint_vocabulary(params):
   whole = MODEL.logits(params, hidden)
   np.testing.assert_allclose(MODEL.logits(params, hidden, 'codes'), whole[..., :7], atol=1e-6)
   np.testing.assert_allclose(MODEL.logits(params, hidden, 'prefix'), whole[..., 7:], atol=1e-6)
+  with pytest.raises(KeyError, match='plan'):
+    MODEL.logits(params, hidden, 'plan')
 
 
 @pytest.mark.parametrize(
   'change, message',
   [
-    ({'class_rotation': 'half'}, "'class_rotation' is 'half'"),
-    ({'positions': 'circle'}, "'positions' is 'circle'"),
+    ({'class_rotation': 'half'}, "'model.class_rotation' is 'half'"),
+    ({'positions': 'circle'}, "'model.positions' is 'circle'"),
     ({'prefix_codes': 5}, "'prefix_side' is 0"),
+    ({'body': dataclasses.replace(BODY, head_width=6)}, "'model.body.head_width' is 6"),
+    ({'body': dataclasses.replace(BODY, rope_scaling=RopeScaling())}, 'model.body.rope_scaling'),
   ],
 )
 def test_mistakes_are_named(change, message):
   with pytest.raises(UserError, match=message):
-    LlamaGenConfig(3, 7, 3, BODY, **change)
+    LlamaGenConfig(**{'classes': 3, 'codes': 7, 'side': 3, 'body': BODY} | change)
+
+
+def test_positions_along_a_line_take_any_even_head_width():
+  body = dataclasses.replace(BODY, head_width=6)
+  model = LlamaGen(LlamaGenConfig(3, 7, 3, body, positions='line'))
+  logits = jax.eval_shape(lambda: model(model.init(jax.random.key(0)), *INPUTS[:2]))
+  assert logits.shape == (2, 9, 7)

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from vpe_jax.codecs.feature_vq import FeatureVqConfig
+from vpe_jax.config import build_section
 from vpe_jax.contracts import UserError
 from vpe_jax.models import siglip
 from vpe_jax.models.vit import EncoderConfig
+from vpe_jax.systems.tokenizers import siglip as siglip_system
 
 CONFIG = siglip.SiglipConfig(
   image_size=24,
@@ -264,6 +267,7 @@ def test_bfloat16_follows_float32(pair):
   assert half.apply({'params': params}, images, text, length).dtype == jnp.float32
 
 
-def test_a_patch_that_does_not_divide_the_view_is_named():
-  with pytest.raises(UserError, match='image_size 20 is no multiple of model.patch 8'):
-    siglip.SiglipConfig(image_size=20).patches  # noqa: B018
+@pytest.mark.parametrize('cls', [siglip_system.ModelConfig, FeatureVqConfig])
+def test_an_image_size_that_patches_do_not_fill_is_named_with_its_path(cls):
+  with pytest.raises(UserError, match="'siglip.image_size' is 20.*patch=8"):
+    build_section(cls, {'siglip': {'image_size': 20}})

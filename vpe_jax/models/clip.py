@@ -26,8 +26,8 @@ class ClipConfig:
   """Sizes of both towers.
 
   Attributes:
-    image_size: side in pixels of the images that the position table was trained on, a multiple of
-      `patch`.
+    image_size: side in pixels of the images that the position table was trained on; pixels that
+      fill no patch don't count.
     patch: side of a patch in pixels.
     vocabulary: entries of the token table.
     text_length: maximum number of tokens of a caption.
@@ -57,7 +57,7 @@ def normalised(images: Array) -> Array:
 
 
 def at_end(text: Array, features: Array, end: int | None) -> Array:
-  """Picks features [B, D] of the first end token of each caption.
+  """Picks features [B, D] of the first end token of each caption; without one, of token 0.
 
   Args:
     text: captions [B, T].

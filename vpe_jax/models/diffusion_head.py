@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vpe_jax.config import check_positive, check_sizes
 from vpe_jax.contracts import Array
 from vpe_jax.models.dense import Dense
 from vpe_jax.models.transformer import Modulation, RMSNorm, TransformerConfig
@@ -36,8 +35,7 @@ class HeadConfig:
   rope_scaling: rope.RopeScaling | None = rope.RopeScaling()
 
   def __post_init__(self) -> None:
-    check_sizes(self)
-    check_positive(self, '', 'rope_theta')
+    _ = self.blocks  # TransformerConfig checks these fields, which have the same names there.
 
   @property
   def blocks(self) -> TransformerConfig:

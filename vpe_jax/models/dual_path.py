@@ -112,7 +112,8 @@ class DualPath:
       x = sharding.constrain(x, ('batch', None, None))
       return layer.apply({'params': weights}, x), None
 
-    # Without remat, the backward pass saves the dense attention weights [P, P] of each layer.
+    # Without remat, the backward pass saves the activations of each layer: with dense attention
+    # also the weights [P, P] of each head.
     if mot.REMAT[self.remat] is not None:
       one = jax.checkpoint(one, policy=mot.REMAT[self.remat])
     und, gen = ends.apply(variables, latents, method='embed')

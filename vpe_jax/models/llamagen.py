@@ -40,7 +40,7 @@ class LlamaGenConfig:
     classes: number of classes, without the null class of guidance, which has the id `classes`.
     codes: entries V of the codebook.
     side: side of the image's square grid of codes.
-    body: the layers, with `rope_adjacent`.
+    body: the layers, with `rope_adjacent` and without `rope_scaling`.
     class_rotation: rotary embedding of the class token. `zero` sets its queries and keys to 0, so
       that every code gives it the attention logit 0 (all released weights); `identity` doesn't
       rotate.
@@ -61,17 +61,18 @@ class LlamaGenConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self)
-    turns, kinds = ('zero', 'identity'), ('grid', 'line')
-    check(self, '', 'class_rotation', self.class_rotation in turns, "'zero' or 'identity'")
-    check(self, '', 'positions', self.positions in kinds, "'grid' or 'line'")
+    rotations, kinds = ('zero', 'identity'), ('grid', 'line')
+    valid = self.class_rotation in rotations
+    check(self, 'model.', 'class_rotation', valid, "'zero' or 'identity'")
+    check(self, 'model.', 'positions', self.positions in kinds, "'grid' or 'line'")
     both = bool(self.prefix_codes) == bool(self.prefix_side)
-    check(
-      self,
-      '',
-      'prefix_side',
-      both,
-      f'0 if and only if prefix_codes is 0; prefix_codes={self.prefix_codes}',
-    )
+    rule = f'0 if and only if prefix_codes is 0; prefix_codes={self.prefix_codes}'
+    check(self, '', 'prefix_side', both, rule)
+    quarters = self.positions != 'grid' or self.body.head_width % 4 == 0
+    rule = 'a multiple of 4 with positions=grid: half of a head is rotated by the row of a code'
+    check(self.body, 'model.body.', 'head_width', quarters, rule)
+    unscaled = self.body.rope_scaling is None
+    check(self.body, 'model.body.', 'rope_scaling', unscaled, 'None: LlamaGen has no RoPE scaling')
 
   @property
   def prefix_tokens(self) -> int:
@@ -179,9 +180,9 @@ class LlamaGen(mot.OneExpert):
 
     `block` is `codes` (the image's), `prefix`, or '' for all.
     """
-    first, last = 0, self.config.vocabulary
-    if block:
-      first, last = (0, self.config.codes) if block == 'codes' else (self.config.codes, last)
+    c = self.config
+    blocks = {'': (0, c.vocabulary), 'codes': (0, c.codes), 'prefix': (c.codes, c.vocabulary)}
+    first, last = blocks[block]
     return kernel_layout.columns(params['head'], hidden, first, last).astype(jnp.float32)
 
   def run(

@@ -26,7 +26,7 @@ _Carry = tuple[dict[str, Array], dict[str, Tapped]]  # hidden states, and buffer
 
 _policies = jax.checkpoint_policies
 _attention = _policies.save_only_these_names(*blockwise.SAVED)
-# What is saved for the backward pass, by name; None: everything.
+# Policies of jax.checkpoint, by name: the values saved for the backward pass; None saves all.
 REMAT = {
   'none': None,
   'full': _policies.nothing_saveable,
@@ -66,8 +66,8 @@ class Cache:
   """Keys and values of a whole sequence, preallocated; decoding and flow steps reuse them.
 
   `k` and `v` are [layers, B, S, K, H] where parameters are stacked over layers, else tuples of
-  [B, S, K, H]. `visibility` is that of all S slots, known from the start. Slots not yet
-  written are never seen: the `reach` of all queries before the write is at most their order.
+  [B, S, K, H]. `visibility` is that of all S slots, known from the start. A slot isn't seen before
+  it is written, because the `reach` of earlier queries is at most its order.
   """
 
   k: Any
@@ -169,8 +169,8 @@ def run(
       only.
     at: first slot to write.
     remat: what the backward pass recomputes, a key of REMAT.
-    attention: implementation, a name of `config.ATTENTIONS`; '' chooses automatically, as calls
-      with fewer than chooser.SHORT tokens (decoding) always do.
+    attention: implementation, a name of `config.ATTENTIONS`; '' chooses automatically. Calls with
+      fewer than chooser.SHORT tokens (decoding) ignore the name.
 
   Returns:
     Hidden states [B, L, D] of each stream after the last layer, not normalised, and the written
@@ -349,8 +349,8 @@ def _of_layers(layer: Layer, keys: Array) -> Array:
 def _check_taps(
   layers: Mapping[str, Layer], streams: Mapping[str, Stream], taps: Mapping[str, Taps]
 ) -> None:
-  if strangers := taps.keys() - streams.keys():
-    raise ValueError(f'taps name {sorted(strangers)}: this call has streams of {sorted(streams)}')
+  if unknown := taps.keys() - streams.keys():
+    raise ValueError(f'taps name {sorted(unknown)}: this call has streams of {sorted(streams)}')
   for name, request in taps.items():
     request.check(layers[name].config.layers)
     if request.normed:

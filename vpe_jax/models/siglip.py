@@ -11,15 +11,10 @@ import dataclasses
 import flax.linen as nn
 import jax.numpy as jnp
 
-from vpe_jax.config import check_sizes
-from vpe_jax.contracts import Array, UserError
+from vpe_jax.config import check, check_sizes
+from vpe_jax.contracts import Array
 from vpe_jax.models.dense import Dense
-from vpe_jax.models.vit import (
-  AttentionPool,
-  Encoder,
-  EncoderConfig,
-  patches,
-)
+from vpe_jax.models.vit import AttentionPool, Encoder, EncoderConfig, patches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +39,12 @@ class SiglipConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self)
+    divides = self.image_size % self.patch == 0
+    check(self, '', 'image_size', divides, f'a multiple of patch={self.patch}')
 
   @property
   def patches(self) -> int:
-    """Patches P of one image.
-
-    Raises:
-      UserError: `patch` doesn't divide `image_size`.
-    """
-    if self.image_size % self.patch:
-      raise UserError(
-        f'model.image_size {self.image_size} is no multiple of model.patch {self.patch}: '
-        'change one of them'
-      )
+    """Patches P of one image."""
     return (self.image_size // self.patch) ** 2
 
 

@@ -118,7 +118,7 @@ def _zeros(count: int, state: Array | jax.ShapeDtypeStruct) -> Array:
 
 
 def _table(numbers: tuple[int, ...], layers: range) -> np.ndarray:
-  """The index in `numbers` of each layer; len(numbers) for layers that are not there."""
+  """The index in `numbers` of each layer; len(numbers) for layers not selected."""
   places = {number: place for place, number in enumerate(numbers)}
   return np.asarray([places.get(layer, len(numbers)) for layer in layers], np.int32)
 

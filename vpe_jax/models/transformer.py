@@ -41,7 +41,7 @@ class TransformerConfig:
     layers: number of layers.
     heads: query heads N.
     kv_heads: key/value heads K, a divisor of `heads`.
-    head_width: width H of a head.
+    head_width: width H of a head, even.
     rope_theta: base of the rotary frequencies.
     rope_scaling: Llama 3's stretch of the rotary frequencies, or None.
     qkv_bias: whether q, k and v have a bias (Qwen2).
@@ -69,6 +69,8 @@ class TransformerConfig:
     check_positive(self, '', 'rope_theta', 'eps')
     shared = self.heads % self.kv_heads == 0
     check(self, '', 'kv_heads', shared, f'a divisor of heads={self.heads}')
+    even = self.head_width % 2 == 0
+    check(self, '', 'head_width', even, 'even: the rotary embedding rotates pairs of channels')
 
 
 class RMSNorm(nn.Module):
@@ -143,11 +145,13 @@ class Layer(nn.Module):
   """A pre-norm layer in two halves, so that several experts can share one attention between them.
 
   `project` computes q, k and v of this expert's tokens, and `rotate` applies the rotary embedding
-  to q and k. After attention, `finish` computes the output from the mixed values. With `modulated`,
-  `project` and `finish` need `modulation`: six parts [B, 1, D] float32 in the order shift, scale,
-  gate of the attention, then of the MLP (Show-o2's diffusion head), or None for tokens that are not
-  modulated. With `crossed`, `finish` runs cross-attention before the MLP. With dropout keys,
-  `finish` applies `dropout`.
+  to q and k. After attention, `finish` computes the output from the mixed values.
+
+  A `modulated` layer has `modulate`, whose output is the argument `modulation` of `project` and
+  `finish`: six parts [B, 1, D] float32 in the order shift, scale, gate of the attention, then of
+  the MLP (Show-o2's diffusion head). It is None for tokens that are not modulated. In a `crossed`
+  layer, `finish` runs cross-attention before the MLP. With dropout keys, `finish` applies
+  `dropout`.
   """
 
   config: TransformerConfig
@@ -213,17 +217,18 @@ class Layer(nn.Module):
     `tables` and `attend` are arguments of CrossAttention, which runs only if `attend` is given.
     `keys` [B] are dropout keys, one per sequence; None: nothing is dropped.
     """
-    shift_gate = modulation[2:] if modulation is not None else None
+    modulated = modulation is not None
+    attention_gate, shift, scale, mlp_gate = modulation[2:] if modulated else (None,) * 4
     y = drop(self.o(mixed), self.dropout.residual, keys, 'residual')
-    x = x + _gated(y, shift_gate and shift_gate[0])
+    x = x + _gated(y, attention_gate)
     if attend is not None:
       x = x + self.cross(x, tables, attend)
     y = self.mlp_norm(x)
-    if shift_gate is not None:
-      y = norms.modulate(y, shift_gate[1], shift_gate[2])
+    if modulated:
+      y = norms.modulate(y, shift, scale)
     y = self.down(jax.nn.silu(self.gate(y)) * self.up(y))
     y = drop(y, self.dropout.mlp, keys, 'mlp')
-    return x + _gated(y, shift_gate and shift_gate[3])
+    return x + _gated(y, mlp_gate)
 
   def __call__(
     self, x: Array, tables: tuple[Array, Array], condition: Array | None = None

@@ -49,7 +49,7 @@ class TransfusionConfig:
     latent_size: side of the latent grid.
     latent_channels: channels C of a latent.
     patch: side of the latent patch that one image token covers.
-    body: the layers.
+    body: the layers; its width is a multiple of 4.
   """
 
   classes: int
@@ -63,9 +63,10 @@ class TransfusionConfig:
   def __post_init__(self) -> None:
     check_sizes(self, prefix_codes=0, prefix_tokens=0)
     divides = self.latent_size % self.patch == 0
-    check(self, '', 'patch', divides, f'a divisor of latent_size={self.latent_size}')
+    check(self, 'model.', 'patch', divides, f'a divisor of latent_size={self.latent_size}')
     quarters = self.body.width % 4 == 0
-    check(self.body, '', 'width', quarters, 'a multiple of 4: sines and cosines of two axes')
+    rule = 'a multiple of 4: sines and cosines of two axes'
+    check(self.body, 'model.body.', 'width', quarters, rule)
 
   @property
   def side(self) -> int:
@@ -234,5 +235,5 @@ def grid_waves(side: int, width: int) -> np.ndarray:
   freq = 1e4 ** (-np.arange(quarter, dtype=np.float64) / quarter)
   rows, columns = np.divmod(np.arange(side**2), side)
   angles = [axis[:, None] * freq for axis in (columns, rows)]
-  parts = [turn(angle) for angle in angles for turn in (np.sin, np.cos)]
+  parts = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
   return np.concatenate(parts, axis=1).astype(np.float32)

@@ -39,11 +39,11 @@ _ENCODER = (
   (r'attention/[qkv]/kernel', _HEADS),
   (r'attention/[qkv]/bias', ('layers', 'heads', 'head')),
   (r'attention/o/kernel', ('layers', 'heads', 'head', 'embed')),
-  (r'mlp/up/kernel', ('layers', 'embed', 'mlp')),
-  (r'mlp/up/bias', ('layers', 'mlp')),
-  (r'mlp/down/kernel', ('layers', 'mlp', 'embed')),
-  (r'(attention/o|mlp/down)/bias', ('layers', 'embed')),
-  (r'(attention|mlp)_norm/(scale|bias)', ('layers', 'embed')),
+  (r'mlp/(up|gate|value)/kernel', ('layers', 'embed', 'mlp')),
+  (r'mlp/(up|gate|value)/bias', ('layers', 'mlp')),
+  (r'mlp/(down|out)/kernel', ('layers', 'mlp', 'embed')),
+  (r'(attention/o|mlp/(down|out))/bias', ('layers', 'embed')),
+  (r'(attention|mlp)_(norm|scale)/(scale|bias)', ('layers', 'embed')),
 )
 LOGICAL_AXES = (
   (r'embed/(text|codes)', ('vocab', 'embed')),
@@ -215,18 +215,14 @@ class Unified:
   def prepare(self, params: Params) -> Params:
     """Unstacks all layers: outside jit for decoding, inside it for unrolled training."""
 
-    def unstacked(tree: Mapping[str, Any]) -> dict[str, Any]:
-      stacks = ('layers', 'blocks', 'encoder')
-      return {
-        name: mot.unstack(value)
-        if name in stacks
-        else unstacked(value)
-        if isinstance(value, Mapping)
-        else value
-        for name, value in tree.items()
-      }
+    def unstacked(name: str, tree: Any) -> Any:
+      if name in ('layers', 'blocks', 'encoder'):
+        return mot.unstack(tree)
+      if isinstance(tree, Mapping):
+        return {key: unstacked(key, value) for key, value in tree.items()}
+      return tree
 
-    return unstacked(params)
+    return unstacked('', params)
 
   def table(self, params: Params) -> Array:
     """Embeddings [V, D] of the joint vocabulary: text, codes, begin and end of the codes.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from vpe_jax import sharding
-from vpe_jax.config import check, check_positive, check_sizes, did_you_mean
+from vpe_jax.config import check, check_positive, check_sizes
 from vpe_jax.contracts import Array, Params, UserError
 from vpe_jax.models.dense import Dense, DenseGeneral
 from vpe_jax.models.taps import Tapped, Taps
@@ -55,8 +55,7 @@ class EncoderConfig:
     whole = self.width % self.heads == 0
     check(self, '', 'width', whole, f'a multiple of heads={self.heads}')
     known = (*ACTIVATIONS, 'swiglu')
-    if self.activation not in known:
-      raise UserError(f"no activation '{self.activation}'{did_you_mean(self.activation, known)}")
+    check(self, '', 'activation', self.activation in known, f'one of {", ".join(known)}')
 
 
 class LayerNorm(nn.Module):

@@ -400,7 +400,7 @@ def test_the_tokenizer_must_match_the_classes_of_the_model():
     ({'mlp_dropout': 1.0}, "'model.mlp_dropout' is 1.0: it must be at least 0 and below 1"),
     ({'vp_schedule': 'cosine'}, "'model.vp_schedule' is 'cosine': it must be one of sigmoid, line"),
     ({'mask_by': 'row'}, "'model.mask_by' is 'row'"),
-    ({'positions': 'spiral'}, "'positions' is 'spiral'"),
+    ({'positions': 'spiral'}, "'model.positions' is 'spiral'"),
     ({'classes': 0}, "'model.classes' is 0"),
   ],
 )
