@@ -1,10 +1,13 @@
 """Front doors: flags, mistakes, and folders that can't be written to."""
 
+import errno
 import functools
+import pathlib
 import types
 
 import pytest
 from absl import flags
+from etils import epath
 
 from tests import commands
 from vpe_jax import front_door
@@ -110,6 +113,16 @@ def test_an_output_file_is_checked_before_the_work(tmp_path):
     with pytest.raises(UserError, match=message):
       front_door.new_file('json', path, False)
   assert file.read_text() == 'old'
+
+
+def test_an_error_names_the_current_folder(monkeypatch):
+  def refuse(*_):
+    raise PermissionError(errno.EACCES, 'Permission denied')
+
+  monkeypatch.setattr(epath.Path, 'write_bytes', refuse)
+  monkeypatch.setattr(pathlib.Path, 'write_bytes', refuse)
+  with pytest.raises(UserError, match=r'cannot write to \.: Permission denied'):
+    front_door.new_file('json', 'x.json', False)
 
 
 def test_an_unreachable_folder_is_a_one_line_error():

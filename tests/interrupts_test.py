@@ -51,3 +51,22 @@ def test_a_library_import_changes_no_handler():
     [sys.executable, '-c', code], capture_output=True, text=True, cwd=commands.ROOT
   )
   assert result.stdout == 'True\n', result.stderr
+
+
+def _leave(prepare: str) -> subprocess.CompletedProcess:
+  """Runs `leave` in a process of its own, after some lines of code."""
+  code = f'import os, signal, sys\nfrom vpe_jax import interrupts\n{prepare}\ninterrupts.leave()'
+  command = [sys.executable, '-c', code]
+  return subprocess.run(command, capture_output=True, text=True, cwd=commands.ROOT, timeout=60)
+
+
+def test_the_status_needs_no_reader_of_the_message():
+  broken = "r, w = os.pipe(); os.close(r); sys.stderr = os.fdopen(w, 'w', buffering=1)"
+  assert _leave(broken).returncode == interrupts.INTERRUPTED
+
+
+@pytest.mark.parametrize('before', ['interrupts.exit_at_once()', 'interrupts.watch()'])
+def test_a_second_interrupt_while_leaving_ends_the_process(before):
+  press = 'lambda text: os.kill(os.getpid(), signal.SIGINT)'
+  process = _leave(f'{before}\nsys.stderr.write = {press}')
+  assert (process.returncode, process.stderr) == (-signal.SIGINT, '')

@@ -24,7 +24,7 @@ from absl import flags
 
 from vpe_jax import front_door
 from vpe_jax.compilation import cards, examine, program, topology
-from vpe_jax.contracts import DTYPES
+from vpe_jax.contracts import DTYPES, UserError
 from vpe_jax.training import config_file
 
 FLAGS = flags.FLAGS
@@ -50,8 +50,9 @@ def _define_flags() -> None:
 
 def main() -> None:
   """Runs the command."""
-  if FLAGS.workdir and not FLAGS.config:
-    FLAGS.config = FLAGS.workdir
+  if FLAGS.workdir and FLAGS.config:
+    raise UserError(f'--config={FLAGS.config} and --workdir={FLAGS.workdir}: give one of them')
+  FLAGS.config = FLAGS.config or FLAGS.workdir
   front_door.require_flags('config', 'topology' if FLAGS.write_card is None else 'write_card')
   if FLAGS.write_card:
     print(f'{FLAGS.config}: {cards.write(FLAGS.config, FLAGS.write_card)} rows')

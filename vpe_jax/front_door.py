@@ -188,12 +188,14 @@ def check_folder(folder: str) -> None:
   """Checks before the work starts that files can be written to a folder, which may not exist yet.
 
   Args:
-    folder: local (`~` expands to the home folder) or gs://; a probe file is written and deleted.
+    folder: local (`~` expands to the home folder, '' is the current folder) or gs://; a probe file
+      is written and deleted.
 
   Raises:
     UserError: files can't be written there.
   """
-  place = storage.resolve(folder or '.')
+  folder = folder or '.'
+  place = storage.resolve(folder)
   storage.probe(place, place.exists)
   probe = f'.{os.getpid()}.probe'
   try:

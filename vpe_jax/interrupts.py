@@ -58,12 +58,17 @@ def first_is_free() -> Iterator[None]:
 def leave(number: signal.Signals = signal.SIGINT) -> NoReturn:
   """Ends the process with one line and the status of a signal; only child processes are ended."""
   _leaving.acquire()  # Never released: a second thread waits here for the end.
-  print(_ENDINGS[number], file=sys.stderr)
-  for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(OSError, ValueError):  # Nobody may be listening any more.
-      stream.flush()
+  if threading.current_thread() is threading.main_thread():
+    # A handler would interrupt this function, and the exit status would be lost.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
   for child in multiprocessing.active_children():  # They would wait for this process forever.
     child.terminate()
+  # The reader of a stream may have ended; then nothing can be written to it.
+  with contextlib.suppress(OSError, ValueError):
+    print(_ENDINGS[number], file=sys.stderr)
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):
+      stream.flush()
   os._exit(128 + number)
 
 

@@ -99,3 +99,8 @@ def test_full_disk_keeps_the_cards(folder, monkeypatch):
 def test_shipped_cards_have_the_markers():
   text = pathlib.Path('configs/README.md').read_text(encoding='utf-8')
   assert cards.table([REPORT]) in cards.rewrite(text, 't2i', [REPORT])
+
+
+def test_the_folder_of_reports_may_begin_with_the_home_folder(folder, monkeypatch):
+  monkeypatch.setenv('HOME', str(folder))
+  assert cards.write(str(folder / 't2i.py'), '~') == 2

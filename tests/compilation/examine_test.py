@@ -7,7 +7,7 @@ import json
 import jax
 import pytest
 
-from configs import t2i
+from configs import codec, t2i
 from vpe_jax import systems
 from vpe_jax.checkpoints import frozen
 from vpe_jax.compilation import examine
@@ -74,6 +74,7 @@ def test_invalid_requests_are_one_line_errors():
     (Request('cpu:8', stage='plam'), "did you mean 'plan'"),
     (Request('cpu:8', program='draw'), 'train or sample'),
     (Request('cpu:8', images_per_chip=0), 'at least 1'),
+    (Request('cpu:8', dtype='bfloat16'), '--config.dtype=bfloat16'),
     (Request('cpu:8', mesh={'data': 3}), 'does not fit 8 devices'),
     (Request('cpu:3'), 'batch_size 8 does not divide over 3 batch shards'),
   ):
@@ -84,6 +85,12 @@ def test_invalid_requests_are_one_line_errors():
     with pytest.raises(UserError, match='data=4,fsdp=64'):
       examine.parse_mesh(text)
   assert examine.parse_mesh('data=4,fsdp=-1') == {'data': 4, 'fsdp': -1}
+
+
+def test_a_system_that_does_not_sample_is_refused():
+  config = codec.get_config('debug').to_dict()
+  with pytest.raises(UserError, match="the system 'codec'"):
+    examine.examine(config, Request('cpu:8', program='sample'))
 
 
 def test_encoders_that_do_not_fit_the_model_are_refused():

@@ -145,3 +145,59 @@ def test_dilated_convolution_counts_as_a_batched_dot():
 def test_text_other_than_hlo_is_refused():
   with pytest.raises(ValueError, match='no ENTRY'):
     hlo.parse('not HLO')
+
+
+COUNTDOWN = """HloModule m
+
+%condition (s: (s32[])) -> pred[] {
+  %s = (s32[]) parameter(0)
+  %zero = s32[] constant(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  ROOT %more = pred[] compare(%i, %zero), direction=GT
+}
+
+%body (t: (s32[])) -> (s32[]) {
+  %t = (s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%t), index=0
+  %one = s32[] constant(-1)
+  %next = s32[] add(%j, %one)
+  ROOT %state = (s32[]) tuple(%next)
+}
+
+ENTRY %main () -> (s32[]) {
+  %ten = s32[] constant(10)
+  %start = (s32[]) tuple(%ten)
+  ROOT %loop = (s32[]) while(%start), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_that_counts_down_is_reported_as_unknown():
+  program = hlo.parse(COUNTDOWN)
+  assert program.unknown_loops() == ['loop']
+  assert program.trips('main', program.computations['main']['loop']) == 1
+
+
+BRANCHES = """HloModule m
+
+%yes (a: f32[4,8]) -> f32[4,4] {
+  %a = f32[4,8]{1,0} parameter(0)
+  ROOT %dot = f32[4,4]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+%no (b: f32[4,4]) -> f32[4,4] {
+  ROOT %b = f32[4,4]{1,0} parameter(0)
+}
+
+ENTRY %main (p: pred[], x: f32[4,8], y: f32[4,4]) -> f32[4,4] {
+  %p = pred[] parameter(0)
+  %x = f32[4,8]{1,0} parameter(1)
+  %y = f32[4,4]{1,0} parameter(2)
+  ROOT %if = f32[4,4]{1,0} conditional(%p, %x, %y), true_computation=%yes, false_computation=%no
+}
+"""
+
+
+def test_branches_of_a_boolean_conditional_count():
+  assert [name for name, *_ in hlo.parse(BRANCHES).runs()] == ['main', 'yes', 'no']
+  assert traffic.work_of(hlo.parse(BRANCHES), [0]).flops == 2 * 4 * 4 * 8

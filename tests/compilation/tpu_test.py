@@ -61,6 +61,7 @@ def test_invalid_arguments_are_refused_before_compiling(tmp_path, root):
     (('--topology=cpu:8', f'--json={tmp_path}/existing.json'), 'existing.json exists'),
     (('--topology=cpu:0',), 'virtual devices are from 1 to 4,096'),
     (('--write_card=',), '--write_card is missing'),
+    (('--workdir=runs/x', '--topology=cpu:8'), 'give one of them'),
   ):
     process = _compile('--config=configs/t2i.py:debug', *arguments, cwd=root)
     assert process.returncode == 2 and message in process.stderr.splitlines()[-1]

@@ -269,3 +269,22 @@ to_apply=%sum
 def test_started_all_reduces_write_and_slices_into_on_chip_memory_read():
   whole, row = 4096, 128
   assert traffic.work_of(hlo.parse(STARTED), [0, 0]).hbm_bytes == 2 * whole + row
+
+
+UPDATED = """HloModule m
+
+ENTRY %main (x: f32[32,32], u: f32[1,32], i: s32[]) -> f32[32,32] {{
+  %x = f32[32,32]{{1,0{array}}} parameter(0)
+  %u = f32[1,32]{{1,0{update}}} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %y = f32[32,32]{{1,0{array}}} dynamic-update-slice(%x, %u, %i, %i)
+}}
+"""
+
+
+@pytest.mark.parametrize(
+  'array, update, rows', [('', '', 2), ('', ':S(1)', 1), (':S(1)', '', 1), (':S(1)', ':S(1)', 0)]
+)
+def test_an_update_counts_where_it_is_read_and_where_it_is_written(array, update, rows):
+  text = UPDATED.format(array=array, update=update)
+  assert traffic.work_of(hlo.parse(text), [0]).hbm_bytes == rows * 32 * 4

@@ -103,7 +103,8 @@ def test_an_epoch_repeats_upsampled_records(root):
     ('warm,cold', {'filters': {'wam': {'language': 'en'}}}, "filters.wam.*mean 'warm'"),
     ('warm,cold', {'filters': {'warm': {'languages': 'en'}}}, 'filters.warm has languages'),
     ('warm,cold', {'filters': {'warm': {'least_text_height': '8'}}}, 'filters.warm has least_te'),
-    ('warm,cold', {'filters': {'warm': 'en'}}, 'filters.warm'),
+    ('warm,cold', {'filters': {'warm': {'least_text_height': -8}}}, 'filters.warm has .*from 0'),
+    ('warm,cold', {'filters': {'warm': 'en'}}, "filters.warm is 'en', not a section"),
   ],
 )
 def test_mistakes_are_named(root, recipe, data, message):

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from vpe_jax import storage
 from vpe_jax.contracts import UserError
 
@@ -71,14 +73,14 @@ def _row(report: Mapping[str, Any]) -> tuple[str, ...]:
   return cells
 
 
-def _report(file: pathlib.Path) -> Mapping[str, Any]:
+def _report(file: epath.Path) -> Mapping[str, Any]:
   """Reads a report.
 
   Raises:
     UserError: the file is not a complete report.
   """
   try:
-    report = json.loads(file.read_text('utf-8'))
+    report = json.loads(file.read_bytes().decode('utf-8'))
     _row(report)
     return report
   except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -93,7 +95,8 @@ def write(config: str, folder: str) -> int:
 
   Args:
     config: path of the config file.
-    folder: folder of JSON reports of vpe_jax.compile; reports of other configs are skipped.
+    folder: local or gs:// folder of JSON reports of vpe_jax.compile; reports of other configs are
+      skipped.
 
   Returns:
     The number of table rows.
@@ -108,8 +111,10 @@ def write(config: str, folder: str) -> int:
   for file in (path, cards):
     if not file.is_file():
       raise UserError(f'{file}: no such file; name a config such as configs/t2i.py')
-  files = [_report(file) for file in sorted(pathlib.Path(folder).glob('*.json'))]
-  reports = [report for report in files if report['config'].partition(':')[0] == path.stem]
+  place = storage.resolve(folder)
+  exists = storage.probe(place, place.is_dir)
+  reports = [_report(file) for file in sorted(place.glob('*.json'))] if exists else []
+  reports = [report for report in reports if report['config'].partition(':')[0] == path.stem]
   if not reports:
     raise UserError(f'{folder} has no reports of {config}: run launch/compile_all.sh')
   text = rewrite(cards.read_text('utf-8'), path.stem, reports)

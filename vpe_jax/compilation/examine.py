@@ -113,6 +113,11 @@ def build(config: Mapping[str, Any], request: Request) -> Compiled:
   """
   if request.program not in KINDS:
     raise UserError(f'--program={request.program}: {" or ".join(KINDS)}')
+  if request.dtype and request.program != SAMPLE:
+    raise UserError(
+      f'--dtype={request.dtype} is for --program=sample; the training step has config.dtype: set '
+      f'--config.dtype={request.dtype}'
+    )
   target = topology.parse(request.topology, request.slices)
   system = _with_overrides(systems.build(config), target, request)
   stage = program.index_of_stage(system, request.stage)

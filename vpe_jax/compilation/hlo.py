@@ -20,7 +20,10 @@ _SHAPE = re.compile(r'\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,<=]*)\](?:\{([
 _NAME = re.compile(r'%([\w.\-]+)')
 _HEAD = re.compile(r'^(ENTRY )?%?([\w.\-]+) .*\{$')
 _LINE = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (.*)$')
-_CALLS = re.compile(r'\b(?:calls|to_apply|body|branch_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)')
+_CALLS = re.compile(
+  r'\b(?:calls|to_apply|body|branch_computations|true_computation|false_computation)='
+  r'\{?(%[\w.\-]+(?:, %[\w.\-]+)*)'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +132,9 @@ class Program:
       return None
     start = self._start(computation, loop, index)
     step = self._step(loop.called()[0], index)
-    return max(0, -(-(limit - start) // step))
+    trips = -(-(limit - start) // step)
+    # XLA removes loops that never run, so this counter counts down, or starts at a variable.
+    return trips if trips > 0 else None
 
   def _limit(self, condition: dict[str, Instruction]) -> tuple[int | None, int | None]:
     """The constant that the counter is compared with, and the counter's index in the loop state."""

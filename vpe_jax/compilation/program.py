@@ -107,6 +107,8 @@ def lower(job: Job) -> Lowered:
       networks don't fit the model, or the system doesn't sample.
   """
   config, system = job.system.config, job.system
+  if job.program == SAMPLE:
+    require(system, Samples)
   accumulate = config.optim_of(job.stage_index).accumulate if job.program == TRAIN else 1
   sharding.check_divides(job.images, job.mesh, accumulate)
   if job.program == TRAIN:
@@ -178,7 +180,6 @@ def _lower_sample(job: Job, state: Any, frozen: Params) -> tuple[jax.stages.Lowe
 
   batch_sharding = sharding.batch_sharding(job.mesh)
   request = sharding.abstract(system.request_spec(job.images), batch_sharding)
-  frozen = {name: frozen[name] for name in system.sampling_networks if name in frozen}
   arguments = (state['params'], frozen, request, programs.abstract_key(job.mesh))
   lowered = jax.jit(sample, out_shardings=batch_sharding).lower(*arguments)
   return lowered, Flops(matrix_flops(sample, *arguments))

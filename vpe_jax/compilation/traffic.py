@@ -270,8 +270,8 @@ def _hbm_bytes(program: Program, op: Instruction, scope: dict[str, Instruction])
     written = max(0.0, written - sum(read))
   if op.opcode.removesuffix('-start') in _SLICES:
     return _slice_bytes(op, scope)
-  if op.opcode == 'dynamic-update-slice':
-    return 2 * read[1]
+  if op.opcode == 'dynamic-update-slice':  # reads the update, and writes it to the array
+    return read[1] + (scope[op.operands[1]].bytes if written else 0.0)
   if op.opcode == 'fusion':
     return _fusion_bytes(program.computations[op.called()[0]], read, written)
   return sum(read) + written

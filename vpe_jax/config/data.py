@@ -145,22 +145,23 @@ class DataConfig:
 
   def _check_filters(self) -> None:
     """Checks `filters`, whose keys are names of folders."""
-    is_mixture = self.source.startswith(FOLDERS)
+    several = self.source.startswith(FOLDERS)
     entries = self.source.removeprefix(FOLDERS).split(',')
     names = [entry.partition('*')[0].strip() for entry in entries]
     for name, own in self.filters.items():
-      if is_mixture and name not in names:
+      if several and name not in names:
         raise UserError(
           f"config.data.filters.{name}: data.source={self.source} has no folder '{name}'"
           f'{did_you_mean(name, names)}'
         )
+      cure = 'its fields are language, a word, and least_text_height, a whole number from 0'
+      if not isinstance(own, Mapping):
+        raise UserError(f'config.data.filters.{name} is {own!r}, not a section: {cure}')
       types = {'language': str, 'least_text_height': int}
-      for field, value in (own if isinstance(own, Mapping) else {'': own}).items():
-        if field not in types or not isinstance(value, types[field]) or isinstance(value, bool):
-          raise UserError(
-            f'config.data.filters.{name} has {field}={value!r}: its fields are language, a word, '
-            'and least_text_height, a whole number'
-          )
+      for field, value in own.items():
+        valid = field in types and isinstance(value, types[field]) and not isinstance(value, bool)
+        if not valid or (field == 'least_text_height' and not 0 <= value <= MAX_SIZE):
+          raise UserError(f'config.data.filters.{name} has {field}={value!r}: {cure}')
 
   @property
   def in_folders(self) -> bool:
