@@ -120,6 +120,15 @@ def test_captions_and_labels_take_only_the_space_they_need():
   assert labelled.width > bare.width
 
 
+def test_a_label_taller_than_its_row_does_not_reach_into_the_next_row():
+  label = 'a wooden boat on a stormy sea ' * 8
+  sheets = [images.grid([[_noise(0)]] * len(ls), row_labels=ls) for ls in ([label], [label, label])]
+  margin = [np.asarray(sheet)[:, : 8 * 14] for sheet in sheets]
+  row = margin[0].shape[0] - images._GAP
+  ink = [int((part < 128).sum()) for part in (margin[0], margin[1][:row], margin[1][row:])]
+  assert ink[0] == ink[1] == ink[2] > 0
+
+
 def test_wrapped_text_fits_and_loses_nothing():
   font = images.ImageFont.load_default(14)
   text = 'two red foxes left of a ' + 'w' * 60 + ' on pale ground'

@@ -92,14 +92,17 @@ def grid(
   texts = [[_wrap(text, font, cell_w) for text in row] for row in captions or [[]] * len(rows)]
   labels = [_wrap(text, font, 8 * text_size) for text in row_labels or [''] * len(rows)]
   margin = 8 * text_size + _GAP if any(map(any, labels)) else 0
-  caption_heights = [max((len(t) for t in row if any(t)), default=0) * line for row in texts]
+  caption_heights = [max(map(len, row), default=0) * line for row in texts]
+  row_heights = [
+    max(cell_h + below, len(label) * line) for below, label in zip(caption_heights, labels)
+  ]
 
   total_w = _GAP + margin + max(map(len, rows)) * (cell_w + _GAP)
-  total_h = _GAP + sum(cell_h + below + _GAP for below in caption_heights)
+  total_h = _GAP + sum(height + _GAP for height in row_heights)
   sheet = Image.new('RGB', (total_w, total_h), _PAPER)
   pen = ImageDraw.Draw(sheet)
   top = _GAP
-  for row, text, label, below in zip(rows, texts, labels, caption_heights, strict=True):
+  for row, text, label, row_height in zip(rows, texts, labels, row_heights, strict=True):
     _write(pen, label, (_GAP, top), font, line)
     for column, image in enumerate(row):
       left = _GAP + margin + column * (cell_w + _GAP)
@@ -111,7 +114,7 @@ def grid(
       pen.rectangle((left - 1, top - 1, left + cell_w, top + cell_h), outline=_FAINT)
       if column < len(text):
         _write(pen, text[column], (left, top + cell_h + 2), font, line)
-    top += cell_h + below + _GAP
+    top += row_height + _GAP
   return sheet
 
 
