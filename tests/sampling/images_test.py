@@ -57,6 +57,17 @@ def test_output_files_are_checked_before_the_work(tmp_path):
     images.output_files(f'{tmp_path}/new', 2, overwrite=True)
 
 
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  images.save_png(_noise(0), '~/x.png')
+  assert [path.name for path in tmp_path.iterdir()] == ['x.png']
+  with pytest.raises(UserError, match='x.png exists'):
+    images.output_files('~/x.png', 1)
+  with pytest.raises(UserError, match='out of reach'):
+    images.save_png(_noise(0), 'https://host/x.png')
+
+
 def test_a_folder_gets_one_file_per_image_and_a_png_gets_a_grid(tmp_path):
   metadata_of = lambda n: {'prompt': 'a fox', 'index': str(n)}
   generated = [

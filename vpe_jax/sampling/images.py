@@ -152,14 +152,14 @@ def save_png(
 
   Args:
     image: uint8 [H, W, 3], or a Pillow image.
-    path: file to write, local or gs://; its folder is created.
+    path: file to write, local (`~` expands to the home folder) or gs://; its folder is created.
     metadata: keyword -> text (any Unicode); `PIL.Image.open(path).text` reads it.
     overwrite: whether to replace an existing file.
 
   Raises:
     UserError: the file exists (and `overwrite` is off), or can't be written.
   """
-  path = epath.Path(path)
+  path = storage.resolve(path)
   _refuse_existing(path, overwrite)
   chunks = PngImagePlugin.PngInfo()
   for keyword, text in (metadata or {}).items():
@@ -184,13 +184,14 @@ def output_files(out: str, count: int, overwrite: bool = False) -> list[str]:
   Raises:
     UserError: a file exists (and `overwrite` is off), is a folder, or has another suffix.
   """
-  if not out.lower().endswith(('.png', '/')) and not epath.Path(out).is_dir():
+  if not out.lower().endswith(('.png', '/')) and not storage.resolve(out).is_dir():
     raise UserError(f'{out}: image files end in .png, and a folder of them in /')
   paths = [f'{out}{index:03d}.png' for index in range(count)] if out.endswith('/') else [out]
   for path in paths:
-    if epath.Path(path).is_dir():
+    file = storage.resolve(path)
+    if file.is_dir():
       raise UserError(f'{path} is a folder: name another file, or {path}/ for one file per image')
-    _refuse_existing(epath.Path(path), overwrite)
+    _refuse_existing(file, overwrite)
   return paths
 
 
