@@ -15,8 +15,9 @@ from configs import t2i
 from tests.compilations import compilations
 from vpe_jax import generator as generator_lib
 from vpe_jax import rng as rng_lib
-from vpe_jax import systems
+from vpe_jax import sharding, systems
 from vpe_jax.checkpoints import weights
+from vpe_jax.config import MeshConfig
 from vpe_jax.contracts import BatchSpec, Generated, Samples, UserError
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.generator import Generator
@@ -354,3 +355,19 @@ def test_programs_compiled_ahead_are_those_that_sample(debug):
   with compilations() as observed:
     debug('a red fox', settings=settings)
   assert len(ahead) == 3 and not {'generate', 'draft'} & set(observed.all)
+
+
+def test_programs_compiled_ahead_for_a_mesh_are_those_that_sample():
+  """They are lowered under the generator's mesh, over which networks shard their activations."""
+  system, mesh = _Dice(), sharding.make_mesh(MeshConfig())
+  generate, meshes = system.generate, []
+
+  def observed(*args):
+    meshes.append(jax.sharding.get_abstract_mesh())
+    return generate(*args)
+
+  system.generate = observed
+  params = {'shift': jax.device_put(np.float32(1), sharding.replicated(mesh))}
+  generator = Generator(system, params, {}, bpe.shipped(), {}, mesh=mesh)
+  generator.programs(generator.settings())
+  assert meshes == [mesh.abstract_mesh]

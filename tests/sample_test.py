@@ -23,6 +23,13 @@ from tests import commands
     (['--workdir=w', '--prompt=x', '--out=https://h/x.png'], 'https://h/x.png is out of reach'),
     (['--workdir=/no/such/run', '--prompt=x', '--out={tmp}/new.png'], '/no/such/run'),
     (['--workdir=w', '--prompt=x', '--out={tmp}/old.png'], 'old.png exists'),
+    (['--workdir=/no/run', '--prompt=x', '--n=0'], '--n=0 images per prompt'),
+    (['--workdir=/no/run', '--prompt=x', '--seed=-1'], 'seed is -1'),
+    (['--workdir=w', '--prompt=x', '--image=gs://b/x.png'], 'gs://b/x.png is on an object store'),
+    (
+      ['--workdir=w', '--prompt=x', '--visual_prompt_from=gs://b/x.png'],
+      'gs://b/x.png is on an object store',
+    ),
     (['--workdir=w', '--prompt=x', '--n=1000000'], '1,000,000 images: at most 100,000'),
     (['--workdir=w', '--prompt=x', '--plans=1000000'], '1,000,000 visual prompts: at most 100,000'),
     (['--workdir=w', '--prompt=x', '--image={tmp}/old.png', '--out={tmp}/new.png'], 'old.png'),

@@ -133,3 +133,12 @@ def test_checksum_is_crc32_over_all_blocks(tmp_path):
   content = bytes(range(256)) * 20_000
   (tmp_path / 'x').write_bytes(content)
   assert storage.checksum(tmp_path / 'x') == zlib.crc32(content)
+
+
+def test_read_text_reads_object_stores_and_home_folders(tmp_path, monkeypatch):
+  (tmp_path / 'x.txt').write_text('one')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert storage.read_text('~/x.txt') == 'one'
+  on_bucket = lambda path: epath.Path(str(path).replace('gs://b', str(tmp_path)))
+  monkeypatch.setattr(storage, 'resolve', on_bucket)
+  assert storage.read_text('gs://b/x.txt') == 'one'

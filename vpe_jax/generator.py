@@ -340,8 +340,7 @@ class Generator:
     self, run: Callable[[Any], Any], inputs: Any, progress: Progress | None = None
   ) -> Any:
     """Maps `run` over inputs [N, ...] in batches of `batch_size`; see sampling.batches."""
-    # The networks shard their activations over the mesh.
-    with jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext():
+    with self._on_mesh():
       return batches.in_batches(run, inputs, self.batch_size, progress)
 
   def request(self, items: Sequence[Item], **encoded: np.ndarray) -> Batch:
@@ -363,17 +362,18 @@ class Generator:
     complete = dataclasses.replace(request, encoded={**request.encoded, **drafts})
     side = system.config.data.image_size
     images_of = lambda side: jax.ShapeDtypeStruct((size, side, side, 3), np.uint8)
-    lowered = [
-      self._generate.lower(self.params, self.frozen, complete, key, settings),
-      self._reconstruct.lower(self.frozen, images_of(side), key),
-    ]
-    if drafts:
-      lowered.append(self._draft.lower(self.params, request, key, settings))
-    if drafts and set(system.draft_encoders) <= set(self.frozen):
-      images = images_of(system.draft_image_side or side)
-      lowered.append(self._encode_drafts.lower(self.draft_networks, images))
-    if supports(system, Edits):
-      lowered.append(self._encode_source.lower(self.frozen, images_of(side)))
+    with self._on_mesh():
+      lowered = [
+        self._generate.lower(self.params, self.frozen, complete, key, settings),
+        self._reconstruct.lower(self.frozen, images_of(side), key),
+      ]
+      if drafts:
+        lowered.append(self._draft.lower(self.params, request, key, settings))
+      if drafts and set(system.draft_encoders) <= set(self.frozen):
+        images = images_of(system.draft_image_side or side)
+        lowered.append(self._encode_drafts.lower(self.draft_networks, images))
+      if supports(system, Edits):
+        lowered.append(self._encode_source.lower(self.frozen, images_of(side)))
     return lowered
 
   def describe(self, settings: SampleConfig) -> dict[str, str]:
@@ -383,6 +383,10 @@ class Generator:
       'version': f'vpe_jax {__version__}',
       'generated': 'true',
     }
+
+  def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+    """Context of all calls: the networks shard their activations over the mesh."""
+    return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
 
   def _source_entries(self, count: int) -> dict[str, np.ndarray]:
     """Encoded source images for `count` requests; none for a system that does not edit."""
@@ -427,7 +431,7 @@ def items_of(prompts: str | Sequence[str], n: int) -> list[Item]:
   """Prompt and index of each image, prompt by prompt.
 
   Raises:
-    UserError: there is nothing to generate, or a prompt is blank or not text.
+    UserError: there is nothing to generate, or a prompt is blank.
   """
   prompts = bpe.tidied([prompts] if isinstance(prompts, str) else prompts)
   if not prompts or n < 1:

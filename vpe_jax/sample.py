@@ -16,7 +16,7 @@ import os
 
 from absl import flags
 
-from vpe_jax import front_door, systems
+from vpe_jax import front_door, rng, storage, systems
 from vpe_jax.contracts import DTYPES, UserError
 from vpe_jax.data.tokenizers import bpe
 from vpe_jax.data.transforms import read_image
@@ -61,6 +61,9 @@ def _prompts(optional: bool) -> list[str]:
 def main() -> None:
   """Runs the command."""
   front_door.require_flags('workdir', cure='name a run, or assets:tiny for the shipped weights')
+  if FLAGS.n < 1:
+    raise UserError(f'--n={FLAGS.n} images per prompt: give at least 1')
+  rng.check_seed(FLAGS.seed)
   options = systems.sample_options()
   requests = [request for option in options if (request := option.requested())]
   request = requests[0] if requests else None
@@ -73,7 +76,7 @@ def main() -> None:
     raise UserError(f'these are {count:,} images: at most {front_door.MAX_IMAGES:,} in a call')
   front_door.check_folder(os.path.dirname(out))
   images.output_files(out, count, FLAGS.overwrite)
-  source = None if FLAGS.image is None else read_image(os.path.expanduser(FLAGS.image))
+  source = None if FLAGS.image is None else read_image(storage.local_path(FLAGS.image))
   generator = Generator.load(FLAGS.workdir, FLAGS.weights, step=FLAGS.step, dtype=FLAGS.dtype)
   if source is not None:
     generator = generator.editing(source)

@@ -154,14 +154,17 @@ def read_text(path: AnyPath, name: str = '') -> str:
   r"""Reads a UTF-8 text file: line ends become `\n`, a byte order mark is dropped.
 
   Args:
-    path: local file.
+    path: local (`~` expands to the home folder) or gs://.
     name: name of the file in the error; '' for its path.
 
   Raises:
     UserError: the file can't be read or is not UTF-8.
   """
+  file = resolve(path)
   try:
-    return Path(path).read_text(encoding='utf-8-sig')
+    probe(file, file.exists)
+    text = file.read_bytes().decode('utf-8-sig')
+    return text.replace('\r\n', '\n').replace('\r', '\n')
   except OSError as error:
     reason = error.strerror or error
     raise UserError(

@@ -40,6 +40,14 @@ def test_commitment_moves_codes_more_than_inputs():
   np.testing.assert_allclose(to_inputs, jnp.full((1, 2, 3), -0.25))
 
 
+def test_commitment_is_computed_in_float32():
+  inputs, entries = jnp.ones((1, 4, 64), jnp.bfloat16), jnp.full((1, 4, 64), 0.9, jnp.float32)
+  loss = autoencoding.commitment(inputs, entries.astype(jnp.bfloat16))
+  expected = 1.25 * 64 * (1 - float(jnp.bfloat16(0.9))) ** 2
+  assert loss.dtype == jnp.float32
+  np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+
+
 def test_entropies_at_the_extremes():
   one_hot = jnp.eye(4)[None]
   per_token, of_mean = autoencoding.code_entropies(one_hot)

@@ -90,6 +90,13 @@ def test_every_target_implies_the_velocity(target):
 
 
 @pytest.mark.parametrize('target', flow_matching.TARGETS)
+def test_inputs_and_targets_are_float32_for_bfloat16_data(target):
+  data = jnp.ones((3, 4), jnp.bfloat16)
+  noised = flow_matching.noised(data, FlowConfig(target=target), KEY, jnp.arange(3), tokens=4)
+  assert [x.dtype for x in noised] == [jnp.float32] * 3
+
+
+@pytest.mark.parametrize('target', flow_matching.TARGETS)
 def test_velocity_weighting_gives_the_error_of_the_velocity(target):
   time = jnp.array([0.2, 0.5, 0.9])
   x, target_value, error = jax.random.normal(jax.random.key(4), (3, 3, 5))

@@ -57,6 +57,17 @@ def test_output_files_are_checked_before_the_work(tmp_path):
     images.output_files(f'{tmp_path}/new', 2, overwrite=True)
 
 
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  images.save_png(_noise(0), '~/x.png')
+  assert [path.name for path in tmp_path.iterdir()] == ['x.png']
+  with pytest.raises(UserError, match='x.png exists'):
+    images.output_files('~/x.png', 1)
+  with pytest.raises(UserError, match='out of reach'):
+    images.save_png(_noise(0), 'https://host/x.png')
+
+
 def test_a_folder_gets_one_file_per_image_and_a_png_gets_a_grid(tmp_path):
   metadata_of = lambda n: {'prompt': 'a fox', 'index': str(n)}
   generated = [
@@ -118,6 +129,15 @@ def test_captions_and_labels_take_only_the_space_they_need():
   assert bare.size == empty.size
   assert bare.height < short.height < long.height and bare.width == long.width
   assert labelled.width > bare.width
+
+
+def test_a_label_taller_than_its_row_does_not_reach_into_the_next_row():
+  label = 'a wooden boat on a stormy sea ' * 8
+  sheets = [images.grid([[_noise(0)]] * len(ls), row_labels=ls) for ls in ([label], [label, label])]
+  margin = [np.asarray(sheet)[:, : 8 * 14] for sheet in sheets]
+  row = margin[0].shape[0] - images._GAP
+  ink = [int((part < 128).sum()) for part in (margin[0], margin[1][:row], margin[1][row:])]
+  assert ink[0] == ink[1] == ink[2] > 0
 
 
 def test_wrapped_text_fits_and_loses_nothing():

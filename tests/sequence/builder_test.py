@@ -208,6 +208,7 @@ def test_shared_positions():
     ('caption', {'lengths': {'caption': jnp.array([1])}}),
     ('text', {'contents': {'text': jnp.zeros((1, 2), jnp.int32)}, 'keep': ONE}),
     ('keep', {'lengths': {'text': jnp.array([1, 2])}, 'keep': ONE}),
+    ('length of text', {'lengths': {'text': 2}, 'keep': ONE}),
     ('prompt', {'keep': {'source': ONE}}),
     ('prompt', {'contents': {'text': jnp.zeros((1, 3), jnp.int32)}}),
   ],

@@ -39,7 +39,7 @@ def commitment(inputs: Array, entries: Array, beta: float = 0.25) -> Array:
   Both are mean squared distances over patches between inputs and their codebook entries; the first
   trains the entries, the second the inputs (VQ-VAE, arXiv 1711.00937, Eq. 3).
   """
-  distance = lambda a, b: jnp.mean(jnp.sum(jnp.square(a - b), -1), -1)
+  distance = lambda a, b: jnp.mean(jnp.sum(jnp.square(_difference(a, b)), -1), -1)
   stop = jax.lax.stop_gradient
   return distance(stop(inputs), entries) + beta * distance(inputs, stop(entries))
 

@@ -122,6 +122,7 @@ def noised(
   Returns:
     x_t [B, ...], times [B] and targets [B, ...], float32.
   """
+  data = data.astype(jnp.float32)
   shift = flow.total_shift(tokens, math.prod(data.shape[1:]))
   time = rng_lib.per_example(lambda k: sample_time(k, flow, shift), key, 'time', example)
   normal = lambda k: jax.random.normal(k, data.shape[1:])

@@ -28,22 +28,23 @@ def cross_entropy(
     predictions.
   """
   count = table.shape[0]
+  # Padded so that it divides over the devices of the axis `tensor`; padding has logits of -inf.
+  padding = -count % sharding.num_shards('vocab')
+  padded = jnp.pad(table.astype(hidden.dtype), ((0, padding), (0, 0)))
+  # Gathered before the loop: inside it, every chunk would gather the table again.
+  padded = sharding.constrain(padded, ('vocab', None))
 
   def chunk_sums(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
     hidden, targets, weights = args
-    logits = jnp.einsum('BLD,VD->BLV', hidden, table)
+    logits = jnp.einsum('BLD,VD->BLV', hidden, padded)
     logits = logits.astype(jnp.float32)
-    if table.shape[0] > count:
-      logits = jnp.where(jnp.arange(table.shape[0]) < count, logits, -jnp.inf)
+    if padding:
+      logits = jnp.where(jnp.arange(count + padding) < count, logits, -jnp.inf)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     loss = jax.nn.logsumexp(logits, axis=-1) - target_logits
     hit = (jnp.argmax(logits, -1) == targets).astype(jnp.float32)
     return jnp.sum(loss * weights), jnp.sum(hit * weights)
 
-  # Padded so that it divides over the devices of the axis `tensor`; padding has logits of -inf.
-  table = jnp.pad(table.astype(hidden.dtype), ((0, -count % sharding.num_shards('vocab')), (0, 0)))
-  # Gathered before the loop: inside it, every chunk would gather the table again.
-  table = sharding.constrain(table, ('vocab', None))
   if not chunk or chunk >= hidden.shape[1]:
     return chunk_sums((hidden, targets, weights))
 

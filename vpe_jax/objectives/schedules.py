@@ -41,15 +41,13 @@ class Schedule:
     Raises:
       KeyError: the kind is unknown.
     """
-    fixed = {'constant': self.start, 'off': self.off}
-    if self.kind in fixed:
-      return jnp.float32(fixed[self.kind])
+    if self.kind in _FIXED:
+      return jnp.float32(getattr(self, _FIXED[self.kind]))
     return CURVES[self.kind](step, self.total, self.start, self.end)
 
   def __str__(self) -> str:
-    fixed = {'constant': self.start, 'off': self.off}
-    if self.kind in fixed:
-      return f'{fixed[self.kind]:g}'
+    if self.kind in _FIXED:
+      return f'{getattr(self, _FIXED[self.kind]):g}'
     return f'{self.start:g} to {self.end:g} ({self.kind})'
 
 
@@ -73,7 +71,8 @@ CURVES: dict[str, Callable[[Array | int, int, float, float], Array]] = {
   'sigmoid': sigmoid_schedule,
   'linear': linear_schedule,
 }
-KINDS = (*CURVES, 'constant', 'off')
+_FIXED = {'constant': 'start', 'off': 'off'}  # kind -> field with its value
+KINDS = (*CURVES, *_FIXED)
 
 
 def _progress(step: Array | int, total: int) -> Array:

@@ -21,8 +21,8 @@ QUIET_SECONDS = 5.0  # before a progress bar appears
 def progress_bar() -> Iterator[Progress]:
   """A progress bar on stderr, as a function for `in_batches`; short calls show none.
 
-  Visual prompts, which are written before images, have a bar of their own. In a log file, a line is
-  added once a minute.
+  A call with several phases, such as drafts and then images, has a bar for each. In a log file, a
+  line is added once a minute.
   """
   interval, start = 0.5 if sys.stderr.isatty() else 60.0, time.monotonic()
   bars: list[tqdm] = []
@@ -52,7 +52,7 @@ def in_batches(
 
   Args:
     run: maps a batch to its results, both trees of arrays [batch_size, ...].
-    inputs: a tree of arrays [N, ...].
+    inputs: a tree of arrays [N, ...], N at least 1.
     batch_size: elements per call; the last batch is padded with its first element.
     progress: called with (elements finished, N) after each batch.
   """

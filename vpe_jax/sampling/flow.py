@@ -122,6 +122,10 @@ def integrate(
 
   Returns:
     The state after the last step, float32.
+
+  Raises:
+    UserError: the method is unknown.
+    ValueError: `sde` has no keys.
   """
   if method not in METHODS:
     raise UserError(f'the flow sampler is {method!r}: it must be one of {", ".join(METHODS)}')

@@ -92,14 +92,17 @@ def grid(
   texts = [[_wrap(text, font, cell_w) for text in row] for row in captions or [[]] * len(rows)]
   labels = [_wrap(text, font, 8 * text_size) for text in row_labels or [''] * len(rows)]
   margin = 8 * text_size + _GAP if any(map(any, labels)) else 0
-  caption_heights = [max((len(t) for t in row if any(t)), default=0) * line for row in texts]
+  caption_heights = [max(map(len, row), default=0) * line for row in texts]
+  row_heights = [
+    max(cell_h + below, len(label) * line) for below, label in zip(caption_heights, labels)
+  ]
 
   total_w = _GAP + margin + max(map(len, rows)) * (cell_w + _GAP)
-  total_h = _GAP + sum(cell_h + below + _GAP for below in caption_heights)
+  total_h = _GAP + sum(height + _GAP for height in row_heights)
   sheet = Image.new('RGB', (total_w, total_h), _PAPER)
   pen = ImageDraw.Draw(sheet)
   top = _GAP
-  for row, text, label, below in zip(rows, texts, labels, caption_heights, strict=True):
+  for row, text, label, row_height in zip(rows, texts, labels, row_heights, strict=True):
     _write(pen, label, (_GAP, top), font, line)
     for column, image in enumerate(row):
       left = _GAP + margin + column * (cell_w + _GAP)
@@ -111,7 +114,7 @@ def grid(
       pen.rectangle((left - 1, top - 1, left + cell_w, top + cell_h), outline=_FAINT)
       if column < len(text):
         _write(pen, text[column], (left, top + cell_h + 2), font, line)
-    top += cell_h + below + _GAP
+    top += row_height + _GAP
   return sheet
 
 
@@ -149,14 +152,14 @@ def save_png(
 
   Args:
     image: uint8 [H, W, 3], or a Pillow image.
-    path: file to write, local or gs://; its folder is created.
+    path: file to write, local (`~` expands to the home folder) or gs://; its folder is created.
     metadata: keyword -> text (any Unicode); `PIL.Image.open(path).text` reads it.
     overwrite: whether to replace an existing file.
 
   Raises:
     UserError: the file exists (and `overwrite` is off), or can't be written.
   """
-  path = epath.Path(path)
+  path = storage.resolve(path)
   _refuse_existing(path, overwrite)
   chunks = PngImagePlugin.PngInfo()
   for keyword, text in (metadata or {}).items():
@@ -181,13 +184,14 @@ def output_files(out: str, count: int, overwrite: bool = False) -> list[str]:
   Raises:
     UserError: a file exists (and `overwrite` is off), is a folder, or has another suffix.
   """
-  if not out.lower().endswith(('.png', '/')) and not epath.Path(out).is_dir():
+  if not out.lower().endswith(('.png', '/')) and not storage.resolve(out).is_dir():
     raise UserError(f'{out}: image files end in .png, and a folder of them in /')
   paths = [f'{out}{index:03d}.png' for index in range(count)] if out.endswith('/') else [out]
   for path in paths:
-    if epath.Path(path).is_dir():
+    file = storage.resolve(path)
+    if file.is_dir():
       raise UserError(f'{path} is a folder: name another file, or {path}/ for one file per image')
-    _refuse_existing(epath.Path(path), overwrite)
+    _refuse_existing(file, overwrite)
   return paths
 
 

@@ -7,7 +7,7 @@ sees them and they have no position: order and rotary positions count present to
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,8 @@ def build(
     contents: joint-vocabulary ids [B, length] of the spans whose ids are in the batch, by name.
     lengths: number of present tokens [B] of padded spans, by name; all tokens of other spans are
       present. Padding is stored last.
-    keep: bool [B] by condition; False removes the spans of the condition. A single array applies to
-      all conditions.
+    keep: bool [B] by condition; False removes the spans of the condition. Conditions that no span
+      has are ignored. A single array applies to all conditions.
     multiple: regions are padded with absent tokens to a multiple of this length.
 
   Returns:
@@ -42,8 +42,8 @@ def build(
     predicted. The last present token of a sequence predicts nothing.
 
   Raises:
-    ValueError: a name is not in the layout, a condition is missing in `keep`, an array has the
-      wrong shape, or there is no array from which to read the batch size.
+    ValueError: a span of `contents` or `lengths` is not in the layout, a condition is missing in
+      `keep`, an array has the wrong shape, or there is no array from which to read the batch size.
   """
   contents = {name: jnp.asarray(x, jnp.int32) for name, x in (contents or {}).items()}
   lengths = lengths or {}
@@ -132,7 +132,7 @@ def _runs(spans: Sequence[Span], joined: Callable[[Span, Span], bool]) -> list[t
   return runs
 
 
-def _first_positions(spans: Sequence[Span], counts: Sequence[Array]) -> Iterator[Array]:
+def _first_positions(spans: Sequence[Span], counts: Sequence[Array]) -> list[Array]:
   """Rotary position [B, 1] of each span's first token."""
   shares_position = lambda a, b: (
     a.shared_position
@@ -205,7 +205,7 @@ def _batch_size(
   shapes += [(f'keep of {name}', jnp.shape(x), ()) for name, x in by_condition.items()]
   if not shapes:
     raise ValueError('no contents, lengths or keep: the batch size is unknown')
-  B = shapes[0][1][0]
+  B = shapes[0][1][0] if shapes[0][1] else 1
   for name, shape, rest in shapes:
     if shape != (B, *rest):
       raise ValueError(f'{name}: the shape is {shape}, but must be {(B, *rest)}')

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from vpe_jax import front_door
+from vpe_jax import front_door, storage
 from vpe_jax.config import SampleConfig
 from vpe_jax.contracts import UserError
 from vpe_jax.data.transforms import read_image
@@ -139,7 +139,8 @@ def requested() -> VisualPromptRequest | None:
     provenance = {**loaded.provenance, 'by': f'file {path}'}
     loaded = dataclasses.replace(loaded, provenance=provenance)
   if FLAGS.visual_prompt_from is not None:
-    image = front_door.input_path('visual_prompt_from', FLAGS.visual_prompt_from)
+    path = front_door.input_path('visual_prompt_from', FLAGS.visual_prompt_from)
+    image = str(storage.local_path(path))
     read_image(image)
   save_to = ''
   if FLAGS.save_visual_prompt is not None:
