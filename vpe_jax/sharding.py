@@ -233,7 +233,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(host_batch: Any, mesh: Mesh) -> Any:
-  """Makes global arrays on the mesh from this process's part of a batch (see `host_slice`)."""
+  """Makes global arrays on the mesh from this process's elements (see `host_positions`)."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), host_batch
@@ -246,11 +246,37 @@ def abstract(tree: Any, sharding: NamedSharding) -> Any:
   return jax.tree.map(place, jax.eval_shape(lambda leaves: leaves, tree))
 
 
-def host_slice(batch_size: int, mesh: Mesh) -> slice:
-  """The contiguous range of batch elements that this process reads."""
+def host_positions(batch_size: int, mesh: Mesh) -> list[int]:
+  """Ascending positions in a global batch of the elements that `put_batch` takes on this process.
+
+  They need not be consecutive: the mesh follows the wiring of a TPU pod, so the batch shards of a
+  host may be, for example, 0, 1, 6 and 15 of 16.
+  """
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-  ranges = [index[0].indices(batch_size)[:2] for index in indices]
-  return slice(min(start for start, _ in ranges), max(stop for _, stop in ranges))
+  ranges = {index[0].indices(batch_size)[:2] for index in indices}
+  return [position for start, stop in sorted(ranges) for position in range(start, stop)]
+
+
+def host_part(mesh: Mesh) -> tuple[int, int]:
+  """Which of how many equal parts of each batch this process reads.
+
+  Processes read the same part if `tensor` spans them, because they hold the same batch elements.
+
+  Raises:
+    UserError: two processes share some of their batch shards, but not all.
+  """
+  shards_of: dict[int, set[int]] = {}
+  for shard, devices in enumerate(mesh.devices.reshape(-1, mesh.shape[TENSOR])):
+    for device in devices:
+      shards_of.setdefault(device.process_index, set()).add(shard)
+  parts = sorted({tuple(sorted(shards)) for shards in shards_of.values()})
+  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  if any(len(part) * len(parts) != shards for part in parts):
+    raise UserError(
+      f'mesh.tensor={mesh.shape[TENSOR]} makes processes share part of their batch elements: set '
+      'it to a divisor or a multiple of the number of devices of a process'
+    )
+  return parts.index(tuple(sorted(shards_of[jax.process_index()]))), len(parts)
 
 
 def check_divides(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
