@@ -298,6 +298,18 @@ class TestDistributed:
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, 'stops\n'), err
 
+  def test_address_alone_is_refused(self):
+    code = """
+      from vpe_jax import sharding
+      from vpe_jax.contracts import UserError
+      try:
+        sharding.initialize_distributed()
+      except UserError as error:
+        print(error)
+    """
+    out, err = _start(code, JAX_COORDINATOR_ADDRESS='127.0.0.1:1').communicate(timeout=60)
+    assert 'JAX_NUM_PROCESSES' in out, err[-3000:]
+
   def test_incomplete_or_invalid_variables_are_refused(self, monkeypatch):
     monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
     with pytest.raises(UserError, match='JAX_COORDINATOR_ADDRESS'):

@@ -52,17 +52,17 @@ NAMES = (
   KERNEL,
 )  # fmt: skip
 
+_BATCH_CHOICES = (BATCH_AXES, (FSDP,), (DATA,))
 # Names of activation dimensions, for `constrain`, and their choices of mesh axes as in RULES.
 BATCH = 'batch'
 ACTIVATIONS = {
-  BATCH: (BATCH_AXES, (FSDP,), (DATA,)),
+  BATCH: _BATCH_CHOICES,
   HEADS: ((TENSOR,),),
   KV_HEADS: ((TENSOR,),),
   MLP: ((TENSOR,),),
   VOCAB: ((TENSOR,),),
 }
 
-_BATCH_CHOICES = (BATCH_AXES, (FSDP,), (DATA,))
 # Strategy -> (name, choices of mesh axes) pairs, most important name first. A dimension gets the
 # first choice that divides it and whose axes the leaf doesn't use yet. Axes that are still free
 # afterwards go to the largest dimension that they divide, except LAYERS.
@@ -84,7 +84,7 @@ RULES: dict[str, tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]] = {
   ),
 }
 _NO_TIMEOUT = 10_000_000  # seconds: four months
-_FALLBACK = (BATCH_AXES, (FSDP,), (DATA,), (TENSOR,))
+_FALLBACK = (*_BATCH_CHOICES, (TENSOR,))
 
 AxesTable = Sequence[tuple[str, tuple[str | None, ...]]]
 
@@ -107,15 +107,18 @@ def initialize_distributed() -> None:
   if not all(value.isdigit() for value in values.values()):
     raise UserError(f'{", ".join(values)} must be whole numbers, not {list(values.values())}')
   count, index = (int(values[name]) if name in values else None for name in names)
-  address = os.environ.get('JAX_COORDINATOR_ADDRESS')
+  address = os.environ.get('JAX_COORDINATOR_ADDRESS') or None
+  incomplete = UserError(
+    'several processes need all of JAX_COORDINATOR_ADDRESS (host:port of process 0), '
+    'JAX_NUM_PROCESSES and JAX_PROCESS_ID; only some are set'
+  )
   if values and (address is None or len(values) < len(names)):
-    raise UserError(
-      'several processes need all of JAX_COORDINATOR_ADDRESS (host:port of process 0), '
-      'JAX_NUM_PROCESSES and JAX_PROCESS_ID; only some are set'
-    )
+    raise incomplete
   try:
     jax.distributed.initialize(address, count, index)
   except ValueError as error:
+    if address is not None and not values:  # and no cluster gives the numbers
+      raise incomplete from error
     if address is not None or 'coordinator_address' not in str(error):
       raise
     address = f'127.0.0.1:{_free_port()}'
@@ -156,10 +159,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   devices = list(jax.devices() if devices is None else devices)
   sizes = [config.data, config.fsdp, config.tensor]
   shape = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))
-  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise UserError(
-      f'mesh {shape}: sizes must be positive, and at most one is -1 (all remaining devices)'
-    )
+  if sizes.count(-1) > 1:
+    raise UserError(f'mesh {shape}: at most one is -1 (all remaining devices)')
   known = math.prod(size for size in sizes if size != -1)
   if len(devices) % known or (-1 not in sizes and known != len(devices)):
     raise UserError(

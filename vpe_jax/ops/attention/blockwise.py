@@ -55,14 +55,14 @@ class Kernel(Protocol):
     """Mixed values [B, L, N, H] in the dtype of q, and log-sum-exp [B, N, L] in float32."""
     ...
 
-  def backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
+  def backward(self, operands: Operands, d_mixed: Array, lse: Array, delta: Array) -> Gradients:
     """Gradients of the operands.
 
     Args:
       operands: as in `forward`.
-      mixed: gradient of the mixed values [B, L, N, H].
+      d_mixed: gradient of the mixed values [B, L, N, H].
       lse: log-sum-exp [B, N, L]; 0 for queries that see no key.
-      delta: one term [B, N, L] for each query: the gradient of a logit is its weight times
+      delta: [B, N, L], one number for each query: the gradient of a logit is its weight times
         (gradient of the weight - delta).
     """
     ...

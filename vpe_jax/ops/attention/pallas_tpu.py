@@ -73,10 +73,10 @@ class Tpu:
     """See blockwise.Kernel."""
     return _by_batch(functools.partial(_forward, self), self, operands)
 
-  def backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
+  def backward(self, operands: Operands, d_mixed: Array, lse: Array, delta: Array) -> Gradients:
     """See blockwise.Kernel."""
     run = functools.partial(_backward, self)
-    return *_by_batch(run, self, operands, mixed, lse, delta), None
+    return *_by_batch(run, self, operands, d_mixed, lse, delta), None
 
 
 def _by_batch(run: Any, sizes: Tpu, operands: Operands, *more: Array) -> Any:
@@ -251,7 +251,7 @@ def _forward(sizes: Tpu, operands: Operands) -> tuple[Array, Array]:
 
 
 def _backward(
-  sizes: Tpu, operands: Operands, mixed: Array, lse: Array, delta: Array
+  sizes: Tpu, operands: Operands, d_mixed: Array, lse: Array, delta: Array
 ) -> tuple[Array, Array, Array]:
   gradients = []
   for by_keys in (False, True):
@@ -259,7 +259,7 @@ def _backward(
     H = call.shape[3]
     rows = x['q'].shape[3]
     inputs = [('table', x['table']), ('q', x['q']), ('kv', x['k']), ('kv', x['v'])]
-    inputs += [('query', x['query']), ('key', x['key']), ('q', _to_kernel(mixed, rows))]
+    inputs += [('query', x['query']), ('key', x['key']), ('q', _to_kernel(d_mixed, rows))]
     inputs += [('row', _row(lse, rows)), ('row', _row(delta, rows))]
     like = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype)
     if by_keys:
