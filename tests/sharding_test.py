@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,15 @@ class TestMakeMesh:
       _mesh(data=-1, fsdp=-1)
     with pytest.raises(UserError, match='-1 or at least 1'):
       _mesh(data=0)
+
+  @pytest.mark.parametrize('data', [1, 2])
+  def test_gpu_hosts_need_no_data_axis(self, monkeypatch, data):
+    gpu = {'platform': 'gpu', 'device_kind': 'NVIDIA H100'}
+    devices = [types.SimpleNamespace(id=n, slice_index=n // 2, **gpu) for n in range(4)]
+    monkeypatch.setattr(sharding, 'Mesh', lambda grid, *_, **__: grid)
+    grid = sharding.make_mesh(MeshConfig(data=data), devices)
+    assert grid.shape == (data, 4 // data, 1)
+    assert [d.id for d in grid.flat] == [0, 1, 2, 3]
 
   def test_unknown_or_unsuitable_strategy_is_refused(self):
     with pytest.raises(UserError, match="did you mean 'fsdp'"):

@@ -146,12 +146,13 @@ def _free_port() -> int:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Makes a mesh `data x fsdp x tensor` of devices (default: all), with Auto axis types.
 
-  Several TPU slices are laid out along `data`, so only that axis crosses the network between them.
+  Several TPU slices are laid out along `data`, so only that axis crosses the network between them;
+  so are GPU hosts if `data` is a multiple of their number.
 
   Raises:
     UserError: the strategy is unknown, the sizes don't multiply to the number of devices,
       `tensor` is above 1 with a strategy that doesn't use it, or `data` isn't a multiple of the
-      number of slices.
+      number of TPU slices.
   """
   if config.strategy not in RULES:
     known = did_you_mean(config.strategy, RULES)
@@ -177,7 +178,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   slices = len({getattr(device, 'slice_index', None) for device in devices})
   # For example, a mesh of 32 x 2 on 4 x 4 x 4 chips splits a physical dimension between two axes.
   options = {'devices': devices, 'allow_split_physical_axes': True}
-  if slices == 1:
+  # GPUs are in one slice if NVLink connects them; other axes than data may cross hosts, if slowly.
+  if slices == 1 or (sizes[0] % slices and devices[0].platform != 'tpu'):
     return Mesh(mesh_utils.create_device_mesh(sizes, **options), AXES, axis_types=types)
   if sizes[0] % slices:
     raise UserError(

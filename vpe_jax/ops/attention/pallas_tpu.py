@@ -82,8 +82,9 @@ class Tpu:
 def _by_batch(run: Any, sizes: Tpu, operands: Operands, *more: Array) -> Any:
   """Runs a whole batch at once, or in parts whose schedule fits into scalar memory."""
   B, L, S = operands.q.shape[0], operands.q.shape[1], operands.k.shape[1]
-  pairs = -(-L // sizes.rows) * -(-S // sizes.columns)
-  most = max(1, _SMEM * _PACKED // (4 * pairs))
+  I, J = -(-L // sizes.rows), -(-S // sizes.columns)
+  words = max(I * -(-J // _PACKED), J * -(-I // _PACKED))  # of one sequence; by queries, by keys
+  most = max(1, _SMEM // (4 * words))
   inputs = (operands, *more)
   parts = [
     run(*jax.tree.map(lambda x, start=start: x[start : start + most], inputs))
