@@ -141,9 +141,10 @@ class _Specs:
 
 
 def _specs(operands: Operands) -> _Specs | None:
-  """Shards batch over the batch axes and heads over `tensor` where they divide; None: no shard_map.
+  """Specs of batch and heads over the mesh axes that divide them; None: run without shard_map.
 
-  A bias may broadcast over batch and heads. No Pallas kernel takes one, so XLA can shard the call.
+  A call with a bias has none, because the bias may broadcast over batch and heads. No Pallas kernel
+  takes a bias, so XLA can shard the call.
   """
   if operands.bias is not None:
     return None

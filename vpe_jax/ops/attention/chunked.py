@@ -41,10 +41,7 @@ def attention(
 
 
 def even(length: int, block: int, multiple: int = 8) -> int:
-  """The smallest block size that cuts `length` into as few blocks as the size `block` does.
-
-  It is a multiple of `multiple`.
-  """
+  """The smallest multiple of `multiple` that cuts `length` into as few blocks as `block` does."""
   count = -(-length // block)
   return -(-length // (count * multiple)) * multiple
 
@@ -181,7 +178,13 @@ class _Blocks:
       self.bias = jnp.pad(o.bias, extra)
 
   def visit(self, block: Array, step: Callable[[Array, bool, Any], Any], start: Any) -> Any:
-    """`carry = step(other block, whether it needs a mask, carry)` for each visit of a block."""
+    """Runs `carry = step(other, whether the pair needs a mask, carry)` for each visit of a block.
+
+    Args:
+      block: index of a block of queries (of keys if `by_keys`).
+      step: gets the index of a block of the other side as `other`.
+      start: the first carry.
+    """
     for kind, (entries, count) in self._visits.items():
       other = lambda n, entries=entries: schedule.block_of(entries[block, n])[0]
       masked = kind == schedule.PARTIAL

@@ -95,7 +95,7 @@ def _by_batch(run: Any, sizes: Tpu, operands: Operands, *more: Array) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-  """The static side of one kernel call, with I blocks of queries and J blocks of keys.
+  """Static parameters of one kernel call, with I blocks of queries and J blocks of keys.
 
   The grid's last axis runs over visits: of key blocks for a block of queries or, if `by_keys`, of
   query blocks for a block of keys (times the query heads of its group).
@@ -189,7 +189,7 @@ class _Call:
 
 
 def _prepare(sizes: Tpu, operands: Operands, by_keys: bool) -> tuple[_Call, dict[str, Array]]:
-  """The call's static side, and its inputs: transposed, padded, and the packed schedule."""
+  """Static parameters of a call, and its inputs: transposed and padded, with a packed schedule."""
   o = operands
   B, L, N, H = o.q.shape
   S, K = o.k.shape[1], o.k.shape[2]
