@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,15 @@ class TestMakeMesh:
       _mesh(data=-1, fsdp=-1)
     with pytest.raises(UserError, match='-1 or at least 1'):
       _mesh(data=0)
+
+  @pytest.mark.parametrize('data', [1, 2])
+  def test_gpu_hosts_need_no_data_axis(self, monkeypatch, data):
+    gpu = {'platform': 'gpu', 'device_kind': 'NVIDIA H100'}
+    devices = [types.SimpleNamespace(id=n, slice_index=n // 2, **gpu) for n in range(4)]
+    monkeypatch.setattr(sharding, 'Mesh', lambda grid, *_, **__: grid)
+    grid = sharding.make_mesh(MeshConfig(data=data), devices)
+    assert grid.shape == (data, 4 // data, 1)
+    assert [d.id for d in grid.flat] == [0, 1, 2, 3]
 
   def test_unknown_or_unsuitable_strategy_is_refused(self):
     with pytest.raises(UserError, match="did you mean 'fsdp'"):
@@ -169,7 +179,8 @@ class TestBatch:
     assert batch['none'] is None
     np.testing.assert_array_equal(batch['x'], x)
     assert {shard.data.shape for shard in batch['x'].addressable_shards} == {(2, 3)}
-    assert sharding.host_slice(8, mesh) == slice(0, 8)
+    assert sharding.host_positions(8, mesh) == list(range(8))
+    assert sharding.host_part(mesh) == (0, 1)
 
   def test_batch_size_must_divide_over_devices_and_microbatches(self):
     mesh = _mesh()
@@ -220,15 +231,64 @@ class TestConstrain:
       np.testing.assert_array_equal(jax.jit(mapped)(jnp.ones((8, 2))), 2 * np.ones((8, 2)))
 
 
-def _start(code: str) -> subprocess.Popen:
+def _start(code: str, **variables: str) -> subprocess.Popen:
   environment = {key: value for key, value in os.environ.items() if not key.startswith('JAX_NUM')}
+  environment |= variables
   return subprocess.Popen(
     [sys.executable, '-c', textwrap.dedent(code)], env=environment, text=True,
     stdout=subprocess.PIPE, stderr=subprocess.PIPE,
   )  # fmt: skip
 
 
+# Two processes of four devices each, whose batch shards are interleaved, as on a TPU pod.
+INTERLEAVED = """
+  import jax, numpy as np
+  from vpe_jax import sharding
+  from vpe_jax.config import MeshConfig
+  from vpe_jax.contracts import UserError
+  sharding.initialize_distributed()
+  index = jax.process_index()
+  devices = jax.devices()
+  devices = [devices[n] for n in (0, 4, 1, 5, 2, 6, 3, 7)]
+  mesh = sharding.make_mesh(MeshConfig(), devices)
+  positions = sharding.host_positions(16, mesh)
+  assert positions == [n for n in range(16) if n // 2 % 2 == index], positions
+  assert sharding.host_part(mesh) == (index, 2)
+  batch = sharding.put_batch(np.arange(16.0)[positions], mesh)
+  whole = jax.jit(lambda x: x, out_shardings=sharding.replicated(mesh))(batch)
+  np.testing.assert_array_equal(jax.device_get(whole), np.arange(16.0))
+  # Both processes hold parts of every batch shard, so they read the same elements.
+  mesh = sharding.make_mesh(MeshConfig(tensor=2, strategy='fsdp_tensor'), devices)
+  assert sharding.host_part(mesh) == (0, 1)
+  assert sharding.host_positions(16, mesh) == list(range(16))
+  assert sharding.put_batch(np.arange(16.0), mesh).shape == (16,)
+  devices = [jax.devices()[n] for n in (0, 4, 1, 2, 3, 5, 6, 7)]
+  mesh = sharding.make_mesh(MeshConfig(tensor=2, strategy='fsdp_tensor'), devices)
+  try:
+    sharding.host_part(mesh)
+  except UserError as error:
+    print('done', 'mesh.tensor=2' in str(error))
+"""
+
+
 class TestDistributed:
+  def test_hosts_read_their_own_elements_in_any_order_of_devices(self):
+    address = f'127.0.0.1:{sharding._free_port()}'
+    flags = {
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+      'JAX_COORDINATOR_ADDRESS': address,
+      'JAX_NUM_PROCESSES': '2',
+    }
+    processes = [_start(INTERLEAVED, **flags, JAX_PROCESS_ID=str(index)) for index in range(2)]
+    try:
+      for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out[-10:]) == (0, 'done True\n'), err[-3000:]
+    finally:
+      for process in processes:
+        process.kill()
+        process.communicate()
+
   def test_single_process_notices_sigterm(self):
     process = _start("""
       import time
@@ -247,6 +307,18 @@ class TestDistributed:
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, 'stops\n'), err
+
+  def test_address_alone_is_refused(self):
+    code = """
+      from vpe_jax import sharding
+      from vpe_jax.contracts import UserError
+      try:
+        sharding.initialize_distributed()
+      except UserError as error:
+        print(error)
+    """
+    out, err = _start(code, JAX_COORDINATOR_ADDRESS='127.0.0.1:1').communicate(timeout=60)
+    assert 'JAX_NUM_PROCESSES' in out, err[-3000:]
 
   def test_incomplete_or_invalid_variables_are_refused(self, monkeypatch):
     monkeypatch.setenv('JAX_NUM_PROCESSES', '2')

@@ -54,17 +54,17 @@ NAMES = (
   KERNEL,
 )  # fmt: skip
 
+_BATCH_CHOICES = (BATCH_AXES, (FSDP,), (DATA,))
 # Names of activation dimensions, for `constrain`, and their choices of mesh axes as in RULES.
 BATCH = 'batch'
 ACTIVATIONS = {
-  BATCH: (BATCH_AXES, (FSDP,), (DATA,)),
+  BATCH: _BATCH_CHOICES,
   HEADS: ((TENSOR,),),
   KV_HEADS: ((TENSOR,),),
   MLP: ((TENSOR,),),
   VOCAB: ((TENSOR,),),
 }
 
-_BATCH_CHOICES = (BATCH_AXES, (FSDP,), (DATA,))
 # Strategy -> (name, choices of mesh axes) pairs, most important name first. A dimension gets the
 # first choice that divides it and whose axes the leaf doesn't use yet. Axes that are still free
 # afterwards go to the largest dimension that they divide, except LAYERS.
@@ -86,7 +86,7 @@ RULES: dict[str, tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]] = {
   ),
 }
 _NO_TIMEOUT = 10_000_000  # seconds: four months
-_FALLBACK = (BATCH_AXES, (FSDP,), (DATA,), (TENSOR,))
+_FALLBACK = (*_BATCH_CHOICES, (TENSOR,))
 
 AxesTable = Sequence[tuple[str, tuple[str | None, ...]]]
 
@@ -109,15 +109,18 @@ def initialize_distributed() -> None:
   if not all(value.isdigit() for value in values.values()):
     raise UserError(f'{", ".join(values)} must be whole numbers, not {list(values.values())}')
   count, index = (int(values[name]) if name in values else None for name in names)
-  address = os.environ.get('JAX_COORDINATOR_ADDRESS')
+  address = os.environ.get('JAX_COORDINATOR_ADDRESS') or None
+  incomplete = UserError(
+    'several processes need all of JAX_COORDINATOR_ADDRESS (host:port of process 0), '
+    'JAX_NUM_PROCESSES and JAX_PROCESS_ID; only some are set'
+  )
   if values and (address is None or len(values) < len(names)):
-    raise UserError(
-      'several processes need all of JAX_COORDINATOR_ADDRESS (host:port of process 0), '
-      'JAX_NUM_PROCESSES and JAX_PROCESS_ID; only some are set'
-    )
+    raise incomplete
   try:
     jax.distributed.initialize(address, count, index)
   except ValueError as error:
+    if address is not None and not values:  # and no cluster gives the numbers
+      raise incomplete from error
     if address is not None or 'coordinator_address' not in str(error):
       raise
     address = f'127.0.0.1:{_free_port()}'
@@ -174,12 +177,13 @@ def _free_port() -> int:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Makes a mesh `data x fsdp x tensor` of devices (default: all), with Auto axis types.
 
-  Several TPU slices are laid out along `data`, so only that axis crosses the network between them.
+  Several TPU slices are laid out along `data`, so only that axis crosses the network between them;
+  so are GPU hosts if `data` is a multiple of their number.
 
   Raises:
     UserError: the strategy is unknown, the sizes don't multiply to the number of devices,
       `tensor` is above 1 with a strategy that doesn't use it, or `data` isn't a multiple of the
-      number of slices.
+      number of TPU slices.
   """
   if config.strategy not in RULES:
     known = did_you_mean(config.strategy, RULES)
@@ -187,10 +191,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   devices = list(jax.devices() if devices is None else devices)
   sizes = [config.data, config.fsdp, config.tensor]
   shape = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))
-  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-    raise UserError(
-      f'mesh {shape}: sizes must be positive, and at most one is -1 (all remaining devices)'
-    )
+  if sizes.count(-1) > 1:
+    raise UserError(f'mesh {shape}: at most one is -1 (all remaining devices)')
   known = math.prod(size for size in sizes if size != -1)
   if len(devices) % known or (-1 not in sizes and known != len(devices)):
     raise UserError(
@@ -207,7 +209,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   slices = len({getattr(device, 'slice_index', None) for device in devices})
   # For example, a mesh of 32 x 2 on 4 x 4 x 4 chips splits a physical dimension between two axes.
   options = {'devices': devices, 'allow_split_physical_axes': True}
-  if slices == 1:
+  # GPUs are in one slice if NVLink connects them; other axes than data may cross hosts, if slowly.
+  if slices == 1 or (sizes[0] % slices and devices[0].platform != 'tpu'):
     return Mesh(mesh_utils.create_device_mesh(sizes, **options), AXES, axis_types=types)
   if sizes[0] % slices:
     raise UserError(
@@ -264,7 +267,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(host_batch: Any, mesh: Mesh) -> Any:
-  """Makes global arrays on the mesh from this process's part of a batch (see `host_slice`)."""
+  """Makes global arrays on the mesh from this process's elements (see `host_positions`)."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), host_batch
@@ -277,11 +280,37 @@ def abstract(tree: Any, sharding: NamedSharding) -> Any:
   return jax.tree.map(place, jax.eval_shape(lambda leaves: leaves, tree))
 
 
-def host_slice(batch_size: int, mesh: Mesh) -> slice:
-  """The contiguous range of batch elements that this process reads."""
+def host_positions(batch_size: int, mesh: Mesh) -> list[int]:
+  """Ascending positions in a global batch of the elements that `put_batch` takes on this process.
+
+  They need not be consecutive: the mesh follows the wiring of a TPU pod, so the batch shards of a
+  host may be, for example, 0, 1, 6 and 15 of 16.
+  """
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-  ranges = [index[0].indices(batch_size)[:2] for index in indices]
-  return slice(min(start for start, _ in ranges), max(stop for _, stop in ranges))
+  ranges = {index[0].indices(batch_size)[:2] for index in indices}
+  return [position for start, stop in sorted(ranges) for position in range(start, stop)]
+
+
+def host_part(mesh: Mesh) -> tuple[int, int]:
+  """Which of how many equal parts of each batch this process reads.
+
+  Processes read the same part if `tensor` spans them, because they hold the same batch elements.
+
+  Raises:
+    UserError: two processes share some of their batch shards, but not all.
+  """
+  shards_of: dict[int, set[int]] = {}
+  for shard, devices in enumerate(mesh.devices.reshape(-1, mesh.shape[TENSOR])):
+    for device in devices:
+      shards_of.setdefault(device.process_index, set()).add(shard)
+  parts = sorted({tuple(sorted(shards)) for shards in shards_of.values()})
+  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  if any(len(part) * len(parts) != shards for part in parts):
+    raise UserError(
+      f'mesh.tensor={mesh.shape[TENSOR]} makes processes share part of their batch elements: set '
+      'it to a divisor or a multiple of the number of devices of a process'
+    )
+  return parts.index(tuple(sorted(shards_of[jax.process_index()]))), len(parts)
 
 
 def check_divides(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:

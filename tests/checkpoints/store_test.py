@@ -462,8 +462,8 @@ TWO_PROCESSES = """
   index, folder = jax.process_index(), pathlib.Path(sys.argv[1])
   mesh = sharding.make_mesh(MeshConfig())
   assert mesh.size == 8
-  local = sharding.host_slice(16, mesh)
-  assert local == slice(8 * index, 8 * index + 8)
+  local = sharding.host_positions(16, mesh)
+  assert local == list(range(8 * index, 8 * index + 8))
   batch = sharding.put_batch(np.arange(16.0)[local], mesh)
   assert float(jax.jit(jnp.sum, out_shardings=sharding.replicated(mesh))(batch)) == 120
   names = ('stage', 'step', 'stage_step', 'examples_seen')

@@ -30,6 +30,18 @@ def test_equals_lax(case):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_results_and_gradients_have_the_dtypes_of_lax():
+  x = jax.random.normal(jax.random.key(0), (4, 64), jnp.bfloat16)
+  kernel = jax.random.normal(jax.random.key(1), (64, 8), jnp.bfloat16)
+  axes = (((1,), (0,)), ((), ()))
+  wide = lambda product: product(x, kernel, axes, preferred_element_type=jnp.float32)
+  # Rounded to bfloat16, sums of 64 products would be off by up to 0.03.
+  np.testing.assert_allclose(wide(dot_general), wide(jax.lax.dot_general), atol=1e-4)
+  for operands in ((x, kernel.astype(jnp.float32)), (x.astype(jnp.float32), kernel)):
+    gradients = jax.grad(lambda *pair: jnp.sum(dot_general(*pair, axes)), (0, 1))(*operands)
+    assert [g.dtype for g in gradients] == [operand.dtype for operand in operands]
+
+
 def test_other_contractions_are_rejected():
   x, kernel = jnp.ones((2, 5, 8)), jnp.ones((6, 8))
   with pytest.raises(ValueError, match='dense layer'):

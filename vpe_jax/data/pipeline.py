@@ -155,15 +155,15 @@ class Pipeline:
     return self._reader.batch(_stack(arrays)), reasons
 
   def batches(
-    self, start_example: int, batch_size: int, host_index: int = 0, host_count: int = 1
+    self, start_example: int, batch_size: int, part: int = 0, parts: int = 1
   ) -> Batches:
-    """This host's part of each global batch, in an endless stream from a position on.
+    """One part of each global batch, in an endless stream from a position on.
 
     Args:
       start_example: stream position of the first example, which is the number of examples seen.
-      batch_size: size B of a global batch. Host h of n gets elements [h B/n, (h + 1) B/n).
-      host_index: index h of this host.
-      host_count: number n of hosts.
+      batch_size: size B of a global batch. Part h of n has elements [h B/n, (h + 1) B/n).
+      part: index h of the part that this host reads, see `sharding.host_part`.
+      parts: number n of parts.
 
     A record that can't be read is replaced by another one, which depends only on the seed and on
     its index. The iterator raises a UserError after more than the share `data.most_skipped` of
@@ -173,11 +173,11 @@ class Pipeline:
       An iterator of Batch with numpy leaves; close it, or use it in a `with` block.
 
     Raises:
-      UserError: the batch size isn't a multiple of the number of hosts, or `data.workers` is far
+      UserError: the batch size isn't a multiple of the number of parts, or `data.workers` is far
         above the number of cores, which would starve this process.
     """
-    if batch_size < 1 or batch_size % host_count:
-      raise UserError(f'a batch of {batch_size} is not a multiple of {host_count} hosts')
+    if batch_size < 1 or batch_size % parts:
+      raise UserError(f'a batch of {batch_size} does not divide into {parts} parts')
     cores = os.cpu_count() or 1
     limit = max(MIN_WORKER_LIMIT, MAX_WORKERS_PER_CORE * cores)
     if self._config.workers > limit:
@@ -185,8 +185,8 @@ class Pipeline:
         f'data.workers is {self._config.workers}, and this host has {cores} CPU core(s): set it to '
         f'at most {limit}'
       )
-    stacked = self._examples[start_example:].batch(batch_size // host_count, batch_fn=_stack)
-    return Batches(stacked[host_index::host_count], self._config.workers, self._assemble())
+    stacked = self._examples[start_example:].batch(batch_size // parts, batch_fn=_stack)
+    return Batches(stacked[part::parts], self._config.workers, self._assemble())
 
   def _assemble(self) -> Callable[[Arrays], Batch]:
     """A function that assembles batches, and counts replaced records."""

@@ -108,7 +108,7 @@ class HeldOut:
     size = _batch_size(subject)
     data = Pipeline.of(subject.system, SPLIT)
     place = lambda batch: sharding.put_batch(batch, subject.mesh)
-    with data.batches(0, size, jax.process_index(), jax.process_count()) as batches:
+    with data.batches(0, size, *sharding.host_part(subject.mesh)) as batches:
       placed = [place(batch) for batch in itertools.islice(batches, self.batches)]
     spec = subject.system.batch_spec(size)
     if not spec.cacheable:

@@ -184,7 +184,7 @@ class SampleGrid:
       data = Pipeline.of(subject.system, split)
       count = _count(subject.mesh)
       positions = _positions(data, count)
-      local = positions[sharding.host_slice(count, subject.mesh)]
+      local = [positions[i] for i in sharding.host_positions(count, subject.mesh)]
       batch = data.examples([data.index_at(position) for position in local])
       batch = dataclasses.replace(batch, example=np.asarray(local, np.int32))
       placed = sharding.put_batch(batch, subject.mesh)

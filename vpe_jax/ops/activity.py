@@ -165,7 +165,11 @@ def _results(
   inputs: Sequence[Value],
   bodies: Sequence[Sequence[Value]] = (),
 ) -> list[Value]:
-  """The results of an equation: active as in any of `bodies`, or, without them, if any input is."""
+  """The results of an equation.
+
+  A result is active if it is active in one of `bodies`; without bodies, if an input is active and
+  the primitive has a derivative.
+  """
   flows = any(value.active for value in inputs) and equation.primitive.name not in _CONSTANT
   active = [any(outs) for outs in zip(*([v.active for v in body] for body in bodies))]
   active = active if bodies else [flows] * len(equation.outvars)

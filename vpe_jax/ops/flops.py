@@ -43,7 +43,7 @@ class AttentionKernel:
   visibility: tuple[Value, ...]
 
   def pairs(self) -> int:
-    """Visible pairs of the example that has most; all L S pairs if the visibility is not known."""
+    """Most visible pairs of an example, among the first 8; all L S if visibility is not known."""
     L = self.shape[1]
     if not all(value.known for value in self.visibility):
       return L * self.keys

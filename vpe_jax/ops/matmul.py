@@ -7,6 +7,7 @@ for decoding, where a few vectors are multiplied by a large kernel.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,9 +41,8 @@ def dot_general(
     raise ValueError(f'not the product of a dense layer: {dimension_numbers}')
   batch, features = x.shape[: x.ndim - count], kernel.shape[count:]
   inner = math.prod(kernel.shape[:count])
-  flat = _product(x.reshape(*batch, inner), kernel.reshape(inner, -1), precision)
-  out = flat if preferred_element_type is None else flat.astype(preferred_element_type)
-  return out.reshape(*batch, *features)
+  product = _product(precision, preferred_element_type)
+  return product(x.reshape(*batch, inner), kernel.reshape(inner, -1)).reshape(*batch, *features)
 
 
 def matmul_transposed(x: Array, kernel: Array) -> Array:
@@ -64,14 +64,12 @@ def matmul_transposed(x: Array, kernel: Array) -> Array:
   return jax.lax.platform_dependent(x, kernel, cpu=few, default=many)
 
 
-def _product(x: Array, kernel: Array, precision: Any) -> Array:
-  return _with_gradient(precision)(x, kernel)
+def _product(precision: Any, dtype: Any) -> Callable[[Array, Array], Array]:
+  """The product of x [..., K] and a kernel [K, M], in `dtype` (None: as the operands)."""
 
-
-def _with_gradient(precision: Any) -> Any:
   @jax.custom_vjp
   def product(x: Array, kernel: Array) -> Array:
-    return jnp.matmul(x, kernel, precision=precision)
+    return jnp.matmul(x, kernel, precision=precision, preferred_element_type=dtype)
 
   def forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
     return product(x, kernel), (x, kernel)
@@ -86,7 +84,7 @@ def _with_gradient(precision: Any) -> Any:
       (((0,), (0,)), ((), ())),
       precision=precision,
     )
-    return to_x, to_kernel
+    return to_x.astype(x.dtype), to_kernel.astype(kernel.dtype)
 
   product.defvjp(forward, backward)
   return product

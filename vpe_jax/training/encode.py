@@ -237,14 +237,13 @@ def _encode_all(
   """
   gather = jax.jit(lambda encoded: encoded, out_shardings=sharding.replicated(mesh))
   chunk = -(-CHUNK // mesh.size) * mesh.size
-  local = sharding.host_slice(chunk, mesh)
+  offsets = sharding.host_positions(chunk, mesh)
   key = jax.device_put(rng.run_key(seed), sharding.replicated(mesh))
   total, start_time, reported = len(images), time.monotonic(), 0.0
 
   def read(start: int) -> tuple[Batch, dict[int, str]]:
     # The last chunk is filled with the last record.
-    indices = [min(start + offset, total - 1) for offset in range(chunk)]
-    return images.readable_examples(indices[local])
+    return images.readable_examples([min(start + offset, total - 1) for offset in offsets])
 
   with ThreadPoolExecutor(READERS) as readers:
     starts = list(range(first, total, chunk))

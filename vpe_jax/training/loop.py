@@ -273,7 +273,7 @@ def _compile(run: Run, watchers: Watchers, state: State) -> dict[int, StageProgr
 
 
 def _feed(run: Run, start: int, batch_size: int) -> Feed:
-  batches = run.data.batches(start, batch_size, jax.process_index(), jax.process_count())
+  batches = run.data.batches(start, batch_size, *sharding.host_part(run.mesh))
   return Feed(batches, lambda batch: sharding.put_batch(batch, run.mesh))
 
 

@@ -70,6 +70,19 @@ def test_unsupported_calls_are_errors(monkeypatch, name, platform, options, mess
   assert '\n' not in str(error.value)
 
 
+@pytest.mark.parametrize('capability', ['7.5', 'gfx942'])
+def test_gpus_that_no_kernel_supports_run_chunked(monkeypatch, capability):
+  monkeypatch.setattr(chooser, 'device', lambda: ('gpu', 'Tesla T4'))
+  monkeypatch.setattr(chooser, '_compute_capability', lambda: capability)
+  q, k = _abstract(1024, 1024)
+  assert chooser._choose(q, k, '', None, 'padding') == 'chunked'
+  for name in ('cudnn', 'pallas_gpu'):
+    with pytest.raises(UserError, match='Ampere'):
+      chooser._choose(q, k, name, None, 'padding')
+  monkeypatch.setattr(chooser, '_compute_capability', lambda: '12.0')
+  assert chooser._choose(q, k, '', None, 'padding') == 'cudnn'
+
+
 def test_every_name_of_the_config_is_an_implementation(monkeypatch):
   for name in config.ATTENTIONS:
     home = chooser._HOME.get(name, 'cpu')

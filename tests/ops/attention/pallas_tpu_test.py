@@ -87,14 +87,18 @@ def test_the_search_detects_the_square_buffer_of_the_dense_definition(masks, mes
   assert _square(text, (300, 300))
 
 
-def test_a_schedule_beyond_scalar_memory_is_split_by_sequences(masks, monkeypatch):
+@pytest.mark.parametrize('rows, columns, size', [(32, 16, 16), (64, 64, 4)])
+def test_a_schedule_beyond_scalar_memory_is_split_by_sequences(
+  masks, monkeypatch, rows, columns, size
+):
   batch = jax.tree.map(lambda x: jnp.repeat(x, 3, 0), masks.transfusion(20, 40, 4)[0])
   case = masks.case((batch, batch), heads=(2, 1, 8))
-  kernel = pallas_tpu.Tpu(32, 16, interpret=True)
+  kernel = pallas_tpu.Tpu(rows, columns, interpret=True)
   run = lambda: kernel.forward(blockwise.Operands(*case.inputs, batch, batch))
   whole = jax.jit(lambda: run())()
-  # 2 x 4 pairs per sequence, two per word: 16 bytes hold the schedule of one sequence.
-  monkeypatch.setattr(pallas_tpu, '_SMEM', 16)
+  # Two pairs are a word: 16 bytes hold the schedule of one sequence of 2 x 4 pairs, 4 bytes one of
+  # a single pair.
+  monkeypatch.setattr(pallas_tpu, '_SMEM', size)
   assert str(jax.make_jaxpr(run)()).count('name=attention_forward') == 3
   for ours, theirs in zip(jax.jit(lambda: run())(), whole, strict=True):
     np.testing.assert_array_equal(ours, theirs)

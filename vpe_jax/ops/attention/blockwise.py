@@ -55,14 +55,14 @@ class Kernel(Protocol):
     """Mixed values [B, L, N, H] in the dtype of q, and log-sum-exp [B, N, L] in float32."""
     ...
 
-  def backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
+  def backward(self, operands: Operands, d_mixed: Array, lse: Array, delta: Array) -> Gradients:
     """Gradients of the operands.
 
     Args:
       operands: as in `forward`.
-      mixed: gradient of the mixed values [B, L, N, H].
+      d_mixed: gradient of the mixed values [B, L, N, H].
       lse: log-sum-exp [B, N, L]; 0 for queries that see no key.
-      delta: one term [B, N, L] for each query: the gradient of a logit is its weight times
+      delta: [B, N, L], one number for each query: the gradient of a logit is its weight times
         (gradient of the weight - delta).
     """
     ...
@@ -141,9 +141,10 @@ class _Specs:
 
 
 def _specs(operands: Operands) -> _Specs | None:
-  """Shards batch over the batch axes and heads over `tensor` where they divide; None: no shard_map.
+  """Specs of batch and heads over the mesh axes that divide them; None: run without shard_map.
 
-  A bias may broadcast over batch and heads. No Pallas kernel takes one, so XLA can shard the call.
+  A call with a bias has none, because the bias may broadcast over batch and heads. No Pallas kernel
+  takes a bias, so XLA can shard the call.
   """
   if operands.bias is not None:
     return None

@@ -17,7 +17,8 @@ SHORT = 16  # decoding: with fewer queries than this, `reference` is chosen on e
 # forward and backward, see tests/benchmarks/attention.py. On TPU and GPU: a few blocks.
 CROSSOVER = {'cpu': 768 * 768, 'tpu': 256 * 256, 'gpu': 256 * 256}
 _WIDEST = {'pallas_tpu': pallas_tpu.WIDEST, 'pallas_gpu': pallas_gpu.WIDEST}
-_HOME = {'pallas_tpu': 'tpu', 'pallas_gpu': 'gpu', 'cudnn': 'gpu'}  # platform of each kernel
+# Platform of each kernel; if several can run, the first one is chosen.
+_HOME = {'cudnn': 'gpu', 'pallas_gpu': 'gpu', 'pallas_tpu': 'tpu'}
 
 
 def attention(
@@ -121,6 +122,8 @@ def _refusal(name: str, q: Array, platform: str, bias: Array | None, hint: str) 
   home = _HOME.get(name, platform)
   if platform != home:
     return f"runs on {home}, and the devices are {platform}: name 'chunked', or '' (automatic)"
+  if name in _HOME and platform == 'gpu' and not _is_ampere(_compute_capability()):
+    return "needs an NVIDIA GPU of the Ampere generation or later: name 'chunked'"
   if bias is not None and name in _HOME:
     return "takes no bias: name 'reference' or 'chunked'"
   if H > _WIDEST.get(name, H):
@@ -130,17 +133,28 @@ def _refusal(name: str, q: Array, platform: str, bias: Array | None, hint: str) 
   return ''
 
 
+def _compute_capability() -> str:
+  """That of this host's GPUs, such as '9.0'; '' without a GPU (compilation ahead of time)."""
+  return str(getattr(jax.devices()[0], 'compute_capability', ''))
+
+
+def _is_ampere(capability: str) -> bool:
+  """Whether Triton and cuDNN can run attention: capability 8.0 or later, or unknown.
+
+  The capability of an AMD GPU is a name, such as 'gfx942'.
+  """
+  major = capability.split('.')[0]
+  return not capability or (major.isdigit() and int(major) >= 8)
+
+
 def _automatic(q: Array, k: Array, platform: str, bias: Array | None, hint: str) -> str:
+  """The implementation that suits platform, shape and hint."""
   L, S = q.shape[1], k.shape[1]
   crossover = CROSSOVER.get(platform, CROSSOVER['cpu'])
   if L < SHORT or L * S < crossover:
     return 'reference'
-  kernels = [name for name, home in _HOME.items() if home == platform]
-  # cuDNN is preferred to the general kernel where it can run.
-  for name in reversed(kernels):
-    if not _refusal(name, q, platform, bias, hint):
-      return name
-  return 'chunked'
+  kernels = (name for name in _HOME if not _refusal(name, q, platform, bias, hint))
+  return next(kernels, 'chunked')
 
 
 @functools.cache

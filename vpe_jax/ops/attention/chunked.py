@@ -41,10 +41,7 @@ def attention(
 
 
 def even(length: int, block: int, multiple: int = 8) -> int:
-  """The smallest block size that cuts `length` into as few blocks as the size `block` does.
-
-  It is a multiple of `multiple`.
-  """
+  """The smallest multiple of `multiple` that cuts `length` into as few blocks as `block` does."""
   count = -(-length // block)
   return -(-length // (count * multiple)) * multiple
 
@@ -63,12 +60,12 @@ class Chunked:
     )
     return mixed[:, 0], lse[:, 0]
 
-  def backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
+  def backward(self, operands: Operands, d_mixed: Array, lse: Array, delta: Array) -> Gradients:
     """See blockwise.Kernel."""
     bias = operands.bias
 
     def sequence(d_bias: Array | None, b: Array) -> tuple[Array | None, tuple[Array, ...]]:
-      saved = (_at(x, b) for x in (mixed, lse, delta))
+      saved = (_at(x, b) for x in (d_mixed, lse, delta))
       *d_qkv, more = self._backward(_sequence(operands, b), *saved)
       if d_bias is None:
         return None, tuple(d_qkv)
@@ -115,10 +112,10 @@ class Chunked:
     mixed, lse = jax.lax.map(block, jnp.arange(blocks.q.shape[0]))
     return blocks.unfold(mixed, operands.q.shape), blocks.unfold_row(lse, operands.q.shape)
 
-  def _backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
+  def _backward(self, operands: Operands, d_mixed: Array, lse: Array, delta: Array) -> Gradients:
     """`backward` of one sequence, with the bias's gradient in float32."""
     blocks = _Blocks(self, operands, by_keys=True)
-    d_mixed = _fold(mixed, operands.k.shape[2], self.rows)
+    d_mixed = _fold(d_mixed, operands.k.shape[2], self.rows)
     lse, delta = (_fold_row(x, operands.k.shape[2], self.rows) for x in (lse, delta))
     zeros = jnp.zeros(blocks.k.shape[1:])
 
@@ -181,7 +178,13 @@ class _Blocks:
       self.bias = jnp.pad(o.bias, extra)
 
   def visit(self, block: Array, step: Callable[[Array, bool, Any], Any], start: Any) -> Any:
-    """`carry = step(other block, whether it needs a mask, carry)` for each visit of a block."""
+    """Runs `carry = step(other, whether the pair needs a mask, carry)` for each visit of a block.
+
+    Args:
+      block: index of a block of queries (of keys if `by_keys`).
+      step: gets the index of a block of the other side as `other`.
+      start: the first carry.
+    """
     for kind, (entries, count) in self._visits.items():
       other = lambda n, entries=entries: schedule.block_of(entries[block, n])[0]
       masked = kind == schedule.PARTIAL

@@ -64,14 +64,14 @@ class Gpu:
     mixed, lse = x.run(_attention_forward, names, out)
     return _from_kernel(mixed, operands.q.shape), lse[:, :, : operands.q.shape[1]]
 
-  def backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
+  def backward(self, operands: Operands, d_mixed: Array, lse: Array, delta: Array) -> Gradients:
     """See blockwise.Kernel."""
     gradients: list[Array] = []
     for by_keys in (False, True):
       x = _Inputs(self, operands, by_keys)
       length = x.arrays['q'].shape[2]
       row = lambda y, length=length: jnp.pad(y, ((0, 0), (0, 0), (0, length - y.shape[2])))
-      x.arrays |= {'d_mixed': _to_kernel(mixed, length), 'lse': row(lse), 'delta': row(delta)}
+      x.arrays |= {'d_mixed': _to_kernel(d_mixed, length), 'lse': row(lse), 'delta': row(delta)}
       names = ('entries', 'count', 'q', 'k', 'v', 'query', 'key', 'd_mixed', 'lse', 'delta')
       if by_keys:
         gradients += x.run(_attention_dkv, names, {'k': x.arrays['k'], 'v': x.arrays['v']})

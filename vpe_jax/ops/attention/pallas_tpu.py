@@ -73,17 +73,18 @@ class Tpu:
     """See blockwise.Kernel."""
     return _by_batch(functools.partial(_forward, self), self, operands)
 
-  def backward(self, operands: Operands, mixed: Array, lse: Array, delta: Array) -> Gradients:
+  def backward(self, operands: Operands, d_mixed: Array, lse: Array, delta: Array) -> Gradients:
     """See blockwise.Kernel."""
     run = functools.partial(_backward, self)
-    return *_by_batch(run, self, operands, mixed, lse, delta), None
+    return *_by_batch(run, self, operands, d_mixed, lse, delta), None
 
 
 def _by_batch(run: Any, sizes: Tpu, operands: Operands, *more: Array) -> Any:
   """Runs a whole batch at once, or in parts whose schedule fits into scalar memory."""
   B, L, S = operands.q.shape[0], operands.q.shape[1], operands.k.shape[1]
-  pairs = -(-L // sizes.rows) * -(-S // sizes.columns)
-  most = max(1, _SMEM * _PACKED // (4 * pairs))
+  I, J = -(-L // sizes.rows), -(-S // sizes.columns)
+  words = max(I * -(-J // _PACKED), J * -(-I // _PACKED))  # of one sequence; by queries, by keys
+  most = max(1, _SMEM // (4 * words))
   inputs = (operands, *more)
   parts = [
     run(*jax.tree.map(lambda x, start=start: x[start : start + most], inputs))
@@ -94,7 +95,7 @@ def _by_batch(run: Any, sizes: Tpu, operands: Operands, *more: Array) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-  """The static side of one kernel call, with I blocks of queries and J blocks of keys.
+  """Static parameters of one kernel call, with I blocks of queries and J blocks of keys.
 
   The grid's last axis runs over visits: of key blocks for a block of queries or, if `by_keys`, of
   query blocks for a block of keys (times the query heads of its group).
@@ -188,7 +189,7 @@ class _Call:
 
 
 def _prepare(sizes: Tpu, operands: Operands, by_keys: bool) -> tuple[_Call, dict[str, Array]]:
-  """The call's static side, and its inputs: transposed, padded, and the packed schedule."""
+  """Static parameters of a call, and its inputs: transposed and padded, with a packed schedule."""
   o = operands
   B, L, N, H = o.q.shape
   S, K = o.k.shape[1], o.k.shape[2]
@@ -251,7 +252,7 @@ def _forward(sizes: Tpu, operands: Operands) -> tuple[Array, Array]:
 
 
 def _backward(
-  sizes: Tpu, operands: Operands, mixed: Array, lse: Array, delta: Array
+  sizes: Tpu, operands: Operands, d_mixed: Array, lse: Array, delta: Array
 ) -> tuple[Array, Array, Array]:
   gradients = []
   for by_keys in (False, True):
@@ -259,7 +260,7 @@ def _backward(
     H = call.shape[3]
     rows = x['q'].shape[3]
     inputs = [('table', x['table']), ('q', x['q']), ('kv', x['k']), ('kv', x['v'])]
-    inputs += [('query', x['query']), ('key', x['key']), ('q', _to_kernel(mixed, rows))]
+    inputs += [('query', x['query']), ('key', x['key']), ('q', _to_kernel(d_mixed, rows))]
     inputs += [('row', _row(lse, rows)), ('row', _row(delta, rows))]
     like = lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype)
     if by_keys:
