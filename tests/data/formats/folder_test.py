@@ -232,8 +232,9 @@ def test_names_that_are_not_text_are_unusable(tmp_path):
   _captioned(tmp_path, ['a.png', 'b.png'])
   for ending in ('png', 'txt'):
     (tmp_path / f'b.{ending}').rename(tmp_path / os.fsdecode(f'\xff.{ending}'.encode('latin-1')))
-  with pytest.raises(UserError, match='1 of 2 records .*name is not valid text'):
+  with pytest.raises(UserError, match='1 of 2 records .*name is not valid text') as error:
     open_folder(str(tmp_path))
+  assert str(error.value).isprintable()
   assert len(open_folder(str(tmp_path), ReadOptions(most_skipped=0.5))) == 1
 
 

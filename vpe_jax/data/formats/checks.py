@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from vpe_jax import sharding
 from vpe_jax.contracts import UserError
-from vpe_jax.data.formats.entries import abbreviated, check_text
+from vpe_jax.data.formats.entries import abbreviated, check_text, printable
 from vpe_jax.data.records import BadRecord
 from vpe_jax.data.transforms import Decoding
 from vpe_jax.storage import cache_dir, stable_hash, write_atomic
@@ -211,4 +211,4 @@ def _pairs(contents: dict[int, int]) -> bytes:
 
 
 def _shown(folder: Path, name: str) -> str:
-  return str(folder / abbreviated(name))
+  return printable(folder / abbreviated(name))

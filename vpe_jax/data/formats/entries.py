@@ -189,7 +189,7 @@ def _within(folder: Path, name: str, where: str) -> str:
 
 def _from_text_files(folder: Path, fields: FieldSpec) -> Iterator[Entry]:
   for image in _image_files(folder, ENDINGS | _OTHER_ENDINGS):
-    text, where = image.with_suffix('.txt'), f'image {image}'
+    text, where = image.with_suffix('.txt'), f'image {printable(image)}'
     try:
       check_text(str(image), where, 'file name')
       if image.suffix.lower() in _OTHER_ENDINGS:
@@ -284,6 +284,11 @@ def check_text(text: str, where: str, kind: str = 'caption') -> str:
       f'{where}: the {kind} is not valid text ({error.reason}): write it in UTF-8'
     ) from error
   return text
+
+
+def printable(path: Path) -> str:
+  """A path for messages; bytes that are not UTF-8 are escaped, because terminals refuse them."""
+  return str(path).encode(errors='backslashreplace').decode()
 
 
 def abbreviated(text: str) -> str:
