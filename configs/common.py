@@ -18,9 +18,9 @@ def parse_arg(
     **defaults: option names and their defaults.
 
   Raises:
-    ValueError: the preset or an option is unknown, or an option has no value.
+    ValueError: the preset or an option is unknown, or an option has no value or several.
   """
-  preset, options = presets[0], dict(defaults)
+  preset, options, named = presets[0], dict(defaults), set()
   for i, part in enumerate(filter(None, (arg or '').split(','))):
     key, equals, value = part.partition('=')
     if not equals and i == 0:
@@ -32,8 +32,11 @@ def parse_arg(
       raise ValueError(f"unknown config argument '{part}'{hint}")
     elif not value:
       raise ValueError(f"config argument '{part}' has no value: write {key}=VALUE")
+    elif key in named:
+      raise ValueError(f"config argument '{part}': {key} occurs twice; name one value")
     else:
       options[key] = value
+      named.add(key)
   return preset, options
 
 

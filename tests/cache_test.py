@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 
+from tests.outcomes import refusal_of
 from vpe_jax import cache as command
 from vpe_jax.contracts import UserError
 from vpe_jax.data import cache
@@ -53,4 +54,5 @@ def test_caches_are_listed_and_deleted(run, tmp_path):
   assert [path.name for path in (tmp_path / 'encoded').iterdir()] == [whole.name]
   with pytest.raises(UserError, match='--clean=.*no such cache'):
     run([other.name])
+  assert '--clean is empty' in refusal_of(run, [])
   assert whole.name in run(['all']) and '0 caches' in run()

@@ -79,6 +79,7 @@ def command(monkeypatch, tmp_path):
     (['--verify'], '--to'),
     (['--to={tmp}/to'], '--source'),
     (['--source=tfds:x', '--split=train', '--to={tmp}/to'], 'tfds:x/train'),
+    (['--source=folder:x', '--split=train', '--to={tmp}/to'], '--split=train is for a tfds:'),
   ],
 )
 def test_mistakes_are_named(command, arguments, message):

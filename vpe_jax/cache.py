@@ -28,8 +28,10 @@ def _chosen(stored: list[cache.Stored], names: list[str]) -> list[cache.Stored]:
   """The caches that `--clean` names.
 
   Raises:
-    UserError: there is no such cache.
+    UserError: there is no such cache, or no name.
   """
+  if not names:
+    raise UserError('--clean is empty: name caches, `unfinished` or `all`')
   groups = {
     'all': stored,
     'unfinished': [one for one in stored if not one.complete],

@@ -57,7 +57,9 @@ def main() -> None:
     print(warning, file=sys.stderr, flush=True)
   workdir = workdir or f'runs/{config["name"]}-{config["preset"]}'
   devices.use_compilation_cache(storage.resolve(workdir) / CACHE)
-  if not runs.run_chain(chain, workdir, FLAGS.allow_change):
+  is_complete = runs.run_chain(chain, workdir, FLAGS.allow_change)
+  sharding.end_together()
+  if not is_complete:
     sys.exit(front_door.TERMINATED)
 
 

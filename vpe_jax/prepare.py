@@ -18,6 +18,8 @@ import os
 from absl import flags
 
 from vpe_jax import front_door
+from vpe_jax.config import TFDS
+from vpe_jax.contracts import UserError
 from vpe_jax.data.formats.array_record import verify
 from vpe_jax.data.preparing import SHARD_RECORDS, SKIPPED, Settings, is_complete, prepare
 
@@ -62,7 +64,11 @@ def main() -> None:
     return
   names = ('root', 'captions', 'image', 'caption', 'reference', 'language', 'least_text_height')
   names += ('image_size', 'fit', 'count', 'shard_records', 'most_pixels', 'most_bytes')
-  source = f'{FLAGS.source}/{FLAGS.split}' if FLAGS.split else FLAGS.source
+  source = FLAGS.source
+  if FLAGS.split:
+    if not source.startswith(TFDS):
+      raise UserError(f'--split={FLAGS.split} is for a {TFDS} source only: omit it')
+    source = f'{source}/{FLAGS.split}'
   settings = Settings(source, **{name: FLAGS[name].value for name in names})
   complete = is_complete(FLAGS.to)
   manifest = prepare(settings, FLAGS.to, FLAGS.workers, FLAGS.most_skipped)

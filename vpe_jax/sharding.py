@@ -86,6 +86,7 @@ RULES: dict[str, tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]] = {
   ),
 }
 _NO_TIMEOUT = 10_000_000  # seconds: four months
+SHUTDOWN_TIMEOUT = 20  # seconds that a process which ends waits for the others; then all end
 _FALLBACK = (*_BATCH_CHOICES, (TENSOR,))
 
 AxesTable = Sequence[tuple[str, tuple[str | None, ...]]]
@@ -98,6 +99,9 @@ def initialize_distributed() -> None:
   detected from the cluster (TPU pods, Slurm, Open MPI, Kubernetes). Without either, this process
   forms a group of one on a free local port, because `preempted` needs the distributed runtime. A
   second call does nothing.
+
+  If a process ends, the others end at most SHUTDOWN_TIMEOUT seconds later: after an error in one
+  process, they would wait for it in a collective. So processes must end together (`end_together`).
 
   Raises:
     UserError: the variables are incomplete or not numbers.
@@ -117,7 +121,7 @@ def initialize_distributed() -> None:
   if values and (address is None or len(values) < len(names)):
     raise incomplete
   try:
-    jax.distributed.initialize(address, count, index)
+    jax.distributed.initialize(address, count, index, shutdown_timeout_seconds=SHUTDOWN_TIMEOUT)
   except ValueError as error:
     if address is not None and not values:  # and no cluster gives the numbers
       raise incomplete from error
@@ -156,6 +160,11 @@ def gather_texts(text: str) -> list[str]:
   padded[: content.size] = content
   rows = multihost_utils.process_allgather(padded)
   return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]
+
+
+def end_together() -> None:
+  """Waits until all processes call this, at the end of a command; see `initialize_distributed`."""
+  multihost_utils.sync_global_devices('end')
 
 
 def leave_together(timeout: float) -> None:

@@ -1,9 +1,12 @@
 """Tests of config files and overrides."""
 
 import pathlib
+import re
 
 import pytest
 
+from tests.outcomes import refusal_of, result_of
+from vpe_jax import systems
 from vpe_jax.contracts import UserError
 from vpe_jax.training import config_file
 
@@ -94,6 +97,41 @@ def test_failing_config_file_is_a_one_line_error(tmp_path, code, message):
   with pytest.raises(UserError, match=message) as error:
     config_file.load(str(path), {})
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'spec, overrides, message',
+  [
+    ('t2i', {'log.profile': '-1'}, "'log.profile' is '-1': it must be a range of steps"),
+    ('t2i', {'log.profile': '5:3'}, "'log.profile' is '5:3'"),
+    ('t2i', {'log.profile': '0:2'}, "'log.profile' is '0:2'"),
+    ('t2i', {'log.profile': '3:'}, "'log.profile' is '3:'"),
+    ('t2i', {'seed': '-1'}, 'seed is -1: choose one from 0'),
+    ('t2i', {'seed': str(2**64)}, 'choose one from 0'),
+    ('t2i', {'evals.nope.every': '5'}, "unknown evaluator 'nope'"),
+    ('t2i', {'evals.nope.every': '0'}, "unknown evaluator 'nope'"),
+    ('t2i', {'evals.heldout.batchs': '5'}, "did you mean 'batches'"),
+    ('t2i', {'evals.classes.every': '5'}, 'evaluator classes is for classes'),
+    ('t2i', {'data.image_size': '63'}, 'data.image_size is 63: it must be 64'),
+    ('t2i:tiny,arch=external', {'data.image_size': '128'}, 'data.image_size is 128'),
+    ('edit', {'data.image_size': '63'}, 'data.image_size is 63'),
+    ('text_rendering', {'data.image_size': '63'}, 'data.image_size is 63'),
+    ('c2i_continuous', {'data.image_size': '63'}, 'data.image_size is 63: it must be 64'),
+    ('c2i_discrete', {'data.image_size': '63'}, 'data.image_size is 63: .* multiple of 4'),
+    ('codec', {'data.image_size': '63'}, 'data.image_size is 63: .* multiple of 4'),
+    ('t2i:tiny,arch=single,arch=internal', {}, "'arch=internal': arch occurs twice"),
+  ],
+)
+def test_values_that_a_run_would_refuse_later_are_refused_at_load(spec, overrides, message):
+  assert re.search(message, refusal_of(config_file.load, spec, overrides))
+
+
+def test_values_that_a_run_accepts_are_loaded():
+  overrides = {'log.profile': '10:13', 'evals.heldout.batches': '2', 'seed': '7'}
+  values = result_of(config_file.load, 't2i', overrides)
+  assert systems.build(values).config.log.profiled_steps == range(10, 13)
+  result_of(config_file.load, 't2i', {'data.source': 'synthetic', 'data.image_size': '32'})
+  result_of(config_file.load, 'codec:tiny,stage=feature_vq', {'data.image_size': '63'})
 
 
 def test_config_may_be_a_dict(tmp_path):

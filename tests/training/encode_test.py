@@ -210,6 +210,24 @@ def test_repeated_folder_of_a_recipe_is_encoded_once(open_data, tmp_path, capsys
   assert len(_folders(tmp_path)) == 1  # The same images, whatever their repetition.
 
 
+def test_a_filter_of_records_changes_the_fingerprint(tmp_path, drawing_system):
+  """Filters may leave out records that are not among those whose images are compared."""
+  (tmp_path / 'images').mkdir()
+  Image.new('RGB', (8, 8)).save(tmp_path / 'images' / 'a.png')
+  (tmp_path / 'images' / 'a.txt').write_text('a red fox')
+  frozen = frozen_lib.FrozenNetworks({}, {}, None)
+
+  def fingerprint(**changes):
+    data = {'source': f'folder:{tmp_path}/images', 'examples': 0}
+    system = drawing_system(data=data)
+    changed = dataclasses.replace(system.config.data, **changes)
+    return encode.fingerprint(changed, 0, frozen, Pipeline.of(system), {})
+
+  changes = ({'held_out': 0.1}, {'filters': {'a': {'language': 'en'}}}, {'language': 'en'})
+  names = [fingerprint(**change) for change in ({}, *changes)]
+  assert len(set(names)) == len(names) and 'selection' not in names[0]
+
+
 def test_prepared_folder_is_identified_by_its_manifest(tmp_path, drawing_system):
   """File dates don't count, so a copy of the folder is the same data."""
   (tmp_path / 'in').mkdir()

@@ -59,6 +59,16 @@ def test_consecutive_skipped_steps_end_the_run(open_log, tmp_path):
   assert metrics.read(tmp_path)[-1]['step'] == 10  # the last skipped step is recorded
 
 
+@pytest.mark.parametrize('index, lines', [(0, 1), (1, 0)])
+def test_only_process_0_prints_skipped_steps(open_log, monkeypatch, capsys, index, lines):
+  monkeypatch.setattr(logging.jax, 'process_index', lambda: index)
+  log = open_log()
+  _push(log, 1, skipped=1.0)
+  log.settle()
+  log.close()
+  assert capsys.readouterr().out.count('step 1 skipped') == lines
+
+
 def test_waiting_for_data_is_recorded_and_warned_of_once(open_log, tmp_path, capsys, monkeypatch):
   clock = iter(range(100))
   monkeypatch.setattr(throughput.time, 'perf_counter', lambda: float(next(clock)))  # 1 s a step

@@ -7,9 +7,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from vpe_jax import front_door, interrupts
+from tests.outcomes import outcome, result_of
+from vpe_jax import front_door, interrupts, sharding
+from vpe_jax.training import preemption as preemption_lib
 from vpe_jax.training.preemption import Preemption
 
 
@@ -56,6 +59,71 @@ def test_where_nothing_is_unsaved_sigterm_has_its_previous_effect():
       assert len(received) == 1 and preemption.reached()
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def watch(monkeypatch):
+  """Makes a _Watch whose thread looks every `poll` seconds."""
+  made = []
+
+  def make(poll, leave=lambda: None):
+    monkeypatch.setattr(preemption_lib, 'POLL', poll)
+    made.append(preemption_lib._Watch(leave))
+    return made[-1]
+
+  yield make
+  for one in made:
+    one.stop()
+
+
+def test_a_process_that_ends_does_not_look_again(watch, monkeypatch):
+  def look():
+    raise RuntimeError('the process has left its group')
+
+  monkeypatch.setattr(preemption_lib, '_preempted', look)
+  others = lambda calls: np.array([calls, calls + 3])
+  monkeypatch.setattr(preemption_lib.multihost_utils, 'process_allgather', others)
+  ending = watch(1000.0)
+  ending._reached = True
+  assert result_of(ending.align) is True
+
+
+def test_a_collective_that_fails_because_others_have_ended_ends_the_process(monkeypatch):
+  class Ending:
+    """A watch that has seen SIGTERM, which others have seen before."""
+
+    def __init__(self, leave):
+      del leave
+
+    def stop(self):
+      return True
+
+    def align(self):
+      raise RuntimeError('another process has ended')
+
+  left = []
+  monkeypatch.setattr(preemption_lib, '_Watch', Ending)
+  monkeypatch.setattr(preemption_lib.jax.distributed, 'is_initialized', lambda: True)
+  monkeypatch.setattr(Preemption, '_leave', lambda self: left.append(self))
+
+  def run():
+    with Preemption() as preemption, preemption.nothing_unsaved():
+      pass
+
+  outcome(run)
+  assert len(left) == 1
+
+
+def test_looks_that_a_busy_process_missed_are_made_up_for(watch, monkeypatch):
+  calls = preemption_lib._calls
+  monkeypatch.setattr(sharding, 'preempted', lambda number: False)
+  monkeypatch.setattr(preemption_lib, '_calls', calls)
+  late = watch(0.02)
+  with late._lock:
+    time.sleep(1.0)
+  time.sleep(0.5)
+  late.stop()
+  assert preemption_lib._calls - calls > 60  # 75 in time, 25 without the missed ones
 
 
 STARTING = """

@@ -3,9 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
-from vpe_jax.contracts import UserError
 from vpe_jax.training.profiler import Profiler
 
 # Runs in a separate process: after tests have loaded libtpu, the profiler would query it for a TPU.
@@ -14,7 +11,7 @@ import sys
 import jax.numpy as jnp
 from vpe_jax.training.profiler import Profiler
 
-profiler, active = Profiler('3:5', sys.argv[1]), []
+profiler, active = Profiler(range(3, 5), sys.argv[1]), []
 for step in range(1, 8):
   profiler.before(step)
   active.append(profiler._active)
@@ -30,14 +27,8 @@ def test_only_the_range_is_traced(tmp_path):
   assert list(tmp_path.rglob('*.xplane.pb'))
 
 
-@pytest.mark.parametrize('steps', ['5', '5:3', 'a:b', '0:2', '3:'])
-def test_invalid_range_is_refused(steps, tmp_path):
-  with pytest.raises(UserError, match='such as 10:13'):
-    Profiler(steps, str(tmp_path))
-
-
 def test_empty_range_never_traces(tmp_path):
-  profiler = Profiler('', str(tmp_path))
+  profiler = Profiler(range(0), str(tmp_path))
   profiler.before(1)
   profiler.close()
   assert not list(tmp_path.iterdir())

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.training.one_of_two import START_UP
-from vpe_jax import front_door
+from tests.training.one_of_two import FAILURE, START_UP
+from vpe_jax import front_door, sharding
 from vpe_jax.checkpoints.store import FOLDER, Store
 from vpe_jax.config import CheckpointConfig
 from vpe_jax.training import loop, metrics
@@ -114,3 +114,13 @@ def test_sigterm_before_the_first_step_ends_both_at_once(pair, tmp_path, phase, 
   processes[receiver].send_signal(signal.SIGTERM)
   assert _statuses(processes, 20) == [front_door.TERMINATED] * 2, _logs(tmp_path)
   assert _logs(tmp_path).count('preempted: no step is unsaved') == 1
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_the_other_which_waits_for_it(pair, tmp_path):
+  processes, deadline = pair(4, FAILURE), time.monotonic() + 120
+  while 'the folder is missing here' not in (tmp_path / 'log1.txt').read_text():
+    assert time.monotonic() < deadline, _logs(tmp_path)
+    time.sleep(0.1)
+  statuses = _statuses(processes, sharding.SHUTDOWN_TIMEOUT + 20)
+  assert None not in statuses and 0 not in statuses, _logs(tmp_path)

@@ -6,6 +6,7 @@ import sys
 import pytest
 from etils import epath
 
+from tests.outcomes import refusal_of
 from vpe_jax.contracts import UserError
 from vpe_jax.training import workdir
 
@@ -51,6 +52,13 @@ def test_folder_that_cannot_be_created_is_a_one_line_error(tmp_path):
       _claim(folder)
     assert '\n' not in str(error.value)
   assert (tmp_path / 'file').read_text() == 'kept'
+
+
+def test_all_processes_learn_that_process_0_cannot_lock_the_folder(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir.jax, 'process_index', lambda: 1)
+  monkeypatch.setattr(workdir.sharding, 'gather_texts', lambda own: ['run is in use', own])
+  assert refusal_of(_claim, tmp_path / 'run') == 'run is in use'
+  assert not list(tmp_path.iterdir())
 
 
 def test_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from vpe_jax.codecs import codebook, kl
 from vpe_jax.config import check_positive, check_sizes
-from vpe_jax.contracts import Array, FrozenNetwork, Params
+from vpe_jax.contracts import Array, FrozenNetwork, Params, UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,23 @@ class ImageCodesSection(ImageCodesConfig):
     }
 
   def codec(self, image_size: int) -> ImageCodesCodec:
-    """The codec, in float32, for images with a side of `image_size` pixels."""
+    """The codec, in float32, for images with a side of `image_size` pixels.
+
+    Raises:
+      UserError: codes don't cover the side.
+    """
+    check_side(image_size, kl.FACTOR * self.patch)
     return ImageCodesCodec(self, self.autoencoder, image_size)
+
+
+def check_side(image_size: int, unit: int) -> None:
+  """Checks the side of images, which must be a multiple of `unit` pixels.
+
+  Raises:
+    UserError: it isn't.
+  """
+  if image_size % unit:
+    raise UserError(f'config.data.image_size is {image_size}: it must be a multiple of {unit}')
 
 
 class Quantization(NamedTuple):

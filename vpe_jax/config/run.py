@@ -66,7 +66,8 @@ class LogConfig:
 
   Attributes:
     every: steps between two lines of output.
-    profile: range of steps, such as `10:13`, that is profiled into RUN/profile (empty: none).
+    profile: range of steps, such as `10:13` for steps 10, 11 and 12, that is profiled into
+      RUN/profile (empty: none).
   """
 
   every: int = 20
@@ -74,6 +75,14 @@ class LogConfig:
 
   def __post_init__(self) -> None:
     check_sizes(self, 'log.')
+    valid = not self.profile or self.profiled_steps
+    check(self, 'log.', 'profile', bool(valid), 'a range of steps from 1 on, such as 10:13')
+
+  @property
+  def profiled_steps(self) -> range:
+    """The range `profile`; empty without one."""
+    match = re.fullmatch(r'([1-9]\d{0,8}):([1-9]\d{0,8})', self.profile)
+    return range(int(match[1]), int(match[2])) if match else range(0)
 
 
 def default_evals() -> dict[str, dict[str, int]]:

@@ -175,13 +175,8 @@ class Subject:
 
   @property
   def task(self) -> str:
-    """Kind of prompts: `edits`, `classes`, `words` (captions of rendered text) or `captions`."""
-    data = self.system.config.data
-    if supports(self.system, Edits):
-      return 'edits'
-    if data.tokenizer.startswith(CLASSES):
-      return 'classes'
-    return 'words' if data.source == 'words' else 'captions'
+    """Kind of prompts; see `task_of`."""
+    return task_of(self.system)
 
   @property
   def notes(self) -> tuple[str, ...]:
@@ -317,18 +312,28 @@ def build(name: str, options: Mapping[str, Any]) -> Evaluator:
   return evaluator
 
 
-def check_fits(name: str, evaluator: Evaluator, subject: Subject) -> None:
-  """Rejects an evaluator that does not fit a model.
+def task_of(system: System) -> str:
+  """Kind of prompts: `edits`, `classes`, `words` (captions of rendered text) or `captions`."""
+  data = system.config.data
+  if supports(system, Edits):
+    return 'edits'
+  if data.tokenizer.startswith(CLASSES):
+    return 'classes'
+  return 'words' if data.source == 'words' else 'captions'
+
+
+def check_fits(name: str, evaluator: Evaluator, system: System) -> None:
+  """Rejects an evaluator that does not fit a system.
 
   Raises:
     UserError: the system lacks a capability, or has another kind of prompts.
   """
   for capability in evaluator.requires:
-    require(subject.system, capability)
-  if evaluator.tasks and subject.task not in evaluator.tasks:
+    require(system, capability)
+  if evaluator.tasks and task_of(system) not in evaluator.tasks:
     raise UserError(
       f'the evaluator {name} is for {" or ".join(evaluator.tasks)}, and this model takes '
-      f'{subject.task}'
+      f'{task_of(system)}'
     )
 
 

@@ -34,14 +34,14 @@ def select(
   """
   if built:
     for name, evaluator in built.items():
-      evaluators.check_fits(name, evaluator, subject)
+      evaluators.check_fits(name, evaluator, subject.system)
     return dict(built)
   for name in evaluators.names():
     cls = evaluators.class_of(name)
     if subject.task in cls.tasks:
       known = {field.name for field in dataclasses.fields(cls)}
       evaluator = evaluators.build(name, {n: v for n, v in options.items() if n in known})
-      evaluators.check_fits(name, evaluator, subject)
+      evaluators.check_fits(name, evaluator, subject.system)
       return {name: evaluator}
   raise UserError(f'no evaluator supports {subject.task}: name one with --benchmarks')
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from vpe_jax import rng
 from vpe_jax.config import SampleConfig, did_you_mean, from_dict
 from vpe_jax.contracts import System, UserError
 from vpe_jax.systems.package import Package, Release
@@ -70,6 +71,7 @@ def build(values: Mapping[str, Any]) -> System:
   """
   module = _module(values.get('system'))
   config = from_dict(values, module.ModelConfig, module.Sampling)
+  rng.check_seed(config.seed)
   system = module.build(config)
   averages = lambda index: bool(config.optim_of(index).ema)
   system.stages = tuple(

@@ -25,13 +25,12 @@ from vpe_jax import storage, systems
 from vpe_jax.checkpoints import weights
 from vpe_jax.config import did_you_mean, to_dict
 from vpe_jax.contracts import UserError
+from vpe_jax.training import evaluations
 
 SHIPPED = Path(__file__).parents[1] / 'configs'  # a link in a checkout, a copy in an installation
 # Sections whose fields are not known here: evaluators and the data section check their own.
 _OPEN = (('evals',), ('data', 'filters'))
 _WORDS = {'true': True, 'false': False, 'none': None}
-
-
 RUNS = 'runs'  # key of a chain: name -> config of each run
 
 
@@ -106,7 +105,7 @@ def _with_overrides(file_values: Mapping[str, Any], overrides: Mapping[str, str]
   for key, text in overrides.items():
     _override(values, key, text)
   _select_stages(values, base, overrides)
-  systems.build(values)  # Checks the overridden values.
+  evaluations.build(systems.build(values))  # Checks the overridden values.
   return values
 
 

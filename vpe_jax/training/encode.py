@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from vpe_jax import __version__, rng, sharding
 from vpe_jax.checkpoints.frozen import FrozenNetworks
-from vpe_jax.config import Config, DataConfig
+from vpe_jax.config import Config, DataConfig, to_dict
 from vpe_jax.contracts import Batch, BatchSpec, System, UserError
 from vpe_jax.data import cache, recipes
 from vpe_jax.data.cache import Encoded, EncodedCache
@@ -45,10 +45,15 @@ _CONTENT = (
   'image_size',
   'fit',
 )
-
-
-class Stopped(Exception):
-  """Encoding was stopped early; the message says how many images were encoded."""
+# Fields that select records. Those with default values are not in the fingerprint.
+_SELECTION = (
+  'language',
+  'least_text_height',
+  'filters',
+  'held_out',
+  'most_pixels',
+  'most_bytes',
+)
 
 
 def open_training_data(
@@ -57,9 +62,10 @@ def open_training_data(
   frozen: FrozenNetworks,
   mesh: jax.sharding.Mesh,
   images: Pipeline | None = None,
-  should_stop: Callable[[], bool] = lambda: False,
 ) -> Pipeline:
   """Opens the training split, with encoded entries from a cache if `data.encode` is `cached`.
+
+  The process may end at any time while it encodes: complete shards of the cache are on disk.
 
   Args:
     config: configuration of the run.
@@ -67,10 +73,8 @@ def open_training_data(
     frozen: its frozen networks.
     mesh: its device mesh.
     images: the training split, if it is open.
-    should_stop: whether encoding should end early; the same in every process.
 
   Raises:
-    Stopped: `should_stop` was true.
     UserError: the system has nothing to cache, its tokenizer has more tokens than the model has
       embeddings, or other hosts can't see the cache.
   """
@@ -87,12 +91,10 @@ def open_training_data(
   elif isinstance(recipe := images.source, recipes.Recipe):
     data = dataclasses.replace(config.data, source=recipes.once(config.data.source))
     folders = Pipeline.of(system, source=recipe.once)
-    encoded = _cached(
-      dataclasses.replace(config, data=data), system, frozen, mesh, folders, should_stop
-    )
+    encoded = _cached(dataclasses.replace(config, data=data), system, frozen, mesh, folders)
     encoded = recipes.Repeated(recipe, encoded)
   else:
-    encoded = _cached(config, system, frozen, mesh, images, should_stop)
+    encoded = _cached(config, system, frozen, mesh, images)
   return Pipeline.of(system, encoded=encoded, source=images.source)
 
 
@@ -115,6 +117,11 @@ def fingerprint(
   }
   if config.source_images:
     parts['references'] = True
+  defaults = DataConfig()
+  selection = {name: getattr(config, name) for name in _SELECTION}
+  changed = {name: v for name, v in selection.items() if v != getattr(defaults, name)}
+  if config.is_user_data and changed:
+    parts['selection'] = to_dict(changed)
   return json.dumps(parts, sort_keys=True)
 
 
@@ -157,7 +164,6 @@ def _cached(
   frozen: FrozenNetworks,
   mesh: jax.sharding.Mesh,
   images: Pipeline,
-  should_stop: Callable[[], bool],
 ) -> Encoded:
   cacheable = system.batch_spec(1).cacheable
   settings = {**system.encoder_settings, 'entries': sorted(cacheable)}
@@ -178,8 +184,7 @@ def _cached(
     started = True
     # Only the process that writes knows the number.
     start = int(multihost_utils.process_allgather(np.array(stored)).max())
-    chunks = _encode_all(config.seed, frozen, mesh, images, cacheable, start, should_stop)
-    for arrays, reasons in chunks:
+    for arrays, reasons in _encode_all(config.seed, frozen, mesh, images, cacheable, start):
       unreadable.update(reasons)
       _check_share(config.data, unreadable, len(images))
       yield arrays
@@ -225,15 +230,11 @@ def _encode_all(
   images: Pipeline,
   cacheable: frozenset[str],
   first: int,
-  should_stop: Callable[[], bool],
 ) -> Iterator[tuple[dict[str, np.ndarray], dict[int, str]]]:
   """Yields consecutive chunks of records from `first` on, the same in every process.
 
   Yields:
     Encoded entries, and the reasons for records that can't be read, by index.
-
-  Raises:
-    Stopped: `should_stop` was true after a chunk, but not the last one.
   """
   gather = jax.jit(lambda encoded: encoded, out_shardings=sharding.replicated(mesh))
   chunk = -(-CHUNK // mesh.size) * mesh.size
@@ -264,8 +265,6 @@ def _encode_all(
         for index, reason in json.loads(text).items()
       }
       yield {name: array[: done - start] for name, array in arrays.items()}, reasons
-      if done < total and should_stop():
-        raise Stopped(f'{done:,} of {total:,} images were encoded')
 
 
 def _say(text: str) -> None:

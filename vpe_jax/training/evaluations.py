@@ -21,6 +21,22 @@ from vpe_jax.sampling import images
 from vpe_jax.training.state import weights
 
 
+def build(system: System) -> dict[str, Evaluator]:
+  """The evaluators that run in the training loop, by name; nothing is read yet.
+
+  Raises:
+    UserError: an unknown evaluator or option, or one that does not fit the system.
+  """
+  built = {}
+  for name, options in system.config.evals.items():
+    evaluators.class_of(name)  # A wrong name is an error even if the evaluator never runs.
+    if options['every']:
+      own = {key: value for key, value in options.items() if key != 'every'}
+      built[name] = evaluators.build(name, own)
+      evaluators.check_fits(name, built[name], system)
+  return built
+
+
 class Evaluations:
   """Evaluators that a run's config names, and when each is due."""
 
@@ -44,25 +60,17 @@ class Evaluations:
       show: is also called with each sheet: its name, uint8 [H, W, 3], and the step.
 
     Raises:
-      UserError: an unknown evaluator or option, or one that does not fit the system.
+      UserError: see `build`.
     """
     self._config, self._system, self._frozen = config, system, frozen
     self._mesh, self._workdir, self._show = mesh, workdir, show
     self._generator: Generator | None = None
-    self._evaluators: dict[str, Evaluator] = {}
-    self._every: dict[str, int] = {}
-    subject = self._subject({}, 0, 0)
-    for name, options in config.evals.items():
-      every = options['every']
-      if every:
-        own = {key: value for key, value in options.items() if key != 'every'}
-        evaluator = evaluators.build(name, own)
-        evaluators.check_fits(name, evaluator, subject)
-        self._evaluators[name], self._every[name] = evaluator, every
+    self._evaluators = build(system)
 
   def due(self, stage: int, step: int, is_last: bool) -> list[str]:
     """Names of the evaluators to run after a step; those that sample need `Stage.samples`."""
-    return [name for name in self._in_stage(stage) if is_last or step % self._every[name] == 0]
+    every = {name: options['every'] for name, options in self._config.evals.items()}
+    return [name for name in self._in_stage(stage) if is_last or step % every[name] == 0]
 
   def programs(self, stage: int, state: State) -> Iterator[tuple[str, jax.stages.Lowered]]:
     """Lowers the programs of all evaluators that run in a stage, for compilation ahead of time.

@@ -152,7 +152,8 @@ class RunLog:
       self._skipped = []
       return
     self._skipped.append(step)
-    print(f'warning: step {step} skipped: its loss or gradient is not finite', flush=True)
+    if self._file is not None:
+      print(f'warning: step {step} skipped: its loss or gradient is not finite', flush=True)
     if len(self._skipped) >= MAX_SKIPPED:
       raise UserError(
         f'loss or gradient was not finite in {MAX_SKIPPED} consecutive steps (up to step {step}); '

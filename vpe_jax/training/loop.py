@@ -87,7 +87,7 @@ def train(
     UserError: the batch doesn't divide over the devices; the folder can't be written, is in use or
       contains another run; weights are missing or don't fit; or the gradient is repeatedly not
       finite.
-    KeyboardInterrupt: Ctrl-C, after the run was saved.
+    KeyboardInterrupt: Ctrl-C, after the run was saved, or before its first step.
   """
   mesh = sharding.make_mesh(config.mesh)
   for index, batch_size in enumerate(config.batch_size):
@@ -116,16 +116,11 @@ def train(
       with memory.explained('the frozen networks and the state', config, 0):
         frozen = frozen_lib.load(system, mesh, config.mesh.strategy)
         state, origins = _start(config, system, frozen, str(folder), mesh, store, accept, key)
-    try:
-      data = encode.open_training_data(config, system, frozen, mesh, images, preemption.reached)
-    except encode.Stopped as reason:
-      _say(f'preempted: {reason}; the same command continues from there')
-      state = None
-    else:
-      stage = int(state['stage'])
-      run = Run(config, system, folder, mesh, key, frozen, data, digests, store, origins, stage)
-      watchers = _watch(run, int(state['step']), cleanup, preemption)
-      state = _run_stages(run, watchers, state)
+      data = encode.open_training_data(config, system, frozen, mesh, images)
+    stage = int(state['stage'])
+    run = Run(config, system, folder, mesh, key, frozen, data, digests, store, origins, stage)
+    watchers = _watch(run, int(state['step']), cleanup, preemption)
+    state = _run_stages(run, watchers, state)
   if preemption.interrupted:
     raise KeyboardInterrupt
   return state
@@ -164,7 +159,7 @@ def _watch(
   run: Run, resumed: int, cleanup: contextlib.ExitStack, preemption: Preemption
 ) -> Watchers:
   """Opens the log and the other observers of the run; `cleanup` closes them."""
-  profiler = Profiler(run.config.log.profile, str(run.workdir / 'profile'))
+  profiler = Profiler(run.config.log.profiled_steps, str(run.workdir / 'profile'))
   cleanup.callback(profiler.close)
   log = RunLog(run.workdir, run.config, run.system, resumed)
   cleanup.callback(log.close)

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
@@ -70,8 +71,9 @@ class Preemption:
   def nothing_unsaved(self) -> Iterator[None]:
     """Context without unsaved steps: Ctrl-C raises KeyboardInterrupt, SIGTERM ends the process.
 
-    Compiled code may run for minutes, so a thread ends the process. With several processes, each
-    must enter and leave this context, and SIGTERM to one ends all.
+    For example, while encoders fill the cache, whose complete shards are on disk. Compiled code may
+    run for minutes, so a thread ends the process. With several processes, each must enter and leave
+    this context, and SIGTERM to one ends all.
     """
     self._cleanup.close()
     try:
@@ -95,13 +97,14 @@ class Preemption:
         yield
         # Faster processes wait here for the others, and still end at SIGTERM.
         multihost_utils.sync_global_devices('nothing unsaved')
+        watch.stop()
+        is_over = watch.align()
       except BaseException:
         # A collective also fails because another process has ended.
         if watch.stop():
           self._leave()
         raise
-      watch.stop()
-      if watch.align():
+      if is_over:
         self._leave()
     else:
       yield
@@ -144,6 +147,7 @@ class _Watch:
   """A thread that looks for SIGTERM while the main thread may run compiled code.
 
   Processes look independently of each other, so the numbers of their calls differ until `align`.
+  The difference stays small: a busy process makes up for the looks that it missed.
   """
 
   def __init__(self, leave: Callable[[], NoReturn]):
@@ -162,15 +166,19 @@ class _Watch:
   def align(self) -> bool:
     """Makes all processes have the same number of calls; returns whether to end them."""
     last = int(multihost_utils.process_allgather(np.array(_calls)).max())
-    while _calls <= last:
-      self._reached |= _preempted()
+    # After a look that ends the process, its thread leaves the group: another look would fail.
+    while _calls <= last and not self._reached:
+      self._reached = _preempted()
     return self._reached
 
   def _run(self) -> None:
+    first, start = _calls, time.monotonic()
     while not self._stopped.wait(POLL):
       with self._lock:
         if self._stopped.is_set():
           return
-        self._reached = _preempted()
+        due = first + int((time.monotonic() - start) / POLL)
+        while _calls < due and not self._reached:
+          self._reached = _preempted()
       if self._reached:
         self._leave()

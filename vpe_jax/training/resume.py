@@ -66,7 +66,7 @@ def check_continues(record: Mapping[str, Any], workdir: str) -> None:
   """Checks that a checkpoint is that of a training run, with an optimizer state.
 
   Raises:
-    UserError: it is the only one of an import or of a complete folder.
+    UserError: it has weights only, as an import has.
   """
   if not any(path.startswith('opt_state/') for path in record['leaves']):
     raise UserError(

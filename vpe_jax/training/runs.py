@@ -14,7 +14,7 @@ from vpe_jax.training import config_file, loop, reference, resume
 
 
 def build(config: Mapping[str, Any], workdir: str) -> System:
-  """The system of a run, whose config names the revisions of the hub that the run keeps.
+  """The system of a run; hub names in its config get the revisions that the run started with.
 
   Raises:
     UserError: the config is invalid, or a model can't be downloaded.
@@ -74,7 +74,8 @@ def _is_complete(config: Mapping[str, Any], workdir: str, allow_change: Sequence
     UserError: the run in the folder has another config.
   """
   record = weights.newest_record(workdir)
-  if record is None or record['step'] < sum(config['steps']):
+  # The built config has the steps of each stage; a config file may name one number for all.
+  if record is None or record['step'] < sum(systems.build(config).config.steps):
     return False
   resume.check_config(build(config, workdir).config, record['config'], workdir, allow_change)
   return True

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 from collections.abc import Iterator
+from typing import TextIO
 
 import jax
 from etils import epath
 
+from vpe_jax import sharding
 from vpe_jax.contracts import UserError
 from vpe_jax.storage import is_remote
 
@@ -25,21 +27,30 @@ def locked(workdir: epath.Path) -> Iterator[None]:
   locked.
 
   Raises:
-    UserError: the folder can't be written, or another process holds its lock.
+    UserError: in all processes, the folder can't be written, or another run holds its lock.
   """
-  if is_remote(workdir) or jax.process_index() != 0:
+  with contextlib.ExitStack() as held:
+    problem = ''
+    if jax.process_index() == 0 and not is_remote(workdir):
+      try:
+        file = held.enter_context(_opened(workdir))
+        _lock(file.fileno(), workdir)
+      except UserError as error:
+        problem = str(error)
+    if problem := sharding.gather_texts(problem)[0]:
+      raise UserError(problem)
     yield
-    return
+
+
+def _opened(workdir: epath.Path) -> TextIO:
+  """The lock file of a folder, which is created."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    file = open(workdir / LOCK, 'a', encoding='utf-8')
+    return open(workdir / LOCK, 'a', encoding='utf-8')
   except OSError as error:
     raise UserError(
       f'cannot write to {workdir} ({error.strerror}): choose another --workdir'
     ) from error
-  with file:
-    _lock(file.fileno(), workdir)
-    yield
 
 
 def _lock(descriptor: int, workdir: epath.Path) -> None:

@@ -103,7 +103,7 @@ class System(SystemProtocol):
     """Builds the networks of the config's stages.
 
     Raises:
-      UserError: a stage is unknown, or `model.crop` is invalid.
+      UserError: a stage is unknown, or `model.crop` or `data.image_size` is invalid.
     """
     for name in config.stages:
       if name not in STAGES:
@@ -113,6 +113,9 @@ class System(SystemProtocol):
       raise UserError(
         f'model.crop {crop} must be a multiple of {kl.FACTOR} and at most data.image_size {side}'
       )
+    for name, unit in {'image': 1, 'image_codes': config.model.image_codes.patch}.items():
+      if name in config.stages:
+        image_codes.check_side(side, kl.FACTOR * unit)
     self.config = config
     self.stages = tuple(self._stage(name) for name in config.stages)
     self.frozen = self._frozen_networks()

@@ -122,6 +122,7 @@ class System(ImageSystem):
       c.image.codec(),
       ('model.classes', c.classes),
     )
+    self.check_image_size()
     self._check_guidance(config.sample)
     sizes = transfusion.TransfusionConfig(
       classes=c.classes + bool(c.drop),

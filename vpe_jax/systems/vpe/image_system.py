@@ -21,6 +21,7 @@ from vpe_jax.contracts import (
   Params,
   PlansVisually,
   Stage,
+  UserError,
 )
 from vpe_jax.data.preprocess import PromptAndImage, prompt_and_image
 from vpe_jax.models import kernel_layout
@@ -126,6 +127,20 @@ class ImageSystem(PlansVisually):
     return self.prompt_shapes(batch_size) | {
       'latents': jax.ShapeDtypeStruct((batch_size, *grid), jnp.float32)
     }
+
+  def check_image_size(self) -> None:
+    """Checks that the codec encodes the data's images as latents of the model's size.
+
+    Raises:
+      UserError: it doesn't.
+    """
+    side, size = self.config.data.image_size, self.config.model.latent_size
+    expected = size * self.image.factor
+    if side != expected and self.config.data.source != 'synthetic':  # which has no images
+      raise UserError(
+        f'config.data.image_size is {side}: it must be {expected}, {self.image.factor} pixels for '
+        f'each of the {size} latents along a side, or change model.latent_size'
+      )
 
   def prompt_shapes(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Visual prompts [B, P], where the model has any."""

@@ -82,6 +82,7 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     c = config.model
     table = ('model.text_vocab', c.text_vocab)
     super().__init__(config, parts.stages, parts.capabilities, c.image.codec(), table)
+    self.check_image_size()
     names = ('bos', 'boi', 'eoi') if c.references else ('bos', 'boi')
     self.special_ids = {f'model.{name}': getattr(c, name) for name in names}
     self.plan_rankers, self.initialization = parts.plan_rankers, parts.initialization
