@@ -45,7 +45,8 @@ def _define_flags() -> None:
   flags.DEFINE_enum('dtype', None, DTYPES, 'of weights and computation, for --program=sample')
   flags.DEFINE_string('json', None, 'file for the report, local or gs://')
   flags.DEFINE_bool('overwrite', False, 'replace an existing file')
-  flags.DEFINE_string('write_card', None, "folder of reports for the table of --config's card")
+  help_text = "instead of compiling, rewrites the table of --config from a folder of reports"
+  flags.DEFINE_string('write_card', None, help_text)
 
 
 def main() -> None:

@@ -77,7 +77,8 @@ def test_damage_names_the_file_and_is_fixed_by_writing_again(name, damage):
   np.testing.assert_array_equal(cache.open_cache('one')[9]['codes'], _arrays()['codes'][9])
 
 
-@pytest.mark.parametrize('size', [0, 20, 0.5, -3])
+# -1 and -20: without the last line end, and the one of the last shard.
+@pytest.mark.parametrize('size', [0, 20, 0.5, -3, -1, -20])
 def test_a_cache_with_an_incomplete_manifest_is_written_again(size):
   path = _write().folder / 'manifest.jsonl'
   content = path.read_bytes()

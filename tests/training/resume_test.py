@@ -30,6 +30,18 @@ def test_allowing_a_section_allows_its_fields_only(line_config):
   assert len(resume.check_config(ours, to_dict(config), 'RUN', ('optim.lr', 'seed'))) == 2
 
 
+def test_the_named_flag_allows_all_of_many_differences(line_config):
+  config = line_config()
+  stored = to_dict(config)
+  names = 'lr warmup b1 b2 eps weight_decay clip ema accumulate lr_end'
+  fields = names.split()
+  stored['optim'] |= dict.fromkeys(fields, 0.125)
+  with pytest.raises(UserError, match='and 2 more') as error:
+    resume.check_config(config, stored, 'RUN', ())
+  flag = str(error.value).rpartition('--allow_change=')[2]
+  assert len(resume.check_config(config, stored, 'RUN', flag.split(','))) == len(fields)
+
+
 def test_unknown_allowed_field_is_refused(line_config):
   config = line_config()
   for field, hint in (('optim.l', 'optim.lr'), ('optin', 'optim'), ('step', 'steps')):

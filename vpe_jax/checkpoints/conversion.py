@@ -21,11 +21,12 @@ from vpe_jax.systems.package import Release
 
 @dataclasses.dataclass(frozen=True)
 class Companions:
-  """Codec and tokenizer of a published generator, which its import contains.
+  """The image codec and the tokenizer that are imported with a published generator.
 
   Attributes:
-    codec: source of the weights of its image codec; empty: the release's.
-    tokenizer: value of `data.tokenizer`; empty: the release's.
+    codec: source of the codec's weights; empty: the default of the family, see
+      systems.package.Release.
+    tokenizer: value of `data.tokenizer`; empty: the default of the family.
     wanted: whether to import them. If false, the import is the network alone, which can initialize
       a run (`config.model.init_from`).
   """
@@ -46,8 +47,8 @@ def import_weights(
 ) -> list[str]:
   """Imports published weights; the Python API of `vpe_jax.convert`.
 
-  The import of a generator (a family in `systems.releases`) is a complete folder: a run with its
-  codec and tokenizer.
+  Unless `companions.wanted` is false, the import of a generator (a family in `systems.releases`) is
+  a complete folder: a run with its codec and tokenizer.
 
   Args:
     family: a name in `families.FAMILIES`.
@@ -64,7 +65,8 @@ def import_weights(
   Raises:
     UserError: see `imports.check_target`, `sources.open_source`, `families.load`, `parity.compare`
       and `complete.write`; the dtype is unknown; the comparison fails, or is requested in another
-      dtype than float32; or the codec or tokenizer of a generator is missing or does not fit.
+      dtype than float32; the codec or tokenizer of a generator is missing or does not fit; or one
+      is named for a network that is imported alone.
   """
   dtypes.parse(dtype)  # an unknown dtype is an error before anything is read
   if check and dtype != 'float32':

@@ -1,8 +1,8 @@
 """Imports of published networks: folders in the format of a run, with one checkpoint.
 
-The import of a generator is a run, with the config that builds its system. The import of another
-network has a config with only its family, sizes and source. `weights.load` and other readers of a
-workdir can read both.
+A generator imported with its codec and tokenizer is a run, with the config that builds its system.
+Any other import (another network, or a generator's network alone) has a config with only its
+family, sizes and source. `weights.load` and other readers of a workdir can read both.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def network(
 
   Args:
     pretrained: family, source and sizes of the network.
-    shard: adds shardings to the abstract parameters, with which they are loaded. An import's
-      leaves without a sharding are loaded as numpy arrays.
+    shard: maps abstract parameters to the same ones with shardings, to which each parameter is
+      loaded. An import's leaves without a sharding are loaded as numpy arrays.
     dtype: dtype of the parameters.
 
   Raises:
@@ -153,6 +153,9 @@ def _family_of(config: Mapping[str, Any], source: str) -> tuple[str, Any]:
 
 
 def _families_of_runs() -> dict[str, Callable[[Config], Any]]:
-  """Published families of the networks of runs -> function as systems.package.Release.sizes."""
+  """Maps each published family that a run can train to a function of the run's config.
+
+  The function returns the sizes of the network, or None, as systems.package.Release.sizes.
+  """
   siglip = lambda config: config.model.siglip if config.system == 'siglip' else None
   return {'siglip': siglip} | {name: one.sizes for name, one in systems.releases().items()}

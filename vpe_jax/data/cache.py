@@ -30,11 +30,11 @@ from vpe_jax.contracts import UserError
 from vpe_jax.data.records import NotEncoded
 from vpe_jax.storage import cache_dir, checksum
 
-SHARD = 1024  # records in one shard; so many are encoded again after an interruption
+SHARD = 1024  # records in one shard; an interruption loses those of the incomplete shard
 LAYOUT = 3  # version of the file layout; part of every fingerprint
 _MANIFEST = 'manifest.jsonl'
 _END = {'complete': True}  # last line of the manifest
-FOLDER = 'encoded'  # of the cache folder
+FOLDER = 'encoded'  # subfolder of `cache_dir()` with all caches
 
 
 class Encoded(Protocol):
@@ -56,7 +56,7 @@ class _Shard:
   """A line of the manifest: number of records, (name, dtype, shape) of entries, CRC-32 by file.
 
   `start` is the position of the line in the manifest, in bytes. `unreadable` has index and reason
-  of records without entries, whose values are those of other records.
+  of the records that could not be read; the arrays have values of other records in their place.
   """
 
   count: int
@@ -138,7 +138,8 @@ def open_cache(fingerprint: str) -> EncodedCache | None:
     The cache, or None if it does not exist or is not complete.
 
   Raises:
-    DamagedCacheError: the cache is altered, or has another fingerprint; the message names the file.
+    DamagedCacheError: a file of a shard is missing or altered, or the fingerprint is another; the
+      message names the file or folder.
       `write_cache` with the same fingerprint replaces what is damaged.
   """
   folder = location(fingerprint)
@@ -185,8 +186,8 @@ def write_cache(
 
   Args:
     fingerprint: everything that determines the content.
-    batches: maps the number of records that are stored to the remaining ones, in order: arrays
-      [n, ...] by entry name, for n consecutive records; n may vary between batches, the names may
+    batches: called with the number of records that are stored already; yields the remaining ones in
+      order, in batches: entry name -> array [n, ...]. n may vary between batches, the names may
       not.
     shard: number of records in one file.
     unreadable: index -> reason of records that have no entries; `batches` may add some meanwhile.
@@ -222,7 +223,7 @@ def _append(file: BinaryIO, values: Mapping[str, Any]) -> None:
 
 
 def _intact(folder: Path, fingerprint: str, shard: int) -> _Manifest:
-  """The manifest of a cache up to its first damaged shard; without any if it is another cache."""
+  """The manifest of a cache up to its first damaged shard; an empty one if it is another cache."""
   manifest = _read_manifest(folder)
   if (manifest.fingerprint, manifest.shard) != (fingerprint, shard):
     return _Manifest()
@@ -314,6 +315,8 @@ def _read_manifest(folder: Path) -> _Manifest:
   manifest, start = _Manifest(), 0
   path = folder / _MANIFEST
   for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+    if not line.endswith(b'\n'):
+      break  # An interrupted write: the next line would be appended to this one.
     try:
       values = json.loads(line)
       if values == _END:

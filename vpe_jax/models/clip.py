@@ -26,8 +26,8 @@ class ClipConfig:
   """Sizes of both towers.
 
   Attributes:
-    image_size: side in pixels of the images that the position table was trained on; pixels that
-      fill no patch don't count.
+    image_size: side in pixels of the images that the position table was trained on. The remainder
+      of a division by `patch` is ignored.
     patch: side of a patch in pixels.
     vocabulary: entries of the token table.
     text_length: maximum number of tokens of a caption.

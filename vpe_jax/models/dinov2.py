@@ -24,8 +24,8 @@ class Dinov2Config:
   """Sizes of the encoder.
 
   Attributes:
-    image_size: side in pixels of the images that the position table was trained on; pixels that
-      fill no patch don't count.
+    image_size: side in pixels of the images that the position table was trained on. The remainder
+      of a division by `patch` is ignored.
     patch: side of a patch in pixels.
     encoder: the layers.
   """

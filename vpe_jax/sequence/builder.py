@@ -1,7 +1,8 @@
 """The builder of token sequences: ids, rotary positions, visibility, targets and loss weights.
 
 Absent tokens (padding of a short caption, spans of a dropped condition) occupy slots, but no token
-sees them and they have no position: order and rotary positions count present tokens only.
+sees them and they have no position: order and rotary positions count present tokens only. All
+tokens of a span with `shared_position` count as one position.
 """
 
 from __future__ import annotations

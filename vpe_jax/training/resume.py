@@ -21,7 +21,7 @@ from vpe_jax.training.state import first_state, merge, split_trainable
 
 # Sections and fields that don't affect the parameters: logs, saved files, machines.
 FREE = ('checkpoint', 'log', 'evals', 'sample', 'data.workers', 'mesh')
-MAX_REPLICATED_BYTES = 2**30  # smaller states may be replicated: a mesh may not divide them
+MAX_REPLICATED_BYTES = 2**30  # smaller states may stay replicated: few axes divide
 INITIALIZED = 'initialized'  # origin label of randomly initialized parameters
 MAX_LISTED = 8  # differences that an error lists
 
@@ -53,7 +53,7 @@ def check_config(
     (accepted if allowed else refused).append((field, text))
   if refused:
     more = f' and {len(refused) - MAX_LISTED} more' if len(refused) > MAX_LISTED else ''
-    fields = ','.join(field for field, _ in refused[:MAX_LISTED])
+    fields = ','.join(field for field, _ in refused)
     raise UserError(
       f'{workdir} contains a run with another config: '
       f'{"; ".join(text for _, text in refused[:MAX_LISTED])}{more}. Choose another --workdir, or, '
@@ -66,11 +66,11 @@ def check_continues(record: Mapping[str, Any], workdir: str) -> None:
   """Checks that a checkpoint is that of a training run, with an optimizer state.
 
   Raises:
-    UserError: it has weights only, as an import has.
+    UserError: it has weights only: the folder is an import or a complete folder.
   """
   if not any(path.startswith('opt_state/') for path in record['leaves']):
     raise UserError(
-      f'{workdir} has weights but no optimizer state, as an import has: start another run from it, '
+      f'{workdir} has weights but no optimizer state (it is no training run): start a run from it, '
       f'with --config={workdir} --config.start={workdir} --workdir=ANOTHER'
     )
 
@@ -90,7 +90,7 @@ def check_data(
     A line for each accepted difference.
 
   Raises:
-    UserError: the data differ.
+    UserError: the digests of a part that both have differ.
   """
   parts = sorted(digests.keys() & stored.keys())
   changed = [f'{p}: {stored[p]}, now {digests[p]}' for p in parts if stored[p] != digests[p]]

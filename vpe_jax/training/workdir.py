@@ -20,11 +20,11 @@ CACHE = 'compilation_cache'  # compiled programs, which a resumed run reads
 
 @contextlib.contextmanager
 def locked(workdir: epath.Path) -> Iterator[None]:
-  """Creates a run's folder and locks it until the block or the process ends.
+  """Creates a run's local folder and locks it until the block or the process ends.
 
-  Process 0 holds the lock for all processes of a run. The operating system releases it when that
-  process ends; the empty lock file remains. Object stores have no locks, so remote folders are not
-  locked.
+  Process 0 creates the folder and holds the lock for all processes of a run. The operating system
+  releases it when that process ends; the empty lock file remains. Object stores have no locks:
+  nothing is done for remote folders.
 
   Raises:
     UserError: in all processes, the folder can't be written, or another run holds its lock.

@@ -115,7 +115,8 @@ def _replace(rng: random.Random, truth: Truth) -> _Change | None:
   after = _replace_cluster(truth, index, new)
   if after is None:
     return None
-  # The new cluster never is a held-out concept: without the swap, only sources would have one.
+  # `new` is never a held-out concept. Without this swap, held-out concepts would only be replaced,
+  # and never replace another one.
   if rng.random() < 0.5:
     truth, after, old, new = after, truth, new, old
   phrase = noun_phrase(dataclasses.replace(new, size=None))

@@ -51,7 +51,7 @@ class Parts:
     capabilities: see contracts.System.
     plan_rankers: see contracts.PlansVisually.
     initialization: see contracts.System.
-    frozen_ids: ids of text entries whose embeddings don't train.
+    frozen_ids: rows of the text embedding table that don't train.
   """
 
   stages: tuple[Stage, ...]
@@ -97,7 +97,10 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
     return self.model.config.references
 
   def inherit(self, params: Params, frozen: Params, rng: Array) -> Params:
-    """Initializes text and code embeddings from the frozen codecs, if `model.inherit` is set."""
+    """Initializes text and code embeddings from the frozen codecs, if the system asks for it.
+
+    See `initialization.from_frozen`: `model.inherit` is set, and the data are not synthetic.
+    """
     if not self.initialization.from_frozen:
       return params
     c, keys = self.config.model, jax.random.split(rng)
@@ -265,8 +268,8 @@ class UnifiedSystem(ImageSystem, Edits, ScoresImages):
 def _rotated(table: Array, key: Array, width: int, scale: float) -> Array:
   """Centres a table [V, W], rotates it to width D, and scales it to standard deviation `scale`.
 
-  A rotation keeps distances in proportion. If D < W, it is followed by a projection to D
-  dimensions.
+  All distances keep their ratios; if D < W, only approximately, because D of the rotated dimensions
+  are kept.
   """
   W = table.shape[1]
   rotation = jax.random.orthogonal(key, max(width, W))[:W, :width]
