@@ -140,16 +140,17 @@ def test_unusable_images_are_listed(tmp_path):
     UserError, match='[1-9] of [1-9][0-9] images are unusable.*--most_skipped=0.01'
   ) as error:
     prepare(settings, str(tmp_path / 'to'))
-  assert 'captions.jsonl line 8: ' in str(error.value) and 'skipped.jsonl' in str(error.value)
+  # Sorted by line as text, before the images.
+  assert 'captions.jsonl line 61: ' in str(error.value) and 'skipped.jsonl' in str(error.value)
   assert len(str(error.value)) < 600  # The caption is cut.
   assert not (tmp_path / 'to' / 'prepared.json').exists()
   manifest = prepare(settings, str(tmp_path / 'to'), most_skipped=0.1)
   assert (manifest.count, manifest.skipped) == (57, 5)
   assert _captions(tmp_path / 'to') == _numbers(n for n in range(60) if n not in (1, 2, 7))
   skipped = _skipped(tmp_path / 'to')
-  assert len(skipped) == 5 and skipped[1]['id'] == 'folder/001.png'
-  assert f'{length:,} characters' in skipped[0]['reason']
-  assert 'No such file' in skipped[1]['reason'] and 'unreadable image' in skipped[2]['reason']
+  assert len(skipped) == 5 and skipped[2]['id'] == 'folder/001.png'
+  assert f'{length:,} characters' in skipped[1]['reason']
+  assert 'No such file' in skipped[2]['reason'] and 'unreadable image' in skipped[3]['reason']
 
 
 def test_a_first_shard_without_usable_images_ends_the_command(tmp_path):
