@@ -74,7 +74,7 @@ def test_resuming_anywhere_gives_the_same_stream():
 
 
 @pytest.mark.parametrize('hosts', [2, 4])
-def test_hosts_get_contiguous_parts_of_the_batch(hosts):
+def test_parts_of_a_batch_are_contiguous(hosts):
   whole = _take(small_pipeline(_SYNTHETIC, 7), 5, 8, 8)
   parts = [_take(small_pipeline(_SYNTHETIC, 7), 5, 8, 8, h, hosts) for h in range(hosts)]
   for number, batch in enumerate(whole):

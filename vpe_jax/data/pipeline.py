@@ -159,15 +159,15 @@ class Pipeline:
   ) -> Batches:
     """One part of each global batch, in an endless stream from a position on.
 
+    A record that can't be read is replaced by another one, which depends only on the seed and on
+    its index. The iterator raises a UserError after more than the share `data.most_skipped` of
+    different records.
+
     Args:
       start_example: stream position of the first example, which is the number of examples seen.
       batch_size: size B of a global batch. Part h of n has elements [h B/n, (h + 1) B/n).
       part: index h of the part that this host reads, see `sharding.host_part`.
       parts: number n of parts.
-
-    A record that can't be read is replaced by another one, which depends only on the seed and on
-    its index. The iterator raises a UserError after more than the share `data.most_skipped` of
-    different records.
 
     Returns:
       An iterator of Batch with numpy leaves; close it, or use it in a `with` block.
@@ -271,9 +271,7 @@ class _Reader(grain.transforms.Map):
     arrays, error = self.readable(index, read)
     return arrays | {_REPLACED: np.int64(-1 if error is None else index)}
 
-  def readable(
-    self, index: int, read: Callable[[int], Arrays]
-  ) -> tuple[Arrays, BadRecord | None]:
+  def readable(self, index: int, read: Callable[[int], Arrays]) -> tuple[Arrays, BadRecord | None]:
     """Reads the record at a source index, or another one if it can't be read.
 
     Returns:
