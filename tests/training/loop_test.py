@@ -64,11 +64,11 @@ def test_waiting_for_data_is_recorded(build, tmp_path, monkeypatch):
   put_batch = sharding.put_batch
 
   def slowly(batch, mesh):
-    time.sleep(0.1)
+    time.sleep(0.3)
     return put_batch(batch, mesh)
 
   monkeypatch.setattr(sharding, 'put_batch', slowly)
-  config, system = build(steps=(1, 5))
+  config, system = build(steps=(1, 8))
   loop.train(config, system, str(tmp_path))
   waits = [record['data_wait'] for record in _records(tmp_path)]
   assert all(0 <= wait <= 1 for wait in waits) and max(waits[3:]) > 0.3
