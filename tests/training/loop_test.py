@@ -206,14 +206,19 @@ def test_a_signal_stops_encoding_which_continues_later(
       os.kill(os.getpid(), number)
 
   train = lambda: loop.train(system.config, system, str(tmp_path / 'run'))
-  before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(front_door.TERMINATED))
+  handlers = {
+    signal.SIGTERM: lambda *_: sys.exit(front_door.TERMINATED),
+    signal.SIGINT: signal.default_int_handler,  # Processes in the background ignore it.
+  }
+  before = {one: signal.signal(one, handler) for one, handler in handlers.items()}
   try:
     with monkeypatch.context() as patch:
       patch.setattr(encode, '_say', interrupt)
       with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit):
         train()
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for one, handler in before.items():
+      signal.signal(one, handler)
   assert '48/70' not in capsys.readouterr().out
   assert not list((tmp_path / 'cache').rglob('*.part*'))
   assert train() is not None
