@@ -132,7 +132,10 @@ def fake_subject():
     capabilities: tuple[type, ...] = (Samples,),
     **description: str,
   ) -> types.SimpleNamespace:
-    config = types.SimpleNamespace(system='fake', data=data or DataConfig())
+    # The kind of prompts follows from the data, see evaluator.task_of.
+    of_task = {'classes': {'tokenizer': 'classes:cat,dog'}, 'words': {'source': 'words'}}
+    data = data or DataConfig(**of_task.get(task, {}))
+    config = types.SimpleNamespace(system='fake', data=data)
     drafts = ('visual_prompt',) if from_drafts else ()
     system = types.SimpleNamespace(config=config, capabilities=capabilities, drafts=drafts)
     return types.SimpleNamespace(

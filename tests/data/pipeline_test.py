@@ -157,7 +157,7 @@ def test_held_out_stream():
 
 def test_mistakes_are_named(monkeypatch):
   monkeypatch.setattr('os.cpu_count', lambda: 8)
-  with pytest.raises(UserError, match='6 .* 4 hosts'):
+  with pytest.raises(UserError, match='6 .* 4 parts'):
     small_pipeline(_SYNTHETIC, 0).batches(0, 6, 0, 4)
   with pytest.raises(UserError, match='cache holds 21 records'):
     small_pipeline(_SYNTHETIC, 0, encoded=SyntheticEncoded(21, ()))

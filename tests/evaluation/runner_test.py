@@ -118,12 +118,10 @@ def test_an_evaluator_that_does_not_fit_is_rejected(subject, monkeypatch, name, 
     runner.select({name: evaluator}, subject, {})
 
 
-def test_the_default_evaluator_follows_from_the_kind_of_prompts(subject, monkeypatch):
+def test_the_default_evaluator_follows_from_the_kind_of_prompts(subject, fake_subject):
   (name, evaluator), *rest = runner.select({}, subject, {'captions': 7, 'plans': 3}).items()
   assert name == 'retrieval' and evaluator.captions == 7 and not rest
-  subject.task = 'classes'
-  monkeypatch.setattr(evaluators, 'task_of', lambda system: 'classes')
-  assert list(runner.select({}, subject, {})) == ['classes']
+  assert list(runner.select({}, fake_subject(None, task='classes'), {})) == ['classes']
 
 
 def test_without_accuracy_on_ground_truth_images_the_table_makes_no_claim():
