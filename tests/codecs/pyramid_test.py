@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from vpe_jax.codecs.kl_vae import KlVaeConfig
+from vpe_jax.codecs.kl_vae import KlVaeSection
 from vpe_jax.codecs.pyramid import PyramidConfig
 from vpe_jax.codecs.siglip_vq import SiglipVqSection
 from vpe_jax.codecs.vqgan import VqGanSection
@@ -28,14 +28,14 @@ def test_sizes_out_of_range_are_errors(changes, message):
 
 def test_moments_of_latents_are_one_value_or_one_per_channel():
   for shift in ((0.5,), (0.5,) * SIZES.inputs):
-    KlVaeConfig(SIZES, True, True, shift=shift)
+    KlVaeSection(SIZES, True, True, shift=shift)
   for field, values, message in (
     ('shift', (0.0, 0.0), 'one per channel'),
     ('scale', (1.0,) * 3, 'one per channel'),
     ('scale', (1.0, 1.0, 1.0, 0.0), 'above 0'),
   ):
     with pytest.raises(UserError, match=f"'{field}' .*{message}"):
-      KlVaeConfig(SIZES, True, True, **{field: values})
+      KlVaeSection(SIZES, True, True, **{field: values})
 
 
 def test_images_are_whole_codes():

@@ -94,7 +94,7 @@ def test_a_system_that_does_not_sample_is_refused():
 
 
 def test_encoders_that_do_not_fit_the_model_are_refused():
-  with pytest.raises(UserError, match='data.image_size=70'):
+  with pytest.raises(UserError, match='data.image_size is 70'):
     examine.examine(_config(encode='online', image_size=70), Request('cpu:8'))
 
 

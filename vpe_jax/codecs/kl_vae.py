@@ -47,9 +47,6 @@ class KlVaeConfig:
 
   def __post_init__(self) -> None:
     check_positive(self, '', 'scale')
-    for name in ('shift', 'scale'):
-      valid = len(getattr(self, name)) in (1, self.channels)
-      check(self, '', name, valid, f'one value, or one per channel ({self.channels})')
 
   @property
   def channels(self) -> int:
@@ -74,6 +71,13 @@ class KlVaeSection(KlVaeConfig):
   weights: str = ''
   weights_dtype: str = 'float32'
   sampled: bool = False
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    # Not in KlVaeConfig: diffusers saves Wan's 16 moments with any number of channels.
+    for name in ('shift', 'scale'):
+      valid = len(getattr(self, name)) in (1, self.channels)
+      check(self, '', name, valid, f'one value, or one per channel ({self.channels})')
 
   @property
   def frozen(self) -> Mapping[str, FrozenNetwork]:
